@@ -1,0 +1,68 @@
+"""The exception tree: whose fault it was.
+
+    SwarmtrainError
+    +-- UserError            the person's input; the message is one line and names the next step (exit 2)
+    |   +-- RunFileError     a run file, or what it points to, cannot be used
+    |   +-- InviteError      an invite is garbled, truncated, or of another version
+    +-- PeerError            a remote peer's fault; costs that peer, never the process
+    |   +-- BadBytesError    what it sent is malformed, oversized, not finite, wrongly hashed or signed
+    |   +-- BusyError        it serves as many readers as it may
+    |   +-- UnreachableError it did not answer in time, or its connection broke
+    +-- RunTimeError         the process cannot go on (exit 1): nobody answers, the clock is off, a disk is full
+
+Errors of dependencies are translated at the adapter that meets them.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BadBytesError",
+    "BusyError",
+    "InviteError",
+    "PeerError",
+    "RunFileError",
+    "RunTimeError",
+    "SwarmtrainError",
+    "UnreachableError",
+    "UserError",
+]
+
+
+class SwarmtrainError(Exception):
+    """Base of everything swarmtrain raises on purpose; `str(error)` is one line for a person."""
+
+    exit_code = 1
+
+
+class UserError(SwarmtrainError):
+    """The person's input cannot be used; the message says what to do."""
+
+    exit_code = 2
+
+
+class RunFileError(UserError):
+    """A run file, or the data it points to, cannot be used."""
+
+
+class InviteError(UserError):
+    """An invite is garbled, truncated, or of another version."""
+
+
+class PeerError(SwarmtrainError):
+    """A remote peer's fault."""
+
+
+class BadBytesError(PeerError):
+    """Bytes from a remote peer are malformed, oversized, not finite, wrongly hashed or wrongly signed."""
+
+
+class BusyError(PeerError):
+    """A remote peer serves as many readers as it may; try another, or the same one later."""
+
+
+class UnreachableError(PeerError):
+    """A remote peer did not answer within its time limit, or its connection broke."""
+
+
+class RunTimeError(SwarmtrainError):
+    """The process cannot go on, through nobody's input; the message says what happened and what to try."""
