@@ -1,0 +1,63 @@
+"""Where a peer's records live: the shallowest bucket with room.
+
+A bucket is a DHT key named by a bit prefix of SHA-256(PeerID); the root bucket has the empty prefix. Buckets
+are kept to fewer than `BUCKET_LIMIT` records, because a DHT value that is a dictionary of thousands is slow to
+read and to carry. A swarm of fifty reads one bucket; one of ten thousand reads a sample of small ones.
+
+Pure: no I/O, no clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+
+__all__ = ["BUCKET_LIMIT", "MAX_DEPTH", "bucket_of", "buckets_to_read", "choose_bucket", "peer_bits"]
+
+BUCKET_LIMIT = 64
+"""A bucket with this many records is full: newcomers go one bit deeper."""
+
+MAX_DEPTH = 24
+"""Prefixes are never longer than this many bits; 2^24 buckets are enough for a billion peers."""
+
+
+def peer_bits(peer: str) -> str:
+    """The first `MAX_DEPTH` bits of SHA-256(PeerID) as a string of 0 and 1."""
+    digest = hashlib.sha256(peer.encode()).digest()
+    return "".join(f"{byte:08b}" for byte in digest[: MAX_DEPTH // 8])
+
+
+def bucket_of(peer: str, depth: int) -> str:
+    """The prefix of the bucket that `peer` belongs to at `depth` bits."""
+    return peer_bits(peer)[:depth]
+
+
+def choose_bucket(peer: str, depth: int, occupants: Collection[str]) -> tuple[bool, str]:
+    """Whether `peer` may store in its bucket at `depth`, given who is in it; with the reason.
+
+    Walk from depth 0 down and take the first that answers True. One's own record does not count against oneself,
+    so a peer that already lives in a bucket stays there.
+    """
+    others = sum(1 for occupant in occupants if occupant != peer)
+    if depth >= MAX_DEPTH:
+        return True, f"the deepest bucket ({MAX_DEPTH} bits) takes everyone"
+    if peer in occupants and others <= BUCKET_LIMIT:
+        return True, "its record is here already"
+    if others < BUCKET_LIMIT:
+        return True, f"{others} other records, room for {BUCKET_LIMIT - others} more"
+    return False, f"full with {others} other records"
+
+
+def buckets_to_read(sizes: Mapping[str, int]) -> Iterator[str]:
+    """The buckets that must be read next to know everyone, given the sizes of those read so far.
+
+    A full bucket has children one bit deeper. Call again with the grown mapping until nothing is yielded.
+    """
+    if "" not in sizes:
+        yield ""
+        return
+    for prefix, size in sizes.items():
+        if size >= BUCKET_LIMIT and len(prefix) < MAX_DEPTH:
+            for child in (prefix + "0", prefix + "1"):
+                if child not in sizes:
+                    yield child

@@ -1,0 +1,265 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    ROLE_VOLUNTEER: _ClassVar[Role]
+    ROLE_BOOTSTRAP: _ClassVar[Role]
+
+class SnapshotKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SNAPSHOT_KIND_UNSPECIFIED: _ClassVar[SnapshotKind]
+    SNAPSHOT_KIND_PSEUDO_GRADIENT: _ClassVar[SnapshotKind]
+    SNAPSHOT_KIND_STATE: _ClassVar[SnapshotKind]
+    SNAPSHOT_KIND_SHARE: _ClassVar[SnapshotKind]
+ROLE_UNSPECIFIED: Role
+ROLE_VOLUNTEER: Role
+ROLE_BOOTSTRAP: Role
+SNAPSHOT_KIND_UNSPECIFIED: SnapshotKind
+SNAPSHOT_KIND_PSEUDO_GRADIENT: SnapshotKind
+SNAPSHOT_KIND_STATE: SnapshotKind
+SNAPSHOT_KIND_SHARE: SnapshotKind
+
+class Signed(_message.Message):
+    __slots__ = ("payload", "author", "signature")
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    AUTHOR_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    payload: bytes
+    author: bytes
+    signature: bytes
+    def __init__(self, payload: _Optional[bytes] = ..., author: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Presence(_message.Message):
+    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STAMP_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    INNER_STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    CORPUS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    name: str
+    stamp: float
+    round: int
+    inner_steps_done: int
+    steps_per_s: float
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    corpus_sha256: bytes
+    training: bool
+    run_tokens: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("stage", "tokens", "round")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    tokens: int
+    round: int
+    def __init__(self, stage: _Optional[int] = ..., tokens: _Optional[int] = ..., round: _Optional[int] = ...) -> None: ...
+
+class Record(_message.Message):
+    __slots__ = ("run_sha256", "prefix", "presence", "progress")
+    RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    run_sha256: bytes
+    prefix: str
+    presence: Presence
+    progress: Progress
+    def __init__(self, run_sha256: _Optional[bytes] = ..., prefix: _Optional[str] = ..., presence: _Optional[_Union[Presence, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
+
+class TensorInfo(_message.Message):
+    __slots__ = ("name", "shape", "dtype")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    dtype: str
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ...) -> None: ...
+
+class PeerTokens(_message.Message):
+    __slots__ = ("peer", "tokens")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    peer: bytes
+    tokens: int
+    def __init__(self, peer: _Optional[bytes] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class Manifest(_message.Message):
+    __slots__ = ("run_sha256", "author", "kind", "stage", "round", "part", "tokens", "inner_steps", "tensors", "total_bytes", "chunk_bytes", "chunk_sha256", "run_tokens", "peer_tokens", "roster_sha256")
+    RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
+    AUTHOR_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INNER_STEPS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_SHA256_FIELD_NUMBER: _ClassVar[int]
+    RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PEER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    run_sha256: bytes
+    author: bytes
+    kind: SnapshotKind
+    stage: int
+    round: int
+    part: int
+    tokens: int
+    inner_steps: int
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorInfo]
+    total_bytes: int
+    chunk_bytes: int
+    chunk_sha256: bytes
+    run_tokens: int
+    peer_tokens: _containers.RepeatedCompositeFieldContainer[PeerTokens]
+    roster_sha256: bytes
+    def __init__(self, run_sha256: _Optional[bytes] = ..., author: _Optional[bytes] = ..., kind: _Optional[_Union[SnapshotKind, str]] = ..., stage: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., chunk_sha256: _Optional[bytes] = ..., run_tokens: _Optional[int] = ..., peer_tokens: _Optional[_Iterable[_Union[PeerTokens, _Mapping]]] = ..., roster_sha256: _Optional[bytes] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("snapshot_sha256", "first_chunk", "num_chunks")
+    SNAPSHOT_SHA256_FIELD_NUMBER: _ClassVar[int]
+    FIRST_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    snapshot_sha256: bytes
+    first_chunk: int
+    num_chunks: int
+    def __init__(self, snapshot_sha256: _Optional[bytes] = ..., first_chunk: _Optional[int] = ..., num_chunks: _Optional[int] = ...) -> None: ...
+
+class PullReply(_message.Message):
+    __slots__ = ("status", "chunk", "data", "end")
+    class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATUS_UNSPECIFIED: _ClassVar[PullReply.Status]
+        STATUS_OK: _ClassVar[PullReply.Status]
+        STATUS_BUSY: _ClassVar[PullReply.Status]
+        STATUS_UNKNOWN: _ClassVar[PullReply.Status]
+    STATUS_UNSPECIFIED: PullReply.Status
+    STATUS_OK: PullReply.Status
+    STATUS_BUSY: PullReply.Status
+    STATUS_UNKNOWN: PullReply.Status
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    status: PullReply.Status
+    chunk: int
+    data: bytes
+    end: bool
+    def __init__(self, status: _Optional[_Union[PullReply.Status, str]] = ..., chunk: _Optional[int] = ..., data: _Optional[bytes] = ..., end: bool = ...) -> None: ...
+
+class HelloRequest(_message.Message):
+    __slots__ = ("run_sha256", "presence", "leaving")
+    RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    run_sha256: bytes
+    presence: Signed
+    leaving: bool
+    def __init__(self, run_sha256: _Optional[bytes] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., leaving: bool = ...) -> None: ...
+
+class HelloReply(_message.Message):
+    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others")
+    SWARMTRAIN_VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    swarmtrain_version: str
+    run_sha256: bytes
+    time: float
+    presence: Signed
+    others: _containers.RepeatedCompositeFieldContainer[Signed]
+    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ...) -> None: ...
+
+class BlobRequest(_message.Message):
+    __slots__ = ("sha256", "max_bytes")
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    sha256: bytes
+    max_bytes: int
+    def __init__(self, sha256: _Optional[bytes] = ..., max_bytes: _Optional[int] = ...) -> None: ...
+
+class StateRequest(_message.Message):
+    __slots__ = ("min_round",)
+    MIN_ROUND_FIELD_NUMBER: _ClassVar[int]
+    min_round: int
+    def __init__(self, min_round: _Optional[int] = ...) -> None: ...
+
+class StateReply(_message.Message):
+    __slots__ = ("manifest",)
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    manifest: Signed
+    def __init__(self, manifest: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
+
+class RosterEntry(_message.Message):
+    __slots__ = ("peer", "snapshot_sha256", "tokens", "inner_steps")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INNER_STEPS_FIELD_NUMBER: _ClassVar[int]
+    peer: bytes
+    snapshot_sha256: bytes
+    tokens: int
+    inner_steps: int
+    def __init__(self, peer: _Optional[bytes] = ..., snapshot_sha256: _Optional[bytes] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ...) -> None: ...
+
+class Roster(_message.Message):
+    __slots__ = ("round", "attempt", "entries")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    entries: _containers.RepeatedCompositeFieldContainer[RosterEntry]
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[RosterEntry, _Mapping]]] = ...) -> None: ...
+
+class RoundRequest(_message.Message):
+    __slots__ = ("round", "has_publication", "has_roster_sha256", "has_share", "wait_s")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    HAS_PUBLICATION_FIELD_NUMBER: _ClassVar[int]
+    HAS_ROSTER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    HAS_SHARE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    has_publication: bool
+    has_roster_sha256: bytes
+    has_share: bool
+    wait_s: float
+    def __init__(self, round: _Optional[int] = ..., has_publication: bool = ..., has_roster_sha256: _Optional[bytes] = ..., has_share: bool = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class RoundReply(_message.Message):
+    __slots__ = ("current_round", "inner_steps_done", "publication", "roster", "share", "last_roster", "participating")
+    CURRENT_ROUND_FIELD_NUMBER: _ClassVar[int]
+    INNER_STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
+    PUBLICATION_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    LAST_ROSTER_FIELD_NUMBER: _ClassVar[int]
+    PARTICIPATING_FIELD_NUMBER: _ClassVar[int]
+    current_round: int
+    inner_steps_done: int
+    publication: Signed
+    roster: Signed
+    share: Signed
+    last_roster: Signed
+    participating: bool
+    def __init__(self, current_round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., publication: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ..., share: _Optional[_Union[Signed, _Mapping]] = ..., last_roster: _Optional[_Union[Signed, _Mapping]] = ..., participating: bool = ...) -> None: ...
