@@ -4,16 +4,28 @@ One frozen model, read by everything, importing nothing of ours but the errors. 
 the keys that differ from the defaults; the bootstrap writes every default out, adds `[published]`, and hands
 out those exact bytes. Their SHA-256 is the run's identity: peers of different runs never mix.
 
-Each field carries a sentence with its unit; `docs/run-file.md` is generated from them.
+Each field carries a sentence with its unit; `docs/run-file.md` is generated from them. Every problem is one
+line that names the file, the key, and what is allowed there. Published bytes come from another peer: they are
+hashed before they are read, and nothing in them reaches a terminal unescaped.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import hashlib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from swarmtrain import __version__
+from swarmtrain.errors import BadBytesError, RunFileError
+from swarmtrain.problems import one_line, problem_in_words
 
 __all__ = [
+    "MAX_RUN_FILE_BYTES",
     "DataSection",
     "EvaluationSection",
     "InnerSection",
@@ -23,11 +35,27 @@ __all__ = [
     "PublishedSection",
     "RunFile",
     "RunSection",
+    "load_run",
+    "parse_published_untrusted",
+    "parse_run",
+    "published_bytes",
+    "run_sha256",
 ]
+
+MAX_RUN_FILE_BYTES = 65_536
+EXAMPLE = "examples/stdlib-gpt.toml"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: object) -> object:
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and not text.isprintable():
+                raise ValueError("contains a control character; allowed: printable text")
+        return value
 
 
 class RunSection(_Section):
@@ -35,7 +63,7 @@ class RunSection(_Section):
 
     name: str = Field("stdlib-gpt", min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9-]*$", description="A short name people recognise: lower-case letters, digits and hyphens.")  # fmt: skip
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights and of every random choice of the run.")  # fmt: skip
-    total_tokens: int = Field(description="The run ends when its peers together have trained on this many tokens.", gt=0)  # fmt: skip
+    total_tokens: int = Field(description="The run ends when its peers together have trained on this many tokens.", gt=0, lt=2**63)  # fmt: skip
 
 
 class ModelSection(_Section):
@@ -49,18 +77,64 @@ class ModelSection(_Section):
     num_heads: int = Field(4, ge=1, le=1024, description="Number of attention heads; divides `width` into even parts.")
     feed_forward_ratio: float = Field(4.0, gt=0, le=32, description="Hidden width of the feed-forward layer, as a multiple of `width`.")  # fmt: skip
 
+    @model_validator(mode="after")
+    def _fits(self) -> ModelSection:
+        if self.tokenizer == "bytes" and self.vocabulary_size != 256:
+            raise ValueError(
+                f'model.vocabulary_size: {self.vocabulary_size} with model.tokenizer = "bytes"; allowed: 256'
+            )
+        if self.tokenizer == "bpe" and self.vocabulary_size == 256:
+            raise ValueError(
+                'model.vocabulary_size: 256 with model.tokenizer = "bpe"; allowed: 257 or more, such as 4096'
+            )
+        if self.width % (2 * self.num_heads):
+            raise ValueError(
+                f"model.width: {self.width} does not give model.num_heads = {self.num_heads} heads of an even width "
+                f"(rotary positions turn pairs); allowed: a multiple of {2 * self.num_heads}"
+            )
+        if self.width * self.feed_forward_ratio < 1:
+            raise ValueError(
+                f"model.feed_forward_ratio: too small; allowed: at least {1 / self.width} (1 / model.width)"
+            )
+        return self
+
+
+_KEYS_OF_SOURCES = {
+    "paths": ("text", "jsonl"),
+    "field": ("jsonl", "datasets"),
+    "dataset": ("datasets",),
+    "subset": ("datasets",),
+    "split": ("datasets",),
+    "streaming": ("datasets",),
+}
+
 
 class DataSection(_Section):
     """The text it learns from, and the text it is judged by."""
 
     source: Literal["python-stdlib", "text", "jsonl", "datasets"] = Field("python-stdlib", description='Where the text comes from: "python-stdlib" (the standard library\'s own sources, on every machine), "text" (files), "jsonl" (one JSON object a line) or "datasets" (Hugging Face; needs the extra `datasets`).')  # fmt: skip
-    paths: tuple[str, ...] = Field((), description='For "text" and "jsonl": files or globs (`**` too), relative to the run file; on a volunteer, relative to the folder it is started in or to `--data`.')  # fmt: skip
+    paths: tuple[str, ...] = Field((), strict=False, description='For "text" and "jsonl": files or globs (`**` too), relative to the run file; on a volunteer, relative to the folder it is started in or to `--data`.')  # fmt: skip
     field: str = Field("text", min_length=1, description='For "jsonl" and "datasets": the field that holds the text.')
     dataset: str = Field("", description='For "datasets": a name on the hub or a local folder.')
     subset: str = Field("", description='For "datasets": the configuration\'s name; empty for the default one.')
     split: str = Field("train", min_length=1, description='For "datasets": the split to train on.')
     streaming: bool = Field(False, description='For "datasets": read while training rather than download first.')
     held_out_bytes: int = Field(65_536, ge=1024, le=4_194_304, description="Size of the held-out text that the bootstrap cuts once and that travels with the run, in bytes.")  # fmt: skip
+
+    @model_validator(mode="after")
+    def _fits_source(self) -> DataSection:
+        for key, sources in _KEYS_OF_SOURCES.items():
+            if getattr(self, key) != type(self).model_fields[key].default and self.source not in sources:
+                wanted = " or ".join(f'"{source}"' for source in sources)
+                raise ValueError(
+                    f'data.{key}: has no meaning with data.source = "{self.source}"; allowed: with {wanted}'
+                )
+        for key in ("paths", "dataset"):
+            if self.source in _KEYS_OF_SOURCES[key] and not getattr(self, key):
+                raise ValueError(f'data.{key}: missing; data.source = "{self.source}" needs it')
+        if "" in self.paths:
+            raise ValueError("data.paths: contains an empty string; allowed: files or globs")
+        return self
 
 
 class InnerSection(_Section):
@@ -75,6 +149,15 @@ class InnerSection(_Section):
     gradient_clip: float = Field(1.0, gt=0, description="The gradient's norm is clipped to this.")
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Share of the run's tokens over which the learning rate rises.")  # fmt: skip
     floor_fraction: float = Field(0.1, ge=0, le=1, description="The cosine ends at this share of the peak.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> InnerSection:
+        if self.microbatch_sequences and self.batch_sequences % self.microbatch_sequences:
+            raise ValueError(
+                f"inner.microbatch_sequences: {self.microbatch_sequences} does not divide inner.batch_sequences = "
+                f"{self.batch_sequences}; allowed: 0 or a divisor of it"
+            )
+        return self
 
 
 class MergeSection(_Section):
@@ -115,8 +198,10 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class PublishedSection(_Section):
     """What the bootstrap adds when it publishes the run; nobody writes this by hand."""
 
-    created: str = Field(description="When the run was published, ISO 8601, UTC: the same run file published twice is two runs.")  # fmt: skip
-    swarmtrain: str = Field(description="The version of swarmtrain that published it.")
+    created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)$", description="When the run was published, ISO 8601, UTC: the same run file published twice is two runs.")  # fmt: skip
+    swarmtrain: str = Field(
+        pattern=r"^[0-9A-Za-z.+-]{1,32}$", description="The version of swarmtrain that published it."
+    )
     held_out_sha256: _Sha256 = Field(description="SHA-256 of the held-out text.")
     held_out_bytes: int = Field(gt=0, le=4_194_304, description="Its size in bytes.")
     tokenizer_sha256: _Sha256 | None = Field(None, description="SHA-256 of the learnt tokenizer; absent with bytes.")
@@ -139,3 +224,120 @@ class RunFile(_Section):
     def tokens_per_step(self) -> int:
         """Tokens in the batch of one inner step."""
         return self.inner.batch_sequences * self.model.context_tokens
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunFile:
+        if self.run.total_tokens < self.tokens_per_step:
+            raise ValueError(
+                f"run.total_tokens: {self.run.total_tokens} is less than one inner step; allowed: at least "
+                f"{self.tokens_per_step} (inner.batch_sequences x model.context_tokens)"
+            )
+        if self.data.held_out_bytes <= self.model.context_tokens:
+            raise ValueError(
+                f"data.held_out_bytes: {self.data.held_out_bytes} holds no training sequence; allowed: more than "
+                f"model.context_tokens = {self.model.context_tokens}"
+            )
+        if self.published is not None:
+            learnt = self.published.tokenizer_sha256 is not None
+            if learnt != (self.model.tokenizer == "bpe") or learnt != (self.published.tokenizer_bytes > 0):
+                raise ValueError(f'published.tokenizer_sha256: does not fit model.tokenizer = "{self.model.tokenizer}"')
+        return self
+
+
+def load_run(path: str | Path) -> RunFile:
+    """Read the run file a person wrote. Raises `RunFileError`, one line that names the file and the key."""
+    path = Path(path)
+    origin = one_line(str(path))
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise RunFileError(f"{origin}: no such run file; the smallest example is {EXAMPLE}") from None
+    except IsADirectoryError:
+        raise RunFileError(f"{origin}: is a folder; give the run file in it, such as {EXAMPLE}") from None
+    except OSError as error:
+        raise RunFileError(f"{origin}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_RUN_FILE_BYTES:
+        raise RunFileError(f"{origin}: {len(data)} bytes; a run file has at most {MAX_RUN_FILE_BYTES}")
+    try:
+        return parse_run(data.decode("utf-8-sig"), origin)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RunFileError(f"{origin}: line {line}: not UTF-8; save the file as UTF-8 text") from None
+
+
+def parse_run(text: str, origin: str) -> RunFile:
+    """The run file in `text`, as a person writes it; `origin` names it in errors. Raises `RunFileError`."""
+    table = _toml(text, origin)
+    if "published" in table:
+        raise RunFileError(f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out")
+    return _validated(table, origin)
+
+
+def published_bytes(run: RunFile) -> bytes:
+    """The exact bytes a bootstrap hands out: TOML with every default written out, absent values left out.
+
+    Raises `RunFileError` when they are more than `MAX_RUN_FILE_BYTES`.
+    """
+    data = tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)).encode()
+    if len(data) > MAX_RUN_FILE_BYTES:
+        limit = MAX_RUN_FILE_BYTES
+        raise RunFileError(f"data.paths: the published run would have {len(data)} bytes; allowed: {limit}; use globs")
+    return data
+
+
+def run_sha256(data: bytes) -> str:
+    """The identity of the run published as `data`: its SHA-256, 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
+    """The published run in bytes that another peer sent.
+
+    Raises `BadBytesError` when they are too many, do not match the hash, are no strict run file, or were
+    published by a swarmtrain that knows keys or values this one does not (the message then says to upgrade).
+    """
+    if len(data) > MAX_RUN_FILE_BYTES:
+        raise BadBytesError(f"the run file has {len(data)} bytes; at most {MAX_RUN_FILE_BYTES} are accepted")
+    if (found := run_sha256(data)) != expected_sha256:
+        raise BadBytesError(f"the run file does not match its hash: expected {expected_sha256[:16]}, got {found[:16]}")
+    try:
+        table = _toml(data.decode(), "the published run")
+        if not isinstance(table.get("published"), dict):
+            raise RunFileError("the published run: published: missing section")
+    except UnicodeDecodeError:
+        raise BadBytesError("the published run: not UTF-8") from None
+    except RunFileError as error:
+        raise BadBytesError(str(error)) from None
+    try:
+        return _validated(table, "the published run")
+    except RunFileError as error:
+        publisher = table["published"].get("swarmtrain")
+        if isinstance(publisher, str) and _version(publisher) > _version(__version__):
+            versions = f"published by swarmtrain {one_line(publisher[:32])}, you have {__version__}"
+            raise BadBytesError(f"this run was {versions}: upgrade ({error})") from None
+        raise BadBytesError(str(error)) from None
+
+
+def _toml(text: str, origin: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise RunFileError(f"{origin}: not TOML that a run file needs: nested too deeply") from None
+    except ValueError as error:
+        match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
+        what, line, column = match.groups() if match else (str(error), None, None)
+        if match and line is None:
+            line, column = text.count("\n") + 1, len(text) - text.rfind("\n")
+        where = f"line {line}, column {column}: " if line else ""
+        raise RunFileError(f"{origin}: {where}not TOML: {one_line(what)}") from None
+
+
+def _validated(table: dict[str, Any], origin: str) -> RunFile:
+    try:
+        return RunFile.model_validate(table)
+    except ValidationError as error:
+        raise RunFileError(f"{origin}: {problem_in_words(error, RunFile)}") from None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:4])

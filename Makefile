@@ -1,0 +1,66 @@
+# The commands a person runs are the ones continuous integration runs. `make` alone lists them.
+# The environment is .venv, made once and renewed when pyproject.toml changes; pip's own settings apply.
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if $(shell $(p) -c 'import sys, venv, ensurepip; print(sys.version_info >= (3, 11) or "")' 2>/dev/null | grep True),$(p))))
+VENV := .venv
+BIN := $(VENV)/bin
+# Two stamps: what a run needs, and what a developer needs on top of it.
+CORE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+GRPCIO_TOOLS := 1.67.1
+PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-unit lint format protos demo docs clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv was found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(DEV): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(CORE) $@
+
+venv: $(DEV)  ## make .venv with everything a developer needs
+
+test: lint  ## everything continuous integration checks
+	$(BIN)/python -m pytest
+
+test-unit: $(DEV)  ## the tests that start no process of a swarm: seconds
+	$(BIN)/python -m pytest -m "not processes"
+
+lint: $(DEV)  ## style, types, and the arrows between folders
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(DEV)  ## let ruff repair and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A protoc of its own: the runtime must not be older than the generated code, and hivemind's range is wide.
+$(PROTOC): | $(BIN)/python
+	$(BIN)/python -m venv .venv-protoc
+	.venv-protoc/bin/python -m pip install --quiet 'grpcio-tools==$(GRPCIO_TOOLS)' 'setuptools<81'
+	@touch $@
+
+protos: $(PROTOC)  ## generate swarmtrain/v1/ from protos/
+	.venv-protoc/bin/python protos/generate.py
+
+docs: $(DEV)  ## generate docs/run-file.md and docs/events.md
+	$(BIN)/python docs/generate.py
+
+demo: $(CORE)  ## three volunteers and one alone, on this machine, in minutes
+	$(BIN)/swarmtrain local examples/stdlib-gpt.toml --peers 3 --compare-alone
+
+clean:  ## remove what make made
+	rm -rf $(VENV) .venv-protoc build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

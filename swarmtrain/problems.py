@@ -1,0 +1,132 @@
+"""What is wrong with a table of sections and keys, in one line that names the key and what is allowed.
+
+Why: a person who mistypes a key should not have to read a validator's report. Works on any pydantic model
+whose fields are sections; values are shown shortened and escaped, since the table may be another peer's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from typing import Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+__all__ = ["allowed_values", "one_line", "problem_in_words", "section_fields"]
+
+
+def problem_in_words(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem of `error`, raised by validating `model`, as "key: what is wrong; allowed: ..."."""
+    # An unknown key is most often the cause of whatever else is wrong, such as a missing one.
+    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return _sentence(details[0], model) + more
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """What a field accepts, in words: for errors and for the reference."""
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    kind = field.annotation
+    if get_origin(kind) is Literal:
+        return " or ".join(json.dumps(value) for value in get_args(kind))
+    if get_origin(kind) is tuple:
+        return "a list of strings"
+    if kind is bool:
+        return "true or false"
+    limits = {
+        name: getattr(item, name)
+        for item in field.metadata
+        for name in _LIMIT_WORDS
+        if getattr(item, name, None) is not None
+    }
+    if kind in (int, float):
+        noun = "an integer" if kind is int else "a number"
+        if "ge" in limits and "le" in limits:
+            return f"{noun} from {limits['ge']} to {limits['le']}"
+        return f"{noun} " + " and ".join(f"{_LIMIT_WORDS[name]} {_number(limit)}" for name, limit in limits.items())
+    assert kind is str or kinds
+    pattern = next((item.pattern for item in field.metadata if getattr(item, "pattern", None)), None)
+    return f"a string matching {pattern}" if pattern else "a string" if not _min_length(field) else "a non-empty string"
+
+
+_LIMIT_WORDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+def _number(limit: float) -> str:
+    return "2^63" if limit == 2**63 else str(limit)
+
+
+def _min_length(field: FieldInfo) -> int:
+    return max((getattr(item, "min_length", None) or 0 for item in field.metadata), default=0)
+
+
+def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    """One problem: the key, what is wrong, what is allowed."""
+    names = [str(part) for part in detail["loc"]]
+    key = ".".join(one_line(name) for name in names)
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: {_unknown(names, model)}"
+    if detail["type"] == "value_error":
+        message = str(detail["ctx"]["error"])
+        return message if len(names) < 2 else f"{key}: {message}"
+    if detail["type"] == "missing" and len(names) == 1:
+        fields = section_fields(model.model_fields[names[0]].annotation)
+        required = next(name for name, field in fields.items() if field.is_required())
+        return f"{key}.{required}: missing; allowed: {allowed_values(fields[required])}"
+    if len(names) == 1:
+        return f"{key}: {_shown(detail['input'])} is no section; allowed: [{key}] with keys below it"
+    allowed = allowed_values(section_fields(model.model_fields[names[0]].annotation)[names[1]])
+    problem = "missing" if detail["type"] == "missing" else f"{_shown(detail['input'])} is refused"
+    return f"{key}: {problem}; allowed: {allowed}"
+
+
+def section_fields(annotation: object) -> dict[str, FieldInfo]:
+    """The fields of a section's annotation, which may be `Section | None`."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind.model_fields
+    raise AssertionError(annotation)
+
+
+def _sections(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, FieldInfo]]]:
+    for name, field in model.model_fields.items():
+        if name != "published":
+            yield name, section_fields(field.annotation)
+
+
+def _unknown(names: list[str], model: type[BaseModel]) -> str:
+    """What to write instead of an unknown section, or an unknown key of a section."""
+    sections = dict(_sections(model))
+    *where, last = names
+    if where and last in sections:
+        return f"is a section of its own; write [{last}]"
+    homes = [name for name, fields in sections.items() if last in fields and [name] != where]
+    if homes:
+        return "belongs in " + " or ".join(f"[{name}]" for name in homes)
+    near = [
+        (ratio + (where == [name]) * 0.15, f"{name}.{key}")
+        for name, fields in sections.items()
+        for key in fields
+        if where and (ratio := difflib.SequenceMatcher(None, last, key).ratio()) >= 0.6
+    ]
+    if near:
+        return f"unknown key; did you mean {max(near)[1]}?"
+    if where:
+        return f"unknown key; allowed: {', '.join(sections.get(where[0], {}))}"
+    if section := difflib.get_close_matches(last, sections, n=1):
+        return f"unknown section; did you mean {section[0]}?"
+    return f"unknown section; allowed: {', '.join(sections)}"
+
+
+def _shown(value: object) -> str:
+    """A refused value on one line, shortened, without control characters."""
+    text = one_line(json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_line(text: str) -> str:
+    """`text` with line ends and other control characters escaped, fit for a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -1,0 +1,278 @@
+"""The run file: what is accepted, how every problem is said, and the identity of a published run."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarmtrain import __version__
+from swarmtrain.errors import BadBytesError, RunFileError
+from swarmtrain.run import (
+    MAX_RUN_FILE_BYTES,
+    PublishedSection,
+    RunFile,
+    load_run,
+    parse_published_untrusted,
+    parse_run,
+    published_bytes,
+    run_sha256,
+)
+
+MINIMAL = "[run]\ntotal_tokens = 1_000_000\n"
+
+
+def published(text: str = MINIMAL, version: str = __version__) -> RunFile:
+    section = PublishedSection(
+        created="2030-01-02T03:04:05+00:00", swarmtrain=version, held_out_sha256="ab" * 32, held_out_bytes=65_536
+    )
+    return parse_run(text, "run.toml").model_copy(update={"published": section})
+
+
+def test_the_smallest_run_file_has_every_default() -> None:
+    run = parse_run(MINIMAL, "run.toml")
+    assert run.run.total_tokens == 1_000_000
+    assert run.tokens_per_step == 16 * 128
+    assert run.merge.method == "diloco"
+    assert run.published is None
+
+
+def test_lists_fill_tuples_and_integers_fill_numbers() -> None:
+    run = parse_run(MINIMAL + "[data]\nsource = 'text'\npaths = ['a', 'b/**']\n[merge]\nround_limit_s = 3\n", "r")
+    assert run.data.paths == ("a", "b/**")
+    assert run.merge.round_limit_s == 3.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "run.total_tokens: missing; allowed: an integer above 0 and below 2^63"),
+        ("[run]\ntotal_token = 5\n", "run.total_token: unknown key; did you mean run.total_tokens? (and 1 more)"),
+        (MINIMAL + "[merg]\ninner_steps = 4\n", "merg: unknown section; did you mean merge?"),
+        (MINIMAL + "[merge]\ninner_step = 4\n", "merge.inner_step: unknown key; did you mean merge.inner_steps?"),
+        (MINIMAL + "inner_steps = 4\n", "run.inner_steps: belongs in [merge]"),
+        ("inner_steps = 4\n" + MINIMAL, "inner_steps: belongs in [merge]"),
+        (MINIMAL + "[merge]\nbatch_sequences = 4\n", "merge.batch_sequences: belongs in [inner] or [evaluation]"),
+        (MINIMAL + "[merge]\nlayers_num = 4\n", "merge.layers_num: unknown key; did you mean model.num_layers?"),
+        (MINIMAL + "[evaluation]\nzzz = 4\n", "evaluation.zzz: unknown key; allowed: every_rounds, batch_sequences"),
+        (MINIMAL + "model.width = 8\n", "run.model: is a section of its own; write [model]"),
+        (MINIMAL + "[merge]\ninner_steps = '4'\n", 'merge.inner_steps: "4" is refused; allowed: an integer from 1 to'),
+        (MINIMAL + "[merge]\ninner_steps = true\n", "merge.inner_steps: true is refused; allowed: an integer from 1"),
+        (MINIMAL + "[merge]\ninner_steps = 2.0\n", "merge.inner_steps: 2.0 is refused; allowed: an integer from 1"),
+        (MINIMAL + "[merge]\nround_limit_s = true\n", "merge.round_limit_s: true is refused; allowed: a number above"),
+        (MINIMAL + "[merge]\nround_limit_s = nan\n", "merge.round_limit_s: NaN is refused; allowed: a number above 0"),
+        (MINIMAL + "[merge]\nround_limit_s = inf\n", "merge.round_limit_s: Infinity is refused; allowed: a number"),
+        (MINIMAL + "[merge]\nround_limit_s = 1" + "0" * 400, "... is refused; allowed: a number above 0"),
+        (MINIMAL + "[merge]\npacing = 1\n", "merge.pacing: 1 is refused; allowed: true or false"),
+        (MINIMAL + "[merge]\nmethod = 'dilocoo'\n", 'merge.method: "dilocoo" is refused; allowed: "diloco"'),
+        (MINIMAL + "[data]\nsource = 'csv'\n", 'data.source: "csv" is refused; allowed: "python-stdlib" or "text" or'),
+        (MINIMAL + "[data]\nsource = 'text'\npaths = 'a'\n", 'data.paths: "a" is refused; allowed: a list of strings'),
+        (MINIMAL + "[data]\nsource = 'text'\npaths = [1]\n", "data.paths.0: 1 is refused; allowed: a list of strings"),
+        (MINIMAL + "[data]\nsource = 'text'\npaths = ['']\n", "data.paths: contains an empty string"),
+        (MINIMAL + "name = 'My Run'\n", 'run.name: "My Run" is refused; allowed: a string matching'),
+        (MINIMAL + '"a\\nb" = 1\n', "run.a\\nb: unknown key"),
+        (MINIMAL + "[data]\nfield = ''\n", 'data.field: "" is refused; allowed: a non-empty string'),
+        ("run = 3\n", "run: 3 is no section; allowed: [run] with keys below it"),
+        ("[[run]]\ntotal_tokens = 5\n", "is no section; allowed: [run] with keys below it"),
+        ("[run]\ntotal_tokens = 1999-01-01\n", 'run.total_tokens: "1999-01-01" is refused; allowed: an integer'),
+        ("[run]\ntotal_tokens = 9223372036854775808\n", "is refused; allowed: an integer above 0 and below 2^63"),
+        ("[run]\ntotal_tokens = 1" + "0" * 5000, "not TOML"),
+        (MINIMAL + "[published]\ncreated = 'x'\n", "published: only `swarmtrain bootstrap` writes this section"),
+    ],
+)
+def test_each_problem_names_the_key_and_what_is_allowed(text: str, expected: str) -> None:
+    with pytest.raises(RunFileError) as caught:
+        parse_run(text, "my.toml")
+    message = str(caught.value)
+    assert message.startswith("my.toml: ")
+    assert expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[model]\nwidth = 30\nnum_heads = 4\n", "model.width: 30 does not give model.num_heads = 4 heads"),
+        ("[model]\nwidth = 12\nnum_heads = 4\n", "allowed: a multiple of 8"),
+        ("[model]\nvocabulary_size = 300\n", 'model.vocabulary_size: 300 with model.tokenizer = "bytes"; allowed: 256'),
+        ("[model]\ntokenizer = 'bpe'\n", 'model.vocabulary_size: 256 with model.tokenizer = "bpe"; allowed: 257'),
+        ("[model]\nfeed_forward_ratio = 1e-6\n", "model.feed_forward_ratio: too small; allowed: at least 0.0078125"),
+        ("[data]\nsource = 'text'\n", 'data.paths: missing; data.source = "text" needs it'),
+        ("[data]\nsource = 'jsonl'\n", 'data.paths: missing; data.source = "jsonl" needs it'),
+        ("[data]\nsource = 'datasets'\n", 'data.dataset: missing; data.source = "datasets" needs it'),
+        ("[data]\npaths = ['a']\n", 'data.paths: has no meaning with data.source = "python-stdlib"; allowed: with "text"'),
+        ("[data]\ndataset = 'a'\n", 'data.dataset: has no meaning with data.source = "python-stdlib"'),
+        ("[data]\nstreaming = true\n", "data.streaming: has no meaning"),
+        ("[data]\nsource = 'text'\npaths = ['a']\nfield = 'body'\n", 'data.field: has no meaning with data.source = "text"'),
+        ("[data]\nsplit = 'a\\u001b[31m'\n".replace("'", '"'), "data.split: contains a control character"),
+        ("[inner]\nmicrobatch_sequences = 5\n", "does not divide inner.batch_sequences = 16; allowed: 0 or a divisor"),
+        ("[inner]\nmicrobatch_sequences = 32\n", "inner.microbatch_sequences: 32 does not divide"),
+        ("[inner]\nbatch_sequences = 100000\n", "run.total_tokens: 1000000 is less than one inner step; allowed: at least"),
+        ("[model]\ncontext_tokens = 2048\n[data]\nheld_out_bytes = 2048\n", "data.held_out_bytes: 2048 holds no training"),
+    ],
+)  # fmt: skip
+def test_impossible_combinations_are_refused(text: str, expected: str) -> None:
+    with pytest.raises(RunFileError) as caught:
+        parse_run(MINIMAL + text, "my.toml")
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[run]\ntotal_tokens\n", "line 2, column 13: not TOML: Expected '=' after a key"),
+        ("[run]\na = 1\na = 2\n", "line 3, column 6: not TOML: Cannot overwrite a value"),
+        ("[run", "line 1, column 5: not TOML"),
+        ("x = [1,\n 2", "line 2, column 3: not TOML"),
+        ("x = " + "[" * 30_000, "nested too deeply"),
+    ],
+)
+def test_a_toml_error_names_line_and_column(text: str, expected: str) -> None:
+    with pytest.raises(RunFileError, match=r"^my\.toml: ") as caught:
+        parse_run(text, "my.toml")
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_loading_from_disk(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    with pytest.raises(RunFileError, match=r"no such run file; the smallest example is examples/stdlib-gpt\.toml"):
+        load_run(path)
+    with pytest.raises(RunFileError, match="is a folder"):
+        load_run(tmp_path)
+    path.write_bytes(b"[run]\n# \xff\xfe\ntotal_tokens = 5\n")
+    with pytest.raises(RunFileError, match="line 2: not UTF-8"):
+        load_run(path)
+    path.write_bytes(b"#" * (MAX_RUN_FILE_BYTES + 1))
+    with pytest.raises(RunFileError, match="a run file has at most 65536"):
+        load_run(path)
+    path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode())
+    assert load_run(str(path)) == parse_run(MINIMAL, "x")
+
+
+def test_published_bytes_hold_every_default_and_nothing_absent() -> None:
+    data = published_bytes(published())
+    text = data.decode()
+    for name, field in RunFile.model_fields.items():
+        assert f"[{name}]" in text, field
+    assert "inner_steps = 25" in text
+    assert "tokenizer_sha256" not in text
+
+
+def test_publishing_twice_gives_the_same_bytes_and_round_trips() -> None:
+    run = published()
+    data = published_bytes(run)
+    assert data == published_bytes(run.model_copy(deep=True))
+    assert len(run_sha256(data)) == 64
+    again = parse_published_untrusted(data, run_sha256(data))
+    assert again == run
+    assert published_bytes(again) == data
+
+
+def refused(data: bytes, sha256: str = "") -> str:
+    with pytest.raises(BadBytesError) as caught:
+        parse_published_untrusted(data, sha256 or run_sha256(data))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_published_bytes_are_hashed_before_they_are_read() -> None:
+    data = published_bytes(published())
+    assert "does not match its hash" in refused(data, "00" * 32)
+    assert "does not match its hash" in refused(b"\xff not even text", "00" * 32)
+    assert "at most 65536" in refused(b" " * (MAX_RUN_FILE_BYTES + 1))
+
+
+def test_malformed_published_bytes_are_refused() -> None:
+    assert "not UTF-8" in refused(b"\xff\xfe")
+    assert "not TOML" in refused(b"[run")
+    assert "nested too deeply" in refused(b"x = " + b"[" * 60_000)
+    assert "published: missing section" in refused(MINIMAL.encode())
+    assert "published: missing section" in refused(b"published = 3\n" + MINIMAL.encode())
+    assert "published.created" in refused(published_bytes(published()).replace(b"2030-01-02T", b"yesterday"))
+    assert "is refused" in refused(published_bytes(published()).replace(b"inner_steps = 25", b"inner_steps = -1"))
+
+
+def test_a_tokenizer_must_fit_the_model() -> None:
+    run = published()
+    assert run.published is not None
+    learnt = run.published.model_copy(update={"tokenizer_sha256": "cd" * 32, "tokenizer_bytes": 10})
+    data = published_bytes(run.model_copy(update={"published": learnt}))
+    assert "published.tokenizer_sha256: does not fit" in refused(data)
+
+
+def test_a_newer_publisher_asks_for_an_upgrade() -> None:
+    data = published_bytes(published(version="99.1.0")) + b"\n[telepathy]\nrange_m = 3\n"
+    assert f"this run was published by swarmtrain 99.1.0, you have {__version__}: upgrade" in refused(data)
+    data = published_bytes(published()) + b"\n[telepathy]\nrange_m = 3\n"
+    assert "upgrade" not in refused(data)
+    hostile = published_bytes(published()).replace(f'"{__version__}"'.encode(), b'"99 \\u001b[2J\\n"')
+    assert "\x1b" not in refused(hostile)
+
+
+def test_a_run_too_big_to_publish_is_said_at_once() -> None:
+    paths = [f"folder/{index}.txt" for index in range(5000)]
+    run = parse_run(MINIMAL + tomli_w.dumps({"data": {"source": "text", "paths": paths}}), "r")
+    with pytest.raises(RunFileError, match=r"data\.paths: the published run would have"):
+        published_bytes(run)
+
+
+_PRINTABLE = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=20)
+_RUNS = st.fixed_dictionaries(
+    {
+        "run": st.fixed_dictionaries(
+            {
+                "total_tokens": st.integers(2048, 2**63 - 1),
+                "seed": st.integers(0, 2**63 - 1),
+                "name": st.text(string.ascii_lowercase + string.digits, min_size=1, max_size=64),
+            }
+        ),
+        "data": st.fixed_dictionaries(
+            {"source": st.just("text"), "paths": st.lists(_PRINTABLE, min_size=1, max_size=3)}
+        ),
+        "inner": st.fixed_dictionaries({"learning_rate": st.floats(1e-12, 10), "beta1": st.floats(0, 0.999)}),
+    }
+)
+
+
+@given(_RUNS)
+@settings(max_examples=60, deadline=None)
+def test_any_accepted_run_survives_publication(table: dict[str, object]) -> None:
+    run = published(tomli_w.dumps(table))
+    data = published_bytes(run)
+    assert parse_published_untrusted(data, run_sha256(data)) == run
+
+
+@given(st.one_of(st.binary(max_size=300), st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace"))))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_give_a_run_or_one_error(data: bytes) -> None:
+    refused(data)
+
+
+_KEYS = st.sampled_from(["run", "model", "data", "inner", "merge", "published", "zzz", "a\nb", "paths", "total_tokens"])
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=4),
+    max_leaves=8,
+).filter(lambda value: value is not None)
+
+
+def _without_none(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value if item is not None]
+    return value
+
+
+@given(st.dictionaries(_KEYS, _VALUES, max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_any_table_gives_one_line(table: dict[str, object]) -> None:
+    text = tomli_w.dumps(_without_none(table))  # type: ignore[arg-type]
+    with pytest.raises(RunFileError) as caught:
+        parse_run(text, "r")
+    assert str(caught.value).isprintable()
