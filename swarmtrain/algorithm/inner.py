@@ -1,0 +1,133 @@
+"""The inner loop of DiLoCo: AdamW, its clipping, and a schedule by the run's tokens.
+
+What happens within a round, on one peer: nothing here knows that there are others. The moments stay local, are
+carried across rounds and are never sent (arXiv 2311.08105, section 2). The learning rate follows the *run's* tokens,
+not the peer's own steps, so a peer that joins late starts at the right one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["InnerConstants", "InnerOptimizer", "learning_rate_at"]
+
+_FIRST_SHARE = 0.01  # the warm-up begins at this share of the peak: a learning rate of 0 would waste a step
+_STEPS = "steps"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerConstants:
+    """What AdamW and its schedule are told; the same on every peer of a run."""
+
+    learning_rate: float  # the peak
+    weight_decay: float  # decoupled, per step, times the learning rate; matrices only
+    beta1: float  # decay of the first moment, per step
+    beta2: float  # decay of the second moment, per step
+    gradient_clip: float  # the gradient's norm is clipped to this
+    warmup_fraction: float  # share of the run's tokens over which the learning rate rises
+    floor_fraction: float  # the cosine ends at this share of the peak
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rate > 0 and self.weight_decay >= 0 and self.gradient_clip > 0):
+            raise ValueError(f"learning rate and clip must be above 0, weight decay not below: {self}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.warmup_fraction < 1):
+            raise ValueError(f"betas and the warm-up's share must lie in [0, 1): {self}")
+        if not 0 <= self.floor_fraction <= 1:
+            raise ValueError(f"the floor's share must lie in [0, 1]: {self}")
+
+
+def learning_rate_at(constants: InnerConstants, progress: float) -> float:
+    """The learning rate when `progress`, the run's tokens so far over all its tokens, is in [0, 1].
+
+    Linear from 1 % of the peak (never 0) to the peak during the warm-up, then half a cosine down to the floor.
+    Progress above 1 counts as 1: peers may overshoot by a round. Raises ValueError when it is negative or NaN.
+    """
+    if not progress >= 0:
+        raise ValueError(f"progress must not be negative, got {progress}")
+    progress = min(progress, 1.0)
+    peak, warmup = constants.learning_rate, constants.warmup_fraction
+    if progress < warmup:
+        return peak * (_FIRST_SHARE + (1 - _FIRST_SHARE) * progress / warmup)
+    descent = (progress - warmup) / (1 - warmup)
+    floor = constants.floor_fraction
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * descent)))
+
+
+class InnerOptimizer:
+    """AdamW over a model's named parameters, with gradient clipping and `learning_rate_at`.
+
+    Tensors of two or more dimensions are decayed, others (norms) are not. The moments belong to the parameters'
+    names and live as long as this object: an outer step changes the parameters and leaves them alone.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], constants: InnerConstants) -> None:
+        self.constants = constants
+        self._parameters = dict(parameters)
+        if not self._parameters:
+            raise ValueError("InnerOptimizer needs at least one parameter")
+        matrices = [p for p in self._parameters.values() if p.dim() >= 2]
+        others = [p for p in self._parameters.values() if p.dim() < 2]
+        groups = [
+            {"params": members, "weight_decay": decay}
+            for members, decay in ((matrices, constants.weight_decay), (others, 0.0))
+            if members
+        ]
+        self._adamw = torch.optim.AdamW(
+            groups, lr=constants.learning_rate, betas=(constants.beta1, constants.beta2), fused=True
+        )
+
+    def step(self, progress: float) -> float:
+        """One inner step from the gradients in `.grad`, which are then dropped; returns their norm before clipping.
+
+        `progress` is the run's tokens so far over all its tokens. When the norm is not finite, weights and moments
+        stay as they are: one bad batch must not spoil a peer; the caller sees the norm.
+        """
+        gradient_norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self.constants.gradient_clip))
+        if math.isfinite(gradient_norm):
+            learning_rate = learning_rate_at(self.constants, progress)
+            for group in self._adamw.param_groups:
+                group["lr"] = learning_rate
+            self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        return gradient_norm
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        """The moments for a checkpoint: "<name>.exp_avg" and "<name>.exp_avg_sq" (shaped as the parameter) and
+        "<name>.steps" (shape (1,), how many steps it has taken). The moments are not copied: write them before the
+        next step.
+        """
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            own = self._adamw.state.get(parameter, {})
+            for moment in _MOMENTS:
+                state[f"{name}.{moment}"] = own[moment] if own else torch.zeros_like(parameter)
+            state[f"{name}.{_STEPS}"] = own["step"].reshape(1).clone() if own else torch.zeros(1)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave (copied). Raises ValueError, changing nothing, when a tensor is
+        missing, unknown or of another shape.
+        """
+        expected = {key: tensor.shape for key, tensor in self.state_dict().items()}
+        wrong = sorted(
+            expected.keys() ^ state.keys()
+            | {key for key, shape in expected.items() if key in state and state[key].shape != shape}
+        )
+        if wrong:
+            raise ValueError(f"the optimizer's state does not fit the model: {', '.join(wrong[:4])}")
+        for name, parameter in self._parameters.items():
+            self._adamw.state[parameter] = {
+                "step": state[f"{name}.{_STEPS}"].to(torch.float32).reshape(()).clone(),
+                **{
+                    moment: state[f"{name}.{moment}"].to(parameter).clone(memory_format=torch.preserve_format)
+                    for moment in _MOMENTS
+                },
+            }

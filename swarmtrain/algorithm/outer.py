@@ -1,0 +1,119 @@
+"""The outer loop of DiLoCo: many peers' pseudo-gradients become one Nesterov step.
+
+Everything works on one flat fp32 vector of P numbers, the parameters in the model's own order, so that what is sent,
+averaged and hashed is a single thing. The rule of this file: *everyone computes the same bits*. Each peer of a
+roster averages for itself, or averages one slice and pulls the others, and the results must agree: so the order is
+the roster's, and `weighted_mean` rounds multiplication and addition separately, which is the same on every processor.
+`outer_step` is torch.optim.SGD's arithmetic to the bit, which torch fuses where the processor can (x86 since 2013,
+ARM64): a processor that cannot may differ from the others in the last bit of theta, never in the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["OuterConstants", "OuterState", "flatten", "momentum_at", "outer_step", "unflatten_into", "weighted_mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterConstants:
+    """What the outer step is told; `momentum` is this round's (see `momentum_at`)."""
+
+    learning_rate: float
+    momentum: float
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rate > 0 and 0 <= self.momentum < 1):
+            raise ValueError(f"the learning rate must be above 0 and the momentum in [0, 1): {self}")
+
+
+@dataclass(frozen=True)
+class OuterState:
+    """The outer parameters and their momentum, (P,) fp32 each. Nobody writes into them once they are here."""
+
+    theta: Tensor
+    momentum: Tensor
+
+    def __post_init__(self) -> None:
+        if self.theta.shape != self.momentum.shape or self.theta.dim() != 1:
+            raise ValueError(
+                f"theta and momentum must be vectors of one size, got {tuple(self.theta.shape)} "
+                f"and {tuple(self.momentum.shape)}"
+            )
+
+
+@torch.no_grad()
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
+    """The tensors one after the other as a new vector (P,) fp32 on the first one's device."""
+    return torch.cat([tensor.detach().reshape(-1).to(torch.float32) for tensor in tensors])
+
+
+@torch.no_grad()
+def unflatten_into(flat: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Copy `flat` (P,) into the tensors, in the order and shapes `flatten` read them.
+
+    Raises ValueError, changing nothing, when their sizes do not add up to P.
+    """
+    tensors = list(tensors)
+    size = sum(tensor.numel() for tensor in tensors)
+    if flat.shape != (size,):
+        raise ValueError(f"a vector of {size} numbers is needed, got shape {tuple(flat.shape)}")
+    start = 0
+    for tensor in tensors:
+        end = start + tensor.numel()
+        tensor.copy_(flat[start:end].view_as(tensor))
+        start = end
+
+
+@torch.no_grad()
+def weighted_mean(gradients: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i (weights[i] / sum(weights)) gradients[i], a new tensor; weights are each peer's tokens (DiLoCo, line 12).
+
+    `gradients` are (P,) fp32, or the same slice [a:b] of each: the mean of slices is the slice of the mean, to the
+    bit. One gradient alone comes back unchanged. Raises ValueError when there is none, their shapes or number differ
+    from each other or from the weights', or the weights are negative, not finite or all zero.
+    """
+    if not gradients or len(gradients) != len(weights):
+        raise ValueError(f"as many weights as gradients, at least one: got {len(weights)} and {len(gradients)}")
+    if any(gradient.shape != gradients[0].shape for gradient in gradients):
+        raise ValueError(f"gradients of one shape are needed, got {[tuple(g.shape) for g in gradients]}")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise ValueError(f"weights must be finite and not negative, got {list(weights)}")
+    total = math.fsum(weights)
+    if total == 0:
+        raise ValueError("all weights are zero")
+    mean = gradients[0] * (weights[0] / total)
+    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+        mean.add_(gradient * (weight / total))  # not add_(gradient, alpha=...): that is fused on some processors
+    return mean
+
+
+@torch.no_grad()
+def outer_step(state: OuterState, gradient: Tensor, constants: OuterConstants) -> OuterState:
+    """One outer Nesterov step with `gradient` (P,), the mean of theta at the round's start minus what peers reached.
+
+    m <- beta m + G;  theta <- theta - eps (G + beta m): DiLoCo's rule (arXiv 2311.08105, algorithm 1), and to the bit
+    what torch.optim.SGD(nesterov=True) computes. Momentum 0 is plain SGD, and with eps = 1 plain averaging. Both
+    tensors are new: the old ones may still be read by another thread.
+    """
+    if gradient.shape != state.theta.shape:
+        raise ValueError(f"a gradient of {state.theta.numel()} numbers is needed, got {tuple(gradient.shape)}")
+    momentum = (state.momentum * constants.momentum).add_(gradient)
+    ahead = gradient.add(momentum, alpha=constants.momentum)
+    return OuterState(theta=state.theta.add(ahead, alpha=-constants.learning_rate), momentum=momentum)
+
+
+def momentum_at(round: int, momentum: float, ramp_rounds: int) -> float:
+    """The outer momentum in a round (counted from 0): linear from 0 to `momentum` in `ramp_rounds` rounds; 0 for none.
+
+    From a cold start the first pseudo-gradients are large and point away from the later ones; momentum would carry
+    them along. Raises ValueError when `round` or `ramp_rounds` is negative.
+    """
+    if round < 0 or ramp_rounds < 0:
+        raise ValueError(f"rounds must not be negative, got {round} and {ramp_rounds}")
+    return momentum if round >= ramp_rounds else momentum * round / ramp_rounds

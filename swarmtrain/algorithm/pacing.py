@@ -1,0 +1,48 @@
+"""Pacing: slower peers take fewer inner steps, so that all end a round together.
+
+"Dynamic local updates" of Asynchronous Local-SGD (arXiv 2401.09135, section 5), with a reference speed that one
+liar, or one peer measured wrongly, cannot raise: trusting the highest speed, it could shrink everybody's round.
+Pure functions; speeds are in inner steps per second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = ["paced_inner_steps", "reference_speed"]
+
+
+def reference_speed(speeds: Sequence[float]) -> float:
+    """The speed (inner steps per second) at which a peer takes the full number of inner steps.
+
+    The second-highest of the live peers' speeds; of fewer than three the highest; of more than ten the 90th
+    percentile by nearest rank. Raises ValueError when there is none, or one is negative or not finite.
+    """
+    if not speeds:
+        raise ValueError("reference_speed needs at least one speed")
+    if not all(math.isfinite(speed) and speed >= 0 for speed in speeds):
+        raise ValueError(f"speeds must be finite and not negative, got {list(speeds)}")
+    ascending = sorted(speeds)
+    if len(ascending) < 3:
+        return ascending[-1]
+    if len(ascending) <= 10:
+        return ascending[-2]
+    return ascending[-(-9 * len(ascending) // 10) - 1]  # rank ceil(0.9 n), counted from 1
+
+
+def paced_inner_steps(own_speed: float, reference: float, inner_steps: int) -> int:
+    """H_i = clamp(floor(own_speed / reference * H), max(1, ceil(H / 16)), H), where H is `inner_steps`.
+
+    Both speeds in inner steps per second; a reference of 0 (nobody has measured yet) gives H. Raises ValueError
+    when a speed is negative or not finite, or H is below 1.
+    """
+    if inner_steps < 1:
+        raise ValueError(f"inner_steps must be at least 1, got {inner_steps}")
+    if not (math.isfinite(own_speed) and own_speed >= 0 and math.isfinite(reference) and reference >= 0):
+        raise ValueError(f"speeds must be finite and not negative, got {own_speed} and {reference}")
+    fewest = max(1, -(-inner_steps // 16))
+    if own_speed >= reference:
+        return inner_steps
+    steps = math.floor(own_speed / reference * inner_steps + 1e-9)  # 0.1 / 0.3 * 30 is 10, not 9
+    return min(max(steps, fewest), inner_steps)

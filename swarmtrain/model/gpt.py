@@ -1,0 +1,202 @@
+"""The built-in model: a GPT, its loss, its evaluation and a sampler, in one file to be read from top to bottom.
+
+Why our own: it is small enough to train on a laptop's processor, it starts from the same bits on every machine, and
+it can be cut into stages anywhere (`embed`, `blocks`, then `final_norm` and `head`).
+
+What it is: RMSNorm before each half of a block (arXiv 1910.07467), rotary positions (2104.09864), queries and keys
+normalised per head (2010.04245), squared ReLU (2109.08668), no biases, embedding and head untied.
+
+Shapes: B batch, T time (tokens), D width, H heads, K = D / H head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swarmtrain.run import ModelSection
+
+__all__ = ["GPT", "build_model", "evaluate", "generate", "num_parameters"]
+
+_ROTARY_BASE = 10_000.0
+_NORM_EPSILON = 1e-6
+
+
+def _hidden_width(section: ModelSection) -> int:
+    return max(1, round(section.feed_forward_ratio * section.width))
+
+
+def _rotary_table(num_positions: int, head_width: int) -> Tensor:
+    """Cosines and sines of each position's angles: (2, T, K / 2)."""
+    frequencies = _ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+    angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()]).to(torch.float32)
+
+
+def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn each pair (i, i + K/2) of x (..., T, K) by its position's angle."""
+    cos, sin = rotary[0], rotary[1]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, H heads, queries and keys normalised and then rotated."""
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__()
+        self.num_heads = section.num_heads
+        self.qkv = nn.Linear(section.width, 3 * section.width, bias=False)
+        self.out = nn.Linear(section.width, section.width, bias=False)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)  # (3, B, H, T, K)
+        qk = _rotate(F.rms_norm(qkv[:2], qkv.shape[-1:], eps=_NORM_EPSILON), rotary)
+        mixed = F.scaled_dot_product_attention(qk[0], qk[1], qkv[2], is_causal=True)  # (B, H, T, K)
+        return cast(Tensor, self.out(mixed.transpose(1, 2).reshape(B, T, D)))
+
+
+class FeedForward(nn.Module):
+    """Two matrices with a squared ReLU between them."""
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__()
+        hidden = _hidden_width(section)
+        self.up = nn.Linear(section.width, hidden, bias=False)
+        self.down = nn.Linear(hidden, section.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down(F.relu(self.up(x)).square()))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each added to the residual stream (B, T, D)."""
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(section.width, eps=_NORM_EPSILON)
+        self.attention = Attention(section)
+        self.feed_forward_norm = nn.RMSNorm(section.width, eps=_NORM_EPSILON)
+        self.feed_forward = FeedForward(section)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary)
+        return cast(Tensor, x + self.feed_forward(self.feed_forward_norm(x)))
+
+
+class GPT(nn.Module):
+    """The whole model. Built by `build_model`; its own constructor leaves torch's random initial weights."""
+
+    rotary: Tensor
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__()
+        self.section = section
+        self.embed = nn.Embedding(section.vocabulary_size, section.width)
+        self.blocks = nn.ModuleList(Block(section) for _ in range(section.num_layers))
+        self.final_norm = nn.RMSNorm(section.width, eps=_NORM_EPSILON)
+        self.head = nn.Linear(section.width, section.vocabulary_size, bias=False)
+        table = _rotary_table(section.context_tokens, section.width // section.num_heads)
+        self.register_buffer("rotary", table, persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) from tokens (B, T), int64; T at most `context_tokens`, else ValueError."""
+        T = tokens.shape[1]
+        if self.section.context_tokens < T:
+            raise ValueError(f"{T} tokens are more than the context of {self.section.context_tokens}")
+        x = self.embed(tokens)
+        rotary = self.rotary[:, :T]
+        for block in self.blocks:
+            x = block(x, rotary)
+        return cast(Tensor, self.head(self.final_norm(x)))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Mean nats per token, a scalar: each of batch (B, T + 1) but the first is predicted from those before it."""
+        logits = self(batch[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+def num_parameters(section: ModelSection) -> int:
+    """How many parameters `GPT(section)` has, computed without building it."""
+    D, hidden = section.width, _hidden_width(section)
+    block = 4 * D * D + 2 * D * hidden + 2 * D
+    return 2 * section.vocabulary_size * D + section.num_layers * block + D
+
+
+def build_model(section: ModelSection, seed: int) -> GPT:
+    """A GPT on the processor, fp32, whose initial weights depend on the shape and the seed alone.
+
+    The same bits on every machine: each parameter has a generator of its own, seeded from SHA-256 of the seed and its
+    name, so neither the order of building, nor the global generator, nor how the model is cut into stages matters.
+    Weights are uniform, not normal: torch makes uniform numbers one by one from 24 bits each, which is exact, but
+    normal ones by code that depends on the tensor's size and the processor's vector instructions. Two roundings
+    follow, as IEEE 754 prescribes. What is not ours to promise: torch's own Mersenne Twister; a test pins its result.
+    """
+    with torch.device("meta"):
+        model = GPT(section)
+    model.to_empty(device="cpu")
+    model.rotary = _rotary_table(section.context_tokens, section.width // section.num_heads)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(initial_weight(name, parameter.shape, seed))
+    return model
+
+
+def initial_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The initial value of the parameter called `name` of a GPT, fp32.
+
+    Norms are 1. Head and the two matrices that write into the residual stream are 0, so the model begins as "every
+    token is equally likely". Others have a standard deviation of 1 / sqrt(fan-in), embeddings of 1.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith(("head.weight", "out.weight", "down.weight")):
+        return torch.zeros(shape)
+    deviation = 1.0 if name == "embed.weight" else 1.0 / math.sqrt(shape[-1])
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float32)  # in [0, 1), multiples of 2**-24
+    return uniform.sub_(0.5).mul_(2 * math.sqrt(3) * deviation)
+
+
+@torch.inference_mode()
+def evaluate(model: GPT, batches: Iterable[Tensor]) -> tuple[float, int]:
+    """(sum of nats, number of predicted tokens) over batches (B, T + 1), int64; their quotient is the held-out loss."""
+    sum_nats, num_targets = 0.0, 0
+    for batch in batches:
+        targets = batch[:, 1:].flatten()
+        sum_nats += float(F.cross_entropy(model(batch[:, :-1]).flatten(0, 1).float(), targets, reduction="sum"))
+        num_targets += targets.numel()
+    return sum_nats, num_targets
+
+
+@torch.inference_mode()
+def generate(model: GPT, prompt_tokens: Sequence[int], num_tokens: int, temperature: float, seed: int) -> list[int]:
+    """`num_tokens` tokens that continue the prompt (not included), each drawn given the last `context_tokens`.
+
+    Temperature 0 takes the likeliest token. The same arguments give the same tokens on one machine. Raises
+    ValueError when the prompt is empty or holds an unknown token, or the temperature is negative.
+    """
+    vocabulary_size, context_tokens = model.section.vocabulary_size, model.section.context_tokens
+    if not prompt_tokens or not all(0 <= token < vocabulary_size for token in prompt_tokens):
+        raise ValueError(f"the prompt must hold at least one token, each below {vocabulary_size}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt_tokens)
+    device = model.embed.weight.device
+    for _ in range(num_tokens):
+        logits = model(torch.tensor([tokens[-context_tokens:]], device=device))[0, -1].float().cpu()
+        if temperature == 0:
+            tokens.append(int(logits.argmax()))
+        else:
+            chances = torch.softmax(logits / temperature, dim=-1)
+            tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
+    return tokens[len(prompt_tokens) :]

@@ -1,0 +1,233 @@
+"""The inner loop against torch.optim.AdamW, its schedule, and checkpoints that continue to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, learning_rate_at
+
+
+def _constants(**changes: float) -> InnerConstants:
+    values = {
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "gradient_clip": 1.0,
+        "warmup_fraction": 0.1,
+        "floor_fraction": 0.1,
+    }
+    return InnerConstants(**{**values, **changes})
+
+
+def _model(seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _backward(model: nn.Module, seed: int, scale: float = 1.0) -> None:
+    x = torch.randn(11, 5, generator=torch.Generator().manual_seed(seed))
+    (scale * model(x).square().mean()).backward()
+
+
+def _weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_schedule() -> None:
+    constants = _constants(learning_rate=1.0, warmup_fraction=0.2, floor_fraction=0.1)
+    assert learning_rate_at(constants, 0.0) == pytest.approx(0.01)
+    assert learning_rate_at(constants, 0.1) == pytest.approx(0.505)
+    assert learning_rate_at(constants, 0.2) == pytest.approx(1.0)
+    assert learning_rate_at(constants, 0.6) == pytest.approx(0.55)
+    assert learning_rate_at(constants, 1.0) == pytest.approx(0.1)
+    assert learning_rate_at(constants, 1.5) == pytest.approx(0.1)
+    assert learning_rate_at(_constants(learning_rate=1.0, warmup_fraction=0.0), 0.0) == 1.0
+
+
+@pytest.mark.parametrize("progress", [-0.1, math.nan])
+def test_progress_that_makes_no_sense(progress: float) -> None:
+    with pytest.raises(ValueError, match="progress"):
+        learning_rate_at(_constants(), progress)
+
+
+@given(
+    progress=st.floats(0, 2),
+    warmup=st.floats(0, 1, exclude_max=True),
+    floor=st.floats(0, 1),
+)
+def test_learning_rate_stays_between_nothing_and_the_peak(progress: float, warmup: float, floor: float) -> None:
+    constants = _constants(learning_rate=1.0, warmup_fraction=warmup, floor_fraction=floor)
+    assert 0 <= learning_rate_at(constants, progress) <= 1 + 1e-12
+    assert learning_rate_at(constants, 0.0) > 0
+
+
+def test_matches_a_plain_adamw() -> None:
+    constants = _constants()
+    ours, plain = _model(), _model()
+    optimizer = InnerOptimizer(ours.named_parameters(), constants)
+    matrices = [p for p in plain.parameters() if p.dim() >= 2]
+    others = [p for p in plain.parameters() if p.dim() < 2]
+    reference = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        foreach=False,
+    )
+    for step in range(50):
+        for model in (ours, plain):
+            _backward(model, step)
+        expected_norm = nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        for group in reference.param_groups:
+            group["lr"] = learning_rate_at(constants, step / 50)
+        reference.step()
+        reference.zero_grad()
+        assert optimizer.step(step / 50) == pytest.approx(float(expected_norm), rel=1e-4)
+    assert torch.allclose(_weights(ours), _weights(plain), atol=1e-5)
+
+
+def test_gradients_are_clipped_and_dropped() -> None:
+    twins = [_model(), _model()]
+    optimizers = [InnerOptimizer(m.named_parameters(), _constants(gradient_clip=1e-3)) for m in twins]
+    for model, scale in zip(twins, (10.0, 1000.0), strict=True):
+        _backward(model, 0, scale)
+    norms = [optimizer.step(0.5) for optimizer in optimizers]
+    assert norms[1] == pytest.approx(100 * norms[0], rel=1e-4)
+    assert norms[0] > 1e-3
+    assert torch.allclose(_weights(twins[0]), _weights(twins[1]), atol=1e-6)
+    assert all(p.grad is None for p in twins[0].parameters())
+
+
+def test_norms_are_not_decayed_and_matrices_are() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = InnerOptimizer(model.named_parameters(), _constants(warmup_fraction=0.0, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.0)
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.01 * 0.5 if parameter.dim() >= 2 else 1.0
+        assert torch.allclose(parameter, before[name] * factor), name
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(poison: float) -> None:
+    model = _model()
+    optimizer = InnerOptimizer(model.named_parameters(), _constants())
+    _backward(model, 0)
+    optimizer.step(0.5)
+    weights = _weights(model).clone()
+    state = {key: tensor.clone() for key, tensor in optimizer.state_dict().items()}
+    _backward(model, 1)
+    next(model.parameters()).grad[0, 0] = poison  # type: ignore[index]
+    assert not math.isfinite(optimizer.step(0.5))
+    assert torch.equal(_weights(model), weights)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in optimizer.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("num_before", [0, 7])
+def test_continuing_from_a_checkpoint_is_the_same_to_the_bit(num_before: int) -> None:
+    model = _model()
+    optimizer = InnerOptimizer(model.named_parameters(), _constants())
+    for step in range(num_before):
+        _backward(model, step)
+        optimizer.step(step / 20)
+    saved_model = {k: v.clone() for k, v in model.state_dict().items()}
+    saved = {k: v.clone() for k, v in optimizer.state_dict().items()}
+
+    other = _model(seed=1)
+    other.load_state_dict(saved_model)
+    continued = InnerOptimizer(other.named_parameters(), _constants())
+    continued.load_state_dict(saved)
+    for step in range(num_before, 20):
+        for each, opt in ((model, optimizer), (other, continued)):
+            _backward(each, step)
+            opt.step(step / 20)
+    assert torch.equal(_weights(model), _weights(other))
+
+
+def test_loading_copies() -> None:
+    optimizer = InnerOptimizer(_model().named_parameters(), _constants())
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    for tensor in state.values():
+        tensor.fill_(5)
+    assert not any(tensor.any() for tensor in optimizer.state_dict().values())
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "shape"])
+def test_a_state_that_does_not_fit_is_refused_whole(damage: str) -> None:
+    model = _model()
+    optimizer = InnerOptimizer(model.named_parameters(), _constants())
+    _backward(model, 0)
+    optimizer.step(0.5)
+    before = {k: v.clone() for k, v in optimizer.state_dict().items()}
+    state = {k: torch.zeros_like(v) for k, v in before.items()}
+    if damage == "missing":
+        del state["2.bias.exp_avg"]
+    elif damage == "unknown":
+        state["3.bias.exp_avg"] = torch.zeros(3)
+    else:
+        state["2.bias.exp_avg"] = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"[23]\.bias\.exp_avg"):
+        optimizer.load_state_dict(state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in optimizer.state_dict().items())
+
+
+def test_deterministic() -> None:
+    runs = []
+    for _ in range(2):
+        model = _model()
+        optimizer = InnerOptimizer(model.named_parameters(), _constants())
+        for step in range(20):
+            _backward(model, step)
+            optimizer.step(step / 20)
+        runs.append(_weights(model))
+    assert torch.equal(*runs)
+
+
+def test_converges() -> None:
+    model = _model()
+    optimizer = InnerOptimizer(model.named_parameters(), _constants(learning_rate=0.05, weight_decay=0.0))
+    x = torch.randn(11, 5, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for step in range(200):
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        optimizer.step(step / 200)
+        losses.append(loss.item())
+    assert losses[-1] < 0.001 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"weight_decay": -0.1},
+        {"gradient_clip": 0.0},
+        {"beta1": 1.0},
+        {"beta2": -0.1},
+        {"warmup_fraction": 1.0},
+        {"floor_fraction": 1.1},
+    ],
+)
+def test_constants_are_checked(changes: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        _constants(**changes)
+
+
+def test_no_parameters() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        InnerOptimizer(itertools.chain(), _constants())
