@@ -1,0 +1,183 @@
+"""The text of a run: the held-out part that the bootstrap cuts once, and what each peer trains on.
+
+The two never share passages: a peer removes from its own corpus whatever the run's held-out text gives away
+(`overlap.py` has the rules), because another machine has another version of the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from swarmtrain.data import huggingface
+from swarmtrain.data.cache import load_array, store_array
+from swarmtrain.data.documents import Document, read_documents, source_files
+from swarmtrain.data.overlap import HeldOutIndex
+from swarmtrain.errors import RunFileError
+from swarmtrain.run import DataSection
+
+__all__ = ["Corpus", "Document", "HeldOut", "cut_held_out", "prepare_corpus", "read_documents"]
+
+HELD_OUT_PIECES = 8  # the held-out text comes from at least so many places
+HELD_OUT_ONE_IN = 10  # it is at most this share of the corpus
+_CACHE_FORM = 1  # goes up whenever the same files give another corpus
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The text a run is judged by."""
+
+    text: bytes
+    names: tuple[str, ...]  # the documents it was cut from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """What one peer trains on."""
+
+    text: npt.NDArray[np.uint8]  # (num_bytes,), read-only; documents each ending with a newline; empty if streamed
+    digest: str  # SHA-256 of the text, in hexadecimal; of the data set's description if streamed
+    num_documents: int
+    dropped_documents: int  # wholly dropped for what they share with the held-out text
+    dropped_bytes: int  # dropped for that reason, single passages included
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the text in bytes."""
+        return len(self.text)
+
+
+def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) -> HeldOut:
+    """Cut the held-out text: at most `held_out_bytes`, from pieces that `seed` picks all over the corpus.
+
+    A piece is a document, or an eighth of `held_out_bytes` of a longer one, and ends with a line where there are
+    lines. Raises RunFileError if the corpus is smaller than ten times the held-out text.
+    """
+    pieces: list[tuple[str, bytes]] = []
+    num_bytes = 0
+    for document in documents:
+        num_bytes += len(document.text)
+        pieces += [(document.name, piece) for piece in _pieces(document.text, held_out_bytes // HELD_OUT_PIECES)]
+    if num_bytes < HELD_OUT_ONE_IN * held_out_bytes:
+        largest = num_bytes // HELD_OUT_ONE_IN
+        advice = f"lower data.held_out_bytes to {largest} or less" if largest >= 1024 else "give it more text"
+        raise RunFileError(
+            f"data.held_out_bytes = {held_out_bytes} is more than a tenth of the corpus ({num_bytes} bytes): {advice}"
+        )
+    order = np.argsort(np.random.Philox(key=seed).random_raw(len(pieces)), kind="stable")
+    chosen: dict[str, None] = {}
+    text = bytearray()
+    for index in order:
+        name, piece = pieces[index]
+        if not piece.endswith(b"\n"):
+            piece += b"\n"
+        room = held_out_bytes - len(text)
+        piece = piece if len(piece) <= room else piece[: _cut_before(piece, room)]
+        text += piece
+        if piece:
+            chosen[name] = None
+        if room <= held_out_bytes // 64 or len(piece) == room:
+            break
+    return HeldOut(bytes(text), tuple(chosen))
+
+
+def prepare_corpus(section: DataSection, base: Path, held_out: bytes, cache_dir: Path | None) -> Corpus:
+    """Read the documents of `section` and drop what they share with `held_out`.
+
+    With `cache_dir`, the result is kept there and found again while neither the files (name, size, time), nor the
+    section, nor the held-out text, nor these rules change. A streamed data set is not read: its text is empty.
+    Raises RunFileError if the data cannot be used or nothing is left of it.
+    """
+    description = json.dumps([section.model_dump(mode="json"), hashlib.sha256(held_out).hexdigest()])
+    if section.source == "datasets" and section.streaming:
+        digest = hashlib.sha256(description.encode()).hexdigest()
+        return Corpus(text=_read_only(b""), digest=digest, num_documents=0, dropped_documents=0, dropped_bytes=0)
+    cached = None if cache_dir is None else _cache_path(section, base, description, cache_dir)
+    found = None if cached is None else load_array(cached)
+    if found is not None and "num_documents" in found[1]:
+        array, header = found
+        return Corpus(
+            text=array,
+            digest=header["sha256"],
+            num_documents=header["num_documents"],
+            dropped_documents=header["dropped_documents"],
+            dropped_bytes=header["dropped_bytes"],
+        )
+    cut = HeldOutIndex(held_out).cut([document.text for document in read_documents(section, base)])
+    if not len(cut.text):
+        raise RunFileError(
+            "data: every document shares passages with the run's held-out text, so nothing is left to train on; "
+            "give more text"
+        )
+    corpus = Corpus(
+        text=_read_only(cut.text),
+        digest=hashlib.sha256(cut.text.data).hexdigest(),
+        num_documents=cut.num_documents,
+        dropped_documents=cut.dropped_documents,
+        dropped_bytes=cut.dropped_bytes,
+    )
+    if cached is not None:
+        counts = {name: getattr(corpus, name) for name in ("num_documents", "dropped_documents", "dropped_bytes")}
+        store_array(cached, corpus.text, counts)
+    return corpus
+
+
+def first_documents(section: DataSection, base: Path, num_bytes: int) -> Iterator[Document]:
+    """Documents until `num_bytes` are reached: what the bootstrap reads of a stream."""
+    read = 0
+    for number, text in enumerate(huggingface.read_texts(section, base)):
+        yield Document(f"{section.dataset}:{number}", text)
+        read += len(text)
+        if read >= num_bytes:
+            return
+
+
+def _pieces(text: bytes, piece_bytes: int) -> Iterator[bytes]:
+    begin = 0
+    while len(text) - begin > piece_bytes:
+        end = begin + _cut_before(text[begin : begin + piece_bytes + 1], piece_bytes)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _cut_before(text: bytes, limit: int) -> int:
+    """Where to cut `text` at `limit` or a little earlier: after a line, else between two characters."""
+    line = text.rfind(b"\n", limit // 2, limit) + 1
+    if line:
+        return line
+    end = limit
+    while end > max(0, limit - 3) and end < len(text) and text[end] & 0xC0 == 0x80:  # inside a UTF-8 character
+        end -= 1
+    return end or limit
+
+
+def _cache_path(section: DataSection, base: Path, description: str, cache_dir: Path) -> Path | None:
+    identity: list[object] = [_CACHE_FORM, sys.byteorder, description]
+    if section.source == "datasets":
+        fingerprint = huggingface.fingerprint(section, base)
+        if fingerprint is None:
+            return None
+        identity.append(fingerprint)
+    else:
+        for file in source_files(section, base):
+            try:
+                status = file.path.stat()
+            except OSError:
+                identity.append([file.name, None])
+            else:
+                identity.append([file.name, str(file.path), status.st_size, status.st_mtime_ns])
+    return cache_dir / f"corpus-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.array"
+
+
+def _read_only(text: bytes | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    array = np.frombuffer(text, np.uint8) if isinstance(text, bytes) else text
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,190 @@
+"""Documents from the four sources, always in the same order; nothing here cuts or filters by content.
+
+Every error is a `RunFileError` in one line that names the key, the file and the next step.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarmtrain.data import huggingface
+from swarmtrain.data.overlap import near_duplicates
+from swarmtrain.errors import RunFileError
+from swarmtrain.run import DataSection
+
+__all__ = ["Document", "SourceFile", "read_documents", "source_files"]
+
+# Folders of a standard library that are tests, tables, generated, or somebody else's packages.
+_LEFT_OUT_FOLDERS = frozenset(
+    {"__phello__", "__pycache__", "_bundled", "dist-packages", "encodings", "idle_test", "pydoc_data"}
+    | {"site-packages", "test", "tests"}
+)
+_LEFT_OUT_FILES = frozenset({"sitecustomize.py", "usercustomize.py"})
+_LEFT_OUT_BEGINNINGS = ("config-", "_sysconfigdata")  # describe one machine's build, not Python
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, never empty."""
+
+    name: str  # the file's name relative to its source, or "file:line"; for messages and for the order
+    text: bytes
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source."""
+
+    name: str
+    path: Path
+
+
+def read_documents(section: DataSection, base: Path) -> Iterator[Document]:
+    """The documents of `section`, in an order that depends on the data alone; paths are relative to `base`.
+
+    Of "python-stdlib", near duplicates are left out; the other sources are given as they are.
+    Raises RunFileError for what is missing, empty, not UTF-8, not JSON, or lacks the field.
+    """
+    if section.source == "datasets":
+        for number, text in enumerate(huggingface.read_texts(section, base)):
+            yield Document(f"{section.dataset}:{number}", text)
+        return
+    files = source_files(section, base)
+    if section.source == "python-stdlib":
+        yield from _read_stdlib(files)
+        return
+    empty = True
+    for file in files:
+        for document in _read_jsonl(file, section.field) if section.source == "jsonl" else _read_text(file):
+            empty = False
+            yield document
+    if empty:
+        raise RunFileError(
+            f"data.paths: all {len(files)} files are empty (the first is {files[0].path}); name files that hold text"
+        )
+
+
+def source_files(section: DataSection, base: Path) -> list[SourceFile]:
+    """The files of "python-stdlib", "text" or "jsonl", sorted by name, each once. Raises RunFileError."""
+    assert section.source != "datasets"
+    if section.source == "python-stdlib":
+        return _stdlib_files()
+    if not section.paths:
+        raise RunFileError(
+            'data.paths is empty: name the files to train on, for example data.paths = ["books/**/*.txt"]'
+        )
+    found: dict[str, Path] = {}
+    for pattern in section.paths:
+        for name in _matches(pattern, base):
+            found[Path(name).as_posix()] = base / name
+    return [SourceFile(name, found[name]) for name in sorted(found)]
+
+
+def _matches(pattern: str, base: Path) -> list[str]:
+    path = base / pattern
+    if path.is_file():
+        return [pattern]
+    if path.is_dir():
+        raise RunFileError(
+            f"data.paths: {path} is a folder; write {pattern.rstrip('/')}/**/* (or **/*.txt) for the files in it"
+        )
+    if not glob.has_magic(pattern):
+        raise RunFileError(f"data.paths: there is no file {path}; correct the path, or say where it lies with --data")
+    found = glob.glob(pattern, root_dir=base, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute ones)
+    names = [name for name in found if (base / name).is_file()]
+    if not names:
+        raise RunFileError(
+            f"data.paths: no file matches {path}; correct the pattern, or say where the files lie with --data"
+        )
+    return names
+
+
+def _stdlib_files() -> list[SourceFile]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if f not in _LEFT_OUT_FOLDERS and not f.startswith(_LEFT_OUT_BEGINNINGS)]
+        relative = os.path.relpath(folder, root)
+        for name in names:
+            if name.endswith(".py") and name not in _LEFT_OUT_FILES and not name.startswith(_LEFT_OUT_BEGINNINGS):
+                path = name if relative == "." else f"{relative}/{name}".replace(os.sep, "/")
+                files.append(SourceFile(path, Path(folder, name)))
+    if not files:
+        raise RunFileError(
+            f'data.source = "python-stdlib": this Python has no sources in {root}; use data.source = "text" with '
+            "data.paths"
+        )
+    return sorted(files, key=lambda file: file.name)
+
+
+def _read_stdlib(files: list[SourceFile]) -> Iterator[Document]:
+    documents = []
+    for file in files:
+        try:
+            text = file.path.read_bytes()
+            text.decode()
+        except (OSError, UnicodeDecodeError):
+            continue  # a dangling link of a packager, or a source in another encoding: nobody's mistake
+        if text:
+            documents.append(Document(file.name, text))
+    duplicate = near_duplicates([document.text for document in documents])
+    yield from (document for document, left_out in zip(documents, duplicate, strict=True) if not left_out)
+
+
+def _read_text(file: SourceFile) -> Iterator[Document]:
+    text = _read_bytes(file)
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        raise RunFileError(
+            f"data.paths: {file.path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of the "
+            "pattern"
+        ) from None
+    if text:
+        yield Document(file.name, text)
+
+
+def _read_jsonl(file: SourceFile, field: str) -> Iterator[Document]:
+    for number, line in enumerate(_read_bytes(file).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise RunFileError(
+                f"data.paths: line {number} of {file.path} is not JSON; correct or delete that line"
+            ) from None
+        if not isinstance(row, dict):
+            raise RunFileError(
+                f'data.paths: line {number} of {file.path} is not a JSON object; write {{"{field}": "..."}} on each '
+                "line"
+            )
+        if field not in row:
+            has = ", ".join(sorted(row)) or "none"
+            raise RunFileError(
+                f'data.field: line {number} of {file.path} has no field "{field}" (it has: {has}); set data.field to '
+                "the one that holds the text"
+            )
+        if not isinstance(row[field], str):
+            raise RunFileError(
+                f'data.field: "{field}" in line {number} of {file.path} is not a string; set data.field to the one '
+                "that holds the text"
+            )
+        text = row[field].encode(errors="replace")  # JSON can spell lone surrogates, UTF-8 cannot
+        if text:
+            yield Document(f"{file.name}:{number}", text)
+
+
+def _read_bytes(file: SourceFile) -> bytes:
+    try:
+        return file.path.read_bytes()
+    except OSError as error:
+        raise RunFileError(
+            f"data.paths: cannot read {file.path}: {error.strerror}; correct the path or its permissions"
+        ) from None

@@ -1,0 +1,243 @@
+"""Bytes to tokens and back: bytes themselves, or a byte-level BPE that the bootstrap learns and hands out.
+
+In both, tokens 0 to 255 are the bytes, so every text has an encoding and every encoding a text. A learnt
+tokenizer travels as its list of merges and nothing else: what a peer receives is numbers in a range, never a
+pattern or a program, and each side builds the same encoder from them.
+
+Form of the merges: `MAGIC`, then two little-endian uint32 a merge, the tokens it joins. A merge makes the next
+free token; if another merge already made the same bytes, it makes that one again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from swarmtrain.errors import BadBytesError, RunFileError
+
+__all__ = ["BpeTokenizer", "ByteTokenizer", "Tokenizer", "Tokens", "tokenizer_from_bytes_untrusted"]
+
+MAGIC = b"swarmtrain-bpe-1"
+MAX_TOKEN_BYTES = 64
+NUM_BYTES = 256
+LEARNT_FROM_BYTES = 1 << 25  # text that a BPE is learnt from, at most
+_CHUNK_BYTES = 1 << 16
+_CHUNKS_AT_ONCE = 16  # an encoder's result takes a hundred times its text
+
+Tokens = npt.NDArray[Any]  # (n,), unsigned integers
+
+
+class Tokenizer(Protocol):
+    """What the model's vocabulary is."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of distinct tokens."""
+        ...
+
+    def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
+        """The tokens of `text` (n,): uint8, uint16 or uint32, the smallest that holds the vocabulary."""
+        ...
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        """The text of `tokens`; always exactly what was encoded. ValueError for a number that is no token."""
+        ...
+
+    def to_bytes(self) -> bytes:
+        """What a peer needs to build the same tokenizer; empty for bytes."""
+        ...
+
+
+class ByteTokenizer:
+    """A token is a byte."""
+
+    vocabulary_size = NUM_BYTES
+
+    def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
+        """The bytes of `text` as uint8, without a copy."""
+        return np.frombuffer(text, np.uint8)
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        """The text of `tokens`. ValueError for a number that is no byte."""
+        return bytes(int(token) for token in tokens)
+
+    def to_bytes(self) -> bytes:
+        """Nothing: every peer has bytes."""
+        return b""
+
+
+class BpeTokenizer:
+    """A token is a byte, or one of the sequences of bytes that were frequent in the bootstrap's corpus.
+
+    What is not UTF-8 is encoded byte by byte. Needs the library `tokenizers` to encode, not to decode.
+    """
+
+    def __init__(self, merges: npt.NDArray[np.uint32]) -> None:
+        """`merges` (n, 2), as in the form above; ValueError if they are not of that form."""
+        self._merges = np.ascontiguousarray(merges, "<u4")
+        self._spellings = _spellings(self._merges)
+        self._encoder = _encoder(self._merges, self._spellings)
+        self._dtype = np.uint16 if self.vocabulary_size <= 2**16 else np.uint32
+
+    @classmethod
+    def learn(cls, text: bytes | npt.NDArray[np.uint8], vocabulary_size: int) -> BpeTokenizer:
+        """Learn `vocabulary_size` tokens from (the first 32 MiB of) `text`.
+
+        Raises RunFileError if the text is too small for so many, or the library is missing.
+        """
+        library = _library()
+        learner = library.Tokenizer(library.models.BPE())
+        learner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+            max_token_length=MAX_TOKEN_BYTES,
+            show_progress=False,
+        )
+        chunks = (
+            str(chunk, errors="ignore") for chunk in _chunks(np.frombuffer(text, np.uint8).data[:LEARNT_FROM_BYTES])
+        )
+        learner.train_from_iterator(chunks, trainer)
+        ids = {letter: byte for byte, letter in enumerate(_letters())}
+        merges = []
+        for pair in json.loads(learner.to_str())["model"]["merges"]:
+            left, right = pair.split(" ") if isinstance(pair, str) else pair
+            merges.append((ids[left], ids[right]))
+            ids.setdefault(left + right, len(ids))
+        if len(ids) != vocabulary_size:
+            raise RunFileError(
+                f"model.vocabulary_size = {vocabulary_size} is more than can be learnt from this corpus: lower it to "
+                f"{len(ids)} or less, or give more text"
+            )
+        return cls(np.array(merges, np.uint32).reshape(-1, 2))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of distinct tokens."""
+        return len(self._spellings)
+
+    def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
+        """The tokens of `text` (n,), uint16 or uint32. It is cut after lines, so that its length does not matter."""
+        parts = [np.empty(0, self._dtype)]
+        waiting: list[str | bytes] = []
+        for chunk in _chunks(np.frombuffer(text, np.uint8).data):
+            waiting += _valid_and_invalid(chunk)
+            if len(waiting) >= _CHUNKS_AT_ONCE:
+                parts += self._encode_parts(waiting)
+                waiting = []
+        return np.concatenate(parts + self._encode_parts(waiting))
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        """The text of `tokens`. ValueError for a number that is no token."""
+        numbers = [int(token) for token in tokens]
+        if numbers and not 0 <= min(numbers) <= max(numbers) < len(self._spellings):
+            raise ValueError(f"a token is at least 0 and below {len(self._spellings)}")
+        return b"".join([self._spellings[number] for number in numbers])
+
+    def to_bytes(self) -> bytes:
+        """The merges in the form above."""
+        return MAGIC + self._merges.tobytes()
+
+    def _encode_parts(self, parts: Sequence[str | bytes]) -> list[Tokens]:
+        encodings = iter(self._encoder.encode_batch_fast([part for part in parts if isinstance(part, str)]))
+        return [
+            np.array(next(encodings).ids, self._dtype) if isinstance(part, str) else np.frombuffer(part, np.uint8)
+            for part in parts
+        ]
+
+
+def tokenizer_from_bytes_untrusted(data: bytes, vocabulary_size: int) -> Tokenizer:
+    """The tokenizer that a peer sent: `data` is empty for bytes.
+
+    Raises BadBytesError if the form is wrong or the vocabulary is not `vocabulary_size`; RunFileError if the
+    library for it is missing on this machine.
+    """
+    if not data:
+        if vocabulary_size != NUM_BYTES:
+            raise BadBytesError(f"a run of {vocabulary_size} tokens came without its tokenizer")
+        return ByteTokenizer()
+    num_words, rest = divmod(len(data) - len(MAGIC), 4)
+    if not data.startswith(MAGIC) or rest or num_words % 2 or num_words // 2 > 2 * vocabulary_size:
+        raise BadBytesError(f"{len(data)} bytes are not a tokenizer of {vocabulary_size} tokens")
+    try:
+        merges = np.frombuffer(data, "<u4", offset=len(MAGIC)).reshape(-1, 2)
+        num_tokens = len(_spellings(merges))
+        if num_tokens != vocabulary_size:
+            raise ValueError(f"it has {num_tokens} tokens")
+        return BpeTokenizer(merges)
+    except ValueError as error:
+        raise BadBytesError(f"not a tokenizer of {vocabulary_size} tokens: {error}") from None
+
+
+def _spellings(merges: npt.NDArray[np.uint32]) -> list[bytes]:
+    """The bytes of each token; ValueError if a merge joins what does not exist yet, or makes too long a token."""
+    spellings = [bytes([byte]) for byte in range(NUM_BYTES)]
+    known = set(spellings)
+    for left, right in merges.tolist():
+        if left >= len(spellings) or right >= len(spellings):
+            raise ValueError("a merge joins a token that no merge before it makes")
+        joined = spellings[left] + spellings[right]
+        if len(joined) > MAX_TOKEN_BYTES:
+            raise ValueError(f"a token is longer than {MAX_TOKEN_BYTES} bytes")
+        if joined not in known:
+            known.add(joined)
+            spellings.append(joined)
+    return spellings
+
+
+def _encoder(merges: npt.NDArray[np.uint32], spellings: Sequence[bytes]) -> Any:
+    library = _library()
+    letters = _letters()
+    spelt = ["".join([letters[byte] for byte in spelling]) for spelling in spellings]
+    vocabulary = {letters: number for number, letters in enumerate(spelt)}
+    pairs = [(spelt[left], spelt[right]) for left, right in merges.tolist()]
+    encoder = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=pairs))
+    encoder.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return encoder
+
+
+def _letters() -> list[str]:
+    """The printable letter that byte-level BPE writes for each byte (as GPT-2 did; the library's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(NUM_BYTES, 2 * NUM_BYTES))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(NUM_BYTES)]
+
+
+def _chunks(text: memoryview) -> Iterator[memoryview]:
+    """`text` in pieces of about 64 KiB that end with a line, or else between two UTF-8 characters."""
+    begin = 0
+    while len(text) - begin > _CHUNK_BYTES:
+        end = begin + _CHUNK_BYTES
+        line = bytes(text[end - _CHUNK_BYTES // 2 : end]).rfind(b"\n") + 1
+        if line:
+            end = end - _CHUNK_BYTES // 2 + line
+        else:
+            end -= next((back for back in range(4) if text[end - back] & 0xC0 != 0x80), 0)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _valid_and_invalid(chunk: memoryview) -> Iterator[str | bytes]:
+    """The chunk as UTF-8 text, with the bytes between that are none."""
+    while len(chunk):
+        try:
+            yield str(chunk, "utf-8")
+            return
+        except UnicodeDecodeError as error:
+            if error.start:
+                yield str(chunk[: error.start], "utf-8")
+            yield bytes(chunk[error.start : error.end])
+            chunk = chunk[error.end :]
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("tokenizers")
+    except ImportError:
+        raise RunFileError("model.tokenizer = \"bpe\" needs an extra: pip install 'swarmtrain[bpe]'") from None
