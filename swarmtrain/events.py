@@ -1,0 +1,361 @@
+"""Events: what a peer tells the person, the program and the test that watch it.
+
+One frozen class per event, one sentence per field; `docs/events.md` is generated from them. A peer makes an
+event and hands it to whoever listens; the command line writes it as JSON, as one plain line, or into a live
+display. Whoever knows them fills `time`, `peer` and `name` in with `stamped`, so that the code in which
+something happens need not know the clock or its own name.
+
+Numbers must be finite: an event with a loss that is not a number cannot be made.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Annotated, Literal, TypeVar, Union, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from swarmtrain.problems import one_line
+
+__all__ = [
+    "EVENT_CLASSES",
+    "ArchivedEvent",
+    "CaughtUpEvent",
+    "DoneEvent",
+    "ErrorEvent",
+    "EvalEvent",
+    "Event",
+    "FetchedEvent",
+    "InviteEvent",
+    "JoinedEvent",
+    "PeerJoinedEvent",
+    "PeerLeftEvent",
+    "PeerLostEvent",
+    "RefusedEvent",
+    "RoundEvent",
+    "StartedEvent",
+    "WarningEvent",
+    "count_in_words",
+    "parse_event",
+    "short_peer",
+    "size_in_words",
+    "stamped",
+    "time_in_words",
+    "times_below_allreduce",
+    "to_json_line",
+    "to_plain_line",
+]
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    time: float = Field(0.0, description="When it happened, in Unix seconds by this machine's clock.")
+    peer: str = Field("", description="The PeerID (base58) of the peer that tells it; empty before it is known.")
+    name: str = Field("", description="That peer's name, as given by `--name`.")
+
+
+class InviteEvent(_Event):
+    """Others can join now: hand the line out."""
+
+    event: Literal["invite"] = "invite"
+    line: str = Field(description="The command to hand out: `swarmtrain join INVITE`.")
+    invite: str = Field(description="The invite alone: one word that holds the run's hash and addresses.")
+    run_sha256: str = Field(description="The run's identity: the SHA-256 of its published bytes.")
+    addresses: tuple[str, ...] = Field(description="The addresses in the invite, as multiaddresses.")
+
+
+class FetchedEvent(_Event):
+    """The run and its held-out text have arrived and match their hashes."""
+
+    event: Literal["fetched"] = "fetched"
+    run_sha256: str = Field(description="The run's identity: the SHA-256 of its published bytes.")
+    run_name: str = Field(description="The run's name, from its run file.")
+    total_tokens: int = Field(0, description="The run ends at this many tokens; 0 when it is not told here.")
+    held_out_bytes: int = Field(description="Size of the held-out text, in bytes.")
+    from_peer: str = Field(description="The PeerID that served them.")
+
+
+class JoinedEvent(_Event):
+    """The peer has the swarm's present state and belongs to it."""
+
+    event: Literal["joined"] = "joined"
+    round: int = Field(description="The round it takes part in first.")
+    run_tokens: int = Field(description="Tokens the whole run had been trained on by then.")
+    num_peers: int = Field(description="Volunteers present, this one included.")
+    state_from: str = Field(description="The PeerID whose state it took; empty when it began with the initial weights.")
+    wall_s: float = Field(description="From the start of the process to here, in seconds.")
+
+
+class StartedEvent(_Event):
+    """The first inner step begins."""
+
+    event: Literal["started"] = "started"
+    inner_steps_per_round: int = Field(description="Inner steps this peer takes in its first round.")
+    num_parameters: int = Field(description="Parameters of the model.")
+    total_tokens: int = Field(description="The run ends when its peers together have trained on this many tokens.")
+    startup_s: float = Field(description="From the start of the process to the first inner step, in seconds.")
+
+
+class RoundEvent(_Event):
+    """A round is over and merged."""
+
+    event: Literal["round"] = "round"
+    round: int = Field(description="The round's number, from 0.")
+    inner_steps: int = Field(description="Inner steps this peer took in it.")
+    tokens: int = Field(description="Tokens this peer trained on in it.")
+    run_tokens: int = Field(description="Tokens the whole run has been trained on, this round included.")
+    loss: float = Field(description="This peer's mean training loss over the round, in nats per token.")
+    first_loss: float = Field(description="Its training loss at the round's first inner step, in nats per token.")
+    learning_rate: float = Field(description="Learning rate of the round's last inner step.")
+    seconds: float = Field(description="The whole round, merge and waiting included, in seconds.")
+    merge_s: float = Field(description="From the end of its own inner steps to the merged weights, in seconds.")
+    stall_s: float = Field(description="The part of `merge_s` in which it waited for others, in seconds.")
+    bytes_sent: int = Field(description="Payload bytes this peer sent to others in the round.")
+    bytes_received: int = Field(description="Payload bytes this peer received from others in the round.")
+    times_below_allreduce: float | None = Field(None, description="How many times fewer bytes it sent than an fp32 ring all-reduce at every inner step would (8 bytes per parameter and step); null when it sent none.")  # fmt: skip
+    partners: tuple[str, ...] = Field(description="The PeerIDs on the round's roster, in its order, this peer's own included.")  # fmt: skip
+    weights: tuple[int, ...] = Field(description="Tokens of each of them in the round, in the same order: the weights of the average.")  # fmt: skip
+    signer: str = Field(description="The PeerID that signed the roster.")
+    state_sha256: str = Field(description="SHA-256 of the weights after the merge: equal on all who merged the round.")
+
+
+class EvalEvent(_Event):
+    """The held-out loss was measured."""
+
+    event: Literal["eval"] = "eval"
+    round: int = Field(description="The last round merged into the weights that were measured.")
+    held_out_loss: float = Field(description="Loss on the run's held-out text, in nats per byte.")
+
+
+class PeerJoinedEvent(_Event):
+    """Another volunteer is present."""
+
+    event: Literal["peer_joined"] = "peer_joined"
+    joined: str = Field(description="Its PeerID.")
+    joined_name: str = Field("", description="Its name, as it tells it.")
+
+
+class PeerLostEvent(_Event):
+    """Another volunteer is gone without goodbye; the swarm goes on without it."""
+
+    event: Literal["peer_lost"] = "peer_lost"
+    lost: str = Field(description="Its PeerID.")
+    reason: str = Field(description="How that was noticed.")
+
+
+class PeerLeftEvent(_Event):
+    """Another volunteer said goodbye."""
+
+    event: Literal["peer_left"] = "peer_left"
+    left: str = Field(description="Its PeerID.")
+
+
+class RefusedEvent(_Event):
+    """What a peer sent was refused: it cost that peer, and nothing else."""
+
+    event: Literal["refused"] = "refused"
+    from_peer: str = Field(description="The PeerID that sent it.")
+    rule: str = Field(description="The rule it broke, in one or two words, such as `hash`, `shape`, `finite`, `signature`, `size`.")  # fmt: skip
+    detail: str = Field(description="What was expected and what came.")
+
+
+class CaughtUpEvent(_Event):
+    """This peer had missed a merge and took the resulting state from another."""
+
+    event: Literal["caught_up"] = "caught_up"
+    round: int = Field(description="The round it is at now.")
+    from_peer: str = Field(description="The PeerID whose state it took.")
+    reason: str = Field(description="What it had missed.")
+
+
+class ArchivedEvent(_Event):
+    """The bootstrap saved the run's state."""
+
+    event: Literal["archived"] = "archived"
+    round: int = Field(description="The round the state belongs to.")
+    run_tokens: int = Field(description="Tokens the whole run had been trained on by then.")
+    path: str = Field(description="The folder it was saved in.")
+
+
+class WarningEvent(_Event):
+    """Something is not as it should be; the process goes on."""
+
+    event: Literal["warning"] = "warning"
+    message: str = Field(description="One line for a person.")
+
+
+class ErrorEvent(_Event):
+    """The process ends because of this."""
+
+    event: Literal["error"] = "error"
+    message: str = Field(description="One line for a person.")
+    hint: str = Field("", description="What to try, when the message does not say it.")
+    exit_code: int = Field(description="The code the process ends with: 2 for the person's input, 1 for the rest.")
+
+
+class DoneEvent(_Event):
+    """The peer's work is over: the run has ended, or the peer leaves it."""
+
+    event: Literal["done"] = "done"
+    held_out_loss: float | None = Field(description="Last loss on the held-out text, in nats per byte; null when it was not measured.")  # fmt: skip
+    tokens: int = Field(description="Tokens this peer trained on.")
+    run_tokens: int = Field(description="Tokens the whole run was trained on.")
+    wall_s: float = Field(description="How long the process ran, in seconds.")
+    reason: str = Field(description="Why it ends: `total_tokens`, `interrupted`, `asked` (by the control socket) or a sentence.")  # fmt: skip
+
+
+Event = Annotated[
+    Union[  # noqa: UP007 - spelt so that its members can be listed below
+        InviteEvent,
+        FetchedEvent,
+        JoinedEvent,
+        StartedEvent,
+        RoundEvent,
+        EvalEvent,
+        PeerJoinedEvent,
+        PeerLostEvent,
+        PeerLeftEvent,
+        RefusedEvent,
+        CaughtUpEvent,
+        ArchivedEvent,
+        WarningEvent,
+        ErrorEvent,
+        DoneEvent,
+    ],
+    Field(discriminator="event"),
+]
+EVENT_CLASSES: tuple[type[_Event], ...] = get_args(get_args(Event)[0])
+_ADAPTER: TypeAdapter[Event] = TypeAdapter(Event)
+_E = TypeVar("_E", bound=_Event)
+
+
+def parse_event(line: str | bytes) -> Event:
+    """The event in a line of JSON. Raises `ValueError` when it is none of these."""
+    return _ADAPTER.validate_json(line)
+
+
+def to_json_line(event: Event) -> str:
+    """One line of JSON without its line end; the event's kind, time, peer and name come first."""
+    fields = event.model_dump(mode="json")
+    head = {key: fields[key] for key in ("event", "time", "peer", "name")}
+    return json.dumps(head | fields, ensure_ascii=False, allow_nan=False)
+
+
+def stamped(event: _E, time: float, peer: str, name: str) -> _E:
+    """`event` with `time` (Unix seconds), `peer` and `name` filled in where it has none of its own."""
+    return event.model_copy(update={"time": event.time or time, "peer": event.peer or peer, "name": event.name or name})
+
+
+def times_below_allreduce(num_parameters: int, inner_steps: int, bytes_sent: int) -> float | None:
+    """How many times fewer bytes than an fp32 ring all-reduce at every step: 8 bytes per parameter and step."""
+    return 8 * num_parameters * inner_steps / bytes_sent if bytes_sent else None
+
+
+def size_in_words(num_bytes: float) -> str:
+    """A size for a person, such as `3.4 MB`; powers of ten."""
+    return _scaled(num_bytes, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def count_in_words(number: float) -> str:
+    """A count for a person, such as `1.2 M`; powers of ten."""
+    return _scaled(number, ("", "k", "M", "G", "T", "P")).rstrip()
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    for unit in units:
+        if abs(number) < 999.5 or unit == units[-1]:
+            break
+        number /= 1000
+    return f"{number:.3g} {unit}" if abs(number) < 999.5 else f"{number:.0f} {unit}"
+
+
+def time_in_words(seconds: float) -> str:
+    """A duration for a person, such as `8.2 s`, `3 min 20 s` or `2 h 5 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def to_plain_line(event: Event) -> str:
+    """One line for a person: local time, the peer's name, what happened. Control characters are escaped."""
+    clock = datetime.datetime.fromtimestamp(event.time).strftime("%H:%M:%S")
+    line = " ".join(part for part in (clock, event.name, _in_words(event)) if part)
+    return one_line(line)
+
+
+def short_peer(peer: str) -> str:
+    """The end of a PeerID, enough to tell peers apart."""
+    return peer[-6:] if peer else "nobody"
+
+
+def _round_in_words(event: RoundEvent) -> str:
+    parts = [
+        f"round {event.round}: loss {event.loss:.3f}",
+        f"{event.inner_steps} steps in {time_in_words(event.seconds)}",
+        f"{len(event.partners)} on the roster",
+        f"merged in {time_in_words(event.merge_s)}",
+        f"sent {size_in_words(event.bytes_sent)}",
+    ]
+    if event.times_below_allreduce is not None:
+        parts.append(f"{event.times_below_allreduce:.1f} times below all-reduce")
+    return ", ".join([*parts, f"{count_in_words(event.run_tokens)} tokens in all"])
+
+
+def _in_words(event: Event) -> str:
+    match event:
+        case InviteEvent():
+            return f"others join with: {event.line}"
+        case FetchedEvent():
+            return (
+                f"fetched run {event.run_name} ({event.run_sha256[:12]}) with {size_in_words(event.held_out_bytes)} "
+                f"of held-out text from {short_peer(event.from_peer)}"
+            )
+        case JoinedEvent():
+            source = f"the state of {short_peer(event.state_from)}" if event.state_from else "the initial weights"
+            return (
+                f"joined at round {event.round} with {source}, {_peers(event.num_peers)} present, "
+                f"{count_in_words(event.run_tokens)} tokens so far"
+            )
+        case StartedEvent():
+            return (
+                f"training {count_in_words(event.num_parameters)} parameters, {event.inner_steps_per_round} inner "
+                f"steps a round, {time_in_words(event.startup_s)} after the start"
+            )
+        case RoundEvent():
+            return _round_in_words(event)
+        case EvalEvent():
+            return f"held-out loss {event.held_out_loss:.3f} nats/byte after round {event.round}"
+        case PeerJoinedEvent():
+            return f"peer {event.joined_name or short_peer(event.joined)} is here"
+        case PeerLostEvent():
+            return f"peer {short_peer(event.lost)} is lost: {event.reason}"
+        case PeerLeftEvent():
+            return f"peer {short_peer(event.left)} left"
+        case RefusedEvent():
+            return f"refused what {short_peer(event.from_peer)} sent ({event.rule}): {event.detail}"
+        case CaughtUpEvent():
+            return f"caught up to round {event.round} from {short_peer(event.from_peer)}: {event.reason}"
+        case ArchivedEvent():
+            return f"archived round {event.round} ({count_in_words(event.run_tokens)} tokens) in {event.path}"
+        case WarningEvent():
+            return f"warning: {event.message}"
+        case ErrorEvent():
+            return f"error: {event.message}" + (f"; {event.hint}" if event.hint else "")
+        case DoneEvent():
+            loss = "not measured" if event.held_out_loss is None else f"{event.held_out_loss:.3f} nats/byte"
+            return (
+                f"done ({event.reason}) after {time_in_words(event.wall_s)}: held-out loss {loss}, "
+                f"{count_in_words(event.tokens)} of {count_in_words(event.run_tokens)} tokens trained here"
+            )
+
+
+def _peers(number: int) -> str:
+    return f"{number} peer" if number == 1 else f"{number} peers"

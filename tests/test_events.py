@@ -1,0 +1,137 @@
+"""Events: the schema, and the three ways of saying one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from swarmtrain.events import (
+    EVENT_CLASSES,
+    DoneEvent,
+    ErrorEvent,
+    EvalEvent,
+    Event,
+    InviteEvent,
+    PeerLostEvent,
+    RoundEvent,
+    WarningEvent,
+    count_in_words,
+    parse_event,
+    size_in_words,
+    stamped,
+    time_in_words,
+    times_below_allreduce,
+    to_json_line,
+    to_plain_line,
+)
+
+ROUND = RoundEvent(
+    round=3,
+    inner_steps=25,
+    tokens=51_200,
+    run_tokens=600_000,
+    loss=2.3,
+    first_loss=2.5,
+    learning_rate=3e-3,
+    seconds=8,
+    merge_s=0.4,
+    stall_s=0.2,
+    bytes_sent=6_800_000,
+    bytes_received=6_900_000,
+    times_below_allreduce=25.3,
+    partners=("a", "b"),
+    weights=(51_200, 40_960),
+    signer="a",
+    state_sha256="00" * 32,
+)
+
+
+def test_names_are_distinct_and_match_their_class() -> None:
+    names = [kind.model_fields["event"].default for kind in EVENT_CLASSES]
+    assert len(set(names)) == len(names) == 15
+    for kind, name in zip(EVENT_CLASSES, names, strict=True):
+        assert kind.__name__ == "".join(word.title() for word in name.split("_")) + "Event"
+
+
+def test_the_events_a_program_relies_on_have_these_fields() -> None:
+    fields = {kind.model_fields["event"].default: set(kind.model_fields) for kind in EVENT_CLASSES}
+    assert {"line", "invite"} <= fields["invite"]
+    assert {
+        "round", "inner_steps", "tokens", "loss", "merge_s", "stall_s", "bytes_sent", "bytes_received", "partners"
+    } <= fields["round"]  # fmt: skip
+    assert {"held_out_loss", "tokens", "wall_s", "reason"} <= fields["done"]
+    assert {"joined", "eval", "peer_lost"} <= set(fields)
+
+
+def test_a_json_line_starts_with_what_is_common_and_leaves_nothing_out() -> None:
+    line = to_json_line(stamped(ROUND, 1.5, "P", "anna"))
+    assert line.startswith('{"event": "round", "time": 1.5, "peer": "P", "name": "anna", ')
+    assert set(json.loads(line)) == set(RoundEvent.model_fields)
+    assert "\n" not in line
+
+
+@given(st.sampled_from(EVENT_CLASSES).flatmap(lambda kind: st.builds(kind)))  # type: ignore[arg-type]
+@settings(max_examples=150, deadline=None)
+def test_every_event_survives_json_and_has_one_plain_line(event: Event) -> None:
+    assert parse_event(to_json_line(event)) == event
+    line = to_plain_line(stamped(event, 0, "", "").model_copy(update={"time": 1e9}))
+    assert line.isprintable()
+
+
+def test_what_is_no_event_is_refused() -> None:
+    for line in ("", "{}", "[]", '{"event": "telepathy"}', '{"event": "eval"}'):
+        with pytest.raises(ValueError):
+            parse_event(line)
+    with pytest.raises(ValueError):
+        parse_event(to_json_line(ROUND)[:-1] + ', "extra": 1}')
+
+
+def test_numbers_are_finite() -> None:
+    with pytest.raises(ValidationError):
+        EvalEvent(round=0, held_out_loss=float("nan"))
+
+
+def test_a_stamp_fills_in_only_what_is_missing() -> None:
+    event = stamped(WarningEvent(message="m", name="own"), 5.0, "P", "other")
+    assert (event.time, event.peer, event.name) == (5.0, "P", "own")
+    assert stamped(event, 9.0, "Q", "x") == event
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [
+        (ROUND, "round 3: loss 2.300, 25 steps in 8.0 s, 2 on the roster, merged in 0.4 s, sent 6.8 MB, 25.3 times below"),
+        (EvalEvent(round=3, held_out_loss=2.0456), "held-out loss 2.046 nats/byte after round 3"),
+        (PeerLostEvent(lost="12D3KooWabcdef", reason="silent"), "peer abcdef is lost: silent"),
+        (WarningEvent(message="a\x1b[2Jb\nc"), r"warning: a\x1b[2Jb\nc"),
+        (ErrorEvent(message="no", hint="try", exit_code=1), "error: no; try"),
+        (InviteEvent(line="swarmtrain join X", invite="X", run_sha256="", addresses=()), "others join with: swarmtrain"),
+        (DoneEvent(held_out_loss=None, tokens=1, run_tokens=2, wall_s=3, reason="asked"), "held-out loss not measured"),
+    ],
+)  # fmt: skip
+def test_plain_lines(event: Event, expected: str) -> None:
+    line = to_plain_line(stamped(event, 1e9, "", "anna"))
+    assert line[8:14] == " anna "
+    assert expected in line
+
+
+def test_sizes_counts_and_times_in_words() -> None:
+    assert [size_in_words(n) for n in (0, 999, 999.9, 3_421_000, 1e18)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "3.42 MB",
+        "1000 PB",
+    ]
+    assert [count_in_words(n) for n in (5, 51_200, 2e9)] == ["5", "51.2 k", "2 G"]
+    words = [time_in_words(s) for s in (0, 59.97, 200, 3599.9, 7500, 270_000)]
+    assert words == ["0.0 s", "1 min 0 s", "3 min 20 s", "1 h 0 min", "2 h 5 min", "3 d 3 h"]
+
+
+def test_times_below_allreduce() -> None:
+    assert times_below_allreduce(100, 25, 4 * 100 * 3) == pytest.approx(25 * 8 / 12)
+    assert times_below_allreduce(100, 25, 0) is None
