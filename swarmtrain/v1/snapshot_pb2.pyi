@@ -145,7 +145,7 @@ class PullRequest(_message.Message):
     def __init__(self, snapshot_sha256: _Optional[bytes] = ..., first_chunk: _Optional[int] = ..., num_chunks: _Optional[int] = ...) -> None: ...
 
 class PullReply(_message.Message):
-    __slots__ = ("status", "chunk", "data", "end")
+    __slots__ = ("status", "chunk", "data", "end", "manifest")
     class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATUS_UNSPECIFIED: _ClassVar[PullReply.Status]
@@ -160,11 +160,13 @@ class PullReply(_message.Message):
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
     status: PullReply.Status
     chunk: int
     data: bytes
     end: bool
-    def __init__(self, status: _Optional[_Union[PullReply.Status, str]] = ..., chunk: _Optional[int] = ..., data: _Optional[bytes] = ..., end: bool = ...) -> None: ...
+    manifest: Signed
+    def __init__(self, status: _Optional[_Union[PullReply.Status, str]] = ..., chunk: _Optional[int] = ..., data: _Optional[bytes] = ..., end: bool = ..., manifest: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
     __slots__ = ("run_sha256", "presence", "leaving")

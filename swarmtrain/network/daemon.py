@@ -1,0 +1,133 @@
+"""hivemind's libp2p daemon, made to live and die with this process; and hivemind itself, imported lightly.
+
+What is gone round here, and why (measured; see docs/decisions):
+- `import hivemind` pulls in averagers, experts and optimizers: 47 MB and 0.3 to 0.7 s. Its package is entered
+  without running its `__init__`.
+- The daemon would outlive a crash in some cases and die of Ctrl-C before our goodbye. A shim starts it in its own
+  session with PR_SET_PDEATHSIG: it ends when the thread that spawned it ends, and that is the network thread.
+- hivemind reads messages of any announced size into memory. Frames are limited here.
+- Its clock is `time.time`. Ours can be corrected by the median of the others' (`set_clock_offset`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MAX_FRAME_BYTES", "hivemind_module", "owned_process_args", "set_clock_offset", "start_daemon", "swarm_time"]
+
+MAX_FRAME_BYTES = 4 * 1024 * 1024
+"""No message from another peer may be larger; the daemon's own limit for small calls is the same."""
+
+_clock_offset_s = 0.0
+
+# Runs in the child: own session (Ctrl-C in a terminal does not reach it), die with the parent, then become the daemon.
+_SHIM = (
+    "import ctypes,os,sys;"
+    "os.setsid();"
+    "ctypes.CDLL(None).prctl(1,int(sys.argv[2]),0,0,0);"
+    "os.getppid()==int(sys.argv[1]) or os._exit(1);"
+    "os.execv(sys.argv[3],sys.argv[3:])"
+)
+
+
+def owned_process_args(args: list[str], *, signal_number: int = 9) -> list[str]:
+    """A command line that starts `args` so that it gets `signal_number` when the thread that spawned it ends.
+
+    Linux only; elsewhere the arguments are returned as they are and the child ends when its socket closes.
+    """
+    if not sys.platform.startswith("linux"):
+        return args
+    return [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid()), str(signal_number), *args]
+
+
+def swarm_time() -> float:
+    """Unix seconds, corrected by the offset to the other peers' clocks."""
+    return time.time() + _clock_offset_s
+
+
+def set_clock_offset(offset_s: float) -> None:
+    """Correct this process's swarm time (and hivemind's) by `offset_s`; the machine's clock stays as it is."""
+    global _clock_offset_s
+    _clock_offset_s = offset_s
+
+
+@functools.cache
+def hivemind_module(name: str) -> Any:
+    """`hivemind.<name>`, without the parts of hivemind that are not used here."""
+    if "hivemind" not in sys.modules:
+        spec = importlib.util.find_spec("hivemind")
+        if spec is None or spec.submodule_search_locations is None:
+            raise ImportError("hivemind is not installed")
+        package = types.ModuleType("hivemind")
+        package.__path__ = list(spec.submodule_search_locations)
+        package.__spec__ = spec
+        sys.modules["hivemind"] = package
+    module = importlib.import_module(f"hivemind.{name}")
+    _quieten_and_limit()
+    return module
+
+
+def _quieten_and_limit() -> None:
+    logging.getLogger("hivemind").setLevel(logging.ERROR)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hivemind.") and "get_dht_time" in vars(module):
+            vars(module)["get_dht_time"] = swarm_time
+    daemon = sys.modules.get("hivemind.p2p.p2p_daemon")
+    if daemon is not None:
+        daemon.P2P.receive_raw_data = staticmethod(_receive_limited)
+
+
+async def _receive_limited(reader: asyncio.StreamReader) -> bytes:
+    """hivemind's frame (8 bytes of length, then the data) with a limit on the length."""
+    size = int.from_bytes(await reader.readexactly(8), "big")
+    if size > MAX_FRAME_BYTES:
+        raise ConnectionError(f"a message of {size} bytes, more than the {MAX_FRAME_BYTES} allowed")
+    return await reader.readexactly(size)
+
+
+async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tuple[Any, Path]:
+    """Start the daemon from the network thread; returns hivemind's P2P and the folder of its sockets.
+
+    Socket paths are limited to some hundred characters, so they live in `directory` only if that is short.
+    """
+    p2p_class = hivemind_module("p2p.p2p_daemon").P2P
+    sockets = directory / "sockets"
+    if len(str(sockets)) > 50:
+        sockets = Path(tempfile.mkdtemp(prefix="swarmtrain-"))
+    else:
+        shutil.rmtree(sockets, ignore_errors=True)  # what a killed predecessor left
+        sockets.mkdir(mode=0o700, parents=True)
+
+    class OwnedP2P(p2p_class):  # type: ignore[misc, valid-type]
+        _UNIX_SOCKET_PREFIX = f"/unix{sockets}/"
+
+        @staticmethod
+        def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
+            return owned_process_args(p2p_class._make_process_args(*args, **kwargs))
+
+    p2p = await OwnedP2P.create(identity_path=str(key_path), check_if_identity_free=False, **settings)
+    return p2p, sockets
+
+
+async def stop_daemon(p2p: Any, sockets: Path) -> None:
+    """End the daemon and remove its sockets."""
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(p2p.shutdown(), 2)
+    if p2p._child is not None and p2p._child.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            p2p._child.kill()
+        await p2p._child.wait()
+    shutil.rmtree(sockets, ignore_errors=True)

@@ -1,0 +1,108 @@
+"""Who a peer is: an Ed25519 key in its folder, and the PeerID that contains the public half.
+
+The key file is libp2p's own format, so that the daemon reads the same file. A PeerID of an Ed25519 key is an
+identity multihash of the public key: whoever knows a PeerID can check its signatures, nothing else need travel.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from swarmtrain.errors import BadBytesError, UserError
+from swarmtrain.network.files import write_atomically
+
+__all__ = [
+    "Identity",
+    "load_or_create_identity",
+    "new_identity",
+    "peer_bytes",
+    "peer_id_from_bytes_untrusted",
+    "verify_untrusted",
+]
+
+_ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+_KEY_PREFIX = b"\x08\x01\x12\x40"  # protobuf PrivateKey{type: Ed25519, data: 64 bytes}
+_PEER_PREFIX = b"\x00\x24\x08\x01\x12\x20"  # identity multihash of PublicKey{type: Ed25519, data: 32 bytes}
+
+
+def base58_encode(data: bytes) -> str:
+    """Bitcoin's base58; leading zero bytes become leading 1s."""
+    number = int.from_bytes(data, "big")
+    digits = []
+    while number:
+        number, rest = divmod(number, 58)
+        digits.append(_ALPHABET[rest])
+    zeros = len(data) - len(data.lstrip(b"\0"))
+    return "1" * zeros + "".join(reversed(digits))
+
+
+def base58_decode(text: str) -> bytes:
+    """The inverse of `base58_encode`; ValueError on a foreign character."""
+    number = 0
+    for character in text:
+        number = number * 58 + _ALPHABET.index(character)
+    zeros = len(text) - len(text.lstrip("1"))
+    return b"\0" * zeros + number.to_bytes((number.bit_length() + 7) // 8, "big")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A private key and the PeerID (base58) that it makes."""
+
+    private_key: Ed25519PrivateKey
+    peer_id: str
+
+    def sign(self, message: bytes) -> bytes:
+        """64 bytes."""
+        return self.private_key.sign(message)
+
+    def key_file(self) -> bytes:
+        """The bytes of libp2p's key file."""
+        seed = self.private_key.private_bytes_raw()
+        return _KEY_PREFIX + seed + self.private_key.public_key().public_bytes_raw()
+
+
+def new_identity(seed: bytes | None = None) -> Identity:
+    """A fresh identity, or the one of a 32-byte seed (tests)."""
+    key = Ed25519PrivateKey.generate() if seed is None else Ed25519PrivateKey.from_private_bytes(seed)
+    return Identity(key, base58_encode(_PEER_PREFIX + key.public_key().public_bytes_raw()))
+
+
+def load_or_create_identity(path: Path) -> Identity:
+    """The identity in `path`, made and stored (owner only) if there is none."""
+    if path.exists():
+        data = path.read_bytes()
+        if len(data) != len(_KEY_PREFIX) + 64 or not data.startswith(_KEY_PREFIX):
+            raise UserError(f"{path} is not an identity of swarmtrain; move it away to get a new one")
+        return new_identity(data[len(_KEY_PREFIX) :][:32])
+    identity = new_identity()
+    write_atomically(path, identity.key_file(), mode=0o600)
+    os.chmod(path, 0o600)  # noqa: PTH101
+    return identity
+
+
+def peer_bytes(peer_id: str) -> bytes:
+    """The 38 bytes of a PeerID in base58."""
+    return base58_decode(peer_id)
+
+
+def peer_id_from_bytes_untrusted(data: bytes) -> str:
+    """The PeerID in base58; BadBytesError unless it is one of an Ed25519 key."""
+    if len(data) != len(_PEER_PREFIX) + 32 or not data.startswith(_PEER_PREFIX):
+        raise BadBytesError("not the PeerID of an Ed25519 key")
+    return base58_encode(data)
+
+
+def verify_untrusted(peer: bytes, message: bytes, signature: bytes) -> str:
+    """The PeerID (base58) whose signature this is; BadBytesError if it is not."""
+    peer_id = peer_id_from_bytes_untrusted(peer)
+    try:
+        Ed25519PublicKey.from_public_bytes(peer[len(_PEER_PREFIX) :]).verify(signature, message)
+    except (InvalidSignature, ValueError) as error:
+        raise BadBytesError(f"a signature that is not {peer_id}'s") from error
+    return peer_id

@@ -1,0 +1,310 @@
+"""A peer's place in the network: one event loop in a background thread, the daemon, the DHT, calls to others.
+
+The only module that speaks to hivemind's P2P and DHTNode. Every call has a time limit, every failure becomes an
+`UnreachableError`, and the daemon's death is noticed. The trainer never enters this loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import statistics
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from swarmtrain.errors import RunTimeError, UnreachableError, UserError
+from swarmtrain.network import daemon
+from swarmtrain.network.daemon import hivemind_module, swarm_time
+from swarmtrain.network.identity import Identity
+from swarmtrain.network.records import RecordRules, bucket_key, make_validator
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["NetworkThread", "Node", "NodeSettings", "Traffic", "correct_clock", "listen_addresses"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_CLOCK_TOLERANCE_S = 1.0
+
+
+class NetworkThread:
+    """An event loop in a thread of its own; everything of the network runs there."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Start a coroutine there; the future can be waited for from any thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, _T], limit_s: float | None = None) -> _T:
+        """Run a coroutine there and wait for its result."""
+        future = self.submit(coroutine)
+        try:
+            return future.result(limit_s)
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        """Cancel what still runs there and end the thread."""
+        with contextlib.suppress(Exception):
+            self.run(_cancel_others(), 5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+
+async def _cancel_others() -> None:
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """Where a node listens and keeps its files. Addresses are multiaddresses without /p2p."""
+
+    directory: Path
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
+    announce: tuple[str, ...] = ()
+    call_limit_s: float = 5.0
+
+
+@dataclass
+class Traffic:
+    """Bytes of messages sent and received, as serialised by us (the transport adds some per cent)."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+def listen_addresses(text: str) -> tuple[str, ...]:
+    """Multiaddresses for `--listen`: "31337", "0.0.0.0:31337", "[::1]:31337" or a multiaddress."""
+    if text.startswith("/"):
+        return (text,)
+    match = re.fullmatch(r"(?:(?P<host>\[[0-9a-fA-F:]+\]|[0-9.]+):)?(?P<port>\d{1,5})", text)
+    if match is None or int(match["port"]) > 65535:
+        raise UserError(f"cannot listen at {text!r}: give a port (31337), HOST:PORT or /ip4/HOST/tcp/PORT")
+    host, port = match["host"], match["port"]
+    if host is None:
+        return (f"/ip4/0.0.0.0/tcp/{port}", f"/ip6/::/tcp/{port}")
+    return (f"/ip6/{host[1:-1]}/tcp/{port}",) if host.startswith("[") else (f"/ip4/{host}/tcp/{port}",)
+
+
+@dataclass
+class Node:
+    """A running node. Make one with `Node.start` inside the network thread's loop."""
+
+    identity: Identity
+    settings: NodeSettings
+    rules: RecordRules
+    traffic: Traffic = field(default_factory=Traffic)
+    _p2p: Any = None
+    _dht: Any = None
+    _sockets: Path | None = None
+    _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    async def start(cls, settings: NodeSettings, identity: Identity, key_path: Path) -> Node:
+        """Start the daemon and listen. RunTimeError when the port is taken or the daemon does not start."""
+        node = cls(identity, settings, RecordRules(identity))
+        loopback = all("/127." in address or "/::1/" in address for address in settings.listen)
+        try:
+            node._p2p, node._sockets = await daemon.start_daemon(
+                settings.directory,
+                key_path,
+                host_maddrs=list(settings.listen),
+                announce_maddrs=list(settings.announce) or None,
+                nat_port_map=not loopback,
+                auto_nat=not loopback,
+                use_relay=False,
+                startup_timeout=15,
+            )
+        except Exception as error:  # the adapter's boundary: whatever hivemind raises becomes one sentence
+            raise _start_error(error, settings) from error
+        if not await node.addresses():
+            await node.stop()
+            raise RunTimeError(
+                f"cannot listen at {', '.join(settings.listen)}: the port is taken; choose another with --listen"
+            )
+        return node
+
+    async def addresses(self) -> tuple[str, ...]:
+        """Where others reach this node, without /p2p; loopback last."""
+        try:
+            visible = await self._p2p.get_visible_maddrs(latest=True)
+        except ValueError:
+            return ()
+        found = [str(address).split("/p2p/")[0] for address in visible]
+        found = [address for address in found if "/tcp/" in address]
+        return tuple(sorted(dict.fromkeys(found), key=lambda a: "/127." in a or "/::1/" in a))
+
+    async def wait_until_dead(self) -> int:
+        """Returns when the daemon has ended, with its exit status: hivemind itself does not say so."""
+        return int(await self._p2p._child.wait())
+
+    # ------------------------------------------------------------- calls
+
+    async def serve(self, service: Any, namespace: str) -> None:
+        """Answer calls to `service` in `namespace` (of the run)."""
+        await service.add_p2p_handlers(self._p2p, namespace=namespace)
+
+    async def connect(self, peer: str, addresses: Iterable[str], limit_s: float | None = None) -> None:
+        """Dial a peer; UnreachableError if nobody with that PeerID answers there."""
+        addresses = tuple(addresses)
+        multiaddr = hivemind_module("utils.multiaddr").Multiaddr
+        try:
+            maddrs = [multiaddr(address) for address in addresses]
+            await asyncio.wait_for(
+                self._p2p._client.connect(self._peer_id(peer), maddrs), limit_s or self.settings.call_limit_s
+            )
+        except Exception as error:  # the adapter's boundary
+            raise UnreachableError(f"{peer} does not answer at {', '.join(addresses) or 'any address'}") from error
+        self._known[peer] = addresses
+
+    def remember_addresses(self, peer: str, addresses: tuple[str, ...]) -> None:
+        """Where `peer` says it is: dialled when a call finds no connection."""
+        self._known[peer] = addresses
+
+    async def call(self, stub: Any, method: str, request: Message, limit_s: float | None = None) -> Any:
+        """One small call: `stub` from `stub_of`; UnreachableError on any failure or after the time limit."""
+        limit_s = limit_s or self.settings.call_limit_s
+        try:
+            reply = await getattr(stub, method)(request, timeout=limit_s)
+        except asyncio.CancelledError:
+            raise
+        except TimeoutError:
+            raise UnreachableError(f"no answer within {limit_s:g} s") from None
+        except Exception as error:  # the adapter's boundary
+            raise UnreachableError(_reason(error)) from error
+        self.traffic.sent_bytes += request.ByteSize()
+        self.traffic.received_bytes += reply.ByteSize()
+        return reply
+
+    async def open_stream(self, stub: Any, method: str, request: Message) -> AsyncIterator[Any]:
+        """A call answered by a stream; the caller limits the time between messages and closes it."""
+        try:
+            stream = await asyncio.wait_for(getattr(stub, method)(request), self.settings.call_limit_s)
+        except Exception as error:  # the adapter's boundary
+            raise UnreachableError(_reason(error)) from error
+        self.traffic.sent_bytes += request.ByteSize()
+        return self._counted(stream)
+
+    async def _counted(self, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        try:
+            async for message in stream:
+                self.traffic.received_bytes += message.ByteSize()
+                yield message
+        finally:
+            with contextlib.suppress(Exception):
+                await stream.aclose()  # type: ignore[attr-defined]
+
+    async def stub_of(self, service_type: Any, peer: str, namespace: str) -> Any:
+        """A stub for calls to `peer`, whose known addresses are dialled if there is no connection."""
+        if peer in self._known:
+            with contextlib.suppress(UnreachableError):
+                await self.connect(peer, self._known[peer])
+        return service_type.get_stub(self._p2p, self._peer_id(peer), namespace=namespace)
+
+    def _peer_id(self, peer: str) -> Any:
+        return hivemind_module("p2p.p2p_daemon_bindings.datastructures").PeerID.from_base58(peer)
+
+    # ------------------------------------------------------------- the DHT
+
+    async def join_dht(self, peers: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+        """Enter the DHT through `peers` that are connected already; alone if there are none."""
+        dht_node = hivemind_module("dht.node").DHTNode
+        initial = [f"{address}/p2p/{peer}" for peer, addresses in peers for address in addresses[:1]]
+        try:
+            self._dht = await asyncio.wait_for(
+                dht_node.create(
+                    p2p=self._p2p,
+                    initial_peers=initial or None,
+                    record_validator=make_validator(self.rules),
+                    cache_locally=False,
+                    cache_nearest=0,
+                    num_workers=4,
+                    strict=False,
+                    ensure_bootstrap_success=False,
+                ),
+                20,
+            )
+        except Exception as error:  # the adapter's boundary
+            raise RunTimeError(f"could not join the DHT: {error}") from error
+
+    async def store(self, record: pb.Record, lifetime_s: float) -> bool:
+        """Store this peer's record in its bucket for `lifetime_s`; False if no node took it."""
+        kind = record.WhichOneof("body")
+        key = bucket_key(record.run_sha256, kind, record.prefix)
+        try:
+            return bool(
+                await asyncio.wait_for(
+                    self._dht.store(
+                        key, record.SerializeToString(), swarm_time() + lifetime_s, subkey=self.identity.peer_id
+                    ),
+                    10,
+                )
+            )
+        except Exception as error:  # the adapter's boundary
+            _log.debug("storing a record failed: %s", error)
+            return False
+
+    async def read_bucket(self, run_sha256: bytes, kind: str, prefix: str) -> dict[str, tuple[pb.Record, float]]:
+        """PeerID -> (record, expiry in swarm time) of one bucket; what is invalid has been dropped."""
+        try:
+            found = await asyncio.wait_for(self._dht.get(bucket_key(run_sha256, kind, prefix), latest=True), 10)
+        except Exception as error:  # the adapter's boundary
+            _log.debug("reading a bucket failed: %s", error)
+            return {}
+        if found is None or not isinstance(found.value, dict):
+            return {}
+        records = {}
+        for peer, item in found.value.items():
+            try:
+                if isinstance(item.value, bytes):
+                    records[str(peer)] = (pb.Record.FromString(item.value), float(item.expiration_time))
+            except Exception as error:  # a record that passed the validator but is not one of ours
+                _log.debug("dropped a record of %s: %s", peer, error)
+        return records
+
+    async def stop(self) -> None:
+        """Leave the DHT and end the daemon."""
+        if self._dht is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._dht.shutdown(), 1)
+        if self._p2p is not None and self._sockets is not None:
+            await daemon.stop_daemon(self._p2p, self._sockets)
+
+
+def correct_clock(offsets_s: Sequence[float]) -> float:
+    """Correct swarm time by the median of the offsets to other peers' clocks; returns the correction in seconds."""
+    offset_s = statistics.median(offsets_s) if offsets_s else 0.0
+    if abs(offset_s) < _CLOCK_TOLERANCE_S:
+        return 0.0
+    daemon.set_clock_offset(offset_s)
+    return offset_s
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    if "protocol" in text and "not supported" in text:
+        return "it does not serve this run"
+    return text.splitlines()[0][:200]
+
+
+def _start_error(error: Exception, settings: NodeSettings) -> RunTimeError:
+    text = str(error)
+    if "address already in use" in text or "failed to listen" in text:
+        where = ", ".join(settings.listen)
+        return RunTimeError(f"cannot listen at {where}: the port is taken; choose another with --listen")
+    return RunTimeError(f"the network daemon did not start: {text.splitlines()[0] if text else type(error).__name__}")

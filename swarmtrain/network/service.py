@@ -1,0 +1,173 @@
+"""What a peer answers to others, and how it asks them: five calls, all namespaced by the run.
+
+A peer of another run does not even find the calls: the namespace is the run's hash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, AsyncIterator, Protocol  # noqa: UP035 - hivemind reads these hints by their typing names
+
+from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
+from swarmtrain.network.daemon import hivemind_module
+from swarmtrain.network.node import Node
+from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Answers", "PeerCalls", "namespace_of", "service_type"]
+
+_log = logging.getLogger(__name__)
+_MAX_HELD_CALLS = 24
+
+
+class Answers(Protocol):
+    """What the service needs of the peer behind it. `caller` is a PeerID in base58."""
+
+    def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
+        """Who we are, whom we know; the caller may introduce itself or say goodbye."""
+
+    async def state(self, request: pb.StateRequest) -> pb.StateReply:
+        """The manifest of the newest state, if it is new enough."""
+
+    async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
+        """What is known about a round; may take `request.wait_s`."""
+
+
+def namespace_of(run_sha256: str) -> str:
+    """The namespace of a run's calls."""
+    return f"swarmtrain1.{run_sha256[:32]}"
+
+
+@functools.cache
+def service_type() -> Any:
+    """The servicer class, over hivemind's base, which is imported at the first use."""
+    base = hivemind_module("p2p.servicer").ServicerBase
+
+    class PeerService(base):  # type: ignore[misc, valid-type]
+        def __init__(self, answers: Answers, store: SnapshotStore, blobs: dict[str, bytes], node: Node) -> None:
+            self._answers, self._store, self._blobs, self._node = answers, store, blobs, node
+            self._held_calls = 0
+
+        async def rpc_hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
+            return self._count(request, self._answers.hello(request, str(context.remote_id)))
+
+        async def rpc_state(self, request: pb.StateRequest, context: Any) -> pb.StateReply:
+            return self._count(request, await self._answers.state(request))
+
+        async def rpc_round(self, request: pb.RoundRequest, context: Any) -> pb.RoundReply:
+            if self._held_calls >= _MAX_HELD_CALLS:
+                request.wait_s = 0
+            self._held_calls += 1
+            try:
+                return self._count(request, await self._answers.round(request, str(context.remote_id)))
+            finally:
+                self._held_calls -= 1
+
+        async def rpc_pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.PullReply]:
+            async for reply in self._store.serve(request):
+                yield self._count(None, reply)
+
+        async def rpc_blob(self, request: pb.BlobRequest, context: Any) -> AsyncIterator[pb.PullReply]:
+            data = self._blobs.get(request.sha256.hex())
+            if data is None:
+                yield pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)
+                return
+            yield pb.PullReply(status=pb.PullReply.STATUS_OK)
+            for offset in range(0, len(data), CHUNK_BYTES):
+                yield self._count(None, pb.PullReply(data=data[offset : offset + CHUNK_BYTES]))
+            yield pb.PullReply(end=True)
+
+        def _count(self, request: Any, reply: Any) -> Any:
+            traffic = self._node.traffic
+            traffic.received_bytes += 0 if request is None else request.ByteSize()
+            traffic.sent_bytes += reply.ByteSize()
+            return reply
+
+    return PeerService
+
+
+@dataclass
+class PeerCalls:
+    """Calls to other peers of one run. Every failure is a `PeerError`; replies are not yet checked."""
+
+    node: Node
+    run_sha256: str
+    stall_limit_s: float = 10.0
+    on_failure: Callable[[str, PeerError], None] = lambda peer, error: None
+    on_answer: Callable[[str], None] = lambda peer: None
+    _stubs: dict[str, Any] = field(default_factory=dict)
+
+    async def _stub(self, peer: str) -> Any:
+        if peer not in self._stubs:
+            self._stubs[peer] = await self.node.stub_of(service_type(), peer, namespace_of(self.run_sha256))
+        return self._stubs[peer]
+
+    async def _call(self, peer: str, method: str, request: Any, limit_s: float | None = None) -> Any:
+        try:
+            reply = await self.node.call(await self._stub(peer), method, request, limit_s)
+        except PeerError as error:
+            self._stubs.pop(peer, None)  # dial again next time
+            self.on_failure(peer, error)
+            raise
+        self.on_answer(peer)
+        return reply
+
+    async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float | None = None) -> pb.HelloReply:
+        """Ask a peer who it is; introduce or dismiss ourselves."""
+        reply: pb.HelloReply = await self._call(peer, "rpc_hello", request, limit_s)
+        return reply
+
+    async def state(self, peer: str, min_round: int) -> pb.StateReply:
+        """The manifest of its newest state."""
+        reply: pb.StateReply = await self._call(peer, "rpc_state", pb.StateRequest(min_round=min_round), 60.0)
+        return reply
+
+    async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
+        """What it knows about a round."""
+        limit_s = request.wait_s + self.node.settings.call_limit_s
+        reply: pb.RoundReply = await self._call(peer, "rpc_round", request, limit_s)
+        return reply
+
+    async def open_pull(self, peer: str, request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+        """Open a pull's stream."""
+        return await self.node.open_stream(await self._stub(peer), "rpc_pull", request)
+
+    async def blob_untrusted(self, peer: str, sha256: str, max_bytes: int) -> bytes:
+        """A file that travels with the run: at most `max_bytes`, with this hash, or BadBytesError."""
+        request = pb.BlobRequest(sha256=bytes.fromhex(sha256), max_bytes=max_bytes)
+        stream = await self.node.open_stream(await self._stub(peer), "rpc_blob", request)
+        parts: list[bytes] = []
+        size = 0
+        try:
+            while True:
+                message = await self._next(stream)
+                if message.status == pb.PullReply.STATUS_UNKNOWN:
+                    raise UnreachableError("it does not hold this file of the run")
+                if message.end:
+                    break
+                parts.append(message.data)
+                size += len(message.data)
+                if size > max_bytes:
+                    raise BadBytesError(f"a file of the run longer than {max_bytes} bytes")
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+        data = b"".join(parts)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise BadBytesError("a file of the run that does not match its hash")
+        return data
+
+    async def _next(self, stream: AsyncIterator[pb.PullReply]) -> pb.PullReply:
+        try:
+            message = await asyncio.wait_for(anext(stream, None), self.stall_limit_s)
+        except TimeoutError:
+            raise UnreachableError(f"it sent nothing for {self.stall_limit_s:g} s") from None
+        except Exception as error:  # the adapter's boundary: whatever a broken stream raises
+            raise UnreachableError(f"the stream broke ({error})") from error
+        if message is None:
+            raise UnreachableError("the stream ended early")
+        return message

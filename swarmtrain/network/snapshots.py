@@ -1,0 +1,325 @@
+"""The one mechanism: a snapshot is a signed manifest and chunks, content-addressed.
+
+A manifest names run, kind, round, tokens, the tensor table and the SHA-256 of each chunk of 256 KiB; its own hash is
+the snapshot's name. Whoever holds the chunks can serve them, and a reader that knows the name can check every
+byte, so a pull resumes and changes source freely. Hashing runs off the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
+from swarmtrain.network.identity import Identity, peer_bytes
+from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = [
+    "CHUNK_BYTES",
+    "Body",
+    "Held",
+    "PullLimits",
+    "Snapshot",
+    "SnapshotStore",
+    "TensorSpec",
+    "build_snapshot",
+    "empty_held",
+    "manifest_untrusted",
+    "pull_chunks",
+    "pull_manifest",
+]
+
+CHUNK_BYTES = 256 * 1024
+"""The fastest message size measured over hivemind's streams."""
+
+_CHUNKS_A_PULL = 256
+"""Chunks asked for in one stream: 64 MiB."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's place in the body."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes it takes in the body."""
+        return math.prod(self.shape) * {"float32": 4}[self.dtype]
+
+
+class Body:
+    """The bytes of a snapshot over buffers that already exist: nothing is copied until a chunk is read."""
+
+    def __init__(self, buffers: Sequence[memoryview | bytes | bytearray]) -> None:
+        self._views = [memoryview(buffer).cast("B") for buffer in buffers]
+        self.size_bytes = sum(len(view) for view in self._views)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`, fewer at the end."""
+        parts = []
+        for view in self._views:
+            if size <= 0:
+                break
+            if offset < len(view):
+                part = view[offset : offset + size]
+                parts.append(part)
+                size -= len(part)
+                offset = 0
+            else:
+                offset -= len(view)
+        return b"".join(parts)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A manifest, its signed form, and its name: the SHA-256 of the manifest's bytes, hex."""
+
+    manifest: pb.Manifest
+    signed: pb.Signed
+    sha256: str
+    author: str
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks in the body."""
+        return len(self.manifest.chunk_sha256) // 32
+
+    def chunk_size(self, chunk: int) -> int:
+        """Bytes in chunk number `chunk`."""
+        return min(CHUNK_BYTES, self.manifest.total_bytes - chunk * CHUNK_BYTES)
+
+    def chunk_is(self, chunk: int, data: bytes | memoryview) -> bool:
+        """Whether `data` is that chunk."""
+        want = self.manifest.chunk_sha256[32 * chunk : 32 * chunk + 32]
+        return len(data) == self.chunk_size(chunk) and hashlib.sha256(data).digest() == want
+
+
+@dataclass
+class Held:
+    """A snapshot whose bytes are here, wholly or in part."""
+
+    snapshot: Snapshot
+    body: Body
+    have: set[int]
+    buffer: bytearray | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is here."""
+        return len(self.have) == self.snapshot.num_chunks
+
+
+def build_snapshot(identity: Identity, manifest: pb.Manifest, specs: Sequence[TensorSpec], body: Body) -> Held:
+    """Hash and sign a snapshot. `manifest` carries run, kind, round and counters; the rest is filled in here.
+
+    Takes as long as hashing the body: call it in a thread.
+    """
+    if body.size_bytes != sum(spec.size_bytes for spec in specs):
+        raise ValueError(f"a body of {body.size_bytes} bytes does not fit its tensor table")
+    manifest.author = peer_bytes(identity.peer_id)
+    manifest.total_bytes, manifest.chunk_bytes = body.size_bytes, CHUNK_BYTES
+    for spec in specs:
+        manifest.tensors.add(name=spec.name, shape=spec.shape, dtype=spec.dtype)
+    digests = [
+        hashlib.sha256(body.read(offset, CHUNK_BYTES)).digest() for offset in range(0, body.size_bytes, CHUNK_BYTES)
+    ]
+    manifest.chunk_sha256 = b"".join(digests)
+    signed = sign(identity, "manifest", manifest.run_sha256.hex(), manifest)
+    snapshot = Snapshot(manifest, signed, payload_sha256(signed), identity.peer_id)
+    return Held(snapshot, body, set(range(snapshot.num_chunks)))
+
+
+def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, specs: Sequence[TensorSpec]) -> Snapshot:
+    """A checked manifest: of this run and kind, with exactly this tensor table; BadBytesError otherwise."""
+    author, manifest = open_signed_untrusted(signed, "manifest", run_sha256, pb.Manifest)
+    if manifest.run_sha256.hex() != run_sha256 or manifest.author != signed.author or manifest.kind != kind:
+        raise BadBytesError("a manifest of another run, author or kind")
+    total_bytes = sum(spec.size_bytes for spec in specs)
+    table = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype) for t in manifest.tensors)
+    if table != tuple(specs) or manifest.total_bytes != total_bytes:
+        raise BadBytesError("a manifest whose tensors have another shape, type or number than this model's")
+    if manifest.chunk_bytes != CHUNK_BYTES or len(manifest.chunk_sha256) != 32 * math.ceil(total_bytes / CHUNK_BYTES):
+        raise BadBytesError("a manifest with another chunk size or number of chunks")
+    if manifest.round >= 2**40 or manifest.tokens >= 2**60 or manifest.run_tokens >= 2**60:
+        raise BadBytesError("a manifest with a counter out of range")
+    return Snapshot(manifest, signed, payload_sha256(signed), author)
+
+
+@dataclass
+class SnapshotStore:
+    """The snapshots that this peer serves: its own publications and what it pulled from others.
+
+    `keep` is bounded by kind: the oldest go first. One being read stays in memory until its reader ends, since the
+    reader holds a reference.
+    """
+
+    max_readers: int = 4
+    keep_rounds: int = 2
+    _held: dict[str, Held] = field(default_factory=dict)
+    _readers: int = 0
+
+    def add(self, held: Held) -> None:
+        """Serve `held` from now on."""
+        self._held[held.snapshot.sha256] = held
+
+    def get(self, sha256: str) -> Held | None:
+        """What is held under this name."""
+        return self._held.get(sha256)
+
+    def forget_before(self, round: int) -> None:
+        """Drop snapshots of rounds before `round - keep_rounds + 1`."""
+        oldest = round - self.keep_rounds + 1
+        self._held = {name: held for name, held in self._held.items() if held.snapshot.manifest.round >= oldest}
+
+    async def serve(self, request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+        """Answer a pull: a status, the chunks asked for, an end mark; BUSY at once when too many read."""
+        held = self._held.get(request.snapshot_sha256.hex())
+        wanted = range(request.first_chunk, request.first_chunk + min(request.num_chunks, 4 * _CHUNKS_A_PULL))
+        if held is None or not all(chunk in held.have for chunk in wanted):
+            yield pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)
+            return
+        if not wanted:
+            yield pb.PullReply(status=pb.PullReply.STATUS_OK, manifest=held.snapshot.signed)
+            yield pb.PullReply(end=True)
+            return
+        if self._readers >= self.max_readers:
+            yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
+            return
+        self._readers += 1
+        try:
+            yield pb.PullReply(status=pb.PullReply.STATUS_OK)
+            for chunk in wanted:
+                yield pb.PullReply(chunk=chunk, data=held.body.read(chunk * CHUNK_BYTES, CHUNK_BYTES))
+            yield pb.PullReply(end=True)
+        finally:
+            self._readers -= 1
+
+
+OpenPull = Callable[[str, pb.PullRequest], Awaitable[AsyncIterator[pb.PullReply]]]
+"""Opens a pull's stream at a peer; UnreachableError if that fails."""
+
+Blame = Callable[[str, PeerError], None]
+"""Told which source failed, and how."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullLimits:
+    """How long a pull may take: seconds without a message, and busy retries in seconds."""
+
+    stall_limit_s: float = 10.0
+    busy_wait_s: float = 0.05
+    busy_limit_s: float = 30.0
+
+
+async def pull_chunks(
+    held: Held, chunks: range, sources: Sequence[str], open_pull: OpenPull, limits: PullLimits, blame: Blame
+) -> None:
+    """Bring `chunks` of `held` here from `sources`, the first that works; each chunk is checked as it arrives.
+
+    What a source delivered before it failed is kept, and the next one goes on from there. Raises UnreachableError
+    when no source could deliver.
+    """
+    busy_s = 0.0
+    pending = list(sources)
+    while True:
+        missing = _missing_run(held, chunks)
+        if missing is None:
+            return
+        if not pending:
+            raise UnreachableError(f"nobody could deliver snapshot {held.snapshot.sha256[:12]}")
+        source = pending.pop(0)
+        try:
+            while (missing := _missing_run(held, chunks)) is not None:
+                await _pull_run(held, missing, source, open_pull, limits)
+        except BusyError:
+            if busy_s < limits.busy_limit_s:
+                pending.append(source)
+                await asyncio.sleep(limits.busy_wait_s)
+                busy_s += limits.busy_wait_s
+        except PeerError as error:
+            blame(source, error)
+
+
+def _missing_run(held: Held, chunks: range) -> range | None:
+    """The first stretch of chunks that are not here yet, of one pull's length at most."""
+    first = next((chunk for chunk in chunks if chunk not in held.have), None)
+    if first is None:
+        return None
+    last = first
+    while last + 1 in chunks and last + 1 not in held.have and last + 1 - first < _CHUNKS_A_PULL:
+        last += 1
+    return range(first, last + 1)
+
+
+async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, limits: PullLimits) -> None:
+    request = pb.PullRequest(
+        snapshot_sha256=bytes.fromhex(held.snapshot.sha256), first_chunk=run.start, num_chunks=len(run)
+    )
+    stream = await open_pull(source, request)
+    try:
+        first = await _next(stream, limits.stall_limit_s)
+        if first is None or first.status == pb.PullReply.STATUS_UNSPECIFIED:
+            raise UnreachableError("the stream ended before it began")
+        if first.status == pb.PullReply.STATUS_BUSY:
+            raise BusyError("it serves as many readers as it may")
+        if first.status != pb.PullReply.STATUS_OK:
+            raise UnreachableError("it does not hold this snapshot")
+        for chunk in run:
+            message = await _next(stream, limits.stall_limit_s)
+            if message is None or message.end:
+                raise UnreachableError("the stream ended early")
+            if message.chunk != chunk:
+                raise BadBytesError("chunks out of order")
+            await _accept(held, chunk, message.data)
+        last = await _next(stream, limits.stall_limit_s)
+        if last is None or not last.end:
+            raise BadBytesError("a stream without an end")
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def _next(stream: AsyncIterator[pb.PullReply], limit_s: float) -> pb.PullReply | None:
+    try:
+        return await asyncio.wait_for(anext(stream, None), limit_s)
+    except TimeoutError:
+        raise UnreachableError(f"it sent nothing for {limit_s:g} s") from None
+    except PeerError:
+        raise
+    except Exception as error:  # the adapter's: whatever a broken stream raises
+        raise UnreachableError(f"the stream broke ({error})") from error
+
+
+async def _accept(held: Held, chunk: int, data: bytes) -> None:
+    assert held.buffer is not None
+    if not await asyncio.to_thread(held.snapshot.chunk_is, chunk, data):
+        raise BadBytesError(f"wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}")
+    held.buffer[chunk * CHUNK_BYTES : chunk * CHUNK_BYTES + len(data)] = data
+    held.have.add(chunk)
+
+
+async def pull_manifest(source: str, sha256: str, open_pull: OpenPull, limits: PullLimits) -> pb.Signed:
+    """The signed manifest of the snapshot named `sha256` from a peer that holds it, by that name; not yet checked
+    further. BadBytesError if it is another's."""
+    stream = await open_pull(source, pb.PullRequest(snapshot_sha256=bytes.fromhex(sha256)))
+    try:
+        first = await _next(stream, limits.stall_limit_s)
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]
+    if first is None or first.status != pb.PullReply.STATUS_OK:
+        raise UnreachableError("it does not hold this snapshot")
+    if payload_sha256(first.manifest) != sha256:
+        raise BadBytesError("a manifest that does not match its hash")
+    return first.manifest
+
+
+def empty_held(snapshot: Snapshot) -> Held:
+    """Room for a snapshot's bytes, to be pulled."""
+    buffer = bytearray(snapshot.manifest.total_bytes)
+    return Held(snapshot, Body([buffer]), set(), buffer)
