@@ -1,0 +1,91 @@
+"""`swarmtrain check`: what a run file would train, what it costs each peer, and any doubt about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from swarmtrain.cli.common import example
+
+if TYPE_CHECKING:
+    from swarmtrain.cli.estimate import Estimate
+    from swarmtrain.run import RunFile
+
+__all__ = ["command"]
+
+
+@click.command(
+    name="check", epilog=example("swarmtrain check examples/stdlib-gpt.toml", "swarmtrain check run.toml --peers 16")
+)
+@click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
+@click.option("--peers", type=click.IntRange(1, 100_000), default=4, show_default=True, help="Equal peers to assume.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(run_file: Path, peers: int, as_json: bool) -> None:
+    """Say what RUN.toml trains, what it costs, any doubt."""
+    import dataclasses
+    import json
+
+    from swarmtrain.cli.estimate import doubts, estimate
+    from swarmtrain.model.gpt import num_parameters
+    from swarmtrain.run import load_run
+
+    run = load_run(run_file)
+    cost = estimate(run, num_parameters(run.model), peers)
+    corpus_bytes, problem = _corpus(run, run_file.parent)
+    found = (*doubts(run, cost, corpus_bytes, _machine_bytes()), *([problem] if problem else []))
+    if as_json:
+        table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": corpus_bytes, "doubts": found}
+        click.echo(json.dumps(table))
+        return
+    for line in report(run, cost, corpus_bytes, found):
+        click.echo(line)
+
+
+def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, found: tuple[str, ...]) -> list[str]:
+    """The lines a person reads."""
+    from swarmtrain.events import count_in_words as count
+    from swarmtrain.events import size_in_words as size
+
+    model, peers = run.model, f"{cost.num_peers} peer{'s' * (cost.num_peers > 1)}"
+    below = cost.times_below_allreduce
+    rows = {
+        "parameters": f"{count(cost.num_parameters)} ({model.num_layers} layers, width {model.width}, "
+        f"{model.num_heads} heads; {model.vocabulary_size} tokens of {model.tokenizer})",
+        "data": f"{run.data.source}, {'size not known here' if corpus_bytes is None else size(corpus_bytes) + ' here'}",
+        "inner step": f"{count(cost.tokens_per_step)} tokens: {run.inner.batch_sequences} sequences of "
+        f"{model.context_tokens}",
+        "round": f"{run.merge.inner_steps} inner steps, {count(cost.tokens_per_round)} tokens with {peers}",
+        "whole run": f"{count(run.run.total_tokens)} tokens: {cost.num_rounds} rounds, {cost.inner_steps_per_peer} "
+        f"inner steps of each of {peers}",
+        "sent": f"{size(cost.bytes_sent_per_round)} per round and peer with {peers}"
+        + ("" if below is None else f", {below:.1f} times below an all-reduce at every step"),
+        "memory": f"about {size(cost.memory_bytes)} per peer: {size(cost.memory_program_bytes)} program, "
+        f"{size(cost.memory_parameters_bytes)} parameters, {size(cost.memory_activations_bytes)} activations",
+    }
+    lines = [f"run {run.run.name}", *(f"  {name:<11} {text}" for name, text in rows.items())]
+    return [*lines, *(f"  doubt: {text}" for text in found)] if found else [*lines, "  no doubts"]
+
+
+def _corpus(run: RunFile, base: Path) -> tuple[int | None, str]:
+    """The corpus's size in bytes where it can be seen from here, else None; and what is wrong with it, if anything."""
+    from swarmtrain.data.documents import source_files
+    from swarmtrain.errors import RunFileError
+
+    if run.data.source == "datasets":
+        return None, ""
+    try:
+        return sum(file.path.stat().st_size for file in source_files(run.data, base)), ""
+    except RunFileError as error:
+        return None, str(error)
+
+
+def _machine_bytes() -> int | None:
+    """This machine's memory in bytes, where the system says it."""
+    import os
+
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,253 @@
+"""What several commands share: their options, where their events go, addresses, logging.
+
+A command that is a peer starts like this, whatever else it does:
+
+    @click.command(epilog=example("swarmtrain join INVITE --name anna"))
+    @click.argument("invite")
+    @peer_options
+    def command(invite: str, options: PeerOptions) -> None:
+        from swarmtrain.cli.display import PeerDisplay
+
+        with open_sink(options, PeerDisplay) as emit:
+            ...  # emit(event), from any thread
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import logging
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
+
+import click
+
+from swarmtrain.errors import SwarmtrainError
+
+if TYPE_CHECKING:
+    from swarmtrain.events import Event
+
+__all__ = [
+    "Display",
+    "EventSink",
+    "PeerOptions",
+    "example",
+    "open_sink",
+    "peer_directory",
+    "peer_options",
+    "to_multiaddr",
+]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Display(Protocol):
+    """What shows events on a terminal; see `cli/display.py`."""
+
+    def start(self) -> None: ...
+
+    def show(self, event: Event) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerOptions:
+    """The options every peer takes, as `peer_options` collects them."""
+
+    dir: Path | None
+    name: str
+    json: bool
+    listen: tuple[str, ...]  # multiaddresses
+    announce: tuple[str, ...]  # multiaddresses
+    log_level: str
+
+
+def to_multiaddr(text: str) -> str:
+    """An address a person writes (HOST:PORT, [IPv6]:PORT, :PORT or a multiaddress) as a multiaddress.
+
+    Raises `ValueError` with what is allowed.
+    """
+    if text.startswith("/"):
+        if re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/[^/]+/tcp/\d+(/.*)?", text):
+            return text
+        raise ValueError(f"{text!r} is no TCP multiaddress, such as /ip4/203.0.113.5/tcp/31337")
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s]*)):(\d{1,5})", text)
+    if match is None or int(match[3]) > 65535:
+        raise ValueError(f"{text!r} is no address; write HOST:PORT, [IPv6]:PORT, :PORT or a multiaddress")
+    host, port = match[1] or match[2] or "0.0.0.0", int(match[3])
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        if match[1] or not re.fullmatch(r"[0-9A-Za-z_]([0-9A-Za-z_.-]*[0-9A-Za-z_])?", host) or host[-1].isdigit():
+            raise ValueError(f"{host!r} is neither an IP address nor a host name") from None
+        return f"/dns/{host}/tcp/{port}"
+    return f"/ip{address.version}/{address}/tcp/{port}"
+
+
+def _addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        return tuple(to_multiaddr(text) for text in value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
+def _name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", value):
+        raise click.BadParameter(f"{value!r}: at most 32 letters, digits, dots, hyphens and underscores", ctx, param)
+    return value
+
+
+_PEER_OPTIONS = (
+    click.option(
+        "--dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="FOLDER",
+        help="Where identity and checkpoints are kept.  [default: a folder of this user, by command and --name]",
+    ),
+    click.option(
+        "--name",
+        callback=_name,
+        default="",
+        metavar="NAME",
+        help="What others see beside the PeerID.  [default: the end of the PeerID]",
+    ),
+    click.option("--json", is_flag=True, help="Write events as JSON lines on standard output, and nothing else there."),
+    click.option(
+        "--listen",
+        callback=_addresses,
+        multiple=True,
+        metavar="ADDRESS",
+        help="Listen at HOST:PORT, [IPv6]:PORT or a multiaddress; may be repeated.  [default: any free port]",
+    ),
+    click.option(
+        "--announce",
+        callback=_addresses,
+        multiple=True,
+        metavar="ADDRESS",
+        help="Tell others this address, such as a router's forwarded port; may be repeated.",
+    ),
+    click.option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        default="warning",
+        show_default=True,
+        help="How much of the log to write to standard error.",
+    ),
+)
+
+
+def peer_options(function: _F) -> _F:
+    """Give a command the options of every peer; it receives them as one argument, `options: PeerOptions`."""
+
+    @functools.wraps(function)
+    def bundled(**values: Any) -> Any:
+        options = PeerOptions(**{field.name: values.pop(field.name) for field in fields(PeerOptions)})
+        set_up_logging(options.log_level)
+        return function(options=options, **values)
+
+    decorated: Any = bundled
+    for option in reversed(_PEER_OPTIONS):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
+
+
+def example(*lines: str) -> str:
+    """The end of a command's help: one example or more, as they are typed."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def set_up_logging(level: str) -> None:
+    """The log goes to standard error, from `level` on."""
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def peer_directory(options: PeerOptions, role: str) -> Path:
+    """The peer's folder: `--dir`, else one of this user's by `role` ("bootstrap", "join") and name; not created."""
+    if options.dir is not None:
+        return options.dir
+    import platformdirs
+
+    return platformdirs.user_data_path("swarmtrain") / (f"{role}-{options.name}" if options.name else role)
+
+
+class EventSink:
+    """Takes events from any thread and writes each at once; a reader that is gone costs the output, not the peer.
+
+    It stamps what an event lacks of time, peer and name. As a context manager it starts and stops the display,
+    and with JSON it says a `SwarmtrainError` that ends the command as an `error` event too.
+    """
+
+    def __init__(self, write: Callable[[Event], None], *, name: str = "", display: Display | None = None) -> None:
+        self.display = display
+        self.broken = False
+        self._write = write
+        self._peer = ""
+        self._name = name
+        self._lock = threading.Lock()
+
+    def identify(self, peer: str, name: str) -> None:
+        """From now on events that do not say whose they are are this peer's."""
+        self._peer, self._name = peer, name
+
+    def __call__(self, event: Event) -> None:
+        from swarmtrain.events import stamped
+
+        event = stamped(event, time.time(), self._peer, self._name)
+        with self._lock:
+            if self.broken:
+                return
+            try:
+                self._write(event)
+            except (BrokenPipeError, ValueError):  # ValueError: the stream was closed
+                self.broken = True
+
+    def __enter__(self) -> EventSink:
+        if self.display is not None:
+            self.display.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.display is not None:
+            self.display.stop()
+
+
+class _JsonSink(EventSink):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, SwarmtrainError):
+            from swarmtrain.events import ErrorEvent
+
+            self(ErrorEvent(message=str(error), exit_code=error.exit_code))
+
+
+def _lines(stream: TextIO, render: Callable[[Event], str]) -> Callable[[Event], None]:
+    def write(event: Event) -> None:
+        stream.write(render(event) + "\n")
+        stream.flush()
+
+    return write
+
+
+def open_sink(options: PeerOptions, make_display: Callable[[], Display]) -> EventSink:
+    """The sink the options ask for: JSON lines, a display when standard output is a terminal, or plain lines."""
+    from swarmtrain.events import to_json_line, to_plain_line
+
+    if options.json:
+        return _JsonSink(_lines(sys.stdout, to_json_line), name=options.name)
+    if sys.stdout.isatty():
+        display = make_display()
+        return EventSink(display.show, name=options.name, display=display)
+    return EventSink(_lines(sys.stdout, to_plain_line), name=options.name)

@@ -1,0 +1,232 @@
+"""What a person sees on a terminal while peers train: fed by events alone, redrawn in place.
+
+`PeerDisplay` shows one peer, `SwarmDisplay` one row for each peer that `swarmtrain local` started. Both keep
+plain numbers and draw from them, so a test can draw without a terminal. Names and messages may come from other
+peers: they are shown as plain text, escaped, never as markup.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from swarmtrain.events import (
+    DoneEvent,
+    EvalEvent,
+    Event,
+    FetchedEvent,
+    JoinedEvent,
+    PeerJoinedEvent,
+    PeerLeftEvent,
+    PeerLostEvent,
+    RoundEvent,
+    StartedEvent,
+    count_in_words,
+    short_peer,
+    size_in_words,
+    time_in_words,
+    to_plain_line,
+)
+from swarmtrain.problems import one_line
+
+__all__ = ["PeerDisplay", "SwarmDisplay"]
+
+_ROUNDS_FOR_SPEED = 10
+_LINES_KEPT = 5
+
+
+@dataclass
+class _Peer:
+    """What is known of one peer from its events."""
+
+    name: str
+    state: str = "starting"
+    round: RoundEvent | None = None
+    held_out_loss: float | None = None
+    tokens: int = 0  # its own, in the rounds seen
+    tokens_before: int = 0  # the run's, when it joined
+    present: set[str] = field(default_factory=set)
+
+    def take(self, event: Event) -> None:
+        match event:
+            case JoinedEvent():
+                self.state, self.tokens_before = "joined", event.run_tokens
+            case StartedEvent():
+                self.state = "training"
+            case RoundEvent():
+                self.state, self.round = "training", event
+                self.tokens += event.tokens
+                self.present = set(event.partners)
+            case EvalEvent():
+                self.held_out_loss = event.held_out_loss
+            case PeerJoinedEvent():
+                self.present.add(event.joined)
+            case PeerLostEvent():
+                self.present.discard(event.lost)
+            case PeerLeftEvent():
+                self.present.discard(event.left)
+            case DoneEvent():
+                self.state = "done"
+                self.held_out_loss = event.held_out_loss if event.held_out_loss is not None else self.held_out_loss
+
+    def share(self, run_tokens: int) -> float:
+        """Its part of the tokens trained since it joined, 0 to 1."""
+        return min(1.0, self.tokens / max(1, run_tokens - self.tokens_before))
+
+
+@dataclass
+class _Progress:
+    """How far the run is, and when it will end at its present speed."""
+
+    total_tokens: int = 0  # 0 while unknown
+    run_tokens: int = 0
+    _seen: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_ROUNDS_FOR_SPEED))
+
+    def take(self, event: Event) -> None:
+        match event:
+            case StartedEvent() | FetchedEvent():
+                self.total_tokens = event.total_tokens or self.total_tokens
+            case RoundEvent() | JoinedEvent() | DoneEvent() if event.run_tokens > self.run_tokens or not self._seen:
+                self.run_tokens = max(self.run_tokens, event.run_tokens)
+                self._seen.append((event.time, event.run_tokens))
+
+    def left_s(self) -> float | None:
+        """Seconds to the end, None while nobody can tell."""
+        if not self.total_tokens or len(self._seen) < 2:
+            return None
+        (first_s, first_tokens), (last_s, last_tokens) = self._seen[0], self._seen[-1]
+        if last_s <= first_s or last_tokens <= first_tokens:
+            return None
+        return max(0, self.total_tokens - last_tokens) * (last_s - first_s) / (last_tokens - first_tokens)
+
+    def draw(self) -> RenderableType:
+        row = Table.grid(padding=(0, 1), expand=True)
+        row.add_column(ratio=1, min_width=10)
+        row.add_column(no_wrap=True, justify="right")
+        words = f"{count_in_words(self.run_tokens)} tokens"
+        if self.total_tokens:
+            part = min(1.0, self.run_tokens / self.total_tokens)
+            words = f"{part:.0%} of {count_in_words(self.total_tokens)} tokens"
+        if (left_s := self.left_s()) is not None:
+            words += f", {time_in_words(left_s)} left" if left_s else ", finishing"
+        total = self.total_tokens or None
+        row.add_row(ProgressBar(total=total, completed=self.run_tokens, pulse=total is None), Text(words))
+        return row
+
+
+class _Display:
+    """Drawing in place; what both displays share."""
+
+    def __init__(self, title: str, total_tokens: int, console: Console | None) -> None:
+        self._title = title
+        self._progress = _Progress(total_tokens)
+        self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._live = Live(self.draw(), console=console or Console(), auto_refresh=False, transient=False)
+
+    def start(self) -> None:
+        """Begin to draw."""
+        self._live.start(refresh=True)
+
+    def stop(self) -> None:
+        """Draw a last time and leave that on the screen."""
+        self._live.update(self.draw(), refresh=True)
+        self._live.stop()
+
+    def show(self, event: Event) -> None:
+        """Take an event and redraw."""
+        self._progress.take(event)
+        self._take(event)
+        if not isinstance(event, RoundEvent):
+            self._lines.append(to_plain_line(event))
+        self._live.update(self.draw(), refresh=True)
+
+    def draw(self) -> RenderableType:
+        """The whole picture, from what is known now."""
+        lines = [Text(line, style="dim", overflow="ellipsis", no_wrap=not _whole(line)) for line in self._lines]
+        return Group(Text(self._title, style="bold"), self._progress.draw(), *self._body(), *lines)
+
+    def _take(self, event: Event) -> None:
+        raise NotImplementedError
+
+    def _body(self) -> Iterable[RenderableType]:
+        raise NotImplementedError
+
+
+def _whole(line: str) -> bool:
+    """Whether a line must not be cut: somebody will copy it."""
+    return "swarmtrain join " in line
+
+
+class PeerDisplay(_Display):
+    """One peer: progress and time left, loss, who is here, its share of the work, what it sends."""
+
+    def __init__(self, title: str = "swarmtrain", total_tokens: int = 0, console: Console | None = None) -> None:
+        self._peer = _Peer(name="")
+        super().__init__(title, total_tokens, console)
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, FetchedEvent):
+            self._title = f"run {one_line(event.run_name)} ({event.run_sha256[:12]})"
+        self._peer.take(event)
+
+    def _body(self) -> Iterable[RenderableType]:
+        peer, merged = self._peer, self._peer.round
+        if merged is None:
+            yield Text(peer.state)
+            return
+        held_out = "" if peer.held_out_loss is None else f"   held-out {peer.held_out_loss:.3f} nats/byte"
+        share = peer.share(self._progress.run_tokens)
+        here = len(peer.present | {peer_id for peer_id in (merged.peer,) if peer_id})
+        yield Text(
+            f"round {merged.round}   loss {merged.loss:.3f}{held_out}   {here} peers here   own share {share:.0%}"
+        )
+        waited = f", waited {time_in_words(merged.stall_s)}" if merged.stall_s >= 0.1 else ""
+        yield Text(
+            f"{merged.inner_steps} inner steps in {time_in_words(merged.seconds)}, "
+            f"merged in {time_in_words(merged.merge_s)}{waited}"
+        )
+        if merged.times_below_allreduce is not None:
+            per_step = size_in_words(merged.bytes_sent / max(1, merged.inner_steps))
+            times = merged.times_below_allreduce
+            yield Text(f"sent {per_step} per inner step, {times:.1f} times below an all-reduce at every step")
+
+
+class SwarmDisplay(_Display):
+    """Several peers of one machine: a row each, keyed by their names."""
+
+    def __init__(self, title: str = "swarmtrain", total_tokens: int = 0, console: Console | None = None) -> None:
+        self._peers: dict[str, _Peer] = {}
+        super().__init__(title, total_tokens, console)
+
+    def _take(self, event: Event) -> None:
+        key = event.name or short_peer(event.peer)
+        self._peers.setdefault(key, _Peer(name=key)).take(event)
+
+    def _body(self) -> Iterable[RenderableType]:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("peer", overflow="ellipsis", max_width=16, no_wrap=True)
+        table.add_column("state", no_wrap=True)
+        for heading in ("round", "loss", "share", "s/round", "sent", "below"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for peer in self._peers.values():
+            table.add_row(Text(one_line(peer.name)), peer.state, *self._cells(peer))
+        yield table
+        losses = [peer.held_out_loss for peer in self._peers.values() if peer.held_out_loss is not None]
+        if losses:
+            yield Text(f"held-out loss {losses[-1]:.3f} nats/byte")
+
+    def _cells(self, peer: _Peer) -> list[str]:
+        merged = peer.round
+        if merged is None:
+            return [""] * 6
+        below = "" if merged.times_below_allreduce is None else f"{merged.times_below_allreduce:.1f}x"
+        share = f"{peer.share(self._progress.run_tokens):.0%}"
+        sent = size_in_words(merged.bytes_sent)
+        return [str(merged.round), f"{merged.loss:.3f}", share, f"{merged.seconds:.1f}", sent, below]

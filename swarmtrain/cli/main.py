@@ -1,0 +1,92 @@
+"""The command `swarmtrain`: finds the command asked for, runs it, and turns errors into one line and a code.
+
+Rules of this folder: one file per command, named like it, with a click command called `command`; a command
+module imports only click and `cli.common` at its top, so that `swarmtrain --help` needs no torch. To add one,
+write the file and add its name to `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+
+import click
+
+from swarmtrain import __version__
+from swarmtrain.errors import SwarmtrainError
+
+__all__ = ["COMMANDS", "cli", "main", "run"]
+
+COMMANDS = ("check",)
+
+INTERRUPTED = 130
+
+
+class _Commands(click.Group):
+    """The commands in the order of `COMMANDS`, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"swarmtrain.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            ctx.fail(f"No such command {args[0]!r}; {meant}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, message="swarmtrain %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Train one model together, on ordinary machines, over the internet."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line (without the program's name); returns the exit code and never raises for a person's error.
+
+    A command ends with code 0 by returning None, with another by `ctx.exit(code)`, with an error by raising a
+    `SwarmtrainError`.
+    """
+    try:
+        returned = cli.main(arguments, prog_name="swarmtrain", standalone_mode=False)
+        sys.stdout.flush()
+    except SwarmtrainError as error:
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        see = f" (see {context.command_path} --help)" if context is not None else ""
+        click.echo(f"error: {' '.join(error.format_message().split())}{see}", err=True)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output is gone; Python would complain about it again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return returned if isinstance(returned, int) else 0
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    sys.exit(run(sys.argv[1:]))
