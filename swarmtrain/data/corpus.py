@@ -25,7 +25,8 @@ from swarmtrain.run import DataSection
 
 __all__ = ["Corpus", "Document", "HeldOut", "cut_held_out", "prepare_corpus", "read_documents"]
 
-HELD_OUT_PIECES = 8  # the held-out text comes from at least so many places
+HELD_OUT_PIECES = 8  # the held-out text comes from about so many places, or more
+MIN_PIECE_BYTES = 512  # a shorter piece would not be recognised in its document
 HELD_OUT_ONE_IN = 10  # it is at most this share of the corpus
 _CACHE_FORM = 1  # goes up whenever the same files give another corpus
 
@@ -62,9 +63,10 @@ def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) 
     """
     pieces: list[tuple[str, bytes]] = []
     num_bytes = 0
+    piece_bytes = max(MIN_PIECE_BYTES, held_out_bytes // HELD_OUT_PIECES)
     for document in documents:
         num_bytes += len(document.text)
-        pieces += [(document.name, piece) for piece in _pieces(document.text, held_out_bytes // HELD_OUT_PIECES)]
+        pieces += [(document.name, piece) for piece in _pieces(document.text, piece_bytes)]
     if num_bytes < HELD_OUT_ONE_IN * held_out_bytes:
         largest = num_bytes // HELD_OUT_ONE_IN
         advice = f"lower data.held_out_bytes to {largest} or less" if largest >= 1024 else "give it more text"
@@ -79,12 +81,11 @@ def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) 
         if not piece.endswith(b"\n"):
             piece += b"\n"
         room = held_out_bytes - len(text)
+        if room < MIN_PIECE_BYTES // 2:
+            break
         piece = piece if len(piece) <= room else piece[: _cut_before(piece, room)]
         text += piece
-        if piece:
-            chosen[name] = None
-        if room <= held_out_bytes // 64 or len(piece) == room:
-            break
+        chosen[name] = None
     return HeldOut(bytes(text), tuple(chosen))
 
 
@@ -141,7 +142,7 @@ def first_documents(section: DataSection, base: Path, num_bytes: int) -> Iterato
 
 def _pieces(text: bytes, piece_bytes: int) -> Iterator[bytes]:
     begin = 0
-    while len(text) - begin > piece_bytes:
+    while 2 * (len(text) - begin) > 3 * piece_bytes:  # no short piece at the end
         end = begin + _cut_before(text[begin : begin + piece_bytes + 1], piece_bytes)
         yield text[begin:end]
         begin = end

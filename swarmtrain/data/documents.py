@@ -75,10 +75,7 @@ def source_files(section: DataSection, base: Path) -> list[SourceFile]:
     assert section.source != "datasets"
     if section.source == "python-stdlib":
         return _stdlib_files()
-    if not section.paths:
-        raise RunFileError(
-            'data.paths is empty: name the files to train on, for example data.paths = ["books/**/*.txt"]'
-        )
+    assert section.paths, "the run file was checked"
     found: dict[str, Path] = {}
     for pattern in section.paths:
         for name in _matches(pattern, base):

@@ -44,11 +44,6 @@ def fingerprint(section: DataSection, base: Path) -> str | None:
 
 
 def _load(section: DataSection, base: Path) -> Any:
-    if not section.dataset:
-        raise RunFileError(
-            "data.dataset is empty: give a name on the hub or a local folder, for example data.dataset = "
-            '"roneneldan/TinyStories"'
-        )
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:

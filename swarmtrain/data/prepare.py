@@ -9,19 +9,19 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from swarmtrain.data import huggingface
 from swarmtrain.data.batches import Batches, BatchSource, StreamingBatches, peer_seed
 from swarmtrain.data.cache import load_array, store_array
-from swarmtrain.data.corpus import Corpus, HeldOut, cut_held_out, first_documents, read_documents
-from swarmtrain.data.corpus import prepare_corpus as prepare_corpus
+from swarmtrain.data.corpus import Corpus, HeldOut, cut_held_out, first_documents, prepare_corpus, read_documents
 from swarmtrain.data.overlap import HeldOutIndex
 from swarmtrain.data.tokens import BpeTokenizer, ByteTokenizer, Tokenizer, Tokens, tokenizer_from_bytes_untrusted
 from swarmtrain.run import DataSection, RunFile
 
-__all__ = ["PublishableData", "TrainingData", "publishable_data", "training_batches", "training_data"]
+__all__ = ["PeerPlace", "PublishableData", "TrainingData", "publishable_data", "training_batches", "training_data"]
 
 STREAM_SAMPLE_BYTES = 1 << 25  # what the bootstrap reads of a streamed data set, or more for a large held-out text
 
@@ -68,7 +68,8 @@ def training_data(
     return TrainingData(_encoded(corpus, tokenizer, cache_dir), tokenizer, corpus)
 
 
-class PeerPlace(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class PeerPlace:
     """Who draws batches, and where it stands."""
 
     run_sha256: str

@@ -99,9 +99,8 @@ class BpeTokenizer:
             max_token_length=MAX_TOKEN_BYTES,
             show_progress=False,
         )
-        chunks = (
-            str(chunk, errors="ignore") for chunk in _chunks(np.frombuffer(text, np.uint8).data[:LEARNT_FROM_BYTES])
-        )
+        read = np.frombuffer(text, np.uint8)[:LEARNT_FROM_BYTES].data
+        chunks = (str(chunk, errors="ignore") for chunk in _chunks(read))
         learner.train_from_iterator(chunks, trainer)
         ids = {letter: byte for byte, letter in enumerate(_letters())}
         merges = []

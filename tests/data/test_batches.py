@@ -1,0 +1,121 @@
+"""A batch depends on the run, the peer and its number alone; held-out windows cover every token once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmtrain.data.batches import Batches, StreamingBatches, held_out_batches
+from swarmtrain.data.tokens import ByteTokenizer
+from swarmtrain.errors import RunFileError
+
+TOKENS = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
+
+
+def _batches(*, tokens: np.ndarray = TOKENS, run: str = "a1", peer: str = "p", position: int = 0) -> Batches:
+    return Batches(tokens, context_tokens=16, batch_sequences=4, run_sha256=run, peer_id=peer, position=position)
+
+
+def test_batches_are_windows_of_the_corpus() -> None:
+    batch = _batches().next_batch()
+    assert batch.shape == (4, 17) and batch.dtype == torch.int64
+    text = TOKENS.tobytes()
+    assert all(bytes(row) in text for row in batch.tolist())
+
+
+@given(position=st.integers(0, 2**62))
+def test_a_batch_is_the_same_after_a_resume(position: int) -> None:
+    source = _batches(position=position)
+    source.next_batch()
+    second = source.next_batch()
+    assert source.position == position + 2
+    assert torch.equal(second, _batches(position=position + 1).next_batch())
+
+
+def test_runs_peers_and_positions_draw_differently() -> None:
+    drawn = [_batches(), _batches(run="a2"), _batches(peer="q"), _batches(position=1)]
+    batches = {str(source.next_batch().tolist()) for source in drawn}
+    assert len(batches) == 4
+
+
+def test_the_draw_is_pinned() -> None:
+    """Another numpy, another machine, the same windows: a peer may move."""
+    tokens = np.arange(5000)
+    assert [_batches(tokens=tokens, position=p).next_batch()[:, 0].tolist() for p in (0, 10**12)] == PINNED
+
+
+PINNED = [[774, 2224, 4973, 4452], [299, 865, 1703, 4045]]
+
+
+def test_every_window_is_drawn_alike() -> None:
+    source = Batches(np.arange(18), context_tokens=15, batch_sequences=3000, run_sha256="r", peer_id="p")
+    starts = torch.bincount(source.next_batch()[:, 0], minlength=4)
+    assert len(starts) == 3 or starts[3] == 0
+    assert starts[:3].min() > 900
+
+
+def test_a_corpus_of_one_sequence_is_enough_and_less_is_an_error() -> None:
+    assert _batches(tokens=TOKENS[:17]).next_batch().shape == (4, 17)
+    with pytest.raises(RunFileError, match=r"16 tokens and a sequence needs 17: lower model.context_tokens"):
+        _batches(tokens=TOKENS[:16])
+
+
+def _stream(epoch: int) -> Iterator[bytes]:
+    for number in range(30):
+        yield f"epoch {epoch} document {number} says {'x' * number}".encode()
+        yield b""
+
+
+def _streaming(position: int = 0) -> StreamingBatches:
+    return StreamingBatches(_stream, ByteTokenizer(), context_tokens=9, batch_sequences=3, position=position)
+
+
+def test_a_stream_is_cut_into_sequences_without_loss_across_epochs() -> None:
+    source = _streaming()
+    read = b"".join(bytes(row) for _ in range(100) for row in source.next_batch().tolist())
+    everything = b"".join(text + b"\n" for epoch in range(3) for text in _stream(epoch) if text)
+    assert len(read) == 3000 and everything.startswith(read)
+
+
+@pytest.mark.parametrize("position", [1, 7, 60])
+def test_a_stream_resumes_at_its_position(position: int) -> None:
+    source = _streaming()
+    for _ in range(position):
+        source.next_batch()
+    resumed = _streaming(position)
+    assert resumed.position == source.position == position
+    for _ in range(3):
+        assert torch.equal(resumed.next_batch(), source.next_batch())
+    assert resumed.position == position + 3
+
+
+def test_a_stream_without_text_is_an_error() -> None:
+    source = StreamingBatches(lambda epoch: iter([b""]), ByteTokenizer(), context_tokens=9, batch_sequences=3)
+    with pytest.raises(RunFileError, match="holds no text"):
+        source.next_batch()
+
+
+@given(num_tokens=st.integers(0, 200), context_tokens=st.integers(1, 20), batch_sequences=st.integers(1, 5))
+def test_every_held_out_token_is_a_target_once(num_tokens: int, context_tokens: int, batch_sequences: int) -> None:
+    tokens = TOKENS[:num_tokens]
+    batches = list(held_out_batches(tokens, context_tokens, batch_sequences))
+    assert b"".join(bytes(batch[:, 1:].flatten().tolist()) for batch in batches) == tokens.tobytes()
+    inputs = [token for batch in batches for token in batch[:, :-1].flatten().tolist()]
+    assert inputs == [10, *tokens.tolist()][:num_tokens]
+    full = batches[:-1] if num_tokens % context_tokens else batches
+    assert all(batch.shape[1] == context_tokens + 1 and batch.shape[0] <= batch_sequences for batch in full)
+
+
+def test_nats_per_byte_of_a_uniform_model_is_log_256() -> None:
+    tokens = TOKENS[:1001]
+    total = 0.0
+    for batch in held_out_batches(tokens, 16, 4):
+        targets = batch[:, 1:].flatten()
+        total += float(torch.nn.functional.cross_entropy(torch.zeros(len(targets), 256), targets, reduction="sum"))
+    assert total / len(tokens.tobytes()) == pytest.approx(math.log(256))

@@ -1,0 +1,48 @@
+"""From a run file to batches, with a byte tokenizer and a learnt one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from swarmtrain.data.batches import Batches
+from swarmtrain.data.prepare import PeerPlace, publishable_data, training_batches, training_data
+from swarmtrain.errors import BadBytesError
+from swarmtrain.run import RunFile
+
+
+def _run(**model: object) -> RunFile:
+    data = {"source": "text", "paths": ["*.txt"], "held_out_bytes": 1024}
+    return RunFile.model_validate_json(json.dumps({"run": {"total_tokens": 100_000}, "data": data, "model": model}))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    for number in range(20):
+        lines = [f"line {number * line} of story {number}, which is {line**3} words long\n" for line in range(40)]
+        (tmp_path / f"{number:02}.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def test_bytes_are_the_corpus_itself(base: Path) -> None:
+    run = _run()
+    held_out, tokenizer_bytes = publishable_data(run, base)
+    data = training_data(run, base, held_out.text, tokenizer_bytes, None)
+    assert np.shares_memory(data.tokens, data.corpus.text)
+    source = training_batches(run, data, PeerPlace(run_sha256="r", peer_id="p", position=5), base, held_out.text)
+    assert isinstance(source, Batches) and source.position == 5
+    assert source.next_batch().shape == (16, 129)
+
+
+def test_a_learnt_tokenizer_is_used_by_every_peer_and_its_tokens_are_kept(base: Path) -> None:
+    run = _run(tokenizer="bpe", vocabulary_size=300)
+    held_out, tokenizer_bytes = publishable_data(run, base)
+    first, second = (training_data(run, base, held_out.text, tokenizer_bytes, base / "cache") for _ in range(2))
+    assert first.tokenizer.vocabulary_size == 300 and np.array_equal(first.tokens, second.tokens)
+    assert first.tokenizer.decode(first.tokens) == first.corpus.text.tobytes()
+    assert sorted(path.name.split("-")[0] for path in (base / "cache").iterdir()) == ["corpus", "tokens"]
+    with pytest.raises(BadBytesError):
+        training_data(run, base, held_out.text, tokenizer_bytes[:-8], None)
