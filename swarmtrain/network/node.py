@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import statistics
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
@@ -20,14 +19,14 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
-from swarmtrain.errors import RunTimeError, UnreachableError, UserError
+from swarmtrain.errors import RunTimeError, UnreachableError
 from swarmtrain.network import daemon
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.records import RecordRules, bucket_key, make_validator
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["NetworkThread", "Node", "NodeSettings", "Traffic", "correct_clock", "listen_addresses"]
+__all__ = ["NetworkThread", "Node", "NodeSettings", "Traffic", "correct_clock"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -86,19 +85,6 @@ class Traffic:
 
     sent_bytes: int = 0
     received_bytes: int = 0
-
-
-def listen_addresses(text: str) -> tuple[str, ...]:
-    """Multiaddresses for `--listen`: "31337", "0.0.0.0:31337", "[::1]:31337" or a multiaddress."""
-    if text.startswith("/"):
-        return (text,)
-    match = re.fullmatch(r"(?:(?P<host>\[[0-9a-fA-F:]+\]|[0-9.]+):)?(?P<port>\d{1,5})", text)
-    if match is None or int(match["port"]) > 65535:
-        raise UserError(f"cannot listen at {text!r}: give a port (31337), HOST:PORT or /ip4/HOST/tcp/PORT")
-    host, port = match["host"], match["port"]
-    if host is None:
-        return (f"/ip4/0.0.0.0/tcp/{port}", f"/ip6/::/tcp/{port}")
-    return (f"/ip6/{host[1:-1]}/tcp/{port}",) if host.startswith("[") else (f"/ip4/{host}/tcp/{port}",)
 
 
 @dataclass

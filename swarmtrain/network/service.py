@@ -11,7 +11,9 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, AsyncIterator, Protocol  # noqa: UP035 - hivemind reads these hints by their typing names
+from typing import Any, AsyncIterator, Protocol, TypeVar  # noqa: UP035 - hivemind reads these hints by their typing names
+
+from google.protobuf.message import Message
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.daemon import hivemind_module
@@ -23,6 +25,7 @@ __all__ = ["Answers", "PeerCalls", "namespace_of", "service_type"]
 
 _log = logging.getLogger(__name__)
 _MAX_HELD_CALLS = 24
+_R = TypeVar("_R", bound=Message)
 
 
 class Answers(Protocol):
@@ -82,7 +85,7 @@ def service_type() -> Any:
                 yield self._count(None, pb.PullReply(data=data[offset : offset + CHUNK_BYTES]))
             yield pb.PullReply(end=True)
 
-        def _count(self, request: Any, reply: Any) -> Any:
+        def _count(self, request: Any, reply: _R) -> _R:
             traffic = self._node.traffic
             traffic.received_bytes += 0 if request is None else request.ByteSize()
             traffic.sent_bytes += reply.ByteSize()

@@ -1,0 +1,444 @@
+"""A peer among others: presence, greetings, the run's files, states and rounds, in the network thread.
+
+Bootstrap and volunteer are both a `Swarm`; they differ in what they say of themselves. Everything here runs in the
+network thread's loop; other threads go through `NetworkThread`, or set plain attributes that are only read here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain import __version__
+from swarmtrain.errors import BadBytesError, PeerError, RunTimeError
+from swarmtrain.events import (
+    Event,
+    PeerJoinedEvent,
+    PeerLeftEvent,
+    PeerLostEvent,
+    RefusedEvent,
+    WarningEvent,
+)
+from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
+from swarmtrain.membership.records import bucket_of, buckets_to_read, choose_bucket
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import Identity, peer_bytes
+from swarmtrain.network.invite import Invite, InvitedPeer
+from swarmtrain.network.node import Node, correct_clock
+from swarmtrain.network.records import PRESENCE, presence_from_proto_untrusted, presence_to_proto
+from swarmtrain.network.roster import Average, Rounds, RoundSettings
+from swarmtrain.network.service import PeerCalls, namespace_of, service_type
+from swarmtrain.network.signing import open_signed_untrusted, sign
+from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Counters", "PublishedRun", "Swarm", "fetch_published", "find_run", "state_specs"]
+
+_log = logging.getLogger(__name__)
+_READ_EVERY_S = 3.0
+_MAX_INVITED = 4
+_MAX_STAMP_SKEW_S = 120.0
+_MAX_READ_BUCKETS = 64
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A run as it is handed out: its exact bytes, their hash, and the files that travel with it."""
+
+    data: bytes
+    sha256: str
+    run: RunFile
+    held_out: bytes
+    tokenizer: bytes
+
+    def blobs(self) -> dict[str, bytes]:
+        """The files by their hash."""
+        published = self.run.published
+        assert published is not None
+        blobs = {self.sha256: self.data, published.held_out_sha256: self.held_out}
+        if published.tokenizer_sha256 is not None:
+            blobs[published.tokenizer_sha256] = self.tokenizer
+        return blobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counters:
+    """What has been trained after `round` outer steps: tokens of the run and of each peer."""
+
+    round: int = 0
+    run_tokens: int = 0
+    peer_tokens: Mapping[str, int] = field(default_factory=dict)
+    roster_sha256: str = ""
+
+
+def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensor table of a state: the outer parameters, then their momentum."""
+    return tuple(
+        TensorSpec(f"{part}/{spec.name}", spec.shape, spec.dtype) for part in ("theta", "momentum") for spec in specs
+    )
+
+
+async def find_run(node: Node, invite: Invite, limit_s: float = 15.0) -> str:
+    """Dial the invited peers; the PeerID of one that answers, the clock being corrected by those that do.
+
+    Raises RunTimeError, within `limit_s`, when nobody answers.
+    """
+    calls = PeerCalls(node, invite.run_sha256)
+
+    async def knock(peer: InvitedPeer) -> tuple[str, float]:
+        await node.connect(peer.peer, peer.addresses, limit_s)
+        asked_s = time.time()
+        reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(invite.run_sha256)), limit_s)
+        return peer.peer, reply.time - (asked_s + time.time()) / 2
+
+    tasks = [asyncio.create_task(knock(peer)) for peer in invite.peers if peer.peer != node.identity.peer_id]
+    if not tasks:
+        raise RunTimeError("the invite names nobody but this peer; ask someone else of the swarm for one")
+    done, pending = await asyncio.wait(tasks, timeout=limit_s)
+    for task in pending:
+        task.cancel()
+    answers = [task.result() for task in done if task.exception() is None]
+    if not answers:
+        where = ", ".join(address for peer in invite.peers for address in peer.addresses)
+        reasons = {str(task.exception()) for task in done}
+        if any("does not serve this run" in reason for reason in reasons):
+            raise RunTimeError(f"the peer at {where} serves another run; ask for a new invite")
+        raise RunTimeError(f"nobody answers at {where}: is the swarm up? If it is, ask for a new invite")
+    offset_s = correct_clock([offset for _, offset in answers])
+    if offset_s:
+        _log.warning("this machine's clock is off by %.1f s; corrected by the others'", -offset_s)
+    return answers[0][0]
+
+
+@dataclass
+class Swarm:
+    """This peer's view of, and place in, the swarm of one run."""
+
+    node: Node
+    published: PublishedRun
+    specs: tuple[TensorSpec, ...]
+    average: Average
+    emit: Callable[[Event], None]
+    me: PeerInfo
+    membership: Membership = field(init=False)
+    calls: PeerCalls = field(init=False)
+    store: SnapshotStore = field(init=False)
+    rounds: Rounds = field(init=False)
+    _state: tuple[Counters, Body] | None = None
+    _state_held: Held | None = None
+    _state_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _signed: dict[str, pb.Signed] = field(default_factory=dict)
+    _bucket: str | None = None
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _greeted: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        run = self.published.run
+        limits = run.network
+        self.membership = Membership(self.identity.peer_id)
+        self.calls = PeerCalls(
+            self.node,
+            self.published.sha256,
+            limits.stall_limit_s,
+            on_failure=self._call_failed,
+            on_answer=lambda peer: self.membership.heard(peer, swarm_time()),
+        )
+        self.store = SnapshotStore(limits.max_readers)
+        settings = RoundSettings(
+            run_sha256=self.published.sha256,
+            specs=self.specs,
+            state_specs=state_specs(self.specs),
+            max_tokens=run.merge.inner_steps * run.tokens_per_step,
+            share_above=run.merge.share_above,
+            round_limit_s=run.merge.round_limit_s,
+            silence_s=run.merge.silence_s,
+            pull=PullLimits(stall_limit_s=limits.stall_limit_s),
+        )
+        self.rounds = Rounds(
+            self.identity, self.calls, self.store, self.membership, settings, self.average, refused=self._refused
+        )
+
+    @property
+    def identity(self) -> Identity:
+        """This peer's key."""
+        return self.node.identity
+
+    @property
+    def _run_bytes(self) -> bytes:
+        return bytes.fromhex(self.published.sha256)
+
+    # ------------------------------------------------------------- life
+
+    async def start(self, through: Sequence[InvitedPeer]) -> None:
+        """Answer calls, enter the DHT through `through`, learn who is here. Nothing is said of ourselves yet."""
+        service = service_type()(self, self.store, self.published.blobs(), self.node)
+        await self.node.serve(service, namespace_of(self.published.sha256))
+        await self.node.join_dht([(peer.peer, peer.addresses) for peer in through])
+        for peer in through:
+            await self._greet(peer.peer, None)
+        await self.read_presences()
+
+    async def announce(self) -> None:
+        """Say that we are here, to everyone known and in the DHT, and keep saying so."""
+        self.me = dataclasses.replace(self.me, addresses=await self.node.addresses())
+        await self.greet_everyone()
+        await self._store_presence()
+        self._tasks.append(asyncio.create_task(self._keep_present()))
+        self._tasks.append(asyncio.create_task(self._keep_reading()))
+
+    async def leave(self) -> None:
+        """Say goodbye to everyone, and stop answering."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        request = pb.HelloRequest(run_sha256=self._run_bytes, presence=self._signed_presence(), leaving=True)
+        goodbyes = [self.calls.hello(info.peer, request, 1.0) for info in self.membership.live()]
+        await asyncio.gather(*goodbyes, return_exceptions=True)
+        await self.node.stop()
+
+    async def _keep_present(self) -> None:
+        ttl_s = self.published.run.network.presence_ttl_s
+        while True:
+            await asyncio.sleep(ttl_s / 3)
+            await self._store_presence()
+
+    async def _keep_reading(self) -> None:
+        while True:
+            await asyncio.sleep(_READ_EVERY_S)
+            for change in self.membership.expire(swarm_time()):
+                self._report(change)
+            await self.read_presences()
+            newcomers = [info.peer for info in self.membership.live() if info.peer not in self._greeted]
+            await asyncio.gather(*(self._greet(peer, self._signed_presence()) for peer in newcomers[:32]))
+
+    # ------------------------------------------------------------- presence
+
+    def describe(self, *, round: int, inner_steps_done: int, steps_per_s: float, run_tokens: int) -> None:
+        """What the next presence says of our progress."""
+        self.me = dataclasses.replace(
+            self.me,
+            round=round,
+            inner_steps_done=inner_steps_done,
+            steps_per_s=steps_per_s,
+            run_tokens=run_tokens,
+        )
+
+    def _signed_presence(self) -> pb.Signed:
+        self.me = dataclasses.replace(self.me, stamp=max(swarm_time(), self.me.stamp + 1e-6))
+        return sign(self.identity, "presence", self.published.sha256, presence_to_proto(self.me))
+
+    async def _store_presence(self) -> None:
+        if self._bucket is None:
+            self._bucket = await self._find_bucket(PRESENCE)
+        self.me = dataclasses.replace(self.me, stamp=max(swarm_time(), self.me.stamp + 1e-6))
+        record = pb.Record(run_sha256=self._run_bytes, prefix=self._bucket, presence=presence_to_proto(self.me))
+        await self.node.store(record, self.published.run.network.presence_ttl_s)
+
+    async def _find_bucket(self, kind: str) -> str:
+        depth = 0
+        while True:
+            prefix = bucket_of(self.identity.peer_id, depth)
+            occupants = await self.node.read_bucket(self._run_bytes, kind, prefix)
+            if choose_bucket(self.identity.peer_id, depth, occupants.keys())[0]:
+                return prefix
+            depth += 1
+
+    async def read_presences(self) -> None:
+        """Read the presence buckets, the root first, then what lies below full ones."""
+        sizes: dict[str, int] = {}
+        while wanted := list(buckets_to_read(sizes)):
+            if len(sizes) + len(wanted) > _MAX_READ_BUCKETS:
+                break
+            for prefix in wanted:
+                records = await self.node.read_bucket(self._run_bytes, PRESENCE, prefix)
+                sizes[prefix] = len(records)
+                for peer, (record, expiry_s) in records.items():
+                    self._saw(peer, record.presence, expiry_s)
+
+    def _saw(self, peer: str, presence: pb.Presence, expiry_s: float) -> None:
+        try:
+            info = presence_from_proto_untrusted(peer, presence)
+            if info.stamp > swarm_time() + _MAX_STAMP_SKEW_S:
+                raise BadBytesError("a presence from the future")
+        except BadBytesError as error:
+            self._refused(peer, error)
+            return
+        change = self.membership.saw_presence(info, expiry_s, swarm_time())
+        self.node.remember_addresses(peer, info.addresses)
+        if change is not None:
+            self._report(change)
+
+    async def greet_everyone(self) -> None:
+        """Introduce ourselves to everyone believed alive; what they answer is news of them."""
+        signed = self._signed_presence()
+        await asyncio.gather(*(self._greet(info.peer, signed) for info in self.membership.live()))
+
+    async def _greet(self, peer: str, presence: pb.Signed | None) -> None:
+        request = pb.HelloRequest(run_sha256=self._run_bytes, presence=presence)
+        try:
+            reply = await self.calls.hello(peer, request)
+            self._read_presence_untrusted(reply.presence, peer)
+            for other in list(reply.others)[:64]:
+                self._read_presence_untrusted(other, None)
+            if presence is not None:
+                self._greeted.add(peer)
+        except BadBytesError as error:
+            self._refused(peer, error)
+        except PeerError as error:
+            _log.debug("greeting %s: %s", peer, error)
+
+    def _read_presence_untrusted(self, signed: pb.Signed, expected_author: str | None) -> None:
+        if not signed.payload:
+            return
+        author, message = open_signed_untrusted(signed, "presence", self.published.sha256, pb.Presence, 2048)
+        if author == self.identity.peer_id:
+            return
+        if expected_author is not None and author != expected_author:
+            raise BadBytesError("a presence of another peer than the one that sent it")
+        self._signed[author] = signed
+        self._saw(author, message, message.stamp + self.published.run.network.presence_ttl_s)
+
+    # ------------------------------------------------------------- answers to others
+
+    def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
+        """Who we are and whom we know. A caller that introduces itself is known from then on."""
+        with contextlib.suppress(BadBytesError):
+            if request.HasField("presence"):
+                self._read_presence_untrusted(request.presence, caller)
+                if request.leaving:
+                    change = self.membership.left(caller, swarm_time())
+                    if change is not None:
+                        self._report(change)
+        known = [info.peer for info in self.membership.live() if info.peer in self._signed and info.peer != caller]
+        return pb.HelloReply(
+            swarmtrain_version=__version__,
+            run_sha256=self._run_bytes,
+            time=swarm_time(),
+            presence=self._signed_presence() if self.me.addresses else None,
+            others=[self._signed[peer] for peer in known[:64]],
+        )
+
+    async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
+        """What we know of a round."""
+        return await self.rounds.answer(request)
+
+    async def state(self, request: pb.StateRequest) -> pb.StateReply:
+        """The manifest of our newest state, made at the first request for it."""
+        async with self._state_lock:
+            if self._state is None or self._state[0].round < request.min_round:
+                return pb.StateReply()
+            counters, body = self._state
+            held = self._state_held
+            if held is None or held.snapshot.manifest.round != counters.round:
+                held = await asyncio.to_thread(self._build_state, counters, body)
+                self._state_held = held
+                self.store.add(held)
+            return pb.StateReply(manifest=held.snapshot.signed)
+
+    def _build_state(self, counters: Counters, body: Body) -> Held:
+        manifest = pb.Manifest(
+            run_sha256=self._run_bytes,
+            kind=pb.SNAPSHOT_KIND_STATE,
+            round=counters.round,
+            run_tokens=counters.run_tokens,
+            roster_sha256=bytes.fromhex(counters.roster_sha256),
+        )
+        for peer, tokens in sorted(counters.peer_tokens.items()):
+            manifest.peer_tokens.add(peer=peer_bytes(peer), tokens=tokens)
+        return build_snapshot(self.identity, manifest, state_specs(self.specs), body)
+
+    def set_state(self, counters: Counters, body: Body) -> None:
+        """Offer this state to joiners from now on; nobody may write into its buffers any more."""
+        self._state = (counters, body)
+        self.rounds.current_round = counters.round
+        self.rounds.forget_before(counters.round)
+        self.rounds.tell()
+
+    # ------------------------------------------------------------- news
+
+    def invite(self) -> Invite:
+        """An invite through this peer, the bootstrap and a few others."""
+        others = [info for info in self.membership.live() if info.addresses]
+        others.sort(key=lambda info: not info.is_bootstrap)
+        peers = [InvitedPeer(self.identity.peer_id, self.me.addresses)]
+        peers += [InvitedPeer(info.peer, info.addresses[:3]) for info in others[: _MAX_INVITED - 1]]
+        return Invite(self.published.sha256, tuple(peers))
+
+    def _call_failed(self, peer: str, error: PeerError) -> None:
+        change = self.membership.call_failed(peer, swarm_time(), str(error))
+        if change is not None:
+            self._report(change)
+
+    def _report(self, change: Change) -> None:
+        self.rounds.tell()
+        info = self.membership.info(change.peer)
+        if change.state is PeerState.LIVE:
+            if info is not None and info.training:
+                self.emit(PeerJoinedEvent(joined=change.peer, joined_name=info.name))
+        else:
+            self._greeted.discard(change.peer)
+            if change.state is PeerState.LOST:
+                self.emit(PeerLostEvent(lost=change.peer, reason=change.reason))
+            else:
+                self.emit(PeerLeftEvent(left=change.peer))
+
+    def _refused(self, peer: str, error: PeerError) -> None:
+        self.emit(RefusedEvent(from_peer=peer, rule=_rule(str(error)), detail=str(error)))
+
+    async def watch_daemon(self, died: Callable[[str], None]) -> None:
+        """Calls `died` with a sentence when the network daemon ends before we leave."""
+
+        async def watch() -> None:
+            status = await self.node.wait_until_dead()
+            message = f"the network daemon ended (status {status}); start this peer again"
+            self.emit(WarningEvent(message=message))
+            died(message)
+
+        self._tasks.append(asyncio.create_task(watch()))
+
+
+def _rule(detail: str) -> str:
+    words = {
+        "hash": "hash",
+        "finite": "finite",
+        "shape": "shape",
+        "tensors": "shape",
+        "signature": "signature",
+        "forged": "signature",
+        "bytes, more": "size",
+        "tokens": "tokens",
+        "order": "stream",
+        "end": "stream",
+        "round": "round",
+        "presence": "presence",
+    }
+    return next((rule for word, rule in words.items() if word in detail), "format")
+
+
+async def fetch_published(
+    calls: PeerCalls, source: str, parse: Callable[[bytes, str], RunFile], kept: Mapping[str, bytes]
+) -> PublishedRun:
+    """The run and its files from `source`, each checked by its hash; those in `kept` are not fetched again.
+
+    Raises BadBytesError or UnreachableError.
+    """
+
+    async def get(sha256: str, max_bytes: int) -> bytes:
+        return kept.get(sha256) or await calls.blob_untrusted(source, sha256, max_bytes)
+
+    data = await get(calls.run_sha256, 64 * 1024)
+    run = parse(data, calls.run_sha256)
+    published = run.published
+    if published is None:
+        raise BadBytesError("a run that was never published")
+    held_out = await get(published.held_out_sha256, published.held_out_bytes)
+    tokenizer = b""
+    if published.tokenizer_sha256 is not None:
+        tokenizer = await get(published.tokenizer_sha256, published.tokenizer_bytes)
+    return PublishedRun(data, calls.run_sha256, run, held_out, tokenizer)

@@ -1,0 +1,245 @@
+"""The trainer: inner steps in the caller's thread, an outer step at each round's end.
+
+It touches the network only through the two calls of `Exchange`: "here is my round" and "give me what arrived".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, learning_rate_at
+from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
+from swarmtrain.data.batches import BatchSource
+from swarmtrain.model.gpt import GPT
+from swarmtrain.run import RunFile
+
+__all__ = ["Averaged", "Contribution", "Exchange", "Progress", "Replaced", "RoundReport", "Start", "Trainer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """What a round brought: the pseudo-gradient (P,) fp32, and what it took to get it."""
+
+    round: int
+    gradient: Tensor
+    tokens: int
+    inner_steps: int
+    started_at_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaged:
+    """The mean pseudo-gradient (P,) of everyone on the roster, with their tokens in the same order."""
+
+    gradient: Tensor
+    partners: tuple[str, ...]
+    weights: tuple[int, ...]
+    signer: str
+    roster_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaced:
+    """The swarm's state, taken from another peer in place of a merge: this peer had missed one."""
+
+    state: OuterState
+    progress: Progress
+    from_peer: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the run is after `round` outer steps."""
+
+    round: int = 0
+    run_tokens: int = 0
+    peer_tokens: Mapping[str, int] = field(default_factory=dict)
+    roster_sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a round begins: inner steps to take, and the volunteers present, this one included."""
+
+    inner_steps: int
+    num_peers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    """What is told of a finished round; seconds, tokens, nats per token."""
+
+    contribution: Contribution
+    averaged: Averaged
+    progress: Progress
+    num_peers: int
+    loss: float
+    first_loss: float
+    learning_rate: float
+    seconds: float
+    merge_s: float
+    stall_s: float
+    state: OuterState
+
+
+class Exchange(Protocol):
+    """The network as the trainer sees it. Each method may raise RunTimeError when the peer cannot go on."""
+
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start | Replaced:
+        """How the next round begins; a state to take first, if this peer's has been superseded."""
+
+    def step_done(self, inner_steps_done: int) -> None:
+        """An inner step is done (told to others when they ask); must cost nothing."""
+
+    def publish(self, contribution: Contribution) -> None:
+        """Here is my round. Returns at once."""
+
+    def collect(self) -> Averaged | Replaced:
+        """Give me what arrived; waits as long as the merge method says. Raises StopTraining when asked to end."""
+
+
+class StopTraining(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by an `Exchange` to end training between two steps."""
+
+
+@dataclass
+class Trainer:
+    """Trains until the run's tokens are reached or `should_stop` says so."""
+
+    run: RunFile
+    model: GPT
+    batches: BatchSource
+    exchange: Exchange
+    report: Callable[[RoundReport], None]
+    should_stop: Callable[[], bool] = lambda: False
+    state: OuterState = field(init=False)
+    progress: Progress = field(default_factory=Progress)
+    own_tokens: int = 0
+    steps_per_s: float = 0.0
+    inner: InnerOptimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        theta = flatten(self.model.parameters())
+        self.state = OuterState(theta, torch.zeros_like(theta))
+        section = self.run.inner
+        self.constants = InnerConstants(
+            learning_rate=section.learning_rate,
+            weight_decay=section.weight_decay,
+            beta1=section.beta1,
+            beta2=section.beta2,
+            gradient_clip=section.gradient_clip,
+            warmup_fraction=section.warmup_fraction,
+            floor_fraction=section.floor_fraction,
+        )
+        self.inner = InnerOptimizer(self.model.named_parameters(), self.constants)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has had all its tokens."""
+        return self.progress.run_tokens >= self.run.run.total_tokens
+
+    def train(self) -> str:
+        """Rounds until the end; returns why it ended: "total_tokens" or "interrupted"."""
+        try:
+            while not self.finished:
+                self._round()
+        except StopTraining:
+            return "interrupted"
+        return "total_tokens"
+
+    def _round(self) -> None:
+        began_s = time.monotonic()
+        started_at_s = time.time()
+        start = self.exchange.start_round(self.progress, self.steps_per_s)
+        if isinstance(start, Replaced):
+            self.adopt(start)
+            return
+        unflatten_into(self.state.theta, self.model.parameters())
+        losses, learning_rate = self._inner_steps(start)
+        steps_end_s = time.monotonic()
+        self.steps_per_s = len(losses) / max(steps_end_s - began_s, 1e-9)
+        contribution = Contribution(
+            round=self.progress.round,
+            gradient=self.state.theta - flatten(self.model.parameters()),
+            tokens=len(losses) * self.run.tokens_per_step,
+            inner_steps=len(losses),
+            started_at_s=started_at_s,
+        )
+        self.exchange.publish(contribution)
+        waiting_s = time.monotonic()
+        arrived = self.exchange.collect()
+        waited_s = time.monotonic() - waiting_s
+        self.own_tokens += contribution.tokens
+        if isinstance(arrived, Replaced):
+            self.adopt(arrived)
+            return
+        self.merge(arrived)
+        self.report(
+            RoundReport(
+                contribution=contribution,
+                averaged=arrived,
+                progress=self.progress,
+                num_peers=start.num_peers,
+                loss=sum(losses) / len(losses),
+                first_loss=losses[0],
+                learning_rate=learning_rate,
+                seconds=time.monotonic() - began_s,
+                merge_s=time.monotonic() - steps_end_s,
+                stall_s=waited_s,
+                state=self.state,
+            )
+        )
+
+    def _inner_steps(self, start: Start) -> tuple[list[float], float]:
+        """`start.inner_steps` AdamW steps; returns each step's loss and the last learning rate."""
+        losses: list[float] = []
+        total = self.run.run.total_tokens
+        progress = 0.0
+        for step in range(start.inner_steps):
+            if self.should_stop():
+                raise StopTraining
+            progress = (self.progress.run_tokens + step * start.num_peers * self.run.tokens_per_step) / total
+            losses.append(self._step(progress))
+            self.exchange.step_done(step + 1)
+        return losses, learning_rate_at(self.constants, progress)
+
+    def _step(self, progress: float) -> float:
+        """One inner step over one batch, in microbatches; returns its mean loss."""
+        batch = self.batches.next_batch()
+        size = self.run.inner.microbatch_sequences or len(batch)
+        loss_sum = 0.0
+        for part in batch.split(size):
+            loss = self.model.loss(part) * (len(part) / len(batch))
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss_sum += float(loss.detach())
+        self.inner.step(progress)
+        return loss_sum
+
+    def merge(self, averaged: Averaged) -> None:
+        """The outer Nesterov step, and the counters that follow from the roster."""
+        section = self.run.merge
+        constants = OuterConstants(
+            learning_rate=section.outer_learning_rate,
+            momentum=momentum_at(self.progress.round, section.outer_momentum, section.momentum_ramp_rounds),
+        )
+        self.state = outer_step(self.state, averaged.gradient, constants)
+        peer_tokens = dict(self.progress.peer_tokens)
+        for peer, tokens in zip(averaged.partners, averaged.weights, strict=True):
+            peer_tokens[peer] = peer_tokens.get(peer, 0) + tokens
+        self.progress = Progress(
+            round=self.progress.round + 1,
+            run_tokens=self.progress.run_tokens + sum(averaged.weights),
+            peer_tokens=peer_tokens,
+            roster_sha256=averaged.roster_sha256,
+        )
+
+    def adopt(self, replaced: Replaced) -> None:
+        """Go on from another peer's state; the moments stay, the data position too."""
+        self.state, self.progress = replaced.state, replaced.progress
