@@ -13,7 +13,7 @@ from swarmtrain.run import DataSection
 __all__ = ["fingerprint", "read_texts", "stream_texts"]
 
 SHUFFLE_DOCUMENTS = 1000  # documents held in memory to be shuffled
-SKIP_DOCUMENTS = 10_000  # a peer begins its stream at one of so many documents
+SKIP_DOCUMENTS = 2000  # a peer begins its stream at one of so many documents: seconds to skip at most
 
 
 def read_texts(section: DataSection, base: Path) -> Iterator[bytes]:

@@ -122,8 +122,7 @@ class HeldOutIndex:
         joined, ends = _join(texts)
         hits, num_windows = self._hits(joined, ends)
         documents = np.searchsorted(ends, hits[:, 0], side="right")
-        _, first = np.unique(np.stack([documents, hits[:, 1]]), axis=1, return_index=True)
-        num_documents_with = np.bincount(hits[first, 1], minlength=len(self._hashes))
+        num_documents_with = np.bincount(_distinct(documents, hits[:, 1])[1], minlength=len(self._hashes))
         boilerplate = num_documents_with > _boilerplate_documents(len(texts))
         return self._without(joined, ends, hits[~boilerplate[hits[:, 1]]], num_windows)
 
@@ -156,13 +155,12 @@ class HeldOutIndex:
         dropped = self._dropped_documents(joined, np.stack([starts, ends], axis=1), hits, num_windows)
 
         documents = np.searchsorted(ends, hits[:, 0], side="right")
-        passages = (hits[:, 0] - starts[documents]) // PASSAGE_BYTES
-        different = np.unique(np.stack([documents, passages, hits[:, 1]], axis=1), axis=0)[:, :2]
-        shared, counts = np.unique(different, axis=0, return_counts=True)
+        begins = hits[:, 0] - (hits[:, 0] - starts[documents]) % PASSAGE_BYTES  # of each hit's passage
+        passages, num_shared = np.unique(_distinct(begins, hits[:, 1])[0], return_counts=True)
         cuts = [(int(starts[d]), int(ends[d])) for d in np.flatnonzero(dropped)]
-        for document, passage in shared[counts >= PASSAGE_WINDOWS]:
-            begin = int(starts[document] + passage * PASSAGE_BYTES)
-            cuts.append((begin, min(begin + PASSAGE_BYTES, int(ends[document]))))
+        for begin in passages[num_shared >= PASSAGE_WINDOWS].tolist():
+            end = int(ends[np.searchsorted(ends, begin, side="right")])
+            cuts.append((begin, min(begin + PASSAGE_BYTES, end)))
 
         keep = np.ones(len(joined), np.bool_)
         for begin, end in cuts:
@@ -181,14 +179,22 @@ class HeldOutIndex:
         self, joined: Bytes, bounds: Indices, hits: Indices, num_windows: Indices
     ) -> npt.NDArray[np.bool_]:
         documents = np.searchsorted(bounds[:, 1], hits[:, 0], side="right")
-        different = np.unique(np.stack([documents, hits[:, 1]], axis=1), axis=0)[:, 0]
-        num_shared = np.bincount(different, minlength=len(bounds))
+        num_shared = np.bincount(_distinct(documents, hits[:, 1])[0], minlength=len(bounds))
         dropped: npt.NDArray[np.bool_] = (num_shared > 0) & (num_shared >= HELD_OUT_SHARE * num_windows)
         for document in np.flatnonzero(num_windows == 0):
             begin, end = bounds[document]
             lines = [line for line in joined[begin:end].tobytes().split(b"\n") if len(line) >= LINE_BYTES]
             dropped[document] = bool(lines) and self._lines.issuperset(lines)
         return dropped
+
+
+def _distinct(places: Indices, numbers: Indices) -> tuple[Indices, Indices]:
+    """The distinct pairs (place, number), sorted."""
+    if not len(places):
+        return places, numbers
+    base = int(numbers.max()) + 1
+    pairs = np.unique(places * base + numbers)
+    return pairs // base, pairs % base
 
 
 def _join(texts: Sequence[bytes]) -> tuple[Bytes, Indices]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from swarmtrain.data import huggingface
 from swarmtrain.data.prepare import PeerPlace, publishable_data, training_batches, training_data
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import RunFile
@@ -27,7 +28,9 @@ def _run(**data: object) -> RunFile:
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import datasets
+    import huggingface_hub
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (tmp_path / "stories").mkdir()
@@ -73,6 +76,14 @@ def test_a_stream_is_the_peers_own_and_resumes(base: Path) -> None:
         resumed = _draw(run, base, "p", position, 4)
         assert all(torch.equal(a, b) for a, b in zip(resumed, whole[position:], strict=False))
     assert not torch.equal(_draw(run, base, "q", 0, 1)[0], whole[0])
+
+
+def test_each_pass_of_a_stream_reads_every_text_once(base: Path) -> None:
+    section = _run(streaming=True).data
+    everything = sorted(huggingface.read_texts(section, base))
+    passes = [list(huggingface.stream_texts(section, base, seed)) for seed in (0, 77, 2**100 + 140)]
+    assert all(sorted(texts) == everything for texts in passes)
+    assert passes[0] != passes[1] != passes[2]
 
 
 def test_a_stream_never_shows_the_held_out_text(base: Path) -> None:
