@@ -28,10 +28,11 @@ def command(run_file: Path, peers: int, as_json: bool) -> None:
     import json
 
     from swarmtrain.cli.estimate import doubts, estimate
-    from swarmtrain.model.gpt import num_parameters
     from swarmtrain.run import load_run
 
     run = load_run(run_file)
+    from swarmtrain.model.gpt import num_parameters  # takes a second: after the file is known to be good
+
     cost = estimate(run, num_parameters(run.model), peers)
     corpus_bytes, problem = _corpus(run, run_file.parent)
     found = (*doubts(run, cost, corpus_bytes, _machine_bytes()), *([problem] if problem else []))

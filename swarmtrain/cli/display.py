@@ -22,6 +22,7 @@ from swarmtrain.events import (
     EvalEvent,
     Event,
     FetchedEvent,
+    InviteEvent,
     JoinedEvent,
     PeerJoinedEvent,
     PeerLeftEvent,
@@ -143,13 +144,16 @@ class _Display:
         """Take an event and redraw."""
         self._progress.take(event)
         self._take(event)
-        if not isinstance(event, RoundEvent):
+        if isinstance(event, InviteEvent):
+            # Above the picture, and wrapped by the terminal alone: so it can be copied as one word.
+            self._live.console.print(Text(one_line(event.line)), soft_wrap=True)
+        elif not isinstance(event, RoundEvent):
             self._lines.append(to_plain_line(event))
         self._live.update(self.draw(), refresh=True)
 
     def draw(self) -> RenderableType:
         """The whole picture, from what is known now."""
-        lines = [Text(line, style="dim", overflow="ellipsis", no_wrap=not _whole(line)) for line in self._lines]
+        lines = [Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in self._lines]
         return Group(Text(self._title, style="bold"), self._progress.draw(), *self._body(), *lines)
 
     def _take(self, event: Event) -> None:
@@ -157,11 +161,6 @@ class _Display:
 
     def _body(self) -> Iterable[RenderableType]:
         raise NotImplementedError
-
-
-def _whole(line: str) -> bool:
-    """Whether a line must not be cut: somebody will copy it."""
-    return "swarmtrain join " in line
 
 
 class PeerDisplay(_Display):

@@ -1,0 +1,115 @@
+"""`swarmtrain check`: the arithmetic, the doubts, and what is printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from swarmtrain.cli.estimate import Estimate, doubts, estimate
+from swarmtrain.cli.main import run as run_command
+from swarmtrain.run import parse_run
+
+P = 1_000_000
+
+
+def cost_of(text: str = "total_tokens = 30_720_000", num_peers: int = 3) -> Estimate:
+    return estimate(parse_run("[run]\n" + text, "r"), P, num_peers)
+
+
+def doubts_of(text: str, num_peers: int = 4, corpus_bytes: int | None = None, machine_bytes: int | None = None) -> str:
+    run = parse_run("[run]\n" + text, "r")
+    return "\n".join(doubts(run, estimate(run, P, num_peers), corpus_bytes, machine_bytes))
+
+
+def test_rounds_and_tokens() -> None:
+    cost = cost_of()
+    assert cost.tokens_per_step == 16 * 128
+    assert cost.tokens_per_round == 16 * 128 * 25 * 3
+    assert cost.inner_steps_per_peer == 5000
+    assert cost.num_rounds == 200
+
+
+def test_few_peers_send_their_whole_pseudo_gradient_to_each() -> None:
+    assert cost_of(num_peers=1).bytes_sent_per_round == 0
+    assert cost_of(num_peers=1).times_below_allreduce is None
+    cost = cost_of(num_peers=4)
+    assert cost.bytes_sent_per_round == cost.bytes_received_per_round == 3 * 4 * P
+    assert cost.times_below_allreduce == pytest.approx(25 * 8 / 12)
+
+
+def test_many_peers_send_what_an_allreduce_of_the_round_sends() -> None:
+    assert cost_of(num_peers=5).bytes_sent_per_round == 16 * P
+    assert cost_of(num_peers=6).bytes_sent_per_round == pytest.approx(2 * 4 * P * 5 / 6, abs=1)
+    assert cost_of(num_peers=1000).times_below_allreduce == pytest.approx(25, rel=0.01)
+
+
+@pytest.mark.parametrize("num_peers", range(2, 40))
+def test_it_is_always_at_least_half_a_round_below_an_allreduce(num_peers: int) -> None:
+    below = cost_of(num_peers=num_peers).times_below_allreduce
+    assert below is not None
+    assert below >= 25 / 2
+
+
+def test_memory_adds_up_and_microbatches_lower_it() -> None:
+    cost = cost_of()
+    parts = cost.memory_program_bytes + cost.memory_parameters_bytes + cost.memory_activations_bytes
+    assert cost.memory_bytes == parts
+    assert cost.memory_parameters_bytes == (32 + 8) * P
+    small = cost_of("total_tokens = 30_720_000\n[inner]\nmicrobatch_sequences = 4")
+    assert small.memory_activations_bytes == cost.memory_activations_bytes // 4
+
+
+GOOD = "total_tokens = 50_000_000\n[merge]\nmomentum_ramp_rounds = 10\n"
+
+
+def test_a_sound_run_raises_no_doubt() -> None:
+    assert doubts_of(GOOD, corpus_bytes=10_000_000, machine_bytes=8_000_000_000) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("total_tokens = 1_000_000", "only 5 rounds with 4 peers"),
+        ("total_tokens = 1_000_000", "the warm-up (inner.warmup_fraction = 0.05) ends within the first round"),
+        ("total_tokens = 9_000_000", "merge.outer_momentum = 0.9 from the first round on, in a run of 44 rounds"),
+        ("total_tokens = 9_000_000\n[merge]\nmomentum_ramp_rounds = 50", "momentum_ramp_rounds = 50 is longer than"),
+        (GOOD + "min_peers = 9", "round 0 begins with merge.min_peers = 9 peers; 4 assumed"),
+        (GOOD + "[inner]\nbatch_sequences = 15", "inner.batch_sequences = 15 is odd"),
+        (GOOD + "[data]\nheld_out_bytes = 4096", "data.held_out_bytes = 4096 is small"),
+    ],
+)
+def test_schedule_and_held_out_doubts(text: str, expected: str) -> None:
+    assert expected in doubts_of(text)
+
+
+def test_doubts_about_the_corpus_and_the_machine() -> None:
+    assert "less than ten times data.held_out_bytes" in doubts_of(GOOD, corpus_bytes=100_000)
+    assert "each byte is read 50 times" in doubts_of(GOOD, corpus_bytes=1_000_000)
+    assert "this machine has 256 MB" in doubts_of(GOOD, machine_bytes=256_000_000)
+
+
+def test_the_command_prints_a_report_or_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    path = tmp_path / "run.toml"
+    path.write_text("[run]\ntotal_tokens = 3_000_000\n[data]\nsource = 'text'\npaths = ['*.txt']\n")
+    assert run_command(["check", str(path), "--peers", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "run stdlib-gpt\n" in text
+    assert "853 k (4 layers, width 128, 4 heads; 256 tokens of bytes)" in text
+    assert "text, 5 kB here" in text
+    assert "doubt: the corpus here has 5 kB" in text
+    assert run_command(["check", str(path), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["num_parameters"] == 853_120
+    assert table["num_peers"] == 4
+    assert table["corpus_bytes"] == 5000
+    assert table["doubts"]
+
+
+def test_missing_data_is_a_doubt_not_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[run]\ntotal_tokens = 3_000_000\n[data]\nsource = 'text'\npaths = ['nowhere.txt']\n")
+    assert run_command(["check", str(path)]) == 0
+    assert "doubt: data.paths: there is no file" in capsys.readouterr().out

@@ -1,0 +1,280 @@
+"""The command line: what it offers, how fast it answers, and how it says that something is wrong."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from swarmtrain.cli.common import EventSink, PeerOptions, example, open_sink, peer_directory, peer_options, to_multiaddr
+from swarmtrain.cli.main import COMMANDS, cli, run
+from swarmtrain.errors import InviteError, RunTimeError
+from swarmtrain.events import Event, WarningEvent, parse_event
+
+PEER_OPTIONS = ("--dir", "--name", "--json", "--listen", "--announce", "--log-level")
+
+# Every command with its arguments and options. A change here is a change of what people type: say it in CHANGELOG.md.
+FROZEN: dict[str, tuple[str, ...]] = {
+    "check": ("RUN.toml", "--peers", "--json"),
+}
+
+
+def command(name: str) -> click.Command:
+    found = cli.get_command(click.Context(cli), name)
+    assert found is not None
+    return found
+
+
+def test_commands_and_options_are_the_frozen_ones() -> None:
+    offered = {
+        name: tuple(
+            parameter.opts[-1] if isinstance(parameter, click.Option) else str(parameter.metavar or parameter.name)
+            for parameter in command(name).params
+        )
+        for name in COMMANDS
+    }
+    assert offered == FROZEN
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example_of_the_command(name: str) -> None:
+    text = CliRunner().invoke(cli, [name, "--help"]).output
+    assert "Example:" in text
+    assert text.rstrip().splitlines()[-1].startswith(f"    swarmtrain {name} ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_short_help_is_not_cut(name: str) -> None:
+    text = CliRunner().invoke(cli, ["--help"]).output
+    line = next(line for line in text.splitlines() if line.startswith(f"  {name} "))
+    assert not line.endswith("...")
+
+
+def test_help_is_quick_and_needs_nothing_heavy() -> None:
+    code = (
+        "import sys; from swarmtrain.cli.main import run; code = run(['--help'])\n"
+        "heavy = {'torch', 'hivemind', 'grpc', 'numpy', 'pydantic', 'rich'} & set(sys.modules)\n"
+        "sys.exit(code or ', '.join(heavy) or 0)"
+    )
+    best_s = 9.0
+    for _ in range(5):
+        start_s = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        best_s = min(best_s, time.perf_counter() - start_s)
+        assert done.returncode == 0, done.stderr
+    assert "Usage: swarmtrain" in done.stdout
+    assert best_s < 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["chekc"], "error: No such command 'chekc'; did you mean check? (see swarmtrain --help)"),
+        (["zzz"], "error: No such command 'zzz'; there are check"),
+        (["check"], "error: Missing argument 'RUN.toml'. (see swarmtrain check --help)"),
+        (["check", "x.toml", "--peers", "0"], "error: Invalid value for '--peers'"),
+        (["--nope"], "error: No such option '--nope'."),
+        (["check", "/nowhere.toml"], "error: /nowhere.toml: no such run file"),
+    ],
+)
+def test_a_persons_error_is_one_line_and_code_2(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(expected)
+    assert err.count("\n") == 1
+
+
+def test_no_arguments_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert capsys.readouterr().out.startswith("Usage: swarmtrain")
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("swarmtrain 0.")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RunTimeError("the disk\nis full"), 1, "error: the disk is full\n"),
+        (InviteError("garbled"), 2, "error: garbled\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_errors_of_a_command_become_a_line_and_a_code(
+    error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    def failing() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "resolve_command", lambda ctx, args: (args[0], failing, args[1:]))
+    assert run(["check"]) == code
+    # click ends an interrupted line of the terminal first
+    assert capsys.readouterr().err.lstrip("\n") == line
+
+
+def test_a_reader_that_is_gone_ends_it_quietly() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m swarmtrain.cli check --help | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (0, 1)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.0.0.0:31337", "/ip4/0.0.0.0/tcp/31337"),
+        (":31337", "/ip4/0.0.0.0/tcp/31337"),
+        ("[::]:31337", "/ip6/::/tcp/31337"),
+        ("[2001:DB8::0001]:1", "/ip6/2001:db8::1/tcp/1"),
+        ("home.example.org:31337", "/dns/home.example.org/tcp/31337"),
+        ("localhost:0", "/dns/localhost/tcp/0"),
+        ("/ip4/1.2.3.4/tcp/5", "/ip4/1.2.3.4/tcp/5"),
+        ("/dns4/a.b/tcp/5/p2p/QmX", "/dns4/a.b/tcp/5/p2p/QmX"),
+    ],
+)
+def test_addresses(text: str, expected: str) -> None:
+    assert to_multiaddr(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "1.2.3.4", "1.2.3.4:99999", "1.2.3:5", "::1:5", "[1.2:5", "a b:5", "/ip4/1.2.3.4", "a/b:5", "[z::]:1"],
+)
+def test_no_addresses(text: str) -> None:
+    with pytest.raises(ValueError):
+        to_multiaddr(text)
+
+
+def collected(*arguments: str) -> PeerOptions:
+    got: list[PeerOptions] = []
+
+    @click.command(epilog=example("x"))
+    @click.argument("invite")
+    @peer_options
+    def peer(invite: str, options: PeerOptions) -> None:
+        assert invite == "INVITE"
+        got.append(options)
+
+    assert tuple(parameter.opts[-1] for parameter in peer.params)[1:] == PEER_OPTIONS
+    result = CliRunner().invoke(peer, ["INVITE", *arguments])
+    if result.exit_code:
+        raise ValueError(result.output)
+    return got[0]
+
+
+def test_the_options_of_a_peer_arrive_as_one_argument(tmp_path: Path) -> None:
+    options = collected("--dir", str(tmp_path), "--name", "anna", "--json", "--listen", ":1", "--listen", "[::]:1")
+    assert options == PeerOptions(
+        dir=tmp_path,
+        name="anna",
+        json=True,
+        listen=("/ip4/0.0.0.0/tcp/1", "/ip6/::/tcp/1"),
+        announce=(),
+        log_level="warning",
+    )
+    assert peer_directory(options, "join") == tmp_path
+    assert peer_directory(collected(), "join").name == "join"
+    assert peer_directory(collected("--name", "bert"), "join").name == "join-bert"
+
+
+def test_bad_options_of_a_peer() -> None:
+    for arguments in (["--name", "a/b"], ["--name", "x" * 33], ["--listen", "nowhere"], ["--log-level", "loud"]):
+        with pytest.raises(ValueError, match="Invalid value"):
+            collected(*arguments)
+
+
+def test_json_goes_to_standard_output_as_events(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_sink(collected("--json", "--name", "anna"), lambda: pytest.fail("no display")) as emit:
+        emit(WarningEvent(message="early"))
+        emit.identify("P", "anna")
+        emit(WarningEvent(message="later"))
+    first, second = (parse_event(line) for line in capsys.readouterr().out.splitlines())
+    assert (first.name, first.peer) == ("anna", "")
+    assert (second.name, second.peer) == ("anna", "P")
+    assert abs(first.time - time.time()) < 60
+
+
+def test_with_json_an_error_is_an_event_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunTimeError), open_sink(collected("--json"), lambda: pytest.fail("no display")):
+        raise RunTimeError("nobody answers")
+    (line,) = capsys.readouterr().out.splitlines()
+    event = parse_event(line)
+    assert event.event == "error"
+    assert (event.message, event.exit_code) == ("nobody answers", 1)
+
+
+def test_piped_output_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunTimeError), open_sink(collected(), lambda: pytest.fail("no display")) as emit:
+        emit(WarningEvent(message="m"))
+        raise RunTimeError("the caller says it, not the sink")
+    assert capsys.readouterr().out[8:] == " warning: m\n"
+
+
+class FakeDisplay:
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def start(self) -> None:
+        self.seen.append("start")
+
+    def show(self, event: Event) -> None:
+        self.seen.append(event.event)
+
+    def stop(self) -> None:
+        self.seen.append("stop")
+
+
+def test_a_terminal_gets_the_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", screen)
+    display = FakeDisplay()
+    with open_sink(
+        PeerOptions(dir=None, name="", json=False, listen=(), announce=(), log_level="error"), lambda: display
+    ) as emit:
+        emit(WarningEvent(message="m"))
+    assert display.seen == ["start", "warning", "stop"]
+    assert screen.getvalue() == ""
+
+
+def test_a_closed_output_costs_the_output_only() -> None:
+    def write(event: Event) -> None:
+        raise BrokenPipeError
+
+    sink = EventSink(write)
+    sink(WarningEvent(message="m"))
+    sink(WarningEvent(message="m"))
+    assert sink.broken
+
+
+def test_events_of_many_threads_stay_whole() -> None:
+    seen: list[str] = []
+    busy = threading.Lock()
+
+    def write(event: Event) -> None:
+        assert busy.acquire(blocking=False)
+        seen.append(event.event)
+        busy.release()
+
+    sink = EventSink(write)
+    threads = [threading.Thread(target=lambda: [sink(WarningEvent(message="m")) for _ in range(50)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 200

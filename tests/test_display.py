@@ -1,0 +1,139 @@
+"""The live displays, drawn without a terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from swarmtrain.cli.display import PeerDisplay, SwarmDisplay
+from swarmtrain.events import (
+    DoneEvent,
+    EvalEvent,
+    Event,
+    FetchedEvent,
+    InviteEvent,
+    JoinedEvent,
+    PeerLostEvent,
+    RoundEvent,
+    StartedEvent,
+    WarningEvent,
+)
+
+
+def console(width: int = 80) -> Console:
+    return Console(file=io.StringIO(), record=True, width=width, force_terminal=True, color_system=None)
+
+
+def round_event(number: int, name: str = "anna", run_tokens: int = 0) -> RoundEvent:
+    return RoundEvent(
+        time=1000.0 + 10 * number,
+        peer=f"12D3KooW{name}",
+        name=name,
+        round=number,
+        inner_steps=25,
+        tokens=50_000,
+        run_tokens=run_tokens or 150_000 * (number + 1),
+        loss=2.5 - 0.1 * number,
+        first_loss=2.6,
+        learning_rate=3e-3,
+        seconds=10,
+        merge_s=0.4,
+        stall_s=0.3,
+        bytes_sent=6_800_000,
+        bytes_received=6_800_000,
+        times_below_allreduce=25.1,
+        partners=("12D3KooWanna", "12D3KooWbert", "12D3KooWcleo"),
+        weights=(50_000, 50_000, 50_000),
+        signer="12D3KooWanna",
+        state_sha256="00" * 32,
+    )
+
+
+def drawn(display: PeerDisplay | SwarmDisplay, events: list[Event], width: int = 80) -> str:
+    for event in events:
+        display.show(event)
+    screen = console(width)
+    screen.print(display.draw())
+    return screen.export_text()
+
+
+OPENING: list[Event] = [
+    FetchedEvent(run_sha256="ab" * 32, run_name="stdlib-gpt", total_tokens=0, held_out_bytes=65536, from_peer="P"),
+    JoinedEvent(time=990.0, round=0, run_tokens=0, num_peers=3, state_from="", wall_s=3),
+    StartedEvent(inner_steps_per_round=25, num_parameters=853_120, total_tokens=3_000_000, startup_s=4),
+]
+
+
+def test_a_peer_shows_progress_loss_share_and_bytes() -> None:
+    events: list[Event] = [
+        *OPENING,
+        *(round_event(number) for number in range(4)),
+        EvalEvent(round=3, held_out_loss=2.2),
+    ]
+    text = drawn(PeerDisplay(console=console()), events)
+    assert "run stdlib-gpt (abababababab)" in text
+    assert "20% of 3 M tokens, 2 min 40 s left" in text
+    assert "round 3   loss 2.200   held-out 2.200 nats/byte   3 peers here   own share 33%" in text
+    assert "25 inner steps in 10.0 s, merged in 0.4 s, waited 0.3 s" in text
+    assert "sent 272 kB per inner step, 25.1 times below an all-reduce at every step" in text
+
+
+def test_a_lost_peer_is_no_longer_counted_and_is_told() -> None:
+    events: list[Event] = [*OPENING, round_event(0), PeerLostEvent(lost="12D3KooWcleo", reason="silent for 30 s")]
+    text = drawn(PeerDisplay(console=console()), events)
+    assert "2 peers here" in text
+    assert "peer Wcleo is lost" in text or "Wcleo is lost: silent for 30 s" in text
+
+
+def test_a_late_joiner_counts_its_share_from_when_it_came() -> None:
+    joined = JoinedEvent(time=990.0, round=9, run_tokens=1_000_000, num_peers=3, state_from="P", wall_s=3)
+    text = drawn(PeerDisplay(console=console()), [joined, round_event(9, run_tokens=1_100_000)])
+    assert "own share 50%" in text
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_every_width_keeps_each_line_within_it(width: int) -> None:
+    events: list[Event] = [*OPENING, round_event(0), WarningEvent(message="x" * 300), round_event(1)]
+    for display in (PeerDisplay(console=console()), SwarmDisplay(console=console())):
+        for line in drawn(display, events, width).splitlines():
+            assert len(line) <= width
+
+
+def test_an_invite_is_printed_once_in_one_piece() -> None:
+    screen = console()
+    display = PeerDisplay(console=screen)
+    display.start()
+    line = "swarmtrain join " + "x" * 200
+    display.show(InviteEvent(line=line, invite="x" * 200, run_sha256="ab", addresses=()))
+    display.show(round_event(0))
+    display.stop()
+    assert screen.export_text().count(line) == 1
+
+
+def test_what_others_wrote_is_shown_as_plain_text() -> None:
+    fetched = FetchedEvent(run_sha256="ab", run_name="[bold]x\x1b[2J", held_out_bytes=1, from_peer="P")
+    text = drawn(PeerDisplay(console=console()), [fetched, WarningEvent(message="[red]\x1b[2J")])
+    assert r"[bold]x\x1b[2J" in text
+    assert r"[red]\x1b[2J" in text
+    assert "\x1b" not in text
+
+
+def test_a_swarm_has_a_row_for_each_peer() -> None:
+    events: list[Event] = [round_event(number, name) for number in range(2) for name in ("anna", "bert", "cleo")]
+    events.append(
+        DoneEvent(name="bert", held_out_loss=1.912, tokens=9, run_tokens=300_000, wall_s=20, reason="total_tokens")
+    )
+    text = drawn(SwarmDisplay("stdlib-gpt", 3_000_000, console()), events)
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()[0] in ("anna", "bert", "cleo")}
+    assert rows["anna"] == ["anna", "training", "1", "2.400", "33%", "10.0", "6.8", "MB", "25.1x"]
+    assert rows["bert"][1] == "done"
+    assert "10% of 3 M tokens" in text
+    assert "held-out loss 1.912 nats/byte" in text
+
+
+def test_an_unknown_end_shows_tokens_only() -> None:
+    text = drawn(SwarmDisplay(console=console()), [round_event(0)])
+    assert "150 k tokens" in text
+    assert "left" not in text
