@@ -276,3 +276,8 @@ def test_any_table_gives_one_line(table: dict[str, object]) -> None:
     with pytest.raises(RunFileError) as caught:
         parse_run(text, "r")
     assert str(caught.value).isprintable()
+
+
+def test_every_example_is_a_run() -> None:
+    for path in (Path(__file__).resolve().parent.parent / "examples").glob("*.toml"):
+        load_run(path)

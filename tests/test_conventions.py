@@ -1,0 +1,116 @@
+"""Habits of this code base that a machine can check cheaply; each message says what to do instead."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "swarmtrain"
+MODULES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if PACKAGE / "v1" not in path.parents
+}
+LENGTHS = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in MODULES}
+
+MAX_MODULE_LINES = 600
+MAX_MEDIAN_LINES = 200
+MAX_BODY_LINES = 50
+MAX_ARGUMENTS = 6
+# The places that may wait by the real clock, each with its reason.
+MAY_SLEEP: dict[str, str] = {}
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{name}:{node.lineno} {node.name}", node
+
+
+def calls() -> Iterator[tuple[str, str, ast.Call]]:
+    """Every call as (module, dotted name as written, node)."""
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                yield name, ast.unparse(node.func), node
+
+
+def test_modules_are_short() -> None:
+    longest = sorted(LENGTHS.items(), key=lambda item: -item[1])[:5]
+    median = statistics.median(length for length in LENGTHS.values() if length > 5)
+    print(f"{len(LENGTHS)} modules, median {median:.0f} lines, longest {longest}")
+    assert longest[0][1] <= MAX_MODULE_LINES, f"split {longest[0][0]}"
+    assert median <= MAX_MEDIAN_LINES
+
+
+def test_functions_are_short() -> None:
+    bodies = {where: (node.end_lineno or node.lineno) - node.body[0].lineno + 1 for where, node in functions()}
+    long = [f"{where}: {lines} lines" for where, lines in bodies.items() if lines > MAX_BODY_LINES]
+    assert len(long) <= 0.03 * len(bodies), long
+
+
+def test_at_most_six_arguments() -> None:
+    for where, node in functions():
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+        assert len(names) <= MAX_ARGUMENTS, f"{where} has {len(names)} arguments: make a frozen dataclass of them"
+
+
+def test_context_managers_rather_than_finalizers() -> None:
+    assert not [where for where, node in functions() if node.name == "__del__"]
+
+
+def test_every_module_says_what_it_is_and_public_functions_say_what_they_do() -> None:
+    for name, tree in MODULES.items():
+        if (ROOT / name).stat().st_size:
+            assert ast.get_docstring(tree), f"{name} has no docstring"
+        exported = {
+            element.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+            for element in node.value.elts  # type: ignore[attr-defined]
+        }
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name in exported:
+                assert ast.get_docstring(node), f"{name}:{node.lineno} {node.name} has no docstring"
+
+
+def test_real_sleeps_only_where_named() -> None:
+    sleepers = {module for module, called, _ in calls() if called == "time.sleep"}
+    assert sleepers <= set(MAY_SLEEP), "wait for an event with a time limit, or take the clock as an argument"
+
+
+def test_nothing_is_unpickled() -> None:
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not forbidden & {found.split(".")[0] for found in names}, f"{name} imports a pickler"
+
+
+def test_torch_loads_weights_only() -> None:
+    for module, called, node in calls():
+        if called == "torch.load":
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert keywords.get("weights_only") == "True", f"{module}:{node.lineno} weights_only=True is missing"
+
+
+def test_nothing_prints_or_evaluates() -> None:
+    for module, called, node in calls():
+        assert called not in ("print", "eval", "exec", "os.system", "os.fork"), f"{module}:{node.lineno} calls {called}"
+
+
+def test_broad_excepts_log_what_they_caught() -> None:
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            said = any(isinstance(child, ast.Raise) or "log" in ast.unparse(child).lower() for child in node.body)
+            assert not broad or said, f"{name}:{node.lineno} swallows every error: name the error, log it or raise it"
