@@ -23,7 +23,7 @@ from swarmtrain.data.overlap import HeldOutIndex
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import DataSection
 
-__all__ = ["Corpus", "Document", "HeldOut", "cut_held_out", "prepare_corpus", "read_documents"]
+__all__ = ["Corpus", "Document", "HeldOut", "cut_held_out", "first_documents", "prepare_corpus", "read_documents"]
 
 HELD_OUT_PIECES = 8  # the held-out text comes from about so many places, or more
 MIN_PIECE_BYTES = 512  # a shorter piece would not be recognised in its document
