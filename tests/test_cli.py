@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import subprocess
 import sys
 import threading
@@ -13,7 +14,16 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from swarmtrain.cli.common import EventSink, PeerOptions, example, open_sink, peer_directory, peer_options, to_multiaddr
+from swarmtrain.cli.common import (
+    EventSink,
+    PeerOptions,
+    example,
+    open_sink,
+    peer_directory,
+    peer_options,
+    set_up_logging,
+    to_multiaddr,
+)
 from swarmtrain.cli.main import COMMANDS, cli, run
 from swarmtrain.errors import InviteError, RunTimeError
 from swarmtrain.events import Event, WarningEvent, parse_event
@@ -77,7 +87,7 @@ def test_help_is_quick_and_needs_nothing_heavy() -> None:
     ("arguments", "expected"),
     [
         (["chekc"], "error: No such command 'chekc'; did you mean check? (see swarmtrain --help)"),
-        (["zzz"], "error: No such command 'zzz'; there are check"),
+        (["zzz"], "error: No such command 'zzz'; there are "),
         (["check"], "error: Missing argument 'RUN.toml'. (see swarmtrain check --help)"),
         (["check", "x.toml", "--peers", "0"], "error: Invalid value for '--peers'"),
         (["--nope"], "error: No such option '--nope'."),
@@ -223,6 +233,17 @@ def test_piped_output_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> Non
         emit(WarningEvent(message="m"))
         raise RunTimeError("the caller says it, not the sink")
     assert capsys.readouterr().out[8:] == " warning: m\n"
+
+
+def test_the_log_follows_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.Logger("root of its own")
+    monkeypatch.setattr(logging, "root", root)
+    set_up_logging("info")
+    later = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", later)
+    root.info("after the display began")
+    root.debug("not asked for")
+    assert later.getvalue().endswith("after the display began\n")
 
 
 class FakeDisplay:
