@@ -20,6 +20,7 @@ from swarmtrain.problems import one_line
 
 __all__ = [
     "EVENT_CLASSES",
+    "AloneEvent",
     "ArchivedEvent",
     "CaughtUpEvent",
     "DoneEvent",
@@ -106,6 +107,7 @@ class RoundEvent(_Event):
     inner_steps: int = Field(description="Inner steps this peer took in it.")
     tokens: int = Field(description="Tokens this peer trained on in it.")
     run_tokens: int = Field(description="Tokens the whole run has been trained on, this round included.")
+    num_peers: int = Field(1, description="Volunteers it believed present when the round began, itself included; the schedule advances by their tokens.")  # fmt: skip
     loss: float = Field(description="This peer's mean training loss over the round, in nats per token.")
     first_loss: float = Field(description="Its training loss at the round's first inner step, in nats per token.")
     learning_rate: float = Field(description="Learning rate of the round's last inner step.")
@@ -195,6 +197,15 @@ class ErrorEvent(_Event):
     exit_code: int = Field(description="The code the process ends with: 2 for the person's input, 1 for the rest.")
 
 
+class AloneEvent(_Event):
+    """One volunteer alone has trained for as many inner steps as each of the swarm's, for comparison."""
+
+    event: Literal["alone"] = "alone"
+    held_out_loss: float = Field(description="Its loss on the held-out text, in nats per byte.")
+    inner_steps: int = Field(description="Inner steps it took.")
+    wall_s: float = Field(description="How long it trained, in seconds.")
+
+
 class DoneEvent(_Event):
     """The peer's work is over: the run has ended, or the peer leaves it."""
 
@@ -222,6 +233,7 @@ Event = Annotated[
         ArchivedEvent,
         WarningEvent,
         ErrorEvent,
+        AloneEvent,
         DoneEvent,
     ],
     Field(discriminator="event"),
@@ -343,6 +355,11 @@ def _in_words(event: Event) -> str:
             return f"refused what {short_peer(event.from_peer)} sent ({event.rule}): {event.detail}"
         case CaughtUpEvent():
             return f"caught up to round {event.round} from {short_peer(event.from_peer)}: {event.reason}"
+        case AloneEvent():
+            steps, time = event.inner_steps, time_in_words(event.wall_s)
+            return (
+                f"one volunteer alone: held-out loss {event.held_out_loss:.3f} nats/byte after {steps} steps in {time}"
+            )
         case ArchivedEvent():
             return f"archived round {event.round} ({count_in_words(event.run_tokens)} tokens) in {event.path}"
         case WarningEvent():

@@ -19,7 +19,7 @@ from swarmtrain.errors import SwarmtrainError
 
 __all__ = ["COMMANDS", "cli", "main", "run"]
 
-COMMANDS = ("check",)
+COMMANDS = ("bootstrap", "join", "local", "invite", "check", "export", "eval", "generate")
 
 INTERRUPTED = 130
 

@@ -28,7 +28,7 @@ def tensor_specs(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[Tensor
 
 def _view(vector: Tensor) -> memoryview:
     assert vector.dtype is torch.float32 and vector.is_contiguous() and vector.device.type == "cpu"
-    return memoryview(vector.detach().numpy()).cast("B")
+    return memoryview(vector.detach().numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def body_of(*vectors: Tensor) -> Body:
@@ -42,7 +42,7 @@ def vector_sha256(vector: Tensor) -> str:
 
 
 def vector_untrusted(data: bytearray | memoryview) -> Tensor:
-    """An fp32 vector (N,) over the 4 N bytes given; BadBytesError if it is not finite."""
+    """An fp32 vector (N,) over the 4 N bytes given, which must be writable; BadBytesError if it is not finite."""
     vector = torch.frombuffer(data, dtype=torch.float32)
     if not bool(torch.isfinite(vector).all()):
         raise BadBytesError("a vector that is not finite")

@@ -535,4 +535,4 @@ def _publication(snapshot: Snapshot) -> Publication:
 def _part(held: Held, start: int, end: int) -> memoryview:
     if held.buffer is not None:
         return memoryview(held.buffer)[start:end]
-    return memoryview(held.body.read(start, end - start))
+    return memoryview(bytearray(held.body.read(start, end - start)))

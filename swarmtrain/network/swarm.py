@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from swarmtrain.events import (
     WarningEvent,
 )
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
+from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.records import bucket_of, buckets_to_read, choose_bucket
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, peer_bytes
@@ -38,7 +40,7 @@ from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, 
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Counters", "PublishedRun", "Swarm", "fetch_published", "find_run", "state_specs"]
+__all__ = ["PublishedRun", "Swarm", "fetch_published", "find_run", "state_specs"]
 
 _log = logging.getLogger(__name__)
 _READ_EVERY_S = 3.0
@@ -65,16 +67,6 @@ class PublishedRun:
         if published.tokenizer_sha256 is not None:
             blobs[published.tokenizer_sha256] = self.tokenizer
         return blobs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counters:
-    """What has been trained after `round` outer steps: tokens of the run and of each peer."""
-
-    round: int = 0
-    run_tokens: int = 0
-    peer_tokens: Mapping[str, int] = field(default_factory=dict)
-    roster_sha256: str = ""
 
 
 def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -130,7 +122,7 @@ class Swarm:
     calls: PeerCalls = field(init=False)
     store: SnapshotStore = field(init=False)
     rounds: Rounds = field(init=False)
-    _state: tuple[Counters, Body] | None = None
+    _state: tuple[Progress, Body] | None = None
     _state_held: Held | None = None
     _state_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _signed: dict[str, pb.Signed] = field(default_factory=dict)
@@ -279,6 +271,12 @@ class Swarm:
         signed = self._signed_presence()
         await asyncio.gather(*(self._greet(info.peer, signed) for info in self.membership.live()))
 
+    async def greet_some(self, number: int = 16) -> None:
+        """Ask a sample of the volunteers how far they are."""
+        volunteers = [info.peer for info in self.membership.volunteers()]
+        sample = random.sample(volunteers, min(number, len(volunteers)))
+        await asyncio.gather(*(self._greet(peer, None) for peer in sample))
+
     async def _greet(self, peer: str, presence: pb.Signed | None) -> None:
         request = pb.HelloRequest(run_sha256=self._run_bytes, presence=presence)
         try:
@@ -333,31 +331,31 @@ class Swarm:
         async with self._state_lock:
             if self._state is None or self._state[0].round < request.min_round:
                 return pb.StateReply()
-            counters, body = self._state
+            progress, body = self._state
             held = self._state_held
-            if held is None or held.snapshot.manifest.round != counters.round:
-                held = await asyncio.to_thread(self._build_state, counters, body)
+            if held is None or held.snapshot.manifest.round != progress.round:
+                held = await asyncio.to_thread(self._build_state, progress, body)
                 self._state_held = held
                 self.store.add(held)
             return pb.StateReply(manifest=held.snapshot.signed)
 
-    def _build_state(self, counters: Counters, body: Body) -> Held:
+    def _build_state(self, progress: Progress, body: Body) -> Held:
         manifest = pb.Manifest(
             run_sha256=self._run_bytes,
             kind=pb.SNAPSHOT_KIND_STATE,
-            round=counters.round,
-            run_tokens=counters.run_tokens,
-            roster_sha256=bytes.fromhex(counters.roster_sha256),
+            round=progress.round,
+            run_tokens=progress.run_tokens,
+            roster_sha256=bytes.fromhex(progress.roster_sha256),
         )
-        for peer, tokens in sorted(counters.peer_tokens.items()):
+        for peer, tokens in sorted(progress.peer_tokens.items()):
             manifest.peer_tokens.add(peer=peer_bytes(peer), tokens=tokens)
         return build_snapshot(self.identity, manifest, state_specs(self.specs), body)
 
-    def set_state(self, counters: Counters, body: Body) -> None:
+    def set_state(self, progress: Progress, body: Body) -> None:
         """Offer this state to joiners from now on; nobody may write into its buffers any more."""
-        self._state = (counters, body)
-        self.rounds.current_round = counters.round
-        self.rounds.forget_before(counters.round)
+        self._state = (progress, body)
+        self.rounds.current_round = progress.round
+        self.rounds.forget_before(progress.round)
         self.rounds.tell()
 
     # ------------------------------------------------------------- news

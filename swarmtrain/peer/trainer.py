@@ -6,7 +6,7 @@ It touches the network only through the two calls of `Exchange`: "here is my rou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,10 +16,11 @@ from torch import Tensor
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, learning_rate_at
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
+from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
 from swarmtrain.run import RunFile
 
-__all__ = ["Averaged", "Contribution", "Exchange", "Progress", "Replaced", "RoundReport", "Start", "Trainer"]
+__all__ = ["Averaged", "Contribution", "Exchange", "Replaced", "RoundReport", "Start", "StopTraining", "Trainer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,6 @@ class Contribution:
     gradient: Tensor
     tokens: int
     inner_steps: int
-    started_at_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +52,6 @@ class Replaced:
     progress: Progress
     from_peer: str
     reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far the run is after `round` outer steps."""
-
-    round: int = 0
-    run_tokens: int = 0
-    peer_tokens: Mapping[str, int] = field(default_factory=dict)
-    roster_sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +146,6 @@ class Trainer:
 
     def _round(self) -> None:
         began_s = time.monotonic()
-        started_at_s = time.time()
         start = self.exchange.start_round(self.progress, self.steps_per_s)
         if isinstance(start, Replaced):
             self.adopt(start)
@@ -170,7 +159,6 @@ class Trainer:
             gradient=self.state.theta - flatten(self.model.parameters()),
             tokens=len(losses) * self.run.tokens_per_step,
             inner_steps=len(losses),
-            started_at_s=started_at_s,
         )
         self.exchange.publish(contribution)
         waiting_s = time.monotonic()
@@ -215,7 +203,7 @@ class Trainer:
         batch = self.batches.next_batch()
         size = self.run.inner.microbatch_sequences or len(batch)
         loss_sum = 0.0
-        for part in batch.split(size):
+        for part in torch.split(batch, size):
             loss = self.model.loss(part) * (len(part) / len(batch))
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach())
@@ -230,15 +218,7 @@ class Trainer:
             momentum=momentum_at(self.progress.round, section.outer_momentum, section.momentum_ramp_rounds),
         )
         self.state = outer_step(self.state, averaged.gradient, constants)
-        peer_tokens = dict(self.progress.peer_tokens)
-        for peer, tokens in zip(averaged.partners, averaged.weights, strict=True):
-            peer_tokens[peer] = peer_tokens.get(peer, 0) + tokens
-        self.progress = Progress(
-            round=self.progress.round + 1,
-            run_tokens=self.progress.run_tokens + sum(averaged.weights),
-            peer_tokens=peer_tokens,
-            roster_sha256=averaged.roster_sha256,
-        )
+        self.progress = self.progress.after(averaged.partners, averaged.weights, averaged.roster_sha256)
 
     def adopt(self, replaced: Replaced) -> None:
         """Go on from another peer's state; the moments stay, the data position too."""

@@ -1,0 +1,52 @@
+"""`swarmtrain bootstrap`: publish a run, print the line to hand out, serve and archive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from swarmtrain.cli.common import PeerOptions, example, open_sink, peer_directory, peer_options
+
+__all__ = ["command"]
+
+
+@click.command(
+    name="bootstrap",
+    epilog=example(
+        "swarmtrain bootstrap examples/stdlib-gpt.toml",
+        "swarmtrain bootstrap run.toml --dir my-run --listen :31337 --announce 203.0.113.5:31337",
+    ),
+)
+@click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
+@click.option("--wait-for", type=click.IntRange(1, 10_000), default=None, metavar="N", help="Round 0 begins when N volunteers are present (overrides `merge.min_peers`).")  # fmt: skip
+@peer_options
+def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
+    """Publish RUN.toml, print an invite, serve and archive the run.
+
+    It trains nothing itself: join it from the same or another machine with the line it prints. Started again with the
+    same --dir and run file, it goes on with the same run and identity.
+    """
+    from swarmtrain.run import load_run
+
+    run = load_run(run_file)
+    if wait_for is not None:
+        run = run.model_copy(update={"merge": run.merge.model_copy(update={"min_peers": wait_for})})
+    from swarmtrain.cli.display import PeerDisplay
+    from swarmtrain.cli.stopping import stop_on_signals
+    from swarmtrain.peer.bootstrap import run_bootstrap
+    from swarmtrain.peer.common import PeerSettings
+
+    settings = PeerSettings(
+        directory=peer_directory(options, f"bootstrap-{run.run.name}"),
+        name=options.name or "bootstrap",
+        listen=options.listen,
+        announce=options.announce,
+    )
+
+    def make_display() -> PeerDisplay:
+        return PeerDisplay(f"swarmtrain bootstrap: {run.run.name}", run.run.total_tokens)
+
+    with open_sink(options, make_display) as emit, stop_on_signals() as stop:
+        emit.identify("", settings.name)
+        emit(run_bootstrap(run, run_file.parent, settings, emit, stop))

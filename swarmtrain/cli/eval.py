@@ -1,0 +1,46 @@
+"""`swarmtrain eval`: the held-out loss of an exported model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from swarmtrain.cli.common import example
+
+__all__ = ["command"]
+
+
+@click.command(
+    name="eval", epilog=example("swarmtrain eval runs/first/bootstrap/model", "swarmtrain eval MODEL --text book.txt")
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Measure on this text.  [default: the run's held-out text]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(model: Path, text: Path | None, as_json: bool) -> None:
+    """Measure the loss of the model in folder MODEL, in nats per byte."""
+    import json
+
+    from swarmtrain.data.batches import held_out_batches
+    from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
+    from swarmtrain.errors import UserError
+    from swarmtrain.model.export import load_exported
+    from swarmtrain.model.gpt import evaluate
+
+    exported = load_exported(model)
+    try:
+        data = exported.held_out if text is None else text.read_bytes()
+    except OSError as error:
+        raise UserError(f"{text}: {error.strerror}") from None
+    if len(data) < 2:
+        raise UserError(f"{text or model}: no text to measure on; give one with --text FILE")
+    section = exported.model.section
+    tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, section.vocabulary_size)
+    batches = held_out_batches(tokenizer.encode(data), section.context_tokens, 16)
+    sum_nats, num_targets = evaluate(exported.model, batches)
+    loss = sum_nats / len(data)
+    if as_json:
+        fields = {"held_out_loss": loss, "bytes": len(data), "tokens": num_targets, "run_tokens": exported.run_tokens}
+        click.echo(json.dumps(fields))
+    else:
+        click.echo(f"held-out loss {loss:.4f} nats/byte over {len(data)} bytes")

@@ -1,0 +1,54 @@
+"""`swarmtrain export`: the present model of a swarm, or of a peer's folder, as files that a stranger can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from swarmtrain.cli.common import example
+
+__all__ = ["command"]
+
+
+@click.command(
+    name="export",
+    epilog=example("swarmtrain export INVITE --to my-model", "swarmtrain export --dir my-run --to my-model"),
+)
+@click.argument("invite", metavar="[INVITE]", required=False)
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    metavar="FOLDER",
+    help="Take the model that a peer left in its folder, instead of asking a swarm.",
+)
+@click.option(
+    "--to",
+    "target",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    metavar="FOLDER",
+    help="Where to write the model.",
+)
+def command(invite: str | None, directory: Path | None, target: Path) -> None:
+    """Write the model as safetensors and JSON: config.json, model.safetensors, the run and its held-out text.
+
+    With INVITE, any live peer of the run gives its newest state; the bootstrap is not needed.
+    """
+    if (invite is None) == (directory is None):
+        raise click.UsageError("give either INVITE or --dir FOLDER")
+    if directory is not None:
+        from swarmtrain.peer.exporting import export_from_folder
+
+        run_tokens = export_from_folder(directory, target)
+    else:
+        assert invite is not None
+        from swarmtrain.cli.stopping import stop_on_signals
+        from swarmtrain.network.invite import parse_invite
+        from swarmtrain.peer.exporting import export_from_swarm
+
+        parsed = parse_invite(invite)
+        with stop_on_signals() as stop:
+            run_tokens = export_from_swarm(parsed, target, stop)
+    click.echo(f"wrote the model after {run_tokens} tokens to {target}")

@@ -1,0 +1,37 @@
+"""`swarmtrain generate`: text that an exported model writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from swarmtrain.cli.common import example
+
+__all__ = ["command"]
+
+
+@click.command(
+    name="generate",
+    epilog=example(
+        "swarmtrain generate runs/first/bootstrap/model --prompt 'def '",
+        "swarmtrain generate MODEL --tokens 500 --temperature 0",
+    ),
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--prompt", default="def ", show_default=True, help="Text to continue.")
+@click.option("--tokens", type=click.IntRange(1, 1_000_000), default=256, show_default=True, help="Tokens to write.")
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.7, show_default=True, help="0 takes the likeliest token."
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed writes the same text."
+)
+def command(model: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Let the model in folder MODEL continue a prompt."""
+    from swarmtrain.errors import UserError
+    from swarmtrain.peer.exporting import sample_text
+
+    if not prompt:
+        raise UserError("an empty prompt: give at least one character with --prompt")
+    click.echo(sample_text(model, prompt, tokens, temperature, seed))

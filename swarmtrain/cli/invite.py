@@ -1,0 +1,39 @@
+"""`swarmtrain invite`: the line to hand out, from any peer that runs on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from swarmtrain.cli.common import example
+
+__all__ = ["command"]
+
+
+@click.command(name="invite", epilog=example("swarmtrain invite", "swarmtrain invite --dir ~/swarm"))
+@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The peer's folder.  [default: the peers of this user that run now]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each.")
+def command(directory: Path | None, as_json: bool) -> None:
+    """Print the line with which others join, through a peer that runs here.
+
+    Every volunteer serves the run, so a swarm outlives its bootstrap.
+    """
+    import json
+
+    import platformdirs
+
+    from swarmtrain.errors import UserError
+    from swarmtrain.peer.folder import running_invite
+
+    if directory is not None:
+        folders = [directory]
+    else:
+        home = platformdirs.user_data_path("swarmtrain")
+        folders = sorted(path for path in home.glob("*") if path.is_dir())
+    found = {folder: line for folder in folders if (line := running_invite(folder)) is not None}
+    if not found:
+        where = f"in {directory}" if directory is not None else "of this user in the usual folders; give its --dir"
+        raise UserError(f"no running peer {where}")
+    for folder, line in found.items():
+        click.echo(json.dumps({"dir": str(folder), "line": line, "invite": line.split()[-1]}) if as_json else line)

@@ -1,0 +1,132 @@
+"""`swarmtrain local`: a whole swarm on this machine, from one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from swarmtrain.cli.common import example
+
+if TYPE_CHECKING:
+    from swarmtrain.cli.common import EventSink
+    from swarmtrain.peer.local import LocalSwarm
+
+__all__ = ["command"]
+
+_SAMPLE_TOKENS = 240
+
+
+@click.command(
+    name="local",
+    epilog=example(
+        "swarmtrain local examples/stdlib-gpt.toml --peers 3",
+        "swarmtrain local run.toml --peers 4 --compare-alone --dir runs/first",
+    ),
+)
+@click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
+@click.option("--peers", type=click.IntRange(1, 256), default=3, show_default=True, help="Volunteers to start.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Processor threads of each.")
+@click.option("--compare-alone", is_flag=True, help="Afterwards train one volunteer alone for as many steps.")
+@click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on text or JSON lines.  [default: the run file's folder]")  # fmt: skip
+@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the peers keep their files and the model is left.  [default: runs/NAME-TIME]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines on standard output.")
+def command(
+    run_file: Path,
+    peers: int,
+    threads: int,
+    compare_alone: bool,
+    data: Path | None,
+    directory: Path | None,
+    as_json: bool,
+) -> None:
+    """Run a bootstrap and volunteers here until the run ends.
+
+    They are real processes on real sockets, with one view of them all. Prints a sample of generated text and the
+    held-out loss at the end. Ctrl-C ends them all.
+    """
+    from swarmtrain.run import load_run
+
+    run = load_run(run_file)
+    import datetime
+
+    from swarmtrain.cli.common import PeerOptions, open_sink
+    from swarmtrain.cli.display import SwarmDisplay
+    from swarmtrain.peer.exporting import sample_text
+    from swarmtrain.peer.local import LocalSwarm
+
+    if directory is None:
+        directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    directory.mkdir(parents=True, exist_ok=True)
+    options = PeerOptions(dir=directory, name="", json=as_json, listen=(), announce=(), log_level="warning")
+
+    def make_display() -> SwarmDisplay:
+        return SwarmDisplay(f"swarmtrain local: {run.run.name}, {peers} volunteers", run.run.total_tokens)
+
+    swarm = LocalSwarm(directory)
+    try:
+        with open_sink(options, make_display) as emit:
+            steps, loss = _train(
+                swarm, emit, run_file, peers, ["--threads", str(threads), "--data", str(data or run_file.parent)]
+            )
+    finally:
+        swarm.stop()
+    if loss is None:
+        raise click.ClickException("the run ended before the held-out loss was measured")
+    model = directory / "bootstrap" / "model"
+    click.echo(sample_text(model, "def ", _SAMPLE_TOKENS, 0.7, seed=0), err=as_json)
+    click.echo(f"the model is in {model}", err=as_json)
+    line = f"held-out loss {loss:.3f} nats/byte"
+    if compare_alone:
+        line += f"; one volunteer alone {_alone(directory, data or run_file.parent, steps, emit):.3f}"
+    click.echo(line, err=as_json)
+
+
+def _train(
+    swarm: LocalSwarm, emit: EventSink, run_file: Path, peers: int, extra: list[str]
+) -> tuple[int, float | None]:
+    """Start everyone and show their events to the end; (most inner steps of a volunteer, held-out loss)."""
+    from swarmtrain.events import DoneEvent, RoundEvent
+
+    swarm.start("bootstrap", ["bootstrap", str(run_file), "--listen", "127.0.0.1:0", "--wait-for", str(peers)])
+    invite, seen = swarm.wait_for_invite()
+    for event in seen:
+        emit(event)
+    for number in range(1, peers + 1):
+        swarm.start(f"volunteer-{number}", ["join", invite.invite, "--listen", "127.0.0.1:0", *extra])
+    steps: dict[str, int] = {}
+    loss = None
+    for event in swarm.events():
+        emit(event)
+        if isinstance(event, RoundEvent):
+            steps[event.peer] = steps.get(event.peer, 0) + event.inner_steps
+        elif isinstance(event, DoneEvent) and event.held_out_loss is not None:
+            loss = event.held_out_loss
+    return max(steps.values(), default=0), loss
+
+
+def _alone(directory: Path, data: Path, steps: int, emit: EventSink) -> float:
+    """Train one volunteer alone on the same run, with a progress bar; its held-out loss."""
+    import time
+
+    import platformdirs
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from swarmtrain.events import AloneEvent
+    from swarmtrain.peer.alone import train_alone
+    from swarmtrain.peer.common import PeerSettings
+    from swarmtrain.peer.folder import PeerFolder
+
+    settings = PeerSettings(
+        directory=directory, name="alone", data_folder=data, cache_folder=platformdirs.user_cache_path("swarmtrain")
+    )
+    published = PeerFolder(directory / "bootstrap").kept_run()
+    assert published is not None, "the bootstrap kept its run"
+    began_s = time.monotonic()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(f"one volunteer alone, {steps} steps", total=steps)
+        loss = train_alone(published, steps, settings, lambda n: progress.advance(bar, n))
+    emit(AloneEvent(held_out_loss=loss, inner_steps=steps, wall_s=time.monotonic() - began_s))
+    return loss

@@ -1,0 +1,107 @@
+"""A trained model as files that a stranger can load: safetensors and JSON, nothing that executes.
+
+model.safetensors   the weights by name, fp32
+config.json         the shape (as in the run file), the tokenizer's kind, what was trained
+tokenizer.bin       the learnt tokenizer, absent with bytes
+held-out.txt        the text it was judged by
+run.toml            the run it comes from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from swarmtrain import __version__
+from swarmtrain.errors import UserError
+from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.run import ModelSection
+
+__all__ = ["ExportedModel", "export_model", "load_exported"]
+
+_FORMAT = "swarmtrain-gpt-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedModel:
+    """A model read back from its folder."""
+
+    model: GPT
+    tokenizer: bytes
+    held_out: bytes
+    run_tokens: int
+
+
+def export_model(
+    folder: Path, weights: Mapping[str, Tensor], section: ModelSection, run_tokens: int, files: Mapping[str, bytes]
+) -> None:
+    """Write the model into `folder`, replacing what is there at once; `files` are kept beside it by name.
+
+    Raises UserError when the folder holds something else.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds other files; give an empty or new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+            temporary / "model.safetensors",
+        )
+        config = {
+            "format": _FORMAT,
+            "swarmtrain": __version__,
+            "model": section.model_dump(mode="json"),
+            "run_tokens": run_tokens,
+            "weights_sha256": hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest(),
+        }
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+        for path in temporary.iterdir():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load_exported(folder: Path) -> ExportedModel:
+    """The model in `folder`. Raises UserError, one line, when it is not there, torn or altered."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        section = ModelSection.model_validate(config["model"])
+        data = (folder / "model.safetensors").read_bytes()
+        if config["format"] != _FORMAT or hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
+            raise UserError(f"{folder}: the weights do not match config.json; export the model again")
+        model = build_model(section, seed=0)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no exported model here ({Path(str(error.filename)).name} is missing)") from None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{folder}: not a model that swarmtrain exported ({str(error).splitlines()[0]})") from None
+    return ExportedModel(
+        model=model,
+        tokenizer=_optional(folder / "tokenizer.bin"),
+        held_out=_optional(folder / "held-out.txt"),
+        run_tokens=int(config["run_tokens"]),
+    )
+
+
+def _optional(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""

@@ -1,0 +1,77 @@
+"""One volunteer alone: the same model, text and schedule without a swarm, to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
+from swarmtrain.membership.progress import Progress
+from swarmtrain.model.gpt import build_model
+from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer.common import PeerSettings, held_out_loss, use_threads
+from swarmtrain.peer.trainer import Averaged, Contribution, Replaced, RoundReport, Start, Trainer
+from swarmtrain.peer.volunteer import data_base
+from swarmtrain.run import RunFile
+
+__all__ = ["train_alone"]
+
+ALONE = "alone"
+
+
+@dataclass
+class _Nobody:
+    """The exchange of a peer without partners: its own round is the mean."""
+
+    inner_steps: int
+    left: int
+    _own: Contribution | None = None
+
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start | Replaced:
+        return Start(inner_steps=min(self.inner_steps, self.left), num_peers=1)
+
+    def step_done(self, inner_steps_done: int) -> None:
+        pass
+
+    def publish(self, contribution: Contribution) -> None:
+        self._own = contribution
+        self.left -= contribution.inner_steps
+
+    def collect(self) -> Averaged | Replaced:
+        assert self._own is not None
+        return Averaged(
+            gradient=self._own.gradient, partners=(ALONE,), weights=(self._own.tokens,), signer=ALONE, roster_sha256=""
+        )
+
+
+def train_alone(
+    published: PublishedRun, inner_steps: int, settings: PeerSettings, advance: Callable[[int], None]
+) -> float:
+    """Held-out loss, in nats per byte, of one volunteer that takes `inner_steps` inner steps by itself.
+
+    Its schedule runs over exactly those steps, and it merges with nobody: outer rate 1 without momentum is plain
+    AdamW. `advance` is told after each round how many steps were taken.
+    """
+    use_threads(settings.threads)
+    run = _lone_run(published.run, inner_steps)
+    base = data_base(run, settings.data_folder)
+    data = training_data(run, base, published.held_out, published.tokenizer, settings.cache_folder)
+    model = build_model(run.model, run.run.seed)
+    place = PeerPlace(run_sha256=published.sha256, peer_id=ALONE)
+    batches = training_batches(run, data, place, base, published.held_out)
+
+    def report(finished: RoundReport) -> None:
+        advance(finished.contribution.inner_steps)
+
+    exchange = _Nobody(run.merge.inner_steps, inner_steps)
+    trainer = Trainer(run=run, model=model, batches=batches, exchange=exchange, report=report)
+    trainer.train()
+    return held_out_loss(model, trainer.state.theta, published, data.tokenizer)
+
+
+def _lone_run(run: RunFile, inner_steps: int) -> RunFile:
+    merge = run.merge.model_copy(
+        update={"outer_learning_rate": 1.0, "outer_momentum": 0.0, "momentum_ramp_rounds": 0, "pacing": False}
+    )
+    total = run.run.model_copy(update={"total_tokens": inner_steps * run.tokens_per_step})
+    return run.model_copy(update={"merge": merge, "run": total})

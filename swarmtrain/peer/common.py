@@ -1,0 +1,200 @@
+"""What bootstrap and volunteer share: waiting that can be interrupted, the model's end, the process's age."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.outer import OuterState, unflatten_into
+from swarmtrain.data.batches import held_out_batches
+from swarmtrain.data.tokens import Tokenizer
+from swarmtrain.errors import BadBytesError, RunTimeError
+from swarmtrain.events import Event, InviteEvent
+from swarmtrain.membership.progress import Progress
+from swarmtrain.model.export import export_model
+from swarmtrain.model.gpt import GPT, evaluate
+from swarmtrain.network.codec import vector_untrusted
+from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
+from swarmtrain.network.invite import Invite, format_invite
+from swarmtrain.network.node import NetworkThread, Node, NodeSettings
+from swarmtrain.network.roster import NewState
+from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.peer.folder import PeerFolder
+
+__all__ = [
+    "Emit",
+    "Interrupted",
+    "PeerSettings",
+    "StopFlag",
+    "held_out_loss",
+    "invite_event",
+    "leave_swarm",
+    "process_age_s",
+    "save_model",
+    "start_node",
+    "state_from_untrusted",
+    "use_threads",
+    "wait_for",
+]
+
+_T = TypeVar("_T")
+_GOODBYE_S = 3.0
+
+Emit = Callable[[Event], None]
+"""Takes an event, from any thread."""
+
+
+class Interrupted(Exception):  # noqa: N818 - a signal, not an error
+    """The person asked to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerSettings:
+    """How a peer runs on this machine; addresses are multiaddresses."""
+
+    directory: Path
+    name: str
+    listen: tuple[str, ...] = ()
+    announce: tuple[str, ...] = ()
+    data_folder: Path | None = None
+    cache_folder: Path | None = None
+    threads: int = 0
+
+
+class StopFlag:
+    """Set once by Ctrl-C, a signal, or a failure that ends the peer."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.failure: str | None = None
+
+    def stop(self) -> None:
+        """Ask for a clean end."""
+        self._event.set()
+
+    def fail(self, message: str) -> None:
+        """The peer cannot go on: `check` will raise RunTimeError."""
+        self.failure = message
+        self._event.set()
+
+    def is_set(self) -> bool:
+        """Whether an end was asked for."""
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raise Interrupted if an end was asked for, RunTimeError if the peer failed."""
+        if self.failure is not None:
+            raise RunTimeError(self.failure)
+        if self._event.is_set():
+            raise Interrupted
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, and raise as `check` does as soon as an end is asked for."""
+        self._event.wait(seconds)
+        self.check()
+
+
+def wait_for(future: Future[_T], stop: StopFlag) -> _T:
+    """The future's result; raises as `StopFlag.check` does as soon as an end is asked for."""
+    while True:
+        try:
+            return future.result(0.1)
+        except TimeoutError:
+            if future.done():
+                raise
+        try:
+            stop.check()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolder, stop: StopFlag) -> Node:
+    """This peer's node, listening; RunTimeError when the port is taken."""
+    identity = load_or_create_identity(folder.key_path)
+    node_settings = NodeSettings(directory=folder.path, announce=settings.announce)
+    if settings.listen:
+        node_settings = dataclasses.replace(node_settings, listen=settings.listen)
+    return wait_for(network.submit(Node.start(node_settings, identity, folder.key_path)), stop)
+
+
+def leave_swarm(network: NetworkThread, swarm: Swarm | None, node: Node | None) -> None:
+    """Say goodbye, end the daemon and the network thread; within a few seconds."""
+    try:
+        if swarm is not None:
+            network.run(swarm.leave(), _GOODBYE_S)
+        elif node is not None:
+            network.run(node.stop(), _GOODBYE_S)
+    except TimeoutError:
+        pass  # the daemon dies with the network thread
+    network.stop()
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError, AttributeError):
+        return time.process_time()
+
+
+def state_from_untrusted(new: NewState) -> tuple[OuterState, Progress]:
+    """Outer parameters, momentum and counters from a pulled state; BadBytesError if it cannot be one."""
+    assert new.held.buffer is not None
+    manifest = new.held.snapshot.manifest
+    vector = vector_untrusted(new.held.buffer)
+    theta, momentum = vector[: len(vector) // 2].clone(), vector[len(vector) // 2 :].clone()
+    counts = {peer_id_from_bytes_untrusted(item.peer): item.tokens for item in manifest.peer_tokens}
+    if sum(counts.values()) != manifest.run_tokens:
+        raise BadBytesError("a state whose peers' tokens do not add up to the run's")
+    progress = Progress(
+        round=manifest.round,
+        run_tokens=manifest.run_tokens,
+        peer_tokens=counts,
+        roster_sha256=manifest.roster_sha256.hex(),
+    )
+    return OuterState(theta, momentum), progress
+
+
+def held_out_loss(model: GPT, theta: Tensor, published: PublishedRun, tokenizer: Tokenizer) -> float:
+    """Loss of `theta` (P,) on the run's held-out text, in nats per byte; leaves `theta` in the model."""
+    unflatten_into(theta, model.parameters())
+    run = published.run
+    tokens = tokenizer.encode(published.held_out)
+    batches = held_out_batches(tokens, run.model.context_tokens, run.evaluation.batch_sequences)
+    sum_nats, _ = evaluate(model, batches)
+    return sum_nats / len(published.held_out)
+
+
+def save_model(folder: Path, model: GPT, theta: Tensor, published: PublishedRun, progress: Progress) -> None:
+    """Write the model with weights `theta` (P,) for `eval`, `generate` and strangers."""
+    unflatten_into(theta, model.parameters())
+    files = {"run.toml": published.data, "held-out.txt": published.held_out}
+    if published.tokenizer:
+        files["tokenizer.bin"] = published.tokenizer
+    weights = dict(model.named_parameters())
+    export_model(folder, weights, published.run.model, progress.run_tokens, files)
+
+
+def invite_event(invite: Invite) -> InviteEvent:
+    """The event that shows an invite."""
+    word = format_invite(invite)
+    addresses = tuple(address for peer in invite.peers for address in peer.full_addresses)
+    return InviteEvent(line=f"swarmtrain join {word}", invite=word, run_sha256=invite.run_sha256, addresses=addresses)
+
+
+def use_threads(threads: int) -> None:
+    """Limit the processor threads of the mathematics; 0 leaves torch's own choice."""
+    if threads > 0:
+        torch.set_num_threads(threads)

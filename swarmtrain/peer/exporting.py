@@ -1,0 +1,89 @@
+"""Getting the model out: from a live swarm, or from what a peer left in its folder; and letting it write."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
+from swarmtrain.errors import PeerError, RunTimeError, UserError
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.model.export import load_exported
+from swarmtrain.model.gpt import build_model, generate
+from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.invite import Invite
+from swarmtrain.network.node import NetworkThread
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.swarm import Swarm, fetch_published, find_run
+from swarmtrain.peer.common import (
+    PeerSettings,
+    StopFlag,
+    leave_swarm,
+    save_model,
+    start_node,
+    state_from_untrusted,
+    wait_for,
+)
+from swarmtrain.peer.folder import peer_folder
+from swarmtrain.run import parse_published_untrusted
+
+__all__ = ["export_from_folder", "export_from_swarm", "sample_text"]
+
+
+def export_from_folder(folder: Path, target: Path) -> int:
+    """Copy the model that a peer left in its folder (the final one, else the archive); returns the run's tokens.
+
+    Raises UserError when there is none.
+    """
+    for name in ("model", "archive"):
+        source = folder / name
+        if (source / "config.json").exists():
+            exported = load_exported(source)
+            if target.exists():
+                raise UserError(f"{target} exists; give a new folder with --to")
+            shutil.copytree(source, target)
+            return exported.run_tokens
+    raise UserError(f"{folder}: no model here yet; the bootstrap archives one, a volunteer leaves one at the end")
+
+
+def export_from_swarm(invite: Invite, target: Path, stop: StopFlag) -> int:
+    """Join as an onlooker, take the newest state of some peer and write it as a model; returns the run's tokens.
+
+    Raises RunTimeError when nobody answers or nobody has trained yet.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty; give a new folder with --to")
+    network = NetworkThread()
+    swarm = node = None
+    with tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory, peer_folder(Path(directory)) as folder:
+        try:
+            node = start_node(network, PeerSettings(directory=folder.path, name="export"), folder, stop)
+            source = wait_for(network.submit(find_run(node, invite)), stop)
+            calls = PeerCalls(node, invite.run_sha256)
+            published = wait_for(network.submit(fetch_published(calls, source, parse_published_untrusted, {})), stop)
+            model = build_model(published.run.model, published.run.run.seed)
+            specs = tensor_specs(model.named_parameters())
+            me = PeerInfo(peer=node.identity.peer_id)
+            swarm = Swarm(node, published, specs, average_bytes_untrusted, lambda event: None, me)
+            wait_for(network.submit(swarm.start(invite.peers)), stop)
+            live = sorted(swarm.membership.live(), key=lambda info: -info.round)
+            new = wait_for(network.submit(swarm.rounds.fetch_state([i.peer for i in live], 1, "export")), stop)
+            if new is None:
+                raise RunTimeError("nobody has a model to give yet: the first round is not over, or all have left")
+            state, progress = state_from_untrusted(new)
+        except PeerError as error:
+            raise RunTimeError(f"the swarm did not deliver its model: {error}") from None
+        finally:
+            leave_swarm(network, swarm, node)
+    save_model(target, model, state.theta, published, progress)
+    return progress.run_tokens
+
+
+def sample_text(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: int) -> str:
+    """The prompt and what the model in `folder` writes after it. Raises UserError when there is no model."""
+    exported = load_exported(folder)
+    tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, exported.model.section.vocabulary_size)
+    tokens = [int(token) for token in tokenizer.encode(prompt.encode())]
+    written = generate(exported.model, tokens, num_tokens, temperature, seed)
+    return (prompt.encode() + tokenizer.decode(written)).decode(errors="replace")

@@ -1,0 +1,129 @@
+"""A peer's folder: its lock, its identity, the run it belongs to, the model it ends with.
+
+identity.key   the Ed25519 key (owner only)
+lock           held while a peer lives in the folder
+run.toml       the published run, its exact bytes
+held-out.txt   the run's held-out text
+tokenizer.bin  the run's learnt tokenizer, if it has one
+invite.txt     the line to hand out, while a peer runs
+archive/       (bootstrap) the run's newest state
+model/         the model at the end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from swarmtrain.errors import BadBytesError, UserError
+from swarmtrain.network.files import write_atomically
+from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.run import parse_published_untrusted, run_sha256
+
+__all__ = ["PeerFolder", "is_in_use", "peer_folder", "running_invite"]
+
+_FILES = ("run.toml", "held-out.txt", "tokenizer.bin")
+
+
+class PeerFolder:
+    """The files of one peer; made by `peer_folder`, which holds the lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.key_path = path / "identity.key"
+        self.invite_path = path / "invite.txt"
+        self.model_path = path / "model"
+        self.archive_path = path / "archive"
+
+    def kept_files(self) -> Mapping[str, bytes]:
+        """The run's files that are here already, by their hash."""
+        kept = {}
+        for name in _FILES:
+            with contextlib.suppress(OSError):
+                data = (self.path / name).read_bytes()
+                kept[hashlib.sha256(data).hexdigest()] = data
+        return kept
+
+    def kept_run(self) -> PublishedRun | None:
+        """The run that is kept here with all its files; None without one. UserError if its files are not whole."""
+        path = self.path / "run.toml"
+        if not path.exists():
+            return None
+        data = path.read_bytes()
+        sha256 = run_sha256(data)
+        try:
+            run = parse_published_untrusted(data, sha256)
+        except BadBytesError as error:
+            raise UserError(f"{path} was altered: {error}; give another folder with --dir") from None
+        kept, published = self.kept_files(), run.published
+        assert published is not None, "a published run has the section"
+        held_out = kept.get(published.held_out_sha256)
+        tokenizer = kept.get(published.tokenizer_sha256) if published.tokenizer_sha256 else b""
+        if held_out is None or tokenizer is None:
+            raise UserError(f"{self.path} lacks files of its run, or they were altered; give another folder with --dir")
+        return PublishedRun(data, sha256, run, held_out, tokenizer)
+
+    def keep_run(self, published: PublishedRun) -> None:
+        """Write the run and its files."""
+        for name, data in zip(_FILES, (published.data, published.held_out, published.tokenizer), strict=True):
+            if data:
+                write_atomically(self.path / name, data)
+
+    def write_invite(self, line: str) -> None:
+        """Leave the line for `swarmtrain invite`."""
+        write_atomically(self.invite_path, (line + "\n").encode())
+
+
+@contextmanager
+def peer_folder(path: Path) -> Iterator[PeerFolder]:
+    """The folder at `path`, made if need be and held alone. UserError when it is in use or cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; give another folder with --dir") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            raise UserError(
+                f"{path} is in use by a running peer (process {owner or 'unknown'}); give another folder with --dir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield PeerFolder(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            (path / "invite.txt").unlink()
+        os.close(descriptor)
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a running peer holds the folder."""
+    try:
+        descriptor = os.open(path / "lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def running_invite(path: Path) -> str | None:
+    """The line to hand out of the peer that runs in the folder; None if none does."""
+    if not is_in_use(path):
+        return None
+    try:
+        return (path / "invite.txt").read_text().strip()
+    except FileNotFoundError:
+        return None

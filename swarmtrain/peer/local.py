@@ -1,0 +1,116 @@
+"""A whole swarm on one machine: a bootstrap and volunteers as real processes, watched through their events.
+
+Each child writes its events as JSON lines; a thread per child reads them. Children die with this process, however
+it ends (see `network.daemon.owned_process_args`).
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from swarmtrain.errors import RunTimeError
+from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, parse_event
+from swarmtrain.network.daemon import owned_process_args
+
+__all__ = ["LocalSwarm"]
+
+_STOP_LIMIT_S = 8.0
+
+
+@dataclass
+class _Child:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    done: DoneEvent | None = None
+    error: ErrorEvent | None = None
+
+
+@dataclass
+class LocalSwarm:
+    """Starts children in `directory` (one folder each) and yields their events."""
+
+    directory: Path
+    children: dict[str, _Child] = field(default_factory=dict)
+    _events: queue.Queue[tuple[str, Event | None]] = field(default_factory=queue.Queue)
+
+    def start(self, name: str, arguments: Sequence[str]) -> None:
+        """Start `swarmtrain ARGUMENTS --json --dir DIRECTORY/name --name name`; standard error goes to name.log."""
+        command = [sys.executable, "-m", "swarmtrain.cli", *arguments]
+        command += ["--json", "--name", name, "--dir", str(self.directory / name)]
+        log = self.directory / f"{name}.log"
+        with log.open("ab") as errors:
+            process = subprocess.Popen(
+                owned_process_args(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+            )
+        child = _Child(name, process, log)
+        self.children[name] = child
+        threading.Thread(target=self._read, args=(child,), name=f"events of {name}", daemon=True).start()
+
+    def _read(self, child: _Child) -> None:
+        assert child.process.stdout is not None
+        for line in child.process.stdout:
+            try:
+                event = parse_event(line)
+            except ValueError:
+                continue  # a broken line of a child that was killed while writing it
+            self._events.put((child.name, event))
+        self._events.put((child.name, None))
+
+    def events(self, limit_s: float | None = None) -> Iterator[Event]:
+        """Events as they come, until every child has ended, or for `limit_s` without any."""
+        while any(child.process.poll() is None for child in self.children.values()) or not self._events.empty():
+            try:
+                name, event = self._events.get(timeout=0.2 if limit_s is None else min(0.2, limit_s))
+            except queue.Empty:
+                if limit_s is not None:
+                    limit_s -= 0.2
+                    if limit_s <= 0:
+                        return
+                continue
+            child = self.children[name]
+            if event is None:
+                self._ended(child)
+                continue
+            if isinstance(event, DoneEvent):
+                child.done = event
+            elif isinstance(event, ErrorEvent):
+                child.error = event
+            yield event
+
+    def _ended(self, child: _Child) -> None:
+        status = child.process.wait()
+        if child.error is not None:
+            raise RunTimeError(f"{child.name}: {child.error.message}")
+        if status != 0 or child.done is None:
+            raise RunTimeError(f"{child.name} ended with status {status}; its log is {child.log}")
+
+    def wait_for_invite(self, limit_s: float = 60.0) -> tuple[InviteEvent, list[Event]]:
+        """The bootstrap's invite, and what came before it."""
+        seen: list[Event] = []
+        for event in self.events(limit_s):
+            seen.append(event)
+            if isinstance(event, InviteEvent):
+                return event, seen
+        raise RunTimeError("the bootstrap printed no invite; see bootstrap.log")
+
+    def stop(self) -> None:
+        """Ctrl-C for every child, then, after a while, the end."""
+        for child in self.children.values():
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGINT)
+        give_up_s = time.monotonic() + _STOP_LIMIT_S
+        for child in self.children.values():
+            try:
+                child.process.wait(max(0.1, give_up_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()

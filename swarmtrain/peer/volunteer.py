@@ -1,0 +1,263 @@
+"""A volunteer: joins by an invite, trains, merges, and leaves cleanly.
+
+The main thread trains; the network thread does everything else. The order of joining is chosen so that the state
+taken from the swarm is fresh: dial, fetch the run, prepare text and model, and only then take the state.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarmtrain.data.batches import BatchSource
+from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
+from swarmtrain.errors import PeerError, RunTimeError, UserError
+from swarmtrain.events import (
+    DoneEvent,
+    EvalEvent,
+    FetchedEvent,
+    JoinedEvent,
+    RoundEvent,
+    StartedEvent,
+    times_below_allreduce,
+)
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs, vector_sha256
+from swarmtrain.network.invite import Invite
+from swarmtrain.network.node import NetworkThread, Node
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
+from swarmtrain.peer.common import (
+    Emit,
+    Interrupted,
+    PeerSettings,
+    StopFlag,
+    held_out_loss,
+    invite_event,
+    leave_swarm,
+    process_age_s,
+    save_model,
+    start_node,
+    use_threads,
+    wait_for,
+)
+from swarmtrain.peer.exchange import SwarmExchange
+from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.trainer import RoundReport, Trainer
+from swarmtrain.run import RunFile, parse_published_untrusted
+
+__all__ = ["data_base", "run_volunteer"]
+
+_LINGER_S = 60.0
+
+
+def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: StopFlag) -> DoneEvent:
+    """Join the run of `invite` and train until it ends or `stop` is set; returns how it went.
+
+    Raises UserError and RunTimeError with one line for a person.
+    """
+    use_threads(settings.threads)
+    with peer_folder(settings.directory) as folder:
+        network = NetworkThread()
+        volunteer = _Volunteer(invite, settings, folder, network, emit, stop)
+        try:
+            return volunteer.run()
+        except Interrupted:
+            return DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=process_age_s(), reason="interrupted")
+        finally:
+            leave_swarm(network, volunteer.swarm, volunteer.node)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is needed before the network is entered for good."""
+
+    published: PublishedRun
+    data: TrainingData
+    model: GPT
+    batches: BatchSource
+
+
+@dataclass
+class _Volunteer:
+    invite: Invite
+    settings: PeerSettings
+    folder: PeerFolder
+    network: NetworkThread
+    emit: Emit
+    stop: StopFlag
+    node: Node | None = None
+    swarm: Swarm | None = None
+
+    def run(self) -> DoneEvent:
+        node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
+        published = self._fetch(node)
+        ready = self._prepare(node, published)
+        swarm = self.swarm = self._enter(node, ready)
+        exchange = SwarmExchange(self.network, swarm, published.run, self.stop)
+        trainer = Trainer(
+            run=published.run,
+            model=ready.model,
+            batches=ready.batches,
+            exchange=exchange,
+            report=lambda report: self._report(report, exchange, ready),
+            should_stop=self.stop.is_set,
+        )
+        self._join(swarm, exchange, trainer)
+        reason = trainer.train()
+        if self.stop.failure is not None:
+            raise RunTimeError(self.stop.failure)
+        loss = self._finish(swarm, trainer, ready) if reason == "total_tokens" else None
+        return DoneEvent(
+            held_out_loss=loss,
+            tokens=trainer.own_tokens,
+            run_tokens=trainer.progress.run_tokens,
+            wall_s=process_age_s(),
+            reason=reason,
+        )
+
+    # ------------------------------------------------------------- joining
+
+    def _fetch(self, node: Node) -> PublishedRun:
+        """Dial, correct the clock, and fetch the run by its hash."""
+        source = wait_for(self.network.submit(find_run(node, self.invite)), self.stop)
+        calls = PeerCalls(node, self.invite.run_sha256)
+        fetching = fetch_published(calls, source, parse_published_untrusted, self.folder.kept_files())
+        try:
+            published = wait_for(self.network.submit(fetching), self.stop)
+        except PeerError as error:
+            raise RunTimeError(f"{source} did not deliver the run: {error}; ask for a new invite") from None
+        self.folder.keep_run(published)
+        self.emit(
+            FetchedEvent(
+                run_sha256=published.sha256,
+                run_name=published.run.run.name,
+                total_tokens=published.run.run.total_tokens,
+                held_out_bytes=len(published.held_out),
+                from_peer=source,
+            )
+        )
+        return published
+
+    def _prepare(self, node: Node, published: PublishedRun) -> _Ready:
+        """Text and model: what takes time and needs nobody else."""
+        run = published.run
+        base = data_base(run, self.settings.data_folder)
+        data = training_data(run, base, published.held_out, published.tokenizer, self.settings.cache_folder)
+        self.stop.check()
+        model = build_model(run.model, run.run.seed)
+        place = PeerPlace(run_sha256=published.sha256, peer_id=node.identity.peer_id)
+        batches = training_batches(run, data, place, base, published.held_out)
+        self.stop.check()
+        return _Ready(published, data, model, batches)
+
+    def _enter(self, node: Node, ready: _Ready) -> Swarm:
+        """Enter the DHT and learn who is here."""
+        me = PeerInfo(
+            peer=node.identity.peer_id,
+            name=self.settings.name,
+            training=True,
+            corpus_sha256=ready.data.corpus.digest,
+        )
+        specs = tensor_specs(ready.model.named_parameters())
+        swarm = Swarm(node, ready.published, specs, average_bytes_untrusted, self.emit, me)
+        wait_for(self.network.submit(swarm.start(self.invite.peers)), self.stop)
+        wait_for(self.network.submit(swarm.watch_daemon(self.stop.fail)), self.stop)
+        return swarm
+
+    def _join(self, swarm: Swarm, exchange: SwarmExchange, trainer: Trainer) -> None:
+        """Take the swarm's state, and say that we are here."""
+        state_from = ""
+        new = exchange.present_state()
+        if new is not None:
+            trainer.adopt(new)
+            state_from = new.from_peer
+        exchange.offer(trainer.state, trainer.progress)
+        wait_for(self.network.submit(swarm.announce()), self.stop)
+        self.emit(
+            JoinedEvent(
+                round=trainer.progress.round,
+                run_tokens=trainer.progress.run_tokens,
+                num_peers=len(swarm.membership.volunteers()) + 1,
+                state_from=state_from,
+                wall_s=process_age_s(),
+            )
+        )
+        event = invite_event(swarm.invite())
+        self.folder.write_invite(event.line)
+        self.emit(event)
+        num_parameters = trainer.state.theta.numel()
+        exchange.on_first_round = lambda inner_steps: self.emit(
+            StartedEvent(
+                inner_steps_per_round=inner_steps,
+                num_parameters=num_parameters,
+                total_tokens=trainer.run.run.total_tokens,
+                startup_s=process_age_s(),
+            )
+        )
+
+    # ------------------------------------------------------------- training
+
+    def _report(self, report: RoundReport, exchange: SwarmExchange, ready: _Ready) -> None:
+        """After each merge: offer the new state, tell, and measure the held-out loss if it is time."""
+        exchange.offer(report.state, report.progress)
+        sent, received = exchange.traffic_since_last()
+        contribution, averaged = report.contribution, report.averaged
+        num_parameters = report.state.theta.numel()
+        self.emit(
+            RoundEvent(
+                round=contribution.round,
+                inner_steps=contribution.inner_steps,
+                tokens=contribution.tokens,
+                run_tokens=report.progress.run_tokens,
+                num_peers=report.num_peers,
+                loss=report.loss,
+                first_loss=report.first_loss,
+                learning_rate=report.learning_rate,
+                seconds=report.seconds,
+                merge_s=report.merge_s,
+                stall_s=report.stall_s,
+                bytes_sent=sent,
+                bytes_received=received,
+                times_below_allreduce=times_below_allreduce(num_parameters, contribution.inner_steps, sent),
+                partners=averaged.partners,
+                weights=averaged.weights,
+                signer=averaged.signer,
+                state_sha256=vector_sha256(report.state.theta),
+            )
+        )
+        every = ready.published.run.evaluation.every_rounds
+        if every and report.progress.round % every == 0:
+            loss = held_out_loss(ready.model, report.state.theta, ready.published, ready.data.tokenizer)
+            self.emit(EvalEvent(round=contribution.round, held_out_loss=loss))
+
+    def _finish(self, swarm: Swarm, trainer: Trainer, ready: _Ready) -> float:
+        """The run has its tokens: measure, save, and serve on for those who still need us."""
+        loss = held_out_loss(ready.model, trainer.state.theta, ready.published, ready.data.tokenizer)
+        self.emit(EvalEvent(round=trainer.progress.round - 1, held_out_loss=loss))
+        save_model(self.folder.model_path, ready.model, trainer.state.theta, ready.published, trainer.progress)
+        give_up_s = time.monotonic() + _LINGER_S
+        try:
+            while time.monotonic() < give_up_s:
+                wait_for(self.network.submit(swarm.greet_everyone()), self.stop)
+                if all(info.round >= trainer.progress.round for info in swarm.membership.live()):
+                    break
+                self.stop.sleep(0.3)
+        except Interrupted:
+            pass
+        return loss
+
+
+def data_base(run: RunFile, data_folder: Path | None) -> Path:
+    """The folder that the run's data paths are relative to. A run comes from a stranger: it may name files only
+    below a folder that this machine's owner has given with `--data`. Raises UserError.
+    """
+    local = run.data.source in ("text", "jsonl")
+    if local and data_folder is None:
+        raise UserError(f"this run trains on your own {run.data.source} files: give their folder with --data FOLDER")
+    for path in run.data.paths if local else ():
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise UserError(f"this run asks for {path}, outside the folder given with --data; it is not read")
+    return data_folder or Path.cwd()
