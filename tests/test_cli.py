@@ -32,7 +32,14 @@ PEER_OPTIONS = ("--dir", "--name", "--json", "--listen", "--announce", "--log-le
 
 # Every command with its arguments and options. A change here is a change of what people type: say it in CHANGELOG.md.
 FROZEN: dict[str, tuple[str, ...]] = {
+    "bootstrap": ("RUN.toml", "--wait-for", *PEER_OPTIONS),
+    "join": ("INVITE", "--threads", "--data", *PEER_OPTIONS),
+    "local": ("RUN.toml", "--peers", "--threads", "--compare-alone", "--data", "--dir", "--json"),
+    "invite": ("--dir", "--json"),
     "check": ("RUN.toml", "--peers", "--json"),
+    "export": ("[INVITE]", "--dir", "--to"),
+    "eval": ("MODEL", "--text", "--json"),
+    "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed"),
 }
 
 

@@ -52,7 +52,7 @@ ROUND = RoundEvent(
 
 def test_names_are_distinct_and_match_their_class() -> None:
     names = [kind.model_fields["event"].default for kind in EVENT_CLASSES]
-    assert len(set(names)) == len(names) == 15
+    assert len(set(names)) == len(names) == 16
     for kind, name in zip(EVENT_CLASSES, names, strict=True):
         assert kind.__name__ == "".join(word.title() for word in name.split("_")) + "Event"
 

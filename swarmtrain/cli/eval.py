@@ -14,7 +14,7 @@ __all__ = ["command"]
 @click.command(
     name="eval", epilog=example("swarmtrain eval runs/first/bootstrap/model", "swarmtrain eval MODEL --text book.txt")
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Measure on this text.  [default: the run's held-out text]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: Path, text: Path | None, as_json: bool) -> None:

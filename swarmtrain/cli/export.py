@@ -32,9 +32,9 @@ __all__ = ["command"]
     help="Where to write the model.",
 )
 def command(invite: str | None, directory: Path | None, target: Path) -> None:
-    """Write the model as safetensors and JSON: config.json, model.safetensors, the run and its held-out text.
+    """Write the model as files anyone can load.
 
-    With INVITE, any live peer of the run gives its newest state; the bootstrap is not needed.
+    They are config.json, model.safetensors, the run and its held-out text. With INVITE, any live peer of the run gives its newest state; the bootstrap is not needed.
     """
     if (invite is None) == (directory is None):
         raise click.UsageError("give either INVITE or --dir FOLDER")

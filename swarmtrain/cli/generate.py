@@ -18,7 +18,7 @@ __all__ = ["command"]
         "swarmtrain generate MODEL --tokens 500 --temperature 0",
     ),
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
 @click.option("--prompt", default="def ", show_default=True, help="Text to continue.")
 @click.option("--tokens", type=click.IntRange(1, 1_000_000), default=256, show_default=True, help="Tokens to write.")
 @click.option(

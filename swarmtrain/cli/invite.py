@@ -15,9 +15,9 @@ __all__ = ["command"]
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The peer's folder.  [default: the peers of this user that run now]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each.")
 def command(directory: Path | None, as_json: bool) -> None:
-    """Print the line with which others join, through a peer that runs here.
+    """Print the line with which others join.
 
-    Every volunteer serves the run, so a swarm outlives its bootstrap.
+    It leads through a peer that runs on this machine: every volunteer serves the run, so a swarm outlives its bootstrap.
     """
     import json
 
