@@ -27,7 +27,8 @@ class PeerState(Enum):
 class PeerInfo:
     """What a peer says of itself in its presence record.
 
-    `stamp` grows with each renewal (the sender's clock, seconds); `steps_per_s` is its inner-step rate.
+    `stamp` grows with each renewal: seconds of the sender's clock, which agrees with the reader's `now` within a
+    second or so. `steps_per_s` is its inner-step rate.
     """
 
     peer: str
@@ -58,6 +59,9 @@ class _Entry:
     state: PeerState
     expires_s: float
     heard_s: float
+    told_s: float = float("-inf")
+    away_since_s: float = float("-inf")
+    losses: int = 0
     failures: int = 0
     failing_since_s: float = 0.0
 
@@ -67,12 +71,16 @@ class Membership:
     """The table. Times are seconds of one clock that the caller passes in as `now`.
 
     A peer is lost when its presence has expired, or when calls to it have failed `max_failures` times in a row
-    over at least `grace_s`, with nothing heard from it in between.
+    over at least `grace_s`, with nothing heard from it in between. If it is lost so again and again, though its
+    presence is renewed (others can reach it, this peer cannot), it is believed back after 10, 20, 40, ... seconds
+    only: each return would cost a silence.
     """
 
     me: str
     max_failures: int = 2
     grace_s: float = 1.0
+    told_for_s: float = 10.0
+    """What a peer told of its round in a call is believed this long against a presence that says less, in seconds."""
     _entries: dict[str, _Entry] = field(default_factory=dict)
 
     def saw_presence(self, info: PeerInfo, expires_s: float, now: float) -> Change | None:
@@ -81,13 +89,24 @@ class Membership:
             return None
         entry = self._entries.get(info.peer)
         if entry is None:
-            self._entries[info.peer] = _Entry(info, PeerState.LIVE, expires_s, now)
+            if expires_s < now:
+                return None
+            self._entries[info.peer] = _Entry(info, PeerState.LIVE, expires_s, min(now, info.stamp))
             return Change(peer=info.peer, state=PeerState.LIVE, reason="its presence was seen for the first time")
         if info.stamp <= entry.info.stamp:
             return None
         was = entry.state
-        entry.info, entry.expires_s, entry.heard_s = info, expires_s, now
-        entry.failures, entry.state = 0, PeerState.LIVE
+        if expires_s < now or (was is not PeerState.LIVE and info.stamp <= entry.away_since_s):
+            return None
+        if was is PeerState.LOST and entry.losses > 1 and now < entry.away_since_s + self._ban_s(entry.losses):
+            return None
+        if was is not PeerState.LIVE:  # a renewal says that it lives, not that calls reach it
+            entry.failures = 0
+        if now < entry.told_s + self.told_for_s and info.round <= entry.info.round:
+            told = entry.info
+            info = dataclasses.replace(info, round=told.round, inner_steps_done=told.inner_steps_done)
+        entry.info, entry.expires_s, entry.state = info, expires_s, PeerState.LIVE
+        entry.heard_s = max(entry.heard_s, min(now, info.stamp))
         if was is PeerState.LIVE:
             return None
         return Change(peer=info.peer, state=PeerState.LIVE, reason=f"it renewed its presence after it had {was.value}")
@@ -97,8 +116,9 @@ class Membership:
         entry = self._entries.get(peer)
         if entry is None:
             return
-        entry.heard_s, entry.failures = now, 0
-        if round is not None and round >= entry.info.round:
+        entry.heard_s, entry.failures, entry.losses = now, 0, 0
+        if round is not None:
+            entry.told_s = now
             done = inner_steps_done if inner_steps_done is not None else entry.info.inner_steps_done
             entry.info = dataclasses.replace(entry.info, round=round, inner_steps_done=done)
 
@@ -111,16 +131,32 @@ class Membership:
             entry.failing_since_s = now
         entry.failures += 1
         if entry.failures >= self.max_failures and now - entry.failing_since_s >= self.grace_s:
-            entry.state = PeerState.LOST
+            self._lose(entry, entry.failing_since_s)
+            entry.losses += 1
             return Change(peer=peer, state=PeerState.LOST, reason=reason)
         return None
+
+    @staticmethod
+    def _ban_s(losses: int) -> float:
+        return 10.0 * 2.0 ** min(losses - 2, 6)
+
+    @staticmethod
+    def _lose(entry: _Entry, since_s: float) -> None:
+        entry.state, entry.away_since_s = PeerState.LOST, since_s
+
+    def resume(self, now: float) -> None:
+        """This process itself stood still until `now`: what it missed in that time is nobody else's silence."""
+        for entry in self._entries.values():
+            entry.failures = 0
+            if entry.state is PeerState.LIVE:
+                entry.heard_s = now
 
     def left(self, peer: str, now: float) -> Change | None:
         """`peer` said goodbye."""
         entry = self._entries.get(peer)
         if entry is None or entry.state is PeerState.LEFT:
             return None
-        entry.state, entry.heard_s = PeerState.LEFT, now
+        entry.state, entry.heard_s, entry.away_since_s = PeerState.LEFT, now, now
         return Change(peer=peer, state=PeerState.LEFT, reason="it said goodbye")
 
     def expire(self, now: float) -> list[Change]:
@@ -128,7 +164,7 @@ class Membership:
         changes = []
         for peer, entry in self._entries.items():
             if entry.state is PeerState.LIVE and max(entry.expires_s, entry.heard_s + 5.0) < now:
-                entry.state = PeerState.LOST
+                self._lose(entry, entry.info.stamp)
                 changes.append(Change(peer=peer, state=PeerState.LOST, reason="its presence expired"))
         return changes
 

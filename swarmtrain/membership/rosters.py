@@ -2,8 +2,14 @@
 
 Everyone publishes its pseudo-gradient of round r. The live peer with the lowest PeerID signs the roster, a list
 of (peer, snapshot hash, tokens); after `silence_s` without a word from it the next lowest does. Everyone averages
-the same hashes in the same order, so that the results are bit-identical and anyone can recompute them. Of two
-rosters of one round the one signed by the lower PeerID holds; of two by one signer, the later attempt.
+the same hashes in the same order, so that the results are bit-identical and anyone can recompute them.
+
+A roster names its `base`, the digest of the roster before it. The digest of the last roster therefore names the
+weights, and a roster fits only those who hold its base: applying it to other weights would part the swarm for good.
+Rosters are totally ordered (`better_roster`): of two with one base the one signed by the lower PeerID holds, of two
+by one signer the later attempt; of two with different bases the one with more tokens behind it, so that a peer that
+was cut off and went on alone never takes a whole swarm's work back. Everyone moves up in that order only, hence all
+end at the same weights.
 
 Pure: the state of the world is a `RoundView`, the answer a decision that carries its reason. The peer and the
 simulator drive the same `decide`.
@@ -11,10 +17,13 @@ simulator drive the same `decide`.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
 
 __all__ = [
     "Apply",
@@ -24,44 +33,92 @@ __all__ = [
     "Roster",
     "RoundView",
     "Sign",
+    "Standing",
+    "Told",
     "Wait",
     "better_roster",
     "decide",
     "joining_steps",
     "must_refetch",
     "peers_to_ask",
+    "round_steps",
+    "share_due_s",
     "share_ranges",
+    "standing",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """A pseudo-gradient offered for a round: `snapshot` is the hash of its manifest, hex."""
+    """A pseudo-gradient offered for a round: `snapshot` is the hash of its manifest, hex; `base` the digest of the
+    roster that led to the weights it starts from ("" before the first)."""
 
     peer: str
     snapshot: str
     tokens: int
     inner_steps: int
+    base: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roster:
-    """Whose pseudo-gradients make round `round`, in PeerID order; signed by `signer`."""
+    """Whose pseudo-gradients make round `round`, in PeerID order; signed by `signer`.
+
+    `base` is the digest of the roster before it and `base_tokens` what all rosters up to that one counted.
+    """
 
     round: int
     signer: str
     entries: tuple[Publication, ...]
     attempt: int = 0
+    base: str = ""
+    base_tokens: int = 0
 
-    @property
+    @cached_property
     def peers(self) -> tuple[str, ...]:
         """The PeerIDs on it, in order."""
         return tuple(entry.peer for entry in self.entries)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """All tokens on it."""
         return sum(entry.tokens for entry in self.entries)
+
+    @property
+    def total_tokens(self) -> int:
+        """What the run has counted once this roster is applied."""
+        return self.base_tokens + self.tokens
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the weights that come of it, hex. Signer and attempt are left out: they change nothing."""
+        lines = [f"{self.round} {self.base}", *(f"{e.peer} {e.snapshot} {e.tokens}" for e in self.entries)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What another peer last told of itself: the round it is in and the roster it applied last."""
+
+    round: int
+    last: Roster | None
+    participating: bool = True
+    """False in the first round of a joiner, and of one that caught up: nobody waits for that round's gradient."""
+
+
+class Standing(Enum):
+    """How another volunteer stands to this one."""
+
+    WITH_US = "with us"
+    """Same weights and round: it is waited for as long as it answers, and may sign."""
+    BEHIND = "behind"
+    """One roster behind: it may be about to come, and is waited for as if it were silent."""
+    GUEST = "guest"
+    """Asked, counted if it publishes in time, waited for only while its published bytes come."""
+    AHEAD = "ahead"
+    """It has applied the roster that this peer needs now."""
+    FAR_AHEAD = "far ahead"
+    """Its weights hold and this peer cannot reach them by one roster: they must be fetched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +134,19 @@ class RoundView:
     silence_s: float
     share_above: int
     live: frozenset[str]
-    """Volunteers believed alive that take part in this round or an earlier one; without `me`."""
+    """Volunteers believed alive that stand `WITH_US` or `BEHIND`, or of whom nothing is known yet; without `me`."""
+    behind: frozenset[str] = frozenset()
+    """Those of `live` that stand `BEHIND`."""
+    base: str = ""
+    """Digest of the roster applied last: rosters and publications with another base are not ours."""
+    guest: bool = False
+    """Whether this peer itself is a guest in this round: it signs only when nobody else is left."""
+    guests: frozenset[str] = frozenset()
+    """Volunteers that stand as `GUEST`."""
     ahead: frozenset[str] = frozenset()
-    """Volunteers known to be in a later round: they hold the roster, or its result."""
+    """Volunteers that stand `AHEAD`: they hold the roster, or its result."""
+    far_ahead: frozenset[str] = frozenset()
+    """Volunteers that stand `FAR_AHEAD`, less those whose state could not be had."""
     announced: Mapping[str, Publication] = field(default_factory=dict)
     """Publications known by their manifest, own included."""
     held: frozenset[str] = frozenset()
@@ -87,8 +154,12 @@ class RoundView:
     rosters: Sequence[Roster] = ()
     """Rosters of this round whose signatures were checked."""
     heard_at_s: Mapping[str, float] = field(default_factory=dict)
+    asked_at_s: Mapping[str, float] | None = None
+    """When each peer was first asked about this round: nobody is silent who was not asked. None: all at its end."""
+    listening_since_s: float = -math.inf
+    """Since when this process has run without a gap: after a pause nobody else was silent, it was deaf."""
     unobtainable: frozenset[str] = frozenset()
-    """Peers on the roster whose bytes nobody could deliver."""
+    """Peers whose bytes nobody could deliver."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,83 +198,125 @@ class CatchUp:
 Decision = Wait | Sign | Apply | CatchUp
 
 
+def _rank(roster: Roster) -> tuple[int, int, str, int, str]:
+    """Sorts the roster that holds first. The digest makes the order total (a signer that lost its memory)."""
+    return (-roster.base_tokens, -roster.round, roster.signer, -roster.attempt, roster.digest)
+
+
 def better_roster(rosters: Sequence[Roster]) -> Roster | None:
-    """The one that holds: the lowest signer's, and of that signer the latest attempt."""
-    if not rosters:
-        return None
-    lowest = min(roster.signer for roster in rosters)
-    return max((roster for roster in rosters if roster.signer == lowest), key=lambda roster: roster.attempt)
+    """The one that holds: of the most tokens behind it, then the lowest signer's, then the latest attempt."""
+    return min(rosters, key=_rank, default=None)
 
 
-def must_refetch(applied: Roster, heard: Roster) -> bool:
-    """Whether a peer that applied `applied` has to fetch the state of those who applied `heard`."""
-    return heard.round == applied.round and heard != applied and better_roster([applied, heard]) == heard
+def must_refetch(applied: Roster | None, heard: Roster | None) -> bool:
+    """Whether the weights after `heard` hold against those after `applied`; None: no roster was applied yet."""
+    if heard is None or (applied is not None and heard.digest == applied.digest):
+        return False
+    return applied is None or _rank(heard) < _rank(applied)
+
+
+def standing(applied: Roster | None, round: int, told: Told | None) -> Standing:
+    """How a volunteer that told `told` stands to a peer in `round` that applied `applied` last."""
+    base = "" if applied is None else applied.digest
+    if told is None:
+        return Standing.WITH_US
+    if must_refetch(applied, told.last):
+        assert told.last is not None
+        fits = told.last.round == round and told.last.base == base
+        return Standing.AHEAD if fits else Standing.FAR_AHEAD
+    their_base = "" if told.last is None else told.last.digest
+    if their_base == base:
+        return Standing.WITH_US if told.participating or told.round != round else Standing.GUEST
+    one_behind = applied is not None and their_base == applied.base and told.round == round - 1
+    return Standing.BEHIND if one_behind else Standing.GUEST
+
+
+def _silence_ends_s(view: RoundView, peer: str, now: float) -> float:
+    """When `peer` will have been silent for long enough, should nothing be heard from it."""
+    asked_at_s = view.ended_at_s if view.asked_at_s is None else view.asked_at_s.get(peer, now)
+    deaf = peer in view.behind or peer in view.guests  # what they say keeps nobody waiting
+    heard_at_s = -math.inf if deaf else view.heard_at_s.get(peer, -math.inf)
+    return max(view.ended_at_s, view.listening_since_s, asked_at_s, heard_at_s) + view.silence_s
 
 
 def _signer(view: RoundView, now: float) -> tuple[str, float, list[str]]:
-    """The peer whose turn it is to sign, when its silence ends that turn, and who was passed over."""
+    """The peer whose turn it is to sign, when that turn ends, and who was passed over.
+
+    A turn ends with the candidate's silence; at this peer's time limit if the candidate has not published; and
+    `silence_s` after it, one candidate after the other, if it has published, answers and yet does not sign.
+    """
+    candidates = sorted(view.live) if view.guest else sorted(view.live | {view.me})
     passed_over: list[str] = []
-    for candidate in sorted(view.live | {view.me}):
+    for candidate in candidates:
         if candidate == view.me:
-            return candidate, math.inf, passed_over
-        turn_ends_s = _silence_ends_s(view, candidate)
+            break
+        closes_s = view.deadline_s
+        if candidate in view.announced:
+            closes_s += view.silence_s * (1 + len(passed_over))
+        turn_ends_s = min(_silence_ends_s(view, candidate, now), closes_s)
         if now < turn_ends_s:
             return candidate, turn_ends_s, passed_over
         passed_over.append(candidate)
-    raise AssertionError("the own PeerID is always a candidate")
-
-
-def _silence_ends_s(view: RoundView, peer: str) -> float:
-    return max(view.ended_at_s, view.heard_at_s.get(peer, -math.inf)) + view.silence_s
+    return view.me, math.inf, passed_over
 
 
 def decide(view: RoundView, now: float) -> Decision:
     """What to do now about a round that this peer has ended."""
-    mine = [r for r in view.rosters if r.signer == view.me]
-    roster = better_roster(view.rosters)
-    if roster is not None:
-        lacking = view.unobtainable & frozenset(roster.peers)
-        if not lacking:
-            return Apply(roster=roster, reason=f"signed by {roster.signer}")
-        if roster.signer == view.me:
-            entries = tuple(entry for entry in roster.entries if entry.peer not in lacking)
-            attempt = 1 + max(r.attempt for r in mine)
-            return Sign(entries=entries, attempt=attempt, reason=f"nobody could deliver {', '.join(sorted(lacking))}")
+    if view.far_ahead:
+        return CatchUp(sources=tuple(sorted(view.far_ahead)), reason="weights that hold are beyond this round")
+    fitting = [roster for roster in view.rosters if roster.round == view.round and roster.base == view.base]
+    roster = better_roster([roster for roster in fitting if view.unobtainable.isdisjoint(roster.peers)])
+    if roster is not None and not (view.ahead and roster != better_roster(fitting)):
+        return Apply(roster=roster, reason=f"signed by {roster.signer}")
     if view.ahead:
         return CatchUp(sources=tuple(sorted(view.ahead)), reason="others have finished this round")
     signer, turn_ends_s, passed_over = _signer(view, now)
     if signer != view.me:
         return Wait(until_s=turn_ends_s, reason=f"{signer} signs the roster")
+    return _sign_or_wait(view, frozenset(passed_over), now)
+
+
+def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> Decision:
     ready = _ready(view)
-    missing = sorted(view.live - ready - frozenset(passed_over))
-    missing = [peer for peer in missing if now < _silence_ends_s(view, peer)]
-    entries = tuple(view.announced[peer] for peer in sorted(ready) if peer not in view.unobtainable)
+    entries = tuple(view.announced[peer] for peer in sorted(ready))
+    assert view.me in ready, "a peer that has ended its round has published, and holds what it published"
+    attempts = [r.attempt for r in view.rosters if r.signer == view.me and r.base == view.base]
+    if attempts:
+        lacking = ", ".join(sorted(view.unobtainable))
+        return Sign(entries=entries, attempt=1 + max(attempts), reason=f"nobody could deliver {lacking}")
+    coming = frozenset(p for p in view.guests if p in view.announced and view.announced[p].base == view.base)
+    wanted = (view.live | coming) - ready - passed_over - view.unobtainable
+    ends_s = {peer: _silence_ends_s(view, peer, now) for peer in wanted}
+    missing = sorted(peer for peer, end_s in ends_s.items() if now < end_s)
     if not missing:
-        return Sign(entries=entries, attempt=len(mine), reason="everyone alive has published")
+        return Sign(entries=entries, attempt=0, reason="everyone alive has published")
     if now >= view.deadline_s:
-        return Sign(entries=entries, attempt=len(mine), reason=f"time limit; without {', '.join(missing)}")
-    until_s = min([view.deadline_s, *(_silence_ends_s(view, peer) for peer in missing)])
+        return Sign(entries=entries, attempt=0, reason=f"time limit; without {', '.join(missing)}")
+    until_s = min([view.deadline_s, *(ends_s[peer] for peer in missing)])
     return Wait(until_s=until_s, reason=f"waiting for {', '.join(missing)}")
 
 
 def _ready(view: RoundView) -> frozenset[str]:
     """Who may go on a roster. In a small group, those whose bytes the signer holds, so that they stay obtainable
-    whoever dies; with shares nobody holds everything, and a manifest must do."""
-    announced = frozenset(view.announced)
-    if max(len(view.live) + 1, len(announced)) > view.share_above:
-        return announced
-    return announced & view.held
+    whoever dies; with shares nobody holds everything, and the manifest of somebody believed alive must do."""
+    announced = frozenset(peer for peer, offer in view.announced.items() if offer.base == view.base)
+    if max(len(view.live) + 1, len(announced)) <= view.share_above:
+        announced &= view.held
+    else:
+        announced &= view.held | view.live | view.guests
+    return announced - view.unobtainable
 
 
 def peers_to_ask(view: RoundView, now: float) -> list[str]:
     """Whom to ask about the round. Small groups: everyone, so that bytes can be fetched before the roster comes.
     Larger ones: the signer asks everyone, the others only whoever may sign."""
-    everyone = sorted(view.live | view.ahead)
+    ahead = view.ahead | view.far_ahead
+    everyone = sorted(view.live | view.guests | ahead)
     signer, _, passed_over = _signer(view, now)
     if len(everyone) + 1 <= view.share_above or signer == view.me:
         return everyone
-    candidates = [peer for peer in everyone if peer not in passed_over]
-    return sorted({*candidates[:2], *sorted(view.ahead)[:2]})
+    candidates = sorted(view.live.difference(passed_over))
+    return sorted({*candidates[:2], *sorted(ahead)[:2]})
 
 
 def share_ranges(num_chunks: int, num_peers: int) -> list[range]:
@@ -212,10 +325,33 @@ def share_ranges(num_chunks: int, num_peers: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
+def share_due_s(roster_at_s: float, own_share_at_s: float, silence_s: float) -> float:
+    """Until when to wait for the shares of owners that answer: then their shares are averaged from the hashes.
+
+    `roster_at_s` is when the roster came, `own_share_at_s` when the own share of it was averaged. An owner may lack
+    bytes that nobody can give it; it then never has a share, though it lives.
+    """
+    return own_share_at_s + max(silence_s, 2 * (own_share_at_s - roster_at_s))
+
+
 def joining_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]:
-    """Inner steps of a joiner's first round, so that nobody waits for it; with the reason."""
-    if not others_done:
-        return inner_steps, "nobody else is in this round"
-    least = max(1, math.ceil(inner_steps / 16))
-    steps = max(least, inner_steps - max(others_done))
+    """Inner steps of a first round (joined, or caught up), so that nobody waits for it; with the reason.
+
+    It ends a sixteenth of a round before the fastest other's does, for its bytes must reach the signer in time.
+    """
+    if not others_done or max(others_done) == 0:
+        return inner_steps, "nobody else has begun this round"
+    least = math.ceil(inner_steps / 16)
+    steps = max(least, inner_steps - least - max(others_done))
     return steps, f"the others have done up to {max(others_done)} of {inner_steps} steps"
+
+
+def round_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]:
+    """Inner steps of the round after a roster was applied; with the reason.
+
+    All of them, unless this peer applied it so late that others are past half of the round: then it comes along as a
+    guest, or it would be a round behind for ever. `others_done` is of those who are in that round already.
+    """
+    if max(others_done, default=0) <= inner_steps / 2:
+        return inner_steps, "a whole round"
+    return joining_steps(inner_steps, others_done)

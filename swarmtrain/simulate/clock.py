@@ -1,0 +1,84 @@
+"""A virtual clock and its queue of events: hours of a swarm's life in milliseconds, the same every time.
+
+Events run in the order of their time, those of one time in the order in which they were asked for. Nothing here
+waits; time jumps from event to event.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Clock", "Timer"]
+
+
+class Timer:
+    """A call that is to come; `cancel` it, or let it be."""
+
+    __slots__ = ("args", "call", "seq", "when_s")
+
+    def __init__(self, when_s: float, seq: int, call: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self.when_s = when_s
+        self.seq = seq
+        self.call: Callable[..., object] | None = call
+        self.args = args
+
+    def cancel(self) -> None:
+        """It will not run. Cancelling twice, or after it ran, does nothing."""
+        self.call = None
+        self.args = ()
+
+    @property
+    def pending(self) -> bool:
+        """Whether it is still to run."""
+        return self.call is not None
+
+
+class Clock:
+    """Virtual time in seconds, from 0."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.num_events = 0
+        """Events run so far."""
+        self._queue: list[tuple[float, int, Timer]] = []
+        self._seq = 0
+
+    def call_at(self, when_s: float, call: Callable[..., object], *args: Any) -> Timer:
+        """Run `call(*args)` at `when_s`; at once after the present event if that time has passed."""
+        timer = Timer(max(when_s, self.now), self._seq, call, args)
+        heapq.heappush(self._queue, (timer.when_s, self._seq, timer))
+        self._seq += 1
+        return timer
+
+    def call_later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:
+        """Run `call(*args)` in `delay_s` seconds."""
+        return self.call_at(self.now + delay_s, call, *args)
+
+    def next_s(self) -> float | None:
+        """When the next event is; None if there is none."""
+        while self._queue and self._queue[0][2].call is None:
+            heapq.heappop(self._queue)
+        return self._queue[0][0] if self._queue else None
+
+    def step(self) -> bool:
+        """Run the next event. False if there is none."""
+        while self._queue:
+            when_s, _, timer = heapq.heappop(self._queue)
+            call = timer.call
+            if call is None:
+                continue
+            args = timer.args
+            timer.cancel()
+            self.now = when_s
+            self.num_events += 1
+            call(*args)
+            return True
+        return False
+
+    def run_until(self, end_s: float) -> None:
+        """Run all events up to and at `end_s`; the clock then stands at `end_s`."""
+        while (next_s := self.next_s()) is not None and next_s <= end_s:
+            self.step()
+        self.now = max(self.now, end_s)
