@@ -62,7 +62,7 @@ def declare(world: World, fault: Fault, names: list[str], index: int) -> None:
         world.fail_at(name, fault.round, fault.moment)  # type: ignore[arg-type]
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     speeds=st.lists(st.sampled_from([8.0, 10.0, 16.0]), min_size=1, max_size=8),
     share_above=st.sampled_from([2, 5]),
