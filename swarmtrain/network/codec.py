@@ -43,6 +43,8 @@ def vector_sha256(vector: Tensor) -> str:
 
 def vector_untrusted(data: bytearray | memoryview) -> Tensor:
     """An fp32 vector (N,) over the 4 N bytes given, which must be writable; BadBytesError if it is not finite."""
+    if not len(data) or len(data) % 4:
+        raise BadBytesError(f"{len(data)} bytes are no vector of fp32")
     vector = torch.frombuffer(data, dtype=torch.float32)
     if not bool(torch.isfinite(vector).all()):
         raise BadBytesError("a vector that is not finite")
@@ -53,8 +55,10 @@ def average_bytes_untrusted(parts: Sequence[memoryview], weights: Sequence[int])
     """The weighted mean of equally long fp32 vectors as bytes, and the indices left out as not finite.
 
     What is left out depends on the bytes alone, so everyone who averages the same parts gets the same bits. When
-    nothing is left, the mean is zero: a round without progress.
+    nothing is left, the mean is zero: a round without progress. ValueError if the parts differ in length.
     """
+    if len({len(part) for part in parts}) != 1:
+        raise ValueError(f"parts of one length are needed, got {[len(part) for part in parts]}")
     vectors, kept, left_out = [], [], []
     for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         try:

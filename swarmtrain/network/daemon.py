@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import logging
@@ -30,6 +31,9 @@ __all__ = ["MAX_FRAME_BYTES", "hivemind_module", "owned_process_args", "set_cloc
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 """No message from another peer may be larger; the daemon's own limit for small calls is the same."""
+
+_MAX_FOLDER_CHARACTERS = 72
+"""A socket's path may have 107 on Linux and 103 on macOS; hivemind's names take 30."""
 
 _clock_offset_s = 0.0
 
@@ -99,17 +103,9 @@ async def _receive_limited(reader: asyncio.StreamReader) -> bytes:
 
 
 async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tuple[Any, Path]:
-    """Start the daemon from the network thread; returns hivemind's P2P and the folder of its sockets.
-
-    Socket paths are limited to some hundred characters, so they live in `directory` only if that is short.
-    """
+    """Start the daemon from the network thread; returns hivemind's P2P and the folder of its sockets."""
     p2p_class = hivemind_module("p2p.p2p_daemon").P2P
-    sockets = directory / "sockets"
-    if len(str(sockets)) > 50:
-        sockets = Path(tempfile.mkdtemp(prefix="swarmtrain-"))
-    else:
-        shutil.rmtree(sockets, ignore_errors=True)  # what a killed predecessor left
-        sockets.mkdir(mode=0o700, parents=True)
+    sockets = _sockets_folder(directory)
 
     class OwnedP2P(p2p_class):  # type: ignore[misc, valid-type]
         _UNIX_SOCKET_PREFIX = f"/unix{sockets}/"
@@ -118,8 +114,31 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
         def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
             return owned_process_args(p2p_class._make_process_args(*args, **kwargs))
 
-    p2p = await OwnedP2P.create(identity_path=str(key_path), check_if_identity_free=False, **settings)
+    try:
+        p2p = await OwnedP2P.create(identity_path=str(key_path), check_if_identity_free=False, **settings)
+    except BaseException:
+        shutil.rmtree(sockets, ignore_errors=True)
+        raise
     return p2p, sockets
+
+
+def _sockets_folder(directory: Path) -> Path:
+    """An empty folder that only we can enter, in `directory` if its path is short enough for a socket's.
+
+    Otherwise one among the temporary files whose name follows from `directory`, so that what a killed predecessor
+    left is found and removed. If somebody else took that name, a fresh one.
+    """
+    sockets = directory / "sockets"
+    if len(str(sockets)) > _MAX_FOLDER_CHARACTERS:
+        name = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:16]
+        temporary = tempfile.gettempdir() if len(tempfile.gettempdir()) < 40 else "/tmp"
+        sockets = Path(temporary) / f"swarmtrain-{os.getuid()}-{name}"
+    shutil.rmtree(sockets, ignore_errors=True)
+    try:
+        sockets.mkdir(mode=0o700, parents=True)  # fails if anything is there, a link too
+    except FileExistsError:
+        return Path(tempfile.mkdtemp(prefix="swarmtrain-", dir=sockets.parent))
+    return sockets
 
 
 async def stop_daemon(p2p: Any, sockets: Path) -> None:

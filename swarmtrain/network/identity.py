@@ -6,7 +6,6 @@ identity multihash of the public key: whoever knows a PeerID can check its signa
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from swarmtrain.network.files import write_atomically
 
 __all__ = [
     "Identity",
+    "base58_decode",
+    "base58_encode",
     "load_or_create_identity",
     "new_identity",
     "peer_bytes",
@@ -75,15 +76,22 @@ def new_identity(seed: bytes | None = None) -> Identity:
 
 def load_or_create_identity(path: Path) -> Identity:
     """The identity in `path`, made and stored (owner only) if there is none."""
-    if path.exists():
+    try:
+        if not path.exists():
+            identity = new_identity()
+            write_atomically(path, identity.key_file(), mode=0o600)
+            return identity
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
         data = path.read_bytes()
-        if len(data) != len(_KEY_PREFIX) + 64 or not data.startswith(_KEY_PREFIX):
-            raise UserError(f"{path} is not an identity of swarmtrain; move it away to get a new one")
-        return new_identity(data[len(_KEY_PREFIX) :][:32])
-    identity = new_identity()
-    write_atomically(path, identity.key_file(), mode=0o600)
-    os.chmod(path, 0o600)  # noqa: PTH101
-    return identity
+    except OSError as error:
+        raise UserError(
+            f"cannot use the identity at {path}: {error.strerror}; give another folder with --dir"
+        ) from None
+    seed = data[len(_KEY_PREFIX) :][:32]
+    if len(seed) != 32 or new_identity(seed).key_file() != data:
+        raise UserError(f"{path} is not an identity of swarmtrain; move it away to get a new one")
+    return new_identity(seed)
 
 
 def peer_bytes(peer_id: str) -> bytes:

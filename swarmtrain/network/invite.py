@@ -1,26 +1,30 @@
 """The invite: one word that says which run and where to knock.
 
-`st1` + base58 of: 32 bytes run hash, then for each peer its public key and addresses, then 4 bytes of SHA-256
-over all that, so that a truncated or mistyped word is noticed before anything is dialled. An address is a byte of
-kind and its binary form (IPv4 or IPv6 with a TCP port), or text for anything else.
+`st1` + base58 of: a byte of version, 32 bytes run hash, then for each peer its public key and addresses, then 4 bytes
+of SHA-256 over all that, so that a truncated or mistyped word is noticed before anything is dialled. An address is a
+byte of kind and its binary form (IPv4 or IPv6 with a TCP port), or text for anything else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from swarmtrain.errors import InviteError
+from swarmtrain.errors import BadBytesError, InviteError
 from swarmtrain.network.identity import base58_decode, base58_encode, peer_bytes, peer_id_from_bytes_untrusted
 
 __all__ = ["Invite", "InvitedPeer", "format_invite", "parse_invite"]
 
 _PREFIX = "st1"
 _NEXT_STEP = "ask for the whole line again and copy it in one piece"
-_PLAIN = re.compile(r"^/(ip4|ip6)/([^/]+)/tcp/(\d+)$")
+_PLAIN = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]+)/tcp/([0-9]{1,5})")
+_READABLE = re.compile(r"/[!-~]+")
 _IP4, _IP6, _TEXT = 4, 6, 1
+_VERSION = b"\x01"
 _MAX_WORD = 4096
 
 
@@ -46,34 +50,50 @@ class Invite:
 
 
 def _pack_address(address: str) -> bytes:
-    match = _PLAIN.match(address)
-    if match is None:
-        text = address.encode()
-        if len(text) > 255:
-            raise InviteError(f"address longer than 255 characters: {address[:40]}...")
-        return bytes([_TEXT, len(text)]) + text
-    kind = _IP4 if match[1] == "ip4" else _IP6
-    return bytes([kind]) + ipaddress.ip_address(match[2]).packed + int(match[3]).to_bytes(2, "big")
+    match = _PLAIN.fullmatch(address)
+    if match is not None:
+        host = ipaddress.IPv4Address(match[2]) if match[1] == "ip4" else ipaddress.IPv6Address(match[2])
+        return bytes([_IP4 if match[1] == "ip4" else _IP6]) + host.packed + int(match[3]).to_bytes(2, "big")
+    text = address.encode()
+    if len(text) > 255 or not _READABLE.fullmatch(address):
+        raise ValueError("not an address that an invite can hold")
+    return bytes([_TEXT, len(text)]) + text
+
+
+def _packed(addresses: Iterable[str]) -> list[bytes]:
+    """Addresses in their binary form; what cannot be one is left out, since other peers' come from strangers."""
+    packed = []
+    for address in addresses:
+        with contextlib.suppress(ValueError, OverflowError):
+            packed.append(_pack_address(address))
+    return packed[:255]
 
 
 def _unpack_address(data: bytes) -> tuple[str, bytes]:
     kind = data[0]
     if kind == _TEXT:
-        size = data[1]
-        return data[2 : 2 + size].decode(), data[2 + size :]
+        text = data[2 : 2 + data[1]].decode()
+        if len(text) != data[1] or not _READABLE.fullmatch(text):
+            raise ValueError("an address that is cut off or unreadable")
+        return text, data[2 + data[1] :]
     size = {_IP4: 4, _IP6: 16}[kind]
+    if len(data) < 3 + size:
+        raise ValueError("an address that is cut off")
     host = ipaddress.ip_address(data[1 : 1 + size])
     port = int.from_bytes(data[1 + size : 3 + size], "big")
     return f"/ip{kind}/{host}/tcp/{port}", data[3 + size :]
 
 
 def format_invite(invite: Invite) -> str:
-    """The word to hand out."""
+    """The word to hand out. InviteError if it would be too long to be read again."""
     body = bytes.fromhex(invite.run_sha256) + bytes([len(invite.peers)])
     for peer in invite.peers:
-        body += peer_bytes(peer.peer)[-32:] + bytes([len(peer.addresses)])
-        body += b"".join(_pack_address(address) for address in peer.addresses)
-    return _PREFIX + base58_encode(b"\x01" + body + hashlib.sha256(body).digest()[:4])
+        addresses = _packed(peer.addresses)
+        body += peer_bytes(peer.peer)[-32:] + bytes([len(addresses)]) + b"".join(addresses)
+    word = _PREFIX + base58_encode(_VERSION + body + hashlib.sha256(body).digest()[:4])
+    if len(word) > _MAX_WORD:
+        raise InviteError(f"an invite of {len(word)} characters is too long; name fewer peers or addresses")
+    return word
 
 
 def parse_invite(word: str) -> Invite:
@@ -90,11 +110,11 @@ def parse_invite(word: str) -> Invite:
     except ValueError:
         raise InviteError(f"the invite holds a character that no invite has; {_NEXT_STEP}") from None
     body, checksum = data[1:-4], data[-4:]
-    if len(data) < 38 or hashlib.sha256(body).digest()[:4] != checksum:
+    if len(data) < 38 or data[:1] != _VERSION or hashlib.sha256(body).digest()[:4] != checksum:
         raise InviteError(f"the invite is garbled or cut off; {_NEXT_STEP}")
     try:
         return _parse_body(body)
-    except (IndexError, KeyError, ValueError) as error:
+    except (BadBytesError, IndexError, KeyError, ValueError) as error:
         raise InviteError(f"the invite makes no sense ({error}); {_NEXT_STEP}") from None
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
+import math
+import re
 import statistics
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
@@ -23,7 +26,7 @@ from swarmtrain.errors import RunTimeError, UnreachableError
 from swarmtrain.network import daemon
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity
-from swarmtrain.network.records import RecordRules, bucket_key, make_validator
+from swarmtrain.network.records import RecordRules, bound_storage, bucket_key, hashed_key, make_validator
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["NetworkThread", "Node", "NodeSettings", "Traffic", "correct_clock"]
@@ -31,6 +34,8 @@ __all__ = ["NetworkThread", "Node", "NodeSettings", "Traffic", "correct_clock"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _CLOCK_TOLERANCE_S = 1.0
+_MAX_KNOWN = 4096
+_MAX_DIALLED = 8
 
 
 class NetworkThread:
@@ -60,6 +65,8 @@ class NetworkThread:
             self.run(_cancel_others(), 5)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        if not self._thread.is_alive():
+            self._loop.close()
 
 
 async def _cancel_others() -> None:
@@ -67,6 +74,7 @@ async def _cancel_others() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +95,26 @@ class Traffic:
     received_bytes: int = 0
 
 
+class _Counted:
+    """A stream whose bytes are counted."""
+
+    def __init__(self, stream: Any, traffic: Traffic) -> None:
+        self._stream, self._traffic = stream, traffic
+
+    def __aiter__(self) -> _Counted:
+        return self
+
+    async def __anext__(self) -> Any:
+        message = await anext(self._stream)
+        self._traffic.received_bytes += message.ByteSize()
+        return message
+
+    async def aclose(self) -> None:
+        """Hang up."""
+        with contextlib.suppress(Exception):
+            await self._stream.aclose()
+
+
 @dataclass
 class Node:
     """A running node. Make one with `Node.start` inside the network thread's loop."""
@@ -99,6 +127,7 @@ class Node:
     _dht: Any = None
     _sockets: Path | None = None
     _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _own_buckets: set[bytes] = field(default_factory=set)
 
     @classmethod
     async def start(cls, settings: NodeSettings, identity: Identity, key_path: Path) -> Node:
@@ -156,10 +185,21 @@ class Node:
             )
         except Exception as error:  # the adapter's boundary
             raise UnreachableError(f"{peer} does not answer at {', '.join(addresses) or 'any address'}") from error
-        self._known[peer] = addresses
+        self._remember(peer, addresses)
 
     def remember_addresses(self, peer: str, addresses: tuple[str, ...]) -> None:
-        """Where `peer` says it is: dialled when a call finds no connection."""
+        """Where `peer` says it is: dialled when a call finds no connection.
+
+        A stranger chooses whom we knock at, so: a few addresses, TCP, and no group, any or link-local one.
+        Private ones must be allowed, since swarms live in local networks; what the daemon says there is a greeting
+        of twenty bytes.
+        """
+        self._remember(peer, tuple(address for address in addresses if _may_dial(address))[:_MAX_DIALLED])
+
+    def _remember(self, peer: str, addresses: tuple[str, ...]) -> None:
+        self._known.pop(peer, None)
+        while len(self._known) >= _MAX_KNOWN:
+            del self._known[next(iter(self._known))]  # the one remembered longest ago
         self._known[peer] = addresses
 
     async def call(self, stub: Any, method: str, request: Message, limit_s: float | None = None) -> Any:
@@ -178,22 +218,13 @@ class Node:
         return reply
 
     async def open_stream(self, stub: Any, method: str, request: Message) -> AsyncIterator[Any]:
-        """A call answered by a stream; the caller limits the time between messages and closes it."""
+        """A call answered by a stream; the caller limits the time between messages and must `aclose` it."""
         try:
             stream = await asyncio.wait_for(getattr(stub, method)(request), self.settings.call_limit_s)
         except Exception as error:  # the adapter's boundary
             raise UnreachableError(_reason(error)) from error
         self.traffic.sent_bytes += request.ByteSize()
-        return self._counted(stream)
-
-    async def _counted(self, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        try:
-            async for message in stream:
-                self.traffic.received_bytes += message.ByteSize()
-                yield message
-        finally:
-            with contextlib.suppress(Exception):
-                await stream.aclose()  # type: ignore[attr-defined]
+        return _Counted(stream, self.traffic)
 
     async def stub_of(self, service_type: Any, peer: str, namespace: str) -> Any:
         """A stub for calls to `peer`, whose known addresses are dialled if there is no connection."""
@@ -226,12 +257,14 @@ class Node:
                 20,
             )
         except Exception as error:  # the adapter's boundary
-            raise RunTimeError(f"could not join the DHT: {error}") from error
+            raise RunTimeError(f"could not join the DHT: {_reason(error)}") from error
+        bound_storage(self._dht.protocol.storage, self._own_buckets)
+        bound_storage(self._dht.protocol.cache, self._own_buckets)
 
     async def store(self, record: pb.Record, lifetime_s: float) -> bool:
         """Store this peer's record in its bucket for `lifetime_s`; False if no node took it."""
         kind = record.WhichOneof("body")
-        key = bucket_key(record.run_sha256, kind, record.prefix)
+        key = self._own_bucket(record.run_sha256, kind, record.prefix)
         try:
             return bool(
                 await asyncio.wait_for(
@@ -248,7 +281,7 @@ class Node:
     async def read_bucket(self, run_sha256: bytes, kind: str, prefix: str) -> dict[str, tuple[pb.Record, float]]:
         """PeerID -> (record, expiry in swarm time) of one bucket; what is invalid has been dropped."""
         try:
-            found = await asyncio.wait_for(self._dht.get(bucket_key(run_sha256, kind, prefix), latest=True), 10)
+            found = await asyncio.wait_for(self._dht.get(self._own_bucket(run_sha256, kind, prefix), latest=True), 10)
         except Exception as error:  # the adapter's boundary
             _log.debug("reading a bucket failed: %s", error)
             return {}
@@ -263,6 +296,11 @@ class Node:
                 _log.debug("dropped a record of %s: %s", peer, error)
         return records
 
+    def _own_bucket(self, run_sha256: bytes, kind: str | None, prefix: str) -> str:
+        key = bucket_key(run_sha256, kind or "", prefix)
+        self._own_buckets.add(hashed_key(key))
+        return key
+
     async def stop(self) -> None:
         """Leave the DHT and end the daemon."""
         if self._dht is not None:
@@ -273,7 +311,11 @@ class Node:
 
 
 def correct_clock(offsets_s: Sequence[float]) -> float:
-    """Correct swarm time by the median of the offsets to other peers' clocks; returns the correction in seconds."""
+    """Correct swarm time by the median of the offsets to other peers' clocks; returns the correction in seconds.
+
+    Offsets are measured against the machine's own clock (`time.time`); what is not a number is left out.
+    """
+    offsets_s = [offset_s for offset_s in offsets_s if math.isfinite(offset_s)]
     offset_s = statistics.median(offsets_s) if offsets_s else 0.0
     if abs(offset_s) < _CLOCK_TOLERANCE_S:
         return 0.0
@@ -285,7 +327,25 @@ def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if "protocol" in text and "not supported" in text:
         return "it does not serve this run"
-    return text.splitlines()[0][:200]
+    return _printable(text.splitlines()[0][:200])
+
+
+def _printable(text: str) -> str:
+    """What another peer wrote, fit for a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _may_dial(address: str) -> bool:
+    match = re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/([1-9][0-9]{0,4})", address)
+    if match is None:
+        return False
+    if match[1].startswith("dns"):
+        return True
+    try:
+        host = ipaddress.ip_address(match[2])
+    except ValueError:
+        return False
+    return not (host.is_multicast or host.is_unspecified or host.is_link_local)
 
 
 def _start_error(error: Exception, settings: NodeSettings) -> RunTimeError:

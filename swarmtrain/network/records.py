@@ -3,13 +3,16 @@
 A DHT value here is msgpack(bytes of a `Record`) followed by 64 bytes of signature over (run, key, subkey, value,
 expiry). The validator runs on every node that stores or returns a record: it recomputes the key from the record's
 own run, kind and bucket, so that a record can live nowhere but where it belongs, and drops what is forged,
-oversized or expired. What it drops is counted by reason.
+oversized or expired. What it drops is counted by reason: "oversized", "expired", "malformed", "foreign", "forged".
+hivemind's own storage has no bounds; `bound_storage` gives it some, since identities cost a stranger nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.records import bucket_of
+from swarmtrain.membership.records import MAX_DEPTH, bucket_of
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import (
     Identity,
@@ -34,7 +37,9 @@ __all__ = [
     "PRESENCE",
     "PROGRESS",
     "RecordRules",
+    "bound_storage",
     "bucket_key",
+    "hashed_key",
     "make_validator",
     "presence_from_proto_untrusted",
     "presence_to_proto",
@@ -46,6 +51,11 @@ PROGRESS = "progress"
 MAX_RECORD_BYTES = 1024
 _SIGNATURE_BYTES = 64
 _MAX_LIFETIME_S = 2 * 86_400
+_MIN_ADVANCE_S = 0.5
+_MAX_BUCKETS = 512
+_MAX_BUCKET_RECORDS = 128
+_MAX_ADDRESSES = 16
+_ADDRESS = re.compile(r"/[!-~]{1,254}")
 _PURPOSE = b"swarmtrain record v1\0"
 
 
@@ -54,7 +64,8 @@ def bucket_key(run_sha256: bytes, kind: str, prefix: str) -> str:
     return f"swarmtrain/{run_sha256.hex()}/{kind}/{prefix}"
 
 
-def _hashed_key(key: str) -> bytes:
+def hashed_key(key: str) -> bytes:
+    """The 20 bytes under which hivemind keeps a key."""
     return hashlib.sha1(msgpack.packb(key, use_bin_type=True)).digest()
 
 
@@ -81,7 +92,7 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
         raise BadBytesError("a presence with a speed or stamp out of range")
     if len(message.name) > 64 or not message.name.isprintable():
         raise BadBytesError("a presence with an unprintable or long name")
-    if len(message.addresses) > 16 or any(len(a) > 256 or not a.startswith("/") for a in message.addresses):
+    if len(message.addresses) > _MAX_ADDRESSES or not all(map(_ADDRESS.fullmatch, message.addresses)):
         raise BadBytesError("a presence with too many or malformed addresses")
     if len(message.corpus_sha256) not in (0, 32) or message.round >= 2**40 or message.run_tokens >= 2**60:
         raise BadBytesError("a presence with a field out of range")
@@ -107,13 +118,23 @@ def _message(key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bytes:
 
 def record_from_value_untrusted(value: bytes) -> pb.Record:
     """The record inside a stored value (without its signature)."""
+    payload = _unpack_untrusted(value, "its value")
+    if not isinstance(payload, bytes):
+        raise BadBytesError("malformed: its value is not bytes")
     try:
-        payload = msgpack.unpackb(value, raw=False, max_bin_len=MAX_RECORD_BYTES, max_str_len=0, max_array_len=0)
-        if not isinstance(payload, bytes):
-            raise BadBytesError("a record that is not bytes")
         return pb.Record.FromString(payload)
-    except (DecodeError, ValueError, TypeError, msgpack.UnpackException) as error:
-        raise BadBytesError(f"a record that cannot be read ({error})") from error
+    except DecodeError as error:
+        raise BadBytesError("malformed: its value is not a record") from error
+
+
+def _unpack_untrusted(data: bytes, what: str) -> Any:
+    """One msgpack string or bytes; nothing that nests or could take more room than `data`."""
+    if len(data) > MAX_RECORD_BYTES + 8:
+        raise BadBytesError(f"oversized: {len(data)} bytes")
+    try:
+        return msgpack.unpackb(data, raw=False, max_array_len=0, max_map_len=0, max_ext_len=0)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise BadBytesError(f"malformed: {what} is no msgpack") from error
 
 
 @dataclass
@@ -130,26 +151,26 @@ class RecordRules:
         return value + self.identity.sign(_message(key, subkey, value, expiry_s))
 
     def check_untrusted(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> pb.Record:
-        """The record; BadBytesError with the reason if it is not allowed to be stored or believed."""
-        if len(value) > MAX_RECORD_BYTES + _SIGNATURE_BYTES + 8:
-            raise BadBytesError(f"oversized record ({len(value)} bytes)")
+        """The record; BadBytesError, "reason: detail", if it is not allowed to be stored or believed."""
+        if len(value) > MAX_RECORD_BYTES + _SIGNATURE_BYTES:
+            raise BadBytesError(f"oversized: {len(value)} bytes")
         now = swarm_time()
         if not (now - 60 < expiry_s < now + _MAX_LIFETIME_S):
-            raise BadBytesError("expired record, or one that lives too long")
+            raise BadBytesError("expired: or one that lives too long")
         record = record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
         peer = _subkey_peer_untrusted(subkey)
         kind = record.WhichOneof("body")
         if kind is None or len(record.run_sha256) != 32:
-            raise BadBytesError("a record without a body or a run")
-        if not bucket_of(peer, 24).startswith(record.prefix) or key != _hashed_key(
+            raise BadBytesError("malformed: without a body or a run")
+        if not bucket_of(peer, MAX_DEPTH).startswith(record.prefix) or key != hashed_key(
             bucket_key(record.run_sha256, kind, record.prefix)
         ):
-            raise BadBytesError("foreign record: it does not belong under its key")
+            raise BadBytesError("foreign: it does not belong under its key")
         message = _message(key, subkey, value[:-_SIGNATURE_BYTES], expiry_s)
         try:
             verify_untrusted(peer_bytes(peer), message, value[-_SIGNATURE_BYTES:])
         except BadBytesError:
-            raise BadBytesError("forged record") from None
+            raise BadBytesError(f"forged: the signature is not {peer}'s") from None
         return record
 
     def allows(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bool:
@@ -157,22 +178,19 @@ class RecordRules:
         try:
             self.check_untrusted(key, subkey, value, expiry_s)
         except BadBytesError as error:
-            self.refused[str(error)] += 1
+            self.refused[str(error).partition(":")[0]] += 1
             return False
         return True
 
 
 def _subkey_peer_untrusted(subkey: bytes) -> str:
+    text = _unpack_untrusted(subkey[:128], "its subkey")
     try:
-        text = msgpack.unpackb(subkey, raw=False, max_str_len=128, max_bin_len=0, max_array_len=0)
-        if not isinstance(text, str):
-            raise BadBytesError("a record whose subkey is not a PeerID")
-        data = base58_decode(text)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise BadBytesError("a record whose subkey is not a PeerID") from error
-    if peer_id_from_bytes_untrusted(data) != text:
-        raise BadBytesError("a record whose subkey is not a PeerID")
-    return text
+        if isinstance(text, str) and peer_id_from_bytes_untrusted(base58_decode(text)) == text:
+            return text
+    except (BadBytesError, ValueError):
+        pass
+    raise BadBytesError("malformed: its subkey is not a PeerID")
 
 
 def make_validator(rules: RecordRules) -> Any:
@@ -190,3 +208,27 @@ def make_validator(rules: RecordRules) -> Any:
             return bytes(record.value[:-_SIGNATURE_BYTES])
 
     return Validator()
+
+
+def bound_storage(storage: Any, always: Container[bytes]) -> None:
+    """Give hivemind's storage of dictionaries bounds: buckets, records in each, and how often a record is renewed.
+
+    A renewal that hardly lives longer is refused, because each leaves an entry in hivemind's heap until it expires.
+    `always`: keys of buckets of our own run, for which there is room whatever else is here.
+    """
+    plain = storage.store_subkey
+
+    def store_subkey(key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
+        bucket = storage.get(key)
+        if bucket is None:
+            if len(storage.data) >= _MAX_BUCKETS and key.to_bytes() not in always:
+                return False
+        else:
+            held = bucket.value.get(subkey)
+            if held is None and len(bucket.value.data) >= _MAX_BUCKET_RECORDS:
+                return False
+            if held is not None and expiration_time < held.expiration_time + _MIN_ADVANCE_S:
+                return False
+        return bool(plain(key, subkey, value, expiration_time))
+
+    storage.store_subkey = store_subkey

@@ -5,10 +5,11 @@ A peer of another run does not even find the calls: the namespace is the run's h
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import functools
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, AsyncIterator, Protocol, TypeVar  # noqa: UP035 - hivemind reads these hints by their typing names
@@ -16,15 +17,18 @@ from typing import Any, AsyncIterator, Protocol, TypeVar  # noqa: UP035 - hivemi
 from google.protobuf.message import Message
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
-from swarmtrain.network.daemon import hivemind_module
+from swarmtrain.network.daemon import MAX_FRAME_BYTES, hivemind_module
 from swarmtrain.network.node import Node
-from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore
+from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore, next_message
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Answers", "PeerCalls", "namespace_of", "service_type"]
 
 _log = logging.getLogger(__name__)
-_MAX_HELD_CALLS = 24
+_MAX_HELD_CALLS = 64
+_MAX_HELD_CALLS_A_PEER = 2
+_MAX_WAIT_S = 60.0
+_MAX_REPLY_BYTES = MAX_FRAME_BYTES - 64 * 1024
 _R = TypeVar("_R", bound=Message)
 
 
@@ -54,7 +58,7 @@ def service_type() -> Any:
     class PeerService(base):  # type: ignore[misc, valid-type]
         def __init__(self, answers: Answers, store: SnapshotStore, blobs: dict[str, bytes], node: Node) -> None:
             self._answers, self._store, self._blobs, self._node = answers, store, blobs, node
-            self._held_calls = 0
+            self._held_calls: Counter[str] = Counter()
 
         async def rpc_hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
             return self._count(request, self._answers.hello(request, str(context.remote_id)))
@@ -63,17 +67,23 @@ def service_type() -> Any:
             return self._count(request, await self._answers.state(request))
 
         async def rpc_round(self, request: pb.RoundRequest, context: Any) -> pb.RoundReply:
-            if self._held_calls >= _MAX_HELD_CALLS:
+            caller, held = str(context.remote_id), self._held_calls
+            if held.total() >= _MAX_HELD_CALLS or held[caller] >= _MAX_HELD_CALLS_A_PEER:
                 request.wait_s = 0
-            self._held_calls += 1
+            if not 0 <= request.wait_s <= _MAX_WAIT_S:  # NaN too, which would disorder the loop's timers
+                request.wait_s = 0
+            held[caller] += 1
             try:
-                return self._count(request, await self._answers.round(request, str(context.remote_id)))
+                return self._count(request, await self._answers.round(request, caller))
             finally:
-                self._held_calls -= 1
+                held[caller] -= 1
+                if not held[caller]:
+                    del held[caller]
 
         async def rpc_pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.PullReply]:
-            async for reply in self._store.serve(request):
-                yield self._count(None, reply)
+            async with contextlib.aclosing(self._store.serve(request)) as replies:
+                async for reply in replies:
+                    yield self._count(None, reply)
 
         async def rpc_blob(self, request: pb.BlobRequest, context: Any) -> AsyncIterator[pb.PullReply]:
             data = self._blobs.get(request.sha256.hex())
@@ -86,9 +96,12 @@ def service_type() -> Any:
             yield pb.PullReply(end=True)
 
         def _count(self, request: Any, reply: _R) -> _R:
+            size = reply.ByteSize()
+            if size > _MAX_REPLY_BYTES:  # the daemon would drop it, and the caller would wait in vain
+                raise ValueError(f"an answer of {size} bytes, more than {_MAX_REPLY_BYTES}")
             traffic = self._node.traffic
             traffic.received_bytes += 0 if request is None else request.ByteSize()
-            traffic.sent_bytes += reply.ByteSize()
+            traffic.sent_bytes += size
             return reply
 
     return PeerService
@@ -147,12 +160,11 @@ class PeerCalls:
         parts: list[bytes] = []
         size = 0
         try:
-            while True:
-                message = await self._next(stream)
-                if message.status == pb.PullReply.STATUS_UNKNOWN:
-                    raise UnreachableError("it does not hold this file of the run")
-                if message.end:
-                    break
+            if (await next_message(stream, self.stall_limit_s)).status != pb.PullReply.STATUS_OK:
+                raise UnreachableError("it does not hold this file of the run")
+            while not (message := await next_message(stream, self.stall_limit_s)).end:
+                if not message.data or size % CHUNK_BYTES:
+                    raise BadBytesError("a file of the run that comes in other pieces than it should")
                 parts.append(message.data)
                 size += len(message.data)
                 if size > max_bytes:
@@ -163,14 +175,3 @@ class PeerCalls:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise BadBytesError("a file of the run that does not match its hash")
         return data
-
-    async def _next(self, stream: AsyncIterator[pb.PullReply]) -> pb.PullReply:
-        try:
-            message = await asyncio.wait_for(anext(stream, None), self.stall_limit_s)
-        except TimeoutError:
-            raise UnreachableError(f"it sent nothing for {self.stall_limit_s:g} s") from None
-        except Exception as error:  # the adapter's boundary: whatever a broken stream raises
-            raise UnreachableError(f"the stream broke ({error})") from error
-        if message is None:
-            raise UnreachableError("the stream ended early")
-        return message

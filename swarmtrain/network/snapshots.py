@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
@@ -29,6 +30,7 @@ __all__ = [
     "build_snapshot",
     "empty_held",
     "manifest_untrusted",
+    "next_message",
     "pull_chunks",
     "pull_manifest",
 ]
@@ -115,6 +117,12 @@ class Held:
         """Whether every chunk is here."""
         return len(self.have) == self.snapshot.num_chunks
 
+    def part(self, start: int, end: int) -> memoryview:
+        """The bytes from `start` to `end` of the body, in memory that may be written to."""
+        if self.buffer is not None:
+            return memoryview(self.buffer)[start:end]
+        return memoryview(bytearray(self.body.read(start, end - start)))
+
 
 def build_snapshot(identity: Identity, manifest: pb.Manifest, specs: Sequence[TensorSpec], body: Body) -> Held:
     """Hash and sign a snapshot. `manifest` carries run, kind, round and counters; the rest is filled in here.
@@ -156,14 +164,21 @@ def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, specs: Seq
 class SnapshotStore:
     """The snapshots that this peer serves: its own publications and what it pulled from others.
 
-    `keep` is bounded by kind: the oldest go first. One being read stays in memory until its reader ends, since the
-    reader holds a reference.
+    One being read stays in memory until its reader ends, since the reader holds a reference. A reader that takes
+    nothing for `reader_stall_s` loses its place as soon as another wants it.
     """
 
     max_readers: int = 4
     keep_rounds: int = 2
+    reader_stall_s: float = 10.0
+    clock: Callable[[], float] = time.monotonic
     _held: dict[str, Held] = field(default_factory=dict)
-    _readers: int = 0
+    _readers: dict[object, float] = field(default_factory=dict)
+
+    @property
+    def num_readers(self) -> int:
+        """Pulls being served."""
+        return len(self._readers)
 
     def add(self, held: Held) -> None:
         """Serve `held` from now on."""
@@ -178,7 +193,19 @@ class SnapshotStore:
         oldest = round - self.keep_rounds + 1
         self._held = {name: held for name, held in self._held.items() if held.snapshot.manifest.round >= oldest}
 
-    async def serve(self, request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+    def _admit(self) -> object | None:
+        """A place for one more reader, if there is one."""
+        now_s = self.clock()
+        if len(self._readers) >= self.max_readers:
+            slowest = min(self._readers, key=self._readers.__getitem__)
+            if now_s - self._readers[slowest] < self.reader_stall_s:
+                return None
+            del self._readers[slowest]
+        reader = object()
+        self._readers[reader] = now_s
+        return reader
+
+    async def serve(self, request: pb.PullRequest) -> AsyncGenerator[pb.PullReply, None]:
         """Answer a pull: a status, the chunks asked for, an end mark; BUSY at once when too many read."""
         held = self._held.get(request.snapshot_sha256.hex())
         wanted = range(request.first_chunk, request.first_chunk + min(request.num_chunks, 4 * _CHUNKS_A_PULL))
@@ -189,17 +216,20 @@ class SnapshotStore:
             yield pb.PullReply(status=pb.PullReply.STATUS_OK, manifest=held.snapshot.signed)
             yield pb.PullReply(end=True)
             return
-        if self._readers >= self.max_readers:
+        reader = self._admit()
+        if reader is None:
             yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
             return
-        self._readers += 1
         try:
             yield pb.PullReply(status=pb.PullReply.STATUS_OK)
             for chunk in wanted:
+                if reader not in self._readers:
+                    return
+                self._readers[reader] = self.clock()
                 yield pb.PullReply(chunk=chunk, data=held.body.read(chunk * CHUNK_BYTES, CHUNK_BYTES))
             yield pb.PullReply(end=True)
         finally:
-            self._readers -= 1
+            self._readers.pop(reader, None)
 
 
 OpenPull = Callable[[str, pb.PullRequest], Awaitable[AsyncIterator[pb.PullReply]]]
@@ -264,39 +294,48 @@ async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, li
     )
     stream = await open_pull(source, request)
     try:
-        first = await _next(stream, limits.stall_limit_s)
-        if first is None or first.status == pb.PullReply.STATUS_UNSPECIFIED:
-            raise UnreachableError("the stream ended before it began")
+        first = await next_message(stream, limits.stall_limit_s)
         if first.status == pb.PullReply.STATUS_BUSY:
             raise BusyError("it serves as many readers as it may")
         if first.status != pb.PullReply.STATUS_OK:
             raise UnreachableError("it does not hold this snapshot")
-        for chunk in run:
-            message = await _next(stream, limits.stall_limit_s)
-            if message is None or message.end:
-                raise UnreachableError("the stream ended early")
-            if message.chunk != chunk:
-                raise BadBytesError("chunks out of order")
-            await _accept(held, chunk, message.data)
-        last = await _next(stream, limits.stall_limit_s)
-        if last is None or not last.end:
+        checking: asyncio.Task[None] | None = None
+        try:
+            for chunk in run:
+                message = await next_message(stream, limits.stall_limit_s)
+                if message.end:
+                    raise UnreachableError("the stream ended early")
+                if message.chunk != chunk:
+                    raise BadBytesError("chunks out of order")
+                if checking is not None:
+                    await checking
+                checking = asyncio.create_task(_accept(held, chunk, message.data))
+        finally:  # also when the stream broke: what had arrived counts
+            if checking is not None:
+                await checking
+        if not (await next_message(stream, limits.stall_limit_s)).end:
             raise BadBytesError("a stream without an end")
     finally:
         await stream.aclose()  # type: ignore[attr-defined]
 
 
-async def _next(stream: AsyncIterator[pb.PullReply], limit_s: float) -> pb.PullReply | None:
+async def next_message(stream: AsyncIterator[pb.PullReply], limit_s: float) -> pb.PullReply:
+    """The next message of a stream; UnreachableError if it breaks, ends, or brings nothing for `limit_s`."""
     try:
-        return await asyncio.wait_for(anext(stream, None), limit_s)
+        async with asyncio.timeout(limit_s):
+            return await anext(stream)
     except TimeoutError:
         raise UnreachableError(f"it sent nothing for {limit_s:g} s") from None
+    except StopAsyncIteration:
+        raise UnreachableError("the stream ended early") from None
     except PeerError:
         raise
-    except Exception as error:  # the adapter's: whatever a broken stream raises
-        raise UnreachableError(f"the stream broke ({error})") from error
+    except Exception as error:  # the adapter's boundary: whatever a broken stream raises
+        raise UnreachableError(f"the stream broke ({type(error).__name__})") from error
 
 
 async def _accept(held: Held, chunk: int, data: bytes) -> None:
+    """Take a chunk in. Runs while the next one arrives; hashing, in a thread, lets the loop go on."""
     assert held.buffer is not None
     if not await asyncio.to_thread(held.snapshot.chunk_is, chunk, data):
         raise BadBytesError(f"wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}")
@@ -309,10 +348,10 @@ async def pull_manifest(source: str, sha256: str, open_pull: OpenPull, limits: P
     further. BadBytesError if it is another's."""
     stream = await open_pull(source, pb.PullRequest(snapshot_sha256=bytes.fromhex(sha256)))
     try:
-        first = await _next(stream, limits.stall_limit_s)
+        first = await next_message(stream, limits.stall_limit_s)
     finally:
         await stream.aclose()  # type: ignore[attr-defined]
-    if first is None or first.status != pb.PullReply.STATUS_OK:
+    if first.status != pb.PullReply.STATUS_OK:
         raise UnreachableError("it does not hold this snapshot")
     if payload_sha256(first.manifest) != sha256:
         raise BadBytesError("a manifest that does not match its hash")

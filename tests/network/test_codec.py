@@ -1,0 +1,100 @@
+"""Tensors as bytes: averages that anyone can recompute, and bytes that cannot be a vector."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from swarmtrain.errors import BadBytesError
+from swarmtrain.network.codec import average_bytes_untrusted, body_of, tensor_specs, vector_sha256, vector_untrusted
+
+
+def vectors(number: int, size: int = 1000) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(size, generator=generator) for _ in range(number)]
+
+
+def as_part(vector: torch.Tensor) -> memoryview:
+    return memoryview(bytearray(body_of(vector).read(0, 4 * len(vector))))
+
+
+def as_vector(data: bytes | bytearray) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.float32)
+
+
+def test_a_vector_goes_there_and_back_without_a_copy() -> None:
+    vector = vectors(1)[0]
+    body = body_of(vector, vector * 2)
+    assert torch.equal(vector_untrusted(bytearray(body.read(4000, 4000))), vector * 2)
+    vector[0] = 5.0
+    assert as_vector(body.read(0, 4))[0] == 5.0
+
+
+def test_the_table_follows_the_parameters() -> None:
+    specs = tensor_specs(nn.Linear(3, 2).named_parameters())
+    assert [(spec.name, spec.shape, spec.size_bytes) for spec in specs] == [("weight", (2, 3), 24), ("bias", (2,), 8)]
+
+
+def test_equal_vectors_have_equal_hashes() -> None:
+    vector = vectors(1)[0]
+    other = vector.clone()
+    assert vector_sha256(vector) == vector_sha256(other)
+    other[3] += 1e-6
+    assert vector_sha256(vector) != vector_sha256(other)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    vector = vectors(1)[0]
+    vector[500] = bad
+    with pytest.raises(BadBytesError, match="finite"):
+        vector_untrusted(bytearray(as_part(vector)))
+
+
+@pytest.mark.parametrize("size", [0, 1, 6])
+def test_what_has_no_whole_number_of_elements_is_refused(size: int) -> None:
+    with pytest.raises(BadBytesError, match="no vector"):
+        vector_untrusted(bytearray(size))
+
+
+def test_the_mean_is_weighted() -> None:
+    first, second = vectors(2)
+    mean, left_out = average_bytes_untrusted([as_part(first), as_part(second)], [3, 1])
+    torch.testing.assert_close(as_vector(mean), 0.75 * first + 0.25 * second)
+    assert left_out == []
+
+
+def test_a_vector_that_is_not_finite_is_left_out_and_the_others_count_as_if_alone() -> None:
+    first, bad, third = vectors(3)
+    bad[-1] = math.nan
+    parts = [as_part(first), as_part(bad), as_part(third)]
+    mean, left_out = average_bytes_untrusted(parts, [1, 5, 3])
+    assert left_out == [1]
+    assert mean == average_bytes_untrusted([parts[0], parts[2]], [1, 3])[0], "to the bit"
+
+
+def test_nothing_finite_means_no_progress() -> None:
+    bad = torch.full((10,), math.nan)
+    mean, left_out = average_bytes_untrusted([as_part(bad)] * 2, [1, 1])
+    assert mean == bytes(40) and left_out == [0, 1]
+
+
+def test_the_mean_of_slices_is_the_slice_of_the_mean_to_the_bit() -> None:
+    parts, weights = [as_part(vector) for vector in vectors(5)], [3, 1, 4, 1, 5]
+    whole, _ = average_bytes_untrusted(parts, weights)
+    for start, end in [(0, 400), (400, 404), (404, 4000), (1000, 3000)]:
+        assert average_bytes_untrusted([part[start:end] for part in parts], weights)[0] == whole[start:end]
+
+
+def test_averages_are_the_same_every_time() -> None:
+    parts = [as_part(vector) for vector in vectors(4)]
+    assert len({bytes(average_bytes_untrusted(parts, [1, 2, 3, 4])[0]) for _ in range(5)}) == 1
+
+
+def test_parts_of_different_lengths_are_our_mistake() -> None:
+    first, second = vectors(2)
+    with pytest.raises(ValueError, match="one length"):
+        average_bytes_untrusted([as_part(first), as_part(second)[:-4]], [1, 1])

@@ -1,0 +1,321 @@
+"""Signed messages and DHT records: what is stored and believed, and what is refused and counted."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.records import bucket_of
+from swarmtrain.network import records
+from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
+from swarmtrain.network.identity import Identity, new_identity
+from swarmtrain.network.records import (
+    MAX_RECORD_BYTES,
+    PRESENCE,
+    PROGRESS,
+    RecordRules,
+    bound_storage,
+    bucket_key,
+    hashed_key,
+    make_validator,
+    presence_from_proto_untrusted,
+    presence_to_proto,
+    record_from_value_untrusted,
+)
+from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+RUN = hashlib.sha256(b"a run").digest()
+ME, OTHER = new_identity(b"m" * 32), new_identity(b"o" * 32)
+REASONS = {"oversized", "expired", "malformed", "foreign", "forged"}
+
+
+def packed(value: Any) -> bytes:
+    return bytes(msgpack.packb(value, use_bin_type=True))
+
+
+def presence_record(prefix: str = "", run: bytes = RUN, name: str = "someone") -> bytes:
+    return pb.Record(run_sha256=run, prefix=prefix, presence=pb.Presence(name=name)).SerializeToString()
+
+
+def stored(
+    payload: bytes | None = None, *, by: Identity = ME, key: str | None = None, lifetime_s: float = 30.0
+) -> tuple[bytes, bytes, bytes, float]:
+    """(key, subkey, signed value, expiry) as another node receives them."""
+    hashed = hashed_key(bucket_key(RUN, PRESENCE, "") if key is None else key)
+    subkey, value = packed(by.peer_id), packed(presence_record() if payload is None else payload)
+    expiry_s = swarm_time() + lifetime_s
+    return hashed, subkey, RecordRules(by).sign(hashed, subkey, value, expiry_s), expiry_s
+
+
+def refused(*record: Any) -> str:
+    """The reason for which another peer refuses this record."""
+    rules = RecordRules(OTHER)
+    assert not rules.allows(*record)
+    assert sum(rules.refused.values()) == 1
+    (reason,) = rules.refused
+    assert reason in REASONS
+    return reason
+
+
+# ---------------------------------------------------------------- signatures
+
+
+def test_a_signature_is_bound_to_purpose_run_and_payload() -> None:
+    run, other_run = RUN.hex(), hashlib.sha256(b"another").hexdigest()
+    signed = sign(ME, "roster", run, pb.Roster(round=7))
+    assert open_signed_untrusted(signed, "roster", run, pb.Roster) == (ME.peer_id, pb.Roster(round=7))
+    with pytest.raises(BadBytesError):
+        open_signed_untrusted(signed, "manifest", run, pb.Roster)
+    with pytest.raises(BadBytesError):
+        open_signed_untrusted(signed, "roster", other_run, pb.Roster)
+    altered = pb.Signed(
+        payload=pb.Roster(round=8).SerializeToString(), author=signed.author, signature=signed.signature
+    )
+    with pytest.raises(BadBytesError):
+        open_signed_untrusted(altered, "roster", run, pb.Roster)
+    assert payload_sha256(altered) != payload_sha256(signed)
+
+
+def test_a_signed_message_that_is_long_or_no_message_is_refused() -> None:
+    signed = sign(ME, "roster", RUN.hex(), pb.Presence(name="x" * 100))
+    with pytest.raises(BadBytesError, match="more than 50"):
+        open_signed_untrusted(signed, "roster", RUN.hex(), pb.Presence, max_bytes=50)
+    nonsense = b"\xff" * 20
+    signature = ME.sign(b"swarmtrain roster v1\0" + RUN + nonsense)
+    with pytest.raises(BadBytesError, match="cannot be read"):
+        open_signed_untrusted(
+            pb.Signed(payload=nonsense, author=signed.author, signature=signature), "roster", RUN.hex(), pb.Roster
+        )
+
+
+@given(st.binary(max_size=80), st.binary(max_size=80), st.binary(max_size=80))
+def test_random_signed_messages_raise_one_error_only(payload: bytes, author: bytes, signature: bytes) -> None:
+    with pytest.raises(BadBytesError):
+        open_signed_untrusted(
+            pb.Signed(payload=payload, author=author, signature=signature), "roster", RUN.hex(), pb.Roster
+        )
+
+
+# ---------------------------------------------------------------- records
+
+
+def test_an_own_record_is_stored_and_read() -> None:
+    key, subkey, value, expiry_s = stored()
+    record = RecordRules(OTHER).check_untrusted(key, subkey, value, expiry_s)
+    assert record.presence.name == "someone"
+    assert record_from_value_untrusted(value[:-64]) == record
+
+
+def test_a_record_of_every_bucket_on_the_way_is_allowed() -> None:
+    for depth in (1, 5, 24):
+        prefix = bucket_of(ME.peer_id, depth)
+        record = stored(presence_record(prefix), key=bucket_key(RUN, PRESENCE, prefix))
+        assert RecordRules(OTHER).allows(*record)
+
+
+def test_nobody_signs_for_another() -> None:
+    value = RecordRules(ME).sign(b"key", packed(OTHER.peer_id), b"value", 1.0)
+    assert value == b"value"
+
+
+def test_a_forged_record_is_refused() -> None:
+    key, subkey, value, expiry_s = stored()
+    assert refused(key, packed(new_identity().peer_id), value, expiry_s) == "forged"
+    assert refused(key, subkey, value, expiry_s + 1) == "forged", "the expiry is signed too"
+    assert refused(key, subkey, value[:-1] + bytes([value[-1] ^ 1]), expiry_s) == "forged"
+    assert refused(key, subkey, packed(presence_record(name="mallory")) + value[-64:], expiry_s) == "forged"
+
+
+def test_a_record_under_a_foreign_key_is_refused() -> None:
+    wrong_side = "1" if bucket_of(ME.peer_id, 1) == "0" else "0"
+    for key, payload in [
+        (bucket_key(RUN, PROGRESS, ""), presence_record()),
+        (bucket_key(RUN, PRESENCE, "0"), presence_record()),
+        (bucket_key(b"r" * 32, PRESENCE, ""), presence_record()),
+        ("something else", presence_record()),
+        (bucket_key(RUN, PRESENCE, wrong_side), presence_record(wrong_side)),
+        (bucket_key(RUN, PRESENCE, "x"), presence_record("x")),
+        (bucket_key(RUN, PRESENCE, "0" * 30), presence_record("0" * 30)),
+    ]:
+        assert refused(*stored(payload, key=key)) == "foreign"
+
+
+def test_an_oversized_record_is_refused_before_it_is_read() -> None:
+    assert refused(*stored(presence_record(name="x" * MAX_RECORD_BYTES))) == "oversized"
+    key, subkey, _, expiry_s = stored()
+    assert refused(key, subkey, bytes(10_000_000), expiry_s) == "oversized"
+    fits = stored(presence_record(name="x" * 900))
+    assert RecordRules(OTHER).allows(*fits)
+
+
+@pytest.mark.parametrize("lifetime_s", [-61.0, 3 * 86_400.0, math.inf, -math.inf, math.nan])
+def test_an_expired_or_too_long_lived_record_is_refused(lifetime_s: float) -> None:
+    assert refused(*stored(lifetime_s=lifetime_s)) == "expired"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"short",
+        packed("text") + bytes(64),
+        packed([1, 2]) + bytes(64),
+        packed({"a": 1}) + bytes(64),
+        packed(msgpack.ExtType(5, b"x")) + bytes(64),
+        packed(None) + bytes(64),
+        packed(b"\xff\xff") + bytes(64),
+        packed(b"") + bytes(64),
+        packed(b"x") + b"more" + bytes(64),
+        b"\xc6\xff\xff\xff\xff" + bytes(64),
+        b"\x91" * 900 + bytes(64),
+    ],
+)
+def test_malformed_values_are_refused(value: bytes) -> None:
+    key, subkey, _, expiry_s = stored()
+    assert refused(key, subkey, value, expiry_s) == "malformed"
+
+
+@pytest.mark.parametrize(
+    "subkey",
+    [
+        b"",
+        packed(None),
+        packed(b"bytes"),
+        packed("0"),
+        packed("QmPlain"),
+        packed("x" * 500),
+        packed([ME.peer_id]),
+        b"\xc1",
+    ],
+)
+def test_a_subkey_that_is_no_peer_is_refused(subkey: bytes) -> None:
+    key, _, value, expiry_s = stored()
+    assert refused(key, subkey, value, expiry_s) == "malformed"
+
+
+def test_a_record_without_a_body_is_refused() -> None:
+    assert refused(*stored(pb.Record(run_sha256=RUN).SerializeToString())) == "malformed"
+    assert refused(*stored(pb.Record(run_sha256=b"r", presence=pb.Presence()).SerializeToString())) == "malformed"
+
+
+@given(st.binary(max_size=40), st.binary(max_size=60), st.binary(max_size=300), st.floats())
+def test_random_bytes_raise_nothing_but_bad_bytes(key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> None:
+    rules = RecordRules(OTHER)
+    for expiry in (expiry_s, swarm_time() + 5):
+        assert not rules.allows(key, subkey, value, expiry)
+        assert not rules.allows(key, packed(ME.peer_id), packed(value) + bytes(64), expiry)
+    assert set(rules.refused) <= REASONS, "a stranger cannot make the table of reasons grow"
+
+
+def test_hivemind_keeps_a_bucket_under_the_key_that_is_checked() -> None:
+    key = bucket_key(RUN, PRESENCE, "01")
+    assert hivemind_module("dht.routing").DHTID.generate(key).to_bytes() == hashed_key(key)
+
+
+def test_the_validator_signs_strips_and_checks() -> None:
+    record_type = hivemind_module("dht.crypto").DHTRecord
+    mine, theirs = make_validator(RecordRules(ME)), make_validator(RecordRules(OTHER))
+    key, subkey, signed, expiry_s = stored()
+    plain = record_type(key, subkey, signed[:-64], expiry_s)
+    full = record_type(key, subkey, mine.sign_value(plain), expiry_s)
+    assert theirs.validate(full) and not theirs.validate(plain)
+    assert theirs.strip_value(full) == signed[:-64]
+
+
+# ---------------------------------------------------------------- presence
+
+
+def test_presence_round_trip() -> None:
+    info = PeerInfo(
+        peer=ME.peer_id,
+        name="Zoë's machine",
+        stamp=1.5,
+        training=True,
+        round=3,
+        steps_per_s=2.5,
+        run_tokens=1000,
+        addresses=("/ip4/1.2.3.4/tcp/5",),
+        corpus_sha256="ab" * 32,
+    )
+    assert presence_from_proto_untrusted(ME.peer_id, presence_to_proto(info)) == info
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"steps_per_s": math.nan},
+        {"steps_per_s": -1.0},
+        {"steps_per_s": math.inf},
+        {"stamp": math.nan},
+        {"stamp": 1e13},
+        {"name": "x" * 65},
+        {"name": "\x1b[2J"},
+        {"name": "two\nlines"},
+        {"addresses": ["/ip4/1.2.3.4/tcp/5"] * 17},
+        {"addresses": ["/" + "x" * 300]},
+        {"addresses": ["relative"]},
+        {"addresses": ["/ip4/1.2.3.4/tcp/5\n"]},
+        {"addresses": ["/\x1b[2J"]},
+        {"corpus_sha256": b"short"},
+        {"round": 2**40},
+        {"run_tokens": 2**60},
+    ],
+)
+def test_a_presence_out_of_range_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(BadBytesError):
+        presence_from_proto_untrusted(ME.peer_id, pb.Presence(**fields))
+
+
+# ---------------------------------------------------------------- what strangers can make us keep
+
+
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(records, "_MAX_BUCKETS", 3)
+    monkeypatch.setattr(records, "_MAX_BUCKET_RECORDS", 2)
+    return hivemind_module("dht.storage").DHTLocalStorage()
+
+
+def dht_id(number: int) -> Any:
+    return hivemind_module("dht.routing").DHTID(number)
+
+
+def test_storage_takes_so_many_buckets_and_always_ours(storage: Any) -> None:
+    ours = dht_id(99)
+    bound_storage(storage, {ours.to_bytes()})
+    expiry_s = swarm_time() + 100
+    assert [storage.store(dht_id(i), b"v", expiry_s, subkey="a") for i in range(5)] == [True, True, True, False, False]
+    assert storage.store(ours, b"v", expiry_s, subkey="a")
+    assert storage.get(dht_id(4)) is None and storage.get(ours).value.get("a").value == b"v"
+
+
+def test_a_bucket_takes_so_many_records_and_their_renewals(storage: Any) -> None:
+    bound_storage(storage, set())
+    expiry_s = swarm_time() + 100
+    assert [storage.store(dht_id(1), b"v", expiry_s, subkey=name) for name in "abc"] == [True, True, False]
+    assert storage.store(dht_id(1), b"w", expiry_s + 1, subkey="a")
+    for _ in range(100):
+        assert not storage.store(dht_id(1), b"w", expiry_s + 1, subkey="a"), "a replay"
+        assert not storage.store(dht_id(1), b"w", expiry_s + 1.1, subkey="a"), "hardly newer"
+    assert len(storage.get(dht_id(1)).value.expiration_heap) <= 3, "replays leave nothing behind"
+
+
+def test_room_comes_back_when_records_expire(storage: Any) -> None:
+    bound_storage(storage, set())
+    assert storage.store(dht_id(1), b"v", swarm_time() + 5, subkey="a")
+    assert storage.store(dht_id(1), b"v", swarm_time() + 5, subkey="b")
+    try:
+        set_clock_offset(10.0)
+        assert storage.store(dht_id(1), b"v", swarm_time() + 5, subkey="c")
+    finally:
+        set_clock_offset(0.0)

@@ -1,0 +1,464 @@
+"""Snapshots: built, checked, served, and pulled from peers of every kind over in-memory streams."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
+from swarmtrain.network.identity import new_identity, peer_bytes
+from swarmtrain.network.signing import sign
+from swarmtrain.network.snapshots import (
+    CHUNK_BYTES,
+    Body,
+    Held,
+    PullLimits,
+    SnapshotStore,
+    TensorSpec,
+    build_snapshot,
+    empty_held,
+    manifest_untrusted,
+    pull_chunks,
+    pull_manifest,
+)
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+RUN = hashlib.sha256(b"a run").hexdigest()
+ME = new_identity(b"m" * 32)
+KIND = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT
+NUM_CHUNKS = 7
+SPECS = (TensorSpec("a", (3, CHUNK_BYTES // 4)), TensorSpec("b", (3 * CHUNK_BYTES // 4 + 25,)))
+LIMITS = PullLimits(stall_limit_s=0.05, busy_wait_s=0.001, busy_limit_s=0.02)
+BYTES = bytes(hashlib.shake_128(b"content").digest(sum(spec.size_bytes for spec in SPECS)))
+
+
+def snapshot(round: int = 4, body: bytes = BYTES) -> Held:
+    manifest = pb.Manifest(run_sha256=bytes.fromhex(RUN), kind=KIND, round=round, part=1, tokens=100, inner_steps=2)
+    cut = 3 * CHUNK_BYTES
+    return build_snapshot(ME, manifest, SPECS, Body([body[:cut], bytearray(body[cut:])]))
+
+
+WHOLE = snapshot()
+
+
+# ---------------------------------------------------------------- bodies and manifests
+
+
+@given(st.lists(st.binary(max_size=9), max_size=5), st.integers(0, 40), st.integers(0, 40))
+def test_a_body_reads_across_its_buffers(buffers: list[bytes], offset: int, size: int) -> None:
+    body = Body(buffers)
+    assert body.size_bytes == sum(map(len, buffers))
+    assert body.read(offset, size) == b"".join(buffers)[offset : offset + size]
+
+
+def test_a_built_snapshot_is_accepted_and_named_by_its_manifest() -> None:
+    read = manifest_untrusted(WHOLE.snapshot.signed, RUN, KIND, SPECS)
+    assert read.sha256 == WHOLE.snapshot.sha256 == hashlib.sha256(WHOLE.snapshot.signed.payload).hexdigest()
+    assert (read.author, read.num_chunks, WHOLE.complete) == (ME.peer_id, NUM_CHUNKS, True)
+    assert (read.chunk_size(0), read.chunk_size(6)) == (CHUNK_BYTES, 100)
+    assert read.chunk_is(6, BYTES[-100:]) and not read.chunk_is(6, BYTES[-99:]) and not read.chunk_is(0, BYTES[-100:])
+
+
+def test_a_body_that_does_not_fit_its_table_is_our_mistake() -> None:
+    with pytest.raises(ValueError, match="tensor table"):
+        build_snapshot(ME, pb.Manifest(), SPECS, Body([b"short"]))
+
+
+def altered(change: Callable[[pb.Manifest], object]) -> pb.Signed:
+    """A manifest with a right signature and something wrong in it."""
+    manifest = pb.Manifest.FromString(WHOLE.snapshot.signed.payload)
+    change(manifest)
+    return sign(ME, "manifest", RUN, manifest)
+
+
+CHANGES: dict[str, Callable[[pb.Manifest], object]] = {
+    "shape": lambda m: m.tensors[0].shape.append(2),
+    "other shape, same size": lambda m: m.tensors[0].shape.reverse(),
+    "dtype": lambda m: setattr(m.tensors[1], "dtype", "float16"),
+    "unknown dtype": lambda m: setattr(m.tensors[1], "dtype", "object"),
+    "name": lambda m: setattr(m.tensors[0], "name", "c"),
+    "one tensor less": lambda m: m.tensors.pop(),
+    "one tensor more": lambda m: m.tensors.add(name="c", shape=[1], dtype="float32"),
+    "no tensors": lambda m: m.ClearField("tensors"),
+    "chunk size": lambda m: setattr(m, "chunk_bytes", 1),
+    "no chunk size": lambda m: setattr(m, "chunk_bytes", 0),
+    "a hash less": lambda m: setattr(m, "chunk_sha256", m.chunk_sha256[:-32]),
+    "a hash more": lambda m: setattr(m, "chunk_sha256", m.chunk_sha256 + bytes(32)),
+    "half a hash": lambda m: setattr(m, "chunk_sha256", m.chunk_sha256[:-1]),
+    "huge total": lambda m: setattr(m, "total_bytes", 2**63),
+    "total and tensors huge": lambda m: (setattr(m, "total_bytes", 2**62), m.tensors[0].shape.append(2**50)),
+    "no total": lambda m: setattr(m, "total_bytes", 0),
+    "round": lambda m: setattr(m, "round", 2**40),
+    "tokens": lambda m: setattr(m, "tokens", 2**60),
+    "run tokens": lambda m: setattr(m, "run_tokens", 2**60),
+    "another run inside": lambda m: setattr(m, "run_sha256", bytes(32)),
+    "another kind": lambda m: setattr(m, "kind", pb.SNAPSHOT_KIND_STATE),
+    "another author": lambda m: setattr(m, "author", peer_bytes(new_identity(b"o" * 32).peer_id)),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_wrong_manifest_is_refused_before_memory_is_taken(what: str) -> None:
+    signed = altered(CHANGES[what])
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadBytesError):
+            manifest_untrusted(signed, RUN, KIND, SPECS)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_forged_or_foreign_manifest_is_refused() -> None:
+    signed = WHOLE.snapshot.signed
+    other_run = hashlib.sha256(b"another").hexdigest()
+    for wrong, run in [
+        (pb.Signed(payload=signed.payload, author=signed.author, signature=bytes(64)), RUN),
+        (pb.Signed(payload=signed.payload[:-1], author=signed.author, signature=signed.signature), RUN),
+        (pb.Signed(), RUN),
+        (signed, other_run),
+        (pb.Signed(payload=bytes(3 * 1024 * 1024), author=signed.author, signature=signed.signature), RUN),
+    ]:
+        with pytest.raises(BadBytesError):
+            manifest_untrusted(wrong, run, KIND, SPECS)
+
+
+# ---------------------------------------------------------------- peers to pull from
+
+
+def reply(chunk: int, data: bytes | None = None) -> pb.PullReply:
+    body = BYTES[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES] if data is None else data
+    return pb.PullReply(chunk=chunk, data=body)
+
+
+OK, END = pb.PullReply(status=pb.PullReply.STATUS_OK), pb.PullReply(end=True)
+Behaviour = Callable[[pb.PullRequest], AsyncIterator[pb.PullReply]]
+
+
+@dataclass
+class Network:
+    """Peers that answer pulls, by name; notes who was asked for what and who was blamed."""
+
+    peers: dict[str, Behaviour]
+    asked: list[tuple[str, int, int]] = field(default_factory=list)
+    blamed: list[tuple[str, type[PeerError]]] = field(default_factory=list)
+    num_open: int = 0
+
+    async def open_pull(self, source: str, request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+        if source not in self.peers:
+            raise UnreachableError(f"{source} does not answer")
+        self.asked.append((source, request.first_chunk, request.num_chunks))
+        return self._stream(self.peers[source](request))
+
+    async def _stream(self, answer: AsyncIterator[pb.PullReply]) -> AsyncIterator[pb.PullReply]:
+        self.num_open += 1
+        try:
+            async with contextlib.aclosing(answer):  # type: ignore[type-var]
+                async for message in answer:
+                    yield message
+        finally:
+            self.num_open -= 1
+
+    def blame(self, source: str, error: PeerError) -> None:
+        self.blamed.append((source, type(error)))
+
+    def pull(self, sources: list[str], held: Held | None = None, chunks: range = range(NUM_CHUNKS)) -> Held:
+        """Pull until it is done; raises as `pull_chunks` does. All streams are closed then."""
+        room = empty_held(WHOLE.snapshot) if held is None else held
+        try:
+            asyncio.run(pull_chunks(room, chunks, sources, self.open_pull, LIMITS, self.blame))
+        finally:
+            assert self.num_open == 0
+        return room
+
+
+def honest(store: SnapshotStore | None = None) -> Behaviour:
+    kept = SnapshotStore() if store is None else store
+    kept.add(WHOLE)
+    return kept.serve
+
+
+def answers(*messages: pb.PullReply, then: Callable[[], Awaitable[None]] | None = None) -> Behaviour:
+    async def answer(request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+        for message in messages:
+            yield message
+        if then is not None:
+            await then()
+
+    return answer
+
+
+async def stand_still() -> None:
+    await asyncio.Event().wait()
+
+
+async def break_down() -> None:
+    raise ConnectionResetError("the connection was reset")
+
+
+def bytes_of(held: Held) -> bytes:
+    assert held.buffer is not None
+    return bytes(held.buffer)
+
+
+def test_a_pull_brings_every_byte() -> None:
+    network = Network({"a": honest()})
+    held = network.pull(["a"])
+    assert held.complete and bytes_of(held) == BYTES
+    assert network.asked == [("a", 0, NUM_CHUNKS)] and not network.blamed
+
+
+def test_a_pull_brings_a_part() -> None:
+    held = Network({"a": honest()}).pull(["a"], chunks=range(2, 5))
+    assert held.have == {2, 3, 4}
+
+
+def test_what_is_here_is_not_asked_for() -> None:
+    network = Network({"a": honest()})
+    held = network.pull(["a"], chunks=range(2, 4))
+    network.pull(["a"], held)
+    assert network.asked == [("a", 2, 2), ("a", 0, 2), ("a", 4, 3)] and bytes_of(held) == BYTES
+
+
+@pytest.mark.parametrize(
+    ("then", "last"),
+    [(None, ()), (None, (END,)), (break_down, ()), (stand_still, ())],
+    ids=["silent end", "early end", "reset", "stalled"],
+)
+def test_a_pull_goes_on_at_another_source_where_the_first_stopped(
+    then: Callable[[], Awaitable[None]] | None, last: tuple[pb.PullReply, ...]
+) -> None:
+    network = Network({"a": answers(OK, reply(0), reply(1), *last, then=then), "b": honest()})
+    held = network.pull(["a", "b"])
+    assert bytes_of(held) == BYTES
+    assert network.asked == [("a", 0, NUM_CHUNKS), ("b", 2, NUM_CHUNKS - 2)], "what arrived is not asked for again"
+    assert network.blamed == [("a", UnreachableError)]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        (OK, reply(0), reply(1, bytes(CHUNK_BYTES)), reply(2)),
+        (OK, reply(0), reply(1, b"short"), reply(2)),
+        (OK, reply(0), reply(1, b""), reply(2)),
+        (OK, reply(0), reply(1, bytes(4 * CHUNK_BYTES)), reply(2)),
+        (OK, reply(0), reply(2)),
+        (OK, reply(0), reply(0)),
+        (OK, reply(0), OK),
+    ],
+    ids=["wrong hash", "short", "empty", "long", "skips", "repeats", "nonsense"],
+)
+def test_a_source_that_sends_wrong_bytes_is_blamed_and_dropped(messages: tuple[pb.PullReply, ...]) -> None:
+    network = Network({"liar": answers(*messages), "b": honest()})
+    held = network.pull(["liar", "b"])
+    assert bytes_of(held) == BYTES and network.blamed == [("liar", BadBytesError)]
+    assert network.asked[-1] == ("b", 1, NUM_CHUNKS - 1), "the right chunk before the wrong one is kept"
+
+
+def test_an_endless_stream_is_cut() -> None:
+    sent = 0
+
+    async def endless(request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+        nonlocal sent
+        yield OK
+        while True:
+            yield reply(min(sent, NUM_CHUNKS - 1))
+            sent += 1
+
+    network = Network({"endless": endless, "b": honest()})
+    assert bytes_of(network.pull(["endless", "b"])) == BYTES
+    assert sent <= NUM_CHUNKS + 1 and network.blamed == [("endless", BadBytesError)]
+
+
+def test_a_source_that_does_not_hold_it_or_answers_nonsense_is_passed_over() -> None:
+    unknown = answers(pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN))
+    network = Network({"unknown": unknown, "mute": answers(), "odd": answers(reply(0)), "b": honest()})
+    assert bytes_of(network.pull(["gone", "unknown", "mute", "odd", "b"])) == BYTES
+    assert [source for source, _ in network.blamed] == ["gone", "unknown", "mute", "odd"]
+
+
+def test_a_busy_source_is_asked_again() -> None:
+    store = SnapshotStore(max_readers=1)
+    serve, num_asked = honest(store), 0
+
+    async def busy_twice(request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked <= 2:
+            yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
+            return
+        async for message in serve(request):
+            yield message
+
+    network = Network({"a": busy_twice})
+    assert bytes_of(network.pull(["a"])) == BYTES
+    assert num_asked == 3 and not network.blamed, "being busy is no fault"
+
+
+def test_a_source_that_is_always_busy_is_given_up() -> None:
+    network = Network({"busy": answers(pb.PullReply(status=pb.PullReply.STATUS_BUSY))})
+    with pytest.raises(UnreachableError):
+        network.pull(["busy"])
+    assert 10 <= len(network.asked) <= 30
+
+
+def test_nobody_delivers() -> None:
+    network = Network({"cut": answers(OK, reply(0))})
+    held = empty_held(WHOLE.snapshot)
+    with pytest.raises(UnreachableError, match=WHOLE.snapshot.sha256[:12]):
+        network.pull(["gone", "cut"], held)
+    assert held.have == {0}, "and a later pull resumes there"
+
+
+def test_a_cancelled_pull_closes_its_stream() -> None:
+    network = Network({"still": answers(OK, reply(0), then=stand_still)})
+
+    async def cancel() -> None:
+        held = empty_held(WHOLE.snapshot)
+        limits = PullLimits(stall_limit_s=60)
+        task = asyncio.create_task(
+            pull_chunks(held, range(NUM_CHUNKS), ["still"], network.open_pull, limits, network.blame)
+        )
+        while not held.have:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    assert network.num_open == 0
+
+
+def test_a_manifest_is_pulled_by_its_name() -> None:
+    name = WHOLE.snapshot.sha256
+    other = snapshot(round=5).snapshot.signed
+    network = Network(
+        {
+            "a": honest(),
+            "liar": answers(pb.PullReply(status=pb.PullReply.STATUS_OK, manifest=other)),
+            "empty": answers(OK),
+            "unknown": answers(pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)),
+            "still": answers(then=stand_still),
+        }
+    )
+
+    def pull(source: str) -> pb.Signed:
+        return asyncio.run(pull_manifest(source, name, network.open_pull, LIMITS))
+
+    assert manifest_untrusted(pull("a"), RUN, KIND, SPECS).sha256 == name
+    for source, error in [
+        ("liar", BadBytesError),
+        ("empty", BadBytesError),
+        ("unknown", UnreachableError),
+        ("still", UnreachableError),
+    ]:
+        with pytest.raises(error):
+            pull(source)
+    assert network.num_open == 0
+
+
+# ---------------------------------------------------------------- serving
+
+
+def request(first_chunk: int = 0, num_chunks: int = NUM_CHUNKS, name: str = WHOLE.snapshot.sha256) -> pb.PullRequest:
+    return pb.PullRequest(snapshot_sha256=bytes.fromhex(name), first_chunk=first_chunk, num_chunks=num_chunks)
+
+
+def served(store: SnapshotStore, pull: pb.PullRequest) -> list[pb.PullReply]:
+    async def collect() -> list[pb.PullReply]:
+        return [message async for message in store.serve(pull)]
+
+    return asyncio.run(collect())
+
+
+def status_of(store: SnapshotStore, pull: pb.PullRequest) -> Any:
+    return served(store, pull)[0].status
+
+
+def test_what_is_not_held_is_unknown() -> None:
+    store = SnapshotStore()
+    store.add(WHOLE)
+    for pull in (
+        request(name="00" * 32),
+        request(first_chunk=NUM_CHUNKS, num_chunks=1),
+        request(num_chunks=2**32 - 1),
+        request(first_chunk=2**32 - 1, num_chunks=2**32 - 1),
+        pb.PullRequest(snapshot_sha256=b"short"),
+    ):
+        assert status_of(store, pull) == pb.PullReply.STATUS_UNKNOWN
+
+
+def test_a_part_that_is_here_is_served_on() -> None:
+    held = Network({"a": honest()}).pull(["a"], chunks=range(2, 4))
+    store = SnapshotStore()
+    store.add(held)
+    assert [message.chunk for message in served(store, request(2, 2))[1:-1]] == [2, 3]
+    assert status_of(store, request(1, 2)) == pb.PullReply.STATUS_UNKNOWN
+
+
+def test_only_so_many_read_at_once_and_places_come_back() -> None:
+    store = SnapshotStore(max_readers=2)
+    store.add(WHOLE)
+
+    async def crowd() -> None:
+        first, second = store.serve(request()), store.serve(request())
+        assert (await anext(first)).status == (await anext(second)).status == pb.PullReply.STATUS_OK
+        assert [m.status async for m in store.serve(request())] == [pb.PullReply.STATUS_BUSY]
+        manifest = [m async for m in store.serve(request(num_chunks=0))]
+        assert manifest[0].manifest == WHOLE.snapshot.signed, "manifests are always served"
+        await first.aclose()
+        assert store.num_readers == 1
+        assert len([m async for m in store.serve(request())]) == NUM_CHUNKS + 2
+        await second.aclose()
+        assert store.num_readers == 0
+
+    asyncio.run(crowd())
+
+
+def test_a_reader_that_stands_still_loses_its_place_to_the_next() -> None:
+    now_s = 0.0
+    store = SnapshotStore(max_readers=1, reader_stall_s=10.0, clock=lambda: now_s)
+    store.add(WHOLE)
+
+    async def crowd() -> None:
+        nonlocal now_s
+        slow = store.serve(request())
+        await anext(slow)
+        now_s = 9.0
+        await anext(slow)
+        now_s = 18.0
+        assert [m.status async for m in store.serve(request())] == [pb.PullReply.STATUS_BUSY], "9 s are not too long"
+        now_s = 20.0
+        assert len([m async for m in store.serve(request())]) == NUM_CHUNKS + 2
+        with pytest.raises(StopAsyncIteration):
+            await anext(slow)
+        assert store.num_readers == 0
+
+    asyncio.run(crowd())
+
+
+def test_what_is_being_read_is_kept_until_its_reader_ends() -> None:
+    store = SnapshotStore(keep_rounds=2)
+    store.add(WHOLE)
+
+    async def read() -> None:
+        reader = store.serve(request())
+        await anext(reader)
+        store.forget_before(5)
+        assert store.get(WHOLE.snapshot.sha256) is WHOLE, "round 4 is one of the last two"
+        store.forget_before(6)
+        assert store.get(WHOLE.snapshot.sha256) is None
+        data = b"".join([message.data async for message in reader])
+        assert data == BYTES
+
+    asyncio.run(read())
+    assert status_of(store, request()) == pb.PullReply.STATUS_UNKNOWN
