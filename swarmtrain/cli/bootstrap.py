@@ -48,5 +48,4 @@ def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
         return PeerDisplay(f"swarmtrain bootstrap: {run.run.name}", run.run.total_tokens)
 
     with open_sink(options, make_display) as emit, stop_on_signals() as stop:
-        emit.identify("", settings.name)
         emit(run_bootstrap(run, run_file.parent, settings, emit, stop))

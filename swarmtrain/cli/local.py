@@ -87,7 +87,7 @@ def _train(
     swarm: LocalSwarm, emit: EventSink, run_file: Path, peers: int, extra: list[str]
 ) -> tuple[int, float | None]:
     """Start everyone and show their events to the end; (most inner steps of a volunteer, held-out loss)."""
-    from swarmtrain.events import DoneEvent, RoundEvent
+    from swarmtrain.events import DoneEvent, InviteEvent, RoundEvent
 
     swarm.start("bootstrap", ["bootstrap", str(run_file), "--listen", "127.0.0.1:0", "--wait-for", str(peers)])
     invite, seen = swarm.wait_for_invite()
@@ -98,7 +98,8 @@ def _train(
     steps: dict[str, int] = {}
     loss = None
     for event in swarm.events():
-        emit(event)
+        if as_json or not isinstance(event, InviteEvent):  # one line to hand out is enough for a person
+            emit(event)
         if isinstance(event, RoundEvent):
             steps[event.peer] = steps.get(event.peer, 0) + event.inner_steps
         elif isinstance(event, DoneEvent) and event.held_out_loss is not None:
@@ -128,5 +129,6 @@ def _alone(directory: Path, data: Path, steps: int, emit: EventSink) -> float:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(f"one volunteer alone, {steps} steps", total=steps)
         loss = train_alone(published, steps, settings, lambda n: progress.advance(bar, n))
-    emit(AloneEvent(held_out_loss=loss, inner_steps=steps, wall_s=time.monotonic() - began_s))
+    if emit.display is None:
+        emit(AloneEvent(held_out_loss=loss, inner_steps=steps, wall_s=time.monotonic() - began_s))
     return loss

@@ -111,6 +111,8 @@ class Held:
     body: Body
     have: set[int]
     buffer: bytearray | None = None
+    pulling: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while chunks are pulled into it, so that two that want the same bytes pull them once."""
 
     @property
     def complete(self) -> bool:

@@ -31,9 +31,10 @@ from swarmtrain.membership.records import bucket_of, buckets_to_read, choose_buc
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.invite import Invite, InvitedPeer
+from swarmtrain.network.merging import Average, RoundSettings
 from swarmtrain.network.node import Node, correct_clock
 from swarmtrain.network.records import PRESENCE, presence_from_proto_untrusted, presence_to_proto
-from swarmtrain.network.roster import Average, Rounds, RoundSettings
+from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.signing import open_signed_untrusted, sign
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
@@ -45,6 +46,8 @@ __all__ = ["PublishedRun", "Swarm", "fetch_published", "find_run", "state_specs"
 _log = logging.getLogger(__name__)
 _READ_EVERY_S = 3.0
 _MAX_INVITED = 4
+_STATE_WAIT_S = 3.0
+_HEARTBEAT_S = 0.25
 _MAX_STAMP_SKEW_S = 120.0
 _MAX_READ_BUCKETS = 64
 
@@ -183,6 +186,7 @@ class Swarm:
         await self._store_presence()
         self._tasks.append(asyncio.create_task(self._keep_present()))
         self._tasks.append(asyncio.create_task(self._keep_reading()))
+        self._tasks.append(asyncio.create_task(self._notice_gaps()))
 
     async def leave(self) -> None:
         """Say goodbye to everyone, and stop answering."""
@@ -208,6 +212,15 @@ class Swarm:
             await self.read_presences()
             newcomers = [info.peer for info in self.membership.live() if info.peer not in self._greeted]
             await asyncio.gather(*(self._greet(peer, self._signed_presence()) for peer in newcomers[:32]))
+
+    async def _notice_gaps(self) -> None:
+        """A process that was stopped, or a laptop that slept, must not take its own gap for others' silence."""
+        gap_s = max(1.0, self.published.run.merge.silence_s / 4)
+        while True:
+            before_s = time.monotonic()
+            await asyncio.sleep(_HEARTBEAT_S)
+            if time.monotonic() - before_s > gap_s:
+                self.rounds.stood_still(swarm_time())
 
     # ------------------------------------------------------------- presence
 
@@ -328,6 +341,7 @@ class Swarm:
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
         """The manifest of our newest state, made at the first request for it."""
+        await self.rounds.wait_for_round(min(request.min_round, self.rounds.current_round + 1), _STATE_WAIT_S)
         async with self._state_lock:
             if self._state is None or self._state[0].round < request.min_round:
                 return pb.StateReply()
@@ -337,7 +351,10 @@ class Swarm:
                 held = await asyncio.to_thread(self._build_state, progress, body)
                 self._state_held = held
                 self.store.add(held)
-            return pb.StateReply(manifest=held.snapshot.signed)
+            last = self.rounds.last
+            if last is None or last[0].digest != progress.roster_sha256:
+                return pb.StateReply()
+            return pb.StateReply(manifest=held.snapshot.signed, roster=last[1])
 
     def _build_state(self, progress: Progress, body: Body) -> Held:
         manifest = pb.Manifest(
@@ -354,9 +371,7 @@ class Swarm:
     def set_state(self, progress: Progress, body: Body) -> None:
         """Offer this state to joiners from now on; nobody may write into its buffers any more."""
         self._state = (progress, body)
-        self.rounds.current_round = progress.round
-        self.rounds.forget_before(progress.round)
-        self.rounds.tell()
+        self.rounds.advance(progress)
 
     # ------------------------------------------------------------- news
 

@@ -27,7 +27,7 @@ class _Nobody:
     left: int
     _own: Contribution | None = None
 
-    def start_round(self, progress: Progress, steps_per_s: float) -> Start | Replaced:
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         return Start(inner_steps=min(self.inner_steps, self.left), num_peers=1)
 
     def step_done(self, inner_steps_done: int) -> None:

@@ -18,7 +18,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import PeerError, UserError
-from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent
+from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
@@ -30,6 +30,7 @@ from swarmtrain.peer.common import (
     Interrupted,
     PeerSettings,
     StopFlag,
+    as_peer,
     held_out_loss,
     invite_event,
     leave_swarm,
@@ -37,6 +38,7 @@ from swarmtrain.peer.common import (
     save_model,
     start_node,
     state_from_untrusted,
+    use_threads,
     wait_for,
 )
 from swarmtrain.peer.folder import PeerFolder, peer_folder
@@ -46,6 +48,7 @@ __all__ = ["publish_run", "run_bootstrap"]
 
 _LOOK_EVERY_S = 1.0
 _LINGER_S = 60.0
+_SAMPLE = 16
 
 
 def publish_run(run: RunFile, base: Path, created: datetime.datetime) -> PublishedRun:
@@ -70,6 +73,7 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
 
     With a folder that holds a run already, that run goes on: same identity, same invite.
     """
+    use_threads(1)  # it measures, at the end; the cores are for those who train
     with peer_folder(settings.directory) as folder:
         published = _published(run, base, folder)
         network = NetworkThread()
@@ -104,14 +108,17 @@ class _Bootstrap:
     stop: StopFlag
     node: Node | None = None
     swarm: Swarm | None = None
+    name: str = ""
     progress: Progress = field(default_factory=Progress)
     state: OuterState | None = None
     loss: float | None = None
 
     def run(self) -> DoneEvent:
         node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
+        self.name = self.settings.name or short_peer(node.identity.peer_id)
+        self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
         model = build_model(self.published.run.model, self.published.run.run.seed)
-        me = PeerInfo(peer=node.identity.peer_id, name=self.settings.name, is_bootstrap=True)
+        me = PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
         specs = tensor_specs(model.named_parameters())
         swarm = self.swarm = Swarm(node, self.published, specs, average_bytes_untrusted, self.emit, me)
         wait_for(self.network.submit(swarm.start([])), self.stop)
@@ -152,12 +159,10 @@ class _Bootstrap:
 
     def _archive(self, swarm: Swarm) -> bool:
         """Pull the newest state, offer it to joiners, and write it down; False if nobody delivered."""
-        volunteers = swarm.membership.volunteers()
-        random.shuffle(volunteers)
-        volunteers.sort(key=lambda info: -info.round)
-        fetching = swarm.rounds.fetch_state([i.peer for i in volunteers[:8]], self.progress.round + 1, "archive")
-        new = wait_for(self.network.submit(fetching), self.stop)
-        if new is None:
+        volunteers = [info.peer for info in swarm.membership.volunteers()]
+        sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
+        new = wait_for(self.network.submit(swarm.rounds.fetch_newest_state(sample, "archive")), self.stop)
+        if new is None or new.roster.total_tokens <= self.progress.run_tokens:
             return False
         try:
             state, progress = state_from_untrusted(new)
@@ -168,6 +173,7 @@ class _Bootstrap:
         body = body_of(state.theta, state.momentum)
 
         async def offer() -> None:
+            swarm.rounds.know_roster(new.roster, new.signed_roster)
             swarm.set_state(progress, body)
             swarm.me = dataclasses.replace(swarm.me, round=progress.round, run_tokens=progress.run_tokens)
 

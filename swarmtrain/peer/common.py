@@ -19,7 +19,7 @@ from swarmtrain.algorithm.outer import OuterState, unflatten_into
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.errors import BadBytesError, RunTimeError
-from swarmtrain.events import Event, InviteEvent
+from swarmtrain.events import Event, InviteEvent, stamped
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import GPT, evaluate
@@ -27,7 +27,7 @@ from swarmtrain.network.codec import vector_untrusted
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.invite import Invite, format_invite
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
-from swarmtrain.network.roster import NewState
+from swarmtrain.network.rounds import NewState
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.folder import PeerFolder
 
@@ -36,6 +36,7 @@ __all__ = [
     "Interrupted",
     "PeerSettings",
     "StopFlag",
+    "as_peer",
     "held_out_loss",
     "invite_event",
     "leave_swarm",
@@ -126,6 +127,11 @@ def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolde
     if settings.listen:
         node_settings = dataclasses.replace(node_settings, listen=settings.listen)
     return wait_for(network.submit(Node.start(node_settings, identity, folder.key_path)), stop)
+
+
+def as_peer(emit: Emit, peer: str, name: str) -> Emit:
+    """`emit` for events that are this peer's: its PeerID and name are filled in."""
+    return lambda event: emit(stamped(event, 0.0, peer, name))
 
 
 def leave_swarm(network: NetworkThread, swarm: Swarm | None, node: Node | None) -> None:

@@ -7,6 +7,8 @@ the wait for the mean.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import random
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,13 +20,12 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent
-from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.rosters import joining_steps
+from swarmtrain.membership.rosters import joining_steps, round_steps
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
-from swarmtrain.network.roster import Merged, NewState, Outcome
+from swarmtrain.network.rounds import Merged, NewState, Outcome
 from swarmtrain.network.snapshots import build_snapshot
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import Interrupted, StopFlag, state_from_untrusted, wait_for
@@ -33,6 +34,10 @@ from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["SwarmExchange"]
+
+_log = logging.getLogger(__name__)
+_SAMPLE = 16
+_TRIES = 3
 
 
 @dataclass
@@ -45,53 +50,69 @@ class SwarmExchange:
     stop: StopFlag
     on_first_round: Callable[[int], None] = lambda inner_steps: None
     _merge: Future[Outcome] | None = None
-    _started_at_s: float = 0.0
+    _started_s: float = 0.0
+    _skipped_steps: int = 0
     _traffic: tuple[int, int] = (0, 0)
+    _cut_short: bool = False
+    _fresh: bool = True  # the next round is the first, or the first with a state taken from another peer
     _first: bool = True
 
-    def start_round(self, progress: Progress, steps_per_s: float) -> Start | Replaced:
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """See `Exchange`."""
         try:
-            if self.swarm.rounds.must_fetch_from:
-                source, self.swarm.rounds.must_fetch_from = self.swarm.rounds.must_fetch_from, ""
-                fetching = self.swarm.rounds.fetch_state([source], progress.round, "another roster holds")
-                new = wait_for(self.network.submit(fetching), self.stop)
-                if new is not None:
-                    return self._replaced(new)
-            if self._first and progress.round == 0:
+            if self._fresh and progress.round == 0:
                 self._wait_for_company()
+            self.stop.check()
         except Interrupted:
             raise StopTraining from None
-        self.swarm.describe(
-            round=progress.round, inner_steps_done=0, steps_per_s=steps_per_s, run_tokens=progress.run_tokens
-        )
-        self._started_at_s = swarm_time()
-        volunteers = self.swarm.membership.volunteers()
-        steps = self._inner_steps(progress.round, steps_per_s, volunteers)
-        self.swarm.rounds.participating = True
+        inner_steps = self._inner_steps(progress.round, steps_per_s)
+        full = self.run.merge.inner_steps
+        guest = self._cut_short
+        self._skipped_steps = full - inner_steps if guest else 0
+        self._started_s = swarm_time()
+
+        async def begin() -> int:
+            self.swarm.rounds.guest = guest
+            self.swarm.describe(
+                round=progress.round,
+                inner_steps_done=self._skipped_steps,
+                steps_per_s=steps_per_s,
+                run_tokens=progress.run_tokens,
+            )
+            return len(self.swarm.membership.volunteers()) + 1
+
+        num_peers = wait_for(self.network.submit(begin()), self.stop)
         if self._first:
-            self._first = False
-            self.on_first_round(steps)
-        return Start(inner_steps=steps, num_peers=len(volunteers) + 1)
+            self.on_first_round(inner_steps)
+        self._first = self._fresh = False
+        return Start(inner_steps=inner_steps, num_peers=num_peers)
 
     def _wait_for_company(self) -> None:
         while len(self.swarm.membership.volunteers()) + 1 < self.run.merge.min_peers:
             self.stop.sleep(0.05)
 
-    def _inner_steps(self, round: int, steps_per_s: float, volunteers: list[PeerInfo]) -> int:
-        inner_steps = self.run.merge.inner_steps
-        if self._first:
-            done = [info.inner_steps_done for info in volunteers if info.round == round]
-            return joining_steps(inner_steps, done)[0]
-        if self.run.merge.pacing and steps_per_s > 0:
+    def _inner_steps(self, round: int, steps_per_s: float) -> int:
+        """A round's inner steps: the full number, fewer for one that comes late, fewer for a slower peer if paced."""
+        section = self.run.merge
+        volunteers = self.swarm.membership.volunteers()
+        others_done = [info.inner_steps_done for info in volunteers if info.round == round]
+        rule = joining_steps if self._fresh else round_steps
+        steps, reason = rule(section.inner_steps, others_done)
+        self._cut_short = steps < section.inner_steps
+        if self._cut_short:
+            _log.info("round %d: %d inner steps: %s", round, steps, reason)
+        if section.pacing and steps_per_s > 0:
             speeds = [steps_per_s] + [info.steps_per_s for info in volunteers if info.steps_per_s > 0]
-            return paced_inner_steps(steps_per_s, reference_speed(speeds), inner_steps)
-        return inner_steps
+            steps = min(steps, paced_inner_steps(steps_per_s, reference_speed(speeds), section.inner_steps))
+        if steps_per_s > 0:
+            steps = min(steps, max(1, math.floor(section.round_limit_s * steps_per_s)))
+        return steps
 
     def step_done(self, inner_steps_done: int) -> None:
         """See `Exchange`."""
-        self.swarm.rounds.inner_steps_done = inner_steps_done
-        self.swarm.me = dataclasses.replace(self.swarm.me, inner_steps_done=inner_steps_done)
+        done = self._skipped_steps + inner_steps_done
+        self.swarm.rounds.inner_steps_done = done
+        self.swarm.me = dataclasses.replace(self.swarm.me, inner_steps_done=done)
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""
@@ -102,10 +123,11 @@ class SwarmExchange:
             part=1,
             tokens=contribution.tokens,
             inner_steps=contribution.inner_steps,
+            roster_sha256=bytes.fromhex(contribution.base),
         )
         body = body_of(contribution.gradient)
         held = build_snapshot(self.swarm.identity, manifest, self.swarm.specs, body)
-        self._merge = self.network.submit(self.swarm.rounds.finish(contribution.round, held, self._started_at_s))
+        self._merge = self.network.submit(self.swarm.rounds.finish(contribution.round, held, self._started_s))
 
     def collect(self) -> Averaged | Replaced:
         """See `Exchange`."""
@@ -121,14 +143,27 @@ class SwarmExchange:
                 partners=roster.peers,
                 weights=tuple(entry.tokens for entry in roster.entries),
                 signer=roster.signer,
-                roster_sha256=outcome.roster_sha256,
+                roster_sha256=roster.digest,
             )
         return self._replaced(outcome)
 
     def _replaced(self, new: NewState) -> Replaced:
+        replaced = self._adopted(new)
+        self.swarm.emit(CaughtUpEvent(round=replaced.progress.round, from_peer=new.from_peer, reason=new.reason))
+        return replaced
+
+    def _adopted(self, new: NewState) -> Replaced:
+        """Take a state as ours, and look again how far its round is: we come into it late."""
         state, progress = state_from_untrusted(new)
+
+        async def look() -> None:
+            self.swarm.rounds.know_roster(new.roster, new.signed_roster)
+            self.swarm.rounds.guest = True
+            await self.swarm.rounds.ask_now([new.from_peer])
+
+        wait_for(self.network.submit(look()), self.stop)
         self.offer(state, progress)
-        self.swarm.emit(CaughtUpEvent(round=progress.round, from_peer=new.from_peer, reason=new.reason))
+        self._fresh = True
         return Replaced(state=state, progress=progress, from_peer=new.from_peer, reason=new.reason)
 
     def offer(self, state: OuterState, progress: Progress) -> None:
@@ -147,21 +182,20 @@ class SwarmExchange:
         wait_for(self.network.submit(offer()), self.stop)
 
     def present_state(self) -> Replaced | None:
-        """The state that the swarm is at, before this peer's first round; None if that is the initial weights."""
-        wait_for(self.network.submit(self.swarm.greet_everyone()), self.stop)
+        """The state that the swarm is at, before this peer's first round; None if that is the initial weights.
+
+        Raises RunTimeError when others have trained and nobody delivers.
+        """
         live = self.swarm.membership.live()
-        newest = max((info.round for info in live), default=0)
-        if newest == 0:
-            return None
-        volunteers = [info.peer for info in live if info.round == newest and not info.is_bootstrap]
-        random.shuffle(volunteers)
-        sources = volunteers + [info.peer for info in live if info.is_bootstrap]
-        for minimum in (newest, 1):
-            fetching = self.swarm.rounds.fetch_state(sources, minimum, "joined late")
-            new = wait_for(self.network.submit(fetching), self.stop)
+        peers = [info.peer for info in live if not info.is_bootstrap]
+        sample = random.sample(peers, min(_SAMPLE, len(peers))) + [info.peer for info in live if info.is_bootstrap]
+        for _ in range(_TRIES):
+            new = wait_for(self.network.submit(self.swarm.rounds.fetch_newest_state(sample, "joined late")), self.stop)
             if new is not None:
-                state, progress = state_from_untrusted(new)
-                return Replaced(state=state, progress=progress, from_peer=new.from_peer, reason=new.reason)
+                return self._adopted(new)
+            if all(info.round == 0 for info in self.swarm.membership.live()):
+                return None
+            self.stop.sleep(1.0)
         raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
 
     def traffic_since_last(self) -> tuple[int, int]:

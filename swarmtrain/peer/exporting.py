@@ -67,8 +67,8 @@ def export_from_swarm(invite: Invite, target: Path, stop: StopFlag) -> int:
             me = PeerInfo(peer=node.identity.peer_id)
             swarm = Swarm(node, published, specs, average_bytes_untrusted, lambda event: None, me)
             wait_for(network.submit(swarm.start(invite.peers)), stop)
-            live = sorted(swarm.membership.live(), key=lambda info: -info.round)
-            new = wait_for(network.submit(swarm.rounds.fetch_state([i.peer for i in live], 1, "export")), stop)
+            live = [info.peer for info in swarm.membership.live()]
+            new = wait_for(network.submit(swarm.rounds.fetch_newest_state(live, "export")), stop)
             if new is None:
                 raise RunTimeError("nobody has a model to give yet: the first round is not over, or all have left")
             state, progress = state_from_untrusted(new)

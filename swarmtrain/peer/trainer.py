@@ -5,6 +5,7 @@ It touches the network only through the two calls of `Exchange`: "here is my rou
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, learning_rate_at
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
+from swarmtrain.errors import RunTimeError
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
 from swarmtrain.run import RunFile
@@ -31,6 +33,7 @@ class Contribution:
     gradient: Tensor
     tokens: int
     inner_steps: int
+    base: str  # digest of the roster that led to the weights it starts from, "" before the first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +85,8 @@ class RoundReport:
 class Exchange(Protocol):
     """The network as the trainer sees it. Each method may raise RunTimeError when the peer cannot go on."""
 
-    def start_round(self, progress: Progress, steps_per_s: float) -> Start | Replaced:
-        """How the next round begins; a state to take first, if this peer's has been superseded."""
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        """How the next round begins."""
 
     def step_done(self, inner_steps_done: int) -> None:
         """An inner step is done (told to others when they ask); must cost nothing."""
@@ -147,18 +150,19 @@ class Trainer:
     def _round(self) -> None:
         began_s = time.monotonic()
         start = self.exchange.start_round(self.progress, self.steps_per_s)
-        if isinstance(start, Replaced):
-            self.adopt(start)
-            return
         unflatten_into(self.state.theta, self.model.parameters())
         losses, learning_rate = self._inner_steps(start)
         steps_end_s = time.monotonic()
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        if not finite:
+            raise RunTimeError("training diverged: no loss of the last round was finite; lower inner.learning_rate")
         self.steps_per_s = len(losses) / max(steps_end_s - began_s, 1e-9)
         contribution = Contribution(
             round=self.progress.round,
             gradient=self.state.theta - flatten(self.model.parameters()),
             tokens=len(losses) * self.run.tokens_per_step,
             inner_steps=len(losses),
+            base=self.progress.roster_sha256,
         )
         self.exchange.publish(contribution)
         waiting_s = time.monotonic()
@@ -175,8 +179,8 @@ class Trainer:
                 averaged=arrived,
                 progress=self.progress,
                 num_peers=start.num_peers,
-                loss=sum(losses) / len(losses),
-                first_loss=losses[0],
+                loss=sum(finite) / len(finite),
+                first_loss=finite[0],
                 learning_rate=learning_rate,
                 seconds=time.monotonic() - began_s,
                 merge_s=time.monotonic() - steps_end_s,

@@ -20,6 +20,7 @@ from swarmtrain.events import (
     JoinedEvent,
     RoundEvent,
     StartedEvent,
+    short_peer,
     times_below_allreduce,
 )
 from swarmtrain.membership.lifecycle import PeerInfo
@@ -34,6 +35,7 @@ from swarmtrain.peer.common import (
     Interrupted,
     PeerSettings,
     StopFlag,
+    as_peer,
     held_out_loss,
     invite_event,
     leave_swarm,
@@ -90,9 +92,12 @@ class _Volunteer:
     stop: StopFlag
     node: Node | None = None
     swarm: Swarm | None = None
+    name: str = ""
 
     def run(self) -> DoneEvent:
         node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
+        self.name = self.settings.name or short_peer(node.identity.peer_id)
+        self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
         published = self._fetch(node)
         ready = self._prepare(node, published)
         swarm = self.swarm = self._enter(node, ready)
@@ -157,7 +162,7 @@ class _Volunteer:
         """Enter the DHT and learn who is here."""
         me = PeerInfo(
             peer=node.identity.peer_id,
-            name=self.settings.name,
+            name=self.name,
             training=True,
             corpus_sha256=ready.data.corpus.digest,
         )
@@ -254,10 +259,15 @@ def data_base(run: RunFile, data_folder: Path | None) -> Path:
     """The folder that the run's data paths are relative to. A run comes from a stranger: it may name files only
     below a folder that this machine's owner has given with `--data`. Raises UserError.
     """
-    local = run.data.source in ("text", "jsonl")
+    section = run.data
+    here = data_folder or Path.cwd()
+    if section.source == "datasets":
+        local = (section.dataset,) if (here / section.dataset).exists() else ()
+    else:
+        local = section.paths
     if local and data_folder is None:
-        raise UserError(f"this run trains on your own {run.data.source} files: give their folder with --data FOLDER")
-    for path in run.data.paths if local else ():
+        raise UserError(f"this run trains on your own {section.source} files: give their folder with --data FOLDER")
+    for path in local:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise UserError(f"this run asks for {path}, outside the folder given with --data; it is not read")
-    return data_folder or Path.cwd()
+    return here

@@ -207,10 +207,12 @@ class StateRequest(_message.Message):
     def __init__(self, min_round: _Optional[int] = ...) -> None: ...
 
 class StateReply(_message.Message):
-    __slots__ = ("manifest",)
+    __slots__ = ("manifest", "roster")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
     manifest: Signed
-    def __init__(self, manifest: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
+    roster: Signed
+    def __init__(self, manifest: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
 
 class RosterEntry(_message.Message):
     __slots__ = ("peer", "snapshot_sha256", "tokens", "inner_steps")
@@ -225,14 +227,18 @@ class RosterEntry(_message.Message):
     def __init__(self, peer: _Optional[bytes] = ..., snapshot_sha256: _Optional[bytes] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ...) -> None: ...
 
 class Roster(_message.Message):
-    __slots__ = ("round", "attempt", "entries")
+    __slots__ = ("round", "attempt", "entries", "base", "base_tokens")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    BASE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     round: int
     attempt: int
     entries: _containers.RepeatedCompositeFieldContainer[RosterEntry]
-    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[RosterEntry, _Mapping]]] = ...) -> None: ...
+    base: bytes
+    base_tokens: int
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[RosterEntry, _Mapping]]] = ..., base: _Optional[bytes] = ..., base_tokens: _Optional[int] = ...) -> None: ...
 
 class RoundRequest(_message.Message):
     __slots__ = ("round", "has_publication", "has_roster_sha256", "has_share", "wait_s")

@@ -1,0 +1,466 @@
+"""Synchronous rounds over the network: asks, signs and merges as `membership.rosters.decide` says.
+
+Runs in the network thread. A peer that has ended its own round asks the others about it: calls that are answered
+at once when there is news, and are held for two seconds otherwise. The same call tells how far a peer is and what it
+applied last, and hands out its publication's manifest, the roster, and the share it averaged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
+from swarmtrain.membership.lifecycle import Membership
+from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.rosters import (
+    Apply,
+    CatchUp,
+    Roster,
+    RoundView,
+    Sign,
+    Standing,
+    Told,
+    better_roster,
+    decide,
+    must_refetch,
+    peers_to_ask,
+    standing,
+)
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import Identity
+from swarmtrain.network.merging import Average, Merger, RoundSettings, UnobtainableError
+from swarmtrain.network.roster import check_publication, publication_of, roster_untrusted, sign_roster
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.signing import payload_sha256
+from swarmtrain.network.snapshots import Held, SnapshotStore, empty_held, manifest_untrusted
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Merged", "NewState", "Outcome", "Rounds"]
+
+_log = logging.getLogger(__name__)
+_HOLD_S = 2.0
+_RETRY_S = 0.25
+_LOOK_S = 0.5
+_KEEP_ROUNDS = 3
+_SOURCES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """The mean pseudo-gradient of a roster, as the bytes of one fp32 vector."""
+
+    roster: Roster
+    mean: bytearray
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewState:
+    """A state pulled from another peer: outer parameters, then momentum, fp32; and the roster that led to it."""
+
+    held: Held
+    roster: Roster
+    signed_roster: pb.Signed
+    from_peer: str
+    reason: str
+
+
+Outcome = Merged | NewState
+
+
+@dataclass
+class _Round:
+    """What is known of one round."""
+
+    started_s: float = 0.0
+    ended_s: float = 0.0
+    publications: dict[str, Held] = field(default_factory=dict)
+    rosters: dict[str, tuple[Roster, pb.Signed]] = field(default_factory=dict)
+    share: Held | None = None
+    asked_at_s: dict[str, float] = field(default_factory=dict)
+    unobtainable: set[str] = field(default_factory=set)
+    undeliverable: set[str] = field(default_factory=set)
+
+    def best(self) -> tuple[Roster, pb.Signed] | None:
+        roster = better_roster([roster for roster, _ in self.rosters.values()])
+        return None if roster is None else next(pair for pair in self.rosters.values() if pair[0] == roster)
+
+
+@dataclass
+class Rounds:
+    """This peer's side of all rounds: answers the others and finishes its own."""
+
+    identity: Identity
+    calls: PeerCalls
+    store: SnapshotStore
+    membership: Membership
+    settings: RoundSettings
+    average: Average
+    refused: Callable[[str, PeerError], None] = lambda peer, error: None
+    current_round: int = 0
+    inner_steps_done: int = 0
+    guest: bool = True
+    """Whether nobody waits for this peer's round: before its first, in that one, and after catching up."""
+    waiting_for: str = ""
+    last: tuple[Roster, pb.Signed] | None = None
+    listening_since_s: float = field(default_factory=swarm_time)
+    _pending: dict[str, tuple[Roster, pb.Signed]] = field(default_factory=dict)
+    _told: dict[str, tuple[float, Told]] = field(default_factory=dict)
+    _rounds: dict[int, _Round] = field(default_factory=dict)
+    _checked: dict[str, Roster] = field(default_factory=dict)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    # ------------------------------------------------------------- answering
+
+    async def answer(self, request: pb.RoundRequest) -> pb.RoundReply:
+        """What is known about a round; waits up to `request.wait_s` for something the caller does not know."""
+        ends_s = swarm_time() + min(request.wait_s, _HOLD_S)
+        while True:
+            news = self._news
+            reply, is_news = self._reply(request)
+            left_s = ends_s - swarm_time()
+            if is_news or not left_s > 0:
+                return reply
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), left_s)
+
+    def _reply(self, request: pb.RoundRequest) -> tuple[pb.RoundReply, bool]:
+        reply = pb.RoundReply(
+            current_round=self.current_round,
+            inner_steps_done=self.inner_steps_done,
+            participating=not self.guest,
+        )
+        if self.last is not None:
+            reply.last_roster.CopyFrom(self.last[1])
+        known = self._rounds.get(request.round, _Round())
+        is_news = self.current_round > request.round
+        own = known.publications.get(self.identity.peer_id)
+        if own is not None and not request.has_publication:
+            reply.publication.CopyFrom(own.snapshot.signed)
+            is_news = True
+        best = known.best()
+        if best is not None and payload_sha256(best[1]) != request.has_roster_sha256.hex():
+            reply.roster.CopyFrom(best[1])
+            is_news = True
+        if known.share is not None and not request.has_share:
+            reply.share.CopyFrom(known.share.snapshot.signed)
+            is_news = True
+        return reply, is_news
+
+    def tell(self) -> None:
+        """Wake everyone who waits for news."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def wait_for_round(self, round: int, limit_s: float) -> None:
+        """Until this peer's state is of `round` or later, or `limit_s` have passed."""
+        ends_s = swarm_time() + limit_s
+        while self.current_round < round and swarm_time() < ends_s:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), ends_s - swarm_time())
+
+    # ------------------------------------------------------------- moving on
+
+    def advance(self, progress: Progress) -> None:
+        """The outer step is done, or another's state was taken: this peer is in round `progress.round` now."""
+        if progress.roster_sha256:
+            self.last = self._pending.get(progress.roster_sha256, self.last)
+            assert self.last is not None and self.last[0].digest == progress.roster_sha256, "a state without its roster"
+        self._pending.clear()
+        self.current_round, self.inner_steps_done = progress.round, 0
+        self._rounds = {r: known for r, known in self._rounds.items() if r > progress.round - _KEEP_ROUNDS}
+        self._checked = dict(list(self._checked.items())[-256:])
+        self.store.forget_before(progress.round)
+        self.tell()
+
+    def know_roster(self, roster: Roster, signed: pb.Signed) -> None:
+        """A roster that `advance` may name: of a state that was pulled, or read from an archive."""
+        self._pending[roster.digest] = (roster, signed)
+
+    def stood_still(self, now: float) -> None:
+        """This process did not run until `now`: what it missed is nobody else's silence."""
+        self.listening_since_s = now
+        self.membership.resume(now)
+
+    # ------------------------------------------------------------- finishing a round
+
+    async def finish(self, round: int, publication: Held, started_s: float) -> Outcome:
+        """Publish, agree on a roster and merge it; returns the mean, or the state of those who went on without us."""
+        known = self._rounds.setdefault(round, _Round())
+        known.started_s, known.ended_s = started_s, swarm_time()
+        known.publications[self.identity.peer_id] = publication
+        self.store.add(publication)
+        self.tell()
+        tasks: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                outcome = await self._step(round, known, tasks)
+                if outcome is not None:
+                    return outcome
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            self.waiting_for = ""
+
+    async def _step(self, round: int, known: _Round, tasks: dict[str, asyncio.Task[None]]) -> Outcome | None:
+        news = self._news
+        view = self._view(round, known)
+        self._keep_asking(round, known, view, tasks)
+        decision = decide(view, swarm_time())
+        self.waiting_for = decision.reason
+        if isinstance(decision, Sign):
+            self._sign(round, known, decision)
+        elif isinstance(decision, Apply):
+            return await self._merge(round, known, decision.roster)
+        elif isinstance(decision, CatchUp):
+            return await self._catch_up(known, decision)
+        else:
+            wait_s = min(max(decision.until_s - swarm_time(), 0.005), _LOOK_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), wait_s)
+        return None
+
+    def _view(self, round: int, known: _Round) -> RoundView:
+        sets: dict[Standing, set[str]] = {kind: set() for kind in Standing}
+        applied = None if self.last is None else self.last[0]
+        volunteers = [info.peer for info in self.membership.volunteers()]
+        for peer in volunteers:
+            told_s, told = self._told.get(peer, (0.0, None))
+            if told is not None and told_s < known.started_s and not must_refetch(applied, told.last):
+                told = None
+            kind = standing(applied, round, told)
+            if peer in known.undeliverable and kind in (Standing.AHEAD, Standing.FAR_AHEAD):
+                kind = Standing.GUEST
+            sets[kind].add(peer)
+        return RoundView(
+            me=self.identity.peer_id,
+            round=round,
+            ended_at_s=known.ended_s,
+            deadline_s=max(known.ended_s, known.started_s + self.settings.round_limit_s),
+            silence_s=self.settings.silence_s,
+            share_above=self.settings.share_above,
+            live=frozenset(sets[Standing.WITH_US] | sets[Standing.BEHIND]),
+            behind=frozenset(sets[Standing.BEHIND]),
+            base="" if applied is None else applied.digest,
+            guest=self.guest,
+            guests=frozenset(sets[Standing.GUEST]),
+            ahead=frozenset(sets[Standing.AHEAD]),
+            far_ahead=frozenset(sets[Standing.FAR_AHEAD]),
+            announced={peer: publication_of(held.snapshot) for peer, held in known.publications.items()},
+            held=frozenset(peer for peer, held in known.publications.items() if held.complete),
+            rosters=[roster for roster, _ in known.rosters.values()],
+            heard_at_s={peer: self.membership.heard_s(peer) for peer in volunteers},
+            asked_at_s=known.asked_at_s,
+            listening_since_s=self.listening_since_s,
+            unobtainable=frozenset(known.unobtainable),
+        )
+
+    def _sign(self, round: int, known: _Round, decision: Sign) -> None:
+        applied = None if self.last is None else self.last[0]
+        roster = Roster(
+            round=round,
+            signer=self.identity.peer_id,
+            entries=decision.entries,
+            attempt=decision.attempt,
+            base="" if applied is None else applied.digest,
+            base_tokens=0 if applied is None else applied.total_tokens,
+        )
+        self._keep(known, roster, sign_roster(self.identity, self.settings.run_sha256, roster))
+        _log.info("round %d: signed a roster of %d: %s", round, len(roster.entries), decision.reason)
+        self.tell()
+
+    def _keep(self, known: _Round, roster: Roster, signed: pb.Signed) -> None:
+        name = payload_sha256(signed)
+        if name not in known.rosters:
+            known.rosters[name] = (roster, signed)
+            known.unobtainable.difference_update(roster.peers)
+
+    async def _merge(self, round: int, known: _Round, roster: Roster) -> Merged | None:
+        """Average what the roster names; None if that failed and the round has to be decided anew."""
+
+        def share_ready(held: Held) -> None:
+            known.share = held
+            self.tell()
+
+        merger = self._merger(share_ready)
+        try:
+            mean, left_out = await merger.merge(roster, known.publications)
+        except UnobtainableError as error:
+            _log.info("round %d: %s", round, error)
+            known.unobtainable.add(error.peer)
+            return None
+        signed = next(signed for kept, signed in known.rosters.values() if kept == roster)
+        self.know_roster(roster, signed)
+        return Merged(roster=roster, mean=mean, left_out=left_out)
+
+    def _merger(self, share_ready: Callable[[Held], None] = lambda held: None) -> Merger:
+        return Merger(
+            self.identity,
+            self.calls,
+            self.store,
+            self.membership,
+            self.settings,
+            self.average,
+            refused=self.refused,
+            share_ready=share_ready,
+        )
+
+    # ------------------------------------------------------------- asking
+
+    def _keep_asking(self, round: int, known: _Round, view: RoundView, tasks: dict[str, asyncio.Task[None]]) -> None:
+        """One asking task a peer, one pulling task a publication; those no longer needed are cancelled."""
+        wanted = {f"ask {peer}": peer for peer in peers_to_ask(view, swarm_time())}
+        for name in [name for name in tasks if name.startswith("ask ") and name not in wanted]:
+            tasks.pop(name).cancel()
+        for name, peer in wanted.items():
+            if name not in tasks or tasks[name].done():
+                known.asked_at_s.setdefault(peer, swarm_time())
+                tasks[name] = asyncio.create_task(self._ask(round, known, peer))
+        if len(view.live) + len(view.guests) + 1 > self.settings.share_above:
+            return
+        for peer, held in known.publications.items():
+            name = f"pull {held.snapshot.sha256}"
+            fits = held.snapshot.manifest.roster_sha256.hex() == view.base
+            if fits and not held.complete and peer not in known.unobtainable and name not in tasks:
+                tasks[name] = asyncio.create_task(self._prefetch(known, peer, held))
+
+    async def _ask(self, round: int, known: _Round, peer: str) -> None:
+        """Ask one peer about the round, again and again; the first answer is not held."""
+        wait_s = 0.0
+        while True:
+            best = known.best()
+            request = pb.RoundRequest(
+                round=round,
+                has_publication=peer in known.publications,
+                has_roster_sha256=bytes.fromhex(payload_sha256(best[1])) if best else b"",
+                has_share=True,
+                wait_s=wait_s,
+            )
+            try:
+                reply = await self.calls.round(peer, request)
+                self._read_untrusted(round, known, peer, reply)
+                wait_s = _HOLD_S
+                if reply.current_round != round:
+                    await asyncio.sleep(_RETRY_S)  # it answers at once, and may do so for long
+            except BadBytesError as error:
+                self.refused(peer, error)
+                await asyncio.sleep(_HOLD_S)
+            except PeerError as error:
+                _log.debug("asking %s about round %d: %s", peer, round, error)
+                self.tell()
+                await asyncio.sleep(_RETRY_S)
+
+    def _read_untrusted(self, round: int, known: _Round, peer: str, reply: pb.RoundReply) -> None:
+        self._hear_untrusted(peer, reply)
+        if reply.HasField("publication"):
+            kind = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT
+            snapshot = manifest_untrusted(reply.publication, self.settings.run_sha256, kind, self.settings.specs)
+            check_publication(snapshot, peer, round, self.settings.max_tokens)
+            if peer not in known.publications:
+                known.publications[peer] = empty_held(snapshot)
+        if reply.HasField("roster"):
+            roster = self._roster_untrusted(reply.roster)
+            if roster.round != round:
+                raise BadBytesError("a roster of another round")
+            self._keep(known, roster, reply.roster)
+        self.tell()
+
+    def _hear_untrusted(self, peer: str, reply: pb.RoundReply) -> None:
+        """What a peer tells of itself."""
+        last = self._roster_untrusted(reply.last_roster) if reply.HasField("last_roster") else None
+        if reply.current_round != (0 if last is None else last.round + 1):
+            raise BadBytesError("a peer in another round than its last roster leads to")
+        now = swarm_time()
+        self.membership.heard(peer, now, round=reply.current_round, inner_steps_done=min(reply.inner_steps_done, 2**31))
+        self._told[peer] = (now, Told(round=reply.current_round, last=last, participating=reply.participating))
+
+    def _roster_untrusted(self, signed: pb.Signed) -> Roster:
+        """Checked once, then known by the hash of what was signed and by whom."""
+        name = payload_sha256(signed) + signed.author.hex() + signed.signature.hex()
+        if name not in self._checked:
+            self._checked[name] = roster_untrusted(signed, self.settings.run_sha256, self.settings.max_tokens)
+        return self._checked[name]
+
+    async def _prefetch(self, known: _Round, peer: str, held: Held) -> None:
+        others = [info.peer for info in self.membership.volunteers() if info.peer != peer]
+        try:
+            await self._merger().pull(held, range(held.snapshot.num_chunks), [peer, *others])
+        except UnreachableError:
+            known.unobtainable.add(peer)
+        self.tell()
+
+    # ------------------------------------------------------------- states
+
+    async def ask_now(self, peers: Sequence[str]) -> dict[str, Told]:
+        """What these peers tell of themselves now; those that do not answer are missing."""
+
+        async def ask(peer: str) -> None:
+            request = pb.RoundRequest(round=self.current_round, has_publication=True, has_share=True)
+            try:
+                self._hear_untrusted(peer, await self.calls.round(peer, request))
+            except BadBytesError as error:
+                self.refused(peer, error)
+            except PeerError as error:
+                _log.debug("asking %s: %s", peer, error)
+
+        began_s = swarm_time()
+        await asyncio.gather(*(ask(peer) for peer in peers))
+        return {peer: self._told[peer][1] for peer in peers if self._told.get(peer, (0.0,))[0] >= began_s}
+
+    async def _catch_up(self, known: _Round, decision: CatchUp) -> NewState | None:
+        sources = list(decision.sources)
+        random.shuffle(sources)
+        for source in sources[:_SOURCES]:
+            told = self._told[source][1]
+            min_round = 0 if told.last is None else told.last.round + 1
+            state = await self.fetch_state([source], min_round, decision.reason)
+            if state is not None and must_refetch(None if self.last is None else self.last[0], state.roster):
+                return state
+            known.undeliverable.add(source)
+        return None
+
+    async def fetch_newest_state(self, peers: Sequence[str], reason: str) -> NewState | None:
+        """The state that holds, from whoever of `peers` has it; None if nobody has applied a roster, or delivered."""
+        told = await self.ask_now(peers)
+        best = better_roster([t.last for t in told.values() if t.last is not None])
+        if best is None:
+            return None
+        holders = [peer for peer, t in told.items() if t.last is not None and t.last.digest == best.digest]
+        rest = [peer for peer, t in told.items() if t.last is not None and peer not in holders]
+        random.shuffle(holders)
+        state = await self.fetch_state(holders, best.round + 1, reason)
+        return state or await self.fetch_state(rest, 1, reason)
+
+    async def fetch_state(self, sources: Sequence[str], min_round: int, reason: str) -> NewState | None:
+        """The newest state of the first source that delivers one of `min_round` or later."""
+        merger = self._merger()
+        for source in sources:
+            try:
+                reply = await self.calls.state(source, min_round)
+                if not reply.HasField("manifest"):
+                    continue
+                state = self._state_untrusted(reply, source, min_round, reason)
+                await merger.pull(state.held, range(state.held.snapshot.num_chunks), [source])
+                return state
+            except PeerError as error:
+                merger.blame(source, error)
+        return None
+
+    def _state_untrusted(self, reply: pb.StateReply, source: str, min_round: int, reason: str) -> NewState:
+        kind = pb.SNAPSHOT_KIND_STATE
+        snapshot = manifest_untrusted(reply.manifest, self.settings.run_sha256, kind, self.settings.state_specs)
+        roster = self._roster_untrusted(reply.roster)
+        manifest = snapshot.manifest
+        if manifest.round < min_round or manifest.round != roster.round + 1:
+            raise BadBytesError("a state of another round than asked for, or than its roster leads to")
+        if manifest.roster_sha256.hex() != roster.digest or manifest.run_tokens != roster.total_tokens:
+            raise BadBytesError("a state that does not fit its roster")
+        return NewState(
+            held=empty_held(snapshot), roster=roster, signed_roster=reply.roster, from_peer=source, reason=reason
+        )
