@@ -280,7 +280,7 @@ class Volunteer(Transfers):
             told_s, told = self._told.get(info.peer, (0.0, None))
             if told is not None and told_s < self._now.started_s and not must_refetch(self.last, told.last):
                 told = None
-            kind = standing(self.last, self.round, told)
+            kind = Standing.WITH_US if told is None else standing(self.last, self.round, told)
             if info.peer in self._now.undeliverable and kind in (Standing.AHEAD, Standing.FAR_AHEAD):
                 kind = Standing.GUEST
             sets[kind].append(info.peer)

@@ -217,7 +217,7 @@ def test_a_decision_is_total_and_a_wait_ends(data: st.DataObject) -> None:
         held=data.draw(names) | {me},
         heard_at_s={p: data.draw(st.floats(0, 300)) for p in live},
         unobtainable=data.draw(names) - {me},
-        asked_at_s=dict.fromkeys(live, 100.0),
+        asked_at_s=dict.fromkeys(live | guests, 100.0),
     )
     now, turns = 100.0, 0
     while isinstance(decision := decide(the_view, now), Wait):
