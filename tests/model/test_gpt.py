@@ -16,12 +16,13 @@ from torch import Tensor
 from swarmtrain.model.gpt import GPT, build_model, evaluate, generate, num_parameters
 from swarmtrain.run import ModelSection
 
-PINNED = "ae3c532bb59d6982eb0077acad4b329d4a3526f905ecaed6a4d742df13d79cae"
+PINNED = "7964e91b4bce18c4aff1affe2691b7f4702507d94a778aaa3d85bb7e9eaef487"
+GOLDEN = [5.7616, 3.6945, 1.2375, 0.1737]
 TINY = ModelSection(context_tokens=16, num_layers=2, width=16, num_heads=2)
 
 
 def _trained(seed: int = 0, num_steps: int = 30) -> GPT:
-    """A tiny model away from its start, where head and outputs are zero and hide mistakes."""
+    """A tiny model that has learnt something."""
     model = build_model(TINY, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(num_steps):
@@ -60,7 +61,7 @@ def test_num_parameters(section: ModelSection) -> None:
 def test_shapes_and_first_loss() -> None:
     model = build_model(TINY, 0)
     assert model(_batch(0)[:, :-1]).shape == (4, 16, 256)
-    assert model.loss(_batch(0)).item() == pytest.approx(math.log(256))
+    assert model.loss(_batch(0)).item() == pytest.approx(math.log(256) + 0.5, abs=0.3)  # logits of variance 1
 
 
 def test_no_token_sees_a_later_one() -> None:
@@ -159,6 +160,12 @@ def test_initial_weights_have_their_scale() -> None:
 
 def test_training_is_deterministic() -> None:
     assert _digest(_trained()) == _digest(_trained())
+
+
+def test_golden_trajectory() -> None:
+    """A refactoring must leave these losses as they are (to what processors differ by)."""
+    losses = [_trained(num_steps=num_steps).loss(_batch(1000)).item() for num_steps in (0, 5, 20, 40)]
+    assert losses == pytest.approx(GOLDEN, rel=1e-3)
 
 
 def test_it_learns() -> None:

@@ -1,0 +1,172 @@
+"""How well does a run file learn from a cold start: alone, as a swarm, and with gradients averaged at every step?
+
+    python benchmarks/cold_start.py examples/stdlib-gpt.toml
+    python benchmarks/cold_start.py examples/stdlib-gpt.toml --set merge.inner_steps=10 --seeds 0,1,2
+
+One process takes the volunteers' inner steps one after the other, with the functions a real volunteer uses, so the
+losses are those of a synchronous swarm without its network. Three ways, each volunteer taking as many inner steps:
+
+- lone: one volunteer, nobody else;
+- swarm: DiLoCo as the run file says, `min_peers` volunteers that share `total_tokens`;
+- parallel: those volunteers average their gradients at every step: the best loss, and H / 2 times the bytes.
+
+`--set` takes any key of the run file; the table at the end is what `docs/lab-log.md` keeps. Runs of seconds end too
+early to tell settings apart: seeds differ by about half a percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
+from swarmtrain.algorithm.outer import (
+    OuterConstants,
+    OuterState,
+    flatten,
+    momentum_at,
+    outer_step,
+    unflatten_into,
+    weighted_mean,
+)
+from swarmtrain.data.batches import BatchSource, held_out_batches
+from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
+from swarmtrain.model.gpt import GPT, build_model, evaluate, num_parameters
+from swarmtrain.run import RunFile
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a run trains on and is judged by, as its peers prepare it."""
+
+    run: RunFile
+    data: TrainingData
+    held_out: bytes
+
+    @classmethod
+    def of(cls, run: RunFile, base: Path) -> Text:
+        published = publishable_data(run, base)
+        held_out = published.held_out.text
+        return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out)
+
+    def batches(self, number: int) -> BatchSource:
+        """The batches of volunteer `number`."""
+        place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
+        return training_batches(self.run, self.data, place, Path(), self.held_out)
+
+    def held_out_loss(self, model: GPT) -> float:
+        """Nats per byte."""
+        tokens = self.data.tokenizer.encode(self.held_out)
+        sizes = self.run.model.context_tokens, self.run.evaluation.batch_sequences
+        return evaluate(model, held_out_batches(tokens, *sizes))[0] / len(self.held_out)
+
+
+class Volunteer:
+    """A model, its optimizer and its data."""
+
+    def __init__(self, text: Text, number: int) -> None:
+        run = text.run
+        values = run.inner.model_dump(exclude={"batch_sequences", "microbatch_sequences"})
+        self.model = build_model(run.model, run.run.seed)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = InnerOptimizer(self.model.named_parameters(), InnerConstants(**values))
+        self.batches = text.batches(number)
+
+    def step(self, progress: float) -> None:
+        self.model.loss(self.batches.next_batch()).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step(progress)
+
+
+def train_lone(text: Text, num_steps: int) -> GPT:
+    volunteer = Volunteer(text, 0)
+    for step in range(num_steps):
+        volunteer.step(step / num_steps)
+    return volunteer.model
+
+
+def train_parallel(text: Text, num_steps: int) -> GPT:
+    """Large-batch training: one step on the mean gradient of all volunteers' batches."""
+    num_peers = text.run.merge.min_peers
+    first = Volunteer(text, 0)
+    sources = [first.batches, *(text.batches(number) for number in range(1, num_peers))]
+    for step in range(num_steps):
+        for source in sources:
+            (first.model.loss(source.next_batch()) / num_peers).backward()  # type: ignore[no-untyped-call]
+        first.optimizer.step(step / num_steps)
+    return first.model
+
+
+def train_swarm(text: Text, num_steps: int) -> GPT:
+    """Synchronous DiLoCo: rounds of H inner steps, then one outer step on the mean pseudo-gradient."""
+    merge = text.run.merge
+    volunteers = [Volunteer(text, number) for number in range(merge.min_peers)]
+    theta = flatten(volunteers[0].parameters)
+    state = OuterState(theta, torch.zeros_like(theta))
+    for round, start in enumerate(range(0, num_steps, merge.inner_steps)):
+        steps = range(start, min(start + merge.inner_steps, num_steps))
+        gradients = []
+        for volunteer in volunteers:
+            unflatten_into(state.theta, volunteer.parameters)
+            for step in steps:
+                volunteer.step(step / num_steps)
+            gradients.append(state.theta - flatten(volunteer.parameters))
+        momentum = momentum_at(round, merge.outer_momentum, merge.momentum_ramp_rounds)
+        constants = OuterConstants(learning_rate=merge.outer_learning_rate, momentum=momentum)
+        state = outer_step(state, weighted_mean(gradients, [len(steps)] * len(gradients)), constants)
+    unflatten_into(state.theta, volunteers[0].parameters)
+    return volunteers[0].model
+
+
+WAYS = {"lone": train_lone, "swarm": train_swarm, "parallel": train_parallel}
+
+
+def read_run(path: Path, changes: list[str], seed: int) -> RunFile:
+    """The run file with `section.key=value` changes, values as TOML writes them."""
+    values = tomllib.loads(path.read_text())
+    for change in [*changes, f"run.seed={seed}"]:
+        key, _, value = change.partition("=")
+        section, _, name = key.partition(".")
+        values.setdefault(section, {})[name] = tomllib.loads(f"value = {value}")["value"]
+    return RunFile.model_validate(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a run file alone, as a swarm and in parallel; print losses.")
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the run file")
+    parser.add_argument("--seeds", default="0", help="comma-separated; default 0")
+    parser.add_argument("--ways", default="lone,swarm,parallel", help="comma-separated; default all three")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; default 1, as a volunteer of the demo")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    losses: dict[str, list[float]] = {way: [] for way in options.ways.split(",")}
+    for seed in map(int, options.seeds.split(",")):
+        run = read_run(options.run_file, options.set, seed)
+        text = Text.of(run, options.run_file.parent)
+        num_steps = math.ceil(run.run.total_tokens / run.tokens_per_step / run.merge.min_peers)
+        for way, each in losses.items():
+            start_s = time.process_time()
+            model = WAYS[way](text, num_steps)
+            num_computed = num_steps * (1 if way == "lone" else run.merge.min_peers)
+            step_ms = 1000 * (time.process_time() - start_s) / num_computed
+            each.append(text.held_out_loss(model))
+            print(f"seed {seed}  {way:8}  {each[-1]:.4f} nats/byte  {step_ms:.1f} ms of processor per step", flush=True)
+    print(f"\n{num_parameters(run.model):,} parameters, {run.merge.min_peers} volunteers, {num_steps} inner steps each")
+    for way, each in losses.items():
+        mean = sum(each) / len(each)
+        note = (
+            f"  {100 * (1 - mean / (sum(losses['lone']) / len(each))):+.1f} % better than alone"
+            if "lone" in losses
+            else ""
+        )
+        print(f"{way:8}  {mean:.4f}  (from {min(each):.4f} to {max(each):.4f}){note}")
+
+
+if __name__ == "__main__":
+    main()
