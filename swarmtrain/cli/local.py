@@ -98,7 +98,7 @@ def _train(
     steps: dict[str, int] = {}
     loss = None
     for event in swarm.events():
-        if as_json or not isinstance(event, InviteEvent):  # one line to hand out is enough for a person
+        if not isinstance(event, InviteEvent):  # the bootstrap's is enough
             emit(event)
         if isinstance(event, RoundEvent):
             steps[event.peer] = steps.get(event.peer, 0) + event.inner_steps

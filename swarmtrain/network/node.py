@@ -43,6 +43,7 @@ class NetworkThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_log_stray_error)
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self._thread.start()
 
@@ -67,6 +68,14 @@ class NetworkThread:
         self._thread.join(5)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+def _log_stray_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Tasks of hivemind that fail when the daemon ends are nobody's news; whatever else nobody waited for is."""
+    if "hivemind" in repr(context.get("future") or context.get("task")):
+        _log.debug("%s: %s", context.get("message"), context.get("exception"))
+    else:
+        loop.default_exception_handler(context)
 
 
 async def _cancel_others() -> None:

@@ -262,9 +262,9 @@ def data_base(run: RunFile, data_folder: Path | None) -> Path:
     section = run.data
     here = data_folder or Path.cwd()
     if section.source == "datasets":
-        local = (section.dataset,) if (here / section.dataset).exists() else ()
+        local = [section.dataset] if (here / section.dataset).exists() else []
     else:
-        local = section.paths
+        local = list(section.paths)
     if local and data_folder is None:
         raise UserError(f"this run trains on your own {section.source} files: give their folder with --data FOLDER")
     for path in local:

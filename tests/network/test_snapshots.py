@@ -320,20 +320,26 @@ def test_nobody_delivers() -> None:
 
 
 def test_a_cancelled_pull_closes_its_stream() -> None:
-    network = Network({"still": answers(OK, reply(0), then=stand_still)})
-
     async def cancel() -> None:
+        reached = asyncio.Event()
+
+        async def hang() -> None:
+            reached.set()
+            await stand_still()
+
+        network.peers["still"] = answers(OK, reply(0), then=hang)
         held = empty_held(WHOLE.snapshot)
         limits = PullLimits(stall_limit_s=60)
         task = asyncio.create_task(
             pull_chunks(held, range(NUM_CHUNKS), ["still"], network.open_pull, limits, network.blame)
         )
-        while not held.have:
-            await asyncio.sleep(0)
+        await reached.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert held.have == {0}
 
+    network = Network({})
     asyncio.run(cancel())
     assert network.num_open == 0
 
