@@ -1,0 +1,551 @@
+"""Nodes with real daemons on loopback: calls, records, pulls, hostile peers, deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from swarmtrain.errors import BadBytesError, RunTimeError, UnreachableError
+from swarmtrain.network import daemon
+from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
+from swarmtrain.network.identity import load_or_create_identity, new_identity
+from swarmtrain.network.node import NetworkThread, Node, NodeSettings, _may_dial, correct_clock
+from swarmtrain.network.records import PRESENCE, bucket_key
+from swarmtrain.network.service import PeerCalls, namespace_of, service_type
+from swarmtrain.network.snapshots import (
+    CHUNK_BYTES,
+    Body,
+    Held,
+    PullLimits,
+    SnapshotStore,
+    TensorSpec,
+    build_snapshot,
+    empty_held,
+    manifest_untrusted,
+    pull_chunks,
+    pull_manifest,
+)
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+pytestmark = pytest.mark.processes
+
+RUN, OTHER_RUN = (hashlib.sha256(name).hexdigest() for name in (b"a run", b"another"))
+LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
+BLOB = bytes(hashlib.shake_128(b"blob").digest(CHUNK_BYTES + 1000))
+_T = TypeVar("_T")
+
+
+@dataclass
+class Peer:
+    """A node, what it serves, and its calls to others. Also what its service asks it (`Answers`)."""
+
+    node: Node
+    run: str
+    store: SnapshotStore = field(default_factory=SnapshotStore)
+    waits_s: list[float] = field(default_factory=list)
+    reply_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.calls = PeerCalls(self.node, self.run, stall_limit_s=1.0)
+
+    @property
+    def id(self) -> str:
+        return self.node.identity.peer_id
+
+    def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
+        return pb.HelloReply(swarmtrain_version=caller, time=swarm_time())
+
+    async def state(self, request: pb.StateRequest) -> pb.StateReply:
+        return pb.StateReply(manifest=pb.Signed(payload=bytes(self.reply_bytes)))
+
+    async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
+        self.waits_s.append(request.wait_s)
+        return pb.RoundReply(current_round=request.round)
+
+
+async def start(directory: Path, run: str) -> Peer:
+    directory.mkdir()
+    key_path = directory / "identity.key"
+    settings = NodeSettings(directory=directory, listen=LOOPBACK, call_limit_s=1.0)
+    peer = Peer(await Node.start(settings, load_or_create_identity(key_path), key_path), run)
+    blobs = {hashlib.sha256(BLOB).hexdigest(): BLOB}
+    await peer.node.serve(service_type()(peer, peer.store, blobs, peer.node), namespace_of(run))
+    return peer
+
+
+@dataclass
+class Here:
+    """The network thread and the peers of this module: a and b are of one run, c of another."""
+
+    network: NetworkThread
+    folder: Path
+    a: Peer
+    b: Peer
+    c: Peer
+
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        return self.network.run(coroutine, 20)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
+    folder = tmp_path_factory.mktemp("nodes")
+    network = NetworkThread()
+
+    async def all_of_them() -> list[Peer]:
+        peers = [await start(folder / name, run) for name, run in (("a", RUN), ("b", RUN), ("c", OTHER_RUN))]
+        addresses = await peers[0].node.addresses()
+        await peers[0].node.join_dht([])
+        for peer in peers[1:]:
+            await peer.node.connect(peers[0].id, addresses)
+            await peer.node.join_dht([(peers[0].id, addresses)])
+        return peers
+
+    peers = network.run(all_of_them(), 60)
+    yield Here(network, folder, *peers)
+    for peer in peers:
+        network.run(peer.node.stop(), 10)
+    network.stop()
+
+
+# ---------------------------------------------------------------- calls and records
+
+
+def test_the_daemon_has_our_identity_and_sees_the_callers(here: Here) -> None:
+    assert str(here.a.node._p2p.peer_id) == here.a.id
+    reply = here.run(here.b.calls.hello(here.a.id, pb.HelloRequest()))
+    assert reply.swarmtrain_version == here.b.id, "the transport says who calls"
+    assert abs(reply.time - swarm_time()) < 1
+    assert here.run(here.a.calls.hello(here.b.id, pb.HelloRequest())).swarmtrain_version == here.a.id
+    assert here.b.node.traffic.received_bytes > 0 and here.a.node.traffic.sent_bytes > 0
+
+
+def test_addresses_are_where_it_listens(here: Here) -> None:
+    (address,) = here.run(here.a.node.addresses())
+    assert address.startswith("/ip4/127.0.0.1/tcp/") and not address.endswith("/0")
+
+
+def presence(peer: Peer, prefix: str = "") -> pb.Record:
+    return pb.Record(run_sha256=bytes.fromhex(RUN), prefix=prefix, presence=pb.Presence(name=peer.id[-6:]))
+
+
+def test_a_record_stored_by_one_is_read_by_the_others(here: Here) -> None:
+    for peer in (here.a, here.b):
+        assert here.run(peer.node.store(presence(peer), 60))
+    for reader in (here.a, here.b, here.c):
+        found = here.run(reader.node.read_bucket(bytes.fromhex(RUN), PRESENCE, ""))
+        assert {name: record.presence.name for name, (record, _) in found.items()} == {
+            here.a.id: here.a.id[-6:],
+            here.b.id: here.b.id[-6:],
+        }
+        assert all(50 < expiry_s - swarm_time() <= 60 for _, expiry_s in found.values())
+    assert here.run(here.a.node.read_bucket(bytes.fromhex(OTHER_RUN), PRESENCE, "")) == {}
+    assert not here.a.node.rules.refused
+
+
+def test_a_forged_record_is_refused_where_it_would_be_stored(here: Here) -> None:
+    """c keeps no rules: it stores for a victim, and leaves its own validator out."""
+    victim = new_identity().peer_id
+    protocol, dht_id = here.c.node._dht.protocol, hivemind_module("dht.routing").DHTID
+    key = dht_id.generate(bucket_key(bytes.fromhex(RUN), PRESENCE, ""))
+    value = protocol.serializer.dumps(presence(here.c).SerializeToString()) + bytes(64)
+    storing = protocol.call_store(here.a.node._p2p.peer_id, [key], [value], swarm_time() + 30, subkeys=[victim])
+    assert here.run(storing) == [False]
+    assert here.a.node.rules.refused["forged"] == 1
+    big = protocol.call_store(here.a.node._p2p.peer_id, [key], [bytes(3_000_000)], swarm_time() + 30, subkeys=[victim])
+    assert here.run(big) == [False]
+    assert here.a.node.rules.refused["oversized"] == 1
+    found = here.run(here.b.node.read_bucket(bytes.fromhex(RUN), PRESENCE, ""))
+    assert victim not in found
+    here.a.node.rules.refused.clear()
+
+
+def test_a_peer_of_another_run_does_not_find_the_calls(here: Here) -> None:
+    with pytest.raises(UnreachableError, match="does not serve this run"):
+        here.run(here.c.calls.hello(here.a.id, pb.HelloRequest()))
+    failures: list[str] = []
+    stranger = PeerCalls(here.c.node, RUN, on_failure=lambda peer, error: failures.append(peer))
+    assert here.run(stranger.hello(here.a.id, pb.HelloRequest())).swarmtrain_version == here.c.id, "but who knows it"
+    assert not failures
+
+
+def test_nobody_there(here: Here) -> None:
+    nobody = new_identity().peer_id
+    began_s = time.monotonic()
+    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1/tcp/1"):
+        here.run(here.a.node.connect(nobody, ["/ip4/127.0.0.1/tcp/1"]))
+    with pytest.raises(UnreachableError):
+        here.run(here.a.node.connect(nobody, ["no address"]))
+    with pytest.raises(UnreachableError):
+        here.run(here.a.calls.hello(nobody, pb.HelloRequest()))
+    with pytest.raises(UnreachableError):
+        here.run(here.a.calls.open_pull(nobody, pb.PullRequest()))
+    assert time.monotonic() - began_s < 5
+
+
+def test_held_calls_are_bounded_whatever_is_asked(here: Here) -> None:
+    for wait_s, held_s in [(2.0, 2.0), (float("nan"), 0.0), (float("inf"), 0.0), (-1.0, 0.0)]:
+        here.run(here.b.calls.node.call(stub(here), "rpc_round", pb.RoundRequest(wait_s=wait_s)))
+        assert here.a.waits_s.pop() == held_s
+
+
+def stub(here: Here) -> Any:
+    return here.run(here.b.node.stub_of(service_type(), here.a.id, namespace_of(RUN)))
+
+
+def test_an_answer_too_large_for_a_call_fails_at_once(here: Here) -> None:
+    here.a.reply_bytes = 5 * 1024 * 1024
+    try:
+        began_s = time.monotonic()
+        with pytest.raises(UnreachableError, match="an answer of"):
+            here.run(here.b.calls.state(here.a.id, 0))
+        assert time.monotonic() - began_s < 2
+        here.a.reply_bytes = 3 * 1024 * 1024
+        assert len(here.run(here.b.calls.state(here.a.id, 0)).manifest.payload) == here.a.reply_bytes
+    finally:
+        here.a.reply_bytes = 0
+
+
+# ---------------------------------------------------------------- pulls
+
+SPECS = (TensorSpec("theta", (2 * 1024 * 1024 + 3,)),)
+CONTENT = bytes(hashlib.shake_128(b"theta").digest(SPECS[0].size_bytes))
+LIMITS = PullLimits(stall_limit_s=2.0)
+
+
+def published(peer: Peer) -> Held:
+    manifest = pb.Manifest(run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_STATE, round=1)
+    held = build_snapshot(peer.node.identity, manifest, SPECS, Body([CONTENT]))
+    peer.store.add(held)
+    return held
+
+
+async def pulled(peer: Peer, name: str, sources: list[str], limits: PullLimits = LIMITS) -> tuple[Held, list[str]]:
+    blamed: list[str] = []
+    signed = await pull_manifest(sources[-1], name, peer.calls.open_pull, limits)
+    held = empty_held(manifest_untrusted(signed, RUN, pb.SNAPSHOT_KIND_STATE, SPECS))
+    await pull_chunks(
+        held,
+        range(held.snapshot.num_chunks),
+        sources,
+        peer.calls.open_pull,
+        limits,
+        lambda source, error: blamed.append(source),
+    )
+    return held, blamed
+
+
+def test_some_megabytes_arrive_and_are_served_on(here: Here) -> None:
+    name = published(here.a).snapshot.sha256
+    before = here.b.node.traffic.received_bytes
+    held, blamed = here.run(pulled(here.b, name, [here.a.id]))
+    assert held.buffer == CONTENT and not blamed
+    assert len(CONTENT) < here.b.node.traffic.received_bytes - before < 1.02 * len(CONTENT)
+    here.b.store.add(held)
+    again, blamed = here.run(pulled(here.a, name, [here.b.id]))
+    assert again.buffer == CONTENT and not blamed
+
+
+def test_a_reader_that_hangs_up_gives_its_place_back(here: Here) -> None:
+    name = published(here.a).snapshot.sha256
+    pull = pb.PullRequest(snapshot_sha256=bytes.fromhex(name), first_chunk=0, num_chunks=32)
+
+    async def hang_up() -> int:
+        stream = await here.b.calls.open_pull(here.a.id, pull)
+        await anext(stream)
+        assert here.a.store.num_readers == 1
+        await stream.aclose()  # type: ignore[attr-defined]
+        for _ in range(200):  # the other end has no event to wait for
+            if not here.a.store.num_readers:
+                break
+            await asyncio.sleep(0.01)
+        return here.a.store.num_readers
+
+    assert here.run(hang_up()) == 0
+
+
+def test_files_of_the_run_arrive_whole_or_not_at_all(here: Here) -> None:
+    name = hashlib.sha256(BLOB).hexdigest()
+    assert here.run(here.b.calls.blob_untrusted(here.a.id, name, len(BLOB))) == BLOB
+    with pytest.raises(BadBytesError, match="longer than"):
+        here.run(here.b.calls.blob_untrusted(here.a.id, name, len(BLOB) - 1))
+    with pytest.raises(UnreachableError, match="does not hold"):
+        here.run(here.b.calls.blob_untrusted(here.a.id, "00" * 32, 100))
+
+
+# ---------------------------------------------------------------- hostile peers
+
+Writes = Callable[[asyncio.StreamWriter], Coroutine[Any, Any, None]]
+
+
+@contextlib.contextmanager
+def answering(here: Here, method: str, write: Writes) -> Iterator[None]:
+    """c answers a stream of our run with bytes of its own making."""
+    name = f"{namespace_of(RUN)}::PeerService.{method}"
+
+    async def handle(info: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            await write(writer)
+
+    here.run(here.c.node._p2p.add_binary_stream_handler(name, handle))
+    try:
+        yield
+    finally:
+        here.run(here.c.node._p2p.remove_binary_stream_handler(name))
+
+
+@contextlib.contextmanager
+def flat_memory(limit_bytes: int) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit_bytes
+    finally:
+        tracemalloc.stop()
+
+
+def frame(message: Any) -> bytes:
+    data = message.SerializeToString()
+    return b"\0" + len(data).to_bytes(8, "big") + data
+
+
+async def huge_frame(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"\0" + (1 << 30).to_bytes(8, "big"))
+    for _ in range(1024):
+        writer.write(bytes(1 << 20))
+        await writer.drain()
+
+
+def test_a_frame_of_a_gigabyte_is_refused_before_it_is_read(here: Here) -> None:
+    name = "ab" * 32
+    with answering(here, "rpc_pull", huge_frame), flat_memory(20_000_000), pytest.raises(UnreachableError):
+        here.run(pull_manifest(here.c.id, name, here.b.calls.open_pull, LIMITS))
+
+
+def test_a_request_of_a_gigabyte_is_refused_before_it_is_read(here: Here) -> None:
+    async def send() -> None:
+        name = f"{namespace_of(RUN)}::PeerService.rpc_pull"
+        _, _, writer = await here.c.node._p2p.call_binary_stream_handler(here.a.node._p2p.peer_id, name)
+        with contextlib.closing(writer), pytest.raises(ConnectionError):
+            await asyncio.wait_for(huge_frame(writer), 10)
+
+    with flat_memory(20_000_000):
+        here.run(send())
+    assert here.run(here.b.calls.hello(here.a.id, pb.HelloRequest())), "and it lives on"
+
+
+async def endless_blob(writer: asyncio.StreamWriter) -> None:
+    writer.write(frame(pb.PullReply(status=pb.PullReply.STATUS_OK)))
+    for _ in range(1000):
+        writer.write(frame(pb.PullReply(data=bytes(CHUNK_BYTES))))
+        await writer.drain()
+
+
+async def endless_nothing(writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(frame(pb.PullReply(status=pb.PullReply.STATUS_OK)))
+        await writer.drain()
+
+
+async def crumbs(writer: asyncio.StreamWriter) -> None:
+    writer.write(frame(pb.PullReply(status=pb.PullReply.STATUS_OK)))
+    while True:
+        writer.write(frame(pb.PullReply(data=b"x")))
+        await writer.drain()
+
+
+async def garbage(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"\0" + (100).to_bytes(8, "big") + b"\xff" * 100)
+    await writer.drain()
+
+
+async def no_frame(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    await writer.drain()
+
+
+async def silence(writer: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(5)
+
+
+@pytest.mark.parametrize(
+    ("write", "error"),
+    [
+        (endless_blob, BadBytesError),
+        (endless_nothing, BadBytesError),
+        (crumbs, BadBytesError),
+        (garbage, UnreachableError),
+        (no_frame, UnreachableError),
+        (silence, UnreachableError),
+    ],
+)
+def test_hostile_files_are_cut(here: Here, write: Writes, error: type[Exception]) -> None:
+    began_s = time.monotonic()
+    with answering(here, "rpc_blob", write), flat_memory(20_000_000), pytest.raises(error):
+        here.run(here.b.calls.blob_untrusted(here.c.id, "ab" * 32, 1_000_000))
+    assert time.monotonic() - began_s < 4
+
+
+def test_what_a_peer_writes_cannot_steer_a_terminal(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(request: object) -> None:
+        raise ValueError("\x1b[2J\x07 gotcha\nsecond line")
+
+    monkeypatch.setattr(here.a, "state", fail)
+    with pytest.raises(UnreachableError) as caught:
+        here.run(here.b.calls.state(here.a.id, 0))
+    assert str(caught.value).isprintable()
+
+
+def test_strangers_cannot_make_us_dial_everything(here: Here) -> None:
+    good = [
+        "/ip4/203.0.113.7/tcp/4001",
+        "/ip6/2001:db8::1/tcp/4001",
+        "/dns4/example.org/tcp/443",
+        "/ip4/10.0.0.1/tcp/5",
+    ]
+    bad = [
+        "/ip4/224.0.0.1/tcp/4001",
+        "/ip4/0.0.0.0/tcp/4001",
+        "/ip4/169.254.169.254/tcp/80",
+        "/ip6/fe80::1/tcp/4001",
+        "/ip4/1.2.3.4/udp/53",
+        "/ip4/1.2.3.4/tcp/0",
+        "/ip4/nonsense/tcp/1",
+        "/unix/run/docker.sock",
+    ]
+    assert all(map(_may_dial, good)) and not any(map(_may_dial, bad))
+    here.c.node.remember_addresses("x", (*bad, *good * 10))
+    assert here.c.node._known["x"] == tuple(good * 2)
+    for number in range(5000):
+        here.c.node.remember_addresses(f"peer {number}", ())
+    assert len(here.c.node._known) <= 4096 and "peer 4999" in here.c.node._known
+    here.c.node._known.clear()
+
+
+# ---------------------------------------------------------------- clocks
+
+
+def test_the_clock_is_corrected_for_us_and_for_hivemind() -> None:
+    dht_times = [hivemind_module(name).get_dht_time for name in ("utils.timed_storage", "dht.protocol", "dht.node")]
+    try:
+        assert correct_clock([0.4, -0.4, 0.5]) == 0.0, "within the tolerance"
+        assert abs(swarm_time() - time.time()) < 0.1
+        assert correct_clock([100.0, 101.0, -5000.0, 100.5, float("nan"), float("inf")]) == 100.25
+        for clock in (swarm_time, *dht_times):
+            assert abs(clock() - time.time() - 100.25) < 0.1
+        assert correct_clock([]) == 0.0 and correct_clock([float("nan")]) == 0.0
+    finally:
+        set_clock_offset(0.0)
+
+
+# ---------------------------------------------------------------- deaths
+
+
+def test_a_taken_port_is_said_with_the_option_to_change(here: Here) -> None:
+    folder = here.folder / "taken"
+    folder.mkdir()
+    key_path = folder / "identity.key"
+    identity = load_or_create_identity(key_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+        settings = NodeSettings(directory=folder, listen=(where,))
+        with pytest.raises(RunTimeError, match=f"{where}.*--listen"):
+            here.run(Node.start(settings, identity, key_path))
+
+
+def test_a_daemon_that_is_killed_is_noticed_by_everyone(here: Here) -> None:
+    victim = here.run(start(here.folder / "victim", RUN))
+    here.run(victim.node.connect(here.a.id, here.run(here.a.node.addresses())))
+    assert here.run(here.a.calls.hello(victim.id, pb.HelloRequest()))
+    dead = here.network.submit(victim.node.wait_until_dead())
+    os.kill(victim.node._p2p._child.pid, signal.SIGKILL)
+    assert dead.result(2) == -signal.SIGKILL
+    began_s = time.monotonic()
+    for caller, callee in ((victim, here.a.id), (here.a, victim.id)):
+        with pytest.raises(UnreachableError):
+            here.run(caller.calls.hello(callee, pb.HelloRequest()))
+        with pytest.raises(UnreachableError):
+            here.run(caller.calls.open_pull(callee, pb.PullRequest()))
+    assert time.monotonic() - began_s < 6
+    here.run(victim.node.stop())
+    assert not victim.node._sockets.exists()  # type: ignore[union-attr]
+
+
+def test_a_long_folder_gets_its_sockets_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon.tempfile, "gettempdir", lambda: str(short))
+    short = Path("/tmp") / f"st-{os.getpid()}"
+    short.mkdir(mode=0o700)
+    try:
+        folder = daemon._sockets_folder(tmp_path / ("x" * 60))
+        assert folder.parent == short and folder.stat().st_mode & 0o777 == 0o700
+        (folder / "p2pd-old.sock").touch()
+        assert daemon._sockets_folder(tmp_path / ("x" * 60)) == folder, "the same one, so that nothing piles up"
+        assert list(folder.iterdir()) == []
+        folder.rmdir()
+        folder.symlink_to(tmp_path)  # somebody else was there first
+        other = daemon._sockets_folder(tmp_path / ("x" * 60))
+        assert other != folder and other.is_dir() and not other.is_symlink()
+        assert other.stat().st_mode & 0o777 == 0o700
+    finally:
+        for found in short.iterdir():
+            found.unlink() if found.is_symlink() else found.rmdir()
+        short.rmdir()
+
+
+@dataclass
+class Owner:
+    """A process with a node, and a descriptor of its daemon."""
+
+    process: subprocess.Popen[str]
+    daemon_fd: int
+    sockets: Path
+
+    def daemon_ends_within(self, limit_s: float) -> bool:
+        return bool(select.select([self.daemon_fd], [], [], limit_s)[0])
+
+
+@pytest.fixture
+def owner(tmp_path: Path) -> Iterator[Owner]:
+    command = [sys.executable, str(Path(__file__).parent / "owner.py"), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    pid, sockets = process.stdout.readline().split()
+    descriptor = os.pidfd_open(int(pid))
+    yield Owner(process, descriptor, Path(sockets))
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    os.close(descriptor)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it ends when its socket closes")
+def test_a_killed_owner_leaves_no_daemon(owner: Owner) -> None:
+    assert not owner.daemon_ends_within(0)
+    owner.process.kill()
+    assert owner.daemon_ends_within(2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a process descriptor")
+def test_an_interrupt_of_the_group_leaves_the_daemon_until_the_goodbye(owner: Owner) -> None:
+    os.killpg(owner.process.pid, signal.SIGINT)
+    assert owner.process.stdout is not None
+    assert owner.process.stdout.readline().strip() == "alive"
+    assert owner.process.wait(5) == 0
+    assert owner.daemon_ends_within(1) and not owner.sockets.exists()
