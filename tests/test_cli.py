@@ -34,7 +34,7 @@ PEER_OPTIONS = ("--dir", "--name", "--json", "--listen", "--announce", "--log-le
 FROZEN: dict[str, tuple[str, ...]] = {
     "bootstrap": ("RUN.toml", "--wait-for", *PEER_OPTIONS),
     "join": ("INVITE", "--threads", "--data", *PEER_OPTIONS),
-    "local": ("RUN.toml", "--peers", "--threads", "--compare-alone", "--data", "--dir", "--json"),
+    "local": ("RUN.toml", "--peers", "--threads", "--compare-alone", "--data", "--dir", "--json", "--log-level"),
     "invite": ("--dir", "--json"),
     "check": ("RUN.toml", "--peers", "--json"),
     "export": ("[INVITE]", "--dir", "--to"),

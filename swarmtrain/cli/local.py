@@ -32,6 +32,13 @@ _SAMPLE_TOKENS = 240
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on text or JSON lines.  [default: the run file's folder]")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the peers keep their files and the model is left.  [default: runs/NAME-TIME]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines on standard output.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="warning",
+    show_default=True,
+    help="How much the peers write to their log files.",
+)
 def command(
     run_file: Path,
     peers: int,
@@ -40,6 +47,7 @@ def command(
     data: Path | None,
     directory: Path | None,
     as_json: bool,
+    log_level: str,
 ) -> None:
     """Run a bootstrap and volunteers here until the run ends.
 
@@ -68,7 +76,11 @@ def command(
     try:
         with open_sink(options, make_display) as emit:
             steps, loss = _train(
-                swarm, emit, run_file, peers, ["--threads", str(threads), "--data", str(data or run_file.parent)]
+                swarm,
+                emit,
+                run_file,
+                peers,
+                ["--threads", str(threads), "--data", str(data or run_file.parent), "--log-level", log_level],
             )
     finally:
         swarm.stop()

@@ -20,6 +20,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.roster import check_publication
 from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.signing import open_signed_untrusted
 from swarmtrain.network.snapshots import (
     CHUNK_BYTES,
     Body,
@@ -206,16 +207,15 @@ class Merger:
             try:
                 request = pb.RoundRequest(round=roster.round, has_publication=True, wait_s=1.0)
                 reply = await self.calls.round(owner, request)
-                if reply.HasField("share"):
+                if reply.HasField("share") and self._is_of_untrusted(reply.share, roster):
                     kind = pb.SNAPSHOT_KIND_SHARE
                     snapshot = manifest_untrusted(reply.share, self.settings.run_sha256, kind, specs)
                     manifest = snapshot.manifest
                     if snapshot.author != owner or manifest.round != roster.round or manifest.part != index:
                         raise BadBytesError("a share of another peer, round or index")
-                    if manifest.roster_sha256.hex() == roster.digest:
-                        held = empty_held(snapshot)
-                        await self.pull(held, range(snapshot.num_chunks), [owner])
-                        return held.buffer
+                    held = empty_held(snapshot)
+                    await self.pull(held, range(snapshot.num_chunks), [owner])
+                    return held.buffer
             except BadBytesError as error:
                 self.blame(owner, error)
                 return None
@@ -223,6 +223,11 @@ class Merger:
                 self.blame(owner, error)
             await asyncio.sleep(_ASK_AGAIN_S)
         return None
+
+    def _is_of_untrusted(self, signed: pb.Signed, roster: Roster) -> bool:
+        """Whether a share belongs to this roster; its owner may be about another one."""
+        _, manifest = open_signed_untrusted(signed, "manifest", self.settings.run_sha256, pb.Manifest)
+        return manifest.roster_sha256.hex() == roster.digest
 
 
 def _range_bytes(chunks: range, total_bytes: int) -> int:

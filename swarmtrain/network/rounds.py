@@ -25,6 +25,7 @@ from swarmtrain.membership.rosters import (
     Sign,
     Standing,
     Told,
+    Wait,
     better_roster,
     decide,
     must_refetch,
@@ -89,6 +90,29 @@ class _Round:
     def best(self) -> tuple[Roster, pb.Signed] | None:
         roster = better_roster([roster for roster, _ in self.rosters.values()])
         return None if roster is None else next(pair for pair in self.rosters.values() if pair[0] == roster)
+
+
+@dataclass
+class _Work:
+    """What runs beside the deciding: asking tasks by name, and one merge, of the roster `merging`."""
+
+    asking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    merging: str = ""
+    merge: asyncio.Task[Merged | None] | None = None
+
+    async def give_up_merge(self) -> None:
+        """The decision is another one now."""
+        if self.merge is not None:
+            self.merge.cancel()
+            await asyncio.gather(self.merge, return_exceptions=True)
+            self.merge = None
+
+    async def cancel(self) -> None:
+        """The round is over."""
+        await self.give_up_merge()
+        for task in self.asking.values():
+            task.cancel()
+        await asyncio.gather(*self.asking.values(), return_exceptions=True)
 
 
 @dataclass
@@ -196,34 +220,46 @@ class Rounds:
         known.publications[self.identity.peer_id] = publication
         self.store.add(publication)
         self.tell()
-        tasks: dict[str, asyncio.Task[None]] = {}
+        work = _Work()
         try:
             while True:
-                outcome = await self._step(round, known, tasks)
+                outcome = await self._step(round, known, work)
                 if outcome is not None:
                     return outcome
         finally:
-            for task in tasks.values():
-                task.cancel()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            await work.cancel()
             self.waiting_for = ""
 
-    async def _step(self, round: int, known: _Round, tasks: dict[str, asyncio.Task[None]]) -> Outcome | None:
+    async def _step(self, round: int, known: _Round, work: _Work) -> Outcome | None:
+        """Decide once, and do it or wait for news. A merge goes on beside the asking, and is given up for a better
+        decision."""
         news = self._news
+        if work.merge is not None and work.merge.done():
+            merged, work.merge = work.merge.result(), None
+            if merged is not None:
+                return merged
         view = self._view(round, known)
-        self._keep_asking(round, known, view, tasks)
+        self._keep_asking(round, known, view, work.asking)
         decision = decide(view, swarm_time())
         self.waiting_for = decision.reason
+        wait_s = _LOOK_S
+        if isinstance(decision, Apply):
+            if work.merging != decision.roster.digest or work.merge is None:
+                await work.give_up_merge()
+                work.merging = decision.roster.digest
+                work.merge = asyncio.create_task(self._merge(round, known, decision.roster))
+                work.merge.add_done_callback(lambda task: self.tell())
+        else:
+            await work.give_up_merge()
         if isinstance(decision, Sign):
             self._sign(round, known, decision)
-        elif isinstance(decision, Apply):
-            return await self._merge(round, known, decision.roster)
-        elif isinstance(decision, CatchUp):
+            return None
+        if isinstance(decision, CatchUp):
             return await self._catch_up(known, decision)
-        else:
+        if isinstance(decision, Wait):
             wait_s = min(max(decision.until_s - swarm_time(), 0.005), _LOOK_S)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), wait_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(news.wait(), wait_s)
         return None
 
     def _view(self, round: int, known: _Round) -> RoundView:

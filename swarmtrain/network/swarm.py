@@ -207,9 +207,9 @@ class Swarm:
     async def _keep_reading(self) -> None:
         while True:
             await asyncio.sleep(_READ_EVERY_S)
+            await self.read_presences()
             for change in self.membership.expire(swarm_time()):
                 self._report(change)
-            await self.read_presences()
             newcomers = [info.peer for info in self.membership.live() if info.peer not in self._greeted]
             await asyncio.gather(*(self._greet(peer, self._signed_presence()) for peer in newcomers[:32]))
 

@@ -6,6 +6,7 @@ taken from the swarm is fresh: dial, fetch the run, prepare text and model, and 
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
     use_threads(settings.threads)
     with peer_folder(settings.directory) as folder:
         network = NetworkThread()
+        signal.signal(signal.SIGUSR1, lambda number, frame: network.log_tasks())
         volunteer = _Volunteer(invite, settings, folder, network, emit, stop)
         try:
             return volunteer.run()
