@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import ipaddress
 import logging
 import math
 import re
 import statistics
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from swarmtrain.network.identity import Identity
 from swarmtrain.network.records import RecordRules, bound_storage, bucket_key, hashed_key, make_validator
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["NetworkThread", "Node", "NodeSettings", "Traffic", "correct_clock"]
+__all__ = ["NetworkThread", "Node", "NodeSettings", "Stream", "Traffic", "correct_clock"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -59,6 +60,17 @@ class NetworkThread:
         except BaseException:
             future.cancel()
             raise
+
+    def log_tasks(self) -> None:
+        """Write what every task there waits for to the log: for finding out why a peer stands still."""
+
+        def write() -> None:
+            for task in asyncio.all_tasks(self._loop):
+                text = io.StringIO()
+                task.print_stack(file=text)
+                _log.warning("%s", text.getvalue())
+
+        self._loop.call_soon_threadsafe(write)
 
     def stop(self) -> None:
         """Cancel what still runs there and end the thread."""
@@ -104,19 +116,22 @@ class Traffic:
     received_bytes: int = 0
 
 
-class _Counted:
-    """A stream whose bytes are counted."""
+class Stream:
+    """A call's stream of messages, on our side.
+
+    Who takes data out of a message says how much (`count`): asking the message for its size would copy it, which
+    halves the speed of a pull.
+    """
 
     def __init__(self, stream: Any, traffic: Traffic) -> None:
         self._stream, self._traffic = stream, traffic
 
-    def __aiter__(self) -> _Counted:
-        return self
-
     async def __anext__(self) -> Any:
-        message = await anext(self._stream)
-        self._traffic.received_bytes += message.ByteSize()
-        return message
+        return await anext(self._stream)
+
+    def count(self, size_bytes: int) -> None:
+        """So much was received."""
+        self._traffic.received_bytes += size_bytes
 
     async def aclose(self) -> None:
         """Hang up."""
@@ -226,14 +241,14 @@ class Node:
         self.traffic.received_bytes += reply.ByteSize()
         return reply
 
-    async def open_stream(self, stub: Any, method: str, request: Message) -> AsyncIterator[Any]:
+    async def open_stream(self, stub: Any, method: str, request: Message) -> Stream:
         """A call answered by a stream; the caller limits the time between messages and must `aclose` it."""
         try:
             stream = await asyncio.wait_for(getattr(stub, method)(request), self.settings.call_limit_s)
         except Exception as error:  # the adapter's boundary
             raise UnreachableError(_reason(error)) from error
         self.traffic.sent_bytes += request.ByteSize()
-        return _Counted(stream, self.traffic)
+        return Stream(stream, self.traffic)
 
     async def stub_of(self, service_type: Any, peer: str, namespace: str) -> Any:
         """A stub for calls to `peer`, whose known addresses are dialled if there is no connection."""

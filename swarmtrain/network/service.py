@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.daemon import MAX_FRAME_BYTES, hivemind_module
-from swarmtrain.network.node import Node
+from swarmtrain.network.node import Node, Stream
 from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore, next_message
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -81,9 +81,9 @@ def service_type() -> Any:
                     del held[caller]
 
         async def rpc_pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.PullReply]:
-            async with contextlib.aclosing(self._store.serve(request)) as replies:
+            async with contextlib.aclosing(self._store.serve(request, self._count_sent)) as replies:
                 async for reply in replies:
-                    yield self._count(None, reply)
+                    yield reply
 
         async def rpc_blob(self, request: pb.BlobRequest, context: Any) -> AsyncIterator[pb.PullReply]:
             data = self._blobs.get(request.sha256.hex())
@@ -92,8 +92,13 @@ def service_type() -> Any:
                 return
             yield pb.PullReply(status=pb.PullReply.STATUS_OK)
             for offset in range(0, len(data), CHUNK_BYTES):
-                yield self._count(None, pb.PullReply(data=data[offset : offset + CHUNK_BYTES]))
+                piece = data[offset : offset + CHUNK_BYTES]
+                self._count_sent(len(piece))
+                yield pb.PullReply(data=piece)
             yield pb.PullReply(end=True)
+
+        def _count_sent(self, size_bytes: int) -> None:
+            self._node.traffic.sent_bytes += size_bytes
 
         def _count(self, request: Any, reply: _R) -> _R:
             size = reply.ByteSize()
@@ -149,7 +154,7 @@ class PeerCalls:
         reply: pb.RoundReply = await self._call(peer, "rpc_round", request, limit_s)
         return reply
 
-    async def open_pull(self, peer: str, request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+    async def open_pull(self, peer: str, request: pb.PullRequest) -> Stream:
         """Open a pull's stream."""
         return await self.node.open_stream(await self._stub(peer), "rpc_pull", request)
 
@@ -163,15 +168,17 @@ class PeerCalls:
             if (await next_message(stream, self.stall_limit_s)).status != pb.PullReply.STATUS_OK:
                 raise UnreachableError("it does not hold this file of the run")
             while not (message := await next_message(stream, self.stall_limit_s)).end:
-                if not message.data or size % CHUNK_BYTES:
+                data = message.data  # a copy, each time
+                if not data or size % CHUNK_BYTES:
                     raise BadBytesError("a file of the run that comes in other pieces than it should")
-                parts.append(message.data)
-                size += len(message.data)
+                parts.append(data)
+                size += len(data)
+                stream.count(len(data))
                 if size > max_bytes:
                     raise BadBytesError(f"a file of the run longer than {max_bytes} bytes")
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]
-        data = b"".join(parts)
-        if hashlib.sha256(data).hexdigest() != sha256:
+            await stream.aclose()
+        whole = b"".join(parts)
+        if hashlib.sha256(whole).hexdigest() != sha256:
             raise BadBytesError("a file of the run that does not match its hash")
-        return data
+        return whole

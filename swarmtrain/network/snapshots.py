@@ -11,8 +11,9 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
 from swarmtrain.network.identity import Identity, peer_bytes
@@ -24,6 +25,7 @@ __all__ = [
     "Body",
     "Held",
     "PullLimits",
+    "PullStream",
     "Snapshot",
     "SnapshotStore",
     "TensorSpec",
@@ -40,6 +42,9 @@ CHUNK_BYTES = 256 * 1024
 
 _CHUNKS_A_PULL = 256
 """Chunks asked for in one stream: 64 MiB."""
+
+_CHUNKS_A_CHECK = 8
+"""Chunks hashed together: 2 MiB."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,9 @@ class SnapshotStore:
         self._readers[reader] = now_s
         return reader
 
-    async def serve(self, request: pb.PullRequest) -> AsyncGenerator[pb.PullReply, None]:
+    async def serve(
+        self, request: pb.PullRequest, count_sent: Callable[[int], None] = lambda size_bytes: None
+    ) -> AsyncGenerator[pb.PullReply, None]:
         """Answer a pull: a status, the chunks asked for, an end mark; BUSY at once when too many read."""
         held = self._held.get(request.snapshot_sha256.hex())
         wanted = range(request.first_chunk, request.first_chunk + min(request.num_chunks, 4 * _CHUNKS_A_PULL))
@@ -228,13 +235,27 @@ class SnapshotStore:
                 if reader not in self._readers:
                     return
                 self._readers[reader] = self.clock()
-                yield pb.PullReply(chunk=chunk, data=held.body.read(chunk * CHUNK_BYTES, CHUNK_BYTES))
+                data = held.body.read(chunk * CHUNK_BYTES, CHUNK_BYTES)
+                count_sent(len(data))
+                yield pb.PullReply(chunk=chunk, data=data)
             yield pb.PullReply(end=True)
         finally:
             self._readers.pop(reader, None)
 
 
-OpenPull = Callable[[str, pb.PullRequest], Awaitable[AsyncIterator[pb.PullReply]]]
+class PullStream(Protocol):
+    """A pull's replies; whoever takes data out says how much."""
+
+    async def __anext__(self) -> pb.PullReply: ...
+
+    def count(self, size_bytes: int) -> None:
+        """So much was received."""
+
+    async def aclose(self) -> None:
+        """Hang up."""
+
+
+OpenPull = Callable[[str, pb.PullRequest], Awaitable[PullStream]]
 """Opens a pull's stream at a peer; UnreachableError if that fails."""
 
 Blame = Callable[[str, PeerError], None]
@@ -301,31 +322,30 @@ async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, li
             raise BusyError("it serves as many readers as it may")
         if first.status != pb.PullReply.STATUS_OK:
             raise UnreachableError("it does not hold this snapshot")
-        checking: asyncio.Task[None] | None = None
+        intake = _Intake(held)
         try:
             for chunk in run:
                 message = await next_message(stream, limits.stall_limit_s)
                 if message.end:
                     raise UnreachableError("the stream ended early")
-                if message.chunk != chunk:
-                    raise BadBytesError("chunks out of order")
-                if checking is not None:
-                    await checking
-                checking = asyncio.create_task(_accept(held, chunk, message.data))
+                data = message.data  # a copy, each time
+                stream.count(len(data))
+                if message.chunk != chunk or len(data) != held.snapshot.chunk_size(chunk):
+                    raise BadBytesError("chunks out of order, or of a wrong size")
+                await intake.add(chunk, data)
         finally:  # also when the stream broke: what had arrived counts
-            if checking is not None:
-                await checking
+            await intake.finish()
         if not (await next_message(stream, limits.stall_limit_s)).end:
             raise BadBytesError("a stream without an end")
     finally:
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
 
 
-async def next_message(stream: AsyncIterator[pb.PullReply], limit_s: float) -> pb.PullReply:
+async def next_message(stream: PullStream, limit_s: float) -> pb.PullReply:
     """The next message of a stream; UnreachableError if it breaks, ends, or brings nothing for `limit_s`."""
     try:
         async with asyncio.timeout(limit_s):
-            return await anext(stream)
+            return await stream.__anext__()
     except TimeoutError:
         raise UnreachableError(f"it sent nothing for {limit_s:g} s") from None
     except StopAsyncIteration:
@@ -336,13 +356,40 @@ async def next_message(stream: AsyncIterator[pb.PullReply], limit_s: float) -> p
         raise UnreachableError(f"the stream broke ({type(error).__name__})") from error
 
 
-async def _accept(held: Held, chunk: int, data: bytes) -> None:
-    """Take a chunk in. Runs while the next one arrives; hashing, in a thread, lets the loop go on."""
-    assert held.buffer is not None
-    if not await asyncio.to_thread(held.snapshot.chunk_is, chunk, data):
-        raise BadBytesError(f"wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}")
-    held.buffer[chunk * CHUNK_BYTES : chunk * CHUNK_BYTES + len(data)] = data
-    held.have.add(chunk)
+class _Intake:
+    """Checks chunks in a thread, some at a time, while the next ones arrive: a thread for each would cost a third."""
+
+    def __init__(self, held: Held) -> None:
+        self._held = held
+        self._arrived: list[tuple[int, bytes]] = []
+        self._checking: asyncio.Task[None] | None = None
+
+    async def add(self, chunk: int, data: bytes) -> None:
+        """Take in a chunk of the right size; BadBytesError when an earlier one turns out to be wrong."""
+        self._arrived.append((chunk, data))
+        if len(self._arrived) >= _CHUNKS_A_CHECK:
+            await self.finish_check()
+            arrived, self._arrived = self._arrived, []
+            self._checking = asyncio.create_task(asyncio.to_thread(self._accept, arrived))
+
+    async def finish_check(self) -> None:
+        """Wait for the check that runs."""
+        if self._checking is not None:
+            await self._checking
+
+    async def finish(self) -> None:
+        """Check what is left."""
+        await self.finish_check()
+        await asyncio.to_thread(self._accept, self._arrived)
+
+    def _accept(self, arrived: list[tuple[int, bytes]]) -> None:
+        held = self._held
+        assert held.buffer is not None
+        for chunk, data in arrived:
+            if not held.snapshot.chunk_is(chunk, data):
+                raise BadBytesError(f"wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}")
+            held.buffer[chunk * CHUNK_BYTES : chunk * CHUNK_BYTES + len(data)] = data
+            held.have.add(chunk)
 
 
 async def pull_manifest(source: str, sha256: str, open_pull: OpenPull, limits: PullLimits) -> pb.Signed:
@@ -352,7 +399,7 @@ async def pull_manifest(source: str, sha256: str, open_pull: OpenPull, limits: P
     try:
         first = await next_message(stream, limits.stall_limit_s)
     finally:
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
     if first.status != pb.PullReply.STATUS_OK:
         raise UnreachableError("it does not hold this snapshot")
     if payload_sha256(first.manifest) != sha256:

@@ -255,7 +255,7 @@ def test_some_megabytes_arrive_and_are_served_on(here: Here) -> None:
     before = here.b.node.traffic.received_bytes
     held, blamed = here.run(pulled(here.b, name, [here.a.id]))
     assert held.buffer == CONTENT and not blamed
-    assert len(CONTENT) < here.b.node.traffic.received_bytes - before < 1.02 * len(CONTENT)
+    assert len(CONTENT) <= here.b.node.traffic.received_bytes - before < 1.01 * len(CONTENT)
     here.b.store.add(held)
     again, blamed = here.run(pulled(here.a, name, [here.b.id]))
     assert again.buffer == CONTENT and not blamed
@@ -267,9 +267,9 @@ def test_a_reader_that_hangs_up_gives_its_place_back(here: Here) -> None:
 
     async def hang_up() -> int:
         stream = await here.b.calls.open_pull(here.a.id, pull)
-        await anext(stream)
+        await stream.__anext__()
         assert here.a.store.num_readers == 1
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
         for _ in range(200):  # the other end has no event to wait for
             if not here.a.store.num_readers:
                 break

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -145,6 +144,24 @@ Behaviour = Callable[[pb.PullRequest], AsyncIterator[pb.PullReply]]
 
 
 @dataclass
+class Stream:
+    """The reader's end of an answer."""
+
+    network: Network
+    answer: AsyncIterator[pb.PullReply]
+
+    async def __anext__(self) -> pb.PullReply:
+        return await anext(self.answer)
+
+    def count(self, size_bytes: int) -> None:
+        self.network.received_bytes += size_bytes
+
+    async def aclose(self) -> None:
+        self.network.num_open -= 1
+        await self.answer.aclose()  # type: ignore[attr-defined]
+
+
+@dataclass
 class Network:
     """Peers that answer pulls, by name; notes who was asked for what and who was blamed."""
 
@@ -152,21 +169,14 @@ class Network:
     asked: list[tuple[str, int, int]] = field(default_factory=list)
     blamed: list[tuple[str, type[PeerError]]] = field(default_factory=list)
     num_open: int = 0
+    received_bytes: int = 0
 
-    async def open_pull(self, source: str, request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+    async def open_pull(self, source: str, request: pb.PullRequest) -> Stream:
         if source not in self.peers:
             raise UnreachableError(f"{source} does not answer")
         self.asked.append((source, request.first_chunk, request.num_chunks))
-        return self._stream(self.peers[source](request))
-
-    async def _stream(self, answer: AsyncIterator[pb.PullReply]) -> AsyncIterator[pb.PullReply]:
         self.num_open += 1
-        try:
-            async with contextlib.aclosing(answer):  # type: ignore[type-var]
-                async for message in answer:
-                    yield message
-        finally:
-            self.num_open -= 1
+        return Stream(self, self.peers[source](request))
 
     def blame(self, source: str, error: PeerError) -> None:
         self.blamed.append((source, type(error)))
@@ -215,6 +225,7 @@ def test_a_pull_brings_every_byte() -> None:
     held = network.pull(["a"])
     assert held.complete and bytes_of(held) == BYTES
     assert network.asked == [("a", 0, NUM_CHUNKS)] and not network.blamed
+    assert network.received_bytes == len(BYTES)
 
 
 def test_a_pull_brings_a_part() -> None:
