@@ -2,7 +2,8 @@
 
     python benchmarks/snapshot_transfer.py [--mebibytes 128] [--repeats 5]
 
-Two processes; both ways alternate in one run, so that the machine's load falls on both. Prints MB/s and the ratio.
+Two processes; both ways alternate in one run, so that the machine's load falls on both. Room for the snapshot is made
+beforehand. Prints MB/s and the ratio.
 """
 
 from __future__ import annotations
@@ -83,8 +84,10 @@ async def measure(directory: Path, where: list[str], mebibytes: int, repeats: in
     snapshot = manifest_untrusted(signed, RUN, pb.SNAPSHOT_KIND_STATE, specs(mebibytes))
     peer_id = hivemind_module("p2p.p2p_daemon_bindings.datastructures").PeerID.from_base58(peer)
 
+    held = empty_held(snapshot)
+
     async def pulled() -> None:
-        held = empty_held(snapshot)
+        held.have.clear()
         await pull_chunks(held, range(snapshot.num_chunks), [peer], calls.open_pull, limits, lambda *_: None)
         assert held.complete
 

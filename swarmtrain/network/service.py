@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 _MAX_HELD_CALLS = 64
 _MAX_HELD_CALLS_A_PEER = 2
 _MAX_WAIT_S = 60.0
+_MAX_STUBS = 4096
 _MAX_REPLY_BYTES = MAX_FRAME_BYTES - 64 * 1024
 _R = TypeVar("_R", bound=Message)
 
@@ -125,6 +126,8 @@ class PeerCalls:
 
     async def _stub(self, peer: str) -> Any:
         if peer not in self._stubs:
+            while len(self._stubs) >= _MAX_STUBS:
+                del self._stubs[next(iter(self._stubs))]
             self._stubs[peer] = await self.node.stub_of(service_type(), peer, namespace_of(self.run_sha256))
         return self._stubs[peer]
 
@@ -156,12 +159,19 @@ class PeerCalls:
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Stream:
         """Open a pull's stream."""
-        return await self.node.open_stream(await self._stub(peer), "rpc_pull", request)
+        return await self._open(peer, "rpc_pull", request)
+
+    async def _open(self, peer: str, method: str, request: Any) -> Stream:
+        try:
+            return await self.node.open_stream(await self._stub(peer), method, request)
+        except UnreachableError:
+            self._stubs.pop(peer, None)  # dial again next time
+            raise
 
     async def blob_untrusted(self, peer: str, sha256: str, max_bytes: int) -> bytes:
         """A file that travels with the run: at most `max_bytes`, with this hash, or BadBytesError."""
         request = pb.BlobRequest(sha256=bytes.fromhex(sha256), max_bytes=max_bytes)
-        stream = await self.node.open_stream(await self._stub(peer), "rpc_blob", request)
+        stream = await self._open(peer, "rpc_blob", request)
         parts: list[bytes] = []
         size = 0
         try:

@@ -43,8 +43,8 @@ CHUNK_BYTES = 256 * 1024
 _CHUNKS_A_PULL = 256
 """Chunks asked for in one stream: 64 MiB."""
 
-_CHUNKS_A_CHECK = 8
-"""Chunks hashed together: 2 MiB."""
+_CHUNKS_A_CHECK = 4
+"""Chunks hashed together: 1 MiB."""
 
 
 @dataclass(frozen=True)
