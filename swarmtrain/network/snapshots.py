@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import mmap
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
 from swarmtrain.network.identity import Identity, peer_bytes
@@ -116,6 +117,7 @@ class Held:
     body: Body
     have: set[int]
     buffer: bytearray | None = None
+    """Where pulled bytes go, to be used as a writable buffer only; None in a snapshot of our own."""
     pulling: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while chunks are pulled into it, so that two that want the same bytes pull them once."""
 
@@ -408,6 +410,7 @@ async def pull_manifest(source: str, sha256: str, open_pull: OpenPull, limits: P
 
 
 def empty_held(snapshot: Snapshot) -> Held:
-    """Room for a snapshot's bytes, to be pulled."""
-    buffer = bytearray(snapshot.manifest.total_bytes)
+    """Room for a snapshot's bytes, to be pulled. It takes memory only as chunks arrive: whoever merely announces a
+    snapshot, or of which a share is wanted, costs no more than that."""
+    buffer = cast(bytearray, mmap.mmap(-1, snapshot.manifest.total_bytes))  # a bytearray would be filled with zeros
     return Held(snapshot, Body([buffer]), set(), buffer)

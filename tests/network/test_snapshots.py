@@ -7,6 +7,7 @@ import hashlib
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from swarmtrain.network.snapshots import (
     Body,
     Held,
     PullLimits,
+    Snapshot,
     SnapshotStore,
     TensorSpec,
     build_snapshot,
@@ -129,6 +131,16 @@ def test_a_forged_or_foreign_manifest_is_refused() -> None:
     ]:
         with pytest.raises(BadBytesError):
             manifest_untrusted(wrong, run, KIND, SPECS)
+
+
+def test_room_for_a_snapshot_takes_memory_only_as_it_fills() -> None:
+    def resident_pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    before = resident_pages()
+    room = empty_held(Snapshot(pb.Manifest(total_bytes=1 << 29), pb.Signed(), "", ""))
+    assert room.buffer is not None and len(room.buffer) == 1 << 29
+    assert resident_pages() - before < 10_000
 
 
 # ---------------------------------------------------------------- peers to pull from
