@@ -86,6 +86,7 @@ def hivemind_module(name: str) -> Any:
 
 def _quieten_and_limit() -> None:
     logging.getLogger("hivemind").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # a stream whose reader has hung up is no news
     for name, module in list(sys.modules.items()):
         if name.startswith("hivemind.") and "get_dht_time" in vars(module):
             vars(module)["get_dht_time"] = swarm_time
@@ -119,6 +120,7 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
     except BaseException:
         shutil.rmtree(sockets, ignore_errors=True)
         raise
+    _mend_control(p2p._client.control)
     return p2p, sockets
 
 
@@ -139,6 +141,31 @@ def _sockets_folder(directory: Path) -> Path:
     except FileExistsError:
         return Path(tempfile.mkdtemp(prefix="swarmtrain-", dir=sockets.parent))
     return sockets
+
+
+class _PendingCalls(dict[Any, Any]):
+    """hivemind's calls that wait for an answer, without those that were cancelled.
+
+    A call that is cancelled just when its answer arrives makes hivemind's reader set a result twice: the reader ends,
+    and every call of this process hangs from then on. It asks `in` before it sets, so here is where that is mended.
+    """
+
+    def __contains__(self, call: object) -> bool:
+        future = self.get(call)
+        return future is not None and not future.done()
+
+
+class _HandlerTasks(dict[Any, Any]):
+    """hivemind's running handlers; it forgets to drop those that were cancelled."""
+
+    def __setitem__(self, call: Any, task: asyncio.Task[Any]) -> None:
+        super().__setitem__(call, task)
+        task.add_done_callback(lambda ended: self.pop(call, None))
+
+
+def _mend_control(control: Any) -> None:
+    control._pending_calls = _PendingCalls(control._pending_calls)
+    control._handler_tasks = _HandlerTasks(control._handler_tasks)
 
 
 async def stop_daemon(p2p: Any, sockets: Path) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.membership.lifecycle import Membership, PeerState
@@ -34,12 +34,14 @@ from swarmtrain.network.snapshots import (
     pull_chunks,
     pull_manifest,
 )
+from swarmtrain.network.tasks import run_together
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Average", "Merger", "RoundSettings", "UnobtainableError"]
 
 _log = logging.getLogger(__name__)
 _ASK_AGAIN_S = 0.1
+_T = TypeVar("_T")
 
 Average = Callable[[Sequence[memoryview], Sequence[int]], "tuple[bytearray, list[int]]"]
 """(bodies or equal parts of them, weights) -> (weighted mean as bytes, indices left out as not finite)."""
@@ -122,9 +124,14 @@ class Merger:
     async def pull(self, held: Held, chunks: range, sources: Sequence[str]) -> None:
         """Bring chunks here and serve them on. Raises UnreachableError."""
         sources = [source for source in sources if source != self.identity.peer_id]
-        async with held.pulling:
+        async with held.pulling, self.calls.pull_slots:
             await pull_chunks(held, chunks, sources, self.calls.open_pull, self.settings.pull, self.blame)
         self.store.add(held)
+
+    def _rotated(self, items: list[_T]) -> list[_T]:
+        """The same items, begun elsewhere by every peer, so that not all pull from the first one first."""
+        start = int.from_bytes(self.identity.peer_id[-4:].encode(), "big") % max(1, len(items))
+        return items[start:] + items[:start]
 
     def blame(self, peer: str, error: PeerError) -> None:
         """Tell of hostile bytes; log the rest."""
@@ -144,7 +151,8 @@ class Merger:
             except UnreachableError as error:
                 raise UnobtainableError(entry.peer) from error
 
-        await _all([bring(entry, held) for entry, held in zip(roster.entries, entries, strict=True)])
+        pairs = list(zip(roster.entries, entries, strict=True))
+        await run_together(bring(entry, held) for entry, held in self._rotated(pairs))
         total = entries[0].snapshot.manifest.total_bytes
         start, end = chunks.start * CHUNK_BYTES, min(chunks.stop * CHUNK_BYTES, total)
         parts = [held.part(start, end) for held in entries]
@@ -180,7 +188,7 @@ class Merger:
                 await self._publish_share(roster, index, part)
 
         self._own_share_s = float("inf") if own is not None and ranges[own] else roster_s
-        await _all([fill(index) for index in range(len(ranges))])
+        await run_together(fill(index) for index in self._rotated(list(range(len(ranges)))))
         return mean, left_out
 
     async def _publish_share(self, roster: Roster, index: int, part: bytearray) -> None:
@@ -232,14 +240,3 @@ class Merger:
 
 def _range_bytes(chunks: range, total_bytes: int) -> int:
     return min(chunks.stop * CHUNK_BYTES, total_bytes) - chunks.start * CHUNK_BYTES
-
-
-async def _all(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run them together; on the first failure cancel the rest and raise that failure alone."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

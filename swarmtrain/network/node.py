@@ -28,6 +28,7 @@ from swarmtrain.network import daemon
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.records import RecordRules, bound_storage, bucket_key, hashed_key, make_validator
+from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["NetworkThread", "Node", "NodeSettings", "Stream", "Traffic", "correct_clock"]
@@ -91,10 +92,7 @@ def _log_stray_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -
 
 
 async def _cancel_others() -> None:
-    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end_tasks(task for task in asyncio.all_tasks() if task is not asyncio.current_task())
     await asyncio.get_running_loop().shutdown_asyncgens()
 
 
@@ -188,9 +186,12 @@ class Node:
         found = [address for address in found if "/tcp/" in address]
         return tuple(sorted(dict.fromkeys(found), key=lambda a: "/127." in a or "/::1/" in a))
 
-    async def wait_until_dead(self) -> int:
-        """Returns when the daemon has ended, with its exit status: hivemind itself does not say so."""
-        return int(await self._p2p._child.wait())
+    async def wait_until_dead(self) -> str:
+        """Returns when the daemon has ended, or nobody listens to it any more; says which: hivemind does not."""
+        control = self._p2p._client.control
+        ended = asyncio.create_task(self._p2p._child.wait())
+        await asyncio.wait({ended, control._read_task, control._write_task}, return_when=asyncio.FIRST_COMPLETED)
+        return f"ended with status {ended.result()}" if ended.done() else "was cut off from this process"
 
     # ------------------------------------------------------------- calls
 

@@ -39,6 +39,7 @@ from swarmtrain.network.roster import check_publication, publication_of, roster_
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.signing import payload_sha256
 from swarmtrain.network.snapshots import Held, SnapshotStore, empty_held, manifest_untrusted
+from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Merged", "NewState", "Outcome", "Rounds"]
@@ -103,16 +104,13 @@ class _Work:
     async def give_up_merge(self) -> None:
         """The decision is another one now."""
         if self.merge is not None:
-            self.merge.cancel()
-            await asyncio.gather(self.merge, return_exceptions=True)
+            await end_tasks([self.merge])
             self.merge = None
 
     async def cancel(self) -> None:
         """The round is over."""
         await self.give_up_merge()
-        for task in self.asking.values():
-            task.cancel()
-        await asyncio.gather(*self.asking.values(), return_exceptions=True)
+        await end_tasks(self.asking.values())
 
 
 @dataclass
@@ -358,7 +356,8 @@ class Rounds:
             if name not in tasks or tasks[name].done():
                 known.asked_at_s.setdefault(peer, swarm_time())
                 tasks[name] = asyncio.create_task(self._ask(round, known, peer))
-        if len(view.live) + len(view.guests) + 1 > self.settings.share_above:
+        present = view.live | view.guests | view.ahead | view.far_ahead
+        if len(present) + 1 > self.settings.share_above:
             return
         for peer, held in known.publications.items():
             name = f"pull {held.snapshot.sha256}"

@@ -5,6 +5,7 @@ A peer of another run does not even find the calls: the namespace is the run's h
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import hashlib
@@ -25,6 +26,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["Answers", "PeerCalls", "namespace_of", "service_type"]
 
 _log = logging.getLogger(__name__)
+_MAX_PULLS = 8
 _MAX_HELD_CALLS = 64
 _MAX_HELD_CALLS_A_PEER = 2
 _MAX_WAIT_S = 60.0
@@ -122,6 +124,8 @@ class PeerCalls:
     stall_limit_s: float = 10.0
     on_failure: Callable[[str, PeerError], None] = lambda peer, error: None
     on_answer: Callable[[str], None] = lambda peer: None
+    pull_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_PULLS))
+    """At most so many pulls at once: libp2p resets streams beyond some 120, and an uplink gains nothing by more."""
     _stubs: dict[str, Any] = field(default_factory=dict)
 
     async def _stub(self, peer: str) -> Any:

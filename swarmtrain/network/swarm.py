@@ -38,6 +38,7 @@ from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.signing import open_signed_untrusted, sign
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.network.tasks import end_tasks
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -190,9 +191,7 @@ class Swarm:
 
     async def leave(self) -> None:
         """Say goodbye to everyone, and stop answering."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         request = pb.HelloRequest(run_sha256=self._run_bytes, presence=self._signed_presence(), leaving=True)
         goodbyes = [self.calls.hello(info.peer, request, 1.0) for info in self.membership.live()]
         await asyncio.gather(*goodbyes, return_exceptions=True)
@@ -408,8 +407,7 @@ class Swarm:
         """Calls `died` with a sentence when the network daemon ends before we leave."""
 
         async def watch() -> None:
-            status = await self.node.wait_until_dead()
-            message = f"the network daemon ended (status {status}); start this peer again"
+            message = f"the network daemon {await self.node.wait_until_dead()}; start this peer again"
             self.emit(WarningEvent(message=message))
             died(message)
 

@@ -96,6 +96,8 @@ class SwarmExchange:
         section = self.run.merge
         volunteers = self.swarm.membership.volunteers()
         others_done = [info.inner_steps_done for info in volunteers if info.round == round]
+        if round == 0 and section.min_peers > 1:
+            others_done = []  # everyone has waited for the others: a whole round for all
         rule = joining_steps if self._fresh else round_steps
         steps, reason = rule(section.inner_steps, others_done)
         self._cut_short = steps < section.inner_steps
