@@ -24,6 +24,8 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,7 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
         shutil.rmtree(sockets, ignore_errors=True)
         raise
     _mend_control(p2p._client.control)
+    _note_connections(p2p._client.control.daemon_connector)
     return p2p, sockets
 
 
@@ -166,6 +169,37 @@ class _HandlerTasks(dict[Any, Any]):
 def _mend_control(control: Any) -> None:
     control._pending_calls = _PendingCalls(control._pending_calls)
     control._handler_tasks = _HandlerTasks(control._handler_tasks)
+
+
+_connections: ContextVar[list[asyncio.StreamWriter] | None] = ContextVar("connections", default=None)
+
+
+def _note_connections(connector: Any) -> None:
+    plain = connector.open_connection
+
+    async def open_connection() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await plain()
+        opened = _connections.get()
+        if opened is not None:
+            opened.append(writer)
+        return reader, writer
+
+    connector.open_connection = open_connection
+
+
+@contextlib.contextmanager
+def closed_on_failure() -> Iterator[None]:
+    """If what is inside fails, the connections to the daemon that it opened are closed: hivemind leaves them open."""
+    opened: list[asyncio.StreamWriter] = []
+    token = _connections.set(opened)
+    try:
+        yield
+    except BaseException:
+        for writer in opened:
+            writer.close()
+        raise
+    finally:
+        _connections.reset(token)
 
 
 async def stop_daemon(p2p: Any, sockets: Path) -> None:

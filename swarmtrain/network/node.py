@@ -205,9 +205,10 @@ class Node:
         multiaddr = hivemind_module("utils.multiaddr").Multiaddr
         try:
             maddrs = [multiaddr(address) for address in addresses]
-            await asyncio.wait_for(
-                self._p2p._client.connect(self._peer_id(peer), maddrs), limit_s or self.settings.call_limit_s
-            )
+            with daemon.closed_on_failure():
+                await asyncio.wait_for(
+                    self._p2p._client.connect(self._peer_id(peer), maddrs), limit_s or self.settings.call_limit_s
+                )
         except Exception as error:  # the adapter's boundary
             raise UnreachableError(f"{peer} does not answer at {', '.join(addresses) or 'any address'}") from error
         self._remember(peer, addresses)
@@ -245,7 +246,8 @@ class Node:
     async def open_stream(self, stub: Any, method: str, request: Message) -> Stream:
         """A call answered by a stream; the caller limits the time between messages and must `aclose` it."""
         try:
-            stream = await asyncio.wait_for(getattr(stub, method)(request), self.settings.call_limit_s)
+            with daemon.closed_on_failure():
+                stream = await asyncio.wait_for(getattr(stub, method)(request), self.settings.call_limit_s)
         except Exception as error:  # the adapter's boundary
             raise UnreachableError(_reason(error)) from error
         self.traffic.sent_bytes += request.ByteSize()

@@ -198,6 +198,25 @@ def test_nobody_there(here: Here) -> None:
     assert time.monotonic() - began_s < 5
 
 
+def test_calls_that_fail_leave_no_connection_behind(here: Here) -> None:
+    nobody = new_identity().peer_id
+
+    def num_open() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    async def fail() -> None:
+        for _ in range(20):
+            with pytest.raises(UnreachableError):
+                await here.a.calls.open_pull(nobody, pb.PullRequest())
+            with pytest.raises(UnreachableError):
+                await here.a.node.connect(nobody, ["/ip4/192.0.2.1/tcp/9"], 0.01)
+        await asyncio.sleep(0.05)
+
+    before = num_open()
+    here.run(fail())
+    assert num_open() <= before + 2
+
+
 def test_held_calls_are_bounded_whatever_is_asked(here: Here) -> None:
     for wait_s, held_s in [(2.0, 2.0), (float("nan"), 0.0), (float("inf"), 0.0), (-1.0, 0.0)]:
         here.run(here.b.calls.node.call(stub(here), "rpc_round", pb.RoundRequest(wait_s=wait_s)))
