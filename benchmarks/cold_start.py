@@ -8,10 +8,10 @@ losses are those of a synchronous swarm without its network. Three ways, each vo
 
 - lone: one volunteer, nobody else;
 - swarm: DiLoCo as the run file says, `min_peers` volunteers that share `total_tokens`;
-- parallel: those volunteers average their gradients at every step: the best loss, and H / 2 times the bytes.
+- parallel: those volunteers average their gradients at every step, at H / 2 times the bytes or more.
 
-`--set` takes any key of the run file; the table at the end is what `docs/lab-log.md` keeps. Runs of seconds end too
-early to tell settings apart: seeds differ by about half a percent.
+`--set` takes any key of the run file; the table at the end is what `docs/lab-log.md` keeps. The seed also
+picks the held-out text, so compare ways within a seed, and settings at the same seeds.
 """
 
 from __future__ import annotations
