@@ -76,6 +76,7 @@ class FetchedEvent(_Event):
     total_tokens: int = Field(0, description="The run ends at this many tokens; 0 when it is not told here.")
     held_out_bytes: int = Field(description="Size of the held-out text, in bytes.")
     from_peer: str = Field(description="The PeerID that served them.")
+    summary: str = Field("", description="What is about to be trained, in one sentence.")
 
 
 class JoinedEvent(_Event):
@@ -328,7 +329,7 @@ def _in_words(event: Event) -> str:
         case FetchedEvent():
             return (
                 f"fetched run {event.run_name} ({event.run_sha256[:12]}) with {size_in_words(event.held_out_bytes)} "
-                f"of held-out text from {short_peer(event.from_peer)}"
+                f"of held-out text from {short_peer(event.from_peer)}" + (f": {event.summary}" if event.summary else "")
             )
         case JoinedEvent():
             source = f"the state of {short_peer(event.state_from)}" if event.state_from else "the initial weights"

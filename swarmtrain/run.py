@@ -75,7 +75,7 @@ class ModelSection(_Section):
     num_layers: int = Field(4, ge=1, le=512, description="Number of transformer blocks.")
     width: int = Field(128, ge=8, le=65_536, description="Width of the residual stream, in numbers per token.")
     num_heads: int = Field(4, ge=1, le=1024, description="Number of attention heads; divides `width` into even parts.")
-    feed_forward_ratio: float = Field(4.0, gt=0, le=32, description="Hidden width of the feed-forward layer, as a multiple of `width`.")  # fmt: skip
+    feed_forward_ratio: float = Field(2.625, gt=0, le=32, description="Hidden width of the feed-forward layer, as a multiple of `width`.")  # fmt: skip
 
     @model_validator(mode="after")
     def _fits(self) -> ModelSection:

@@ -97,12 +97,12 @@ def test_the_command_prints_a_report_or_one_object(tmp_path: Path, capsys: pytes
     assert run_command(["check", str(path), "--peers", "3"]) == 0
     text = capsys.readouterr().out
     assert "run stdlib-gpt\n" in text
-    assert "853 k (4 layers, width 128, 4 heads; 256 tokens of bytes)" in text
+    assert "845 k (4 layers, width 128, 4 heads; 256 tokens of bytes)" in text
     assert "text, 5 kB here" in text
     assert "doubt: the corpus here has 5 kB" in text
     assert run_command(["check", str(path), "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
-    assert table["num_parameters"] == 853_120
+    assert table["num_parameters"] == 844_928
     assert table["num_peers"] == 4
     assert table["corpus_bytes"] == 5000
     assert table["doubts"]

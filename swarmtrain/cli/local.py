@@ -133,7 +133,11 @@ def _alone(directory: Path, data: Path, steps: int, emit: EventSink) -> float:
     from swarmtrain.peer.folder import PeerFolder
 
     settings = PeerSettings(
-        directory=directory, name="alone", data_folder=data, cache_folder=platformdirs.user_cache_path("swarmtrain")
+        directory=directory,
+        name="alone",
+        data_folder=data,
+        cache_folder=platformdirs.user_cache_path("swarmtrain"),
+        threads=1,  # small models gain nothing from a second one, and lose much where cores are shared
     )
     published = PeerFolder(directory / "bootstrap").kept_run()
     assert published is not None, "the bootstrap kept its run"

@@ -12,7 +12,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
 
-__all__ = ["Change", "Membership", "PeerInfo", "PeerState"]
+__all__ = ["MAX_PEERS", "Change", "Membership", "PeerInfo", "PeerState"]
+
+MAX_PEERS = 4096
+"""A table of this many peers takes no more strangers by hearsay."""
 
 
 class PeerState(Enum):
@@ -167,6 +170,21 @@ class Membership:
                 self._lose(entry, entry.info.stamp)
                 changes.append(Change(peer=peer, state=PeerState.LOST, reason="its presence expired"))
         return changes
+
+    def has_room(self) -> bool:
+        """Whether strangers may still be added: identities cost nothing, so the table is bounded."""
+        return len(self._entries) < MAX_PEERS
+
+    def forget(self, before_s: float) -> list[str]:
+        """Drop peers that are gone and of whom nothing was heard since `before_s`; returns them."""
+        gone = [
+            peer
+            for peer, entry in self._entries.items()
+            if entry.state is not PeerState.LIVE and max(entry.heard_s, entry.away_since_s) < before_s
+        ]
+        for peer in gone:
+            del self._entries[peer]
+        return gone
 
     def state(self, peer: str) -> PeerState | None:
         """What is believed of `peer`; None if it was never seen."""

@@ -69,6 +69,7 @@ def export_model(
         for name, data in files.items():
             (temporary / name).write_bytes(data)
         for path in temporary.iterdir():
+            path.chmod(0o644)
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)

@@ -161,7 +161,6 @@ class Node:
                 settings.directory,
                 key_path,
                 host_maddrs=list(settings.listen),
-                announce_maddrs=list(settings.announce) or None,
                 nat_port_map=not loopback,
                 auto_nat=not loopback,
                 use_relay=False,
@@ -169,7 +168,7 @@ class Node:
             )
         except Exception as error:  # the adapter's boundary: whatever hivemind raises becomes one sentence
             raise _start_error(error, settings) from error
-        if not await node.addresses():
+        if len(await node.addresses()) <= len(settings.announce):
             await node.stop()
             raise RunTimeError(
                 f"cannot listen at {', '.join(settings.listen)}: the port is taken; choose another with --listen"
@@ -177,13 +176,13 @@ class Node:
         return node
 
     async def addresses(self) -> tuple[str, ...]:
-        """Where others reach this node, without /p2p; loopback last."""
+        """Where others reach this node, without /p2p: what was announced first, loopback last."""
         try:
             visible = await self._p2p.get_visible_maddrs(latest=True)
         except ValueError:
             return ()
         found = [str(address).split("/p2p/")[0] for address in visible]
-        found = [address for address in found if "/tcp/" in address]
+        found = [*self.settings.announce, *(address for address in found if "/tcp/" in address)]
         return tuple(sorted(dict.fromkeys(found), key=lambda a: "/127." in a or "/::1/" in a))
 
     async def wait_until_dead(self) -> str:

@@ -50,6 +50,8 @@ _RETRY_S = 0.25
 _LOOK_S = 0.5
 _KEEP_ROUNDS = 3
 _SOURCES = 4
+_MAX_ATTEMPTS = 8
+_MAX_CHECKED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,13 +198,16 @@ class Rounds:
         self._pending.clear()
         self.current_round, self.inner_steps_done = progress.round, 0
         self._rounds = {r: known for r, known in self._rounds.items() if r > progress.round - _KEEP_ROUNDS}
-        self._checked = dict(list(self._checked.items())[-256:])
         self.store.forget_before(progress.round)
         self.tell()
 
     def know_roster(self, roster: Roster, signed: pb.Signed) -> None:
         """A roster that `advance` may name: of a state that was pulled, or read from an archive."""
         self._pending[roster.digest] = (roster, signed)
+
+    def forget_peer(self, peer: str) -> None:
+        """A peer that has long been gone."""
+        self._told.pop(peer, None)
 
     def stood_still(self, now: float) -> None:
         """This process did not run until `now`: what it missed is nobody else's silence."""
@@ -310,8 +315,10 @@ class Rounds:
         self.tell()
 
     def _keep(self, known: _Round, roster: Roster, signed: pb.Signed) -> None:
+        """Remember a roster of the round; of one signer only as many as an honest one may need."""
         name = payload_sha256(signed)
-        if name not in known.rosters:
+        same_signer = sum(1 for kept, _ in known.rosters.values() if kept.signer == roster.signer)
+        if name not in known.rosters and same_signer < _MAX_ATTEMPTS:
             known.rosters[name] = (roster, signed)
             known.unobtainable.difference_update(roster.peers)
 
@@ -419,6 +426,8 @@ class Rounds:
         """Checked once, then known by the hash of what was signed and by whom."""
         name = payload_sha256(signed) + signed.author.hex() + signed.signature.hex()
         if name not in self._checked:
+            while len(self._checked) >= _MAX_CHECKED:
+                del self._checked[next(iter(self._checked))]
             self._checked[name] = roster_untrusted(signed, self.settings.run_sha256, self.settings.max_tokens)
         return self._checked[name]
 

@@ -42,12 +42,15 @@ from swarmtrain.network.tasks import end_tasks
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["PublishedRun", "Swarm", "fetch_published", "find_run", "state_specs"]
+__all__ = ["FoundRun", "PublishedRun", "Swarm", "fetch_published", "find_run", "state_specs"]
 
 _log = logging.getLogger(__name__)
 _READ_EVERY_S = 3.0
 _MAX_INVITED = 4
 _STATE_WAIT_S = 3.0
+_OTHERS_S = 0.5
+_MAX_ADDRESSES = 4
+_FORGET_AFTER_S = 600.0
 _HEARTBEAT_S = 0.25
 _MAX_STAMP_SKEW_S = 120.0
 _MAX_READ_BUCKETS = 64
@@ -80,36 +83,53 @@ def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     )
 
 
-async def find_run(node: Node, invite: Invite, limit_s: float = 15.0) -> str:
-    """Dial the invited peers; the PeerID of one that answers, the clock being corrected by those that do.
+@dataclass(frozen=True)
+class FoundRun:
+    """Who answered, and by how much this machine's clock was corrected, in seconds."""
+
+    peer: str
+    clock_correction_s: float
+
+
+async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], limit_s: float = 15.0) -> FoundRun:
+    """Dial `peers`; one of those that answer first. The clock is corrected by the median of those.
 
     Raises RunTimeError, within `limit_s`, when nobody answers.
     """
-    calls = PeerCalls(node, invite.run_sha256)
+    calls = PeerCalls(node, run_sha256)
 
     async def knock(peer: InvitedPeer) -> tuple[str, float]:
         await node.connect(peer.peer, peer.addresses, limit_s)
         asked_s = time.time()
-        reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(invite.run_sha256)), limit_s)
+        reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
         return peer.peer, reply.time - (asked_s + time.time()) / 2
 
-    tasks = [asyncio.create_task(knock(peer)) for peer in invite.peers if peer.peer != node.identity.peer_id]
+    tasks = [asyncio.create_task(knock(peer)) for peer in peers if peer.peer != node.identity.peer_id]
     if not tasks:
         raise RunTimeError("the invite names nobody but this peer; ask someone else of the swarm for one")
-    done, pending = await asyncio.wait(tasks, timeout=limit_s)
-    for task in pending:
-        task.cancel()
-    answers = [task.result() for task in done if task.exception() is None]
+    answers: list[tuple[str, float]] = []
+    reasons: set[str] = set()
+    try:
+        for next_done in asyncio.as_completed(tasks, timeout=limit_s):
+            try:
+                answers.append(await next_done)
+            except PeerError as error:
+                reasons.add(str(error))
+                continue
+            if len(answers) == 1:
+                await asyncio.wait(tasks, timeout=_OTHERS_S)
+                answers = [t.result() for t in tasks if t.done() and not t.cancelled() and t.exception() is None]
+            break
+    except TimeoutError:
+        reasons.add("no answer in time")
+    finally:
+        await end_tasks(tasks)
     if not answers:
-        where = ", ".join(address for peer in invite.peers for address in peer.addresses)
-        reasons = {str(task.exception()) for task in done}
+        where = ", ".join(address for peer in peers for address in peer.addresses)
         if any("does not serve this run" in reason for reason in reasons):
             raise RunTimeError(f"the peer at {where} serves another run; ask for a new invite")
         raise RunTimeError(f"nobody answers at {where}: is the swarm up? If it is, ask for a new invite")
-    offset_s = correct_clock([offset for _, offset in answers])
-    if offset_s:
-        _log.warning("this machine's clock is off by %.1f s; corrected by the others'", -offset_s)
-    return answers[0][0]
+    return FoundRun(answers[0][0], correct_clock([offset for _, offset in answers]))
 
 
 @dataclass
@@ -209,6 +229,10 @@ class Swarm:
             await self.read_presences()
             for change in self.membership.expire(swarm_time()):
                 self._report(change)
+            for peer in self.membership.forget(swarm_time() - _FORGET_AFTER_S):
+                self._signed.pop(peer, None)
+                self._greeted.discard(peer)
+                self.rounds.forget_peer(peer)
             newcomers = [info.peer for info in self.membership.live() if info.peer not in self._greeted]
             await asyncio.gather(*(self._greet(peer, self._signed_presence()) for peer in newcomers[:32]))
 
@@ -311,8 +335,12 @@ class Swarm:
             return
         if expected_author is not None and author != expected_author:
             raise BadBytesError("a presence of another peer than the one that sent it")
-        self._signed[author] = signed
+        if expected_author is None and not self.membership.has_room():
+            return  # hearsay of strangers, of whom anyone can invent any number
         self._saw(author, message, message.stamp + self.published.run.network.presence_ttl_s)
+        info = self.membership.info(author)
+        if info is not None and info.stamp == message.stamp:
+            self._signed[author] = signed
 
     # ------------------------------------------------------------- answers to others
 
@@ -378,8 +406,8 @@ class Swarm:
         """An invite through this peer, the bootstrap and a few others."""
         others = [info for info in self.membership.live() if info.addresses]
         others.sort(key=lambda info: not info.is_bootstrap)
-        peers = [InvitedPeer(self.identity.peer_id, self.me.addresses)]
-        peers += [InvitedPeer(info.peer, info.addresses[:3]) for info in others[: _MAX_INVITED - 1]]
+        peers = [InvitedPeer(self.identity.peer_id, self.me.addresses[:_MAX_ADDRESSES])]
+        peers += [InvitedPeer(info.peer, info.addresses[:2]) for info in others[: _MAX_INVITED - 1]]
         return Invite(self.published.sha256, tuple(peers))
 
     def _call_failed(self, peer: str, error: PeerError) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import math
 import random
 import time
 from dataclasses import dataclass, field
@@ -17,20 +18,22 @@ from swarmtrain import __version__
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
-from swarmtrain.errors import PeerError, UserError
+from swarmtrain.errors import PeerError, RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, body_of, tensor_specs
+from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
-from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
 from swarmtrain.peer.common import (
     Emit,
     Interrupted,
     PeerSettings,
     StopFlag,
     as_peer,
+    clock_warning,
     held_out_loss,
     invite_event,
     leave_swarm,
@@ -42,6 +45,7 @@ from swarmtrain.peer.common import (
     wait_for,
 )
 from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.state_file import KeptState, load_state, save_state
 from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
 
 __all__ = ["publish_run", "run_bootstrap"]
@@ -49,6 +53,7 @@ __all__ = ["publish_run", "run_bootstrap"]
 _LOOK_EVERY_S = 1.0
 _LINGER_S = 60.0
 _SAMPLE = 16
+_REDIAL_S = 3.0
 
 
 def publish_run(run: RunFile, base: Path, created: datetime.datetime) -> PublishedRun:
@@ -112,6 +117,7 @@ class _Bootstrap:
     progress: Progress = field(default_factory=Progress)
     state: OuterState | None = None
     loss: float | None = None
+    known: list[InvitedPeer] = field(default_factory=list)
 
     def run(self) -> DoneEvent:
         node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
@@ -121,7 +127,8 @@ class _Bootstrap:
         me = PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
         specs = tensor_specs(model.named_parameters())
         swarm = self.swarm = Swarm(node, self.published, specs, average_bytes_untrusted, self.emit, me)
-        wait_for(self.network.submit(swarm.start([])), self.stop)
+        self._restore(swarm, sum(spec.size_bytes for spec in specs) // 4)
+        wait_for(self.network.submit(swarm.start(self._reachable(node))), self.stop)
         wait_for(self.network.submit(swarm.watch_daemon(self.stop.fail)), self.stop)
         wait_for(self.network.submit(swarm.announce()), self.stop)
         event = invite_event(swarm.invite())
@@ -130,7 +137,7 @@ class _Bootstrap:
         self._archive_until_the_end(swarm)
         self._measure_and_save()
         self._wait_for_goodbyes(swarm)
-        return self.done("total_tokens")
+        return self.done("total_tokens" if self.loss is not None else "the volunteers left without the last state")
 
     def done(self, reason: str) -> DoneEvent:
         """How it ended."""
@@ -142,20 +149,67 @@ class _Bootstrap:
             reason=reason,
         )
 
+    def _reachable(self, node: Node) -> tuple[InvitedPeer, ...]:
+        """The peers known from last time, if one of them answers: started again, it goes back to the same swarm."""
+        known = self.folder.kept_peers()
+        if not known:
+            return ()
+        try:
+            finding = find_run(node, self.published.sha256, known, _REDIAL_S)
+            found = wait_for(self.network.submit(finding), self.stop)
+        except RunTimeError:
+            return ()
+        if found.clock_correction_s:
+            self.emit(clock_warning(found.clock_correction_s))
+        return tuple(peer for peer in known if peer.peer == found.peer)
+
+    def _restore(self, swarm: Swarm, num_parameters: int) -> None:
+        """Offer the state that was archived last time."""
+        kept = load_state(self.folder.state_path, self.published.run, self.published.sha256, num_parameters)
+        if kept is not None:
+            self._offer(swarm, kept)
+
+    def _offer(self, swarm: Swarm, kept: KeptState) -> None:
+        """Serve this state to joiners, and say that we have it."""
+        self.state, self.progress = kept.state, kept.progress
+        body = body_of(kept.state.theta, kept.state.momentum)
+
+        async def offer() -> None:
+            swarm.rounds.know_roster(kept.roster, kept.signed_roster)
+            swarm.set_state(kept.progress, body)
+            swarm.me = dataclasses.replace(swarm.me, round=kept.progress.round, run_tokens=kept.progress.run_tokens)
+
+        wait_for(self.network.submit(offer()), self.stop)
+
     def _archive_until_the_end(self, swarm: Swarm) -> None:
-        """Take the state of some volunteer every `archive_every_s`, and at the end."""
+        """Take the state of some volunteer every `archive_every_s`, and at the end.
+
+        Gives up when the run has had its tokens and nobody has delivered the last state for a minute.
+        """
         total = self.published.run.run.total_tokens
-        next_s = time.monotonic() + self.published.run.network.archive_every_s
+        every_s = self.published.run.network.archive_every_s
+        next_s = time.monotonic() + every_s
+        end_seen_s = math.inf
         while self.progress.run_tokens < total:
             self.stop.sleep(_LOOK_EVERY_S)
             self._ask_how_far(swarm)
             newest = max((info.run_tokens for info in swarm.membership.volunteers()), default=0)
+            if newest >= total:
+                end_seen_s = min(end_seen_s, time.monotonic())
+            if time.monotonic() > end_seen_s + _LINGER_S:
+                self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
+                return
             due = time.monotonic() >= next_s and newest > self.progress.run_tokens
-            if (due or newest >= total) and self._archive(swarm):
-                next_s = time.monotonic() + self.published.run.network.archive_every_s
+            if (due or end_seen_s < math.inf) and self._archive(swarm):
+                next_s = time.monotonic() + every_s
 
     def _ask_how_far(self, swarm: Swarm) -> None:
+        """Look how far the volunteers are, and remember whom to dial if we are started again."""
         wait_for(self.network.submit(swarm.greet_some()), self.stop)
+        known = [InvitedPeer(i.peer, i.addresses) for i in swarm.membership.volunteers()[:_SAMPLE] if i.addresses]
+        if known and known != self.known:
+            self.known = known
+            self.folder.keep_peers(known)
 
     def _archive(self, swarm: Swarm) -> bool:
         """Pull the newest state, offer it to joiners, and write it down; False if nobody delivered."""
@@ -169,27 +223,30 @@ class _Bootstrap:
         except PeerError as error:
             self.emit(WarningEvent(message=f"the archive refused a state from {new.from_peer}: {error}"))
             return False
-        self.state, self.progress = state, progress
-        body = body_of(state.theta, state.momentum)
-
-        async def offer() -> None:
-            swarm.rounds.know_roster(new.roster, new.signed_roster)
-            swarm.set_state(progress, body)
-            swarm.me = dataclasses.replace(swarm.me, round=progress.round, run_tokens=progress.run_tokens)
-
-        wait_for(self.network.submit(offer()), self.stop)
-        model = build_model(self.published.run.model, self.published.run.run.seed)
-        save_model(self.folder.archive_path, model, state.theta, self.published, progress)
-        self.emit(
-            ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(self.folder.archive_path))
-        )
+        kept = KeptState(state=state, progress=progress, roster=new.roster, signed_roster=new.signed_roster)
+        self._offer(swarm, kept)
+        try:
+            self._write_archive(kept)
+        except OSError as error:
+            self.emit(
+                WarningEvent(message=f"the archive could not be written: {error.strerror}; make room")
+            )
         return True
+
+    def _write_archive(self, kept: KeptState) -> None:
+        progress = kept.progress
+        save_state(self.folder.state_path, kept)
+        model = build_model(self.published.run.model, self.published.run.run.seed)
+        save_model(self.folder.archive_path, model, kept.state.theta, self.published, progress)
+        path = str(self.folder.archive_path)
+        self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=path))
 
     def _measure_and_save(self) -> None:
         run = self.published.run
         model = build_model(run.model, run.run.seed)
         tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, run.model.vocabulary_size)
-        assert self.state is not None
+        if self.state is None:
+            return
         self.loss = held_out_loss(model, self.state.theta, self.published, tokenizer)
         self.emit(EvalEvent(round=self.progress.round - 1, held_out_loss=self.loss))
         save_model(self.folder.model_path, model, self.state.theta, self.published, self.progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import threading
 import time
@@ -19,7 +20,7 @@ from swarmtrain.algorithm.outer import OuterState, unflatten_into
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.errors import BadBytesError, RunTimeError
-from swarmtrain.events import Event, InviteEvent, stamped
+from swarmtrain.events import Event, InviteEvent, WarningEvent, stamped
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import GPT, evaluate
@@ -37,6 +38,7 @@ __all__ = [
     "PeerSettings",
     "StopFlag",
     "as_peer",
+    "clock_warning",
     "held_out_loss",
     "invite_event",
     "leave_swarm",
@@ -48,6 +50,7 @@ __all__ = [
     "wait_for",
 ]
 
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _GOODBYE_S = 3.0
 
@@ -105,6 +108,15 @@ class StopFlag:
         self.check()
 
 
+def clock_warning(correction_s: float) -> WarningEvent:
+    """What a person is told when the swarm's time is not this machine's."""
+    direction = "behind" if correction_s > 0 else "ahead of"
+    return WarningEvent(
+        message=f"this machine's clock is {abs(correction_s):.1f} s {direction} the others'; corrected for this run, "
+        "set it right when you can"
+    )
+
+
 def wait_for(future: Future[_T], stop: StopFlag) -> _T:
     """The future's result; raises as `StopFlag.check` does as soon as an end is asked for."""
     while True:
@@ -121,12 +133,26 @@ def wait_for(future: Future[_T], stop: StopFlag) -> _T:
 
 
 def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolder, stop: StopFlag) -> Node:
-    """This peer's node, listening; RunTimeError when the port is taken."""
+    """This peer's node, listening; RunTimeError when the port is taken.
+
+    Without an address to listen at it takes the port it had last time in this folder, so that its invites stay good.
+    """
     identity = load_or_create_identity(folder.key_path)
     node_settings = NodeSettings(directory=folder.path, announce=settings.announce)
     if settings.listen:
         node_settings = dataclasses.replace(node_settings, listen=settings.listen)
-    return wait_for(network.submit(Node.start(node_settings, identity, folder.key_path)), stop)
+        return wait_for(network.submit(Node.start(node_settings, identity, folder.key_path)), stop)
+    port = folder.kept_port()
+    if port is not None:
+        same = tuple(address.replace("/tcp/0", f"/tcp/{port}") for address in node_settings.listen)
+        try:
+            again = dataclasses.replace(node_settings, listen=same)
+            return wait_for(network.submit(Node.start(again, identity, folder.key_path)), stop)
+        except RunTimeError as error:
+            _log.info("not at the port of last time: %s", error)
+    node = wait_for(network.submit(Node.start(node_settings, identity, folder.key_path)), stop)
+    folder.keep_port(wait_for(network.submit(node.addresses()), stop))
+    return node
 
 
 def as_peer(emit: Emit, peer: str, name: str) -> Emit:

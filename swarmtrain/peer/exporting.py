@@ -59,7 +59,7 @@ def export_from_swarm(invite: Invite, target: Path, stop: StopFlag) -> int:
     with tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory, peer_folder(Path(directory)) as folder:
         try:
             node = start_node(network, PeerSettings(directory=folder.path, name="export"), folder, stop)
-            source = wait_for(network.submit(find_run(node, invite)), stop)
+            source = wait_for(network.submit(find_run(node, invite.run_sha256, invite.peers)), stop).peer
             calls = PeerCalls(node, invite.run_sha256)
             published = wait_for(network.submit(fetch_published(calls, source, parse_published_untrusted, {})), stop)
             model = build_model(published.run.model, published.run.run.seed)

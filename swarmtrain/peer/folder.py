@@ -6,7 +6,9 @@ run.toml       the published run, its exact bytes
 held-out.txt   the run's held-out text
 tokenizer.bin  the run's learnt tokenizer, if it has one
 invite.txt     the line to hand out, while a peer runs
-archive/       (bootstrap) the run's newest state
+port.txt       the port it listened at
+peers.json     (bootstrap) whom it knew
+archive/       (bootstrap) the run's newest model, and beside it state.safetensors, the state behind it
 model/         the model at the end
 """
 
@@ -15,13 +17,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from swarmtrain.errors import BadBytesError, UserError
 from swarmtrain.network.files import write_atomically
+from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.run import parse_published_untrusted, run_sha256
 
@@ -39,6 +44,7 @@ class PeerFolder:
         self.invite_path = path / "invite.txt"
         self.model_path = path / "model"
         self.archive_path = path / "archive"
+        self.state_path = path / "state.safetensors"
 
     def kept_files(self) -> Mapping[str, bytes]:
         """The run's files that are here already, by their hash."""
@@ -74,6 +80,32 @@ class PeerFolder:
             if data:
                 write_atomically(self.path / name, data)
 
+    def kept_port(self) -> int | None:
+        """The TCP port this peer listened at last time."""
+        try:
+            return int((self.path / "port.txt").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def keep_port(self, addresses: Sequence[str]) -> None:
+        """Remember the port in the last of `addresses` (multiaddresses)."""
+        match = re.search(r"/tcp/(\d+)", addresses[-1] if addresses else "")
+        if match is not None:
+            write_atomically(self.path / "port.txt", match[1].encode())
+
+    def kept_peers(self) -> tuple[InvitedPeer, ...]:
+        """Whom this peer knew when it last ran."""
+        try:
+            rows = json.loads((self.path / "peers.json").read_text())
+            return tuple(InvitedPeer(row["peer"], tuple(row["addresses"])) for row in rows)
+        except (OSError, ValueError, KeyError, TypeError):
+            return ()
+
+    def keep_peers(self, peers: Sequence[InvitedPeer]) -> None:
+        """Remember whom to dial when started again."""
+        rows = [{"peer": peer.peer, "addresses": list(peer.addresses)} for peer in peers]
+        write_atomically(self.path / "peers.json", json.dumps(rows, indent=1).encode())
+
     def write_invite(self, line: str) -> None:
         """Leave the line for `swarmtrain invite`."""
         write_atomically(self.invite_path, (line + "\n").encode())
@@ -82,6 +114,7 @@ class PeerFolder:
 @contextmanager
 def peer_folder(path: Path) -> Iterator[PeerFolder]:
     """The folder at `path`, made if need be and held alone. UserError when it is in use or cannot be written."""
+    path = path.absolute()  # the daemon runs elsewhere
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)

@@ -21,11 +21,12 @@ from swarmtrain.events import (
     JoinedEvent,
     RoundEvent,
     StartedEvent,
+    count_in_words,
     short_peer,
     times_below_allreduce,
 )
 from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.model.gpt import GPT, build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs, vector_sha256
 from swarmtrain.network.invite import Invite
 from swarmtrain.network.node import NetworkThread, Node
@@ -37,6 +38,7 @@ from swarmtrain.peer.common import (
     PeerSettings,
     StopFlag,
     as_peer,
+    clock_warning,
     held_out_loss,
     invite_event,
     leave_swarm,
@@ -51,7 +53,7 @@ from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.trainer import RoundReport, Trainer
 from swarmtrain.run import RunFile, parse_published_untrusted
 
-__all__ = ["data_base", "run_volunteer"]
+__all__ = ["data_base", "run_volunteer", "summary_of"]
 
 _LINGER_S = 60.0
 
@@ -129,7 +131,11 @@ class _Volunteer:
 
     def _fetch(self, node: Node) -> PublishedRun:
         """Dial, correct the clock, and fetch the run by its hash."""
-        source = wait_for(self.network.submit(find_run(node, self.invite)), self.stop)
+        finding = find_run(node, self.invite.run_sha256, self.invite.peers)
+        found = wait_for(self.network.submit(finding), self.stop)
+        source = found.peer
+        if found.clock_correction_s:
+            self.emit(clock_warning(found.clock_correction_s))
         calls = PeerCalls(node, self.invite.run_sha256)
         fetching = fetch_published(calls, source, parse_published_untrusted, self.folder.kept_files())
         try:
@@ -144,6 +150,7 @@ class _Volunteer:
                 total_tokens=published.run.run.total_tokens,
                 held_out_bytes=len(published.held_out),
                 from_peer=source,
+                summary=summary_of(published.run),
             )
         )
         return published
@@ -255,6 +262,19 @@ class _Volunteer:
         except Interrupted:
             pass
         return loss
+
+
+def summary_of(run: RunFile) -> str:
+    """What a volunteer is about to run, in one sentence."""
+    data = {
+        "python-stdlib": "this machine's Python standard library",
+        "datasets": f"the data set {run.data.dataset}",
+    }.get(run.data.source, f"your files {', '.join(run.data.paths)}")
+    parameters = count_in_words(num_parameters(run.model))
+    return (
+        f"a model of {parameters} parameters on {data}, until {count_in_words(run.run.total_tokens)} tokens, "
+        f"merging every {run.merge.inner_steps} steps ({run.merge.method})"
+    )
 
 
 def data_base(run: RunFile, data_folder: Path | None) -> Path:

@@ -18,7 +18,7 @@ from swarmtrain.run import ModelSection
 
 PINNED = "7964e91b4bce18c4aff1affe2691b7f4702507d94a778aaa3d85bb7e9eaef487"
 GOLDEN = [5.7616, 3.6945, 1.2375, 0.1737]
-TINY = ModelSection(context_tokens=16, num_layers=2, width=16, num_heads=2)
+TINY = ModelSection(feed_forward_ratio=4.0, context_tokens=16, num_layers=2, width=16, num_heads=2)
 
 
 def _trained(seed: int = 0, num_steps: int = 30) -> GPT:
@@ -150,7 +150,7 @@ def test_deeper_models_share_their_first_blocks() -> None:
 
 
 def test_initial_weights_have_their_scale() -> None:
-    model = build_model(ModelSection(), 0)
+    model = build_model(ModelSection(feed_forward_ratio=4.0), 0)
     assert model.embed.weight.std().item() == pytest.approx(1.0, rel=0.02)
     assert model.blocks[3].attention.qkv.weight.std().item() == pytest.approx(1 / math.sqrt(128), rel=0.02)
     assert abs(model.embed.weight.mean().item()) < 0.02
