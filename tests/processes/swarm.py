@@ -1,0 +1,374 @@
+"""Real processes of a swarm for tests: starts them, reads their events, ends them, and finds what they leave behind.
+
+Every process gets a variable in its environment that nobody else has, and so does whatever it starts: what is left
+of a swarm is what still has it. Tests wait for events, never for a time: limits are generous, since they are only
+reached when something is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, JoinedEvent, RoundEvent, parse_event
+from swarmtrain.network.daemon import owned_process_args
+
+PATIENCE_S = 120.0
+"""How long to wait for what must happen, on a machine that others use too."""
+
+EXIT_S = 5.0
+"""How long a peer may take to end after Ctrl-C, and its processes to be gone."""
+
+_E = TypeVar("_E")
+
+
+def wait_until(condition: Callable[[], Any], what: str, limit_s: float = PATIENCE_S) -> Any:
+    """What `condition` returns once that is true; fails with `what` after `limit_s`."""
+    give_up_s = time.monotonic() + limit_s
+    while not (value := condition()):
+        assert time.monotonic() < give_up_s, f"not within {limit_s:g} s: {what() if callable(what) else what}"
+        time.sleep(0.02)
+    return value
+
+
+# ---------------------------------------------------------------- runs
+
+_TINY: dict[str, dict[str, Any]] = {
+    "run": {"name": "tiny", "seed": 5, "total_tokens": 10**9},
+    "model": {"context_tokens": 64, "num_layers": 2, "width": 64, "num_heads": 2, "feed_forward_ratio": 2.0},
+    "data": {"source": "text", "paths": ["texts/*.txt"], "held_out_bytes": 4096},
+    "inner": {"batch_sequences": 8, "warmup_fraction": 0.0},
+    "merge": {"inner_steps": 10, "silence_s": 2.0, "outer_momentum": 0.5},
+    "network": {"call_limit_s": 3.0, "stall_limit_s": 3.0},
+}
+
+
+def write_run(folder: Path, **sections: Mapping[str, Any]) -> Path:
+    """A run file of seconds, with `sections` over what it says; its text is beside it, below `folder`."""
+    texts = folder / "texts"
+    if not texts.exists():
+        texts.mkdir(parents=True)
+        for number in range(12):
+            (texts / f"{number}.txt").write_text(_text(number))
+    table = {name: {**_TINY.get(name, {}), **sections.get(name, {})} for name in {**_TINY, **sections}}
+    path = folder / f"{table['run']['name']}.toml"
+    path.write_text(tomli_w.dumps(table))
+    return path
+
+
+def _text(seed: int) -> str:
+    """Some 16 kB of made-up sentences: a model is soon at the same loss on any of them."""
+    words = ["".join(random.Random(n).choices("abcdefghiklmnoprstuvw", k=2 + n % 7)) for n in range(150)]
+    chance = random.Random(1000 + seed)
+    return "\n".join(" ".join(chance.choices(words, k=10)) for _ in range(300)) + "\n"
+
+
+# ---------------------------------------------------------------- processes
+
+
+@dataclass
+class Child:
+    """One process of a swarm, and the events it has told."""
+
+    name: str
+    folder: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+    events: list[Event] = field(default_factory=list)
+    noise: list[bytes] = field(default_factory=list)
+    _news: threading.Condition = field(default_factory=threading.Condition)
+    _reader: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reader = threading.Thread(target=self._read, name=f"events of {self.name}", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._news:
+                try:
+                    self.events.append(parse_event(line))
+                except ValueError:
+                    self.noise.append(line)
+                self._news.notify_all()
+        with self._news:
+            self._news.notify_all()
+
+    # ------------------------------------------------------------- events
+
+    def wait_event(
+        self, kind: type[_E], where: Callable[[_E], bool] = lambda event: True, limit_s: float = PATIENCE_S
+    ) -> _E:
+        """The first event of this kind that `where` accepts, of those told already too."""
+        give_up_s = time.monotonic() + limit_s
+        seen = 0
+        with self._news:
+            while True:
+                for event in self.events[seen:]:
+                    if isinstance(event, kind) and where(event):
+                        return event
+                seen = len(self.events)
+                assert self._reader.is_alive(), f"{self.name} ended without {kind.__name__}; {self.story()}"
+                left_s = give_up_s - time.monotonic()
+                assert left_s > 0, f"no {kind.__name__} of {self.name} within {limit_s:g} s; {self.story()}"
+                self._news.wait(min(left_s, 0.2))
+
+    def all(self, kind: type[_E]) -> list[_E]:
+        """Its events of one kind so far."""
+        return [event for event in list(self.events) if isinstance(event, kind)]
+
+    def rounds(self) -> dict[int, RoundEvent]:
+        """Its rounds so far, by number."""
+        return {event.round: event for event in self.all(RoundEvent)}
+
+    @property
+    def last_round(self) -> int:
+        """The last round it merged; -1 before the first."""
+        return max(self.rounds(), default=-1)
+
+    def wait_round(self, round: int, limit_s: float = PATIENCE_S) -> RoundEvent:
+        """Its first round with this number or a later one."""
+        return self.wait_event(RoundEvent, lambda event: event.round >= round, limit_s)
+
+    def wait_more_rounds(self, number: int, limit_s: float = PATIENCE_S) -> RoundEvent:
+        """So many more rounds than it has had."""
+        return self.wait_round(self.last_round + number, limit_s)
+
+    @property
+    def id(self) -> str:
+        """Its PeerID, from the first event that tells it."""
+        wait_until(
+            lambda: any(event.peer for event in list(self.events)) or self.process.poll() is not None,
+            lambda: f"an event of {self.name}; {self.story()}",
+        )
+        return next(event.peer for event in self.events if event.peer)
+
+    @property
+    def invite(self) -> InviteEvent:
+        """The invite it tells."""
+        return self.wait_event(InviteEvent)
+
+    def story(self) -> str:
+        """What is known of it, for a failed assertion."""
+        log = self.log.read_text(errors="replace") if self.log.exists() else ""
+        told = "\n  ".join(f"{type(event).__name__} {event}"[:400] for event in self.events[-8:])
+        return f"{self.name}: exit code {self.process.poll()}\n  {told}\nstandard error:\n{log[-3000:]}"
+
+    # ------------------------------------------------------------- its end
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.kill()
+        self.process.wait()
+
+    def wait(self, limit_s: float = PATIENCE_S) -> int:
+        """Its exit code, once it has ended and everything it told was read."""
+        try:
+            code = self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} did not end within {limit_s:g} s; {self.story()}") from None
+        self._reader.join(10)
+        return code
+
+    def error_line(self) -> str:
+        """The last line of its standard error."""
+        return (self.log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+
+    # ------------------------------------------------------------- its processes
+
+    def daemon(self) -> int:
+        """Its daemon's process."""
+        return wait_until(lambda: next(iter(self._daemons()), 0), f"the daemon of {self.name}")
+
+    def _daemons(self) -> list[int]:
+        return [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/status")
+            if f"\nPPid:\t{self.process.pid}\n" in _text_of(path) and "p2pd" in _text_of(path)
+        ]
+
+    def sockets(self) -> Path:
+        """The folder of its daemon's sockets, as the daemon was told it."""
+        words = Path(f"/proc/{self.daemon()}/cmdline").read_bytes().split(b"\0")
+        path = next(word for word in words if word.startswith((b"-listen=/unix", b"--listen=/unix")))
+        return Path(os.fsdecode(path.partition(b"/unix")[2])).parent
+
+    def pss_bytes(self) -> int:
+        """Memory of all its processes: what is shared counts in proportion."""
+        total = 0
+        for pid in (self.process.pid, *self._daemons()):
+            for line in _text_of(Path(f"/proc/{pid}/smaps_rollup")).splitlines():
+                if line.startswith("Pss:"):
+                    total += 1024 * int(line.split()[1])
+        return total
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # it has ended
+        return ""
+
+
+@dataclass
+class Swarm:
+    """Processes of swarms, below one folder; a context manager that ends them all."""
+
+    folder: Path
+    children: list[Child] = field(default_factory=list)
+    tag: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __enter__(self) -> Swarm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self.children:
+            if child.process.poll() is None:
+                child.process.kill()
+        for child in self.children:
+            child.process.wait()
+        give_up_s = time.monotonic() + EXIT_S
+        while (left := self.leftovers()) and time.monotonic() < give_up_s:
+            time.sleep(0.05)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for child in self.children:
+            child._reader.join(10)
+            assert child.process.stdout is not None
+            child.process.stdout.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its processes see; their caches and default folders are below its folder."""
+        own = {
+            "OMP_NUM_THREADS": "1",
+            "SWARMTRAIN_TEST": self.tag,
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+            "XDG_DATA_HOME": str(self.folder / "data"),
+        }
+        return {**os.environ, **own}
+
+    def start(self, name: str, arguments: Sequence[str], *, prelude: str = "", cwd: Path | None = None) -> Child:
+        """Start `swarmtrain ARGUMENTS`; `prelude` is Python that runs before it. It dies with this process."""
+        command = [sys.executable, "-m", "swarmtrain.cli", *arguments]
+        if prelude:
+            code = f"{prelude}\nfrom swarmtrain.cli.main import main\nmain()"
+            command = [sys.executable, "-c", code, *arguments]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self.folder / f"{name}-{len(self.children)}.log"
+        with log.open("wb") as errors:
+            process = subprocess.Popen(
+                owned_process_args(command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=self.environment,
+                cwd=cwd or self.folder,
+            )
+        child = Child(name, self.folder / name, process, log)
+        self.children.append(child)
+        return child
+
+    def _peer(self, name: str, arguments: Sequence[str], prelude: str = "") -> Child:
+        own = ["--json", "--name", name, "--dir", str(self.folder / name), "--listen", "127.0.0.1:0"]
+        return self.start(name, [*arguments, *own], prelude=prelude)
+
+    def bootstrap(self, run_file: Path, *extra: str, name: str = "bootstrap") -> Child:
+        """Start a bootstrap of `run_file`."""
+        return self._peer(name, ["bootstrap", str(run_file), *extra])
+
+    def join(self, name: str, invite: str, *extra: str, prelude: str = "") -> Child:
+        """Start a volunteer; its text is beside the run files that `write_run` wrote into this folder."""
+        return self._peer(name, ["join", invite, "--threads", "1", "--data", str(self.folder), *extra], prelude)
+
+    def join_all(self, names: Sequence[str], invite: str) -> list[Child]:
+        """Start volunteers, and wait until each has joined."""
+        children = [self.join(name, invite) for name in names]
+        for child in children:
+            child.wait_event(JoinedEvent)
+        return children
+
+    def run(self, *arguments: str, limit_s: float = PATIENCE_S) -> Finished:
+        """Run a command to its end."""
+        child = self.start(arguments[0] if arguments else "none", arguments)
+        code = child.wait(limit_s)
+        return Finished(code, child.noise, child.log.read_text(), child.all(ErrorEvent))
+
+    # ------------------------------------------------------------- what is left
+
+    def leftovers(self) -> dict[int, str]:
+        """Processes of this swarm that live: ours and daemons, with their command lines."""
+        mark = f"SWARMTRAIN_TEST={self.tag}".encode()
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes().split(b"\0"):
+                    words = (path.parent / "cmdline").read_bytes().split(b"\0")
+                    found[int(path.parent.name)] = b" ".join(words[:6]).decode(errors="replace")[:200]
+        return found
+
+    def assert_nothing_left(self) -> None:
+        """No process of ours nor of a daemon is there, at the latest after 5 s."""
+        wait_until(lambda: not self.leftovers(), lambda: f"still there: {self.leftovers()}", EXIT_S)
+
+    def interrupt_all(self, children: Sequence[Child]) -> None:
+        """Ctrl-C for each: a clean end of all of them in time, and nothing left."""
+        sockets = [child.sockets() for child in children]
+        for child in children:
+            child.interrupt()
+        began_s = time.monotonic()
+        for child in children:
+            assert child.wait(max(0.1, began_s + EXIT_S - time.monotonic())) == 0, child.story()
+            done = child.all(DoneEvent)
+            assert [event.reason for event in done] == ["interrupted"], child.story()
+            assert not child.noise, f"{child.name} wrote something else than events: {child.noise[:3]}"
+        self.assert_nothing_left()
+        assert not [folder for folder in sockets if folder.exists()]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    code: int
+    lines: list[bytes]
+    stderr: str
+    errors: list[ErrorEvent]
+
+    @property
+    def stdout(self) -> str:
+        """What it wrote that is no event."""
+        return b"".join(self.lines).decode()
+
+
+def assert_same_states(children: Sequence[Child]) -> int:
+    """Whoever merged a round has the weights of all who did; returns how many rounds several of them merged."""
+    compared = 0
+    by_round: dict[int, dict[str, RoundEvent]] = {}
+    for child in children:
+        for number, event in child.rounds().items():
+            by_round.setdefault(number, {})[child.name] = event
+    for number, events in sorted(by_round.items()):
+        states = {name: event.state_sha256[:12] for name, event in events.items()}
+        assert len(set(states.values())) == 1, f"round {number}: {states}"
+        compared += len(states) > 1
+    return compared
