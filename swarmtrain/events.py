@@ -117,7 +117,7 @@ class RoundEvent(_Event):
     stall_s: float = Field(description="The part of `merge_s` in which it waited for others, in seconds.")
     bytes_sent: int = Field(description="Payload bytes this peer sent to others in the round.")
     bytes_received: int = Field(description="Payload bytes this peer received from others in the round.")
-    times_below_allreduce: float | None = Field(None, description="How many times fewer bytes it sent than an fp32 ring all-reduce at every inner step would (8 bytes per parameter and step); null when it sent none.")  # fmt: skip
+    times_below_allreduce: float | None = Field(None, description="How many times fewer bytes it sent than an fp32 ring all-reduce at every inner step would (8 bytes per parameter and step); null when it was alone or sent none.")  # fmt: skip
     partners: tuple[str, ...] = Field(description="The PeerIDs on the round's roster, in its order, this peer's own included.")  # fmt: skip
     weights: tuple[int, ...] = Field(description="Tokens of each of them in the round, in the same order: the weights of the average.")  # fmt: skip
     signer: str = Field(description="The PeerID that signed the roster.")

@@ -135,6 +135,7 @@ class Rounds:
     listening_since_s: float = field(default_factory=swarm_time)
     _pending: dict[str, tuple[Roster, pb.Signed]] = field(default_factory=dict)
     _told: dict[str, tuple[float, Told]] = field(default_factory=dict)
+    _last_sha256: dict[str, bytes] = field(default_factory=dict)
     _rounds: dict[int, _Round] = field(default_factory=dict)
     _checked: dict[str, Roster] = field(default_factory=dict)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -159,7 +160,9 @@ class Rounds:
             inner_steps_done=self.inner_steps_done,
             participating=not self.guest,
         )
-        if self.last is not None:
+        if self.last is not None and payload_sha256(self.last[1]) == request.has_last_sha256.hex():
+            reply.same_last = True
+        elif self.last is not None:
             reply.last_roster.CopyFrom(self.last[1])
         known = self._rounds.get(request.round, _Round())
         is_news = self.current_round > request.round
@@ -208,6 +211,7 @@ class Rounds:
     def forget_peer(self, peer: str) -> None:
         """A peer that has long been gone."""
         self._told.pop(peer, None)
+        self._last_sha256.pop(peer, None)
 
     def stood_still(self, now: float) -> None:
         """This process did not run until `now`: what it missed is nobody else's silence."""
@@ -382,14 +386,17 @@ class Rounds:
                 has_publication=peer in known.publications,
                 has_roster_sha256=bytes.fromhex(payload_sha256(best[1])) if best else b"",
                 has_share=True,
+                has_last_sha256=self._last_known(peer),
                 wait_s=wait_s,
             )
+            asked_s = swarm_time()
             try:
                 reply = await self.calls.round(peer, request)
                 self._read_untrusted(round, known, peer, reply)
+                held = wait_s > 0 and swarm_time() - asked_s >= _RETRY_S
                 wait_s = _HOLD_S
-                if reply.current_round != round:
-                    await asyncio.sleep(_RETRY_S)  # it answers at once, and may do so for long
+                if not held and not reply.HasField("publication") and not reply.HasField("roster"):
+                    await asyncio.sleep(_RETRY_S)  # it answers at once, has no news, and may do so for long
             except BadBytesError as error:
                 self.refused(peer, error)
                 await asyncio.sleep(_HOLD_S)
@@ -415,12 +422,21 @@ class Rounds:
 
     def _hear_untrusted(self, peer: str, reply: pb.RoundReply) -> None:
         """What a peer tells of itself."""
-        last = self._roster_untrusted(reply.last_roster) if reply.HasField("last_roster") else None
+        last = None
+        if reply.same_last and peer in self._told:
+            last = self._told[peer][1].last
+        elif reply.HasField("last_roster"):
+            last = self._roster_untrusted(reply.last_roster)
+            self._last_sha256[peer] = bytes.fromhex(payload_sha256(reply.last_roster))
         if reply.current_round != (0 if last is None else last.round + 1):
             raise BadBytesError("a peer in another round than its last roster leads to")
         now = swarm_time()
         self.membership.heard(peer, now, round=reply.current_round, inner_steps_done=min(reply.inner_steps_done, 2**31))
         self._told[peer] = (now, Told(round=reply.current_round, last=last, participating=reply.participating))
+
+    def _last_known(self, peer: str) -> bytes:
+        """The hash of what this peer said last that it had applied."""
+        return self._last_sha256.get(peer, b"") if peer in self._told else b""
 
     def _roster_untrusted(self, signed: pb.Signed) -> Roster:
         """Checked once, then known by the hash of what was signed and by whom."""
@@ -445,7 +461,9 @@ class Rounds:
         """What these peers tell of themselves now; those that do not answer are missing."""
 
         async def ask(peer: str) -> None:
-            request = pb.RoundRequest(round=self.current_round, has_publication=True, has_share=True)
+            request = pb.RoundRequest(
+                round=self.current_round, has_publication=True, has_share=True, has_last_sha256=self._last_known(peer)
+            )
             try:
                 self._hear_untrusted(peer, await self.calls.round(peer, request))
             except BadBytesError as error:

@@ -157,6 +157,7 @@ class Swarm:
     def __post_init__(self) -> None:
         run = self.published.run
         limits = run.network
+        self.node.settings = dataclasses.replace(self.node.settings, call_limit_s=limits.call_limit_s)
         self.membership = Membership(self.identity.peer_id)
         self.calls = PeerCalls(
             self.node,

@@ -228,9 +228,7 @@ class _Bootstrap:
         try:
             self._write_archive(kept)
         except OSError as error:
-            self.emit(
-                WarningEvent(message=f"the archive could not be written: {error.strerror}; make room")
-            )
+            self.emit(WarningEvent(message=f"the archive could not be written: {error.strerror}; make room"))
         return True
 
     def _write_archive(self, kept: KeptState) -> None:

@@ -219,7 +219,9 @@ class _Volunteer:
         exchange.offer(report.state, report.progress)
         sent, received = exchange.traffic_since_last()
         contribution, averaged = report.contribution, report.averaged
-        num_parameters = report.state.theta.numel()
+        below = None
+        if len(averaged.partners) > 1:
+            below = times_below_allreduce(report.state.theta.numel(), contribution.inner_steps, sent)
         self.emit(
             RoundEvent(
                 round=contribution.round,
@@ -235,7 +237,7 @@ class _Volunteer:
                 stall_s=report.stall_s,
                 bytes_sent=sent,
                 bytes_received=received,
-                times_below_allreduce=times_below_allreduce(num_parameters, contribution.inner_steps, sent),
+                times_below_allreduce=below,
                 partners=averaged.partners,
                 weights=averaged.weights,
                 signer=averaged.signer,

@@ -241,27 +241,30 @@ class Roster(_message.Message):
     def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[RosterEntry, _Mapping]]] = ..., base: _Optional[bytes] = ..., base_tokens: _Optional[int] = ...) -> None: ...
 
 class RoundRequest(_message.Message):
-    __slots__ = ("round", "has_publication", "has_roster_sha256", "has_share", "wait_s")
+    __slots__ = ("round", "has_publication", "has_roster_sha256", "has_share", "wait_s", "has_last_sha256")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     HAS_PUBLICATION_FIELD_NUMBER: _ClassVar[int]
     HAS_ROSTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     HAS_SHARE_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    HAS_LAST_SHA256_FIELD_NUMBER: _ClassVar[int]
     round: int
     has_publication: bool
     has_roster_sha256: bytes
     has_share: bool
     wait_s: float
-    def __init__(self, round: _Optional[int] = ..., has_publication: bool = ..., has_roster_sha256: _Optional[bytes] = ..., has_share: bool = ..., wait_s: _Optional[float] = ...) -> None: ...
+    has_last_sha256: bytes
+    def __init__(self, round: _Optional[int] = ..., has_publication: bool = ..., has_roster_sha256: _Optional[bytes] = ..., has_share: bool = ..., wait_s: _Optional[float] = ..., has_last_sha256: _Optional[bytes] = ...) -> None: ...
 
 class RoundReply(_message.Message):
-    __slots__ = ("current_round", "inner_steps_done", "publication", "roster", "share", "last_roster", "participating")
+    __slots__ = ("current_round", "inner_steps_done", "publication", "roster", "share", "last_roster", "same_last", "participating")
     CURRENT_ROUND_FIELD_NUMBER: _ClassVar[int]
     INNER_STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
     PUBLICATION_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
     LAST_ROSTER_FIELD_NUMBER: _ClassVar[int]
+    SAME_LAST_FIELD_NUMBER: _ClassVar[int]
     PARTICIPATING_FIELD_NUMBER: _ClassVar[int]
     current_round: int
     inner_steps_done: int
@@ -269,5 +272,6 @@ class RoundReply(_message.Message):
     roster: Signed
     share: Signed
     last_roster: Signed
+    same_last: bool
     participating: bool
-    def __init__(self, current_round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., publication: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ..., share: _Optional[_Union[Signed, _Mapping]] = ..., last_roster: _Optional[_Union[Signed, _Mapping]] = ..., participating: bool = ...) -> None: ...
+    def __init__(self, current_round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., publication: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ..., share: _Optional[_Union[Signed, _Mapping]] = ..., last_roster: _Optional[_Union[Signed, _Mapping]] = ..., same_last: bool = ..., participating: bool = ...) -> None: ...
