@@ -133,7 +133,6 @@ def test_a_stopped_volunteer_is_not_waited_for_and_comes_back(swarm: Swarm, with
     began_s = time.monotonic()
     go_on([anna, carl])
     wait_until(lambda: time.monotonic() - began_s > NAP_S, "twelve seconds")
-    go_on([anna, carl])
 
     for pid in asleep:
         os.kill(pid, signal.SIGCONT)

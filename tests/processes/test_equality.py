@@ -1,0 +1,170 @@
+"""Three real processes compute what one process computes that follows the same schedule.
+
+The reference takes from the processes only what was decided (who took how many inner steps, who was on which roster)
+and what names them (PeerIDs, the run's bytes). Averaging and the outer step are plain torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from swarm import Child, Swarm, assert_same_states, write_run
+from torch import Tensor, nn
+
+from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
+from swarmtrain.data.batches import Batches
+from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
+from swarmtrain.events import CaughtUpEvent, DoneEvent, EvalEvent, RoundEvent
+from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.run import RunFile, parse_published_untrusted, run_sha256
+
+pytestmark = pytest.mark.processes
+
+TOLERANCE = 1e-5
+NUM_ROUNDS = 6
+INNER_STEPS = 8
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the processes compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Worker:
+    """One peer of the reference: its model, optimizer and batches; nothing is shared."""
+
+    model: GPT
+    inner: InnerOptimizer
+    batches: Batches
+    losses: list[float] = field(default_factory=list)
+
+    def pseudo_gradient(self, run: RunFile, theta: Tensor, event: RoundEvent, tokens_before: int) -> Tensor:
+        """Take the inner steps of a round from `theta` (P,)."""
+        nn.utils.vector_to_parameters(theta.clone(), self.model.parameters())
+        losses = []
+        for step in range(event.inner_steps):
+            loss = self.model.loss(self.batches.next_batch())
+            loss.backward()
+            losses.append(float(loss.detach()))
+            done = tokens_before + step * event.num_peers * run.tokens_per_step
+            self.inner.step(done / run.run.total_tokens)
+        self.losses.append(sum(losses) / len(losses))
+        return theta - nn.utils.parameters_to_vector(self.model.parameters()).detach()
+
+
+def reference(run: RunFile, workers: dict[str, Worker], rounds: Sequence[dict[str, RoundEvent]]) -> list[Tensor]:
+    """The weights (P,) after each round."""
+    start = build_model(run.model, run.run.seed)
+    theta = nn.Parameter(nn.utils.parameters_to_vector(start.parameters()).detach())
+    outer = torch.optim.SGD([theta], lr=run.merge.outer_learning_rate, momentum=run.merge.outer_momentum, nesterov=True)
+    after = []
+    tokens = 0
+    for events in rounds:
+        before = theta.detach().clone()
+        gradients = {
+            peer: workers[peer].pseudo_gradient(run, before, event, tokens) for peer, event in sorted(events.items())
+        }
+        roster = next(iter(events.values()))
+        total = sum(roster.weights)
+        theta.grad = sum(
+            weight / total * gradients[peer] for peer, weight in zip(roster.partners, roster.weights, strict=True)
+        )
+        outer.step()
+        tokens += total
+        after.append(theta.detach().clone())
+    return after
+
+
+def make_workers(run_folder: Path, text_folder: Path, peers: Sequence[str]) -> tuple[RunFile, dict[str, Worker]]:
+    """A worker a peer, from the files of the run that a volunteer kept."""
+    data = (run_folder / "run.toml").read_bytes()
+    sha256 = run_sha256(data)
+    run = parse_published_untrusted(data, sha256)
+    held_out = (run_folder / "held-out.txt").read_bytes()
+    corpus = training_data(run, text_folder, held_out, b"", None)
+    section = run.inner
+    constants = InnerConstants(
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        beta1=section.beta1,
+        beta2=section.beta2,
+        gradient_clip=section.gradient_clip,
+        warmup_fraction=section.warmup_fraction,
+        floor_fraction=section.floor_fraction,
+    )
+    workers = {}
+    for peer in peers:
+        model = build_model(run.model, run.run.seed)
+        place = PeerPlace(run_sha256=sha256, peer_id=peer)
+        batches = training_batches(run, corpus, place, text_folder, held_out)
+        assert isinstance(batches, Batches)
+        workers[peer] = Worker(model, InnerOptimizer(model.named_parameters(), constants), batches)
+    return run, workers
+
+
+def exported(child: Child) -> Tensor:
+    """The weights (P,) that a volunteer left in its folder, in the model's order."""
+    weights = load_file(child.folder / "model" / "model.safetensors")
+    run = parse_published_untrusted(
+        (child.folder / "run.toml").read_bytes(), run_sha256((child.folder / "run.toml").read_bytes())
+    )
+    names = [name for name, _ in build_model(run.model, 0).named_parameters()]
+    assert sorted(names) == sorted(weights)
+    return torch.cat([weights[name].reshape(-1) for name in names])
+
+
+def test_three_processes_equal_one(swarm: Swarm, one_thread: None) -> None:
+    names = ["anna", "ben", "carl"]
+    tokens_per_round = len(names) * INNER_STEPS * 8 * 64
+    run_file = write_run(
+        swarm.folder,
+        run={"total_tokens": NUM_ROUNDS * tokens_per_round},
+        inner={"warmup_fraction": 0.1},
+        # Nobody is passed over, however slow this machine is.
+        merge={"inner_steps": INNER_STEPS, "silence_s": 60.0, "outer_momentum": 0.9, "momentum_ramp_rounds": 0},
+    )
+    bootstrap = swarm.bootstrap(run_file, "--wait-for", "3")
+    children = [swarm.join(name, bootstrap.invite.invite) for name in names]
+    for child in (bootstrap, *children):
+        assert child.wait() == 0, child.story()
+    assert not any(child.all(CaughtUpEvent) for child in children), "nobody was slow or lost"
+    assert all(sorted(child.rounds()) == list(range(NUM_ROUNDS)) for child in children)
+
+    assert assert_same_states(children) == NUM_ROUNDS
+    rounds = [{child.id: child.rounds()[number] for child in children} for number in range(NUM_ROUNDS)]
+    peers = sorted(child.id for child in children)
+    for events in rounds:
+        assert all(event.partners == tuple(peers) for event in events.values()), "in PeerID order"
+        assert {event.num_peers for event in events.values()} == {3}
+
+    run, workers = make_workers(children[0].folder, swarm.folder, peers)
+    states = reference(run, workers, rounds)
+    weights = exported(children[0])
+    difference = float((weights - states[-1]).abs().max())
+    print(f"largest difference of a weight after {NUM_ROUNDS} rounds: {difference:.2g}")
+    assert difference <= TOLERANCE
+    assert hashlib.sha256(weights.numpy().tobytes()).hexdigest() == rounds[-1][peers[0]].state_sha256
+    for child in children:
+        told = [child.rounds()[number].loss for number in range(NUM_ROUNDS)]
+        assert told == pytest.approx(workers[child.id].losses, abs=TOLERANCE, rel=0)
+        assert torch.equal(exported(child), weights)
+    assert torch.equal(exported(bootstrap), weights), "the archive too"
+
+    losses = {event.held_out_loss for child in (bootstrap, *children) for event in child.all(EvalEvent)}
+    assert max(losses) - min(losses) <= TOLERANCE
+    for child in children:
+        (done,) = child.all(DoneEvent)
+        assert done.reason == "total_tokens" and done.run_tokens == run.run.total_tokens
+        assert done.tokens == run.run.total_tokens // 3 and done.held_out_loss in losses
+    swarm.assert_nothing_left()
