@@ -57,6 +57,8 @@ class _Peer:
 
     def take(self, event: Event) -> None:
         match event:
+            case InviteEvent() if self.state == "starting":
+                self.state = "serving"  # a bootstrap; a volunteer has joined before it invites
             case JoinedEvent():
                 self.state, self.tokens_before = "joined", event.run_tokens
             case StartedEvent():
