@@ -393,9 +393,9 @@ class Rounds:
             try:
                 reply = await self.calls.round(peer, request)
                 self._read_untrusted(round, known, peer, reply)
-                held = wait_s > 0 and swarm_time() - asked_s >= _RETRY_S
+                not_held = wait_s > 0 and swarm_time() - asked_s < _RETRY_S
                 wait_s = _HOLD_S
-                if not held and not reply.HasField("publication") and not reply.HasField("roster"):
+                if not_held and not reply.HasField("publication") and not reply.HasField("roster"):
                     await asyncio.sleep(_RETRY_S)  # it answers at once, has no news, and may do so for long
             except BadBytesError as error:
                 self.refused(peer, error)
