@@ -130,10 +130,12 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield PeerFolder(path)
+        try:
+            yield PeerFolder(path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                (path / "invite.txt").unlink()
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            (path / "invite.txt").unlink()
         os.close(descriptor)
 
 
