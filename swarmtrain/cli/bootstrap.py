@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from swarmtrain.cli.common import PeerOptions, example, open_sink, peer_directory, peer_options
+from swarmtrain.cli.common import PeerOptions, errors_as_events, example, open_sink, peer_directory, peer_options
 
 __all__ = ["command"]
 
@@ -29,7 +29,8 @@ def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
     """
     from swarmtrain.run import load_run
 
-    run = load_run(run_file)
+    with errors_as_events(options.json, options.name):
+        run = load_run(run_file)
     if wait_for is not None:
         run = run.model_copy(update={"merge": run.merge.model_copy(update={"min_peers": wait_for})})
     from swarmtrain.cli.display import PeerDisplay

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,7 @@ __all__ = [
     "Display",
     "EventSink",
     "PeerOptions",
+    "errors_as_events",
     "example",
     "open_sink",
     "peer_directory",
@@ -249,6 +251,13 @@ def _lines(stream: TextIO, render: Callable[[Event], str]) -> Callable[[Event], 
         stream.flush()
 
     return write
+
+
+def errors_as_events(as_json: bool, name: str) -> AbstractContextManager[object]:
+    """For what a command does before it can open its sink: with JSON, an error of it is an event too."""
+    from swarmtrain.events import to_json_line
+
+    return _JsonSink(_lines(sys.stdout, to_json_line), name=name) if as_json else nullcontext()
 
 
 def open_sink(options: PeerOptions, make_display: Callable[[], Display]) -> EventSink:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from swarmtrain.cli.common import PeerOptions, example, open_sink, peer_directory, peer_options
+from swarmtrain.cli.common import PeerOptions, errors_as_events, example, open_sink, peer_directory, peer_options
 
 __all__ = ["command"]
 
@@ -38,7 +38,8 @@ def command(invite: str, threads: int | None, data: Path | None, options: PeerOp
     """
     from swarmtrain.network.invite import parse_invite
 
-    parsed = parse_invite(invite)
+    with errors_as_events(options.json, options.name):
+        parsed = parse_invite(invite)
     import platformdirs
 
     from swarmtrain.cli.display import PeerDisplay

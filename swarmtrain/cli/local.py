@@ -54,9 +54,11 @@ def command(
     They are real processes on real sockets, with one view of them all. Prints a sample of generated text and the
     held-out loss at the end. Ctrl-C ends them all.
     """
+    from swarmtrain.cli.common import errors_as_events
     from swarmtrain.run import load_run
 
-    run = load_run(run_file)
+    with errors_as_events(as_json, ""):
+        run = load_run(run_file)
     import datetime
 
     from swarmtrain.cli.common import PeerOptions, open_sink
