@@ -1,0 +1,208 @@
+"""What a person can get wrong: one line that says what to do, an `error` event with --json, and nothing lost."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from swarm import Child, Finished, Swarm, write_run
+
+from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.events import ErrorEvent, JoinedEvent, RoundEvent, WarningEvent
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.invite import Invite, InvitedPeer, format_invite, parse_invite
+
+pytestmark = pytest.mark.processes
+
+WITHIN_S = 20.0
+HERE = ("--listen", "127.0.0.1:0", "--json")
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Swarm, Child]]:
+    """A bootstrap that runs, and processes beside it."""
+    with Swarm(tmp_path_factory.mktemp("live")) as swarm:
+        yield swarm, swarm.bootstrap(write_run(swarm.folder))
+
+
+def assert_one_line(finished: Finished, code: int, *words: str) -> None:
+    """It failed with this exit code, one line that has these words, and the same as an event."""
+    assert finished.code == code, finished.stderr
+    lines = finished.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), finished.stderr
+    for word in words:
+        assert word in lines[0]
+    assert not finished.lines, "standard output is for events"
+    assert [(event.message, event.exit_code) for event in finished.errors] == [(lines[0][len("error: ") :], code)]
+
+
+# ---------------------------------------------------------------- the run file and its data
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"merge": {"inner_stps": 10}}, ["merge.inner_stps", "did you mean merge.inner_steps?"]),
+        ({"merge": {"inner_steps": "ten"}}, ["merge.inner_steps", '"ten" is refused', "an integer from 1"]),
+        ({"data": {"paths": ["nothing/*.txt"]}}, ["data.paths", "nothing/*.txt"]),
+        ({"data": {"paths": ["empty.txt"]}}, ["empty.txt"]),
+        ({"data": {"held_out_bytes": 1_000_000}}, ["data.held_out_bytes", "lower"]),
+    ],
+)
+def test_run_files(live: tuple[Swarm, Child], sections: dict[str, dict[str, object]], words: list[str]) -> None:
+    swarm, _ = live
+    (swarm.folder / "empty.txt").touch()
+    bad = {"run": {"name": "bad"}, **sections}
+    run_file = write_run(swarm.folder, **bad)
+    finished = swarm.run("bootstrap", str(run_file), "--dir", str(swarm.folder / "bad"), *HERE)
+    assert_one_line(finished, UserError.exit_code, *words)
+
+
+def test_a_run_file_that_is_not_there(live: tuple[Swarm, Child]) -> None:
+    finished = live[0].run("bootstrap", "nothing.toml", *HERE)
+    assert_one_line(finished, UserError.exit_code, "nothing.toml: no such run file", "examples/stdlib-gpt.toml")
+
+
+def test_a_volunteer_without_the_run_s_text(live: tuple[Swarm, Child]) -> None:
+    swarm, bootstrap = live
+    join = ("join", bootstrap.invite.invite, "--dir", str(swarm.folder / "textless"), *HERE)
+    assert_one_line(swarm.run(*join), UserError.exit_code, "give their folder with --data FOLDER")
+    (swarm.folder / "elsewhere").mkdir()
+    finished = swarm.run(*join, "--data", str(swarm.folder / "elsewhere"))
+    assert_one_line(finished, UserError.exit_code, "texts/*.txt")
+
+
+# ---------------------------------------------------------------- invites
+
+
+def test_invites_that_cannot_be_read(live: tuple[Swarm, Child]) -> None:
+    swarm, bootstrap = live
+    word = bootstrap.invite.invite
+    middle = "2" if word[60] != "2" else "3"
+    for bad, said in [
+        (word[:60] + middle + word[61:], "garbled or cut off"),
+        (word[:-5], "garbled or cut off"),
+        ("st2" + word[3:], "another version (st2, not st1): upgrade"),
+        (word[:40] + "0" + word[41:], "a character that no invite has"),
+        ("swarmtrain", "one begins with st1"),
+    ]:
+        finished = swarm.run("join", bad, "--dir", str(swarm.folder / "unread"), *HERE)
+        assert_one_line(finished, UserError.exit_code, said)
+    assert not (swarm.folder / "unread").exists(), "nothing was begun"
+
+
+def test_nobody_answers(live: tuple[Swarm, Child]) -> None:
+    swarm, bootstrap = live
+    run_sha256 = parse_invite(bootstrap.invite.invite).run_sha256
+    with socket.socket() as mute, socket.socket() as closed:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()  # connections are made, and nothing is ever said
+        closed.bind(("127.0.0.1", 0))
+        for taken, limit_s in [(mute, WITHIN_S), (closed, WITHIN_S)]:
+            address = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+            invite = format_invite(Invite(run_sha256, (InvitedPeer(new_identity().peer_id, (address,)),)))
+            began_s = time.monotonic()
+            finished = swarm.run("join", invite, "--dir", str(swarm.folder / "alone"), *HERE)
+            assert time.monotonic() - began_s < limit_s
+            assert_one_line(finished, RunTimeError.exit_code, f"nobody answers at {address}", "ask for a new invite")
+
+
+def test_another_peer_answers_than_the_one_invited_to(live: tuple[Swarm, Child]) -> None:
+    swarm, bootstrap = live
+    real = parse_invite(bootstrap.invite.invite)
+    addresses = real.peers[0].addresses
+    invite = format_invite(Invite(real.run_sha256, (InvitedPeer(new_identity().peer_id, addresses),)))
+    finished = swarm.run("join", invite, "--dir", str(swarm.folder / "alone"), *HERE)
+    assert_one_line(finished, RunTimeError.exit_code, f"nobody answers at {addresses[0]}", "ask for a new invite")
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def test_a_taken_port(live: tuple[Swarm, Child]) -> None:
+    swarm, bootstrap = live
+    port = bootstrap.invite.addresses[0].split("/")[4]
+    join = ("join", bootstrap.invite.invite, "--dir", str(swarm.folder / "portless"), "--json")
+    finished = swarm.run(*join, "--listen", f"127.0.0.1:{port}", "--data", str(swarm.folder))
+    assert_one_line(finished, RunTimeError.exit_code, f"/tcp/{port}: the port is taken", "--listen")
+
+
+def test_a_folder_in_use(live: tuple[Swarm, Child]) -> None:
+    swarm, bootstrap = live
+    run_file = swarm.folder / "tiny.toml"
+    for command in (["bootstrap", str(run_file)], ["join", bootstrap.invite.invite]):
+        finished = swarm.run(*command, "--dir", str(bootstrap.folder), *HERE)
+        words = (str(bootstrap.folder), f"in use by a running peer (process {bootstrap.process.pid})", "--dir")
+        assert_one_line(finished, UserError.exit_code, *words)
+    printed = swarm.run("invite", "--dir", str(bootstrap.folder))
+    assert printed.stdout.strip() == bootstrap.invite.line, "the owner's invite is still there"
+
+
+def test_a_folder_that_cannot_be_written(live: tuple[Swarm, Child]) -> None:
+    """Tests may run as root, whom no permission stops: a file stands in the way."""
+    swarm, _ = live
+    (swarm.folder / "file").write_text("not a folder")
+    run_file = str(swarm.folder / "tiny.toml")
+    finished = swarm.run("bootstrap", run_file, "--dir", str(swarm.folder / "file" / "below"), *HERE)
+    assert_one_line(finished, UserError.exit_code, f"cannot write to {swarm.folder}/file/below", "--dir")
+    finished = swarm.run("bootstrap", run_file, "--dir", "/proc/swarmtrain", *HERE)
+    assert_one_line(finished, UserError.exit_code, "cannot write to /proc/swarmtrain", "--dir")
+    assert (swarm.folder / "file").read_text() == "not a folder"
+
+
+def test_a_folder_of_another_run(live: tuple[Swarm, Child]) -> None:
+    swarm, _ = live
+    folder = swarm.folder / "kept"
+    first = swarm.start("first", ["bootstrap", str(swarm.folder / "tiny.toml"), "--dir", str(folder), *HERE])
+    assert first.invite
+    first.interrupt()
+    assert first.wait() == 0
+    other = write_run(swarm.folder, run={"name": "other"})
+    finished = swarm.run("bootstrap", str(other), "--dir", str(folder), *HERE)
+    assert_one_line(finished, UserError.exit_code, "holds another run (tiny)", "--dir")
+
+
+def test_a_relative_folder(live: tuple[Swarm, Child], tmp_path: Path) -> None:
+    swarm, _ = live
+    child = swarm.start(
+        "relative", ["bootstrap", str(swarm.folder / "tiny.toml"), "--dir", "here/too", *HERE], cwd=tmp_path
+    )
+    assert child.invite
+    assert child.sockets().is_absolute()
+    child.interrupt()
+    assert child.wait() == 0
+    assert {path.name for path in (tmp_path / "here" / "too").iterdir()} >= {"identity.key", "run.toml"}
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_no_running_peer_to_invite(live: tuple[Swarm, Child]) -> None:
+    swarm, _ = live
+    finished = swarm.run("invite", "--dir", str(swarm.folder / "nobody"))
+    assert finished.code == UserError.exit_code and "no running peer in" in finished.stderr
+
+
+# ---------------------------------------------------------------- the clock
+
+
+@pytest.mark.parametrize("off_s", [-300, 86_400])
+def test_a_clock_that_is_off_is_corrected(live: tuple[Swarm, Child], off_s: int) -> None:
+    swarm, bootstrap = live
+    prelude = f"import time\nright = time.time\ntime.time = lambda: right() + {off_s}"
+    name = f"off{abs(off_s)}"
+    anna = swarm.join(f"on-time{abs(off_s)}", bootstrap.invite.invite)
+    ben = swarm.join(name, bootstrap.invite.invite, prelude=prelude)
+    try:
+        assert abs(ben.wait_event(JoinedEvent).time - anna.wait_event(JoinedEvent).time - off_s) < 60
+        for child in (anna, ben):
+            child.wait_event(RoundEvent, lambda event: set(event.partners) == {anna.id, ben.id})
+        (warning,) = ben.all(WarningEvent)
+        direction = "ahead of" if off_s > 0 else "behind"
+        assert re.match(f"this machine's clock is [0-9.]+ s {direction} the others'; corrected", warning.message)
+        assert not anna.all(WarningEvent)
+        assert not ben.all(ErrorEvent)
+    finally:
+        swarm.interrupt_some([anna, ben])
