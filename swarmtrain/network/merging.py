@@ -223,7 +223,7 @@ class Merger:
                         raise BadBytesError("a share of another peer, round or index")
                     held = empty_held(snapshot)
                     await self.pull(held, range(snapshot.num_chunks), [owner])
-                    await self._check_finite(held.part(0, size_bytes))
+                    await self.check_finite(held.part(0, size_bytes))
                     return held.buffer
             except BadBytesError as error:
                 self.blame(owner, error)
@@ -233,10 +233,11 @@ class Merger:
             await asyncio.sleep(_ASK_AGAIN_S)
         return None
 
-    async def _check_finite(self, part: memoryview) -> None:
+    async def check_finite(self, part: memoryview) -> None:
+        """BadBytesError if these fp32 numbers are not all finite."""
         _, left_out = await asyncio.to_thread(self.average, [part], [1])
         if left_out:
-            raise BadBytesError("a share that is not finite")
+            raise BadBytesError("numbers that are not finite")
 
     def _is_of_untrusted(self, signed: pb.Signed, roster: Roster) -> bool:
         """Whether a share belongs to this roster; its owner may be about another one."""

@@ -33,7 +33,7 @@ from swarmtrain.membership.rosters import (
     standing,
 )
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.identity import Identity
+from swarmtrain.network.identity import Identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.merging import Average, Merger, RoundSettings, UnobtainableError
 from swarmtrain.network.roster import check_publication, publication_of, roster_untrusted, sign_roster
 from swarmtrain.network.service import PeerCalls
@@ -509,6 +509,7 @@ class Rounds:
                     continue
                 state = self._state_untrusted(reply, source, min_round, reason)
                 await merger.pull(state.held, range(state.held.snapshot.num_chunks), [source])
+                await merger.check_finite(state.held.part(0, state.held.snapshot.manifest.total_bytes))
                 return state
             except PeerError as error:
                 merger.blame(source, error)
@@ -523,6 +524,9 @@ class Rounds:
             raise BadBytesError("a state of another round than asked for, or than its roster leads to")
         if manifest.roster_sha256.hex() != roster.digest or manifest.run_tokens != roster.total_tokens:
             raise BadBytesError("a state that does not fit its roster")
+        counted = {peer_id_from_bytes_untrusted(item.peer): item.tokens for item in manifest.peer_tokens}
+        if sum(counted.values()) != manifest.run_tokens:
+            raise BadBytesError("a state whose peers' tokens do not add up to the run's")
         return NewState(
             held=empty_held(snapshot), roster=roster, signed_roster=reply.roster, from_peer=source, reason=reason
         )

@@ -248,24 +248,27 @@ class Swarm:
 
     # ------------------------------------------------------------- presence
 
-    def describe(self, *, round: int, inner_steps_done: int, steps_per_s: float, run_tokens: int) -> None:
+    def describe(self, *, round: int, steps_per_s: float, run_tokens: int) -> None:
         """What the next presence says of our progress."""
         self.me = dataclasses.replace(
             self.me,
             round=round,
-            inner_steps_done=inner_steps_done,
             steps_per_s=steps_per_s,
             run_tokens=run_tokens,
         )
 
     def _signed_presence(self) -> pb.Signed:
-        self.me = dataclasses.replace(self.me, stamp=max(swarm_time(), self.me.stamp + 1e-6))
+        self._renew()
         return sign(self.identity, "presence", self.published.sha256, presence_to_proto(self.me))
+
+    def _renew(self) -> None:
+        stamp = max(swarm_time(), self.me.stamp + 1e-6)
+        self.me = dataclasses.replace(self.me, stamp=stamp, inner_steps_done=self.rounds.inner_steps_done)
 
     async def _store_presence(self) -> None:
         if self._bucket is None:
             self._bucket = await self._find_bucket(PRESENCE)
-        self.me = dataclasses.replace(self.me, stamp=max(swarm_time(), self.me.stamp + 1e-6))
+        self._renew()
         record = pb.Record(run_sha256=self._run_bytes, prefix=self._bucket, presence=presence_to_proto(self.me))
         await self.node.store(record, self.published.run.network.presence_ttl_s)
 

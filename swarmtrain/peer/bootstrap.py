@@ -18,7 +18,7 @@ from swarmtrain import __version__
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
-from swarmtrain.errors import PeerError, RunTimeError, UserError
+from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
@@ -40,7 +40,7 @@ from swarmtrain.peer.common import (
     process_age_s,
     save_model,
     start_node,
-    state_from_untrusted,
+    state_of,
     use_threads,
     wait_for,
 )
@@ -218,11 +218,7 @@ class _Bootstrap:
         new = wait_for(self.network.submit(swarm.rounds.fetch_newest_state(sample, "archive")), self.stop)
         if new is None or new.roster.total_tokens <= self.progress.run_tokens:
             return False
-        try:
-            state, progress = state_from_untrusted(new)
-        except PeerError as error:
-            self.emit(WarningEvent(message=f"the archive refused a state from {new.from_peer}: {error}"))
-            return False
+        state, progress = state_of(new)
         kept = KeptState(state=state, progress=progress, roster=new.roster, signed_roster=new.signed_roster)
         self._offer(swarm, kept)
         try:

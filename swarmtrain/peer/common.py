@@ -19,18 +19,18 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import OuterState, unflatten_into
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import Tokenizer
-from swarmtrain.errors import BadBytesError, RunTimeError
+from swarmtrain.errors import RunTimeError
 from swarmtrain.events import Event, InviteEvent, WarningEvent, stamped
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import GPT, evaluate
-from swarmtrain.network.codec import vector_untrusted
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.invite import Invite, format_invite
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.rounds import NewState
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.trainer import StopTraining
 
 __all__ = [
     "Emit",
@@ -45,7 +45,7 @@ __all__ = [
     "process_age_s",
     "save_model",
     "start_node",
-    "state_from_untrusted",
+    "state_of",
     "use_threads",
     "wait_for",
 ]
@@ -58,7 +58,7 @@ Emit = Callable[[Event], None]
 """Takes an event, from any thread."""
 
 
-class Interrupted(Exception):  # noqa: N818 - a signal, not an error
+class Interrupted(StopTraining):
     """The person asked to stop."""
 
 
@@ -181,15 +181,13 @@ def process_age_s() -> float:
         return time.process_time()
 
 
-def state_from_untrusted(new: NewState) -> tuple[OuterState, Progress]:
-    """Outer parameters, momentum and counters from a pulled state; BadBytesError if it cannot be one."""
+def state_of(new: NewState) -> tuple[OuterState, Progress]:
+    """Outer parameters, momentum and counters of a pulled state, which was checked when it was pulled."""
     assert new.held.buffer is not None
     manifest = new.held.snapshot.manifest
-    vector = vector_untrusted(new.held.buffer)
+    vector = torch.frombuffer(new.held.buffer, dtype=torch.float32)
     theta, momentum = vector[: len(vector) // 2].clone(), vector[len(vector) // 2 :].clone()
     counts = {peer_id_from_bytes_untrusted(item.peer): item.tokens for item in manifest.peer_tokens}
-    if sum(counts.values()) != manifest.run_tokens:
-        raise BadBytesError("a state whose peers' tokens do not add up to the run's")
     progress = Progress(
         round=manifest.round,
         run_tokens=manifest.run_tokens,

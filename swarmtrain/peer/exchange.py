@@ -6,7 +6,6 @@ the wait for the mean.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import random
@@ -28,8 +27,8 @@ from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.rounds import Merged, NewState, Outcome
 from swarmtrain.network.snapshots import build_snapshot
 from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.common import Interrupted, StopFlag, state_from_untrusted, wait_for
-from swarmtrain.peer.trainer import Averaged, Contribution, Replaced, Start, StopTraining
+from swarmtrain.peer.common import StopFlag, state_of, wait_for
+from swarmtrain.peer.trainer import Averaged, Contribution, Replaced, Start
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -59,12 +58,9 @@ class SwarmExchange:
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """See `Exchange`."""
-        try:
-            if self._fresh and progress.round == 0:
-                self._wait_for_company()
-            self.stop.check()
-        except Interrupted:
-            raise StopTraining from None
+        if self._fresh and progress.round == 0:
+            self._wait_for_company()
+        self.stop.check()
         inner_steps = self._inner_steps(progress.round, steps_per_s)
         full = self.run.merge.inner_steps
         guest = self._cut_short
@@ -73,12 +69,8 @@ class SwarmExchange:
 
         async def begin() -> int:
             self.swarm.rounds.guest = guest
-            self.swarm.describe(
-                round=progress.round,
-                inner_steps_done=self._skipped_steps,
-                steps_per_s=steps_per_s,
-                run_tokens=progress.run_tokens,
-            )
+            self.swarm.rounds.inner_steps_done = self._skipped_steps
+            self.swarm.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
             return len(self.swarm.membership.volunteers()) + 1
 
         num_peers = wait_for(self.network.submit(begin()), self.stop)
@@ -112,9 +104,7 @@ class SwarmExchange:
 
     def step_done(self, inner_steps_done: int) -> None:
         """See `Exchange`."""
-        done = self._skipped_steps + inner_steps_done
-        self.swarm.rounds.inner_steps_done = done
-        self.swarm.me = dataclasses.replace(self.swarm.me, inner_steps_done=done)
+        self.swarm.rounds.inner_steps_done = self._skipped_steps + inner_steps_done
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""
@@ -134,10 +124,7 @@ class SwarmExchange:
     def collect(self) -> Averaged | Replaced:
         """See `Exchange`."""
         assert self._merge is not None
-        try:
-            outcome = wait_for(self._merge, self.stop)
-        except Interrupted:
-            raise StopTraining from None
+        outcome = wait_for(self._merge, self.stop)
         if isinstance(outcome, Merged):
             roster = outcome.roster
             return Averaged(
@@ -156,7 +143,7 @@ class SwarmExchange:
 
     def _adopted(self, new: NewState) -> Replaced:
         """Take a state as ours, and look again how far its round is: we come into it late."""
-        state, progress = state_from_untrusted(new)
+        state, progress = state_of(new)
 
         async def look() -> None:
             self.swarm.rounds.know_roster(new.roster, new.signed_roster)
@@ -175,10 +162,7 @@ class SwarmExchange:
         async def offer() -> None:
             self.swarm.set_state(progress, body)
             self.swarm.describe(
-                round=progress.round,
-                inner_steps_done=0,
-                steps_per_s=self.swarm.me.steps_per_s,
-                run_tokens=progress.run_tokens,
+                round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens
             )
 
         wait_for(self.network.submit(offer()), self.stop)

@@ -22,7 +22,7 @@ from swarmtrain.peer.common import (
     leave_swarm,
     save_model,
     start_node,
-    state_from_untrusted,
+    state_of,
     wait_for,
 )
 from swarmtrain.peer.folder import peer_folder
@@ -71,7 +71,7 @@ def export_from_swarm(invite: Invite, target: Path, stop: StopFlag) -> int:
             new = wait_for(network.submit(swarm.rounds.fetch_newest_state(live, "export")), stop)
             if new is None:
                 raise RunTimeError("nobody has a model to give yet: the first round is not over, or all have left")
-            state, progress = state_from_untrusted(new)
+            state, progress = state_of(new)
         except PeerError as error:
             raise RunTimeError(f"the swarm did not deliver its model: {error}") from None
         finally:
