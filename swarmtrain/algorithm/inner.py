@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["InnerConstants", "InnerOptimizer", "learning_rate_at"]
+__all__ = ["InnerConstants", "InnerOptimizer", "learning_rate_at", "moments_scale"]
 
 _FIRST_SHARE = 0.01  # the warm-up begins at this share of the peak: a learning rate of 0 would waste a step
 _STEPS = "steps"
@@ -59,6 +59,15 @@ def learning_rate_at(constants: InnerConstants, progress: float) -> float:
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * descent)))
 
 
+def moments_scale(steps_taken: int, beta2: float) -> float:
+    """Learning-rate multiplier of a late joiner's step number `steps_taken` (from 0), whose AdamW moments are young.
+
+    Corrected for its bias, a second moment of few steps is still the noise of those steps, and the first updates are as
+    large as the learning rate allows. Rises linearly to 1 over the second moment's memory, 1 / (1 - beta2) steps.
+    """
+    return min(1.0, (steps_taken + 1) * (1 - beta2))
+
+
 class InnerOptimizer:
     """AdamW over a model's named parameters, with gradient clipping and `learning_rate_at`.
 
@@ -82,15 +91,16 @@ class InnerOptimizer:
             groups, lr=constants.learning_rate, betas=(constants.beta1, constants.beta2), fused=True
         )
 
-    def step(self, progress: float) -> float:
+    def step(self, progress: float, scale: float = 1.0) -> float:
         """One inner step from the gradients in `.grad`, which are then dropped; returns their norm before clipping.
 
-        `progress` is the run's tokens so far over all its tokens. When the norm is not finite, weights and moments
+        `progress` is the run's tokens so far over all its tokens; `scale` multiplies the learning rate.
+        When the norm is not finite, weights and moments
         stay as they are: one bad batch must not spoil a peer; the caller sees the norm.
         """
         gradient_norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self.constants.gradient_clip))
         if math.isfinite(gradient_norm):
-            learning_rate = learning_rate_at(self.constants, progress)
+            learning_rate = learning_rate_at(self.constants, progress) * scale
             for group in self._adamw.param_groups:
                 group["lr"] = learning_rate
             self._adamw.step()

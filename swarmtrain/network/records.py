@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.records import MAX_DEPTH, bucket_of
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import (
@@ -43,6 +44,7 @@ __all__ = [
     "make_validator",
     "presence_from_proto_untrusted",
     "presence_to_proto",
+    "progress_to_proto",
     "record_from_value_untrusted",
 ]
 
@@ -109,6 +111,11 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
         addresses=tuple(message.addresses),
         corpus_sha256=message.corpus_sha256.hex(),
     )
+
+
+def progress_to_proto(progress: Progress, peer: str) -> pb.Progress:
+    """The wire form of what a peer has trained: its own tokens, and the round it is in."""
+    return pb.Progress(stage=0, tokens=progress.peer_tokens.get(peer, 0), round=progress.round)
 
 
 def _message(key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bytes:

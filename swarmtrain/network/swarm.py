@@ -33,7 +33,7 @@ from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.merging import Average, RoundSettings
 from swarmtrain.network.node import Node, correct_clock
-from swarmtrain.network.records import PRESENCE, presence_from_proto_untrusted, presence_to_proto
+from swarmtrain.network.records import PRESENCE, presence_from_proto_untrusted, presence_to_proto, progress_to_proto
 from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.signing import open_signed_untrusted, sign
@@ -51,6 +51,7 @@ _STATE_WAIT_S = 3.0
 _OTHERS_S = 0.5
 _MAX_ADDRESSES = 4
 _FORGET_AFTER_S = 600.0
+_PROGRESS_TTL_S = 86_400.0
 _HEARTBEAT_S = 0.25
 _MAX_STAMP_SKEW_S = 120.0
 _MAX_READ_BUCKETS = 64
@@ -150,7 +151,7 @@ class Swarm:
     _state_held: Held | None = None
     _state_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _signed: dict[str, pb.Signed] = field(default_factory=dict)
-    _bucket: str | None = None
+    _buckets: dict[str, str] = field(default_factory=dict)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _greeted: set[str] = field(default_factory=set)
 
@@ -205,7 +206,7 @@ class Swarm:
         """Say that we are here, to everyone known and in the DHT, and keep saying so."""
         self.me = dataclasses.replace(self.me, addresses=await self.node.addresses())
         await self.greet_everyone()
-        await self._store_presence()
+        await self._store_records()
         self._tasks.append(asyncio.create_task(self._keep_present()))
         self._tasks.append(asyncio.create_task(self._keep_reading()))
         self._tasks.append(asyncio.create_task(self._notice_gaps()))
@@ -222,7 +223,7 @@ class Swarm:
         ttl_s = self.published.run.network.presence_ttl_s
         while True:
             await asyncio.sleep(ttl_s / 3)
-            await self._store_presence()
+            await self._store_records()
 
     async def _keep_reading(self) -> None:
         while True:
@@ -265,12 +266,22 @@ class Swarm:
         stamp = max(swarm_time(), self.me.stamp + 1e-6)
         self.me = dataclasses.replace(self.me, stamp=stamp, inner_steps_done=self.rounds.inner_steps_done)
 
-    async def _store_presence(self) -> None:
-        if self._bucket is None:
-            self._bucket = await self._find_bucket(PRESENCE)
+    async def _store_records(self) -> None:
+        """Our presence, which expires soon, and if we train, what we have trained, which is kept for a day."""
         self._renew()
-        record = pb.Record(run_sha256=self._run_bytes, prefix=self._bucket, presence=presence_to_proto(self.me))
-        await self.node.store(record, self.published.run.network.presence_ttl_s)
+        presence = pb.Record(run_sha256=self._run_bytes, presence=presence_to_proto(self.me))
+        await self._store(presence, self.published.run.network.presence_ttl_s)
+        if self.me.training and self._state is not None:
+            progress = progress_to_proto(self._state[0], self.identity.peer_id)
+            await self._store(pb.Record(run_sha256=self._run_bytes, progress=progress), _PROGRESS_TTL_S)
+
+    async def _store(self, record: pb.Record, lifetime_s: float) -> None:
+        kind = record.WhichOneof("body")
+        assert kind is not None
+        if kind not in self._buckets:
+            self._buckets[kind] = await self._find_bucket(kind)
+        record.prefix = self._buckets[kind]
+        await self.node.store(record, lifetime_s)
 
     async def _find_bucket(self, kind: str) -> str:
         depth = 0

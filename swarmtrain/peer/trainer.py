@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, learning_rate_at
+from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, learning_rate_at, moments_scale
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import RunTimeError
@@ -116,6 +116,8 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     own_tokens: int = 0
     steps_per_s: float = 0.0
+    young_steps: int | None = None
+    """Steps taken since this peer came late, with empty moments; None when it began with the others."""
     inner: InnerOptimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -211,7 +213,11 @@ class Trainer:
             loss = self.model.loss(part) * (len(part) / len(batch))
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach())
-        self.inner.step(progress)
+        scale = 1.0
+        if self.young_steps is not None:
+            scale = moments_scale(self.young_steps, self.constants.beta2)
+            self.young_steps += 1
+        self.inner.step(progress, scale)
         return loss_sum
 
     def merge(self, averaged: Averaged) -> None:

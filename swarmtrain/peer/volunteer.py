@@ -187,6 +187,7 @@ class _Volunteer:
         new = exchange.present_state()
         if new is not None:
             trainer.adopt(new)
+            trainer.young_steps = 0
             state_from = new.from_peer
         exchange.offer(trainer.state, trainer.progress)
         wait_for(self.network.submit(swarm.announce()), self.stop)

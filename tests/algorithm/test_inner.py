@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, learning_rate_at
+from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, learning_rate_at, moments_scale
 
 
 def _constants(**changes: float) -> InnerConstants:
@@ -231,3 +231,21 @@ def test_constants_are_checked(changes: dict[str, float]) -> None:
 def test_no_parameters() -> None:
     with pytest.raises(ValueError, match="at least one"):
         InnerOptimizer(itertools.chain(), _constants())
+
+
+def test_a_late_joiners_steps_grow_with_the_age_of_its_moments() -> None:
+    scales = [moments_scale(step, 0.95) for step in range(40)]
+    assert scales[0] == pytest.approx(0.05)
+    assert scales == sorted(scales)
+    assert scales[19:] == pytest.approx([1.0] * 21)
+
+
+def test_scale_multiplies_the_learning_rate() -> None:
+    def moved(scale: float) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.zeros(2, 2))
+        optimizer = InnerOptimizer([("weight", weight)], _constants(weight_decay=0.0))
+        weight.grad = torch.ones(2, 2)
+        optimizer.step(0.5, scale)
+        return weight.detach()
+
+    torch.testing.assert_close(moved(0.25), 0.25 * moved(1.0))
