@@ -1,0 +1,155 @@
+"""A whole swarm by one command, and the model that comes out of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from swarm import Finished, Swarm, write_run
+
+from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.events import ArchivedEvent, RoundEvent
+from swarmtrain.model.export import load_exported
+
+pytestmark = pytest.mark.processes
+
+TOKENS_PER_ROUND = 2 * 10 * 8 * 64
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `swarmtrain local` left and said."""
+
+    swarm: Swarm
+    folder: Path
+    said: Finished
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "bootstrap" / "model"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    with Swarm(tmp_path_factory.mktemp("local")) as swarm:
+        run_file = write_run(swarm.folder, run={"total_tokens": 8 * TOKENS_PER_ROUND})
+        folder = swarm.folder / "trained"
+        said = swarm.run("local", str(run_file), "--peers", "2", "--compare-alone", "--dir", str(folder))
+        yield Trained(swarm, folder, said)
+
+
+def test_local_ends_with_its_losses(trained: Trained) -> None:
+    assert trained.said.code == 0, trained.said.stderr
+    last = trained.said.stdout.splitlines()[-1]
+    match = re.fullmatch(r"held-out loss (\d+\.\d{3}) nats/byte; one volunteer alone (\d+\.\d{3})", last)
+    assert match, last
+    assert all(0.5 < float(loss) < math.log(256) for loss in match.groups())
+    assert f"the model is in {trained.model}" in trained.said.stdout
+    trained.swarm.assert_nothing_left()
+
+
+@pytest.mark.parametrize("signal_name", ["kill", "interrupt"])
+def test_the_children_of_local_end_with_it(swarm: Swarm, signal_name: str) -> None:
+    run_file = write_run(swarm.folder)
+    local = swarm.start(
+        "local", ["local", str(run_file), "--peers", "2", "--json", "--dir", str(swarm.folder / "trained")]
+    )
+    local.wait_event(RoundEvent, lambda event: len(event.partners) == 2)
+    assert len(swarm.leftovers()) == 7, "local, three peers, three daemons"
+    if signal_name == "kill":
+        local.kill()
+    else:
+        local.interrupt()
+        local.wait(10)
+    swarm.assert_nothing_left()
+    assert "Traceback" not in local.log.read_text()
+
+
+def test_a_stranger_reads_the_model(trained: Trained) -> None:
+    """With safetensors and JSON alone."""
+    config = json.loads((trained.model / "config.json").read_text())
+    assert config["run_tokens"] == 8 * TOKENS_PER_ROUND
+    width, layers = config["model"]["width"], config["model"]["num_layers"]
+    with safe_open(trained.model / "model.safetensors", framework="np") as weights:
+        shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        assert all(bool((weights.get_tensor(name) ** 2).sum() < 1e9) for name in shapes), "finite"
+        assert all(weights.get_tensor(name).dtype.name == "float32" for name in shapes)
+    assert (config["model"]["vocabulary_size"], width) in shapes.values()
+    assert any(re.search(rf"\b{layers - 1}\b", name) for name in shapes)
+    assert not any(re.search(rf"\.{layers}\.", name) for name in shapes)
+    assert {path.name for path in trained.model.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "run.toml",
+        "held-out.txt",
+    }
+
+
+def test_eval_measures_what_the_run_said(trained: Trained) -> None:
+    measured = trained.swarm.run("eval", str(trained.model), "--json")
+    assert measured.code == 0, measured.stderr
+    found = json.loads(measured.stdout)
+    said = trained.said.stdout.splitlines()[-1]
+    assert f"held-out loss {found['held_out_loss']:.3f} nats/byte" in said
+    assert found["run_tokens"] == 8 * TOKENS_PER_ROUND and found["bytes"] > 3000
+    text = trained.swarm.folder / "zeros.txt"
+    text.write_bytes(bytes(1000))
+    other = trained.swarm.run("eval", str(trained.model), "--text", str(text))
+    assert re.fullmatch(r"held-out loss \d+\.\d{4} nats/byte over 1000 bytes", other.stdout.strip()), other.stderr
+
+
+def test_generate_is_as_its_seed(trained: Trained) -> None:
+    def written(*options: str) -> str:
+        finished = trained.swarm.run("generate", str(trained.model), "--tokens", "60", *options)
+        assert finished.code == 0, finished.stderr
+        return finished.stdout
+
+    first = written("--prompt", "the ")
+    assert first.startswith("the ") and len(first.encode()) >= 64
+    assert written("--prompt", "the ") == first
+    assert written("--prompt", "the ", "--seed", "7") != first
+
+
+def test_export_of_a_folder(trained: Trained) -> None:
+    target = trained.swarm.folder / "exported"
+    finished = trained.swarm.run("export", "--dir", str(trained.folder / "volunteer-1"), "--to", str(target))
+    assert finished.code == 0, finished.stderr
+    assert finished.stdout.strip() == f"wrote the model after {8 * TOKENS_PER_ROUND} tokens to {target}"
+    for name in ("model.safetensors", "held-out.txt", "run.toml"):
+        assert (target / name).read_bytes() == (trained.model / name).read_bytes()
+    again = trained.swarm.run("export", "--dir", str(trained.folder / "volunteer-1"), "--to", str(target))
+    assert again.code == UserError.exit_code and "--to" in again.stderr
+    none = trained.swarm.run("export", "--dir", str(target), "--to", str(trained.swarm.folder / "none"))
+    assert none.code == UserError.exit_code and "no model here yet" in none.stderr
+
+
+def test_export_from_a_live_swarm(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder, network={"archive_every_s": 2.0}))
+    invite = bootstrap.invite.invite
+    early = swarm.run("export", invite, "--to", str(swarm.folder / "early"))
+    assert early.code == RunTimeError.exit_code and "nobody has a model to give yet" in early.stderr
+    assert not (swarm.folder / "early").exists()
+
+    (anna,) = swarm.join_all(["anna"], invite)
+    anna.wait_round(3)
+    target = swarm.folder / "live"
+    finished = swarm.run("export", invite, "--to", str(target))
+    assert finished.code == 0, finished.stderr
+    exported = load_exported(target)
+    assert exported.run_tokens >= 4 * TOKENS_PER_ROUND // 2
+    assert f"wrote the model after {exported.run_tokens} tokens to {target}" in finished.stdout
+    before = anna.last_round
+    anna.wait_more_rounds(2)
+    assert before >= 3 and max(event.num_peers for event in anna.rounds().values()) == 1, "an onlooker is no volunteer"
+
+    archived = bootstrap.wait_event(ArchivedEvent)
+    of_folder = swarm.run("export", "--dir", str(bootstrap.folder), "--to", str(swarm.folder / "archive-copy"))
+    assert of_folder.code == 0, of_folder.stderr
+    assert load_exported(swarm.folder / "archive-copy").run_tokens >= archived.run_tokens
+    swarm.interrupt_all([bootstrap, anna])
