@@ -24,6 +24,7 @@ from swarmtrain.errors import BadBytesError, RunTimeError, UnreachableError
 from swarmtrain.network import daemon
 from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
 from swarmtrain.network.identity import load_or_create_identity, new_identity
+from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings, _may_dial, correct_clock
 from swarmtrain.network.records import PRESENCE, bucket_key
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
@@ -40,6 +41,8 @@ from swarmtrain.network.snapshots import (
     pull_chunks,
     pull_manifest,
 )
+from swarmtrain.network.swarm import find_run
+from swarmtrain.peer.common import clock_warning
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.processes
@@ -59,6 +62,7 @@ class Peer:
     store: SnapshotStore = field(default_factory=SnapshotStore)
     waits_s: list[float] = field(default_factory=list)
     reply_bytes: int = 0
+    clock_ahead_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.calls = PeerCalls(self.node, self.run, stall_limit_s=1.0)
@@ -68,7 +72,7 @@ class Peer:
         return self.node.identity.peer_id
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
-        return pb.HelloReply(swarmtrain_version=caller, time=swarm_time())
+        return pb.HelloReply(swarmtrain_version=caller, time=swarm_time() + self.clock_ahead_s)
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
         return pb.StateReply(manifest=pb.Signed(payload=bytes(self.reply_bytes)))
@@ -472,6 +476,32 @@ def test_the_clock_is_corrected_for_us_and_for_hivemind() -> None:
         assert correct_clock([]) == 0.0 and correct_clock([float("nan")]) == 0.0
     finally:
         set_clock_offset(0.0)
+
+
+def test_a_machine_whose_clock_is_off_takes_the_time_of_those_it_joins(here: Here) -> None:
+    invited = InvitedPeer(here.a.id, here.run(here.a.node.addresses()))
+    assert here.run(find_run(here.b.node, RUN, [invited])).clock_correction_s == 0.0
+    here.a.clock_ahead_s = 3600.0
+    try:
+        found = here.run(find_run(here.b.node, RUN, [invited]))
+        assert found.peer == here.a.id
+        assert found.clock_correction_s == pytest.approx(3600, abs=1)
+        assert swarm_time() - time.time() == pytest.approx(3600, abs=1)
+        warning = clock_warning(found.clock_correction_s).message
+        assert "3600.0 s behind the others'" in warning and "set it right" in warning
+    finally:
+        here.a.clock_ahead_s = 0.0
+        set_clock_offset(0.0)
+
+
+def test_a_dead_peer_in_an_invite_holds_nobody_up(here: Here) -> None:
+    nobody = InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/9",))
+    alive = InvitedPeer(here.a.id, here.run(here.a.node.addresses()))
+    began_s = time.monotonic()
+    assert here.run(find_run(here.b.node, RUN, [nobody, alive])).peer == here.a.id
+    assert time.monotonic() - began_s < 5
+    with pytest.raises(RunTimeError, match=r"nobody answers at /ip4/127\.0\.0\.1/tcp/9"):
+        here.run(find_run(here.b.node, RUN, [nobody], 3.0))
 
 
 # ---------------------------------------------------------------- deaths
