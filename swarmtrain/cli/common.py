@@ -220,7 +220,7 @@ class EventSink:
                 return
             try:
                 self._write(event)
-            except (BrokenPipeError, ValueError):  # ValueError: the stream was closed
+            except (OSError, ValueError):  # the reader is gone, the disk is full, the stream was closed
                 self.broken = True
 
     def __enter__(self) -> EventSink:

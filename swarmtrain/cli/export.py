@@ -49,6 +49,11 @@ def command(invite: str | None, directory: Path | None, target: Path) -> None:
         from swarmtrain.peer.exporting import export_from_swarm
 
         parsed = parse_invite(invite)
-        with stop_on_signals() as stop:
-            run_tokens = export_from_swarm(parsed, target, stop)
+        from swarmtrain.peer.common import Interrupted
+
+        try:
+            with stop_on_signals() as stop:
+                run_tokens = export_from_swarm(parsed, target, stop)
+        except Interrupted:
+            raise click.Abort from None
     click.echo(f"wrote the model after {run_tokens} tokens to {target}")

@@ -84,6 +84,9 @@ def command(
                 peers,
                 ["--threads", str(threads), "--data", str(data or run_file.parent), "--log-level", log_level],
             )
+    except KeyboardInterrupt:
+        click.echo("stopped; what the peers have is in " + str(directory), err=True)
+        return
     finally:
         swarm.stop()
     if loss is None:

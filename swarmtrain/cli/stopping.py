@@ -1,4 +1,7 @@
-"""Ctrl-C once: finish the step, say goodbye, exit 0. Twice: now. SIGTERM is like Ctrl-C."""
+"""Ctrl-C once: finish the step, say goodbye, exit 0. Twice: now. SIGTERM is like Ctrl-C.
+
+SIGUSR1 writes what the peer is waiting for to its log.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,11 @@ def stop_on_signals() -> Iterator[StopFlag]:
             os._exit(_INTERRUPTED)  # the daemon dies with us
         stop.stop()
 
+    def explain(number: int, frame: FrameType | None) -> None:
+        stop.explain()
+
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, explain)
     try:
         yield stop
     finally:

@@ -203,7 +203,8 @@ class Membership:
 
     def live(self) -> list[PeerInfo]:
         """Everyone believed alive, the bootstrap included, by PeerID."""
-        return [self._entries[p].info for p in sorted(self._entries) if self._entries[p].state is PeerState.LIVE]
+        entries = sorted(self._entries.items())  # the trainer's thread may ask while the network's changes the table
+        return [entry.info for _, entry in entries if entry.state is PeerState.LIVE]
 
     def volunteers(self) -> list[PeerInfo]:
         """The live peers that train, by PeerID."""

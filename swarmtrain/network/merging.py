@@ -62,11 +62,11 @@ class RoundSettings:
 
 
 class UnobtainableError(Exception):
-    """Nobody could deliver the publication of `peer`."""
+    """Nobody could deliver the publications of `peers`."""
 
-    def __init__(self, peer: str) -> None:
-        super().__init__(f"nobody could deliver the publication of {peer}")
-        self.peer = peer
+    def __init__(self, *peers: str) -> None:
+        super().__init__(f"nobody could deliver the publication of {', '.join(sorted(peers))}")
+        self.peers = frozenset(peers)
 
 
 @dataclass
@@ -81,16 +81,23 @@ class Merger:
     average: Average
     refused: Callable[[str, PeerError], None]
     share_ready: Callable[[Held], None]
+    last_known: Callable[[str], bytes] = lambda peer: b""
+    """The hash of the last roster that a peer is known to have told of."""
+    roster_sha256: bytes = b""
+    """The hash by which the others know the roster that is merged."""
     _own_share_s: float = field(default=0.0, init=False)
 
     async def merge(self, roster: Roster, publications: dict[str, Held]) -> tuple[bytearray, tuple[str, ...]]:
         """(the mean as bytes, peers left out because theirs was not finite). Raises UnobtainableError."""
+        entries: list[Held] = []
         for entry in roster.entries:
             held = publications.get(entry.peer)
             if held is None or held.snapshot.sha256 != entry.snapshot:
-                publications[entry.peer] = await self._find(roster, entry)
-            self._check_entry(entry, publications[entry.peer])
-        entries = [publications[entry.peer] for entry in roster.entries]
+                held = await self._find(roster, entry)
+                if entry.peer != self.identity.peer_id:
+                    publications[entry.peer] = held
+            self._check_entry(entry, held)
+            entries.append(held)
         num_chunks = entries[0].snapshot.num_chunks
         if len(entries) <= self.settings.share_above:
             mean, left_out = await self._average_range(roster, entries, range(num_chunks))
@@ -145,14 +152,18 @@ class Merger:
     ) -> tuple[bytearray, set[str]]:
         """The weighted mean of one range of chunks over the whole roster, in roster order."""
 
+        lacking: list[str] = []
+
         async def bring(entry: Publication, held: Held) -> None:
             try:
                 await self.pull(held, chunks, self._sources(roster, entry.peer))
-            except UnreachableError as error:
-                raise UnobtainableError(entry.peer) from error
+            except UnreachableError:
+                lacking.append(entry.peer)
 
         pairs = list(zip(roster.entries, entries, strict=True))
         await run_together(bring(entry, held) for entry, held in self._rotated(pairs))
+        if lacking:
+            raise UnobtainableError(*lacking)
         total = entries[0].snapshot.manifest.total_bytes
         start, end = chunks.start * CHUNK_BYTES, min(chunks.stop * CHUNK_BYTES, total)
         parts = [held.part(start, end) for held in entries]
@@ -213,7 +224,13 @@ class Merger:
             if self.membership.state(owner) in (PeerState.LOST, PeerState.LEFT):
                 return None
             try:
-                request = pb.RoundRequest(round=roster.round, has_publication=True, wait_s=1.0)
+                request = pb.RoundRequest(
+                    round=roster.round,
+                    has_publication=True,
+                    has_roster_sha256=self.roster_sha256,
+                    has_last_sha256=self.last_known(owner),
+                    wait_s=1.0,
+                )
                 reply = await self.calls.round(owner, request)
                 if reply.HasField("share") and self._is_of_untrusted(reply.share, roster):
                     kind = pb.SNAPSHOT_KIND_SHARE

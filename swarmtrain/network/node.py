@@ -229,6 +229,15 @@ class Node:
             del self._known[next(iter(self._known))]  # the one remembered longest ago
         self._known[peer] = addresses
 
+    def known_peers(self) -> list[str]:
+        """Everyone whose addresses are remembered."""
+        return list(self._known)
+
+    async def enter_routing_table(self, peer: str) -> None:
+        """Let the DHT know of `peer` (again): it forgets whoever did not answer once."""
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._dht.protocol.call_ping(self._peer_id(peer)), self.settings.call_limit_s)
+
     async def call(self, stub: Any, method: str, request: Message, limit_s: float | None = None) -> Any:
         """One small call: `stub` from `stub_of`; UnreachableError on any failure or after the time limit."""
         limit_s = limit_s or self.settings.call_limit_s

@@ -89,6 +89,10 @@ class _Round:
     asked_at_s: dict[str, float] = field(default_factory=dict)
     unobtainable: set[str] = field(default_factory=set)
     undeliverable: set[str] = field(default_factory=set)
+    distrusted: set[str] = field(default_factory=set)
+    """Peers that sent something malformed about this round: asked again, but not waited for."""
+    impossible: set[str] = field(default_factory=set)
+    """Digests of rosters that name a publication of ours that we never made."""
 
     def best(self) -> tuple[Roster, pb.Signed] | None:
         roster = better_roster([roster for roster, _ in self.rosters.values()])
@@ -222,8 +226,7 @@ class Rounds:
 
     async def finish(self, round: int, publication: Held, started_s: float) -> Outcome:
         """Publish, agree on a roster and merge it; returns the mean, or the state of those who went on without us."""
-        known = self._rounds.setdefault(round, _Round())
-        known.started_s, known.ended_s = started_s, swarm_time()
+        known = self._rounds[round] = _Round(started_s=started_s, ended_s=swarm_time())
         known.publications[self.identity.peer_id] = publication
         self.store.add(publication)
         self.tell()
@@ -236,6 +239,7 @@ class Rounds:
         finally:
             await work.cancel()
             self.waiting_for = ""
+            known.publications = {self.identity.peer_id: publication}  # the others' bytes are not needed any more
 
     async def _step(self, round: int, known: _Round, work: _Work) -> Outcome | None:
         """Decide once, and do it or wait for news. A merge goes on beside the asking, and is given up for a better
@@ -254,12 +258,14 @@ class Rounds:
             if work.merging != decision.roster.digest or work.merge is None:
                 await work.give_up_merge()
                 work.merging = decision.roster.digest
-                work.merge = asyncio.create_task(self._merge(round, known, decision.roster))
+                signed = next(signed for kept, signed in known.rosters.values() if kept == decision.roster)
+                work.merge = asyncio.create_task(self._merge(round, known, decision.roster, signed))
                 work.merge.add_done_callback(lambda task: self.tell())
         else:
             await work.give_up_merge()
         if isinstance(decision, Sign):
             self._sign(round, known, decision)
+            await asyncio.sleep(0)
             return None
         if isinstance(decision, CatchUp):
             return await self._catch_up(known, decision)
@@ -280,6 +286,8 @@ class Rounds:
             kind = standing(applied, round, told)
             if peer in known.undeliverable and kind in (Standing.AHEAD, Standing.FAR_AHEAD):
                 kind = Standing.GUEST
+            if peer in known.distrusted:
+                kind = Standing.GUEST
             sets[kind].add(peer)
         return RoundView(
             me=self.identity.peer_id,
@@ -290,14 +298,14 @@ class Rounds:
             share_above=self.settings.share_above,
             live=frozenset(sets[Standing.WITH_US] | sets[Standing.BEHIND]),
             behind=frozenset(sets[Standing.BEHIND]),
-            base="" if applied is None else applied.digest,
+            base=self._base,
             guest=self.guest,
             guests=frozenset(sets[Standing.GUEST]),
             ahead=frozenset(sets[Standing.AHEAD]),
             far_ahead=frozenset(sets[Standing.FAR_AHEAD]),
             announced={peer: publication_of(held.snapshot) for peer, held in known.publications.items()},
             held=frozenset(peer for peer, held in known.publications.items() if held.complete),
-            rosters=[roster for roster, _ in known.rosters.values()],
+            rosters=[roster for roster, _ in known.rosters.values() if roster.digest not in known.impossible],
             heard_at_s={peer: self.membership.heard_s(peer) for peer in volunteers},
             asked_at_s=known.asked_at_s,
             listening_since_s=self.listening_since_s,
@@ -311,40 +319,52 @@ class Rounds:
             signer=self.identity.peer_id,
             entries=decision.entries,
             attempt=decision.attempt,
-            base="" if applied is None else applied.digest,
+            base=self._base,
             base_tokens=0 if applied is None else applied.total_tokens,
         )
         self._keep(known, roster, sign_roster(self.identity, self.settings.run_sha256, roster))
         _log.info("round %d: signed a roster of %d: %s", round, len(roster.entries), decision.reason)
         self.tell()
 
-    def _keep(self, known: _Round, roster: Roster, signed: pb.Signed) -> None:
-        """Remember a roster of the round; of one signer only as many as an honest one may need."""
-        name = payload_sha256(signed)
-        same_signer = sum(1 for kept, _ in known.rosters.values() if kept.signer == roster.signer)
-        if name not in known.rosters and same_signer < _MAX_ATTEMPTS:
-            known.rosters[name] = (roster, signed)
-            known.unobtainable.difference_update(roster.peers)
+    @property
+    def _base(self) -> str:
+        return "" if self.last is None else self.last[0].digest
 
-    async def _merge(self, round: int, known: _Round, roster: Roster) -> Merged | None:
+    def _keep(self, known: _Round, roster: Roster, signed: pb.Signed) -> bool:
+        """Remember a roster that starts from our weights, of one signer the latest few; whether it is new."""
+        name = payload_sha256(signed)
+        if name in known.rosters or roster.base != self._base:
+            return False
+        same_signer = [other for other, (kept, _) in known.rosters.items() if kept.signer == roster.signer]
+        if len(same_signer) >= _MAX_ATTEMPTS:
+            oldest = min(same_signer, key=lambda other: known.rosters[other][0].attempt)
+            if roster.attempt <= known.rosters[oldest][0].attempt:
+                return False
+            del known.rosters[oldest]
+        known.rosters[name] = (roster, signed)
+        known.unobtainable.difference_update(roster.peers)
+        return True
+
+    async def _merge(self, round: int, known: _Round, roster: Roster, signed: pb.Signed) -> Merged | None:
         """Average what the roster names; None if that failed and the round has to be decided anew."""
 
         def share_ready(held: Held) -> None:
             known.share = held
             self.tell()
 
-        merger = self._merger(share_ready)
+        merger = self._merger(share_ready, bytes.fromhex(payload_sha256(signed)))
         try:
             mean, left_out = await merger.merge(roster, known.publications)
         except UnobtainableError as error:
             _log.info("round %d: %s", round, error)
-            known.unobtainable.add(error.peer)
+            if self.identity.peer_id in error.peers:
+                known.impossible.add(roster.digest)
+            known.unobtainable.update(error.peers - {self.identity.peer_id})
             return None
-        signed = next(signed for kept, signed in known.rosters.values() if kept == roster)
         self.know_roster(roster, signed)
         return Merged(roster=roster, mean=mean, left_out=left_out)
 
-    def _merger(self, share_ready: Callable[[Held], None] = lambda held: None) -> Merger:
+    def _merger(self, share_ready: Callable[[Held], None] = lambda held: None, roster_sha256: bytes = b"") -> Merger:
         return Merger(
             self.identity,
             self.calls,
@@ -354,6 +374,8 @@ class Rounds:
             self.average,
             refused=self.refused,
             share_ready=share_ready,
+            last_known=self._last_known,
+            roster_sha256=roster_sha256,
         )
 
     # ------------------------------------------------------------- asking
@@ -362,7 +384,9 @@ class Rounds:
         """One asking task a peer, one pulling task a publication; those no longer needed are cancelled."""
         wanted = {f"ask {peer}": peer for peer in peers_to_ask(view, swarm_time())}
         for name in [name for name in tasks if name.startswith("ask ") and name not in wanted]:
-            tasks.pop(name).cancel()
+            tasks[name].cancel()  # again at the next look, if this one is swallowed
+            if tasks[name].done():
+                del tasks[name]
         for name, peer in wanted.items():
             if name not in tasks or tasks[name].done():
                 known.asked_at_s.setdefault(peer, swarm_time())
@@ -379,12 +403,12 @@ class Rounds:
     async def _ask(self, round: int, known: _Round, peer: str) -> None:
         """Ask one peer about the round, again and again; the first answer is not held."""
         wait_s = 0.0
+        its_roster = b""
         while True:
-            best = known.best()
             request = pb.RoundRequest(
                 round=round,
                 has_publication=peer in known.publications,
-                has_roster_sha256=bytes.fromhex(payload_sha256(best[1])) if best else b"",
+                has_roster_sha256=its_roster,
                 has_share=True,
                 has_last_sha256=self._last_known(peer),
                 wait_s=wait_s,
@@ -392,33 +416,41 @@ class Rounds:
             asked_s = swarm_time()
             try:
                 reply = await self.calls.round(peer, request)
-                self._read_untrusted(round, known, peer, reply)
+                is_new = self._read_untrusted(round, known, peer, reply)
+                if reply.HasField("roster"):
+                    its_roster = bytes.fromhex(payload_sha256(reply.roster))
                 not_held = wait_s > 0 and swarm_time() - asked_s < _RETRY_S
                 wait_s = _HOLD_S
-                if not_held and not reply.HasField("publication") and not reply.HasField("roster"):
+                if not_held and not is_new:
                     await asyncio.sleep(_RETRY_S)  # it answers at once, has no news, and may do so for long
             except BadBytesError as error:
                 self.refused(peer, error)
+                known.distrusted.add(peer)
+                self.tell()
                 await asyncio.sleep(_HOLD_S)
             except PeerError as error:
                 _log.debug("asking %s about round %d: %s", peer, round, error)
                 self.tell()
                 await asyncio.sleep(_RETRY_S)
 
-    def _read_untrusted(self, round: int, known: _Round, peer: str, reply: pb.RoundReply) -> None:
+    def _read_untrusted(self, round: int, known: _Round, peer: str, reply: pb.RoundReply) -> bool:
+        """Take in an answer about the round; whether it brought anything."""
+        is_new = False
         self._hear_untrusted(peer, reply)
         if reply.HasField("publication"):
             kind = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT
             snapshot = manifest_untrusted(reply.publication, self.settings.run_sha256, kind, self.settings.specs)
             check_publication(snapshot, peer, round, self.settings.max_tokens)
-            if peer not in known.publications:
+            if peer not in known.publications and snapshot.manifest.roster_sha256.hex() == self._base:
                 known.publications[peer] = empty_held(snapshot)
+                is_new = True
         if reply.HasField("roster"):
             roster = self._roster_untrusted(reply.roster)
             if roster.round != round:
                 raise BadBytesError("a roster of another round")
-            self._keep(known, roster, reply.roster)
+            is_new = self._keep(known, roster, reply.roster) or is_new
         self.tell()
+        return is_new
 
     def _hear_untrusted(self, peer: str, reply: pb.RoundReply) -> None:
         """What a peer tells of itself."""
@@ -479,19 +511,22 @@ class Rounds:
         sources = list(decision.sources)
         random.shuffle(sources)
         for source in sources[:_SOURCES]:
-            told = self._told[source][1]
-            min_round = 0 if told.last is None else told.last.round + 1
+            told = self._told.get(source)
+            min_round = 0 if told is None or told[1].last is None else told[1].last.round + 1
             state = await self.fetch_state([source], min_round, decision.reason)
             if state is not None and must_refetch(None if self.last is None else self.last[0], state.roster):
                 return state
             known.undeliverable.add(source)
         return None
 
-    async def fetch_newest_state(self, peers: Sequence[str], reason: str) -> NewState | None:
-        """The state that holds, from whoever of `peers` has it; None if nobody has applied a roster, or delivered."""
+    async def fetch_newest_state(self, peers: Sequence[str], reason: str, above_tokens: int = 0) -> NewState | None:
+        """The state that holds, from whoever of `peers` has it, if it counts more than `above_tokens` tokens.
+
+        None if nobody has such a one, or nobody delivered.
+        """
         told = await self.ask_now(peers)
         best = better_roster([t.last for t in told.values() if t.last is not None])
-        if best is None:
+        if best is None or best.total_tokens <= above_tokens:
             return None
         holders = [peer for peer, t in told.items() if t.last is not None and t.last.digest == best.digest]
         rest = [peer for peer, t in told.items() if t.last is not None and peer not in holders]

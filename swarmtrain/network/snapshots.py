@@ -182,6 +182,7 @@ class SnapshotStore:
     reader_stall_s: float = 10.0
     clock: Callable[[], float] = time.monotonic
     _held: dict[str, Held] = field(default_factory=dict)
+    _read_s: dict[str, float] = field(default_factory=dict)
     _readers: dict[object, float] = field(default_factory=dict)
 
     @property
@@ -198,9 +199,15 @@ class SnapshotStore:
         return self._held.get(sha256)
 
     def forget_before(self, round: int) -> None:
-        """Drop snapshots of rounds before `round - keep_rounds + 1`."""
+        """Drop snapshots of rounds before `round - keep_rounds + 1`, but none that somebody is reading."""
         oldest = round - self.keep_rounds + 1
-        self._held = {name: held for name, held in self._held.items() if held.snapshot.manifest.round >= oldest}
+        recently_s = self.clock() - self.reader_stall_s
+        self._held = {
+            name: held
+            for name, held in self._held.items()
+            if held.snapshot.manifest.round >= oldest or self._read_s.get(name, -math.inf) >= recently_s
+        }
+        self._read_s = {name: read_s for name, read_s in self._read_s.items() if name in self._held}
 
     def _admit(self) -> object | None:
         """A place for one more reader, if there is one."""
@@ -236,7 +243,7 @@ class SnapshotStore:
             for chunk in wanted:
                 if reader not in self._readers:
                     return
-                self._readers[reader] = self.clock()
+                self._readers[reader] = self._read_s[held.snapshot.sha256] = self.clock()
                 data = held.body.read(chunk * CHUNK_BYTES, CHUNK_BYTES)
                 count_sent(len(data))
                 yield pb.PullReply(chunk=chunk, data=data)

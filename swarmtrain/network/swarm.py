@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import random
 import time
@@ -52,6 +53,10 @@ _OTHERS_S = 0.5
 _MAX_ADDRESSES = 4
 _FORGET_AFTER_S = 600.0
 _PROGRESS_TTL_S = 86_400.0
+_REDIAL_EVERY = 10
+_REDIALLED = 4
+_GREETING_S = 3.0
+_MAX_OWN_ADDRESSES = 8
 _HEARTBEAT_S = 0.25
 _MAX_STAMP_SKEW_S = 120.0
 _MAX_READ_BUCKETS = 64
@@ -154,6 +159,7 @@ class Swarm:
     _buckets: dict[str, str] = field(default_factory=dict)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _greeted: set[str] = field(default_factory=set)
+    _through: tuple[InvitedPeer, ...] = ()
 
     def __post_init__(self) -> None:
         run = self.published.run
@@ -197,37 +203,56 @@ class Swarm:
         """Answer calls, enter the DHT through `through`, learn who is here. Nothing is said of ourselves yet."""
         service = service_type()(self, self.store, self.published.blobs(), self.node)
         await self.node.serve(service, namespace_of(self.published.sha256))
-        await self.node.join_dht([(peer.peer, peer.addresses) for peer in through])
-        for peer in through:
-            await self._greet(peer.peer, None)
+        self._through = tuple(peer for peer in through if peer.peer != self.identity.peer_id)
+        for peer in self._through:
+            self.node.remember_addresses(peer.peer, peer.addresses)
+        await self.node.join_dht([(peer.peer, peer.addresses) for peer in self._through])
+        await self._greet_all([peer.peer for peer in self._through], None)
         await self.read_presences()
 
     async def announce(self) -> None:
         """Say that we are here, to everyone known and in the DHT, and keep saying so."""
-        self.me = dataclasses.replace(self.me, addresses=await self.node.addresses())
+        await self._look_where_we_are()
         await self.greet_everyone()
-        await self._store_records()
-        self._tasks.append(asyncio.create_task(self._keep_present()))
-        self._tasks.append(asyncio.create_task(self._keep_reading()))
-        self._tasks.append(asyncio.create_task(self._notice_gaps()))
+        for work in (self._keep_present(), self._keep_reading(), self._notice_gaps()):
+            task = asyncio.create_task(work)
+            task.add_done_callback(self._work_ended)
+            self._tasks.append(task)
+
+    def _work_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("the network's work ended", exc_info=error)
+            self.emit(WarningEvent(message=f"part of the network's work ended ({error}); restart this peer"))
+
+    async def _look_where_we_are(self) -> None:
+        """Our addresses, which change: a router opens a port late, a home connection gets another address."""
+        addresses = await self.node.addresses()
+        if addresses:
+            self.me = dataclasses.replace(self.me, addresses=addresses[:_MAX_OWN_ADDRESSES])
 
     async def leave(self) -> None:
         """Say goodbye to everyone, and stop answering."""
         await end_tasks(self._tasks)
         request = pb.HelloRequest(run_sha256=self._run_bytes, presence=self._signed_presence(), leaving=True)
-        goodbyes = [self.calls.hello(info.peer, request, 1.0) for info in self.membership.live()]
-        await asyncio.gather(*goodbyes, return_exceptions=True)
+        goodbyes = [asyncio.create_task(self.calls.hello(i.peer, request, 1.0)) for i in self.membership.live()]
+        if goodbyes:
+            await asyncio.wait(goodbyes, timeout=1.0)
+            for task in goodbyes:
+                task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         await self.node.stop()
 
     async def _keep_present(self) -> None:
         ttl_s = self.published.run.network.presence_ttl_s
         while True:
-            await asyncio.sleep(ttl_s / 3)
+            await self._look_where_we_are()
             await self._store_records()
+            await asyncio.sleep(ttl_s / 3)
 
     async def _keep_reading(self) -> None:
-        while True:
+        for look in itertools.count(1):
             await asyncio.sleep(_READ_EVERY_S)
+            if look % _REDIAL_EVERY == 0:
+                await self._redial()
             await self.read_presences()
             for change in self.membership.expire(swarm_time()):
                 self._report(change)
@@ -238,13 +263,29 @@ class Swarm:
             newcomers = [info.peer for info in self.membership.live() if info.peer not in self._greeted]
             await asyncio.gather(*(self._greet(peer, self._signed_presence()) for peer in newcomers[:32]))
 
+    async def _redial(self) -> None:
+        """Knock at a few peers that seem gone: after an outage nobody else would, and a swarm would stay apart."""
+        known = {*(peer.peer for peer in self._through), *self.node.known_peers()} - {self.identity.peer_id}
+        away = [peer for peer in known if self.membership.state(peer) is not PeerState.LIVE]
+        sample = random.sample(away, min(_REDIALLED, len(away)))
+        await self._greet_all(sample, self._signed_presence())
+        for peer in sample:
+            if self.membership.state(peer) is PeerState.LIVE:
+                await self.node.enter_routing_table(peer)
+
+    async def _greet_all(self, peers: Sequence[str], presence: pb.Signed | None) -> None:
+        """Greet side by side; whoever takes long is left to answer later."""
+        tasks = [asyncio.create_task(self._greet(peer, presence)) for peer in peers]
+        if tasks:
+            await asyncio.wait(tasks, timeout=_GREETING_S)
+
     async def _notice_gaps(self) -> None:
         """A process that was stopped, or a laptop that slept, must not take its own gap for others' silence."""
         gap_s = max(1.0, self.published.run.merge.silence_s / 4)
         while True:
-            before_s = time.monotonic()
+            before_s = swarm_time()
             await asyncio.sleep(_HEARTBEAT_S)
-            if time.monotonic() - before_s > gap_s:
+            if abs(swarm_time() - before_s) > gap_s:
                 self.rounds.stood_still(swarm_time())
 
     # ------------------------------------------------------------- presence
@@ -319,8 +360,7 @@ class Swarm:
 
     async def greet_everyone(self) -> None:
         """Introduce ourselves to everyone believed alive; what they answer is news of them."""
-        signed = self._signed_presence()
-        await asyncio.gather(*(self._greet(info.peer, signed) for info in self.membership.live()))
+        await self._greet_all([info.peer for info in self.membership.live()], self._signed_presence())
 
     async def greet_some(self, number: int = 16) -> None:
         """Ask a sample of the volunteers how far they are."""
@@ -438,6 +478,8 @@ class Swarm:
                 self.emit(PeerJoinedEvent(joined=change.peer, joined_name=info.name))
         else:
             self._greeted.discard(change.peer)
+            if info is None or not info.training:
+                return
             if change.state is PeerState.LOST:
                 self.emit(PeerLostEvent(lost=change.peer, reason=change.reason))
             else:

@@ -19,7 +19,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, UserError
-from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer
+from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer, stamped
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
@@ -137,31 +137,33 @@ class _Bootstrap:
         self._archive_until_the_end(swarm)
         self._measure_and_save()
         self._wait_for_goodbyes(swarm)
-        return self.done("total_tokens" if self.loss is not None else "the volunteers left without the last state")
+        complete = self.progress.run_tokens >= self.published.run.run.total_tokens
+        return self.done("total_tokens" if complete else "the volunteers left without the last state")
 
     def done(self, reason: str) -> DoneEvent:
         """How it ended."""
-        return DoneEvent(
+        event = DoneEvent(
             held_out_loss=self.loss,
             tokens=0,
             run_tokens=self.progress.run_tokens,
             wall_s=process_age_s(),
             reason=reason,
         )
+        return stamped(event, 0.0, "" if self.node is None else self.node.identity.peer_id, self.name)
 
     def _reachable(self, node: Node) -> tuple[InvitedPeer, ...]:
         """The peers known from last time, if one of them answers: started again, it goes back to the same swarm."""
         known = self.folder.kept_peers()
         if not known:
-            return ()
+            return known
         try:
             finding = find_run(node, self.published.sha256, known, _REDIAL_S)
             found = wait_for(self.network.submit(finding), self.stop)
         except RunTimeError:
-            return ()
+            return known  # nobody yet: it keeps knocking
         if found.clock_correction_s:
             self.emit(clock_warning(found.clock_correction_s))
-        return tuple(peer for peer in known if peer.peer == found.peer)
+        return known
 
     def _restore(self, swarm: Swarm, num_parameters: int) -> None:
         """Offer the state that was archived last time."""
@@ -193,14 +195,15 @@ class _Bootstrap:
         while self.progress.run_tokens < total:
             self.stop.sleep(_LOOK_EVERY_S)
             self._ask_how_far(swarm)
-            newest = max((info.run_tokens for info in swarm.membership.volunteers()), default=0)
-            if newest >= total:
-                end_seen_s = min(end_seen_s, time.monotonic())
+            told = [info.run_tokens for info in swarm.membership.volunteers()]
+            newest = max(told, default=0)
+            if told:  # what one of them claims does not end a run that others still train
+                end_seen_s = min(end_seen_s, time.monotonic()) if min(told) >= total else math.inf
             if time.monotonic() > end_seen_s + _LINGER_S:
                 self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
                 return
             due = time.monotonic() >= next_s and newest > self.progress.run_tokens
-            if (due or end_seen_s < math.inf) and self._archive(swarm):
+            if (due or newest >= total) and self._archive(swarm):
                 next_s = time.monotonic() + every_s
 
     def _ask_how_far(self, swarm: Swarm) -> None:
@@ -209,14 +212,19 @@ class _Bootstrap:
         known = [InvitedPeer(i.peer, i.addresses) for i in swarm.membership.volunteers()[:_SAMPLE] if i.addresses]
         if known and known != self.known:
             self.known = known
-            self.folder.keep_peers(known)
+            try:
+                self.folder.keep_peers(known)
+            except OSError as error:
+                self.emit(WarningEvent(message=f"{self.folder.path} cannot be written: {error.strerror}; make room"))
 
     def _archive(self, swarm: Swarm) -> bool:
         """Pull the newest state, offer it to joiners, and write it down; False if nobody delivered."""
         volunteers = [info.peer for info in swarm.membership.volunteers()]
         sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
-        new = wait_for(self.network.submit(swarm.rounds.fetch_newest_state(sample, "archive")), self.stop)
-        if new is None or new.roster.total_tokens <= self.progress.run_tokens:
+        new = wait_for(
+            self.network.submit(swarm.rounds.fetch_newest_state(sample, "archive", self.progress.run_tokens)), self.stop
+        )
+        if new is None:
             return False
         state, progress = state_of(new)
         kept = KeptState(state=state, progress=progress, roster=new.roster, signed_roster=new.signed_roster)
@@ -241,7 +249,7 @@ class _Bootstrap:
         tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, run.model.vocabulary_size)
         if self.state is None:
             return
-        self.loss = held_out_loss(model, self.state.theta, self.published, tokenizer)
+        self.loss = held_out_loss(model, self.state.theta, self.published, tokenizer, self.stop.check)
         self.emit(EvalEvent(round=self.progress.round - 1, held_out_loss=self.loss))
         save_model(self.folder.model_path, model, self.state.theta, self.published, self.progress)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import os
-import threading
+import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _GOODBYE_S = 3.0
+_LOOK_S = 0.1
 
 Emit = Callable[[Event], None]
 """Takes an event, from any thread."""
@@ -79,32 +82,39 @@ class StopFlag:
     """Set once by Ctrl-C, a signal, or a failure that ends the peer."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        # Not a threading.Event: a signal handler that sets one while the same thread waits for it never returns.
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._set = False
         self.failure: str | None = None
+        self.explain: Callable[[], None] = lambda: None
+        """Writes to the log what this peer is waiting for (on SIGUSR1)."""
 
     def stop(self) -> None:
         """Ask for a clean end."""
-        self._event.set()
+        self._set = True
+        self._wake.put(None)
 
     def fail(self, message: str) -> None:
         """The peer cannot go on: `check` will raise RunTimeError."""
         self.failure = message
-        self._event.set()
+        self.stop()
 
     def is_set(self) -> bool:
         """Whether an end was asked for."""
-        return self._event.is_set()
+        return self._set
 
     def check(self) -> None:
         """Raise Interrupted if an end was asked for, RunTimeError if the peer failed."""
         if self.failure is not None:
             raise RunTimeError(self.failure)
-        if self._event.is_set():
+        if self._set:
             raise Interrupted
 
     def sleep(self, seconds: float) -> None:
         """Wait, and raise as `check` does as soon as an end is asked for."""
-        self._event.wait(seconds)
+        if not self._set:
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=seconds)
         self.check()
 
 
@@ -119,17 +129,15 @@ def clock_warning(correction_s: float) -> WarningEvent:
 
 def wait_for(future: Future[_T], stop: StopFlag) -> _T:
     """The future's result; raises as `StopFlag.check` does as soon as an end is asked for."""
-    while True:
-        try:
-            return future.result(0.1)
-        except TimeoutError:
-            if future.done():
+    while not future.done():
+        concurrent.futures.wait([future], _LOOK_S)
+        if not future.done():
+            try:
+                stop.check()
+            except BaseException:
+                future.cancel()
                 raise
-        try:
-            stop.check()
-        except BaseException:
-            future.cancel()
-            raise
+    return future.result()
 
 
 def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolder, stop: StopFlag) -> Node:
@@ -167,8 +175,8 @@ def leave_swarm(network: NetworkThread, swarm: Swarm | None, node: Node | None) 
             network.run(swarm.leave(), _GOODBYE_S)
         elif node is not None:
             network.run(node.stop(), _GOODBYE_S)
-    except TimeoutError:
-        pass  # the daemon dies with the network thread
+    except Exception as error:  # whatever happens at the end, the network thread ends, and with it the daemon
+        _log.debug("leaving: %s", error)
     network.stop()
 
 
@@ -197,14 +205,29 @@ def state_of(new: NewState) -> tuple[OuterState, Progress]:
     return OuterState(theta, momentum), progress
 
 
-def held_out_loss(model: GPT, theta: Tensor, published: PublishedRun, tokenizer: Tokenizer) -> float:
-    """Loss of `theta` (P,) on the run's held-out text, in nats per byte; leaves `theta` in the model."""
+def held_out_loss(
+    model: GPT,
+    theta: Tensor,
+    published: PublishedRun,
+    tokenizer: Tokenizer,
+    check: Callable[[], None] = lambda: None,
+) -> float:
+    """Loss of `theta` (P,) on the run's held-out text, in nats per byte; leaves `theta` in the model.
+
+    `check` is called between batches and may raise.
+    """
     unflatten_into(theta, model.parameters())
     run = published.run
     tokens = tokenizer.encode(published.held_out)
     batches = held_out_batches(tokens, run.model.context_tokens, run.evaluation.batch_sequences)
-    sum_nats, _ = evaluate(model, batches)
+    sum_nats, _ = evaluate(model, _checked(batches, check))
     return sum_nats / len(published.held_out)
+
+
+def _checked(batches: Iterable[Tensor], check: Callable[[], None]) -> Iterator[Tensor]:
+    for batch in batches:
+        check()
+        yield batch
 
 
 def save_model(folder: Path, model: GPT, theta: Tensor, published: PublishedRun, progress: Progress) -> None:

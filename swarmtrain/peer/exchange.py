@@ -80,7 +80,11 @@ class SwarmExchange:
         return Start(inner_steps=inner_steps, num_peers=num_peers)
 
     def _wait_for_company(self) -> None:
-        while len(self.swarm.membership.volunteers()) + 1 < self.run.merge.min_peers:
+        while True:
+            others = self.swarm.membership.volunteers()
+            begun = any(info.round > 0 or info.inner_steps_done > 0 for info in others)
+            if begun or len(others) + 1 >= self.run.merge.min_peers:
+                return
             self.stop.sleep(0.05)
 
     def _inner_steps(self, round: int, steps_per_s: float) -> int:
@@ -90,6 +94,8 @@ class SwarmExchange:
         others_done = [info.inner_steps_done for info in volunteers if info.round == round]
         if round == 0 and section.min_peers > 1:
             others_done = []  # everyone has waited for the others: a whole round for all
+        if self._fresh and any(info.round > round for info in volunteers):
+            others_done.append(section.inner_steps)  # the round is over already
         rule = joining_steps if self._fresh else round_steps
         steps, reason = rule(section.inner_steps, others_done)
         self._cut_short = steps < section.inner_steps
@@ -179,8 +185,9 @@ class SwarmExchange:
             new = wait_for(self.network.submit(self.swarm.rounds.fetch_newest_state(sample, "joined late")), self.stop)
             if new is not None:
                 return self._adopted(new)
-            if all(info.round == 0 for info in self.swarm.membership.live()):
-                return None
+            told = wait_for(self.network.submit(self.swarm.rounds.ask_now(sample)), self.stop)
+            if all(answer.last is None for answer in told.values()):
+                return None  # of those who answer nobody has merged a round yet
             self.stop.sleep(1.0)
         raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
 

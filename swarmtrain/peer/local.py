@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from swarmtrain.errors import RunTimeError
-from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, parse_event
+from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, WarningEvent, parse_event
 from swarmtrain.network.daemon import owned_process_args
 
 __all__ = ["LocalSwarm"]
 
-_STOP_LIMIT_S = 8.0
+_STOP_LIMIT_S = 4.5
 
 
 @dataclass
@@ -30,6 +30,7 @@ class _Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    closed: bool = False
     done: DoneEvent | None = None
     error: ErrorEvent | None = None
 
@@ -67,7 +68,7 @@ class LocalSwarm:
 
     def events(self, limit_s: float | None = None) -> Iterator[Event]:
         """Events as they come, until every child has ended, or for `limit_s` without any."""
-        while any(child.process.poll() is None for child in self.children.values()) or not self._events.empty():
+        while not all(child.closed for child in self.children.values()):
             try:
                 name, event = self._events.get(timeout=0.2 if limit_s is None else min(0.2, limit_s))
             except queue.Empty:
@@ -78,7 +79,10 @@ class LocalSwarm:
                 continue
             child = self.children[name]
             if event is None:
-                self._ended(child)
+                child.closed = True
+                problem = self._problem(child)
+                if problem is not None:
+                    yield WarningEvent(name=name, message=problem)
                 continue
             if isinstance(event, DoneEvent):
                 child.done = event
@@ -86,12 +90,20 @@ class LocalSwarm:
                 child.error = event
             yield event
 
-    def _ended(self, child: _Child) -> None:
+    def _problem(self, child: _Child) -> str | None:
+        """Why a child ended, if not as it should. Raises RunTimeError when the swarm cannot go on without it: the
+        others survive one that dies, but not all, and not the bootstrap before they have joined."""
         status = child.process.wait()
+        if status == 0 and child.done is not None:
+            return None
         if child.error is not None:
-            raise RunTimeError(f"{child.name}: {child.error.message}")
-        if status != 0 or child.done is None:
-            raise RunTimeError(f"{child.name} ended with status {status}; its log is {child.log}")
+            problem = f"{child.name}: {child.error.message}"
+        else:
+            problem = f"{child.name} ended with status {status}; its log is {child.log}"
+        alive = [other for other in self.children.values() if other.process.poll() is None and other is not child]
+        if not alive or len(self.children) == 1:
+            raise RunTimeError(problem)
+        return problem
 
     def wait_for_invite(self, limit_s: float = 60.0) -> tuple[InviteEvent, list[Event]]:
         """The bootstrap's invite, and what came before it."""

@@ -150,8 +150,8 @@ class Trainer:
         return "total_tokens"
 
     def _round(self) -> None:
-        began_s = time.monotonic()
         start = self.exchange.start_round(self.progress, self.steps_per_s)
+        began_s = time.monotonic()
         unflatten_into(self.state.theta, self.model.parameters())
         losses, learning_rate = self._inner_steps(start)
         steps_end_s = time.monotonic()
@@ -210,6 +210,8 @@ class Trainer:
         size = self.run.inner.microbatch_sequences or len(batch)
         loss_sum = 0.0
         for part in torch.split(batch, size):
+            if self.should_stop():
+                raise StopTraining
             loss = self.model.loss(part) * (len(part) / len(batch))
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach())

@@ -6,7 +6,6 @@ taken from the swarm is fresh: dial, fetch the run, prepare text and model, and 
 
 from __future__ import annotations
 
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from swarmtrain.events import (
     JoinedEvent,
     RoundEvent,
     StartedEvent,
+    WarningEvent,
     count_in_words,
     short_peer,
+    stamped,
     times_below_allreduce,
 )
 from swarmtrain.membership.lifecycle import PeerInfo
@@ -66,12 +67,13 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
     use_threads(settings.threads)
     with peer_folder(settings.directory) as folder:
         network = NetworkThread()
-        signal.signal(signal.SIGUSR1, lambda number, frame: network.log_tasks())
+        stop.explain = network.log_tasks
         volunteer = _Volunteer(invite, settings, folder, network, emit, stop)
         try:
             return volunteer.run()
         except Interrupted:
-            return DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=process_age_s(), reason="interrupted")
+            done = DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=process_age_s(), reason="interrupted")
+            return volunteer.stamp(done)
         finally:
             leave_swarm(network, volunteer.swarm, volunteer.node)
 
@@ -119,13 +121,18 @@ class _Volunteer:
         if self.stop.failure is not None:
             raise RunTimeError(self.stop.failure)
         loss = self._finish(swarm, trainer, ready) if reason == "total_tokens" else None
-        return DoneEvent(
+        done = DoneEvent(
             held_out_loss=loss,
             tokens=trainer.own_tokens,
             run_tokens=trainer.progress.run_tokens,
             wall_s=process_age_s(),
             reason=reason,
         )
+        return self.stamp(done)
+
+    def stamp(self, done: DoneEvent) -> DoneEvent:
+        """`done` with this peer's PeerID and name, as far as they are known."""
+        return stamped(done, 0.0, "" if self.node is None else self.node.identity.peer_id, self.name)
 
     # ------------------------------------------------------------- joining
 
@@ -247,24 +254,32 @@ class _Volunteer:
         )
         every = ready.published.run.evaluation.every_rounds
         if every and report.progress.round % every == 0:
-            loss = held_out_loss(ready.model, report.state.theta, ready.published, ready.data.tokenizer)
+            theta, tokenizer = report.state.theta, ready.data.tokenizer
+            loss = held_out_loss(ready.model, theta, ready.published, tokenizer, self.stop.check)
             self.emit(EvalEvent(round=contribution.round, held_out_loss=loss))
 
-    def _finish(self, swarm: Swarm, trainer: Trainer, ready: _Ready) -> float:
+    def _finish(self, swarm: Swarm, trainer: Trainer, ready: _Ready) -> float | None:
         """The run has its tokens: measure, save, and serve on for those who still need us."""
-        loss = held_out_loss(ready.model, trainer.state.theta, ready.published, ready.data.tokenizer)
-        self.emit(EvalEvent(round=trainer.progress.round - 1, held_out_loss=loss))
-        save_model(self.folder.model_path, ready.model, trainer.state.theta, ready.published, trainer.progress)
         give_up_s = time.monotonic() + _LINGER_S
+        theta, loss = trainer.state.theta, None
         try:
+            loss = held_out_loss(ready.model, theta, ready.published, ready.data.tokenizer, self.stop.check)
+            self.emit(EvalEvent(round=trainer.progress.round - 1, held_out_loss=loss))
+            self._save(trainer, ready)
             while time.monotonic() < give_up_s:
                 wait_for(self.network.submit(swarm.greet_everyone()), self.stop)
                 if all(info.round >= trainer.progress.round for info in swarm.membership.live()):
                     break
                 self.stop.sleep(0.3)
-        except Interrupted:
-            pass
+        except (Interrupted, RunTimeError):
+            pass  # what there was to do here is done, or was not wanted
         return loss
+
+    def _save(self, trainer: Trainer, ready: _Ready) -> None:
+        try:
+            save_model(self.folder.model_path, ready.model, trainer.state.theta, ready.published, trainer.progress)
+        except OSError as error:
+            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error.strerror}"))
 
 
 def summary_of(run: RunFile) -> str:
