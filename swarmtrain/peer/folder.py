@@ -6,6 +6,7 @@ run.toml       the published run, its exact bytes
 held-out.txt   the run's held-out text
 tokenizer.bin  the run's learnt tokenizer, if it has one
 invite.txt     the line to hand out, while a peer runs
+position.json  (volunteer) how many batches of its text it has drawn
 port.txt       the port it listened at
 peers.json     (bootstrap) whom it knew
 archive/       (bootstrap) the run's newest model, and beside it state.safetensors, the state behind it
@@ -79,6 +80,18 @@ class PeerFolder:
         for name, data in zip(_FILES, (published.data, published.held_out, published.tokenizer), strict=True):
             if data:
                 write_atomically(self.path / name, data)
+
+    def kept_position(self, run_sha256: str) -> int:
+        """Batches of this run that this peer has drawn already."""
+        try:
+            kept = json.loads((self.path / "position.json").read_text())
+            return max(0, int(kept["batches"])) if kept["run"] == run_sha256 else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def keep_position(self, run_sha256: str, batches: int) -> None:
+        """Remember how many batches were drawn, so that the next start goes on from there."""
+        write_atomically(self.path / "position.json", json.dumps({"run": run_sha256, "batches": batches}).encode())
 
     def kept_port(self) -> int | None:
         """The TCP port this peer listened at last time."""

@@ -169,7 +169,8 @@ class _Volunteer:
         data = training_data(run, base, published.held_out, published.tokenizer, self.settings.cache_folder)
         self.stop.check()
         model = build_model(run.model, run.run.seed)
-        place = PeerPlace(run_sha256=published.sha256, peer_id=node.identity.peer_id)
+        position = self.folder.kept_position(published.sha256)
+        place = PeerPlace(run_sha256=published.sha256, peer_id=node.identity.peer_id, position=position)
         batches = training_batches(run, data, place, base, published.held_out)
         self.stop.check()
         return _Ready(published, data, model, batches)
@@ -225,6 +226,10 @@ class _Volunteer:
     def _report(self, report: RoundReport, exchange: SwarmExchange, ready: _Ready) -> None:
         """After each merge: offer the new state, tell, and measure the held-out loss if it is time."""
         exchange.offer(report.state, report.progress)
+        try:
+            self.folder.keep_position(ready.published.sha256, ready.batches.position)
+        except OSError as error:
+            self.emit(WarningEvent(message=f"{self.folder.path} cannot be written: {error.strerror}; make room"))
         sent, received = exchange.traffic_since_last()
         contribution, averaged = report.contribution, report.averaged
         below = None

@@ -1,0 +1,65 @@
+"""A peer's folder: what it keeps, and how it refuses to be shared or altered."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pytest
+
+from swarmtrain.errors import UserError
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.invite import InvitedPeer
+from swarmtrain.peer.bootstrap import publish_run
+from swarmtrain.peer.folder import is_in_use, peer_folder, running_invite
+from swarmtrain.run import parse_run
+
+
+def test_one_peer_at_a_time(tmp_path: Path) -> None:
+    with peer_folder(tmp_path / "peer") as folder:
+        assert is_in_use(folder.path)
+        with pytest.raises(UserError, match="in use by a running peer"), peer_folder(tmp_path / "peer"):
+            pass
+        folder.write_invite("swarmtrain join st1abc")
+        assert running_invite(folder.path) == "swarmtrain join st1abc"
+    assert not is_in_use(tmp_path / "peer")
+    assert running_invite(tmp_path / "peer") is None, "an invite of a peer that is gone is not handed out"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="give another folder with --dir"), peer_folder(tmp_path / "file" / "peer"):
+        pass
+
+
+def test_what_is_kept_comes_back(tmp_path: Path) -> None:
+    peers = (InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/31337",)),)
+    with peer_folder(tmp_path) as folder:
+        assert (folder.kept_port(), folder.kept_peers(), folder.kept_position("a")) == (None, (), 0)
+        folder.keep_port(["/ip4/127.0.0.1/tcp/4711"])
+        folder.keep_peers(peers)
+        folder.keep_position("a", 17)
+    with peer_folder(tmp_path) as folder:
+        assert (folder.kept_port(), folder.kept_peers(), folder.kept_position("a")) == (4711, peers, 17)
+        assert folder.kept_position("another run") == 0
+        for name in ("port.txt", "peers.json", "position.json"):
+            (tmp_path / name).write_text("{")
+        assert (folder.kept_port(), folder.kept_peers(), folder.kept_position("a")) == (None, (), 0)
+
+
+def test_a_run_is_kept_whole_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(50):
+        (tmp_path / "text" / f"{number}.txt").write_text("".join(f"line {number} {i * i}\n" for i in range(200)))
+    text = "[run]\ntotal_tokens = 100_000\n[data]\nsource = 'text'\npaths = ['text/*.txt']\nheld_out_bytes = 1024\n"
+    published = publish_run(parse_run(text, "r"), tmp_path, datetime.datetime.now(datetime.UTC))
+    with peer_folder(tmp_path / "peer") as folder:
+        assert folder.kept_run() is None
+        folder.keep_run(published)
+        assert folder.kept_run() == published
+        (folder.path / "held-out.txt").write_bytes(b"altered")
+        with pytest.raises(UserError, match="lacks files of its run"):
+            folder.kept_run()
+        (folder.path / "run.toml").write_bytes(b"[run]\n")
+        with pytest.raises(UserError, match="was altered"):
+            folder.kept_run()
