@@ -1,0 +1,157 @@
+"""The driver of rounds against scripted peers: lies and failures that must cost a bounded wait and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from swarmtrain.errors import PeerError, UnreachableError
+from swarmtrain.membership.lifecycle import Membership, PeerInfo
+from swarmtrain.membership.rosters import Publication, Roster
+from swarmtrain.network.codec import average_bytes_untrusted
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import Identity, new_identity
+from swarmtrain.network.merging import RoundSettings
+from swarmtrain.network.roster import sign_roster
+from swarmtrain.network.rounds import Merged, Rounds
+from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+RUN = "ab" * 32
+SPECS = (TensorSpec("w", (64,)),)
+WRONG = (TensorSpec("w", (9,)),)
+SILENCE_S = 0.3
+SETTINGS = RoundSettings(
+    run_sha256=RUN,
+    specs=SPECS,
+    state_specs=(),
+    max_tokens=100,
+    share_above=5,
+    round_limit_s=30.0,
+    silence_s=SILENCE_S,
+    pull=PullLimits(stall_limit_s=0.2),
+)
+
+
+def publication(identity: Identity, specs: tuple[TensorSpec, ...] = SPECS) -> Held:
+    manifest = pb.Manifest(
+        run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, part=1, tokens=10, inner_steps=1
+    )
+    return build_snapshot(identity, manifest, specs, Body([bytes(specs[0].size_bytes)]))
+
+
+@dataclass
+class Others:
+    """Peers that answer questions about round 0 and never deliver a byte. Stands in for `PeerCalls`."""
+
+    identities: dict[str, Identity]
+    specs: tuple[TensorSpec, ...] = SPECS
+    change: Callable[[pb.RoundRequest, pb.RoundReply], None] = lambda request, reply: None
+    pull_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(8))
+    membership: Membership | None = None
+
+    async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
+        assert self.membership is not None
+        self.membership.heard(peer, swarm_time())
+        reply = pb.RoundReply(participating=True)
+        if not request.has_publication:
+            reply.publication.CopyFrom(publication(self.identities[peer], self.specs).snapshot.signed)
+        else:
+            await asyncio.sleep(min(request.wait_s, 0.05))
+        self.change(request, reply)
+        return reply
+
+    async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
+        raise UnreachableError("it delivers nothing")
+
+    async def state(self, peer: str, min_round: int) -> pb.StateReply:
+        raise UnreachableError("it delivers nothing")
+
+
+def finish(identities: list[Identity], me: Identity, others: Others) -> tuple[Merged, float, list[tuple[str, str]]]:
+    """Let `me` finish round 0 among `identities`; (outcome, seconds, what was refused of whom)."""
+    refused: list[tuple[str, str]] = []
+
+    def refuse(peer: str, error: PeerError) -> None:
+        refused.append((peer, str(error)))
+
+    async def run() -> Merged:
+        now = swarm_time()
+        others.membership = membership = Membership(me.peer_id)
+        for identity in identities:
+            info = PeerInfo(peer=identity.peer_id, training=True, stamp=now)
+            membership.saw_presence(info, now + 999, now)
+        calls: Any = others
+        rounds = Rounds(
+            me, calls, SnapshotStore(), membership, SETTINGS, average_bytes_untrusted, refused=refuse, guest=False
+        )
+        outcome = await asyncio.wait_for(rounds.finish(0, publication(me), now), 20)
+        assert isinstance(outcome, Merged)
+        return outcome
+
+    began_s = time.monotonic()
+    outcome = asyncio.run(run())
+    return outcome, time.monotonic() - began_s, refused
+
+
+def a_swarm(number: int) -> list[Identity]:
+    return sorted((new_identity(bytes([i]) * 32) for i in range(number)), key=lambda identity: identity.peer_id)
+
+
+@pytest.mark.parametrize("number", [3, 12])
+def test_publications_that_nobody_delivers_are_left_out(number: int) -> None:
+    identities = a_swarm(number)
+    others = Others({identity.peer_id: identity for identity in identities})
+    outcome, wait_s, _ = finish(identities, identities[0], others)
+    assert outcome.roster.peers == (identities[0].peer_id,)
+    assert wait_s < 5
+
+
+def test_a_peer_that_sends_another_shape_is_named_and_not_waited_for() -> None:
+    identities = a_swarm(3)
+    others = Others({identity.peer_id: identity for identity in identities}, specs=WRONG)
+    outcome, wait_s, refused = finish(identities, identities[0], others)
+    assert outcome.roster.peers == (identities[0].peer_id,)
+    assert wait_s < 5, "the round's limit is 30 s"
+    assert {peer for peer, _ in refused} == {identity.peer_id for identity in identities[1:]}
+    assert all("another shape" in detail for _, detail in refused)
+
+
+def test_a_signer_that_names_a_publication_we_never_made_costs_its_turn() -> None:
+    liar, me = a_swarm(2)
+    entry = Publication(peer=me.peer_id, snapshot="5" * 64, tokens=10, inner_steps=1)
+    signed = sign_roster(liar, RUN, Roster(round=0, signer=liar.peer_id, entries=(entry,)))
+    refusing = [0]
+
+    def lie(request: pb.RoundRequest, reply: pb.RoundReply) -> None:
+        refusing[0] += 1
+        if refusing[0] > 5:
+            raise UnreachableError("silent")
+        if not request.has_roster_sha256:
+            reply.roster.CopyFrom(signed)
+
+    outcome, wait_s, _ = finish([liar, me], me, Others({liar.peer_id: liar}, change=lie))
+    assert outcome.roster.peers == (me.peer_id,)
+    assert wait_s < 10
+
+
+def test_many_rosters_of_one_signer_are_bounded() -> None:
+    flooder, me = a_swarm(2)
+    attempts = iter(range(10_000))
+
+    def flood(request: pb.RoundRequest, reply: pb.RoundReply) -> None:
+        entry = Publication(peer=me.peer_id, snapshot="5" * 64, tokens=10, inner_steps=1)
+        attempt = next(attempts)
+        if attempt > 20:
+            raise UnreachableError("tired")
+        roster = Roster(round=0, signer=flooder.peer_id, entries=(entry,), attempt=attempt, base_tokens=0)
+        reply.roster.CopyFrom(sign_roster(flooder, RUN, roster))
+
+    outcome, wait_s, _ = finish([flooder, me], me, Others({flooder.peer_id: flooder}, change=flood))
+    assert outcome.roster.peers == (me.peer_id,)
+    assert wait_s < 15
