@@ -343,8 +343,11 @@ class Swarm:
         began_s = time.monotonic()
         for child in children:
             assert child.wait(max(0.1, began_s + EXIT_S - time.monotonic())) == 0, child.story()
-            done = child.all(DoneEvent)
-            assert [event.reason for event in done] == ["interrupted"], child.story()
+            (done,) = child.all(DoneEvent)
+            assert (done.reason, done.peer, done.name) == ("interrupted", child.id, child.name), child.story()
+            rounds = child.rounds().values()
+            assert done.tokens >= sum(event.tokens for event in rounds), child.story()
+            assert done.run_tokens >= max((event.run_tokens for event in rounds), default=0), child.story()
             assert not child.noise, f"{child.name} wrote something else than events: {child.noise[:3]}"
         assert not [folder for folder in sockets if folder.exists()]
 

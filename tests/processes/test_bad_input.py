@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import socket
 import time
@@ -13,8 +14,13 @@ from swarm import Child, Finished, Swarm, write_run
 
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ErrorEvent, JoinedEvent, RoundEvent, WarningEvent
-from swarmtrain.network.identity import new_identity
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import load_or_create_identity, new_identity
 from swarmtrain.network.invite import Invite, InvitedPeer, format_invite, parse_invite
+from swarmtrain.network.node import NetworkThread, Node, NodeSettings
+from swarmtrain.network.service import namespace_of, service_type
+from swarmtrain.network.snapshots import SnapshotStore
+from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.processes
 
@@ -118,6 +124,40 @@ def test_another_peer_answers_than_the_one_invited_to(live: tuple[Swarm, Child])
     invite = format_invite(Invite(real.run_sha256, (InvitedPeer(new_identity().peer_id, addresses),)))
     finished = swarm.run("join", invite, "--dir", str(swarm.folder / "alone"), *HERE)
     assert_one_line(finished, RunTimeError.exit_code, f"nobody answers at {addresses[0]}", "ask for a new invite")
+
+
+class Liar:
+    """Answers as a peer of the run would."""
+
+    def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
+        return pb.HelloReply(run_sha256=request.run_sha256, time=swarm_time())
+
+
+async def lie(folder: Path, run_sha256: str) -> Node:
+    """A node that serves another run under the hash of one."""
+    key_path = folder / "identity.key"
+    settings = NodeSettings(directory=folder, listen=("/ip4/127.0.0.1/tcp/0",))
+    node = await Node.start(settings, load_or_create_identity(key_path), key_path)
+    service = service_type()(Liar(), SnapshotStore(), {run_sha256: b"[run]\nname = 'another'\n"}, node)
+    await node.serve(service, namespace_of(run_sha256))
+    return node
+
+
+def test_a_run_that_does_not_match_the_invite_s_hash(live: tuple[Swarm, Child], tmp_path: Path) -> None:
+    swarm, _ = live
+    run_sha256 = hashlib.sha256(b"promised").hexdigest()
+    network = NetworkThread()
+    node = network.run(lie(tmp_path, run_sha256), 30)
+    try:
+        addresses = network.run(node.addresses(), 10)
+        invite = format_invite(Invite(run_sha256, (InvitedPeer(node.identity.peer_id, addresses),)))
+        finished = swarm.run("join", invite, "--dir", str(swarm.folder / "deceived"), *HERE)
+    finally:
+        network.run(node.stop(), 10)
+        network.stop()
+    words = (node.identity.peer_id, "does not match its hash", "ask for a new invite")
+    assert_one_line(finished, RunTimeError.exit_code, *words)
+    assert not (swarm.folder / "deceived" / "run.toml").exists(), "nothing of it was kept"
 
 
 # ---------------------------------------------------------------- this machine

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
-from swarm import Child, Swarm, assert_same_states, wait_until, write_run
+from swarm import EXIT_S, Child, Swarm, assert_same_states, wait_until, write_run
 
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import ErrorEvent, JoinedEvent, PeerLostEvent, RoundEvent
@@ -139,3 +140,26 @@ def test_a_stopped_volunteer_is_not_waited_for_and_comes_back(swarm: Swarm, with
     together([anna, ben, carl])
     assert_same_states([anna, ben, carl])
     swarm.interrupt_all([bootstrap, anna, ben, carl])
+
+
+def test_an_interrupt_ends_a_peer_whose_daemon_hangs_and_a_second_one_at_once(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    anna, ben = swarm.join_all(["anna", "ben"], bootstrap.invite.invite)
+    together([anna, ben])
+
+    for child in (anna, ben):
+        os.kill(child.daemon(), signal.SIGSTOP)  # its goodbyes will take their time
+        child.interrupt()
+    wait_until(lambda: not is_pending(ben, signal.SIGINT), "ben hears of it")
+    ben.interrupt()
+    assert ben.wait(2.0) == 130, ben.story()
+    assert anna.wait(EXIT_S) == 0, anna.story()
+    bootstrap.kill()
+    swarm.assert_nothing_left()
+
+
+def is_pending(child: Child, number: signal.Signals) -> bool:
+    """Whether a signal was sent and its process has not taken it yet."""
+    status = Path(f"/proc/{child.process.pid}/status").read_text()
+    masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
