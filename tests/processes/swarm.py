@@ -23,7 +23,17 @@ from typing import Any, TypeVar
 
 import tomli_w
 
-from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, JoinedEvent, RoundEvent, parse_event
+from swarmtrain.events import (
+    CaughtUpEvent,
+    DoneEvent,
+    ErrorEvent,
+    Event,
+    InviteEvent,
+    JoinedEvent,
+    PeerLostEvent,
+    RoundEvent,
+    parse_event,
+)
 from swarmtrain.network.daemon import owned_process_args
 
 PATIENCE_S = 120.0
@@ -134,6 +144,26 @@ class Child:
     def rounds(self) -> dict[int, RoundEvent]:
         """Its rounds so far, by number."""
         return {event.round: event for event in self.all(RoundEvent)}
+
+    def settled_rounds(self) -> dict[int, RoundEvent]:
+        """Its rounds since it last took another's state, by number."""
+        events = list(self.events)
+        caught_up = [index for index, event in enumerate(events) if isinstance(event, CaughtUpEvent)]
+        settled = events[max(caught_up, default=-1) + 1 :]
+        return {event.round: event for event in settled if isinstance(event, RoundEvent)}
+
+    def history(self, round: int) -> str:
+        """What it merged around `round`, for a failed assertion."""
+        lines = []
+        for event in list(self.events):
+            if isinstance(event, CaughtUpEvent):
+                lines.append(f"{event.time:.2f} caught up to {event.round} from {event.from_peer}: {event.reason}")
+            elif isinstance(event, PeerLostEvent):
+                lines.append(f"{event.time:.2f} lost {event.lost}: {event.reason}")
+            elif isinstance(event, RoundEvent) and abs(event.round - round) < 4:
+                parts = [f"{event.time:.2f} round {event.round}: {event.state_sha256[:12]}", f"signer {event.signer}"]
+                lines.append(", ".join([*parts, f"{event.seconds:.1f} s, of {event.partners}"]))
+        return "\n  ".join([f"{self.name} {self.id}", *lines])
 
     @property
     def last_round(self) -> int:
@@ -368,14 +398,16 @@ class Finished:
 
 
 def assert_same_states(children: Sequence[Child]) -> int:
-    """Whoever merged a round has the weights of all who did; returns how many rounds several of them merged."""
-    compared = 0
+    """Whoever merged a round has the weights of all who did; returns how many rounds several of them merged.
+
+    What a child merged before it last caught up does not count: that is how two rosters of one round are resolved.
+    """
     by_round: dict[int, dict[str, RoundEvent]] = {}
     for child in children:
-        for number, event in child.rounds().items():
+        for number, event in child.settled_rounds().items():
             by_round.setdefault(number, {})[child.name] = event
     for number, events in sorted(by_round.items()):
         states = {name: event.state_sha256[:12] for name, event in events.items()}
-        assert len(set(states.values())) == 1, f"round {number}: {states}"
-        compared += len(states) > 1
-    return compared
+        stories = "\n".join(child.history(number) for child in children)
+        assert len(set(states.values())) == 1, f"round {number}: {states}\n{stories}"
+    return sum(len(events) > 1 for events in by_round.values())
