@@ -27,8 +27,8 @@ from swarmtrain.run import RunFile, parse_published_untrusted, run_sha256
 pytestmark = pytest.mark.processes
 
 TOLERANCE = 1e-5
-NUM_ROUNDS = 6
-INNER_STEPS = 8
+NUM_ROUNDS = 5
+INNER_STEPS = 20
 
 
 @pytest.fixture
@@ -138,25 +138,29 @@ def test_three_processes_equal_one(swarm: Swarm, one_thread: None) -> None:
     children = [swarm.join(name, bootstrap.invite.invite) for name in names]
     for child in (bootstrap, *children):
         assert child.wait() == 0, child.story()
-    assert not any(child.all(CaughtUpEvent) for child in children), "nobody was slow or lost"
-    assert all(sorted(child.rounds()) == list(range(NUM_ROUNDS)) for child in children)
+    assert not any(child.all(CaughtUpEvent) for child in children), "nobody is passed over in a minute"
 
-    assert assert_same_states(children) == NUM_ROUNDS
-    rounds = [{child.id: child.rounds()[number] for child in children} for number in range(NUM_ROUNDS)]
+    # A peer that a busy machine made late takes fewer steps in a round, and the run then has a round more.
+    numbers = sorted(children[0].rounds())
+    assert numbers == list(range(len(numbers))) and len(numbers) >= NUM_ROUNDS
+    assert all(sorted(child.rounds()) == numbers for child in children)
+    assert assert_same_states(children) == len(numbers)
+    rounds = [{child.id: child.rounds()[number] for child in children} for number in numbers]
     peers = sorted(child.id for child in children)
     for events in rounds:
-        assert all(event.partners == tuple(peers) for event in events.values()), "in PeerID order"
-        assert {event.num_peers for event in events.values()} == {3}
+        (roster,) = {(event.partners, event.weights, event.signer) for event in events.values()}
+        assert roster[0] == tuple(sorted(roster[0])) and set(roster[0]) <= set(peers), "in PeerID order"
+    assert rounds[0][peers[0]].partners == tuple(peers), "everyone has waited for everyone"
 
     run, workers = make_workers(children[0].folder, swarm.folder, peers)
     states = reference(run, workers, rounds)
     weights = exported(children[0])
     difference = float((weights - states[-1]).abs().max())
-    print(f"largest difference of a weight after {NUM_ROUNDS} rounds: {difference:.2g}")
+    print(f"largest difference of a weight after {len(numbers)} rounds: {difference:.2g}")
     assert difference <= TOLERANCE
     assert hashlib.sha256(weights.numpy().tobytes()).hexdigest() == rounds[-1][peers[0]].state_sha256
     for child in children:
-        told = [child.rounds()[number].loss for number in range(NUM_ROUNDS)]
+        told = [child.rounds()[number].loss for number in numbers]
         assert told == pytest.approx(workers[child.id].losses, abs=TOLERANCE, rel=0)
         assert torch.equal(exported(child), weights)
     assert torch.equal(exported(bootstrap), weights), "the archive too"
@@ -165,6 +169,7 @@ def test_three_processes_equal_one(swarm: Swarm, one_thread: None) -> None:
     assert max(losses) - min(losses) <= TOLERANCE
     for child in children:
         (done,) = child.all(DoneEvent)
-        assert done.reason == "total_tokens" and done.run_tokens == run.run.total_tokens
-        assert done.tokens == run.run.total_tokens // 3 and done.held_out_loss in losses
+        assert done.reason == "total_tokens" and done.held_out_loss in losses
+        assert done.run_tokens == sum(sum(events[child.id].weights) for events in rounds) >= run.run.total_tokens
+        assert done.tokens == sum(events[child.id].tokens for events in rounds)
     swarm.assert_nothing_left()
