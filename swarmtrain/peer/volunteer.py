@@ -12,7 +12,7 @@ from pathlib import Path
 
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
-from swarmtrain.errors import PeerError, RunTimeError, UserError
+from swarmtrain.errors import BadBytesError, PeerError, RunTimeError, UserError
 from swarmtrain.events import (
     DoneEvent,
     EvalEvent,
@@ -57,6 +57,7 @@ from swarmtrain.run import RunFile, parse_published_untrusted
 __all__ = ["data_base", "run_volunteer", "summary_of"]
 
 _LINGER_S = 60.0
+_FETCH_ATTEMPTS = 3
 
 
 def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: StopFlag) -> DoneEvent:
@@ -144,11 +145,7 @@ class _Volunteer:
         if found.clock_correction_s:
             self.emit(clock_warning(found.clock_correction_s))
         calls = PeerCalls(node, self.invite.run_sha256)
-        fetching = fetch_published(calls, source, parse_published_untrusted, self.folder.kept_files())
-        try:
-            published = wait_for(self.network.submit(fetching), self.stop)
-        except PeerError as error:
-            raise RunTimeError(f"{source} did not deliver the run: {error}; ask for a new invite") from None
+        published = self._fetch_from(calls, source)
         self.folder.keep_run(published)
         self.emit(
             FetchedEvent(
@@ -161,6 +158,18 @@ class _Volunteer:
             )
         )
         return published
+
+    def _fetch_from(self, calls: PeerCalls, source: str) -> PublishedRun:
+        """The run from `source`, asked a few times: a stream may break without anybody's fault."""
+        for attempts_left in reversed(range(_FETCH_ATTEMPTS)):
+            fetching = fetch_published(calls, source, parse_published_untrusted, self.folder.kept_files())
+            try:
+                return wait_for(self.network.submit(fetching), self.stop)
+            except PeerError as error:
+                if not attempts_left or isinstance(error, BadBytesError):
+                    raise RunTimeError(f"{source} did not deliver the run: {error}; ask for a new invite") from None
+            self.stop.sleep(1.0)
+        raise AssertionError("the last attempt returns or raises")
 
     def _prepare(self, node: Node, published: PublishedRun) -> _Ready:
         """Text and model: what takes time and needs nobody else."""

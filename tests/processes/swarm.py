@@ -401,6 +401,7 @@ def assert_same_states(children: Sequence[Child]) -> int:
     """Whoever merged a round has the weights of all who did; returns how many rounds several of them merged.
 
     What a child merged before it last caught up does not count: that is how two rosters of one round are resolved.
+    While they train, the newest two rounds may still be about to be.
     """
     by_round: dict[int, dict[str, RoundEvent]] = {}
     for child in children:
@@ -408,6 +409,8 @@ def assert_same_states(children: Sequence[Child]) -> int:
             by_round.setdefault(number, {})[child.name] = event
     for number, events in sorted(by_round.items()):
         states = {name: event.state_sha256[:12] for name, event in events.items()}
+        if number > max(by_round) - 2 and any(child.process.poll() is None for child in children):
+            continue
         stories = "\n".join(child.history(number) for child in children)
         assert len(set(states.values())) == 1, f"round {number}: {states}\n{stories}"
     return sum(len(events) > 1 for events in by_round.values())
