@@ -40,7 +40,7 @@ PATIENCE_S = 120.0
 """How long to wait for what must happen, on a machine that others use too."""
 
 EXIT_S = 5.0
-"""How long a peer may take to end after Ctrl-C, and its processes to be gone."""
+"""How long a peer may take to end after Ctrl-C, and its processes to be gone, if it has a core to itself."""
 
 _E = TypeVar("_E")
 
@@ -52,6 +52,11 @@ def wait_until(condition: Callable[[], Any], what: str, limit_s: float = PATIENC
         assert time.monotonic() < give_up_s, f"not within {limit_s:g} s: {what() if callable(what) else what}"
         time.sleep(0.02)
     return value
+
+
+def exit_limit_s() -> float:
+    """`EXIT_S`, and longer on a machine that is busy with more than it has cores for."""
+    return EXIT_S * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 # ---------------------------------------------------------------- runs
@@ -358,7 +363,7 @@ class Swarm:
 
     def assert_nothing_left(self) -> None:
         """No process of ours nor of a daemon is there, at the latest after 5 s."""
-        wait_until(lambda: not self.leftovers(), lambda: f"still there: {self.leftovers()}", EXIT_S)
+        wait_until(lambda: not self.leftovers(), lambda: f"still there: {self.leftovers()}", exit_limit_s())
 
     def interrupt_all(self, children: Sequence[Child]) -> None:
         """Ctrl-C for each that is left: a clean end of all of them in time, and nothing left."""
@@ -370,9 +375,9 @@ class Swarm:
         sockets = [child.sockets() for child in children]
         for child in children:
             child.interrupt()
-        began_s = time.monotonic()
+        give_up_s = time.monotonic() + exit_limit_s()
         for child in children:
-            assert child.wait(max(0.1, began_s + EXIT_S - time.monotonic())) == 0, child.story()
+            assert child.wait(max(0.1, give_up_s - time.monotonic())) == 0, child.story()
             (done,) = child.all(DoneEvent)
             assert (done.reason, done.peer, done.name) == ("interrupted", child.id, child.name), child.story()
             rounds = child.rounds().values()

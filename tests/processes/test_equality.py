@@ -150,7 +150,6 @@ def test_three_processes_equal_one(swarm: Swarm, one_thread: None) -> None:
     for events in rounds:
         (roster,) = {(event.partners, event.weights, event.signer) for event in events.values()}
         assert roster[0] == tuple(sorted(roster[0])) and set(roster[0]) <= set(peers), "in PeerID order"
-    assert rounds[0][peers[0]].partners == tuple(peers), "everyone has waited for everyone"
 
     run, workers = make_workers(children[0].folder, swarm.folder, peers)
     states = reference(run, workers, rounds)

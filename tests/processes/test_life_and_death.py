@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from swarm import EXIT_S, Child, Swarm, assert_same_states, wait_until, write_run
+from swarm import Child, Swarm, assert_same_states, exit_limit_s, wait_until, write_run
 
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import ErrorEvent, JoinedEvent, PeerLostEvent, RoundEvent
@@ -154,8 +154,8 @@ def test_an_interrupt_ends_a_peer_whose_daemon_hangs_and_a_second_one_at_once(sw
         child.interrupt()
     wait_until(lambda: not is_pending(ben, signal.SIGINT), "ben hears of it")
     ben.interrupt()
-    assert ben.wait(2.0) == 130, ben.story()
-    assert anna.wait(EXIT_S) == 0, anna.story()
+    assert ben.wait(exit_limit_s() / 2) == 130, ben.story()
+    assert anna.wait(exit_limit_s()) == 0, anna.story()
     bootstrap.kill()
     swarm.assert_nothing_left()
 
