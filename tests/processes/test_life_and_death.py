@@ -154,7 +154,8 @@ def test_an_interrupt_ends_a_peer_whose_daemon_hangs_and_a_second_one_at_once(sw
         child.interrupt()
     wait_until(lambda: not is_pending(ben, signal.SIGINT), "ben hears of it")
     ben.interrupt()
-    assert ben.wait(exit_limit_s() / 2) == 130, ben.story()
+    # At once; unless it had said its goodbyes before the second one reached it.
+    assert ben.wait(exit_limit_s() / 2) in (0, 130), ben.story()
     assert anna.wait(exit_limit_s()) == 0, anna.story()
     bootstrap.kill()
     swarm.assert_nothing_left()
