@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from swarm import Child, Swarm, assert_same_states, exit_limit_s, wait_until, write_run
@@ -152,17 +151,9 @@ def test_an_interrupt_ends_a_peer_whose_daemon_hangs_and_a_second_one_at_once(sw
     for child in (anna, ben):
         os.kill(child.daemon(), signal.SIGSTOP)  # its goodbyes will take their time
         child.interrupt()
-    wait_until(lambda: not is_pending(ben, signal.SIGINT), "ben hears of it")
-    ben.interrupt()
-    # At once; unless it had said its goodbyes before the second one reached it.
-    assert ben.wait(exit_limit_s() / 2) in (0, 130), ben.story()
+    # Again and again: Python makes one of two interrupts that come in the same moment.
+    wait_until(lambda: ben.process.poll() is not None or ben.interrupt(), "ben ends", exit_limit_s() / 2)
+    assert ben.wait() == 130, ben.story()
     assert anna.wait(exit_limit_s()) == 0, anna.story()
     bootstrap.kill()
     swarm.assert_nothing_left()
-
-
-def is_pending(child: Child, number: signal.Signals) -> bool:
-    """Whether a signal was sent and its process has not taken it yet."""
-    status = Path(f"/proc/{child.process.pid}/status").read_text()
-    masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:"))]
-    return any(mask >> (number - 1) & 1 for mask in masks)
