@@ -13,7 +13,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain import __version__
@@ -60,6 +60,9 @@ _MAX_OWN_ADDRESSES = 8
 _HEARTBEAT_S = 0.25
 _MAX_STAMP_SKEW_S = 120.0
 _MAX_READ_BUCKETS = 64
+_MAX_MEETINGS = 16
+_MEET_AGAIN_S = 5.0
+_GREETING_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ class Swarm:
     _buckets: dict[str, str] = field(default_factory=dict)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _greeted: set[str] = field(default_factory=set)
+    _met_s: dict[str, float] = field(default_factory=dict)
+    _meetings: set[asyncio.Task[None]] = field(default_factory=set)
     _through: tuple[InvitedPeer, ...] = ()
 
     def __post_init__(self) -> None:
@@ -232,7 +237,7 @@ class Swarm:
 
     async def leave(self) -> None:
         """Say goodbye to everyone, and stop answering."""
-        await end_tasks(self._tasks)
+        await end_tasks([*self._tasks, *self._meetings])
         request = pb.HelloRequest(run_sha256=self._run_bytes, presence=self._signed_presence(), leaving=True)
         goodbyes = [asyncio.create_task(self.calls.hello(i.peer, request, 1.0)) for i in self.membership.live()]
         if goodbyes:
@@ -359,8 +364,28 @@ class Swarm:
             self._report(change)
 
     async def greet_everyone(self) -> None:
-        """Introduce ourselves to everyone believed alive; what they answer is news of them."""
-        await self._greet_all([info.peer for info in self.membership.live()], self._signed_presence())
+        """Introduce ourselves to everyone believed alive, and to whom they name; what they answer is news of them."""
+        greeted: set[str] = set()
+        for _ in range(_GREETING_PASSES):
+            strangers = [info.peer for info in self.membership.live() if info.peer not in greeted]
+            await self._greet_all(strangers, self._signed_presence())
+            greeted.update(strangers)
+
+    def _meet(self, peers: Iterable[str]) -> None:
+        """Greet those who take part and were never heard of: joiners at one moment may each have been told of everyone
+        but each other, and whoever does not know that another trains closes the round without it."""
+        now = swarm_time()
+        self._met_s = {peer: met_s for peer, met_s in self._met_s.items() if now < met_s + _MEET_AGAIN_S}
+        for peer in peers:
+            known = peer == self.identity.peer_id or self.membership.state(peer) is not None
+            if known or not self._tasks or peer in self._met_s:
+                continue
+            if len(self._meetings) >= _MAX_MEETINGS or not self.membership.has_room():
+                return
+            self._met_s[peer] = now
+            meeting = asyncio.create_task(self._greet(peer, self._signed_presence()))
+            self._meetings.add(meeting)
+            meeting.add_done_callback(self._meetings.discard)
 
     async def greet_some(self, number: int = 16) -> None:
         """Ask a sample of the volunteers how far they are."""
@@ -419,6 +444,7 @@ class Swarm:
 
     async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
         """What we know of a round."""
+        self._meet([caller])
         return await self.rounds.answer(request)
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
@@ -454,6 +480,8 @@ class Swarm:
         """Offer this state to joiners from now on; nobody may write into its buffers any more."""
         self._state = (progress, body)
         self.rounds.advance(progress)
+        if self.rounds.last is not None:
+            self._meet(self.rounds.last[0].peers)
 
     # ------------------------------------------------------------- news
 

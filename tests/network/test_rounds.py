@@ -56,14 +56,14 @@ class Others:
     membership: Membership | None = None
 
     async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
-        assert self.membership is not None
-        self.membership.heard(peer, swarm_time())
         reply = pb.RoundReply(participating=True)
         if not request.has_publication:
             reply.publication.CopyFrom(publication(self.identities[peer], self.specs).snapshot.signed)
         else:
             await asyncio.sleep(min(request.wait_s, 0.05))
         self.change(request, reply)
+        assert self.membership is not None
+        self.membership.heard(peer, swarm_time())
         return reply
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:

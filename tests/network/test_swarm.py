@@ -1,0 +1,129 @@
+"""Who is known to whom: those who meet in a round greet each other, whatever the DHT has told them so far."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from swarmtrain.errors import UnreachableError
+from swarmtrain.events import Event, PeerJoinedEvent
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.rosters import Publication, Roster
+from swarmtrain.network.codec import average_bytes_untrusted
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import Identity, new_identity
+from swarmtrain.network.node import NodeSettings
+from swarmtrain.network.records import presence_to_proto
+from swarmtrain.network.signing import sign
+from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+RUN = "ab" * 32
+ME, BEN, CARL = (new_identity(bytes([i]) * 32) for i in range(3))
+
+
+def presence(identity: Identity) -> pb.Signed:
+    info = PeerInfo(peer=identity.peer_id, name="someone", training=True, stamp=swarm_time())
+    return sign(identity, "presence", RUN, presence_to_proto(info))
+
+
+class Hellos:
+    """Stands in for `PeerCalls`: those in `others` answer a greeting and name everyone they `know`."""
+
+    def __init__(self, *others: Identity, know: dict[str, list[Identity]] | None = None) -> None:
+        self.others, self.know = {other.peer_id: other for other in others}, know or {}
+        self.asked: list[str] = []
+
+    async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float | None = None) -> pb.HelloReply:
+        self.asked.append(peer)
+        await asyncio.sleep(0)
+        if peer not in self.others:
+            raise UnreachableError("nobody")
+        named = [presence(other) for other in self.know.get(peer, [])]
+        return pb.HelloReply(presence=presence(self.others[peer]), others=named)
+
+
+def a_swarm(calls: Hellos) -> tuple[Swarm, list[Event]]:
+    events: list[Event] = []
+    settings = NodeSettings(directory=Path("/nowhere"))
+    node: Any = SimpleNamespace(identity=ME, settings=settings, remember_addresses=lambda *_: None)
+    run_file = RunFile.model_validate({"run": {"total_tokens": 100_000}})
+    published = PublishedRun(b"", RUN, run_file, b"", b"")
+    swarm = Swarm(node, published, (), average_bytes_untrusted, events.append, PeerInfo(peer=ME.peer_id))
+    stand_in: Any = calls
+    swarm.calls = swarm.rounds.calls = stand_in
+    return swarm, events
+
+
+def run(body: Callable[[Swarm], Coroutine[Any, Any, None]], calls: Hellos) -> list[Event]:
+    async def announced() -> None:
+        swarm, told = a_swarm(calls)
+        events.append(told)
+        swarm._tasks.append(asyncio.create_task(asyncio.Event().wait()))  # type: ignore[arg-type]
+        await body(swarm)
+        swarm._tasks.pop().cancel()
+
+    events: list[list[Event]] = []
+    asyncio.run(announced())
+    return events[0]
+
+
+def joined(events: list[Event]) -> list[str]:
+    return [event.joined for event in events if isinstance(event, PeerJoinedEvent)]
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_a_stranger_that_asks_about_a_round_is_greeted_once() -> None:
+    calls = Hellos(BEN)
+
+    async def body(swarm: Swarm) -> None:
+        for _ in range(5):
+            await swarm.round(pb.RoundRequest(round=0), BEN.peer_id)
+            await settle()
+
+    assert joined(run(body, calls)) == [BEN.peer_id] and calls.asked == [BEN.peer_id]
+
+
+def test_callers_that_do_not_answer_a_greeting_cost_a_bounded_number_of_them() -> None:
+    calls = Hellos()
+
+    async def body(swarm: Swarm) -> None:
+        for number in range(100):
+            await swarm.round(pb.RoundRequest(round=0), f"stranger {number % 50}")
+        await settle()
+
+    assert joined(run(body, calls)) == [] and len(calls.asked) == len(set(calls.asked)) <= 16
+
+
+def test_strangers_on_a_roster_that_is_applied_are_greeted() -> None:
+    calls = Hellos(BEN, CARL)
+
+    async def body(swarm: Swarm) -> None:
+        entries = tuple(
+            Publication(peer=peer.peer_id, snapshot="5" * 64, tokens=1, inner_steps=1) for peer in (ME, BEN, CARL)
+        )
+        roster = Roster(round=0, signer=BEN.peer_id, entries=entries)
+        swarm.rounds.last = (roster, pb.Signed())
+        swarm._meet(roster.peers)
+        await settle()
+
+    assert sorted(joined(run(body, calls))) == sorted([BEN.peer_id, CARL.peer_id])
+
+
+def test_those_whom_a_greeted_peer_names_are_greeted_too() -> None:
+    calls = Hellos(BEN, CARL, know={BEN.peer_id: [CARL, ME]})
+
+    async def body(swarm: Swarm) -> None:
+        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id)
+        await swarm.greet_everyone()
+
+    assert sorted(joined(run(body, calls))) == sorted([BEN.peer_id, CARL.peer_id])
+    assert calls.asked == [BEN.peer_id, CARL.peer_id]
