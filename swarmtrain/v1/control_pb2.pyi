@@ -1,0 +1,200 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PeerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PEER_STATE_UNSPECIFIED: _ClassVar[PeerState]
+    PEER_STATE_STARTING: _ClassVar[PeerState]
+    PEER_STATE_WAITING: _ClassVar[PeerState]
+    PEER_STATE_TRAINING: _ClassVar[PeerState]
+    PEER_STATE_PAUSED: _ClassVar[PeerState]
+    PEER_STATE_SERVING: _ClassVar[PeerState]
+    PEER_STATE_FINISHING: _ClassVar[PeerState]
+    PEER_STATE_DONE: _ClassVar[PeerState]
+    PEER_STATE_FAILED: _ClassVar[PeerState]
+PEER_STATE_UNSPECIFIED: PeerState
+PEER_STATE_STARTING: PeerState
+PEER_STATE_WAITING: PeerState
+PEER_STATE_TRAINING: PeerState
+PEER_STATE_PAUSED: PeerState
+PEER_STATE_SERVING: PeerState
+PEER_STATE_FINISHING: PeerState
+PEER_STATE_DONE: PeerState
+PEER_STATE_FAILED: PeerState
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PauseRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CheckpointRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ControlReply(_message.Message):
+    __slots__ = ("message",)
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    message: str
+    def __init__(self, message: _Optional[str] = ...) -> None: ...
+
+class CheckpointReply(_message.Message):
+    __slots__ = ("round", "path")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    path: str
+    def __init__(self, round: _Optional[int] = ..., path: _Optional[str] = ...) -> None: ...
+
+class PeerStatus(_message.Message):
+    __slots__ = ("peer", "name", "role", "version", "pid", "started_time", "time", "state", "doing", "run_name", "run_sha256", "invite_line", "round", "inner_steps_done", "inner_steps", "run_tokens", "total_tokens", "own_tokens", "own_tokens_per_s", "swarm_tokens_per_s", "losses", "peers", "sent_bytes", "received_bytes", "sent_bytes_per_s", "received_bytes_per_s", "times_below_allreduce", "stall_share", "checkpoint", "notices", "limits", "end_reason", "exit_code", "held_out_loss")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    STARTED_TIME_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DOING_FIELD_NUMBER: _ClassVar[int]
+    RUN_NAME_FIELD_NUMBER: _ClassVar[int]
+    RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
+    INVITE_LINE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    INNER_STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
+    INNER_STEPS_FIELD_NUMBER: _ClassVar[int]
+    RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OWN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OWN_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    SWARM_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TIMES_BELOW_ALLREDUCE_FIELD_NUMBER: _ClassVar[int]
+    STALL_SHARE_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    NOTICES_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    END_REASON_FIELD_NUMBER: _ClassVar[int]
+    EXIT_CODE_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_LOSS_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    name: str
+    role: str
+    version: str
+    pid: int
+    started_time: float
+    time: float
+    state: PeerState
+    doing: str
+    run_name: str
+    run_sha256: str
+    invite_line: str
+    round: int
+    inner_steps_done: int
+    inner_steps: int
+    run_tokens: int
+    total_tokens: int
+    own_tokens: int
+    own_tokens_per_s: float
+    swarm_tokens_per_s: float
+    losses: _containers.RepeatedCompositeFieldContainer[LossPoint]
+    peers: _containers.RepeatedCompositeFieldContainer[SwarmPeer]
+    sent_bytes: int
+    received_bytes: int
+    sent_bytes_per_s: float
+    received_bytes_per_s: float
+    times_below_allreduce: float
+    stall_share: float
+    checkpoint: KeptCheckpoint
+    notices: _containers.RepeatedCompositeFieldContainer[Notice]
+    limits: Limits
+    end_reason: str
+    exit_code: int
+    held_out_loss: float
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., started_time: _Optional[float] = ..., time: _Optional[float] = ..., state: _Optional[_Union[PeerState, str]] = ..., doing: _Optional[str] = ..., run_name: _Optional[str] = ..., run_sha256: _Optional[str] = ..., invite_line: _Optional[str] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., inner_steps: _Optional[int] = ..., run_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., own_tokens_per_s: _Optional[float] = ..., swarm_tokens_per_s: _Optional[float] = ..., losses: _Optional[_Iterable[_Union[LossPoint, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[SwarmPeer, _Mapping]]] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes_per_s: _Optional[float] = ..., received_bytes_per_s: _Optional[float] = ..., times_below_allreduce: _Optional[float] = ..., stall_share: _Optional[float] = ..., checkpoint: _Optional[_Union[KeptCheckpoint, _Mapping]] = ..., notices: _Optional[_Iterable[_Union[Notice, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., end_reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., held_out_loss: _Optional[float] = ...) -> None: ...
+
+class LossPoint(_message.Message):
+    __slots__ = ("round", "run_tokens", "loss", "held_out_loss")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_LOSS_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    run_tokens: int
+    loss: float
+    held_out_loss: float
+    def __init__(self, round: _Optional[int] = ..., run_tokens: _Optional[int] = ..., loss: _Optional[float] = ..., held_out_loss: _Optional[float] = ...) -> None: ...
+
+class SwarmPeer(_message.Message):
+    __slots__ = ("peer", "name", "tokens", "present", "bootstrap", "round", "tokens_per_s")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    BOOTSTRAP_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    name: str
+    tokens: int
+    present: bool
+    bootstrap: bool
+    round: int
+    tokens_per_s: float
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., present: bool = ..., bootstrap: bool = ..., round: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
+
+class KeptCheckpoint(_message.Message):
+    __slots__ = ("round", "time", "size_bytes")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    time: float
+    size_bytes: int
+    def __init__(self, round: _Optional[int] = ..., time: _Optional[float] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class Notice(_message.Message):
+    __slots__ = ("time", "message")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    time: float
+    message: str
+    def __init__(self, time: _Optional[float] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("threads", "memory_bytes", "nice", "only_when_idle", "hours")
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NICE_FIELD_NUMBER: _ClassVar[int]
+    ONLY_WHEN_IDLE_FIELD_NUMBER: _ClassVar[int]
+    HOURS_FIELD_NUMBER: _ClassVar[int]
+    threads: int
+    memory_bytes: int
+    nice: int
+    only_when_idle: bool
+    hours: str
+    def __init__(self, threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., nice: _Optional[int] = ..., only_when_idle: bool = ..., hours: _Optional[str] = ...) -> None: ...
