@@ -30,10 +30,12 @@ __all__ = [
     "FetchedEvent",
     "InviteEvent",
     "JoinedEvent",
+    "PausedEvent",
     "PeerJoinedEvent",
     "PeerLeftEvent",
     "PeerLostEvent",
     "RefusedEvent",
+    "ResumedEvent",
     "RoundEvent",
     "StartedEvent",
     "WarningEvent",
@@ -173,6 +175,21 @@ class CaughtUpEvent(_Event):
     reason: str = Field(description="What it had missed.")
 
 
+class PausedEvent(_Event):
+    """This peer rests: it has said goodbye to the others, and its process stays."""
+
+    event: Literal["paused"] = "paused"
+    reason: str = Field(description="Why, in a sentence for a person.")
+
+
+class ResumedEvent(_Event):
+    """The pause is over: this peer is back among the others."""
+
+    event: Literal["resumed"] = "resumed"
+    round: int = Field(description="The round it takes part in next.")
+    paused_s: float = Field(description="How long it rested, in seconds.")
+
+
 class ArchivedEvent(_Event):
     """The bootstrap saved the run's state."""
 
@@ -231,6 +248,8 @@ Event = Annotated[
         PeerLeftEvent,
         RefusedEvent,
         CaughtUpEvent,
+        PausedEvent,
+        ResumedEvent,
         ArchivedEvent,
         WarningEvent,
         ErrorEvent,
@@ -356,6 +375,10 @@ def _in_words(event: Event) -> str:
             return f"refused what {short_peer(event.from_peer)} sent ({event.rule}): {event.detail}"
         case CaughtUpEvent():
             return f"caught up to round {event.round} from {short_peer(event.from_peer)}: {event.reason}"
+        case PausedEvent():
+            return f"paused: {event.reason}"
+        case ResumedEvent():
+            return f"back at round {event.round} after a pause of {time_in_words(event.paused_s)}"
         case AloneEvent():
             steps, time = event.inner_steps, time_in_words(event.wall_s)
             return (

@@ -16,7 +16,9 @@ from swarmtrain.events import (
     EvalEvent,
     Event,
     InviteEvent,
+    PausedEvent,
     PeerLostEvent,
+    ResumedEvent,
     RoundEvent,
     WarningEvent,
     count_in_words,
@@ -52,7 +54,7 @@ ROUND = RoundEvent(
 
 def test_names_are_distinct_and_match_their_class() -> None:
     names = [kind.model_fields["event"].default for kind in EVENT_CLASSES]
-    assert len(set(names)) == len(names) == 16
+    assert len(set(names)) == len(names) == len(EVENT_CLASSES)
     for kind, name in zip(EVENT_CLASSES, names, strict=True):
         assert kind.__name__ == "".join(word.title() for word in name.split("_")) + "Event"
 
@@ -119,6 +121,8 @@ def test_a_stamp_fills_in_only_what_is_missing() -> None:
         (WarningEvent(message="a\x1b[2Jb\nc"), r"warning: a\x1b[2Jb\nc"),
         (ErrorEvent(message="no", hint="try", exit_code=1), "error: no; try"),
         (InviteEvent(line="swarmtrain join X", invite="X", run_sha256="", addresses=()), "others join with: swarmtrain"),
+        (PausedEvent(reason="you asked for it"), "paused: you asked for it"),
+        (ResumedEvent(round=7, paused_s=90), "back at round 7 after a pause of 1 min 30 s"),
         (DoneEvent(held_out_loss=None, tokens=1, run_tokens=2, wall_s=3, reason="asked"), "held-out loss not measured"),
     ],
 )  # fmt: skip

@@ -24,9 +24,11 @@ from swarmtrain.events import (
     FetchedEvent,
     InviteEvent,
     JoinedEvent,
+    PausedEvent,
     PeerJoinedEvent,
     PeerLeftEvent,
     PeerLostEvent,
+    ResumedEvent,
     RoundEvent,
     StartedEvent,
     count_in_words,
@@ -61,8 +63,10 @@ class _Peer:
                 self.state = "serving"  # a bootstrap; a volunteer has joined before it invites
             case JoinedEvent():
                 self.state, self.tokens_before = "joined", event.run_tokens
-            case StartedEvent():
+            case StartedEvent() | ResumedEvent():
                 self.state = "training"
+            case PausedEvent():
+                self.state = "paused"
             case RoundEvent():
                 self.state, self.round = "training", event
                 self.tokens += event.tokens

@@ -165,6 +165,8 @@ class Swarm:
     _met_s: dict[str, float] = field(default_factory=dict)
     _meetings: set[asyncio.Task[None]] = field(default_factory=set)
     _through: tuple[InvitedPeer, ...] = ()
+    _away: bool = False
+    _daemon_watch: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         run = self.published.run
@@ -217,6 +219,7 @@ class Swarm:
 
     async def announce(self) -> None:
         """Say that we are here, to everyone known and in the DHT, and keep saying so."""
+        self._away = False
         await self._look_where_we_are()
         await self.greet_everyone()
         for work in (self._keep_present(), self._keep_reading(), self._notice_gaps()):
@@ -237,14 +240,34 @@ class Swarm:
 
     async def leave(self) -> None:
         """Say goodbye to everyone, and stop answering."""
+        if self._daemon_watch is not None:
+            await end_tasks([self._daemon_watch])
+        await self.withdraw()
+        await self.node.stop()
+
+    async def withdraw(self) -> None:
+        """Say goodbye to everyone, and nothing more of ourselves until `come_back`; the node stays."""
+        if self._away:
+            return
+        self._away = True
         await end_tasks([*self._tasks, *self._meetings])
+        self._tasks.clear()
         request = pb.HelloRequest(run_sha256=self._run_bytes, presence=self._signed_presence(), leaving=True)
         goodbyes = [asyncio.create_task(self.calls.hello(i.peer, request, 1.0)) for i in self.membership.live()]
         if goodbyes:
             await asyncio.wait(goodbyes, timeout=1.0)
             for task in goodbyes:
                 task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        await self.node.stop()
+
+    async def come_back(self) -> None:
+        """After `withdraw`: look who is here now. `announce` says that we are."""
+        self.rounds.stood_still(swarm_time())
+        self._greeted.clear()
+        await self._redial()
+        await self.read_presences()
+        await self._greet_all([info.peer for info in self.membership.live()], None)
+        for change in self.membership.expire(swarm_time()):
+            self._report(change)
 
     async def _keep_present(self) -> None:
         ttl_s = self.published.run.network.presence_ttl_s
@@ -438,7 +461,7 @@ class Swarm:
             swarmtrain_version=__version__,
             run_sha256=self._run_bytes,
             time=swarm_time(),
-            presence=self._signed_presence() if self.me.addresses else None,
+            presence=self._signed_presence() if self.me.addresses and not self._away else None,
             others=[self._signed[peer] for peer in known[:64]],
         )
 
@@ -524,7 +547,7 @@ class Swarm:
             self.emit(WarningEvent(message=message))
             died(message)
 
-        self._tasks.append(asyncio.create_task(watch()))
+        self._daemon_watch = asyncio.create_task(watch())
 
 
 def _rule(detail: str) -> str:

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -28,7 +28,8 @@ from swarmtrain.network.rounds import Merged, NewState, Outcome
 from swarmtrain.network.snapshots import build_snapshot
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import StopFlag, state_of, wait_for
-from swarmtrain.peer.trainer import Averaged, Contribution, Replaced, Start
+from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.trainer import Averaged, Contribution, Replaced, Start, StopTraining
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -47,6 +48,7 @@ class SwarmExchange:
     swarm: Swarm
     run: RunFile
     stop: StopFlag
+    pause: PauseSwitch = field(default_factory=PauseSwitch)
     on_first_round: Callable[[int], None] = lambda inner_steps: None
     _merge: Future[Outcome] | None = None
     _started_s: float = 0.0
@@ -60,7 +62,7 @@ class SwarmExchange:
         """See `Exchange`."""
         if self._fresh and progress.round == 0:
             self._wait_for_company()
-        self.stop.check()
+        self._check()
         inner_steps = self._inner_steps(progress.round, steps_per_s)
         full = self.run.merge.inner_steps
         guest = self._cut_short
@@ -79,8 +81,15 @@ class SwarmExchange:
         self._first = self._fresh = False
         return Start(inner_steps=inner_steps, num_peers=num_peers)
 
+    def _check(self) -> None:
+        """Raise StopTraining if this peer is to end or to rest."""
+        self.stop.check()
+        if self.pause.held:
+            raise StopTraining
+
     def _wait_for_company(self) -> None:
         while True:
+            self._check()
             others = self.swarm.membership.volunteers()
             begun = any(info.round > 0 or info.inner_steps_done > 0 for info in others)
             if begun or len(others) + 1 >= self.run.merge.min_peers:
@@ -174,10 +183,12 @@ class SwarmExchange:
         wait_for(self.network.submit(offer()), self.stop)
 
     def present_state(self) -> Replaced | None:
-        """The state that the swarm is at, before this peer's first round; None if that is the initial weights.
+        """The state that the swarm is at, before this peer's first round, or its first after a pause; None if that is
+        the initial weights. The next round is then one that it comes into late.
 
         Raises RunTimeError when others have trained and nobody delivers.
         """
+        self._fresh = True
         live = self.swarm.membership.live()
         peers = [info.peer for info in live if not info.is_bootstrap]
         sample = random.sample(peers, min(_SAMPLE, len(peers))) + [info.peer for info in live if info.is_bootstrap]

@@ -7,7 +7,7 @@ taken from the swarm is fresh: dial, fetch the run, prepare text and model, and 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from swarmtrain.data.batches import BatchSource
@@ -18,6 +18,8 @@ from swarmtrain.events import (
     EvalEvent,
     FetchedEvent,
     JoinedEvent,
+    PausedEvent,
+    ResumedEvent,
     RoundEvent,
     StartedEvent,
     WarningEvent,
@@ -51,6 +53,7 @@ from swarmtrain.peer.common import (
 )
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.trainer import RoundReport, Trainer
 from swarmtrain.run import RunFile, parse_published_untrusted
 
@@ -97,6 +100,7 @@ class _Volunteer:
     network: NetworkThread
     emit: Emit
     stop: StopFlag
+    pause: PauseSwitch = field(default_factory=PauseSwitch)
     node: Node | None = None
     swarm: Swarm | None = None
     name: str = ""
@@ -108,17 +112,19 @@ class _Volunteer:
         published = self._fetch(node)
         ready = self._prepare(node, published)
         swarm = self.swarm = self._enter(node, ready)
-        exchange = SwarmExchange(self.network, swarm, published.run, self.stop)
+        exchange = SwarmExchange(self.network, swarm, published.run, self.stop, self.pause)
         trainer = Trainer(
             run=published.run,
             model=ready.model,
             batches=ready.batches,
             exchange=exchange,
             report=lambda report: self._report(report, exchange, ready),
-            should_stop=self.stop.is_set,
+            should_stop=lambda: self.stop.is_set() or self.pause.held,
         )
+        if self.pause.held:
+            self._rest()
         self._join(swarm, exchange, trainer)
-        reason = trainer.train()
+        reason = self._train(swarm, exchange, trainer)
         if self.stop.failure is not None:
             raise RunTimeError(self.stop.failure)
         loss = self._finish(swarm, trainer, ready) if reason == "total_tokens" else None
@@ -231,6 +237,33 @@ class _Volunteer:
         )
 
     # ------------------------------------------------------------- training
+
+    def _train(self, swarm: Swarm, exchange: SwarmExchange, trainer: Trainer) -> str:
+        """Train, with pauses, until the end; returns why it ended."""
+        while True:
+            reason = trainer.train()
+            if reason != "interrupted" or self.stop.is_set():
+                return reason
+            try:
+                wait_for(self.network.submit(swarm.withdraw()), self.stop)
+                paused_s = self._rest()
+                self._come_back(swarm, exchange, trainer)
+            except Interrupted:
+                return reason
+            self.emit(ResumedEvent(round=trainer.progress.round, paused_s=paused_s))
+
+    def _rest(self) -> float:
+        """Wait until the pause is over; how long that was, in seconds."""
+        self.emit(PausedEvent(reason=self.pause.reason))
+        return self.pause.wait_released(self.stop.sleep)
+
+    def _come_back(self, swarm: Swarm, exchange: SwarmExchange, trainer: Trainer) -> None:
+        """After a pause: take the swarm's present state, and say that we are here again."""
+        wait_for(self.network.submit(swarm.come_back()), self.stop)
+        new = exchange.present_state()
+        if new is not None:
+            trainer.adopt(new)
+        wait_for(self.network.submit(swarm.announce()), self.stop)
 
     def _report(self, report: RoundReport, exchange: SwarmExchange, ready: _Ready) -> None:
         """After each merge: offer the new state, tell, and measure the held-out loss if it is time."""

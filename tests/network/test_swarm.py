@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,11 +36,12 @@ class Hellos:
     """Stands in for `PeerCalls`: those in `others` answer a greeting and name everyone they `know`."""
 
     def __init__(self, *others: Identity, know: dict[str, list[Identity]] | None = None) -> None:
+        self.goodbyes: list[str] = []
         self.others, self.know = {other.peer_id: other for other in others}, know or {}
         self.asked: list[str] = []
 
     async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float | None = None) -> pb.HelloReply:
-        self.asked.append(peer)
+        (self.goodbyes if request.leaving else self.asked).append(peer)
         await asyncio.sleep(0)
         if peer not in self.others:
             raise UnreachableError("nobody")
@@ -50,7 +52,7 @@ class Hellos:
 def a_swarm(calls: Hellos) -> tuple[Swarm, list[Event]]:
     events: list[Event] = []
     settings = NodeSettings(directory=Path("/nowhere"))
-    node: Any = SimpleNamespace(identity=ME, settings=settings, remember_addresses=lambda *_: None)
+    node: Any = SimpleNamespace(identity=ME, settings=settings, remember_addresses=lambda *_: None, known_peers=list)
     run_file = RunFile.model_validate({"run": {"total_tokens": 100_000}})
     published = PublishedRun(b"", RUN, run_file, b"", b"")
     swarm = Swarm(node, published, (), average_bytes_untrusted, events.append, PeerInfo(peer=ME.peer_id))
@@ -127,3 +129,26 @@ def test_those_whom_a_greeted_peer_names_are_greeted_too() -> None:
 
     assert sorted(joined(run(body, calls))) == sorted([BEN.peer_id, CARL.peer_id])
     assert calls.asked == [BEN.peer_id, CARL.peer_id]
+
+
+def test_a_peer_that_rests_says_goodbye_and_tells_nothing_of_itself_until_it_is_back() -> None:
+    calls = Hellos(BEN)
+
+    async def body(swarm: Swarm) -> None:
+        async def read_presences() -> None: ...
+
+        swarm.read_presences = read_presences  # type: ignore[method-assign]
+        swarm.me = dataclasses.replace(swarm.me, addresses=("/ip4/127.0.0.1/tcp/1",))
+        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id)
+        await swarm.withdraw()
+        await swarm.withdraw()
+        assert calls.goodbyes == [BEN.peer_id] and calls.asked == []
+        assert not swarm.hello(pb.HelloRequest(), BEN.peer_id).HasField("presence")
+        await swarm.round(pb.RoundRequest(round=0), CARL.peer_id)
+        await settle()
+        assert calls.asked == [], "it greets no stranger while it rests"
+        await swarm.come_back()
+        assert calls.asked == [BEN.peer_id]
+        swarm._tasks.append(asyncio.create_task(asyncio.sleep(0)))
+
+    run(body, calls)
