@@ -16,7 +16,7 @@ from typing import Annotated, Literal, TypeVar, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from swarmtrain.problems import one_line
+from swarmtrain.words import count_in_words, one_line, short_peer, size_in_words, time_in_words
 
 __all__ = [
     "EVENT_CLASSES",
@@ -285,47 +285,11 @@ def times_below_allreduce(num_parameters: int, inner_steps: int, bytes_sent: int
     return 8 * num_parameters * inner_steps / bytes_sent if bytes_sent else None
 
 
-def size_in_words(num_bytes: float) -> str:
-    """A size for a person, such as `3.4 MB`; powers of ten."""
-    return _scaled(num_bytes, ("B", "kB", "MB", "GB", "TB", "PB"))
-
-
-def count_in_words(number: float) -> str:
-    """A count for a person, such as `1.2 M`; powers of ten."""
-    return _scaled(number, ("", "k", "M", "G", "T", "P")).rstrip()
-
-
-def _scaled(number: float, units: tuple[str, ...]) -> str:
-    for unit in units:
-        if abs(number) < 999.5 or unit == units[-1]:
-            break
-        number /= 1000
-    return f"{number:.3g} {unit}" if abs(number) < 999.5 else f"{number:.0f} {unit}"
-
-
-def time_in_words(seconds: float) -> str:
-    """A duration for a person, such as `8.2 s`, `3 min 20 s` or `2 h 5 min`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
-
-
 def to_plain_line(event: Event) -> str:
     """One line for a person: local time, the peer's name, what happened. Control characters are escaped."""
     clock = datetime.datetime.fromtimestamp(event.time).strftime("%H:%M:%S")
     line = " ".join(part for part in (clock, event.name, _in_words(event)) if part)
     return one_line(line)
-
-
-def short_peer(peer: str) -> str:
-    """The end of a PeerID, enough to tell peers apart."""
-    return peer[-6:] if peer else "nobody"
 
 
 def _round_in_words(event: RoundEvent) -> str:

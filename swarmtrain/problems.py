@@ -15,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from swarmtrain.words import one_line
+
 __all__ = ["allowed_values", "one_line", "problem_in_words", "section_fields"]
 
 
@@ -125,8 +127,3 @@ def _shown(value: object) -> str:
     """A refused value on one line, shortened, without control characters."""
     text = one_line(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def one_line(text: str) -> str:
-    """`text` with line ends and other control characters escaped, fit for a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

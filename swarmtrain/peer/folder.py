@@ -29,6 +29,7 @@ from swarmtrain.errors import BadBytesError, UserError
 from swarmtrain.network.files import write_atomically
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer.lock import is_in_use
 from swarmtrain.run import parse_published_untrusted, run_sha256
 
 __all__ = ["PeerFolder", "is_in_use", "peer_folder", "running_invite"]
@@ -150,21 +151,6 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
                 (path / "invite.txt").unlink()
     finally:
         os.close(descriptor)
-
-
-def is_in_use(path: Path) -> bool:
-    """Whether a running peer holds the folder."""
-    try:
-        descriptor = os.open(path / "lock", os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def running_invite(path: Path) -> str | None:

@@ -1,0 +1,49 @@
+"""Who holds a peer's folder. Imports nothing of ours: commands that only look need it, and must be quick."""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import os
+from pathlib import Path
+
+__all__ = ["Holder", "holder", "holder_pid", "is_in_use"]
+
+
+class Holder(enum.Enum):
+    """What the lock of a folder says."""
+
+    NOBODY = "nobody"
+    RUNNING = "a running peer"
+    FOREIGN = "another user: it cannot be seen whether it runs"
+
+
+def holder(path: Path) -> Holder:
+    """Who holds the folder at `path`."""
+    try:
+        descriptor = os.open(path / "lock", os.O_RDONLY)
+    except PermissionError:
+        return Holder.FOREIGN
+    except OSError:
+        return Holder.NOBODY
+    try:
+        # Shared: two who look at the same moment do not take each other for a peer.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return Holder.RUNNING
+    finally:
+        os.close(descriptor)
+    return Holder.NOBODY
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a running peer holds the folder."""
+    return holder(path) is Holder.RUNNING
+
+
+def holder_pid(path: Path) -> int:
+    """The process that holds the folder; 0 if none does or it has not said so yet."""
+    try:
+        return int((path / "lock").read_text()) if is_in_use(path) else 0
+    except (OSError, ValueError):
+        return 0

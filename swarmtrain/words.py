@@ -1,0 +1,56 @@
+"""Numbers and names in words for a person. Imports nothing, since every command needs it, the quickest ones too."""
+
+from __future__ import annotations
+
+__all__ = ["ago_in_words", "count_in_words", "one_line", "short_peer", "size_in_words", "time_in_words"]
+
+
+def size_in_words(num_bytes: float) -> str:
+    """A size for a person, such as `3.4 MB`; powers of ten."""
+    return _scaled(num_bytes, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def count_in_words(number: float) -> str:
+    """A count for a person, such as `1.2 M`; powers of ten."""
+    return _scaled(number, ("", "k", "M", "G", "T", "P")).rstrip()
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    for unit in units:
+        if abs(number) < 999.5 or unit == units[-1]:
+            break
+        number /= 1000
+    return f"{number:.3g} {unit}" if abs(number) < 999.5 else f"{number:.0f} {unit}"
+
+
+def time_in_words(seconds: float) -> str:
+    """A duration for a person, such as `8.2 s`, `3 min 20 s` or `2 h 5 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def ago_in_words(seconds: float) -> str:
+    """How long ago something was, coarsely, such as `12 s ago`, `5 min ago` or `3 d ago`."""
+    if seconds < 1:
+        return "just now"
+    for unit, length_s, below_s in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 48 * 3600)):
+        if seconds < below_s:
+            return f"{int(seconds / length_s)} {unit} ago"
+    return f"{count_in_words(int(seconds / 86400))} d ago"
+
+
+def short_peer(peer: str) -> str:
+    """The end of a PeerID, enough to tell peers apart."""
+    return peer[-6:] if peer else "nobody"
+
+
+def one_line(text: str) -> str:
+    """`text` with line ends and other control characters escaped, fit for a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
