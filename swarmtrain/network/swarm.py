@@ -12,12 +12,11 @@ import dataclasses
 import itertools
 import logging
 import random
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain import __version__
-from swarmtrain.errors import BadBytesError, PeerError, RunTimeError
+from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.events import (
     Event,
     PeerJoinedEvent,
@@ -30,17 +29,17 @@ from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerSt
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.records import bucket_of, buckets_to_read, choose_bucket
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.finding import FoundRun, PublishedRun, fetch_published, find_run
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.merging import Average, RoundSettings
-from swarmtrain.network.node import Node, correct_clock
+from swarmtrain.network.node import Node
 from swarmtrain.network.records import PRESENCE, presence_from_proto_untrusted, presence_to_proto, progress_to_proto
 from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.signing import open_signed_untrusted, sign
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FoundRun", "PublishedRun", "Swarm", "fetch_published", "find_run", "state_specs"]
@@ -49,7 +48,6 @@ _log = logging.getLogger(__name__)
 _READ_EVERY_S = 3.0
 _MAX_INVITED = 4
 _STATE_WAIT_S = 3.0
-_OTHERS_S = 0.5
 _MAX_ADDRESSES = 4
 _FORGET_AFTER_S = 600.0
 _PROGRESS_TTL_S = 86_400.0
@@ -65,80 +63,11 @@ _MEET_AGAIN_S = 5.0
 _GREETING_PASSES = 3
 
 
-@dataclass(frozen=True)
-class PublishedRun:
-    """A run as it is handed out: its exact bytes, their hash, and the files that travel with it."""
-
-    data: bytes
-    sha256: str
-    run: RunFile
-    held_out: bytes
-    tokenizer: bytes
-
-    def blobs(self) -> dict[str, bytes]:
-        """The files by their hash."""
-        published = self.run.published
-        assert published is not None
-        blobs = {self.sha256: self.data, published.held_out_sha256: self.held_out}
-        if published.tokenizer_sha256 is not None:
-            blobs[published.tokenizer_sha256] = self.tokenizer
-        return blobs
-
-
 def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """The tensor table of a state: the outer parameters, then their momentum."""
     return tuple(
         TensorSpec(f"{part}/{spec.name}", spec.shape, spec.dtype) for part in ("theta", "momentum") for spec in specs
     )
-
-
-@dataclass(frozen=True)
-class FoundRun:
-    """Who answered, and by how much this machine's clock was corrected, in seconds."""
-
-    peer: str
-    clock_correction_s: float
-
-
-async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], limit_s: float = 15.0) -> FoundRun:
-    """Dial `peers`; one of those that answer first. The clock is corrected by the median of those.
-
-    Raises RunTimeError, within `limit_s`, when nobody answers.
-    """
-    calls = PeerCalls(node, run_sha256)
-
-    async def knock(peer: InvitedPeer) -> tuple[str, float]:
-        await node.connect(peer.peer, peer.addresses, limit_s)
-        asked_s = time.time()
-        reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
-        return peer.peer, reply.time - (asked_s + time.time()) / 2
-
-    tasks = [asyncio.create_task(knock(peer)) for peer in peers if peer.peer != node.identity.peer_id]
-    if not tasks:
-        raise RunTimeError("the invite names nobody but this peer; ask someone else of the swarm for one")
-    answers: list[tuple[str, float]] = []
-    reasons: set[str] = set()
-    try:
-        for next_done in asyncio.as_completed(tasks, timeout=limit_s):
-            try:
-                answers.append(await next_done)
-            except PeerError as error:
-                reasons.add(str(error))
-                continue
-            if len(answers) == 1:
-                await asyncio.wait(tasks, timeout=_OTHERS_S)
-                answers = [t.result() for t in tasks if t.done() and not t.cancelled() and t.exception() is None]
-            break
-    except TimeoutError:
-        reasons.add("no answer in time")
-    finally:
-        await end_tasks(tasks)
-    if not answers:
-        where = ", ".join(address for peer in peers for address in peer.addresses)
-        if any("does not serve this run" in reason for reason in reasons):
-            raise RunTimeError(f"the peer at {where} serves another run; ask for a new invite")
-        raise RunTimeError(f"nobody answers at {where}: is the swarm up? If it is, ask for a new invite")
-    return FoundRun(answers[0][0], correct_clock([offset for _, offset in answers]))
 
 
 @dataclass
@@ -566,26 +495,3 @@ def _rule(detail: str) -> str:
         "presence": "presence",
     }
     return next((rule for word, rule in words.items() if word in detail), "format")
-
-
-async def fetch_published(
-    calls: PeerCalls, source: str, parse: Callable[[bytes, str], RunFile], kept: Mapping[str, bytes]
-) -> PublishedRun:
-    """The run and its files from `source`, each checked by its hash; those in `kept` are not fetched again.
-
-    Raises BadBytesError or UnreachableError.
-    """
-
-    async def get(sha256: str, max_bytes: int) -> bytes:
-        return kept.get(sha256) or await calls.blob_untrusted(source, sha256, max_bytes)
-
-    data = await get(calls.run_sha256, 64 * 1024)
-    run = parse(data, calls.run_sha256)
-    published = run.published
-    if published is None:
-        raise BadBytesError("a run that was never published")
-    held_out = await get(published.held_out_sha256, published.held_out_bytes)
-    tokenizer = b""
-    if published.tokenizer_sha256 is not None:
-        tokenizer = await get(published.tokenizer_sha256, published.tokenizer_bytes)
-    return PublishedRun(data, calls.run_sha256, run, held_out, tokenizer)

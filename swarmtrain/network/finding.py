@@ -1,0 +1,112 @@
+"""Finding a run by its hash: dial those whom the invite names, correct the clock, fetch the run's files."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from swarmtrain.errors import BadBytesError, PeerError, RunTimeError
+from swarmtrain.network.invite import InvitedPeer
+from swarmtrain.network.node import Node, correct_clock
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.tasks import end_tasks
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run"]
+
+_OTHERS_S = 0.5
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A run as it is handed out: its exact bytes, their hash, and the files that travel with it."""
+
+    data: bytes
+    sha256: str
+    run: RunFile
+    held_out: bytes
+    tokenizer: bytes
+
+    def blobs(self) -> dict[str, bytes]:
+        """The files by their hash."""
+        published = self.run.published
+        assert published is not None
+        blobs = {self.sha256: self.data, published.held_out_sha256: self.held_out}
+        if published.tokenizer_sha256 is not None:
+            blobs[published.tokenizer_sha256] = self.tokenizer
+        return blobs
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """Who answered, and by how much this machine's clock was corrected, in seconds."""
+
+    peer: str
+    clock_correction_s: float
+
+
+async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], limit_s: float = 15.0) -> FoundRun:
+    """Dial `peers`; one of those that answer first. The clock is corrected by the median of those.
+
+    Raises RunTimeError, within `limit_s`, when nobody answers.
+    """
+    calls = PeerCalls(node, run_sha256)
+
+    async def knock(peer: InvitedPeer) -> tuple[str, float]:
+        await node.connect(peer.peer, peer.addresses, limit_s)
+        asked_s = time.time()
+        reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
+        return peer.peer, reply.time - (asked_s + time.time()) / 2
+
+    tasks = [asyncio.create_task(knock(peer)) for peer in peers if peer.peer != node.identity.peer_id]
+    if not tasks:
+        raise RunTimeError("the invite names nobody but this peer; ask someone else of the swarm for one")
+    answers: list[tuple[str, float]] = []
+    reasons: set[str] = set()
+    try:
+        for next_done in asyncio.as_completed(tasks, timeout=limit_s):
+            try:
+                answers.append(await next_done)
+            except PeerError as error:
+                reasons.add(str(error))
+                continue
+            if len(answers) == 1:
+                await asyncio.wait(tasks, timeout=_OTHERS_S)
+                answers = [t.result() for t in tasks if t.done() and not t.cancelled() and t.exception() is None]
+            break
+    except TimeoutError:
+        reasons.add("no answer in time")
+    finally:
+        await end_tasks(tasks)
+    if not answers:
+        where = ", ".join(address for peer in peers for address in peer.addresses)
+        if any("does not serve this run" in reason for reason in reasons):
+            raise RunTimeError(f"the peer at {where} serves another run; ask for a new invite")
+        raise RunTimeError(f"nobody answers at {where}: is the swarm up? If it is, ask for a new invite")
+    return FoundRun(answers[0][0], correct_clock([offset for _, offset in answers]))
+
+
+async def fetch_published(
+    calls: PeerCalls, source: str, parse: Callable[[bytes, str], RunFile], kept: Mapping[str, bytes]
+) -> PublishedRun:
+    """The run and its files from `source`, each checked by its hash; those in `kept` are not fetched again.
+
+    Raises BadBytesError or UnreachableError.
+    """
+
+    async def get(sha256: str, max_bytes: int) -> bytes:
+        return kept.get(sha256) or await calls.blob_untrusted(source, sha256, max_bytes)
+
+    data = await get(calls.run_sha256, 64 * 1024)
+    run = parse(data, calls.run_sha256)
+    published = run.published
+    if published is None:
+        raise BadBytesError("a run that was never published")
+    held_out = await get(published.held_out_sha256, published.held_out_bytes)
+    tokenizer = b""
+    if published.tokenizer_sha256 is not None:
+        tokenizer = await get(published.tokenizer_sha256, published.tokenizer_bytes)
+    return PublishedRun(data, calls.run_sha256, run, held_out, tokenizer)
