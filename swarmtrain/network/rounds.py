@@ -32,8 +32,9 @@ from swarmtrain.membership.rosters import (
     peers_to_ask,
     standing,
 )
+from swarmtrain.network.catching_up import NewState, WantedState, fetch_state
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.identity import Identity, peer_id_from_bytes_untrusted
+from swarmtrain.network.identity import Identity
 from swarmtrain.network.merging import Average, Merger, RoundSettings, UnobtainableError
 from swarmtrain.network.roster import check_publication, publication_of, roster_untrusted, sign_roster
 from swarmtrain.network.service import PeerCalls
@@ -61,17 +62,6 @@ class Merged:
     roster: Roster
     mean: bytearray
     left_out: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewState:
-    """A state pulled from another peer: outer parameters, then momentum, fp32; and the roster that led to it."""
-
-    held: Held
-    roster: Roster
-    signed_roster: pb.Signed
-    from_peer: str
-    reason: str
 
 
 Outcome = Merged | NewState
@@ -536,32 +526,5 @@ class Rounds:
 
     async def fetch_state(self, sources: Sequence[str], min_round: int, reason: str) -> NewState | None:
         """The newest state of the first source that delivers one of `min_round` or later."""
-        merger = self._merger()
-        for source in sources:
-            try:
-                reply = await self.calls.state(source, min_round)
-                if not reply.HasField("manifest"):
-                    continue
-                state = self._state_untrusted(reply, source, min_round, reason)
-                await merger.pull(state.held, range(state.held.snapshot.num_chunks), [source])
-                await merger.check_finite(state.held.part(0, state.held.snapshot.manifest.total_bytes))
-                return state
-            except PeerError as error:
-                merger.blame(source, error)
-        return None
-
-    def _state_untrusted(self, reply: pb.StateReply, source: str, min_round: int, reason: str) -> NewState:
-        kind = pb.SNAPSHOT_KIND_STATE
-        snapshot = manifest_untrusted(reply.manifest, self.settings.run_sha256, kind, self.settings.state_specs)
-        roster = self._roster_untrusted(reply.roster)
-        manifest = snapshot.manifest
-        if manifest.round < min_round or manifest.round != roster.round + 1:
-            raise BadBytesError("a state of another round than asked for, or than its roster leads to")
-        if manifest.roster_sha256.hex() != roster.digest or manifest.run_tokens != roster.total_tokens:
-            raise BadBytesError("a state that does not fit its roster")
-        counted = {peer_id_from_bytes_untrusted(item.peer): item.tokens for item in manifest.peer_tokens}
-        if sum(counted.values()) != manifest.run_tokens:
-            raise BadBytesError("a state whose peers' tokens do not add up to the run's")
-        return NewState(
-            held=empty_held(snapshot), roster=roster, signed_roster=reply.roster, from_peer=source, reason=reason
-        )
+        wanted = WantedState(min_round=min_round, reason=reason)
+        return await fetch_state(self._merger(), sources, wanted, self._roster_untrusted)
