@@ -203,11 +203,15 @@ def closed_on_failure() -> Iterator[None]:
 
 
 async def stop_daemon(p2p: Any, sockets: Path) -> None:
-    """End the daemon and remove its sockets."""
-    with contextlib.suppress(Exception):
-        await asyncio.wait_for(p2p.shutdown(), 2)
-    if p2p._child is not None and p2p._child.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            p2p._child.kill()
+    """End the daemon and remove its sockets; also when this is cancelled, as it is when the daemon hangs."""
+    try:
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(p2p.shutdown(), 2)
+    finally:
+        if p2p._child is not None:
+            # Kills it if it lives, and lets go of its pipes: left to the garbage collector, they would be let go of
+            # after the loop's end, which Python complains of.
+            p2p._child._transport.close()
+        shutil.rmtree(sockets, ignore_errors=True)
+    if p2p._child is not None:
         await p2p._child.wait()
-    shutil.rmtree(sockets, ignore_errors=True)

@@ -14,6 +14,7 @@ import ipaddress
 import logging
 import math
 import re
+import signal
 import socket
 import statistics
 import threading
@@ -40,6 +41,7 @@ _T = TypeVar("_T")
 _CLOCK_TOLERANCE_S = 1.0
 _MAX_KNOWN = 4096
 _MAX_DIALLED = 8
+_REAPED_S = 0.5
 
 
 class NetworkThread:
@@ -192,7 +194,8 @@ class Node:
         control = self._p2p._client.control
         ended = asyncio.create_task(self._p2p._child.wait())
         await asyncio.wait({ended, control._read_task, control._write_task}, return_when=asyncio.FIRST_COMPLETED)
-        return f"ended with status {ended.result()}" if ended.done() else "was cut off from this process"
+        await asyncio.wait({ended}, timeout=_REAPED_S)  # its sockets close before its status is known
+        return _how_it_ended(ended.result()) if ended.done() else "was cut off from this process"
 
     # ------------------------------------------------------------- calls
 
@@ -345,6 +348,14 @@ class Node:
                 await asyncio.wait_for(self._dht.shutdown(), 1)
         if self._p2p is not None and self._sockets is not None:
             await daemon.stop_daemon(self._p2p, self._sockets)
+
+
+def _how_it_ended(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    with contextlib.suppress(ValueError):
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"was ended by signal {-status}"
 
 
 def correct_clock(offsets_s: Sequence[float]) -> float:

@@ -113,6 +113,7 @@ def test_a_peer_whose_daemon_is_killed_says_so_and_the_others_go_on(swarm: Swarm
     assert anna.wait() == RunTimeError.exit_code, anna.story()
     (error,) = anna.all(ErrorEvent)
     assert "network daemon" in error.message and "start this peer again" in error.message
+    assert "was ended by SIGKILL" in error.message and error.peer == anna.id
     assert anna.error_line() == f"error: {error.message}"
     assert "Traceback" not in anna.log.read_text()
     go_on([ben, carl])
@@ -155,5 +156,6 @@ def test_an_interrupt_ends_a_peer_whose_daemon_hangs_and_a_second_one_at_once(sw
     wait_until(lambda: ben.process.poll() is not None or ben.interrupt(), "ben ends", exit_limit_s() / 2)
     assert ben.wait() == 130, ben.story()
     assert anna.wait(exit_limit_s()) == 0, anna.story()
+    assert "Event loop is closed" not in anna.log.read_text()
     bootstrap.kill()
     swarm.assert_nothing_left()
