@@ -184,13 +184,13 @@ class _Bootstrap:
         wait_for(self.network.submit(offer()), self.stop)
 
     def _archive_until_the_end(self, swarm: Swarm) -> None:
-        """Take the state of some volunteer every `archive_every_s`, and at the end.
+        """Take the state of some volunteer as soon as there is one, then every `archive_every_s`, and at the end.
 
         Gives up when the run has had its tokens and nobody has delivered the last state for a minute.
         """
         total = self.published.run.run.total_tokens
         every_s = self.published.run.network.archive_every_s
-        next_s = time.monotonic() + every_s
+        next_s = time.monotonic() + (every_s if self.state is not None else 0.0)
         end_seen_s = math.inf
         while self.progress.run_tokens < total:
             self.stop.sleep(_LOOK_EVERY_S)

@@ -1,0 +1,55 @@
+"""When the bootstrap archives: soon after there is something to archive, then every so often."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from swarmtrain.membership.progress import Progress
+from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer import bootstrap
+from swarmtrain.peer.common import Interrupted, PeerSettings, StopFlag
+from swarmtrain.run import RunFile
+
+
+def test_the_first_state_is_archived_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volunteer that joins while all others are dead finds what they had trained."""
+    run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "network": {"archive_every_s": 60}})
+    anything: Any = None
+    peer = bootstrap._Bootstrap(
+        PublishedRun(b"", "ab" * 32, run, b"", b""),
+        PeerSettings(directory=Path("/nowhere"), name="bootstrap"),
+        anything,
+        anything,
+        lambda event: None,
+        StopFlag(),
+    )
+    now, archived = [0.0], list[float]()
+
+    class Archived(bootstrap._Bootstrap):
+        def _archive(self, swarm: Any) -> bool:
+            archived.append(now[0])
+            self.progress = Progress(run_tokens=self.progress.run_tokens + 1)
+            return True
+
+        def _ask_how_far(self, swarm: Any) -> None:
+            now[0] += 1.0
+            if now[0] >= 150:
+                raise Interrupted
+
+    peer.__class__ = Archived
+    monkeypatch.setattr(bootstrap, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(peer.stop, "sleep", lambda seconds: None)
+    told = [SimpleNamespace(run_tokens=0)]
+
+    def volunteers() -> list[Any]:
+        told[0].run_tokens = 0 if now[0] < 10 else 5_000
+        return told
+
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=volunteers))
+    with pytest.raises(Interrupted):
+        peer._archive_until_the_end(swarm)
+    assert archived == [10.0, 70.0, 130.0]
