@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -163,8 +163,17 @@ def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolde
     return node
 
 
+@runtime_checkable
+class _Identifiable(Protocol):
+    def identify(self, peer: str, name: str) -> None: ...
+
+
 def as_peer(emit: Emit, peer: str, name: str) -> Emit:
-    """`emit` for events that are this peer's: its PeerID and name are filled in."""
+    """`emit` for events that are this peer's: its PeerID and name are filled in. If it can be told whose it is, it is,
+    so that an error that ends the command says it too."""
+    sink: object = emit
+    if isinstance(sink, _Identifiable):
+        sink.identify(peer, name)
     return lambda event: emit(stamped(event, 0.0, peer, name))
 
 
