@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from swarmtrain.algorithm.outer import weighted_mean
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network.snapshots import Body, TensorSpec
+from swarmtrain.network.snapshots import Body, TensorSpec, all_finite
 
 __all__ = ["average_bytes_untrusted", "body_of", "tensor_specs", "vector_sha256", "vector_untrusted"]
 
@@ -45,10 +45,9 @@ def vector_untrusted(data: bytearray | memoryview) -> Tensor:
     """An fp32 vector (N,) over the 4 N bytes given, which must be writable; BadBytesError if it is not finite."""
     if not len(data) or len(data) % 4:
         raise BadBytesError(f"{len(data)} bytes are no vector of fp32")
-    vector = torch.frombuffer(data, dtype=torch.float32)
-    if not bool(torch.isfinite(vector).all()):
+    if not all_finite(data):
         raise BadBytesError("a vector that is not finite")
-    return vector
+    return torch.frombuffer(data, dtype=torch.float32)
 
 
 def average_bytes_untrusted(parts: Sequence[memoryview], weights: Sequence[int]) -> tuple[bytearray, list[int]]:
