@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["InnerConstants", "InnerOptimizer", "learning_rate_at", "moments_scale"]
+__all__ = ["InnerConstants", "InnerOptimizer", "Moments", "learning_rate_at", "moments_scale"]
 
 _FIRST_SHARE = 0.01  # the warm-up begins at this share of the peak: a learning rate of 0 would waste a step
 _STEPS = "steps"
@@ -66,6 +66,14 @@ def moments_scale(steps_taken: int, beta2: float) -> float:
     large as the learning rate allows. Rises linearly to 1 over the second moment's memory, 1 / (1 - beta2) steps.
     """
     return min(1.0, (steps_taken + 1) * (1 - beta2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """AdamW's moments of P numbers in N parameters, flat in the parameters' order."""
+
+    vectors: Tensor  # (2, P) fp32: the first moments, the second moments
+    steps: Tensor  # (N,) fp32: steps that each parameter has taken
 
 
 class InnerOptimizer:
@@ -141,3 +149,44 @@ class InnerOptimizer:
                     for moment in _MOMENTS
                 },
             }
+
+    @torch.no_grad()
+    def copy_moments(self, into: Tensor) -> Moments:
+        """Copy the moments into `into` (2, P) fp32, for a checkpoint that is written while training goes on."""
+        steps = torch.zeros(len(self._parameters))
+        start = 0
+        for index, parameter in enumerate(self._parameters.values()):
+            own = self._adamw.state.get(parameter, {})
+            end = start + parameter.numel()
+            for row, moment in enumerate(_MOMENTS):
+                place = into[row, start:end]
+                if own:
+                    place.copy_(own[moment].reshape(-1))
+                else:
+                    place.zero_()
+            if own:
+                steps[index] = own["step"]
+            start = end
+        if into.shape != (2, start):
+            raise ValueError(f"room for moments (2, {start}) is needed, got {tuple(into.shape)}")
+        return Moments(vectors=into, steps=steps)
+
+    @torch.no_grad()
+    def load_moments(self, moments: Moments) -> None:
+        """Continue from what `copy_moments` gave (copied). Raises ValueError, changing nothing, when it is of another
+        model.
+        """
+        parameters = self._parameters
+        size = sum(parameter.numel() for parameter in parameters.values())
+        if moments.vectors.shape != (2, size) or moments.steps.shape != (len(parameters),):
+            shapes = (tuple(moments.vectors.shape), tuple(moments.steps.shape))
+            raise ValueError(f"moments (2, {size}) of {len(parameters)} parameters are needed, got {shapes}")
+        state: dict[str, Tensor] = {}
+        start = 0
+        for index, (name, parameter) in enumerate(parameters.items()):
+            end = start + parameter.numel()
+            for row, moment in enumerate(_MOMENTS):
+                state[f"{name}.{moment}"] = moments.vectors[row, start:end].view_as(parameter)
+            state[f"{name}.{_STEPS}"] = moments.steps[index : index + 1]
+            start = end
+        self.load_state_dict(state)

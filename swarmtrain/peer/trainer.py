@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, learning_rate_at, moments_scale
+from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, Moments, learning_rate_at, moments_scale
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import RunTimeError
@@ -22,7 +22,17 @@ from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
 from swarmtrain.run import RunFile
 
-__all__ = ["Averaged", "Contribution", "Exchange", "Replaced", "RoundReport", "Start", "StopTraining", "Trainer"]
+__all__ = [
+    "Averaged",
+    "Contribution",
+    "Exchange",
+    "OwnPart",
+    "Replaced",
+    "RoundReport",
+    "Start",
+    "StopTraining",
+    "Trainer",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +73,17 @@ class Start:
 
     inner_steps: int
     num_peers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnPart:
+    """What is this peer's alone between two rounds: with the swarm's state, all that going on takes."""
+
+    batches: int  # drawn so far
+    own_tokens: int
+    young_steps: int | None
+    steps_per_s: float
+    moments: Moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +133,8 @@ class Trainer:
     exchange: Exchange
     report: Callable[[RoundReport], None]
     should_stop: Callable[[], bool] = lambda: False
+    settled: Callable[[], None] = lambda: None
+    """Called when a round has led to a new state, merged or taken from another peer, before it is reported."""
     state: OuterState = field(init=False)
     progress: Progress = field(default_factory=Progress)
     own_tokens: int = 0
@@ -173,8 +196,10 @@ class Trainer:
         self.own_tokens += contribution.tokens
         if isinstance(arrived, Replaced):
             self.adopt(arrived)
+            self.settled()
             return
         self.merge(arrived)
+        self.settled()
         self.report(
             RoundReport(
                 contribution=contribution,
@@ -235,3 +260,27 @@ class Trainer:
     def adopt(self, replaced: Replaced) -> None:
         """Go on from another peer's state; the moments stay, the data position too."""
         self.state, self.progress = replaced.state, replaced.progress
+
+    def own_part(self, room: Tensor) -> OwnPart:
+        """What a checkpoint keeps beside the state; the moments are copied into `room` (2, P) fp32."""
+        return OwnPart(
+            batches=self.batches.position,
+            own_tokens=self.own_tokens,
+            young_steps=self.young_steps,
+            steps_per_s=self.steps_per_s,
+            moments=self.inner.copy_moments(room),
+        )
+
+    def resume(self, state: OuterState, progress: Progress, own: OwnPart) -> None:
+        """Go on where a checkpoint was taken; `batches` must stand there. Raises ValueError when it does not fit."""
+        if self.batches.position != own.batches:
+            raise ValueError(f"the checkpoint stands at batch {own.batches}, the data at {self.batches.position}")
+        self.inner.load_moments(own.moments)
+        self.state, self.progress = state, progress
+        self.own_tokens, self.young_steps, self.steps_per_s = own.own_tokens, own.young_steps, own.steps_per_s
+
+    def skip_merged(self, tokens: int) -> None:
+        """Others have merged `tokens` of this peer's that its checkpoint does not know: their batches are done."""
+        for _ in range(tokens // self.run.tokens_per_step):
+            self.batches.next_batch()
+        self.own_tokens += tokens

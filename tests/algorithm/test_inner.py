@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, learning_rate_at, moments_scale
+from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, Moments, learning_rate_at, moments_scale
 
 
 def _constants(**changes: float) -> InnerConstants:
@@ -249,3 +249,30 @@ def test_scale_multiplies_the_learning_rate() -> None:
         return weight.detach()
 
     torch.testing.assert_close(moved(0.25), 0.25 * moved(1.0))
+
+
+def test_moments_in_one_place_continue_to_the_bit() -> None:
+    model = _model()
+    optimizer = InnerOptimizer(model.named_parameters(), _constants())
+    size = sum(parameter.numel() for parameter in model.parameters())
+    fresh = optimizer.copy_moments(torch.full((2, size), 7.0))
+    assert not fresh.vectors.any() and not fresh.steps.any()
+    for step in range(3):
+        _backward(model, step)
+        optimizer.step(0.1 * step)
+    moments = optimizer.copy_moments(torch.empty(2, size))
+    assert moments.steps.tolist() == [3.0] * len(list(model.parameters()))
+    with pytest.raises(ValueError, match="room for moments"):
+        optimizer.copy_moments(torch.empty(2, size + 1))
+
+    other = _model()
+    other.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    continued = InnerOptimizer(other.named_parameters(), _constants())
+    with pytest.raises(ValueError, match="are needed, got"):
+        continued.load_moments(Moments(vectors=moments.vectors[:, :-1], steps=moments.steps))
+    continued.load_moments(moments)
+    for step in range(3):
+        for trained, by in ((model, optimizer), (other, continued)):
+            _backward(trained, 10 + step)
+            by.step(0.5)
+    assert torch.equal(_weights(model), _weights(other))

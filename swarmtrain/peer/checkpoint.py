@@ -1,0 +1,153 @@
+"""Checkpoints: a swarm's state, and for a volunteer what is its own, as files; and back, checked.
+
+The tensors are flat fp32: `theta` and `momentum` (P,), and a volunteer's `moments` (2, P) with `steps` (N,).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from google.protobuf.message import DecodeError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from swarmtrain.algorithm.inner import Moments
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.rosters import Roster
+from swarmtrain.network.roster import roster_untrusted
+from swarmtrain.peer.checkpoint_files import CheckpointFolder, DamagedError, Kept, TensorBytes, Written
+from swarmtrain.peer.trainer import OwnPart
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Checkpoint", "load_newest", "newest_extra", "save"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A state with its counters and the roster that led to it; `own` is None in a bootstrap's."""
+
+    state: OuterState
+    progress: Progress
+    roster: Roster
+    signed_roster: pb.Signed
+    own: OwnPart | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What others keep with it, by a name of theirs; anything JSON can hold."""
+
+
+def save(folder: CheckpointFolder, checkpoint: Checkpoint) -> Written:
+    """Write it. Raises OSError as the file system gives it; what was there before is untouched then."""
+    progress, own = checkpoint.progress, checkpoint.own
+    manifest: dict[str, Any] = {
+        "run_tokens": progress.run_tokens,
+        "peer_tokens": dict(progress.peer_tokens),
+        "roster_sha256": progress.roster_sha256,
+        "roster": base64.b64encode(checkpoint.signed_roster.SerializeToString()).decode(),
+        "own": None,
+        "extra": dict(checkpoint.extra),
+    }
+    tensors = {"theta": checkpoint.state.theta, "momentum": checkpoint.state.momentum}
+    if own is not None:
+        manifest["own"] = {
+            "batches": own.batches,
+            "tokens": own.own_tokens,
+            "young_steps": own.young_steps,
+            "steps_per_s": own.steps_per_s,
+        }
+        tensors |= {"moments": own.moments.vectors, "steps": own.moments.steps}
+    return folder.write(progress.round, [_bytes_of(name, tensor) for name, tensor in tensors.items()], manifest)
+
+
+def _bytes_of(name: str, tensor: Tensor) -> TensorBytes:
+    assert tensor.dtype is torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
+    flat = tensor.detach().reshape(-1).numpy()
+    return TensorBytes(name=name, shape=tuple(tensor.shape), data=memoryview(flat))  # type: ignore[arg-type]
+
+
+def load_newest(
+    folder: CheckpointFolder, run: RunFile, num_parameters: int, warn: Callable[[str], None]
+) -> tuple[Checkpoint, Written] | None:
+    """The newest checkpoint that is whole, and where it is; `warn` is told in a sentence of each that is not used."""
+    for entry in folder.newest_first():
+        if not isinstance(entry, Kept):
+            name, reason = entry
+            warn(_unused(folder.path / name, reason))
+            continue
+        path = folder.path / f"{entry.stem}.json"
+        try:
+            return _parse(folder, entry, run, num_parameters), folder.written(entry)
+        except OSError as error:
+            warn(_unused(path, f"it cannot be read: {error.strerror}"))
+        except (
+            *(DamagedError, BadBytesError, SafetensorError, DecodeError, binascii.Error),
+            *(ValueError, KeyError, TypeError, AttributeError),
+        ) as error:
+            warn(_unused(path, str(error)))
+    return None
+
+
+def newest_extra(folder: CheckpointFolder) -> Mapping[str, Any]:
+    """What others kept with the newest checkpoint whose manifest is whole; its tensors are not looked at."""
+    for entry in folder.newest_first():
+        if isinstance(entry, Kept):
+            extra = entry.manifest.get("extra")
+            return extra if isinstance(extra, dict) else {}
+    return {}
+
+
+def _unused(path: Path, reason: str) -> str:
+    return f"the checkpoint {path} is not used: {reason}; the one before it is tried"
+
+
+def _parse(folder: CheckpointFolder, kept: Kept, run: RunFile, num_parameters: int) -> Checkpoint:
+    manifest, tensors = kept.manifest, _read_tensors(folder.tensors_of(kept))
+    theta, momentum = tensors["theta"], tensors["momentum"]
+    if theta.shape != (num_parameters,) or momentum.shape != (num_parameters,):
+        raise ValueError("it is of another model")
+    signed = pb.Signed.FromString(base64.b64decode(manifest["roster"]))
+    roster = roster_untrusted(signed, folder.run_sha256, run.merge.inner_steps * run.tokens_per_step)
+    progress = Progress(
+        round=manifest["round"],
+        run_tokens=manifest["run_tokens"],
+        peer_tokens=manifest["peer_tokens"],
+        roster_sha256=roster.digest,
+    )
+    if progress.round != roster.round + 1 or progress.run_tokens != roster.total_tokens:
+        raise ValueError("its counters do not fit its roster")
+    own = manifest["own"]
+    return Checkpoint(
+        state=OuterState(theta, momentum),
+        progress=progress,
+        roster=roster,
+        signed_roster=signed,
+        own=None if own is None else _own_part(own, tensors, num_parameters),
+        extra=manifest["extra"],
+    )
+
+
+def _own_part(own: Mapping[str, Any], tensors: Mapping[str, Tensor], num_parameters: int) -> OwnPart:
+    vectors, steps = tensors["moments"], tensors["steps"]
+    if vectors.shape != (2, num_parameters) or steps.dim() != 1:
+        raise ValueError("its moments are of another model")
+    return OwnPart(
+        batches=own["batches"],
+        own_tokens=own["tokens"],
+        young_steps=own["young_steps"],
+        steps_per_s=own["steps_per_s"],
+        moments=Moments(vectors=vectors, steps=steps),
+    )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in memory of their own: what safetensors gives may be the file itself, which will be removed."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping

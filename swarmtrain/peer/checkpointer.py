@@ -1,0 +1,191 @@
+"""Writes checkpoints in a thread of its own, so that training waits only while the moments are copied.
+
+Theta and momentum are new tensors after every outer step and nobody writes into them: they need no copy. When the
+disk is slower than the rounds, the newest checkpoint replaces the one that waits. A disk that is full or cannot be
+written never ends training: it is said in plain words, again every five minutes, and once when it works again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swarmtrain.events import Event, WarningEvent
+from swarmtrain.peer.checkpoint import Checkpoint, save
+from swarmtrain.peer.checkpoint_files import CheckpointFolder, Written
+
+__all__ = ["Checkpointer"]
+
+_log = logging.getLogger(__name__)
+_REPEAT_S = 300.0
+_NICER_BY = 5
+
+
+@dataclass
+class Checkpointer:
+    """Takes checkpoints from one thread and writes them in another; anybody may look at `last` and `flush`."""
+
+    folder: CheckpointFolder
+    emit: Callable[[Event], None]
+    beside: Callable[[], None] = lambda: None
+    """Called in the writing thread after each checkpoint, for small files that are kept with it; may raise OSError."""
+    now: Callable[[], float] = time.monotonic
+    last: Written | None = None
+    """The newest checkpoint on the disk, if one was written or found."""
+    extras: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    """Called by `extra`, in the trainer's thread: what others keep in each checkpoint, by name."""
+    _change: threading.Condition = field(default_factory=threading.Condition)
+    _waiting: Checkpoint | None = None
+    _writing: bool = False
+    _closed: bool = False
+    _thread: threading.Thread | None = None
+    _rooms: list[Tensor] = field(default_factory=list)
+    _num_to_prepare: int = 0
+    _warned_s: float | None = None
+    _failing: bool = False
+
+    # ------------------------------------------------------------- the trainer's side
+
+    def prepare(self, num_parameters: int) -> None:
+        """Make room for moments beforehand: fresh memory costs several times as much to fill as memory in use."""
+        with self._change:
+            self._num_to_prepare = num_parameters
+            self._start()
+            self._change.notify_all()
+
+    def room(self, num_parameters: int) -> Tensor:
+        """A place (2, P) to copy moments into, for the next `offer`. The checkpoint that waits is given up for it."""
+        with self._change:
+            while self._num_to_prepare:
+                self._change.wait()
+            if self._waiting is not None:
+                self._recycle(self._waiting)
+                self._waiting = None
+            if self._rooms:
+                return self._rooms.pop()
+        return torch.empty(2, num_parameters)
+
+    def extra(self) -> dict[str, Any]:
+        """What others want to keep in a checkpoint taken now."""
+        return {name: give() for name, give in self.extras.items()}
+
+    def offer(self, checkpoint: Checkpoint) -> None:
+        """Write `checkpoint` when the writer is free, unless a newer one comes before that. Returns at once."""
+        with self._change:
+            if self._waiting is not None:
+                self._recycle(self._waiting)
+            self._waiting = checkpoint
+            self._start()
+            self._change.notify_all()
+
+    def flush(self, limit_s: float) -> bool:
+        """Wait until everything offered is on the disk, `limit_s` at most; whether it is."""
+        with self._change:
+            idle = self._change.wait_for(lambda: self._waiting is None and not self._writing, limit_s)
+            return idle and not self._failing
+
+    def close(self, limit_s: float) -> bool:
+        """`flush`, and end the thread. A checkpoint that is not done by then is left unfinished, which harms none."""
+        done = self.flush(limit_s)
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        return done
+
+    # ------------------------------------------------------------- the writer's side
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+            self._thread.start()
+
+    def _recycle(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.own is not None and len(self._rooms) < 2:
+            self._rooms.append(checkpoint.own.moments.vectors)
+
+    def _work(self) -> None:
+        _be_nice()
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._waiting or self._closed or self._num_to_prepare)
+                if self._closed:
+                    return
+                num_parameters = self._num_to_prepare
+                if not num_parameters:
+                    checkpoint, self._waiting, self._writing = self._waiting, None, True
+            if num_parameters:
+                self._prepare(num_parameters)
+                continue
+            assert checkpoint is not None
+            self._write(checkpoint)
+            with self._change:
+                self._recycle(checkpoint)
+                self._writing = False
+                self._change.notify_all()
+            checkpoint = None  # or it would be held until the next one
+
+    def _prepare(self, num_parameters: int) -> None:
+        rooms = []
+        try:
+            # numpy fills in this thread alone; torch would start a team of threads for it.
+            rooms.append(torch.from_numpy(np.full((2, num_parameters), np.float32(0))))
+        except MemoryError:
+            _log.warning("no memory to copy the moments of %d parameters beforehand", num_parameters)
+        with self._change:
+            self._rooms += rooms
+            self._num_to_prepare = 0
+            self._change.notify_all()
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.last = save(self.folder, checkpoint)
+            self.beside()
+        except OSError as error:
+            self._failing = True
+            self._complain(self._in_words(error))
+        except Exception as error:  # the boundary of this thread: training must not end because of it
+            _log.exception("writing a checkpoint")
+            self._failing = True
+            self._complain(f"no checkpoint could be written: {error}")
+        else:
+            if self._failing:
+                self._failing, self._warned_s = False, None
+                self.emit(WarningEvent(message=f"checkpoints are written to {self.folder.path} again"))
+
+    def _in_words(self, error: OSError) -> str:
+        where = self.folder.path
+        kept = "training goes on, but a restart would begin at an older checkpoint"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"the disk is full, no checkpoint could be written to {where}: {kept}; make room"
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return f"no checkpoint could be written, {where} is read-only: {kept}; make it writable"
+        return f"no checkpoint could be written to {where} ({error.strerror}): {kept}; look after the disk"
+
+    def _complain(self, message: str) -> None:
+        _log.info("%s", message)
+        now = self.now()
+        if self._warned_s is None or now >= self._warned_s + _REPEAT_S:
+            self._warned_s = now
+            self.emit(WarningEvent(message=message))
+
+
+def _be_nice() -> None:
+    """Where niceness is each thread's own, the writer yields to the trainer; by little, for it holds a lock of
+    Python's now and then that the trainer must not wait for."""
+    if sys.platform == "linux":
+        try:
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICER_BY)
+        except OSError as error:
+            _log.debug("niceness: %s", error)

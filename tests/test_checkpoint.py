@@ -1,0 +1,427 @@
+"""Checkpoints and the trainer: what comes back is to the bit what was saved, and training goes on as if it had never
+stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from swarmtrain.data.batches import Batches
+from swarmtrain.events import Event, WarningEvent
+from swarmtrain.membership.rosters import Publication, Roster
+from swarmtrain.model.gpt import build_model
+from swarmtrain.network.identity import Identity, new_identity
+from swarmtrain.network.roster import sign_roster
+from swarmtrain.peer import checkpointer as checkpointer_module
+from swarmtrain.peer.checkpoint import Checkpoint, load_newest, newest_extra, save
+from swarmtrain.peer.checkpoint_files import CheckpointFolder
+from swarmtrain.peer.checkpointer import Checkpointer
+from swarmtrain.peer.trainer import Averaged, Contribution, Replaced, RoundReport, Start, StopTraining, Trainer
+from swarmtrain.run import RunFile, parse_run
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+RUN_SHA256 = "5e" * 32
+LIMIT_S = 60.0
+TEXT = np.frombuffer(b"a swarm of bees swarms over a swarm of swarms. " * 200, dtype=np.uint8)
+
+
+def run_file() -> RunFile:
+    return parse_run(
+        "[run]\ntotal_tokens = 100_000\n"
+        "[model]\ncontext_tokens = 16\nnum_layers = 1\nwidth = 16\nnum_heads = 2\n"
+        "[data]\nsource = 'text'\npaths = ['x']\n"
+        "[inner]\nbatch_sequences = 4\n[merge]\ninner_steps = 3\n",
+        "run.toml",
+    )
+
+
+@dataclass
+class Lone:
+    """The exchange of a peer alone, which signs its rosters as it would in a swarm."""
+
+    identity: Identity
+    run: RunFile
+    rounds_left: int
+    last: tuple[Roster, pb.Signed] | None = None
+    own: Contribution | None = None
+
+    def start_round(self, progress: Any, steps_per_s: float) -> Start:
+        if not self.rounds_left:
+            raise StopTraining
+        self.rounds_left -= 1
+        return Start(inner_steps=self.run.merge.inner_steps, num_peers=1)
+
+    def step_done(self, inner_steps_done: int) -> None:
+        pass
+
+    def publish(self, contribution: Contribution) -> None:
+        self.own = contribution
+
+    def collect(self) -> Averaged | Replaced:
+        own = self.own
+        assert own is not None
+        me = self.identity.peer_id
+        entry = Publication(peer=me, snapshot="11" * 32, tokens=own.tokens, inner_steps=own.inner_steps, base=own.base)
+        base_tokens = 0 if self.last is None else self.last[0].total_tokens
+        roster = Roster(round=own.round, signer=me, entries=(entry,), base=own.base, base_tokens=base_tokens)
+        self.last = (roster, sign_roster(self.identity, RUN_SHA256, roster))
+        return Averaged(
+            gradient=own.gradient,
+            partners=(me,),
+            weights=(own.tokens,),
+            signer=me,
+            roster_sha256=roster.digest,
+        )
+
+
+@dataclass
+class Peer:
+    """A lone trainer, with what a checkpoint of it needs."""
+
+    trainer: Trainer
+    exchange: Lone
+    reports: list[RoundReport] = field(default_factory=list)
+
+    def checkpoint(self, room: Tensor | None = None, **extra: Any) -> Checkpoint:
+        assert self.exchange.last is not None
+        trainer = self.trainer
+        return Checkpoint(
+            state=trainer.state,
+            progress=trainer.progress,
+            roster=self.exchange.last[0],
+            signed_roster=self.exchange.last[1],
+            own=trainer.own_part(torch.empty(2, trainer.state.theta.numel()) if room is None else room),
+            extra=extra,
+        )
+
+    def bytes(self) -> dict[str, bytes]:
+        """All that training goes on from."""
+        trainer = self.trainer
+        moments = trainer.inner.copy_moments(torch.empty(2, trainer.state.theta.numel()))
+        tensors = {
+            "theta": trainer.state.theta,
+            "momentum": trainer.state.momentum,
+            "moments": moments.vectors,
+            "steps": moments.steps,
+        }
+        return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def peer(identity: Identity, rounds: int, kept: Checkpoint | None = None) -> Peer:
+    run = run_file()
+    batches = Batches(
+        TEXT,
+        context_tokens=run.model.context_tokens,
+        batch_sequences=run.inner.batch_sequences,
+        run_sha256=RUN_SHA256,
+        peer_id=identity.peer_id,
+        position=0 if kept is None or kept.own is None else kept.own.batches,
+    )
+    exchange = Lone(identity, run, rounds)
+    reports: list[RoundReport] = []
+    model = build_model(run.model, run.run.seed)
+    trainer = Trainer(run=run, model=model, batches=batches, exchange=exchange, report=reports.append)
+    if kept is not None:
+        assert kept.own is not None
+        trainer.resume(kept.state, kept.progress, kept.own)
+        exchange.last = (kept.roster, kept.signed_roster)
+    return Peer(trainer, exchange, reports)
+
+
+@pytest.fixture(scope="module")
+def identity() -> Identity:
+    return new_identity()
+
+
+@pytest.fixture(scope="module")
+def trained(identity: Identity) -> Peer:
+    """A lone volunteer after two rounds."""
+    one = peer(identity, 2)
+    assert one.trainer.train() == "interrupted" and one.trainer.progress.round == 2
+    return one
+
+
+def checkpoints(path: Path, identity: Identity) -> CheckpointFolder:
+    return CheckpointFolder(path / "checkpoints", RUN_SHA256, identity.peer_id)
+
+
+def load(folder: CheckpointFolder, warnings: list[str] | None = None) -> Checkpoint | None:
+    parameters = sum(p.numel() for p in build_model(run_file().model, 0).parameters())
+    said: list[str] = [] if warnings is None else warnings
+    found = load_newest(folder, run_file(), parameters, said.append)
+    assert warnings is not None or not said, said
+    return None if found is None else found[0]
+
+
+# ---------------------------------------------------------------- what comes back
+
+
+def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path, identity: Identity, trained: Peer) -> None:
+    before = trained.checkpoint(tally={"a": [1, 2]})
+    folder = checkpoints(tmp_path, identity)
+    written = save(folder, before)
+    assert written.round == 2 and written.path.exists()
+    after = load(checkpoints(tmp_path, identity))
+    assert after is not None and after.own is not None and before.own is not None
+    for name in ("theta", "momentum"):
+        assert getattr(after.state, name).numpy().tobytes() == getattr(before.state, name).numpy().tobytes()
+    assert after.own.moments.vectors.numpy().tobytes() == before.own.moments.vectors.numpy().tobytes()
+    assert after.own.moments.steps.tolist() == before.own.moments.steps.tolist() and set(
+        before.own.moments.steps.tolist()
+    ) == {6.0}
+    assert dataclasses.replace(after.own, moments=before.own.moments) == before.own
+    assert (after.own.batches, after.own.own_tokens) == (6, 6 * run_file().tokens_per_step)
+    assert (after.progress, after.roster, after.signed_roster) == (
+        before.progress,
+        before.roster,
+        before.signed_roster,
+    )
+    assert after.extra == newest_extra(folder) == {"tally": {"a": [1, 2]}}
+    assert load(CheckpointFolder(tmp_path / "nothing", RUN_SHA256, identity.peer_id)) is None
+
+
+def test_a_bootstraps_checkpoint_has_no_moments(tmp_path: Path, identity: Identity, trained: Peer) -> None:
+    folder = checkpoints(tmp_path, identity)
+    save(folder, dataclasses.replace(trained.checkpoint(), own=None))
+    after = load(folder)
+    assert after is not None and after.own is None
+    assert torch.equal(after.state.theta, trained.trainer.state.theta)
+
+
+def test_training_goes_on_to_the_bit(tmp_path: Path, identity: Identity) -> None:
+    whole = peer(identity, 4)
+    whole.trainer.train()
+
+    first = peer(identity, 2)
+    first.trainer.train()
+    save(checkpoints(tmp_path, identity), first.checkpoint())
+    kept = load(checkpoints(tmp_path, identity))
+    assert kept is not None
+    second = peer(identity, 2, kept)
+    second.trainer.train()
+
+    assert second.trainer.progress == whole.trainer.progress and whole.trainer.progress.round == 4
+    assert second.bytes() == whole.bytes()
+    assert [r.loss for r in first.reports + second.reports] == [r.loss for r in whole.reports]
+    assert second.trainer.own_tokens == whole.trainer.own_tokens
+    assert second.trainer.batches.position == whole.trainer.batches.position == 12
+
+
+def test_what_others_merged_is_not_trained_again(identity: Identity, trained: Peer) -> None:
+    after = peer(identity, 0, trained.checkpoint())
+    after.trainer.skip_merged(3 * run_file().tokens_per_step)
+    assert after.trainer.batches.position == 9
+    assert after.trainer.own_tokens == trained.trainer.own_tokens + 3 * run_file().tokens_per_step
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(identity: Identity, trained: Peer) -> None:
+    kept = trained.checkpoint()
+    assert kept.own is not None
+    other = peer(identity, 0)
+    with pytest.raises(ValueError, match="stands at batch 6, the data at 0"):
+        other.trainer.resume(kept.state, kept.progress, kept.own)
+
+
+# ---------------------------------------------------------------- damage
+
+
+def _newest(folder: CheckpointFolder, suffix: str) -> Path:
+    return max(folder.path.glob(f"*.{suffix}"))
+
+
+def _alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: _alter(_newest(folder, "safetensors")), "its tensors were torn or altered"),
+        (lambda folder: os.truncate(_newest(folder, "safetensors"), 500), "its tensors were torn or altered"),
+        (lambda folder: _newest(folder, "safetensors").unlink(), "its tensors are missing"),
+        (lambda folder: os.truncate(_newest(folder, "json"), 200), "its manifest was torn or altered"),
+        (lambda folder: _alter(_newest(folder, "json")), "its manifest was torn or altered"),
+    ],
+)
+def test_the_one_before_a_damaged_one_is_used(
+    tmp_path: Path, identity: Identity, trained: Peer, damage: Callable[[CheckpointFolder], None], said: str
+) -> None:
+    folder = checkpoints(tmp_path, identity)
+    save(folder, trained.checkpoint(number=1))
+    save(folder, trained.checkpoint(number=2))
+    damage(folder)
+    warnings: list[str] = []
+    kept = load(checkpoints(tmp_path, identity), warnings)
+    assert kept is not None and kept.extra == {"number": 1}
+    (warning,) = warnings
+    assert said in warning and "00000002-round-00000002.json is not used" in warning and "one before" in warning
+
+
+def test_another_model_or_other_counters_are_not_used(tmp_path: Path, identity: Identity, trained: Peer) -> None:
+    folder = checkpoints(tmp_path, identity)
+    kept = trained.checkpoint()
+    save(folder, dataclasses.replace(kept, progress=dataclasses.replace(kept.progress, run_tokens=1)))
+    small = torch.zeros(10)
+    save(
+        folder, dataclasses.replace(kept, own=None, state=dataclasses.replace(kept.state, theta=small, momentum=small))
+    )
+    assert kept.own is not None
+    moments = dataclasses.replace(kept.own.moments, vectors=torch.zeros(2, 10))
+    save(folder, dataclasses.replace(kept, own=dataclasses.replace(kept.own, moments=moments)))
+    warnings: list[str] = []
+    assert load(folder, warnings) is None
+    assert [warning.split(": ")[1].split(";")[0] for warning in warnings] == [
+        "its moments are of another model",
+        "it is of another model",
+        "its counters do not fit its roster",
+    ]
+
+
+def test_a_checkpoint_of_another_run_is_said_once_each(tmp_path: Path, identity: Identity, trained: Peer) -> None:
+    other = CheckpointFolder(tmp_path / "checkpoints", "77" * 32, identity.peer_id)
+    save(other, trained.checkpoint())
+    warnings: list[str] = []
+    assert load(checkpoints(tmp_path, identity), warnings) is None
+    assert len(warnings) == 1 and "it is of another run" in warnings[0]
+
+
+# ---------------------------------------------------------------- the writer
+
+
+class Gate:
+    """Takes the place of `save`: counts, waits to be opened, fails when told to."""
+
+    def __init__(self) -> None:
+        self.open = threading.Semaphore(0)
+        self.begun = threading.Semaphore(0)
+        self.error: Exception | None = None
+        self.saved: list[Any] = []
+
+    def save(self, folder: CheckpointFolder, checkpoint: Checkpoint) -> Any:
+        self.begun.release()
+        assert self.open.acquire(timeout=LIMIT_S)
+        if self.error is not None:
+            raise self.error
+        assert checkpoint.own is not None
+        self.saved.append((checkpoint.extra["n"], float(checkpoint.own.moments.vectors[0, 0])))
+        return save(folder, checkpoint)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    gate = Gate()
+    monkeypatch.setattr(checkpointer_module, "save", gate.save)
+    return gate
+
+
+@dataclass
+class Clock:
+    now_s: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def writer(path: Path, identity: Identity) -> tuple[Checkpointer, list[Event], Clock]:
+    events: list[Event] = []
+    clock = Clock()
+    return Checkpointer(checkpoints(path, identity), events.append, now=clock), events, clock
+
+
+def numbered(trained: Peer, checkpointer: Checkpointer, n: int) -> Checkpoint:
+    """A checkpoint told by its number, in `extra` and in its moments."""
+    room = checkpointer.room(trained.trainer.state.theta.numel())
+    checkpoint = trained.checkpoint(room, n=n)
+    room.fill_(n)
+    return checkpoint
+
+
+def test_the_newest_replaces_the_one_that_waits(tmp_path: Path, identity: Identity, trained: Peer, gate: Gate) -> None:
+    checkpointer, events, _ = writer(tmp_path, identity)
+    checkpointer.prepare(trained.trainer.state.theta.numel())
+    rooms = set()
+    for n in range(5):
+        checkpoint = numbered(trained, checkpointer, n)
+        assert checkpoint.own is not None
+        rooms.add(checkpoint.own.moments.vectors.data_ptr())
+        checkpointer.offer(checkpoint)
+        if n == 0:
+            assert gate.begun.acquire(timeout=LIMIT_S)
+    assert not checkpointer.flush(0.01) and checkpointer.last is None
+    gate.open.release(2)
+    assert checkpointer.flush(LIMIT_S)
+    assert gate.saved == [(0, 0.0), (4, 4.0)], "nobody writes into moments that are being written"
+    assert len(rooms) == 2, "moments are copied into the same two places again and again"
+    assert checkpointer.last is not None and checkpointer.last.round == 2 and not events
+    assert checkpointer.close(LIMIT_S)
+    kept = load(checkpoints(tmp_path, identity))
+    assert kept is not None and kept.extra == {"n": 4}
+
+
+def test_what_others_keep_comes_along(tmp_path: Path, identity: Identity, trained: Peer) -> None:
+    beside: list[str] = []
+    checkpointer, _, _ = writer(tmp_path, identity)
+    checkpointer.beside = lambda: beside.append("written")
+    checkpointer.extras["tally"] = lambda: {"anna": 3}
+    checkpointer.offer(trained.checkpoint(**checkpointer.extra()))
+    assert checkpointer.close(LIMIT_S) and beside == ["written"]
+    assert newest_extra(checkpoints(tmp_path, identity)) == {"tally": {"anna": 3}}
+
+
+def test_a_full_disk_is_said_now_and_then_and_training_goes_on(
+    tmp_path: Path, identity: Identity, trained: Peer, gate: Gate
+) -> None:
+    checkpointer, events, clock = writer(tmp_path, identity)
+    gate.open.release(100)
+
+    def write(n: int, error: OSError | None) -> bool:
+        gate.error = error
+        checkpointer.offer(numbered(trained, checkpointer, n))
+        return checkpointer.flush(LIMIT_S)
+
+    def said() -> list[str]:
+        messages = [event.message for event in events if isinstance(event, WarningEvent)]
+        events.clear()
+        return messages
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert write(0, None) and not said()
+    assert not write(1, full)
+    (message,) = said()
+    assert message.startswith("the disk is full") and "training goes on" in message and message.endswith("make room")
+    clock.now_s += 299
+    assert not write(2, full) and not said()
+    clock.now_s += 1
+    assert not write(3, OSError(errno.EROFS, os.strerror(errno.EROFS)))
+    assert "read-only" in said()[0]
+    assert write(4, None)
+    assert said() == [f"checkpoints are written to {tmp_path / 'checkpoints'} again"]
+    assert write(5, None) and not said()
+    assert not write(6, full) and len(said()) == 1, "after it worked, the next failure is news"
+    kept = load(checkpoints(tmp_path, identity))
+    assert kept is not None and kept.extra == {"n": 5}
+    checkpointer.close(LIMIT_S)
+
+
+def test_a_mistake_of_ours_ends_neither_writer_nor_training(tmp_path: Path, identity: Identity, trained: Peer) -> None:
+    checkpointer, events, _ = writer(tmp_path, identity)
+    checkpointer.offer(trained.checkpoint(wrong=object()))
+    assert not checkpointer.flush(LIMIT_S)
+    (event,) = events
+    assert isinstance(event, WarningEvent) and "not JSON serializable" in event.message
+    checkpointer.offer(trained.checkpoint(right=1))
+    assert checkpointer.close(LIMIT_S)
+    assert newest_extra(checkpoints(tmp_path, identity)) == {"right": 1}
