@@ -21,7 +21,6 @@ from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.records import MAX_DEPTH, bucket_of
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import (
@@ -44,6 +43,7 @@ __all__ = [
     "make_validator",
     "presence_from_proto_untrusted",
     "presence_to_proto",
+    "progress_from_proto_untrusted",
     "progress_to_proto",
     "record_from_value_untrusted",
 ]
@@ -113,9 +113,18 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
     )
 
 
-def progress_to_proto(progress: Progress, peer: str) -> pb.Progress:
-    """The wire form of what a peer has trained: its own tokens, and the round it is in."""
-    return pb.Progress(stage=0, tokens=progress.peer_tokens.get(peer, 0), round=progress.round)
+def progress_to_proto(tokens: int, round: int, stage: int = 0) -> pb.Progress:
+    """The wire form of what a peer has trained on, and the round that it was in then."""
+    return pb.Progress(stage=stage, tokens=tokens, round=round)
+
+
+def progress_from_proto_untrusted(message: pb.Progress, num_stages: int = 1) -> tuple[int, int]:
+    """(stage, tokens) of a progress record; BadBytesError if a field is out of its range."""
+    if message.stage >= num_stages:
+        raise BadBytesError(f"a progress record of stage {message.stage}; the run has {num_stages}")
+    if message.tokens >= 2**60 or message.round >= 2**40:
+        raise BadBytesError("a progress record with a field out of range")
+    return message.stage, message.tokens
 
 
 def _message(key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bytes:

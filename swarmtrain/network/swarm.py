@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain import __version__
@@ -39,6 +39,7 @@ from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.signing import open_signed_untrusted, sign
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.network.tallying import Tallying, counting_rules
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -46,6 +47,7 @@ __all__ = ["FoundRun", "PublishedRun", "Swarm", "fetch_published", "find_run", "
 
 _log = logging.getLogger(__name__)
 _READ_EVERY_S = 3.0
+_COUNT_EVERY_S = 5.0
 _MAX_INVITED = 4
 _STATE_WAIT_S = 3.0
 _MAX_ADDRESSES = 4
@@ -84,6 +86,9 @@ class Swarm:
     calls: PeerCalls = field(init=False)
     store: SnapshotStore = field(init=False)
     rounds: Rounds = field(init=False)
+    tallying: Tallying = field(init=False)
+    durable: Callable[[], Progress | None] | None = None
+    """The progress that is safe on this peer's disk, which its progress record tells; None: the present one."""
     _state: tuple[Progress, Body] | None = None
     _state_held: Held | None = None
     _state_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -123,6 +128,14 @@ class Swarm:
         self.rounds = Rounds(
             self.identity, self.calls, self.store, self.membership, settings, self.average, refused=self._refused
         )
+        self.tallying = Tallying(
+            self.identity.peer_id,
+            counting_rules(run, swarm_time()),
+            self._read_bucket,
+            self._speeds,
+            swarm_time,
+            lambda peer, rule, detail: self.emit(RefusedEvent(from_peer=peer, rule=rule, detail=detail)),
+        )
 
     @property
     def identity(self) -> Identity:
@@ -151,7 +164,7 @@ class Swarm:
         self._away = False
         await self._look_where_we_are()
         await self.greet_everyone()
-        for work in (self._keep_present(), self._keep_reading(), self._notice_gaps()):
+        for work in (self._keep_present(), self._keep_reading(), self._keep_counting(), self._notice_gaps()):
             task = asyncio.create_task(work)
             task.add_done_callback(self._work_ended)
             self._tasks.append(task)
@@ -220,6 +233,19 @@ class Swarm:
             newcomers = [info.peer for info in self.membership.live() if info.peer not in self._greeted]
             await asyncio.gather(*(self._greet(peer, self._signed_presence()) for peer in newcomers[:32]))
 
+    async def _keep_counting(self) -> None:
+        while True:
+            await self.tallying.read_some()
+            await asyncio.sleep(_COUNT_EVERY_S)
+
+    async def _read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
+        return await self.node.read_bucket(self._run_bytes, kind, prefix)
+
+    def _speeds(self) -> dict[str, float]:
+        """What the volunteers say they do, in tokens per second."""
+        tokens = self.published.run.tokens_per_step
+        return {info.peer: info.steps_per_s * tokens for info in (self.me, *self.membership.volunteers())}
+
     async def _redial(self) -> None:
         """Knock at a few peers that seem gone: after an outage nobody else would, and a swarm would stay apart."""
         known = {*(peer.peer for peer in self._through), *self.node.known_peers()} - {self.identity.peer_id}
@@ -269,8 +295,10 @@ class Swarm:
         self._renew()
         presence = pb.Record(run_sha256=self._run_bytes, presence=presence_to_proto(self.me))
         await self._store(presence, self.published.run.network.presence_ttl_s)
-        if self.me.training and self._state is not None:
-            progress = progress_to_proto(self._state[0], self.identity.peer_id)
+        safe = self.durable() if self.durable is not None else self._state and self._state[0]
+        if self.me.training and safe is not None:
+            tokens = self.tallying.own_to_tell(safe.peer_tokens.get(self.identity.peer_id, 0))
+            progress = progress_to_proto(tokens, safe.round)
             await self._store(pb.Record(run_sha256=self._run_bytes, progress=progress), _PROGRESS_TTL_S)
 
     async def _store(self, record: pb.Record, lifetime_s: float) -> None:
@@ -431,6 +459,7 @@ class Swarm:
     def set_state(self, progress: Progress, body: Body) -> None:
         """Offer this state to joiners from now on; nobody may write into its buffers any more."""
         self._state = (progress, body)
+        self.tallying.learn(progress.peer_tokens)
         self.rounds.advance(progress)
         if self.rounds.last is not None:
             self._meet(self.rounds.last[0].peers)

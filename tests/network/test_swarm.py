@@ -12,6 +12,7 @@ from typing import Any
 from swarmtrain.errors import UnreachableError
 from swarmtrain.events import Event, PeerJoinedEvent
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
@@ -19,6 +20,7 @@ from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.node import NodeSettings
 from swarmtrain.network.records import presence_to_proto
 from swarmtrain.network.signing import sign
+from swarmtrain.network.snapshots import Body
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -152,3 +154,31 @@ def test_a_peer_that_rests_says_goodbye_and_tells_nothing_of_itself_until_it_is_
         swarm._tasks.append(asyncio.create_task(asyncio.sleep(0)))
 
     run(body, calls)
+
+
+def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
+    told: list[pb.Progress] = []
+
+    async def store(record: pb.Record, lifetime_s: float) -> bool:
+        if record.WhichOneof("body") == "progress":
+            told.append(record.progress)
+        return True
+
+    async def read_bucket(*_: object) -> dict[str, Any]:
+        return {}
+
+    async def body(swarm: Swarm) -> None:
+        swarm.me = dataclasses.replace(swarm.me, training=True)
+        swarm.node.store, swarm.node.read_bucket = store, read_bucket  # type: ignore[method-assign, assignment]
+        swarm.rounds.know_roster(Roster(round=6, signer=BEN.peer_id, entries=()), pb.Signed())
+        digest = next(iter(swarm.rounds._pending))
+        counts = {ME.peer_id: 700, BEN.peer_id: 9}
+        swarm.set_state(Progress(round=7, peer_tokens=counts, roster_sha256=digest), Body([]))
+        safe = Progress(round=6, peer_tokens={ME.peer_id: 600})
+        for durable in (lambda: None, lambda: safe, None):
+            swarm.durable = durable
+            await swarm._store_records()
+        assert swarm.tallying.contributions() == counts
+
+    run(body, Hellos())
+    assert told == [pb.Progress(tokens=600, round=6), pb.Progress(tokens=700, round=7)]

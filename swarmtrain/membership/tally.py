@@ -1,0 +1,249 @@
+"""Who has trained on how many tokens: a map (PeerID, stage) -> tokens, merged by the greater count.
+
+Counts come from two sources, kept apart. What rosters count is *learned*: everybody who applied a roster counts the
+same. What a peer says of itself in its progress record is *told*: it is believed as far as the peer's speed, or else
+the swarm's, can explain it. A peer's count is the greater of the two; the run's total is the sum over stage 0. Counts
+never fall, so that a restart, a fork or an old record takes nothing away and counts nothing twice.
+
+How much is believed: each count has an *account*, the moment up to which its tokens are explained. Growth costs time
+at the greatest speed allowed, and the account may not run ahead of the present by more than a few rounds. Time that
+passes pays for what was not believed yet, so an honest peer loses nothing for good.
+
+Pure: `now` is an argument, in seconds of one clock that may jump.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["MAX_COUNTS", "CountingRules", "Incident", "NamedOnce", "Tally", "typical_speed"]
+
+MAX_COUNTS = 16_384
+"""So many counts are kept of each source, the greatest ones: identities cost nothing."""
+
+_OWN_FACTOR = 4.0
+"""Growth is believed up to so many times the speed that the peer claims."""
+
+_SWARM_FACTOR = 64.0
+"""... and up to so many times the swarm's median speed, whatever it claims: a claim is no proof."""
+
+_LEAST_PER_S = 1e-3
+_CLOCK_STEP_S = 60.0
+_MAX_AWAY_S = 7 * 86_400.0
+"""Time unaccounted for counts up to a week, so that a clock that jumps does not explain everything."""
+
+_NAME_AGAIN_S = 6 * 3600.0
+_MAX_NAMED = 64
+
+_Key = tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountingRules:
+    """What the run file says about counting."""
+
+    began_s: float
+    """When the run was published: nobody can have trained before."""
+    burst_tokens: int
+    """Tokens that may be told at once, since they are told a round at a time."""
+    most_tokens: int
+    """Nobody can have trained on more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incident:
+    """A peer told of more than it can have done: only `believed` of the `told` tokens count for now."""
+
+    peer: str
+    stage: int
+    told: int
+    believed: int
+    rule: str = "tokens"
+
+    @property
+    def detail(self) -> str:
+        """For a person."""
+        return f"says that it has trained on {self.told} tokens; its speed explains {self.believed} by now"
+
+
+@dataclass(frozen=True)
+class _Account:
+    """Tokens are explained up to `explained_s`; the greatest speed the peer ever claimed, in tokens per second."""
+
+    explained_s: float
+    fastest_per_s: float = 0.0
+
+
+@dataclass
+class Tally:
+    """The map. `typical_per_s` is the swarm's median speed in tokens per second; while it is 0, nothing told is
+    believed."""
+
+    rules: CountingRules
+    max_counts: int = MAX_COUNTS
+    typical_per_s: float = 0.0
+    _learned: dict[_Key, int] = field(default_factory=dict)
+    _told: dict[_Key, int] = field(default_factory=dict)
+    _accounts: dict[_Key, _Account] = field(default_factory=dict)
+
+    # ------------------------------------------------------------- reading
+
+    def tokens(self, peer: str, stage: int = 0) -> int:
+        """What `peer` has trained on in `stage`; 0 of a stranger."""
+        key = (peer, stage)
+        return max(self._learned.get(key, 0), self._told.get(key, 0))
+
+    @property
+    def total(self) -> int:
+        """The run's tokens: those of stage 0, so that a pipeline counts each token once."""
+        return sum(self.tokens(peer) for peer, stage in self._learned.keys() | self._told.keys() if stage == 0)
+
+    def contributions(self) -> dict[str, int]:
+        """Each peer's tokens, of all its stages, by PeerID."""
+        found: dict[str, int] = {}
+        for peer, stage in sorted(self._learned.keys() | self._told.keys()):
+            found[peer] = found.get(peer, 0) + self.tokens(peer, stage)
+        return found
+
+    def told(self) -> dict[str, int]:
+        """Each peer's tokens as far as its own progress records were read and believed: the acknowledged ones."""
+        found: dict[str, int] = {}
+        for (peer, _), tokens in sorted(self._told.items()):
+            found[peer] = found.get(peer, 0) + tokens
+        return found
+
+    # ------------------------------------------------------------- counting
+
+    def learn(self, counts: Mapping[str, int], now: float, stage: int = 0) -> None:
+        """What rosters count of these peers: certain, and explained up to `now` where it is news."""
+        for peer, tokens in counts.items():
+            key = (peer, stage)
+            if tokens > self.tokens(peer, stage):
+                account = self._accounts.get(key)
+                self._accounts[key] = _Account(now, 0.0 if account is None else account.fastest_per_s)
+            if tokens > self._learned.get(key, 0):
+                self._learned[key] = tokens
+        self._prune(self._learned, slack=0)
+
+    def observe(
+        self, peer: str, stage: int, tokens: int, now: float, claimed_per_s: float = 0.0
+    ) -> tuple[int, Incident | None]:
+        """`peer` says that it has trained on `tokens`, and claims a speed (0: nothing is known of it).
+
+        Returns what is counted for it now, and the incident if that is less than it says.
+        """
+        key, held = (peer, stage), self.tokens(peer, stage)
+        ceiling_per_s, fastest_per_s = self._speeds(key, claimed_per_s)
+        if tokens <= held or ceiling_per_s <= 0:
+            if min(tokens, held) > 0:
+                self._told[key] = max(self._told.get(key, 0), min(tokens, held))
+                self._prune(self._told, slack=self.max_counts // 8)
+            return held, None
+        burst_s = self.rules.burst_tokens / ceiling_per_s
+        account = self._accounts.get(key)
+        since_s = self.rules.began_s if account is None else max(account.explained_s, now - _MAX_AWAY_S)
+        if since_s > now + burst_s + _CLOCK_STEP_S:  # the clock was ahead: that must not silence the peer
+            since_s = now
+        since_s = min(since_s, now + burst_s)
+        affordable = math.floor((now + burst_s - since_s) * ceiling_per_s)
+        believed = max(held, min(tokens, held + affordable, self.rules.most_tokens))
+        if believed > 0:
+            self._accounts[key] = _Account(since_s + (believed - held) / ceiling_per_s, fastest_per_s)
+            self._told[key] = believed
+            self._prune(self._told, slack=self.max_counts // 8)
+        incident = Incident(peer=peer, stage=stage, told=tokens, believed=believed) if believed < tokens else None
+        return believed, incident
+
+    def _speeds(self, key: _Key, claimed_per_s: float) -> tuple[float, float]:
+        """(the greatest speed that is believed, the greatest that was claimed), in tokens per second."""
+        most_per_s = _SWARM_FACTOR * self.typical_per_s
+        account = self._accounts.get(key)
+        fastest_per_s = max(min(claimed_per_s, most_per_s), 0.0 if account is None else account.fastest_per_s)
+        ceiling_per_s = min(_OWN_FACTOR * fastest_per_s if fastest_per_s > 0 else most_per_s, most_per_s)
+        return max(ceiling_per_s, _LEAST_PER_S) if most_per_s > 0 else 0.0, fastest_per_s
+
+    def _prune(self, counts: dict[_Key, int], slack: int) -> None:
+        """Keep the greatest counts; only when there are `slack` too many, since it takes a look at all."""
+        if len(counts) <= self.max_counts + slack:
+            return
+        kept = heapq.nlargest(self.max_counts, ((tokens, key) for key, tokens in counts.items()))
+        counts.clear()
+        counts.update((key, tokens) for tokens, key in kept)
+        for key in [key for key in self._accounts if key not in self._learned and key not in self._told]:
+            del self._accounts[key]
+
+    # ------------------------------------------------------------- merging and keeping
+
+    def merge(self, other: Tally) -> None:
+        """Take the greater of each count: in any order, and as often as one likes, the result is the same."""
+        for mine, theirs in ((self._learned, other._learned), (self._told, other._told)):
+            for key, tokens in theirs.items():
+                mine[key] = max(mine.get(key, 0), tokens)
+        for key, account in other._accounts.items():
+            own = self._accounts.get(key, account)
+            self._accounts[key] = _Account(
+                max(own.explained_s, account.explained_s), max(own.fastest_per_s, account.fastest_per_s)
+            )
+        self._prune(self._learned, slack=0)
+        self._prune(self._told, slack=0)
+
+    def rows(self) -> list[list[str | int | float]]:
+        """For a checkpoint: [PeerID, stage, learned, told, explained up to, fastest] of each count, sorted."""
+        rows: list[list[str | int | float]] = []
+        for key in sorted(self._learned.keys() | self._told.keys()):
+            account = self._accounts.get(key, _Account(self.rules.began_s))
+            counts = [self._learned.get(key, 0), self._told.get(key, 0)]
+            rows.append([*key, *counts, float(account.explained_s), float(account.fastest_per_s)])
+        return rows
+
+    def merge_rows(self, rows: Iterable[Sequence[object]]) -> None:
+        """Merge what `rows` gave. ValueError, and nothing is merged, if that is something else."""
+        other = Tally(self.rules, self.max_counts)
+        for row in rows:
+            match row:
+                case [
+                    str(peer),
+                    int(stage),
+                    int(learned),
+                    int(told),
+                    int() | float() as until_s,
+                    int() | float() as speed,
+                ]:
+                    if min(stage, learned, told) < 0 or not math.isfinite(until_s) or not 0 <= speed < math.inf:
+                        raise ValueError(f"a count out of range: {row}")
+                    key = (peer, stage)
+                    if learned:
+                        other._learned[key] = learned
+                    if told:
+                        other._told[key] = told
+                    other._accounts[key] = _Account(until_s, speed)
+                case _:
+                    raise ValueError(f"not a count: {row}")
+        self.merge(other)
+
+
+def typical_speed(speeds_per_s: Iterable[float]) -> float:
+    """The (lower) median of the speeds that are known, in tokens per second; 0 without any.
+
+    One's own is among them: of two, a liar's greater one is not taken.
+    """
+    known = sorted(speed for speed in speeds_per_s if 0 < speed < math.inf)
+    return known[(len(known) - 1) // 2] if known else 0.0
+
+
+@dataclass
+class NamedOnce:
+    """Says of each peer once in six hours that it may be named, and of a few dozen peers in that time at all."""
+
+    _named_s: dict[str, float] = field(default_factory=dict)
+
+    def is_due(self, peer: str, now: float) -> bool:
+        """Whether to name `peer` now; it counts as named then."""
+        self._named_s = {p: named_s for p, named_s in self._named_s.items() if abs(now - named_s) < _NAME_AGAIN_S}
+        if peer in self._named_s or len(self._named_s) >= _MAX_NAMED:
+            return False
+        self._named_s[peer] = now
+        return True

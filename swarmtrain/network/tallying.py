@@ -1,0 +1,147 @@
+"""Counting the run's tokens: progress records are read in rotation and observed into this peer's tally.
+
+A few buckets at a time, the root first, then what lies below full ones, and from the start again: a small swarm is
+read whole every few seconds, a big one within minutes. The records come from strangers: each was signed by the peer
+that it speaks of, and what it says is believed as far as `membership.tally` allows.
+
+The reading is done in the network thread; the trainer's and the control server's threads ask for counts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.records import bucket_of, buckets_to_read
+from swarmtrain.membership.tally import CountingRules, NamedOnce, Tally, typical_speed
+from swarmtrain.network.records import PROGRESS, progress_from_proto_untrusted
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["ReadBucket", "Tallying", "counting_rules"]
+
+_BUCKETS_AT_ONCE = 4
+_MAX_BUCKETS_A_PASS = 1024
+_BURST_ROUNDS = 2
+
+ReadBucket = Callable[[str, str], Awaitable[Mapping[str, tuple[pb.Record, float]]]]
+"""(kind, prefix) -> PeerID -> (record, expiry) of a bucket."""
+
+
+@dataclass
+class Tallying:
+    """This peer's tally, and how it is fed. Its methods may be called from any thread, `read_some` in the loop."""
+
+    me: str
+    rules: CountingRules
+    read_bucket: ReadBucket
+    speeds: Callable[[], Mapping[str, float]]
+    """What the live peers claim to do, this one included, in tokens per second by PeerID."""
+    clock: Callable[[], float]
+    refused: Callable[[str, str, str], None]
+    """Told (peer, rule, detail) of what was not believed, once per peer and a few hours."""
+    num_stages: int = 1
+    _tally: Tally = field(init=False)
+    _named: NamedOnce = field(default_factory=NamedOnce)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _sizes: dict[str, int] = field(default_factory=dict)
+    _own_durable: int = 0
+
+    def __post_init__(self) -> None:
+        self._tally = Tally(self.rules)
+
+    # ------------------------------------------------------------- feeding
+
+    async def read_some(self) -> None:
+        """Read the next few buckets of progress records."""
+        wanted = list(buckets_to_read(self._sizes))
+        if not wanted or len(self._sizes) >= _MAX_BUCKETS_A_PASS:
+            self._sizes.clear()
+            wanted = list(buckets_to_read(self._sizes))
+        for prefix in wanted[:_BUCKETS_AT_ONCE]:
+            records = await self.read_bucket(PROGRESS, prefix)
+            self._sizes[prefix] = len(records)
+            speeds = self.speeds()
+            for peer, (record, _) in records.items():
+                try:
+                    self._read_untrusted(peer, record, prefix, speeds)
+                except BadBytesError as error:
+                    self._name(peer, "progress", str(error))
+
+    def _read_untrusted(self, peer: str, record: pb.Record, prefix: str, speeds: Mapping[str, float]) -> None:
+        if record.WhichOneof("body") != "progress" or bucket_of(peer, len(prefix)) != prefix:
+            raise BadBytesError("a progress record that is none, or in a place that is not its own")
+        stage, tokens = progress_from_proto_untrusted(record.progress, self.num_stages)
+        now = self.clock()
+        with self._lock:
+            if peer == self.me:  # of an earlier life, whose folder was lost or put back: nobody else can have signed it
+                self._tally.learn({peer: tokens}, now, stage)
+                self._own_durable = max(self._own_durable, tokens)
+                return
+            self._tally.typical_per_s = typical_speed(speeds.values())
+            _, incident = self._tally.observe(peer, stage, tokens, now, speeds.get(peer, 0.0))
+        if incident is not None:
+            self._name(peer, incident.rule, incident.detail)
+
+    def _name(self, peer: str, rule: str, detail: str) -> None:
+        if self._named.is_due(peer, self.clock()):
+            self.refused(peer, rule, detail)
+
+    def learn(self, peer_tokens: Mapping[str, int]) -> None:
+        """What the rosters up to the present state count."""
+        with self._lock:
+            self._tally.learn(peer_tokens, self.clock())
+
+    def own_to_tell(self, durable_tokens: int) -> int:
+        """What this peer's next record says: the most that was ever safe on its disk, `durable_tokens` by now.
+
+        What is told may be counted by others, so it must not be forgotten by a kill.
+        """
+        with self._lock:
+            self._own_durable = max(self._own_durable, durable_tokens)
+            return self._own_durable
+
+    # ------------------------------------------------------------- asking
+
+    def contributions(self) -> dict[str, int]:
+        """Everyone's tokens, by PeerID."""
+        with self._lock:
+            return self._tally.contributions()
+
+    def acknowledged(self) -> dict[str, int]:
+        """Everyone's tokens as far as this peer has read them in their own progress records, by PeerID."""
+        with self._lock:
+            return self._tally.told()
+
+    @property
+    def total(self) -> int:
+        """The run's tokens as counted here."""
+        with self._lock:
+            return self._tally.total
+
+    # ------------------------------------------------------------- keeping
+
+    def kept(self) -> list[list[str | int | float]]:
+        """The tally as a checkpoint keeps it."""
+        with self._lock:
+            return self._tally.rows()
+
+    def restore(self, rows: Iterable[Sequence[object]]) -> None:
+        """Go on from what a checkpoint kept. ValueError if that is something else; nothing is counted then."""
+        with self._lock:
+            self._tally.merge_rows(rows)
+            self._own_durable = max(self._own_durable, self._tally.tokens(self.me))
+
+
+def counting_rules(run: RunFile, now: float) -> CountingRules:
+    """How this run is counted; `now` stands in for its beginning if it was never published."""
+    began_s = now if run.published is None else datetime.fromisoformat(run.published.created).timestamp()
+    round_tokens = run.merge.inner_steps * run.tokens_per_step
+    return CountingRules(
+        began_s=min(began_s, now),
+        burst_tokens=_BURST_ROUNDS * round_tokens,
+        most_tokens=run.run.total_tokens + round_tokens,
+    )

@@ -1,0 +1,276 @@
+"""Counting: merging by the greater count, and believing no more than a peer's speed explains."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmtrain.membership.tally import CountingRules, NamedOnce, Tally, typical_speed
+
+HOUR_S, DAY_S = 3600.0, 86_400.0
+RULES = CountingRules(began_s=1000.0, burst_tokens=200, most_tokens=10**12)
+TYPICAL = 10.0
+
+PEERS = st.sampled_from(["ada", "ben", "cleo", "dora", "emil"])
+COUNTS = st.dictionaries(PEERS, st.integers(0, 50))
+
+
+@st.composite
+def tallies(draw: st.DrawFn, max_counts: int = 3) -> Tally:
+    """Learned and told counts of a few peers, in a tally so small that some are left out."""
+    tally = Tally(RULES, max_counts, typical_per_s=TYPICAL)
+    tally.learn(draw(COUNTS), 1000.0)
+    for (peer, stage), tokens in draw(st.dictionaries(st.tuples(PEERS, st.integers(0, 1)), st.integers(0, 50))).items():
+        tally.observe(peer, stage, tokens, 2000.0)
+    tally._prune(tally._told, slack=0)
+    return tally
+
+
+def merged(*parts: Tally) -> tuple[dict[str, int], dict[str, int], int]:
+    whole = Tally(RULES, parts[0].max_counts)
+    for part in parts:
+        whole.merge(part)
+    return whole.contributions(), whole.told(), whole.total
+
+
+def nested(a: Tally, b: Tally, c: Tally) -> tuple[dict[str, int], dict[str, int], int]:
+    right = Tally(RULES, a.max_counts)
+    right.merge(b)
+    right.merge(c)
+    return merged(a, right)
+
+
+@given(tallies(), tallies(), tallies())
+def test_merging_is_commutative_associative_and_idempotent_also_when_there_is_no_room(
+    a: Tally, b: Tally, c: Tally
+) -> None:
+    assert merged(a, b) == merged(b, a)
+    assert merged(a, b, c) == nested(a, b, c) == merged(c, a, b)
+    assert merged(a, a) == merged(a) and merged(a, b, a, b) == merged(a, b)
+
+
+@given(tallies(100), tallies(100))
+def test_merging_loses_nothing_and_a_checkpoint_keeps_everything(a: Tally, b: Tally) -> None:
+    before = {peer: (a.tokens(peer, 0), b.tokens(peer, 0)) for peer in ("ada", "ben", "cleo", "dora", "emil")}
+    a.merge(b)
+    assert all(a.tokens(peer) == max(counts) for peer, counts in before.items())
+    again = Tally(RULES)
+    again.merge_rows(json.loads(json.dumps(a.rows())))
+    assert again.rows() == a.rows() and again.total == a.total and again.told() == a.told()
+
+
+@given(st.lists(st.tuples(PEERS, st.integers(0, 10**6), st.floats(-1e6, 1e7), st.floats(0, 1e6))))
+def test_counts_never_fall_and_never_exceed_what_is_said(said: list[tuple[str, int, float, float]]) -> None:
+    tally, most = Tally(RULES, typical_per_s=TYPICAL), dict[str, int]()
+    for peer, tokens, now, speed in said:
+        held = tally.tokens(peer)
+        believed, incident = tally.observe(peer, 0, tokens, now, speed)
+        most[peer] = max(most.get(peer, 0), tokens)
+        assert held <= believed == tally.tokens(peer) <= most[peer]
+        assert (incident is None) == (believed >= tokens)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["a"],
+        ["a", 0, 1, 1, 1.0],
+        [1, 0, 1, 1, 1.0, 1.0],
+        ["a", 0, -1, 1, 1.0, 1.0],
+        ["a", 0, 1, "1", 1.0, 1.0],
+        ["a", 0, 1, 1, float("nan"), 1.0],
+        ["a", 0, 1, 1, 1.0, float("inf")],
+        "text",
+        None,
+    ],
+)
+def test_rows_that_are_something_else_are_not_merged(row: object) -> None:
+    tally = Tally(RULES)
+    with pytest.raises(ValueError, match="count"):
+        tally.merge_rows([["good", 0, 5, 5, 1.0, 1.0], row])  # type: ignore[list-item]
+    assert tally.total == 0
+
+
+# ---------------------------------------------------------------- what is believed
+
+
+def test_only_stage_0_is_in_the_total() -> None:
+    tally = Tally(RULES, typical_per_s=TYPICAL)
+    tally.observe("a", 0, 100, 2000.0)
+    tally.observe("a", 1, 70, 2000.0)
+    tally.observe("b", 1, 50, 2000.0)
+    assert tally.total == 100 and tally.contributions() == {"a": 170, "b": 50} and tally.tokens("a", 1) == 70
+
+
+def test_growth_is_believed_up_to_four_times_the_claimed_speed_and_the_rest_as_time_passes() -> None:
+    tally = Tally(RULES, typical_per_s=TYPICAL)
+    tally.learn({"liar": 1000}, 2000.0)
+    believed, incident = tally.observe("liar", 0, 10_000, 2010.0, 5.0)
+    assert believed == 1000 + 200 + 4 * 5 * 10, "two rounds at once, and ten seconds at four times its speed"
+    assert incident is not None and (incident.peer, incident.rule) == ("liar", "tokens") and "10000" in incident.detail
+    assert tally.observe("liar", 0, 10_000, 2010.0, 5.0)[0] == believed, "asked again it is believed no more"
+    assert tally.observe("liar", 0, 10_000, 2020.0, 5.0)[0] == believed + 200
+    assert tally.observe("liar", 0, 10_000, 2010.0 + 10_000 / 20, 5.0) == (10_000, None)
+
+
+def test_a_claimed_speed_is_no_proof() -> None:
+    tally = Tally(RULES, typical_per_s=TYPICAL)
+    tally.learn({"liar": 0}, 2000.0)
+    tally.observe("liar", 0, 1, 1000.0, 1e12)
+    believed, _ = tally.observe("liar", 0, 10**9, 2010.0, 1e12)
+    assert believed <= 64 * TYPICAL * 1010 + 201
+
+
+def test_what_a_roster_counted_needs_no_explanation_and_explains_nothing_else() -> None:
+    tally = Tally(RULES, typical_per_s=TYPICAL)
+    tally.learn({"a": 10**9}, 5000.0)
+    assert tally.tokens("a") == 10**9 and tally.told() == {}
+    assert tally.observe("a", 0, 10**9 - 5, 5000.0, 1.0) == (10**9, None)
+    assert tally.told() == {"a": 10**9 - 5}, "what was read is remembered apart: it is what the peer knows to be told"
+    assert tally.observe("a", 0, 2 * 10**9, 5000.0, 1.0)[0] == 10**9 + 200
+
+
+def test_a_first_sighting_is_bounded_by_the_age_of_the_run() -> None:
+    tally = Tally(RULES, typical_per_s=TYPICAL)
+    month_s = RULES.began_s + 30 * DAY_S
+    assert tally.observe("old hand", 0, int(29 * DAY_S * 10), month_s, 10.0) == (int(29 * DAY_S * 10), None)
+    believed, incident = tally.observe("liar", 0, 10**11, month_s, 10.0)
+    assert incident is not None and believed == int(30 * DAY_S * 40) + 200
+
+
+def test_while_no_speed_is_known_nothing_is_believed_and_nobody_is_named() -> None:
+    tally = Tally(RULES)
+    assert tally.observe("a", 0, 100, 2000.0) == (0, None)
+    tally.typical_per_s = TYPICAL
+    assert tally.observe("a", 0, 100, 2000.0) == (100, None)
+
+
+def test_nobody_has_more_than_the_run() -> None:
+    tally = Tally(CountingRules(began_s=0.0, burst_tokens=200, most_tokens=5000), typical_per_s=TYPICAL)
+    believed, incident = tally.observe("liar", 0, 2**59, 1e6, 10.0)
+    assert believed == 5000 and incident is not None
+
+
+def test_a_clock_that_jumps_costs_an_honest_peer_nothing_and_gives_a_liar_a_week_at_most() -> None:
+    tally = Tally(RULES, typical_per_s=TYPICAL)
+    assert tally.observe("a", 0, 5000, 2000.0, 10.0) == (5000, None)
+    year_s = 365 * DAY_S
+    believed, _ = tally.observe("liar", 0, 10, 2000.0, 10.0)
+    believed, _ = tally.observe("liar", 0, 10**11, 2000.0 + year_s, 10.0)
+    assert believed <= 7 * DAY_S * 40 + 210
+    assert tally.observe("a", 0, 5100, 2000.0 + year_s, 10.0) == (5100, None)
+    tally.learn({"a": 5200}, 2000.0 + year_s)  # and now the clock is right again
+    assert tally.observe("a", 0, 5210, 2010.0, 10.0)[0] >= 5200
+    assert tally.observe("a", 0, 5500, 2100.0, 10.0) == (5500, None)
+
+
+def test_a_flood_of_identities_pushes_nobody_out_and_takes_no_memory() -> None:
+    tally = Tally(RULES, max_counts=64, typical_per_s=TYPICAL)
+    tally.learn({f"known {i}": 10 for i in range(20)}, 2000.0)
+    for i in range(20):
+        tally.observe(f"honest {i}", 0, 1000 + i, 2000.0, 10.0)
+    for i in range(5000):
+        tally.observe(f"nobody {i}", 0, 1 + i % 900, 2000.0, 10.0)
+        assert len(tally.rows()) <= 64 + 8 + 20 and len(tally._accounts) <= 64 + 8 + 20
+    counts = tally.contributions()
+    assert all(counts[f"known {i}"] == 10 and counts[f"honest {i}"] == 1000 + i for i in range(20))
+
+
+def test_the_typical_speed_is_the_lower_median_of_those_known() -> None:
+    assert typical_speed([]) == typical_speed([0.0, float("inf"), float("nan"), -1.0]) == 0.0
+    assert typical_speed([5.0, 1e9]) == 5.0, "of two, one may lie"
+    assert typical_speed([5.0, 0.0, 1e9, 4.0]) == 5.0
+
+
+def test_a_peer_is_named_once_in_a_while_and_a_crowd_not_at_all() -> None:
+    named = NamedOnce()
+    assert [named.is_due("a", now) for now in (0.0, 3.0, 6000.0, 7 * HOUR_S)] == [True, False, False, True]
+    assert sum(named.is_due(f"invented {i}", 7 * HOUR_S) for i in range(1000)) == 63
+    assert named.is_due("a", 0.0), "a clock that was put back silences nobody"
+
+
+# ---------------------------------------------------------------- a month
+
+
+@dataclass
+class Worker:
+    """A peer that trains `per_s` tokens a second while it is there, and says `lies` times as much."""
+
+    name: str
+    per_s: float
+    lies: float = 1.0
+    claims: float = 1.0
+    tokens: int = 0
+    told: int = 0
+    here: bool = True
+
+    def train(self, seconds: float) -> None:
+        if self.here:
+            self.tokens += int(self.per_s * seconds)
+            self.told = max(self.told, int(self.tokens * self.lies))
+
+
+@dataclass
+class Reader:
+    """A peer that reads the others' records, and is killed and started again from its last checkpoint."""
+
+    tally: Tally
+    named: NamedOnce = field(default_factory=NamedOnce)
+    incidents: list[str] = field(default_factory=list)
+    checkpoint: str = "[]"
+
+    def read(self, workers: list[Worker], now: float) -> None:
+        self.tally.typical_per_s = typical_speed(w.per_s * w.claims for w in workers if w.here)
+        for worker in workers:
+            claimed = worker.per_s * worker.claims if worker.here else 0.0
+            _, incident = self.tally.observe(worker.name, 0, worker.told, now, claimed)
+            if incident is not None and self.named.is_due(worker.name, now):
+                self.incidents.append(worker.name)
+
+    def restart(self) -> None:
+        self.tally, self.named = Tally(MONTH), NamedOnce()
+        self.tally.merge_rows(json.loads(self.checkpoint))
+
+
+STEP_S = 600.0
+MONTH = CountingRules(began_s=1000.0, burst_tokens=2 * 300 * int(STEP_S), most_tokens=10**12)
+
+
+def test_a_month_with_restarts_forks_absences_and_liars() -> None:
+    rng = random.Random(7)
+    honest = [Worker(f"honest {i}", per_s) for i, per_s in enumerate([3, 10, 10, 12, 15, 300])]
+    tenfold, thousandfold = Worker("tenfold", 10, lies=10), Worker("thousandfold", 10, lies=1000)
+    boaster = Worker("boaster", 10, lies=1e6, claims=1e6)
+    workers = [*honest, tenfold, thousandfold, boaster]
+    fast, reader, now = honest[-1], Reader(Tally(MONTH)), MONTH.began_s
+    for look in range(int(30 * DAY_S / STEP_S)):
+        now += STEP_S
+        day = look * STEP_S / DAY_S
+        fast.here = not 5 < day < 8  # it was away
+        for worker in workers:
+            worker.train(STEP_S)
+        if 12 < day < 14:
+            continue  # this reader is away, or parted from the others
+        seen = now + (10 * DAY_S if look % 500 == 499 else 0.0)  # its clock is wrong for a moment
+        if rng.random() < 0.1:  # of a fork in which the last round was another: less is counted
+            reader.tally.learn({worker.name: worker.tokens // 2 for worker in honest}, seen)
+        reader.read(workers, seen)
+        if rng.random() < 0.5:
+            reader.checkpoint = json.dumps(reader.tally.rows())
+        if rng.random() < 0.02:
+            reader.restart()
+    reader.read(workers, now)
+    counts = reader.tally.contributions()
+    assert [counts[worker.name] for worker in honest] == [worker.tokens for worker in honest]
+    assert not [name for name in reader.incidents if name.startswith("honest")]
+    truth = 10 * 30 * DAY_S
+    jumps = 8 * (7 * DAY_S * 40 + 2 * MONTH.burst_tokens)  # a clock that was ahead explains a week each time
+    assert counts["tenfold"] <= 4.1 * truth + jumps and counts["thousandfold"] <= 4.1 * truth + jumps
+    assert counts["boaster"] <= (30 + 8 * 7) * DAY_S * 64 * typical_speed([3, 10, 10, 10, 10, 12, 15, 300, 1e7]) * 1.01
+    for liar in ("thousandfold", "boaster"):
+        assert 1 <= reader.incidents.count(liar) <= 30 * 4 + 90, "named, and not at each of four thousand looks"

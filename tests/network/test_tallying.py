@@ -1,0 +1,159 @@
+"""Reading progress records: in rotation, and believing nobody more than is possible."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+
+from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.records import BUCKET_LIMIT, bucket_of
+from swarmtrain.membership.tally import CountingRules
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.records import PROGRESS, progress_from_proto_untrusted, progress_to_proto
+from swarmtrain.network.tallying import Tallying, counting_rules
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+ME, BEN, CARL = (new_identity(bytes([i]) * 32).peer_id for i in range(3))
+RULES = CountingRules(began_s=1000.0, burst_tokens=200, most_tokens=10**9)
+Bucket = dict[str, tuple[pb.Record, float]]
+
+
+def record(tokens: int, stage: int = 0) -> tuple[pb.Record, float]:
+    return pb.Record(progress=progress_to_proto(tokens, 3, stage)), 1e9
+
+
+class Reading:
+    """A tally over scripted buckets; every peer claims ten tokens a second."""
+
+    def __init__(self, buckets: dict[str, Bucket]) -> None:
+        self.buckets, self.reads, self.told = buckets, list[str](), list[tuple[str, str]]()
+        self.now = 2000.0
+        self.tallying = Tallying(
+            ME,
+            RULES,
+            self.read_bucket,
+            lambda: {ME: 10.0, BEN: 10.0, CARL: 10.0},
+            lambda: self.now,
+            lambda peer, rule, detail: self.told.append((peer, rule)),
+        )
+
+    async def read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
+        assert kind == PROGRESS
+        self.reads.append(prefix)
+        return self.buckets.get(prefix, {})
+
+    def look(self, times: int = 1) -> None:
+        async def read() -> None:
+            for _ in range(times):
+                await self.tallying.read_some()
+
+        asyncio.run(read())
+
+
+def test_a_small_swarm_is_read_whole_each_time() -> None:
+    reading = Reading({"": {BEN: record(100), CARL: record(50)}})
+    reading.look()
+    assert reading.tallying.contributions() == reading.tallying.acknowledged() == {BEN: 100, CARL: 50}
+    reading.buckets[""] = {BEN: record(180)}
+    reading.look()
+    assert reading.reads == ["", ""] and reading.tallying.total == 230, "whose record has expired still counts"
+
+
+def test_a_big_swarm_is_read_a_few_buckets_at_a_time_and_again_from_the_start() -> None:
+    full = {new_identity(f"{i:032}".encode()).peer_id: record(1) for i in range(4 * BUCKET_LIMIT)}
+    buckets: dict[str, Bucket] = {}
+    for peer, item in full.items():
+        depth = next(d for d in range(24) if len(buckets.setdefault(bucket_of(peer, d), {})) < BUCKET_LIMIT)
+        buckets[bucket_of(peer, depth)][peer] = item
+    reading = Reading(buckets)
+    for _ in range(20):
+        before = len(reading.reads)
+        reading.look()
+        assert 1 <= len(reading.reads) - before <= 4
+    assert reading.tallying.total == 4 * BUCKET_LIMIT
+    assert reading.reads.count("") >= 2 and reading.reads.index("0") < reading.reads.index("", 1)
+
+
+def test_an_unreadable_bucket_is_an_empty_one() -> None:
+    reading = Reading({})
+    reading.look(3)
+    assert reading.reads == ["", "", ""] and reading.tallying.total == 0 and reading.told == []
+
+
+@pytest.mark.parametrize(
+    ("item", "rule"),
+    [
+        (record(2**60), "progress"),
+        (record(2**64 - 1), "progress"),
+        (record(10, stage=1), "progress"),
+        ((pb.Record(progress=pb.Progress(tokens=5, round=2**63)), 1e9), "progress"),
+        ((pb.Record(presence=pb.Presence(name="ben")), 1e9), "progress"),
+        ((pb.Record(), 1e9), "progress"),
+        (record(2**59), "tokens"),
+        (record(200 + 1000 * 40 + 1), "tokens"),
+    ],
+)
+def test_what_a_hostile_record_says_is_not_counted_and_named_once(item: tuple[pb.Record, float], rule: str) -> None:
+    reading = Reading({"": {BEN: item, CARL: record(70)}})
+    reading.look(50)
+    assert reading.told == [(BEN, rule)]
+    counts = reading.tallying.contributions()
+    assert counts[CARL] == 70 and counts.get(BEN, 0) <= 200 + 1000 * 40
+
+
+def test_a_record_in_a_bucket_of_others_is_not_counted() -> None:
+    wrong = "1" if bucket_of(BEN, 1) == "0" else "0"
+    reading = Reading({"": {f"filler {i}": record(0) for i in range(BUCKET_LIMIT)}, wrong: {BEN: record(10)}})
+    reading.look(3)
+    assert BEN not in reading.tallying.contributions()
+
+
+def test_a_negative_count_is_refused() -> None:
+    negative = pb.Progress.FromString(b"\x10" + b"\xff" * 9 + b"\x01")  # -1 as a signed reader would have it
+    with pytest.raises(BadBytesError, match="range"):
+        progress_from_proto_untrusted(negative)
+
+
+def test_an_old_record_or_one_of_another_fork_takes_nothing_away_and_counts_nothing_twice() -> None:
+    reading = Reading({"": {BEN: record(100)}})
+    reading.look()
+    reading.tallying.learn({BEN: 80, CARL: 80})
+    reading.buckets[""] = {BEN: record(60)}
+    reading.look()
+    assert reading.tallying.contributions() == {BEN: 100, CARL: 80}
+    assert reading.tallying.acknowledged() == {BEN: 100}
+
+
+def test_one_tells_what_was_ever_safe_and_reads_what_one_told_in_an_earlier_life() -> None:
+    reading = Reading({"": {ME: record(500)}})
+    tallying = reading.tallying
+    assert [tallying.own_to_tell(tokens) for tokens in (100, 90, 120)] == [100, 100, 120], "a fork counted less"
+    tallying.learn({ME: 300})
+    assert tallying.own_to_tell(120) == 120, "counted, and not yet on the disk"
+    reading.look()
+    assert tallying.own_to_tell(130) == 500 and tallying.contributions() == {ME: 500}
+
+
+def test_a_tally_outlives_its_process() -> None:
+    reading = Reading({"": {BEN: record(100)}})
+    reading.tallying.learn({ME: 70, CARL: 30})
+    reading.look()
+    again = Reading({})
+    again.tallying.restore(reading.tallying.kept())
+    assert again.tallying.contributions() == {ME: 70, BEN: 100, CARL: 30} and again.tallying.total == 200
+    assert again.tallying.acknowledged() == {BEN: 100} and again.tallying.own_to_tell(0) == 70
+    with pytest.raises(ValueError, match="count"):
+        again.tallying.restore([[BEN, 0, 5]])
+
+
+def test_the_rules_of_a_run() -> None:
+    section = {"created": "2026-11-25T00:00:00+00:00", "swarmtrain": "0.1", "held_out_sha256": "0" * 64}
+    table = {"run": {"total_tokens": 100_000}, "published": {**section, "held_out_bytes": 1000}}
+    run = RunFile.model_validate(table)
+    rules = counting_rules(run, 2e9)
+    assert rules.began_s == 1_795_564_800.0 and counting_rules(run, 5.0).began_s == 5.0
+    assert rules.burst_tokens == 2 * run.merge.inner_steps * run.tokens_per_step
+    assert rules.most_tokens == 100_000 + rules.burst_tokens // 2
