@@ -40,6 +40,7 @@ __all__ = [
     "StartedEvent",
     "WarningEvent",
     "count_in_words",
+    "in_words",
     "parse_event",
     "short_peer",
     "size_in_words",
@@ -288,7 +289,7 @@ def times_below_allreduce(num_parameters: int, inner_steps: int, bytes_sent: int
 def to_plain_line(event: Event) -> str:
     """One line for a person: local time, the peer's name, what happened. Control characters are escaped."""
     clock = datetime.datetime.fromtimestamp(event.time).strftime("%H:%M:%S")
-    line = " ".join(part for part in (clock, event.name, _in_words(event)) if part)
+    line = " ".join(part for part in (clock, event.name, in_words(event)) if part)
     return one_line(line)
 
 
@@ -305,7 +306,8 @@ def _round_in_words(event: RoundEvent) -> str:
     return ", ".join([*parts, f"{count_in_words(event.run_tokens)} tokens in all"])
 
 
-def _in_words(event: Event) -> str:
+def in_words(event: Event) -> str:
+    """What happened, for a person: not yet escaped, without time and name."""
     match event:
         case InviteEvent():
             return f"others join with: {event.line}"

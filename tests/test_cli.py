@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import subprocess
 import sys
 import threading
@@ -21,7 +20,6 @@ from swarmtrain.cli.common import (
     open_sink,
     peer_directory,
     peer_options,
-    set_up_logging,
     to_multiaddr,
 )
 from swarmtrain.cli.main import COMMANDS, cli, run
@@ -240,17 +238,6 @@ def test_piped_output_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> Non
         emit(WarningEvent(message="m"))
         raise RunTimeError("the caller says it, not the sink")
     assert capsys.readouterr().out[8:] == " warning: m\n"
-
-
-def test_the_log_follows_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = logging.Logger("root of its own")
-    monkeypatch.setattr(logging, "root", root)
-    set_up_logging("info")
-    later = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", later)
-    root.info("after the display began")
-    root.debug("not asked for")
-    assert later.getvalue().endswith("after the display began\n")
 
 
 class FakeDisplay:

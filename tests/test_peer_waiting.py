@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
 from swarmtrain.cli.stopping import stop_on_signals
 from swarmtrain.errors import RunTimeError
+from swarmtrain.events import DoneEvent, parse_event
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.peer.common import Interrupted, StopFlag, wait_for
 
 
@@ -58,3 +64,33 @@ def test_sigusr1_explains() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert explained.wait(5)
         assert not stop.is_set()
+
+
+INTERRUPTED_AT_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from swarmtrain.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["join", "bootstrap"])
+def test_ctrl_c_while_a_peer_is_still_importing_is_a_clean_end(command: str, tmp_path: Path) -> None:
+    invite = Invite("ab" * 32, (InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/1",)),))
+    (tmp_path / "run.toml").write_text("[run]\ntotal_tokens = 1_000_000\n")
+    what = format_invite(invite) if command == "join" else str(tmp_path / "run.toml")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AT_IMPORT, command, what, "--json", "--dir", str(tmp_path / "peer")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "interrupted before it had begun\n")
+    event = parse_event(done.stdout)
+    assert isinstance(event, DoneEvent)
+    assert event.reason == "interrupted"
+    assert not (tmp_path / "peer").exists()

@@ -34,10 +34,10 @@ def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
     if wait_for is not None:
         run = run.model_copy(update={"merge": run.merge.model_copy(update={"min_peers": wait_for})})
     from swarmtrain.cli.display import PeerDisplay
-    from swarmtrain.cli.stopping import stop_on_signals
     from swarmtrain.peer.bootstrap import run_bootstrap
     from swarmtrain.peer.common import PeerSettings
 
+    options.stop.check()
     settings = PeerSettings(
         directory=peer_directory(options, f"bootstrap-{run.run.name}"),
         name=options.name or "bootstrap",
@@ -48,5 +48,5 @@ def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
     def make_display() -> PeerDisplay:
         return PeerDisplay(f"swarmtrain bootstrap: {run.run.name}", run.run.total_tokens)
 
-    with open_sink(options, make_display) as emit, stop_on_signals() as stop:
-        emit(run_bootstrap(run, run_file.parent, settings, emit, stop))
+    with open_sink(options, make_display) as emit:
+        emit(run_bootstrap(run, run_file.parent, settings, emit, options.stop))

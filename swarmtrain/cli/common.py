@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-import logging
 import re
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
@@ -31,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 import click
 
 from swarmtrain.errors import SwarmtrainError
+from swarmtrain.peer.stopping import Interrupted, StopFlag
 
 if TYPE_CHECKING:
     from swarmtrain.events import Event
@@ -62,7 +61,7 @@ class Display(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PeerOptions:
-    """The options every peer takes, as `peer_options` collects them."""
+    """The options every peer takes, as `peer_options` collects them; and the flag that Ctrl-C sets from then on."""
 
     dir: Path | None
     name: str
@@ -70,6 +69,7 @@ class PeerOptions:
     listen: tuple[str, ...]  # multiaddresses
     announce: tuple[str, ...]  # multiaddresses
     log_level: str
+    stop: StopFlag = field(default_factory=StopFlag, compare=False)
 
 
 def to_multiaddr(text: str) -> str:
@@ -147,13 +147,26 @@ _PEER_OPTIONS = (
 
 
 def peer_options(function: _F) -> _F:
-    """Give a command the options of every peer; it receives them as one argument, `options: PeerOptions`."""
+    """Give a command the options of every peer; it receives them as one argument, `options: PeerOptions`.
+
+    Ctrl-C is heard before anything heavy is imported: the command checks `options.stop` once it has its imports.
+    """
 
     @functools.wraps(function)
     def bundled(**values: Any) -> Any:
-        options = PeerOptions(**{field.name: values.pop(field.name) for field in fields(PeerOptions)})
-        set_up_logging(options.log_level)
-        return function(options=options, **values)
+        from swarmtrain.cli.stopping import stop_on_signals
+
+        with stop_on_signals() as stop:
+            given = {item.name: values.pop(item.name) for item in fields(PeerOptions) if item.name in values}
+            options = PeerOptions(**given, stop=stop)
+            from swarmtrain.peer.logs import log_to_terminal
+
+            log_to_terminal(options.log_level)
+            try:
+                return function(options=options, **values)
+            except Interrupted:
+                _tell_interrupted(options)
+                return None
 
     decorated: Any = bundled
     for option in reversed(_PEER_OPTIONS):
@@ -161,26 +174,21 @@ def peer_options(function: _F) -> _F:
     return decorated  # type: ignore[no-any-return]
 
 
+def _tell_interrupted(options: PeerOptions) -> None:
+    """An end that was asked for before the peer had begun."""
+    click.echo("interrupted before it had begun", err=True)
+    if options.json:
+        from swarmtrain.events import DoneEvent
+        from swarmtrain.peer.common import process_age_s
+
+        with errors_as_events(options.json, options.name) as emit:
+            age_s = process_age_s()
+            emit(DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=age_s, reason="interrupted"))
+
+
 def example(*lines: str) -> str:
     """The end of a command's help: one example or more, as they are typed."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-class _StandardError(logging.StreamHandler[TextIO]):
-    """Writes to whatever standard error is at that moment: a display on the same terminal puts itself in between."""
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, value: TextIO) -> None: ...
-
-
-def set_up_logging(level: str) -> None:
-    """The log goes to standard error, from `level` on."""
-    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=level.upper(), format=form, handlers=[_StandardError()])
 
 
 def peer_directory(options: PeerOptions, role: str) -> Path:
@@ -253,11 +261,11 @@ def _lines(stream: TextIO, render: Callable[[Event], str]) -> Callable[[Event], 
     return write
 
 
-def errors_as_events(as_json: bool, name: str) -> AbstractContextManager[object]:
+def errors_as_events(as_json: bool, name: str) -> EventSink:
     """For what a command does before it can open its sink: with JSON, an error of it is an event too."""
     from swarmtrain.events import to_json_line
 
-    return _JsonSink(_lines(sys.stdout, to_json_line), name=name) if as_json else nullcontext()
+    return _JsonSink(_lines(sys.stdout, to_json_line), name=name) if as_json else EventSink(lambda event: None)
 
 
 def open_sink(options: PeerOptions, make_display: Callable[[], Display]) -> EventSink:

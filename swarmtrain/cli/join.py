@@ -43,10 +43,10 @@ def command(invite: str, threads: int | None, data: Path | None, options: PeerOp
     import platformdirs
 
     from swarmtrain.cli.display import PeerDisplay
-    from swarmtrain.cli.stopping import stop_on_signals
     from swarmtrain.peer.common import PeerSettings
     from swarmtrain.peer.volunteer import run_volunteer
 
+    options.stop.check()
     settings = PeerSettings(
         directory=_free_directory(options),
         name=options.name,
@@ -56,8 +56,8 @@ def command(invite: str, threads: int | None, data: Path | None, options: PeerOp
         cache_folder=platformdirs.user_cache_path("swarmtrain"),
         threads=threads or 0,
     )
-    with open_sink(options, lambda: PeerDisplay("swarmtrain join")) as emit, stop_on_signals() as stop:
-        emit(run_volunteer(parsed, settings, emit, stop))
+    with open_sink(options, lambda: PeerDisplay("swarmtrain join")) as emit:
+        emit(run_volunteer(parsed, settings, emit, options.stop))
 
 
 def _free_directory(options: PeerOptions) -> Path:

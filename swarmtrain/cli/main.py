@@ -83,7 +83,22 @@ def run(arguments: list[str]) -> int:
         # Whoever read our output is gone; Python would complain about it again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:  # a bug
+        click.echo(f"error: {' '.join(_logged_bug(error).split())}", err=True)
+        return 1
     return returned if isinstance(returned, int) else 0
+
+
+def _logged_bug(error: Exception) -> str:
+    """One line about a bug outside a peer's own log; the traceback goes to a file of its own."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="swarmtrain-error-", suffix=".log", delete=False) as log:
+        log.write("".join(traceback.format_exception(error)))
+    from swarmtrain.peer.logs import bug_in_words
+
+    return bug_in_words(error, log.name)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from swarmtrain.peer.common import StopFlag
+from swarmtrain.peer.stopping import StopFlag
 
 __all__ = ["stop_on_signals"]
 

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -36,6 +37,13 @@ MAX_FRAME_BYTES = 4 * 1024 * 1024
 
 _MAX_FOLDER_CHARACTERS = 72
 """A socket's path may have 107 on Linux and 103 on macOS; hivemind's names take 30."""
+
+_NOWHERE = logging.NullHandler()
+_libp2p = logging.getLogger("libp2p")
+_GO_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
+_UNUSED = ("dht", "dht/RtRefreshManager")  # its own DHT, which nobody uses here, and which complains of that
+_GREETING = ("Peer ID:", "Peer Addrs:", "Control socket:", "/")
+_MAX_LINE_CHARACTERS = 1000
 
 _clock_offset_s = 0.0
 
@@ -87,7 +95,10 @@ def hivemind_module(name: str) -> Any:
 
 
 def _quieten_and_limit() -> None:
-    logging.getLogger("hivemind").setLevel(logging.ERROR)
+    logs = sys.modules.get("hivemind.utils.logging")
+    if logs is not None:
+        logs.use_hivemind_log_handler("nowhere")  # to the root logger, as everyone else's
+        logging.getLogger("hivemind").addHandler(_NOWHERE)  # without one, Python prints warnings
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # a stream whose reader has hung up is no news
     for name, module in list(sys.modules.items()):
         if name.startswith("hivemind.") and "get_dht_time" in vars(module):
@@ -117,6 +128,10 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
         def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
             return owned_process_args(p2p_class._make_process_args(*args, **kwargs))
 
+        @staticmethod
+        def _log_p2pd_message(line: str) -> None:
+            _log_daemon_line(line)
+
     try:
         p2p = await OwnedP2P.create(identity_path=str(key_path), check_if_identity_free=False, **settings)
     except BaseException:
@@ -125,6 +140,21 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
     _mend_control(p2p._client.control)
     _note_connections(p2p._client.control.daemon_connector)
     return p2p, sockets
+
+
+def _log_daemon_line(line: str) -> None:
+    """What the daemon says: JSON of its loggers, its greeting, or (a crash) anything at all."""
+    try:
+        said = json.loads(line)
+        level = _GO_LEVELS.get(str(said["level"]), logging.ERROR)
+        logger = str(said.get("logger", "daemon"))
+        words = [f"{logger}: {said.get('msg', '')}", str(said.get("error", ""))]
+        if logger in _UNUSED and level <= logging.WARNING:
+            level = logging.DEBUG
+    except (ValueError, TypeError, KeyError, AttributeError):
+        level = logging.DEBUG if line.startswith(_GREETING) else logging.WARNING
+        words = [line]
+    _libp2p.log(level, "%s", ": ".join(word for word in words if word)[:_MAX_LINE_CHARACTERS])
 
 
 def _sockets_folder(directory: Path) -> Path:

@@ -45,6 +45,7 @@ from swarmtrain.peer.common import (
     wait_for,
 )
 from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.state_file import KeptState, load_state, save_state
 from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
 
@@ -79,14 +80,14 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
     With a folder that holds a run already, that run goes on: same identity, same invite.
     """
     use_threads(1)  # it measures, at the end; the cores are for those who train
-    with peer_folder(settings.directory) as folder:
+    with peer_folder(settings.directory) as folder, peer_log(folder.path):
         published = _published(run, base, folder)
         network = NetworkThread()
-        bootstrap = _Bootstrap(published, settings, folder, network, emit, stop)
+        bootstrap = _Bootstrap(published, settings, folder, network, logged(emit), stop)
         try:
-            return bootstrap.run()
+            return log_event(bootstrap.run())
         except Interrupted:
-            return bootstrap.done("interrupted")
+            return log_event(bootstrap.done("interrupted"))
         finally:
             leave_swarm(network, bootstrap.swarm, bootstrap.node)
 

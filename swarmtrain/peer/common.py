@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import logging
 import os
-import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -32,7 +30,7 @@ from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.rounds import NewState
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.folder import PeerFolder
-from swarmtrain.peer.trainer import StopTraining
+from swarmtrain.peer.stopping import Interrupted, StopFlag
 
 __all__ = [
     "Emit",
@@ -61,10 +59,6 @@ Emit = Callable[[Event], None]
 """Takes an event, from any thread."""
 
 
-class Interrupted(StopTraining):
-    """The person asked to stop."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class PeerSettings:
     """How a peer runs on this machine; addresses are multiaddresses."""
@@ -76,46 +70,6 @@ class PeerSettings:
     data_folder: Path | None = None
     cache_folder: Path | None = None
     threads: int = 0
-
-
-class StopFlag:
-    """Set once by Ctrl-C, a signal, or a failure that ends the peer."""
-
-    def __init__(self) -> None:
-        # Not a threading.Event: a signal handler that sets one while the same thread waits for it never returns.
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._set = False
-        self.failure: str | None = None
-        self.explain: Callable[[], None] = lambda: None
-        """Writes to the log what this peer is waiting for (on SIGUSR1)."""
-
-    def stop(self) -> None:
-        """Ask for a clean end."""
-        self._set = True
-        self._wake.put(None)
-
-    def fail(self, message: str) -> None:
-        """The peer cannot go on: `check` will raise RunTimeError."""
-        self.failure = message
-        self.stop()
-
-    def is_set(self) -> bool:
-        """Whether an end was asked for."""
-        return self._set
-
-    def check(self) -> None:
-        """Raise Interrupted if an end was asked for, RunTimeError if the peer failed."""
-        if self.failure is not None:
-            raise RunTimeError(self.failure)
-        if self._set:
-            raise Interrupted
-
-    def sleep(self, seconds: float) -> None:
-        """Wait, and raise as `check` does as soon as an end is asked for."""
-        if not self._set:
-            with contextlib.suppress(queue.Empty):
-                self._wake.get(timeout=seconds)
-        self.check()
 
 
 def clock_warning(correction_s: float) -> WarningEvent:

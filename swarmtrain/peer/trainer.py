@@ -20,6 +20,7 @@ from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import RunTimeError
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
+from swarmtrain.peer.stopping import StopTraining
 from swarmtrain.run import RunFile
 
 __all__ = [
@@ -117,10 +118,6 @@ class Exchange(Protocol):
 
     def collect(self) -> Averaged | Replaced:
         """Give me what arrived; waits as long as the merge method says. Raises StopTraining when asked to end."""
-
-
-class StopTraining(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by an `Exchange` to end training between two steps."""
 
 
 @dataclass

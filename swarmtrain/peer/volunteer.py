@@ -53,6 +53,7 @@ from swarmtrain.peer.common import (
 )
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.trainer import RoundReport, Trainer
 from swarmtrain.run import RunFile, parse_published_untrusted
@@ -69,15 +70,15 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
     Raises UserError and RunTimeError with one line for a person.
     """
     use_threads(settings.threads)
-    with peer_folder(settings.directory) as folder:
+    with peer_folder(settings.directory) as folder, peer_log(folder.path):
         network = NetworkThread()
         stop.explain = network.log_tasks
-        volunteer = _Volunteer(invite, settings, folder, network, emit, stop)
+        volunteer = _Volunteer(invite, settings, folder, network, logged(emit), stop)
         try:
-            return volunteer.run()
+            return log_event(volunteer.run())
         except Interrupted:
             done = DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=process_age_s(), reason="interrupted")
-            return volunteer.stamp(done)
+            return log_event(volunteer.stamp(done))
         finally:
             leave_swarm(network, volunteer.swarm, volunteer.node)
 

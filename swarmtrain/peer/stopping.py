@@ -1,0 +1,62 @@
+"""Being asked to end: the flag, and what is raised because of it.
+
+Imports nothing heavy, so that Ctrl-C is heard from the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Callable
+
+from swarmtrain.errors import RunTimeError
+
+__all__ = ["Interrupted", "StopFlag", "StopTraining"]
+
+
+class StopTraining(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by an `Exchange` to end training between two steps."""
+
+
+class Interrupted(StopTraining):
+    """The person asked to stop."""
+
+
+class StopFlag:
+    """Set once by Ctrl-C, a signal, or a failure that ends the peer."""
+
+    def __init__(self) -> None:
+        # Not a threading.Event: a signal handler that sets one while the same thread waits for it never returns.
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._set = False
+        self.failure: str | None = None
+        self.explain: Callable[[], None] = lambda: None
+        """Writes to the log what this peer is waiting for (on SIGUSR1)."""
+
+    def stop(self) -> None:
+        """Ask for a clean end."""
+        self._set = True
+        self._wake.put(None)
+
+    def fail(self, message: str) -> None:
+        """The peer cannot go on: `check` will raise RunTimeError."""
+        self.failure = message
+        self.stop()
+
+    def is_set(self) -> bool:
+        """Whether an end was asked for."""
+        return self._set
+
+    def check(self) -> None:
+        """Raise Interrupted if an end was asked for, RunTimeError if the peer failed."""
+        if self.failure is not None:
+            raise RunTimeError(self.failure)
+        if self._set:
+            raise Interrupted
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, and raise as `check` does as soon as an end is asked for."""
+        if not self._set:
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=seconds)
+        self.check()
