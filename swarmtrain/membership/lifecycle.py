@@ -201,6 +201,10 @@ class Membership:
         entry = self._entries.get(peer)
         return float("-inf") if entry is None else entry.heard_s
 
+    def known(self) -> list[PeerInfo]:
+        """Everyone in the table, whatever is believed of them, by PeerID."""
+        return [entry.info for _, entry in sorted(self._entries.items())]
+
     def live(self) -> list[PeerInfo]:
         """Everyone believed alive, the bootstrap included, by PeerID."""
         entries = sorted(self._entries.items())  # the trainer's thread may ask while the network's changes the table

@@ -28,9 +28,11 @@ from swarmtrain.events import (
     stamped,
     times_below_allreduce,
 )
+from swarmtrain.membership.ending import still_needed
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.model.gpt import GPT, build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs, vector_sha256
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.service import PeerCalls
@@ -316,7 +318,7 @@ class _Volunteer:
             self._save(trainer, ready)
             while time.monotonic() < give_up_s:
                 wait_for(self.network.submit(swarm.greet_everyone()), self.stop)
-                if all(info.round >= trainer.progress.round for info in swarm.membership.live()):
+                if not still_needed(swarm.membership, trainer.progress, swarm_time()):
                     break
                 self.stop.sleep(0.3)
         except (Interrupted, RunTimeError):
