@@ -23,6 +23,7 @@ __all__ = [
     "AloneEvent",
     "ArchivedEvent",
     "CaughtUpEvent",
+    "CheckEvent",
     "DoneEvent",
     "ErrorEvent",
     "EvalEvent",
@@ -225,6 +226,16 @@ class AloneEvent(_Event):
     wall_s: float = Field(description="How long it trained, in seconds.")
 
 
+class CheckEvent(_Event):
+    """`swarmtrain doctor` has looked at something."""
+
+    event: Literal["check"] = "check"
+    check: str = Field(description="What it looked at: one of the names in docs/troubleshooting.md.")
+    level: Literal["ok", "warning", "problem"] = Field(description="`problem` if a peer could not take part like this, `warning` if it could, but not well.")  # fmt: skip
+    found: str = Field(description="What it found, in one line for a person.")
+    advice: str = Field("", description="What to do about it; empty when it is ok.")
+
+
 class DoneEvent(_Event):
     """The peer's work is over: the run has ended, or the peer leaves it."""
 
@@ -255,6 +266,7 @@ Event = Annotated[
         WarningEvent,
         ErrorEvent,
         AloneEvent,
+        CheckEvent,
         DoneEvent,
     ],
     Field(discriminator="event"),
@@ -356,6 +368,8 @@ def in_words(event: Event) -> str:
             return f"warning: {event.message}"
         case ErrorEvent():
             return f"error: {event.message}" + (f"; {event.hint}" if event.hint else "")
+        case CheckEvent():
+            return f"{event.level}: {event.check}: {event.found}" + (f"; {event.advice}" if event.advice else "")
         case DoneEvent():
             loss = "not measured" if event.held_out_loss is None else f"{event.held_out_loss:.3f} nats/byte"
             return (

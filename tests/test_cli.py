@@ -35,6 +35,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "local": ("RUN.toml", "--peers", "--threads", "--compare-alone", "--data", "--dir", "--json", "--log-level"),
     "invite": ("--dir", "--json"),
     "check": ("RUN.toml", "--peers", "--json"),
+    "doctor": ("[INVITE]", "--dir", "--listen", "--announce", "--data", "--json"),
     "export": ("[INVITE]", "--dir", "--to"),
     "eval": ("MODEL", "--text", "--json"),
     "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed"),

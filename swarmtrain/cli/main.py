@@ -19,7 +19,7 @@ from swarmtrain.errors import SwarmtrainError
 
 __all__ = ["COMMANDS", "cli", "main", "run"]
 
-COMMANDS = ("bootstrap", "join", "local", "invite", "check", "export", "eval", "generate")
+COMMANDS = ("bootstrap", "join", "local", "invite", "check", "doctor", "export", "eval", "generate")
 
 INTERRUPTED = 130
 

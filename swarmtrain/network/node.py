@@ -217,6 +217,21 @@ class Node:
             raise UnreachableError(f"{peer} does not answer at {', '.join(addresses) or 'any address'}") from error
         self._remember(peer, addresses)
 
+    async def seen_at(self, peer: str) -> tuple[str, ...]:
+        """The other ends of the connections to `peer` that are open now, as multiaddresses; empty if there is none."""
+        try:
+            found = await asyncio.wait_for(self._p2p._client.list_peers(), self.settings.call_limit_s)
+        except Exception as error:  # the adapter's boundary
+            _log.debug("listing connections failed: %s", error)
+            return ()
+        wanted = self._peer_id(peer)
+        return tuple(str(address) for item in found if item.peer_id == wanted for address in item.addrs)
+
+    async def hang_up(self, peer: str) -> None:
+        """Close the connections to `peer`."""
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._p2p._client.disconnect(self._peer_id(peer)), self.settings.call_limit_s)
+
     def remember_addresses(self, peer: str, addresses: tuple[str, ...]) -> None:
         """Where `peer` says it is: dialled when a call finds no connection.
 

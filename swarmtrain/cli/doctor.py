@@ -1,0 +1,127 @@
+"""`swarmtrain doctor`: what would keep this machine from taking part, and what to do about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from swarmtrain.cli.common import example, to_multiaddr
+
+if TYPE_CHECKING:
+    from swarmtrain.peer.doctor import DoctorSettings
+    from swarmtrain.peer.machine import Finding
+
+__all__ = ["command"]
+
+
+def _addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        return tuple(to_multiaddr(text) for text in value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
+_COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+
+@click.command(name="doctor", epilog=example("swarmtrain doctor", "swarmtrain doctor INVITE --listen :31337"))
+@click.argument("invite", metavar="[INVITE]", required=False)
+@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The folder that the peer would use.  [default: that of `swarmtrain join`]")  # fmt: skip
+@click.option("--listen", callback=_addresses, multiple=True, metavar="ADDRESS", help="Where the peer would listen; may be repeated.  [default: any free port]")  # fmt: skip
+@click.option("--announce", callback=_addresses, multiple=True, metavar="ADDRESS", help="What the peer would tell others, such as a router's forwarded port.")  # fmt: skip
+@click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Where your own files are, for runs that train on text or JSON lines.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object for each check.")
+def command(
+    invite: str | None,
+    directory: Path | None,
+    listen: tuple[str, ...],
+    announce: tuple[str, ...],
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Check this machine, and the way to a run.
+
+    Says of each thing it looks at whether it is fine, and if not, what to do. Takes part in nothing, leaves nothing
+    behind, and ends within half a minute. Exit code 1 if there is a problem.
+    """
+    import platformdirs
+
+    from swarmtrain.cli.estimate import estimate
+    from swarmtrain.peer.doctor import DoctorSettings
+    from swarmtrain.peer.logs import log_to_terminal
+
+    log_to_terminal("error")
+    settings = DoctorSettings(
+        invite=invite,
+        directory=directory or platformdirs.user_data_path("swarmtrain") / "volunteer",
+        cache_folder=platformdirs.user_cache_path("swarmtrain"),
+        memory_of=lambda run, num_parameters: estimate(run, num_parameters, 4).memory_bytes,
+        listen=listen,
+        announce=announce,
+        data_folder=data,
+    )
+    if examine(settings, as_json):
+        click.get_current_context().exit(1)
+
+
+def examine(settings: DoctorSettings, as_json: bool) -> int:
+    """Print each finding as it comes; returns how many problems there are."""
+    import signal
+    import sys
+    from collections import Counter
+
+    from swarmtrain.peer.doctor import Doctor
+
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it too leaves nothing behind
+    progress = _Progress(sys.stderr.isatty() and not as_json)
+    counts: Counter[str] = Counter()
+    try:
+        with Doctor(settings) as doctor:
+            for finding in doctor.findings(progress.show):
+                progress.clear()
+                counts[finding.level] += 1
+                (_say_json if as_json else _say)(finding)
+    finally:
+        progress.clear()
+        signal.signal(signal.SIGTERM, previous)
+    if not as_json:
+        parts = [
+            f"{counts[level]} {level}{'s' * (counts[level] > 1)}" for level in ("problem", "warning") if counts[level]
+        ]
+        click.echo(", ".join(parts) or "all is well")
+    return counts["problem"]
+
+
+class _Progress:
+    """On a terminal: what is being looked at, until it is known."""
+
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
+
+    def show(self, name: str) -> None:
+        if self._shown:
+            click.echo(f"\r\x1b[K         {name} ...", nl=False, err=True)
+
+    def clear(self) -> None:
+        if self._shown:
+            click.echo("\r\x1b[K", nl=False, err=True)
+
+
+def _say(finding: Finding) -> None:
+    from swarmtrain.words import one_line
+
+    mark = click.style(f"{finding.level:<8}", fg=_COLOURS[finding.level])
+    click.echo(f"{mark} {finding.check:<10} {one_line(finding.found)}")
+    if finding.advice:
+        click.echo(f"{'':<19} -> {one_line(finding.advice)}")
+
+
+def _say_json(finding: Finding) -> None:
+    import dataclasses
+    import time
+
+    from swarmtrain.events import CheckEvent, stamped, to_json_line
+
+    click.echo(to_json_line(stamped(CheckEvent(**dataclasses.asdict(finding)), time.time(), "", "")))

@@ -1,0 +1,78 @@
+"""`swarmtrain doctor` against a live swarm: all is well in a healthy one, and each answer is the truth."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from swarm import Child, Swarm, write_run
+
+from swarmtrain.events import CheckEvent
+
+pytestmark = pytest.mark.processes
+
+
+def doctor(swarm: Swarm, *arguments: str) -> Child:
+    """An examination with JSON, with its temporary files below the swarm's folder."""
+    own = ["--json", "--dir", str(swarm.folder / "patient"), "--data", str(swarm.folder)]
+    temporary = swarm.folder / "temporary"
+    temporary.mkdir(exist_ok=True)
+    prelude = f"import tempfile; tempfile.tempdir = {str(temporary)!r}"
+    return swarm.start("doctor", ["doctor", *own, *arguments], prelude=prelude)
+
+
+def checks(child: Child) -> dict[str, list[CheckEvent]]:
+    found: dict[str, list[CheckEvent]] = {}
+    for event in child.all(CheckEvent):
+        found.setdefault(event.check, []).append(event)
+    return found
+
+
+def assert_nothing_left(swarm: Swarm, child: Child) -> None:
+    assert not list((swarm.folder / "temporary").glob("*swarmtrain*"))  # torch makes an empty folder of its own
+    assert not (swarm.folder / "patient").exists()
+    assert not [pid for pid, words in swarm.leftovers().items() if str(swarm.folder / "temporary") in words]
+
+
+def test_all_is_well_in_a_healthy_swarm(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    anna = swarm.join("anna", bootstrap.invite.invite)
+    anna.wait_round(1)
+    child = doctor(swarm, anna.invite.invite)
+    assert child.wait() == 0, child.story()
+    found = checks(child)
+    assert not child.noise
+    assert {event.level for events in found.values() for event in events} == {"ok"}, found
+    assert list(found) == [
+        "python", "torch", "daemon", "ports", "addresses", "invite", "peers", "run", "clock",
+        "data", "memory", "disk", "cache", "speed",
+    ]  # fmt: skip
+    assert {event.found.split()[0] for event in found["peers"]} == {"anna", "bootstrap"}
+    assert all(" ms at /ip4/127.0.0.1/tcp/" in event.found for event in found["peers"])
+    assert found["run"][0].found.startswith("tiny, ")
+    assert "12 files" in found["data"][0].found
+    assert_nothing_left(swarm, child)
+    swarm.interrupt_all([bootstrap, anna])
+
+
+def test_interrupted_it_leaves_nothing(swarm: Swarm) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        child = doctor(swarm)
+        child.wait_event(CheckEvent, lambda event: event.check == "torch")
+        os.kill(child.process.pid, number)
+        assert child.wait() in (0, 130), child.story()
+        assert_nothing_left(swarm, child)
+
+
+def test_nobody_is_there_any_more(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    invite = bootstrap.invite.invite
+    swarm.interrupt_all([bootstrap])
+    child = doctor(swarm, invite)
+    assert child.wait() == 1
+    (silence,) = checks(child)["peers"]
+    assert silence.level == "problem" and "does not answer at /ip4/127.0.0.1/tcp/" in silence.found
+    assert_nothing_left(swarm, child)
+    assert Path(swarm.folder / "bootstrap").exists()
