@@ -124,6 +124,8 @@ class Rounds:
     inner_steps_done: int = 0
     guest: bool = True
     """Whether nobody waits for this peer's round: before its first, in that one, and after catching up."""
+    wanted: bool = False
+    """Whether somebody has ended the round that this peer is in, and asked for this peer's part of it."""
     waiting_for: str = ""
     last: tuple[Roster, pb.Signed] | None = None
     listening_since_s: float = field(default_factory=swarm_time)
@@ -139,6 +141,7 @@ class Rounds:
     async def answer(self, request: pb.RoundRequest) -> pb.RoundReply:
         """What is known about a round; waits up to `request.wait_s` for something the caller does not know."""
         ends_s = swarm_time() + min(request.wait_s, _HOLD_S)
+        self.wanted = self.wanted or (request.round == self.current_round and not request.has_publication)
         while True:
             news = self._news
             reply, is_news = self._reply(request)
@@ -193,6 +196,7 @@ class Rounds:
             self.last = self._pending.get(progress.roster_sha256, self.last)
             assert self.last is not None and self.last[0].digest == progress.roster_sha256, "a state without its roster"
         self._pending.clear()
+        self.wanted = self.wanted and progress.round == self.current_round
         self.current_round, self.inner_steps_done = progress.round, 0
         self._rounds = {r: known for r, known in self._rounds.items() if r > progress.round - _KEEP_ROUNDS}
         self.store.forget_before(progress.round)

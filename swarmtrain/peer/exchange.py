@@ -92,7 +92,7 @@ class SwarmExchange:
             self._check()
             others = self.swarm.membership.volunteers()
             begun = any(info.round > 0 or info.inner_steps_done > 0 for info in others)
-            if begun or len(others) + 1 >= self.run.merge.min_peers:
+            if begun or self.swarm.rounds.wanted or len(others) + 1 >= self.run.merge.min_peers:
                 return
             self.stop.sleep(0.05)
 
@@ -176,6 +176,8 @@ class SwarmExchange:
 
         async def offer() -> None:
             self.swarm.set_state(progress, body)
+            if progress.round == 0 and self.run.merge.min_peers > 1:
+                self.swarm.rounds.guest = False  # it will train this round whole: those who begin sooner wait for it
             self.swarm.describe(
                 round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens
             )

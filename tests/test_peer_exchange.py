@@ -1,0 +1,78 @@
+"""Before round 0: who is waited for, and what tells a peer that the others have begun."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.progress import Progress
+from swarmtrain.network.codec import average_bytes_untrusted
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.node import NetworkThread, NodeSettings
+from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.peer.common import StopFlag
+from swarmtrain.peer.exchange import SwarmExchange
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+ME, BEN, CARL = (new_identity(bytes([i]) * 32) for i in range(3))
+
+
+@pytest.fixture
+def exchange_for() -> Iterator[Callable[[int], SwarmExchange]]:
+    """Makes the exchange of a peer that knows ben, in a run that begins with so many."""
+    network = NetworkThread()
+
+    def make(min_peers: int) -> SwarmExchange:
+        run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"min_peers": min_peers}})
+        node: Any = SimpleNamespace(identity=ME, settings=NodeSettings(directory=Path("/nowhere")))
+        published = PublishedRun(b"", "ab" * 32, run, b"", b"")
+        swarm = Swarm(node, published, (), average_bytes_untrusted, lambda event: None, PeerInfo(peer=ME.peer_id))
+        now = swarm_time()
+        swarm.membership.saw_presence(PeerInfo(peer=BEN.peer_id, training=True, stamp=now), now + 999, now)
+        return SwarmExchange(network, swarm, run, StopFlag())
+
+    yield make
+    network.stop()
+
+
+def offer(exchange: SwarmExchange) -> None:
+    exchange.offer(OuterState(torch.zeros(4), torch.zeros(4)), Progress())
+
+
+def ask(exchange: SwarmExchange, **request: Any) -> pb.RoundReply:
+    return exchange.network.run(exchange.swarm.round(pb.RoundRequest(**request), BEN.peer_id), 5)
+
+
+@pytest.mark.parametrize(("min_peers", "participates"), [(3, True), (1, False)])
+def test_one_that_will_train_all_of_round_0_is_waited_for_from_its_announcement(
+    exchange_for: Callable[[int], SwarmExchange], min_peers: int, participates: bool
+) -> None:
+    exchange = exchange_for(min_peers)
+    offer(exchange)
+    assert ask(exchange, round=0).participating is participates
+
+
+def test_a_question_about_round_0_says_that_it_has_begun(exchange_for: Callable[[int], SwarmExchange]) -> None:
+    """Two of three were told of everyone and train; the third was told of one, and would wait for the other."""
+    exchange = exchange_for(3)
+    offer(exchange)
+    ask(exchange, round=0, has_publication=True)  # only how far it is
+    assert not exchange.swarm.rounds.wanted
+    starting = threading.Thread(target=exchange.start_round, args=(Progress(), 0.0), daemon=True)
+    starting.start()
+    starting.join(0.3)
+    assert starting.is_alive()
+    assert ask(exchange, round=0).participating
+    starting.join(10)
+    assert not starting.is_alive()
+    assert not exchange.swarm.rounds.guest
