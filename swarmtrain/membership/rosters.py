@@ -38,6 +38,7 @@ __all__ = [
     "Wait",
     "better_roster",
     "decide",
+    "is_silent",
     "joining_steps",
     "must_refetch",
     "peers_to_ask",
@@ -237,6 +238,17 @@ def _silence_ends_s(view: RoundView, peer: str, now: float) -> float:
     deaf = peer in view.behind or peer in view.guests  # what they say keeps nobody waiting
     heard_at_s = -math.inf if deaf else view.heard_at_s.get(peer, -math.inf)
     return max(view.ended_at_s, view.listening_since_s, asked_at_s, heard_at_s) + view.silence_s
+
+
+def is_silent(view: RoundView, peer: str, now: float) -> bool:
+    """Whether `peer` was asked about this round and has not said a word since for `silence_s`.
+
+    The question to it is given up at the round's end, and must then count as one that failed: a process that stands
+    still behind a daemon that answers the dial would else cost every round a silence.
+    """
+    asked_at_s = view.ended_at_s if view.asked_at_s is None else view.asked_at_s.get(peer, math.inf)
+    heard_at_s = view.heard_at_s.get(peer, -math.inf)
+    return now >= max(view.ended_at_s, view.listening_since_s, asked_at_s, heard_at_s) + view.silence_s
 
 
 def _signer(view: RoundView, now: float) -> tuple[str, float, list[str]]:

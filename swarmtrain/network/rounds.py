@@ -28,6 +28,7 @@ from swarmtrain.membership.rosters import (
     Wait,
     better_roster,
     decide,
+    is_silent,
     must_refetch,
     peers_to_ask,
     standing,
@@ -231,6 +232,7 @@ class Rounds:
                 if outcome is not None:
                     return outcome
         finally:
+            self._give_up_on_silent(self._view(round, known), work.asking)
             await work.cancel()
             self.waiting_for = ""
             known.publications = {self.identity.peer_id: publication}  # the others' bytes are not needed any more
@@ -377,9 +379,11 @@ class Rounds:
     def _keep_asking(self, round: int, known: _Round, view: RoundView, tasks: dict[str, asyncio.Task[None]]) -> None:
         """One asking task a peer, one pulling task a publication; those no longer needed are cancelled."""
         wanted = {f"ask {peer}": peer for peer in peers_to_ask(view, swarm_time())}
-        for name in [name for name in tasks if name.startswith("ask ") and name not in wanted]:
-            tasks[name].cancel()  # again at the next look, if this one is swallowed
-            if tasks[name].done():
+        unwanted = {name: task for name, task in tasks.items() if name.startswith("ask ") and name not in wanted}
+        self._give_up_on_silent(view, unwanted)
+        for name, task in unwanted.items():
+            task.cancel()  # again at the next look, if this one is swallowed
+            if task.done():
                 del tasks[name]
         for name, peer in wanted.items():
             if name not in tasks or tasks[name].done():
@@ -393,6 +397,14 @@ class Rounds:
             fits = held.snapshot.manifest.roster_sha256.hex() == view.base
             if fits and not held.complete and peer not in known.unobtainable and name not in tasks:
                 tasks[name] = asyncio.create_task(self._prefetch(known, peer, held))
+
+    def _give_up_on_silent(self, view: RoundView, tasks: dict[str, asyncio.Task[None]]) -> None:
+        """Questions that are given up now: one that was never answered has failed."""
+        now = swarm_time()
+        for name, task in tasks.items():
+            word, peer = name.split(" ")
+            if word == "ask" and not task.done() and not task.cancelling() and is_silent(view, peer, now):
+                self.calls.on_failure(peer, UnreachableError(f"it has not answered for {view.silence_s:g} s"))
 
     async def _ask(self, round: int, known: _Round, peer: str) -> None:
         """Ask one peer about the round, again and again; the first answer is not held."""

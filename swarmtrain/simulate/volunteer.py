@@ -9,7 +9,7 @@ weights shows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from swarmtrain.membership.rosters import (
     Wait,
     better_roster,
     decide,
+    is_silent,
     joining_steps,
     must_refetch,
     peers_to_ask,
@@ -73,7 +74,7 @@ class Volunteer(Transfers):
         self._published: dict[int, Publication] = {}
         self._soon: Timer | None = None
         self._told: dict[str, tuple[float, Told]] = {}
-        self._asking: set[str] = set()
+        self._asking: dict[str, Any] = {}
         self._retry_at_s: dict[str, float] = {}
         self._version = 1
         self._waiting: dict[Any, RoundRequest] = {}
@@ -316,7 +317,9 @@ class Volunteer(Transfers):
         if self._wake is not None:
             self._wake.cancel()
         now, view = self.world.clock.now, self._view()
-        for peer in peers_to_ask(view, now):
+        wanted = peers_to_ask(view, now)
+        self._give_up_asking(view, set(self._asking).difference(wanted))
+        for peer in wanted:
             self._ask(peer)
         if len(view.live) + len(view.guests) + 1 <= self.settings.share_above:
             for offer in list(view.announced.values()):
@@ -360,6 +363,7 @@ class Volunteer(Transfers):
     def _advance(self, roster: Roster) -> None:
         """The outer step, and the next round."""
         now = self.world.clock.now
+        self._give_up_asking(self._view(), list(self._asking))
         entries = " ".join(f"{e.peer}:{e.snapshot}:{e.tokens}" for e in roster.entries)
         self.digest = hash_of(f"{self.digest} {roster.round} {entries}")
         self.history = (*self.history, roster)
@@ -381,13 +385,19 @@ class Volunteer(Transfers):
         now = self.world.clock.now
         if peer in self._asking or now < self._retry_at_s.get(peer, 0.0):
             return
-        self._asking.add(peer)
         self._now.asked_at_s.setdefault(peer, now)
         question = self._question(self.settings.hold_s, self._now.known.get(peer, 0))
-        self.world.call(self, peer, question, lambda reply: self._asked_about(peer, reply))
+        self._asking[peer] = self.world.call(self, peer, question, lambda reply: self._asked_about(peer, reply))
+
+    def _give_up_asking(self, view: RoundView, peers: Iterable[str]) -> None:
+        """Hang up on `peers`; a question that was never answered has failed."""
+        for peer in sorted(peers):
+            self._asking.pop(peer).give_up()
+            if is_silent(view, peer, self.world.clock.now):
+                self.membership.call_failed(peer, self.world.clock.now, "it has not answered")
 
     def _asked_about(self, peer: str, reply: RoundReply | None) -> None:
-        self._asking.discard(peer)
+        self._asking.pop(peer, None)
         if reply is None:
             self.membership.call_failed(peer, self.world.clock.now, "calls to it failed")
             self._retry_at_s[peer] = self.world.clock.now + self.settings.retry_s
@@ -482,6 +492,7 @@ class Volunteer(Transfers):
             self._now.undeliverable.add(source)
             self._evaluate()
             return
+        self._give_up_asking(self._view(), list(self._asking))
         waited_s = self.world.clock.now - self._now.ended_s
         old_round = self.round
         self.round, self.last, self.digest, self.history = state.round, state.last, state.digest, state.history

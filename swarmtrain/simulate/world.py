@@ -66,9 +66,13 @@ class _Call:
 
     def _finish(self, reply: Any) -> None:
         if self._open:
-            self._open = False
-            self._timer.cancel()
+            self.give_up()
             self._done(reply)
+
+    def give_up(self) -> None:
+        """`src` does not want to know any more."""
+        self._open = False
+        self._timer.cancel()
 
 
 class World:
@@ -181,12 +185,13 @@ class World:
         """One way, in seconds."""
         return a.link.latency_s + b.link.latency_s
 
-    def call(self, src: Volunteer, dst_name: str, request: RoundRequest, done: Callable[[Any], None]) -> None:
+    def call(self, src: Volunteer, dst_name: str, request: RoundRequest, done: Callable[[Any], None]) -> _Call:
         """Ask; `done(reply)` comes once, with None if the call failed."""
         dst = self.peers[dst_name]
         call = _Call(self, src, dst, done)
         if self.passes(src, dst):
             self.clock.call_later(self.latency_s(src, dst), self._arrive, dst, call, request)
+        return call
 
     def _arrive(self, dst: Volunteer, call: _Call, request: RoundRequest) -> None:
         if dst.alive:

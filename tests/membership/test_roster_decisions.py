@@ -22,6 +22,7 @@ from swarmtrain.membership.rosters import (
     Wait,
     better_roster,
     decide,
+    is_silent,
     joining_steps,
     must_refetch,
     peers_to_ask,
@@ -107,6 +108,15 @@ def test_nobody_is_silent_who_was_not_asked() -> None:
     assert isinstance(decide(view("c", "ab", "abc", asked_at_s={}), 150), Wait)
     assert decide(view("c", "a", "ac", asked_at_s={"a": 150.0}), 152) == Wait(until_s=155, reason="a signs the roster")
     assert signed(decide(view("c", "a", "ac", asked_at_s={"a": 150.0}), 155)) == "ac"
+
+
+def test_silent_is_who_was_asked_and_has_not_said_a_word() -> None:
+    asked = view("a", "bcd", asked_at_s={"b": 101.0, "c": 101.0}, heard_at_s={"c": 104.0, "d": 1.0})
+    assert [p for p in "bcd" if is_silent(asked, p, 105.9)] == []
+    assert [p for p in "bcd" if is_silent(asked, p, 106)] == ["b"]
+    assert [p for p in "bcd" if is_silent(asked, p, 200)] == ["b", "c"]
+    deaf = view("a", "b", asked_at_s={"b": 101.0}, listening_since_s=110.0)
+    assert not is_silent(deaf, "b", 114)
 
 
 def test_after_a_pause_of_ones_own_silence_counts_anew() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.membership.lifecycle import Membership, PeerInfo
+from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
 from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
@@ -54,8 +54,16 @@ class Others:
     change: Callable[[pb.RoundRequest, pb.RoundReply], None] = lambda request, reply: None
     pull_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(8))
     membership: Membership | None = None
+    frozen: frozenset[str] = frozenset()
+    """Peers whose process stands still: they take a question and never answer."""
+
+    def on_failure(self, peer: str, error: PeerError) -> None:
+        assert self.membership is not None
+        self.membership.call_failed(peer, swarm_time(), str(error))
 
     async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
+        if peer in self.frozen:
+            await asyncio.Event().wait()
         reply = pb.RoundReply(participating=True)
         if not request.has_publication:
             reply.publication.CopyFrom(publication(self.identities[peer], self.specs).snapshot.signed)
@@ -73,25 +81,34 @@ class Others:
         raise UnreachableError("it delivers nothing")
 
 
-def finish(identities: list[Identity], me: Identity, others: Others) -> tuple[Merged, float, list[tuple[str, str]]]:
-    """Let `me` finish round 0 among `identities`; (outcome, seconds, what was refused of whom)."""
+def driver(identities: list[Identity], me: Identity, others: Others) -> tuple[Rounds, list[tuple[str, str]]]:
+    """The rounds of `me` among `identities`; what is refused of whom."""
     refused: list[tuple[str, str]] = []
 
     def refuse(peer: str, error: PeerError) -> None:
         refused.append((peer, str(error)))
 
+    now = swarm_time()
+    others.membership = membership = Membership(me.peer_id, grace_s=SILENCE_S / 2)
+    for identity in identities:
+        info = PeerInfo(peer=identity.peer_id, training=True, stamp=now)
+        membership.saw_presence(info, now + 999, now)
+    calls: Any = others
+    rounds = Rounds(
+        me, calls, SnapshotStore(), membership, SETTINGS, average_bytes_untrusted, refused=refuse, guest=False
+    )
+    return rounds, refused
+
+
+def finish(identities: list[Identity], me: Identity, others: Others) -> tuple[Merged, float, list[tuple[str, str]]]:
+    """Let `me` finish round 0 among `identities`; (outcome, seconds, what was refused of whom)."""
+    refused: list[tuple[str, str]] = []
+
     async def run() -> Merged:
-        now = swarm_time()
-        others.membership = membership = Membership(me.peer_id)
-        for identity in identities:
-            info = PeerInfo(peer=identity.peer_id, training=True, stamp=now)
-            membership.saw_presence(info, now + 999, now)
-        calls: Any = others
-        rounds = Rounds(
-            me, calls, SnapshotStore(), membership, SETTINGS, average_bytes_untrusted, refused=refuse, guest=False
-        )
-        outcome = await asyncio.wait_for(rounds.finish(0, publication(me), now), 20)
+        rounds, told = driver(identities, me, others)
+        outcome = await asyncio.wait_for(rounds.finish(0, publication(me), swarm_time()), 20)
         assert isinstance(outcome, Merged)
+        refused.extend(told)
         return outcome
 
     began_s = time.monotonic()
@@ -155,3 +172,22 @@ def test_many_rosters_of_one_signer_are_bounded() -> None:
     outcome, wait_s, _ = finish([flooder, me], me, Others({flooder.peer_id: flooder}, change=flood))
     assert outcome.roster.peers == (me.peer_id,)
     assert wait_s < 15
+
+
+def test_a_peer_whose_process_stands_still_is_lost_after_two_rounds() -> None:
+    identities = a_swarm(3)
+    me, frozen = identities[0], identities[1].peer_id
+    others = Others({identity.peer_id: identity for identity in identities}, frozen=frozenset([frozen]))
+
+    async def run() -> list[tuple[PeerState | None, float]]:
+        rounds, _ = driver([identities[0], identities[1]], me, others)
+        seen = []
+        for _ in range(3):  # three times the same round, which is what it would cost in each
+            began_s = swarm_time()
+            await asyncio.wait_for(rounds.finish(0, publication(me), began_s), 20)
+            seen.append((rounds.membership.state(frozen), swarm_time() - began_s))
+        return seen
+
+    (first, first_s), (second, second_s), (third, third_s) = asyncio.run(run())
+    assert (first, second, third) == (PeerState.LIVE, PeerState.LOST, PeerState.LOST)
+    assert third_s < SILENCE_S <= min(first_s, second_s)

@@ -11,7 +11,7 @@ from typing import Any
 
 from swarmtrain.errors import UnreachableError
 from swarmtrain.events import Event, PeerJoinedEvent
-from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.lifecycle import PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.network.codec import average_bytes_untrusted
@@ -94,6 +94,23 @@ def test_a_stranger_that_asks_about_a_round_is_greeted_once() -> None:
             await settle()
 
     assert joined(run(body, calls)) == [BEN.peer_id] and calls.asked == [BEN.peer_id]
+
+
+def test_a_peer_that_seemed_lost_and_asks_about_a_round_is_back_at_once() -> None:
+    """It stood still for a while: its next presence may be long in coming through the DHT."""
+    calls = Hellos(BEN)
+
+    async def body(swarm: Swarm) -> None:
+        now = swarm_time()
+        swarm.membership.saw_presence(PeerInfo(peer=BEN.peer_id, training=True, stamp=now - 60), now + 99, now)
+        for failed_s in (now - 50, now - 40):
+            swarm.membership.call_failed(BEN.peer_id, failed_s, "no answer")
+        assert swarm.membership.state(BEN.peer_id) is PeerState.LOST
+        await swarm.round(pb.RoundRequest(round=0), BEN.peer_id)
+        await settle()
+        assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE
+
+    assert joined(run(body, calls)) == [BEN.peer_id]
 
 
 def test_callers_that_do_not_answer_a_greeting_cost_a_bounded_number_of_them() -> None:

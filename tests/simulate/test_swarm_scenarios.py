@@ -136,6 +136,20 @@ def test_a_frozen_signer_is_passed_over_and_comes_back(frozen_s: float, begins_s
     assert_one_model(world)
 
 
+@pytest.mark.parametrize("num_peers", [3, 8])
+@pytest.mark.parametrize("victim", ["p000", "p002"])
+def test_a_frozen_peer_costs_two_rounds_however_long_its_presence_lasts(num_peers: int, victim: str) -> None:
+    world = World(Settings(presence_ttl_s=120.0))
+    world.join_many(num_peers)
+    world.at(9.0, world.freeze, victim)
+    world.at(80.0, world.thaw, victim)
+    world.run_until(75.0)
+    slow = [wait_s for name, _, wait_s in world.waits_s if name == "p001" and wait_s > 2]
+    assert len(slow) <= 2 and max(slow) < SILENCE_COSTS_S
+    world.run_until(130.0)
+    assert_one_model(world)
+
+
 def test_a_thawed_signer_listens_before_it_signs() -> None:
     """It slept through the others' silence; by its own clock they have all been silent for long."""
     world = swarm(3)
