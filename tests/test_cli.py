@@ -26,7 +26,7 @@ from swarmtrain.cli.main import COMMANDS, cli, run
 from swarmtrain.errors import InviteError, RunTimeError
 from swarmtrain.events import Event, WarningEvent, parse_event
 
-PEER_OPTIONS = ("--dir", "--name", "--json", "--listen", "--announce", "--log-level")
+PEER_OPTIONS = ("--dir", "--name", "--json", "--listen", "--announce", "--log-level", "--background")
 
 # Every command with its arguments and options. A change here is a change of what people type: say it in CHANGELOG.md.
 FROZEN: dict[str, tuple[str, ...]] = {

@@ -33,6 +33,7 @@ def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
         run = load_run(run_file)
     if wait_for is not None:
         run = run.model_copy(update={"merge": run.merge.model_copy(update={"min_peers": wait_for})})
+    from swarmtrain.cli.background import outputs_to_log
     from swarmtrain.cli.display import PeerDisplay
     from swarmtrain.peer.bootstrap import run_bootstrap
     from swarmtrain.peer.common import PeerSettings
@@ -43,10 +44,11 @@ def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
         name=options.name or "bootstrap",
         listen=options.listen,
         announce=options.announce,
+        log_descriptors=outputs_to_log(),
     )
 
     def make_display() -> PeerDisplay:
         return PeerDisplay(f"swarmtrain bootstrap: {run.run.name}", run.run.total_tokens)
 
-    with open_sink(options, make_display) as emit:
+    with open_sink(options, make_display, settings.directory) as emit:
         emit(run_bootstrap(run, run_file.parent, settings, emit, options.stop))

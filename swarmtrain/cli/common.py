@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
 import click
 
+from swarmtrain.cli.background import is_the_background, report, report_folder, start_in_background
 from swarmtrain.errors import SwarmtrainError
 from swarmtrain.peer.stopping import Interrupted, StopFlag
 
@@ -69,6 +70,7 @@ class PeerOptions:
     listen: tuple[str, ...]  # multiaddresses
     announce: tuple[str, ...]  # multiaddresses
     log_level: str
+    background: bool = False
     stop: StopFlag = field(default_factory=StopFlag, compare=False)
 
 
@@ -143,6 +145,11 @@ _PEER_OPTIONS = (
         show_default=True,
         help="How much of the log to write to standard error.",
     ),
+    click.option(
+        "--background",
+        is_flag=True,
+        help="Wait until it has joined, then leave it running without this terminal.",
+    ),
 )
 
 
@@ -154,14 +161,16 @@ def peer_options(function: _F) -> _F:
 
     @functools.wraps(function)
     def bundled(**values: Any) -> Any:
+        if values["background"] and not is_the_background():
+            return _start_in_background(values)
         from swarmtrain.cli.stopping import stop_on_signals
 
         with stop_on_signals() as stop:
             given = {item.name: values.pop(item.name) for item in fields(PeerOptions) if item.name in values}
             options = PeerOptions(**given, stop=stop)
-            from swarmtrain.peer.logs import log_to_terminal
+            from swarmtrain.peer.logs import log_to_file_only, log_to_terminal
 
-            log_to_terminal(options.log_level)
+            (log_to_file_only if is_the_background() else log_to_terminal)(options.log_level)
             try:
                 return function(options=options, **values)
             except Interrupted:
@@ -174,16 +183,22 @@ def peer_options(function: _F) -> _F:
     return decorated  # type: ignore[no-any-return]
 
 
+def _start_in_background(values: dict[str, Any]) -> int:
+    from swarmtrain.events import to_json_line, to_plain_line
+
+    show = _lines(sys.stdout, to_json_line if values["json"] else to_plain_line)
+    return start_in_background(show, by_folder=values["dir"] is not None)
+
+
 def _tell_interrupted(options: PeerOptions) -> None:
     """An end that was asked for before the peer had begun."""
     click.echo("interrupted before it had begun", err=True)
-    if options.json:
-        from swarmtrain.events import DoneEvent
-        from swarmtrain.peer.common import process_age_s
+    from swarmtrain.events import DoneEvent
+    from swarmtrain.peer.common import process_age_s
 
-        with errors_as_events(options.json, options.name) as emit:
-            age_s = process_age_s()
-            emit(DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=age_s, reason="interrupted"))
+    with errors_as_events(options.json, options.name) as emit:
+        age_s = process_age_s()
+        emit(DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=age_s, reason="interrupted"))
 
 
 def example(*lines: str) -> str:
@@ -265,13 +280,22 @@ def errors_as_events(as_json: bool, name: str) -> EventSink:
     """For what a command does before it can open its sink: with JSON, an error of it is an event too."""
     from swarmtrain.events import to_json_line
 
+    if is_the_background():
+        return _JsonSink(report, name=name)
     return _JsonSink(_lines(sys.stdout, to_json_line), name=name) if as_json else EventSink(lambda event: None)
 
 
-def open_sink(options: PeerOptions, make_display: Callable[[], Display]) -> EventSink:
-    """The sink the options ask for: JSON lines, a display when standard output is a terminal, or plain lines."""
+def open_sink(options: PeerOptions, make_display: Callable[[], Display], folder: Path | None = None) -> EventSink:
+    """The sink the options ask for: JSON lines, a display when standard output is a terminal, or plain lines.
+
+    In the background: whoever waits there, who wants to know the peer's `folder` too.
+    """
     from swarmtrain.events import to_json_line, to_plain_line
 
+    if is_the_background():
+        if folder is not None:
+            report_folder(folder)
+        return _JsonSink(report, name=options.name)
     if options.json:
         return _JsonSink(_lines(sys.stdout, to_json_line), name=options.name)
     if sys.stdout.isatty():

@@ -42,6 +42,7 @@ def command(invite: str, threads: int | None, data: Path | None, options: PeerOp
         parsed = parse_invite(invite)
     import platformdirs
 
+    from swarmtrain.cli.background import outputs_to_log
     from swarmtrain.cli.display import PeerDisplay
     from swarmtrain.peer.common import PeerSettings
     from swarmtrain.peer.volunteer import run_volunteer
@@ -55,8 +56,9 @@ def command(invite: str, threads: int | None, data: Path | None, options: PeerOp
         data_folder=data,
         cache_folder=platformdirs.user_cache_path("swarmtrain"),
         threads=threads or 0,
+        log_descriptors=outputs_to_log(),
     )
-    with open_sink(options, lambda: PeerDisplay("swarmtrain join")) as emit:
+    with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
         emit(run_volunteer(parsed, settings, emit, options.stop))
 
 

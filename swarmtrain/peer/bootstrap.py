@@ -80,7 +80,7 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
     With a folder that holds a run already, that run goes on: same identity, same invite.
     """
     use_threads(1)  # it measures, at the end; the cores are for those who train
-    with peer_folder(settings.directory) as folder, peer_log(folder.path):
+    with peer_folder(settings.directory) as folder, peer_log(folder.path, settings.log_descriptors):
         published = _published(run, base, folder)
         network = NetworkThread()
         bootstrap = _Bootstrap(published, settings, folder, network, logged(emit), stop)

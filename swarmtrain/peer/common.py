@@ -70,6 +70,7 @@ class PeerSettings:
     data_folder: Path | None = None
     cache_folder: Path | None = None
     threads: int = 0
+    log_descriptors: tuple[int, ...] = ()  # of this process, to follow the log file
 
 
 def clock_warning(correction_s: float) -> WarningEvent:

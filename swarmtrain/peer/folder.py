@@ -5,6 +5,8 @@ lock           held while a peer lives in the folder
 run.toml       the published run, its exact bytes
 held-out.txt   the run's held-out text
 tokenizer.bin  the run's learnt tokenizer, if it has one
+peer.pid       its process, while a peer runs
+peer.log       what happened, and older ones beside it: peer.log.1 and so on
 invite.txt     the line to hand out, while a peer runs
 position.json  (volunteer) how many batches of its text it has drawn
 port.txt       the port it listened at
@@ -145,10 +147,13 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         try:
+            with contextlib.suppress(OSError):  # for people; the lock has it too
+                write_atomically(path / "peer.pid", f"{os.getpid()}\n".encode())
             yield PeerFolder(path)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                (path / "invite.txt").unlink()
+            for name in ("invite.txt", "peer.pid"):
+                with contextlib.suppress(OSError):
+                    (path / name).unlink()
     finally:
         os.close(descriptor)
 

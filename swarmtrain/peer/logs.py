@@ -25,7 +25,16 @@ from swarmtrain.events import Event, WarningEvent, in_words
 from swarmtrain.peer.stopping import StopTraining
 from swarmtrain.words import one_line
 
-__all__ = ["LOG_NAME", "LogFormatter", "bug_in_words", "log_event", "log_to_terminal", "logged", "peer_log"]
+__all__ = [
+    "LOG_NAME",
+    "LogFormatter",
+    "bug_in_words",
+    "log_event",
+    "log_to_file_only",
+    "log_to_terminal",
+    "logged",
+    "peer_log",
+]
 
 LOG_NAME = "peer.log"
 LOG_MAX_BYTES = 5_000_000
@@ -116,10 +125,15 @@ class _LogFile(RotatingFileHandler):
 
 def log_to_terminal(level: str) -> None:
     """Our messages from `level` on go to standard error; with "debug" everything from everyone, also into the file."""
-    _set_levels(level == "debug")
+    log_to_file_only(level)
+    logging.root.addHandler(_Terminal(logging.getLevelName(level.upper())))
+
+
+def log_to_file_only(level: str) -> None:
+    """Nothing goes to standard error; with "debug" everything from everyone into the file."""
     for handler in [handler for handler in logging.root.handlers if isinstance(handler, _Terminal)]:
         logging.root.removeHandler(handler)
-    logging.root.addHandler(_Terminal(logging.getLevelName(level.upper())))
+    _set_levels(level == "debug")
     logging.captureWarnings(True)
 
 

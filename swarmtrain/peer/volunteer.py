@@ -72,7 +72,7 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
     Raises UserError and RunTimeError with one line for a person.
     """
     use_threads(settings.threads)
-    with peer_folder(settings.directory) as folder, peer_log(folder.path):
+    with peer_folder(settings.directory) as folder, peer_log(folder.path, settings.log_descriptors):
         network = NetworkThread()
         stop.explain = network.log_tasks
         volunteer = _Volunteer(invite, settings, folder, network, logged(emit), stop)

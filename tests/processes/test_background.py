@@ -1,0 +1,124 @@
+"""Peers in the background: they outlive what started them, say how it went, and end cleanly."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from swarm import Child, Swarm, exit_limit_s, wait_until, write_run
+
+from swarmtrain.events import JoinedEvent, PeerLeftEvent, RoundEvent
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.invite import Invite, InvitedPeer, format_invite, parse_invite
+
+pytestmark = pytest.mark.processes
+
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (debug|info|warning|error) +\w+: \S.*|    .*")
+
+
+DIES = """
+import os, sys
+if "SWARMTRAIN_BACKGROUND" in os.environ:
+    print("last words", file=sys.stderr, flush=True)
+    os._exit(7)
+"""
+
+
+def in_session(swarm: Swarm, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a session of its own, as a terminal's, and wait until that session's leader has ended."""
+    return subprocess.run(
+        [sys.executable, "-m", "swarmtrain.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=swarm.environment,
+        cwd=swarm.folder,
+        start_new_session=True,
+        timeout=120,
+    )
+
+
+def join(swarm: Swarm, bootstrap: Child, *extra: str) -> subprocess.CompletedProcess[str]:
+    folder = str(swarm.folder / "anna")
+    own = ["--name", "anna", "--dir", folder, "--listen", "127.0.0.1:0", "--threads", "1", "--data", str(swarm.folder)]
+    return in_session(swarm, "join", bootstrap.invite.invite, *own, "--background", *extra)
+
+
+def pid_in(folder: Path) -> int:
+    return int((folder / "peer.pid").read_text())
+
+
+def test_a_volunteer_in_the_background_outlives_its_session_and_ends_cleanly(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    beside = swarm.join("beside", bootstrap.invite.invite)
+    beside.wait_event(JoinedEvent)
+    started = join(swarm, bootstrap)
+    assert started.returncode == 0, started.stderr
+    folder = swarm.folder / "anna"
+    pid = pid_in(folder)
+    assert f"anna runs in the background, process {pid}\n" in started.stderr
+    assert f"swarmtrain leave --dir {folder}\n" in started.stderr
+    assert str(folder / "peer.log") in started.stderr
+    assert " anna joined at round " in started.stdout
+    assert os.getsid(pid) == pid, "a session of its own: its terminal may go"
+    leads_to = [Path(f"/proc/{pid}/fd/{number}").readlink() for number in range(3)]
+    assert leads_to == [Path(os.devnull), folder / "peer.log", folder / "peer.log"]
+    beside.wait_event(RoundEvent, lambda event: len(event.partners) == 2)
+    os.kill(pid, signal.SIGTERM)
+    beside.wait_event(PeerLeftEvent)
+    wait_until(lambda: not (folder / "peer.pid").exists(), "the end of anna", exit_limit_s())
+    log = (folder / "peer.log").read_text()
+    for line in log.splitlines():
+        assert LINE.fullmatch(line), line
+    assert " event: joined at round " in log and re.search(r" event: round \d+: loss ", log)
+    assert " event: done (interrupted) after " in log.splitlines()[-1]
+    assert "hivemind" not in log, "nothing went wrong"
+    swarm.interrupt_all([beside, bootstrap])
+
+
+def test_a_volunteer_in_the_background_that_cannot_join_says_why_with_its_code(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    run_sha256 = parse_invite(bootstrap.invite.invite).run_sha256
+    nobody = format_invite(Invite(run_sha256, (InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/1",)),)))
+    for invite, code, words in [("st1nonsense", 2, "the invite is garbled"), (nobody, 1, "nobody answers at")]:
+        folder = swarm.folder / f"failed-{code}"
+        failed = in_session(swarm, "join", invite, "--dir", str(folder), "--background", "--json")
+        assert failed.returncode == code, failed.stderr
+        assert failed.stderr.startswith(f"error: {words}") and failed.stderr.count("\n") == 1
+        assert words in failed.stdout.splitlines()[-1] and '"event": "error"' in failed.stdout
+    assert "event: error: nobody answers at" in (swarm.folder / "failed-1" / "peer.log").read_text()
+    missing = in_session(swarm, "join", nobody, "--dir", "x", "--background", "--nonsense")
+    assert missing.returncode == 2 and "--nonsense" in missing.stderr
+    swarm.interrupt_all([bootstrap])
+
+
+def test_a_process_that_dies_before_it_can_say_why(swarm: Swarm) -> None:
+    child = swarm.start("join", ["join", "st1x", "--background"], prelude=DIES)
+    assert child.wait() == 7
+    assert child.error_line() == "error: the process in the background ended with code 7: last words"
+
+
+def test_ctrl_c_while_waiting_leaves_it_running(swarm: Swarm) -> None:
+    """A bootstrap that is held up at its imports until the one that waits for it is gone."""
+    held = swarm.folder / "held"
+    swarm.folder.mkdir(exist_ok=True)
+    os.mkfifo(held)
+    prelude = f"import os\nif 'SWARMTRAIN_BACKGROUND' in os.environ:\n    open({str(held)!r}).read()"
+    run_file, folder = write_run(swarm.folder), swarm.folder / "kept"
+    arguments = ["bootstrap", str(run_file), "--dir", str(folder), "--listen", "127.0.0.1:0", "--background"]
+    waiting = swarm.start("waiting", arguments, prelude=prelude)
+    with held.open("w"):  # opens when it has begun to read
+        waiting.interrupt()
+        assert waiting.wait() == 130
+    said = b"".join(waiting.noise).decode()
+    assert said.startswith("not waited for: it goes on in the background, process ")
+    pid = int(said.split("process ")[1].split(";")[0])
+    wait_until(lambda: (folder / "invite.txt").exists(), "the bootstrap that was not waited for")
+    assert pid_in(folder) == pid
+    os.kill(pid, signal.SIGTERM)
+    swarm.assert_nothing_left()
