@@ -128,6 +128,8 @@ class Rounds:
     wanted: bool = False
     """Whether somebody has ended the round that this peer is in, and asked for this peer's part of it."""
     waiting_for: str = ""
+    waiting_until_s: float = 0.0
+    """Until when that may be, in swarm time; 0 when there is no such time."""
     last: tuple[Roster, pb.Signed] | None = None
     listening_since_s: float = field(default_factory=swarm_time)
     _pending: dict[str, tuple[Roster, pb.Signed]] = field(default_factory=dict)
@@ -248,7 +250,7 @@ class Rounds:
         view = self._view(round, known)
         self._keep_asking(round, known, view, work.asking)
         decision = decide(view, swarm_time())
-        self.waiting_for = decision.reason
+        self.waiting_for, self.waiting_until_s = decision.reason, getattr(decision, "until_s", 0.0)
         wait_s = _LOOK_S
         if isinstance(decision, Apply):
             if work.merging != decision.roster.digest or work.merge is None:

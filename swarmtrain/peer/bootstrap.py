@@ -44,6 +44,7 @@ from swarmtrain.peer.common import (
     use_threads,
     wait_for,
 )
+from swarmtrain.peer.controlled import Controlled, controlled
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.state_file import KeptState, load_state, save_state
@@ -80,14 +81,19 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
     With a folder that holds a run already, that run goes on: same identity, same invite.
     """
     use_threads(1)  # it measures, at the end; the cores are for those who train
-    with peer_folder(settings.directory) as folder, peer_log(folder.path, settings.log_descriptors):
+    with (
+        peer_folder(settings.directory) as folder,
+        peer_log(folder.path, settings.log_descriptors),
+        controlled("bootstrap", folder, settings, logged(emit), stop) as control,
+    ):
+        control.starting("reading the run and cutting its held-out text")
         published = _published(run, base, folder)
         network = NetworkThread()
-        bootstrap = _Bootstrap(published, settings, folder, network, logged(emit), stop)
+        bootstrap = _Bootstrap(published, settings, folder, network, control)
         try:
-            return log_event(bootstrap.run())
+            return control.ended(log_event(bootstrap.run()))
         except Interrupted:
-            return log_event(bootstrap.done("interrupted"))
+            return control.ended(log_event(bootstrap.done(stop.reason)))
         finally:
             leave_swarm(network, bootstrap.swarm, bootstrap.node)
 
@@ -110,8 +116,9 @@ class _Bootstrap:
     settings: PeerSettings
     folder: PeerFolder
     network: NetworkThread
-    emit: Emit
-    stop: StopFlag
+    control: Controlled
+    emit: Emit = field(init=False)
+    stop: StopFlag = field(init=False)
     node: Node | None = None
     swarm: Swarm | None = None
     name: str = ""
@@ -120,7 +127,11 @@ class _Bootstrap:
     loss: float | None = None
     known: list[InvitedPeer] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.emit, self.stop = self.control.emit, self.control.stop
+
     def run(self) -> DoneEvent:
+        self.control.starting("starting the network")
         node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
         self.name = self.settings.name or short_peer(node.identity.peer_id)
         self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
@@ -135,8 +146,11 @@ class _Bootstrap:
         event = invite_event(swarm.invite())
         self.folder.write_invite(event.line)
         self.emit(event)
+        self.control.watch_bootstrap(swarm, lambda: self.progress)
         self._archive_until_the_end(swarm)
+        self.control.finishing("measuring and saving the model")
         self._measure_and_save()
+        self.control.finishing("serving on until the volunteers have left")
         self._wait_for_goodbyes(swarm)
         complete = self.progress.run_tokens >= self.published.run.run.total_tokens
         return self.done("total_tokens" if complete else "the volunteers left without the last state")
@@ -195,6 +209,7 @@ class _Bootstrap:
         end_seen_s = math.inf
         while self.progress.run_tokens < total:
             self.stop.sleep(_LOOK_EVERY_S)
+            self.control.board.beat()
             self._ask_how_far(swarm)
             told = [info.run_tokens for info in swarm.membership.volunteers()]
             newest = max(told, default=0)

@@ -71,6 +71,8 @@ class PeerSettings:
     cache_folder: Path | None = None
     threads: int = 0
     log_descriptors: tuple[int, ...] = ()  # of this process, to follow the log file
+    control: str = ""
+    """Where to serve control over TCP too, HOST:PORT; empty: only at the socket in `directory`."""
 
 
 def clock_warning(correction_s: float) -> WarningEvent:

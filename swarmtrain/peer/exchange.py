@@ -50,6 +50,12 @@ class SwarmExchange:
     stop: StopFlag
     pause: PauseSwitch = field(default_factory=PauseSwitch)
     on_first_round: Callable[[int], None] = lambda inner_steps: None
+    num_missing: int = 0
+    """Volunteers that it waits for before the first round."""
+    num_steps: int = 0
+    """Inner steps taken in this process."""
+    round_steps: int = 0
+    """Inner steps of this round, those included that it came too late for."""
     _merge: Future[Outcome] | None = None
     _started_s: float = 0.0
     _skipped_steps: int = 0
@@ -67,6 +73,7 @@ class SwarmExchange:
         full = self.run.merge.inner_steps
         guest = self._cut_short
         self._skipped_steps = full - inner_steps if guest else 0
+        self.round_steps = self._skipped_steps + inner_steps
         self._started_s = swarm_time()
 
         async def begin() -> int:
@@ -92,7 +99,9 @@ class SwarmExchange:
             self._check()
             others = self.swarm.membership.volunteers()
             begun = any(info.round > 0 or info.inner_steps_done > 0 for info in others)
-            if begun or self.swarm.rounds.wanted or len(others) + 1 >= self.run.merge.min_peers:
+            begun = begun or self.swarm.rounds.wanted
+            self.num_missing = 0 if begun else max(0, self.run.merge.min_peers - len(others) - 1)
+            if not self.num_missing:
                 return
             self.stop.sleep(0.05)
 
@@ -119,6 +128,7 @@ class SwarmExchange:
 
     def step_done(self, inner_steps_done: int) -> None:
         """See `Exchange`."""
+        self.num_steps += 1
         self.swarm.rounds.inner_steps_done = self._skipped_steps + inner_steps_done
 
     def publish(self, contribution: Contribution) -> None:

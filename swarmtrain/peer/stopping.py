@@ -29,12 +29,15 @@ class StopFlag:
         # Not a threading.Event: a signal handler that sets one while the same thread waits for it never returns.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._set = False
+        self.reason = "interrupted"
         self.failure: str | None = None
         self.explain: Callable[[], None] = lambda: None
         """Writes to the log what this peer is waiting for (on SIGUSR1)."""
 
-    def stop(self) -> None:
-        """Ask for a clean end."""
+    def stop(self, reason: str = "interrupted") -> None:
+        """Ask for a clean end; `reason` is the one that the `done` event tells."""
+        if not self._set:
+            self.reason = reason
         self._set = True
         self._wake.put(None)
 

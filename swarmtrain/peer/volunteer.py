@@ -53,6 +53,7 @@ from swarmtrain.peer.common import (
     use_threads,
     wait_for,
 )
+from swarmtrain.peer.controlled import Controlled, controlled
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.logs import log_event, logged, peer_log
@@ -72,15 +73,19 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
     Raises UserError and RunTimeError with one line for a person.
     """
     use_threads(settings.threads)
-    with peer_folder(settings.directory) as folder, peer_log(folder.path, settings.log_descriptors):
+    with (
+        peer_folder(settings.directory) as folder,
+        peer_log(folder.path, settings.log_descriptors),
+        controlled("volunteer", folder, settings, logged(emit), stop) as control,
+    ):
         network = NetworkThread()
         stop.explain = network.log_tasks
-        volunteer = _Volunteer(invite, settings, folder, network, logged(emit), stop)
+        volunteer = _Volunteer(invite, settings, folder, network, control)
         try:
-            return log_event(volunteer.run())
+            return control.ended(log_event(volunteer.run()))
         except Interrupted:
-            done = DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=process_age_s(), reason="interrupted")
-            return log_event(volunteer.stamp(done))
+            done = DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=process_age_s(), reason=stop.reason)
+            return control.ended(log_event(volunteer.stamp(done)))
         finally:
             leave_swarm(network, volunteer.swarm, volunteer.node)
 
@@ -101,19 +106,27 @@ class _Volunteer:
     settings: PeerSettings
     folder: PeerFolder
     network: NetworkThread
-    emit: Emit
-    stop: StopFlag
+    control: Controlled
+    emit: Emit = field(init=False)
+    stop: StopFlag = field(init=False)
     pause: PauseSwitch = field(default_factory=PauseSwitch)
     node: Node | None = None
     swarm: Swarm | None = None
     name: str = ""
 
+    def __post_init__(self) -> None:
+        self.emit, self.stop = self.control.emit, self.control.stop
+        self.control.pause = self.pause
+
     def run(self) -> DoneEvent:
+        self.control.starting("starting the network")
         node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
         self.name = self.settings.name or short_peer(node.identity.peer_id)
         self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
+        self.control.starting("looking for the swarm, and fetching the run")
         published = self._fetch(node)
         ready = self._prepare(node, published)
+        self.control.starting("looking who is here")
         swarm = self.swarm = self._enter(node, ready)
         exchange = SwarmExchange(self.network, swarm, published.run, self.stop, self.pause)
         trainer = Trainer(
@@ -124,8 +137,10 @@ class _Volunteer:
             report=lambda report: self._report(report, exchange, ready),
             should_stop=lambda: self.stop.is_set() or self.pause.held,
         )
+        self.control.watch_volunteer(exchange)
         if self.pause.held:
             self._rest()
+        self.control.starting("taking the swarm's present weights")
         self._join(swarm, exchange, trainer)
         reason = self._train(swarm, exchange, trainer)
         if self.stop.failure is not None:
@@ -136,7 +151,7 @@ class _Volunteer:
             tokens=trainer.own_tokens,
             run_tokens=trainer.progress.run_tokens,
             wall_s=process_age_s(),
-            reason=reason,
+            reason=self.stop.reason if reason == "interrupted" else reason,
         )
         return self.stamp(done)
 
@@ -262,6 +277,7 @@ class _Volunteer:
 
     def _come_back(self, swarm: Swarm, exchange: SwarmExchange, trainer: Trainer) -> None:
         """After a pause: take the swarm's present state, and say that we are here again."""
+        self.control.starting("coming back after a pause: taking the swarm's present weights")
         wait_for(self.network.submit(swarm.come_back()), self.stop)
         new = exchange.present_state()
         if new is not None:
@@ -305,17 +321,20 @@ class _Volunteer:
         every = ready.published.run.evaluation.every_rounds
         if every and report.progress.round % every == 0:
             theta, tokenizer = report.state.theta, ready.data.tokenizer
-            loss = held_out_loss(ready.model, theta, ready.published, tokenizer, self.stop.check)
+            with self.control.board.busy(f"measuring the held-out loss after round {contribution.round}"):
+                loss = held_out_loss(ready.model, theta, ready.published, tokenizer, self.control.check)
             self.emit(EvalEvent(round=contribution.round, held_out_loss=loss))
 
     def _finish(self, swarm: Swarm, trainer: Trainer, ready: _Ready) -> float | None:
         """The run has its tokens: measure, save, and serve on for those who still need us."""
         give_up_s = time.monotonic() + _LINGER_S
+        self.control.finishing("measuring and saving the model")
         theta, loss = trainer.state.theta, None
         try:
             loss = held_out_loss(ready.model, theta, ready.published, ready.data.tokenizer, self.stop.check)
             self.emit(EvalEvent(round=trainer.progress.round - 1, held_out_loss=loss))
             self._save(trainer, ready)
+            self.control.finishing("serving on until others have them")
             while time.monotonic() < give_up_s:
                 wait_for(self.network.submit(swarm.greet_everyone()), self.stop)
                 if not still_needed(swarm.membership, trainer.progress, swarm_time()):

@@ -1,0 +1,402 @@
+"""The board: the one place where a peer's status is gathered.
+
+The peer hands its events on through the board, names what it is doing where no event says it, and gives it two ways
+to look: a `Pulse`, a few numbers that are read twice a second, and lookers, which fill in the rest when somebody asks.
+So the training thread pays nothing for being watched: what changes with each inner step is read, never told.
+
+Usable from any thread. Lookers and the pulse run in the asking thread and may only read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from swarmtrain import __version__
+from swarmtrain.events import (
+    CaughtUpEvent,
+    DoneEvent,
+    ErrorEvent,
+    EvalEvent,
+    Event,
+    FetchedEvent,
+    InviteEvent,
+    JoinedEvent,
+    PausedEvent,
+    PeerJoinedEvent,
+    ResumedEvent,
+    RoundEvent,
+    StartedEvent,
+    WarningEvent,
+    short_peer,
+    times_below_allreduce,
+)
+from swarmtrain.peer.health import Vitals
+from swarmtrain.v1 import control_pb2 as pb
+
+__all__ = ["LossCurve", "Pulse", "StatusBoard"]
+
+MAX_LOSSES = 512
+_MAX_NOTICES = 8
+_WINDOW_S = 30.0
+_PATIENCE_S = 60.0
+_PROGRESS_BYTES = 65_536
+_NAMED = 3
+_PEER_IDS = re.compile(r"(?:12D3Koo|Qm)[1-9A-HJ-NP-Za-km-z]{30,60}(?:, (?:12D3Koo|Qm)[1-9A-HJ-NP-Za-km-z]{30,60})*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulse:
+    """What changes all the time; read twice a second, so whatever makes it must be cheap."""
+
+    state: pb.PeerState
+    doing: str
+    about: str = ""
+    """What `doing` says without what counts down in it: another one is progress."""
+    round: int = 0
+    inner_steps_done: int = 0
+    inner_steps: int = 0
+    num_steps: int = 0
+    """Inner steps since the process began."""
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    patience_s: float = _PATIENCE_S
+    """See `Vitals`."""
+
+
+class LossCurve:
+    """Loss points, oldest first, at most `MAX_LOSSES`: the first, the last, and evenly spaced ones between.
+
+    Where points are dropped, those with a held-out loss stay.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[pb.LossPoint] = []
+        self._stride = 1
+        self._in_stride = 0
+
+    def add(self, point: pb.LossPoint) -> None:
+        """One point more, newer than all the others."""
+        if self._in_stride % self._stride and len(self.points) > 1 and not self.points[-1].held_out_loss:
+            self.points[-1] = point
+        else:
+            self.points.append(point)
+        self._in_stride += 1
+        if len(self.points) > MAX_LOSSES:
+            self._thin()
+
+    def _thin(self) -> None:
+        first, *middle, last = self.points
+        pairs = zip(middle[::2], middle[1::2], strict=False)
+        kept = [right if right.held_out_loss and not left.held_out_loss else left for left, right in pairs]
+        kept += [point for point in middle[2 * len(kept) :] if point.held_out_loss]
+        self.points = [first, *kept, last]
+        self._stride, self._in_stride = 2 * self._stride, 1
+
+    def measured(self, round: int, loss: float) -> None:
+        """The held-out loss after `round`."""
+        if self.points and self.points[-1].round == round:
+            self.points[-1].held_out_loss = loss
+
+
+class StatusBoard:
+    """Gathers what a peer knows of itself. `now` and `wall` are clocks: seconds, and Unix seconds."""
+
+    def __init__(
+        self,
+        role: str,
+        started_time: float,
+        *,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.tokens_per_step = 0
+        self._now, self._wall = now, wall
+        self._lock = threading.Lock()
+        self._base = pb.PeerStatus(
+            role=role, version=__version__, pid=os.getpid(), started_time=started_time, state=pb.PEER_STATE_STARTING
+        )
+        self._curve = LossCurve()
+        self._names: dict[str, str] = {}
+        self._before: pb.PeerStatus | None = None
+        self._busy = ""
+        self._pulse: Callable[[], Pulse] | None = None
+        self._lookers: list[Callable[[pb.PeerStatus], None]] = []
+        self._samples: deque[tuple[float, Pulse]] = deque()
+        self._run_samples: deque[tuple[float, int]] = deque()
+        self._beats = 0
+        self._seen_beats = 0
+        self._progressed_s = now()
+        self._sums = _Sums()
+
+    # ------------------------------------------------------------- what it is told
+
+    def listening(self, emit: Callable[[Event], None]) -> Callable[[Event], None]:
+        """`emit` with each event noted here first."""
+
+        def both(event: Event) -> None:
+            self.take(event)
+            emit(event)
+
+        return both
+
+    def take(self, event: Event) -> None:
+        """Note an event of this peer."""
+        with self._lock:
+            self._take(event)
+
+    def _take(self, event: Event) -> None:
+        base = self._base
+        base.peer, base.name = event.peer or base.peer, event.name or base.name
+        match event:
+            case FetchedEvent():
+                self._set_run(event.run_name, event.run_sha256, event.total_tokens)
+                base.doing = "preparing the text and the model"
+            case InviteEvent():
+                base.invite_line = event.line
+            case JoinedEvent():
+                base.round, base.run_tokens = event.round, event.run_tokens
+                self._do(pb.PEER_STATE_WAITING, "ready for its first round")
+            case StartedEvent():
+                self._sums.num_parameters = event.num_parameters
+                self._do(pb.PEER_STATE_TRAINING, "training")
+            case ResumedEvent():
+                self._do(pb.PEER_STATE_TRAINING, "training again")
+            case PausedEvent():
+                self._do(pb.PEER_STATE_PAUSED, f"paused: {event.reason}")
+            case RoundEvent():
+                self._take_round(event)
+            case CaughtUpEvent():
+                base.round = event.round
+            case EvalEvent():
+                base.held_out_loss = event.held_out_loss
+                self._curve.measured(event.round, event.held_out_loss)
+            case PeerJoinedEvent():
+                self._names[event.joined] = event.joined_name
+            case WarningEvent() | ErrorEvent():
+                self._notice(event.time, event.message)
+            case DoneEvent():
+                base.held_out_loss = event.held_out_loss or base.held_out_loss
+                base.end_reason = event.reason
+            case _:
+                pass
+
+    def _take_round(self, event: RoundEvent) -> None:
+        base = self._base
+        base.round, base.run_tokens = event.round + 1, event.run_tokens
+        self._curve.add(pb.LossPoint(round=event.round, run_tokens=event.run_tokens, loss=event.loss))
+        base.times_below_allreduce, base.stall_share = self._sums.after(event)
+
+    def _notice(self, time: float, message: str) -> None:
+        notices = self._base.notices
+        kept = [notice for notice in notices if notice.message != message][1 - _MAX_NOTICES :]
+        kept.append(pb.Notice(time=time or self._wall(), message=message))
+        del notices[:]
+        notices.extend(kept)
+
+    def is_peer(self, peer: str, name: str) -> None:
+        """Who this peer is, once that is known."""
+        with self._lock:
+            self._base.peer, self._base.name = peer, name
+
+    def has_run(self, name: str, sha256: str, total_tokens: int) -> None:
+        """Which run it belongs to."""
+        with self._lock:
+            self._set_run(name, sha256, total_tokens)
+
+    def _set_run(self, name: str, sha256: str, total_tokens: int) -> None:
+        base = self._base
+        base.run_name, base.run_sha256, base.total_tokens = name, sha256, total_tokens
+        before = self._before
+        if before is not None and before.run_sha256 == sha256 and not self._curve.points:
+            for point in before.losses:
+                self._curve.add(point)
+            self._names |= {item.peer: item.name for item in before.peers}
+            base.own_tokens, base.run_tokens = before.own_tokens, before.run_tokens
+            base.held_out_loss = before.held_out_loss
+
+    def remember(self, before: pb.PeerStatus) -> None:
+        """The last status of this folder's earlier life: its losses and names go on if the run is the same."""
+        self._before = before
+
+    def doing(self, state: pb.PeerState, sentence: str) -> None:
+        """What the peer does from now on, where no event says it."""
+        with self._lock:
+            self._do(state, sentence)
+
+    def _do(self, state: pb.PeerState, sentence: str) -> None:
+        self._base.state, self._base.doing = state, sentence
+        self._beats += 1
+
+    @contextmanager
+    def busy(self, sentence: str) -> Iterator[None]:
+        """Something else than inner steps and merges, for a while."""
+        self._busy = sentence
+        self._beats += 1
+        try:
+            yield
+        finally:
+            self._busy = ""
+            self._beats += 1
+
+    def beat(self) -> None:
+        """Something got further that the pulse does not show; costs nothing."""
+        self._beats += 1
+
+    def ended(self, state: pb.PeerState, reason: str, exit_code: int) -> None:
+        """The peer is at its end: the last word."""
+        with self._lock:
+            base = self._base
+            base.state, base.end_reason, base.exit_code = state, reason, exit_code
+            base.doing = "ended" if state == pb.PEER_STATE_DONE else f"ended: {reason}"
+            self._pulse = None
+
+    # ------------------------------------------------------------- where it looks
+
+    def set_pulse(self, pulse: Callable[[], Pulse]) -> None:
+        """Where to look twice a second."""
+        self._pulse = pulse
+
+    def add_looker(self, looker: Callable[[pb.PeerStatus], None]) -> None:
+        """Somebody who fills live facts into a status that is asked for."""
+        self._lookers.append(looker)
+
+    def name_of(self, peer: str) -> str:
+        """A peer's name for a person; the end of its PeerID if it has none."""
+        return self._names.get(peer) or short_peer(peer)
+
+    def know_name(self, peer: str, name: str) -> None:
+        """What `peer` calls itself; kept when it is gone."""
+        if name and self._names.get(peer) != name:
+            self._names[peer] = name
+
+    def in_names(self, sentence: str) -> str:
+        """`sentence` with names in place of PeerIDs: of a long list the first few and how many more."""
+
+        def names(match: re.Match[str]) -> str:
+            found = [self.name_of(peer) for peer in match[0].split(", ")]
+            if len(found) > _NAMED + 1:
+                found = [*found[:_NAMED], f"{len(found) - _NAMED} others"]
+            return " and ".join(part for part in (", ".join(found[:-1]), found[-1]) if part)
+
+        return _PEER_IDS.sub(names, sentence)
+
+    # ------------------------------------------------------------- what it tells
+
+    def tick(self) -> Vitals:
+        """Take the pulse, for the rates and the health; to be called about twice a second."""
+        now, pulse = self._now(), self._look()
+        with self._lock:
+            before = self._samples[-1][1] if self._samples else None
+            if self._beats != self._seen_beats or _got_further(before, pulse):
+                self._progressed_s, self._seen_beats = now, self._beats
+            if (last := pulse or before) is not None:
+                self._samples.append((now, last))
+            while len(self._samples) > 2 and self._samples[1][0] < now - _WINDOW_S:
+                self._samples.popleft()
+            return Vitals(
+                state=self._base.state if pulse is None else pulse.state,
+                progressed_s=self._progressed_s,
+                patience_s=_PATIENCE_S if pulse is None else pulse.patience_s,
+            )
+
+    def _look(self) -> Pulse | None:
+        """The pulse, while the peer is in its rounds or serves."""
+        pulse = self._pulse
+        if pulse is None or self._base.state not in (
+            pb.PEER_STATE_WAITING,
+            pb.PEER_STATE_TRAINING,
+            pb.PEER_STATE_SERVING,
+        ):
+            return None
+        return pulse()
+
+    def status(self) -> pb.PeerStatus:
+        """Everything that is known now."""
+        pulse, now = self._look(), self._now()
+        status = pb.PeerStatus()
+        with self._lock:
+            status.CopyFrom(self._base)
+            status.losses.extend(self._curve.points)
+            self._fill_rates(status)
+        status.time = self._wall()
+        if pulse is not None:
+            status.state, status.doing = pulse.state, self._busy or pulse.doing
+            status.round = max(status.round, pulse.round)
+            status.inner_steps_done, status.inner_steps = pulse.inner_steps_done, pulse.inner_steps
+            status.sent_bytes, status.received_bytes = pulse.sent_bytes, pulse.received_bytes
+        elif self._busy:
+            status.doing = self._busy
+        for looker in self._lookers:
+            looker(status)
+        self._fill_swarm_rate(status, now)
+        return status
+
+    def _fill_rates(self, status: pb.PeerStatus) -> None:
+        if not self._samples:
+            return
+        (first_s, first), (last_s, last) = self._samples[0], self._samples[-1]
+        status.sent_bytes, status.received_bytes = last.sent_bytes, last.received_bytes
+        over_s = last_s - first_s
+        if over_s < 1.0 or status.state in (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED):
+            return
+        status.own_tokens_per_s = _rounded((last.num_steps - first.num_steps) * self.tokens_per_step / over_s)
+        status.sent_bytes_per_s = _rounded((last.sent_bytes - first.sent_bytes) / over_s)
+        status.received_bytes_per_s = _rounded((last.received_bytes - first.received_bytes) / over_s)
+
+    def _fill_swarm_rate(self, status: pb.PeerStatus, now: float) -> None:
+        """The run's tokens per second: by its growth if that is fresh, else by what the peers say of their speed."""
+        with self._lock:
+            samples = self._run_samples
+            if status.run_tokens and (not samples or samples[-1][1] != status.run_tokens):
+                samples.append((now, status.run_tokens))
+            while len(samples) > 2 and samples[1][0] < now - _WINDOW_S:
+                samples.popleft()
+            grown = len(samples) > 1 and samples[-1][0] > samples[0][0]
+            over_s = samples[-1][0] - samples[0][0] if grown else 0.0
+            if grown and now - samples[-1][0] < max(_WINDOW_S, 2 * over_s):
+                status.swarm_tokens_per_s = _rounded((samples[-1][1] - samples[0][1]) / over_s)
+            elif status.state not in (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED):
+                status.swarm_tokens_per_s = _rounded(sum(item.tokens_per_s for item in status.peers if item.present))
+
+
+@dataclass
+class _Sums:
+    """Sums over the process's rounds."""
+
+    num_parameters: int = 0
+    shared_steps: int = 0
+    shared_bytes: int = 0
+    seconds: float = 0.0
+    stall_s: float = 0.0
+
+    def after(self, event: RoundEvent) -> tuple[float, float]:
+        """Times fewer bytes than an all-reduce, and the share of the time spent waiting, `event` included."""
+        if event.times_below_allreduce is not None:
+            self.shared_steps += event.inner_steps
+            self.shared_bytes += event.bytes_sent
+        self.seconds += event.seconds
+        self.stall_s += event.stall_s
+        below = times_below_allreduce(self.num_parameters, self.shared_steps, self.shared_bytes)
+        return below or 0.0, self.stall_s / self.seconds if self.seconds else 0.0
+
+
+def _got_further(before: Pulse | None, pulse: Pulse | None) -> bool:
+    """Whether anything moved between two pulses: a step, a round, a merge's decision, a piece of a transfer."""
+    if before is None or pulse is None:
+        return before is not pulse
+    was = (before.state, before.about, before.round, before.inner_steps_done, before.num_steps)
+    moved = was != (pulse.state, pulse.about, pulse.round, pulse.inner_steps_done, pulse.num_steps)
+    moved_bytes = abs(pulse.received_bytes - before.received_bytes) + abs(pulse.sent_bytes - before.sent_bytes)
+    return moved or moved_bytes > _PROGRESS_BYTES
+
+
+def _rounded(value: float) -> float:
+    """Three digits: a figure for a person, and one that does not change with every breath."""
+    return float(f"{value:.3g}")

@@ -1,0 +1,258 @@
+"""A peer under control: its status board, its control server, and what the server may do to it.
+
+`controlled` surrounds a peer's life from the moment its folder is held. The peer tells it what it has (a swarm, an
+exchange, a pause switch) as soon as it has it; until then a call says that the peer is still starting.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
+from swarmtrain.events import DoneEvent, WarningEvent
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.progress import Progress
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.board import Pulse, StatusBoard
+from swarmtrain.peer.common import Emit, PeerSettings, process_age_s
+from swarmtrain.peer.control import ControlServer, Powers, read_status
+from swarmtrain.peer.exchange import SwarmExchange
+from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.health import health
+from swarmtrain.peer.pausing import ASKED, PauseSwitch
+from swarmtrain.peer.stopping import StopFlag
+from swarmtrain.v1 import control_pb2 as pb
+
+__all__ = ["MAX_SHOWN_PEERS", "Controlled", "bootstrap_pulse", "controlled", "swarm_looker", "volunteer_pulse"]
+
+MAX_SHOWN_PEERS = 1024
+_PATIENCE_S = 60.0
+_STEPS_OF_PATIENCE = 4
+
+
+@dataclass
+class Controlled:
+    """The handle a peer has of its own control: where it tells what it does and what it can."""
+
+    board: StatusBoard
+    emit: Emit
+    """Events that go through here are noted on the board."""
+    stop: StopFlag
+    pause: PauseSwitch | None = None
+    checkpoint: Callable[[], pb.CheckpointReply] | None = None
+    """Writes one now; returns once it is on the disk."""
+    limit: Callable[[pb.Limits], str] | None = None
+    reason: str = ""
+
+    def ended(self, done: DoneEvent) -> DoneEvent:
+        """Its work is over; what remains is to leave."""
+        self.reason = done.reason
+        self.board.take(done)
+        self.board.doing(pb.PEER_STATE_FINISHING, "leaving: a word of goodbye to the others")
+        return done
+
+    # ------------------------------------------------------------- what it does
+
+    def starting(self, what: str) -> None:
+        """On the way to its first round, or to serving."""
+        self.board.doing(pb.PEER_STATE_STARTING, what)
+
+    def finishing(self, what: str) -> None:
+        """The run is over; there is something left to do."""
+        self.board.doing(pb.PEER_STATE_FINISHING, f"the run has its tokens: {what}")
+
+    def check(self) -> None:
+        """`StopFlag.check`, from within something long that gets further."""
+        self.board.beat()
+        self.stop.check()
+
+    def watch_volunteer(self, exchange: SwarmExchange) -> None:
+        """From now on the board looks at this exchange and its swarm."""
+        self._watch(exchange.swarm)
+        self.board.set_pulse(volunteer_pulse(self.board, exchange))
+
+    def watch_bootstrap(self, swarm: Swarm, archived: Callable[[], Progress]) -> None:
+        """It serves, and the board looks at its swarm."""
+        self._watch(swarm)
+        self.board.set_pulse(bootstrap_pulse(swarm, archived))
+        self.board.doing(pb.PEER_STATE_SERVING, "serving the run")
+
+    def _watch(self, swarm: Swarm) -> None:
+        run, board = swarm.published.run, self.board
+        board.is_peer(swarm.me.peer, swarm.me.name)
+        board.has_run(run.run.name, swarm.published.sha256, run.run.total_tokens)
+        board.tokens_per_step = run.tokens_per_step
+        board.add_looker(swarm_looker(board, swarm))
+
+    # ------------------------------------------------------------- powers
+
+    def powers(self) -> Powers:
+        """What the server may do."""
+        return Powers(
+            status=self.board.status,
+            healthy=lambda: health(self.board.tick(), time.monotonic())[0],
+            leave=self._leave,
+            pause=self._pause,
+            resume=self._resume,
+            checkpoint=self._checkpoint,
+            limit=self._limit,
+        )
+
+    def _leave(self) -> str:
+        self.stop.stop("asked")
+        return "leaving: it finishes its step, says goodbye and ends"
+
+    def _pause(self) -> str:
+        if self.pause is None:
+            raise UserError("a bootstrap does not train: there is nothing to pause")
+        self.pause.hold(ASKED, "you asked for it")
+        return "pausing: it finishes its step and leaves the swarm until you resume it"
+
+    def _resume(self) -> str:
+        if self.pause is None:
+            raise UserError("a bootstrap does not train: there is nothing to resume")
+        was_asked = self.pause.release(ASKED)
+        if self.pause.held:
+            return f"it rests on all the same: {self.pause.reason}"
+        return "coming back: it takes the swarm's present weights first" if was_asked else "it was not paused"
+
+    def _checkpoint(self) -> pb.CheckpointReply:
+        if self.checkpoint is None:
+            raise RunTimeError("there is nothing to write yet: this peer is still starting, try again in a minute")
+        return self.checkpoint()
+
+    def _limit(self, limits: pb.Limits) -> str:
+        if self.limit is None:
+            raise UserError("the limits of this peer cannot be changed while it runs")
+        return self.limit(limits)
+
+
+@contextmanager
+def controlled(
+    role: str, folder: PeerFolder, settings: PeerSettings, emit: Emit, stop: StopFlag
+) -> Iterator[Controlled]:
+    """Keep a peer's board and control server while it lives, and leave its last status in the folder.
+
+    Raises UserError when the TCP address of `settings` is taken. Without a socket the peer runs all the same.
+    """
+    board = StatusBoard(role, time.time() - process_age_s())
+    if (before := read_status(folder.path)) is not None:
+        board.remember(before)
+    control = Controlled(board, board.listening(emit), stop)
+    server = ControlServer(folder.path, control.powers(), settings.control)
+    try:
+        server.start()
+    except (RunTimeError, OSError) as error:
+        control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}"))
+    try:
+        yield control
+        board.ended(pb.PEER_STATE_DONE, control.reason, 0)
+    except SwarmtrainError as error:
+        board.ended(pb.PEER_STATE_FAILED, str(error), error.exit_code)
+        raise
+    except BaseException as error:
+        board.ended(pb.PEER_STATE_FAILED, f"an error of swarmtrain itself: {error!r}", 1)
+        raise
+    finally:
+        server.stop()
+
+
+# ---------------------------------------------------------------- where the board looks
+
+
+def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[], Pulse]:
+    """What a volunteer is doing in its rounds, read from where it happens."""
+    rounds, traffic, limit_s = exchange.swarm.rounds, exchange.swarm.node.traffic, exchange.run.merge.round_limit_s
+
+    def pulse() -> Pulse:
+        speed = exchange.swarm.me.steps_per_s
+        state, about, patience_s = pb.PEER_STATE_TRAINING, "", max(_PATIENCE_S, _STEPS_OF_PATIENCE / (speed or 1.0))
+        round, done, steps = rounds.current_round, rounds.inner_steps_done, exchange.round_steps
+        if exchange.num_missing:
+            state = pb.PEER_STATE_WAITING
+            doing = f"waiting for {_volunteers(exchange.num_missing, 'more ')} before the first round"
+        elif done < steps or not steps:
+            doing = f"training round {round}: {done} of {steps} steps"
+        else:
+            about, patience_s = rounds.waiting_for, limit_s + _PATIENCE_S
+            doing = f"merging round {round}" + _merging(board, about, rounds.waiting_until_s - swarm_time())
+        return Pulse(
+            state=state,
+            doing=doing,
+            about=about,
+            round=round,
+            inner_steps_done=done,
+            inner_steps=steps,
+            num_steps=exchange.num_steps,
+            sent_bytes=traffic.sent_bytes,
+            received_bytes=traffic.received_bytes,
+            patience_s=patience_s,
+        )
+
+    return pulse
+
+
+def _merging(board: StatusBoard, reason: str, at_most_s: float) -> str:
+    if not reason:
+        return ""
+    sentence = board.in_names(reason)
+    if reason.startswith("signed by "):
+        return f": fetching what is on the roster {sentence}"
+    return f": {sentence}" + (f", {max(1.0, at_most_s):.0f} s at most" if at_most_s > 0 else "")
+
+
+def bootstrap_pulse(swarm: Swarm, archived: Callable[[], Progress]) -> Callable[[], Pulse]:
+    """What a bootstrap is doing: serving."""
+
+    def pulse() -> Pulse:
+        volunteers = swarm.membership.volunteers()
+        round = max((info.round for info in volunteers), default=archived().round)
+        kept = f"the archive holds round {archived().round - 1}" if archived().round else "nothing is archived yet"
+        who = f"{_volunteers(len(volunteers))} in round {round}" if volunteers else "the run; no volunteer is here"
+        return Pulse(
+            state=pb.PEER_STATE_SERVING,
+            doing=f"serving {who}; {kept}",
+            round=round,
+            sent_bytes=swarm.node.traffic.sent_bytes,
+            received_bytes=swarm.node.traffic.received_bytes,
+        )
+
+    return pulse
+
+
+def _volunteers(number: int, more: str = "") -> str:
+    return f"{number} {more}volunteer{'' if number == 1 else 's'}"
+
+
+def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], None]:
+    """Fills in who is here and who contributed what."""
+    tokens_per_step, gone = swarm.published.run.tokens_per_step, PeerInfo(peer="")
+
+    def look(status: pb.PeerStatus) -> None:
+        me, counts = swarm.me, swarm.tallying.contributions()
+        live = {info.peer: info for info in (*swarm.membership.live(), me)}
+        status.run_tokens = max(status.run_tokens, swarm.tallying.total)
+        status.own_tokens = max(status.own_tokens, counts.get(me.peer, 0))
+        for info in live.values():
+            board.know_name(info.peer, info.name)
+        here = status.state not in (pb.PEER_STATE_PAUSED, pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED)
+        shown = {*live, *heapq.nlargest(MAX_SHOWN_PEERS, counts, key=counts.__getitem__)}
+        everyone = sorted(shown, key=lambda peer: (peer not in live, -counts.get(peer, 0), peer))
+        for peer in everyone[:MAX_SHOWN_PEERS]:
+            info = live.get(peer, gone)
+            status.peers.add(
+                peer=peer,
+                name=board.name_of(peer),
+                tokens=counts.get(peer, 0),
+                present=info is not gone and (peer != me.peer or here),
+                bootstrap=info.is_bootstrap,
+                round=info.round,
+                tokens_per_s=info.steps_per_s * tokens_per_step,
+            )
+
+    return look

@@ -1,0 +1,38 @@
+"""Whether a peer really trains or serves: what its health service answers.
+
+Pure: `now` is an argument, the answer carries its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarmtrain.v1 import control_pb2 as pb
+
+__all__ = ["Vitals", "health"]
+
+_AT_WORK = (pb.PEER_STATE_TRAINING, pb.PEER_STATE_SERVING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vitals:
+    """What the decision rests on; times in seconds of the clock that gives `now`."""
+
+    state: pb.PeerState
+    progressed_s: float
+    """When something last got further: an inner step, a merge, a look at the swarm, a piece of a transfer."""
+    patience_s: float
+    """How long that may take before the peer counts as stuck."""
+
+
+def health(vitals: Vitals, now: float) -> tuple[bool, str]:
+    """Whether this peer does what it is there for, and why."""
+    if vitals.state == pb.PEER_STATE_FINISHING:
+        return True, "it serves on for the others"  # a minute at most, and it may be measuring meanwhile
+    if vitals.state not in _AT_WORK:
+        name = pb.PeerState.Name(vitals.state) if vitals.state in pb.PeerState.values() else str(vitals.state)
+        return False, f"it is {name.removeprefix('PEER_STATE_').lower()}"
+    still_s = now - vitals.progressed_s
+    if still_s > vitals.patience_s:
+        return False, f"nothing got further for {still_s:.0f} s, more than {vitals.patience_s:.0f} s"
+    return True, f"it got further {still_s:.0f} s ago"

@@ -1,0 +1,312 @@
+"""The status board: what a peer's events and pulses add up to, and when it counts as healthy."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from swarmtrain.events import (
+    DoneEvent,
+    EvalEvent,
+    Event,
+    FetchedEvent,
+    InviteEvent,
+    JoinedEvent,
+    PausedEvent,
+    PeerJoinedEvent,
+    ResumedEvent,
+    RoundEvent,
+    StartedEvent,
+    WarningEvent,
+)
+from swarmtrain.peer.board import MAX_LOSSES, LossCurve, Pulse, StatusBoard
+from swarmtrain.peer.health import Vitals, health
+from swarmtrain.v1 import control_pb2 as pb
+
+ANNA = "12D3KooWAnnaAnnaAnnaAnnaAnnaAnnaAnnaAnnaAnnaAnnaAnna"
+BEN, CARL, DORA, EMIL = (ANNA[:-4] + end for end in ("Ben1", "Car1", "Dor1", "Em11"))
+SHA = "ab" * 32
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def board(clock: Clock) -> StatusBoard:
+    return StatusBoard("volunteer", 50.0, now=clock, wall=lambda: 1e9 + clock.now_s)
+
+
+def round_event(number: int, **changed: Any) -> RoundEvent:
+    fields: dict[str, Any] = {
+        "round": number,
+        "inner_steps": 10,
+        "tokens": 1000,
+        "run_tokens": 2000 * (number + 1),
+        "loss": 3.0 - number / 1000,
+        "first_loss": 3.0,
+        "learning_rate": 0.001,
+        "seconds": 10.0,
+        "merge_s": 2.0,
+        "stall_s": 1.0,
+        "bytes_sent": 4000,
+        "bytes_received": 4000,
+        "times_below_allreduce": 20.0,
+        "partners": (ANNA, BEN),
+        "weights": (1000, 1000),
+        "signer": ANNA,
+        "state_sha256": SHA,
+    }
+    return RoundEvent(**fields | changed)
+
+
+def fetched(total_tokens: int = 10**6) -> FetchedEvent:
+    return FetchedEvent(
+        run_sha256=SHA, run_name="tiny", total_tokens=total_tokens, held_out_bytes=5, from_peer=BEN, peer=ANNA, name="a"
+    )
+
+
+JOINED = JoinedEvent(round=3, run_tokens=6000, num_peers=2, state_from=BEN, wall_s=1.0)
+STARTED = StartedEvent(inner_steps_per_round=10, num_parameters=1000, total_tokens=10**6, startup_s=2.0)
+
+
+def test_a_volunteers_events_make_its_status(board: StatusBoard) -> None:
+    heard: list[Event] = []
+    emit = board.listening(heard.append)
+    first = board.status()
+    assert (first.state, first.role, first.started_time) == (pb.PEER_STATE_STARTING, "volunteer", 50.0)
+    emit(fetched())
+    assert board.status().doing == "preparing the text and the model"
+    emit(JOINED)
+    assert board.status().state == pb.PEER_STATE_WAITING
+    emit(InviteEvent(line="swarmtrain join st1x", invite="st1x", run_sha256=SHA, addresses=()))
+    emit(STARTED)
+    emit(PeerJoinedEvent(joined=BEN, joined_name="ben"))
+    emit(round_event(3))
+    emit(EvalEvent(round=3, held_out_loss=2.5))
+    emit(round_event(4, stall_s=3.0))
+    status = board.status()
+    assert len(heard) == 8, "each event goes on to the next"
+    assert (status.peer, status.name, status.run_name, status.run_sha256) == (ANNA, "a", "tiny", SHA)
+    assert (status.state, status.round, status.run_tokens, status.total_tokens) == (
+        pb.PEER_STATE_TRAINING,
+        5,
+        10_000,
+        10**6,
+    )
+    assert status.invite_line == "swarmtrain join st1x"
+    assert [(p.round, p.run_tokens, round(p.loss, 3), p.held_out_loss) for p in status.losses] == [
+        (3, 8000, 2.997, 2.5),
+        (4, 10_000, 2.996, 0.0),
+    ]
+    assert status.held_out_loss == 2.5
+    assert status.times_below_allreduce == pytest.approx(8 * 1000 * 20 / 8000)
+    assert status.stall_share == pytest.approx(4 / 20)
+    assert board.name_of(BEN) == "ben"
+
+
+def test_pauses_warnings_and_the_end(board: StatusBoard) -> None:
+    board.take(fetched())
+    board.take(PausedEvent(reason="you asked for it"))
+    assert (board.status().state, board.status().doing) == (pb.PEER_STATE_PAUSED, "paused: you asked for it")
+    board.take(ResumedEvent(round=7, paused_s=3.0))
+    assert board.status().state == pb.PEER_STATE_TRAINING
+    for number in range(20):
+        board.take(WarningEvent(message=f"warning {number}", time=number))
+    board.take(WarningEvent(message="warning 15", time=99))
+    notices = [(notice.time, notice.message) for notice in board.status().notices]
+    assert len(notices) == 8
+    assert notices[-2:] == [(19, "warning 19"), (99, "warning 15")], "the same warning again is one warning"
+    board.take(DoneEvent(held_out_loss=2.0, tokens=5, run_tokens=10, wall_s=3.0, reason="asked"))
+    board.ended(pb.PEER_STATE_DONE, "asked", 0)
+    last = board.status()
+    assert (last.state, last.end_reason, last.exit_code, last.held_out_loss) == (pb.PEER_STATE_DONE, "asked", 0, 2.0)
+    board.ended(pb.PEER_STATE_FAILED, "nobody answers", 1)
+    assert board.status().doing == "ended: nobody answers"
+    assert board.status().exit_code == 1
+
+
+def test_rates_are_those_of_the_last_half_minute(board: StatusBoard, clock: Clock) -> None:
+    board.tokens_per_step = 100
+    steps = 0
+
+    def pulse() -> Pulse:
+        return Pulse(
+            state=pb.PEER_STATE_TRAINING, doing="training", num_steps=steps, sent_bytes=steps * 10, received_bytes=7
+        )
+
+    board.set_pulse(pulse)
+    board.take(STARTED)
+    for _ in range(200):  # 100 s at two steps a tick
+        board.tick()
+        clock.now_s += 0.5
+        steps += 2
+    status = board.status()
+    assert status.own_tokens_per_s == pytest.approx(400)
+    assert status.sent_bytes_per_s == pytest.approx(40)
+    assert status.received_bytes_per_s == 0
+    board.take(PausedEvent(reason="you asked for it"))
+    for _ in range(80):
+        board.tick()
+        clock.now_s += 0.5
+    assert board.status().own_tokens_per_s == 0, "a pause is no training"
+
+
+def test_the_swarms_rate_is_the_growth_of_the_run_or_what_the_peers_say(board: StatusBoard, clock: Clock) -> None:
+    board.add_looker(lambda status: status.peers.add(peer=BEN, present=True, tokens_per_s=123.456) and None)
+    board.take(STARTED)
+    assert board.status().swarm_tokens_per_s == 123, "what the peers say of their speed, in three digits"
+    for number in range(10):
+        board.take(round_event(number))
+        assert board.status().run_tokens == 2000 * (number + 1)
+        clock.now_s += 10.0
+    assert board.status().swarm_tokens_per_s == pytest.approx(200)
+    clock.now_s += 300.0
+    assert board.status().swarm_tokens_per_s == 123, "the growth is too long ago"
+
+
+def test_the_pulse_speaks_only_in_rounds(board: StatusBoard) -> None:
+    board.set_pulse(lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing="step 3", round=2, inner_steps=10))
+    assert board.status().state == pb.PEER_STATE_STARTING
+    board.take(STARTED)
+    assert (board.status().doing, board.status().round, board.status().inner_steps) == ("step 3", 2, 10)
+    with board.busy("measuring the held-out loss"):
+        assert board.status().doing == "measuring the held-out loss"
+    board.take(PausedEvent(reason="outside the hours 22-7"))
+    assert board.status().doing == "paused: outside the hours 22-7"
+    board.doing(pb.PEER_STATE_FINISHING, "serving on")
+    assert board.status().doing == "serving on"
+
+
+def test_names_in_place_of_peer_ids(board: StatusBoard) -> None:
+    board.know_name(BEN, "ben")
+    board.know_name(CARL, "carl")
+    assert board.in_names(f"waiting for {BEN}") == "waiting for ben"
+    assert board.in_names(f"waiting for {BEN}, {CARL}") == "waiting for ben and carl"
+    assert board.in_names(f"{DORA} signs the roster") == "naDor1 signs the roster"
+    many = ", ".join([BEN, CARL, DORA, EMIL, ANNA])
+    assert board.in_names(f"waiting for {many}") == "waiting for ben, carl, naDor1 and 2 others"
+    assert board.in_names("everyone alive has published") == "everyone alive has published"
+
+
+def test_another_life_of_the_same_peer_goes_on_with_its_curve(board: StatusBoard) -> None:
+    before = pb.PeerStatus(run_sha256=SHA, own_tokens=77, held_out_loss=1.5)
+    before.losses.add(round=0, run_tokens=10, loss=4.0)
+    before.peers.add(peer=BEN, name="ben")
+    board.remember(before)
+    board.take(fetched())
+    board.take(round_event(1))
+    status = board.status()
+    assert [point.round for point in status.losses] == [0, 1]
+    assert (status.own_tokens, status.held_out_loss, board.name_of(BEN)) == (77, 1.5, "ben")
+
+
+def test_another_run_begins_a_new_curve(board: StatusBoard) -> None:
+    before = pb.PeerStatus(run_sha256="cd" * 32)
+    before.losses.add(round=0, run_tokens=10, loss=4.0)
+    board.remember(before)
+    board.take(fetched())
+    assert not board.status().losses
+
+
+@pytest.mark.parametrize("number", [1, 2, 511, 512, 513, 514, 1025, 5000, 100_000])
+def test_a_long_curve_is_thinned_evenly(number: int) -> None:
+    curve = LossCurve()
+    for round in range(number):
+        curve.add(pb.LossPoint(round=round, loss=1.0))
+    rounds = [point.round for point in curve.points]
+    assert len(rounds) <= MAX_LOSSES
+    assert (rounds[0], rounds[-1]) == (0, number - 1)
+    assert rounds == sorted(set(rounds))
+    if number > MAX_LOSSES:
+        gaps = [after - before for before, after in itertools.pairwise(rounds)]
+        assert max(gaps) <= 4 * number / MAX_LOSSES
+        assert len(rounds) >= MAX_LOSSES // 2
+
+
+def test_thinning_keeps_what_was_measured() -> None:
+    curve = LossCurve()
+    for round in range(3000):
+        curve.add(pb.LossPoint(round=round, loss=1.0))
+        if round % 100 == 0:
+            curve.measured(round, 2.0)
+    measured = [point.round for point in curve.points if point.held_out_loss]
+    assert measured == list(range(0, 3000, 100))
+
+
+# ---------------------------------------------------------------- health
+
+
+def vitals(state: int, progressed_s: float = 100.0) -> Vitals:
+    return Vitals(state=state, progressed_s=progressed_s, patience_s=60.0)
+
+
+@pytest.mark.parametrize("state", ["STARTING", "WAITING", "PAUSED", "DONE", "FAILED", "UNSPECIFIED"])
+def test_who_neither_trains_nor_serves_is_not_serving(state: str) -> None:
+    serving, reason = health(vitals(pb.PeerState.Value(f"PEER_STATE_{state}")), 100.0)
+    assert not serving
+    assert reason == f"it is {state.lower()}"
+
+
+@pytest.mark.parametrize("state", [pb.PEER_STATE_TRAINING, pb.PEER_STATE_SERVING])
+def test_who_gets_further_serves_until_it_is_still_for_long(state: int) -> None:
+    assert health(vitals(state), 160.0) == (True, "it got further 60 s ago")
+    assert health(vitals(state), 161.0) == (False, "nothing got further for 61 s, more than 60 s")
+
+
+def test_a_peer_that_serves_on_at_the_end_may_take_its_time() -> None:
+    assert health(vitals(pb.PEER_STATE_FINISHING), 1000.0)[0]
+
+
+def test_a_state_of_a_later_version_is_not_serving() -> None:
+    assert health(vitals(99), 100.0) == (False, "it is 99")
+
+
+@pytest.mark.parametrize(
+    ("change", "is_progress"),
+    [
+        ({}, False),
+        ({"num_steps": 1}, True),
+        ({"round": 1}, True),
+        ({"about": "waiting for ben"}, True),
+        ({"doing": "11 s at most"}, False),  # a countdown alone is none
+        ({"received_bytes": 1000}, False),  # the chatter of presences
+        ({"received_bytes": 262_144}, True),
+    ],
+)
+def test_what_counts_as_getting_further(
+    board: StatusBoard, clock: Clock, change: dict[str, Any], is_progress: bool
+) -> None:
+    fields: dict[str, Any] = {"state": pb.PEER_STATE_TRAINING, "doing": "12 s at most"}
+    board.set_pulse(lambda: Pulse(**fields))
+    board.take(STARTED)
+    board.tick()
+    clock.now_s += 40.0
+    fields |= change
+    board.tick()
+    clock.now_s += 40.0
+    assert health(board.tick(), clock.now_s)[0] is is_progress
+
+
+def test_a_beat_counts_as_getting_further(board: StatusBoard, clock: Clock) -> None:
+    board.set_pulse(lambda: Pulse(state=pb.PEER_STATE_SERVING, doing="serving"))
+    board.doing(pb.PEER_STATE_SERVING, "serving")
+    for _ in range(10):
+        clock.now_s += 40.0
+        board.beat()
+        assert health(board.tick(), clock.now_s)[0]
+    clock.now_s += 61.0
+    assert not health(board.tick(), clock.now_s)[0]
