@@ -38,6 +38,7 @@ __all__ = [
     "Wait",
     "better_roster",
     "decide",
+    "idled",
     "is_silent",
     "joining_steps",
     "must_refetch",
@@ -161,6 +162,8 @@ class RoundView:
     """Since when this process has run without a gap: after a pause nobody else was silent, it was deaf."""
     unobtainable: frozenset[str] = frozenset()
     """Peers whose bytes nobody could deliver."""
+    idle: frozenset[str] = frozenset()
+    """Peers that had their turn to sign lately and let it pass (`membership.signers`): waited for, no signers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,25 +254,41 @@ def is_silent(view: RoundView, peer: str, now: float) -> bool:
     return now >= max(view.ended_at_s, view.listening_since_s, asked_at_s, heard_at_s) + view.silence_s
 
 
-def _signer(view: RoundView, now: float) -> tuple[str, float, list[str]]:
-    """The peer whose turn it is to sign, when that turn ends, and who was passed over.
+@dataclass(frozen=True)
+class _Turn:
+    """Whose turn it is to sign, and when that ends; before it these were silent, and those let theirs pass."""
 
-    A turn ends with the candidate's silence; at this peer's time limit if the candidate has not published; and
+    signer: str
+    ends_s: float
+    passed_over: frozenset[str]
+    idled: frozenset[str]
+
+
+def _turn(view: RoundView, now: float) -> _Turn:
+    """A turn ends with the candidate's silence; at this peer's time limit if the candidate has not published; and
     `silence_s` after it, one candidate after the other, if it has published, answers and yet does not sign.
     """
-    candidates = sorted(view.live) if view.guest else sorted(view.live | {view.me})
-    passed_over: list[str] = []
+    candidates = sorted(view.live - view.idle if view.guest else (view.live - view.idle) | {view.me})
+    passed_over: set[str] = set()
+    idled: set[str] = set()
     for candidate in candidates:
         if candidate == view.me:
             break
         closes_s = view.deadline_s
         if candidate in view.announced:
             closes_s += view.silence_s * (1 + len(passed_over))
-        turn_ends_s = min(_silence_ends_s(view, candidate, now), closes_s)
-        if now < turn_ends_s:
-            return candidate, turn_ends_s, passed_over
-        passed_over.append(candidate)
-    return view.me, math.inf, passed_over
+        silent_s = _silence_ends_s(view, candidate, now)
+        if now < min(silent_s, closes_s):
+            return _Turn(candidate, min(silent_s, closes_s), frozenset(passed_over), frozenset(idled))
+        passed_over.add(candidate)
+        if candidate in view.announced and now < silent_s:
+            idled.add(candidate)
+    return _Turn(view.me, math.inf, frozenset(passed_over), frozenset(idled))
+
+
+def idled(view: RoundView, now: float) -> frozenset[str]:
+    """Who had its turn to sign to the end: it has published, it answers, and it does not sign."""
+    return _turn(view, now).idled
 
 
 def decide(view: RoundView, now: float) -> Decision:
@@ -282,10 +301,10 @@ def decide(view: RoundView, now: float) -> Decision:
         return Apply(roster=roster, reason=f"signed by {roster.signer}")
     if view.ahead:
         return CatchUp(sources=tuple(sorted(view.ahead)), reason="others have finished this round")
-    signer, turn_ends_s, passed_over = _signer(view, now)
-    if signer != view.me:
-        return Wait(until_s=turn_ends_s, reason=f"{signer} signs the roster")
-    return _sign_or_wait(view, frozenset(passed_over), now)
+    turn = _turn(view, now)
+    if turn.signer != view.me:
+        return Wait(until_s=turn.ends_s, reason=f"{turn.signer} signs the roster")
+    return _sign_or_wait(view, turn.passed_over, now)
 
 
 def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> Decision:
@@ -324,10 +343,10 @@ def peers_to_ask(view: RoundView, now: float) -> list[str]:
     Larger ones: the signer asks everyone, the others only whoever may sign."""
     ahead = view.ahead | view.far_ahead
     everyone = sorted(view.live | view.guests | ahead)
-    signer, _, passed_over = _signer(view, now)
-    if len(everyone) + 1 <= view.share_above or signer == view.me:
+    turn = _turn(view, now)
+    if len(everyone) + 1 <= view.share_above or turn.signer == view.me:
         return everyone
-    candidates = sorted(view.live.difference(passed_over))
+    candidates = sorted(view.live - turn.passed_over - view.idle)
     return sorted({*candidates[:2], *sorted(ahead)[:2]})
 
 

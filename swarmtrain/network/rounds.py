@@ -28,11 +28,13 @@ from swarmtrain.membership.rosters import (
     Wait,
     better_roster,
     decide,
+    idled,
     is_silent,
     must_refetch,
     peers_to_ask,
     standing,
 )
+from swarmtrain.membership.signers import Signers
 from swarmtrain.network.catching_up import NewState, WantedState, fetch_state
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity
@@ -132,6 +134,7 @@ class Rounds:
     """Until when that may be, in swarm time; 0 when there is no such time."""
     last: tuple[Roster, pb.Signed] | None = None
     listening_since_s: float = field(default_factory=swarm_time)
+    _signers: Signers = field(default_factory=Signers)
     _pending: dict[str, tuple[Roster, pb.Signed]] = field(default_factory=dict)
     _told: dict[str, tuple[float, Told]] = field(default_factory=dict)
     _last_sha256: dict[str, bytes] = field(default_factory=dict)
@@ -234,7 +237,9 @@ class Rounds:
                 if outcome is not None:
                     return outcome
         finally:
-            self._give_up_on_silent(self._view(round, known), work.asking)
+            view = self._view(round, known)
+            self._give_up_on_silent(view, work.asking)
+            self._signers.round_over(round, idled(view, swarm_time()), {r.signer for r in view.rosters})
             await work.cancel()
             self.waiting_for = ""
             known.publications = {self.identity.peer_id: publication}  # the others' bytes are not needed any more
@@ -308,6 +313,7 @@ class Rounds:
             asked_at_s=known.asked_at_s,
             listening_since_s=self.listening_since_s,
             unobtainable=frozenset(known.unobtainable),
+            idle=self._signers.idle(round),
         )
 
     def _sign(self, round: int, known: _Round, decision: Sign) -> None:

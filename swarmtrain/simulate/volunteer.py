@@ -26,6 +26,7 @@ from swarmtrain.membership.rosters import (
     Wait,
     better_roster,
     decide,
+    idled,
     is_silent,
     joining_steps,
     must_refetch,
@@ -33,6 +34,7 @@ from swarmtrain.membership.rosters import (
     round_steps,
     standing,
 )
+from swarmtrain.membership.signers import Signers
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import (
     Link,
@@ -69,6 +71,8 @@ class Volunteer(Transfers):
         self.digest_at: dict[int, str] = {}
         self.steps = 0
         self.guest = False
+        self.signs = True
+        self._signers = Signers()
         self._now = RoundState(world.clock.now)
         self._kept: dict[int, dict[tuple[str, int, str], Roster]] = {}
         self._published: dict[int, Publication] = {}
@@ -308,6 +312,7 @@ class Volunteer(Transfers):
             asked_at_s=r.asked_at_s,
             listening_since_s=self._listening_since_s,
             unobtainable=frozenset(r.unobtainable),
+            idle=self._signers.idle(self.round),
         )
 
     def _evaluate(self) -> None:
@@ -328,7 +333,7 @@ class Volunteer(Transfers):
         decision = decide(view, now)
         if isinstance(decision, Wait):
             self._wake = self._later(max(decision.until_s - now, 1e-6), self._evaluate)
-        elif isinstance(decision, Sign):
+        elif isinstance(decision, Sign) and self.signs:
             self._sign(decision)
         elif isinstance(decision, Apply):
             self._apply(decision.roster)
@@ -363,7 +368,7 @@ class Volunteer(Transfers):
     def _advance(self, roster: Roster) -> None:
         """The outer step, and the next round."""
         now = self.world.clock.now
-        self._give_up_asking(self._view(), list(self._asking))
+        self._round_over()
         entries = " ".join(f"{e.peer}:{e.snapshot}:{e.tokens}" for e in roster.entries)
         self.digest = hash_of(f"{self.digest} {roster.round} {entries}")
         self.history = (*self.history, roster)
@@ -388,6 +393,13 @@ class Volunteer(Transfers):
         self._now.asked_at_s.setdefault(peer, now)
         question = self._question(self.settings.hold_s, self._now.known.get(peer, 0))
         self._asking[peer] = self.world.call(self, peer, question, lambda reply: self._asked_about(peer, reply))
+
+    def _round_over(self) -> None:
+        """Judge the others by it."""
+        view = self._view()
+        self._give_up_asking(view, list(self._asking))
+        signed = {roster.signer for roster in view.rosters}
+        self._signers.round_over(self.round, idled(view, self.world.clock.now), signed)
 
     def _give_up_asking(self, view: RoundView, peers: Iterable[str]) -> None:
         """Hang up on `peers`; a question that was never answered has failed."""
@@ -492,7 +504,7 @@ class Volunteer(Transfers):
             self._now.undeliverable.add(source)
             self._evaluate()
             return
-        self._give_up_asking(self._view(), list(self._asking))
+        self._round_over()
         waited_s = self.world.clock.now - self._now.ended_s
         old_round = self.round
         self.round, self.last, self.digest, self.history = state.round, state.last, state.digest, state.history

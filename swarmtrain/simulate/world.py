@@ -147,6 +147,14 @@ class World:
             self.record("thawed", self.peers[name])
             self.peers[name].thaw()
 
+    def idle(self, name: str) -> None:
+        """From now on it publishes and answers, and signs no roster when it is its turn."""
+        self.peers[name].signs = False
+
+    def sign_again(self, name: str) -> None:
+        """It signs again."""
+        self.peers[name].signs = True
+
     def partition(self, *sides: Iterable[str]) -> None:
         """Cut the links between `sides`; who is in none of them is on one more side."""
         self._side = {name: i for i, side in enumerate(sides, start=1) for name in side}

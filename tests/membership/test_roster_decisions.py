@@ -22,6 +22,7 @@ from swarmtrain.membership.rosters import (
     Wait,
     better_roster,
     decide,
+    idled,
     is_silent,
     joining_steps,
     must_refetch,
@@ -102,6 +103,29 @@ def test_a_signer_that_published_and_talks_yet_never_signs_is_passed_over_in_tur
     assert decide(view("c", "ab", "abc", **talks), 201) == Wait(until_s=205, reason="a signs the roster")
     assert decide(view("c", "ab", "abc", **talks), 205) == Wait(until_s=210, reason="b signs the roster")
     assert signed(decide(view("c", "ab", "abc", **talks), 210)) == "abc"
+
+
+def test_idle_is_who_published_and_talks_and_let_its_turn_pass() -> None:
+    talks = {"heard_at_s": {"a": 999.0, "b": 999.0}}
+    the_view = view("c", "ab", "abc", **talks)
+    assert idled(the_view, 204.9) == frozenset()
+    assert idled(the_view, 205) == {"a"}
+    assert idled(the_view, 210) == {"a", "b"}
+    assert idled(view("c", "ab", "bc", **talks), 210) == {"b"}, "a has not published: only late"
+    assert idled(view("c", "ab", "abc"), 210) == frozenset(), "both are silent"
+
+
+def test_an_idle_signer_is_passed_over_and_stays_a_member() -> None:
+    idle = {"idle": frozenset("a")}
+    assert signed(decide(view("b", "ac", "abc", **idle), 101)) == "abc"
+    assert decide(view("b", "ac", "bc", **idle), 101) == Wait(until_s=105, reason="waiting for a")
+    assert decide(view("c", "ab", "abc", **idle), 101) == Wait(until_s=105, reason="b signs the roster")
+    its = roster("a")
+    assert decide(view("b", "ac", "abc", **idle, rosters=[roster("b"), its]), 101) == Apply(
+        roster=its, reason="signed by a"
+    )
+    assert peers_to_ask(view("z", "abcdefg", **idle), 101) == ["b", "c"]
+    assert signed(decide(view("b", "a", "ab", **idle, guest=True), 101)) == "ab"
 
 
 def test_nobody_is_silent_who_was_not_asked() -> None:
@@ -227,6 +251,7 @@ def test_a_decision_is_total_and_a_wait_ends(data: st.DataObject) -> None:
         held=data.draw(names) | {me},
         heard_at_s={p: data.draw(st.floats(0, 300)) for p in live},
         unobtainable=data.draw(names) - {me},
+        idle=data.draw(names),
         asked_at_s=dict.fromkeys(live | guests, 100.0),
     )
     now, turns = 100.0, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,7 +82,9 @@ class Others:
         raise UnreachableError("it delivers nothing")
 
 
-def driver(identities: list[Identity], me: Identity, others: Others) -> tuple[Rounds, list[tuple[str, str]]]:
+def driver(
+    identities: list[Identity], me: Identity, others: Others, settings: RoundSettings = SETTINGS
+) -> tuple[Rounds, list[tuple[str, str]]]:
     """The rounds of `me` among `identities`; what is refused of whom."""
     refused: list[tuple[str, str]] = []
 
@@ -95,7 +98,7 @@ def driver(identities: list[Identity], me: Identity, others: Others) -> tuple[Ro
         membership.saw_presence(info, now + 999, now)
     calls: Any = others
     rounds = Rounds(
-        me, calls, SnapshotStore(), membership, SETTINGS, average_bytes_untrusted, refused=refuse, guest=False
+        me, calls, SnapshotStore(), membership, settings, average_bytes_untrusted, refused=refuse, guest=False
     )
     return rounds, refused
 
@@ -191,3 +194,22 @@ def test_a_peer_whose_process_stands_still_is_lost_after_two_rounds() -> None:
     (first, first_s), (second, second_s), (third, third_s) = asyncio.run(run())
     assert (first, second, third) == (PeerState.LIVE, PeerState.LOST, PeerState.LOST)
     assert third_s < SILENCE_S <= min(first_s, second_s)
+
+
+def test_a_signer_that_never_signs_is_passed_over_after_two_rounds() -> None:
+    idle, me = a_swarm(2)
+    settings = dataclasses.replace(SETTINGS, round_limit_s=0.5, silence_s=0.7)
+    others = Others({idle.peer_id: idle})
+
+    async def run() -> list[float]:
+        rounds, _ = driver([idle, me], me, others, settings)
+        seen = []
+        for _ in range(3):  # three times the same round, which is what it would cost in each
+            began_s = swarm_time()
+            await asyncio.wait_for(rounds.finish(0, publication(me), began_s), 20)
+            seen.append(swarm_time() - began_s)
+        assert rounds.membership.state(idle.peer_id) is PeerState.LIVE
+        return seen
+
+    first_s, second_s, third_s = asyncio.run(run())
+    assert third_s < 0.5 + 0.7 <= min(first_s, second_s)

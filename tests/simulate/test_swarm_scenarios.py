@@ -57,6 +57,40 @@ def test_the_same_world_twice_is_the_same() -> None:
     assert once() == once()
 
 
+@pytest.mark.parametrize("num_idle", [1, 2])
+@pytest.mark.parametrize("num_peers", [4, 9])
+def test_a_signer_that_never_signs_costs_ever_fewer_rounds(num_peers: int, num_idle: int) -> None:
+    """It publishes and answers; each of its turns costs the time limit and a silence."""
+    limit_s = 8.0
+    world = World(Settings(round_limit_s=limit_s))
+    world.join_many(num_peers)
+    for i in range(num_idle):
+        world.at(5.0 + i, world.idle, f"p{i:03d}")
+    world.run_until(400.0)
+    slow = [round for name, round, wait_s in world.waits_s if name == f"p{num_peers - 1:03d}" and wait_s > 2]
+    assert slow == [1, 2, 5, 10, 19, 36, 69]
+    assert longest_wait_s(world) < limit_s + num_idle * SETTINGS.silence_s
+    rosters = [event.roster for event in world.events("signed") if event.time_s > 20 and event.roster]
+    assert all("p000" in roster.peers for roster in rosters), "it is still a member"
+    for i in range(num_idle):
+        world.sign_again(f"p{i:03d}")
+    world.run_until(700.0)
+    assert {event.peer for event in world.events("signed") if event.time_s > 650} == {"p000"}, "its turn again"
+    assert_one_model(world)
+
+
+def test_those_who_pass_over_different_signers_stay_one_swarm() -> None:
+    """Half of them have not seen it: two sign, and the same hashes hold."""
+    world = swarm(4)
+    world.run_until(5.0)
+    for name in ("p002", "p003"):
+        for _ in range(2):
+            world.peers[name]._signers.round_over(0, ["p000", "p001"], [])
+    assert world.run_rounds(8, 60)
+    assert longest_wait_s(world) < 1.5
+    assert_one_model(world)
+
+
 def test_slower_peers_are_waited_for() -> None:
     world = World()
     for name, steps_per_s in (("a", 10.0), ("b", 5.0), ("c", 10.0)):

@@ -58,6 +58,9 @@ def declare(world: World, fault: Fault, names: list[str], index: int) -> None:
         world.at(end_s, world.lose_messages, 0.0)
     elif fault.kind == "join":
         world.at(fault.at_s, world.join, f"{'az'[fault.peer % 2]}{index}")
+    elif fault.kind == "idle":
+        world.at(fault.at_s, world.idle, name)
+        world.at(end_s, world.sign_again, name)
     else:
         world.fail_at(name, fault.round, fault.moment)  # type: ignore[arg-type]
 
@@ -90,3 +93,38 @@ def test_any_schedule_of_faults(speeds: list[float], share_above: int, declared:
         assert_one_model(world)
         late = [wait_s for _, _, wait_s in world.waits_s[-len(world.running()) :]]
         assert max(late) <= BASE_WAIT_S, "the faults are over and forgotten"
+
+
+idle = st.builds(Fault, st.just("idle"), st.integers(0, 3), st.floats(3, 20), st.floats(10, 40), st.just(0), st.just(""))
+others = faults.filter(lambda fault: fault.kind in ("kill", "leave", "join", "partition", "loss", "freeze"))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    speeds=st.lists(st.sampled_from([8.0, 10.0, 16.0]), min_size=3, max_size=8),
+    share_above=st.sampled_from([2, 5]),
+    idlers=st.lists(idle, min_size=1, max_size=3),
+    declared=st.lists(others, max_size=3),
+    seed=st.integers(0, 2**16),
+)
+def test_signers_that_do_not_sign_part_nobody(
+    speeds: list[float], share_above: int, idlers: list[Fault], declared: list[Fault], seed: int
+) -> None:
+    """Everyone judges them by its own clock, and so the peers disagree about who is to sign."""
+    limit_s = 10.0
+    world = World(Settings(share_above=share_above, round_limit_s=limit_s), seed=seed)
+    names = [f"p{i}" for i in range(len(speeds))]
+    for name, steps_per_s in zip(names, speeds, strict=True):
+        world.join(name, steps_per_s=steps_per_s)
+    for index, fault in enumerate([*idlers, *declared]):
+        declare(world, fault, names, index)
+    world.run_until(FAULTS_END_S)
+    world.heal()
+    world.lose_messages(0.0)
+    for name in list(world.peers):
+        world.thaw(name)
+    bound_s = limit_s + world.settings.silence_s * (1 + len(idlers)) + FAULT_WAIT_S * len(declared)
+    assert max((wait_s for _, _, wait_s in world.waits_s), default=0.0) <= bound_s
+    if world.running():
+        world.run_until(FAULTS_END_S + world.settings.presence_ttl_s / 3 + 20)
+        assert_one_model(world)
