@@ -18,12 +18,20 @@ from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import RunTimeError, UnreachableError
 from swarmtrain.events import CheckEvent, parse_event
 from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.network.dialling import Answer
-from swarmtrain.network.identity import new_identity
+from swarmtrain.network.dialling import Answer, Outcome
+from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.peer import doctor as doctor_module
 from swarmtrain.peer import machine
-from swarmtrain.peer.doctor import Doctor, DoctorSettings, check_clock, check_data, check_speed
+from swarmtrain.peer.doctor import (
+    Asked,
+    Doctor,
+    DoctorSettings,
+    check_clock,
+    check_data,
+    check_reachable,
+    check_speed,
+)
 from swarmtrain.peer.machine import (
     Finding,
     Memory,
@@ -258,6 +266,26 @@ def test_speed_is_measured_or_guessed() -> None:
     assert 0 < measure_speed(huge, 0.2) < 1000, "it would not fit here: nothing was built"
 
 
+def test_reachable_from_outside_or_not() -> None:
+    out = "/ip4/8.8.8.8/tcp/1"
+    reached = Asked("anna", out, Outcome.REACHED, "/ip4/1.1.1.1/tcp/31337")
+    not_reached, busy = Asked("ben", out, Outcome.NOT_REACHED), Asked("cleo", out, Outcome.BUSY)
+    old, silent = Asked("dora", out, Outcome.CANNOT), Asked("emil", out, Outcome.SILENT)
+    fine = check_reachable([not_reached, busy, reached], [31337], fixed=True)
+    assert fine == Finding("reachable", "ok", "anna could dial this machine at /ip4/1.1.1.1/tcp/31337")
+    near = Asked("anna", out, Outcome.REACHED, "/ip4/192.168.1.7/tcp/1")
+    assert "within this network; nobody outside" in check_reachable([near], [1], fixed=True).found
+    here = Asked("anna", out, Outcome.REACHED, "/ip6/::1/tcp/1")
+    assert "on this machine; nobody outside" in check_reachable([here], [1], fixed=True).found
+
+    closed = check_reachable([old, not_reached, busy], [31337], fixed=True)
+    a_warning(closed, "ben could not dial this machine at port 31337", "forward it in the router")
+    assert "--listen" not in closed.advice
+    a_warning(check_reachable([not_reached], [40000], fixed=False), "port 40000", "--listen :31337")
+    a_warning(check_reachable([old], [31337], fixed=True), "dora run an older swarmtrain", "TCP port 31337")
+    a_warning(check_reachable([old, busy, silent], [1], fixed=True), "cleo: busy, emil: no answer", "in a minute")
+
+
 # ---------------------------------------------------------------- a whole examination
 
 
@@ -287,7 +315,12 @@ def examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
 
 class FakeNode:
+    identity = new_identity(bytes([2]) * 32)
+
     async def stop(self) -> None: ...
+
+    async def addresses(self) -> tuple[str, ...]:
+        return ("/ip4/127.0.0.1/tcp/31337", "/ip6/::1/tcp/31338", "/ip4/10.0.0.1/tcp/31337")
 
 
 def worst(findings: list[Finding], check: str) -> Finding:
@@ -409,6 +442,26 @@ def test_a_run_that_was_altered(examined: Callable[..., list[Finding]], monkeypa
     monkeypatch.setattr(doctor_module, "knock", knocking({ANNA: an_answer(ANNA), BEN: an_answer(BEN)}))
     monkeypatch.setattr(doctor_module.PeerCalls, "blob_untrusted", altered)
     a_problem(worst(examined(WORD), "run"), "does not match its hash", "new invite")
+
+
+def test_a_few_are_asked_to_dial_the_nearest_to_everyone_first(
+    examined: Callable[..., list[Finding]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    async def ask(node: object, run: str, peer: str, listener: Identity, ports: list[int]) -> tuple[Outcome, str]:
+        assert listener is FakeNode.identity
+        asked.append((peer, tuple(ports)))
+        return Outcome.NOT_REACHED, ""
+
+    near = an_answer(ANNA, address="/ip4/127.0.0.1/tcp/1")
+    far = an_answer(BEN, address="/ip4/8.8.8.8/tcp/2")
+    monkeypatch.setattr(doctor_module, "knock", knocking({ANNA: near, BEN: far}))
+    monkeypatch.setattr(doctor_module, "ask_to_dial", ask)
+    monkeypatch.setattr(Doctor, "look_at_run", lambda self: iter(()))
+    finding = worst(examined(WORD), "reachable")
+    a_warning(finding, f"{BEN[-6:]}, anna could not dial this machine at port 31337 or 31338", "--listen :31337")
+    assert asked == [(BEN, (31337, 31338)), (ANNA, (31337, 31338))]
 
 
 # ---------------------------------------------------------------- the command

@@ -123,6 +123,7 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
 
     class OwnedP2P(p2p_class):  # type: ignore[misc, valid-type]
         _UNIX_SOCKET_PREFIX = f"/unix{sockets}/"
+        DHT_MODE_MAPPING = {**p2p_class.DHT_MODE_MAPPING, "off": {}}  # noqa: RUF012 - as hivemind has it
 
         @staticmethod
         def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:

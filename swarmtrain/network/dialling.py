@@ -6,20 +6,36 @@ Nobody here joins anything: a peer is dialled, greeted, and left.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
-from swarmtrain.errors import BadBytesError
+from swarmtrain.errors import BadBytesError, UnreachableError
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.network.dialback import DIAL_S, PURPOSE
+from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import Node
 from swarmtrain.network.records import presence_from_proto_untrusted
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.signing import open_signed_untrusted
+from swarmtrain.network.signing import open_signed_untrusted, sign
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Answer", "knock"]
+__all__ = ["Answer", "Outcome", "ask_to_dial", "knock"]
 
 _MAX_OTHERS = 64
+_CALL_S = 4.0
+
+
+class Outcome(Enum):
+    """What came of asking a peer to dial us."""
+
+    REACHED = "reached"
+    NOT_REACHED = "not reached"
+    BUSY = "busy"
+    REFUSED = "refused"
+    CANNOT = "its version does not know the question"
+    SILENT = "no answer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +83,28 @@ def _presences_untrusted(signed: list[pb.Signed], run_sha256: str) -> tuple[Peer
         except BadBytesError:
             continue  # a liar's word; the others' still counts
     return tuple(found)
+
+
+async def ask_to_dial(
+    node: Node, run_sha256: str, peer: str, listener: Identity, ports: Sequence[int]
+) -> tuple[Outcome, str]:
+    """Ask `peer`, which `node` is connected to, to dial `listener` at `ports` of this machine; also where it did.
+
+    `listener` is the identity of a node that nobody knows and that dials nobody (`dht_mode` "off"): one whose addresses
+    are known would be dialled there too, one that is connected would not be dialled at all, and with libp2p's DHT it
+    connects to everyone by itself, from the very port it listens at, as soon as the first has reached it.
+    """
+    target = pb.DialTarget(caller=peer_bytes(node.identity.peer_id), ports=list(ports))
+    request = pb.DialRequest(target=sign(listener, PURPOSE, "", target))
+    try:
+        reply = await PeerCalls(node, run_sha256).dial(peer, request, DIAL_S + _CALL_S)
+    except UnreachableError as error:
+        return (Outcome.CANNOT if "does not serve this run" in str(error) else Outcome.SILENT), ""
+    outcomes = {
+        pb.DialReply.OUTCOME_REACHED: Outcome.REACHED,
+        pb.DialReply.OUTCOME_NOT_REACHED: Outcome.NOT_REACHED,
+        pb.DialReply.OUTCOME_BUSY: Outcome.BUSY,
+        pb.DialReply.OUTCOME_REFUSED: Outcome.REFUSED,
+    }
+    address = reply.address if len(reply.address) < 100 and reply.address.isprintable() else ""
+    return outcomes.get(reply.outcome, Outcome.SILENT), address

@@ -102,12 +102,16 @@ async def _cancel_others() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSettings:
-    """Where a node listens and keeps its files. Addresses are multiaddresses without /p2p."""
+    """Where a node listens and keeps its files. Addresses are multiaddresses without /p2p.
+
+    `dht_mode` is libp2p's own DHT's, through which daemons find each other; with "off" a node dials nobody by itself.
+    """
 
     directory: Path
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
     announce: tuple[str, ...] = ()
     call_limit_s: float = 5.0
+    dht_mode: str = "server"
 
 
 @dataclass
@@ -167,6 +171,7 @@ class Node:
                 settings.directory,
                 key_path,
                 host_maddrs=list(settings.listen),
+                dht_mode=settings.dht_mode,
                 nat_port_map=not loopback,
                 auto_nat=not loopback,
                 use_relay=False,
@@ -206,16 +211,18 @@ class Node:
     async def connect(self, peer: str, addresses: Iterable[str], limit_s: float | None = None) -> None:
         """Dial a peer; UnreachableError if nobody with that PeerID answers there."""
         addresses = tuple(addresses)
+        await self.dial_once(peer, addresses, limit_s or self.settings.call_limit_s)
+        self._remember(peer, addresses)
+
+    async def dial_once(self, peer: str, addresses: tuple[str, ...], limit_s: float) -> None:
+        """The same, without remembering where the peer was."""
         multiaddr = hivemind_module("utils.multiaddr").Multiaddr
         try:
             maddrs = [multiaddr(address) for address in addresses]
             with daemon.closed_on_failure():
-                await asyncio.wait_for(
-                    self._p2p._client.connect(self._peer_id(peer), maddrs), limit_s or self.settings.call_limit_s
-                )
+                await asyncio.wait_for(self._p2p._client.connect(self._peer_id(peer), maddrs), limit_s)
         except Exception as error:  # the adapter's boundary
             raise UnreachableError(f"{peer} does not answer at {', '.join(addresses) or 'any address'}") from error
-        self._remember(peer, addresses)
 
     async def seen_at(self, peer: str) -> tuple[str, ...]:
         """The other ends of the connections to `peer` that are open now, as multiaddresses; empty if there is none."""

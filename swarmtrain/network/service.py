@@ -1,4 +1,4 @@
-"""What a peer answers to others, and how it asks them: five calls, all namespaced by the run.
+"""What a peer answers to others, and how it asks them: six calls, all namespaced by the run.
 
 A peer of another run does not even find the calls: the namespace is the run's hash.
 """
@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.daemon import MAX_FRAME_BYTES, hivemind_module
+from swarmtrain.network.dialback import DialBack
 from swarmtrain.network.node import Node, Stream
 from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore, next_message
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -65,6 +66,7 @@ def service_type() -> Any:
         def __init__(self, answers: Answers, store: SnapshotStore, blobs: dict[str, bytes], node: Node) -> None:
             self._answers, self._store, self._blobs, self._node = answers, store, blobs, node
             self._held_calls: Counter[str] = Counter()
+            self._dial_back = DialBack(node)
 
         async def rpc_hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
             return self._count(request, self._answers.hello(request, str(context.remote_id)))
@@ -85,6 +87,9 @@ def service_type() -> Any:
                 held[caller] -= 1
                 if not held[caller]:
                     del held[caller]
+
+        async def rpc_dial(self, request: pb.DialRequest, context: Any) -> pb.DialReply:
+            return self._count(request, await self._dial_back.answer(request, str(context.remote_id)))
 
         async def rpc_pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.PullReply]:
             async with contextlib.aclosing(self._store.serve(request, self._count_sent)) as replies:
@@ -165,6 +170,11 @@ class PeerCalls:
         """What it knows about a round."""
         limit_s = request.wait_s + self.node.settings.call_limit_s
         reply: pb.RoundReply = await self._call(peer, "rpc_round", request, limit_s)
+        return reply
+
+    async def dial(self, peer: str, request: pb.DialRequest, limit_s: float) -> pb.DialReply:
+        """Whether it can reach the one in the request."""
+        reply: pb.DialReply = await self._call(peer, "rpc_dial", request, limit_s)
         return reply
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Stream:

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import math
+import re
 import statistics
 import tempfile
 import time
@@ -21,14 +22,17 @@ from typing import Any, TypeVar
 
 from swarmtrain import __version__
 from swarmtrain.errors import BadBytesError, InviteError, PeerError, RunFileError, SwarmtrainError, UserError
-from swarmtrain.network.dialling import Answer, knock
+from swarmtrain.membership.dialling import MAX_PORTS
+from swarmtrain.network.dialling import Answer, Outcome, ask_to_dial, knock
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.invite import Invite, InvitedPeer, parse_invite
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.service import PeerCalls
+from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.lock import holder_pid
 from swarmtrain.peer.machine import (
     Finding,
+    Place,
     check_addresses,
     check_cache,
     check_disk,
@@ -38,6 +42,7 @@ from swarmtrain.peer.machine import (
     check_torch,
     machine_memory,
     own_addresses,
+    place_of,
     version_of,
 )
 from swarmtrain.run import MAX_RUN_FILE_BYTES, RunFile, parse_published_untrusted, run_sha256
@@ -56,6 +61,8 @@ _DIAL_S = 5.0
 _FETCH_S = 10.0
 _START_S = 20.0
 _MAX_OTHERS = 6
+_MAX_HELPERS = 3
+_NEARNESS: dict[Place | None, int] = {"public": 0, "provider": 1, "private": 2, None: 3, "loopback": 4}
 _NEED_TORCH = frozenset({"daemon", "peers", "data", "speed"})  # hivemind imports it too
 _ANYWHERE = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
 _LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
@@ -89,6 +96,7 @@ class Doctor:
     has_torch: bool = True
     _nodes: list[Node] = field(default_factory=list)
     _caller: Node | None = None
+    _listener: Node | None = None
     _temporary: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="swarmtrain-doctor-"))
 
     def __enter__(self) -> Doctor:
@@ -142,7 +150,10 @@ class Doctor:
             ("cache", lambda: [check_cache(self.settings.cache_folder)]),
             ("speed", self.look_at_speed),
         ]
-        return [*local, *(swarm if self.settings.invite is not None else [("run", self.look_at_kept_run)]), *cost]
+        if self.settings.invite is None:
+            return [*local, ("run", self.look_at_kept_run), *cost]
+        # Last: until then a router that opens ports when asked has had time to.
+        return [*local, *swarm, *cost, ("reachable", lambda: [self.look_from_outside()] if self.answers else [])]
 
     # ------------------------------------------------------------- the daemon and ports
 
@@ -150,7 +161,7 @@ class Doctor:
         """A node of its own identity; it ends with the examination at the latest. Raises RunTimeError."""
         folder = Path(self._temporary.name) / name
         folder.mkdir()
-        settings = NodeSettings(directory=folder, listen=tuple(listen), announce=tuple(announce))
+        settings = NodeSettings(directory=folder, listen=tuple(listen), announce=tuple(announce), dht_mode="off")
         key_path = folder / "identity.key"
         node = self.network.run(Node.start(settings, load_or_create_identity(key_path), key_path), _START_S)
         self._nodes.append(node)
@@ -203,6 +214,7 @@ class Doctor:
         if self.invite is None:
             return
         self._caller = self._start("caller", _ANYWHERE)
+        self._start_listener()
         silent: list[tuple[InvitedPeer, str]] = []
         for peer, answer in self._knock(self.invite.peers):
             if isinstance(answer, Answer):
@@ -272,6 +284,37 @@ class Doctor:
         offsets_s = [answer.offset_s for answer in self.answers if math.isfinite(answer.offset_s)]
         if offsets_s:
             yield check_clock(statistics.median(offsets_s), len(offsets_s))
+
+    # ------------------------------------------------------------- seen from outside
+
+    def _start_listener(self) -> None:
+        """A node that listens where the peer would, and that nobody knows."""
+        listen = self.settings.listen
+        if not listen:
+            port = PeerFolder(self.settings.directory).kept_port() or 0
+            same = tuple(address.replace("/tcp/0", f"/tcp/{port}") for address in _ANYWHERE)
+            listen = same if check_ports(same).level == "ok" else _ANYWHERE
+        try:
+            self._listener = self._start("listener", listen, self.settings.announce)
+        except SwarmtrainError as error:  # said of the port already
+            _log.debug("nothing listens: %s", error)
+
+    def look_from_outside(self) -> Finding:
+        """Whether others can dial this machine: some of those who answered are asked to try."""
+        if self._listener is None:
+            return Finding("reachable", "warning", "not known: nothing could listen here", "see ports")
+        ports = _tcp_ports(self.network.run(self._listener.addresses(), _DIAL_S))
+        helpers = sorted(self.answers, key=lambda answer: _NEARNESS[_place_of(answer.address)])[:_MAX_HELPERS]
+        assert self._caller is not None and self.invite is not None
+        identity, run = self._listener.identity, self.invite.run_sha256
+        futures = [
+            self.network.submit(ask_to_dial(self._caller, run, helper.peer, identity, ports)) for helper in helpers
+        ]
+        asked = [
+            Asked(_who(helper), helper.address, *future.result(_START_S))
+            for helper, future in zip(helpers, futures, strict=True)
+        ]
+        return check_reachable(asked, ports, fixed=any(not a.endswith("/tcp/0") for a in self.settings.listen))
 
     # ------------------------------------------------------------- what the run costs
 
@@ -347,6 +390,53 @@ def _silent(peer: InvitedPeer, reason: str, *, alone: bool) -> Finding:
         advice = "is the swarm up, and does a firewall let this machine out to that port? If so, ask for a new invite"
         return Finding("peers", "problem", found, advice)
     return Finding("peers", "warning", found, "nothing need be done: another peer of the invite answers")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A peer that was asked to dial this machine: where it is, what came of it, and where it reached us."""
+
+    name: str
+    address: str
+    outcome: Outcome
+    reached: str = ""
+
+
+def _place_of(multiaddr: str) -> Place | None:
+    match = re.match(r"/ip[46]/([^/]+)/", multiaddr)
+    return place_of(match[1]) if match else None
+
+
+def _tcp_ports(addresses: Iterable[str]) -> list[int]:
+    """The distinct ports of multiaddresses, at most as many as may be asked for."""
+    found = [re.search(r"/tcp/([0-9]+)", address) for address in addresses]
+    return list(dict.fromkeys(int(match[1]) for match in found if match is not None))[:MAX_PORTS]
+
+
+def check_reachable(asked: Sequence[Asked], ports: Sequence[int], *, fixed: bool) -> Finding:
+    """Whether those who were asked could dial this machine; `fixed` if the person chose the port."""
+    for one in asked:
+        if one.outcome is not Outcome.REACHED:
+            continue
+        place = _place_of(one.reached)
+        within = {"loopback": ", on this machine", "private": ", within this network"}.get(place or "", "")
+        nobody = "; nobody outside was there to be asked" if within else ""
+        return Finding("reachable", "ok", f"{one.name} could dial this machine at {one.reached}{within}{nobody}")
+    names = ", ".join(one.name for one in asked)
+    outcomes = {one.outcome for one in asked}
+    if Outcome.NOT_REACHED in outcomes:
+        tried = ", ".join(one.name for one in asked if one.outcome is Outcome.NOT_REACHED)
+        where = f"port {' or '.join(map(str, ports))}"
+        advice = "let the port in through this machine's firewall, and forward it in the router"
+        if not fixed:
+            advice += ", after choosing one: --listen :31337"
+        found = f"{tried} could not dial this machine at {where}: it can exchange only with peers that it dials itself"
+        return Finding("reachable", "warning", found, advice)
+    if outcomes == {Outcome.CANNOT}:
+        advice = f"try from elsewhere whether TCP port {ports[0] if ports else '?'} of your public address is open"
+        return Finding("reachable", "warning", f"cannot be asked: {names} run an older swarmtrain", advice)
+    found = f"not known: {', '.join(f'{one.name}: {one.outcome.value}' for one in asked)}"
+    return Finding("reachable", "warning", found, "try again in a minute")
 
 
 def check_clock(offset_s: float, num_asked: int) -> Finding:

@@ -200,6 +200,40 @@ class BlobRequest(_message.Message):
     max_bytes: int
     def __init__(self, sha256: _Optional[bytes] = ..., max_bytes: _Optional[int] = ...) -> None: ...
 
+class DialTarget(_message.Message):
+    __slots__ = ("caller", "ports")
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    PORTS_FIELD_NUMBER: _ClassVar[int]
+    caller: bytes
+    ports: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, caller: _Optional[bytes] = ..., ports: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DialRequest(_message.Message):
+    __slots__ = ("target",)
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    target: Signed
+    def __init__(self, target: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
+
+class DialReply(_message.Message):
+    __slots__ = ("outcome", "address")
+    class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        OUTCOME_UNSPECIFIED: _ClassVar[DialReply.Outcome]
+        OUTCOME_REACHED: _ClassVar[DialReply.Outcome]
+        OUTCOME_NOT_REACHED: _ClassVar[DialReply.Outcome]
+        OUTCOME_BUSY: _ClassVar[DialReply.Outcome]
+        OUTCOME_REFUSED: _ClassVar[DialReply.Outcome]
+    OUTCOME_UNSPECIFIED: DialReply.Outcome
+    OUTCOME_REACHED: DialReply.Outcome
+    OUTCOME_NOT_REACHED: DialReply.Outcome
+    OUTCOME_BUSY: DialReply.Outcome
+    OUTCOME_REFUSED: DialReply.Outcome
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    outcome: DialReply.Outcome
+    address: str
+    def __init__(self, outcome: _Optional[_Union[DialReply.Outcome, str]] = ..., address: _Optional[str] = ...) -> None: ...
+
 class StateRequest(_message.Message):
     __slots__ = ("min_round",)
     MIN_ROUND_FIELD_NUMBER: _ClassVar[int]

@@ -47,12 +47,29 @@ def test_all_is_well_in_a_healthy_swarm(swarm: Swarm) -> None:
     assert {event.level for events in found.values() for event in events} == {"ok"}, found
     assert list(found) == [
         "python", "torch", "daemon", "ports", "addresses", "invite", "peers", "run", "clock",
-        "data", "memory", "disk", "cache", "speed",
+        "data", "memory", "disk", "cache", "speed", "reachable",
     ]  # fmt: skip
     assert {event.found.split()[0] for event in found["peers"]} == {"anna", "bootstrap"}
     assert all(" ms at /ip4/127.0.0.1/tcp/" in event.found for event in found["peers"])
     assert found["run"][0].found.startswith("tiny, ")
     assert "12 files" in found["data"][0].found
+    assert "could dial this machine at /ip4/127.0.0.1/tcp/" in found["reachable"][0].found
+    assert_nothing_left(swarm, child)
+
+    # The others are reached from 127.0.0.1, so that is where they dial, and there nobody listens now.
+    child = doctor(swarm, anna.invite.invite, "--listen", "127.0.0.2:0")
+    assert child.wait() == 0, child.story()
+    (closed,) = checks(child)["reachable"]
+    assert closed.level == "warning" and "could not dial this machine at port " in closed.found
+    assert "anna" in closed.found and "bootstrap" in closed.found
+    assert_nothing_left(swarm, child)
+
+    # The ordinary way is closed while a peer of this machine has the port.
+    port = anna.invite.addresses[0].split("/")[4]
+    child = doctor(swarm, anna.invite.invite, "--listen", f"127.0.0.1:{port}")
+    assert child.wait() == 1, child.story()
+    assert "the port is taken" in checks(child)["ports"][0].found
+    assert "nothing could listen here" in checks(child)["reachable"][0].found
     assert_nothing_left(swarm, child)
     swarm.interrupt_all([bootstrap, anna])
 
