@@ -95,7 +95,9 @@ def test_any_schedule_of_faults(speeds: list[float], share_above: int, declared:
         assert max(late) <= BASE_WAIT_S, "the faults are over and forgotten"
 
 
-idle = st.builds(Fault, st.just("idle"), st.integers(0, 3), st.floats(3, 20), st.floats(10, 40), st.just(0), st.just(""))
+idle = st.builds(
+    Fault, st.just("idle"), st.integers(0, 3), st.floats(3, 20), st.floats(10, 40), st.just(0), st.just("")
+)
 others = faults.filter(lambda fault: fault.kind in ("kill", "leave", "join", "partition", "loss", "freeze"))
 
 
