@@ -189,6 +189,7 @@ class NetworkSection(_Section):
     presence_ttl_s: float = Field(30.0, ge=3, le=3600, description="A presence record expires after this, in seconds; it is renewed three times as often.")  # fmt: skip
     call_limit_s: float = Field(5.0, gt=0, le=600, description="A small call to another peer may take this long, in seconds.")  # fmt: skip
     stall_limit_s: float = Field(10.0, gt=0, le=600, description="A transfer that brings nothing for this long is given up, in seconds.")  # fmt: skip
+    min_pull_bytes_per_s: float = Field(32_768, ge=0, description="A source of a transfer that delivers less, averaged over 30 s and more of waiting for it, is given up, in bytes per second; slower uplinks, shared by `max_readers`, cannot take part.")  # fmt: skip
     archive_every_s: float = Field(60.0, ge=1, description="The bootstrap archives the run's state this often, in seconds.")  # fmt: skip
 
 

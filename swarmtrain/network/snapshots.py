@@ -279,11 +279,18 @@ Blame = Callable[[str, PeerError], None]
 
 @dataclass(frozen=True, kw_only=True)
 class PullLimits:
-    """How long a pull may take: seconds without a message, and busy retries in seconds."""
+    """How long a pull may take: seconds without a message, busy retries in seconds, and how slow it may be.
+
+    A source must bring `min_bytes_per_s`, averaged over all that was waited for it, once that is `grace_s`; else a
+    chunk now and then would keep a reader for days.
+    """
 
     stall_limit_s: float = 10.0
     busy_wait_s: float = 0.05
     busy_limit_s: float = 30.0
+    min_bytes_per_s: float = 32 * 1024
+    grace_s: float = 30.0
+    clock: Callable[[], float] = time.monotonic
 
 
 async def pull_chunks(
@@ -303,9 +310,10 @@ async def pull_chunks(
         if not pending:
             raise UnreachableError(f"nobody could deliver snapshot {held.snapshot.sha256[:12]}")
         source = pending.pop(0)
+        pace = _Pace(limits)
         try:
             while (missing := _missing_run(held, chunks)) is not None:
-                await _pull_run(held, missing, source, open_pull, limits)
+                await _pull_run(held, missing, source, open_pull, pace)
         except BusyError:
             if busy_s < limits.busy_limit_s:
                 pending.append(source)
@@ -326,7 +334,32 @@ def _missing_run(held: Held, chunks: range) -> range | None:
     return range(first, last + 1)
 
 
-async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, limits: PullLimits) -> None:
+class _Pace:
+    """How fast one source delivers. What counts is the waiting, so that neither our own checks nor a pause of this
+    process (longer than a stall) is its fault."""
+
+    def __init__(self, limits: PullLimits) -> None:
+        self.limits = limits
+        self._waited_s = 0.0
+        self._came_bytes = 0
+
+    async def next_chunk(self, stream: PullStream) -> tuple[pb.PullReply, bytes]:
+        """The next message and its data; UnreachableError if none comes, or if the source is too slow."""
+        limits = self.limits
+        if self._waited_s >= limits.grace_s and self._came_bytes < limits.min_bytes_per_s * self._waited_s:
+            rate = self._came_bytes / self._waited_s / 1024
+            raise UnreachableError(f"it delivers {rate:.0f} KiB/s, less than {limits.min_bytes_per_s / 1024:.0f}")
+        began_s = limits.clock()
+        message = await next_message(stream, limits.stall_limit_s)
+        data = message.data  # a copy, each time
+        stream.count(len(data))
+        self._came_bytes += len(data)
+        self._waited_s += min(limits.clock() - began_s, limits.stall_limit_s)
+        return message, data
+
+
+async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, pace: _Pace) -> None:
+    limits = pace.limits
     request = pb.PullRequest(
         snapshot_sha256=bytes.fromhex(held.snapshot.sha256), first_chunk=run.start, num_chunks=len(run)
     )
@@ -340,11 +373,9 @@ async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, li
         intake = _Intake(held)
         try:
             for chunk in run:
-                message = await next_message(stream, limits.stall_limit_s)
+                message, data = await pace.next_chunk(stream)
                 if message.end:
                     raise UnreachableError("the stream ended early")
-                data = message.data  # a copy, each time
-                stream.count(len(data))
                 if message.chunk != chunk or len(data) != held.snapshot.chunk_size(chunk):
                     raise BadBytesError("chunks out of order, or of a wrong size")
                 await intake.add(chunk, data)

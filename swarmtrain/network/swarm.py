@@ -123,7 +123,7 @@ class Swarm:
             share_above=run.merge.share_above,
             round_limit_s=run.merge.round_limit_s,
             silence_s=run.merge.silence_s,
-            pull=PullLimits(stall_limit_s=limits.stall_limit_s),
+            pull=PullLimits(stall_limit_s=limits.stall_limit_s, min_bytes_per_s=limits.min_pull_bytes_per_s),
         )
         self.rounds = Rounds(
             self.identity, self.calls, self.store, self.membership, settings, self.average, refused=self._refused

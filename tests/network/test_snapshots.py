@@ -182,6 +182,7 @@ class Network:
     blamed: list[tuple[str, type[PeerError]]] = field(default_factory=list)
     num_open: int = 0
     received_bytes: int = 0
+    limits: PullLimits = LIMITS
 
     async def open_pull(self, source: str, request: pb.PullRequest) -> Stream:
         if source not in self.peers:
@@ -197,7 +198,7 @@ class Network:
         """Pull until it is done; raises as `pull_chunks` does. All streams are closed then."""
         room = empty_held(WHOLE.snapshot) if held is None else held
         try:
-            asyncio.run(pull_chunks(room, chunks, sources, self.open_pull, LIMITS, self.blame))
+            asyncio.run(pull_chunks(room, chunks, sources, self.open_pull, self.limits, self.blame))
         finally:
             assert self.num_open == 0
         return room
@@ -265,6 +266,49 @@ def test_a_pull_goes_on_at_another_source_where_the_first_stopped(
     assert bytes_of(held) == BYTES
     assert network.asked == [("a", 0, NUM_CHUNKS), ("b", 2, NUM_CHUNKS - 2)], "what arrived is not asked for again"
     assert network.blamed == [("a", UnreachableError)]
+
+
+def slow_by(now_s: list[float], chunk_s: float) -> Behaviour:
+    """Honest, with a chunk every `chunk_s` of the clock `now_s`."""
+
+    async def answer(request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+        yield OK
+        for chunk in range(request.first_chunk, request.first_chunk + request.num_chunks):
+            now_s[0] += chunk_s
+            yield reply(chunk)
+        yield END
+
+    return answer
+
+
+def test_a_source_that_brings_a_chunk_now_and_then_is_left_for_the_next() -> None:
+    now_s = [0.0]
+    network = Network({"slow": slow_by(now_s, 10.0), "b": honest()}, limits=PullLimits(clock=lambda: now_s[0]))
+    assert bytes_of(network.pull(["slow", "b"])) == BYTES
+    assert now_s[0] == 30.0
+    assert network.asked == [("slow", 0, NUM_CHUNKS), ("b", 3, NUM_CHUNKS - 3)]
+    assert network.blamed == [("slow", UnreachableError)]
+
+
+@pytest.mark.parametrize("chunk_s", [0.0, 7.9])
+def test_a_source_that_is_fast_enough_is_kept(chunk_s: float) -> None:
+    now_s = [0.0]
+    network = Network({"a": slow_by(now_s, chunk_s)}, limits=PullLimits(clock=lambda: now_s[0]))
+    assert bytes_of(network.pull(["a"])) == BYTES and not network.blamed
+
+
+def test_a_pause_of_this_process_is_not_a_sources_slowness() -> None:
+    now_s = [0.0]
+    honestly = slow_by(now_s, 1.0)
+
+    async def answer(request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+        async for message in honestly(request):
+            now_s[0] += 3600.0 * (message.chunk == 4)
+            yield message
+
+    limits = PullLimits(clock=lambda: now_s[0], grace_s=5.0)
+    network = Network({"a": answer}, limits=limits)
+    assert bytes_of(network.pull(["a"])) == BYTES and not network.blamed
 
 
 @pytest.mark.parametrize(
