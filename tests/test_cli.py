@@ -28,11 +28,19 @@ from swarmtrain.events import Event, WarningEvent, parse_event
 
 PEER_OPTIONS = ("--dir", "--name", "--json", "--listen", "--announce", "--log-level", "--background")
 
+WHICH_PEER = ("[NAME]", "--dir", "--address")
+
 # Every command with its arguments and options. A change here is a change of what people type: say it in CHANGELOG.md.
 FROZEN: dict[str, tuple[str, ...]] = {
     "bootstrap": ("RUN.toml", "--wait-for", *PEER_OPTIONS),
     "join": ("INVITE", "--threads", "--data", *PEER_OPTIONS),
     "local": ("RUN.toml", "--peers", "--threads", "--compare-alone", "--data", "--dir", "--json", "--log-level"),
+    "status": (*WHICH_PEER, "--all", "--json"),
+    "watch": (*WHICH_PEER, "--json"),
+    "pause": WHICH_PEER,
+    "resume": WHICH_PEER,
+    "leave": (*WHICH_PEER, "--no-wait"),
+    "limits": (*WHICH_PEER, "--threads", "--memory", "--nice", "--only-when-idle", "--hours"),
     "invite": ("--dir", "--json"),
     "check": ("RUN.toml", "--peers", "--json"),
     "doctor": ("[INVITE]", "--dir", "--listen", "--announce", "--data", "--json"),

@@ -39,12 +39,14 @@ __all__ = [
     "Display",
     "EventSink",
     "PeerOptions",
+    "WhichPeer",
     "errors_as_events",
     "example",
     "open_sink",
     "peer_directory",
     "peer_options",
     "to_multiaddr",
+    "which_peer",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -302,3 +304,52 @@ def open_sink(options: PeerOptions, make_display: Callable[[], Display], folder:
         display = make_display()
         return EventSink(display.show, name=options.name, display=display)
     return EventSink(_lines(sys.stdout, to_plain_line), name=options.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhichPeer:
+    """Which peer of this machine a command means; all empty: the only one that runs."""
+
+    name: str = ""  # its name, its folder's name, or the end of its PeerID
+    directory: Path | None = None  # its folder, or one that has several peers' folders
+    address: str = ""  # HOST:PORT
+
+
+def _control_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_.-]*):(\d{1,5})", value)
+    if value and (match is None or int(match[2]) > 65535):
+        raise click.BadParameter(f"{value!r}: write HOST:PORT or [IPv6]:PORT", ctx, param)
+    return f"127.0.0.1{value}" if value.startswith(":") else value
+
+
+_WHICH_PEER = (
+    click.argument("name", metavar="[NAME]", default=""),
+    click.option(
+        "--dir",
+        "directory",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="FOLDER",
+        help="The peer's folder, or one with several of them.  [default: this user's]",
+    ),
+    click.option(
+        "--address",
+        callback=_control_address,
+        default="",
+        metavar="HOST:PORT",
+        help="Ask over TCP, if the peer was told to answer there.",
+    ),
+)
+
+
+def which_peer(function: _F) -> _F:
+    """Give a command `[NAME]`, `--dir` and `--address`; it receives them as one argument, `which: WhichPeer`."""
+
+    @functools.wraps(function)
+    def bundled(**values: Any) -> Any:
+        which = WhichPeer(**{field.name: values.pop(field.name) for field in fields(WhichPeer)})
+        return function(which=which, **values)
+
+    decorated: Any = bundled
+    for option in reversed(_WHICH_PEER):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]

@@ -19,7 +19,11 @@ from swarmtrain.errors import SwarmtrainError
 
 __all__ = ["COMMANDS", "cli", "main", "run"]
 
-COMMANDS = ("bootstrap", "join", "local", "invite", "check", "doctor", "export", "eval", "generate")
+COMMANDS = (
+    *("bootstrap", "join", "local"),
+    *("status", "watch", "pause", "resume", "leave", "limits", "invite"),
+    *("check", "doctor", "export", "eval", "generate"),
+)
 
 INTERRUPTED = 130
 

@@ -1,0 +1,210 @@
+"""Following a peer: its statuses as they come, and what becomes of it when they stop.
+
+A peer that ends is followed to its last word; one that dies is waited for a while, since somebody may start it again;
+one that hangs is told from one that has nothing new to say by asking it. Nothing here disturbs the peer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from swarmtrain.cli.peers import Life, NoAnswerError, Peer, View, ask, channel, in_words, look_without_asking
+from swarmtrain.errors import SwarmtrainError
+from swarmtrain.peer.lock import Holder, holder
+from swarmtrain.v1 import control_pb2 as wire
+
+__all__ = ["Patience", "Signal", "follow"]
+
+
+class Signal(enum.Enum):
+    """What else than a status may arrive."""
+
+    DETACH = "detach"
+    REDRAW = "redraw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long to wait for what."""
+
+    tick_s: float = 0.5  # the screen is drawn at least so often: ages and the time left go on
+    come_back_s: float = 30.0  # for a peer that is gone
+    probe_s: float = 10.0  # without news, before it is asked whether it is there
+
+
+@dataclass(frozen=True)
+class _Broken:
+    stream: _Stream
+    error: SwarmtrainError | None
+
+
+@dataclass(frozen=True)
+class _Probed:
+    stream: _Stream
+    status: Any  # None: it was silent
+
+
+News = SimpleQueue[Any]
+
+
+def follow(peer: Peer, first: View, show: Callable[[View], None], news: News, patience: Patience) -> View | None:
+    """Show a view whenever something changes, until the peer is over: then the last one. None when told to detach.
+
+    `news` takes a `Signal` from whoever listens to the person, signal handlers included.
+    """
+    following = _Following(peer, first, news, patience)
+    try:
+        while True:
+            show(following.view())
+            try:
+                item = news.get(timeout=patience.tick_s)
+            except Empty:
+                item = None
+            if item is Signal.DETACH:
+                return None
+            if following.take(item):
+                return following.view()
+    finally:
+        following.close()
+
+
+class _Following:
+    def __init__(self, peer: Peer, first: View, news: News, patience: Patience) -> None:
+        self._peer, self._news, self._patience = peer, news, patience
+        self._view = first
+        self._heard_s = time.monotonic()
+        self._gone_s: float | None = None
+        self._probing = False
+        self._stream: _Stream | None = _Stream(peer, news)
+
+    def view(self) -> View:
+        """What is known now."""
+        return dataclasses.replace(self._view, now=time.time())
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def take(self, item: Any) -> bool:
+        """Take what has arrived, None if nothing has; returns whether the peer is over."""
+        match item:
+            case wire.PeerStatus():
+                self._hear(item)
+            case _Probed() if item.stream is self._stream:
+                self._probing = False
+                if item.status is not None:
+                    self._hear(item.status)
+                else:
+                    self._be(Life.SILENT)
+            case _Broken() if item.stream is self._stream:
+                item.stream.close()
+                self._stream = None
+            case _:
+                pass
+        if self._stream is None:
+            return self._reach()
+        if time.monotonic() - self._heard_s > self._patience.probe_s and not self._probing:
+            self._probing, self._heard_s = True, time.monotonic()
+            self._stream.probe()
+        return False
+
+    def _hear(self, status: Any) -> None:
+        self._heard_s, self._gone_s = time.monotonic(), None
+        self._view = View(status=status, life=Life.RUNNING, folder=self._peer.folder)
+
+    def _be(self, life: Life, note: str = "") -> None:
+        self._view = dataclasses.replace(self._view, life=life, note=note)
+
+    def _reach(self) -> bool:
+        """Nobody tells us anything: find out what has become of the peer, and call it again if it may answer."""
+        if self._peer.folder is not None and holder(self._peer.folder) is not Holder.NOBODY:
+            self._gone_s = None
+            problem = NoAnswerError("")  # nothing that a person need read: it starts, or it ends
+            view = look_without_asking(self._peer, problem=problem)
+            self._be(view.life)
+        else:
+            life = self._after_its_end()
+            now = time.monotonic()
+            self._gone_s = now if self._gone_s is None else self._gone_s
+            left_s = self._patience.come_back_s - (now - self._gone_s)
+            if life in (Life.ENDED, Life.FAILED) or left_s <= 0:
+                self._be(life)
+                return True
+            self._be(life, f"waiting for it to come back, {left_s:.0f} s at most")
+            if self._peer.folder is not None:
+                return False
+        self._stream, self._probing, self._heard_s = _Stream(self._peer, self._news), False, time.monotonic()
+        return False
+
+    def _after_its_end(self) -> Life:
+        """How it ended, by its last word: in its folder, or what arrived last."""
+        heard = self._view.status
+        if self._peer.folder is not None:
+            left = look_without_asking(self._peer)
+            if left.status.time >= heard.time:
+                self._view = dataclasses.replace(self._view, status=left.status)
+                return left.life
+        ends = {wire.PEER_STATE_DONE: Life.ENDED, wire.PEER_STATE_FAILED: Life.FAILED}
+        return ends.get(heard.state, Life.DIED if self._peer.folder is not None else Life.LOST)
+
+
+class _Stream:
+    """One call of Watch in a thread of its own; what it brings goes to `news`, at the end a `_Broken`."""
+
+    def __init__(self, peer: Peer, news: News) -> None:
+        self._peer, self._news = peer, news
+        self._call: Any = None
+        self._closed = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._read, name="watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Hang up; nothing of it arrives later that matters."""
+        with self._lock:
+            self._closed = True
+            if self._call is not None:
+                self._call.cancel()
+        self._thread.join(1.0)
+
+    def probe(self) -> None:
+        """Ask whether it is there; a `_Probed` comes."""
+        threading.Thread(target=self._probe, name="probe", daemon=True).start()
+
+    def _probe(self) -> None:
+        try:
+            status = ask(self._peer, "Status", wire.StatusRequest())
+        except SwarmtrainError:
+            status = None
+        self._news.put(_Probed(self, status))
+
+    def _read(self) -> None:
+        error: SwarmtrainError | None = None
+        try:
+            self._news.put(ask(self._peer, "Status", wire.StatusRequest()))  # with a time limit, unlike the stream
+            self._watch()
+        except SwarmtrainError as problem:
+            error = problem
+        self._news.put(_Broken(self, error))
+
+    def _watch(self) -> None:
+        with channel(self._peer) as stub:
+            import grpc
+
+            with self._lock:
+                if self._closed:
+                    return
+                self._call = stub.Watch(wire.WatchRequest())
+            try:
+                for status in self._call:
+                    self._news.put(status)
+            except grpc.RpcError as problem:
+                raise in_words(problem, self._peer) from None

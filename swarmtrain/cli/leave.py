@@ -1,0 +1,101 @@
+"""`swarmtrain leave`: end a peer as Ctrl-C does, from anywhere on its machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from swarmtrain.cli.common import WhichPeer, example, which_peer
+
+if TYPE_CHECKING:
+    from swarmtrain.cli.peers import Peer
+
+__all__ = ["command"]
+
+END_LIMIT_S = 120.0
+_LOOK_EVERY_S = 0.1
+
+
+@click.command(name="leave", epilog=example("swarmtrain leave", "swarmtrain leave anna --no-wait"))
+@which_peer
+@click.option("--no-wait", is_flag=True, help="Do not wait until its process has ended.")
+@click.pass_context
+def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
+    """End a peer cleanly and wait until it has ended.
+
+    It finishes its inner step, says goodbye to the others and ends, as after Ctrl-C. The run goes on without it;
+    `swarmtrain join` with the same --dir brings it back.
+    """
+    from swarmtrain.cli.peers import NoAnswerError, find_running, tell, wire
+
+    peer = find_running(which)
+    try:
+        said = tell(peer, "Leave", wire.LeaveRequest())
+    except NoAnswerError:
+        if peer.folder is None:
+            raise
+        said = _interrupt(peer)
+    said, code = (said, 0) if no_wait else _wait_for_end(peer)
+    click.echo(said)
+    ctx.exit(code)
+
+
+def _interrupt(peer: Peer) -> str:
+    """Ask a peer that does not answer yet by a signal, which does the same. RunTimeError when that is not allowed."""
+    import os
+    import signal
+
+    from swarmtrain.errors import RunTimeError
+    from swarmtrain.peer.lock import holder_pid
+
+    assert peer.folder is not None
+    process = holder_pid(peer.folder)
+    if not process:
+        return "it has ended"
+    try:
+        os.kill(process, signal.SIGTERM)
+    except ProcessLookupError:
+        return "it has ended"
+    except PermissionError:
+        raise RunTimeError(f"process {process} runs as another user; ask as that user") from None
+    return f"process {process} was told to end (SIGTERM): it does not answer its control socket"
+
+
+def _wait_for_end(peer: Peer) -> tuple[str, int]:
+    """How it ended, in a sentence, and our exit code. RunTimeError when it has not by the time limit."""
+    import threading
+    import time
+
+    from swarmtrain.cli.peers import title
+    from swarmtrain.errors import RunTimeError
+
+    give_up_s = time.monotonic() + END_LIMIT_S
+    pause = threading.Event()
+    while _lives(peer):
+        if time.monotonic() > give_up_s:
+            raise RunTimeError(
+                f"it was told to end and has not after {END_LIMIT_S:.0f} s; `swarmtrain status` shows what it does"
+            )
+        pause.wait(_LOOK_EVERY_S)
+    if peer.folder is None:
+        return f"{peer.address} has ended", 0
+    from swarmtrain.cli.peers import Life, look
+    from swarmtrain.cli.screen import sentence
+
+    view = look(peer)
+    return f"{title(view.status, peer.folder)}: {sentence(view)}", 0 if view.life is Life.ENDED else 1
+
+
+def _lives(peer: Peer) -> bool:
+    """Whether its process is there still; over TCP, whether it answers."""
+    from swarmtrain.cli.peers import NoAnswerError, ask, wire
+    from swarmtrain.peer.lock import is_in_use
+
+    if peer.folder is not None:
+        return is_in_use(peer.folder)
+    try:
+        ask(peer, "Status", wire.StatusRequest(), limit_s=1.0)
+    except NoAnswerError as error:
+        return error.timed_out
+    return True

@@ -1,0 +1,70 @@
+"""`swarmtrain limits`: what a peer may take of its machine, shown or changed while it runs."""
+
+from __future__ import annotations
+
+import click
+
+from swarmtrain.cli.common import WhichPeer, example, which_peer
+
+__all__ = ["command"]
+
+
+def _memory(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `4GB`, `500 MB` or `1.5GiB`; `none` and `0` are 0. ValueError says what is allowed."""
+    import re
+
+    if text.lower() in ("none", "0"):
+        return 0
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)\s*([kMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write it like 4GB or 500MB, or none")
+    power = "kmgt".index(match[2].lower()) + 1
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _hours(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    import re
+
+    match = re.fullmatch(r"(\d{1,2})-(\d{1,2})", value or "any")
+    if value is None or value == "any" or (match and max(int(match[1]), int(match[2])) <= 24 and match[1] != match[2]):
+        return value
+    raise click.BadParameter(f"{value!r}: write the hours like 22-7, or any", ctx, param)
+
+
+@click.command(name="limits", epilog=example("swarmtrain limits", "swarmtrain limits anna --threads 2 --hours 22-7"))
+@which_peer
+@click.option("--threads", type=click.IntRange(0, 4096), metavar="N", help="Processor threads to train with; 0: all.")
+@click.option("--memory", callback=_memory, metavar="SIZE", help="Memory of the peer, such as 4GB; none: no limit.")
+@click.option("--nice", type=click.IntRange(0, 19), metavar="N", help="0 as others, 19 only what others leave.")
+@click.option("--only-when-idle/--any-time", "idle", default=None, help="Rest while other programs use the processors.")
+@click.option("--hours", callback=_hours, metavar="FROM-TO", help="Train only then, such as 22-7; any: always.")
+def command(
+    which: WhichPeer, threads: int | None, memory: int | None, nice: int | None, idle: bool | None, hours: str | None
+) -> None:
+    """Show or change what a peer may take of its machine.
+
+    It changes while the peer runs; what is not named stays as it is.
+    """
+    from swarmtrain.cli.peers import ask, find_running, tell, title, wire
+    from swarmtrain.cli.screen import limits_in_words
+
+    peer = find_running(which)
+    asked = {"threads": threads, "memory_bytes": memory, "nice": nice, "only_when_idle": idle, "hours": hours}
+    limits = wire.Limits()
+    for name, value in asked.items():
+        if value is not None:
+            setattr(limits, name, value)
+    if limits.ByteSize():
+        click.echo(tell(peer, "Limit", limits))
+        return
+    status = ask(peer, "Status", wire.StatusRequest())
+    click.echo(f"{title(status, peer.folder)} takes {limits_in_words(status.limits)}")

@@ -1,0 +1,22 @@
+"""`swarmtrain pause`: stop training for a while."""
+
+from __future__ import annotations
+
+import click
+
+from swarmtrain.cli.common import WhichPeer, example, which_peer
+
+__all__ = ["command"]
+
+
+@click.command(name="pause", epilog=example("swarmtrain pause", "swarmtrain pause anna"))
+@which_peer
+def command(which: WhichPeer) -> None:
+    """Stop training for a while; the process stays.
+
+    It finishes its inner step and leaves the swarm as if for good: the others do not wait for it. `swarmtrain resume`
+    brings it back.
+    """
+    from swarmtrain.cli.peers import find_running, tell, wire
+
+    click.echo(tell(find_running(which), "Pause", wire.PauseRequest()))

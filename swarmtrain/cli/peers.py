@@ -1,0 +1,321 @@
+"""The peers of this machine: found by their folders, asked over their sockets.
+
+A peer's folder has `lock` (held while the peer lives), `control.address` (where it answers, while it lives) and
+`status.json` (what it last knew of itself). A peer that answers is shown by its answer; one that does not, by that
+file, and the lock tells whether it starts, hangs, has ended, or died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.descriptor import FieldDescriptor
+
+from swarmtrain.cli.common import WhichPeer
+from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
+from swarmtrain.peer.lock import Holder, holder, holder_pid
+from swarmtrain.v1 import control_pb2 as wire
+from swarmtrain.words import one_line
+
+__all__ = [
+    "Life",
+    "NoAnswerError",
+    "Peer",
+    "View",
+    "ask",
+    "channel",
+    "find",
+    "find_all",
+    "find_running",
+    "in_words",
+    "known_peers",
+    "look",
+    "look_without_asking",
+    "tell",
+    "title",
+    "view_as_json",
+    "wire",
+]
+
+CALL_LIMIT_S = 5.0
+_MAX_ANSWER_BYTES = 64 * 2**20
+
+
+class Life(enum.Enum):
+    """What a peer's process does, as far as it can be seen from here."""
+
+    RUNNING = "running"  # it answers
+    STARTING = "starting"  # it holds its folder and does not answer yet
+    SILENT = "silent"  # it holds its folder, and does not answer
+    ENDED = "ended"  # it has said goodbye
+    FAILED = "failed"  # it has ended with an error
+    DIED = "died"  # it is gone and has said nothing
+    LOST = "lost"  # it no longer answers at its address, and there is no folder to look into
+
+    @property
+    def over(self) -> bool:
+        """Whether no process of it is left."""
+        return self in (Life.ENDED, Life.FAILED, Life.DIED, Life.LOST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What is known of a peer at one moment."""
+
+    status: Any  # wire.PeerStatus, the last there is; empty without any
+    life: Life
+    folder: Path | None = None
+    now: float = 0.0  # Unix seconds
+    note: str = ""  # one sentence more, such as "waiting for it to come back"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A peer that runs or has run: its folder, or the TCP address at which it answers."""
+
+    folder: Path | None = None
+    address: str = ""
+
+    def last(self) -> Any:
+        """The status it left in its folder; an empty one without."""
+        status = wire.PeerStatus()
+        if self.folder is not None:
+            with contextlib.suppress(OSError, json_format.ParseError, UnicodeDecodeError):
+                text = (self.folder / "status.json").read_text(encoding="utf-8")
+                return json_format.Parse(text, status, ignore_unknown_fields=True)
+        return wire.PeerStatus()
+
+    def target(self) -> str:
+        """Where it answers, for gRPC; empty while it has not said so."""
+        if self.folder is None:
+            return self.address
+        try:
+            return (self.folder / "control.address").read_text(encoding="utf-8").partition("\n")[0].strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+
+class NoAnswerError(RunTimeError):
+    """A peer did not answer; `timed_out` when it took the call and was silent."""
+
+    def __init__(self, message: str, *, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
+
+
+# ---------------------------------------------------------------- finding
+
+
+def title(status: Any, folder: Path | None) -> str:
+    """What to call a peer: its name, else its folder's, else its address."""
+    return one_line(status.name) or (folder.name if folder is not None else "the peer")
+
+
+def known_peers(home: Path) -> list[Peer]:
+    """The peers whose folders are in `home`, the most recent first."""
+    try:
+        folders = [path for path in home.iterdir() if _is_peer_folder(path)]
+    except OSError:
+        return []
+    return [Peer(folder=path) for path in sorted(folders, key=_recent, reverse=True)]
+
+
+def _is_peer_folder(path: Path) -> bool:
+    # A folder of another user can be neither opened nor told from an empty one.
+    return os.access(path, os.R_OK | os.X_OK) and any((path / name).exists() for name in ("lock", "status.json"))
+
+
+def _recent(folder: Path) -> float:
+    times = [0.0]
+    for name in ("lock", "status.json"):
+        with contextlib.suppress(OSError):
+            times.append((folder / name).stat().st_mtime)
+    return max(times)
+
+
+def find(which: WhichPeer) -> Peer:
+    """The one peer meant: the only one that runs, else the one that ran last. UserError when it is not clear which."""
+    if which.address:
+        return Peer(address=which.address)
+    peers, where = _candidates(which)
+    running = [peer for peer in peers if peer.folder is not None and holder(peer.folder) is Holder.RUNNING]
+    if len(running) > 1:
+        listed = ", ".join(f"{title(peer.last(), peer.folder)} ({peer.folder})" for peer in running)
+        raise UserError(f"several peers run here: {listed}; say which with NAME or --dir FOLDER")
+    if running or peers:
+        return (running or peers)[0]
+    named = f" named {one_line(which.name)}" if which.name else ""
+    raise UserError(f"no peer{named} has run {where}; if it was started with --dir, give the same --dir")
+
+
+def find_all(which: WhichPeer) -> list[Peer]:
+    """Every peer that `which` allows. UserError when there is none."""
+    if which.address:
+        return [Peer(address=which.address)]
+    peers, where = _candidates(which)
+    if not peers:
+        raise UserError(f"no peer has run {where}; if one was started with --dir, give the same --dir")
+    return peers
+
+
+def find_running(which: WhichPeer) -> Peer:
+    """The one peer meant, which runs. RunTimeError with what to do when it does not."""
+    peer = find(which)
+    if peer.folder is not None and holder(peer.folder) is Holder.NOBODY:
+        name = title(peer.last(), peer.folder)
+        raise RunTimeError(f"{name} does not run; `swarmtrain status --dir {peer.folder}` shows how it ended")
+    return peer
+
+
+def _candidates(which: WhichPeer) -> tuple[list[Peer], str]:
+    """The peers that `--dir` and NAME allow, the most recent first, and where they were looked for."""
+    home = which.directory
+    if home is None:
+        import platformdirs
+
+        home = platformdirs.user_data_path("swarmtrain")
+    elif not home.is_dir():
+        raise UserError(f"{home} is no folder")
+    elif not os.access(home, os.R_OK | os.X_OK):
+        raise UserError(f"{home} cannot be read: it belongs to another user; ask as that user")
+    peers = [Peer(folder=home)] if _is_peer_folder(home) else known_peers(home)
+    if which.name:
+        peers = [peer for peer in peers if _is_called(peer, which.name)]
+    return peers, f"in {home}"
+
+
+def _is_called(peer: Peer, name: str) -> bool:
+    assert peer.folder is not None
+    status = peer.last()
+    return name in (status.name, peer.folder.name) or (len(name) >= 4 and status.peer.endswith(name))
+
+
+# ---------------------------------------------------------------- asking
+
+
+@contextlib.contextmanager
+def channel(peer: Peer) -> Iterator[Any]:
+    """A gRPC stub of `peer`. NoAnswerError when it does not say where it answers."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it would write over the screen
+    import grpc
+
+    from swarmtrain.v1.control_pb2_grpc import ControlStub
+
+    target = peer.target()
+    if not target:
+        raise NoAnswerError(f"{_name(peer)} does not answer yet: it is starting; try again in a few seconds")
+    options = [("grpc.max_receive_message_length", _MAX_ANSWER_BYTES), ("grpc.enable_http_proxy", 0)]
+    with grpc.insecure_channel(target, options=options) as opened:
+        stub: Any = ControlStub
+        yield stub(opened)
+
+
+def ask(peer: Peer, method: str, request: Any, limit_s: float = CALL_LIMIT_S) -> Any:
+    """Call a method of the control service. SwarmtrainError in plain words when it cannot."""
+    with channel(peer) as stub:
+        import grpc
+
+        try:
+            return getattr(stub, method)(request, timeout=limit_s)
+        except grpc.RpcError as error:
+            raise in_words(error, peer) from None
+
+
+def tell(peer: Peer, method: str, request: Any) -> str:
+    """Have a peer do something; what it says about it."""
+    return one_line(ask(peer, method, request).message)
+
+
+def in_words(error: Any, peer: Peer) -> SwarmtrainError:
+    """A gRPC error of a call to `peer`, as an error for a person."""
+    code, details = error.code().name, one_line(error.details() or "")
+    name = _name(peer)
+    if code == "DEADLINE_EXCEEDED":
+        return NoAnswerError(f"{name} does not answer: it is stopped (Ctrl-Z) or very busy", timed_out=True)
+    if code in ("UNAVAILABLE", "CANCELLED"):
+        if "permission denied" in details.lower():
+            return NoAnswerError(f"{name} may not be asked: it runs as another user; ask as that user")
+        if peer.folder is None:
+            return NoAnswerError(f"nobody answers at {peer.address}: {details or 'the connection broke'}")
+        return NoAnswerError(f"{name} does not answer: it is starting or ending; try again in a few seconds")
+    if code == "UNIMPLEMENTED" and not details.startswith("this peer"):
+        return RunTimeError(f"{name} cannot do that: it runs another version of swarmtrain")
+    return RunTimeError(f"{name}: {details or code}")
+
+
+def _name(peer: Peer) -> str:
+    return title(peer.last(), peer.folder) if peer.folder is not None else peer.address
+
+
+# ---------------------------------------------------------------- looking
+
+
+def look(peer: Peer) -> View:
+    """What is known of `peer` now. Without a folder a peer that does not answer is a NoAnswerError."""
+    if peer.folder is not None and holder(peer.folder) is Holder.NOBODY:
+        return look_without_asking(peer)
+    try:
+        status = ask(peer, "Status", wire.StatusRequest())
+    except NoAnswerError as error:
+        if peer.folder is None:
+            raise
+        return look_without_asking(peer, problem=error)
+    return View(status=status, life=Life.RUNNING, folder=peer.folder, now=time.time())
+
+
+def look_without_asking(peer: Peer, *, problem: NoAnswerError | None = None) -> View:
+    """What its folder tells of a peer, which `problem` says does not answer."""
+    assert peer.folder is not None
+    held, status = holder(peer.folder), peer.last()
+    note = str(problem) if problem is not None and held is not Holder.NOBODY else ""
+    if held is Holder.NOBODY and _last_holder(peer.folder) not in (0, status.pid):
+        life = Life.DIED  # the file is of its life before its last
+    elif held is Holder.NOBODY:
+        life = {wire.PEER_STATE_DONE: Life.ENDED, wire.PEER_STATE_FAILED: Life.FAILED}.get(status.state, Life.DIED)
+    elif problem is not None and not problem.timed_out and status.pid != holder_pid(peer.folder):
+        life = Life.STARTING  # the file is of its life before this one
+    else:
+        life = Life.SILENT
+    return View(status=status, life=life, folder=peer.folder, now=time.time(), note=note)
+
+
+def _last_holder(folder: Path) -> int:
+    try:
+        return int((folder / "lock").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def view_as_json(view: View) -> dict[str, Any]:
+    """A view as JSON: the fields of PeerStatus by name, and what its process does (`process`) where (`dir`)."""
+    head = {"process": view.life.value, "dir": str(view.folder) if view.folder is not None else None}
+    return head | _plain(view.status)
+
+
+def _plain(message: Any) -> dict[str, Any]:
+    """A message as a dictionary: every field, numbers as numbers, enums as lower-case words, absent ones as None."""
+    return {field.name: _value(message, field) for field in message.DESCRIPTOR.fields}
+
+
+def _value(message: Any, field: FieldDescriptor) -> Any:
+    value = getattr(message, field.name)
+    if hasattr(value, "add"):  # repeated; all that repeats here are messages
+        return [_plain(item) for item in value]
+    if field.has_presence and not message.HasField(field.name):
+        return None
+    if field.message_type is not None:
+        return _plain(value)
+    if field.enum_type is not None:
+        found = field.enum_type.values_by_number.get(value)
+        return re.sub("^PEER_STATE_", "", found.name).lower() if found is not None else str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

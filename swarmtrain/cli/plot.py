@@ -1,0 +1,115 @@
+"""A curve of a few lines of text: braille dots where the terminal can show them, else plain characters.
+
+Pure: numbers in, lines out. Each curve has an axis of its own, since their units differ: the first on the left, the
+second on the right. The first is a line: where several points share a column their mean is drawn, and neighbours are
+joined. The second is measured more seldom and drawn over it as single marks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Curve", "Plot", "plot"]
+
+_BRAILLE = 0x2800
+_MARK_EVERY = 4  # characters, so that the line below can be seen
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row and column within a character
+
+Curve = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Lines of one length; `owners` says of each character what drew it: 0 the line, 1 a mark, -1 nothing."""
+
+    lines: tuple[str, ...]
+    owners: tuple[tuple[int, ...], ...]
+    labels: tuple[tuple[str, str], tuple[str, str]]  # of each curve: its values at the first and the last line, or ""
+
+
+def plot(line: Curve, marks: Curve, width: int, height: int, *, ascii_only: bool = False) -> Plot:
+    """Draw two curves of (x, y) into `height` lines of `width` characters, with one range of x for both.
+
+    Points that are not finite are left out.
+    """
+    across, down = (1, 1) if ascii_only else (2, 4)
+    line, marks = _finite(line), _finite(marks)
+    x_range = _range([x for x, _ in (*line, *marks)])
+    line_range, marks_range = _range([y for _, y in line]), _range([y for _, y in marks])
+    cells = [[" "] * width for _ in range(height)]
+    owners = [[-1] * width for _ in range(height)]
+    dots: dict[tuple[int, int], int] = {}
+    for column, row in _dots(_by_column(line, x_range, width * across), line_range, height * down):
+        place = row // down, column // across
+        dots[place] = dots.get(place, 0) | _DOTS[row % down][column % across]
+    for (row, column), bits in dots.items():
+        cells[row][column], owners[row][column] = "*" if ascii_only else chr(_BRAILLE + bits), 0
+    by_column = _by_column(marks, x_range, width)
+    for column in _apart(by_column):
+        row = height - 1 - _place(by_column[column], marks_range, height)
+        cells[row][column], owners[row][column] = "o" if ascii_only else "•", 1
+    return Plot(
+        lines=tuple(map("".join, cells)),
+        owners=tuple(map(tuple, owners)),
+        labels=(_labels(line_range) if line else ("", ""), _labels(marks_range) if marks else ("", "")),
+    )
+
+
+def _finite(curve: Curve) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in curve if math.isfinite(x) and math.isfinite(y)]
+
+
+def _apart(columns: Iterable[int]) -> list[int]:
+    """Those of `columns` (rising) that are some way from the next one kept, the last one among them."""
+    kept: list[int] = []
+    for column in sorted(columns, reverse=True):
+        if not kept or kept[-1] - column >= _MARK_EVERY:
+            kept.append(column)
+    return kept
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    return (min(values), max(values)) if values else (0.0, 0.0)
+
+
+def _labels(y_range: tuple[float, float]) -> tuple[str, str]:
+    lowest, highest = y_range
+    return _number(highest), _number(lowest) if highest > lowest else ""
+
+
+def _number(value: float) -> str:
+    """At most seven characters."""
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.0e}"
+
+
+def _place(value: float, span: tuple[float, float], size: int) -> int:
+    """Which of `size` places `value` falls into; the middle when all values are one."""
+    lowest, highest = span
+    if not highest > lowest:
+        return (size - 1) // 2
+    # Halves first: the difference of two huge numbers may not be finite.
+    part = (value / 2 - lowest / 2) / (highest / 2 - lowest / 2)
+    return min(size - 1, max(0, round(part * (size - 1))))
+
+
+def _by_column(curve: Curve, x_range: tuple[float, float], columns: int) -> dict[int, float]:
+    """The mean y of each column that has points, from left to right."""
+    found: dict[int, list[float]] = {}
+    for x, y in curve:
+        found.setdefault(_place(x, x_range, columns), []).append(y)
+    return {column: sum(y / len(ys) for y in ys) for column, ys in sorted(found.items())}
+
+
+def _dots(by_column: dict[int, float], y_range: tuple[float, float], rows: int) -> set[tuple[int, int]]:
+    """(column, row) of each dot, row 0 on top: the points, and straight lines between neighbours."""
+    points = [(column, rows - 1 - _place(y, y_range, rows)) for column, y in by_column.items()]
+    dots = set(points)
+    for (column, row), (next_column, next_row) in itertools.pairwise(points):
+        steps = max(next_column - column, abs(next_row - row))
+        for step in range(1, steps):
+            part = step / steps
+            dots.add((column + round(part * (next_column - column)), row + round(part * (next_row - row))))
+    return dots

@@ -1,0 +1,21 @@
+"""`swarmtrain resume`: go on after a pause."""
+
+from __future__ import annotations
+
+import click
+
+from swarmtrain.cli.common import WhichPeer, example, which_peer
+
+__all__ = ["command"]
+
+
+@click.command(name="resume", epilog=example("swarmtrain resume", "swarmtrain resume anna"))
+@which_peer
+def command(which: WhichPeer) -> None:
+    """Go on after a pause.
+
+    It takes the weights that the swarm has by then, and trains.
+    """
+    from swarmtrain.cli.peers import find_running, tell, wire
+
+    click.echo(tell(find_running(which), "Resume", wire.ResumeRequest()))

@@ -1,0 +1,458 @@
+"""What a person sees of a peer: a status page, the screen of `watch`, one plain line. Pure: a view in, lines out.
+
+No line is wider than asked for, and no screen higher. Names and messages may come from other peers: they are shown
+as plain text, escaped and shortened.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import textwrap
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+from rich.text import Text
+
+from swarmtrain.cli.peers import Life, View, title
+from swarmtrain.cli.plot import plot
+from swarmtrain.v1 import control_pb2 as wire
+from swarmtrain.words import ago_in_words, count_in_words, one_line, short_peer, size_in_words, time_in_words
+
+__all__ = [
+    "draw_status",
+    "draw_watch",
+    "limits_in_words",
+    "list_peers",
+    "plain_line",
+    "sentence",
+    "state_in_words",
+]
+
+_NAME_CELLS = 16
+_MAX_YEARS = 10
+_LABEL_CELLS = 8
+_MIN_PLOT_LINES = 3
+_HIGH_LINES = 30
+_STATES = {
+    wire.PEER_STATE_STARTING: "starting",
+    wire.PEER_STATE_WAITING: "waiting",
+    wire.PEER_STATE_TRAINING: "training",
+    wire.PEER_STATE_PAUSED: "paused",
+    wire.PEER_STATE_SERVING: "serving",
+    wire.PEER_STATE_FINISHING: "finishing",
+    wire.PEER_STATE_DONE: "done",
+    wire.PEER_STATE_FAILED: "failed",
+}
+_WORKING = (wire.PEER_STATE_WAITING, wire.PEER_STATE_TRAINING, wire.PEER_STATE_SERVING, wire.PEER_STATE_FINISHING)
+_REASONS = {
+    "total_tokens": "total_tokens: the run has all of them",
+    "interrupted": "it was interrupted",
+    "asked": "it was asked to leave",
+}
+_COLOURS = {"training": "green", "serving": "green", "waiting": "yellow", "paused": "yellow", "finishing": "cyan"}
+
+
+# ---------------------------------------------------------------- facts in words
+
+
+def state_in_words(view: View) -> str:
+    """What the peer is doing, in a word."""
+    return _STATES.get(view.status.state, "running") if view.life is Life.RUNNING else view.life.value
+
+
+def sentence(view: View) -> str:
+    """What the peer is doing now and why, or how it ended and what to do about it."""
+    status = view.status
+    ago = _ago(status.time, view)
+    told = _REASONS.get(status.end_reason, one_line(status.end_reason))
+    then = [one_line(view.note)] if view.note else []
+    match view.life:
+        case Life.RUNNING:
+            text = one_line(status.doing) or f"{_STATES.get(status.state, 'running')}, without saying more"
+            ends = status.state in (wire.PEER_STATE_DONE, wire.PEER_STATE_FAILED)
+            return f"ending: {told or text}" if ends else text
+        case Life.STARTING:
+            return "it is starting, and does not answer yet"
+        case Life.SILENT:
+            return f"it runs and does not answer; its last word, {ago}: {one_line(status.doing) or 'none'}"
+        case Life.ENDED:
+            return "; ".join([f"ended {ago}" + (f": {told}" if told else ""), *then])
+        case Life.LOST:
+            return "; ".join([f"nobody answers there since {_clock(status.time, view.now)} ({_was(status)})", *then])
+        case Life.FAILED:
+            text = f"failed {ago}: {told or 'it did not say why'} (exit code {status.exit_code})"
+        case Life.DIED if not status.time or status.state in (wire.PEER_STATE_DONE, wire.PEER_STATE_FAILED):
+            text = "died without a word while it was starting"
+        case Life.DIED:
+            text = f"died without a goodbye about {_clock(status.time, view.now)} ({_was(status)})"
+    return "; ".join([text, *then, _start_again(view)])
+
+
+def _was(status: Any) -> str:
+    state = _STATES.get(status.state, "running")
+    return f"it was training round {status.round}" if state == "training" else f"it was {state}"
+
+
+def _start_again(view: View) -> str:
+    what = "bootstrap RUN.toml" if view.status.role == "bootstrap" else "join INVITE"
+    where = f" --dir {shlex.quote(str(view.folder))}" if view.folder is not None else ""
+    return f"start it again with `swarmtrain {what}{where}`"
+
+
+def _ago(at: float, view: View) -> str:
+    return ago_in_words(_finite(view.now - at))
+
+
+def _clock(at: float, now: float) -> str:
+    """Local time; with the date when that is not today's."""
+    try:
+        then, today = time.localtime(at), time.localtime(now)
+    except (OverflowError, ValueError, OSError):
+        return "an unknown time"
+    return time.strftime("%H:%M" if then[:3] == today[:3] else "%Y-%m-%d %H:%M", then)
+
+
+def _finite(number: float) -> float:
+    return number if math.isfinite(number) else 0.0
+
+
+def _percent(part: float, whole: float) -> str:
+    """Rounded down: nothing is 100 % before it is whole."""
+    if whole <= 0:
+        return "0%"
+    tenths = math.floor(min(1.0, part / whole) * 1000 + 1e-9)
+    return f"{tenths / 10:g}%" if tenths < 100 else f"{tenths // 10}%"
+
+
+def _speed(tokens_per_s: float) -> str:
+    return f"{count_in_words(_finite(tokens_per_s))} tokens/s"
+
+
+def _progress(view: View) -> str:
+    status = view.status
+    if not status.total_tokens:
+        return f"{count_in_words(status.run_tokens)} tokens" if status.run_tokens else "not known yet"
+    return f"{_percent(status.run_tokens, status.total_tokens)} of {count_in_words(status.total_tokens)} tokens"
+
+
+def _left(view: View) -> str:
+    """How long the run takes still at the swarm's present speed; empty when nobody can tell."""
+    status = view.status
+    speed = _finite(status.swarm_tokens_per_s)
+    if view.life is not Life.RUNNING or status.state not in _WORKING or speed <= 0 or not status.total_tokens:
+        return ""
+    left_s = max(0, status.total_tokens - status.run_tokens) / speed
+    if not left_s:
+        return "finishing"
+    years = left_s / (365 * 86400)
+    return f"about {time_in_words(left_s)} left" if years < _MAX_YEARS else f"more than {_MAX_YEARS} years left"
+
+
+def _losses(status: Any) -> str:
+    training = [point.loss for point in status.losses if math.isfinite(point.loss) and point.loss]
+    parts = [f"{training[-1]:.3f} nats/token"] if training else []
+    if _finite(status.held_out_loss):
+        parts.append(f"held-out {status.held_out_loss:.3f} nats/byte")
+    return ", ".join(parts) or "none yet"
+
+
+def _contribution(status: Any) -> str:
+    counted = max(sum(peer.tokens for peer in status.peers), status.own_tokens)
+    share = f", {_percent(status.own_tokens, counted)} of all" if counted else ""
+    return f"{count_in_words(status.own_tokens)} tokens{share}"
+
+
+def _traffic(status: Any) -> str:
+    sent, received = _finite(status.sent_bytes_per_s), _finite(status.received_bytes_per_s)
+    return (
+        f"sent {size_in_words(status.sent_bytes)} ({size_in_words(sent)}/s), "
+        f"received {size_in_words(status.received_bytes)} ({size_in_words(received)}/s)"
+    )
+
+
+def _economy(status: Any) -> str:
+    below = _finite(status.times_below_allreduce)
+    parts = [f"{count_in_words(below)} times below an all-reduce"] if below else []
+    if status.role != "bootstrap":
+        parts.append(f"{_finite(status.stall_share):.0%} of the time waiting")
+    return ", ".join(parts)
+
+
+def _checkpoint(view: View) -> str:
+    kept = view.status.checkpoint
+    if not view.status.HasField("checkpoint"):
+        return "none yet"
+    return f"of round {kept.round}, {_ago(kept.time, view)}, {size_in_words(kept.size_bytes)}"
+
+
+def limits_in_words(limits: Any) -> str:
+    """What a peer may take of its machine."""
+    threads = f"{limits.threads} thread{'s' if limits.threads != 1 else ''}" if limits.threads else "all threads"
+    memory = f"at most {size_in_words(limits.memory_bytes)} of memory" if limits.memory_bytes else "any memory"
+    parts = [threads, memory, f"nice {limits.nice}"]
+    parts.append("only when the machine is idle" if limits.only_when_idle else "busy or not")
+    hours = one_line(limits.hours)
+    parts.append("at any hour" if hours in ("", "any") else f"in the hours {hours}")
+    return ", ".join(parts)
+
+
+# ---------------------------------------------------------------- lines
+
+
+def _line(width: int, *parts: str | Text | tuple[str, str]) -> Text:
+    line = Text.assemble(*parts, no_wrap=True)
+    line.truncate(width, overflow="ellipsis")
+    return line
+
+
+def _fact(width: int, name: str, text: str) -> Text:
+    return _line(width, (f"{name:<14}", "dim"), text)
+
+
+def _wrapped(text: str, width: int, most: int, style: str = "") -> list[Text]:
+    """`text` in at most so many lines; what does not fit is cut with an ellipsis."""
+    lines = textwrap.wrap(text, max(10, width), break_on_hyphens=False) or [""]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
+    return [_line(width, (line, style)) for line in lines]
+
+
+def _clipped(text: str, cells: int) -> str:
+    text = one_line(text)
+    return text if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"
+
+
+def _columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
+    """Rows as lines with aligned columns, those in `right` to the right."""
+    widths = [max(cell_len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    lines = []
+    for row in rows:
+        cells = []
+        for column, (text, width) in enumerate(zip(row, widths, strict=True)):
+            pad = " " * (width - cell_len(text))
+            cells.append(pad + text if column in right else text + pad)
+        lines.append("  ".join(cell for cell, width in zip(cells, widths, strict=True) if width).rstrip())
+    return lines
+
+
+def _peer_rows(status: Any, most: int) -> tuple[list[tuple[str, bool]], str]:
+    """At most so many peers, as (line, whether it is here), this one first; and a word on the rest."""
+    order = sorted(status.peers, key=lambda peer: (peer.peer != status.peer, not peer.present, -peer.tokens, peer.peer))
+    counted = sum(peer.tokens for peer in order)
+    shown = order if len(order) <= most else order[: max(0, most - 1)]
+    rows = []
+    for peer in shown:
+        own = peer.peer == status.peer
+        role = "bootstrap" if peer.bootstrap and not peer.tokens else f"{count_in_words(peer.tokens)} tokens"
+        share = "" if peer.bootstrap and not peer.tokens else _percent(peer.tokens, counted)
+        here = "here" if peer.present else "away"
+        doing = f"round {peer.round}" if peer.present and not peer.bootstrap else ""
+        speed = _speed(peer.tokens_per_s) if peer.present and _finite(peer.tokens_per_s) > 0 else ""
+        name = _clipped(peer.name, _NAME_CELLS - 6 * own) + " (you)" * own
+        rows.append([name, short_peer(one_line(peer.peer)), role, share, here, doing, speed])
+    lines = list(zip(_columns(rows, right=(2, 3)), [peer.present for peer in shown], strict=True))
+    rest = order[len(shown) :]
+    here, tokens = sum(peer.present for peer in rest), count_in_words(sum(peer.tokens for peer in rest))
+    return lines, f"and {len(rest)} more: {here} here, {len(rest) - here} away, {tokens} tokens" if rest else ""
+
+
+def _peer_lines(status: Any, width: int, most: int) -> list[Text]:
+    rows, rest = _peer_rows(status, most)
+    lines = [_line(width, (line, "" if here else "dim")) for line, here in rows]
+    return [*lines, _line(width, (rest, "dim"))] if rest and most > 0 else lines
+
+
+def _notice_lines(view: View, width: int, most: int) -> list[Text]:
+    notices = list(view.status.notices)[-most:] if most else []
+    return [
+        _line(width, (f"{_clock(notice.time, view.now)} {one_line(notice.message)}", "yellow")) for notice in notices
+    ]
+
+
+def _title_line(view: View, width: int) -> Text:
+    """Who it is, and at the right in a word what it does."""
+    status, word = view.status, state_in_words(view)
+    who = _clipped(title(status, view.folder), 32)
+    peer = f" ({short_peer(one_line(status.peer))})" if status.peer else ""
+    run = f" in run {_clipped(status.run_name, 32)}" if status.run_name else ""
+    colour = _COLOURS.get(word, "red" if view.life in (Life.DIED, Life.FAILED, Life.LOST, Life.SILENT) else "")
+    left = _line(max(1, width - len(word) - 1), (who, "bold"), f"{peer}, {one_line(status.role) or 'peer'}{run}")
+    return _line(width, left, " " * max(1, width - left.cell_len - len(word)), (word, f"bold {colour}".strip()))
+
+
+# ---------------------------------------------------------------- the status page
+
+
+def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
+    """Everything about a peer that a person asks for, a line each; without the invite, which must not be cut."""
+    status = view.status
+    lines = [_title_line(view, width), *_wrapped(sentence(view), width, 5)]
+    if view.folder is not None:
+        lines.append(_fact(width, "folder", one_line(str(view.folder))))
+    if not status.time:
+        return lines
+    left = _left(view)
+    steps = f", inner step {status.inner_steps_done} of {status.inner_steps}" if status.inner_steps else ""
+    economy = _economy(status)
+    facts = {
+        "run": f"{one_line(status.run_name) or 'not known yet'} {one_line(status.run_sha256)[:12]}",
+        "progress": ", ".join(part for part in (_progress(view), left) if part),
+        "round": f"{status.round}{steps}",
+        "loss": _losses(status),
+        "speed": f"own {_speed(status.own_tokens_per_s)}, swarm {_speed(status.swarm_tokens_per_s)}",
+        "contribution": _contribution(status),
+        "traffic": _traffic(status),
+        "": economy,
+        "checkpoint": _checkpoint(view),
+        "limits": limits_in_words(status.limits),
+    }
+    if view.life is Life.RUNNING:
+        up = time_in_words(max(0.0, _finite(view.now - status.started_time)))
+        facts["process"] = f"{status.pid}, for {up}, version {one_line(status.version)}"
+    if status.role == "bootstrap":
+        del facts["contribution"]
+    lines += [_fact(width, name, text) for name, text in facts.items() if text]
+    if status.notices:
+        lines += [_line(width, ("last warnings", "dim")), *_notice_lines(view, width, 3)]
+    return [*lines, *_contributors(status, width, most_peers)]
+
+
+def _contributors(status: Any, width: int, most: int) -> list[Text]:
+    if not status.peers:
+        return []
+    return [_line(width, ("contributions", "dim"), f"  {_here(status)}"), *_peer_lines(status, width, most)]
+
+
+def _here(status: Any) -> str:
+    volunteers = [peer for peer in status.peers if not peer.bootstrap]
+    here = sum(peer.present for peer in volunteers)
+    bootstrap = any(peer.bootstrap and peer.present for peer in status.peers)
+    words = f"{here} of {len(volunteers)} volunteer{'s' if len(volunteers) != 1 else ''} here"
+    return words + (", and a bootstrap" if bootstrap else "")
+
+
+def list_peers(views: Sequence[View], width: int) -> list[Text]:
+    """One line a peer."""
+    rows = [
+        [
+            _clipped(title(view.status, view.folder), _NAME_CELLS),
+            short_peer(one_line(view.status.peer)) if view.status.peer else "",
+            one_line(view.status.role),
+            state_in_words(view),
+            "" if view.life is Life.RUNNING or not view.status.time else _ago(view.status.time, view),
+            _clipped(view.status.run_name, _NAME_CELLS),
+            _percent(view.status.run_tokens, view.status.total_tokens) if view.status.total_tokens else "",
+            one_line(str(view.folder)),
+        ]
+        for view in views
+    ]
+    return [_line(width, line) for line in _columns(rows, right=(6,))]
+
+
+def plain_line(view: View) -> str:
+    """One line for a terminal that cannot be drawn on, and for a file."""
+    status = view.status
+    clock = time.strftime("%H:%M:%S", time.localtime(view.now))
+    parts = [f"{clock} {title(status, view.folder)} {state_in_words(view)}: {sentence(view)}"]
+    if status.time and not view.life.over:
+        parts += [f"round {status.round}", f"loss {_losses(status)}", _progress(view), _left(view)]
+        parts.append(f"own {_contribution(status)}")
+    return "; ".join(part for part in parts if part)
+
+
+# ---------------------------------------------------------------- the screen of `watch`
+
+
+def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False) -> list[Text]:
+    """A screen of at most `height` lines; what matters least goes first when that is few."""
+    status = view.status
+    top = [_title_line(view, width), *_wrapped(sentence(view), width, 2 if view.life is Life.RUNNING else 5)]
+    leave = "" if view.life.over and not view.note else "q leaves this screen"
+    foot = _line(width, (leave if view.life.over else f"{leave}; the peer goes on", "dim"))
+    room = height - len(top) - 1
+    blocks = {}
+    for name, block in _blocks(view, width, height, ascii_only).items():
+        blocks[name] = block if len(block) <= room else []
+        room -= len(blocks[name])
+    progress, notices = blocks.pop("progress"), blocks.pop("warnings")
+    plot_lines, peer_lines = _shares_of(room, len(status.peers))
+    body = [
+        *top,
+        *(_draw_losses(status, width, plot_lines, ascii_only) if plot_lines else []),
+        *progress,
+        *(line for block in blocks.values() for line in block),
+        *(_contributors(status, width, peer_lines) if peer_lines else []),
+        *notices,
+    ]
+    return [*body[: height - 1], foot][:height]
+
+
+def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, list[Text]]:
+    """The lines whose number does not depend on the room left, the most important first."""
+    status = view.status
+    bootstrap = status.role == "bootstrap"
+    facts = {
+        "progress": "",
+        "speed": f"own {_speed(status.own_tokens_per_s)}, swarm {_speed(status.swarm_tokens_per_s)}",
+        "contribution": "" if bootstrap else _contribution(status),
+        "traffic": _traffic(status),
+        "warnings": "",
+        "checkpoint": _checkpoint(view),
+        "exchange": _economy(status),
+        "limits": limits_in_words(status.limits) if height >= _HIGH_LINES else "",
+    }
+    blocks = {name: [_fact(width, name, text)] if text else [] for name, text in facts.items()}
+    blocks["progress"] = [_progress_bar(view, width, ascii_only)]
+    blocks["warnings"] = _notice_lines(view, width, 2)
+    return blocks
+
+
+def _shares_of(room: int, num_peers: int) -> tuple[int, int]:
+    """How many lines the loss curve gets, its two captions included, and how many rows the peers get below theirs."""
+    most_plot = _MIN_PLOT_LINES + 2
+    if room < most_plot:
+        return 0, max(0, min(num_peers, room - 1))
+    rows = max(0, min(num_peers, max(room - most_plot - 1, 0), max(3, room // 3)))
+    return min(room - (rows + 1 if rows else 0), 2 + 20), rows
+
+
+def _progress_bar(view: View, width: int, ascii_only: bool) -> Text:
+    status = view.status
+    words = ", ".join(part for part in (_progress(view), _left(view)) if part)
+    cells = width - cell_len(words) - 2
+    if cells < 8 or not status.total_tokens:
+        return _fact(width, "progress", words)
+    done = int(cells * min(1.0, status.run_tokens / status.total_tokens))
+    full, empty = ("#", ".") if ascii_only else ("█", "░")
+    return _line(width, (full * done, "green"), (empty * (cells - done), "dim"), f"  {words}")
+
+
+def _draw_losses(status: Any, width: int, height: int, ascii_only: bool) -> list[Text]:
+    """The loss curves with their axes, in exactly `height` lines."""
+    points = list(status.losses)
+    training = [(float(point.run_tokens), point.loss) for point in points if _finite(point.loss)]
+    held_out = [(float(point.run_tokens), point.held_out_loss) for point in points if _finite(point.held_out_loss)]
+    caption = _line(width, ("loss  ", "dim"), _losses(status))
+    if not training and not held_out:
+        return [caption, *(Text("") for _ in range(height - 1))]
+    inner = max(1, width - 2 * (_LABEL_CELLS + 1))
+    drawn = plot(training, held_out, inner, height - 2, ascii_only=ascii_only)
+    wall = "|" if ascii_only else "│"
+    lines = [caption]
+    for number, line in enumerate(drawn.lines):
+        ends = {0: 0, len(drawn.lines) - 1: 1}
+        left, right = (labels[ends[number]] if number in ends else "" for labels in drawn.labels)
+        curve = Text()
+        for character, owner in zip(line, drawn.owners[number], strict=True):
+            curve.append(character, ("cyan", "magenta")[owner] if owner >= 0 else "")
+        lines.append(_line(width, (f"{left:>{_LABEL_CELLS}}", "cyan"), wall, curve, wall, (right, "magenta")))
+    first, last = (f"{count_in_words(points[place].run_tokens)} tokens" for place in (0, -1))
+    between = " " * max(1, inner - len(first) - len(last))
+    legend = "held-out" if held_out else ""
+    lines.append(
+        _line(width, (f"{'training':>{_LABEL_CELLS}} ", "cyan"), first, between, last, (f" {legend}", "magenta"))
+    )
+    return lines

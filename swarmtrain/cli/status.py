@@ -1,0 +1,76 @@
+"""`swarmtrain status`: one look at a peer of this machine, or at all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from swarmtrain.cli.common import WhichPeer, example, which_peer
+
+if TYPE_CHECKING:
+    from swarmtrain.cli.peers import View
+
+__all__ = ["command", "print_page"]
+
+
+@click.command(name="status", epilog=example("swarmtrain status", "swarmtrain status --all", "swarmtrain status anna"))
+@which_peer
+@click.option("--all", "everyone", is_flag=True, help="One line for each peer of this machine.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the status as one JSON line; with --all one for each peer."
+)
+def command(which: WhichPeer, everyone: bool, as_json: bool) -> None:
+    """Show what a peer of this machine does, or how it ended.
+
+    NAME is its name, its folder's name, or the end of its PeerID; it is needed only where several peers run. Who
+    contributed how much is shown for everyone who ever took part in the run.
+    """
+    import json
+    import sys
+
+    from swarmtrain.cli.peers import find, find_all, look, view_as_json
+
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    views = [look(peer) for peer in (find_all(which) if everyone else [find(which)])]
+    if as_json:
+        for view in views:
+            click.echo(json.dumps(view_as_json(view), ensure_ascii=False, allow_nan=False))
+    elif everyone:
+        _print_list(views)
+    else:
+        print_page(views[0])
+
+
+_UNCUT = 10_000
+_PAGE_LINES = 18  # of a page, less its contributors and the invite
+
+
+def print_page(view: View) -> None:
+    """All about one peer: cut to the terminal if that is where it goes, else whole."""
+    import sys
+
+    from rich.console import Console
+
+    from swarmtrain.cli.peers import Life
+    from swarmtrain.cli.screen import draw_status
+    from swarmtrain.words import one_line
+
+    console = Console()
+    width, height = console.size if sys.stdout.isatty() else (_UNCUT, _UNCUT)
+    for line in draw_status(view, width, max(6, height - _PAGE_LINES)):
+        console.print(line, soft_wrap=True)
+    if view.status.invite_line and view.life is Life.RUNNING:
+        click.echo(f"others join with:\n{one_line(view.status.invite_line)}")  # whole: it is there to be copied
+
+
+def _print_list(views: list[View]) -> None:
+    import sys
+
+    from rich.console import Console
+
+    from swarmtrain.cli.screen import list_peers
+
+    console = Console()
+    for line in list_peers(views, console.width if sys.stdout.isatty() else _UNCUT):
+        console.print(line, soft_wrap=True)

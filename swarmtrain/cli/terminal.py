@@ -1,0 +1,103 @@
+"""The terminal while a person watches: drawn in place, one key heard, and left as it was found.
+
+The alternate screen is used, so that a change of size leaves no debris and what was there before comes back.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from types import FrameType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from swarmtrain.cli.follow import Signal
+
+__all__ = ["Draw", "drawing", "listening"]
+
+Draw = Callable[[int, int, bool], list[Text]]
+"""(width, height, whether only ASCII can be shown) -> lines."""
+
+_QUIT = frozenset(b"qQ\x03\x04")
+
+
+@contextmanager
+def drawing(console: Console) -> Iterator[Callable[[Draw], None]]:
+    """A function that draws the whole screen anew, at the size that it has then."""
+    with Live(Text(""), console=console, screen=True, auto_refresh=False) as live:
+
+        def draw(picture: Draw) -> None:
+            width, height = console.size
+            live.update(Group(*picture(width, height, console.options.ascii_only)), refresh=True)
+
+        yield draw
+
+
+@contextmanager
+def listening(news: SimpleQueue[Any]) -> Iterator[None]:
+    """Put `Signal.DETACH` into `news` for q and for every signal that ends a program, `Signal.REDRAW` for a new size.
+
+    A `SimpleQueue` may be filled by a signal handler while it is being read.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        news.put(Signal.REDRAW if number == signal.SIGWINCH else Signal.DETACH)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        with _keys(news):
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _keys(news: SimpleQueue[Any]) -> Iterator[None]:
+    """Hear keys one by one, where standard input is the terminal that is drawn on."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        yield
+        return
+    import termios
+    import tty
+
+    terminal = sys.stdin.fileno()
+    modes = termios.tcgetattr(terminal)
+    ours = termios.tcgetattr(terminal)
+    ours[tty.LFLAG] &= ~(termios.ECHO | termios.ICANON)
+    ours[tty.CC][termios.VSUSP] = b"\0"  # Ctrl-Z would leave a shell on our screen
+    ended, end = os.pipe()
+    thread = threading.Thread(target=_hear, args=(terminal, ended, news), name="keys", daemon=True)
+    try:
+        termios.tcsetattr(terminal, termios.TCSANOW, ours)
+        thread.start()
+        yield
+    finally:
+        os.close(end)
+        thread.join(1.0)
+        os.close(ended)
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, modes)
+
+
+def _hear(terminal: int, ended: int, news: SimpleQueue[Any]) -> None:
+    while True:
+        ready, _, _ = select.select([terminal, ended], [], [])
+        if ended in ready:
+            return
+        try:
+            keys = os.read(terminal, 64)
+        except OSError:
+            keys = b""
+        if not keys or _QUIT & set(keys):  # b"": the terminal is gone
+            news.put(Signal.DETACH)
+            return

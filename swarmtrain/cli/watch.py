@@ -1,0 +1,133 @@
+"""`swarmtrain watch`: what a person keeps open while a peer works."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from swarmtrain.cli.common import WhichPeer, example, which_peer
+
+if TYPE_CHECKING:
+    from swarmtrain.cli.peers import Peer, View
+
+__all__ = ["command"]
+
+
+@click.command(name="watch", epilog=example("swarmtrain watch", "swarmtrain watch anna", "swarmtrain watch --json"))
+@which_peer
+@click.option("--json", "as_json", is_flag=True, help="Write each status as one JSON line.")
+@click.pass_context
+def command(ctx: click.Context, which: WhichPeer, as_json: bool) -> None:
+    """Show what a peer of this machine does, until it ends.
+
+    NAME is its name, its folder's name, or the end of its PeerID; it is needed only where several peers run. q or
+    Ctrl-C leaves the screen, and the peer goes on. Ends by itself when the peer has ended: with code 0 if it ended
+    well. A peer that died is waited for a while, and shown again when it comes back.
+    """
+    import sys
+    import time
+
+    from swarmtrain.cli.peers import Life, View, find, look
+
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    peer = find(which)
+    view = look(peer) if peer.folder is not None else View(status=_asked(peer), life=Life.RUNNING, now=time.time())
+    last = view if view.life.over else _watched(peer, view, as_json)
+    if last is None:
+        return
+    _print_last(last, as_json)
+    if last.life is not Life.ENDED or last.status.exit_code:
+        ctx.exit(1)
+
+
+def _asked(peer: Peer) -> Any:
+    from swarmtrain.cli.peers import ask, wire
+
+    return ask(peer, "Status", wire.StatusRequest())
+
+
+def _watched(peer: Peer, view: View, as_json: bool) -> View | None:
+    """Show it until it is over: then its last view; None when the person had seen enough."""
+    import os
+    import sys
+    from queue import SimpleQueue
+
+    from swarmtrain.cli.follow import Patience, follow
+    from swarmtrain.cli.terminal import listening
+
+    news: SimpleQueue[Any] = SimpleQueue()
+    patience = Patience()
+    with listening(news):
+        if as_json or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
+            return follow(peer, view, _JsonLines() if as_json else _PlainLines(), news, patience)
+        from rich.console import Console
+
+        from swarmtrain.cli.peers import title
+        from swarmtrain.cli.screen import draw_watch
+        from swarmtrain.cli.terminal import drawing
+
+        with drawing(Console()) as draw:
+
+            def show(seen: View) -> None:
+                draw(lambda width, height, plain: draw_watch(seen, width, height, ascii_only=plain))
+
+            last = follow(peer, view, show, news, patience)
+    if last is None:
+        click.echo(f"{title(view.status, view.folder)} goes on; `swarmtrain watch` shows it again")
+    return last
+
+
+class _PlainLines:
+    """A line whenever something happens that a person would want to read later; steps are too many for that."""
+
+    def __init__(self) -> None:
+        self._told: object = None
+
+    def __call__(self, view: View) -> None:
+        from swarmtrain.cli.screen import plain_line
+
+        status = view.status
+        notice = status.notices[-1].time if status.notices else 0
+        waiting = status.doing if status.state != _training() else ""
+        news = (view.life, status.state, status.round, notice, status.pid, waiting)
+        if news != self._told:
+            self._told = news
+            click.echo(plain_line(view))
+
+
+class _JsonLines:
+    """A line for each status and for each change of what its process does."""
+
+    def __init__(self) -> None:
+        self._told: object = None
+
+    def __call__(self, view: View) -> None:
+        import json
+
+        from swarmtrain.cli.peers import view_as_json
+
+        news = (view.life, view.status.time)
+        if news != self._told:
+            self._told = news
+            click.echo(json.dumps(view_as_json(view), ensure_ascii=False, allow_nan=False))
+
+
+def _training() -> int:
+    from swarmtrain.cli.peers import wire
+
+    return int(wire.PEER_STATE_TRAINING)
+
+
+def _print_last(view: View, as_json: bool) -> None:
+    import sys
+
+    if as_json:
+        _JsonLines()(view)
+        return
+    from swarmtrain.cli.status import print_page
+
+    if sys.stdout.isatty():
+        print_page(view)
+    else:
+        _PlainLines()(view)

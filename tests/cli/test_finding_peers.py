@@ -1,0 +1,250 @@
+"""Finding the peer that a person means, telling what became of it, and plain words when it does not answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from fake_peer import FakePeer, living, make_status
+from google.protobuf import json_format
+
+from swarmtrain.cli import peers as finding
+from swarmtrain.cli.common import WhichPeer
+from swarmtrain.cli.main import run
+from swarmtrain.cli.peers import Life, NoAnswerError, Peer, find, find_all, find_running, look, view_as_json
+from swarmtrain.cli.status import command as status_command
+from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.v1 import control_pb2 as wire
+
+Made = contextlib.ExitStack
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this user's peers live."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    return tmp_path / "swarmtrain"
+
+
+@pytest.fixture
+def lives() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def named(home: Path, name: str, peer: str = "") -> FakePeer:
+    return FakePeer(home / f"volunteer-{name}", make_status(name=name, peer=peer or f"12D3KooW{name}Z1"))
+
+
+def over(home: Path, name: str, state: int = wire.PEER_STATE_DONE, age_s: float = 0) -> FakePeer:
+    peer = named(home, name)
+    peer.status.state = state
+    peer.hold()
+    peer.save()
+    peer.die()
+    for file in ("lock", "status.json"):
+        then = (home / f"volunteer-{name}" / file).stat().st_mtime - age_s
+        os.utime(home / f"volunteer-{name}" / file, (then, then))
+    return peer
+
+
+def test_the_only_one_that_runs_is_meant(home: Path, lives: Made) -> None:
+    over(home, "bert")
+    anna = lives.enter_context(living(named(home, "anna").start()))
+    assert find(WhichPeer()).folder == anna.folder
+    assert find_running(WhichPeer()).folder == anna.folder
+    view = look(find(WhichPeer()))
+    assert (view.life, view.status.name, view.folder) == (Life.RUNNING, "anna", anna.folder)
+
+
+def test_of_several_one_must_be_named(home: Path, lives: Made) -> None:
+    anna, bert = (lives.enter_context(living(named(home, name).start())) for name in ("anna", "bert"))
+    with pytest.raises(UserError) as caught:
+        find(WhichPeer())
+    for peer in (anna, bert):
+        assert f"{peer.status.name} ({peer.folder})" in str(caught.value)
+    assert "NAME or --dir FOLDER" in str(caught.value)
+    for word in ("bert", "volunteer-bert", "bertZ1", "12D3KooWbertZ1"):
+        assert find(WhichPeer(name=word)).folder == bert.folder
+    assert find(WhichPeer(directory=anna.folder)).folder == anna.folder
+    with pytest.raises(UserError, match="no peer named t has run"):
+        find(WhichPeer(name="t"))
+    with pytest.raises(UserError, match=r"no peer named b.x1b"):
+        find(WhichPeer(name="b\x1b"))
+    assert {peer.folder for peer in find_all(WhichPeer())} == {anna.folder, bert.folder}
+    assert {peer.folder for peer in find_all(WhichPeer(directory=home))} == {anna.folder, bert.folder}
+
+
+def test_without_one_that_runs_the_last_is_shown_and_nothing_else_done(home: Path) -> None:
+    over(home, "bert", age_s=100)
+    over(home, "anna")
+    over(home, "cleo", age_s=50)
+    assert look(find(WhichPeer())).status.name == "anna"
+    assert look(find(WhichPeer(name="bert"))).life is Life.ENDED
+    with pytest.raises(
+        RunTimeError, match=r"anna does not run; `swarmtrain status --dir .*volunteer-anna` shows how it"
+    ):
+        find_running(WhichPeer())
+
+
+def test_no_peer_at_all(home: Path) -> None:
+    with pytest.raises(UserError, match=r"no peer has run in .*swarmtrain; if it was started with --dir"):
+        find(WhichPeer())
+    with pytest.raises(UserError, match="is no folder"):
+        find(WhichPeer(directory=home))
+    assert run(["status"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "life"),
+    [
+        (wire.PEER_STATE_DONE, Life.ENDED),
+        (wire.PEER_STATE_FAILED, Life.FAILED),
+        (wire.PEER_STATE_TRAINING, Life.DIED),
+        (wire.PEER_STATE_STARTING, Life.DIED),
+    ],
+)
+def test_what_became_of_it(home: Path, state: int, life: Life) -> None:
+    peer = over(home, "anna", state)
+    assert look(Peer(folder=peer.folder)).life is life
+
+
+def test_its_last_life_left_no_word(home: Path) -> None:
+    peer = over(home, "anna")
+    (peer.folder / "lock").write_text("1")
+    assert look(Peer(folder=peer.folder)).life is Life.DIED, "status.json is of the life before"
+    (peer.folder / "status.json").write_text("{ torn")
+    view = look(Peer(folder=peer.folder))
+    assert (view.life, view.status) == (Life.DIED, wire.PeerStatus())
+
+
+def test_it_starts(home: Path, lives: Made) -> None:
+    peer = over(home, "anna")
+    peer.status.pid = 1
+    peer.save()
+    lives.enter_context(living(peer.hold()))
+    assert look(find(WhichPeer())).life is Life.STARTING
+    with pytest.raises(NoAnswerError, match="anna does not answer yet: it is starting; try again in a few seconds"):
+        finding.ask(find_running(WhichPeer()), "Status", wire.StatusRequest())
+    (peer.folder / "control.address").write_text(f"unix:{peer.folder}/old.sock\n")
+    assert look(find(WhichPeer())).life is Life.STARTING, "the address is of a peer that was killed"
+
+
+def test_it_hangs(home: Path, lives: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = lives.enter_context(living(named(home, "anna").start()))
+    asked = finding.ask
+    peer.hanging.set()
+    monkeypatch.setattr(finding, "ask", lambda *arguments: asked(*arguments, limit_s=0.2))
+    view = look(find(WhichPeer()))
+    assert view.life is Life.SILENT
+    assert view.note == "anna does not answer: it is stopped (Ctrl-Z) or very busy"
+    peer.hanging.clear()
+    peer.tell()
+
+
+def test_over_tcp(home: Path, lives: Made) -> None:
+    peer = lives.enter_context(living(named(home, "anna").hold()))
+    address = peer.serve(tcp=True)
+    view = look(find(WhichPeer(address=address)))
+    assert (view.life, view.status.name, view.folder) == (Life.RUNNING, "anna", None)
+    peer.die()
+    with pytest.raises(NoAnswerError, match=f"nobody answers at {address}"):
+        look(find(WhichPeer(address=address)))
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "expected"),
+    [
+        ("UNAVAILABLE", "unix:/x: Permission denied", "swarm may not be asked: it runs as another user"),
+        ("UNAVAILABLE", "unix:/x: Connection refused", "swarm does not answer: it is starting or ending"),
+        ("UNIMPLEMENTED", "Method not found!", "swarm cannot do that: it runs another version"),
+        ("UNIMPLEMENTED", "this peer cannot pause", "swarm: this peer cannot pause"),
+        ("FAILED_PRECONDITION", "not\x1b[2J now", r"swarm: not\x1b[2J now"),
+        ("INTERNAL", "", "swarm: INTERNAL"),
+    ],
+)
+def test_errors_in_words(tmp_path: Path, code: str, details: str, expected: str) -> None:
+    error = SimpleNamespace(code=lambda: SimpleNamespace(name=code), details=lambda: details)
+    assert str(finding.in_words(error, Peer(folder=tmp_path / "swarm"))).startswith(expected)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_another_users_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir(mode=0)
+    with pytest.raises(UserError, match="it belongs to another user"):
+        find(WhichPeer(directory=folder))
+    folder.chmod(stat.S_IRWXU)
+
+
+def test_a_status_as_json() -> None:
+    status = make_status(own_tokens=2**60, held_out_loss=float("nan"))
+    seen = finding.View(status=status, life=Life.RUNNING, folder=Path("/x"))
+    told = json.loads(json.dumps(view_as_json(seen), allow_nan=False))
+    assert list(told)[:3] == ["process", "dir", "peer"]
+    assert set(told) == {"process", "dir"} | {field.name for field in wire.PeerStatus.DESCRIPTOR.fields}
+    assert (told["process"], told["dir"], told["state"]) == ("running", "/x", "training")
+    assert told["own_tokens"] == 2**60
+    assert told["held_out_loss"] is None
+    assert told["end_reason"] == ""
+    assert told["limits"]["threads"] == 2
+    assert told["limits"]["memory_bytes"] is None
+    assert [peer["tokens"] for peer in told["peers"]] == [400_000, 600_000, 200_000, 0]
+    assert view_as_json(finding.View(status=wire.PeerStatus(), life=Life.DIED))["checkpoint"] is None
+
+
+def test_a_status_of_a_newer_version_is_read() -> None:
+    text = json_format.MessageToJson(make_status())[:-1] + ', "whatNobodyKnows": 1}'
+    assert json_format.Parse(text, wire.PeerStatus(), ignore_unknown_fields=True).name == "anna"
+
+
+def test_the_command(home: Path, lives: Made) -> None:
+    lives.enter_context(living(named(home, "anna").start()))
+    over(home, "bert", wire.PEER_STATE_TRAINING, age_s=9)
+    page = CliRunner().invoke(status_command, []).output
+    assert page.splitlines()[0].startswith("anna (annaZ1), volunteer in run stdlib-gpt")
+    assert "swarmtrain join st1" + "x" * 300 + "\n" in page, "the invite is whole"
+    (line,) = CliRunner().invoke(status_command, ["--json"]).output.splitlines()
+    assert json.loads(line)["name"] == "anna"
+    listed = CliRunner().invoke(status_command, ["--all"]).output.splitlines()
+    assert [line.split()[:4] for line in listed] == [
+        ["anna", "annaZ1", "volunteer", "training"],
+        ["bert", "bertZ1", "volunteer", "died"],
+    ]
+    both = CliRunner().invoke(status_command, ["--all", "--json"]).output.splitlines()
+    assert [json.loads(line)["process"] for line in both] == ["running", "died"]
+    dead = CliRunner().invoke(status_command, ["bert"])
+    assert dead.exit_code == 0
+    assert "died without a goodbye about" in dead.output
+    assert f"swarmtrain join INVITE --dir {home / 'volunteer-bert'}" in dead.output.replace("\n", " ")
+    assert "others join with" not in dead.output
+
+
+def quick(arguments: list[str], environment: dict[str, str]) -> float:
+    import subprocess
+    import sys
+    import time
+
+    code = (
+        f"import sys; from swarmtrain.cli.main import run; code = run({arguments!r})\n"
+        "heavy = {'torch', 'hivemind', 'numpy', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(code or ', '.join(heavy) or 0)"
+    )
+    start_s = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return time.perf_counter() - start_s
+
+
+def test_it_is_quick_and_needs_nothing_heavy(home: Path, lives: Made) -> None:
+    lives.enter_context(living(named(home, "anna").start()))
+    environment: dict[str, Any] = {**os.environ}
+    assert min(quick(["status"], environment) for _ in range(5)) < 0.5

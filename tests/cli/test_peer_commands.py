@@ -1,0 +1,160 @@
+"""pause, resume, leave, limits: what they ask of the peer, what they say, how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_peer import FakePeer, living, make_status
+
+from swarmtrain.cli import leave
+from swarmtrain.cli.limits import parse_size
+from swarmtrain.cli.main import run
+from swarmtrain.v1 import control_pb2 as wire
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[FakePeer]:
+    with living(FakePeer(tmp_path / "anna").start()) as peer:
+        yield peer
+
+
+def test_pause(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pause", "--dir", str(peer.folder)]) == 0
+    assert peer.asked == [wire.PauseRequest()]
+    assert capsys.readouterr().out == "pausing: it finishes its step\\x1b[2J\n"
+
+
+def test_a_refusal_is_an_error_in_its_words(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["resume", "--dir", str(peer.folder)]) == 1
+    assert capsys.readouterr().err == "error: anna: a bootstrap does not train: there is nothing to resume\n"
+
+
+def test_leave_waits_for_the_end(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    def end() -> None:
+        assert peer.on_leave.wait(30)
+        peer.end(reason="asked")
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    assert run(["leave", "--dir", str(peer.folder)]) == 0
+    thread.join()
+    assert capsys.readouterr().out == "anna: ended just now: it was asked to leave\n"
+    assert run(["leave", "--dir", str(peer.folder)]) == 1
+    assert "anna does not run" in capsys.readouterr().err
+
+
+def test_leave_need_not_wait(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["leave", "--dir", str(peer.folder), "--no-wait"]) == 0
+    assert capsys.readouterr().out == "leaving: it finishes its step, says goodbye and ends\n"
+
+
+def test_leave_gives_up(peer: FakePeer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leave, "END_LIMIT_S", 0.0)
+    assert run(["leave", "--dir", str(peer.folder)]) == 1
+    assert "it was told to end and has not after 0 s" in capsys.readouterr().err
+
+
+def test_leave_says_when_it_ended_badly(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    def die() -> None:
+        assert peer.on_leave.wait(30)
+        peer.die()
+
+    thread = threading.Thread(target=die)
+    thread.start()
+    assert run(["leave", "--dir", str(peer.folder)]) == 1
+    thread.join()
+    assert "died without a goodbye" in capsys.readouterr().out
+
+
+def test_leave_over_tcp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with living(FakePeer(tmp_path / "anna").hold()) as peer:
+        address = peer.serve(tcp=True)
+
+        def end() -> None:
+            assert peer.on_leave.wait(30)
+            peer.end(reason="asked")
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        assert run(["leave", "--address", address]) == 0
+        thread.join()
+    assert capsys.readouterr().out == f"{address} has ended\n"
+
+
+HOLD = """
+import fcntl, os, signal, sys
+lock = os.open(sys.argv[1] + "/lock", os.O_RDWR | os.O_CREAT)
+fcntl.flock(lock, fcntl.LOCK_EX)
+os.write(lock, str(os.getpid()).encode())
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+print("held", flush=True)
+signal.pause()
+"""
+
+
+def test_leave_of_one_that_does_not_answer_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    with contextlib.closing(process.stdout) as out:  # type: ignore[type-var]
+        assert out is not None
+        assert out.readline() == "held\n"
+        assert run(["leave", "--dir", str(tmp_path), "--no-wait"]) == 0
+        assert process.wait(30) == 0
+    said = capsys.readouterr().out
+    assert said == f"process {process.pid} was told to end (SIGTERM): it does not answer its control socket\n"
+    assert signal.SIGTERM
+
+
+def test_limits_are_shown(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["limits", "--dir", str(peer.folder)]) == 0
+    assert capsys.readouterr().out == ("anna takes 2 threads, any memory, nice 10, busy or not, in the hours 22-7\n")
+    assert not peer.asked
+
+
+def test_limits_are_changed(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--dir", str(peer.folder)]
+    assert run(["limits", *where, "--threads", "3"]) == 0
+    assert capsys.readouterr().out == "from now on: 3 threads\n"
+    assert run(["limits", *where, "--memory", "4GB", "--nice", "0", "--any-time", "--hours", "22-7"]) == 0
+    assert run(["limits", *where, "--memory", "none", "--only-when-idle", "--hours", "any", "--threads", "0"]) == 0
+    assert peer.asked == [
+        wire.Limits(threads=3),
+        wire.Limits(memory_bytes=4 * 10**9, nice=0, only_when_idle=False, hours="22-7"),
+        wire.Limits(memory_bytes=0, only_when_idle=True, hours="any", threads=0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--memory", "4"], ["--memory", "x"], ["--nice", "20"], ["--nice", "-1"], ["--hours", "7"], ["--hours", "7-7"],
+     ["--hours", "7-25"], ["--threads", "-1"], ["--address", "here"], ["--address", "h:99999"]],
+)  # fmt: skip
+def test_bad_options(arguments: list[str], peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["limits", "--dir", str(peer.folder), *arguments]) == 2
+    assert "Invalid value" in capsys.readouterr().err
+    assert not peer.asked
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("4GB", "1.5 gib", "500m", "none", "0", "64kB")] == [
+        4 * 10**9, 3 * 2**29, 5 * 10**8, 0, 0, 64_000
+    ]  # fmt: skip
+
+
+def test_names_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    with contextlib.ExitStack() as stack:
+        for name in ("anna", "bert"):
+            status = make_status(name=name)
+            stack.enter_context(living(FakePeer(tmp_path / "swarmtrain" / name, status).start()))
+        assert run(["pause"]) == 2
+        assert "say which with NAME or --dir FOLDER" in capsys.readouterr().err
+        assert run(["pause", "bert"]) == 0
+    assert os.environ["XDG_DATA_HOME"] == str(tmp_path)

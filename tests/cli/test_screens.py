@@ -1,0 +1,280 @@
+"""What a person sees of a peer, drawn into screens of 80x24 and 120x40."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pyte
+import pytest
+from fake_peer import make_status
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from swarmtrain.cli.peers import Life, View
+from swarmtrain.cli.screen import draw_status, draw_watch, limits_in_words, list_peers, plain_line, sentence
+from swarmtrain.v1 import control_pb2 as wire
+
+FOLDER = Path("/home/anna/swarm")
+SIZES = [(80, 24), (120, 40)]
+
+
+def view(life: Life = Life.RUNNING, note: str = "", **changes: Any) -> View:
+    status = make_status(**changes)
+    return View(status=status, life=life, folder=FOLDER, now=status.time + 1, note=note)
+
+
+def on_screen(lines: list[Text], width: int, height: int) -> list[str]:
+    """The lines as a terminal shows them; fails if one does not fit."""
+    assert len(lines) <= height
+    out = io.StringIO()
+    console = Console(
+        file=out, width=width, height=height, force_terminal=True, color_system="standard", highlight=False
+    )
+    for line in lines:
+        assert line.cell_len <= width, line.plain
+        assert "\n" not in line.plain
+        console.print(line, soft_wrap=True, end="\r\n" if line is not lines[-1] else "")
+    screen = pyte.Screen(width, height)
+    pyte.Stream(screen).feed(out.getvalue())
+    shown = [line.rstrip() for line in screen.display]
+    assert shown[: len(lines)] == [line.plain.rstrip() for line in lines], "the terminal wrapped or scrolled"
+    return shown
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_watch_shows_all_that_a_person_wants_to_know(width: int, height: int) -> None:
+    shown = on_screen(draw_watch(view(), width, height), width, height)
+    text = "\n".join(shown)
+    assert shown[0].startswith("anna (Anna01), volunteer in run stdlib-gpt")
+    assert shown[0].endswith(" training")
+    assert len(shown[0]) == width
+    assert shown[1] == "training round 12: 14 of 25 steps"
+    assert "loss  2.250 nats/token, held-out 2.100 nats/byte" in text
+    assert "    5.00│" in text
+    assert sum("│" in line for line in shown) >= 5
+    assert re.search(r"█+░+  40% of 3 M tokens, about 2 min 26 s left$", text, re.MULTILINE)
+    assert "own 4.1 k tokens/s, swarm 12.3 k tokens/s" in text
+    assert "contribution  400 k tokens, 33% of all" in text
+    assert "sent 12 MB (1.2 MB/s), received 11 MB (0 B/s)" in text
+    assert "of round 11, 13 s ago, 10.2 MB" in text
+    assert "25.1 times below an all-reduce, 3% of the time waiting" in text
+    assert "2 of 3 volunteers here, and a bootstrap" in text
+    assert re.search(r"anna \(you\)  Anna01  400 k tokens  33%  here  round 12  4 k tokens/s", text)
+    assert "the disk is full: training goes on without checkpoints" in text
+    assert shown[height - 1].startswith("q leaves") or text.rstrip().endswith("q leaves this screen; the peer goes on")
+    assert ("2 threads" in text) == (height >= 30)
+
+
+def test_watch_grows_with_the_terminal() -> None:
+    small, big = (sum("│" in line.plain for line in draw_watch(view(), *size)) for size in SIZES)
+    assert big > small + 8
+
+
+def test_while_it_is_waited_for_the_screen_can_be_left() -> None:
+    text = "\n".join(on_screen(draw_watch(view(Life.DIED, note="waiting"), 80, 24), 80, 24))
+    assert text.rstrip().endswith("q leaves this screen")
+
+
+@pytest.mark.parametrize("width", [1, 2, 10, 20, 40, 79, 80, 250])
+@pytest.mark.parametrize("height", [1, 2, 5, 9, 12, 23, 24, 60])
+@pytest.mark.parametrize("life", Life)
+def test_watch_fits_any_terminal(width: int, height: int, life: Life) -> None:
+    lines = draw_watch(view(life, note="waiting for it to come back, 3 s at most"), width, height)
+    assert len(lines) <= height
+    assert all(line.cell_len <= width for line in lines)
+
+
+def test_what_matters_most_is_kept_on_a_small_terminal() -> None:
+    text = "\n".join(on_screen(draw_watch(view(), 60, 7), 60, 7))
+    assert "training round 12" in text
+    assert "40% of 3 M tokens" in text
+    assert "swarm 12.3 k tokens/s" in text
+
+
+def test_many_peers_are_counted() -> None:
+    status = make_status()
+    for number in range(500):
+        status.peers.add(peer=f"12D3KooW{number:06}", name=f"peer-{number}", tokens=number, present=number % 2 == 0)
+    seen = View(status=status, life=Life.RUNNING, folder=FOLDER, now=status.time)
+    shown = on_screen(draw_watch(seen, 80, 24), 80, 24)
+    (rest,) = [line for line in shown if line.startswith("and ")]
+    assert re.fullmatch(r"and 50\d more: \d+ here, \d+ away, \S+ k tokens", rest)
+    assert any(line.startswith("anna (you)") for line in shown)
+    page = [line.plain for line in draw_status(seen, 10_000, 10_000)]
+    assert sum("peer-" in line for line in page) == 500
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_only_ascii(width: int, height: int) -> None:
+    shown = on_screen(draw_watch(view(), width, height, ascii_only=True), width, height)
+    assert "\n".join(shown).replace("…", "").isascii()
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_nothing_is_known_yet(width: int, height: int) -> None:
+    empty = View(status=wire.PeerStatus(), life=Life.STARTING, folder=FOLDER, now=1.0)
+    text = "\n".join(on_screen(draw_watch(empty, width, height), width, height))
+    assert "swarm, peer" in text
+    assert "it is starting, and does not answer yet" in text
+    assert "none yet" in text
+    on_screen(draw_status(empty, width, 10), width, height)
+    started = wire.PeerStatus(time=1.0, pid=1, state=wire.PEER_STATE_STARTING, doing="preparing the text")
+    seen = View(status=started, life=Life.RUNNING, now=2.0)
+    text = "\n".join(line.plain for line in draw_status(seen, width, 10))
+    assert "the peer, peer" in text
+    assert "preparing the text" in text
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300])
+def test_senseless_and_huge_numbers(number: float, width: int, height: int) -> None:
+    largest = 2**64 - 1
+    status = make_status(
+        round=largest,
+        run_tokens=largest,
+        total_tokens=largest,
+        own_tokens=largest,
+        sent_bytes=largest,
+        inner_steps=largest,
+        pid=2**32 - 1,
+        own_tokens_per_s=number,
+        swarm_tokens_per_s=number,
+        sent_bytes_per_s=number,
+        times_below_allreduce=number,
+        stall_share=number,
+        held_out_loss=number,
+        started_time=number,
+    )
+    for peer in status.peers:
+        peer.tokens, peer.tokens_per_s, peer.round = largest, number, largest
+    status.losses.add(round=1, run_tokens=largest, loss=number, held_out_loss=number)
+    status.notices.add(time=number, message="m")
+    status.checkpoint.time = number
+    for life in Life:
+        for when in (status.time, number):
+            status.time = when
+            seen = View(status=status, life=life, folder=FOLDER, now=time.time())
+            on_screen(draw_watch(seen, width, height), width, height)
+            assert all(line.cell_len <= width for line in draw_status(seen, width, 10))
+            plain_line(seen)
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_names_and_messages_of_others_are_plain_text(width: int, height: int) -> None:
+    hostile = "\x1b[2J\x1b]0;owned\x07[bold red]x[/]\n\u202ereversed\r" + "宽" * 40
+    status = make_status(name=hostile, doing=hostile, run_name=hostile, role=hostile, peer=hostile, end_reason=hostile)
+    for peer in status.peers:
+        peer.name = peer.peer = hostile
+    status.notices.add(time=status.time, message=hostile)
+    status.limits.hours = hostile
+    for life in Life:
+        seen = View(status=status, life=life, folder=FOLDER, now=status.time)
+        for lines in (draw_watch(seen, width, height), draw_status(seen, width, 3)[:height], list_peers([seen], width)):
+            text = "\n".join(on_screen(lines, width, height))
+            assert not any(ord(character) < 32 for character in text.replace("\n", ""))
+            assert "\u202e" not in text
+        assert plain_line(seen).isprintable()
+        assert "[bold red]" in plain_line(seen) or life in (Life.STARTING, Life.DIED, Life.LOST)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (view(), "training round 12: 14 of 25 steps"),
+        (view(doing="", state=wire.PEER_STATE_PAUSED), "paused, without saying more"),
+        (view(Life.STARTING), "it is starting, and does not answer yet"),
+        (view(Life.SILENT), "it runs and does not answer; its last word, 1 s ago: training round 12: 14 of 25 steps"),
+        (view(Life.ENDED, end_reason="total_tokens"), "ended 1 s ago: total_tokens: the run has all of them"),
+        (view(Life.ENDED, end_reason="asked"), "ended 1 s ago: it was asked to leave"),
+        (
+            view(Life.FAILED, end_reason="nobody answers", exit_code=1),
+            "failed 1 s ago: nobody answers (exit code 1); "
+            "start it again with `swarmtrain join INVITE --dir /home/anna/swarm`",
+        ),
+    ],
+)
+def test_what_it_does_in_a_sentence(seen: View, expected: str) -> None:
+    assert sentence(seen) == expected
+
+
+def test_a_death_is_told_with_its_time_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    noon = 1_800_000_000 // 86400 * 86400 + 12 * 3600.0
+    status = make_status(time=noon)
+    seen = View(status=status, life=Life.DIED, folder=Path("/home/anna/my swarm"), now=noon + 3600)
+    assert sentence(seen) == (
+        "died without a goodbye about 12:00 (it was training round 12); "
+        "start it again with `swarmtrain join INVITE --dir '/home/anna/my swarm'`"
+    )
+    later = View(status=make_status(time=noon, role="bootstrap", state=5), life=Life.DIED, now=noon + 5 * 86400)
+    assert sentence(later) == (
+        "died without a goodbye about 2027-01-15 12:00 (it was serving); "
+        "start it again with `swarmtrain bootstrap RUN.toml`"
+    )
+    told = "\n".join(on_screen(draw_watch(seen, 80, 24), 80, 24))
+    assert "--dir '/home/anna/my" in told
+    assert "q leaves" not in told
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "40% of 3 M tokens, about 2 min 26 s left"),
+        ({"state": wire.PEER_STATE_PAUSED}, "40% of 3 M tokens"),
+        ({"swarm_tokens_per_s": 0}, "40% of 3 M tokens"),
+        ({"run_tokens": 2_999_999}, "99% of 3 M tokens, about 0.0 s left"),
+        ({"run_tokens": 3_000_000}, "100% of 3 M tokens, finishing"),
+        ({"run_tokens": 4_000_000}, "100% of 3 M tokens, finishing"),
+        ({"run_tokens": 10_000}, "0.3% of 3 M tokens, about 4 min 3 s left"),
+        ({"total_tokens": 2**63}, "0% of 9223 P tokens, more than 10 years left"),
+        ({"total_tokens": 0}, "1.2 M tokens"),
+    ],
+)
+def test_progress(changes: dict[str, Any], expected: str) -> None:
+    page = [line.plain for line in draw_status(view(**changes), 200, 10)]
+    (line,) = [line for line in page if line.startswith("progress")]
+    assert line.removeprefix("progress").strip() == expected
+
+
+def test_the_status_page_fits_a_screen_and_names_everyone() -> None:
+    shown = on_screen(draw_status(view(), 80, 6), 80, 24)
+    text = "\n".join(shown)
+    assert re.search(r"bert +Bert01  600 k tokens  50%  here  round 12", text)
+    assert re.search(r"cleo +Cleo01  200 k tokens  16%  away", text)
+    assert re.search(r"bootstrap +Boot01 +bootstrap +here", text)
+    assert "limits        2 threads, any memory, nice 10, busy or not, in the hours 22-7" in text
+    assert "process       " in text
+    assert "folder        /home/anna/swarm" in text
+
+
+def test_a_list_of_peers() -> None:
+    ended = make_status(name="bert", state=wire.PEER_STATE_DONE)
+    lines = list_peers([view(), View(status=ended, life=Life.ENDED, folder=FOLDER, now=ended.time + 400)], 120)
+    first, second = on_screen(lines, 120, 24)[:2]
+    assert re.fullmatch(r"anna  Anna01  volunteer  training +stdlib-gpt  40%  /home/anna/swarm", first)
+    assert re.fullmatch(r"bert  Anna01  volunteer  ended     6 min ago  stdlib-gpt  40%  /home/anna/swarm", second)
+
+
+def test_limits() -> None:
+    assert limits_in_words(wire.Limits()) == "all threads, any memory, nice 0, busy or not, at any hour"
+    limits = wire.Limits(threads=1, memory_bytes=4 * 10**9, nice=19, only_when_idle=True, hours="any")
+    assert limits_in_words(limits) == (
+        "1 thread, at most 4 GB of memory, nice 19, only when the machine is idle, at any hour"
+    )
+
+
+def test_a_plain_line() -> None:
+    line = plain_line(view())
+    assert line[8:] == (
+        " anna training: training round 12: 14 of 25 steps; round 12; loss 2.250 nats/token, held-out 2.100 nats/byte; "
+        "40% of 3 M tokens; about 2 min 26 s left; own 400 k tokens, 33% of all"
+    )
+    assert cell_len(line) == len(line)
