@@ -33,7 +33,12 @@ WHICH_PEER = ("[NAME]", "--dir", "--address")
 # Every command with its arguments and options. A change here is a change of what people type: say it in CHANGELOG.md.
 FROZEN: dict[str, tuple[str, ...]] = {
     "bootstrap": ("RUN.toml", "--wait-for", *PEER_OPTIONS),
-    "join": ("INVITE", "--threads", "--data", *PEER_OPTIONS),
+    "join": (
+        "[INVITE]",
+        *("--threads", "--memory", "--nice", "--only-when-idle", "--hours"),
+        "--data",
+        *PEER_OPTIONS,
+    ),
     "local": ("RUN.toml", "--peers", "--threads", "--compare-alone", "--data", "--dir", "--json", "--log-level"),
     "status": (*WHICH_PEER, "--all", "--json"),
     "watch": (*WHICH_PEER, "--json"),

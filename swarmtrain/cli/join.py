@@ -2,27 +2,83 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from swarmtrain.cli.common import PeerOptions, errors_as_events, example, open_sink, peer_directory, peer_options
 
+if TYPE_CHECKING:
+    from swarmtrain.membership.limits import Hours, Limits
+    from swarmtrain.network.invite import Invite
+
 __all__ = ["command"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _hours(ctx: click.Context, param: click.Parameter, value: str) -> Hours:
+    from swarmtrain.membership.limits import parse_hours
+
+    try:
+        return parse_hours(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
+def _memory(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    from swarmtrain.membership.limits import parse_size
+
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
+_SCOPE = (
+    click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="Processor threads to train with.  [default: all cores]"),
+    click.option("--memory", callback=_memory, default="none", metavar="SIZE", help="Memory this peer may use, such as 4GB.  [default: no limit]"),
+    click.option("--nice", type=click.IntRange(0, 19), metavar="N", help="Yield to other programs: 0 as they, 19 takes only what they leave.  [default: as it is started]"),
+    click.option("--only-when-idle", is_flag=True, help="Rest while other programs use the processors."),
+    click.option("--hours", callback=_hours, default="any", metavar="FROM-TO", help="Train only then, local time, such as 22-7 or 12-13,18:30-8.  [default: any]"),
+)  # fmt: skip
+
+
+def _limit_options(function: _F) -> _F:
+    """The options of what it may take of the machine, received as one argument, `limits: Limits`."""
+
+    @functools.wraps(function)
+    def bundled(**values: Any) -> Any:
+        from swarmtrain.membership.limits import Limits
+
+        limits = Limits(
+            threads=values.pop("threads") or 0,
+            memory_bytes=values.pop("memory"),
+            nice=values.pop("nice"),
+            only_when_idle=values.pop("only_when_idle"),
+            hours=values.pop("hours"),
+        )
+        return function(limits=limits, **values)
+
+    decorated: Any = bundled
+    for option in reversed(_SCOPE):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
 
 
 @click.command(
     name="join",
-    epilog=example("swarmtrain join INVITE", "swarmtrain join INVITE --name anna --threads 2 --dir ~/swarm"),
+    epilog=example(
+        "swarmtrain join INVITE",
+        "swarmtrain join INVITE --name anna --threads 2 --dir ~/swarm",
+        "swarmtrain join INVITE --background --nice 10 --hours 22-7",
+    ),
 )
-@click.argument("invite", metavar="INVITE")
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    default=None,
-    metavar="N",
-    help="Processor threads to train with.  [default: all cores]",
-)
+@click.argument("invite", metavar="[INVITE]", default="")
+@_limit_options
 @click.option(
     "--data",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
@@ -30,16 +86,16 @@ __all__ = ["command"]
     help="Where your own files are, for runs that train on text or JSON lines.",
 )
 @peer_options
-def command(invite: str, threads: int | None, data: Path | None, options: PeerOptions) -> None:
+def command(invite: str, limits: Limits, data: Path | None, options: PeerOptions) -> None:
     """Join the run of INVITE and train until it ends.
 
     Fetches the run, checks it against the hash in the invite, and trains on this machine. Nothing that arrives is
-    executed. Ctrl-C once leaves cleanly, twice at once.
+    executed. Ctrl-C once leaves cleanly, twice at once. Without INVITE it goes on with the run of its folder, through
+    the peers it knew. What it may take of the machine can be changed while it runs: `swarmtrain limits`.
     """
-    from swarmtrain.network.invite import parse_invite
-
     with errors_as_events(options.json, options.name):
-        parsed = parse_invite(invite)
+        directory = _free_directory(options)
+        parsed = _invite(invite, directory)
     import platformdirs
 
     from swarmtrain.cli.background import outputs_to_log
@@ -49,17 +105,33 @@ def command(invite: str, threads: int | None, data: Path | None, options: PeerOp
 
     options.stop.check()
     settings = PeerSettings(
-        directory=_free_directory(options),
+        directory=directory,
         name=options.name,
         listen=options.listen,
         announce=options.announce,
         data_folder=data,
         cache_folder=platformdirs.user_cache_path("swarmtrain"),
-        threads=threads or 0,
+        limits=limits,
         log_descriptors=outputs_to_log(),
     )
     with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
         emit(run_volunteer(parsed, settings, emit, options.stop))
+
+
+def _invite(word: str, directory: Path) -> Invite:
+    """The invite, or without one the run of the folder and the peers known there. UserError when there is no run."""
+    from swarmtrain.network.invite import Invite, parse_invite
+
+    if word:
+        return parse_invite(word)
+    from swarmtrain.errors import UserError
+    from swarmtrain.peer.folder import PeerFolder
+
+    folder = PeerFolder(directory)
+    kept = folder.kept_run()
+    if kept is None:
+        raise UserError(f"there is no run in {directory} to go on with: give the invite, or its folder with --dir")
+    return Invite(kept.sha256, folder.kept_peers())
 
 
 def _free_directory(options: PeerOptions) -> Path:

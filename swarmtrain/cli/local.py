@@ -133,6 +133,7 @@ def _alone(directory: Path, data: Path, steps: int, emit: EventSink) -> float:
     from rich.progress import Progress
 
     from swarmtrain.events import AloneEvent
+    from swarmtrain.membership.limits import Limits
     from swarmtrain.peer.alone import train_alone
     from swarmtrain.peer.common import PeerSettings
     from swarmtrain.peer.folder import PeerFolder
@@ -142,7 +143,7 @@ def _alone(directory: Path, data: Path, steps: int, emit: EventSink) -> float:
         name="alone",
         data_folder=data,
         cache_folder=platformdirs.user_cache_path("swarmtrain"),
-        threads=1,  # small models gain nothing from a second one, and lose much where cores are shared
+        limits=Limits(threads=1),  # small models gain nothing from a second one, and lose much where cores are shared
     )
     published = PeerFolder(directory / "bootstrap").kept_run()
     assert published is not None, "the bootstrap kept its run"

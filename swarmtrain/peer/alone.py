@@ -52,7 +52,7 @@ def train_alone(
     Its schedule runs over exactly those steps, and it merges with nobody: outer rate 1 without momentum is plain
     AdamW. `advance` is told after each round how many steps were taken.
     """
-    use_threads(settings.threads)
+    use_threads(settings.limits.threads)
     run = _lone_run(published.run, inner_steps)
     base = data_base(run, settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, settings.cache_folder)

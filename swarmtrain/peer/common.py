@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -21,6 +21,7 @@ from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import Event, InviteEvent, WarningEvent, stamped
+from swarmtrain.membership.limits import Limits
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import GPT, evaluate
@@ -69,7 +70,7 @@ class PeerSettings:
     announce: tuple[str, ...] = ()
     data_folder: Path | None = None
     cache_folder: Path | None = None
-    threads: int = 0
+    limits: Limits = field(default_factory=Limits)
     log_descriptors: tuple[int, ...] = ()  # of this process, to follow the log file
     control: str = ""
     """Where to serve control over TCP too, HOST:PORT; empty: only at the socket in `directory`."""

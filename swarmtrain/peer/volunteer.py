@@ -50,12 +50,12 @@ from swarmtrain.peer.common import (
     process_age_s,
     save_model,
     start_node,
-    use_threads,
     wait_for,
 )
 from swarmtrain.peer.controlled import Controlled, controlled
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.trainer import RoundReport, Trainer
@@ -72,7 +72,6 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
 
     Raises UserError and RunTimeError with one line for a person.
     """
-    use_threads(settings.threads)
     with (
         peer_folder(settings.directory) as folder,
         peer_log(folder.path, settings.log_descriptors),
@@ -82,7 +81,8 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
         stop.explain = network.log_tasks
         volunteer = _Volunteer(invite, settings, folder, network, control)
         try:
-            return control.ended(log_event(volunteer.run()))
+            with kept_limits(volunteer.limits):
+                return control.ended(log_event(volunteer.run()))
         except Interrupted:
             done = DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=process_age_s(), reason=stop.reason)
             return control.ended(log_event(volunteer.stamp(done)))
@@ -110,6 +110,7 @@ class _Volunteer:
     emit: Emit = field(init=False)
     stop: StopFlag = field(init=False)
     pause: PauseSwitch = field(default_factory=PauseSwitch)
+    limits: LimitKeeper = field(init=False)
     node: Node | None = None
     swarm: Swarm | None = None
     name: str = ""
@@ -117,6 +118,9 @@ class _Volunteer:
     def __post_init__(self) -> None:
         self.emit, self.stop = self.control.emit, self.control.stop
         self.control.pause = self.pause
+        self.limits = LimitKeeper(self.settings.limits, self.pause, lambda event: self.emit(event))
+        self.control.limit = self.limits.change
+        self.control.board.add_looker(lambda status: status.limits.CopyFrom(self.limits.limits()))
 
     def run(self) -> DoneEvent:
         self.control.starting("starting the network")
@@ -135,7 +139,7 @@ class _Volunteer:
             batches=ready.batches,
             exchange=exchange,
             report=lambda report: self._report(report, exchange, ready),
-            should_stop=lambda: self.stop.is_set() or self.pause.held,
+            should_stop=self._should_stop,
         )
         self.control.watch_volunteer(exchange)
         if self.pause.held:
@@ -198,6 +202,7 @@ class _Volunteer:
     def _prepare(self, node: Node, published: PublishedRun) -> _Ready:
         """Text and model: what takes time and needs nobody else."""
         run = published.run
+        check_memory(run, num_parameters(run.model), self.settings.limits.memory_bytes)
         base = data_base(run, self.settings.data_folder)
         data = training_data(run, base, published.held_out, published.tokenizer, self.settings.cache_folder)
         self.stop.check()
@@ -269,6 +274,11 @@ class _Volunteer:
             except Interrupted:
                 return reason
             self.emit(ResumedEvent(round=trainer.progress.round, paused_s=paused_s))
+
+    def _should_stop(self) -> bool:
+        """Asked by the trainer between two steps."""
+        self.limits.between_steps()
+        return self.stop.is_set() or self.pause.held
 
     def _rest(self) -> float:
         """Wait until the pause is over; how long that was, in seconds."""

@@ -1,0 +1,215 @@
+"""What a peer may take of its machine, and when it has to rest because of that. Decisions: the time and the
+measurements are arguments, the answer is a sentence that says why it rests, empty while it may train.
+
+Why it rests as it does:
+- Hours are this machine's wall clock, whatever its zone does: 22-7 is night on the day the clocks change, too.
+- Other programs count by the processor time they use, this peer's own taken away: a peer that uses all cores does not
+  take itself for somebody else. It goes quickly (a person waits for their machine) and comes back slowly (each return
+  costs the others a pull of the state).
+- Memory above the limit for a moment is told; for longer, the peer rests until it is allowed more: a limit that does
+  not hold is none, and one that returned by itself would come and go for ever, since it would need as much again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+from collections import deque
+from dataclasses import dataclass, field
+
+from swarmtrain.words import size_in_words
+
+__all__ = [
+    "ALWAYS",
+    "MAX_NICE",
+    "MAX_THREADS",
+    "Hours",
+    "IdleWatch",
+    "Limits",
+    "MemoryWatch",
+    "parse_hours",
+    "parse_size",
+    "size_of_limit",
+]
+
+MAX_NICE = 19
+MAX_THREADS = 4096
+
+BUSY_SHARE = 0.25
+"""Other programs use the machine when they take more of all its processors than this, on average over `AVERAGE_S`."""
+QUIET_SHARE = 0.15
+AVERAGE_S = 15.0
+QUIET_S = 60.0
+"""It comes back when they have taken less than `QUIET_SHARE` for so long."""
+ASLEEP_S = 60.0
+"""Two measurements further apart than this: the machine or the process slept in between."""
+
+MEMORY_PATIENCE_S = 30.0
+MEMORY_AGAIN = 0.9
+"""A warning is repeated once it was below this part of the limit."""
+
+_DAY_MINUTES = 24 * 60
+
+
+@dataclass(frozen=True)
+class Hours:
+    """Parts of the day in which it may train, in minutes from midnight: (from, to), over midnight if to <= from."""
+
+    text: str
+    ranges: tuple[tuple[int, int], ...]
+
+    def rest(self, now: datetime.datetime) -> str:
+        """Why it rests at `now`, local time."""
+        minute = now.hour * 60 + now.minute
+        if not self.ranges or any((minute - start) % _DAY_MINUTES < _length(start, end) for start, end in self.ranges):
+            return ""
+        back = min((start for start, _ in self.ranges), key=lambda start: (start - minute) % _DAY_MINUTES)
+        return f"outside the hours {self.text}; back at {back // 60}:{back % 60:02d}"
+
+
+def _length(start: int, end: int) -> int:
+    return (end - start - 1) % _DAY_MINUTES + 1
+
+
+ALWAYS = Hours("any", ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a peer may take of its machine."""
+
+    threads: int = 0  # of the training; 0: all
+    memory_bytes: int = 0  # its daemon included; 0: no limit
+    nice: int | None = None  # None: as it was started
+    only_when_idle: bool = False
+    hours: Hours = field(default=ALWAYS)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise ValueError(f"threads: {self.threads} is refused; allowed: 0 (all) to {MAX_THREADS}")
+        if self.nice is not None and not 0 <= self.nice <= MAX_NICE:
+            raise ValueError(f"nice: {self.nice} is refused; allowed: 0 (as others) to {MAX_NICE} (what others leave)")
+        if self.memory_bytes < 0:
+            raise ValueError(f"memory: {self.memory_bytes} bytes is refused; allowed: 0 (no limit) and more")
+
+    def with_changes(self, **changes: object) -> Limits:
+        """These with some changed; ValueError says what is allowed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- what people write
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `4GB`, `500 MB` or `1.5GiB`; `none` and `0` are 0. ValueError says what is allowed."""
+    if text.strip().lower() in ("none", "0"):
+        return 0
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)\s*([kMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise ValueError(f"{text!r} is no size; write it like 4GB, 500MB or 1.5GiB, or none")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".index(match[2].lower()) + 1))
+
+
+def size_of_limit(num_bytes: int) -> str:
+    """A limit as it may be written, such as `4GB`."""
+    return size_in_words(num_bytes).replace(" ", "") if num_bytes else "none"
+
+
+def parse_hours(text: str) -> Hours:
+    """Hours such as `22-7`, `22:30-7:15` or `12-13,18-8`; `any` is always. ValueError says what is allowed."""
+    if text.strip().lower() == "any":
+        return ALWAYS
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,2})(?::(\d\d))?\s*-\s*(\d{1,2})(?::(\d\d))?\s*", part)
+        if match is None:
+            raise ValueError(f"{part.strip()!r} is no range of hours; write 22-7, 22:30-7:15, 12-13,18-8, or any")
+        start, end = _minute(match[1], match[2]), _minute(match[3], match[4])
+        if start % _DAY_MINUTES == end % _DAY_MINUTES and (start, end) != (0, _DAY_MINUTES):
+            raise ValueError(f"{part.strip()!r} begins when it ends; write any for the whole day")
+        ranges.append((start % _DAY_MINUTES, end))
+    return Hours(",".join(part.strip() for part in text.split(",")), tuple(ranges))
+
+
+def _minute(hours: str, minutes: str | None) -> int:
+    minute = int(hours) * 60 + int(minutes or 0)
+    if minute > _DAY_MINUTES or int(minutes or 0) > 59:
+        raise ValueError(f"{hours}{':' + minutes if minutes else ''} is no time of day; allowed: 0:00 to 24:00")
+    return minute
+
+
+# ---------------------------------------------------------------- other programs
+
+
+@dataclass
+class IdleWatch:
+    """Whether other programs use the processors; fed with the processor time that all of them have used so far."""
+
+    num_processors: int
+    resting: str = ""
+    _seen: deque[tuple[float, float]] = field(default_factory=deque)  # (now, processor seconds of others)
+    _quiet_since_s: float | None = None
+
+    def rest(self, now_s: float, others_s: float) -> str:
+        """Why it rests; `others_s` are processor seconds of other programs, since any moment."""
+        if self._seen and not 0 <= now_s - self._seen[-1][0] <= ASLEEP_S:
+            self._seen.clear()
+            self._quiet_since_s = None
+        self._seen.append((now_s, others_s))
+        while len(self._seen) > 1 and self._seen[1][0] <= now_s - AVERAGE_S:
+            self._seen.popleft()
+        share = self._share()
+        if share is None:
+            return self.resting
+        if share > QUIET_SHARE:
+            self._quiet_since_s = None
+        elif self._quiet_since_s is None:
+            self._quiet_since_s = now_s
+        if self.resting:
+            if self._quiet_since_s is not None and now_s - self._quiet_since_s >= QUIET_S:
+                self.resting = ""
+        elif share > BUSY_SHARE:
+            self.resting = f"other programs use {share:.0%} of the processors; back after a minute of quiet"
+        return self.resting
+
+    def _share(self) -> float | None:
+        """Their part of all processors on average over the window; None before it is full."""
+        (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
+        if last_s - first_s < AVERAGE_S:
+            return None
+        return max(0.0, last - first) / ((last_s - first_s) * self.num_processors)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@dataclass
+class MemoryWatch:
+    """Whether the peer keeps to its memory."""
+
+    resting: str = ""
+    _warned: bool = False
+    _above_since_s: float | None = None
+    _most_bytes: int = 0  # when it had to rest
+
+    def rest(self, now_s: float, used_bytes: int, limit_bytes: int) -> tuple[str, str]:
+        """(why it rests, a warning to tell now)."""
+        if not limit_bytes or (self.resting and limit_bytes > self._most_bytes):
+            self.resting, self._warned, self._above_since_s = "", False, None
+        if self.resting or not limit_bytes:
+            return self.resting, ""
+        if used_bytes <= limit_bytes:
+            self._above_since_s = None
+            self._warned = self._warned and used_bytes > MEMORY_AGAIN * limit_bytes
+            return "", ""
+        if self._above_since_s is None:
+            self._above_since_s = now_s
+        fact = f"it uses {size_in_words(used_bytes)} of memory, and may use {size_in_words(limit_bytes)}"
+        if now_s - self._above_since_s >= MEMORY_PATIENCE_S:
+            self._most_bytes = used_bytes
+            self.resting = f"{fact}; it goes on when `swarmtrain limits --memory` allows more"
+            return self.resting, ""
+        warning = "" if self._warned else f"{fact}; if that lasts for {MEMORY_PATIENCE_S:.0f} s it rests"
+        self._warned = True
+        return "", warning

@@ -1,0 +1,82 @@
+"""What a run costs each of its peers: arithmetic on the run file alone.
+
+The constants were measured (2 cores, CPU torch): see the comments. Bytes sent count the payload of the merges;
+presence records and late joiners add a little.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from swarmtrain.events import times_below_allreduce
+from swarmtrain.run import RunFile
+
+__all__ = ["Estimate", "estimate"]
+
+# Proportional set sizes: torch, hivemind and our own imports; the networking daemon.
+IMPORTS_BYTES = 240_000_000
+DAEMON_BYTES = 60_000_000
+# fp32: weights, gradients, AdamW's two moments, outer weights, outer momentum, the last two publications.
+BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4 + 2 * 4
+# Numbers kept for the backward pass per token and layer, in widths: measured 16.8 at ratio 2, 21.4 at ratio 4.
+ACTIVATION_WIDTHS = 13
+ACTIVATION_WIDTHS_PER_RATIO = 2
+LOGITS_COPIES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The cost of a run for each of `num_peers` equal peers."""
+
+    num_peers: int
+    num_parameters: int
+    tokens_per_step: int  # of one peer
+    tokens_per_round: int  # of all peers
+    num_rounds: int
+    inner_steps_per_peer: int
+    bytes_sent_per_round: int
+    bytes_received_per_round: int
+    times_below_allreduce: float | None  # None for a peer alone
+    memory_bytes: int  # program + parameters + activations
+    memory_program_bytes: int
+    memory_parameters_bytes: int
+    memory_activations_bytes: int
+
+
+def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
+    """What each of `num_peers` (>= 1) peers trains, sends and holds in this run."""
+    steps = math.ceil(run.run.total_tokens / (run.tokens_per_step * num_peers))
+    gradient_bytes, others = 4 * num_parameters, num_peers - 1
+    if num_peers <= run.merge.share_above:
+        sent = gradient_bytes * others  # the whole pseudo-gradient, to each
+        incoming = gradient_bytes * others
+    else:
+        sent = 2 * gradient_bytes * others // num_peers  # as an all-reduce: scatter the shares, gather the results
+        incoming = 2 * gradient_bytes
+    parameters_bytes = BYTES_PER_PARAMETER * num_parameters + incoming
+    activations_bytes = _activations_bytes(run)
+    program_bytes = IMPORTS_BYTES + DAEMON_BYTES
+    return Estimate(
+        num_peers=num_peers,
+        num_parameters=num_parameters,
+        tokens_per_step=run.tokens_per_step,
+        tokens_per_round=run.tokens_per_step * run.merge.inner_steps * num_peers,
+        num_rounds=math.ceil(steps / run.merge.inner_steps),
+        inner_steps_per_peer=steps,
+        bytes_sent_per_round=sent,
+        bytes_received_per_round=sent,
+        times_below_allreduce=times_below_allreduce(num_parameters, run.merge.inner_steps, sent),
+        memory_bytes=program_bytes + parameters_bytes + activations_bytes,
+        memory_program_bytes=program_bytes,
+        memory_parameters_bytes=parameters_bytes,
+        memory_activations_bytes=activations_bytes,
+    )
+
+
+def _activations_bytes(run: RunFile) -> int:
+    model = run.model
+    sequences = max(run.inner.microbatch_sequences or run.inner.batch_sequences, run.evaluation.batch_sequences // 4)
+    widths = ACTIVATION_WIDTHS + ACTIVATION_WIDTHS_PER_RATIO * model.feed_forward_ratio
+    numbers = model.num_layers * model.width * widths + LOGITS_COPIES * model.vocabulary_size
+    return round(4 * sequences * model.context_tokens * numbers)

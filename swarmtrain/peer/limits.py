@@ -1,0 +1,229 @@
+"""Keeps a volunteer to what it may take of its machine: rests it, slows it, and takes changes while it runs.
+
+A thread of its own measures and decides every few seconds (the decisions are `membership/limits.py`); the number of
+threads is changed by the trainer between two steps, since it belongs to the thread that trains.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import psutil
+import torch
+
+from swarmtrain.errors import UserError
+from swarmtrain.events import Event, WarningEvent
+from swarmtrain.membership.limits import (
+    ALWAYS,
+    IdleWatch,
+    Limits,
+    MemoryWatch,
+    parse_hours,
+    size_of_limit,
+)
+from swarmtrain.peer.estimate import estimate
+from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.usage import Usage, set_niceness
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.words import size_in_words
+
+__all__ = ["LimitKeeper", "Measured", "check_memory", "kept_limits"]
+
+LOOK_EVERY_S = 3.0
+
+_log = logging.getLogger(__name__)
+
+
+class Measured(Protocol):
+    """What is measured; see `Usage`."""
+
+    @property
+    def num_processors(self) -> int: ...
+
+    def others_s(self) -> float: ...
+
+    def memory_bytes(self) -> int: ...
+
+
+def local_time() -> datetime.datetime:
+    """This machine's wall clock, in the zone it is in now: laptops travel."""
+    time.tzset()
+    return datetime.datetime.now()
+
+
+class LimitKeeper:
+    """Holds a `PauseSwitch` as the limits say. Usable from any thread, `between_steps` from the trainer's."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        pause: PauseSwitch,
+        emit: Callable[[Event], None],
+        measured: Measured | None = None,
+        local_now: Callable[[], datetime.datetime] = local_time,
+    ) -> None:
+        self._limits, self._pause, self._emit = limits, pause, emit
+        self._measured = measured or Usage()
+        self._local_now = local_now
+        self._idle = IdleWatch(self._measured.num_processors)
+        self._memory = MemoryWatch()
+        self._held: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._all_threads = torch.get_num_threads()
+        self._threads = self._all_threads
+        self._nice = os.getpriority(os.PRIO_PROCESS, 0)
+
+    # ------------------------------------------------------------- what is in force
+
+    def limits(self) -> pb.Limits:
+        """What it may take now."""
+        with self._lock:
+            limits = self._limits
+        return pb.Limits(
+            threads=limits.threads,
+            memory_bytes=limits.memory_bytes,
+            nice=self._nice,
+            only_when_idle=limits.only_when_idle,
+            hours=limits.hours.text,
+        )
+
+    def change(self, wanted: pb.Limits) -> str:
+        """Change what `wanted` names; returns what happens now. UserError says what is allowed."""
+        try:
+            given = {name.name: value for name, value in wanted.ListFields()}
+            # An optional field that is present with its default value is not listed.
+            given |= {name: getattr(wanted, name) for name in _FIELDS if wanted.HasField(name)}
+            if "hours" in given:
+                given["hours"] = parse_hours(given["hours"])
+            with self._lock:
+                changed = self._limits.with_changes(**given)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if "nice" in given:
+            self._set_nice(changed.nice)
+        with self._lock:
+            self._limits = changed
+        self.tick()
+        return self._in_words(given)
+
+    def _in_words(self, given: dict[str, object]) -> str:
+        limits, said = self._limits, []
+        if "threads" in given:
+            said.append(f"{limits.threads or self._all_threads} threads from the next inner step on")
+        if "memory_bytes" in given:
+            said.append(f"memory {size_of_limit(limits.memory_bytes)}")
+        if "nice" in given:
+            said.append(f"niceness {limits.nice}")
+        if "only_when_idle" in given:
+            said.append("trains only while other programs are idle" if limits.only_when_idle else "trains at any load")
+        if "hours" in given:
+            said.append("trains at any hour" if limits.hours == ALWAYS else f"trains in the hours {limits.hours.text}")
+        rests = self._pause.reason
+        said.append(f"it rests: {rests}" if rests else "it trains")
+        return "; ".join(said)
+
+    # ------------------------------------------------------------- keeping them
+
+    def start(self) -> None:
+        """Apply the limits for the first time, in the trainer's thread. UserError when one cannot be."""
+        self._set_nice(self._limits.nice)
+        self.between_steps()
+        self.tick()
+
+    def between_steps(self) -> None:
+        """Apply the number of threads; costs nothing unless it has changed."""
+        wanted = self._limits.threads or self._all_threads
+        if wanted != self._threads:
+            torch.set_num_threads(wanted)
+            self._threads = wanted
+
+    def _set_nice(self, nice: int | None) -> None:
+        if nice is None:
+            return
+        try:
+            set_niceness(nice)
+        except PermissionError:
+            raise UserError(
+                f"nice: only an administrator may go back from {self._nice} to {nice}; end this peer, and join again "
+                f"with --nice {nice}"
+            ) from None
+        self._nice = nice
+
+    def tick(self) -> None:
+        """Measure, decide, and hold or release the switch."""
+        with self._lock:
+            limits, now_s = self._limits, time.monotonic()
+            self._apply("hours", limits.hours.rest(self._local_now()))
+            self._apply("idle", self._idle_rest(now_s, limits))
+            self._apply("memory", self._memory_rest(now_s, limits))
+
+    def _idle_rest(self, now_s: float, limits: Limits) -> str:
+        if not limits.only_when_idle:
+            self._idle = IdleWatch(self._measured.num_processors)
+            return ""
+        return self._idle.rest(now_s, self._measured.others_s())
+
+    def _memory_rest(self, now_s: float, limits: Limits) -> str:
+        used_bytes = self._measured.memory_bytes() if limits.memory_bytes else 0
+        rest, warning = self._memory.rest(now_s, used_bytes, limits.memory_bytes)
+        if warning:
+            self._emit(WarningEvent(message=warning))
+        return rest
+
+    def _apply(self, source: str, reason: str) -> None:
+        if reason == self._held.get(source, ""):
+            return
+        self._held[source] = reason
+        if reason:
+            _log.info("rests: %s", reason)
+            self._pause.hold(source, reason)
+        else:
+            _log.info("no longer held back by %s", source)
+            self._pause.release(source)
+
+
+_FIELDS = ("threads", "memory_bytes", "nice", "only_when_idle", "hours")
+
+
+@contextmanager
+def kept_limits(keeper: LimitKeeper) -> Iterator[LimitKeeper]:
+    """Inside, the limits are kept."""
+    keeper.start()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(LOOK_EVERY_S):
+            try:
+                keeper.tick()
+            except (psutil.Error, OSError) as error:
+                _log.warning("this machine could not be measured: %s", error)
+
+    thread = threading.Thread(target=look, name="limits", daemon=True)
+    thread.start()
+    try:
+        yield keeper
+    finally:
+        ended.set()
+        thread.join()
+
+
+def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
+    """UserError when this run cannot keep to the limit, even with one partner only."""
+    if not limit_bytes:
+        return
+    cost = estimate(run, num_parameters, num_peers=2)
+    if cost.memory_bytes > limit_bytes:
+        raise UserError(
+            f"this run needs about {size_in_words(cost.memory_bytes)} of memory "
+            f"({size_in_words(cost.memory_program_bytes)} program, {size_in_words(cost.memory_parameters_bytes)} "
+            f"parameters, {size_in_words(cost.memory_activations_bytes)} activations), and --memory allows "
+            f"{size_in_words(limit_bytes)}: allow more, or join a run with a smaller model"
+        )

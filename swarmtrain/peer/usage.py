@@ -1,0 +1,80 @@
+"""What this process and its daemon use of the machine, and what everybody else does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+__all__ = ["Usage", "set_niceness"]
+
+
+class Usage:
+    """Measures this process together with the processes it has started."""
+
+    def __init__(self) -> None:
+        self._me = psutil.Process()
+
+    @property
+    def num_processors(self) -> int:
+        """Of the machine."""
+        return psutil.cpu_count() or 1
+
+    def others_s(self) -> float:
+        """Processor seconds that all other programs of the machine have used so far."""
+        times = psutil.cpu_times()
+        names = ("user", "nice", "system", "irq", "softirq")  # neither idle, nor taken by another virtual machine
+        busy_s = sum(float(getattr(times, name, 0.0)) for name in names)
+        return busy_s - self._own_s()
+
+    def _own_s(self) -> float:
+        mine = self._me.cpu_times()
+        own_s = float(mine.user + mine.system + mine.children_user + mine.children_system)
+        for child in self._children():
+            with contextlib.suppress(psutil.Error):
+                times = child.cpu_times()
+                own_s += times.user + times.system
+        return own_s
+
+    def memory_bytes(self) -> int:
+        """Memory of this process and its daemon; what is shared with other programs counts in proportion."""
+        total = 0
+        for process in (self._me, *self._children()):
+            with contextlib.suppress(psutil.Error):
+                total += _memory_of(process)
+        return total
+
+    def _children(self) -> list[psutil.Process]:
+        try:
+            return self._me.children(recursive=True)
+        except psutil.Error:
+            return []
+
+
+def _memory_of(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except (AttributeError, psutil.AccessDenied):
+        return int(process.memory_info().rss)
+
+
+def set_niceness(nice: int) -> None:
+    """Give this process and its daemon this niceness, with all their threads. PermissionError when it is too low."""
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        for thread in _threads_of(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, thread, nice)
+
+
+def _threads_of(pid: int) -> Iterator[int]:
+    """In Linux niceness belongs to a thread, and a new one takes its maker's."""
+    if not sys.platform.startswith("linux"):
+        yield pid
+        return
+    with contextlib.suppress(OSError):
+        yield from [int(path.name) for path in Path(f"/proc/{pid}/task").iterdir()]

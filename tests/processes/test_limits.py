@@ -1,0 +1,84 @@
+"""What a volunteer may take of its machine, kept and changed in real processes; joining again without an invite."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from swarm import PATIENCE_S, Child, Swarm, exit_limit_s, wait_until, write_run
+
+from swarmtrain.events import JoinedEvent, PausedEvent, PeerLeftEvent, ResumedEvent
+from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.v1 import control_pb2_grpc as pb_grpc
+
+pytestmark = pytest.mark.processes
+
+
+@contextmanager
+def control_of(child: Child) -> Iterator[Any]:
+    address = child.folder / "control.address"
+    wait_until(address.exists, f"control of {child.name}")
+    with grpc.insecure_channel(address.read_text().splitlines()[0]) as channel:
+        yield pb_grpc.ControlStub(channel)
+
+
+def not_now() -> str:
+    """Hours that begin in some and end before they are over, whatever the time is."""
+    hour = datetime.datetime.now().hour
+    return f"{(hour + 10) % 24}-{(hour + 12) % 24}"
+
+
+def niceness(child: Child) -> set[int]:
+    pids = (child.process.pid, child.daemon())
+    tasks = [int(path.name) for pid in pids for path in Path(f"/proc/{pid}/task").iterdir()]
+    return {os.getpriority(os.PRIO_PROCESS, task) for task in tasks}
+
+
+def test_hours_rest_it_at_once_and_a_change_brings_it_back(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    beside = swarm.join("beside", bootstrap.invite.invite)
+    beside.wait_event(JoinedEvent)
+    hours = not_now()
+    anna = swarm.join("anna", bootstrap.invite.invite, "--hours", hours, "--nice", "7")
+    paused = anna.wait_event(PausedEvent)
+    assert paused.reason.startswith(f"outside the hours {hours}; back at ")
+    with control_of(anna) as stub:
+        told = stub.Status(pb.StatusRequest(), timeout=PATIENCE_S).limits
+        assert (told.hours, told.nice, told.threads, told.only_when_idle) == (hours, 7, 1, False)
+        assert niceness(anna) == {7}
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Limit(pb.Limits(hours="never"), timeout=PATIENCE_S)
+        assert "'never' is no range of hours" in refused.value.details()
+        said = stub.Limit(pb.Limits(hours="any", nice=9), timeout=PATIENCE_S).message
+        assert said == "niceness 9; trains at any hour; it trains"
+        anna.wait_round(1)
+        assert niceness(anna) == {9}
+        stub.Limit(pb.Limits(hours=hours), timeout=PATIENCE_S)
+        beside.wait_event(PeerLeftEvent, lambda event: event.left == anna.id)
+        stub.Limit(pb.Limits(hours="any", threads=2), timeout=PATIENCE_S)
+        anna.wait_event(ResumedEvent)
+        anna.wait_more_rounds(1)
+        assert stub.Status(pb.StatusRequest(), timeout=PATIENCE_S).limits.threads == 2
+    swarm.interrupt_all([anna, beside, bootstrap])
+
+
+def test_too_little_memory_is_refused_before_anything_is_built(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    anna = swarm.join("anna", bootstrap.invite.invite, "--memory", "100MB")
+    assert anna.wait() == 2
+    assert anna.error_line().startswith("error: this run needs about 3")
+    assert "--memory allows 100 MB" in anna.error_line()
+    swarm.interrupt_all([bootstrap])
+
+
+def test_without_an_invite_and_without_a_run(swarm: Swarm) -> None:
+    finished = swarm.run("join", "--dir", str(swarm.folder / "empty"), "--json", limit_s=exit_limit_s() + 30)
+    assert finished.code == 2
+    assert "there is no run in " in finished.stderr and "give the invite" in finished.stderr
+    assert not (swarm.folder / "empty").exists()

@@ -1,0 +1,220 @@
+"""The keeper of a peer's limits: it holds and releases the switch, and changes threads and niceness."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from swarmtrain.errors import UserError
+from swarmtrain.events import Event, WarningEvent
+from swarmtrain.membership.limits import Limits, parse_hours
+from swarmtrain.peer import limits as module
+from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
+from swarmtrain.peer.pausing import ASKED, PauseSwitch
+from swarmtrain.peer.usage import Usage
+from swarmtrain.run import parse_run
+from swarmtrain.v1 import control_pb2 as pb
+
+
+class FakeUsage:
+    num_processors = 2
+    used_bytes = 10**9
+    others = 0.0
+
+    def others_s(self) -> float:
+        return self.others
+
+    def memory_bytes(self) -> int:
+        return self.used_bytes
+
+
+class Kept:
+    """A keeper at noon, with a made-up machine."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.pause, self.events, self.usage = PauseSwitch(), list[Event](), FakeUsage()
+        self.now = datetime.datetime(2026, 11, 25, 12, 0)
+        self.keeper = LimitKeeper(limits or Limits(), self.pause, self.events.append, self.usage, lambda: self.now)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_hours_hold_at_once_and_release_when_they_come() -> None:
+    kept = Kept(Limits(hours=parse_hours("22-7")))
+    kept.keeper.start()
+    assert kept.pause.held
+    assert kept.pause.reason == "outside the hours 22-7; back at 22:00"
+    kept.now = kept.now.replace(hour=22)
+    kept.keeper.tick()
+    assert not kept.pause.held
+
+
+def test_a_change_of_the_hours_brings_it_back() -> None:
+    kept = Kept(Limits(hours=parse_hours("22-7")))
+    kept.keeper.start()
+    said = kept.keeper.change(pb.Limits(hours="8-17"))
+    assert said == "trains in the hours 8-17; it trains"
+    assert not kept.pause.held
+    said = kept.keeper.change(pb.Limits(hours="0-6"))
+    assert said == "trains in the hours 0-6; it rests: outside the hours 0-6; back at 0:00"
+    assert kept.keeper.change(pb.Limits(hours="any")) == "trains at any hour; it trains"
+
+
+def test_what_the_person_asked_for_stays() -> None:
+    kept = Kept(Limits(hours=parse_hours("22-7")))
+    kept.pause.hold(ASKED, "you asked for it")
+    kept.keeper.start()
+    assert kept.keeper.change(pb.Limits(hours="any")).endswith("it rests: you asked for it")
+    kept.keeper.tick()
+    assert kept.pause.held
+
+
+def test_memory_warns_by_an_event_and_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, now_s = Kept(Limits(memory_bytes=2 * 10**9)), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now_s[0])
+    kept.keeper.tick()
+    assert not kept.events
+    kept.usage.used_bytes = 3 * 10**9
+    kept.keeper.tick()
+    (warning,) = kept.events
+    assert isinstance(warning, WarningEvent) and warning.message.startswith("it uses 3 GB of memory, and may use 2 GB")
+    now_s[0] += 60
+    kept.keeper.tick()
+    assert "`swarmtrain limits --memory` allows more" in kept.pause.reason
+    assert kept.keeper.change(pb.Limits(memory_bytes=4 * 10**9)) == "memory 4GB; it trains"
+    assert len(kept.events) == 1
+
+
+def test_other_programs_hold_it_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, now_s = Kept(), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now_s[0])
+
+    def work(seconds: int) -> None:
+        for _ in range(seconds // 3):
+            now_s[0] += 3.0
+            kept.usage.others += 3.0  # one of two processors
+            kept.keeper.tick()
+
+    work(60)
+    assert not kept.pause.held
+    assert kept.keeper.change(pb.Limits(only_when_idle=True)) == "trains only while other programs are idle; it trains"
+    work(30)
+    assert kept.pause.reason == "other programs use 50% of the processors; back after a minute of quiet"
+    assert kept.keeper.change(pb.Limits(only_when_idle=False)) == "trains at any load; it trains"
+
+
+def test_threads_change_between_two_steps_in_the_trainers_thread() -> None:
+    all_threads = torch.get_num_threads()
+    kept = Kept(Limits(threads=1))
+    kept.keeper.start()
+    assert torch.get_num_threads() == 1
+    thread = threading.Thread(target=kept.keeper.change, args=[pb.Limits(threads=all_threads + 1)])
+    thread.start()
+    thread.join()
+    assert torch.get_num_threads() == 1
+    kept.keeper.between_steps()
+    assert torch.get_num_threads() == all_threads + 1
+    assert kept.keeper.change(pb.Limits(threads=0)) == f"{all_threads} threads from the next inner step on; it trains"
+    kept.keeper.between_steps()
+    assert torch.get_num_threads() == all_threads
+
+
+def test_limits_are_told_and_what_is_absent_stays() -> None:
+    kept = Kept(Limits(threads=3, memory_bytes=2 * 10**9, hours=parse_hours("8-17"), only_when_idle=True))
+    kept.keeper.change(pb.Limits(threads=2))
+    told = kept.keeper.limits()
+    assert (told.threads, told.memory_bytes, told.hours, told.only_when_idle) == (2, 2 * 10**9, "8-17", True)
+    assert told.nice == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "problem"),
+    [
+        (pb.Limits(nice=20), "nice: 20 is refused; allowed: 0"),
+        (pb.Limits(nice=-5), "nice: -5 is refused"),
+        (pb.Limits(threads=10**6), "threads: 1000000 is refused"),
+        (pb.Limits(hours="never"), "'never' is no range of hours"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(wanted: pb.Limits, problem: str) -> None:
+    kept = Kept()
+    before = kept.keeper.limits()
+    with pytest.raises(UserError, match=problem):
+        kept.keeper.change(wanted)
+    assert kept.keeper.limits() == before
+
+
+NICE = """
+import os, subprocess, sys, threading, time
+from swarmtrain.peer.usage import set_niceness
+child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+ended = threading.Event()
+threading.Thread(target=ended.wait).start()
+set_niceness(7)
+tasks = [int(t) for pid in (os.getpid(), child.pid) for t in os.listdir(f"/proc/{pid}/task")]
+print(len(tasks), {os.getpriority(os.PRIO_PROCESS, task) for task in tasks})
+ended.set()
+child.communicate(b"\\n")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have a niceness of their own in Linux only")
+def test_niceness_is_every_threads_and_the_daemons() -> None:
+    done = subprocess.run([sys.executable, "-c", NICE], capture_output=True, text=True, check=True)
+    assert done.stdout == "3 {7}\n"
+
+
+def test_a_niceness_that_is_not_allowed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(nice: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(module, "set_niceness", refuse)
+    with pytest.raises(UserError, match="only an administrator may go back from"):
+        Kept().keeper.change(pb.Limits(nice=0))
+    with pytest.raises(UserError, match="--nice 3"):
+        Kept(Limits(nice=3)).keeper.start()
+
+
+def test_a_thread_keeps_them_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
+    kept, ticks = Kept(), threading.Semaphore(0)
+    monkeypatch.setattr(kept.keeper, "tick", ticks.release)
+    with kept_limits(kept.keeper):
+        for _ in range(3):
+            assert ticks.acquire(timeout=10)
+    assert "limits" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_run_that_needs_more_memory_than_allowed_is_refused() -> None:
+    run = parse_run("[run]\ntotal_tokens = 50_000_000", "r")
+    check_memory(run, 10**6, 0)
+    check_memory(run, 10**6, 2 * 10**9)
+    with pytest.raises(UserError) as caught:
+        check_memory(run, 10**9, 2 * 10**9)
+    assert str(caught.value).startswith("this run needs about 36.")
+    assert "--memory allows 2 GB: allow more, or join a run with a smaller model" in str(caught.value)
+
+
+def test_usage_counts_this_process_out() -> None:
+    usage = Usage()
+    before_s, began = usage.others_s(), os.times()
+    total = 0
+    while os.times().user - began.user < 0.5:
+        total += sum(range(1000))
+    others_s = usage.others_s() - before_s
+    elapsed_s = os.times().elapsed - began.elapsed
+    # Others may use what we do not; half a second of ours is not theirs. The kernel counts in hundredths.
+    assert others_s <= elapsed_s * usage.num_processors - 0.5 + 0.1
+    assert 10**7 < usage.memory_bytes() < 10**11
