@@ -10,34 +10,21 @@ __all__ = ["command"]
 
 
 def _memory(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
+    from swarmtrain.membership.limits import parse_size
+
     try:
-        return parse_size(value)
+        return None if value is None else parse_size(value)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from None
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `4GB`, `500 MB` or `1.5GiB`; `none` and `0` are 0. ValueError says what is allowed."""
-    import re
-
-    if text.lower() in ("none", "0"):
-        return 0
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)\s*([kMGT])(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"{text!r} is no size; write it like 4GB or 500MB, or none")
-    power = "kmgt".index(match[2].lower()) + 1
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
 def _hours(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    import re
+    from swarmtrain.membership.limits import parse_hours
 
-    match = re.fullmatch(r"(\d{1,2})-(\d{1,2})", value or "any")
-    if value is None or value == "any" or (match and max(int(match[1]), int(match[2])) <= 24 and match[1] != match[2]):
-        return value
-    raise click.BadParameter(f"{value!r}: write the hours like 22-7, or any", ctx, param)
+    try:
+        return None if value is None else parse_hours(value).text
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
 
 
 @click.command(name="limits", epilog=example("swarmtrain limits", "swarmtrain limits anna --threads 2 --hours 22-7"))

@@ -15,8 +15,8 @@ import pytest
 from fake_peer import FakePeer, living, make_status
 
 from swarmtrain.cli import leave
-from swarmtrain.cli.limits import parse_size
 from swarmtrain.cli.main import run
+from swarmtrain.membership.limits import parse_size
 from swarmtrain.v1 import control_pb2 as wire
 
 
