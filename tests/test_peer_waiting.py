@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -94,3 +97,45 @@ def test_ctrl_c_while_a_peer_is_still_importing_is_a_clean_end(command: str, tmp
     assert isinstance(event, DoneEvent)
     assert event.reason == "interrupted"
     assert not (tmp_path / "peer").exists()
+
+
+SCRIPT = """
+import sys
+from swarmtrain.cli.stopping import stop_on_signals
+from swarmtrain.peer.stopping import Interrupted
+with stop_on_signals() as stop:
+    print("ready", flush=True)
+    try:
+        stop.sleep(60)
+    except Interrupted:
+        print("goodbye", flush=True)
+        sys.stderr.write("goodbye")
+        sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(("ignored", "code"), [(False, 7), (True, None)])
+def test_a_closed_terminal_is_a_clean_end_unless_that_is_ignored(ignored: bool, code: int | None) -> None:
+    """A process in a terminal of its own, which is then closed; ignored, as `nohup` does, it goes on."""
+    terminal, its_end = pty.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdin=its_end, stdout=its_end, stderr=its_end, preexec_fn=take_terminal
+    )
+    try:
+        os.close(its_end)
+        assert b"ready" in os.read(terminal, 100)
+        os.close(terminal)
+        try:
+            assert process.wait(0.5 if ignored else 30) == code
+        except subprocess.TimeoutExpired:
+            assert ignored
+    finally:
+        process.kill()
+        process.wait()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,8 @@ from swarmtrain.cli.common import example
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
     from swarmtrain.peer.local import LocalSwarm
+    from swarmtrain.peer.stopping import StopFlag
+    from swarmtrain.run import RunFile
 
 __all__ = ["command"]
 
@@ -55,63 +59,92 @@ def command(
     held-out loss at the end. Ctrl-C ends them all.
     """
     from swarmtrain.cli.common import errors_as_events
-    from swarmtrain.run import load_run
+    from swarmtrain.cli.stopping import stop_on_signals
+    from swarmtrain.peer.stopping import Interrupted
 
-    with errors_as_events(as_json, ""):
-        run = load_run(run_file)
-    import datetime
+    with stop_on_signals() as stop:
+        from swarmtrain.run import load_run
 
+        with errors_as_events(as_json, ""):
+            run = load_run(run_file)
+        if directory is None:
+            directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        directory.mkdir(parents=True, exist_ok=True)
+        threads_and_data = ["--threads", str(threads), "--data", str(data or run_file.parent), "--log-level", log_level]
+        try:
+            trained = _train(_Plan(run_file, run, directory, peers, threads_and_data, as_json), stop)
+            _show_sample(directory, as_json)
+            line = f"held-out loss {trained.loss:.3f} nats/byte"
+            if compare_alone:
+                line += f"; one volunteer alone {_alone(directory, data or run_file.parent, trained, stop):.3f}"
+        except Interrupted:
+            click.echo(f"stopped; what the peers have is in {directory}", err=True)
+            return
+        click.echo(line, err=as_json)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    run_file: Path
+    run: RunFile
+    directory: Path
+    peers: int
+    extra: list[str]
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """Most inner steps of a volunteer, the held-out loss, and where events go."""
+
+    steps: int
+    loss: float
+    emit: EventSink
+
+
+def _train(plan: _Plan, stop: StopFlag) -> _Trained:
+    """Run the swarm to its end. Its children end with it, whatever happens."""
     from swarmtrain.cli.common import PeerOptions, open_sink
     from swarmtrain.cli.display import SwarmDisplay
-    from swarmtrain.peer.exporting import sample_text
     from swarmtrain.peer.local import LocalSwarm
+    from swarmtrain.peer.stopping import Interrupted
 
-    if directory is None:
-        directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    directory.mkdir(parents=True, exist_ok=True)
-    options = PeerOptions(dir=directory, name="", json=as_json, listen=(), announce=(), log_level="warning")
+    run = plan.run.run
 
     def make_display() -> SwarmDisplay:
-        return SwarmDisplay(f"swarmtrain local: {run.run.name}, {peers} volunteers", run.run.total_tokens)
+        return SwarmDisplay(f"swarmtrain local: {run.name}, {plan.peers} volunteers", run.total_tokens)
 
-    swarm = LocalSwarm(directory)
+    options = PeerOptions(
+        dir=plan.directory, name="", json=plan.as_json, listen=(), announce=(), log_level="warning", stop=stop
+    )
+    swarm = LocalSwarm(plan.directory, stop.check)
     try:
         with open_sink(options, make_display) as emit:
-            steps, loss = _train(
-                swarm,
-                emit,
-                run_file,
-                peers,
-                ["--threads", str(threads), "--data", str(data or run_file.parent), "--log-level", log_level],
-            )
-    except KeyboardInterrupt:
-        click.echo("stopped; what the peers have is in " + str(directory), err=True)
-        return
+            try:
+                steps, loss = _watch(swarm, emit, plan)
+            except Interrupted:
+                swarm.stop()
+                for event in swarm.last_words():
+                    emit(event)
+                raise
     finally:
         swarm.stop()
     if loss is None:
         raise click.ClickException("the run ended before the held-out loss was measured")
-    model = directory / "bootstrap" / "model"
-    click.echo(sample_text(model, "def ", _SAMPLE_TOKENS, 0.7, seed=0), err=as_json)
-    click.echo(f"the model is in {model}", err=as_json)
-    line = f"held-out loss {loss:.3f} nats/byte"
-    if compare_alone:
-        line += f"; one volunteer alone {_alone(directory, data or run_file.parent, steps, emit):.3f}"
-    click.echo(line, err=as_json)
+    return _Trained(steps, loss, emit)
 
 
-def _train(
-    swarm: LocalSwarm, emit: EventSink, run_file: Path, peers: int, extra: list[str]
-) -> tuple[int, float | None]:
+def _watch(swarm: LocalSwarm, emit: EventSink, plan: _Plan) -> tuple[int, float | None]:
     """Start everyone and show their events to the end; (most inner steps of a volunteer, held-out loss)."""
     from swarmtrain.events import DoneEvent, InviteEvent, RoundEvent
 
-    swarm.start("bootstrap", ["bootstrap", str(run_file), "--listen", "127.0.0.1:0", "--wait-for", str(peers)])
+    company = ["--wait-for", str(plan.peers)]
+    swarm.start("bootstrap", ["bootstrap", str(plan.run_file), "--listen", "127.0.0.1:0", *company])
     invite, seen = swarm.wait_for_invite()
     for event in seen:
         emit(event)
-    for number in range(1, peers + 1):
-        swarm.start(f"volunteer-{number}", ["join", invite.invite, "--listen", "127.0.0.1:0", *extra])
+    for number in range(1, plan.peers + 1):
+        swarm.start(f"volunteer-{number}", ["join", invite.invite, "--listen", "127.0.0.1:0", *plan.extra])
     steps: dict[str, int] = {}
     loss = None
     for event in swarm.events():
@@ -124,7 +157,15 @@ def _train(
     return max(steps.values(), default=0), loss
 
 
-def _alone(directory: Path, data: Path, steps: int, emit: EventSink) -> float:
+def _show_sample(directory: Path, as_json: bool) -> None:
+    from swarmtrain.peer.exporting import sample_text
+
+    model = directory / "bootstrap" / "model"
+    click.echo(sample_text(model, "def ", _SAMPLE_TOKENS, 0.7, seed=0), err=as_json)
+    click.echo(f"the model is in {model}", err=as_json)
+
+
+def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> float:
     """Train one volunteer alone on the same run, with a progress bar; its held-out loss."""
     import time
 
@@ -147,10 +188,15 @@ def _alone(directory: Path, data: Path, steps: int, emit: EventSink) -> float:
     )
     published = PeerFolder(directory / "bootstrap").kept_run()
     assert published is not None, "the bootstrap kept its run"
-    began_s = time.monotonic()
+    steps, began_s = trained.steps, time.monotonic()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(f"one volunteer alone, {steps} steps", total=steps)
-        loss = train_alone(published, steps, settings, lambda n: progress.advance(bar, n))
-    if emit.display is None:
-        emit(AloneEvent(held_out_loss=loss, inner_steps=steps, wall_s=time.monotonic() - began_s))
+
+        def advance(num_steps: int) -> None:
+            stop.check()
+            progress.advance(bar, num_steps)
+
+        loss = train_alone(published, steps, settings, advance)
+    if trained.emit.display is None:
+        trained.emit(AloneEvent(held_out_loss=loss, inner_steps=steps, wall_s=time.monotonic() - began_s))
     return loss

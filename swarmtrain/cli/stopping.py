@@ -1,4 +1,5 @@
-"""Ctrl-C once: finish the step, say goodbye, exit 0. Twice: now. SIGTERM is like Ctrl-C.
+"""Ctrl-C once: finish the step, say goodbye, exit 0. Twice: now. SIGTERM is like Ctrl-C, and so is SIGHUP (the terminal
+was closed) unless it was ignored from the start (`nohup`).
 
 SIGUSR1 writes what the peer is waiting for to its log.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,7 +22,7 @@ _INTERRUPTED = 130
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """A flag that the first SIGINT or SIGTERM sets; the second SIGINT ends the process at once."""
+    """A flag that the first SIGINT, SIGTERM or SIGHUP sets; the second SIGINT ends the process at once."""
     stop = StopFlag()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -31,10 +33,25 @@ def stop_on_signals() -> Iterator[StopFlag]:
     def explain(number: int, frame: FrameType | None) -> None:
         stop.explain()
 
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        _let_go_of_terminal()
+        stop.stop()
+
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, explain)
     try:
         yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _let_go_of_terminal() -> None:
+    """It is gone: whatever is written to it from now on would fail, and spoil the clean end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)

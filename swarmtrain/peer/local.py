@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,8 @@ class LocalSwarm:
     """Starts children in `directory` (one folder each) and yields their events."""
 
     directory: Path
+    check: Callable[[], None] = lambda: None
+    """Called while waiting for events; what it raises ends the wait."""
     children: dict[str, _Child] = field(default_factory=dict)
     _events: queue.Queue[tuple[str, Event | None]] = field(default_factory=queue.Queue)
 
@@ -69,6 +71,7 @@ class LocalSwarm:
     def events(self, limit_s: float | None = None) -> Iterator[Event]:
         """Events as they come, until every child has ended, or for `limit_s` without any."""
         while not all(child.closed for child in self.children.values()):
+            self.check()
             try:
                 name, event = self._events.get(timeout=0.2 if limit_s is None else min(0.2, limit_s))
             except queue.Empty:
@@ -115,10 +118,10 @@ class LocalSwarm:
         raise RunTimeError("the bootstrap printed no invite; see bootstrap.log")
 
     def stop(self) -> None:
-        """Ctrl-C for every child, then, after a while, the end."""
+        """SIGTERM for every child, then, after a while, the end."""
         for child in self.children.values():
             if child.process.poll() is None:
-                child.process.send_signal(signal.SIGINT)
+                child.process.send_signal(signal.SIGTERM)  # not SIGINT: a background job ignores it at first
         give_up_s = time.monotonic() + _STOP_LIMIT_S
         for child in self.children.values():
             try:
@@ -126,3 +129,15 @@ class LocalSwarm:
             except subprocess.TimeoutExpired:
                 child.process.kill()
                 child.process.wait()
+
+    def last_words(self, limit_s: float = 1.0) -> Iterator[Event]:
+        """What the children said while they were stopped."""
+        while not all(child.closed for child in self.children.values()):
+            try:
+                name, event = self._events.get(timeout=limit_s)
+            except queue.Empty:
+                return
+            if event is None:
+                self.children[name].closed = True
+            else:
+                yield event

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from swarm import Finished, Swarm, write_run
+from swarm import Finished, Swarm, exit_limit_s, write_run
 
 from swarmtrain.errors import RunTimeError, UserError
-from swarmtrain.events import ArchivedEvent, RoundEvent
+from swarmtrain.events import ArchivedEvent, DoneEvent, RoundEvent
 from swarmtrain.model.export import load_exported
 
 pytestmark = pytest.mark.processes
@@ -61,20 +62,20 @@ def test_local_ends_with_its_losses(trained: Trained) -> None:
     trained.swarm.assert_nothing_left()
 
 
-@pytest.mark.parametrize("signal_name", ["kill", "interrupt"])
-def test_the_children_of_local_end_with_it(swarm: Swarm, signal_name: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_children_of_local_end_with_it(swarm: Swarm, number: signal.Signals) -> None:
     run_file = write_run(swarm.folder)
     local = swarm.start(
         "local", ["local", str(run_file), "--peers", "2", "--json", "--dir", str(swarm.folder / "trained")]
     )
     local.wait_event(RoundEvent, lambda event: len(event.partners) == 2)
     assert len(swarm.leftovers()) == 7, "local, three peers, three daemons"
-    if signal_name == "kill":
-        local.kill()
-    else:
-        local.interrupt()
-        local.wait(10)
+    local.process.send_signal(number)
+    code = local.wait(2 * exit_limit_s())
     swarm.assert_nothing_left()
+    if number is not signal.SIGKILL:
+        assert code == 0, local.story()
+        assert [event.reason for event in local.all(DoneEvent)] == 3 * ["interrupted"], "each had its goodbye"
     assert "Traceback" not in local.log.read_text()
 
 
