@@ -34,6 +34,7 @@ __all__ = [
 _NAME_CELLS = 16
 _MAX_YEARS = 10
 _LABEL_CELLS = 8
+_TITLE_CELLS = 160
 _MIN_PLOT_LINES = 3
 _HIGH_LINES = 30
 _STATES = {
@@ -123,6 +124,8 @@ def _percent(part: float, whole: float) -> str:
     """Rounded down: nothing is 100 % before it is whole."""
     if whole <= 0:
         return "0%"
+    if 0 < part / whole < 0.001:
+        return "<0.1%"
     tenths = math.floor(min(1.0, part / whole) * 1000 + 1e-9)
     return f"{tenths / 10:g}%" if tenths < 100 else f"{tenths // 10}%"
 
@@ -279,6 +282,7 @@ def _title_line(view: View, width: int) -> Text:
     peer = f" ({short_peer(one_line(status.peer))})" if status.peer else ""
     run = f" in run {_clipped(status.run_name, 32)}" if status.run_name else ""
     colour = _COLOURS.get(word, "red" if view.life in (Life.DIED, Life.FAILED, Life.LOST, Life.SILENT) else "")
+    width = min(width, _TITLE_CELLS)
     left = _line(max(1, width - len(word) - 1), (who, "bold"), f"{peer}, {one_line(status.role) or 'peer'}{run}")
     return _line(width, left, " " * max(1, width - left.cell_len - len(word)), (word, f"bold {colour}".strip()))
 

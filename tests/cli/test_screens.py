@@ -234,7 +234,7 @@ def test_a_death_is_told_with_its_time_and_what_to_do(monkeypatch: pytest.Monkey
         ({"run_tokens": 3_000_000}, "100% of 3 M tokens, finishing"),
         ({"run_tokens": 4_000_000}, "100% of 3 M tokens, finishing"),
         ({"run_tokens": 10_000}, "0.3% of 3 M tokens, about 4 min 3 s left"),
-        ({"total_tokens": 2**63}, "0% of 9223 P tokens, more than 10 years left"),
+        ({"total_tokens": 2**63}, "<0.1% of 9223 P tokens, more than 10 years left"),
         ({"total_tokens": 0}, "1.2 M tokens"),
     ],
 )

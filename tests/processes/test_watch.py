@@ -1,0 +1,99 @@
+"""`swarmtrain status`, `watch` and `leave` beside a live swarm, as a person uses them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from pseudo_terminal import PseudoTerminal
+from swarm import Child, Swarm, wait_until, write_run
+
+from swarmtrain.events import DoneEvent
+
+pytestmark = pytest.mark.processes
+
+
+@contextmanager
+def watching(swarm: Swarm, child: Child) -> Iterator[PseudoTerminal]:
+    command = [sys.executable, "-m", "swarmtrain.cli", "watch", child.name, "--dir", str(swarm.folder)]
+    with PseudoTerminal(command, environment=swarm.environment) as terminal:
+        yield terminal
+
+
+def status_of(swarm: Swarm, child: Child) -> dict[str, Any]:
+    done = swarm.run("status", child.name, "--dir", str(swarm.folder), "--json")
+    assert done.code == 0, done.stderr
+    (line,) = done.lines
+    told: dict[str, Any] = json.loads(line)
+    return told
+
+
+def adds_up(told: dict[str, Any]) -> bool:
+    return told["run_tokens"] > 0 and sum(peer["tokens"] for peer in told["peers"]) == told["run_tokens"]
+
+
+def wait_for_sum(swarm: Swarm, child: Child, contributors: set[str]) -> dict[str, Any]:
+    """Its status once it knows of the tokens of all, and they are those of the run: it may hear of one peer later."""
+
+    def complete() -> dict[str, Any] | None:
+        nonlocal told
+        told = status_of(swarm, child)
+        complete = {peer["peer"] for peer in told["peers"] if peer["tokens"]} == contributors
+        return told if complete and adds_up(told) else None
+
+    told: dict[str, Any] = {}
+    found: dict[str, Any] = wait_until(complete, lambda: f"contributions that add up: {told}")
+    return found
+
+
+def test_a_swarm_is_watched_and_told_what_to_do(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    anna, bert = swarm.join_all(["anna", "bert"], bootstrap.invite.invite)
+
+    with watching(swarm, anna) as terminal:
+        rounds: set[int] = set()
+
+        def advances(text: str) -> bool:
+            rounds.update(int(found) for found in re.findall(r"(?:training|merging) round (\d+)", text))
+            return len(rounds) >= 3 and "│" in text
+
+        text = terminal.wait_for(advances, "third round on the screen")
+        assert text.startswith(f"anna ({anna.id[-6:]}), volunteer in run tiny")
+        terminal.wait_text("2 of 2 volunteers here, and a bootstrap")
+        terminal.press(b"q")
+        assert terminal.wait() == 0
+    anna.wait_more_rounds(2)
+
+    for child in (anna, bert, bootstrap):
+        told = wait_for_sum(swarm, child, {anna.id, bert.id})
+        assert (told["process"], told["peer"], told["run_name"]) == ("running", child.id, "tiny")
+
+    with watching(swarm, anna) as terminal:
+        terminal.wait_for(lambda text: re.search(r"(training|merging) round \d+", text), "round")
+        anna.kill()
+        gone = "died without a goodbye about"
+        text = terminal.wait_for(lambda text: gone in text and "waiting for it to" in text, gone)
+        assert f"swarmtrain join INVITE --dir {anna.folder}" in " ".join(text.split()), text
+        terminal.press(b"q")
+        assert terminal.wait() == 0
+    told = status_of(swarm, anna)
+    assert (told["process"], told["state"], told["name"]) == ("died", "training", "anna")
+
+    with watching(swarm, bert) as terminal:
+        terminal.wait_for(lambda text: re.search(r"(training|merging) round \d+", text), "round")
+        left = swarm.run("leave", "bert", "--dir", str(swarm.folder))
+        assert (left.code, left.stderr) == (0, "")
+        assert re.fullmatch(r"bert: ended (just now|\d+ s ago): it was asked to leave\n", left.stdout)
+        assert bert.wait() == 0
+        assert bert.all(DoneEvent)[0].reason == "asked"
+        assert terminal.wait() == 0
+        terminal.wait_text("it was asked to leave")
+    assert swarm.run("leave", "--dir", str(bootstrap.folder)).code == 0
+    assert bootstrap.wait() == 0
+    swarm.assert_nothing_left()
+    assert adds_up(told := status_of(swarm, bootstrap)), told
