@@ -28,15 +28,17 @@ def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
     `swarmtrain join` with the same --dir brings it back.
     """
     from swarmtrain.cli.peers import NoAnswerError, find_running, tell, wire
+    from swarmtrain.peer.lock import holder_pid
 
     peer = find_running(which)
+    process = holder_pid(peer.folder) if peer.folder is not None else 0
     try:
         said = tell(peer, "Leave", wire.LeaveRequest())
     except NoAnswerError:
         if peer.folder is None:
             raise
         said = _interrupt(peer)
-    said, code = (said, 0) if no_wait else _wait_for_end(peer)
+    said, code = (said, 0) if no_wait else _wait_for_end(peer, process)
     click.echo(said)
     ctx.exit(code)
 
@@ -62,7 +64,7 @@ def _interrupt(peer: Peer) -> str:
     return f"process {process} was told to end (SIGTERM): it does not answer its control socket"
 
 
-def _wait_for_end(peer: Peer) -> tuple[str, int]:
+def _wait_for_end(peer: Peer, process: int) -> tuple[str, int]:
     """How it ended, in a sentence, and our exit code. RunTimeError when it has not by the time limit."""
     import threading
     import time
@@ -72,7 +74,7 @@ def _wait_for_end(peer: Peer) -> tuple[str, int]:
 
     give_up_s = time.monotonic() + END_LIMIT_S
     pause = threading.Event()
-    while _lives(peer):
+    while _lives(peer, process):
         if time.monotonic() > give_up_s:
             raise RunTimeError(
                 f"it was told to end and has not after {END_LIMIT_S:.0f} s; `swarmtrain status` shows what it does"
@@ -87,15 +89,25 @@ def _wait_for_end(peer: Peer) -> tuple[str, int]:
     return f"{title(view.status, peer.folder)}: {sentence(view)}", 0 if view.life is Life.ENDED else 1
 
 
-def _lives(peer: Peer) -> bool:
-    """Whether its process is there still; over TCP, whether it answers."""
+def _lives(peer: Peer, process: int) -> bool:
+    """Whether it holds its folder, or its process is there still; over TCP, whether it answers."""
     from swarmtrain.cli.peers import NoAnswerError, ask, wire
     from swarmtrain.peer.lock import is_in_use
 
     if peer.folder is not None:
-        return is_in_use(peer.folder)
+        return is_in_use(peer.folder) or _is_process(process)
     try:
         ask(peer, "Status", wire.StatusRequest(), limit_s=1.0)
     except NoAnswerError as error:
         return error.timed_out
     return True
+
+
+def _is_process(number: int) -> bool:
+    """Whether a process does anything still: one that has ended may be listed until its parent asks for its code."""
+    import psutil
+
+    try:
+        return number > 0 and psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

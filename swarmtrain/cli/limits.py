@@ -33,7 +33,12 @@ def _hours(ctx: click.Context, param: click.Parameter, value: str | None) -> str
 @click.option("--memory", callback=_memory, metavar="SIZE", help="Memory of the peer, such as 4GB; none: no limit.")
 @click.option("--nice", type=click.IntRange(0, 19), metavar="N", help="0 as others, 19 only what others leave.")
 @click.option("--only-when-idle/--any-time", "idle", default=None, help="Rest while other programs use the processors.")
-@click.option("--hours", callback=_hours, metavar="FROM-TO", help="Train only then, such as 22-7; any: always.")
+@click.option(
+    "--hours",
+    callback=_hours,
+    metavar="FROM-TO",
+    help="Train only then, local time, such as 22-7 or 12-13,18:30-8; any: always.",
+)
 def command(
     which: WhichPeer, threads: int | None, memory: int | None, nice: int | None, idle: bool | None, hours: str | None
 ) -> None:

@@ -98,7 +98,7 @@ def _was(status: Any) -> str:
 
 
 def _start_again(view: View) -> str:
-    what = "bootstrap RUN.toml" if view.status.role == "bootstrap" else "join INVITE"
+    what = "bootstrap RUN.toml" if view.status.role == "bootstrap" else "join"
     where = f" --dir {shlex.quote(str(view.folder))}" if view.folder is not None else ""
     return f"start it again with `swarmtrain {what}{where}`"
 
@@ -195,7 +195,7 @@ def limits_in_words(limits: Any) -> str:
     """What a peer may take of its machine."""
     threads = f"{limits.threads} thread{'s' if limits.threads != 1 else ''}" if limits.threads else "all threads"
     memory = f"at most {size_in_words(limits.memory_bytes)} of memory" if limits.memory_bytes else "any memory"
-    parts = [threads, memory, f"nice {limits.nice}"]
+    parts = [threads, memory, *([f"nice {limits.nice}"] if limits.HasField("nice") else [])]
     parts.append("only when the machine is idle" if limits.only_when_idle else "busy or not")
     hours = one_line(limits.hours)
     parts.append("at any hour" if hours in ("", "any") else f"in the hours {hours}")
@@ -311,7 +311,7 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         "traffic": _traffic(status),
         "": economy,
         "checkpoint": _checkpoint(view),
-        "limits": limits_in_words(status.limits),
+        "limits": limits_in_words(status.limits) if status.HasField("limits") else "",
     }
     if view.life is Life.RUNNING:
         up = time_in_words(max(0.0, _finite(view.now - status.started_time)))
@@ -406,7 +406,7 @@ def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, 
         "warnings": "",
         "checkpoint": _checkpoint(view),
         "exchange": _economy(status),
-        "limits": limits_in_words(status.limits) if height >= _HIGH_LINES else "",
+        "limits": limits_in_words(status.limits) if height >= _HIGH_LINES and status.HasField("limits") else "",
     }
     blocks = {name: [_fact(width, name, text)] if text else [] for name, text in facts.items()}
     blocks["progress"] = [_progress_bar(view, width, ascii_only)]

@@ -194,7 +194,7 @@ def test_names_and_messages_of_others_are_plain_text(width: int, height: int) ->
         (
             view(Life.FAILED, end_reason="nobody answers", exit_code=1),
             "failed 1 s ago: nobody answers (exit code 1); "
-            "start it again with `swarmtrain join INVITE --dir /home/anna/swarm`",
+            "start it again with `swarmtrain join --dir /home/anna/swarm`",
         ),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_death_is_told_with_its_time_and_what_to_do(monkeypatch: pytest.Monkey
     seen = View(status=status, life=Life.DIED, folder=Path("/home/anna/my swarm"), now=noon + 3600)
     assert sentence(seen) == (
         "died without a goodbye about 12:00 (it was training round 12); "
-        "start it again with `swarmtrain join INVITE --dir '/home/anna/my swarm'`"
+        "start it again with `swarmtrain join --dir '/home/anna/my swarm'`"
     )
     later = View(status=make_status(time=noon, role="bootstrap", state=5), life=Life.DIED, now=noon + 5 * 86400)
     assert sentence(later) == (
@@ -264,7 +264,7 @@ def test_a_list_of_peers() -> None:
 
 
 def test_limits() -> None:
-    assert limits_in_words(wire.Limits()) == "all threads, any memory, nice 0, busy or not, at any hour"
+    assert limits_in_words(wire.Limits()) == "all threads, any memory, busy or not, at any hour"
     limits = wire.Limits(threads=1, memory_bytes=4 * 10**9, nice=19, only_when_idle=True, hours="any")
     assert limits_in_words(limits) == (
         "1 thread, at most 4 GB of memory, nice 19, only when the machine is idle, at any hour"
