@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from swarm import Child, Swarm, exit_limit_s, wait_until, write_run
+from swarm import Child, Swarm, wait_until, write_run
 
 from swarmtrain.events import JoinedEvent, PeerLeftEvent, RoundEvent
 from swarmtrain.network.identity import new_identity
@@ -49,10 +51,20 @@ def join(swarm: Swarm, bootstrap: Child, *extra: str) -> subprocess.CompletedPro
     return in_session(swarm, "join", bootstrap.invite.invite, *own, "--background", *extra)
 
 
+@pytest.fixture
+def adopts() -> Iterator[None]:
+    """Who outlives its parent is this process's child, so that its exit code can be had."""
+    set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
+    yield
+    ctypes.CDLL(None).prctl(set_child_subreaper, 0, 0, 0, 0)
+
+
 def pid_in(folder: Path) -> int:
     return int((folder / "peer.pid").read_text())
 
 
+@pytest.mark.usefixtures("adopts")
 def test_a_volunteer_in_the_background_outlives_its_session_and_ends_cleanly(swarm: Swarm) -> None:
     bootstrap = swarm.bootstrap(write_run(swarm.folder))
     beside = swarm.join("beside", bootstrap.invite.invite)
@@ -71,7 +83,9 @@ def test_a_volunteer_in_the_background_outlives_its_session_and_ends_cleanly(swa
     beside.wait_event(RoundEvent, lambda event: len(event.partners) == 2)
     os.kill(pid, signal.SIGTERM)
     beside.wait_event(PeerLeftEvent)
-    wait_until(lambda: not (folder / "peer.pid").exists(), "the end of anna", exit_limit_s())
+    (status,) = wait_until(lambda: (had := os.waitpid(pid, os.WNOHANG))[0] and had[1:], "the end of anna")
+    assert status == 0
+    assert not (folder / "peer.pid").exists()
     log = (folder / "peer.log").read_text()
     for line in log.splitlines():
         assert LINE.fullmatch(line), line
@@ -120,5 +134,6 @@ def test_ctrl_c_while_waiting_leaves_it_running(swarm: Swarm) -> None:
     pid = int(said.split("process ")[1].split(";")[0])
     wait_until(lambda: (folder / "invite.txt").exists(), "the bootstrap that was not waited for")
     assert pid_in(folder) == pid
-    os.kill(pid, signal.SIGTERM)
+    left = swarm.run("leave", "--dir", str(folder))
+    assert left.code == 0, left.stderr
     swarm.assert_nothing_left()
