@@ -11,9 +11,7 @@ import contextlib
 import functools
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -21,6 +19,8 @@ from typing import IO, TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    import subprocess
+
     from swarmtrain.events import Event
 
 __all__ = ["is_the_background", "outputs_to_log", "report", "report_folder", "start_in_background"]
@@ -96,6 +96,9 @@ def start_in_background(show: Callable[[Event], None], by_folder: bool) -> int:
 
     `show` gets its events until then. `by_folder`: the person named the folder, and not the peer.
     """
+    import subprocess
+    import tempfile
+
     with tempfile.TemporaryFile() as early:  # what is written before there is a log
         reading, writing = os.pipe()
         process = subprocess.Popen(
