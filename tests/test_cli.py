@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -94,9 +95,11 @@ def test_help_is_quick_and_needs_nothing_heavy() -> None:
     )
     best_s = 9.0
     for _ in range(5):
-        start_s = time.perf_counter()
+        start = os.times()  # processor time: the machine may be busy
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        best_s = min(best_s, time.perf_counter() - start_s)
+        end = os.times()
+        used_s = end.children_user + end.children_system - start.children_user - start.children_system
+        best_s = min(best_s, used_s)
         assert done.returncode == 0, done.stderr
     assert "Usage: swarmtrain" in done.stdout
     assert best_s < 0.3
