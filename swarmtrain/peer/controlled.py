@@ -7,6 +7,7 @@ exchange, a pause switch) as soon as it has it; until then a call says that the 
 from __future__ import annotations
 
 import heapq
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -234,9 +235,11 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
     tokens_per_step, gone = swarm.published.run.tokens_per_step, PeerInfo(peer="")
 
     def look(status: pb.PeerStatus) -> None:
-        me, counts = swarm.me, swarm.tallying.contributions()
+        me, counts, acknowledged = swarm.me, swarm.tallying.contributions(), swarm.tallying.acknowledged()
         live = {info.peer: info for info in (*swarm.membership.live(), me)}
-        status.run_tokens = max(status.run_tokens, swarm.tallying.total)
+        # The tally's total would also have the rounds that a fork lost, and what a liar was believed.
+        told = [info.run_tokens for info in live.values() if info.training]
+        status.run_tokens = max(status.run_tokens, statistics.median_low(told) if told else 0)
         status.own_tokens = max(status.own_tokens, counts.get(me.peer, 0))
         for info in live.values():
             board.know_name(info.peer, info.name)
@@ -253,6 +256,7 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
                 bootstrap=info.is_bootstrap,
                 round=info.round,
                 tokens_per_s=info.steps_per_s * tokens_per_step,
+                acknowledged_tokens=acknowledged.get(peer, 0),
             )
 
     return look

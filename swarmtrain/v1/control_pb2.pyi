@@ -150,7 +150,7 @@ class LossPoint(_message.Message):
     def __init__(self, round: _Optional[int] = ..., run_tokens: _Optional[int] = ..., loss: _Optional[float] = ..., held_out_loss: _Optional[float] = ...) -> None: ...
 
 class SwarmPeer(_message.Message):
-    __slots__ = ("peer", "name", "tokens", "present", "bootstrap", "round", "tokens_per_s")
+    __slots__ = ("peer", "name", "tokens", "present", "bootstrap", "round", "tokens_per_s", "acknowledged_tokens")
     PEER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +158,7 @@ class SwarmPeer(_message.Message):
     BOOTSTRAP_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     peer: str
     name: str
     tokens: int
@@ -165,7 +166,8 @@ class SwarmPeer(_message.Message):
     bootstrap: bool
     round: int
     tokens_per_s: float
-    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., present: bool = ..., bootstrap: bool = ..., round: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
+    acknowledged_tokens: int
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., present: bool = ..., bootstrap: bool = ..., round: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., acknowledged_tokens: _Optional[int] = ...) -> None: ...
 
 class KeptCheckpoint(_message.Message):
     __slots__ = ("round", "time", "size_bytes")

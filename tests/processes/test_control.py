@@ -100,10 +100,11 @@ def _in_state(stub: Any, state: int) -> pb.PeerStatus | None:
 
 
 def _with_rates(stub: Any) -> pb.PeerStatus | None:
-    """Once it has trained for long enough to have any, and the other volunteer has said how fast it is."""
+    """Once it has trained for long enough to have any, and has read how fast the other is and what it has trained."""
     status = stub.Status(pb.StatusRequest(), timeout=PATIENCE_S)
     told = [peer.tokens_per_s for peer in status.peers if not peer.bootstrap]
-    return status if min(status.own_tokens_per_s, status.swarm_tokens_per_s, *told) > 0 else None
+    read = [peer.acknowledged_tokens for peer in status.peers if peer.peer != status.peer and not peer.bootstrap]
+    return status if min(status.own_tokens_per_s, status.swarm_tokens_per_s, *told, *read) > 0 else None
 
 
 def check_volunteer(status: pb.PeerStatus, anna: Child, ben: Child, bootstrap: Child) -> None:
@@ -130,6 +131,7 @@ def check_volunteer(status: pb.PeerStatus, anna: Child, ben: Child, bootstrap: C
     assert set(peers) == {"anna", "ben", "bootstrap"}
     assert {name for name, peer in peers.items() if peer.bootstrap} == {"bootstrap"}
     assert all(peer.present for peer in peers.values())
-    assert peers["ben"].peer == ben.id and peers["ben"].tokens > 0
+    assert peers["ben"].peer == ben.id and peers["ben"].tokens >= peers["ben"].acknowledged_tokens > 0
+    assert sum(peer.tokens for peer in peers.values()) >= event.run_tokens
     assert peers["bootstrap"].peer == bootstrap.id and peers["bootstrap"].tokens == 0
     assert not status.end_reason

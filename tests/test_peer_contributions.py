@@ -1,0 +1,35 @@
+"""What a status says of the swarm: who is here, who contributed what, and how far the run is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from swarmtrain.membership.lifecycle import Membership, PeerInfo
+from swarmtrain.peer.board import StatusBoard
+from swarmtrain.peer.controlled import swarm_looker
+from swarmtrain.v1 import control_pb2 as pb
+
+
+def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() -> None:
+    members = Membership("me")
+    for peer, run_tokens in (("ben", 1000), ("carl", 900), ("liar", 10**15)):
+        members.saw_presence(PeerInfo(peer=peer, name=peer, training=True, run_tokens=run_tokens), 30.0, 0.0)
+    counts = {"me": 500, "ben": 300, "gone": 200, "liar": 7}
+    tallying = SimpleNamespace(
+        contributions=lambda: counts, acknowledged=lambda: {"ben": 250, "gone": 200}, total=10**15
+    )
+    run = SimpleNamespace(tokens_per_step=4)
+    me = PeerInfo(peer="me", name="me", training=True, run_tokens=990, steps_per_s=2.0)
+    swarm: Any = SimpleNamespace(me=me, membership=members, tallying=tallying, published=SimpleNamespace(run=run))
+    status = pb.PeerStatus(own_tokens=400, run_tokens=900)
+    swarm_looker(StatusBoard("volunteer", 0.0), swarm)(status)
+    assert (status.own_tokens, status.run_tokens) == (500, 990)
+    shown = {peer.peer: (peer.tokens, peer.acknowledged_tokens, peer.present) for peer in status.peers}
+    assert shown == {
+        "me": (500, 0, True),
+        "ben": (300, 250, True),
+        "liar": (7, 0, True),
+        "carl": (0, 0, True),
+        "gone": (200, 200, False),
+    }
