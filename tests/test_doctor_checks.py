@@ -463,6 +463,15 @@ def test_a_few_are_asked_to_dial_the_nearest_to_everyone_first(
     a_warning(finding, f"{BEN[-6:]}, anna could not dial this machine at port 31337 or 31338", "--listen :31337")
     assert asked == [(BEN, (31337, 31338)), (ANNA, (31337, 31338))]
 
+    def taken(self: Doctor, name: str, listen: object, announce: object = ()) -> FakeNode:
+        if name == "listener":
+            raise RunTimeError("cannot listen: the port is taken")
+        return FakeNode()
+
+    monkeypatch.setattr(Doctor, "_start", taken)
+    a_warning(worst(examined(WORD), "reachable"), "nothing could listen here", "see ports")
+    assert len(asked) == 2, "nobody is asked then"
+
 
 # ---------------------------------------------------------------- the command
 
