@@ -27,7 +27,7 @@ from swarmtrain.cli.main import COMMANDS, cli, run
 from swarmtrain.errors import InviteError, RunTimeError
 from swarmtrain.events import Event, WarningEvent, parse_event
 
-PEER_OPTIONS = ("--dir", "--name", "--json", "--listen", "--announce", "--log-level", "--background")
+PEER_OPTIONS = ("--dir", "--name", "--json", "--listen", "--announce", "--control", "--log-level", "--background")
 
 WHICH_PEER = ("[NAME]", "--dir", "--address")
 
@@ -219,13 +219,22 @@ def test_the_options_of_a_peer_arrive_as_one_argument(tmp_path: Path) -> None:
         announce=(),
         log_level="warning",
     )
+    assert collected("--control", ":7000").control == "127.0.0.1:7000", "this machine only, unless said otherwise"
+    assert collected("--control", "0.0.0.0:7000").control == "0.0.0.0:7000"
+    assert collected("--control", "[::1]:7000").control == "[::1]:7000"
     assert peer_directory(options, "join") == tmp_path
     assert peer_directory(collected(), "join").name == "join"
     assert peer_directory(collected("--name", "bert"), "join").name == "join-bert"
 
 
 def test_bad_options_of_a_peer() -> None:
-    for arguments in (["--name", "a/b"], ["--name", "x" * 33], ["--listen", "nowhere"], ["--log-level", "loud"]):
+    for arguments in (
+        ["--name", "a/b"],
+        ["--name", "x" * 33],
+        ["--listen", "nowhere"],
+        ["--control", "7000"],
+        ["--log-level", "loud"],
+    ):
         with pytest.raises(ValueError, match="Invalid value"):
             collected(*arguments)
 

@@ -45,6 +45,7 @@ def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
         listen=options.listen,
         announce=options.announce,
         log_descriptors=outputs_to_log(),
+        control=options.control,
     )
 
     def make_display() -> PeerDisplay:

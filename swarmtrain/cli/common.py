@@ -73,6 +73,7 @@ class PeerOptions:
     announce: tuple[str, ...]  # multiaddresses
     log_level: str
     background: bool = False
+    control: str = ""  # HOST:PORT
     stop: StopFlag = field(default_factory=StopFlag, compare=False)
 
 
@@ -103,6 +104,15 @@ def _addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...
         return tuple(to_multiaddr(text) for text in value)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from None
+
+
+def _control(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not value:
+        return ""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_.-]*):(\d{1,5})", value)
+    if match is None or int(match[2]) > 65535:
+        raise click.BadParameter(f"{value!r} is no address; write HOST:PORT, [IPv6]:PORT or :PORT", ctx, param)
+    return f"{match[1] or '127.0.0.1'}:{int(match[2])}"
 
 
 def _name(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -139,6 +149,13 @@ _PEER_OPTIONS = (
         multiple=True,
         metavar="ADDRESS",
         help="Tell others this address, such as a router's forwarded port; may be repeated.",
+    ),
+    click.option(
+        "--control",
+        callback=_control,
+        default="",
+        metavar="ADDRESS",
+        help="Serve `status`, `pause`, `leave` and the rest over TCP too, at HOST:PORT, or :PORT for this machine only: anyone who reaches it controls this peer.  [default: only you, through --dir]",
     ),
     click.option(
         "--log-level",

@@ -113,6 +113,7 @@ def command(invite: str, limits: Limits, data: Path | None, options: PeerOptions
         cache_folder=platformdirs.user_cache_path("swarmtrain"),
         limits=limits,
         log_descriptors=outputs_to_log(),
+        control=options.control,
     )
     with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
         emit(run_volunteer(parsed, settings, emit, options.stop))

@@ -147,10 +147,10 @@ def controlled(
     control = Controlled(board, board.listening(emit), stop)
     server = ControlServer(folder.path, control.powers(), settings.control)
     try:
-        server.start()
-    except (RunTimeError, OSError) as error:
-        control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}"))
-    try:
+        try:
+            server.start()
+        except (RunTimeError, OSError) as error:
+            control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}"))
         yield control
         board.ended(pb.PEER_STATE_DONE, control.reason, 0)
     except SwarmtrainError as error:

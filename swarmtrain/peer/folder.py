@@ -8,6 +8,8 @@ tokenizer.bin  the run's learnt tokenizer, if it has one
 peer.pid       its process, while a peer runs
 peer.log       what happened, and older ones beside it: peer.log.1 and so on
 invite.txt     the line to hand out, while a peer runs
+control.*      where a running peer can be asked for its status: the address, and its socket
+status.json    the peer's last status
 position.json  (volunteer) how many batches of its text it has drawn
 port.txt       the port it listened at
 peers.json     (bootstrap) whom it knew
