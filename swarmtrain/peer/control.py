@@ -64,7 +64,9 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.so_reuseport", 0),
 )
-_MAX_CALLS = 256
+_MAX_CALLS = 512
+_REFUSAL_S = 0.2
+_MAX_WAITING_REFUSALS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +254,8 @@ class _Calls(pb_grpc.ControlServicer):
         self._version = 0
         self._news = asyncio.Event()
         self._num_watchers = 0
+        self._num_refused = 0
+        self._refusing = asyncio.Lock()
         self._ended = False
 
     # ------------------------------------------------------------- telling
@@ -295,6 +299,7 @@ class _Calls(pb_grpc.ControlServicer):
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.PeerStatus]:
         """See the proto. Whoever reads slowly misses states rather than getting old ones."""
         if self._num_watchers >= MAX_WATCHERS:
+            await self._take_time_to_refuse()
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHERS} watch this peer already; end one of them"
             )
@@ -310,6 +315,17 @@ class _Calls(pb_grpc.ControlServicer):
                 yield self._latest
         finally:
             self._num_watchers -= 1
+
+    async def _take_time_to_refuse(self) -> None:
+        """A refusal costs as much as an answer: those who ask again at once get their refusals one after the other."""
+        if self._num_refused >= _MAX_WAITING_REFUSALS:
+            return
+        self._num_refused += 1
+        try:
+            async with self._refusing:
+                await asyncio.sleep(_REFUSAL_S)
+        finally:
+            self._num_refused -= 1
 
     async def Pause(self, request: pb.PauseRequest, context: Any) -> pb.ControlReply:
         """See the proto."""

@@ -1,0 +1,224 @@
+"""What does a flood of Watch clients cost the trainer?
+
+    python benchmarks/watch_flood.py
+    python benchmarks/watch_flood.py --blocks 50 --retry-s 0.2
+
+A trainer takes inner steps of a real model in the main thread, as a volunteer does, with a status board of fifty peers
+and a full loss curve, and a control server. Blocks alternate: nobody asks; then 32 clients watch, and 200 more want
+to, are refused, and ask again after `--retry-s`. A step's time is taken less what it waited for a processor (Linux:
+schedstat), so that neighbours on the same machine do not count, but waits for Python's lock do; what the server's own
+threads took of a processor is told beside it. Together they are what the flood costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import torch
+
+from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
+from swarmtrain.events import RoundEvent, StartedEvent
+from swarmtrain.model.gpt import build_model
+from swarmtrain.peer.board import Pulse, StatusBoard
+from swarmtrain.peer.control import MAX_WATCHERS, ControlServer, Powers
+from swarmtrain.peer.health import health
+from swarmtrain.run import load_run
+from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.v1 import control_pb2_grpc as pb_grpc
+
+NUM_REFUSED = 200
+NUM_PEERS = 50
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Trainer:
+    """Inner steps of the example's model, over made-up tokens."""
+
+    def __init__(self) -> None:
+        run = load_run(ROOT / "examples" / "stdlib-gpt.toml")
+        values = run.inner.model_dump(exclude={"batch_sequences", "microbatch_sequences"})
+        self.model = build_model(run.model, 0)
+        self.optimizer = InnerOptimizer(self.model.named_parameters(), InnerConstants(**values))
+        self.batch = torch.randint(0, run.model.vocabulary_size, (4, run.model.context_tokens + 1))
+        self.num_steps = 0
+
+    def step(self) -> None:
+        """One inner step."""
+        loss = self.model.loss(self.batch)
+        loss.backward()
+        float(loss.detach())
+        self.optimizer.step(0.5, 1.0)
+        self.num_steps += 1
+
+    def steps_for(self, seconds: float) -> list[float]:
+        """Step after step; how long each took, in seconds, less what it waited for a processor."""
+        times, ends_s = [], time.monotonic() + seconds
+        while time.monotonic() < ends_s:
+            before_s = _time_less_queueing_s()
+            self.step()
+            times.append(_time_less_queueing_s() - before_s)
+        return times
+
+
+def _time_less_queueing_s() -> float:
+    """A clock that stands still while this thread could run and has no processor."""
+    return time.monotonic() - int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+
+
+def board_of(trainer: Trainer) -> StatusBoard:
+    """A board in the middle of a run of fifty peers."""
+    board = StatusBoard("volunteer", time.time())
+    peers = [f"12D3KooW{number:044d}" for number in range(NUM_PEERS)]
+    board.take(StartedEvent(inner_steps_per_round=64, num_parameters=10**6, total_tokens=10**9, startup_s=1.0))
+    for number in range(512):
+        fields = {"round": number, "inner_steps": 64, "tokens": 1, "run_tokens": number, "loss": 3.0, "first_loss": 3.0}
+        fields |= {"learning_rate": 0.1, "seconds": 9.0, "merge_s": 1.0, "stall_s": 1.0, "bytes_sent": 1}
+        fields |= {"bytes_received": 1, "partners": (), "weights": (), "signer": "", "state_sha256": "ab" * 32}
+        board.take(RoundEvent(**fields))
+
+    def look(status: pb.PeerStatus) -> None:
+        for peer in peers:
+            status.peers.add(peer=peer, name="somebody", tokens=10**6, present=True, round=512, tokens_per_s=1000.0)
+
+    board.add_looker(look)
+    board.set_pulse(
+        lambda: Pulse(
+            state=pb.PEER_STATE_TRAINING,
+            doing=f"training round 512: {trainer.num_steps} of 10000 steps",
+            num_steps=trainer.num_steps,
+        )
+    )
+    return board
+
+
+def main() -> None:
+    """Alternate, and print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
+    parser.add_argument("--block-s", type=float, default=4.0)
+    parser.add_argument("--retry-s", type=float, default=1.0, help="how soon those who were refused ask again")
+    parser.add_argument("--flood", metavar="ADDRESS", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.flood:
+        asyncio.run(Flood(given.flood, given.retry_s).obey())
+        return
+    torch.set_num_threads(1)
+    trainer = Trainer()
+    board = board_of(trainer)
+    powers = Powers(status=board.status, healthy=lambda: health(board.tick(), time.monotonic())[0], leave=lambda: "no")
+    with tempfile.TemporaryDirectory() as folder:
+        server = ControlServer(Path(folder), powers)
+        server.start()
+        try:
+            measure(trainer, Path(folder, "control.address").read_text().split()[0], given)
+        finally:
+            server.stop()
+
+
+def measure(trainer: Trainer, address: str, given: argparse.Namespace) -> None:
+    """Blocks without and with the flood, in turn."""
+    trainer.steps_for(2.0)
+    command = [sys.executable, __file__, "--flood", address, "--retry-s", str(given.retry_s)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1) as clients:
+        assert clients.stdin is not None and clients.stdout is not None
+
+        def say(word: str) -> str:
+            clients.stdin.write(word + "\n")
+            return clients.stdout.readline().strip()
+
+        quiet_s, flooded_s, ratios, told = [], [], [], ""
+        serving_s = [0.0, 0.0]  # processor time of the server's threads, quiet and flooded
+        for number in range(given.blocks):
+            before_s = _others_s()
+            quiet = trainer.steps_for(given.block_s)
+            serving_s[0] += _others_s() - before_s
+            assert say("on") == "on"
+            before_s = _others_s()
+            flooded = trainer.steps_for(given.block_s)
+            serving_s[1] += _others_s() - before_s
+            told = say("off")
+            quiet_s += quiet
+            flooded_s += flooded
+            ratios.append(statistics.mean(flooded) / statistics.mean(quiet))
+            print(f"block {number}: ratio {ratios[-1]:.4f}; {told}", flush=True)
+        say("end")
+    for name, times, busy_s in (("without", quiet_s, serving_s[0]), ("with", flooded_s, serving_s[1])):
+        share = 100 * busy_s / (given.blocks * given.block_s)
+        median, mean = 1000 * statistics.median(times), 1000 * statistics.mean(times)
+        print(f"{name}: step median {median:.2f} ms, mean {mean:.2f} ms; the server used {share:.2f} % of a core")
+    print(
+        f"step time with / without: median of {len(ratios)} pairs of blocks {statistics.median(ratios):.4f}, ", end=""
+    )
+    print(f"of the medians {statistics.median(flooded_s) / statistics.median(quiet_s):.4f}")
+
+
+def _others_s() -> float:
+    """Processor time of this process's threads but this one."""
+    return time.process_time() - time.thread_time()
+
+
+class Flood:
+    """The clients: those who watch, and those who are refused."""
+
+    def __init__(self, address: str, retry_s: float) -> None:
+        self.address, self.retry_s = address, retry_s
+        self.num_told = self.num_refused = 0
+        self.all_told = asyncio.Event()
+
+    async def watch(self) -> None:
+        """One that watches."""
+        async with grpc.aio.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            async for _ in pb_grpc.ControlStub(channel).Watch(pb.WatchRequest()):
+                self.num_told += 1
+                if self.num_told >= MAX_WATCHERS:
+                    self.all_told.set()
+
+    async def knock(self) -> None:
+        """One that is refused, again and again."""
+        async with grpc.aio.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            while True:
+                try:
+                    async for _ in pb_grpc.ControlStub(channel).Watch(pb.WatchRequest()):
+                        raise AssertionError("one watcher too many")
+                except grpc.aio.AioRpcError as error:
+                    # UNAVAILABLE: so many at once that gRPC itself refuses some
+                    assert error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE), error
+                    self.num_refused += 1
+                await asyncio.sleep(self.retry_s)
+
+    async def obey(self) -> None:
+        """Come and go as standard input says."""
+        loop, tasks = asyncio.get_running_loop(), []
+        while (word := (await loop.run_in_executor(None, sys.stdin.readline)).strip()) != "end":
+            if word == "on":
+                self.num_told = 0
+                self.all_told.clear()
+                tasks = [asyncio.create_task(self.watch()) for _ in range(MAX_WATCHERS)]
+                await self.all_told.wait()
+                tasks += [asyncio.create_task(self.knock()) for _ in range(NUM_REFUSED)]
+                await asyncio.sleep(1.0)
+                self.num_told = self.num_refused = 0
+                print("on", flush=True)
+            else:
+                broken = [task.exception() for task in tasks if task.done()]
+                assert not broken, broken[0]
+                told = f"{MAX_WATCHERS} watchers were told {self.num_told} times, {NUM_REFUSED} others refused"
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+                print(f"{told} {self.num_refused} times", flush=True)
+        print("ended", flush=True)
+
+
+if __name__ == "__main__":
+    main()
