@@ -90,7 +90,8 @@ class JoinedEvent(_Event):
     round: int = Field(description="The round it takes part in first.")
     run_tokens: int = Field(description="Tokens the whole run had been trained on by then.")
     num_peers: int = Field(description="Volunteers present, this one included.")
-    state_from: str = Field(description="The PeerID whose state it took; empty when it began with the initial weights.")
+    state_from: str = Field(description="The PeerID whose state it took; empty when it began with the initial weights or its own checkpoint.")  # fmt: skip
+    resumed_round: int | None = Field(None, description="The round of the checkpoint it went on from; null when it had none.")  # fmt: skip
     wall_s: float = Field(description="From the start of the process to here, in seconds.")
 
 
@@ -330,6 +331,9 @@ def in_words(event: Event) -> str:
             )
         case JoinedEvent():
             source = f"the state of {short_peer(event.state_from)}" if event.state_from else "the initial weights"
+            if event.resumed_round is not None:
+                own = f"its own checkpoint of round {event.resumed_round}"
+                source = f"{own}, then {source}" if event.state_from else own
             return (
                 f"joined at round {event.round} with {source}, {_peers(event.num_peers)} present, "
                 f"{count_in_words(event.run_tokens)} tokens so far"

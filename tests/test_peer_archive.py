@@ -19,13 +19,14 @@ def test_the_first_state_is_archived_at_once(monkeypatch: pytest.MonkeyPatch) ->
     """A volunteer that joins while all others are dead finds what they had trained."""
     run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "network": {"archive_every_s": 60}})
     anything: Any = None
+    board = SimpleNamespace(beat=lambda: None)
+    control: Any = SimpleNamespace(emit=lambda event: None, stop=StopFlag(), board=board)
     peer = bootstrap._Bootstrap(
         PublishedRun(b"", "ab" * 32, run, b"", b""),
         PeerSettings(directory=Path("/nowhere"), name="bootstrap"),
         anything,
         anything,
-        lambda event: None,
-        StopFlag(),
+        control,
     )
     now, archived = [0.0], list[float]()
 

@@ -35,16 +35,14 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     peers = (InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/31337",)),)
     with peer_folder(tmp_path) as folder:
-        assert (folder.kept_port(), folder.kept_peers(), folder.kept_position("a")) == (None, (), 0)
+        assert (folder.kept_port(), folder.kept_peers()) == (None, ())
         folder.keep_port(["/ip4/127.0.0.1/tcp/4711"])
         folder.keep_peers(peers)
-        folder.keep_position("a", 17)
     with peer_folder(tmp_path) as folder:
-        assert (folder.kept_port(), folder.kept_peers(), folder.kept_position("a")) == (4711, peers, 17)
-        assert folder.kept_position("another run") == 0
-        for name in ("port.txt", "peers.json", "position.json"):
+        assert (folder.kept_port(), folder.kept_peers()) == (4711, peers)
+        for name in ("port.txt", "peers.json"):
             (tmp_path / name).write_text("{")
-        assert (folder.kept_port(), folder.kept_peers(), folder.kept_position("a")) == (None, (), 0)
+        assert (folder.kept_port(), folder.kept_peers()) == (None, ())
 
 
 def test_a_run_is_kept_whole_or_refused(tmp_path: Path) -> None:

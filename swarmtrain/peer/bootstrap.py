@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import logging
 import math
 import random
 import time
@@ -23,10 +24,11 @@ from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent,
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
-from swarmtrain.network.codec import average_bytes_untrusted, body_of, tensor_specs
+from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
+from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import (
     Emit,
     Interrupted,
@@ -35,10 +37,10 @@ from swarmtrain.peer.common import (
     as_peer,
     clock_warning,
     held_out_loss,
-    invite_event,
     leave_swarm,
     process_age_s,
     save_model,
+    show_invite,
     start_node,
     state_of,
     use_threads,
@@ -46,12 +48,13 @@ from swarmtrain.peer.common import (
 )
 from swarmtrain.peer.controlled import Controlled, controlled
 from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.logs import log_event, logged, peer_log
-from swarmtrain.peer.state_file import KeptState, load_state, save_state
 from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
 
 __all__ = ["publish_run", "run_bootstrap"]
 
+_log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _LINGER_S = 60.0
 _SAMPLE = 16
@@ -96,6 +99,8 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
             return control.ended(log_event(bootstrap.done(stop.reason)))
         finally:
             leave_swarm(network, bootstrap.swarm, bootstrap.node)
+            if bootstrap.keeper is not None:
+                bootstrap.keeper.close()
 
 
 def _published(run: RunFile, base: Path, folder: PeerFolder) -> PublishedRun:
@@ -121,11 +126,11 @@ class _Bootstrap:
     stop: StopFlag = field(init=False)
     node: Node | None = None
     swarm: Swarm | None = None
+    keeper: Keeper | None = None
     name: str = ""
     progress: Progress = field(default_factory=Progress)
     state: OuterState | None = None
     loss: float | None = None
-    known: list[InvitedPeer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.emit, self.stop = self.control.emit, self.control.stop
@@ -139,13 +144,14 @@ class _Bootstrap:
         me = PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
         specs = tensor_specs(model.named_parameters())
         swarm = self.swarm = Swarm(node, self.published, specs, average_bytes_untrusted, self.emit, me)
-        self._restore(swarm, sum(spec.size_bytes for spec in specs) // 4)
+        keeper = self.keeper = Keeper(self.folder, self.published, node.identity.peer_id, self.emit)
+        keeper.attach(swarm)
+        keeper.be_controlled(self.control)
+        self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)
         wait_for(self.network.submit(swarm.start(self._reachable(node))), self.stop)
         wait_for(self.network.submit(swarm.watch_daemon(self.stop.fail)), self.stop)
         wait_for(self.network.submit(swarm.announce()), self.stop)
-        event = invite_event(swarm.invite())
-        self.folder.write_invite(event.line)
-        self.emit(event)
+        show_invite(swarm, self.folder, self.emit)
         self.control.watch_bootstrap(swarm, lambda: self.progress)
         self._archive_until_the_end(swarm)
         self.control.finishing("measuring and saving the model")
@@ -180,20 +186,18 @@ class _Bootstrap:
             self.emit(clock_warning(found.clock_correction_s))
         return known
 
-    def _restore(self, swarm: Swarm, num_parameters: int) -> None:
+    def _restore(self, swarm: Swarm, keeper: Keeper, num_parameters: int) -> None:
         """Offer the state that was archived last time."""
-        kept = load_state(self.folder.state_path, self.published.run, self.published.sha256, num_parameters)
+        kept = keeper.load(num_parameters)
         if kept is not None:
-            self._offer(swarm, kept)
+            self._offer(swarm, keeper, kept)
 
-    def _offer(self, swarm: Swarm, kept: KeptState) -> None:
+    def _offer(self, swarm: Swarm, keeper: Keeper, kept: Checkpoint) -> None:
         """Serve this state to joiners, and say that we have it."""
         self.state, self.progress = kept.state, kept.progress
-        body = body_of(kept.state.theta, kept.state.momentum)
 
         async def offer() -> None:
-            swarm.rounds.know_roster(kept.roster, kept.signed_roster)
-            swarm.set_state(kept.progress, body)
+            await keeper.restore(swarm, kept)
             swarm.me = dataclasses.replace(swarm.me, round=kept.progress.round, run_tokens=kept.progress.run_tokens)
 
         wait_for(self.network.submit(offer()), self.stop)
@@ -225,13 +229,11 @@ class _Bootstrap:
     def _ask_how_far(self, swarm: Swarm) -> None:
         """Look how far the volunteers are, and remember whom to dial if we are started again."""
         wait_for(self.network.submit(swarm.greet_some()), self.stop)
-        known = [InvitedPeer(i.peer, i.addresses) for i in swarm.membership.volunteers()[:_SAMPLE] if i.addresses]
-        if known and known != self.known:
-            self.known = known
-            try:
-                self.folder.keep_peers(known)
-            except OSError as error:
-                self.emit(WarningEvent(message=f"{self.folder.path} cannot be written: {error.strerror}; make room"))
+        assert self.keeper is not None
+        try:
+            self.keeper.keep_peers()
+        except OSError as error:  # the archive will say so too, and not every second
+            _log.info("%s cannot be written: %s", self.folder.path, error.strerror)
 
     def _archive(self, swarm: Swarm) -> bool:
         """Pull the newest state, offer it to joiners, and write it down; False if nobody delivered."""
@@ -242,18 +244,26 @@ class _Bootstrap:
         )
         if new is None:
             return False
+        keeper = self.keeper
+        assert keeper is not None
         state, progress = state_of(new)
-        kept = KeptState(state=state, progress=progress, roster=new.roster, signed_roster=new.signed_roster)
-        self._offer(swarm, kept)
+        kept = Checkpoint(
+            state=state,
+            progress=progress,
+            roster=new.roster,
+            signed_roster=new.signed_roster,
+            extra=keeper.checkpointer.extra(),
+        )
+        self._offer(swarm, keeper, kept)
+        keeper.keep(kept)
         try:
             self._write_archive(kept)
         except OSError as error:
             self.emit(WarningEvent(message=f"the archive could not be written: {error.strerror}; make room"))
         return True
 
-    def _write_archive(self, kept: KeptState) -> None:
+    def _write_archive(self, kept: Checkpoint) -> None:
         progress = kept.progress
-        save_state(self.folder.state_path, kept)
         model = build_model(self.published.run.model, self.published.run.run.seed)
         save_model(self.folder.archive_path, model, kept.state.theta, self.published, progress)
         path = str(self.folder.archive_path)

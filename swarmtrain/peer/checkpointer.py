@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from swarmtrain.events import Event, WarningEvent
+from swarmtrain.membership.progress import Progress
 from swarmtrain.peer.checkpoint import Checkpoint, save
 from swarmtrain.peer.checkpoint_files import CheckpointFolder, Written
 
@@ -43,6 +44,8 @@ class Checkpointer:
     now: Callable[[], float] = time.monotonic
     last: Written | None = None
     """The newest checkpoint on the disk, if one was written or found."""
+    durable: Progress | None = None
+    """The progress that `last` keeps."""
     extras: dict[str, Callable[[], Any]] = field(default_factory=dict)
     """Called by `extra`, in the trainer's thread: what others keep in each checkpoint, by name."""
     _change: threading.Condition = field(default_factory=threading.Condition)
@@ -150,6 +153,7 @@ class Checkpointer:
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
             self.last = save(self.folder, checkpoint)
+            self.durable = checkpoint.progress
             self.beside()
         except OSError as error:
             self._failing = True

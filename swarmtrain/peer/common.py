@@ -45,6 +45,7 @@ __all__ = [
     "leave_swarm",
     "process_age_s",
     "save_model",
+    "show_invite",
     "start_node",
     "state_of",
     "use_threads",
@@ -212,6 +213,16 @@ def invite_event(invite: Invite) -> InviteEvent:
     word = format_invite(invite)
     addresses = tuple(address for peer in invite.peers for address in peer.full_addresses)
     return InviteEvent(line=f"swarmtrain join {word}", invite=word, run_sha256=invite.run_sha256, addresses=addresses)
+
+
+def show_invite(swarm: Swarm, folder: PeerFolder, emit: Emit) -> None:
+    """Tell the invite, and leave it in the folder for `swarmtrain invite`."""
+    event = invite_event(swarm.invite())
+    try:
+        folder.write_invite(event.line)
+    except OSError as error:  # others can join all the same
+        emit(WarningEvent(message=f"the invite could not be kept in {folder.path}: {error.strerror}; make room"))
+    emit(event)
 
 
 def use_threads(threads: int) -> None:

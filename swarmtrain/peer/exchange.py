@@ -20,7 +20,7 @@ from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.rosters import joining_steps, round_steps
+from swarmtrain.membership.rosters import better_roster, joining_steps, must_refetch, round_steps
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
@@ -63,6 +63,7 @@ class SwarmExchange:
     _cut_short: bool = False
     _fresh: bool = True  # the next round is the first, or the first with a state taken from another peer
     _first: bool = True
+    _offered: Progress | None = None
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """See `Exchange`."""
@@ -182,6 +183,9 @@ class SwarmExchange:
 
     def offer(self, state: OuterState, progress: Progress) -> None:
         """Serve `state` to joiners and those who missed a round from now on."""
+        if progress is self._offered:
+            return
+        self._offered = progress
         body = body_of(state.theta, state.momentum)
 
         async def offer() -> None:
@@ -195,23 +199,29 @@ class SwarmExchange:
         wait_for(self.network.submit(offer()), self.stop)
 
     def present_state(self) -> Replaced | None:
-        """The state that the swarm is at, before this peer's first round, or its first after a pause; None if that is
-        the initial weights. The next round is then one that it comes into late.
+        """The swarm's present state, if it holds against what this peer has: before its first round, or its first
+        after a pause. The next round is then one that it comes into late. None to go on with what it has: a
+        checkpoint, or the initial weights if nobody has merged a round yet.
 
-        Raises RunTimeError when others have trained and nobody delivers.
+        Raises RunTimeError when others have trained, this peer has nothing, and nobody delivers.
         """
         self._fresh = True
+        rounds = self.swarm.rounds
+        own = None if rounds.last is None else rounds.last[0]
         live = self.swarm.membership.live()
         peers = [info.peer for info in live if not info.is_bootstrap]
         sample = random.sample(peers, min(_SAMPLE, len(peers))) + [info.peer for info in live if info.is_bootstrap]
         for _ in range(_TRIES):
-            new = wait_for(self.network.submit(self.swarm.rounds.fetch_newest_state(sample, "joined late")), self.stop)
-            if new is not None:
+            told = wait_for(self.network.submit(rounds.ask_now(sample)), self.stop)
+            if not must_refetch(own, better_roster([answer.last for answer in told.values() if answer.last])):
+                return None
+            reason = "joined late" if own is None else "was away"
+            new = wait_for(self.network.submit(rounds.fetch_newest_state(sample, reason)), self.stop)
+            if new is not None and must_refetch(own, new.roster):
                 return self._adopted(new)
-            told = wait_for(self.network.submit(self.swarm.rounds.ask_now(sample)), self.stop)
-            if all(answer.last is None for answer in told.values()):
-                return None  # of those who answer nobody has merged a round yet
             self.stop.sleep(1.0)
+        if own is not None:
+            return None  # it will catch up at the end of its round
         raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
 
     def traffic_since_last(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,12 +11,14 @@ from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import PeerError, RunTimeError, UserError
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.model.export import load_exported
-from swarmtrain.model.gpt import build_model, generate
+from swarmtrain.model.gpt import build_model, generate, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.invite import Invite
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.swarm import Swarm, fetch_published, find_run
+from swarmtrain.peer.checkpoint import load_newest
+from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.common import (
     PeerSettings,
     StopFlag,
@@ -25,26 +28,42 @@ from swarmtrain.peer.common import (
     state_of,
     wait_for,
 )
-from swarmtrain.peer.folder import peer_folder
+from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.run import parse_published_untrusted
 
 __all__ = ["export_from_folder", "export_from_swarm", "sample_text"]
 
+_log = logging.getLogger(__name__)
+
 
 def export_from_folder(folder: Path, target: Path) -> int:
-    """Copy the model that a peer left in its folder (the final one, else the archive); returns the run's tokens.
+    """Copy the model that a peer left in its folder (the final one, else the archive, else the newest checkpoint's);
+    returns the run's tokens.
 
     Raises UserError when there is none.
     """
+    if target.exists():
+        raise UserError(f"{target} exists; give a new folder with --to")
     for name in ("model", "archive"):
         source = folder / name
         if (source / "config.json").exists():
             exported = load_exported(source)
-            if target.exists():
-                raise UserError(f"{target} exists; give a new folder with --to")
             shutil.copytree(source, target)
             return exported.run_tokens
-    raise UserError(f"{folder}: no model here yet; the bootstrap archives one, a volunteer leaves one at the end")
+    return _export_checkpoint(PeerFolder(folder), target)
+
+
+def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
+    published = folder.kept_run()
+    if published is not None:
+        run, files = published.run, CheckpointFolder(folder.checkpoints_path, published.sha256, None)
+        found = load_newest(files, run, num_parameters(run.model), lambda message: _log.warning("%s", message))
+        if found is not None:
+            kept, _ = found
+            model = build_model(run.model, run.run.seed)
+            save_model(target, model, kept.state.theta, published, kept.progress)
+            return kept.progress.run_tokens
+    raise UserError(f"{folder.path}: no model here yet; a peer keeps a checkpoint from the first merged round on")
 
 
 def export_from_swarm(invite: Invite, target: Path, stop: StopFlag) -> int:

@@ -10,10 +10,10 @@ peer.log       what happened, and older ones beside it: peer.log.1 and so on
 invite.txt     the line to hand out, while a peer runs
 control.*      where a running peer can be asked for its status: the address, and its socket
 status.json    the peer's last status
-position.json  (volunteer) how many batches of its text it has drawn
+checkpoints/   the newest three checkpoints of this peer's state
 port.txt       the port it listened at
-peers.json     (bootstrap) whom it knew
-archive/       (bootstrap) the run's newest model, and beside it state.safetensors, the state behind it
+peers.json     whom it knew
+archive/       (bootstrap) the run's newest model
 model/         the model at the end
 """
 
@@ -50,7 +50,7 @@ class PeerFolder:
         self.invite_path = path / "invite.txt"
         self.model_path = path / "model"
         self.archive_path = path / "archive"
-        self.state_path = path / "state.safetensors"
+        self.checkpoints_path = path / "checkpoints"
 
     def kept_files(self) -> Mapping[str, bytes]:
         """The run's files that are here already, by their hash."""
@@ -81,22 +81,11 @@ class PeerFolder:
         return PublishedRun(data, sha256, run, held_out, tokenizer)
 
     def keep_run(self, published: PublishedRun) -> None:
-        """Write the run and its files."""
+        """Write the run and its files, as far as they are not here: started again, it needs no room on the disk."""
         for name, data in zip(_FILES, (published.data, published.held_out, published.tokenizer), strict=True):
-            if data:
-                write_atomically(self.path / name, data)
-
-    def kept_position(self, run_sha256: str) -> int:
-        """Batches of this run that this peer has drawn already."""
-        try:
-            kept = json.loads((self.path / "position.json").read_text())
-            return max(0, int(kept["batches"])) if kept["run"] == run_sha256 else 0
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
-
-    def keep_position(self, run_sha256: str, batches: int) -> None:
-        """Remember how many batches were drawn, so that the next start goes on from there."""
-        write_atomically(self.path / "position.json", json.dumps({"run": run_sha256, "batches": batches}).encode())
+            path = self.path / name
+            if data and not (path.exists() and path.read_bytes() == data):
+                write_atomically(path, data)
 
     def kept_port(self) -> int | None:
         """The TCP port this peer listened at last time."""

@@ -35,6 +35,8 @@ __all__ = [
     "Trainer",
 ]
 
+_MAX_SKIPPED_ROUNDS = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
@@ -276,8 +278,15 @@ class Trainer:
         self.state, self.progress = state, progress
         self.own_tokens, self.young_steps, self.steps_per_s = own.own_tokens, own.young_steps, own.steps_per_s
 
-    def skip_merged(self, tokens: int) -> None:
-        """Others have merged `tokens` of this peer's that its checkpoint does not know: their batches are done."""
+    def skip_merged(self, tokens: int) -> bool:
+        """Others have merged `tokens` of this peer's that its checkpoint does not know: their batches are done.
+
+        A kill costs a round at most, so more than a few rounds is an old folder that was put back, or a lie: those
+        are not skipped, and the answer is False.
+        """
+        if not 0 < tokens <= _MAX_SKIPPED_ROUNDS * self.run.merge.inner_steps * self.run.tokens_per_step:
+            return False
         for _ in range(tokens // self.run.tokens_per_step):
             self.batches.next_batch()
         self.own_tokens += tokens
+        return True

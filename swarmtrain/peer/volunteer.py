@@ -6,6 +6,8 @@ taken from the swarm is fresh: dial, fetch the run, prepare text and model, and 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +35,11 @@ from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.model.gpt import GPT, build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs, vector_sha256
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.invite import Invite
+from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
+from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import (
     Emit,
     Interrupted,
@@ -45,16 +48,17 @@ from swarmtrain.peer.common import (
     as_peer,
     clock_warning,
     held_out_loss,
-    invite_event,
     leave_swarm,
     process_age_s,
     save_model,
+    show_invite,
     start_node,
     wait_for,
 )
 from swarmtrain.peer.controlled import Controlled, controlled
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.pausing import PauseSwitch
@@ -63,7 +67,12 @@ from swarmtrain.run import RunFile, parse_published_untrusted
 
 __all__ = ["data_base", "run_volunteer", "summary_of"]
 
+_log = logging.getLogger(__name__)
 _LINGER_S = 60.0
+_FIND_S = 15.0
+_FIND_AGAIN_S = 5.0
+_ALONE_AFTER_S = 15.0
+_LOOK_S = 0.5
 _FETCH_ATTEMPTS = 3
 
 
@@ -88,6 +97,8 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
             return control.ended(log_event(volunteer.stamp(done)))
         finally:
             leave_swarm(network, volunteer.swarm, volunteer.node)
+            if volunteer.keeper is not None:
+                volunteer.keeper.close()
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,8 @@ class _Ready:
     data: TrainingData
     model: GPT
     batches: BatchSource
+    kept: Checkpoint | None
+    """Where this peer was when it last ran."""
 
 
 @dataclass
@@ -113,6 +126,7 @@ class _Volunteer:
     limits: LimitKeeper = field(init=False)
     node: Node | None = None
     swarm: Swarm | None = None
+    keeper: Keeper | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -128,10 +142,11 @@ class _Volunteer:
         self.name = self.settings.name or short_peer(node.identity.peer_id)
         self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
         self.control.starting("looking for the swarm, and fetching the run")
-        published = self._fetch(node)
-        ready = self._prepare(node, published)
-        self.control.starting("looking who is here")
-        swarm = self.swarm = self._enter(node, ready)
+        through = self._through()
+        published, found = self._fetch(node, through)
+        keeper = self.keeper = Keeper(self.folder, published, node.identity.peer_id, self.emit)
+        ready = self._prepare(node, published, keeper)
+        swarm = self.swarm = self._swarm(node, ready)
         exchange = SwarmExchange(self.network, swarm, published.run, self.stop, self.pause)
         trainer = Trainer(
             run=published.run,
@@ -140,12 +155,22 @@ class _Volunteer:
             exchange=exchange,
             report=lambda report: self._report(report, exchange, ready),
             should_stop=self._should_stop,
+            settled=lambda: self._settle(exchange, trainer, keeper),
         )
+        keeper.attach(swarm)
+        keeper.checkpointer.prepare(trainer.state.theta.numel())
+        keeper.be_controlled(self.control)
+        self._resume(swarm, trainer, ready, keeper)
+        self.control.starting("looking who is here")
+        wait_for(self.network.submit(swarm.start(through)), self.stop)
+        wait_for(self.network.submit(swarm.watch_daemon(self.stop.fail)), self.stop)
+        if not found:
+            self._look_for_others(node, swarm, through)
         self.control.watch_volunteer(exchange)
         if self.pause.held:
             self._rest()
         self.control.starting("taking the swarm's present weights")
-        self._join(swarm, exchange, trainer)
+        self._join(swarm, exchange, trainer, ready)
         reason = self._train(swarm, exchange, trainer)
         if self.stop.failure is not None:
             raise RunTimeError(self.stop.failure)
@@ -165,16 +190,27 @@ class _Volunteer:
 
     # ------------------------------------------------------------- joining
 
-    def _fetch(self, node: Node) -> PublishedRun:
-        """Dial, correct the clock, and fetch the run by its hash."""
-        finding = find_run(node, self.invite.run_sha256, self.invite.peers)
-        found = wait_for(self.network.submit(finding), self.stop)
-        source = found.peer
-        if found.clock_correction_s:
-            self.emit(clock_warning(found.clock_correction_s))
-        calls = PeerCalls(node, self.invite.run_sha256)
-        published = self._fetch_from(calls, source)
-        self.folder.keep_run(published)
+    def _through(self) -> tuple[InvitedPeer, ...]:
+        """Whom to dial: those of the invite, and those known when this peer last ran in this folder."""
+        return known_peers(list(self.invite.peers), self.folder.kept_peers())
+
+    def _fetch(self, node: Node, through: tuple[InvitedPeer, ...]) -> tuple[PublishedRun, bool]:
+        """Dial, correct the clock, and fetch the run by its hash; and whether somebody was found.
+
+        When nobody answers, the run that is kept here is good enough to go on from a checkpoint.
+        """
+        try:
+            source = self._find(node, through, _FIND_S)
+        except RunTimeError as error:
+            published = run_to_resume(self.folder, self.invite, node.identity.peer_id)
+            if published is None:
+                raise
+            _log.info("going on from this folder: %s", error)
+            source, found = node.identity.peer_id, False
+        else:
+            found = True
+            published = self._fetch_from(PeerCalls(node, self.invite.run_sha256), source)
+            self.folder.keep_run(published)
         self.emit(
             FetchedEvent(
                 run_sha256=published.sha256,
@@ -185,7 +221,15 @@ class _Volunteer:
                 summary=summary_of(published.run),
             )
         )
-        return published
+        return published, found
+
+    def _find(self, node: Node, through: tuple[InvitedPeer, ...], limit_s: float) -> str:
+        """Somebody who answers; the clock is right from then on. Raises RunTimeError when nobody does."""
+        finding = find_run(node, self.invite.run_sha256, through, limit_s)
+        found = wait_for(self.network.submit(finding), self.stop)
+        if found.clock_correction_s:
+            self.emit(clock_warning(found.clock_correction_s))
+        return found.peer
 
     def _fetch_from(self, calls: PeerCalls, source: str) -> PublishedRun:
         """The run from `source`, asked a few times: a stream may break without anybody's fault."""
@@ -199,22 +243,25 @@ class _Volunteer:
             self.stop.sleep(1.0)
         raise AssertionError("the last attempt returns or raises")
 
-    def _prepare(self, node: Node, published: PublishedRun) -> _Ready:
-        """Text and model: what takes time and needs nobody else."""
+    def _prepare(self, node: Node, published: PublishedRun, keeper: Keeper) -> _Ready:
+        """Text, model and checkpoint: what takes time and needs nobody else."""
         run = published.run
         check_memory(run, num_parameters(run.model), self.settings.limits.memory_bytes)
         base = data_base(run, self.settings.data_folder)
         data = training_data(run, base, published.held_out, published.tokenizer, self.settings.cache_folder)
         self.stop.check()
         model = build_model(run.model, run.run.seed)
-        position = self.folder.kept_position(published.sha256)
+        kept = keeper.load(num_parameters(run.model))
+        if kept is not None and kept.own is None:
+            kept = None  # a bootstrap's: it has not trained
+        position = 0 if kept is None or kept.own is None else kept.own.batches
         place = PeerPlace(run_sha256=published.sha256, peer_id=node.identity.peer_id, position=position)
         batches = training_batches(run, data, place, base, published.held_out)
         self.stop.check()
-        return _Ready(published, data, model, batches)
+        return _Ready(published, data, model, batches, kept)
 
-    def _enter(self, node: Node, ready: _Ready) -> Swarm:
-        """Enter the DHT and learn who is here."""
+    def _swarm(self, node: Node, ready: _Ready) -> Swarm:
+        """This peer's place in the swarm, not yet entered."""
         me = PeerInfo(
             peer=node.identity.peer_id,
             name=self.name,
@@ -222,18 +269,40 @@ class _Volunteer:
             corpus_sha256=ready.data.corpus.digest,
         )
         specs = tensor_specs(ready.model.named_parameters())
-        swarm = Swarm(node, ready.published, specs, average_bytes_untrusted, self.emit, me)
-        wait_for(self.network.submit(swarm.start(self.invite.peers)), self.stop)
-        wait_for(self.network.submit(swarm.watch_daemon(self.stop.fail)), self.stop)
-        return swarm
+        return Swarm(node, ready.published, specs, average_bytes_untrusted, self.emit, me)
 
-    def _join(self, swarm: Swarm, exchange: SwarmExchange, trainer: Trainer) -> None:
-        """Take the swarm's state, and say that we are here."""
+    def _resume(self, swarm: Swarm, trainer: Trainer, ready: _Ready, keeper: Keeper) -> None:
+        """Go on from the checkpoint, if there is one; others can have its state as soon as this peer answers."""
+        kept = ready.kept
+        if kept is not None and kept.own is not None:
+            trainer.resume(kept.state, kept.progress, kept.own)
+            wait_for(self.network.submit(keeper.restore(swarm, kept)), self.stop)
+
+    def _look_for_others(self, node: Node, swarm: Swarm, through: tuple[InvitedPeer, ...]) -> None:
+        """Nobody answered: they may just be starting again too. This peer answers already; then it goes on alone."""
+        give_up_s = time.monotonic() + _ALONE_AFTER_S
+        while time.monotonic() < give_up_s:
+            with contextlib.suppress(RunTimeError):
+                self._find(node, through, _FIND_AGAIN_S)
+                wait_for(self.network.submit(swarm.come_back()), self.stop)
+            if swarm.membership.live():
+                return
+            self.stop.sleep(_LOOK_S)
+        message = "nobody else of this run answers: going on alone from this folder's checkpoint, and knocking again"
+        self.emit(WarningEvent(message=message))
+
+    def _join(self, swarm: Swarm, exchange: SwarmExchange, trainer: Trainer, ready: _Ready) -> None:
+        """Take the swarm's state if it holds against ours, and say that we are here."""
         state_from = ""
         new = exchange.present_state()
         if new is not None:
+            me = swarm.identity.peer_id
+            merged = new.progress.peer_tokens.get(me, 0) - trainer.progress.peer_tokens.get(me, 0)
+            if ready.kept is None:
+                trainer.young_steps = 0
+            elif trainer.skip_merged(merged):
+                _log.info("the others have merged %d tokens of this peer's that it had forgotten", merged)
             trainer.adopt(new)
-            trainer.young_steps = 0
             state_from = new.from_peer
         exchange.offer(trainer.state, trainer.progress)
         wait_for(self.network.submit(swarm.announce()), self.stop)
@@ -243,12 +312,11 @@ class _Volunteer:
                 run_tokens=trainer.progress.run_tokens,
                 num_peers=len(swarm.membership.volunteers()) + 1,
                 state_from=state_from,
+                resumed_round=None if ready.kept is None else ready.kept.progress.round,
                 wall_s=process_age_s(),
             )
         )
-        event = invite_event(swarm.invite())
-        self.folder.write_invite(event.line)
-        self.emit(event)
+        show_invite(swarm, self.folder, self.emit)
         num_parameters = trainer.state.theta.numel()
         exchange.on_first_round = lambda inner_steps: self.emit(
             StartedEvent(
@@ -294,13 +362,13 @@ class _Volunteer:
             trainer.adopt(new)
         wait_for(self.network.submit(swarm.announce()), self.stop)
 
+    def _settle(self, exchange: SwarmExchange, trainer: Trainer, keeper: Keeper) -> None:
+        """After each round: offer the new state to others, and keep it."""
+        exchange.offer(trainer.state, trainer.progress)
+        keeper.keep_round(trainer, exchange.swarm.rounds.last)
+
     def _report(self, report: RoundReport, exchange: SwarmExchange, ready: _Ready) -> None:
-        """After each merge: offer the new state, tell, and measure the held-out loss if it is time."""
-        exchange.offer(report.state, report.progress)
-        try:
-            self.folder.keep_position(ready.published.sha256, ready.batches.position)
-        except OSError as error:
-            self.emit(WarningEvent(message=f"{self.folder.path} cannot be written: {error.strerror}; make room"))
+        """After each merge: tell, and measure the held-out loss if it is time."""
         sent, received = exchange.traffic_since_last()
         contribution, averaged = report.contribution, report.averaged
         below = None

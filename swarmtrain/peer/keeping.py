@@ -1,0 +1,168 @@
+"""What a peer keeps in its folder while it runs, and goes on from when it is started again.
+
+Checkpoints with the counts of everyone's tokens, and beside them `peers.json`: whom to dial when nobody of the invite
+answers any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.events import WarningEvent
+from swarmtrain.membership.rosters import Roster
+from swarmtrain.network.codec import body_of
+from swarmtrain.network.invite import Invite, InvitedPeer
+from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.peer.checkpoint import Checkpoint, load_newest
+from swarmtrain.peer.checkpoint_files import CheckpointFolder, Kept
+from swarmtrain.peer.checkpointer import Checkpointer
+from swarmtrain.peer.common import Emit
+from swarmtrain.peer.controlled import Controlled
+from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.trainer import Trainer
+from swarmtrain.v1 import control_pb2 as control_pb
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Keeper", "known_peers", "run_to_resume"]
+
+_log = logging.getLogger(__name__)
+_MAX_PEERS = 16
+_FLUSH_S = 10.0
+_ASKED_FLUSH_S = 60.0
+_TALLY = "tally"
+
+
+@dataclass
+class Keeper:
+    """Keeps the checkpoints of one peer in one run."""
+
+    folder: PeerFolder
+    published: PublishedRun
+    peer: str
+    emit: Emit
+    checkpointer: Checkpointer = field(init=False)
+    _swarm: Swarm | None = None
+    _known: tuple[InvitedPeer, ...] = ()
+    _keeping_peers: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        files = CheckpointFolder(self.folder.checkpoints_path, self.published.sha256, self.peer)
+        self.checkpointer = Checkpointer(files, self.emit, beside=self.keep_peers)
+        self._known = self.folder.kept_peers()
+
+    def load(self, num_parameters: int) -> Checkpoint | None:
+        """The newest checkpoint that is whole; a warning for each that is not used."""
+
+        def warn(message: str) -> None:
+            self.emit(WarningEvent(message=message))
+
+        found = load_newest(self.checkpointer.folder, self.published.run, num_parameters, warn)
+        if found is None:
+            return None
+        kept, self.checkpointer.last = found
+        self.checkpointer.durable = kept.progress
+        return kept
+
+    def attach(self, swarm: Swarm) -> None:
+        """Keep what `swarm` counts and whom it knows; what it tells others to have trained is what is on the disk."""
+        self._swarm = swarm
+        self.checkpointer.extras[_TALLY] = swarm.tallying.kept
+        swarm.durable = lambda: self.checkpointer.durable
+
+    async def restore(self, swarm: Swarm, kept: Checkpoint) -> None:
+        """Offer the state of a checkpoint to the others, and count on from it. In the network thread."""
+        rows: Any = kept.extra.get(_TALLY, [])
+        try:
+            swarm.tallying.restore(rows)
+        except (ValueError, TypeError) as error:
+            self.emit(WarningEvent(message=f"the counts in the checkpoint are not used ({error}); they are read anew"))
+        swarm.rounds.know_roster(kept.roster, kept.signed_roster)
+        swarm.set_state(kept.progress, body_of(kept.state.theta, kept.state.momentum))
+
+    # ------------------------------------------------------------- while it runs
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Have it written."""
+        self.checkpointer.offer(checkpoint)
+
+    def keep_round(self, trainer: Trainer, last: tuple[Roster, pb.Signed] | None) -> None:
+        """After a round: have the trainer's state written, with what is its own. `last` is the roster behind it."""
+        if last is None or last[0].digest != trainer.progress.roster_sha256:
+            _log.warning("no checkpoint of round %d: its roster is not known", trainer.progress.round)
+            return
+        room = self.checkpointer.room(trainer.state.theta.numel())
+        self.keep(
+            Checkpoint(
+                state=trainer.state,
+                progress=trainer.progress,
+                roster=last[0],
+                signed_roster=last[1],
+                own=trainer.own_part(room),
+                extra=self.checkpointer.extra(),
+            )
+        )
+
+    # ------------------------------------------------------------- for who asks
+
+    def be_controlled(self, control: Controlled) -> None:
+        """Let the control service ask for the newest checkpoint, and show it in the status."""
+        control.checkpoint = self.flushed
+        control.board.add_looker(self.show)
+
+    def flushed(self) -> control_pb.CheckpointReply:
+        """The newest checkpoint, once it is on the disk. Within a round there is nothing to keep: it is of the last
+        one's end. Raises RunTimeError when there is none or it cannot be written."""
+        done, last = self.checkpointer.flush(_ASKED_FLUSH_S), self.checkpointer.last
+        if not done:
+            raise RunTimeError(
+                f"the newest checkpoint is not on the disk yet; look whether {self.folder.path} has room"
+            )
+        if last is None:
+            raise RunTimeError("there is no checkpoint yet: the first is written when the first round is merged")
+        return control_pb.CheckpointReply(round=last.round, path=str(last.path))
+
+    def show(self, status: control_pb.PeerStatus) -> None:
+        """Fill in the newest checkpoint on the disk."""
+        if (last := self.checkpointer.last) is not None:
+            kept = control_pb.KeptCheckpoint(round=last.round, time=last.time, size_bytes=last.size_bytes)
+            status.checkpoint.CopyFrom(kept)
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, some seconds at most."""
+        if not self.checkpointer.close(_FLUSH_S):
+            _log.warning("the last checkpoint is not on the disk; the one before it is")
+
+    def keep_peers(self) -> None:
+        """Write down whom to dial when started again, if that has changed. From any thread; raises OSError."""
+        if self._swarm is None:
+            return
+        live = [InvitedPeer(i.peer, i.addresses) for i in self._swarm.membership.live() if i.addresses]
+        with self._keeping_peers:
+            known = known_peers(live, self._known)
+            if known != self._known:
+                self.folder.keep_peers(known)
+                self._known = known
+
+
+def known_peers(newest: list[InvitedPeer], before: tuple[InvitedPeer, ...]) -> tuple[InvitedPeer, ...]:
+    """Those of now, then those of before: who is away for a moment may be the only one to come back."""
+    peers = {peer.peer: peer for peer in (*before, *newest)}
+    order = dict.fromkeys(peer.peer for peer in (*newest, *before))
+    return tuple(peers[peer] for peer in order)[:_MAX_PEERS]
+
+
+def run_to_resume(folder: PeerFolder, invite: Invite, peer: str) -> PublishedRun | None:
+    """The run of `invite`, if it is kept in the folder whole and with a checkpoint to go on from."""
+    try:
+        published = folder.kept_run()
+    except UserError as error:
+        _log.info("not resumed: %s", error)
+        return None
+    if published is None or published.sha256 != invite.run_sha256:
+        return None
+    files = CheckpointFolder(folder.checkpoints_path, published.sha256, peer)
+    return published if any(isinstance(entry, Kept) for entry in files.newest_first()) else None

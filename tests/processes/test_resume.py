@@ -1,0 +1,124 @@
+"""Peers are killed and started again with their folders, as real processes: the run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+
+import pytest
+from swarm import Child, Swarm, assert_same_states, write_run
+
+from swarmtrain.events import JoinedEvent, RoundEvent, WarningEvent
+
+pytestmark = pytest.mark.processes
+
+NOISE = 0.3
+"""How far a round's loss may be above those of the rounds before, in nats per token; it begins at 5.5."""
+
+
+def port(child: Child) -> int:
+    """The port it listens at."""
+    found = re.search(r"/tcp/(\d+)", child.invite.addresses[0])
+    assert found is not None
+    return int(found[1])
+
+
+def again(swarm: Swarm, child: Child, invite: str) -> Child:
+    """Start a volunteer again, in its folder and at its port."""
+    own = ["--json", "--name", child.name, "--dir", str(child.folder), "--listen", f"127.0.0.1:{port(child)}"]
+    return swarm.start(child.name, ["join", invite, "--threads", "1", "--data", str(swarm.folder), *own])
+
+
+def together(children: list[Child], more: int = 1) -> None:
+    """Wait for `more` rounds of each from now on that have all of them on their roster."""
+    peers = {child.id for child in children}
+    for child in children:
+        for _ in range(more):
+            after = child.last_round
+            child.wait_event(RoundEvent, lambda e, after=after: e.round > after and set(e.partners) == peers)
+
+
+def late_loss(children: list[Child], rounds: int = 3) -> float:
+    """Their mean loss over their last rounds."""
+    return statistics.mean(event.loss for child in children for event in child.all(RoundEvent)[-rounds:])
+
+
+def assert_resumed(before: Child, after: Child) -> JoinedEvent:
+    """It is the same peer, and lost one round at most."""
+    joined = after.wait_event(JoinedEvent)
+    assert after.id == before.id
+    assert joined.resumed_round is not None and joined.resumed_round >= before.last_round, after.story()
+    assert joined.round >= joined.resumed_round, "what was there was taken only for something better"
+    return joined
+
+
+def kept_tokens(child: Child) -> int:
+    """The tokens of its own that its newest checkpoint counts."""
+    newest = max((child.folder / "checkpoints").glob("*.json"))
+    return json.loads(newest.read_text())["manifest"]["own"]["tokens"]
+
+
+def test_everyone_is_killed_and_started_again(swarm: Swarm) -> None:
+    run = write_run(swarm.folder)
+    bootstrap = swarm.bootstrap(run)
+    invite = bootstrap.invite.invite
+    before = swarm.join_all(["anna", "ben"], invite)
+    together(before, 4)
+    for child in (bootstrap, *before):
+        child.process.kill()
+    for child in (bootstrap, *before):
+        child.wait()
+    losses = late_loss(before)
+    done = {child.name: max(event.run_tokens for event in child.rounds().values()) for child in before}
+    own = {child.name: kept_tokens(child) for child in before}
+
+    listen = ["--listen", f"127.0.0.1:{port(bootstrap)}"]
+    own_options = ["--json", "--name", "bootstrap", "--dir", str(bootstrap.folder), *listen]
+    bootstrap = swarm.start("bootstrap", ["bootstrap", str(run), *own_options])
+    assert bootstrap.invite.invite == invite, "the same address, the same invite"
+    after = [swarm.join(child.name, invite) for child in before]
+    for old, new in zip(before, after, strict=True):
+        joined = assert_resumed(old, new)
+        tokens_of_a_round = 10 * 8 * 64 * len(before)
+        assert joined.run_tokens >= done[new.name] - tokens_of_a_round
+    together(after, 3)
+    for child in after:
+        first = child.all(RoundEvent)[0]
+        assert first.first_loss < losses + NOISE and first.loss < losses + NOISE, "it goes on where it was"
+
+    anna, ben = after
+    ben.kill()
+    anna.wait_more_rounds(3)
+    back = swarm.join("ben", invite)
+    joined = assert_resumed(ben, back)
+    assert joined.state_from in {anna.id, bootstrap.id} and joined.round > (joined.resumed_round or 0)
+    together([anna, back])
+    assert_same_states([anna, back])
+    assert kept_tokens(back) > own["ben"]
+    swarm.interrupt_all([bootstrap, anna, back])
+
+    exported = swarm.run("export", "--dir", str(back.folder), "--to", str(swarm.folder / "model"))
+    assert exported.code == 0, exported.stderr
+
+
+def test_volunteers_find_each_other_again_without_the_bootstrap(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    invite = bootstrap.invite.invite
+    anna, ben = swarm.join_all(["anna", "ben"], invite)
+    together([anna, ben], 3)
+    for child in (bootstrap, anna, ben):
+        child.process.kill()
+    for child in (bootstrap, anna, ben):
+        child.wait()
+
+    alone = again(swarm, ben, invite)
+    alone.wait_event(WarningEvent, lambda event: "going on alone" in event.message)
+    assert_resumed(ben, alone)
+    alone.wait_more_rounds(2)
+    second = again(swarm, anna, invite)
+    joined = assert_resumed(anna, second)
+    assert joined.state_from == alone.id
+    together([second, alone], 2)
+    assert_same_states([second, alone])
+    swarm.interrupt_all([second, alone])
