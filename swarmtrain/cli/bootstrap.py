@@ -38,7 +38,7 @@ def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
     from swarmtrain.peer.bootstrap import run_bootstrap
     from swarmtrain.peer.common import PeerSettings
 
-    options.stop.check()
+    options.stop.begin()
     settings = PeerSettings(
         directory=peer_directory(options, f"bootstrap-{run.run.name}"),
         name=options.name or "bootstrap",

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import json
+import os
 import re
 import sys
 import threading
@@ -30,7 +32,7 @@ import click
 
 from swarmtrain.cli.background import is_the_background, report, report_folder, start_in_background
 from swarmtrain.errors import SwarmtrainError
-from swarmtrain.peer.stopping import Interrupted, StopFlag
+from swarmtrain.peer.stopping import StopFlag
 
 if TYPE_CHECKING:
     from swarmtrain.events import Event
@@ -175,7 +177,8 @@ _PEER_OPTIONS = (
 def peer_options(function: _F) -> _F:
     """Give a command the options of every peer; it receives them as one argument, `options: PeerOptions`.
 
-    Ctrl-C is heard before anything heavy is imported: the command checks `options.stop` once it has its imports.
+    Ctrl-C is heard before anything heavy is imported, and ends the process at once until the command has its imports and
+    says `options.stop.begin()`.
     """
 
     @functools.wraps(function)
@@ -187,14 +190,11 @@ def peer_options(function: _F) -> _F:
         with stop_on_signals() as stop:
             given = {item.name: values.pop(item.name) for item in fields(PeerOptions) if item.name in values}
             options = PeerOptions(**given, stop=stop)
+            stop.at_once = functools.partial(_end_at_once, options)
             from swarmtrain.peer.logs import log_to_file_only, log_to_terminal
 
             (log_to_file_only if is_the_background() else log_to_terminal)(options.log_level)
-            try:
-                return function(options=options, **values)
-            except Interrupted:
-                _tell_interrupted(options)
-                return None
+            return function(options=options, **values)
 
     decorated: Any = bundled
     for option in reversed(_PEER_OPTIONS):
@@ -209,15 +209,16 @@ def _start_in_background(values: dict[str, Any]) -> int:
     return start_in_background(show, by_folder=values["dir"] is not None)
 
 
-def _tell_interrupted(options: PeerOptions) -> None:
-    """An end that was asked for before the peer had begun."""
+def _end_at_once(options: PeerOptions) -> None:
+    """An end that was asked for while the peer was being imported: nothing is begun, nothing can be relied on."""
     click.echo("interrupted before it had begun", err=True)
-    from swarmtrain.events import DoneEvent
-    from swarmtrain.peer.common import process_age_s
+    if options.json:
+        from swarmtrain.peer.process import process_age_s
 
-    with errors_as_events(options.json, options.name) as emit:
-        age_s = process_age_s()
-        emit(DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=age_s, reason="interrupted"))
+        head = {"event": "done", "time": time.time(), "peer": "", "name": options.name}
+        counts = {"held_out_loss": None, "tokens": 0, "run_tokens": 0, "wall_s": process_age_s()}
+        click.echo(json.dumps({**head, **counts, "reason": "interrupted"}))
+    os._exit(0)
 
 
 def example(*lines: str) -> str:

@@ -103,7 +103,7 @@ def command(invite: str, limits: Limits, data: Path | None, options: PeerOptions
     from swarmtrain.peer.common import PeerSettings
     from swarmtrain.peer.volunteer import run_volunteer
 
-    options.stop.check()
+    options.stop.begin()
     settings = PeerSettings(
         directory=directory,
         name=options.name,

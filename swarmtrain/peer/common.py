@@ -5,8 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -31,6 +29,7 @@ from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.rounds import NewState
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.process import process_age_s
 from swarmtrain.peer.stopping import Interrupted, StopFlag
 
 __all__ = [
@@ -146,15 +145,6 @@ def leave_swarm(network: NetworkThread, swarm: Swarm | None, node: Node | None) 
     except Exception as error:  # whatever happens at the end, the network thread ends, and with it the daemon
         _log.debug("leaving: %s", error)
     network.stop()
-
-
-def process_age_s() -> float:
-    """Seconds since this process was started."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError, ValueError, AttributeError):
-        return time.process_time()
 
 
 def state_of(new: NewState) -> tuple[OuterState, Progress]:

@@ -33,6 +33,13 @@ class StopFlag:
         self.failure: str | None = None
         self.explain: Callable[[], None] = lambda: None
         """Writes to the log what this peer is waiting for (on SIGUSR1)."""
+        self.at_once: Callable[[], None] = lambda: None
+        """Ends the process when an end is asked for, as long as there is nothing else to end."""
+
+    def begin(self) -> None:
+        """From now on there is something to end; raises as `check` does."""
+        self.at_once = lambda: None
+        self.check()
 
     def stop(self, reason: str = "interrupted") -> None:
         """Ask for a clean end; `reason` is the one that the `done` event tells."""
@@ -40,6 +47,7 @@ class StopFlag:
             self.reason = reason
         self._set = True
         self._wake.put(None)
+        self.at_once()
 
     def fail(self, message: str) -> None:
         """The peer cannot go on: `check` will raise RunTimeError."""
