@@ -139,12 +139,7 @@ class StatusBoard:
 
     def listening(self, emit: Callable[[Event], None]) -> Callable[[Event], None]:
         """`emit` with each event noted here first."""
-
-        def both(event: Event) -> None:
-            self.take(event)
-            emit(event)
-
-        return both
+        return _Listening(self, emit)
 
     def take(self, event: Event) -> None:
         """Note an event of this peer."""
@@ -400,3 +395,13 @@ def _got_further(before: Pulse | None, pulse: Pulse | None) -> bool:
 def _rounded(value: float) -> float:
     """Three digits: a figure for a person, and one that does not change with every breath."""
     return float(f"{value:.3g}")
+
+
+class _Listening:
+    def __init__(self, board: StatusBoard, emit: Callable[[Event], None]) -> None:
+        self._board, self._emit = board, emit
+        self.identify: Callable[[str, str], None] = getattr(emit, "identify", lambda peer, name: None)
+
+    def __call__(self, event: Event) -> None:
+        self._board.take(event)
+        self._emit(event)
