@@ -352,12 +352,12 @@ class Swarm:
             greeted.update(strangers)
 
     def _meet(self, peers: Iterable[str]) -> None:
-        """Greet those who take part and were never heard of, or seemed lost: joiners at one moment may each have been
+        """Greet those who take part and were never heard of, or seemed gone: joiners at one moment may each have been
         told of everyone but each other, and whoever does not know that another trains closes the round without it."""
         now = swarm_time()
         self._met_s = {peer: met_s for peer, met_s in self._met_s.items() if now < met_s + _MEET_AGAIN_S}
         for peer in peers:
-            known = peer == self.identity.peer_id or self.membership.state(peer) in (PeerState.LIVE, PeerState.LEFT)
+            known = peer == self.identity.peer_id or self.membership.state(peer) is PeerState.LIVE
             if known or not self._tasks or peer in self._met_s:
                 continue
             if len(self._meetings) >= _MAX_MEETINGS or not self.membership.has_room():

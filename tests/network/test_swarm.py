@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from swarmtrain.errors import UnreachableError
 from swarmtrain.events import Event, PeerJoinedEvent
 from swarmtrain.membership.lifecycle import PeerInfo, PeerState
@@ -96,16 +98,20 @@ def test_a_stranger_that_asks_about_a_round_is_greeted_once() -> None:
     assert joined(run(body, calls)) == [BEN.peer_id] and calls.asked == [BEN.peer_id]
 
 
-def test_a_peer_that_seemed_lost_and_asks_about_a_round_is_back_at_once() -> None:
-    """It stood still for a while: its next presence may be long in coming through the DHT."""
+@pytest.mark.parametrize("state", [PeerState.LOST, PeerState.LEFT])
+def test_a_peer_that_seemed_gone_and_asks_about_a_round_is_back_at_once(state: PeerState) -> None:
+    """It stood still for a while, or came back with a clock a little behind: its next presence may be long in coming
+    through the DHT."""
     calls = Hellos(BEN)
 
     async def body(swarm: Swarm) -> None:
         now = swarm_time()
         swarm.membership.saw_presence(PeerInfo(peer=BEN.peer_id, training=True, stamp=now - 60), now + 99, now)
+        if state is PeerState.LEFT:
+            swarm.membership.left(BEN.peer_id, now - 1)
         for failed_s in (now - 50, now - 40):
             swarm.membership.call_failed(BEN.peer_id, failed_s, "no answer")
-        assert swarm.membership.state(BEN.peer_id) is PeerState.LOST
+        assert swarm.membership.state(BEN.peer_id) is state
         await swarm.round(pb.RoundRequest(round=0), BEN.peer_id)
         await settle()
         assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE
