@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pty
 import signal
 import subprocess
 import sys
-import termios
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -100,7 +98,10 @@ def test_ctrl_c_while_a_peer_is_still_importing_is_a_clean_end(command: str, tmp
 
 
 SCRIPT = """
-import sys
+import fcntl, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+if "ignored" in sys.argv:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from swarmtrain.cli.stopping import stop_on_signals
 from swarmtrain.peer.stopping import Interrupted
 with stop_on_signals() as stop:
@@ -119,15 +120,8 @@ def test_a_closed_terminal_is_a_clean_end_unless_that_is_ignored(ignored: bool, 
     """A process in a terminal of its own, which is then closed; ignored, as `nohup` does, it goes on."""
     terminal, its_end = pty.openpty()
 
-    def take_terminal() -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        if ignored:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], stdin=its_end, stdout=its_end, stderr=its_end, preexec_fn=take_terminal
-    )
+    command = [sys.executable, "-c", SCRIPT, *(["ignored"] if ignored else [])]
+    process = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True)
     try:
         os.close(its_end)
         said = b""
