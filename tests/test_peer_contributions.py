@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,18 +14,20 @@ from swarmtrain.v1 import control_pb2 as pb
 
 def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() -> None:
     members = Membership("me")
-    for peer, run_tokens in (("ben", 1000), ("carl", 900), ("liar", 10**15)):
-        members.saw_presence(PeerInfo(peer=peer, name=peer, training=True, run_tokens=run_tokens), 30.0, 0.0)
+    for peer in ("ben", "carl", "liar"):
+        members.saw_presence(PeerInfo(peer=peer, name=peer, training=True, run_tokens=10**15), 30.0, 0.0)
     counts = {"me": 500, "ben": 300, "gone": 200, "liar": 7}
-    tallying = SimpleNamespace(
-        contributions=lambda: counts, acknowledged=lambda: {"ben": 250, "gone": 200}, total=10**15
-    )
+    tallying = SimpleNamespace(contributions=lambda: counts, acknowledged=lambda: {"ben": 250, "gone": 200}, total=1007)
     run = SimpleNamespace(tokens_per_step=4)
-    me = PeerInfo(peer="me", name="me", training=True, run_tokens=990, steps_per_s=2.0)
+    me = PeerInfo(peer="me", name="me", training=True, steps_per_s=2.0)
     swarm: Any = SimpleNamespace(me=me, membership=members, tallying=tallying, published=SimpleNamespace(run=run))
     status = pb.PeerStatus(own_tokens=400, run_tokens=900)
     swarm_looker(StatusBoard("volunteer", 0.0), swarm)(status)
-    assert (status.own_tokens, status.run_tokens) == (500, 990)
+    assert (status.own_tokens, status.run_tokens) == (500, 900), "what the rosters count"
+    swarm.me = dataclasses.replace(me, training=False, is_bootstrap=True)
+    served = pb.PeerStatus(run_tokens=900)
+    swarm_looker(StatusBoard("bootstrap", 0.0), swarm)(served)
+    assert served.run_tokens == 1007, "it applies no rosters, and goes by what it has counted"
     shown = {peer.peer: (peer.tokens, peer.acknowledged_tokens, peer.present) for peer in status.peers}
     assert shown == {
         "me": (500, 0, True),

@@ -59,6 +59,7 @@ _LOOK_EVERY_S = 1.0
 _LINGER_S = 60.0
 _SAMPLE = 16
 _REDIAL_S = 3.0
+_FLUSH_S = 5.0
 
 
 def publish_run(run: RunFile, base: Path, created: datetime.datetime) -> PublishedRun:
@@ -236,7 +237,7 @@ class _Bootstrap:
             _log.info("%s cannot be written: %s", self.folder.path, error.strerror)
 
     def _archive(self, swarm: Swarm) -> bool:
-        """Pull the newest state, offer it to joiners, and write it down; False if nobody delivered."""
+        """Pull the newest state, write it down, and offer it to joiners; False if nobody delivered."""
         volunteers = [info.peer for info in swarm.membership.volunteers()]
         sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
         new = wait_for(
@@ -254,8 +255,9 @@ class _Bootstrap:
             signed_roster=new.signed_roster,
             extra=keeper.checkpointer.extra(),
         )
-        self._offer(swarm, keeper, kept)
         keeper.keep(kept)
+        keeper.checkpointer.flush(_FLUSH_S)  # the volunteers may end once we say that we have it
+        self._offer(swarm, keeper, kept)
         try:
             self._write_archive(kept)
         except OSError as error:

@@ -7,7 +7,6 @@ exchange, a pause switch) as soon as it has it; until then a call says that the 
 from __future__ import annotations
 
 import heapq
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -237,9 +236,8 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
     def look(status: pb.PeerStatus) -> None:
         me, counts, acknowledged = swarm.me, swarm.tallying.contributions(), swarm.tallying.acknowledged()
         live = {info.peer: info for info in (*swarm.membership.live(), me)}
-        # The tally's total would also have the rounds that a fork lost, and what a liar was believed.
-        told = [info.run_tokens for info in live.values() if info.training]
-        status.run_tokens = max(status.run_tokens, statistics.median_low(told) if told else 0)
+        if me.is_bootstrap:  # a volunteer knows the rosters' total, which forks and liars do not move
+            status.run_tokens = max(status.run_tokens, swarm.tallying.total)
         status.own_tokens = max(status.own_tokens, counts.get(me.peer, 0))
         for info in live.values():
             board.know_name(info.peer, info.name)

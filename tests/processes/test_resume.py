@@ -7,9 +7,11 @@ import re
 import statistics
 
 import pytest
-from swarm import Child, Swarm, assert_same_states, write_run
+from swarm import Child, Swarm, assert_same_states, wait_until, write_run
 
 from swarmtrain.events import JoinedEvent, RoundEvent, WarningEvent
+from swarmtrain.peer.control import read_status
+from swarmtrain.v1 import control_pb2 as pb
 
 pytestmark = pytest.mark.processes
 
@@ -59,16 +61,34 @@ def kept_tokens(child: Child) -> int:
     return json.loads(newest.read_text())["manifest"]["own"]["tokens"]
 
 
+def left_by(child: Child) -> pb.PeerStatus:
+    """The status in its folder."""
+    status = read_status(child.folder)
+    assert status is not None
+    return status
+
+
+def acknowledged(children: list[Child]) -> dict[str, int]:
+    """By PeerID the most tokens that one of `children` had read in that peer's own progress record."""
+    most: dict[str, int] = {}
+    for peer in (peer for child in children for peer in left_by(child).peers if peer.peer != child.id):
+        most[peer.peer] = max(most.get(peer.peer, 0), peer.acknowledged_tokens)
+    return most
+
+
 def test_everyone_is_killed_and_started_again(swarm: Swarm) -> None:
     run = write_run(swarm.folder)
     bootstrap = swarm.bootstrap(run)
     invite = bootstrap.invite.invite
     before = swarm.join_all(["anna", "ben"], invite)
     together(before, 4)
-    for child in (bootstrap, *before):
+    first_lives = [bootstrap, *before]
+    wait_until(lambda: all(acknowledged(first_lives).get(c.id) for c in before), "their records are read")
+    for child in first_lives:
         child.process.kill()
-    for child in (bootstrap, *before):
+    for child in first_lives:
         child.wait()
+    counted = acknowledged(first_lives)
     losses = late_loss(before)
     done = {child.name: max(event.run_tokens for event in child.rounds().values()) for child in before}
     own = {child.name: kept_tokens(child) for child in before}
@@ -97,6 +117,9 @@ def test_everyone_is_killed_and_started_again(swarm: Swarm) -> None:
     assert_same_states([anna, back])
     assert kept_tokens(back) > own["ben"]
     swarm.interrupt_all([bootstrap, anna, back])
+    for child in (bootstrap, anna, back):
+        counts = {peer.peer: peer.tokens for peer in left_by(child).peers}
+        assert all(counts[peer] >= tokens > 0 for peer, tokens in counted.items() if peer != bootstrap.id), child.name
 
     exported = swarm.run("export", "--dir", str(back.folder), "--to", str(swarm.folder / "model"))
     assert exported.code == 0, exported.stderr
