@@ -77,6 +77,23 @@ def test_too_little_memory_is_refused_before_anything_is_built(swarm: Swarm) -> 
     swarm.interrupt_all([bootstrap])
 
 
+def test_joining_again_without_an_invite(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    anna, ben = swarm.join_all(["anna", "ben"], bootstrap.invite.invite)
+    anna.wait_round(2)
+    wait_until((anna.folder / "peers.json").exists, "whom anna knew")
+    peer = anna.id
+    swarm.interrupt_some([anna])
+    again = swarm.start(
+        "anna",
+        ["join", "--json", "--threads", "1", "--data", str(swarm.folder), "--dir", str(anna.folder), "--name", "anna"],
+    )
+    again.wait_event(JoinedEvent)
+    again.wait_more_rounds(1)
+    assert again.id == peer
+    swarm.interrupt_all([again, ben, bootstrap])
+
+
 def test_without_an_invite_and_without_a_run(swarm: Swarm) -> None:
     finished = swarm.run("join", "--dir", str(swarm.folder / "empty"), "--json", limit_s=exit_limit_s() + 30)
     assert finished.code == 2
