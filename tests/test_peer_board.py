@@ -134,6 +134,7 @@ def test_pauses_warnings_and_the_end(board: StatusBoard) -> None:
     board.ended(pb.PEER_STATE_DONE, "asked", 0)
     last = board.status()
     assert (last.state, last.end_reason, last.exit_code, last.held_out_loss) == (pb.PEER_STATE_DONE, "asked", 0, 2.0)
+    assert last.doing == "ended: you asked it to leave"
     board.ended(pb.PEER_STATE_FAILED, "nobody answers", 1)
     assert board.status().doing == "ended: nobody answers"
     assert board.status().exit_code == 1

@@ -48,6 +48,11 @@ _WINDOW_S = 30.0
 _PATIENCE_S = 60.0
 _PROGRESS_BYTES = 65_536
 _NAMED = 3
+_REASONS = {
+    "total_tokens": "the run has its tokens",
+    "interrupted": "it was interrupted",
+    "asked": "you asked it to leave",
+}
 _PEER_IDS = re.compile(r"(?:12D3Koo|Qm)[1-9A-HJ-NP-Za-km-z]{30,60}(?:, (?:12D3Koo|Qm)[1-9A-HJ-NP-Za-km-z]{30,60})*")
 
 
@@ -249,7 +254,7 @@ class StatusBoard:
         with self._lock:
             base = self._base
             base.state, base.end_reason, base.exit_code = state, reason, exit_code
-            base.doing = "ended" if state == pb.PEER_STATE_DONE else f"ended: {reason}"
+            base.doing = f"ended: {_REASONS.get(reason, reason)}"
             self._pulse = None
 
     # ------------------------------------------------------------- where it looks

@@ -25,13 +25,14 @@ from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.health import health
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
-from swarmtrain.peer.stopping import StopFlag
+from swarmtrain.peer.stopping import StopFlag, StopTraining
 from swarmtrain.v1 import control_pb2 as pb
 
 __all__ = ["MAX_SHOWN_PEERS", "Controlled", "bootstrap_pulse", "controlled", "swarm_looker", "volunteer_pulse"]
 
 MAX_SHOWN_PEERS = 1024
 _PATIENCE_S = 60.0
+_FIRST_ROUND_PATIENCE_S = 600.0  # nobody knows yet how long an inner step takes here
 _STEPS_OF_PATIENCE = 4
 
 
@@ -152,6 +153,9 @@ def controlled(
             control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}"))
         yield control
         board.ended(pb.PEER_STATE_DONE, control.reason, 0)
+    except StopTraining:  # an end that was asked for before there was anything to end
+        board.ended(pb.PEER_STATE_DONE, stop.reason, 0)
+        raise
     except SwarmtrainError as error:
         board.ended(pb.PEER_STATE_FAILED, str(error), error.exit_code)
         raise
@@ -171,7 +175,8 @@ def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[],
 
     def pulse() -> Pulse:
         speed = exchange.swarm.me.steps_per_s
-        state, about, patience_s = pb.PEER_STATE_TRAINING, "", max(_PATIENCE_S, _STEPS_OF_PATIENCE / (speed or 1.0))
+        state, about = pb.PEER_STATE_TRAINING, ""
+        patience_s = max(_PATIENCE_S, _STEPS_OF_PATIENCE / speed) if speed > 0 else _FIRST_ROUND_PATIENCE_S
         round, done, steps = rounds.current_round, rounds.inner_steps_done, exchange.round_steps
         if exchange.num_missing:
             state = pb.PEER_STATE_WAITING

@@ -1,0 +1,190 @@
+"""A peer under control: what is said of each way to end, what its powers do, and what its rounds look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.events import DoneEvent, Event, FetchedEvent, WarningEvent
+from swarmtrain.membership.progress import Progress
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.peer.board import StatusBoard
+from swarmtrain.peer.common import PeerSettings
+from swarmtrain.peer.control import read_status
+from swarmtrain.peer.controlled import Controlled, bootstrap_pulse, controlled, volunteer_pulse
+from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.stopping import Interrupted, StopFlag
+from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.v1 import control_pb2_grpc as pb_grpc
+
+BEN = "12D3KooW" + "b" * 44
+DONE = DoneEvent(held_out_loss=None, tokens=5, run_tokens=9, wall_s=1.0, reason="total_tokens")
+
+
+def settings(folder: Path, control: str = "") -> PeerSettings:
+    return PeerSettings(directory=folder, name="anna", control=control)
+
+
+def left_by(folder: Path) -> pb.PeerStatus:
+    status = read_status(folder)
+    assert status is not None
+    return status
+
+
+def test_one_can_ask_from_the_moment_the_folder_is_held_to_the_end(tmp_path: Path) -> None:
+    events: list[Event] = []
+    stop = StopFlag()
+    with peer_folder(tmp_path) as folder, controlled("volunteer", folder, settings(tmp_path), events.append, stop) as c:
+        c.starting("starting the network")
+        c.emit(FetchedEvent(run_sha256="ab" * 32, run_name="tiny", held_out_bytes=1, from_peer=BEN))
+        with grpc.insecure_channel((tmp_path / "control.address").read_text().splitlines()[0]) as channel:
+            stub = pb_grpc.ControlStub(channel)
+            status = stub.Status(pb.StatusRequest(), timeout=30)
+            assert (status.state, status.run_name) == (pb.PEER_STATE_STARTING, "tiny")
+            with pytest.raises(grpc.RpcError, match="still starting, try again"):
+                stub.Checkpoint(pb.CheckpointRequest(), timeout=30)
+            assert stub.Leave(pb.LeaveRequest(), timeout=30).message.startswith("leaving")
+        assert stop.is_set() and stop.reason == "asked"
+        assert c.ended(DONE) is DONE
+        assert c.board.status().state == pb.PEER_STATE_FINISHING
+    assert [event.event for event in events] == ["fetched"]
+    left = left_by(tmp_path)
+    assert (left.state, left.end_reason, left.exit_code) == (pb.PEER_STATE_DONE, "total_tokens", 0)
+    assert left.doing == "ended: the run has its tokens"
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason", "code"),
+    [
+        (UserError("a bad folder"), pb.PEER_STATE_FAILED, "a bad folder", 2),
+        (RunTimeError("nobody answers"), pb.PEER_STATE_FAILED, "nobody answers", 1),
+        (KeyError("oops"), pb.PEER_STATE_FAILED, "an error of swarmtrain itself: KeyError('oops')", 1),
+        (Interrupted(), pb.PEER_STATE_DONE, "interrupted", 0),
+    ],
+)
+def test_how_it_ended_is_left_in_the_folder(
+    tmp_path: Path, error: Exception, state: int, reason: str, code: int
+) -> None:
+    with (
+        pytest.raises(type(error)),
+        peer_folder(tmp_path) as folder,
+        controlled("volunteer", folder, settings(tmp_path), lambda event: None, StopFlag()),
+    ):
+        raise error
+    left = left_by(tmp_path)
+    assert (left.state, left.end_reason, left.exit_code) == (state, reason, code)
+
+
+def test_a_tcp_address_that_is_taken_ends_the_peer(tmp_path: Path) -> None:
+    def life(folder: PeerFolder, address: str) -> Any:
+        return controlled("volunteer", folder, settings(folder.path, address), lambda event: None, StopFlag())
+
+    with peer_folder(tmp_path / "a") as first, life(first, "127.0.0.1:0"):
+        taken = (tmp_path / "a" / "control.address").read_text().splitlines()[1]
+        with (
+            pytest.raises(UserError, match="choose another with --control"),
+            peer_folder(tmp_path / "b") as second,
+            life(second, taken),
+        ):
+            raise AssertionError("it must not come so far")
+    assert left_by(tmp_path / "b").exit_code == 2
+
+
+def test_a_peer_without_a_socket_runs_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_sockets(server: Any, path: Path) -> str:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("swarmtrain.peer.control._listen_privately", no_sockets)
+    events: list[Event] = []
+    with (
+        peer_folder(tmp_path) as folder,
+        controlled("volunteer", folder, settings(tmp_path), events.append, StopFlag()) as control,
+    ):
+        control.ended(DONE)
+    (warning,) = events
+    assert isinstance(warning, WarningEvent)
+    assert "cannot be asked for its status" in warning.message
+    assert left_by(tmp_path).state == pb.PEER_STATE_DONE
+
+
+def test_pause_and_resume() -> None:
+    control = Controlled(StatusBoard("volunteer", 0.0), lambda event: None, StopFlag())
+    powers = control.powers()
+    assert powers.pause is not None and powers.resume is not None and powers.limit is not None
+    with pytest.raises(UserError, match="a bootstrap does not train"):
+        powers.pause()
+    with pytest.raises(UserError, match="a bootstrap does not train"):
+        powers.resume()
+    with pytest.raises(UserError, match="cannot be changed"):
+        powers.limit(pb.Limits())
+    control.pause = PauseSwitch()
+    assert powers.resume() == "it was not paused"
+    assert powers.pause().startswith("pausing")
+    assert control.pause.reason == "you asked for it"
+    control.pause.hold("hours", "outside the hours 22-7")
+    assert powers.resume() == "it rests on all the same: outside the hours 22-7"
+    control.pause.release("hours")
+    powers.pause()
+    assert powers.resume().startswith("coming back")
+    assert not control.pause.held
+
+
+# ---------------------------------------------------------------- what a volunteer is doing
+
+
+@pytest.fixture
+def exchange() -> Any:
+    rounds = SimpleNamespace(current_round=12, inner_steps_done=31, waiting_for="", waiting_until_s=0.0)
+    node = SimpleNamespace(traffic=SimpleNamespace(sent_bytes=5, received_bytes=6))
+    swarm = SimpleNamespace(rounds=rounds, node=node, me=SimpleNamespace(steps_per_s=2.0))
+    run = SimpleNamespace(merge=SimpleNamespace(round_limit_s=600.0))
+    return SimpleNamespace(swarm=swarm, run=run, num_missing=0, num_steps=99, round_steps=64)
+
+
+def test_a_volunteer_says_what_it_does_and_why(exchange: Any) -> None:
+    board = StatusBoard("volunteer", 0.0)
+    board.know_name(BEN, "ben")
+    pulse, rounds = volunteer_pulse(board, exchange), exchange.swarm.rounds
+    now = pulse()
+    assert now.doing == "training round 12: 31 of 64 steps"
+    assert (now.round, now.inner_steps_done, now.inner_steps, now.num_steps) == (12, 31, 64, 99)
+    assert (now.sent_bytes, now.received_bytes, now.patience_s) == (5, 6, 60.0)
+    exchange.swarm.me.steps_per_s = 0.01
+    assert pulse().patience_s == 400.0, "steps that take long may take long"
+    exchange.swarm.me.steps_per_s = 0.0
+    assert pulse().patience_s == 600.0, "the first round"
+
+    rounds.inner_steps_done = 64
+    assert pulse().doing == "merging round 12"
+    rounds.waiting_for, rounds.waiting_until_s = f"waiting for {BEN}", swarm_time() + 12.3
+    assert pulse().doing == "merging round 12: waiting for ben, 12 s at most"
+    assert pulse().about == f"waiting for {BEN}"
+    assert pulse().patience_s == 660.0, "as long as a round may take"
+    rounds.waiting_for, rounds.waiting_until_s = f"signed by {BEN}", 0.0
+    assert pulse().doing == "merging round 12: fetching what is on the roster signed by ben"
+
+    exchange.num_missing = 1
+    assert pulse().state == pb.PEER_STATE_WAITING
+    assert pulse().doing == "waiting for 1 more volunteer before the first round"
+    exchange.num_missing = 2
+    assert pulse().doing == "waiting for 2 more volunteers before the first round"
+
+
+def test_a_bootstrap_says_whom_it_serves() -> None:
+    volunteers: list[Any] = []
+    members = SimpleNamespace(volunteers=lambda: volunteers)
+    node = SimpleNamespace(traffic=SimpleNamespace(sent_bytes=0, received_bytes=0))
+    swarm: Any = SimpleNamespace(membership=members, node=node)
+    progress = Progress()
+    pulse = bootstrap_pulse(swarm, lambda: progress)
+    assert pulse().doing == "serving the run; no volunteer is here; nothing is archived yet"
+    volunteers += [SimpleNamespace(round=6), SimpleNamespace(round=7)]
+    progress = Progress(round=6)
+    assert pulse().doing == "serving 2 volunteers in round 7; the archive holds round 5"
+    assert pulse().state == pb.PEER_STATE_SERVING
