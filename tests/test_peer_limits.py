@@ -160,11 +160,17 @@ NICE = """
 import os, subprocess, sys, threading, time
 from swarmtrain.peer.usage import set_niceness
 child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-ended = threading.Event()
+ended, yields = threading.Event(), threading.Event()
+def yielding():
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+    yields.set()
+    ended.wait()
 threading.Thread(target=ended.wait).start()
+threading.Thread(target=yielding).start()
+yields.wait()
 set_niceness(7)
 tasks = [int(t) for pid in (os.getpid(), child.pid) for t in os.listdir(f"/proc/{pid}/task")]
-print(len(tasks), {os.getpriority(os.PRIO_PROCESS, task) for task in tasks})
+print(sorted(os.getpriority(os.PRIO_PROCESS, task) for task in tasks))
 ended.set()
 child.communicate(b"\\n")
 """
@@ -173,7 +179,7 @@ child.communicate(b"\\n")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have a niceness of their own in Linux only")
 def test_niceness_is_every_threads_and_the_daemons() -> None:
     done = subprocess.run([sys.executable, "-c", NICE], capture_output=True, text=True, check=True)
-    assert done.stdout == "3 {7}\n"
+    assert done.stdout == "[7, 7, 7, 12]\n"
 
 
 def test_a_niceness_that_is_not_allowed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

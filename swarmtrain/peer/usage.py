@@ -12,6 +12,8 @@ import psutil
 
 __all__ = ["Usage", "set_niceness"]
 
+_MOST_NICE = 19
+
 
 class Usage:
     """Measures this process together with the processes it has started."""
@@ -63,12 +65,17 @@ def _memory_of(process: psutil.Process) -> int:
 
 
 def set_niceness(nice: int) -> None:
-    """Give this process and its daemon this niceness, with all their threads. PermissionError when it is too low."""
+    """Give this process and its daemon this niceness, with all their threads. PermissionError when it is too low.
+
+    A thread that yields to the others of this process, as the one that writes checkpoints, still does.
+    """
     me = psutil.Process()
+    more = nice - os.getpriority(os.PRIO_PROCESS, me.pid)
     for process in (me, *me.children(recursive=True)):
         for thread in _threads_of(process.pid):
             with contextlib.suppress(ProcessLookupError):
-                os.setpriority(os.PRIO_PROCESS, thread, nice)
+                now = os.getpriority(os.PRIO_PROCESS, thread)
+                os.setpriority(os.PRIO_PROCESS, thread, min(max(nice, now + more), _MOST_NICE))
 
 
 def _threads_of(pid: int) -> Iterator[int]:

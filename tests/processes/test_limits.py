@@ -35,8 +35,8 @@ def not_now() -> str:
 
 
 def niceness(child: Child) -> set[int]:
-    pids = (child.process.pid, child.daemon())
-    tasks = [int(path.name) for pid in pids for path in Path(f"/proc/{pid}/task").iterdir()]
+    """Of its main thread and its daemon's threads; the one that writes checkpoints yields even more."""
+    tasks = [child.process.pid, *(int(path.name) for path in Path(f"/proc/{child.daemon()}/task").iterdir())]
     return {os.getpriority(os.PRIO_PROCESS, task) for task in tasks}
 
 
