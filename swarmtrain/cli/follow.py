@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from swarmtrain.cli.peers import Life, NoAnswerError, Peer, View, ask, channel, in_words, look_without_asking
+from swarmtrain.cli.peers import (
+    Life,
+    NoAnswerError,
+    Peer,
+    RefusedError,
+    View,
+    ask,
+    channel,
+    in_words,
+    look_without_asking,
+)
 from swarmtrain.errors import SwarmtrainError
 from swarmtrain.peer.lock import Holder, holder
 from swarmtrain.v1 import control_pb2 as wire
@@ -57,6 +67,7 @@ News = SimpleQueue[Any]
 def follow(peer: Peer, first: View, show: Callable[[View], None], news: News, patience: Patience) -> View | None:
     """Show a view whenever something changes, until the peer is over: then the last one. None when told to detach.
 
+    RefusedError when the peer will not be watched, as when too many watch it already.
     `news` takes a `Signal` from whoever listens to the person, signal handlers included.
     """
     following = _Following(peer, first, news, patience)
@@ -107,6 +118,8 @@ class _Following:
             case _Broken() if item.stream is self._stream:
                 item.stream.close()
                 self._stream = None
+                if isinstance(item.error, RefusedError):
+                    raise item.error
             case _:
                 pass
         if self._stream is None:

@@ -28,9 +28,11 @@ from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import one_line
 
 __all__ = [
+    "ForeignError",
     "Life",
     "NoAnswerError",
     "Peer",
+    "RefusedError",
     "View",
     "ask",
     "channel",
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 CALL_LIMIT_S = 5.0
+_REFUSALS = ("UNIMPLEMENTED", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
 _MAX_ANSWER_BYTES = 64 * 2**20
 
 
@@ -113,6 +116,14 @@ class NoAnswerError(RunTimeError):
         self.timed_out = timed_out
 
 
+class RefusedError(RunTimeError):
+    """A peer has answered that it will not."""
+
+
+class ForeignError(RefusedError):
+    """A peer may be asked by another user only."""
+
+
 # ---------------------------------------------------------------- finding
 
 
@@ -123,16 +134,16 @@ def title(status: Any, folder: Path | None) -> str:
 
 def known_peers(home: Path) -> list[Peer]:
     """The peers whose folders are in `home`, the most recent first."""
-    try:
-        folders = [path for path in home.iterdir() if _is_peer_folder(path)]
-    except OSError:
-        return []
+    folders = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in home.iterdir():
+            with contextlib.suppress(PermissionError):
+                folders += [path] if _is_peer_folder(path) else []
     return [Peer(folder=path) for path in sorted(folders, key=_recent, reverse=True)]
 
 
 def _is_peer_folder(path: Path) -> bool:
-    # A folder of another user can be neither opened nor told from an empty one.
-    return os.access(path, os.R_OK | os.X_OK) and any((path / name).exists() for name in ("lock", "status.json"))
+    return any((path / name).exists() for name in ("lock", "status.json"))
 
 
 def _recent(folder: Path) -> float:
@@ -184,11 +195,12 @@ def _candidates(which: WhichPeer) -> tuple[list[Peer], str]:
         import platformdirs
 
         home = platformdirs.user_data_path("swarmtrain")
-    elif not home.is_dir():
-        raise UserError(f"{home} is no folder")
-    elif not os.access(home, os.R_OK | os.X_OK):
-        raise UserError(f"{home} cannot be read: it belongs to another user; ask as that user")
-    peers = [Peer(folder=home)] if _is_peer_folder(home) else known_peers(home)
+    try:
+        if which.directory is not None and not home.is_dir():
+            raise UserError(f"{home} is no folder")
+        peers = [Peer(folder=home)] if _is_peer_folder(home) else known_peers(home)
+    except PermissionError:
+        raise UserError(f"{home} cannot be read: it belongs to another user; ask as that user") from None
     if which.name:
         peers = [peer for peer in peers if _is_called(peer, which.name)]
     return peers, f"in {home}"
@@ -244,13 +256,14 @@ def in_words(error: Any, peer: Peer) -> SwarmtrainError:
         return NoAnswerError(f"{name} does not answer: it is stopped (Ctrl-Z) or very busy", timed_out=True)
     if code in ("UNAVAILABLE", "CANCELLED"):
         if "permission denied" in details.lower():
-            return NoAnswerError(f"{name} may not be asked: it runs as another user; ask as that user")
+            return ForeignError(f"{name} may not be asked: it runs as another user; ask as that user")
         if peer.folder is None:
             return NoAnswerError(f"nobody answers at {peer.address}: {details or 'the connection broke'}")
         return NoAnswerError(f"{name} does not answer: it is starting or ending; try again in a few seconds")
     if code == "UNIMPLEMENTED" and not details.startswith("this peer"):
-        return RunTimeError(f"{name} cannot do that: it runs another version of swarmtrain")
-    return RunTimeError(f"{name}: {details or code}")
+        return RefusedError(f"{name} cannot do that: it runs another version of swarmtrain")
+    kind = RefusedError if code in _REFUSALS else RunTimeError
+    return kind(f"{name}: {details or code}")
 
 
 def _name(peer: Peer) -> str:
@@ -261,7 +274,7 @@ def _name(peer: Peer) -> str:
 
 
 def look(peer: Peer) -> View:
-    """What is known of `peer` now. Without a folder a peer that does not answer is a NoAnswerError."""
+    """What is known of `peer` now. NoAnswerError when there is no folder to look into, ForeignError when it may not."""
     if peer.folder is not None and holder(peer.folder) is Holder.NOBODY:
         return look_without_asking(peer)
     try:

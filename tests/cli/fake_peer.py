@@ -83,6 +83,7 @@ class FakePeer(wire_grpc.ControlServicer):
         self.on_leave = threading.Event()
         self.hanging = threading.Event()
         """While set it takes calls and does not answer, as when it was stopped."""
+        self.refusal = ""
         self._news = threading.Condition()
         self._version = 0
         self._gone = False
@@ -166,6 +167,8 @@ class FakePeer(wire_grpc.ControlServicer):
         return self.status
 
     def Watch(self, request: Any, context: Any) -> Iterator[Any]:
+        if self.refusal:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, self.refusal)
         seen = -1
         while not self._gone:
             with self._news:

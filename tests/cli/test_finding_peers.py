@@ -9,6 +9,7 @@ import resource
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,17 @@ from google.protobuf import json_format
 from swarmtrain.cli import peers as finding
 from swarmtrain.cli.common import WhichPeer
 from swarmtrain.cli.main import run
-from swarmtrain.cli.peers import Life, NoAnswerError, Peer, find, find_all, find_running, look, view_as_json
+from swarmtrain.cli.peers import (
+    ForeignError,
+    Life,
+    NoAnswerError,
+    Peer,
+    find,
+    find_all,
+    find_running,
+    look,
+    view_as_json,
+)
 from swarmtrain.cli.status import command as status_command
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.v1 import control_pb2 as wire
@@ -178,8 +189,38 @@ def test_errors_in_words(tmp_path: Path, code: str, details: str, expected: str)
     assert str(finding.in_words(error, Peer(folder=tmp_path / "swarm"))).startswith(expected)
 
 
+@contextlib.contextmanager
+def as_another_user() -> Iterator[None]:
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_peer_of_another_user(lives: Made) -> None:
+    root = Path(lives.enter_context(tempfile.TemporaryDirectory()))
+    root.chmod(0o755)
+    peer = lives.enter_context(living(FakePeer(root / "anna").start()))
+    for file in ("lock", "control.sock"):
+        (peer.folder / file).chmod(0o600)
+    which = WhichPeer(directory=peer.folder)
+    assert look(find(which)).life is Life.RUNNING
+    with as_another_user():
+        for ask in (lambda: look(find(which)), lambda: finding.ask(find_running(which), "Pause", wire.PauseRequest())):
+            with pytest.raises(ForeignError, match="anna may not be asked: it runs as another user; ask as that user"):
+                ask()
+    peer.folder.chmod(0o700)
+    with as_another_user():
+        with pytest.raises(UserError, match="anna cannot be read: it belongs to another user; ask as that user"):
+            find(which)
+        with pytest.raises(UserError, match="no peer has run in"):
+            find(WhichPeer(directory=root))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_another_users_folder(tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir(mode=0)
     with pytest.raises(UserError, match="it belongs to another user"):

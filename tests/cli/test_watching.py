@@ -20,7 +20,7 @@ from pseudo_terminal import PseudoTerminal
 
 from swarmtrain.cli import peers
 from swarmtrain.cli.follow import Patience, Signal, follow
-from swarmtrain.cli.peers import Life, Peer, View, look
+from swarmtrain.cli.peers import Life, Peer, RefusedError, View, look
 from swarmtrain.v1 import control_pb2 as wire
 
 QUICK = Patience(tick_s=0.02, come_back_s=0.5, probe_s=0.2)
@@ -131,6 +131,13 @@ def test_one_that_hangs_is_said_to(peer: FakePeer, monkeypatch: pytest.MonkeyPat
         peer.hanging.clear()
         peer.tell(round=30)
         watch.wait(lambda view: view.life is Life.RUNNING and view.status.round == 30)
+
+
+def test_one_that_refuses_is_not_asked_again(peer: FakePeer) -> None:
+    peer.refusal = "64 watch this peer already; end one of them"
+    view = look(Peer(folder=peer.folder))
+    with pytest.raises(RefusedError, match="anna: 64 watch this peer already; end one of them"):
+        follow(Peer(folder=peer.folder), view, lambda view: None, SimpleQueue(), QUICK)
 
 
 def test_quiet_is_not_silence(peer: FakePeer) -> None:
