@@ -69,7 +69,7 @@ def test_a_swarm_is_watched_and_told_what_to_do(swarm: Swarm) -> None:
         assert terminal.wait() == 0
     anna.wait_more_rounds(2)
 
-    for child in (anna, bert, bootstrap):
+    for child in (anna, bert):  # a bootstrap reads what they tell, later
         told = wait_for_sum(swarm, child, {anna.id, bert.id})
         assert (told["process"], told["peer"], told["run_name"]) == ("running", child.id, "tiny")
 
@@ -96,4 +96,24 @@ def test_a_swarm_is_watched_and_told_what_to_do(swarm: Swarm) -> None:
     assert swarm.run("leave", "--dir", str(bootstrap.folder)).code == 0
     assert bootstrap.wait() == 0
     swarm.assert_nothing_left()
-    assert adds_up(told := status_of(swarm, bootstrap)), told
+    assert status_of(swarm, bootstrap)["process"] == "ended"
+
+
+def test_the_end_of_a_run_is_watched_and_all_contributions_add_up_to_it(swarm: Swarm) -> None:
+    run = write_run(swarm.folder, run={"name": "tiny", "seed": 5, "total_tokens": 150_000})
+    bootstrap = swarm.bootstrap(run, "--wait-for", "2")
+    anna, bert = swarm.join_all(["anna", "bert"], bootstrap.invite.invite)
+    with watching(swarm, anna) as terminal:
+        terminal.wait_text("% of 150 k tokens")
+        assert terminal.wait() == 0
+        text = terminal.wait_text("total_tokens: the run has all of them")
+        assert re.search(r"progress +100% of 150 k tokens", text)
+    assert [child.wait() for child in (anna, bert, bootstrap)] == [0, 0, 0]
+    tokens = {}
+    for child in (anna, bert, bootstrap):
+        told = status_of(swarm, child)
+        assert (told["process"], told["end_reason"]) == ("ended", "total_tokens")
+        assert adds_up(told), told
+        tokens[child.name] = {peer["peer"]: peer["tokens"] for peer in told["peers"] if peer["tokens"]}
+    assert tokens["anna"] == tokens["bert"] == tokens["bootstrap"]
+    assert set(tokens["anna"]) == {anna.id, bert.id}
