@@ -65,6 +65,13 @@ def test_status_watch_health_pause_and_leave(swarm: Swarm) -> None:
             if len(rounds) == 3:
                 break
 
+        for name in ("anna", "bootstrap"):
+            written = stubs[name].Checkpoint(pb.CheckpointRequest(), timeout=PATIENCE_S)
+            kept = stubs[name].Status(pb.StatusRequest(), timeout=PATIENCE_S).checkpoint
+            assert Path(written.path).exists() and kept.round >= written.round > 0 and kept.size_bytes > 0
+        stubs["anna"].Limit(pb.Limits(nice=3), timeout=PATIENCE_S)
+        assert stubs["anna"].Status(pb.StatusRequest(), timeout=PATIENCE_S).limits.nice == 3
+
         stubs["ben"].Pause(pb.PauseRequest(), timeout=PATIENCE_S)
         paused = wait_until(lambda: _in_state(stubs["ben"], pb.PEER_STATE_PAUSED), "ben paused")
         assert paused.doing == "paused: you asked for it"
