@@ -56,7 +56,7 @@ def test_memory_adds_up_and_microbatches_lower_it() -> None:
     cost = cost_of()
     parts = cost.memory_program_bytes + cost.memory_parameters_bytes + cost.memory_activations_bytes
     assert cost.memory_bytes == parts
-    assert cost.memory_parameters_bytes == (32 + 8) * P
+    assert cost.memory_parameters_bytes == (40 + 8) * P
     small = cost_of("total_tokens = 30_720_000\n[inner]\nmicrobatch_sequences = 4")
     assert small.memory_activations_bytes == cost.memory_activations_bytes // 4
 

@@ -17,8 +17,9 @@ __all__ = ["Estimate", "estimate"]
 # Proportional set sizes: torch, hivemind and our own imports; the networking daemon.
 IMPORTS_BYTES = 240_000_000
 DAEMON_BYTES = 60_000_000
-# fp32: weights, gradients, AdamW's two moments, outer weights, outer momentum, the last two publications.
-BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4 + 2 * 4
+# fp32: weights, gradients, AdamW's two moments, outer weights, outer momentum, the last two publications, and the copy
+# of the moments that a checkpoint is written from.
+BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4 + 2 * 4 + 8
 # Numbers kept for the backward pass per token and layer, in widths: measured 16.8 at ratio 2, 21.4 at ratio 4.
 ACTIVATION_WIDTHS = 13
 ACTIVATION_WIDTHS_PER_RATIO = 2

@@ -1,0 +1,171 @@
+"""What a peer keeps in its folder while it runs: whom it knew, its newest checkpoint for who asks, its run."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.errors import RunTimeError
+from swarmtrain.events import Event, JoinedEvent, to_plain_line
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.rosters import Publication, Roster
+from swarmtrain.model.gpt import num_parameters
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.invite import Invite, InvitedPeer
+from swarmtrain.network.roster import sign_roster
+from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer.bootstrap import publish_run
+from swarmtrain.peer.checkpoint import Checkpoint
+from swarmtrain.peer.exporting import export_from_folder
+from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
+from swarmtrain.run import parse_run
+from swarmtrain.v1 import control_pb2 as pb
+
+IDENTITY = new_identity()
+ME = IDENTITY.peer_id
+LIMIT_S = 60.0
+
+
+def invited(peer: str, port: int) -> InvitedPeer:
+    return InvitedPeer(peer, (f"/ip4/127.0.0.1/tcp/{port}",))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
+    base = tmp_path_factory.mktemp("run")
+    for number in range(50):
+        (base / f"{number}.txt").write_text("".join(f"line {number} {i * i}\n" for i in range(200)))
+    text = (
+        "[run]\ntotal_tokens = 100_000\n[data]\nsource = 'text'\npaths = ['*.txt']\nheld_out_bytes = 1024\n"
+        "[model]\ncontext_tokens = 16\nnum_layers = 1\nwidth = 16\nnum_heads = 2\n"
+    )
+    return publish_run(parse_run(text, "r"), base, datetime.datetime.now(datetime.UTC))
+
+
+def merged(published: PublishedRun, value: float) -> Checkpoint:
+    """A state after one round, all weights `value`."""
+    entry = Publication(peer=ME, snapshot="11" * 32, tokens=published.run.tokens_per_step, inner_steps=1)
+    roster = Roster(round=0, signer=ME, entries=(entry,))
+    theta = torch.full((num_parameters(published.run.model),), value)
+    return Checkpoint(
+        state=OuterState(theta, torch.zeros_like(theta)),
+        progress=Progress().after((ME,), (entry.tokens,), roster.digest),
+        roster=roster,
+        signed_roster=sign_roster(IDENTITY, published.sha256, roster),
+    )
+
+
+def keeper(path: Path, published: PublishedRun) -> tuple[Keeper, list[Event]]:
+    events: list[Event] = []
+    path.mkdir(exist_ok=True)
+    folder = PeerFolder(path)
+    folder.keep_run(published)
+    return Keeper(folder, published, ME, events.append), events
+
+
+def test_who_is_away_is_remembered_after_those_who_are_here() -> None:
+    before = (invited("a", 1), invited("b", 2))
+    assert known_peers([invited("c", 3), invited("a", 9)], before) == (
+        invited("c", 3),
+        invited("a", 9),
+        invited("b", 2),
+    )
+    assert known_peers([], before) == before
+    assert len(known_peers([invited(str(n), n) for n in range(99)], before)) == 16
+
+
+def test_peers_are_written_down_when_they_change(tmp_path: Path, published: PublishedRun) -> None:
+    kept, _ = keeper(tmp_path / "peer", published)
+    kept.keep_peers()
+    live: list[PeerInfo] = []
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(live=lambda: live), tallying=SimpleNamespace(kept=list))
+    kept.attach(swarm)
+    kept.keep_peers()
+    assert kept.folder.kept_peers() == ()
+    other = new_identity().peer_id
+    live.append(PeerInfo(peer=other, addresses=("/ip4/127.0.0.1/tcp/4711",)))
+    kept.keep_peers()
+    assert kept.folder.kept_peers() == (invited(other, 4711),)
+    (kept.folder.path / "peers.json").unlink()
+    kept.keep_peers()
+    assert kept.folder.kept_peers() == (), "nothing has changed: nothing is written"
+
+
+def test_whoever_asks_gets_the_newest_checkpoint(tmp_path: Path, published: PublishedRun) -> None:
+    kept, _ = keeper(tmp_path / "peer", published)
+    status = pb.PeerStatus()
+    kept.show(status)
+    assert not status.HasField("checkpoint")
+    with pytest.raises(RunTimeError, match="there is no checkpoint yet"):
+        kept.flushed()
+    kept.keep(merged(published, 1.0))
+    reply = kept.flushed()
+    assert reply.round == 1 and Path(reply.path).exists()
+    kept.show(status)
+    assert status.checkpoint.round == 1 and status.checkpoint.size_bytes > 0 and status.checkpoint.time > 0
+    assert kept.checkpointer.durable is not None and kept.checkpointer.durable.round == 1
+
+    wrong: Any = object()
+    kept.keep(dataclasses.replace(merged(published, 1.0), extra={"wrong": wrong}))
+    with pytest.raises(RunTimeError, match="not on the disk yet"):
+        kept.flushed()
+    kept.close()
+
+
+def test_a_run_is_resumed_only_with_a_checkpoint_of_it(tmp_path: Path, published: PublishedRun) -> None:
+    invite = Invite(published.sha256, (invited(new_identity().peer_id, 4711),))
+    kept, _ = keeper(tmp_path / "peer", published)
+    assert run_to_resume(PeerFolder(tmp_path), invite, ME) is None, "no run is here"
+    assert run_to_resume(kept.folder, invite, ME) is None, "there is no checkpoint"
+    kept.keep(merged(published, 1.0))
+    kept.close()
+    assert run_to_resume(kept.folder, invite, ME) == published
+    assert run_to_resume(kept.folder, Invite("ab" * 32, invite.peers), ME) is None, "it is another run"
+    assert run_to_resume(kept.folder, invite, new_identity().peer_id) is None, "it is another peer's"
+    (kept.folder.path / "held-out.txt").write_bytes(b"altered")
+    assert run_to_resume(kept.folder, invite, ME) is None, "a file of the run is not whole"
+
+
+def test_a_restart_finds_what_was_kept(tmp_path: Path, published: PublishedRun) -> None:
+    first, _ = keeper(tmp_path / "peer", published)
+    first.keep(merged(published, 1.0))
+    first.keep(merged(published, 2.0))
+    first.close()
+    newest = max((tmp_path / "peer" / "checkpoints").glob("*.safetensors"))
+    again, events = keeper(tmp_path / "peer", published)
+    kept = again.load(num_parameters(published.run.model))
+    assert kept is not None and float(kept.state.theta[0]) == 2.0 and not events
+    assert again.checkpointer.durable == kept.progress and again.checkpointer.last is not None
+    newest.write_bytes(b"")
+    again, events = keeper(tmp_path / "peer", published)
+    again.load(num_parameters(published.run.model))
+    assert len(events) == 1 and "is not used: its tensors were torn or altered" in to_plain_line(events[0])
+
+
+def test_a_model_is_exported_from_a_checkpoint(tmp_path: Path, published: PublishedRun) -> None:
+    kept, _ = keeper(tmp_path / "peer", published)
+    kept.keep(merged(published, 0.5))
+    kept.close()
+    assert export_from_folder(tmp_path / "peer", tmp_path / "model") == published.run.tokens_per_step
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_joining_says_where_it_goes_on() -> None:
+    def said(state_from: str, resumed: int | None) -> str:
+        event = JoinedEvent(
+            round=7, run_tokens=9, num_peers=2, state_from=state_from, resumed_round=resumed, wall_s=1.0
+        )
+        return to_plain_line(event)
+
+    assert "joined at round 7 with its own checkpoint of round 7" in said("", 7)
+    assert "with its own checkpoint of round 5, then the state of abcdef" in said("xxabcdef", 5)
+    assert "with the initial weights" in said("", None)
