@@ -1,7 +1,7 @@
 """How long does the trainer stand still for a checkpoint, and how much slower are its steps while it is written?
 
     python benchmarks/checkpoint_stall.py
-    python benchmarks/checkpoint_stall.py --threads 1 --parameters 20 --repeats 3
+    python benchmarks/checkpoint_stall.py --parameters 20 --threads 2
 
 A set of matrices with 100 M parameters takes AdamW steps in a loop, with the optimizer a volunteer uses and real
 matrix products. Stretches of steps without a checkpoint alternate with stretches during which one is being written,
@@ -10,7 +10,7 @@ by the writer a volunteer uses. Three things are told apart:
 - the pause: copying the moments (`copy`), and what handing the checkpoint over takes beside that;
 - the stall: how long the trainer's thread stood still for the writer, such as for Python's lock. Linux says of each
   thread how long it ran and how long it was ready and waited for a processor; the rest of the time it stood still.
-  That does not depend on what else runs on the machine;
+  With one thread that does not depend on what else runs on the machine; several wait for one another as well;
 - slower steps: the writer's own processor time, which is nobody's loss while a core is free, and what the steps took
   longer by the clock, in which other work on the machine ends up too.
 """
@@ -196,7 +196,7 @@ def report(plain: list[Took], costs: list[Cost]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=100, help="millions")
-    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=64, help="rows a step")
     parser.add_argument("--repeats", type=int, default=5, help="checkpoints")
     parser.add_argument("--steps", type=int, default=6, help="steps of a stretch without one, at least")
