@@ -11,7 +11,7 @@ GRPCIO_TOOLS := 1.67.1
 PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-unit lint format protos demo docs clean
+.PHONY: help venv test test-unit lint format protos demo soak docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ $(PROTOC): | $(BIN)/python
 
 protos: $(PROTOC)  ## generate swarmtrain/v1/ from protos/
 	.venv-protoc/bin/python protos/generate.py
+
+soak: $(DEV)  ## ten runs of ten minutes under kills, stops and restarts (two hours)
+	$(BIN)/python tests/processes/soak.py
 
 docs: $(DEV)  ## generate docs/run-file.md and docs/events.md
 	$(BIN)/python docs/generate.py

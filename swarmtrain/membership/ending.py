@@ -8,24 +8,39 @@ from __future__ import annotations
 from swarmtrain.membership.lifecycle import Membership, PeerState
 from swarmtrain.membership.progress import Progress
 
-__all__ = ["still_needed"]
+__all__ = ["may_come_back", "still_needed"]
 
-_ARCHIVE_RETURNS_S = 60.0
+_RETURNS_S = 120.0
 
 
-def still_needed(membership: Membership, last: Progress, now: float) -> str:
+def still_needed(membership: Membership, last: Progress) -> str:
     """Why a peer with the run's `last` state should stay; empty when nobody needs it.
 
-    The archive must have that state: a bootstrap that was heard of a minute ago may be on its way back. Volunteers
-    that merge the last round may need its bytes, as long as they are believed alive.
+    The archive must have that state: a bootstrap that is gone may be on its way back. Volunteers that merge the last
+    round may need its bytes, as long as they are believed alive.
     """
     for info in membership.known():
-        state = membership.state(info.peer)
+        live = membership.state(info.peer) is PeerState.LIVE
         if info.is_bootstrap:
-            recent = membership.heard_s(info.peer) > now - _ARCHIVE_RETURNS_S
-            here = state is PeerState.LIVE or (state is PeerState.LOST and recent)
-            if here and info.run_tokens < last.run_tokens:
+            if info.run_tokens < last.run_tokens:
                 return f"the archive of {info.name or info.peer} does not have the last state yet"
-        elif state is PeerState.LIVE and info.training and info.round < last.round:
+        elif live and info.training and info.round < last.round:
             return f"{info.name or info.peer} has not merged the last round yet"
+    return ""
+
+
+def may_come_back(membership: Membership, last: Progress, now: float) -> str:
+    """Why the archive with the run's `last` state should stay; empty when nobody needs it.
+
+    Volunteers must have said goodbye. One that went away lately without that state may be on its way back: it would
+    find nobody, and train the rest of the run once more, alone.
+    """
+    for info in membership.known():
+        if info.is_bootstrap or not info.training:
+            continue
+        name = info.name or info.peer
+        if membership.state(info.peer) is PeerState.LIVE:
+            return f"{name} has not left yet"
+        if info.round < last.round and membership.heard_s(info.peer) > now - _RETURNS_S:
+            return f"{name} went away before the end, and may come back"
     return ""

@@ -118,12 +118,15 @@ class Tally:
     # ------------------------------------------------------------- counting
 
     def learn(self, counts: Mapping[str, int], now: float, stage: int = 0) -> None:
-        """What rosters count of these peers: certain, and explained up to `now` where it is news."""
+        """What rosters count of these peers: certain. It is paid for as what a peer tells is, but never refused: by
+        when it was trained is not known, and a state from a checkpoint is old."""
         for peer, tokens in counts.items():
-            key = (peer, stage)
-            if tokens > self.tokens(peer, stage):
+            key, news = (peer, stage), tokens - self.tokens(peer, stage)
+            ceiling_per_s, fastest_per_s = self._speeds(key, 0.0)
+            if news > 0 and ceiling_per_s > 0:
                 account = self._accounts.get(key)
-                self._accounts[key] = _Account(now, 0.0 if account is None else account.fastest_per_s)
+                since_s = self.rules.began_s if account is None else account.explained_s
+                self._accounts[key] = _Account(min(now, since_s + news / ceiling_per_s), fastest_per_s)
             if tokens > self._learned.get(key, 0):
                 self._learned[key] = tokens
         self._prune(self._learned, slack=0)

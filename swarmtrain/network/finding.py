@@ -18,6 +18,9 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run"]
 
 _OTHERS_S = 0.5
+_ANOTHER = "does not serve this run"
+_STARTING_LOOKS = 5
+_STARTING_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,16 @@ async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], li
 
     async def knock(peer: InvitedPeer) -> tuple[str, float]:
         await node.connect(peer.peer, peer.addresses, limit_s)
-        asked_s = time.time()
-        reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
-        return peer.peer, reply.time - (asked_s + time.time()) / 2
+        for attempts_left in reversed(range(_STARTING_LOOKS)):
+            asked_s = time.time()
+            try:
+                reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
+                return peer.peer, reply.time - (asked_s + time.time()) / 2
+            except PeerError as error:
+                if not attempts_left or _ANOTHER not in str(error):
+                    raise
+            await asyncio.sleep(_STARTING_S)  # a peer that has just been started listens before it serves its run
+        raise AssertionError("the last attempt returns or raises")
 
     tasks = [asyncio.create_task(knock(peer)) for peer in peers if peer.peer != node.identity.peer_id]
     if not tasks:
@@ -83,7 +93,7 @@ async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], li
         await end_tasks(tasks)
     if not answers:
         where = ", ".join(address for peer in peers for address in peer.addresses)
-        if any("does not serve this run" in reason for reason in reasons):
+        if any(_ANOTHER in reason for reason in reasons):
             raise RunTimeError(f"the peer at {where} serves another run; ask for a new invite")
         raise RunTimeError(f"nobody answers at {where}: is the swarm up? If it is, ask for a new invite")
     return FoundRun(answers[0][0], correct_clock([offset for _, offset in answers]))

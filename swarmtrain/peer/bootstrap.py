@@ -21,10 +21,12 @@ from swarmtrain.data.prepare import publishable_data
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer, stamped
+from swarmtrain.membership.ending import may_come_back
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
@@ -157,7 +159,7 @@ class _Bootstrap:
         self._archive_until_the_end(swarm)
         self.control.finishing("measuring and saving the model")
         self._measure_and_save()
-        self.control.finishing("serving on until the volunteers have left")
+        self.control.finishing("serving on until the volunteers have left, those who may come back included")
         self._wait_for_goodbyes(swarm)
         complete = self.progress.run_tokens >= self.published.run.run.total_tokens
         return self.done("total_tokens" if complete else "the volunteers left without the last state")
@@ -282,7 +284,7 @@ class _Bootstrap:
         save_model(self.folder.model_path, model, self.state.theta, self.published, self.progress)
 
     def _wait_for_goodbyes(self, swarm: Swarm) -> None:
-        """Serve on until the volunteers have left; a minute at most."""
+        """Serve on until the volunteers have left, and for those who may come back; a minute at most."""
         give_up_s = time.monotonic() + _LINGER_S
-        while swarm.membership.volunteers() and time.monotonic() < give_up_s:
+        while may_come_back(swarm.membership, self.progress, swarm_time()) and time.monotonic() < give_up_s:
             self.stop.sleep(0.1)

@@ -34,7 +34,6 @@ from swarmtrain.membership.ending import still_needed
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.model.gpt import GPT, build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs, vector_sha256
-from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.service import PeerCalls
@@ -415,7 +414,7 @@ class _Volunteer:
             self.control.finishing("serving on until others have them")
             while time.monotonic() < give_up_s:
                 wait_for(self.network.submit(swarm.greet_everyone()), self.stop)
-                if not still_needed(swarm.membership, trainer.progress, swarm_time()):
+                if not still_needed(swarm.membership, trainer.progress):
                     break
                 self.stop.sleep(0.3)
         except (Interrupted, RunTimeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from swarmtrain.membership.ending import still_needed
+from swarmtrain.membership.ending import may_come_back, still_needed
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.membership.progress import Progress
 
@@ -23,29 +23,42 @@ BEHIND, DONE = ({"training": True, "round": round} for round in (8, 9))
 
 
 def test_nobody_is_waited_for_by_the_last_or_by_those_who_all_have_it() -> None:
-    assert still_needed(table(), LAST, 100.0) == ""
-    assert still_needed(table(boot=ARCHIVED, ben=DONE), LAST, 100.0) == ""
+    assert still_needed(table(), LAST) == ""
+    assert still_needed(table(boot=ARCHIVED, ben=DONE), LAST) == ""
 
 
 def test_the_archive_and_the_living_are_waited_for() -> None:
-    assert "archive of boot" in still_needed(table(boot=ARCHIVE, ben=DONE), LAST, 100.0)
-    assert "ben has not merged" in still_needed(table(boot=ARCHIVED, ben=BEHIND), LAST, 100.0)
+    assert "archive of boot" in still_needed(table(boot=ARCHIVE, ben=DONE), LAST)
+    assert "ben has not merged" in still_needed(table(boot=ARCHIVED, ben=BEHIND), LAST)
 
 
-def test_an_archive_that_was_just_lost_may_come_back_and_one_that_left_does_not() -> None:
+def test_an_archive_that_is_gone_may_come_back() -> None:
     members = table(boot=ARCHIVE)
     members.expire(131.0)
-    assert still_needed(members, LAST, 159.0)
-    assert still_needed(members, LAST, 161.0) == "", "gone for a minute: it is gone"
+    assert "archive of boot" in still_needed(members, LAST)
     members = table(boot=ARCHIVE)
     members.left("boot", 101.0)
-    assert still_needed(members, LAST, 102.0) == ""
+    assert "archive of boot" in still_needed(members, LAST)
+    members.forget(200.0)
+    assert still_needed(members, LAST) == "", "it was gone for so long that it is forgotten"
 
 
 def test_volunteers_that_are_lost_or_left_are_not_waited_for() -> None:
     members = table(ben=BEHIND, carl=BEHIND)
     members.left("carl", 101.0)
-    assert "ben" in still_needed(members, LAST, 102.0)
+    assert "ben" in still_needed(members, LAST)
     members.call_failed("ben", 102.0, "no answer")
     members.call_failed("ben", 104.0, "no answer")
-    assert still_needed(members, LAST, 104.0) == ""
+    assert still_needed(members, LAST) == ""
+
+
+def test_the_archive_stays_for_those_who_went_away_lately_without_the_end() -> None:
+    members = table(ben=BEHIND, carl=DONE)
+    assert "has not left yet" in may_come_back(members, LAST, 101.0)
+    members.left("carl", 101.0)
+    members.left("ben", 101.0)
+    assert "ben went away before the end" in may_come_back(members, LAST, 102.0)
+    assert may_come_back(members, LAST, 300.0) == "", "it was away for long"
+    members = table(carl=DONE, boot=ARCHIVED)
+    members.left("carl", 101.0)
+    assert may_come_back(members, LAST, 102.0) == ""

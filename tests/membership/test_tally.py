@@ -108,7 +108,8 @@ def test_only_stage_0_is_in_the_total() -> None:
 
 
 def test_growth_is_believed_up_to_four_times_the_claimed_speed_and_the_rest_as_time_passes() -> None:
-    tally = Tally(RULES, typical_per_s=TYPICAL)
+    rules = CountingRules(began_s=2000.0, burst_tokens=200, most_tokens=10**12)
+    tally = Tally(rules, typical_per_s=TYPICAL)
     tally.learn({"liar": 1000}, 2000.0)
     believed, incident = tally.observe("liar", 0, 10_000, 2010.0, 5.0)
     assert believed == 1000 + 200 + 4 * 5 * 10, "two rounds at once, and ten seconds at four times its speed"
@@ -116,6 +117,14 @@ def test_growth_is_believed_up_to_four_times_the_claimed_speed_and_the_rest_as_t
     assert tally.observe("liar", 0, 10_000, 2010.0, 5.0)[0] == believed, "asked again it is believed no more"
     assert tally.observe("liar", 0, 10_000, 2020.0, 5.0)[0] == believed + 200
     assert tally.observe("liar", 0, 10_000, 2010.0 + 10_000 / 20, 5.0) == (10_000, None)
+
+
+def test_a_state_from_a_checkpoint_says_nothing_of_the_time_since() -> None:
+    tally = Tally(RULES, typical_per_s=TYPICAL)
+    tally.observe("away", 0, 1000, 2000.0, 10.0)
+    tally.learn({"away": 1100}, 2600.0)  # read back by a peer that was down for ten minutes: others trained meanwhile
+    assert tally.observe("away", 0, 1100 + 600 * 10, 2600.0, 10.0) == (7100, None)
+    assert tally.observe("away", 0, 10**6, 2600.0, 10.0)[0] < 1000 + 1700 * 40, "and it is bounded as before"
 
 
 def test_a_claimed_speed_is_no_proof() -> None:
