@@ -25,7 +25,7 @@ def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
     """Publish RUN.toml, print an invite, serve and archive the run.
 
     It trains nothing itself: join it from the same or another machine with the line it prints. Started again with the
-    same --dir and run file, it goes on with the same run and identity.
+    same --dir, run file and --wait-for, it goes on with the same run and identity.
     """
     from swarmtrain.run import load_run
 

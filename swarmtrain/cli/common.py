@@ -135,7 +135,7 @@ _PEER_OPTIONS = (
         callback=_name,
         default="",
         metavar="NAME",
-        help="What others see beside the PeerID.  [default: the end of the PeerID]",
+        help="What others see beside the PeerID.  [default: the end of the PeerID, or bootstrap]",
     ),
     click.option("--json", is_flag=True, help="Write events as JSON lines on standard output, and nothing else there."),
     click.option(
@@ -169,7 +169,7 @@ _PEER_OPTIONS = (
     click.option(
         "--background",
         is_flag=True,
-        help="Wait until it has joined, then leave it running without this terminal.",
+        help="Wait until it takes part, then leave it running without this terminal.",
     ),
 )
 

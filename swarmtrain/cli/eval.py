@@ -18,7 +18,10 @@ __all__ = ["command"]
 @click.option("--text", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Measure on this text.  [default: the run's held-out text]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: Path, text: Path | None, as_json: bool) -> None:
-    """Measure the loss of the model in folder MODEL, in nats per byte."""
+    """Measure the loss of the model in folder MODEL.
+
+    In nats per byte of text; lower is better.
+    """
     import json
 
     from swarmtrain.data.batches import held_out_batches
@@ -43,4 +46,4 @@ def command(model: Path, text: Path | None, as_json: bool) -> None:
         fields = {"held_out_loss": loss, "bytes": len(data), "tokens": num_targets, "run_tokens": exported.run_tokens}
         click.echo(json.dumps(fields))
     else:
-        click.echo(f"held-out loss {loss:.4f} nats/byte over {len(data)} bytes")
+        click.echo(f"{'held-out loss' if text is None else 'loss'} {loss:.4f} nats/byte over {len(data)} bytes")

@@ -21,7 +21,7 @@ __all__ = ["command"]
     "directory",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     metavar="FOLDER",
-    help="Take the model that a peer left in its folder, instead of asking a swarm.",
+    help="Take the newest model of a peer's folder (or its checkpoint), instead of asking a swarm.",
 )
 @click.option(
     "--to",

@@ -90,11 +90,12 @@ def command(invite: str, limits: Limits, data: Path | None, options: PeerOptions
     """Join the run of INVITE and train until it ends.
 
     Fetches the run, checks it against the hash in the invite, and trains on this machine. Nothing that arrives is
-    executed. Ctrl-C once leaves cleanly, twice at once. Without INVITE it goes on with the run of its folder, through
-    the peers it knew. What it may take of the machine can be changed while it runs: `swarmtrain limits`.
+    executed. Ctrl-C once leaves cleanly, twice at once. Without INVITE, and with --name and --dir as before, it goes on
+    with the run of its folder, through the peers it knew. What it may take of the machine can be changed while it runs:
+    `swarmtrain limits`.
     """
     with errors_as_events(options.json, options.name):
-        directory = _free_directory(options)
+        directory = _free_directory(options, new=bool(invite))
         parsed = _invite(invite, directory)
     import platformdirs
 
@@ -135,8 +136,8 @@ def _invite(word: str, directory: Path) -> Invite:
     return Invite(kept.sha256, folder.kept_peers())
 
 
-def _free_directory(options: PeerOptions) -> Path:
-    """`--dir`; else this user's folder for volunteers, or a numbered one beside it while that is in use."""
+def _free_directory(options: PeerOptions, new: bool) -> Path:
+    """`--dir`; else this user's folder for volunteers, or while that is in use a numbered one beside it."""
     from swarmtrain.peer.folder import is_in_use
 
     folder = peer_directory(options, "volunteer")
@@ -147,4 +148,4 @@ def _free_directory(options: PeerOptions) -> Path:
     while is_in_use(candidate):
         candidate = folder.with_name(f"{folder.name}-{number}")
         number += 1
-    return candidate
+    return candidate if new or candidate.exists() else folder  # to go on where nobody has been makes no sense

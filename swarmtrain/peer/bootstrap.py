@@ -114,7 +114,10 @@ def _published(run: RunFile, base: Path, folder: PeerFolder) -> PublishedRun:
         folder.keep_run(published)
         return published
     if kept.run.model_copy(update={"published": None}) != run:
-        raise UserError(f"{folder.path} holds another run ({kept.run.run.name}); give another folder with --dir")
+        raise UserError(
+            f"{folder.path} holds another run ({kept.run.run.name}), or the run file or --wait-for was changed since; "
+            "give what it was published with, or another folder with --dir"
+        )
     return kept
 
 

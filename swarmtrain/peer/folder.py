@@ -9,12 +9,15 @@ peer.pid       its process, while a peer runs
 peer.log       what happened, and older ones beside it: peer.log.1 and so on
 invite.txt     the line to hand out, while a peer runs
 control.*      where a running peer can be asked for its status: the address, and its socket
+sockets/       between a running peer and its network daemon
 status.json    the peer's last status
-checkpoints/   the newest three checkpoints of this peer's state
-port.txt       the port it listened at
+checkpoints/   the newest three checkpoints of this peer's state: COUNT-round-ROUND.safetensors and .json
+port.txt       the port it listened at, if none was asked for
 peers.json     whom it knew
 archive/       (bootstrap) the run's newest model
 model/         the model at the end
+
+Sockets are elsewhere, among the temporary files, if the folder's path is too long for them.
 """
 
 from __future__ import annotations
