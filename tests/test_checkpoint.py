@@ -425,3 +425,21 @@ def test_a_mistake_of_ours_ends_neither_writer_nor_training(tmp_path: Path, iden
     checkpointer.offer(trained.checkpoint(right=1))
     assert checkpointer.close(LIMIT_S)
     assert newest_extra(checkpoints(tmp_path, identity)) == {"right": 1}
+
+
+def test_a_batch_that_was_given_up_halfway_does_not_count_in_the_next_step(identity: Identity) -> None:
+    """A pause between two microbatches: the step after it is that of a peer which never began the batch."""
+    given_up, fresh = peer(identity, 1), peer(identity, 1)
+    stops = iter([False, False, True])  # the step's own look, the first microbatch, the second
+    for one in (given_up, fresh):
+        inner = one.trainer.run.inner.model_copy(update={"microbatch_sequences": 2})
+        one.trainer.run = one.trainer.run.model_copy(update={"inner": inner})
+    given_up.trainer.should_stop = lambda: next(stops)
+    assert given_up.trainer.train() == "interrupted"
+    given_up.trainer.should_stop = lambda: False
+    given_up.exchange.rounds_left = 1
+    fresh.trainer.batches.next_batch()
+    for one in (given_up, fresh):
+        one.trainer.train()
+    assert given_up.trainer.progress.round == fresh.trainer.progress.round == 1
+    assert given_up.bytes() == fresh.bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.folder import is_in_use, peer_folder, running_invite
 from swarmtrain.run import parse_run
+
+
+def _no_room(path: Path, data: bytes) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_one_peer_at_a_time(tmp_path: Path) -> None:
@@ -55,6 +60,13 @@ def test_a_run_is_kept_whole_or_refused(tmp_path: Path) -> None:
         assert folder.kept_run() is None
         folder.keep_run(published)
         assert folder.kept_run() == published
+        with pytest.MonkeyPatch.context() as full:
+            full.setattr("swarmtrain.peer.folder.write_atomically", _no_room)
+            folder.keep_run(published)  # it is here already
+            folder.keep_port(["/ip4/127.0.0.1/tcp/4711"])
+            (folder.path / "held-out.txt").unlink()
+            with pytest.raises(UserError, match="No space left on device; give another folder"):
+                folder.keep_run(published)
         (folder.path / "held-out.txt").write_bytes(b"altered")
         with pytest.raises(UserError, match="lacks files of its run"):
             folder.kept_run()

@@ -112,8 +112,12 @@ class InnerOptimizer:
             for group in self._adamw.param_groups:
                 group["lr"] = learning_rate
             self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        self.drop_gradients()
         return gradient_norm
+
+    def drop_gradients(self) -> None:
+        """Forget what `.grad` holds: a batch that was given up must not count in the next step."""
+        self._adamw.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class ExportedModel:
 def export_model(
     folder: Path, weights: Mapping[str, Tensor], section: ModelSection, run_tokens: int, files: Mapping[str, bytes]
 ) -> None:
-    """Write the model into `folder`, replacing what is there at once; `files` are kept beside it by name.
+    """Write the model into `folder`, replacing what is there; `files` are kept beside it by name.
 
     Raises UserError when the folder holds something else.
     """
@@ -74,12 +74,25 @@ def export_model(
             os.fsync(descriptor)
             os.close(descriptor)
         temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        _put_in_place(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename to `folder`; what was there is removed only when the new one is."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_exported(folder: Path) -> ExportedModel:

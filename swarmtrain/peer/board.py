@@ -30,6 +30,7 @@ from swarmtrain.events import (
     JoinedEvent,
     PausedEvent,
     PeerJoinedEvent,
+    RefusedEvent,
     ResumedEvent,
     RoundEvent,
     StartedEvent,
@@ -181,6 +182,8 @@ class StatusBoard:
                 self._names[event.joined] = event.joined_name
             case WarningEvent() | ErrorEvent():
                 self._notice(event.time, event.message)
+            case RefusedEvent():
+                self._notice(event.time, f"refused what {short_peer(event.from_peer)} sent: {event.detail}")
             case DoneEvent():
                 base.held_out_loss = event.held_out_loss or base.held_out_loss
                 base.end_reason = event.reason

@@ -284,7 +284,10 @@ class _Bootstrap:
             return
         self.loss = held_out_loss(model, self.state.theta, self.published, tokenizer, self.stop.check)
         self.emit(EvalEvent(round=self.progress.round - 1, held_out_loss=self.loss))
-        save_model(self.folder.model_path, model, self.state.theta, self.published, self.progress)
+        try:
+            save_model(self.folder.model_path, model, self.state.theta, self.published, self.progress)
+        except OSError as error:
+            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error.strerror}"))
 
     def _wait_for_goodbyes(self, swarm: Swarm) -> None:
         """Serve on until the volunteers have left, and for those who may come back; a minute at most."""

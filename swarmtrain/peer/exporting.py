@@ -47,9 +47,13 @@ def export_from_folder(folder: Path, target: Path) -> int:
     for name in ("model", "archive"):
         source = folder / name
         if (source / "config.json").exists():
-            exported = load_exported(source)
-            shutil.copytree(source, target)
-            return exported.run_tokens
+            try:
+                load_exported(source)
+                shutil.copytree(source, target)
+                return load_exported(target).run_tokens  # a running bootstrap may have replaced it meanwhile
+            except (UserError, OSError) as error:
+                shutil.rmtree(target, ignore_errors=True)
+                _log.warning("%s is not used: %s", source, error)
     return _export_checkpoint(PeerFolder(folder), target)
 
 

@@ -84,11 +84,17 @@ class PeerFolder:
         return PublishedRun(data, sha256, run, held_out, tokenizer)
 
     def keep_run(self, published: PublishedRun) -> None:
-        """Write the run and its files, as far as they are not here: started again, it needs no room on the disk."""
-        for name, data in zip(_FILES, (published.data, published.held_out, published.tokenizer), strict=True):
-            path = self.path / name
-            if data and not (path.exists() and path.read_bytes() == data):
-                write_atomically(path, data)
+        """Write the run and its files, as far as they are not here: started again, it needs no room on the disk.
+
+        UserError when the disk does not take them.
+        """
+        try:
+            for name, data in zip(_FILES, (published.data, published.held_out, published.tokenizer), strict=True):
+                path = self.path / name
+                if data and not (path.exists() and path.read_bytes() == data):
+                    write_atomically(path, data)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}; give another folder with --dir") from None
 
     def kept_port(self) -> int | None:
         """The TCP port this peer listened at last time."""
@@ -98,10 +104,11 @@ class PeerFolder:
             return None
 
     def keep_port(self, addresses: Sequence[str]) -> None:
-        """Remember the port in the last of `addresses` (multiaddresses)."""
+        """Remember the port in the last of `addresses` (multiaddresses); a full disk only forgets it."""
         match = re.search(r"/tcp/(\d+)", addresses[-1] if addresses else "")
         if match is not None:
-            write_atomically(self.path / "port.txt", match[1].encode())
+            with contextlib.suppress(OSError):
+                write_atomically(self.path / "port.txt", match[1].encode())
 
     def kept_peers(self) -> tuple[InvitedPeer, ...]:
         """Whom this peer knew when it last ran."""

@@ -235,6 +235,7 @@ class Trainer:
         loss_sum = 0.0
         for part in torch.split(batch, size):
             if self.should_stop():
+                self.inner.drop_gradients()
                 raise StopTraining
             loss = self.model.loss(part) * (len(part) / len(batch))
             loss.backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,62 @@
+"""An exported model on the disk: replaced whole, and never taken when it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from swarmtrain.errors import UserError
+from swarmtrain.model.export import export_model, load_exported
+from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.peer.exporting import export_from_folder
+from swarmtrain.run import ModelSection
+
+SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
+
+
+def export(folder: Path, tokens: int) -> GPT:
+    model = build_model(SECTION, seed=tokens)
+    export_model(folder, dict(model.named_parameters()), SECTION, tokens, {"held-out.txt": b"text"})
+    return model
+
+
+def test_a_model_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
+    export(tmp_path / "model", 1)
+    (tmp_path / ".model.old").mkdir()  # of an earlier one, killed in between
+    second = export(tmp_path / "model", 2)
+    loaded = load_exported(tmp_path / "model")
+    assert loaded.run_tokens == 2 and loaded.held_out == b"text"
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), second.parameters(), strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_old_model_stays_when_the_new_one_cannot_be_put_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(tmp_path / "model", 1)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name.startswith(".model.") and not self.name.endswith(".old"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError):
+        export(tmp_path / "model", 2)
+    assert load_exported(tmp_path / "model").run_tokens == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_peer_folder_gives_the_archive_when_its_model_was_damaged(tmp_path: Path) -> None:
+    export(tmp_path / "model", 2)
+    export(tmp_path / "archive", 1)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"torn")
+    assert export_from_folder(tmp_path, tmp_path / "copy") == 1
+    assert load_exported(tmp_path / "copy").run_tokens == 1
+    (tmp_path / "archive" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no model here yet"):
+        export_from_folder(tmp_path, tmp_path / "another")
+    assert not (tmp_path / "another").exists()
