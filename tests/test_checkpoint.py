@@ -443,3 +443,13 @@ def test_a_batch_that_was_given_up_halfway_does_not_count_in_the_next_step(ident
         one.trainer.train()
     assert given_up.trainer.progress.round == fresh.trainer.progress.round == 1
     assert given_up.bytes() == fresh.bytes()
+
+
+def test_only_a_peer_without_moments_of_its_own_warms_them_up(identity: Identity, trained: Peer) -> None:
+    newcomer = peer(identity, 1)
+    replaced = Replaced(state=newcomer.trainer.state, progress=newcomer.trainer.progress, from_peer="", reason="")
+    newcomer.trainer.adopt(replaced)
+    assert newcomer.trainer.young_steps == 0
+    resumed = peer(identity, 1, trained.checkpoint())
+    resumed.trainer.adopt(replaced)
+    assert resumed.trainer.young_steps is None

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.errors import RunTimeError
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.rosters import Told
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import new_identity
@@ -76,3 +78,28 @@ def test_a_question_about_round_0_says_that_it_has_begun(exchange_for: Callable[
     starting.join(10)
     assert not starting.is_alive()
     assert not exchange.swarm.rounds.guest
+
+
+def test_that_nobody_answers_does_not_mean_that_nobody_has_trained(
+    exchange_for: Callable[[int], SwarmExchange], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = exchange_for(1)
+    monkeypatch.setattr(exchange.stop, "sleep", lambda seconds: None)
+    answers: list[dict[str, Told]] = [{}, {BEN.peer_id: Told(round=0, last=None)}]
+
+    async def ask_now(peers: list[str]) -> dict[str, Told]:
+        return answers.pop(0) if answers else {}
+
+    monkeypatch.setattr(exchange.swarm.rounds, "ask_now", ask_now)
+    assert exchange.present_state() is None, "ben was busy for a moment, and has merged nothing yet"
+    with pytest.raises(RunTimeError, match="nobody could deliver"):
+        exchange.present_state()
+
+
+def test_a_finished_round_is_offered_though_an_end_was_asked_for(
+    exchange_for: Callable[[int], SwarmExchange],
+) -> None:
+    exchange = exchange_for(1)
+    exchange.stop.stop()
+    offer(exchange)
+    assert exchange.swarm._state is not None

@@ -38,6 +38,7 @@ __all__ = ["SwarmExchange"]
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
 _TRIES = 3
+_OFFER_S = 30.0
 
 
 @dataclass
@@ -196,7 +197,7 @@ class SwarmExchange:
                 round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens
             )
 
-        wait_for(self.network.submit(offer()), self.stop)
+        self.network.run(offer(), _OFFER_S)  # not given up for an end that is asked for: the round was merged
 
     def present_state(self) -> Replaced | None:
         """The swarm's present state, if it holds against what this peer has: before its first round, or its first
@@ -213,6 +214,9 @@ class SwarmExchange:
         sample = random.sample(peers, min(_SAMPLE, len(peers))) + [info.peer for info in live if info.is_bootstrap]
         for _ in range(_TRIES):
             told = wait_for(self.network.submit(rounds.ask_now(sample)), self.stop)
+            if sample and not told:
+                self.stop.sleep(1.0)
+                continue  # that nobody answers says nothing of what they have
             if not must_refetch(own, better_roster([answer.last for answer in told.values() if answer.last])):
                 return None
             reason = "joined late" if own is None else "was away"

@@ -140,6 +140,7 @@ class Trainer:
     steps_per_s: float = 0.0
     young_steps: int | None = None
     """Steps taken since this peer came late, with empty moments; None when it began with the others."""
+    _has_moments: bool = False
     inner: InnerOptimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -245,6 +246,7 @@ class Trainer:
             scale = moments_scale(self.young_steps, self.constants.beta2)
             self.young_steps += 1
         self.inner.step(progress, scale)
+        self._has_moments = True
         return loss_sum
 
     def merge(self, averaged: Averaged) -> None:
@@ -260,6 +262,8 @@ class Trainer:
     def adopt(self, replaced: Replaced) -> None:
         """Go on from another peer's state; the moments stay, the data position too."""
         self.state, self.progress = replaced.state, replaced.progress
+        if not self._has_moments:
+            self.young_steps = 0
 
     def own_part(self, room: Tensor) -> OwnPart:
         """What a checkpoint keeps beside the state; the moments are copied into `room` (2, P) fp32."""
@@ -276,6 +280,7 @@ class Trainer:
         if self.batches.position != own.batches:
             raise ValueError(f"the checkpoint stands at batch {own.batches}, the data at {self.batches.position}")
         self.inner.load_moments(own.moments)
+        self._has_moments = True
         self.state, self.progress = state, progress
         self.own_tokens, self.young_steps, self.steps_per_s = own.own_tokens, own.young_steps, own.steps_per_s
 

@@ -61,7 +61,7 @@ from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.pausing import PauseSwitch
-from swarmtrain.peer.trainer import RoundReport, Trainer
+from swarmtrain.peer.trainer import OwnPart, RoundReport, Trainer
 from swarmtrain.run import RunFile, parse_published_untrusted
 
 __all__ = ["data_base", "run_volunteer", "summary_of"]
@@ -108,7 +108,7 @@ class _Ready:
     data: TrainingData
     model: GPT
     batches: BatchSource
-    kept: Checkpoint | None
+    resumed_round: int | None
     """Where this peer was when it last ran."""
 
 
@@ -126,6 +126,8 @@ class _Volunteer:
     node: Node | None = None
     swarm: Swarm | None = None
     keeper: Keeper | None = None
+    nobody: RunTimeError | None = None
+    """Nobody answered: what a peer that cannot go on alone says."""
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -142,9 +144,9 @@ class _Volunteer:
         self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
         self.control.starting("looking for the swarm, and fetching the run")
         through = self._through()
-        published, found = self._fetch(node, through)
+        published = self._fetch(node, through)
         keeper = self.keeper = Keeper(self.folder, published, node.identity.peer_id, self.emit)
-        ready = self._prepare(node, published, keeper)
+        ready, kept = self._prepare(node, published, keeper)
         swarm = self.swarm = self._swarm(node, ready)
         exchange = SwarmExchange(self.network, swarm, published.run, self.stop, self.pause)
         trainer = Trainer(
@@ -159,15 +161,17 @@ class _Volunteer:
         keeper.attach(swarm)
         keeper.checkpointer.prepare(trainer.state.theta.numel())
         keeper.be_controlled(self.control)
-        self._resume(swarm, trainer, ready, keeper)
+        self._resume(swarm, trainer, kept, keeper)
+        del kept  # 16 bytes a parameter
         self.control.starting("looking who is here")
         wait_for(self.network.submit(swarm.start(through)), self.stop)
         wait_for(self.network.submit(swarm.watch_daemon(self.stop.fail)), self.stop)
-        if not found:
+        if self.nobody is not None:
             self._look_for_others(node, swarm, through)
         self.control.watch_volunteer(exchange)
         if self.pause.held:
             self._rest()
+            wait_for(self.network.submit(swarm.come_back()), self.stop)
         self.control.starting("taking the swarm's present weights")
         self._join(swarm, exchange, trainer, ready)
         reason = self._train(swarm, exchange, trainer)
@@ -193,8 +197,8 @@ class _Volunteer:
         """Whom to dial: those of the invite, and those known when this peer last ran in this folder."""
         return known_peers(list(self.invite.peers), self.folder.kept_peers())
 
-    def _fetch(self, node: Node, through: tuple[InvitedPeer, ...]) -> tuple[PublishedRun, bool]:
-        """Dial, correct the clock, and fetch the run by its hash; and whether somebody was found.
+    def _fetch(self, node: Node, through: tuple[InvitedPeer, ...]) -> PublishedRun:
+        """Dial, correct the clock, and fetch the run by its hash.
 
         When nobody answers, the run that is kept here is good enough to go on from a checkpoint.
         """
@@ -205,9 +209,8 @@ class _Volunteer:
             if published is None:
                 raise
             _log.info("going on from this folder: %s", error)
-            source, found = node.identity.peer_id, False
+            source, self.nobody = node.identity.peer_id, error
         else:
-            found = True
             published = self._fetch_from(PeerCalls(node, self.invite.run_sha256), source)
             self.folder.keep_run(published)
         self.emit(
@@ -220,7 +223,7 @@ class _Volunteer:
                 summary=summary_of(published.run),
             )
         )
-        return published, found
+        return published
 
     def _find(self, node: Node, through: tuple[InvitedPeer, ...], limit_s: float) -> str:
         """Somebody who answers; the clock is right from then on. Raises RunTimeError when nobody does."""
@@ -242,7 +245,9 @@ class _Volunteer:
             self.stop.sleep(1.0)
         raise AssertionError("the last attempt returns or raises")
 
-    def _prepare(self, node: Node, published: PublishedRun, keeper: Keeper) -> _Ready:
+    def _prepare(
+        self, node: Node, published: PublishedRun, keeper: Keeper
+    ) -> tuple[_Ready, tuple[Checkpoint, OwnPart] | None]:
         """Text, model and checkpoint: what takes time and needs nobody else."""
         run = published.run
         check_memory(run, num_parameters(run.model), self.settings.limits.memory_bytes)
@@ -251,13 +256,15 @@ class _Volunteer:
         self.stop.check()
         model = build_model(run.model, run.run.seed)
         kept = keeper.load(num_parameters(run.model))
-        if kept is not None and kept.own is None:
-            kept = None  # a bootstrap's: it has not trained
-        position = 0 if kept is None or kept.own is None else kept.own.batches
+        resumed = None if kept is None or kept.own is None else (kept, kept.own)  # a bootstrap's has not trained
+        if self.nobody is not None and resumed is None:
+            raise self.nobody  # there is nothing to go on with alone
+        position = 0 if resumed is None else resumed[1].batches
         place = PeerPlace(run_sha256=published.sha256, peer_id=node.identity.peer_id, position=position)
         batches = training_batches(run, data, place, base, published.held_out)
         self.stop.check()
-        return _Ready(published, data, model, batches, kept)
+        resumed_round = None if resumed is None else resumed[0].progress.round
+        return _Ready(published, data, model, batches, resumed_round), resumed
 
     def _swarm(self, node: Node, ready: _Ready) -> Swarm:
         """This peer's place in the swarm, not yet entered."""
@@ -270,11 +277,13 @@ class _Volunteer:
         specs = tensor_specs(ready.model.named_parameters())
         return Swarm(node, ready.published, specs, average_bytes_untrusted, self.emit, me)
 
-    def _resume(self, swarm: Swarm, trainer: Trainer, ready: _Ready, keeper: Keeper) -> None:
+    def _resume(
+        self, swarm: Swarm, trainer: Trainer, resumed: tuple[Checkpoint, OwnPart] | None, keeper: Keeper
+    ) -> None:
         """Go on from the checkpoint, if there is one; others can have its state as soon as this peer answers."""
-        kept = ready.kept
-        if kept is not None and kept.own is not None:
-            trainer.resume(kept.state, kept.progress, kept.own)
+        if resumed is not None:
+            kept, own = resumed
+            trainer.resume(kept.state, kept.progress, own)
             wait_for(self.network.submit(keeper.restore(swarm, kept)), self.stop)
 
     def _look_for_others(self, node: Node, swarm: Swarm, through: tuple[InvitedPeer, ...]) -> None:
@@ -297,9 +306,7 @@ class _Volunteer:
         if new is not None:
             me = swarm.identity.peer_id
             merged = new.progress.peer_tokens.get(me, 0) - trainer.progress.peer_tokens.get(me, 0)
-            if ready.kept is None:
-                trainer.young_steps = 0
-            elif trainer.skip_merged(merged):
+            if ready.resumed_round is not None and trainer.skip_merged(merged):
                 _log.info("the others have merged %d tokens of this peer's that it had forgotten", merged)
             trainer.adopt(new)
             state_from = new.from_peer
@@ -311,7 +318,7 @@ class _Volunteer:
                 run_tokens=trainer.progress.run_tokens,
                 num_peers=len(swarm.membership.volunteers()) + 1,
                 state_from=state_from,
-                resumed_round=None if ready.kept is None else ready.kept.progress.round,
+                resumed_round=ready.resumed_round,
                 wall_s=process_age_s(),
             )
         )
