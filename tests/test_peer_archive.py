@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
+from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer import bootstrap
 from swarmtrain.peer.common import Interrupted, PeerSettings, StopFlag
@@ -54,3 +56,25 @@ def test_the_first_state_is_archived_at_once(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(Interrupted):
         peer._archive_until_the_end(swarm)
     assert archived == [10.0, 70.0, 130.0]
+
+
+def test_only_what_is_on_the_disk_is_told() -> None:
+    """At the end the volunteers leave once the archive says that it has the last state."""
+    anything: Any = None
+    network = NetworkThread()
+    control: Any = SimpleNamespace(emit=lambda event: None, stop=StopFlag())
+    settings = PeerSettings(directory=Path("/nowhere"), name="bootstrap")
+    peer = bootstrap._Bootstrap(anything, settings, anything, network, control)
+    checkpointer = SimpleNamespace(durable=None)
+    keeper: Any = SimpleNamespace(checkpointer=checkpointer)
+    peer.keeper = keeper
+    swarm: Any = SimpleNamespace(me=PeerInfo(peer="P", is_bootstrap=True))
+    try:
+        peer.progress = Progress(round=9, run_tokens=1000)
+        peer._tell_archived(swarm)
+        assert (swarm.me.round, swarm.me.run_tokens) == (0, 0), "the disk is slow, or full"
+        checkpointer.durable = Progress(round=8, run_tokens=900)
+        peer._tell_archived(swarm)
+        assert (swarm.me.round, swarm.me.run_tokens) == (8, 900)
+    finally:
+        network.stop()

@@ -199,14 +199,22 @@ class _Bootstrap:
             self._offer(swarm, keeper, kept)
 
     def _offer(self, swarm: Swarm, keeper: Keeper, kept: Checkpoint) -> None:
-        """Serve this state to joiners, and say that we have it."""
+        """Serve this state to joiners."""
         self.state, self.progress = kept.state, kept.progress
+        wait_for(self.network.submit(keeper.restore(swarm, kept)), self.stop)
+        self._tell_archived(swarm)
 
-        async def offer() -> None:
-            await keeper.restore(swarm, kept)
-            swarm.me = dataclasses.replace(swarm.me, round=kept.progress.round, run_tokens=kept.progress.run_tokens)
+    def _tell_archived(self, swarm: Swarm) -> None:
+        """Say what is safe on the disk: at the end the volunteers leave once the last state is."""
+        assert self.keeper is not None
+        durable = self.keeper.checkpointer.durable
+        if durable is None or durable.run_tokens == swarm.me.run_tokens:
+            return
 
-        wait_for(self.network.submit(offer()), self.stop)
+        async def tell() -> None:
+            swarm.me = dataclasses.replace(swarm.me, round=durable.round, run_tokens=durable.run_tokens)
+
+        wait_for(self.network.submit(tell()), self.stop)
 
     def _archive_until_the_end(self, swarm: Swarm) -> None:
         """Take the state of some volunteer as soon as there is one, then every `archive_every_s`, and at the end.
@@ -234,6 +242,7 @@ class _Bootstrap:
 
     def _ask_how_far(self, swarm: Swarm) -> None:
         """Look how far the volunteers are, and remember whom to dial if we are started again."""
+        self._tell_archived(swarm)
         wait_for(self.network.submit(swarm.greet_some()), self.stop)
         assert self.keeper is not None
         try:
@@ -261,7 +270,7 @@ class _Bootstrap:
             extra=keeper.checkpointer.extra(),
         )
         keeper.keep(kept)
-        keeper.checkpointer.flush(_FLUSH_S)  # the volunteers may end once we say that we have it
+        keeper.checkpointer.flush(_FLUSH_S)  # so that it can be told at once
         self._offer(swarm, keeper, kept)
         try:
             self._write_archive(kept)
@@ -293,4 +302,5 @@ class _Bootstrap:
         """Serve on until the volunteers have left, and for those who may come back; a minute at most."""
         give_up_s = time.monotonic() + _LINGER_S
         while may_come_back(swarm.membership, self.progress, swarm_time()) and time.monotonic() < give_up_s:
+            self._tell_archived(swarm)
             self.stop.sleep(0.1)
