@@ -29,12 +29,17 @@ def still_needed(membership: Membership, last: Progress) -> str:
     return ""
 
 
-def may_come_back(membership: Membership, last: Progress, now: float) -> str:
+def may_come_back(membership: Membership, last: Progress, since_s: float, now: float) -> str:
     """Why the archive with the run's `last` state should stay; empty when nobody needs it.
 
     Volunteers must have said goodbye. One that went away lately without that state may be on its way back: it would
-    find nobody, and train the rest of the run once more, alone.
+    find nobody, and train the rest of the run once more, alone. An archive that is here only since `since_s` may not
+    have seen who went away.
     """
+    if since_s > now - _RETURNS_S:
+        strangers = sorted(peer for peer in last.peer_tokens if membership.state(peer) is None)
+        if strangers:
+            return f"{strangers[0]} has trained and was not seen since; it may come back"
     for info in membership.known():
         if info.is_bootstrap or not info.training:
             continue

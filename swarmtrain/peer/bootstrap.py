@@ -137,6 +137,7 @@ class _Bootstrap:
     progress: Progress = field(default_factory=Progress)
     state: OuterState | None = None
     loss: float | None = None
+    since_s: float = field(default_factory=swarm_time)
 
     def __post_init__(self) -> None:
         self.emit, self.stop = self.control.emit, self.control.stop
@@ -301,6 +302,8 @@ class _Bootstrap:
     def _wait_for_goodbyes(self, swarm: Swarm) -> None:
         """Serve on until the volunteers have left, and for those who may come back; a minute at most."""
         give_up_s = time.monotonic() + _LINGER_S
-        while may_come_back(swarm.membership, self.progress, swarm_time()) and time.monotonic() < give_up_s:
+        while time.monotonic() < give_up_s:
+            if not may_come_back(swarm.membership, self.progress, self.since_s, swarm_time()):
+                return
             self._tell_archived(swarm)
             self.stop.sleep(0.1)

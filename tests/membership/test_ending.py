@@ -54,11 +54,20 @@ def test_volunteers_that_are_lost_or_left_are_not_waited_for() -> None:
 
 def test_the_archive_stays_for_those_who_went_away_lately_without_the_end() -> None:
     members = table(ben=BEHIND, carl=DONE)
-    assert "has not left yet" in may_come_back(members, LAST, 101.0)
+    assert "has not left yet" in may_come_back(members, LAST, 0.0, 101.0)
     members.left("carl", 101.0)
     members.left("ben", 101.0)
-    assert "ben went away before the end" in may_come_back(members, LAST, 102.0)
-    assert may_come_back(members, LAST, 300.0) == "", "it was away for long"
+    assert "ben went away before the end" in may_come_back(members, LAST, 0.0, 102.0)
+    assert may_come_back(members, LAST, 0.0, 300.0) == "", "it was away for long"
     members = table(carl=DONE, boot=ARCHIVED)
     members.left("carl", 101.0)
-    assert may_come_back(members, LAST, 102.0) == ""
+    assert may_come_back(members, LAST, 0.0, 102.0) == ""
+
+
+def test_an_archive_that_was_just_started_stays_for_those_it_has_not_seen() -> None:
+    members = table(carl=DONE, boot=ARCHIVED)
+    members.left("carl", 101.0)
+    last = Progress(round=9, run_tokens=1000, peer_tokens={"carl": 600, "ben": 400})
+    assert "ben has trained" in may_come_back(members, last, 90.0, 102.0)
+    assert may_come_back(members, last, 90.0, 300.0) == ""
+    assert may_come_back(members, last, -50.0, 102.0) == "", "it would have seen ben, had it been here"
