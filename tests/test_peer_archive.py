@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
+from swarmtrain.algorithm.outer import OuterState, flatten
+from swarmtrain.events import Event, WarningEvent
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
+from swarmtrain.model.gpt import build_model
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer import bootstrap
 from swarmtrain.peer.common import Interrupted, PeerSettings, StopFlag
+from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.run import RunFile
 
 
@@ -78,3 +83,35 @@ def test_only_what_is_on_the_disk_is_told() -> None:
         assert (swarm.me.round, swarm.me.run_tokens) == (8, 900)
     finally:
         network.stop()
+
+
+def test_an_archive_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a folder that holds other files: the bootstrap goes on, and serves the state all the same."""
+    run = RunFile.model_validate({"run": {"total_tokens": 100_000}})
+    anything: Any = None
+    events: list[Event] = []
+    control: Any = SimpleNamespace(emit=events.append, stop=StopFlag())
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "notes.txt").write_text("mine")
+    peer = bootstrap._Bootstrap(
+        PublishedRun(b"", "ab" * 32, run, b"", b""),
+        PeerSettings(directory=tmp_path, name="bootstrap"),
+        PeerFolder(tmp_path),
+        anything,
+        control,
+    )
+    checkpointer = SimpleNamespace(extra=dict, flush=lambda limit_s: True)
+    peer.keeper = cast(Any, SimpleNamespace(checkpointer=checkpointer, keep=lambda kept: None))
+    offered: list[Any] = []
+    monkeypatch.setattr(bootstrap._Bootstrap, "_offer", lambda self, swarm, keeper, kept: offered.append(kept))
+    monkeypatch.setattr(bootstrap, "wait_for", lambda future, stop: SimpleNamespace(roster=None, signed_roster=None))
+    theta = flatten(build_model(run.model, run.run.seed).parameters())
+    state = OuterState(theta, torch.zeros_like(theta))
+    monkeypatch.setattr(bootstrap, "state_of", lambda new: (state, Progress()))
+    peer.network = cast(Any, SimpleNamespace(submit=lambda future: future))
+    rounds = SimpleNamespace(fetch_newest_state=lambda *given: None)
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=list), rounds=rounds)
+    assert peer._archive(swarm) and len(offered) == 1
+    (event,) = events
+    assert isinstance(event, WarningEvent)
+    assert event.message.startswith("the archive could not be written:") and "holds other files" in event.message

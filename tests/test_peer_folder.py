@@ -37,6 +37,15 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         pass
 
 
+def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+    kept = [".archive.old", ".models.abcdefgh", "archive", "model"]
+    for name in (".archive.abc_1234", ".model.abcdefgh", *kept):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    with peer_folder(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(kept)
+
+
 def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     peers = (InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/31337",)),)
     with peer_folder(tmp_path) as folder:

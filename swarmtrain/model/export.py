@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from swarmtrain import __version__
@@ -47,27 +47,26 @@ def export_model(
 ) -> None:
     """Write the model into `folder`, replacing what is there; `files` are kept beside it by name.
 
-    Raises UserError when the folder holds something else.
+    Raises UserError when the folder holds something else, OSError as the file system gives it.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise UserError(f"{folder} holds other files; give an empty or new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-            temporary / "model.safetensors",
-        )
+        # Not by its `save_file`, which tells a full disk by an error of its own, without a number.
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+        (temporary / "model.safetensors").write_bytes(data)
         config = {
             "format": _FORMAT,
             "swarmtrain": __version__,
             "model": section.model_dump(mode="json"),
             "run_tokens": run_tokens,
-            "weights_sha256": hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest(),
+            "weights_sha256": hashlib.sha256(data).hexdigest(),
         }
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name, data in files.items():
-            (temporary / name).write_bytes(data)
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
         for path in temporary.iterdir():
             path.chmod(0o644)
             descriptor = os.open(path, os.O_RDONLY)

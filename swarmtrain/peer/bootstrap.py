@@ -277,6 +277,8 @@ class _Bootstrap:
             self._write_archive(kept)
         except OSError as error:
             self.emit(WarningEvent(message=f"the archive could not be written: {error.strerror}; make room"))
+        except UserError as error:
+            self.emit(WarningEvent(message=f"the archive could not be written: {error}"))
         return True
 
     def _write_archive(self, kept: Checkpoint) -> None:
@@ -298,6 +300,8 @@ class _Bootstrap:
             save_model(self.folder.model_path, model, self.state.theta, self.published, self.progress)
         except OSError as error:
             self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error.strerror}"))
+        except UserError as error:
+            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error}"))
 
     def _wait_for_goodbyes(self, swarm: Swarm) -> None:
         """Serve on until the volunteers have left, and for those who may come back; a minute at most."""

@@ -28,6 +28,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ from swarmtrain.run import parse_published_untrusted, run_sha256
 __all__ = ["PeerFolder", "is_in_use", "peer_folder", "running_invite"]
 
 _FILES = ("run.toml", "held-out.txt", "tokenizer.bin")
+_HALF_EXPORTED = re.compile(r"\.(archive|model)\.[a-z0-9_]{8}")
 
 
 class PeerFolder:
@@ -150,6 +152,7 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
         try:
             with contextlib.suppress(OSError):  # for people; the lock has it too
                 write_atomically(path / "peer.pid", f"{os.getpid()}\n".encode())
+            _remove_half_exported(path)
             yield PeerFolder(path)
         finally:
             for name in ("invite.txt", "peer.pid"):
@@ -157,6 +160,14 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
                     (path / name).unlink()
     finally:
         os.close(descriptor)
+
+
+def _remove_half_exported(path: Path) -> None:
+    """Remove what a peer that was killed while it wrote its model left: each is as large as the model."""
+    with contextlib.suppress(OSError):
+        for child in path.iterdir():
+            if _HALF_EXPORTED.fullmatch(child.name):
+                shutil.rmtree(child, ignore_errors=True)
 
 
 def running_invite(path: Path) -> str | None:

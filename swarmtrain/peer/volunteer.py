@@ -433,6 +433,8 @@ class _Volunteer:
             save_model(self.folder.model_path, ready.model, trainer.state.theta, ready.published, trainer.progress)
         except OSError as error:
             self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error.strerror}"))
+        except UserError as error:
+            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error}"))
 
 
 def summary_of(run: RunFile) -> str:

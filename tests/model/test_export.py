@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -46,6 +50,21 @@ def test_the_old_model_stays_when_the_new_one_cannot_be_put_there(
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError):
         export(tmp_path / "model", 2)
+    assert load_exported(tmp_path / "model").run_tokens == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_takes_no_more_is_an_os_error(tmp_path: Path) -> None:
+    export(tmp_path / "model", 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+            export(tmp_path / "model", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
     assert load_exported(tmp_path / "model").run_tokens == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
