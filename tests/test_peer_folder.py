@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import datetime
 import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from swarmtrain.errors import UserError
+from swarmtrain.network.files import write_atomically
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.peer.bootstrap import publish_run
@@ -18,6 +22,17 @@ from swarmtrain.run import parse_run
 
 def _no_room(path: Path, data: bytes) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _killed_after(num_written: int) -> Callable[[Path, bytes], None]:
+    left = iter(range(num_written))
+
+    def write(path: Path, data: bytes) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write_atomically(path, data)
+
+    return write
 
 
 def test_one_peer_at_a_time(tmp_path: Path) -> None:
@@ -46,6 +61,15 @@ def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(kept)
 
 
+def test_a_full_disk_does_not_stop_a_peer_that_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with peer_folder(tmp_path) as folder:
+        assert is_in_use(folder.path)
+
+
 def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     peers = (InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/31337",)),)
     with peer_folder(tmp_path) as folder:
@@ -67,6 +91,11 @@ def test_a_run_is_kept_whole_or_refused(tmp_path: Path) -> None:
     published = publish_run(parse_run(text, "r"), tmp_path, datetime.datetime.now(datetime.UTC))
     with peer_folder(tmp_path / "peer") as folder:
         assert folder.kept_run() is None
+        for num_written in range(2):
+            with pytest.MonkeyPatch.context() as killed, pytest.raises(KeyboardInterrupt):
+                killed.setattr("swarmtrain.peer.folder.write_atomically", _killed_after(num_written))
+                folder.keep_run(published)
+            assert folder.kept_run() is None, "killed halfway, it begins anew"
         folder.keep_run(published)
         assert folder.kept_run() == published
         with pytest.MonkeyPatch.context() as full:

@@ -42,7 +42,8 @@ from swarmtrain.run import parse_published_untrusted, run_sha256
 
 __all__ = ["PeerFolder", "is_in_use", "peer_folder", "running_invite"]
 
-_FILES = ("run.toml", "held-out.txt", "tokenizer.bin")
+_FILES = ("held-out.txt", "tokenizer.bin", "run.toml")
+"""The run last: a folder that has it has all its files, whenever its peer was killed."""
 _HALF_EXPORTED = re.compile(r"\.(archive|model)\.[a-z0-9_]{8}")
 
 
@@ -91,7 +92,7 @@ class PeerFolder:
         UserError when the disk does not take them.
         """
         try:
-            for name, data in zip(_FILES, (published.data, published.held_out, published.tokenizer), strict=True):
+            for name, data in zip(_FILES, (published.held_out, published.tokenizer, published.data), strict=True):
                 path = self.path / name
                 if data and not (path.exists() and path.read_bytes() == data):
                     write_atomically(path, data)
@@ -147,8 +148,9 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
             raise UserError(
                 f"{path} is in use by a running peer (process {owner or 'unknown'}); give another folder with --dir"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the number only informs
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         try:
             with contextlib.suppress(OSError):  # for people; the lock has it too
                 write_atomically(path / "peer.pid", f"{os.getpid()}\n".encode())
