@@ -371,6 +371,73 @@ def test_the_newest_replaces_the_one_that_waits(tmp_path: Path, identity: Identi
     assert kept is not None and kept.extra == {"n": 4}
 
 
+def flushing(checkpointer: Checkpointer) -> tuple[threading.Thread, list[bool]]:
+    """A thread that flushes, and what it is told; it has begun to wait."""
+    told: list[bool] = []
+    thread = threading.Thread(target=lambda: told.append(checkpointer.flush(LIMIT_S)))
+    wait_for, waits = checkpointer._change.wait_for, threading.Event()
+
+    def observed(condition: Callable[[], bool], timeout: float | None = None) -> bool:
+        waits.set()  # the lock is held until it waits
+        return wait_for(condition, timeout)
+
+    checkpointer._change.wait_for = observed  # type: ignore[method-assign, assignment]
+    thread.start()
+    assert waits.wait(LIMIT_S)
+    checkpointer._change.wait_for = wait_for  # type: ignore[method-assign]
+    return thread, told
+
+
+def test_a_disk_slower_than_the_rounds_keeps_nobody_waiting(
+    tmp_path: Path, identity: Identity, trained: Peer, gate: Gate
+) -> None:
+    checkpointer, _, _ = writer(tmp_path, identity)
+    checkpointer.offer(numbered(trained, checkpointer, 0))
+    assert gate.begun.acquire(timeout=LIMIT_S)
+    checkpointer.offer(numbered(trained, checkpointer, 1))
+    thread, told = flushing(checkpointer)
+    room = checkpointer.room(trained.trainer.state.theta.numel())
+    gate.open.release()
+    assert not checkpointer.flush(0.2), "the one that was asked for was given up for one that is not there yet"
+    checkpointer.offer(trained.checkpoint(room, n=2))
+    assert gate.begun.acquire(timeout=LIMIT_S)
+    checkpointer.offer(numbered(trained, checkpointer, 3))
+    gate.open.release()
+    assert gate.begun.acquire(timeout=LIMIT_S), "it writes the next already"
+    thread.join(LIMIT_S)
+    assert told == [True]
+    gate.open.release()
+    assert checkpointer.close(LIMIT_S)
+
+
+def test_an_end_wakes_those_who_wait(tmp_path: Path, identity: Identity, trained: Peer, gate: Gate) -> None:
+    checkpointer, _, _ = writer(tmp_path, identity)
+    checkpointer.offer(numbered(trained, checkpointer, 0))
+    assert gate.begun.acquire(timeout=LIMIT_S)
+    thread, told = flushing(checkpointer)
+    assert not checkpointer.close(0.0)
+    thread.join(LIMIT_S / 2)
+    assert told == [False]
+    gate.open.release()
+
+
+def test_what_is_kept_beside_does_not_fail_a_checkpoint(
+    tmp_path: Path, identity: Identity, trained: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpointer, events, _ = writer(tmp_path, identity)
+    for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("a mistake of ours")):
+
+        def beside(error: Exception = error) -> None:
+            raise error
+
+        checkpointer.beside = beside
+        checkpointer.offer(trained.checkpoint())
+        with caplog.at_level("INFO"):
+            assert checkpointer.flush(LIMIT_S)
+        assert str(error) in caplog.text
+    assert checkpointer.close(LIMIT_S) and not events
+
+
 def test_what_others_keep_comes_along(tmp_path: Path, identity: Identity, trained: Peer) -> None:
     beside: list[str] = []
     checkpointer, _, _ = writer(tmp_path, identity)

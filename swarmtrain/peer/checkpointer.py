@@ -50,7 +50,11 @@ class Checkpointer:
     """Called by `extra`, in the trainer's thread: what others keep in each checkpoint, by name."""
     _change: threading.Condition = field(default_factory=threading.Condition)
     _waiting: Checkpoint | None = None
-    _writing: bool = False
+    _num_offered: int = 0
+    _done: int = 0
+    """Number of the newest offer whose writing has ended, well or not."""
+    _written: int = 0
+    """Number of the newest offer that is on the disk."""
     _closed: bool = False
     _thread: threading.Thread | None = None
     _rooms: list[Tensor] = field(default_factory=list)
@@ -89,14 +93,16 @@ class Checkpointer:
             if self._waiting is not None:
                 self._recycle(self._waiting)
             self._waiting = checkpoint
+            self._num_offered += 1
             self._start()
             self._change.notify_all()
 
     def flush(self, limit_s: float) -> bool:
-        """Wait until everything offered is on the disk, `limit_s` at most; whether it is."""
+        """Wait until what was offered last, or a newer one, is on the disk, `limit_s` at most; whether it is."""
         with self._change:
-            idle = self._change.wait_for(lambda: self._waiting is None and not self._writing, limit_s)
-            return idle and not self._failing
+            asked = self._num_offered
+            self._change.wait_for(lambda: self._done >= asked or self._closed, limit_s)
+            return self._written >= asked
 
     def close(self, limit_s: float) -> bool:
         """`flush`, and end the thread. A checkpoint that is not done by then is left unfinished, which harms none."""
@@ -126,15 +132,16 @@ class Checkpointer:
                     return
                 num_parameters = self._num_to_prepare
                 if not num_parameters:
-                    checkpoint, self._waiting, self._writing = self._waiting, None, True
+                    checkpoint, self._waiting, number = self._waiting, None, self._num_offered
             if num_parameters:
                 self._prepare(num_parameters)
                 continue
             assert checkpoint is not None
-            self._write(checkpoint)
+            is_written = self._write(checkpoint)
             with self._change:
                 self._recycle(checkpoint)
-                self._writing = False
+                self._done = number
+                self._written = number if is_written else self._written
                 self._change.notify_all()
             checkpoint = None  # or it would be held until the next one
 
@@ -150,11 +157,10 @@ class Checkpointer:
             self._num_to_prepare = 0
             self._change.notify_all()
 
-    def _write(self, checkpoint: Checkpoint) -> None:
+    def _write(self, checkpoint: Checkpoint) -> bool:
         try:
             self.last = save(self.folder, checkpoint)
             self.durable = checkpoint.progress
-            self.beside()
         except OSError as error:
             self._failing = True
             self._complain(self._in_words(error))
@@ -166,6 +172,17 @@ class Checkpointer:
             if self._failing:
                 self._failing, self._warned_s = False, None
                 self.emit(WarningEvent(message=f"checkpoints are written to {self.folder.path} again"))
+            self._write_beside()
+            return True
+        return False
+
+    def _write_beside(self) -> None:
+        try:
+            self.beside()
+        except OSError as error:  # the checkpoint is on the disk all the same
+            _log.info("not written beside the checkpoint: %s", error)
+        except Exception:  # the boundary of this thread
+            _log.exception("writing beside a checkpoint")
 
     def _in_words(self, error: OSError) -> str:
         where = self.folder.path
