@@ -80,7 +80,13 @@ def test_who_is_away_is_remembered_after_those_who_are_here() -> None:
         invited("b", 2),
     )
     assert known_peers([], before) == before
-    assert len(known_peers([invited(str(n), n) for n in range(99)], before)) == 16
+    many = [invited(str(n), n) for n in range(99)]
+    assert known_peers(many, ()) == tuple(many[:16])
+    assert known_peers(many, before) == (*many[:14], *before), "a full list does not push out who is away"
+    assert known_peers(many, tuple(many[:3] + many[50:] + [invited("a", 1)])) == tuple(many[:15]) + (invited("a", 1),)
+    others = tuple(invited(f"away {n}", n) for n in range(9))
+    assert known_peers(many, others) == (*many[:12], *others[:4])
+    assert known_peers(many[:10], others) == (*many[:10], *others[:6])
 
 
 def test_peers_are_written_down_when_they_change(tmp_path: Path, published: PublishedRun) -> None:
@@ -95,6 +101,10 @@ def test_peers_are_written_down_when_they_change(tmp_path: Path, published: Publ
     live.append(PeerInfo(peer=other, addresses=("/ip4/127.0.0.1/tcp/4711",)))
     kept.keep_peers()
     assert kept.folder.kept_peers() == (invited(other, 4711),)
+    some = [PeerInfo(peer=new_identity().peer_id, addresses=("/ip4/127.0.0.1/tcp/1",)) for _ in range(20)]
+    live += [*some, PeerInfo(peer=ME, addresses=("/ip4/127.0.0.1/tcp/2",), is_bootstrap=True)]
+    kept.keep_peers()
+    assert kept.folder.kept_peers()[:2] == (invited(ME, 2), invited(other, 4711)), "bootstraps first"
     (kept.folder.path / "peers.json").unlink()
     kept.keep_peers()
     assert kept.folder.kept_peers() == (), "nothing has changed: nothing is written"

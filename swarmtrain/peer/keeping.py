@@ -31,6 +31,7 @@ __all__ = ["Keeper", "known_peers", "run_to_resume"]
 
 _log = logging.getLogger(__name__)
 _MAX_PEERS = 16
+_NUM_AWAY = 4
 _FLUSH_S = 10.0
 _ASKED_FLUSH_S = 60.0
 _TALLY = "tally"
@@ -140,7 +141,8 @@ class Keeper:
         """Write down whom to dial when started again, if that has changed. From any thread; raises OSError."""
         if self._swarm is None:
             return
-        live = [InvitedPeer(i.peer, i.addresses) for i in self._swarm.membership.live() if i.addresses]
+        infos = sorted(self._swarm.membership.live(), key=lambda info: not info.is_bootstrap)
+        live = [InvitedPeer(info.peer, info.addresses) for info in infos if info.addresses]
         with self._keeping_peers:
             known = known_peers(live, self._known)
             if known != self._known:
@@ -149,10 +151,10 @@ class Keeper:
 
 
 def known_peers(newest: list[InvitedPeer], before: tuple[InvitedPeer, ...]) -> tuple[InvitedPeer, ...]:
-    """Those of now, then those of before: who is away for a moment may be the only one to come back."""
-    peers = {peer.peer: peer for peer in (*before, *newest)}
-    order = dict.fromkeys(peer.peer for peer in (*newest, *before))
-    return tuple(peers[peer] for peer in order)[:_MAX_PEERS]
+    """Those of now, then those of before, a few at least: who is away for a moment may be the only one to come back."""
+    here = {peer.peer for peer in newest}
+    away = [peer for peer in before if peer.peer not in here]
+    return (*newest[: _MAX_PEERS - min(len(away), _NUM_AWAY)], *away)[:_MAX_PEERS]
 
 
 def run_to_resume(folder: PeerFolder, invite: Invite, peer: str) -> PublishedRun | None:
