@@ -58,6 +58,28 @@ def test_ctrl_c_while_sleeping_wakes_up() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+STOPPED_FIRST = """
+import os, signal, sys
+from swarmtrain.cli.stopping import stop_on_signals
+with stop_on_signals() as stop:
+    if sys.argv[1] == "asked":
+        stop.stop("asked")
+    else:
+        os.kill(os.getpid(), int(sys.argv[1]))
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still ending cleanly", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never said", flush=True)
+"""
+
+
+@pytest.mark.parametrize("first", ["asked", str(int(signal.SIGTERM)), str(int(signal.SIGHUP))])
+def test_ctrl_c_once_spoils_no_clean_end_twice_ends_at_once(first: str) -> None:
+    command = [sys.executable, "-c", STOPPED_FIRST, first]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "still ending cleanly\n", "")
+
+
 def test_sigusr1_explains() -> None:
     explained = threading.Event()
     with stop_on_signals() as stop:

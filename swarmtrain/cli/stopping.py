@@ -24,9 +24,12 @@ _INTERRUPTED = 130
 def stop_on_signals() -> Iterator[StopFlag]:
     """A flag that the first SIGINT, SIGTERM or SIGHUP sets; the second SIGINT ends the process at once."""
     stop = StopFlag()
+    interrupts = 0
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGINT:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:
             os._exit(_INTERRUPTED)  # the daemon dies with us
         stop.stop()
 
