@@ -290,12 +290,32 @@ def test_another_model_or_other_counters_are_not_used(tmp_path: Path, identity: 
     ]
 
 
-def test_a_checkpoint_of_another_run_is_said_once_each(tmp_path: Path, identity: Identity, trained: Peer) -> None:
-    other = CheckpointFolder(tmp_path / "checkpoints", "77" * 32, identity.peer_id)
-    save(other, trained.checkpoint())
+def test_checkpoints_of_others_are_no_trouble(
+    tmp_path: Path, identity: Identity, trained: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(CheckpointFolder(tmp_path / "checkpoints", "77" * 32, identity.peer_id), trained.checkpoint())
+    save(CheckpointFolder(tmp_path / "checkpoints", RUN_SHA256, new_identity().peer_id), trained.checkpoint())
+    with caplog.at_level("INFO"):
+        assert load(checkpoints(tmp_path, identity)) is None
+    assert "it is of another run" in caplog.text and "it is another peer's" in caplog.text
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+
+
+def test_what_is_lacking_is_named_and_nothing_promised(tmp_path: Path, identity: Identity, trained: Peer) -> None:
+    save(CheckpointFolder(tmp_path / "checkpoints", "77" * 32, identity.peer_id), trained.checkpoint())
+    folder = checkpoints(tmp_path, identity)
+    written = folder.write(2, [], {})
+    warnings: list[str] = []
+    assert load(folder, warnings) is None
+    assert warnings == [f"the checkpoint {written.path} is not used: it lacks 'theta'; there is none before it"]
+
+
+def test_a_folder_that_cannot_be_read_is_a_warning(tmp_path: Path, identity: Identity) -> None:
+    (tmp_path / "checkpoints").write_text("no folder")
     warnings: list[str] = []
     assert load(checkpoints(tmp_path, identity), warnings) is None
-    assert len(warnings) == 1 and "it is of another run" in warnings[0]
+    (warning,) = warnings
+    assert warning.startswith(f"the checkpoints in {tmp_path / 'checkpoints'} cannot be read: Not a directory")
 
 
 # ---------------------------------------------------------------- the writer

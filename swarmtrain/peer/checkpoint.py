@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,14 @@ from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import Roster
 from swarmtrain.network.roster import roster_untrusted
-from swarmtrain.peer.checkpoint_files import CheckpointFolder, DamagedError, Kept, TensorBytes, Written
+from swarmtrain.peer.checkpoint_files import CheckpointFolder, DamagedError, Kept, TensorBytes, Unused, Written
 from swarmtrain.peer.trainer import OwnPart
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Checkpoint", "load_newest", "newest_extra", "save"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,22 +80,39 @@ def load_newest(
     folder: CheckpointFolder, run: RunFile, num_parameters: int, warn: Callable[[str], None]
 ) -> tuple[Checkpoint, Written] | None:
     """The newest checkpoint that is whole, and where it is; `warn` is told in a sentence of each that is not used."""
-    for entry in folder.newest_first():
-        if not isinstance(entry, Kept):
-            name, reason = entry
-            warn(_unused(folder.path / name, reason))
-            continue
-        path = folder.path / f"{entry.stem}.json"
-        try:
-            return _parse(folder, entry, run, num_parameters), folder.written(entry)
-        except OSError as error:
-            warn(_unused(path, f"it cannot be read: {error.strerror}"))
-        except (
-            *(DamagedError, BadBytesError, SafetensorError, DecodeError, binascii.Error),
-            *(ValueError, KeyError, TypeError, AttributeError),
-        ) as error:
-            warn(_unused(path, str(error)))
+    try:
+        entries = list(folder.newest_first())
+    except OSError as error:
+        warn(f"the checkpoints in {folder.path} cannot be read: {error.strerror}; look after the disk")
+        return None
+    for entry in entries:
+        if isinstance(entry, Unused) and entry.foreign:  # the folder was used for it: nothing is wrong
+            _log.info("the checkpoint %s is not used: %s", folder.path / entry.name, entry.reason)
+    ours = [entry for entry in entries if isinstance(entry, Kept) or not entry.foreign]
+    for number, entry in enumerate(ours, start=1):
+        found = _load(folder, entry, run, num_parameters) if isinstance(entry, Kept) else entry
+        if not isinstance(found, Unused):
+            return found
+        then = "the one before it is tried" if number < len(ours) else "there is none before it"
+        warn(f"the checkpoint {folder.path / found.name} is not used: {found.reason}; {then}")
     return None
+
+
+def _load(
+    folder: CheckpointFolder, kept: Kept, run: RunFile, num_parameters: int
+) -> tuple[Checkpoint, Written] | Unused:
+    try:
+        return _parse(folder, kept, run, num_parameters), folder.written(kept)
+    except OSError as error:
+        reason = f"it cannot be read: {error.strerror}"
+    except KeyError as error:
+        reason = f"it lacks {error}"
+    except (
+        *(DamagedError, BadBytesError, SafetensorError, DecodeError, binascii.Error),
+        *(ValueError, TypeError, AttributeError),
+    ) as error:
+        reason = str(error)
+    return Unused(f"{kept.stem}.json", reason)
 
 
 def newest_extra(folder: CheckpointFolder) -> Mapping[str, Any]:
@@ -102,10 +122,6 @@ def newest_extra(folder: CheckpointFolder) -> Mapping[str, Any]:
             extra = entry.manifest.get("extra")
             return extra if isinstance(extra, dict) else {}
     return {}
-
-
-def _unused(path: Path, reason: str) -> str:
-    return f"the checkpoint {path} is not used: {reason}; the one before it is tried"
 
 
 def _parse(folder: CheckpointFolder, kept: Kept, run: RunFile, num_parameters: int) -> Checkpoint:

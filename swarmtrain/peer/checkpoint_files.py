@@ -23,9 +23,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["FORMAT", "CheckpointFolder", "DamagedError", "Kept", "TensorBytes", "Written"]
+__all__ = ["FORMAT", "CheckpointFolder", "DamagedError", "Kept", "TensorBytes", "Unused", "Written"]
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +72,14 @@ class Kept:
     manifest: Mapping[str, Any]
 
 
+class Unused(NamedTuple):
+    """A checkpoint that cannot be used, by its manifest's name; `foreign` if that is all right."""
+
+    name: str
+    reason: str
+    foreign: bool = False
+
+
 @dataclass
 class CheckpointFolder:
     """The checkpoints of one peer in one run; those of others in the same folder are left alone.
@@ -89,20 +97,28 @@ class CheckpointFolder:
 
     # ------------------------------------------------------------- reading
 
-    def newest_first(self) -> Iterator[Kept | tuple[str, str]]:
-        """The checkpoints by their manifests, newest first; (name, what is wrong) for those that cannot be used."""
+    def newest_first(self) -> Iterator[Kept | Unused]:
+        """The checkpoints by their manifests, newest first, and what is wrong with those that cannot be used.
+
+        Raises OSError when the folder cannot be read.
+        """
         for stem in reversed(self._stems(".json")):
             try:
                 manifest = self._read_manifest(stem)
             except OSError as error:
-                yield f"{stem}.json", f"it cannot be read: {error.strerror}"
+                yield Unused(f"{stem}.json", f"it cannot be read: {error.strerror}")
                 continue
             except DamagedError as error:
                 self.damaged.add(stem)
-                yield f"{stem}.json", str(error)
+                yield Unused(f"{stem}.json", str(error))
                 continue
-            reason = self._foreign(manifest)
-            yield Kept(stem=stem, manifest=manifest) if reason is None else (f"{stem}.json", reason)
+            if manifest.get("format") != FORMAT:
+                other = f"it has format {manifest.get('format')}, and this version of swarmtrain reads {FORMAT}"
+                yield Unused(f"{stem}.json", other)
+            elif (reason := self._foreign(manifest)) is not None:
+                yield Unused(f"{stem}.json", reason, foreign=True)
+            else:
+                yield Kept(stem=stem, manifest=manifest)
 
     def tensors_of(self, kept: Kept) -> Path:
         """The tensors' file, after all of it was read and found to be what the manifest names.
@@ -143,8 +159,6 @@ class CheckpointFolder:
         return manifest
 
     def _foreign(self, manifest: Mapping[str, Any]) -> str | None:
-        if manifest.get("format") != FORMAT:
-            return f"it has format {manifest.get('format')}, and this version of swarmtrain reads {FORMAT}"
         if manifest.get("run_sha256") != self.run_sha256:
             return "it is of another run"
         if self.peer is not None and manifest.get("peer") != self.peer:

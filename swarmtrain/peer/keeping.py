@@ -167,4 +167,8 @@ def run_to_resume(folder: PeerFolder, invite: Invite, peer: str) -> PublishedRun
     if published is None or published.sha256 != invite.run_sha256:
         return None
     files = CheckpointFolder(folder.checkpoints_path, published.sha256, peer)
-    return published if any(isinstance(entry, Kept) for entry in files.newest_first()) else None
+    try:
+        return published if any(isinstance(entry, Kept) for entry in files.newest_first()) else None
+    except OSError as error:
+        _log.warning("not resumed: the checkpoints in %s cannot be read: %s", files.path, error.strerror)
+        return None
