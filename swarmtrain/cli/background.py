@@ -138,10 +138,13 @@ class _Started:
         from swarmtrain.events import ErrorEvent, parse_event
 
         for line in pipe:
-            if self.folder is None and line.startswith(b'{"folder"'):
-                self.folder = Path(json.loads(line)["folder"])
+            try:
+                if self.folder is None and line.startswith(b'{"folder"'):
+                    self.folder = Path(json.loads(line)["folder"])
+                    continue
+                event = parse_event(line)
+            except ValueError:  # torn: it was killed while it wrote
                 continue
-            event = parse_event(line)
             self.name = event.name or self.name
             if isinstance(event, ErrorEvent):
                 self.error = event.message
