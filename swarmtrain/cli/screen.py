@@ -98,9 +98,12 @@ def _was(status: Any) -> str:
 
 
 def _start_again(view: View) -> str:
-    what = "bootstrap RUN.toml" if view.status.role == "bootstrap" else "join"
+    status = view.status
+    what = "bootstrap RUN.toml" if status.role == "bootstrap" else "join"
+    given = status.name not in ("", short_peer(status.peer), "bootstrap" if status.role == "bootstrap" else "")
+    name = f" --name {shlex.quote(one_line(status.name))}" if given else ""
     where = f" --dir {shlex.quote(str(view.folder))}" if view.folder is not None else ""
-    return f"start it again with `swarmtrain {what}{where}`"
+    return f"start it again with `swarmtrain {what}{name}{where}`"
 
 
 def _ago(at: float, view: View) -> str:

@@ -267,7 +267,7 @@ def test_the_command(home: Path, lives: Made) -> None:
     dead = CliRunner().invoke(status_command, ["bert"])
     assert dead.exit_code == 0
     assert "died without a goodbye about" in dead.output
-    assert f"swarmtrain join --dir {home / 'volunteer-bert'}" in dead.output.replace("\n", " ")
+    assert f"swarmtrain join --name bert --dir {home / 'volunteer-bert'}" in dead.output.replace("\n", " ")
     assert "others join with" not in dead.output
 
 

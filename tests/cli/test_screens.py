@@ -194,6 +194,11 @@ def test_names_and_messages_of_others_are_plain_text(width: int, height: int) ->
         (
             view(Life.FAILED, end_reason="nobody answers", exit_code=1),
             "failed 1 s ago: nobody answers (exit code 1); "
+            "start it again with `swarmtrain join --name anna --dir /home/anna/swarm`",
+        ),
+        (
+            view(Life.FAILED, end_reason="nobody answers", exit_code=1, name="Anna01"),
+            "failed 1 s ago: nobody answers (exit code 1); "
             "start it again with `swarmtrain join --dir /home/anna/swarm`",
         ),
     ],
@@ -210,9 +215,11 @@ def test_a_death_is_told_with_its_time_and_what_to_do(monkeypatch: pytest.Monkey
     seen = View(status=status, life=Life.DIED, folder=Path("/home/anna/my swarm"), now=noon + 3600)
     assert sentence(seen) == (
         "died without a goodbye about 12:00 (it was training round 12); "
-        "start it again with `swarmtrain join --dir '/home/anna/my swarm'`"
+        "start it again with `swarmtrain join --name anna --dir '/home/anna/my swarm'`"
     )
-    later = View(status=make_status(time=noon, role="bootstrap", state=5), life=Life.DIED, now=noon + 5 * 86400)
+    later = View(
+        status=make_status(time=noon, name="bootstrap", role="bootstrap", state=5), life=Life.DIED, now=noon + 5 * 86400
+    )
     assert sentence(later) == (
         "died without a goodbye about 2027-01-15 12:00 (it was serving); "
         "start it again with `swarmtrain bootstrap RUN.toml`"

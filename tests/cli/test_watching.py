@@ -236,7 +236,7 @@ def test_a_death_and_a_return_on_the_screen(peer: FakePeer) -> None:
         text = terminal.wait_for(lambda text: waiting in text.replace("\n", " "), waiting).replace("\n", " ")
         assert "died without a goodbye about" in text
         assert "(it was training round 12); waiting for it to come back" in text
-        assert "s at most; start it again with `swarmtrain join --dir" in text
+        assert "s at most; start it again with `swarmtrain join --name anna --dir" in text
         peer.status.doing = "training round 13: 1 of 25 steps"
         peer.start()
         terminal.wait_text("training round 13: 1 of 25 steps")
