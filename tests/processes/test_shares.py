@@ -7,7 +7,7 @@ import statistics
 import pytest
 from swarm import Swarm, assert_same_states, write_run
 
-from swarmtrain.events import RefusedEvent, StartedEvent
+from swarmtrain.events import ArchivedEvent, RefusedEvent, RoundEvent, StartedEvent
 
 pytestmark = pytest.mark.processes
 
@@ -20,18 +20,24 @@ def test_with_shares_everyone_sends_what_an_allreduce_would(swarm: Swarm) -> Non
         model={"width": 128},  # enough chunks that everyone has a share
         inner={"batch_sequences": 4},
         merge={"share_above": 2, "inner_steps": 5, "silence_s": 20.0},
+        network={"archive_every_s": 3600.0},
     )
     bootstrap = swarm.bootstrap(run_file, "--wait-for", str(NUM_PEERS))
     children = swarm.join_all([f"peer{number}" for number in range(NUM_PEERS)], bootstrap.invite.invite)
+    # The archive takes one state, theta and momentum, from one of them as soon as there is one: not an all-reduce's.
+    archived_s = bootstrap.wait_event(ArchivedEvent).time
+    after = [child.wait_event(RoundEvent, lambda event: event.time > archived_s).round for child in children]
+    measured = range(max(after) + 2, max(after) + 7)
     for child in children:
-        child.wait_round(7)
+        child.wait_round(measured[-1])
     swarm.interrupt_all([bootstrap, *children])
 
-    assert assert_same_states(children) >= 7
+    assert assert_same_states(children) >= measured[-1]
     assert not any(child.all(RefusedEvent) for child in children)
     num_parameters = children[0].wait_event(StartedEvent).num_parameters
     allreduce_bytes = 8 * num_parameters * (NUM_PEERS - 1) / NUM_PEERS
-    sent = [child.rounds()[number].bytes_sent for child in children for number in range(2, 7)]
+    sent = [statistics.fmean(child.rounds()[number].bytes_sent for number in measured) for child in children]
     print(f"bytes sent a round, over an all-reduce's: {[f'{size / allreduce_bytes:.2f}' for size in sent]}")
     assert 0.9 * allreduce_bytes < statistics.fmean(sent) < 1.5 * allreduce_bytes
-    assert max(sent) < 2 * allreduce_bytes, "nobody sends for the others"
+    # What is sent late counts in the next round: with shares of one or two chunks of a few, each is within a third.
+    assert max(sent) < 1.5 * allreduce_bytes, "nobody sends for the others"
