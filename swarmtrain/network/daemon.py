@@ -6,7 +6,8 @@ What is gone round here, and why (measured; see docs/decisions):
 - The daemon would outlive a crash in some cases and die of Ctrl-C before our goodbye. A shim starts it in its own
   session with PR_SET_PDEATHSIG: it ends when the thread that spawned it ends, and that is the network thread.
 - hivemind reads messages of any announced size into memory. Frames are limited here.
-- Its clock is `time.time`. Ours can be corrected by the median of the others' (`set_clock_offset`).
+- Its clock is `time.time`, which jumps when the machine's is set. Ours does not, and can be corrected by the median of
+  the others' (`set_clock_offset`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MAX_FRAME_BYTES", "hivemind_module", "owned_process_args", "set_clock_offset", "start_daemon", "swarm_time"]
+__all__ = [
+    "MAX_FRAME_BYTES",
+    "hivemind_module",
+    "own_time",
+    "owned_process_args",
+    "set_clock_offset",
+    "start_daemon",
+    "swarm_time",
+]
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 """No message from another peer may be larger; the daemon's own limit for small calls is the same."""
@@ -45,6 +54,10 @@ _UNUSED = ("dht", "dht/RtRefreshManager")  # its own DHT, which nobody uses here
 _GREETING = ("Peer ID:", "Peer Addrs:", "Control socket:", "/")
 _MAX_LINE_CHARACTERS = 1000
 
+_STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""Goes on while the machine sleeps, on Linux and on macOS, and is never set."""
+
+_clock_base_s = time.time() - time.clock_gettime(_STEADY)
 _clock_offset_s = 0.0
 
 # Runs in the child: own session (Ctrl-C in a terminal does not reach it), die with the parent, then become the daemon.
@@ -67,9 +80,17 @@ def owned_process_args(args: list[str], *, signal_number: int = 9) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid()), str(signal_number), *args]
 
 
+def own_time() -> float:
+    """Unix seconds by this machine's clock as it was when this process began.
+
+    Setting that clock later changes nothing: presences from another hour would be refused, and the peer be alone.
+    """
+    return _clock_base_s + time.clock_gettime(_STEADY)
+
+
 def swarm_time() -> float:
-    """Unix seconds, corrected by the offset to the other peers' clocks."""
-    return time.time() + _clock_offset_s
+    """`own_time`, corrected by the offset to the other peers' clocks."""
+    return own_time() + _clock_offset_s
 
 
 def set_clock_offset(offset_s: float) -> None:

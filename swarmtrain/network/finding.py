@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from swarmtrain.errors import BadBytesError, PeerError, RunTimeError
+from swarmtrain.network.daemon import own_time
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import Node, correct_clock
 from swarmtrain.network.service import PeerCalls
@@ -61,10 +61,10 @@ async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], li
     async def knock(peer: InvitedPeer) -> tuple[str, float]:
         await node.connect(peer.peer, peer.addresses, limit_s)
         for attempts_left in reversed(range(_STARTING_LOOKS)):
-            asked_s = time.time()
+            asked_s = own_time()
             try:
                 reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
-                return peer.peer, reply.time - (asked_s + time.time()) / 2
+                return peer.peer, reply.time - (asked_s + own_time()) / 2
             except PeerError as error:
                 if not attempts_left or _ANOTHER not in str(error):
                     raise

@@ -383,12 +383,14 @@ def _how_it_ended(status: int) -> str:
 def correct_clock(offsets_s: Sequence[float]) -> float:
     """Correct swarm time by the median of the offsets to other peers' clocks; returns the correction in seconds.
 
-    Offsets are measured against the machine's own clock (`time.time`); what is not a number is left out.
+    Offsets are measured against `own_time`; what is not a number is left out, and without any nothing changes.
     """
     offsets_s = [offset_s for offset_s in offsets_s if math.isfinite(offset_s)]
-    offset_s = statistics.median(offsets_s) if offsets_s else 0.0
-    if abs(offset_s) < _CLOCK_TOLERANCE_S:
+    if not offsets_s:
         return 0.0
+    offset_s = statistics.median(offsets_s)
+    if abs(offset_s) < _CLOCK_TOLERANCE_S:
+        offset_s = 0.0
     daemon.set_clock_offset(offset_s)
     return offset_s
 

@@ -478,6 +478,20 @@ def test_the_clock_is_corrected_for_us_and_for_hivemind() -> None:
         set_clock_offset(0.0)
 
 
+def test_setting_the_machines_clock_does_not_move_the_swarms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was an hour behind, the others said so, and then somebody set it right."""
+    real = time.time
+    try:
+        assert correct_clock([3600.0]) == 3600.0
+        before_s = swarm_time()
+        monkeypatch.setattr(time, "time", lambda: real() + 3600.0)
+        assert 0 <= swarm_time() - before_s < 5, "it goes on, and does not jump"
+        assert correct_clock([0.2]) == 0.0
+        assert abs(swarm_time() - real()) < 5, "measured anew, it may turn out right"
+    finally:
+        set_clock_offset(0.0)
+
+
 def test_a_machine_whose_clock_is_off_takes_the_time_of_those_it_joins(here: Here) -> None:
     invited = InvitedPeer(here.a.id, here.run(here.a.node.addresses()))
     assert here.run(find_run(here.b.node, RUN, [invited])).clock_correction_s == 0.0
