@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
-from swarmtrain.membership.lifecycle import Membership
+from swarmtrain.membership.lifecycle import Change, Membership
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import (
     Apply,
@@ -127,6 +127,9 @@ class Rounds:
     inner_steps_done: int = 0
     guest: bool = True
     """Whether nobody waits for this peer's round: before its first, in that one, and after catching up."""
+    away: bool = False
+    """Whether this peer has said goodbye: whoever missed that, and asks, is told so."""
+    report: Callable[[Change], None] = lambda change: None
     wanted: bool = False
     """Whether somebody has ended the round that this peer is in, and asked for this peer's part of it."""
     waiting_for: str = ""
@@ -161,14 +164,15 @@ class Rounds:
         reply = pb.RoundReply(
             current_round=self.current_round,
             inner_steps_done=self.inner_steps_done,
-            participating=not self.guest,
+            participating=not (self.guest or self.away),
+            away=self.away,
         )
         if self.last is not None and payload_sha256(self.last[1]) == request.has_last_sha256.hex():
             reply.same_last = True
         elif self.last is not None:
             reply.last_roster.CopyFrom(self.last[1])
         known = self._rounds.get(request.round, _Round())
-        is_news = self.current_round > request.round
+        is_news = self.away or self.current_round > request.round
         own = known.publications.get(self.identity.peer_id)
         if own is not None and not request.has_publication:
             reply.publication.CopyFrom(own.snapshot.signed)
@@ -479,6 +483,8 @@ class Rounds:
         now = swarm_time()
         self.membership.heard(peer, now, round=reply.current_round, inner_steps_done=min(reply.inner_steps_done, 2**31))
         self._told[peer] = (now, Told(round=reply.current_round, last=last, participating=reply.participating))
+        if reply.away and (change := self.membership.left(peer, now)) is not None:
+            self.report(change)
 
     def _last_known(self, peer: str) -> bytes:
         """The hash of what this peer said last that it had applied."""

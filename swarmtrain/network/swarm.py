@@ -63,6 +63,9 @@ _MAX_READ_BUCKETS = 64
 _MAX_MEETINGS = 16
 _MEET_AGAIN_S = 5.0
 _GREETING_PASSES = 3
+_GOODBYE_S = 3.0
+_LAST_GOODBYE_S = 1.0
+"""The process waits for it, and the user for the process."""
 
 
 def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -99,7 +102,6 @@ class Swarm:
     _met_s: dict[str, float] = field(default_factory=dict)
     _meetings: set[asyncio.Task[None]] = field(default_factory=set)
     _through: tuple[InvitedPeer, ...] = ()
-    _away: bool = False
     _daemon_watch: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
@@ -126,7 +128,14 @@ class Swarm:
             pull=PullLimits(stall_limit_s=limits.stall_limit_s, min_bytes_per_s=limits.min_pull_bytes_per_s),
         )
         self.rounds = Rounds(
-            self.identity, self.calls, self.store, self.membership, settings, self.average, refused=self._refused
+            self.identity,
+            self.calls,
+            self.store,
+            self.membership,
+            settings,
+            self.average,
+            refused=self._refused,
+            report=self._report,
         )
         self.tallying = Tallying(
             self.identity.peer_id,
@@ -161,7 +170,7 @@ class Swarm:
 
     async def announce(self) -> None:
         """Say that we are here, to everyone known and in the DHT, and keep saying so."""
-        self._away = False
+        self.rounds.away = False
         await self._look_where_we_are()
         await self.greet_everyone()
         for work in (self._keep_present(), self._keep_reading(), self._keep_counting(), self._notice_gaps()):
@@ -184,20 +193,24 @@ class Swarm:
         """Say goodbye to everyone, and stop answering."""
         if self._daemon_watch is not None:
             await end_tasks([self._daemon_watch])
-        await self.withdraw()
+        await self.withdraw(_LAST_GOODBYE_S)
         await self.node.stop()
 
-    async def withdraw(self) -> None:
-        """Say goodbye to everyone, and nothing more of ourselves until `come_back`; the node stays."""
-        if self._away:
+    async def withdraw(self, limit_s: float = _GOODBYE_S) -> None:
+        """Say goodbye to everyone, and nothing more of ourselves until `come_back`; the node stays.
+
+        Whoever misses that, or takes longer than `limit_s`, learns it when it asks about a round.
+        """
+        if self.rounds.away:
             return
-        self._away = True
+        self.rounds.away = self.rounds.guest = True
+        self.rounds.tell()
         await end_tasks([*self._tasks, *self._meetings])
         self._tasks.clear()
         request = pb.HelloRequest(run_sha256=self._run_bytes, presence=self._signed_presence(), leaving=True)
-        goodbyes = [asyncio.create_task(self.calls.hello(i.peer, request, 1.0)) for i in self.membership.live()]
+        goodbyes = [asyncio.create_task(self.calls.hello(i.peer, request, limit_s)) for i in self.membership.live()]
         if goodbyes:
-            await asyncio.wait(goodbyes, timeout=1.0)
+            await asyncio.wait(goodbyes, timeout=limit_s)
             for task in goodbyes:
                 task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
@@ -418,7 +431,7 @@ class Swarm:
             swarmtrain_version=__version__,
             run_sha256=self._run_bytes,
             time=swarm_time(),
-            presence=self._signed_presence() if self.me.addresses and not self._away else None,
+            presence=self._signed_presence() if self.me.addresses and not self.rounds.away else None,
             others=[self._signed[peer] for peer in known[:64]],
         )
 

@@ -291,7 +291,7 @@ class RoundRequest(_message.Message):
     def __init__(self, round: _Optional[int] = ..., has_publication: bool = ..., has_roster_sha256: _Optional[bytes] = ..., has_share: bool = ..., wait_s: _Optional[float] = ..., has_last_sha256: _Optional[bytes] = ...) -> None: ...
 
 class RoundReply(_message.Message):
-    __slots__ = ("current_round", "inner_steps_done", "publication", "roster", "share", "last_roster", "same_last", "participating")
+    __slots__ = ("current_round", "inner_steps_done", "publication", "roster", "share", "last_roster", "same_last", "participating", "away")
     CURRENT_ROUND_FIELD_NUMBER: _ClassVar[int]
     INNER_STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
     PUBLICATION_FIELD_NUMBER: _ClassVar[int]
@@ -300,6 +300,7 @@ class RoundReply(_message.Message):
     LAST_ROSTER_FIELD_NUMBER: _ClassVar[int]
     SAME_LAST_FIELD_NUMBER: _ClassVar[int]
     PARTICIPATING_FIELD_NUMBER: _ClassVar[int]
+    AWAY_FIELD_NUMBER: _ClassVar[int]
     current_round: int
     inner_steps_done: int
     publication: Signed
@@ -308,4 +309,5 @@ class RoundReply(_message.Message):
     last_roster: Signed
     same_last: bool
     participating: bool
-    def __init__(self, current_round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., publication: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ..., share: _Optional[_Union[Signed, _Mapping]] = ..., last_roster: _Optional[_Union[Signed, _Mapping]] = ..., same_last: bool = ..., participating: bool = ...) -> None: ...
+    away: bool
+    def __init__(self, current_round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., publication: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ..., share: _Optional[_Union[Signed, _Mapping]] = ..., last_roster: _Optional[_Union[Signed, _Mapping]] = ..., same_last: bool = ..., participating: bool = ..., away: bool = ...) -> None: ...

@@ -196,6 +196,20 @@ def test_a_peer_whose_process_stands_still_is_lost_after_two_rounds() -> None:
     assert third_s < SILENCE_S <= min(first_s, second_s)
 
 
+def test_nobody_waits_for_a_peer_that_answers_that_it_is_away() -> None:
+    """It rests, and its goodbye got lost: it answers at once, for as long as it is asked."""
+    identities = a_swarm(2)
+
+    def rest(request: pb.RoundRequest, reply: pb.RoundReply) -> None:
+        reply.ClearField("publication")
+        reply.away = True
+
+    others = Others({identity.peer_id: identity for identity in identities}, change=rest)
+    outcome, wait_s, _ = finish(identities, identities[1], others)
+    assert outcome.roster.peers == (identities[1].peer_id,)
+    assert wait_s < SILENCE_S + 2, "the round's limit is 30 s"
+
+
 def test_a_signer_that_never_signs_is_passed_over_after_two_rounds() -> None:
     idle, me = a_swarm(2)
     settings = dataclasses.replace(SETTINGS, round_limit_s=0.5, silence_s=0.7)

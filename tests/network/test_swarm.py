@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from swarmtrain.errors import UnreachableError
-from swarmtrain.events import Event, PeerJoinedEvent
+from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent
 from swarmtrain.membership.lifecycle import PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import Publication, Roster
@@ -172,11 +172,29 @@ def test_a_peer_that_rests_says_goodbye_and_tells_nothing_of_itself_until_it_is_
         await swarm.round(pb.RoundRequest(round=0), CARL.peer_id)
         await settle()
         assert calls.asked == [], "it greets no stranger while it rests"
+        reply = await asyncio.wait_for(swarm.round(pb.RoundRequest(round=0, wait_s=2.0), BEN.peer_id), 1.0)
+        assert reply.away and not reply.participating, "for those who missed the goodbye"
         await swarm.come_back()
         assert calls.asked == [BEN.peer_id]
         swarm._tasks.append(asyncio.create_task(asyncio.sleep(0)))
 
     run(body, calls)
+
+
+def test_whoever_missed_the_goodbye_of_a_peer_that_rests_learns_it_by_asking() -> None:
+    async def body(swarm: Swarm) -> None:
+        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id)
+        swarm.rounds._hear_untrusted(BEN.peer_id, pb.RoundReply(participating=True))
+        assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE
+        swarm.rounds._hear_untrusted(BEN.peer_id, pb.RoundReply(away=True))
+        assert swarm.membership.state(BEN.peer_id) is PeerState.LEFT
+        await asyncio.sleep(0.01)
+        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id)
+        assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE, "it is back"
+
+    events = run(body, Hellos())
+    assert joined(events) == [BEN.peer_id] * 2
+    assert [event.left for event in events if isinstance(event, PeerLeftEvent)] == [BEN.peer_id]
 
 
 def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
