@@ -552,7 +552,8 @@ class Rounds:
         rest = [peer for peer, t in told.items() if t.last is not None and peer not in holders]
         random.shuffle(holders)
         state = await self.fetch_state(holders, best.round + 1, reason)
-        return state or await self.fetch_state(rest, 1, reason)
+        state = state or await self.fetch_state(rest, 1, reason)
+        return state if state is not None and state.roster.total_tokens > above_tokens else None
 
     async def fetch_state(self, sources: Sequence[str], min_round: int, reason: str) -> NewState | None:
         """The newest state of the first source that delivers one of `min_round` or later."""

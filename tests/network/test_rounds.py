@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,14 @@ import pytest
 
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
-from swarmtrain.membership.rosters import Publication, Roster
+from swarmtrain.membership.rosters import Publication, Roster, Told
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.roster import sign_roster
-from swarmtrain.network.rounds import Merged, Rounds
-from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.network.rounds import Merged, NewState, Rounds
+from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot, empty_held
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
@@ -208,6 +208,38 @@ def test_nobody_waits_for_a_peer_that_answers_that_it_is_away() -> None:
     outcome, wait_s, _ = finish(identities, identities[1], others)
     assert outcome.roster.peers == (identities[1].peer_id,)
     assert wait_s < SILENCE_S + 2, "the round's limit is 30 s"
+
+
+def test_the_newest_state_never_counts_less_than_the_one_it_is_for() -> None:
+    """The best roster's holders do not deliver, and the state that somebody else has is older than the archive."""
+    (me, ahead, behind) = a_swarm(3)
+
+    def led_by(identity: Identity, tokens: int) -> Roster:
+        entry = Publication(peer=identity.peer_id, snapshot="5" * 64, tokens=tokens, inner_steps=1)
+        return Roster(round=0, signer=identity.peer_id, entries=(entry,))
+
+    last = {peer.peer_id: led_by(peer, tokens) for peer, tokens in ((ahead, 90), (behind, 40))}
+    asked: list[str] = []
+
+    async def ask_now(peers: Sequence[str]) -> dict[str, Told]:
+        return {peer: Told(round=1, last=last[peer]) for peer in peers}
+
+    async def fetch_state(sources: Sequence[str], min_round: int, reason: str) -> NewState | None:
+        asked.extend(sources)
+        if ahead.peer_id in sources:
+            return None
+        held = empty_held(publication(behind).snapshot)
+        return NewState(held=held, roster=last[sources[0]], signed_roster=pb.Signed(), from_peer="", reason=reason)
+
+    async def run(above_tokens: int) -> NewState | None:
+        rounds, _ = driver([ahead, behind], me, Others({}))
+        rounds.ask_now, rounds.fetch_state = ask_now, fetch_state  # type: ignore[method-assign]
+        return await rounds.fetch_newest_state(sorted(last), "archive", above_tokens)
+
+    older = asyncio.run(run(30))
+    assert older is not None and older.roster == last[behind.peer_id]
+    assert asyncio.run(run(40)) is None and asyncio.run(run(60)) is None
+    assert asked == [ahead.peer_id, behind.peer_id] * 3
 
 
 def test_a_signer_that_never_signs_is_passed_over_after_two_rounds() -> None:
