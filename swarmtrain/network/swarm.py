@@ -448,7 +448,7 @@ class Swarm:
                 return pb.StateReply()
             progress, body = self._state
             held = self._state_held
-            if held is None or held.snapshot.manifest.round != progress.round:
+            if held is None or _led_to(held) != (progress.round, progress.roster_sha256):
                 held = await asyncio.to_thread(self._build_state, progress, body)
                 self._state_held = held
                 self.store.add(held)
@@ -519,6 +519,12 @@ class Swarm:
             died(message)
 
         self._daemon_watch = asyncio.create_task(watch())
+
+
+def _led_to(state: Held) -> tuple[int, str]:
+    """Its round, and the digest of the roster that led to it: a branch that is left has states of the same rounds."""
+    manifest = state.snapshot.manifest
+    return manifest.round, manifest.roster_sha256.hex()
 
 
 def _rule(detail: str) -> str:

@@ -197,6 +197,25 @@ def test_whoever_missed_the_goodbye_of_a_peer_that_rests_learns_it_by_asking() -
     assert [event.left for event in events if isinstance(event, PeerLeftEvent)] == [BEN.peer_id]
 
 
+def test_a_state_of_another_branch_is_not_taken_for_the_present_one() -> None:
+    """Of the same round: the one served last time was of rosters that do not hold."""
+
+    async def body(swarm: Swarm) -> None:
+        for peer in (BEN, CARL):
+            entry = Publication(peer=peer.peer_id, snapshot="5" * 64, tokens=9, inner_steps=1)
+            roster = Roster(round=6, signer=peer.peer_id, entries=(entry,))
+            swarm.rounds.know_roster(roster, pb.Signed())
+            swarm.set_state(Progress(round=7, peer_tokens={peer.peer_id: 9}, roster_sha256=roster.digest), Body([]))
+            for _ in range(2):
+                reply = await swarm.state(pb.StateRequest(min_round=7))
+                assert reply.HasField("manifest") and swarm._state_held is not None
+                manifest = swarm._state_held.snapshot.manifest
+                assert manifest.roster_sha256.hex() == roster.digest
+                assert reply.manifest == swarm._state_held.snapshot.signed
+
+    run(body, Hellos())
+
+
 def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
     told: list[pb.Progress] = []
 
