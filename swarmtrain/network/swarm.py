@@ -215,14 +215,17 @@ class Swarm:
                 task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def come_back(self) -> None:
-        """After `withdraw`: look who is here now. `announce` says that we are."""
-        self.rounds.stood_still(swarm_time())
+        """After `withdraw`: look who is here now. `announce` says that we are.
+
+        Whoever neither answers nor has renewed its presence is gone; the others were not silent, we were deaf.
+        """
         self._greeted.clear()
         await self._redial()
         await self.read_presences()
         await self._greet_all([info.peer for info in self.membership.live()], None)
         for change in self.membership.expire(swarm_time()):
             self._report(change)
+        self.rounds.stood_still(swarm_time())
 
     async def _keep_present(self) -> None:
         ttl_s = self.published.run.network.presence_ttl_s

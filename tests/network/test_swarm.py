@@ -216,6 +216,28 @@ def test_a_state_of_another_branch_is_not_taken_for_the_present_one() -> None:
     run(body, Hellos())
 
 
+def test_those_who_went_during_a_rest_are_not_believed_alive_after_it() -> None:
+    calls = Hellos(BEN)
+
+    async def body(swarm: Swarm) -> None:
+        async def read_presences() -> None: ...
+
+        swarm.read_presences = read_presences  # type: ignore[method-assign]
+        long_ago_s = swarm_time() - 1000
+        for peer in (BEN, CARL):
+            info = PeerInfo(peer=peer.peer_id, training=True, stamp=long_ago_s)
+            swarm.membership.saw_presence(info, long_ago_s + 60, long_ago_s)
+        await swarm.withdraw()
+        began_s = swarm_time()
+        await swarm.come_back()
+        states = [swarm.membership.state(peer.peer_id) for peer in (BEN, CARL)]
+        assert states == [PeerState.LIVE, PeerState.LOST], "one answered, the other's presence has run out"
+        assert min(swarm.membership.heard_s(BEN.peer_id), swarm.rounds.listening_since_s) >= began_s
+        swarm._tasks.append(asyncio.create_task(asyncio.sleep(0)))
+
+    run(body, calls)
+
+
 def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
     told: list[pb.Progress] = []
 
