@@ -47,6 +47,7 @@ __all__ = [
     "share_due_s",
     "share_ranges",
     "standing",
+    "worst_roster",
 ]
 
 
@@ -210,6 +211,11 @@ def _rank(roster: Roster) -> tuple[int, int, str, int, str]:
 def better_roster(rosters: Sequence[Roster]) -> Roster | None:
     """The one that holds: of the most tokens behind it, then the lowest signer's, then the latest attempt."""
     return min(rosters, key=_rank, default=None)
+
+
+def worst_roster(rosters: Sequence[Roster]) -> Roster | None:
+    """The one that all the others hold against: the last in the order of `better_roster`."""
+    return max(rosters, key=_rank, default=None)
 
 
 def must_refetch(applied: Roster | None, heard: Roster | None) -> bool:

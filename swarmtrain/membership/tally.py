@@ -239,13 +239,17 @@ def typical_speed(speeds_per_s: Iterable[float]) -> float:
 
 @dataclass
 class NamedOnce:
-    """Says of each peer once in six hours that it may be named, and of a few dozen peers in that time at all."""
+    """Says of each peer once in `again_s` seconds that it may be named, and of a few dozen peers in that time at all.
 
+    Six hours, unless something else is said.
+    """
+
+    again_s: float = _NAME_AGAIN_S
     _named_s: dict[str, float] = field(default_factory=dict)
 
     def is_due(self, peer: str, now: float) -> bool:
         """Whether to name `peer` now; it counts as named then."""
-        self._named_s = {p: named_s for p, named_s in self._named_s.items() if abs(now - named_s) < _NAME_AGAIN_S}
+        self._named_s = {p: named_s for p, named_s in self._named_s.items() if abs(now - named_s) < self.again_s}
         if peer in self._named_s or len(self._named_s) >= _MAX_NAMED:
             return False
         self._named_s[peer] = now

@@ -33,6 +33,7 @@ from swarmtrain.membership.rosters import (
     must_refetch,
     peers_to_ask,
     standing,
+    worst_roster,
 )
 from swarmtrain.membership.signers import Signers
 from swarmtrain.network.catching_up import NewState, WantedState, fetch_state
@@ -55,7 +56,10 @@ _LOOK_S = 0.5
 _KEEP_ROUNDS = 3
 _SOURCES = 4
 _MAX_ATTEMPTS = 8
+_MAX_ROSTERS = 64
+"""So many rosters of others are kept of a round, those that hold against the rest: signers cost nothing."""
 _MAX_CHECKED = 256
+_MAX_CHECKED_ENTRIES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,7 +343,8 @@ class Rounds:
         return "" if self.last is None else self.last[0].digest
 
     def _keep(self, known: _Round, roster: Roster, signed: pb.Signed) -> bool:
-        """Remember a roster that starts from our weights, of one signer the latest few; whether it is new."""
+        """Remember a roster that starts from our weights, of one signer the latest few and of all signers those
+        that hold against the rest; whether it is new."""
         name = payload_sha256(signed)
         if name in known.rosters or roster.base != self._base:
             return False
@@ -350,6 +355,12 @@ class Rounds:
                 return False
             del known.rosters[oldest]
         known.rosters[name] = (roster, signed)
+        others = [kept for kept, _ in known.rosters.values() if kept.signer != self.identity.peer_id]
+        if len(others) > _MAX_ROSTERS:
+            worst = worst_roster(others)
+            known.rosters = {other: pair for other, pair in known.rosters.items() if pair[0] is not worst}
+            if worst is roster:
+                return False
         known.unobtainable.difference_update(roster.peers)
         return True
 
@@ -494,9 +505,12 @@ class Rounds:
         """Checked once, then known by the hash of what was signed and by whom."""
         name = payload_sha256(signed) + signed.author.hex() + signed.signature.hex()
         if name not in self._checked:
-            while len(self._checked) >= _MAX_CHECKED:
-                del self._checked[next(iter(self._checked))]
-            self._checked[name] = roster_untrusted(signed, self.settings.run_sha256, self.settings.max_tokens)
+            roster = roster_untrusted(signed, self.settings.run_sha256, self.settings.max_tokens)
+            self._checked[name] = roster
+            num_entries = sum(len(kept.entries) for kept in self._checked.values())
+            while len(self._checked) > _MAX_CHECKED or num_entries > _MAX_CHECKED_ENTRIES:
+                num_entries -= len(self._checked.pop(next(iter(self._checked))).entries)
+            return roster
         return self._checked[name]
 
     async def _prefetch(self, known: _Round, peer: str, held: Held) -> None:

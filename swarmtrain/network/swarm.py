@@ -28,6 +28,7 @@ from swarmtrain.events import (
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.records import bucket_of, buckets_to_read, choose_bucket
+from swarmtrain.membership.tally import NamedOnce
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.finding import FoundRun, PublishedRun, fetch_published, find_run
 from swarmtrain.network.identity import Identity, peer_bytes
@@ -61,6 +62,7 @@ _HEARTBEAT_S = 0.25
 _MAX_STAMP_SKEW_S = 120.0
 _MAX_READ_BUCKETS = 64
 _MAX_MEETINGS = 16
+_REFUSED_AGAIN_S = 60.0
 _MEET_AGAIN_S = 5.0
 _GREETING_PASSES = 3
 _GOODBYE_S = 3.0
@@ -102,6 +104,7 @@ class Swarm:
     _met_s: dict[str, float] = field(default_factory=dict)
     _meetings: set[asyncio.Task[None]] = field(default_factory=set)
     _through: tuple[InvitedPeer, ...] = ()
+    _told_refused: NamedOnce = field(default_factory=lambda: NamedOnce(again_s=_REFUSED_AGAIN_S))
     _daemon_watch: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
@@ -511,7 +514,12 @@ class Swarm:
                 self.emit(PeerLeftEvent(left=change.peer))
 
     def _refused(self, peer: str, error: PeerError) -> None:
-        self.emit(RefusedEvent(from_peer=peer, rule=_rule(str(error)), detail=str(error)))
+        """Tell of hostile bytes: of one peer and rule once a minute, for it may send them as fast as it likes."""
+        rule = _rule(str(error))
+        if self._told_refused.is_due(f"{peer} {rule}", swarm_time()):
+            self.emit(RefusedEvent(from_peer=peer, rule=rule, detail=str(error)))
+        else:
+            _log.debug("refused of %s: %s", peer, error)
 
     async def watch_daemon(self, died: Callable[[str], None]) -> None:
         """Calls `died` with a sentence when the network daemon ends before we leave."""

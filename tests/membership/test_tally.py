@@ -200,6 +200,8 @@ def test_a_peer_is_named_once_in_a_while_and_a_crowd_not_at_all() -> None:
     named = NamedOnce()
     assert [named.is_due("a", now) for now in (0.0, 3.0, 6000.0, 7 * HOUR_S)] == [True, False, False, True]
     assert sum(named.is_due(f"invented {i}", 7 * HOUR_S) for i in range(1000)) == 63
+    minutes = NamedOnce(again_s=60.0)
+    assert [minutes.is_due("a", now) for now in (0.0, 59.0, 61.0)] == [True, False, True]
     assert named.is_due("a", 0.0), "a clock that was put back silences nobody"
 
 

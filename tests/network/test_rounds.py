@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.roster import sign_roster
-from swarmtrain.network.rounds import Merged, NewState, Rounds
+from swarmtrain.network.rounds import Merged, NewState, Rounds, _Round
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot, empty_held
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -175,6 +176,45 @@ def test_many_rosters_of_one_signer_are_bounded() -> None:
     outcome, wait_s, _ = finish([flooder, me], me, Others({flooder.peer_id: flooder}, change=flood))
     assert outcome.roster.peers == (me.peer_id,)
     assert wait_s < 15
+
+
+def test_rosters_of_any_number_of_signers_are_bounded() -> None:
+    """Keys cost nothing: what is kept is what holds against the rest, and this peer's own."""
+    me, *flooders = sorted(
+        (new_identity(i.to_bytes(32, "big")) for i in range(101)), key=lambda identity: identity.peer_id, reverse=True
+    )
+    entry = Publication(peer=me.peer_id, snapshot="5" * 64, tokens=10, inner_steps=1)
+    rounds, _ = driver([me], me, Others({}))
+    known = _Round()
+
+    attempts = itertools.count()
+
+    def keep(signer: Identity) -> bool:
+        roster = Roster(round=0, signer=signer.peer_id, entries=(entry,), attempt=next(attempts))
+        signed = sign_roster(signer, RUN, roster)
+        assert rounds._roster_untrusted(signed) == roster
+        return rounds._keep(known, roster, signed)
+
+    assert keep(me) and all(keep(flooder) for flooder in flooders[:64])
+    assert all(keep(flooder) for flooder in flooders[64:]), "each signer is lower than those before"
+    kept = {roster.signer for roster, _ in known.rosters.values()}
+    assert kept == {me.peer_id, *(flooder.peer_id for flooder in flooders[-64:])}
+    assert not keep(flooders[0]), "it holds against none of those kept"
+    assert len(known.rosters) == 65
+
+
+def test_rosters_that_were_checked_are_kept_up_to_a_number_of_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarmtrain.network.rounds._MAX_CHECKED_ENTRIES", 20)
+    identities = a_swarm(9)
+    rounds, _ = driver(identities, identities[0], Others({}))
+    entries = tuple(
+        Publication(peer=identity.peer_id, snapshot="5" * 64, tokens=10, inner_steps=1) for identity in identities
+    )
+    for number, identity in enumerate(identities):
+        roster = Roster(round=0, signer=identity.peer_id, entries=entries, attempt=number)
+        assert rounds._roster_untrusted(sign_roster(identity, RUN, roster)) == roster
+        assert sum(len(kept.entries) for kept in rounds._checked.values()) <= 20
+    assert [kept.signer for kept in rounds._checked.values()] == [identity.peer_id for identity in identities[-2:]]
 
 
 def test_a_peer_whose_process_stands_still_is_lost_after_two_rounds() -> None:

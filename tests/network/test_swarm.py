@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from swarmtrain.errors import UnreachableError
-from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent
+from swarmtrain.errors import BadBytesError, UnreachableError
+from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, RefusedEvent
 from swarmtrain.membership.lifecycle import PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import Publication, Roster
@@ -236,6 +236,18 @@ def test_those_who_went_during_a_rest_are_not_believed_alive_after_it() -> None:
         swarm._tasks.append(asyncio.create_task(asyncio.sleep(0)))
 
     run(body, calls)
+
+
+def test_what_is_refused_of_one_peer_is_told_once_a_minute_for_each_rule() -> None:
+    async def body(swarm: Swarm) -> None:
+        future = presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=swarm_time() + 9999))
+        for _ in range(50):
+            swarm._saw(BEN.peer_id, future, swarm_time() + 60)
+            swarm._refused(BEN.peer_id, BadBytesError("a bad signature"))
+            swarm._refused(CARL.peer_id, BadBytesError("a bad signature"))
+
+    told = [(event.from_peer, event.rule) for event in run(body, Hellos()) if isinstance(event, RefusedEvent)]
+    assert told == [(BEN.peer_id, "presence"), (BEN.peer_id, "signature"), (CARL.peer_id, "signature")]
 
 
 def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
