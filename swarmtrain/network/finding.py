@@ -19,6 +19,7 @@ __all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run"]
 
 _OTHERS_S = 0.5
 _ANOTHER = "does not serve this run"
+_MAX_SHOWN = 3
 _STARTING_LOOKS = 5
 _STARTING_S = 1.0
 
@@ -57,6 +58,7 @@ async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], li
     Raises RunTimeError, within `limit_s`, when nobody answers.
     """
     calls = PeerCalls(node, run_sha256)
+    of_another: list[InvitedPeer] = []
 
     async def knock(peer: InvitedPeer) -> tuple[str, float]:
         await node.connect(peer.peer, peer.addresses, limit_s)
@@ -66,37 +68,44 @@ async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], li
                 reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
                 return peer.peer, reply.time - (asked_s + own_time()) / 2
             except PeerError as error:
-                if not attempts_left or _ANOTHER not in str(error):
+                if _ANOTHER not in str(error):
+                    raise
+                if not attempts_left:
+                    of_another.append(peer)
                     raise
             await asyncio.sleep(_STARTING_S)  # a peer that has just been started listens before it serves its run
         raise AssertionError("the last attempt returns or raises")
 
-    tasks = [asyncio.create_task(knock(peer)) for peer in peers if peer.peer != node.identity.peer_id]
-    if not tasks:
-        raise RunTimeError("the invite names nobody but this peer; ask someone else of the swarm for one")
+    others = [peer for peer in peers if peer.peer != node.identity.peer_id]
+    if not others:
+        raise RunTimeError("nobody of this run is known but this peer itself; ask someone else of it for an invite")
+    tasks = [asyncio.create_task(knock(peer)) for peer in others]
     answers: list[tuple[str, float]] = []
-    reasons: set[str] = set()
     try:
         for next_done in asyncio.as_completed(tasks, timeout=limit_s):
             try:
                 answers.append(await next_done)
-            except PeerError as error:
-                reasons.add(str(error))
+            except PeerError:
                 continue
             if len(answers) == 1:
                 await asyncio.wait(tasks, timeout=_OTHERS_S)
                 answers = [t.result() for t in tasks if t.done() and not t.cancelled() and t.exception() is None]
             break
     except TimeoutError:
-        reasons.add("no answer in time")
+        pass
     finally:
         await end_tasks(tasks)
     if not answers:
-        where = ", ".join(address for peer in peers for address in peer.addresses)
-        if any(_ANOTHER in reason for reason in reasons):
-            raise RunTimeError(f"the peer at {where} serves another run; ask for a new invite")
-        raise RunTimeError(f"nobody answers at {where}: is the swarm up? If it is, ask for a new invite")
+        if of_another:
+            raise RunTimeError(f"the peer at {_where(of_another[:1])} serves another run; ask for a new invite")
+        raise RunTimeError(f"nobody answers at {_where(others)}: is the swarm up? If it is, ask for a new invite")
     return FoundRun(answers[0][0], correct_clock([offset for _, offset in answers]))
+
+
+def _where(peers: Sequence[InvitedPeer]) -> str:
+    addresses = [address for peer in peers for address in peer.addresses]
+    more = len(addresses) - _MAX_SHOWN
+    return ", ".join(addresses[:_MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 async def fetch_published(

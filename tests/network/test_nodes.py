@@ -518,6 +518,30 @@ def test_a_dead_peer_in_an_invite_holds_nobody_up(here: Here) -> None:
         here.run(find_run(here.b.node, RUN, [nobody], 3.0))
 
 
+def test_who_does_not_answer_is_said_in_a_few_addresses(here: Here) -> None:
+    """A peer that was here before knows sixteen others with eight addresses each."""
+    known = [
+        InvitedPeer(new_identity().peer_id, tuple(f"/ip4/127.0.0.1/tcp/{9 - i % 3}" for i in range(2)))
+        for _ in range(5)
+    ]
+    myself = InvitedPeer(here.b.id, ("/ip4/127.0.0.1/tcp/8",))
+    said = "nobody answers at /ip4/127.0.0.1/tcp/9, /ip4/127.0.0.1/tcp/8, /ip4/127.0.0.1/tcp/9 and 7 more: is"
+    with pytest.raises(RunTimeError, match=said):
+        here.run(find_run(here.b.node, RUN, [myself, *known], 3.0))
+    with pytest.raises(RunTimeError, match="nobody of this run is known but this peer itself; ask someone else"):
+        here.run(find_run(here.b.node, RUN, [myself]))
+    with pytest.raises(RunTimeError, match="nobody of this run is known"):
+        here.run(find_run(here.b.node, RUN, []))
+
+
+def test_only_the_one_that_serves_another_run_is_said_to(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarmtrain.network.finding._STARTING_S", 0.01)
+    nobody = InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/9",))
+    address = here.run(here.a.node.addresses())[0]
+    with pytest.raises(RunTimeError, match=f"^the peer at {address} serves another run; ask for a new invite"):
+        here.run(find_run(here.b.node, "cd" * 32, [nobody, InvitedPeer(here.a.id, (address,))], 10.0))
+
+
 # ---------------------------------------------------------------- deaths
 
 
