@@ -8,7 +8,7 @@ not the peer's own steps, so a peer that joins late starts at the right one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 __all__ = ["InnerConstants", "InnerOptimizer", "Moments", "learning_rate_at", "moments_scale"]
 
 _FIRST_SHARE = 0.01  # the warm-up begins at this share of the peak: a learning rate of 0 would waste a step
-_STEPS = "steps"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -120,41 +119,6 @@ class InnerOptimizer:
         self._adamw.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def state_dict(self) -> dict[str, Tensor]:
-        """The moments for a checkpoint: "<name>.exp_avg" and "<name>.exp_avg_sq" (shaped as the parameter) and
-        "<name>.steps" (shape (1,), how many steps it has taken). The moments are not copied: write them before the
-        next step.
-        """
-        state: dict[str, Tensor] = {}
-        for name, parameter in self._parameters.items():
-            own = self._adamw.state.get(parameter, {})
-            for moment in _MOMENTS:
-                state[f"{name}.{moment}"] = own[moment] if own else torch.zeros_like(parameter)
-            state[f"{name}.{_STEPS}"] = own["step"].reshape(1).clone() if own else torch.zeros(1)
-        return state
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what `state_dict` gave (copied). Raises ValueError, changing nothing, when a tensor is
-        missing, unknown or of another shape.
-        """
-        expected = {key: tensor.shape for key, tensor in self.state_dict().items()}
-        wrong = sorted(
-            expected.keys() ^ state.keys()
-            | {key for key, shape in expected.items() if key in state and state[key].shape != shape}
-        )
-        if wrong:
-            raise ValueError(f"the optimizer's state does not fit the model: {', '.join(wrong[:4])}")
-        for name, parameter in self._parameters.items():
-            self._adamw.state[parameter] = {
-                "step": state[f"{name}.{_STEPS}"].to(torch.float32).reshape(()).clone(),
-                **{
-                    moment: state[f"{name}.{moment}"].to(parameter).clone(memory_format=torch.preserve_format)
-                    for moment in _MOMENTS
-                },
-            }
-
-    @torch.no_grad()
     def copy_moments(self, into: Tensor) -> Moments:
         """Copy the moments into `into` (2, P) fp32, for a checkpoint that is written while training goes on."""
         steps = torch.zeros(len(self._parameters))
@@ -185,12 +149,14 @@ class InnerOptimizer:
         if moments.vectors.shape != (2, size) or moments.steps.shape != (len(parameters),):
             shapes = (tuple(moments.vectors.shape), tuple(moments.steps.shape))
             raise ValueError(f"moments (2, {size}) of {len(parameters)} parameters are needed, got {shapes}")
-        state: dict[str, Tensor] = {}
         start = 0
-        for index, (name, parameter) in enumerate(parameters.items()):
+        for index, parameter in enumerate(parameters.values()):
             end = start + parameter.numel()
-            for row, moment in enumerate(_MOMENTS):
-                state[f"{name}.{moment}"] = moments.vectors[row, start:end].view_as(parameter)
-            state[f"{name}.{_STEPS}"] = moments.steps[index : index + 1]
+            self._adamw.state[parameter] = {
+                "step": moments.steps[index].to(torch.float32).clone(),
+                **{
+                    moment: moments.vectors[row, start:end].view_as(parameter).to(parameter, copy=True)
+                    for row, moment in enumerate(_MOMENTS)
+                },
+            }
             start = end
-        self.load_state_dict(state)

@@ -29,7 +29,7 @@ from swarmtrain.peer.trainer import OwnPart
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Checkpoint", "load_newest", "newest_extra", "save"]
+__all__ = ["Checkpoint", "load_newest", "save"]
 
 _log = logging.getLogger(__name__)
 
@@ -113,15 +113,6 @@ def _load(
     ) as error:
         reason = str(error)
     return Unused(f"{kept.stem}.json", reason)
-
-
-def newest_extra(folder: CheckpointFolder) -> Mapping[str, Any]:
-    """What others kept with the newest checkpoint whose manifest is whole; its tensors are not looked at."""
-    for entry in folder.newest_first():
-        if isinstance(entry, Kept):
-            extra = entry.manifest.get("extra")
-            return extra if isinstance(extra, dict) else {}
-    return {}
 
 
 def _parse(folder: CheckpointFolder, kept: Kept, run: RunFile, num_parameters: int) -> Checkpoint:
