@@ -100,10 +100,12 @@ def test_an_archive_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypa
         anything,
         control,
     )
-    checkpointer = SimpleNamespace(extra=dict, flush=lambda limit_s: True)
-    peer.keeper = cast(Any, SimpleNamespace(checkpointer=checkpointer, keep=lambda kept: None))
-    offered: list[Any] = []
-    monkeypatch.setattr(bootstrap._Bootstrap, "_offer", lambda self, swarm, keeper, kept: offered.append(kept))
+    checkpointer = SimpleNamespace(extra=dict, flush=lambda limit_s: True, durable=None)
+    offered: list[Any] = []  # and nothing is counted again: this peer's own counts are in it
+    keeper = SimpleNamespace(
+        checkpointer=checkpointer, keep=lambda kept: None, offer=lambda swarm, kept: offered.append(kept)
+    )
+    peer.keeper = cast(Any, keeper)
     monkeypatch.setattr(bootstrap, "wait_for", lambda future, stop: SimpleNamespace(roster=None, signed_roster=None))
     theta = flatten(build_model(run.model, run.run.seed).parameters())
     state = OuterState(theta, torch.zeros_like(theta))

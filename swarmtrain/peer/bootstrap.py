@@ -197,12 +197,12 @@ class _Bootstrap:
         """Offer the state that was archived last time."""
         kept = keeper.load(num_parameters)
         if kept is not None:
-            self._offer(swarm, keeper, kept)
+            wait_for(self.network.submit(keeper.restore(swarm, kept)), self.stop)
+            self._have(swarm, kept)
 
-    def _offer(self, swarm: Swarm, keeper: Keeper, kept: Checkpoint) -> None:
-        """Serve this state to joiners."""
+    def _have(self, swarm: Swarm, kept: Checkpoint) -> None:
+        """It is served to joiners: go on from it."""
         self.state, self.progress = kept.state, kept.progress
-        wait_for(self.network.submit(keeper.restore(swarm, kept)), self.stop)
         self._tell_archived(swarm)
 
     def _tell_archived(self, swarm: Swarm) -> None:
@@ -272,7 +272,8 @@ class _Bootstrap:
         )
         keeper.keep(kept)
         keeper.checkpointer.flush(_FLUSH_S)  # so that it can be told at once
-        self._offer(swarm, keeper, kept)
+        wait_for(self.network.submit(keeper.offer(swarm, kept)), self.stop)
+        self._have(swarm, kept)
         try:
             self._write_archive(kept)
         except OSError as error:

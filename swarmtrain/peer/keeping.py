@@ -75,12 +75,16 @@ class Keeper:
         swarm.durable = lambda: self.checkpointer.durable
 
     async def restore(self, swarm: Swarm, kept: Checkpoint) -> None:
-        """Offer the state of a checkpoint to the others, and count on from it. In the network thread."""
+        """Count on from a checkpoint that was loaded, and offer its state. In the network thread."""
         rows: Any = kept.extra.get(_TALLY, [])
         try:
             swarm.tallying.restore(rows)
         except (ValueError, TypeError) as error:
             self.emit(WarningEvent(message=f"the counts in the checkpoint are not used ({error}); they are read anew"))
+        await self.offer(swarm, kept)
+
+    async def offer(self, swarm: Swarm, kept: Checkpoint) -> None:
+        """Offer the state of a checkpoint to the others. In the network thread."""
         swarm.rounds.know_roster(kept.roster, kept.signed_roster)
         swarm.set_state(kept.progress, body_of(kept.state.theta, kept.state.momentum))
 
