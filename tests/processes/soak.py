@@ -313,7 +313,7 @@ def main() -> int:
         folder = Path(temporary)
         probe = one_run(folder / "probe", Plan(seed=0, total_tokens=150 * ROUND_TOKENS * len(VOLUNTEERS)), False)
         speed = 150 * ROUND_TOKENS * len(VOLUNTEERS) / probe.seconds
-        total = round(speed * options.minutes * 60 * 0.5)
+        total = round(speed * options.minutes * 60 * 0.7)
         baseline = one_run(folder / "baseline", Plan(seed=0, total_tokens=total), False)
         print(f"{total} tokens; without faults: loss {baseline.loss:.4f} after {baseline.seconds:.0f} s", flush=True)
         losses = []
