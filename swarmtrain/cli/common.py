@@ -108,7 +108,8 @@ def _addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...
         raise click.BadParameter(str(error), ctx, param) from None
 
 
-def _control(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _tcp_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Where a control service answers, or is to: a port alone is one of this machine."""
     if not value:
         return ""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_.-]*):(\d{1,5})", value)
@@ -154,7 +155,7 @@ _PEER_OPTIONS = (
     ),
     click.option(
         "--control",
-        callback=_control,
+        callback=_tcp_address,
         default="",
         metavar="ADDRESS",
         help="Serve `status`, `pause`, `leave` and the rest over TCP too, at HOST:PORT, or :PORT for this machine only: anyone who reaches it controls this peer.  [default: only you, through --dir]",
@@ -333,13 +334,6 @@ class WhichPeer:
     address: str = ""  # HOST:PORT
 
 
-def _control_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_.-]*):(\d{1,5})", value)
-    if value and (match is None or int(match[2]) > 65535):
-        raise click.BadParameter(f"{value!r}: write HOST:PORT or [IPv6]:PORT", ctx, param)
-    return f"127.0.0.1{value}" if value.startswith(":") else value
-
-
 _WHICH_PEER = (
     click.argument("name", metavar="[NAME]", default=""),
     click.option(
@@ -351,7 +345,7 @@ _WHICH_PEER = (
     ),
     click.option(
         "--address",
-        callback=_control_address,
+        callback=_tcp_address,
         default="",
         metavar="HOST:PORT",
         help="Ask over TCP, if the peer was told to answer there.",

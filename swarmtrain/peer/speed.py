@@ -6,8 +6,9 @@ import time
 
 import torch
 
-from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
+from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.peer.trainer import inner_constants
 from swarmtrain.run import RunFile
 
 __all__ = ["measure_speed"]
@@ -16,16 +17,6 @@ LIMIT_S = 8.0
 _MATRIX = 512
 _GUESS_S = 0.2
 _MAX_STEPS = 5
-# What AdamW is told changes nothing in how long it takes.
-_ANY_CONSTANTS = InnerConstants(
-    learning_rate=1e-4,
-    weight_decay=0.1,
-    beta1=0.9,
-    beta2=0.95,
-    gradient_clip=1.0,
-    warmup_fraction=0.0,
-    floor_fraction=1.0,
-)
 
 
 def measure_speed(run: RunFile, limit_s: float = LIMIT_S) -> float:
@@ -42,7 +33,7 @@ def measure_speed(run: RunFile, limit_s: float = LIMIT_S) -> float:
     if sequences < 1 or build_s > limit_s / 2:
         return per_s / (6 * num_parameters(run.model))
     model = build_model(run.model, run.run.seed)
-    optimizer = InnerOptimizer(model.named_parameters(), _ANY_CONSTANTS)
+    optimizer = InnerOptimizer(model.named_parameters(), inner_constants(run))
     give_up_s = time.monotonic() + limit_s / 2
     best_s = float("inf")
     for _ in range(_MAX_STEPS):

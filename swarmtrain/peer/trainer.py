@@ -33,9 +33,24 @@ __all__ = [
     "Start",
     "StopTraining",
     "Trainer",
+    "inner_constants",
 ]
 
 _MAX_SKIPPED_ROUNDS = 4
+
+
+def inner_constants(run: RunFile) -> InnerConstants:
+    """What AdamW and its schedule are told in this run."""
+    section = run.inner
+    return InnerConstants(
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        beta1=section.beta1,
+        beta2=section.beta2,
+        gradient_clip=section.gradient_clip,
+        warmup_fraction=section.warmup_fraction,
+        floor_fraction=section.floor_fraction,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,16 +161,7 @@ class Trainer:
     def __post_init__(self) -> None:
         theta = flatten(self.model.parameters())
         self.state = OuterState(theta, torch.zeros_like(theta))
-        section = self.run.inner
-        self.constants = InnerConstants(
-            learning_rate=section.learning_rate,
-            weight_decay=section.weight_decay,
-            beta1=section.beta1,
-            beta2=section.beta2,
-            gradient_clip=section.gradient_clip,
-            warmup_fraction=section.warmup_fraction,
-            floor_fraction=section.floor_fraction,
-        )
+        self.constants = inner_constants(self.run)
         self.inner = InnerOptimizer(self.model.named_parameters(), self.constants)
 
     @property
