@@ -103,14 +103,14 @@ class ControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Leave(self, request, context):
-        """End as by Ctrl-C: a checkpoint, a goodbye, exit code 0.
+        """End as by Ctrl-C: the last finished round's checkpoint is on the disk, a goodbye is said, exit code 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Checkpoint(self, request, context):
-        """Write a checkpoint of the last finished round now; answers once it is on the disk.
+        """Answers once the checkpoint of the last finished round is on the disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
