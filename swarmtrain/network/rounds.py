@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
@@ -558,7 +558,10 @@ class Rounds:
 
         None if nobody has such a one, or nobody delivered.
         """
-        told = await self.ask_now(peers)
+        return await self.fetch_told_state(await self.ask_now(peers), reason, above_tokens)
+
+    async def fetch_told_state(self, told: Mapping[str, Told], reason: str, above_tokens: int = 0) -> NewState | None:
+        """The same from those who have just `told` what they have."""
         best = better_roster([t.last for t in told.values() if t.last is not None])
         if best is None or best.total_tokens <= above_tokens:
             return None

@@ -41,6 +41,7 @@ from swarmtrain.peer.common import (
     held_out_loss,
     leave_swarm,
     process_age_s,
+    save_final_model,
     save_model,
     show_invite,
     start_node,
@@ -297,12 +298,8 @@ class _Bootstrap:
             return
         self.loss = held_out_loss(model, self.state.theta, self.published, tokenizer, self.stop.check)
         self.emit(EvalEvent(round=self.progress.round - 1, held_out_loss=self.loss))
-        try:
-            save_model(self.folder.model_path, model, self.state.theta, self.published, self.progress)
-        except OSError as error:
-            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error.strerror}"))
-        except UserError as error:
-            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error}"))
+        if warning := save_final_model(self.folder, model, self.state.theta, self.published, self.progress):
+            self.emit(warning)
 
     def _wait_for_goodbyes(self, swarm: Swarm) -> None:
         """Serve on until the volunteers have left, and for those who may come back; a minute at most."""

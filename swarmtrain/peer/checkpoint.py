@@ -53,7 +53,6 @@ def save(folder: CheckpointFolder, checkpoint: Checkpoint) -> Written:
     manifest: dict[str, Any] = {
         "run_tokens": progress.run_tokens,
         "peer_tokens": dict(progress.peer_tokens),
-        "roster_sha256": progress.roster_sha256,
         "roster": base64.b64encode(checkpoint.signed_roster.SerializeToString()).decode(),
         "own": None,
         "extra": dict(checkpoint.extra),

@@ -25,9 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["FORMAT", "CheckpointFolder", "DamagedError", "Kept", "TensorBytes", "Unused", "Written"]
+__all__ = ["FORMAT", "KEPT", "CheckpointFolder", "DamagedError", "Kept", "TensorBytes", "Unused", "Written"]
 
 _log = logging.getLogger(__name__)
+
+KEPT = 3
+"""So many checkpoints stay on the disk; one more while it is written."""
 
 FORMAT = 1
 """Version of the manifest; another one is left alone."""
@@ -45,12 +48,11 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorBytes:
-    """A tensor to be written: its name, shape and bytes, which are not copied. `dtype` as safetensors spells it."""
+    """A tensor to be written: its name, shape and bytes, fp32, which are not copied."""
 
     name: str
     shape: tuple[int, ...]
     data: memoryview
-    dtype: str = "F32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class CheckpointFolder:
     path: Path
     run_sha256: str
     peer: str | None
-    keep: int = 3
+    keep: int = KEPT
     damaged: set[str] = field(default_factory=set)
     """Stems of checkpoints found torn or altered: not counted among those kept, removed once a new one is there."""
     _whole: list[str] | None = None
@@ -285,10 +287,10 @@ def _safetensors(tensors: Sequence[TensorBytes]) -> Iterator[memoryview]:
     offset = 0
     for tensor in tensors:
         size = tensor.data.nbytes
-        if size != math.prod(tensor.shape) * {"F32": 4}[tensor.dtype]:
+        if size != 4 * math.prod(tensor.shape):
             raise ValueError(f"{tensor.name}: {size} bytes do not fit shape {tensor.shape}")
         header[tensor.name] = {
-            "dtype": tensor.dtype,
+            "dtype": "F32",
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + size],
         }

@@ -17,7 +17,7 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import OuterState, unflatten_into
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import Tokenizer
-from swarmtrain.errors import RunTimeError
+from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import Event, InviteEvent, WarningEvent, stamped
 from swarmtrain.membership.limits import Limits
 from swarmtrain.membership.progress import Progress
@@ -43,6 +43,7 @@ __all__ = [
     "invite_event",
     "leave_swarm",
     "process_age_s",
+    "save_final_model",
     "save_model",
     "show_invite",
     "start_node",
@@ -186,6 +187,19 @@ def _checked(batches: Iterable[Tensor], check: Callable[[], None]) -> Iterator[T
     for batch in batches:
         check()
         yield batch
+
+
+def save_final_model(
+    folder: PeerFolder, model: GPT, theta: Tensor, published: PublishedRun, progress: Progress
+) -> WarningEvent | None:
+    """`save_model` at a run's end; what is said if the folder does not take it, for there is more to do."""
+    try:
+        save_model(folder.model_path, model, theta, published, progress)
+    except OSError as error:
+        return WarningEvent(message=f"the model could not be saved in {folder.path}: {error.strerror}")
+    except UserError as error:
+        return WarningEvent(message=f"the model could not be saved in {folder.path}: {error}")
+    return None
 
 
 def save_model(folder: Path, model: GPT, theta: Tensor, published: PublishedRun, progress: Progress) -> None:

@@ -206,9 +206,11 @@ class ControlServer:
         for tick in itertools.count():
             try:
                 await self._calls.set_health(self._powers.healthy())
-                if self._calls.are_due(tick):
-                    self._calls.tell(self._powers.status())
-                if tick % _TICKS_A_SAVE == 0 and self._is_due(status := self._powers.status()):
+                is_told, may_be_saved = self._calls.are_due(tick), tick % _TICKS_A_SAVE == 0
+                status = self._powers.status() if is_told or may_be_saved else pb.PeerStatus()
+                if is_told:
+                    self._calls.tell(status)
+                if may_be_saved and self._is_due(status):
                     await self._loop.run_in_executor(self._workers, self._save, status)
             except Exception:  # a task boundary: whatever a look at the peer meets, the server goes on
                 _log.exception("the control server's look at the peer failed")

@@ -46,7 +46,7 @@ class Controlled:
     stop: StopFlag
     pause: PauseSwitch | None = None
     checkpoint: Callable[[], pb.CheckpointReply] | None = None
-    """Writes one now; returns once it is on the disk."""
+    """Waits for the newest one; returns once it is on the disk."""
     limit: Callable[[pb.Limits], str] | None = None
     reason: str = ""
 

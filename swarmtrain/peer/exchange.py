@@ -220,7 +220,7 @@ class SwarmExchange:
             if not must_refetch(own, better_roster([answer.last for answer in told.values() if answer.last])):
                 return None
             reason = "joined late" if own is None else "was away"
-            new = wait_for(self.network.submit(rounds.fetch_newest_state(sample, reason)), self.stop)
+            new = wait_for(self.network.submit(rounds.fetch_told_state(told, reason)), self.stop)
             if new is not None and must_refetch(own, new.roster):
                 return self._adopted(new)
             self.stop.sleep(1.0)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -98,9 +98,7 @@ class LimitKeeper:
     def change(self, wanted: pb.Limits) -> str:
         """Change what `wanted` names; returns what happens now. UserError says what is allowed."""
         try:
-            given = {name.name: value for name, value in wanted.ListFields()}
-            # An optional field that is present with its default value is not listed.
-            given |= {name: getattr(wanted, name) for name in _FIELDS if wanted.HasField(name)}
+            given: dict[str, Any] = {name: getattr(wanted, name) for name in _FIELDS if wanted.HasField(name)}
             if "hours" in given:
                 given["hours"] = parse_hours(given["hours"])
             with self._lock:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import psutil
 
+from swarmtrain.peer.checkpoint_files import KEPT
 from swarmtrain.words import size_in_words, time_in_words
 
 __all__ = [
@@ -240,7 +241,7 @@ def check_disk(name: str, folder: Path, needed_bytes: int | None = None) -> Find
     found += f"; this run keeps up to {size_in_words(needed_bytes)} there"
     if free_bytes < needed_bytes:
         return Finding(name, "problem", found, "make room, or give a folder on another disk with --dir")
-    checkpoint_s = needed_bytes / 4 / per_s
+    checkpoint_s = needed_bytes / (KEPT + 1) / per_s
     if checkpoint_s > SLOW_CHECKPOINT_S:
         advice = f"a checkpoint would take {time_in_words(checkpoint_s)}; give a folder on a quicker disk with --dir"
         return Finding(name, "warning", found, advice)

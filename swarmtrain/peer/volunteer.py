@@ -49,7 +49,7 @@ from swarmtrain.peer.common import (
     held_out_loss,
     leave_swarm,
     process_age_s,
-    save_model,
+    save_final_model,
     show_invite,
     start_node,
     wait_for,
@@ -417,7 +417,8 @@ class _Volunteer:
         try:
             loss = held_out_loss(ready.model, theta, ready.published, ready.data.tokenizer, self.stop.check)
             self.emit(EvalEvent(round=trainer.progress.round - 1, held_out_loss=loss))
-            self._save(trainer, ready)
+            if warning := save_final_model(self.folder, ready.model, theta, ready.published, trainer.progress):
+                self.emit(warning)
             self.control.finishing("serving on until others have them")
             while time.monotonic() < give_up_s:
                 wait_for(self.network.submit(swarm.greet_everyone()), self.stop)
@@ -427,14 +428,6 @@ class _Volunteer:
         except (Interrupted, RunTimeError):
             pass  # what there was to do here is done, or was not wanted
         return loss
-
-    def _save(self, trainer: Trainer, ready: _Ready) -> None:
-        try:
-            save_model(self.folder.model_path, ready.model, trainer.state.theta, ready.published, trainer.progress)
-        except OSError as error:
-            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error.strerror}"))
-        except UserError as error:
-            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error}"))
 
 
 def summary_of(run: RunFile) -> str:
