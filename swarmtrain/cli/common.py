@@ -42,6 +42,7 @@ __all__ = [
     "EventSink",
     "PeerOptions",
     "WhichPeer",
+    "addresses",
     "errors_as_events",
     "example",
     "open_sink",
@@ -101,7 +102,8 @@ def to_multiaddr(text: str) -> str:
     return f"/ip{address.version}/{address}/tcp/{port}"
 
 
-def _addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+def addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """An option's addresses as multiaddresses."""
     try:
         return tuple(to_multiaddr(text) for text in value)
     except ValueError as error:
@@ -141,14 +143,14 @@ _PEER_OPTIONS = (
     click.option("--json", is_flag=True, help="Write events as JSON lines on standard output, and nothing else there."),
     click.option(
         "--listen",
-        callback=_addresses,
+        callback=addresses,
         multiple=True,
         metavar="ADDRESS",
         help="Listen at HOST:PORT, [IPv6]:PORT or a multiaddress; may be repeated.  [default: any free port]",
     ),
     click.option(
         "--announce",
-        callback=_addresses,
+        callback=addresses,
         multiple=True,
         metavar="ADDRESS",
         help="Tell others this address, such as a router's forwarded port; may be repeated.",

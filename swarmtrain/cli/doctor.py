@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmtrain.cli.common import example, to_multiaddr
+from swarmtrain.cli.common import addresses, example
 
 if TYPE_CHECKING:
     from swarmtrain.peer.doctor import DoctorSettings
@@ -16,21 +16,14 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-def _addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    try:
-        return tuple(to_multiaddr(text) for text in value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
-
-
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
 @click.command(name="doctor", epilog=example("swarmtrain doctor", "swarmtrain doctor INVITE --listen :31337"))
 @click.argument("invite", metavar="[INVITE]", required=False)
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The folder that the peer would use.  [default: that of `swarmtrain join`]")  # fmt: skip
-@click.option("--listen", callback=_addresses, multiple=True, metavar="ADDRESS", help="Where the peer would listen; may be repeated.  [default: any free port]")  # fmt: skip
-@click.option("--announce", callback=_addresses, multiple=True, metavar="ADDRESS", help="What the peer would tell others, such as a router's forwarded port.")  # fmt: skip
+@click.option("--listen", callback=addresses, multiple=True, metavar="ADDRESS", help="Where the peer would listen; may be repeated.  [default: any free port]")  # fmt: skip
+@click.option("--announce", callback=addresses, multiple=True, metavar="ADDRESS", help="What the peer would tell others, such as a router's forwarded port.")  # fmt: skip
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Where your own files are, for runs that train on text or JSON lines.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object for each check.")
 def command(

@@ -26,25 +26,18 @@ def command(ctx: click.Context, which: WhichPeer, as_json: bool) -> None:
     well. A peer that died is waited for a while, and shown again when it comes back.
     """
     import sys
-    import time
 
-    from swarmtrain.cli.peers import Life, View, find, look
+    from swarmtrain.cli.peers import Life, find, look
 
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     peer = find(which)
-    view = look(peer) if peer.folder is not None else View(status=_asked(peer), life=Life.RUNNING, now=time.time())
+    view = look(peer)
     last = view if view.life.over else _watched(peer, view, as_json)
     if last is None:
         return
     _print_last(last, as_json)
     if last.life is not Life.ENDED or last.status.exit_code:
         ctx.exit(1)
-
-
-def _asked(peer: Peer) -> Any:
-    from swarmtrain.cli.peers import ask, wire
-
-    return ask(peer, "Status", wire.StatusRequest())
 
 
 def _watched(peer: Peer, view: View, as_json: bool) -> View | None:
