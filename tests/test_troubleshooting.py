@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 GAP = "…"
-RAISED = {"ClickException", "InviteError", "RunFileError", "RunTimeError", "UsageError", "UserError", "WarningEvent"}
+RAISED = {
+    "ClickException", "ForeignError", "InviteError", "NoAnswerError", "RefusedError", "RunFileError", "RunTimeError",
+    "UsageError", "UserError", "WarningEvent",
+}  # fmt: skip
 SHORTEST = 8
 
 

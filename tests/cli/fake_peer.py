@@ -80,6 +80,7 @@ class FakePeer(wire_grpc.ControlServicer):
         self.folder = folder
         self.status = status or make_status()
         self.asked: list[Any] = []
+        self.watches = 0
         self.on_leave = threading.Event()
         self.hanging = threading.Event()
         """While set it takes calls and does not answer, as when it was stopped."""
@@ -167,6 +168,7 @@ class FakePeer(wire_grpc.ControlServicer):
         return self.status
 
     def Watch(self, request: Any, context: Any) -> Iterator[Any]:
+        self.watches += 1
         if self.refusal:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, self.refusal)
         seen = -1

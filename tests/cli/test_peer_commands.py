@@ -155,10 +155,14 @@ def test_bad_options(arguments: list[str], peer: FakePeer, capsys: pytest.Captur
 def test_names_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     with contextlib.ExitStack() as stack:
-        for name in ("anna", "bert"):
-            status = make_status(name=name)
-            stack.enter_context(living(FakePeer(tmp_path / "swarmtrain" / name, status).start()))
+        anna, bert = (
+            stack.enter_context(living(FakePeer(tmp_path / "swarmtrain" / name, make_status(name=name)).start()))
+            for name in ("anna", "bert")
+        )
         assert run(["pause"]) == 2
         assert "say which with NAME or --dir FOLDER" in capsys.readouterr().err
+        assert not anna.asked and not bert.asked
         assert run(["pause", "bert"]) == 0
+        assert anna.asked == []
+        assert bert.asked == [wire.PauseRequest()]
     assert os.environ["XDG_DATA_HOME"] == str(tmp_path)

@@ -138,6 +138,7 @@ def test_one_that_refuses_is_not_asked_again(peer: FakePeer) -> None:
     view = look(Peer(folder=peer.folder))
     with pytest.raises(RefusedError, match="anna: 64 watch this peer already; end one of them"):
         follow(Peer(folder=peer.folder), view, lambda view: None, SimpleQueue(), QUICK)
+    assert peer.watches == 1
 
 
 def test_quiet_is_not_silence(peer: FakePeer) -> None:

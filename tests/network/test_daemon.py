@@ -81,7 +81,9 @@ def test_a_daemon_whose_sockets_close_before_its_status_is_known_has_a_status(st
     assert asyncio.run(body()) == said
 
 
-def test_a_daemon_that_lives_behind_closed_sockets_has_none() -> None:
+def test_a_daemon_that_lives_behind_closed_sockets_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarmtrain.network.node._REAPED_S", 0.01)
+
     async def wait() -> int:
         return await asyncio.Event().wait()  # type: ignore[return-value]
 

@@ -405,7 +405,7 @@ async def no_frame(writer: asyncio.StreamWriter) -> None:
 
 
 async def silence(writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(5)
+    await asyncio.sleep(20)  # the reader gives up after its stall limit, 1 s
 
 
 @pytest.mark.parametrize(

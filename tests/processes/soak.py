@@ -17,10 +17,10 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -267,13 +267,14 @@ class Soak:
         counted = [self._counts(peer, "tokens") for peer in self.peers.values()]
         assert all(counted), "every peer leaves a status"
         totals = {peer: min(counts.get(peer, 0) for counts in counted) for peer in counted[0]}
+        assert sum(self.acknowledged.values()) > 0, "nothing was acknowledged"
         for peer, tokens in self.acknowledged.items():
             assert totals[peer] >= tokens, f"{tokens} tokens of {peer} were acknowledged, {totals[peer]} are counted"
         lost = {}
         for peer in self.volunteers:
             merged = sum(e.tokens for e in peer.events(RoundEvent) if peer.child.id in e.partners)
             lost[peer.name] = merged - totals.get(peer.child.id, 0)
-            allowed = ROUND_TOKENS * max(1, peer.kills)
+            allowed = ROUND_TOKENS * peer.kills
             assert lost[peer.name] <= allowed, f"{peer.name} lost {lost[peer.name]} tokens in {peer.kills} kills"
         (loss,) = {round(e.held_out_loss, 6) for e in self._last_evals()}
         return Outcome(
@@ -322,7 +323,7 @@ def main() -> int:
             outcome = compare(folder / f"run-{number}", plan, baseline)
             losses.append(outcome.loss)
             print(f"run {number}: {outcome}", flush=True)
-            subprocess.run(["rm", "-rf", str(folder / f"run-{number}")], check=True)
+            shutil.rmtree(folder / f"run-{number}")
     worst = max(losses) / baseline.loss - 1
     print(f"{len(losses)} runs held; loss {statistics.mean(losses):.4f}, the worst {worst:+.2%} against no faults")
     return 0

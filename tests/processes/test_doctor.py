@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 from swarm import Child, Swarm, wait_until, write_run
@@ -14,12 +13,25 @@ from swarmtrain.events import CheckEvent
 pytestmark = pytest.mark.processes
 
 
-def doctor(swarm: Swarm, *arguments: str) -> Child:
+HELD = """
+import pathlib, signal
+from swarmtrain.peer.doctor import Doctor
+start = Doctor._start
+def held(self, *arguments):
+    node = start(self, *arguments)
+    pathlib.Path({mark!r}).touch()
+    signal.pause()
+    return node
+Doctor._start = held
+"""
+
+
+def doctor(swarm: Swarm, *arguments: str, prelude: str = "") -> Child:
     """An examination with JSON, with its temporary files below the swarm's folder."""
     own = ["--json", "--dir", str(swarm.folder / "patient"), "--data", str(swarm.folder)]
     temporary = swarm.folder / "temporary"
     temporary.mkdir(exist_ok=True)
-    prelude = f"import tempfile; tempfile.tempdir = {str(temporary)!r}"
+    prelude = f"import tempfile; tempfile.tempdir = {str(temporary)!r}\n{prelude}"
     return swarm.start("doctor", ["doctor", *own, *arguments], prelude=prelude)
 
 
@@ -70,11 +82,14 @@ def test_all_is_well_in_a_healthy_swarm(swarm: Swarm) -> None:
 
 
 def test_interrupted_it_leaves_nothing(swarm: Swarm) -> None:
+    """Held when it has a daemon and a temporary folder, so that it cannot be over before it is interrupted."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        child = doctor(swarm)
-        child.wait_event(CheckEvent, lambda event: event.check == "torch")
+        mark = swarm.folder / f"held-{number}"
+        child = doctor(swarm, prelude=HELD.format(mark=str(mark)))
+        wait_until(mark.exists, child.story)
+        assert child.daemon() and list((swarm.folder / "temporary").glob("swarmtrain-doctor-*"))
         os.kill(child.process.pid, number)
-        assert child.wait() in (0, 130), child.story()
+        assert child.wait() == 130, child.story()
         assert_nothing_left(swarm)
 
 
@@ -87,4 +102,3 @@ def test_nobody_is_there_any_more(swarm: Swarm) -> None:
     (silence,) = checks(child)["peers"]
     assert silence.level == "problem" and "does not answer at /ip4/127.0.0.1/tcp/" in silence.found
     assert_nothing_left(swarm)
-    assert Path(swarm.folder / "bootstrap").exists()
