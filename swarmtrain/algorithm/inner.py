@@ -121,22 +121,21 @@ class InnerOptimizer:
     @torch.no_grad()
     def copy_moments(self, into: Tensor) -> Moments:
         """Copy the moments into `into` (2, P) fp32, for a checkpoint that is written while training goes on."""
-        steps = torch.zeros(len(self._parameters))
-        start = 0
-        for index, parameter in enumerate(self._parameters.values()):
+        sizes = self._sizes()
+        if into.shape != (2, sum(sizes)):
+            raise ValueError(f"room for moments (2, {sum(sizes)}) is needed, got {tuple(into.shape)}")
+        steps = torch.zeros(len(sizes))
+        for index, (parameter, places) in enumerate(
+            zip(self._parameters.values(), torch.split(into, sizes, dim=1), strict=True)
+        ):
             own = self._adamw.state.get(parameter, {})
-            end = start + parameter.numel()
-            for row, moment in enumerate(_MOMENTS):
-                place = into[row, start:end]
+            if own:
+                steps[index] = own["step"]
+            for place, moment in zip(places, _MOMENTS, strict=True):
                 if own:
                     place.copy_(own[moment].reshape(-1))
                 else:
                     place.zero_()
-            if own:
-                steps[index] = own["step"]
-            start = end
-        if into.shape != (2, start):
-            raise ValueError(f"room for moments (2, {start}) is needed, got {tuple(into.shape)}")
         return Moments(vectors=into, steps=steps)
 
     @torch.no_grad()
@@ -144,19 +143,20 @@ class InnerOptimizer:
         """Continue from what `copy_moments` gave (copied). Raises ValueError, changing nothing, when it is of another
         model.
         """
-        parameters = self._parameters
-        size = sum(parameter.numel() for parameter in parameters.values())
-        if moments.vectors.shape != (2, size) or moments.steps.shape != (len(parameters),):
+        sizes = self._sizes()
+        if moments.vectors.shape != (2, sum(sizes)) or moments.steps.shape != (len(sizes),):
             shapes = (tuple(moments.vectors.shape), tuple(moments.steps.shape))
-            raise ValueError(f"moments (2, {size}) of {len(parameters)} parameters are needed, got {shapes}")
-        start = 0
-        for index, parameter in enumerate(parameters.values()):
-            end = start + parameter.numel()
+            raise ValueError(f"moments (2, {sum(sizes)}) of {len(sizes)} parameters are needed, got {shapes}")
+        vectors = torch.split(moments.vectors, sizes, dim=1)
+        for step, parameter, own in zip(moments.steps, self._parameters.values(), vectors, strict=True):
             self._adamw.state[parameter] = {
-                "step": moments.steps[index].to(torch.float32).clone(),
+                "step": step.to(torch.float32).clone(),
                 **{
-                    moment: moments.vectors[row, start:end].view_as(parameter).to(parameter, copy=True)
-                    for row, moment in enumerate(_MOMENTS)
+                    moment: vector.view_as(parameter).to(parameter, copy=True)
+                    for vector, moment in zip(own, _MOMENTS, strict=True)
                 },
             }
-            start = end
+
+    def _sizes(self) -> list[int]:
+        """Numbers in each parameter, in order."""
+        return [parameter.numel() for parameter in self._parameters.values()]

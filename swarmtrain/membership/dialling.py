@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["MAX_PORTS", "DialBudget", "dial_targets"]
+__all__ = ["MAX_PORTS", "DialBudget", "dial_targets", "may_be_dialled"]
 
 MAX_PORTS = 4
 _MAX_HOSTS = 2
@@ -24,13 +24,14 @@ def dial_targets(seen: Iterable[str], ports: Sequence[int]) -> tuple[str, ...]:
     hosts: dict[str, None] = {}
     for address in seen:
         match = re.fullmatch(r"/(ip[46])/([0-9A-Fa-f:.]+)/tcp/[0-9]{1,5}", address)
-        if match is not None and _may_be_dialled(match[2]):
+        if match is not None and may_be_dialled(match[2]):
             hosts[f"/{match[1]}/{match[2]}"] = None
     good = [port for port in dict.fromkeys(ports) if 0 < port < 65536][:MAX_PORTS]
     return tuple(f"{host}/tcp/{port}" for host in list(hosts)[:_MAX_HOSTS] for port in good)
 
 
-def _may_be_dialled(host: str) -> bool:
+def may_be_dialled(host: str) -> bool:
+    """Whether `host` is an IP address, and no group, any or link-local one."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -22,8 +22,6 @@ from swarmtrain.words import size_in_words
 
 __all__ = [
     "ALWAYS",
-    "MAX_NICE",
-    "MAX_THREADS",
     "Hours",
     "IdleWatch",
     "Limits",
@@ -33,8 +31,8 @@ __all__ = [
     "size_of_limit",
 ]
 
-MAX_NICE = 19
-MAX_THREADS = 4096
+_MAX_NICE = 19
+_MAX_THREADS = 4096
 
 BUSY_SHARE = 0.25
 """Other programs use the machine when they take more of all its processors than this, on average over `AVERAGE_S`."""
@@ -86,10 +84,10 @@ class Limits:
     hours: Hours = field(default=ALWAYS)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threads <= MAX_THREADS:
-            raise ValueError(f"threads: {self.threads} is refused; allowed: 0 (all) to {MAX_THREADS}")
-        if self.nice is not None and not 0 <= self.nice <= MAX_NICE:
-            raise ValueError(f"nice: {self.nice} is refused; allowed: 0 (as others) to {MAX_NICE} (what others leave)")
+        if not 0 <= self.threads <= _MAX_THREADS:
+            raise ValueError(f"threads: {self.threads} is refused; allowed: 0 (all) to {_MAX_THREADS}")
+        if self.nice is not None and not 0 <= self.nice <= _MAX_NICE:
+            raise ValueError(f"nice: {self.nice} is refused; allowed: 0 (as others) to {_MAX_NICE} (what others leave)")
         if self.memory_bytes < 0:
             raise ValueError(f"memory: {self.memory_bytes} bytes is refused; allowed: 0 (no limit) and more")
 

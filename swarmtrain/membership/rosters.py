@@ -243,10 +243,9 @@ def standing(applied: Roster | None, round: int, told: Told | None) -> Standing:
 
 def _silence_ends_s(view: RoundView, peer: str, now: float) -> float:
     """When `peer` will have been silent for long enough, should nothing be heard from it."""
-    asked_at_s = view.ended_at_s if view.asked_at_s is None else view.asked_at_s.get(peer, now)
     deaf = peer in view.behind or peer in view.guests  # what they say keeps nobody waiting
     heard_at_s = -math.inf if deaf else view.heard_at_s.get(peer, -math.inf)
-    return max(view.ended_at_s, view.listening_since_s, asked_at_s, heard_at_s) + view.silence_s
+    return _silence_after_s(view, peer, heard_at_s, unasked_s=now)
 
 
 def is_silent(view: RoundView, peer: str, now: float) -> bool:
@@ -255,9 +254,14 @@ def is_silent(view: RoundView, peer: str, now: float) -> bool:
     The question to it is given up at the round's end, and must then count as one that failed: a process that stands
     still behind a daemon that answers the dial would else cost every round a silence.
     """
-    asked_at_s = view.ended_at_s if view.asked_at_s is None else view.asked_at_s.get(peer, math.inf)
-    heard_at_s = view.heard_at_s.get(peer, -math.inf)
-    return now >= max(view.ended_at_s, view.listening_since_s, asked_at_s, heard_at_s) + view.silence_s
+    return now >= _silence_after_s(view, peer, view.heard_at_s.get(peer, -math.inf), unasked_s=math.inf)
+
+
+def _silence_after_s(view: RoundView, peer: str, heard_s: float, unasked_s: float) -> float:
+    """When `peer`, last heard at `heard_s`, will have been silent for long enough; `unasked_s` stands in for when it
+    was asked if it was not."""
+    asked_s = view.ended_at_s if view.asked_at_s is None else view.asked_at_s.get(peer, unasked_s)
+    return max(view.ended_at_s, view.listening_since_s, asked_s, heard_s) + view.silence_s
 
 
 @dataclass(frozen=True)

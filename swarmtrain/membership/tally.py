@@ -19,9 +19,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["MAX_COUNTS", "CountingRules", "Incident", "NamedOnce", "Tally", "typical_speed"]
+__all__ = ["CountingRules", "Incident", "NamedOnce", "Tally", "typical_speed"]
 
-MAX_COUNTS = 16_384
+_MAX_COUNTS = 16_384
 """So many counts are kept of each source, the greatest ones: identities cost nothing."""
 
 _OWN_FACTOR = 4.0
@@ -83,7 +83,7 @@ class Tally:
     believed."""
 
     rules: CountingRules
-    max_counts: int = MAX_COUNTS
+    max_counts: int = _MAX_COUNTS
     typical_per_s: float = 0.0
     _learned: dict[_Key, int] = field(default_factory=dict)
     _told: dict[_Key, int] = field(default_factory=dict)
@@ -99,21 +99,19 @@ class Tally:
     @property
     def total(self) -> int:
         """The run's tokens: those of stage 0, so that a pipeline counts each token once."""
-        return sum(self.tokens(peer) for peer, stage in self._learned.keys() | self._told.keys() if stage == 0)
+        return sum(tokens for (_, stage), tokens in self._counts().items() if stage == 0)
 
     def contributions(self) -> dict[str, int]:
         """Each peer's tokens, of all its stages, by PeerID."""
-        found: dict[str, int] = {}
-        for peer, stage in sorted(self._learned.keys() | self._told.keys()):
-            found[peer] = found.get(peer, 0) + self.tokens(peer, stage)
-        return found
+        return _by_peer(self._counts())
 
     def told(self) -> dict[str, int]:
         """Each peer's tokens as far as its own progress records were read and believed: the acknowledged ones."""
-        found: dict[str, int] = {}
-        for (peer, _), tokens in sorted(self._told.items()):
-            found[peer] = found.get(peer, 0) + tokens
-        return found
+        return _by_peer(self._told)
+
+    def _counts(self) -> dict[_Key, int]:
+        """What is counted, of both sources."""
+        return {key: self.tokens(*key) for key in self._learned.keys() | self._told.keys()}
 
     # ------------------------------------------------------------- counting
 
@@ -142,8 +140,7 @@ class Tally:
         ceiling_per_s, fastest_per_s = self._speeds(key, claimed_per_s)
         if tokens <= held or ceiling_per_s <= 0:
             if min(tokens, held) > 0:
-                self._told[key] = max(self._told.get(key, 0), min(tokens, held))
-                self._prune(self._told, slack=self.max_counts // 8)
+                self._count_told(key, min(tokens, held))
             return held, None
         burst_s = self.rules.burst_tokens / ceiling_per_s
         account = self._accounts.get(key)
@@ -155,10 +152,14 @@ class Tally:
         believed = max(held, min(tokens, held + affordable, self.rules.most_tokens))
         if believed > 0:
             self._accounts[key] = _Account(since_s + (believed - held) / ceiling_per_s, fastest_per_s)
-            self._told[key] = believed
-            self._prune(self._told, slack=self.max_counts // 8)
+            self._count_told(key, believed)
         incident = Incident(peer=peer, stage=stage, told=tokens, believed=believed) if believed < tokens else None
         return believed, incident
+
+    def _count_told(self, key: _Key, believed: int) -> None:
+        """Its account must be known by now: `_prune` drops those of nobody."""
+        self._told[key] = max(self._told.get(key, 0), believed)
+        self._prune(self._told, slack=self.max_counts // 8)
 
     def _speeds(self, key: _Key, claimed_per_s: float) -> tuple[float, float]:
         """(the greatest speed that is believed, the greatest that was claimed), in tokens per second."""
@@ -196,7 +197,7 @@ class Tally:
     def rows(self) -> list[list[str | int | float]]:
         """For a checkpoint: [PeerID, stage, learned, told, explained up to, fastest] of each count, sorted."""
         rows: list[list[str | int | float]] = []
-        for key in sorted(self._learned.keys() | self._told.keys()):
+        for key in sorted(self._counts()):
             account = self._accounts.get(key, _Account(self.rules.began_s))
             counts = [self._learned.get(key, 0), self._told.get(key, 0)]
             rows.append([*key, *counts, float(account.explained_s), float(account.fastest_per_s)])
@@ -226,6 +227,14 @@ class Tally:
                 case _:
                     raise ValueError(f"not a count: {row}")
         self.merge(other)
+
+
+def _by_peer(counts: Mapping[_Key, int]) -> dict[str, int]:
+    """The sum over each peer's stages, by PeerID."""
+    found: dict[str, int] = {}
+    for (peer, _), tokens in sorted(counts.items()):
+        found[peer] = found.get(peer, 0) + tokens
+    return found
 
 
 def typical_speed(speeds_per_s: Iterable[float]) -> float:

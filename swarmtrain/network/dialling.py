@@ -15,10 +15,10 @@ from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.network.dialback import DIAL_S, PURPOSE
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.invite import InvitedPeer
-from swarmtrain.network.node import Node
-from swarmtrain.network.records import presence_from_proto_untrusted
+from swarmtrain.network.node import NOT_SERVED, Node
+from swarmtrain.network.records import open_presence_untrusted, presence_from_proto_untrusted
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.signing import open_signed_untrusted, sign
+from swarmtrain.network.signing import sign
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Answer", "Outcome", "ask_to_dial", "knock"]
@@ -78,7 +78,7 @@ def _presences_untrusted(signed: list[pb.Signed], run_sha256: str) -> tuple[Peer
     found = []
     for item in signed:
         try:
-            author, message = open_signed_untrusted(item, "presence", run_sha256, pb.Presence, 2048)
+            author, message = open_presence_untrusted(item, run_sha256)
             found.append(presence_from_proto_untrusted(author, message))
         except BadBytesError:
             continue  # a liar's word; the others' still counts
@@ -99,7 +99,7 @@ async def ask_to_dial(
     try:
         reply = await PeerCalls(node, run_sha256).dial(peer, request, DIAL_S + _CALL_S)
     except UnreachableError as error:
-        return (Outcome.CANNOT if "does not serve this run" in str(error) else Outcome.SILENT), ""
+        return (Outcome.CANNOT if NOT_SERVED in str(error) else Outcome.SILENT), ""
     outcomes = {
         pb.DialReply.OUTCOME_REACHED: Outcome.REACHED,
         pb.DialReply.OUTCOME_NOT_REACHED: Outcome.NOT_REACHED,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from swarmtrain.errors import BadBytesError, PeerError, RunTimeError
 from swarmtrain.network.daemon import own_time
 from swarmtrain.network.invite import InvitedPeer
-from swarmtrain.network.node import Node, correct_clock
+from swarmtrain.network.node import NOT_SERVED, Node, correct_clock
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.run import RunFile
@@ -18,7 +18,6 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run"]
 
 _OTHERS_S = 0.5
-_ANOTHER = "does not serve this run"
 _MAX_SHOWN = 3
 _STARTING_LOOKS = 5
 _STARTING_S = 1.0
@@ -68,7 +67,7 @@ async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], li
                 reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
                 return peer.peer, reply.time - (asked_s + own_time()) / 2
             except PeerError as error:
-                if _ANOTHER not in str(error):
+                if NOT_SERVED not in str(error):
                     raise
                 if not attempts_left:
                     of_another.append(peer)

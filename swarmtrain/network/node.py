@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import errno
 import io
-import ipaddress
 import logging
 import math
 import re
@@ -27,6 +26,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from swarmtrain.errors import RunTimeError, UnreachableError
+from swarmtrain.membership.dialling import may_be_dialled
 from swarmtrain.network import daemon
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity
@@ -34,7 +34,10 @@ from swarmtrain.network.records import RecordRules, bound_storage, bucket_key, h
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["NetworkThread", "Node", "NodeSettings", "Stream", "Traffic", "correct_clock"]
+__all__ = ["NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "Traffic", "correct_clock"]
+
+NOT_SERVED = "does not serve this run"
+"""What an `UnreachableError` says of a peer that answers, and does not know the run, or the call."""
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -398,7 +401,7 @@ def correct_clock(offsets_s: Sequence[float]) -> float:
 def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if "protocol" in text and "not supported" in text:
-        return "it does not serve this run"
+        return f"it {NOT_SERVED}"
     return _printable(text.splitlines()[0][:200])
 
 
@@ -411,13 +414,7 @@ def _may_dial(address: str) -> bool:
     match = re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/([1-9][0-9]{0,4})", address)
     if match is None:
         return False
-    if match[1].startswith("dns"):
-        return True
-    try:
-        host = ipaddress.ip_address(match[2])
-    except ValueError:
-        return False
-    return not (host.is_multicast or host.is_unspecified or host.is_link_local)
+    return match[1].startswith("dns") or may_be_dialled(match[2])
 
 
 def _is_taken(address: str) -> bool:

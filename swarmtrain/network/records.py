@@ -30,6 +30,7 @@ from swarmtrain.network.identity import (
     peer_id_from_bytes_untrusted,
     verify_untrusted,
 )
+from swarmtrain.network.signing import open_signed_untrusted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "bucket_key",
     "hashed_key",
     "make_validator",
+    "open_presence_untrusted",
     "presence_from_proto_untrusted",
     "presence_to_proto",
     "progress_from_proto_untrusted",
@@ -57,6 +59,7 @@ _MIN_ADVANCE_S = 0.5
 _MAX_BUCKETS = 512
 _MAX_BUCKET_RECORDS = 128
 _MAX_ADDRESSES = 16
+_MAX_PRESENCE_BYTES = 2048
 _ADDRESS = re.compile(r"/[!-~]{1,254}")
 _PURPOSE = b"swarmtrain record v1\0"
 
@@ -85,6 +88,11 @@ def presence_to_proto(info: PeerInfo) -> pb.Presence:
         training=info.training,
         run_tokens=info.run_tokens,
     )
+
+
+def open_presence_untrusted(signed: pb.Signed, run_sha256: str) -> tuple[str, pb.Presence]:
+    """(author's PeerID, what it says of itself); BadBytesError if oversized, forged, or no presence."""
+    return open_signed_untrusted(signed, PRESENCE, run_sha256, pb.Presence, _MAX_PRESENCE_BYTES)
 
 
 def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:

@@ -98,9 +98,10 @@ class _Round:
 
 @dataclass
 class _Work:
-    """What runs beside the deciding: asking tasks by name, and one merge, of the roster `merging`."""
+    """What runs beside the deciding: questions by PeerID, pulls by snapshot, and one merge, of the roster `merging`."""
 
     asking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    pulling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     merging: str = ""
     merge: asyncio.Task[Merged | None] | None = None
 
@@ -113,7 +114,7 @@ class _Work:
     async def cancel(self) -> None:
         """The round is over."""
         await self.give_up_merge()
-        await end_tasks(self.asking.values())
+        await end_tasks([*self.asking.values(), *self.pulling.values()])
 
 
 @dataclass
@@ -261,9 +262,10 @@ class Rounds:
             if merged is not None:
                 return merged
         view = self._view(round, known)
-        self._keep_asking(round, known, view, work.asking)
+        self._keep_asking(round, known, view, work)
         decision = decide(view, swarm_time())
-        self.waiting_for, self.waiting_until_s = decision.reason, getattr(decision, "until_s", 0.0)
+        self.waiting_for = decision.reason
+        self.waiting_until_s = decision.until_s if isinstance(decision, Wait) else 0.0
         wait_s = _LOOK_S
         if isinstance(decision, Apply):
             if work.merging != decision.roster.digest or work.merge is None:
@@ -399,34 +401,33 @@ class Rounds:
 
     # ------------------------------------------------------------- asking
 
-    def _keep_asking(self, round: int, known: _Round, view: RoundView, tasks: dict[str, asyncio.Task[None]]) -> None:
+    def _keep_asking(self, round: int, known: _Round, view: RoundView, work: _Work) -> None:
         """One asking task a peer, one pulling task a publication; those no longer needed are cancelled."""
-        wanted = {f"ask {peer}": peer for peer in peers_to_ask(view, swarm_time())}
-        unwanted = {name: task for name, task in tasks.items() if name.startswith("ask ") and name not in wanted}
+        wanted = dict.fromkeys(peers_to_ask(view, swarm_time()))
+        unwanted = {peer: task for peer, task in work.asking.items() if peer not in wanted}
         self._give_up_on_silent(view, unwanted)
-        for name, task in unwanted.items():
+        for peer, task in unwanted.items():
             task.cancel()  # again at the next look, if this one is swallowed
             if task.done():
-                del tasks[name]
-        for name, peer in wanted.items():
-            if name not in tasks or tasks[name].done():
+                del work.asking[peer]
+        for peer in wanted:
+            if peer not in work.asking or work.asking[peer].done():
                 known.asked_at_s.setdefault(peer, swarm_time())
-                tasks[name] = asyncio.create_task(self._ask(round, known, peer))
+                work.asking[peer] = asyncio.create_task(self._ask(round, known, peer))
         present = view.live | view.guests | view.ahead | view.far_ahead
         if len(present) + 1 > self.settings.share_above:
             return
         for peer, held in known.publications.items():
-            name = f"pull {held.snapshot.sha256}"
+            sha256 = held.snapshot.sha256
             fits = held.snapshot.manifest.roster_sha256.hex() == view.base
-            if fits and not held.complete and peer not in known.unobtainable and name not in tasks:
-                tasks[name] = asyncio.create_task(self._prefetch(known, peer, held))
+            if fits and not held.complete and peer not in known.unobtainable and sha256 not in work.pulling:
+                work.pulling[sha256] = asyncio.create_task(self._prefetch(known, peer, held))
 
-    def _give_up_on_silent(self, view: RoundView, tasks: dict[str, asyncio.Task[None]]) -> None:
+    def _give_up_on_silent(self, view: RoundView, asking: dict[str, asyncio.Task[None]]) -> None:
         """Questions that are given up now: one that was never answered has failed."""
         now = swarm_time()
-        for name, task in tasks.items():
-            word, peer = name.split(" ")
-            if word == "ask" and not task.done() and not task.cancelling() and is_silent(view, peer, now):
+        for peer, task in asking.items():
+            if not task.done() and not task.cancelling() and is_silent(view, peer, now):
                 self.calls.on_failure(peer, UnreachableError(f"it has not answered for {view.silence_s:g} s"))
 
     async def _ask(self, round: int, known: _Round, peer: str) -> None:

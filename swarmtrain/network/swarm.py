@@ -35,10 +35,16 @@ from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.merging import Average, RoundSettings
 from swarmtrain.network.node import Node
-from swarmtrain.network.records import PRESENCE, presence_from_proto_untrusted, presence_to_proto, progress_to_proto
+from swarmtrain.network.records import (
+    PRESENCE,
+    open_presence_untrusted,
+    presence_from_proto_untrusted,
+    presence_to_proto,
+    progress_to_proto,
+)
 from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
-from swarmtrain.network.signing import open_signed_untrusted, sign
+from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.network.tallying import Tallying, counting_rules
 from swarmtrain.network.tasks import end_tasks
@@ -226,8 +232,7 @@ class Swarm:
         await self._redial()
         await self.read_presences()
         await self._greet_all([info.peer for info in self.membership.live()], None)
-        for change in self.membership.expire(swarm_time()):
-            self._report(change)
+        self._expire()
         self.rounds.stood_still(swarm_time())
 
     async def _keep_present(self) -> None:
@@ -243,14 +248,17 @@ class Swarm:
             if look % _REDIAL_EVERY == 0:
                 await self._redial()
             await self.read_presences()
-            for change in self.membership.expire(swarm_time()):
-                self._report(change)
+            self._expire()
             for peer in self.membership.forget(swarm_time() - _FORGET_AFTER_S):
                 self._signed.pop(peer, None)
                 self._greeted.discard(peer)
                 self.rounds.forget_peer(peer)
             newcomers = [info.peer for info in self.membership.live() if info.peer not in self._greeted]
             await asyncio.gather(*(self._greet(peer, self._signed_presence()) for peer in newcomers[:32]))
+
+    def _expire(self) -> None:
+        for change in self.membership.expire(swarm_time()):
+            self._report(change)
 
     async def _keep_counting(self) -> None:
         while True:
@@ -303,7 +311,7 @@ class Swarm:
 
     def _signed_presence(self) -> pb.Signed:
         self._renew()
-        return sign(self.identity, "presence", self.published.sha256, presence_to_proto(self.me))
+        return sign(self.identity, PRESENCE, self.published.sha256, presence_to_proto(self.me))
 
     def _renew(self) -> None:
         stamp = max(swarm_time(), self.me.stamp + 1e-6)
@@ -332,7 +340,7 @@ class Swarm:
         depth = 0
         while True:
             prefix = bucket_of(self.identity.peer_id, depth)
-            occupants = await self.node.read_bucket(self._run_bytes, kind, prefix)
+            occupants = await self._read_bucket(kind, prefix)
             if choose_bucket(self.identity.peer_id, depth, occupants.keys())[0]:
                 return prefix
             depth += 1
@@ -344,7 +352,7 @@ class Swarm:
             if len(sizes) + len(wanted) > _MAX_READ_BUCKETS:
                 break
             for prefix in wanted:
-                records = await self.node.read_bucket(self._run_bytes, PRESENCE, prefix)
+                records = await self._read_bucket(PRESENCE, prefix)
                 sizes[prefix] = len(records)
                 for peer, (record, expiry_s) in records.items():
                     self._saw(peer, record.presence, expiry_s)
@@ -409,7 +417,7 @@ class Swarm:
     def _read_presence_untrusted(self, signed: pb.Signed, expected_author: str | None) -> None:
         if not signed.payload:
             return
-        author, message = open_signed_untrusted(signed, "presence", self.published.sha256, pb.Presence, 2048)
+        author, message = open_presence_untrusted(signed, self.published.sha256)
         if author == self.identity.peer_id:
             return
         if expected_author is not None and author != expected_author:

@@ -21,13 +21,13 @@ from swarmtrain.network.records import PROGRESS, progress_from_proto_untrusted
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["ReadBucket", "Tallying", "counting_rules"]
+__all__ = ["Tallying", "counting_rules"]
 
 _BUCKETS_AT_ONCE = 4
 _MAX_BUCKETS_A_PASS = 1024
 _BURST_ROUNDS = 2
 
-ReadBucket = Callable[[str, str], Awaitable[Mapping[str, tuple[pb.Record, float]]]]
+_ReadBucket = Callable[[str, str], Awaitable[Mapping[str, tuple[pb.Record, float]]]]
 """(kind, prefix) -> PeerID -> (record, expiry) of a bucket."""
 
 
@@ -37,13 +37,12 @@ class Tallying:
 
     me: str
     rules: CountingRules
-    read_bucket: ReadBucket
+    read_bucket: _ReadBucket
     speeds: Callable[[], Mapping[str, float]]
     """What the live peers claim to do, this one included, in tokens per second by PeerID."""
     clock: Callable[[], float]
     refused: Callable[[str, str, str], None]
     """Told (peer, rule, detail) of what was not believed, once per peer and a few hours."""
-    num_stages: int = 1
     _tally: Tally = field(init=False)
     _named: NamedOnce = field(default_factory=NamedOnce)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -65,24 +64,27 @@ class Tallying:
             records = await self.read_bucket(PROGRESS, prefix)
             self._sizes[prefix] = len(records)
             speeds = self.speeds()
+            typical_per_s = typical_speed(speeds.values())
             for peer, (record, _) in records.items():
                 try:
-                    self._read_untrusted(peer, record, prefix, speeds)
+                    self._read_untrusted(peer, record, prefix, speeds.get(peer, 0.0), typical_per_s)
                 except BadBytesError as error:
                     self._name(peer, "progress", str(error))
 
-    def _read_untrusted(self, peer: str, record: pb.Record, prefix: str, speeds: Mapping[str, float]) -> None:
+    def _read_untrusted(
+        self, peer: str, record: pb.Record, prefix: str, claimed_per_s: float, typical_per_s: float
+    ) -> None:
         if record.WhichOneof("body") != "progress" or bucket_of(peer, len(prefix)) != prefix:
             raise BadBytesError("a progress record that is none, or in a place that is not its own")
-        stage, tokens = progress_from_proto_untrusted(record.progress, self.num_stages)
+        stage, tokens = progress_from_proto_untrusted(record.progress)
         now = self.clock()
         with self._lock:
             if peer == self.me:  # of an earlier life, whose folder was lost or put back: nobody else can have signed it
                 self._tally.learn({peer: tokens}, now, stage)
                 self._own_durable = max(self._own_durable, tokens)
                 return
-            self._tally.typical_per_s = typical_speed(speeds.values())
-            _, incident = self._tally.observe(peer, stage, tokens, now, speeds.get(peer, 0.0))
+            self._tally.typical_per_s = typical_per_s
+            _, incident = self._tally.observe(peer, stage, tokens, now, claimed_per_s)
         if incident is not None:
             self._name(peer, incident.rule, incident.detail)
 

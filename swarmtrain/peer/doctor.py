@@ -26,7 +26,7 @@ from swarmtrain.membership.dialling import MAX_PORTS
 from swarmtrain.network.dialling import Answer, Outcome, ask_to_dial, knock
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.invite import Invite, InvitedPeer, parse_invite
-from swarmtrain.network.node import NetworkThread, Node, NodeSettings
+from swarmtrain.network.node import NOT_SERVED, NetworkThread, Node, NodeSettings
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.peer.checkpoint_files import KEPT
 from swarmtrain.peer.folder import PeerFolder
@@ -382,7 +382,7 @@ def _answered(answer: Answer) -> Finding:
 
 def _silent(peer: InvitedPeer, reason: str, *, alone: bool) -> Finding:
     where = _some(peer.addresses) or "no address"
-    if "does not serve this run" in reason:
+    if NOT_SERVED in reason:
         found = f"{short_peer(peer.peer)} at {where} serves another run"
         return Finding("peers", "problem" if alone else "warning", found, "ask for a new invite")
     found = f"{short_peer(peer.peer)} does not answer at {where}"
