@@ -131,6 +131,7 @@ class _Started:
         self.folder: Path | None = None
         self.name = ""
         self.up: Event | None = None
+        self.trains = False
         self.error = ""
 
     def listen(self, pipe: IO[bytes], show: Callable[[Event], None]) -> None:
@@ -146,6 +147,7 @@ class _Started:
             except ValueError:  # torn: it was killed while it wrote
                 continue
             self.name = event.name or self.name
+            self.trains = self.trains or event.event in ("joined", "paused")
             if isinstance(event, ErrorEvent):
                 self.error = event.message
             show(event)
@@ -165,7 +167,7 @@ class _Started:
             f"{self.name} {state} in the background, process {self.process.pid}",
             f"  its log   {self.folder / 'peer.log'}",
             f"  look      swarmtrain watch {which}",
-            f"  pause     swarmtrain pause {which}",
+            *([f"  pause     swarmtrain pause {which}"] if self.trains else []),
             f"  end       swarmtrain leave {which}",
         ]
         click.echo("\n".join(rows), err=True)

@@ -208,8 +208,13 @@ def _candidates(which: WhichPeer) -> tuple[list[Peer], str]:
 
 def _is_called(peer: Peer, name: str) -> bool:
     assert peer.folder is not None
-    status = peer.last()
-    return name in (status.name, peer.folder.name) or (len(name) >= 4 and status.peer.endswith(name))
+    status, folder = peer.last(), peer.folder.name
+    names = (
+        status.name,
+        folder,
+        folder.partition("-")[2],
+    )  # a peer's folder is called by role and name, from the start
+    return name in names or (len(name) >= 4 and status.peer.endswith(name))
 
 
 # ---------------------------------------------------------------- asking

@@ -96,6 +96,13 @@ def test_of_several_one_must_be_named(home: Path, lives: Made) -> None:
     assert {peer.folder for peer in find_all(WhichPeer(directory=home))} == {anna.folder, bert.folder}
 
 
+def test_one_that_has_just_begun_goes_by_its_name_before_it_has_left_a_status(home: Path, lives: Made) -> None:
+    lives.enter_context(living(named(home, "bert").start()))
+    anna = lives.enter_context(living(named(home, "anna").start()))
+    (anna.folder / "status.json").unlink(missing_ok=True)
+    assert find(WhichPeer(name="anna")).folder == anna.folder
+
+
 def test_without_one_that_runs_the_last_is_shown_and_nothing_else_done(home: Path) -> None:
     over(home, "bert", age_s=100)
     over(home, "anna")

@@ -75,6 +75,7 @@ def test_a_volunteer_in_the_background_outlives_its_session_and_ends_cleanly(swa
     pid = pid_in(folder)
     assert f"anna runs in the background, process {pid}\n" in started.stderr
     assert f"swarmtrain leave --dir {folder}\n" in started.stderr
+    assert f"swarmtrain pause --dir {folder}\n" in started.stderr
     assert str(folder / "peer.log") in started.stderr
     assert " anna joined at round " in started.stdout
     assert os.getsid(pid) == pid, "a session of its own: its terminal may go"
