@@ -1,0 +1,287 @@
+"""Quantisation: flat fp32 vectors as fewer bytes, block by block, and the same bits again on every processor.
+
+What a peer publishes is quantised once, and every reader decodes identical bytes to identical numbers: every
+operation here is exact or rounds on its own (nothing fused, nothing summed), so results do not depend on processor,
+thread or chunk. A vector of P numbers is its tensors one after the other, `sizes` their lengths; a block never
+crosses a tensor's boundary, because tensors differ in scale by orders of magnitude.
+
+Layout, little-endian as the rest of the wire:
+- fp32, bf16: the numbers.
+- int8, int4: all scales, then all codes, so that both are read in long runs. A tensor of n numbers has
+  ceil(n / block) blocks, the last one possibly short. A scale is its block's largest magnitude, fp32; a number is
+  code / L * scale with L = 127 or 7 and the code within -L .. L. Keeping the largest magnitude rather than the step
+  makes that number exact, never overflows, and makes encoding what was decoded give the same bytes.
+- int8: a byte a code. int4: code + 8 in four bits, the even number of a tensor in the low half of a byte; a tensor
+  begins at a whole byte, and an odd one ends with a half that is 0.
+
+Scales are fp32, not fp16: pseudo-gradients of 1e-8 occur, and would be nothing or a few bits in fp16. At 4 bytes for
+256 numbers, int8 weights and int8 gradients take 2.03 bytes per parameter together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = ["FORMATS", "ErrorFeedback", "Format", "decode", "encode", "encoded_size_bytes"]
+
+Format = Literal["fp32", "bf16", "int8", "int4"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+_CHUNK = 1 << 18  # numbers worked on at once: what is made on the way stays in the processor's cache
+_SCALE_BYTES = 4
+_LARGEST_BF16 = torch.finfo(torch.bfloat16).max
+# Blocks no larger than this count as zero: 127 / scale stays finite, and no number decodes to a subnormal one, which
+# some processors' threads flush to zero and others do not.
+_LARGEST_ZERO = 2.0**-112
+
+
+@dataclass(frozen=True)
+class _Blockwise:
+    block: int  # numbers that share a scale
+    levels: int  # L: codes lie within -L .. L
+    per_byte: int  # codes in a byte
+
+
+_BLOCKWISE: dict[Format, _Blockwise] = {"int8": _Blockwise(256, 127, 1), "int4": _Blockwise(64, 7, 2)}
+
+
+class _Run(NamedTuple):
+    """Neighbouring blocks of one width that are worked on together, and where their numbers, scales, codes begin."""
+
+    number: int
+    scale: int
+    code_byte: int
+    num_blocks: int
+    width: int
+
+    def of(self, vector: Tensor) -> Tensor:
+        """Its part of `vector` (P,) as (num_blocks, width), a view."""
+        return vector[self.number : self.number + self.num_blocks * self.width].view(self.num_blocks, self.width)
+
+
+class _Plan(NamedTuple):
+    runs: tuple[_Run, ...]
+    num_scales: int
+    num_code_bytes: int
+
+
+@lru_cache(maxsize=16)
+def _plan(layout: _Blockwise, sizes: tuple[int, ...]) -> _Plan:
+    """Where everything lies: neighbouring whole blocks are one run of at most a chunk, a short block is its own."""
+    runs: list[_Run] = []
+    number = scale = code_byte = 0
+    most = _CHUNK // layout.block
+    for size in sizes:
+        blocks, rest = divmod(size, layout.block)
+        while blocks:
+            last = runs[-1] if runs else None
+            if last is not None and last.width == layout.block and last.num_blocks < most:
+                added = min(blocks, most - last.num_blocks)
+                runs[-1] = last._replace(num_blocks=last.num_blocks + added)
+            else:
+                added = min(blocks, most)
+                runs.append(_Run(number, scale, code_byte, added, layout.block))
+            blocks -= added
+            number, scale = number + added * layout.block, scale + added
+            code_byte += added * layout.block // layout.per_byte
+        if rest:
+            runs.append(_Run(number, scale, code_byte, 1, rest))
+            number, scale, code_byte = number + rest, scale + 1, code_byte + -(-rest // layout.per_byte)
+    return _Plan(tuple(runs), scale, code_byte)
+
+
+def encoded_size_bytes(format: Format, sizes: Sequence[int]) -> int:
+    """Bytes that `encode` makes of tensors of these sizes. ValueError for an unknown format or a size below 0."""
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"sizes of tensors must not be negative, got {list(sizes)}")
+    if format not in _BLOCKWISE:
+        return sum(sizes) * (4 if format == "fp32" else 2)
+    plan = _plan(_BLOCKWISE[format], tuple(sizes))
+    return plan.num_scales * _SCALE_BYTES + plan.num_code_bytes
+
+
+@torch.no_grad()
+def encode(vector: Tensor, format: Format, sizes: Sequence[int]) -> Tensor:
+    """`vector` (P,) fp32 on the CPU as new bytes (encoded_size_bytes,) uint8, rounded to nearest, ties to even.
+
+    bf16 is torch's rounding, except that a finite number stays finite. Raises ValueError when the vector does not fit
+    the sizes, is not fp32 on the CPU, or holds a number that is not finite.
+    """
+    size_bytes = encoded_size_bytes(format, sizes)
+    _check_vector(vector, sizes)
+    data = torch.empty(size_bytes, dtype=torch.uint8)
+    if format in _BLOCKWISE:
+        largest = _encode_blocks(vector, _BLOCKWISE[format], tuple(sizes), data)
+    elif format == "bf16":
+        codes = data.view(torch.bfloat16)
+        for place, chunk in zip(torch.split(codes, _CHUNK), torch.split(vector, _CHUNK), strict=True):
+            place.copy_(chunk.clamp(-_LARGEST_BF16, _LARGEST_BF16))
+        largest = _magnitudes(vector)
+    else:
+        data.view(torch.float32).copy_(vector)
+        largest = _magnitudes(vector)
+    if not torch.isfinite(largest).all():
+        raise ValueError("a vector with a number that is not finite cannot be encoded")
+    return data
+
+
+@torch.no_grad()
+def decode(data: Tensor, format: Format, sizes: Sequence[int], out: Tensor | None = None) -> Tensor:
+    """The numbers (P,) fp32 of `data`, which is uint8 on the CPU, at any address; written to `out` when given.
+
+    Any bytes of the right length decode, also those no `encode` made: a scale that is not finite makes *every* number
+    of its block not finite (0 times infinity included), so a look at the result finds it. Nothing else is checked.
+    Raises ValueError, leaving `out` alone, when the length is wrong or `out` does not fit the sizes.
+    """
+    size_bytes = encoded_size_bytes(format, sizes)
+    if data.dtype is not torch.uint8 or data.shape != (size_bytes,) or data.device.type != "cpu":
+        raise ValueError(
+            f"{size_bytes} bytes of uint8 are needed for {sum(sizes)} numbers as {format}, "
+            f"got {data.dtype} of shape {tuple(data.shape)}"
+        )
+    if out is None:
+        out = torch.empty(sum(sizes), dtype=torch.float32)
+    _check_vector(out, sizes)
+    if format in _BLOCKWISE:
+        _decode_blocks(data, _BLOCKWISE[format], tuple(sizes), out)
+    elif format == "bf16":
+        for place, chunk in zip(torch.split(out, _CHUNK), torch.split(data, 2 * _CHUNK), strict=True):
+            place.copy_(_aligned(chunk, torch.bfloat16))
+    else:
+        out.view(torch.uint8).copy_(data)
+    return out
+
+
+class ErrorFeedback:
+    """What rounding lost in one round is added to the next: z = g + e is sent as q(z), then e = z - q(z).
+
+    A round's g is cumulative and published in parts 1 .. F, so e belongs to the *round*: every part of a round adds
+    the same e, and who reads parts 1 and 3 gets the difference of their g, with e once. When a later round is first
+    encoded, what the highest part encoded of the round before left over becomes e. A part nobody asked for changes
+    nothing; a round without any leaves e as it is. So the sum over rounds of the highest parts sent, plus `residual`,
+    is the sum of their g: what is lost never exceeds one round's rounding. This holds for what is *published*: a
+    reader that skips a round misses its e as well.
+
+    A part of an earlier round than the latest (its reader came late) is rounded plainly and changes nothing: what
+    that round left over is already in the later one. Not for several threads at once. A checkpoint keeps `residual`,
+    given to a new object, which then takes any round.
+    """
+
+    def __init__(self, format: Format, sizes: Sequence[int], residual: Tensor | None = None) -> None:
+        encoded_size_bytes(format, sizes)
+        self._format, self._sizes = format, tuple(sizes)
+        if residual is None:
+            residual = torch.zeros(sum(sizes), dtype=torch.float32)
+        _check_vector(residual, self._sizes)
+        if not torch.isfinite(_magnitudes(residual)).all():
+            raise ValueError("a residual that is not finite: start from none")
+        self._latest: tuple[int, int] | None = None  # the highest (round, part) encoded
+        self._carried = residual  # e of that round
+        self._left_over = residual  # e of the next round
+
+    @property
+    def residual(self) -> Tensor:
+        """e of the next round, (P,). Nobody writes into it once it is here."""
+        return self._left_over
+
+    @torch.no_grad()
+    def encode(self, gradient: Tensor, round: int, part: int) -> Tensor:
+        """`gradient` (P,), g of the round up to this part, plus the round's e, as bytes.
+
+        Raises ValueError as the function `encode` does, changing nothing.
+        """
+        _check_vector(gradient, self._sizes)
+        latest_round, latest_part = self._latest if self._latest is not None else (round - 1, 0)
+        if round < latest_round:
+            return encode(gradient, self._format, self._sizes)
+        carried = self._carried if round == latest_round else self._left_over
+        wanted = gradient + carried
+        data = encode(wanted, self._format, self._sizes)
+        if round > latest_round or part >= latest_part:
+            self._left_over = wanted.sub_(decode(data, self._format, self._sizes))
+            self._latest, self._carried = (round, part), carried
+        return data
+
+
+def _check_vector(vector: Tensor, sizes: Sequence[int]) -> None:
+    shape = (sum(sizes),)
+    if vector.dtype is not torch.float32 or vector.shape != shape or vector.device.type != "cpu":
+        raise ValueError(
+            f"a vector of {shape[0]} numbers in fp32 on the CPU is needed, "
+            f"got {vector.dtype} of shape {tuple(vector.shape)} on {vector.device.type}"
+        )
+    if not vector.is_contiguous():
+        raise ValueError("a contiguous vector is needed: call contiguous() first")
+
+
+def _magnitudes(vector: Tensor) -> Tensor:
+    """The largest magnitude of each chunk; NaN where there is one."""
+    return torch.stack([chunk.abs().amax() for chunk in torch.split(vector, _CHUNK)]) if len(vector) else vector
+
+
+def _aligned(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of bytes, as `dtype`: what comes from the network may begin at an odd address."""
+    return data.clone().view(dtype)
+
+
+def _encode_blocks(vector: Tensor, layout: _Blockwise, sizes: tuple[int, ...], data: Tensor) -> Tensor:
+    """Fill `data`; returns the scales, not finite where a number is not (the codes mean nothing then)."""
+    plan = _plan(layout, sizes)
+    scales = data[: plan.num_scales * _SCALE_BYTES].view(torch.float32)
+    codes = data[plan.num_scales * _SCALE_BYTES :]
+    for run, place in _places(plan, layout, codes):
+        numbers = run.of(vector)
+        largest = scales[run.scale : run.scale + run.num_blocks]
+        torch.amax(numbers.abs(), dim=1, out=largest)
+        zero = largest <= _LARGEST_ZERO
+        largest.masked_fill_(zero, 0.0)
+        factor = torch.full_like(largest, layout.levels).div_(largest.masked_fill(zero, torch.inf))  # 0 for zero blocks
+        rounded = (numbers * factor[:, None]).round_()
+        if layout.per_byte == 1:
+            place.view(torch.int8).view(rounded.shape).copy_(rounded)
+        else:
+            place.copy_(_packed(rounded))
+    return scales
+
+
+def _decode_blocks(data: Tensor, layout: _Blockwise, sizes: tuple[int, ...], out: Tensor) -> None:
+    plan = _plan(layout, sizes)
+    scales = _aligned(data[: plan.num_scales * _SCALE_BYTES], torch.float32)
+    codes = data[plan.num_scales * _SCALE_BYTES :]
+    for run, place in _places(plan, layout, codes):
+        numbers = run.of(out)
+        if layout.per_byte == 1:
+            numbers.copy_(place.view(torch.int8).view(numbers.shape))
+        else:
+            numbers.copy_(_unpacked(place)[: numbers.numel()].view(numbers.shape)).sub_(8)
+        # In this order: 127 * (1 / 127) is exactly 1 in fp32, and 7 * (1 / 7), so a full code decodes to the scale.
+        numbers.mul_(1 / layout.levels).mul_(scales[run.scale : run.scale + run.num_blocks, None])
+
+
+def _places(plan: _Plan, layout: _Blockwise, codes: Tensor) -> Iterator[tuple[_Run, Tensor]]:
+    """Each run with its bytes of `codes`."""
+    for run in plan.runs:
+        num_bytes = -(-run.num_blocks * run.width // layout.per_byte)
+        yield run, codes[run.code_byte : run.code_byte + num_bytes]
+
+
+def _packed(rounded: Tensor) -> Tensor:
+    """Codes -7 .. 7, fp32 of any shape, as half-bytes in order; an odd last byte's high half is 0."""
+    halves = torch.zeros(rounded.numel() + rounded.numel() % 2, dtype=torch.uint8)
+    halves[: rounded.numel()].view(rounded.shape).copy_(rounded + 8)
+    pairs = halves.view(torch.int16)  # low | high << 8, two at a time
+    return (pairs | pairs >> 4).to(torch.uint8)  # keeps the low eight bits
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """The half-bytes of `packed` (n,) in order, (2 n,) uint8, each 0 .. 15."""
+    pairs = packed.to(torch.int16)
+    return ((pairs | pairs << 4) & 0x0F0F).view(torch.uint8)

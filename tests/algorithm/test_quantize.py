@@ -1,0 +1,324 @@
+"""Quantisation against a plain numpy loop to the bit, its error bounds, hostile bytes, and error feedback."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from swarmtrain.algorithm.quantize import FORMATS, ErrorFeedback, Format, decode, encode, encoded_size_bytes
+
+INTEGER: tuple[Format, ...] = ("int8", "int4")
+BLOCK = {"int8": 256, "int4": 64}
+LEVELS = {"int8": 127, "int4": 7}
+# Whole blocks, neighbours that are one run, short and odd last blocks, single numbers, a tensor without any, and
+# more whole blocks than are worked on at once.
+SIZES = (512, 256, 64, 1, 0, 300, 63, 65, 255, 257, 1, 1, 128, (1 << 18) + 512 + 33, 7)
+
+
+def _vector(sizes: Sequence[int], seed: int = 0) -> Tensor:
+    """Numbers whose scale differs from tensor to tensor and from place to place."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [torch.randn(n, generator=generator) * 10.0 ** (index % 7 - 4) for index, n in enumerate(sizes)]
+    vector = torch.cat(pieces)
+    return vector * torch.rand(len(vector), generator=generator).pow_(4)
+
+
+def _blocks(format: Format, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, end) of each block in the vector."""
+    blocks, start = [], 0
+    for size in sizes:
+        blocks += [(start + first, start + min(first + BLOCK[format], size)) for first in range(0, size, BLOCK[format])]
+        start += size
+    return blocks
+
+
+def _plain_encode(vector: npt.NDArray[np.float32], format: Format, sizes: Sequence[int]) -> bytes:
+    levels = np.float32(LEVELS[format])
+    scales, codes = [], np.zeros(len(vector), dtype=np.int64)
+    for start, end in _blocks(format, sizes):
+        scale = np.abs(vector[start:end]).max()
+        scale = np.float32(0) if scale <= 2.0**-112 else scale
+        scales.append(scale)
+        if scale:
+            codes[start:end] = np.rint(vector[start:end] * (levels / scale))
+    data = np.array(scales, dtype="<f4").tobytes()
+    start = 0
+    for size in sizes:
+        own = codes[start : start + size]
+        if format == "int8":
+            data += own.astype(np.int8).tobytes()
+        else:
+            halves = [*(own + 8), *([0] if size % 2 else [])]
+            data += bytes(int(low) | int(high) << 4 for low, high in zip(halves[::2], halves[1::2], strict=True))
+        start += size
+    return data
+
+
+def _plain_decode(data: bytes, format: Format, sizes: Sequence[int]) -> npt.NDArray[np.float32]:
+    blocks = _blocks(format, sizes)
+    scales = np.frombuffer(data[: 4 * len(blocks)], dtype="<f4")
+    rest = data[4 * len(blocks) :]
+    codes: list[int] = []
+    for size in sizes:
+        own = rest[: size if format == "int8" else -(-size // 2)]
+        rest = rest[len(own) :]
+        if format == "int8":
+            codes += [byte - 256 if byte > 127 else byte for byte in own]
+        else:
+            codes += [half - 8 for byte in own for half in (byte & 15, byte >> 4)][:size]
+    numbers = np.empty(len(codes), dtype=np.float32)
+    with np.errstate(all="ignore"):
+        for (start, end), scale in zip(blocks, scales, strict=True):
+            shares = np.array(codes[start:end], dtype=np.float32) * np.float32(1 / LEVELS[format])
+            numbers[start:end] = shares * scale
+    return numbers
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+@pytest.mark.parametrize("format", INTEGER)
+def test_equals_a_plain_loop_to_the_bit(format: Format) -> None:
+    vector = _vector(SIZES)
+    data = encode(vector, format, SIZES)
+    assert data.numpy().tobytes() == _plain_encode(vector.numpy(), format, SIZES)
+    decoded = decode(data, format, SIZES)
+    assert decoded.numpy().tobytes() == _plain_decode(data.numpy().tobytes(), format, SIZES).tobytes()
+
+
+def test_fp32_is_the_numbers_and_bf16_is_torchs() -> None:
+    vector = _vector(SIZES)
+    assert encode(vector, "fp32", SIZES).numpy().tobytes() == vector.numpy().astype("<f4").tobytes()
+    assert _same_bits(decode(encode(vector, "fp32", SIZES), "fp32", SIZES), vector)
+    data = encode(vector, "bf16", SIZES)
+    assert torch.equal(data, vector.to(torch.bfloat16).view(torch.uint8))
+    assert _same_bits(decode(data, "bf16", SIZES), vector.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("format", INTEGER)
+def test_no_number_is_off_by_more_than_half_a_step_and_the_largest_not_at_all(format: Format) -> None:
+    vector = _vector(SIZES)
+    decoded = decode(encode(vector, format, SIZES), format, SIZES)
+    for start, end in _blocks(format, SIZES):
+        largest = vector[start:end].abs().max()
+        error = (decoded[start:end].double() - vector[start:end].double()).abs().max()
+        assert error <= largest.double() / LEVELS[format] / 2 * (1 + 1e-4)
+        assert decoded[start:end].abs().max() == largest
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_encoding_what_was_decoded_gives_the_same_bytes(format: Format) -> None:
+    for seed in range(5):
+        data = encode(_vector(SIZES, seed), format, SIZES)
+        assert torch.equal(encode(decode(data, format, SIZES), format, SIZES), data)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(
+    sizes=st.lists(st.integers(0, 200), max_size=8),
+    exponent=st.integers(-45, 38),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_sizes_and_any_magnitude(format: Format, sizes: list[int], exponent: int, seed: int) -> None:
+    uniform = torch.rand(sum(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    vector = ((2 * uniform - 1) * 10.0**exponent).float()
+    data = encode(vector, format, sizes)
+    assert data.shape == (encoded_size_bytes(format, sizes),) and data.is_contiguous()
+    decoded = decode(data, format, sizes)
+    assert torch.isfinite(decoded).all()
+    assert torch.equal(encode(decoded, format, sizes), data)
+    assert bool((decoded * vector.sign() >= 0).all()), "a sign was turned"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_same_bytes_again_whatever_the_number_of_threads(format: Format) -> None:
+    sizes = (900_001, 17, 300_000)
+    vector = _vector(sizes)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            data = encode(vector, format, sizes)
+            results.append((data, decode(data, format, sizes)))
+    finally:
+        torch.set_num_threads(threads)
+    for (data, numbers), (other_data, other_numbers) in itertools.pairwise(results):
+        assert torch.equal(data, other_data) and _same_bits(numbers, other_numbers)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_zero_is_zero_and_the_largest_numbers_stay_finite(format: Format) -> None:
+    sizes = (130, 3)
+    assert not decode(encode(torch.zeros(133), format, sizes), format, sizes).any()
+    largest = torch.finfo(torch.float32).max
+    vector = torch.linspace(-1, 1, 133) * largest
+    vector[7] = -largest
+    decoded = decode(encode(vector, format, sizes), format, sizes)
+    assert torch.isfinite(decoded).all()
+    assert torch.allclose(decoded, vector, rtol=0, atol=largest / 7)
+
+
+@pytest.mark.parametrize("format", INTEGER)
+def test_a_block_next_to_nothing_is_zero(format: Format) -> None:
+    vector = torch.tensor([1e-45, -(2.0**-112), 1.0])
+    decoded = decode(encode(vector, format, (2, 1)), format, (2, 1))
+    assert decoded.tolist() == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused(format: Format, poison: float) -> None:
+    for place in (0, 299, 300):
+        vector = torch.ones(301)
+        vector[place] = poison
+        with pytest.raises(ValueError, match="not finite"):
+            encode(vector, format, (300, 1))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bytes_of_another_length_are_refused(format: Format) -> None:
+    sizes = (300, 7)
+    data = encode(torch.ones(307), format, sizes)
+    out = torch.full((307,), 5.0)
+    for wrong in (data[:-1], torch.cat([data, data[:1]]), data[:0], data.view(1, -1), data.view(torch.int8)):
+        with pytest.raises(ValueError, match="bytes of uint8 are needed"):
+            decode(wrong, format, sizes, out)
+    for room in (torch.empty(306), torch.empty(307, dtype=torch.float64), torch.empty(614)[::2]):
+        with pytest.raises(ValueError, match="is needed"):
+            decode(data, format, sizes, room)
+    assert out.eq(5).all()
+    assert decode(data, format, sizes, out) is out and out.eq(1).all()
+
+
+def test_vectors_and_formats_that_make_no_sense() -> None:
+    for vector in (torch.ones(5), torch.ones(6, dtype=torch.float64), torch.ones(2, 3), torch.ones(12)[::2]):
+        with pytest.raises(ValueError, match="is needed"):
+            encode(vector, "int8", (3, 3))
+    with pytest.raises(ValueError, match="fp32, bf16, int8, int4"):
+        encode(torch.ones(6), "int2", (6,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="negative"):
+        encoded_size_bytes("int8", (3, -1))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_any_bytes_decode(format: Format, seed: int) -> None:
+    sizes = (70, 300, 1)
+    raw = np.random.default_rng(seed).integers(0, 256, encoded_size_bytes(format, sizes), dtype=np.uint8)
+    decoded = decode(torch.from_numpy(raw), format, sizes)
+    if format in INTEGER:
+        expected = torch.from_numpy(_plain_decode(raw.tobytes(), format, sizes))
+        assert torch.equal(decoded.nan_to_num(nan=-3.25), expected.nan_to_num(nan=-3.25))
+
+
+@pytest.mark.parametrize("format", INTEGER)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_scale_that_is_not_finite_shows_in_every_number_of_its_block(format: Format, poison: float) -> None:
+    sizes = (BLOCK[format], 5)
+    vector = torch.arange(-100, BLOCK[format] - 95, dtype=torch.float32)  # has a zero: its code is 0
+    data = encode(vector, format, sizes)
+    data[4:8].view(torch.float32)[0] = poison
+    assert torch.isfinite(decode(data, format, sizes)).tolist() == [True] * BLOCK[format] + [False] * 5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bytes_are_read_at_any_address(format: Format) -> None:
+    vector = _vector((300, 7))
+    data = encode(vector, format, (300, 7))
+    shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), data])[3:]
+    assert _same_bits(decode(shifted, format, (300, 7)), decode(data, format, (300, 7)))
+
+
+def test_weights_and_gradients_in_int8_take_at_most_2_1_bytes_a_parameter() -> None:
+    width, layers = 64, 6  # a small GPT of this package's kind: two norms and four matrices a layer
+    hidden = 4 * width
+    layer = [width, 3 * width * width, width * width, width, 2 * hidden * width, hidden * width]
+    sizes = [256 * width, *layer * layers, width, 256 * width]
+    assert 2 * encoded_size_bytes("int8", sizes) <= 2.1 * sum(sizes)
+    assert encoded_size_bytes("int8", [1, 256, 257]) == 4 * 4 + 514
+    assert encoded_size_bytes("int4", [1, 64, 65]) == 4 * 4 + 1 + 32 + 33
+
+
+def test_what_is_sent_adds_up_to_the_gradients() -> None:
+    sizes = (100, 33)
+    gradients = [0.01 * _vector(sizes, seed) + torch.linspace(-1e-4, 1e-4, 133) for seed in range(40)]
+    feedback = ErrorFeedback("int4", sizes)
+    sent = torch.zeros(133, dtype=torch.float64)
+    plain = torch.zeros(133, dtype=torch.float64)
+    for round, gradient in enumerate(gradients):
+        sent += decode(feedback.encode(gradient, round, 1), "int4", sizes)
+        plain += decode(encode(gradient, "int4", sizes), "int4", sizes)
+    total = torch.stack(gradients).double().sum(0)
+    assert torch.allclose(sent + feedback.residual, total, rtol=0, atol=1e-8)
+    assert (sent - total).abs().sum() < 0.5 * (plain - total).abs().sum()
+
+
+def test_every_part_of_a_round_adds_the_same_residual_once() -> None:
+    sizes = (64,)
+    feedback = ErrorFeedback("int4", sizes)
+    first = _vector(sizes, 1)
+    feedback.encode(first, 0, 4)
+    residual = feedback.residual
+    assert residual.any()
+    gradients = {part: _vector(sizes, part) for part in (1, 2, 4)}
+    for part in (1, 4, 2):  # 2 for a reader that came late: the highest part is what counts
+        data = feedback.encode(gradients[part], 1, part)
+        assert torch.equal(data, encode(gradients[part] + residual, "int4", sizes))
+    last = gradients[4] + residual
+    assert torch.equal(feedback.residual, last - decode(encode(last, "int4", sizes), "int4", sizes))
+
+
+def test_rounds_without_readers_and_late_readers_lose_nothing() -> None:
+    sizes = (64,)
+    feedback = ErrorFeedback("int4", sizes)
+    first, second = _vector(sizes, 1), _vector(sizes, 2)
+    feedback.encode(first, 1, 4)
+    residual = feedback.residual
+    assert torch.equal(feedback.encode(second, 6, 1), encode(second + residual, "int4", sizes))
+    after = feedback.residual
+    assert torch.equal(feedback.encode(first, 1, 4), encode(first, "int4", sizes))
+    assert feedback.residual is after
+    again = ErrorFeedback("int4", sizes, residual=after)
+    assert torch.equal(again.encode(first, 3, 1), feedback.encode(first, 7, 1))
+
+
+def test_a_gradient_that_is_refused_leaves_the_residual() -> None:
+    feedback = ErrorFeedback("int4", (8,))
+    feedback.encode(torch.linspace(0, 1, 8), 0, 1)
+    before = feedback.residual
+    for wrong in (torch.full((8,), math.nan), torch.ones(7)):
+        with pytest.raises(ValueError, match=r"finite|is needed"):
+            feedback.encode(wrong, 1, 1)
+    assert torch.equal(feedback.residual, before)
+    with pytest.raises(ValueError, match="residual that is not finite"):
+        ErrorFeedback("int4", (2,), residual=torch.tensor([1.0, math.inf]))
+
+
+def test_small_numbers_beside_a_large_one_converge_only_with_error_feedback() -> None:
+    """One noisy coordinate sets the block's scale; the others' gradients are below half a step of it, always."""
+    target = torch.linspace(-1, 1, 64)
+    distances = {}
+    for name in ("feedback", "plain"):
+        feedback = ErrorFeedback("int4", (64,))
+        x = torch.zeros(64)
+        for round in range(400):
+            gradient = 0.05 * (x - target)
+            gradient[0] = (-1.0) ** round
+            data = feedback.encode(gradient, round, 1) if name == "feedback" else encode(gradient, "int4", (64,))
+            x = x - decode(data, "int4", (64,))
+        distances[name] = float((x - target)[1:].norm() / target[1:].norm())
+    assert distances["plain"] == 1.0
+    assert distances["feedback"] < 0.2, distances
