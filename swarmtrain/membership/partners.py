@@ -1,0 +1,418 @@
+"""Whom to pull from, when, and what of it is new: gossip by publish and pull.
+
+A peer publishes its round in parts: part 1, 2, ... carry the pseudo-gradient and the tokens since the round began. Who
+merged an earlier part takes the differences of both, so that each inner step of a peer enters another's merge at most
+once; the weights enter as they are. The `Ledger` remembers what was merged, and goes into the checkpoint together
+with the weights that it speaks of.
+
+Partners are drawn among the live peers. What a peer announces of itself is a hint that may be a third of a presence's
+lifetime old: who has nothing new is asked only when nobody else is left. Nothing here waits for anybody.
+
+Pure: `now` and the random numbers are arguments, every answer carries its reason.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+__all__ = [
+    "VARIANTS",
+    "BackOff",
+    "Candidate",
+    "Difference",
+    "Ledger",
+    "Mark",
+    "News",
+    "Nothing",
+    "Partners",
+    "Theta",
+    "Whole",
+    "expected_transfer",
+    "median_round",
+    "num_partners",
+    "pull_start",
+]
+
+_MAX_PEERS = 4096
+"""So many peers are remembered: identities cost nothing."""
+
+
+# ---------------------------------------------------------------- what is new
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A publication's place: the peer's own round, the part (from 1) and the tokens since that round's start."""
+
+    round: int
+    part: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Nothing of this round was merged: pseudo-gradient and `tokens` enter as they are."""
+
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An earlier part was merged at `since`: the pseudo-gradient less that part's enters, with `tokens`."""
+
+    since: Mark
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Theta:
+    """Only the weights enter: some of these steps were merged, and the pseudo-gradient to subtract is not here."""
+
+    reason: str
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Not to be merged. `turned_back`: its author's counters contradict what was merged of it. That is an incident,
+    unless the bytes came from another peer that may hold an old publication."""
+
+    reason: str
+    turned_back: bool = False
+    tokens: int = 0
+
+
+News: TypeAlias = Whole | Difference | Theta | Nothing
+
+
+@dataclass
+class Ledger:
+    """What was merged last of each peer.
+
+    The driver keeps the decoded pseudo-gradients of `held` and of nobody else: those merged last, of rounds that may
+    still go on. Without it a later part of that round enters with its weights alone; so does, after a restart, every
+    later part of a round of which a part was merged. The steps in between never enter then: once at most, not once.
+    """
+
+    max_staleness_rounds: int = 8
+    num_parts: int = 4
+    max_held: int = 3
+    max_peers: int = _MAX_PEERS
+    forgotten_round: int = -1
+    """No forgotten mark is of a later round: until it is past that, a stranger may have been merged before."""
+    _marks: dict[str, Mark] = field(default_factory=dict)
+    _held: dict[str, None] = field(default_factory=dict)
+
+    def news(self, peer: str, mark: Mark, reference_round: int) -> News:
+        """What of `peer`'s publication at `mark` may be merged; `reference_round` is the live peers' median."""
+        if mark.round < 0 or mark.part < 1 or mark.tokens < 1:
+            return Nothing("it has published nothing yet")
+        known = self._marks.get(peer)
+        if known is not None and (mark.round, mark.part) < (known.round, known.part):
+            here = f"round {mark.round} part {mark.part}"
+            return Nothing(f"its counter turned back to {here} from {known.round} part {known.part}", True)
+        if mark.round < reference_round - self.max_staleness_rounds:
+            behind = reference_round - mark.round
+            return Nothing(f"{behind} rounds behind the median; at most {self.max_staleness_rounds} are merged")
+        if known is None and mark.round <= self.forgotten_round:
+            return Theta(f"parts of rounds up to {self.forgotten_round} may have been merged and forgotten")
+        if known is None or mark.round > known.round:
+            return Whole(mark.tokens, f"nothing of its round {mark.round} was merged")
+        return self._later_part(peer, mark, known)
+
+    def _later_part(self, peer: str, mark: Mark, known: Mark) -> News:
+        """News of a round of which a part was merged."""
+        if mark.part == known.part and mark.tokens == known.tokens:
+            return Nothing(f"round {mark.round} part {mark.part} was merged")
+        if mark.part == known.part or mark.tokens < known.tokens:
+            here = f"{mark.tokens} tokens at part {mark.part} of round {mark.round}"
+            return Nothing(f"its counter turned back: {here}, and {known.tokens} at part {known.part}", True)
+        if mark.tokens == known.tokens:
+            return Nothing(f"no token more than at part {known.part}, which was merged")
+        if peer not in self._held:
+            return Theta(f"part {known.part} of its round was merged, and its pseudo-gradient is not here any more")
+        return Difference(known, mark.tokens - known.tokens, f"part {known.part} of its round was merged")
+
+    def merged(self, peer: str, mark: Mark, reference_round: int) -> None:
+        """`mark` of `peer` entered a merge, in whichever way `news` said. Look at `held` afterwards."""
+        news = self.news(peer, mark, reference_round)
+        assert not isinstance(news, Nothing), f"merged what is not new: {news.reason}"
+        self._marks.pop(peer, None)  # the last one merged stands last
+        self._marks[peer] = mark
+        self._held.pop(peer, None)
+        if mark.part < self.num_parts and mark.round > self.forgotten_round:  # else later parts may have been merged
+            self._held[peer] = None
+        while len(self._held) > self.max_held:
+            del self._held[next(iter(self._held))]
+        if len(self._marks) > self.max_peers:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Those of the lowest rounds, which are too old soon: so that nothing is merged twice, and nobody who claims
+        a huge round makes strangers of everyone."""
+        num = max(1, self.max_peers // 8)
+        for peer, mark in heapq.nsmallest(num, self._marks.items(), key=lambda item: item[1].round):
+            del self._marks[peer]
+            self._held.pop(peer, None)
+            self.forgotten_round = max(self.forgotten_round, mark.round)
+
+    @property
+    def held(self) -> frozenset[str]:
+        """The peers whose pseudo-gradient, as it was at their mark, is kept for a difference."""
+        return frozenset(self._held)
+
+    def gradient_gone(self, peer: str) -> None:
+        """The driver does not have that pseudo-gradient any more."""
+        self._held.pop(peer, None)
+
+    def mark(self, peer: str) -> Mark | None:
+        """What was merged last of `peer`; None if nothing was, or it is forgotten."""
+        return self._marks.get(peer)
+
+    def by_age(self) -> list[str]:
+        """The peers, the one that was merged longest ago first."""
+        return list(self._marks)
+
+    def rows(self) -> list[list[str | int]]:
+        """For a checkpoint: the round up to which marks are forgotten, then [PeerID, round, part, tokens] of each."""
+        rows: list[list[str | int]] = [["", self.forgotten_round, 0, 0]]
+        rows.extend([peer, mark.round, mark.part, mark.tokens] for peer, mark in self._marks.items())
+        return rows
+
+    def load(self, rows: Iterable[Sequence[object]]) -> None:
+        """Become what `rows` gave; no pseudo-gradient is held. ValueError, and nothing changes, if they are else."""
+        marks, forgotten_round = dict[str, Mark](), -1
+        for row in rows:
+            match row:
+                case ["", int(round), 0, 0]:
+                    forgotten_round = round
+                case [str(peer), int(round), int(part), int(tokens)] if round >= 0 and min(part, tokens) >= 1:
+                    marks[peer] = Mark(round, part, tokens)
+                case _:
+                    raise ValueError(f"not a row of a ledger of merges: {row}")
+        self._marks, self._held, self.forgotten_round = marks, {}, forgotten_round
+
+
+# ---------------------------------------------------------------- how many, and when
+
+
+def median_round(own_round: int, others: Iterable[int]) -> int:
+    """The (lower) median of the live peers' rounds, the own one among them: what staleness is measured from."""
+    rounds = sorted([own_round, *others])
+    return rounds[(len(rounds) - 1) // 2]
+
+
+def num_partners(
+    num_live_others: int, transfer_bytes: int, down_bytes_per_s: float | None, round_s: float, configured: int = 3
+) -> tuple[int, str]:
+    """Partners of a round, with the reason: `configured`, at most everyone, at most what the link carries in half a
+    round, and never below 1 while anybody is there. `down_bytes_per_s` is None while nothing was measured."""
+    if num_live_others < 1:
+        return 0, "nobody else is there"
+    wanted = max(1, configured)
+    num, reason = wanted, f"{wanted} partners are configured"
+    if num_live_others < num:
+        num, reason = num_live_others, f"only {num_live_others} others are there"
+    if down_bytes_per_s is not None and transfer_bytes > 0:
+        carried = math.floor(down_bytes_per_s * round_s / 2 / transfer_bytes)
+        if carried < num:
+            num, reason = max(1, carried), f"the link carries {carried or 'less than one'} in half a round"
+    return num, reason
+
+
+def pull_start(
+    round_started_s: float, round_expected_end_s: float, expected_transfer_s: float | None
+) -> tuple[float, str]:
+    """When to begin to pull, with the reason: as late as the link allows, since what comes late is fresh.
+
+    `expected_transfer_s` is for all partners of the round together; None before the first pull.
+    """
+    if expected_transfer_s is None:
+        half_s = (round_expected_end_s - round_started_s) / 2
+        return round_started_s + max(0.0, half_s), "half of the round: how long a transfer takes is not known yet"
+    when_s = round_expected_end_s - 2 * expected_transfer_s
+    if when_s <= round_started_s:
+        return round_started_s, f"at once: the transfers are expected to take {expected_transfer_s:.1f} s"
+    return when_s, f"twice the expected {expected_transfer_s:.1f} s before the round's end"
+
+
+def expected_transfer(durations_s: Sequence[float]) -> float | None:
+    """What to expect of the next round's transfers, given the last ones' (all partners of a round together, those
+    that came), in seconds: the slower quarter of the last eight begins there. None without any."""
+    last = sorted(durations_s[-8:])
+    return last[(3 * len(last)) // 4] if last else None
+
+
+# ---------------------------------------------------------------- whom
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A live peer, as it announced itself last: its newest publication, its steps in the present round, its speed."""
+
+    peer: str
+    round: int = 0
+    part: int = 0
+    tokens: int = 0
+    inner_steps_done: int = 0
+    steps_per_s: float = 0.0
+
+    @property
+    def mark(self) -> Mark:
+        """Its newest publication."""
+        return Mark(self.round, self.part, self.tokens)
+
+
+@dataclass
+class _Ban:
+    tried_s: float
+    until_s: float
+    failures: int = 0
+
+
+@dataclass
+class BackOff:
+    """Who is left alone for a while: `busy_s` after BUSY; `first_s`, twice that, ... up to `most_s` after failures.
+
+    Bans do not count when everyone is banned: then the network is the likelier cause. Even so nobody is asked twice
+    within `busy_s`.
+    """
+
+    busy_s: float = 1.0
+    first_s: float = 15.0
+    most_s: float = 600.0
+    max_peers: int = _MAX_PEERS
+    _bans: dict[str, _Ban] = field(default_factory=dict)
+
+    def busy(self, peer: str, now: float) -> str:
+        """It has as many readers as it serves. Returns what follows, in words."""
+        ban = self._ban(peer, now)
+        ban.until_s = max(ban.until_s, now + self.busy_s)
+        return f"busy: asked again after {self.busy_s:g} s"
+
+    def failed(self, peer: str, now: float, reason: str) -> str:
+        """It could not be reached, stalled, or what came was wrong. Returns what follows, in words."""
+        ban = self._ban(peer, now)
+        ban.failures += 1
+        wait_s = min(self.first_s * 2.0 ** min(ban.failures - 1, 32), self.most_s)
+        ban.until_s = max(ban.until_s, now + wait_s)
+        return f"{reason}: left alone for {wait_s:g} s"
+
+    def _ban(self, peer: str, now: float) -> _Ban:
+        ban = self._bans.pop(peer, None) or _Ban(now, now)
+        ban.tried_s = now
+        self._bans[peer] = ban  # the last one tried stands last
+        while len(self._bans) > self.max_peers:
+            del self._bans[next(iter(self._bans))]
+        return ban
+
+    def answered(self, peer: str) -> None:
+        """Something good came from it: all is forgiven."""
+        self._bans.pop(peer, None)
+
+    def ready(self, peers: Collection[str], now: float) -> tuple[frozenset[str], str]:
+        """Which of `peers` may be asked now; with the reason if that is not all of them, or bans do not count."""
+        bans = {peer: ban for peer in peers if (ban := self._bans.get(peer)) is not None and now < ban.until_s}
+        if not bans:
+            return frozenset(peers), ""
+        if len(bans) < len(peers):
+            return frozenset(peers) - bans.keys(), f"{len(bans)} are left alone for now"
+        rested = frozenset(peer for peer, ban in bans.items() if now >= ban.tried_s + self.busy_s)
+        if rested:
+            return rested, "everyone is banned, so that bans do not count"
+        return rested, f"everyone was tried within the last {self.busy_s:g} s"
+
+
+@dataclass
+class Partners:
+    """Chooses whom to pull from. `variant` is one of `VARIANTS`.
+
+    "uniform": every peer alike. "freshest": the most tokens that were not merged, as announced. "longest-unmerged":
+    the one merged longest ago, strangers first. "random-permutation": each once, in random order, before any again.
+    """
+
+    ledger: Ledger
+    back_off: BackOff = field(default_factory=BackOff)
+    variant: str = "uniform"
+    _asked: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"no such choice of partners: {self.variant}; allowed: {', '.join(VARIANTS)}")
+
+    def choose(
+        self,
+        candidates: Iterable[Candidate],
+        *,
+        exclude: Collection[str],
+        reference_round: int,
+        now: float,
+        rng: random.Random,
+    ) -> tuple[str | None, str]:
+        """The next one to ask, or None; with the reason. `candidates`: the live others, oneself not among them;
+        `exclude`: who was asked in this round. Bans count while anybody of all `candidates` is free of one."""
+        others = sorted(candidates, key=lambda one: one.peer)
+        if not others:
+            return None, "nobody else is there"
+        ready, about_bans = self.back_off.ready({one.peer for one in others}, now)
+        if all(one.peer in exclude for one in others):
+            return None, "everybody was asked in this round"
+        free = [one for one in others if one.peer in ready and one.peer not in exclude]
+        if not free:
+            return None, about_bans
+        news = [(one, self.ledger.news(one.peer, one.mark, reference_round)) for one in free]
+        hopeful = [(one, new.tokens) for one, new in news if not isinstance(new, Nothing)]
+        if hopeful:
+            reason = f"{self.variant} among {len(hopeful)} with something new"
+        else:
+            hopeful = [(one, 0) for one in free]
+            reason = f"{self.variant} among {len(hopeful)} that announced nothing new: announcements may be old"
+        peer = VARIANTS[self.variant](self, hopeful, rng)
+        return peer, f"{reason}; {about_bans}" if about_bans else reason
+
+
+_Pick: TypeAlias = "Callable[[Partners, Sequence[tuple[Candidate, int]], random.Random], str]"
+
+
+def _uniform(_: Partners, among: Sequence[tuple[Candidate, int]], rng: random.Random) -> str:
+    return rng.choice(among)[0].peer
+
+
+def _freshest(_: Partners, among: Sequence[tuple[Candidate, int]], rng: random.Random) -> str:
+    most = max(tokens for _, tokens in among)
+    return rng.choice([one.peer for one, tokens in among if tokens == most])
+
+
+def _longest_unmerged(partners: Partners, among: Sequence[tuple[Candidate, int]], rng: random.Random) -> str:
+    ranks = {peer: rank for rank, peer in enumerate(partners.ledger.by_age())}
+    least = min(ranks.get(one.peer, -1) for one, _ in among)
+    return rng.choice([one.peer for one, _ in among if ranks.get(one.peer, -1) == least])
+
+
+def _random_permutation(partners: Partners, among: Sequence[tuple[Candidate, int]], rng: random.Random) -> str:
+    peers = [one.peer for one, _ in among]
+    left = [peer for peer in peers if peer not in partners._asked]
+    if not left:
+        partners._asked.difference_update(peers)
+        left = peers
+    if len(partners._asked) >= _MAX_PEERS:
+        partners._asked.clear()
+    peer = rng.choice(left)
+    partners._asked.add(peer)
+    return peer
+
+
+VARIANTS: dict[str, _Pick] = {
+    "uniform": _uniform,
+    "freshest": _freshest,
+    "longest-unmerged": _longest_unmerged,
+    "random-permutation": _random_permutation,
+}
+"""The ways to choose, by name; the first is the default."""

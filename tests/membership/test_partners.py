@@ -1,0 +1,321 @@
+"""Whom to pull from, when, and what is new of it: each inner step of a peer enters a merge at most once."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from swarmtrain.membership.partners import (
+    VARIANTS,
+    BackOff,
+    Candidate,
+    Difference,
+    Ledger,
+    Mark,
+    Nothing,
+    Partners,
+    Theta,
+    Whole,
+    expected_transfer,
+    median_round,
+    num_partners,
+    pull_start,
+)
+
+
+def ledger_with(*marks: tuple[str, int, int, int], max_staleness_rounds: int = 8) -> Ledger:
+    ledger = Ledger(max_staleness_rounds=max_staleness_rounds)
+    for peer, *mark in marks:
+        ledger.merged(peer, Mark(*mark), 0)
+    return ledger
+
+
+# ---------------------------------------------------------------- what is new
+
+
+def test_a_new_round_enters_whole_and_a_later_part_with_the_differences() -> None:
+    ledger = ledger_with(("a", 3, 1, 100))
+    new = ledger.news("b", Mark(0, 1, 50), 0)
+    assert isinstance(new, Whole) and new.tokens == 50
+    new = ledger.news("a", Mark(4, 1, 80), 3)
+    assert isinstance(new, Whole) and new.tokens == 80
+    new = ledger.news("a", Mark(3, 3, 310), 3)
+    assert isinstance(new, Difference) and (new.since, new.tokens) == (Mark(3, 1, 100), 210)
+
+
+@pytest.mark.parametrize(
+    ("mark", "turned_back", "words"),
+    [
+        (Mark(3, 2, 200), False, "round 3 part 2 was merged"),
+        (Mark(3, 3, 200), False, "no token more"),
+        (Mark(3, 1, 100), True, "turned back to round 3 part 1 from 3 part 2"),
+        (Mark(2, 4, 400), True, "turned back to round 2 part 4 from 3 part 2"),
+        (Mark(3, 3, 150), True, "turned back: 150 tokens at part 3 of round 3, and 200 at part 2"),
+        (Mark(3, 2, 250), True, "turned back: 250 tokens at part 2"),
+        (Mark(4, 0, 0), False, "published nothing yet"),
+        (Mark(4, 1, 0), False, "published nothing yet"),
+        (Mark(4, 1, -5), False, "published nothing yet"),
+        (Mark(-1, 1, 5), False, "published nothing yet"),
+    ],
+)
+def test_nothing_new_says_why_and_a_counter_that_turned_back_is_an_incident(
+    mark: Mark, turned_back: bool, words: str
+) -> None:
+    new = ledger_with(("a", 3, 2, 200)).news("a", mark, 3)
+    assert isinstance(new, Nothing) and new.turned_back is turned_back and words in new.reason, new
+
+
+def test_a_round_too_far_behind_the_median_is_too_old() -> None:
+    ledger = Ledger(max_staleness_rounds=2)
+    assert isinstance(ledger.news("a", Mark(8, 1, 9), 10), Whole)
+    new = ledger.news("a", Mark(7, 1, 9), 10)
+    assert isinstance(new, Nothing) and not new.turned_back and "3 rounds behind the median" in new.reason
+    assert isinstance(ledger.news("a", Mark(10**18, 1, 9), 10), Whole), "who is ahead is fresh"
+    assert median_round(4, [9, 1]) == 4 and median_round(4, []) == 4 and median_round(5, [10**9]) == 5
+
+
+def test_without_the_earlier_gradient_only_the_weights_enter_and_the_next_part_has_its_difference_again() -> None:
+    ledger = ledger_with(("a", 3, 1, 100))
+    assert ledger.held == {"a"}
+    ledger.gradient_gone("a")
+    new = ledger.news("a", Mark(3, 2, 200), 3)
+    assert isinstance(new, Theta) and new.tokens == 0 and "not here any more" in new.reason
+    ledger.merged("a", Mark(3, 2, 200), 3)
+    new = ledger.news("a", Mark(3, 3, 290), 3)
+    assert isinstance(new, Difference) and new.tokens == 90, "steps 100 to 200 never enter"
+
+
+def test_gradients_are_held_of_the_last_few_peers_and_not_of_rounds_that_are_over() -> None:
+    ledger = Ledger(max_held=2, num_parts=4)
+    for peer in ("a", "b", "c"):
+        ledger.merged(peer, Mark(1, 2, 100), 1)
+    assert ledger.held == {"b", "c"}
+    ledger.merged("b", Mark(1, 4, 200), 1)
+    assert ledger.held == {"c"}, "nothing comes after the last part"
+
+
+def test_merging_what_is_not_new_is_a_mistake_of_ours() -> None:
+    ledger = ledger_with(("a", 3, 2, 200))
+    with pytest.raises(AssertionError, match="not new"):
+        ledger.merged("a", Mark(3, 2, 200), 3)
+
+
+def test_memory_is_bounded_the_lowest_rounds_are_forgotten_and_nothing_enters_twice() -> None:
+    ledger = Ledger(max_peers=64)
+    ledger.merged("liar", Mark(2**60, 1, 5), 0)
+    for i in range(1000):
+        ledger.merged(f"p{i}", Mark(i // 10, 1, 5), i // 10)
+    assert len(ledger.by_age()) <= 64 and ledger.mark("p0") is None and ledger.mark("liar") is not None
+    assert 90 <= ledger.forgotten_round < 99
+    assert isinstance(ledger.news("p910", Mark(91, 2, 9), 91), Theta), "part 1 of that round was merged"
+    assert isinstance(ledger.news("p910", Mark(ledger.forgotten_round + 1, 1, 9), 99), Whole)
+
+
+def test_a_checkpoint_keeps_the_ledger_without_the_gradients() -> None:
+    ledger = ledger_with(("a", 3, 2, 200), ("b", 1, 1, 7), ("a", 3, 3, 250))
+    ledger.forgotten_round = 0
+    again = ledger_with(("z", 9, 1, 1))
+    again.load(json.loads(json.dumps(ledger.rows())))
+    assert again.rows() == ledger.rows() and again.by_age() == ["b", "a"] and again.forgotten_round == 0
+    assert isinstance(again.news("a", Mark(3, 3, 250), 3), Nothing)
+    assert isinstance(again.news("a", Mark(3, 4, 300), 3), Theta)
+    assert isinstance(again.news("a", Mark(4, 1, 60), 3), Whole)
+
+
+@pytest.mark.parametrize(
+    "row", [["a"], ["a", 1, 1, 0], ["a", -1, 1, 1], ["a", 1, 0, 1], [7, 1, 1, 1], ["a", 1, "1", 1], "text", None]
+)
+def test_rows_that_are_something_else_are_refused_whole(row: object) -> None:
+    ledger = ledger_with(("a", 3, 2, 200))
+    with pytest.raises(ValueError, match="ledger"):
+        ledger.load([["b", 1, 1, 5], row])  # type: ignore[list-item]
+    assert ledger.by_age() == ["a"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_each_inner_step_enters_at_most_once_whatever_the_order_the_losses_and_the_restarts(seed: int) -> None:
+    rng = random.Random(seed)
+    history = []  # every publication there ever was, as (peer, mark)
+    for round in range(12):
+        for peer in ("a", "b", "c", "d", "e"):
+            tokens = 0
+            for part in range(1, 5):
+                tokens += rng.randrange(0, 30)
+                history.append((peer, Mark(round, part, tokens)))
+    ledger = Ledger(max_held=2, max_peers=rng.choice([3, 64]), max_staleness_rounds=rng.choice([1, 4, 100]))
+    entered: dict[tuple[str, int], set[int]] = {}  # the reference: the steps of (peer, round) that entered, one by one
+    saved = (ledger.rows(), {})
+    num_merged = at = 0
+    while at < len(history) * 4:
+        at += 1
+        # roughly in order, with repetitions, omissions and old ones
+        peer, mark = history[min(len(history) - 1, max(0, int(rng.gauss(at % len(history), 40))))]
+        reference_round = at % len(history) // 20
+        new = ledger.news(peer, mark, reference_round)
+        if not isinstance(new, Nothing):
+            since = new.since.tokens if isinstance(new, Difference) else 0
+            steps = set() if isinstance(new, Theta) else set(range(since, mark.tokens))
+            assert len(steps) == new.tokens
+            before = entered.setdefault((peer, mark.round), set())
+            assert not before & steps, (peer, mark, new)
+            before |= steps
+            num_merged += 1
+            ledger.merged(peer, mark, reference_round)
+            assert len(ledger.held) <= 2 and len(ledger.by_age()) <= ledger.max_peers
+        if rng.random() < 0.02:
+            saved = (json.loads(json.dumps(ledger.rows())), {key: set(steps) for key, steps in entered.items()})
+        elif rng.random() < 0.01:  # a crash: weights and ledger are those of the last checkpoint
+            ledger.load(saved[0])
+            entered = {key: set(steps) for key, steps in saved[1].items()}
+    assert num_merged > 20
+
+
+def test_in_order_and_without_losses_every_step_enters() -> None:
+    ledger, total = Ledger(), 0
+    for round in range(5):
+        for part in range(1, 5):
+            mark = Mark(round, part, 25 * part)
+            total += ledger.news("a", mark, round).tokens
+            ledger.merged("a", mark, round)
+    assert total == 5 * 100
+
+
+# ---------------------------------------------------------------- how many, and when
+
+
+@pytest.mark.parametrize(
+    ("others", "num_bytes", "down", "round_s", "expected", "words"),
+    [
+        (0, 100, 1e6, 10.0, 0, "nobody"),
+        (1, 100, None, 10.0, 1, "only 1"),
+        (3, 100, None, 10.0, 3, "configured"),
+        (100, 100, None, 10.0, 3, "configured"),
+        (100, 100, 60.0, 10.0, 3, "configured"),
+        (100, 100, 59.0, 10.0, 2, "carries 2 "),
+        (100, 100, 1.0, 10.0, 1, "carries less than one"),
+        (2, 100, 1e9, 10.0, 2, "only 2"),
+        (5, 100, 0.0, 10.0, 1, "carries less than one"),
+    ],
+)
+def test_partners_are_three_or_everyone_or_what_the_link_carries(
+    others: int, num_bytes: int, down: float | None, round_s: float, expected: int, words: str
+) -> None:
+    num, reason = num_partners(others, num_bytes, down, round_s)
+    assert num == expected and words in reason
+
+
+def test_a_pull_starts_as_late_as_the_link_allows() -> None:
+    assert pull_start(100.0, 160.0, None)[0] == 130.0
+    assert pull_start(100.0, 160.0, 10.0)[0] == 140.0
+    assert pull_start(100.0, 160.0, 0.0)[0] == 160.0
+    assert pull_start(100.0, 160.0, 31.0)[0] == 100.0
+    assert pull_start(100.0, 90.0, None)[0] == 100.0
+    assert "twice" in pull_start(100.0, 160.0, 10.0)[1] and "at once" in pull_start(100.0, 160.0, 31.0)[1]
+
+
+def test_the_expected_transfer_is_a_slow_one_but_no_outlier() -> None:
+    assert expected_transfer([]) is None
+    assert expected_transfer([2.0]) == 2.0
+    assert expected_transfer([1.0, 3.0]) == 3.0
+    assert expected_transfer([1.0] * 7 + [99.0]) == 1.0
+    assert expected_transfer([99.0] + [1.0] * 8) == 1.0
+
+
+# ---------------------------------------------------------------- whom
+
+
+def candidates(num: int, round: int = 1) -> list[Candidate]:
+    return [Candidate(peer=f"p{i}", round=round, part=1, tokens=10 + i) for i in range(num)]
+
+
+def drawn(partners: Partners, among: list[Candidate], num: int, exclude: tuple[str, ...] = ()) -> list[str | None]:
+    rng = random.Random(5)
+    return [partners.choose(among, exclude=exclude, reference_round=1, now=0.0, rng=rng)[0] for _ in range(num)]
+
+
+def test_partners_are_uniform() -> None:
+    counts = Counter(drawn(Partners(Ledger()), candidates(10), 10_000))
+    chi_square = sum((count - 1000) ** 2 / 1000 for count in counts.values())
+    assert len(counts) == 10 and chi_square < 21.7, "99 % of uniform draws, nine degrees of freedom"
+
+
+def test_the_same_seed_chooses_the_same_whatever_the_order_of_the_candidates() -> None:
+    among = candidates(7)
+    for variant in VARIANTS:
+        forwards, backwards = Partners(Ledger(), variant=variant), Partners(Ledger(), variant=variant)
+        assert drawn(forwards, among, 30) == drawn(backwards, among[::-1], 30)
+
+
+def test_who_announced_nothing_new_is_asked_only_when_nobody_else_is_left() -> None:
+    partners = Partners(ledger_with(("p0", 1, 1, 10), ("p1", 1, 1, 11)))
+    among = [*candidates(3), Candidate(peer="p3", round=1)]
+    rng = random.Random(1)
+    for _ in range(50):
+        assert partners.choose(among, exclude=(), reference_round=1, now=0.0, rng=rng)[0] == "p2"
+    peer, reason = partners.choose(among, exclude=("p2",), reference_round=1, now=0.0, rng=rng)
+    assert peer in ("p0", "p1", "p3") and "may be old" in reason
+    assert set(drawn(partners, among, 50, exclude=("p2",))) == {"p0", "p1", "p3"}
+
+
+def test_nobody_and_everybody_asked_are_said() -> None:
+    partners, rng = Partners(Ledger()), random.Random(0)
+    peer, reason = partners.choose([], exclude=(), reference_round=0, now=0.0, rng=rng)
+    assert (peer, reason) == (None, "nobody else is there")
+    peer, reason = partners.choose(candidates(2), exclude=("p0", "p1"), reference_round=0, now=0.0, rng=rng)
+    assert (peer, reason) == (None, "everybody was asked in this round")
+
+
+def test_variants() -> None:
+    among = candidates(4)
+    freshest = Partners(ledger_with(("p3", 1, 1, 13)), variant="freshest")
+    assert set(drawn(freshest, among, 20)) == {"p2"}, "13 announced, of which none is new, against 12"
+    merged = ledger_with(("p2", 0, 1, 1), ("p0", 0, 1, 1), ("p1", 0, 1, 1), ("p3", 0, 1, 1))
+    longest = Partners(merged, variant="longest-unmerged")
+    assert set(drawn(longest, among, 20)) == {"p2"}
+    assert set(drawn(longest, candidates(6), 40)) == {"p4", "p5"}, "strangers first"
+    each_once = drawn(Partners(Ledger(), variant="random-permutation"), among, 12)
+    assert all(sorted(each_once[i : i + 4], key=str) == ["p0", "p1", "p2", "p3"] for i in (0, 4, 8))
+    with pytest.raises(ValueError, match="allowed: uniform, freshest"):
+        Partners(Ledger(), variant="best")
+
+
+def test_busy_is_short_and_failures_double_up_to_a_cap() -> None:
+    back_off = BackOff()
+    assert "1 s" in back_off.busy("a", 0.0)
+    assert back_off.ready(["a", "b"], 0.9)[0] == {"b"} and back_off.ready(["a", "b"], 1.0)[0] == {"a", "b"}
+    now = 100.0
+    for wait_s in (15, 30, 60, 120, 240, 480, 600, 600):
+        assert f"unreachable: left alone for {wait_s} s" == back_off.failed("a", now, "unreachable")
+        ready, reason = back_off.ready(["a", "b"], now + wait_s - 0.1)
+        assert ready == {"b"} and "left alone" in reason
+        now += wait_s
+        assert back_off.ready(["a", "b"], now) == ({"a", "b"}, "")
+    back_off.failed("a", now, "wrong hash")
+    back_off.busy("a", now + 10)
+    assert back_off.ready(["a", "b"], now + 12)[0] == {"b"}, "BUSY does not shorten a ban"
+    back_off.answered("a")
+    assert back_off.ready(["a", "b"], now + 12)[0] == {"a", "b"}
+    assert "15 s" in back_off.failed("a", now, "unreachable")
+
+
+def test_bans_do_not_count_when_everyone_is_banned_but_nobody_is_hammered() -> None:
+    partners, rng = Partners(Ledger()), random.Random(0)
+    for peer in ("p0", "p1"):
+        partners.back_off.failed(peer, 50.0, "unreachable")
+    among = candidates(2)
+    peer, reason = partners.choose(among, exclude=(), reference_round=1, now=50.5, rng=rng)
+    assert peer is None and "within the last 1 s" in reason
+    peer, reason = partners.choose(among, exclude=(), reference_round=1, now=51.0, rng=rng)
+    assert peer is not None and "bans do not count" in reason
+    peer, reason = partners.choose(candidates(3), exclude=("p2",), reference_round=1, now=51.0, rng=rng)
+    assert peer is None and "left alone" in reason, "p2 answered in this round: the network works"
+
+
+def test_bans_are_bounded() -> None:
+    back_off = BackOff(max_peers=10)
+    for i in range(100):
+        back_off.failed(f"p{i}", 0.0, "unreachable")
+    assert back_off.ready([f"p{i}" for i in range(100)], 1.0)[0] == {f"p{i}" for i in range(90)}
