@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from swarmtrain.algorithm.outer import OuterState, flatten
-from swarmtrain.events import Event, WarningEvent
+from swarmtrain.events import ArchivedEvent, Event, WarningEvent
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
@@ -117,3 +120,116 @@ def test_an_archive_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypa
     (event,) = events
     assert isinstance(event, WarningEvent)
     assert event.message.startswith("the archive could not be written:") and "holds other files" in event.message
+
+
+# ---------------------------------------------------------------- when it is asked to leave
+
+
+@dataclass
+class Volunteers:
+    """Stands in for the swarm: who is here, how far each is, and who does not answer."""
+
+    tokens: Mapping[str, int]
+    silent: tuple[str, ...] = ()
+    before_it_delivers: Callable[[], None] = lambda: None
+    delivers: bool = True
+    fetched: list[int] = field(default_factory=list)
+
+    @property
+    def membership(self) -> Any:
+        infos = [SimpleNamespace(peer=peer, run_tokens=tokens) for peer, tokens in self.tokens.items()]
+        return SimpleNamespace(volunteers=lambda: infos)
+
+    @property
+    def rounds(self) -> Any:
+        return self
+
+    async def ask_now(self, peers: Sequence[str]) -> dict[str, int]:
+        if any(peer in self.silent for peer in peers):
+            await asyncio.Event().wait()
+        return {peer: self.tokens[peer] for peer in peers}
+
+    async def fetch_told_state(self, told: Mapping[str, int], reason: str, above_tokens: int) -> Any:
+        self.before_it_delivers()
+        if not self.delivers:
+            await asyncio.Event().wait()
+        newest = max(told.values(), default=0)
+        if newest <= above_tokens:
+            return None
+        self.fetched.append(newest)
+        return SimpleNamespace(roster=None, signed_roster=None, tokens=newest)
+
+
+@dataclass
+class Leaving:
+    """A bootstrap that was asked to leave, its archive at 500 tokens."""
+
+    peer: Any
+    stop: StopFlag
+    events: list[Event] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)
+
+    def asked(self, swarm: Volunteers) -> int:
+        """Ask it; the tokens its archive is at then."""
+        self.stop.stop()
+        self.peer.swarm = swarm
+        self.peer.archive_once_more()
+        return self.peer.done("asked").run_tokens  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def leaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leaving]:
+    monkeypatch.setattr(bootstrap, "_LAST_ANSWER_S", 0.2)
+    run = RunFile.model_validate({"run": {"total_tokens": 100_000}})
+    theta = flatten(build_model(run.model, run.run.seed).parameters())
+    state = OuterState(theta, torch.zeros_like(theta))
+    monkeypatch.setattr(bootstrap, "state_of", lambda new: (state, Progress(round=9, run_tokens=new.tokens)))
+    stop, network = StopFlag(), NetworkThread()
+    control: Any = SimpleNamespace(emit=None, stop=stop, board=SimpleNamespace(doing=lambda state, sentence: None))
+    leaving = Leaving(None, stop)
+    control.emit = leaving.events.append
+    published = PublishedRun(b"", "ab" * 32, run, b"", b"")
+    settings = PeerSettings(directory=tmp_path, name="bootstrap")
+    peer = leaving.peer = bootstrap._Bootstrap(published, settings, PeerFolder(tmp_path), network, control)
+    keeper = SimpleNamespace(checkpointer=SimpleNamespace(extra=dict), keep=leaving.kept.append)
+    peer.keeper = cast(Any, keeper)
+    peer.progress = Progress(round=1, run_tokens=500)
+    yield leaving
+    network.stop()
+
+
+def test_asked_to_leave_it_takes_one_last_archive(leaving: Leaving, tmp_path: Path) -> None:
+    """After a short run too: what was trained since the last archive is not only with the volunteers."""
+    assert leaving.asked(Volunteers({"anna": 900, "ben": 1000})) == 1000
+    assert [kept.progress.run_tokens for kept in leaving.kept] == [1000]
+    (event,) = leaving.events
+    assert isinstance(event, ArchivedEvent) and (event.round, event.run_tokens) == (9, 1000)
+    assert (tmp_path / "archive" / "config.json").exists()
+
+
+def test_who_does_not_answer_is_not_waited_for(leaving: Leaving) -> None:
+    assert leaving.asked(Volunteers({"anna": 900, "ben": 1000}, silent=("ben",))) == 900
+
+
+@pytest.mark.parametrize(
+    "swarm", [Volunteers({}), Volunteers({"anna": 500}), Volunteers({"anna": 9}, silent=("anna",))]
+)
+def test_where_there_is_nothing_newer_the_archive_stays(leaving: Leaving, swarm: Volunteers) -> None:
+    assert leaving.asked(swarm) == 500
+    assert not leaving.events and not leaving.kept
+
+
+def test_a_last_archive_that_takes_too_long_is_given_up(leaving: Leaving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "_LAST_ARCHIVE_S", 0.3)
+    assert leaving.asked(Volunteers({"anna": 900}, delivers=False)) == 500
+
+
+def test_an_end_that_is_asked_for_again_is_obeyed_at_once(leaving: Leaving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "_LAST_ARCHIVE_S", 3600.0)
+    assert leaving.asked(Volunteers({"anna": 900}, before_it_delivers=leaving.stop.insist, delivers=False)) == 500
+
+
+def test_a_run_that_is_over_needs_no_other_archive(leaving: Leaving) -> None:
+    swarm = Volunteers({"anna": 100_500})
+    leaving.peer.progress = Progress(round=99, run_tokens=100_400)
+    assert leaving.asked(swarm) == 100_400 and not swarm.fetched

@@ -50,6 +50,10 @@ def test_one_can_ask_from_the_moment_the_folder_is_held_to_the_end(tmp_path: Pat
             with pytest.raises(grpc.RpcError, match="still starting, try again"):
                 stub.Checkpoint(pb.CheckpointRequest(), timeout=30)
             assert stub.Leave(pb.LeaveRequest(), timeout=30).message.startswith("leaving")
+            last = stop.last_work(3600.0)
+            assert not last.is_set()
+            stub.Leave(pb.LeaveRequest(), timeout=30)
+            assert last.is_set(), "asked twice"
         assert stop.is_set() and stop.reason == "asked"
         assert c.ended(DONE) is DONE
         assert c.board.status().state == pb.PEER_STATE_FINISHING

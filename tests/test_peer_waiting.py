@@ -50,6 +50,31 @@ def test_a_failure_ends_the_wait_with_its_reason() -> None:
         stop.sleep(10)
 
 
+def test_the_last_work_is_left_undone_when_its_time_is_over_or_the_end_is_asked_for_again() -> None:
+    stop = StopFlag()
+    stop.stop("asked")
+    last = stop.last_work(3600.0)
+    stop.stop()
+    last.check()  # a second reason to end is no hurry
+    stop.insist()
+    with pytest.raises(Interrupted):
+        last.sleep(3600.0)
+    assert stop.reason == "asked" and stop.last_work(3600.0).is_set()
+    over = StopFlag().last_work(0.01)
+    with pytest.raises(Interrupted):
+        over.sleep(3600.0)
+
+
+def test_sigterm_twice_insists_and_sigterm_after_ctrl_c_does_not() -> None:
+    with stop_on_signals() as stop:
+        for number in (signal.SIGINT, signal.SIGTERM):  # as from a terminal, then from a parent
+            os.kill(os.getpid(), number)
+        last = stop.last_work(3600.0)
+        assert stop.is_set() and not last.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert last.is_set()
+
+
 def test_ctrl_c_while_sleeping_wakes_up() -> None:
     with stop_on_signals() as stop:
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()

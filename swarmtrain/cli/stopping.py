@@ -1,5 +1,6 @@
 """Ctrl-C once: finish the step, say goodbye, exit 0. Twice: now. SIGTERM is like Ctrl-C, and so is SIGHUP (the terminal
-was closed) unless it was ignored from the start (`nohup`).
+was closed) unless it was ignored from the start (`nohup`). SIGTERM twice leaves out the bootstrap's last archive; one
+SIGTERM after one Ctrl-C does not, as both come when a terminal and a parent process end a peer.
 
 SIGUSR1 writes what the peer is waiting for to its log.
 """
@@ -24,14 +25,16 @@ _INTERRUPTED = 130
 def stop_on_signals() -> Iterator[StopFlag]:
     """A flag that the first SIGINT, SIGTERM or SIGHUP sets; the second SIGINT ends the process at once."""
     stop = StopFlag()
-    interrupts = 0
+    seen: set[int] = set()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupts
-        interrupts += number == signal.SIGINT
-        if interrupts > 1:
+        if number not in seen:
+            seen.add(number)
+            stop.stop()
+        elif number == signal.SIGINT:
             os._exit(_INTERRUPTED)  # the daemon dies with us
-        stop.stop()
+        else:
+            stop.insist()
 
     def explain(number: int, frame: FrameType | None) -> None:
         stop.explain()

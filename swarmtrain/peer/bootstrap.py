@@ -5,6 +5,7 @@ It does not train, sign rosters or count as a peer; the swarm goes on without it
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import datetime
 import hashlib
@@ -19,7 +20,7 @@ from swarmtrain import __version__
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
-from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer, stamped
 from swarmtrain.membership.ending import may_come_back
 from swarmtrain.membership.lifecycle import PeerInfo
@@ -29,7 +30,9 @@ from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
+from swarmtrain.network.rounds import NewState
 from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
+from swarmtrain.network.tasks import end_tasks
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import (
     Emit,
@@ -54,6 +57,7 @@ from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
+from swarmtrain.v1 import control_pb2 as pb
 
 __all__ = ["publish_run", "run_bootstrap"]
 
@@ -63,6 +67,8 @@ _LINGER_S = 60.0
 _SAMPLE = 16
 _REDIAL_S = 3.0
 _FLUSH_S = 5.0
+_LAST_ARCHIVE_S = 4.0
+_LAST_ANSWER_S = 2.0
 
 
 def publish_run(run: RunFile, base: Path, created: datetime.datetime) -> PublishedRun:
@@ -100,6 +106,7 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
         try:
             return control.ended(log_event(bootstrap.run()))
         except Interrupted:
+            bootstrap.archive_once_more()
             return control.ended(log_event(bootstrap.done(stop.reason)))
         finally:
             leave_swarm(network, bootstrap.swarm, bootstrap.node)
@@ -252,6 +259,36 @@ class _Bootstrap:
         except OSError as error:  # the archive will say so too, and not every second
             _log.info("%s cannot be written: %s", self.folder.path, error.strerror)
 
+    def archive_once_more(self) -> None:
+        """It was asked to leave: keep what the volunteers have by now; some seconds at most."""
+        swarm = self.swarm
+        if swarm is None or self.keeper is None or self.progress.run_tokens >= self.published.run.run.total_tokens:
+            return
+        self.stop = self.stop.last_work(_LAST_ARCHIVE_S)
+        self.control.board.doing(pb.PEER_STATE_FINISHING, "leaving: taking one last archive")
+        volunteers = sorted(swarm.membership.volunteers(), key=lambda info: -info.run_tokens)
+        try:
+            pulling = self._pull_from_the_quick(swarm, [info.peer for info in volunteers[:_SAMPLE]])
+            if (new := wait_for(self.network.submit(pulling), self.stop)) is None:
+                return
+        except (Interrupted, SwarmtrainError) as error:
+            _log.info("no last archive: %r", error)
+            return
+        kept = self._kept(new)
+        self.keeper.keep(kept)
+        self.state, self.progress = kept.state, kept.progress
+        self._try_to_write_archive(kept)
+
+    async def _pull_from_the_quick(self, swarm: Swarm, peers: list[str]) -> NewState | None:
+        """The newest state, without waiting for those who do not answer soon."""
+        if not peers:
+            return None
+        asking = [asyncio.create_task(swarm.rounds.ask_now([peer])) for peer in peers]
+        answered, late = await asyncio.wait(asking, timeout=_LAST_ANSWER_S)
+        await end_tasks(late)
+        told = {peer: answer for task in answered for peer, answer in task.result().items()}
+        return await swarm.rounds.fetch_told_state(told, "archive", self.progress.run_tokens)
+
     def _archive(self, swarm: Swarm) -> bool:
         """Pull the newest state, write it down, and offer it to joiners; False if nobody delivered."""
         volunteers = [info.peer for info in swarm.membership.volunteers()]
@@ -261,27 +298,33 @@ class _Bootstrap:
         )
         if new is None:
             return False
-        keeper = self.keeper
+        kept, keeper = self._kept(new), self.keeper
         assert keeper is not None
-        state, progress = state_of(new)
-        kept = Checkpoint(
-            state=state,
-            progress=progress,
-            roster=new.roster,
-            signed_roster=new.signed_roster,
-            extra=keeper.checkpointer.extra(),
-        )
         keeper.keep(kept)
         keeper.checkpointer.flush(_FLUSH_S)  # so that it can be told at once
         wait_for(self.network.submit(keeper.offer(swarm, kept)), self.stop)
         self._have(swarm, kept)
+        self._try_to_write_archive(kept)
+        return True
+
+    def _kept(self, new: NewState) -> Checkpoint:
+        assert self.keeper is not None
+        state, progress = state_of(new)
+        return Checkpoint(
+            state=state,
+            progress=progress,
+            roster=new.roster,
+            signed_roster=new.signed_roster,
+            extra=self.keeper.checkpointer.extra(),
+        )
+
+    def _try_to_write_archive(self, kept: Checkpoint) -> None:
         try:
             self._write_archive(kept)
         except OSError as error:
             self.emit(WarningEvent(message=f"the archive could not be written: {error.strerror}; make room"))
         except UserError as error:
             self.emit(WarningEvent(message=f"the archive could not be written: {error}"))
-        return True
 
     def _write_archive(self, kept: Checkpoint) -> None:
         progress = kept.progress

@@ -105,6 +105,8 @@ class Controlled:
         )
 
     def _leave(self) -> str:
+        if self.stop.is_set():
+            self.stop.insist()
         self.stop.stop("asked")
         return "leaving: it finishes its step, says goodbye and ends"
 

@@ -6,7 +6,9 @@ Imports nothing heavy, so that Ctrl-C is heard from the start.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
+import time
 from collections.abc import Callable
 
 from swarmtrain.errors import RunTimeError
@@ -28,7 +30,9 @@ class StopFlag:
     def __init__(self) -> None:
         # Not a threading.Event: a signal handler that sets one while the same thread waits for it never returns.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._set = False
+        self._set = self._insisted = False
+        self._until_s = math.inf
+        self._last_work: StopFlag | None = None
         self.reason = "interrupted"
         self.failure: str | None = None
         self.explain: Callable[[], None] = lambda: None
@@ -49,25 +53,40 @@ class StopFlag:
         self._wake.put(None)
         self.at_once()
 
+    def insist(self) -> None:
+        """The end is asked for again: what `last_work` is for is left undone."""
+        self.stop()
+        self._insisted = True
+        if self._last_work is not None:
+            self._last_work.stop()
+
+    def last_work(self, limit_s: float) -> StopFlag:
+        """A flag for what is still to be done once an end was asked for: set after `limit_s`, or by `insist`."""
+        flag = self._last_work = StopFlag()
+        flag._until_s = time.monotonic() + limit_s
+        if self._insisted:
+            flag.stop()
+        return flag
+
     def fail(self, message: str) -> None:
         """The peer cannot go on: `check` will raise RunTimeError."""
         self.failure = message
-        self.stop()
+        self.insist()
 
     def is_set(self) -> bool:
-        """Whether an end was asked for."""
-        return self._set
+        """Whether an end was asked for, or the time is over."""
+        return self._set or time.monotonic() >= self._until_s
 
     def check(self) -> None:
         """Raise Interrupted if an end was asked for, RunTimeError if the peer failed."""
         if self.failure is not None:
             raise RunTimeError(self.failure)
-        if self._set:
+        if self.is_set():
             raise Interrupted
 
     def sleep(self, seconds: float) -> None:
         """Wait, and raise as `check` does as soon as an end is asked for."""
         if not self._set:
             with contextlib.suppress(queue.Empty):
-                self._wake.get(timeout=seconds)
+                self._wake.get(timeout=max(0.0, min(seconds, self._until_s - time.monotonic())))
         self.check()

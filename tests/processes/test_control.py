@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from swarm import PATIENCE_S, Child, Swarm, wait_until, write_run
 
-from swarmtrain.events import DoneEvent
+from swarmtrain.events import ArchivedEvent, DoneEvent
 from swarmtrain.peer.control import SERVICE, read_status
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
@@ -93,12 +93,14 @@ def test_status_watch_health_pause_and_leave(swarm: Swarm) -> None:
     assert not (ben.folder / "control.address").exists()
 
     anna.wait_more_rounds(1)
+    newest = anna.last_round
+    swarm.interrupt_some([bootstrap])
+    assert left_by(bootstrap).state == pb.PEER_STATE_DONE
+    assert bootstrap.all(ArchivedEvent)[-1].round > newest, "it takes one last archive"
     anna.kill()
     left = left_by(anna)
     assert (left.state, left.end_reason) == (pb.PEER_STATE_TRAINING, "")
     assert left.round > 0
-    swarm.interrupt_all([bootstrap])
-    assert left_by(bootstrap).state == pb.PEER_STATE_DONE
 
 
 def _in_state(stub: Any, state: int) -> pb.PeerStatus | None:
