@@ -17,7 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["OuterConstants", "OuterState", "flatten", "momentum_at", "outer_step", "unflatten_into", "weighted_mean"]
+__all__ = [
+    "Buffer",
+    "DelayedNesterov",
+    "OuterConstants",
+    "OuterState",
+    "flatten",
+    "momentum_at",
+    "outer_step",
+    "unflatten_into",
+    "weighted_mean",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,3 +127,92 @@ def momentum_at(round: int, momentum: float, ramp_rounds: int) -> float:
     if round < 0 or ramp_rounds < 0:
         raise ValueError(f"rounds must not be negative, got {round} and {ramp_rounds}")
     return momentum if round >= ramp_rounds else momentum * round / ramp_rounds
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """What has arrived since the momentum was last refreshed: a checkpoint keeps it beside the state."""
+
+    delta: Tensor
+    """The weighted sum of the gradients that arrived, (P,) fp32; zero when none has."""
+    arrivals: int
+
+
+class DelayedNesterov:
+    """Outer steps on gradients that arrive one by one; the momentum is refreshed at each N-th (arXiv 2401.09135).
+
+    Each arrival, w its weight (1/N unless given) and c the share in [0, 1/N] of the momentum it applies:
+        Delta <- Delta + w g
+        the N-th:   m <- beta m + Delta;  theta <- theta - eps [(1 - cN + c) beta m + w g];  Delta <- 0
+        the others: theta <- theta - eps [c beta m + w g]
+    With c = 0 a buffer of N moves theta as one `outer_step` on its weighted mean does, when the weights add up to 1.
+    That is a gossip merge (N = 1 + partners, weighted by tokens) and a server (N = its workers).
+
+    `constants` may be replaced at any time, best between two buffers (`buffer.arrivals` is 0): they count from the
+    next arrival on. So does `num_arrivals`: a buffer that already holds as many or more ends with the next arrival,
+    what came in keeps the weight it came with, and the weights 1/N of that one buffer then need not add up to 1. The
+    momentum is applied once in a buffer in any case: the last arrival applies what the earlier ones left.
+    """
+
+    def __init__(
+        self,
+        state: OuterState,
+        constants: OuterConstants,
+        num_arrivals: int,
+        share: float = 0.0,
+        buffer: Buffer | None = None,
+    ) -> None:
+        self.constants = constants
+        self._state = state
+        self._share = share
+        self.num_arrivals = num_arrivals
+        self._buffer = Buffer(torch.zeros_like(state.theta), 0) if buffer is None else buffer
+        if self._buffer.delta.shape != state.theta.shape or self._buffer.arrivals < 0:
+            raise ValueError(
+                f"this buffer does not fit {state.theta.numel()} numbers: {tuple(self._buffer.delta.shape)}"
+            )
+
+    @property
+    def state(self) -> OuterState:
+        """The state after the last arrival; its tensors are never written into."""
+        return self._state
+
+    @property
+    def buffer(self) -> Buffer:
+        """What has arrived since the last refresh; never written into either."""
+        return self._buffer
+
+    @property
+    def num_arrivals(self) -> int:
+        """N, how many arrivals make a buffer."""
+        return self._num_arrivals
+
+    @num_arrivals.setter
+    def num_arrivals(self, num_arrivals: int) -> None:
+        if num_arrivals < 1 or not 0 <= self._share * num_arrivals <= 1:
+            raise ValueError(f"N must be at least 1 and the share in [0, 1/N], got {num_arrivals} and {self._share}")
+        self._num_arrivals = num_arrivals
+
+    @torch.no_grad()
+    def arrive(self, gradient: Tensor, weight: float | None = None) -> OuterState:
+        """Apply one gradient (P,) with its weight, 1/N for None; returns the new state, in new tensors.
+
+        Raises ValueError, changing nothing, when the shape or the weight makes no sense.
+        """
+        state, buffer, constants = self._state, self._buffer, self.constants
+        if gradient.shape != state.theta.shape:
+            raise ValueError(f"a gradient of {state.theta.numel()} numbers is needed, got {tuple(gradient.shape)}")
+        weight = 1 / self._num_arrivals if weight is None else weight
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"the weight must be finite and not negative, got {weight}")
+        weighted = gradient * weight
+        delta = buffer.delta + weighted if buffer.arrivals else weighted
+        momentum, part = state.momentum, self._share
+        refreshes = buffer.arrivals + 1 >= self._num_arrivals
+        if refreshes:
+            momentum = (momentum * constants.momentum).add_(delta)
+            part = max(0.0, 1 - self._share * buffer.arrivals)
+        ahead = weighted.add(momentum, alpha=part * constants.momentum) if part else weighted
+        self._state = OuterState(theta=state.theta.add(ahead, alpha=-constants.learning_rate), momentum=momentum)
+        self._buffer = Buffer(torch.zeros_like(delta), 0) if refreshes else Buffer(delta, buffer.arrivals + 1)
+        return self._state
