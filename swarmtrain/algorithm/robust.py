@@ -1,0 +1,320 @@
+"""What one bad peer can do to a merge, bounded: clips by running medians, and two means that outvote outliers.
+
+`GradientClip` and `DisplacementClip` bound how far a partner can move the merge by what was usual so far; they are
+`merge.robust = "clip"`. `trimmed_mean` and `flag_mean` replace the mean of four or more gradients. A clip cannot see
+a sign: a peer that sends -g at the usual size passes both, and costs what a wrong vote costs.
+
+Everything works on flat fp32 vectors (P,), norms in fp64, so that no finite vector overflows or vanishes. Vectors
+that are not finite are refused with ValueError before anything is remembered. Deterministic; nothing is written into
+an argument, and what needs no change is returned as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Clipped",
+    "DisplacementClip",
+    "GradientClip",
+    "Group",
+    "Incident",
+    "flag_mean",
+    "per_tensor",
+    "trimmed_mean",
+]
+
+Group = tuple[tuple[int, int], ...]  # (start, end) slices of the flat vector that are clipped as one
+
+_TOLERANCE = 3.0  # times the running median
+_HISTORY = 64  # values remembered; half of them must change before the median follows
+_MIN_HISTORY = 3  # nothing is clipped before: a median of three outvotes one value, two values none
+_MIN_VECTORS = 4  # for trimmed_mean and flag_mean: of three, trimming leaves one
+_CHUNK = 1 << 16  # numbers worked on at once: fp64 copies stay small and in the processor's cache
+_FLAG_ITERATIONS = 10
+_FLAG_EPSILON = 1e-7
+_RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; below, a direction is rounding
+_CANCELLED = 1e-6  # of K: a sum of unit vectors this short has no direction but fp32's rounding
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A rule that cut what a peer sent, and how much, in words; the caller adds which peer."""
+
+    rule: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """What may enter the merge: `vector` is the argument itself where nothing was cut."""
+
+    vector: Tensor
+    factors: tuple[float, ...]  # what each group was multiplied by, 1.0 where it was not cut
+    incident: Incident | None  # None: nothing was cut
+
+
+def per_tensor(sizes: Sequence[int]) -> tuple[Group, ...]:
+    """One group a tensor, for tensors of these sizes one after the other; a tensor without numbers has none."""
+    groups, start = [], 0
+    for size in sizes:
+        if size > 0:
+            groups.append(((start, start + size),))
+        start += size
+    return tuple(groups)
+
+
+class GradientClip:
+    """Cuts a pseudo-gradient's norm, group by group, to 3 times what the running median leads to expect.
+
+    Peers take different numbers of steps, so a remembered norm n of h steps is scaled to the h' of the gradient at
+    hand: n max(h'/h, sqrt(h'/h)). A sum of h updates grows between sqrt(h) (they are noise) and h (they agree), and
+    the larger bound is taken both ways. With equal steps that is the norm per step, which alone would cut honest
+    peers: in a small GPT, warmed up, the norm per step after 6 steps was 3.1 times that after 100 in the median
+    tensor, and 1.2 times at most as scaled here. Claiming few steps gains nothing: the fewer, the lower the limit.
+    Any unit of work will do for steps, such as tokens.
+
+    What is remembered is what was let in: a cut norm at the size it was cut to. So when all gradients grow, the median
+    follows, and a minority cannot move it. Call `learn` with the own gradient at every publication: own values then
+    are most of the history, and the first partners of all already meet a limit. Norms of zero (a tensor nobody moves)
+    say nothing and do not count.
+    """
+
+    def __init__(self, groups: Sequence[Group], history: Sequence[Sequence[float]] = ()) -> None:
+        """`history` is what `history` gave, from a checkpoint. ValueError if it does not fit the groups."""
+        self._groups = tuple(groups)
+        slices = sorted(piece for group in self._groups for piece in group)
+        ends = [0, *(end for _, end in slices)]
+        if not all(before <= start < end for before, (start, end) in zip(ends, slices, strict=False)):
+            raise ValueError("groups must be made of slices (start, end) that are not empty and do not overlap")
+        self._size = ends[-1]
+        for row in history:
+            if len(row) != 1 + len(self._groups) or not all(math.isfinite(x) and x >= 0 for x in row) or not row[0]:
+                raise ValueError(f"a row of steps and {len(self._groups)} norms is needed: start without a history")
+        self._rows = deque((list(row) for row in history), maxlen=_HISTORY)
+
+    @property
+    def history(self) -> list[list[float]]:
+        """A checkpoint's share: at most 64 rows of steps and each group's norm, the oldest first."""
+        return [list(row) for row in self._rows]
+
+    @torch.no_grad()
+    def learn(self, gradient: Tensor, inner_steps: float) -> None:
+        """Remember the own gradient (P,) of so many inner steps, which is never cut."""
+        self._rows.append([_positive(inner_steps), *self._norms(gradient)])
+
+    @torch.no_grad()
+    def clip(self, gradient: Tensor, inner_steps: float) -> Clipped:
+        """A partner's gradient (P,) of so many inner steps, cut where a group's norm exceeds its limit."""
+        _positive(inner_steps)
+        norms = self._norms(gradient)
+        limits = self._limits(inner_steps)
+        self._rows.append([inner_steps, *map(min, norms, limits)])
+        factors = tuple(limit / norm if norm > limit else 1.0 for norm, limit in zip(norms, limits, strict=True))
+        cut = [index for index, factor in enumerate(factors) if factor < 1]
+        if not cut:
+            return Clipped(gradient, factors, None)
+        vector = gradient.clone()
+        for index in cut:
+            for start, end in self._groups[index]:
+                for piece in torch.split(vector[start:end], _CHUNK):
+                    piece.copy_(piece.double() * factors[index])  # in fp64: a factor may be too small for fp32
+        worst = min(cut, key=factors.__getitem__)
+        detail = (
+            f"gradient cut in {len(cut)} of {len(factors)} groups; group {worst} most, its norm {norms[worst]:.3g} "
+            f"in {inner_steps:g} steps to {limits[worst]:.3g}"
+        )
+        return Clipped(vector, factors, Incident("gradient", detail))
+
+    def _norms(self, gradient: Tensor) -> list[float]:
+        _check([gradient], at_least=1)
+        if len(gradient) < self._size:
+            raise ValueError(f"a vector of at least {self._size} numbers is needed, got {len(gradient)}")
+        return [math.sqrt(sum(_square(gradient[a:b]) for a, b in group)) for group in self._groups]
+
+    def _limits(self, inner_steps: float) -> list[float]:
+        """Each group's largest norm in so many steps; infinite where too little is known."""
+        growth = [max(inner_steps / row[0], math.sqrt(inner_steps / row[0])) for row in self._rows]
+        limits = []
+        for index in range(1, 1 + len(self._groups)):
+            expected = [row[index] * factor for row, factor in zip(self._rows, growth, strict=True) if row[index] > 0]
+            limits.append(_limit(expected))
+        return limits
+
+
+class DisplacementClip:
+    """theta_j <- theta_i + clip(theta_j - theta_i, tau): a partner's weights pull by tau at most.
+
+    tau is 3 times the running median of the displacements let through whole, times 2^k: k rises by one with each clip,
+    so that the other side of a healed partition comes back within a few merges, however far it went. It falls by one
+    with each displacement let through, though not below what that one needed: one bad peer among several good ones
+    gains a doubling now and then, no more.
+
+    While `enabled` is False nothing is cut or remembered: with own initial weights, distances mean nothing until the
+    peers have met.
+    """
+
+    def __init__(self, *, enabled: bool = True, history: Sequence[float] = ()) -> None:
+        """`history` is what `history` gave, from a checkpoint. ValueError if it is none."""
+        self.enabled = enabled
+        doublings, *norms = history if history else (0.0,)
+        if not all(math.isfinite(x) and x >= 0 for x in history) or doublings not in range(512):
+            raise ValueError("doublings and norms, finite and not negative, are needed: start without a history")
+        self._doublings = int(doublings)
+        self._norms = deque(norms, maxlen=_HISTORY)
+
+    @property
+    def history(self) -> list[float]:
+        """A checkpoint's share: k, then at most 64 norms, the oldest first."""
+        return [float(self._doublings), *self._norms]
+
+    @torch.no_grad()
+    def clip(self, own: Tensor, theirs: Tensor) -> Clipped:
+        """A partner's weights (P,), or the point on the way to them that is tau away from one's own (P,)."""
+        _check([own, theirs], at_least=2)
+        if not self.enabled:
+            return Clipped(theirs, (1.0,), None)
+        norm = math.sqrt(sum(_square(b, a) for a, b in zip(*_chunks(own, theirs), strict=True)))
+        plain = _limit(self._norms)
+        limit = math.ldexp(plain, self._doublings) if math.isfinite(plain) else plain
+        if norm <= limit:
+            needed = max(0, math.ceil(math.log2(norm / plain))) if norm > plain else 0
+            self._doublings = max(self._doublings - 1, needed, 0)
+            if norm > 0:  # the very same weights say nothing about what is usual
+                self._norms.append(norm)
+            return Clipped(theirs, (1.0,), None)
+        self._doublings += 1
+        factor = limit / norm
+        vector = torch.empty_like(theirs)
+        for a, b, place in zip(*_chunks(own, theirs, vector), strict=True):
+            place.copy_(a.double() + (b.double() - a.double()) * factor)
+        detail = f"weights {norm:.3g} away from the own ones, drawn in to {limit:.3g}"
+        return Clipped(vector, (factor,), Incident("displacement", detail))
+
+
+@torch.no_grad()
+def trimmed_mean(vectors: Sequence[Tensor]) -> Tensor:
+    """Each coordinate's mean without its largest and its smallest value; four or more vectors (P,), own included.
+
+    Bounds one bad vector, however bad, and no more: of K, two that agree get one through. The order of the vectors
+    does not matter, to the bit. Not weighted: tokens are a claim, and a trimmed value would take its weight along.
+    """
+    _check(vectors, at_least=_MIN_VECTORS)
+    mean = torch.empty_like(vectors[0])
+    for place, *pieces in zip(*_chunks(mean, *vectors), strict=True):
+        for end in range(len(pieces) - 1, 0, -1):  # sorted by exchanges: many times faster than torch's sort here
+            for i in range(end):
+                low, high = torch.minimum(pieces[i], pieces[i + 1]), torch.maximum(pieces[i], pieces[i + 1])
+                pieces[i], pieces[i + 1] = low, high
+        total = pieces[1].double()
+        for piece in pieces[2:-1]:
+            total += piece
+        place.copy_(total / (len(pieces) - 2))
+    return mean
+
+
+@torch.no_grad()
+def flag_mean(vectors: Sequence[Tensor], rank: int | None = None) -> Tensor:
+    """The Flag aggregator (arXiv 2302.05865) of four or more vectors g_i (P,), own included.
+
+    x_i = g_i / |g_i|; Y: the r leading left singular vectors of [w_i x_i], w_i = (|1 - |Y'x_i|^2| + 1e-7)^(-1/4), ten
+    times over from w = 1; r is ceil((K + 1) / 2) unless given. The paper's result, (1 / r) sum Y Y'x_i, has lost the
+    magnitude; only its direction d is taken, times the median of g_i'd, how far the g_i go that way. For the plain
+    mean's direction the *mean* of g_i'd is the plain mean's length, and the median is that without outliers. (The
+    median of |g_i| would count as progress what is noise: K orthogonal gradients cancel to 1 / sqrt(K).) It is at
+    most the median of |g_i|, and zero where most disagree with d.
+
+    Y is never made: it lies in the span of the g_i, so all is said by their (K, K) Gram matrix, and the result is a
+    combination of the g_i. A g_i of zero has no direction, and counts only in the median. The order of the vectors
+    matters by rounding only, unless two directions are equally strong at rank r. The directions Y tell x from -x no
+    more than squares do: a flipped sign is outvoted in the sum and in the median, not removed.
+    """
+    _check(vectors, at_least=_MIN_VECTORS)
+    if rank is not None and not 1 <= rank <= len(vectors):
+        raise ValueError(f"the rank must lie in 1 .. {len(vectors)}, got {rank}")
+    products = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)  # g_i'g_j
+    for columns in zip(*_chunks(*vectors), strict=True):
+        wide = torch.stack(columns).double()
+        products += wide @ wide.T
+    shares = _flag_shares(products, rank if rank is not None else len(vectors) // 2 + 1)
+    result = torch.empty_like(vectors[0])
+    for place, *pieces in zip(*_chunks(result, *vectors), strict=True):
+        place.copy_(shares @ torch.stack(pieces).double())
+    return result
+
+
+def _flag_shares(products: Tensor, rank: int) -> Tensor:
+    """c (K,) such that sum_i c_i g_i is the Flag mean, from the products g_i'g_j (K, K).
+
+    With unit vectors X, weights W on a diagonal and X W = Y S V': W X'X W = V S^2 V' gives V and S, and Y = X W V / S.
+    """
+    norms = products.diagonal().sqrt()
+    present = norms > 0
+    shares = torch.zeros_like(norms)
+    if not present.any():
+        return shares
+    lengths = norms[present]
+    gram = products[present][:, present] / (lengths[:, None] * lengths)
+    weights = torch.ones_like(lengths)
+    for _ in range(_FLAG_ITERATIONS):
+        squares, basis = torch.linalg.eigh(weights[:, None] * gram * weights)  # ascending
+        kept = squares > squares[-1] * _RANK_TOLERANCE
+        kept[: max(0, len(gram) - rank)] = False
+        basis = weights[:, None] * basis[:, kept] / squares[kept].sqrt()  # Y = X basis
+        seen = basis.T @ gram  # Y'X
+        weights = ((1 - seen.square().sum(dim=0)).abs() + _FLAG_EPSILON) ** -0.25
+    total = seen.sum(dim=1)  # sum Y'x_i; |Y total| = |total|
+    length = float(total.norm())
+    if length <= _CANCELLED * len(lengths):
+        return shares
+    along = torch.zeros_like(norms)  # g_i'd
+    along[present] = lengths * (total @ seen) / length
+    magnitude = max(0.0, statistics.median(along.tolist()))
+    shares[present] = basis @ total / (length * lengths) * magnitude
+    return shares
+
+
+def _limit(norms: Collection[float]) -> float:
+    """3 times the median, the lower of two in the middle: a half that is bad does not set it."""
+    return _TOLERANCE * statistics.median_low(norms) if len(norms) >= _MIN_HISTORY else math.inf
+
+
+def _positive(inner_steps: float) -> float:
+    if not (math.isfinite(inner_steps) and inner_steps > 0):
+        raise ValueError(f"inner steps must be above 0, got {inner_steps}")
+    return inner_steps
+
+
+def _check(vectors: Sequence[Tensor], at_least: int) -> None:
+    if len(vectors) < at_least:
+        raise ValueError(f"at least {at_least} vectors are needed, got {len(vectors)}")
+    if any(vector.dim() != 1 or vector.shape != vectors[0].shape for vector in vectors):
+        raise ValueError(f"vectors of one size are needed, got {[tuple(vector.shape) for vector in vectors]}")
+    if any(vector.dtype is not torch.float32 for vector in vectors):
+        raise ValueError(f"vectors of fp32 are needed, got {[vector.dtype for vector in vectors]}")
+    for vector in vectors:
+        if len(vector) and not all(torch.isfinite(piece.abs().amax()) for piece in torch.split(vector, _CHUNK)):
+            raise ValueError("a vector that is not finite: leave its peer out")
+
+
+def _square(vector: Tensor, other: Tensor | None = None) -> float:
+    """|vector|^2, or |vector - other|^2."""
+    total = 0.0
+    others = torch.split(other, _CHUNK) if other is not None else None
+    for index, piece in enumerate(torch.split(vector, _CHUNK)):
+        wide = piece.double()
+        if others is not None:
+            wide = wide.sub_(others[index].double())
+        total += float(wide @ wide)
+    return total
+
+
+def _chunks(*vectors: Tensor) -> list[tuple[Tensor, ...]]:
+    return [torch.split(vector, _CHUNK) for vector in vectors]
