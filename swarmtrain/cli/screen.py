@@ -22,6 +22,7 @@ from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import ago_in_words, count_in_words, one_line, short_peer, size_in_words, time_in_words
 
 __all__ = [
+    "UNCUT",
     "draw_status",
     "draw_watch",
     "limits_in_words",
@@ -31,6 +32,8 @@ __all__ = [
     "state_in_words",
 ]
 
+UNCUT = 10_000
+"""A width, or a number of lines, where there is no terminal: everything is written."""
 _NAME_CELLS = 16
 _MAX_YEARS = 10
 _LABEL_CELLS = 8
@@ -285,9 +288,11 @@ def _title_line(view: View, width: int) -> Text:
     peer = f" ({short_peer(one_line(status.peer))})" if status.peer else ""
     run = f" in run {_clipped(status.run_name, 32)}" if status.run_name else ""
     colour = _COLOURS.get(word, "red" if view.life in (Life.DIED, Life.FAILED, Life.LOST, Life.SILENT) else "")
-    width = min(width, _TITLE_CELLS)
+    styled = (word, f"bold {colour}".strip())
     left = _line(max(1, width - len(word) - 1), (who, "bold"), f"{peer}, {one_line(status.role) or 'peer'}{run}")
-    return _line(width, left, " " * max(1, width - left.cell_len - len(word)), (word, f"bold {colour}".strip()))
+    if width >= UNCUT:  # for a file, or another program: there is no right
+        return _line(width, left, ": ", styled)
+    return _line(width, left, " " * max(1, min(width, _TITLE_CELLS) - left.cell_len - len(word)), styled)
 
 
 # ---------------------------------------------------------------- the status page

@@ -42,7 +42,6 @@ def command(which: WhichPeer, everyone: bool, as_json: bool) -> None:
         print_page(views[0])
 
 
-_UNCUT = 10_000
 _PAGE_LINES = 18  # of a page, less its contributors and the invite
 
 
@@ -53,11 +52,11 @@ def print_page(view: View) -> None:
     from rich.console import Console
 
     from swarmtrain.cli.peers import Life
-    from swarmtrain.cli.screen import draw_status
+    from swarmtrain.cli.screen import UNCUT, draw_status
     from swarmtrain.words import one_line
 
     console = Console()
-    width, height = console.size if sys.stdout.isatty() else (_UNCUT, _UNCUT)
+    width, height = console.size if sys.stdout.isatty() else (UNCUT, UNCUT)
     for line in draw_status(view, width, max(6, height - _PAGE_LINES)):
         console.print(line, soft_wrap=True)
     if view.status.invite_line and view.life is Life.RUNNING:
@@ -69,8 +68,8 @@ def _print_list(views: list[View]) -> None:
 
     from rich.console import Console
 
-    from swarmtrain.cli.screen import list_peers
+    from swarmtrain.cli.screen import UNCUT, list_peers
 
     console = Console()
-    for line in list_peers(views, console.width if sys.stdout.isatty() else _UNCUT):
+    for line in list_peers(views, console.width if sys.stdout.isatty() else UNCUT):
         console.print(line, soft_wrap=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from swarmtrain import __version__
@@ -27,9 +27,11 @@ from swarmtrain.errors import UserError
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.run import ModelSection
 
-__all__ = ["ExportedModel", "export_model", "load_exported"]
+__all__ = ["ExportedModel", "copy_exported", "export_model", "load_exported"]
 
 _FORMAT = "swarmtrain-gpt-1"
+_NEEDED = ("config.json", "model.safetensors")
+_BESIDE = ("tokenizer.bin", "held-out.txt", "run.toml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +51,37 @@ def export_model(
 
     Raises UserError when the folder holds something else, OSError as the file system gives it.
     """
+    # Not by its `save_file`, which tells a full disk by an error of its own, without a number.
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    config = {
+        "format": _FORMAT,
+        "swarmtrain": __version__,
+        "model": section.model_dump(mode="json"),
+        "run_tokens": run_tokens,
+        "weights_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    config_bytes = (json.dumps(config, indent=2) + "\n").encode()
+    _write(folder, {"model.safetensors": data, "config.json": config_bytes, **files})
+
+
+def copy_exported(source: Path, target: Path) -> int:
+    """Write the model in `source` into `target` too; the run's tokens.
+
+    Raises UserError as `load_exported` does and as `export_model` does, OSError if `target` cannot be written.
+    """
+    files = _read(source)
+    run_tokens = _checked(source, files).run_tokens
+    _write(target, files)
+    return run_tokens
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """All of `files` or none."""
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise UserError(f"{folder} holds other files; give an empty or new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        # Not by its `save_file`, which tells a full disk by an error of its own, without a number.
-        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
-        (temporary / "model.safetensors").write_bytes(data)
-        config = {
-            "format": _FORMAT,
-            "swarmtrain": __version__,
-            "model": section.model_dump(mode="json"),
-            "run_tokens": run_tokens,
-            "weights_sha256": hashlib.sha256(data).hexdigest(),
-        }
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name, content in files.items():
             (temporary / name).write_bytes(content)
         for path in temporary.iterdir():
@@ -96,25 +113,36 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 
 def load_exported(folder: Path) -> ExportedModel:
     """The model in `folder`. Raises UserError, one line, when it is not there, torn or altered."""
+    return _checked(folder, _read(folder))
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    """The files of the model in `folder`: read once, as a running bootstrap may replace them any time."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        files = {name: (folder / name).read_bytes() for name in _NEEDED}
+        return files | {name: (folder / name).read_bytes() for name in _BESIDE if (folder / name).exists()}
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no exported model here ({Path(str(error.filename)).name} is missing)") from None
+    except OSError as error:
+        raise UserError(f"{folder}: not a model that swarmtrain exported ({error})") from None
+
+
+def _checked(folder: Path, files: Mapping[str, bytes]) -> ExportedModel:
+    """The model of `files`, which were read in `folder`."""
+    try:
+        config = json.loads(files["config.json"])
         section = ModelSection.model_validate(config["model"])
-        data = (folder / "model.safetensors").read_bytes()
+        data = files["model.safetensors"]
         if config["format"] != _FORMAT or hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
             raise UserError(f"{folder}: the weights do not match config.json; export the model again")
         model = build_model(section, seed=0)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no exported model here ({Path(str(error.filename)).name} is missing)") from None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+        model.load_state_dict(load(data))
+        run_tokens = int(config["run_tokens"])
+    except (ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{folder}: not a model that swarmtrain exported ({str(error).splitlines()[0]})") from None
     return ExportedModel(
         model=model,
-        tokenizer=_optional(folder / "tokenizer.bin"),
-        held_out=_optional(folder / "held-out.txt"),
-        run_tokens=int(config["run_tokens"]),
+        tokenizer=files.get("tokenizer.bin", b""),
+        held_out=files.get("held-out.txt", b""),
+        run_tokens=run_tokens,
     )
-
-
-def _optional(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import PeerError, RunTimeError, UserError
 from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.model.export import load_exported
+from swarmtrain.membership.progress import Progress
+from swarmtrain.model.export import copy_exported, load_exported
 from swarmtrain.model.gpt import build_model, generate, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.invite import Invite
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.swarm import Swarm, fetch_published, find_run
+from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
 from swarmtrain.peer.checkpoint import load_newest
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.common import (
@@ -40,21 +43,32 @@ def export_from_folder(folder: Path, target: Path) -> int:
     """Copy the model that a peer left in its folder (the final one, else the archive, else the newest checkpoint's);
     returns the run's tokens.
 
-    Raises UserError when there is none.
+    Raises UserError when there is none, RunTimeError when it cannot be written.
     """
     if target.exists():
         raise UserError(f"{target} exists; give a new folder with --to")
-    for name in ("model", "archive"):
-        source = folder / name
-        if (source / "config.json").exists():
-            try:
-                load_exported(source)
-                shutil.copytree(source, target)
-                return load_exported(target).run_tokens  # a running bootstrap may have replaced it meanwhile
-            except (UserError, OSError) as error:
-                shutil.rmtree(target, ignore_errors=True)
-                _log.warning("%s is not used: %s", source, error)
-    return _export_checkpoint(PeerFolder(folder), target)
+    with _writing(target):
+        for name in ("model", "archive"):
+            source = folder / name
+            if (source / "config.json").exists():
+                try:
+                    return copy_exported(source, target)
+                except UserError as error:
+                    _log.warning("%s is not used: %s", source, error)
+        return _export_checkpoint(PeerFolder(folder), target)
+
+
+def _writing(target: Path) -> AbstractContextManager[None]:
+    return _in_words(f"the model cannot be written to {target}", "make room there, or give another folder with --to")
+
+
+@contextmanager
+def _in_words(what: str, advice: str) -> Iterator[None]:
+    """A disk that is full or read-only ends the command with one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunTimeError(f"{what}: {error.strerror or error}; {advice}") from None
 
 
 def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
@@ -73,34 +87,44 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
 def export_from_swarm(invite: Invite, target: Path, stop: StopFlag) -> int:
     """Join as an onlooker, take the newest state of some peer and write it as a model; returns the run's tokens.
 
-    Raises RunTimeError when nobody answers or nobody has trained yet.
+    Raises RunTimeError when nobody answers, nobody has trained yet, or the model cannot be written.
     """
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; give a new folder with --to")
+    with (
+        _in_words("no temporary folder can be used", "make room, or name another place with TMPDIR"),
+        tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory,
+        peer_folder(Path(directory)) as folder,
+    ):
+        published, state, progress = _pulled(invite, folder, stop)
+    with _writing(target):
+        model = build_model(published.run.model, published.run.run.seed)
+        save_model(target, model, state.theta, published, progress)
+    return progress.run_tokens
+
+
+def _pulled(invite: Invite, folder: PeerFolder, stop: StopFlag) -> tuple[PublishedRun, OuterState, Progress]:
+    """The run of `invite` and its newest state."""
     network = NetworkThread()
     swarm = node = None
-    with tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory, peer_folder(Path(directory)) as folder:
-        try:
-            node = start_node(network, PeerSettings(directory=folder.path, name="export"), folder, stop)
-            source = wait_for(network.submit(find_run(node, invite.run_sha256, invite.peers)), stop).peer
-            calls = PeerCalls(node, invite.run_sha256)
-            published = wait_for(network.submit(fetch_published(calls, source, parse_published_untrusted, {})), stop)
-            model = build_model(published.run.model, published.run.run.seed)
-            specs = tensor_specs(model.named_parameters())
-            me = PeerInfo(peer=node.identity.peer_id)
-            swarm = Swarm(node, published, specs, average_bytes_untrusted, lambda event: None, me)
-            wait_for(network.submit(swarm.start(invite.peers)), stop)
-            live = [info.peer for info in swarm.membership.live()]
-            new = wait_for(network.submit(swarm.rounds.fetch_newest_state(live, "export")), stop)
-            if new is None:
-                raise RunTimeError("nobody has a model to give yet: the first round is not over, or all have left")
-            state, progress = state_of(new)
-        except PeerError as error:
-            raise RunTimeError(f"the swarm did not deliver its model: {error}") from None
-        finally:
-            leave_swarm(network, swarm, node)
-    save_model(target, model, state.theta, published, progress)
-    return progress.run_tokens
+    try:
+        node = start_node(network, PeerSettings(directory=folder.path, name="export"), folder, stop)
+        source = wait_for(network.submit(find_run(node, invite.run_sha256, invite.peers)), stop).peer
+        calls = PeerCalls(node, invite.run_sha256)
+        published = wait_for(network.submit(fetch_published(calls, source, parse_published_untrusted, {})), stop)
+        specs = tensor_specs(build_model(published.run.model, published.run.run.seed).named_parameters())
+        me = PeerInfo(peer=node.identity.peer_id)
+        swarm = Swarm(node, published, specs, average_bytes_untrusted, lambda event: None, me)
+        wait_for(network.submit(swarm.start(invite.peers)), stop)
+        live = [info.peer for info in swarm.membership.live()]
+        new = wait_for(network.submit(swarm.rounds.fetch_newest_state(live, "export")), stop)
+        if new is None:
+            raise RunTimeError("nobody has a model to give yet: the first round is not over, or all have left")
+        return published, *state_of(new)
+    except PeerError as error:
+        raise RunTimeError(f"the swarm did not deliver its model: {error}") from None
+    finally:
+        leave_swarm(network, swarm, node)
 
 
 def sample_text(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: int) -> str:

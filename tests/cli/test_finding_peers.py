@@ -261,7 +261,7 @@ def test_the_command(home: Path, lives: Made) -> None:
     lives.enter_context(living(named(home, "anna").start()))
     over(home, "bert", wire.PEER_STATE_TRAINING, age_s=9)
     page = CliRunner().invoke(status_command, []).output
-    assert page.splitlines()[0].startswith("anna (annaZ1), volunteer in run stdlib-gpt")
+    assert page.splitlines()[0] == "anna (annaZ1), volunteer in run stdlib-gpt: training", "a pipe has no right edge"
     assert "swarmtrain join st1" + "x" * 300 + "\n" in page, "the invite is whole"
     (line,) = CliRunner().invoke(status_command, ["--json"]).output.splitlines()
     assert json.loads(line)["name"] == "anna"

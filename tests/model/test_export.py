@@ -6,14 +6,18 @@ import errno
 import os
 import resource
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from swarmtrain.cli.main import run
 from swarmtrain.errors import UserError
 from swarmtrain.model.export import export_model, load_exported
 from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.peer.exporting import export_from_folder
 from swarmtrain.run import ModelSection
 
@@ -79,3 +83,40 @@ def test_a_peer_folder_gives_the_archive_when_its_model_was_damaged(tmp_path: Pa
     with pytest.raises(UserError, match="no model here yet"):
         export_from_folder(tmp_path, tmp_path / "another")
     assert not (tmp_path / "another").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("call", ["mkdtemp", "write_bytes", "fsync", "rename"])
+def test_a_disk_that_fails_while_a_model_is_exported_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str, number: int
+) -> None:
+    export(tmp_path / "peer" / "archive", 1)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    owner = {"mkdtemp": tempfile, "fsync": os}.get(call, Path)
+    monkeypatch.setattr(owner, call, fail)
+    target = tmp_path / "copy"
+    assert run(["export", "--dir", str(tmp_path / "peer"), "--to", str(target)]) == 1
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: the model cannot be written to {target}: {os.strerror(number)}; make room there, or give another "
+        "folder with --to\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["peer"], "what was half written is removed"
+
+
+def test_a_full_disk_for_temporary_files_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    word = format_invite(Invite("ab" * 32, (InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/1",)),)))
+    assert run(["export", word, "--to", str(tmp_path / "copy")]) == 1
+    said = (
+        "error: no temporary folder can be used: No space left on device; make room, or name another place with TMPDIR"
+    )
+    assert capsys.readouterr().err == f"{said}\n"
