@@ -1,0 +1,191 @@
+"""The machines of a simulated swarm, the links between them, and the faults that happen to real ones.
+
+What is modelled: a call is answered, refused at once (a process that is gone), or times out (a frozen process, a
+cut link, a lost message). A transfer takes its latency and bytes / rate, and stalls if an end is cut off meanwhile.
+Uplinks are not shared between transfers. What the peers are, and what they say to each other, is not known here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from swarmtrain.simulate.clock import Clock
+from swarmtrain.simulate.messages import Link
+
+__all__ = ["End", "Fault", "Machine", "Network"]
+
+Fault = Literal["killed", "frozen", "thawed"]
+
+
+class End(Protocol):
+    """An end of a link."""
+
+    name: str
+    link: Link
+
+    def deliver(self, call: Callable[..., object], *args: Any) -> None:
+        """Run something in this process: now, or when it is thawed; never if it is gone."""
+        ...
+
+
+class Machine(End, Protocol):
+    """A process of the swarm as its network sees it: it lives or not, stands still or not, and has a link."""
+
+    alive: bool
+    frozen: bool
+
+    @property
+    def running(self) -> bool:
+        """Neither gone nor frozen."""
+        ...
+
+    def provide(self, what: str) -> Any:
+        """The bytes named `what`, for a pull; None if they are not here."""
+        ...
+
+    def die(self) -> None:
+        """The process ends."""
+        ...
+
+    def leave(self) -> None:
+        """Say goodbye, and end."""
+        ...
+
+    def freeze(self) -> None:
+        """The process is stopped."""
+        ...
+
+    def thaw(self) -> None:
+        """It goes on."""
+        ...
+
+
+P = TypeVar("P", bound=Machine)
+
+
+class Network(Generic[P]):
+    """The clock, the machines, the links between them, and the faults."""
+
+    def __init__(self, link: Link, stall_limit_s: float, seed: int = 0) -> None:
+        self.clock = Clock()
+        self.peers: dict[str, P] = {}
+        self._link = link
+        self._stall_limit_s = stall_limit_s
+        self._drop = 0.0
+        self._random = random.Random(seed)
+        self._side: dict[str, int] = {}
+        self._cut: set[str] = set()
+
+    def fault(self, kind: Fault, peer: P) -> None:
+        """A fault is about to strike `peer`: for the log."""
+
+    def serving(self, peer: P) -> None:
+        """Somebody began to pull from `peer`."""
+
+    # ------------------------------------------------------------------ faults
+
+    def at(self, when_s: float, call: Callable[..., object], *args: Any) -> None:
+        """Do something to the world at `when_s`, for example `world.at(30, world.kill, "p001")`."""
+        self.clock.call_at(when_s, call, *args)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL: its connections break at once."""
+        peer = self.peers[name]
+        if peer.alive:
+            self.fault("killed", peer)
+            peer.die()
+
+    def leave(self, name: str) -> None:
+        """It says goodbye and goes."""
+        if self.peers[name].running:
+            self.peers[name].leave()
+
+    def freeze(self, name: str) -> None:
+        """SIGSTOP: everything that reaches it waits until `thaw`."""
+        if self.peers[name].running:
+            self.fault("frozen", self.peers[name])
+            self.peers[name].freeze()
+
+    def thaw(self, name: str) -> None:
+        """SIGCONT."""
+        if self.peers[name].frozen:
+            self.fault("thawed", self.peers[name])
+            self.peers[name].thaw()
+
+    def partition(self, *sides: Iterable[str]) -> None:
+        """Cut the links between `sides`; who is in none of them is on one more side."""
+        self._side = {name: i for i, side in enumerate(sides, start=1) for name in side}
+
+    def cut_off(self, name: str) -> None:
+        """No link to it works, though the DHT still carries its presence."""
+        self._cut.add(name)
+
+    def heal(self) -> None:
+        """All links work again."""
+        self._side = {}
+        self._cut.clear()
+
+    def lose_messages(self, drop: float) -> None:
+        """From now on each message and transfer is lost with probability `drop`."""
+        self._drop = drop
+
+    # ------------------------------------------------------------------ links
+
+    def side(self, peer: End) -> int:
+        """Which side of the partition it is on; 0 if there is none."""
+        return self._side.get(peer.name, -1) if self._side else 0
+
+    def connected(self, a: End, b: End) -> bool:
+        """Whether packets pass between the two machines."""
+        if self._cut and (a.name in self._cut or b.name in self._cut):
+            return a is b
+        return not self._side or self.side(a) == self.side(b)
+
+    def passes(self, src: End, dst: End) -> bool:
+        """Whether this one message arrives."""
+        drop = max(self._drop, src.link.drop, dst.link.drop)
+        return self.connected(src, dst) and (drop == 0 or self._random.random() >= drop)
+
+    def latency_s(self, a: End, b: End) -> float:
+        """One way, in seconds."""
+        return a.link.latency_s + b.link.latency_s
+
+    def tell(self, src: End, dst: Machine, call: Callable[..., object], *args: Any) -> None:
+        """A message without an answer."""
+        if dst.alive and self.passes(src, dst):
+            self.clock.call_later(self.latency_s(src, dst), dst.deliver, call, *args)
+
+    def pull(self, dst: End, src_name: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
+        """Transfer `what` from a peer; `done(payload)`, None if it did not come."""
+        src = self.peers[src_name]
+        round_trip_s = 2 * self.latency_s(src, dst)
+        if not self.passes(src, dst) or src.frozen:
+            self.clock.call_later(self._stall_limit_s, dst.deliver, done, None)
+            return
+        payload = src.provide(what) if src.alive else None
+        if payload is None:
+            self.clock.call_later(round_trip_s, dst.deliver, done, None)
+            return
+        seconds = round_trip_s + num_bytes / min(src.link.bytes_per_s, dst.link.bytes_per_s)
+        self.clock.call_later(seconds, self._pulled, dst, src, payload, done)
+        self.serving(src)
+
+    def _pulled(self, dst: End, src: P, payload: Any, done: Callable[[Any], None]) -> None:
+        if src.running and self.connected(src, dst):
+            dst.deliver(done, payload)
+        elif not src.alive:
+            dst.deliver(done, None)
+        else:
+            self.clock.call_later(self._stall_limit_s, dst.deliver, done, None)
+
+    # ------------------------------------------------------------------ running
+
+    def run_until(self, end_s: float) -> None:
+        """Let the swarm live until `end_s`, in virtual seconds."""
+        self.clock.run_until(end_s)
+
+    def running(self) -> list[P]:
+        """The peers that are neither gone nor frozen, by PeerID."""
+        return [self.peers[name] for name in sorted(self.peers) if self.peers[name].running]
