@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.messages import Link
 
-__all__ = ["End", "Fault", "Machine", "Network"]
+__all__ = ["End", "Fault", "Machine", "Network", "Refused"]
 
 Fault = Literal["killed", "frozen", "thawed"]
 
@@ -63,6 +64,13 @@ class Machine(End, Protocol):
 
 
 P = TypeVar("P", bound=Machine)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An answer to a pull that is no payload, and comes at once: BUSY, for one."""
+
+    reason: str
 
 
 class Network(Generic[P]):
@@ -158,15 +166,15 @@ class Network(Generic[P]):
             self.clock.call_later(self.latency_s(src, dst), dst.deliver, call, *args)
 
     def pull(self, dst: End, src_name: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
-        """Transfer `what` from a peer; `done(payload)`, None if it did not come."""
+        """Transfer `what` from a peer; `done(payload)`, None if it did not come, `Refused` if it was refused."""
         src = self.peers[src_name]
         round_trip_s = 2 * self.latency_s(src, dst)
         if not self.passes(src, dst) or src.frozen:
             self.clock.call_later(self._stall_limit_s, dst.deliver, done, None)
             return
         payload = src.provide(what) if src.alive else None
-        if payload is None:
-            self.clock.call_later(round_trip_s, dst.deliver, done, None)
+        if payload is None or isinstance(payload, Refused):
+            self.clock.call_later(round_trip_s, dst.deliver, done, payload)
             return
         seconds = round_trip_s + num_bytes / min(src.link.bytes_per_s, dst.link.bytes_per_s)
         self.clock.call_later(seconds, self._pulled, dst, src, payload, done)

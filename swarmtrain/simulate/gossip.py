@@ -1,0 +1,442 @@
+"""A simulated swarm of asynchronous gossip: every peer trains alone, publishes parts, pulls late and never waits.
+
+The peers run the product's own decisions (partners, ledger, pacing, data coverage, lifecycle). The model is one number,
+so that a thousand peers live for minutes in a second or two: an inner step moves it by `inner_rate` of the way to the
+peer's own `target`, the merge is the one of `algorithm/gossip.py` with a single weight. Publications are made when
+somebody asks for them, as in the product. What happened is in `GossipSwarm.rounds`, `entered` and `incidents`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
+from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
+from swarmtrain.membership.partners import (
+    Candidate,
+    Difference,
+    Ledger,
+    Mark,
+    Nothing,
+    Partners,
+    Theta,
+    expected_transfer,
+    median_round,
+    num_partners,
+    pull_start,
+)
+from swarmtrain.membership.shards import Coverage, Row
+from swarmtrain.simulate.messages import Link
+from swarmtrain.simulate.network import Network, Refused
+
+__all__ = ["GossipPeer", "GossipSettings", "GossipSwarm", "Publication", "RoundRecord"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GossipSettings:
+    """What the run file fixes. Durations in seconds."""
+
+    inner_steps: int = 64
+    tokens_per_step: int = 100
+    num_parts: int = 4
+    partners: int = 3
+    variant: str = "uniform"
+    pacing: bool = True
+    max_staleness_rounds: int = 8
+    max_readers: int = 4
+    publication_bytes: int = 2_000_000
+    outer_learning_rate: float = 0.7
+    outer_momentum: float = 0.8
+    inner_rate: float = 0.0
+    num_shards: int = 0
+    presence_ttl_s: float = 30.0
+    stall_limit_s: float = 10.0
+    sample: int = 16
+    """Presences that a peer reads a round: of a large swarm it knows a sample."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What a peer published: its weight at the round's start and the pseudo-gradient since."""
+
+    peer: str
+    mark: Mark
+    theta: float
+    gradient: float
+    rows: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """One peer's round, for tests and reports."""
+
+    peer: str
+    round: int
+    started_s: float
+    ended_s: float
+    steps: int
+    partners: int
+    """Publications that entered: parts that were not merged before."""
+    staleness_rounds: int
+    """The oldest of them, behind the median."""
+    bytes_down: int
+
+
+@dataclass
+class _Round:
+    """What is forgotten when the next round begins."""
+
+    started_s: float
+    steps: int
+    asked: set[str] = field(default_factory=set)
+    open: int = 0
+    pull_started_s: float = 0.0
+    bytes_down: int = 0
+
+
+class GossipPeer:
+    """One volunteer. Its decisions are the product's; its links and its clock are the swarm's."""
+
+    def __init__(self, swarm: GossipSwarm, name: str, speed: float, theta: float, link: Link) -> None:
+        s = self.settings = swarm.settings
+        self.swarm, self.name, self.steps_per_s, self.link = swarm, name, speed, link
+        self.alive, self.frozen = True, False
+        self.theta, self.target, self.momentum = theta, theta, 0.0
+        self.round, self.bytes_up = 0, 0
+        self.membership = Membership(me=name)
+        self.partners = Partners(Ledger(s.max_staleness_rounds, s.num_parts, s.partners), variant=s.variant)
+        self.coverage = Coverage(me=name, num_shards=s.num_shards) if s.num_shards else None
+        self.shard = -1
+        self._rng = random.Random(f"{swarm.seed} {name}")
+        self._now = _Round(swarm.clock.now, s.inner_steps)
+        self._arrived: list[Publication] = []
+        self._gradients: dict[str, float] = {}
+        self._published: list[Publication] = []
+        self._readers: list[float] = []
+        self._pulls_s: list[float] = []
+        self._sampled: list[Candidate] = []
+        self._frozen_at_s = 0.0
+        self._backlog: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+
+    # ------------------------------------------------------------------ the process
+
+    @property
+    def running(self) -> bool:
+        """Neither gone nor frozen."""
+        return self.alive and not self.frozen
+
+    def deliver(self, call: Callable[..., object], *args: Any) -> None:
+        """Everything that reaches this process comes through here."""
+        if self.frozen:
+            self._backlog.append((call, args))
+        elif self.alive:
+            call(*args)
+
+    def die(self) -> None:
+        """The process ends; its presence stays until it expires."""
+        self.alive = self.frozen = False
+
+    def leave(self) -> None:
+        """Take the presence back, and end."""
+        self.swarm.board.pop(self.name, None)
+        self.die()
+
+    def freeze(self) -> None:
+        """The process is stopped."""
+        self.frozen, self._frozen_at_s = True, self.swarm.clock.now
+
+    def thaw(self) -> None:
+        """It goes on where it was."""
+        self.frozen = False
+        self._now.started_s += self.swarm.clock.now - self._frozen_at_s
+        self.membership.resume(self.swarm.clock.now)
+        backlog, self._backlog = self._backlog, []
+        for call, args in backlog:
+            self.deliver(call, *args)
+
+    def begin(self) -> None:
+        """Take the weights of somebody who lives, if there is anybody, and train."""
+        self._look_around()
+        others = [one.peer for one in self._sampled]
+        if others:
+            self.swarm.pull(self, self._rng.choice(others), "state", self.settings.publication_bytes, self._adopt)
+        else:
+            self._start_round()
+
+    def _adopt(self, state: Any) -> None:
+        if isinstance(state, tuple):
+            self.theta, self.momentum, self.round = state
+        self._start_round()
+
+    # ------------------------------------------------------------------ training
+
+    @property
+    def steps_done(self) -> int:
+        """Of the present round."""
+        now = self._frozen_at_s if self.frozen else self.swarm.clock.now
+        return min(self._now.steps, math.floor((now - self._now.started_s) * self.steps_per_s + 1e-9))
+
+    def _start_round(self) -> None:
+        s, now = self.settings, self.swarm.clock.now
+        if not self._sampled:  # else what was read for the pull will do
+            self._look_around()
+        steps = s.inner_steps
+        if s.pacing:
+            reference = reference_speed([self.steps_per_s, *(one.steps_per_s for one in self._sampled)])
+            steps = paced_inner_steps(self.steps_per_s, reference, s.inner_steps)
+        self._now = _Round(now, steps)
+        if self.coverage is not None:
+            busy = self.coverage.busy(one.peer for one in self._sampled)
+            tokens = steps * s.tokens_per_step
+            self.shard, _ = self.coverage.choose(self.round, self.swarm.seed, busy=busy, round_tokens=tokens)
+        self._announce(self.round)
+        end_s = now + steps / self.steps_per_s
+        when_s, _ = pull_start(now, end_s, expected_transfer(self._pulls_s))
+        self.swarm.clock.call_at(when_s, self.deliver, self._pull, self._now)
+        self.swarm.clock.call_at(end_s, self.deliver, self._end_round, self._now)
+
+    def _gradient(self, steps: int) -> float:
+        """theta less the weight after so many inner steps."""
+        return (self.theta - self.target) * (1.0 - (1.0 - self.settings.inner_rate) ** steps)
+
+    def _end_round(self, r: _Round) -> None:
+        now = self.swarm.clock.now
+        if self.steps_done < r.steps:  # it stood still meanwhile
+            due_s = r.started_s + r.steps / self.steps_per_s
+            self.swarm.clock.call_at(due_s, self.deliver, self._end_round, r)
+            return
+        self._publish()
+        if self.coverage is not None:
+            self.coverage.trained(self.shard, r.steps * self.settings.tokens_per_step)
+        round, reference_round = self.round, self._reference_round()
+        num_merged, oldest = self._merge(reference_round)
+        record = RoundRecord(
+            peer=self.name, round=round, started_s=r.started_s, ended_s=now, steps=r.steps, partners=num_merged,
+            staleness_rounds=oldest, bytes_down=r.bytes_down,
+        )  # fmt: skip
+        self.swarm.rounds.append(record)
+        self.round += 1
+        self._start_round()
+
+    def _merge(self, reference_round: int) -> tuple[int, int]:
+        """Section 5: the mean of the weights, the token-weighted mean of the pseudo-gradients, one Nesterov step.
+
+        Who has fallen too far behind the median takes the others' weights without its own."""
+        s, ledger = self.settings, self.partners.ledger
+        own_tokens = self._now.steps * s.tokens_per_step
+        behind = self.round + 1 < reference_round - s.max_staleness_rounds
+        thetas, gradients, num_merged, oldest = [self.theta], [(self._gradient(self._now.steps), own_tokens)], 0, 0
+        for one in self._arrived:
+            new = ledger.news(one.peer, one.mark, reference_round)
+            if isinstance(new, Nothing):
+                continue
+            since = new.since.tokens if isinstance(new, Difference) else 0
+            earlier = self._gradients[one.peer] if isinstance(new, Difference) else 0.0
+            thetas.append(one.theta)
+            num_merged += 1
+            if not isinstance(new, Theta):
+                gradients.append((one.gradient - earlier, new.tokens))
+                self.swarm.entered.append((self.name, one.peer, one.mark.round, since, one.mark.tokens))
+            ledger.merged(one.peer, one.mark, reference_round)
+            self._gradients[one.peer] = one.gradient
+            oldest = max(oldest, reference_round - one.mark.round)
+            if self.coverage is not None:
+                self.coverage.merge(one.rows, one.peer, lambda _, tokens: tokens)
+        self._gradients = {peer: g for peer, g in self._gradients.items() if peer in ledger.held}
+        self._arrived.clear()
+        mean = sum(g * tokens for g, tokens in gradients) / sum(tokens for _, tokens in gradients)
+        self.momentum = s.outer_momentum * self.momentum + mean
+        step = s.outer_learning_rate * (mean + s.outer_momentum * self.momentum)
+        if behind and num_merged:
+            thetas, self.round = thetas[1:], reference_round - 1
+        self.theta = sum(thetas) / len(thetas) - step
+        return num_merged, oldest
+
+    # ------------------------------------------------------------------ publishing
+
+    def _publish(self) -> Publication | None:
+        """The newest publication; made now if its moment has passed."""
+        r, s = self._now, self.settings
+        part = self.steps_done * s.num_parts // r.steps
+        steps = -(-r.steps * part // s.num_parts)
+        newest = self._published[-1] if self._published else None
+        if part and (newest is None or (newest.mark.round, newest.mark.part) != (self.round, part)):
+            mark = Mark(self.round, part, steps * s.tokens_per_step)
+            rows = () if self.coverage is None else tuple(self.coverage.rows_to_send())
+            newest = Publication(self.name, mark, self.theta, self._gradient(steps), rows)
+            self._published = [*self._published[-1:], newest]
+        return newest
+
+    def provide(self, what: str) -> Any:
+        """The state for a joiner, the manifest of the newest publication, or the bytes of one of the last two."""
+        now, s = self.swarm.clock.now, self.settings
+        if what == "state":
+            return self.theta, self.momentum, self.round
+        if what == "manifest":
+            return self._publish() or Refused("nothing is published yet")
+        self._readers = [end_s for end_s in self._readers if end_s > now]
+        if len(self._readers) >= s.max_readers:
+            return Refused("BUSY")
+        found = next((one for one in self._published if what == f"body {one.mark.round} {one.mark.part}"), None)
+        if found is not None:
+            self._readers.append(now + s.publication_bytes / self.link.bytes_per_s)
+            self.bytes_up += s.publication_bytes
+        return found
+
+    def _announce(self, round: int) -> None:
+        """The presence record: at a round's start, and as often as a third of its lifetime."""
+        s, now = self.settings, self.swarm.clock.now
+        newest = self._publish()
+        info = PeerInfo(
+            peer=self.name, stamp=now, training=True, round=self.round, inner_steps_done=self.steps_done,
+            steps_per_s=self.steps_per_s,
+        )  # fmt: skip
+        mark = Mark(self.round, 0, 0) if newest is None else newest.mark
+        self.swarm.board[self.name] = (info, mark, now + s.presence_ttl_s)
+        if self._now.started_s + s.presence_ttl_s / 3 < now + self._left_s():
+            self.swarm.clock.call_later(s.presence_ttl_s / 3, self.deliver, self._renew, round)
+
+    def _left_s(self) -> float:
+        return (self._now.steps - self.steps_done) / self.steps_per_s
+
+    def _renew(self, round: int) -> None:
+        if round == self.round:
+            self._announce(round)
+
+    # ------------------------------------------------------------------ pulling
+
+    def _look_around(self) -> None:
+        """Read a sample of the presences."""
+        now, board = self.swarm.clock.now, self.swarm.board
+        names = self.swarm.names
+        if len(names) > self.settings.sample:
+            names = self._rng.sample(names, self.settings.sample)
+        self._sampled = []
+        for name in names:
+            if name == self.name or name not in board:
+                continue
+            info, mark, expires_s = board[name]
+            self.membership.saw_presence(info, expires_s, now)
+            if expires_s >= now and self.membership.state(name) is PeerState.LIVE:
+                self._sampled.append(
+                    Candidate(
+                        peer=name, round=mark.round, part=mark.part, tokens=mark.tokens,
+                        inner_steps_done=info.inner_steps_done, steps_per_s=info.steps_per_s,
+                    )
+                )  # fmt: skip
+        self.membership.expire(now)
+
+    def _reference_round(self) -> int:
+        return median_round(self.round, (one.round for one in self._sampled))
+
+    def _pull(self, r: _Round) -> None:
+        s = self.settings
+        self._look_around()
+        r.pull_started_s = self.swarm.clock.now
+        down = self.link.bytes_per_s if self._pulls_s else None
+        wanted, _ = num_partners(len(self._sampled), s.publication_bytes, down, r.steps / self.steps_per_s, s.partners)
+        r.open = wanted
+        for _ in range(wanted):
+            self._ask(r, wanted)
+
+    def _ask(self, r: _Round, streams: int) -> None:
+        """One of `streams` partners asked side by side; another one when this one gives nothing, while time is left."""
+        peer = None
+        if r is self._now:
+            peer, _ = self.partners.choose(
+                self._sampled,
+                exclude=r.asked,
+                reference_round=self._reference_round(),
+                now=self.swarm.clock.now,
+                rng=self._rng,
+            )
+        if peer is None:
+            self._stream_over(r)
+            return
+        r.asked.add(peer)
+        self.swarm.pull(self, peer, "manifest", 0, partial(self._manifest, r, streams, peer))
+
+    def _manifest(self, r: _Round, streams: int, peer: str, found: Publication | Refused | None) -> None:
+        if not isinstance(found, Publication):
+            self._failed(peer, found)
+            self._ask(r, streams)
+            return
+        new = self.partners.ledger.news(peer, found.mark, self._reference_round())
+        if isinstance(new, Nothing):
+            if new.turned_back:
+                self.swarm.incidents.append((self.name, peer, new.reason))
+            self._ask(r, streams)
+            return
+        what = f"body {found.mark.round} {found.mark.part}"
+        num_bytes = self.settings.publication_bytes * streams  # they share the link
+        self.swarm.pull(self, peer, what, num_bytes, partial(self._body, r, streams, peer))
+
+    def _body(self, r: _Round, streams: int, peer: str, found: Publication | Refused | None) -> None:
+        if not isinstance(found, Publication):
+            self._failed(peer, found)
+            self._ask(r, streams)
+            return
+        self.partners.back_off.answered(peer)
+        self.membership.heard(peer, self.swarm.clock.now)
+        self._now.bytes_down += self.settings.publication_bytes
+        self._arrived.append(found)  # if its round is over, it enters the next merge
+        self._stream_over(r)
+
+    def _failed(self, peer: str, answer: Refused | None) -> None:
+        now = self.swarm.clock.now
+        if isinstance(answer, Refused):
+            self.partners.back_off.busy(peer, now)
+        else:
+            self.partners.back_off.failed(peer, now, "unreachable")
+            self.membership.call_failed(peer, now, "unreachable")
+
+    def _stream_over(self, r: _Round) -> None:
+        r.open -= 1
+        if r.open == 0 and self._arrived:
+            self._pulls_s = [*self._pulls_s[-7:], self.swarm.clock.now - r.pull_started_s]
+
+
+class GossipSwarm(Network[GossipPeer]):
+    """The swarm: peers, links, faults, and what happened."""
+
+    def __init__(self, settings: GossipSettings | None = None, *, link: Link | None = None, seed: int = 0) -> None:
+        self.settings = settings or GossipSettings()
+        super().__init__(link or Link(), self.settings.stall_limit_s, seed)
+        self.seed = seed
+        self.board: dict[str, tuple[PeerInfo, Mark, float]] = {}
+        """What the DHT was given: (presence, newest publication, when it expires) of each peer."""
+        self.names: list[str] = []
+        self.rounds: list[RoundRecord] = []
+        self.entered: list[tuple[str, str, int, int, int]] = []
+        """(who merged, whose, of which round, from token, to token): the inner steps that entered."""
+        self.incidents: list[tuple[str, str, str]] = []
+
+    def join(self, name: str, *, steps_per_s: float = 10.0, theta: float = 0.0, link: Link | None = None) -> GossipPeer:
+        """A volunteer comes now; if anybody is there it takes their weights, else it has `theta`."""
+        peer = self._add(name, steps_per_s, theta, link)
+        peer.deliver(peer.begin)
+        return peer
+
+    def found(
+        self, name: str, *, steps_per_s: float = 10.0, theta: float = 0.0, link: Link | None = None
+    ) -> GossipPeer:
+        """A founding volunteer comes now: it starts from its own `theta`, whoever is there."""
+        peer = self._add(name, steps_per_s, theta, link)
+        peer.deliver(peer._start_round)
+        return peer
+
+    def _add(self, name: str, steps_per_s: float, theta: float, link: Link | None) -> GossipPeer:
+        assert name not in self.peers, f"{name} has been here already: a process that returns is a new peer"
+        peer = self.peers[name] = GossipPeer(self, name, steps_per_s, theta, link or self._link)
+        self.names.append(name)
+        return peer
+
+    def spread(self) -> float:
+        """The consensus problem's error: the greatest difference between two running peers' weights."""
+        weights = [peer.theta for peer in self.running()]
+        return max(weights) - min(weights)
