@@ -99,6 +99,17 @@ class _Round:
     bytes_down: int = 0
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Weights, and what was merged into them: they belong together. `entered` is for the tests."""
+
+    theta: float
+    momentum: float
+    round: int
+    ledger: list[list[str | int]]
+    entered: list[tuple[str, str, int, int, int]]
+
+
 class GossipPeer:
     """One volunteer. Its decisions are the product's; its links and its clock are the swarm's."""
 
@@ -120,6 +131,8 @@ class GossipPeer:
         self._readers: list[float] = []
         self._pulls_s: list[float] = []
         self._sampled: list[Candidate] = []
+        self.entered: list[tuple[str, str, int, int, int]] = []
+        self.checkpoints: list[_Checkpoint] = []
         self._frozen_at_s = 0.0
         self._backlog: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
 
@@ -221,6 +234,15 @@ class GossipPeer:
         )  # fmt: skip
         self.swarm.rounds.append(record)
         self.round += 1
+        saved = _Checkpoint(self.theta, self.momentum, self.round, self.partners.ledger.rows(), list(self.entered))
+        self.checkpoints = [*self.checkpoints[-2:], saved]
+        self._start_round()
+
+    def resume(self, saved: _Checkpoint) -> None:
+        """Go on from a checkpoint, in a process that knows nothing else."""
+        self.theta, self.momentum, self.round = saved.theta, saved.momentum, saved.round
+        self.entered = list(saved.entered)  # what was merged later is gone with the weights it entered
+        self.partners.ledger.load(saved.ledger)
         self._start_round()
 
     def _merge(self, reference_round: int) -> tuple[int, int]:
@@ -241,7 +263,7 @@ class GossipPeer:
             num_merged += 1
             if not isinstance(new, Theta):
                 gradients.append((one.gradient - earlier, new.tokens))
-                self.swarm.entered.append((self.name, one.peer, one.mark.round, since, one.mark.tokens))
+                self.entered.append((self.name, one.peer, one.mark.round, since, one.mark.tokens))
             ledger.merged(one.peer, one.mark, reference_round)
             self._gradients[one.peer] = one.gradient
             oldest = max(oldest, reference_round - one.mark.round)
@@ -412,8 +434,6 @@ class GossipSwarm(Network[GossipPeer]):
         """What the DHT was given: (presence, newest publication, when it expires) of each peer."""
         self.names: list[str] = []
         self.rounds: list[RoundRecord] = []
-        self.entered: list[tuple[str, str, int, int, int]] = []
-        """(who merged, whose, of which round, from token, to token): the inner steps that entered."""
         self.incidents: list[tuple[str, str, str]] = []
 
     def join(self, name: str, *, steps_per_s: float = 10.0, theta: float = 0.0, link: Link | None = None) -> GossipPeer:
@@ -430,11 +450,26 @@ class GossipSwarm(Network[GossipPeer]):
         peer.deliver(peer._start_round)
         return peer
 
+    def restart(self, name: str) -> None:
+        """Its process dies, and comes back at once from the last but two of its checkpoints, as after a torn disk."""
+        self.kill(name)
+        old = self.peers.pop(name)
+        self.names.remove(name)
+        saved = old.checkpoints[0]
+        new = self._add(name, old.steps_per_s, old.theta, old.link)
+        new.target = old.target
+        new.deliver(new.resume, saved)
+
     def _add(self, name: str, steps_per_s: float, theta: float, link: Link | None) -> GossipPeer:
         assert name not in self.peers, f"{name} has been here already: a process that returns is a new peer"
         peer = self.peers[name] = GossipPeer(self, name, steps_per_s, theta, link or self._link)
         self.names.append(name)
         return peer
+
+    @property
+    def entered(self) -> list[tuple[str, str, int, int, int]]:
+        """(who merged, whose, of which round, from token, to token): the inner steps that entered the weights."""
+        return [entry for peer in self.peers.values() for entry in peer.entered]
 
     def spread(self) -> float:
         """The consensus problem's error: the greatest difference between two running peers' weights."""

@@ -117,10 +117,11 @@ def test_memory_is_bounded_the_lowest_rounds_are_forgotten_and_nothing_enters_tw
 def test_a_checkpoint_keeps_the_ledger_without_the_gradients() -> None:
     ledger = ledger_with(("a", 3, 2, 200), ("b", 1, 1, 7), ("a", 3, 3, 250))
     ledger.forgotten_round = 0
-    again = ledger_with(("z", 9, 1, 1))
+    again = ledger_with(("z", 9, 1, 1), ("a", 2, 1, 1))
+    assert again.held == {"z", "a"}
     again.load(json.loads(json.dumps(ledger.rows())))
     assert again.rows() == ledger.rows() and again.by_age() == ["b", "a"] and again.forgotten_round == 0
-    assert isinstance(again.news("a", Mark(3, 3, 250), 3), Nothing)
+    assert not again.held and isinstance(again.news("a", Mark(3, 3, 250), 3), Nothing)
     assert isinstance(again.news("a", Mark(3, 4, 300), 3), Theta)
     assert isinstance(again.news("a", Mark(4, 1, 60), 3), Whole)
 

@@ -96,6 +96,17 @@ def test_one_frozen_and_one_cut_off_cost_the_others_nothing() -> None:
     assert fresh_share(back) >= 0.95 and swarm.spread() < 0.05
 
 
+@pytest.mark.parametrize("pacing", [True, False])
+def test_restarts_from_old_checkpoints_merge_nothing_twice(pacing: bool) -> None:
+    swarm = unequal_swarm(6, GossipSettings(pacing=pacing, partners=2, max_staleness_rounds=30), seed=2)
+    for i in range(20):
+        swarm.at(60.0 + 7.0 * i, swarm.restart, f"p{i % 6:04d}")
+    swarm.run_until(260.0)
+    assert_steps_enter_at_most_once(swarm)
+    assert len(swarm.entered) > 300 and fresh_share(swarm.rounds) >= 0.95
+    assert {words.split(" ")[1] for _, _, words in swarm.incidents} <= {"counter"}
+
+
 def test_lost_messages_and_slow_links() -> None:
     swarm = GossipSwarm(GossipSettings(inner_steps=200), link=Link(latency_s=0.05, bytes_per_s=1e6, drop=0.05), seed=1)
     for i in range(8):
