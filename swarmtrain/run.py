@@ -12,6 +12,7 @@ hashed before they are read, and nothing in them reaches a terminal unescaped.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -44,6 +45,7 @@ __all__ = [
 
 MAX_RUN_FILE_BYTES = 65_536
 EXAMPLE = "examples/stdlib-gpt.toml"
+_CHUNK_BYTES = 256 * 1024
 
 
 class _Section(BaseModel):
@@ -191,6 +193,29 @@ class NetworkSection(_Section):
     stall_limit_s: float = Field(10.0, gt=0, le=600, description="A transfer that brings nothing for this long is given up, in seconds.")  # fmt: skip
     min_pull_bytes_per_s: float = Field(32_768, ge=0, description="A source of a transfer that delivers less, averaged over 30 s and more of waiting for it, is given up, in bytes per second; slower uplinks, shared by `max_readers`, cannot take part.")  # fmt: skip
     archive_every_s: float = Field(60.0, ge=1, description="The bootstrap archives the run's state this often, in seconds.")  # fmt: skip
+    up_mbit: float = Field(0.0, ge=0, le=100_000, description="What a peer sends at most, in Mbit/s, unless it is started with `--up`; 0 for no limit. With little, it serves fewer readers at once.")  # fmt: skip
+    down_mbit: float = Field(0.0, ge=0, le=100_000, description="What a peer receives at most, in Mbit/s, unless it is started with `--down`; 0 for no limit.")  # fmt: skip
+
+    @property
+    def least_bytes_per_s(self) -> float:
+        """A transfer that is slower than this is given up: on the whole, or because a chunk takes too long."""
+        return max(self.min_pull_bytes_per_s, _CHUNK_BYTES / self.stall_limit_s)
+
+    @property
+    def least_mbit(self) -> float:
+        """The smallest limit of a link: twice that, in Mbit/s."""
+        return math.ceil(min(16e-6 * self.least_bytes_per_s, 1e9) * 100) / 100
+
+    @model_validator(mode="after")
+    def _keeps_transfers(self) -> NetworkSection:
+        for key in ("up_mbit", "down_mbit"):
+            if 0 < getattr(self, key) < self.least_mbit:
+                raise ValueError(
+                    f"network.{key}: {getattr(self, key):g} is too little for network.min_pull_bytes_per_s = "
+                    f"{self.min_pull_bytes_per_s:g} and network.stall_limit_s = {self.stall_limit_s:g}; allowed: 0 (no "
+                    f"limit), or at least {self.least_mbit:g}"
+                )
+        return self
 
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -33,10 +33,10 @@ WHICH_PEER = ("[NAME]", "--dir", "--address")
 
 # Every command with its arguments and options. A change here is a change of what people type: say it in CHANGELOG.md.
 FROZEN: dict[str, tuple[str, ...]] = {
-    "bootstrap": ("RUN.toml", "--wait-for", *PEER_OPTIONS),
+    "bootstrap": ("RUN.toml", "--wait-for", "--up", "--down", *PEER_OPTIONS),
     "join": (
         "[INVITE]",
-        *("--threads", "--memory", "--nice", "--only-when-idle", "--hours"),
+        *("--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down"),
         "--data",
         *PEER_OPTIONS,
     ),
@@ -46,7 +46,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "pause": WHICH_PEER,
     "resume": WHICH_PEER,
     "leave": (*WHICH_PEER, "--no-wait"),
-    "limits": (*WHICH_PEER, "--threads", "--memory", "--nice", "--only-when-idle", "--hours"),
+    "limits": (*WHICH_PEER, "--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down"),
     "invite": ("--dir", "--json"),
     "check": ("RUN.toml", "--peers", "--json"),
     "doctor": ("[INVITE]", "--dir", "--listen", "--announce", "--data", "--json"),

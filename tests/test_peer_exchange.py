@@ -19,7 +19,7 @@ from swarmtrain.membership.rosters import Told
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.node import NetworkThread, NodeSettings
+from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.common import StopFlag
 from swarmtrain.peer.exchange import SwarmExchange
@@ -36,7 +36,7 @@ def exchange_for() -> Iterator[Callable[[int], SwarmExchange]]:
 
     def make(min_peers: int) -> SwarmExchange:
         run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"min_peers": min_peers}})
-        node: Any = SimpleNamespace(identity=ME, settings=NodeSettings(directory=Path("/nowhere")))
+        node: Any = SimpleNamespace(identity=ME, settings=NodeSettings(directory=Path("/nowhere")), traffic=Traffic())
         published = PublishedRun(b"", "ab" * 32, run, b"", b"")
         swarm = Swarm(node, published, (), average_bytes_untrusted, lambda event: None, PeerInfo(peer=ME.peer_id))
         now = swarm_time()

@@ -16,11 +16,12 @@ import torch
 from swarmtrain.errors import UserError
 from swarmtrain.events import Event, WarningEvent
 from swarmtrain.membership.limits import Limits, parse_hours
+from swarmtrain.network.node import Traffic
 from swarmtrain.peer import limits as module
-from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
+from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits, limit_link
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.usage import Usage
-from swarmtrain.run import parse_run
+from swarmtrain.run import NetworkSection, parse_run
 from swarmtrain.v1 import control_pb2 as pb
 
 
@@ -140,9 +141,31 @@ def test_limits_are_told_and_what_is_absent_stays() -> None:
     assert told.nice == os.getpriority(os.PRIO_PROCESS, 0)
 
 
+def test_the_link_is_limited_as_given_or_as_the_run_says_and_changes_at_once() -> None:
+    kept, traffic = Kept(Limits(up_mbit=4.0)), Traffic()
+    network = NetworkSection(up_mbit=8.0, down_mbit=16.0)
+    assert not kept.keeper.limits().HasField("up_mbit"), "before there is a link"
+    assert kept.keeper.change(pb.Limits(up_mbit=2.0)) == "sends at most 2 Mbit/s; it trains"
+    kept.keeper.limit_link(traffic, network)
+    assert (traffic.up.bytes_per_s, traffic.down.bytes_per_s) == (250_000, 2_000_000)
+    said = kept.keeper.change(pb.Limits(up_mbit=0, down_mbit=1.5))
+    assert said == "sends as fast as the link; receives at most 1.5 Mbit/s; it trains"
+    assert (traffic.up.bytes_per_s, traffic.down.bytes_per_s) == (0, 187_500)
+    told = kept.keeper.limits()
+    assert (told.up_mbit, told.down_mbit) == (0.0, 1.5)
+    with pytest.raises(UserError, match=r"up: 0.5 Mbit/s is too little .* 32.8 kB/s are given up; .* at least 0.53"):
+        kept.keeper.change(pb.Limits(up_mbit=0.5))
+    assert kept.keeper.limits() == told
+    with pytest.raises(UserError, match=r"down: 0.2 Mbit/s is too little"):
+        limit_link(traffic, Limits(down_mbit=0.2), network)
+    limit_link(traffic, Limits(down_mbit=0.2), NetworkSection(min_pull_bytes_per_s=0, stall_limit_s=60))
+
+
 @pytest.mark.parametrize(
     ("wanted", "problem"),
     [
+        (pb.Limits(up_mbit=-1), r"up: -1 Mbit/s is refused; allowed: 0 \(no limit\) to 100000"),
+        (pb.Limits(down_mbit=float("nan")), "down: nan Mbit/s is refused"),
         (pb.Limits(nice=20), "nice: 20 is refused; allowed: 0"),
         (pb.Limits(nice=-5), "nice: -5 is refused"),
         (pb.Limits(threads=10**6), "threads: 1000000 is refused"),

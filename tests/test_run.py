@@ -281,3 +281,15 @@ def test_any_table_gives_one_line(table: dict[str, object]) -> None:
 def test_every_example_is_a_run() -> None:
     for path in (Path(__file__).resolve().parent.parent / "examples").glob("*.toml"):
         load_run(path)
+
+
+def test_a_limit_of_the_link_must_leave_transfers_fast_enough() -> None:
+    run = {"run": {"total_tokens": 100_000}}
+    for key in ("up_mbit", "down_mbit"):
+        RunFile.model_validate(run | {"network": {key: 0.0}})
+        RunFile.model_validate(run | {"network": {key: 0.53}})
+        RunFile.model_validate(run | {"network": {key: 0.1, "min_pull_bytes_per_s": 0.0, "stall_limit_s": 60.0}})
+        with pytest.raises(ValueError, match=rf"network.{key}: 0.5 is too little .* at least 0.53"):
+            RunFile.model_validate(run | {"network": {key: 0.5}})
+        with pytest.raises(ValueError, match="is too little"):
+            RunFile.model_validate(run | {"network": {key: 5.0, "stall_limit_s": 5e-324}})

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from swarmtrain.cli.common import PeerOptions, errors_as_events, example, open_sink, peer_directory, peer_options
+from swarmtrain.cli.common import (
+    LINK_OPTIONS,
+    PeerOptions,
+    errors_as_events,
+    example,
+    open_sink,
+    peer_directory,
+    peer_options,
+)
 
 __all__ = ["command"]
 
@@ -20,8 +28,12 @@ __all__ = ["command"]
 )
 @click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
 @click.option("--wait-for", type=click.IntRange(1, 10_000), default=None, metavar="N", help="Round 0 begins when N volunteers are present (overrides `merge.min_peers`).")  # fmt: skip
+@LINK_OPTIONS[0]
+@LINK_OPTIONS[1]
 @peer_options
-def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
+def command(
+    run_file: Path, wait_for: int | None, up_mbit: float | None, down_mbit: float | None, options: PeerOptions
+) -> None:
     """Publish RUN.toml, print an invite, serve and archive the run.
 
     It trains nothing itself: join it from the same or another machine with the line it prints. Started again with the
@@ -35,6 +47,7 @@ def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
         run = run.model_copy(update={"merge": run.merge.model_copy(update={"min_peers": wait_for})})
     from swarmtrain.cli.background import outputs_to_log
     from swarmtrain.cli.display import PeerDisplay
+    from swarmtrain.membership.limits import Limits
     from swarmtrain.peer.bootstrap import run_bootstrap
     from swarmtrain.peer.common import PeerSettings
 
@@ -44,6 +57,7 @@ def command(run_file: Path, wait_for: int | None, options: PeerOptions) -> None:
         name=options.name or "bootstrap",
         listen=options.listen,
         announce=options.announce,
+        limits=Limits(up_mbit=up_mbit, down_mbit=down_mbit),
         log_descriptors=outputs_to_log(),
         control=options.control,
     )

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from swarmtrain.events import Event
 
 __all__ = [
+    "LINK_OPTIONS",
     "Display",
     "EventSink",
     "PeerOptions",
@@ -175,6 +176,12 @@ _PEER_OPTIONS = (
         help="Wait until it takes part, then leave it running without this terminal.",
     ),
 )
+
+
+LINK_OPTIONS = (
+    click.option("--up", "up_mbit", type=click.FloatRange(0, 100_000), metavar="MBIT", help="Send at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
+    click.option("--down", "down_mbit", type=click.FloatRange(0, 100_000), metavar="MBIT", help="Receive at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
+)  # fmt: skip
 
 
 def peer_options(function: _F) -> _F:

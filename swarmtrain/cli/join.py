@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from swarmtrain.cli.common import PeerOptions, errors_as_events, example, open_sink, peer_directory, peer_options
+from swarmtrain.cli.common import (
+    LINK_OPTIONS,
+    PeerOptions,
+    errors_as_events,
+    example,
+    open_sink,
+    peer_directory,
+    peer_options,
+)
 
 if TYPE_CHECKING:
     from swarmtrain.membership.limits import Hours, Limits
@@ -44,6 +52,7 @@ _SCOPE = (
     click.option("--nice", type=click.IntRange(0, 19), metavar="N", help="Yield to other programs: 0 as they, 19 takes only what they leave.  [default: as it is started]"),
     click.option("--only-when-idle", is_flag=True, help="Rest while other programs use the processors."),
     click.option("--hours", callback=_hours, default="any", metavar="FROM-TO", help="Train only then, local time, such as 22-7 or 12-13,18:30-8.  [default: any]"),
+    *LINK_OPTIONS,
 )  # fmt: skip
 
 
@@ -60,6 +69,8 @@ def _limit_options(function: _F) -> _F:
             nice=values.pop("nice"),
             only_when_idle=values.pop("only_when_idle"),
             hours=values.pop("hours"),
+            up_mbit=values.pop("up_mbit"),
+            down_mbit=values.pop("down_mbit"),
         )
         return function(limits=limits, **values)
 

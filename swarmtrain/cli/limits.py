@@ -39,8 +39,17 @@ def _hours(ctx: click.Context, param: click.Parameter, value: str | None) -> str
     metavar="FROM-TO",
     help="Train only then, local time, such as 22-7 or 12-13,18:30-8; any: always.",
 )
+@click.option("--up", type=click.FloatRange(0, 100_000), metavar="MBIT", help="Send at most so many Mbit/s; 0: no limit.")  # fmt: skip
+@click.option("--down", type=click.FloatRange(0, 100_000), metavar="MBIT", help="Receive at most so many Mbit/s; 0: no limit.")  # fmt: skip
 def command(
-    which: WhichPeer, threads: int | None, memory: int | None, nice: int | None, idle: bool | None, hours: str | None
+    which: WhichPeer,
+    threads: int | None,
+    memory: int | None,
+    nice: int | None,
+    idle: bool | None,
+    hours: str | None,
+    up: float | None,
+    down: float | None,
 ) -> None:
     """Show or change what a peer may take of its machine.
 
@@ -50,7 +59,8 @@ def command(
     from swarmtrain.cli.screen import limits_in_words
 
     peer = find_running(which)
-    asked = {"threads": threads, "memory_bytes": memory, "nice": nice, "only_when_idle": idle, "hours": hours}
+    asked: dict[str, float | str | None] = {"threads": threads, "memory_bytes": memory, "nice": nice}
+    asked |= {"only_when_idle": idle, "hours": hours, "up_mbit": up, "down_mbit": down}
     limits = wire.Limits()
     for name, value in asked.items():
         if value is not None:

@@ -205,6 +205,9 @@ def limits_in_words(limits: Any) -> str:
     parts.append("only when the machine is idle" if limits.only_when_idle else "busy or not")
     hours = one_line(limits.hours)
     parts.append("at any hour" if hours in ("", "any") else f"in the hours {hours}")
+    for mbit, verb in ((limits.up_mbit, "sends"), (limits.down_mbit, "receives")):
+        if mbit > 0:
+            parts.append(f"{verb} at most {_finite(mbit):g} Mbit/s")
     return ", ".join(parts)
 
 

@@ -33,6 +33,7 @@ __all__ = [
 
 _MAX_NICE = 19
 _MAX_THREADS = 4096
+_MAX_MBIT = 100_000
 
 BUSY_SHARE = 0.25
 """Other programs use the machine when they take more of all its processors than this, on average over `AVERAGE_S`."""
@@ -82,6 +83,8 @@ class Limits:
     nice: int | None = None  # None: as it was started
     only_when_idle: bool = False
     hours: Hours = field(default=ALWAYS)
+    up_mbit: float | None = None  # sent to others at most, in Mbit/s; 0: no limit; None: what the run says
+    down_mbit: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.threads <= _MAX_THREADS:
@@ -90,6 +93,9 @@ class Limits:
             raise ValueError(f"nice: {self.nice} is refused; allowed: 0 (as others) to {_MAX_NICE} (what others leave)")
         if self.memory_bytes < 0:
             raise ValueError(f"memory: {self.memory_bytes} bytes is refused; allowed: 0 (no limit) and more")
+        for name, mbit in (("up", self.up_mbit), ("down", self.down_mbit)):
+            if mbit is not None and not 0 <= mbit <= _MAX_MBIT:
+                raise ValueError(f"{name}: {mbit:g} Mbit/s is refused; allowed: 0 (no limit) to {_MAX_MBIT}")
 
     def with_changes(self, **changes: object) -> Limits:
         """These with some changed; ValueError says what is allowed."""

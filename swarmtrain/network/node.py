@@ -17,6 +17,7 @@ import signal
 import socket
 import statistics
 import threading
+import time
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.records import RecordRules, bound_storage, bucket_key, hashed_key, make_validator
 from swarmtrain.network.tasks import end_tasks
+from swarmtrain.network.throttle import Throttle, TransferTimes
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "Traffic", "correct_clock"]
@@ -119,10 +121,24 @@ class NodeSettings:
 
 @dataclass
 class Traffic:
-    """Bytes of messages sent and received, as serialised by us (the transport adds some per cent)."""
+    """Bytes of messages sent and received, as serialised by us (the transport adds some per cent); how fast they may
+    go each way, and how long what was received took."""
 
     sent_bytes: int = 0
     received_bytes: int = 0
+    up: Throttle = field(default_factory=Throttle)
+    down: Throttle = field(default_factory=Throttle)
+    times: TransferTimes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.times = TransferTimes(self.down)
+
+    def called(self, sent_bytes: int, received_bytes: int) -> None:
+        """A small call, or its answer."""
+        self.sent_bytes += sent_bytes
+        self.received_bytes += received_bytes
+        self.up.count(sent_bytes)
+        self.down.count(received_bytes)
 
 
 class Stream:
@@ -134,13 +150,19 @@ class Stream:
 
     def __init__(self, stream: Any, traffic: Traffic) -> None:
         self._stream, self._traffic = stream, traffic
+        self._opened_s, self._received_bytes = time.monotonic(), 0
 
     async def __anext__(self) -> Any:
-        return await anext(self._stream)
+        message = await anext(self._stream)
+        if message.end:
+            self._traffic.times.finished(self._received_bytes, time.monotonic() - self._opened_s)
+        return message
 
-    def count(self, size_bytes: int) -> None:
-        """So much was received."""
+    async def count(self, size_bytes: int) -> None:
+        """So much was received; returns when more may be."""
+        self._received_bytes += size_bytes
         self._traffic.received_bytes += size_bytes
+        await self._traffic.down.turn(size_bytes)
 
     async def aclose(self) -> None:
         """Hang up."""
@@ -277,8 +299,7 @@ class Node:
             raise UnreachableError(f"no answer within {limit_s:g} s") from None
         except Exception as error:  # the adapter's boundary
             raise UnreachableError(_reason(error)) from error
-        self.traffic.sent_bytes += request.ByteSize()
-        self.traffic.received_bytes += reply.ByteSize()
+        self.traffic.called(request.ByteSize(), reply.ByteSize())
         return reply
 
     async def open_stream(self, stub: Any, method: str, request: Message) -> Stream:
@@ -288,7 +309,7 @@ class Node:
                 stream = await asyncio.wait_for(getattr(stub, method)(request), self.settings.call_limit_s)
         except Exception as error:  # the adapter's boundary
             raise UnreachableError(_reason(error)) from error
-        self.traffic.sent_bytes += request.ByteSize()
+        self.traffic.called(request.ByteSize(), 0)
         return Stream(stream, self.traffic)
 
     async def stub_of(self, service_type: Any, peer: str, namespace: str) -> Any:

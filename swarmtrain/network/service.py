@@ -17,11 +17,12 @@ from typing import Any, AsyncIterator, Protocol, TypeVar  # noqa: UP035 - hivemi
 
 from google.protobuf.message import Message
 
-from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
+from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
 from swarmtrain.network.daemon import MAX_FRAME_BYTES, hivemind_module
 from swarmtrain.network.dialback import DialBack
 from swarmtrain.network.node import Node, Stream
 from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore, next_message
+from swarmtrain.network.throttle import Places, num_at_once
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Answers", "PeerCalls", "namespace_of", "service_type"]
@@ -32,6 +33,8 @@ _MAX_HELD_CALLS = 64
 _MAX_HELD_CALLS_A_PEER = 2
 _MAX_WAIT_S = 60.0
 _MAX_STUBS = 4096
+_FILE_ATTEMPTS = 120
+_FILE_AGAIN_S = 0.5
 _HANG_UP_S = 2.0
 """A stream stays open so long for its reader to hang up first. Were it closed at once, the reader's own end mark could
 find it closed; the daemon then resets it, and what was still under way is lost (seen: one of 7,000 short streams)."""
@@ -103,12 +106,9 @@ def service_type() -> Any:
                 yield pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)
                 await asyncio.sleep(_HANG_UP_S)
                 return
-            yield pb.PullReply(status=pb.PullReply.STATUS_OK)
-            for offset in range(0, len(data), CHUNK_BYTES):
-                piece = data[offset : offset + CHUNK_BYTES]
-                self._count_sent(len(piece))
-                yield pb.PullReply(data=piece)
-            yield pb.PullReply(end=True)
+            async with contextlib.aclosing(self._store.serve_file(data, self._count_sent)) as replies:
+                async for reply in replies:
+                    yield reply
             await asyncio.sleep(_HANG_UP_S)
 
         def _count_sent(self, size_bytes: int) -> None:
@@ -118,9 +118,7 @@ def service_type() -> Any:
             size = reply.ByteSize()
             if size > _MAX_REPLY_BYTES:  # the daemon would drop it, and the caller would wait in vain
                 raise ValueError(f"an answer of {size} bytes, more than {_MAX_REPLY_BYTES}")
-            traffic = self._node.traffic
-            traffic.received_bytes += 0 if request is None else request.ByteSize()
-            traffic.sent_bytes += size
+            self._node.traffic.called(size, 0 if request is None else request.ByteSize())
             return reply
 
     return PeerService
@@ -133,11 +131,19 @@ class PeerCalls:
     node: Node
     run_sha256: str
     stall_limit_s: float = 10.0
+    min_bytes_per_s: float = 0.0
     on_failure: Callable[[str, PeerError], None] = lambda peer, error: None
     on_answer: Callable[[str], None] = lambda peer: None
-    pull_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_PULLS))
-    """At most so many pulls at once: libp2p resets streams beyond some 120, and an uplink gains nothing by more."""
+    pull_slots: Places = field(init=False)
+    """At most so many pulls at once: libp2p resets streams beyond some 120, and an uplink gains nothing by more. Fewer
+    while downloads are limited: a peer that takes a chunk now and then loses its place at the source."""
     _stubs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pull_slots = Places(self._num_pulls)
+
+    def _num_pulls(self) -> int:
+        return num_at_once(_MAX_PULLS, self.node.traffic.down.bytes_per_s, self.min_bytes_per_s)
 
     async def _stub(self, peer: str) -> Any:
         if peer not in self._stubs:
@@ -190,12 +196,25 @@ class PeerCalls:
 
     async def blob_untrusted(self, peer: str, sha256: str, max_bytes: int) -> bytes:
         """A file that travels with the run: at most `max_bytes`, with this hash, or BadBytesError."""
+        for attempts_left in reversed(range(_FILE_ATTEMPTS)):
+            try:
+                return await self._file_untrusted(peer, sha256, max_bytes)
+            except BusyError:
+                if not attempts_left:
+                    raise
+            await asyncio.sleep(_FILE_AGAIN_S)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _file_untrusted(self, peer: str, sha256: str, max_bytes: int) -> bytes:
         request = pb.BlobRequest(sha256=bytes.fromhex(sha256), max_bytes=max_bytes)
         stream = await self._open(peer, "rpc_blob", request)
         parts: list[bytes] = []
         size = 0
         try:
-            if (await next_message(stream, self.stall_limit_s)).status != pb.PullReply.STATUS_OK:
+            status = (await next_message(stream, self.stall_limit_s)).status
+            if status == pb.PullReply.STATUS_BUSY:
+                raise BusyError("it serves as many readers as it may")
+            if status != pb.PullReply.STATUS_OK:
                 raise UnreachableError("it does not hold this file of the run")
             while not (message := await next_message(stream, self.stall_limit_s)).end:
                 data = message.data  # a copy, each time
@@ -203,7 +222,7 @@ class PeerCalls:
                     raise BadBytesError("a file of the run that comes in other pieces than it should")
                 parts.append(data)
                 size += len(data)
-                stream.count(len(data))
+                await stream.count(len(data))
                 if size > max_bytes:
                     raise BadBytesError(f"a file of the run longer than {max_bytes} bytes")
         finally:

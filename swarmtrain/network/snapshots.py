@@ -21,6 +21,7 @@ import numpy as np
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
+from swarmtrain.network.throttle import Throttle, num_at_once
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
@@ -180,12 +181,15 @@ class SnapshotStore:
     """The snapshots that this peer serves: its own publications and what it pulled from others.
 
     One being read stays in memory until its reader ends, since the reader holds a reference. A reader that takes
-    nothing for `reader_stall_s` loses its place as soon as another wants it.
+    nothing for `reader_stall_s` loses its place as soon as another wants it. While `up` is limited, fewer read at once,
+    so that each gets twice the `min_bytes_per_s` below which it would give up.
     """
 
     max_readers: int = 4
     keep_rounds: int = 2
     reader_stall_s: float = 10.0
+    up: Throttle = field(default_factory=Throttle)
+    min_bytes_per_s: float = 0.0
     clock: Callable[[], float] = time.monotonic
     _held: dict[str, Held] = field(default_factory=dict)
     _read_s: dict[str, float] = field(default_factory=dict)
@@ -218,7 +222,7 @@ class SnapshotStore:
     def _admit(self) -> object | None:
         """A place for one more reader, if there is one."""
         now_s = self.clock()
-        if len(self._readers) >= self.max_readers:
+        if len(self._readers) >= num_at_once(self.max_readers, self.up.bytes_per_s, self.min_bytes_per_s):
             slowest = min(self._readers, key=self._readers.__getitem__)
             if now_s - self._readers[slowest] < self.reader_stall_s:
                 return None
@@ -237,6 +241,9 @@ class SnapshotStore:
             yield pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)
             return
         if not wanted:
+            size_bytes = held.snapshot.signed.ByteSize()
+            self.up.count(size_bytes)
+            count_sent(size_bytes)
             yield pb.PullReply(status=pb.PullReply.STATUS_OK, manifest=held.snapshot.signed)
             yield pb.PullReply(end=True)
             return
@@ -247,9 +254,9 @@ class SnapshotStore:
         try:
             yield pb.PullReply(status=pb.PullReply.STATUS_OK)
             for chunk in wanted:
-                if reader not in self._readers:
+                if not await self._may_read(reader, held.snapshot.chunk_size(chunk)):
                     return
-                self._readers[reader] = self._read_s[held.snapshot.sha256] = self.clock()
+                self._read_s[held.snapshot.sha256] = self.clock()
                 data = held.body.read(chunk * CHUNK_BYTES, CHUNK_BYTES)
                 count_sent(len(data))
                 yield pb.PullReply(chunk=chunk, data=data)
@@ -257,14 +264,45 @@ class SnapshotStore:
         finally:
             self._readers.pop(reader, None)
 
+    async def _may_read(self, reader: object, size_bytes: int) -> bool:
+        """Whether a reader that comes for its next piece still has its place; when it has had its turn."""
+        if reader not in self._readers:
+            return False
+        self._readers[reader] = math.inf  # it is we who let it wait
+        await self.up.turn(size_bytes)
+        self._readers[reader] = self.clock()
+        return True
+
+    async def serve_file(
+        self, data: bytes, count_sent: Callable[[int], None] = lambda size_bytes: None
+    ) -> AsyncGenerator[pb.PullReply, None]:
+        """Send a file in pieces. It takes a reader's place only while `up` is limited: files are small and few."""
+        limited = self.up.bytes_per_s > 0
+        reader = self._admit() if limited else None
+        if limited and reader is None:
+            yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
+            return
+        try:
+            yield pb.PullReply(status=pb.PullReply.STATUS_OK)
+            for offset in range(0, len(data), CHUNK_BYTES):
+                piece = data[offset : offset + CHUNK_BYTES]
+                if reader is not None and not await self._may_read(reader, len(piece)):
+                    return
+                count_sent(len(piece))
+                yield pb.PullReply(data=piece)
+            yield pb.PullReply(end=True)
+        finally:
+            if reader is not None:
+                self._readers.pop(reader, None)
+
 
 class PullStream(Protocol):
     """A pull's replies; whoever takes data out says how much."""
 
     async def __anext__(self) -> pb.PullReply: ...
 
-    def count(self, size_bytes: int) -> None:
-        """So much was received."""
+    async def count(self, size_bytes: int) -> None:
+        """So much was received; returns when more may be."""
 
     async def aclose(self) -> None:
         """Hang up."""
@@ -351,10 +389,10 @@ class _Pace:
             raise UnreachableError(f"it delivers {rate:.0f} KiB/s, less than {limits.min_bytes_per_s / 1024:.0f}")
         began_s = limits.clock()
         message = await next_message(stream, limits.stall_limit_s)
-        data = message.data  # a copy, each time
-        stream.count(len(data))
-        self._came_bytes += len(data)
         self._waited_s += min(limits.clock() - began_s, limits.stall_limit_s)
+        data = message.data  # a copy, each time
+        self._came_bytes += len(data)
+        await stream.count(len(data))
         return message, data
 
 

@@ -122,10 +122,13 @@ class Swarm:
             self.node,
             self.published.sha256,
             limits.stall_limit_s,
+            limits.least_bytes_per_s,
             on_failure=self._call_failed,
             on_answer=lambda peer: self.membership.heard(peer, swarm_time()),
         )
-        self.store = SnapshotStore(limits.max_readers)
+        self.store = SnapshotStore(
+            limits.max_readers, up=self.node.traffic.up, min_bytes_per_s=limits.least_bytes_per_s
+        )
         settings = RoundSettings(
             run_sha256=self.published.sha256,
             specs=self.specs,

@@ -55,6 +55,7 @@ from swarmtrain.peer.common import (
 from swarmtrain.peer.controlled import Controlled, controlled
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.keeping import Keeper
+from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
@@ -153,6 +154,7 @@ class _Bootstrap:
     def run(self) -> DoneEvent:
         self.control.starting("starting the network")
         node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
+        limit_link(node.traffic, self.settings.limits, self.published.run.network)
         self.name = self.settings.name or short_peer(node.identity.peer_id)
         self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
         model = build_model(self.published.run.model, self.published.run.run.seed)

@@ -28,14 +28,16 @@ from swarmtrain.membership.limits import (
     parse_hours,
     size_of_limit,
 )
+from swarmtrain.network.node import Traffic
+from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.peer.estimate import estimate
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.usage import Usage, set_niceness
-from swarmtrain.run import RunFile
+from swarmtrain.run import NetworkSection, RunFile
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import size_in_words
 
-__all__ = ["LimitKeeper", "Measured", "check_memory", "kept_limits"]
+__all__ = ["LimitKeeper", "Measured", "check_memory", "kept_limits", "limit_link"]
 
 LOOK_EVERY_S = 3.0
 
@@ -77,6 +79,8 @@ class LimitKeeper:
         self._memory = MemoryWatch()
         self._held: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._traffic: Traffic | None = None
+        self._network = NetworkSection()
         self._all_threads = torch.get_num_threads()
         self._threads = self._all_threads
         self._nice = os.getpriority(os.PRIO_PROCESS, 0)
@@ -86,13 +90,15 @@ class LimitKeeper:
     def limits(self) -> pb.Limits:
         """What it may take now."""
         with self._lock:
-            limits = self._limits
+            limits, traffic = self._limits, self._traffic
         return pb.Limits(
             threads=limits.threads,
             memory_bytes=limits.memory_bytes,
             nice=self._nice,
             only_when_idle=limits.only_when_idle,
             hours=limits.hours.text,
+            up_mbit=None if traffic is None else traffic.up.bytes_per_s / BYTES_PER_S_OF_MBIT,
+            down_mbit=None if traffic is None else traffic.down.bytes_per_s / BYTES_PER_S_OF_MBIT,
         )
 
     def change(self, wanted: pb.Limits) -> str:
@@ -105,6 +111,8 @@ class LimitKeeper:
                 changed = self._limits.with_changes(**given)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if self._traffic is not None:
+            limit_link(self._traffic, changed, self._network)
         if "nice" in given:
             self._set_nice(changed.nice)
         with self._lock:
@@ -124,6 +132,10 @@ class LimitKeeper:
             said.append("trains only while other programs are idle" if limits.only_when_idle else "trains at any load")
         if "hours" in given:
             said.append("trains at any hour" if limits.hours == ALWAYS else f"trains in the hours {limits.hours.text}")
+        for name, verb in (("up_mbit", "sends"), ("down_mbit", "receives")):
+            if name in given:
+                mbit = getattr(limits, name)
+                said.append(f"{verb} at most {mbit:g} Mbit/s" if mbit else f"{verb} as fast as the link")
         rests = self._pause.reason
         said.append(f"it rests: {rests}" if rests else "it trains")
         return "; ".join(said)
@@ -135,6 +147,12 @@ class LimitKeeper:
         self._set_nice(self._limits.nice)
         self.between_steps()
         self.tick()
+
+    def limit_link(self, traffic: Traffic, network: NetworkSection) -> None:
+        """Keep this peer's link to the limits, and to those of a run where there are none; as `limit_link`."""
+        with self._lock:
+            limit_link(traffic, self._limits, network)
+            self._traffic, self._network = traffic, network
 
     def between_steps(self) -> None:
         """Apply the number of threads; costs nothing unless it has changed."""
@@ -188,7 +206,7 @@ class LimitKeeper:
             self._pause.release(source)
 
 
-_FIELDS = ("threads", "memory_bytes", "nice", "only_when_idle", "hours")
+_FIELDS = ("threads", "memory_bytes", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit")
 
 
 @contextmanager
@@ -225,3 +243,19 @@ def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
             f"parameters, {size_in_words(cost.memory_activations_bytes)} activations), and --memory allows "
             f"{size_in_words(limit_bytes)}: allow more, or join a run with a smaller model"
         )
+
+
+def limit_link(traffic: Traffic, limits: Limits, network: NetworkSection) -> None:
+    """Keep what is sent and received to `limits`, and where those say nothing to what the run says. UserError when that
+    is too little for the run: every transfer would be given up for slowness."""
+    for name, mbit in (("up", limits.up_mbit), ("down", limits.down_mbit)):
+        if mbit is not None and 0 < mbit < network.least_mbit:
+            raise UserError(
+                f"{name}: {mbit:g} Mbit/s is too little for this run, in which transfers slower than "
+                f"{size_in_words(network.least_bytes_per_s)}/s are given up; allowed: 0 (no limit), or at least "
+                f"{network.least_mbit:g}"
+            )
+    up_mbit = network.up_mbit if limits.up_mbit is None else limits.up_mbit
+    down_mbit = network.down_mbit if limits.down_mbit is None else limits.down_mbit
+    traffic.up.bytes_per_s = BYTES_PER_S_OF_MBIT * up_mbit
+    traffic.down.bytes_per_s = BYTES_PER_S_OF_MBIT * down_mbit

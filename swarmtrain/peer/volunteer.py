@@ -62,7 +62,7 @@ from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.trainer import OwnPart, RoundReport, Trainer
-from swarmtrain.run import RunFile, parse_published_untrusted
+from swarmtrain.run import NetworkSection, RunFile, parse_published_untrusted
 
 __all__ = ["data_base", "run_volunteer", "summary_of"]
 
@@ -73,6 +73,7 @@ _FIND_AGAIN_S = 5.0
 _ALONE_AFTER_S = 15.0
 _LOOK_S = 0.5
 _FETCH_ATTEMPTS = 3
+_UNKNOWN_RUN = NetworkSection(min_pull_bytes_per_s=0, stall_limit_s=600)
 
 
 def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: StopFlag) -> DoneEvent:
@@ -143,8 +144,10 @@ class _Volunteer:
         self.name = self.settings.name or short_peer(node.identity.peer_id)
         self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
         self.control.starting("looking for the swarm, and fetching the run")
+        self.limits.limit_link(node.traffic, _UNKNOWN_RUN)
         through = self._through()
         published = self._fetch(node, through)
+        self.limits.limit_link(node.traffic, published.run.network)
         keeper = self.keeper = Keeper(self.folder, published, node.identity.peer_id, self.emit)
         ready, kept = self._prepare(node, published, keeper)
         swarm = self.swarm = self._swarm(node, ready)

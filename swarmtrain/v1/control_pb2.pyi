@@ -188,15 +188,19 @@ class Notice(_message.Message):
     def __init__(self, time: _Optional[float] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("threads", "memory_bytes", "nice", "only_when_idle", "hours")
+    __slots__ = ("threads", "memory_bytes", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit")
     THREADS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     NICE_FIELD_NUMBER: _ClassVar[int]
     ONLY_WHEN_IDLE_FIELD_NUMBER: _ClassVar[int]
     HOURS_FIELD_NUMBER: _ClassVar[int]
+    UP_MBIT_FIELD_NUMBER: _ClassVar[int]
+    DOWN_MBIT_FIELD_NUMBER: _ClassVar[int]
     threads: int
     memory_bytes: int
     nice: int
     only_when_idle: bool
     hours: str
-    def __init__(self, threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., nice: _Optional[int] = ..., only_when_idle: bool = ..., hours: _Optional[str] = ...) -> None: ...
+    up_mbit: float
+    down_mbit: float
+    def __init__(self, threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., nice: _Optional[int] = ..., only_when_idle: bool = ..., hours: _Optional[str] = ..., up_mbit: _Optional[float] = ..., down_mbit: _Optional[float] = ...) -> None: ...

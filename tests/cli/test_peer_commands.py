@@ -134,17 +134,20 @@ def test_limits_are_changed(peer: FakePeer, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "from now on: 3 threads\n"
     assert run(["limits", *where, "--memory", "4GB", "--nice", "0", "--any-time", "--hours", "22-7"]) == 0
     assert run(["limits", *where, "--memory", "none", "--only-when-idle", "--hours", "any", "--threads", "0"]) == 0
+    assert run(["limits", *where, "--up", "2.5", "--down", "0"]) == 0
     assert peer.asked == [
         wire.Limits(threads=3),
         wire.Limits(memory_bytes=4 * 10**9, nice=0, only_when_idle=False, hours="22-7"),
         wire.Limits(memory_bytes=0, only_when_idle=True, hours="any", threads=0),
+        wire.Limits(up_mbit=2.5, down_mbit=0),
     ]
 
 
 @pytest.mark.parametrize(
     "arguments",
     [["--memory", "4"], ["--memory", "x"], ["--nice", "20"], ["--nice", "-1"], ["--hours", "7"], ["--hours", "7-7"],
-     ["--hours", "7-25"], ["--threads", "-1"], ["--address", "here"], ["--address", "h:99999"]],
+     ["--hours", "7-25"], ["--threads", "-1"], ["--up", "-1"], ["--down", "x"],
+     ["--address", "here"], ["--address", "h:99999"]],
 )  # fmt: skip
 def test_bad_options(arguments: list[str], peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["limits", "--dir", str(peer.folder), *arguments]) == 2

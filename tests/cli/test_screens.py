@@ -272,9 +272,10 @@ def test_a_list_of_peers() -> None:
 
 def test_limits() -> None:
     assert limits_in_words(wire.Limits()) == "all threads, any memory, busy or not, at any hour"
-    limits = wire.Limits(threads=1, memory_bytes=4 * 10**9, nice=19, only_when_idle=True, hours="any")
+    limits = wire.Limits(threads=1, memory_bytes=4 * 10**9, nice=19, only_when_idle=True, hours="any", up_mbit=2.5)
     assert limits_in_words(limits) == (
-        "1 thread, at most 4 GB of memory, nice 19, only when the machine is idle, at any hour"
+        "1 thread, at most 4 GB of memory, nice 19, only when the machine is idle, at any hour, "
+        "sends at most 2.5 Mbit/s"
     )
 
 

@@ -284,6 +284,22 @@ def test_some_megabytes_arrive_and_are_served_on(here: Here) -> None:
     assert bytes(again.buffer) == CONTENT and not blamed
 
 
+@pytest.mark.parametrize("end", ["up", "down"])
+def test_a_limit_at_either_end_holds_for_a_pull(here: Here, end: str) -> None:
+    name = published(here.a).snapshot.sha256
+    throttle = here.a.store.up if end == "up" else here.b.node.traffic.down
+    throttle.bytes_per_s = 8e6
+    try:
+        began_s = time.monotonic()
+        held, blamed = here.run(pulled(here.b, name, [here.a.id]))
+        took_s = time.monotonic() - began_s
+    finally:
+        throttle.bytes_per_s = 0.0
+    assert bytes(held.buffer) == CONTENT and not blamed
+    assert took_s >= (len(CONTENT) - 800_000) / 8e6, "a tenth of a second's bytes may pass at once"
+    assert here.b.node.traffic.times.bytes_per_s is not None
+
+
 def test_a_reader_that_hangs_up_gives_its_place_back(here: Here) -> None:
     name = published(here.a).snapshot.sha256
     pull = pb.PullRequest(snapshot_sha256=bytes.fromhex(name), first_chunk=0, num_chunks=32)

@@ -165,7 +165,7 @@ class Stream:
     async def __anext__(self) -> pb.PullReply:
         return await anext(self.answer)
 
-    def count(self, size_bytes: int) -> None:
+    async def count(self, size_bytes: int) -> None:
         self.network.received_bytes += size_bytes
 
     async def aclose(self) -> None:

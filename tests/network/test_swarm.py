@@ -19,7 +19,7 @@ from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.node import NodeSettings
+from swarmtrain.network.node import NodeSettings, Traffic
 from swarmtrain.network.records import presence_to_proto
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import Body
@@ -56,7 +56,9 @@ class Hellos:
 def a_swarm(calls: Hellos) -> tuple[Swarm, list[Event]]:
     events: list[Event] = []
     settings = NodeSettings(directory=Path("/nowhere"))
-    node: Any = SimpleNamespace(identity=ME, settings=settings, remember_addresses=lambda *_: None, known_peers=list)
+    node: Any = SimpleNamespace(
+        identity=ME, settings=settings, traffic=Traffic(), remember_addresses=lambda *_: None, known_peers=list
+    )
     run_file = RunFile.model_validate({"run": {"total_tokens": 100_000}})
     published = PublishedRun(b"", RUN, run_file, b"", b"")
     swarm = Swarm(node, published, (), average_bytes_untrusted, events.append, PeerInfo(peer=ME.peer_id))

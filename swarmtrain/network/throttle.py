@@ -1,0 +1,166 @@
+"""How fast this peer sends and receives: a token bucket for each direction, turns for those who share it, and how long
+transfers have taken lately.
+
+Small calls are counted and never wait. Chunks and files wait for their turn, one piece of at most 256 KiB at a time,
+first come first served: whoever has had a piece is behind all who wait for one, so open transfers share the link piece
+by piece, and one whose reader is slow does not wait here, so it holds nobody up. Downloads are held back by not reading
+on: the streams carry that to the sender. What the DHT and the transport add is not counted, some per cent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+__all__ = ["BYTES_PER_S_OF_MBIT", "Places", "Throttle", "TokenBucket", "TransferTimes", "num_at_once"]
+
+BYTES_PER_S_OF_MBIT = 125_000
+"""Bytes per second in a megabit per second."""
+
+_BURST_BYTES = 256 * 1024
+_BURST_S = 0.1
+"""What may pass at once after a silence: a chunk, or what a fast link carries in so long, so that a timer that is late
+costs nothing."""
+
+_MAX_DEBT_S = 1.0
+"""Small calls delay chunks by no more than this, however many came before."""
+
+_LOOK_S = 0.25
+"""A limit that is changed holds after so long."""
+
+_NAP_S = 0.001
+"""Nobody waits for less: the last bytes would be waited for in ever smaller steps."""
+
+_NEWEST = 0.25
+"""Weight of the newest transfer in the mean of their pace."""
+
+_MARGIN = 2.0
+"""Those who share a limited link each get so many times what makes a transfer too slow."""
+
+
+@dataclass
+class TokenBucket:
+    """A rate, as arithmetic: `now_s` is an argument. 0 bytes per second is no limit."""
+
+    bytes_per_s: float = 0.0
+    _level_bytes: float = math.inf
+    _at_s: float = 0.0
+
+    def wait_s(self, size_bytes: int, now_s: float) -> float:
+        """How long until `size_bytes` may pass, if nothing else does; 0 if they may now."""
+        if self.bytes_per_s <= 0:
+            return 0.0
+        self._fill(now_s)
+        lacking_bytes = min(size_bytes, self._burst_bytes) - self._level_bytes
+        return max(0.0, lacking_bytes / self.bytes_per_s)
+
+    def take(self, size_bytes: int, now_s: float) -> None:
+        """They pass, whether or not there is room for them."""
+        if self.bytes_per_s <= 0:
+            return
+        self._fill(now_s)
+        self._level_bytes = max(self._level_bytes - size_bytes, -self.bytes_per_s * _MAX_DEBT_S - self._burst_bytes)
+
+    @property
+    def _burst_bytes(self) -> float:
+        return max(_BURST_BYTES, self.bytes_per_s * _BURST_S)
+
+    def _fill(self, now_s: float) -> None:
+        gained_bytes = max(0.0, now_s - self._at_s) * self.bytes_per_s
+        self._level_bytes = min(self._burst_bytes, self._level_bytes + gained_bytes)
+        self._at_s = now_s
+
+
+class Throttle:
+    """One direction of this peer's link. `bytes_per_s` may be set at any time, from any thread; 0 is no limit."""
+
+    def __init__(
+        self,
+        bytes_per_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._bucket = TokenBucket(bytes_per_s)
+        self._clock, self._sleep = clock, sleep
+        self._turn = asyncio.Lock()  # first come, first served
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The limit."""
+        return self._bucket.bytes_per_s
+
+    @bytes_per_s.setter
+    def bytes_per_s(self, bytes_per_s: float) -> None:
+        self._bucket.bytes_per_s = bytes_per_s
+
+    def count(self, size_bytes: int) -> None:
+        """Something small passed."""
+        self._bucket.take(size_bytes, self._clock())
+
+    async def turn(self, size_bytes: int) -> None:
+        """Wait until these bytes may pass, after everyone who waits already; they are counted."""
+        if self.bytes_per_s <= 0 and not self._turn.locked():
+            return
+        async with self._turn:
+            while (wait_s := self._bucket.wait_s(size_bytes, self._clock())) > 0:
+                await self._sleep(min(max(wait_s, _NAP_S), _LOOK_S))
+            self.count(size_bytes)
+
+
+def num_at_once(most: int, bytes_per_s: float, min_bytes_per_s: float) -> int:
+    """How many transfers may share a link: `most`, and fewer when it is limited, so that each gets twice what would
+    make it too slow for the one who waits for it; at least one."""
+    if bytes_per_s <= 0 or min_bytes_per_s <= 0:
+        return most
+    return max(1, min(most, int(bytes_per_s / (_MARGIN * min_bytes_per_s))))
+
+
+class Places:
+    """At most so many inside at once, as an asynchronous context manager; how many is asked each time."""
+
+    def __init__(self, most: Callable[[], int]) -> None:
+        self._most = most
+        self._num_inside = 0
+        self._changed = asyncio.Condition()
+
+    async def __aenter__(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._num_inside < self._most())
+            self._num_inside += 1
+            self._changed.notify()  # there may be room for another one
+
+    async def __aexit__(self, *error: object) -> None:
+        self._num_inside -= 1
+        async with self._changed:
+            self._changed.notify()
+
+
+@dataclass
+class TransferTimes:
+    """How long transfers take here, by those that ended lately; `link` is the direction they go in."""
+
+    link: Throttle = field(default_factory=Throttle)
+    _s_per_byte: float | None = None
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """What one transfer gets, others beside it; None before the first."""
+        return None if self._s_per_byte is None else 1.0 / self._s_per_byte
+
+    def finished(self, size_bytes: int, seconds: float) -> None:
+        """A transfer has ended well."""
+        if size_bytes <= 0 or seconds <= 0:
+            return
+        newest = seconds / size_bytes
+        before = newest if self._s_per_byte is None else self._s_per_byte
+        self._s_per_byte = before + _NEWEST * (newest - before)
+
+    def expected_s(self, size_bytes: int) -> float | None:
+        """How long `size_bytes` will take, at the least what the limit allows; None while nothing is known."""
+        known = [] if self._s_per_byte is None else [size_bytes * self._s_per_byte]
+        if self.link.bytes_per_s > 0:
+            known.append(size_bytes / self.link.bytes_per_s)
+        return max(known, default=None)
