@@ -36,11 +36,15 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "bootstrap": ("RUN.toml", "--wait-for", "--up", "--down", *PEER_OPTIONS),
     "join": (
         "[INVITE]",
-        *("--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down"),
+        *("--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down", "--slowdown"),
         "--data",
         *PEER_OPTIONS,
     ),
-    "local": ("RUN.toml", "--peers", "--threads", "--compare-alone", "--data", "--dir", "--json", "--log-level"),
+    "local": (
+        "RUN.toml",
+        *("--peers", "--threads", "--slowdown"),
+        *("--compare-alone", "--data", "--dir", "--json", "--log-level"),
+    ),
     "status": (*WHICH_PEER, "--all", "--json"),
     "watch": (*WHICH_PEER, "--json"),
     "pause": WHICH_PEER,
@@ -114,6 +118,12 @@ def test_help_is_quick_and_needs_nothing_heavy() -> None:
         (["check", "x.toml", "--peers", "0"], "error: Invalid value for '--peers'"),
         (["--nope"], "error: No such option '--nope'."),
         (["check", "/nowhere.toml"], "error: /nowhere.toml: no such run file"),
+        (["join", "st1x", "--slowdown", "0.5"], "error: Invalid value for '--slowdown': 0.5 is refused; allowed: 1 "),
+        (["local", "x.toml", "--slowdown", "2,,3"], "error: Invalid value for '--slowdown': '' is no factor; write "),
+        (
+            ["local", "x.toml", "--peers", "4", "--slowdown", "2,2.6"],
+            "error: --slowdown has 2 factors for 4 volunteers: give one for each, or --peers 2 (see swarmtrain local",
+        ),
     ],
 )
 def test_a_persons_error_is_one_line_and_code_2(

@@ -46,6 +46,15 @@ def _memory(ctx: click.Context, param: click.Parameter, value: str) -> int:
         raise click.BadParameter(str(error), ctx, param) from None
 
 
+def _slowdown(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    from swarmtrain.membership.limits import parse_slowdown
+
+    try:
+        return None if value is None else parse_slowdown(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
 _SCOPE = (
     click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="Processor threads to train with.  [default: all cores]"),
     click.option("--memory", callback=_memory, default="none", metavar="SIZE", help="Memory this peer may use, such as 4GB.  [default: no limit]"),
@@ -53,6 +62,7 @@ _SCOPE = (
     click.option("--only-when-idle", is_flag=True, help="Rest while other programs use the processors."),
     click.option("--hours", callback=_hours, default="any", metavar="FROM-TO", help="Train only then, local time, such as 22-7 or 12-13,18:30-8.  [default: any]"),
     *LINK_OPTIONS,
+    click.option("--slowdown", callback=_slowdown, metavar="F", help="To rehearse an unequal swarm: train F times slower than this machine could, such as 2.6. Trains with one thread unless --threads says more, for which it is less exact.  [default: as fast as it can]"),
 )  # fmt: skip
 
 
@@ -63,14 +73,16 @@ def _limit_options(function: _F) -> _F:
     def bundled(**values: Any) -> Any:
         from swarmtrain.membership.limits import Limits
 
+        slowdown = values.pop("slowdown")
         limits = Limits(
-            threads=values.pop("threads") or 0,
+            threads=values.pop("threads") or (0 if slowdown is None else 1),
             memory_bytes=values.pop("memory"),
             nice=values.pop("nice"),
             only_when_idle=values.pop("only_when_idle"),
             hours=values.pop("hours"),
             up_mbit=values.pop("up_mbit"),
             down_mbit=values.pop("down_mbit"),
+            slowdown=slowdown or 1.0,
         )
         return function(limits=limits, **values)
 
@@ -86,6 +98,7 @@ def _limit_options(function: _F) -> _F:
         "swarmtrain join INVITE",
         "swarmtrain join INVITE --name anna --threads 2 --dir ~/swarm",
         "swarmtrain join INVITE --background --nice 10 --hours 22-7",
+        "swarmtrain join INVITE --slowdown 2.6",
     ),
 )
 @click.argument("invite", metavar="[INVITE]", default="")

@@ -22,16 +22,27 @@ __all__ = ["command"]
 _SAMPLE_TOKENS = 240
 
 
+def _slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
+    from swarmtrain.membership.limits import parse_slowdown
+
+    try:
+        return tuple(parse_slowdown(part) for part in value.split(",")) if value is not None else ()
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
 @click.command(
     name="local",
     epilog=example(
         "swarmtrain local examples/stdlib-gpt.toml --peers 3",
         "swarmtrain local run.toml --peers 4 --compare-alone --dir runs/first",
+        "swarmtrain local run.toml --peers 4 --slowdown 2,2.6,5.2,11.4",
     ),
 )
 @click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
 @click.option("--peers", type=click.IntRange(1, 256), default=3, show_default=True, help="Volunteers to start.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Processor threads of each.")
+@click.option("--slowdown", "slowdowns", callback=_slowdowns, metavar="F,...", help="To rehearse an unequal swarm: how many times slower than this machine could each volunteer trains, such as 2,2.6,5.2,11.4 for four. Less exact with more than one thread.  [default: all as fast as they can]")  # fmt: skip
 @click.option("--compare-alone", is_flag=True, help="Afterwards train one volunteer alone for as many steps.")
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on text or JSON lines.  [default: the run file's folder]")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the peers keep their files and the model is left.  [default: runs/NAME-TIME]")  # fmt: skip
@@ -47,6 +58,7 @@ def command(
     run_file: Path,
     peers: int,
     threads: int,
+    slowdowns: tuple[float, ...],
     compare_alone: bool,
     data: Path | None,
     directory: Path | None,
@@ -62,6 +74,11 @@ def command(
     from swarmtrain.cli.stopping import stop_on_signals
     from swarmtrain.peer.stopping import Interrupted
 
+    if slowdowns and len(slowdowns) != peers:
+        factors = "1 factor" if len(slowdowns) == 1 else f"{len(slowdowns)} factors"
+        raise click.UsageError(
+            f"--slowdown has {factors} for {peers} volunteers: give one for each, or --peers {len(slowdowns)}"
+        )
     with stop_on_signals() as stop:
         from swarmtrain.run import load_run
 
@@ -70,9 +87,10 @@ def command(
         if directory is None:
             directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         directory.mkdir(parents=True, exist_ok=True)
-        threads_and_data = ["--threads", str(threads), "--data", str(data or run_file.parent), "--log-level", log_level]
+        common = ["--threads", str(threads), "--data", str(data or run_file.parent), "--log-level", log_level]
+        extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         try:
-            trained = _train(_Plan(run_file, run, directory, peers, threads_and_data, as_json), stop)
+            trained = _train(_Plan(run_file, run, directory, extra, as_json), stop)
             _show_sample(directory, as_json)
             line = f"held-out loss {trained.loss:.3f} nats/byte"
             if compare_alone:
@@ -88,8 +106,8 @@ class _Plan:
     run_file: Path
     run: RunFile
     directory: Path
-    peers: int
-    extra: list[str]
+    extra: list[list[str]]
+    """Of each volunteer, what its `join` is told."""
     as_json: bool
 
 
@@ -112,7 +130,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     run = plan.run.run
 
     def make_display() -> SwarmDisplay:
-        return SwarmDisplay(f"swarmtrain local: {run.name}, {plan.peers} volunteers", run.total_tokens)
+        return SwarmDisplay(f"swarmtrain local: {run.name}, {len(plan.extra)} volunteers", run.total_tokens)
 
     options = PeerOptions(
         dir=plan.directory, name="", json=plan.as_json, listen=(), announce=(), log_level="warning", stop=stop
@@ -138,13 +156,13 @@ def _watch(swarm: LocalSwarm, emit: EventSink, plan: _Plan) -> tuple[int, float 
     """Start everyone and show their events to the end; (most inner steps of a volunteer, held-out loss)."""
     from swarmtrain.events import DoneEvent, InviteEvent, RoundEvent
 
-    company = ["--wait-for", str(plan.peers)]
+    company = ["--wait-for", str(len(plan.extra))]
     swarm.start("bootstrap", ["bootstrap", str(plan.run_file), "--listen", "127.0.0.1:0", *company])
     invite, seen = swarm.wait_for_invite()
     for event in seen:
         emit(event)
-    for number in range(1, plan.peers + 1):
-        swarm.start(f"volunteer-{number}", ["join", invite.invite, "--listen", "127.0.0.1:0", *plan.extra])
+    for number, extra in enumerate(plan.extra, 1):
+        swarm.start(f"volunteer-{number}", ["join", invite.invite, "--listen", "127.0.0.1:0", *extra])
     steps: dict[str, int] = {}
     loss = None
     for event in swarm.events():

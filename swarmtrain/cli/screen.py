@@ -208,6 +208,8 @@ def limits_in_words(limits: Any) -> str:
     for mbit, verb in ((limits.up_mbit, "sends"), (limits.down_mbit, "receives")):
         if mbit > 0:
             parts.append(f"{verb} at most {_finite(mbit):g} Mbit/s")
+    if limits.HasField("slowdown"):
+        parts.append(f"slowed {_finite(limits.slowdown):g} times for a rehearsal")
     return ", ".join(parts)
 
 

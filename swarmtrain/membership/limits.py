@@ -28,12 +28,14 @@ __all__ = [
     "MemoryWatch",
     "parse_hours",
     "parse_size",
+    "parse_slowdown",
     "size_of_limit",
 ]
 
 _MAX_NICE = 19
 _MAX_THREADS = 4096
 _MAX_MBIT = 100_000
+_MAX_SLOWDOWN = 1000
 
 BUSY_SHARE = 0.25
 """Other programs use the machine when they take more of all its processors than this, on average over `AVERAGE_S`."""
@@ -85,6 +87,7 @@ class Limits:
     hours: Hours = field(default=ALWAYS)
     up_mbit: float | None = None  # sent to others at most, in Mbit/s; 0: no limit; None: what the run says
     down_mbit: float | None = None
+    slowdown: float = 1.0  # times slower than it could be, for a rehearsal; not changed while it runs
 
     def __post_init__(self) -> None:
         if not 0 <= self.threads <= _MAX_THREADS:
@@ -134,6 +137,17 @@ def parse_hours(text: str) -> Hours:
             raise ValueError(f"{part.strip()!r} begins when it ends; write any for the whole day")
         ranges.append((start % _DAY_MINUTES, end))
     return Hours(",".join(part.strip() for part in text.split(",")), tuple(ranges))
+
+
+def parse_slowdown(text: str) -> float:
+    """How many times slower to be, such as `2.6`. ValueError says what is allowed."""
+    try:
+        factor = float(text)
+    except ValueError:
+        raise ValueError(f"{text.strip()!r} is no factor; write how many times slower, such as 2.6") from None
+    if not 1 <= factor <= _MAX_SLOWDOWN:
+        raise ValueError(f"{text.strip()} is refused; allowed: 1 (as fast as it can) to {_MAX_SLOWDOWN} times slower")
+    return factor
 
 
 def _minute(hours: str, minutes: str | None) -> int:

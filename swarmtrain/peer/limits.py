@@ -99,6 +99,7 @@ class LimitKeeper:
             hours=limits.hours.text,
             up_mbit=None if traffic is None else traffic.up.bytes_per_s / BYTES_PER_S_OF_MBIT,
             down_mbit=None if traffic is None else traffic.down.bytes_per_s / BYTES_PER_S_OF_MBIT,
+            slowdown=limits.slowdown if limits.slowdown != 1 else None,
         )
 
     def change(self, wanted: pb.Limits) -> str:

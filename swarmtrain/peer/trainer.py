@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -147,6 +148,8 @@ class Trainer:
     exchange: Exchange
     report: Callable[[RoundReport], None]
     should_stop: Callable[[], bool] = lambda: False
+    slowed: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around each inner step; on leaving it, it may wait (`peer/slowdown.py`)."""
     settled: Callable[[], None] = lambda: None
     """Called when a round has led to a new state, merged or taken from another peer, before it is reported."""
     state: OuterState = field(init=False)
@@ -231,7 +234,8 @@ class Trainer:
             if self.should_stop():
                 raise StopTraining
             progress = (self.progress.run_tokens + step * start.num_peers * self.run.tokens_per_step) / total
-            losses.append(self._step(progress))
+            with self.slowed():
+                losses.append(self._step(progress))
             self.exchange.step_done(step + 1)
         return losses, learning_rate_at(self.constants, progress)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,7 @@ from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.slowdown import SlowedSteps
 from swarmtrain.peer.trainer import OwnPart, RoundReport, Trainer
 from swarmtrain.run import NetworkSection, RunFile, parse_published_untrusted
 
@@ -159,6 +161,7 @@ class _Volunteer:
             exchange=exchange,
             report=lambda report: self._report(report, exchange, ready),
             should_stop=self._should_stop,
+            slowed=self._slowed(),
             settled=lambda: self._settle(exchange, trainer, keeper),
         )
         keeper.attach(swarm)
@@ -356,6 +359,21 @@ class _Volunteer:
         """Asked by the trainer between two steps."""
         self.limits.between_steps()
         return self.stop.is_set() or self.pause.held
+
+    def _slowed(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """What each inner step runs in: a wait after it, if this peer is slower than it could be."""
+        factor = self.settings.limits.slowdown
+        if factor == 1:
+            return contextlib.nullcontext
+
+        def too_busy() -> None:
+            message = (
+                f"this machine is too busy for --slowdown {factor:g}, this peer is slower than that; give every "
+                "volunteer of the rehearsal a larger factor, or start fewer"
+            )
+            self.emit(WarningEvent(message=message))
+
+        return SlowedSteps(factor, self.stop.sleep, lambda: self.pause.held, too_busy)
 
     def _rest(self) -> float:
         """Wait until the pause is over; how long that was, in seconds."""

@@ -188,7 +188,7 @@ class Notice(_message.Message):
     def __init__(self, time: _Optional[float] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("threads", "memory_bytes", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit")
+    __slots__ = ("threads", "memory_bytes", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit", "slowdown")
     THREADS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     NICE_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +196,7 @@ class Limits(_message.Message):
     HOURS_FIELD_NUMBER: _ClassVar[int]
     UP_MBIT_FIELD_NUMBER: _ClassVar[int]
     DOWN_MBIT_FIELD_NUMBER: _ClassVar[int]
+    SLOWDOWN_FIELD_NUMBER: _ClassVar[int]
     threads: int
     memory_bytes: int
     nice: int
@@ -203,4 +204,5 @@ class Limits(_message.Message):
     hours: str
     up_mbit: float
     down_mbit: float
-    def __init__(self, threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., nice: _Optional[int] = ..., only_when_idle: bool = ..., hours: _Optional[str] = ..., up_mbit: _Optional[float] = ..., down_mbit: _Optional[float] = ...) -> None: ...
+    slowdown: float
+    def __init__(self, threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., nice: _Optional[int] = ..., only_when_idle: bool = ..., hours: _Optional[str] = ..., up_mbit: _Optional[float] = ..., down_mbit: _Optional[float] = ..., slowdown: _Optional[float] = ...) -> None: ...

@@ -15,6 +15,7 @@ from fake_peer import FakePeer, living, make_status
 
 from swarmtrain.cli import leave
 from swarmtrain.cli.main import run
+from swarmtrain.cli.screen import limits_in_words
 from swarmtrain.v1 import control_pb2 as wire
 
 
@@ -126,6 +127,11 @@ def test_limits_are_shown(peer: FakePeer, capsys: pytest.CaptureFixture[str]) ->
     assert run(["limits", "--dir", str(peer.folder)]) == 0
     assert capsys.readouterr().out == ("anna takes 2 threads, any memory, nice 10, busy or not, in the hours 22-7\n")
     assert not peer.asked
+
+
+def test_limits_say_that_it_is_slowed_on_purpose() -> None:
+    limits = wire.Limits(threads=1, slowdown=5.2)
+    assert limits_in_words(limits).endswith(", at any hour, slowed 5.2 times for a rehearsal")
 
 
 def test_limits_are_changed(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     with Swarm(tmp_path_factory.mktemp("local")) as swarm:
         run_file = write_run(swarm.folder, run={"total_tokens": 8 * TOKENS_PER_ROUND})
         folder = swarm.folder / "trained"
-        said = swarm.run("local", str(run_file), "--peers", "2", "--compare-alone", "--dir", str(folder))
+        unequal = ("--peers", "2", "--slowdown", "1,1.5")
+        said = swarm.run("local", str(run_file), *unequal, "--compare-alone", "--dir", str(folder))
         yield Trained(swarm, folder, said)
 
 

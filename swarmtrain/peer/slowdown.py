@@ -1,0 +1,96 @@
+"""Makes a volunteer slower than it is, so that an unequal swarm can be rehearsed on one computer.
+
+After each inner step the trainer is held until the step has lasted `factor` times its time alone. That time is the
+processor time of the thread that trains, which others on the same cores hardly change (measured in
+docs/decisions/0016-slowdown-by-processor-time.md), so the machine need not be idle. With more than one training thread
+the others' part is missing from it, and the factor holds only as far as this thread works all the time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+__all__ = ["Slowdown", "SlowedSteps"]
+
+RECENT_STEPS = 21
+"""The time alone is the median of so many steps: one that paid for a page fault or a cold cache does not count."""
+MOST_STEPS_BEHIND = 10
+"""A peer further behind its schedule than so many steps (a busy machine, a laptop that slept) gives up the rest."""
+TOO_BUSY_STEPS = 40
+"""The machine is too busy for the factor when more than half of so many steps gave something up."""
+LOOK_S = 0.05
+"""A hold is looked at so often: a pause does not wait for its end."""
+
+
+@dataclass
+class Slowdown:
+    """The schedule: how long to hold after each inner step. Times are arguments, in seconds."""
+
+    factor: float
+    late_s: float = 0.0
+    """Behind the schedule; what a busy machine took too long is taken off the next holds."""
+    too_busy: bool = False
+    """Whether it has been slower than it should be for long: other programs leave it too little."""
+    _alone_s: deque[float] | None = None  # None before the first step
+    _gave_up: deque[bool] = field(default_factory=lambda: deque(maxlen=TOO_BUSY_STEPS))
+
+    def hold_s(self, took_s: float, alone_s: float) -> float:
+        """How long to hold after a step that took `took_s`, and `alone_s` of processor time.
+
+        The first step is neither held nor measured: it allocates what later ones use again.
+        """
+        if self._alone_s is None:
+            self._alone_s = deque(maxlen=RECENT_STEPS)
+            return 0.0
+        self._alone_s.append(alone_s)
+        step_s = self.factor * statistics.median(self._alone_s)
+        late_s, most_s = self.late_s + took_s - step_s, MOST_STEPS_BEHIND * step_s
+        self.late_s = min(late_s, most_s)
+        self._gave_up.append(late_s > most_s)
+        self.too_busy = self.too_busy or 2 * sum(self._gave_up) > TOO_BUSY_STEPS
+        return max(0.0, -self.late_s)
+
+    def held(self, held_s: float) -> None:
+        """It was held for `held_s`: longer is made up for, and what a pause cut short is forgiven."""
+        self.late_s = max(0.0, self.late_s + held_s)
+
+
+@dataclass
+class SlowedSteps:
+    """Holds the thread that trains: each inner step runs inside `with slowed():`."""
+
+    factor: float
+    sleep: Callable[[float], None]
+    """Waits; may raise to end training."""
+    ends_early: Callable[[], bool]
+    """Whether to hold no longer, for a pause."""
+    too_busy: Callable[[], None] = lambda: None
+    """Told once, when the machine has been too busy for the factor for long."""
+    clock: Callable[[], float] = time.monotonic
+    processor_clock: Callable[[], float] = time.thread_time
+
+    def __post_init__(self) -> None:
+        self.slowdown = Slowdown(self.factor)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """A step that ends with an exception is not held."""
+        began_s, began_processor_s = self.clock(), self.processor_clock()
+        yield
+        ended_s = self.clock()
+        was_too_busy = self.slowdown.too_busy
+        hold_s = self.slowdown.hold_s(ended_s - began_s, self.processor_clock() - began_processor_s)
+        if self.slowdown.too_busy and not was_too_busy:
+            self.too_busy()
+        if hold_s > 0:
+            self._hold(ended_s + hold_s)
+            self.slowdown.held(self.clock() - ended_s)
+
+    def _hold(self, until_s: float) -> None:
+        while (left_s := until_s - self.clock()) > 0 and not self.ends_early():
+            self.sleep(min(left_s, LOOK_S))
