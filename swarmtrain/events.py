@@ -22,6 +22,7 @@ __all__ = [
     "EVENT_CLASSES",
     "AloneEvent",
     "ArchivedEvent",
+    "ArrivingEvent",
     "CaughtUpEvent",
     "CheckEvent",
     "DoneEvent",
@@ -40,6 +41,7 @@ __all__ = [
     "RoundEvent",
     "StartedEvent",
     "WarningEvent",
+    "arrived_in_words",
     "count_in_words",
     "in_words",
     "parse_event",
@@ -81,6 +83,25 @@ class FetchedEvent(_Event):
     held_out_bytes: int = Field(description="Size of the held-out text, in bytes.")
     from_peer: str = Field(description="The PeerID that served them.")
     summary: str = Field("", description="What is about to be trained, in one sentence.")
+
+
+class ArrivingEvent(_Event):
+    """The swarm's present weights are on their way; told every few seconds while they are, if it takes that long."""
+
+    event: Literal["arriving"] = "arriving"
+    received_bytes: int = Field(description="Bytes of them that are here and match their hashes.")
+    total_bytes: int = Field(gt=0, description="Bytes of the whole.")
+    seconds: float = Field(description="How long they have been on their way.")
+
+    @property
+    def share(self) -> float:
+        """The part of them that is here, 0 to 1."""
+        return min(1.0, max(0, self.received_bytes) / self.total_bytes)
+
+    @property
+    def left_s(self) -> float:
+        """How long it takes still, at the speed so far; a year at most."""
+        return min(3.2e7, max(0.0, self.seconds) * (1.0 - self.share) / max(self.share, 1e-9))
 
 
 class JoinedEvent(_Event):
@@ -252,6 +273,7 @@ Event = Annotated[
     Union[  # noqa: UP007 - spelt so that its members can be listed below
         InviteEvent,
         FetchedEvent,
+        ArrivingEvent,
         JoinedEvent,
         StartedEvent,
         RoundEvent,
@@ -306,6 +328,12 @@ def to_plain_line(event: Event) -> str:
     return one_line(line)
 
 
+def arrived_in_words(event: ArrivingEvent) -> str:
+    """How much of a state is here, such as `12 MB of 400 MB (3%), 2 min 5 s left`."""
+    sizes = f"{size_in_words(event.received_bytes)} of {size_in_words(event.total_bytes)}"
+    return f"{sizes} ({event.share:.0%}), {time_in_words(event.left_s)} left"
+
+
 def _round_in_words(event: RoundEvent) -> str:
     parts = [
         f"round {event.round}: loss {event.loss:.3f}",
@@ -329,6 +357,8 @@ def in_words(event: Event) -> str:
                 f"fetched run {event.run_name} ({event.run_sha256[:12]}) with {size_in_words(event.held_out_bytes)} "
                 f"of held-out text from {short_peer(event.from_peer)}" + (f": {event.summary}" if event.summary else "")
             )
+        case ArrivingEvent():
+            return f"the present weights arrive: {arrived_in_words(event)}"
         case JoinedEvent():
             source = f"the state of {short_peer(event.state_from)}" if event.state_from else "the initial weights"
             if event.resumed_round is not None:

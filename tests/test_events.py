@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from swarmtrain.events import (
     EVENT_CLASSES,
+    ArrivingEvent,
     DoneEvent,
     ErrorEvent,
     EvalEvent,
@@ -116,6 +117,10 @@ def test_a_stamp_fills_in_only_what_is_missing() -> None:
     ("event", "expected"),
     [
         (ROUND, "round 3: loss 2.300, 25 steps in 8.0 s, 2 on the roster, merged in 0.4 s, sent 6.8 MB, 25.3 times below"),
+        (
+            ArrivingEvent(received_bytes=300, total_bytes=1200, seconds=30.0),
+            "the present weights arrive: 300 B of 1.2 kB (25%), 1 min 30 s left",
+        ),
         (EvalEvent(round=3, held_out_loss=2.0456), "held-out loss 2.046 nats/byte after round 3"),
         (PeerLostEvent(lost="12D3KooWabcdef", reason="silent"), "peer abcdef is lost: silent"),
         (WarningEvent(message="a\x1b[2Jb\nc"), r"warning: a\x1b[2Jb\nc"),

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swarmtrain.events import (
+    ArrivingEvent,
     DoneEvent,
     EvalEvent,
     Event,
@@ -31,6 +32,7 @@ from swarmtrain.events import (
     ResumedEvent,
     RoundEvent,
     StartedEvent,
+    arrived_in_words,
     count_in_words,
     short_peer,
     size_in_words,
@@ -51,6 +53,7 @@ class _Peer:
 
     name: str
     state: str = "starting"
+    arriving: ArrivingEvent | None = None
     round: RoundEvent | None = None
     held_out_loss: float | None = None
     tokens: int = 0  # its own, in the rounds seen
@@ -58,7 +61,11 @@ class _Peer:
     present: set[str] = field(default_factory=set)
 
     def take(self, event: Event) -> None:
+        if isinstance(event, JoinedEvent | ResumedEvent | RoundEvent | DoneEvent):
+            self.arriving = None
         match event:
+            case ArrivingEvent():
+                self.state, self.arriving = "joining", event
             case InviteEvent() if self.state == "starting":
                 self.state = "serving"  # a bootstrap; a volunteer has joined before it invites
             case JoinedEvent():
@@ -153,7 +160,7 @@ class _Display:
         if isinstance(event, InviteEvent):
             # Above the picture, and wrapped by the terminal alone: so it can be copied as one word.
             self._live.console.print(Text(one_line(event.line)), soft_wrap=True)
-        elif not isinstance(event, RoundEvent):
+        elif not isinstance(event, RoundEvent | ArrivingEvent):
             self._lines.append(to_plain_line(event))
         self._live.update(self.draw(), refresh=True)
 
@@ -183,6 +190,9 @@ class PeerDisplay(_Display):
 
     def _body(self) -> Iterable[RenderableType]:
         peer, merged = self._peer, self._peer.round
+        if peer.arriving is not None:
+            yield _arriving(peer.arriving)
+            return
         if merged is None:
             yield Text(peer.state)
             return
@@ -201,6 +211,16 @@ class PeerDisplay(_Display):
             per_step = size_in_words(merged.bytes_sent / max(1, merged.inner_steps))
             times = merged.times_below_allreduce
             yield Text(f"sent {per_step} per inner step, {times:.1f} times below an all-reduce at every step")
+
+
+def _arriving(event: ArrivingEvent) -> RenderableType:
+    row = Table.grid(padding=(0, 1), expand=True)
+    row.add_column(no_wrap=True)
+    row.add_column(ratio=1, min_width=10)
+    row.add_column(no_wrap=True, justify="right")
+    bar = ProgressBar(total=event.total_bytes, completed=event.share * event.total_bytes)
+    row.add_row(Text("taking the present weights"), bar, Text(arrived_in_words(event)))
+    return row
 
 
 class SwarmDisplay(_Display):

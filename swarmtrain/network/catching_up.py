@@ -44,11 +44,14 @@ async def fetch_state(
             if not reply.HasField("manifest"):
                 continue
             state = _state_untrusted(merger, reply, source, wanted, roster_untrusted(reply.roster))
+            merger.store.arriving = state.held
             await merger.pull(state.held, range(state.held.snapshot.num_chunks), [source])
             await merger.check_finite(state.held.part(0, state.held.snapshot.manifest.total_bytes))
             return state
         except PeerError as error:
             merger.blame(source, error)
+        finally:
+            merger.store.arriving = None
     return None
 
 

@@ -191,6 +191,8 @@ class SnapshotStore:
     up: Throttle = field(default_factory=Throttle)
     min_bytes_per_s: float = 0.0
     clock: Callable[[], float] = time.monotonic
+    arriving: Held | None = None
+    """The state that is being pulled, for whoever waits for it."""
     _held: dict[str, Held] = field(default_factory=dict)
     _read_s: dict[str, float] = field(default_factory=dict)
     _readers: dict[object, float] = field(default_factory=dict)

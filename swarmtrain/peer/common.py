@@ -86,13 +86,14 @@ def clock_warning(correction_s: float) -> WarningEvent:
     )
 
 
-def wait_for(future: Future[_T], stop: StopFlag) -> _T:
-    """The future's result; raises as `StopFlag.check` does as soon as an end is asked for."""
+def wait_for(future: Future[_T], stop: StopFlag, look: Callable[[], None] = lambda: None) -> _T:
+    """The future's result; raises as `StopFlag.check` does as soon as an end is asked for. Calls `look` meanwhile."""
     while not future.done():
         concurrent.futures.wait([future], _LOOK_S)
         if not future.done():
             try:
                 stop.check()
+                look()
             except BaseException:
                 future.cancel()
                 raise

@@ -25,7 +25,7 @@ from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.rounds import Merged, NewState, Outcome
-from swarmtrain.network.snapshots import build_snapshot
+from swarmtrain.network.snapshots import Held, build_snapshot
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import StopFlag, state_of, wait_for
 from swarmtrain.peer.pausing import PauseSwitch
@@ -51,6 +51,8 @@ class SwarmExchange:
     stop: StopFlag
     pause: PauseSwitch = field(default_factory=PauseSwitch)
     on_first_round: Callable[[int], None] = lambda inner_steps: None
+    on_arriving: Callable[[Held | None], None] = lambda held: None
+    """Called some times a second while it waits for another peer's state, with what is here of it."""
     num_missing: int = 0
     """Volunteers that it waits for before the first round."""
     num_steps: int = 0
@@ -220,7 +222,8 @@ class SwarmExchange:
             if not must_refetch(own, better_roster([answer.last for answer in told.values() if answer.last])):
                 return None
             reason = "joined late" if own is None else "was away"
-            new = wait_for(self.network.submit(rounds.fetch_told_state(told, reason)), self.stop)
+            fetching = self.network.submit(rounds.fetch_told_state(told, reason))
+            new = wait_for(fetching, self.stop, lambda: self.on_arriving(self.swarm.store.arriving))
             if new is not None and must_refetch(own, new.roster):
                 return self._adopted(new)
             self.stop.sleep(1.0)

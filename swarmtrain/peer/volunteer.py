@@ -39,6 +39,7 @@ from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
+from swarmtrain.peer.arriving import Arrival
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import (
     Emit,
@@ -154,6 +155,7 @@ class _Volunteer:
         ready, kept = self._prepare(node, published, keeper)
         swarm = self.swarm = self._swarm(node, ready)
         exchange = SwarmExchange(self.network, swarm, published.run, self.stop, self.pause)
+        exchange.on_arriving = Arrival(self.control.board, self.emit).look
         trainer = Trainer(
             run=published.run,
             model=ready.model,

@@ -1,0 +1,64 @@
+"""What is told while the swarm's present weights arrive."""
+
+from __future__ import annotations
+
+from swarmtrain.events import ArrivingEvent, Event
+from swarmtrain.network.snapshots import CHUNK_BYTES, Held, Snapshot, empty_held
+from swarmtrain.peer.arriving import Arrival
+from swarmtrain.peer.board import StatusBoard
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+
+def room(num_chunks: int) -> Held:
+    manifest = pb.Manifest(total_bytes=num_chunks * CHUNK_BYTES - 100, chunk_sha256=bytes(32 * num_chunks))
+    return empty_held(Snapshot(manifest, pb.Signed(), "", ""))
+
+
+def test_the_board_is_told_at_once_and_events_come_now_and_then() -> None:
+    board, events, now_s = StatusBoard("volunteer", 0.0), list[Event](), [100.0]
+    arrival, held = Arrival(board, events.append, lambda: now_s[0]), room(1000)
+    arrival.look(None)
+    assert not board.status().doing
+    for chunk in range(1000):
+        held.have.add(chunk)
+        arrival.look(held)
+        now_s[0] += 0.125
+    assert board.status().doing == "taking the swarm's present weights: 262 MB of 262 MB"
+    assert len(events) == 62 and all(isinstance(event, ArrivingEvent) for event in events)
+    first = events[0]
+    assert isinstance(first, ArrivingEvent)
+    assert (first.received_bytes, first.total_bytes) == (17 * CHUNK_BYTES, 1000 * CHUNK_BYTES - 100)
+    assert first.seconds == 2.0
+
+
+def test_what_stands_still_is_not_told_again_and_slow_ones_seldom() -> None:
+    board, events, now_s = StatusBoard("volunteer", 0.0), list[Event](), [0.0]
+    arrival, held = Arrival(board, events.append, lambda: now_s[0]), room(1000)
+    held.have.add(0)
+    arrival.look(held)
+    before = board._beats
+    for _ in range(100):
+        now_s[0] += 1.0
+        arrival.look(held)
+    assert board._beats == before, "a pull that stands still is no progress"
+    assert not events
+    for chunk in range(1, 31):
+        now_s[0] += 60.0
+        held.have.add(chunk)
+        arrival.look(held)
+    assert len(events) == 3, "once in a hundredth"
+    arrival.look(room(1000))
+    assert len(events) == 3
+
+
+def test_another_state_begins_anew() -> None:
+    board, events, now_s = StatusBoard("volunteer", 0.0), list[Event](), [0.0]
+    arrival = Arrival(board, events.append, lambda: now_s[0])
+    for held in (room(10), room(10)):
+        arrival.look(held)
+        now_s[0] += 5.0
+        held.have.update(range(5))
+        arrival.look(held)
+    assert [(event.received_bytes, event.seconds) for event in events if isinstance(event, ArrivingEvent)] == [
+        (5 * CHUNK_BYTES, 5.0)
+    ] * 2
