@@ -13,6 +13,7 @@ from swarmtrain.cli.common import example
 
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
+    from swarmtrain.events import Event
     from swarmtrain.peer.local import LocalSwarm
     from swarmtrain.peer.stopping import StopFlag
     from swarmtrain.run import RunFile
@@ -67,8 +68,8 @@ def command(
 ) -> None:
     """Run a bootstrap and volunteers here until the run ends.
 
-    They are real processes on real sockets, with one view of them all. Prints a sample of generated text and the
-    held-out loss at the end. Ctrl-C ends them all.
+    They are real processes on real sockets, with one view of them all. Prints a sample of generated text, each
+    volunteer's part and the held-out loss at the end. Ctrl-C ends them all.
     """
     from swarmtrain.cli.common import errors_as_events
     from swarmtrain.cli.stopping import stop_on_signals
@@ -92,6 +93,8 @@ def command(
         try:
             trained = _train(_Plan(run_file, run, directory, extra, as_json), stop)
             _show_sample(directory, as_json)
+            for part in trained.parts.values():
+                click.echo(part.line(), err=as_json)
             line = f"held-out loss {trained.loss:.3f} nats/byte"
             if compare_alone:
                 line += f"; one volunteer alone {_alone(directory, data or run_file.parent, trained, stop):.3f}"
@@ -111,13 +114,45 @@ class _Plan:
     as_json: bool
 
 
+@dataclass
+class _Part:
+    """What a volunteer has done, by its events."""
+
+    name: str
+    rounds: int = 0
+    steps: int = 0
+    tokens: int = 0
+
+    def take(self, event: Event) -> None:
+        from swarmtrain.events import DoneEvent, RoundEvent
+
+        if isinstance(event, RoundEvent):
+            self.rounds += 1
+            self.steps += event.inner_steps
+            self.tokens += event.tokens
+        elif isinstance(event, DoneEvent):
+            self.tokens = max(self.tokens, event.tokens)  # those of a round that it came too late for, too
+
+    def line(self) -> str:
+        """For a person."""
+        from swarmtrain.words import count_in_words
+
+        rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
+        return f"{self.name}: {count_in_words(self.tokens)} tokens, {rounds} merged"
+
+
 @dataclass(frozen=True)
 class _Trained:
-    """Most inner steps of a volunteer, the held-out loss, and where events go."""
+    """What each volunteer has done, by name, the held-out loss, and where events go."""
 
-    steps: int
+    parts: dict[str, _Part]
     loss: float
     emit: EventSink
+
+    @property
+    def steps(self) -> int:
+        """Most inner steps of a volunteer."""
+        return max((part.steps for part in self.parts.values()), default=0)
 
 
 def _train(plan: _Plan, stop: StopFlag) -> _Trained:
@@ -139,7 +174,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     try:
         with open_sink(options, make_display) as emit:
             try:
-                steps, loss = _watch(swarm, emit, plan)
+                parts, loss = _watch(swarm, emit, plan)
             except Interrupted:
                 swarm.stop()
                 for event in swarm.last_words():
@@ -149,30 +184,30 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
         swarm.stop()
     if loss is None:
         raise click.ClickException("the run ended before the held-out loss was measured")
-    return _Trained(steps, loss, emit)
+    return _Trained(parts, loss, emit)
 
 
-def _watch(swarm: LocalSwarm, emit: EventSink, plan: _Plan) -> tuple[int, float | None]:
-    """Start everyone and show their events to the end; (most inner steps of a volunteer, held-out loss)."""
-    from swarmtrain.events import DoneEvent, InviteEvent, RoundEvent
+def _watch(swarm: LocalSwarm, emit: EventSink, plan: _Plan) -> tuple[dict[str, _Part], float | None]:
+    """Start everyone and show their events to the end; (what each volunteer has done, held-out loss)."""
+    from swarmtrain.events import DoneEvent, InviteEvent
 
     company = ["--wait-for", str(len(plan.extra))]
     swarm.start("bootstrap", ["bootstrap", str(plan.run_file), "--listen", "127.0.0.1:0", *company])
     invite, seen = swarm.wait_for_invite()
     for event in seen:
         emit(event)
-    for number, extra in enumerate(plan.extra, 1):
-        swarm.start(f"volunteer-{number}", ["join", invite.invite, "--listen", "127.0.0.1:0", *extra])
-    steps: dict[str, int] = {}
+    parts = {name: _Part(name) for name in (f"volunteer-{number}" for number in range(1, len(plan.extra) + 1))}
+    for name, extra in zip(parts, plan.extra, strict=True):
+        swarm.start(name, ["join", invite.invite, "--listen", "127.0.0.1:0", *extra])
     loss = None
     for event in swarm.events():
         if not isinstance(event, InviteEvent):  # the bootstrap's is enough
             emit(event)
-        if isinstance(event, RoundEvent):
-            steps[event.peer] = steps.get(event.peer, 0) + event.inner_steps
-        elif isinstance(event, DoneEvent) and event.held_out_loss is not None:
+        if event.name in parts:
+            parts[event.name].take(event)
+        if isinstance(event, DoneEvent) and event.held_out_loss is not None:
             loss = event.held_out_loss
-    return max(steps.values(), default=0), loss
+    return parts, loss
 
 
 def _show_sample(directory: Path, as_json: bool) -> None:

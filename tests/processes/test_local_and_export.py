@@ -60,6 +60,10 @@ def test_local_ends_with_its_losses(trained: Trained) -> None:
     assert match, last
     assert all(0.5 < float(loss) < math.log(256) for loss in match.groups())
     assert f"the model is in {trained.model}" in trained.said.stdout
+    part = r"(?m)^(volunteer-\d): (\d+(?:\.\d+)? k) tokens, (\d+) rounds merged$"
+    parts = re.findall(part, trained.said.stdout)
+    assert [name for name, _, _ in parts] == ["volunteer-1", "volunteer-2"]
+    assert all(0 < int(rounds) <= 9 for _, _, rounds in parts)
     trained.swarm.assert_nothing_left()
 
 
