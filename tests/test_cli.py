@@ -27,7 +27,9 @@ from swarmtrain.cli.main import COMMANDS, cli, run
 from swarmtrain.errors import InviteError, RunTimeError
 from swarmtrain.events import Event, WarningEvent, parse_event
 
-PEER_OPTIONS = ("--dir", "--name", "--json", "--listen", "--announce", "--control", "--log-level", "--background")
+PEER_OPTIONS = (
+    *("--dir", "--name", "--json", "--listen", "--announce", "--control", "--metrics", "--log-level", "--background"),
+)
 
 WHICH_PEER = ("[NAME]", "--dir", "--address")
 
@@ -232,6 +234,8 @@ def test_the_options_of_a_peer_arrive_as_one_argument(tmp_path: Path) -> None:
     assert collected("--control", ":7000").control == "127.0.0.1:7000", "this machine only, unless said otherwise"
     assert collected("--control", "0.0.0.0:7000").control == "0.0.0.0:7000"
     assert collected("--control", "[::1]:7000").control == "[::1]:7000"
+    assert collected("--metrics", "9100").metrics == "127.0.0.1:9100", "the same"
+    assert collected("--metrics", "[::]:9100").metrics == "[::]:9100"
     assert peer_directory(options, "join") == tmp_path
     assert peer_directory(collected(), "join").name == "join"
     assert peer_directory(collected("--name", "bert"), "join").name == "join-bert"
@@ -243,6 +247,8 @@ def test_bad_options_of_a_peer() -> None:
         ["--name", "x" * 33],
         ["--listen", "nowhere"],
         ["--control", "7000"],
+        ["--metrics", "70000"],
+        ["--metrics", "here"],
         ["--log-level", "loud"],
     ):
         with pytest.raises(ValueError, match="Invalid value"):

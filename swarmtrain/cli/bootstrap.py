@@ -60,6 +60,7 @@ def command(
         limits=Limits(up_mbit=up_mbit, down_mbit=down_mbit),
         log_descriptors=outputs_to_log(),
         control=options.control,
+        metrics=options.metrics,
     )
 
     def make_display() -> PeerDisplay:

@@ -78,6 +78,7 @@ class PeerOptions:
     log_level: str
     background: bool = False
     control: str = ""  # HOST:PORT
+    metrics: str = ""  # HOST:PORT
     stop: StopFlag = field(default_factory=StopFlag, compare=False)
 
 
@@ -121,6 +122,10 @@ def _tcp_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return f"{match[1] or '127.0.0.1'}:{int(match[2])}"
 
 
+def _metrics_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    return _tcp_address(ctx, param, f":{value}" if re.fullmatch(r"\d{1,5}", value) else value)
+
+
 def _name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", value):
         raise click.BadParameter(f"{value!r}: at most 32 letters, digits, dots, hyphens and underscores", ctx, param)
@@ -162,6 +167,13 @@ _PEER_OPTIONS = (
         default="",
         metavar="ADDRESS",
         help="Serve `status`, `pause`, `leave` and the rest over TCP too, at HOST:PORT, or :PORT for this machine only: anyone who reaches it controls this peer.  [default: only you, through --dir]",
+    ),
+    click.option(
+        "--metrics",
+        callback=_metrics_address,
+        default="",
+        metavar="PORT",
+        help="Serve Prometheus metrics at this port, for this machine only, or at HOST:PORT for anyone who reaches it.",
     ),
     click.option(
         "--log-level",

@@ -139,6 +139,7 @@ def command(invite: str, limits: Limits, data: Path | None, options: PeerOptions
         limits=limits,
         log_descriptors=outputs_to_log(),
         control=options.control,
+        metrics=options.metrics,
     )
     with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
         emit(run_volunteer(parsed, settings, emit, options.stop))

@@ -134,6 +134,7 @@ class StatusBoard:
         self._busy = ""
         self._pulse: Callable[[], Pulse] | None = None
         self._lookers: list[Callable[[pb.PeerStatus], None]] = []
+        self._listeners: list[Callable[[Event], None]] = []
         self._samples: deque[tuple[float, Pulse]] = deque()
         self._run_samples: deque[tuple[float, int]] = deque()
         self._beats = 0
@@ -151,6 +152,8 @@ class StatusBoard:
         """Note an event of this peer."""
         with self._lock:
             self._take(event)
+        for listener in self._listeners:
+            listener(event)
 
     def _take(self, event: Event) -> None:
         base = self._base
@@ -269,6 +272,10 @@ class StatusBoard:
     def add_looker(self, looker: Callable[[pb.PeerStatus], None]) -> None:
         """Somebody who fills live facts into a status that is asked for."""
         self._lookers.append(looker)
+
+    def add_listener(self, listener: Callable[[Event], None]) -> None:
+        """Somebody who takes each event that is noted here, in the thread that it comes from."""
+        self._listeners.append(listener)
 
     def name_of(self, peer: str) -> str:
         """A peer's name for a person; the end of its PeerID if it has none."""

@@ -75,6 +75,8 @@ class PeerSettings:
     log_descriptors: tuple[int, ...] = ()  # of this process, to follow the log file
     control: str = ""
     """Where to serve control over TCP too, HOST:PORT; empty: only at the socket in `directory`."""
+    metrics: str = ""
+    """Where to serve Prometheus metrics, HOST:PORT; empty: nowhere."""
 
 
 def clock_warning(correction_s: float) -> WarningEvent:

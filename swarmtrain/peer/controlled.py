@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
@@ -141,7 +141,7 @@ def controlled(
 ) -> Iterator[Controlled]:
     """Keep a peer's board and control server while it lives, and leave its last status in the folder.
 
-    Raises UserError when the TCP address of `settings` is taken. Without a socket the peer runs all the same.
+    Raises UserError when a TCP address of `settings` is taken. Without a socket the peer runs all the same.
     """
     board = StatusBoard(role, time.time() - process_age_s())
     if (before := read_status(folder.path)) is not None:
@@ -153,7 +153,8 @@ def controlled(
             server.start()
         except (RunTimeError, OSError) as error:
             control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}"))
-        yield control
+        with _metrics(settings, control):
+            yield control
         board.ended(pb.PEER_STATE_DONE, control.reason, 0)
     except StopTraining:  # an end that was asked for before there was anything to end
         board.ended(pb.PEER_STATE_DONE, stop.reason, 0)
@@ -166,6 +167,14 @@ def controlled(
         raise
     finally:
         server.stop()
+
+
+def _metrics(settings: PeerSettings, control: Controlled) -> AbstractContextManager[object]:
+    if not settings.metrics:
+        return nullcontext()
+    from swarmtrain.peer.metrics import serving_metrics  # with an HTTP server: only for who asks for it
+
+    return serving_metrics(settings.metrics, control.board, control.powers().healthy)
 
 
 # ---------------------------------------------------------------- where the board looks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -43,8 +45,14 @@ def left_by(child: Child) -> pb.PeerStatus:
     return status
 
 
+def metrics(child: Child) -> list[str]:
+    (url,) = re.findall(r"metrics at (http://\S+)", (child.folder / "peer.log").read_text())
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=PATIENCE_S) as reply:
+        return reply.read().decode().splitlines()  # type: ignore[no-any-return]
+
+
 def test_status_watch_health_pause_and_leave(swarm: Swarm) -> None:
-    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    bootstrap = swarm.bootstrap(write_run(swarm.folder), "--metrics", "0")
     anna, ben = swarm.join_all(["anna", "ben"], bootstrap.invite.invite)
     for child in (anna, ben):
         child.wait_round(2)
@@ -57,6 +65,7 @@ def test_status_watch_health_pause_and_leave(swarm: Swarm) -> None:
         served = stubs["bootstrap"].Status(pb.StatusRequest(), timeout=PATIENCE_S)
         assert (served.state, served.role, served.run_name) == (pb.PEER_STATE_SERVING, "bootstrap", "tiny")
         assert served.doing.startswith("serving 2 volunteers in round ")
+        assert {'swarmtrain_peers{role="volunteer"} 2.0', "swarmtrain_healthy 1.0"} <= set(metrics(bootstrap))
 
         rounds = set()
         for status in stubs["anna"].Watch(pb.WatchRequest(), timeout=PATIENCE_S):
