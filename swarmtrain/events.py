@@ -140,13 +140,18 @@ class RoundEvent(_Event):
     learning_rate: float = Field(description="Learning rate of the round's last inner step.")
     seconds: float = Field(description="The whole round, merge and waiting included, in seconds.")
     merge_s: float = Field(description="From the end of its own inner steps to the merged weights, in seconds.")
-    stall_s: float = Field(description="The part of `merge_s` in which it waited for others, in seconds.")
+    stall_s: float = Field(description="How long the trainer did not compute because of network or merge, in seconds: publishing within the round, and `merge_s`.")  # fmt: skip
     bytes_sent: int = Field(description="Payload bytes this peer sent to others in the round.")
     bytes_received: int = Field(description="Payload bytes this peer received from others in the round.")
     times_below_allreduce: float | None = Field(None, description="How many times fewer bytes it sent than an fp32 ring all-reduce at every inner step would (8 bytes per parameter and step); null when it was alone or sent none.")  # fmt: skip
-    partners: tuple[str, ...] = Field(description="The PeerIDs on the round's roster, in its order, this peer's own included.")  # fmt: skip
-    weights: tuple[int, ...] = Field(description="Tokens of each of them in the round, in the same order: the weights of the average.")  # fmt: skip
-    signer: str = Field(description="The PeerID that signed the roster.")
+    partners: tuple[str, ...] = Field(description="The PeerIDs on the round's roster, in its order, this peer's own included; with `gossip`, those whose publications were merged.")  # fmt: skip
+    weights: tuple[int, ...] = Field(description="Tokens of each of them in the round, in the same order: the weights of the average; with `gossip`, those that had not been merged before.")  # fmt: skip
+    signer: str = Field("", description="The PeerID that signed the roster; empty with `gossip`.")
+    staleness_rounds: tuple[int, ...] = Field((), description="With `gossip`: how many rounds behind this peer's each publication was.")  # fmt: skip
+    pull_s: float | None = Field(None, description="With `gossip`: the longest of the pulls, in seconds; null without any.")  # fmt: skip
+    variance_factor: float | None = Field(None, description="With `gossip`: the largest factor of the variance correction.")  # fmt: skip
+    consensus_spread: float | None = Field(None, description="With `gossip`: how far the merged weights were apart, relative to their size: 0 when all agree.")  # fmt: skip
+    displacement: float | None = Field(None, description="With `gossip`: how far the farthest partner's weights were from this peer's, relative to their size.")  # fmt: skip
     state_sha256: str = Field(description="SHA-256 of the weights after the merge: equal on all who merged the round.")
 
 
@@ -156,6 +161,7 @@ class EvalEvent(_Event):
     event: Literal["eval"] = "eval"
     round: int = Field(description="The last round merged into the weights that were measured.")
     held_out_loss: float = Field(description="Loss on the run's held-out text, in nats per byte.")
+    own_loss: float | None = Field(None, description="At the end with `gossip`: the loss of this peer's own weights, beside the consensus' in `held_out_loss`.")  # fmt: skip
 
 
 class PeerJoinedEvent(_Event):
@@ -188,6 +194,15 @@ class RefusedEvent(_Event):
     from_peer: str = Field(description="The PeerID that sent it.")
     rule: str = Field(description="The rule it broke, in one or two words, such as `hash`, `shape`, `finite`, `signature`, `size`.")  # fmt: skip
     detail: str = Field(description="What was expected and what came.")
+
+
+class ClippedEvent(_Event):
+    """A publication of a partner was far from what is usual, and entered the merge cut to the limit."""
+
+    event: Literal["clipped"] = "clipped"
+    from_peer: str = Field(description="The PeerID that published it.")
+    rule: str = Field(description="The rule: `gradient` or `displacement`.")
+    detail: str = Field(description="What was cut, and to what.")
 
 
 class CaughtUpEvent(_Event):
@@ -263,6 +278,7 @@ class DoneEvent(_Event):
 
     event: Literal["done"] = "done"
     held_out_loss: float | None = Field(description="Last loss on the held-out text, in nats per byte; null when it was not measured.")  # fmt: skip
+    own_loss: float | None = Field(None, description="With `gossip`: the loss of this peer's own weights; `held_out_loss` is the consensus'.")  # fmt: skip
     tokens: int = Field(description="Tokens this peer trained on.")
     run_tokens: int = Field(description="Tokens the whole run was trained on.")
     wall_s: float = Field(description="How long the process ran, in seconds.")
@@ -282,6 +298,7 @@ Event = Annotated[
         PeerLostEvent,
         PeerLeftEvent,
         RefusedEvent,
+        ClippedEvent,
         CaughtUpEvent,
         PausedEvent,
         ResumedEvent,
@@ -334,12 +351,19 @@ def arrived_in_words(event: ArrivingEvent) -> str:
     return f"{sizes} ({event.share:.0%}), {time_in_words(event.left_s)} left"
 
 
+def _merge_in_words(event: RoundEvent) -> list[str]:
+    if event.signer:
+        return [f"{len(event.partners)} on the roster", f"merged in {time_in_words(event.merge_s)}"]
+    number = len(event.partners)
+    partners = f"{number} partner{'' if number == 1 else 's'}" if number else "nobody"
+    return [f"merged {partners}", f"stood still for {time_in_words(event.stall_s)}"]
+
+
 def _round_in_words(event: RoundEvent) -> str:
     parts = [
         f"round {event.round}: loss {event.loss:.3f}",
         f"{event.inner_steps} steps in {time_in_words(event.seconds)}",
-        f"{len(event.partners)} on the roster",
-        f"merged in {time_in_words(event.merge_s)}",
+        *_merge_in_words(event),
         f"sent {size_in_words(event.bytes_sent)}",
     ]
     if event.times_below_allreduce is not None:
@@ -385,6 +409,8 @@ def in_words(event: Event) -> str:
             return f"peer {short_peer(event.left)} left"
         case RefusedEvent():
             return f"refused what {short_peer(event.from_peer)} sent ({event.rule}): {event.detail}"
+        case ClippedEvent():
+            return f"cut what {short_peer(event.from_peer)} published ({event.rule}): {event.detail}"
         case CaughtUpEvent():
             return f"caught up to round {event.round} from {short_peer(event.from_peer)}: {event.reason}"
         case PausedEvent():

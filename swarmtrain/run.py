@@ -162,19 +162,57 @@ class InnerSection(_Section):
         return self
 
 
+_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"gossip": {"outer_momentum": 0.8, "pacing": True}}
+"""Defaults that depend on `merge.method`; they are written out like the others."""
+
+_GOSSIP_ONLY = (
+    "gradient_format",
+    "max_staleness_rounds",
+    "num_partners",
+    "partners",
+    "publications_per_round",
+    "robust",
+    "theta_format",
+)
+_Format = Literal["fp32", "bf16", "int8", "int4"]
+
+
 class MergeSection(_Section):
     """How peers become one model."""
 
-    method: Literal["diloco"] = Field("diloco", description='"diloco": synchronous rounds; everyone\'s pseudo-gradients are averaged by a signed roster.')  # fmt: skip
+    method: Literal["diloco", "gossip"] = Field("diloco", description='"diloco": synchronous rounds; everyone\'s pseudo-gradients are averaged by a signed roster. "gossip": nobody waits; each merges at its own pace what it pulled from a few partners.')  # fmt: skip
     inner_steps: int = Field(25, ge=1, le=1_000_000, description="Inner steps of one round (H).")
     outer_learning_rate: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer Nesterov step.")
-    outer_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of the outer Nesterov step.")
+    outer_momentum: float = Field(0.9, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "gossip" the default is 0.8.')  # fmt: skip
     momentum_ramp_rounds: int = Field(0, ge=0, description="Rounds over which the outer momentum rises linearly from 0; 0 for none.")  # fmt: skip
-    pacing: bool = Field(False, description="Slower peers take fewer inner steps, so that all end a round together.")
-    share_above: int = Field(5, ge=1, description="With more peers than this on a roster, each averages one share of the parameters and the others pull the result.")  # fmt: skip
+    pacing: bool = Field(False, description='Slower peers take fewer inner steps, so that all end a round together; with "gossip" the default is true.')  # fmt: skip
+    share_above: int = Field(5, ge=1, description='"diloco": with more peers than this on a roster, each averages one share of the parameters and the others pull the result.')  # fmt: skip
     min_peers: int = Field(1, ge=1, le=10_000, description="Round 0 begins when this many volunteers are present.")
-    round_limit_s: float = Field(600.0, gt=0, description="A round is closed at the latest this long after its start, in seconds.")  # fmt: skip
-    silence_s: float = Field(5.0, gt=0, description="A signer that is silent for this long after a round's end is passed over, in seconds.")  # fmt: skip
+    round_limit_s: float = Field(600.0, gt=0, description='A round lasts this long at most, in seconds; with "diloco" it is closed then.')  # fmt: skip
+    silence_s: float = Field(5.0, gt=0, description='"diloco": a signer that is silent for this long after a round\'s end is passed over, in seconds.')  # fmt: skip
+    num_partners: int = Field(3, ge=1, le=64, description='"gossip": whom a peer pulls from in a round, fewer where the link carries no more (P).')  # fmt: skip
+    publications_per_round: int = Field(4, ge=1, le=64, description='"gossip": how often a peer publishes in a round, at equal distances (F).')  # fmt: skip
+    partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip
+    theta_format: _Format = Field("int8", description='"gossip": how weights travel.')
+    gradient_format: _Format = Field("int8", description='"gossip": how pseudo-gradients travel.')
+    robust: Literal["none", "clip", "trimmed", "flag"] = Field("clip", description='"gossip": what one bad partner can do. "clip": gradients and distances are cut at three times what is usual; "trimmed" and "flag": that, and a mean of four or more gradients that outvotes outliers.')  # fmt: skip
+    max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='"gossip": what is further behind the median round is not merged, and a peer that is takes the present weights.')  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_method(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return _METHOD_DEFAULTS.get(str(data.get("method", "")), {}) | data
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> MergeSection:
+        for key in _GOSSIP_ONLY:
+            if self.method != "gossip" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with "gossip"'
+                )
+        return self
 
 
 class EvaluationSection(_Section):

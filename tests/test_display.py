@@ -77,7 +77,7 @@ def test_a_peer_shows_progress_loss_share_and_bytes() -> None:
     assert "run stdlib-gpt (abababababab)" in text
     assert "20% of 3 M tokens, 2 min 40 s left" in text
     assert "round 3   loss 2.200   held-out 2.200 nats/byte   3 peers here   own share 33%" in text
-    assert "25 inner steps in 10.0 s, merged in 0.4 s, waited 0.3 s" in text
+    assert "25 inner steps in 10.0 s, merged in 0.4 s, stood still for 0.3 s" in text
     assert "sent 272 kB per inner step, 25.1 times below an all-reduce at every step" in text
 
 

@@ -19,9 +19,10 @@ from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import PublishedRun
-from swarmtrain.peer import bootstrap
+from swarmtrain.peer import bootstrap, present
 from swarmtrain.peer.common import Interrupted, PeerSettings, StopFlag
 from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.present import Present
 from swarmtrain.run import RunFile
 
 
@@ -109,13 +110,12 @@ def test_an_archive_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypa
         checkpointer=checkpointer, keep=lambda kept: None, offer=lambda swarm, kept: offered.append(kept)
     )
     peer.keeper = cast(Any, keeper)
-    monkeypatch.setattr(bootstrap, "wait_for", lambda future, stop: SimpleNamespace(roster=None, signed_roster=None))
     theta = flatten(build_model(run.model, run.run.seed).parameters())
     state = OuterState(theta, torch.zeros_like(theta))
-    monkeypatch.setattr(bootstrap, "state_of", lambda new: (state, Progress()))
+    monkeypatch.setattr(bootstrap, "fetch_present", lambda *given: Present(state=state, progress=Progress()))
+    monkeypatch.setattr(bootstrap, "wait_for", lambda future, stop: future)
     peer.network = cast(Any, SimpleNamespace(submit=lambda future: future))
-    rounds = SimpleNamespace(fetch_newest_state=lambda *given: None)
-    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=list), rounds=rounds)
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=list), asynchronous=False)
     assert peer._archive(swarm) and len(offered) == 1
     (event,) = events
     assert isinstance(event, WarningEvent)
@@ -134,6 +134,7 @@ class Volunteers:
     before_it_delivers: Callable[[], None] = lambda: None
     delivers: bool = True
     fetched: list[int] = field(default_factory=list)
+    asynchronous = False
 
     @property
     def membership(self) -> Any:
@@ -183,7 +184,7 @@ def leaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leaving
     run = RunFile.model_validate({"run": {"total_tokens": 100_000}})
     theta = flatten(build_model(run.model, run.run.seed).parameters())
     state = OuterState(theta, torch.zeros_like(theta))
-    monkeypatch.setattr(bootstrap, "state_of", lambda new: (state, Progress(round=9, run_tokens=new.tokens)))
+    monkeypatch.setattr(present, "state_of", lambda new: (state, Progress(round=9, run_tokens=new.tokens)))
     stop, network = StopFlag(), NetworkThread()
     control: Any = SimpleNamespace(emit=None, stop=stop, board=SimpleNamespace(doing=lambda state, sentence: None))
     leaving = Leaving(None, stop)

@@ -22,7 +22,7 @@ from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.common import StopFlag
-from swarmtrain.peer.exchange import SwarmExchange
+from swarmtrain.peer.exchange import RosterExchange
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -30,41 +30,41 @@ ME, BEN, CARL = (new_identity(bytes([i]) * 32) for i in range(3))
 
 
 @pytest.fixture
-def exchange_for() -> Iterator[Callable[[int], SwarmExchange]]:
+def exchange_for() -> Iterator[Callable[[int], RosterExchange]]:
     """Makes the exchange of a peer that knows ben, in a run that begins with so many."""
     network = NetworkThread()
 
-    def make(min_peers: int) -> SwarmExchange:
+    def make(min_peers: int) -> RosterExchange:
         run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"min_peers": min_peers}})
         node: Any = SimpleNamespace(identity=ME, settings=NodeSettings(directory=Path("/nowhere")), traffic=Traffic())
         published = PublishedRun(b"", "ab" * 32, run, b"", b"")
         swarm = Swarm(node, published, (), average_bytes_untrusted, lambda event: None, PeerInfo(peer=ME.peer_id))
         now = swarm_time()
         swarm.membership.saw_presence(PeerInfo(peer=BEN.peer_id, training=True, stamp=now), now + 999, now)
-        return SwarmExchange(network, swarm, run, StopFlag())
+        return RosterExchange(network, swarm, run, StopFlag())
 
     yield make
     network.stop()
 
 
-def offer(exchange: SwarmExchange) -> None:
+def offer(exchange: RosterExchange) -> None:
     exchange.offer(OuterState(torch.zeros(4), torch.zeros(4)), Progress())
 
 
-def ask(exchange: SwarmExchange, **request: Any) -> pb.RoundReply:
+def ask(exchange: RosterExchange, **request: Any) -> pb.RoundReply:
     return exchange.network.run(exchange.swarm.round(pb.RoundRequest(**request), BEN.peer_id), 5)
 
 
 @pytest.mark.parametrize(("min_peers", "participates"), [(3, True), (1, False)])
 def test_one_that_will_train_all_of_round_0_is_waited_for_from_its_announcement(
-    exchange_for: Callable[[int], SwarmExchange], min_peers: int, participates: bool
+    exchange_for: Callable[[int], RosterExchange], min_peers: int, participates: bool
 ) -> None:
     exchange = exchange_for(min_peers)
     offer(exchange)
     assert ask(exchange, round=0).participating is participates
 
 
-def test_a_question_about_round_0_says_that_it_has_begun(exchange_for: Callable[[int], SwarmExchange]) -> None:
+def test_a_question_about_round_0_says_that_it_has_begun(exchange_for: Callable[[int], RosterExchange]) -> None:
     """Two of three were told of everyone and train; the third was told of one, and would wait for the other."""
     exchange = exchange_for(3)
     offer(exchange)
@@ -81,7 +81,7 @@ def test_a_question_about_round_0_says_that_it_has_begun(exchange_for: Callable[
 
 
 def test_that_nobody_answers_does_not_mean_that_nobody_has_trained(
-    exchange_for: Callable[[int], SwarmExchange], monkeypatch: pytest.MonkeyPatch
+    exchange_for: Callable[[int], RosterExchange], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exchange = exchange_for(1)
     monkeypatch.setattr(exchange.stop, "sleep", lambda seconds: None)
@@ -91,13 +91,13 @@ def test_that_nobody_answers_does_not_mean_that_nobody_has_trained(
         return answers.pop(0) if answers else {}
 
     monkeypatch.setattr(exchange.swarm.rounds, "ask_now", ask_now)
-    assert exchange.present_state() is None, "ben was busy for a moment, and has merged nothing yet"
+    assert exchange.present_state(Progress()) is None, "ben was busy for a moment, and has merged nothing yet"
     with pytest.raises(RunTimeError, match="nobody could deliver"):
-        exchange.present_state()
+        exchange.present_state(Progress())
 
 
 def test_a_finished_round_is_offered_though_an_end_was_asked_for(
-    exchange_for: Callable[[int], SwarmExchange],
+    exchange_for: Callable[[int], RosterExchange],
 ) -> None:
     exchange = exchange_for(1)
     exchange.stop.stop()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["paced_inner_steps", "reference_speed"]
+__all__ = ["fewest_inner_steps", "paced_inner_steps", "reference_speed"]
 
 
 def reference_speed(speeds: Sequence[float]) -> float:
@@ -41,8 +41,12 @@ def paced_inner_steps(own_speed: float, reference: float, inner_steps: int) -> i
         raise ValueError(f"inner_steps must be at least 1, got {inner_steps}")
     if not (math.isfinite(own_speed) and own_speed >= 0 and math.isfinite(reference) and reference >= 0):
         raise ValueError(f"speeds must be finite and not negative, got {own_speed} and {reference}")
-    fewest = max(1, -(-inner_steps // 16))
     if own_speed >= reference:
         return inner_steps
     steps = math.floor(own_speed / reference * inner_steps + 1e-9)  # 0.1 / 0.3 * 30 is 10, not 9
-    return min(max(steps, fewest), inner_steps)
+    return min(max(steps, fewest_inner_steps(inner_steps)), inner_steps)
+
+
+def fewest_inner_steps(inner_steps: int) -> int:
+    """The fewest inner steps of a paced round, a sixteenth of `inner_steps`, rounded up."""
+    return max(1, -(-inner_steps // 16))

@@ -36,6 +36,7 @@ Group = tuple[tuple[int, int], ...]  # (start, end) slices of the flat vector th
 _TOLERANCE = 3.0  # times the running median
 _HISTORY = 64  # values remembered; half of them must change before the median follows
 _MIN_HISTORY = 3  # nothing is clipped before: a median of three outvotes one value, two values none
+_OWN_HISTORY = 8  # two rounds of four publications
 _MIN_VECTORS = 4  # for trimmed_mean and flag_mean: of three, trimming leaves one
 _CHUNK = 1 << 16  # numbers worked on at once: fp64 copies stay small and in the processor's cache
 _FLAG_ITERATIONS = 10
@@ -152,10 +153,12 @@ class GradientClip:
 class DisplacementClip:
     """theta_j <- theta_i + clip(theta_j - theta_i, tau): a partner's weights pull by tau at most.
 
-    tau is 3 times the running median of the displacements let through whole, times 2^k: k rises by one with each clip,
-    so that the other side of a healed partition comes back within a few merges, however far it went. It falls by one
-    with each displacement let through, though not below what that one needed: one bad peer among several good ones
-    gains a doubling now and then, no more.
+    tau is 3 times the running median of the displacements let through whole, or the largest of the own last few
+    pseudo-gradients (`learn`) if that is more, times 2^k. The own ones say how far a round carries anybody: from a cold
+    start displacements grow for some rounds, and all but the first would be clipped; no partner can move them. k rises
+    by one with each clip, so that the other side of a healed partition comes back within a few merges, however far it
+    went. It falls by one with each displacement let through, though not below what that one needed: one bad peer among
+    several good ones gains a doubling now and then, no more.
 
     While `enabled` is False nothing is cut or remembered: with own initial weights, distances mean nothing until the
     peers have met.
@@ -169,11 +172,18 @@ class DisplacementClip:
             raise ValueError("doublings and norms, finite and not negative, are needed: start without a history")
         self._doublings = int(doublings)
         self._norms = deque(norms, maxlen=_HISTORY)
+        self._own = deque[float](maxlen=_OWN_HISTORY)
 
     @property
     def history(self) -> list[float]:
         """A checkpoint's share: k, then at most 64 norms, the oldest first."""
         return [float(self._doublings), *self._norms]
+
+    @torch.no_grad()
+    def learn(self, gradient: Tensor) -> None:
+        """Remember how far the own pseudo-gradient (P,) goes."""
+        _check([gradient], at_least=1)
+        self._own.append(math.sqrt(_square(gradient)))
 
     @torch.no_grad()
     def clip(self, own: Tensor, theirs: Tensor) -> Clipped:
@@ -182,7 +192,7 @@ class DisplacementClip:
         if not self.enabled:
             return Clipped(theirs, (1.0,), None)
         norm = math.sqrt(sum(_square(b, a) for a, b in zip(*_chunks(own, theirs), strict=True)))
-        plain = _limit(self._norms)
+        plain = self._plain_limit()
         limit = math.ldexp(plain, self._doublings) if math.isfinite(plain) else plain
         if norm <= limit:
             needed = max(0, math.ceil(math.log2(norm / plain))) if norm > plain else 0
@@ -197,6 +207,12 @@ class DisplacementClip:
             place.copy_(a.double() + (b.double() - a.double()) * factor)
         detail = f"weights {norm:.3g} away from the own ones, drawn in to {limit:.3g}"
         return Clipped(vector, (factor,), Incident("displacement", detail))
+
+    def _plain_limit(self) -> float:
+        own = _TOLERANCE * max(self._own, default=0.0)
+        if len(self._norms) < _MIN_HISTORY:
+            return own or math.inf
+        return max(own, _limit(self._norms))
 
 
 @torch.no_grad()

@@ -77,7 +77,8 @@ class _Peer:
             case RoundEvent():
                 self.state, self.round = "training", event
                 self.tokens += event.tokens
-                self.present = set(event.partners)
+                if event.signer:  # a roster names everyone; whom a peer merged by itself are a few of them
+                    self.present = set(event.partners)
             case EvalEvent():
                 self.held_out_loss = event.held_out_loss
             case PeerJoinedEvent():
@@ -202,10 +203,10 @@ class PeerDisplay(_Display):
         yield Text(
             f"round {merged.round}   loss {merged.loss:.3f}{held_out}   {here} peers here   own share {share:.0%}"
         )
-        waited = f", waited {time_in_words(merged.stall_s)}" if merged.stall_s >= 0.1 else ""
+        still = f", stood still for {time_in_words(merged.stall_s)}" if merged.stall_s >= 0.1 else ""
         yield Text(
             f"{merged.inner_steps} inner steps in {time_in_words(merged.seconds)}, "
-            f"merged in {time_in_words(merged.merge_s)}{waited}"
+            f"merged in {time_in_words(merged.merge_s)}{still}"
         )
         if merged.times_below_allreduce is not None:
             per_step = size_in_words(merged.bytes_sent / max(1, merged.inner_steps))

@@ -186,7 +186,7 @@ def _economy(status: Any) -> str:
     below = _finite(status.times_below_allreduce)
     parts = [f"{count_in_words(below)} times below an all-reduce"] if below else []
     if status.role != "bootstrap":
-        parts.append(f"{_finite(status.stall_share):.0%} of the time waiting")
+        parts.append(f"{_finite(status.stall_share):.0%} of the time standing still")
     return ", ".join(parts)
 
 

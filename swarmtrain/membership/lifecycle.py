@@ -31,7 +31,8 @@ class PeerInfo:
     """What a peer says of itself in its presence record.
 
     `stamp` grows with each renewal: seconds of the sender's clock, which agrees with the reader's `now` within a
-    second or so. `steps_per_s` is its inner-step rate.
+    second or so. `steps_per_s` is its inner-step rate; `part` is the newest publication of its round (0: none yet) and
+    `part_tokens` what that counts. `settled`: the run is over, and it needs nothing more from others.
     """
 
     peer: str
@@ -40,9 +41,12 @@ class PeerInfo:
     is_bootstrap: bool = False
     training: bool = False
     round: int = 0
+    part: int = 0
+    part_tokens: int = 0
     inner_steps_done: int = 0
     steps_per_s: float = 0.0
     run_tokens: int = 0
+    settled: bool = False
     addresses: tuple[str, ...] = ()
     corpus_sha256: str = ""
 

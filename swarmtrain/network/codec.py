@@ -8,15 +8,27 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.algorithm.outer import weighted_mean
+from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network.snapshots import Body, TensorSpec, all_finite
+from swarmtrain.membership.partners import Difference, News, Theta
+from swarmtrain.network.snapshots import Body, Held, TensorSpec, all_finite
 
-__all__ = ["average_bytes_untrusted", "body_of", "tensor_specs", "vector_sha256", "vector_untrusted"]
+__all__ = [
+    "PublicationCodec",
+    "average_bytes_untrusted",
+    "body_of",
+    "tensor_specs",
+    "vector_sha256",
+    "vector_untrusted",
+]
 
 assert sys.byteorder == "little", "swarmtrain's wire format is little-endian, and so must the machine be"
 
@@ -69,3 +81,75 @@ def average_bytes_untrusted(parts: Sequence[memoryview], weights: Sequence[int])
     if vectors:
         torch.frombuffer(mean, dtype=torch.float32).copy_(weighted_mean(vectors, kept))
     return mean, left_out
+
+
+_DTYPES: dict[Format, str] = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
+
+
+@dataclass(frozen=True)
+class PublicationCodec:
+    """Publications as bytes and back: theta in one format, then the pseudo-gradient in another."""
+
+    specs: tuple[TensorSpec, ...]
+    """The model's tensors."""
+    theta_format: Format
+    gradient_format: Format
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensor table of a publication."""
+        formats = (("theta", self.theta_format), ("gradient", self.gradient_format))
+        return tuple(
+            TensorSpec(f"{part}/{spec.name}", spec.shape, _DTYPES[form])
+            for part, form in formats
+            for spec in self.specs
+        )
+
+    @cached_property
+    def feedback(self) -> ErrorFeedback | None:
+        """What int4 has lost so far; the other formats lose too little to be worth it."""
+        return ErrorFeedback("int4", self._sizes) if self.gradient_format == "int4" else None
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [spec.size_bytes // 4 for spec in self.specs]
+
+    def encode_theta(self, theta: Tensor) -> memoryview:
+        """The bytes of theta (P,), the same for all publications of a round."""
+        return _bytes_of(encode(theta, self.theta_format, self._sizes))
+
+    def encode_gradient(self, gradient: Tensor, round: int = 0, part: int = 1) -> memoryview:
+        """The bytes of a pseudo-gradient (P,), as of a part of a round. What int4 loses in a round is added to the next
+        one's; not for several threads at once."""
+        if self.feedback is not None:
+            return _bytes_of(self.feedback.encode(gradient, round, part))
+        return _bytes_of(encode(gradient, self.gradient_format, self._sizes))
+
+    def arrival_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
+        """What enters a merge of a publication whose bytes are here; BadBytesError if there is a number that is not
+        finite. `earlier` is the publication that `news` is the difference to; without it only theta enters."""
+        theta = self._decode_untrusted(held, 0)
+        if isinstance(news, Theta) or (isinstance(news, Difference) and earlier is None):
+            return Arrival(theta, theta, 0)  # without tokens a gradient is not looked at
+        gradient = self._decode_untrusted(held, 1)
+        if earlier is not None:
+            gradient -= self._decode_untrusted(earlier, 1)
+        return Arrival(gradient=gradient, theta=theta, tokens=news.tokens)
+
+    def _decode_untrusted(self, held: Held, half: int) -> Tensor:
+        """Theta (half 0) or the pseudo-gradient (half 1) as (P,) fp32."""
+        sizes = [sum(spec.size_bytes for spec in part) for part in _halves(self.tensors)]
+        start, end = (0, sizes[0]) if half == 0 else (sizes[0], sum(sizes))
+        data = torch.frombuffer(held.part(start, end), dtype=torch.uint8)
+        vector = decode(data, (self.theta_format, self.gradient_format)[half], self._sizes)
+        if not bool(torch.isfinite(vector).all()):
+            raise BadBytesError("a publication that is not finite")
+        return vector
+
+
+def _halves(tensors: Sequence[TensorSpec]) -> tuple[Sequence[TensorSpec], Sequence[TensorSpec]]:
+    return tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+
+
+def _bytes_of(codes: Tensor) -> memoryview:
+    return memoryview(codes.numpy()).cast("B")  # type: ignore[arg-type]

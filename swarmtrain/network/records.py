@@ -87,6 +87,9 @@ def presence_to_proto(info: PeerInfo) -> pb.Presence:
         corpus_sha256=bytes.fromhex(info.corpus_sha256),
         training=info.training,
         run_tokens=info.run_tokens,
+        part=info.part,
+        part_tokens=info.part_tokens,
+        settled=info.settled,
     )
 
 
@@ -104,7 +107,9 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
         raise BadBytesError("a presence with an unprintable or long name")
     if len(message.addresses) > _MAX_ADDRESSES or not all(map(_ADDRESS.fullmatch, message.addresses)):
         raise BadBytesError("a presence with too many or malformed addresses")
-    if len(message.corpus_sha256) not in (0, 32) or message.round >= 2**40 or message.run_tokens >= 2**60:
+    if len(message.corpus_sha256) not in (0, 32) or max(message.run_tokens, message.part_tokens) >= 2**60:
+        raise BadBytesError("a presence with a field out of range")
+    if message.round >= 2**40 or message.part >= 2**16:
         raise BadBytesError("a presence with a field out of range")
     return PeerInfo(
         peer=peer,
@@ -113,6 +118,9 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
         is_bootstrap=message.role == pb.ROLE_BOOTSTRAP,
         training=message.training,
         round=message.round,
+        part=message.part,
+        part_tokens=message.part_tokens,
+        settled=message.settled,
         inner_steps_done=message.inner_steps_done,
         steps_per_s=speed,
         run_tokens=message.run_tokens,

@@ -1,4 +1,4 @@
-"""What a peer answers to others, and how it asks them: six calls, all namespaced by the run.
+"""What a peer answers to others, and how it asks them: seven calls, all namespaced by the run.
 
 A peer of another run does not even find the calls: the namespace is the run's hash.
 """
@@ -35,6 +35,8 @@ _MAX_WAIT_S = 60.0
 _MAX_STUBS = 4096
 _FILE_ATTEMPTS = 120
 _FILE_AGAIN_S = 0.5
+_MAKE_LIMIT_S = 60.0
+"""For an answer that may have to be computed first."""
 _HANG_UP_S = 2.0
 """A stream stays open so long for its reader to hang up first. Were it closed at once, the reader's own end mark could
 find it closed; the daemon then resets it, and what was still under way is lost (seen: one of 7,000 short streams)."""
@@ -53,6 +55,9 @@ class Answers(Protocol):
 
     async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
         """What is known about a round; may take `request.wait_s`."""
+
+    async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
+        """The newest publication, if the caller does not have it."""
 
 
 def namespace_of(run_sha256: str) -> str:
@@ -90,6 +95,9 @@ def service_type() -> Any:
                 held[caller] -= 1
                 if not held[caller]:
                     del held[caller]
+
+        async def rpc_publication(self, request: pb.PublicationRequest, context: Any) -> pb.PublicationReply:
+            return self._count(request, await self._answers.publication(request, str(context.remote_id)))
 
         async def rpc_dial(self, request: pb.DialRequest, context: Any) -> pb.DialReply:
             return self._count(request, await self._dial_back.answer(request, str(context.remote_id)))
@@ -169,13 +177,19 @@ class PeerCalls:
 
     async def state(self, peer: str, min_round: int) -> pb.StateReply:
         """The manifest of its newest state."""
-        reply: pb.StateReply = await self._call(peer, "rpc_state", pb.StateRequest(min_round=min_round), 60.0)
+        request = pb.StateRequest(min_round=min_round)
+        reply: pb.StateReply = await self._call(peer, "rpc_state", request, _MAKE_LIMIT_S)
         return reply
 
     async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
         """What it knows about a round."""
         limit_s = request.wait_s + self.node.settings.call_limit_s
         reply: pb.RoundReply = await self._call(peer, "rpc_round", request, limit_s)
+        return reply
+
+    async def publication(self, peer: str, request: pb.PublicationRequest) -> pb.PublicationReply:
+        """Its newest publication, which it may have to make first."""
+        reply: pb.PublicationReply = await self._call(peer, "rpc_publication", request, _MAKE_LIMIT_S)
         return reply
 
     async def dial(self, peer: str, request: pb.DialRequest, limit_s: float) -> pb.DialReply:

@@ -51,6 +51,9 @@ _CHUNKS_A_PULL = 256
 _CHUNKS_A_CHECK = 4
 """Chunks hashed together: 1 MiB."""
 
+_DTYPES = {"float32": (32, 0), "bfloat16": (16, 0), "int8": (8, 256), "int4": (4, 64)}
+"""(bits a number, numbers a scale) of what a tensor's `dtype` may be; `algorithm.quantize` makes the bytes."""
+
 _PIECE_BYTES = 1024 * 1024
 """Bytes looked at together: what that takes of memory is a fraction of it, whatever the whole has."""
 
@@ -65,8 +68,10 @@ class TensorSpec:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes it takes in the body."""
-        return math.prod(self.shape) * {"float32": 4}[self.dtype]
+        """Bytes it takes in the body: its numbers, and if they are quantised in blocks, an fp32 scale for each."""
+        bits, block = _DTYPES[self.dtype]
+        numbers = math.prod(self.shape)
+        return math.ceil(numbers * bits / 8) + (4 * math.ceil(numbers / block) if block else 0)
 
 
 class Body:
@@ -209,6 +214,12 @@ class SnapshotStore:
     def get(self, sha256: str) -> Held | None:
         """What is held under this name."""
         return self._held.get(sha256)
+
+    def drop(self, sha256: str) -> None:
+        """Serve it no longer, unless somebody has just been reading it: then at the next call for it."""
+        if self._read_s.get(sha256, -math.inf) < self.clock() - self.reader_stall_s:
+            self._held.pop(sha256, None)
+            self._read_s.pop(sha256, None)
 
     def forget_before(self, round: int) -> None:
         """Drop snapshots of rounds before `round - keep_rounds + 1`, but none that somebody is reading."""

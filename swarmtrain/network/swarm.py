@@ -29,12 +29,15 @@ from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerSt
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.records import bucket_of, buckets_to_read, choose_bucket
 from swarmtrain.membership.tally import NamedOnce
+from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.finding import FoundRun, PublishedRun, fetch_published, find_run
+from swarmtrain.network.gossiping import Gossip
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.merging import Average, RoundSettings
 from swarmtrain.network.node import Node
+from swarmtrain.network.publications import Publisher
 from swarmtrain.network.records import (
     PRESENCE,
     open_presence_untrusted,
@@ -42,6 +45,7 @@ from swarmtrain.network.records import (
     presence_to_proto,
     progress_to_proto,
 )
+from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.signing import sign
@@ -97,6 +101,10 @@ class Swarm:
     calls: PeerCalls = field(init=False)
     store: SnapshotStore = field(init=False)
     rounds: Rounds = field(init=False)
+    publisher: Publisher | None = None
+    """What this peer publishes in asynchronous rounds; None where rounds are synchronous, and in a bootstrap."""
+    gossip: Gossip | None = None
+    """... and what it pulls of others'."""
     tallying: Tallying = field(init=False)
     durable: Callable[[], Progress | None] | None = None
     """The progress that is safe on this peer's disk, which its progress record tells; None: the present one."""
@@ -164,6 +172,16 @@ class Swarm:
         return self.node.identity
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether peers merge at their own pace, without rosters."""
+        return self.published.run.merge.method == "gossip"
+
+    @property
+    def states(self) -> StateFetcher:
+        """For pulling states of peers that merge asynchronously."""
+        return StateFetcher(self.calls, self.store, self.rounds.settings, self._refused)
+
+    @property
     def _run_bytes(self) -> bytes:
         return bytes.fromhex(self.published.sha256)
 
@@ -217,9 +235,11 @@ class Swarm:
             return
         self.rounds.away = self.rounds.guest = True
         self.rounds.tell()
+        if self.gossip is not None:
+            await self.gossip.stop()
         await end_tasks([*self._tasks, *self._meetings])
         self._tasks.clear()
-        request = pb.HelloRequest(run_sha256=self._run_bytes, presence=self._signed_presence(), leaving=True)
+        request = pb.HelloRequest(run_sha256=self._run_bytes, presence=self.signed_presence(), leaving=True)
         goodbyes = [asyncio.create_task(self.calls.hello(i.peer, request, limit_s)) for i in self.membership.live()]
         if goodbyes:
             await asyncio.wait(goodbyes, timeout=limit_s)
@@ -257,7 +277,7 @@ class Swarm:
                 self._greeted.discard(peer)
                 self.rounds.forget_peer(peer)
             newcomers = [info.peer for info in self.membership.live() if info.peer not in self._greeted]
-            await asyncio.gather(*(self._greet(peer, self._signed_presence()) for peer in newcomers[:32]))
+            await asyncio.gather(*(self._greet(peer, self.signed_presence()) for peer in newcomers[:32]))
 
     def _expire(self) -> None:
         for change in self.membership.expire(swarm_time()):
@@ -281,7 +301,7 @@ class Swarm:
         known = {*(peer.peer for peer in self._through), *self.node.known_peers()} - {self.identity.peer_id}
         away = [peer for peer in known if self.membership.state(peer) is not PeerState.LIVE]
         sample = random.sample(away, min(_REDIALLED, len(away)))
-        await self._greet_all(sample, self._signed_presence())
+        await self._greet_all(sample, self.signed_presence())
         for peer in sample:
             if self.membership.state(peer) is PeerState.LIVE:
                 await self.node.enter_routing_table(peer)
@@ -312,7 +332,11 @@ class Swarm:
             run_tokens=run_tokens,
         )
 
-    def _signed_presence(self) -> pb.Signed:
+    def describe_part(self, part: int, tokens: int) -> None:
+        """What the next presence says of our newest publication in this round."""
+        self.me = dataclasses.replace(self.me, part=part, part_tokens=tokens)
+
+    def signed_presence(self) -> pb.Signed:
         self._renew()
         return sign(self.identity, PRESENCE, self.published.sha256, presence_to_proto(self.me))
 
@@ -378,7 +402,7 @@ class Swarm:
         greeted: set[str] = set()
         for _ in range(_GREETING_PASSES):
             strangers = [info.peer for info in self.membership.live() if info.peer not in greeted]
-            await self._greet_all(strangers, self._signed_presence())
+            await self._greet_all(strangers, self.signed_presence())
             greeted.update(strangers)
 
     def _meet(self, peers: Iterable[str]) -> None:
@@ -393,7 +417,7 @@ class Swarm:
             if len(self._meetings) >= _MAX_MEETINGS or not self.membership.has_room():
                 return
             self._met_s[peer] = now
-            meeting = asyncio.create_task(self._greet(peer, self._signed_presence()))
+            meeting = asyncio.create_task(self._greet(peer, self.signed_presence()))
             self._meetings.add(meeting)
             meeting.add_done_callback(self._meetings.discard)
 
@@ -448,7 +472,7 @@ class Swarm:
             swarmtrain_version=__version__,
             run_sha256=self._run_bytes,
             time=swarm_time(),
-            presence=self._signed_presence() if self.me.addresses and not self.rounds.away else None,
+            presence=self.signed_presence() if self.me.addresses and not self.rounds.away else None,
             others=[self._signed[peer] for peer in known[:64]],
         )
 
@@ -456,6 +480,25 @@ class Swarm:
         """What we know of a round."""
         self._meet([caller])
         return await self.rounds.answer(request)
+
+    async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
+        """Our newest publication, made a snapshot at the first request. What the caller says of itself is news."""
+        with contextlib.suppress(BadBytesError):
+            self._read_presence_untrusted(request.presence, caller)
+        if self.publisher is None or self.rounds.away:
+            return pb.PublicationReply(away=self.rounds.away)
+        reply = pb.PublicationReply(presence=self.signed_presence())
+        if self.store.num_readers >= self.store.max_readers:
+            reply.busy = True
+        elif (held := await self.publisher.held_after(request)) is not None:
+            reply.manifest.CopyFrom(held.snapshot.signed)
+        return reply
+
+    def heard_untrusted(self, peer: str, reply: pb.PublicationReply) -> None:
+        """What a partner tells of itself with its publication."""
+        self._read_presence_untrusted(reply.presence, peer)
+        if reply.away and (change := self.membership.left(peer, swarm_time())) is not None:
+            self._report(change)
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
         """The manifest of our newest state, made at the first request for it."""
@@ -470,6 +513,8 @@ class Swarm:
                 self._state_held = held
                 self.store.add(held)
             last = self.rounds.last
+            if self.asynchronous:
+                return pb.StateReply(manifest=held.snapshot.signed)
             if last is None or last[0].digest != progress.roster_sha256:
                 return pb.StateReply()
             return pb.StateReply(manifest=held.snapshot.signed, roster=last[1])
@@ -526,7 +571,7 @@ class Swarm:
 
     def _refused(self, peer: str, error: PeerError) -> None:
         """Tell of hostile bytes: of one peer and rule once a minute, for it may send them as fast as it likes."""
-        rule = _rule(str(error))
+        rule = rule_of(str(error))
         if self._told_refused.is_due(f"{peer} {rule}", swarm_time()):
             self.emit(RefusedEvent(from_peer=peer, rule=rule, detail=str(error)))
         else:
@@ -547,21 +592,3 @@ def _led_to(state: Held) -> tuple[int, str]:
     """Its round, and the digest of the roster that led to it: a branch that is left has states of the same rounds."""
     manifest = state.snapshot.manifest
     return manifest.round, manifest.roster_sha256.hex()
-
-
-def _rule(detail: str) -> str:
-    words = {
-        "hash": "hash",
-        "finite": "finite",
-        "shape": "shape",
-        "tensors": "shape",
-        "signature": "signature",
-        "forged": "signature",
-        "bytes, more": "size",
-        "tokens": "tokens",
-        "order": "stream",
-        "end": "stream",
-        "round": "round",
-        "presence": "presence",
-    }
-    return next((rule for word, rule in words.items() if word in detail), "format")

@@ -97,6 +97,15 @@ class Tallying:
         with self._lock:
             self._tally.learn(peer_tokens, self.clock())
 
+    def hear(self, peer: str, tokens: int) -> None:
+        """What a publication or a state says of `peer`: believed as far as its speed explains it."""
+        speeds = self.speeds()
+        with self._lock:
+            self._tally.typical_per_s = typical_speed(speeds.values())
+            _, incident = self._tally.observe(peer, 0, tokens, self.clock(), speeds.get(peer, 0.0))
+        if incident is not None:
+            self._name(peer, incident.rule, incident.detail)
+
     def own_to_tell(self, durable_tokens: int) -> int:
         """What this peer's next record says: the most that was ever safe on its disk, `durable_tokens` by now.
 

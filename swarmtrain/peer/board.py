@@ -387,7 +387,7 @@ class _Sums:
     stall_s: float = 0.0
 
     def after(self, event: RoundEvent) -> tuple[float, float]:
-        """Times fewer bytes than an all-reduce, and the share of the time spent waiting, `event` included."""
+        """Times fewer bytes than an all-reduce, and the share of time in which the trainer stood still."""
         if event.times_below_allreduce is not None:
             self.shared_steps += event.inner_steps
             self.shared_bytes += event.bytes_sent

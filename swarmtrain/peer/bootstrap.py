@@ -30,7 +30,6 @@ from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
-from swarmtrain.network.rounds import NewState
 from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.peer.checkpoint import Checkpoint
@@ -48,7 +47,6 @@ from swarmtrain.peer.common import (
     save_model,
     show_invite,
     start_node,
-    state_of,
     use_threads,
     wait_for,
 )
@@ -57,6 +55,7 @@ from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.logs import log_event, logged, peer_log
+from swarmtrain.peer.present import Present, fetch_present, present_of
 from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 
@@ -66,6 +65,9 @@ _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _LINGER_S = 60.0
 _SAMPLE = 16
+_LAST_SAMPLE = 4
+_LAST_ROUND_S = 20.0
+"""With each peer at its own pace: how long those who have not ended their last round are waited for."""
 _REDIAL_S = 3.0
 _FLUSH_S = 5.0
 _LAST_ARCHIVE_S = 4.0
@@ -235,8 +237,9 @@ class _Bootstrap:
         total = self.published.run.run.total_tokens
         every_s = self.published.run.network.archive_every_s
         next_s = time.monotonic() + (every_s if self.state is not None else 0.0)
-        end_seen_s = math.inf
-        while self.progress.run_tokens < total:
+        end_seen_s = first_s = math.inf
+        complete = self.progress.run_tokens >= total
+        while not complete:
             self.stop.sleep(_LOOK_EVERY_S)
             self.control.board.beat()
             self._ask_how_far(swarm)
@@ -247,9 +250,14 @@ class _Bootstrap:
             if time.monotonic() > end_seen_s + _LINGER_S:
                 self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
                 return
-            due = time.monotonic() >= next_s and newest > self.progress.run_tokens
-            if (due or newest >= total) and self._archive(swarm):
+            last = newest >= total
+            due = not last and time.monotonic() >= next_s and newest > self.progress.run_tokens
+            if last and swarm.asynchronous:  # each has its own last weights, and some have not got there yet
+                first_s = min(first_s, time.monotonic())
+                last = min(told) >= total or time.monotonic() > first_s + _LAST_ROUND_S
+            if (due or last) and self._archive(swarm):
                 next_s = time.monotonic() + every_s
+                complete = last and self.progress.run_tokens >= total
 
     def _ask_how_far(self, swarm: Swarm) -> None:
         """Look how far the volunteers are, and remember whom to dial if we are started again."""
@@ -281,27 +289,30 @@ class _Bootstrap:
         self.state, self.progress = kept.state, kept.progress
         self._try_to_write_archive(kept)
 
-    async def _pull_from_the_quick(self, swarm: Swarm, peers: list[str]) -> NewState | None:
+    async def _pull_from_the_quick(self, swarm: Swarm, peers: list[str]) -> Present | None:
         """The newest state, without waiting for those who do not answer soon."""
         if not peers:
             return None
+        if swarm.asynchronous:
+            return await fetch_present(swarm, peers[:_LAST_SAMPLE], "archive", self.progress.run_tokens)
         asking = [asyncio.create_task(swarm.rounds.ask_now([peer])) for peer in peers]
         answered, late = await asyncio.wait(asking, timeout=_LAST_ANSWER_S)
         await end_tasks(late)
         told = {peer: answer for task in answered for peer, answer in task.result().items()}
-        return await swarm.rounds.fetch_told_state(told, "archive", self.progress.run_tokens)
+        new = await swarm.rounds.fetch_told_state(told, "archive", self.progress.run_tokens)
+        return None if new is None else present_of(new)
 
     def _archive(self, swarm: Swarm) -> bool:
         """Pull the newest state, write it down, and offer it to joiners; False if nobody delivered."""
         volunteers = [info.peer for info in swarm.membership.volunteers()]
         sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
-        new = wait_for(
-            self.network.submit(swarm.rounds.fetch_newest_state(sample, "archive", self.progress.run_tokens)), self.stop
-        )
-        if new is None:
+        fetching = fetch_present(swarm, sample, "archive", self.progress.run_tokens)
+        present = wait_for(self.network.submit(fetching), self.stop)
+        if present is None:
             return False
-        kept, keeper = self._kept(new), self.keeper
+        keeper = self.keeper
         assert keeper is not None
+        kept = self._kept(present)
         keeper.keep(kept)
         keeper.checkpointer.flush(_FLUSH_S)  # so that it can be told at once
         wait_for(self.network.submit(keeper.offer(swarm, kept)), self.stop)
@@ -309,14 +320,13 @@ class _Bootstrap:
         self._try_to_write_archive(kept)
         return True
 
-    def _kept(self, new: NewState) -> Checkpoint:
+    def _kept(self, present: Present) -> Checkpoint:
         assert self.keeper is not None
-        state, progress = state_of(new)
         return Checkpoint(
-            state=state,
-            progress=progress,
-            roster=new.roster,
-            signed_roster=new.signed_roster,
+            state=present.state,
+            progress=present.progress,
+            roster=present.roster,
+            signed_roster=present.signed_roster,
             extra=self.keeper.checkpointer.extra(),
         )
 
@@ -350,7 +360,8 @@ class _Bootstrap:
         """Serve on until the volunteers have left, and for those who may come back; a minute at most."""
         give_up_s = time.monotonic() + _LINGER_S
         while time.monotonic() < give_up_s:
-            if not may_come_back(swarm.membership, self.progress, self.since_s, swarm_time()):
+            total = self.published.run.run.total_tokens if swarm.asynchronous else None
+            if not may_come_back(swarm.membership, self.progress, self.since_s, swarm_time(), total):
                 return
             self._tell_archived(swarm)
             self.stop.sleep(0.1)

@@ -36,12 +36,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A state with its counters and the roster that led to it; `own` is None in a bootstrap's."""
+    """A state with its counters and the roster that led to it; `own` is None in a bootstrap's.
+
+    Where peers merge asynchronously there are no rosters: both are None.
+    """
 
     state: OuterState
     progress: Progress
-    roster: Roster
-    signed_roster: pb.Signed
+    roster: Roster | None
+    signed_roster: pb.Signed | None
     own: OwnPart | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What others keep with it, by a name of theirs; anything JSON can hold."""
@@ -49,11 +52,11 @@ class Checkpoint:
 
 def save(folder: CheckpointFolder, checkpoint: Checkpoint) -> Written:
     """Write it. Raises OSError as the file system gives it; what was there before is untouched then."""
-    progress, own = checkpoint.progress, checkpoint.own
+    progress, own, signed = checkpoint.progress, checkpoint.own, checkpoint.signed_roster
     manifest: dict[str, Any] = {
         "run_tokens": progress.run_tokens,
         "peer_tokens": dict(progress.peer_tokens),
-        "roster": base64.b64encode(checkpoint.signed_roster.SerializeToString()).decode(),
+        "roster": None if signed is None else base64.b64encode(signed.SerializeToString()).decode(),
         "own": None,
         "extra": dict(checkpoint.extra),
     }
@@ -119,15 +122,17 @@ def _parse(folder: CheckpointFolder, kept: Kept, run: RunFile, num_parameters: i
     theta, momentum = tensors["theta"], tensors["momentum"]
     if theta.shape != (num_parameters,) or momentum.shape != (num_parameters,):
         raise ValueError("it is of another model")
-    signed = pb.Signed.FromString(base64.b64decode(manifest["roster"]))
-    roster = roster_untrusted(signed, folder.run_sha256, run.merge.inner_steps * run.tokens_per_step)
+    roster, signed = _roster(manifest["roster"], folder, run)
     progress = Progress(
         round=manifest["round"],
         run_tokens=manifest["run_tokens"],
         peer_tokens=manifest["peer_tokens"],
-        roster_sha256=roster.digest,
+        roster_sha256="" if roster is None else roster.digest,
     )
-    if progress.round != roster.round + 1 or progress.run_tokens != roster.total_tokens:
+    if roster is None:
+        if progress.run_tokens != sum(progress.peer_tokens.values()):
+            raise ValueError("its counters do not add up")
+    elif progress.round != roster.round + 1 or progress.run_tokens != roster.total_tokens:
         raise ValueError("its counters do not fit its roster")
     own = manifest["own"]
     return Checkpoint(
@@ -138,6 +143,15 @@ def _parse(folder: CheckpointFolder, kept: Kept, run: RunFile, num_parameters: i
         own=None if own is None else _own_part(own, tensors, num_parameters),
         extra=manifest["extra"],
     )
+
+
+def _roster(encoded: str | None, folder: CheckpointFolder, run: RunFile) -> tuple[Roster | None, pb.Signed | None]:
+    if run.merge.method == "gossip":
+        return None, None
+    if encoded is None:
+        raise ValueError("it has no roster")
+    signed = pb.Signed.FromString(base64.b64decode(encoded))
+    return roster_untrusted(signed, folder.run_sha256, run.merge.inner_steps * run.tokens_per_step), signed
 
 
 def _own_part(own: Mapping[str, Any], tensors: Mapping[str, Tensor], num_parameters: int) -> OwnPart:

@@ -1,7 +1,8 @@
 """The trainer's side of the network: its two calls, answered by a `Swarm` in the network thread.
 
-The trainer's share of a round's end is one snapshot (hashed and signed here, since the roster needs the hash) and
-the wait for the mean.
+`SwarmExchange` is what all ways to merge have in common; `RosterExchange` is the synchronous one, where the trainer's
+share of a round's end is one snapshot (hashed and signed here, since the roster needs the hash) and the wait for the
+mean.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent
+from swarmtrain.membership.ending import still_needed
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import better_roster, joining_steps, must_refetch, round_steps
 from swarmtrain.network.codec import body_of
@@ -29,11 +34,11 @@ from swarmtrain.network.snapshots import Held, build_snapshot
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import StopFlag, state_of, wait_for
 from swarmtrain.peer.pausing import PauseSwitch
-from swarmtrain.peer.trainer import Averaged, Contribution, Replaced, Start, StopTraining
+from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Start, StopTraining
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["SwarmExchange"]
+__all__ = ["RosterExchange", "SwarmExchange"]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
@@ -42,8 +47,8 @@ _OFFER_S = 30.0
 
 
 @dataclass
-class SwarmExchange:
-    """The trainer's two calls, answered by a `Swarm` in the network thread."""
+class SwarmExchange(ABC):
+    """The trainer's calls, answered by a `Swarm` in the network thread."""
 
     network: NetworkThread
     swarm: Swarm
@@ -59,14 +64,126 @@ class SwarmExchange:
     """Inner steps taken in this process."""
     round_steps: int = 0
     """Inner steps of this round, those included that it came too late for."""
-    _merge: Future[Outcome] | None = None
-    _started_s: float = 0.0
     _skipped_steps: int = 0
     _traffic: tuple[int, int] = (0, 0)
-    _cut_short: bool = False
     _fresh: bool = True  # the next round is the first, or the first with a state taken from another peer
     _first: bool = True
     _offered: Progress | None = None
+
+    # ------------------------------------------------------------- the trainer's calls
+
+    @abstractmethod
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        """See `Exchange`."""
+
+    @abstractmethod
+    def publish(self, contribution: Contribution) -> None:
+        """See `Exchange`."""
+
+    @abstractmethod
+    def collect(self) -> Averaged | Gathered | Replaced:
+        """See `Exchange`."""
+
+    def step_done(self, inner_steps_done: int) -> None:
+        """See `Exchange`."""
+        self.num_steps += 1
+        self.swarm.rounds.inner_steps_done = self._skipped_steps + inner_steps_done
+
+    # ------------------------------------------------------------- what a volunteer asks
+
+    @abstractmethod
+    def present_state(self, progress: Progress) -> Replaced | None:
+        """The swarm's present state, if it holds against `progress`, what this peer has: before its first round, or its
+        first after a pause. None to go on with what it has: a checkpoint, or the initial weights if nobody has
+        merged a round yet.
+
+        Raises RunTimeError when others have trained, this peer has nothing, and nobody delivers.
+        """
+
+    def offer(self, state: OuterState, progress: Progress) -> None:
+        """Serve `state` to joiners and those who missed a round from now on."""
+        if progress is self._offered:
+            return
+        self._offered = progress
+        body = body_of(state.theta, state.momentum)
+
+        async def offer() -> None:
+            self.swarm.set_state(progress, body)
+            if progress.round == 0 and self.run.merge.min_peers > 1:
+                self.swarm.rounds.guest = False  # it will train this round whole: those who begin sooner wait for it
+            self.swarm.describe(
+                round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens
+            )
+
+        self.network.run(offer(), _OFFER_S)  # not given up for an end that is asked for: the round was merged
+
+    def kept(self) -> Mapping[str, Callable[[], Any]]:
+        """What gives what a checkpoint keeps of this, by name; anything JSON can hold."""
+        return {}
+
+    def restore(self, extra: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing to restore
+        """Go on from what a checkpoint kept."""
+
+    def final_theta(self, own: Tensor) -> Tensor:
+        """The run's weights at its end, given this peer's `own` (P,)."""
+        return own
+
+    def still_needed(self, last: Progress) -> str:
+        """Why this peer, done with the run, should stay; empty when nobody needs it."""
+        return still_needed(self.swarm.membership, last)
+
+    def traffic_since_last(self) -> tuple[int, int]:
+        """Bytes sent and received since the last call."""
+        traffic = self.swarm.node.traffic
+        now = (traffic.sent_bytes, traffic.received_bytes)
+        sent, received = now[0] - self._traffic[0], now[1] - self._traffic[1]
+        self._traffic = now
+        return sent, received
+
+    # ------------------------------------------------------------- in common
+
+    def _begin(self, inner_steps: int) -> None:
+        """A round of so many inner steps begins."""
+        if self._first:
+            self.on_first_round(inner_steps)
+        self._first = self._fresh = False
+
+    def _check(self) -> None:
+        """Raise StopTraining if this peer is to end or to rest."""
+        self.stop.check()
+        if self.pause.held:
+            raise StopTraining
+
+    def _wait_for_company(self) -> None:
+        while True:
+            self._check()
+            others = self.swarm.membership.volunteers()
+            begun = any(info.round > 0 or info.inner_steps_done > 0 for info in others)
+            begun = begun or self.swarm.rounds.wanted
+            self.num_missing = 0 if begun else max(0, self.run.merge.min_peers - len(others) - 1)
+            if not self.num_missing:
+                return
+            self.stop.sleep(0.05)
+
+    def _paced(self, steps_per_s: float, steps: int) -> int:
+        """At most `steps` inner steps: fewer for a slower peer if rounds are paced, and none beyond the time limit."""
+        section = self.run.merge
+        if steps_per_s <= 0:
+            return steps
+        if section.pacing:
+            others = self.swarm.membership.volunteers()
+            speeds = [steps_per_s] + [info.steps_per_s for info in others if info.steps_per_s > 0]
+            steps = min(steps, paced_inner_steps(steps_per_s, reference_speed(speeds), section.inner_steps))
+        return min(steps, max(1, math.floor(section.round_limit_s * steps_per_s)))
+
+
+@dataclass
+class RosterExchange(SwarmExchange):
+    """Synchronous rounds: a round's end waits for the mean over a roster."""
+
+    _merge: Future[Outcome] | None = None
+    _started_s: float = 0.0
+    _cut_short: bool = False
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """See `Exchange`."""
@@ -87,27 +204,8 @@ class SwarmExchange:
             return len(self.swarm.membership.volunteers()) + 1
 
         num_peers = wait_for(self.network.submit(begin()), self.stop)
-        if self._first:
-            self.on_first_round(inner_steps)
-        self._first = self._fresh = False
+        self._begin(inner_steps)
         return Start(inner_steps=inner_steps, num_peers=num_peers)
-
-    def _check(self) -> None:
-        """Raise StopTraining if this peer is to end or to rest."""
-        self.stop.check()
-        if self.pause.held:
-            raise StopTraining
-
-    def _wait_for_company(self) -> None:
-        while True:
-            self._check()
-            others = self.swarm.membership.volunteers()
-            begun = any(info.round > 0 or info.inner_steps_done > 0 for info in others)
-            begun = begun or self.swarm.rounds.wanted
-            self.num_missing = 0 if begun else max(0, self.run.merge.min_peers - len(others) - 1)
-            if not self.num_missing:
-                return
-            self.stop.sleep(0.05)
 
     def _inner_steps(self, round: int, steps_per_s: float) -> int:
         """A round's inner steps: the full number, fewer for one that comes late, fewer for a slower peer if paced."""
@@ -123,17 +221,7 @@ class SwarmExchange:
         self._cut_short = steps < section.inner_steps
         if self._cut_short:
             _log.info("round %d: %d inner steps: %s", round, steps, reason)
-        if section.pacing and steps_per_s > 0:
-            speeds = [steps_per_s] + [info.steps_per_s for info in volunteers if info.steps_per_s > 0]
-            steps = min(steps, paced_inner_steps(steps_per_s, reference_speed(speeds), section.inner_steps))
-        if steps_per_s > 0:
-            steps = min(steps, max(1, math.floor(section.round_limit_s * steps_per_s)))
-        return steps
-
-    def step_done(self, inner_steps_done: int) -> None:
-        """See `Exchange`."""
-        self.num_steps += 1
-        self.swarm.rounds.inner_steps_done = self._skipped_steps + inner_steps_done
+        return self._paced(steps_per_s, steps)
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""
@@ -141,7 +229,7 @@ class SwarmExchange:
             run_sha256=bytes.fromhex(self.swarm.published.sha256),
             kind=pb.SNAPSHOT_KIND_PSEUDO_GRADIENT,
             round=contribution.round,
-            part=1,
+            part=contribution.part,
             tokens=contribution.tokens,
             inner_steps=contribution.inner_steps,
             roster_sha256=bytes.fromhex(contribution.base),
@@ -184,30 +272,8 @@ class SwarmExchange:
         self._fresh = True
         return Replaced(state=state, progress=progress, from_peer=new.from_peer, reason=new.reason)
 
-    def offer(self, state: OuterState, progress: Progress) -> None:
-        """Serve `state` to joiners and those who missed a round from now on."""
-        if progress is self._offered:
-            return
-        self._offered = progress
-        body = body_of(state.theta, state.momentum)
-
-        async def offer() -> None:
-            self.swarm.set_state(progress, body)
-            if progress.round == 0 and self.run.merge.min_peers > 1:
-                self.swarm.rounds.guest = False  # it will train this round whole: those who begin sooner wait for it
-            self.swarm.describe(
-                round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens
-            )
-
-        self.network.run(offer(), _OFFER_S)  # not given up for an end that is asked for: the round was merged
-
-    def present_state(self) -> Replaced | None:
-        """The swarm's present state, if it holds against what this peer has: before its first round, or its first
-        after a pause. The next round is then one that it comes into late. None to go on with what it has: a
-        checkpoint, or the initial weights if nobody has merged a round yet.
-
-        Raises RunTimeError when others have trained, this peer has nothing, and nobody delivers.
-        """
+    def present_state(self, progress: Progress) -> Replaced | None:
+        """See `SwarmExchange`. The next round is then one that it comes into late."""
         self._fresh = True
         rounds = self.swarm.rounds
         own = None if rounds.last is None else rounds.last[0]
@@ -230,11 +296,3 @@ class SwarmExchange:
         if own is not None:
             return None  # it will catch up at the end of its round
         raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
-
-    def traffic_since_last(self) -> tuple[int, int]:
-        """Bytes sent and received since the last call."""
-        traffic = self.swarm.node.traffic
-        now = (traffic.sent_bytes, traffic.received_bytes)
-        sent, received = now[0] - self._traffic[0], now[1] - self._traffic[1]
-        self._traffic = now
-        return sent, received

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import PeerError, RunTimeError, UserError
 from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.export import copy_exported, load_exported
 from swarmtrain.model.gpt import build_model, generate, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
@@ -28,10 +26,10 @@ from swarmtrain.peer.common import (
     leave_swarm,
     save_model,
     start_node,
-    state_of,
     wait_for,
 )
 from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.present import Present, fetch_present
 from swarmtrain.run import parse_published_untrusted
 
 __all__ = ["export_from_folder", "export_from_swarm", "sample_text"]
@@ -96,15 +94,15 @@ def export_from_swarm(invite: Invite, target: Path, stop: StopFlag) -> int:
         tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory,
         peer_folder(Path(directory)) as folder,
     ):
-        published, state, progress = _pulled(invite, folder, stop)
+        published, present = _pulled(invite, folder, stop)
     with _writing(target):
         model = build_model(published.run.model, published.run.run.seed)
-        save_model(target, model, state.theta, published, progress)
-    return progress.run_tokens
+        save_model(target, model, present.state.theta, published, present.progress)
+    return present.progress.run_tokens
 
 
-def _pulled(invite: Invite, folder: PeerFolder, stop: StopFlag) -> tuple[PublishedRun, OuterState, Progress]:
-    """The run of `invite` and its newest state."""
+def _pulled(invite: Invite, folder: PeerFolder, stop: StopFlag) -> tuple[PublishedRun, Present]:
+    """The run of `invite` and its present weights."""
     network = NetworkThread()
     swarm = node = None
     try:
@@ -117,10 +115,10 @@ def _pulled(invite: Invite, folder: PeerFolder, stop: StopFlag) -> tuple[Publish
         swarm = Swarm(node, published, specs, average_bytes_untrusted, lambda event: None, me)
         wait_for(network.submit(swarm.start(invite.peers)), stop)
         live = [info.peer for info in swarm.membership.live()]
-        new = wait_for(network.submit(swarm.rounds.fetch_newest_state(live, "export")), stop)
-        if new is None:
+        present = wait_for(network.submit(fetch_present(swarm, live, "export")), stop)
+        if present is None:
             raise RunTimeError("nobody has a model to give yet: the first round is not over, or all have left")
-        return published, *state_of(new)
+        return published, present
     except PeerError as error:
         raise RunTimeError(f"the swarm did not deliver its model: {error}") from None
     finally:

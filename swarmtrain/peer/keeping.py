@@ -13,7 +13,6 @@ from typing import Any
 
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import WarningEvent
-from swarmtrain.membership.rosters import Roster
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.swarm import PublishedRun, Swarm
@@ -25,7 +24,6 @@ from swarmtrain.peer.controlled import Controlled
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.trainer import Trainer
 from swarmtrain.v1 import control_pb2 as control_pb
-from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Keeper", "known_peers", "run_to_resume"]
 
@@ -85,7 +83,8 @@ class Keeper:
 
     async def offer(self, swarm: Swarm, kept: Checkpoint) -> None:
         """Offer the state of a checkpoint to the others. In the network thread."""
-        swarm.rounds.know_roster(kept.roster, kept.signed_roster)
+        if kept.roster is not None and kept.signed_roster is not None:
+            swarm.rounds.know_roster(kept.roster, kept.signed_roster)
         swarm.set_state(kept.progress, body_of(kept.state.theta, kept.state.momentum))
 
     # ------------------------------------------------------------- while it runs
@@ -94,9 +93,10 @@ class Keeper:
         """Have it written."""
         self.checkpointer.offer(checkpoint)
 
-    def keep_round(self, trainer: Trainer, last: tuple[Roster, pb.Signed] | None) -> None:
-        """After a round: have the trainer's state written, with what is its own. `last` is the roster behind it."""
-        if last is None or last[0].digest != trainer.progress.roster_sha256:
+    def keep_round(self, trainer: Trainer, swarm: Swarm) -> None:
+        """After a round: have the trainer's state written, with what is its own and the roster behind it, if any."""
+        last = swarm.rounds.last
+        if not swarm.asynchronous and (last is None or last[0].digest != trainer.progress.roster_sha256):
             _log.warning("no checkpoint of round %d: its roster is not known", trainer.progress.round)
             return
         room = self.checkpointer.room(trainer.state.theta.numel())
@@ -104,8 +104,8 @@ class Keeper:
             Checkpoint(
                 state=trainer.state,
                 progress=trainer.progress,
-                roster=last[0],
-                signed_roster=last[1],
+                roster=None if last is None else last[0],
+                signed_roster=None if last is None else last[1],
                 own=trainer.own_part(room),
                 extra=self.checkpointer.extra(),
             )

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm.gossip import Prepared, gossip_merge
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, Moments, learning_rate_at, moments_scale
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import RunTimeError
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
+from swarmtrain.peer.robustness import robust_mean
 from swarmtrain.peer.stopping import StopTraining
 from swarmtrain.run import RunFile
 
@@ -28,6 +31,8 @@ __all__ = [
     "Averaged",
     "Contribution",
     "Exchange",
+    "Gathered",
+    "Merged",
     "OwnPart",
     "Replaced",
     "RoundReport",
@@ -56,13 +61,21 @@ def inner_constants(run: RunFile) -> InnerConstants:
 
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
-    """What a round brought: the pseudo-gradient (P,) fp32, and what it took to get it."""
+    """What a round has brought so far, and what it took to get there."""
 
     round: int
-    gradient: Tensor
+    part: int  # 1, 2, ... of the round's publications, each with all steps since the round's start
+    theta: Tensor  # the weights at the round's start, (P,) fp32
+    reached: Tensor  # the weights it has got to, (P,) fp32
     tokens: int
     inner_steps: int
+    own_tokens: int  # all that this peer has trained on, these included
     base: str  # digest of the roster that led to the weights it starts from, "" before the first
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """The pseudo-gradient, (P,) fp32: computed by who asks first, so that publishing costs the trainer a copy."""
+        return self.theta - self.reached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +87,30 @@ class Averaged:
     weights: tuple[int, ...]
     signer: str
     roster_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """One of the publications that a merge is made of."""
+
+    peer: str
+    round: int
+    part: int
+    tokens: int  # that had not been merged before
+    staleness_rounds: int  # how many rounds behind this peer's own
+    pull_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """What was pulled from partners, ready to be merged, and the run's counts of tokens by now."""
+
+    prepared: Prepared
+    merged: tuple[Merged, ...]
+    run_tokens: int
+    peer_tokens: Mapping[str, int]
+    gradients: tuple[Tensor, ...] = ()
+    """The partners' pseudo-gradients (P,), for a robust mean in place of the token-weighted one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +129,21 @@ class Start:
 
     inner_steps: int
     num_peers: int
+    num_parts: int = 1
+    """Publications of the round, at equal distances; the last one is at its end."""
+    run_steps_a_step: float = 0.0
+    """Inner steps of everybody together in the time of one of this peer's; 0: `num_peers`."""
+
+    @property
+    def publish_after(self) -> Sequence[int]:
+        """The inner steps after which it publishes: as many as there are parts, or fewer in a very short round."""
+        parts = min(self.num_parts, self.inner_steps)
+        return [-(-self.inner_steps * part // parts) for part in range(1, parts + 1)]
+
+    def part_after(self, inner_steps: int) -> int:
+        """The number of the publication after so many inner steps; the last one's is always `num_parts`."""
+        moments = self.publish_after
+        return self.num_parts - len(moments) + 1 + moments.index(inner_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +162,7 @@ class RoundReport:
     """What is told of a finished round; seconds, tokens, nats per token."""
 
     contribution: Contribution
-    averaged: Averaged
+    arrived: Averaged | Gathered
     progress: Progress
     num_peers: int
     loss: float
@@ -120,6 +172,13 @@ class RoundReport:
     merge_s: float
     stall_s: float
     state: OuterState
+
+
+@dataclass(frozen=True)
+class _Steps:
+    losses: list[float]
+    learning_rate: float  # of the last one
+    published_s: float  # what publishing within the round took of them
 
 
 class Exchange(Protocol):
@@ -132,9 +191,9 @@ class Exchange(Protocol):
         """An inner step is done (told to others when they ask); must cost nothing."""
 
     def publish(self, contribution: Contribution) -> None:
-        """Here is my round. Returns at once."""
+        """Here is my round, or what there is of it. Returns at once."""
 
-    def collect(self) -> Averaged | Replaced:
+    def collect(self) -> Averaged | Gathered | Replaced:
         """Give me what arrived; waits as long as the merge method says. Raises StopTraining when asked to end."""
 
 
@@ -185,59 +244,72 @@ class Trainer:
         start = self.exchange.start_round(self.progress, self.steps_per_s)
         began_s = time.monotonic()
         unflatten_into(self.state.theta, self.model.parameters())
-        losses, learning_rate = self._inner_steps(start)
+        steps = self._inner_steps(start)
         steps_end_s = time.monotonic()
-        finite = [loss for loss in losses if math.isfinite(loss)]
+        finite = [loss for loss in steps.losses if math.isfinite(loss)]
         if not finite:
             raise RunTimeError("training diverged: no loss of the last round was finite; lower inner.learning_rate")
-        self.steps_per_s = len(losses) / max(steps_end_s - began_s, 1e-9)
-        contribution = Contribution(
-            round=self.progress.round,
-            gradient=self.state.theta - flatten(self.model.parameters()),
-            tokens=len(losses) * self.run.tokens_per_step,
-            inner_steps=len(losses),
-            base=self.progress.roster_sha256,
-        )
-        self.exchange.publish(contribution)
-        waiting_s = time.monotonic()
+        self.steps_per_s = len(steps.losses) / max(steps_end_s - began_s - steps.published_s, 1e-9)
+        contribution = self._publish(start, len(steps.losses))
         arrived = self.exchange.collect()
-        waited_s = time.monotonic() - waiting_s
         self.own_tokens += contribution.tokens
         if isinstance(arrived, Replaced):
             self.adopt(arrived)
             self.settled()
             return
-        self.merge(arrived)
+        self.merge(arrived, contribution)
+        merged_s = time.monotonic()
         self.settled()
         self.report(
             RoundReport(
                 contribution=contribution,
-                averaged=arrived,
+                arrived=arrived,
                 progress=self.progress,
                 num_peers=start.num_peers,
                 loss=sum(finite) / len(finite),
-                first_loss=finite[0],
-                learning_rate=learning_rate,
+                first_loss=steps.losses[0],
+                learning_rate=steps.learning_rate,
                 seconds=time.monotonic() - began_s,
-                merge_s=time.monotonic() - steps_end_s,
-                stall_s=waited_s,
+                merge_s=merged_s - steps_end_s,
+                stall_s=merged_s - steps_end_s + steps.published_s,
                 state=self.state,
             )
         )
 
-    def _inner_steps(self, start: Start) -> tuple[list[float], float]:
-        """`start.inner_steps` AdamW steps; returns each step's loss and the last learning rate."""
+    def _inner_steps(self, start: Start) -> _Steps:
+        """`start.inner_steps` AdamW steps; publishes at all moments of the round but its end."""
         losses: list[float] = []
-        total = self.run.run.total_tokens
-        progress = 0.0
+        run_tokens_a_step = (start.run_steps_a_step or start.num_peers) * self.run.tokens_per_step
+        progress = published_s = 0.0
+        publish_after = frozenset(start.publish_after[:-1])
         for step in range(start.inner_steps):
             if self.should_stop():
                 raise StopTraining
-            progress = (self.progress.run_tokens + step * start.num_peers * self.run.tokens_per_step) / total
+            progress = (self.progress.run_tokens + step * run_tokens_a_step) / self.run.run.total_tokens
             with self.slowed():
                 losses.append(self._step(progress))
             self.exchange.step_done(step + 1)
-        return losses, learning_rate_at(self.constants, progress)
+            if step + 1 in publish_after:
+                began_s = time.monotonic()
+                self._publish(start, step + 1)
+                published_s += time.monotonic() - began_s
+        return _Steps(losses, learning_rate_at(self.constants, progress), published_s)
+
+    def _publish(self, start: Start, inner_steps: int) -> Contribution:
+        """Hand over what `inner_steps` of this round have brought: one copy of the weights."""
+        tokens = inner_steps * self.run.tokens_per_step
+        contribution = Contribution(
+            round=self.progress.round,
+            part=start.part_after(inner_steps),
+            theta=self.state.theta,
+            reached=flatten(self.model.parameters()),
+            tokens=tokens,
+            inner_steps=inner_steps,
+            own_tokens=self.own_tokens + tokens,
+            base=self.progress.roster_sha256,
+        )
+        self.exchange.publish(contribution)
+        return contribution
 
     def _step(self, progress: float) -> float:
         """One inner step over one batch, in microbatches; returns its mean loss."""
@@ -259,15 +331,25 @@ class Trainer:
         self._has_moments = True
         return loss_sum
 
-    def merge(self, averaged: Averaged) -> None:
-        """The outer Nesterov step, and the counters that follow from the roster."""
+    def merge(self, arrived: Averaged | Gathered, own: Contribution) -> None:
+        """The outer Nesterov step, and the counters that follow from what arrived."""
         section = self.run.merge
         constants = OuterConstants(
             learning_rate=section.outer_learning_rate,
             momentum=momentum_at(self.progress.round, section.outer_momentum, section.momentum_ramp_rounds),
         )
-        self.state = outer_step(self.state, averaged.gradient, constants)
-        self.progress = self.progress.after(averaged.partners, averaged.weights, averaged.roster_sha256)
+        if isinstance(arrived, Averaged):
+            self.state = outer_step(self.state, arrived.gradient, constants)
+            self.progress = self.progress.after(arrived.partners, arrived.weights, arrived.roster_sha256)
+            return
+        mean = robust_mean(section.robust, [own.gradient, *arrived.gradients])
+        if mean is not None:
+            self.state = outer_step(OuterState(arrived.prepared.theta_mean, self.state.momentum), mean, constants)
+        else:
+            self.state = gossip_merge(self.state, arrived.prepared, own.gradient, own.tokens, constants)
+        self.progress = Progress(
+            round=self.progress.round + 1, run_tokens=arrived.run_tokens, peer_tokens=arrived.peer_tokens
+        )
 
     def adopt(self, replaced: Replaced) -> None:
         """Go on from another peer's state; the moments stay, the data position too."""

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
@@ -31,7 +35,6 @@ from swarmtrain.events import (
     stamped,
     times_below_allreduce,
 )
-from swarmtrain.membership.ending import still_needed
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.model.gpt import GPT, build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs, vector_sha256
@@ -57,14 +60,15 @@ from swarmtrain.peer.common import (
     wait_for,
 )
 from swarmtrain.peer.controlled import Controlled, controlled
-from swarmtrain.peer.exchange import SwarmExchange
+from swarmtrain.peer.exchange import RosterExchange, SwarmExchange
 from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.gossip_exchange import GossipExchange
 from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.slowdown import SlowedSteps
-from swarmtrain.peer.trainer import OwnPart, RoundReport, Trainer
+from swarmtrain.peer.trainer import Averaged, Gathered, OwnPart, RoundReport, Trainer
 from swarmtrain.run import NetworkSection, RunFile, parse_published_untrusted
 
 __all__ = ["data_base", "run_volunteer", "summary_of"]
@@ -154,7 +158,8 @@ class _Volunteer:
         keeper = self.keeper = Keeper(self.folder, published, node.identity.peer_id, self.emit)
         ready, kept = self._prepare(node, published, keeper)
         swarm = self.swarm = self._swarm(node, ready)
-        exchange = SwarmExchange(self.network, swarm, published.run, self.stop, self.pause)
+        kind = GossipExchange if swarm.asynchronous else RosterExchange
+        exchange = kind(self.network, swarm, published.run, self.stop, self.pause)
         exchange.on_arriving = Arrival(self.control.board, self.emit).look
         trainer = Trainer(
             run=published.run,
@@ -167,9 +172,11 @@ class _Volunteer:
             settled=lambda: self._settle(exchange, trainer, keeper),
         )
         keeper.attach(swarm)
+        keeper.checkpointer.extras.update(exchange.kept())
         keeper.checkpointer.prepare(trainer.state.theta.numel())
         keeper.be_controlled(self.control)
         self._resume(swarm, trainer, kept, keeper)
+        exchange.restore({} if kept is None else kept[0].extra)
         del kept  # 16 bytes a parameter
         self.control.starting("looking who is here")
         wait_for(self.network.submit(swarm.start(through)), self.stop)
@@ -185,9 +192,10 @@ class _Volunteer:
         reason = self._train(swarm, exchange, trainer)
         if self.stop.failure is not None:
             raise RunTimeError(self.stop.failure)
-        loss = self._finish(swarm, trainer, ready) if reason == "total_tokens" else None
+        loss, own_loss = self._finish(exchange, trainer, ready) if reason == "total_tokens" else (None, None)
         done = DoneEvent(
             held_out_loss=loss,
+            own_loss=own_loss,
             tokens=trainer.own_tokens,
             run_tokens=trainer.progress.run_tokens,
             wall_s=process_age_s(),
@@ -310,7 +318,7 @@ class _Volunteer:
     def _join(self, swarm: Swarm, exchange: SwarmExchange, trainer: Trainer, ready: _Ready) -> None:
         """Take the swarm's state if it holds against ours, and say that we are here."""
         state_from = ""
-        new = exchange.present_state()
+        new = exchange.present_state(trainer.progress)
         if new is not None:
             me = swarm.identity.peer_id
             merged = new.progress.peer_tokens.get(me, 0) - trainer.progress.peer_tokens.get(me, 0)
@@ -386,7 +394,7 @@ class _Volunteer:
         """After a pause: take the swarm's present state, and say that we are here again."""
         self.control.starting("coming back after a pause: taking the swarm's present weights")
         wait_for(self.network.submit(swarm.come_back()), self.stop)
-        new = exchange.present_state()
+        new = exchange.present_state(trainer.progress)
         if new is not None:
             trainer.adopt(new)
         wait_for(self.network.submit(swarm.announce()), self.stop)
@@ -394,37 +402,34 @@ class _Volunteer:
     def _settle(self, exchange: SwarmExchange, trainer: Trainer, keeper: Keeper) -> None:
         """After each round: offer the new state to others, and keep it."""
         exchange.offer(trainer.state, trainer.progress)
-        keeper.keep_round(trainer, exchange.swarm.rounds.last)
+        keeper.keep_round(trainer, exchange.swarm)
 
     def _report(self, report: RoundReport, exchange: SwarmExchange, ready: _Ready) -> None:
         """After each merge: tell, and measure the held-out loss if it is time."""
         sent, received = exchange.traffic_since_last()
-        contribution, averaged = report.contribution, report.averaged
+        contribution = report.contribution
         below = None
-        if len(averaged.partners) > 1:
+        if report.num_peers > 1:
             below = times_below_allreduce(report.state.theta.numel(), contribution.inner_steps, sent)
-        self.emit(
-            RoundEvent(
-                round=contribution.round,
-                inner_steps=contribution.inner_steps,
-                tokens=contribution.tokens,
-                run_tokens=report.progress.run_tokens,
-                num_peers=report.num_peers,
-                loss=report.loss,
-                first_loss=report.first_loss,
-                learning_rate=report.learning_rate,
-                seconds=report.seconds,
-                merge_s=report.merge_s,
-                stall_s=report.stall_s,
-                bytes_sent=sent,
-                bytes_received=received,
-                times_below_allreduce=below,
-                partners=averaged.partners,
-                weights=averaged.weights,
-                signer=averaged.signer,
-                state_sha256=vector_sha256(report.state.theta),
-            )
+        event = RoundEvent(
+            round=contribution.round,
+            inner_steps=contribution.inner_steps,
+            tokens=contribution.tokens,
+            run_tokens=report.progress.run_tokens,
+            num_peers=report.num_peers,
+            loss=report.loss,
+            first_loss=report.first_loss,
+            learning_rate=report.learning_rate,
+            seconds=report.seconds,
+            merge_s=report.merge_s,
+            stall_s=report.stall_s,
+            bytes_sent=sent,
+            bytes_received=received,
+            times_below_allreduce=below,
+            state_sha256=vector_sha256(report.state.theta),
+            **what_was_merged(report.arrived),
         )
+        self.emit(event)
         every = ready.published.run.evaluation.every_rounds
         if every and report.progress.round % every == 0:
             theta, tokenizer = report.state.theta, ready.data.tokenizer
@@ -432,25 +437,50 @@ class _Volunteer:
                 loss = held_out_loss(ready.model, theta, ready.published, tokenizer, self.control.check)
             self.emit(EvalEvent(round=contribution.round, held_out_loss=loss))
 
-    def _finish(self, swarm: Swarm, trainer: Trainer, ready: _Ready) -> float | None:
-        """The run has its tokens: measure, save, and serve on for those who still need us."""
+    def _finish(self, exchange: SwarmExchange, trainer: Trainer, ready: _Ready) -> tuple[float | None, float | None]:
+        """The run has its tokens: measure, save, and serve on for those who still need us.
+
+        Returns the held-out loss of the run's weights and, if this peer has its own, of those.
+        """
         give_up_s = time.monotonic() + _LINGER_S
         self.control.finishing("measuring and saving the model")
-        theta, loss = trainer.state.theta, None
+        loss = own_loss = None
         try:
-            loss = held_out_loss(ready.model, theta, ready.published, ready.data.tokenizer, self.stop.check)
-            self.emit(EvalEvent(round=trainer.progress.round - 1, held_out_loss=loss))
+            loss = self._measure(trainer.state.theta, ready)
+            theta = exchange.final_theta(trainer.state.theta)
+            if theta is not trainer.state.theta:
+                own_loss, loss = loss, self._measure(theta, ready)
+            self.emit(EvalEvent(round=trainer.progress.round - 1, held_out_loss=loss, own_loss=own_loss))
             if warning := save_final_model(self.folder, ready.model, theta, ready.published, trainer.progress):
                 self.emit(warning)
             self.control.finishing("serving on until others have them")
             while time.monotonic() < give_up_s:
-                wait_for(self.network.submit(swarm.greet_everyone()), self.stop)
-                if not still_needed(swarm.membership, trainer.progress):
+                wait_for(self.network.submit(exchange.swarm.greet_everyone()), self.stop)
+                if not exchange.still_needed(trainer.progress):
                     break
                 self.stop.sleep(0.3)
         except (Interrupted, RunTimeError):
             pass  # what there was to do here is done, or was not wanted
-        return loss
+        return loss, own_loss
+
+    def _measure(self, theta: Tensor, ready: _Ready) -> float:
+        return held_out_loss(ready.model, theta, ready.published, ready.data.tokenizer, self.stop.check)
+
+
+def what_was_merged(arrived: Averaged | Gathered) -> dict[str, Any]:
+    """The fields of a round's event that tell of its merge."""
+    if isinstance(arrived, Averaged):
+        return {"partners": arrived.partners, "weights": arrived.weights, "signer": arrived.signer}
+    prepared = arrived.prepared
+    return {
+        "partners": tuple(merged.peer for merged in arrived.merged),
+        "weights": tuple(merged.tokens for merged in arrived.merged),
+        "staleness_rounds": tuple(merged.staleness_rounds for merged in arrived.merged),
+        "pull_s": max((merged.pull_s for merged in arrived.merged), default=None),
+        "variance_factor": prepared.variance_factor,
+        "consensus_spread": prepared.consensus_spread,
+        "displacement": prepared.displacement if math.isfinite(prepared.displacement) else None,
+    }
 
 
 def summary_of(run: RunFile) -> str:

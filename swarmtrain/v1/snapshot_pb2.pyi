@@ -18,6 +18,7 @@ class SnapshotKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SNAPSHOT_KIND_PSEUDO_GRADIENT: _ClassVar[SnapshotKind]
     SNAPSHOT_KIND_STATE: _ClassVar[SnapshotKind]
     SNAPSHOT_KIND_SHARE: _ClassVar[SnapshotKind]
+    SNAPSHOT_KIND_PUBLICATION: _ClassVar[SnapshotKind]
 ROLE_UNSPECIFIED: Role
 ROLE_VOLUNTEER: Role
 ROLE_BOOTSTRAP: Role
@@ -25,6 +26,7 @@ SNAPSHOT_KIND_UNSPECIFIED: SnapshotKind
 SNAPSHOT_KIND_PSEUDO_GRADIENT: SnapshotKind
 SNAPSHOT_KIND_STATE: SnapshotKind
 SNAPSHOT_KIND_SHARE: SnapshotKind
+SNAPSHOT_KIND_PUBLICATION: SnapshotKind
 
 class Signed(_message.Message):
     __slots__ = ("payload", "author", "signature")
@@ -37,7 +39,7 @@ class Signed(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., author: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Presence(_message.Message):
-    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens")
+    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STAMP_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +50,9 @@ class Presence(_message.Message):
     CORPUS_SHA256_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PART_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
     role: Role
     name: str
     stamp: float
@@ -58,7 +63,10 @@ class Presence(_message.Message):
     corpus_sha256: bytes
     training: bool
     run_tokens: int
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ...) -> None: ...
+    part: int
+    part_tokens: int
+    settled: bool
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "tokens", "round")
@@ -101,7 +109,7 @@ class PeerTokens(_message.Message):
     def __init__(self, peer: _Optional[bytes] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("run_sha256", "author", "kind", "stage", "round", "part", "tokens", "inner_steps", "tensors", "total_bytes", "chunk_bytes", "chunk_sha256", "run_tokens", "peer_tokens", "roster_sha256")
+    __slots__ = ("run_sha256", "author", "kind", "stage", "round", "part", "tokens", "inner_steps", "tensors", "total_bytes", "chunk_bytes", "chunk_sha256", "run_tokens", "peer_tokens", "roster_sha256", "author_tokens")
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     AUTHOR_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +125,7 @@ class Manifest(_message.Message):
     RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PEER_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROSTER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    AUTHOR_TOKENS_FIELD_NUMBER: _ClassVar[int]
     run_sha256: bytes
     author: bytes
     kind: SnapshotKind
@@ -132,7 +141,8 @@ class Manifest(_message.Message):
     run_tokens: int
     peer_tokens: _containers.RepeatedCompositeFieldContainer[PeerTokens]
     roster_sha256: bytes
-    def __init__(self, run_sha256: _Optional[bytes] = ..., author: _Optional[bytes] = ..., kind: _Optional[_Union[SnapshotKind, str]] = ..., stage: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., chunk_sha256: _Optional[bytes] = ..., run_tokens: _Optional[int] = ..., peer_tokens: _Optional[_Iterable[_Union[PeerTokens, _Mapping]]] = ..., roster_sha256: _Optional[bytes] = ...) -> None: ...
+    author_tokens: int
+    def __init__(self, run_sha256: _Optional[bytes] = ..., author: _Optional[bytes] = ..., kind: _Optional[_Union[SnapshotKind, str]] = ..., stage: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., chunk_sha256: _Optional[bytes] = ..., run_tokens: _Optional[int] = ..., peer_tokens: _Optional[_Iterable[_Union[PeerTokens, _Mapping]]] = ..., roster_sha256: _Optional[bytes] = ..., author_tokens: _Optional[int] = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("snapshot_sha256", "first_chunk", "num_chunks")
@@ -247,6 +257,30 @@ class StateReply(_message.Message):
     manifest: Signed
     roster: Signed
     def __init__(self, manifest: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
+
+class PublicationRequest(_message.Message):
+    __slots__ = ("has_any", "round", "part", "presence")
+    HAS_ANY_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_FIELD_NUMBER: _ClassVar[int]
+    has_any: bool
+    round: int
+    part: int
+    presence: Signed
+    def __init__(self, has_any: bool = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
+
+class PublicationReply(_message.Message):
+    __slots__ = ("manifest", "presence", "away", "busy")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_FIELD_NUMBER: _ClassVar[int]
+    AWAY_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    manifest: Signed
+    presence: Signed
+    away: bool
+    busy: bool
+    def __init__(self, manifest: _Optional[_Union[Signed, _Mapping]] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., away: bool = ..., busy: bool = ...) -> None: ...
 
 class RosterEntry(_message.Message):
     __slots__ = ("peer", "snapshot_sha256", "tokens", "inner_steps")

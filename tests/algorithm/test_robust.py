@@ -412,3 +412,18 @@ def test_a_sign_flipping_peer_of_eight() -> None:
     assert loud["mean"] > 1e6
     assert loud["clip"] < START_LOSS / 10
     assert loud["trimmed"] < 1.05 * flipped["trimmed"] and loud["flag"] < 1.05 * flipped["flag"]
+
+
+def test_the_own_way_is_a_displacement_that_is_always_let_through() -> None:
+    """From a cold start displacements grow from round to round; a huge one is cut from the first on."""
+    own = torch.zeros(8)
+    clip = DisplacementClip()
+    clip.learn(torch.full((8,), 2.0))
+    for growing in (0.01, 0.02, 0.05, 1.0, 4.0, 5.9):
+        theirs = torch.full((8,), growing)
+        assert clip.clip(own, theirs).vector is theirs
+    early = DisplacementClip()
+    early.learn(torch.full((8,), 2.0))
+    clipped = early.clip(own, torch.full((8,), 1e20))
+    assert clipped.incident is not None
+    assert torch.allclose(clipped.vector, torch.full((8,), 6.0))

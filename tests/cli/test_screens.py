@@ -62,7 +62,7 @@ def test_watch_shows_all_that_a_person_wants_to_know(width: int, height: int) ->
     assert "contribution  400 k tokens, 33% of all" in text
     assert "sent 12 MB (1.2 MB/s), received 11 MB (0 B/s)" in text
     assert "of round 11, 13 s ago, 10.2 MB" in text
-    assert "25.1 times below an all-reduce, 3% of the time waiting" in text
+    assert "25.1 times below an all-reduce, 3% of the time standing still" in text
     assert "2 of 3 volunteers here, and a bootstrap" in text
     assert re.search(r"anna \(you\)  Anna01  400 k tokens  33%  here  round 12  4 k tokens/s", text)
     assert "the disk is full: training goes on without checkpoints" in text

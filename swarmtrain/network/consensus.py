@@ -1,0 +1,126 @@
+"""Taking the run's present weights in asynchronous rounds: from several peers, since each has its own.
+
+The consensus is the variance-corrected mean of the peers' weights after their last merge; momentum and counters come
+from one of them. Here are the bytes; who asks does the averaging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.identity import peer_id_from_bytes_untrusted
+from swarmtrain.network.merging import RoundSettings
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.snapshots import (
+    CHUNK_BYTES,
+    Held,
+    SnapshotStore,
+    all_finite,
+    empty_held,
+    manifest_untrusted,
+    pull_chunks,
+)
+from swarmtrain.network.tasks import run_together
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["PeerState", "StateFetcher"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerState:
+    """A peer's state after its last merge; `whole` if its momentum is here too, not only its weights."""
+
+    peer: str
+    held: Held
+    whole: bool
+
+    @property
+    def round(self) -> int:
+        """The round that its author is in."""
+        return self.held.snapshot.manifest.round
+
+    @property
+    def run_tokens(self) -> int:
+        """The run's tokens as its author counted them."""
+        return self.held.snapshot.manifest.run_tokens
+
+
+@dataclass
+class StateFetcher:
+    """Pulls states of peers that merge asynchronously."""
+
+    calls: PeerCalls
+    store: SnapshotStore
+    settings: RoundSettings
+    refused: Callable[[str, PeerError], None]
+
+    async def fetch(self, peers: Sequence[str], min_round: int = 0) -> list[PeerState]:
+        """The states of those of `peers` that deliver one of `min_round` or later, in their order; of the first that
+        does the whole state, of the others the weights. Empty if nobody delivers."""
+        rest = list(peers)
+        whole: PeerState | None = None
+        while rest and whole is None:
+            whole = await self._fetch_one(rest.pop(0), min_round, whole=True)
+        if whole is None:
+            return []
+        return [whole, *await self.fetch_weights(rest, min_round)]
+
+    async def fetch_weights(self, peers: Sequence[str], min_round: int = 0) -> list[PeerState]:
+        """The same, of all of them only the weights."""
+        found: dict[str, PeerState] = {}
+
+        async def fetch(peer: str) -> None:
+            state = await self._fetch_one(peer, min_round, whole=False)
+            if state is not None:
+                found[peer] = state
+
+        await run_together(fetch(peer) for peer in peers)
+        return [found[peer] for peer in peers if peer in found]
+
+    async def _fetch_one(self, peer: str, min_round: int, *, whole: bool) -> PeerState | None:
+        try:
+            reply = await self.calls.state(peer, min_round)
+            if not reply.HasField("manifest"):
+                return None
+            held = self._state_untrusted(reply.manifest, peer, min_round)
+            size_bytes = held.snapshot.manifest.total_bytes // (1 if whole else 2)
+            if whole:
+                self.store.arriving = held
+            async with self.calls.pull_slots:
+                chunks = range(math.ceil(size_bytes / CHUNK_BYTES))
+                await pull_chunks(held, chunks, [peer], self.calls.open_pull, self.settings.pull, self._blame)
+            if not await asyncio.to_thread(all_finite, held.part(0, size_bytes)):
+                raise BadBytesError("a state that is not finite")
+            return PeerState(peer=peer, held=held, whole=whole)
+        except PeerError as error:
+            self._blame(peer, error)
+            return None
+        finally:
+            if whole:
+                self.store.arriving = None
+
+    def _blame(self, peer: str, error: PeerError) -> None:
+        if isinstance(error, BadBytesError):
+            self.refused(peer, error)
+        else:
+            _log.debug("the state of %s: %s", peer, error)
+
+    def _state_untrusted(self, signed: pb.Signed, peer: str, min_round: int) -> Held:
+        kind = pb.SNAPSHOT_KIND_STATE
+        snapshot = manifest_untrusted(signed, self.settings.run_sha256, kind, self.settings.state_specs)
+        manifest = snapshot.manifest
+        if snapshot.author != peer:
+            raise BadBytesError("a state of another peer than the one that sent it")
+        if manifest.round < min_round or manifest.roster_sha256:
+            raise BadBytesError("a state of another round than asked for, or of another way to merge")
+        counted = {peer_id_from_bytes_untrusted(item.peer): item.tokens for item in manifest.peer_tokens}
+        if sum(counted.values()) != manifest.run_tokens:
+            raise BadBytesError("a state whose peers' tokens do not add up to the run's")
+        return empty_held(snapshot)

@@ -1,0 +1,368 @@
+"""Pulling what partners published, in the background of this peer's own round: nobody waits for anybody.
+
+Runs in the network thread, beside the trainer. As late in the round as the link allows it asks a few partners for
+their newest publication, pulls, checks and decodes it, and has the merge prepared; at the round's end the trainer takes
+what is ready. What comes later is there for the next round. Whoever has nothing new, is busy, slow, gone or wrong
+costs its place, and another is tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
+from swarmtrain.membership.lifecycle import Membership, PeerInfo
+from swarmtrain.membership.partners import (
+    Candidate,
+    Difference,
+    Ledger,
+    Mark,
+    News,
+    Nothing,
+    Partners,
+    expected_transfer,
+    median_round,
+    num_partners,
+    pull_start,
+)
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.snapshots import Held, PullLimits, TensorSpec, empty_held, manifest_untrusted, pull_chunks
+from swarmtrain.network.tasks import end_tasks
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Gossip", "GossipSettings", "Plan", "Pulled"]
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.25
+_RETRIES_A_ROUND = 8
+_SLOW_FACTOR = 3.0
+_LEAST_SLOW_S = 1.0
+_KEPT_DURATIONS = 8
+_RESTART_ROUNDS = 2
+"""A peer that was killed and went on from its checkpoint is behind what it had published by so many rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GossipSettings:
+    """What the run file says about publications. `max_tokens` is what a round can have at most."""
+
+    run_sha256: str
+    specs: tuple[TensorSpec, ...]
+    max_tokens: int
+    num_parts: int
+    num_partners: int
+    pull: PullLimits
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pulled:
+    """A publication of a partner, decoded: `arrival` is what the merge takes."""
+
+    peer: str
+    mark: Mark
+    news: News
+    arrival: Any
+    held: Held
+    inner_steps: int
+    pull_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A round of this peer: when it begins and should end, in swarm time; `prepare` readies a merge with its theta."""
+
+    round: int
+    started_s: float
+    ends_s: float
+    prepare: Callable[[Sequence[Pulled]], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """A merge that is prepared."""
+
+    round: int
+    pulled: tuple[Pulled, ...]
+    prepared: Any
+
+
+Decode = Callable[[Held, News, Held | None], Any]
+"""(publication, what of it is new, the one that was merged before) -> arrival; BadBytesError if it is none."""
+
+
+@dataclass
+class Gossip:
+    """This peer's pulls, and what came of them. `take` is for the trainer's thread, the rest for the network's."""
+
+    me: str
+    calls: PeerCalls
+    membership: Membership
+    settings: GossipSettings
+    decode: Decode
+    presence: Callable[[], pb.Signed]
+    heard_untrusted: Callable[[str, pb.PublicationReply], None]
+    """Told what a peer answered, before anything else is done with it."""
+    counted: Callable[[str, int], None]
+    """Told of an author's tokens, as it counts them itself."""
+    refused: Callable[[str, PeerError], None]
+    ledger: Ledger
+    variant: str = "uniform"
+    rng: random.Random = field(default_factory=random.Random)
+    round: int = 0
+    doing: str = ""
+    """What it waits for, for a person."""
+    _partners: Partners = field(init=False)
+    _pulled: list[Pulled] = field(default_factory=list)
+    _ready: _Ready | None = None
+    _merged: dict[str, Held] = field(default_factory=dict)
+    _pulls: dict[str, tuple[asyncio.Task[None], float]] = field(default_factory=dict)
+    _idle_until_s: dict[str, float] = field(default_factory=dict)
+    _durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_DURATIONS))
+    """From asking a partner to a prepared merge, of the last pulls; those of a round go on side by side."""
+    _filling: asyncio.Task[None] | None = None
+    _preparing: asyncio.Task[None] | None = None
+    _plan: Plan | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._partners = Partners(self.ledger, variant=self.variant)
+
+    @property
+    def publication_bytes(self) -> int:
+        """Size of one publication."""
+        return sum(spec.size_bytes for spec in self.settings.specs)
+
+    # ------------------------------------------------------------- the trainer's side
+
+    def take(self) -> _Ready | None:
+        """What is prepared for the round that ends now, which counts as merged from here on. Returns at once."""
+        with self._lock:
+            ready, self._ready = self._ready, None
+            if ready is None or ready.round != self.round:
+                return None
+            self._pulled = [pulled for pulled in self._pulled if pulled not in ready.pulled]
+            reference = self._reference_round()
+            for pulled in ready.pulled:
+                if not isinstance(self.ledger.news(pulled.peer, pulled.mark, reference), Nothing):
+                    self.ledger.merged(pulled.peer, pulled.mark, reference)
+                    self._merged[pulled.peer] = pulled.held
+            self._merged = {peer: held for peer, held in self._merged.items() if peer in self.ledger.held}
+            return ready
+
+    def ledger_rows(self) -> list[list[str | int]]:
+        """What was merged of whom, as a checkpoint keeps it."""
+        with self._lock:
+            return self.ledger.rows()
+
+    # ------------------------------------------------------------- a round
+
+    def begin(self, plan: Plan) -> None:
+        """A round begins. Pulls that still run go on."""
+        with self._lock:
+            self.round, self._plan, self._ready = plan.round, plan, None
+        if self._filling is not None:
+            self._filling.cancel()
+        self._filling = asyncio.create_task(self._fill(plan))
+        self._filling.add_done_callback(_log_failure)
+        if self._pulled:
+            self._prepare_soon()
+
+    async def stop(self) -> None:
+        """Pull nothing more, until the next round."""
+        tasks = [task for task, _ in self._pulls.values()]
+        tasks += [task for task in (self._filling, self._preparing) if task is not None]
+        await end_tasks(tasks)
+        self._pulls.clear()
+        self._filling = self._preparing = None
+
+    async def _fill(self, plan: Plan) -> None:
+        """Pull from as many partners as there should be, others in place of those that fail, until the round ends."""
+        when_s, reason = pull_start(plan.started_s, plan.ends_s, expected_transfer(list(self._durations_s)))
+        _log.debug("round %d: pulls in %.2f s: %s", plan.round, when_s - swarm_time(), reason)
+        await asyncio.sleep(max(0.0, when_s - swarm_time()))
+        round_s = plan.ends_s - plan.started_s
+        failed: set[str] = set()
+        while True:
+            news = self._news
+            while self._num_coming() < self._num_wanted(round_s):
+                peer = self._choose(failed)
+                if peer is None:
+                    break
+                self._start_pull(peer, failed, round_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), _LOOK_S)
+
+    def _num_wanted(self, round_s: float) -> int:
+        transfer_s = expected_transfer(list(self._durations_s))
+        per_s = None
+        if transfer_s:  # each beside the others
+            per_s = self.settings.num_partners * self.publication_bytes / transfer_s
+        others = len(self.membership.volunteers())
+        return num_partners(others, self.publication_bytes, per_s, round_s, self.settings.num_partners)[0]
+
+    def _num_coming(self) -> int:
+        """Publications that are here or on their way; a slow one does not keep another from being tried."""
+        expected_s = expected_transfer(list(self._durations_s)) or 0.0
+        slow_s = swarm_time() - max(_LEAST_SLOW_S, _SLOW_FACTOR * expected_s)
+        coming = {peer for peer, (_, began_s) in self._pulls.items() if began_s > slow_s}
+        return len(coming | {pulled.peer for pulled in self._pulled})
+
+    def _reference_round(self) -> int:
+        return median_round(self.round, (info.round for info in self.membership.volunteers()))
+
+    def _choose(self, failed: set[str]) -> str | None:
+        now = swarm_time()
+        idle = {peer for peer, until_s in self._idle_until_s.items() if now < until_s}
+        exclude = {self.me, *failed, *idle, *self._pulls, *(pulled.peer for pulled in self._pulled)}
+        candidates = [_candidate(info, self.settings.num_parts) for info in self.membership.volunteers()]
+        with self._lock:
+            reference = self._reference_round()
+            peer, reason = self._partners.choose(
+                candidates, exclude=exclude, reference_round=reference, now=now, rng=self.rng
+            )
+        self.doing = "" if peer else reason
+        return peer
+
+    def _start_pull(self, peer: str, failed: set[str], round_s: float) -> None:
+        async def pull() -> None:
+            failed.add(peer)  # unless it goes well
+            try:
+                came = await self._pull(peer)
+                failed.discard(peer)
+                self._partners.back_off.answered(peer)
+                if not came:
+                    self._idle_until_s[peer] = swarm_time() + max(_LOOK_S, round_s / _RETRIES_A_ROUND)
+            except BusyError:
+                _log.debug("%s is %s", peer, self._partners.back_off.busy(peer, swarm_time()))
+            except PeerError as error:
+                _log.debug("%s: %s", peer, self._partners.back_off.failed(peer, swarm_time(), str(error)))
+                if isinstance(error, BadBytesError):
+                    self.refused(peer, error)
+            finally:
+                self._pulls.pop(peer, None)
+                self._tell()
+
+        task = asyncio.create_task(pull())
+        task.add_done_callback(_log_failure)
+        self._pulls[peer] = (task, swarm_time())
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    # ------------------------------------------------------------- one pull
+
+    async def _pull(self, peer: str) -> bool:
+        """Bring the newest publication of `peer` here; False if it has none that is new. Raises PeerError."""
+        began_s, mark = swarm_time(), self.ledger.mark(peer)
+        request = pb.PublicationRequest(has_any=mark is not None, presence=self.presence())
+        if mark is not None:
+            request.round, request.part = mark.round, mark.part
+        reply = await self.calls.publication(peer, request)
+        self.heard_untrusted(peer, reply)
+        if reply.busy:
+            raise BusyError("it serves as many readers as it may")
+        if not reply.HasField("manifest"):
+            return False
+        held, mark = self._publication_untrusted(peer, reply.manifest)
+        manifest = held.snapshot.manifest
+        with self._lock:
+            news = self.ledger.news(peer, mark, self._reference_round())
+            known = self.ledger.mark(peer)
+        if isinstance(news, Nothing):
+            if news.turned_back and known is not None and mark.round < known.round - _RESTART_ROUNDS:
+                raise BadBytesError(f"a publication of an old round: {news.reason}")
+            _log.debug("%s has nothing new: %s", peer, news.reason)
+            return False
+        await self._bring(peer, held)
+        earlier = self._merged.get(peer) if isinstance(news, Difference) else None
+        arrival = await asyncio.to_thread(self.decode, held, news, earlier)
+        self.counted(peer, manifest.author_tokens)
+        pulled = Pulled(
+            peer=peer,
+            mark=mark,
+            news=news,
+            arrival=arrival,
+            held=held,
+            inner_steps=manifest.inner_steps,
+            pull_s=swarm_time() - began_s,
+        )
+        with self._lock:
+            self._pulled.append(pulled)
+        await asyncio.shield(self._prepare_soon())
+        self._durations_s.append(swarm_time() - began_s)
+        return True
+
+    def _publication_untrusted(self, peer: str, signed: pb.Signed) -> tuple[Held, Mark]:
+        """Room for the publication that a manifest of `peer` names, and its place; BadBytesError if it is nonsense."""
+        settings = self.settings
+        kind = pb.SNAPSHOT_KIND_PUBLICATION
+        snapshot = manifest_untrusted(signed, settings.run_sha256, kind, settings.specs)
+        manifest = snapshot.manifest
+        if snapshot.author != peer:
+            raise BadBytesError("a publication of another peer than the one that sent it")
+        if not 1 <= manifest.part <= settings.num_parts:
+            raise BadBytesError(f"a publication with part {manifest.part} of a round's {settings.num_parts}")
+        if not (0 < manifest.inner_steps <= manifest.tokens <= settings.max_tokens):
+            raise BadBytesError(f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps")
+        if not manifest.tokens <= manifest.author_tokens < 2**60:
+            raise BadBytesError("a publication that counts more tokens in its round than its author in all")
+        return empty_held(snapshot), Mark(manifest.round, manifest.part, manifest.tokens)
+
+    async def _bring(self, peer: str, held: Held) -> None:
+        """Pull the bytes. Raises the PeerError that says why not: BusyError when it serves others."""
+        failures: list[PeerError] = []
+        try:
+            async with self.calls.pull_slots:
+                chunks = range(held.snapshot.num_chunks)
+                limits, open_pull = self.settings.pull, self.calls.open_pull
+                await pull_chunks(held, chunks, [peer], open_pull, limits, lambda _, error: failures.append(error))
+        except UnreachableError as error:
+            raise failures[-1] if failures else BusyError("it serves as many readers as it may") from error
+
+    # ------------------------------------------------------------- preparing
+
+    def _prepare_soon(self) -> asyncio.Task[None]:
+        if self._preparing is None or self._preparing.done():
+            self._preparing = asyncio.create_task(self._prepare())
+            self._preparing.add_done_callback(_log_failure)
+        return self._preparing
+
+    async def _prepare(self) -> None:
+        """Have a merge of all that is here prepared, anew as long as more comes."""
+        while True:
+            with self._lock:
+                plan, pulled, ready = self._plan, tuple(self._pulled), self._ready
+            if plan is None or not pulled or (ready is not None and ready.pulled == pulled):
+                return
+            prepared = await asyncio.to_thread(plan.prepare, pulled)
+            with self._lock:
+                if self._plan is plan:
+                    self._ready = _Ready(round=plan.round, pulled=pulled, prepared=prepared)
+
+
+def _candidate(info: PeerInfo, num_parts: int) -> Candidate:
+    early = info.part == 0 and info.round > 0  # of this round it has published nothing yet, but all of the one before
+    return Candidate(
+        peer=info.peer,
+        round=info.round - early,
+        part=num_parts if early else info.part,
+        tokens=info.part_tokens,
+        inner_steps_done=info.inner_steps_done,
+        steps_per_s=info.steps_per_s,
+    )
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("gossip: a task ended", exc_info=error)

@@ -1,0 +1,295 @@
+"""The trainer's side of asynchronous merging: it hands over its publications and takes what is ready, and never waits.
+
+A publication costs the trainer one copy of its weights; all else about it is done when a partner asks. Its partners'
+publications are pulled, checked and averaged in the background, so that a round's end is one outer step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import logging
+import random
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from swarmtrain.algorithm.gossip import Arrival, Layout, Prepared, prepare
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.algorithm.pacing import fewest_inner_steps
+from swarmtrain.algorithm.robust import Incident
+from swarmtrain.errors import RunTimeError
+from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
+from swarmtrain.membership.ending import still_needed_apart
+from swarmtrain.membership.partners import Ledger, News, median_round
+from swarmtrain.membership.progress import Progress
+from swarmtrain.network.codec import PublicationCodec
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan, Pulled
+from swarmtrain.network.publications import Publication, Publisher
+from swarmtrain.network.snapshots import Body, Held
+from swarmtrain.peer.common import wait_for
+from swarmtrain.peer.consensus import consensus_of, counts_in, layout_of_specs, mean_of, theta_of
+from swarmtrain.peer.exchange import SwarmExchange
+from swarmtrain.peer.robustness import Robustness
+from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Replaced, Start
+
+__all__ = ["GossipExchange"]
+
+_log = logging.getLogger(__name__)
+_JOINER_SAMPLE = 4
+"""Whose weights a joiner averages: more would only cost its link."""
+_CONSENSUS_SAMPLE = 16
+_LAST_ROUND_S = 20.0
+"""How long a peer that is done waits for others' last round."""
+_LOOK_S = 0.2
+_TRIES = 3
+_LEDGER = "ledger"
+_GUESSED_ROUND_S = 1.0
+
+
+@dataclass
+class GossipExchange(SwarmExchange):
+    """Asynchronous rounds: nobody waits for anybody."""
+
+    gossip: Gossip = field(init=False)
+    publisher: Publisher = field(init=False)
+    _codec: PublicationCodec = field(init=False)
+    _layout: Layout = field(init=False)
+    _theta: Tensor = field(init=False)
+    _theta_bytes: Callable[[], memoryview] = field(init=False)
+    _robustness: Robustness = field(init=False)
+    _own_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        swarm, section = self.swarm, self.run.merge
+        self._codec = PublicationCodec(swarm.specs, section.theta_format, section.gradient_format)
+        self._layout = layout_of_specs(swarm.specs)
+        self._robustness = Robustness(section.robust, self._layout, self._tell_clipped)
+        rounds = swarm.rounds.settings
+        settings = GossipSettings(
+            run_sha256=rounds.run_sha256,
+            specs=self._codec.tensors,
+            max_tokens=rounds.max_tokens,
+            num_parts=section.publications_per_round,
+            num_partners=section.num_partners,
+            pull=rounds.pull,
+        )
+        self.publisher = Publisher(swarm.identity, rounds.run_sha256, settings.specs, swarm.store)
+        self.gossip = Gossip(
+            me=swarm.identity.peer_id,
+            calls=swarm.calls,
+            membership=swarm.membership,
+            settings=settings,
+            decode=self._decode_untrusted,
+            presence=swarm.signed_presence,
+            heard_untrusted=swarm.heard_untrusted,
+            counted=swarm.tallying.hear,
+            refused=swarm.rounds.refused,
+            ledger=Ledger(max_staleness_rounds=section.max_staleness_rounds, num_parts=section.publications_per_round),
+            variant=section.partners,
+        )
+        swarm.publisher, swarm.gossip = self.publisher, self.gossip
+
+    # ------------------------------------------------------------- the trainer's calls
+
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        """See `Exchange`."""
+        if self._fresh and progress.round == 0:
+            self._wait_for_company()
+        self._check()
+        section, others = self.run.merge, self.swarm.membership.volunteers()
+        steps = section.inner_steps
+        if section.pacing and steps_per_s <= 0:  # a short first one, until it knows how fast it is
+            steps = fewest_inner_steps(steps)
+        steps = self.round_steps = self._paced(steps_per_s, steps)
+        self._begin(steps)
+        now, theta = swarm_time(), self._theta
+        plan = Plan(
+            round=progress.round,
+            started_s=now,
+            ends_s=now + (steps / steps_per_s if steps_per_s > 0 else _GUESSED_ROUND_S),
+            prepare=functools.partial(self._prepare, theta),
+        )
+        self._theta_bytes = functools.cache(lambda: self._codec.encode_theta(theta))
+
+        async def begin() -> None:
+            self.swarm.rounds.inner_steps_done = 0
+            self.swarm.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
+            self.swarm.describe_part(0, self.swarm.me.part_tokens)
+            self.gossip.begin(plan)
+
+        self._do_soon(begin())
+        everybodys_s = steps_per_s + sum(info.steps_per_s for info in others)
+        return Start(
+            inner_steps=steps,
+            num_peers=len(others) + 1,
+            num_parts=section.publications_per_round,
+            run_steps_a_step=everybodys_s / steps_per_s if steps_per_s > 0 else 0.0,
+        )
+
+    def publish(self, contribution: Contribution) -> None:
+        """See `Exchange`."""
+        theta_bytes = self._theta_bytes
+        self._own_tokens = contribution.own_tokens
+        self.publisher.newest = Publication(
+            round=contribution.round,
+            part=contribution.part,
+            tokens=contribution.tokens,
+            inner_steps=contribution.inner_steps,
+            author_tokens=contribution.own_tokens,
+            encode=lambda: self._encode(contribution, theta_bytes()),
+        )
+
+        async def describe() -> None:
+            self.swarm.describe_part(contribution.part, contribution.tokens)
+            await asyncio.to_thread(self._robustness.learn, contribution.gradient, contribution.tokens)
+
+        self._do_soon(describe())
+
+    def _encode(self, contribution: Contribution, theta: memoryview) -> Body:
+        gradient = self._codec.encode_gradient(contribution.gradient, contribution.round, contribution.part)
+        return Body([theta, gradient])
+
+    def collect(self) -> Gathered | Replaced:
+        """See `Exchange`. Waits for nobody, unless this peer has fallen far behind and takes the others' weights."""
+        ready, swarm = self.gossip.take(), self.swarm
+        swarm.tallying.learn({swarm.identity.peer_id: self._own_tokens})
+        behind = self._rounds_behind(self.gossip.round + 1)
+        if behind > self.run.merge.max_staleness_rounds:
+            reason = f"it was {behind} rounds behind the others"
+            if (replaced := self._consensus(reason)) is not None:
+                swarm.emit(CaughtUpEvent(round=replaced.progress.round, from_peer=replaced.from_peer, reason=reason))
+                return replaced
+        counts = swarm.tallying.contributions()
+        pulled = () if ready is None else ready.pulled
+        return Gathered(
+            prepared=prepare(self._theta, [], self._layout) if ready is None else ready.prepared,
+            merged=tuple(self._merged(each) for each in pulled),
+            gradients=self._gradients_apart([each.arrival for each in pulled]),
+            run_tokens=sum(counts.values()),
+            peer_tokens=counts,
+        )
+
+    def _gradients_apart(self, arrivals: Sequence[Arrival]) -> tuple[Tensor, ...]:
+        """The partners' gradients for a rule that needs each of them."""
+        if self.run.merge.robust not in ("trimmed", "flag"):
+            return ()
+        return tuple(arrival.gradient for arrival in arrivals if arrival.tokens)
+
+    def _merged(self, pulled: Pulled) -> Merged:
+        return Merged(
+            peer=pulled.peer,
+            round=pulled.mark.round,
+            part=pulled.mark.part,
+            tokens=pulled.arrival.tokens,
+            staleness_rounds=self.gossip.round - pulled.mark.round,
+            pull_s=pulled.pull_s,
+        )
+
+    def _decode_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
+        """What enters a merge of a publication: decoded, and clipped as the run's rule says."""
+        arrival = self._codec.arrival_untrusted(held, news, earlier)
+        return self._robustness.accept(held.snapshot.author, arrival, self._theta)
+
+    def _tell_clipped(self, peer: str, incident: Incident) -> None:
+        self.swarm.emit(ClippedEvent(from_peer=peer, rule=incident.rule, detail=incident.detail))
+
+    def _prepare(self, theta: Tensor, pulled: Sequence[Pulled]) -> Prepared:
+        """All of a merge that does not need this peer's own gradient; in a thread beside the trainer's."""
+        return prepare(theta, [each.arrival for each in pulled], self._layout)
+
+    def _do_soon(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have the network thread do it; the trainer does not wait."""
+        self.network.submit(work).add_done_callback(_log_failure)
+
+    # ------------------------------------------------------------- present weights
+
+    def offer(self, state: OuterState, progress: Progress) -> None:
+        """See `SwarmExchange`."""
+        self._theta = state.theta
+        super().offer(state, progress)
+
+    def _rounds_behind(self, round: int) -> int:
+        others = [info.round for info in self.swarm.membership.volunteers() if info.round]
+        return median_round(round, others) - round
+
+    def present_state(self, progress: Progress) -> Replaced | None:
+        """See `SwarmExchange`: the consensus, unless what this peer has is as good as new."""
+        self._fresh = True
+        has_own = progress.round > 0
+        for _ in range(_TRIES):
+            live = self.swarm.membership.live()
+            if not any(info.round > 0 for info in live):
+                return None
+            if has_own and self._rounds_behind(progress.round) <= self.run.merge.max_staleness_rounds:
+                return None
+            new = self._consensus("was away" if has_own else "joined late")
+            if new is not None:
+                return new
+            self.stop.sleep(1.0)
+        if has_own:
+            return None  # it goes on with what it has: the others' weights come with its first merges
+        raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+
+    def final_theta(self, own: Tensor) -> Tensor:
+        """See `SwarmExchange`: the consensus of all who have finished. Waits for those who are about to."""
+        swarm, total = self.swarm, self.run.run.total_tokens
+        give_up_s = time.monotonic() + _LAST_ROUND_S
+        while time.monotonic() < give_up_s:
+            wait_for(self.network.submit(swarm.greet_everyone()), self.stop)
+            if all(info.run_tokens >= total for info in swarm.membership.volunteers()):
+                break
+            self.stop.sleep(_LOOK_S)
+        volunteers = [info.peer for info in swarm.membership.volunteers() if info.run_tokens >= total]
+        sample = random.sample(volunteers, min(_CONSENSUS_SAMPLE - 1, len(volunteers)))
+        states = wait_for(self.network.submit(swarm.states.fetch_weights(sample)), self.stop)
+        swarm.me = dataclasses.replace(swarm.me, settled=True)
+        return own if not states else mean_of([own, *(theta_of(state, own.numel()) for state in states)], self._layout)
+
+    def still_needed(self, last: Progress) -> str:
+        """See `SwarmExchange`."""
+        return still_needed_apart(self.swarm.membership, self.run.run.total_tokens)
+
+    def kept(self) -> Mapping[str, Callable[[], Any]]:
+        """See `SwarmExchange`: what was merged of whom."""
+        return {_LEDGER: self.gossip.ledger_rows, **self._robustness.kept()}
+
+    def restore(self, extra: Mapping[str, Any]) -> None:
+        """See `SwarmExchange`."""
+        try:
+            self.gossip.ledger.load(extra.get(_LEDGER, []))
+            self._robustness.restore(extra)
+        except (ValueError, TypeError) as error:
+            message = f"what the checkpoint says of merges is not used ({error}); parts may be merged twice"
+            self.swarm.emit(WarningEvent(message=message))
+
+    def _consensus(self, reason: str) -> Replaced | None:
+        """The others' present weights; None if nobody delivers."""
+        swarm = self.swarm
+        live = swarm.membership.live()
+        volunteers = [info.peer for info in live if info.training and not info.is_bootstrap]
+        sample = random.sample(volunteers, min(_JOINER_SAMPLE, len(volunteers)))
+        for peers in (sample, [info.peer for info in live if info.is_bootstrap]):
+            fetching = self.network.submit(swarm.states.fetch(peers, 1))
+            states = wait_for(fetching, self.stop, lambda: self.on_arriving(swarm.store.arriving))
+            if not states:
+                continue
+            for peer, tokens in counts_in(states).items():
+                swarm.tallying.hear(peer, tokens)
+            counts = swarm.tallying.contributions()
+            progress = Progress(round=states[0].round, run_tokens=sum(counts.values()), peer_tokens=counts)
+            state = consensus_of(states, self._layout)
+            self.offer(state, progress)
+            return Replaced(state=state, progress=progress, from_peer=states[0].peer, reason=reason)
+        return None
+
+
+def _log_failure(future: Future[None]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        _log.error("gossip: the network's part failed", exc_info=error)

@@ -1,0 +1,56 @@
+"""The run's present weights, for the archive and for `export`, whichever way the run merges.
+
+With rosters there is one state, which any peer has. Where each peer has its own it is the consensus of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.rosters import Roster
+from swarmtrain.network.rounds import NewState
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.common import state_of
+from swarmtrain.peer.consensus import consensus_of, counts_in, layout_of_specs
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Present", "fetch_present", "present_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Present:
+    """The run's weights and momentum, its counters, and the roster behind them where there are rosters."""
+
+    state: OuterState
+    progress: Progress
+    roster: Roster | None = None
+    signed_roster: pb.Signed | None = None
+
+
+def present_of(new: NewState) -> Present:
+    """What a state with its roster says."""
+    state, progress = state_of(new)
+    return Present(state=state, progress=progress, roster=new.roster, signed_roster=new.signed_roster)
+
+
+async def fetch_present(swarm: Swarm, peers: Sequence[str], reason: str, above_tokens: int = 0) -> Present | None:
+    """What `peers` have, if it counts more than `above_tokens` tokens; None if nobody has such, or delivers."""
+    if not swarm.asynchronous:
+        new = await swarm.rounds.fetch_newest_state(peers, reason, above_tokens)
+        return None if new is None else present_of(new)
+    states = await swarm.states.fetch(peers, 1)
+    if not states:
+        return None
+    counts = dict(counts_in(states))
+    if swarm.me.is_bootstrap:  # it has seen how fast they are: nobody's claim ends the run
+        for peer, tokens in counts.items():
+            swarm.tallying.hear(peer, tokens)
+        counts = swarm.tallying.contributions()
+    run_tokens = sum(counts.values())
+    if run_tokens <= above_tokens:
+        return None
+    progress = Progress(round=states[0].round, run_tokens=run_tokens, peer_tokens=counts)
+    return Present(state=consensus_of(states, layout_of_specs(swarm.specs)), progress=progress)

@@ -1,0 +1,81 @@
+"""What a partner's publication may do to a merge: `merge.robust`, applied once to each as it arrives.
+
+`algorithm.robust` has the rules and says what they bound. Called from several threads: the one that decodes what
+arrives, and the one that hands over this peer's own publications.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from swarmtrain.algorithm.gossip import Arrival, Layout
+from swarmtrain.algorithm.robust import DisplacementClip, GradientClip, Incident, flag_mean, per_tensor, trimmed_mean
+
+__all__ = ["Robustness", "robust_mean"]
+
+_GRADIENTS = "clipped_gradients"
+_DISPLACEMENTS = "clipped_displacements"
+_LEAST_INPUTS = 4
+
+Rule = Literal["none", "clip", "trimmed", "flag"]
+
+
+class Robustness:
+    """The clips of one peer, which remember what is usual. With the rule "none" nothing is clipped."""
+
+    def __init__(self, rule: Rule, layout: Layout, told: Callable[[str, Incident], None]) -> None:
+        """`told` hears of each incident, with the PeerID."""
+        self.rule = rule
+        self._told = told
+        self._groups = per_tensor([place.stop - place.start for place in layout.slices])
+        self._gradients = GradientClip(self._groups)
+        self._displacements = DisplacementClip()
+        self._lock = threading.Lock()
+
+    def accept(self, peer: str, arrival: Arrival, own_theta: Tensor) -> Arrival:
+        """What of `arrival` may enter a merge with `own_theta`, (P,)."""
+        if self.rule == "none":
+            return arrival
+        with self._lock:
+            moved = self._displacements.clip(own_theta, arrival.theta)
+            arrival = dataclasses.replace(arrival, theta=moved.vector)
+            incidents = [moved.incident]
+            if arrival.tokens:  # a unit of work that both sides count alike
+                clipped = self._gradients.clip(arrival.gradient, arrival.tokens)
+                arrival = dataclasses.replace(arrival, gradient=clipped.vector)
+                incidents.append(clipped.incident)
+        for incident in incidents:
+            if incident is not None:
+                self._told(peer, incident)
+        return arrival
+
+    def learn(self, gradient: Tensor, tokens: int) -> None:
+        """An own pseudo-gradient (P,) of so many tokens: what is usual here."""
+        if self.rule != "none":
+            with self._lock:
+                self._gradients.learn(gradient, tokens)
+                self._displacements.learn(gradient)
+
+    def kept(self) -> dict[str, Callable[[], Any]]:
+        """What gives what a checkpoint keeps, by name."""
+        return {_GRADIENTS: lambda: self._gradients.history, _DISPLACEMENTS: lambda: self._displacements.history}
+
+    def restore(self, extra: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept. ValueError or TypeError, changing nothing, if it is something else."""
+        gradients = GradientClip(self._groups, extra.get(_GRADIENTS, ()))
+        displacements = DisplacementClip(history=extra.get(_DISPLACEMENTS, ()))
+        with self._lock:
+            self._gradients, self._displacements = gradients, displacements
+
+
+def robust_mean(rule: Rule, gradients: Sequence[Tensor]) -> Tensor | None:
+    """The mean that `rule` puts in place of the token-weighted one, of gradients (P,), the own one first; None where it
+    has none, or too few are there."""
+    if rule not in ("trimmed", "flag") or len(gradients) < _LEAST_INPUTS:
+        return None
+    return trimmed_mean(gradients) if rule == "trimmed" else flag_mean(gradients)

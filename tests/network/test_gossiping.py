@@ -1,0 +1,284 @@
+"""The driver of asynchronous pulls, with partners that answer from memory: what is merged, and what costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from swarmtrain.algorithm.gossip import Arrival
+from swarmtrain.errors import PeerError, UnreachableError
+from swarmtrain.membership.lifecycle import Membership, PeerInfo
+from swarmtrain.membership.partners import Ledger, Mark
+from swarmtrain.network.codec import PublicationCodec
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan, Pulled
+from swarmtrain.network.identity import Identity, new_identity
+from swarmtrain.network.publications import Publication, Publisher
+from swarmtrain.network.snapshots import Body, PullLimits, SnapshotStore, TensorSpec
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+RUN = "ab" * 32
+ME, BEN, CARL, DORA = (new_identity(bytes([i]) * 32) for i in range(4))
+CODEC = PublicationCodec((TensorSpec("w", (40, 50)), TensorSpec("norm", (7,))), "int8", "int8")
+SIZE, ROUND_TOKENS = 2007, 1000
+
+
+class Partner:
+    """Publishes like a peer, and is as far as it is told to be."""
+
+    def __init__(self, identity: Identity, value: float) -> None:
+        self.identity, self.value = identity, value
+        self.store = SnapshotStore()
+        self.publisher = Publisher(identity, RUN, CODEC.tensors, self.store)
+        self.is_gone = self.is_busy = False
+        self.asked: list[pb.PublicationRequest] = []
+
+    def publish(self, round: int, part: int, tokens: int) -> None:
+        theta, gradient = torch.full((SIZE,), self.value), torch.full((SIZE,), self.value * tokens)
+
+        def encode() -> Body:
+            return Body([CODEC.encode_theta(theta), CODEC.encode_gradient(gradient)])
+
+        self.publisher.newest = Publication(
+            round=round, part=part, tokens=tokens, inner_steps=tokens // 10, author_tokens=tokens + 5, encode=encode
+        )
+
+
+class Calls:
+    """Stands in for `PeerCalls`."""
+
+    def __init__(self, *partners: Partner) -> None:
+        self.partners = {partner.identity.peer_id: partner for partner in partners}
+        self.pull_slots = asyncio.Semaphore(8)
+
+    async def publication(self, peer: str, request: pb.PublicationRequest) -> pb.PublicationReply:
+        partner = self.partners[peer]
+        partner.asked.append(request)
+        await asyncio.sleep(0)
+        if partner.is_gone:
+            raise UnreachableError("nobody")
+        if partner.is_busy:
+            return pb.PublicationReply(busy=True)
+        held = await partner.publisher.held_after(request)
+        return pb.PublicationReply(manifest=None if held is None else held.snapshot.signed)
+
+    async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
+        return _Stream(self.partners[peer].store.serve(request))
+
+
+class _Stream:
+    def __init__(self, replies: Any) -> None:
+        self._replies = replies
+
+    async def __anext__(self) -> pb.PullReply:
+        reply: pb.PullReply = await anext(self._replies)
+        return reply
+
+    async def count(self, size_bytes: int) -> None:
+        """Nobody counts."""
+
+    async def aclose(self) -> None:
+        await self._replies.aclose()
+
+
+class Peer:
+    """This peer's side of it, and what it was told."""
+
+    def __init__(self, *partners: Partner, num_partners: int = 3) -> None:
+        self.refused: list[tuple[str, str]] = []
+        self.counted: dict[str, int] = {}
+        membership = Membership(ME.peer_id)
+        now = swarm_time()
+        for partner in partners:
+            info = PeerInfo(peer=partner.identity.peer_id, training=True, stamp=now)
+            membership.saw_presence(info, now + 999, now)
+        settings = GossipSettings(
+            run_sha256=RUN,
+            specs=CODEC.tensors,
+            max_tokens=ROUND_TOKENS,
+            num_parts=4,
+            num_partners=num_partners,
+            pull=PullLimits(stall_limit_s=5.0, busy_limit_s=0.0),
+        )
+        calls: Any = Calls(*partners)
+        self.gossip = Gossip(
+            me=ME.peer_id,
+            calls=calls,
+            membership=membership,
+            settings=settings,
+            decode=CODEC.arrival_untrusted,
+            presence=pb.Signed,
+            heard_untrusted=lambda peer, reply: None,
+            counted=self.counted.__setitem__,
+            refused=self._refuse,
+            ledger=Ledger(),
+            rng=random.Random(1),
+        )
+
+    def _refuse(self, peer: str, error: PeerError) -> None:
+        self.refused.append((peer, str(error)))
+
+    def begin(self, round: int) -> None:
+        now = swarm_time()
+        self.gossip.begin(Plan(round=round, started_s=now - 60, ends_s=now, prepare=lambda pulled: list(pulled)))
+
+    async def take(self, number: int) -> dict[str, Arrival]:
+        """What is merged at the round's end, once `number` publications are ready."""
+        await until(lambda: not (self.gossip._ready is None or len(self.gossip._ready.pulled) < number))
+        ready = self.gossip.take()
+        assert ready is not None
+        assert list(ready.pulled) == ready.prepared
+        return {pulled.peer: pulled.arrival for pulled in ready.pulled}
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Wait until it holds."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - of any kind
+            await asyncio.sleep(0.005)
+
+
+Script = Callable[[], Any]
+
+
+def run(script: Script) -> None:
+    async def whole() -> None:
+        await asyncio.wait_for(script(), 60)
+
+    asyncio.run(whole())
+
+
+def test_each_inner_step_of_a_partner_is_merged_once() -> None:
+    async def script() -> None:
+        ben = Partner(BEN, 0.5)
+        me = Peer(ben)
+        ben.publish(3, 2, 400)
+        me.begin(3)
+        first = (await me.take(1))[BEN.peer_id]
+        assert first.tokens == 400
+        assert torch.equal(first.gradient, torch.full((SIZE,), 200.0))
+        assert torch.equal(first.theta, torch.full((SIZE,), 0.5))
+        assert me.gossip.ledger.mark(BEN.peer_id) == Mark(3, 2, 400)
+        ben.publish(3, 3, 600)
+        me.begin(4)
+        second = (await me.take(1))[BEN.peer_id]
+        assert second.tokens == 200
+        assert torch.equal(second.gradient, torch.full((SIZE,), 100.0))
+        assert me.counted == {BEN.peer_id: 605}
+        await me.gossip.stop()
+
+    run(script)
+
+
+def test_nothing_is_merged_twice_and_the_trainer_never_waits() -> None:
+    async def script() -> None:
+        ben = Partner(BEN, 0.5)
+        me = Peer(ben)
+        ben.publish(0, 4, 1000)
+        me.begin(0)
+        await me.take(1)
+        asked = len(ben.asked)
+        me.begin(1)
+        await until(lambda: len(ben.asked) > asked)
+        await asyncio.sleep(0)
+        assert me.gossip.take() is None
+        assert (ben.asked[-1].has_any, ben.asked[-1].round, ben.asked[-1].part) == (True, 0, 4)
+        await me.gossip.stop()
+
+    run(script)
+
+
+@pytest.mark.parametrize("fault", ["gone", "busy", "forged", "too many tokens", "no such part", "not finite"])
+def test_a_partner_that_fails_costs_its_place_and_another_is_tried(fault: str) -> None:
+    async def script() -> None:
+        ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
+        me = Peer(ben, carl, dora, num_partners=2)
+        for partner in (ben, carl, dora):
+            partner.publish(0, 1, 100)
+        _break(ben, fault)
+        me.begin(0)
+        assert set(await me.take(2)) == {CARL.peer_id, DORA.peer_id}
+        await me.gossip.stop()
+        blamed = [] if fault in ("gone", "busy") else [BEN.peer_id]
+        assert [peer for peer, _ in me.refused] in ([], blamed)  # ben may not have been asked
+
+    run(script)
+
+
+def test_what_is_wrong_is_named() -> None:
+    async def script() -> None:
+        ben = Partner(BEN, 0.5)
+        me = Peer(ben)
+        ben.publish(0, 9, 100)
+        me.begin(0)
+        await until(lambda: me.refused)
+        assert me.refused == [(BEN.peer_id, "a publication with part 9 of a round's 4")]
+        assert me.gossip.take() is None
+        await me.gossip.stop()
+
+    run(script)
+
+
+def test_a_peer_that_began_its_round_anew_after_a_kill_is_not_blamed() -> None:
+    async def script() -> None:
+        ben = Partner(BEN, 0.5)
+        me = Peer(ben)
+        ben.publish(5, 3, 600)
+        me.begin(5)
+        await me.take(1)
+        ben.publish(4, 1, 100)
+        me.begin(6)
+        asked = len(ben.asked)
+        await until(lambda: len(ben.asked) > asked)
+        ben.publish(6, 1, 100)
+        assert (await me.take(1))[BEN.peer_id].tokens == 100
+        assert me.refused == []
+        await me.gossip.stop()
+
+    run(script)
+
+
+def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
+    async def script() -> None:
+        ben = Partner(BEN, 0.5)
+        prepared: list[tuple[int, Sequence[Pulled]]] = []
+        me = Peer(ben)
+        ben.publish(0, 4, 1000)
+        me.begin(0)
+        await until(lambda: me.gossip._pulled)
+        now = swarm_time()
+        plan = Plan(round=1, started_s=now, ends_s=now + 60, prepare=lambda pulled: prepared.append((1, pulled)))
+        me.gossip.begin(plan)
+        await until(lambda: me.gossip._ready is not None)
+        ready = me.gossip.take()
+        assert ready is not None
+        assert [pulled.peer for pulled in ready.pulled] == [BEN.peer_id]
+        assert [round for round, _ in prepared] == [1]
+        await me.gossip.stop()
+
+    run(script)
+
+
+def _break(partner: Partner, fault: str) -> None:
+    if fault == "gone":
+        partner.is_gone = True
+    elif fault == "busy":
+        partner.is_busy = True
+    elif fault == "forged":
+        partner.publisher.identity = new_identity(b"x" * 32)
+    elif fault == "too many tokens":
+        partner.publish(0, 1, ROUND_TOKENS + 10)
+    elif fault == "no such part":
+        partner.publish(0, 0, 100)
+    else:
+        bad = CODEC.encode_theta(torch.zeros(SIZE))
+        bad = memoryview(b"\xff" * 4 + bytes(bad)[4:])  # the first scale is not a number
+        gradient = CODEC.encode_gradient(torch.zeros(SIZE))
+        partner.publisher.newest = Publication(
+            round=0, part=1, tokens=100, inner_steps=10, author_tokens=100, encode=lambda: Body([bad, gradient])
+        )
