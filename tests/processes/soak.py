@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ ROUNDS = 80
 BATCH_TOKENS = 8 * 64
 ROUND_TOKENS = ROUND_STEPS * BATCH_TOKENS
 LOSS_TOLERANCE = 0.02
+FAULTY_SHARE = 0.7
+"""What a run with faults trains in the time, against one without: about, for the size of the runs."""
 LIMIT_S = 90.0
 """How long the run may need to end after the last fault, beyond what training takes."""
 
@@ -54,6 +56,8 @@ class Plan:
     total_tokens: int
     fault_every_s: float = 5.0
     max_down: int = 3
+    slowdown: float = 1.0
+    """Volunteers train so many times slower than they could, so that what else the machine does changes little."""
 
 
 @dataclass
@@ -120,8 +124,9 @@ class Soak:
         path = run_file(swarm.folder, plan.total_tokens)
         self._add(BOOTSTRAP, ("bootstrap", str(path)))
         invite = self.peers[BOOTSTRAP].child.invite.invite
+        slowed = ("--slowdown", f"{plan.slowdown:g}") if plan.slowdown > 1 else ()
         for name in VOLUNTEERS:
-            self._add(name, ("join", invite, "--threads", "1", "--data", str(swarm.folder)))
+            self._add(name, ("join", invite, "--threads", "1", "--data", str(swarm.folder), *slowed))
 
     def _add(self, name: str, arguments: Sequence[str]) -> None:
         own = ("--json", "--name", name, "--dir", str(self.swarm.folder / name))
@@ -309,17 +314,19 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=10.0, help="about how long each run with faults takes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--slowdown", type=float, default=4.0, help="volunteers train so many times slower than alone")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
         folder = Path(temporary)
-        probe = one_run(folder / "probe", Plan(seed=0, total_tokens=150 * ROUND_TOKENS * len(VOLUNTEERS)), False)
-        speed = 150 * ROUND_TOKENS * len(VOLUNTEERS) / probe.seconds
-        total = round(speed * options.minutes * 60 * 0.7)
-        baseline = one_run(folder / "baseline", Plan(seed=0, total_tokens=total), False)
+        probed = Plan(seed=0, total_tokens=40 * ROUND_TOKENS * len(VOLUNTEERS), slowdown=options.slowdown)
+        probe = one_run(folder / "probe", probed, False)
+        total = round(probed.total_tokens / probe.seconds * options.minutes * 60 * FAULTY_SHARE)
+        sized = replace(probed, total_tokens=total)
+        baseline = one_run(folder / "baseline", sized, False)
         print(f"{total} tokens; without faults: loss {baseline.loss:.4f} after {baseline.seconds:.0f} s", flush=True)
         losses = []
         for number in range(options.runs):
-            plan = Plan(seed=options.seed + number, total_tokens=total)
+            plan = replace(sized, seed=options.seed + number)
             outcome = compare(folder / f"run-{number}", plan, baseline)
             losses.append(outcome.loss)
             print(f"run {number}: {outcome}", flush=True)
