@@ -44,6 +44,8 @@ ROUND_TOKENS = ROUND_STEPS * BATCH_TOKENS
 LOSS_TOLERANCE = 0.02
 FAULTY_SHARE = 0.7
 """What a run with faults trains in the time, against one without: about, for the size of the runs."""
+NUM_TEXTS = 400
+"""6.4 MB: on a few files, a run of ten minutes would learn them by heart, and the held-out loss would rise."""
 LIMIT_S = 90.0
 """How long the run may need to end after the last fault, beyond what training takes."""
 
@@ -105,6 +107,7 @@ def free_port() -> int:
 def run_file(folder: Path, total_tokens: int) -> Path:
     return write_run(
         folder,
+        NUM_TEXTS,
         run={"total_tokens": total_tokens, "seed": 11},
         inner={"batch_sequences": 8, "warmup_fraction": 0.05},
         merge={"inner_steps": ROUND_STEPS, "silence_s": 2.0, "outer_momentum": 0.5, "min_peers": len(VOLUNTEERS)},

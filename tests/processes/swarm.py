@@ -71,12 +71,12 @@ _TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def write_run(folder: Path, **sections: Mapping[str, Any]) -> Path:
-    """A run file of seconds, with `sections` over what it says; its text is beside it, below `folder`."""
+def write_run(folder: Path, num_texts: int = 12, **sections: Mapping[str, Any]) -> Path:
+    """A run file of seconds, with `sections` over what it says; its text, `num_texts` files of 16 kB, is beside it."""
     texts = folder / "texts"
     if not texts.exists():
         texts.mkdir(parents=True)
-        for number in range(12):
+        for number in range(num_texts):
             (texts / f"{number}.txt").write_text(_text(number))
     table = {name: {**_TINY.get(name, {}), **sections.get(name, {})} for name in {**_TINY, **sections}}
     path = folder / f"{table['run']['name']}.toml"
