@@ -44,6 +44,7 @@ __all__ = [
     "arrived_in_words",
     "count_in_words",
     "in_words",
+    "merge_in_words",
     "parse_event",
     "short_peer",
     "size_in_words",
@@ -349,6 +350,18 @@ def arrived_in_words(event: ArrivingEvent) -> str:
     """How much of a state is here, such as `12 MB of 400 MB (3%), 2 min 5 s left`."""
     sizes = f"{size_in_words(event.received_bytes)} of {size_in_words(event.total_bytes)}"
     return f"{sizes} ({event.share:.0%}), {time_in_words(event.left_s)} left"
+
+
+def merge_in_words(event: RoundEvent) -> str:
+    """An asynchronous round's merge, for a person; with whole PeerIDs, which the reader may replace by names."""
+    if not event.partners:
+        return "nobody had anything new in time: it went on alone"
+    parts = [f"{', '.join(event.partners)} in {time_in_words(event.pull_s or 0.0)}"]
+    if stalest := max(event.staleness_rounds, default=0):
+        parts.append(f"at most {stalest} round{'' if stalest == 1 else 's'} old")
+    if event.consensus_spread is not None:
+        parts.append(f"weights {event.consensus_spread:.1%} apart")
+    return ", ".join(parts)
 
 
 def _merge_in_words(event: RoundEvent) -> list[str]:

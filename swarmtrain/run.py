@@ -167,6 +167,7 @@ _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"gossip": {"outer_momentum": 0.8,
 
 _GOSSIP_ONLY = (
     "gradient_format",
+    "init",
     "max_staleness_rounds",
     "num_partners",
     "partners",
@@ -190,6 +191,7 @@ class MergeSection(_Section):
     min_peers: int = Field(1, ge=1, le=10_000, description="Round 0 begins when this many volunteers are present.")
     round_limit_s: float = Field(600.0, gt=0, description='A round lasts this long at most, in seconds; with "diloco" it is closed then.')  # fmt: skip
     silence_s: float = Field(5.0, gt=0, description='"diloco": a signer that is silent for this long after a round\'s end is passed over, in seconds.')  # fmt: skip
+    init: Literal["common", "own"] = Field("common", description='"gossip": "common" begins with the same weights everywhere, "own" with random weights of each peer\'s own, which variance-corrected averaging brings together.')  # fmt: skip
     num_partners: int = Field(3, ge=1, le=64, description='"gossip": whom a peer pulls from in a round, fewer where the link carries no more (P).')  # fmt: skip
     publications_per_round: int = Field(4, ge=1, le=64, description='"gossip": how often a peer publishes in a round, at equal distances (F).')  # fmt: skip
     partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip

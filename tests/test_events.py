@@ -23,6 +23,8 @@ from swarmtrain.events import (
     RoundEvent,
     WarningEvent,
     count_in_words,
+    in_words,
+    merge_in_words,
     parse_event,
     size_in_words,
     stamped,
@@ -153,3 +155,20 @@ def test_sizes_counts_and_times_in_words() -> None:
 def test_times_below_allreduce() -> None:
     assert times_below_allreduce(100, 25, 4 * 100 * 3) == pytest.approx(25 * 8 / 12)
     assert times_below_allreduce(100, 25, 0) is None
+
+
+def test_a_merge_at_ones_own_pace_in_words() -> None:
+    asynchronous = ROUND.model_copy(
+        update={
+            "signer": "",
+            "partners": ("P1", "P2"),
+            "staleness_rounds": (0, 2),
+            "pull_s": 0.25,
+            "consensus_spread": 0.031,
+        }
+    )
+    assert merge_in_words(asynchronous) == "P1, P2 in 0.2 s, at most 2 rounds old, weights 3.1% apart"
+    assert "merged 2 partners, stood still for" in in_words(asynchronous)
+    alone = asynchronous.model_copy(update={"partners": (), "staleness_rounds": (), "pull_s": None})
+    assert merge_in_words(alone) == "nobody had anything new in time: it went on alone"
+    assert "merged nobody" in in_words(alone)

@@ -118,6 +118,14 @@ def test_a_volunteers_events_make_its_status(board: StatusBoard) -> None:
     assert board.name_of(BEN) == "ben"
 
 
+def test_whom_it_merged_last_is_said_by_name(board: StatusBoard) -> None:
+    board.take(PeerJoinedEvent(joined=BEN, joined_name="ben"))
+    board.take(round_event(3))
+    assert board.status().last_merge == "", "a roster is everyone's"
+    board.take(round_event(4, signer="", partners=(BEN,), weights=(99,), staleness_rounds=(1,), pull_s=0.5))
+    assert board.status().last_merge == "ben in 0.5 s, at most 1 round old"
+
+
 def test_pauses_warnings_and_the_end(board: StatusBoard) -> None:
     board.take(fetched())
     board.take(PausedEvent(reason="you asked for it"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["fewest_inner_steps", "paced_inner_steps", "reference_speed"]
+__all__ = ["fewest_inner_steps", "paced_inner_steps", "reference_speed", "steps_of_everybody"]
 
 
 def reference_speed(speeds: Sequence[float]) -> float:
@@ -50,3 +50,16 @@ def paced_inner_steps(own_speed: float, reference: float, inner_steps: int) -> i
 def fewest_inner_steps(inner_steps: int) -> int:
     """The fewest inner steps of a paced round, a sixteenth of `inner_steps`, rounded up."""
     return max(1, -(-inner_steps // 16))
+
+
+def steps_of_everybody(own_speed: float, others: Sequence[float]) -> float:
+    """Inner steps that all take together while this peer takes one: how far the run gets meanwhile.
+
+    No speed counts for more than the reference, nor for more than 16 times the own one, the range of pacing: a liar
+    must not move anybody's learning rate. 0 when `own_speed` is not known (0). Raises ValueError as `reference_speed`.
+    """
+    reference = reference_speed([own_speed, *others])
+    if own_speed == 0:
+        return 0.0
+    most = min(max(reference, own_speed), 16 * own_speed)
+    return 1.0 + sum(min(speed, most) for speed in others) / own_speed

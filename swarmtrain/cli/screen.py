@@ -186,7 +186,8 @@ def _economy(status: Any) -> str:
     below = _finite(status.times_below_allreduce)
     parts = [f"{count_in_words(below)} times below an all-reduce"] if below else []
     if status.role != "bootstrap":
-        parts.append(f"{_finite(status.stall_share):.0%} of the time standing still")
+        share = _finite(status.stall_share)
+        parts.append(f"{share:.0%} of the time standing still" if share >= 0.01 else f"{share:.1%} standing still")
     return ", ".join(parts)
 
 
@@ -323,6 +324,7 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         "contribution": _contribution(status),
         "traffic": _traffic(status),
         "": economy,
+        "merged": one_line(status.last_merge),
         "checkpoint": _checkpoint(view),
         "limits": limits_in_words(status.limits) if status.HasField("limits") else "",
     }
@@ -419,6 +421,7 @@ def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, 
         "warnings": "",
         "checkpoint": _checkpoint(view),
         "exchange": _economy(status),
+        "merged": one_line(status.last_merge),
         "limits": limits_in_words(status.limits) if height >= _HIGH_LINES and status.HasField("limits") else "",
     }
     blocks = {name: [_fact(width, name, text)] if text else [] for name, text in facts.items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival, Layout, Prepared, prepare
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.algorithm.pacing import fewest_inner_steps
+from swarmtrain.algorithm.pacing import fewest_inner_steps, steps_of_everybody
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
@@ -48,6 +48,7 @@ _CONSENSUS_SAMPLE = 16
 _LAST_ROUND_S = 20.0
 """How long a peer that is done waits for others' last round."""
 _LOOK_S = 0.2
+_SETTLE_S = 5.0
 _TRIES = 3
 _LEDGER = "ledger"
 _GUESSED_ROUND_S = 1.0
@@ -70,7 +71,7 @@ class GossipExchange(SwarmExchange):
         swarm, section = self.swarm, self.run.merge
         self._codec = PublicationCodec(swarm.specs, section.theta_format, section.gradient_format)
         self._layout = layout_of_specs(swarm.specs)
-        self._robustness = Robustness(section.robust, self._layout, self._tell_clipped)
+        self._robustness = Robustness(section.robust, self._layout, self._tell_clipped, met=section.init == "common")
         rounds = swarm.rounds.settings
         settings = GossipSettings(
             run_sha256=rounds.run_sha256,
@@ -125,12 +126,11 @@ class GossipExchange(SwarmExchange):
             self.gossip.begin(plan)
 
         self._do_soon(begin())
-        everybodys_s = steps_per_s + sum(info.steps_per_s for info in others)
         return Start(
             inner_steps=steps,
             num_peers=len(others) + 1,
             num_parts=section.publications_per_round,
-            run_steps_a_step=everybodys_s / steps_per_s if steps_per_s > 0 else 0.0,
+            run_steps_a_step=steps_of_everybody(steps_per_s, [info.steps_per_s for info in others]),
         )
 
     def publish(self, contribution: Contribution) -> None:
@@ -168,6 +168,8 @@ class GossipExchange(SwarmExchange):
                 return replaced
         counts = swarm.tallying.contributions()
         pulled = () if ready is None else ready.pulled
+        if ready is not None:
+            self._robustness.merged(ready.prepared.displacement)
         return Gathered(
             prepared=prepare(self._theta, [], self._layout) if ready is None else ready.prepared,
             merged=tuple(self._merged(each) for each in pulled),
@@ -249,8 +251,12 @@ class GossipExchange(SwarmExchange):
         volunteers = [info.peer for info in swarm.membership.volunteers() if info.run_tokens >= total]
         sample = random.sample(volunteers, min(_CONSENSUS_SAMPLE - 1, len(volunteers)))
         states = wait_for(self.network.submit(swarm.states.fetch_weights(sample)), self.stop)
-        swarm.me = dataclasses.replace(swarm.me, settled=True)
+        self.network.run(self._settle(), _SETTLE_S)
         return own if not states else mean_of([own, *(theta_of(state, own.numel()) for state in states)], self._layout)
+
+    async def _settle(self) -> None:
+        """Say that this peer needs nothing more."""
+        self.swarm.me = dataclasses.replace(self.swarm.me, settled=True)
 
     def still_needed(self, last: Progress) -> str:
         """See `SwarmExchange`."""

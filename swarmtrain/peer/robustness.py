@@ -21,20 +21,26 @@ __all__ = ["Robustness", "robust_mean"]
 _GRADIENTS = "clipped_gradients"
 _DISPLACEMENTS = "clipped_displacements"
 _LEAST_INPUTS = 4
+_MET_WITHIN = 0.5
+"""Independent random weights are 1.4 times their size apart."""
 
 Rule = Literal["none", "clip", "trimmed", "flag"]
 
 
 class Robustness:
-    """The clips of one peer, which remember what is usual. With the rule "none" nothing is clipped."""
+    """The clips of one peer, which remember what is usual. With the rule "none" nothing is clipped.
 
-    def __init__(self, rule: Rule, layout: Layout, told: Callable[[str, Incident], None]) -> None:
+    With `met` False, peers that began with weights of their own, distances are not clipped until `merged` was told
+    that they are close.
+    """
+
+    def __init__(self, rule: Rule, layout: Layout, told: Callable[[str, Incident], None], *, met: bool = True) -> None:
         """`told` hears of each incident, with the PeerID."""
         self.rule = rule
         self._told = told
         self._groups = per_tensor([place.stop - place.start for place in layout.slices])
         self._gradients = GradientClip(self._groups)
-        self._displacements = DisplacementClip()
+        self._displacements = DisplacementClip(enabled=met)
         self._lock = threading.Lock()
 
     def accept(self, peer: str, arrival: Arrival, own_theta: Tensor) -> Arrival:
@@ -61,6 +67,11 @@ class Robustness:
                 self._gradients.learn(gradient, tokens)
                 self._displacements.learn(gradient)
 
+    def merged(self, displacement: float) -> None:
+        """How far apart the last merge's weights were, relative to their size."""
+        if displacement < _MET_WITHIN:
+            self._displacements.enabled = True
+
     def kept(self) -> dict[str, Callable[[], Any]]:
         """What gives what a checkpoint keeps, by name."""
         return {_GRADIENTS: lambda: self._gradients.history, _DISPLACEMENTS: lambda: self._displacements.history}
@@ -68,7 +79,8 @@ class Robustness:
     def restore(self, extra: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint kept. ValueError or TypeError, changing nothing, if it is something else."""
         gradients = GradientClip(self._groups, extra.get(_GRADIENTS, ()))
-        displacements = DisplacementClip(history=extra.get(_DISPLACEMENTS, ()))
+        history = extra.get(_DISPLACEMENTS, ())
+        displacements = DisplacementClip(enabled=self._displacements.enabled, history=history)
         with self._lock:
             self._gradients, self._displacements = gradients, displacements
 

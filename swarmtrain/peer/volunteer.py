@@ -7,6 +7,7 @@ taken from the swarm is fresh: dial, fetch the run, prepare text and model, and 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 import time
@@ -71,7 +72,7 @@ from swarmtrain.peer.slowdown import SlowedSteps
 from swarmtrain.peer.trainer import Averaged, Gathered, OwnPart, RoundReport, Trainer
 from swarmtrain.run import NetworkSection, RunFile, parse_published_untrusted
 
-__all__ = ["data_base", "run_volunteer", "summary_of"]
+__all__ = ["data_base", "initial_seed", "run_volunteer", "summary_of"]
 
 _log = logging.getLogger(__name__)
 _LINGER_S = 60.0
@@ -270,7 +271,7 @@ class _Volunteer:
         base = data_base(run, self.settings.data_folder)
         data = training_data(run, base, published.held_out, published.tokenizer, self.settings.cache_folder)
         self.stop.check()
-        model = build_model(run.model, run.run.seed)
+        model = build_model(run.model, initial_seed(run, node.identity.peer_id))
         kept = keeper.load(num_parameters(run.model))
         resumed = None if kept is None or kept.own is None else (kept, kept.own)  # a bootstrap's has not trained
         if self.nobody is not None and resumed is None:
@@ -481,6 +482,14 @@ def what_was_merged(arrived: Averaged | Gathered) -> dict[str, Any]:
         "consensus_spread": prepared.consensus_spread,
         "displacement": prepared.displacement if math.isfinite(prepared.displacement) else None,
     }
+
+
+def initial_seed(run: RunFile, peer: str) -> int:
+    """The seed of a peer's initial weights: the run's, or one of its own."""
+    if run.merge.init == "common":
+        return run.run.seed
+    digest = hashlib.sha256(f"initial weights {run.run.seed} {peer}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def summary_of(run: RunFile) -> str:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
+from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed, steps_of_everybody
 
 _speeds = st.floats(min_value=1e-3, max_value=1e3)
 
@@ -73,3 +73,15 @@ def test_speeds_that_make_no_sense(speeds: list[float]) -> None:
 def test_pacing_that_makes_no_sense(own: float, reference: float, inner_steps: int) -> None:
     with pytest.raises(ValueError, match="must be"):
         paced_inner_steps(own, reference, inner_steps)
+
+
+def test_the_run_gets_as_far_in_a_step_as_all_do_together() -> None:
+    assert steps_of_everybody(2.0, [2.0, 1.0, 1.0]) == 3.0
+    assert steps_of_everybody(1.0, [4.0, 4.0]) == 9.0
+    assert steps_of_everybody(2.0, []) == 1.0
+    assert steps_of_everybody(0.0, [5.0]) == 0.0
+
+
+def test_a_lie_about_speed_moves_the_run_no_further_than_the_second_fastest() -> None:
+    assert steps_of_everybody(1.0, [2.0, 1.0, 1e9]) == 1.0 + 2.0 + 1.0 + 2.0
+    assert steps_of_everybody(1.0, [1e9]) == 17.0

@@ -1,0 +1,86 @@
+"""`merge.robust` at work: what enters a merge, who is named, and what is kept over a restart."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from swarmtrain.algorithm.gossip import Arrival, layout_of
+from swarmtrain.algorithm.robust import Incident
+from swarmtrain.peer.robustness import Robustness, Rule, robust_mean
+
+LAYOUT = layout_of([(4, 4), (4,)])
+OWN = torch.ones(20)
+USUAL = Arrival(OWN + 0.1, torch.full((20,), 0.1), 100)
+
+
+def robustness(rule: Rule = "clip", *, met: bool = True) -> tuple[Robustness, list[tuple[str, str]]]:
+    told: list[tuple[str, str]] = []
+
+    def tell(peer: str, incident: Incident) -> None:
+        told.append((peer, incident.rule))
+
+    made = Robustness(rule, LAYOUT, tell, met=met)
+    for _ in range(4):
+        made.learn(USUAL.gradient, 100)
+    return made, told
+
+
+def test_what_is_usual_enters_as_it_is() -> None:
+    clip, told = robustness()
+    entered = clip.accept("ben", USUAL, OWN)
+    assert entered.theta is USUAL.theta and entered.gradient is USUAL.gradient and not told
+
+
+def test_what_is_far_off_is_cut_and_named() -> None:
+    clip, told = robustness()
+    entered = clip.accept("ben", Arrival(OWN * 1e6, torch.full((20,), 1e6), 100), OWN)
+    assert told == [("ben", "displacement"), ("ben", "gradient")]
+    assert float((entered.theta - OWN).norm()) == pytest.approx(3 * float(USUAL.gradient.norm()), rel=1e-4)
+    assert float(entered.gradient.abs().max()) == pytest.approx(0.3, rel=1e-4)
+
+
+def test_without_a_rule_nothing_is_cut() -> None:
+    clip, told = robustness("none")
+    wild = Arrival(OWN * 1e6, torch.full((20,), 1e6), 100)
+    assert clip.accept("ben", wild, OWN) is wild and not told
+
+
+def test_weights_alone_bring_no_gradient_to_look_at() -> None:
+    clip, told = robustness()
+    entered = clip.accept("ben", Arrival(OWN + 0.1, OWN * 1e9, 0), OWN)
+    assert entered.tokens == 0 and not told
+
+
+def test_with_weights_of_their_own_peers_meet_before_distances_count() -> None:
+    clip, told = robustness(met=False)
+    strange = Arrival(OWN * -50, USUAL.gradient, 100)
+    assert clip.accept("ben", strange, OWN).theta is strange.theta
+    clip.merged(1.4)
+    assert clip.accept("ben", strange, OWN).theta is strange.theta
+    clip.merged(0.1)
+    assert clip.accept("ben", strange, OWN).theta is not strange.theta
+    assert told == [("ben", "displacement")]
+
+
+def test_what_is_usual_is_kept_over_a_restart() -> None:
+    clip, _ = robustness()
+    clip.accept("ben", USUAL, OWN)
+    kept = json.loads(json.dumps({name: give() for name, give in clip.kept().items()}))
+    again, told = Robustness("clip", LAYOUT, lambda peer, incident: told.append(incident.rule)), list[str]()
+    again.restore(kept)
+    again.accept("ben", Arrival(OWN, torch.full((20,), 1e6), 100), OWN)
+    assert told == ["gradient"]
+    with pytest.raises(ValueError, match="history"):
+        again.restore({name: [[1.0]] for name in kept})
+
+
+def test_a_robust_mean_needs_four() -> None:
+    gradients = [torch.full((20,), value) for value in (1.0, 1.0, 1.0, 100.0)]
+    assert robust_mean("clip", gradients) is None
+    assert robust_mean("trimmed", gradients[:3]) is None
+    mean = robust_mean("trimmed", gradients)
+    assert mean is not None and float(mean.max()) == 1.0
+    assert robust_mean("flag", gradients) is not None
