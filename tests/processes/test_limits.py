@@ -13,7 +13,7 @@ import grpc
 import pytest
 from swarm import PATIENCE_S, Child, Swarm, exit_limit_s, wait_until, write_run
 
-from swarmtrain.events import JoinedEvent, PausedEvent, PeerLeftEvent, ResumedEvent
+from swarmtrain.events import ArrivingEvent, JoinedEvent, PausedEvent, PeerLeftEvent, ResumedEvent
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 
@@ -99,3 +99,20 @@ def test_without_an_invite_and_without_a_run(swarm: Swarm) -> None:
     assert finished.code == 2
     assert "there is no run in " in finished.stderr and "give the invite" in finished.stderr
     assert not (swarm.folder / "empty").exists()
+
+
+def test_a_late_joiner_on_a_slow_link_sees_the_weights_arrive_and_merges_on_a_faster_one(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder, model={"width": 128}))
+    swarm.join("anna", bootstrap.invite.invite).wait_round(0)
+    ben = swarm.join("ben", bootstrap.invite.invite, "--down", "6")
+    joined = ben.wait_event(JoinedEvent)
+    assert joined.state_from and joined.round >= 1
+    told = ben.all(ArrivingEvent)
+    assert told and all(0 < event.received_bytes <= event.total_bytes for event in told)
+    taken_s = joined.time - told[0].time + told[0].seconds
+    assert taken_s >= (told[0].total_bytes - 2 * 256 * 1024) * 8 / 6e6
+    with control_of(ben) as stub:
+        assert stub.Status(pb.StatusRequest(), timeout=PATIENCE_S).limits.down_mbit == 6.0
+        said = stub.Limit(pb.Limits(down_mbit=0), timeout=PATIENCE_S).message
+        assert said.startswith("receives as fast as the link; ")
+    ben.wait_more_rounds(1)  # with the limit it would always come too late
