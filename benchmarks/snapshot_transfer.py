@@ -1,25 +1,33 @@
-"""How fast a snapshot is pulled over loopback, against a bare stream of hivemind's with messages of the same size.
+"""How fast a snapshot is pulled over loopback, and what it costs whoever sends it.
 
-    python benchmarks/snapshot_transfer.py [--mebibytes 128] [--repeats 5]
+    python benchmarks/snapshot_transfer.py [--mebibytes 128] [--repeats 5] [--memory-mebibytes 400]
 
-Two processes; both ways alternate in one run, so that the machine's load falls on both. Room for the snapshot is made
-beforehand. Prints MB/s and the ratio.
+Against a bare stream of hivemind's with messages of the same size, and against its `load_state_from_peers`. Each way is
+a pair of processes; they alternate in one run, so that the machine's load falls on all. Room for the snapshot is made
+beforehand. Prints MB/s and ratios, and the processor time a MiB takes in both processes and their daemons, which other
+programs disturb less. Then, with the bigger snapshot, how much the sender and its daemon grow while one reads and while
+four read. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swarmtrain.network.daemon import hivemind_module
+import psutil
+
+from swarmtrain.network.daemon import hivemind_module, owned_process_args
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import Node, NodeSettings
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
@@ -27,6 +35,7 @@ from swarmtrain.network.snapshots import (
     CHUNK_BYTES,
     Body,
     PullLimits,
+    Snapshot,
     SnapshotStore,
     TensorSpec,
     build_snapshot,
@@ -39,6 +48,8 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
 BARE = "benchmark.bare"
+PREFIX = "benchmark"
+MIB = 1024 * 1024
 
 
 def specs(mebibytes: int) -> tuple[TensorSpec, ...]:
@@ -48,15 +59,19 @@ def specs(mebibytes: int) -> tuple[TensorSpec, ...]:
 
 async def start(directory: Path) -> Node:
     """A node on loopback."""
+    directory.mkdir(exist_ok=True)
     key_path = directory / "identity.key"
     settings = NodeSettings(directory=directory, listen=("/ip4/127.0.0.1/tcp/0",))
     return await Node.start(settings, load_or_create_identity(key_path), key_path)
 
 
+# ---------------------------------------------------------------- the processes that send
+
+
 async def serve(directory: Path, mebibytes: int) -> None:
-    """The sending process: prints PeerID, address and the snapshot's name, then serves until its input closes."""
+    """Ours: says PeerID, address and the snapshot's name, then serves until its input closes."""
     node = await start(directory)
-    content = bytearray(mebibytes << 20)
+    content = bytearray(os.urandom(MIB)) * mebibytes
     manifest = pb.Manifest(run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_STATE)
     held = build_snapshot(node.identity, manifest, specs(mebibytes), Body([content]))
     store = SnapshotStore()
@@ -74,58 +89,202 @@ async def serve(directory: Path, mebibytes: int) -> None:
     await node.stop()
 
 
-async def measure(directory: Path, where: list[str], mebibytes: int, repeats: int) -> None:
-    """The receiving process."""
-    peer, address, name = where
-    node = await start(directory)
-    await node.connect(peer, [address])
-    calls, limits = PeerCalls(node, RUN), PullLimits()
-    signed = await pull_manifest(peer, name, calls.open_pull, limits)
-    snapshot = manifest_untrusted(signed, RUN, pb.SNAPSHOT_KIND_STATE, specs(mebibytes))
-    peer_id = hivemind_module("p2p.p2p_daemon_bindings.datastructures").PeerID.from_base58(peer)
+def hivemind_averager(mebibytes: int, peers: list[str]) -> tuple[Any, Any]:
+    """An averager of hivemind's that holds one tensor, and its DHT."""
+    import hivemind
+    import torch
 
-    held = empty_held(snapshot)
+    dht = hivemind.DHT(host_maddrs=["/ip4/127.0.0.1/tcp/0"], initial_peers=peers, start=True)
+    tensor = torch.rand(mebibytes * 256 * 1024)
+    averager = hivemind.DecentralizedAverager([tensor], dht, prefix=PREFIX, start=True, target_group_size=2)
+    return averager, dht
 
-    async def pulled() -> None:
-        held.have.clear()
-        await pull_chunks(held, range(snapshot.num_chunks), [peer], calls.open_pull, limits, lambda *_: None)
-        assert held.complete
 
-    async def bare() -> None:
-        request = pb.PullRequest(num_chunks=snapshot.num_chunks)
-        size = 0
-        async for message in await node._p2p.iterate_protobuf_handler(peer_id, BARE, request, pb.PullReply):
-            size += len(message.data)
-        assert size == mebibytes << 20
+def serve_averager(mebibytes: int) -> None:
+    """hivemind's: says its address, then serves until its input closes."""
+    averager, dht = hivemind_averager(mebibytes, [])
+    print(dht.get_visible_maddrs()[0], flush=True)
+    sys.stdin.read()
+    averager.shutdown()
+    dht.shutdown()
 
-    rates: dict[str, list[float]] = {"bare": [], "pull": []}
-    for way in [bare, pulled] * (repeats + 1):
+
+def load_averager(mebibytes: int, peer: str) -> None:
+    """Loads a state by hivemind for each line of its input, and says how many seconds that took."""
+    averager, dht = hivemind_averager(mebibytes, [peer])
+    print("ready", flush=True)
+    for _ in sys.stdin:
         began_s = time.perf_counter()
-        await way()
-        rates["bare" if way is bare else "pull"].append((mebibytes << 20) / 1e6 / (time.perf_counter() - began_s))
-    bare_rate, pull_rate = (statistics.median(rates[way][1:]) for way in ("bare", "pull"))  # the first warms up
-    print(f"bare stream {bare_rate:.0f} MB/s, snapshot {pull_rate:.0f} MB/s, ratio {pull_rate / bare_rate:.2f}")
-    await node.stop()
+        loaded = averager.load_state_from_peers(timeout=120)
+        assert loaded is not None and loaded[1][0].numel() == mebibytes * 256 * 1024
+        print(time.perf_counter() - began_s, flush=True)
+    averager.shutdown()
+    dht.shutdown()
+
+
+# ---------------------------------------------------------------- the process that measures
+
+
+class Child:
+    """One of the processes above; it ends with this one."""
+
+    def __init__(self, arguments: list[str], stack: ExitStack) -> None:
+        command = owned_process_args([sys.executable, __file__, *arguments])
+        pipe = subprocess.PIPE
+        environment = {**os.environ, "HIVEMIND_LOGLEVEL": "ERROR"}
+        self.process = stack.enter_context(
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+        )
+        stack.callback(self.close)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def line(self, said: str = "") -> str:
+        """What it says next, after it was told `said`."""
+        assert self.process.stdout is not None and self.process.stdin is not None
+        if said:
+            self.process.stdin.write(said + "\n")
+            self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+    def family(self) -> list[psutil.Process]:
+        """It and what it started."""
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
+
+def used_s(processes: list[psutil.Process]) -> float:
+    """Processor seconds of these so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+def status_bytes(process: psutil.Process, key: str) -> int:
+    """A figure of `/proc/PID/status`."""
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+@dataclass
+class Receiver:
+    """Our end."""
+
+    node: Node
+    peer: str
+    snapshot: Snapshot
+    calls: PeerCalls
+
+    @classmethod
+    async def connect(cls, directory: Path, where: str, mebibytes: int) -> Receiver:
+        """Start a node, and fetch the manifest from `where`."""
+        peer, address, name = where.split()
+        node = await start(directory)
+        await node.connect(peer, [address])
+        calls = PeerCalls(node, RUN)
+        signed = await pull_manifest(peer, name, calls.open_pull, PullLimits())
+        return cls(node, peer, manifest_untrusted(signed, RUN, pb.SNAPSHOT_KIND_STATE, specs(mebibytes)), calls)
+
+    def room(self) -> Callable[[], Awaitable[None]]:
+        """Pulls the snapshot, into the same room each time."""
+        held = empty_held(self.snapshot)
+
+        async def pull() -> None:
+            held.have.clear()
+            chunks = range(self.snapshot.num_chunks)
+            await pull_chunks(held, chunks, [self.peer], self.calls.open_pull, PullLimits(), lambda *_: None)
+            assert held.complete
+
+        return pull
+
+    async def bare(self) -> None:
+        """The same bytes as a bare stream."""
+        peer_id = hivemind_module("p2p.p2p_daemon_bindings.datastructures").PeerID.from_base58(self.peer)
+        request, size = pb.PullRequest(num_chunks=self.snapshot.num_chunks), 0
+        async for message in await self.node._p2p.iterate_protobuf_handler(peer_id, BARE, request, pb.PullReply):
+            size += len(message.data)
+        assert size == self.snapshot.manifest.total_bytes
+
+
+async def measure_speed(folder: Path, mebibytes: int, repeats: int, stack: ExitStack) -> None:
+    """All three ways, one after the other, and that again."""
+    sender = Child(["--serve", str(folder / "sender"), "--mebibytes", str(mebibytes)], stack)
+    receiver = await Receiver.connect(folder / "receiver", sender.line(), mebibytes)
+    averager = Child(["--serve-averager", "--mebibytes", str(mebibytes)], stack)
+    loader = Child(["--load-averager", averager.line(), "--mebibytes", str(mebibytes)], stack)
+    assert loader.line() == "ready"
+
+    async def load() -> None:
+        await asyncio.to_thread(loader.line, "load")
+
+    ours = [*sender.family(), psutil.Process(), *psutil.Process(receiver.node._p2p._child.pid).children(recursive=True)]
+    ours.append(psutil.Process(receiver.node._p2p._child.pid))
+    theirs = [*averager.family(), *loader.family()]
+    ways: dict[str, Callable[[], Awaitable[None]]] = {"bare": receiver.bare, "pull": receiver.room(), "load": load}
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    costs: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(repeats + 1):
+        for way, run in ways.items():
+            processes = theirs if way == "load" else ours
+            began_s, before_s = time.perf_counter(), used_s(processes)
+            await run()
+            rates[way].append(mebibytes * MIB / 1e6 / (time.perf_counter() - began_s))
+            costs[way].append((used_s(processes) - before_s) * 1e3 / mebibytes)
+    rate = {way: statistics.median(found[1:]) for way, found in rates.items()}  # the first warms up
+    cost = {way: statistics.median(found[1:]) for way, found in costs.items()}
+    pull = rate["pull"]
+    print(f"bare stream {rate['bare']:.0f} MB/s, {cost['bare']:.2f} ms of processor a MiB")
+    print(f"snapshot {pull:.0f} MB/s ({pull / rate['bare']:.2f} of the bare stream), {cost['pull']:.2f} ms a MiB")
+    print(f"load_state_from_peers {rate['load']:.0f} MB/s (the snapshot {pull / rate['load']:.1f} times that)", end="")
+    print(f", {cost['load']:.2f} ms a MiB")
+    await receiver.node.stop()
+
+
+async def measure_memory(folder: Path, mebibytes: int, stack: ExitStack) -> None:
+    """How much the sender and its daemon grow while others read."""
+    sender = Child(["--serve", str(folder / "sender"), "--mebibytes", str(mebibytes)], stack)
+    receiver = await Receiver.connect(folder / "receiver", sender.line(), mebibytes)
+    family = sender.family()
+    before_bytes = [status_bytes(process, "VmRSS") for process in family]
+    for number in (1, 4):
+        for process in family:
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins anew
+        await asyncio.gather(*(receiver.room()() for _ in range(number)))
+        peaks = [status_bytes(process, "VmHWM") for process in family]
+        grown = [(peak - before) / 1e6 for peak, before in zip(peaks, before_bytes, strict=True)]
+        words = " + ".join(f"{extra:.0f}" for extra in grown)
+        print(f"{mebibytes} MiB sent to {number}: {sum(grown):.0f} MB more ({words}: process and daemon)")
+    await receiver.node.stop()
+
+
+async def measure(arguments: argparse.Namespace) -> None:
+    """Everything."""
+    with tempfile.TemporaryDirectory(prefix="st-") as folder, ExitStack() as stack:
+        await measure_speed(Path(folder), arguments.mebibytes, arguments.repeats, stack)
+    with tempfile.TemporaryDirectory(prefix="st-") as folder, ExitStack() as stack:
+        await measure_memory(Path(folder), arguments.memory_mebibytes, stack)
 
 
 def main() -> None:
-    """Start the sender, measure here."""
+    """Start the senders, measure here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mebibytes", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory-mebibytes", type=int, default=400)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--serve-averager", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--load-averager", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         asyncio.run(serve(arguments.serve, arguments.mebibytes))
-        return
-    with tempfile.TemporaryDirectory(prefix="st-") as folder:
-        for name in ("sender", "receiver"):
-            (Path(folder) / name).mkdir()
-        command = [sys.executable, __file__, "--serve", f"{folder}/sender", "--mebibytes", str(arguments.mebibytes)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as sender:
-            assert sender.stdout is not None
-            where = sender.stdout.readline().split()
-            asyncio.run(measure(Path(folder) / "receiver", where, arguments.mebibytes, arguments.repeats))
+    elif arguments.serve_averager:
+        serve_averager(arguments.mebibytes)
+    elif arguments.load_averager:
+        load_averager(arguments.mebibytes, arguments.load_averager)
+    else:
+        asyncio.run(measure(arguments))
 
 
 if __name__ == "__main__":

@@ -48,8 +48,11 @@ CHUNK_BYTES = 256 * 1024
 _CHUNKS_A_PULL = 256
 """Chunks asked for in one stream: 64 MiB."""
 
-_CHUNKS_A_CHECK = 4
-"""Chunks hashed together: 1 MiB."""
+_CHUNKS_A_CHECK = 16
+"""Chunks hashed together: 4 MiB."""
+
+_CHECK_AFTER_S = 0.5
+"""Those of a slow link are hashed after so long, few as they are."""
 
 _DTYPES = {"float32": (32, 0), "bfloat16": (16, 0), "int8": (8, 256), "int4": (4, 64)}
 """(bits a number, numbers a scale) of what a tensor's `dtype` may be; `algorithm.quantize` makes the bytes."""
@@ -349,8 +352,9 @@ async def pull_chunks(
 ) -> None:
     """Bring `chunks` of `held` here from `sources`, the first that works; each chunk is checked as it arrives.
 
-    What a source delivered before it failed is kept, and the next one goes on from there. Raises UnreachableError
-    when no source could deliver.
+    What a source delivered before it failed is kept, and the next one goes on from there. Whoever calls this holds
+    `held.pulling`: chunks are put in their place before they are checked. Raises UnreachableError when no source could
+    deliver.
     """
     busy_s = 0.0
     pending = list(sources)
@@ -454,18 +458,24 @@ async def next_message(stream: PullStream, limit_s: float) -> pb.PullReply:
 
 
 class _Intake:
-    """Checks chunks in a thread, some at a time, while the next ones arrive: a thread for each would cost a third."""
+    """Puts chunks where they belong as they arrive, and checks them there in a thread, some at a time, while the next
+    ones arrive: a thread for each would cost a fifth. What is not checked does not count as being here."""
 
     def __init__(self, held: Held) -> None:
-        self._held = held
-        self._arrived: list[tuple[int, bytes]] = []
+        assert held.buffer is not None
+        self._held, self._buffer = held, held.buffer
+        self._arrived: list[int] = []
         self._checking: asyncio.Task[None] | None = None
+        self._checked_s = time.monotonic()
 
     async def add(self, chunk: int, data: bytes) -> None:
         """Take in a chunk of the right size; BadBytesError when an earlier one turns out to be wrong."""
-        self._arrived.append((chunk, data))
-        if len(self._arrived) >= _CHUNKS_A_CHECK:
+        self._buffer[chunk * CHUNK_BYTES : chunk * CHUNK_BYTES + len(data)] = data
+        self._arrived.append(chunk)
+        now_s = time.monotonic()
+        if len(self._arrived) >= _CHUNKS_A_CHECK or now_s - self._checked_s >= _CHECK_AFTER_S:
             await self.finish_check()
+            self._checked_s = now_s
             arrived, self._arrived = self._arrived, []
             self._checking = asyncio.create_task(asyncio.to_thread(self._accept, arrived))
 
@@ -479,13 +489,13 @@ class _Intake:
         await self.finish_check()
         await asyncio.to_thread(self._accept, self._arrived)
 
-    def _accept(self, arrived: list[tuple[int, bytes]]) -> None:
+    def _accept(self, arrived: list[int]) -> None:
         held = self._held
-        assert held.buffer is not None
-        for chunk, data in arrived:
-            if not held.snapshot.chunk_is(chunk, data):
-                raise BadBytesError(f"wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}")
-            held.buffer[chunk * CHUNK_BYTES : chunk * CHUNK_BYTES + len(data)] = data
+        for chunk in arrived:
+            start = chunk * CHUNK_BYTES
+            with memoryview(self._buffer)[start : start + held.snapshot.chunk_size(chunk)] as data:
+                if not held.snapshot.chunk_is(chunk, data):
+                    raise BadBytesError(f"wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}")
             held.have.add(chunk)
 
 
