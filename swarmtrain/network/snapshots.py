@@ -57,6 +57,10 @@ _CHECK_AFTER_S = 0.5
 _DTYPES = {"float32": (32, 0), "bfloat16": (16, 0), "int8": (8, 256), "int4": (4, 64)}
 """(bits a number, numbers a scale) of what a tensor's `dtype` may be; `algorithm.quantize` makes the bytes."""
 
+_READER_STALL_S = 20.0
+"""The transport takes up to 1.3 MB from a sender at once and then nothing until those have been read: so long at twice
+the speed at which a transfer is given up."""
+
 _PIECE_BYTES = 1024 * 1024
 """Bytes looked at together: what that takes of memory is a fraction of it, whatever the whole has."""
 
@@ -195,7 +199,7 @@ class SnapshotStore:
 
     max_readers: int = 4
     keep_rounds: int = 2
-    reader_stall_s: float = 10.0
+    reader_stall_s: float = _READER_STALL_S
     up: Throttle = field(default_factory=Throttle)
     min_bytes_per_s: float = 0.0
     clock: Callable[[], float] = time.monotonic
@@ -425,7 +429,7 @@ async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, pa
             raise BusyError("it serves as many readers as it may")
         if first.status != pb.PullReply.STATUS_OK:
             raise UnreachableError("it does not hold this snapshot")
-        intake = _Intake(held)
+        intake = _Intake(held, limits.clock)
         try:
             for chunk in run:
                 message, data = await pace.next_chunk(stream)
@@ -461,18 +465,18 @@ class _Intake:
     """Puts chunks where they belong as they arrive, and checks them there in a thread, some at a time, while the next
     ones arrive: a thread for each would cost a fifth. What is not checked does not count as being here."""
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: Held, clock: Callable[[], float]) -> None:
         assert held.buffer is not None
         self._held, self._buffer = held, held.buffer
         self._arrived: list[int] = []
         self._checking: asyncio.Task[None] | None = None
-        self._checked_s = time.monotonic()
+        self._clock, self._checked_s = clock, clock()
 
     async def add(self, chunk: int, data: bytes) -> None:
         """Take in a chunk of the right size; BadBytesError when an earlier one turns out to be wrong."""
         self._buffer[chunk * CHUNK_BYTES : chunk * CHUNK_BYTES + len(data)] = data
         self._arrived.append(chunk)
-        now_s = time.monotonic()
+        now_s = self._clock()
         if len(self._arrived) >= _CHUNKS_A_CHECK or now_s - self._checked_s >= _CHECK_AFTER_S:
             await self.finish_check()
             self._checked_s = now_s

@@ -241,6 +241,25 @@ def test_a_pull_brings_every_byte() -> None:
     assert network.received_bytes == len(BYTES)
 
 
+def test_what_comes_slowly_counts_as_here_soon() -> None:
+    held, now_s = empty_held(WHOLE.snapshot), [0.0]
+
+    async def slowly(request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+        yield OK
+        for chunk in range(NUM_CHUNKS):
+            now_s[0] += 0.4
+            for _ in range(5000 if chunk == 3 else 0):  # it is checked in a thread
+                if held.have:
+                    break
+                await asyncio.sleep(0.001)
+            assert held.have or chunk < 3
+            yield reply(chunk)
+        yield END
+
+    network = Network({"a": slowly}, limits=PullLimits(clock=lambda: now_s[0]))
+    assert bytes_of(network.pull(["a"], held)) == BYTES and not network.blamed
+
+
 def test_a_pull_brings_a_part() -> None:
     held = Network({"a": honest()}).pull(["a"], chunks=range(2, 5))
     assert held.have == {2, 3, 4}
