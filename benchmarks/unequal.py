@@ -1,0 +1,346 @@
+"""How well do unequal peers learn together, by method: in virtual time, with real models, text, merges and formats.
+
+    python benchmarks/unequal.py examples/stdlib-gpt.toml --set run.total_tokens=1_024_000
+    python benchmarks/unequal.py examples/stdlib-gpt.toml --methods gossip --momenta 0.5,0.8 --seeds 0,1,2
+
+Volunteers differ in speed (`--slowdowns`, times one inner step of `--step-ms`). One process takes their inner steps in
+the order of virtual time, with the functions a real volunteer uses, so the losses are those of a swarm, and the times
+those of one whose machines are as quick as said, whatever this one is. Methods, from a cold start, on equal tokens:
+
+- diloco: synchronous rounds of H steps; every round takes as long as the slowest;
+- diloco-paced: the same with H_i by speed (`merge.pacing`);
+- gossip: publish, pull, merge without waiting, what travels being encoded and decoded, clips included.
+
+Each method runs with every momentum of one grid. The table gives means over the seeds and, against paced DiLoCo's best
+momentum, the mean ratio within seeds with its standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from cold_start import Text, Volunteer, read_run
+from torch import Tensor
+
+from swarmtrain.algorithm.gossip import Arrival, Layout, gossip_merge, layout_of, prepare, variance_corrected_mean
+from swarmtrain.algorithm.outer import (
+    OuterConstants,
+    OuterState,
+    flatten,
+    momentum_at,
+    outer_step,
+    unflatten_into,
+    weighted_mean,
+)
+from swarmtrain.algorithm.pacing import fewest_inner_steps, paced_inner_steps, reference_speed
+from swarmtrain.algorithm.quantize import Format, decode, encode
+from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Nothing, Partners, Whole, median_round
+from swarmtrain.peer.robustness import Robustness
+from swarmtrain.peer.trainer import Start
+from swarmtrain.run import RunFile
+from swarmtrain.simulate.clock import Clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a run is made of: seconds an inner step of each volunteer, and the wire's share."""
+
+    text: Text
+    step_s: tuple[float, ...]
+    transfer_s: float
+    """From the beginning of a pull to its arrival."""
+    failing: float
+    """The share of pulls that bring nothing."""
+    momentum: float
+
+    @property
+    def run(self) -> RunFile:
+        """The run file."""
+        return self.text.run
+
+    def constants(self, round: int) -> OuterConstants:
+        """Of the outer step."""
+        section = self.run.merge
+        momentum = momentum_at(round, self.momentum, section.momentum_ramp_rounds)
+        return OuterConstants(learning_rate=section.outer_learning_rate, momentum=momentum)
+
+    def paced(self, number: int) -> int:
+        """H_i."""
+        speeds = [1 / step_s for step_s in self.step_s]
+        return paced_inner_steps(speeds[number], reference_speed(speeds), self.run.merge.inner_steps)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it: nats per byte, virtual seconds, the share of rounds that merged somebody."""
+
+    loss: float
+    seconds: float
+    fresh: float = 1.0
+
+
+# ---------------------------------------------------------------- synchronous
+
+
+def diloco(setting: Setting, *, pacing: bool) -> Result:
+    """Rounds with a barrier."""
+    run, text = setting.run, setting.text
+    volunteers = [Volunteer(text, number) for number in range(len(setting.step_s))]
+    steps = [setting.paced(n) if pacing else run.merge.inner_steps for n in range(len(volunteers))]
+    theta = flatten(volunteers[0].parameters)
+    state, now_s, tokens, round = OuterState(theta, torch.zeros_like(theta)), 0.0, 0, 0
+    total, a_round = run.run.total_tokens, sum(steps) * run.tokens_per_step
+    while tokens < total:
+        gradients = []
+        for volunteer, number in zip(volunteers, steps, strict=True):
+            unflatten_into(state.theta, volunteer.parameters)
+            for step in range(number):
+                volunteer.step((tokens + a_round * step / number) / total)
+            gradients.append(state.theta - flatten(volunteer.parameters))
+        state = outer_step(state, weighted_mean(gradients, steps), setting.constants(round))
+        tokens, round = tokens + a_round, round + 1
+        now_s += max(n * step_s for n, step_s in zip(steps, setting.step_s, strict=True)) + setting.transfer_s
+    unflatten_into(state.theta, volunteers[0].parameters)
+    return Result(text.held_out_loss(volunteers[0].model), now_s)
+
+
+# ---------------------------------------------------------------- gossip
+
+
+@dataclass
+class Published:
+    """A publication as it travels."""
+
+    mark: Mark
+    theta: Tensor
+    gradient: Tensor
+
+
+class Peer:
+    """A volunteer that merges at its own pace."""
+
+    def __init__(self, world: World, number: int) -> None:
+        setting = world.setting
+        self.world, self.number, self.name = world, number, f"p{number}"
+        self.volunteer = Volunteer(setting.text, number)
+        theta = flatten(self.volunteer.parameters)
+        self.state = OuterState(theta, torch.zeros_like(theta))
+        section = setting.run.merge
+        self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round)
+        self.partners = Partners(self.ledger, variant=section.partners)
+        self.robustness = Robustness(section.robust, world.layout, lambda peer, incident: None)
+        self.rng = random.Random(f"{setting.run.run.seed} {number}")
+        self.round = self.rounds_fresh = 0
+        self.newest: Published | None = None
+        self.merged: dict[str, Tensor] = {}
+        self.arrived: dict[str, tuple[Published, Arrival]] = {}
+        self.began_s = 0.0
+        self.start = Start(inner_steps=1, num_peers=1)
+        self.done = 0
+
+    def begin(self) -> None:
+        """A round."""
+        setting, clock = self.world.setting, self.world.clock
+        section = setting.run.merge
+        steps = setting.paced(self.number) if self.round else fewest_inner_steps(section.inner_steps)
+        self.start = Start(inner_steps=steps, num_peers=1, num_parts=section.publications_per_round)
+        self.began_s, self.done = clock.now, 0
+        unflatten_into(self.state.theta, self.volunteer.parameters)
+        step_s = setting.step_s[self.number]
+        for moment in self.start.publish_after:
+            clock.call_at(clock.now + moment * step_s, self.train_to, moment)
+        ends_s = clock.now + steps * step_s
+        clock.call_at(max(clock.now, ends_s - 2 * setting.transfer_s), self.pull, section.num_partners, set())
+        clock.call_at(ends_s, self.end)
+
+    def train_to(self, moment: int) -> None:
+        """Inner steps up to `moment` of the round, then a publication."""
+        world = self.world
+        run, step_tokens = world.setting.run, world.setting.run.tokens_per_step
+        everybodys = sum(1 / step_s for step_s in world.setting.step_s) * world.setting.step_s[self.number]
+        for step in range(moment - self.done):
+            self.volunteer.step((world.tokens + step * everybodys * step_tokens) / run.run.total_tokens)
+        world.tokens += (moment - self.done) * step_tokens
+        self.done = moment
+        gradient = self.state.theta - flatten(self.volunteer.parameters)
+        self.robustness.learn(gradient, moment * step_tokens)
+        mark = Mark(self.round, self.start.part_after(moment), moment * step_tokens)
+        self.newest = Published(mark, world.on_the_wire(self.state.theta, run.merge.theta_format), gradient)
+
+    def pull(self, wanted: int, asked: set[str]) -> None:
+        """From `wanted` partners; one that fails is replaced at once."""
+        world = self.world
+        others = [peer for peer in world.peers if peer is not self]
+        rounds = [peer.round for peer in others]
+        candidates = [
+            Candidate(peer=peer.name, round=mark.round, part=mark.part, tokens=mark.tokens)
+            for peer in others
+            if peer.newest is not None and (mark := peer.newest.mark)
+        ]
+        while len(self.arrived) + sum(name not in self.arrived for name in asked) < wanted:
+            name, _ = self.partners.choose(
+                candidates,
+                exclude={self.name, *asked, *self.arrived},
+                reference_round=median_round(self.round, rounds),
+                now=world.clock.now,
+                rng=self.rng,
+            )
+            if name is None:
+                return
+            if self.rng.random() < world.setting.failing:
+                candidates = [one for one in candidates if one.peer != name]
+                continue
+            asked.add(name)
+            published = world.by_name[name].newest
+            assert published is not None
+            world.clock.call_later(world.setting.transfer_s, self.arrive, name, published)
+
+    def arrive(self, name: str, published: Published) -> None:
+        """Decode it, and take of it what is new."""
+        world = self.world
+        reference = median_round(self.round, [peer.round for peer in world.peers if peer is not self])
+        news = self.ledger.news(name, published.mark, reference)
+        if isinstance(news, Nothing):
+            return
+        gradient = world.on_the_wire(published.gradient, world.setting.run.merge.gradient_format)
+        theta, tokens, whole = published.theta, news.tokens, gradient
+        if isinstance(news, Difference):
+            gradient = gradient - self.merged[name]
+        elif not isinstance(news, Whole):
+            tokens = 0
+        arrival = self.robustness.accept(name, Arrival(theta, gradient, tokens), self.state.theta)
+        self.arrived[name] = (Published(published.mark, theta, whole), arrival)
+
+    def end(self) -> None:
+        """Merge what is here; on to the next round."""
+        world, tokens = self.world, self.start.inner_steps * self.world.setting.run.tokens_per_step
+        reference = median_round(self.round, [peer.round for peer in world.peers if peer is not self])
+        prepared = prepare(self.state.theta, [arrival for _, arrival in self.arrived.values()], world.layout)
+        gradient = self.state.theta - flatten(self.volunteer.parameters)
+        self.state = gossip_merge(self.state, prepared, gradient, tokens, world.setting.constants(self.round))
+        for name, (published, _) in self.arrived.items():
+            self.ledger.merged(name, published.mark, reference)
+            self.merged[name] = published.gradient
+        self.merged = {name: kept for name, kept in self.merged.items() if name in self.ledger.held}
+        self.rounds_fresh += bool(self.arrived)
+        self.arrived.clear()
+        self.round += 1
+        if world.tokens < world.setting.run.run.total_tokens:
+            self.begin()
+        else:
+            world.finished_s = max(world.finished_s, world.clock.now)
+
+
+@dataclass
+class World:
+    """Everyone, and the clock."""
+
+    setting: Setting
+    clock: Clock = field(default_factory=Clock)
+    tokens: int = 0
+    finished_s: float = 0.0
+    layout: Layout = field(init=False)
+    peers: list[Peer] = field(init=False)
+    by_name: dict[str, Peer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(p.shape) for p in Volunteer(self.setting.text, 0).parameters]
+        self.layout = layout_of(shapes)
+        self._sizes = [math.prod(shape) for shape in shapes]
+        self.peers = [Peer(self, number) for number in range(len(self.setting.step_s))]
+        self.by_name = {peer.name: peer for peer in self.peers}
+
+    def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
+        """What arrives of it."""
+        return decode(encode(vector.contiguous(), form, self._sizes), form, self._sizes)
+
+
+def gossip(setting: Setting) -> Result:
+    """Nobody waits."""
+    world = World(setting)
+    for peer in world.peers:
+        peer.begin()
+    while world.clock.step():
+        pass
+    theta = variance_corrected_mean([peer.state.theta for peer in world.peers], world.layout).mean
+    model, parameters = world.peers[0].volunteer.model, world.peers[0].volunteer.parameters
+    unflatten_into(theta, parameters)
+    fresh = sum(peer.rounds_fresh for peer in world.peers) / sum(peer.round for peer in world.peers)
+    return Result(setting.text.held_out_loss(model), world.finished_s, fresh)
+
+
+METHODS: dict[str, Callable[[Setting], Result]] = {
+    "diloco": lambda setting: diloco(setting, pacing=False),
+    "diloco-paced": lambda setting: diloco(setting, pacing=True),
+    "gossip": gossip,
+}
+
+
+# ---------------------------------------------------------------- the table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the run file")
+    parser.add_argument("--seeds", default="0", help="comma-separated; default 0")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; default all")
+    parser.add_argument("--momenta", default="0.5", help="the grid of outer momenta, comma-separated; default 0.5")
+    parser.add_argument("--slowdowns", default="2,2.6,5.2,11.4", help="of each volunteer; default 2,2.6,5.2,11.4")
+    parser.add_argument("--step-ms", type=float, default=10.0, help="an inner step without slowdown; default 10")
+    parser.add_argument("--transfer-s", type=float, default=0.0, help="how long a pull takes; default 0")
+    parser.add_argument("--failing", type=float, default=0.0, help="the share of pulls that fail; default 0")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    momenta = [float(momentum) for momentum in options.momenta.split(",")]
+    results: dict[tuple[str, float], list[Result]] = {}
+    for seed in seeds:
+        for method in options.methods.split(","):
+            changes = [*options.set, f'merge.method="{method.split("-")[0]}"', "merge.pacing=false"]
+            text = Text.of(read_run(options.run_file, changes, seed), options.run_file.parent)
+            for momentum in momenta:
+                setting = Setting(
+                    text=text,
+                    step_s=tuple(float(s) * options.step_ms / 1000 for s in options.slowdowns.split(",")),
+                    transfer_s=options.transfer_s,
+                    failing=options.failing,
+                    momentum=momentum,
+                )
+                result = METHODS[method](setting)
+                results.setdefault((method, momentum), []).append(result)
+                print(
+                    f"seed {seed}  {method:13} momentum {momentum:.2f}  {result.loss:.4f} nats/byte  "
+                    f"{result.seconds:.0f} virtual s  {result.fresh:.0%} of rounds merged somebody",
+                    flush=True,
+                )
+    show(results)
+
+
+def show(results: dict[tuple[str, float], list[Result]]) -> None:
+    """Each method with its best momentum, against paced DiLoCo's best if it is there."""
+    best: dict[str, tuple[float, list[Result]]] = {}
+    for (method, momentum), each in results.items():
+        loss = statistics.mean(result.loss for result in each)
+        if method not in best or loss < statistics.mean(result.loss for result in best[method][1]):
+            best[method] = (momentum, each)
+    print("\nmethod         momentum  loss    virtual s  to paced DiLoCo")
+    reference = best.get("diloco-paced", next(iter(best.values())))[1]
+    for method, (momentum, each) in best.items():
+        ratios = [one.loss / other.loss for one, other in zip(each, reference, strict=True)]
+        error = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+        seconds = statistics.mean(result.seconds for result in each)
+        loss = statistics.mean(result.loss for result in each)
+        ratio = f"{statistics.mean(ratios):.4f} +- {error:.4f}"
+        print(f"{method:13}  {momentum:8.2f}  {loss:.4f}  {seconds:9.0f}  {ratio}")
+
+
+if __name__ == "__main__":
+    main()
