@@ -70,10 +70,11 @@ class Text:
 class Volunteer:
     """A model, its optimizer and its data."""
 
-    def __init__(self, text: Text, number: int) -> None:
+    def __init__(self, text: Text, number: int, seed: int | None = None) -> None:
+        """`seed` is of the initial weights; None: the run's."""
         run = text.run
         values = run.inner.model_dump(exclude={"batch_sequences", "microbatch_sequences"})
-        self.model = build_model(run.model, run.run.seed)
+        self.model = build_model(run.model, run.run.seed if seed is None else seed)
         self.parameters = list(self.model.parameters())
         self.optimizer = InnerOptimizer(self.model.named_parameters(), InnerConstants(**values))
         self.batches = text.batches(number)

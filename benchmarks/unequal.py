@@ -9,7 +9,9 @@ those of one whose machines are as quick as said, whatever this one is. Methods,
 
 - diloco: synchronous rounds of H steps; every round takes as long as the slowest;
 - diloco-paced: the same with H_i by speed (`merge.pacing`);
-- gossip: publish, pull, merge without waiting, what travels being encoded and decoded, clips included.
+- gossip: publish, pull, merge without waiting, what travels being encoded and decoded, clips included;
+- gossip-own: the same from different random initial weights of each peer (`merge.init = "own"`);
+- gossip-own-plain: the same with plain averaging in place of the variance-corrected one.
 
 Each method runs with every momentum of one grid. The table gives means over the seeds and, against paced DiLoCo's best
 momentum, the mean ratio within seeds with its standard error.
@@ -22,7 +24,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +61,8 @@ class Setting:
     failing: float
     """The share of pulls that bring nothing."""
     momentum: float
+    own_weights: bool = False
+    corrected: bool = True
 
     @property
     def run(self) -> RunFile:
@@ -129,13 +133,14 @@ class Peer:
     def __init__(self, world: World, number: int) -> None:
         setting = world.setting
         self.world, self.number, self.name = world, number, f"p{number}"
-        self.volunteer = Volunteer(setting.text, number)
+        self.volunteer = Volunteer(setting.text, number, 1000 + number if setting.own_weights else None)
         theta = flatten(self.volunteer.parameters)
         self.state = OuterState(theta, torch.zeros_like(theta))
         section = setting.run.merge
         self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round)
         self.partners = Partners(self.ledger, variant=section.partners)
-        self.robustness = Robustness(section.robust, world.layout, lambda peer, incident: None)
+        met = not setting.own_weights
+        self.robustness = Robustness(section.robust, world.layout, lambda peer, incident: None, met=met)
         self.rng = random.Random(f"{setting.run.run.seed} {number}")
         self.round = self.rounds_fresh = 0
         self.newest: Published | None = None
@@ -200,7 +205,10 @@ class Peer:
             asked.add(name)
             published = world.by_name[name].newest
             assert published is not None
-            world.clock.call_later(world.setting.transfer_s, self.arrive, name, published)
+            if world.setting.transfer_s:
+                world.clock.call_later(world.setting.transfer_s, self.arrive, name, published)
+            else:  # before the round's end, which is an event of the same moment
+                self.arrive(name, published)
 
     def arrive(self, name: str, published: Published) -> None:
         """Decode it, and take of it what is new."""
@@ -223,6 +231,8 @@ class Peer:
         world, tokens = self.world, self.start.inner_steps * self.world.setting.run.tokens_per_step
         reference = median_round(self.round, [peer.round for peer in world.peers if peer is not self])
         prepared = prepare(self.state.theta, [arrival for _, arrival in self.arrived.values()], world.layout)
+        if self.arrived:
+            self.robustness.merged(prepared.displacement)
         gradient = self.state.theta - flatten(self.volunteer.parameters)
         self.state = gossip_merge(self.state, prepared, gradient, tokens, world.setting.constants(self.round))
         for name, (published, _) in self.arrived.items():
@@ -253,6 +263,8 @@ class World:
     def __post_init__(self) -> None:
         shapes = [tuple(p.shape) for p in Volunteer(self.setting.text, 0).parameters]
         self.layout = layout_of(shapes)
+        if not self.setting.corrected:
+            self.layout = replace(self.layout, corrected=(False,) * len(shapes))
         self._sizes = [math.prod(shape) for shape in shapes]
         self.peers = [Peer(self, number) for number in range(len(self.setting.step_s))]
         self.by_name = {peer.name: peer for peer in self.peers}
@@ -280,6 +292,8 @@ METHODS: dict[str, Callable[[Setting], Result]] = {
     "diloco": lambda setting: diloco(setting, pacing=False),
     "diloco-paced": lambda setting: diloco(setting, pacing=True),
     "gossip": gossip,
+    "gossip-own": lambda setting: gossip(replace(setting, own_weights=True)),
+    "gossip-own-plain": lambda setting: gossip(replace(setting, own_weights=True, corrected=False)),
 }
 
 
@@ -291,7 +305,7 @@ def main() -> None:
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the run file")
     parser.add_argument("--seeds", default="0", help="comma-separated; default 0")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; default all")
+    parser.add_argument("--methods", default="diloco,diloco-paced,gossip", help="comma-separated")
     parser.add_argument("--momenta", default="0.5", help="the grid of outer momenta, comma-separated; default 0.5")
     parser.add_argument("--slowdowns", default="2,2.6,5.2,11.4", help="of each volunteer; default 2,2.6,5.2,11.4")
     parser.add_argument("--step-ms", type=float, default=10.0, help="an inner step without slowdown; default 10")
@@ -317,7 +331,7 @@ def main() -> None:
                 result = METHODS[method](setting)
                 results.setdefault((method, momentum), []).append(result)
                 print(
-                    f"seed {seed}  {method:13} momentum {momentum:.2f}  {result.loss:.4f} nats/byte  "
+                    f"seed {seed}  {method:16} momentum {momentum:.2f}  {result.loss:.4f} nats/byte  "
                     f"{result.seconds:.0f} virtual s  {result.fresh:.0%} of rounds merged somebody",
                     flush=True,
                 )
@@ -331,7 +345,7 @@ def show(results: dict[tuple[str, float], list[Result]]) -> None:
         loss = statistics.mean(result.loss for result in each)
         if method not in best or loss < statistics.mean(result.loss for result in best[method][1]):
             best[method] = (momentum, each)
-    print("\nmethod         momentum  loss    virtual s  to paced DiLoCo")
+    print("\nmethod            momentum  loss    virtual s  to paced DiLoCo")
     reference = best.get("diloco-paced", next(iter(best.values())))[1]
     for method, (momentum, each) in best.items():
         ratios = [one.loss / other.loss for one, other in zip(each, reference, strict=True)]
@@ -339,7 +353,7 @@ def show(results: dict[tuple[str, float], list[Result]]) -> None:
         seconds = statistics.mean(result.seconds for result in each)
         loss = statistics.mean(result.loss for result in each)
         ratio = f"{statistics.mean(ratios):.4f} +- {error:.4f}"
-        print(f"{method:13}  {momentum:8.2f}  {loss:.4f}  {seconds:9.0f}  {ratio}")
+        print(f"{method:16}  {momentum:8.2f}  {loss:.4f}  {seconds:9.0f}  {ratio}")
 
 
 if __name__ == "__main__":
