@@ -115,6 +115,8 @@ class Gossip:
     """Told of an author's tokens, as it counts them itself."""
     refused: Callable[[str, PeerError], None]
     ledger: Ledger
+    expected_s: Callable[[int], float | None] = lambda size_bytes: None
+    """How long so many bytes would take, before the first publication came."""
     variant: str = "uniform"
     rng: random.Random = field(default_factory=random.Random)
     round: int = 0
@@ -187,7 +189,7 @@ class Gossip:
 
     async def _fill(self, plan: Plan) -> None:
         """Pull from as many partners as there should be, others in place of those that fail, until the round ends."""
-        when_s, reason = pull_start(plan.started_s, plan.ends_s, expected_transfer(list(self._durations_s)))
+        when_s, reason = pull_start(plan.started_s, plan.ends_s, self._transfer_s())
         _log.debug("round %d: pulls in %.2f s: %s", plan.round, when_s - swarm_time(), reason)
         await asyncio.sleep(max(0.0, when_s - swarm_time()))
         round_s = plan.ends_s - plan.started_s
@@ -202,8 +204,13 @@ class Gossip:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), _LOOK_S)
 
+    def _transfer_s(self) -> float | None:
+        """How long the pulls of a round are expected to take, side by side; None while nothing is known."""
+        known_s = expected_transfer(list(self._durations_s))
+        return known_s or self.expected_s(self.settings.num_partners * self.publication_bytes)
+
     def _num_wanted(self, round_s: float) -> int:
-        transfer_s = expected_transfer(list(self._durations_s))
+        transfer_s = self._transfer_s()
         per_s = None
         if transfer_s:  # each beside the others
             per_s = self.settings.num_partners * self.publication_bytes / transfer_s
@@ -212,7 +219,7 @@ class Gossip:
 
     def _num_coming(self) -> int:
         """Publications that are here or on their way; a slow one does not keep another from being tried."""
-        expected_s = expected_transfer(list(self._durations_s)) or 0.0
+        expected_s = self._transfer_s() or 0.0
         slow_s = swarm_time() - max(_LEAST_SLOW_S, _SLOW_FACTOR * expected_s)
         coming = {peer for peer, (_, began_s) in self._pulls.items() if began_s > slow_s}
         return len(coming | {pulled.peer for pulled in self._pulled})

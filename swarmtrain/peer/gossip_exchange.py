@@ -93,6 +93,7 @@ class GossipExchange(SwarmExchange):
             counted=swarm.tallying.hear,
             refused=swarm.rounds.refused,
             ledger=Ledger(max_staleness_rounds=section.max_staleness_rounds, num_parts=section.publications_per_round),
+            expected_s=swarm.node.traffic.times.expected_s,
             variant=section.partners,
         )
         swarm.publisher, swarm.gossip = self.publisher, self.gossip
