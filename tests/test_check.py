@@ -45,6 +45,19 @@ def test_many_peers_send_what_an_allreduce_of_the_round_sends() -> None:
     assert cost_of(num_peers=1000).times_below_allreduce == pytest.approx(25, rel=0.01)
 
 
+def test_gossip_costs_the_same_with_any_number_of_peers() -> None:
+    """At int8 at most 2.1 bytes per parameter and partner in each round."""
+    gossip = 'total_tokens = 30_720_000\n[merge]\nmethod = "gossip"'
+    sent = cost_of(gossip, num_peers=4).bytes_sent_per_round
+    assert 2.0 * 3 * P < sent < 2.1 * 3 * P
+    assert cost_of(gossip, num_peers=16).bytes_sent_per_round == sent
+    assert cost_of(gossip, num_peers=2).bytes_sent_per_round == pytest.approx(sent / 3, abs=1)
+    assert cost_of(gossip, num_peers=1).bytes_sent_per_round == 0
+    wide = cost_of(gossip + '\ntheta_format = "fp32"\ngradient_format = "bf16"', num_peers=4)
+    assert wide.bytes_sent_per_round == 3 * 6 * P
+    assert wide.memory_parameters_bytes > cost_of(gossip, num_peers=4).memory_parameters_bytes
+
+
 @pytest.mark.parametrize("num_peers", range(2, 40))
 def test_it_is_always_at_least_half_a_round_below_an_allreduce(num_peers: int) -> None:
     below = cost_of(num_peers=num_peers).times_below_allreduce

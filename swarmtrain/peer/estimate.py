@@ -24,6 +24,8 @@ BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4 + 2 * 4 + 8
 ACTIVATION_WIDTHS = 13
 ACTIVATION_WIDTHS_PER_RATIO = 2
 LOGITS_COPIES = 3
+# Bytes a parameter on the wire, the blocks' scales included.
+WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 256, "int4": 1 / 2 + 4 / 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +50,7 @@ class Estimate:
 def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
     """What each of `num_peers` (>= 1) peers trains, sends and holds in this run."""
     steps = math.ceil(run.run.total_tokens / (run.tokens_per_step * num_peers))
-    gradient_bytes, others = 4 * num_parameters, num_peers - 1
-    if num_peers <= run.merge.share_above:
-        sent = gradient_bytes * others  # the whole pseudo-gradient, to each
-        incoming = gradient_bytes * others
-    else:
-        sent = 2 * gradient_bytes * others // num_peers  # as an all-reduce: scatter the shares, gather the results
-        incoming = 2 * gradient_bytes
+    sent, incoming = _merge_bytes(run, num_parameters, num_peers - 1)
     parameters_bytes = BYTES_PER_PARAMETER * num_parameters + incoming
     activations_bytes = _activations_bytes(run)
     program_bytes = IMPORTS_BYTES + DAEMON_BYTES
@@ -73,6 +69,23 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
         memory_parameters_bytes=parameters_bytes,
         memory_activations_bytes=activations_bytes,
     )
+
+
+def _merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
+    """(bytes sent in a round, bytes held of what arrives and is being merged)."""
+    merge, gradient_bytes = run.merge, 4 * num_parameters
+    if merge.method == "gossip":
+        partners = min(merge.num_partners, others)
+        published = round(
+            num_parameters * sum(WIRE_BYTES[form] for form in (merge.theta_format, merge.gradient_format))
+        )
+        # of each partner the bytes and the decoded vectors; the prepared merge; the bytes of parts that may go on
+        held = partners * (2 * published + 2 * gradient_bytes) + 2 * gradient_bytes
+        return partners * published, held
+    if others + 1 <= merge.share_above:
+        return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each
+    # as an all-reduce: scatter the shares, gather the results
+    return 2 * gradient_bytes * others // (others + 1), 2 * gradient_bytes
 
 
 def _activations_bytes(run: RunFile) -> int:
