@@ -10,13 +10,16 @@ losses are those of a synchronous swarm without its network. Three ways, each vo
 - swarm: DiLoCo as the run file says, `min_peers` volunteers that share `total_tokens`;
 - parallel: those volunteers average their gradients at every step, at H / 2 times the bytes or more.
 
-`--set` takes any key of the run file; the table at the end is what `docs/lab-log.md` keeps. The seed also
+`--shards N` gives each volunteer of the swarm a shard of the data for each round, the least seen one, as with
+`merge.method = "gossip"`; `--blocks` makes a shard's blocks longer, up to one piece of the corpus. `--set` takes any
+key of the run file; the table at the end is what `docs/lab-log.md` keeps. The seed also
 picks the held-out text, so compare ways within a seed, and settings at the same seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
 import tomllib
@@ -35,8 +38,10 @@ from swarmtrain.algorithm.outer import (
     unflatten_into,
     weighted_mean,
 )
-from swarmtrain.data.batches import BatchSource, held_out_batches
+from swarmtrain.data import batches as batches_module
+from swarmtrain.data.batches import Batches, BatchSource, held_out_batches
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
+from swarmtrain.membership.shards import Coverage
 from swarmtrain.model.gpt import GPT, build_model, evaluate, num_parameters
 from swarmtrain.run import RunFile
 
@@ -59,6 +64,14 @@ class Text:
         """The batches of volunteer `number`."""
         place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
         return training_batches(self.run, self.data, place, Path(), self.held_out)
+
+    def cut(self, volunteers: list[Volunteer], num_shards: int) -> list[Coverage]:
+        """Cut the volunteers' data into shards; what each knows of all, which is everything here."""
+        names = [f"volunteer {number}" for number in range(len(volunteers))]
+        for volunteer in volunteers:
+            assert isinstance(volunteer.batches, Batches)
+            volunteer.batches.cut(num_shards)
+        return [Coverage(me=name, num_shards=num_shards) for name in names]
 
     def held_out_loss(self, model: GPT) -> float:
         """Nats per byte."""
@@ -103,15 +116,30 @@ def train_parallel(text: Text, num_steps: int) -> GPT:
     return first.model
 
 
-def train_swarm(text: Text, num_steps: int) -> GPT:
+def take_shards(volunteers: list[Volunteer], coverages: list[Coverage], round: int, tokens: int) -> None:
+    """The volunteers choose shards for a round of so many tokens, and tell each other."""
+    names = [coverage.me for coverage in coverages]
+    for volunteer, coverage in zip(volunteers, coverages, strict=True):
+        shard, _ = coverage.choose(round, 0, busy=coverage.busy(names), round_tokens=tokens)
+        volunteer.batches.use_shard(shard)
+        coverage.trained(shard, tokens)
+    for coverage in coverages:
+        for other in coverages:
+            coverage.merge(other.rows_to_send(1), other.me, lambda _, tokens: tokens)
+
+
+def train_swarm(text: Text, num_steps: int, num_shards: int = 0) -> GPT:
     """Synchronous DiLoCo: rounds of H inner steps, then one outer step on the mean pseudo-gradient."""
     merge = text.run.merge
     volunteers = [Volunteer(text, number) for number in range(merge.min_peers)]
+    coverages = text.cut(volunteers, num_shards) if num_shards else []
     theta = flatten(volunteers[0].parameters)
     state = OuterState(theta, torch.zeros_like(theta))
     for round, start in enumerate(range(0, num_steps, merge.inner_steps)):
         steps = range(start, min(start + merge.inner_steps, num_steps))
         gradients = []
+        if coverages:
+            take_shards(volunteers, coverages, round, len(steps) * text.run.tokens_per_step)
         for volunteer in volunteers:
             unflatten_into(state.theta, volunteer.parameters)
             for step in steps:
@@ -144,8 +172,13 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="comma-separated; default 0")
     parser.add_argument("--ways", default="lone,swarm,parallel", help="comma-separated; default all three")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; default 1, as a volunteer of the demo")
+    parser.add_argument("--shards", type=int, default=0, help="of the swarm's data; default 0: none")
+    parser.add_argument("--blocks", type=int, help="length of a shard's blocks, in sequences; default as in a real run")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.blocks:
+        batches_module._BLOCK_SEQUENCES, batches_module._BLOCKS_A_SHARD = options.blocks, 1
+    ways = WAYS | {"swarm": functools.partial(train_swarm, num_shards=options.shards)}
     losses: dict[str, list[float]] = {way: [] for way in options.ways.split(",")}
     for seed in map(int, options.seeds.split(",")):
         run = read_run(options.run_file, options.set, seed)
@@ -153,7 +186,7 @@ def main() -> None:
         num_steps = math.ceil(run.run.total_tokens / run.tokens_per_step / run.merge.min_peers)
         for way, each in losses.items():
             start_s = time.process_time()
-            model = WAYS[way](text, num_steps)
+            model = ways[way](text, num_steps)
             num_computed = num_steps * (1 if way == "lone" else run.merge.min_peers)
             step_ms = 1000 * (time.process_time() - start_s) / num_computed
             each.append(text.held_out_loss(model))

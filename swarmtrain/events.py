@@ -153,6 +153,8 @@ class RoundEvent(_Event):
     variance_factor: float | None = Field(None, description="With `gossip`: the largest factor of the variance correction.")  # fmt: skip
     consensus_spread: float | None = Field(None, description="With `gossip`: how far the merged weights were apart, relative to their size: 0 when all agree.")  # fmt: skip
     displacement: float | None = Field(None, description="With `gossip`: how far the farthest partner's weights were from this peer's, relative to their size.")  # fmt: skip
+    shard: int | None = Field(None, description="The shard of the data that the round was drawn from; null where data have no shards.")  # fmt: skip
+    unseen_shards: int | None = Field(None, description="Shards that nobody has trained on yet, as far as this peer knows.")  # fmt: skip
     state_sha256: str = Field(description="SHA-256 of the weights after the merge: equal on all who merged the round.")
 
 

@@ -121,6 +121,7 @@ class DataSection(_Section):
     subset: str = Field("", description='For "datasets": the configuration\'s name; empty for the default one.')
     split: str = Field("train", min_length=1, description='For "datasets": the split to train on.')
     streaming: bool = Field(False, description='For "datasets": read while training rather than download first.')
+    shards: int = Field(64, ge=0, le=1024, description='With merge.method = "gossip": the data are cut into so many shards, fewer if a round would read one more than once, and a peer takes each round from the one that is seen least; 0: from everywhere. Streamed data have none.')  # fmt: skip
     held_out_bytes: int = Field(65_536, ge=1024, le=4_194_304, description="Size of the held-out text that the bootstrap cuts once and that travels with the run, in bytes.")  # fmt: skip
 
     @model_validator(mode="after")
@@ -290,6 +291,13 @@ class RunFile(_Section):
     def tokens_per_step(self) -> int:
         """Tokens in the batch of one inner step."""
         return self.inner.batch_sequences * self.model.context_tokens
+
+    def num_shards(self, corpus_tokens: int) -> int:
+        """Shards of a corpus of so many tokens, each at least what a round reads; 0 where there are none."""
+        if self.merge.method != "gossip" or (self.data.source == "datasets" and self.data.streaming):
+            return 0
+        fitting = corpus_tokens // max(self.merge.inner_steps * self.tokens_per_step, 2 * self.model.context_tokens)
+        return min(self.data.shards, fitting) if fitting > 1 else 0
 
     @model_validator(mode="after")
     def _possible(self) -> RunFile:

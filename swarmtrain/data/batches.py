@@ -1,6 +1,7 @@
-"""Batches: which tokens a peer trains on, as a function of the run, the peer and a count of batches.
+"""Batches: which tokens a peer trains on, as a function of the run, the peer, a count of batches and a shard.
 
-Nothing but that count has to be kept to go on exactly where one stopped. Shapes: B sequences, T context tokens;
+Nothing but that count has to be kept to go on exactly where one stopped; which shard a round is drawn from is chosen at
+its start. Shapes: B sequences, T context tokens;
 a batch is (B, T + 1), of which `[:, :-1]` is the input and `[:, 1:]` the targets.
 """
 
@@ -11,14 +12,18 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from swarmtrain.data.tokens import Tokenizer, Tokens
 from swarmtrain.errors import RunFileError
 
-__all__ = ["BatchSource", "Batches", "StreamingBatches", "held_out_batches", "peer_seed"]
+__all__ = ["BatchSource", "Batches", "Shards", "StreamingBatches", "held_out_batches", "peer_seed"]
 
 START_TOKEN = ord("\n")  # the same byte in every tokenizer
+_BLOCK_SEQUENCES = 16
+_BLOCKS_A_SHARD = 8
+"""At least, however small the corpus."""
 
 
 class BatchSource(Protocol):
@@ -27,6 +32,15 @@ class BatchSource(Protocol):
     @property
     def position(self) -> int:
         """Batches drawn so far, since the peer's first one in this run."""
+        ...
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that `use_shard` can choose from; 0 if there are none."""
+        ...
+
+    def use_shard(self, shard: int) -> None:
+        """Draw from this shard from now on."""
         ...
 
     def next_batch(self) -> torch.Tensor:
@@ -39,8 +53,37 @@ def peer_seed(run_sha256: str, peer_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"batches {run_sha256} {peer_id}".encode()).digest()[:16], "little")
 
 
+class Shards:
+    """A corpus cut into shards that are alike: dealt out block by block, so that each has something of all of it.
+
+    Training on one neighbourhood of the text for a whole round would pull a peer towards it. A block is about sixteen
+    sequences long, shorter in a small corpus. A shard's text is that of its blocks, one after the other.
+    """
+
+    def __init__(self, num_tokens: int, num_shards: int, context_tokens: int) -> None:
+        """Each of `num_shards` must have a token at least: ValueError else."""
+        if not 1 <= num_shards <= num_tokens:
+            raise ValueError(f"{num_tokens} tokens in {num_shards} shards; allowed: 1 to {num_tokens} shards")
+        self.num_shards, self._num_tokens = num_shards, num_tokens
+        whole = num_tokens // num_shards
+        self._block = max(1, min(_BLOCK_SEQUENCES * context_tokens, whole // min(_BLOCKS_A_SHARD, whole)))
+
+    def num_tokens(self, shard: int) -> int:
+        """Tokens of a shard."""
+        full, rest = divmod(self._num_tokens, self._block * self.num_shards)
+        return full * self._block + min(max(rest - shard * self._block, 0), self._block)
+
+    def places(self, shard: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where in the corpus these positions of the shard's text are; its end is followed by its beginning."""
+        blocks, offsets = np.divmod(positions % self.num_tokens(shard), self._block)
+        return (blocks * self.num_shards + shard) * self._block + offsets
+
+
 class Batches:
-    """Windows of a corpus, each begun at a random token; batch b of a peer takes the same time to find for any b."""
+    """Windows of a corpus, each begun at a random token; batch b of a peer takes the same time to find for any b.
+
+    Once a shard is chosen they are windows of its text.
+    """
 
     def __init__(
         self,
@@ -63,19 +106,45 @@ class Batches:
         self._batch_sequences = batch_sequences
         self._offsets = np.arange(context_tokens + 1)
         self._position = position
+        self._shards: Shards | None = None
+        self._shard: int | None = None
 
     @property
     def position(self) -> int:
         """Batches drawn so far."""
         return self._position
 
+    @property
+    def num_shards(self) -> int:
+        """See `BatchSource`."""
+        return 0 if self._shards is None else self._shards.num_shards
+
+    def cut(self, num_shards: int) -> None:
+        """Cut the corpus into shards; until one is chosen, batches are drawn from everywhere."""
+        self._shards = Shards(len(self._tokens), num_shards, len(self._offsets) - 1)
+
+    def use_shard(self, shard: int) -> None:
+        """See `BatchSource`."""
+        if not 0 <= shard < self.num_shards:
+            raise ValueError(f"shard {shard} of a corpus of {self.num_shards}")
+        self._shard = shard
+
     def next_batch(self) -> torch.Tensor:
         """The next batch, int64 (B, T + 1)."""
         generator = np.random.Philox(key=self._key, counter=self._position << 64)  # a batch has 2**64 counts of its own
-        num_starts = len(self._tokens) - len(self._offsets) + 1
-        starts = (generator.random_raw(self._batch_sequences) % np.uint64(num_starts)).astype(np.int64)
         self._position += 1
-        return torch.from_numpy(self._tokens[starts[:, None] + self._offsets].astype(np.int64))
+        numbers = generator.random_raw(self._batch_sequences)
+        if self._shards is None or self._shard is None:
+            num_starts = len(self._tokens) - len(self._offsets) + 1
+            places = _modulo(numbers, num_starts)[:, None] + self._offsets
+        else:
+            starts = _modulo(numbers, self._shards.num_tokens(self._shard))
+            places = self._shards.places(self._shard, starts[:, None] + self._offsets)
+        return torch.from_numpy(self._tokens[places].astype(np.int64))
+
+
+def _modulo(numbers: npt.NDArray[np.uint64], limit: int) -> npt.NDArray[np.int64]:
+    return (numbers % np.uint64(limit)).astype(np.int64)
 
 
 class StreamingBatches:
@@ -107,6 +176,15 @@ class StreamingBatches:
     def position(self) -> int:
         """Batches drawn so far."""
         return self._position
+
+    @property
+    def num_shards(self) -> int:
+        """A stream has none: how much is still to come is not known."""
+        return 0
+
+    def use_shard(self, shard: int) -> None:
+        """There is none to choose."""
+        raise ValueError(f"shard {shard} of a stream")
 
     def next_batch(self) -> torch.Tensor:
         """The next batch, int64 (B, T + 1). Raises RunFileError if the data cannot be read or holds no text."""

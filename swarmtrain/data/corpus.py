@@ -96,7 +96,9 @@ def prepare_corpus(section: DataSection, base: Path, held_out: bytes, cache_dir:
     section, nor the held-out text, nor these rules change. A streamed data set is not read: its text is empty.
     Raises RunFileError if the data cannot be used or nothing is left of it.
     """
-    description = json.dumps([section.model_dump(mode="json"), hashlib.sha256(held_out).hexdigest()])
+    description = json.dumps(
+        [section.model_dump(mode="json", exclude={"shards"}), hashlib.sha256(held_out).hexdigest()]
+    )
     if section.source == "datasets" and section.streaming:
         digest = hashlib.sha256(description.encode()).hexdigest()
         return Corpus(text=_read_only(b""), digest=digest, num_documents=0, dropped_documents=0, dropped_bytes=0)

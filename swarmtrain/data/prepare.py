@@ -80,7 +80,7 @@ class PeerPlace:
 def training_batches(run: RunFile, data: TrainingData, place: PeerPlace, base: Path, held_out: bytes) -> BatchSource:
     """The batches of one peer, from the corpus or, with `data.streaming`, from the stream. Raises RunFileError."""
     if not run.data.streaming or run.data.source != "datasets":
-        return Batches(
+        batches = Batches(
             data.tokens,
             context_tokens=run.model.context_tokens,
             batch_sequences=run.inner.batch_sequences,
@@ -88,6 +88,9 @@ def training_batches(run: RunFile, data: TrainingData, place: PeerPlace, base: P
             peer_id=place.peer_id,
             position=place.position,
         )
+        if num_shards := run.num_shards(len(data.tokens)):
+            batches.cut(num_shards)
+        return batches
     seed = peer_seed(place.run_sha256, place.peer_id)
     return StreamingBatches(
         functools.partial(_stream, run.data, base, held_out, seed),

@@ -65,6 +65,8 @@ class Coverage:
     me: str
     num_shards: int
     max_peers: int = _MAX_PEERS
+    forgotten_tokens: int = 0
+    """A peer that was killed and went on from its checkpoint may have forgotten so many of its tokens."""
     _rows: dict[str, Row] = field(default_factory=dict)
     _seen: list[int] = field(default_factory=list)
     _cursor: str = ""
@@ -101,8 +103,17 @@ class Coverage:
         which = f"least seen ({self._seen[shard]} tokens)" if len(tied) == 1 else f"one of {len(tied)} least seen"
         return shard, which if free else f"{which}; others are on all of them"
 
+    def row(self, peer: str) -> Row | None:
+        """What is known of `peer`."""
+        return self._rows.get(peer)
+
+    @property
+    def num_unseen(self) -> int:
+        """Shards that nobody has trained on, as far as is known here."""
+        return self._seen.count(0)
+
     def trained(self, shard: int, tokens: int) -> None:
-        """This peer has trained on `tokens` more of `shard`."""
+        """This peer is on `shard`, and has trained on `tokens` more of it."""
         own = self._own()
         counts = list(own.counts)
         counts[shard] += tokens
@@ -158,11 +169,12 @@ class Coverage:
             return None
         old = (0,) * self.num_shards if before is None else before.counts
         shrunk = [shard for shard in range(self.num_shards) if row.counts[shard] < old[shard]]
-        if shrunk and row.peer == teller:
+        lost = sum(old[shard] - row.counts[shard] for shard in shrunk)
+        if lost > self.forgotten_tokens and row.peer == teller:
             shard = shrunk[0]
             return f"shard {shard} shrank from {old[shard]} to {row.counts[shard]} tokens"
         counts = tuple(map(max, old, row.counts))
-        if counts == old:
+        if counts == old and (before is not None or row.peer != teller):
             return None  # old news of another
         told = sum(counts)
         if row.peer != self.me and (believed := explained(row.peer, told)) < told:
@@ -198,7 +210,7 @@ class Coverage:
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
         """Become what `rows` gave. ValueError, and nothing changes, if that is something else."""
-        other = Coverage(self.me, self.num_shards)
+        other = Coverage(self.me, self.num_shards, self.max_peers)
         for row in rows:
             match row:
                 case [str(peer), int(shard), [*counts], str(signed)]:

@@ -137,10 +137,26 @@ class Tally:
         Returns what is counted for it now, and the incident if that is less than it says.
         """
         key, held = (peer, stage), self.tokens(peer, stage)
-        ceiling_per_s, fastest_per_s = self._speeds(key, claimed_per_s)
-        if tokens <= held or ceiling_per_s <= 0:
+        believed, account = self._explained(key, tokens, now, claimed_per_s)
+        if account is None:
             if min(tokens, held) > 0:
                 self._count_told(key, min(tokens, held))
+            return held, None
+        if believed > 0:
+            self._accounts[key] = account
+            self._count_told(key, believed)
+        incident = Incident(peer=peer, stage=stage, told=tokens, believed=believed) if believed < tokens else None
+        return believed, incident
+
+    def believes(self, peer: str, tokens: int, now: float, claimed_per_s: float = 0.0) -> int:
+        """Of `tokens` that somebody tells of `peer` in stage 0, how many `observe` would count; nothing is counted."""
+        return min(tokens, self._explained((peer, 0), tokens, now, claimed_per_s)[0])
+
+    def _explained(self, key: _Key, tokens: int, now: float, claimed_per_s: float) -> tuple[int, _Account | None]:
+        """What is believed, and the account this leads to; None if `tokens` are no news, or nothing can be said."""
+        held = self.tokens(*key)
+        ceiling_per_s, fastest_per_s = self._speeds(key, claimed_per_s)
+        if tokens <= held or ceiling_per_s <= 0:
             return held, None
         burst_s = self.rules.burst_tokens / ceiling_per_s
         account = self._accounts.get(key)
@@ -150,11 +166,7 @@ class Tally:
         since_s = min(since_s, now + burst_s)
         affordable = math.floor((now + burst_s - since_s) * ceiling_per_s)
         believed = max(held, min(tokens, held + affordable, self.rules.most_tokens))
-        if believed > 0:
-            self._accounts[key] = _Account(since_s + (believed - held) / ceiling_per_s, fastest_per_s)
-            self._count_told(key, believed)
-        incident = Incident(peer=peer, stage=stage, told=tokens, believed=believed) if believed < tokens else None
-        return believed, incident
+        return believed, _Account(since_s + (believed - held) / ceiling_per_s, fastest_per_s)
 
     def _count_told(self, key: _Key, believed: int) -> None:
         """Its account must be known by now: `_prune` drops those of nobody."""

@@ -117,6 +117,8 @@ class Gossip:
     ledger: Ledger
     expected_s: Callable[[int], float | None] = lambda size_bytes: None
     """How long so many bytes would take, before the first publication came."""
+    heard_rows_untrusted: Callable[[str, Sequence[pb.Signed]], None] = lambda peer, rows: None
+    """Told of the rows of the data's coverage in the manifest of a publication that was pulled whole."""
     variant: str = "uniform"
     rng: random.Random = field(default_factory=random.Random)
     round: int = 0
@@ -295,6 +297,7 @@ class Gossip:
         earlier = self._merged.get(peer) if isinstance(news, Difference) else None
         arrival = await asyncio.to_thread(self.decode, held, news, earlier)
         self.counted(peer, manifest.author_tokens)
+        self.heard_rows_untrusted(peer, manifest.coverage)
         pulled = Pulled(
             peer=peer,
             mark=mark,

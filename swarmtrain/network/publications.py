@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.network.identity import Identity
@@ -43,6 +43,8 @@ class Publisher:
     store: SnapshotStore
     newest: Publication | None = None
     """Set by the trainer's thread, read in the network's."""
+    shard_rows: Callable[[], Iterable[pb.Signed]] = tuple
+    """Who has seen which data, for the manifest."""
     _built: deque[tuple[Publication, Held]] = field(default_factory=deque)
     _building: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -69,5 +71,6 @@ class Publisher:
             tokens=publication.tokens,
             inner_steps=publication.inner_steps,
             author_tokens=publication.author_tokens,
+            coverage=self.shard_rows(),
         )
         return build_snapshot(self.identity, manifest, self.specs, publication.encode())

@@ -30,6 +30,7 @@ from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.records import bucket_of, buckets_to_read, choose_bucket
 from swarmtrain.membership.tally import NamedOnce
 from swarmtrain.network.consensus import StateFetcher
+from swarmtrain.network.coverage import DataCoverage, rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.finding import FoundRun, PublishedRun, fetch_published, find_run
 from swarmtrain.network.gossiping import Gossip
@@ -105,6 +106,7 @@ class Swarm:
     """What this peer publishes in asynchronous rounds; None where rounds are synchronous, and in a bootstrap."""
     gossip: Gossip | None = None
     """... and what it pulls of others'."""
+    coverage: DataCoverage | None = None  # None too where the data have no shards, and in a bootstrap
     tallying: Tallying = field(init=False)
     durable: Callable[[], Progress | None] | None = None
     """The progress that is safe on this peer's disk, which its progress record tells; None: the present one."""
@@ -526,6 +528,7 @@ class Swarm:
             round=progress.round,
             run_tokens=progress.run_tokens,
             roster_sha256=bytes.fromhex(progress.roster_sha256),
+            coverage=rows_of(self.coverage),
         )
         for peer, tokens in sorted(progress.peer_tokens.items()):
             manifest.peer_tokens.add(peer=peer_bytes(peer), tokens=tokens)

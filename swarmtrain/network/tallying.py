@@ -106,6 +106,17 @@ class Tallying:
         if incident is not None:
             self._name(peer, incident.rule, incident.detail)
 
+    def explained(self, peer: str, tokens: int) -> int | None:
+        """Of `tokens` that somebody tells of `peer`, how many are believed; None while no speeds are known at all.
+
+        Nothing is counted."""
+        speeds = self.speeds()
+        with self._lock:
+            self._tally.typical_per_s = typical_speed(speeds.values())
+            if self._tally.typical_per_s <= 0:
+                return None
+            return self._tally.believes(peer, tokens, self.clock(), speeds.get(peer, 0.0))
+
     def own_to_tell(self, durable_tokens: int) -> int:
         """What this peer's next record says: the most that was ever safe on its disk, `durable_tokens` by now.
 

@@ -132,6 +132,11 @@ class SwarmExchange(ABC):
         """Why this peer, done with the run, should stay; empty when nobody needs it."""
         return still_needed(self.swarm.membership, last)
 
+    def data_seen(self) -> dict[str, int | None]:
+        """What a round's event says of the data: the shard it was drawn from, and how many nobody has seen."""
+        coverage = self.swarm.coverage
+        return {} if coverage is None else {"shard": coverage.shard, "unseen_shards": coverage.num_unseen}
+
     def traffic_since_last(self) -> tuple[int, int]:
         """Bytes sent and received since the last call."""
         traffic = self.swarm.node.traffic

@@ -29,6 +29,7 @@ from swarmtrain.membership.ending import still_needed_apart
 from swarmtrain.membership.partners import Ledger, News, median_round
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.codec import PublicationCodec
+from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan, Pulled
 from swarmtrain.network.publications import Publication, Publisher
@@ -38,6 +39,7 @@ from swarmtrain.peer.consensus import consensus_of, counts_in, layout_of_specs, 
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Replaced, Start
+from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["GossipExchange"]
 
@@ -51,6 +53,7 @@ _LOOK_S = 0.2
 _SETTLE_S = 5.0
 _TRIES = 3
 _LEDGER = "ledger"
+_COVERAGE = "coverage"
 _GUESSED_ROUND_S = 1.0
 
 
@@ -81,7 +84,9 @@ class GossipExchange(SwarmExchange):
             num_partners=section.num_partners,
             pull=rounds.pull,
         )
-        self.publisher = Publisher(swarm.identity, rounds.run_sha256, settings.specs, swarm.store)
+        self.publisher = Publisher(
+            swarm.identity, rounds.run_sha256, settings.specs, swarm.store, shard_rows=lambda: rows_of(swarm.coverage)
+        )
         self.gossip = Gossip(
             me=swarm.identity.peer_id,
             calls=swarm.calls,
@@ -95,6 +100,7 @@ class GossipExchange(SwarmExchange):
             ledger=Ledger(max_staleness_rounds=section.max_staleness_rounds, num_parts=section.publications_per_round),
             expected_s=swarm.node.traffic.times.expected_s,
             variant=section.partners,
+            heard_rows_untrusted=self._hear_rows_untrusted,
         )
         swarm.publisher, swarm.gossip = self.publisher, self.gossip
 
@@ -111,7 +117,7 @@ class GossipExchange(SwarmExchange):
             steps = fewest_inner_steps(steps)
         steps = self.round_steps = self._paced(steps_per_s, steps)
         self._begin(steps)
-        now, theta = swarm_time(), self._theta
+        now, theta, coverage = swarm_time(), self._theta, self.swarm.coverage
         plan = Plan(
             round=progress.round,
             started_s=now,
@@ -131,12 +137,15 @@ class GossipExchange(SwarmExchange):
             inner_steps=steps,
             num_peers=len(others) + 1,
             num_parts=section.publications_per_round,
+            shard=None if coverage is None else coverage.begin(progress.round, [info.peer for info in others]),
             run_steps_a_step=steps_of_everybody(steps_per_s, [info.steps_per_s for info in others]),
         )
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""
         theta_bytes = self._theta_bytes
+        if self.swarm.coverage is not None:
+            self.swarm.coverage.reached(contribution.tokens)
         self._own_tokens = contribution.own_tokens
         self.publisher.newest = Publication(
             round=contribution.round,
@@ -152,6 +161,10 @@ class GossipExchange(SwarmExchange):
             await asyncio.to_thread(self._robustness.learn, contribution.gradient, contribution.tokens)
 
         self._do_soon(describe())
+
+    def _hear_rows_untrusted(self, peer: str, rows: Sequence[pb.Signed]) -> None:
+        if self.swarm.coverage is not None:
+            self.swarm.coverage.hear_untrusted(peer, rows)
 
     def _encode(self, contribution: Contribution, theta: memoryview) -> Body:
         gradient = self._codec.encode_gradient(contribution.gradient, contribution.round, contribution.part)
@@ -264,8 +277,10 @@ class GossipExchange(SwarmExchange):
         return still_needed_apart(self.swarm.membership, self.run.run.total_tokens)
 
     def kept(self) -> Mapping[str, Callable[[], Any]]:
-        """See `SwarmExchange`: what was merged of whom."""
-        return {_LEDGER: self.gossip.ledger_rows, **self._robustness.kept()}
+        """See `SwarmExchange`: what was merged of whom, and who has seen which data."""
+        coverage = self.swarm.coverage
+        seen = {} if coverage is None else {_COVERAGE: coverage.kept}
+        return {_LEDGER: self.gossip.ledger_rows, **self._robustness.kept(), **seen}
 
     def restore(self, extra: Mapping[str, Any]) -> None:
         """See `SwarmExchange`."""
@@ -274,6 +289,12 @@ class GossipExchange(SwarmExchange):
             self._robustness.restore(extra)
         except (ValueError, TypeError) as error:
             message = f"what the checkpoint says of merges is not used ({error}); parts may be merged twice"
+            self.swarm.emit(WarningEvent(message=message))
+        try:
+            if self.swarm.coverage is not None:
+                self.swarm.coverage.restore(extra.get(_COVERAGE))
+        except (ValueError, TypeError) as error:
+            message = f"what the checkpoint says of the data is not used ({error}); it comes back from others"
             self.swarm.emit(WarningEvent(message=message))
 
     def _consensus(self, reason: str) -> Replaced | None:
@@ -289,6 +310,8 @@ class GossipExchange(SwarmExchange):
                 continue
             for peer, tokens in counts_in(states).items():
                 swarm.tallying.hear(peer, tokens)
+            for found in states:
+                self._hear_rows_untrusted(found.peer, found.held.snapshot.manifest.coverage)
             counts = swarm.tallying.contributions()
             progress = Progress(round=states[0].round, run_tokens=sum(counts.values()), peer_tokens=counts)
             state = consensus_of(states, self._layout)

@@ -131,6 +131,8 @@ class Start:
     num_peers: int
     num_parts: int = 1
     """Publications of the round, at equal distances; the last one is at its end."""
+    shard: int | None = None
+    """Of the data, from which the round is drawn; None for everywhere."""
     run_steps_a_step: float = 0.0
     """Inner steps of everybody together in the time of one of this peer's; 0: `num_peers`."""
 
@@ -243,6 +245,8 @@ class Trainer:
     def _round(self) -> None:
         start = self.exchange.start_round(self.progress, self.steps_per_s)
         began_s = time.monotonic()
+        if start.shard is not None:
+            self.batches.use_shard(start.shard)
         unflatten_into(self.state.theta, self.model.parameters())
         steps = self._inner_steps(start)
         steps_end_s = time.monotonic()

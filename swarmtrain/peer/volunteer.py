@@ -39,6 +39,8 @@ from swarmtrain.events import (
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.model.gpt import GPT, build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs, vector_sha256
+from swarmtrain.network.coverage import DataCoverage, shards_of
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.service import PeerCalls
@@ -292,7 +294,13 @@ class _Volunteer:
             corpus_sha256=ready.data.corpus.digest,
         )
         specs = tensor_specs(ready.model.named_parameters())
-        return Swarm(node, ready.published, specs, average_bytes_untrusted, self.emit, me)
+        swarm = Swarm(node, ready.published, specs, average_bytes_untrusted, self.emit, me)
+        if num_shards := ready.batches.num_shards:
+            shards = shards_of(swarm.published.run, swarm.published.sha256, me.corpus_sha256, num_shards)
+            swarm.coverage = DataCoverage(
+                swarm.identity, shards, swarm.tallying.explained, swarm.tallying.refused, swarm_time
+            )
+        return swarm
 
     def _resume(
         self, swarm: Swarm, trainer: Trainer, resumed: tuple[Checkpoint, OwnPart] | None, keeper: Keeper
@@ -429,6 +437,7 @@ class _Volunteer:
             times_below_allreduce=below,
             state_sha256=vector_sha256(report.state.theta),
             **what_was_merged(report.arrived),
+            **exchange.data_seen(),
         )
         self.emit(event)
         every = ready.published.run.evaluation.every_rounds

@@ -100,6 +100,16 @@ class TensorInfo(_message.Message):
     dtype: str
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ...) -> None: ...
 
+class ShardRow(_message.Message):
+    __slots__ = ("corpus_sha256", "tokens", "on")
+    CORPUS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ON_FIELD_NUMBER: _ClassVar[int]
+    corpus_sha256: bytes
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    on: int
+    def __init__(self, corpus_sha256: _Optional[bytes] = ..., tokens: _Optional[_Iterable[int]] = ..., on: _Optional[int] = ...) -> None: ...
+
 class PeerTokens(_message.Message):
     __slots__ = ("peer", "tokens")
     PEER_FIELD_NUMBER: _ClassVar[int]
@@ -109,7 +119,7 @@ class PeerTokens(_message.Message):
     def __init__(self, peer: _Optional[bytes] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("run_sha256", "author", "kind", "stage", "round", "part", "tokens", "inner_steps", "tensors", "total_bytes", "chunk_bytes", "chunk_sha256", "run_tokens", "peer_tokens", "roster_sha256", "author_tokens")
+    __slots__ = ("run_sha256", "author", "kind", "stage", "round", "part", "tokens", "inner_steps", "tensors", "total_bytes", "chunk_bytes", "chunk_sha256", "run_tokens", "peer_tokens", "roster_sha256", "author_tokens", "coverage")
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     AUTHOR_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +136,7 @@ class Manifest(_message.Message):
     PEER_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROSTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     AUTHOR_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COVERAGE_FIELD_NUMBER: _ClassVar[int]
     run_sha256: bytes
     author: bytes
     kind: SnapshotKind
@@ -142,7 +153,8 @@ class Manifest(_message.Message):
     peer_tokens: _containers.RepeatedCompositeFieldContainer[PeerTokens]
     roster_sha256: bytes
     author_tokens: int
-    def __init__(self, run_sha256: _Optional[bytes] = ..., author: _Optional[bytes] = ..., kind: _Optional[_Union[SnapshotKind, str]] = ..., stage: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., chunk_sha256: _Optional[bytes] = ..., run_tokens: _Optional[int] = ..., peer_tokens: _Optional[_Iterable[_Union[PeerTokens, _Mapping]]] = ..., roster_sha256: _Optional[bytes] = ..., author_tokens: _Optional[int] = ...) -> None: ...
+    coverage: _containers.RepeatedCompositeFieldContainer[Signed]
+    def __init__(self, run_sha256: _Optional[bytes] = ..., author: _Optional[bytes] = ..., kind: _Optional[_Union[SnapshotKind, str]] = ..., stage: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., chunk_sha256: _Optional[bytes] = ..., run_tokens: _Optional[int] = ..., peer_tokens: _Optional[_Iterable[_Union[PeerTokens, _Mapping]]] = ..., roster_sha256: _Optional[bytes] = ..., author_tokens: _Optional[int] = ..., coverage: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("snapshot_sha256", "first_chunk", "num_chunks")

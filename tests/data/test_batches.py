@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain.data.batches import Batches, StreamingBatches, held_out_batches
+from swarmtrain.data.batches import Batches, Shards, StreamingBatches, held_out_batches
 from swarmtrain.data.tokens import ByteTokenizer
 from swarmtrain.errors import RunFileError
 
@@ -66,6 +66,76 @@ def test_a_corpus_of_one_sequence_is_enough_and_less_is_an_error() -> None:
         _batches(tokens=TOKENS[:16])
 
 
+# ---------------------------------------------------------------- shards
+
+
+@given(num_tokens=st.integers(1, 3000), num_shards=st.integers(1, 70), context_tokens=st.integers(1, 30))
+def test_shards_are_a_partition_of_the_corpus(num_tokens: int, num_shards: int, context_tokens: int) -> None:
+    num_shards = min(num_shards, num_tokens)
+    shards = Shards(num_tokens, num_shards, context_tokens)
+    places = [shards.places(shard, np.arange(shards.num_tokens(shard))) for shard in range(num_shards)]
+    assert sorted(np.concatenate(places).tolist()) == list(range(num_tokens))
+    assert all(np.all(np.diff(place) > 0) for place in places), "in the corpus' order"
+    sizes = [len(place) for place in places]
+    assert min(sizes) > 0 and max(sizes) - min(sizes) <= max(1, num_tokens // num_shards)
+
+
+def test_each_shard_has_something_of_the_whole_corpus() -> None:
+    shards = Shards(640_000, 64, 64)
+    for shard in range(64):
+        places = shards.places(shard, np.arange(shards.num_tokens(shard)))
+        assert set((places // 80_000).tolist()) == set(range(8))
+    with pytest.raises(ValueError, match="allowed: 1 to 10 shards"):
+        Shards(10, 11, 4)
+
+
+def _in_shards(*, peer: str = "p", position: int = 0, shard: int | None = None) -> Batches:
+    """Over numbered tokens, so that one sees where each was."""
+    source = _batches(tokens=np.arange(5000), peer=peer, position=position)
+    source.cut(8)
+    if shard is not None:
+        source.use_shard(shard)
+    return source
+
+
+@pytest.mark.parametrize("shard", [0, 3, 7])
+def test_every_token_of_a_shard_is_drawn_and_none_of_another(shard: int) -> None:
+    source = _in_shards(shard=shard)
+    drawn = np.unique(torch.cat([source.next_batch() for _ in range(200)]).numpy())
+    shards = Shards(5000, 8, 16)
+    assert drawn.tolist() == shards.places(shard, np.arange(shards.num_tokens(shard))).tolist()
+
+
+def test_a_batch_of_a_shard_is_the_same_after_a_resume_and_others_draw_others() -> None:
+    source = _in_shards(shard=2)
+    source.next_batch()
+    second = source.next_batch()
+    assert torch.equal(second, _in_shards(position=1, shard=2).next_batch())
+    others = [_in_shards(position=1, shard=3), _in_shards(position=1, shard=2, peer="q"), _in_shards(shard=2)]
+    assert not any(torch.equal(second, other.next_batch()) for other in others)
+
+
+def test_a_change_of_shard_keeps_the_position_and_before_one_is_chosen_all_is_as_without() -> None:
+    source = _in_shards()
+    assert source.num_shards == 8 and _batches().num_shards == 0
+    assert torch.equal(source.next_batch(), _batches(tokens=np.arange(5000)).next_batch())
+    source.use_shard(5)
+    assert torch.equal(source.next_batch(), _in_shards(position=1, shard=5).next_batch())
+    for wrong in (-1, 8):
+        with pytest.raises(ValueError, match="of a corpus of 8"):
+            source.use_shard(wrong)
+    with pytest.raises(ValueError, match="of a corpus of 0"):
+        _batches().use_shard(0)
+
+
+def test_windows_of_a_shard_are_text_but_where_two_blocks_meet() -> None:
+    source = _batches(tokens=np.arange(50_000))
+    source.cut(4)
+    source.use_shard(1)
+    steps = torch.cat([source.next_batch() for _ in range(100)]).diff(dim=1)
+    assert (steps == 1).float().mean() > 0.99
+
+
 def _stream(epoch: int) -> Iterator[bytes]:
     for number in range(30):
         yield f"epoch {epoch} document {number} says {'x' * number}".encode()
@@ -93,6 +163,13 @@ def test_a_stream_resumes_at_its_position(position: int) -> None:
     for _ in range(3):
         assert torch.equal(resumed.next_batch(), source.next_batch())
     assert resumed.position == position + 3
+
+
+def test_a_stream_has_no_shards() -> None:
+    source = _streaming()
+    assert source.num_shards == 0
+    with pytest.raises(ValueError, match="of a stream"):
+        source.use_shard(0)
 
 
 def test_a_stream_without_text_is_an_error() -> None:

@@ -37,6 +37,28 @@ def test_bytes_are_the_corpus_itself(base: Path) -> None:
     assert source.next_batch().shape == (16, 129)
 
 
+@pytest.mark.parametrize(("method", "num_shards"), [("gossip", 12), ("diloco", 0)])
+def test_data_have_shards_where_peers_merge_at_their_own_pace_and_none_is_less_than_a_round(
+    base: Path, method: str, num_shards: int
+) -> None:
+    run = _run(context_tokens=16)
+    section = {"method": method, "inner_steps": 10}
+    run = RunFile.model_validate_json(json.dumps(json.loads(run.model_dump_json()) | {"merge": section}))
+    held_out, tokenizer_bytes = publishable_data(run, base)
+    data = training_data(run, base, held_out.text, tokenizer_bytes, None)
+    source = training_batches(run, data, PeerPlace(run_sha256="r", peer_id="p"), base, held_out.text)
+    assert source.num_shards == num_shards
+    assert len(data.tokens) // 2560 == 12
+
+
+def test_shards_change_neither_the_corpus_nor_its_cache(base: Path) -> None:
+    run = _run()
+    held_out, tokenizer_bytes = publishable_data(run, base)
+    other = run.model_copy(update={"data": run.data.model_copy(update={"shards": 7})})
+    first, second = (training_data(r, base, held_out.text, tokenizer_bytes, base / "cache") for r in (run, other))
+    assert first.corpus.digest == second.corpus.digest and len(list((base / "cache").iterdir())) == 1
+
+
 def test_a_learnt_tokenizer_is_used_by_every_peer_and_its_tokens_are_kept(base: Path) -> None:
     run = _run(tokenizer="bpe", vocabulary_size=300)
     held_out, tokenizer_bytes = publishable_data(run, base)

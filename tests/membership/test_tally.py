@@ -178,6 +178,16 @@ def test_a_clock_that_jumps_costs_an_honest_peer_nothing_and_gives_a_liar_a_week
     assert tally.observe("a", 0, 5500, 2100.0, 10.0) == (5500, None)
 
 
+def test_what_is_believed_can_be_asked_without_counting_it() -> None:
+    tally = Tally(CountingRules(began_s=0.0, burst_tokens=100, most_tokens=10**9), typical_per_s=10.0)
+    for told, now in ((500, 10.0), (10**6, 20.0), (400, 30.0), (3000, 60.0)):
+        before = tally.rows()
+        believed = tally.believes("b", told, now, 10.0)
+        assert tally.rows() == before
+        assert believed == min(told, tally.observe("b", 0, told, now, 10.0)[0])
+    assert Tally(tally.rules).believes("b", 5, 1.0) == 0, "no speed is known"
+
+
 def test_a_flood_of_identities_pushes_nobody_out_and_takes_no_memory() -> None:
     tally = Tally(RULES, max_counts=64, typical_per_s=TYPICAL)
     tally.learn({f"known {i}": 10 for i in range(20)}, 2000.0)

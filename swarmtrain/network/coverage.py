@@ -1,0 +1,190 @@
+"""Which data has been seen: the rows of `membership.shards`, kept between rounds and carried in manifests.
+
+Each author signs its own row; others hand it on as it is, so a row is either its author's or nobody's. The trainer's
+thread chooses and counts, the network's reads and tells.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.shards import MAX_ROWS, Coverage, Row
+from swarmtrain.membership.tally import NamedOnce
+from swarmtrain.network.identity import Identity, peer_id_from_bytes_untrusted
+from swarmtrain.network.signing import open_signed_untrusted, sign
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["DataCoverage", "ShardsOf", "rows_of", "shards_of"]
+
+_log = logging.getLogger(__name__)
+_PURPOSE = "coverage"
+_RULE = "shards"
+_MAX_ROW_BYTES = 12 * 1024
+"""Of a row: 1024 shards, and no count takes more than ten bytes."""
+
+_MAX_PEERS = 1024
+"""Rows kept: each is written with every checkpoint."""
+
+_FORGOTTEN_ROUNDS = 4
+_REFUSED_AGAIN_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsOf:
+    """The shards of one corpus in one run."""
+
+    run_sha256: str
+    corpus_sha256: str
+    num_shards: int
+    seed: int
+    round_tokens: int
+    """What a whole round reads."""
+
+
+def shards_of(run: RunFile, run_sha256: str, corpus_sha256: str, num_shards: int) -> ShardsOf:
+    """The shards that a run's corpus was cut into."""
+    return ShardsOf(
+        run_sha256=run_sha256,
+        corpus_sha256=corpus_sha256,
+        num_shards=num_shards,
+        seed=run.run.seed,
+        round_tokens=run.merge.inner_steps * run.tokens_per_step,
+    )
+
+
+@dataclass
+class DataCoverage:
+    """What this peer knows of who has seen which shard of its corpus. Its methods may be called from any thread."""
+
+    identity: Identity
+    shards: ShardsOf
+    explained: Callable[[str, int], int | None]
+    """Of so many tokens told of a peer, how many are believed; None while that cannot be said."""
+    refused: Callable[[str, str, str], None]
+    """Told (peer, rule, detail) of a row that was not taken, of each peer once a minute."""
+    clock: Callable[[], float] = time.monotonic
+    shard: int | None = None
+    """The one that this peer is on."""
+    _counted: int = 0
+    _named: NamedOnce = field(default_factory=lambda: NamedOnce(again_s=_REFUSED_AGAIN_S))
+    _coverage: Coverage = field(init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._coverage = Coverage(
+            self.identity.peer_id,
+            self.shards.num_shards,
+            max_peers=_MAX_PEERS,
+            forgotten_tokens=_FORGOTTEN_ROUNDS * self.shards.round_tokens,
+        )
+
+    # ------------------------------------------------------------- the trainer's side
+
+    def begin(self, round: int, others: Iterable[str]) -> int:
+        """The shard for this peer's `round`; `others` are present too."""
+        with self._lock:
+            coverage, shards = self._coverage, self.shards
+            busy = coverage.busy(others)
+            shard, reason = coverage.choose(round, shards.seed, busy=busy, round_tokens=shards.round_tokens)
+            coverage.trained(shard, 0)  # that others see where it is
+            self.shard, self._counted = shard, 0
+        _log.debug("round %d: shard %d: %s", round, shard, reason)
+        return shard
+
+    def reached(self, tokens: int) -> None:
+        """So much of the round is done, counted from its start."""
+        with self._lock:
+            if self.shard is not None:
+                self._coverage.trained(self.shard, tokens - self._counted)
+                self._counted = tokens
+
+    @property
+    def num_unseen(self) -> int:
+        """Shards that nobody has trained on, as far as is known here."""
+        with self._lock:
+            return self._coverage.num_unseen
+
+    # ------------------------------------------------------------- the wire
+
+    def rows_to_send(self) -> list[pb.Signed]:
+        """For a manifest: the own row, signed now, and some of others' as they signed them."""
+        with self._lock:
+            own, *others = self._coverage.rows_to_send()
+        return [self._sign(own), *(pb.Signed.FromString(row.signed) for row in others)]
+
+    def _sign(self, row: Row) -> pb.Signed:
+        message = pb.ShardRow(
+            corpus_sha256=bytes.fromhex(self.shards.corpus_sha256), tokens=row.counts, on=row.shard + 1
+        )
+        return sign(self.identity, _PURPOSE, self.shards.run_sha256, message)
+
+    def hear_untrusted(self, teller: str, rows: Sequence[pb.Signed]) -> None:
+        """Take the rows in a manifest of `teller`. What is wrong with a row costs that row, and is named."""
+        if len(rows) > MAX_ROWS:
+            self._refuse(teller, f"{len(rows)} rows of the data's coverage; a manifest has at most {MAX_ROWS}")
+        news = []
+        for signed in list(rows[:MAX_ROWS]):
+            try:
+                row = self._row_untrusted(signed)
+            except BadBytesError as error:
+                self._refuse(teller, f"a row of the data's coverage: {error}")
+                continue
+            if row is not None and self.explained(row.peer, 0) is not None:
+                news.append(row)
+        with self._lock:
+            incidents = self._coverage.merge(news, teller, lambda peer, tokens: self.explained(peer, tokens) or 0)
+        for incident in incidents:
+            self._refuse(incident.peer, incident.detail)
+
+    def _refuse(self, peer: str, detail: str) -> None:
+        with self._lock:
+            due = self._named.is_due(peer, self.clock())
+        if due:
+            self.refused(peer, _RULE, detail)
+
+    def _row_untrusted(self, signed: pb.Signed) -> Row | None:
+        """The row, its signature checked; None if it is known already, or of another corpus."""
+        envelope = pb.Signed(payload=signed.payload, author=signed.author, signature=signed.signature)
+        as_signed = envelope.SerializeToString(deterministic=True)
+        with self._lock:
+            known = self._coverage.row(peer_id_from_bytes_untrusted(signed.author))
+        if known is not None and known.signed == as_signed:
+            return None
+        author, message = open_signed_untrusted(
+            signed, _PURPOSE, self.shards.run_sha256, pb.ShardRow, max_bytes=_MAX_ROW_BYTES
+        )
+        if message.corpus_sha256.hex() != self.shards.corpus_sha256:
+            return None  # another version of the text: its shards are others
+        return Row(author, tuple(message.tokens), message.on - 1, as_signed)
+
+    # ------------------------------------------------------------- keeping
+
+    def kept(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        with self._lock:
+            return {"corpus_sha256": self.shards.corpus_sha256, "rows": self._coverage.rows()}
+
+    def restore(self, kept: Any) -> None:
+        """Go on from what a checkpoint kept, unless that is of another corpus. ValueError, and nothing changes, if it
+        is something else."""
+        if kept is None:
+            return
+        if not isinstance(kept, Mapping) or not isinstance(rows := kept.get("rows"), list):
+            raise ValueError("not the data's coverage")
+        if kept.get("corpus_sha256") != self.shards.corpus_sha256:
+            _log.info("the checkpoint is of another corpus: which data has been seen is counted anew")
+            return
+        with self._lock:
+            self._coverage.load(rows)
+
+
+def rows_of(coverage: DataCoverage | None) -> list[pb.Signed]:
+    """What a manifest says of the data; nothing where data have no shards."""
+    return [] if coverage is None else coverage.rows_to_send()
