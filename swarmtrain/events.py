@@ -43,6 +43,7 @@ __all__ = [
     "WarningEvent",
     "arrived_in_words",
     "count_in_words",
+    "data_in_words",
     "in_words",
     "merge_in_words",
     "parse_event",
@@ -364,6 +365,16 @@ def merge_in_words(event: RoundEvent) -> str:
     if event.consensus_spread is not None:
         parts.append(f"weights {event.consensus_spread:.1%} apart")
     return ", ".join(parts)
+
+
+def data_in_words(event: RoundEvent) -> str:
+    """Which data a round was drawn from, for a person; empty where they have no shards."""
+    if event.shard is None:
+        return ""
+    unseen = {None: "", 0: "; none is unseen", 1: "; 1 is still unseen by all"}
+    return f"the last round from shard {event.shard}" + unseen.get(
+        event.unseen_shards, f"; {event.unseen_shards} are still unseen by all"
+    )
 
 
 def _merge_in_words(event: RoundEvent) -> list[str]:

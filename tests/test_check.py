@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from swarmtrain.cli.check import shards_in_words
 from swarmtrain.cli.estimate import Estimate, doubts, estimate
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.run import parse_run
@@ -126,3 +127,24 @@ def test_missing_data_is_a_doubt_not_an_error(tmp_path: Path, capsys: pytest.Cap
     path.write_text("[run]\ntotal_tokens = 3_000_000\n[data]\nsource = 'text'\npaths = ['nowhere.txt']\n")
     assert run_command(["check", str(path)]) == 0
     assert "doubt: data.paths: there is no file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "corpus_bytes", "words"),
+    [
+        ("", 10**9, ""),
+        ('[merge]\nmethod = "gossip"\n[data]\nshards = 0', 10**9, ""),
+        ('[merge]\nmethod = "gossip"', 10**9, ", in 64 shards"),
+        ('[merge]\nmethod = "gossip"', 7 * 25 * 16 * 128 + 99, ", in 7 shards"),
+        ('[merge]\nmethod = "gossip"', 25 * 16 * 128, "; too little for shards"),
+        ('[merge]\nmethod = "gossip"', None, ", in 64 shards at most"),
+        (
+            '[merge]\nmethod = "gossip"\n[data]\nsource = "datasets"\ndataset = "d"\nstreaming = true',
+            None,
+            "; streamed",
+        ),
+    ],
+)
+def test_shards_are_named_where_there_are_any(text: str, corpus_bytes: int | None, words: str) -> None:
+    found = shards_in_words(parse_run(f"[run]\ntotal_tokens = 30_720_000\n{text}", "r"), corpus_bytes)
+    assert found.startswith(words) and bool(found) == bool(words)

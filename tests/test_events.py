@@ -23,6 +23,7 @@ from swarmtrain.events import (
     RoundEvent,
     WarningEvent,
     count_in_words,
+    data_in_words,
     in_words,
     merge_in_words,
     parse_event,
@@ -172,3 +173,13 @@ def test_a_merge_at_ones_own_pace_in_words() -> None:
     alone = asynchronous.model_copy(update={"partners": (), "staleness_rounds": (), "pull_s": None})
     assert merge_in_words(alone) == "nobody had anything new in time: it went on alone"
     assert "merged nobody" in in_words(alone)
+
+
+@pytest.mark.parametrize(
+    ("unseen", "words"),
+    [(None, ""), (0, "; none is unseen"), (1, "; 1 is still unseen by all"), (7, "; 7 are still unseen by all")],
+)
+def test_which_data_a_round_was_drawn_from_in_words(unseen: int | None, words: str) -> None:
+    assert data_in_words(ROUND) == ""
+    event = ROUND.model_copy(update={"shard": 5, "unseen_shards": unseen})
+    assert data_in_words(event) == "the last round from shard 5" + words

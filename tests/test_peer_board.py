@@ -126,6 +126,13 @@ def test_whom_it_merged_last_is_said_by_name(board: StatusBoard) -> None:
     assert board.status().last_merge == "ben in 0.5 s, at most 1 round old"
 
 
+def test_which_data_it_trained_on_is_said_where_there_are_shards(board: StatusBoard) -> None:
+    board.take(round_event(3))
+    assert board.status().data == ""
+    board.take(round_event(4, shard=2, unseen_shards=9))
+    assert board.status().data == "the last round from shard 2; 9 are still unseen by all"
+
+
 def test_pauses_warnings_and_the_end(board: StatusBoard) -> None:
     board.take(fetched())
     board.take(PausedEvent(reason="you asked for it"))

@@ -54,7 +54,8 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, found: tuple[
     rows = {
         "parameters": f"{count(cost.num_parameters)} ({model.num_layers} layers, width {model.width}, "
         f"{model.num_heads} heads; {model.vocabulary_size} tokens of {model.tokenizer})",
-        "data": f"{run.data.source}, {'size not known here' if corpus_bytes is None else size(corpus_bytes) + ' here'}",
+        "data": f"{run.data.source}, {'size not known here' if corpus_bytes is None else size(corpus_bytes) + ' here'}"
+        + shards_in_words(run, corpus_bytes),
         "inner step": f"{count(cost.tokens_per_step)} tokens: {run.inner.batch_sequences} sequences of "
         f"{model.context_tokens}",
         "round": f"{run.merge.inner_steps} inner steps, {count(cost.tokens_per_round)} tokens with {peers}",
@@ -67,6 +68,19 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, found: tuple[
     }
     lines = [f"run {run.run.name}", *(f"  {name:<11} {text}" for name, text in rows.items())]
     return [*lines, *(f"  doubt: {text}" for text in found)] if found else [*lines, "  no doubts"]
+
+
+def shards_in_words(run: RunFile, corpus_bytes: int | None) -> str:
+    """Into how many shards the data are cut, after a comma; empty where the run wants none."""
+    if run.merge.method != "gossip" or not run.data.shards:
+        return ""
+    if run.data.streaming:
+        return "; streamed, so there are no shards: what of it nobody has seen is not known"
+    if corpus_bytes is None or run.model.tokenizer != "bytes":
+        return f", in {run.data.shards} shards at most"
+    if num_shards := run.num_shards(corpus_bytes):
+        return f", in {num_shards} shards"
+    return "; too little for shards: a round would read each more than once"
 
 
 def _corpus(run: RunFile, base: Path) -> tuple[int | None, str]:

@@ -325,6 +325,7 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         "traffic": _traffic(status),
         "": economy,
         "merged": one_line(status.last_merge),
+        "data": one_line(status.data),
         "checkpoint": _checkpoint(view),
         "limits": limits_in_words(status.limits) if status.HasField("limits") else "",
     }

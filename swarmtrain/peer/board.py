@@ -35,6 +35,7 @@ from swarmtrain.events import (
     RoundEvent,
     StartedEvent,
     WarningEvent,
+    data_in_words,
     merge_in_words,
     short_peer,
     times_below_allreduce,
@@ -199,6 +200,7 @@ class StatusBoard:
         base.round, base.run_tokens = event.round + 1, event.run_tokens
         self._curve.add(pb.LossPoint(round=event.round, run_tokens=event.run_tokens, loss=event.loss))
         base.times_below_allreduce, base.stall_share = self._sums.after(event)
+        base.data = data_in_words(event)
         base.last_merge = "" if event.signer else self.in_names(merge_in_words(event))
 
     def _notice(self, time: float, message: str) -> None:

@@ -10,12 +10,14 @@ import statistics
 import pytest
 from swarm import Child, Swarm, wait_until, write_run
 
-from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RoundEvent
+from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RefusedEvent, RoundEvent
 
 pytestmark = pytest.mark.processes
 
 ROUND_STEPS = 40
 ROUND_TOKENS = ROUND_STEPS * 8 * 64
+NUM_SHARDS = 9
+"""Of some 190 kB: as many as each has a round's tokens."""
 FRESH_SHARE = 0.5
 """The share of rounds that merge somebody, at the least, on a machine with more to do than it has cores for."""
 
@@ -99,6 +101,11 @@ def test_a_run_ends_by_itself_with_the_consensus(swarm: Swarm) -> None:
     assert sum(event.tokens for event in done) <= max(event.run_tokens for event in done) + 2 * ROUND_TOKENS
     rounds = [event for child in peers for event in child.all(RoundEvent) if event.round > 0]
     assert sum(bool(event.partners) for event in rounds) >= FRESH_SHARE * len(rounds)
+    seen = {child: {event.shard for event in child.all(RoundEvent)} for child in peers}
+    unseen = {child: child.all(RoundEvent)[-1].unseen_shards for child in peers}
+    assert not any(None in shards for shards in seen.values())
+    assert any(left == 0 or left < NUM_SHARDS - len(seen[child]) for child, left in unseen.items()), "what others saw"
+    assert not any(event.rule == "shards" for child in peers for event in child.all(RefusedEvent))
     archived = bootstrap.all(ArchivedEvent)[-1]
     assert archived.run_tokens >= total
     assert abs(bootstrap.wait_event(DoneEvent).held_out_loss - losses[0]) < 0.02 * losses[0]
@@ -125,4 +132,5 @@ def test_everyone_is_killed_and_goes_on(swarm: Swarm) -> None:
         assert joined.run_tokens >= run_tokens - 3 * ROUND_TOKENS, "one round of each may be lost"
     for child in again:
         meets(child, *(other for other in again if other is not child))
+        assert not any(event.rule == "shards" for event in child.all(RefusedEvent))
     swarm.interrupt_all([back, *again])
