@@ -21,6 +21,7 @@ from swarmtrain.data.batches import Batches
 from swarmtrain.events import Event, WarningEvent
 from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.model.gpt import build_model
+from swarmtrain.network.coverage import DataCoverage, ShardsOf
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.roster import sign_roster
 from swarmtrain.peer import checkpointer as checkpointer_module
@@ -55,18 +56,23 @@ class Lone:
     rounds_left: int
     last: tuple[Roster, pb.Signed] | None = None
     own: Contribution | None = None
+    coverage: DataCoverage | None = None
+    shards: list[int | None] = field(default_factory=list)
 
     def start_round(self, progress: Any, steps_per_s: float) -> Start:
         if not self.rounds_left:
             raise StopTraining
         self.rounds_left -= 1
-        return Start(inner_steps=self.run.merge.inner_steps, num_peers=1)
+        self.shards.append(None if self.coverage is None else self.coverage.begin(progress.round, []))
+        return Start(inner_steps=self.run.merge.inner_steps, num_peers=1, shard=self.shards[-1])
 
     def step_done(self, inner_steps_done: int) -> None:
         pass
 
     def publish(self, contribution: Contribution) -> None:
         self.own = contribution
+        if self.coverage is not None:
+            self.coverage.reached(contribution.tokens)
 
     def collect(self) -> Averaged | Replaced:
         own = self.own
@@ -535,6 +541,33 @@ def test_a_batch_that_was_given_up_halfway_does_not_count_in_the_next_step(ident
         one.trainer.train()
     assert given_up.trainer.progress.round == fresh.trainer.progress.round == 1
     assert given_up.bytes() == fresh.bytes()
+
+
+def in_shards(identity: Identity, rounds: int, kept: Checkpoint | None = None) -> Peer:
+    """A peer that takes each round from the least seen of eight shards."""
+    one = peer(identity, rounds, kept)
+    assert isinstance(one.trainer.batches, Batches)
+    one.trainer.batches.cut(8)
+    shards = ShardsOf(run_sha256=RUN_SHA256, corpus_sha256="c0" * 32, num_shards=8, seed=0, round_tokens=192)
+    one.exchange.coverage = DataCoverage(identity, shards, lambda _, tokens: tokens, lambda *told: None)
+    one.exchange.coverage.restore(None if kept is None else kept.extra["coverage"])
+    return one
+
+
+def test_a_peer_that_draws_from_shards_goes_on_as_if_it_had_never_stopped(tmp_path: Path, identity: Identity) -> None:
+    straight, stopped = in_shards(identity, 12), in_shards(identity, 5)
+    straight.trainer.train()
+    stopped.trainer.train()
+    assert stopped.exchange.coverage is not None
+    save(checkpoints(tmp_path, identity), stopped.checkpoint(coverage=stopped.exchange.coverage.kept()))
+    again = in_shards(identity, 7, load(checkpoints(tmp_path, identity)))
+    again.trainer.train()
+    assert again.bytes() == straight.bytes()
+    assert stopped.exchange.shards + again.exchange.shards == straight.exchange.shards
+    assert set(straight.exchange.shards[:8]) == set(range(8)), "each is seen before any is again"
+    everywhere = peer(identity, 12)
+    everywhere.trainer.train()
+    assert everywhere.bytes() != straight.bytes()
 
 
 def test_only_a_peer_without_moments_of_its_own_warms_them_up(identity: Identity, trained: Peer) -> None:
