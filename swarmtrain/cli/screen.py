@@ -326,6 +326,7 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         "": economy,
         "merged": one_line(status.last_merge),
         "data": one_line(status.data),
+        "reach": one_line(status.reach),
         "checkpoint": _checkpoint(view),
         "limits": limits_in_words(status.limits) if status.HasField("limits") else "",
     }

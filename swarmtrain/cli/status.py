@@ -42,7 +42,7 @@ def command(which: WhichPeer, everyone: bool, as_json: bool) -> None:
         print_page(views[0])
 
 
-_PAGE_LINES = 18  # of a page, less its contributors and the invite
+_PAGE_LINES = 19  # of a page, less its contributors and the invite
 
 
 def print_page(view: View) -> None:

@@ -32,7 +32,9 @@ class PeerInfo:
 
     `stamp` grows with each renewal: seconds of the sender's clock, which agrees with the reader's `now` within a
     second or so. `steps_per_s` is its inner-step rate; `part` is the newest publication of its round (0: none yet) and
-    `part_tokens` what that counts. `settled`: the run is over, and it needs nothing more from others.
+    `part_tokens` what that counts. `settled`: the run is over, and it needs nothing more from others. `hidden`: nobody
+    can dial it; only over a connection that it has opened itself can it be called, and its publications are had through
+    its `hosts`.
     """
 
     peer: str
@@ -48,6 +50,8 @@ class PeerInfo:
     run_tokens: int = 0
     settled: bool = False
     addresses: tuple[str, ...] = ()
+    hidden: bool = False
+    hosts: tuple[str, ...] = ()
     corpus_sha256: str = ""
 
 
@@ -80,7 +84,7 @@ class Membership:
     A peer is lost when its presence has expired, or when calls to it have failed `max_failures` times in a row
     over at least `grace_s`, with nothing heard from it in between. If it is lost so again and again, though its
     presence is renewed (others can reach it, this peer cannot), it is believed back after 10, 20, 40, ... seconds
-    only: each return would cost a silence.
+    only: each return would cost a silence. Of a hidden peer its presence alone decides: calls to it may well fail.
     """
 
     me: str
@@ -105,7 +109,8 @@ class Membership:
         was = entry.state
         if expires_s < now or (was is not PeerState.LIVE and info.stamp <= entry.away_since_s):
             return None
-        if was is PeerState.LOST and entry.losses > 1 and now < entry.away_since_s + self._ban_s(entry.losses):
+        banned = was is PeerState.LOST and entry.losses > 1 and not info.hidden
+        if banned and now < entry.away_since_s + self._ban_s(entry.losses):
             return None
         if was is not PeerState.LIVE:  # a renewal says that it lives, not that calls reach it
             entry.failures = 0
@@ -132,7 +137,7 @@ class Membership:
     def call_failed(self, peer: str, now: float, reason: str) -> Change | None:
         """A call to `peer` failed. Returns the change to LOST once it has failed often and long enough."""
         entry = self._entries.get(peer)
-        if entry is None or entry.state is not PeerState.LIVE:
+        if entry is None or entry.state is not PeerState.LIVE or entry.info.hidden:
             return None
         if entry.failures == 0:
             entry.failing_since_s = now

@@ -5,8 +5,9 @@ Nobody here joins anything: a peer is dialled, greeted, and left.
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -21,10 +22,12 @@ from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.signing import sign
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Answer", "Outcome", "ask_to_dial", "knock"]
+__all__ = ["Answer", "Outcome", "ask_to_be_dialled", "ask_to_dial", "knock", "tcp_ports"]
 
 _MAX_OTHERS = 64
 _CALL_S = 4.0
+_STRANGER_S = 16.0
+"""For a daemon to start on a busy machine."""
 
 
 class Outcome(Enum):
@@ -96,8 +99,23 @@ async def ask_to_dial(
     """
     target = pb.DialTarget(caller=peer_bytes(node.identity.peer_id), ports=list(ports))
     request = pb.DialRequest(target=sign(listener, PURPOSE, "", target))
+    return await _ask(PeerCalls(node, run_sha256), peer, request, DIAL_S + _CALL_S)
+
+
+async def ask_to_be_dialled(calls: PeerCalls, peer: str, ports: Sequence[int]) -> Outcome:
+    """Ask `peer` to dial us, as somebody would who has never heard of us, at `ports` of this machine."""
+    return (await _ask(calls, peer, pb.DialRequest(own_ports=list(ports)), DIAL_S + _STRANGER_S))[0]
+
+
+def tcp_ports(addresses: Iterable[str]) -> list[int]:
+    """The ports in multiaddresses, each once."""
+    found = [re.search(r"/tcp/([0-9]{1,5})\b", address) for address in addresses]
+    return list(dict.fromkeys(int(match[1]) for match in found if match))
+
+
+async def _ask(calls: PeerCalls, peer: str, request: pb.DialRequest, limit_s: float) -> tuple[Outcome, str]:
     try:
-        reply = await PeerCalls(node, run_sha256).dial(peer, request, DIAL_S + _CALL_S)
+        reply = await calls.dial(peer, request, limit_s)
     except UnreachableError as error:
         return (Outcome.CANNOT if NOT_SERVED in str(error) else Outcome.SILENT), ""
     outcomes = {

@@ -34,8 +34,11 @@ from swarmtrain.membership.partners import (
     pull_start,
 )
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.hosting import Routes
+from swarmtrain.network.identity import peer_bytes
+from swarmtrain.network.publications import PublicationRules, is_signed_by_untrusted, publication_untrusted
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.snapshots import Held, PullLimits, TensorSpec, empty_held, manifest_untrusted, pull_chunks
+from swarmtrain.network.snapshots import Held, pull_chunks
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -51,16 +54,15 @@ _RESTART_ROUNDS = 2
 """A peer that was killed and went on from its checkpoint is behind what it had published by so many rounds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GossipSettings:
-    """What the run file says about publications. `max_tokens` is what a round can have at most."""
+class _HostsFailedError(UnreachableError):
+    """The hosts of a peer that nobody can dial failed: not its own fault."""
 
-    run_sha256: str
-    specs: tuple[TensorSpec, ...]
-    max_tokens: int
-    num_parts: int
+
+@dataclass(frozen=True, kw_only=True)
+class GossipSettings(PublicationRules):
+    """What the run file says about publications, and about merging them."""
+
     num_partners: int
-    pull: PullLimits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,6 +122,8 @@ class Gossip:
     heard_rows_untrusted: Callable[[str, Sequence[pb.Signed]], None] = lambda peer, rows: None
     """Told of the rows of the data's coverage in the manifest of a publication that was pulled whole."""
     variant: str = "uniform"
+    routes: Routes | None = None
+    """How to get at those that cannot be called; None: everyone can."""
     rng: random.Random = field(default_factory=random.Random)
     round: int = 0
     doing: str = ""
@@ -251,7 +255,7 @@ class Gossip:
                 self._partners.back_off.answered(peer)
                 if not came:
                     self._idle_until_s[peer] = swarm_time() + max(_LOOK_S, round_s / _RETRIES_A_ROUND)
-            except BusyError:
+            except (BusyError, _HostsFailedError):
                 _log.debug("%s is %s", peer, self._partners.back_off.busy(peer, swarm_time()))
             except PeerError as error:
                 _log.debug("%s: %s", peer, self._partners.back_off.failed(peer, swarm_time(), str(error)))
@@ -272,28 +276,44 @@ class Gossip:
     # ------------------------------------------------------------- one pull
 
     async def _pull(self, peer: str) -> bool:
-        """Bring the newest publication of `peer` here; False if it has none that is new. Raises PeerError."""
+        """Bring the newest publication of `peer` here, from itself or one of its hosts after the other; False if it has
+        none that is new. Raises PeerError."""
+        sources = (peer,) if self.routes is None else await self.routes.to(peer)
+        failure = _HostsFailedError("nobody can dial it, and it has no host that can be asked")
+        for source in sources:
+            try:
+                return await self._pull_from(peer, source)
+            except _HostsFailedError as error:
+                failure = error
+        raise failure
+
+    async def _pull_from(self, peer: str, source: str) -> bool:
         began_s, mark = swarm_time(), self.ledger.mark(peer)
         request = pb.PublicationRequest(has_any=mark is not None, presence=self.presence())
         if mark is not None:
             request.round, request.part = mark.round, mark.part
-        reply = await self.calls.publication(peer, request)
-        self.heard_untrusted(peer, reply)
-        if reply.busy:
-            raise BusyError("it serves as many readers as it may")
+        is_own = source == peer
+        if is_own:
+            reply = await self.calls.publication(peer, request)
+            self.heard_untrusted(peer, reply)
+            if reply.busy:
+                raise BusyError("it serves as many readers as it may")
+        else:
+            request.author = peer_bytes(peer)
+            reply = await self._ask_host(peer, source, request)
         if not reply.HasField("manifest"):
             return False
-        held, mark = self._publication_untrusted(peer, reply.manifest)
+        held, mark = publication_untrusted(self.settings, peer, reply.manifest)
         manifest = held.snapshot.manifest
         with self._lock:
             news = self.ledger.news(peer, mark, self._reference_round())
             known = self.ledger.mark(peer)
         if isinstance(news, Nothing):
-            if news.turned_back and known is not None and mark.round < known.round - _RESTART_ROUNDS:
+            if is_own and news.turned_back and known is not None and mark.round < known.round - _RESTART_ROUNDS:
                 raise BadBytesError(f"a publication of an old round: {news.reason}")
             _log.debug("%s has nothing new: %s", peer, news.reason)
             return False
-        await self._bring(peer, held)
+        await self._bring(peer, held, source)
         earlier = self._merged.get(peer) if isinstance(news, Difference) else None
         arrival = await asyncio.to_thread(self.decode, held, news, earlier)
         self.counted(peer, manifest.author_tokens)
@@ -313,32 +333,39 @@ class Gossip:
         self._durations_s.append(swarm_time() - began_s)
         return True
 
-    def _publication_untrusted(self, peer: str, signed: pb.Signed) -> tuple[Held, Mark]:
-        """Room for the publication that a manifest of `peer` names, and its place; BadBytesError if it is nonsense."""
-        settings = self.settings
-        kind = pb.SNAPSHOT_KIND_PUBLICATION
-        snapshot = manifest_untrusted(signed, settings.run_sha256, kind, settings.specs)
-        manifest = snapshot.manifest
-        if snapshot.author != peer:
-            raise BadBytesError("a publication of another peer than the one that sent it")
-        if not 1 <= manifest.part <= settings.num_parts:
-            raise BadBytesError(f"a publication with part {manifest.part} of a round's {settings.num_parts}")
-        if not (0 < manifest.inner_steps <= manifest.tokens <= settings.max_tokens):
-            raise BadBytesError(f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps")
-        if not manifest.tokens <= manifest.author_tokens < 2**60:
-            raise BadBytesError("a publication that counts more tokens in its round than its author in all")
-        return empty_held(snapshot), Mark(manifest.round, manifest.part, manifest.tokens)
+    async def _ask_host(self, peer: str, host: str, request: pb.PublicationRequest) -> pb.PublicationReply:
+        """What a host has of `peer`; _HostsFailedError if it has nothing to say, or says what is not `peer`'s word."""
+        try:
+            reply = await self.calls.publication(host, request)
+            if reply.HasField("manifest") and not is_signed_by_untrusted(self.settings, peer, reply.manifest):
+                raise BadBytesError(f"a publication of {peer} that is not signed by it")
+            self.heard_untrusted(peer, pb.PublicationReply(presence=reply.presence))
+        except PeerError as error:
+            raise self._host_failed(host, error) from error
+        if reply.busy or reply.away:
+            raise _HostsFailedError("its host is busy" if reply.busy else "who should be its host is not")
+        return reply
 
-    async def _bring(self, peer: str, held: Held) -> None:
+    def _host_failed(self, host: str, error: PeerError) -> _HostsFailedError:
+        assert self.routes is not None
+        self.routes.failed(host, str(error))
+        if isinstance(error, BadBytesError):
+            self.refused(host, error)
+        return _HostsFailedError(f"its host failed: {error}")
+
+    async def _bring(self, peer: str, held: Held, source: str) -> None:
         """Pull the bytes. Raises the PeerError that says why not: BusyError when it serves others."""
         failures: list[PeerError] = []
         try:
             async with self.calls.pull_slots:
                 chunks = range(held.snapshot.num_chunks)
                 limits, open_pull = self.settings.pull, self.calls.open_pull
-                await pull_chunks(held, chunks, [peer], open_pull, limits, lambda _, error: failures.append(error))
+                await pull_chunks(held, chunks, [source], open_pull, limits, lambda _, error: failures.append(error))
         except UnreachableError as error:
-            raise failures[-1] if failures else BusyError("it serves as many readers as it may") from error
+            failure = failures[-1] if failures else BusyError("it serves as many readers as it may")
+            raise (failure if source == peer else self._host_failed(source, failure)) from error
+        if self.routes is not None and source != peer:
+            self.routes.answered(source)
 
     # ------------------------------------------------------------- preparing
 

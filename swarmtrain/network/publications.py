@@ -11,14 +11,60 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.partners import Mark
 from swarmtrain.network.identity import Identity
-from swarmtrain.network.snapshots import Body, Held, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.network.signing import open_signed_untrusted
+from swarmtrain.network.snapshots import (
+    Body,
+    Held,
+    PullLimits,
+    SnapshotStore,
+    TensorSpec,
+    build_snapshot,
+    empty_held,
+    manifest_untrusted,
+)
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Publication", "Publisher"]
+__all__ = ["Publication", "PublicationRules", "Publisher", "is_signed_by_untrusted", "publication_untrusted"]
 
 _KEPT = 2
 """So many publications stay, and those being read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicationRules:
+    """What the run file says about publications. `max_tokens` is what a round can have at most."""
+
+    run_sha256: str
+    specs: tuple[TensorSpec, ...]
+    max_tokens: int
+    num_parts: int
+    pull: PullLimits
+
+
+def is_signed_by_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed) -> bool:
+    """Whether a manifest is `peer`'s: if not, whoever sent it made it up."""
+    try:
+        return open_signed_untrusted(signed, "manifest", rules.run_sha256, pb.Manifest)[0] == peer
+    except BadBytesError:
+        return False
+
+
+def publication_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed) -> tuple[Held, Mark]:
+    """Room for the publication that a manifest of `peer` names, and its place; BadBytesError if it is nonsense."""
+    snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, rules.specs)
+    manifest = snapshot.manifest
+    if snapshot.author != peer:
+        raise BadBytesError("a publication of another peer than the one that sent it")
+    if not 1 <= manifest.part <= rules.num_parts:
+        raise BadBytesError(f"a publication with part {manifest.part} of a round's {rules.num_parts}")
+    if not (0 < manifest.inner_steps <= manifest.tokens <= rules.max_tokens):
+        raise BadBytesError(f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps")
+    if not manifest.tokens <= manifest.author_tokens < 2**60:
+        raise BadBytesError("a publication that counts more tokens in its round than its author in all")
+    return empty_held(snapshot), Mark(manifest.round, manifest.part, manifest.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import msgpack
 from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.hosts import MAX_HOSTS
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.records import MAX_DEPTH, bucket_of
 from swarmtrain.network.daemon import hivemind_module, swarm_time
@@ -90,6 +91,8 @@ def presence_to_proto(info: PeerInfo) -> pb.Presence:
         part=info.part,
         part_tokens=info.part_tokens,
         settled=info.settled,
+        hidden=info.hidden,
+        hosts=map(peer_bytes, info.hosts),
     )
 
 
@@ -109,6 +112,8 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
         raise BadBytesError("a presence with too many or malformed addresses")
     if len(message.corpus_sha256) not in (0, 32) or max(message.run_tokens, message.part_tokens) >= 2**60:
         raise BadBytesError("a presence with a field out of range")
+    if len(message.hosts) > MAX_HOSTS:
+        raise BadBytesError("a presence with too many hosts")
     if message.round >= 2**40 or message.part >= 2**16:
         raise BadBytesError("a presence with a field out of range")
     return PeerInfo(
@@ -125,6 +130,8 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
         steps_per_s=speed,
         run_tokens=message.run_tokens,
         addresses=tuple(message.addresses),
+        hidden=message.hidden,
+        hosts=tuple(dict.fromkeys(map(peer_id_from_bytes_untrusted, message.hosts))),
         corpus_sha256=message.corpus_sha256.hex(),
     )
 

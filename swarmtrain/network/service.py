@@ -142,6 +142,8 @@ class PeerCalls:
     min_bytes_per_s: float = 0.0
     on_failure: Callable[[str, PeerError], None] = lambda peer, error: None
     on_answer: Callable[[str], None] = lambda peer: None
+    is_hidden: Callable[[str], bool] = lambda peer: False
+    """Whether nobody can dial `peer`: it is called only if it has opened a connection to us."""
     pull_slots: Places = field(init=False)
     """At most so many pulls at once: libp2p resets streams beyond some 120, and an uplink gains nothing by more. Fewer
     while downloads are limited: a peer that takes a chunk now and then loses its place at the source."""
@@ -154,6 +156,9 @@ class PeerCalls:
         return num_at_once(_MAX_PULLS, self.node.traffic.down.bytes_per_s, self.min_bytes_per_s)
 
     async def _stub(self, peer: str) -> Any:
+        if self.is_hidden(peer) and not await self.node.seen_at(peer):
+            self._stubs.pop(peer, None)
+            raise UnreachableError("nobody can dial it, and it has no connection to this peer")
         if peer not in self._stubs:
             while len(self._stubs) >= _MAX_STUBS:
                 del self._stubs[next(iter(self._stubs))]

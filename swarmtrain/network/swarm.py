@@ -27,18 +27,22 @@ from swarmtrain.events import (
 )
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.records import bucket_of, buckets_to_read, choose_bucket
+from swarmtrain.membership.records import buckets_to_read
 from swarmtrain.membership.tally import NamedOnce
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.finding import FoundRun, PublishedRun, fetch_published, find_run
 from swarmtrain.network.gossiping import Gossip
+from swarmtrain.network.hosting import Hosting
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.merging import Average, RoundSettings
 from swarmtrain.network.node import Node
+from swarmtrain.network.offering import Offer, state_specs
+from swarmtrain.network.own_records import OwnRecords
 from swarmtrain.network.publications import Publisher
+from swarmtrain.network.reaching import Reaching, is_loopback_only
 from swarmtrain.network.records import (
     PRESENCE,
     open_presence_untrusted,
@@ -50,7 +54,7 @@ from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.signing import sign
-from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.network.snapshots import Body, PullLimits, SnapshotStore, TensorSpec
 from swarmtrain.network.tallying import Tallying, counting_rules
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -81,13 +85,6 @@ _LAST_GOODBYE_S = 1.0
 """The process waits for it, and the user for the process."""
 
 
-def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The tensor table of a state: the outer parameters, then their momentum."""
-    return tuple(
-        TensorSpec(f"{part}/{spec.name}", spec.shape, spec.dtype) for part in ("theta", "momentum") for spec in specs
-    )
-
-
 @dataclass
 class Swarm:
     """This peer's view of, and place in, the swarm of one run."""
@@ -110,11 +107,13 @@ class Swarm:
     tallying: Tallying = field(init=False)
     durable: Callable[[], Progress | None] | None = None
     """The progress that is safe on this peer's disk, which its progress record tells; None: the present one."""
-    _state: tuple[Progress, Body] | None = None
-    _state_held: Held | None = None
-    _state_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    hosting: Hosting | None = None
+    """... and what it serves of peers that nobody can dial."""
+    reaching: Reaching = field(init=False)
+    offer: Offer = field(init=False)
+    _listens_at: tuple[str, ...] = ()
     _signed: dict[str, pb.Signed] = field(default_factory=dict)
-    _buckets: dict[str, str] = field(default_factory=dict)
+    _records: OwnRecords = field(init=False)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _greeted: set[str] = field(default_factory=set)
     _met_s: dict[str, float] = field(default_factory=dict)
@@ -135,6 +134,7 @@ class Swarm:
             limits.least_bytes_per_s,
             on_failure=self._call_failed,
             on_answer=lambda peer: self.membership.heard(peer, swarm_time()),
+            is_hidden=self._is_hidden,
         )
         self.store = SnapshotStore(
             limits.max_readers, up=self.node.traffic.up, min_bytes_per_s=limits.least_bytes_per_s
@@ -159,6 +159,12 @@ class Swarm:
             refused=self._refused,
             report=self._report,
         )
+        self._records = OwnRecords(self.node)
+        self.offer = Offer(
+            self.identity, self.published.sha256, settings.state_specs, self.store, lambda: rows_of(self.coverage)
+        )
+        listens = lambda: self._listens_at  # noqa: E731 - it changes
+        self.reaching = Reaching(self.calls, self.membership, self._ask_for_host, listens, self._reach_changed)
         self.tallying = Tallying(
             self.identity.peer_id,
             counting_rules(run, swarm_time()),
@@ -205,7 +211,10 @@ class Swarm:
         self.rounds.away = False
         await self._look_where_we_are()
         await self.greet_everyone()
-        for work in (self._keep_present(), self._keep_reading(), self._keep_counting(), self._notice_gaps()):
+        kept = [self._keep_present(), self._keep_reading(), self._keep_counting(), self._notice_gaps()]
+        if self.asynchronous and not self.me.is_bootstrap and not is_loopback_only(self._listens_at):
+            kept.append(self.reaching.keep())
+        for work in kept:
             task = asyncio.create_task(work)
             task.add_done_callback(self._work_ended)
             self._tasks.append(task)
@@ -217,9 +226,30 @@ class Swarm:
 
     async def _look_where_we_are(self) -> None:
         """Our addresses, which change: a router opens a port late, a home connection gets another address."""
-        addresses = await self.node.addresses()
-        if addresses:
-            self.me = dataclasses.replace(self.me, addresses=addresses[:_MAX_OWN_ADDRESSES])
+        self._listens_at = await self.node.addresses() or self._listens_at
+        hidden, hosts = self.reaching.hidden, self.reaching.hosts
+        addresses = () if hidden else self._listens_at[:_MAX_OWN_ADDRESSES]
+        self.me = dataclasses.replace(self.me, addresses=addresses, hidden=hidden, hosts=hosts)
+
+    def _reach_changed(self) -> None:
+        """Say so at once: until then others call this peer in vain."""
+
+        async def say() -> None:
+            await self._look_where_we_are()
+            await self._store_records()
+
+        task = asyncio.create_task(say())
+        self._meetings.add(task)
+        task.add_done_callback(self._meetings.discard)
+        if self.reaching.hidden:
+            self.emit(WarningEvent(message=self.reaching.in_words()))
+
+    def _ask_for_host(self) -> pb.HelloRequest:
+        return pb.HelloRequest(run_sha256=self._run_bytes, presence=self.signed_presence(), wants_host=True)
+
+    def _is_hidden(self, peer: str) -> bool:
+        info = self.membership.info(peer)
+        return info is not None and info.hidden
 
     async def leave(self) -> None:
         """Say goodbye to everyone, and stop answering."""
@@ -237,8 +267,9 @@ class Swarm:
             return
         self.rounds.away = self.rounds.guest = True
         self.rounds.tell()
-        if self.gossip is not None:
-            await self.gossip.stop()
+        for work in (self.gossip, self.hosting):
+            if work is not None:
+                await work.stop()
         await end_tasks([*self._tasks, *self._meetings])
         self._tasks.clear()
         request = pb.HelloRequest(run_sha256=self._run_bytes, presence=self.signed_presence(), leaving=True)
@@ -350,29 +381,12 @@ class Swarm:
         """Our presence, which expires soon, and if we train, what we have trained, which is kept for a day."""
         self._renew()
         presence = pb.Record(run_sha256=self._run_bytes, presence=presence_to_proto(self.me))
-        await self._store(presence, self.published.run.network.presence_ttl_s)
-        safe = self.durable() if self.durable is not None else self._state and self._state[0]
+        await self._records.store(presence, self.published.run.network.presence_ttl_s)
+        safe = self.durable() if self.durable is not None else self.offer.progress
         if self.me.training and safe is not None:
             tokens = self.tallying.own_to_tell(safe.peer_tokens.get(self.identity.peer_id, 0))
             progress = progress_to_proto(tokens, safe.round)
-            await self._store(pb.Record(run_sha256=self._run_bytes, progress=progress), _PROGRESS_TTL_S)
-
-    async def _store(self, record: pb.Record, lifetime_s: float) -> None:
-        kind = record.WhichOneof("body")
-        assert kind is not None
-        if kind not in self._buckets:
-            self._buckets[kind] = await self._find_bucket(kind)
-        record.prefix = self._buckets[kind]
-        await self.node.store(record, lifetime_s)
-
-    async def _find_bucket(self, kind: str) -> str:
-        depth = 0
-        while True:
-            prefix = bucket_of(self.identity.peer_id, depth)
-            occupants = await self._read_bucket(kind, prefix)
-            if choose_bucket(self.identity.peer_id, depth, occupants.keys())[0]:
-                return prefix
-            depth += 1
+            await self._records.store(pb.Record(run_sha256=self._run_bytes, progress=progress), _PROGRESS_TTL_S)
 
     async def read_presences(self) -> None:
         """Read the presence buckets, the root first, then what lies below full ones."""
@@ -469,12 +483,17 @@ class Swarm:
                     change = self.membership.left(caller, swarm_time())
                     if change is not None:
                         self._report(change)
+                    if self.hosting is not None:
+                        self.hosting.left(caller)
+        if request.wants_host:
+            hosting = None if self.rounds.away or self.me.hidden else self.hosting
+            return pb.HelloReply(run_sha256=self._run_bytes, hosting=hosting is not None and hosting.ask(caller))
         known = [info.peer for info in self.membership.live() if info.peer in self._signed and info.peer != caller]
         return pb.HelloReply(
             swarmtrain_version=__version__,
             run_sha256=self._run_bytes,
             time=swarm_time(),
-            presence=self.signed_presence() if self.me.addresses and not self.rounds.away else None,
+            presence=self.signed_presence() if self._listens_at and not self.rounds.away else None,
             others=[self._signed[peer] for peer in known[:64]],
         )
 
@@ -487,6 +506,10 @@ class Swarm:
         """Our newest publication, made a snapshot at the first request. What the caller says of itself is news."""
         with contextlib.suppress(BadBytesError):
             self._read_presence_untrusted(request.presence, caller)
+        if request.author and request.author != peer_bytes(self.identity.peer_id):
+            if self.hosting is None or self.rounds.away:
+                return pb.PublicationReply(away=True)
+            return await self.hosting.answer(request)
         if self.publisher is None or self.rounds.away:
             return pb.PublicationReply(away=self.rounds.away)
         reply = pb.PublicationReply(presence=self.signed_presence())
@@ -505,38 +528,19 @@ class Swarm:
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
         """The manifest of our newest state, made at the first request for it."""
         await self.rounds.wait_for_round(min(request.min_round, self.rounds.current_round + 1), _STATE_WAIT_S)
-        async with self._state_lock:
-            if self._state is None or self._state[0].round < request.min_round:
-                return pb.StateReply()
-            progress, body = self._state
-            held = self._state_held
-            if held is None or _led_to(held) != (progress.round, progress.roster_sha256):
-                held = await asyncio.to_thread(self._build_state, progress, body)
-                self._state_held = held
-                self.store.add(held)
-            last = self.rounds.last
-            if self.asynchronous:
-                return pb.StateReply(manifest=held.snapshot.signed)
-            if last is None or last[0].digest != progress.roster_sha256:
-                return pb.StateReply()
-            return pb.StateReply(manifest=held.snapshot.signed, roster=last[1])
-
-    def _build_state(self, progress: Progress, body: Body) -> Held:
-        manifest = pb.Manifest(
-            run_sha256=self._run_bytes,
-            kind=pb.SNAPSHOT_KIND_STATE,
-            round=progress.round,
-            run_tokens=progress.run_tokens,
-            roster_sha256=bytes.fromhex(progress.roster_sha256),
-            coverage=rows_of(self.coverage),
-        )
-        for peer, tokens in sorted(progress.peer_tokens.items()):
-            manifest.peer_tokens.add(peer=peer_bytes(peer), tokens=tokens)
-        return build_snapshot(self.identity, manifest, state_specs(self.specs), body)
+        found, last = await self.offer.held(request.min_round), self.rounds.last
+        if found is None:
+            return pb.StateReply()
+        progress, held = found
+        if self.asynchronous:
+            return pb.StateReply(manifest=held.snapshot.signed)
+        if last is None or last[0].digest != progress.roster_sha256:
+            return pb.StateReply()
+        return pb.StateReply(manifest=held.snapshot.signed, roster=last[1])
 
     def set_state(self, progress: Progress, body: Body) -> None:
         """Offer this state to joiners from now on; nobody may write into its buffers any more."""
-        self._state = (progress, body)
+        self.offer.put(progress, body)
         self.tallying.learn(progress.peer_tokens)
         self.rounds.advance(progress)
         if self.rounds.last is not None:
@@ -548,7 +552,8 @@ class Swarm:
         """An invite through this peer, the bootstrap and a few others."""
         others = [info for info in self.membership.live() if info.addresses]
         others.sort(key=lambda info: not info.is_bootstrap)
-        peers = [InvitedPeer(self.identity.peer_id, self.me.addresses[:_MAX_ADDRESSES])]
+        own = self.me.addresses or self._listens_at  # of no use where nobody can dial this peer, and an invite has some
+        peers = [InvitedPeer(self.identity.peer_id, own[:_MAX_ADDRESSES])]
         peers += [InvitedPeer(info.peer, info.addresses[:2]) for info in others[: _MAX_INVITED - 1]]
         return Invite(self.published.sha256, tuple(peers))
 
@@ -589,9 +594,3 @@ class Swarm:
             died(message)
 
         self._daemon_watch = asyncio.create_task(watch())
-
-
-def _led_to(state: Held) -> tuple[int, str]:
-    """Its round, and the digest of the roster that led to it: a branch that is left has states of the same rounds."""
-    manifest = state.snapshot.manifest
-    return manifest.round, manifest.roster_sha256.hex()

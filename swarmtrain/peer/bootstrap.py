@@ -52,6 +52,7 @@ from swarmtrain.peer.common import (
 )
 from swarmtrain.peer.controlled import Controlled, controlled
 from swarmtrain.peer.folder import PeerFolder, peer_folder
+from swarmtrain.peer.gossip_exchange import hosting_of
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.logs import log_event, logged, peer_log
@@ -163,6 +164,8 @@ class _Bootstrap:
         me = PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
         specs = tensor_specs(model.named_parameters())
         swarm = self.swarm = Swarm(node, self.published, specs, average_bytes_untrusted, self.emit, me)
+        if swarm.asynchronous:
+            swarm.hosting = hosting_of(swarm)
         keeper = self.keeper = Keeper(self.folder, self.published, node.identity.peer_id, self.emit)
         keeper.attach(swarm)
         keeper.be_controlled(self.control)

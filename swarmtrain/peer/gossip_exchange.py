@@ -26,14 +26,17 @@ from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
 from swarmtrain.membership.ending import still_needed_apart
+from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, median_round
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan, Pulled
+from swarmtrain.network.hosting import Hosting, Routes
 from swarmtrain.network.publications import Publication, Publisher
 from swarmtrain.network.snapshots import Body, Held
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import consensus_of, counts_in, layout_of_specs, mean_of, theta_of
 from swarmtrain.peer.exchange import SwarmExchange
@@ -41,7 +44,7 @@ from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Replaced, Start
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["GossipExchange"]
+__all__ = ["GossipExchange", "hosting_of"]
 
 _log = logging.getLogger(__name__)
 _JOINER_SAMPLE = 4
@@ -55,6 +58,24 @@ _TRIES = 3
 _LEDGER = "ledger"
 _COVERAGE = "coverage"
 _GUESSED_ROUND_S = 1.0
+
+
+def gossip_settings(swarm: Swarm) -> GossipSettings:
+    """What the run file says about publications and merging them."""
+    section, rounds = swarm.published.run.merge, swarm.rounds.settings
+    return GossipSettings(
+        run_sha256=rounds.run_sha256,
+        specs=PublicationCodec(swarm.specs, section.theta_format, section.gradient_format).tensors,
+        max_tokens=rounds.max_tokens,
+        num_parts=section.publications_per_round,
+        num_partners=section.num_partners,
+        pull=rounds.pull,
+    )
+
+
+def hosting_of(swarm: Swarm) -> Hosting:
+    """What this peer, which may be a bootstrap, does for peers that nobody can dial."""
+    return Hosting(swarm.calls, swarm.store, gossip_settings(swarm), swarm.signed_presence, swarm.rounds.refused)
 
 
 @dataclass
@@ -75,17 +96,9 @@ class GossipExchange(SwarmExchange):
         self._codec = PublicationCodec(swarm.specs, section.theta_format, section.gradient_format)
         self._layout = layout_of_specs(swarm.specs)
         self._robustness = Robustness(section.robust, self._layout, self._tell_clipped, met=section.init == "common")
-        rounds = swarm.rounds.settings
-        settings = GossipSettings(
-            run_sha256=rounds.run_sha256,
-            specs=self._codec.tensors,
-            max_tokens=rounds.max_tokens,
-            num_parts=section.publications_per_round,
-            num_partners=section.num_partners,
-            pull=rounds.pull,
-        )
+        settings = gossip_settings(swarm)
         self.publisher = Publisher(
-            swarm.identity, rounds.run_sha256, settings.specs, swarm.store, shard_rows=lambda: rows_of(swarm.coverage)
+            swarm.identity, settings.run_sha256, settings.specs, swarm.store, shard_rows=lambda: rows_of(swarm.coverage)
         )
         self.gossip = Gossip(
             me=swarm.identity.peer_id,
@@ -101,8 +114,9 @@ class GossipExchange(SwarmExchange):
             expected_s=swarm.node.traffic.times.expected_s,
             variant=section.partners,
             heard_rows_untrusted=self._hear_rows_untrusted,
+            routes=Routes(swarm.node, swarm.membership),
         )
-        swarm.publisher, swarm.gossip = self.publisher, self.gossip
+        swarm.publisher, swarm.gossip, swarm.hosting = self.publisher, self.gossip, hosting_of(swarm)
 
     # ------------------------------------------------------------- the trainer's calls
 
@@ -301,7 +315,7 @@ class GossipExchange(SwarmExchange):
         """The others' present weights; None if nobody delivers."""
         swarm = self.swarm
         live = swarm.membership.live()
-        volunteers = [info.peer for info in live if info.training and not info.is_bootstrap]
+        volunteers = [info.peer for info in callable_first(swarm.membership.volunteers())]
         sample = random.sample(volunteers, min(_JOINER_SAMPLE, len(volunteers)))
         for peers in (sample, [info.peer for info in live if info.is_bootstrap]):
             fetching = self.network.submit(swarm.states.fetch(peers, 1))

@@ -314,14 +314,18 @@ class GossipPeer:
         """The presence record: at a round's start, and as often as a third of its lifetime."""
         s, now = self.settings, self.swarm.clock.now
         newest = self._publish()
-        info = PeerInfo(
+        info = self._describe(PeerInfo(
             peer=self.name, stamp=now, training=True, round=self.round, inner_steps_done=self.steps_done,
-            steps_per_s=self.steps_per_s,
-        )  # fmt: skip
+            steps_per_s=self.steps_per_s, addresses=(self.name,),
+        ))  # fmt: skip
         mark = Mark(self.round, 0, 0) if newest is None else newest.mark
         self.swarm.board[self.name] = (info, mark, now + s.presence_ttl_s)
         if self._now.started_s + s.presence_ttl_s / 3 < now + self._left_s():
             self.swarm.clock.call_later(s.presence_ttl_s / 3, self.deliver, self._renew, round)
+
+    def _describe(self, info: PeerInfo) -> PeerInfo:
+        """What else it says of itself."""
+        return info
 
     def _left_s(self) -> float:
         return (self._now.steps - self.steps_done) / self.steps_per_s
@@ -381,7 +385,7 @@ class GossipPeer:
             self._stream_over(r)
             return
         r.asked.add(peer)
-        self.swarm.pull(self, peer, "manifest", 0, partial(self._manifest, r, streams, peer))
+        self._fetch(peer, "manifest", 0, partial(self._manifest, r, streams, peer))
 
     def _manifest(self, r: _Round, streams: int, peer: str, found: Publication | Refused | None) -> None:
         if not isinstance(found, Publication):
@@ -396,7 +400,11 @@ class GossipPeer:
             return
         what = f"body {found.mark.round} {found.mark.part}"
         num_bytes = self.settings.publication_bytes * streams  # they share the link
-        self.swarm.pull(self, peer, what, num_bytes, partial(self._body, r, streams, peer))
+        self._fetch(peer, what, num_bytes, partial(self._body, r, streams, peer))
+
+    def _fetch(self, peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
+        """Pull `what` of a partner's."""
+        self.swarm.pull(self, peer, what, num_bytes, done)
 
     def _body(self, r: _Round, streams: int, peer: str, found: Publication | Refused | None) -> None:
         if not isinstance(found, Publication):
@@ -460,9 +468,12 @@ class GossipSwarm(Network[GossipPeer]):
         new.target = old.target
         new.deliver(new.resume, saved)
 
+    def _make(self, name: str, steps_per_s: float, theta: float, link: Link) -> GossipPeer:
+        return GossipPeer(self, name, steps_per_s, theta, link)
+
     def _add(self, name: str, steps_per_s: float, theta: float, link: Link | None) -> GossipPeer:
         assert name not in self.peers, f"{name} has been here already: a process that returns is a new peer"
-        peer = self.peers[name] = GossipPeer(self, name, steps_per_s, theta, link or self._link)
+        peer = self.peers[name] = self._make(name, steps_per_s, theta, link or self._link)
         self.names.append(name)
         return peer
 

@@ -39,7 +39,7 @@ class Signed(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., author: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Presence(_message.Message):
-    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled")
+    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled", "hidden", "hosts")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STAMP_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,8 @@ class Presence(_message.Message):
     PART_FIELD_NUMBER: _ClassVar[int]
     PART_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SETTLED_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     name: str
     stamp: float
@@ -66,7 +68,9 @@ class Presence(_message.Message):
     part: int
     part_tokens: int
     settled: bool
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ...) -> None: ...
+    hidden: bool
+    hosts: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ..., hidden: bool = ..., hosts: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "tokens", "round")
@@ -191,28 +195,32 @@ class PullReply(_message.Message):
     def __init__(self, status: _Optional[_Union[PullReply.Status, str]] = ..., chunk: _Optional[int] = ..., data: _Optional[bytes] = ..., end: bool = ..., manifest: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("run_sha256", "presence", "leaving")
+    __slots__ = ("run_sha256", "presence", "leaving", "wants_host")
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    WANTS_HOST_FIELD_NUMBER: _ClassVar[int]
     run_sha256: bytes
     presence: Signed
     leaving: bool
-    def __init__(self, run_sha256: _Optional[bytes] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., leaving: bool = ...) -> None: ...
+    wants_host: bool
+    def __init__(self, run_sha256: _Optional[bytes] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., leaving: bool = ..., wants_host: bool = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others")
+    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others", "hosting")
     SWARMTRAIN_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_FIELD_NUMBER: _ClassVar[int]
     OTHERS_FIELD_NUMBER: _ClassVar[int]
+    HOSTING_FIELD_NUMBER: _ClassVar[int]
     swarmtrain_version: str
     run_sha256: bytes
     time: float
     presence: Signed
     others: _containers.RepeatedCompositeFieldContainer[Signed]
-    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ...) -> None: ...
+    hosting: bool
+    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., hosting: bool = ...) -> None: ...
 
 class BlobRequest(_message.Message):
     __slots__ = ("sha256", "max_bytes")
@@ -231,10 +239,12 @@ class DialTarget(_message.Message):
     def __init__(self, caller: _Optional[bytes] = ..., ports: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DialRequest(_message.Message):
-    __slots__ = ("target",)
+    __slots__ = ("target", "own_ports")
     TARGET_FIELD_NUMBER: _ClassVar[int]
+    OWN_PORTS_FIELD_NUMBER: _ClassVar[int]
     target: Signed
-    def __init__(self, target: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
+    own_ports: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, target: _Optional[_Union[Signed, _Mapping]] = ..., own_ports: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DialReply(_message.Message):
     __slots__ = ("outcome", "address")
@@ -271,16 +281,18 @@ class StateReply(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
 
 class PublicationRequest(_message.Message):
-    __slots__ = ("has_any", "round", "part", "presence")
+    __slots__ = ("has_any", "round", "part", "presence", "author")
     HAS_ANY_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_FIELD_NUMBER: _ClassVar[int]
+    AUTHOR_FIELD_NUMBER: _ClassVar[int]
     has_any: bool
     round: int
     part: int
     presence: Signed
-    def __init__(self, has_any: bool = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
+    author: bytes
+    def __init__(self, has_any: bool = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., author: _Optional[bytes] = ...) -> None: ...
 
 class PublicationReply(_message.Message):
     __slots__ = ("manifest", "presence", "away", "busy")

@@ -260,6 +260,13 @@ def test_the_status_page_fits_a_screen_and_names_everyone() -> None:
     assert "limits        2 threads, any memory, nice 10, busy or not, in the hours 22-7" in text
     assert "process       " in text
     assert "folder        /home/anna/swarm" in text
+    assert "reach" not in text
+
+
+def test_who_cannot_be_dialled_is_told_so() -> None:
+    told = "nobody can dial this computer; its work goes through carl and dora"
+    shown = View(status=make_status(reach=told), life=Life.RUNNING, folder=FOLDER, now=make_status().time)
+    assert f"reach         {told}" in "\n".join(on_screen(draw_status(shown, 120, 6), 120, 30))
 
 
 def test_a_list_of_peers() -> None:

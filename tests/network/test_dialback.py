@@ -15,11 +15,11 @@ import pytest
 from swarmtrain.errors import UnreachableError
 from swarmtrain.membership.dialling import DialBudget
 from swarmtrain.network.dialback import PURPOSE, DialBack
-from swarmtrain.network.dialling import Outcome, ask_to_dial, knock
+from swarmtrain.network.dialling import Outcome, ask_to_be_dialled, ask_to_dial, knock, tcp_ports
 from swarmtrain.network.identity import Identity, load_or_create_identity, new_identity, peer_bytes
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
-from swarmtrain.network.service import namespace_of, service_type
+from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import SnapshotStore
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -219,3 +219,30 @@ def test_a_knock_says_who_where_and_how_far(here: Here) -> None:
         here.run(knock(here.asker, RUN, InvitedPeer(new_identity().peer_id, addresses), 3.0))
     with pytest.raises(UnreachableError, match="does not serve this run"):
         here.run(knock(here.asker, "00" * 32, InvitedPeer(here.helper.identity.peer_id, addresses), 3.0))
+
+
+def test_a_peer_that_is_known_is_dialled_by_a_stranger(here: Here) -> None:
+    """At its port it is reached, though it is connected; where nobody listens it is not, though it is connected."""
+    asker, helper = here.asker, here.helper.identity.peer_id
+    port = tcp_ports(here.run(asker.addresses()))[0]
+    calls = PeerCalls(asker, RUN)
+    assert here.run(ask_to_be_dialled(calls, helper, [9, port])) is Outcome.REACHED
+    assert here.run(ask_to_be_dialled(calls, helper, [9])) is Outcome.NOT_REACHED
+    other, port_of_other = here.listener("another")
+    assert here.run(ask_to_be_dialled(calls, helper, [port_of_other])) is Outcome.NOT_REACHED
+    assert here.run(ask_to_be_dialled(calls, helper, [0, 70000])) is Outcome.REFUSED
+    here.back.budget = DialBudget(per_host=0)
+    assert here.run(ask_to_be_dialled(calls, helper, [port])) is Outcome.BUSY
+    here.run(other.stop())
+
+
+def test_a_hidden_peer_is_called_only_over_its_own_connection(here: Here) -> None:
+    stranger = new_identity().peer_id
+    calls = PeerCalls(here.helper, RUN, is_hidden=lambda peer: True)
+    failed: list[str] = []
+    calls.on_failure = lambda peer, error: failed.append(str(error))
+    with pytest.raises(UnreachableError, match="nobody can dial it, and it has no connection"):
+        here.run(calls.hello(stranger, pb.HelloRequest()))
+    assert failed
+    with pytest.raises(UnreachableError, match="does not serve this run"):  # it was called
+        here.run(calls.hello(here.asker.identity.peer_id, pb.HelloRequest()))

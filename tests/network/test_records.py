@@ -17,7 +17,7 @@ from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.records import bucket_of
 from swarmtrain.network import records
 from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
-from swarmtrain.network.identity import Identity, new_identity
+from swarmtrain.network.identity import Identity, new_identity, peer_bytes
 from swarmtrain.network.records import (
     MAX_RECORD_BYTES,
     PRESENCE,
@@ -248,6 +248,19 @@ def test_presence_round_trip() -> None:
         corpus_sha256="ab" * 32,
     )
     assert presence_from_proto_untrusted(ME.peer_id, presence_to_proto(info)) == info
+    hidden = PeerInfo(peer=ME.peer_id, stamp=1.5, hidden=True, hosts=(OTHER.peer_id, new_identity().peer_id))
+    assert presence_from_proto_untrusted(ME.peer_id, presence_to_proto(hidden)) == hidden
+
+
+def test_a_presence_with_everything_fits_a_record() -> None:
+    """A hidden peer has hosts and no address, another addresses and no host; here is more than either."""
+    hosts = tuple(new_identity().peer_id for _ in range(4))
+    addresses = tuple(f"/ip4/203.0.113.{number}/tcp/31337" for number in range(8))
+    numbers = {"round": 10**6, "part": 4, "part_tokens": 10**6, "inner_steps_done": 999, "run_tokens": 10**13}
+    info = PeerInfo(peer=ME.peer_id, name="n" * 64, stamp=1.5e9, steps_per_s=2.5, corpus_sha256="ab" * 32,
+                    hidden=True, hosts=hosts, addresses=addresses, **numbers)  # type: ignore[arg-type] # fmt: skip
+    record = pb.Record(run_sha256=RUN, prefix="0" * 24, presence=presence_to_proto(info))
+    assert record.ByteSize() < MAX_RECORD_BYTES - 64
 
 
 @pytest.mark.parametrize(
@@ -267,6 +280,8 @@ def test_presence_round_trip() -> None:
         {"addresses": ["/ip4/1.2.3.4/tcp/5\n"]},
         {"addresses": ["/\x1b[2J"]},
         {"corpus_sha256": b"short"},
+        {"hosts": [b"no PeerID"]},
+        {"hosts": [peer_bytes(ME.peer_id)] * 5},
         {"round": 2**40},
         {"run_tokens": 2**60},
     ],

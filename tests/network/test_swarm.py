@@ -13,12 +13,13 @@ import pytest
 
 from swarmtrain.errors import BadBytesError, UnreachableError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, RefusedEvent
+from swarmtrain.membership.hosts import HostCandidate, Reach
 from swarmtrain.membership.lifecycle import PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.identity import Identity, new_identity
+from swarmtrain.network.identity import Identity, new_identity, peer_bytes
 from swarmtrain.network.node import NodeSettings, Traffic
 from swarmtrain.network.records import presence_to_proto
 from swarmtrain.network.signing import sign
@@ -210,10 +211,10 @@ def test_a_state_of_another_branch_is_not_taken_for_the_present_one() -> None:
             swarm.set_state(Progress(round=7, peer_tokens={peer.peer_id: 9}, roster_sha256=roster.digest), Body([]))
             for _ in range(2):
                 reply = await swarm.state(pb.StateRequest(min_round=7))
-                assert reply.HasField("manifest") and swarm._state_held is not None
-                manifest = swarm._state_held.snapshot.manifest
+                assert reply.HasField("manifest") and swarm.offer._held is not None
+                manifest = swarm.offer._held.snapshot.manifest
                 assert manifest.roster_sha256.hex() == roster.digest
-                assert reply.manifest == swarm._state_held.snapshot.signed
+                assert reply.manifest == swarm.offer._held.snapshot.signed
 
     run(body, Hellos())
 
@@ -278,3 +279,73 @@ def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
 
     run(body, Hellos())
     assert told == [pb.Progress(tokens=600, round=6), pb.Progress(tokens=700, round=7)]
+
+
+# ---------------------------------------------------------------- peers that nobody can dial
+
+
+class AHost:
+    """Stands in for `Hosting`."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.gone: list[str] = []
+
+    def ask(self, peer: str) -> bool:
+        self.asked.append(peer)
+        return True
+
+    def left(self, peer: str) -> None:
+        self.gone.append(peer)
+
+    async def answer(self, request: pb.PublicationRequest) -> pb.PublicationReply:
+        return pb.PublicationReply(busy=True)
+
+
+def test_a_host_takes_a_guest_in_one_small_call_and_lets_it_go() -> None:
+    async def body(swarm: Swarm) -> None:
+        request = pb.HelloRequest(presence=presence(BEN), wants_host=True)
+        assert not swarm.hello(request, BEN.peer_id).hosting, "it merges with rosters"
+        host: Any = AHost()
+        swarm.hosting = host
+        reply = swarm.hello(request, BEN.peer_id)
+        assert reply.hosting and not reply.others and reply.ByteSize() < 100
+        assert host.asked == [BEN.peer_id]
+        swarm.me = dataclasses.replace(swarm.me, hidden=True)
+        assert not swarm.hello(request, BEN.peer_id).hosting, "nobody can dial the host either"
+        swarm.hello(pb.HelloRequest(presence=presence(BEN), leaving=True), BEN.peer_id)
+        assert host.gone == [BEN.peer_id]
+
+    run(body, Hellos())
+
+
+def test_a_guests_publication_is_the_hosts_business_and_nobody_elses() -> None:
+    async def body(swarm: Swarm) -> None:
+        of_carl = pb.PublicationRequest(author=peer_bytes(CARL.peer_id))
+        assert (await swarm.publication(of_carl, BEN.peer_id)).away
+        host: Any = AHost()
+        swarm.hosting = host
+        assert (await swarm.publication(of_carl, BEN.peer_id)).busy
+        own = pb.PublicationRequest(author=peer_bytes(ME.peer_id))
+        assert not (await swarm.publication(own, BEN.peer_id)).busy
+
+    run(body, Hellos())
+
+
+def test_a_hidden_peer_tells_its_hosts_and_no_address() -> None:
+    async def body(swarm: Swarm) -> None:
+        async def addresses() -> tuple[str, ...]:
+            return ("/ip4/10.0.0.7/tcp/31337",)
+
+        swarm.node.addresses = addresses  # type: ignore[method-assign]
+        await swarm._look_where_we_are()
+        assert swarm.me.addresses and not swarm.me.hidden
+        swarm.reaching.reachability.state = Reach.HIDDEN
+        swarm.reaching.choice.choose([HostCandidate(peer=BEN.peer_id), HostCandidate(peer=CARL.peer_id)], 0.0)
+        swarm.reaching.choice.answered(BEN.peer_id, True, 0.0)
+        await swarm._look_where_we_are()
+        assert (swarm.me.addresses, swarm.me.hidden, swarm.me.hosts) == ((), True, (BEN.peer_id,))
+        assert swarm.hello(pb.HelloRequest(), CARL.peer_id).HasField("presence")
+        assert swarm.invite().peers[0].addresses, "an invite names somebody"
+
+    run(body, Hellos())

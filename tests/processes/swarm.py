@@ -270,6 +270,9 @@ class Swarm:
     folder: Path
     children: list[Child] = field(default_factory=list)
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
+    inside: dict[str, list[str]] = field(default_factory=dict)
+    """Commands that put the peers of these names elsewhere: into a network namespace, say."""
+    listen: str = "127.0.0.1:0"
 
     def __enter__(self) -> Swarm:
         return self
@@ -308,6 +311,7 @@ class Swarm:
         if prelude:
             code = f"{prelude}\nfrom swarmtrain.cli.main import main\nmain()"
             command = [sys.executable, "-c", code, *arguments]
+        command = [*self.inside.get(name, []), *command]
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / f"{name}-{len(self.children)}.log"
         with log.open("wb") as errors:
@@ -324,7 +328,7 @@ class Swarm:
         return child
 
     def _peer(self, name: str, arguments: Sequence[str], prelude: str = "") -> Child:
-        own = ["--json", "--name", name, "--dir", str(self.folder / name), "--listen", "127.0.0.1:0"]
+        own = ["--json", "--name", name, "--dir", str(self.folder / name), "--listen", self.listen]
         return self.start(name, [*arguments, *own], prelude=prelude)
 
     def bootstrap(self, run_file: Path, *extra: str, name: str = "bootstrap") -> Child:

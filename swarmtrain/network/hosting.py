@@ -1,0 +1,177 @@
+"""Publications of peers that nobody can dial: a host pulls them and serves them on, a reader goes to the host.
+
+A hidden peer keeps connections open to its hosts. When a reader asks a host for one of its guests, the host asks the
+guest over that connection, pulls what is new (one pull for each guest at a time, whoever waits for it) and serves it
+like its own. Signed and content-addressed, it is the same snapshot, so that a host that lies is found out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.membership.hosts import Guests, most_guests
+from swarmtrain.membership.lifecycle import Membership
+from swarmtrain.membership.partners import BackOff
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import peer_id_from_bytes_untrusted
+from swarmtrain.network.node import Node
+from swarmtrain.network.publications import PublicationRules, publication_untrusted
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.snapshots import Held, SnapshotStore, pull_chunks
+from swarmtrain.network.tasks import end_tasks
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Hosting", "Routes"]
+
+_log = logging.getLogger(__name__)
+_ASK_AGAIN_S = 1.0
+_WAIT_S = 20.0
+_MAX_WAITING = 32
+_KEPT = 2
+
+
+@dataclass
+class _Kept:
+    """What is here of one guest: its last publications, newest last, and its word of itself."""
+
+    held: list[Held] = field(default_factory=list)
+    presence: pb.Signed = field(default_factory=pb.Signed)
+    asked_s: float = float("-inf")
+    bringing: asyncio.Task[None] | None = None
+
+
+@dataclass
+class Hosting:
+    """The host's part."""
+
+    calls: PeerCalls
+    store: SnapshotStore
+    rules: PublicationRules
+    presence: Callable[[], pb.Signed]
+    refused: Callable[[str, PeerError], None]
+    guests: Guests = field(init=False)
+    _kept: dict[str, _Kept] = field(default_factory=dict)
+    _num_waiting: int = 0
+
+    def __post_init__(self) -> None:
+        self.guests = Guests(most=most_guests(sum(spec.size_bytes for spec in self.rules.specs)))
+
+    def ask(self, peer: str) -> bool:
+        """Whether `peer`, which asks for a host, is served from here on."""
+        is_guest, reason = self.guests.ask(peer, swarm_time())
+        if not is_guest:
+            _log.debug("%s is no guest: %s", peer, reason)
+        return is_guest
+
+    async def answer(self, request: pb.PublicationRequest) -> pb.PublicationReply:
+        """The newest publication of a guest; what is here of it while a newer one is long in coming."""
+        try:
+            author = peer_id_from_bytes_untrusted(request.author)
+        except BadBytesError:
+            return pb.PublicationReply(away=True)
+        here = self.guests.current(swarm_time())
+        for gone in self._kept.keys() - set(here):
+            self._forget(gone)
+        if author not in here:
+            return pb.PublicationReply(away=True)
+        if self.store.num_readers >= self.store.max_readers or self._num_waiting >= _MAX_WAITING:
+            return pb.PublicationReply(busy=True)
+        kept = self._kept.setdefault(author, _Kept())
+        if kept.bringing is None and swarm_time() >= kept.asked_s + _ASK_AGAIN_S:
+            kept.bringing = asyncio.create_task(self._bring(author, kept))
+        if kept.bringing is not None:
+            self._num_waiting += 1
+            try:
+                await asyncio.wait({kept.bringing}, timeout=_WAIT_S)
+            finally:
+                self._num_waiting -= 1
+        if not kept.held:
+            return pb.PublicationReply(busy=True)
+        reply, newest = pb.PublicationReply(presence=kept.presence), kept.held[-1]
+        manifest = newest.snapshot.manifest
+        if not request.has_any or (manifest.round, manifest.part) != (request.round, request.part):
+            self.store.add(newest)  # rounds that this peer forgets of its own may be a slower guest's present
+            reply.manifest.CopyFrom(newest.snapshot.signed)
+        return reply
+
+    async def _bring(self, guest: str, kept: _Kept) -> None:
+        """Ask a guest for what it has that is newer, and pull it."""
+        try:
+            await self._bring_untrusted(guest, kept)
+        except PeerError as error:
+            _log.debug("guest %s: %s", guest, error)
+            if isinstance(error, BadBytesError):
+                self.refused(guest, error)
+        finally:
+            kept.asked_s, kept.bringing = swarm_time(), None
+
+    async def _bring_untrusted(self, guest: str, kept: _Kept) -> None:
+        request = pb.PublicationRequest(has_any=bool(kept.held), presence=self.presence())
+        if kept.held:
+            newest = kept.held[-1].snapshot.manifest
+            request.round, request.part = newest.round, newest.part
+        reply = await self.calls.publication(guest, request)
+        kept.presence = reply.presence
+        if not reply.HasField("manifest"):
+            return
+        held, _ = publication_untrusted(self.rules, guest, reply.manifest)
+        failures: list[PeerError] = []
+        async with self.calls.pull_slots:
+            chunks, limits = range(held.snapshot.num_chunks), self.rules.pull
+            blame = lambda _, error: failures.append(error)  # noqa: E731 - as short as it can be
+            try:
+                await pull_chunks(held, chunks, [guest], self.calls.open_pull, limits, blame)
+            except PeerError:
+                raise (failures[-1] if failures else PeerError("it serves as many readers as it may")) from None
+        if guest not in self.guests.current(swarm_time()):
+            return
+        self.store.add(held)
+        kept.held.append(held)
+        while len(kept.held) > _KEPT:
+            self.store.drop(kept.held.pop(0).snapshot.sha256)
+
+    def left(self, peer: str) -> None:
+        """`peer` said goodbye: what is here of it is served no longer."""
+        self.guests.left(peer)
+        self._forget(peer)
+
+    def _forget(self, guest: str) -> None:
+        kept = self._kept.pop(guest, None)
+        for held in kept.held if kept is not None else ():
+            self.store.drop(held.snapshot.sha256)
+
+    async def stop(self) -> None:
+        """Pull nothing more."""
+        await end_tasks(kept.bringing for kept in self._kept.values() if kept.bringing is not None)
+
+
+@dataclass
+class Routes:
+    """The reader's part: whom to ask for a peer's publication. A host that fails is left alone for a while."""
+
+    node: Node
+    membership: Membership
+    rng: random.Random = field(default_factory=random.Random)
+    back_off: BackOff = field(default_factory=lambda: BackOff(first_s=5.0, most_s=60.0))
+
+    async def to(self, peer: str) -> tuple[str, ...]:
+        """`peer` itself, or if it cannot be called its hosts, in the order in which to ask them; maybe none."""
+        info = self.membership.info(peer)
+        if info is None or not info.hidden or await self.node.seen_at(peer):
+            return (peer,)
+        hosts = [host for host in info.hosts if host != self.membership.me]
+        ready, _ = self.back_off.ready(hosts, swarm_time())
+        return tuple(sorted(self.rng.sample(hosts, len(hosts)), key=lambda host: host not in ready))
+
+    def failed(self, host: str, reason: str) -> None:
+        """A host could not be reached, stalled, or lied: that is not the author's fault."""
+        _log.debug("host %s: %s", host, self.back_off.failed(host, swarm_time(), reason))
+
+    def answered(self, host: str) -> None:
+        """Something good came through it."""
+        self.back_off.answered(host)

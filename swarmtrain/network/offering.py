@@ -1,0 +1,73 @@
+"""The state that this peer offers to joiners and to those who missed a round: made a snapshot when somebody asks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain.membership.progress import Progress
+from swarmtrain.network.identity import Identity, peer_bytes
+from swarmtrain.network.snapshots import Body, Held, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Offer", "state_specs"]
+
+
+def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensor table of a state: the outer parameters, then their momentum."""
+    return tuple(
+        TensorSpec(f"{part}/{spec.name}", spec.shape, spec.dtype) for part in ("theta", "momentum") for spec in specs
+    )
+
+
+@dataclass
+class Offer:
+    """The newest state."""
+
+    identity: Identity
+    run_sha256: str
+    specs: Sequence[TensorSpec]
+    store: SnapshotStore
+    coverage: Callable[[], Sequence[pb.Signed]] = tuple
+    """What is told with it of the data that were seen."""
+    progress: Progress | None = None
+    _body: Body | None = None
+    _held: Held | None = None
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def put(self, progress: Progress, body: Body) -> None:
+        """Offer this one from now on; nobody may write into its buffers any more."""
+        self.progress, self._body = progress, body
+
+    async def held(self, min_round: int) -> tuple[Progress, Held] | None:
+        """The newest state as a snapshot, if it is of `min_round` or later."""
+        async with self._lock:
+            progress, body = self.progress, self._body
+            if progress is None or body is None or progress.round < min_round:
+                return None
+            held = self._held
+            if held is None or _led_to(held) != (progress.round, progress.roster_sha256):
+                held = await asyncio.to_thread(self._build, progress, body)
+                self._held = held
+                self.store.add(held)
+            return progress, held
+
+    def _build(self, progress: Progress, body: Body) -> Held:
+        manifest = pb.Manifest(
+            run_sha256=bytes.fromhex(self.run_sha256),
+            kind=pb.SNAPSHOT_KIND_STATE,
+            round=progress.round,
+            run_tokens=progress.run_tokens,
+            roster_sha256=bytes.fromhex(progress.roster_sha256),
+            coverage=self.coverage(),
+        )
+        for peer, tokens in sorted(progress.peer_tokens.items()):
+            manifest.peer_tokens.add(peer=peer_bytes(peer), tokens=tokens)
+        return build_snapshot(self.identity, manifest, self.specs, body)
+
+
+def _led_to(state: Held) -> tuple[int, str]:
+    """Its round, and the digest of the roster that led to it: a branch that is left has states of the same rounds."""
+    manifest = state.snapshot.manifest
+    return manifest.round, manifest.roster_sha256.hex()

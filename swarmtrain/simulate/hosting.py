@@ -1,0 +1,168 @@
+"""A simulated gossip swarm in which nobody can dial some of the peers: their publications go through hosts.
+
+The peers run the product's own decisions: who is hidden, which hosts it chooses and replaces, whom a host takes. A
+hidden peer opens connections to its hosts alone; whoever else wants its publication asks one of those, which pulls it
+first if it has not got it. Whom a hidden peer may ask to dial it, and which hosts there are, it knows from presences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from swarmtrain.membership.hosts import (
+    NUM_ASKED,
+    Guests,
+    HostChoice,
+    Reach,
+    Reachability,
+    host_candidates,
+)
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.partners import BackOff
+from swarmtrain.simulate.gossip import GossipPeer, GossipSettings, GossipSwarm, Publication
+from swarmtrain.simulate.messages import Link
+from swarmtrain.simulate.network import Refused
+
+__all__ = ["HostedPeer", "HostedSwarm"]
+
+_LOOK_S = 5.0
+_KEPT = 2
+
+
+class HostedPeer(GossipPeer):
+    """A volunteer that may be hidden, and a host if it is not."""
+
+    def __init__(self, swarm: HostedSwarm, name: str, speed: float, theta: float, link: Link) -> None:
+        self.hosted = swarm
+        self.reachability, self.choice, self.guests = Reachability(), HostChoice(me=name), Guests()
+        self.routes = BackOff(first_s=5.0, most_s=60.0)
+        self.most_guests = 0
+        self._kept: dict[str, list[Publication]] = {}
+        self._chance = random.Random(f"hosts {swarm.seed} {name}")
+        super().__init__(swarm, name, speed, theta, link)
+        swarm.clock.call_later(1.0 + self._chance.random(), self.deliver, self._look)
+
+    # ------------------------------------------------------------------ the hidden peer
+
+    def _look(self) -> None:
+        """As the product does every few seconds: ask to be dialled if it is due, talk to the hosts."""
+        now, swarm = self.swarm.clock.now, self.hosted
+        hidden = self.reachability.state is Reach.HIDDEN
+        due = self.reachability.is_due(now)
+        candidates = host_candidates(self.membership.live()) if hidden or due else []
+        if due:
+            asked = self._chance.sample(candidates, min(NUM_ASKED, len(candidates)))
+            answers = [swarm.can_call(one.peer, self) if swarm.peers[one.peer].running else None for one in asked]
+            self.reachability.told(answers, now, self._chance)
+        if self.reachability.state is Reach.HIDDEN:
+            self.choice.choose(candidates, now)
+            for host in self.choice.chosen:
+                if swarm.peers[host].running:
+                    self.choice.answered(host, swarm.peers[host].take_guest(self.name), now)
+            if self.name in swarm.board:
+                info, mark, expires_s = swarm.board[self.name]
+                swarm.board[self.name] = (self._describe(dataclasses.replace(info, stamp=now)), mark, expires_s)
+        else:
+            self.choice.clear()
+        swarm.clock.call_later(_LOOK_S, self.deliver, self._look)
+
+    def _describe(self, info: PeerInfo) -> PeerInfo:
+        hidden = self.reachability.state is Reach.HIDDEN
+        addresses = () if hidden else (self.name,)
+        return dataclasses.replace(info, hidden=hidden, hosts=self.choice.serving, addresses=addresses)
+
+    # ------------------------------------------------------------------ the host
+
+    def take_guest(self, peer: str) -> bool:
+        """Whether it serves `peer` from here on."""
+        now = self.swarm.clock.now
+        is_guest, _ = self.guests.ask(peer, now)
+        self.most_guests = max(self.most_guests, len(self.guests.current(now)))
+        return is_guest
+
+    def provide(self, what: str) -> Any:
+        """Its own, or a guest's: "of NAME manifest", "of NAME body ROUND PART"."""
+        of, _, rest = what.partition(" ")
+        if of != "of":
+            return super().provide(what)
+        author, _, rest = rest.partition(" ")
+        if author not in self.guests.current(self.swarm.clock.now):
+            return Refused("no guest of this host")
+        kept = self._kept.setdefault(author, [])
+        if rest == "manifest":
+            if self.brings(author):
+                kept.append(self.hosted.peers[author].provide("manifest"))
+                del kept[:-_KEPT]
+            return kept[-1] if kept else Refused("it has published nothing yet")
+        return next((one for one in kept if rest == f"body {one.mark.round} {one.mark.part}"), None)
+
+    def brings(self, author: str) -> bool:
+        """Whether a guest has something that is not here yet."""
+        guest, kept = self.hosted.peers[author], self._kept.get(author)
+        newest = guest.provide("manifest") if guest.running else None
+        return isinstance(newest, Publication) and not (kept and kept[-1].mark == newest.mark)
+
+    # ------------------------------------------------------------------ the reader
+
+    def _fetch(self, peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
+        info = self.membership.info(peer)
+        if info is None or not info.hidden:
+            if self.hosted.can_call(self.name, self.hosted.peers[peer]):
+                super()._fetch(peer, what, num_bytes, done)
+            else:  # one that has not found out yet
+                self.swarm.clock.call_later(self.settings.stall_limit_s, self.deliver, done, None)
+            return
+        now = self.swarm.clock.now
+        hosts = self._rng.sample(info.hosts, len(info.hosts))
+        ready, _ = self.routes.ready(hosts, now)
+        hosts.sort(key=lambda host: host not in ready)
+        self._through(hosts, peer, what, num_bytes, done)
+
+    def _through(self, hosts: list[str], peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
+        """Ask one of the hosts, the next one if it fails."""
+        if not hosts:
+            self.swarm.clock.call_later(0.0, self.deliver, done, Refused("none of its hosts has it"))
+            return
+        host, rest = hosts[0], hosts[1:]
+        through = self.hosted.peers[host]
+        if what == "manifest" and through.running and through.brings(peer):
+            num_bytes += self.settings.publication_bytes  # the host pulls it first
+            self.hosted.peers[peer].bytes_up += self.settings.publication_bytes
+        again = partial(self._came, host, partial(self._through, rest, peer, what, num_bytes, done), done)
+        self.swarm.pull(self, host, f"of {peer} {what}", num_bytes, again)
+
+    def _came(self, host: str, next_one: Callable[[], None], done: Callable[[Any], None], found: Any) -> None:
+        if isinstance(found, Publication):
+            self.routes.answered(host)
+            done(found)
+            return
+        if found is None:
+            self.routes.failed(host, self.swarm.clock.now, "unreachable")
+        next_one()
+
+
+class HostedSwarm(GossipSwarm):
+    """A gossip swarm, some of whose machines nobody can dial."""
+
+    def __init__(
+        self,
+        hidden: Callable[[str], bool],
+        settings: GossipSettings | None = None,
+        *,
+        link: Link | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(settings, link=link, seed=seed)
+        self.is_hidden = hidden
+        self.peers: dict[str, HostedPeer] = {}  # type: ignore[assignment]
+
+    def _make(self, name: str, steps_per_s: float, theta: float, link: Link) -> HostedPeer:
+        return HostedPeer(self, name, steps_per_s, theta, link)
+
+    def can_call(self, caller: str, peer: HostedPeer) -> bool:
+        """Whether `caller` reaches `peer`: if that one can be dialled, or has a connection to it."""
+        return not self.is_hidden(peer.name) or caller in peer.choice.chosen
