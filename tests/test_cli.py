@@ -29,6 +29,7 @@ from swarmtrain.events import Event, WarningEvent, parse_event
 
 PEER_OPTIONS = (
     *("--dir", "--name", "--json", "--listen", "--announce", "--control", "--metrics", "--log-level", "--background"),
+    "--only-announced",  # hidden, for rehearsals
 )
 
 WHICH_PEER = ("[NAME]", "--dir", "--address")
@@ -40,11 +41,12 @@ FROZEN: dict[str, tuple[str, ...]] = {
         "[INVITE]",
         *("--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down", "--slowdown"),
         "--data",
+        "--fail-pulls",  # hidden, for rehearsals
         *PEER_OPTIONS,
     ),
     "local": (
         "RUN.toml",
-        *("--peers", "--threads", "--slowdown"),
+        *("--peers", "--threads", "--slowdown", "--rtt", "--link-up", "--link-down", "--fail-pulls"),
         *("--compare-alone", "--data", "--dir", "--json", "--log-level"),
     ),
     "status": (*WHICH_PEER, "--all", "--json"),
@@ -122,6 +124,13 @@ def test_help_is_quick_and_needs_nothing_heavy() -> None:
         (["check", "/nowhere.toml"], "error: /nowhere.toml: no such run file"),
         (["join", "st1x", "--slowdown", "0.5"], "error: Invalid value for '--slowdown': 0.5 is refused; allowed: 1 "),
         (["local", "x.toml", "--slowdown", "2,,3"], "error: Invalid value for '--slowdown': '' is no factor; write "),
+        (["local", "x.toml", "--rtt", "-1"], "error: Invalid value for '--rtt': -1.0 is not in the range 0<=x<=2000."),
+        (["local", "x.toml", "--rtt", "fast"], "error: Invalid value for '--rtt': 'fast' is not a valid float range."),
+        (["local", "x.toml", "--rtt", "nan"], "error: Invalid value for '--rtt': nan is no number; "),
+        (["local", "x.toml", "--link-up", "0"], "error: Invalid value for '--link-up': 0.0 is not in the range 0.1<=x"),
+        (["local", "x.toml", "--link-down", "inf"], "error: Invalid value for '--link-down': inf is not in the range "),
+        (["local", "x.toml", "--fail-pulls", "101"], "error: Invalid value for '--fail-pulls': 101.0 is not in the "),
+        (["join", "st1x", "--only-announced"], "error: --only-announced: nobody could find this peer; give --announce"),
         (
             ["local", "x.toml", "--peers", "4", "--slowdown", "2,2.6"],
             "error: --slowdown has 2 factors for 4 volunteers: give one for each, or --peers 2 (see swarmtrain local",

@@ -61,6 +61,7 @@ def command(
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,
+        only_announced=options.only_announced,
     )
 
     def make_display() -> PeerDisplay:

@@ -46,6 +46,7 @@ __all__ = [
     "addresses",
     "errors_as_events",
     "example",
+    "finite",
     "open_sink",
     "peer_directory",
     "peer_options",
@@ -79,6 +80,7 @@ class PeerOptions:
     background: bool = False
     control: str = ""  # HOST:PORT
     metrics: str = ""  # HOST:PORT
+    only_announced: bool = False
     stop: StopFlag = field(default_factory=StopFlag, compare=False)
 
 
@@ -129,6 +131,13 @@ def _metrics_address(ctx: click.Context, param: click.Parameter, value: str) -> 
 def _name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", value):
         raise click.BadParameter(f"{value!r}: at most 32 letters, digits, dots, hyphens and underscores", ctx, param)
+    return value
+
+
+def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """An option's number, which nan is not."""
+    if value is not None and value != value:
+        raise click.BadParameter("nan is no number; write one, such as 10", ctx, param)
     return value
 
 
@@ -187,6 +196,12 @@ _PEER_OPTIONS = (
         is_flag=True,
         help="Wait until it takes part, then leave it running without this terminal.",
     ),
+    click.option(
+        "--only-announced",
+        is_flag=True,
+        hidden=True,
+        help="For a rehearsal: tell others the addresses of --announce and no others.",
+    ),
 )
 
 
@@ -205,6 +220,8 @@ def peer_options(function: _F) -> _F:
 
     @functools.wraps(function)
     def bundled(**values: Any) -> Any:
+        if values["only_announced"] and not values["announce"]:
+            raise click.UsageError("--only-announced: nobody could find this peer; give --announce ADDRESS too")
         if values["background"] and not is_the_background():
             return _start_in_background(values)
         from swarmtrain.cli.stopping import stop_on_signals

@@ -14,6 +14,7 @@ from swarmtrain.cli.common import (
     PeerOptions,
     errors_as_events,
     example,
+    finite,
     open_sink,
     peer_directory,
     peer_options,
@@ -109,8 +110,9 @@ def _limit_options(function: _F) -> _F:
     metavar="FOLDER",
     help="Where your own files are, for runs that train on text or JSON lines.",
 )
+@click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, hidden=True, metavar="PCT", help="For a rehearsal: so many per cent of what others pull from this peer breaks off midway, the same for the same --name.")  # fmt: skip
 @peer_options
-def command(invite: str, limits: Limits, data: Path | None, options: PeerOptions) -> None:
+def command(invite: str, limits: Limits, data: Path | None, fail_pulls: float, options: PeerOptions) -> None:
     """Join the run of INVITE and train until it ends.
 
     Fetches the run, checks it against the hash in the invite, and trains on this machine. Nothing that arrives is
@@ -140,6 +142,8 @@ def command(invite: str, limits: Limits, data: Path | None, options: PeerOptions
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,
+        only_announced=options.only_announced,
+        fail_pulls_share=fail_pulls / 100,
     )
     with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
         emit(run_volunteer(parsed, settings, emit, options.stop))

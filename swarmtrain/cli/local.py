@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmtrain.cli.common import example
+from swarmtrain.cli.common import example, finite
 
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
     from swarmtrain.events import Event
-    from swarmtrain.peer.local import LocalSwarm
+    from swarmtrain.peer.local import LinkPlan, LocalSwarm
     from swarmtrain.peer.stopping import StopFlag
     from swarmtrain.run import RunFile
 
 __all__ = ["command"]
 
 _SAMPLE_TOKENS = 240
+_MAX_RTT_MS = 2000
+_LEAST_MBIT = 0.1
 
 
 def _slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
@@ -38,12 +40,17 @@ def _slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) ->
         "swarmtrain local examples/stdlib-gpt.toml --peers 3",
         "swarmtrain local run.toml --peers 4 --compare-alone --dir runs/first",
         "swarmtrain local run.toml --peers 4 --slowdown 2,2.6,5.2,11.4",
+        "swarmtrain local run.toml --rtt 100 --link-up 10 --link-down 10 --fail-pulls 5",
     ),
 )
 @click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
 @click.option("--peers", type=click.IntRange(1, 256), default=3, show_default=True, help="Volunteers to start.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Processor threads of each.")
 @click.option("--slowdown", "slowdowns", callback=_slowdowns, metavar="F,...", help="To rehearse an unequal swarm: how many times slower than this machine could each volunteer trains, such as 2,2.6,5.2,11.4 for four. Less exact with more than one thread.  [default: all as fast as they can]")  # fmt: skip
+@click.option("--rtt", type=click.FloatRange(0, _MAX_RTT_MS), callback=finite, metavar="MS", help="To rehearse the internet: milliseconds from a peer to another and back.  [default: this machine's]")  # fmt: skip
+@click.option("--link-up", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... what each volunteer can send, in Mbit/s.  [default: no limit]")  # fmt: skip
+@click.option("--link-down", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... and receive.  [default: no limit]")  # fmt: skip
+@click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, metavar="PCT", help="... how many per cent of the volunteers' transfers break off midway.  [default: none]")  # fmt: skip
 @click.option("--compare-alone", is_flag=True, help="Afterwards train one volunteer alone for as many steps.")
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on text or JSON lines.  [default: the run file's folder]")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the peers keep their files and the model is left.  [default: runs/NAME-TIME]")  # fmt: skip
@@ -60,6 +67,10 @@ def command(
     peers: int,
     threads: int,
     slowdowns: tuple[float, ...],
+    rtt: float | None,
+    link_up: float | None,
+    link_down: float | None,
+    fail_pulls: float,
     compare_alone: bool,
     data: Path | None,
     directory: Path | None,
@@ -89,9 +100,10 @@ def command(
             directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         directory.mkdir(parents=True, exist_ok=True)
         common = ["--threads", str(threads), "--data", str(data or run_file.parent), "--log-level", log_level]
+        common += [f"--fail-pulls={fail_pulls}"] if fail_pulls else []
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         try:
-            trained = _train(_Plan(run_file, run, directory, extra, as_json), stop)
+            trained = _train(_Plan(run_file, run, directory, extra, as_json, _links(rtt, link_up, link_down)), stop)
             _show_sample(directory, as_json)
             for part in trained.parts.values():
                 click.echo(part.line(), err=as_json)
@@ -112,6 +124,16 @@ class _Plan:
     extra: list[list[str]]
     """Of each volunteer, what its `join` is told."""
     as_json: bool
+    links: LinkPlan | None
+    """None where they are not rehearsed."""
+
+
+def _links(rtt_ms: float | None, up_mbit: float | None, down_mbit: float | None) -> LinkPlan | None:
+    from swarmtrain.peer.local import LinkPlan
+
+    if (rtt_ms, up_mbit, down_mbit) == (None, None, None):
+        return None
+    return LinkPlan(rtt_ms=rtt_ms or 0.0, up_mbit=up_mbit or 0.0, down_mbit=down_mbit or 0.0)
 
 
 @dataclass
@@ -159,7 +181,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     """Run the swarm to its end. Its children end with it, whatever happens."""
     from swarmtrain.cli.common import PeerOptions, open_sink
     from swarmtrain.cli.display import SwarmDisplay
-    from swarmtrain.peer.local import LocalSwarm
+    from swarmtrain.peer.local import LocalLinks, LocalSwarm
     from swarmtrain.peer.stopping import Interrupted
 
     run = plan.run.run
@@ -170,7 +192,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     options = PeerOptions(
         dir=plan.directory, name="", json=plan.as_json, listen=(), announce=(), log_level="warning", stop=stop
     )
-    swarm = LocalSwarm(plan.directory, stop.check)
+    swarm = LocalSwarm(plan.directory, stop.check, None if plan.links is None else LocalLinks(plan.links))
     try:
         with open_sink(options, make_display) as emit:
             try:
@@ -191,14 +213,14 @@ def _watch(swarm: LocalSwarm, emit: EventSink, plan: _Plan) -> tuple[dict[str, _
     """Start everyone and show their events to the end; (what each volunteer has done, held-out loss)."""
     from swarmtrain.events import DoneEvent, InviteEvent
 
-    company = ["--wait-for", str(len(plan.extra))]
-    swarm.start("bootstrap", ["bootstrap", str(plan.run_file), "--listen", "127.0.0.1:0", *company])
+    company, place = ["--wait-for", str(len(plan.extra))], swarm.place("bootstrap", limited=False)
+    swarm.start("bootstrap", ["bootstrap", str(plan.run_file), *place, *company])
     invite, seen = swarm.wait_for_invite()
     for event in seen:
         emit(event)
     parts = {name: _Part(name) for name in (f"volunteer-{number}" for number in range(1, len(plan.extra) + 1))}
     for name, extra in zip(parts, plan.extra, strict=True):
-        swarm.start(name, ["join", invite.invite, "--listen", "127.0.0.1:0", *extra])
+        swarm.start(name, ["join", invite.invite, *swarm.place(name, limited=True), *extra])
     loss = None
     for event in swarm.events():
         if not isinstance(event, InviteEvent):  # the bootstrap's is enough

@@ -110,6 +110,7 @@ class NodeSettings:
     """Where a node listens and keeps its files. Addresses are multiaddresses without /p2p.
 
     `dht_mode` is libp2p's own DHT's, through which daemons find each other; with "off" a node dials nobody by itself.
+    With `only_announced` nobody is told where it listens, but only what it announces.
     """
 
     directory: Path
@@ -117,6 +118,7 @@ class NodeSettings:
     announce: tuple[str, ...] = ()
     call_limit_s: float = 5.0
     dht_mode: str = "server"
+    only_announced: bool = False
 
 
 @dataclass
@@ -196,6 +198,7 @@ class Node:
                 settings.directory,
                 key_path,
                 host_maddrs=list(settings.listen),
+                announce_maddrs=list(settings.announce) if settings.only_announced else None,
                 dht_mode=settings.dht_mode,
                 nat_port_map=not loopback,
                 auto_nat=not loopback,
@@ -204,7 +207,7 @@ class Node:
             )
         except Exception as error:  # the adapter's boundary: whatever hivemind raises becomes one sentence
             raise _start_error(error, settings) from error
-        if len(await node.addresses()) <= len(settings.announce):
+        if len(await node.addresses()) <= len(settings.announce) and not settings.only_announced:
             await node.stop()
             raise _port_taken(settings)
         return node

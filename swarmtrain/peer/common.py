@@ -77,6 +77,10 @@ class PeerSettings:
     """Where to serve control over TCP too, HOST:PORT; empty: only at the socket in `directory`."""
     metrics: str = ""
     """Where to serve Prometheus metrics, HOST:PORT; empty: nowhere."""
+    only_announced: bool = False
+    """For a rehearsal: others are told what is announced and nothing else."""
+    fail_pulls_share: float = 0.0
+    """For a rehearsal: the share of pulls from this peer that break off midway."""
 
 
 def clock_warning(correction_s: float) -> WarningEvent:
@@ -108,7 +112,9 @@ def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolde
     Without an address to listen at it takes the port it had last time in this folder, so that its invites stay good.
     """
     identity = load_or_create_identity(folder.key_path)
-    node_settings = NodeSettings(directory=folder.path, announce=settings.announce)
+    node_settings = NodeSettings(
+        directory=folder.path, announce=settings.announce, only_announced=settings.only_announced
+    )
     if settings.listen:
         node_settings = dataclasses.replace(node_settings, listen=settings.listen)
         return wait_for(network.submit(Node.start(node_settings, identity, folder.key_path)), stop)

@@ -19,10 +19,51 @@ from pathlib import Path
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, WarningEvent, parse_event
 from swarmtrain.network.daemon import owned_process_args
+from swarmtrain.network.links import Links, LinkShape
+from swarmtrain.network.node import NetworkThread
+from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 
-__all__ = ["LocalSwarm"]
+__all__ = ["LinkPlan", "LocalLinks", "LocalSwarm"]
 
 _STOP_LIMIT_S = 4.5
+_OPEN_LIMIT_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkPlan:
+    """The links that volunteers are behind; 0 is no delay and no limit. The bootstrap's has the delay alone."""
+
+    rtt_ms: float = 0.0
+    """From one peer to another and back: each link has a quarter of it each way."""
+    up_mbit: float = 0.0
+    down_mbit: float = 0.0
+
+    def shape(self, limited: bool) -> LinkShape:
+        """A link, of a volunteer if it is limited."""
+        up_mbit, down_mbit = (self.up_mbit, self.down_mbit) if limited else (0.0, 0.0)
+        return LinkShape(
+            delay_s=self.rtt_ms / 1000 / 4,
+            up_bytes_per_s=up_mbit * BYTES_PER_S_OF_MBIT,
+            down_bytes_per_s=down_mbit * BYTES_PER_S_OF_MBIT,
+        )
+
+
+class LocalLinks:
+    """The links of a swarm on this machine, carried by a thread of this process."""
+
+    def __init__(self, plan: LinkPlan) -> None:
+        self._plan = plan
+        self._network = NetworkThread()
+        self._links = Links()
+
+    def options(self, name: str, limited: bool) -> list[str]:
+        """Open a link for a new peer; what its command is told so that everything goes through it."""
+        link = self._network.run(self._links.open(name, self._plan.shape(limited)), _OPEN_LIMIT_S)
+        return ["--listen", link.listen, "--announce", link.announce, "--only-announced"]
+
+    def close(self) -> None:
+        """Cut them all."""
+        self._network.stop()
 
 
 @dataclass
@@ -42,8 +83,14 @@ class LocalSwarm:
     directory: Path
     check: Callable[[], None] = lambda: None
     """Called while waiting for events; what it raises ends the wait."""
+    links: LocalLinks | None = None
+    """What the children are behind; None: they reach each other directly."""
     children: dict[str, _Child] = field(default_factory=dict)
     _events: queue.Queue[tuple[str, Event | None]] = field(default_factory=queue.Queue)
+
+    def place(self, name: str, limited: bool) -> list[str]:
+        """Where a new child is to listen, as options: behind a link, if there are links."""
+        return ["--listen", "127.0.0.1:0"] if self.links is None else self.links.options(name, limited)
 
     def start(self, name: str, arguments: Sequence[str]) -> None:
         """Start `swarmtrain ARGUMENTS --json --dir DIRECTORY/name --name name`; standard error goes to name.log."""
@@ -118,7 +165,7 @@ class LocalSwarm:
         raise RunTimeError("the bootstrap printed no invite; see bootstrap.log")
 
     def stop(self) -> None:
-        """SIGTERM for every child, then, after a while, the end."""
+        """SIGTERM for every child, then, after a while, the end; of the links too."""
         for child in self.children.values():
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)  # not SIGINT: a background job ignores it at first
@@ -129,6 +176,9 @@ class LocalSwarm:
             except subprocess.TimeoutExpired:
                 child.process.kill()
                 child.process.wait()
+        if self.links is not None:
+            self.links.close()
+            self.links = None
 
     def last_words(self, limit_s: float = 1.0) -> Iterator[Event]:
         """What the children said while they were stopped."""

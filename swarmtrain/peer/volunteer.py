@@ -42,6 +42,7 @@ from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs, vect
 from swarmtrain.network.coverage import DataCoverage, shards_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite, InvitedPeer
+from swarmtrain.network.links import FailingPulls
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
@@ -300,6 +301,8 @@ class _Volunteer:
             swarm.coverage = DataCoverage(
                 swarm.identity, shards, swarm.tallying.explained, swarm.tallying.refused, swarm_time
             )
+        if self.settings.fail_pulls_share:
+            swarm.store.num_served = FailingPulls(self.settings.fail_pulls_share, self.name).num_served
         return swarm
 
     def _resume(

@@ -1,0 +1,57 @@
+"""Rehearsals of bad networks: pulls that fail, and a whole swarm behind links of which no byte goes round them."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from connections import between, connected_ports
+from swarm import Swarm, exit_limit_s, write_run
+
+from swarmtrain.events import DoneEvent, RoundEvent
+
+pytestmark = pytest.mark.processes
+
+
+def test_whoever_fails_all_pulls_is_merged_by_nobody_and_all_train_on(swarm: Swarm) -> None:
+    merge = {"method": "gossip", "inner_steps": 20, "min_peers": 2}
+    path = write_run(swarm.folder, merge=merge, network={"archive_every_s": 5.0})
+    invite = swarm.bootstrap(path).invite.invite
+    anna, ben = swarm.join("anna", invite, "--fail-pulls", "100"), swarm.join("ben", invite)
+    anna.wait_event(RoundEvent, lambda event: ben.id in event.partners)
+    ben.wait_more_rounds(4)
+    assert all(event.partners == () for event in ben.all(RoundEvent)), "its pulls broke off"
+    anna.wait_event(RoundEvent, lambda event, after=anna.last_round: event.round > after and ben.id in event.partners)
+    assert ben.last_round >= 4
+    bootstrap = next(child for child in swarm.children if child.name == "bootstrap")
+    swarm.interrupt_all([bootstrap, anna, ben])
+
+
+def private_ports(swarm: Swarm) -> set[int]:
+    """Where the peers of `local` listen, by their command lines."""
+    ports = set()
+    for pid in swarm.leftovers():
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        if "--only-announced" in words:
+            ports.add(int(words[words.index("--listen") + 1].split(":")[1]))
+    return ports
+
+
+def test_a_local_swarm_behind_links(swarm: Swarm) -> None:
+    run_file = write_run(swarm.folder, merge={"method": "gossip", "inner_steps": 20})
+    links = ("--rtt", "40", "--link-up", "20", "--link-down", "20")
+    words = ["local", str(run_file), "--peers", "2", *links, "--json", "--dir", str(swarm.folder / "trained")]
+    local = swarm.start("local", words)
+    for name in ("volunteer-1", "volunteer-2"):
+        local.wait_event(RoundEvent, lambda event, name=name: event.name == name and len(event.partners) == 1)
+    ports = private_ports(swarm)
+    assert len(ports) == 3
+    ends = [pair for pair in connected_ports() if ports & set(pair)]
+    assert len(ends) >= 3 * 2 * 2, "each pair of peers is connected, by two connections with two ends each"
+    assert not between(ports)
+    local.process.send_signal(signal.SIGINT)
+    assert local.wait(2 * exit_limit_s()) == 0, local.story()
+    assert [event.reason for event in local.all(DoneEvent)] == 3 * ["interrupted"], "each had its goodbye"
+    swarm.assert_nothing_left()
+    assert "Traceback" not in local.log.read_text()
