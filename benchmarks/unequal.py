@@ -87,6 +87,7 @@ class Result:
 
     loss: float
     seconds: float
+    tokens: int
     fresh: float = 1.0
 
 
@@ -112,7 +113,7 @@ def diloco(setting: Setting, *, pacing: bool) -> Result:
         tokens, round = tokens + a_round, round + 1
         now_s += max(n * step_s for n, step_s in zip(steps, setting.step_s, strict=True)) + setting.transfer_s
     unflatten_into(state.theta, volunteers[0].parameters)
-    return Result(text.held_out_loss(volunteers[0].model), now_s)
+    return Result(text.held_out_loss(volunteers[0].model), now_s, tokens)
 
 
 # ---------------------------------------------------------------- gossip
@@ -133,7 +134,7 @@ class Peer:
     def __init__(self, world: World, number: int) -> None:
         setting = world.setting
         self.world, self.number, self.name = world, number, f"p{number}"
-        self.volunteer = Volunteer(setting.text, number, 1000 + number if setting.own_weights else None)
+        self.volunteer = Volunteer(setting.text, number, _own_seed(setting, number) if setting.own_weights else None)
         theta = flatten(self.volunteer.parameters)
         self.state = OuterState(theta, torch.zeros_like(theta))
         section = setting.run.merge
@@ -146,7 +147,7 @@ class Peer:
         self.newest: Published | None = None
         self.merged: dict[str, Tensor] = {}
         self.arrived: dict[str, tuple[Published, Arrival]] = {}
-        self.began_s = 0.0
+        self.tokens_before = 0
         self.start = Start(inner_steps=1, num_peers=1)
         self.done = 0
 
@@ -156,7 +157,7 @@ class Peer:
         section = setting.run.merge
         steps = setting.paced(self.number) if self.round else fewest_inner_steps(section.inner_steps)
         self.start = Start(inner_steps=steps, num_peers=1, num_parts=section.publications_per_round)
-        self.began_s, self.done = clock.now, 0
+        self.done, self.tokens_before = 0, self.world.tokens
         unflatten_into(self.state.theta, self.volunteer.parameters)
         step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
@@ -171,8 +172,9 @@ class Peer:
         run, step_tokens = world.setting.run, world.setting.run.tokens_per_step
         everybodys = sum(1 / step_s for step_s in world.setting.step_s) * world.setting.step_s[self.number]
         for step in range(moment - self.done):
-            self.volunteer.step((world.tokens + step * everybodys * step_tokens) / run.run.total_tokens)
+            self.volunteer.step((self.tokens_before + step * everybodys * step_tokens) / run.run.total_tokens)
         world.tokens += (moment - self.done) * step_tokens
+        self.tokens_before = world.tokens
         self.done = moment
         gradient = self.state.theta - flatten(self.volunteer.parameters)
         self.robustness.learn(gradient, moment * step_tokens)
@@ -193,7 +195,7 @@ class Peer:
             name, _ = self.partners.choose(
                 candidates,
                 exclude={self.name, *asked, *self.arrived},
-                reference_round=median_round(self.round, rounds),
+                reference_round=median_round([self.round, *rounds]),
                 now=world.clock.now,
                 rng=self.rng,
             )
@@ -213,7 +215,7 @@ class Peer:
     def arrive(self, name: str, published: Published) -> None:
         """Decode it, and take of it what is new."""
         world = self.world
-        reference = median_round(self.round, [peer.round for peer in world.peers if peer is not self])
+        reference = median_round(peer.round for peer in world.peers)
         news = self.ledger.news(name, published.mark, reference)
         if isinstance(news, Nothing):
             return
@@ -229,7 +231,7 @@ class Peer:
     def end(self) -> None:
         """Merge what is here; on to the next round."""
         world, tokens = self.world, self.start.inner_steps * self.world.setting.run.tokens_per_step
-        reference = median_round(self.round, [peer.round for peer in world.peers if peer is not self])
+        reference = median_round(peer.round for peer in world.peers)
         prepared = prepare(self.state.theta, [arrival for _, arrival in self.arrived.values()], world.layout)
         if self.arrived:
             self.robustness.merged(prepared.displacement)
@@ -246,6 +248,10 @@ class Peer:
             self.begin()
         else:
             world.finished_s = max(world.finished_s, world.clock.now)
+
+
+def _own_seed(setting: Setting, number: int) -> int:
+    return 1000 * (1 + setting.run.run.seed) + number
 
 
 @dataclass
@@ -285,7 +291,7 @@ def gossip(setting: Setting) -> Result:
     model, parameters = world.peers[0].volunteer.model, world.peers[0].volunteer.parameters
     unflatten_into(theta, parameters)
     fresh = sum(peer.rounds_fresh for peer in world.peers) / sum(peer.round for peer in world.peers)
-    return Result(setting.text.held_out_loss(model), world.finished_s, fresh)
+    return Result(setting.text.held_out_loss(model), world.finished_s, world.tokens, fresh)
 
 
 METHODS: dict[str, Callable[[Setting], Result]] = {
@@ -332,7 +338,8 @@ def main() -> None:
                 results.setdefault((method, momentum), []).append(result)
                 print(
                     f"seed {seed}  {method:16} momentum {momentum:.2f}  {result.loss:.4f} nats/byte  "
-                    f"{result.seconds:.0f} virtual s  {result.fresh:.0%} of rounds merged somebody",
+                    f"{result.seconds:.0f} virtual s  {result.tokens:,} tokens  "
+                    f"{result.fresh:.0%} of rounds merged somebody",
                     flush=True,
                 )
     show(results)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,16 +100,19 @@ class GradientClip:
             if len(row) != 1 + len(self._groups) or not all(math.isfinite(x) and x >= 0 for x in row) or not row[0]:
                 raise ValueError(f"a row of steps and {len(self._groups)} norms is needed: start without a history")
         self._rows = deque((list(row) for row in history), maxlen=_HISTORY)
+        self._own = deque[list[float]](maxlen=_MIN_HISTORY)
 
     @property
     def history(self) -> list[list[float]]:
         """A checkpoint's share: at most 64 rows of steps and each group's norm, the oldest first."""
-        return [list(row) for row in self._rows]
+        return [list(row) for row in tuple(self._rows)]
 
     @torch.no_grad()
     def learn(self, gradient: Tensor, inner_steps: float) -> None:
         """Remember the own gradient (P,) of so many inner steps, which is never cut."""
-        self._rows.append([_positive(inner_steps), *self._norms(gradient)])
+        row = [_positive(inner_steps), *self._norms(gradient)]
+        self._rows.append(row)
+        self._own.append(row)
 
     @torch.no_grad()
     def clip(self, gradient: Tensor, inner_steps: float) -> Clipped:
@@ -141,12 +144,17 @@ class GradientClip:
         return [math.sqrt(sum(_square(gradient[a:b]) for a, b in group)) for group in self._groups]
 
     def _limits(self, inner_steps: float) -> list[float]:
-        """Each group's largest norm in so many steps; infinite where too little is known."""
-        growth = [max(inner_steps / row[0], math.sqrt(inner_steps / row[0])) for row in self._rows]
+        """Each group's largest norm in so many steps; infinite where too little is known.
+
+        Before there is history, the largest that an own gradient leads to expect takes the median's place.
+        """
         limits = []
         for index in range(1, 1 + len(self._groups)):
-            expected = [row[index] * factor for row, factor in zip(self._rows, growth, strict=True) if row[index] > 0]
-            limits.append(_limit(expected))
+            expected = _expected(self._rows, index, inner_steps)
+            limit = _limit(expected)
+            if math.isinf(limit) and (own := _expected(self._own, index, inner_steps)):
+                limit = _TOLERANCE * max(own)
+            limits.append(limit)
         return limits
 
 
@@ -177,7 +185,7 @@ class DisplacementClip:
     @property
     def history(self) -> list[float]:
         """A checkpoint's share: k, then at most 64 norms, the oldest first."""
-        return [float(self._doublings), *self._norms]
+        return [float(self._doublings), *tuple(self._norms)]
 
     @torch.no_grad()
     def learn(self, gradient: Tensor) -> None:
@@ -295,6 +303,11 @@ def _flag_shares(products: Tensor, rank: int) -> Tensor:
     magnitude = max(0.0, statistics.median(along.tolist()))
     shares[present] = basis @ total / (length * lengths) * magnitude
     return shares
+
+
+def _expected(rows: Iterable[Sequence[float]], index: int, inner_steps: float) -> list[float]:
+    """What a group's norms remembered in `rows` lead to expect after so many steps; norms of zero say nothing."""
+    return [row[index] * max(inner_steps / row[0], math.sqrt(inner_steps / row[0])) for row in rows if row[index] > 0]
 
 
 def _limit(norms: Collection[float]) -> float:

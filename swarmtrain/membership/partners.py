@@ -203,10 +203,11 @@ class Ledger:
 # ---------------------------------------------------------------- how many, and when
 
 
-def median_round(own_round: int, others: Iterable[int]) -> int:
-    """The (lower) median of the live peers' rounds, the own one among them: what staleness is measured from."""
-    rounds = sorted([own_round, *others])
-    return rounds[(len(rounds) - 1) // 2]
+def median_round(rounds: Iterable[int]) -> int:
+    """The (upper) median of peers' rounds, at least one: what staleness is measured from. Of two the one that is
+    further, so that the one behind is seen to be."""
+    ordered = sorted(rounds)
+    return ordered[len(ordered) // 2]
 
 
 def num_partners(

@@ -134,6 +134,7 @@ class PublicationCodec:
         gradient = self._decode_untrusted(held, 1)
         if earlier is not None:
             gradient -= self._decode_untrusted(earlier, 1)
+            _check_finite_untrusted(gradient)
         return Arrival(gradient=gradient, theta=theta, tokens=news.tokens)
 
     def _decode_untrusted(self, held: Held, half: int) -> Tensor:
@@ -142,9 +143,13 @@ class PublicationCodec:
         start, end = (0, sizes[0]) if half == 0 else (sizes[0], sum(sizes))
         data = torch.frombuffer(held.part(start, end), dtype=torch.uint8)
         vector = decode(data, (self.theta_format, self.gradient_format)[half], self._sizes)
-        if not bool(torch.isfinite(vector).all()):
-            raise BadBytesError("a publication that is not finite")
+        _check_finite_untrusted(vector)
         return vector
+
+
+def _check_finite_untrusted(vector: Tensor) -> None:
+    if not bool(torch.isfinite(vector).all()):
+        raise BadBytesError("a publication that is not finite")
 
 
 def _halves(tensors: Sequence[TensorSpec]) -> tuple[Sequence[TensorSpec], Sequence[TensorSpec]]:

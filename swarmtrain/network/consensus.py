@@ -7,12 +7,14 @@ from one of them. Here are the bytes; who asks does the averaging.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.service import PeerCalls
@@ -31,6 +33,8 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["PeerState", "StateFetcher"]
 
 _log = logging.getLogger(__name__)
+_LEAST_LIMIT_S = 20.0
+_PATIENCE = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +70,21 @@ class StateFetcher:
         does the whole state, of the others the weights. Empty if nobody delivers."""
         rest = list(peers)
         whole: PeerState | None = None
+        began_s = swarm_time()
         while rest and whole is None:
-            whole = await self._fetch_one(rest.pop(0), min_round, whole=True)
+            began_s = swarm_time()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._limit_s()):
+                    whole = await self._fetch_one(rest.pop(0), min_round, whole=True)
         if whole is None:
             return []
-        return [whole, *await self.fetch_weights(rest, min_round)]
+        limit_s = max(_LEAST_LIMIT_S, _PATIENCE * len(rest) * (swarm_time() - began_s))
+        return [whole, *await self.fetch_weights(rest, min_round, limit_s)]
 
-    async def fetch_weights(self, peers: Sequence[str], min_round: int = 0) -> list[PeerState]:
-        """The same, of all of them only the weights."""
+    async def fetch_weights(
+        self, peers: Sequence[str], min_round: int = 0, limit_s: float | None = None
+    ) -> list[PeerState]:
+        """The same, of all of them only the weights: those that have come within `limit_s`."""
         found: dict[str, PeerState] = {}
 
         async def fetch(peer: str) -> None:
@@ -81,8 +92,18 @@ class StateFetcher:
             if state is not None:
                 found[peer] = state
 
-        await run_together(fetch(peer) for peer in peers)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limit_s() if limit_s is None else limit_s):
+                await run_together(fetch(peer) for peer in peers)
         return [found[peer] for peer in peers if peer in found]
+
+    def _limit_s(self) -> float:
+        """How long one state may take: some times what transfers have taken lately, or at the least speed, or a minute;
+        whoever trickles must not hold a joiner, or the archive, for hours."""
+        size_bytes = sum(spec.size_bytes for spec in self.settings.state_specs)
+        least_per_s = max(self.settings.pull.min_bytes_per_s, 1.0)
+        expected_s = self.calls.node.traffic.times.expected_s(size_bytes)
+        return max(_LEAST_LIMIT_S, _PATIENCE * (size_bytes / least_per_s / 8 if expected_s is None else expected_s))
 
     async def _fetch_one(self, peer: str, min_round: int, *, whole: bool) -> PeerState | None:
         try:

@@ -50,6 +50,8 @@ _RETRIES_A_ROUND = 8
 _SLOW_FACTOR = 3.0
 _LEAST_SLOW_S = 1.0
 _KEPT_DURATIONS = 8
+_OLD_PULL_S = 30.0
+_OLD_PULL_ROUNDS = 2
 _RESTART_ROUNDS = 2
 """A peer that was killed and went on from its checkpoint is behind what it had published by so many rounds."""
 
@@ -152,20 +154,30 @@ class Gossip:
 
     # ------------------------------------------------------------- the trainer's side
 
-    def take(self) -> _Ready | None:
-        """What is prepared for the round that ends now, which counts as merged from here on. Returns at once."""
+    def take(self, round: int) -> _Ready | None:
+        """What is prepared for `round`, which ends now; it counts as merged from here on. Returns at once."""
         with self._lock:
-            ready, self._ready = self._ready, None
-            if ready is None or ready.round != self.round:
+            ready, self._ready, self._plan = self._ready, None, None
+            if ready is None or ready.round != round:
                 return None
-            self._pulled = [pulled for pulled in self._pulled if pulled not in ready.pulled]
             reference = self._reference_round()
+            self._pulled = [pulled for pulled in self._pulled if self._is_news(pulled, reference)]
+            if any(pulled not in self._pulled for pulled in ready.pulled):
+                return None  # some of it is too old by now; the rest is prepared anew for the next round
+            self._pulled = [pulled for pulled in self._pulled if pulled not in ready.pulled]
             for pulled in ready.pulled:
-                if not isinstance(self.ledger.news(pulled.peer, pulled.mark, reference), Nothing):
-                    self.ledger.merged(pulled.peer, pulled.mark, reference)
-                    self._merged[pulled.peer] = pulled.held
+                self.ledger.merged(pulled.peer, pulled.mark, reference)
+                self._merged[pulled.peer] = pulled.held
             self._merged = {peer: held for peer, held in self._merged.items() if peer in self.ledger.held}
             return ready
+
+    def _is_news(self, pulled: Pulled, reference: int) -> bool:
+        return not isinstance(self.ledger.news(pulled.peer, pulled.mark, reference), Nothing)
+
+    def forget_pulled(self) -> None:
+        """This peer has taken others' weights, or rests: what was pulled before is in them, or too old."""
+        with self._lock:
+            self._pulled, self._ready = [], None
 
     def ledger_rows(self) -> list[list[str | int]]:
         """What was merged of whom, as a checkpoint keeps it."""
@@ -180,6 +192,7 @@ class Gossip:
             self.round, self._plan, self._ready = plan.round, plan, None
         if self._filling is not None:
             self._filling.cancel()
+        self._give_up_old_pulls(plan)
         self._filling = asyncio.create_task(self._fill(plan))
         self._filling.add_done_callback(_log_failure)
         if self._pulled:
@@ -190,6 +203,7 @@ class Gossip:
         tasks = [task for task, _ in self._pulls.values()]
         tasks += [task for task in (self._filling, self._preparing) if task is not None]
         await end_tasks(tasks)
+        self.forget_pulled()
         self._pulls.clear()
         self._filling = self._preparing = None
 
@@ -200,15 +214,28 @@ class Gossip:
         await asyncio.sleep(max(0.0, when_s - swarm_time()))
         round_s = plan.ends_s - plan.started_s
         failed: set[str] = set()
-        while True:
+        while self._plan is plan:
             news = self._news
-            while self._num_coming() < self._num_wanted(round_s):
+            while self._num_coming() < self._num_wanted(round_s) and len(self._pulls) < self._most_pulls:
                 peer = self._choose(failed)
                 if peer is None:
                     break
                 self._start_pull(peer, failed, round_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), _LOOK_S)
+
+    @property
+    def _most_pulls(self) -> int:
+        return 2 * self.settings.num_partners
+
+    def _give_up_old_pulls(self, plan: Plan) -> None:
+        """A pull that has gone on for rounds would bring what is too old."""
+        now = swarm_time()
+        old_s = now - max(_OLD_PULL_S, _OLD_PULL_ROUNDS * (plan.ends_s - plan.started_s))
+        self._idle_until_s = {peer: until_s for peer, until_s in self._idle_until_s.items() if now < until_s}
+        for task, began_s in self._pulls.values():
+            if began_s < old_s:
+                task.cancel()
 
     def _transfer_s(self) -> float | None:
         """How long the pulls of a round are expected to take, side by side; None while nothing is known."""
@@ -231,7 +258,7 @@ class Gossip:
         return len(coming | {pulled.peer for pulled in self._pulled})
 
     def _reference_round(self) -> int:
-        return median_round(self.round, (info.round for info in self.membership.volunteers()))
+        return median_round([self.round, *(info.round for info in self.membership.volunteers())])
 
     def _choose(self, failed: set[str]) -> str | None:
         now = swarm_time()
@@ -256,6 +283,7 @@ class Gossip:
                 if not came:
                     self._idle_until_s[peer] = swarm_time() + max(_LOOK_S, round_s / _RETRIES_A_ROUND)
             except (BusyError, _HostsFailedError):
+                failed.discard(peer)  # it may be free again within the round
                 _log.debug("%s is %s", peer, self._partners.back_off.busy(peer, swarm_time()))
             except PeerError as error:
                 _log.debug("%s: %s", peer, self._partners.back_off.failed(peer, swarm_time(), str(error)))
@@ -309,11 +337,16 @@ class Gossip:
             news = self.ledger.news(peer, mark, self._reference_round())
             known = self.ledger.mark(peer)
         if isinstance(news, Nothing):
-            if is_own and news.turned_back and known is not None and mark.round < known.round - _RESTART_ROUNDS:
+            behind = max(_RESTART_ROUNDS, self.ledger.max_staleness_rounds)
+            if is_own and news.turned_back and known is not None and mark.round < known.round - behind:
                 raise BadBytesError(f"a publication of an old round: {news.reason}")
             _log.debug("%s has nothing new: %s", peer, news.reason)
             return False
         await self._bring(peer, held, source)
+        with self._lock:  # it may have taken long
+            news = self.ledger.news(peer, mark, self._reference_round())
+        if isinstance(news, Nothing):
+            return False
         earlier = self._merged.get(peer) if isinstance(news, Difference) else None
         arrival = await asyncio.to_thread(self.decode, held, news, earlier)
         self.counted(peer, manifest.author_tokens)
@@ -382,7 +415,12 @@ class Gossip:
                 plan, pulled, ready = self._plan, tuple(self._pulled), self._ready
             if plan is None or not pulled or (ready is not None and ready.pulled == pulled):
                 return
-            prepared = await asyncio.to_thread(plan.prepare, pulled)
+            try:
+                prepared = await asyncio.to_thread(plan.prepare, pulled)
+            except Exception:  # a task's boundary: one bad publication must not cost all later merges
+                _log.exception("gossip: a merge could not be prepared; what was pulled is dropped")
+                self.forget_pulled()
+                return
             with self._lock:
                 if self._plan is plan:
                     self._ready = _Ready(round=plan.round, pulled=pulled, prepared=prepared)

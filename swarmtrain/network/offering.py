@@ -34,6 +34,7 @@ class Offer:
     progress: Progress | None = None
     _body: Body | None = None
     _held: Held | None = None
+    _held_of: Progress | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def put(self, progress: Progress, body: Body) -> None:
@@ -47,9 +48,9 @@ class Offer:
             if progress is None or body is None or progress.round < min_round:
                 return None
             held = self._held
-            if held is None or _led_to(held) != (progress.round, progress.roster_sha256):
+            if held is None or self._held_of is not progress:
                 held = await asyncio.to_thread(self._build, progress, body)
-                self._held = held
+                self._held, self._held_of = held, progress
                 self.store.add(held)
             return progress, held
 
@@ -65,9 +66,3 @@ class Offer:
         for peer, tokens in sorted(progress.peer_tokens.items()):
             manifest.peer_tokens.add(peer=peer_bytes(peer), tokens=tokens)
         return build_snapshot(self.identity, manifest, self.specs, body)
-
-
-def _led_to(state: Held) -> tuple[int, str]:
-    """Its round, and the digest of the roster that led to it: a branch that is left has states of the same rounds."""
-    manifest = state.snapshot.manifest
-    return manifest.round, manifest.roster_sha256.hex()

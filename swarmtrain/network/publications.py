@@ -77,6 +77,8 @@ class Publication:
     inner_steps: int
     author_tokens: int
     encode: Callable[[], Body]
+    token: object = field(default_factory=object)
+    """Stands for it without holding its vectors."""
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Publisher:
     """Set by the trainer's thread, read in the network's."""
     shard_rows: Callable[[], Iterable[pb.Signed]] = tuple
     """Who has seen which data, for the manifest."""
-    _built: deque[tuple[Publication, Held]] = field(default_factory=deque)
+    _built: deque[tuple[object, Held]] = field(default_factory=deque)
     _building: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def held_after(self, request: pb.PublicationRequest) -> Held | None:
@@ -100,9 +102,9 @@ class Publisher:
             newest = self.newest
             if newest is None or (request.has_any and (newest.round, newest.part) == (request.round, request.part)):
                 return None
-            if not self._built or self._built[-1][0] is not newest:
+            if not self._built or self._built[-1][0] is not newest.token:
                 held = await asyncio.to_thread(self._build, newest)
-                self._built.append((newest, held))
+                self._built.append((newest.token, held))
                 self.store.add(held)
                 while len(self._built) > _KEPT:
                     self.store.drop(self._built.popleft()[1].snapshot.sha256)

@@ -89,7 +89,9 @@ class Tallying:
             self._name(peer, incident.rule, incident.detail)
 
     def _name(self, peer: str, rule: str, detail: str) -> None:
-        if self._named.is_due(peer, self.clock()):
+        with self._lock:
+            is_due = self._named.is_due(peer, self.clock())
+        if is_due:
             self.refused(peer, rule, detail)
 
     def learn(self, peer_tokens: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import random
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,10 +255,12 @@ class _Bootstrap:
                 self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
                 return
             last = newest >= total
-            due = not last and time.monotonic() >= next_s and newest > self.progress.run_tokens
-            if last and swarm.asynchronous:  # each has its own last weights, and some have not got there yet
-                first_s = min(first_s, time.monotonic())
+            if last and swarm.asynchronous:
+                # each has its own last weights, some have not got there yet, and what a few of them claim ends nothing
+                ended = swarm.tallying.total >= total or statistics.median_low(told) >= total
+                first_s = min(first_s, time.monotonic()) if ended else math.inf
                 last = min(told) >= total or time.monotonic() > first_s + _LAST_ROUND_S
+            due = not last and time.monotonic() >= next_s and newest > self.progress.run_tokens
             if (due or last) and self._archive(swarm):
                 next_s = time.monotonic() + every_s
                 complete = last and self.progress.run_tokens >= total

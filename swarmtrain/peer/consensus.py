@@ -1,12 +1,13 @@
 """The run's weights where each peer has its own: the consensus of several peers' states.
 
-The variance-corrected mean of their weights; momentum and round are those of the first, the counts the greatest that
-any of them tells.
+The variance-corrected mean of their weights, without those that are far from most. Momentum is that of one of them,
+their round the median, and what they tell of everybody's tokens is outvoted where one tells more than the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +18,13 @@ from swarmtrain.network.consensus import PeerState
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.snapshots import TensorSpec
 
-__all__ = ["consensus_of", "counts_in", "layout_of_specs", "mean_of", "theta_of"]
+__all__ = ["consensus_of", "counts_in_untrusted", "layout_of_specs", "mean_of_near", "round_of", "theta_of"]
+
+_FAR = 10.0
+"""Weights farther off than so many times the usual distance are left out. Of three honest peers two may be much closer
+to each other than to the third."""
+_MAX_COUNTS = 4096
+_PIECE = 1 << 20
 
 
 def layout_of_specs(specs: Sequence[TensorSpec]) -> Layout:
@@ -26,29 +33,74 @@ def layout_of_specs(specs: Sequence[TensorSpec]) -> Layout:
 
 
 def consensus_of(states: Sequence[PeerState], layout: Layout) -> OuterState:
-    """The consensus of states that were checked when they were pulled; the first one is whole."""
+    """The consensus of states that were checked when they were pulled; the first one is whole.
+
+    Its momentum is taken if its weights are, and if it is no larger than they are; else there is none.
+    """
+    mean, kept = mean_of_near([theta_of(state, layout.size) for state in states], layout)
     momentum = _numbers(states[0])[layout.size :].clone()
-    return OuterState(mean_of([theta_of(state, layout.size) for state in states], layout), momentum)
+    if 0 not in kept or not float(momentum.norm()) <= float(theta_of(states[0], layout.size).norm()):
+        momentum.zero_()
+    return OuterState(mean, momentum)
 
 
-def mean_of(thetas: Sequence[Tensor], layout: Layout) -> Tensor:
-    """The variance-corrected mean of weights (P,)."""
-    return variance_corrected_mean(thetas, layout).mean
+def mean_of_near(thetas: Sequence[Tensor], layout: Layout) -> tuple[Tensor, frozenset[int]]:
+    """(the variance-corrected mean of weights (P,), the indices of those that are in it).
+
+    Of three or more, those are left out that are more than 10 times the median distance from the one in the middle:
+    whoever has the smallest median distance to the others.
+    """
+    kept = frozenset(range(len(thetas)))
+    if len(thetas) >= 3:
+        distances = _distances(thetas)
+        others = [[row[j] for j in range(len(row)) if j != i] for i, row in enumerate(distances)]
+        middle = min(range(len(thetas)), key=lambda i: (statistics.median(others[i]), i))
+        limit = _FAR * statistics.median_low(others[middle])
+        kept = frozenset(i for i in kept if i == middle or distances[middle][i] <= limit)
+    return variance_corrected_mean([thetas[i] for i in sorted(kept)], layout).mean, kept
+
+
+def _distances(thetas: Sequence[Tensor]) -> list[list[float]]:
+    """|theta_i - theta_j|, in fp64, piece by piece."""
+    squares = torch.zeros(len(thetas), len(thetas), dtype=torch.float64)
+    for pieces in zip(*(torch.split(theta, _PIECE) for theta in thetas), strict=True):
+        for i, piece in enumerate(pieces):
+            for j in range(i):
+                squares[i, j] += (piece.double() - pieces[j].double()).square().sum()
+    found: list[list[float]] = (squares + squares.T).sqrt().tolist()
+    return found
+
+
+def round_of(states: Sequence[PeerState]) -> int:
+    """The round of a consensus: the lower median of its states'."""
+    return statistics.median_low(state.round for state in states)
+
+
+def counts_in_untrusted(states: Sequence[PeerState], known: Collection[str]) -> Mapping[str, int]:
+    """Each peer's tokens as these states tell. A peer's own state says what it has done; of others the lower median
+    counts; and one state alone is believed about those `known` only. Whoever takes them looks whether a peer's speed
+    explains them.
+    """
+    told: dict[str, list[int]] = {}
+    own: dict[str, int] = {}
+    for state in states:
+        for item in list(state.held.snapshot.manifest.peer_tokens)[:_MAX_COUNTS]:
+            peer = peer_id_from_bytes_untrusted(item.peer)
+            told.setdefault(peer, []).append(item.tokens)
+            if peer == state.peer:
+                own[peer] = item.tokens
+    several = len(states) > 1
+    counts = {
+        peer: statistics.median_low([*tokens, *[0] * (len(states) - len(tokens))])
+        for peer, tokens in told.items()
+        if several or peer in known
+    }
+    return counts | own
 
 
 def theta_of(state: PeerState, size: int) -> Tensor:
     """The weights (P,) of a state, over its own bytes; P is `size`."""
     return _numbers(state)[:size]
-
-
-def counts_in(states: Sequence[PeerState]) -> Mapping[str, int]:
-    """Each peer's tokens, as the one that knows most of it tells."""
-    counts: dict[str, int] = {}
-    for state in states:
-        for item in state.held.snapshot.manifest.peer_tokens:
-            peer = peer_id_from_bytes_untrusted(item.peer)
-            counts[peer] = max(counts.get(peer, 0), item.tokens)
-    return counts
 
 
 def _numbers(state: PeerState) -> Tensor:

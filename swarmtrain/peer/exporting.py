@@ -35,6 +35,7 @@ from swarmtrain.run import parse_published_untrusted
 __all__ = ["export_from_folder", "export_from_swarm", "sample_text"]
 
 _log = logging.getLogger(__name__)
+_SAMPLE = 16
 
 
 def export_from_folder(folder: Path, target: Path) -> int:
@@ -115,7 +116,7 @@ def _pulled(invite: Invite, folder: PeerFolder, stop: StopFlag) -> tuple[Publish
         swarm = Swarm(node, published, specs, average_bytes_untrusted, lambda event: None, me)
         wait_for(network.submit(swarm.start(invite.peers)), stop)
         live = [info.peer for info in swarm.membership.live()]
-        present = wait_for(network.submit(fetch_present(swarm, live, "export")), stop)
+        present = wait_for(network.submit(fetch_present(swarm, live[:_SAMPLE], "export")), stop)
         if present is None:
             raise RunTimeError("nobody has a model to give yet: the first round is not over, or all have left")
         return published, present

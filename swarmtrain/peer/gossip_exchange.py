@@ -29,7 +29,7 @@ from swarmtrain.membership.ending import still_needed_apart
 from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, median_round
 from swarmtrain.membership.progress import Progress
-from swarmtrain.network.codec import PublicationCodec
+from swarmtrain.network.codec import PublicationCodec, body_of
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan, Pulled
@@ -38,7 +38,14 @@ from swarmtrain.network.publications import Publication, Publisher
 from swarmtrain.network.snapshots import Body, Held
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import wait_for
-from swarmtrain.peer.consensus import consensus_of, counts_in, layout_of_specs, mean_of, theta_of
+from swarmtrain.peer.consensus import (
+    consensus_of,
+    counts_in_untrusted,
+    layout_of_specs,
+    mean_of_near,
+    round_of,
+    theta_of,
+)
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Replaced, Start
@@ -47,9 +54,8 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["GossipExchange", "hosting_of"]
 
 _log = logging.getLogger(__name__)
-_JOINER_SAMPLE = 4
-"""Whose weights a joiner averages: more would only cost its link."""
-_CONSENSUS_SAMPLE = 16
+_SAMPLE = 4
+"""So many others' weights are averaged: more would only cost everybody's link and memory."""
 _LAST_ROUND_S = 20.0
 """How long a peer that is done waits for others' last round."""
 _LOOK_S = 0.2
@@ -69,7 +75,7 @@ def gossip_settings(swarm: Swarm) -> GossipSettings:
         max_tokens=rounds.max_tokens,
         num_parts=section.publications_per_round,
         num_partners=section.num_partners,
-        pull=rounds.pull,
+        pull=dataclasses.replace(rounds.pull, busy_limit_s=0.0),
     )
 
 
@@ -86,10 +92,11 @@ class GossipExchange(SwarmExchange):
     publisher: Publisher = field(init=False)
     _codec: PublicationCodec = field(init=False)
     _layout: Layout = field(init=False)
-    _theta: Tensor = field(init=False)
-    _theta_bytes: Callable[[], memoryview] = field(init=False)
+    _theta: Tensor = field(init=False, repr=False)
+    _theta_bytes: Callable[[], memoryview] = field(init=False, repr=False)
     _robustness: Robustness = field(init=False)
     _own_tokens: int = 0
+    _round: int = 0
 
     def __post_init__(self) -> None:
         swarm, section = self.swarm, self.run.merge
@@ -131,6 +138,7 @@ class GossipExchange(SwarmExchange):
             steps = fewest_inner_steps(steps)
         steps = self.round_steps = self._paced(steps_per_s, steps)
         self._begin(steps)
+        self._round = progress.round
         now, theta, coverage = swarm_time(), self._theta, self.swarm.coverage
         plan = Plan(
             round=progress.round,
@@ -186,12 +194,13 @@ class GossipExchange(SwarmExchange):
 
     def collect(self) -> Gathered | Replaced:
         """See `Exchange`. Waits for nobody, unless this peer has fallen far behind and takes the others' weights."""
-        ready, swarm = self.gossip.take(), self.swarm
+        ready, swarm = self.gossip.take(self._round), self.swarm
         swarm.tallying.learn({swarm.identity.peer_id: self._own_tokens})
-        behind = self._rounds_behind(self.gossip.round + 1)
-        if behind > self.run.merge.max_staleness_rounds:
+        behind = self._rounds_behind(self._round + 1)
+        several = len(swarm.membership.volunteers()) > 1  # what one other claims of its round moves nobody
+        if several and behind > self.run.merge.max_staleness_rounds:
             reason = f"it was {behind} rounds behind the others"
-            if (replaced := self._consensus(reason)) is not None:
+            if (replaced := self._consensus(reason, self._round + 1)) is not None:
                 swarm.emit(CaughtUpEvent(round=replaced.progress.round, from_peer=replaced.from_peer, reason=reason))
                 return replaced
         counts = swarm.tallying.contributions()
@@ -218,7 +227,7 @@ class GossipExchange(SwarmExchange):
             round=pulled.mark.round,
             part=pulled.mark.part,
             tokens=pulled.arrival.tokens,
-            staleness_rounds=self.gossip.round - pulled.mark.round,
+            staleness_rounds=self._round - pulled.mark.round,
             pull_s=pulled.pull_s,
         )
 
@@ -241,13 +250,25 @@ class GossipExchange(SwarmExchange):
     # ------------------------------------------------------------- present weights
 
     def offer(self, state: OuterState, progress: Progress) -> None:
-        """See `SwarmExchange`."""
+        """See `SwarmExchange`. The trainer does not wait for it."""
         self._theta = state.theta
-        super().offer(state, progress)
+        if progress is self._offered:
+            return
+        self._offered = progress
+        body = body_of(state.theta, state.momentum)
+
+        async def offer() -> None:
+            self.swarm.set_state(progress, body)
+            self.swarm.describe(
+                round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens
+            )
+
+        self._do_soon(offer())
 
     def _rounds_behind(self, round: int) -> int:
+        """Behind the median of the others."""
         others = [info.round for info in self.swarm.membership.volunteers() if info.round]
-        return median_round(round, others) - round
+        return median_round(others) - round if others else 0
 
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`: the consensus, unless what this peer has is as good as new."""
@@ -259,7 +280,7 @@ class GossipExchange(SwarmExchange):
                 return None
             if has_own and self._rounds_behind(progress.round) <= self.run.merge.max_staleness_rounds:
                 return None
-            new = self._consensus("was away" if has_own else "joined late")
+            new = self._consensus("was away" if has_own else "joined late", progress.round)
             if new is not None:
                 return new
             self.stop.sleep(1.0)
@@ -277,10 +298,12 @@ class GossipExchange(SwarmExchange):
                 break
             self.stop.sleep(_LOOK_S)
         volunteers = [info.peer for info in swarm.membership.volunteers() if info.run_tokens >= total]
-        sample = random.sample(volunteers, min(_CONSENSUS_SAMPLE - 1, len(volunteers)))
+        sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
         states = wait_for(self.network.submit(swarm.states.fetch_weights(sample)), self.stop)
         self.network.run(self._settle(), _SETTLE_S)
-        return own if not states else mean_of([own, *(theta_of(state, own.numel()) for state in states)], self._layout)
+        if not states:
+            return own
+        return mean_of_near([own, *(theta_of(state, own.numel()) for state in states)], self._layout)[0]
 
     async def _settle(self) -> None:
         """Say that this peer needs nothing more."""
@@ -311,24 +334,28 @@ class GossipExchange(SwarmExchange):
             message = f"what the checkpoint says of the data is not used ({error}); it comes back from others"
             self.swarm.emit(WarningEvent(message=message))
 
-    def _consensus(self, reason: str) -> Replaced | None:
+    def _consensus(self, reason: str, own_round: int) -> Replaced | None:
         """The others' present weights; None if nobody delivers."""
         swarm = self.swarm
         live = swarm.membership.live()
         volunteers = [info.peer for info in callable_first(swarm.membership.volunteers())]
-        sample = random.sample(volunteers, min(_JOINER_SAMPLE, len(volunteers)))
+        sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
         for peers in (sample, [info.peer for info in live if info.is_bootstrap]):
             fetching = self.network.submit(swarm.states.fetch(peers, 1))
             states = wait_for(fetching, self.stop, lambda: self.on_arriving(swarm.store.arriving))
             if not states:
                 continue
-            for peer, tokens in counts_in(states).items():
+            wait_for(self.network.submit(swarm.tallying.read_some()), self.stop)
+            known = {info.peer for info in swarm.membership.known()}
+            for peer, tokens in counts_in_untrusted(states, known).items():
                 swarm.tallying.hear(peer, tokens)
             for found in states:
                 self._hear_rows_untrusted(found.peer, found.held.snapshot.manifest.coverage)
             counts = swarm.tallying.contributions()
-            progress = Progress(round=states[0].round, run_tokens=sum(counts.values()), peer_tokens=counts)
+            round = max(round_of(states), own_round)  # a counter that turns back would be refused by everyone
+            progress = Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
             state = consensus_of(states, self._layout)
+            self.gossip.forget_pulled()
             self.offer(state, progress)
             return Replaced(state=state, progress=progress, from_peer=states[0].peer, reason=reason)
         return None

@@ -5,6 +5,7 @@ With rosters there is one state, which any peer has. Where each peer has its own
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from swarmtrain.membership.rosters import Roster
 from swarmtrain.network.rounds import NewState
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import state_of
-from swarmtrain.peer.consensus import consensus_of, counts_in, layout_of_specs
+from swarmtrain.peer.consensus import consensus_of, counts_in_untrusted, layout_of_specs, round_of
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Present", "fetch_present", "present_of"]
@@ -44,7 +45,8 @@ async def fetch_present(swarm: Swarm, peers: Sequence[str], reason: str, above_t
     states = await swarm.states.fetch(peers, 1)
     if not states:
         return None
-    counts = dict(counts_in(states))
+    known = {info.peer for info in swarm.membership.known()}
+    counts = dict(counts_in_untrusted(states, known))
     if swarm.me.is_bootstrap:  # it has seen how fast they are: nobody's claim ends the run
         for peer, tokens in counts.items():
             swarm.tallying.hear(peer, tokens)
@@ -52,5 +54,6 @@ async def fetch_present(swarm: Swarm, peers: Sequence[str], reason: str, above_t
     run_tokens = sum(counts.values())
     if run_tokens <= above_tokens:
         return None
-    progress = Progress(round=states[0].round, run_tokens=run_tokens, peer_tokens=counts)
-    return Present(state=consensus_of(states, layout_of_specs(swarm.specs)), progress=progress)
+    progress = Progress(round=round_of(states), run_tokens=run_tokens, peer_tokens=counts)
+    state = await asyncio.to_thread(consensus_of, states, layout_of_specs(swarm.specs))
+    return Present(state=state, progress=progress)

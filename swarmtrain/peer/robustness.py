@@ -21,6 +21,7 @@ __all__ = ["Robustness", "robust_mean"]
 _GRADIENTS = "clipped_gradients"
 _DISPLACEMENTS = "clipped_displacements"
 _LEAST_INPUTS = 4
+_MET_AFTER = 16
 _MET_WITHIN = 0.5
 """Independent random weights are 1.4 times their size apart."""
 
@@ -41,6 +42,7 @@ class Robustness:
         self._groups = per_tensor([place.stop - place.start for place in layout.slices])
         self._gradients = GradientClip(self._groups)
         self._displacements = DisplacementClip(enabled=met)
+        self._num_merged = 0
         self._lock = threading.Lock()
 
     def accept(self, peer: str, arrival: Arrival, own_theta: Tensor) -> Arrival:
@@ -68,8 +70,10 @@ class Robustness:
                 self._displacements.learn(gradient)
 
     def merged(self, displacement: float) -> None:
-        """How far apart the last merge's weights were, relative to their size."""
-        if displacement < _MET_WITHIN:
+        """How far apart the last merge's weights were, relative to their size. After some merges distances count
+        whatever they are: one that stays far off must not keep the rule away."""
+        self._num_merged += 1
+        if displacement < _MET_WITHIN or self._num_merged >= _MET_AFTER:
             self._displacements.enabled = True
 
     def kept(self) -> dict[str, Callable[[], Any]]:

@@ -79,6 +79,8 @@ __all__ = ["data_base", "initial_seed", "run_volunteer", "summary_of"]
 
 _log = logging.getLogger(__name__)
 _LINGER_S = 60.0
+_LAST_READERS_S = 900.0
+"""Whoever is pulling this peer's last weights, over a slow link perhaps, is served on for so long."""
 _FIND_S = 15.0
 _FIND_AGAIN_S = 5.0
 _ALONE_AFTER_S = 15.0
@@ -467,7 +469,9 @@ class _Volunteer:
             if warning := save_final_model(self.folder, ready.model, theta, ready.published, trainer.progress):
                 self.emit(warning)
             self.control.finishing("serving on until others have them")
-            while time.monotonic() < give_up_s:
+            while time.monotonic() < give_up_s or (
+                exchange.swarm.store.num_readers and time.monotonic() < give_up_s + _LAST_READERS_S
+            ):
                 wait_for(self.network.submit(exchange.swarm.greet_everyone()), self.stop)
                 if not exchange.still_needed(trainer.progress):
                     break

@@ -358,7 +358,7 @@ class GossipPeer:
         self.membership.expire(now)
 
     def _reference_round(self) -> int:
-        return median_round(self.round, (one.round for one in self._sampled))
+        return median_round([self.round, *(one.round for one in self._sampled)])
 
     def _pull(self, r: _Round) -> None:
         s = self.settings

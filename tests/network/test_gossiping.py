@@ -130,7 +130,7 @@ class Peer:
     async def take(self, number: int) -> dict[str, Arrival]:
         """What is merged at the round's end, once `number` publications are ready."""
         await until(lambda: not (self.gossip._ready is None or len(self.gossip._ready.pulled) < number))
-        ready = self.gossip.take()
+        ready = self.gossip.take(self.gossip.round)
         assert ready is not None
         assert list(ready.pulled) == ready.prepared
         return {pulled.peer: pulled.arrival for pulled in ready.pulled}
@@ -186,7 +186,7 @@ def test_nothing_is_merged_twice_and_the_trainer_never_waits() -> None:
         me.begin(1)
         await until(lambda: len(ben.asked) > asked)
         await asyncio.sleep(0)
-        assert me.gossip.take() is None
+        assert me.gossip.take(me.gossip.round) is None
         assert (ben.asked[-1].has_any, ben.asked[-1].round, ben.asked[-1].part) == (True, 0, 4)
         await me.gossip.stop()
 
@@ -218,7 +218,7 @@ def test_what_is_wrong_is_named() -> None:
         me.begin(0)
         await until(lambda: me.refused)
         assert me.refused == [(BEN.peer_id, "a publication with part 9 of a round's 4")]
-        assert me.gossip.take() is None
+        assert me.gossip.take(me.gossip.round) is None
         await me.gossip.stop()
 
     run(script)
@@ -255,7 +255,7 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
         plan = Plan(round=1, started_s=now, ends_s=now + 60, prepare=lambda pulled: prepared.append((1, pulled)))
         me.gossip.begin(plan)
         await until(lambda: me.gossip._ready is not None)
-        ready = me.gossip.take()
+        ready = me.gossip.take(me.gossip.round)
         assert ready is not None
         assert [pulled.peer for pulled in ready.pulled] == [BEN.peer_id]
         assert [round for round, _ in prepared] == [1]

@@ -1,0 +1,359 @@
+"""Peers that merge at their own pace, whole but for the network: real trainers and exchanges, calls within memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from swarmtrain.data.batches import Batches
+from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.model.gpt import build_model
+from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
+from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.peer.common import StopFlag
+from swarmtrain.peer.gossip_exchange import GossipExchange
+from swarmtrain.peer.present import fetch_present
+from swarmtrain.peer.trainer import Gathered, RoundReport, Trainer
+from swarmtrain.peer.volunteer import initial_seed
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+TEXT = np.frombuffer(b"a swarm of bees swarms over a swarm of swarms. " * 200, dtype=np.uint8)
+IDENTITIES = [new_identity(bytes([number]) * 32) for number in range(6)]
+STEPS, STEP_TOKENS = 8, 4 * 16
+
+
+def run_file(**merge: Any) -> RunFile:
+    return RunFile.model_validate(
+        {
+            "run": {"total_tokens": 10**6},
+            "model": {"context_tokens": 16, "num_layers": 1, "width": 16, "num_heads": 2},
+            "data": {"source": "text", "paths": ("x",)},
+            "inner": {"batch_sequences": 4, "warmup_fraction": 0.0},
+            "merge": {"method": "gossip", "inner_steps": STEPS, "pacing": False, **merge},
+        }
+    )
+
+
+async def _no_records(*_: object) -> dict[str, Any]:
+    return {}
+
+
+class _Stream:
+    def __init__(self, replies: Any) -> None:
+        self._replies = replies
+
+    async def __anext__(self) -> pb.PullReply:
+        reply: pb.PullReply = await anext(self._replies)
+        return reply
+
+    async def count(self, size_bytes: int) -> None:
+        """Nobody counts."""
+
+    async def aclose(self) -> None:
+        await self._replies.aclose()
+
+
+class Peer:
+    """A volunteer whose calls go straight to the others'."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world, self.identity = world, IDENTITIES[number]
+        self.events: list[Event] = []
+        run = world.run
+        node: Any = SimpleNamespace(
+            identity=self.identity,
+            settings=NodeSettings(directory=Path("/nowhere")),
+            traffic=Traffic(),
+            remember_addresses=lambda *_: None,
+            known_peers=list,
+            read_bucket=_no_records,
+        )
+        model = build_model(run.model, initial_seed(run, self.id))
+        me = PeerInfo(peer=self.id, training=True, addresses=("/ip4/192.0.2.1/tcp/1",))
+        published = PublishedRun(b"", "ab" * 32, run, b"", b"")
+        specs = tensor_specs(model.named_parameters())
+        self.swarm = Swarm(node, published, specs, average_bytes_untrusted, self.events.append, me)
+        self.swarm.calls = _Calls(world, self)  # type: ignore[assignment]
+        self.exchange = GossipExchange(world.network, self.swarm, run, StopFlag())
+        self.reports: list[RoundReport] = []
+        self.trainer = Trainer(
+            run=run,
+            model=model,
+            batches=Batches(TEXT, context_tokens=16, batch_sequences=4, run_sha256="ab" * 32, peer_id=self.id),
+            exchange=self.exchange,
+            report=self.reports.append,
+            settled=lambda: self.exchange.offer(self.trainer.state, self.trainer.progress),
+        )
+        self.exchange.offer(self.trainer.state, self.trainer.progress)
+
+    @property
+    def id(self) -> str:
+        return self.identity.peer_id
+
+    @property
+    def theta(self) -> Tensor:
+        return self.trainer.state.theta
+
+    def meet(self, other: Peer) -> None:
+        now = swarm_time()
+        self.swarm.membership.saw_presence(dataclasses.replace(other.swarm.me, stamp=now), now + 9999, now)
+
+    def round(self, partners: int = 0) -> RoundReport | None:
+        """One round, merging what `partners` of the others have published; None if it took others' weights instead."""
+        had = len(self.reports)
+        self.world.wants[self.id] = partners
+        self.trainer._round()
+        return self.reports[-1] if len(self.reports) > had else None
+
+
+class _Calls:
+    """Stands in for `PeerCalls`."""
+
+    def __init__(self, world: World, me: Peer) -> None:
+        self.world, self.me = world, me
+        self.pull_slots = NoSlots()
+        self.node = me.swarm.node
+
+    def _other(self, peer: str) -> Swarm:
+        return self.world.peers[peer].swarm
+
+    async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float | None = None) -> pb.HelloReply:
+        return self._other(peer).hello(request, self.me.id)
+
+    async def publication(self, peer: str, request: pb.PublicationRequest) -> pb.PublicationReply:
+        return await self._other(peer).publication(request, self.me.id)
+
+    async def state(self, peer: str, min_round: int) -> pb.StateReply:
+        return await self._other(peer).state(pb.StateRequest(min_round=min_round))
+
+    async def open_pull(self, peer: str, request: pb.PullRequest) -> _Stream:
+        return _Stream(self._other(peer).store.serve(request))
+
+
+class NoSlots:
+    """Pulls without a limit: the network thread's loop is not there yet when these are made."""
+
+    async def __aenter__(self) -> None:
+        """At once."""
+
+    async def __aexit__(self, *_: object) -> None:
+        """Nothing to give back."""
+
+
+class World:
+    """Peers that share one network thread. A round ends when as many publications are ready as its test wants."""
+
+    def __init__(self, run: RunFile, num_peers: int) -> None:
+        self.run, self.network = run, NetworkThread()
+        self.wants: dict[str, int] = {}
+        self.peers: dict[str, Peer] = {}
+        for number in range(num_peers):
+            self.add(number)
+
+    def add(self, number: int) -> Peer:
+        peer = Peer(self, number)
+        gossip = peer.exchange.gossip
+        take = gossip.take
+
+        def take_when_there(round: int) -> Any:
+            give_up_s = time.monotonic() + 30
+            while self.wants.get(peer.id, 0) > len(gossip._ready.pulled if gossip._ready else ()):
+                assert time.monotonic() < give_up_s, f"{len(gossip._pulled)} came: {gossip.doing}"
+                time.sleep(0.002)
+            return take(round)
+
+        gossip.take = take_when_there  # type: ignore[method-assign]
+        gossip._num_wanted = lambda round_s: self.wants.get(peer.id, 0)  # type: ignore[method-assign]
+        for other in self.peers.values():
+            other.meet(peer)
+            peer.meet(other)
+        self.peers[peer.id] = peer
+        return peer
+
+    def everyone(self) -> list[Peer]:
+        return list(self.peers.values())
+
+
+@pytest.fixture
+def worlds() -> Iterator[list[World]]:
+    made: list[World] = []
+    yield made
+    for world in made:
+        for peer in world.everyone():
+            assert peer.exchange.swarm.gossip is not None
+            world.network.run(peer.exchange.swarm.gossip.stop(), 10)
+        world.network.stop()
+
+
+def world_of(worlds: list[World], num_peers: int, **merge: Any) -> World:
+    worlds.append(World(run_file(**merge), num_peers))
+    return worlds[-1]
+
+
+def refused(peer: Peer) -> list[Event]:
+    return [event for event in peer.events if isinstance(event, RefusedEvent | ClippedEvent)]
+
+
+def test_peers_learn_from_each_other_and_stay_close(worlds: list[World]) -> None:
+    world = world_of(worlds, 3)
+    for number in range(8):
+        for peer in world.everyone():
+            report = peer.round(partners=2 if number else 0)
+            assert report is not None and isinstance(report.arrived, Gathered)
+    for peer in world.everyone():
+        assert statistics.mean(report.loss for report in peer.reports[-2:]) < peer.reports[0].loss - 0.5
+        merged = peer.reports[-1].arrived
+        assert isinstance(merged, Gathered)
+        assert {one.peer for one in merged.merged} == {other.id for other in world.everyone()} - {peer.id}
+        assert merged.prepared.consensus_spread < 0.2 and all(one.staleness_rounds <= 1 for one in merged.merged)
+        assert not [event for event in peer.events if isinstance(event, RefusedEvent)]
+    first, *others = world.everyone()
+    apart = max(float((other.theta - first.theta).norm() / first.theta.norm()) for other in others)
+    assert 0 < apart < 0.2
+
+
+def test_everyones_tokens_are_counted_once(worlds: list[World]) -> None:
+    world = world_of(worlds, 3)
+    for _ in range(4):
+        for peer in world.everyone():
+            peer.round(partners=2 if peer.trainer.progress.round else 0)
+    whole = {peer.id: 4 * STEPS * STEP_TOKENS for peer in world.everyone()}
+    *_, last = world.everyone()
+    assert last.trainer.progress.peer_tokens == whole, "it merged the others' last publications"
+    assert last.trainer.progress.run_tokens == sum(whole.values())
+    for peer in world.everyone():
+        assert peer.trainer.progress.peer_tokens[peer.id] == whole[peer.id]
+        assert all(peer.trainer.progress.peer_tokens.get(other, 0) <= tokens for other, tokens in whole.items())
+
+
+def test_alone_it_is_an_ordinary_outer_step(worlds: list[World]) -> None:
+    world = world_of(worlds, 1)
+    (peer,) = world.everyone()
+    for _ in range(3):
+        report = peer.round()
+        assert report is not None and isinstance(report.arrived, Gathered)
+        assert report.arrived.merged == () and report.arrived.prepared.num_arrivals == 0
+    assert peer.trainer.progress.run_tokens == 3 * STEPS * STEP_TOKENS
+
+
+def test_a_round_is_published_in_parts(worlds: list[World]) -> None:
+    world = world_of(worlds, 1, publications_per_round=3)
+    (peer,) = world.everyone()
+    seen: list[tuple[int, int, int]] = []
+    publish = peer.exchange.publish
+
+    def note(contribution: Any) -> None:
+        publish(contribution)
+        newest = peer.exchange.publisher.newest
+        assert newest is not None
+        seen.append((newest.part, newest.tokens, newest.author_tokens))
+
+    peer.exchange.publish = note  # type: ignore[method-assign]
+    peer.round()
+    peer.round()
+    whole = STEPS * STEP_TOKENS
+    first = [(1, 3 * STEP_TOKENS, 3 * STEP_TOKENS), (2, 6 * STEP_TOKENS, 6 * STEP_TOKENS), (3, whole, whole)]
+    assert seen == [*first, *((part, tokens, tokens + whole) for part, tokens, _ in first)]
+    world.network.run(_nothing(), 5)
+    assert (peer.swarm.me.part, peer.swarm.me.part_tokens) == (3, whole)
+
+
+async def _nothing() -> None:
+    """What was submitted before it has run."""
+
+
+def test_who_comes_late_takes_the_consensus(worlds: list[World]) -> None:
+    world = world_of(worlds, 3)
+    for _ in range(3):
+        for peer in world.everyone():
+            peer.round(partners=2 if peer.trainer.progress.round else 0)
+    others = world.everyone()
+    late = world.add(3)
+    replaced = late.exchange.present_state(late.trainer.progress)
+    assert replaced is not None and replaced.progress.round == 3
+    mean = torch.stack([other.theta for other in others]).mean(0)
+    nearest = min(float((other.theta - mean).norm()) for other in others)
+    assert float((replaced.state.theta - mean).norm()) < 0.5 * nearest
+    assert replaced.progress.run_tokens > 0
+    late.trainer.adopt(replaced)
+    assert late.round(partners=3) is not None
+    assert late.exchange.present_state(late.trainer.progress) is None, "it is as far as the others now"
+
+
+def test_who_falls_far_behind_takes_the_others_weights(worlds: list[World]) -> None:
+    world = world_of(worlds, 3, max_staleness_rounds=2)
+    slow, *quick = world.everyone()
+    for peer in (slow, *quick):
+        peer.round()
+    for _ in range(5):
+        for peer in quick:
+            peer.round(partners=1)
+    for peer in quick:
+        slow.meet(peer)
+    assert slow.round() is None
+    (caught,) = [event for event in slow.events if isinstance(event, CaughtUpEvent)]
+    assert caught.round == slow.trainer.progress.round == 6
+    assert "rounds behind the others" in caught.reason
+    assert slow.trainer.own_tokens == 2 * STEPS * STEP_TOKENS, "what it did counts, and was published"
+
+
+def test_the_model_at_the_end_is_the_same_for_all(worlds: list[World]) -> None:
+    world = world_of(worlds, 3)
+    for _ in range(3):
+        for peer in world.everyone():
+            peer.round(partners=2 if peer.trainer.progress.round else 0)
+    for peer in world.everyone():
+        peer.swarm.me = dataclasses.replace(peer.swarm.me, run_tokens=10**6)
+    for peer in world.everyone():
+        for other in world.everyone():
+            peer.meet(other)
+    finals = [peer.exchange.final_theta(peer.theta) for peer in world.everyone()]
+    for final, peer in zip(finals, world.everyone(), strict=True):
+        assert torch.allclose(final, finals[0], atol=1e-6) and not torch.equal(final, peer.theta)
+        assert peer.swarm.me.settled
+    archived = world.network.run(fetch_present(peer.swarm, [p.id for p in world.everyone() if p is not peer], "x"), 30)
+    assert archived is not None and archived.progress.round == 3
+
+
+def test_own_initial_weights_come_together(worlds: list[World]) -> None:
+    world = world_of(worlds, 3, init="own")
+    peers = world.everyone()
+    apart = float((peers[0].theta - peers[1].theta).norm() / peers[0].theta.norm())
+    assert apart > 1
+    for number in range(6):
+        for peer in peers:
+            peer.round(partners=2 if number else 0)
+    closer = float((peers[0].theta - peers[1].theta).norm() / peers[0].theta.norm())
+    assert closer < 0.2
+    factors = [r.arrived.prepared.variance_factor for p in peers for r in p.reports if isinstance(r.arrived, Gathered)]
+    assert max(factors) > 1.3
+    assert not [event for peer in peers for event in peer.events if isinstance(event, RefusedEvent)]
+
+
+def test_what_was_merged_is_kept_over_a_restart(worlds: list[World]) -> None:
+    world = world_of(worlds, 2)
+    anna, ben = world.everyone()
+    for _ in range(3):
+        anna.round()
+        ben.round(partners=1)
+    kept = {name: give() for name, give in ben.exchange.kept().items()}
+    again = world_of(worlds, 2).everyone()[1]
+    again.exchange.restore(kept)
+    assert again.exchange.gossip.ledger.mark(anna.id) == ben.exchange.gossip.ledger.mark(anna.id)
+    again.exchange.restore({"ledger": [["nonsense"]]})
+    assert "what the checkpoint says of merges is not used" in str(again.events[-1])
