@@ -146,11 +146,11 @@ class RoundEvent(_Event):
     bytes_sent: int = Field(description="Payload bytes this peer sent to others in the round.")
     bytes_received: int = Field(description="Payload bytes this peer received from others in the round.")
     times_below_allreduce: float | None = Field(None, description="How many times fewer bytes it sent than an fp32 ring all-reduce at every inner step would (8 bytes per parameter and step); null when it was alone or sent none.")  # fmt: skip
-    partners: tuple[str, ...] = Field(description="The PeerIDs on the round's roster, in its order, this peer's own included; with `gossip`, those whose publications were merged.")  # fmt: skip
-    weights: tuple[int, ...] = Field(description="Tokens of each of them in the round, in the same order: the weights of the average; with `gossip`, those that had not been merged before.")  # fmt: skip
-    signer: str = Field("", description="The PeerID that signed the roster; empty with `gossip`.")
-    staleness_rounds: tuple[int, ...] = Field((), description="With `gossip`: how many rounds behind this peer's each publication was.")  # fmt: skip
-    pull_s: float | None = Field(None, description="With `gossip`: the longest of the pulls, in seconds; null without any.")  # fmt: skip
+    partners: tuple[str, ...] = Field(description="The PeerIDs on the round's roster, in its order, this peer's own included; with `gossip`, those whose publications were merged; with `server`, the server, if newer weights of its had come.")  # fmt: skip
+    weights: tuple[int, ...] = Field(description="Tokens of each of them in the round, in the same order: the weights of the average; with `gossip`, those that had not been merged before; with `server`, what all have trained since its weights before.")  # fmt: skip
+    signer: str = Field("", description="The PeerID that signed the roster; empty with `gossip` and `server`.")
+    staleness_rounds: tuple[int, ...] = Field((), description="With `gossip`: how many rounds behind this peer's each publication was. With `server`: how many of this peer's hand-ins its weights had yet to take in.")  # fmt: skip
+    pull_s: float | None = Field(None, description="With `gossip` and `server`: the longest of the pulls, in seconds; null without any.")  # fmt: skip
     variance_factor: float | None = Field(None, description="With `gossip`: the largest factor of the variance correction.")  # fmt: skip
     consensus_spread: float | None = Field(None, description="With `gossip`: how far the merged weights were apart, relative to their size: 0 when all agree.")  # fmt: skip
     displacement: float | None = Field(None, description="With `gossip`: how far the farthest partner's weights were from this peer's, relative to their size.")  # fmt: skip
@@ -165,7 +165,7 @@ class EvalEvent(_Event):
     event: Literal["eval"] = "eval"
     round: int = Field(description="The last round merged into the weights that were measured.")
     held_out_loss: float = Field(description="Loss on the run's held-out text, in nats per byte.")
-    own_loss: float | None = Field(None, description="At the end with `gossip`: the loss of this peer's own weights, beside the consensus' in `held_out_loss`.")  # fmt: skip
+    own_loss: float | None = Field(None, description="At the end with `gossip` and `server`: the loss of this peer's own weights, beside the consensus' or the server's in `held_out_loss`.")  # fmt: skip
 
 
 class PeerJoinedEvent(_Event):
@@ -282,7 +282,7 @@ class DoneEvent(_Event):
 
     event: Literal["done"] = "done"
     held_out_loss: float | None = Field(description="Last loss on the held-out text, in nats per byte; null when it was not measured.")  # fmt: skip
-    own_loss: float | None = Field(None, description="With `gossip`: the loss of this peer's own weights; `held_out_loss` is the consensus'.")  # fmt: skip
+    own_loss: float | None = Field(None, description="With `gossip` and `server`: the loss of this peer's own weights; `held_out_loss` is the consensus' or the server's.")  # fmt: skip
     tokens: int = Field(description="Tokens this peer trained on.")
     run_tokens: int = Field(description="Tokens the whole run was trained on.")
     wall_s: float = Field(description="How long the process ran, in seconds.")

@@ -163,31 +163,38 @@ class InnerSection(_Section):
         return self
 
 
-_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"gossip": {"outer_momentum": 0.8, "pacing": True}}
+_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gossip": {"outer_momentum": 0.8, "pacing": True},
+    "server": {"outer_momentum": 0.8, "pacing": True},
+}
 """Defaults that depend on `merge.method`; they are written out like the others."""
 
-_GOSSIP_ONLY = (
-    "gradient_format",
-    "init",
-    "max_staleness_rounds",
-    "num_partners",
-    "partners",
-    "publications_per_round",
-    "robust",
-    "theta_format",
-)
+_GOSSIP = ("gossip",)
+_SERVER = ("server",)
+_METHODS_OF_KEYS: dict[str, tuple[str, ...]] = {
+    "buffer_arrivals": _SERVER,
+    "gradient_format": _GOSSIP + _SERVER,
+    "init": _GOSSIP,
+    "max_staleness_rounds": _GOSSIP + _SERVER,
+    "momentum_share": _SERVER,
+    "num_partners": _GOSSIP,
+    "partners": _GOSSIP,
+    "publications_per_round": _GOSSIP,
+    "robust": _GOSSIP + _SERVER,
+    "theta_format": _GOSSIP + _SERVER,
+}
 _Format = Literal["fp32", "bf16", "int8", "int4"]
 
 
 class MergeSection(_Section):
     """How peers become one model."""
 
-    method: Literal["diloco", "gossip"] = Field("diloco", description='"diloco": synchronous rounds; everyone\'s pseudo-gradients are averaged by a signed roster. "gossip": nobody waits; each merges at its own pace what it pulled from a few partners.')  # fmt: skip
+    method: Literal["diloco", "gossip", "server"] = Field("diloco", description='"diloco": synchronous rounds; everyone\'s pseudo-gradients are averaged by a signed roster. "gossip": nobody waits; each merges at its own pace what it pulled from a few partners. "server": nobody waits; the bootstrap takes in each pseudo-gradient as it arrives, and everyone goes on from its newest weights.')  # fmt: skip
     inner_steps: int = Field(25, ge=1, le=1_000_000, description="Inner steps of one round (H).")
     outer_learning_rate: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer Nesterov step.")
-    outer_momentum: float = Field(0.9, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "gossip" the default is 0.8.')  # fmt: skip
+    outer_momentum: float = Field(0.9, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "gossip" and "server" the default is 0.8.')  # fmt: skip
     momentum_ramp_rounds: int = Field(0, ge=0, description="Rounds over which the outer momentum rises linearly from 0; 0 for none.")  # fmt: skip
-    pacing: bool = Field(False, description='Slower peers take fewer inner steps, so that all end a round together; with "gossip" the default is true.')  # fmt: skip
+    pacing: bool = Field(False, description='Slower peers take fewer inner steps, so that all end a round together; with "gossip" and "server" the default is true.')  # fmt: skip
     share_above: int = Field(5, ge=1, description='"diloco": with more peers than this on a roster, each averages one share of the parameters and the others pull the result.')  # fmt: skip
     min_peers: int = Field(1, ge=1, le=10_000, description="Round 0 begins when this many volunteers are present.")
     round_limit_s: float = Field(600.0, gt=0, description='A round lasts this long at most, in seconds; with "diloco" it is closed then.')  # fmt: skip
@@ -196,10 +203,12 @@ class MergeSection(_Section):
     num_partners: int = Field(3, ge=1, le=64, description='"gossip": whom a peer pulls from in a round, fewer where the link carries no more (P).')  # fmt: skip
     publications_per_round: int = Field(4, ge=1, le=64, description='"gossip": how often a peer publishes in a round, at equal distances (F).')  # fmt: skip
     partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip
-    theta_format: _Format = Field("int8", description='"gossip": how weights travel.')
-    gradient_format: _Format = Field("int8", description='"gossip": how pseudo-gradients travel.')
-    robust: Literal["none", "clip", "trimmed", "flag"] = Field("clip", description='"gossip": what one bad partner can do. "clip": gradients and distances are cut at three times what is usual; "trimmed" and "flag": that, and a mean of four or more gradients that outvotes outliers.')  # fmt: skip
-    max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='"gossip": what is further behind the median round is not merged, and a peer that is takes the present weights.')  # fmt: skip
+    theta_format: _Format = Field("int8", description='"gossip", "server": how weights travel.')
+    gradient_format: _Format = Field("int8", description='"gossip", "server": how pseudo-gradients travel.')
+    robust: Literal["none", "clip", "trimmed", "flag"] = Field("clip", description='"gossip", "server": what one bad partner can do. "clip": gradients and distances are cut at three times what is usual; "gossip": "trimmed" and "flag": that, and a mean of four or more gradients that outvotes outliers.')  # fmt: skip
+    max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='"gossip": what is further behind the median round is not merged, and a peer that is takes the present weights. "server": what began from weights further behind is not taken in.')  # fmt: skip
+    buffer_arrivals: int = Field(0, ge=0, le=10_000, description='"server": the outer momentum is refreshed after so many arrivals (N); 0 for as many as there are volunteers.')  # fmt: skip
+    momentum_share: float = Field(0.0, ge=0, le=1, description='"server": the share of the momentum that each arrival applies (c), 1 / N at most; with 0 it is applied when it is refreshed.')  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod
@@ -210,11 +219,22 @@ class MergeSection(_Section):
 
     @model_validator(mode="after")
     def _fits_method(self) -> MergeSection:
-        for key in _GOSSIP_ONLY:
-            if self.method != "gossip" and getattr(self, key) != type(self).model_fields[key].default:
+        for key, methods in _METHODS_OF_KEYS.items():
+            if self.method not in methods and getattr(self, key) != type(self).model_fields[key].default:
+                allowed = " or ".join(f'"{method}"' for method in methods)
                 raise ValueError(
-                    f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with "gossip"'
+                    f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with {allowed}'
                 )
+        if self.method == "server" and self.robust not in ("none", "clip"):
+            raise ValueError(
+                f'merge.robust: "{self.robust}" compares several gradients, and with merge.method = "server" they '
+                'arrive one by one; allowed: "none" or "clip"'
+            )
+        if self.momentum_share and not self.momentum_share * self.buffer_arrivals <= 1 <= self.buffer_arrivals:
+            raise ValueError(
+                f"merge.momentum_share: {self.momentum_share:g} with merge.buffer_arrivals = {self.buffer_arrivals}; "
+                "allowed: at most 1 / merge.buffer_arrivals, which must be given then"
+            )
         return self
 
 
@@ -273,6 +293,7 @@ class PublishedSection(_Section):
     held_out_bytes: int = Field(gt=0, le=4_194_304, description="Its size in bytes.")
     tokenizer_sha256: _Sha256 | None = Field(None, description="SHA-256 of the learnt tokenizer; absent with bytes.")
     tokenizer_bytes: int = Field(0, ge=0, le=16_777_216, description="Its size in bytes.")
+    server: str | None = Field(None, pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$", description='With merge.method = "server": the PeerID of the bootstrap, which is the server; absent otherwise.')  # fmt: skip
 
 
 class RunFile(_Section):
@@ -315,6 +336,8 @@ class RunFile(_Section):
             learnt = self.published.tokenizer_sha256 is not None
             if learnt != (self.model.tokenizer == "bpe") or learnt != (self.published.tokenizer_bytes > 0):
                 raise ValueError(f'published.tokenizer_sha256: does not fit model.tokenizer = "{self.model.tokenizer}"')
+            if (self.published.server is not None) != (self.merge.method == "server"):
+                raise ValueError(f'published.server: does not fit merge.method = "{self.merge.method}"')
         return self
 
 

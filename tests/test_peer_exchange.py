@@ -102,4 +102,4 @@ def test_a_finished_round_is_offered_though_an_end_was_asked_for(
     exchange = exchange_for(1)
     exchange.stop.stop()
     offer(exchange)
-    assert exchange.swarm._state is not None
+    assert exchange.swarm.offer.progress is not None

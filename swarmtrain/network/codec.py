@@ -23,6 +23,7 @@ from swarmtrain.network.snapshots import Body, Held, TensorSpec, all_finite
 
 __all__ = [
     "PublicationCodec",
+    "VectorCodec",
     "average_bytes_untrusted",
     "body_of",
     "tensor_specs",
@@ -150,6 +151,47 @@ class PublicationCodec:
 def _check_finite_untrusted(vector: Tensor) -> None:
     if not bool(torch.isfinite(vector).all()):
         raise BadBytesError("a publication that is not finite")
+
+
+@dataclass(frozen=True)
+class VectorCodec:
+    """One vector of the model as a publication's bytes and back: a server's theta, or a worker's pseudo-gradient."""
+
+    name: str
+    specs: tuple[TensorSpec, ...]
+    """The model's tensors."""
+    format: Format
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensor table of such a publication."""
+        return tuple(TensorSpec(f"{self.name}/{spec.name}", spec.shape, _DTYPES[self.format]) for spec in self.specs)
+
+    @cached_property
+    def _feedback(self) -> ErrorFeedback | None:
+        return ErrorFeedback("int4", self._sizes) if self.format == "int4" else None
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [spec.size_bytes // 4 for spec in self.specs]
+
+    def encode(self, vector: Tensor) -> Body:
+        """The bytes of `vector` (P,)."""
+        return Body([_bytes_of(encode(vector, self.format, self._sizes))])
+
+    def encode_sum(self, vector: Tensor, round: int) -> Body:
+        """The bytes of one of many vectors (P,) whose sum counts: what int4 loses is added to a later round's. Not for
+        several threads at once."""
+        if self._feedback is None:
+            return self.encode(vector)
+        return Body([_bytes_of(self._feedback.encode(vector, round, 1))])
+
+    def decode_untrusted(self, held: Held) -> Tensor:
+        """The vector (P,) of a publication whose bytes are here; BadBytesError if it is not finite."""
+        data = torch.frombuffer(held.part(0, sum(spec.size_bytes for spec in self.tensors)), dtype=torch.uint8)
+        vector = decode(data, self.format, self._sizes)
+        _check_finite_untrusted(vector)
+        return vector
 
 
 def _halves(tensors: Sequence[TensorSpec]) -> tuple[Sequence[TensorSpec], Sequence[TensorSpec]]:

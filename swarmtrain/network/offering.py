@@ -11,7 +11,10 @@ from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.snapshots import Body, Held, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Offer", "state_specs"]
+__all__ = ["FillManifest", "Offer", "state_specs"]
+
+FillManifest = Callable[[pb.Manifest], None]
+"""Adds to a manifest what only some ways to merge have."""
 
 
 def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -33,28 +36,29 @@ class Offer:
     """What is told with it of the data that were seen."""
     progress: Progress | None = None
     _body: Body | None = None
+    _fill: FillManifest = lambda manifest: None
     _held: Held | None = None
     _held_of: Progress | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def put(self, progress: Progress, body: Body) -> None:
+    def put(self, progress: Progress, body: Body, fill: FillManifest = lambda manifest: None) -> None:
         """Offer this one from now on; nobody may write into its buffers any more."""
-        self.progress, self._body = progress, body
+        self.progress, self._body, self._fill = progress, body, fill
 
     async def held(self, min_round: int) -> tuple[Progress, Held] | None:
         """The newest state as a snapshot, if it is of `min_round` or later."""
         async with self._lock:
-            progress, body = self.progress, self._body
+            progress, body, fill = self.progress, self._body, self._fill
             if progress is None or body is None or progress.round < min_round:
                 return None
             held = self._held
             if held is None or self._held_of is not progress:
-                held = await asyncio.to_thread(self._build, progress, body)
+                held = await asyncio.to_thread(self._build, progress, body, fill)
                 self._held, self._held_of = held, progress
                 self.store.add(held)
             return progress, held
 
-    def _build(self, progress: Progress, body: Body) -> Held:
+    def _build(self, progress: Progress, body: Body, fill: FillManifest) -> Held:
         manifest = pb.Manifest(
             run_sha256=bytes.fromhex(self.run_sha256),
             kind=pb.SNAPSHOT_KIND_STATE,
@@ -65,4 +69,5 @@ class Offer:
         )
         for peer, tokens in sorted(progress.peer_tokens.items()):
             manifest.peer_tokens.add(peer=peer_bytes(peer), tokens=tokens)
+        fill(manifest)
         return build_snapshot(self.identity, manifest, self.specs, body)

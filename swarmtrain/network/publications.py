@@ -10,10 +10,12 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import Mark
 from swarmtrain.network.identity import Identity
+from swarmtrain.network.offering import FillManifest
 from swarmtrain.network.signing import open_signed_untrusted
 from swarmtrain.network.snapshots import (
     Body,
@@ -27,10 +29,17 @@ from swarmtrain.network.snapshots import (
 )
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Publication", "PublicationRules", "Publisher", "is_signed_by_untrusted", "publication_untrusted"]
+__all__ = ["Publication", "PublicationRules", "Publisher", "Pulling", "is_signed_by_untrusted", "publication_untrusted"]
 
 _KEPT = 2
 """So many publications stay, and those being read."""
+
+
+class Pulling(Protocol):
+    """What a peer pulls in the background."""
+
+    async def stop(self) -> None:
+        """Pull nothing more, until it is told to begin again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +78,8 @@ def publication_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed)
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """A round's work up to its part number `part`; `encode` makes the bytes: theta, then the pseudo-gradient."""
+    """A round's work up to its part number `part`; `encode` makes the bytes, in gossip theta, then the
+    pseudo-gradient."""
 
     round: int
     part: int
@@ -79,6 +89,7 @@ class Publication:
     encode: Callable[[], Body]
     token: object = field(default_factory=object)
     """Stands for it without holding its vectors."""
+    fill: FillManifest = lambda manifest: None
 
 
 @dataclass
@@ -96,18 +107,25 @@ class Publisher:
     _built: deque[tuple[object, Held]] = field(default_factory=deque)
     _building: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def held_after(self, request: pb.PublicationRequest) -> Held | None:
-        """The newest publication as a snapshot, if the caller does not have it."""
+    def wanted(self, request: pb.PublicationRequest, caller: str) -> Publication | None:
+        """The newest publication, if the caller does not have it."""
+        newest = self.newest
+        if newest is None or (request.has_any and (newest.round, newest.part) == (request.round, request.part)):
+            return None
+        return newest
+
+    async def held_after(self, request: pb.PublicationRequest, caller: str = "") -> Held | None:
+        """What `wanted` gives, as a snapshot."""
         async with self._building:
-            newest = self.newest
-            if newest is None or (request.has_any and (newest.round, newest.part) == (request.round, request.part)):
+            wanted = self.wanted(request, caller)
+            if wanted is None:
                 return None
-            if not self._built or self._built[-1][0] is not newest.token:
-                held = await asyncio.to_thread(self._build, newest)
-                self._built.append((newest.token, held))
-                self.store.add(held)
+            if not self._built or self._built[-1][0] is not wanted.token:
+                held = await asyncio.to_thread(self._build, wanted)
+                self._built.append((wanted.token, held))
                 while len(self._built) > _KEPT:
                     self.store.drop(self._built.popleft()[1].snapshot.sha256)
+            self.store.add(self._built[-1][1])  # again: it may be of a round that the store has given up
             return self._built[-1][1]
 
     def _build(self, publication: Publication) -> Held:
@@ -121,4 +139,5 @@ class Publisher:
             author_tokens=publication.author_tokens,
             coverage=self.shard_rows(),
         )
+        publication.fill(manifest)
         return build_snapshot(self.identity, manifest, self.specs, publication.encode())

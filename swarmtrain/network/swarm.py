@@ -33,15 +33,14 @@ from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.finding import FoundRun, PublishedRun, fetch_published, find_run
-from swarmtrain.network.gossiping import Gossip
 from swarmtrain.network.hosting import Hosting
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.merging import Average, RoundSettings
 from swarmtrain.network.node import Node
-from swarmtrain.network.offering import Offer, state_specs
+from swarmtrain.network.offering import FillManifest, Offer, state_specs
 from swarmtrain.network.own_records import OwnRecords
-from swarmtrain.network.publications import Publisher
+from swarmtrain.network.publications import Publisher, Pulling
 from swarmtrain.network.reaching import Reaching, is_loopback_only
 from swarmtrain.network.records import (
     PRESENCE,
@@ -101,7 +100,7 @@ class Swarm:
     rounds: Rounds = field(init=False)
     publisher: Publisher | None = None
     """What this peer publishes in asynchronous rounds; None where rounds are synchronous, and in a bootstrap."""
-    gossip: Gossip | None = None
+    gossip: Pulling | None = None
     """... and what it pulls of others'."""
     coverage: DataCoverage | None = None  # None too where the data have no shards, and in a bootstrap
     tallying: Tallying = field(init=False)
@@ -182,7 +181,7 @@ class Swarm:
     @property
     def asynchronous(self) -> bool:
         """Whether peers merge at their own pace, without rosters."""
-        return self.published.run.merge.method == "gossip"
+        return self.published.run.merge.method != "diloco"
 
     @property
     def states(self) -> StateFetcher:
@@ -437,6 +436,10 @@ class Swarm:
             self._meetings.add(meeting)
             meeting.add_done_callback(self._meetings.discard)
 
+    async def greet(self, peer: str) -> None:
+        """Introduce ourselves to one peer; what it answers is news of it."""
+        await self._greet(peer, self.signed_presence())
+
     async def greet_some(self, number: int = 16) -> None:
         """Ask a sample of the volunteers how far they are."""
         volunteers = [info.peer for info in self.membership.volunteers()]
@@ -515,7 +518,7 @@ class Swarm:
         reply = pb.PublicationReply(presence=self.signed_presence())
         if self.store.num_readers >= self.store.max_readers:
             reply.busy = True
-        elif (held := await self.publisher.held_after(request)) is not None:
+        elif (held := await self.publisher.held_after(request, caller)) is not None:
             reply.manifest.CopyFrom(held.snapshot.signed)
         return reply
 
@@ -538,9 +541,9 @@ class Swarm:
             return pb.StateReply()
         return pb.StateReply(manifest=held.snapshot.signed, roster=last[1])
 
-    def set_state(self, progress: Progress, body: Body) -> None:
+    def set_state(self, progress: Progress, body: Body, fill: FillManifest = lambda manifest: None) -> None:
         """Offer this state to joiners from now on; nobody may write into its buffers any more."""
-        self.offer.put(progress, body)
+        self.offer.put(progress, body, fill)
         self.tallying.learn(progress.peer_tokens)
         self.rounds.advance(progress)
         if self.rounds.last is not None:

@@ -17,8 +17,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from swarmtrain import __version__
-from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.algorithm.outer import OuterState, flatten
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
@@ -29,6 +32,7 @@ from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
@@ -57,6 +61,7 @@ from swarmtrain.peer.gossip_exchange import hosting_of
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.logs import log_event, logged, peer_log
+from swarmtrain.peer.merge_server import MergeServer
 from swarmtrain.peer.present import Present, fetch_present, present_of
 from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
@@ -76,8 +81,11 @@ _LAST_ARCHIVE_S = 4.0
 _LAST_ANSWER_S = 2.0
 
 
-def publish_run(run: RunFile, base: Path, created: datetime.datetime) -> PublishedRun:
-    """Cut the held-out text, learn the tokenizer, and write every default out. Raises RunFileError."""
+def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = "") -> PublishedRun:
+    """Cut the held-out text, learn the tokenizer, and write every default out. Raises RunFileError.
+
+    `me` is the PeerID of who publishes: the server, where the run has one.
+    """
     files = publishable_data(run, base)
     tokenizer = files.tokenizer_bytes
     section = PublishedSection(
@@ -87,6 +95,7 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime) -> Publish
         held_out_bytes=len(files.held_out.text),
         tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest() if tokenizer else None,
         tokenizer_bytes=len(tokenizer),
+        server=me if run.merge.method == "server" else None,
     )
     complete = run.model_copy(update={"published": section})
     data = published_bytes(complete)
@@ -123,7 +132,8 @@ def _published(run: RunFile, base: Path, folder: PeerFolder) -> PublishedRun:
     """The run in the folder, if it is this one; else a new one."""
     kept = folder.kept_run()
     if kept is None:
-        published = publish_run(run, base, datetime.datetime.now(datetime.UTC))
+        me = load_or_create_identity(folder.key_path).peer_id
+        published = publish_run(run, base, datetime.datetime.now(datetime.UTC), me)
         folder.keep_run(published)
         return published
     if kept.run.model_copy(update={"published": None}) != run:
@@ -146,6 +156,10 @@ class _Bootstrap:
     node: Node | None = None
     swarm: Swarm | None = None
     keeper: Keeper | None = None
+    server: MergeServer | None = None
+    """Where the run has one: its weights are the run's."""
+    is_final: bool = False
+    """Whether the archive has the run's last weights."""
     name: str = ""
     progress: Progress = field(default_factory=Progress)
     state: OuterState | None = None
@@ -165,14 +179,19 @@ class _Bootstrap:
         me = PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
         specs = tensor_specs(model.named_parameters())
         swarm = self.swarm = Swarm(node, self.published, specs, average_bytes_untrusted, self.emit, me)
-        if swarm.asynchronous:
+        if self.published.run.merge.method == "gossip":
             swarm.hosting = hosting_of(swarm)
         keeper = self.keeper = Keeper(self.folder, self.published, node.identity.peer_id, self.emit)
         keeper.attach(swarm)
         keeper.be_controlled(self.control)
-        self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)
+        kept = self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)
+        if self.published.run.merge.method == "server":
+            self.server = self._merge_server(swarm, keeper, kept, flatten(model.parameters()))
+        del kept, model  # 8 bytes a parameter
         wait_for(self.network.submit(swarm.start(self._reachable(node))), self.stop)
         wait_for(self.network.submit(swarm.watch_daemon(self.stop.fail)), self.stop)
+        if self.server is not None:
+            wait_for(self.network.submit(self.server.start()), self.stop)
         wait_for(self.network.submit(swarm.announce()), self.stop)
         show_invite(swarm, self.folder, self.emit)
         self.control.watch_bootstrap(swarm, lambda: self.progress)
@@ -209,12 +228,31 @@ class _Bootstrap:
             self.emit(clock_warning(found.clock_correction_s))
         return known
 
-    def _restore(self, swarm: Swarm, keeper: Keeper, num_parameters: int) -> None:
+    def _restore(self, swarm: Swarm, keeper: Keeper, num_parameters: int) -> Checkpoint | None:
         """Offer the state that was archived last time."""
         kept = keeper.load(num_parameters)
         if kept is not None:
             wait_for(self.network.submit(keeper.restore(swarm, kept)), self.stop)
             self._have(swarm, kept)
+        return kept
+
+    def _merge_server(self, swarm: Swarm, keeper: Keeper, kept: Checkpoint | None, theta: Tensor) -> MergeServer:
+        """The server, going on from what was kept, else with the initial weights `theta`, (P,)."""
+
+        def keep(checkpoint: Checkpoint) -> None:
+            extra = {**keeper.checkpointer.extra(), **checkpoint.extra}
+            keeper.keep(dataclasses.replace(checkpoint, extra=extra))
+
+        server = MergeServer(swarm, OuterState(theta, torch.zeros_like(theta)), keep)
+        if kept is not None:
+            try:
+                server.restore(kept)
+            except (ValueError, TypeError) as error:
+                raise RunTimeError(
+                    f"the newest checkpoint in {self.folder.path} cannot be gone on from: {error}; remove it, and the "
+                    "one before it is taken"
+                ) from None
+        return server
 
     def _have(self, swarm: Swarm, kept: Checkpoint) -> None:
         """It is served to joiners: go on from it."""
@@ -225,11 +263,18 @@ class _Bootstrap:
         """Say what is safe on the disk: at the end the volunteers leave once the last state is."""
         assert self.keeper is not None
         durable = self.keeper.checkpointer.durable
-        if durable is None or durable.run_tokens == swarm.me.run_tokens:
+        if durable is None:
+            return
+        run_tokens = durable.run_tokens
+        if self.server is not None:  # of its checkpoints only the last archive has the last weights
+            most = run_tokens if self.is_final else self.published.run.run.total_tokens - 1
+            run_tokens = min(run_tokens, self.progress.run_tokens, most)
+        if run_tokens == swarm.me.run_tokens:
             return
 
         async def tell() -> None:
-            swarm.me = dataclasses.replace(swarm.me, round=durable.round, run_tokens=durable.run_tokens)
+            round = durable.round if self.server is None else max(durable.round, swarm.me.round)
+            swarm.me = dataclasses.replace(swarm.me, round=round, run_tokens=run_tokens)
 
         wait_for(self.network.submit(tell()), self.stop)
 
@@ -242,7 +287,7 @@ class _Bootstrap:
         every_s = self.published.run.network.archive_every_s
         next_s = time.monotonic() + (every_s if self.state is not None else 0.0)
         end_seen_s = first_s = math.inf
-        complete = self.progress.run_tokens >= total
+        complete = self.is_final = self.progress.run_tokens >= total
         while not complete:
             self.stop.sleep(_LOOK_EVERY_S)
             self.control.board.beat()
@@ -261,9 +306,10 @@ class _Bootstrap:
                 first_s = min(first_s, time.monotonic()) if ended else math.inf
                 last = min(told) >= total or time.monotonic() > first_s + _LAST_ROUND_S
             due = not last and time.monotonic() >= next_s and newest > self.progress.run_tokens
-            if (due or last) and self._archive(swarm):
+            if (due or last) and (self._archive(swarm) if self.server is None else self._archive_own(swarm, last)):
                 next_s = time.monotonic() + every_s
                 complete = last and self.progress.run_tokens >= total
+        self._tell_archived(swarm)
 
     def _ask_how_far(self, swarm: Swarm) -> None:
         """Look how far the volunteers are, and remember whom to dial if we are started again."""
@@ -282,18 +328,24 @@ class _Bootstrap:
             return
         self.stop = self.stop.last_work(_LAST_ARCHIVE_S)
         self.control.board.doing(pb.PEER_STATE_FINISHING, "leaving: taking one last archive")
-        volunteers = sorted(swarm.membership.volunteers(), key=lambda info: -info.run_tokens)
         try:
-            pulling = self._pull_from_the_quick(swarm, [info.peer for info in volunteers[:_SAMPLE]])
-            if (new := wait_for(self.network.submit(pulling), self.stop)) is None:
-                return
+            kept = self._last_kept(swarm)
         except (Interrupted, SwarmtrainError) as error:
             _log.info("no last archive: %r", error)
             return
-        kept = self._kept(new)
+        if kept is None:
+            return
         self.keeper.keep(kept)
         self.state, self.progress = kept.state, kept.progress
         self._try_to_write_archive(kept)
+
+    def _last_kept(self, swarm: Swarm) -> Checkpoint | None:
+        if self.server is not None:
+            return self._of_server(self.server) if self.server.arrivals else None
+        volunteers = sorted(swarm.membership.volunteers(), key=lambda info: -info.run_tokens)
+        pulling = self._pull_from_the_quick(swarm, [info.peer for info in volunteers[:_SAMPLE]])
+        new = wait_for(self.network.submit(pulling), self.stop)
+        return None if new is None else self._kept(new)
 
     async def _pull_from_the_quick(self, swarm: Swarm, peers: list[str]) -> Present | None:
         """The newest state, without waiting for those who do not answer soon."""
@@ -325,6 +377,34 @@ class _Bootstrap:
         self._have(swarm, kept)
         self._try_to_write_archive(kept)
         return True
+
+    def _archive_own(self, swarm: Swarm, last: bool) -> bool:
+        """With a server: write its weights down. The last ones are those that all that was handed in has entered."""
+        server, keeper = self.server, self.keeper
+        assert server is not None and keeper is not None
+        if last:
+            wait_for(self.network.submit(server.drain()), self.stop)
+            if server.progress.run_tokens >= self.published.run.run.total_tokens:
+                wait_for(self.network.submit(server.stop()), self.stop)
+                self.is_final = True
+        if not server.arrivals:
+            return False
+        kept = self._of_server(server)
+        keeper.keep(kept)
+        keeper.checkpointer.flush(_FLUSH_S)
+        self._have(swarm, kept)
+        self._try_to_write_archive(kept)
+        return True
+
+    def _of_server(self, server: MergeServer) -> Checkpoint:
+        """What a checkpoint of it keeps, taken where nothing enters meanwhile."""
+        assert self.keeper is not None
+        checkpointer = self.keeper.checkpointer
+
+        async def take() -> Checkpoint:
+            return await server.settled(checkpointer.extra())
+
+        return wait_for(self.network.submit(take()), self.stop)
 
     def _kept(self, present: Present) -> Checkpoint:
         assert self.keeper is not None

@@ -1,6 +1,7 @@
 """Checkpoints: a swarm's state, and for a volunteer what is its own, as files; and back, checked.
 
-The tensors are flat fp32: `theta` and `momentum` (P,), and a volunteer's `moments` (2, P) with `steps` (N,).
+The tensors are flat fp32: `theta` and `momentum` (P,), a volunteer's `moments` (2, P) with `steps` (N,), a server's
+`delta` (P,).
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Checkpoint:
     roster: Roster | None
     signed_roster: pb.Signed | None
     own: OwnPart | None = None
+    delta: Tensor | None = None
+    """Of a server: the gradients since its momentum was refreshed, (P,)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What others keep with it, by a name of theirs; anything JSON can hold."""
 
@@ -61,6 +64,8 @@ def save(folder: CheckpointFolder, checkpoint: Checkpoint) -> Written:
         "extra": dict(checkpoint.extra),
     }
     tensors = {"theta": checkpoint.state.theta, "momentum": checkpoint.state.momentum}
+    if checkpoint.delta is not None:
+        tensors["delta"] = checkpoint.delta
     if own is not None:
         manifest["own"] = {
             "batches": own.batches,
@@ -122,6 +127,9 @@ def _parse(folder: CheckpointFolder, kept: Kept, run: RunFile, num_parameters: i
     theta, momentum = tensors["theta"], tensors["momentum"]
     if theta.shape != (num_parameters,) or momentum.shape != (num_parameters,):
         raise ValueError("it is of another model")
+    delta = tensors.get("delta")
+    if delta is not None and delta.shape != theta.shape:
+        raise ValueError("its buffer is of another model")
     roster, signed = _roster(manifest["roster"], folder, run)
     progress = Progress(
         round=manifest["round"],
@@ -141,12 +149,13 @@ def _parse(folder: CheckpointFolder, kept: Kept, run: RunFile, num_parameters: i
         roster=roster,
         signed_roster=signed,
         own=None if own is None else _own_part(own, tensors, num_parameters),
+        delta=delta,
         extra=manifest["extra"],
     )
 
 
 def _roster(encoded: str | None, folder: CheckpointFolder, run: RunFile) -> tuple[Roster | None, pb.Signed | None]:
-    if run.merge.method == "gossip":
+    if run.merge.method != "diloco":
         return None, None
     if encoded is None:
         raise ValueError("it has no roster")

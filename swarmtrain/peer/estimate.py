@@ -82,6 +82,11 @@ def _merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, i
         # of each partner the bytes and the decoded vectors; the prepared merge; the bytes of parts that may go on
         held = partners * (2 * published + 2 * gradient_bytes) + 2 * gradient_bytes
         return partners * published, held
+    if (
+        merge.method == "server"
+    ):  # its pseudo-gradient, to the server; of the server its weights, and what is not in them
+        sent, came = (round(num_parameters * WIRE_BYTES[form]) for form in (merge.gradient_format, merge.theta_format))
+        return sent, sent + came + 3 * gradient_bytes
     if others + 1 <= merge.share_above:
         return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each
     # as an all-reduce: scatter the shares, gather the results

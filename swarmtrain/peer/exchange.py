@@ -34,7 +34,7 @@ from swarmtrain.network.snapshots import Held, build_snapshot
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import StopFlag, state_of, wait_for
 from swarmtrain.peer.pausing import PauseSwitch
-from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Start, StopTraining
+from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Served, Start, StopTraining
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -81,7 +81,7 @@ class SwarmExchange(ABC):
         """See `Exchange`."""
 
     @abstractmethod
-    def collect(self) -> Averaged | Gathered | Replaced:
+    def collect(self) -> Averaged | Gathered | Served | Replaced:
         """See `Exchange`."""
 
     def step_done(self, inner_steps_done: int) -> None:

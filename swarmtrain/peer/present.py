@@ -1,6 +1,7 @@
 """The run's present weights, for the archive and for `export`, whichever way the run merges.
 
-With rosters there is one state, which any peer has. Where each peer has its own it is the consensus of a sample.
+With rosters there is one state, which any peer has; with a server there is its. Where each peer has its own it is the
+consensus of a sample.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ async def fetch_present(swarm: Swarm, peers: Sequence[str], reason: str, above_t
     if not swarm.asynchronous:
         new = await swarm.rounds.fetch_newest_state(peers, reason, above_tokens)
         return None if new is None else present_of(new)
-    states = await swarm.states.fetch(peers, 1)
+    published = swarm.published.run.published
+    server = None if published is None else published.server
+    states = [] if server is None else await swarm.states.fetch([server], 1)
+    states = states or await swarm.states.fetch(peers, 1)  # where there is no server, or it is gone: each has its own
     if not states:
         return None
     known = {info.peer for info in swarm.membership.known()}

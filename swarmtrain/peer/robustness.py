@@ -62,6 +62,23 @@ class Robustness:
                 self._told(peer, incident)
         return arrival
 
+    def accept_gradient(self, peer: str, gradient: Tensor, tokens: int, theta: Tensor) -> Tensor:
+        """What of a worker's pseudo-gradient (P,) may enter the weights `theta`, (P,), of a server, which has none of
+        its own to compare it with: nothing longer than the weights themselves, before enough is known to say more."""
+        if self.rule == "none":
+            return gradient
+        norm, most = float(gradient.norm()), float(theta.norm())
+        incident = None
+        if norm > most:
+            gradient = (gradient.double() * (most / norm)).float()  # in fp64: it may be huge
+            incident = Incident("gradient", f"gradient cut: its norm {norm:.3g} to that of the weights, {most:.3g}")
+        with self._lock:
+            clipped = self._gradients.clip(gradient, tokens)
+        for each in (incident, clipped.incident):
+            if each is not None:
+                self._told(peer, each)
+        return clipped.vector
+
     def learn(self, gradient: Tensor, tokens: int) -> None:
         """An own pseudo-gradient (P,) of so many tokens: what is usual here."""
         if self.rule != "none":

@@ -36,6 +36,7 @@ __all__ = [
     "OwnPart",
     "Replaced",
     "RoundReport",
+    "Served",
     "Start",
     "StopTraining",
     "Trainer",
@@ -114,6 +115,16 @@ class Gathered:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Served:
+    """Where to go on with a server: its weights, less what it has yet to take in; `merged` is empty where none came."""
+
+    theta: Tensor
+    merged: tuple[Merged, ...]
+    run_tokens: int
+    peer_tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Replaced:
     """The swarm's state, taken from another peer in place of a merge: this peer had missed one."""
 
@@ -164,7 +175,7 @@ class RoundReport:
     """What is told of a finished round; seconds, tokens, nats per token."""
 
     contribution: Contribution
-    arrived: Averaged | Gathered
+    arrived: Averaged | Gathered | Served
     progress: Progress
     num_peers: int
     loss: float
@@ -195,7 +206,7 @@ class Exchange(Protocol):
     def publish(self, contribution: Contribution) -> None:
         """Here is my round, or what there is of it. Returns at once."""
 
-    def collect(self) -> Averaged | Gathered | Replaced:
+    def collect(self) -> Averaged | Gathered | Served | Replaced:
         """Give me what arrived; waits as long as the merge method says. Raises StopTraining when asked to end."""
 
 
@@ -335,7 +346,7 @@ class Trainer:
         self._has_moments = True
         return loss_sum
 
-    def merge(self, arrived: Averaged | Gathered, own: Contribution) -> None:
+    def merge(self, arrived: Averaged | Gathered | Served, own: Contribution) -> None:
         """The outer Nesterov step, and the counters that follow from what arrived."""
         section = self.run.merge
         constants = OuterConstants(
@@ -346,14 +357,21 @@ class Trainer:
             self.state = outer_step(self.state, arrived.gradient, constants)
             self.progress = self.progress.after(arrived.partners, arrived.weights, arrived.roster_sha256)
             return
+        if isinstance(arrived, Served):  # the outer step was the server's
+            self.state = OuterState(arrived.theta, self.state.momentum)
+        else:
+            self._merge_gathered(arrived, own, constants)
+        self.progress = Progress(
+            round=self.progress.round + 1, run_tokens=arrived.run_tokens, peer_tokens=arrived.peer_tokens
+        )
+
+    def _merge_gathered(self, arrived: Gathered, own: Contribution, constants: OuterConstants) -> None:
+        section = self.run.merge
         mean = robust_mean(section.robust, [own.gradient, *arrived.gradients])
         if mean is not None:
             self.state = outer_step(OuterState(arrived.prepared.theta_mean, self.state.momentum), mean, constants)
         else:
             self.state = gossip_merge(self.state, arrived.prepared, own.gradient, own.tokens, constants)
-        self.progress = Progress(
-            round=self.progress.round + 1, run_tokens=arrived.run_tokens, peer_tokens=arrived.peer_tokens
-        )
 
     def adopt(self, replaced: Replaced) -> None:
         """Go on from another peer's state; the moments stay, the data position too."""

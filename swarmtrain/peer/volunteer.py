@@ -71,8 +71,9 @@ from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.server_exchange import ServerExchange
 from swarmtrain.peer.slowdown import SlowedSteps
-from swarmtrain.peer.trainer import Averaged, Gathered, OwnPart, RoundReport, Trainer
+from swarmtrain.peer.trainer import Averaged, Gathered, OwnPart, RoundReport, Served, Trainer
 from swarmtrain.run import NetworkSection, RunFile, parse_published_untrusted
 
 __all__ = ["data_base", "initial_seed", "run_volunteer", "summary_of"]
@@ -86,6 +87,11 @@ _FIND_AGAIN_S = 5.0
 _ALONE_AFTER_S = 15.0
 _LOOK_S = 0.5
 _FETCH_ATTEMPTS = 3
+_EXCHANGES: dict[str, type[SwarmExchange]] = {
+    "diloco": RosterExchange,
+    "gossip": GossipExchange,
+    "server": ServerExchange,
+}
 _UNKNOWN_RUN = NetworkSection(min_pull_bytes_per_s=0, stall_limit_s=600)
 
 
@@ -164,7 +170,7 @@ class _Volunteer:
         keeper = self.keeper = Keeper(self.folder, published, node.identity.peer_id, self.emit)
         ready, kept = self._prepare(node, published, keeper)
         swarm = self.swarm = self._swarm(node, ready)
-        kind = GossipExchange if swarm.asynchronous else RosterExchange
+        kind = _EXCHANGES[published.run.merge.method]
         exchange = kind(self.network, swarm, published.run, self.stop, self.pause)
         exchange.on_arriving = Arrival(self.control.board, self.emit).look
         trainer = Trainer(
@@ -484,16 +490,21 @@ class _Volunteer:
         return held_out_loss(ready.model, theta, ready.published, ready.data.tokenizer, self.stop.check)
 
 
-def what_was_merged(arrived: Averaged | Gathered) -> dict[str, Any]:
+def what_was_merged(arrived: Averaged | Gathered | Served) -> dict[str, Any]:
     """The fields of a round's event that tell of its merge."""
     if isinstance(arrived, Averaged):
         return {"partners": arrived.partners, "weights": arrived.weights, "signer": arrived.signer}
-    prepared = arrived.prepared
-    return {
+    pulled = {
         "partners": tuple(merged.peer for merged in arrived.merged),
         "weights": tuple(merged.tokens for merged in arrived.merged),
         "staleness_rounds": tuple(merged.staleness_rounds for merged in arrived.merged),
         "pull_s": max((merged.pull_s for merged in arrived.merged), default=None),
+    }
+    if isinstance(arrived, Served):
+        return pulled
+    prepared = arrived.prepared
+    return {
+        **pulled,
         "variance_factor": prepared.variance_factor,
         "consensus_spread": prepared.consensus_spread,
         "displacement": prepared.displacement if math.isfinite(prepared.displacement) else None,

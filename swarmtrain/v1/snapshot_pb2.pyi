@@ -122,8 +122,16 @@ class PeerTokens(_message.Message):
     tokens: int
     def __init__(self, peer: _Optional[bytes] = ..., tokens: _Optional[int] = ...) -> None: ...
 
+class Entered(_message.Message):
+    __slots__ = ("peer", "round")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    peer: bytes
+    round: int
+    def __init__(self, peer: _Optional[bytes] = ..., round: _Optional[int] = ...) -> None: ...
+
 class Manifest(_message.Message):
-    __slots__ = ("run_sha256", "author", "kind", "stage", "round", "part", "tokens", "inner_steps", "tensors", "total_bytes", "chunk_bytes", "chunk_sha256", "run_tokens", "peer_tokens", "roster_sha256", "author_tokens", "coverage")
+    __slots__ = ("run_sha256", "author", "kind", "stage", "round", "part", "tokens", "inner_steps", "tensors", "total_bytes", "chunk_bytes", "chunk_sha256", "run_tokens", "peer_tokens", "roster_sha256", "author_tokens", "coverage", "arrivals", "entered")
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     AUTHOR_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +149,8 @@ class Manifest(_message.Message):
     ROSTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     AUTHOR_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COVERAGE_FIELD_NUMBER: _ClassVar[int]
+    ARRIVALS_FIELD_NUMBER: _ClassVar[int]
+    ENTERED_FIELD_NUMBER: _ClassVar[int]
     run_sha256: bytes
     author: bytes
     kind: SnapshotKind
@@ -158,7 +168,9 @@ class Manifest(_message.Message):
     roster_sha256: bytes
     author_tokens: int
     coverage: _containers.RepeatedCompositeFieldContainer[Signed]
-    def __init__(self, run_sha256: _Optional[bytes] = ..., author: _Optional[bytes] = ..., kind: _Optional[_Union[SnapshotKind, str]] = ..., stage: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., chunk_sha256: _Optional[bytes] = ..., run_tokens: _Optional[int] = ..., peer_tokens: _Optional[_Iterable[_Union[PeerTokens, _Mapping]]] = ..., roster_sha256: _Optional[bytes] = ..., author_tokens: _Optional[int] = ..., coverage: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ...) -> None: ...
+    arrivals: int
+    entered: _containers.RepeatedCompositeFieldContainer[Entered]
+    def __init__(self, run_sha256: _Optional[bytes] = ..., author: _Optional[bytes] = ..., kind: _Optional[_Union[SnapshotKind, str]] = ..., stage: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., chunk_sha256: _Optional[bytes] = ..., run_tokens: _Optional[int] = ..., peer_tokens: _Optional[_Iterable[_Union[PeerTokens, _Mapping]]] = ..., roster_sha256: _Optional[bytes] = ..., author_tokens: _Optional[int] = ..., coverage: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., arrivals: _Optional[int] = ..., entered: _Optional[_Iterable[_Union[Entered, _Mapping]]] = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("snapshot_sha256", "first_chunk", "num_chunks")
