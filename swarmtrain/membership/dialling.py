@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["MAX_PORTS", "DialBudget", "dial_targets", "may_be_dialled"]
+__all__ = ["MAX_PORTS", "DialBudget", "dial_targets", "is_public", "may_be_dialled"]
 
 MAX_PORTS = 4
 _MAX_HOSTS = 2
@@ -37,6 +37,15 @@ def may_be_dialled(host: str) -> bool:
     except ValueError:
         return False
     return not (address.is_multicast or address.is_unspecified or address.is_link_local)
+
+
+def is_public(address: str) -> bool:
+    """Whether a multiaddress is one of the internet's, not of a local network or of a provider's own."""
+    match = re.match(r"/ip[46]/([^/]+)", address)
+    try:
+        return match is not None and ipaddress.ip_address(match[1]).is_global
+    except ValueError:
+        return False
 
 
 @dataclass

@@ -28,6 +28,7 @@ __all__ = [
     "Reach",
     "Reachability",
     "callable_first",
+    "from_outside",
     "host_candidates",
     "most_guests",
 ]
@@ -90,6 +91,14 @@ class Reachability:
                 self.state, self._misses, wait_s = Reach.HIDDEN, 0, self.hidden_every_s
         self._due_s = now + wait_s * (0.8 + 0.4 * rng.random())
         return f"{self.state.value}: {reason}"
+
+
+def from_outside(answers: Sequence[tuple[bool | None, bool]]) -> list[bool | None]:
+    """What those said whose second item says that they are on the internet; what all said if none of those could say.
+
+    A neighbour behind the same router reaches a peer that nobody else can dial."""
+    outside = [answer for answer, is_outside in answers if is_outside and answer is not None]
+    return list(outside) or [answer for answer, _ in answers]
 
 
 # ---------------------------------------------------------------- the hidden peer

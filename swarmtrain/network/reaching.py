@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import PeerError
-from swarmtrain.membership.hosts import NUM_ASKED, HostChoice, Reach, Reachability, host_candidates
+from swarmtrain.membership.dialling import is_public
+from swarmtrain.membership.hosts import NUM_ASKED, HostChoice, Reach, Reachability, from_outside, host_candidates
 from swarmtrain.membership.lifecycle import Membership
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.dialling import Outcome, ask_to_be_dialled, tcp_ports
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import snapshot_pb2 as pb
+from swarmtrain.words import short_peer
 
 __all__ = ["Reaching", "is_loopback_only"]
 
@@ -27,6 +29,7 @@ _log = logging.getLogger(__name__)
 _LOOK_S = 1.0
 _KEEP_ALIVE_S = 3.0
 _CALL_S = 3.0
+_STOOD_STILL_S = 5.0
 _ANSWERS = {Outcome.REACHED: True, Outcome.NOT_REACHED: False}
 
 
@@ -51,6 +54,7 @@ class Reaching:
     choice: HostChoice = field(init=False)
     _asking: asyncio.Task[None] | None = None
     _kept_s: float = float("-inf")
+    _looked_s: float = float("-inf")
     _told: tuple[bool, tuple[str, ...]] = (False, ())
 
     def __post_init__(self) -> None:
@@ -66,13 +70,17 @@ class Reaching:
         """Those that serve its publications on."""
         return self.choice.serving if self.hidden else ()
 
-    def in_words(self, name_of: Callable[[str], str] = lambda peer: peer) -> str:
+    def in_words(self) -> str:
         """What a person is told; empty if there is nothing to tell."""
         if not self.hidden:
             return ""
-        through = " and ".join(name_of(host) for host in self.hosts)
+        through = " and ".join(self._name(host) for host in self.hosts)
         how = f"its work goes through {through}" if through else "it looks for others through which its work can go"
         return f"nobody can dial this computer; {how}"
+
+    def _name(self, peer: str) -> str:
+        info = self.membership.info(peer)
+        return (info.name if info is not None else "") or short_peer(peer)
 
     async def keep(self) -> None:
         """Look, for ever."""
@@ -87,6 +95,8 @@ class Reaching:
     async def look(self) -> None:
         """Ask others to dial this peer if it is time, and talk to the hosts if it has or needs some."""
         now = swarm_time()
+        if now > self._looked_s + _STOOD_STILL_S:  # it was this peer that was silent, not its hosts
+            self.choice.clear()
         if self.reachability.is_due(now) and (self._asking is None or self._asking.done()):
             self._asking = asyncio.create_task(self._ask_to_be_dialled())
         if not self.hidden:
@@ -97,13 +107,15 @@ class Reaching:
         if self._told != (self.hidden, self.hosts):
             self._told = (self.hidden, self.hosts)
             self.changed()
+        self._looked_s = swarm_time()
 
     async def _ask_to_be_dialled(self) -> None:
         ports = tcp_ports(self.listens_at())
         others = [candidate.peer for candidate in host_candidates(self.membership.live())]
         asked = self.rng.sample(others, min(NUM_ASKED, len(others))) if ports else []
         outcomes = await asyncio.gather(*(ask_to_be_dialled(self.calls, peer, ports) for peer in asked))
-        answers = [_ANSWERS.get(outcome) for outcome in outcomes]
+        outside = [any(map(is_public, await self.calls.node.seen_at(peer))) for peer in asked]
+        answers = from_outside([(_ANSWERS.get(outcome), far) for outcome, far in zip(outcomes, outside, strict=True)])
         _log.info("reach: %s", self.reachability.told(answers, swarm_time(), self.rng))
 
     async def _keep_hosts(self) -> None:

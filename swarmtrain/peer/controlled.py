@@ -245,11 +245,11 @@ def _volunteers(number: int, more: str = "") -> str:
     return f"{number} {more}volunteer{'' if number == 1 else 's'}"
 
 
-def reach_in_words(board: StatusBoard, swarm: Swarm) -> str:
+def reach_in_words(swarm: Swarm) -> str:
     """That nobody can dial this peer, or that it serves others whom nobody can dial; mostly nothing."""
     guests = () if swarm.hosting is None else swarm.hosting.guests.current(swarm_time())
     serving = f"serving the work of {len(guests)} peer{'' if len(guests) == 1 else 's'} that nobody can dial"
-    return swarm.reaching.in_words(board.name_of) or (serving if guests else "")
+    return swarm.reaching.in_words() or (serving if guests else "")
 
 
 def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], None]:
@@ -257,7 +257,7 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
     tokens_per_step, gone = swarm.published.run.tokens_per_step, PeerInfo(peer="")
 
     def look(status: pb.PeerStatus) -> None:
-        status.reach = reach_in_words(board, swarm)
+        status.reach = reach_in_words(swarm)
         me, counts, acknowledged = swarm.me, swarm.tallying.contributions(), swarm.tallying.acknowledged()
         live = {info.peer: info for info in (*swarm.membership.live(), me)}
         if me.is_bootstrap:  # a volunteer knows the rosters' total, which forks and liars do not move

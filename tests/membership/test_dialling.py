@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain.membership.dialling import MAX_PORTS, DialBudget, dial_targets
+from swarmtrain.membership.dialling import MAX_PORTS, DialBudget, dial_targets, is_public
 
 
 def test_only_where_the_question_came_from() -> None:
@@ -66,3 +66,15 @@ def test_the_owner_of_an_ipv6_network_counts_once() -> None:
     assert budget.admit(["/ip6/2001:db8:0:1:ffff::2/tcp/1"], 0.0)
     assert not budget.admit(["/ip6/2001:db8:0:1:abcd::3/tcp/1"], 0.0)
     assert budget.admit(["/ip6/2001:db8:0:2::1/tcp/1"], 0.0)
+
+
+def test_what_is_of_the_internet() -> None:
+    public = ["/ip4/8.8.8.8/tcp/5", "/ip6/2606:4700::1111/tcp/5"]
+    local = [
+        "/ip4/10.0.0.1/tcp/5",
+        "/ip4/100.64.0.9/tcp/5",
+        "/ip6/fd00::1/tcp/5",
+        "/ip4/300.1.1.1/tcp/5",
+        "/dns/a/tcp/5",
+    ]
+    assert [is_public(address) for address in public + local] == [True] * 2 + [False] * 5

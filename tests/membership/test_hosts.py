@@ -15,6 +15,7 @@ from swarmtrain.membership.hosts import (
     Reach,
     Reachability,
     callable_first,
+    from_outside,
     host_candidates,
     most_guests,
 )
@@ -66,6 +67,13 @@ def test_it_is_asked_again_soon_while_it_is_not_known_and_seldom_afterwards() ->
     assert reach.is_due(now + 7), "a dialable peer that nobody reached is looked at again at once"
     assert "nobody can dial it: 6 tried in vain" in reach.told([False] * 3, now, RNG)
     assert not reach.is_due(now + 100) and reach.is_due(now + 250)
+
+
+def test_what_the_neighbours_say_counts_only_if_nobody_outside_can_say() -> None:
+    assert from_outside([(True, False), (False, True), (False, True)]) == [False, False]
+    assert from_outside([(True, False), (None, True)]) == [True, None]
+    assert from_outside([(False, False), (True, True)]) == [True]
+    assert from_outside([]) == []
 
 
 # ---------------------------------------------------------------- hosts

@@ -348,13 +348,20 @@ class Around:
         self.outcome = pb.DialReply.OUTCOME_NOT_REACHED
         self.gone: set[str] = set()
         self.full: set[str] = set()
+        self.node = self
+        self.outside: set[str] = set()
+        self.neighbours: set[str] = set()
         self.ports: list[list[int]] = []
 
     async def dial(self, peer: str, request: pb.DialRequest, limit_s: float) -> pb.DialReply:
         self.ports.append(list(request.own_ports))
         if peer in self.gone:
             raise UnreachableError("nobody")
-        return pb.DialReply(outcome=self.outcome)
+        reached = pb.DialReply.OUTCOME_REACHED if peer in self.neighbours else self.outcome
+        return pb.DialReply(outcome=reached)
+
+    async def seen_at(self, peer: str) -> tuple[str, ...]:
+        return (f"/ip4/{'8.8.8.8' if peer in self.outside else '10.0.0.1'}/tcp/5",)
 
     async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float) -> pb.HelloReply:
         assert request.wants_host
@@ -370,7 +377,9 @@ def test_who_cannot_be_dialled_finds_hosts_replaces_them_and_needs_none_when_it_
     monkeypatch.setattr(reaching_module, "swarm_time", lambda: around.now)
     membership = Membership("me")
     for name in ("a", "b", "c"):
-        membership.saw_presence(PeerInfo(peer=name, stamp=1.0, addresses=("/ip4/10.0.0.1/tcp/1",)), 1e9, 1.0)
+        membership.saw_presence(
+            PeerInfo(peer=name, name=f"Peer {name}", stamp=1.0, addresses=("/ip4/10.0.0.1/tcp/1",)), 1e9, 1.0
+        )
     membership.saw_presence(PeerInfo(peer="h", stamp=1.0, hidden=True, hosts=("a",)), 1e9, 1.0)
     around.full = {"c"}
     calls: Any = around
@@ -397,9 +406,15 @@ def test_who_cannot_be_dialled_finds_hosts_replaces_them_and_needs_none_when_it_
         assert around.ports == [[31337, 31338]] * 3, "each of those that can be dialled was asked"
         assert reaching.reachability.state is Reach.HIDDEN and set(reaching.hosts) == {"a", "b"}
         assert changes[-1] == (True, reaching.hosts) and len(changes) <= 3
-        assert reaching.in_words(str.upper) == (
-            f"nobody can dial this computer; its work goes through {' and '.join(map(str.upper, reaching.hosts))}"
-        )
+        names = " and ".join(f"Peer {host}" for host in reaching.hosts)
+        assert reaching.in_words() == f"nobody can dial this computer; its work goes through {names}"
+        around.outside, around.neighbours = {"b", "c"}, {"a"}
+        await pass_s(250)
+        assert reaching.hidden, "the neighbour reaches it, and nobody outside does"
+        around.now += 1000.0
+        hosts = set(reaching.hosts)
+        await pass_s(3)
+        assert set(reaching.hosts) == hosts, "this machine slept, its hosts did not go"
         around.gone, around.full = {"a"}, set()
         await pass_s(130)
         assert set(reaching.hosts) == {"b", "c"} and changes[-1] == (True, reaching.hosts)

@@ -33,7 +33,7 @@ def tokens_entered(swarm: HostedSwarm, since_s: float = 0.0) -> Counter[str]:
 
 def test_a_thousand_peers_half_of_them_hidden() -> None:
     swarm = half_hidden(1000, GossipSettings(inner_steps=96, sample=12))
-    swarm.run_until(30.0)
+    swarm.run_until(24.0)
     hidden = hidden_peers(swarm)
     assert len(hidden) == 500
     assert {peer.reachability.state for peer in hidden} == {Reach.HIDDEN}
