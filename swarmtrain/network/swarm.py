@@ -211,7 +211,7 @@ class Swarm:
         await self._look_where_we_are()
         await self.greet_everyone()
         kept = [self._keep_present(), self._keep_reading(), self._keep_counting(), self._notice_gaps()]
-        if self.asynchronous and not self.me.is_bootstrap and not is_loopback_only(self._listens_at):
+        if self.hosting is not None and not self.me.is_bootstrap and not is_loopback_only(self._listens_at):
             kept.append(self.reaching.keep())
         for work in kept:
             task = asyncio.create_task(work)
