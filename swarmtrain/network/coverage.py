@@ -129,6 +129,8 @@ class DataCoverage:
         """Take the rows in a manifest of `teller`. What is wrong with a row costs that row, and is named."""
         if len(rows) > MAX_ROWS:
             self._refuse(teller, f"{len(rows)} rows of the data's coverage; a manifest has at most {MAX_ROWS}")
+        if self.explained(teller, 0) is None:
+            return  # nothing can be believed yet; it comes again
         news = []
         for signed in list(rows[:MAX_ROWS]):
             try:
@@ -136,7 +138,7 @@ class DataCoverage:
             except BadBytesError as error:
                 self._refuse(teller, f"a row of the data's coverage: {error}")
                 continue
-            if row is not None and self.explained(row.peer, 0) is not None:
+            if row is not None:
                 news.append(row)
         with self._lock:
             incidents = self._coverage.merge(news, teller, lambda peer, tokens: self.explained(peer, tokens) or 0)
