@@ -42,7 +42,7 @@ def test_the_first_state_is_archived_at_once(monkeypatch: pytest.MonkeyPatch) ->
     now, archived = [0.0], list[float]()
 
     class Archived(bootstrap._Bootstrap):
-        def _archive(self, swarm: Any) -> bool:
+        def _archive(self, swarm: Any, last: bool = False) -> bool:
             archived.append(now[0])
             self.progress = Progress(run_tokens=self.progress.run_tokens + 1)
             return True
@@ -61,7 +61,7 @@ def test_the_first_state_is_archived_at_once(monkeypatch: pytest.MonkeyPatch) ->
         told[0].run_tokens = 0 if now[0] < 10 else 5_000
         return told
 
-    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=volunteers))
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=volunteers), asynchronous=False)
     with pytest.raises(Interrupted):
         peer._archive_until_the_end(swarm)
     assert archived == [10.0, 70.0, 130.0]
@@ -77,7 +77,7 @@ def test_only_what_is_on_the_disk_is_told() -> None:
     checkpointer = SimpleNamespace(durable=None)
     keeper: Any = SimpleNamespace(checkpointer=checkpointer)
     peer.keeper = keeper
-    swarm: Any = SimpleNamespace(me=PeerInfo(peer="P", is_bootstrap=True))
+    swarm: Any = SimpleNamespace(me=PeerInfo(peer="P", is_bootstrap=True), asynchronous=False)
     try:
         peer.progress = Progress(round=9, run_tokens=1000)
         peer._tell_archived(swarm)
@@ -85,6 +85,15 @@ def test_only_what_is_on_the_disk_is_told() -> None:
         checkpointer.durable = Progress(round=8, run_tokens=900)
         peer._tell_archived(swarm)
         assert (swarm.me.round, swarm.me.run_tokens) == (8, 900)
+        run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": "gossip"}})
+        peer.published = PublishedRun(b"", "ab" * 32, run, b"", b"")
+        swarm.asynchronous = True
+        peer.progress = checkpointer.durable = Progress(round=99, run_tokens=101_000)
+        peer._tell_archived(swarm)
+        assert swarm.me.run_tokens == 99_999, "not all last weights are in it: nobody may leave yet"
+        peer.is_final = True
+        peer._tell_archived(swarm)
+        assert swarm.me.run_tokens == 101_000
     finally:
         network.stop()
 
@@ -234,3 +243,34 @@ def test_a_run_that_is_over_needs_no_other_archive(leaving: Leaving) -> None:
     swarm = Volunteers({"anna": 100_500})
     leaving.peer.progress = Progress(round=99, run_tokens=100_400)
     assert leaving.asked(swarm) == 100_400 and not swarm.fetched
+
+
+# ---------------------------------------------------------------- the end of a run in which each has its own weights
+
+
+def test_an_archive_between_two_looks_that_had_all_tokens_ends_it_when_everyone_has_left(tmp_path: Path) -> None:
+    """Seen: the volunteers left, because the archive had the run's tokens, and the bootstrap waited for them."""
+    run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": "gossip"}})
+    looks = iter([[90_000, 95_000], [90_000, 95_000], []])
+    here: list[int] = []
+    told: list[int] = []
+    control: Any = SimpleNamespace(emit=None, stop=StopFlag(), board=SimpleNamespace(beat=lambda: None))
+    published, settings = PublishedRun(b"", "ab" * 32, run, b"", b""), PeerSettings(directory=tmp_path, name="b")
+    peer: Any = bootstrap._Bootstrap(published, settings, PeerFolder(tmp_path), cast(Any, None), control)
+    peer.stop = SimpleNamespace(sleep=lambda seconds: None)
+    swarm: Any = SimpleNamespace(
+        asynchronous=True,
+        membership=SimpleNamespace(volunteers=lambda: [SimpleNamespace(run_tokens=tokens) for tokens in here]),
+        tallying=SimpleNamespace(total=0),
+    )
+
+    def archive(swarm: Any, last: bool) -> bool:
+        assert not last
+        peer.progress = Progress(round=9, run_tokens=101_000)  # more than they had said
+        return True
+
+    peer._ask_how_far = lambda swarm: here.__setitem__(slice(None), next(looks))
+    peer._archive = archive
+    peer._tell_archived = lambda swarm: told.append(peer.is_final)
+    peer._archive_until_the_end(swarm)
+    assert peer.is_final and told == [True]

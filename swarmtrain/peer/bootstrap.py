@@ -266,7 +266,7 @@ class _Bootstrap:
         if durable is None:
             return
         run_tokens = durable.run_tokens
-        if self.server is not None:  # of its checkpoints only the last archive has the last weights
+        if swarm.asynchronous:  # of its archives only the last one has everybody's last weights
             most = run_tokens if self.is_final else self.published.run.run.total_tokens - 1
             run_tokens = min(run_tokens, self.progress.run_tokens, most)
         if run_tokens == swarm.me.run_tokens:
@@ -306,9 +306,12 @@ class _Bootstrap:
                 first_s = min(first_s, time.monotonic()) if ended else math.inf
                 last = min(told) >= total or time.monotonic() > first_s + _LAST_ROUND_S
             due = not last and time.monotonic() >= next_s and newest > self.progress.run_tokens
-            if (due or last) and (self._archive(swarm) if self.server is None else self._archive_own(swarm, last)):
+            archive = self._archive if self.server is None else self._archive_own
+            if (due or last) and archive(swarm, last):
                 next_s = time.monotonic() + every_s
-                complete = last and self.progress.run_tokens >= total
+                complete = self.is_final = last and self.progress.run_tokens >= total
+            elif not told and self.progress.run_tokens >= total:
+                complete = self.is_final = True  # an archive between two looks had them all, and everyone has left
         self._tell_archived(swarm)
 
     def _ask_how_far(self, swarm: Swarm) -> None:
@@ -360,11 +363,14 @@ class _Bootstrap:
         new = await swarm.rounds.fetch_told_state(told, "archive", self.progress.run_tokens)
         return None if new is None else present_of(new)
 
-    def _archive(self, swarm: Swarm) -> bool:
+    def _archive(self, swarm: Swarm, last: bool = False) -> bool:
         """Pull the newest state, write it down, and offer it to joiners; False if nobody delivered."""
         volunteers = [info.peer for info in swarm.membership.volunteers()]
         sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
-        fetching = fetch_present(swarm, sample, "archive", self.progress.run_tokens)
+        above_tokens = (
+            0 if last and swarm.asynchronous else self.progress.run_tokens
+        )  # the last weights, newly counted or not
+        fetching = fetch_present(swarm, sample, "archive", above_tokens)
         present = wait_for(self.network.submit(fetching), self.stop)
         if present is None:
             return False
