@@ -1,10 +1,9 @@
 """The trainer's side of merging with a server: it hands in its rounds, goes on from the server's weights, never waits.
 
-At a round's end the worker goes on from the newest weights of the server that came in the background, less what the
-server will take off for those of the worker's rounds that are not in them yet (`lead`). So it starts where the
-server is about to be, and loses no step, though it never stands still for an answer; each of its steps enters the
-server's weights once, by its rounds' numbers (`membership.serving`). Where nothing new came, it goes on from
-where it is.
+At a round's end the worker goes on from the newest weights of the server that came in the background, moved on by those
+of the worker's rounds that are not in them yet (`lead`). So it loses no step, though it never stands still for an
+answer (docs/decisions/0022 has what else was tried); each of its steps enters the server's weights once, by its rounds'
+numbers (`membership.serving`). Where nothing new came, it goes on from where it is.
 """
 
 from __future__ import annotations
@@ -66,13 +65,10 @@ _LEAST_SILENT_S = 10.0
 
 
 @torch.no_grad()
-def lead(theta: Tensor, gradients: Sequence[Tensor], weight: float) -> Tensor:
-    """The server's weights `theta` (P,), less `weight` times each gradient (P,) that it has yet to take in.
-
-    With eps / N that is what delayed Nesterov makes of them, but for the momentum and what others hand in meanwhile.
-    """
+def lead(theta: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """The server's weights `theta` (P,), moved on by the worker's gradients (P,) that it has yet to take in."""
     for gradient in gradients:
-        theta = theta.add(gradient, alpha=-weight)
+        theta = theta - gradient
     return theta
 
 
@@ -222,12 +218,7 @@ class ServerExchange(SwarmExchange):
             hand_ins.entered(entered_round)
             pieces = hand_ins.pieces
         self._base_arrivals = arrivals
-        return lead(theta, [piece.gradient for piece in pieces], self._lead_weight()), len(pieces)
-
-    def _lead_weight(self) -> float:
-        section = self.run.merge
-        num_arrivals = section.buffer_arrivals or len(self.swarm.membership.volunteers()) + 1
-        return section.outer_learning_rate / num_arrivals
+        return lead(theta, [piece.gradient for piece in pieces]), len(pieces)
 
     def _do_soon(self, work: Coroutine[Any, Any, None]) -> None:
         """Have the network thread do it; the trainer does not wait."""

@@ -116,7 +116,7 @@ class Gathered:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """Where to go on with a server: its weights, less what it has yet to take in; `merged` is empty where none came."""
+    """Where to go on with a server: its weights, moved on by what they lack; `merged` is empty where none came."""
 
     theta: Tensor
     merged: tuple[Merged, ...]
