@@ -25,7 +25,8 @@ from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 
 __all__ = ["LinkPlan", "LocalLinks", "LocalSwarm"]
 
-_STOP_LIMIT_S = 4.5
+_STOP_LIMIT_S = 10.0
+"""The bootstrap's last archive and the goodbyes, on a busy machine; most end in a second."""
 _OPEN_LIMIT_S = 10.0
 
 
