@@ -20,7 +20,8 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
     tallying = SimpleNamespace(contributions=lambda: counts, acknowledged=lambda: {"ben": 250, "gone": 200}, total=1007)
     run = SimpleNamespace(tokens_per_step=4)
     me = PeerInfo(peer="me", name="me", training=True, steps_per_s=2.0)
-    swarm: Any = SimpleNamespace(me=me, membership=members, tallying=tallying, published=SimpleNamespace(run=run))
+    everyone = {"me": me, "membership": members, "tallying": tallying, "published": SimpleNamespace(run=run)}
+    swarm: Any = SimpleNamespace(**everyone, hosting=None, coverage=None, reaching=SimpleNamespace(in_words=str))
     status = pb.PeerStatus(own_tokens=400, run_tokens=900)
     swarm_looker(StatusBoard("volunteer", 0.0), swarm)(status)
     assert (status.own_tokens, status.run_tokens) == (500, 900), "what the rosters count"
