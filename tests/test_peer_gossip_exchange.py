@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from replies import Replies
 from torch import Tensor
 
 from swarmtrain.data.batches import Batches
@@ -51,21 +52,6 @@ def run_file(**merge: Any) -> RunFile:
 
 async def _no_records(*_: object) -> dict[str, Any]:
     return {}
-
-
-class _Stream:
-    def __init__(self, replies: Any) -> None:
-        self._replies = replies
-
-    async def __anext__(self) -> pb.PullReply:
-        reply: pb.PullReply = await anext(self._replies)
-        return reply
-
-    async def count(self, size_bytes: int) -> None:
-        """Nobody counts."""
-
-    async def aclose(self) -> None:
-        await self._replies.aclose()
 
 
 class Peer:
@@ -141,8 +127,8 @@ class _Calls:
     async def state(self, peer: str, min_round: int) -> pb.StateReply:
         return await self._other(peer).state(pb.StateRequest(min_round=min_round))
 
-    async def open_pull(self, peer: str, request: pb.PullRequest) -> _Stream:
-        return _Stream(self._other(peer).store.serve(request))
+    async def open_pull(self, peer: str, request: pb.PullRequest) -> Replies:
+        return Replies(self._other(peer).store.serve(request))
 
 
 class NoSlots:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from replies import Replies
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterConstants, OuterState
@@ -61,22 +62,7 @@ class Calls:
         return await self._other(peer).state(pb.StateRequest(min_round=min_round))
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
-        return _Stream(self._other(peer).store.serve(request))
-
-
-class _Stream:
-    def __init__(self, replies: Any) -> None:
-        self._replies = replies
-
-    async def __anext__(self) -> pb.PullReply:
-        reply: pb.PullReply = await anext(self._replies)
-        return reply
-
-    async def count(self, size_bytes: int) -> None:
-        """Nobody counts."""
-
-    async def aclose(self) -> None:
-        await self._replies.aclose()
+        return Replies(self._other(peer).store.serve(request))
 
 
 class World:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from replies import Replies
 
 from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.errors import PeerError, UnreachableError
@@ -68,22 +69,7 @@ class Calls:
         return pb.PublicationReply(manifest=None if held is None else held.snapshot.signed)
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
-        return _Stream(self.partners[peer].store.serve(request))
-
-
-class _Stream:
-    def __init__(self, replies: Any) -> None:
-        self._replies = replies
-
-    async def __anext__(self) -> pb.PullReply:
-        reply: pb.PullReply = await anext(self._replies)
-        return reply
-
-    async def count(self, size_bytes: int) -> None:
-        """Nobody counts."""
-
-    async def aclose(self) -> None:
-        await self._replies.aclose()
+        return Replies(self.partners[peer].store.serve(request))
 
 
 class Peer:

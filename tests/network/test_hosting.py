@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_gossiping import CARL, CODEC, DORA, ME, ROUND_TOKENS, RUN, SIZE, Partner, Peer, _Stream, run, until
+from replies import Replies
+from test_gossiping import CARL, CODEC, DORA, ME, ROUND_TOKENS, RUN, SIZE, Partner, Peer, run, until
 
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.membership.hosts import Reach
@@ -54,7 +55,7 @@ class GuestCalls:
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
         self.num_pulls += 1
-        return _Stream(self.guest.store.serve(request))
+        return Replies(self.guest.store.serve(request))
 
 
 class Host:
@@ -94,10 +95,10 @@ class Host:
 
     async def open_pull(self, request: pb.PullRequest) -> Any:
         if self.fault == "wrong bytes":
-            return _Stream(_spoiled(self.store.serve(request)))
+            return Replies(_spoiled(self.store.serve(request)))
         if self.fault == "breaks off":
             raise UnreachableError("the connection broke")
-        return _Stream(self.store.serve(request))
+        return Replies(self.store.serve(request))
 
 
 async def _spoiled(replies: Any) -> Any:
@@ -128,7 +129,7 @@ class ReaderCalls:
         if peer in self.hosts:
             return await self.hosts[peer].open_pull(request)
         assert self.connected
-        return _Stream(self.guest.store.serve(request))
+        return Replies(self.guest.store.serve(request))
 
     async def seen_at(self, peer: str) -> tuple[str, ...]:
         return ("/ip4/10.0.0.9/tcp/5",) if self.connected and peer == self.guest.identity.peer_id else ()

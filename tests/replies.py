@@ -1,0 +1,25 @@
+"""A pull's stream without a network: the replies of whoever serves it, one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+
+class Replies:
+    """Stands in for a `PullStream` over what `SnapshotStore.serve` gives."""
+
+    def __init__(self, replies: Any) -> None:
+        self._replies = replies
+
+    async def __anext__(self) -> pb.PullReply:
+        reply: pb.PullReply = await anext(self._replies)
+        return reply
+
+    async def count(self, size_bytes: int) -> None:
+        """Nobody counts."""
+
+    async def aclose(self) -> None:
+        """Hang up."""
+        await self._replies.aclose()
