@@ -30,7 +30,7 @@ from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.rounds import Merged, NewState, Outcome
-from swarmtrain.network.snapshots import Held, build_snapshot
+from swarmtrain.network.snapshots import Body, Held, build_snapshot
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import StopFlag, state_of, wait_for
 from swarmtrain.peer.pausing import PauseSwitch
@@ -102,20 +102,15 @@ class SwarmExchange(ABC):
 
     def offer(self, state: OuterState, progress: Progress) -> None:
         """Serve `state` to joiners and those who missed a round from now on."""
-        if progress is self._offered:
-            return
-        self._offered = progress
-        body = body_of(state.theta, state.momentum)
+        if progress is not self._offered:
+            self._offered = progress
+            offering = self._offer(progress, body_of(state.theta, state.momentum))
+            self.network.run(offering, _OFFER_S)  # not given up for an end that is asked for: the round was merged
 
-        async def offer() -> None:
-            self.swarm.set_state(progress, body)
-            if progress.round == 0 and self.run.merge.min_peers > 1:
-                self.swarm.rounds.guest = False  # it will train this round whole: those who begin sooner wait for it
-            self.swarm.describe(
-                round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens
-            )
-
-        self.network.run(offer(), _OFFER_S)  # not given up for an end that is asked for: the round was merged
+    async def _offer(self, progress: Progress, body: Body) -> None:
+        """In the network thread."""
+        self.swarm.set_state(progress, body)
+        self.swarm.describe(round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens)
 
     def kept(self) -> Mapping[str, Callable[[], Any]]:
         """What gives what a checkpoint keeps of this, by name; anything JSON can hold."""
@@ -276,6 +271,12 @@ class RosterExchange(SwarmExchange):
         self.offer(state, progress)
         self._fresh = True
         return Replaced(state=state, progress=progress, from_peer=new.from_peer, reason=new.reason)
+
+    async def _offer(self, progress: Progress, body: Body) -> None:
+        """See `SwarmExchange`."""
+        await super()._offer(progress, body)
+        if progress.round == 0 and self.run.merge.min_peers > 1:
+            self.swarm.rounds.guest = False  # it will train this round whole: those who begin sooner wait for it
 
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`. The next round is then one that it comes into late."""

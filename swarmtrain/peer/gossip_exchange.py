@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +19,13 @@ from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival, Layout, Prepared, prepare
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.algorithm.pacing import fewest_inner_steps, steps_of_everybody
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
-from swarmtrain.membership.ending import still_needed_apart
 from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, median_round
 from swarmtrain.membership.progress import Progress
-from swarmtrain.network.codec import PublicationCodec, body_of
+from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan, Pulled
@@ -37,33 +33,23 @@ from swarmtrain.network.hosting import Hosting, Routes
 from swarmtrain.network.publications import Publication, Publisher
 from swarmtrain.network.snapshots import Body, Held
 from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
-from swarmtrain.peer.consensus import (
-    consensus_of,
-    counts_in_untrusted,
-    layout_of_specs,
-    mean_of_near,
-    round_of,
-    theta_of,
-)
-from swarmtrain.peer.exchange import SwarmExchange
+from swarmtrain.peer.consensus import consensus_of, layout_of_specs, mean_of_near, theta_of
 from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Replaced, Start
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["GossipExchange", "hosting_of"]
 
-_log = logging.getLogger(__name__)
 _SAMPLE = 4
 """So many others' weights are averaged: more would only cost everybody's link and memory."""
 _LAST_ROUND_S = 20.0
 """How long a peer that is done waits for others' last round."""
 _LOOK_S = 0.2
-_SETTLE_S = 5.0
 _TRIES = 3
 _LEDGER = "ledger"
 _COVERAGE = "coverage"
-_GUESSED_ROUND_S = 1.0
 
 
 def gossip_settings(swarm: Swarm) -> GossipSettings:
@@ -85,7 +71,7 @@ def hosting_of(swarm: Swarm) -> Hosting:
 
 
 @dataclass
-class GossipExchange(SwarmExchange):
+class GossipExchange(AsynchronousExchange):
     """Asynchronous rounds: nobody waits for anybody."""
 
     gossip: Gossip = field(init=False)
@@ -129,38 +115,27 @@ class GossipExchange(SwarmExchange):
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """See `Exchange`."""
-        if self._fresh and progress.round == 0:
-            self._wait_for_company()
-        self._check()
-        section, others = self.run.merge, self.swarm.membership.volunteers()
-        steps = section.inner_steps
-        if section.pacing and steps_per_s <= 0:  # a short first one, until it knows how fast it is
-            steps = fewest_inner_steps(steps)
-        steps = self.round_steps = self._paced(steps_per_s, steps)
-        self._begin(steps)
+        start = self._enter_round(progress, steps_per_s)
         self._round = progress.round
         now, theta, coverage = swarm_time(), self._theta, self.swarm.coverage
         plan = Plan(
             round=progress.round,
             started_s=now,
-            ends_s=now + (steps / steps_per_s if steps_per_s > 0 else _GUESSED_ROUND_S),
+            ends_s=now + self._round_s(start.inner_steps, steps_per_s),
             prepare=functools.partial(self._prepare, theta),
         )
         self._theta_bytes = functools.cache(lambda: self._codec.encode_theta(theta))
 
         async def begin() -> None:
-            self.swarm.rounds.inner_steps_done = 0
-            self.swarm.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
-            self.swarm.describe_part(0, self.swarm.me.part_tokens)
+            self._describe_start(progress, steps_per_s)
             self.gossip.begin(plan)
 
         self._do_soon(begin())
-        return Start(
-            inner_steps=steps,
-            num_peers=len(others) + 1,
-            num_parts=section.publications_per_round,
-            shard=None if coverage is None else coverage.begin(progress.round, [info.peer for info in others]),
-            run_steps_a_step=steps_of_everybody(steps_per_s, [info.steps_per_s for info in others]),
+        others = [info.peer for info in self.swarm.membership.volunteers()]
+        return dataclasses.replace(
+            start,
+            num_parts=self.run.merge.publications_per_round,
+            shard=None if coverage is None else coverage.begin(progress.round, others),
         )
 
     def publish(self, contribution: Contribution) -> None:
@@ -243,27 +218,12 @@ class GossipExchange(SwarmExchange):
         """All of a merge that does not need this peer's own gradient; in a thread beside the trainer's."""
         return prepare(theta, [each.arrival for each in pulled], self._layout)
 
-    def _do_soon(self, work: Coroutine[Any, Any, None]) -> None:
-        """Have the network thread do it; the trainer does not wait."""
-        self.network.submit(work).add_done_callback(_log_failure)
-
     # ------------------------------------------------------------- present weights
 
     def offer(self, state: OuterState, progress: Progress) -> None:
         """See `SwarmExchange`. The trainer does not wait for it."""
         self._theta = state.theta
-        if progress is self._offered:
-            return
-        self._offered = progress
-        body = body_of(state.theta, state.momentum)
-
-        async def offer() -> None:
-            self.swarm.set_state(progress, body)
-            self.swarm.describe(
-                round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens
-            )
-
-        self._do_soon(offer())
+        super().offer(state, progress)
 
     def _rounds_behind(self, round: int) -> int:
         """Behind the median of the others."""
@@ -300,18 +260,10 @@ class GossipExchange(SwarmExchange):
         volunteers = [info.peer for info in swarm.membership.volunteers() if info.run_tokens >= total]
         sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
         states = wait_for(self.network.submit(swarm.states.fetch_weights(sample)), self.stop)
-        self.network.run(self._settle(), _SETTLE_S)
+        self._settle()
         if not states:
             return own
         return mean_of_near([own, *(theta_of(state, own.numel()) for state in states)], self._layout)[0]
-
-    async def _settle(self) -> None:
-        """Say that this peer needs nothing more."""
-        self.swarm.me = dataclasses.replace(self.swarm.me, settled=True)
-
-    def still_needed(self, last: Progress) -> str:
-        """See `SwarmExchange`."""
-        return still_needed_apart(self.swarm.membership, self.run.run.total_tokens)
 
     def kept(self) -> Mapping[str, Callable[[], Any]]:
         """See `SwarmExchange`: what was merged of whom, and who has seen which data."""
@@ -346,21 +298,11 @@ class GossipExchange(SwarmExchange):
             if not states:
                 continue
             wait_for(self.network.submit(swarm.tallying.read_some()), self.stop)
-            known = {info.peer for info in swarm.membership.known()}
-            for peer, tokens in counts_in_untrusted(states, known).items():
-                swarm.tallying.hear(peer, tokens)
             for found in states:
                 self._hear_rows_untrusted(found.peer, found.held.snapshot.manifest.coverage)
-            counts = swarm.tallying.contributions()
-            round = max(round_of(states), own_round)  # a counter that turns back would be refused by everyone
-            progress = Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
+            progress = self._progress_of(states, own_round)
             state = consensus_of(states, self._layout)
             self.gossip.forget_pulled()
             self.offer(state, progress)
             return Replaced(state=state, progress=progress, from_peer=states[0].peer, reason=reason)
         return None
-
-
-def _log_failure(future: Future[None]) -> None:
-    if not future.cancelled() and (error := future.exception()) is not None:
-        _log.error("gossip: the network's part failed", exc_info=error)

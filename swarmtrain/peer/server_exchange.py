@@ -12,22 +12,19 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.algorithm.pacing import fewest_inner_steps, steps_of_everybody
 from swarmtrain.errors import BadBytesError, RunTimeError
 from swarmtrain.events import WarningEvent
-from swarmtrain.membership.ending import still_needed_apart
 from swarmtrain.membership.lifecycle import PeerState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.serving import HandIn
-from swarmtrain.network.codec import VectorCodec, body_of
+from swarmtrain.network.codec import VectorCodec
 from swarmtrain.network.consensus import PeerState as FetchedState
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.serving import (
@@ -39,16 +36,9 @@ from swarmtrain.network.serving import (
     entered_round_untrusted,
 )
 from swarmtrain.network.snapshots import Body
+from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
-from swarmtrain.peer.consensus import (
-    consensus_of,
-    counts_in_untrusted,
-    layout_of_specs,
-    mean_of_near,
-    round_of,
-    theta_of,
-)
-from swarmtrain.peer.exchange import SwarmExchange
+from swarmtrain.peer.consensus import consensus_of, layout_of_specs, mean_of_near, theta_of
 from swarmtrain.peer.trainer import Contribution, Merged, Replaced, Served, Start
 
 __all__ = ["ServerExchange", "lead"]
@@ -59,7 +49,6 @@ _LAST_ROUND_S = 45.0
 """How long a peer that is done waits for the server's last weights."""
 _LOOK_S = 0.2
 _TRIES = 3
-_GUESSED_ROUND_S = 1.0
 _SILENT_ROUNDS = 3
 _LEAST_SILENT_S = 10.0
 
@@ -73,7 +62,7 @@ def lead(theta: Tensor, gradients: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass
-class ServerExchange(SwarmExchange):
+class ServerExchange(AsynchronousExchange):
     """Asynchronous rounds with a server: nobody waits for anybody."""
 
     link: ServerLink = field(init=False)
@@ -83,7 +72,7 @@ class ServerExchange(SwarmExchange):
     """How many gradients had entered the server's weights that this peer goes on from."""
     _served_tokens: int = 0
     """What the server had counted by its newest weights here."""
-    _round_s: float = 0.0
+    _lasts_s: float = 0.0
     _told_silent: bool = False
 
     def __post_init__(self) -> None:
@@ -127,36 +116,22 @@ class ServerExchange(SwarmExchange):
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """See `Exchange`."""
-        if self._fresh and progress.round == 0:
-            self._wait_for_company()
-        self._check()
-        section, others = self.run.merge, self.swarm.membership.volunteers()
-        steps = section.inner_steps
-        if section.pacing and steps_per_s <= 0:  # a short first one, until it knows how fast it is
-            steps = fewest_inner_steps(steps)
-        steps = self.round_steps = self._paced(steps_per_s, steps)
-        self._begin(steps)
+        start = self._enter_round(progress, steps_per_s)
         now = swarm_time()
-        self._round_s = steps / steps_per_s if steps_per_s > 0 else _GUESSED_ROUND_S
-        times = RoundTimes(started_s=now, ends_s=now + self._round_s)
+        self._lasts_s = self._round_s(start.inner_steps, steps_per_s)
+        times = RoundTimes(started_s=now, ends_s=now + self._lasts_s)
         self._look_whether_silent(now)
 
         async def begin() -> None:
-            self.swarm.rounds.inner_steps_done = 0
-            self.swarm.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
-            self.swarm.describe_part(0, self.swarm.me.part_tokens)
+            self._describe_start(progress, steps_per_s)
             self.link.begin(times)
 
         self._do_soon(begin())
-        return Start(
-            inner_steps=steps,
-            num_peers=len(others) + 1,
-            run_steps_a_step=steps_of_everybody(steps_per_s, [info.steps_per_s for info in others]),
-        )
+        return start
 
     def _look_whether_silent(self, now: float) -> None:
         silent_s = now - self.link.heard_s
-        is_silent = silent_s > max(_LEAST_SILENT_S, _SILENT_ROUNDS * self._round_s)
+        is_silent = silent_s > max(_LEAST_SILENT_S, _SILENT_ROUNDS * self._lasts_s)
         if is_silent and not self._told_silent:
             message = (
                 "the server does not answer: going on alone; what is learnt meanwhile is handed in when it is back"
@@ -220,26 +195,7 @@ class ServerExchange(SwarmExchange):
         self._base_arrivals = arrivals
         return lead(theta, [piece.gradient for piece in pieces]), len(pieces)
 
-    def _do_soon(self, work: Coroutine[Any, Any, None]) -> None:
-        """Have the network thread do it; the trainer does not wait."""
-        self.network.submit(work).add_done_callback(_log_failure)
-
     # ------------------------------------------------------------- present weights
-
-    def offer(self, state: OuterState, progress: Progress) -> None:
-        """See `SwarmExchange`. The trainer does not wait for it."""
-        if progress is self._offered:
-            return
-        self._offered = progress
-        body = body_of(state.theta, state.momentum)
-
-        async def offer() -> None:
-            self.swarm.set_state(progress, body)
-            self.swarm.describe(
-                round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens
-            )
-
-        self._do_soon(offer())
 
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`: the server's, or if it is gone and this peer has nothing, the others' mean."""
@@ -270,15 +226,10 @@ class ServerExchange(SwarmExchange):
         states = wait_for(fetching, self.stop, lambda: self.on_arriving(swarm.store.arriving))
         if not states:
             return None
-        known = {info.peer for info in swarm.membership.known()}
-        for peer, tokens in counts_in_untrusted(states, known).items():
-            swarm.tallying.hear(peer, tokens)
-        counts = swarm.tallying.contributions()
-        state, round = consensus_of(states, layout_of_specs(swarm.specs)), max(progress.round, round_of(states))
+        new, state = self._progress_of(states, progress.round), consensus_of(states, layout_of_specs(swarm.specs))
         if states[0].peer == self.publisher.server:
-            theta, round = self._start_from(states[0], state.theta, round)
-            state = OuterState(theta, state.momentum)
-        new = Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
+            theta, round = self._start_from(states[0], state.theta, new.round)
+            state, new = OuterState(theta, state.momentum), dataclasses.replace(new, round=round)
         self.offer(state, new)
         return Replaced(state=state, progress=new, from_peer=states[0].peer, reason=reason)
 
@@ -316,21 +267,8 @@ class ServerExchange(SwarmExchange):
             states = wait_for(self.network.submit(swarm.states.fetch_weights(sample, 1)), self.stop)
             thetas = [own, *(theta_of(state, own.numel()) for state in states)]
             theta = mean_of_near(thetas, layout_of_specs(swarm.specs))[0] if states else own
-        self.network.run(self._settle(), _LAST_ROUND_S)
+        self._settle()
         return theta
 
     def _others_are_done(self, total: int) -> bool:
         return all(info.run_tokens >= total for info in self.swarm.membership.volunteers())
-
-    async def _settle(self) -> None:
-        """Say that this peer needs nothing more."""
-        self.swarm.me = dataclasses.replace(self.swarm.me, settled=True)
-
-    def still_needed(self, last: Progress) -> str:
-        """See `SwarmExchange`."""
-        return still_needed_apart(self.swarm.membership, self.run.run.total_tokens)
-
-
-def _log_failure(future: Any) -> None:
-    if not future.cancelled() and (error := future.exception()) is not None:
-        _log.error("merging with a server: the network's part failed", exc_info=error)

@@ -1,0 +1,95 @@
+"""What the exchanges of asynchronous rounds have in common: nothing the trainer asks for waits for the network."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.algorithm.pacing import fewest_inner_steps, steps_of_everybody
+from swarmtrain.membership.ending import still_needed_apart
+from swarmtrain.membership.progress import Progress
+from swarmtrain.network.codec import body_of
+from swarmtrain.network.consensus import PeerState
+from swarmtrain.peer.consensus import counts_in_untrusted, round_of
+from swarmtrain.peer.exchange import SwarmExchange
+from swarmtrain.peer.trainer import Start
+
+__all__ = ["AsynchronousExchange"]
+
+_log = logging.getLogger(__name__)
+_SETTLE_S = 5.0
+_GUESSED_ROUND_S = 1.0
+"""How long a round is taken to last before this peer knows how fast it is."""
+
+
+class AsynchronousExchange(SwarmExchange):
+    """Rounds of this peer's own: it trains, hands over, takes what is there, and goes on."""
+
+    def _enter_round(self, progress: Progress, steps_per_s: float) -> Start:
+        """How the next round begins, which is this peer's alone to say; waits for company before the first."""
+        if self._fresh and progress.round == 0:
+            self._wait_for_company()
+        self._check()
+        section, others = self.run.merge, self.swarm.membership.volunteers()
+        steps = section.inner_steps
+        if section.pacing and steps_per_s <= 0:  # a short first one, until it knows how fast it is
+            steps = fewest_inner_steps(steps)
+        steps = self.round_steps = self._paced(steps_per_s, steps)
+        self._begin(steps)
+        return Start(
+            inner_steps=steps,
+            num_peers=len(others) + 1,
+            run_steps_a_step=steps_of_everybody(steps_per_s, [info.steps_per_s for info in others]),
+        )
+
+    def _round_s(self, steps: int, steps_per_s: float) -> float:
+        """How long a round of so many steps will last."""
+        return steps / steps_per_s if steps_per_s > 0 else _GUESSED_ROUND_S
+
+    def _describe_start(self, progress: Progress, steps_per_s: float) -> None:
+        """Say that a round has begun. In the network thread."""
+        self.swarm.rounds.inner_steps_done = 0
+        self.swarm.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
+        self.swarm.describe_part(0, self.swarm.me.part_tokens)
+
+    def _do_soon(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have the network thread do it; the trainer does not wait."""
+        self.network.submit(work).add_done_callback(_log_failure)
+
+    def offer(self, state: OuterState, progress: Progress) -> None:
+        """See `SwarmExchange`. The trainer does not wait for it."""
+        if progress is not self._offered:
+            self._offered = progress
+            self._do_soon(self._offer(progress, body_of(state.theta, state.momentum)))
+
+    def _progress_of(self, states: Sequence[PeerState], own_round: int) -> Progress:
+        """The counters of states that were pulled: what they tell of tokens is believed as far as speeds explain it. A
+        round that turns back would be refused by everyone."""
+        tallying = self.swarm.tallying
+        known = {info.peer for info in self.swarm.membership.known()}
+        for peer, tokens in counts_in_untrusted(states, known).items():
+            tallying.hear(peer, tokens)
+        counts = tallying.contributions()
+        round = max(round_of(states), own_round)
+        return Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
+
+    def _settle(self) -> None:
+        """Say that this peer needs nothing more."""
+
+        async def settle() -> None:
+            self.swarm.me = dataclasses.replace(self.swarm.me, settled=True)
+
+        self.network.run(settle(), _SETTLE_S)
+
+    def still_needed(self, last: Progress) -> str:
+        """See `SwarmExchange`."""
+        return still_needed_apart(self.swarm.membership, self.run.run.total_tokens)
+
+
+def _log_failure(future: Future[None]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        _log.error("the network's part of a round failed", exc_info=error)
