@@ -210,6 +210,7 @@ class SnapshotStore:
     _held: dict[str, Held] = field(default_factory=dict)
     _read_s: dict[str, float] = field(default_factory=dict)
     _readers: dict[object, float] = field(default_factory=dict)
+    _unwanted: set[str] = field(default_factory=set)
 
     @property
     def num_readers(self) -> int:
@@ -218,26 +219,35 @@ class SnapshotStore:
 
     def add(self, held: Held) -> None:
         """Serve `held` from now on."""
+        self._unwanted.discard(held.snapshot.sha256)
         self._held[held.snapshot.sha256] = held
+        self._sweep()
 
     def get(self, sha256: str) -> Held | None:
         """What is held under this name."""
         return self._held.get(sha256)
 
     def drop(self, sha256: str) -> None:
-        """Serve it no longer, unless somebody has just been reading it: then at the next call for it."""
-        if self._read_s.get(sha256, -math.inf) < self.clock() - self.reader_stall_s:
+        """Serve it no longer, or if somebody is reading it, when another comes or goes after that."""
+        self._unwanted.add(sha256)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        for sha256 in [name for name in self._unwanted if not self._is_being_read(name)]:
             self._held.pop(sha256, None)
             self._read_s.pop(sha256, None)
+            self._unwanted.discard(sha256)
+
+    def _is_being_read(self, sha256: str) -> bool:
+        return self._read_s.get(sha256, -math.inf) >= self.clock() - self.reader_stall_s
 
     def forget_before(self, round: int) -> None:
         """Drop snapshots of rounds before `round - keep_rounds + 1`, but none that somebody is reading."""
         oldest = round - self.keep_rounds + 1
-        recently_s = self.clock() - self.reader_stall_s
         self._held = {
             name: held
             for name, held in self._held.items()
-            if held.snapshot.manifest.round >= oldest or self._read_s.get(name, -math.inf) >= recently_s
+            if held.snapshot.manifest.round >= oldest or self._is_being_read(name)
         }
         self._read_s = {name: read_s for name, read_s in self._read_s.items() if name in self._held}
 

@@ -554,3 +554,26 @@ def test_what_is_being_read_is_kept_until_its_reader_ends() -> None:
 
     asyncio.run(read())
     assert status_of(store, request()) == pb.PullReply.STATUS_UNKNOWN
+
+
+def test_what_is_dropped_while_it_is_read_goes_with_the_next_that_comes_or_goes() -> None:
+    now_s = [0.0]
+    store = SnapshotStore(reader_stall_s=10.0, clock=lambda: now_s[0])
+    name = WHOLE.snapshot.sha256
+    store.add(WHOLE)
+
+    async def read() -> None:
+        reader = store.serve(request())
+        await anext(reader)
+        async for _ in reader:
+            store.drop(name)
+            assert store.get(name) is WHOLE, "somebody is reading it"
+
+    asyncio.run(read())
+    assert store.get(name) is WHOLE
+    now_s[0] = 11.0
+    store.drop("another")
+    assert store.get(name) is None
+    store.add(WHOLE)
+    store.drop(name)
+    assert store.get(name) is None, "nobody reads it"
