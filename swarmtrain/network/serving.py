@@ -52,8 +52,6 @@ _log = logging.getLogger(__name__)
 _LOOK_S = 0.25
 _ASK_AGAIN_S = 2.0
 _KEPT_DURATIONS = 8
-_MAX_ENTERED = 256
-"""So many workers fit into a manifest; a server has fewer."""
 
 
 @dataclass
