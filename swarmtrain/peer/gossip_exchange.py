@@ -155,7 +155,8 @@ class GossipExchange(AsynchronousExchange):
 
         async def describe() -> None:
             self.swarm.describe_part(contribution.part, contribution.tokens)
-            await asyncio.to_thread(self._robustness.learn, contribution.gradient, contribution.tokens)
+            if self.run.merge.robust != "none":  # in the thread too: the gradient is computed by who asks first
+                await asyncio.to_thread(lambda: self._robustness.learn(contribution.gradient, contribution.tokens))
 
         self._do_soon(describe())
 

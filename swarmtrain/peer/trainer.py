@@ -282,7 +282,7 @@ class Trainer:
                 progress=self.progress,
                 num_peers=start.num_peers,
                 loss=sum(finite) / len(finite),
-                first_loss=steps.losses[0],
+                first_loss=finite[0],
                 learning_rate=steps.learning_rate,
                 seconds=time.monotonic() - began_s,
                 merge_s=merged_s - steps_end_s,
