@@ -79,7 +79,7 @@ class Hosting:
             self._forget(gone)
         if author not in here:
             return pb.PublicationReply(away=True)
-        if self.store.num_readers >= self.store.max_readers or self._num_waiting >= _MAX_WAITING:
+        if not self.store.has_room or self._num_waiting >= _MAX_WAITING:
             return pb.PublicationReply(busy=True)
         kept = self._kept.setdefault(author, _Kept())
         if kept.bringing is None and swarm_time() >= kept.asked_s + _ASK_AGAIN_S:

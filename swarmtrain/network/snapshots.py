@@ -217,6 +217,13 @@ class SnapshotStore:
         """Pulls being served."""
         return len(self._readers)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more reader would be served: there is a place, or one that takes nothing would lose its."""
+        if len(self._readers) < num_at_once(self.max_readers, self.up.bytes_per_s, self.min_bytes_per_s):
+            return True
+        return self.clock() - min(self._readers.values()) >= self.reader_stall_s
+
     def add(self, held: Held) -> None:
         """Serve `held` from now on."""
         self._unwanted.discard(held.snapshot.sha256)
@@ -253,14 +260,12 @@ class SnapshotStore:
 
     def _admit(self) -> object | None:
         """A place for one more reader, if there is one."""
-        now_s = self.clock()
+        if not self.has_room:
+            return None
         if len(self._readers) >= num_at_once(self.max_readers, self.up.bytes_per_s, self.min_bytes_per_s):
-            slowest = min(self._readers, key=self._readers.__getitem__)
-            if now_s - self._readers[slowest] < self.reader_stall_s:
-                return None
-            del self._readers[slowest]
+            del self._readers[min(self._readers, key=self._readers.__getitem__)]
         reader = object()
-        self._readers[reader] = now_s
+        self._readers[reader] = self.clock()
         return reader
 
     async def serve(

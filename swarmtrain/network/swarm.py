@@ -516,7 +516,7 @@ class Swarm:
         if self.publisher is None or self.rounds.away:
             return pb.PublicationReply(away=self.rounds.away)
         reply = pb.PublicationReply(presence=self.signed_presence())
-        if self.store.num_readers >= self.store.max_readers:
+        if not self.store.has_room:
             reply.busy = True
         elif (held := await self.publisher.held_after(request, caller)) is not None:
             reply.manifest.CopyFrom(held.snapshot.signed)
