@@ -130,6 +130,8 @@ def test_help_is_quick_and_needs_nothing_heavy() -> None:
         (["local", "x.toml", "--link-up", "0"], "error: Invalid value for '--link-up': 0.0 is not in the range 0.1<=x"),
         (["local", "x.toml", "--link-down", "inf"], "error: Invalid value for '--link-down': inf is not in the range "),
         (["local", "x.toml", "--fail-pulls", "101"], "error: Invalid value for '--fail-pulls': 101.0 is not in the "),
+        (["join", "st1x", "--up", "nan"], "error: Invalid value for '--up': nan is no number; "),
+        (["limits", "--down", "nan"], "error: Invalid value for '--down': nan is no number; "),
         (["join", "st1x", "--only-announced"], "error: --only-announced: nobody could find this peer; give --announce"),
         (
             ["local", "x.toml", "--peers", "4", "--slowdown", "2,2.6"],

@@ -59,7 +59,7 @@ def round_event(number: int = 6, **changes: Any) -> RoundEvent:
         "learning_rate": 0.1,
         "seconds": 8.0,
         "merge_s": 1.5,
-        "stall_s": 0.5,
+        "stall_s": 1.75,
         "bytes_sent": 1,
         "bytes_received": 1,
     }
@@ -137,7 +137,7 @@ def test_a_scrape_tells_what_the_status_shows_and_the_events_add_up_to(peer: Pee
         "swarmtrain_inner_steps_per_second": status.own_tokens_per_s / 512,
         "swarmtrain_round_seconds_total": 16.0,
         "swarmtrain_merge_seconds_total": 3.0,
-        "swarmtrain_stall_seconds_total": 1.0,
+        "swarmtrain_stall_seconds_total": 3.5,
         "swarmtrain_sent_bytes_total": 4000.0,
         "swarmtrain_received_bytes_total": 0.0,
         "swarmtrain_checkpoint_time_seconds": 1999.0,

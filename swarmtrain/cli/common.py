@@ -206,8 +206,8 @@ _PEER_OPTIONS = (
 
 
 LINK_OPTIONS = (
-    click.option("--up", "up_mbit", type=click.FloatRange(0, 100_000), metavar="MBIT", help="Send at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
-    click.option("--down", "down_mbit", type=click.FloatRange(0, 100_000), metavar="MBIT", help="Receive at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
+    click.option("--up", "up_mbit", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Send at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
+    click.option("--down", "down_mbit", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Receive at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
 )  # fmt: skip
 
 

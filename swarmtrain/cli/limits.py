@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from swarmtrain.cli.common import WhichPeer, example, which_peer
+from swarmtrain.cli.common import WhichPeer, example, finite, which_peer
 
 __all__ = ["command"]
 
@@ -39,8 +39,8 @@ def _hours(ctx: click.Context, param: click.Parameter, value: str | None) -> str
     metavar="FROM-TO",
     help="Train only then, local time, such as 22-7 or 12-13,18:30-8; any: always.",
 )
-@click.option("--up", type=click.FloatRange(0, 100_000), metavar="MBIT", help="Send at most so many Mbit/s; 0: no limit.")  # fmt: skip
-@click.option("--down", type=click.FloatRange(0, 100_000), metavar="MBIT", help="Receive at most so many Mbit/s; 0: no limit.")  # fmt: skip
+@click.option("--up", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Send at most so many Mbit/s; 0: no limit.")  # fmt: skip
+@click.option("--down", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Receive at most so many Mbit/s; 0: no limit.")  # fmt: skip
 def command(
     which: WhichPeer,
     threads: int | None,

@@ -163,7 +163,7 @@ METRICS: tuple[_Metric, ...] = (
     _Metric("inner_steps_per_second", _GAUGE, "Inner steps it takes in a second, over the last half minute.", _inner_steps_per_s),
     _Metric("round_seconds", _COUNTER, "Time it spent in these rounds, merges and waiting included, in seconds.", _count("seconds"), unit="seconds"),
     _Metric("merge_seconds", _COUNTER, "Time from the end of its inner steps to the merged weights in these rounds, in seconds.", _count("merge_s"), unit="seconds"),
-    _Metric("stall_seconds", _COUNTER, "The part of it in which it waited for others, in seconds.", _count("stall_s"), unit="seconds"),
+    _Metric("stall_seconds", _COUNTER, "Time in which its trainer stood still for the network or a merge in these rounds, in seconds.", _count("stall_s"), unit="seconds"),
     _Metric("sent_bytes", _COUNTER, "Payload it has sent since its process began, in bytes.", lambda look: look.status.sent_bytes, unit="bytes"),
     _Metric("received_bytes", _COUNTER, "Payload it has received since its process began, in bytes.", lambda look: look.status.received_bytes, unit="bytes"),
     _Metric("times_below_allreduce", _GAUGE, "How many times fewer bytes it sent than an all-reduce at each step would.", lambda look: look.status.times_below_allreduce or None),
