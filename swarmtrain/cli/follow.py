@@ -100,9 +100,18 @@ class _Following:
         return dataclasses.replace(self._view, now=time.time())
 
     def close(self) -> None:
-        """Hang up."""
+        """Nothing more is wanted."""
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         if self._stream is not None:
             self._stream.close()
+        self._stream = None
+
+    def _is_held(self) -> bool | None:
+        """Whether a process holds the peer's folder; None where there is no folder to look into."""
+        folder = self._peer.folder
+        return None if folder is None else holder(folder) is not Holder.NOBODY
 
     def take(self, item: Any) -> bool:
         """Take what has arrived, None if nothing has; returns whether the peer is over."""
@@ -113,11 +122,12 @@ class _Following:
                 self._probing = False
                 if item.status is not None:
                     self._hear(item.status)
+                elif self._is_held() is False:  # a call may stay open that was made in the moment of its death
+                    self._hang_up()
                 else:
                     self._be(Life.SILENT)
             case _Broken() if item.stream is self._stream:
-                item.stream.close()
-                self._stream = None
+                self._hang_up()
                 if isinstance(item.error, RefusedError):
                     raise item.error
             case _:
@@ -138,7 +148,7 @@ class _Following:
 
     def _reach(self) -> bool:
         """Nobody tells us anything: find out what has become of the peer, and call it again if it may answer."""
-        if self._peer.folder is not None and holder(self._peer.folder) is not Holder.NOBODY:
+        if self._is_held():
             self._gone_s = None
             problem = NoAnswerError("")  # nothing that a person need read: it starts, or it ends
             view = look_without_asking(self._peer, problem=problem)

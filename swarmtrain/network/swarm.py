@@ -320,6 +320,11 @@ class Swarm:
             await self.tallying.read_some()
             await asyncio.sleep(_COUNT_EVERY_S)
 
+    async def count_once_more(self) -> None:
+        """At the end: tell what is counted here, and count what others have told by now."""
+        await self._store_records()
+        await self.tallying.read_all()
+
     async def _read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
         return await self.node.read_bucket(self._run_bytes, kind, prefix)
 
@@ -357,12 +362,7 @@ class Swarm:
 
     def describe(self, *, round: int, steps_per_s: float, run_tokens: int) -> None:
         """What the next presence says of our progress."""
-        self.me = dataclasses.replace(
-            self.me,
-            round=round,
-            steps_per_s=steps_per_s,
-            run_tokens=run_tokens,
-        )
+        self.me = dataclasses.replace(self.me, round=round, steps_per_s=steps_per_s, run_tokens=run_tokens)
 
     def describe_part(self, part: int, tokens: int) -> None:
         """What the next presence says of our newest publication in this round."""

@@ -33,7 +33,7 @@ _ReadBucket = Callable[[str, str], Awaitable[Mapping[str, tuple[pb.Record, float
 
 @dataclass
 class Tallying:
-    """This peer's tally, and how it is fed. Its methods may be called from any thread, `read_some` in the loop."""
+    """This peer's tally, and how it is fed. Its methods may be called from any thread, those that read in the loop."""
 
     me: str
     rules: CountingRules
@@ -61,15 +61,26 @@ class Tallying:
             self._sizes.clear()
             wanted = list(buckets_to_read(self._sizes))
         for prefix in wanted[:_BUCKETS_AT_ONCE]:
-            records = await self.read_bucket(PROGRESS, prefix)
-            self._sizes[prefix] = len(records)
-            speeds = self.speeds()
-            typical_per_s = typical_speed(speeds.values())
-            for peer, (record, _) in records.items():
-                try:
-                    self._read_untrusted(peer, record, prefix, speeds.get(peer, 0.0), typical_per_s)
-                except BadBytesError as error:
-                    self._name(peer, "progress", str(error))
+            self._sizes[prefix] = await self._read_bucket(prefix)
+
+    async def read_all(self) -> None:
+        """Read every bucket once, from the root on: what others have told by now is counted then."""
+        sizes: dict[str, int] = {}
+        while (wanted := list(buckets_to_read(sizes))) and len(sizes) < _MAX_BUCKETS_A_PASS:
+            for prefix in wanted:
+                sizes[prefix] = await self._read_bucket(prefix)
+
+    async def _read_bucket(self, prefix: str) -> int:
+        """Observe the records of a bucket; how many they are."""
+        records = await self.read_bucket(PROGRESS, prefix)
+        speeds = self.speeds()
+        typical_per_s = typical_speed(speeds.values())
+        for peer, (record, _) in records.items():
+            try:
+                self._read_untrusted(peer, record, prefix, speeds.get(peer, 0.0), typical_per_s)
+            except BadBytesError as error:
+                self._name(peer, "progress", str(error))
+        return len(records)
 
     def _read_untrusted(
         self, peer: str, record: pb.Record, prefix: str, claimed_per_s: float, typical_per_s: float

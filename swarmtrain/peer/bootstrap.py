@@ -200,6 +200,7 @@ class _Bootstrap:
         self._measure_and_save()
         self.control.finishing("serving on until the volunteers have left, those who may come back included")
         self._wait_for_goodbyes(swarm)
+        wait_for(self.network.submit(swarm.tallying.read_all()), self.stop)
         complete = self.progress.run_tokens >= self.published.run.run.total_tokens
         return self.done("total_tokens" if complete else "the volunteers left without the last state")
 

@@ -482,6 +482,7 @@ class _Volunteer:
                 if not exchange.still_needed(trainer.progress):
                     break
                 self.stop.sleep(0.3)
+            wait_for(self.network.submit(exchange.swarm.count_once_more()), self.stop)
         except (Interrupted, RunTimeError):
             pass  # what there was to do here is done, or was not wanted
         return loss, own_loss

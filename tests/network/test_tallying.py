@@ -62,13 +62,27 @@ def test_a_small_swarm_is_read_whole_each_time() -> None:
     assert reading.reads == ["", ""] and reading.tallying.total == 230, "whose record has expired still counts"
 
 
-def test_a_big_swarm_is_read_a_few_buckets_at_a_time_and_again_from_the_start() -> None:
+def big_swarm() -> Reading:
     full = {new_identity(f"{i:032}".encode()).peer_id: record(1) for i in range(4 * BUCKET_LIMIT)}
     buckets: dict[str, Bucket] = {}
     for peer, item in full.items():
         depth = next(d for d in range(24) if len(buckets.setdefault(bucket_of(peer, d), {})) < BUCKET_LIMIT)
         buckets[bucket_of(peer, depth)][peer] = item
-    reading = Reading(buckets)
+    return Reading(buckets)
+
+
+def test_at_the_end_a_big_swarm_is_read_whole_once_wherever_the_rotation_is() -> None:
+    reading = big_swarm()
+    reading.look()
+    before = len(reading.reads)
+    asyncio.run(reading.tallying.read_all())
+    assert reading.tallying.total == 4 * BUCKET_LIMIT
+    read = reading.reads[before:]
+    assert len(read) == len(set(read))
+
+
+def test_a_big_swarm_is_read_a_few_buckets_at_a_time_and_again_from_the_start() -> None:
+    reading = big_swarm()
     for _ in range(20):
         before = len(reading.reads)
         reading.look()
