@@ -13,8 +13,14 @@ those of one whose machines are as quick as said, whatever this one is. Methods,
 - gossip-own: the same from different random initial weights of each peer (`merge.init = "own"`);
 - gossip-own-plain: the same with plain averaging in place of the variance-corrected one.
 
+With `--link-mbit` (up and down) and `--rtt-ms` what travels takes time: in a synchronous round the fp32 pseudo-gradient
+twice, as shares and as averages, after the slowest has trained; in gossip what the partners' publications weigh, late
+in the round, from as few partners as half a round carries. `--failing` breaks a share of the pulls. `--hang 0:20:60`
+stops volunteer 0 from second 20 on for 60: a synchronous round passes it over after `merge.silence_s`.
+
 Each method runs with every momentum of one grid. The table gives means over the seeds and, against paced DiLoCo's best
-momentum, the mean ratio within seeds with its standard error.
+momentum, the mean ratio within seeds with its standard error. `--more-tokens 1.1` trains gossip that much longer, to
+compare times at one loss.
 """
 
 from __future__ import annotations
@@ -42,12 +48,41 @@ from swarmtrain.algorithm.outer import (
     weighted_mean,
 )
 from swarmtrain.algorithm.pacing import fewest_inner_steps, paced_inner_steps, reference_speed
-from swarmtrain.algorithm.quantize import Format, decode, encode
-from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Nothing, Partners, Whole, median_round
+from swarmtrain.algorithm.quantize import Format, decode, encode, encoded_size_bytes
+from swarmtrain.membership.partners import (
+    Candidate,
+    Difference,
+    Ledger,
+    Mark,
+    Nothing,
+    Partners,
+    Whole,
+    median_round,
+    num_partners,
+)
 from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import Start
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.clock import Clock
+
+
+@dataclass(frozen=True)
+class Hang:
+    """A volunteer that stands still for a while."""
+
+    number: int
+    from_s: float
+    for_s: float
+
+    @staticmethod
+    def of(text: str) -> Hang:
+        """NUMBER:FROM:SECONDS."""
+        number, from_s, for_s = text.split(":")
+        return Hang(int(number), float(from_s), float(for_s))
+
+    def is_on(self, number: int, now_s: float) -> bool:
+        """Whether volunteer `number` stands still now."""
+        return number == self.number and self.from_s <= now_s < self.from_s + self.for_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +91,13 @@ class Setting:
 
     text: Text
     step_s: tuple[float, ...]
-    transfer_s: float
-    """From the beginning of a pull to its arrival."""
+    link_bytes_per_s: float
+    """Of everybody, in each direction; infinite: nothing takes time."""
+    rtt_s: float
     failing: float
     """The share of pulls that bring nothing."""
     momentum: float
+    hang: Hang | None = None
     own_weights: bool = False
     corrected: bool = True
 
@@ -74,6 +111,11 @@ class Setting:
         section = self.run.merge
         momentum = momentum_at(round, self.momentum, section.momentum_ramp_rounds)
         return OuterConstants(learning_rate=section.outer_learning_rate, momentum=momentum)
+
+    def exchange_s(self, num_volunteers: int, num_parameters: int) -> float:
+        """A synchronous round's: everybody's shares of the pseudo-gradient to their hosts, then the averages back."""
+        share = (num_volunteers - 1) / num_volunteers
+        return 2 * (share * 4 * num_parameters / self.link_bytes_per_s + self.rtt_s)
 
     def paced(self, number: int) -> int:
         """H_i."""
@@ -96,24 +138,32 @@ class Result:
 
 def diloco(setting: Setting, *, pacing: bool) -> Result:
     """Rounds with a barrier."""
-    run, text = setting.run, setting.text
-    volunteers = [Volunteer(text, number) for number in range(len(setting.step_s))]
-    steps = [setting.paced(n) if pacing else run.merge.inner_steps for n in range(len(volunteers))]
-    theta = flatten(volunteers[0].parameters)
+    run, text, hang = setting.run, setting.text, setting.hang
+    everyone = [Volunteer(text, number) for number in range(len(setting.step_s))]
+    steps = [setting.paced(n) if pacing else run.merge.inner_steps for n in range(len(everyone))]
+    theta = flatten(everyone[0].parameters)
     state, now_s, tokens, round = OuterState(theta, torch.zeros_like(theta)), 0.0, 0, 0
-    total, a_round = run.run.total_tokens, sum(steps) * run.tokens_per_step
-    while tokens < total:
+    exchange_s = setting.exchange_s(len(everyone), len(theta))
+    away: set[int] = set()
+    while tokens < run.run.total_tokens:
+        here = [n for n in range(len(everyone)) if n not in away]
+        ends_s = now_s + max(steps[n] * setting.step_s[n] for n in here)
+        hanging = {n for n in here if hang is not None and hang.is_on(n, ends_s)}
+        here = [n for n in here if n not in hanging]
+        a_round = sum(steps[n] for n in here) * run.tokens_per_step
         gradients = []
-        for volunteer, number in zip(volunteers, steps, strict=True):
+        for number in here:
+            volunteer = everyone[number]
             unflatten_into(state.theta, volunteer.parameters)
-            for step in range(number):
-                volunteer.step((tokens + a_round * step / number) / total)
+            for step in range(steps[number]):
+                volunteer.step((tokens + a_round * step / steps[number]) / run.run.total_tokens)
             gradients.append(state.theta - flatten(volunteer.parameters))
-        state = outer_step(state, weighted_mean(gradients, steps), setting.constants(round))
+        state = outer_step(state, weighted_mean(gradients, [steps[n] for n in here]), setting.constants(round))
         tokens, round = tokens + a_round, round + 1
-        now_s += max(n * step_s for n, step_s in zip(steps, setting.step_s, strict=True)) + setting.transfer_s
-    unflatten_into(state.theta, volunteers[0].parameters)
-    return Result(text.held_out_loss(volunteers[0].model), now_s, tokens)
+        now_s = ends_s + exchange_s + (run.merge.silence_s if hanging else 0.0)
+        away = {n for n in away | hanging if hang is not None and hang.is_on(n, now_s)}
+    unflatten_into(state.theta, everyone[0].parameters)
+    return Result(text.held_out_loss(everyone[0].model), now_s, tokens)
 
 
 # ---------------------------------------------------------------- gossip
@@ -161,10 +211,22 @@ class Peer:
         unflatten_into(self.state.theta, self.volunteer.parameters)
         step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
-            clock.call_at(clock.now + moment * step_s, self.train_to, moment)
-        ends_s = clock.now + steps * step_s
-        clock.call_at(max(clock.now, ends_s - 2 * setting.transfer_s), self.pull, section.num_partners, set())
-        clock.call_at(ends_s, self.end)
+            clock.call_at(self.awake_s(clock.now + moment * step_s), self.train_to, moment)
+        round_s = steps * step_s
+        one_bytes, rate = self.world.publication_bytes, setting.link_bytes_per_s
+        carried = None if math.isinf(rate) else rate
+        wanted, _ = num_partners(len(setting.step_s) - 1, one_bytes, carried, round_s, section.num_partners)
+        pulled_s = setting.rtt_s + wanted * one_bytes / rate
+        pull_s = max(clock.now, clock.now + round_s - 2 * pulled_s)
+        clock.call_at(self.awake_s(pull_s), self.pull, wanted, set())
+        clock.call_at(self.awake_s(clock.now + round_s), self.end)
+
+    def awake_s(self, when_s: float) -> float:
+        """When it does what it would do at `when_s`, if it stands still at that time."""
+        hang = self.world.setting.hang
+        if hang is None or not hang.is_on(self.number, when_s):
+            return when_s
+        return when_s + hang.for_s  # what comes within its standing still is late by all of it: one round's events
 
     def train_to(self, moment: int) -> None:
         """Inner steps up to `moment` of the round, then a publication."""
@@ -183,7 +245,7 @@ class Peer:
 
     def pull(self, wanted: int, asked: set[str]) -> None:
         """From `wanted` partners; one that fails is replaced at once."""
-        world = self.world
+        world, setting = self.world, self.world.setting
         others = [peer for peer in world.peers if peer is not self]
         rounds = [peer.round for peer in others]
         candidates = [
@@ -201,14 +263,17 @@ class Peer:
             )
             if name is None:
                 return
-            if self.rng.random() < world.setting.failing:
+            if self.rng.random() < setting.failing:
                 candidates = [one for one in candidates if one.peer != name]
                 continue
             asked.add(name)
             published = world.by_name[name].newest
             assert published is not None
-            if world.setting.transfer_s:
-                world.clock.call_later(world.setting.transfer_s, self.arrive, name, published)
+            if world.is_hanging(name):
+                continue  # it says nothing until the round is over
+            transfer_s = setting.rtt_s + wanted * world.publication_bytes / setting.link_bytes_per_s
+            if transfer_s:
+                world.clock.call_later(transfer_s, self.arrive, name, published)
             else:  # before the round's end, which is an event of the same moment
                 self.arrive(name, published)
 
@@ -275,6 +340,17 @@ class World:
         self.peers = [Peer(self, number) for number in range(len(self.setting.step_s))]
         self.by_name = {peer.name: peer for peer in self.peers}
 
+    @property
+    def publication_bytes(self) -> int:
+        """What a publication weighs: weights and pseudo-gradient as they travel."""
+        section = self.setting.run.merge
+        return sum(encoded_size_bytes(form, self._sizes) for form in (section.theta_format, section.gradient_format))
+
+    def is_hanging(self, name: str) -> bool:
+        """Whether this peer stands still now."""
+        hang = self.setting.hang
+        return hang is not None and hang.is_on(self.by_name[name].number, self.clock.now)
+
     def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
         """What arrives of it."""
         return decode(encode(vector.contiguous(), form, self._sizes), form, self._sizes)
@@ -315,7 +391,10 @@ def main() -> None:
     parser.add_argument("--momenta", default="0.5", help="the grid of outer momenta, comma-separated; default 0.5")
     parser.add_argument("--slowdowns", default="2,2.6,5.2,11.4", help="of each volunteer; default 2,2.6,5.2,11.4")
     parser.add_argument("--step-ms", type=float, default=10.0, help="an inner step without slowdown; default 10")
-    parser.add_argument("--transfer-s", type=float, default=0.0, help="how long a pull takes; default 0")
+    parser.add_argument("--link-mbit", type=float, default=math.inf, help="of each, up and down; default: no limit")
+    parser.add_argument("--rtt-ms", type=float, default=0.0, help="from one to another and back; default 0")
+    parser.add_argument("--hang", type=Hang.of, metavar="NUMBER:FROM:SECONDS", help="a volunteer stands still")
+    parser.add_argument("--more-tokens", type=float, default=1.0, help="for gossip, times so many; default 1")
     parser.add_argument("--failing", type=float, default=0.0, help="the share of pulls that fail; default 0")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -325,14 +404,20 @@ def main() -> None:
     for seed in seeds:
         for method in options.methods.split(","):
             changes = [*options.set, f'merge.method="{method.split("-")[0]}"', "merge.pacing=false"]
-            text = Text.of(read_run(options.run_file, changes, seed), options.run_file.parent)
+            run = read_run(options.run_file, changes, seed)
+            if method.startswith("gossip"):
+                total_tokens = round(run.run.total_tokens * options.more_tokens)
+                run = run.model_copy(update={"run": run.run.model_copy(update={"total_tokens": total_tokens})})
+            text = Text.of(run, options.run_file.parent)
             for momentum in momenta:
                 setting = Setting(
                     text=text,
                     step_s=tuple(float(s) * options.step_ms / 1000 for s in options.slowdowns.split(",")),
-                    transfer_s=options.transfer_s,
+                    link_bytes_per_s=options.link_mbit * 1e6 / 8,
+                    rtt_s=options.rtt_ms / 1000,
                     failing=options.failing,
                     momentum=momentum,
+                    hang=options.hang,
                 )
                 result = METHODS[method](setting)
                 results.setdefault((method, momentum), []).append(result)
