@@ -280,7 +280,9 @@ def test_reachable_from_outside_or_not() -> None:
 
     closed = check_reachable([old, not_reached, busy], [31337], fixed=True)
     a_warning(closed, "ben could not dial this machine at port 31337", "forward it in the router")
-    assert "--listen" not in closed.advice
+    assert "--listen" not in closed.advice and "only with peers that it dials" in closed.found
+    served = check_reachable([not_reached], [31337], fixed=True, hosted=True)
+    a_warning(served, "two others will serve its work on", "nothing need be done; to be dialled, let the port in")
     a_warning(check_reachable([not_reached], [40000], fixed=False), "port 40000", "--listen :31337")
     a_warning(check_reachable([old], [31337], fixed=True), "dora run an older swarmtrain", "TCP port 31337")
     a_warning(check_reachable([old, busy, silent], [1], fixed=True), "cleo: busy, emil: no answer", "in a minute")

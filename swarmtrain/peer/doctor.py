@@ -314,7 +314,9 @@ class Doctor:
             Asked(_who(helper), helper.address, *future.result(_START_S))
             for helper, future in zip(helpers, futures, strict=True)
         ]
-        return check_reachable(asked, ports, fixed=any(not a.endswith("/tcp/0") for a in self.settings.listen))
+        fixed = any(not a.endswith("/tcp/0") for a in self.settings.listen)
+        hosted = self.run is not None and self.run.merge.method == "gossip"
+        return check_reachable(asked, ports, fixed=fixed, hosted=hosted)
 
     # ------------------------------------------------------------- what the run costs
 
@@ -413,8 +415,9 @@ def _tcp_ports(addresses: Iterable[str]) -> list[int]:
     return list(dict.fromkeys(int(match[1]) for match in found if match is not None))[:MAX_PORTS]
 
 
-def check_reachable(asked: Sequence[Asked], ports: Sequence[int], *, fixed: bool) -> Finding:
-    """Whether those who were asked could dial this machine; `fixed` if the person chose the port."""
+def check_reachable(asked: Sequence[Asked], ports: Sequence[int], *, fixed: bool, hosted: bool = False) -> Finding:
+    """Whether those who were asked could dial this machine; `fixed` if the person chose the port, `hosted` if others
+    serve the work of whom nobody can dial."""
     for one in asked:
         if one.outcome is not Outcome.REACHED:
             continue
@@ -430,7 +433,12 @@ def check_reachable(asked: Sequence[Asked], ports: Sequence[int], *, fixed: bool
         advice = "let the port in through this machine's firewall, and forward it in the router"
         if not fixed:
             advice += ", after choosing one: --listen :31337"
-        found = f"{tried} could not dial this machine at {where}: it can exchange only with peers that it dials itself"
+        found = f"{tried} could not dial this machine at {where}: "
+        if hosted:
+            found += "two others will serve its work on, and it counts in full"
+            advice = f"nothing need be done; to be dialled, {advice}"
+        else:
+            found += "it can exchange only with peers that it dials itself"
         return Finding("reachable", "warning", found, advice)
     if outcomes == {Outcome.CANNOT}:
         advice = f"try from elsewhere whether TCP port {ports[0] if ports else '?'} of your public address is open"
