@@ -9,6 +9,8 @@ those of one whose machines are as quick as said, whatever this one is. Methods,
 
 - diloco: synchronous rounds of H steps; every round takes as long as the slowest;
 - diloco-paced: the same with H_i by speed (`merge.pacing`);
+- server: delayed Nesterov on one peer's weights, which workers pull late in their rounds, waiting for nothing;
+- server-waiting: the same as published (arXiv 2401.09135): a worker waits for the weights that have its gradient;
 - gossip: publish, pull, merge without waiting, what travels being encoded and decoded, clips included;
 - gossip-own: the same from different random initial weights of each peer (`merge.init = "own"`);
 - gossip-own-plain: the same with plain averaging in place of the variance-corrected one.
@@ -39,6 +41,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival, Layout, gossip_merge, layout_of, prepare, variance_corrected_mean
 from swarmtrain.algorithm.outer import (
+    DelayedNesterov,
     OuterConstants,
     OuterState,
     flatten,
@@ -61,6 +64,7 @@ from swarmtrain.membership.partners import (
     num_partners,
 )
 from swarmtrain.peer.robustness import Robustness
+from swarmtrain.peer.server_exchange import lead
 from swarmtrain.peer.trainer import Start
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.clock import Clock
@@ -370,10 +374,123 @@ def gossip(setting: Setting) -> Result:
     return Result(setting.text.held_out_loss(model), world.finished_s, world.tokens, fresh)
 
 
+# ---------------------------------------------------------------- a server
+
+
+class Worker:
+    """A volunteer of a server. Waiting, as published, it goes on from the weights that its gradient has entered; else
+    from the newest that it pulled late in its round, less each of its gradients that those lack."""
+
+    def __init__(self, served: Served, number: int) -> None:
+        self.served, self.number = served, number
+        self.volunteer = Volunteer(served.setting.text, number)
+        self.theta = flatten(self.volunteer.parameters)
+        self.round = 0
+        self.pieces: dict[int, Tensor] = {}
+        self.came: tuple[Tensor, frozenset[int]] | None = None
+
+    def begin(self) -> None:
+        """A round."""
+        served, setting = self.served, self.served.setting
+        self.began_tokens = served.tokens
+        self.steps = setting.paced(self.number)
+        unflatten_into(self.theta, self.volunteer.parameters)
+        ends_s = served.clock.now + self.steps * setting.step_s[self.number]
+        if not served.waiting:
+            served.clock.call_at(ends_s - 2 * served.pull_s, self.pull)
+        served.clock.call_at(ends_s, self.end)
+
+    def pull(self) -> None:
+        """The server's weights, with the rounds of this worker that they have."""
+        served = self.served
+        entered = frozenset(served.entered[self.number])
+        served.clock.call_later(served.pull_s, setattr, self, "came", (served.weights(), entered))
+
+    def end(self) -> None:
+        """Train what the round took, hand it in, and go on."""
+        served, setting = self.served, self.served.setting
+        step_tokens, total = setting.run.tokens_per_step, setting.run.run.total_tokens
+        everybodys = sum(1 / step_s for step_s in setting.step_s) * setting.step_s[self.number]
+        for step in range(self.steps):
+            self.volunteer.step((self.began_tokens + step * everybodys * step_tokens) / total)
+        served.tokens += self.steps * step_tokens
+        reached = flatten(self.volunteer.parameters)
+        self.pieces[self.round] = self.theta - reached
+        served.clock.call_later(served.hand_in_s, served.take, self, self.round)
+        self.round += 1
+        if served.waiting:
+            return
+        self.theta = reached
+        if self.came is not None:
+            theta, entered = self.came
+            self.came, self.pieces = None, {r: g for r, g in self.pieces.items() if r not in entered}
+            self.theta = lead(theta, list(self.pieces.values()))
+        self.go_on()
+
+    def go_on(self) -> None:
+        """While the run lasts."""
+        if self.served.tokens < self.served.setting.run.run.total_tokens:
+            self.begin()
+        else:
+            self.served.finished_s = max(self.served.finished_s, self.served.clock.now)
+
+
+class Served:
+    """The server, its workers and the clock."""
+
+    def __init__(self, setting: Setting, *, waiting: bool) -> None:
+        self.setting, self.waiting, self.clock = setting, waiting, Clock()
+        self.tokens, self.refreshes, self.finished_s = 0, 0, 0.0
+        self.workers = [Worker(self, number) for number in range(len(setting.step_s))]
+        theta, section = self.workers[0].theta, setting.run.merge
+        self.sizes = [p.numel() for p in self.workers[0].volunteer.parameters]
+        state = OuterState(theta, torch.zeros_like(theta))
+        self.outer = DelayedNesterov(state, setting.constants(0), len(self.workers), section.momentum_share)
+        self.entered: list[set[int]] = [set() for _ in self.workers]
+        rate, formats = setting.link_bytes_per_s, (section.theta_format, section.gradient_format)
+        self.pull_s, self.hand_in_s = (setting.rtt_s + encoded_size_bytes(f, self.sizes) / rate for f in formats)
+
+    def weights(self) -> Tensor:
+        """As they travel."""
+        form = self.setting.run.merge.theta_format
+        return decode(encode(self.outer.state.theta.contiguous(), form, self.sizes), form, self.sizes)
+
+    def take(self, worker: Worker, round: int) -> None:
+        """A gradient has arrived."""
+        form = self.setting.run.merge.gradient_format
+        self.outer.arrive(decode(encode(worker.pieces[round].contiguous(), form, self.sizes), form, self.sizes))
+        self.entered[worker.number].add(round)
+        if not self.outer.buffer.arrivals:
+            self.refreshes += 1
+            self.outer.constants = self.setting.constants(self.refreshes)
+        if self.waiting:
+            worker.pieces.clear()
+            self.clock.call_later(self.pull_s, self.answer, worker)
+
+    def answer(self, worker: Worker) -> None:
+        """A worker that waits has the weights."""
+        worker.theta = self.weights()
+        worker.go_on()
+
+
+def server(setting: Setting, *, waiting: bool) -> Result:
+    """Asynchronous Local-SGD."""
+    served = Served(setting, waiting=waiting)
+    for worker in served.workers:
+        worker.begin()
+    while served.clock.step():
+        pass
+    volunteer = served.workers[0].volunteer
+    unflatten_into(served.outer.state.theta, volunteer.parameters)
+    return Result(setting.text.held_out_loss(volunteer.model), served.finished_s, served.tokens)
+
+
 METHODS: dict[str, Callable[[Setting], Result]] = {
     "diloco": lambda setting: diloco(setting, pacing=False),
     "diloco-paced": lambda setting: diloco(setting, pacing=True),
     "gossip": gossip,
+    "server": lambda setting: server(setting, waiting=False),
+    "server-waiting": lambda setting: server(setting, waiting=True),
     "gossip-own": lambda setting: gossip(replace(setting, own_weights=True)),
     "gossip-own-plain": lambda setting: gossip(replace(setting, own_weights=True, corrected=False)),
 }
