@@ -163,12 +163,10 @@ class InnerSection(_Section):
         return self
 
 
-_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gossip": {"outer_momentum": 0.8, "pacing": True},
-    "server": {"outer_momentum": 0.8, "pacing": True},
-}
-"""Defaults that depend on `merge.method`; they are written out like the others."""
+_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"diloco": {"outer_momentum": 0.9, "pacing": False}}
+"""Where a method's defaults are others than the fields'; they are written out like those."""
 
+_DILOCO = ("diloco",)
 _GOSSIP = ("gossip",)
 _SERVER = ("server",)
 _METHODS_OF_KEYS: dict[str, tuple[str, ...]] = {
@@ -181,6 +179,7 @@ _METHODS_OF_KEYS: dict[str, tuple[str, ...]] = {
     "partners": _GOSSIP,
     "publications_per_round": _GOSSIP,
     "robust": _GOSSIP + _SERVER,
+    "share_above": _DILOCO,
     "theta_format": _GOSSIP + _SERVER,
 }
 _Format = Literal["fp32", "bf16", "int8", "int4"]
@@ -189,12 +188,12 @@ _Format = Literal["fp32", "bf16", "int8", "int4"]
 class MergeSection(_Section):
     """How peers become one model."""
 
-    method: Literal["diloco", "gossip", "server"] = Field("diloco", description='"diloco": synchronous rounds; everyone\'s pseudo-gradients are averaged by a signed roster. "gossip": nobody waits; each merges at its own pace what it pulled from a few partners. "server": nobody waits; the bootstrap takes in each pseudo-gradient as it arrives, and everyone goes on from its newest weights.')  # fmt: skip
+    method: Literal["gossip", "diloco", "server"] = Field("gossip", description='"gossip": nobody waits; each merges at its own pace what it pulled from a few partners. "diloco": synchronous rounds; everyone\'s pseudo-gradients are averaged by a signed roster. "server": nobody waits; the bootstrap takes in each pseudo-gradient as it arrives, and everyone goes on from its newest weights.')  # fmt: skip
     inner_steps: int = Field(25, ge=1, le=1_000_000, description="Inner steps of one round (H).")
     outer_learning_rate: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer Nesterov step.")
-    outer_momentum: float = Field(0.9, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "gossip" and "server" the default is 0.8.')  # fmt: skip
+    outer_momentum: float = Field(0.8, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "diloco" the default is 0.9.')  # fmt: skip
     momentum_ramp_rounds: int = Field(0, ge=0, description="Rounds over which the outer momentum rises linearly from 0; 0 for none.")  # fmt: skip
-    pacing: bool = Field(False, description='Slower peers take fewer inner steps, so that all end a round together; with "gossip" and "server" the default is true.')  # fmt: skip
+    pacing: bool = Field(True, description='Slower peers take fewer inner steps, so that rounds take equally long; with "diloco" the default is false.')  # fmt: skip
     share_above: int = Field(5, ge=1, description='"diloco": with more peers than this on a roster, each averages one share of the parameters and the others pull the result.')  # fmt: skip
     min_peers: int = Field(1, ge=1, le=10_000, description="Round 0 begins when this many volunteers are present.")
     round_limit_s: float = Field(600.0, gt=0, description='A round lasts this long at most, in seconds; with "diloco" it is closed then.')  # fmt: skip

@@ -15,6 +15,9 @@ from swarmtrain.run import parse_run
 P = 1_000_000
 
 
+DILOCO = 'total_tokens = 30_720_000\n[merge]\nmethod = "diloco"\n'
+
+
 def cost_of(text: str = "total_tokens = 30_720_000", num_peers: int = 3) -> Estimate:
     return estimate(parse_run("[run]\n" + text, "r"), P, num_peers)
 
@@ -33,17 +36,17 @@ def test_rounds_and_tokens() -> None:
 
 
 def test_few_peers_send_their_whole_pseudo_gradient_to_each() -> None:
-    assert cost_of(num_peers=1).bytes_sent_per_round == 0
-    assert cost_of(num_peers=1).times_below_allreduce is None
-    cost = cost_of(num_peers=4)
+    assert cost_of(DILOCO, num_peers=1).bytes_sent_per_round == 0
+    assert cost_of(DILOCO, num_peers=1).times_below_allreduce is None
+    cost = cost_of(DILOCO, num_peers=4)
     assert cost.bytes_sent_per_round == cost.bytes_received_per_round == 3 * 4 * P
     assert cost.times_below_allreduce == pytest.approx(25 * 8 / 12)
 
 
 def test_many_peers_send_what_an_allreduce_of_the_round_sends() -> None:
-    assert cost_of(num_peers=5).bytes_sent_per_round == 16 * P
-    assert cost_of(num_peers=6).bytes_sent_per_round == pytest.approx(2 * 4 * P * 5 / 6, abs=1)
-    assert cost_of(num_peers=1000).times_below_allreduce == pytest.approx(25, rel=0.01)
+    assert cost_of(DILOCO, num_peers=5).bytes_sent_per_round == 16 * P
+    assert cost_of(DILOCO, num_peers=6).bytes_sent_per_round == pytest.approx(2 * 4 * P * 5 / 6, abs=1)
+    assert cost_of(DILOCO, num_peers=1000).times_below_allreduce == pytest.approx(25, rel=0.01)
 
 
 def test_gossip_costs_the_same_with_any_number_of_peers() -> None:
@@ -61,20 +64,22 @@ def test_gossip_costs_the_same_with_any_number_of_peers() -> None:
 
 @pytest.mark.parametrize("num_peers", range(2, 40))
 def test_it_is_always_at_least_half_a_round_below_an_allreduce(num_peers: int) -> None:
-    below = cost_of(num_peers=num_peers).times_below_allreduce
-    assert below is not None
-    assert below >= 25 / 2
+    for text in ("total_tokens = 30_720_000", DILOCO):
+        below = cost_of(text, num_peers).times_below_allreduce
+        assert below is not None
+        assert below >= 25 / 2
 
 
 def test_memory_adds_up_and_microbatches_lower_it() -> None:
-    cost = cost_of()
+    cost = cost_of(DILOCO)
     parts = cost.memory_program_bytes + cost.memory_parameters_bytes + cost.memory_activations_bytes
     assert cost.memory_bytes == parts
     assert cost.memory_parameters_bytes == (40 + 8) * P
-    small = cost_of("total_tokens = 30_720_000\n[inner]\nmicrobatch_sequences = 4")
+    small = cost_of(DILOCO + "[inner]\nmicrobatch_sequences = 4")
     assert small.memory_activations_bytes == cost.memory_activations_bytes // 4
 
 
+LIKE_DILOCO = 'total_tokens = 9_000_000\n[merge]\nmethod = "diloco"'
 GOOD = "total_tokens = 50_000_000\n[merge]\nmomentum_ramp_rounds = 10\n"
 
 
@@ -87,7 +92,7 @@ def test_a_sound_run_raises_no_doubt() -> None:
     [
         ("total_tokens = 1_000_000", "only 5 rounds with 4 peers"),
         ("total_tokens = 1_000_000", "the warm-up (inner.warmup_fraction = 0.05) ends within the first round"),
-        ("total_tokens = 9_000_000", "merge.outer_momentum = 0.9 from the first round on, in a run of 44 rounds"),
+        (LIKE_DILOCO, "merge.outer_momentum = 0.9 from the first round on, in a run of 44 rounds"),
         ("total_tokens = 9_000_000\n[merge]\nmomentum_ramp_rounds = 50", "momentum_ramp_rounds = 50 is longer than"),
         (GOOD + "min_peers = 9", "round 0 begins with merge.min_peers = 9 peers; 4 assumed"),
         (GOOD + "[inner]\nbatch_sequences = 15", "inner.batch_sequences = 15 is odd"),
@@ -132,7 +137,8 @@ def test_missing_data_is_a_doubt_not_an_error(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("text", "corpus_bytes", "words"),
     [
-        ("", 10**9, ""),
+        ('[merge]\nmethod = "diloco"', 10**9, ""),
+        ("", 10**9, ", in 64 shards"),
         ('[merge]\nmethod = "gossip"\n[data]\nshards = 0', 10**9, ""),
         ('[merge]\nmethod = "gossip"', 10**9, ", in 64 shards"),
         ('[merge]\nmethod = "gossip"', 7 * 25 * 16 * 128 + 99, ", in 7 shards"),

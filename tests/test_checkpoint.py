@@ -42,7 +42,7 @@ def run_file() -> RunFile:
         "[run]\ntotal_tokens = 100_000\n"
         "[model]\ncontext_tokens = 16\nnum_layers = 1\nwidth = 16\nnum_heads = 2\n"
         "[data]\nsource = 'text'\npaths = ['x']\n"
-        "[inner]\nbatch_sequences = 4\n[merge]\ninner_steps = 3\n",
+        "[inner]\nbatch_sequences = 4\n[merge]\nmethod = 'diloco'\ninner_steps = 3\n",
         "run.toml",
     )
 

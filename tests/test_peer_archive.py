@@ -28,7 +28,8 @@ from swarmtrain.run import RunFile
 
 def test_the_first_state_is_archived_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A volunteer that joins while all others are dead finds what they had trained."""
-    run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "network": {"archive_every_s": 60}})
+    sections = {"merge": {"method": "diloco"}, "network": {"archive_every_s": 60}}
+    run = RunFile.model_validate({"run": {"total_tokens": 100_000}, **sections})
     anything: Any = None
     board = SimpleNamespace(beat=lambda: None)
     control: Any = SimpleNamespace(emit=lambda event: None, stop=StopFlag(), board=board)
@@ -100,7 +101,7 @@ def test_only_what_is_on_the_disk_is_told() -> None:
 
 def test_an_archive_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a folder that holds other files: the bootstrap goes on, and serves the state all the same."""
-    run = RunFile.model_validate({"run": {"total_tokens": 100_000}})
+    run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": "diloco"}})
     anything: Any = None
     events: list[Event] = []
     control: Any = SimpleNamespace(emit=events.append, stop=StopFlag())
@@ -190,7 +191,7 @@ class Leaving:
 @pytest.fixture
 def leaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leaving]:
     monkeypatch.setattr(bootstrap, "_LAST_ANSWER_S", 0.2)
-    run = RunFile.model_validate({"run": {"total_tokens": 100_000}})
+    run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": "diloco"}})
     theta = flatten(build_model(run.model, run.run.seed).parameters())
     state = OuterState(theta, torch.zeros_like(theta))
     monkeypatch.setattr(present, "state_of", lambda new: (state, Progress(round=9, run_tokens=new.tokens)))

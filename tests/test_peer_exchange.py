@@ -35,7 +35,8 @@ def exchange_for() -> Iterator[Callable[[int], RosterExchange]]:
     network = NetworkThread()
 
     def make(min_peers: int) -> RosterExchange:
-        run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"min_peers": min_peers}})
+        merge = {"method": "diloco", "min_peers": min_peers}
+        run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": merge})
         node: Any = SimpleNamespace(identity=ME, settings=NodeSettings(directory=Path("/nowhere")), traffic=Traffic())
         published = PublishedRun(b"", "ab" * 32, run, b"", b"")
         swarm = Swarm(node, published, (), average_bytes_untrusted, lambda event: None, PeerInfo(peer=ME.peer_id))

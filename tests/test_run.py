@@ -37,8 +37,18 @@ def test_the_smallest_run_file_has_every_default() -> None:
     run = parse_run(MINIMAL, "run.toml")
     assert run.run.total_tokens == 1_000_000
     assert run.tokens_per_step == 16 * 128
-    assert run.merge.method == "diloco"
+    assert (run.merge.method, run.merge.outer_momentum, run.merge.pacing) == ("gossip", 0.8, True)
     assert run.published is None
+
+
+def test_a_method_may_have_defaults_of_its_own() -> None:
+    def merge(text: str) -> tuple[float, bool]:
+        section = parse_run(MINIMAL + "[merge]\n" + text, "run.toml").merge
+        return section.outer_momentum, section.pacing
+
+    assert merge("method = 'diloco'") == (0.9, False)
+    assert merge("method = 'server'") == merge("method = 'gossip'") == merge("") == (0.8, True)
+    assert merge("method = 'diloco'\npacing = true\nouter_momentum = 0.5") == (0.5, True)
 
 
 def test_lists_fill_tuples_and_integers_fill_numbers() -> None:
@@ -68,7 +78,8 @@ def test_lists_fill_tuples_and_integers_fill_numbers() -> None:
         (MINIMAL + "[merge]\nround_limit_s = inf\n", "merge.round_limit_s: Infinity is refused; allowed: a number"),
         (MINIMAL + "[merge]\nround_limit_s = 1" + "0" * 400, "... is refused; allowed: a number above 0"),
         (MINIMAL + "[merge]\npacing = 1\n", "merge.pacing: 1 is refused; allowed: true or false"),
-        (MINIMAL + "[merge]\nmethod = 'dilocoo'\n", 'merge.method: "dilocoo" is refused; allowed: "diloco"'),
+        (MINIMAL + "[merge]\nmethod = 'dilocoo'\n", 'merge.method: "dilocoo" is refused; allowed: "gossip" or'),
+        (MINIMAL + "[merge]\nshare_above = 6\n", "merge.share_above: has no meaning with merge.method"),
         (MINIMAL + "[data]\nsource = 'csv'\n", 'data.source: "csv" is refused; allowed: "python-stdlib" or "text" or'),
         (MINIMAL + "[data]\nsource = 'text'\npaths = 'a'\n", 'data.paths: "a" is refused; allowed: a list of strings'),
         (MINIMAL + "[data]\nsource = 'text'\npaths = [1]\n", "data.paths.0: 1 is refused; allowed: a list of strings"),

@@ -494,7 +494,7 @@ def check_speed(run: RunFile, tokens_per_s: float, others_steps_per_s: Mapping[s
         f"{count_in_words(tokens_per_s)} tokens/s: {time_in_words(round_s)} for a round of "
         f"{run.merge.inner_steps} inner steps"
     )
-    if round_s > run.merge.round_limit_s:
+    if round_s > run.merge.round_limit_s and run.merge.method == "diloco":  # else its own rounds have fewer steps
         advice = (
             f"a round is closed after {time_in_words(run.merge.round_limit_s)} (merge.round_limit_s): this machine "
             "would be left out; use a quicker one, or ask for a run with fewer inner steps"

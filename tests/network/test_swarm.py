@@ -60,7 +60,7 @@ def a_swarm(calls: Hellos) -> tuple[Swarm, list[Event]]:
     node: Any = SimpleNamespace(
         identity=ME, settings=settings, traffic=Traffic(), remember_addresses=lambda *_: None, known_peers=list
     )
-    run_file = RunFile.model_validate({"run": {"total_tokens": 100_000}})
+    run_file = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": "diloco"}})
     published = PublishedRun(b"", RUN, run_file, b"", b"")
     swarm = Swarm(node, published, (), average_bytes_untrusted, events.append, PeerInfo(peer=ME.peer_id))
     stand_in: Any = calls

@@ -66,7 +66,7 @@ _TINY: dict[str, dict[str, Any]] = {
     "model": {"context_tokens": 64, "num_layers": 2, "width": 64, "num_heads": 2, "feed_forward_ratio": 2.0},
     "data": {"source": "text", "paths": ["texts/*.txt"], "held_out_bytes": 4096},
     "inner": {"batch_sequences": 8, "warmup_fraction": 0.0},
-    "merge": {"inner_steps": 10, "silence_s": 2.0, "outer_momentum": 0.5},
+    "merge": {"method": "diloco", "inner_steps": 10, "silence_s": 2.0, "outer_momentum": 0.5},
     "network": {"call_limit_s": 3.0, "stall_limit_s": 3.0},
 }
 
