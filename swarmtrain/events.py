@@ -140,6 +140,7 @@ class RoundEvent(_Event):
     loss: float = Field(description="This peer's mean training loss over the round, in nats per token.")
     first_loss: float = Field(description="Its training loss at the round's first inner step, in nats per token.")
     learning_rate: float = Field(description="Learning rate of the round's last inner step.")
+    grad_norm: float | None = Field(None, description="Mean norm of the gradient over the round's inner steps, before the clip (`inner.gradient_clip`); null when none was finite.")  # fmt: skip
     seconds: float = Field(description="The whole round, merge and waiting included, in seconds.")
     merge_s: float = Field(description="From the end of its own inner steps to the merged weights, in seconds.")
     stall_s: float = Field(description="How long the trainer did not compute because of network or merge, in seconds: publishing within the round, and `merge_s`.")  # fmt: skip
@@ -156,7 +157,7 @@ class RoundEvent(_Event):
     displacement: float | None = Field(None, description="With `gossip`: how far the farthest partner's weights were from this peer's, relative to their size.")  # fmt: skip
     shard: int | None = Field(None, description="The shard of the data that the round was drawn from; null where data have no shards.")  # fmt: skip
     unseen_shards: int | None = Field(None, description="Shards that nobody has trained on yet, as far as this peer knows.")  # fmt: skip
-    state_sha256: str = Field(description="SHA-256 of the weights after the merge: equal on all who merged the round.")
+    state_sha256: str = Field("", description="With `diloco`: SHA-256 of the weights after the merge, equal on all who merged the round; empty with `gossip` and `server`, where each has its own.")  # fmt: skip
 
 
 class EvalEvent(_Event):

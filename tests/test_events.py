@@ -43,6 +43,7 @@ ROUND = RoundEvent(
     loss=2.3,
     first_loss=2.5,
     learning_rate=3e-3,
+    grad_norm=0.7,
     seconds=8,
     merge_s=0.4,
     stall_s=0.2,
@@ -67,7 +68,8 @@ def test_the_events_a_program_relies_on_have_these_fields() -> None:
     fields = {kind.model_fields["event"].default: set(kind.model_fields) for kind in EVENT_CLASSES}
     assert {"line", "invite"} <= fields["invite"]
     assert {
-        "round", "inner_steps", "tokens", "loss", "merge_s", "stall_s", "bytes_sent", "bytes_received", "partners"
+        "round", "inner_steps", "tokens", "loss", "grad_norm", "merge_s", "stall_s", "bytes_sent", "bytes_received",
+        "partners",
     } <= fields["round"]  # fmt: skip
     assert {"held_out_loss", "tokens", "wall_s", "reason"} <= fields["done"]
     assert {"joined", "eval", "peer_lost"} <= set(fields)

@@ -1,17 +1,25 @@
-"""Whose an event is: everything a peer says carries its PeerID, the error that ends it too."""
+"""What a peer tells: everything carries its PeerID, the error that ends it too; what a round says of its merge."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 
 import pytest
+import torch
 
+from swarmtrain.algorithm.gossip import layout_of, prepare
+from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.cli.common import PeerOptions, open_sink
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import WarningEvent
+from swarmtrain.membership.progress import Progress
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.common import as_peer
 from swarmtrain.peer.logs import logged
+from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, RoundReport
+from swarmtrain.peer.volunteer import what_was_merged
 
 
 def test_an_error_after_the_peer_is_known_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,3 +35,33 @@ def test_an_error_after_the_peer_is_known_says_whose_it_is(capsys: pytest.Captur
         ("warning", "12D3KooWme", "anna"),
         ("error", "12D3KooWme", "anna"),
     ]
+
+
+def finished(arrived: Averaged | Gathered) -> RoundReport:
+    theta = torch.tensor([1.0, 2.0])
+    own = Contribution(
+        round=3, part=1, theta=theta, reached=theta, tokens=64, inner_steps=4, own_tokens=64, base="ab" * 32
+    )
+    return RoundReport(
+        contribution=own,
+        arrived=arrived,
+        progress=Progress(round=4),
+        num_peers=2,
+        loss=2.0,
+        first_loss=2.5,
+        learning_rate=1e-3,
+        grad_norm=0.5,
+        seconds=1.0,
+        merge_s=0.0,
+        stall_s=0.0,
+        state=OuterState(theta, torch.zeros(2)),
+    )
+
+
+def test_only_weights_that_others_have_too_are_hashed() -> None:
+    averaged = Averaged(gradient=torch.zeros(2), partners=("a", "b"), weights=(1, 2), signer="a", roster_sha256="ab")
+    told = what_was_merged(finished(averaged))
+    assert told["state_sha256"] == hashlib.sha256(struct.pack("<2f", 1.0, 2.0)).hexdigest()
+    prepared = prepare(torch.tensor([1.0, 2.0]), [], layout_of([(2,)]))
+    gathered = Gathered(prepared=prepared, merged=(), run_tokens=64, peer_tokens={})
+    assert "state_sha256" not in what_was_merged(finished(gathered))

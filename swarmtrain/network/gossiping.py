@@ -279,8 +279,8 @@ class Gossip:
             try:
                 came = await self._pull(peer)
                 failed.discard(peer)
-                self._partners.back_off.answered(peer)
                 if not came:
+                    self._partners.back_off.answered(peer)
                     self._idle_until_s[peer] = swarm_time() + max(_LOOK_S, round_s / _RETRIES_A_ROUND)
             except (BusyError, _HostsFailedError):
                 failed.discard(peer)  # it may be free again within the round
@@ -362,6 +362,7 @@ class Gossip:
         )
         with self._lock:
             self._pulled.append(pulled)
+        self._partners.back_off.answered(peer)  # before it can turn out that nothing can be merged with it
         await asyncio.shield(self._prepare_soon())
         self._durations_s.append(swarm_time() - began_s)
         return True
@@ -415,15 +416,34 @@ class Gossip:
                 plan, pulled, ready = self._plan, tuple(self._pulled), self._ready
             if plan is None or not pulled or (ready is not None and ready.pulled == pulled):
                 return
-            try:
-                prepared = await asyncio.to_thread(plan.prepare, pulled)
-            except Exception:  # a task's boundary: one bad publication must not cost all later merges
-                _log.exception("gossip: a merge could not be prepared; what was pulled is dropped")
-                self.forget_pulled()
-                return
+            found = await self._try_to_prepare(plan, pulled)
+            if found is None:
+                await self._drop_unmergeable(plan, pulled)
+                continue
             with self._lock:
                 if self._plan is plan:
-                    self._ready = _Ready(round=plan.round, pulled=pulled, prepared=prepared)
+                    self._ready = found
+
+    async def _try_to_prepare(self, plan: Plan, pulled: tuple[Pulled, ...]) -> _Ready | None:
+        """A merge of `pulled`; None if there cannot be one."""
+        try:
+            prepared = await asyncio.to_thread(plan.prepare, pulled)
+            return _Ready(round=plan.round, pulled=pulled, prepared=prepared)
+        except Exception:  # a task's boundary: one bad publication must not cost all later merges
+            peers = ", ".join(one.peer for one in pulled)
+            _log.exception("gossip: no merge could be prepared with what was pulled from %s", peers)
+            return None
+
+    async def _drop_unmergeable(self, plan: Plan, pulled: tuple[Pulled, ...]) -> None:
+        """No merge of all of `pulled` can be prepared: drop those of which there can be none at all or, if each can be
+        merged alone, the newest. Who published them has failed, and another is tried."""
+        bad = [one for one in pulled if await self._try_to_prepare(plan, (one,)) is None] or [pulled[-1]]
+        now = swarm_time()
+        for one in bad:
+            self._partners.back_off.failed(one.peer, now, "what it published cannot be merged")
+            self._idle_until_s[one.peer] = max(plan.ends_s, now + _LOOK_S)
+        with self._lock:
+            self._pulled = [one for one in self._pulled if one not in bad]
 
 
 def _candidate(info: PeerInfo, num_parts: int) -> Candidate:

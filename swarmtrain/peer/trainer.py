@@ -181,6 +181,7 @@ class RoundReport:
     loss: float
     first_loss: float
     learning_rate: float
+    grad_norm: float | None  # mean over the inner steps, before the clip; None if none was finite
     seconds: float
     merge_s: float
     stall_s: float
@@ -190,6 +191,7 @@ class RoundReport:
 @dataclass(frozen=True)
 class _Steps:
     losses: list[float]
+    grad_norms: list[float]  # before the clip
     learning_rate: float  # of the last one
     published_s: float  # what publishing within the round took of them
 
@@ -262,6 +264,7 @@ class Trainer:
         steps = self._inner_steps(start)
         steps_end_s = time.monotonic()
         finite = [loss for loss in steps.losses if math.isfinite(loss)]
+        norms = [norm for norm in steps.grad_norms if math.isfinite(norm)]
         if not finite:
             raise RunTimeError("training diverged: no loss of the last round was finite; lower inner.learning_rate")
         self.steps_per_s = len(steps.losses) / max(steps_end_s - began_s - steps.published_s, 1e-9)
@@ -284,6 +287,7 @@ class Trainer:
                 loss=sum(finite) / len(finite),
                 first_loss=finite[0],
                 learning_rate=steps.learning_rate,
+                grad_norm=sum(norms) / len(norms) if norms else None,
                 seconds=time.monotonic() - began_s,
                 merge_s=merged_s - steps_end_s,
                 stall_s=merged_s - steps_end_s + steps.published_s,
@@ -294,6 +298,7 @@ class Trainer:
     def _inner_steps(self, start: Start) -> _Steps:
         """`start.inner_steps` AdamW steps; publishes at all moments of the round but its end."""
         losses: list[float] = []
+        grad_norms: list[float] = []
         run_tokens_a_step = (start.run_steps_a_step or start.num_peers) * self.run.tokens_per_step
         progress = published_s = 0.0
         publish_after = frozenset(start.publish_after[:-1])
@@ -302,13 +307,15 @@ class Trainer:
                 raise StopTraining
             progress = (self.progress.run_tokens + step * run_tokens_a_step) / self.run.run.total_tokens
             with self.slowed():
-                losses.append(self._step(progress))
+                loss, grad_norm = self._step(progress)
+            losses.append(loss)
+            grad_norms.append(grad_norm)
             self.exchange.step_done(step + 1)
             if step + 1 in publish_after:
                 began_s = time.monotonic()
                 self._publish(start, step + 1)
                 published_s += time.monotonic() - began_s
-        return _Steps(losses, learning_rate_at(self.constants, progress), published_s)
+        return _Steps(losses, grad_norms, learning_rate_at(self.constants, progress), published_s)
 
     def _publish(self, start: Start, inner_steps: int) -> Contribution:
         """Hand over what `inner_steps` of this round have brought: one copy of the weights."""
@@ -326,8 +333,8 @@ class Trainer:
         self.exchange.publish(contribution)
         return contribution
 
-    def _step(self, progress: float) -> float:
-        """One inner step over one batch, in microbatches; returns its mean loss."""
+    def _step(self, progress: float) -> tuple[float, float]:
+        """One inner step over one batch, in microbatches; returns its mean loss and the norm of its gradient."""
         batch = self.batches.next_batch()
         size = self.run.inner.microbatch_sequences or len(batch)
         loss_sum = 0.0
@@ -342,9 +349,9 @@ class Trainer:
         if self.young_steps is not None:
             scale = moments_scale(self.young_steps, self.constants.beta2)
             self.young_steps += 1
-        self.inner.step(progress, scale)
+        grad_norm = self.inner.step(progress, scale)
         self._has_moments = True
-        return loss_sum
+        return loss_sum, grad_norm
 
     def merge(self, arrived: Averaged | Gathered | Served, own: Contribution) -> None:
         """The outer Nesterov step, and the counters that follow from what arrived."""

@@ -73,7 +73,7 @@ from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.server_exchange import ServerExchange
 from swarmtrain.peer.slowdown import SlowedSteps
-from swarmtrain.peer.trainer import Averaged, Gathered, OwnPart, RoundReport, Served, Trainer
+from swarmtrain.peer.trainer import Averaged, OwnPart, RoundReport, Served, Trainer
 from swarmtrain.run import NetworkSection, RunFile, parse_published_untrusted
 
 __all__ = ["data_base", "initial_seed", "run_volunteer", "summary_of"]
@@ -440,14 +440,14 @@ class _Volunteer:
             loss=report.loss,
             first_loss=report.first_loss,
             learning_rate=report.learning_rate,
+            grad_norm=report.grad_norm,
             seconds=report.seconds,
             merge_s=report.merge_s,
             stall_s=report.stall_s,
             bytes_sent=sent,
             bytes_received=received,
             times_below_allreduce=below,
-            state_sha256=vector_sha256(report.state.theta),
-            **what_was_merged(report.arrived),
+            **what_was_merged(report),
             **exchange.data_seen(),
         )
         self.emit(event)
@@ -491,10 +491,13 @@ class _Volunteer:
         return held_out_loss(ready.model, theta, ready.published, ready.data.tokenizer, self.stop.check)
 
 
-def what_was_merged(arrived: Averaged | Gathered | Served) -> dict[str, Any]:
-    """The fields of a round's event that tell of its merge."""
+def what_was_merged(report: RoundReport) -> dict[str, Any]:
+    """The fields of a round's event that tell of its merge. Only weights that others should have too are hashed: that
+    takes the trainer's time."""
+    arrived = report.arrived
     if isinstance(arrived, Averaged):
-        return {"partners": arrived.partners, "weights": arrived.weights, "signer": arrived.signer}
+        roster = {"partners": arrived.partners, "weights": arrived.weights, "signer": arrived.signer}
+        return {**roster, "state_sha256": vector_sha256(report.state.theta)}
     pulled = {
         "partners": tuple(merged.peer for merged in arrived.merged),
         "weights": tuple(merged.tokens for merged in arrived.merged),

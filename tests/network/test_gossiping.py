@@ -79,10 +79,10 @@ class Peer:
         self.refused: list[tuple[str, str]] = []
         self.counted: dict[str, int] = {}
         membership = Membership(ME.peer_id)
-        now = swarm_time()
+        self.membership, now = membership, swarm_time()
+        self.calls: Any = Calls()
         for partner in partners:
-            info = PeerInfo(peer=partner.identity.peer_id, training=True, stamp=now)
-            membership.saw_presence(info, now + 999, now)
+            self.saw(partner, now)
         settings = GossipSettings(
             run_sha256=RUN,
             specs=CODEC.tensors,
@@ -91,10 +91,9 @@ class Peer:
             num_partners=num_partners,
             pull=PullLimits(stall_limit_s=5.0, busy_limit_s=0.0),
         )
-        calls: Any = Calls(*partners)
         self.gossip = Gossip(
             me=ME.peer_id,
-            calls=calls,
+            calls=self.calls,
             membership=membership,
             settings=settings,
             decode=CODEC.arrival_untrusted,
@@ -106,12 +105,17 @@ class Peer:
             rng=random.Random(1),
         )
 
+    def saw(self, partner: Partner, now: float) -> None:
+        self.calls.partners[partner.identity.peer_id] = partner
+        info = PeerInfo(peer=partner.identity.peer_id, training=True, stamp=now)
+        self.membership.saw_presence(info, now + 999, now)
+
     def _refuse(self, peer: str, error: PeerError) -> None:
         self.refused.append((peer, str(error)))
 
-    def begin(self, round: int) -> None:
+    def begin(self, round: int, prepare: Callable[[Sequence[Pulled]], Any] = list) -> None:
         now = swarm_time()
-        self.gossip.begin(Plan(round=round, started_s=now - 60, ends_s=now, prepare=lambda pulled: list(pulled)))
+        self.gossip.begin(Plan(round=round, started_s=now - 60, ends_s=now, prepare=prepare))
 
     async def take(self, number: int) -> dict[str, Arrival]:
         """What is merged at the round's end, once `number` publications are ready."""
@@ -192,6 +196,49 @@ def test_a_partner_that_fails_costs_its_place_and_another_is_tried(fault: str) -
         await me.gossip.stop()
         blamed = [] if fault in ("gone", "busy") else [BEN.peer_id]
         assert [peer for peer, _ in me.refused] in ([], blamed)  # ben may not have been asked
+
+    run(script)
+
+
+def test_what_cannot_be_merged_costs_its_author_and_another_is_tried() -> None:
+    async def script() -> None:
+        ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
+        me = Peer(ben, carl, num_partners=2)
+        for partner in (ben, carl, dora):
+            partner.publish(0, 1, 100)
+
+        def prepare(pulled: Sequence[Pulled]) -> list[Pulled]:
+            if any(one.peer == BEN.peer_id for one in pulled):
+                raise OverflowError("out of range")
+            return list(pulled)
+
+        me.begin(0, prepare)
+        await until(lambda: ben.asked and not me.gossip._pulls)
+        now = swarm_time()
+        me.saw(dora, now)
+        assert me.gossip._partners.back_off.ready([BEN.peer_id, CARL.peer_id], now)[0] == {CARL.peer_id}
+        assert set(await me.take(2)) == {CARL.peer_id, DORA.peer_id}, "what came of the others is merged"
+        await me.gossip.stop()
+
+    run(script)
+
+
+def test_of_two_that_cannot_be_merged_together_the_first_is() -> None:
+    async def script() -> None:
+        ben, carl = Partner(BEN, 0.5), Partner(CARL, 0.25)
+        me = Peer(ben, carl, num_partners=2)
+        for partner in (ben, carl):
+            partner.publish(0, 1, 100)
+
+        def prepare(pulled: Sequence[Pulled]) -> list[Pulled]:
+            if len(pulled) > 1:
+                raise MemoryError
+            return list(pulled)
+
+        me.begin(0, prepare)
+        await until(lambda: ben.asked and carl.asked and not me.gossip._pulls)
+        assert len(await me.take(1)) == 1
+        await me.gossip.stop()
 
     run(script)
 
