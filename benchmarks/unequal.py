@@ -504,7 +504,9 @@ def main() -> None:
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the run file")
     parser.add_argument("--seeds", default="0", help="comma-separated; default 0")
-    parser.add_argument("--methods", default="diloco,diloco-paced,gossip", help="comma-separated")
+    parser.add_argument(
+        "--methods", default="diloco,diloco-paced,gossip", help="NAME or NAME:MOMENTUM, comma-separated"
+    )
     parser.add_argument("--momenta", default="0.5", help="the grid of outer momenta, comma-separated; default 0.5")
     parser.add_argument("--slowdowns", default="2,2.6,5.2,11.4", help="of each volunteer; default 2,2.6,5.2,11.4")
     parser.add_argument("--step-ms", type=float, default=10.0, help="an inner step without slowdown; default 10")
@@ -519,14 +521,14 @@ def main() -> None:
     momenta = [float(momentum) for momentum in options.momenta.split(",")]
     results: dict[tuple[str, float], list[Result]] = {}
     for seed in seeds:
-        for method in options.methods.split(","):
+        for method, _, chosen in (text.partition(":") for text in options.methods.split(",")):
             changes = [*options.set, f'merge.method="{method.split("-")[0]}"', "merge.pacing=false"]
             run = read_run(options.run_file, changes, seed)
             if method.startswith("gossip"):
                 total_tokens = round(run.run.total_tokens * options.more_tokens)
                 run = run.model_copy(update={"run": run.run.model_copy(update={"total_tokens": total_tokens})})
             text = Text.of(run, options.run_file.parent)
-            for momentum in momenta:
+            for momentum in [float(chosen)] if chosen else momenta:
                 setting = Setting(
                     text=text,
                     step_s=tuple(float(s) * options.step_ms / 1000 for s in options.slowdowns.split(",")),
