@@ -115,6 +115,15 @@ class Tally:
 
     # ------------------------------------------------------------- counting
 
+    def know_speeds(self, speeds_per_s: Iterable[float]) -> None:
+        """What the peers present claim to do. Once they have left, what they did last still explains what they told:
+        the median known before counts, after a restart that of the fastest claims that were kept."""
+        present_per_s = typical_speed(speeds_per_s)
+        if present_per_s > 0:
+            self.typical_per_s = present_per_s
+        elif self.typical_per_s <= 0:
+            self.typical_per_s = typical_speed(account.fastest_per_s for account in self._accounts.values())
+
     def learn(self, counts: Mapping[str, int], now: float, stage: int = 0) -> None:
         """What rosters count of these peers: certain. It is paid for as what a peer tells is, but never refused: by
         when it was trained is not known, and a state from a checkpoint is old."""

@@ -16,7 +16,7 @@ from datetime import datetime
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.records import bucket_of, buckets_to_read
-from swarmtrain.membership.tally import CountingRules, NamedOnce, Tally, typical_speed
+from swarmtrain.membership.tally import CountingRules, NamedOnce, Tally
 from swarmtrain.network.records import PROGRESS, progress_from_proto_untrusted
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -73,18 +73,21 @@ class Tallying:
     async def _read_bucket(self, prefix: str) -> int:
         """Observe the records of a bucket; how many they are."""
         records = await self.read_bucket(PROGRESS, prefix)
-        speeds = self.speeds()
-        typical_per_s = typical_speed(speeds.values())
+        speeds = self._know_speeds()
         for peer, (record, _) in records.items():
             try:
-                self._read_untrusted(peer, record, prefix, speeds.get(peer, 0.0), typical_per_s)
+                self._read_untrusted(peer, record, prefix, speeds.get(peer, 0.0))
             except BadBytesError as error:
                 self._name(peer, "progress", str(error))
         return len(records)
 
-    def _read_untrusted(
-        self, peer: str, record: pb.Record, prefix: str, claimed_per_s: float, typical_per_s: float
-    ) -> None:
+    def _know_speeds(self) -> Mapping[str, float]:
+        speeds = self.speeds()
+        with self._lock:
+            self._tally.know_speeds(speeds.values())
+        return speeds
+
+    def _read_untrusted(self, peer: str, record: pb.Record, prefix: str, claimed_per_s: float) -> None:
         if record.WhichOneof("body") != "progress" or bucket_of(peer, len(prefix)) != prefix:
             raise BadBytesError("a progress record that is none, or in a place that is not its own")
         stage, tokens = progress_from_proto_untrusted(record.progress)
@@ -94,7 +97,6 @@ class Tallying:
                 self._tally.learn({peer: tokens}, now, stage)
                 self._own_durable = max(self._own_durable, tokens)
                 return
-            self._tally.typical_per_s = typical_per_s
             _, incident = self._tally.observe(peer, stage, tokens, now, claimed_per_s)
         if incident is not None:
             self._name(peer, incident.rule, incident.detail)
@@ -112,9 +114,8 @@ class Tallying:
 
     def hear(self, peer: str, tokens: int) -> None:
         """What a publication or a state says of `peer`: believed as far as its speed explains it."""
-        speeds = self.speeds()
+        speeds = self._know_speeds()
         with self._lock:
-            self._tally.typical_per_s = typical_speed(speeds.values())
             _, incident = self._tally.observe(peer, 0, tokens, self.clock(), speeds.get(peer, 0.0))
         if incident is not None:
             self._name(peer, incident.rule, incident.detail)
@@ -123,9 +124,8 @@ class Tallying:
         """Of `tokens` that somebody tells of `peer`, how many are believed; None while no speeds are known at all.
 
         Nothing is counted."""
-        speeds = self.speeds()
+        speeds = self._know_speeds()
         with self._lock:
-            self._tally.typical_per_s = typical_speed(speeds.values())
             if self._tally.typical_per_s <= 0:
                 return None
             return self._tally.believes(peer, tokens, self.clock(), speeds.get(peer, 0.0))

@@ -31,11 +31,12 @@ class Reading:
     def __init__(self, buckets: dict[str, Bucket]) -> None:
         self.buckets, self.reads, self.told = buckets, list[str](), list[tuple[str, str]]()
         self.now = 2000.0
+        self.speeds = {ME: 10.0, BEN: 10.0, CARL: 10.0}
         self.tallying = Tallying(
             ME,
             RULES,
             self.read_bucket,
-            lambda: {ME: 10.0, BEN: 10.0, CARL: 10.0},
+            lambda: self.speeds,
             lambda: self.now,
             lambda peer, rule, detail: self.told.append((peer, rule)),
         )
@@ -149,6 +150,25 @@ def test_one_tells_what_was_ever_safe_and_reads_what_one_told_in_an_earlier_life
     assert tallying.own_to_tell(120) == 120, "counted, and not yet on the disk"
     reading.look()
     assert tallying.own_to_tell(130) == 500 and tallying.contributions() == {ME: 500}
+
+
+def test_what_was_told_is_believed_when_everyone_has_left_after_a_restart_too() -> None:
+    """A bootstrap that was away until the end reads last, and nobody is there whose speed could explain anything."""
+    reading = Reading({"": {BEN: record(100)}})
+    reading.look()
+    reading.speeds = {}
+    reading.buckets[""] = {BEN: record(180), CARL: record(90)}
+    reading.look()
+    assert reading.tallying.contributions() == {BEN: 180, CARL: 90}
+    again = Reading({"": {BEN: record(250), CARL: record(90)}})
+    again.speeds = {}
+    again.tallying.restore(reading.tallying.kept())
+    again.look()
+    assert again.tallying.acknowledged() == {BEN: 250, CARL: 90}
+    nobody = Reading({"": {BEN: record(100)}})
+    nobody.speeds = {}
+    nobody.look()
+    assert nobody.tallying.contributions() == {} and nobody.told == [], "nothing was ever known"
 
 
 def test_a_tally_outlives_its_process() -> None:

@@ -319,23 +319,24 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slowdown", type=float, default=4.0, help="volunteers train so many times slower than alone")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
-        folder = Path(temporary)
-        probed = Plan(seed=0, total_tokens=40 * ROUND_TOKENS * len(VOLUNTEERS), slowdown=options.slowdown)
-        probe = one_run(folder / "probe", probed, False)
-        total = round(probed.total_tokens / probe.seconds * options.minutes * 60 * FAULTY_SHARE)
-        sized = replace(probed, total_tokens=total)
-        baseline = one_run(folder / "baseline", sized, False)
-        print(f"{total} tokens; without faults: loss {baseline.loss:.4f} after {baseline.seconds:.0f} s", flush=True)
-        losses = []
-        for number in range(options.runs):
-            plan = replace(sized, seed=options.seed + number)
-            outcome = compare(folder / f"run-{number}", plan, baseline)
-            losses.append(outcome.loss)
-            print(f"run {number}: {outcome}", flush=True)
-            shutil.rmtree(folder / f"run-{number}")
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    print(f"in {folder}, which a run that fails leaves behind", flush=True)
+    probed = Plan(seed=0, total_tokens=40 * ROUND_TOKENS * len(VOLUNTEERS), slowdown=options.slowdown)
+    probe = one_run(folder / "probe", probed, False)
+    total = round(probed.total_tokens / probe.seconds * options.minutes * 60 * FAULTY_SHARE)
+    sized = replace(probed, total_tokens=total)
+    baseline = one_run(folder / "baseline", sized, False)
+    print(f"{total} tokens; without faults: loss {baseline.loss:.4f} after {baseline.seconds:.0f} s", flush=True)
+    losses = []
+    for number in range(options.runs):
+        plan = replace(sized, seed=options.seed + number)
+        outcome = compare(folder / f"run-{number}", plan, baseline)
+        losses.append(outcome.loss)
+        print(f"run {number}: {outcome}", flush=True)
+        shutil.rmtree(folder / f"run-{number}")
     worst = max(losses) / baseline.loss - 1
     print(f"{len(losses)} runs held; loss {statistics.mean(losses):.4f}, the worst {worst:+.2%} against no faults")
+    shutil.rmtree(folder)
     return 0
 
 
