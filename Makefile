@@ -61,8 +61,8 @@ soak: $(DEV)  ## ten runs of ten minutes under kills, stops and restarts (two ho
 docs: $(DEV)  ## generate docs/run-file.md and docs/events.md
 	$(BIN)/python docs/generate.py
 
-demo: $(CORE)  ## three volunteers and one alone, on this machine, in minutes
-	$(BIN)/swarmtrain local examples/stdlib-gpt.toml --peers 3 --compare-alone
+demo: $(CORE)  ## three unequal volunteers and one alone, on this machine, in minutes
+	$(BIN)/swarmtrain local examples/stdlib-gpt.toml --peers 3 --slowdown 2,2.5,4 --compare-alone
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .venv-protoc build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

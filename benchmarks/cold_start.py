@@ -1,7 +1,7 @@
 """How well does a run file learn from a cold start: alone, as a swarm, and with gradients averaged at every step?
 
-    python benchmarks/cold_start.py examples/stdlib-gpt.toml
-    python benchmarks/cold_start.py examples/stdlib-gpt.toml --set merge.inner_steps=10 --seeds 0,1,2
+    python benchmarks/cold_start.py examples/diloco.toml --set merge.min_peers=3
+    python benchmarks/cold_start.py examples/diloco.toml --set merge.min_peers=3 --set merge.inner_steps=10
 
 One process takes the volunteers' inner steps one after the other, with the functions a real volunteer uses, so the
 losses are those of a synchronous swarm without its network. Three ways, each volunteer taking as many inner steps:

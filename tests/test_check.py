@@ -10,7 +10,8 @@ import pytest
 from swarmtrain.cli.check import shards_in_words
 from swarmtrain.cli.estimate import Estimate, doubts, estimate
 from swarmtrain.cli.main import run as run_command
-from swarmtrain.run import parse_run
+from swarmtrain.model.gpt import num_parameters
+from swarmtrain.run import load_run, parse_run
 
 P = 1_000_000
 
@@ -107,6 +108,16 @@ def test_doubts_about_the_corpus_and_the_machine() -> None:
     assert "less than ten times data.held_out_bytes" in doubts_of(GOOD, corpus_bytes=100_000)
     assert "each byte is read 50 times" in doubts_of(GOOD, corpus_bytes=1_000_000)
     assert "this machine has 256 MB" in doubts_of(GOOD, machine_bytes=256_000_000)
+
+
+EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_no_example_raises_a_doubt(path: Path) -> None:
+    """Beyond what the data and the machine at hand say."""
+    run = load_run(path)
+    assert doubts(run, estimate(run, num_parameters(run.model), 4), None, None) == ()
 
 
 def test_the_command_prints_a_report_or_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ def _slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--link-up", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... what each volunteer can send, in Mbit/s.  [default: no limit]")  # fmt: skip
 @click.option("--link-down", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... and receive.  [default: no limit]")  # fmt: skip
 @click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, metavar="PCT", help="... how many per cent of the volunteers' transfers break off midway.  [default: none]")  # fmt: skip
-@click.option("--compare-alone", is_flag=True, help="Afterwards train one volunteer alone for as many steps.")
+@click.option("--compare-alone", is_flag=True, help="Afterwards train one volunteer alone, unslowed, for as many steps as the fastest took.")  # fmt: skip
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on text or JSON lines.  [default: the run file's folder]")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the peers keep their files and the model is left.  [default: runs/NAME-TIME]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines on standard output.")
@@ -109,7 +109,9 @@ def command(
                 click.echo(part.line(), err=as_json)
             line = f"held-out loss {trained.loss:.3f} nats/byte"
             if compare_alone:
-                line += f"; one volunteer alone {_alone(directory, data or run_file.parent, trained, stop):.3f}"
+                part, loss = _alone(directory, data or run_file.parent, trained, stop)
+                click.echo(part.line(), err=as_json)
+                line += f"; one volunteer alone {loss:.3f}"
         except Interrupted:
             click.echo(f"stopped; what the peers have is in {directory}", err=True)
             return
@@ -142,7 +144,6 @@ class _Part:
 
     name: str
     rounds: int = 0
-    steps: int = 0
     tokens: int = 0
 
     def take(self, event: Event) -> None:
@@ -150,7 +151,6 @@ class _Part:
 
         if isinstance(event, RoundEvent):
             self.rounds += 1
-            self.steps += event.inner_steps
             self.tokens += event.tokens
         elif isinstance(event, DoneEvent):
             self.tokens = max(self.tokens, event.tokens)  # those of a round that it came too late for, too
@@ -160,7 +160,8 @@ class _Part:
         from swarmtrain.words import count_in_words
 
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
-        return f"{self.name}: {count_in_words(self.tokens)} tokens, {rounds} merged"
+        merged = f", {rounds} merged" if self.rounds else ""
+        return f"{self.name}: {count_in_words(self.tokens)} tokens{merged}"
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,9 @@ class _Trained:
     emit: EventSink
 
     @property
-    def steps(self) -> int:
-        """Most inner steps of a volunteer."""
-        return max((part.steps for part in self.parts.values()), default=0)
+    def most_tokens(self) -> int:
+        """What the fastest volunteer has trained on."""
+        return max((part.tokens for part in self.parts.values()), default=0)
 
 
 def _train(plan: _Plan, stop: StopFlag) -> _Trained:
@@ -210,7 +211,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
 
 
 def _watch(swarm: LocalSwarm, emit: EventSink, plan: _Plan) -> tuple[dict[str, _Part], float | None]:
-    """Start everyone and show their events to the end; (what each volunteer has done, held-out loss)."""
+    """Start everyone and show their events to the end; (what each volunteer has done, held-out loss of the model)."""
     from swarmtrain.events import DoneEvent, InviteEvent
 
     company, place = ["--wait-for", str(len(plan.extra))], swarm.place("bootstrap", limited=False)
@@ -221,15 +222,15 @@ def _watch(swarm: LocalSwarm, emit: EventSink, plan: _Plan) -> tuple[dict[str, _
     parts = {name: _Part(name) for name in (f"volunteer-{number}" for number in range(1, len(plan.extra) + 1))}
     for name, extra in zip(parts, plan.extra, strict=True):
         swarm.start(name, ["join", invite.invite, *swarm.place(name, limited=True), *extra])
-    loss = None
+    losses: dict[str, float] = {}
     for event in swarm.events():
         if not isinstance(event, InviteEvent):  # the bootstrap's is enough
             emit(event)
         if event.name in parts:
             parts[event.name].take(event)
         if isinstance(event, DoneEvent) and event.held_out_loss is not None:
-            loss = event.held_out_loss
-    return parts, loss
+            losses[event.name] = event.held_out_loss
+    return parts, losses.get("bootstrap", next(iter(losses.values()), None))  # it has the model that is shown
 
 
 def _show_sample(directory: Path, as_json: bool) -> None:
@@ -240,8 +241,9 @@ def _show_sample(directory: Path, as_json: bool) -> None:
     click.echo(f"the model is in {model}", err=as_json)
 
 
-def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> float:
-    """Train one volunteer alone on the same run, with a progress bar; its held-out loss."""
+def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> tuple[_Part, float]:
+    """Train one volunteer alone on the same run, unslowed, for as many inner steps as the fastest took; with a progress
+    bar. What it has done, its held-out loss."""
     import time
 
     import platformdirs
@@ -263,7 +265,7 @@ def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> fl
     )
     published = PeerFolder(directory / "bootstrap").kept_run()
     assert published is not None, "the bootstrap kept its run"
-    steps, began_s = trained.steps, time.monotonic()
+    steps, began_s = trained.most_tokens // published.run.tokens_per_step, time.monotonic()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(f"one volunteer alone, {steps} steps", total=steps)
 
@@ -274,4 +276,4 @@ def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> fl
         loss = train_alone(published, steps, settings, advance)
     if trained.emit.display is None:
         trained.emit(AloneEvent(held_out_loss=loss, inner_steps=steps, wall_s=time.monotonic() - began_s))
-    return loss
+    return _Part(settings.name, tokens=steps * published.run.tokens_per_step), loss

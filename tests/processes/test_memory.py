@@ -1,4 +1,4 @@
-"""The smallest example in a swarm of four: what a volunteer takes of memory, and what it sends."""
+"""The small example in a swarm of four, merged by gossip and in step: a volunteer's memory, and what it sends."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from swarmtrain.events import DoneEvent, StartedEvent
 
 pytestmark = pytest.mark.processes
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "stdlib-gpt.toml"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_PEERS = 4
 NUM_ROUNDS = 6
 MAX_BYTES = 500_000_000
 
 
-def shortened(folder: Path) -> tuple[Path, int]:
-    """The example, over after `NUM_ROUNDS` rounds; and its inner steps of a round."""
-    text = EXAMPLE.read_text()
+def shortened(example: str, folder: Path) -> tuple[Path, int]:
+    """An example, over after `NUM_ROUNDS` rounds; and its inner steps of a round."""
+    text = (EXAMPLES / example).read_text()
     numbers = {key: int(value.replace("_", "")) for key, value in re.findall(r"^(\w+) *= *([\d_]+)\b", text, re.M)}
     tokens = numbers["inner_steps"] * numbers["batch_sequences"] * numbers["context_tokens"]
     total = f"total_tokens = {NUM_ROUNDS * NUM_PEERS * tokens}"
-    path = folder / EXAMPLE.name
+    path = folder / example
     path.write_text(re.sub(r"^total_tokens *= *[\d_]+", total, text, count=1, flags=re.M))
     return path, numbers["inner_steps"]
 
 
-def test_a_volunteer_takes_at_most_500_megabytes(swarm: Swarm) -> None:
-    run_file, inner_steps = shortened(swarm.folder)
+@pytest.mark.parametrize("example", ["stdlib-gpt.toml", "diloco.toml"])
+def test_a_volunteer_takes_at_most_500_megabytes(swarm: Swarm, example: str) -> None:
+    run_file, inner_steps = shortened(example, swarm.folder)
     bootstrap = swarm.bootstrap(run_file, "--wait-for", str(NUM_PEERS))
     children = [swarm.join(f"peer{number}", bootstrap.invite.invite) for number in range(NUM_PEERS)]
     most = dict.fromkeys([child.name for child in (bootstrap, *children)], 0)
@@ -57,4 +58,5 @@ def test_a_volunteer_takes_at_most_500_megabytes(swarm: Swarm) -> None:
     print(f"bytes sent: {below:.1f} times below an fp32 all-reduce at every inner step")
     print("inner steps:", {child.name: [e.inner_steps for e in child.rounds().values()] for child in children})
     assert below >= inner_steps / 2
-    assert assert_same_states(children) >= NUM_ROUNDS - 1
+    if example == "diloco.toml":
+        assert assert_same_states(children) >= NUM_ROUNDS - 1
