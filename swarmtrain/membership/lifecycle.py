@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import itemgetter
 
 __all__ = ["MAX_PEERS", "Change", "Membership", "PeerInfo", "PeerState"]
 
@@ -132,7 +133,8 @@ class Membership:
         if round is not None:
             entry.told_s = now
             done = inner_steps_done if inner_steps_done is not None else entry.info.inner_steps_done
-            entry.info = dataclasses.replace(entry.info, round=round, inner_steps_done=done)
+            if (round, done) != (entry.info.round, entry.info.inner_steps_done):
+                entry.info = dataclasses.replace(entry.info, round=round, inner_steps_done=done)
 
     def call_failed(self, peer: str, now: float, reason: str) -> Change | None:
         """A call to `peer` failed. Returns the change to LOST once it has failed often and long enough."""
@@ -210,15 +212,30 @@ class Membership:
         entry = self._entries.get(peer)
         return float("-inf") if entry is None else entry.heard_s
 
+    def heard_at_s(self) -> dict[str, float]:
+        """When each of `volunteers` was last heard of, by PeerID."""
+        return {peer: entry.heard_s for peer, entry in self._training()}
+
     def known(self) -> list[PeerInfo]:
         """Everyone in the table, whatever is believed of them, by PeerID."""
-        return [entry.info for _, entry in sorted(self._entries.items())]
+        return [entry.info for _, entry in self._sorted()]
 
     def live(self) -> list[PeerInfo]:
         """Everyone believed alive, the bootstrap included, by PeerID."""
-        entries = sorted(self._entries.items())  # the trainer's thread may ask while the network's changes the table
-        return [entry.info for _, entry in entries if entry.state is PeerState.LIVE]
+        return [entry.info for _, entry in self._sorted() if entry.state is PeerState.LIVE]
 
     def volunteers(self) -> list[PeerInfo]:
         """The live peers that train, by PeerID."""
-        return [info for info in self.live() if info.training and not info.is_bootstrap]
+        return [entry.info for _, entry in self._training()]
+
+    def _training(self) -> list[tuple[str, _Entry]]:
+        live = PeerState.LIVE
+        return [
+            (peer, entry)
+            for peer, entry in self._sorted()
+            if entry.state is live and entry.info.training and not entry.info.is_bootstrap
+        ]
+
+    def _sorted(self) -> list[tuple[str, _Entry]]:
+        """A copy: the trainer's thread may ask while the network's changes the table."""
+        return sorted(self._entries.items(), key=itemgetter(0))

@@ -18,6 +18,7 @@ simulator drive the same `decide`.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -166,6 +167,12 @@ class RoundView:
     idle: frozenset[str] = frozenset()
     """Peers that had their turn to sign lately and let it pass (`membership.signers`): waited for, no signers."""
 
+    @cached_property
+    def candidates(self) -> list[str]:
+        """Who may sign, in the order of their turns; sorted once, though two decisions look at it."""
+        others = self.live - self.idle
+        return sorted(others if self.guest else others | {self.me})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wait:
@@ -278,10 +285,9 @@ def _turn(view: RoundView, now: float) -> _Turn:
     """A turn ends with the candidate's silence; at this peer's time limit if the candidate has not published; and
     `silence_s` after it, one candidate after the other, if it has published, answers and yet does not sign.
     """
-    candidates = sorted(view.live - view.idle if view.guest else (view.live - view.idle) | {view.me})
     passed_over: set[str] = set()
     idled: set[str] = set()
-    for candidate in candidates:
+    for candidate in view.candidates:
         if candidate == view.me:
             break
         closes_s = view.deadline_s
@@ -352,12 +358,12 @@ def peers_to_ask(view: RoundView, now: float) -> list[str]:
     """Whom to ask about the round. Small groups: everyone, so that bytes can be fetched before the roster comes.
     Larger ones: the signer asks everyone, the others only whoever may sign."""
     ahead = view.ahead | view.far_ahead
-    everyone = sorted(view.live | view.guests | ahead)
+    everyone = view.live | view.guests | ahead
     turn = _turn(view, now)
     if len(everyone) + 1 <= view.share_above or turn.signer == view.me:
-        return everyone
-    candidates = sorted(view.live - turn.passed_over - view.idle)
-    return sorted({*candidates[:2], *sorted(ahead)[:2]})
+        return sorted(everyone)
+    candidates = view.live - turn.passed_over - view.idle
+    return sorted({*heapq.nsmallest(2, candidates), *heapq.nsmallest(2, ahead)})
 
 
 def share_ranges(num_chunks: int, num_peers: int) -> list[range]:

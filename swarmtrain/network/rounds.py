@@ -291,8 +291,8 @@ class Rounds:
     def _view(self, round: int, known: _Round) -> RoundView:
         sets: dict[Standing, set[str]] = {kind: set() for kind in Standing}
         applied = None if self.last is None else self.last[0]
-        volunteers = [info.peer for info in self.membership.volunteers()]
-        for peer in volunteers:
+        heard_at_s = self.membership.heard_at_s()
+        for peer in heard_at_s:
             told_s, told = self._told.get(peer, (0.0, None))
             if told is not None and told_s < known.started_s and not must_refetch(applied, told.last):
                 told = None
@@ -319,7 +319,7 @@ class Rounds:
             announced={peer: publication_of(held.snapshot) for peer, held in known.publications.items()},
             held=frozenset(peer for peer, held in known.publications.items() if held.complete),
             rosters=[roster for roster, _ in known.rosters.values() if roster.digest not in known.impossible],
-            heard_at_s={peer: self.membership.heard_s(peer) for peer in volunteers},
+            heard_at_s=heard_at_s,
             asked_at_s=known.asked_at_s,
             listening_since_s=self.listening_since_s,
             unobtainable=frozenset(known.unobtainable),

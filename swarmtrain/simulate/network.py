@@ -153,8 +153,10 @@ class Network(Generic[P]):
 
     def passes(self, src: End, dst: End) -> bool:
         """Whether this one message arrives."""
+        if (self._cut or self._side) and not self.connected(src, dst):
+            return False
         drop = max(self._drop, src.link.drop, dst.link.drop)
-        return self.connected(src, dst) and (drop == 0 or self._random.random() >= drop)
+        return drop == 0 or self._random.random() >= drop
 
     def latency_s(self, a: End, b: End) -> float:
         """One way, in seconds."""

@@ -56,7 +56,10 @@ class Transfers:
             if self.phase is Phase.JOINING:
                 return None
             return self._state()
-        return what if what in self._store or what.split(" ")[0] in self._store else None
+        return what if self._holds(what.split(" ")[0], what) else None
+
+    def _holds(self, snapshot: str, part: str) -> bool:
+        return snapshot in self._store or part in self._store
 
     def _pull_from(self, sources: Iterable[str], what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
         """Try one source after the other; `done(None)` when none has it."""
@@ -118,20 +121,17 @@ class Transfers:
             r.own_share_at_s = min(r.own_share_at_s, now)
         elif own not in have:
             self._average_share(roster, own)
-        lacking = sorted(set(range(len(owners))) - have)
+        lacking = set(range(len(owners))) - have
         if not lacking:
             self._advance(roster)
             return
         overdue = now >= share_due_s(r.roster_at_s, r.own_share_at_s, self.settings.silence_s)
-        alive = {info.peer for info in self.membership.volunteers()}
         ready: list[int] = []
-        for i in lacking:
-            if i == own or i in r.shares_pulling:
-                continue
+        for i in sorted(lacking - r.shares_pulling - {own}):
             owner = self.world.peers[owners[i]]
-            if owner.running and self.world.connected(self, owner) and i in owner._shares.get(roster.digest, ()):
+            if i in owner._shares.get(roster.digest, ()) and owner.running and self.world.connected(self, owner):
                 ready.append(i)
-            elif overdue or owners[i] not in alive or not owner.alive:
+            elif overdue or not owner.alive or self.membership.state(owners[i]) is not PeerState.LIVE:
                 self._average_share(roster, i)
         if ready:
             self._pull_shares(roster, ready)
@@ -168,7 +168,7 @@ class Transfers:
             if payload is None and r is self._now:
                 r.unobtainable.add(offer.peer)
             elif payload is not None:
-                self._store[f"{offer.snapshot} {index}/{num_parts}"] = self.round
+                self._store[parts[offer.peer]] = self.round
                 open_parts.discard(offer.peer)
             waiting.discard(offer.peer)
             if not waiting:
@@ -186,13 +186,13 @@ class Transfers:
 
         # The parts that are there for the asking come in one event; the others are looked for one by one.
         parts = {offer.peer: f"{offer.snapshot} {index}/{num_parts}" for offer in roster.entries}
-        waiting = {offer.peer for offer in roster.entries if self.provide(parts[offer.peer]) is None}
+        waiting = {offer.peer for offer in roster.entries if not self._holds(offer.snapshot, parts[offer.peer])}
         open_parts &= waiting
-        easy = [o for o in roster.entries if o.peer in waiting and self._reaches(o.peer, parts[o.peer])]
+        easy = [offer for offer in roster.entries if offer.peer in waiting and self._reaches(offer, parts[offer.peer])]
 
         def easy_done() -> None:
             for offer in easy:
-                ok = self._reaches(offer.peer, parts[offer.peer])
+                ok = self._reaches(offer, parts[offer.peer])
                 got(offer, offer.snapshot) if ok else look(offer)
 
         def look(offer: Publication) -> None:
@@ -209,6 +209,6 @@ class Transfers:
         for offer in [o for o in roster.entries if o.peer in waiting and o.peer not in come_easily]:
             look(offer)
 
-    def _reaches(self, peer: str, what: str) -> bool:
-        other = self.world.peers[peer]
-        return other.running and self.world.passes(other, self) and other.provide(what) is not None
+    def _reaches(self, offer: Publication, part: str) -> bool:
+        author = self.world.peers[offer.peer]
+        return author.running and self.world.passes(author, self) and author._holds(offer.snapshot, part)

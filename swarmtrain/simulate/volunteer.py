@@ -279,18 +279,20 @@ class Volunteer(Transfers):
         return "" if self.last is None else self.last.digest
 
     def _view(self) -> RoundView:
-        sets: dict[Standing, list[str]] = {kind: [] for kind in Standing}
-        heard_at_s = {}
-        for info in self.membership.volunteers():
-            told_s, told = self._told.get(info.peer, (0.0, None))
-            if told is not None and told_s < self._now.started_s and not must_refetch(self.last, told.last):
-                told = None
-            kind = Standing.WITH_US if told is None else standing(self.last, self.round, told)
-            if info.peer in self._now.undeliverable and kind in (Standing.AHEAD, Standing.FAR_AHEAD):
-                kind = Standing.GUEST
-            sets[kind].append(info.peer)
-            heard_at_s[info.peer] = self.membership.heard_s(info.peer)
         r = self._now
+        heard_at_s = self.membership.heard_at_s()
+        with_us = set(heard_at_s)
+        rest: dict[Standing, list[str]] = {kind: [] for kind in Standing}
+        for peer, (told_s, told) in self._told.items():
+            if peer not in heard_at_s or (told_s < r.started_s and not must_refetch(self.last, told.last)):
+                continue
+            kind = standing(self.last, self.round, told)
+            if kind is Standing.WITH_US:
+                continue
+            if peer in r.undeliverable and kind in (Standing.AHEAD, Standing.FAR_AHEAD):
+                kind = Standing.GUEST
+            with_us.discard(peer)
+            rest[kind].append(peer)
         return RoundView(
             me=self.name,
             round=self.round,
@@ -298,13 +300,13 @@ class Volunteer(Transfers):
             deadline_s=r.started_s + self.settings.round_limit_s,
             silence_s=self.settings.silence_s,
             share_above=self.settings.share_above,
-            live=frozenset(sets[Standing.WITH_US] + sets[Standing.BEHIND]),
-            behind=frozenset(sets[Standing.BEHIND]),
+            live=frozenset(with_us.union(rest[Standing.BEHIND])),
+            behind=frozenset(rest[Standing.BEHIND]),
             base=self._base,
             guest=self.guest,
-            guests=frozenset(sets[Standing.GUEST]),
-            ahead=frozenset(sets[Standing.AHEAD]),
-            far_ahead=frozenset(sets[Standing.FAR_AHEAD]),
+            guests=frozenset(rest[Standing.GUEST]),
+            ahead=frozenset(rest[Standing.AHEAD]),
+            far_ahead=frozenset(rest[Standing.FAR_AHEAD]),
             announced=r.announced,
             held=frozenset(peer for peer, offer in r.announced.items() if offer.snapshot in self._store),
             rosters=tuple(r.rosters.values()),
