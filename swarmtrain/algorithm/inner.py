@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 __all__ = ["InnerConstants", "InnerOptimizer", "Moments", "learning_rate_at", "moments_scale"]
 
 _FIRST_SHARE = 0.01  # the warm-up begins at this share of the peak: a learning rate of 0 would waste a step
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_EPS = 1e-8  # torch.optim.AdamW's default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +76,23 @@ class Moments:
     steps: Tensor  # (N,) fp32: steps that each parameter has taken
 
 
+@dataclass(frozen=True)
+class _State:
+    """AdamW's of one parameter."""
+
+    step: Tensor  # () fp32
+    first: Tensor  # both shaped as the parameter
+    second: Tensor
+
+
 class InnerOptimizer:
     """AdamW over a model's named parameters, with gradient clipping and `learning_rate_at`.
 
     Tensors of two or more dimensions are decayed, others (norms) are not. The moments belong to the parameters'
     names and live as long as this object: an outer step changes the parameters and leaves them alone.
+
+    It is torch.optim.AdamW to the bit, by the function that this calls: the class itself imports torch's compiler
+    first, a second of processor time and tens of megabytes that nothing here uses.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], constants: InnerConstants) -> None:
@@ -89,14 +102,8 @@ class InnerOptimizer:
             raise ValueError("InnerOptimizer needs at least one parameter")
         matrices = [p for p in self._parameters.values() if p.dim() >= 2]
         others = [p for p in self._parameters.values() if p.dim() < 2]
-        groups = [
-            {"params": members, "weight_decay": decay}
-            for members, decay in ((matrices, constants.weight_decay), (others, 0.0))
-            if members
-        ]
-        self._adamw = torch.optim.AdamW(
-            groups, lr=constants.learning_rate, betas=(constants.beta1, constants.beta2), fused=True
-        )
+        self._groups = ((matrices, constants.weight_decay), (others, 0.0))
+        self._states: dict[nn.Parameter, _State] = {}
 
     def step(self, progress: float, scale: float = 1.0) -> float:
         """One inner step from the gradients in `.grad`, which are then dropped; returns their norm before clipping.
@@ -108,15 +115,41 @@ class InnerOptimizer:
         gradient_norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self.constants.gradient_clip))
         if math.isfinite(gradient_norm):
             learning_rate = learning_rate_at(self.constants, progress) * scale
-            for group in self._adamw.param_groups:
-                group["lr"] = learning_rate
-            self._adamw.step()
+            for parameters, decay in self._groups:
+                self._step([p for p in parameters if p.grad is not None], learning_rate, decay)
         self.drop_gradients()
         return gradient_norm
 
+    @torch.no_grad()
+    def _step(self, parameters: list[nn.Parameter], learning_rate: float, decay: float) -> None:
+        for p in parameters:
+            if p not in self._states:
+                step = torch.zeros((), device=p.device)
+                self._states[p] = _State(step, torch.zeros_like(p), torch.zeros_like(p))
+        if not parameters:
+            return
+        states = [self._states[p] for p in parameters]
+        adamw(
+            [*parameters],
+            [p.grad for p in parameters if p.grad is not None],
+            [state.first for state in states],
+            [state.second for state in states],
+            [],
+            [state.step for state in states],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=learning_rate,
+            beta1=self.constants.beta1,
+            beta2=self.constants.beta2,
+            weight_decay=decay,
+            eps=_EPS,
+        )
+
     def drop_gradients(self) -> None:
         """Forget what `.grad` holds: a batch that was given up must not count in the next step."""
-        self._adamw.zero_grad(set_to_none=True)
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def copy_moments(self, into: Tensor) -> Moments:
@@ -128,14 +161,13 @@ class InnerOptimizer:
         for index, (parameter, places) in enumerate(
             zip(self._parameters.values(), torch.split(into, sizes, dim=1), strict=True)
         ):
-            own = self._adamw.state.get(parameter, {})
-            if own:
-                steps[index] = own["step"]
-            for place, moment in zip(places, _MOMENTS, strict=True):
-                if own:
-                    place.copy_(own[moment].reshape(-1))
-                else:
+            if (own := self._states.get(parameter)) is None:
+                for place in places:
                     place.zero_()
+                continue
+            steps[index] = own.step
+            for place, moment in zip(places, (own.first, own.second), strict=True):
+                place.copy_(moment.reshape(-1))
         return Moments(vectors=into, steps=steps)
 
     @torch.no_grad()
@@ -149,13 +181,8 @@ class InnerOptimizer:
             raise ValueError(f"moments (2, {sum(sizes)}) of {len(sizes)} parameters are needed, got {shapes}")
         vectors = torch.split(moments.vectors, sizes, dim=1)
         for step, parameter, own in zip(moments.steps, self._parameters.values(), vectors, strict=True):
-            self._adamw.state[parameter] = {
-                "step": step.to(torch.float32).clone(),
-                **{
-                    moment: vector.view_as(parameter).to(parameter, copy=True)
-                    for vector, moment in zip(own, _MOMENTS, strict=True)
-                },
-            }
+            first, second = (vector.view_as(parameter).to(parameter, copy=True) for vector in own)
+            self._states[parameter] = _State(step.to(torch.float32).clone(), first, second)
 
     def _sizes(self) -> list[int]:
         """Numbers in each parameter, in order."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -34,9 +35,10 @@ def _hidden_width(section: ModelSection) -> int:
 
 
 def _rotary_table(num_positions: int, head_width: int) -> Tensor:
-    """Cosines and sines of each position's angles: (2, T, K / 2)."""
-    frequencies = _ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
-    angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
+    """Cosines and sines of each position's angles: (2, T, K / 2), on the processor."""
+    whole = partial(torch.arange, dtype=torch.float64, device="cpu")
+    frequencies = _ROTARY_BASE ** (-whole(0, head_width, 2) / head_width)
+    angles = whole(num_positions)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()]).to(torch.float32)
 
 
@@ -94,14 +96,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole model. Built by `build_model`; its own constructor leaves torch's random initial weights."""
+    """The whole model. Built by `build_model`; its own constructor leaves whatever is there."""
 
     rotary: Tensor
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
         self.section = section
-        self.embed = nn.Embedding(section.vocabulary_size, section.width)
+        room = torch.empty(section.vocabulary_size, section.width)  # normal numbers on "meta" need torch's compiler
+        self.embed = nn.Embedding.from_pretrained(room, freeze=False)  # type: ignore[no-untyped-call]
         self.blocks = nn.ModuleList(Block(section) for _ in range(section.num_layers))
         self.final_norm = nn.RMSNorm(section.width, eps=_NORM_EPSILON)
         self.head = nn.Linear(section.width, section.vocabulary_size, bias=False)

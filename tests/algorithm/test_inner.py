@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -73,7 +74,8 @@ def test_learning_rate_stays_between_nothing_and_the_peak(progress: float, warmu
     assert learning_rate_at(constants, 0.0) > 0
 
 
-def test_matches_a_plain_adamw() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_matches_a_plain_adamw(fused: bool) -> None:
     constants = _constants()
     ours, plain = _model(), _model()
     optimizer = InnerOptimizer(ours.named_parameters(), constants)
@@ -83,6 +85,7 @@ def test_matches_a_plain_adamw() -> None:
         [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
         foreach=False,
+        fused=fused,
     )
     for step in range(50):
         for model in (ours, plain):
@@ -94,6 +97,16 @@ def test_matches_a_plain_adamw() -> None:
         reference.zero_grad()
         assert optimizer.step(step / 50) == pytest.approx(float(expected_norm), rel=1e-4)
     assert torch.allclose(_weights(ours), _weights(plain), atol=1e-5)
+    assert not fused or torch.equal(_weights(ours), _weights(plain)), "the same arithmetic, to the bit"
+
+
+def test_a_step_does_not_import_torchs_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs every volunteer a second of processor time and tens of megabytes."""
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # an import of it fails
+    model = _model()
+    optimizer = InnerOptimizer(model.named_parameters(), _constants())
+    _backward(model, 0)
+    assert optimizer.step(0.5) > 0
 
 
 def test_gradients_are_clipped_and_dropped() -> None:
