@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from replies import Replies
+from virtual_loop import virtual_swarm
 
 from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.errors import PeerError, UnreachableError
@@ -140,7 +141,7 @@ def run(script: Script) -> None:
     async def whole() -> None:
         await asyncio.wait_for(script(), 60)
 
-    asyncio.run(whole())
+    virtual_swarm(whole)
 
 
 def test_each_inner_step_of_a_partner_is_merged_once() -> None:

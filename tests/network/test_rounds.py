@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from virtual_loop import virtual_swarm
 
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
@@ -108,16 +108,16 @@ def finish(identities: list[Identity], me: Identity, others: Others) -> tuple[Me
     """Let `me` finish round 0 among `identities`; (outcome, seconds, what was refused of whom)."""
     refused: list[tuple[str, str]] = []
 
-    async def run() -> Merged:
+    async def run() -> tuple[Merged, float]:
         rounds, told = driver(identities, me, others)
-        outcome = await asyncio.wait_for(rounds.finish(0, publication(me), swarm_time()), 20)
+        began_s = swarm_time()
+        outcome = await asyncio.wait_for(rounds.finish(0, publication(me), began_s), 100)
         assert isinstance(outcome, Merged)
         refused.extend(told)
-        return outcome
+        return outcome, swarm_time() - began_s
 
-    began_s = time.monotonic()
-    outcome = asyncio.run(run())
-    return outcome, time.monotonic() - began_s, refused
+    outcome, wait_s = virtual_swarm(run)
+    return outcome, wait_s, refused
 
 
 def a_swarm(number: int) -> list[Identity]:
@@ -231,7 +231,7 @@ def test_a_peer_whose_process_stands_still_is_lost_after_two_rounds() -> None:
             seen.append((rounds.membership.state(frozen), swarm_time() - began_s))
         return seen
 
-    (first, first_s), (second, second_s), (third, third_s) = asyncio.run(run())
+    (first, first_s), (second, second_s), (third, third_s) = virtual_swarm(run)
     assert (first, second, third) == (PeerState.LIVE, PeerState.LOST, PeerState.LOST)
     assert third_s < SILENCE_S <= min(first_s, second_s)
 
@@ -297,5 +297,5 @@ def test_a_signer_that_never_signs_is_passed_over_after_two_rounds() -> None:
         assert rounds.membership.state(idle.peer_id) is PeerState.LIVE
         return seen
 
-    first_s, second_s, third_s = asyncio.run(run())
+    first_s, second_s, third_s = virtual_swarm(run)
     assert third_s < 0.5 + 0.7 <= min(first_s, second_s)
