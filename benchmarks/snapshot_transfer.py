@@ -74,7 +74,7 @@ async def serve(directory: Path, mebibytes: int) -> None:
     content = bytearray(os.urandom(MIB)) * mebibytes
     manifest = pb.Manifest(run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_STATE)
     held = build_snapshot(node.identity, manifest, specs(mebibytes), Body([content]))
-    store = SnapshotStore()
+    store = SnapshotStore(max_readers=8)  # four of them for one peer
     store.add(held)
     await node.serve(service_type()(None, store, {}, node), namespace_of(RUN))
 

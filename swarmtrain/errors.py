@@ -8,6 +8,7 @@
     |   +-- BadBytesError    what it sent is malformed, oversized, not finite, wrongly hashed or signed
     |   +-- BusyError        it serves as many readers as it may
     |   +-- UnreachableError it did not answer in time, or its connection broke
+    |       +-- StalledError it holds a transfer up: nothing for long, or a little now and then
     +-- RunTimeError         the process cannot go on (exit 1): nobody answers, the clock is off, a disk is full
 
 Errors of dependencies are translated at the adapter that meets them.
@@ -22,6 +23,7 @@ __all__ = [
     "PeerError",
     "RunFileError",
     "RunTimeError",
+    "StalledError",
     "SwarmtrainError",
     "UnreachableError",
     "UserError",
@@ -51,9 +53,14 @@ class InviteError(UserError):
 class PeerError(SwarmtrainError):
     """A remote peer's fault."""
 
+    is_incident = False
+    """Whether an event names the peer for it."""
+
 
 class BadBytesError(PeerError):
     """Bytes from a remote peer are malformed, oversized, not finite, wrongly hashed or wrongly signed."""
+
+    is_incident = True
 
 
 class BusyError(PeerError):
@@ -62,6 +69,12 @@ class BusyError(PeerError):
 
 class UnreachableError(PeerError):
     """A remote peer did not answer within its time limit, or its connection broke."""
+
+
+class StalledError(UnreachableError):
+    """A remote peer began a transfer and holds it up: it sends nothing for long, or too little."""
+
+    is_incident = True
 
 
 class RunTimeError(SwarmtrainError):

@@ -197,7 +197,7 @@ class RefusedEvent(_Event):
 
     event: Literal["refused"] = "refused"
     from_peer: str = Field(description="The PeerID that sent it.")
-    rule: str = Field(description="The rule it broke, in one or two words, such as `hash`, `shape`, `finite`, `signature`, `size`.")  # fmt: skip
+    rule: str = Field(description="The rule it broke, in one or two words, such as `hash`, `shape`, `finite`, `signature`, `size`, `round` (too old), `stall`, `flood`.")  # fmt: skip
     detail: str = Field(description="What was expected and what came.")
 
 

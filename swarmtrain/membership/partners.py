@@ -81,12 +81,13 @@ class Theta:
 
 @dataclass(frozen=True)
 class Nothing:
-    """Not to be merged. `turned_back`: its author's counters contradict what was merged of it. That is an incident,
-    unless the bytes came from another peer that may hold an old publication."""
+    """Not to be merged. `turned_back`: its author's counters contradict what was merged of it; `too_old`: it is too far
+    behind the others. Those are incidents, unless the bytes came from another peer that may hold an old publication."""
 
     reason: str
     turned_back: bool = False
     tokens: int = 0
+    too_old: bool = False
 
 
 News: TypeAlias = Whole | Difference | Theta | Nothing
@@ -119,8 +120,8 @@ class Ledger:
             here = f"round {mark.round} part {mark.part}"
             return Nothing(f"its counter turned back to {here} from {known.round} part {known.part}", True)
         if mark.round < reference_round - self.max_staleness_rounds:
-            behind = reference_round - mark.round
-            return Nothing(f"{behind} rounds behind the median; at most {self.max_staleness_rounds} are merged")
+            behind = f"{reference_round - mark.round} rounds behind the median"
+            return Nothing(f"{behind}; at most {self.max_staleness_rounds} are merged", too_old=True)
         if known is None and mark.round <= self.forgotten_round:
             return Theta(f"parts of rounds up to {self.forgotten_round} may have been merged and forgotten")
         if known is None or mark.round > known.round:

@@ -134,6 +134,8 @@ class Gossip:
     _pulled: list[Pulled] = field(default_factory=list)
     _ready: _Ready | None = None
     _merged: dict[str, Held] = field(default_factory=dict)
+    _turned_back: dict[str, int] = field(default_factory=dict)
+    """Whose counter turned back, and in which round of this peer that was seen."""
     _pulls: dict[str, tuple[asyncio.Task[None], float]] = field(default_factory=dict)
     _idle_until_s: dict[str, float] = field(default_factory=dict)
     _durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_DURATIONS))
@@ -236,6 +238,8 @@ class Gossip:
         for task, began_s in self._pulls.values():
             if began_s < old_s:
                 task.cancel()
+        live = {info.peer for info in self.membership.volunteers()}
+        self._turned_back = {peer: round for peer, round in self._turned_back.items() if peer in live}
 
     def _transfer_s(self) -> float | None:
         """How long the pulls of a round are expected to take, side by side; None while nothing is known."""
@@ -287,7 +291,7 @@ class Gossip:
                 _log.debug("%s is %s", peer, self._partners.back_off.busy(peer, swarm_time()))
             except PeerError as error:
                 _log.debug("%s: %s", peer, self._partners.back_off.failed(peer, swarm_time(), str(error)))
-                if isinstance(error, BadBytesError):
+                if error.is_incident:
                     self.refused(peer, error)
             finally:
                 self._pulls.pop(peer, None)
@@ -335,13 +339,12 @@ class Gossip:
         manifest = held.snapshot.manifest
         with self._lock:
             news = self.ledger.news(peer, mark, self._reference_round())
-            known = self.ledger.mark(peer)
         if isinstance(news, Nothing):
-            behind = max(_RESTART_ROUNDS, self.ledger.max_staleness_rounds)
-            if is_own and news.turned_back and known is not None and mark.round < known.round - behind:
-                raise BadBytesError(f"a publication of an old round: {news.reason}")
+            if is_own:
+                self._check_counters_untrusted(peer, mark, news)
             _log.debug("%s has nothing new: %s", peer, news.reason)
             return False
+        self._turned_back.pop(peer, None)
         await self._bring(peer, held, source)
         with self._lock:  # it may have taken long
             news = self.ledger.news(peer, mark, self._reference_round())
@@ -367,6 +370,19 @@ class Gossip:
         self._durations_s.append(swarm_time() - began_s)
         return True
 
+    def _check_counters_untrusted(self, peer: str, mark: Mark, news: Nothing) -> None:
+        """BadBytesError if `peer` publishes what is too old, or its counter turned back for good.
+
+        One that was killed turned back by a few rounds, and is past them soon."""
+        known = self.ledger.mark(peer)
+        if news.turned_back and known is not None:
+            most = max(_RESTART_ROUNDS, self.ledger.max_staleness_rounds)
+            since = self._turned_back.setdefault(peer, self.round)
+            if mark.round >= known.round - most and self.round <= since + most:
+                return
+        if news.turned_back or news.too_old:
+            raise BadBytesError(f"a publication of an old round: {news.reason}")
+
     async def _ask_host(self, peer: str, host: str, request: pb.PublicationRequest) -> pb.PublicationReply:
         """What a host has of `peer`; _HostsFailedError if it has nothing to say, or says what is not `peer`'s word."""
         try:
@@ -383,7 +399,7 @@ class Gossip:
     def _host_failed(self, host: str, error: PeerError) -> _HostsFailedError:
         assert self.routes is not None
         self.routes.failed(host, str(error))
-        if isinstance(error, BadBytesError):
+        if error.is_incident:
             self.refused(host, error)
         return _HostsFailedError(f"its host failed: {error}")
 
@@ -398,6 +414,9 @@ class Gossip:
         except UnreachableError as error:
             failure = failures[-1] if failures else BusyError("it serves as many readers as it may")
             raise (failure if source == peer else self._host_failed(source, failure)) from error
+        for failure in failures:  # every byte is here and right, but the stream did not end with them
+            if failure.is_incident:
+                self.refused(source, failure)
         if self.routes is not None and source != peer:
             self.routes.answered(source)
 

@@ -68,8 +68,8 @@ class Hosting:
             _log.debug("%s is no guest: %s", peer, reason)
         return is_guest
 
-    async def answer(self, request: pb.PublicationRequest) -> pb.PublicationReply:
-        """The newest publication of a guest; what is here of it while a newer one is long in coming."""
+    async def answer(self, request: pb.PublicationRequest, caller: str = "") -> pb.PublicationReply:
+        """The newest publication of a guest, for `caller`; what is here of it while a newer one is long in coming."""
         try:
             author = peer_id_from_bytes_untrusted(request.author)
         except BadBytesError:
@@ -79,7 +79,7 @@ class Hosting:
             self._forget(gone)
         if author not in here:
             return pb.PublicationReply(away=True)
-        if not self.store.has_room or self._num_waiting >= _MAX_WAITING:
+        if not self.store.has_room_for(caller) or self._num_waiting >= _MAX_WAITING:
             return pb.PublicationReply(busy=True)
         kept = self._kept.setdefault(author, _Kept())
         if kept.bringing is None and swarm_time() >= kept.asked_s + _ASK_AGAIN_S:
@@ -105,7 +105,7 @@ class Hosting:
             await self._bring_untrusted(guest, kept)
         except PeerError as error:
             _log.debug("guest %s: %s", guest, error)
-            if isinstance(error, BadBytesError):
+            if error.is_incident:
                 self.refused(guest, error)
         finally:
             kept.asked_s, kept.bringing = swarm_time(), None

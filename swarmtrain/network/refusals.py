@@ -8,6 +8,9 @@ __all__ = ["rule_of"]
 def rule_of(detail: str) -> str:
     """The rule behind an error's sentence: the first whose word is in it."""
     words = {
+        "sent nothing": "stall",
+        "it delivers": "stall",
+        "calls a second": "flood",
         "hash": "hash",
         "finite": "finite",
         "shape": "shape",

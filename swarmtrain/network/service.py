@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any, AsyncIterator, Protocol, TypeVar  # noqa: UP035 - hivemi
 from google.protobuf.message import Message
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
+from swarmtrain.membership.budget import CallBudget
 from swarmtrain.network.daemon import MAX_FRAME_BYTES, hivemind_module
 from swarmtrain.network.dialback import DialBack
 from swarmtrain.network.node import Node, Stream
@@ -59,6 +61,9 @@ class Answers(Protocol):
     async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
         """The newest publication, if the caller does not have it."""
 
+    def refused(self, peer: str, error: PeerError) -> None:
+        """Told of one that calls too often, as often as it does."""
+
 
 def namespace_of(run_sha256: str) -> str:
     """The namespace of a run's calls."""
@@ -74,12 +79,25 @@ def service_type() -> Any:
         def __init__(self, answers: Answers, store: SnapshotStore, blobs: dict[str, bytes], node: Node) -> None:
             self._answers, self._store, self._blobs, self._node = answers, store, blobs, node
             self._held_calls: Counter[str] = Counter()
+            self._budget = CallBudget()
             self._dial_back = DialBack(node)
 
+        def _is_too_often(self, caller: str) -> bool:
+            """Whether a call is one too many: it gets the shortest answer there is, and nothing is read or made."""
+            if self._budget.allows(caller, time.monotonic()):
+                return False
+            self._answers.refused(caller, BadBytesError(self._budget.in_words))
+            return True
+
         async def rpc_hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
-            return self._count(request, self._answers.hello(request, str(context.remote_id)))
+            caller = str(context.remote_id)
+            if self._is_too_often(caller):
+                return pb.HelloReply()
+            return self._count(request, self._answers.hello(request, caller))
 
         async def rpc_state(self, request: pb.StateRequest, context: Any) -> pb.StateReply:
+            if self._is_too_often(str(context.remote_id)):
+                return pb.StateReply()
             return self._count(request, await self._answers.state(request))
 
         async def rpc_round(self, request: pb.RoundRequest, context: Any) -> pb.RoundReply:
@@ -97,13 +115,20 @@ def service_type() -> Any:
                     del held[caller]
 
         async def rpc_publication(self, request: pb.PublicationRequest, context: Any) -> pb.PublicationReply:
-            return self._count(request, await self._answers.publication(request, str(context.remote_id)))
+            caller = str(context.remote_id)
+            if self._is_too_often(caller):
+                return pb.PublicationReply(busy=True)
+            return self._count(request, await self._answers.publication(request, caller))
 
         async def rpc_dial(self, request: pb.DialRequest, context: Any) -> pb.DialReply:
             return self._count(request, await self._dial_back.answer(request, str(context.remote_id)))
 
         async def rpc_pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.PullReply]:
-            async with contextlib.aclosing(self._store.serve(request, self._count_sent)) as replies:
+            caller = str(context.remote_id)
+            if self._is_too_often(caller):
+                yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
+                return
+            async with contextlib.aclosing(self._store.serve(request, self._count_sent, caller)) as replies:
                 async for reply in replies:
                     yield reply
             await asyncio.sleep(_HANG_UP_S)

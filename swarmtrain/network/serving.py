@@ -171,7 +171,7 @@ class Intake:
             _log.debug("%s is %s", peer, self._back_off.busy(peer, swarm_time()))
         except PeerError as error:
             _log.debug("%s: %s", peer, self._back_off.failed(peer, swarm_time(), str(error)))
-            if isinstance(error, BadBytesError):
+            if error.is_incident:
                 self.refused(peer, error)
         finally:
             if self._asking.get(peer) is asyncio.current_task():
@@ -350,7 +350,7 @@ class ServerLink:
         except PeerError as error:
             self.doing = f"the server: {error}"
             _log.debug("%s", self.doing)
-            if isinstance(error, BadBytesError):
+            if error.is_incident:
                 self.refused(self.server, error)
             return False
         arrivals, now = snapshot.manifest.arrivals, swarm_time()

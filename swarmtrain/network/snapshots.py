@@ -18,7 +18,7 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
+from swarmtrain.errors import BadBytesError, BusyError, PeerError, StalledError, UnreachableError
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
 from swarmtrain.network.throttle import Throttle, num_at_once
@@ -188,13 +188,21 @@ def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, specs: Seq
     return Snapshot(manifest, signed, payload_sha256(signed), author)
 
 
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """A pull that is being served."""
+
+    peer: str
+
+
 @dataclass
 class SnapshotStore:
     """The snapshots that this peer serves: its own publications and what it pulled from others.
 
     One being read stays in memory until its reader ends, since the reader holds a reference. A reader that takes
-    nothing for `reader_stall_s` loses its place as soon as another wants it. While `up` is limited, fewer read at once,
-    so that each gets twice the `min_bytes_per_s` below which it would give up.
+    nothing for `reader_stall_s` loses its place as soon as another wants it. One peer has half of the places at most,
+    so that none can keep all others away. While `up` is limited, fewer read at once, so that each gets twice the
+    `min_bytes_per_s` below which it would give up.
     """
 
     max_readers: int = 4
@@ -209,7 +217,7 @@ class SnapshotStore:
     """The state that is being pulled, for whoever waits for it."""
     _held: dict[str, Held] = field(default_factory=dict)
     _read_s: dict[str, float] = field(default_factory=dict)
-    _readers: dict[object, float] = field(default_factory=dict)
+    _readers: dict[_Reader, float] = field(default_factory=dict)
     _unwanted: set[str] = field(default_factory=set)
 
     @property
@@ -217,12 +225,17 @@ class SnapshotStore:
         """Pulls being served."""
         return len(self._readers)
 
+    def has_room_for(self, peer: str = "") -> bool:
+        """Whether `peer` (empty: one not known) would be served: there is a place, or a reader that takes nothing would
+        lose its, and it does not have half of them already."""
+        stalled_s, most = self.clock() - self.reader_stall_s, self._most_readers
+        if peer and sum(who.peer == peer and s > stalled_s for who, s in self._readers.items()) >= -(-most // 2):
+            return False
+        return len(self._readers) < most or min(self._readers.values()) <= stalled_s
+
     @property
-    def has_room(self) -> bool:
-        """Whether one more reader would be served: there is a place, or one that takes nothing would lose its."""
-        if len(self._readers) < num_at_once(self.max_readers, self.up.bytes_per_s, self.min_bytes_per_s):
-            return True
-        return self.clock() - min(self._readers.values()) >= self.reader_stall_s
+    def _most_readers(self) -> int:
+        return num_at_once(self.max_readers, self.up.bytes_per_s, self.min_bytes_per_s)
 
     def add(self, held: Held) -> None:
         """Serve `held` from now on."""
@@ -258,20 +271,20 @@ class SnapshotStore:
         }
         self._read_s = {name: read_s for name, read_s in self._read_s.items() if name in self._held}
 
-    def _admit(self) -> object | None:
+    def _admit(self, peer: str) -> _Reader | None:
         """A place for one more reader, if there is one."""
-        if not self.has_room:
+        if not self.has_room_for(peer):
             return None
-        if len(self._readers) >= num_at_once(self.max_readers, self.up.bytes_per_s, self.min_bytes_per_s):
+        if len(self._readers) >= self._most_readers:
             del self._readers[min(self._readers, key=self._readers.__getitem__)]
-        reader = object()
+        reader = _Reader(peer)
         self._readers[reader] = self.clock()
         return reader
 
     async def serve(
-        self, request: pb.PullRequest, count_sent: Callable[[int], None] = lambda size_bytes: None
+        self, request: pb.PullRequest, count_sent: Callable[[int], None] = lambda size_bytes: None, peer: str = ""
     ) -> AsyncGenerator[pb.PullReply, None]:
-        """Answer a pull: a status, the chunks asked for, an end mark; BUSY at once when too many read."""
+        """Answer a pull of `peer`: a status, the chunks asked for, an end mark; BUSY at once when too many read."""
         held = self._held.get(request.snapshot_sha256.hex())
         wanted = range(request.first_chunk, request.first_chunk + min(request.num_chunks, 4 * _CHUNKS_A_PULL))
         if held is None or not all(chunk in held.have for chunk in wanted):
@@ -284,7 +297,7 @@ class SnapshotStore:
             yield pb.PullReply(status=pb.PullReply.STATUS_OK, manifest=held.snapshot.signed)
             yield pb.PullReply(end=True)
             return
-        reader = self._admit()
+        reader = self._admit(peer)
         if reader is None:
             yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
             return
@@ -301,7 +314,7 @@ class SnapshotStore:
         finally:
             self._readers.pop(reader, None)
 
-    async def _may_read(self, reader: object, size_bytes: int) -> bool:
+    async def _may_read(self, reader: _Reader, size_bytes: int) -> bool:
         """Whether a reader that comes for its next piece still has its place; when it has had its turn."""
         if reader not in self._readers:
             return False
@@ -315,7 +328,7 @@ class SnapshotStore:
     ) -> AsyncGenerator[pb.PullReply, None]:
         """Send a file in pieces. It takes a reader's place only while `up` is limited: files are small and few."""
         limited = self.up.bytes_per_s > 0
-        reader = self._admit() if limited else None
+        reader = self._admit("") if limited else None
         if limited and reader is None:
             yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
             return
@@ -420,11 +433,11 @@ class _Pace:
         self._came_bytes = 0
 
     async def next_chunk(self, stream: PullStream) -> tuple[pb.PullReply, bytes]:
-        """The next message and its data; UnreachableError if none comes, or if the source is too slow."""
+        """The next message and its data; UnreachableError if none comes, StalledError if the source is too slow."""
         limits = self.limits
         if self._waited_s >= limits.grace_s and self._came_bytes < limits.min_bytes_per_s * self._waited_s:
             rate = self._came_bytes / self._waited_s / 1024
-            raise UnreachableError(f"it delivers {rate:.0f} KiB/s, less than {limits.min_bytes_per_s / 1024:.0f}")
+            raise StalledError(f"it delivers {rate:.0f} KiB/s, less than {limits.min_bytes_per_s / 1024:.0f}")
         began_s = limits.clock()
         message = await next_message(stream, limits.stall_limit_s)
         self._waited_s += min(limits.clock() - began_s, limits.stall_limit_s)
@@ -464,12 +477,13 @@ async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, pa
 
 
 async def next_message(stream: PullStream, limit_s: float) -> pb.PullReply:
-    """The next message of a stream; UnreachableError if it breaks, ends, or brings nothing for `limit_s`."""
+    """The next message of a stream; UnreachableError if it breaks or ends, StalledError if it brings nothing for
+    `limit_s`."""
     try:
         async with asyncio.timeout(limit_s):
             return await stream.__anext__()
     except TimeoutError:
-        raise UnreachableError(f"it sent nothing for {limit_s:g} s") from None
+        raise StalledError(f"it sent nothing for {limit_s:g} s") from None
     except StopAsyncIteration:
         raise UnreachableError("the stream ended early") from None
     except PeerError:

@@ -155,7 +155,7 @@ class Swarm:
             self.membership,
             settings,
             self.average,
-            refused=self._refused,
+            refused=self.refused,
             report=self._report,
         )
         self._records = OwnRecords(self.node)
@@ -186,7 +186,7 @@ class Swarm:
     @property
     def states(self) -> StateFetcher:
         """For pulling states of peers that merge asynchronously."""
-        return StateFetcher(self.calls, self.store, self.rounds.settings, self._refused)
+        return StateFetcher(self.calls, self.store, self.rounds.settings, self.refused)
 
     @property
     def _run_bytes(self) -> bytes:
@@ -405,7 +405,7 @@ class Swarm:
             if info.stamp > swarm_time() + _MAX_STAMP_SKEW_S:
                 raise BadBytesError("a presence from the future")
         except BadBytesError as error:
-            self._refused(peer, error)
+            self.refused(peer, error)
             return
         change = self.membership.saw_presence(info, expiry_s, swarm_time())
         self.node.remember_addresses(peer, info.addresses)
@@ -456,7 +456,7 @@ class Swarm:
             if presence is not None:
                 self._greeted.add(peer)
         except BadBytesError as error:
-            self._refused(peer, error)
+            self.refused(peer, error)
         except PeerError as error:
             _log.debug("greeting %s: %s", peer, error)
 
@@ -512,11 +512,11 @@ class Swarm:
         if request.author and request.author != peer_bytes(self.identity.peer_id):
             if self.hosting is None or self.rounds.away:
                 return pb.PublicationReply(away=True)
-            return await self.hosting.answer(request)
+            return await self.hosting.answer(request, caller)
         if self.publisher is None or self.rounds.away:
             return pb.PublicationReply(away=self.rounds.away)
         reply = pb.PublicationReply(presence=self.signed_presence())
-        if not self.store.has_room:
+        if not self.store.has_room_for(caller):
             reply.busy = True
         elif (held := await self.publisher.held_after(request, caller)) is not None:
             reply.manifest.CopyFrom(held.snapshot.signed)
@@ -580,7 +580,7 @@ class Swarm:
             else:
                 self.emit(PeerLeftEvent(left=change.peer))
 
-    def _refused(self, peer: str, error: PeerError) -> None:
+    def refused(self, peer: str, error: PeerError) -> None:
         """Tell of hostile bytes: of one peer and rule once a minute, for it may send them as fast as it likes."""
         rule = rule_of(str(error))
         if self._told_refused.is_due(f"{peer} {rule}", swarm_time()):

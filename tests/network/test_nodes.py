@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from swarmtrain.errors import BadBytesError, RunTimeError, UnreachableError
+from swarmtrain.errors import BadBytesError, PeerError, RunTimeError, UnreachableError
 from swarmtrain.network import daemon
 from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
 from swarmtrain.network.identity import load_or_create_identity, new_identity
@@ -61,6 +61,7 @@ class Peer:
     run: str
     store: SnapshotStore = field(default_factory=SnapshotStore)
     waits_s: list[float] = field(default_factory=list)
+    named: list[str] = field(default_factory=list)
     reply_bytes: int = 0
     clock_ahead_s: float = 0.0
 
@@ -76,6 +77,9 @@ class Peer:
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
         return pb.StateReply(manifest=pb.Signed(payload=bytes(self.reply_bytes)))
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        self.named.append(peer)
 
     async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
         self.waits_s.append(request.wait_s)
@@ -229,6 +233,22 @@ def test_held_calls_are_bounded_whatever_is_asked(here: Here) -> None:
 
 def stub(here: Here) -> Any:
     return here.run(here.b.node.stub_of(service_type(), here.a.id, namespace_of(RUN)))
+
+
+def test_a_flood_of_calls_gets_short_answers_and_others_are_served(here: Here) -> None:
+    mallory = PeerCalls(here.c.node, RUN)
+
+    async def flood() -> list[bool]:
+        answered: list[bool] = []
+        for _ in range(12):
+            calls = [mallory.hello(here.a.id, pb.HelloRequest()) for _ in range(50)]
+            answered.extend(reply.time > 0 for reply in await asyncio.gather(*calls))
+        return answered
+
+    answered = here.run(flood())
+    assert all(answered[:100]) and not all(answered[-50:])
+    assert set(here.a.named) == {here.c.id}
+    assert here.run(here.b.calls.hello(here.a.id, pb.HelloRequest())).time > 0
 
 
 def test_an_answer_too_large_for_a_call_fails_at_once(here: Here) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
+from swarmtrain.errors import BadBytesError, PeerError, StalledError, UnreachableError
 from swarmtrain.network.identity import new_identity, peer_bytes
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import (
@@ -284,7 +284,7 @@ def test_a_pull_goes_on_at_another_source_where_the_first_stopped(
     held = network.pull(["a", "b"])
     assert bytes_of(held) == BYTES
     assert network.asked == [("a", 0, NUM_CHUNKS), ("b", 2, NUM_CHUNKS - 2)], "what arrived is not asked for again"
-    assert network.blamed == [("a", UnreachableError)]
+    assert network.blamed == [("a", StalledError if then is stand_still else UnreachableError)]
 
 
 def slow_by(now_s: list[float], chunk_s: float) -> Behaviour:
@@ -306,7 +306,7 @@ def test_a_source_that_brings_a_chunk_now_and_then_is_left_for_the_next() -> Non
     assert bytes_of(network.pull(["slow", "b"])) == BYTES
     assert now_s[0] == 30.0
     assert network.asked == [("slow", 0, NUM_CHUNKS), ("b", 3, NUM_CHUNKS - 3)]
-    assert network.blamed == [("slow", UnreachableError)]
+    assert network.blamed == [("slow", StalledError)]
 
 
 @pytest.mark.parametrize("chunk_s", [0.0, 7.9])
@@ -514,6 +514,39 @@ def test_only_so_many_read_at_once_and_places_come_back() -> None:
         assert store.num_readers == 0
 
     asyncio.run(crowd())
+
+
+def test_one_peer_has_half_of_the_places_at_most() -> None:
+    now_s = 0.0
+    store = SnapshotStore(max_readers=4, reader_stall_s=10.0, clock=lambda: now_s)
+    store.add(WHOLE)
+
+    async def crowd() -> None:
+        nonlocal now_s
+
+        async def asks(peer: str) -> Any:
+            reader = store.serve(request(), peer=peer)
+            return reader, (await anext(reader)).status
+
+        flood = [await asks("mallory") for _ in range(20)]
+        assert [status for _, status in flood] == [pb.PullReply.STATUS_OK] * 2 + [pb.PullReply.STATUS_BUSY] * 18
+        assert not store.has_room_for("mallory") and store.has_room_for("anna")
+        anna, ben = await asks("anna"), await asks("ben")
+        assert anna[1] == ben[1] == pb.PullReply.STATUS_OK
+        assert not store.has_room_for("carl"), "all four are taken"
+        now_s = 11.0
+        assert store.has_room_for("carl") and store.has_room_for("mallory"), "nobody has taken anything for long"
+        for reader, _ in (*flood, anna, ben):
+            await reader.aclose()
+        assert store.num_readers == 0
+
+    asyncio.run(crowd())
+
+
+def test_where_there_is_one_place_everyone_may_have_it() -> None:
+    store = SnapshotStore(max_readers=1)
+    store.add(WHOLE)
+    assert store.has_room_for("anna")
 
 
 def test_a_reader_that_stands_still_loses_its_place_to_the_next() -> None:

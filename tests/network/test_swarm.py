@@ -246,8 +246,8 @@ def test_what_is_refused_of_one_peer_is_told_once_a_minute_for_each_rule() -> No
         future = presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=swarm_time() + 9999))
         for _ in range(50):
             swarm._saw(BEN.peer_id, future, swarm_time() + 60)
-            swarm._refused(BEN.peer_id, BadBytesError("a bad signature"))
-            swarm._refused(CARL.peer_id, BadBytesError("a bad signature"))
+            swarm.refused(BEN.peer_id, BadBytesError("a bad signature"))
+            swarm.refused(CARL.peer_id, BadBytesError("a bad signature"))
 
     told = [(event.from_peer, event.rule) for event in run(body, Hellos()) if isinstance(event, RefusedEvent)]
     assert told == [(BEN.peer_id, "presence"), (BEN.peer_id, "signature"), (CARL.peer_id, "signature")]
@@ -298,7 +298,7 @@ class AHost:
     def left(self, peer: str) -> None:
         self.gone.append(peer)
 
-    async def answer(self, request: pb.PublicationRequest) -> pb.PublicationReply:
+    async def answer(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
         return pb.PublicationReply(busy=True)
 
 

@@ -41,9 +41,9 @@ class EndlessStore(SnapshotStore):
     endless = False
 
     async def serve(
-        self, request: pb.PullRequest, count_sent: Callable[[int], None] = lambda size_bytes: None
+        self, request: pb.PullRequest, count_sent: Callable[[int], None] = lambda size_bytes: None, peer: str = ""
     ) -> AsyncGenerator[pb.PullReply, None]:
-        async with contextlib.aclosing(super().serve(request, count_sent)) as replies:
+        async with contextlib.aclosing(super().serve(request, count_sent, peer)) as replies:
             async for reply in replies:
                 if reply.end and self.endless:
                     while True:

@@ -1,0 +1,286 @@
+"""Partners that lie, stall or never end, in virtual time: each costs its own place in one round, and is named.
+
+Three partners have something to merge and two are wanted; the hostile one is always the first to be asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import test_gossiping
+import torch
+from test_gossiping import BEN, CARL, CODEC, DORA, RUN, SIZE, Partner, Peer
+from virtual_loop import virtually
+
+from swarmtrain.membership.partners import Mark
+from swarmtrain.network import gossiping
+from swarmtrain.network.codec import PublicationCodec
+from swarmtrain.network.gossiping import Plan
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.publications import Publication, Publisher
+from swarmtrain.network.refusals import rule_of
+from swarmtrain.network.snapshots import Body, PullLimits, TensorSpec
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+BEGAN_S = 1_000_000.0
+ROUND_S = 60.0
+STALL_S = 10.0
+
+
+@dataclass
+class Swarm:
+    """This peer among its partners, rounds of a minute, and the time."""
+
+    me: Peer
+    ben: Partner
+    carl: Partner
+    dora: Partner
+    clock: Callable[[], float]
+    round: int = 0
+
+    async def a_round(self) -> set[str]:
+        """Everyone publishes, this peer's round passes; who is merged when it ends."""
+        for partner in (self.carl, self.dora):
+            partner.publish(self.round, 4, 1000)
+        began_s = self.clock()
+        starts_s = BEGAN_S + began_s
+        ends_s = starts_s + ROUND_S
+        self.me.gossip.begin(Plan(round=self.round, started_s=starts_s, ends_s=ends_s, prepare=list))
+        await asyncio.sleep(ROUND_S)
+        assert self.clock() == began_s + ROUND_S
+        ready = self.me.gossip.take(self.round)
+        self.round += 1
+        return set() if ready is None else {pulled.peer for pulled in ready.pulled}
+
+    @property
+    def refused(self) -> list[tuple[str, str]]:
+        """Who was named, and by which rule."""
+        return [(peer, rule_of(detail)) for peer, detail in self.me.refused]
+
+
+Body_ = Callable[[Swarm], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def in_virtual_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[Body_], None]:
+    """Runs a test's body with a swarm; threads are gone, so that nothing takes time but what is meant to."""
+
+    async def at_once(work: Callable[..., Any], *args: Any) -> Any:
+        return work(*args)
+
+    async def whole(clock: Callable[[], float], body: Body_) -> None:
+        for module in (gossiping, test_gossiping):
+            monkeypatch.setattr(module, "swarm_time", lambda: BEGAN_S + clock())
+        ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
+        me = Peer(ben, carl, dora, num_partners=2)
+        pull = PullLimits(stall_limit_s=STALL_S, busy_limit_s=0.0, clock=clock)
+        me.gossip.settings = replace(me.gossip.settings, pull=pull)
+        await body(Swarm(me, ben, carl, dora, clock))
+        await me.gossip.stop()
+
+    def run(body: Body_) -> None:
+        monkeypatch.setattr(asyncio, "to_thread", at_once)
+        virtually(lambda clock: whole(clock, body))
+
+    return run
+
+
+# ---------------------------------------------------------------- what is wrong with a publication or its stream
+
+
+def honest(ben: Partner) -> None:
+    ben.publish(0, 4, 1000)
+
+
+def not_finite(ben: Partner) -> None:
+    theta = memoryview(
+        b"\xff" * 4 + bytes(CODEC.encode_theta(torch.zeros(SIZE)))[4:]
+    )  # the first scale is not a number
+    gradient = CODEC.encode_gradient(torch.zeros(SIZE))
+    ben.publisher.newest = Publication(
+        round=0, part=4, tokens=100, inner_steps=10, author_tokens=100, encode=lambda: Body([theta, gradient])
+    )
+
+
+def wrong_shape(ben: Partner) -> None:
+    codec = PublicationCodec((TensorSpec("w", (50, 40)), TensorSpec("norm", (7,))), "int8", "int8")
+    ben.publisher = Publisher(ben.identity, RUN, codec.tensors, ben.store)
+    ben.publish(0, 4, 1000)
+
+
+def signed_by_another(ben: Partner) -> None:
+    ben.publisher.identity = new_identity(b"x" * 32)
+    ben.publish(0, 4, 1000)
+
+
+def too_many_tokens(ben: Partner) -> None:
+    ben.publish(0, 4, 1010)
+
+
+def more_tokens_than_in_all(ben: Partner) -> None:
+    ben.publish(0, 4, 1000)
+    assert ben.publisher.newest is not None
+    ben.publisher.newest = replace(ben.publisher.newest, author_tokens=999)
+
+
+def no_such_part(ben: Partner) -> None:
+    ben.publish(0, 5, 1000)
+
+
+def serving(change: Callable[[AsyncIterator[pb.PullReply]], AsyncIterator[pb.PullReply]]) -> Callable[[Partner], None]:
+    """Honest, but for its streams."""
+
+    def spoil(ben: Partner) -> None:
+        honest(ben)
+        serve: Any = ben.store.serve
+        ben.store.serve = lambda request: change(serve(request))  # type: ignore[method-assign, assignment]
+
+    spoil.__name__ = change.__name__
+    return spoil
+
+
+@serving
+async def other_bytes(replies: AsyncIterator[pb.PullReply]) -> AsyncIterator[pb.PullReply]:
+    async for reply in replies:
+        if reply.data:
+            reply.data = bytes(len(reply.data))
+        yield reply
+
+
+@serving
+async def endless(replies: AsyncIterator[pb.PullReply]) -> AsyncIterator[pb.PullReply]:
+    async for reply in replies:
+        while reply.end:
+            yield pb.PullReply(chunk=0, data=bytes(1000))
+        yield reply
+
+
+@serving
+async def stalling(replies: AsyncIterator[pb.PullReply]) -> AsyncIterator[pb.PullReply]:
+    yield await anext(replies)
+    await asyncio.Event().wait()
+
+
+@serving
+async def mute(replies: AsyncIterator[pb.PullReply]) -> AsyncIterator[pb.PullReply]:
+    await asyncio.Event().wait()
+    yield await anext(replies)
+
+
+FAULTS = {
+    not_finite: "finite",
+    wrong_shape: "shape",
+    signed_by_another: "publication",
+    too_many_tokens: "tokens",
+    more_tokens_than_in_all: "tokens",
+    no_such_part: "round",
+    other_bytes: "hash",
+    stalling: "stall",
+    mute: "stall",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_what_is_wrong_costs_one_place_in_one_round_and_is_named(
+    fault: Callable[[Partner], None], in_virtual_time: Callable[[Body_], None]
+) -> None:
+    async def body(swarm: Swarm) -> None:
+        fault(swarm.ben)
+        assert await swarm.a_round() == {CARL.peer_id, DORA.peer_id}
+        assert swarm.refused == [(BEN.peer_id, FAULTS[fault])]
+        assert len(swarm.ben.asked) == 1, "it is left alone for the rest of the round"
+
+        before = swarm.ben.asked
+        swarm.ben = Partner(BEN, 0.5)
+        swarm.ben.asked, swarm.me.calls.partners[BEN.peer_id] = before, swarm.ben
+        swarm.ben.publish(1, 4, 1000)
+        assert BEN.peer_id in await swarm.a_round(), "it does as it should now, and is merged"
+        assert len(swarm.refused) == 1
+
+    in_virtual_time(body)
+
+
+def test_without_a_fault_it_is_merged_and_nobody_is_named(in_virtual_time: Callable[[Body_], None]) -> None:
+    async def body(swarm: Swarm) -> None:
+        honest(swarm.ben)
+        assert BEN.peer_id in await swarm.a_round()
+        assert swarm.refused == []
+
+    in_virtual_time(body)
+
+
+def test_an_endless_stream_is_cut_where_it_should_end_and_named(in_virtual_time: Callable[[Body_], None]) -> None:
+    async def body(swarm: Swarm) -> None:
+        endless(swarm.ben)
+        assert BEN.peer_id in await swarm.a_round(), "all that was announced came first, and is right"
+        assert swarm.refused == [(BEN.peer_id, "stream")]
+
+    in_virtual_time(body)
+
+
+def test_one_that_is_always_hostile_is_left_alone_for_ever_longer(in_virtual_time: Callable[[Body_], None]) -> None:
+    async def body(swarm: Swarm) -> None:
+        for _ in range(40):
+            stalling(swarm.ben)
+            assert await swarm.a_round() == {CARL.peer_id, DORA.peer_id}
+        assert len(swarm.ben.asked) <= 9, "after 15 s, 30 s, ... 10 minutes"
+        assert set(swarm.refused) == {(BEN.peer_id, "stall")}
+
+    in_virtual_time(body)
+
+
+# ---------------------------------------------------------------- counters
+
+
+def test_a_stale_round_is_refused_and_named(in_virtual_time: Callable[[Body_], None]) -> None:
+    async def body(swarm: Swarm) -> None:
+        swarm.round = 20
+        swarm.me.saw_at_round(20, CARL, DORA)
+        swarm.ben.publish(11, 4, 1000)
+        assert await swarm.a_round() == {CARL.peer_id, DORA.peer_id}
+        assert swarm.me.refused == [
+            (BEN.peer_id, "a publication of an old round: 9 rounds behind the median; at most 8 are merged")
+        ]
+        assert rule_of(swarm.me.refused[0][1]) == "round"
+        swarm.ben.publish(21, 4, 1000)
+        assert BEN.peer_id in await swarm.a_round(), "it has caught up"
+
+    in_virtual_time(body)
+
+
+def test_a_slow_one_that_is_not_too_far_behind_is_merged(in_virtual_time: Callable[[Body_], None]) -> None:
+    async def body(swarm: Swarm) -> None:
+        swarm.round = 20
+        swarm.me.saw_at_round(20, CARL, DORA)
+        swarm.ben.publish(12, 4, 1000)
+        assert BEN.peer_id in await swarm.a_round()
+        assert swarm.refused == []
+
+    in_virtual_time(body)
+
+
+@pytest.mark.parametrize(("back_to", "named_in_round"), [(21, 31), (28, 40)])
+def test_a_counter_turned_back_is_merged_by_nobody(
+    back_to: int, named_in_round: int, in_virtual_time: Callable[[Body_], None]
+) -> None:
+    """Nine rounds are more than a kill explains. Two are not, unless they are there still, nine rounds on."""
+
+    async def body(swarm: Swarm) -> None:
+        swarm.round = 30
+        swarm.me.saw_at_round(30, CARL, DORA)
+        swarm.ben.publish(30, 4, 1000)
+        assert BEN.peer_id in await swarm.a_round()
+        named: list[int] = []
+        for _ in range(12):
+            swarm.ben.publish(back_to, 4, 1000)
+            assert await swarm.a_round() == {CARL.peer_id, DORA.peer_id}
+            named.extend([swarm.round - 1] * (bool(swarm.refused) and not named))
+        assert named == [named_in_round]
+        assert set(swarm.refused) == {(BEN.peer_id, "round")}
+        assert swarm.me.gossip.ledger.mark(BEN.peer_id) == Mark(30, 4, 1000)
+
+    in_virtual_time(body)

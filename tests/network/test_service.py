@@ -1,0 +1,100 @@
+"""The calls that a peer answers, without a network: a flood gets short answers and is named, others are served."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_throttle import held_of, request
+from virtual_loop import virtually
+
+from swarmtrain.errors import PeerError
+from swarmtrain.network import service as service_module
+from swarmtrain.network.node import Traffic
+from swarmtrain.network.refusals import rule_of
+from swarmtrain.network.service import service_type
+from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+MALLORY, ANNA = SimpleNamespace(remote_id="mallory"), SimpleNamespace(remote_id="anna")
+
+
+class Peer:
+    """Answers, and what it was told (`Answers`)."""
+
+    def __init__(self) -> None:
+        self.store = SnapshotStore()
+        self.store.add(held_of(4))
+        self.num_answered = 0
+        self.named: list[tuple[str, str]] = []
+        node = SimpleNamespace(traffic=Traffic(), settings=None)
+        self.service = service_type()(self, self.store, {}, node)
+
+    def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
+        self.num_answered += 1
+        return pb.HelloReply(swarmtrain_version="1")
+
+    async def state(self, request: pb.StateRequest) -> pb.StateReply:
+        self.num_answered += 1
+        return pb.StateReply(manifest=pb.Signed())
+
+    async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
+        self.num_answered += 1
+        return pb.PublicationReply(manifest=pb.Signed())
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        self.named.append((peer, str(error)))
+
+    async def pull(self, context: Any) -> list[pb.PullReply]:
+        return [reply async for reply in self.service.rpc_pull(request(4), context)]
+
+
+@pytest.fixture
+def in_virtual_time(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def run(body: Any) -> None:
+        async def whole(clock: Any) -> None:
+            monkeypatch.setattr(service_module, "time", SimpleNamespace(monotonic=clock))
+            await body(Peer(), clock)
+
+        virtually(whole)
+
+    return run
+
+
+def test_a_flood_of_calls_gets_short_answers_and_is_named_and_others_are_served(in_virtual_time: Any) -> None:
+    async def body(peer: Peer, clock: Any) -> None:
+        service = peer.service
+        calls = [
+            lambda: service.rpc_publication(pb.PublicationRequest(), MALLORY),
+            lambda: service.rpc_hello(pb.HelloRequest(), MALLORY),
+            lambda: service.rpc_state(pb.StateRequest(), MALLORY),
+        ]
+        for number in range(900):
+            await calls[number % 3]()
+        assert peer.num_answered == 256, "a burst"
+        assert (await calls[0]()).busy and await calls[1]() == pb.HelloReply() and await calls[2]() == pb.StateReply()
+        assert {(who, rule_of(detail)) for who, detail in peer.named} == {("mallory", "flood")}
+        assert peer.named[0][1] == "more than 64 calls a second"
+        assert [reply.status for reply in await peer.pull(MALLORY)] == [pb.PullReply.STATUS_BUSY] and clock() == 0.0
+
+        assert (await service.rpc_publication(pb.PublicationRequest(), ANNA)).HasField("manifest")
+        assert sum(len(reply.data) for reply in await peer.pull(ANNA)) == 4 * CHUNK_BYTES
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            assert not (await calls[0]()).busy, "fifty a second are answered again"
+
+    in_virtual_time(body)
+
+
+def test_a_flood_of_pulls_leaves_places_for_others(in_virtual_time: Any) -> None:
+    async def body(peer: Peer, clock: Any) -> None:
+        flood = [peer.service.rpc_pull(request(4), MALLORY) for _ in range(20)]
+        started = [(await anext(pull)).status for pull in flood]
+        assert started.count(pb.PullReply.STATUS_OK) == 2
+        assert sum(len(reply.data) for reply in await peer.pull(ANNA)) == 4 * CHUNK_BYTES
+        for pull in flood:
+            await pull.aclose()
+
+    in_virtual_time(body)

@@ -1,0 +1,103 @@
+"""A hostile peer among real trainers and exchanges: what it costs the others, and who is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_peer_gossip_exchange import STEP_TOKENS, STEPS, Peer, World, run_file
+
+from swarmtrain.events import ClippedEvent, RefusedEvent
+from swarmtrain.membership.progress import Progress
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.snapshots import Body
+from swarmtrain.peer.trainer import Contribution
+
+
+@pytest.fixture
+def world_of() -> Iterator[Callable[..., tuple[list[Peer], Peer]]]:
+    """(three honest peers, mallory), with these keys of `merge`."""
+    made: list[World] = []
+
+    def make(**merge: Any) -> tuple[list[Peer], Peer]:
+        made.append(World(run_file(**merge), 4))
+        *honest, mallory = made[-1].everyone()
+        return honest, mallory
+
+    yield make
+    for world in made:
+        for peer in world.everyone():
+            world.network.run(peer.exchange.gossip.stop(), 10)
+        world.network.stop()
+
+
+def publishes(mallory: Peer, change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """`change` makes of weights and pseudo-gradient what mallory publishes of them."""
+    codec = mallory.exchange._codec
+
+    def encode(contribution: Contribution, _: memoryview) -> Body:
+        theta, gradient = change(contribution.theta, contribution.gradient)
+        return Body([codec.encode_theta(theta), codec.encode_gradient(gradient)])
+
+    mallory.exchange._encode = encode  # type: ignore[method-assign]
+
+
+def named(peers: list[Peer], kind: type[RefusedEvent] | type[ClippedEvent]) -> set[tuple[str, str]]:
+    return {(event.from_peer, event.rule) for peer in peers for event in peer.events if isinstance(event, kind)}
+
+
+def train(honest: list[Peer], mallory: Peer, *, partners: int) -> None:
+    """Eight rounds of everyone; from the second on each honest peer merges so many others."""
+    for number in range(8):
+        for peer in (mallory, *honest):
+            peer.round(partners=partners if number and peer is not mallory else 0)
+    for peer in honest:
+        assert statistics.mean(report.loss for report in peer.reports[-2:]) < peer.reports[0].loss - 0.5
+
+
+def test_huge_numbers_are_cut_to_what_is_usual_and_named(world_of: Callable[..., tuple[list[Peer], Peer]]) -> None:
+    honest, mallory = world_of()
+    publishes(mallory, lambda theta, gradient: (torch.full_like(theta, 1e30), torch.full_like(gradient, 1e30)))
+    train(honest, mallory, partners=3)
+    assert {(mallory.id, "displacement"), (mallory.id, "gradient")} <= named(honest, ClippedEvent)
+    assert named(honest, RefusedEvent) == set()
+    assert all(float(peer.theta.abs().max()) < 100 for peer in honest)
+
+
+def test_a_claimed_speed_moves_nobody(world_of: Callable[..., tuple[list[Peer], Peer]]) -> None:
+    honest, mallory = world_of(pacing=True)
+    for peer in honest:
+        peer.swarm.me = dataclasses.replace(peer.swarm.me, steps_per_s=100.0)
+    mallory.swarm.me = dataclasses.replace(mallory.swarm.me, steps_per_s=9e8)
+    me = honest[0]
+    for other in (*honest[1:], mallory):
+        other.swarm.me = dataclasses.replace(other.swarm.me, stamp=swarm_time())
+        me.meet(other)
+    start = me.exchange.start_round(Progress(round=3), 100.0)
+    assert (start.inner_steps, start.run_steps_a_step) == (STEPS, 4.0), "mallory counts as the second fastest does"
+
+
+def test_claimed_tokens_are_counted_as_far_as_a_speed_explains_them_and_named(
+    world_of: Callable[..., tuple[list[Peer], Peer]],
+) -> None:
+    honest, mallory = world_of()
+    for peer in honest:  # no time passes that could explain anything
+        peer.swarm.tallying.clock = lambda began_s=peer.swarm.tallying.rules.began_s: began_s
+    publish = mallory.exchange.publish
+
+    def lie(contribution: Contribution) -> None:
+        publish(contribution)
+        publisher = mallory.exchange.publisher
+        assert publisher.newest is not None
+        publisher.newest = dataclasses.replace(publisher.newest, author_tokens=10**9)
+
+    mallory.exchange.publish = lie  # type: ignore[method-assign]
+    train(honest, mallory, partners=3)
+    whole = 8 * STEPS * STEP_TOKENS
+    assert (mallory.id, "tokens") in named(honest, RefusedEvent)
+    assert all(peer.trainer.progress.peer_tokens[mallory.id] <= 2 * STEPS * STEP_TOKENS for peer in honest)
+    assert all(peer.trainer.progress.run_tokens <= 4 * whole for peer in honest)
