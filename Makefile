@@ -8,6 +8,11 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 GRPCIO_TOOLS := 1.67.1
+# The tests of units are shared out to a process a core. Those with processes of a swarm need the cores themselves.
+UNIT := -m "not processes" --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# The tests start the package again and again: each start would compile all of it.
+unexport PYTHONDONTWRITEBYTECODE
 PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
 
 .DEFAULT_GOAL := help
@@ -31,10 +36,11 @@ $(DEV): pyproject.toml | $(BIN)/python
 venv: $(DEV)  ## make .venv with everything a developer needs
 
 test: lint  ## everything continuous integration checks
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(UNIT)
+	$(BIN)/python -m pytest -m processes
 
 test-unit: $(DEV)  ## the tests that start no process of a swarm: seconds
-	$(BIN)/python -m pytest -m "not processes"
+	$(BIN)/python -m pytest $(UNIT)
 
 lint: $(DEV)  ## style, types, and the arrows between folders
 	$(BIN)/ruff check .

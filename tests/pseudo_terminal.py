@@ -30,13 +30,14 @@ class PseudoTerminal:
         self._news = threading.Condition()
         self._master, slave = pty.openpty()
         self._set_size(columns, lines)
+        own = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
         self.modes = termios.tcgetattr(slave)
         self.process = subprocess.Popen(
             command,
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env={**environment, "TERM": environment.get("TERM", "xterm-256color")},
+            env={**own, "TERM": environment.get("TERM", "xterm-256color")},
             start_new_session=True,
         )
         self._slave = slave  # kept open: what was written last can be read when the command has ended

@@ -109,8 +109,10 @@ def test_help_is_quick_and_needs_nothing_heavy() -> None:
         used_s = end.children_user + end.children_system - start.children_user - start.children_system
         best_s = min(best_s, used_s)
         assert done.returncode == 0, done.stderr
-    assert "Usage: swarmtrain" in done.stdout
-    assert best_s < 0.3
+        assert "Usage: swarmtrain" in done.stdout
+        if best_s < 0.3:
+            return
+    raise AssertionError(f"{best_s:.2f} s of the processor at best")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,12 +32,11 @@ def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
                 yield f"{name}:{node.lineno} {node.name}", node
 
 
-def calls() -> Iterator[tuple[str, str, ast.Call]]:
+@functools.cache
+def calls() -> list[tuple[str, str, ast.Call]]:
     """Every call as (module, dotted name as written, node)."""
-    for name, tree in MODULES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                yield name, ast.unparse(node.func), node
+    nodes = ((name, node) for name, tree in MODULES.items() for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [(name, ast.unparse(node.func), node) for name, node in nodes]
 
 
 def test_modules_are_short() -> None:

@@ -231,7 +231,11 @@ def channel(peer: Peer) -> Iterator[Any]:
     target = peer.target()
     if not target:
         raise NoAnswerError(f"{_name(peer)} does not answer yet: it is starting; try again in a few seconds")
-    options = [("grpc.max_receive_message_length", _MAX_ANSWER_BYTES), ("grpc.enable_http_proxy", 0)]
+    options = [
+        ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.use_local_subchannel_pool", 1),  # not the connection of a channel that is about to end
+    ]
     with grpc.insecure_channel(target, options=options) as opened:
         stub: Any = ControlStub
         yield stub(opened)

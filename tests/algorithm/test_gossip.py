@@ -312,8 +312,9 @@ def test_it_is_deterministic_to_the_bit() -> None:
 _SMALL = layout_of([(16, 12), (12,)])
 
 
-def _norms(theta: Tensor) -> Tensor:
-    return torch.stack([theta[place].norm() for place in _SMALL.slices])
+def _norms(thetas: Tensor) -> Tensor:
+    """The largest norm of each tensor (T,), of weights (peers, P)."""
+    return torch.stack([thetas[:, place].norm(dim=1).max() for place in _SMALL.slices])
 
 
 def _descend(num_rounds: int, num_peers: int, num_partners: int, bias: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -327,32 +328,29 @@ def _descend(num_rounds: int, num_peers: int, num_partners: int, bias: float = 1
     curvature = 0.01 * (_random(P, 76) > 0)  # half of the directions are flat: only weight decay holds them
     minimum = 0.3 * _random(P, 77)
     noise, chance = torch.Generator().manual_seed(0), random.Random(0)
-    begin = [OuterState(0.2 * _random(P, peer), torch.zeros(P)) for peer in range(num_peers)]
-    together, alone = list(begin), list(begin)
+    together = [OuterState(0.2 * _random(P, peer), torch.zeros(P)) for peer in range(num_peers)]
+    # Numbers that never meet: the lone peers' weights are one vector, and both worlds' inner steps are taken at once.
+    alone = OuterState(torch.cat([state.theta for state in together]), torch.zeros(num_peers * P))
     published: list[Arrival] = []
     largest_together = largest_alone = torch.zeros(len(_SMALL.slices))
     for _ in range(num_rounds):
-        kicks = 0.01 * torch.randn(num_peers, 3, P, generator=noise)
+        theta = torch.stack([torch.stack([state.theta for state in together]), alone.theta.view(num_peers, P)])
+        phi = theta
+        for kick in 0.01 * torch.randn(3, num_peers, P, generator=noise):
+            phi = phi * (1 - 2e-4) - curvature * (phi - minimum) - kick
+        gradients, lone_gradients = theta - phi
 
-        def gradient_of(theta: Tensor, peer: int, kicks: Tensor = kicks) -> Tensor:
-            phi = theta
-            for kick in kicks[peer]:
-                phi = phi * (1 - 2e-4) - curvature * (phi - minimum) - kick
-            return theta - phi
-
-        latest: list[Arrival] = []
-        for peer in range(num_peers):
+        latest = [Arrival(state.theta, g, 100) for state, g in zip(together, gradients, strict=True)]
+        for peer, (state, gradient) in enumerate(zip(together, gradients, strict=True)):
             others = [arrival for other, arrival in enumerate(published) if other != peer]
-            state, gradient = together[peer], gradient_of(together[peer].theta, peer)
             prepared = prepare(state.theta, chance.sample(others, num_partners) if others else [], _SMALL)
             if bias != 1 and others:
                 prepared = dataclasses.replace(prepared, theta_mean=prepared.theta_mean * bias)
-            latest.append(Arrival(state.theta, gradient, 100))
             together[peer] = gossip_merge(state, prepared, gradient, 100, _CONSTANTS)
-            alone[peer] = outer_step(alone[peer], gradient_of(alone[peer].theta, peer), _CONSTANTS)
+        alone = outer_step(alone, lone_gradients.flatten(), _CONSTANTS)
         published = latest
-        largest_together = torch.stack([largest_together, *(_norms(s.theta) for s in together)]).amax(0)
-        largest_alone = torch.stack([largest_alone, *(_norms(s.theta) for s in alone)]).amax(0)
+        largest_together = torch.maximum(largest_together, _norms(torch.stack([state.theta for state in together])))
+        largest_alone = torch.maximum(largest_alone, _norms(alone.theta.view(num_peers, P)))
     return largest_together, largest_alone
 
 

@@ -142,7 +142,7 @@ class FakePeer(wire_grpc.ControlServicer):
             self._gone = True
             self._news.notify_all()
         if self._server is not None:
-            self._server.stop(0.5).wait()  # calls that were taken are answered
+            self._server.stop(10).wait()  # calls that were taken are answered
             self._server = None
 
     def die(self) -> None:
@@ -163,7 +163,7 @@ class FakePeer(wire_grpc.ControlServicer):
 
     def Status(self, request: Any, context: Any) -> Any:
         with self._news:
-            self._news.wait_for(lambda: not (self.hanging.is_set() and context.is_active()), 10)
+            self._news.wait_for(lambda: self._gone or not (self.hanging.is_set() and context.is_active()), 10)
         self.status.time = time.time()
         return self.status
 
@@ -172,10 +172,12 @@ class FakePeer(wire_grpc.ControlServicer):
         if self.refusal:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, self.refusal)
         seen = -1
-        while not self._gone:
+        while context.is_active():
             with self._news:
                 self._news.wait_for(lambda: self._gone or self._version != seen, 0.2)  # noqa: B023
-                if self._version == seen or not context.is_active():
+                if self._version == seen and self._gone:
+                    return
+                if self._version == seen:
                     continue
                 seen, status = self._version, wire.PeerStatus()
                 status.CopyFrom(self.status)

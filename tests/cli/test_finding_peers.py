@@ -41,10 +41,11 @@ Made = contextlib.ExitStack
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this user's peers live."""
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    return tmp_path / "swarmtrain"
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this user's peers live: no folder with the test's name in it, for a socket's path has 107 bytes at most."""
+    data = tmp_path_factory.mktemp("data")
+    monkeypatch.setenv("XDG_DATA_HOME", str(data))
+    return data / "swarmtrain"
 
 
 @pytest.fixture
@@ -296,4 +297,4 @@ def processor_s(arguments: list[str]) -> float:
 @pytest.mark.parametrize("command", ["status", "pause", "limits"])
 def test_it_is_quick_and_needs_nothing_heavy(command: str, home: Path, lives: Made) -> None:
     lives.enter_context(living(named(home, "anna").start()))
-    assert min(processor_s([command]) for _ in range(3)) < 0.4
+    assert any(processor_s([command]) < 0.4 for _ in range(3))

@@ -164,6 +164,8 @@ def test_over_tcp_a_connection_may_be_lost_and_found(tmp_path: Path) -> None:
         address = peer.serve(tcp=True)
         with Following(Peer(address=address), LASTING) as watch:
             watch.wait(lambda view: view.status.round)
+            peer.tell(round=13)
+            watch.wait(lambda view: view.status.round == 13)  # it hears what happens, and not only what it asked for
             peer.end()
             assert watch.end().life is Life.ENDED
 
