@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import cast
 
 import torch
@@ -35,10 +34,9 @@ def _hidden_width(section: ModelSection) -> int:
 
 
 def _rotary_table(num_positions: int, head_width: int) -> Tensor:
-    """Cosines and sines of each position's angles: (2, T, K / 2), on the processor."""
-    whole = partial(torch.arange, dtype=torch.float64, device="cpu")
-    frequencies = _ROTARY_BASE ** (-whole(0, head_width, 2) / head_width)
-    angles = whole(num_positions)[:, None] * frequencies
+    """Cosines and sines of each position's angles: (2, T, K / 2)."""
+    frequencies = _ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+    angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()]).to(torch.float32)
 
 
@@ -49,14 +47,28 @@ def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+class Linear(nn.Linear):
+    """Without torch's random initial weights, which would be overwritten."""
+
+    def reset_parameters(self) -> None:
+        """Leave whatever is there."""
+
+
+class Embedding(nn.Embedding):
+    """Without torch's random initial weights, which would be overwritten."""
+
+    def reset_parameters(self) -> None:
+        """Leave whatever is there."""
+
+
 class Attention(nn.Module):
     """Causal self-attention, H heads, queries and keys normalised and then rotated."""
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
         self.num_heads = section.num_heads
-        self.qkv = nn.Linear(section.width, 3 * section.width, bias=False)
-        self.out = nn.Linear(section.width, section.width, bias=False)
+        self.qkv = Linear(section.width, 3 * section.width, bias=False)
+        self.out = Linear(section.width, section.width, bias=False)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         B, T, D = x.shape
@@ -72,8 +84,8 @@ class FeedForward(nn.Module):
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
         hidden = _hidden_width(section)
-        self.gate_up = nn.Linear(section.width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, section.width, bias=False)
+        self.gate_up = Linear(section.width, 2 * hidden, bias=False)
+        self.down = Linear(hidden, section.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -103,11 +115,10 @@ class GPT(nn.Module):
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
         self.section = section
-        room = torch.empty(section.vocabulary_size, section.width)  # normal numbers on "meta" need torch's compiler
-        self.embed = nn.Embedding.from_pretrained(room, freeze=False)  # type: ignore[no-untyped-call]
+        self.embed = Embedding(section.vocabulary_size, section.width)
         self.blocks = nn.ModuleList(Block(section) for _ in range(section.num_layers))
         self.final_norm = nn.RMSNorm(section.width, eps=_NORM_EPSILON)
-        self.head = nn.Linear(section.width, section.vocabulary_size, bias=False)
+        self.head = Linear(section.width, section.vocabulary_size, bias=False)
         table = _rotary_table(section.context_tokens, section.width // section.num_heads)
         self.register_buffer("rotary", table, persistent=False)
 
@@ -144,10 +155,7 @@ def build_model(section: ModelSection, seed: int) -> GPT:
     normal ones by code that depends on the tensor's size and the processor's vector instructions. Two roundings
     follow, as IEEE 754 prescribes. What is not ours to promise: torch's own Mersenne Twister; a test pins its result.
     """
-    with torch.device("meta"):
-        model = GPT(section)
-    model.to_empty(device="cpu")
-    model.rotary = _rotary_table(section.context_tokens, section.width // section.num_heads)
+    model = GPT(section)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             parameter.copy_(initial_weight(name, parameter.shape, seed))
