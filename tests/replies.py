@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from swarmtrain.network.replies import put_untrusted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 
@@ -16,6 +18,11 @@ class Replies:
     async def __anext__(self) -> pb.PullReply:
         reply: pb.PullReply = await anext(self._replies)
         return reply
+
+    async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
+        """The next one's chunk."""
+        put_untrusted(await self.__anext__(), chunks.start, room_of(chunks.start))
+        came(chunks.start)
 
     async def count(self, size_bytes: int) -> None:
         """Nobody counts."""

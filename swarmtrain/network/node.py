@@ -18,7 +18,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from swarmtrain.network import daemon
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.records import RecordRules, bound_storage, bucket_key, hashed_key, make_validator
+from swarmtrain.network.replies import Replies
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.network.throttle import Throttle, TransferTimes
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -146,8 +147,7 @@ class Traffic:
 class Stream:
     """A call's stream of messages, on our side.
 
-    Who takes data out of a message says how much (`count`): asking the message for its size would copy it, which
-    halves the speed of a pull.
+    Who takes data out of a message says how much (`count`): asking the message for its size would copy it.
     """
 
     def __init__(self, stream: Any, traffic: Traffic) -> None:
@@ -159,6 +159,13 @@ class Stream:
         if message.end:
             self._traffic.times.finished(self._received_bytes, time.monotonic() - self._opened_s)
         return message
+
+    async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
+        """Put the next chunks where they belong, few at once while downloads are limited, and say that they came."""
+        at_once_bytes = self._traffic.down.at_once_bytes
+        if math.isfinite(at_once_bytes):
+            chunks = chunks[: max(1, int(at_once_bytes / len(room_of(chunks.start))))]
+        await self._stream.take(chunks, room_of, came)
 
     async def count(self, size_bytes: int) -> None:
         """So much was received; returns when more may be."""
@@ -305,15 +312,16 @@ class Node:
         self.traffic.called(request.ByteSize(), reply.ByteSize())
         return reply
 
-    async def open_stream(self, stub: Any, method: str, request: Message) -> Stream:
+    async def open_stream(self, peer: str, handler: str, request: Message) -> Stream:
         """A call answered by a stream; the caller limits the time between messages and must `aclose` it."""
         try:
             with daemon.closed_on_failure():
-                stream = await asyncio.wait_for(getattr(stub, method)(request), self.settings.call_limit_s)
+                opening = self._p2p.call_binary_stream_handler(self._peer_id(peer), handler)
+                _, _, writer = await asyncio.wait_for(opening, self.settings.call_limit_s)
         except Exception as error:  # the adapter's boundary
             raise UnreachableError(_reason(error)) from error
         self.traffic.called(request.ByteSize(), 0)
-        return Stream(stream, self.traffic)
+        return Stream(Replies(writer, request), self.traffic)
 
     async def stub_of(self, service_type: Any, peer: str, namespace: str) -> Any:
         """A stub for calls to `peer`, whose known addresses are dialled if there is no connection."""

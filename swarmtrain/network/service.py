@@ -12,9 +12,9 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from typing import Any, AsyncIterator, Protocol, TypeVar  # noqa: UP035 - hivemind reads these hints by their typing names
+from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
@@ -23,11 +23,12 @@ from swarmtrain.membership.budget import CallBudget
 from swarmtrain.network.daemon import MAX_FRAME_BYTES, hivemind_module
 from swarmtrain.network.dialback import DialBack
 from swarmtrain.network.node import Node, Stream
+from swarmtrain.network.replies import Reply, answer
 from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore, next_message
 from swarmtrain.network.throttle import Places, num_at_once
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Answers", "PeerCalls", "namespace_of", "service_type"]
+__all__ = ["Answers", "PeerCalls", "namespace_of", "service_type", "stream_name"]
 
 _log = logging.getLogger(__name__)
 _MAX_PULLS = 8
@@ -39,9 +40,6 @@ _FILE_ATTEMPTS = 120
 _FILE_AGAIN_S = 0.5
 _MAKE_LIMIT_S = 60.0
 """For an answer that may have to be computed first."""
-_HANG_UP_S = 2.0
-"""A stream stays open so long for its reader to hang up first. Were it closed at once, the reader's own end mark could
-find it closed; the daemon then resets it, and what was still under way is lost (seen: one of 7,000 short streams)."""
 _MAX_REPLY_BYTES = MAX_FRAME_BYTES - 64 * 1024
 _R = TypeVar("_R", bound=Message)
 
@@ -68,6 +66,11 @@ class Answers(Protocol):
 def namespace_of(run_sha256: str) -> str:
     """The namespace of a run's calls."""
     return f"swarmtrain1.{run_sha256[:32]}"
+
+
+def stream_name(namespace: str, method: str) -> str:
+    """The name of a call that is answered by a stream."""
+    return f"{namespace}::PeerService.rpc_{method}"
 
 
 @functools.cache
@@ -123,26 +126,33 @@ def service_type() -> Any:
         async def rpc_dial(self, request: pb.DialRequest, context: Any) -> pb.DialReply:
             return self._count(request, await self._dial_back.answer(request, str(context.remote_id)))
 
-        async def rpc_pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.PullReply]:
-            caller = str(context.remote_id)
+        async def add_p2p_handlers(self, p2p: Any, *, namespace: str) -> None:
+            await super().add_p2p_handlers(p2p, namespace=namespace)
+            await p2p.add_binary_stream_handler(stream_name(namespace, "pull"), self._answer_pull)
+            await p2p.add_binary_stream_handler(stream_name(namespace, "blob"), self._answer_blob)
+
+        async def _answer_pull(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await answer(reader, writer, pb.PullRequest(), lambda it: self.pull_replies(it, str(info.peer_id)))
+
+        async def pull_replies(self, request: pb.PullRequest, caller: str) -> AsyncGenerator[Reply, None]:
             if self._is_too_often(caller):
                 yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
                 return
             async with contextlib.aclosing(self._store.serve(request, self._count_sent, caller)) as replies:
                 async for reply in replies:
                     yield reply
-            await asyncio.sleep(_HANG_UP_S)
 
-        async def rpc_blob(self, request: pb.BlobRequest, context: Any) -> AsyncIterator[pb.PullReply]:
+        async def _answer_blob(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await answer(reader, writer, pb.BlobRequest(), self._serve_blob)
+
+        async def _serve_blob(self, request: pb.BlobRequest) -> AsyncGenerator[Reply, None]:
             data = self._blobs.get(request.sha256.hex())
             if data is None:
                 yield pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)
-                await asyncio.sleep(_HANG_UP_S)
                 return
             async with contextlib.aclosing(self._store.serve_file(data, self._count_sent)) as replies:
                 async for reply in replies:
                     yield reply
-            await asyncio.sleep(_HANG_UP_S)
 
         def _count_sent(self, size_bytes: int) -> None:
             self._node.traffic.sent_bytes += size_bytes
@@ -229,11 +239,13 @@ class PeerCalls:
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Stream:
         """Open a pull's stream."""
-        return await self._open(peer, "rpc_pull", request)
+        return await self._open(peer, "pull", request)
 
     async def _open(self, peer: str, method: str, request: Any) -> Stream:
         try:
-            return await self.node.open_stream(await self._stub(peer), method, request)
+            await self._stub(peer)  # dials it
+            name = stream_name(namespace_of(self.run_sha256), method)
+            return await self.node.open_stream(peer, name, request)
         except UnreachableError:
             self._stubs.pop(peer, None)  # dial again next time
             raise
@@ -251,7 +263,7 @@ class PeerCalls:
 
     async def _file_untrusted(self, peer: str, sha256: str, max_bytes: int) -> bytes:
         request = pb.BlobRequest(sha256=bytes.fromhex(sha256), max_bytes=max_bytes)
-        stream = await self._open(peer, "rpc_blob", request)
+        stream = await self._open(peer, "blob", request)
         parts: list[bytes] = []
         size = 0
         try:

@@ -14,12 +14,13 @@ import mmap
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, StalledError, UnreachableError
 from swarmtrain.network.identity import Identity, peer_bytes
+from swarmtrain.network.replies import ChunkReply, Reply
 from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
 from swarmtrain.network.throttle import Throttle, num_at_once
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -48,11 +49,10 @@ CHUNK_BYTES = 256 * 1024
 _CHUNKS_A_PULL = 256
 """Chunks asked for in one stream: 64 MiB."""
 
-_CHUNKS_A_CHECK = 16
-"""Chunks hashed together: 4 MiB."""
+_CHUNKS_AT_ONCE = 16
+"""Chunks taken in by a thread before the event loop hears of it: 4 MiB."""
 
-_CHECK_AFTER_S = 0.5
-"""Those of a slow link are hashed after so long, few as they are."""
+_T = TypeVar("_T")
 
 _DTYPES = {"float32": (32, 0), "bfloat16": (16, 0), "int8": (8, 256), "int4": (4, 64)}
 """(bits a number, numbers a scale) of what a tensor's `dtype` may be; `algorithm.quantize` makes the bytes."""
@@ -90,6 +90,10 @@ class Body:
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`, fewer at the end."""
+        return b"".join(self.views(offset, size))
+
+    def views(self, offset: int, size: int) -> tuple[memoryview, ...]:
+        """The same, where they lie."""
         parts = []
         for view in self._views:
             if size <= 0:
@@ -101,7 +105,7 @@ class Body:
                 offset = 0
             else:
                 offset -= len(view)
-        return b"".join(parts)
+        return tuple(parts)
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,12 @@ class Held:
     def complete(self) -> bool:
         """Whether every chunk is here."""
         return len(self.have) == self.snapshot.num_chunks
+
+    def room(self, chunk: int) -> memoryview:
+        """Where a pulled chunk belongs."""
+        assert self.buffer is not None
+        start = chunk * CHUNK_BYTES
+        return memoryview(self.buffer)[start : start + self.snapshot.chunk_size(chunk)]
 
     def part(self, start: int, end: int) -> memoryview:
         """The bytes from `start` to `end` of the body, in memory that may be written to."""
@@ -283,7 +293,7 @@ class SnapshotStore:
 
     async def serve(
         self, request: pb.PullRequest, count_sent: Callable[[int], None] = lambda size_bytes: None, peer: str = ""
-    ) -> AsyncGenerator[pb.PullReply, None]:
+    ) -> AsyncGenerator[Reply, None]:
         """Answer a pull of `peer`: a status, the chunks asked for, an end mark; BUSY at once when too many read."""
         held = self._held.get(request.snapshot_sha256.hex())
         wanted = range(request.first_chunk, request.first_chunk + min(request.num_chunks, 4 * _CHUNKS_A_PULL))
@@ -307,9 +317,8 @@ class SnapshotStore:
                 if not await self._may_read(reader, held.snapshot.chunk_size(chunk)):
                     return
                 self._read_s[held.snapshot.sha256] = self.clock()
-                data = held.body.read(chunk * CHUNK_BYTES, CHUNK_BYTES)
-                count_sent(len(data))
-                yield pb.PullReply(chunk=chunk, data=data)
+                count_sent(held.snapshot.chunk_size(chunk))
+                yield ChunkReply(chunk, held.body.views(chunk * CHUNK_BYTES, CHUNK_BYTES))
             yield pb.PullReply(end=True)
         finally:
             self._readers.pop(reader, None)
@@ -325,7 +334,7 @@ class SnapshotStore:
 
     async def serve_file(
         self, data: bytes, count_sent: Callable[[int], None] = lambda size_bytes: None
-    ) -> AsyncGenerator[pb.PullReply, None]:
+    ) -> AsyncGenerator[Reply, None]:
         """Send a file in pieces. It takes a reader's place only while `up` is limited: files are small and few."""
         limited = self.up.bytes_per_s > 0
         reader = self._admit("") if limited else None
@@ -350,6 +359,10 @@ class PullStream(Protocol):
     """A pull's replies; whoever takes data out says how much."""
 
     async def __anext__(self) -> pb.PullReply: ...
+
+    async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
+        """Put the next chunks where they belong, for a short while, and say of each when it has come: one at least.
+        BadBytesError if something else comes."""
 
     async def count(self, size_bytes: int) -> None:
         """So much was received; returns when more may be."""
@@ -432,19 +445,19 @@ class _Pace:
         self._waited_s = 0.0
         self._came_bytes = 0
 
-    async def next_chunk(self, stream: PullStream) -> tuple[pb.PullReply, bytes]:
-        """The next message and its data; UnreachableError if none comes, StalledError if the source is too slow."""
+    async def take(self, held: Held, chunks: range, stream: PullStream, came: list[int]) -> None:
+        """The next few of these chunks. UnreachableError if none comes, StalledError if the source is too slow."""
         limits = self.limits
         if self._waited_s >= limits.grace_s and self._came_bytes < limits.min_bytes_per_s * self._waited_s:
             rate = self._came_bytes / self._waited_s / 1024
             raise StalledError(f"it delivers {rate:.0f} KiB/s, less than {limits.min_bytes_per_s / 1024:.0f}")
         began_s = limits.clock()
-        message = await next_message(stream, limits.stall_limit_s)
+        num_before = len(came)
+        await _within(limits.stall_limit_s, stream.take(chunks[:_CHUNKS_AT_ONCE], held.room, came.append))
         self._waited_s += min(limits.clock() - began_s, limits.stall_limit_s)
-        data = message.data  # a copy, each time
-        self._came_bytes += len(data)
-        await stream.count(len(data))
-        return message, data
+        size_bytes = sum(held.snapshot.chunk_size(chunk) for chunk in came[num_before:])
+        self._came_bytes += size_bytes
+        await stream.count(size_bytes)
 
 
 async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, pace: _Pace) -> None:
@@ -459,17 +472,13 @@ async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, pa
             raise BusyError("it serves as many readers as it may")
         if first.status != pb.PullReply.STATUS_OK:
             raise UnreachableError("it does not hold this snapshot")
-        intake = _Intake(held, limits.clock)
+        check = _Check(held)
         try:
-            for chunk in run:
-                message, data = await pace.next_chunk(stream)
-                if message.end:
-                    raise UnreachableError("the stream ended early")
-                if message.chunk != chunk or len(data) != held.snapshot.chunk_size(chunk):
-                    raise BadBytesError("chunks out of order, or of a wrong size")
-                await intake.add(chunk, data)
-        finally:  # also when the stream broke: what had arrived counts
-            await intake.finish()
+            while len(check.came) < len(run):
+                await pace.take(held, run[len(check.came) :], stream, check.came)
+                await check.begin()
+        finally:  # also when the stream broke: what had come counts
+            await check.finish()
         if not (await next_message(stream, limits.stall_limit_s)).end:
             raise BadBytesError("a stream without an end")
     finally:
@@ -479,9 +488,13 @@ async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, pa
 async def next_message(stream: PullStream, limit_s: float) -> pb.PullReply:
     """The next message of a stream; UnreachableError if it breaks or ends, StalledError if it brings nothing for
     `limit_s`."""
+    return await _within(limit_s, stream.__anext__())
+
+
+async def _within(limit_s: float, coming: Awaitable[_T]) -> _T:
     try:
         async with asyncio.timeout(limit_s):
-            return await stream.__anext__()
+            return await coming
     except TimeoutError:
         raise StalledError(f"it sent nothing for {limit_s:g} s") from None
     except StopAsyncIteration:
@@ -492,45 +505,35 @@ async def next_message(stream: PullStream, limit_s: float) -> pb.PullReply:
         raise UnreachableError(f"the stream broke ({type(error).__name__})") from error
 
 
-class _Intake:
-    """Puts chunks where they belong as they arrive, and checks them there in a thread, some at a time, while the next
-    ones arrive: a thread for each would cost a fifth. What is not checked does not count as being here."""
+class _Check:
+    """Checks chunks in their places, in a thread, while the next ones arrive: one thread for both would have half as
+    much of a processor that others want too. What is not checked does not count as being here."""
 
-    def __init__(self, held: Held, clock: Callable[[], float]) -> None:
-        assert held.buffer is not None
-        self._held, self._buffer = held, held.buffer
-        self._arrived: list[int] = []
+    def __init__(self, held: Held) -> None:
+        self._held = held
+        self.came: list[int] = []
+        self._num_begun = 0
         self._checking: asyncio.Task[None] | None = None
-        self._clock, self._checked_s = clock, clock()
 
-    async def add(self, chunk: int, data: bytes) -> None:
-        """Take in a chunk of the right size; BadBytesError when an earlier one turns out to be wrong."""
-        self._buffer[chunk * CHUNK_BYTES : chunk * CHUNK_BYTES + len(data)] = data
-        self._arrived.append(chunk)
-        now_s = self._clock()
-        if len(self._arrived) >= _CHUNKS_A_CHECK or now_s - self._checked_s >= _CHECK_AFTER_S:
-            await self.finish_check()
-            self._checked_s = now_s
-            arrived, self._arrived = self._arrived, []
-            self._checking = asyncio.create_task(asyncio.to_thread(self._accept, arrived))
-
-    async def finish_check(self) -> None:
-        """Wait for the check that runs."""
+    async def begin(self) -> None:
+        """Check what has come since; BadBytesError when what came earlier turns out to be wrong."""
         if self._checking is not None:
             await self._checking
+        chunks = self.came[self._num_begun :]
+        self._num_begun += len(chunks)
+        self._checking = asyncio.create_task(asyncio.to_thread(self._check, chunks))
 
     async def finish(self) -> None:
         """Check what is left."""
-        await self.finish_check()
-        await asyncio.to_thread(self._accept, self._arrived)
+        await self.begin()
+        assert self._checking is not None
+        await self._checking
 
-    def _accept(self, arrived: list[int]) -> None:
+    def _check(self, chunks: list[int]) -> None:
         held = self._held
-        for chunk in arrived:
-            start = chunk * CHUNK_BYTES
-            with memoryview(self._buffer)[start : start + held.snapshot.chunk_size(chunk)] as data:
-                if not held.snapshot.chunk_is(chunk, data):
-                    raise BadBytesError(f"wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}")
+        for chunk in chunks:
+            if not held.snapshot.chunk_is(chunk, held.room(chunk)):
+                raise BadBytesError(f"wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}")
             held.have.add(chunk)
 
 

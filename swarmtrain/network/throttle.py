@@ -54,7 +54,7 @@ class TokenBucket:
         if self.bytes_per_s <= 0:
             return 0.0
         self._fill(now_s)
-        lacking_bytes = min(size_bytes, self._burst_bytes) - self._level_bytes
+        lacking_bytes = min(size_bytes, self.burst_bytes) - self._level_bytes
         return max(0.0, lacking_bytes / self.bytes_per_s)
 
     def take(self, size_bytes: int, now_s: float) -> None:
@@ -62,15 +62,16 @@ class TokenBucket:
         if self.bytes_per_s <= 0:
             return
         self._fill(now_s)
-        self._level_bytes = max(self._level_bytes - size_bytes, -self.bytes_per_s * _MAX_DEBT_S - self._burst_bytes)
+        self._level_bytes = max(self._level_bytes - size_bytes, -self.bytes_per_s * _MAX_DEBT_S - self.burst_bytes)
 
     @property
-    def _burst_bytes(self) -> float:
+    def burst_bytes(self) -> float:
+        """What may pass at once after a silence."""
         return max(_BURST_BYTES, self.bytes_per_s * _BURST_S)
 
     def _fill(self, now_s: float) -> None:
         gained_bytes = max(0.0, now_s - self._at_s) * self.bytes_per_s
-        self._level_bytes = min(self._burst_bytes, self._level_bytes + gained_bytes)
+        self._level_bytes = min(self.burst_bytes, self._level_bytes + gained_bytes)
         self._at_s = now_s
 
 
@@ -95,6 +96,11 @@ class Throttle:
     @bytes_per_s.setter
     def bytes_per_s(self, bytes_per_s: float) -> None:
         self._bucket.bytes_per_s = bytes_per_s
+
+    @property
+    def at_once_bytes(self) -> float:
+        """What may pass together; more would be waited for piece by piece."""
+        return self._bucket.burst_bytes if self.bytes_per_s > 0 else math.inf
 
     def count(self, size_bytes: int) -> None:
         """Something small passed."""

@@ -147,7 +147,7 @@ def serving(change: Callable[[AsyncIterator[pb.PullReply]], AsyncIterator[pb.Pul
 async def other_bytes(replies: AsyncIterator[pb.PullReply]) -> AsyncIterator[pb.PullReply]:
     async for reply in replies:
         if reply.data:
-            reply.data = bytes(len(reply.data))
+            reply = pb.PullReply(chunk=reply.chunk, data=bytes(len(reply.data)))
         yield reply
 
 

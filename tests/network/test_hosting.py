@@ -104,7 +104,7 @@ class Host:
 async def _spoiled(replies: Any) -> Any:
     async for reply in replies:
         if reply.data:
-            reply.data = b"\0" * len(reply.data)
+            reply = pb.PullReply(chunk=reply.chunk, data=bytes(len(reply.data)))
         yield reply
 
 

@@ -223,7 +223,7 @@ def here(tmp_path: Path) -> Iterator[Here]:
 
 
 async def bytes_from(calls: PeerCalls, peer: str) -> int:
-    stream = await calls._open(peer, "rpc_blob", pb.BlobRequest(sha256=bytes.fromhex("cd" * 32)))
+    stream = await calls._open(peer, "blob", pb.BlobRequest(sha256=bytes.fromhex("cd" * 32)))
     size_bytes = 0
     while not (message := await stream.__anext__()).end:
         size_bytes += len(message.data)

@@ -14,6 +14,7 @@ from swarmtrain.errors import PeerError
 from swarmtrain.network import service as service_module
 from swarmtrain.network.node import Traffic
 from swarmtrain.network.refusals import rule_of
+from swarmtrain.network.replies import Reply
 from swarmtrain.network.service import service_type
 from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -47,8 +48,8 @@ class Peer:
     def refused(self, peer: str, error: PeerError) -> None:
         self.named.append((peer, str(error)))
 
-    async def pull(self, context: Any) -> list[pb.PullReply]:
-        return [reply async for reply in self.service.rpc_pull(request(4), context)]
+    async def pull(self, caller: str) -> list[Reply]:
+        return [reply async for reply in self.service.pull_replies(request(4), caller)]
 
 
 @pytest.fixture
@@ -77,10 +78,10 @@ def test_a_flood_of_calls_gets_short_answers_and_is_named_and_others_are_served(
         assert (await calls[0]()).busy and await calls[1]() == pb.HelloReply() and await calls[2]() == pb.StateReply()
         assert {(who, rule_of(detail)) for who, detail in peer.named} == {("mallory", "flood")}
         assert peer.named[0][1] == "more than 64 calls a second"
-        assert [reply.status for reply in await peer.pull(MALLORY)] == [pb.PullReply.STATUS_BUSY] and clock() == 0.0
+        assert [reply.status for reply in await peer.pull("mallory")] == [pb.PullReply.STATUS_BUSY] and clock() == 0.0
 
         assert (await service.rpc_publication(pb.PublicationRequest(), ANNA)).HasField("manifest")
-        assert sum(len(reply.data) for reply in await peer.pull(ANNA)) == 4 * CHUNK_BYTES
+        assert sum(len(reply.data) for reply in await peer.pull("anna")) == 4 * CHUNK_BYTES
         for _ in range(100):
             await asyncio.sleep(0.02)
             assert not (await calls[0]()).busy, "fifty a second are answered again"
@@ -90,10 +91,10 @@ def test_a_flood_of_calls_gets_short_answers_and_is_named_and_others_are_served(
 
 def test_a_flood_of_pulls_leaves_places_for_others(in_virtual_time: Any) -> None:
     async def body(peer: Peer, clock: Any) -> None:
-        flood = [peer.service.rpc_pull(request(4), MALLORY) for _ in range(20)]
+        flood = [peer.service.pull_replies(request(4), "mallory") for _ in range(20)]
         started = [(await anext(pull)).status for pull in flood]
         assert started.count(pb.PullReply.STATUS_OK) == 2
-        assert sum(len(reply.data) for reply in await peer.pull(ANNA)) == 4 * CHUNK_BYTES
+        assert sum(len(reply.data) for reply in await peer.pull("anna")) == 4 * CHUNK_BYTES
         for pull in flood:
             await pull.aclose()
 

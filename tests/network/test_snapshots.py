@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from replies import Replies
 
 from swarmtrain.errors import BadBytesError, PeerError, StalledError, UnreachableError
 from swarmtrain.network.identity import new_identity, peer_bytes
@@ -155,22 +156,19 @@ OK, END = pb.PullReply(status=pb.PullReply.STATUS_OK), pb.PullReply(end=True)
 Behaviour = Callable[[pb.PullRequest], AsyncIterator[pb.PullReply]]
 
 
-@dataclass
-class Stream:
+class Stream(Replies):
     """The reader's end of an answer."""
 
-    network: Network
-    answer: AsyncIterator[pb.PullReply]
-
-    async def __anext__(self) -> pb.PullReply:
-        return await anext(self.answer)
+    def __init__(self, network: Network, answer: AsyncIterator[pb.PullReply]) -> None:
+        super().__init__(answer)
+        self.network = network
 
     async def count(self, size_bytes: int) -> None:
         self.network.received_bytes += size_bytes
 
     async def aclose(self) -> None:
         self.network.num_open -= 1
-        await self.answer.aclose()  # type: ignore[attr-defined]
+        await super().aclose()
 
 
 @dataclass

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from replies import Replies
 
 from swarmtrain.errors import BadBytesError, UnreachableError
 from swarmtrain.network.consensus import StateFetcher
@@ -29,22 +30,6 @@ NUM_CHUNKS = 6
 BYTES = hashlib.shake_128(b"a state").digest(NUM_CHUNKS * CHUNK_BYTES)
 SPECS = (TensorSpec("weights", (len(BYTES) // 4,)),)
 WHOLE = build_snapshot(new_identity(), pb.Manifest(run_sha256=bytes(32)), SPECS, Body([BYTES]))
-
-
-class Replies:
-    """A pull's replies, as a reader sees them."""
-
-    def __init__(self, replies: AsyncIterator[pb.PullReply]) -> None:
-        self._replies = replies
-
-    async def __anext__(self) -> pb.PullReply:
-        return await anext(self._replies)
-
-    async def count(self, size_bytes: int) -> None:
-        pass
-
-    async def aclose(self) -> None:
-        pass
 
 
 def bring(serve: Any, asked: list[int]) -> Held:

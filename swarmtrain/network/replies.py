@@ -1,0 +1,248 @@
+"""A stream of `PullReply`, from where a chunk lies on one machine to where it belongs on the other.
+
+What is on the wire is hivemind's: a marker byte, eight bytes of length, a protobuf. By hivemind's way a chunk is copied
+five times before it is in the daemon's socket, and six times on its way out of the other's, by the event loop's thread,
+which holds Python's lock. Here it is written from the snapshot's own memory, and read into its place by a thread that
+waits in the system.
+
+A reader asks for so many chunks, and nothing is read beyond them, so that who takes its time holds the sender back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from swarmtrain.errors import BadBytesError, UnreachableError
+from swarmtrain.network.daemon import MAX_FRAME_BYTES
+from swarmtrain.network.tasks import end_tasks
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["ChunkReply", "Replies", "Reply", "answer", "put_untrusted"]
+
+_HEAD_BYTES = 9
+_MESSAGE, _ERROR = 0, 1
+_END_OF_REQUESTS = bytes([_ERROR]) + bytes(8)
+_SOCKET_BYTES = 200_000
+"""Linux allows twice that: a chunk goes into the socket at once. Much more only waits there, where nobody counts it."""
+_MAX_REQUEST_BYTES = 4096
+_REQUEST_LIMIT_S = 10.0
+_HANG_UP_S = 2.0
+"""A stream stays open so long for its reader to hang up first. Were it closed at once, the reader's own end mark could
+find it closed; the daemon then resets it, and what was still under way is lost (seen: one of 7,000 short streams)."""
+
+_TAKES_S = 0.5
+"""Chunks are taken in so long at once: what comes of a slow link is told soon."""
+_threads = ThreadPoolExecutor(32, "replies")
+"""For those who wait for bytes. Not asyncio's: others' work must not wait with them."""
+
+_T = TypeVar("_T")
+_Request = TypeVar("_Request", bound=Message)
+
+
+@dataclass(frozen=True)
+class ChunkReply:
+    """A `PullReply` with a chunk, which goes out from where it lies."""
+
+    chunk: int
+    views: tuple[memoryview, ...]
+    status: pb.PullReply.Status = pb.PullReply.STATUS_UNSPECIFIED
+    end: bool = False
+
+    @property
+    def data(self) -> bytes:
+        """The chunk, copied."""
+        return b"".join(self.views)
+
+
+Reply = pb.PullReply | ChunkReply
+
+
+def _before_data(chunk: int, size: int) -> bytes:
+    """A chunk's message as far as its data: field 2, then the head of field 3."""
+    return pb.PullReply(chunk=chunk).SerializeToString() + b"\x1a" + pb.PullReply(chunk=size).SerializeToString()[1:]
+
+
+def _own_socket(writer: asyncio.StreamWriter) -> socket.socket:
+    """Another descriptor of a stream's socket."""
+    return socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno()))
+
+
+# ---------------------------------------------------------------- the sending end
+
+
+async def answer(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    request: _Request,
+    replies_to: Callable[[_Request], AsyncGenerator[Reply, None]],
+) -> None:
+    """Read `request` from a stream of the daemon's, and send the replies; less of them if the reader hangs up."""
+    with contextlib.closing(writer), contextlib.suppress(ConnectionError, EOFError, DecodeError, TimeoutError):
+        async with asyncio.timeout(_REQUEST_LIMIT_S):
+            head = await reader.readexactly(_HEAD_BYTES)
+            size = int.from_bytes(head[1:], "big")
+            if head[0] != _MESSAGE or size > _MAX_REQUEST_BYTES:
+                return
+            request.ParseFromString(await reader.readexactly(size))
+        gone = asyncio.create_task(_until_closed(reader))
+        sending = asyncio.create_task(_send(writer, replies_to(request)))
+        try:
+            await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+                await asyncio.wait({gone}, timeout=_HANG_UP_S)
+        finally:
+            await end_tasks([gone, sending])
+
+
+async def _until_closed(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(ConnectionError):
+        while await reader.read(_MAX_REQUEST_BYTES):
+            pass
+
+
+async def _send(writer: asyncio.StreamWriter, replies: AsyncGenerator[Reply, None]) -> None:
+    # The transport would copy what the socket does not take at once, and move it with each piece that it takes.
+    with _own_socket(writer) as daemon:
+        daemon.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+        async with contextlib.aclosing(replies):
+            async for reply in replies:
+                await _send_all(daemon, _parts(reply))
+
+
+def _parts(reply: Reply) -> list[bytes | memoryview]:
+    parts: list[bytes | memoryview] = []
+    if isinstance(reply, ChunkReply):
+        parts.append(_before_data(reply.chunk, sum(map(len, reply.views))))
+        parts.extend(reply.views)
+    else:
+        parts.append(reply.SerializeToString())
+    return [bytes([_MESSAGE]) + sum(map(len, parts)).to_bytes(8, "big"), *parts]
+
+
+async def _send_all(daemon: socket.socket, parts: list[bytes | memoryview]) -> None:
+    loop = asyncio.get_running_loop()
+    try:
+        sent = daemon.sendmsg(parts)
+    except BlockingIOError:
+        sent = 0
+    for part in parts:
+        if sent < len(part):
+            await loop.sock_sendall(daemon, memoryview(part)[sent:])
+        sent = max(0, sent - len(part))
+
+
+# ---------------------------------------------------------------- the reading end
+
+
+def put_untrusted(message: Reply, chunk: int, room: memoryview) -> None:
+    """Put a message's data into `room`; BadBytesError if it is not that chunk."""
+    if message.end:
+        raise UnreachableError("the stream ended early")
+    data = message.data  # a copy, each time
+    if message.chunk != chunk or len(data) != len(room):
+        raise BadBytesError("chunks out of order, or of a wrong size")
+    room[:] = data
+
+
+class Replies:
+    """The answers to a request. UnreachableError when the stream ends, or is none of this kind."""
+
+    def __init__(self, writer: asyncio.StreamWriter, request: Message) -> None:
+        """Ask `request` over a stream of the daemon's that nobody has used."""
+        self._daemon = _own_socket(writer)
+        self._reading: Future[Any] | None = None
+        writer.close()  # there is another descriptor now
+        self._daemon.setblocking(True)
+        data = request.SerializeToString()
+        self._daemon.sendall(bytes([_MESSAGE]) + len(data).to_bytes(8, "big") + data + _END_OF_REQUESTS)
+
+    async def __anext__(self) -> pb.PullReply:
+        return await self._in_thread(self._message_untrusted)
+
+    async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
+        """Put the next chunks where they belong, for a short while, and say of each when it has come: one at least.
+        BadBytesError if something else comes."""
+        await self._in_thread(self._take_untrusted, chunks, room_of, came)
+
+    async def aclose(self) -> None:
+        """Hang up. Nothing is written into any room after that."""
+        with contextlib.suppress(OSError):
+            self._daemon.shutdown(socket.SHUT_RDWR)
+        reading = self._reading
+        if reading is None or reading.done():
+            self._daemon.close()
+            return
+        reading.add_done_callback(lambda _: self._daemon.close())
+        with contextlib.suppress(Exception):
+            await asyncio.wrap_future(reading)
+
+    async def _in_thread(self, function: Callable[..., _T], *args: Any) -> _T:
+        self._reading = _threads.submit(function, *args)
+        result: _T = await asyncio.wrap_future(self._reading)
+        return result
+
+    # ------------------------------------------------------------- in a thread
+
+    def _take_untrusted(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
+        ends_s = time.monotonic() + _TAKES_S
+        for chunk in chunks:
+            self._chunk_untrusted(chunk, room_of(chunk))
+            came(chunk)
+            if time.monotonic() >= ends_s:
+                break
+
+    def _chunk_untrusted(self, chunk: int, room: memoryview) -> None:
+        """As it should be, straight into its place; anything else as a message."""
+        marker, size = self._head_untrusted()
+        before, start = _before_data(chunk, len(room)), b""
+        if marker == _MESSAGE and size == len(before) + len(room):
+            start = self._read(len(before))
+            if start == before:
+                self._fill(room)
+                return
+        put_untrusted(self._parsed_untrusted(marker, start + self._read(size - len(start))), chunk, room)
+
+    def _message_untrusted(self) -> pb.PullReply:
+        marker, size = self._head_untrusted()
+        return self._parsed_untrusted(marker, self._read(size))
+
+    def _head_untrusted(self) -> tuple[int, int]:
+        head = self._read(_HEAD_BYTES)
+        marker, size = head[0], int.from_bytes(head[1:], "big")
+        if marker not in (_MESSAGE, _ERROR) or size > MAX_FRAME_BYTES:
+            raise UnreachableError("it sent what is no message, or one that is too long")
+        return marker, size
+
+    def _parsed_untrusted(self, marker: int, data: bytes) -> pb.PullReply:
+        if marker == _ERROR:
+            raise UnreachableError("it could not answer")
+        try:
+            return pb.PullReply.FromString(data)
+        except DecodeError:
+            raise UnreachableError("it sent what is no message") from None
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray(size)
+        self._fill(memoryview(data))
+        return bytes(data)
+
+    def _fill(self, room: memoryview) -> None:
+        while room:
+            try:
+                size = self._daemon.recv_into(room, 0, socket.MSG_WAITALL)
+            except OSError as error:
+                raise UnreachableError("the stream broke") from error
+            if not size:
+                raise UnreachableError("the stream ended early")
+            room = room[size:]
