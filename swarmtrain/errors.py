@@ -8,6 +8,7 @@
     |   +-- BadBytesError    what it sent is malformed, oversized, not finite, wrongly hashed or signed
     |   +-- BusyError        it serves as many readers as it may
     |   +-- UnreachableError it did not answer in time, or its connection broke
+    |       +-- BrokenOffError  its stream ended too early
     |       +-- StalledError it holds a transfer up: nothing for long, or a little now and then
     +-- RunTimeError         the process cannot go on (exit 1): nobody answers, the clock is off, a disk is full
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 __all__ = [
     "BadBytesError",
+    "BrokenOffError",
     "BusyError",
     "InviteError",
     "PeerError",
@@ -69,6 +71,10 @@ class BusyError(PeerError):
 
 class UnreachableError(PeerError):
     """A remote peer did not answer within its time limit, or its connection broke."""
+
+
+class BrokenOffError(UnreachableError):
+    """A remote peer's stream ended too early: what had come by then is here, and who asks again may go on from it."""
 
 
 class StalledError(UnreachableError):

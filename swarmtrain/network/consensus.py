@@ -13,7 +13,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.merging import RoundSettings
@@ -25,7 +26,6 @@ from swarmtrain.network.snapshots import (
     all_finite,
     empty_held,
     manifest_untrusted,
-    pull_chunks,
 )
 from swarmtrain.network.tasks import run_together
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -35,8 +35,6 @@ __all__ = ["PeerState", "StateFetcher"]
 _log = logging.getLogger(__name__)
 _LEAST_LIMIT_S = 20.0
 _PATIENCE = 4.0
-_ATTEMPTS = 3
-"""How often a peer is asked whose streams break off. All that is asked of it has one time limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +114,7 @@ class StateFetcher:
             size_bytes = held.snapshot.manifest.total_bytes // (1 if whole else 2)
             if whole:
                 self.store.arriving = held
-            async with self.calls.pull_slots:
-                chunks = range(math.ceil(size_bytes / CHUNK_BYTES))
-                await self._bring(held, chunks, peer)
+            await bring(self.calls, peer, held, self.settings.pull, range(math.ceil(size_bytes / CHUNK_BYTES)))
             if not await asyncio.to_thread(all_finite, held.part(0, size_bytes)):
                 raise BadBytesError("a state that is not finite")
             return PeerState(peer=peer, held=held, whole=whole)
@@ -128,24 +124,6 @@ class StateFetcher:
         finally:
             if whole:
                 self.store.arriving = None
-
-    async def _bring(self, held: Held, chunks: range, peer: str) -> None:
-        """Pull from a peer; if the stream breaks off, again for what is missing. Raises the PeerError that says why."""
-        failures: list[PeerError] = []
-
-        def failed(source: str, error: PeerError) -> None:
-            failures.append(error)
-
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                await pull_chunks(held, chunks, [peer], self.calls.open_pull, self.settings.pull, failed)
-                return
-            except UnreachableError:
-                if len(failures) < attempt:
-                    raise  # it is busy
-                if attempt == _ATTEMPTS or isinstance(failures[-1], BadBytesError):
-                    raise failures[-1] from None
-                _log.debug("the state of %s, again: %s", peer, failures[-1])
 
     def _blame(self, peer: str, error: PeerError) -> None:
         if isinstance(error, BadBytesError):

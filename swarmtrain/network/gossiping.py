@@ -33,13 +33,14 @@ from swarmtrain.membership.partners import (
     num_partners,
     pull_start,
 )
+from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Routes
 from swarmtrain.network.identity import peer_bytes
 from swarmtrain.network.publications import PublicationRules, is_signed_by_untrusted, publication_untrusted
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.snapshots import Held, pull_chunks
-from swarmtrain.network.tasks import end_tasks
+from swarmtrain.network.snapshots import Held
+from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Gossip", "GossipSettings", "Plan", "Pulled"]
@@ -195,8 +196,7 @@ class Gossip:
         if self._filling is not None:
             self._filling.cancel()
         self._give_up_old_pulls(plan)
-        self._filling = asyncio.create_task(self._fill(plan))
-        self._filling.add_done_callback(_log_failure)
+        self._filling = logged(asyncio.create_task(self._fill(plan)), "gossip")
         if self._pulled:
             self._prepare_soon()
 
@@ -297,9 +297,7 @@ class Gossip:
                 self._pulls.pop(peer, None)
                 self._tell()
 
-        task = asyncio.create_task(pull())
-        task.add_done_callback(_log_failure)
-        self._pulls[peer] = (task, swarm_time())
+        self._pulls[peer] = (logged(asyncio.create_task(pull()), "gossip"), swarm_time())
 
     def _tell(self) -> None:
         self._news.set()
@@ -405,18 +403,14 @@ class Gossip:
 
     async def _bring(self, peer: str, held: Held, source: str) -> None:
         """Pull the bytes. Raises the PeerError that says why not: BusyError when it serves others."""
-        failures: list[PeerError] = []
         try:
-            async with self.calls.pull_slots:
-                chunks = range(held.snapshot.num_chunks)
-                limits, open_pull = self.settings.pull, self.calls.open_pull
-                await pull_chunks(held, chunks, [source], open_pull, limits, lambda _, error: failures.append(error))
-        except UnreachableError as error:
-            failure = failures[-1] if failures else BusyError("it serves as many readers as it may")
-            raise (failure if source == peer else self._host_failed(source, failure)) from error
-        for failure in failures:  # every byte is here and right, but the stream did not end with them
-            if failure.is_incident:
-                self.refused(source, failure)
+            wrong = await bring(self.calls, source, held, self.settings.pull)
+        except PeerError as error:
+            if source == peer:
+                raise
+            raise self._host_failed(source, error) from error
+        if wrong is not None and wrong.is_incident:
+            self.refused(source, wrong)
         if self.routes is not None and source != peer:
             self.routes.answered(source)
 
@@ -424,8 +418,7 @@ class Gossip:
 
     def _prepare_soon(self) -> asyncio.Task[None]:
         if self._preparing is None or self._preparing.done():
-            self._preparing = asyncio.create_task(self._prepare())
-            self._preparing.add_done_callback(_log_failure)
+            self._preparing = logged(asyncio.create_task(self._prepare()), "gossip")
         return self._preparing
 
     async def _prepare(self) -> None:
@@ -475,8 +468,3 @@ def _candidate(info: PeerInfo, num_parts: int) -> Candidate:
         inner_steps_done=info.inner_steps_done,
         steps_per_s=info.steps_per_s,
     )
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.error("gossip: a task ended", exc_info=error)

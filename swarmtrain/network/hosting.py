@@ -17,12 +17,13 @@ from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.membership.hosts import Guests, most_guests
 from swarmtrain.membership.lifecycle import Membership
 from swarmtrain.membership.partners import BackOff
+from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.node import Node
 from swarmtrain.network.publications import PublicationRules, publication_untrusted
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.snapshots import Held, SnapshotStore, pull_chunks
+from swarmtrain.network.snapshots import Held, SnapshotStore
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -120,14 +121,7 @@ class Hosting:
         if not reply.HasField("manifest"):
             return
         held, _ = publication_untrusted(self.rules, guest, reply.manifest)
-        failures: list[PeerError] = []
-        async with self.calls.pull_slots:
-            chunks, limits = range(held.snapshot.num_chunks), self.rules.pull
-            blame = lambda _, error: failures.append(error)  # noqa: E731 - as short as it can be
-            try:
-                await pull_chunks(held, chunks, [guest], self.calls.open_pull, limits, blame)
-            except PeerError:
-                raise (failures[-1] if failures else PeerError("it serves as many readers as it may")) from None
+        await bring(self.calls, guest, held, self.rules.pull)
         if guest not in self.guests.current(swarm_time()):
             return
         self.store.add(held)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from swarmtrain.errors import BadBytesError, UnreachableError
+from swarmtrain.errors import BadBytesError, BrokenOffError, UnreachableError
 from swarmtrain.network.daemon import MAX_FRAME_BYTES
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -148,7 +148,7 @@ async def _send_all(daemon: socket.socket, parts: list[bytes | memoryview]) -> N
 def put_untrusted(message: Reply, chunk: int, room: memoryview) -> None:
     """Put a message's data into `room`; BadBytesError if it is not that chunk."""
     if message.end:
-        raise UnreachableError("the stream ended early")
+        raise BrokenOffError("the stream ended early")
     data = message.data  # a copy, each time
     if message.chunk != chunk or len(data) != len(room):
         raise BadBytesError("chunks out of order, or of a wrong size")
@@ -156,7 +156,7 @@ def put_untrusted(message: Reply, chunk: int, room: memoryview) -> None:
 
 
 class Replies:
-    """The answers to a request. UnreachableError when the stream ends, or is none of this kind."""
+    """The answers to a request. BrokenOffError when they end too early, UnreachableError when they are none."""
 
     def __init__(self, writer: asyncio.StreamWriter, request: Message) -> None:
         """Ask `request` over a stream of the daemon's that nobody has used."""
@@ -242,7 +242,7 @@ class Replies:
             try:
                 size = self._daemon.recv_into(room, 0, socket.MSG_WAITALL)
             except OSError as error:
-                raise UnreachableError("the stream broke") from error
+                raise BrokenOffError("the stream broke") from error
             if not size:
-                raise UnreachableError("the stream ended early")
+                raise BrokenOffError("the stream ended early")
             room = room[size:]

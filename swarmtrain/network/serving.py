@@ -15,10 +15,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
+from swarmtrain.errors import BadBytesError, BusyError, PeerError
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.membership.partners import BackOff, expected_transfer, pull_start
 from swarmtrain.membership.serving import HandIn, HandIns, Marks
+from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_bytes, peer_id_from_bytes_untrusted
 from swarmtrain.network.publications import Publication, Publisher
@@ -31,9 +32,8 @@ from swarmtrain.network.snapshots import (
     TensorSpec,
     empty_held,
     manifest_untrusted,
-    pull_chunks,
 )
-from swarmtrain.network.tasks import end_tasks
+from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
@@ -84,13 +84,8 @@ class Pulls:
 
     async def bring(self, peer: str, snapshot: Snapshot) -> Held:
         """Its bytes. Raises the PeerError that says why not: BusyError when it serves others."""
-        held, failures = empty_held(snapshot), list[PeerError]()
-        try:
-            async with self.calls.pull_slots:
-                chunks, open_pull = range(snapshot.num_chunks), self.calls.open_pull
-                await pull_chunks(held, chunks, [peer], open_pull, self.limits, lambda _, error: failures.append(error))
-        except UnreachableError as error:
-            raise failures[-1] if failures else BusyError("it serves as many readers as it may") from error
+        held = empty_held(snapshot)
+        await bring(self.calls, peer, held, self.limits)
         return held
 
 
@@ -138,9 +133,7 @@ class Intake:
         ready, _ = self._back_off.ready({info.peer for info in workers}, now)
         for info in workers:
             if info.peer in ready and info.peer not in self._asking and self._is_due(info, now):
-                task = asyncio.create_task(self.empty(info.peer))
-                self._asking[info.peer] = task
-                task.add_done_callback(_log_failure)
+                self._asking[info.peer] = logged(asyncio.create_task(self.empty(info.peer)), "the server")
 
     def _is_due(self, info: PeerInfo, now: float) -> bool:
         found = self._found_empty.get(info.peer)
@@ -315,8 +308,7 @@ class ServerLink:
         """A round begins: pull late in it. A pull that still runs goes on."""
         if self._filling is not None:
             self._filling.cancel()
-        self._filling = asyncio.create_task(self._fill(times))
-        self._filling.add_done_callback(_log_failure)
+        self._filling = logged(asyncio.create_task(self._fill(times)), "the server's weights")
 
     async def stop(self) -> None:
         """Pull nothing more, until the next round."""
@@ -329,8 +321,7 @@ class ServerLink:
         await asyncio.sleep(max(0.0, when_s - swarm_time()))
         while True:
             if self._pulling is None or self._pulling.done():
-                self._pulling = asyncio.create_task(self._pull())
-                self._pulling.add_done_callback(_log_failure)
+                self._pulling = logged(asyncio.create_task(self._pull()), "the server's weights")
             await asyncio.wait([self._pulling])
             if self._pulling.done() and not self._pulling.cancelled() and self._pulling.result():
                 return
@@ -382,8 +373,3 @@ def entered_round_untrusted(manifest: pb.Manifest, peer: str) -> int | None:
     if round is not None and round >= 2**40:
         raise BadBytesError("a manifest with a counter out of range")
     return round
-
-
-def _log_failure(task: asyncio.Task[Any]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.error("merging with a server: a task ended", exc_info=error)

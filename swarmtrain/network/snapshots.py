@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar, cast
 
 import numpy as np
 
-from swarmtrain.errors import BadBytesError, BusyError, PeerError, StalledError, UnreachableError
+from swarmtrain.errors import BadBytesError, BrokenOffError, BusyError, PeerError, StalledError, UnreachableError
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.replies import ChunkReply, Reply
 from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
@@ -498,11 +498,11 @@ async def _within(limit_s: float, coming: Awaitable[_T]) -> _T:
     except TimeoutError:
         raise StalledError(f"it sent nothing for {limit_s:g} s") from None
     except StopAsyncIteration:
-        raise UnreachableError("the stream ended early") from None
+        raise BrokenOffError("the stream ended early") from None
     except PeerError:
         raise
     except Exception as error:  # the adapter's boundary: whatever a broken stream raises
-        raise UnreachableError(f"the stream broke ({type(error).__name__})") from error
+        raise BrokenOffError(f"the stream broke ({type(error).__name__})") from error
 
 
 class _Check:

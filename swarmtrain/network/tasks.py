@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["end_tasks", "run_together"]
+__all__ = ["end_tasks", "logged", "run_together"]
 
+_log = logging.getLogger(__name__)
 _AGAIN_S = 0.05
+_T = TypeVar("_T")
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -22,6 +25,17 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=_AGAIN_S)
+
+
+def logged(task: asyncio.Task[_T], what: str) -> asyncio.Task[_T]:
+    """The same task, of something that nobody waits for: if it fails, the log says so."""
+
+    def look(ended: asyncio.Task[_T]) -> None:
+        if not ended.cancelled() and (error := ended.exception()) is not None:
+            _log.error("%s: a task ended", what, exc_info=error)
+
+    task.add_done_callback(look)
+    return task
 
 
 async def run_together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replies import Replies
 
-from swarmtrain.errors import BadBytesError, PeerError, StalledError, UnreachableError
+from swarmtrain.errors import BadBytesError, BrokenOffError, PeerError, StalledError, UnreachableError
 from swarmtrain.network.identity import new_identity, peer_bytes
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import (
@@ -282,7 +282,7 @@ def test_a_pull_goes_on_at_another_source_where_the_first_stopped(
     held = network.pull(["a", "b"])
     assert bytes_of(held) == BYTES
     assert network.asked == [("a", 0, NUM_CHUNKS), ("b", 2, NUM_CHUNKS - 2)], "what arrived is not asked for again"
-    assert network.blamed == [("a", StalledError if then is stand_still else UnreachableError)]
+    assert network.blamed == [("a", StalledError if then is stand_still else BrokenOffError)]
 
 
 def slow_by(now_s: list[float], chunk_s: float) -> Behaviour:
