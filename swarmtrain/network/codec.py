@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.algorithm.outer import weighted_mean
-from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode
+from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode, encoded_size_bytes
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import Difference, News, Theta
 from swarmtrain.network.snapshots import Body, Held, TensorSpec, all_finite
@@ -88,74 +88,8 @@ _DTYPES: dict[Format, str] = {"fp32": "float32", "bf16": "bfloat16", "int8": "in
 
 
 @dataclass(frozen=True)
-class PublicationCodec:
-    """Publications as bytes and back: theta in one format, then the pseudo-gradient in another."""
-
-    specs: tuple[TensorSpec, ...]
-    """The model's tensors."""
-    theta_format: Format
-    gradient_format: Format
-
-    @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        """The tensor table of a publication."""
-        formats = (("theta", self.theta_format), ("gradient", self.gradient_format))
-        return tuple(
-            TensorSpec(f"{part}/{spec.name}", spec.shape, _DTYPES[form])
-            for part, form in formats
-            for spec in self.specs
-        )
-
-    @cached_property
-    def feedback(self) -> ErrorFeedback | None:
-        """What int4 has lost so far; the other formats lose too little to be worth it."""
-        return ErrorFeedback("int4", self._sizes) if self.gradient_format == "int4" else None
-
-    @property
-    def _sizes(self) -> list[int]:
-        return [spec.size_bytes // 4 for spec in self.specs]
-
-    def encode_theta(self, theta: Tensor) -> memoryview:
-        """The bytes of theta (P,), the same for all publications of a round."""
-        return _bytes_of(encode(theta, self.theta_format, self._sizes))
-
-    def encode_gradient(self, gradient: Tensor, round: int = 0, part: int = 1) -> memoryview:
-        """The bytes of a pseudo-gradient (P,), as of a part of a round. What int4 loses in a round is added to the next
-        one's; not for several threads at once."""
-        if self.feedback is not None:
-            return _bytes_of(self.feedback.encode(gradient, round, part))
-        return _bytes_of(encode(gradient, self.gradient_format, self._sizes))
-
-    def arrival_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
-        """What enters a merge of a publication whose bytes are here; BadBytesError if there is a number that is not
-        finite. `earlier` is the publication that `news` is the difference to; without it only theta enters."""
-        theta = self._decode_untrusted(held, 0)
-        if isinstance(news, Theta) or (isinstance(news, Difference) and earlier is None):
-            return Arrival(theta, theta, 0)  # without tokens a gradient is not looked at
-        gradient = self._decode_untrusted(held, 1)
-        if earlier is not None:
-            gradient -= self._decode_untrusted(earlier, 1)
-            _check_finite_untrusted(gradient)
-        return Arrival(gradient=gradient, theta=theta, tokens=news.tokens)
-
-    def _decode_untrusted(self, held: Held, half: int) -> Tensor:
-        """Theta (half 0) or the pseudo-gradient (half 1) as (P,) fp32."""
-        sizes = [sum(spec.size_bytes for spec in part) for part in _halves(self.tensors)]
-        start, end = (0, sizes[0]) if half == 0 else (sizes[0], sum(sizes))
-        data = torch.frombuffer(held.part(start, end), dtype=torch.uint8)
-        vector = decode(data, (self.theta_format, self.gradient_format)[half], self._sizes)
-        _check_finite_untrusted(vector)
-        return vector
-
-
-def _check_finite_untrusted(vector: Tensor) -> None:
-    if not bool(torch.isfinite(vector).all()):
-        raise BadBytesError("a publication that is not finite")
-
-
-@dataclass(frozen=True)
 class VectorCodec:
-    """One vector of the model as a publication's bytes and back: a server's theta, or a worker's pseudo-gradient."""
+    """One vector of the model as a publication's bytes and back: theta, or a pseudo-gradient."""
 
     name: str
     specs: tuple[TensorSpec, ...]
@@ -164,38 +98,89 @@ class VectorCodec:
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """The tensor table of such a publication."""
+        """Its place in the tensor table of a publication."""
         return tuple(TensorSpec(f"{self.name}/{spec.name}", spec.shape, _DTYPES[self.format]) for spec in self.specs)
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of a publication."""
+        return encoded_size_bytes(self.format, self._sizes)
 
     @cached_property
     def _feedback(self) -> ErrorFeedback | None:
+        """What int4 has lost so far; the other formats lose too little to be worth it."""
         return ErrorFeedback("int4", self._sizes) if self.format == "int4" else None
 
     @property
     def _sizes(self) -> list[int]:
         return [spec.size_bytes // 4 for spec in self.specs]
 
-    def encode(self, vector: Tensor) -> Body:
+    def encode(self, vector: Tensor) -> memoryview:
         """The bytes of `vector` (P,)."""
-        return Body([_bytes_of(encode(vector, self.format, self._sizes))])
+        return _bytes_of(encode(vector, self.format, self._sizes))
 
-    def encode_sum(self, vector: Tensor, round: int) -> Body:
-        """The bytes of one of many vectors (P,) whose sum counts: what int4 loses is added to a later round's. Not for
-        several threads at once."""
+    def encode_sum(self, vector: Tensor, round: int, part: int = 1) -> memoryview:
+        """The bytes of one of many vectors (P,) whose sum counts, as of a part of a round. What int4 loses in a round
+        is added to a later one's. Not for several threads at once."""
         if self._feedback is None:
             return self.encode(vector)
-        return Body([_bytes_of(self._feedback.encode(vector, round, 1))])
+        return _bytes_of(self._feedback.encode(vector, round, part))
 
-    def decode_untrusted(self, held: Held) -> Tensor:
-        """The vector (P,) of a publication whose bytes are here; BadBytesError if it is not finite."""
-        data = torch.frombuffer(held.part(0, sum(spec.size_bytes for spec in self.tensors)), dtype=torch.uint8)
+    def decode_untrusted(self, held: Held, start: int = 0) -> Tensor:
+        """The vector (P,) whose bytes begin at `start` of a publication that is here; BadBytesError if it is not
+        finite."""
+        data = torch.frombuffer(held.part(start, start + self.size_bytes), dtype=torch.uint8)
         vector = decode(data, self.format, self._sizes)
         _check_finite_untrusted(vector)
         return vector
 
 
-def _halves(tensors: Sequence[TensorSpec]) -> tuple[Sequence[TensorSpec], Sequence[TensorSpec]]:
-    return tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+@dataclass(frozen=True)
+class PublicationCodec:
+    """Publications of gossip as bytes and back: theta in one format, then the pseudo-gradient in another."""
+
+    specs: tuple[TensorSpec, ...]
+    """The model's tensors."""
+    theta_format: Format
+    gradient_format: Format
+
+    @cached_property
+    def _theta(self) -> VectorCodec:
+        return VectorCodec("theta", self.specs, self.theta_format)
+
+    @cached_property
+    def _gradient(self) -> VectorCodec:
+        return VectorCodec("gradient", self.specs, self.gradient_format)
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensor table of a publication."""
+        return self._theta.tensors + self._gradient.tensors
+
+    def encode_theta(self, theta: Tensor) -> memoryview:
+        """The bytes of theta (P,), the same for all publications of a round."""
+        return self._theta.encode(theta)
+
+    def encode_gradient(self, gradient: Tensor, round: int = 0, part: int = 1) -> memoryview:
+        """The bytes of a pseudo-gradient (P,), as of a part of a round; not for several threads at once."""
+        return self._gradient.encode_sum(gradient, round, part)
+
+    def arrival_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
+        """What enters a merge of a publication whose bytes are here; BadBytesError if there is a number that is not
+        finite. `earlier` is the publication that `news` is the difference to; without it only theta enters."""
+        theta = self._theta.decode_untrusted(held)
+        if isinstance(news, Theta) or (isinstance(news, Difference) and earlier is None):
+            return Arrival(theta, theta, 0)  # without tokens a gradient is not looked at
+        gradient = self._gradient.decode_untrusted(held, self._theta.size_bytes)
+        if earlier is not None:
+            gradient -= self._gradient.decode_untrusted(earlier, self._theta.size_bytes)
+            _check_finite_untrusted(gradient)
+        return Arrival(gradient=gradient, theta=theta, tokens=news.tokens)
+
+
+def _check_finite_untrusted(vector: Tensor) -> None:
+    if not bool(torch.isfinite(vector).all()):
+        raise BadBytesError("a publication that is not finite")
 
 
 def _bytes_of(codes: Tensor) -> memoryview:

@@ -24,8 +24,6 @@ BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4 + 2 * 4 + 8
 ACTIVATION_WIDTHS = 13
 ACTIVATION_WIDTHS_PER_RATIO = 2
 LOGITS_COPIES = 3
-# Bytes a parameter on the wire, the blocks' scales included.
-WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 256, "int4": 1 / 2 + 4 / 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +71,18 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
 
 def _merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
     """(bytes sent in a round, bytes held of what arrives and is being merged)."""
+    from swarmtrain.algorithm.quantize import encoded_size_bytes  # torch takes a second: not before a file is read
+
     merge, gradient_bytes = run.merge, 4 * num_parameters
+    theta, gradient = (encoded_size_bytes(it, [num_parameters]) for it in (merge.theta_format, merge.gradient_format))
     if merge.method == "gossip":
         partners = min(merge.num_partners, others)
-        published = round(
-            num_parameters * sum(WIRE_BYTES[form] for form in (merge.theta_format, merge.gradient_format))
-        )
+        published = theta + gradient
         # of each partner the bytes and the decoded vectors; the prepared merge; the bytes of parts that may go on
         held = partners * (2 * published + 2 * gradient_bytes) + 2 * gradient_bytes
         return partners * published, held
-    if (
-        merge.method == "server"
-    ):  # its pseudo-gradient, to the server; of the server its weights, and what is not in them
-        sent, came = (round(num_parameters * WIRE_BYTES[form]) for form in (merge.gradient_format, merge.theta_format))
-        return sent, sent + came + 3 * gradient_bytes
+    if merge.method == "server":  # its gradient, to the server; of the server its weights, and what is not in them
+        return gradient, gradient + theta + 3 * gradient_bytes
     if others + 1 <= merge.share_above:
         return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each
     # as an all-reduce: scatter the shares, gather the results

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_bytes
 from swarmtrain.network.publications import Publication, Publisher
 from swarmtrain.network.serving import Intake, IntakeRules, Pulls, describe_weights
-from swarmtrain.network.snapshots import Held
+from swarmtrain.network.snapshots import Body, Held
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.peer.checkpoint import Checkpoint
@@ -236,7 +235,7 @@ class MergeServer:
             tokens=0,
             inner_steps=0,
             author_tokens=0,
-            encode=functools.partial(self._weights.encode, state.theta),
+            encode=lambda: Body([self._weights.encode(state.theta)]),
             fill=fill_counts,
         )
         swarm = self.swarm

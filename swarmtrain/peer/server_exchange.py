@@ -83,7 +83,7 @@ class ServerExchange(AsynchronousExchange):
         gradients = VectorCodec("gradient", swarm.specs, section.gradient_format)
 
         def encode(piece: HandIn[Tensor]) -> Body:
-            return gradients.encode_sum(piece.gradient, piece.round)
+            return Body([gradients.encode_sum(piece.gradient, piece.round)])
 
         most = section.max_staleness_rounds
         self.publisher = HandInPublisher(
