@@ -1,0 +1,260 @@
+"""How long do the trainers of a real swarm stand still, how fresh is what they merge, and how much travels?
+
+    python benchmarks/stall.py examples/stdlib-gpt.toml
+    python benchmarks/stall.py examples/stdlib-gpt.toml --rtt 100 --link 10 --fail-pulls 5
+    python benchmarks/stall.py examples/stdlib-gpt.toml --methods gossip --swarm 4x24 --swarm 16x24
+
+Starts `swarmtrain local`: a bootstrap and volunteers as real processes over real sockets, unequal (`--swarm`, the
+factor of each; `NxF` for N of factor F) and behind links of ours (`--link` in Mbit/s each way), and reads what their
+events tell. So that the factors hold, 1/F summed over the volunteers must leave something of the processor cores for
+their network threads and daemons; a volunteer whose factor did not hold is named. Methods, on equal tokens:
+
+- gossip: nobody waits (bars below);
+- diloco-paced: synchronous rounds with H_i by speed, in which all wait for the slowest link: the baseline.
+
+Of each volunteer, over its rounds after the first, which is a short one in which nobody has published yet:
+
+- stall: the sum of `stall_s` (the trainer not computing because of network or merge: measured around its two calls and
+  the merge) over the time by the clock, and the worst round's; `between` is what is in no round at all (telling of it);
+- fresh: the share of rounds that merged a partner's publication, or a part of one, that had not been merged before;
+- bytes received a parameter, merged publication and round. Counted is `bytes_received`: every message as it is
+  serialised, so manifests, presence and progress records, greetings, and pulls that came too late to be merged. What
+  libp2p adds to a message is not in it;
+- received and sent in a round. Sent includes the whole states that the bootstrap archives once in
+  `network.archive_every_s`, and last weights.
+
+Bars: stall at most 1 % of the time of every volunteer (aim 0.1 %), fresh in 95 % of every one's rounds, 2.1 bytes with
+the default formats (int8).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tomli_w
+from cold_start import read_run
+
+from swarmtrain.events import DoneEvent, Event, RoundEvent, StartedEvent, WarningEvent, parse_event
+from swarmtrain.membership.limits import parse_slowdown
+from swarmtrain.network.daemon import owned_process_args
+from swarmtrain.run import RunFile
+
+METHODS = {
+    "gossip": ['merge.method="gossip"', "merge.pacing=true"],
+    "diloco-paced": ['merge.method="diloco"', "merge.pacing=true"],
+}
+MOST_STALL, AIM_STALL, LEAST_FRESH, MOST_BYTES = 0.01, 0.001, 0.95, 2.1
+END_S = 30.0
+
+
+@dataclass
+class Volunteer:
+    """What one has told."""
+
+    name: str
+    factor: float
+    started_s: float = 0.0
+    rounds: list[RoundEvent] = field(default_factory=list)
+    too_busy: bool = False
+
+    @property
+    def merged(self) -> list[RoundEvent]:
+        """The rounds after the first."""
+        return self.rounds[1:]
+
+    @property
+    def wall_s(self) -> float:
+        """Of these rounds, and what is between them."""
+        return self.rounds[-1].time - self.rounds[0].time
+
+    @property
+    def stall(self) -> float:
+        return sum(event.stall_s for event in self.merged) / self.wall_s
+
+    @property
+    def worst_stall_s(self) -> float:
+        return max(event.stall_s for event in self.merged)
+
+    @property
+    def between(self) -> float:
+        return 1 - sum(event.seconds for event in self.merged) / self.wall_s
+
+    @property
+    def fresh(self) -> float:
+        return statistics.mean(bool(event.partners) for event in self.merged)
+
+    @property
+    def num_pulled(self) -> int:
+        return sum(len(event.partners) for event in self.merged)
+
+    @property
+    def received_bytes(self) -> int:
+        return sum(event.bytes_received for event in self.merged)
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(event.bytes_sent for event in self.merged)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of a swarm."""
+
+    volunteers: list[Volunteer]
+    num_parameters: int
+    run_tokens: int
+    held_out_loss: float
+    wall_s: float
+    """From the first inner step to the last merge."""
+
+    @property
+    def bytes_of_a_publication(self) -> float:
+        """A parameter, merged publication and round."""
+        pulled = sum(one.num_pulled for one in self.volunteers)
+        return sum(one.received_bytes for one in self.volunteers) / (pulled * self.num_parameters) if pulled else 0.0
+
+    def a_round(self, bytes_of: str) -> float:
+        """Mean over the volunteers' rounds, bytes."""
+        rounds = sum(len(one.merged) for one in self.volunteers)
+        return float(sum(getattr(one, bytes_of) for one in self.volunteers) / rounds)
+
+
+# ---------------------------------------------------------------- a swarm
+
+
+def factors_of(text: str) -> tuple[float, ...]:
+    """ "2,2.6,5.2" or "16x24"."""
+    number, times, factor = text.partition("x")
+    if times:
+        return int(number) * (parse_slowdown(factor),)
+    return tuple(parse_slowdown(part) for part in text.split(","))
+
+
+def train(run: RunFile, factors: Sequence[float], links: Sequence[str], data: Path) -> Result:
+    """A swarm to its end."""
+    with tempfile.TemporaryDirectory(prefix="stall-") as folder:
+        run_file = Path(folder) / "run.toml"
+        run_file.write_text(tomli_w.dumps(run.model_dump(exclude_unset=True, exclude_none=True)))
+        words = ["local", str(run_file), "--peers", str(len(factors)), "--slowdown", ",".join(map(str, factors))]
+        words += [*links, "--data", str(data), "--json", "--dir", str(Path(folder) / "swarm")]
+        named = {f"volunteer-{number}": Volunteer(f"volunteer-{number}", f) for number, f in enumerate(factors, 1)}
+        num_parameters, last = 0, None
+        for event in told_by([sys.executable, "-m", "swarmtrain.cli", *words], Path(folder) / "errors"):
+            one = named.get(event.name)
+            if isinstance(event, DoneEvent) and event.held_out_loss is not None:
+                last = event
+            if one is None:
+                continue
+            if isinstance(event, StartedEvent):
+                one.started_s, num_parameters = event.time, event.num_parameters
+            elif isinstance(event, RoundEvent):
+                one.rounds.append(event)
+            elif isinstance(event, WarningEvent):
+                one.too_busy = one.too_busy or "--slowdown" in event.message
+                print(f"  {one.name}: warning: {event.message}", file=sys.stderr)
+    volunteers = list(named.values())
+    assert last is not None and last.held_out_loss is not None, "the run has an end"
+    if short := [one.name for one in volunteers if len(one.rounds) < 3]:
+        sys.exit(f"error: {', '.join(short)} had fewer than three rounds; give the run more --tokens")
+    wall_s = max(one.rounds[-1].time for one in volunteers) - min(one.started_s for one in volunteers)
+    return Result(volunteers, num_parameters, last.run_tokens, last.held_out_loss, wall_s)
+
+
+def told_by(command: Sequence[str], errors: Path) -> Iterator[Event]:
+    """A command's events, to its end. It ends with this process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with errors.open("wb") as said:
+        process = subprocess.Popen(
+            owned_process_args(command), stdout=subprocess.PIPE, stderr=said, stdin=subprocess.DEVNULL, env=environment
+        )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            with contextlib.suppress(ValueError):
+                yield parse_event(line)
+        if process.wait():
+            sys.exit(f"error: the swarm ended with status {process.returncode}:\n{errors.read_text()[-2000:]}")
+    finally:
+        process.terminate()
+        process.wait(END_S)
+        process.stdout.close()
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def show(title: str, result: Result) -> None:
+    """A row for each volunteer."""
+    print(f"\n{title}: {result.run_tokens:,} tokens in {result.wall_s:.1f} s, {result.held_out_loss:.4f} nats/byte")
+    print(
+        "volunteer     factor  rounds  seconds   stall  worst round  between  fresh  pulled  received/round  sent/round"
+    )
+    for one in result.volunteers:
+        rounds = len(one.merged)
+        print(
+            f"{one.name:12}  {one.factor:6g}  {rounds:6}  {one.wall_s:7.1f}  {one.stall:6.2%}"
+            f"  {1000 * one.worst_stall_s:8.0f} ms  {one.between:7.2%}  {one.fresh:5.1%}  {one.num_pulled:6}"
+            f"  {one.received_bytes / rounds / 1e6:11.3f} MB  {one.sent_bytes / rounds / 1e6:7.3f} MB"
+            + ("  <- the machine was too busy for this factor" if one.too_busy else "")
+        )
+    print(
+        f"a volunteer and round: {result.a_round('num_pulled'):.2f} publications merged, "
+        f"{result.a_round('received_bytes') / 1e6:.3f} MB received, {result.a_round('sent_bytes') / 1e6:.3f} MB sent"
+    )
+
+
+def judge(result: Result, is_int8: bool) -> None:
+    """Whether the bars hold."""
+    stall, fresh = max(one.stall for one in result.volunteers), min(one.fresh for one in result.volunteers)
+    held = {True: "holds", False: "DOES NOT HOLD"}
+    aim = "reached" if stall <= AIM_STALL else "not reached"
+    print(f"stall at most {MOST_STALL:.0%}: the worst {stall:.2%}: {held[stall <= MOST_STALL]} (aim 0.1%: {aim})")
+    print(f"fresh at least {LEAST_FRESH:.0%}: the worst {fresh:.1%}: {held[fresh >= LEAST_FRESH]}")
+    sent = result.bytes_of_a_publication
+    bar = f"{held[sent <= MOST_BYTES]}" if is_int8 else "no bar for these formats"
+    print(f"bytes a parameter, merged publication and round at most {MOST_BYTES}: {sent:.3f}: {bar}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the run file")
+    parser.add_argument("--tokens", type=int, help="of the whole run; default as the run file says")
+    parser.add_argument("--methods", default="gossip,diloco-paced", help="comma-separated; default both")
+    parser.add_argument(
+        "--swarm", action="append", metavar="F,F,...|NxF", help="default 2,2.6,5.2,11.4; may be repeated"
+    )
+    parser.add_argument("--link", type=float, default=20.0, help="of each volunteer, up and down, Mbit/s; default 20")
+    parser.add_argument("--rtt", type=float, help="milliseconds from a peer to another and back")
+    parser.add_argument("--fail-pulls", type=float, default=0.0, help="per cent of transfers that break off midway")
+    options = parser.parse_args()
+    links = ["--link-up", f"{options.link:g}", "--link-down", f"{options.link:g}"]
+    links += [] if options.rtt is None else ["--rtt", f"{options.rtt:g}"]
+    links += [f"--fail-pulls={options.fail_pulls:g}"] if options.fail_pulls else []
+    tokens = [] if options.tokens is None else [f"run.total_tokens={options.tokens}"]
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before; {' '.join(links)}", flush=True)
+    for swarm in options.swarm or ["2,2.6,5.2,11.4"]:
+        factors = factors_of(swarm)
+        for method in options.methods.split(","):
+            changes = [*METHODS[method], *tokens, *options.set]
+            run = read_run(options.run_file, changes, 0)
+            began_s = time.monotonic()
+            result = train(run, factors, links, options.run_file.resolve().parent)
+            show(f"{method}, volunteers {swarm}", result)
+            if method == "gossip":
+                judge(result, (run.merge.theta_format, run.merge.gradient_format) == ("int8", "int8"))
+            print(f"({time.monotonic() - began_s:.0f} s in all, load {os.getloadavg()[0]:.1f} after)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
