@@ -39,7 +39,15 @@ import torch
 from cold_start import Text, Volunteer, read_run
 from torch import Tensor
 
-from swarmtrain.algorithm.gossip import Arrival, Layout, gossip_merge, layout_of, prepare, variance_corrected_mean
+from swarmtrain.algorithm.gossip import (
+    Arrival,
+    Layout,
+    Prepared,
+    gossip_merge,
+    layout_of,
+    prepare,
+    variance_corrected_mean,
+)
 from swarmtrain.algorithm.outer import (
     DelayedNesterov,
     OuterConstants,
@@ -52,6 +60,8 @@ from swarmtrain.algorithm.outer import (
 )
 from swarmtrain.algorithm.pacing import fewest_inner_steps, paced_inner_steps, reference_speed
 from swarmtrain.algorithm.quantize import Format, decode, encode, encoded_size_bytes
+from swarmtrain.algorithm.robust import Incident
+from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import (
     Candidate,
     Difference,
@@ -63,7 +73,8 @@ from swarmtrain.membership.partners import (
     median_round,
     num_partners,
 )
-from swarmtrain.peer.robustness import Robustness
+from swarmtrain.network.refusals import rule_of
+from swarmtrain.peer.robustness import Robustness, robust_mean
 from swarmtrain.peer.server_exchange import lead
 from swarmtrain.peer.trainer import Start
 from swarmtrain.run import RunFile
@@ -195,12 +206,13 @@ class Peer:
         self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round)
         self.partners = Partners(self.ledger, variant=section.partners)
         met = not setting.own_weights
-        self.robustness = Robustness(section.robust, world.layout, lambda peer, incident: None, met=met)
+        self.robustness = Robustness(section.robust, world.layout, world.told, met=met)
         self.rng = random.Random(f"{setting.run.run.seed} {number}")
         self.round = self.rounds_fresh = 0
         self.newest: Published | None = None
         self.merged: dict[str, Tensor] = {}
         self.arrived: dict[str, tuple[Published, Arrival]] = {}
+        self.wanted, self.asked, self.failed = 0, set[str](), set[str]()
         self.tokens_before = 0
         self.start = Start(inner_steps=1, num_peers=1)
         self.done = 0
@@ -219,10 +231,11 @@ class Peer:
         round_s = steps * step_s
         one_bytes, rate = self.world.publication_bytes, setting.link_bytes_per_s
         carried = None if math.isinf(rate) else rate
-        wanted, _ = num_partners(len(setting.step_s) - 1, one_bytes, carried, round_s, section.num_partners)
-        pulled_s = setting.rtt_s + wanted * one_bytes / rate
+        self.wanted, _ = num_partners(len(setting.step_s) - 1, one_bytes, carried, round_s, section.num_partners)
+        self.asked, self.failed = set(), set()
+        pulled_s = setting.rtt_s + self.wanted * one_bytes / rate
         pull_s = max(clock.now, clock.now + round_s - 2 * pulled_s)
-        clock.call_at(self.awake_s(pull_s), self.pull, wanted, set())
+        clock.call_at(self.awake_s(pull_s), self.pull)
         clock.call_at(self.awake_s(clock.now + round_s), self.end)
 
     def awake_s(self, when_s: float) -> float:
@@ -236,7 +249,7 @@ class Peer:
         """Inner steps up to `moment` of the round, then a publication."""
         world = self.world
         run, step_tokens = world.setting.run, world.setting.run.tokens_per_step
-        everybodys = sum(1 / step_s for step_s in world.setting.step_s) * world.setting.step_s[self.number]
+        everybodys = world.steps_of_everybody(self.number)
         for step in range(moment - self.done):
             self.volunteer.step((self.tokens_before + step * everybodys * step_tokens) / run.run.total_tokens)
         world.tokens += (moment - self.done) * step_tokens
@@ -247,9 +260,9 @@ class Peer:
         mark = Mark(self.round, self.start.part_after(moment), moment * step_tokens)
         self.newest = Published(mark, world.on_the_wire(self.state.theta, run.merge.theta_format), gradient)
 
-    def pull(self, wanted: int, asked: set[str]) -> None:
-        """From `wanted` partners; one that fails is replaced at once."""
-        world, setting = self.world, self.world.setting
+    def pull(self) -> None:
+        """From as many partners as are wanted; one that fails is replaced at once."""
+        world, setting, asked = self.world, self.world.setting, self.asked
         others = [peer for peer in world.peers if peer is not self]
         rounds = [peer.round for peer in others]
         candidates = [
@@ -257,7 +270,7 @@ class Peer:
             for peer in others
             if peer.newest is not None and (mark := peer.newest.mark)
         ]
-        while len(self.arrived) + sum(name not in self.arrived for name in asked) < wanted:
+        while len(self.arrived) + len(asked - self.arrived.keys() - self.failed) < self.wanted:
             name, _ = self.partners.choose(
                 candidates,
                 exclude={self.name, *asked, *self.arrived},
@@ -275,14 +288,24 @@ class Peer:
             assert published is not None
             if world.is_hanging(name):
                 continue  # it says nothing until the round is over
-            transfer_s = setting.rtt_s + wanted * world.publication_bytes / setting.link_bytes_per_s
+            transfer_s = setting.rtt_s + self.wanted * world.publication_bytes / setting.link_bytes_per_s
             if transfer_s:
                 world.clock.call_later(transfer_s, self.arrive, name, published)
             else:  # before the round's end, which is an event of the same moment
                 self.arrive(name, published)
 
     def arrive(self, name: str, published: Published) -> None:
-        """Decode it, and take of it what is new."""
+        """Take it, or if it is refused, another's in its place."""
+        try:
+            self.take_untrusted(name, published)
+        except BadBytesError as error:
+            self.partners.back_off.failed(name, self.world.clock.now, str(error))
+            self.world.told(name, Incident(rule_of(str(error)), str(error)))
+            self.failed.add(name)
+            self.pull()
+
+    def take_untrusted(self, name: str, published: Published) -> None:
+        """Decode it, and take of it what is new. BadBytesError if that must not be."""
         world = self.world
         reference = median_round(peer.round for peer in world.peers)
         news = self.ledger.news(name, published.mark, reference)
@@ -290,6 +313,8 @@ class Peer:
             return
         gradient = world.on_the_wire(published.gradient, world.setting.run.merge.gradient_format)
         theta, tokens, whole = published.theta, news.tokens, gradient
+        if not bool(torch.isfinite(theta).all() and torch.isfinite(gradient).all()):
+            raise BadBytesError("a publication that is not finite")
         if isinstance(news, Difference):
             gradient = gradient - self.merged[name]
         elif not isinstance(news, Whole):
@@ -304,8 +329,7 @@ class Peer:
         prepared = prepare(self.state.theta, [arrival for _, arrival in self.arrived.values()], world.layout)
         if self.arrived:
             self.robustness.merged(prepared.displacement)
-        gradient = self.state.theta - flatten(self.volunteer.parameters)
-        self.state = gossip_merge(self.state, prepared, gradient, tokens, world.setting.constants(self.round))
+        self.state = self.merge(prepared, self.state.theta - flatten(self.volunteer.parameters), tokens)
         for name, (published, _) in self.arrived.items():
             self.ledger.merged(name, published.mark, reference)
             self.merged[name] = published.gradient
@@ -317,6 +341,16 @@ class Peer:
             self.begin()
         else:
             world.finished_s = max(world.finished_s, world.clock.now)
+
+    def merge(self, prepared: Prepared, gradient: Tensor, tokens: int) -> OuterState:
+        """The state after the round, as `Trainer` makes it."""
+        section, constants = self.world.setting.run.merge, self.world.setting.constants(self.round)
+        partners = [arrival for _, arrival in self.arrived.values() if arrival.tokens]
+        apart = [gradient, *(arrival.gradient for arrival in partners)]
+        weights = [tokens, *(arrival.tokens for arrival in partners)]
+        if (mean := robust_mean(section.robust, apart, weights)) is not None:
+            return outer_step(OuterState(prepared.theta_mean, self.state.momentum), mean, constants)
+        return gossip_merge(self.state, prepared, gradient, tokens, constants)
 
 
 def _own_seed(setting: Setting, number: int) -> int:
@@ -341,7 +375,7 @@ class World:
         if not self.setting.corrected:
             self.layout = replace(self.layout, corrected=(False,) * len(shapes))
         self._sizes = [math.prod(shape) for shape in shapes]
-        self.peers = [Peer(self, number) for number in range(len(self.setting.step_s))]
+        self.peers = [self.peer(number) for number in range(len(self.setting.step_s))]
         self.by_name = {peer.name: peer for peer in self.peers}
 
     @property
@@ -354,6 +388,17 @@ class World:
         """Whether this peer stands still now."""
         hang = self.setting.hang
         return hang is not None and hang.is_on(self.by_name[name].number, self.clock.now)
+
+    def peer(self, number: int) -> Peer:
+        """A new one."""
+        return Peer(self, number)
+
+    def told(self, peer: str, incident: Incident) -> None:
+        """What `peer` published was cut or refused."""
+
+    def steps_of_everybody(self, number: int) -> float:
+        """Inner steps that all take together while peer `number` takes one: how fast the schedule advances."""
+        return sum(1 / step_s for step_s in self.setting.step_s) * self.setting.step_s[number]
 
     def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
         """What arrives of it."""

@@ -197,7 +197,7 @@ class RefusedEvent(_Event):
 
     event: Literal["refused"] = "refused"
     from_peer: str = Field(description="The PeerID that sent it.")
-    rule: str = Field(description="The rule it broke, in one or two words, such as `hash`, `shape`, `finite`, `signature`, `size`, `round` (too old), `stall`, `flood`.")  # fmt: skip
+    rule: str = Field(description="The rule it broke, in one or two words, such as `hash`, `shape`, `finite`, `signature`, `size`, `huge`, `direction`, `round` (too old), `stall`, `flood`.")  # fmt: skip
     detail: str = Field(description="What was expected and what came.")
 
 
@@ -206,7 +206,7 @@ class ClippedEvent(_Event):
 
     event: Literal["clipped"] = "clipped"
     from_peer: str = Field(description="The PeerID that published it.")
-    rule: str = Field(description="The rule: `gradient` or `displacement`.")
+    rule: str = Field(description="The rule: `gradient`, `displacement` or, where a gradient was too short for its tokens, `length`.")  # fmt: skip
     detail: str = Field(description="What was cut, and to what.")
 
 

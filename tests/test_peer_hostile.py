@@ -15,7 +15,7 @@ from swarmtrain.events import ClippedEvent, RefusedEvent
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.snapshots import Body
-from swarmtrain.peer.trainer import Contribution
+from swarmtrain.peer.trainer import Contribution, Gathered
 
 
 @pytest.fixture
@@ -59,13 +59,39 @@ def train(honest: list[Peer], mallory: Peer, *, partners: int) -> None:
         assert statistics.mean(report.loss for report in peer.reports[-2:]) < peer.reports[0].loss - 0.5
 
 
-def test_huge_numbers_are_cut_to_what_is_usual_and_named(world_of: Callable[..., tuple[list[Peer], Peer]]) -> None:
+def partners_of(peer: Peer) -> list[set[str]]:
+    """Whom it merged in each round."""
+    return [{one.peer for one in r.arrived.merged} for r in peer.reports if isinstance(r.arrived, Gathered)]
+
+
+def test_large_numbers_are_cut_to_what_is_usual_and_named(world_of: Callable[..., tuple[list[Peer], Peer]]) -> None:
     honest, mallory = world_of()
-    publishes(mallory, lambda theta, gradient: (torch.full_like(theta, 1e30), torch.full_like(gradient, 1e30)))
+    publishes(mallory, lambda theta, gradient: (theta + 50 * gradient, 50 * gradient))
     train(honest, mallory, partners=3)
     assert {(mallory.id, "displacement"), (mallory.id, "gradient")} <= named(honest, ClippedEvent)
     assert named(honest, RefusedEvent) == set()
-    assert all(float(peer.theta.abs().max()) < 100 for peer in honest)
+
+
+def test_huge_numbers_are_refused_named_and_another_is_merged(
+    world_of: Callable[..., tuple[list[Peer], Peer]],
+) -> None:
+    honest, mallory = world_of()
+    publishes(mallory, lambda theta, gradient: (torch.full_like(theta, 1e30), torch.full_like(gradient, 1e30)))
+    train(honest, mallory, partners=2)
+    assert named(honest, RefusedEvent) == {(mallory.id, "huge")}
+    assert all(mallory.id not in merged for peer in honest for merged in partners_of(peer))
+
+
+def test_a_flipped_sign_is_refused_named_and_another_is_merged(
+    world_of: Callable[..., tuple[list[Peer], Peer]],
+) -> None:
+    honest, mallory = world_of(robust="direction")
+    publishes(mallory, lambda theta, gradient: (theta, -gradient))
+    train(honest, mallory, partners=2)
+    assert named(honest, RefusedEvent) == {(mallory.id, "direction")}
+    for peer in honest:
+        others = {other.id for other in honest} - {peer.id}
+        assert all(merged == others for merged in partners_of(peer)[-4:])
 
 
 def test_a_claimed_speed_moves_nobody(world_of: Callable[..., tuple[list[Peer], Peer]]) -> None:

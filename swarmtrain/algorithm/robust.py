@@ -22,10 +22,12 @@ from torch import Tensor
 
 __all__ = [
     "Clipped",
+    "DirectionTrust",
     "DisplacementClip",
     "GradientClip",
     "Group",
     "Incident",
+    "Trusted",
     "flag_mean",
     "per_tensor",
     "trimmed_mean",
@@ -39,6 +41,7 @@ _MIN_HISTORY = 3  # nothing is clipped before: a median of three outvotes one va
 _OWN_HISTORY = 8  # two rounds of four publications
 _MIN_VECTORS = 4  # for trimmed_mean and flag_mean: of three, trimming leaves one
 _CHUNK = 1 << 16  # numbers worked on at once: fp64 copies stay small and in the processor's cache
+_LEAST_COSINE = 0.05
 _FLAG_ITERATIONS = 10
 _FLAG_EPSILON = 1e-7
 _RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; below, a direction is rounding
@@ -223,16 +226,95 @@ class DisplacementClip:
         return max(own, _limit(self._norms))
 
 
+@dataclass(frozen=True)
+class Trusted:
+    """What a partner's gradient counts for: `factor` times as long, with `weight` times its tokens.
+
+    `refusal`: it must not be taken. `incident`: it may, but something is to be told of it.
+    """
+
+    factor: float = 1.0
+    weight: float = 1.0
+    incident: Incident | None = None
+    refusal: Incident | None = None
+
+
+class DirectionTrust:
+    """Trusts a gradient as far as it goes the way of the own one: after FLTrust (arXiv 2012.13995).
+
+    There a server with some data of its own weights a gradient by ReLU(cos(g_j, g_0)) and gives it the length of g_0.
+    Here the root of trust is a peer's own last gradient, and two things differ. Cosines are compared with what is
+    usual, the median of every peer's last one and the own with itself: as they are, the own gradient would count
+    several times as much as each other one, and averaging would be for nothing. From half the usual on a gradient
+    counts whole, below in proportion, at zero not at all; below minus half the usual, where a flipped sign puts it, it
+    is refused. And a length is only raised, to the least that the own one leads to expect after so many steps, so that
+    nobody dilutes the mean with steps that it did not take; what is too long is `GradientClip`'s business.
+
+    Each peer has one voice, however often it comes, so that a minority cannot move the median. Where the usual is below
+    0.05 the own gradient is no guide, and everything counts as it is: of gradients that are mostly noise half go the
+    other way. The first gradient of all to come enters, whatever it is. Whose data are others than most people's may be
+    refused for it: near the end what helps it harms the others.
+    """
+
+    def __init__(self) -> None:
+        self._own: Tensor | None = None
+        self._own_norm = self._own_steps = 0.0
+        self._cosines: dict[str, float] = {}
+
+    def learn(self, gradient: Tensor, inner_steps: float) -> None:
+        """The own gradient (P,) of so many inner steps to compare with from now on; nobody writes into it any more."""
+        _check([gradient], at_least=1)
+        self._own_steps = _positive(inner_steps)
+        self._own, self._own_norm = gradient, math.sqrt(_square(gradient))
+
+    @torch.no_grad()
+    def judge(self, peer: str, gradient: Tensor, inner_steps: float) -> Trusted:
+        """How far to trust the gradient (P,) of `peer`, of so many inner steps."""
+        own, ratio = self._own, _positive(inner_steps) / (self._own_steps or inner_steps)
+        if own is None:
+            return Trusted()
+        _check([own, gradient], at_least=2)
+        norm = math.sqrt(_square(gradient))
+        if norm == 0 or self._own_norm == 0:
+            return Trusted()
+        product = sum(float(a.double() @ b.double()) for a, b in zip(*_chunks(own, gradient), strict=True))
+        cosine = product / (norm * self._own_norm)
+        usual = self._usual_with(peer, cosine)
+        if usual < _LEAST_COSINE:
+            return Trusted()
+        if cosine < -usual / 2:
+            detail = f"a gradient against the own one: cosine {cosine:.3f}, usual are {usual:.3f}"
+            return Trusted(refusal=Incident("direction", detail))
+        least = self._own_norm * min(ratio, math.sqrt(ratio))
+        factor = max(1.0, least / norm)
+        incident = None
+        if factor > _TOLERANCE:
+            incident = Incident(
+                "length", f"gradient of norm {norm:.3g} lengthened to {least:.3g}, usual for its tokens"
+            )
+        return Trusted(factor, min(1.0, max(0.0, 2 * cosine / usual)), incident)
+
+    def _usual_with(self, peer: str, cosine: float) -> float:
+        self._cosines.pop(peer, None)  # the last one heard of stands last
+        self._cosines[peer] = cosine
+        while len(self._cosines) > _HISTORY:
+            del self._cosines[next(iter(self._cosines))]
+        return statistics.median_low([1.0, *self._cosines.values()])
+
+
 @torch.no_grad()
-def trimmed_mean(vectors: Sequence[Tensor]) -> Tensor:
-    """Each coordinate's mean without its largest and its smallest value; four or more vectors (P,), own included.
+def trimmed_mean(vectors: Sequence[Tensor], factors: Sequence[float] | None = None) -> Tensor:
+    """Each coordinate's mean without its largest and its smallest value; four or more vectors (P,), own included, each
+    times its factor.
 
     Bounds one bad vector, however bad, and no more: of K, two that agree get one through. The order of the vectors
     does not matter, to the bit. Not weighted: tokens are a claim, and a trimmed value would take its weight along.
     """
     _check(vectors, at_least=_MIN_VECTORS)
+    factors = [1.0] * len(vectors) if factors is None else factors
     mean = torch.empty_like(vectors[0])
-    for place, *pieces in zip(*_chunks(mean, *vectors), strict=True):
+    for place, *unscaled in zip(*_chunks(mean, *vectors), strict=True):
+        pieces = [piece * factor for piece, factor in zip(unscaled, factors, strict=True)]
         for end in range(len(pieces) - 1, 0, -1):  # sorted by exchanges: many times faster than torch's sort here
             for i in range(end):
                 low, high = torch.minimum(pieces[i], pieces[i + 1]), torch.maximum(pieces[i], pieces[i + 1])
@@ -245,8 +327,8 @@ def trimmed_mean(vectors: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def flag_mean(vectors: Sequence[Tensor], rank: int | None = None) -> Tensor:
-    """The Flag aggregator (arXiv 2302.05865) of four or more vectors g_i (P,), own included.
+def flag_mean(vectors: Sequence[Tensor], rank: int | None = None, factors: Sequence[float] | None = None) -> Tensor:
+    """The Flag aggregator (arXiv 2302.05865) of four or more vectors g_i (P,), own included, each times its factor.
 
     x_i = g_i / |g_i|; Y: the r leading left singular vectors of [w_i x_i], w_i = (|1 - |Y'x_i|^2| + 1e-7)^(-1/4), ten
     times over from w = 1; r is ceil((K + 1) / 2) unless given. The paper's result, (1 / r) sum Y Y'x_i, has lost the
@@ -267,7 +349,8 @@ def flag_mean(vectors: Sequence[Tensor], rank: int | None = None) -> Tensor:
     for columns in zip(*_chunks(*vectors), strict=True):
         wide = torch.stack(columns).double()
         products += wide @ wide.T
-    shares = _flag_shares(products, rank if rank is not None else len(vectors) // 2 + 1)
+    scale = torch.tensor([1.0] * len(vectors) if factors is None else list(factors), dtype=torch.float64)
+    shares = scale * _flag_shares(scale[:, None] * products * scale, rank or len(vectors) // 2 + 1)
     result = torch.empty_like(vectors[0])
     for place, *pieces in zip(*_chunks(result, *vectors), strict=True):
         place.copy_(shares @ torch.stack(pieces).double())

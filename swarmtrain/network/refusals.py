@@ -11,6 +11,8 @@ def rule_of(detail: str) -> str:
         "sent nothing": "stall",
         "it delivers": "stall",
         "calls a second": "flood",
+        "against the own": "direction",
+        "beyond what is usual": "huge",
         "hash": "hash",
         "finite": "finite",
         "shape": "shape",

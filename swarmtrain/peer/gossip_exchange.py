@@ -186,16 +186,16 @@ class GossipExchange(AsynchronousExchange):
         return Gathered(
             prepared=prepare(self._theta, [], self._layout) if ready is None else ready.prepared,
             merged=tuple(self._merged(each) for each in pulled),
-            gradients=self._gradients_apart([each.arrival for each in pulled]),
+            apart=self._apart([each.arrival for each in pulled]),
             run_tokens=sum(counts.values()),
             peer_tokens=counts,
         )
 
-    def _gradients_apart(self, arrivals: Sequence[Arrival]) -> tuple[Tensor, ...]:
-        """The partners' gradients for a rule that needs each of them."""
+    def _apart(self, arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
+        """What partners published, for a rule that needs each of their gradients."""
         if self.run.merge.robust not in ("trimmed", "flag"):
             return ()
-        return tuple(arrival.gradient for arrival in arrivals if arrival.tokens)
+        return tuple(arrival for arrival in arrivals if arrival.tokens)
 
     def _merged(self, pulled: Pulled) -> Merged:
         return Merged(

@@ -14,18 +14,29 @@ from typing import Any, Literal
 from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival, Layout
-from swarmtrain.algorithm.robust import DisplacementClip, GradientClip, Incident, flag_mean, per_tensor, trimmed_mean
+from swarmtrain.algorithm.robust import (
+    DirectionTrust,
+    DisplacementClip,
+    GradientClip,
+    Incident,
+    flag_mean,
+    per_tensor,
+    trimmed_mean,
+)
+from swarmtrain.errors import BadBytesError
 
 __all__ = ["Robustness", "robust_mean"]
 
 _GRADIENTS = "clipped_gradients"
 _DISPLACEMENTS = "clipped_displacements"
 _LEAST_INPUTS = 4
+_ABSURD = 0.01
+"""What would have to be cut to less than this, in every tensor, is not worth the rest, and not taken at all."""
 _MET_AFTER = 16
 _MET_WITHIN = 0.5
 """Independent random weights are 1.4 times their size apart."""
 
-Rule = Literal["none", "clip", "trimmed", "flag"]
+Rule = Literal["none", "clip", "direction", "trimmed", "flag"]
 
 
 class Robustness:
@@ -42,25 +53,41 @@ class Robustness:
         self._groups = per_tensor([place.stop - place.start for place in layout.slices])
         self._gradients = GradientClip(self._groups)
         self._displacements = DisplacementClip(enabled=met)
+        self._directions = DirectionTrust()
         self._num_merged = 0
         self._lock = threading.Lock()
 
     def accept(self, peer: str, arrival: Arrival, own_theta: Tensor) -> Arrival:
-        """What of `arrival` may enter a merge with `own_theta`, (P,)."""
+        """What of `arrival` may enter a merge with `own_theta`, (P,). BadBytesError if nothing may."""
         if self.rule == "none":
             return arrival
         with self._lock:
+            tokens, incidents = arrival.tokens, list[Incident | None]()
+            if self.rule == "direction" and tokens:
+                arrival, incident = self._trusted_untrusted(peer, arrival)
+                incidents.append(incident)
             moved = self._displacements.clip(own_theta, arrival.theta)
             arrival = dataclasses.replace(arrival, theta=moved.vector)
-            incidents = [moved.incident]
-            if arrival.tokens:  # a unit of work that both sides count alike
-                clipped = self._gradients.clip(arrival.gradient, arrival.tokens)
-                arrival = dataclasses.replace(arrival, gradient=clipped.vector)
-                incidents.append(clipped.incident)
-        for incident in incidents:
-            if incident is not None:
-                self._told(peer, incident)
+            cuts = [moved]
+            if tokens:  # a unit of work that both sides count alike
+                cuts.append(self._gradients.clip(arrival.gradient, tokens))
+                arrival = dataclasses.replace(arrival, gradient=cuts[-1].vector)
+        for cut in cuts:
+            if cut.incident is not None and max(cut.factors) < _ABSURD:
+                raise BadBytesError(f"far beyond what is usual: {cut.incident.detail}")
+            incidents.append(cut.incident)
+        for each in incidents:
+            if each is not None:
+                self._told(peer, each)
         return arrival
+
+    def _trusted_untrusted(self, peer: str, arrival: Arrival) -> tuple[Arrival, Incident | None]:
+        """What the rule "direction" makes of it. BadBytesError if it must not be taken."""
+        found = self._directions.judge(peer, arrival.gradient, arrival.tokens)
+        if found.refusal is not None:
+            raise BadBytesError(found.refusal.detail)
+        gradient = arrival.gradient if found.factor == 1 else arrival.gradient * found.factor
+        return Arrival(arrival.theta, gradient, round(arrival.tokens * found.weight)), found.incident
 
     def accept_gradient(self, peer: str, gradient: Tensor, tokens: int, theta: Tensor) -> Tensor:
         """What of a worker's pseudo-gradient (P,) may enter the weights `theta`, (P,), of a server, which has none of
@@ -85,6 +112,8 @@ class Robustness:
             with self._lock:
                 self._gradients.learn(gradient, tokens)
                 self._displacements.learn(gradient)
+                if self.rule == "direction":
+                    self._directions.learn(gradient, tokens)
 
     def merged(self, displacement: float) -> None:
         """How far apart the last merge's weights were, relative to their size. After some merges distances count
@@ -106,9 +135,14 @@ class Robustness:
             self._gradients, self._displacements = gradients, displacements
 
 
-def robust_mean(rule: Rule, gradients: Sequence[Tensor]) -> Tensor | None:
-    """The mean that `rule` puts in place of the token-weighted one, of gradients (P,), the own one first; None where it
-    has none, or too few are there."""
+def robust_mean(rule: Rule, gradients: Sequence[Tensor], tokens: Sequence[float]) -> Tensor | None:
+    """The mean that `rule` puts in place of the token-weighted one, of gradients (P,) of so many tokens, the own one
+    first; None where it has none, or too few are there.
+
+    They are compared as if each had as many tokens as weigh in the token-weighted mean: a part of a round is shorter
+    than a whole one, and would be what is trimmed."""
     if rule not in ("trimmed", "flag") or len(gradients) < _LEAST_INPUTS:
         return None
-    return trimmed_mean(gradients) if rule == "trimmed" else flag_mean(gradients)
+    usual = sum(number * number for number in tokens) / sum(tokens)
+    factors = [usual / number for number in tokens]
+    return trimmed_mean(gradients, factors) if rule == "trimmed" else flag_mean(gradients, factors=factors)

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.gossip import Prepared, gossip_merge
+from swarmtrain.algorithm.gossip import Arrival, Prepared, gossip_merge
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, Moments, learning_rate_at, moments_scale
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
@@ -110,8 +110,8 @@ class Gathered:
     merged: tuple[Merged, ...]
     run_tokens: int
     peer_tokens: Mapping[str, int]
-    gradients: tuple[Tensor, ...] = ()
-    """The partners' pseudo-gradients (P,), for a robust mean in place of the token-weighted one."""
+    apart: tuple[Arrival, ...] = ()
+    """The partners' publications that have tokens, for a robust mean in place of the token-weighted one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,7 +374,8 @@ class Trainer:
 
     def _merge_gathered(self, arrived: Gathered, own: Contribution, constants: OuterConstants) -> None:
         section = self.run.merge
-        mean = robust_mean(section.robust, [own.gradient, *arrived.gradients])
+        gradients = [own.gradient, *(arrival.gradient for arrival in arrived.apart)]
+        mean = robust_mean(section.robust, gradients, [own.tokens, *(arrival.tokens for arrival in arrived.apart)])
         if mean is not None:
             self.state = outer_step(OuterState(arrived.prepared.theta_mean, self.state.momentum), mean, constants)
         else:

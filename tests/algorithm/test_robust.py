@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,7 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.robust import DisplacementClip, GradientClip, flag_mean, per_tensor, trimmed_mean
+from swarmtrain.algorithm.robust import (
+    DirectionTrust,
+    DisplacementClip,
+    GradientClip,
+    Trusted,
+    flag_mean,
+    per_tensor,
+    trimmed_mean,
+)
 
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST = 2.0**-149
@@ -427,3 +436,87 @@ def test_the_own_way_is_a_displacement_that_is_always_let_through() -> None:
     clipped = early.clip(own, torch.full((8,), 1e20))
     assert clipped.incident is not None
     assert torch.allclose(clipped.vector, torch.full((8,), 6.0))
+
+
+# --- DirectionTrust ---
+
+
+def _trust(*peers: tuple[str, Tensor], own: Tensor) -> DirectionTrust:
+    trust = DirectionTrust()
+    trust.learn(own, 10)
+    for peer, vector in peers:
+        trust.judge(peer, vector, 10)
+    return trust
+
+
+@pytest.mark.parametrize("factor", [-1.0, -1e-20, -1e20])
+def test_a_flipped_sign_of_any_size_is_refused(factor: float) -> None:
+    own, ben, carl = _vectors(3)
+    trust = _trust(("ben", ben), ("carl", carl), own=own)
+    refusal = trust.judge("mallory", factor * ben, 10).refusal
+    assert refusal is not None and refusal.rule == "direction" and "cosine -0." in refusal.detail
+    assert trust.judge("mallory", ben, 10) == Trusted(), "it does as it should now"
+
+
+def test_honest_gradients_count_as_they_are() -> None:
+    own, *others = _vectors(8)
+    trust = _trust(own=own)
+    assert all(trust.judge(f"peer {n}", other, 10) == Trusted() for n, other in enumerate(others) for _ in range(3))
+
+
+def test_what_goes_another_way_counts_less_the_farther_it_is_off() -> None:
+    own, *others = _vectors(6)
+    trust = _trust(*((f"peer {index}", other) for index, other in enumerate(others)), own=own)
+    usual = statistics.median_low([1.0, *trust._cosines.values()])
+    aside = torch.randn(300, generator=torch.Generator().manual_seed(5))
+    aside -= own * (aside @ own) / (own @ own)
+    aside *= own.norm() / aside.norm()
+    parts = [part * usual for part in (1.0, 0.6, 0.25, 0.1, 0.0, -0.2)]
+    weights = [trust.judge("mallory", aside + part * own, 10).weight for part in parts]
+    assert weights == pytest.approx([1.0, 1.0, 0.5, 0.2, 0.0, 0.0], abs=0.05)
+
+
+@pytest.mark.parametrize(("own_steps", "steps", "least"), [(10, 10, 1.0), (10, 40, 2.0), (40, 10, 0.25)])
+def test_what_is_too_short_for_its_steps_is_lengthened_and_told_where_it_is_much(
+    own_steps: float, steps: float, least: float
+) -> None:
+    own = _vectors(1)[0]
+    trust = DirectionTrust()
+    trust.learn(own, own_steps)
+    assert trust.judge("ben", own * least * 1.01, steps) == Trusted()
+    assert trust.judge("ben", own * least / 2, steps) == Trusted(factor=pytest.approx(2.0))
+    short = trust.judge("mallory", own * least / 8, steps)
+    assert short.factor == pytest.approx(8.0) and short.incident is not None and short.incident.rule == "length"
+
+
+def test_one_peer_has_one_voice_and_of_two_that_differ_the_own_gradient_decides() -> None:
+    own, ben = _vectors(2)
+    trust = _trust(*[("mallory", -ben)] * 50, ("ben", ben), own=own)
+    assert trust.judge("ben", ben, 10).refusal is None and trust.judge("mallory", -ben, 10).refusal is not None
+    alone = _trust(own=own)
+    assert all(alone.judge("mallory", -ben, 10) == Trusted() for _ in range(50)), "one against one: who is right?"
+
+
+def test_where_most_go_the_other_way_the_own_gradient_is_no_guide() -> None:
+    own, *others = _vectors(6)
+    trust = _trust(*((f"peer {index}", -other) for index, other in enumerate(others)), own=own)
+    assert all(trust.judge(f"peer {index}", -other, 10) == Trusted() for index, other in enumerate(others))
+
+
+def test_what_has_little_in_common_counts_as_it_is() -> None:
+    """Noise alone: half of the cosines are below zero. Nor is anything known without an own gradient."""
+    generator = torch.Generator().manual_seed(0)
+    trust = _trust(own=torch.randn(3000, generator=generator))
+    noise = [torch.randn(3000, generator=generator) for _ in range(100)]
+    assert all(trust.judge(f"peer {n % 7}", vector, 10) == Trusted() for n, vector in enumerate(noise))
+    assert DirectionTrust().judge("ben", noise[0], 10) == Trusted()
+    assert _trust(own=torch.zeros(3)).judge("ben", torch.ones(3), 10) == Trusted()
+
+
+def test_the_voices_are_bounded_and_what_is_not_finite_has_none() -> None:
+    own, ben = _vectors(2)
+    trust = _trust(*((f"stranger {number}", ben) for number in range(500)), own=own)
+    assert len(trust._cosines) == 64
+    with pytest.raises(ValueError, match="not finite"):
+        trust.judge("mallory", torch.full_like(ben, math.inf), 10)
+    assert "mallory" not in trust._cosines

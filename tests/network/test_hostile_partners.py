@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-import test_gossiping
 import torch
 from test_gossiping import BEN, CARL, CODEC, DORA, RUN, SIZE, Partner, Peer
 from virtual_loop import virtually
 
 from swarmtrain.membership.partners import Mark
-from swarmtrain.network import gossiping
+from swarmtrain.network import daemon
 from swarmtrain.network.codec import PublicationCodec
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Plan
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.publications import Publication, Publisher
@@ -26,32 +26,28 @@ from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.snapshots import Body, PullLimits, TensorSpec
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-BEGAN_S = 1_000_000.0
 ROUND_S = 60.0
 STALL_S = 10.0
 
 
 @dataclass
 class Swarm:
-    """This peer among its partners, rounds of a minute, and the time."""
+    """This peer among its partners, in rounds of a minute."""
 
     me: Peer
     ben: Partner
     carl: Partner
     dora: Partner
-    clock: Callable[[], float]
     round: int = 0
 
     async def a_round(self) -> set[str]:
         """Everyone publishes, this peer's round passes; who is merged when it ends."""
         for partner in (self.carl, self.dora):
             partner.publish(self.round, 4, 1000)
-        began_s = self.clock()
-        starts_s = BEGAN_S + began_s
-        ends_s = starts_s + ROUND_S
-        self.me.gossip.begin(Plan(round=self.round, started_s=starts_s, ends_s=ends_s, prepare=list))
+        began_s = swarm_time()
+        self.me.gossip.begin(Plan(round=self.round, started_s=began_s, ends_s=began_s + ROUND_S, prepare=list))
         await asyncio.sleep(ROUND_S)
-        assert self.clock() == began_s + ROUND_S
+        assert swarm_time() == began_s + ROUND_S
         ready = self.me.gossip.take(self.round)
         self.round += 1
         return set() if ready is None else {pulled.peer for pulled in ready.pulled}
@@ -73,13 +69,12 @@ def in_virtual_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[Body_], None]:
         return work(*args)
 
     async def whole(clock: Callable[[], float], body: Body_) -> None:
-        for module in (gossiping, test_gossiping):
-            monkeypatch.setattr(module, "swarm_time", lambda: BEGAN_S + clock())
+        monkeypatch.setattr(daemon, "own_time", clock)
         ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
         me = Peer(ben, carl, dora, num_partners=2)
         pull = PullLimits(stall_limit_s=STALL_S, busy_limit_s=0.0, clock=clock)
         me.gossip.settings = replace(me.gossip.settings, pull=pull)
-        await body(Swarm(me, ben, carl, dora, clock))
+        await body(Swarm(me, ben, carl, dora))
         await me.gossip.stop()
 
     def run(body: Body_) -> None:
