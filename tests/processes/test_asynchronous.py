@@ -82,11 +82,10 @@ def nothing_delays(children: Sequence[Child], usual: Mapping[Child, float], num_
             assert event.stall_s <= LATE_S, child.history(event.round)
 
 
-def test_two_of_three_are_stopped_then_half_are_killed_and_the_run_ends_without_its_bootstrap(swarm: Swarm) -> None:
-    total = 90 * ROUND_TOKENS
-    invite = gossip_run(swarm, total)
+def test_two_of_three_are_stopped_then_half_are_killed_and_nobody_waits(swarm: Swarm) -> None:
+    invite = gossip_run(swarm)
     bootstrap = swarm.children[0]
-    anna, ben, carl = (swarm.join(name, invite, *SLOWED, prelude=SHORT_END) for name in ("anna", "ben", "carl"))
+    anna, ben, carl = (swarm.join(name, invite, *SLOWED) for name in ("anna", "ben", "carl"))
     for child in (anna, ben, carl):
         meets(child, *({anna, ben, carl} - {child}))
     bootstrap.kill()
@@ -94,8 +93,8 @@ def test_two_of_three_are_stopped_then_half_are_killed_and_the_run_ends_without_
     usual = {anna: usual_s(anna)}
     for child in (ben, carl):
         os.kill(child.process.pid, signal.SIGSTOP)
-    dora = swarm.join("dora", anna.invite.invite, *SLOWED, prelude=SHORT_END)
     nothing_delays([anna], usual)
+    dora = swarm.join("dora", anna.invite.invite, *SLOWED)
     joined = dora.wait_event(JoinedEvent)
     assert joined.round > 0 and joined.run_tokens > 0 and joined.state_from == anna.id
     assert dora.wait_event(RoundEvent).first_loss < statistics.mean(event.loss for event in anna.all(RoundEvent)[:2])
@@ -114,7 +113,16 @@ def test_two_of_three_are_stopped_then_half_are_killed_and_the_run_ends_without_
     nothing_delays(survivors, usual)
     meets(anna, dora)
     meets(dora, anna)
+    swarm.interrupt_all([anna, dora])
 
+
+def test_a_run_ends_without_its_bootstrap_and_each_volunteer_exports_it(swarm: Swarm) -> None:
+    total = 30 * ROUND_TOKENS
+    invite = gossip_run(swarm, total)
+    survivors = [swarm.join(name, invite, *SLOWED, prelude=SHORT_END) for name in ("anna", "ben", "carl")]
+    for child in survivors:
+        child.wait_event(JoinedEvent)
+    swarm.children[0].kill()
     for child in survivors:
         assert child.wait() == 0, child.story()
     done = [child.wait_event(DoneEvent) for child in survivors]
