@@ -318,10 +318,11 @@ class Node:
             with daemon.closed_on_failure():
                 opening = self._p2p.call_binary_stream_handler(self._peer_id(peer), handler)
                 _, _, writer = await asyncio.wait_for(opening, self.settings.call_limit_s)
+                replies = Replies(writer, request)
         except Exception as error:  # the adapter's boundary
             raise UnreachableError(_reason(error)) from error
         self.traffic.called(request.ByteSize(), 0)
-        return Stream(Replies(writer, request), self.traffic)
+        return Stream(replies, self.traffic)
 
     async def stub_of(self, service_type: Any, peer: str, namespace: str) -> Any:
         """A stub for calls to `peer`, whose known addresses are dialled if there is no connection."""

@@ -87,7 +87,7 @@ async def answer(
     replies_to: Callable[[_Request], AsyncGenerator[Reply, None]],
 ) -> None:
     """Read `request` from a stream of the daemon's, and send the replies; less of them if the reader hangs up."""
-    with contextlib.closing(writer), contextlib.suppress(ConnectionError, EOFError, DecodeError, TimeoutError):
+    with contextlib.closing(writer), contextlib.suppress(OSError, EOFError, DecodeError):  # of a stream that has ended
         async with asyncio.timeout(_REQUEST_LIMIT_S):
             head = await reader.readexactly(_HEAD_BYTES)
             size = int.from_bytes(head[1:], "big")
@@ -106,7 +106,7 @@ async def answer(
 
 
 async def _until_closed(reader: asyncio.StreamReader) -> None:
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(OSError):
         while await reader.read(_MAX_REQUEST_BYTES):
             pass
 
@@ -160,12 +160,14 @@ class Replies:
 
     def __init__(self, writer: asyncio.StreamWriter, request: Message) -> None:
         """Ask `request` over a stream of the daemon's that nobody has used."""
-        self._daemon = _own_socket(writer)
         self._reading: Future[Any] | None = None
-        writer.close()  # there is another descriptor now
-        self._daemon.setblocking(True)
         data = request.SerializeToString()
-        self._daemon.sendall(bytes([_MESSAGE]) + len(data).to_bytes(8, "big") + data + _END_OF_REQUESTS)
+        with contextlib.ExitStack() as if_it_fails:
+            self._daemon = if_it_fails.enter_context(_own_socket(writer))
+            writer.close()  # there is another descriptor now
+            self._daemon.setblocking(True)
+            self._daemon.sendall(bytes([_MESSAGE]) + len(data).to_bytes(8, "big") + data + _END_OF_REQUESTS)
+            if_it_fails.pop_all()
 
     async def __anext__(self) -> pb.PullReply:
         return await self._in_thread(self._message_untrusted)

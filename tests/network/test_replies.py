@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,6 +191,17 @@ def test_nothing_is_written_after_it_has_hung_up() -> None:
             await pair.write(sent[500:])
         assert bytes(rooms[0]) == before != b"x" * 1000
         assert stream._daemon.fileno() == -1
+
+    with_a_pair(body)
+
+
+def test_a_daemon_that_is_gone_is_an_error_and_leaves_nothing_open() -> None:
+    async def body(pair: Pair) -> None:
+        pair.there.close()
+        num_open = len(list(Path("/proc/self/fd").iterdir()))
+        with pytest.raises(OSError):
+            Replies(pair.ours[1], REQUEST)
+        assert len(list(Path("/proc/self/fd").iterdir())) <= num_open
 
     with_a_pair(body)
 

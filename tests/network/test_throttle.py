@@ -318,6 +318,22 @@ def test_a_reader_reads_no_faster_than_it_may() -> None:
     virtually(body)
 
 
+@pytest.mark.parametrize(("mbit", "at_once"), [(0.0, 16), (100.0, 4), (8.0, 1), (0.1, 1)])
+def test_what_a_limited_reader_takes_at_once_is_what_may_pass_together(mbit: float, at_once: int) -> None:
+    taken: list[range] = []
+
+    class Chunks(Sender):
+        async def take(self, chunks: range, room_of: Any, came: Any) -> None:
+            taken.append(chunks)
+
+    async def body() -> None:
+        stream = Stream(Chunks(), Traffic(down=Throttle(mbit * 125_000)))
+        await stream.take(range(3, 19), lambda chunk: memoryview(bytearray(CHUNK_BYTES)), lambda chunk: None)
+
+    asyncio.run(body())
+    assert taken == [range(3, 3 + at_once)]
+
+
 class OneFile(PeerCalls):
     """Calls to a peer that is busy for a while, and then sends a file."""
 
