@@ -68,7 +68,7 @@ class StateFetcher:
     async def fetch(self, peers: Sequence[str], min_round: int = 0) -> list[PeerState]:
         """The states of those of `peers` that deliver one of `min_round` or later, in their order; of the first that
         does the whole state, of the others the weights. Empty if nobody delivers."""
-        rest = list(peers)
+        rest = await self._who_answers(peers)
         whole: PeerState | None = None
         began_s = swarm_time()
         while rest and whole is None:
@@ -80,6 +80,23 @@ class StateFetcher:
             return []
         limit_s = max(_LEAST_LIMIT_S, _PATIENCE * len(rest) * (swarm_time() - began_s))
         return [whole, *await self.fetch_weights(rest, min_round, limit_s)]
+
+    async def _who_answers(self, peers: Sequence[str]) -> list[str]:
+        """Those of `peers` that answer a greeting, in their order: one that hangs would be waited for as long as making
+        a state may take. Of one alone nothing is asked, there is nobody else."""
+        answered: set[str] = set()
+
+        async def greet(peer: str) -> None:
+            try:
+                await self.calls.hello(peer, pb.HelloRequest(run_sha256=bytes.fromhex(self.settings.run_sha256)))
+                answered.add(peer)
+            except PeerError as error:
+                self._blame(peer, error)
+
+        if len(peers) < 2:
+            return list(peers)
+        await run_together(greet(peer) for peer in peers)
+        return [peer for peer in peers if peer in answered]
 
     async def fetch_weights(
         self, peers: Sequence[str], min_round: int = 0, limit_s: float | None = None
