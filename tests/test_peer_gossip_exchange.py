@@ -19,9 +19,11 @@ from torch import Tensor
 from swarmtrain.data.batches import Batches
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.pulls import SECTIONS, PullPlan, Section
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.gossiping import Gossip, Plan
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun, Swarm
@@ -131,6 +133,10 @@ class _Calls:
         return Replies(self._other(peer).store.serve(request))
 
 
+def _num_ready(gossip: Gossip, section: Section) -> int:
+    return sum(one.section == section for one in gossip._ready.pulled) if gossip._ready else 0
+
+
 class NoSlots:
     """Pulls without a limit: the network thread's loop is not there yet when these are made."""
 
@@ -158,13 +164,18 @@ class World:
 
         def take_when_there(round: int) -> Any:
             give_up_s = time.monotonic() + 30
-            while self.wants.get(peer.id, 0) > len(gossip._ready.pulled if gossip._ready else ()):
-                assert time.monotonic() < give_up_s, f"{len(gossip._pulled)} came: {gossip.doing}"
+            while any(_num_ready(gossip, section) < self.wants.get(peer.id, 0) for section in SECTIONS):
+                came = [(one.peer, one.section) for one in gossip._pulled]
+                assert time.monotonic() < give_up_s, f"only this came: {came}"
                 time.sleep(0.002)
             return take(round)
 
+        def at_once(plan: Plan) -> PullPlan:
+            due_s = (0.0,) * self.wants.get(peer.id, 0)
+            return PullPlan(due_s, due_s, "as many as the test wants")
+
         gossip.take = take_when_there  # type: ignore[method-assign]
-        gossip._num_wanted = lambda round_s: self.wants.get(peer.id, 0)  # type: ignore[method-assign]
+        gossip._pull_plan = at_once  # type: ignore[method-assign]
         for other in self.peers.values():
             other.meet(peer)
             peer.meet(other)

@@ -132,3 +132,12 @@ def test_a_gradient_against_the_own_one_is_refused_by_direction_alone() -> None:
         gate.accept("mallory", flipped, OWN)
     assert gate.accept("mallory", Arrival(USUAL.theta, -USUAL.gradient, 0), OWN), "weights alone have no direction"
     assert gate.accept("carl", USUAL, OWN) and not told
+
+
+def test_a_gradient_that_comes_alone_is_clipped_and_says_nothing_of_distances() -> None:
+    clip, told = robustness()
+    before = list(clip.kept()["clipped_displacements"]())
+    entered = clip.accept("ben", Arrival(None, torch.full((20,), 20.0), 100), OWN)
+    assert entered.theta is None and told == [("ben", "gradient")]
+    assert float(entered.gradient.abs().max()) == pytest.approx(0.3, rel=1e-4)
+    assert list(clip.kept()["clipped_displacements"]()) == before

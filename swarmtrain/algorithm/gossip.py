@@ -196,13 +196,15 @@ def variance_corrected_mean(
 
 @dataclass(frozen=True)
 class Arrival:
-    """What was pulled from a partner: its theta (P,) at its round's start, its g (P,) so far and the tokens of g.
+    """What was pulled from a partner: its theta (P,) at its round's start, its g (P,) so far and the tokens of g; or
+    one of the two, theta without tokens or g without theta.
 
     Of who was merged earlier in the same round: the differences of g and tokens since then, theta as it is.
     """
 
-    theta: Tensor
+    theta: Tensor | None
     gradient: Tensor
+    """Without tokens it is not looked at."""
     tokens: float
 
 
@@ -217,6 +219,7 @@ class Prepared:
     tokens: float
     """sum_j tokens_j over the partners."""
     num_arrivals: int
+    """How many brought anything."""
     variance_factor: float
     """See `CorrectedMean.factor`."""
     consensus_spread: float
@@ -231,6 +234,7 @@ class Prepared:
 def prepare(theta: Tensor, arrivals: Sequence[Arrival], layout: Layout) -> Prepared:
     """Average theta (P,), this peer's at its round's start, with the partners', and add up their gradients.
 
+    Each theta weighs the same, and each g as many as its tokens, whether they come from the same partners or not.
     Without arrivals the mean is `theta` itself, not a copy. Writes into none of what it is given. Raises ValueError
     when shapes differ or tokens are negative or not finite.
     """
@@ -242,9 +246,12 @@ def prepare(theta: Tensor, arrivals: Sequence[Arrival], layout: Layout) -> Prepa
     for arrival in arrivals:
         if arrival.tokens:
             gradient_sum.add_(arrival.gradient, alpha=arrival.tokens)
-    found = CorrectedMean(mean=theta, factor=1.0, spread=0.0, displacement=0.0)
-    if arrivals:
-        found = variance_corrected_mean([theta, *(arrival.theta for arrival in arrivals)], layout)
+    thetas = [arrival.theta for arrival in arrivals if arrival.theta is not None]
+    if thetas:
+        found = variance_corrected_mean([theta, *thetas], layout)
+    else:
+        mean = theta.clone() if arrivals else theta
+        found = CorrectedMean(mean=mean, factor=1.0, spread=0.0, displacement=0.0)
     return Prepared(
         theta_mean=found.mean,
         gradient_sum=gradient_sum,

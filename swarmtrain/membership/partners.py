@@ -1,4 +1,4 @@
-"""Whom to pull from, when, and what of it is new: gossip by publish and pull.
+"""Whom to pull from, and what of it is new: gossip by publish and pull (`pulls` says when, and how much).
 
 A peer publishes its round in parts: part 1, 2, ... carry the pseudo-gradient and the tokens since the round began. Who
 merged an earlier part takes the differences of both, so that each inner step of a peer enters another's merge at most
@@ -14,7 +14,6 @@ Pure: `now` and the random numbers are arguments, every answer carries its reaso
 from __future__ import annotations
 
 import heapq
-import math
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +31,7 @@ __all__ = [
     "Partners",
     "Theta",
     "Whole",
-    "expected_transfer",
     "median_round",
-    "num_partners",
-    "pull_start",
 ]
 
 _MAX_PEERS = 4096
@@ -110,6 +106,22 @@ class Ledger:
     """No forgotten mark is of a later round: until it is past that, a stranger may have been merged before."""
     _marks: dict[str, Mark] = field(default_factory=dict)
     _held: dict[str, None] = field(default_factory=dict)
+    _weights: dict[str, int] = field(default_factory=dict)
+
+    def has_new_weights(self, peer: str, mark: Mark, reference_round: int) -> bool:
+        """Whether the weights of that publication may be merged: once those of each of its rounds, so that one that
+        publishes no more holds nobody back."""
+        if mark.round <= self._weights.get(peer, -1):
+            return False
+        news = self.news(peer, mark, reference_round)
+        return not (isinstance(news, Nothing) and (news.turned_back or news.too_old))
+
+    def weights_merged(self, peer: str, mark: Mark) -> None:
+        """The weights of that publication entered a merge."""
+        self._weights.pop(peer, None)  # the last one merged stands last
+        self._weights[peer] = mark.round
+        while len(self._weights) > self.max_peers:
+            del self._weights[next(iter(self._weights))]
 
     def news(self, peer: str, mark: Mark, reference_round: int) -> News:
         """What of `peer`'s publication at `mark` may be merged; `reference_round` is the live peers' median."""
@@ -169,10 +181,6 @@ class Ledger:
         """The peers whose pseudo-gradient, as it was at their mark, is kept for a difference."""
         return frozenset(self._held)
 
-    def gradient_gone(self, peer: str) -> None:
-        """The driver does not have that pseudo-gradient any more."""
-        self._held.pop(peer, None)
-
     def mark(self, peer: str) -> Mark | None:
         """What was merged last of `peer`; None if nothing was, or it is forgotten."""
         return self._marks.get(peer)
@@ -201,7 +209,7 @@ class Ledger:
         self._marks, self._held, self.forgotten_round = marks, {}, forgotten_round
 
 
-# ---------------------------------------------------------------- how many, and when
+# ---------------------------------------------------------------- how far the others are
 
 
 def median_round(rounds: Iterable[int]) -> int:
@@ -209,47 +217,6 @@ def median_round(rounds: Iterable[int]) -> int:
     further, so that the one behind is seen to be."""
     ordered = sorted(rounds)
     return ordered[len(ordered) // 2]
-
-
-def num_partners(
-    num_live_others: int, transfer_bytes: int, down_bytes_per_s: float | None, round_s: float, configured: int = 3
-) -> tuple[int, str]:
-    """Partners of a round, with the reason: `configured`, at most everyone, at most what the link carries in half a
-    round, and never below 1 while anybody is there. `down_bytes_per_s` is None while nothing was measured."""
-    if num_live_others < 1:
-        return 0, "nobody else is there"
-    wanted = max(1, configured)
-    num, reason = wanted, f"{wanted} partners are configured"
-    if num_live_others < num:
-        num, reason = num_live_others, f"only {num_live_others} others are there"
-    if down_bytes_per_s is not None and transfer_bytes > 0:
-        carried = math.floor(down_bytes_per_s * round_s / 2 / transfer_bytes)
-        if carried < num:
-            num, reason = max(1, carried), f"the link carries {carried or 'less than one'} in half a round"
-    return num, reason
-
-
-def pull_start(
-    round_started_s: float, round_expected_end_s: float, expected_transfer_s: float | None
-) -> tuple[float, str]:
-    """When to begin to pull, with the reason: as late as the link allows, since what comes late is fresh.
-
-    `expected_transfer_s` is for all partners of the round together; None before the first pull.
-    """
-    if expected_transfer_s is None:
-        half_s = (round_expected_end_s - round_started_s) / 2
-        return round_started_s + max(0.0, half_s), "half of the round: how long a transfer takes is not known yet"
-    when_s = round_expected_end_s - 2 * expected_transfer_s
-    if when_s <= round_started_s:
-        return round_started_s, f"at once: the transfers are expected to take {expected_transfer_s:.1f} s"
-    return when_s, f"twice the expected {expected_transfer_s:.1f} s before the round's end"
-
-
-def expected_transfer(durations_s: Sequence[float]) -> float | None:
-    """What to expect of the next round's transfers, given the last ones' (all partners of a round together, those
-    that came), in seconds: the slower quarter of the last eight begins there. None without any."""
-    last = sorted(durations_s[-8:])
-    return last[(3 * len(last)) // 4] if last else None
 
 
 # ---------------------------------------------------------------- whom

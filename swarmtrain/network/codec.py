@@ -18,7 +18,9 @@ from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.algorithm.outer import weighted_mean
 from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode, encoded_size_bytes
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.partners import Difference, News, Theta
+from swarmtrain.membership.partners import News
+from swarmtrain.membership.pulls import SectionBytes
+from swarmtrain.network.chunks import Cut
 from swarmtrain.network.snapshots import Body, Held, TensorSpec, all_finite
 
 __all__ = [
@@ -157,6 +159,16 @@ class PublicationCodec:
         """The tensor table of a publication."""
         return self._theta.tensors + self._gradient.tensors
 
+    @property
+    def sizes(self) -> SectionBytes:
+        """What each part of a publication weighs."""
+        return SectionBytes(weights=self._theta.size_bytes, gradient=self._gradient.size_bytes)
+
+    @property
+    def cut(self) -> Cut:
+        """Each of the two can be pulled without the other."""
+        return Cut((self._theta.size_bytes, self._gradient.size_bytes))
+
     def encode_theta(self, theta: Tensor) -> memoryview:
         """The bytes of theta (P,), the same for all publications of a round."""
         return self._theta.encode(theta)
@@ -165,17 +177,19 @@ class PublicationCodec:
         """The bytes of a pseudo-gradient (P,), as of a part of a round; not for several threads at once."""
         return self._gradient.encode_sum(gradient, round, part)
 
-    def arrival_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
-        """What enters a merge of a publication whose bytes are here; BadBytesError if there is a number that is not
-        finite. `earlier` is the publication that `news` is the difference to; without it only theta enters."""
+    def weights_untrusted(self, held: Held) -> Arrival:
+        """Theta (P,) of a publication whose first section is here; BadBytesError if it is not finite."""
         theta = self._theta.decode_untrusted(held)
-        if isinstance(news, Theta) or (isinstance(news, Difference) and earlier is None):
-            return Arrival(theta, theta, 0)  # without tokens a gradient is not looked at
+        return Arrival(theta, theta, 0)  # without tokens a gradient is not looked at
+
+    def gradient_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
+        """What is new of the pseudo-gradient (P,) of a publication whose second section is here; BadBytesError if it is
+        not finite. `earlier` is the publication that `news` is the difference to."""
         gradient = self._gradient.decode_untrusted(held, self._theta.size_bytes)
         if earlier is not None:
             gradient -= self._gradient.decode_untrusted(earlier, self._theta.size_bytes)
             _check_finite_untrusted(gradient)
-        return Arrival(gradient=gradient, theta=theta, tokens=news.tokens)
+        return Arrival(theta=None, gradient=gradient, tokens=news.tokens)
 
 
 def _check_finite_untrusted(vector: Tensor) -> None:

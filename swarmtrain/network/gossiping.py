@@ -1,9 +1,9 @@
 """Pulling what partners published, in the background of this peer's own round: nobody waits for anybody.
 
 Runs in the network thread, beside the trainer. As late in the round as the link allows it asks a few partners for
-their newest publication, pulls, checks and decodes it, and has the merge prepared; at the round's end the trainer takes
-what is ready. What comes later is there for the next round. Whoever has nothing new, is busy, slow, gone or wrong
-costs its place, and another is tried.
+their newest publication, pulls its weights or its pseudo-gradient (`membership.pulls` says of how many, and when),
+checks and decodes it, and has the merge prepared; at the round's end the trainer takes what is ready. What comes later
+is there for the next round. Whoever has nothing new, is busy, slow, gone or wrong costs its place: another is tried.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import logging
 import random
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,11 +27,10 @@ from swarmtrain.membership.partners import (
     News,
     Nothing,
     Partners,
-    expected_transfer,
+    Theta,
     median_round,
-    num_partners,
-    pull_start,
 )
+from swarmtrain.membership.pulls import SECTIONS, PullPlan, PullTimes, Section, SectionBytes, plan_pulls
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Routes
@@ -50,7 +48,6 @@ _LOOK_S = 0.25
 _RETRIES_A_ROUND = 8
 _SLOW_FACTOR = 3.0
 _LEAST_SLOW_S = 1.0
-_KEPT_DURATIONS = 8
 _OLD_PULL_S = 30.0
 _OLD_PULL_ROUNDS = 2
 _RESTART_ROUNDS = 2
@@ -66,15 +63,16 @@ class GossipSettings(PublicationRules):
     """What the run file says about publications, and about merging them."""
 
     num_partners: int
+    sizes: SectionBytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pulled:
-    """A publication of a partner, decoded: `arrival` is what the merge takes."""
+    """The weights or the gradient of a partner's publication, decoded: `arrival` is what the merge takes."""
 
+    section: Section
     peer: str
     mark: Mark
-    news: News
     arrival: Any
     held: Held
     inner_steps: int
@@ -100,7 +98,10 @@ class _Ready:
     prepared: Any
 
 
-Decode = Callable[[Held, News, Held | None], Any]
+DecodeWeights = Callable[[Held], Any]
+"""Publication -> arrival; BadBytesError if it is none."""
+
+DecodeGradient = Callable[[Held, News, Held | None], Any]
 """(publication, what of it is new, the one that was merged before) -> arrival; BadBytesError if it is none."""
 
 
@@ -112,7 +113,8 @@ class Gossip:
     calls: PeerCalls
     membership: Membership
     settings: GossipSettings
-    decode: Decode
+    decode_weights: DecodeWeights
+    decode_gradient: DecodeGradient
     presence: Callable[[], pb.Signed]
     heard_untrusted: Callable[[str, pb.PublicationReply], None]
     """Told what a peer answered, before anything else is done with it."""
@@ -129,18 +131,15 @@ class Gossip:
     """How to get at those that cannot be called; None: everyone can."""
     rng: random.Random = field(default_factory=random.Random)
     round: int = 0
-    doing: str = ""
-    """What it waits for, for a person."""
     _partners: Partners = field(init=False)
     _pulled: list[Pulled] = field(default_factory=list)
     _ready: _Ready | None = None
     _merged: dict[str, Held] = field(default_factory=dict)
     _turned_back: dict[str, int] = field(default_factory=dict)
     """Whose counter turned back, and in which round of this peer that was seen."""
-    _pulls: dict[str, tuple[asyncio.Task[None], float]] = field(default_factory=dict)
+    _pulls: dict[tuple[str, Section], tuple[asyncio.Task[None], float]] = field(default_factory=dict)
     _idle_until_s: dict[str, float] = field(default_factory=dict)
-    _durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_DURATIONS))
-    """From asking a partner to a prepared merge, of the last pulls; those of a round go on side by side."""
+    _times: PullTimes = field(default_factory=PullTimes)
     _filling: asyncio.Task[None] | None = None
     _preparing: asyncio.Task[None] | None = None
     _plan: Plan | None = None
@@ -149,11 +148,6 @@ class Gossip:
 
     def __post_init__(self) -> None:
         self._partners = Partners(self.ledger, variant=self.variant)
-
-    @property
-    def publication_bytes(self) -> int:
-        """Size of one publication."""
-        return sum(spec.size_bytes for spec in self.settings.specs)
 
     # ------------------------------------------------------------- the trainer's side
 
@@ -164,17 +158,22 @@ class Gossip:
             if ready is None or ready.round != round:
                 return None
             reference = self._reference_round()
-            self._pulled = [pulled for pulled in self._pulled if self._is_news(pulled, reference)]
+            self._pulled = [pulled for pulled in self._pulled if self._is_of_use(pulled, reference)]
             if any(pulled not in self._pulled for pulled in ready.pulled):
                 return None  # some of it is too old by now; the rest is prepared anew for the next round
             self._pulled = [pulled for pulled in self._pulled if pulled not in ready.pulled]
             for pulled in ready.pulled:
-                self.ledger.merged(pulled.peer, pulled.mark, reference)
-                self._merged[pulled.peer] = pulled.held
+                if pulled.section == "weights":
+                    self.ledger.weights_merged(pulled.peer, pulled.mark)
+                else:
+                    self.ledger.merged(pulled.peer, pulled.mark, reference)
+                    self._merged[pulled.peer] = pulled.held
             self._merged = {peer: held for peer, held in self._merged.items() if peer in self.ledger.held}
             return ready
 
-    def _is_news(self, pulled: Pulled, reference: int) -> bool:
+    def _is_of_use(self, pulled: Pulled, reference: int) -> bool:
+        if pulled.section == "weights":
+            return self.ledger.has_new_weights(pulled.peer, pulled.mark, reference)
         return not isinstance(self.ledger.news(pulled.peer, pulled.mark, reference), Nothing)
 
     def forget_pulled(self) -> None:
@@ -211,24 +210,36 @@ class Gossip:
 
     async def _fill(self, plan: Plan) -> None:
         """Pull from as many partners as there should be, others in place of those that fail, until the round ends."""
-        when_s, reason = pull_start(plan.started_s, plan.ends_s, self._transfer_s())
-        _log.debug("round %d: pulls in %.2f s: %s", plan.round, when_s - swarm_time(), reason)
-        await asyncio.sleep(max(0.0, when_s - swarm_time()))
-        round_s = plan.ends_s - plan.started_s
+        if self._times.bytes_per_s is None and (known_s := self.expected_s(self.settings.sizes.both)):
+            self._times.assume(self.settings.sizes.both / known_s)
         failed: set[str] = set()
+        reason = ""
         while self._plan is plan:
-            news = self._news
-            while self._num_coming() < self._num_wanted(round_s) and len(self._pulls) < self._most_pulls:
-                peer = self._choose(failed)
-                if peer is None:
-                    break
-                self._start_pull(peer, failed, round_s)
+            news, now, pulls = self._news, swarm_time(), self._pull_plan(plan)
+            if pulls.reason != reason:
+                reason = pulls.reason
+                _log.debug("round %d: pulls in %.2f s: %s", plan.round, (pulls.next_s(0.0) or now) - now, reason)
+            for section in SECTIONS:
+                self._begin_due(section, pulls.num_due(section, now), failed, plan)
+            next_s = pulls.next_s(now)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), _LOOK_S)
+                await asyncio.wait_for(news.wait(), _LOOK_S if next_s is None else min(_LOOK_S, next_s - now))
+
+    def _pull_plan(self, plan: Plan) -> PullPlan:
+        others, settings = len(self.membership.volunteers()), self.settings
+        return plan_pulls(others, plan.started_s, plan.ends_s, settings.sizes, self._times, settings.num_partners)
+
+    def _begin_due(self, section: Section, num_due: int, failed: set[str], plan: Plan) -> None:
+        """Begin pulls until as many are here or on their way as are due."""
+        while self._num_coming(section) < num_due and len(self._pulls) < self._most_pulls:
+            peer = self._choose(section, failed)
+            if peer is None:
+                return
+            self._start_pull(peer, section, failed, plan.ends_s - plan.started_s)
 
     @property
     def _most_pulls(self) -> int:
-        return 2 * self.settings.num_partners
+        return 4 * self.settings.num_partners
 
     def _give_up_old_pulls(self, plan: Plan) -> None:
         """A pull that has gone on for rounds would bring what is too old."""
@@ -241,63 +252,67 @@ class Gossip:
         live = {info.peer for info in self.membership.volunteers()}
         self._turned_back = {peer: round for peer, round in self._turned_back.items() if peer in live}
 
-    def _transfer_s(self) -> float | None:
-        """How long the pulls of a round are expected to take, side by side; None while nothing is known."""
-        known_s = expected_transfer(list(self._durations_s))
-        return known_s or self.expected_s(self.settings.num_partners * self.publication_bytes)
+    def _num_coming(self, section: Section) -> int:
+        """Pulls of it that are here or on their way; a slow one does not keep another from being tried."""
+        rate, settings = self._times.bytes_per_s, self.settings
+        expected_s = settings.num_partners * settings.sizes.both / rate if rate else 0.0
+        slow_s = swarm_time() - max(_LEAST_SLOW_S, _SLOW_FACTOR * (self._times.overhead_s + expected_s))
+        return len(self._coming(section, slow_s))
 
-    def _num_wanted(self, round_s: float) -> int:
-        transfer_s = self._transfer_s()
-        per_s = None
-        if transfer_s:  # each beside the others
-            per_s = self.settings.num_partners * self.publication_bytes / transfer_s
-        others = len(self.membership.volunteers())
-        return num_partners(others, self.publication_bytes, per_s, round_s, self.settings.num_partners)[0]
-
-    def _num_coming(self) -> int:
-        """Publications that are here or on their way; a slow one does not keep another from being tried."""
-        expected_s = self._transfer_s() or 0.0
-        slow_s = swarm_time() - max(_LEAST_SLOW_S, _SLOW_FACTOR * expected_s)
-        coming = {peer for peer, (_, began_s) in self._pulls.items() if began_s > slow_s}
-        return len(coming | {pulled.peer for pulled in self._pulled})
+    def _coming(self, section: Section, since_s: float = float("-inf")) -> set[str]:
+        """Whose is here, or on its way since then."""
+        here = {pulled.peer for pulled in self._pulled if pulled.section == section}
+        begun = self._pulls.items()
+        return here | {peer for (peer, what), (_, began_s) in begun if what == section and began_s > since_s}
 
     def _reference_round(self) -> int:
         return median_round([self.round, *(info.round for info in self.membership.volunteers())])
 
-    def _choose(self, failed: set[str]) -> str | None:
+    def _choose(self, section: Section, failed: set[str]) -> str | None:
+        """Whose to pull next; gradients of those first whose weights are merged."""
         now = swarm_time()
         idle = {peer for peer, until_s in self._idle_until_s.items() if now < until_s}
-        exclude = {self.me, *failed, *idle, *self._pulls, *(pulled.peer for pulled in self._pulled)}
+        exclude = {self.me, *failed, *idle, *self._coming(section)}
         candidates = [_candidate(info, self.settings.num_parts) for info in self.membership.volunteers()]
+        if section == "gradient":
+            first = self._coming("weights") - exclude
+            candidates = [one for one in candidates if one.peer in first] or candidates
         with self._lock:
             reference = self._reference_round()
-            peer, reason = self._partners.choose(
+            peer, _ = self._partners.choose(
                 candidates, exclude=exclude, reference_round=reference, now=now, rng=self.rng
             )
-        self.doing = "" if peer else reason
         return peer
 
-    def _start_pull(self, peer: str, failed: set[str], round_s: float) -> None:
+    def _start_pull(self, peer: str, section: Section, failed: set[str], round_s: float) -> None:
         async def pull() -> None:
-            failed.add(peer)  # unless it goes well
+            went_well = False
             try:
-                came = await self._pull(peer)
-                failed.discard(peer)
+                came = await self._pull(peer, section)
+                went_well = True
                 if not came:
                     self._partners.back_off.answered(peer)
                     self._idle_until_s[peer] = swarm_time() + max(_LOOK_S, round_s / _RETRIES_A_ROUND)
             except (BusyError, _HostsFailedError):
-                failed.discard(peer)  # it may be free again within the round
+                went_well = True  # it may be free again within the round
                 _log.debug("%s is %s", peer, self._partners.back_off.busy(peer, swarm_time()))
             except PeerError as error:
-                _log.debug("%s: %s", peer, self._partners.back_off.failed(peer, swarm_time(), str(error)))
-                if error.is_incident:
-                    self.refused(peer, error)
+                self._failed(peer, error, failed)
             finally:
-                self._pulls.pop(peer, None)
+                if not went_well:
+                    failed.add(peer)
+                self._pulls.pop((peer, section), None)
                 self._tell()
 
-        self._pulls[peer] = (logged(asyncio.create_task(pull()), "gossip"), swarm_time())
+        self._pulls[peer, section] = (logged(asyncio.create_task(pull()), "gossip"), swarm_time())
+
+    def _failed(self, peer: str, error: PeerError, failed: set[str]) -> None:
+        """It is left alone for a while; what it does in both its sections is told once."""
+        if peer in failed:
+            return
+        _log.debug("%s: %s", peer, self._partners.back_off.failed(peer, swarm_time(), str(error)))
+        if error.is_incident:
+            self.refused(peer, error)
 
     def _tell(self) -> None:
         self._news.set()
@@ -305,57 +320,43 @@ class Gossip:
 
     # ------------------------------------------------------------- one pull
 
-    async def _pull(self, peer: str) -> bool:
-        """Bring the newest publication of `peer` here, from itself or one of its hosts after the other; False if it has
-        none that is new. Raises PeerError."""
+    async def _pull(self, peer: str, section: Section) -> bool:
+        """Bring a section of the newest publication of `peer` here, from itself or one of its hosts after the other;
+        False if there is none that can be merged. Raises PeerError."""
         sources = (peer,) if self.routes is None else await self.routes.to(peer)
         failure = _HostsFailedError("nobody can dial it, and it has no host that can be asked")
         for source in sources:
             try:
-                return await self._pull_from(peer, source)
+                return await self._pull_from(peer, source, section)
             except _HostsFailedError as error:
                 failure = error
         raise failure
 
-    async def _pull_from(self, peer: str, source: str) -> bool:
-        began_s, mark = swarm_time(), self.ledger.mark(peer)
-        request = pb.PublicationRequest(has_any=mark is not None, presence=self.presence())
-        if mark is not None:
-            request.round, request.part = mark.round, mark.part
-        is_own = source == peer
-        if is_own:
-            reply = await self.calls.publication(peer, request)
-            self.heard_untrusted(peer, reply)
-            if reply.busy:
-                raise BusyError("it serves as many readers as it may")
-        else:
-            request.author = peer_bytes(peer)
-            reply = await self._ask_host(peer, source, request)
+    async def _pull_from(self, peer: str, source: str, section: Section) -> bool:
+        began_s = swarm_time()
+        reply = await self._ask(peer, source, self.ledger.mark(peer) if section == "gradient" else None)
         if not reply.HasField("manifest"):
             return False
         held, mark = publication_untrusted(self.settings, peer, reply.manifest)
-        manifest = held.snapshot.manifest
-        with self._lock:
-            news = self.ledger.news(peer, mark, self._reference_round())
-        if isinstance(news, Nothing):
-            if is_own:
-                self._check_counters_untrusted(peer, mark, news)
-            _log.debug("%s has nothing new: %s", peer, news.reason)
+        if self._news_untrusted(peer, mark, section, is_own=source == peer) is None:
             return False
         self._turned_back.pop(peer, None)
-        await self._bring(peer, held, source)
-        with self._lock:  # it may have taken long
-            news = self.ledger.news(peer, mark, self._reference_round())
-        if isinstance(news, Nothing):
+        bytes_s = await self._bring(peer, held, source, section)
+        news = self._news_untrusted(peer, mark, section, is_own=False)  # it may have taken long
+        if news is None:
             return False
-        earlier = self._merged.get(peer) if isinstance(news, Difference) else None
-        arrival = await asyncio.to_thread(self.decode, held, news, earlier)
+        if section == "weights":
+            arrival = await asyncio.to_thread(self.decode_weights, held)
+        else:
+            earlier = self._merged.get(peer) if isinstance(news, Difference) else None
+            arrival = await asyncio.to_thread(self.decode_gradient, held, news, earlier)
+        manifest = held.snapshot.manifest
         self.counted(peer, manifest.author_tokens)
         self.heard_rows_untrusted(peer, manifest.coverage)
         pulled = Pulled(
+            section=section,
             peer=peer,
             mark=mark,
-            news=news,
             arrival=arrival,
             held=held,
             inner_steps=manifest.inner_steps,
@@ -365,8 +366,39 @@ class Gossip:
             self._pulled.append(pulled)
         self._partners.back_off.answered(peer)  # before it can turn out that nothing can be merged with it
         await asyncio.shield(self._prepare_soon())
-        self._durations_s.append(swarm_time() - began_s)
+        self._times.merged(swarm_time() - began_s - bytes_s)
         return True
+
+    async def _ask(self, peer: str, source: str, known: Mark | None) -> pb.PublicationReply:
+        """What `source`, `peer` itself or a host of its, has of `peer` that is newer than what is known."""
+        request = pb.PublicationRequest(has_any=known is not None, presence=self.presence())
+        if known is not None:
+            request.round, request.part = known.round, known.part
+        if source != peer:
+            request.author = peer_bytes(peer)
+            return await self._ask_host(peer, source, request)
+        reply = await self.calls.publication(peer, request)
+        self.heard_untrusted(peer, reply)
+        if reply.busy:
+            raise BusyError("it serves as many readers as it may")
+        return reply
+
+    def _news_untrusted(self, peer: str, mark: Mark, section: Section, *, is_own: bool) -> News | None:
+        """What of a section of `peer`'s publication can be merged, None if nothing can. BadBytesError if what it
+        publishes itself (`is_own`) is old."""
+        with self._lock:
+            reference = self._reference_round()
+            news = self.ledger.news(peer, mark, reference)
+            has_new_weights = self.ledger.has_new_weights(peer, mark, reference)
+        if isinstance(news, Nothing) and is_own:
+            self._check_counters_untrusted(peer, mark, news)
+        if section == "weights":
+            return news if has_new_weights else None
+        is_there = not isinstance(news, Difference) or peer in self._merged
+        if isinstance(news, Nothing | Theta) or not is_there:
+            _log.debug("%s has nothing new: %s", peer, news.reason)
+            return None
+        return news
 
     def _check_counters_untrusted(self, peer: str, mark: Mark, news: Nothing) -> None:
         """BadBytesError if `peer` publishes what is too old, or its counter turned back for good.
@@ -401,18 +433,26 @@ class Gossip:
             self.refused(host, error)
         return _HostsFailedError(f"its host failed: {error}")
 
-    async def _bring(self, peer: str, held: Held, source: str) -> None:
-        """Pull the bytes. Raises the PeerError that says why not: BusyError when it serves others."""
+    async def _bring(self, peer: str, held: Held, source: str, section: Section) -> float:
+        """Pull the bytes of a section; returns the seconds that took. Raises the PeerError that says why not: BusyError
+        when it serves others."""
+        assert self.settings.cut is not None
+        chunks, began_s, came_bytes = self.settings.cut.chunks_of(SECTIONS.index(section)), swarm_time(), None
+        self._times.bytes_begin(began_s)
         try:
-            wrong = await bring(self.calls, source, held, self.settings.pull)
+            wrong = await bring(self.calls, source, held, self.settings.pull, chunks)
+            came_bytes = sum(held.snapshot.chunk_size(chunk) for chunk in chunks)
         except PeerError as error:
             if source == peer:
                 raise
             raise self._host_failed(source, error) from error
+        finally:
+            self._times.bytes_end(swarm_time(), came_bytes)
         if wrong is not None and wrong.is_incident:
             self.refused(source, wrong)
         if self.routes is not None and source != peer:
             self.routes.answered(source)
+        return swarm_time() - began_s
 
     # ------------------------------------------------------------- preparing
 

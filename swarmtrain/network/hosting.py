@@ -17,7 +17,7 @@ from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.membership.hosts import Guests, most_guests
 from swarmtrain.membership.lifecycle import Membership
 from swarmtrain.membership.partners import BackOff
-from swarmtrain.network.bringing import bring
+from swarmtrain.network.bringing import bring, take_over
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.node import Node
@@ -121,6 +121,8 @@ class Hosting:
         if not reply.HasField("manifest"):
             return
         held, _ = publication_untrusted(self.rules, guest, reply.manifest)
+        if kept.held:
+            await asyncio.to_thread(take_over, held, kept.held[-1])
         await bring(self.calls, guest, held, self.rules.pull)
         if guest not in self.guests.current(swarm_time()):
             return

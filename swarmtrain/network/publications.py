@@ -14,6 +14,7 @@ from typing import Protocol
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import Mark
+from swarmtrain.network.chunks import Cut
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.offering import FillManifest
 from swarmtrain.network.signing import open_signed_untrusted
@@ -51,6 +52,8 @@ class PublicationRules:
     max_tokens: int
     num_parts: int
     pull: PullLimits
+    cut: Cut | None = None
+    """Into sections that are pulled apart; None: it has one."""
 
 
 def is_signed_by_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed) -> bool:
@@ -63,7 +66,7 @@ def is_signed_by_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed
 
 def publication_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed) -> tuple[Held, Mark]:
     """Room for the publication that a manifest of `peer` names, and its place; BadBytesError if it is nonsense."""
-    snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, rules.specs)
+    snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, rules.specs, rules.cut)
     manifest = snapshot.manifest
     if snapshot.author != peer:
         raise BadBytesError("a publication of another peer than the one that sent it")
@@ -102,6 +105,7 @@ class Publisher:
     store: SnapshotStore
     newest: Publication | None = None
     """Set by the trainer's thread, read in the network's."""
+    cut: Cut | None = None
     shard_rows: Callable[[], Iterable[pb.Signed]] = tuple
     """Who has seen which data, for the manifest."""
     _built: deque[tuple[object, Held]] = field(default_factory=deque)
@@ -140,4 +144,4 @@ class Publisher:
             coverage=self.shard_rows(),
         )
         publication.fill(manifest)
-        return build_snapshot(self.identity, manifest, self.specs, publication.encode())
+        return build_snapshot(self.identity, manifest, self.specs, publication.encode(), self.cut)

@@ -17,7 +17,8 @@ from typing import Any
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
-from swarmtrain.membership.partners import BackOff, expected_transfer, pull_start
+from swarmtrain.membership.partners import BackOff
+from swarmtrain.membership.pulls import expected_transfer, pull_start
 from swarmtrain.membership.serving import HandIn, HandIns, Marks
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
@@ -289,8 +290,6 @@ class ServerLink:
     refused: Callable[[str, PeerError], None]
     heard_s: float = field(default_factory=swarm_time)
     """When the server answered last."""
-    doing: str = ""
-    """What it waits for, for a person."""
     _came: ServedWeights | None = None
     _has_arrivals: int | None = None
     _durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_DURATIONS))
@@ -339,8 +338,7 @@ class ServerLink:
             held = await self.pulls.bring(self.server, snapshot)
             theta = await asyncio.to_thread(self.decode, held)
         except PeerError as error:
-            self.doing = f"the server: {error}"
-            _log.debug("%s", self.doing)
+            _log.debug("the server: %s", error)
             if error.is_incident:
                 self.refused(self.server, error)
             return False
@@ -353,7 +351,7 @@ class ServerLink:
                 run_tokens=snapshot.manifest.run_tokens,
                 pull_s=now - began_s,
             )
-        self._has_arrivals, self.heard_s, self.doing = arrivals, now, ""
+        self._has_arrivals, self.heard_s = arrivals, now
         self._durations_s.append(now - began_s)
         return True
 

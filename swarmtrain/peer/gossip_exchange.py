@@ -55,9 +55,12 @@ _COVERAGE = "coverage"
 def gossip_settings(swarm: Swarm) -> GossipSettings:
     """What the run file says about publications and merging them."""
     section, rounds = swarm.published.run.merge, swarm.rounds.settings
+    codec = PublicationCodec(swarm.specs, section.theta_format, section.gradient_format)
     return GossipSettings(
         run_sha256=rounds.run_sha256,
-        specs=PublicationCodec(swarm.specs, section.theta_format, section.gradient_format).tensors,
+        specs=codec.tensors,
+        cut=codec.cut,
+        sizes=codec.sizes,
         max_tokens=rounds.max_tokens,
         num_parts=section.publications_per_round,
         num_partners=section.num_partners,
@@ -91,14 +94,20 @@ class GossipExchange(AsynchronousExchange):
         self._robustness = Robustness(section.robust, self._layout, self._tell_clipped, met=section.init == "common")
         settings = gossip_settings(swarm)
         self.publisher = Publisher(
-            swarm.identity, settings.run_sha256, settings.specs, swarm.store, shard_rows=lambda: rows_of(swarm.coverage)
+            swarm.identity,
+            settings.run_sha256,
+            settings.specs,
+            swarm.store,
+            cut=settings.cut,
+            shard_rows=lambda: rows_of(swarm.coverage),
         )
         self.gossip = Gossip(
             me=swarm.identity.peer_id,
             calls=swarm.calls,
             membership=swarm.membership,
             settings=settings,
-            decode=self._decode_untrusted,
+            decode_weights=self._decode_weights_untrusted,
+            decode_gradient=self._decode_gradient_untrusted,
             presence=swarm.signed_presence,
             heard_untrusted=swarm.heard_untrusted,
             counted=swarm.tallying.hear,
@@ -185,7 +194,7 @@ class GossipExchange(AsynchronousExchange):
             self._robustness.merged(ready.prepared.displacement)
         return Gathered(
             prepared=prepare(self._theta, [], self._layout) if ready is None else ready.prepared,
-            merged=tuple(self._merged(each) for each in pulled),
+            merged=self._merged(pulled),
             apart=self._apart([each.arrival for each in pulled]),
             run_tokens=sum(counts.values()),
             peer_tokens=counts,
@@ -197,19 +206,30 @@ class GossipExchange(AsynchronousExchange):
             return ()
         return tuple(arrival for arrival in arrivals if arrival.tokens)
 
-    def _merged(self, pulled: Pulled) -> Merged:
-        return Merged(
-            peer=pulled.peer,
-            round=pulled.mark.round,
-            part=pulled.mark.part,
-            tokens=pulled.arrival.tokens,
-            staleness_rounds=self._round - pulled.mark.round,
-            pull_s=pulled.pull_s,
+    def _merged(self, pulled: Sequence[Pulled]) -> tuple[Merged, ...]:
+        """What was merged of each partner: its weights, its pseudo-gradient or both."""
+        by_peer: dict[str, list[Pulled]] = {}
+        for each in pulled:
+            by_peer.setdefault(each.peer, []).append(each)
+        return tuple(
+            Merged(
+                peer=peer,
+                round=(newest := max(each.mark.round for each in sections)),
+                part=max(each.mark.part for each in sections if each.mark.round == newest),
+                tokens=sum(each.arrival.tokens for each in sections),
+                staleness_rounds=self._round - newest,
+                pull_s=max(each.pull_s for each in sections),
+            )
+            for peer, sections in by_peer.items()
         )
 
-    def _decode_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
-        """What enters a merge of a publication: decoded, and clipped as the run's rule says."""
-        arrival = self._codec.arrival_untrusted(held, news, earlier)
+    def _decode_weights_untrusted(self, held: Held) -> Arrival:
+        """What enters a merge of a publication's weights: decoded, and clipped as the run's rule says."""
+        return self._robustness.accept(held.snapshot.author, self._codec.weights_untrusted(held), self._theta)
+
+    def _decode_gradient_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
+        """The same of its pseudo-gradient."""
+        arrival = self._codec.gradient_untrusted(held, news, earlier)
         return self._robustness.accept(held.snapshot.author, arrival, self._theta)
 
     def _tell_clipped(self, peer: str, incident: Incident) -> None:

@@ -66,9 +66,10 @@ class Robustness:
             if self.rule == "direction" and tokens:
                 arrival, incident = self._trusted_untrusted(peer, arrival)
                 incidents.append(incident)
-            moved = self._displacements.clip(own_theta, arrival.theta)
-            arrival = dataclasses.replace(arrival, theta=moved.vector)
-            cuts = [moved]
+            cuts = []
+            if arrival.theta is not None:
+                cuts.append(self._displacements.clip(own_theta, arrival.theta))
+                arrival = dataclasses.replace(arrival, theta=cuts[-1].vector)
             if tokens:  # a unit of work that both sides count alike
                 cuts.append(self._gradients.clip(arrival.gradient, tokens))
                 arrival = dataclasses.replace(arrival, gradient=cuts[-1].vector)

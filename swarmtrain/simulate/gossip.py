@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,11 +26,9 @@ from swarmtrain.membership.partners import (
     Nothing,
     Partners,
     Theta,
-    expected_transfer,
     median_round,
-    num_partners,
-    pull_start,
 )
+from swarmtrain.membership.pulls import SECTIONS, PullTimes, Section, SectionBytes, plan_pulls
 from swarmtrain.membership.shards import Coverage, Row
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Network, Refused
@@ -49,7 +48,7 @@ class GossipSettings:
     pacing: bool = True
     max_staleness_rounds: int = 8
     max_readers: int = 4
-    publication_bytes: int = 2_000_000
+    sizes: SectionBytes = field(default_factory=lambda: SectionBytes(weights=1_000_000, gradient=1_000_000))
     outer_learning_rate: float = 0.7
     outer_momentum: float = 0.8
     inner_rate: float = 0.0
@@ -58,6 +57,15 @@ class GossipSettings:
     stall_limit_s: float = 10.0
     sample: int = 16
     """Presences that a peer reads a round: of a large swarm it knows a sample."""
+
+    @property
+    def publication_bytes(self) -> int:
+        """A publication with all its sections."""
+        return self.sizes.both
+
+    def section_bytes(self, section: Section) -> int:
+        """One of them."""
+        return self.sizes.weights if section == "weights" else self.sizes.gradient
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,10 @@ class Publication:
     theta: float
     gradient: float
     rows: tuple[Row, ...] = ()
+
+    def name_of(self, section: Section) -> str:
+        """What to ask for to have it."""
+        return f"{section} {self.mark.round} {self.mark.part}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +105,18 @@ class _Round:
 
     started_s: float
     steps: int
-    asked: set[str] = field(default_factory=set)
-    open: int = 0
-    pull_started_s: float = 0.0
+    asked: set[tuple[Section, str]] = field(default_factory=set)
+    due: Counter[Section] = field(default_factory=Counter)
     bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """One of a round's pulls; another partner is asked while it brings nothing."""
+
+    of: _Round
+    section: Section
+    began_s: float
 
 
 @dataclass(frozen=True)
@@ -125,11 +145,13 @@ class GossipPeer:
         self.shard = -1
         self._rng = random.Random(f"{swarm.seed} {name}")
         self._now = _Round(swarm.clock.now, s.inner_steps)
-        self._arrived: list[Publication] = []
+        self._arrived: list[tuple[Section, Publication]] = []
         self._gradients: dict[str, float] = {}
         self._published: list[Publication] = []
         self._readers: list[float] = []
-        self._pulls_s: list[float] = []
+        self._times = PullTimes()
+        self._coming: Counter[Section] = Counter()
+        self._num_streams = 0
         self._sampled: list[Candidate] = []
         self.entered: list[tuple[str, str, int, int, int]] = []
         self.checkpoints: list[_Checkpoint] = []
@@ -209,8 +231,10 @@ class GossipPeer:
             self.shard, _ = self.coverage.choose(self.round, self.swarm.seed, busy=busy, round_tokens=tokens)
         self._announce(self.round)
         end_s = now + steps / self.steps_per_s
-        when_s, _ = pull_start(now, end_s, expected_transfer(self._pulls_s))
-        self.swarm.clock.call_at(when_s, self.deliver, self._pull, self._now)
+        pulls = plan_pulls(len(self._sampled), now, end_s, s.sizes, self._times, s.partners)
+        for section, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
+            for when_s in at_s:
+                self.swarm.clock.call_at(when_s, self.deliver, self._pull, self._now, section)
         self.swarm.clock.call_at(end_s, self.deliver, self._end_round, self._now)
 
     def _gradient(self, steps: int) -> float:
@@ -245,6 +269,13 @@ class GossipPeer:
         self.partners.ledger.load(saved.ledger)
         self._start_round()
 
+    def _is_of_use(self, section: Section, one: Publication, reference_round: int) -> bool:
+        """Whether a section of a publication can be merged."""
+        ledger = self.partners.ledger
+        if section == "weights":
+            return ledger.has_new_weights(one.peer, one.mark, reference_round)
+        return not isinstance(ledger.news(one.peer, one.mark, reference_round), Nothing | Theta)
+
     def _merge(self, reference_round: int) -> tuple[int, int]:
         """Section 5: the mean of the weights, the token-weighted mean of the pseudo-gradients, one Nesterov step.
 
@@ -253,20 +284,22 @@ class GossipPeer:
         own_tokens = self._now.steps * s.tokens_per_step
         behind = self.round + 1 < reference_round - s.max_staleness_rounds
         thetas, gradients, num_merged, oldest = [self.theta], [(self._gradient(self._now.steps), own_tokens)], 0, 0
-        for one in self._arrived:
-            new = ledger.news(one.peer, one.mark, reference_round)
-            if isinstance(new, Nothing):
+        for section, one in self._arrived:
+            if not self._is_of_use(section, one, reference_round):
                 continue
+            oldest = max(oldest, reference_round - one.mark.round)
+            if section == "weights":
+                thetas.append(one.theta)
+                ledger.weights_merged(one.peer, one.mark)
+                continue
+            new = ledger.news(one.peer, one.mark, reference_round)
             since = new.since.tokens if isinstance(new, Difference) else 0
             earlier = self._gradients[one.peer] if isinstance(new, Difference) else 0.0
-            thetas.append(one.theta)
             num_merged += 1
-            if not isinstance(new, Theta):
-                gradients.append((one.gradient - earlier, new.tokens))
-                self.entered.append((self.name, one.peer, one.mark.round, since, one.mark.tokens))
+            gradients.append((one.gradient - earlier, new.tokens))
+            self.entered.append((self.name, one.peer, one.mark.round, since, one.mark.tokens))
             ledger.merged(one.peer, one.mark, reference_round)
             self._gradients[one.peer] = one.gradient
-            oldest = max(oldest, reference_round - one.mark.round)
             if self.coverage is not None:
                 self.coverage.merge(one.rows, one.peer, lambda _, tokens: tokens)
         self._gradients = {peer: g for peer, g in self._gradients.items() if peer in ledger.held}
@@ -274,7 +307,7 @@ class GossipPeer:
         mean = sum(g * tokens for g, tokens in gradients) / sum(tokens for _, tokens in gradients)
         self.momentum = s.outer_momentum * self.momentum + mean
         step = s.outer_learning_rate * (mean + s.outer_momentum * self.momentum)
-        if behind and num_merged:
+        if behind and len(thetas) > 1:
             thetas, self.round = thetas[1:], reference_round - 1
         self.theta = sum(thetas) / len(thetas) - step
         return num_merged, oldest
@@ -304,10 +337,12 @@ class GossipPeer:
         self._readers = [end_s for end_s in self._readers if end_s > now]
         if len(self._readers) >= s.max_readers:
             return Refused("BUSY")
-        found = next((one for one in self._published if what == f"body {one.mark.round} {one.mark.part}"), None)
-        if found is not None:
-            self._readers.append(now + s.publication_bytes / self.link.bytes_per_s)
-            self.bytes_up += s.publication_bytes
+        wanted = ((one, section) for one in self._published for section in SECTIONS if what == one.name_of(section))
+        found, section = next(wanted, (None, None))
+        if found is not None and section is not None:
+            size_bytes = s.section_bytes(section)
+            self._readers.append(now + size_bytes / self.link.bytes_per_s)
+            self.bytes_up += size_bytes
         return found
 
     def _announce(self, round: int) -> None:
@@ -360,62 +395,70 @@ class GossipPeer:
     def _reference_round(self) -> int:
         return median_round([self.round, *(one.round for one in self._sampled)])
 
-    def _pull(self, r: _Round) -> None:
-        s = self.settings
-        self._look_around()
-        r.pull_started_s = self.swarm.clock.now
-        down = self.link.bytes_per_s if self._pulls_s else None
-        wanted, _ = num_partners(len(self._sampled), s.publication_bytes, down, r.steps / self.steps_per_s, s.partners)
-        r.open = wanted
-        for _ in range(wanted):
-            self._ask(r, wanted)
+    def _pull(self, r: _Round, section: Section) -> None:
+        if r is not self._now:
+            return
+        if not r.due:
+            self._look_around()
+        r.due[section] += 1
+        here = sum(what == section for what, _ in self._arrived)
+        if here + self._coming[section] < r.due[section]:
+            self._coming[section] += 1
+            self._ask(_Pull(r, section, self.swarm.clock.now))
 
-    def _ask(self, r: _Round, streams: int) -> None:
-        """One of `streams` partners asked side by side; another one when this one gives nothing, while time is left."""
-        peer = None
+    def _ask(self, pull: _Pull) -> None:
+        """Ask one partner; another one when this one gives nothing, while time is left."""
+        r, section, peer = pull.of, pull.section, None
         if r is self._now:
             peer, _ = self.partners.choose(
                 self._sampled,
-                exclude=r.asked,
+                exclude=[peer for what, peer in r.asked if what == section],
                 reference_round=self._reference_round(),
                 now=self.swarm.clock.now,
                 rng=self._rng,
             )
         if peer is None:
-            self._stream_over(r)
-            return
-        r.asked.add(peer)
-        self._fetch(peer, "manifest", 0, partial(self._manifest, r, streams, peer))
+            self._coming[section] -= 1
+        else:
+            r.asked.add((section, peer))
+            self._fetch(peer, "manifest", 0, partial(self._manifest, pull, peer))
 
-    def _manifest(self, r: _Round, streams: int, peer: str, found: Publication | Refused | None) -> None:
+    def _manifest(self, pull: _Pull, peer: str, found: Publication | Refused | None) -> None:
         if not isinstance(found, Publication):
             self._failed(peer, found)
-            self._ask(r, streams)
+            self._ask(pull)
             return
-        new = self.partners.ledger.news(peer, found.mark, self._reference_round())
-        if isinstance(new, Nothing):
-            if new.turned_back:
+        reference_round = self._reference_round()
+        if not self._is_of_use(pull.section, found, reference_round):
+            new = self.partners.ledger.news(peer, found.mark, reference_round)
+            if isinstance(new, Nothing) and new.turned_back:
                 self.swarm.incidents.append((self.name, peer, new.reason))
-            self._ask(r, streams)
+            self._ask(pull)
             return
-        what = f"body {found.mark.round} {found.mark.part}"
-        num_bytes = self.settings.publication_bytes * streams  # they share the link
-        self._fetch(peer, what, num_bytes, partial(self._body, r, streams, peer))
+        now = self.swarm.clock.now
+        self._times.bytes_begin(now)
+        self._num_streams += 1
+        num_bytes = self.settings.section_bytes(pull.section) * self._num_streams  # they share the link
+        self._fetch(peer, found.name_of(pull.section), num_bytes, partial(self._body, pull, peer, now))
 
     def _fetch(self, peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
         """Pull `what` of a partner's."""
         self.swarm.pull(self, peer, what, num_bytes, done)
 
-    def _body(self, r: _Round, streams: int, peer: str, found: Publication | Refused | None) -> None:
+    def _body(self, pull: _Pull, peer: str, began_s: float, found: Publication | Refused | None) -> None:
+        now, size_bytes = self.swarm.clock.now, self.settings.section_bytes(pull.section)
+        self._num_streams -= 1
+        self._times.bytes_end(now, size_bytes if isinstance(found, Publication) else None)
         if not isinstance(found, Publication):
             self._failed(peer, found)
-            self._ask(r, streams)
+            self._ask(pull)
             return
+        self._coming[pull.section] -= 1
+        self._times.merged(began_s - pull.began_s)
         self.partners.back_off.answered(peer)
-        self.membership.heard(peer, self.swarm.clock.now)
-        self._now.bytes_down += self.settings.publication_bytes
-        self._arrived.append(found)  # if its round is over, it enters the next merge
-        self._stream_over(r)
+        self.membership.heard(peer, now)
+        self._now.bytes_down += size_bytes
+        self._arrived.append((pull.section, found))  # if its round is over, it enters the next merge
 
     def _failed(self, peer: str, answer: Refused | None) -> None:
         now = self.swarm.clock.now
@@ -424,11 +467,6 @@ class GossipPeer:
         else:
             self.partners.back_off.failed(peer, now, "unreachable")
             self.membership.call_failed(peer, now, "unreachable")
-
-    def _stream_over(self, r: _Round) -> None:
-        r.open -= 1
-        if r.open == 0 and self._arrived:
-            self._pulls_s = [*self._pulls_s[-7:], self.swarm.clock.now - r.pull_started_s]
 
 
 class GossipSwarm(Network[GossipPeer]):

@@ -23,6 +23,7 @@ from swarmtrain.membership.hosts import (
 )
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.partners import BackOff
+from swarmtrain.membership.pulls import SECTIONS
 from swarmtrain.simulate.gossip import GossipPeer, GossipSettings, GossipSwarm, Publication
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Refused
@@ -85,7 +86,7 @@ class HostedPeer(GossipPeer):
         return is_guest
 
     def provide(self, what: str) -> Any:
-        """Its own, or a guest's: "of NAME manifest", "of NAME body ROUND PART"."""
+        """Its own, or a guest's: "of NAME manifest", "of NAME SECTION ROUND PART"."""
         of, _, rest = what.partition(" ")
         if of != "of":
             return super().provide(what)
@@ -98,7 +99,7 @@ class HostedPeer(GossipPeer):
                 kept.append(self.hosted.peers[author].provide("manifest"))
                 del kept[:-_KEPT]
             return kept[-1] if kept else Refused("it has published nothing yet")
-        return next((one for one in kept if rest == f"body {one.mark.round} {one.mark.part}"), None)
+        return next((one for one in kept if rest in map(one.name_of, SECTIONS)), None)
 
     def brings(self, author: str) -> bool:
         """Whether a guest has something that is not here yet."""

@@ -23,7 +23,7 @@ from swarmtrain.algorithm.gossip import (
     prepare,
     variance_corrected_mean,
 )
-from swarmtrain.algorithm.outer import DelayedNesterov, OuterConstants, OuterState, outer_step
+from swarmtrain.algorithm.outer import DelayedNesterov, OuterConstants, OuterState, outer_step, weighted_mean
 
 _SHAPES = [(7, 5), (3,), (1, 1), (0, 4), (17, 31), (), (129,), (2, 3, 5), (300, 200)]  # the last takes two blocks
 _LAYOUT = layout_of(_SHAPES)
@@ -270,6 +270,29 @@ def test_who_has_no_tokens_gives_only_its_theta() -> None:
     busy = Arrival(state.theta, _random(P, 4), 10)
     new = gossip_merge(state, prepare(state.theta, [busy], _LAYOUT), own, 0, _CONSTANTS)
     expected = outer_step(state, busy.gradient, _CONSTANTS)
+    assert torch.allclose(new.theta, expected.theta, rtol=0, atol=1e-6)
+
+
+def test_weights_and_gradients_of_different_partners_enter_as_if_they_came_together() -> None:
+    state, own, arrivals = OuterState(_random(_LAYOUT.size, 0), _random(_LAYOUT.size, 1)), _random(_LAYOUT.size, 2), []
+    together = _arrivals(3, 7)
+    for arrival in together:
+        arrivals.append(dataclasses.replace(arrival, theta=None))
+        arrivals.append(dataclasses.replace(arrival, tokens=0))
+    new = gossip_merge(state, prepare(state.theta, arrivals, _LAYOUT), own, 50, _CONSTANTS)
+    expected = gossip_merge(state, prepare(state.theta, together, _LAYOUT), own, 50, _CONSTANTS)
+    assert torch.equal(new.theta, expected.theta) and torch.equal(new.momentum, expected.momentum)
+
+
+def test_with_gradients_alone_theta_is_this_peers_own_and_stays_as_it_was() -> None:
+    state, own = OuterState(_random(_LAYOUT.size, 0), _random(_LAYOUT.size, 1)), _random(_LAYOUT.size, 2)
+    theta, arrivals = state.theta.clone(), [dataclasses.replace(one, theta=None) for one in _arrivals(2, 7)]
+    prepared = prepare(state.theta, arrivals, _LAYOUT)
+    assert (prepared.variance_factor, prepared.displacement, prepared.num_arrivals) == (1.0, 0.0, 2)
+    new = gossip_merge(state, prepared, own, 50, _CONSTANTS)
+    assert torch.equal(state.theta, theta) and new.theta.data_ptr() != state.theta.data_ptr()
+    mean = weighted_mean([own, *(one.gradient for one in arrivals)], [50, *(one.tokens for one in arrivals)])
+    expected = outer_step(state, mean, _CONSTANTS)
     assert torch.allclose(new.theta, expected.theta, rtol=0, atol=1e-6)
 
 

@@ -19,10 +19,7 @@ from swarmtrain.membership.partners import (
     Partners,
     Theta,
     Whole,
-    expected_transfer,
     median_round,
-    num_partners,
-    pull_start,
 )
 
 
@@ -83,12 +80,32 @@ def test_a_round_too_far_behind_the_median_is_too_old() -> None:
 def test_without_the_earlier_gradient_only_the_weights_enter_and_the_next_part_has_its_difference_again() -> None:
     ledger = ledger_with(("a", 3, 1, 100))
     assert ledger.held == {"a"}
-    ledger.gradient_gone("a")
+    ledger.load(ledger.rows())  # after a restart no gradient is here
     new = ledger.news("a", Mark(3, 2, 200), 3)
     assert isinstance(new, Theta) and new.tokens == 0 and "not here any more" in new.reason
     ledger.merged("a", Mark(3, 2, 200), 3)
     new = ledger.news("a", Mark(3, 3, 290), 3)
     assert isinstance(new, Difference) and new.tokens == 90, "steps 100 to 200 never enter"
+
+
+def test_the_weights_of_a_round_are_merged_once_whichever_part_they_came_with() -> None:
+    ledger = ledger_with(("a", 3, 4, 400))
+    assert ledger.has_new_weights("a", Mark(3, 4, 400), 3), "only its gradient was merged"
+    ledger.weights_merged("a", Mark(3, 4, 400))
+    assert not ledger.has_new_weights("a", Mark(3, 4, 400), 3), "one that publishes no more holds nobody back"
+    assert ledger.has_new_weights("a", Mark(4, 1, 90), 3)
+    ledger.weights_merged("a", Mark(4, 1, 90))
+    assert not ledger.has_new_weights("a", Mark(4, 3, 300), 3)
+    assert not ledger.has_new_weights("a", Mark(5, 1, 90), 14), "too old"
+    ledger.merged("a", Mark(6, 2, 200), 6)
+    assert not ledger.has_new_weights("a", Mark(5, 4, 400), 6), "its counter turned back"
+
+
+def test_of_few_peers_weights_are_remembered() -> None:
+    ledger = Ledger(max_peers=2)
+    for peer in ("a", "b", "c"):
+        ledger.weights_merged(peer, Mark(7, 1, 10))
+    assert [ledger.has_new_weights(peer, Mark(7, 1, 10), 7) for peer in ("a", "b", "c")] == [True, False, False]
 
 
 def test_gradients_are_held_of_the_last_few_peers_and_not_of_rounds_that_are_over() -> None:
@@ -185,47 +202,6 @@ def test_in_order_and_without_losses_every_step_enters() -> None:
             total += ledger.news("a", mark, round).tokens
             ledger.merged("a", mark, round)
     assert total == 5 * 100
-
-
-# ---------------------------------------------------------------- how many, and when
-
-
-@pytest.mark.parametrize(
-    ("others", "num_bytes", "down", "round_s", "expected", "words"),
-    [
-        (0, 100, 1e6, 10.0, 0, "nobody"),
-        (1, 100, None, 10.0, 1, "only 1"),
-        (3, 100, None, 10.0, 3, "configured"),
-        (100, 100, None, 10.0, 3, "configured"),
-        (100, 100, 60.0, 10.0, 3, "configured"),
-        (100, 100, 59.0, 10.0, 2, "carries 2 "),
-        (100, 100, 1.0, 10.0, 1, "carries less than one"),
-        (2, 100, 1e9, 10.0, 2, "only 2"),
-        (5, 100, 0.0, 10.0, 1, "carries less than one"),
-    ],
-)
-def test_partners_are_three_or_everyone_or_what_the_link_carries(
-    others: int, num_bytes: int, down: float | None, round_s: float, expected: int, words: str
-) -> None:
-    num, reason = num_partners(others, num_bytes, down, round_s)
-    assert num == expected and words in reason
-
-
-def test_a_pull_starts_as_late_as_the_link_allows() -> None:
-    assert pull_start(100.0, 160.0, None)[0] == 130.0
-    assert pull_start(100.0, 160.0, 10.0)[0] == 140.0
-    assert pull_start(100.0, 160.0, 0.0)[0] == 160.0
-    assert pull_start(100.0, 160.0, 31.0)[0] == 100.0
-    assert pull_start(100.0, 90.0, None)[0] == 100.0
-    assert "twice" in pull_start(100.0, 160.0, 10.0)[1] and "at once" in pull_start(100.0, 160.0, 31.0)[1]
-
-
-def test_the_expected_transfer_is_a_slow_one_but_no_outlier() -> None:
-    assert expected_transfer([]) is None
-    assert expected_transfer([2.0]) == 2.0
-    assert expected_transfer([1.0, 3.0]) == 3.0
-    assert expected_transfer([1.0] * 7 + [99.0]) == 1.0
-    assert expected_transfer([99.0] + [1.0] * 8) == 1.0
 
 
 # ---------------------------------------------------------------- whom

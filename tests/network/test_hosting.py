@@ -28,6 +28,7 @@ ELSE = new_identity(b"e" * 32)
 RULES = PublicationRules(
     run_sha256=RUN,
     specs=CODEC.tensors,
+    cut=CODEC.cut,
     max_tokens=ROUND_TOKENS,
     num_parts=4,
     pull=PullLimits(stall_limit_s=5.0, busy_limit_s=0.0),
@@ -234,7 +235,7 @@ def test_with_a_connection_it_is_asked_itself() -> None:
         calls.connected = True
         me.begin(0)
         await me.take(1)
-        assert host.num_asked == 0 and len(guest.asked) == 1
+        assert host.num_asked == 0 and len(guest.asked) == 2, "for its weights and for its gradient"
         await me.gossip.stop()
 
     run(script)

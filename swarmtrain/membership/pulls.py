@@ -1,0 +1,183 @@
+"""How much to pull in a round, and when: as late as the link allows, since what comes late is fresh.
+
+Pure: `now` is an argument, and what pulls took is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+__all__ = [
+    "SECTIONS",
+    "PullPlan",
+    "PullTimes",
+    "Section",
+    "SectionBytes",
+    "expected_transfer",
+    "plan_pulls",
+    "pull_start",
+]
+
+Section: TypeAlias = Literal["weights", "gradient"]
+"""Of a publication."""
+
+SECTIONS: tuple[Section, ...] = ("weights", "gradient")
+
+_LINK_SHARE = 0.65
+"""So much of a round may be spent on pulling."""
+_SLACK = 1.5
+"""A pull begins so many times as long before the round's end as it is expected to take."""
+_LEAST_LEAD = 0.05
+"""And at least such a share of a round before its end, so that another can be tried where one fails."""
+
+
+@dataclass(frozen=True)
+class PullPlan:
+    """When the pulls of a round are due, of each section the earliest first; with the reason."""
+
+    weights_at_s: tuple[float, ...]
+    gradients_at_s: tuple[float, ...]
+    reason: str
+
+    def num_due(self, section: Section, now: float) -> int:
+        """How many pulls of it should have begun."""
+        return sum(at_s <= now for at_s in self._at_s(section))
+
+    def next_s(self, now: float) -> float | None:
+        """When the next pull is due; None if all are."""
+        return min((at_s for section in SECTIONS for at_s in self._at_s(section) if at_s > now), default=None)
+
+    def _at_s(self, section: Section) -> tuple[float, ...]:
+        return self.weights_at_s if section == "weights" else self.gradients_at_s
+
+
+@dataclass(frozen=True)
+class SectionBytes:
+    """What the sections of a publication weigh."""
+
+    weights: int
+    gradient: int
+
+    @property
+    def both(self) -> int:
+        """The whole."""
+        return self.weights + self.gradient
+
+
+def plan_pulls(
+    num_live_others: int, started_s: float, ends_s: float, sizes: SectionBytes, times: PullTimes, configured: int = 3
+) -> PullPlan:
+    """What to pull in a round, and when: as late as the link allows, since what comes late is fresh.
+
+    The gradients of `configured` partners, at most everyone's, and the weights of as many as the link carries besides
+    in two thirds of the round; where it carries less, gradients of fewer, never less than one of each. Weights
+    first, because they stay what they are for a whole round of their author's, and one pull after the other, so that
+    each has the whole link and the last is as fresh as it can be.
+    """
+    if num_live_others < 1:
+        return PullPlan((), (), "nobody else is there")
+    wanted = max(1, min(configured, num_live_others))
+    rate = times.bytes_per_s
+    if not rate:
+        half_s = max(started_s, (started_s + ends_s) / 2)
+        reason = "half of the round: how long a transfer takes is not known yet"
+        return PullPlan((half_s,) * wanted, (half_s,) * wanted, reason)
+    carried = rate * _LINK_SHARE * (ends_s - started_s)
+    gradients = max(1, int(min(wanted, (carried - sizes.weights) / max(sizes.gradient, 1))))
+    weights = max(1, int(min(gradients, (carried - gradients * sizes.gradient) / max(sizes.weights, 1))))
+    left_bytes = [gradients * sizes.gradient + left * sizes.weights for left in range(weights, 0, -1)]
+    left_bytes += [left * sizes.gradient for left in range(gradients, 0, -1)]
+    least_s = _LEAST_LEAD * (ends_s - started_s)
+    leads_s = [max(least_s, _SLACK * (times.overhead_s + num_bytes / rate)) for num_bytes in left_bytes]
+    at_s = [max(started_s, ends_s - lead_s) for lead_s in leads_s]
+    reason = f"{gradients} of {wanted} gradients and the weights of {weights}"
+    return PullPlan(tuple(at_s[:weights]), tuple(at_s[weights:]), reason)
+
+
+@dataclass
+class PullTimes:
+    """What the last pulls took: besides their bytes, and how fast bytes came while any were coming.
+
+    Pulls that overlap share the link, so they are measured together, as one stretch of time.
+    """
+
+    most: int = 8
+    _overheads_s: list[float] = field(default_factory=list)
+    _rates: list[float] = field(default_factory=list)
+    """Of the last stretches, the present one's standing last."""
+    _num_open: int = 0
+    _began_s: float = 0.0
+    _came_bytes: int = 0
+    _num_ended: int = 0
+    """In this stretch."""
+
+    def bytes_begin(self, now: float) -> None:
+        """Bytes begin to come, beside others or not."""
+        if not self._num_open:
+            self._begin_stretch(now)
+        self._num_open += 1
+
+    def bytes_end(self, now: float, came_bytes: int | None) -> None:
+        """All of them have come, or (None) they failed."""
+        self._num_open -= 1
+        if came_bytes is None:
+            self._begin_stretch(now)  # how many of them came is not known
+            return
+        self._came_bytes += came_bytes
+        if now <= self._began_s:
+            return
+        before = self._rates if not self._num_ended else self._rates[:-1]
+        self._num_ended += 1
+        self._rates = [*before, self._came_bytes / (now - self._began_s)][-self.most :]
+        if self._num_ended == self.most:
+            self._begin_stretch(now)
+
+    def _begin_stretch(self, now: float) -> None:
+        self._began_s, self._came_bytes, self._num_ended = now, 0, 0
+
+    def merged(self, overhead_s: float) -> None:
+        """A pull took so long from its beginning to a prepared merge, without its bytes."""
+        self._overheads_s = [*self._overheads_s, overhead_s][-self.most :]
+
+    def assume(self, bytes_per_s: float) -> None:
+        """The link carries so much, as something else has shown; forgotten as pulls are measured."""
+        self._rates = [bytes_per_s]
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Of the last pulls, the (lower) median; None before the first."""
+        return sorted(self._rates)[(len(self._rates) - 1) // 2] if self._rates else None
+
+    @property
+    def overhead_s(self) -> float:
+        """Of the last pulls: the slower quarter begins there."""
+        last = sorted(self._overheads_s)
+        return last[(3 * len(last)) // 4] if last else 0.0
+
+
+# ---------------------------------------------------------------- one pull a round, from a server
+
+
+def pull_start(
+    round_started_s: float, round_expected_end_s: float, expected_transfer_s: float | None
+) -> tuple[float, str]:
+    """When to begin to pull, with the reason: as late as the link allows, since what comes late is fresh.
+
+    `expected_transfer_s` is for all partners of the round together; None before the first pull.
+    """
+    if expected_transfer_s is None:
+        half_s = (round_expected_end_s - round_started_s) / 2
+        return round_started_s + max(0.0, half_s), "half of the round: how long a transfer takes is not known yet"
+    when_s = round_expected_end_s - 2 * expected_transfer_s
+    if when_s <= round_started_s:
+        return round_started_s, f"at once: the transfers are expected to take {expected_transfer_s:.1f} s"
+    return when_s, f"twice the expected {expected_transfer_s:.1f} s before the round's end"
+
+
+def expected_transfer(durations_s: Sequence[float]) -> float | None:
+    """What to expect of the next round's transfers, given the last ones' (all partners of a round together, those
+    that came), in seconds: the slower quarter of the last eight begins there. None without any."""
+    last = sorted(durations_s[-8:])
+    return last[(3 * len(last)) // 4] if last else None

@@ -1,0 +1,129 @@
+"""How much a round pulls and when, and what is learnt from what pulls took."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from swarmtrain.membership.pulls import PullTimes, SectionBytes, expected_transfer, plan_pulls, pull_start
+
+SIZES = SectionBytes(weights=200, gradient=100)
+
+
+def known(bytes_per_s: float, overhead_s: float = 0.0) -> PullTimes:
+    times = PullTimes()
+    times.assume(bytes_per_s)
+    times.merged(overhead_s)
+    return times
+
+
+@pytest.mark.parametrize(
+    ("others", "rate", "weights", "gradients"),
+    [
+        (0, 1e6, 0, 0),
+        (1, 1e6, 1, 1),
+        (9, math.inf, 3, 3),
+        (9, 1e6, 3, 3),
+        (9, 900 / 65, 3, 3),  # bytes a second of which 65 of 100 seconds carry all
+        (9, 899 / 65, 2, 3),
+        (9, 699 / 65, 1, 3),
+        (9, 499 / 65, 1, 2),
+        (9, 399 / 65, 1, 1),
+        (9, 1e-9, 1, 1),
+    ],
+)
+def test_a_slow_link_costs_weights_first_then_gradients_and_never_the_last_of_either(
+    others: int, rate: float, weights: int, gradients: int
+) -> None:
+    plan = plan_pulls(others, 1000.0, 1100.0, SIZES, known(rate))
+    assert (len(plan.weights_at_s), len(plan.gradients_at_s)) == (weights, gradients), plan.reason
+    assert all(1000.0 <= at_s <= 1100.0 for at_s in plan.weights_at_s + plan.gradients_at_s)
+
+
+def test_weights_come_first_then_one_gradient_after_the_other_as_late_as_the_link_allows() -> None:
+    plan = plan_pulls(3, 1000.0, 1100.0, SIZES, known(20.0, overhead_s=2.0))
+    assert plan.weights_at_s == tuple(1100 - 1.5 * (2 + (300 + 200 * left) / 20) for left in (3, 2, 1))
+    assert plan.gradients_at_s == tuple(1100 - 1.5 * (2 + 100 * left / 20) for left in (3, 2, 1))
+    assert plan.reason == "3 of 3 gradients and the weights of 3"
+    assert [plan.num_due("weights", now) for now in (1000.0, 1044.4, 1100.0)] == [0, 1, 3]
+    assert plan.next_s(1000.0) == plan.weights_at_s[0] and plan.next_s(plan.gradients_at_s[-1]) is None
+
+
+def test_what_is_not_known_is_pulled_from_half_of_the_round_on() -> None:
+    plan = plan_pulls(9, 100.0, 160.0, SIZES, PullTimes())
+    assert plan.weights_at_s == plan.gradients_at_s == (130.0,) * 3 and "not known yet" in plan.reason
+    assert plan_pulls(9, 100.0, 90.0, SIZES, PullTimes()).weights_at_s == (100.0,) * 3
+    assert plan_pulls(0, 100.0, 160.0, SIZES, PullTimes()).reason == "nobody else is there"
+
+
+def test_pulls_that_overlap_share_the_link_and_are_measured_together() -> None:
+    times = PullTimes()
+    assert times.bytes_per_s is None
+    times.bytes_begin(10.0)
+    times.bytes_begin(11.0)
+    times.bytes_end(12.0, 100)
+    assert times.bytes_per_s == 50.0
+    times.bytes_end(14.0, 300)
+    assert times.bytes_per_s == 100.0, "400 bytes in the four seconds together, and not two measurements"
+    times.bytes_begin(20.0)
+    times.bytes_end(21.0, 300)
+    assert times.bytes_per_s == 100.0, "the lower one of two"
+    times.bytes_begin(30.0)
+    times.bytes_end(31.0, 200)
+    assert times.bytes_per_s == 200.0
+
+
+def test_a_pull_that_fails_says_nothing_and_spoils_nothing() -> None:
+    times = known(100.0)
+    times.bytes_begin(10.0)
+    times.bytes_begin(10.0)
+    times.bytes_end(19.0, None)
+    times.bytes_end(20.0, 100)
+    times.bytes_begin(30.0)
+    times.bytes_end(90.0, None)
+    assert times.bytes_per_s == 100.0
+
+
+def test_a_link_that_is_never_idle_is_measured_all_the_same() -> None:
+    times, now = PullTimes(), 0.0
+    times.bytes_begin(now)
+    for _ in range(100):
+        now += 2.0
+        times.bytes_begin(now)
+        times.bytes_end(now, 500)
+    assert times.bytes_per_s == pytest.approx(250.0)
+
+
+def test_what_is_learnt_is_a_middle_rate_and_a_long_overhead_of_the_last_few() -> None:
+    times, chance, now = PullTimes(), random.Random(3), 0.0
+    for rate in [5.0] * 20 + chance.sample([100.0] * 6 + [1.0, 1e6], 8):
+        times.bytes_begin(now)
+        times.bytes_end(now + 10, int(10 * rate))
+        now += 20
+    assert times.bytes_per_s == 100.0
+    assert times.overhead_s == 0.0
+    for overhead_s in [9.0, 9.0, *[1.0] * 6, 2.0, 3.0]:
+        times.merged(overhead_s)
+    assert times.overhead_s == 2.0
+
+
+# ---------------------------------------------------------------- one pull a round, from a server
+
+
+def test_a_pull_starts_as_late_as_the_link_allows() -> None:
+    assert pull_start(100.0, 160.0, None)[0] == 130.0
+    assert pull_start(100.0, 160.0, 10.0)[0] == 140.0
+    assert pull_start(100.0, 160.0, 0.0)[0] == 160.0
+    assert pull_start(100.0, 160.0, 31.0)[0] == 100.0
+    assert pull_start(100.0, 90.0, None)[0] == 100.0
+    assert "twice" in pull_start(100.0, 160.0, 10.0)[1] and "at once" in pull_start(100.0, 160.0, 31.0)[1]
+
+
+def test_the_expected_transfer_is_a_slow_one_but_no_outlier() -> None:
+    assert expected_transfer([]) is None
+    assert expected_transfer([2.0]) == 2.0
+    assert expected_transfer([1.0, 3.0]) == 3.0
+    assert expected_transfer([1.0] * 7 + [99.0]) == 1.0
+    assert expected_transfer([99.0] + [1.0] * 8) == 1.0
