@@ -33,7 +33,8 @@ from pathlib import Path
 import torch
 from cold_start import Text, read_run
 from torch import Tensor
-from unequal import Peer, Published, Setting, World
+from virtual_gossip import Peer, Published, World
+from virtual_setting import Setting
 
 from swarmtrain.algorithm.gossip import variance_corrected_mean
 from swarmtrain.algorithm.outer import unflatten_into
