@@ -70,39 +70,51 @@ class Swarm(Setting):
 class Hostile(Peer):
     """Trains and merges as the others do, and publishes something else."""
 
+    gradient: Tensor | None = None
+    """Its own of the round before."""
+
+    def begin(self) -> None:
+        """See `Peer`."""
+        super().begin()
+        assert self.weights is not None
+        self.weights = Published(self.weights.mark, self.spoilt_weights(self.weights.vector))
+
     def train_to(self, moment: int) -> None:
         """See `Peer`. What it trains does not count."""
         before = self.world.tokens
         super().train_to(moment)
         self.world.tokens = self.tokens_before = before
         assert self.newest is not None
+        self.gradient = self.newest.vector
         self.newest = self.spoilt(self.newest)
 
+    @property
+    def attack(self) -> str:
+        """What it does."""
+        assert isinstance(self.world.setting, Swarm)
+        return self.world.setting.attack
+
+    def spoilt_weights(self, theta: Tensor) -> Tensor:
+        """What it publishes in place of its weights."""
+        if self.attack == "huge":
+            return torch.full_like(theta, 1e30)
+        return theta + 3 * self.gradient if self.attack == "drag" and self.gradient is not None else theta
+
     def spoilt(self, honest: Published) -> Published:
-        """What it publishes in place of that."""
-        setting, theta, g, mark = self.world.setting, honest.theta, honest.gradient, honest.mark
-        assert isinstance(setting, Swarm)
-        match setting.attack:
-            case "flip":
-                return Published(mark, theta, -g)
-            case "flip3":
-                return Published(mark, theta, -3 * g)
-            case "x10":
-                return Published(mark, theta, 10 * g)
-            case "x1000":
-                return Published(mark, theta, 1000 * g)
-            case "noise":
-                return Published(mark, theta, self.noise(g))
-            case "drag":
-                return Published(mark, theta + 3 * g, g)
-            case "huge":
-                return Published(mark, torch.full_like(theta, 1e30), torch.full_like(g, 1e30))
-            case "nan":
-                return Published(mark, theta, torch.full_like(g, math.nan))
-            case "tokens":
-                most = setting.run.merge.inner_steps * setting.run.tokens_per_step
-                return Published(Mark(mark.round, mark.part, most - self.start.num_parts + mark.part), theta, g)
-        return honest
+        """What it publishes in place of its gradient."""
+        g, mark, run = honest.vector, honest.mark, self.world.setting.run
+        most = run.merge.inner_steps * run.tokens_per_step
+        made = {
+            "flip": lambda: Published(mark, -g),
+            "flip3": lambda: Published(mark, -3 * g),
+            "x10": lambda: Published(mark, 10 * g),
+            "x1000": lambda: Published(mark, 1000 * g),
+            "noise": lambda: Published(mark, self.noise(g)),
+            "huge": lambda: Published(mark, torch.full_like(g, 1e30)),
+            "nan": lambda: Published(mark, torch.full_like(g, math.nan)),
+            "tokens": lambda: Published(Mark(mark.round, mark.part, most - self.start.num_parts + mark.part), g),
+        }
+        return made.get(self.attack, lambda: honest)()
 
     def noise(self, like: Tensor) -> Tensor:
         """Random numbers of the same norm in each tensor."""

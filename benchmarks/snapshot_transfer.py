@@ -28,12 +28,12 @@ from typing import Any
 
 import psutil
 
-from swarmtrain.network.chunks import CHUNK_BYTES
 from swarmtrain.network.daemon import hivemind_module, owned_process_args
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import Node, NodeSettings
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.snapshots import (
+    CHUNK_BYTES,
     Body,
     PullLimits,
     Snapshot,

@@ -50,11 +50,10 @@ from swarmtrain.simulate.clock import Clock
 
 @dataclass
 class Published:
-    """A publication as it travels."""
+    """A round's weights or its pseudo-gradient so far, which travels as the run file says."""
 
     mark: Mark
-    theta: Tensor
-    gradient: Tensor
+    vector: Tensor
 
 
 class Peer:
@@ -74,6 +73,8 @@ class Peer:
         self.rng = random.Random(f"{setting.run.run.seed} {number}")
         self.round = self.rounds_fresh = 0
         self.newest: Published | None = None
+        """Its gradient's."""
+        self.weights: Published | None = None
         self.merged: dict[str, Tensor] = {}
         self.arrived: dict[tuple[Section, str], tuple[Published, Arrival]] = {}
         self.asked, self.coming = set[tuple[Section, str]](), set[tuple[Section, str]]()
@@ -94,6 +95,7 @@ class Peer:
         self.start = Start(inner_steps=steps, num_peers=1, num_parts=section.publications_per_round)
         self.done, self.tokens_before = 0, self.world.tokens
         unflatten_into(self.state.theta, self.volunteer.parameters)
+        self.weights = Published(Mark(self.round, 0, 0), self.state.theta)
         step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
             clock.call_at(self.awake_s(clock.now + moment * step_s), self.train_to, moment)
@@ -126,7 +128,7 @@ class Peer:
         gradient = self.state.theta - flatten(self.volunteer.parameters)
         self.robustness.learn(gradient, moment * step_tokens)
         mark = Mark(self.round, self.start.part_after(moment), moment * step_tokens)
-        self.newest = Published(mark, world.on_the_wire(self.state.theta, run.merge.theta_format), gradient)
+        self.newest = Published(mark, gradient)
 
     def pull(self, round: int, section: Section) -> None:
         """One more of the round's pulls is due."""
@@ -142,7 +144,8 @@ class Peer:
             if name is None:
                 return
             self.asked.add((section, name))
-            published = world.by_name[name].newest
+            author = world.by_name[name]
+            published = author.newest if section == "gradient" else author.weights
             assert published is not None
             if self.rng.random() < setting.failing or not self.is_of_use(section, name, published.mark):
                 continue
@@ -172,7 +175,7 @@ class Peer:
         """Whether that section of a publication can be merged."""
         reference = median_round(peer.round for peer in self.world.peers)
         if section == "weights":
-            return self.ledger.has_new_weights(name, mark, reference)
+            return self.ledger.has_new_weights(name, mark.round, reference)
         return not isinstance(self.ledger.news(name, mark, reference), Nothing | Theta)
 
     def arrives_s(self, section: Section, name: str) -> float:
@@ -197,19 +200,20 @@ class Peer:
         """Decode it, and take of it what is new. BadBytesError if that must not be."""
         if not self.is_of_use(section, name, published.mark):
             return
+        world, formats = self.world, self.world.setting.run.merge
+        vector = world.on_the_wire(
+            published.vector, formats.theta_format if section == "weights" else formats.gradient_format
+        )
+        if not bool(torch.isfinite(vector).all()):
+            raise BadBytesError("a publication that is not finite")
         if section == "weights":
-            _check_finite(published.theta)
-            arrival = self.robustness.accept(name, Arrival(published.theta, published.theta, 0), self.state.theta)
-            self.arrived[section, name] = (published, arrival)
-            return
-        world = self.world
-        news = self.ledger.news(name, published.mark, median_round(peer.round for peer in world.peers))
-        gradient = whole = world.on_the_wire(published.gradient, world.setting.run.merge.gradient_format)
-        _check_finite(gradient)
-        if isinstance(news, Difference):
-            gradient = gradient - self.merged[name]
-        arrival = self.robustness.accept(name, Arrival(None, gradient, news.tokens), self.state.theta)
-        self.arrived[section, name] = (Published(published.mark, published.theta, whole), arrival)
+            arrival = Arrival(vector, vector, 0)
+        else:
+            news = self.ledger.news(name, published.mark, median_round(peer.round for peer in world.peers))
+            new = vector - self.merged[name] if isinstance(news, Difference) else vector
+            arrival = Arrival(None, new, news.tokens)
+        arrival = self.robustness.accept(name, arrival, self.state.theta)
+        self.arrived[section, name] = (Published(published.mark, vector), arrival)
 
     def end(self) -> None:
         """Merge what is here; on to the next round."""
@@ -221,10 +225,10 @@ class Peer:
         self.state = self.merge(prepared, self.state.theta - flatten(self.volunteer.parameters), tokens)
         for (section, name), (published, _) in self.arrived.items():
             if section == "weights":
-                self.ledger.weights_merged(name, published.mark)
+                self.ledger.weights_merged(name, published.mark.round)
             else:
                 self.ledger.merged(name, published.mark, reference)
-                self.merged[name] = published.gradient
+                self.merged[name] = published.vector
         self.merged = {name: kept for name, kept in self.merged.items() if name in self.ledger.held}
         self.rounds_fresh += any(section == "gradient" for section, _ in self.arrived)
         self.arrived.clear()
@@ -244,11 +248,6 @@ class Peer:
         if (mean := robust_mean(section.robust, apart, weights)) is not None:
             return outer_step(OuterState(prepared.theta_mean, self.state.momentum), mean, constants)
         return gossip_merge(self.state, prepared, gradient, tokens, constants)
-
-
-def _check_finite(vector: Tensor) -> None:
-    if not bool(torch.isfinite(vector).all()):
-        raise BadBytesError("a publication that is not finite")
 
 
 def _own_seed(setting: Setting, number: int) -> int:
@@ -309,8 +308,8 @@ class World:
 def gossip(setting: Setting) -> Result:
     """Nobody waits."""
     world = World(setting)
-    for peer in world.peers:
-        peer.begin()
+    for peer in world.peers:  # nobody presses the button in the same moment
+        world.clock.call_at(peer.rng.random() * setting.paced(peer.number) * setting.step_s[peer.number], peer.begin)
     while world.clock.step():
         pass
     theta = variance_corrected_mean([peer.state.theta for peer in world.peers], world.layout).mean

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from swarmtrain.events import ArrivingEvent, Event
-from swarmtrain.network.chunks import CHUNK_BYTES
-from swarmtrain.network.snapshots import Held, Snapshot, empty_held
+from swarmtrain.network.snapshots import CHUNK_BYTES, Held, Snapshot, empty_held
 from swarmtrain.peer.arriving import Arrival
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.v1 import snapshot_pb2 as pb

@@ -39,11 +39,18 @@ def publishes(mallory: Peer, change: Callable[[torch.Tensor, torch.Tensor], tupl
     """`change` makes of weights and pseudo-gradient what mallory publishes of them."""
     codec = mallory.exchange._codec
 
-    def encode(contribution: Contribution, _: memoryview) -> Body:
-        theta, gradient = change(contribution.theta, contribution.gradient)
-        return Body([codec.encode_theta(theta), codec.encode_gradient(gradient)])
+    last: list[torch.Tensor] = []
 
-    mallory.exchange._encode = encode  # type: ignore[method-assign]
+    def weights(theta: torch.Tensor) -> Body:
+        gradient = last[-1] if last else torch.zeros_like(theta)
+        return Body([codec.weights.encode(change(theta, gradient)[0])])
+
+    def gradient(contribution: Contribution) -> Body:
+        last.append(contribution.gradient)
+        return Body([codec.gradient.encode(change(contribution.theta, contribution.gradient)[1])])
+
+    mallory.exchange._encode_weights = weights  # type: ignore[method-assign]
+    mallory.exchange._encode_gradient = gradient  # type: ignore[method-assign]
 
 
 def named(peers: list[Peer], kind: type[RefusedEvent] | type[ClippedEvent]) -> set[tuple[str, str]]:

@@ -108,20 +108,36 @@ class Ledger:
     _held: dict[str, None] = field(default_factory=dict)
     _weights: dict[str, int] = field(default_factory=dict)
 
-    def has_new_weights(self, peer: str, mark: Mark, reference_round: int) -> bool:
-        """Whether the weights of that publication may be merged: once those of each of its rounds, so that one that
-        publishes no more holds nobody back."""
-        if mark.round <= self._weights.get(peer, -1):
-            return False
-        news = self.news(peer, mark, reference_round)
-        return not (isinstance(news, Nothing) and (news.turned_back or news.too_old))
+    def news_of_weights(self, peer: str, round: int, reference_round: int) -> Theta | Nothing:
+        """Whether the weights that a round of `peer` began with may be merged: once, so that one that publishes no more
+        holds nobody back."""
+        known = self._marks.get(peer)
+        if known is not None and round < known.round:
+            return Nothing(f"its counter turned back to the weights of round {round} from round {known.round}", True)
+        if round < reference_round - self.max_staleness_rounds:
+            return self._too_old(round, reference_round)
+        if round <= self._weights.get(peer, -1):
+            return Nothing(f"its weights of round {self._weights[peer]} were merged")
+        return Theta(f"weights of its round {round}")
 
-    def weights_merged(self, peer: str, mark: Mark) -> None:
-        """The weights of that publication entered a merge."""
+    def has_new_weights(self, peer: str, round: int, reference_round: int) -> bool:
+        """The same as yes or no."""
+        return isinstance(self.news_of_weights(peer, round, reference_round), Theta)
+
+    def _too_old(self, round: int, reference_round: int) -> Nothing:
+        behind = f"{reference_round - round} rounds behind the median"
+        return Nothing(f"{behind}; at most {self.max_staleness_rounds} are merged", too_old=True)
+
+    def weights_merged(self, peer: str, round: int) -> None:
+        """They entered a merge."""
         self._weights.pop(peer, None)  # the last one merged stands last
-        self._weights[peer] = mark.round
+        self._weights[peer] = round
         while len(self._weights) > self.max_peers:
             del self._weights[next(iter(self._weights))]
+
+    def weights_round(self, peer: str) -> int | None:
+        """Whose weights of which round were merged last."""
+        return self._weights.get(peer)
 
     def news(self, peer: str, mark: Mark, reference_round: int) -> News:
         """What of `peer`'s publication at `mark` may be merged; `reference_round` is the live peers' median."""
@@ -132,8 +148,7 @@ class Ledger:
             here = f"round {mark.round} part {mark.part}"
             return Nothing(f"its counter turned back to {here} from {known.round} part {known.part}", True)
         if mark.round < reference_round - self.max_staleness_rounds:
-            behind = f"{reference_round - mark.round} rounds behind the median"
-            return Nothing(f"{behind}; at most {self.max_staleness_rounds} are merged", too_old=True)
+            return self._too_old(mark.round, reference_round)
         if known is None and mark.round <= self.forgotten_round:
             return Theta(f"parts of rounds up to {self.forgotten_round} may have been merged and forgotten")
         if known is None or mark.round > known.round:

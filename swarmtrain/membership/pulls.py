@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 Section: TypeAlias = Literal["weights", "gradient"]
-"""Of a publication."""
+"""What of a partner is pulled: the weights that its round began with, or its pseudo-gradient since."""
 
 SECTIONS: tuple[Section, ...] = ("weights", "gradient")
 
@@ -55,14 +55,14 @@ class PullPlan:
 
 @dataclass(frozen=True)
 class SectionBytes:
-    """What the sections of a publication weigh."""
+    """What a partner's weights and its pseudo-gradient weigh as they travel."""
 
     weights: int
     gradient: int
 
     @property
     def both(self) -> int:
-        """The whole."""
+        """Together."""
         return self.weights + self.gradient
 
 

@@ -10,7 +10,7 @@ from swarmtrain.errors import BrokenOffError, BusyError, PeerError, UnreachableE
 from swarmtrain.network.snapshots import Held, PullLimits, PullStream, pull_chunks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Calls", "bring", "take_over"]
+__all__ = ["Calls", "bring"]
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 3
@@ -48,13 +48,3 @@ async def bring(
                 raise failure from error
             _log.debug("%s, again: %s", peer, failure)
     return failures[-1] if failures else None
-
-
-def take_over(held: Held, older: Held) -> None:
-    """What of `held` is also in `older`, chunk by chunk, need not be pulled: the weights of a round, say."""
-    wanted, known = held.snapshot.manifest.chunk_sha256, older.snapshot.manifest.chunk_sha256
-    for chunk in range(min(held.snapshot.num_chunks, older.snapshot.num_chunks)):
-        digest, (start, size) = slice(32 * chunk, 32 * chunk + 32), held.snapshot.cut.place(chunk)
-        if chunk in older.have and older.snapshot.cut.place(chunk) == (start, size) and wanted[digest] == known[digest]:
-            held.room(chunk)[:] = older.part(start, start + size)
-            held.have.add(chunk)

@@ -20,7 +20,6 @@ from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode,
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import News
 from swarmtrain.membership.pulls import SectionBytes
-from swarmtrain.network.chunks import Cut
 from swarmtrain.network.snapshots import Body, Held, TensorSpec, all_finite
 
 __all__ = [
@@ -128,10 +127,9 @@ class VectorCodec:
             return self.encode(vector)
         return _bytes_of(self._feedback.encode(vector, round, part))
 
-    def decode_untrusted(self, held: Held, start: int = 0) -> Tensor:
-        """The vector (P,) whose bytes begin at `start` of a publication that is here; BadBytesError if it is not
-        finite."""
-        data = torch.frombuffer(held.part(start, start + self.size_bytes), dtype=torch.uint8)
+    def decode_untrusted(self, held: Held) -> Tensor:
+        """The vector (P,) of a publication that is here; BadBytesError if it is not finite."""
+        data = torch.frombuffer(held.part(0, self.size_bytes), dtype=torch.uint8)
         vector = decode(data, self.format, self._sizes)
         _check_finite_untrusted(vector)
         return vector
@@ -139,7 +137,8 @@ class VectorCodec:
 
 @dataclass(frozen=True)
 class PublicationCodec:
-    """Publications of gossip as bytes and back: theta in one format, then the pseudo-gradient in another."""
+    """What gossip publishes as bytes and back: the weights that a round begins with in one format, and the
+    pseudo-gradient since in another."""
 
     specs: tuple[TensorSpec, ...]
     """The model's tensors."""
@@ -147,47 +146,31 @@ class PublicationCodec:
     gradient_format: Format
 
     @cached_property
-    def _theta(self) -> VectorCodec:
+    def weights(self) -> VectorCodec:
+        """Of theta."""
         return VectorCodec("theta", self.specs, self.theta_format)
 
     @cached_property
-    def _gradient(self) -> VectorCodec:
+    def gradient(self) -> VectorCodec:
+        """Of the pseudo-gradient."""
         return VectorCodec("gradient", self.specs, self.gradient_format)
 
     @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        """The tensor table of a publication."""
-        return self._theta.tensors + self._gradient.tensors
-
-    @property
     def sizes(self) -> SectionBytes:
-        """What each part of a publication weighs."""
-        return SectionBytes(weights=self._theta.size_bytes, gradient=self._gradient.size_bytes)
-
-    @property
-    def cut(self) -> Cut:
-        """Each of the two can be pulled without the other."""
-        return Cut((self._theta.size_bytes, self._gradient.size_bytes))
-
-    def encode_theta(self, theta: Tensor) -> memoryview:
-        """The bytes of theta (P,), the same for all publications of a round."""
-        return self._theta.encode(theta)
-
-    def encode_gradient(self, gradient: Tensor, round: int = 0, part: int = 1) -> memoryview:
-        """The bytes of a pseudo-gradient (P,), as of a part of a round; not for several threads at once."""
-        return self._gradient.encode_sum(gradient, round, part)
+        """What each weighs."""
+        return SectionBytes(weights=self.weights.size_bytes, gradient=self.gradient.size_bytes)
 
     def weights_untrusted(self, held: Held) -> Arrival:
-        """Theta (P,) of a publication whose first section is here; BadBytesError if it is not finite."""
-        theta = self._theta.decode_untrusted(held)
+        """Theta (P,) that is here; BadBytesError if it is not finite."""
+        theta = self.weights.decode_untrusted(held)
         return Arrival(theta, theta, 0)  # without tokens a gradient is not looked at
 
     def gradient_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
-        """What is new of the pseudo-gradient (P,) of a publication whose second section is here; BadBytesError if it is
-        not finite. `earlier` is the publication that `news` is the difference to."""
-        gradient = self._gradient.decode_untrusted(held, self._theta.size_bytes)
+        """What is new of a pseudo-gradient (P,) that is here; BadBytesError if it is not finite. `earlier` is the one
+        that `news` is the difference to."""
+        gradient = self.gradient.decode_untrusted(held)
         if earlier is not None:
-            gradient -= self._gradient.decode_untrusted(earlier, self._theta.size_bytes)
+            gradient -= self.gradient.decode_untrusted(earlier)
             _check_finite_untrusted(gradient)
         return Arrival(theta=None, gradient=gradient, tokens=news.tokens)
 

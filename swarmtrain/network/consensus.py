@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.bringing import bring
-from swarmtrain.network.chunks import CHUNK_BYTES
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import (
+    CHUNK_BYTES,
     Held,
     SnapshotStore,
     all_finite,

@@ -1,7 +1,7 @@
 """Pulling what partners published, in the background of this peer's own round: nobody waits for anybody.
 
 Runs in the network thread, beside the trainer. As late in the round as the link allows it asks a few partners for
-their newest publication, pulls its weights or its pseudo-gradient (`membership.pulls` says of how many, and when),
+their newest weights or pseudo-gradient (`membership.pulls` says of how many, and when), pulls,
 checks and decodes it, and has the merge prepared; at the round's end the trainer takes what is ready. What comes later
 is there for the next round. Whoever has nothing new, is busy, slow, gone or wrong costs its place: another is tried.
 """
@@ -13,7 +13,7 @@ import contextlib
 import logging
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,13 @@ from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Routes
 from swarmtrain.network.identity import peer_bytes
-from swarmtrain.network.publications import PublicationRules, is_signed_by_untrusted, publication_untrusted
+from swarmtrain.network.publications import (
+    PublicationRules,
+    is_signed_by_untrusted,
+    publication_untrusted,
+    request_of,
+    section_of,
+)
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import Held
 from swarmtrain.network.tasks import end_tasks, logged
@@ -59,16 +65,17 @@ class _HostsFailedError(UnreachableError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GossipSettings(PublicationRules):
+class GossipSettings:
     """What the run file says about publications, and about merging them."""
 
-    num_partners: int
+    rules: Mapping[Section, PublicationRules]
     sizes: SectionBytes
+    num_partners: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pulled:
-    """The weights or the gradient of a partner's publication, decoded: `arrival` is what the merge takes."""
+    """The weights or the gradient of a partner, decoded: `arrival` is what the merge takes."""
 
     section: Section
     peer: str
@@ -164,7 +171,7 @@ class Gossip:
             self._pulled = [pulled for pulled in self._pulled if pulled not in ready.pulled]
             for pulled in ready.pulled:
                 if pulled.section == "weights":
-                    self.ledger.weights_merged(pulled.peer, pulled.mark)
+                    self.ledger.weights_merged(pulled.peer, pulled.mark.round)
                 else:
                     self.ledger.merged(pulled.peer, pulled.mark, reference)
                     self._merged[pulled.peer] = pulled.held
@@ -173,7 +180,7 @@ class Gossip:
 
     def _is_of_use(self, pulled: Pulled, reference: int) -> bool:
         if pulled.section == "weights":
-            return self.ledger.has_new_weights(pulled.peer, pulled.mark, reference)
+            return self.ledger.has_new_weights(pulled.peer, pulled.mark.round, reference)
         return not isinstance(self.ledger.news(pulled.peer, pulled.mark, reference), Nothing)
 
     def forget_pulled(self) -> None:
@@ -269,20 +276,26 @@ class Gossip:
         return median_round([self.round, *(info.round for info in self.membership.volunteers())])
 
     def _choose(self, section: Section, failed: set[str]) -> str | None:
-        """Whose to pull next; gradients of those first whose weights are merged."""
+        """Whose to pull next: weights of those first that have told of new ones, gradients of those whose weights are
+        merged."""
         now = swarm_time()
         idle = {peer for peer, until_s in self._idle_until_s.items() if now < until_s}
         exclude = {self.me, *failed, *idle, *self._coming(section)}
-        candidates = [_candidate(info, self.settings.num_parts) for info in self.membership.volunteers()]
-        if section == "gradient":
-            first = self._coming("weights") - exclude
-            candidates = [one for one in candidates if one.peer in first] or candidates
+        live, num_parts = self.membership.volunteers(), self.settings.rules["gradient"].num_parts
         with self._lock:
             reference = self._reference_round()
-            peer, _ = self._partners.choose(
-                candidates, exclude=exclude, reference_round=reference, now=now, rng=self.rng
-            )
-        return peer
+            if section == "weights":
+                first = {one.peer for one in live if self.ledger.has_new_weights(one.peer, one.round, reference)}
+            else:
+                first = self._coming("weights")
+            candidates = [_candidate(one, num_parts) for one in live]
+            for excluded in (exclude | {one.peer for one in live if one.peer not in first}, exclude):
+                peer, _ = self._partners.choose(
+                    candidates, exclude=excluded, reference_round=reference, now=now, rng=self.rng
+                )
+                if peer is not None:
+                    return peer
+        return None
 
     def _start_pull(self, peer: str, section: Section, failed: set[str], round_s: float) -> None:
         async def pull() -> None:
@@ -334,15 +347,15 @@ class Gossip:
 
     async def _pull_from(self, peer: str, source: str, section: Section) -> bool:
         began_s = swarm_time()
-        reply = await self._ask(peer, source, self.ledger.mark(peer) if section == "gradient" else None)
+        reply = await self._ask(peer, source, section)
         if not reply.HasField("manifest"):
             return False
-        held, mark = publication_untrusted(self.settings, peer, reply.manifest)
-        if self._news_untrusted(peer, mark, section, is_own=source == peer) is None:
+        held, mark = publication_untrusted(self.settings.rules[section], peer, reply.manifest)
+        if self._news_untrusted(peer, mark, is_own=source == peer) is None:
             return False
         self._turned_back.pop(peer, None)
         bytes_s = await self._bring(peer, held, source, section)
-        news = self._news_untrusted(peer, mark, section, is_own=False)  # it may have taken long
+        news = self._news_untrusted(peer, mark, is_own=False)  # it may have taken long
         if news is None:
             return False
         if section == "weights":
@@ -369,9 +382,14 @@ class Gossip:
         self._times.merged(swarm_time() - began_s - bytes_s)
         return True
 
-    async def _ask(self, peer: str, source: str, known: Mark | None) -> pb.PublicationReply:
-        """What `source`, `peer` itself or a host of its, has of `peer` that is newer than what is known."""
-        request = pb.PublicationRequest(has_any=known is not None, presence=self.presence())
+    async def _ask(self, peer: str, source: str, section: Section) -> pb.PublicationReply:
+        """What `source`, `peer` itself or a host of its, has of `peer` that is newer than what was merged."""
+        known = self.ledger.mark(peer)
+        if section == "weights" and (round := self.ledger.weights_round(peer)) is not None:
+            known = Mark(round, 0, 0)
+        elif section == "weights":
+            known = None
+        request = request_of(section, has_any=known is not None, presence=self.presence())
         if known is not None:
             request.round, request.part = known.round, known.part
         if source != peer:
@@ -383,19 +401,20 @@ class Gossip:
             raise BusyError("it serves as many readers as it may")
         return reply
 
-    def _news_untrusted(self, peer: str, mark: Mark, section: Section, *, is_own: bool) -> News | None:
-        """What of a section of `peer`'s publication can be merged, None if nothing can. BadBytesError if what it
+    def _news_untrusted(self, peer: str, mark: Mark, *, is_own: bool) -> News | None:
+        """What of `peer`'s weights (part 0) or gradient can be merged, None if nothing can. BadBytesError if what it
         publishes itself (`is_own`) is old."""
         with self._lock:
             reference = self._reference_round()
-            news = self.ledger.news(peer, mark, reference)
-            has_new_weights = self.ledger.has_new_weights(peer, mark, reference)
+            is_weights = not mark.part
+            if is_weights:
+                news: News = self.ledger.news_of_weights(peer, mark.round, reference)
+            else:
+                news = self.ledger.news(peer, mark, reference)
         if isinstance(news, Nothing) and is_own:
             self._check_counters_untrusted(peer, mark, news)
-        if section == "weights":
-            return news if has_new_weights else None
         is_there = not isinstance(news, Difference) or peer in self._merged
-        if isinstance(news, Nothing | Theta) or not is_there:
+        if isinstance(news, Nothing) or (isinstance(news, Theta) and not is_weights) or not is_there:
             _log.debug("%s has nothing new: %s", peer, news.reason)
             return None
         return news
@@ -416,8 +435,9 @@ class Gossip:
     async def _ask_host(self, peer: str, host: str, request: pb.PublicationRequest) -> pb.PublicationReply:
         """What a host has of `peer`; _HostsFailedError if it has nothing to say, or says what is not `peer`'s word."""
         try:
+            rules = self.settings.rules[section_of(request)]
             reply = await self.calls.publication(host, request)
-            if reply.HasField("manifest") and not is_signed_by_untrusted(self.settings, peer, reply.manifest):
+            if reply.HasField("manifest") and not is_signed_by_untrusted(rules, peer, reply.manifest):
                 raise BadBytesError(f"a publication of {peer} that is not signed by it")
             self.heard_untrusted(peer, pb.PublicationReply(presence=reply.presence))
         except PeerError as error:
@@ -434,14 +454,13 @@ class Gossip:
         return _HostsFailedError(f"its host failed: {error}")
 
     async def _bring(self, peer: str, held: Held, source: str, section: Section) -> float:
-        """Pull the bytes of a section; returns the seconds that took. Raises the PeerError that says why not: BusyError
-        when it serves others."""
-        assert self.settings.cut is not None
-        chunks, began_s, came_bytes = self.settings.cut.chunks_of(SECTIONS.index(section)), swarm_time(), None
+        """Pull the bytes; returns the seconds that took. Raises the PeerError that says why not: BusyError when it
+        serves others."""
+        began_s, came_bytes = swarm_time(), None
         self._times.bytes_begin(began_s)
         try:
-            wrong = await bring(self.calls, source, held, self.settings.pull, chunks)
-            came_bytes = sum(held.snapshot.chunk_size(chunk) for chunk in chunks)
+            wrong = await bring(self.calls, source, held, self.settings.rules[section].pull)
+            came_bytes = held.snapshot.manifest.total_bytes
         except PeerError as error:
             if source == peer:
                 raise

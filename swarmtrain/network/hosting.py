@@ -10,18 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.membership.hosts import Guests, most_guests
 from swarmtrain.membership.lifecycle import Membership
 from swarmtrain.membership.partners import BackOff
-from swarmtrain.network.bringing import bring, take_over
+from swarmtrain.membership.pulls import SECTIONS, Section
+from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.node import Node
-from swarmtrain.network.publications import PublicationRules, publication_untrusted
+from swarmtrain.network.publications import PublicationRules, publication_untrusted, request_of, section_of
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import Held, SnapshotStore
 from swarmtrain.network.tasks import end_tasks
@@ -38,7 +39,7 @@ _KEPT = 2
 
 @dataclass
 class _Kept:
-    """What is here of one guest: its last publications, newest last, and its word of itself."""
+    """What is here of a guest's weights, or of its gradients: the last ones, newest last, and its word of itself."""
 
     held: list[Held] = field(default_factory=list)
     presence: pb.Signed = field(default_factory=pb.Signed)
@@ -52,15 +53,17 @@ class Hosting:
 
     calls: PeerCalls
     store: SnapshotStore
-    rules: PublicationRules
+    rules: Mapping[Section, PublicationRules]
     presence: Callable[[], pb.Signed]
     refused: Callable[[str, PeerError], None]
     guests: Guests = field(init=False)
-    _kept: dict[str, _Kept] = field(default_factory=dict)
+    _kept: dict[tuple[str, Section], _Kept] = field(default_factory=dict)
     _num_waiting: int = 0
 
     def __post_init__(self) -> None:
-        self.guests = Guests(most=most_guests(sum(spec.size_bytes for spec in self.rules.specs)))
+        self.guests = Guests(
+            most=most_guests(sum(spec.size_bytes for rules in self.rules.values() for spec in rules.specs))
+        )
 
     def ask(self, peer: str) -> bool:
         """Whether `peer`, which asks for a host, is served from here on."""
@@ -76,15 +79,16 @@ class Hosting:
         except BadBytesError:
             return pb.PublicationReply(away=True)
         here = self.guests.current(swarm_time())
-        for gone in self._kept.keys() - set(here):
+        for gone in {guest for guest, _ in self._kept} - set(here):
             self._forget(gone)
         if author not in here:
             return pb.PublicationReply(away=True)
         if not self.store.has_room_for(caller) or self._num_waiting >= _MAX_WAITING:
             return pb.PublicationReply(busy=True)
-        kept = self._kept.setdefault(author, _Kept())
+        section = section_of(request)
+        kept = self._kept.setdefault((author, section), _Kept())
         if kept.bringing is None and swarm_time() >= kept.asked_s + _ASK_AGAIN_S:
-            kept.bringing = asyncio.create_task(self._bring(author, kept))
+            kept.bringing = asyncio.create_task(self._bring(author, section, kept))
         if kept.bringing is not None:
             self._num_waiting += 1
             try:
@@ -100,10 +104,10 @@ class Hosting:
             reply.manifest.CopyFrom(newest.snapshot.signed)
         return reply
 
-    async def _bring(self, guest: str, kept: _Kept) -> None:
+    async def _bring(self, guest: str, section: Section, kept: _Kept) -> None:
         """Ask a guest for what it has that is newer, and pull it."""
         try:
-            await self._bring_untrusted(guest, kept)
+            await self._bring_untrusted(guest, section, kept)
         except PeerError as error:
             _log.debug("guest %s: %s", guest, error)
             if error.is_incident:
@@ -111,8 +115,8 @@ class Hosting:
         finally:
             kept.asked_s, kept.bringing = swarm_time(), None
 
-    async def _bring_untrusted(self, guest: str, kept: _Kept) -> None:
-        request = pb.PublicationRequest(has_any=bool(kept.held), presence=self.presence())
+    async def _bring_untrusted(self, guest: str, section: Section, kept: _Kept) -> None:
+        request = request_of(section, has_any=bool(kept.held), presence=self.presence())
         if kept.held:
             newest = kept.held[-1].snapshot.manifest
             request.round, request.part = newest.round, newest.part
@@ -120,10 +124,8 @@ class Hosting:
         kept.presence = reply.presence
         if not reply.HasField("manifest"):
             return
-        held, _ = publication_untrusted(self.rules, guest, reply.manifest)
-        if kept.held:
-            await asyncio.to_thread(take_over, held, kept.held[-1])
-        await bring(self.calls, guest, held, self.rules.pull)
+        held, _ = publication_untrusted(self.rules[section], guest, reply.manifest)
+        await bring(self.calls, guest, held, self.rules[section].pull)
         if guest not in self.guests.current(swarm_time()):
             return
         self.store.add(held)
@@ -137,9 +139,10 @@ class Hosting:
         self._forget(peer)
 
     def _forget(self, guest: str) -> None:
-        kept = self._kept.pop(guest, None)
-        for held in kept.held if kept is not None else ():
-            self.store.drop(held.snapshot.sha256)
+        for section in SECTIONS:
+            kept = self._kept.pop((guest, section), None)
+            for held in kept.held if kept is not None else ():
+                self.store.drop(held.snapshot.sha256)
 
     async def stop(self) -> None:
         """Pull nothing more."""

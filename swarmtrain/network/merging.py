@@ -16,13 +16,13 @@ from typing import TypeVar
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.membership.lifecycle import Membership, PeerState
 from swarmtrain.membership.rosters import Publication, Roster, share_due_s, share_ranges
-from swarmtrain.network.chunks import CHUNK_BYTES
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.roster import check_publication
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.signing import open_signed_untrusted
 from swarmtrain.network.snapshots import (
+    CHUNK_BYTES,
     Body,
     Held,
     PullLimits,

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import Mark
-from swarmtrain.network.chunks import Cut
+from swarmtrain.membership.pulls import Section
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.offering import FillManifest
 from swarmtrain.network.signing import open_signed_untrusted
@@ -30,7 +30,16 @@ from swarmtrain.network.snapshots import (
 )
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Publication", "PublicationRules", "Publisher", "Pulling", "is_signed_by_untrusted", "publication_untrusted"]
+__all__ = [
+    "Publication",
+    "PublicationRules",
+    "Publisher",
+    "Pulling",
+    "is_signed_by_untrusted",
+    "publication_untrusted",
+    "request_of",
+    "section_of",
+]
 
 _KEPT = 2
 """So many publications stay, and those being read."""
@@ -45,15 +54,24 @@ class Pulling(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PublicationRules:
-    """What the run file says about publications. `max_tokens` is what a round can have at most."""
+    """What the run file says about publications of one kind. `max_tokens` is what a round can have at most, `num_parts`
+    its parts; without any they are of the weights that it begins with."""
 
     run_sha256: str
     specs: tuple[TensorSpec, ...]
     max_tokens: int
     num_parts: int
     pull: PullLimits
-    cut: Cut | None = None
-    """Into sections that are pulled apart; None: it has one."""
+
+
+def request_of(section: Section, *, has_any: bool, presence: pb.Signed) -> pb.PublicationRequest:
+    """To be given a peer's newest weights or gradient."""
+    return pb.PublicationRequest(weights=section == "weights", has_any=has_any, presence=presence)
+
+
+def section_of(request: pb.PublicationRequest) -> Section:
+    """What is asked for."""
+    return "weights" if request.weights else "gradient"
 
 
 def is_signed_by_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed) -> bool:
@@ -66,13 +84,14 @@ def is_signed_by_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed
 
 def publication_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed) -> tuple[Held, Mark]:
     """Room for the publication that a manifest of `peer` names, and its place; BadBytesError if it is nonsense."""
-    snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, rules.specs, rules.cut)
+    snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, rules.specs)
     manifest = snapshot.manifest
     if snapshot.author != peer:
         raise BadBytesError("a publication of another peer than the one that sent it")
-    if not 1 <= manifest.part <= rules.num_parts:
+    if not min(1, rules.num_parts) <= manifest.part <= rules.num_parts:
         raise BadBytesError(f"a publication with part {manifest.part} of a round's {rules.num_parts}")
-    if not (0 < manifest.inner_steps <= manifest.tokens <= rules.max_tokens):
+    most, least = (rules.max_tokens, 1) if manifest.part else (0, 0)
+    if not (least <= manifest.inner_steps <= manifest.tokens <= most):
         raise BadBytesError(f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps")
     if not manifest.tokens <= manifest.author_tokens < 2**60:
         raise BadBytesError("a publication that counts more tokens in its round than its author in all")
@@ -81,8 +100,8 @@ def publication_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed)
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """A round's work up to its part number `part`; `encode` makes the bytes, in gossip theta, then the
-    pseudo-gradient."""
+    """A round's pseudo-gradient up to its part number `part`, or as part 0 the weights that it begins with; `encode`
+    makes the bytes."""
 
     round: int
     part: int
@@ -105,7 +124,6 @@ class Publisher:
     store: SnapshotStore
     newest: Publication | None = None
     """Set by the trainer's thread, read in the network's."""
-    cut: Cut | None = None
     shard_rows: Callable[[], Iterable[pb.Signed]] = tuple
     """Who has seen which data, for the manifest."""
     _built: deque[tuple[object, Held]] = field(default_factory=deque)
@@ -144,4 +162,4 @@ class Publisher:
             coverage=self.shard_rows(),
         )
         publication.fill(manifest)
-        return build_snapshot(self.identity, manifest, self.specs, publication.encode(), self.cut)
+        return build_snapshot(self.identity, manifest, self.specs, publication.encode())

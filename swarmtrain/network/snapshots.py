@@ -1,9 +1,8 @@
 """The one mechanism: a snapshot is a signed manifest and chunks, content-addressed.
 
-A manifest names run, kind, round, tokens, the tensor table and the SHA-256 of each chunk of 256 KiB (of a body in
-sections the last chunk of each is shorter); its own hash is the snapshot's name. Whoever holds the chunks can serve
-them, and a reader that knows the name can check every byte, so a pull resumes and changes source freely. Hashing runs
-off the event loop.
+A manifest names run, kind, round, tokens, the tensor table and the SHA-256 of each chunk of 256 KiB; its own hash is
+the snapshot's name. Whoever holds the chunks can serve them, and a reader that knows the name can check every
+byte, so a pull resumes and changes source freely. Hashing runs off the event loop.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from typing import Protocol, TypeVar, cast
 import numpy as np
 
 from swarmtrain.errors import BadBytesError, BrokenOffError, BusyError, PeerError, StalledError, UnreachableError
-from swarmtrain.network.chunks import CHUNK_BYTES, Cut
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.replies import ChunkReply, Reply
 from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
@@ -28,6 +26,7 @@ from swarmtrain.network.throttle import Throttle, num_at_once
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
+    "CHUNK_BYTES",
     "Body",
     "Held",
     "PullLimits",
@@ -43,6 +42,9 @@ __all__ = [
     "pull_chunks",
     "pull_manifest",
 ]
+
+CHUNK_BYTES = 256 * 1024
+"""The fastest message size measured over hivemind's streams."""
 
 _CHUNKS_A_PULL = 256
 """Chunks asked for in one stream: 64 MiB."""
@@ -114,12 +116,6 @@ class Snapshot:
     signed: pb.Signed
     sha256: str
     author: str
-    sections: Cut | None = None
-
-    @property
-    def cut(self) -> Cut:
-        """Into its sections' chunks; of most snapshots the body is one section."""
-        return self.sections or Cut((self.manifest.total_bytes,))
 
     @property
     def num_chunks(self) -> int:
@@ -128,7 +124,7 @@ class Snapshot:
 
     def chunk_size(self, chunk: int) -> int:
         """Bytes in chunk number `chunk`."""
-        return self.cut.place(chunk)[1]
+        return min(CHUNK_BYTES, self.manifest.total_bytes - chunk * CHUNK_BYTES)
 
     def chunk_is(self, chunk: int, data: bytes | memoryview) -> bool:
         """Whether `data` is that chunk."""
@@ -156,8 +152,8 @@ class Held:
     def room(self, chunk: int) -> memoryview:
         """Where a pulled chunk belongs."""
         assert self.buffer is not None
-        start, size = self.snapshot.cut.place(chunk)
-        return memoryview(self.buffer)[start : start + size]
+        start = chunk * CHUNK_BYTES
+        return memoryview(self.buffer)[start : start + self.snapshot.chunk_size(chunk)]
 
     def part(self, start: int, end: int) -> memoryview:
         """The bytes from `start` to `end` of the body, in memory that may be written to."""
@@ -166,9 +162,7 @@ class Held:
         return memoryview(bytearray(self.body.read(start, end - start)))
 
 
-def build_snapshot(
-    identity: Identity, manifest: pb.Manifest, specs: Sequence[TensorSpec], body: Body, cut: Cut | None = None
-) -> Held:
+def build_snapshot(identity: Identity, manifest: pb.Manifest, specs: Sequence[TensorSpec], body: Body) -> Held:
     """Hash and sign a snapshot. `manifest` carries run, kind, round and counters; the rest is filled in here.
 
     Takes as long as hashing the body: call it in a thread.
@@ -179,17 +173,16 @@ def build_snapshot(
     manifest.total_bytes, manifest.chunk_bytes = body.size_bytes, CHUNK_BYTES
     for spec in specs:
         manifest.tensors.add(name=spec.name, shape=spec.shape, dtype=spec.dtype)
-    cut = cut or Cut((body.size_bytes,))
-    digests = [hashlib.sha256(body.read(*cut.place(chunk))).digest() for chunk in range(cut.num_chunks)]
+    digests = [
+        hashlib.sha256(body.read(offset, CHUNK_BYTES)).digest() for offset in range(0, body.size_bytes, CHUNK_BYTES)
+    ]
     manifest.chunk_sha256 = b"".join(digests)
     signed = sign(identity, "manifest", manifest.run_sha256.hex(), manifest)
-    snapshot = Snapshot(manifest, signed, payload_sha256(signed), identity.peer_id, cut)
+    snapshot = Snapshot(manifest, signed, payload_sha256(signed), identity.peer_id)
     return Held(snapshot, body, set(range(snapshot.num_chunks)))
 
 
-def manifest_untrusted(
-    signed: pb.Signed, run_sha256: str, kind: int, specs: Sequence[TensorSpec], cut: Cut | None = None
-) -> Snapshot:
+def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, specs: Sequence[TensorSpec]) -> Snapshot:
     """A checked manifest: of this run and kind, with exactly this tensor table; BadBytesError otherwise."""
     author, manifest = open_signed_untrusted(signed, "manifest", run_sha256, pb.Manifest)
     if manifest.run_sha256.hex() != run_sha256 or manifest.author != signed.author or manifest.kind != kind:
@@ -198,12 +191,11 @@ def manifest_untrusted(
     table = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype) for t in manifest.tensors)
     if table != tuple(specs) or manifest.total_bytes != total_bytes:
         raise BadBytesError("a manifest whose tensors have another shape, type or number than this model's")
-    cut = cut or Cut((total_bytes,))
-    if manifest.chunk_bytes != CHUNK_BYTES or len(manifest.chunk_sha256) != 32 * cut.num_chunks:
+    if manifest.chunk_bytes != CHUNK_BYTES or len(manifest.chunk_sha256) != 32 * math.ceil(total_bytes / CHUNK_BYTES):
         raise BadBytesError("a manifest with another chunk size or number of chunks")
     if manifest.round >= 2**40 or manifest.tokens >= 2**60 or manifest.run_tokens >= 2**60:
         raise BadBytesError("a manifest with a counter out of range")
-    return Snapshot(manifest, signed, payload_sha256(signed), author, cut)
+    return Snapshot(manifest, signed, payload_sha256(signed), author)
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,7 +318,7 @@ class SnapshotStore:
                     return
                 self._read_s[held.snapshot.sha256] = self.clock()
                 count_sent(held.snapshot.chunk_size(chunk))
-                yield ChunkReply(chunk, held.body.views(*held.snapshot.cut.place(chunk)))
+                yield ChunkReply(chunk, held.body.views(chunk * CHUNK_BYTES, CHUNK_BYTES))
             yield pb.PullReply(end=True)
         finally:
             self._readers.pop(reader, None)

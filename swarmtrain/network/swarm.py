@@ -99,7 +99,9 @@ class Swarm:
     store: SnapshotStore = field(init=False)
     rounds: Rounds = field(init=False)
     publisher: Publisher | None = None
-    """What this peer publishes in asynchronous rounds; None where rounds are synchronous, and in a bootstrap."""
+    weights_publisher: Publisher | None = None
+    """What this peer publishes in asynchronous rounds, in gossip its gradients and its weights; None where rounds are
+    synchronous, and in a bootstrap."""
     gossip: Pulling | None = None
     """... and what it pulls of others'."""
     coverage: DataCoverage | None = None  # None too where the data have no shards, and in a bootstrap
@@ -513,12 +515,11 @@ class Swarm:
             if self.hosting is None or self.rounds.away:
                 return pb.PublicationReply(away=True)
             return await self.hosting.answer(request, caller)
-        if self.publisher is None or self.rounds.away:
+        publisher = self.weights_publisher if request.weights else self.publisher
+        if publisher is None or self.rounds.away:
             return pb.PublicationReply(away=self.rounds.away)
-        reply = pb.PublicationReply(presence=self.signed_presence())
-        if not self.store.has_room_for(caller):
-            reply.busy = True
-        elif (held := await self.publisher.held_after(request, caller)) is not None:
+        reply = pb.PublicationReply(presence=self.signed_presence(), busy=not self.store.has_room_for(caller))
+        if not reply.busy and (held := await publisher.held_after(request, caller)) is not None:
             reply.manifest.CopyFrom(held.snapshot.signed)
         return reply
 

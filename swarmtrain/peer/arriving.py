@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from swarmtrain.events import ArrivingEvent, Event
-from swarmtrain.network.chunks import CHUNK_BYTES
-from swarmtrain.network.snapshots import Held
+from swarmtrain.network.snapshots import CHUNK_BYTES, Held
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import size_in_words

@@ -30,7 +30,7 @@ from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan, Pulled
 from swarmtrain.network.hosting import Hosting, Routes
-from swarmtrain.network.publications import Publication, Publisher
+from swarmtrain.network.publications import Publication, PublicationRules, Publisher
 from swarmtrain.network.snapshots import Body, Held
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
@@ -56,21 +56,23 @@ def gossip_settings(swarm: Swarm) -> GossipSettings:
     """What the run file says about publications and merging them."""
     section, rounds = swarm.published.run.merge, swarm.rounds.settings
     codec = PublicationCodec(swarm.specs, section.theta_format, section.gradient_format)
-    return GossipSettings(
+    rules = PublicationRules(
         run_sha256=rounds.run_sha256,
-        specs=codec.tensors,
-        cut=codec.cut,
-        sizes=codec.sizes,
+        specs=codec.gradient.tensors,
         max_tokens=rounds.max_tokens,
         num_parts=section.publications_per_round,
-        num_partners=section.num_partners,
         pull=dataclasses.replace(rounds.pull, busy_limit_s=0.0),
+    )
+    return GossipSettings(
+        rules={"gradient": rules, "weights": dataclasses.replace(rules, specs=codec.weights.tensors, num_parts=0)},
+        sizes=codec.sizes,
+        num_partners=section.num_partners,
     )
 
 
 def hosting_of(swarm: Swarm) -> Hosting:
     """What this peer, which may be a bootstrap, does for peers that nobody can dial."""
-    return Hosting(swarm.calls, swarm.store, gossip_settings(swarm), swarm.signed_presence, swarm.rounds.refused)
+    return Hosting(swarm.calls, swarm.store, gossip_settings(swarm).rules, swarm.signed_presence, swarm.rounds.refused)
 
 
 @dataclass
@@ -79,10 +81,10 @@ class GossipExchange(AsynchronousExchange):
 
     gossip: Gossip = field(init=False)
     publisher: Publisher = field(init=False)
+    weights_publisher: Publisher = field(init=False)
     _codec: PublicationCodec = field(init=False)
     _layout: Layout = field(init=False)
     _theta: Tensor = field(init=False, repr=False)
-    _theta_bytes: Callable[[], memoryview] = field(init=False, repr=False)
     _robustness: Robustness = field(init=False)
     _own_tokens: int = 0
     _round: int = 0
@@ -93,13 +95,11 @@ class GossipExchange(AsynchronousExchange):
         self._layout = layout_of_specs(swarm.specs)
         self._robustness = Robustness(section.robust, self._layout, self._tell_clipped, met=section.init == "common")
         settings = gossip_settings(swarm)
-        self.publisher = Publisher(
-            swarm.identity,
-            settings.run_sha256,
-            settings.specs,
-            swarm.store,
-            cut=settings.cut,
-            shard_rows=lambda: rows_of(swarm.coverage),
+        self.publisher, self.weights_publisher = (
+            Publisher(
+                swarm.identity, rules.run_sha256, rules.specs, swarm.store, shard_rows=lambda: rows_of(swarm.coverage)
+            )
+            for rules in (settings.rules["gradient"], settings.rules["weights"])
         )
         self.gossip = Gossip(
             me=swarm.identity.peer_id,
@@ -118,7 +118,8 @@ class GossipExchange(AsynchronousExchange):
             heard_rows_untrusted=self._hear_rows_untrusted,
             routes=Routes(swarm.node, swarm.membership),
         )
-        swarm.publisher, swarm.gossip, swarm.hosting = self.publisher, self.gossip, hosting_of(swarm)
+        swarm.publisher, swarm.weights_publisher = self.publisher, self.weights_publisher
+        swarm.gossip, swarm.hosting = self.gossip, hosting_of(swarm)
 
     # ------------------------------------------------------------- the trainer's calls
 
@@ -133,7 +134,14 @@ class GossipExchange(AsynchronousExchange):
             ends_s=now + self._round_s(start.inner_steps, steps_per_s),
             prepare=functools.partial(self._prepare, theta),
         )
-        self._theta_bytes = functools.cache(lambda: self._codec.encode_theta(theta))
+        self.weights_publisher.newest = Publication(
+            round=progress.round,
+            part=0,
+            tokens=0,
+            inner_steps=0,
+            author_tokens=progress.peer_tokens.get(self.swarm.identity.peer_id, 0),
+            encode=lambda: self._encode_weights(theta),
+        )
 
         async def begin() -> None:
             self._describe_start(progress, steps_per_s)
@@ -149,7 +157,6 @@ class GossipExchange(AsynchronousExchange):
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""
-        theta_bytes = self._theta_bytes
         if self.swarm.coverage is not None:
             self.swarm.coverage.reached(contribution.tokens)
         self._own_tokens = contribution.own_tokens
@@ -159,7 +166,7 @@ class GossipExchange(AsynchronousExchange):
             tokens=contribution.tokens,
             inner_steps=contribution.inner_steps,
             author_tokens=contribution.own_tokens,
-            encode=lambda: self._encode(contribution, theta_bytes()),
+            encode=lambda: self._encode_gradient(contribution),
         )
 
         async def describe() -> None:
@@ -173,9 +180,11 @@ class GossipExchange(AsynchronousExchange):
         if self.swarm.coverage is not None:
             self.swarm.coverage.hear_untrusted(peer, rows)
 
-    def _encode(self, contribution: Contribution, theta: memoryview) -> Body:
-        gradient = self._codec.encode_gradient(contribution.gradient, contribution.round, contribution.part)
-        return Body([theta, gradient])
+    def _encode_weights(self, theta: Tensor) -> Body:
+        return Body([self._codec.weights.encode(theta)])
+
+    def _encode_gradient(self, contribution: Contribution) -> Body:
+        return Body([self._codec.gradient.encode_sum(contribution.gradient, contribution.round, contribution.part)])
 
     def collect(self) -> Gathered | Replaced:
         """See `Exchange`. Waits for nobody, unless this peer has fallen far behind and takes the others' weights."""

@@ -28,7 +28,7 @@ from swarmtrain.membership.partners import (
     Theta,
     median_round,
 )
-from swarmtrain.membership.pulls import SECTIONS, PullTimes, Section, SectionBytes, plan_pulls
+from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, plan_pulls
 from swarmtrain.membership.shards import Coverage, Row
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Network, Refused
@@ -70,7 +70,7 @@ class GossipSettings:
 
 @dataclass(frozen=True)
 class Publication:
-    """What a peer published: its weight at the round's start and the pseudo-gradient since."""
+    """What a peer published: its weight at the round's start and the pseudo-gradient since, or (part 0) the former."""
 
     peer: str
     mark: Mark
@@ -78,9 +78,15 @@ class Publication:
     gradient: float
     rows: tuple[Row, ...] = ()
 
-    def name_of(self, section: Section) -> str:
+    @property
+    def section(self) -> Section:
+        """What is pulled of it."""
+        return "gradient" if self.mark.part else "weights"
+
+    @property
+    def body(self) -> str:
         """What to ask for to have it."""
-        return f"{section} {self.mark.round} {self.mark.part}"
+        return f"{self.section} {self.mark.round} {self.mark.part}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +151,11 @@ class GossipPeer:
         self.shard = -1
         self._rng = random.Random(f"{swarm.seed} {name}")
         self._now = _Round(swarm.clock.now, s.inner_steps)
-        self._arrived: list[tuple[Section, Publication]] = []
+        self._arrived: list[Publication] = []
         self._gradients: dict[str, float] = {}
         self._published: list[Publication] = []
+        self._weights: list[Publication] = []
+        """That the last two rounds began with."""
         self._readers: list[float] = []
         self._times = PullTimes()
         self._coming: Counter[Section] = Counter()
@@ -225,6 +233,7 @@ class GossipPeer:
             reference = reference_speed([self.steps_per_s, *(one.steps_per_s for one in self._sampled)])
             steps = paced_inner_steps(self.steps_per_s, reference, s.inner_steps)
         self._now = _Round(now, steps)
+        self._weights = [*self._weights[-1:], Publication(self.name, Mark(self.round, 0, 0), self.theta, 0.0)]
         if self.coverage is not None:
             busy = self.coverage.busy(one.peer for one in self._sampled)
             tokens = steps * s.tokens_per_step
@@ -269,11 +278,11 @@ class GossipPeer:
         self.partners.ledger.load(saved.ledger)
         self._start_round()
 
-    def _is_of_use(self, section: Section, one: Publication, reference_round: int) -> bool:
-        """Whether a section of a publication can be merged."""
+    def _is_of_use(self, one: Publication, reference_round: int) -> bool:
+        """Whether it can be merged."""
         ledger = self.partners.ledger
-        if section == "weights":
-            return ledger.has_new_weights(one.peer, one.mark, reference_round)
+        if one.section == "weights":
+            return ledger.has_new_weights(one.peer, one.mark.round, reference_round)
         return not isinstance(ledger.news(one.peer, one.mark, reference_round), Nothing | Theta)
 
     def _merge(self, reference_round: int) -> tuple[int, int]:
@@ -284,13 +293,13 @@ class GossipPeer:
         own_tokens = self._now.steps * s.tokens_per_step
         behind = self.round + 1 < reference_round - s.max_staleness_rounds
         thetas, gradients, num_merged, oldest = [self.theta], [(self._gradient(self._now.steps), own_tokens)], 0, 0
-        for section, one in self._arrived:
-            if not self._is_of_use(section, one, reference_round):
+        for one in self._arrived:
+            if not self._is_of_use(one, reference_round):
                 continue
             oldest = max(oldest, reference_round - one.mark.round)
-            if section == "weights":
+            if one.section == "weights":
                 thetas.append(one.theta)
-                ledger.weights_merged(one.peer, one.mark)
+                ledger.weights_merged(one.peer, one.mark.round)
                 continue
             new = ledger.news(one.peer, one.mark, reference_round)
             since = new.since.tokens if isinstance(new, Difference) else 0
@@ -332,15 +341,16 @@ class GossipPeer:
         now, s = self.swarm.clock.now, self.settings
         if what == "state":
             return self.theta, self.momentum, self.round
-        if what == "manifest":
+        if what == "manifest weights":
+            return self._weights[-1]
+        if what == "manifest gradient":
             return self._publish() or Refused("nothing is published yet")
         self._readers = [end_s for end_s in self._readers if end_s > now]
         if len(self._readers) >= s.max_readers:
             return Refused("BUSY")
-        wanted = ((one, section) for one in self._published for section in SECTIONS if what == one.name_of(section))
-        found, section = next(wanted, (None, None))
-        if found is not None and section is not None:
-            size_bytes = s.section_bytes(section)
+        found = next((one for one in self._published + self._weights if what == one.body), None)
+        if found is not None:
+            size_bytes = s.section_bytes(found.section)
             self._readers.append(now + size_bytes / self.link.bytes_per_s)
             self.bytes_up += size_bytes
         return found
@@ -401,7 +411,7 @@ class GossipPeer:
         if not r.due:
             self._look_around()
         r.due[section] += 1
-        here = sum(what == section for what, _ in self._arrived)
+        here = sum(one.section == section for one in self._arrived)
         if here + self._coming[section] < r.due[section]:
             self._coming[section] += 1
             self._ask(_Pull(r, section, self.swarm.clock.now))
@@ -421,7 +431,7 @@ class GossipPeer:
             self._coming[section] -= 1
         else:
             r.asked.add((section, peer))
-            self._fetch(peer, "manifest", 0, partial(self._manifest, pull, peer))
+            self._fetch(peer, f"manifest {section}", 0, partial(self._manifest, pull, peer))
 
     def _manifest(self, pull: _Pull, peer: str, found: Publication | Refused | None) -> None:
         if not isinstance(found, Publication):
@@ -429,7 +439,7 @@ class GossipPeer:
             self._ask(pull)
             return
         reference_round = self._reference_round()
-        if not self._is_of_use(pull.section, found, reference_round):
+        if not self._is_of_use(found, reference_round):
             new = self.partners.ledger.news(peer, found.mark, reference_round)
             if isinstance(new, Nothing) and new.turned_back:
                 self.swarm.incidents.append((self.name, peer, new.reason))
@@ -439,7 +449,7 @@ class GossipPeer:
         self._times.bytes_begin(now)
         self._num_streams += 1
         num_bytes = self.settings.section_bytes(pull.section) * self._num_streams  # they share the link
-        self._fetch(peer, found.name_of(pull.section), num_bytes, partial(self._body, pull, peer, now))
+        self._fetch(peer, found.body, num_bytes, partial(self._body, pull, peer, now))
 
     def _fetch(self, peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
         """Pull `what` of a partner's."""
@@ -458,7 +468,7 @@ class GossipPeer:
         self.partners.back_off.answered(peer)
         self.membership.heard(peer, now)
         self._now.bytes_down += size_bytes
-        self._arrived.append((pull.section, found))  # if its round is over, it enters the next merge
+        self._arrived.append(found)  # if its round is over, it enters the next merge
 
     def _failed(self, peer: str, answer: Refused | None) -> None:
         now = self.swarm.clock.now

@@ -23,7 +23,7 @@ from swarmtrain.membership.hosts import (
 )
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.partners import BackOff
-from swarmtrain.membership.pulls import SECTIONS
+from swarmtrain.membership.pulls import SECTIONS, Section
 from swarmtrain.simulate.gossip import GossipPeer, GossipSettings, GossipSwarm, Publication
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Refused
@@ -42,7 +42,7 @@ class HostedPeer(GossipPeer):
         self.reachability, self.choice, self.guests = Reachability(), HostChoice(me=name), Guests()
         self.routes = BackOff(first_s=5.0, most_s=60.0)
         self.most_guests = 0
-        self._kept: dict[str, list[Publication]] = {}
+        self._kept: dict[tuple[str, Section], list[Publication]] = {}
         self._chance = random.Random(f"hosts {swarm.seed} {name}")
         super().__init__(swarm, name, speed, theta, link)
         swarm.clock.call_later(1.0 + self._chance.random(), self.deliver, self._look)
@@ -86,25 +86,26 @@ class HostedPeer(GossipPeer):
         return is_guest
 
     def provide(self, what: str) -> Any:
-        """Its own, or a guest's: "of NAME manifest", "of NAME SECTION ROUND PART"."""
+        """Its own, or a guest's: "of NAME manifest SECTION", "of NAME SECTION ROUND PART"."""
         of, _, rest = what.partition(" ")
         if of != "of":
             return super().provide(what)
         author, _, rest = rest.partition(" ")
         if author not in self.guests.current(self.swarm.clock.now):
             return Refused("no guest of this host")
-        kept = self._kept.setdefault(author, [])
-        if rest == "manifest":
-            if self.brings(author):
-                kept.append(self.hosted.peers[author].provide("manifest"))
-                del kept[:-_KEPT]
-            return kept[-1] if kept else Refused("it has published nothing yet")
-        return next((one for one in kept if rest in map(one.name_of, SECTIONS)), None)
+        for section in SECTIONS:
+            kept = self._kept.setdefault((author, section), [])
+            if rest == f"manifest {section}":
+                if self.brings(author, section):
+                    kept.append(self.hosted.peers[author].provide(rest))
+                    del kept[:-_KEPT]
+                return kept[-1] if kept else Refused("it has published nothing yet")
+        return next((one for section in SECTIONS for one in self._kept[author, section] if rest == one.body), None)
 
-    def brings(self, author: str) -> bool:
+    def brings(self, author: str, section: Section) -> bool:
         """Whether a guest has something that is not here yet."""
-        guest, kept = self.hosted.peers[author], self._kept.get(author)
-        newest = guest.provide("manifest") if guest.running else None
+        guest, kept = self.hosted.peers[author], self._kept.get((author, section))
+        newest = guest.provide(f"manifest {section}") if guest.running else None
         return isinstance(newest, Publication) and not (kept and kept[-1].mark == newest.mark)
 
     # ------------------------------------------------------------------ the reader
@@ -130,9 +131,11 @@ class HostedPeer(GossipPeer):
             return
         host, rest = hosts[0], hosts[1:]
         through = self.hosted.peers[host]
-        if what == "manifest" and through.running and through.brings(peer):
-            num_bytes += self.settings.publication_bytes  # the host pulls it first
-            self.hosted.peers[peer].bytes_up += self.settings.publication_bytes
+        for section in SECTIONS:
+            if what == f"manifest {section}" and through.running and through.brings(peer, section):
+                size_bytes = self.settings.section_bytes(section)
+                num_bytes += size_bytes  # the host pulls it first
+                self.hosted.peers[peer].bytes_up += size_bytes
         again = partial(self._came, host, partial(self._through, rest, peer, what, num_bytes, done), done)
         self.swarm.pull(self, host, f"of {peer} {what}", num_bytes, again)
 

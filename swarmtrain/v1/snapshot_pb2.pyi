@@ -293,18 +293,20 @@ class StateReply(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
 
 class PublicationRequest(_message.Message):
-    __slots__ = ("has_any", "round", "part", "presence", "author")
+    __slots__ = ("has_any", "round", "part", "presence", "author", "weights")
     HAS_ANY_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_FIELD_NUMBER: _ClassVar[int]
     AUTHOR_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     has_any: bool
     round: int
     part: int
     presence: Signed
     author: bytes
-    def __init__(self, has_any: bool = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., author: _Optional[bytes] = ...) -> None: ...
+    weights: bool
+    def __init__(self, has_any: bool = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., author: _Optional[bytes] = ..., weights: bool = ...) -> None: ...
 
 class PublicationReply(_message.Message):
     __slots__ = ("manifest", "presence", "away", "busy")

@@ -88,24 +88,24 @@ def test_without_the_earlier_gradient_only_the_weights_enter_and_the_next_part_h
     assert isinstance(new, Difference) and new.tokens == 90, "steps 100 to 200 never enter"
 
 
-def test_the_weights_of_a_round_are_merged_once_whichever_part_they_came_with() -> None:
+def test_the_weights_of_a_round_are_merged_once() -> None:
     ledger = ledger_with(("a", 3, 4, 400))
-    assert ledger.has_new_weights("a", Mark(3, 4, 400), 3), "only its gradient was merged"
-    ledger.weights_merged("a", Mark(3, 4, 400))
-    assert not ledger.has_new_weights("a", Mark(3, 4, 400), 3), "one that publishes no more holds nobody back"
-    assert ledger.has_new_weights("a", Mark(4, 1, 90), 3)
-    ledger.weights_merged("a", Mark(4, 1, 90))
-    assert not ledger.has_new_weights("a", Mark(4, 3, 300), 3)
-    assert not ledger.has_new_weights("a", Mark(5, 1, 90), 14), "too old"
+    assert ledger.has_new_weights("a", 3, 3), "only its gradient was merged"
+    ledger.weights_merged("a", 3)
+    assert not ledger.has_new_weights("a", 3, 3), "one that publishes no more holds nobody back"
+    assert ledger.has_new_weights("a", 4, 3)
+    ledger.weights_merged("a", 4)
+    assert not ledger.has_new_weights("a", 4, 3)
+    assert not ledger.has_new_weights("a", 5, 14), "too old"
     ledger.merged("a", Mark(6, 2, 200), 6)
-    assert not ledger.has_new_weights("a", Mark(5, 4, 400), 6), "its counter turned back"
+    assert not ledger.has_new_weights("a", 5, 6), "its counter turned back"
 
 
 def test_of_few_peers_weights_are_remembered() -> None:
     ledger = Ledger(max_peers=2)
     for peer in ("a", "b", "c"):
-        ledger.weights_merged(peer, Mark(7, 1, 10))
-    assert [ledger.has_new_weights(peer, Mark(7, 1, 10), 7) for peer in ("a", "b", "c")] == [True, False, False]
+        ledger.weights_merged(peer, 7)
+    assert [ledger.has_new_weights(peer, 7, 7) for peer in ("a", "b", "c")] == [True, False, False]
 
 
 def test_gradients_are_held_of_the_last_few_peers_and_not_of_rounds_that_are_over() -> None:

@@ -13,9 +13,9 @@ from replies import Replies
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, StalledError, UnreachableError
 from swarmtrain.network.bringing import bring
-from swarmtrain.network.chunks import CHUNK_BYTES
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.snapshots import (
+    CHUNK_BYTES,
     Body,
     Held,
     PullLimits,

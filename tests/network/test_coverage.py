@@ -78,7 +78,7 @@ class Peer(Reader):
         )
         self.batches.cut(NUM_SHARDS)
         rows = self.coverage.rows_to_send
-        self.publisher = Publisher(identity, RUN, CODEC.tensors, SnapshotStore(), shard_rows=rows)
+        self.publisher = Publisher(identity, RUN, CODEC.gradient.tensors, SnapshotStore(), shard_rows=rows)
         self.drawn: set[int] = set()
 
     def train(self, others: list[Peer], shard: int | None = None) -> None:
@@ -96,14 +96,14 @@ class Peer(Reader):
             tokens=ROUND_TOKENS,
             inner_steps=STEPS,
             author_tokens=self.round * ROUND_TOKENS,
-            encode=lambda: Body([CODEC.encode_theta(nothing), CODEC.encode_gradient(nothing)]),
+            encode=lambda: Body([CODEC.gradient.encode(nothing)]),
         )
 
     def pull(self, other: Peer) -> None:
         held = asyncio.run(other.publisher.held_after(pb.PublicationRequest()))
         if held is not None:
             kind = pb.SNAPSHOT_KIND_PUBLICATION
-            read = manifest_untrusted(held.snapshot.signed, RUN, kind, CODEC.tensors)
+            read = manifest_untrusted(held.snapshot.signed, RUN, kind, CODEC.gradient.tensors)
             self.coverage.hear_untrusted(other.id, read.manifest.coverage)
 
 

@@ -17,18 +17,30 @@ from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.membership.partners import Ledger, Mark
+from swarmtrain.membership.pulls import Section
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan, Pulled
 from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.publications import Publication, Publisher
-from swarmtrain.network.snapshots import Body, PullLimits, SnapshotStore, TensorSpec
+from swarmtrain.network.publications import Publication, PublicationRules, Publisher, section_of
+from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
 ME, BEN, CARL, DORA = (new_identity(bytes([i]) * 32) for i in range(4))
 CODEC = PublicationCodec((TensorSpec("w", (40, 50)), TensorSpec("norm", (7,))), "int8", "int8")
 SIZE, ROUND_TOKENS = 2007, 1000
+GRADIENTS = PublicationRules(
+    run_sha256=RUN,
+    specs=CODEC.gradient.tensors,
+    max_tokens=ROUND_TOKENS,
+    num_parts=4,
+    pull=PullLimits(stall_limit_s=5.0, busy_limit_s=0.0),
+)
+RULES: dict[Section, PublicationRules] = {
+    "gradient": GRADIENTS,
+    "weights": replace(GRADIENTS, specs=CODEC.weights.tensors, num_parts=0),
+}
 
 
 class BenFirst(random.Random):
@@ -45,19 +57,36 @@ class Partner:
     def __init__(self, identity: Identity, value: float) -> None:
         self.identity, self.value = identity, value
         self.store = SnapshotStore()
-        self.publisher = Publisher(identity, RUN, CODEC.tensors, self.store, cut=CODEC.cut)
+        self.publishers = {
+            section: Publisher(identity, RUN, rules.specs, self.store) for section, rules in RULES.items()
+        }
         self.is_gone = self.is_busy = self.is_silent = False
         self.asked: list[pb.PublicationRequest] = []
 
     def publish(self, round: int, part: int, tokens: int) -> None:
         theta, gradient = torch.full((SIZE,), self.value), torch.full((SIZE,), self.value * tokens)
+        self.publish_bytes(round, part, tokens, CODEC.weights.encode(theta), CODEC.gradient.encode(gradient))
 
-        def encode() -> Body:
-            return Body([CODEC.encode_theta(theta), CODEC.encode_gradient(gradient)])
-
-        self.publisher.newest = Publication(
-            round=round, part=part, tokens=tokens, inner_steps=tokens // 10, author_tokens=tokens + 5, encode=encode
+    def publish_bytes(
+        self, round: int, part: int, tokens: int, weights: memoryview, gradient: memoryview, author_tokens: int = 0
+    ) -> None:
+        """A publication of such bytes, and the weights that its round began with."""
+        author_tokens = author_tokens or tokens + 5
+        self.publishers["weights"].newest = Publication(
+            round=round, part=0, tokens=0, inner_steps=0, author_tokens=author_tokens, encode=lambda: Body([weights])
         )
+        self.publishers["gradient"].newest = Publication(
+            round=round,
+            part=part,
+            tokens=tokens,
+            inner_steps=tokens // 10,
+            author_tokens=author_tokens,
+            encode=lambda: Body([gradient]),
+        )
+
+    async def held_after(self, request: pb.PublicationRequest) -> Held | None:
+        """Its answer to a request."""
+        return await self.publishers[section_of(request)].held_after(request)
 
 
 class Calls:
@@ -77,7 +106,7 @@ class Calls:
             raise UnreachableError("nobody")
         if partner.is_busy:
             return pb.PublicationReply(busy=True)
-        held = await partner.publisher.held_after(request)
+        held = await partner.held_after(request)
         return pb.PublicationReply(manifest=None if held is None else held.snapshot.signed)
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
@@ -95,16 +124,7 @@ class Peer:
         self.calls: Any = Calls()
         for partner in partners:
             self.saw(partner, now)
-        settings = GossipSettings(
-            run_sha256=RUN,
-            specs=CODEC.tensors,
-            cut=CODEC.cut,
-            sizes=CODEC.sizes,
-            max_tokens=ROUND_TOKENS,
-            num_parts=4,
-            num_partners=num_partners,
-            pull=PullLimits(stall_limit_s=5.0, busy_limit_s=0.0),
-        )
+        settings = GossipSettings(rules=RULES, sizes=CODEC.sizes, num_partners=num_partners)
         self.gossip = Gossip(
             me=ME.peer_id,
             calls=self.calls,
@@ -241,7 +261,7 @@ def test_a_partner_that_fails_costs_its_place_and_another_is_tried(fault: str) -
             partner.publish(0, 1, 100)
         _break(ben, fault)
         me.begin(0)
-        assert set(await me.take(2)) == {CARL.peer_id, DORA.peer_id}
+        assert set(await me.take(2, weights=False)) == {CARL.peer_id, DORA.peer_id}
         await me.gossip.stop()
         assert len(ben.asked) == 2, "he is the first to be asked, for both, and left alone then"
         assert [peer for peer, _ in me.refused] == ([] if fault in ("gone", "busy") else [BEN.peer_id])
@@ -300,7 +320,7 @@ def test_what_is_wrong_is_named() -> None:
         me.begin(0)
         await until(lambda: me.refused)
         assert me.refused == [(BEN.peer_id, "a publication with part 9 of a round's 4")]
-        assert me.gossip.take(me.gossip.round) is None
+        assert me.gossip.ledger.mark(BEN.peer_id) is None
         await me.gossip.stop()
 
     run(script)
@@ -353,14 +373,14 @@ def _break(partner: Partner, fault: str) -> None:
     elif fault == "busy":
         partner.is_busy = True
     elif fault == "forged":
-        partner.publisher.identity = new_identity(b"x" * 32)
+        for publisher in partner.publishers.values():
+            publisher.identity = new_identity(b"x" * 32)
     elif fault == "too many tokens":
         partner.publish(0, 1, ROUND_TOKENS + 10)
     elif fault == "no such part":
         partner.publish(0, 0, 100)
     else:
-        bad = CODEC.encode_theta(torch.zeros(SIZE))
-        bad = memoryview(b"\xff" * 4 + bytes(bad)[4:])  # the first scale is not a number
-        partner.publisher.newest = Publication(
-            round=0, part=1, tokens=100, inner_steps=10, author_tokens=100, encode=lambda: Body([bad, bad])
-        )
+        bad = memoryview(
+            b"\xff" * 4 + bytes(CODEC.weights.encode(torch.zeros(SIZE)))[4:]
+        )  # its first scale is no number
+        partner.publish_bytes(0, 1, 100, bad, bad)

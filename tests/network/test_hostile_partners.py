@@ -21,7 +21,7 @@ from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Plan
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.publications import Publication, Publisher
+from swarmtrain.network.publications import Publisher
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.snapshots import Body, PullLimits, TensorSpec
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -41,7 +41,7 @@ class Swarm:
     round: int = 0
 
     async def a_round(self) -> set[str]:
-        """Everyone publishes, this peer's round passes; who is merged when it ends."""
+        """Everyone publishes, this peer's round passes; whose gradient is merged when it ends."""
         for partner in (self.carl, self.dora):
             partner.publish(self.round, 4, 1000)
         began_s = swarm_time()
@@ -50,7 +50,7 @@ class Swarm:
         assert swarm_time() == began_s + ROUND_S
         ready = self.me.gossip.take(self.round)
         self.round += 1
-        return set() if ready is None else {pulled.peer for pulled in ready.pulled}
+        return set() if ready is None else {pulled.peer for pulled in ready.pulled if pulled.section == "gradient"}
 
     @property
     def refused(self) -> list[tuple[str, str]]:
@@ -73,7 +73,8 @@ def in_virtual_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[Body_], None]:
         ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
         me = Peer(ben, carl, dora, num_partners=2)
         pull = PullLimits(stall_limit_s=STALL_S, busy_limit_s=0.0, clock=clock)
-        me.gossip.settings = replace(me.gossip.settings, pull=pull)
+        rules = {section: replace(rules, pull=pull) for section, rules in me.gossip.settings.rules.items()}
+        me.gossip.settings = replace(me.gossip.settings, rules=rules)
         await body(Swarm(me, ben, carl, dora))
         await me.gossip.stop()
 
@@ -92,20 +93,20 @@ def honest(ben: Partner) -> None:
 
 
 def not_finite(ben: Partner) -> None:
-    bad = memoryview(b"\xff" * 4 + bytes(CODEC.encode_theta(torch.zeros(SIZE)))[4:])  # the first scale is not a number
-    ben.publisher.newest = Publication(
-        round=0, part=4, tokens=100, inner_steps=10, author_tokens=100, encode=lambda: Body([bad, bad])
-    )
+    bad = memoryview(b"\xff" * 4 + bytes(CODEC.weights.encode(torch.zeros(SIZE)))[4:])  # its first scale is no number
+    ben.publish_bytes(0, 4, 100, bad, bad)
 
 
 def wrong_shape(ben: Partner) -> None:
     codec = PublicationCodec((TensorSpec("w", (50, 40)), TensorSpec("norm", (7,))), "int8", "int8")
-    ben.publisher = Publisher(ben.identity, RUN, codec.tensors, ben.store, cut=codec.cut)
+    ben.publishers["weights"] = Publisher(ben.identity, RUN, codec.weights.tensors, ben.store)
+    ben.publishers["gradient"] = Publisher(ben.identity, RUN, codec.gradient.tensors, ben.store)
     ben.publish(0, 4, 1000)
 
 
 def signed_by_another(ben: Partner) -> None:
-    ben.publisher.identity = new_identity(b"x" * 32)
+    for publisher in ben.publishers.values():
+        publisher.identity = new_identity(b"x" * 32)
     ben.publish(0, 4, 1000)
 
 
@@ -114,13 +115,32 @@ def too_many_tokens(ben: Partner) -> None:
 
 
 def more_tokens_than_in_all(ben: Partner) -> None:
-    ben.publish(0, 4, 1000)
-    assert ben.publisher.newest is not None
-    ben.publisher.newest = replace(ben.publisher.newest, author_tokens=999)
+    zeros = CODEC.weights.encode(torch.zeros(SIZE))
+    ben.publish_bytes(0, 4, 1000, zeros, zeros, author_tokens=999)
 
 
 def no_such_part(ben: Partner) -> None:
     ben.publish(0, 5, 1000)
+
+
+def change_weights(ben: Partner, **changes: Any) -> None:
+    ben.publish(0, 4, 1000)
+    weights = ben.publishers["weights"].newest
+    assert weights is not None
+    ben.publishers["weights"].newest = replace(weights, **changes)
+
+
+def weights_with_tokens(ben: Partner) -> None:
+    change_weights(ben, tokens=10, inner_steps=1)
+
+
+def weights_of_a_part(ben: Partner) -> None:
+    change_weights(ben, part=1)
+
+
+def weights_not_finite(ben: Partner) -> None:
+    bad = memoryview(b"\xff" * 4 + bytes(CODEC.weights.encode(torch.zeros(SIZE)))[4:])
+    change_weights(ben, encode=lambda: Body([bad]))
 
 
 def serving(change: Callable[[AsyncIterator[pb.PullReply]], AsyncIterator[pb.PullReply]]) -> Callable[[Partner], None]:
@@ -174,6 +194,24 @@ FAULTS = {
     stalling: "stall",
     mute: "stall",
 }
+
+
+@pytest.mark.parametrize(
+    ("fault", "rule"),
+    [(weights_with_tokens, "tokens"), (weights_of_a_part, "round"), (weights_not_finite, "finite")],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_what_is_wrong_with_weights_costs_these_and_is_named(
+    fault: Callable[[Partner], None], rule: str, in_virtual_time: Callable[[Body_], None]
+) -> None:
+    async def body(swarm: Swarm) -> None:
+        fault(swarm.ben)
+        await swarm.a_round()
+        assert swarm.refused == [(BEN.peer_id, rule)]
+        assert swarm.me.gossip.ledger.weights_round(BEN.peer_id) is None
+        assert swarm.me.gossip.ledger.weights_round(CARL.peer_id) == 0
+
+    in_virtual_time(body)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
@@ -232,7 +270,7 @@ def test_one_that_is_always_hostile_is_left_alone_for_ever_longer(in_virtual_tim
 def test_a_stale_round_is_refused_and_named(in_virtual_time: Callable[[Body_], None]) -> None:
     async def body(swarm: Swarm) -> None:
         swarm.round = 20
-        swarm.me.saw_at_round(20, CARL, DORA)
+        swarm.me.saw_at_round(20, BEN, CARL, DORA)
         swarm.ben.publish(11, 4, 1000)
         assert await swarm.a_round() == {CARL.peer_id, DORA.peer_id}
         assert swarm.me.refused == [
@@ -248,7 +286,7 @@ def test_a_stale_round_is_refused_and_named(in_virtual_time: Callable[[Body_], N
 def test_a_slow_one_that_is_not_too_far_behind_is_merged(in_virtual_time: Callable[[Body_], None]) -> None:
     async def body(swarm: Swarm) -> None:
         swarm.round = 20
-        swarm.me.saw_at_round(20, CARL, DORA)
+        swarm.me.saw_at_round(20, BEN, CARL, DORA)
         swarm.ben.publish(12, 4, 1000)
         assert BEN.peer_id in await swarm.a_round()
         assert swarm.refused == []
@@ -264,7 +302,7 @@ def test_a_counter_turned_back_is_merged_by_nobody(
 
     async def body(swarm: Swarm) -> None:
         swarm.round = 30
-        swarm.me.saw_at_round(30, CARL, DORA)
+        swarm.me.saw_at_round(30, BEN, CARL, DORA)
         swarm.ben.publish(30, 4, 1000)
         assert BEN.peer_id in await swarm.a_round()
         named: list[int] = []

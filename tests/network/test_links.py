@@ -15,12 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from virtual_loop import virtually
 
-from swarmtrain.network.chunks import CHUNK_BYTES
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.links import FailingPulls, Line, Link, Links, LinkShape, Way, carry
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
-from swarmtrain.network.snapshots import SnapshotStore
+from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.v1 import snapshot_pb2 as pb
 

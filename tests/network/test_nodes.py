@@ -22,7 +22,6 @@ import pytest
 
 from swarmtrain.errors import BadBytesError, PeerError, RunTimeError, UnreachableError
 from swarmtrain.network import daemon
-from swarmtrain.network.chunks import CHUNK_BYTES
 from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
 from swarmtrain.network.identity import load_or_create_identity, new_identity
 from swarmtrain.network.invite import InvitedPeer
@@ -30,6 +29,7 @@ from swarmtrain.network.node import NetworkThread, Node, NodeSettings, _may_dial
 from swarmtrain.network.records import PRESENCE, bucket_key
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.snapshots import (
+    CHUNK_BYTES,
     Body,
     Held,
     PullLimits,

@@ -12,12 +12,11 @@ from virtual_loop import virtually
 
 from swarmtrain.errors import PeerError
 from swarmtrain.network import service as service_module
-from swarmtrain.network.chunks import CHUNK_BYTES
 from swarmtrain.network.node import Traffic
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.replies import Reply
 from swarmtrain.network.service import service_type
-from swarmtrain.network.snapshots import SnapshotStore
+from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 MALLORY, ANNA = SimpleNamespace(remote_id="mallory"), SimpleNamespace(remote_id="anna")

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from replies import Replies
 
 from swarmtrain.errors import BadBytesError, BrokenOffError, PeerError, StalledError, UnreachableError
-from swarmtrain.network.chunks import CHUNK_BYTES
 from swarmtrain.network.identity import new_identity, peer_bytes
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import (
+    CHUNK_BYTES,
     Body,
     Held,
     PullLimits,

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from virtual_loop import virtually
 
 from swarmtrain.errors import BusyError
-from swarmtrain.network.chunks import CHUNK_BYTES
 from swarmtrain.network.node import Stream, Traffic
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.snapshots import Body, Held, Snapshot, SnapshotStore
+from swarmtrain.network.snapshots import CHUNK_BYTES, Body, Held, Snapshot, SnapshotStore
 from swarmtrain.network.throttle import (
     BYTES_PER_S_OF_MBIT,
     Places,
