@@ -16,10 +16,10 @@ Of each volunteer, over its rounds after the first, which is a short one in whic
 
 - stall: the sum of `stall_s` (the trainer not computing because of network or merge: measured around its two calls and
   the merge) over the time by the clock, and the worst round's; `between` is what is in no round at all (telling of it);
-- fresh: the share of rounds that merged a partner's publication, or a part of one, that had not been merged before;
-- bytes received a parameter, merged publication and round. Counted is `bytes_received`: every message as it is
-  serialised, so manifests, presence and progress records, greetings, and pulls that came too late to be merged. What
-  libp2p adds to a message is not in it;
+- fresh: the share of rounds that merged a partner's pseudo-gradient, or a part of one, that had not been merged before;
+- bytes received a parameter, merged pseudo-gradient and round, the weights that came with them included. Counted is
+  `bytes_received`: every message as it is serialised, so manifests, presence and progress records, greetings, and pulls
+  that came too late to be merged. What libp2p adds to a message is not in it;
 - received and sent in a round. Sent includes the whole states that the bootstrap archives once in
   `network.archive_every_s`, and last weights.
 
@@ -91,11 +91,11 @@ class Volunteer:
 
     @property
     def fresh(self) -> float:
-        return statistics.mean(bool(event.partners) for event in self.merged)
+        return statistics.mean(any(event.weights) for event in self.merged)
 
     @property
     def num_pulled(self) -> int:
-        return sum(len(event.partners) for event in self.merged)
+        return sum(tokens > 0 for event in self.merged for tokens in event.weights)
 
     @property
     def received_bytes(self) -> int:

@@ -179,12 +179,13 @@ class Peer:
         return not isinstance(self.ledger.news(name, mark, reference), Nothing | Theta)
 
     def arrives_s(self, section: Section, name: str) -> float:
-        """When it is here: one after the other on the author's link up and on the own one down."""
+        """When it is here: links carry one transfer after the other, the author's up and the own one down."""
         setting, author, sizes = self.world.setting, self.world.by_name[name], self.world.section_bytes
         size_bytes = sizes.weights if section == "weights" else sizes.gradient
-        begin_s = max(self.world.clock.now + setting.rtt_s, self.down_free_s, author.up_free_s)
-        self.down_free_s = author.up_free_s = begin_s + size_bytes / setting.link_bytes_per_s
-        return self.down_free_s
+        asked_s, takes_s = self.world.clock.now + setting.rtt_s, size_bytes / setting.link_bytes_per_s
+        self.down_free_s = max(asked_s, self.down_free_s) + takes_s
+        author.up_free_s = max(asked_s, author.up_free_s) + takes_s
+        return max(self.down_free_s, author.up_free_s)
 
     def arrive(self, section: Section, name: str, published: Published) -> None:
         """Take it, or if it is refused, another's in its place."""

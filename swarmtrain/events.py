@@ -147,10 +147,10 @@ class RoundEvent(_Event):
     bytes_sent: int = Field(description="Payload bytes this peer sent to others in the round.")
     bytes_received: int = Field(description="Payload bytes this peer received from others in the round.")
     times_below_allreduce: float | None = Field(None, description="How many times fewer bytes it sent than an fp32 ring all-reduce at every inner step would (8 bytes per parameter and step); null when it was alone or sent none.")  # fmt: skip
-    partners: tuple[str, ...] = Field(description="The PeerIDs on the round's roster, in its order, this peer's own included; with `gossip`, those whose publications were merged; with `server`, the server, if newer weights of its had come.")  # fmt: skip
-    weights: tuple[int, ...] = Field(description="Tokens of each of them in the round, in the same order: the weights of the average; with `gossip`, those that had not been merged before; with `server`, what all have trained since its weights before.")  # fmt: skip
+    partners: tuple[str, ...] = Field(description="The PeerIDs on the round's roster, in its order, this peer's own included; with `gossip`, those whose pseudo-gradient or weights were merged; with `server`, the server, if newer weights of its had come.")  # fmt: skip
+    weights: tuple[int, ...] = Field(description="Tokens of each of them in the round, in the same order: the weights of the average; with `gossip`, those of its pseudo-gradient that had not been merged before, 0 if only its weights were; with `server`, what all have trained since its weights before.")  # fmt: skip
     signer: str = Field("", description="The PeerID that signed the roster; empty with `gossip` and `server`.")
-    staleness_rounds: tuple[int, ...] = Field((), description="With `gossip`: how many rounds behind this peer's each publication was. With `server`: how many of this peer's hand-ins its weights had yet to take in.")  # fmt: skip
+    staleness_rounds: tuple[int, ...] = Field((), description="With `gossip`: how many rounds behind this peer's each of them was. With `server`: how many of this peer's hand-ins its weights had yet to take in.")  # fmt: skip
     pull_s: float | None = Field(None, description="With `gossip` and `server`: the longest of the pulls, in seconds; null without any.")  # fmt: skip
     variance_factor: float | None = Field(None, description="With `gossip`: the largest factor of the variance correction.")  # fmt: skip
     consensus_spread: float | None = Field(None, description="With `gossip`: how far the merged weights were apart, relative to their size: 0 when all agree.")  # fmt: skip
