@@ -168,8 +168,16 @@ class Peer:
             reference_round=median_round([self.round, *(peer.round for peer in others)]),
             now=self.world.clock.now,
             rng=self.rng,
+            first=self.first(section),
         )
         return name
+
+    def first(self, section: Section) -> set[str]:
+        """Whom to ask before others."""
+        if section == "gradient":
+            return {name for what, name in self.arrived.keys() | self.coming if what == "weights"}
+        reference = median_round(peer.round for peer in self.world.peers)
+        return {one.name for one in self.world.peers if self.ledger.has_new_weights(one.name, one.round, reference)}
 
     def is_of_use(self, section: Section, name: str, mark: Mark) -> bool:
         """Whether that section of a publication can be merged."""
@@ -221,7 +229,7 @@ class Peer:
         world, tokens = self.world, self.start.inner_steps * self.world.setting.run.tokens_per_step
         reference = median_round(peer.round for peer in world.peers)
         prepared = prepare(self.state.theta, [arrival for _, arrival in self.arrived.values()], world.layout)
-        if self.arrived:
+        if prepared.displacement is not None:
             self.robustness.merged(prepared.displacement)
         self.state = self.merge(prepared, self.state.theta - flatten(self.volunteer.parameters), tokens)
         for (section, name), (published, _) in self.arrived.items():

@@ -153,7 +153,7 @@ class RoundEvent(_Event):
     staleness_rounds: tuple[int, ...] = Field((), description="With `gossip`: how many rounds behind this peer's each of them was. With `server`: how many of this peer's hand-ins its weights had yet to take in.")  # fmt: skip
     pull_s: float | None = Field(None, description="With `gossip` and `server`: the longest of the pulls, in seconds; null without any.")  # fmt: skip
     variance_factor: float | None = Field(None, description="With `gossip`: the largest factor of the variance correction.")  # fmt: skip
-    consensus_spread: float | None = Field(None, description="With `gossip`: how far the merged weights were apart, relative to their size: 0 when all agree.")  # fmt: skip
+    consensus_spread: float | None = Field(None, description="With `gossip`: how far the merged weights were apart, relative to their size: 0 when all agree; null when no weights were merged.")  # fmt: skip
     displacement: float | None = Field(None, description="With `gossip`: how far the farthest partner's weights were from this peer's, relative to their size.")  # fmt: skip
     shard: int | None = Field(None, description="The shard of the data that the round was drawn from; null where data have no shards.")  # fmt: skip
     unseen_shards: int | None = Field(None, description="Shards that nobody has trained on yet, as far as this peer knows.")  # fmt: skip

@@ -67,8 +67,10 @@ def train(honest: list[Peer], mallory: Peer, *, partners: int) -> None:
 
 
 def partners_of(peer: Peer) -> list[set[str]]:
-    """Whom it merged in each round."""
-    return [{one.peer for one in r.arrived.merged} for r in peer.reports if isinstance(r.arrived, Gathered)]
+    """Whose gradient it merged in each round."""
+    return [
+        {one.peer for one in r.arrived.merged if one.tokens} for r in peer.reports if isinstance(r.arrived, Gathered)
+    ]
 
 
 def test_large_numbers_are_cut_to_what_is_usual_and_named(world_of: Callable[..., tuple[list[Peer], Peer]]) -> None:

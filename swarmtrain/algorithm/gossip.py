@@ -222,10 +222,10 @@ class Prepared:
     """How many brought anything."""
     variance_factor: float
     """See `CorrectedMean.factor`."""
-    consensus_spread: float
-    """See `CorrectedMean.spread`, own theta included: 0 when all agree, at most 1."""
-    displacement: float
-    """The largest |theta_j - theta| / |theta|, theta this peer's own."""
+    consensus_spread: float | None
+    """See `CorrectedMean.spread`, own theta included: 0 when all agree, at most 1. None when no theta came."""
+    displacement: float | None
+    """The largest |theta_j - theta| / |theta|, theta this peer's own. None when no theta came."""
     spent: bool = False
     """Whether it has been merged: its vectors then belong to the new state."""
 
@@ -247,19 +247,19 @@ def prepare(theta: Tensor, arrivals: Sequence[Arrival], layout: Layout) -> Prepa
         if arrival.tokens:
             gradient_sum.add_(arrival.gradient, alpha=arrival.tokens)
     thetas = [arrival.theta for arrival in arrivals if arrival.theta is not None]
-    if thetas:
-        found = variance_corrected_mean([theta, *thetas], layout)
-    else:
+    found = variance_corrected_mean([theta, *thetas], layout) if thetas else None
+    if found is None:
         mean = theta.clone() if arrivals else theta
-        found = CorrectedMean(mean=mean, factor=1.0, spread=0.0, displacement=0.0)
+    else:
+        mean = found.mean
     return Prepared(
-        theta_mean=found.mean,
+        theta_mean=mean,
         gradient_sum=gradient_sum,
         tokens=math.fsum(arrival.tokens for arrival in arrivals),
         num_arrivals=len(arrivals),
-        variance_factor=found.factor,
-        consensus_spread=found.spread,
-        displacement=found.displacement,
+        variance_factor=1.0 if found is None else found.factor,
+        consensus_spread=None if found is None else found.spread,
+        displacement=None if found is None else found.displacement,
     )
 
 

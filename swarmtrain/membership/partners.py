@@ -69,7 +69,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Theta:
-    """Only the weights enter: some of these steps were merged, and the pseudo-gradient to subtract is not here."""
+    """Of a gradient: none of it may enter, since some of these steps were merged, and the pseudo-gradient to subtract
+    is not here. Of weights: they may."""
 
     reason: str
     tokens: int = 0
@@ -94,8 +95,9 @@ class Ledger:
     """What was merged last of each peer.
 
     The driver keeps the decoded pseudo-gradients of `held` and of nobody else: those merged last, of rounds that may
-    still go on. Without it a later part of that round enters with its weights alone; so does, after a restart, every
-    later part of a round of which a part was merged. The steps in between never enter then: once at most, not once.
+    still go on. Without it a later part of that round does not enter; nor does, after a restart, any later part of a
+    round of which a part was merged. The steps in between never enter then: once at most, not once. Which weights
+    were merged is not in the checkpoint: after a restart those of a round may enter once more.
     """
 
     max_staleness_rounds: int = 8
@@ -333,15 +335,31 @@ class Partners:
 
     def choose(
         self,
-        candidates: Iterable[Candidate],
+        candidates: Collection[Candidate],
         *,
         exclude: Collection[str],
         reference_round: int,
         now: float,
         rng: random.Random,
+        first: Collection[str] = (),
     ) -> tuple[str | None, str]:
         """The next one to ask, or None; with the reason. `candidates`: the live others, oneself not among them;
-        `exclude`: who was asked in this round. Bans count while anybody of all `candidates` is free of one."""
+        `exclude`: who was asked in this round; `first`: whom to ask before the others. Bans count while anybody of all
+        `candidates` is free of one."""
+        rest = {one.peer for one in candidates if one.peer not in first}
+        peer, reason = self._choose(candidates, {*exclude, *rest}, reference_round, now, rng)
+        if peer is None:
+            peer, reason = self._choose(candidates, exclude, reference_round, now, rng)
+        return peer, reason
+
+    def _choose(
+        self,
+        candidates: Collection[Candidate],
+        exclude: Collection[str],
+        reference_round: int,
+        now: float,
+        rng: random.Random,
+    ) -> tuple[str | None, str]:
         others = sorted(candidates, key=lambda one: one.peer)
         if not others:
             return None, "nobody else is there"

@@ -96,59 +96,51 @@ def plan_pulls(
     return PullPlan(tuple(at_s[:weights]), tuple(at_s[weights:]), reason)
 
 
+@dataclass(frozen=True)
+class BytesBegun:
+    """A pull's bytes began to come."""
+
+    at_s: float
+    ended_bytes: int
+    """Of all pulls, by then."""
+
+
 @dataclass
 class PullTimes:
-    """What the last pulls took: besides their bytes, and how fast bytes came while any were coming.
+    """What the last pulls took: besides their bytes, and how fast bytes came meanwhile.
 
-    Pulls that overlap share the link, so they are measured together, as one stretch of time.
+    Pulls that overlap share the link. So a pull's rate counts all bytes that came whole while it went on, others' too:
+    of pulls side by side the last one to end has seen the link's whole rate, the first less.
     """
 
     most: int = 8
     _overheads_s: list[float] = field(default_factory=list)
     _rates: list[float] = field(default_factory=list)
-    """Of the last stretches, the present one's standing last."""
-    _num_open: int = 0
-    _began_s: float = 0.0
-    _came_bytes: int = 0
-    _num_ended: int = 0
-    """In this stretch."""
+    _ended_bytes: int = 0
 
-    def bytes_begin(self, now: float) -> None:
-        """Bytes begin to come, beside others or not."""
-        if not self._num_open:
-            self._begin_stretch(now)
-        self._num_open += 1
+    def bytes_begin(self, now: float) -> BytesBegun:
+        """Bytes begin to come, beside others or not. What is returned is for `bytes_end`."""
+        return BytesBegun(now, self._ended_bytes)
 
-    def bytes_end(self, now: float, came_bytes: int | None) -> None:
-        """All of them have come, or (None) they failed."""
-        self._num_open -= 1
-        if came_bytes is None:
-            self._begin_stretch(now)  # how many of them came is not known
-            return
-        self._came_bytes += came_bytes
-        if now <= self._began_s:
-            return
-        before = self._rates if not self._num_ended else self._rates[:-1]
-        self._num_ended += 1
-        self._rates = [*before, self._came_bytes / (now - self._began_s)][-self.most :]
-        if self._num_ended == self.most:
-            self._begin_stretch(now)
-
-    def _begin_stretch(self, now: float) -> None:
-        self._began_s, self._came_bytes, self._num_ended = now, 0, 0
+    def bytes_end(self, begun: BytesBegun, now: float, came_bytes: int) -> None:
+        """All of them have come. Of a pull that fails nothing is told."""
+        self._ended_bytes += came_bytes
+        if now > begun.at_s:
+            rate = (self._ended_bytes - begun.ended_bytes) / (now - begun.at_s)
+            self._rates = [*self._rates, rate][-self.most :]
 
     def merged(self, overhead_s: float) -> None:
         """A pull took so long from its beginning to a prepared merge, without its bytes."""
         self._overheads_s = [*self._overheads_s, overhead_s][-self.most :]
 
     def assume(self, bytes_per_s: float) -> None:
-        """The link carries so much, as something else has shown; forgotten as pulls are measured."""
+        """The link carries so much, as something else has shown: one of the rates, until pulls were measured."""
         self._rates = [bytes_per_s]
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Of the last pulls, the (lower) median; None before the first."""
-        return sorted(self._rates)[(len(self._rates) - 1) // 2] if self._rates else None
+        """Of the last pulls, the (upper) median; None before the first."""
+        return sorted(self._rates)[len(self._rates) // 2] if self._rates else None
 
     @property
     def overhead_s(self) -> float:

@@ -130,7 +130,7 @@ class Gossip:
     refused: Callable[[str, PeerError], None]
     ledger: Ledger
     expected_s: Callable[[int], float | None] = lambda size_bytes: None
-    """How long so many bytes would take, before the first publication came."""
+    """How long so many bytes would take, before the first pull."""
     heard_rows_untrusted: Callable[[str, Sequence[pb.Signed]], None] = lambda peer, rows: None
     """Told of the rows of the data's coverage in the manifest of a publication that was pulled whole."""
     variant: str = "uniform"
@@ -142,11 +142,13 @@ class Gossip:
     _pulled: list[Pulled] = field(default_factory=list)
     _ready: _Ready | None = None
     _merged: dict[str, Held] = field(default_factory=dict)
-    _turned_back: dict[str, int] = field(default_factory=dict)
+    _turned_back: dict[tuple[str, Section], int] = field(default_factory=dict)
     """Whose counter turned back, and in which round of this peer that was seen."""
     _pulls: dict[tuple[str, Section], tuple[asyncio.Task[None], float]] = field(default_factory=dict)
-    _idle_until_s: dict[str, float] = field(default_factory=dict)
+    _idle_until_s: dict[tuple[str, Section], float] = field(default_factory=dict)
     _times: PullTimes = field(default_factory=PullTimes)
+    _failing: set[str] = field(default_factory=set)
+    """Who has failed in the present round."""
     _filling: asyncio.Task[None] | None = None
     _preparing: asyncio.Task[None] | None = None
     _plan: Plan | None = None
@@ -176,6 +178,7 @@ class Gossip:
                     self.ledger.merged(pulled.peer, pulled.mark, reference)
                     self._merged[pulled.peer] = pulled.held
             self._merged = {peer: held for peer, held in self._merged.items() if peer in self.ledger.held}
+            self._pulled = [pulled for pulled in self._pulled if self._is_of_use(pulled, reference)]
             return ready
 
     def _is_of_use(self, pulled: Pulled, reference: int) -> bool:
@@ -219,8 +222,8 @@ class Gossip:
         """Pull from as many partners as there should be, others in place of those that fail, until the round ends."""
         if self._times.bytes_per_s is None and (known_s := self.expected_s(self.settings.sizes.both)):
             self._times.assume(self.settings.sizes.both / known_s)
-        failed: set[str] = set()
-        reason = ""
+        failed, reason = set[str](), ""
+        self._failing = failed
         while self._plan is plan:
             news, now, pulls = self._news, swarm_time(), self._pull_plan(plan)
             if pulls.reason != reason:
@@ -252,12 +255,12 @@ class Gossip:
         """A pull that has gone on for rounds would bring what is too old."""
         now = swarm_time()
         old_s = now - max(_OLD_PULL_S, _OLD_PULL_ROUNDS * (plan.ends_s - plan.started_s))
-        self._idle_until_s = {peer: until_s for peer, until_s in self._idle_until_s.items() if now < until_s}
+        self._idle_until_s = {which: until_s for which, until_s in self._idle_until_s.items() if now < until_s}
         for task, began_s in self._pulls.values():
             if began_s < old_s:
                 task.cancel()
         live = {info.peer for info in self.membership.volunteers()}
-        self._turned_back = {peer: round for peer, round in self._turned_back.items() if peer in live}
+        self._turned_back = {which: round for which, round in self._turned_back.items() if which[0] in live}
 
     def _num_coming(self, section: Section) -> int:
         """Pulls of it that are here or on their way; a slow one does not keep another from being tried."""
@@ -279,7 +282,7 @@ class Gossip:
         """Whose to pull next: weights of those first that have told of new ones, gradients of those whose weights are
         merged."""
         now = swarm_time()
-        idle = {peer for peer, until_s in self._idle_until_s.items() if now < until_s}
+        idle = {peer for (peer, what), until_s in self._idle_until_s.items() if what == section and now < until_s}
         exclude = {self.me, *failed, *idle, *self._coming(section)}
         live, num_parts = self.membership.volunteers(), self.settings.rules["gradient"].num_parts
         with self._lock:
@@ -289,13 +292,10 @@ class Gossip:
             else:
                 first = self._coming("weights")
             candidates = [_candidate(one, num_parts) for one in live]
-            for excluded in (exclude | {one.peer for one in live if one.peer not in first}, exclude):
-                peer, _ = self._partners.choose(
-                    candidates, exclude=excluded, reference_round=reference, now=now, rng=self.rng
-                )
-                if peer is not None:
-                    return peer
-        return None
+            peer, _ = self._partners.choose(
+                candidates, exclude=exclude, reference_round=reference, now=now, rng=self.rng, first=first
+            )
+        return peer
 
     def _start_pull(self, peer: str, section: Section, failed: set[str], round_s: float) -> None:
         async def pull() -> None:
@@ -304,8 +304,8 @@ class Gossip:
                 came = await self._pull(peer, section)
                 went_well = True
                 if not came:
-                    self._partners.back_off.answered(peer)
-                    self._idle_until_s[peer] = swarm_time() + max(_LOOK_S, round_s / _RETRIES_A_ROUND)
+                    self._answered(peer)
+                    self._idle_until_s[peer, section] = swarm_time() + max(_LOOK_S, round_s / _RETRIES_A_ROUND)
             except (BusyError, _HostsFailedError):
                 went_well = True  # it may be free again within the round
                 _log.debug("%s is %s", peer, self._partners.back_off.busy(peer, swarm_time()))
@@ -319,11 +319,15 @@ class Gossip:
 
         self._pulls[peer, section] = (logged(asyncio.create_task(pull()), "gossip"), swarm_time())
 
+    def _answered(self, peer: str) -> None:
+        """All is forgiven, but for what it did in this round with its other section."""
+        if peer not in self._failing:
+            self._partners.back_off.answered(peer)
+
     def _failed(self, peer: str, error: PeerError, failed: set[str]) -> None:
-        """It is left alone for a while; what it does in both its sections is told once."""
-        if peer in failed:
-            return
-        _log.debug("%s: %s", peer, self._partners.back_off.failed(peer, swarm_time(), str(error)))
+        """It is left alone for a while, once for both its sections, and named."""
+        if peer not in failed:
+            _log.debug("%s: %s", peer, self._partners.back_off.failed(peer, swarm_time(), str(error)))
         if error.is_incident:
             self.refused(peer, error)
 
@@ -353,15 +357,15 @@ class Gossip:
         held, mark = publication_untrusted(self.settings.rules[section], peer, reply.manifest)
         if self._news_untrusted(peer, mark, is_own=source == peer) is None:
             return False
-        self._turned_back.pop(peer, None)
+        self._turned_back.pop((peer, section), None)
         bytes_s = await self._bring(peer, held, source, section)
-        news = self._news_untrusted(peer, mark, is_own=False)  # it may have taken long
-        if news is None:
+        found = self._news_untrusted(peer, mark, is_own=False)  # it may have taken long
+        if found is None:
             return False
+        news, earlier = found
         if section == "weights":
             arrival = await asyncio.to_thread(self.decode_weights, held)
         else:
-            earlier = self._merged.get(peer) if isinstance(news, Difference) else None
             arrival = await asyncio.to_thread(self.decode_gradient, held, news, earlier)
         manifest = held.snapshot.manifest
         self.counted(peer, manifest.author_tokens)
@@ -377,7 +381,7 @@ class Gossip:
         )
         with self._lock:
             self._pulled.append(pulled)
-        self._partners.back_off.answered(peer)  # before it can turn out that nothing can be merged with it
+        self._answered(peer)  # before it can turn out that nothing can be merged with it
         await asyncio.shield(self._prepare_soon())
         self._times.merged(swarm_time() - began_s - bytes_s)
         return True
@@ -401,9 +405,9 @@ class Gossip:
             raise BusyError("it serves as many readers as it may")
         return reply
 
-    def _news_untrusted(self, peer: str, mark: Mark, *, is_own: bool) -> News | None:
-        """What of `peer`'s weights (part 0) or gradient can be merged, None if nothing can. BadBytesError if what it
-        publishes itself (`is_own`) is old."""
+    def _news_untrusted(self, peer: str, mark: Mark, *, is_own: bool) -> tuple[News, Held | None] | None:
+        """What of `peer`'s weights (part 0) or gradient can be merged, and the gradient it is the difference to; None
+        if nothing can. BadBytesError if what it publishes itself (`is_own`) is old."""
         with self._lock:
             reference = self._reference_round()
             is_weights = not mark.part
@@ -411,13 +415,14 @@ class Gossip:
                 news: News = self.ledger.news_of_weights(peer, mark.round, reference)
             else:
                 news = self.ledger.news(peer, mark, reference)
+            earlier = self._merged.get(peer) if isinstance(news, Difference) else None
         if isinstance(news, Nothing) and is_own:
             self._check_counters_untrusted(peer, mark, news)
-        is_there = not isinstance(news, Difference) or peer in self._merged
-        if isinstance(news, Nothing) or (isinstance(news, Theta) and not is_weights) or not is_there:
+        lacks_earlier = isinstance(news, Difference) and earlier is None
+        if isinstance(news, Nothing) or (isinstance(news, Theta) and not is_weights) or lacks_earlier:
             _log.debug("%s has nothing new: %s", peer, news.reason)
             return None
-        return news
+        return news, earlier
 
     def _check_counters_untrusted(self, peer: str, mark: Mark, news: Nothing) -> None:
         """BadBytesError if `peer` publishes what is too old, or its counter turned back for good.
@@ -426,7 +431,7 @@ class Gossip:
         known = self.ledger.mark(peer)
         if news.turned_back and known is not None:
             most = max(_RESTART_ROUNDS, self.ledger.max_staleness_rounds)
-            since = self._turned_back.setdefault(peer, self.round)
+            since = self._turned_back.setdefault((peer, "gradient" if mark.part else "weights"), self.round)
             if mark.round >= known.round - most and self.round <= since + most:
                 return
         if news.turned_back or news.too_old:
@@ -456,17 +461,15 @@ class Gossip:
     async def _bring(self, peer: str, held: Held, source: str, section: Section) -> float:
         """Pull the bytes; returns the seconds that took. Raises the PeerError that says why not: BusyError when it
         serves others."""
-        began_s, came_bytes = swarm_time(), None
-        self._times.bytes_begin(began_s)
+        began_s = swarm_time()
+        begun = self._times.bytes_begin(began_s)
         try:
             wrong = await bring(self.calls, source, held, self.settings.rules[section].pull)
-            came_bytes = held.snapshot.manifest.total_bytes
         except PeerError as error:
             if source == peer:
                 raise
             raise self._host_failed(source, error) from error
-        finally:
-            self._times.bytes_end(swarm_time(), came_bytes)
+        self._times.bytes_end(begun, swarm_time(), held.snapshot.manifest.total_bytes)
         if wrong is not None and wrong.is_incident:
             self.refused(source, wrong)
         if self.routes is not None and source != peer:
@@ -512,7 +515,7 @@ class Gossip:
         now = swarm_time()
         for one in bad:
             self._partners.back_off.failed(one.peer, now, "what it published cannot be merged")
-            self._idle_until_s[one.peer] = max(plan.ends_s, now + _LOOK_S)
+            self._idle_until_s[one.peer, one.section] = max(plan.ends_s, now + _LOOK_S)
         with self._lock:
             self._pulled = [one for one in self._pulled if one not in bad]
 

@@ -199,7 +199,7 @@ class GossipExchange(AsynchronousExchange):
                 return replaced
         counts = swarm.tallying.contributions()
         pulled = () if ready is None else ready.pulled
-        if ready is not None:
+        if ready is not None and ready.prepared.displacement is not None:
             self._robustness.merged(ready.prepared.displacement)
         return Gathered(
             prepared=prepare(self._theta, [], self._layout) if ready is None else ready.prepared,

@@ -511,7 +511,7 @@ def what_was_merged(report: RoundReport) -> dict[str, Any]:
         **pulled,
         "variance_factor": prepared.variance_factor,
         "consensus_spread": prepared.consensus_spread,
-        "displacement": prepared.displacement if math.isfinite(prepared.displacement) else None,
+        "displacement": None if prepared.displacement == math.inf else prepared.displacement,
     }
 
 

@@ -28,7 +28,7 @@ from swarmtrain.membership.partners import (
     Theta,
     median_round,
 )
-from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, plan_pulls
+from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, SectionBytes, plan_pulls
 from swarmtrain.membership.shards import Coverage, Row
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Network, Refused
@@ -423,6 +423,7 @@ class GossipPeer:
             peer, _ = self.partners.choose(
                 self._sampled,
                 exclude=[peer for what, peer in r.asked if what == section],
+                first=self._first(section),
                 reference_round=self._reference_round(),
                 now=self.swarm.clock.now,
                 rng=self._rng,
@@ -432,6 +433,13 @@ class GossipPeer:
         else:
             r.asked.add((section, peer))
             self._fetch(peer, f"manifest {section}", 0, partial(self._manifest, pull, peer))
+
+    def _first(self, section: Section) -> set[str]:
+        """Whom to ask before others: for weights who has told of new ones, for gradients whose weights are here."""
+        if section == "gradient":
+            return {one.peer for one in self._arrived if one.section == "weights"}
+        ledger, reference_round = self.partners.ledger, self._reference_round()
+        return {one.peer for one in self._sampled if ledger.has_new_weights(one.peer, one.round, reference_round)}
 
     def _manifest(self, pull: _Pull, peer: str, found: Publication | Refused | None) -> None:
         if not isinstance(found, Publication):
@@ -446,24 +454,26 @@ class GossipPeer:
             self._ask(pull)
             return
         now = self.swarm.clock.now
-        self._times.bytes_begin(now)
+        begun = self._times.bytes_begin(now)
         self._num_streams += 1
         num_bytes = self.settings.section_bytes(pull.section) * self._num_streams  # they share the link
-        self._fetch(peer, found.body, num_bytes, partial(self._body, pull, peer, now))
+        self._fetch(peer, found.body, num_bytes, partial(self._body, pull, peer, now, begun))
 
     def _fetch(self, peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
         """Pull `what` of a partner's."""
         self.swarm.pull(self, peer, what, num_bytes, done)
 
-    def _body(self, pull: _Pull, peer: str, began_s: float, found: Publication | Refused | None) -> None:
+    def _body(
+        self, pull: _Pull, peer: str, began_s: float, begun: BytesBegun, found: Publication | Refused | None
+    ) -> None:
         now, size_bytes = self.swarm.clock.now, self.settings.section_bytes(pull.section)
         self._num_streams -= 1
-        self._times.bytes_end(now, size_bytes if isinstance(found, Publication) else None)
         if not isinstance(found, Publication):
             self._failed(peer, found)
             self._ask(pull)
             return
         self._coming[pull.section] -= 1
+        self._times.bytes_end(begun, now, size_bytes)
         self._times.merged(began_s - pull.began_s)
         self.partners.back_off.answered(peer)
         self.membership.heard(peer, now)

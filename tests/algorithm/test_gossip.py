@@ -288,7 +288,7 @@ def test_with_gradients_alone_theta_is_this_peers_own_and_stays_as_it_was() -> N
     state, own = OuterState(_random(_LAYOUT.size, 0), _random(_LAYOUT.size, 1)), _random(_LAYOUT.size, 2)
     theta, arrivals = state.theta.clone(), [dataclasses.replace(one, theta=None) for one in _arrivals(2, 7)]
     prepared = prepare(state.theta, arrivals, _LAYOUT)
-    assert (prepared.variance_factor, prepared.displacement, prepared.num_arrivals) == (1.0, 0.0, 2)
+    assert (prepared.variance_factor, prepared.displacement, prepared.num_arrivals) == (1.0, None, 2)
     new = gossip_merge(state, prepared, own, 50, _CONSTANTS)
     assert torch.equal(state.theta, theta) and new.theta.data_ptr() != state.theta.data_ptr()
     mean = weighted_mean([own, *(one.gradient for one in arrivals)], [50, *(one.tokens for one in arrivals)])

@@ -58,49 +58,42 @@ def test_what_is_not_known_is_pulled_from_half_of_the_round_on() -> None:
     assert plan_pulls(0, 100.0, 160.0, SIZES, PullTimes()).reason == "nobody else is there"
 
 
-def test_pulls_that_overlap_share_the_link_and_are_measured_together() -> None:
+def test_pulls_that_overlap_share_the_link_and_the_last_has_seen_all_of_its_rate() -> None:
     times = PullTimes()
     assert times.bytes_per_s is None
-    times.bytes_begin(10.0)
-    times.bytes_begin(11.0)
-    times.bytes_end(12.0, 100)
-    assert times.bytes_per_s == 50.0
-    times.bytes_end(14.0, 300)
-    assert times.bytes_per_s == 100.0, "400 bytes in the four seconds together, and not two measurements"
-    times.bytes_begin(20.0)
-    times.bytes_end(21.0, 300)
-    assert times.bytes_per_s == 100.0, "the lower one of two"
-    times.bytes_begin(30.0)
-    times.bytes_end(31.0, 200)
-    assert times.bytes_per_s == 200.0
+    first, second, third = times.bytes_begin(10.0), times.bytes_begin(10.0), times.bytes_begin(10.0)
+    for begun in (first, second, third):
+        times.bytes_end(begun, 12.0, 100)
+    assert sorted(times._rates) == [50.0, 100.0, 150.0] and times.bytes_per_s == 100.0
+    for now in range(20, 28):  # one after the other
+        times.bytes_end(times.bytes_begin(now), now + 1, 150)
+    assert times.bytes_per_s == 150.0
 
 
-def test_a_pull_that_fails_says_nothing_and_spoils_nothing() -> None:
-    times = known(100.0)
-    times.bytes_begin(10.0)
-    times.bytes_begin(10.0)
-    times.bytes_end(19.0, None)
-    times.bytes_end(20.0, 100)
-    times.bytes_begin(30.0)
-    times.bytes_end(90.0, None)
+def test_neither_one_that_fails_nor_one_that_trickles_spoils_the_rate() -> None:
+    times = PullTimes()
+    trickle = times.bytes_begin(0.0)
+    for now in range(0, 1000, 100):
+        times.bytes_begin(now)  # fails
+        times.bytes_end(times.bytes_begin(now), now + 1, 100)
+    times.bytes_end(trickle, 1000.0, 100)
     assert times.bytes_per_s == 100.0
 
 
 def test_a_link_that_is_never_idle_is_measured_all_the_same() -> None:
-    times, now = PullTimes(), 0.0
-    times.bytes_begin(now)
-    for _ in range(100):
-        now += 2.0
-        times.bytes_begin(now)
-        times.bytes_end(now, 500)
-    assert times.bytes_per_s == pytest.approx(250.0)
+    times = PullTimes()
+    begun = times.bytes_begin(0.0)
+    for now in range(2, 200, 2):
+        following = times.bytes_begin(now)
+        times.bytes_end(begun, now + 1, 500)
+        begun = following
+    assert times.bytes_per_s == pytest.approx(2 * 500 / 3)
 
 
 def test_what_is_learnt_is_a_middle_rate_and_a_long_overhead_of_the_last_few() -> None:
     times, chance, now = PullTimes(), random.Random(3), 0.0
     for rate in [5.0] * 20 + chance.sample([100.0] * 6 + [1.0, 1e6], 8):
-        times.bytes_begin(now)
-        times.bytes_end(now + 10, int(10 * rate))
+        times.bytes_end(times.bytes_begin(now), now + 10, int(10 * rate))
         now += 20
     assert times.bytes_per_s == 100.0
     assert times.overhead_s == 0.0

@@ -221,7 +221,7 @@ def test_what_is_wrong_costs_one_place_in_one_round_and_is_named(
     async def body(swarm: Swarm) -> None:
         fault(swarm.ben)
         assert await swarm.a_round() == {CARL.peer_id, DORA.peer_id}
-        assert swarm.refused == [(BEN.peer_id, FAULTS[fault])]
+        assert set(swarm.refused) == {(BEN.peer_id, FAULTS[fault])}
         assert len(swarm.ben.asked) <= 2, "it is left alone for the rest of the round, weights and gradient"
 
         before = swarm.ben.asked
@@ -229,7 +229,7 @@ def test_what_is_wrong_costs_one_place_in_one_round_and_is_named(
         swarm.ben.asked, swarm.me.calls.partners[BEN.peer_id] = before, swarm.ben
         swarm.ben.publish(1, 4, 1000)
         assert BEN.peer_id in await swarm.a_round(), "it does as it should now, and is merged"
-        assert len(swarm.refused) == 1
+        assert len(swarm.refused) <= 2, "once for its weights, once for its gradient"
 
     in_virtual_time(body)
 
@@ -273,9 +273,9 @@ def test_a_stale_round_is_refused_and_named(in_virtual_time: Callable[[Body_], N
         swarm.me.saw_at_round(20, BEN, CARL, DORA)
         swarm.ben.publish(11, 4, 1000)
         assert await swarm.a_round() == {CARL.peer_id, DORA.peer_id}
-        assert swarm.me.refused == [
+        assert set(swarm.me.refused) == {
             (BEN.peer_id, "a publication of an old round: 9 rounds behind the median; at most 8 are merged")
-        ]
+        }
         assert rule_of(swarm.me.refused[0][1]) == "round"
         swarm.ben.publish(21, 4, 1000)
         assert BEN.peer_id in await swarm.a_round(), "it has caught up"
