@@ -207,6 +207,8 @@ def show(title: str, result: Result) -> None:
             f"  {one.received_bytes / rounds / 1e6:11.3f} MB  {one.sent_bytes / rounds / 1e6:7.3f} MB"
             + ("  <- the machine was too busy for this factor" if one.too_busy else "")
         )
+        if stale := [event.round for event in one.merged if not any(event.weights)]:
+            print(f"{'':14}merged no gradient in round {', '.join(map(str, stale))}")
     print(
         f"a volunteer and round: {result.a_round('num_pulled'):.2f} publications merged, "
         f"{result.a_round('received_bytes') / 1e6:.3f} MB received, {result.a_round('sent_bytes') / 1e6:.3f} MB sent"

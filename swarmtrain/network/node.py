@@ -18,6 +18,7 @@ import socket
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.records import RecordRules, bound_storage, bucket_key, hashed_key, make_validator
 from swarmtrain.network.replies import Replies
-from swarmtrain.network.tasks import end_tasks
+from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.network.throttle import Throttle, TransferTimes
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -48,6 +49,7 @@ _CLOCK_TOLERANCE_S = 1.0
 _MAX_KNOWN = 4096
 _MAX_DIALLED = 8
 _REAPED_S = 0.5
+_UNHURRIED_S = 0.1
 
 
 class NetworkThread:
@@ -56,12 +58,24 @@ class NetworkThread:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(_log_stray_error)
+        self._unhurried: deque[Coroutine[Any, Any, None]] = deque()
+        self._loop.call_soon(self._begin_unhurried)
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Start a coroutine there; the future can be waited for from any thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def submit_unhurried(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Start a coroutine there within `_UNHURRIED_S`, without waking the thread: it would take Python's lock from
+        the one that calls, and the trainer would stand still until it has it back."""
+        self._unhurried.append(coroutine)
+
+    def _begin_unhurried(self) -> None:
+        while self._unhurried:
+            logged(self._loop.create_task(self._unhurried.popleft()), "network")
+        self._timer = self._loop.call_later(_UNHURRIED_S, self._begin_unhurried)
 
     def run(self, coroutine: Coroutine[Any, Any, _T], limit_s: float | None = None) -> _T:
         """Run a coroutine there and wait for its result."""
@@ -86,11 +100,17 @@ class NetworkThread:
     def stop(self) -> None:
         """Cancel what still runs there and end the thread."""
         with contextlib.suppress(Exception):
-            self.run(_cancel_others(), 5)
+            self.run(self._end(), 5)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        for coroutine in self._unhurried:
+            coroutine.close()
         if not self._thread.is_alive():
             self._loop.close()
+
+    async def _end(self) -> None:
+        self._timer.cancel()
+        await _cancel_others()
 
 
 def _log_stray_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -174,7 +174,7 @@ class GossipExchange(AsynchronousExchange):
             if self.run.merge.robust != "none":  # in the thread too: the gradient is computed by who asks first
                 await asyncio.to_thread(lambda: self._robustness.learn(contribution.gradient, contribution.tokens))
 
-        self._do_soon(describe())
+        self.network.submit_unhurried(describe())
 
     def _hear_rows_untrusted(self, peer: str, rows: Sequence[pb.Signed]) -> None:
         if self.swarm.coverage is not None:

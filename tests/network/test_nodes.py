@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Coroutine, Iterator
@@ -674,3 +675,26 @@ def test_an_interrupt_of_the_group_leaves_the_daemon_until_the_goodbye(owner: Ow
     assert owner.process.stdout.readline().strip() == "alive"
     assert owner.process.wait(5) == 0
     assert owner.daemon_ends_within(1) and not owner.sockets.exists()
+
+
+def test_what_is_not_hurried_is_done_soon_and_in_order_and_is_closed_at_the_end() -> None:
+    network, done = NetworkThread(), list[int]()
+    all_done = threading.Event()
+
+    async def work(number: int) -> None:
+        done.append(number)
+        if number == 2:
+            all_done.set()
+
+    for number in range(3):
+        network.submit_unhurried(work(number))
+    assert all_done.wait(10) and done == [0, 1, 2]
+    network.run(_end_of_unhurried(network))
+    left = work(3)
+    network.submit_unhurried(left)
+    network.stop()
+    assert done == [0, 1, 2] and left.cr_frame is None, "closed, so that nobody is warned of it"
+
+
+async def _end_of_unhurried(network: NetworkThread) -> None:
+    network._timer.cancel()
