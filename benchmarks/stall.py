@@ -17,14 +17,14 @@ Of each volunteer, over its rounds after the first, which is a short one in whic
 - stall: the sum of `stall_s` (the trainer not computing because of network or merge: measured around its two calls and
   the merge) over the time by the clock, and the worst round's; `between` is what is in no round at all (telling of it);
 - fresh: the share of rounds that merged a partner's pseudo-gradient, or a part of one, that had not been merged before;
-- bytes received a parameter, merged pseudo-gradient and round, the weights that came with them included. Counted is
+- bytes received a parameter, partner (of whom weights or pseudo-gradient were merged) and round. Counted is
   `bytes_received`: every message as it is serialised, so manifests, presence and progress records, greetings, and pulls
   that came too late to be merged. What libp2p adds to a message is not in it;
 - received and sent in a round. Sent includes the whole states that the bootstrap archives once in
   `network.archive_every_s`, and last weights.
 
 Bars: stall at most 1 % of the time of every volunteer (aim 0.1 %), fresh in 95 % of every one's rounds, 2.1 bytes with
-the default formats (int8).
+both formats int8.
 """
 
 from __future__ import annotations
@@ -119,9 +119,11 @@ class Result:
 
     @property
     def bytes_of_a_publication(self) -> float:
-        """A parameter, merged publication and round."""
-        pulled = sum(one.num_pulled for one in self.volunteers)
-        return sum(one.received_bytes for one in self.volunteers) / (pulled * self.num_parameters) if pulled else 0.0
+        """A parameter, merged partner and round."""
+        partners = sum(len(event.partners) for one in self.volunteers for event in one.merged)
+        return (
+            sum(one.received_bytes for one in self.volunteers) / (partners * self.num_parameters) if partners else 0.0
+        )
 
     def a_round(self, bytes_of: str) -> float:
         """Mean over the volunteers' rounds, bytes."""
@@ -210,7 +212,7 @@ def show(title: str, result: Result) -> None:
         if stale := [event.round for event in one.merged if not any(event.weights)]:
             print(f"{'':14}merged no gradient in round {', '.join(map(str, stale))}")
     print(
-        f"a volunteer and round: {result.a_round('num_pulled'):.2f} publications merged, "
+        f"a volunteer and round: {result.a_round('num_pulled'):.2f} gradients merged, "
         f"{result.a_round('received_bytes') / 1e6:.3f} MB received, {result.a_round('sent_bytes') / 1e6:.3f} MB sent"
     )
 
@@ -224,7 +226,7 @@ def judge(result: Result, is_int8: bool) -> None:
     print(f"fresh at least {LEAST_FRESH:.0%}: the worst {fresh:.1%}: {held[fresh >= LEAST_FRESH]}")
     sent = result.bytes_of_a_publication
     bar = f"{held[sent <= MOST_BYTES]}" if is_int8 else "no bar for these formats"
-    print(f"bytes a parameter, merged publication and round at most {MOST_BYTES}: {sent:.3f}: {bar}")
+    print(f"bytes a parameter, merged partner and round at most {MOST_BYTES}: {sent:.3f}: {bar}")
 
 
 def main() -> None:

@@ -29,8 +29,9 @@ _LINK_SHARE = 0.65
 """So much of a round may be spent on pulling."""
 _SLACK = 1.5
 """A pull begins so many times as long before the round's end as it is expected to take."""
-_LEAST_LEAD = 0.05
-"""And at least such a share of a round before its end, so that another can be tried where one fails."""
+_SPARE_SHARE, _MOST_SPARE_S = 0.05, 1.5
+"""And such a share of a round earlier still, at most so many seconds: one that is busy is asked again after a second,
+and another is tried where one fails."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def plan_pulls(
     weights = max(1, int(min(gradients, (carried - gradients * sizes.gradient) / max(sizes.weights, 1))))
     left_bytes = [gradients * sizes.gradient + left * sizes.weights for left in range(weights, 0, -1)]
     left_bytes += [left * sizes.gradient for left in range(gradients, 0, -1)]
-    least_s = _LEAST_LEAD * (ends_s - started_s)
-    leads_s = [max(least_s, _SLACK * (times.overhead_s + num_bytes / rate)) for num_bytes in left_bytes]
+    spare_s = min(_MOST_SPARE_S, _SPARE_SHARE * (ends_s - started_s))
+    leads_s = [spare_s + _SLACK * (times.overhead_s + num_bytes / rate) for num_bytes in left_bytes]
     at_s = [max(started_s, ends_s - lead_s) for lead_s in leads_s]
     reason = f"{gradients} of {wanted} gradients and the weights of {weights}"
     return PullPlan(tuple(at_s[:weights]), tuple(at_s[weights:]), reason)
