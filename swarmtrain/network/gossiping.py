@@ -51,6 +51,7 @@ __all__ = ["Gossip", "GossipSettings", "Plan", "Pulled"]
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.25
+_PLAN_AGAIN_S = 2.0
 _RETRIES_A_ROUND = 8
 _SLOW_FACTOR = 3.0
 _LEAST_SLOW_S = 1.0
@@ -231,9 +232,10 @@ class Gossip:
                 _log.debug("round %d: pulls in %.2f s: %s", plan.round, (pulls.next_s(0.0) or now) - now, reason)
             for section in SECTIONS:
                 self._begin_due(section, pulls.num_due(section, now), failed, plan)
-            next_s = pulls.next_s(now)
+            is_due = any(pulls.num_due(section, now) for section in SECTIONS)
+            look_s, next_s = _LOOK_S if is_due else _PLAN_AGAIN_S, pulls.next_s(now)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), _LOOK_S if next_s is None else min(_LOOK_S, next_s - now))
+                await asyncio.wait_for(news.wait(), look_s if next_s is None else min(look_s, next_s - now))
 
     def _pull_plan(self, plan: Plan) -> PullPlan:
         others, settings = len(self.membership.volunteers()), self.settings
