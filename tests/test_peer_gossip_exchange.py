@@ -307,6 +307,21 @@ def test_who_falls_far_behind_takes_the_others_weights(worlds: list[World]) -> N
     assert slow.trainer.own_tokens == 2 * STEPS * STEP_TOKENS, "what it did counts, and was published"
 
 
+def test_who_trains_beside_one_that_is_far_ahead_goes_on_with_its_own_weights(worlds: list[World]) -> None:
+    """Of three the fastest takes shorter rounds than the two that are paced by each other."""
+    world = world_of(worlds, 3, max_staleness_rounds=2)
+    me, other, fastest = world.everyone()
+    for _ in range(6):
+        fastest.round()
+    for peer in (me, other):
+        peer.round()
+    for peer in (other, fastest):
+        me.meet(peer)
+    assert fastest.trainer.progress.round - me.trainer.progress.round > 2
+    assert me.round(partners=1) is not None
+    assert not [event for event in me.events if isinstance(event, CaughtUpEvent)]
+
+
 def test_the_model_at_the_end_is_the_same_for_all(worlds: list[World]) -> None:
     world = world_of(worlds, 3)
     for _ in range(3):
