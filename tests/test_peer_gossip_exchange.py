@@ -311,13 +311,14 @@ def test_who_trains_beside_one_that_is_far_ahead_goes_on_with_its_own_weights(wo
     """Of three the fastest takes shorter rounds than the two that are paced by each other."""
     world = world_of(worlds, 3, max_staleness_rounds=2)
     me, other, fastest = world.everyone()
-    for _ in range(6):
+    for _ in range(9):
         fastest.round()
-    for peer in (me, other):
+    for peer in (me, other, me, other):
         peer.round()
     for peer in (other, fastest):
         me.meet(peer)
-    assert fastest.trainer.progress.round - me.trainer.progress.round > 2
+    near, far = sorted(info.round for info in me.swarm.membership.volunteers())
+    assert 1 <= near <= 2 and far >= 8
     assert me.round(partners=1) is not None
     assert not [event for event in me.events if isinstance(event, CaughtUpEvent)]
 
