@@ -36,9 +36,7 @@ from swarmtrain.membership.partners import (
     Difference,
     Ledger,
     Mark,
-    Nothing,
     Partners,
-    Theta,
     median_round,
 )
 from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, plan_pulls
@@ -174,17 +172,13 @@ class Peer:
 
     def first(self, section: Section) -> set[str]:
         """Whom to ask before others."""
-        if section == "gradient":
-            return {name for what, name in self.arrived.keys() | self.coming if what == "weights"}
-        reference = median_round(peer.round for peer in self.world.peers)
-        return {one.name for one in self.world.peers if self.ledger.has_new_weights(one.name, one.round, reference)}
+        with_weights = {name for what, name in self.arrived.keys() | self.coming if what == "weights"}
+        rounds = {peer.name: peer.round for peer in self.world.peers if peer is not self}
+        return self.partners.first(section, rounds, with_weights, median_round([self.round, *rounds.values()]))
 
     def is_of_use(self, section: Section, name: str, mark: Mark) -> bool:
         """Whether that section of a publication can be merged."""
-        reference = median_round(peer.round for peer in self.world.peers)
-        if section == "weights":
-            return self.ledger.has_new_weights(name, mark.round, reference)
-        return not isinstance(self.ledger.news(name, mark, reference), Nothing | Theta)
+        return self.ledger.may_enter(section, name, mark, median_round(peer.round for peer in self.world.peers))
 
     def arrives_s(self, section: Section, name: str) -> float:
         """When it is here: links carry one transfer after the other, the author's up and the own one down."""

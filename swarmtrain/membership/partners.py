@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
+
+from swarmtrain.membership.pulls import Section
 
 __all__ = [
     "VARIANTS",
@@ -32,6 +34,7 @@ __all__ = [
     "Theta",
     "Whole",
     "median_round",
+    "rounds_behind",
 ]
 
 _MAX_PEERS = 4096
@@ -52,7 +55,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Whole:
-    """Nothing of this round was merged: pseudo-gradient and `tokens` enter as they are."""
+    """Nothing of it was merged: a round's pseudo-gradient with its `tokens`, or its weights, enter as they are."""
 
     tokens: int
     reason: str
@@ -69,8 +72,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Theta:
-    """Of a gradient: none of it may enter, since some of these steps were merged, and the pseudo-gradient to subtract
-    is not here. Of weights: they may."""
+    """None of a gradient may enter: some of its steps were merged, and what is to be subtracted is not here."""
 
     reason: str
     tokens: int = 0
@@ -110,7 +112,7 @@ class Ledger:
     _held: dict[str, None] = field(default_factory=dict)
     _weights: dict[str, int] = field(default_factory=dict)
 
-    def news_of_weights(self, peer: str, round: int, reference_round: int) -> Theta | Nothing:
+    def news_of_weights(self, peer: str, round: int, reference_round: int) -> Whole | Nothing:
         """Whether the weights that a round of `peer` began with may be merged: once, so that one that publishes no more
         holds nobody back."""
         known = self._marks.get(peer)
@@ -120,11 +122,17 @@ class Ledger:
             return self._too_old(round, reference_round)
         if round <= self._weights.get(peer, -1):
             return Nothing(f"its weights of round {self._weights[peer]} were merged")
-        return Theta(f"weights of its round {round}")
+        return Whole(0, f"nothing of the weights of its round {round} was merged")
 
     def has_new_weights(self, peer: str, round: int, reference_round: int) -> bool:
         """The same as yes or no."""
-        return isinstance(self.news_of_weights(peer, round, reference_round), Theta)
+        return isinstance(self.news_of_weights(peer, round, reference_round), Whole)
+
+    def may_enter(self, section: Section, peer: str, mark: Mark, reference_round: int) -> bool:
+        """Whether the weights or the gradient that `peer` published at `mark` may be merged."""
+        if section == "weights":
+            return self.has_new_weights(peer, mark.round, reference_round)
+        return not isinstance(self.news(peer, mark, reference_round), Nothing | Theta)
 
     def _too_old(self, round: int, reference_round: int) -> Nothing:
         behind = f"{reference_round - round} rounds behind the median"
@@ -236,6 +244,14 @@ def median_round(rounds: Iterable[int]) -> int:
     return ordered[len(ordered) // 2]
 
 
+def rounds_behind(round: int, others: Iterable[int]) -> int:
+    """How far `round` is behind the others' (lower) median; 0 without any. Of two that is the one that is less far: the
+    fastest of three takes shorter rounds than the others (`pacing.reference_speed`), who have nothing to catch up with.
+    """
+    ordered = sorted(others)
+    return ordered[(len(ordered) - 1) // 2] - round if ordered else 0
+
+
 # ---------------------------------------------------------------- whom
 
 
@@ -332,6 +348,15 @@ class Partners:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"no such choice of partners: {self.variant}; allowed: {', '.join(VARIANTS)}")
+
+    def first(
+        self, section: Section, rounds: Mapping[str, int], with_weights: Collection[str], reference_round: int
+    ) -> set[str]:
+        """Whom to ask before the others: for weights who has told of a round (`rounds`) whose weights are new, for
+        gradients those whose weights are here or coming."""
+        if section == "gradient":
+            return set(with_weights)
+        return {peer for peer, round in rounds.items() if self.ledger.has_new_weights(peer, round, reference_round)}
 
     def choose(
         self,

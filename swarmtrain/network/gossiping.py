@@ -1,9 +1,9 @@
 """Pulling what partners published, in the background of this peer's own round: nobody waits for anybody.
 
 Runs in the network thread, beside the trainer. As late in the round as the link allows it asks a few partners for
-their newest weights or pseudo-gradient (`membership.pulls` says of how many, and when), pulls,
-checks and decodes it, and has the merge prepared; at the round's end the trainer takes what is ready. What comes later
-is there for the next round. Whoever has nothing new, is busy, slow, gone or wrong costs its place: another is tried.
+their newest weights or pseudo-gradient (`membership.pulls` says of how many, and when), pulls, checks and decodes it,
+and has the merge prepared; at the round's end the trainer takes what is ready. What comes later is there for the next
+round. Whoever has nothing new, is busy, slow, gone or wrong costs its place, and another is tried.
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ class Pulled:
     mark: Mark
     arrival: Any
     held: Held
-    inner_steps: int
     pull_s: float
 
 
@@ -230,10 +229,10 @@ class Gossip:
             if pulls.reason != reason:
                 reason = pulls.reason
                 _log.debug("round %d: pulls in %.2f s: %s", plan.round, (pulls.next_s(0.0) or now) - now, reason)
-            for section in SECTIONS:
-                self._begin_due(section, pulls.num_due(section, now), failed, plan)
-            is_due = any(pulls.num_due(section, now) for section in SECTIONS)
-            look_s, next_s = _LOOK_S if is_due else _PLAN_AGAIN_S, pulls.next_s(now)
+            due = {section: pulls.num_due(section, now) for section in SECTIONS}
+            for section, num_due in due.items():
+                self._begin_due(section, num_due, failed, plan)
+            look_s, next_s = _LOOK_S if any(due.values()) else _PLAN_AGAIN_S, pulls.next_s(now)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), look_s if next_s is None else min(look_s, next_s - now))
 
@@ -281,18 +280,15 @@ class Gossip:
         return median_round([self.round, *(info.round for info in self.membership.volunteers())])
 
     def _choose(self, section: Section, failed: set[str]) -> str | None:
-        """Whose to pull next: weights of those first that have told of new ones, gradients of those whose weights are
-        merged."""
+        """Whose to pull next."""
         now = swarm_time()
         idle = {peer for (peer, what), until_s in self._idle_until_s.items() if what == section and now < until_s}
         exclude = {self.me, *failed, *idle, *self._coming(section)}
         live, num_parts = self.membership.volunteers(), self.settings.rules["gradient"].num_parts
         with self._lock:
             reference = self._reference_round()
-            if section == "weights":
-                first = {one.peer for one in live if self.ledger.has_new_weights(one.peer, one.round, reference)}
-            else:
-                first = self._coming("weights")
+            rounds = {one.peer: one.round for one in live}
+            first = self._partners.first(section, rounds, self._coming("weights"), reference)
             candidates = [_candidate(one, num_parts) for one in live]
             peer, _ = self._partners.choose(
                 candidates, exclude=exclude, reference_round=reference, now=now, rng=self.rng, first=first
@@ -378,7 +374,6 @@ class Gossip:
             mark=mark,
             arrival=arrival,
             held=held,
-            inner_steps=manifest.inner_steps,
             pull_s=swarm_time() - began_s,
         )
         with self._lock:
@@ -412,16 +407,16 @@ class Gossip:
         if nothing can. BadBytesError if what it publishes itself (`is_own`) is old."""
         with self._lock:
             reference = self._reference_round()
-            is_weights = not mark.part
-            if is_weights:
-                news: News = self.ledger.news_of_weights(peer, mark.round, reference)
-            else:
+            news: News
+            if mark.part:
                 news = self.ledger.news(peer, mark, reference)
+            else:
+                news = self.ledger.news_of_weights(peer, mark.round, reference)
             earlier = self._merged.get(peer) if isinstance(news, Difference) else None
         if isinstance(news, Nothing) and is_own:
             self._check_counters_untrusted(peer, mark, news)
         lacks_earlier = isinstance(news, Difference) and earlier is None
-        if isinstance(news, Nothing) or (isinstance(news, Theta) and not is_weights) or lacks_earlier:
+        if isinstance(news, Nothing | Theta) or lacks_earlier:
             _log.debug("%s has nothing new: %s", peer, news.reason)
             return None
         return news, earlier

@@ -59,7 +59,7 @@ class NetworkThread:
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(_log_stray_error)
         self._unhurried: deque[Coroutine[Any, Any, None]] = deque()
-        self._loop.call_soon(self._begin_unhurried)
+        self._timer: asyncio.Handle | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self._thread.start()
 
@@ -71,6 +71,8 @@ class NetworkThread:
         """Start a coroutine there within `_UNHURRIED_S`, without waking the thread: it would take Python's lock from
         the one that calls, and the trainer would stand still until it has it back."""
         self._unhurried.append(coroutine)
+        if self._timer is None:  # the first one; most processes have none
+            self._timer = self._loop.call_soon_threadsafe(self._begin_unhurried)
 
     def _begin_unhurried(self) -> None:
         while self._unhurried:
@@ -109,7 +111,8 @@ class NetworkThread:
             self._loop.close()
 
     async def _end(self) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         await _cancel_others()
 
 

@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import functools
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
 from swarmtrain.membership.hosts import callable_first
-from swarmtrain.membership.partners import Ledger, News
+from swarmtrain.membership.partners import Ledger, News, rounds_behind
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
@@ -257,10 +256,7 @@ class GossipExchange(AsynchronousExchange):
         super().offer(state, progress)
 
     def _rounds_behind(self, round: int) -> int:
-        """Behind the median of the others, of two the one that is less far: rounds of the fastest of three are shorter
-        than those of the two (`pacing.reference_speed`), and who trains at its pace has nothing to catch up with."""
-        others = [info.round for info in self.swarm.membership.volunteers() if info.round]
-        return statistics.median_low(others) - round if others else 0
+        return rounds_behind(round, (info.round for info in self.swarm.membership.volunteers() if info.round))
 
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`: the consensus, unless what this peer has is as good as new."""

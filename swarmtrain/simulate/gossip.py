@@ -25,8 +25,8 @@ from swarmtrain.membership.partners import (
     Mark,
     Nothing,
     Partners,
-    Theta,
     median_round,
+    rounds_behind,
 )
 from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, SectionBytes, plan_pulls
 from swarmtrain.membership.shards import Coverage, Row
@@ -278,23 +278,16 @@ class GossipPeer:
         self.partners.ledger.load(saved.ledger)
         self._start_round()
 
-    def _is_of_use(self, one: Publication, reference_round: int) -> bool:
-        """Whether it can be merged."""
-        ledger = self.partners.ledger
-        if one.section == "weights":
-            return ledger.has_new_weights(one.peer, one.mark.round, reference_round)
-        return not isinstance(ledger.news(one.peer, one.mark, reference_round), Nothing | Theta)
-
     def _merge(self, reference_round: int) -> tuple[int, int]:
         """Section 5: the mean of the weights, the token-weighted mean of the pseudo-gradients, one Nesterov step.
 
         Who has fallen too far behind the median takes the others' weights without its own."""
         s, ledger = self.settings, self.partners.ledger
         own_tokens = self._now.steps * s.tokens_per_step
-        behind = self.round + 1 < reference_round - s.max_staleness_rounds
+        behind = rounds_behind(self.round + 1, (one.round for one in self._sampled)) > s.max_staleness_rounds
         thetas, gradients, num_merged, oldest = [self.theta], [(self._gradient(self._now.steps), own_tokens)], 0, 0
         for one in self._arrived:
-            if not self._is_of_use(one, reference_round):
+            if not ledger.may_enter(one.section, one.peer, one.mark, reference_round):
                 continue
             oldest = max(oldest, reference_round - one.mark.round)
             if one.section == "weights":
@@ -435,11 +428,9 @@ class GossipPeer:
             self._fetch(peer, f"manifest {section}", 0, partial(self._manifest, pull, peer))
 
     def _first(self, section: Section) -> set[str]:
-        """Whom to ask before others: for weights who has told of new ones, for gradients whose weights are here."""
-        if section == "gradient":
-            return {one.peer for one in self._arrived if one.section == "weights"}
-        ledger, reference_round = self.partners.ledger, self._reference_round()
-        return {one.peer for one in self._sampled if ledger.has_new_weights(one.peer, one.round, reference_round)}
+        with_weights = {one.peer for one in self._arrived if one.section == "weights"}
+        rounds = {one.peer: one.round for one in self._sampled}
+        return self.partners.first(section, rounds, with_weights, self._reference_round())
 
     def _manifest(self, pull: _Pull, peer: str, found: Publication | Refused | None) -> None:
         if not isinstance(found, Publication):
@@ -447,7 +438,7 @@ class GossipPeer:
             self._ask(pull)
             return
         reference_round = self._reference_round()
-        if not self._is_of_use(found, reference_round):
+        if not self.partners.ledger.may_enter(pull.section, peer, found.mark, reference_round):
             new = self.partners.ledger.news(peer, found.mark, reference_round)
             if isinstance(new, Nothing) and new.turned_back:
                 self.swarm.incidents.append((self.name, peer, new.reason))

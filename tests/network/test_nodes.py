@@ -697,4 +697,5 @@ def test_what_is_not_hurried_is_done_soon_and_in_order_and_is_closed_at_the_end(
 
 
 async def _end_of_unhurried(network: NetworkThread) -> None:
+    assert network._timer is not None
     network._timer.cancel()
