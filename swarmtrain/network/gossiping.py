@@ -132,7 +132,7 @@ class Gossip:
     expected_s: Callable[[int], float | None] = lambda size_bytes: None
     """How long so many bytes would take, before the first pull."""
     heard_rows_untrusted: Callable[[str, Sequence[pb.Signed]], None] = lambda peer, rows: None
-    """Told of the rows of the data's coverage in the manifest of a publication that was pulled whole."""
+    """Told of the rows of the data's coverage in the manifest of what was pulled."""
     variant: str = "uniform"
     routes: Routes | None = None
     """How to get at those that cannot be called; None: everyone can."""
