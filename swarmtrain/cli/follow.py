@@ -58,7 +58,8 @@ class _Broken:
 @dataclass(frozen=True)
 class _Probed:
     stream: _Stream
-    status: Any  # None: it was silent
+    status: Any  # None: it did not answer
+    nobody_answers: bool = False  # and does not take calls either
 
 
 News = SimpleQueue[Any]
@@ -113,6 +114,10 @@ class _Following:
         folder = self._peer.folder
         return None if folder is None else holder(folder) is not Holder.NOBODY
 
+    def _may_be_there(self, probed: _Probed) -> bool:
+        held = self._is_held()
+        return not probed.nobody_answers if held is None else held
+
     def take(self, item: Any) -> bool:
         """Take what has arrived, None if nothing has; returns whether the peer is over."""
         match item:
@@ -122,7 +127,7 @@ class _Following:
                 self._probing = False
                 if item.status is not None:
                     self._hear(item.status)
-                elif self._is_held() is False:  # a call may stay open that was made in the moment of its death
+                elif not self._may_be_there(item):  # a call may stay open that was made in the moment of its death
                     self._hang_up()
                 else:
                     self._be(Life.SILENT)
@@ -204,10 +209,12 @@ class _Stream:
 
     def _probe(self) -> None:
         try:
-            status = ask(self._peer, "Status", wire.StatusRequest())
+            found = _Probed(self, ask(self._peer, "Status", wire.StatusRequest()))
+        except NoAnswerError as error:
+            found = _Probed(self, None, nobody_answers=not error.timed_out)
         except SwarmtrainError:
-            status = None
-        self._news.put(_Probed(self, status))
+            found = _Probed(self, None)
+        self._news.put(found)
 
     def _read(self) -> None:
         error: SwarmtrainError | None = None

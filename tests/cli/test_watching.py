@@ -20,12 +20,14 @@ from fake_peer import FakePeer, living, make_status
 from pseudo_terminal import PseudoTerminal
 
 from swarmtrain.cli import peers
-from swarmtrain.cli.follow import Patience, Signal, follow
+from swarmtrain.cli.follow import Patience, Signal, _Stream, follow
 from swarmtrain.cli.peers import Life, Peer, RefusedError, View, look
 from swarmtrain.v1 import control_pb2 as wire
 
 QUICK = Patience(tick_s=0.02, come_back_s=0.5, probe_s=0.2)
 LASTING = Patience(tick_s=0.02, come_back_s=60.0, probe_s=60.0)
+PROBING = replace(LASTING, probe_s=0.5)
+"""A call made in the very moment of a peer's death may stay open, and the silence is what tells."""
 
 
 @pytest.fixture
@@ -92,7 +94,7 @@ def test_every_status_is_shown_until_one_detaches(peer: FakePeer) -> None:
     ],
 )
 def test_an_end_is_the_last_view(peer: FakePeer, state: int, reason: str, code: int, life: Life) -> None:
-    with Following(Peer(folder=peer.folder), LASTING) as watch:
+    with Following(Peer(folder=peer.folder), PROBING) as watch:
         watch.wait(lambda view: view.status.round)
         peer.end(state, reason, code)
         last = watch.end()
@@ -112,8 +114,7 @@ def test_a_death_is_told_at_once_and_waited_over_for_a_while(peer: FakePeer) -> 
 
 
 def test_one_that_comes_back_is_shown_again(peer: FakePeer) -> None:
-    # Probed: a call made in the very moment of a peer's death may stay open, and the silence is what tells.
-    with Following(Peer(folder=peer.folder), replace(LASTING, probe_s=0.5)) as watch:
+    with Following(Peer(folder=peer.folder), PROBING) as watch:
         for life in range(3):
             watch.wait(lambda view, life=life: view.life is Life.RUNNING and view.status.round == 12 + life)
             peer.die()
@@ -162,12 +163,32 @@ def test_over_tcp_a_connection_may_be_lost_and_found(tmp_path: Path) -> None:
             assert watch.end().life is Life.LOST
         peer.hold()
         address = peer.serve(tcp=True)
-        with Following(Peer(address=address), LASTING) as watch:
+        with Following(Peer(address=address), PROBING) as watch:
             watch.wait(lambda view: view.status.round)
             peer.tell(round=13)
             watch.wait(lambda view: view.status.round == 13)  # it hears what happens, and not only what it asked for
             peer.end()
             assert watch.end().life is Life.ENDED
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_a_call_that_stays_open_when_its_peer_dies_is_hung_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tcp: bool
+) -> None:
+    opened, let_go = threading.Event(), threading.Event()
+
+    def stay_open(_: _Stream) -> None:
+        opened.set()
+        let_go.wait(60)
+
+    monkeypatch.setattr(_Stream, "_watch", stay_open)
+    with living(FakePeer(tmp_path / "anna").hold()) as peer:
+        address = peer.serve(tcp=tcp)
+        with Following(Peer(address=address) if tcp else Peer(folder=peer.folder), QUICK) as watch:
+            assert opened.wait(30)
+            peer.die()
+            assert watch.end().life is (Life.LOST if tcp else Life.DIED)
+        let_go.set()
 
 
 # ---------------------------------------------------------------- in a terminal
