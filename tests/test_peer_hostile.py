@@ -136,3 +136,14 @@ def test_claimed_tokens_are_counted_as_far_as_a_speed_explains_them_and_named(
     assert (mallory.id, "tokens") in named(honest, RefusedEvent)
     assert all(peer.trainer.progress.peer_tokens[mallory.id] <= 2 * STEPS * STEP_TOKENS for peer in honest)
     assert all(peer.trainer.progress.run_tokens <= 4 * whole for peer in honest)
+
+
+def test_what_was_published_is_known_before_anything_is_accepted(
+    world_of: Callable[..., tuple[list[Peer], Peer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Telling of a publication may take a while; huge weights must not pass meanwhile because nothing is usual yet."""
+    honest, mallory = world_of()
+    monkeypatch.setattr(honest[0].world.network, "submit_unhurried", lambda coroutine: coroutine.close())
+    publishes(mallory, lambda theta, gradient: (torch.full_like(theta, 1e30), torch.full_like(gradient, 1e30)))
+    train(honest, mallory, partners=2)
+    assert named(honest, RefusedEvent) == {(mallory.id, "huge")}

@@ -10,7 +10,9 @@ import asyncio
 import dataclasses
 import functools
 import random
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +88,8 @@ class GossipExchange(AsynchronousExchange):
     _layout: Layout = field(init=False)
     _theta: Tensor = field(init=False, repr=False)
     _robustness: Robustness = field(init=False)
+    _unlearned: deque[Contribution] = field(default_factory=deque, repr=False)
+    _learning: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _own_tokens: int = 0
     _round: int = 0
 
@@ -171,10 +175,24 @@ class GossipExchange(AsynchronousExchange):
 
         async def describe() -> None:
             self.swarm.describe_part(contribution.part, contribution.tokens)
-            if self.run.merge.robust != "none":  # in the thread too: the gradient is computed by who asks first
-                await asyncio.to_thread(lambda: self._robustness.learn(contribution.gradient, contribution.tokens))
+            if self._unlearned:  # in the thread too: the gradient is computed by who asks first
+                await asyncio.to_thread(self._learn)
 
+        if self.run.merge.robust != "none":
+            self._unlearned.append(contribution)
         self.network.submit_unhurried(describe())
+
+    def _learn(self) -> None:
+        """What is usual here, from what this peer has published."""
+        with self._learning:
+            while self._unlearned:
+                contribution = self._unlearned.popleft()
+                self._robustness.learn(contribution.gradient, contribution.tokens)
+
+    def _accept_untrusted(self, held: Held, arrival: Arrival) -> Arrival:
+        """What the run's rule lets enter a merge: it compares with all that was published here before."""
+        self._learn()
+        return self._robustness.accept(held.snapshot.author, arrival, self._theta)
 
     def _hear_rows_untrusted(self, peer: str, rows: Sequence[pb.Signed]) -> None:
         if self.swarm.coverage is not None:
@@ -234,12 +252,11 @@ class GossipExchange(AsynchronousExchange):
 
     def _decode_weights_untrusted(self, held: Held) -> Arrival:
         """What enters a merge of a publication's weights: decoded, and clipped as the run's rule says."""
-        return self._robustness.accept(held.snapshot.author, self._codec.weights_untrusted(held), self._theta)
+        return self._accept_untrusted(held, self._codec.weights_untrusted(held))
 
     def _decode_gradient_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
         """The same of its pseudo-gradient."""
-        arrival = self._codec.gradient_untrusted(held, news, earlier)
-        return self._robustness.accept(held.snapshot.author, arrival, self._theta)
+        return self._accept_untrusted(held, self._codec.gradient_untrusted(held, news, earlier))
 
     def _tell_clipped(self, peer: str, incident: Incident) -> None:
         self.swarm.emit(ClippedEvent(from_peer=peer, rule=incident.rule, detail=incident.detail))
