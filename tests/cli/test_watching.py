@@ -162,9 +162,9 @@ def test_over_tcp_a_connection_may_be_lost_and_found(tmp_path: Path) -> None:
             watch.wait(lambda view: view.life is Life.LOST)
             assert watch.end().life is Life.LOST
         peer.hold()
-        address = peer.serve(tcp=True)
+        address, before = peer.serve(tcp=True), peer.watches
         with Following(Peer(address=address), PROBING) as watch:
-            watch.wait(lambda view: view.status.round)
+            watch.wait(lambda view: peer.watches > before)  # else it may ask once more, and hear of no end
             peer.tell(round=13)
             watch.wait(lambda view: view.status.round == 13)  # it hears what happens, and not only what it asked for
             peer.end()
