@@ -1,7 +1,7 @@
 """The built-in model: a GPT, its loss, its evaluation and a sampler, in one file to be read from top to bottom.
 
 Why our own: it is small enough to train on a laptop's processor, it starts from the same bits on every machine, and
-it can be cut into stages anywhere (`embed`, `blocks`, then `final_norm` and `head`).
+it can be cut into stages anywhere (`stages.py`: `embed`, `blocks`, then `final_norm` and `head`).
 
 What it is: RMSNorm before each half of a block (arXiv 1910.07467), rotary positions (2104.09864), queries and keys
 normalised per head (2010.04245), SwiGLU (2002.05202), no biases, embedding and head untied. Each was measured
@@ -26,14 +26,14 @@ from swarmtrain.run import ModelSection
 __all__ = ["GPT", "build_model", "evaluate", "generate", "num_parameters"]
 
 _ROTARY_BASE = 10_000.0
-_NORM_EPSILON = 1e-6
+NORM_EPSILON = 1e-6
 
 
 def _hidden_width(section: ModelSection) -> int:
     return max(1, round(section.feed_forward_ratio * section.width))
 
 
-def _rotary_table(num_positions: int, head_width: int) -> Tensor:
+def rotary_table(num_positions: int, head_width: int) -> Tensor:
     """Cosines and sines of each position's angles: (2, T, K / 2)."""
     frequencies = _ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
     angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
@@ -45,6 +45,12 @@ def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
     cos, sin = rotary[0], rotary[1]
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def check_length(num_tokens: int, section: ModelSection) -> None:
+    """ValueError when they are more than the context."""
+    if num_tokens > section.context_tokens:
+        raise ValueError(f"{num_tokens} tokens are more than the context of {section.context_tokens}")
 
 
 class Linear(nn.Linear):
@@ -73,7 +79,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)  # (3, B, H, T, K)
-        qk = _rotate(F.rms_norm(qkv[:2], qkv.shape[-1:], eps=_NORM_EPSILON), rotary)
+        qk = _rotate(F.rms_norm(qkv[:2], qkv.shape[-1:], eps=NORM_EPSILON), rotary)
         mixed = F.scaled_dot_product_attention(qk[0], qk[1], qkv[2], is_causal=True)  # (B, H, T, K)
         return cast(Tensor, self.out(mixed.transpose(1, 2).reshape(B, T, D)))
 
@@ -97,9 +103,9 @@ class Block(nn.Module):
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(section.width, eps=_NORM_EPSILON)
+        self.attention_norm = nn.RMSNorm(section.width, eps=NORM_EPSILON)
         self.attention = Attention(section)
-        self.feed_forward_norm = nn.RMSNorm(section.width, eps=_NORM_EPSILON)
+        self.feed_forward_norm = nn.RMSNorm(section.width, eps=NORM_EPSILON)
         self.feed_forward = FeedForward(section)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
@@ -117,16 +123,15 @@ class GPT(nn.Module):
         self.section = section
         self.embed = Embedding(section.vocabulary_size, section.width)
         self.blocks = nn.ModuleList(Block(section) for _ in range(section.num_layers))
-        self.final_norm = nn.RMSNorm(section.width, eps=_NORM_EPSILON)
+        self.final_norm = nn.RMSNorm(section.width, eps=NORM_EPSILON)
         self.head = Linear(section.width, section.vocabulary_size, bias=False)
-        table = _rotary_table(section.context_tokens, section.width // section.num_heads)
+        table = rotary_table(section.context_tokens, section.width // section.num_heads)
         self.register_buffer("rotary", table, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) from tokens (B, T), int64; T at most `context_tokens`, else ValueError."""
         T = tokens.shape[1]
-        if self.section.context_tokens < T:
-            raise ValueError(f"{T} tokens are more than the context of {self.section.context_tokens}")
+        check_length(T, self.section)
         x = self.embed(tokens)
         rotary = self.rotary[:, :T]
         for block in self.blocks:

@@ -1,0 +1,206 @@
+"""The built-in model cut into stages: each is built from the run's seed without the whole model existing anywhere.
+
+A model of L blocks has L + 1 places where it can be cut: before each block, and before the head. `boundaries` are the
+places of a run's cuts, ascending: stage s holds the blocks from boundary s - 1 up to boundary s. The first stage
+holds the embedding too, the last one the final norm and the head. Boundary 0 leaves the embedding alone, boundary L
+the head.
+
+A stage's parameters have the names that they have in the whole model, so that initial weights are the same bits
+however it is cut, and stages joined by name are the model.
+
+Shapes: B batch, T time (tokens), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swarmtrain.model.gpt import (
+    NORM_EPSILON,
+    Block,
+    Embedding,
+    Linear,
+    check_length,
+    initial_weight,
+    num_parameters,
+    rotary_table,
+)
+from swarmtrain.run import ModelSection
+
+__all__ = [
+    "Costs",
+    "Stage",
+    "StageShape",
+    "balanced_boundaries",
+    "build_stage",
+    "joined_weights",
+    "measured_costs",
+    "stage_shapes",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageShape:
+    """Which part of a model a stage holds."""
+
+    model: ModelSection
+    first_block: int
+    last_block: int
+    """Not included."""
+    has_embedding: bool
+    has_head: bool
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers its weights are, computed without building it."""
+        one, none = (num_parameters(self.model.model_copy(update={"num_layers": layers})) for layers in (1, 0))
+        ends, table = none, self.model.vocabulary_size * self.model.width
+        head = ends - table
+        blocks = (self.last_block - self.first_block) * (one - none)
+        return blocks + table * self.has_embedding + head * self.has_head
+
+
+def stage_shapes(model: ModelSection, boundaries: Sequence[int]) -> list[StageShape]:
+    """The stages of a model that is cut there; without boundaries, one. ValueError when it cannot be cut so."""
+    places = [0, *boundaries, model.num_layers]
+    if list(boundaries) != sorted(set(boundaries)) or not all(0 <= place <= model.num_layers for place in boundaries):
+        raise ValueError(
+            f"boundaries must ascend from 0 to {model.num_layers} (the number of blocks) at most, "
+            f"got {list(boundaries)}"
+        )
+    last = len(places) - 2
+    return [
+        StageShape(model=model, first_block=a, last_block=b, has_embedding=number == 0, has_head=number == last)
+        for number, (a, b) in enumerate(itertools.pairwise(places))
+    ]
+
+
+class Stage(nn.Module):
+    """A part of a GPT. Built by `build_stage`; its own constructor leaves whatever is there."""
+
+    rotary: Tensor
+
+    def __init__(self, shape: StageShape) -> None:
+        super().__init__()
+        self.shape, section = shape, shape.model
+        if shape.has_embedding:
+            self.embed = Embedding(section.vocabulary_size, section.width)
+        self.blocks = nn.ModuleDict({str(n): Block(section) for n in range(shape.first_block, shape.last_block)})
+        if shape.has_head:
+            self.final_norm = nn.RMSNorm(section.width, eps=NORM_EPSILON)
+            self.head = Linear(section.width, section.vocabulary_size, bias=False)
+        table = rotary_table(section.context_tokens, section.width // section.num_heads)
+        self.register_buffer("rotary", table, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the next stage takes, (B, T, D), of the last stage logits (B, T, V).
+
+        `x` is tokens (B, T), int64, for the first stage, else what the stage before gave, (B, T, D). Raises
+        ValueError when it is longer than the context.
+        """
+        T = x.shape[1]
+        check_length(T, self.shape.model)
+        if self.shape.has_embedding:
+            x = self.embed(x)
+        rotary = self.rotary[:, :T]
+        for block in self.blocks.values():
+            x = block(x, rotary)
+        return cast(Tensor, self.head(self.final_norm(x))) if self.shape.has_head else x
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Of the last stage: mean nats per token, a scalar, of predicting targets (B, T), int64."""
+        return F.cross_entropy(self(x).flatten(0, 1).float(), targets.flatten())
+
+
+def build_stage(shape: StageShape, seed: int) -> Stage:
+    """A stage on the processor, fp32, with the initial weights that these parameters have in the whole model."""
+    stage = Stage(shape)
+    for name, parameter in stage.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(initial_weight(name, parameter.shape, seed))
+    return stage
+
+
+def joined_weights(stages: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The whole model's weights by name, from those of each stage. ValueError when two stages have the same one."""
+    weights: dict[str, Tensor] = {}
+    for stage in stages:
+        if both := weights.keys() & stage.keys():
+            raise ValueError(f"two stages have {min(both)}: they are not stages of one model")
+        weights |= stage
+    return weights
+
+
+# ---------------------------------------------------------------- where to cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What a microbatch costs, forward and backward, in any unit: the embedding, each block, and the head."""
+
+    embedding: float
+    block: float
+    head: float
+
+
+def balanced_boundaries(num_layers: int, num_stages: int, costs: Costs) -> tuple[int, ...]:
+    """Where to cut so that the costliest stage costs as little as can be; of equal cuts, the one whose stages differ
+    least. ValueError when there are more stages than `num_layers` + 2: only the first and the last can be without a
+    block.
+    """
+    if not 1 <= num_stages <= num_layers + 2:
+        raise ValueError(f"{num_layers} blocks can be cut into 1 to {num_layers + 2} stages, not {num_stages}")
+    last = num_stages - 1
+    best: dict[int, _Cut] = {0: (0.0, 0.0, ())}  # by how many blocks the stages so far hold
+    for stage in range(num_stages):
+        ends = costs.embedding * (stage == 0) + costs.head * (stage == last)
+        longer: dict[int, _Cut] = {}
+        for place, (largest, squares, cuts) in best.items():
+            for end in range(place if stage in (0, last) else place + 1, num_layers + 1):
+                cost = ends + costs.block * (end - place)
+                cut = (max(largest, cost), squares + cost**2, (*cuts, end))
+                longer[end] = min(longer.get(end, cut), cut)
+        best = longer
+    return best[num_layers][2][:-1]
+
+
+_Cut = tuple[float, float, tuple[int, ...]]
+"""What the costliest stage costs, the sum of all costs' squares, and where the stages end."""
+
+_TIMES = 5
+
+
+def measured_costs(section: ModelSection, num_sequences: int) -> Costs:
+    """What a microbatch of so many sequences costs on this machine, in seconds; the least of a few times."""
+    shape = (num_sequences, section.context_tokens)
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    x = torch.zeros((*shape, section.width), requires_grad=True)
+    first, block, head = (
+        build_stage(
+            StageShape(model=section, first_block=a, last_block=b, has_embedding=a == b == 0, has_head=a == b == 1), 0
+        )
+        for a, b in ((0, 0), (0, 1), (1, 1))
+    )
+    return Costs(
+        embedding=_seconds(lambda: first(tokens).sum()),
+        block=_seconds(lambda: block(x).sum()),
+        head=_seconds(lambda: head.loss(x, tokens)),
+    )
+
+
+def _seconds(forward: Callable[[], Tensor]) -> float:
+    """Of forward and backward."""
+    times = []
+    for _ in range(_TIMES):
+        began_s = time.perf_counter()
+        forward().backward()  # type: ignore[no-untyped-call]
+        times.append(time.perf_counter() - began_s)
+    return min(times)
