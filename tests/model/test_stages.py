@@ -35,17 +35,16 @@ def _batch() -> Tensor:
 
 def _pass(stages: list[Stage], batch: Tensor) -> float:
     """Forward and backward as peers do it: each stage by itself, what is between them detached."""
-    entered: list[Tensor] = []
-    left: list[Tensor] = []
     x = batch[:, :-1]
+    between: list[tuple[Tensor, Tensor]] = []  # what a stage gave, and what the next one took
     for stage in stages[:-1]:
-        entered.append(x)
-        left.append(stage(x))
-        x = left[-1].detach().requires_grad_()
+        left = stage(x)
+        x = left.detach().requires_grad_()
+        between.append((left, x))
     loss = stages[-1].loss(x, batch[:, 1:])
     loss.backward()
-    for before, out in zip(reversed([*entered[1:], x]), reversed(left), strict=True):
-        out.backward(before.grad)
+    for left, taken in reversed(between):
+        left.backward(taken.grad)
     return float(loss.detach())
 
 
