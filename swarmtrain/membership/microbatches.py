@@ -1,0 +1,348 @@
+"""What a peer of a stage owes its drivers: each microbatch's gradient enters one step, once, whatever happens.
+
+A driver asks for a forward, later for its backward (of the last stage for both in one, the tail), and acknowledges
+when the microbatch has come all the way back to it. Calls are lost, repeated, and come late; drivers die, or start
+again elsewhere. So:
+
+- A question asked again is answered from what was computed the first time.
+- A gradient enters the batch that is being filled when it is computed. A full batch is closed, the next one is
+  filled at the same weights meanwhile, and the step is taken when everything in the closed one is acknowledged. Nobody
+  stands still for that.
+- What is not acknowledged in time, or is dropped by its driver, is taken out again: its gradient is computed once
+  more, from the same input and the same weights, and subtracted. An acknowledgement that comes after that puts it into
+  the batch that is filled then.
+- An attempt that a newer one of the same microbatch replaces is dropped.
+- A backward is answered by the weights of its forward, which may be one step older than the present ones.
+
+Pure: no tensors, no clock. The peer does what `due` says, in that order, between two pieces of work.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeAlias
+
+__all__ = [
+    "Add",
+    "Due",
+    "Forget",
+    "Key",
+    "Kind",
+    "LedgerLimits",
+    "StageLedger",
+    "Step",
+    "Subtract",
+    "Verdict",
+    "Work",
+]
+
+Kind: TypeAlias = Literal["forward", "backward", "tail"]
+
+_NONE = (-1, False)
+_MOST_LAG = 1
+"""How many steps older than the present weights those of a forward may be when its backward comes."""
+
+
+class Key(NamedTuple):
+    """A microbatch's attempt at this stage: a driver counts its microbatches, and its attempts at each."""
+
+    driver: str
+    sequence: int
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerLimits:
+    """What a peer takes on, and for how long."""
+
+    batch_tokens: int
+    """A batch is closed when so many have entered it."""
+    ack_wait_s: float = 10.0
+    """A closed batch waits so long for what is not acknowledged."""
+    hold_s: float = 120.0
+    """What its driver says nothing of for so long is forgotten."""
+    max_open: int = 64
+    """Microbatches begun and not finished, of all drivers."""
+    max_open_of_driver: int = 32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do with a question: "work" (compute it), "repeat" (as it was answered before, or will be), "busy" (ask
+    again a little later, or another), "gone" (start again from this stage's input)."""
+
+    answer: Literal["work", "repeat", "busy", "gone"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is computed by the weights of `version`; a gradient enters `batch`."""
+
+    version: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Take an inner step with the gradient of `batch`, the mean over `tokens`."""
+
+    batch: int
+    tokens: int
+    microbatches: tuple[Key, ...]
+
+
+@dataclass(frozen=True)
+class Subtract:
+    """Compute the gradient of `key` again as it was, and take it out of `batch`."""
+
+    key: Key
+    batch: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Add:
+    """Compute the gradient of `key` again, by the present weights, and put it into `batch`."""
+
+    key: Key
+    batch: int
+
+
+@dataclass(frozen=True)
+class Forget:
+    """What is kept for `key` is needed no more."""
+
+    key: Key
+
+
+Due: TypeAlias = Step | Subtract | Add | Forget
+
+
+@dataclass
+class _Microbatch:
+    tokens: int
+    version: int
+    heard_s: float
+    """When its driver last said something of it."""
+    asked: set[Kind]
+    running: bool = False
+    has_forward: bool = False
+    has_gradient: bool = False
+    """Computed: in a batch, or taken out again."""
+    acknowledged: bool = False
+    taken_out: bool = False
+    dropped: bool = False
+
+
+@dataclass
+class _Batch:
+    number: int
+    tokens: int = 0
+    members: dict[Key, None] = field(default_factory=dict)
+    closed_s: float = 0.0
+
+
+@dataclass
+class _Driver:
+    oldest_open: int = 0
+    """It needs nothing of microbatches before this one any more."""
+    finished: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    """By sequence, the last attempt that is finished, and whether a step has it."""
+    heard_s: float = 0.0
+
+
+class StageLedger:
+    """The microbatches of one peer of a stage. Not for several threads at once."""
+
+    def __init__(self, limits: LedgerLimits) -> None:
+        self.limits = limits
+        self.version = 0
+        """Of the weights: how many steps were taken."""
+        self.counted_tokens = 0
+        """That have entered steps."""
+        self._open: OrderedDict[Key, _Microbatch] = OrderedDict()
+        self._drivers: dict[str, _Driver] = {}
+        self._filling = _Batch(0)
+        self._closed: _Batch | None = None
+        self._due: deque[Due] = deque()
+
+    @property
+    def num_open(self) -> int:
+        """Microbatches begun and not finished."""
+        return len(self._open)
+
+    # ------------------------------------------------------------- questions
+
+    def ask(self, key: Key, kind: Kind, tokens: int, now: float) -> Verdict:
+        """A driver asks for `kind`; `tokens` are the microbatch's."""
+        driver = self._drivers.setdefault(key.driver, _Driver())
+        driver.heard_s = now
+        if key.sequence < driver.oldest_open or driver.finished.get(key.sequence, _NONE)[0] >= key.attempt:
+            return Verdict("gone", "this microbatch is finished")
+        known = self._open.get(key)
+        if known is not None:
+            known.heard_s = now
+            if kind in known.asked:
+                return Verdict("repeat")
+        if kind != "backward":
+            if known is not None:
+                return Verdict("gone", f"asked for a {kind} of a microbatch that had another question first")
+            return self._admit(key, kind, tokens, now)
+        if known is None or not known.has_forward or known.dropped:
+            return Verdict("gone", "its forward is not known here")
+        if self.version - known.version > _MOST_LAG:
+            self._drop(key, "its weights are too old")
+            return Verdict("gone", f"the weights have moved on by {self.version - known.version} steps since")
+        known.asked.add(kind)
+        return Verdict("work")
+
+    def _admit(self, key: Key, kind: Kind, tokens: int, now: float) -> Verdict:
+        same = [other for other in self._open if other[:2] == key[:2]]
+        if any(other.attempt > key.attempt or self._open[other].acknowledged for other in same):
+            return Verdict("gone", "a newer attempt at this microbatch is known, or one that is acknowledged")
+        for other in same:
+            self._drop(other, "another attempt takes its place")
+        if len(self._open) >= self.limits.max_open:
+            return Verdict("busy", f"{len(self._open)} microbatches are open here")
+        if sum(other.driver == key.driver for other in self._open) >= self.limits.max_open_of_driver:
+            return Verdict("busy", "too many microbatches of this driver are open here")
+        self._open[key] = _Microbatch(tokens=tokens, version=self.version, heard_s=now, asked={kind})
+        return Verdict("work")
+
+    def begin(self, key: Key, kind: Kind) -> Work | None:
+        """The peer begins to compute it; None: it was dropped meanwhile, there is nothing to compute.
+
+        A forward has the version of the weights of this moment. Until `computed` says that it is done, nothing that
+        is due is asked for.
+        """
+        known = self._open.get(key)
+        if known is None:
+            return None
+        if kind != "backward":
+            known.version = self.version
+        known.running = True
+        return Work(known.version, self._filling.number)
+
+    def computed(self, key: Key, kind: Kind, now: float) -> None:
+        """It is computed; what is not a forward has put a gradient into the batch that `begin` named."""
+        known = self._open[key]
+        known.running, known.heard_s = False, now
+        if kind == "forward":
+            known.has_forward = True
+        else:
+            self._put_in(key, known)
+        if known.dropped:
+            self._drop(key, "dropped while it was computed")
+
+    def _put_in(self, key: Key, known: _Microbatch) -> None:
+        known.has_gradient = True
+        self._filling.tokens += known.tokens
+        self._filling.members[key] = None
+
+    # ------------------------------------------------------------- what drivers say
+
+    def acknowledge(self, key: Key, now: float) -> bool:
+        """Its driver has what it asked for: the gradient may count. False if it is too late for that, or never was."""
+        if (driver := self._drivers.get(key.driver)) is not None:
+            driver.heard_s = now
+            if driver.finished.get(key.sequence) == (key.attempt, True):
+                return True  # said again
+        known = self._open.get(key)
+        if known is None or not known.has_gradient or known.dropped:
+            return False
+        if known.taken_out:
+            known.taken_out = False
+            self._put_in(key, known)
+            self._due.append(Add(key, self._filling.number))
+        known.acknowledged, known.heard_s = True, now
+        return True
+
+    def drop(self, key: Key) -> None:
+        """Its driver started again elsewhere: the gradient must not count. Not after it was acknowledged."""
+        if (known := self._open.get(key)) is not None and not known.acknowledged:
+            self._drop(key, "dropped by its driver")
+
+    def oldest_open(self, driver: str, sequence: int, now: float) -> None:
+        """The driver needs nothing of microbatches before `sequence` any more, and will not ask again."""
+        known = self._drivers.setdefault(driver, _Driver())
+        known.heard_s = now
+        known.oldest_open = max(known.oldest_open, sequence)
+        known.finished = {n: attempt for n, attempt in known.finished.items() if n >= known.oldest_open}
+        for key, each in list(self._open.items()):
+            if key.driver == driver and key.sequence < known.oldest_open and not each.acknowledged:
+                self._drop(key, "given up by its driver")
+
+    # ------------------------------------------------------------- what is to be done
+
+    def due(self, now: float) -> Due | None:
+        """What the peer is to do next, besides the work that was asked for; None: nothing at present."""
+        if not self._due:
+            self._close(now)
+            self._settle(now)
+            self._forget_silent(now)
+        return self._due.popleft() if self._due else None
+
+    def next_s(self) -> float | None:
+        """When `due` may have something though nobody said anything; None: not before somebody does."""
+        return None if self._closed is None else self._closed.closed_s + self.limits.ack_wait_s
+
+    def _close(self, now: float) -> None:
+        if self._closed is None and self._filling.tokens >= self.limits.batch_tokens:
+            self._closed, self._filling = self._filling, _Batch(self._filling.number + 1)
+            self._closed.closed_s = now
+
+    def _settle(self, now: float) -> None:
+        """Step with the closed batch if all of it is acknowledged; take out what is not in time."""
+        closed = self._closed
+        if closed is None:
+            return
+        waiting = [key for key in closed.members if not self._open[key].acknowledged]
+        if waiting and now < closed.closed_s + self.limits.ack_wait_s:
+            return
+        for key in waiting:
+            self._take_out(key, closed, "not acknowledged in time")
+        self._closed = None
+        if not closed.members:
+            return
+        keys = tuple(closed.members)
+        self._due.append(Step(closed.number, closed.tokens, keys))
+        self.version += 1
+        self.counted_tokens += closed.tokens
+        for key in keys:
+            self._finish(key, counted=True)
+
+    def _take_out(self, key: Key, batch: _Batch, reason: str) -> None:
+        known = self._open[key]
+        batch.members.pop(key)
+        batch.tokens -= known.tokens
+        known.taken_out = True
+        self._due.append(Subtract(key, batch.number, reason))
+
+    def _drop(self, key: Key, reason: str) -> None:
+        """Its gradient must not count; what is kept of it is forgotten as soon as that is settled."""
+        known = self._open[key]
+        known.dropped = True
+        for batch in (self._filling, self._closed):
+            if batch is not None and key in batch.members:
+                self._take_out(key, batch, reason)
+        if not known.running:
+            self._finish(key, counted=False)
+
+    def _finish(self, key: Key, *, counted: bool) -> None:
+        del self._open[key]
+        driver = self._drivers.setdefault(key.driver, _Driver())
+        if key.sequence >= driver.oldest_open:
+            driver.finished[key.sequence] = max((key.attempt, counted), driver.finished.get(key.sequence, _NONE))
+        self._due.append(Forget(key))
+
+    def _forget_silent(self, now: float) -> None:
+        """Forget what no driver has said anything of for long, and drivers that are gone."""
+        for key, known in list(self._open.items()):
+            in_batch = key in self._filling.members or (self._closed is not None and key in self._closed.members)
+            if now >= known.heard_s + self.limits.hold_s and not in_batch:
+                self._drop(key, "its driver says nothing of it")
+        for name, driver in list(self._drivers.items()):
+            if now >= driver.heard_s + 10 * self.limits.hold_s and not any(key.driver == name for key in self._open):
+                del self._drivers[name]

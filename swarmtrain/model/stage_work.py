@@ -1,0 +1,223 @@
+"""The computing of one stage: forwards and backwards of many microbatches, by weights that step in between.
+
+A microbatch's backward is computed by the weights of its forward, though a step may have been taken since. So a step
+never writes into weights that a kept graph refers to: it is taken on a copy, which is the next version; a version is
+kept as long as a microbatch needs it.
+
+Gradients are summed in the order in which they are computed, by batch, as `loss.backward()` sums them. A microbatch's
+loss is scaled by its share of a batch's tokens in the tail, so that every stage's gradient is.
+
+The graphs of the last forwards are kept within `graph_bytes`. An older one is computed again when its backward comes,
+from its input and by the same weights, to the same bits.
+
+Shapes: B batch, T time (tokens), D width. Not for several threads at once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["StageModule", "StageWork", "TailResult"]
+
+
+class StageModule(Protocol):
+    """A part of a model: `swarmtrain.model.stages.Stage`, or one of another family."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of a torch module."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Forward."""
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Of the last stage: mean nats per token."""
+
+
+@dataclass(frozen=True)
+class TailResult:
+    """What the last stage says of a microbatch: its loss, mean nats per token, and the scaled gradient of its input
+    (None if the input is tokens)."""
+
+    loss: float
+    gradient: Tensor | None
+
+
+@dataclass
+class _Kept:
+    x: Tensor
+    version: int
+    out: Tensor | None = None
+    """With its graph; None: to be computed again."""
+    out_gradient: Tensor | None = None
+    targets: Tensor | None = None
+    scale: float = 1.0
+
+
+class StageWork:
+    """One stage's weights by version, and what is kept of its microbatches by key."""
+
+    def __init__(self, stage: nn.Module, graph_bytes: float = float("inf")) -> None:
+        self.stage = stage
+        self.graph_bytes = graph_bytes
+        self.version = 0
+        self._weights: dict[int, dict[str, Tensor]] = {}
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+        self._sums: dict[int, dict[str, Tensor]] = {}
+        self._graph_size_bytes = 0
+        """Of the largest graph so far."""
+        self.num_recomputed = 0
+        self.replaced()
+
+    # ------------------------------------------------------------- microbatches
+
+    def forward(self, key: Hashable, x: Tensor) -> Tensor:
+        """What the next stage takes; by the present weights."""
+        kept = self._kept[key] = _Kept(x, self.version)
+        self._run(kept)
+        assert kept.out is not None
+        out = kept.out.detach()
+        self._keep_within_budget()
+        return out
+
+    def backward(self, key: Hashable, out_gradient: Tensor, batch: int) -> Tensor | None:
+        """The gradient of the input of `key`, None if that is tokens; the weights' is added to those of `batch`."""
+        kept = self._kept[key]
+        kept.out_gradient = out_gradient
+        if kept.out is None:
+            self._run(kept)
+            self.num_recomputed += 1
+        return self._differentiate(kept, batch, out_gradient)
+
+    def tail(self, key: Hashable, x: Tensor, targets: Tensor, scale: float, batch: int) -> TailResult:
+        """Forward, loss and backward of the last stage at once; `scale` is the microbatch's share of a batch."""
+        kept = self._kept[key] = _Kept(x, self.version, targets=targets, scale=scale)
+        loss = self._run(kept)
+        return TailResult(float(loss.detach()), self._differentiate(kept, batch, None))
+
+    def subtract(self, key: Hashable, batch: int) -> None:
+        """Take the gradient of `key` out of `batch`: computed again, by the same weights."""
+        self._again(self._kept[key], batch, -1.0)
+
+    def add(self, key: Hashable, batch: int) -> None:
+        """Compute the gradient of `key` once more, by the present weights, and put it into `batch`."""
+        kept = self._kept[key]
+        kept.version = self.version
+        self._again(kept, batch, 1.0)
+
+    def forget(self, key: Hashable) -> None:
+        """What is kept for `key` is needed no more."""
+        self._kept.pop(key, None)
+        self._drop_versions()
+
+    def _again(self, kept: _Kept, batch: int, sign: float) -> None:
+        self._run(kept)
+        self.num_recomputed += 1
+        self._differentiate(kept, batch, None if kept.out_gradient is None else sign * kept.out_gradient, sign)
+
+    def _run(self, kept: _Kept) -> Tensor:
+        """Compute it, with its graph; returns the output, of the last stage the loss."""
+        x = kept.x
+        if x.is_floating_point():
+            x = kept.x = x.detach().requires_grad_()
+        weights = self._weights[kept.version]
+        with _counting(self._count_graph, {weight.data_ptr() for weight in weights.values()}):
+            out = cast(Tensor, torch.func.functional_call(_Called(self.stage), _named(weights), (x, kept.targets)))
+        kept.out = out
+        return out
+
+    def _differentiate(self, kept: _Kept, batch: int, out_gradient: Tensor | None, sign: float = 1.0) -> Tensor | None:
+        """Add to the batch's sums; the input's gradient."""
+        out, weights = kept.out, self._weights[kept.version]
+        assert out is not None
+        kept.out = None
+        sums = self._sums.setdefault(batch, {})
+        for name, weight in weights.items():
+            weight.grad = sums.get(name)
+        kept.x.grad = None
+        if kept.targets is not None:
+            out = out * (sign * kept.scale)
+        out.backward(out_gradient)  # type: ignore[no-untyped-call]
+        for name, weight in weights.items():
+            if weight.grad is not None:
+                sums[name] = weight.grad
+            weight.grad = None
+        gradient, kept.x.grad = kept.x.grad, None
+        return gradient
+
+    # ------------------------------------------------------------- weights
+
+    def gradients(self, batch: int, factor: float) -> None:
+        """Make `batch`'s sums, times `factor`, the `.grad` of the stage's parameters, ready for a step."""
+        sums = self._sums.pop(batch, {})
+        for number in [number for number in self._sums if number < batch]:
+            del self._sums[number]  # batches that came to nothing
+        self.let_go()
+        for name, parameter in self.stage.named_parameters():
+            parameter.grad = sums.get(name)
+            if parameter.grad is not None and factor != 1.0:
+                parameter.grad.mul_(factor)
+
+    def let_go(self) -> None:
+        """Make the stage's parameters a copy that may be written into: by a step, by a merge."""
+        for parameter in self.stage.parameters():
+            parameter.data = parameter.data.clone()
+
+    def replaced(self) -> None:
+        """The stage's parameters are the next version, which nobody writes into before `let_go`."""
+        self.version += 1
+        self._weights[self.version] = {
+            name: parameter.data.requires_grad_() for name, parameter in self.stage.named_parameters()
+        }
+        self._drop_versions()
+
+    def _drop_versions(self) -> None:
+        needed = {kept.version for kept in self._kept.values()} | {self.version}
+        self._weights = {version: weights for version, weights in self._weights.items() if version in needed}
+
+    # ------------------------------------------------------------- memory
+
+    def _count_graph(self, size_bytes: int) -> None:
+        self._graph_size_bytes = max(self._graph_size_bytes, size_bytes)
+
+    def _keep_within_budget(self) -> None:
+        with_graph = [kept for kept in self._kept.values() if kept.out is not None]
+        while with_graph and len(with_graph) * self._graph_size_bytes > self.graph_bytes:
+            with_graph.pop(0).out = None
+
+
+class _Called(nn.Module):
+    """A stage's forward, or with targets its loss, as one call."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        return cast(Tensor, self.stage(x) if targets is None else cast(StageModule, self.stage).loss(x, targets))
+
+
+def _named(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"stage.{name}": weight for name, weight in weights.items()}
+
+
+@contextmanager
+def _counting(told: Callable[[int], None], but: set[int]) -> Iterator[None]:
+    """Tell how many bytes the graph that is made meanwhile keeps, but those at these addresses."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in but:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+    told(sum(sizes.values()))

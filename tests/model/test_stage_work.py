@@ -1,0 +1,226 @@
+"""A stage's computing: equal to the whole model to the bit, versions, sums, recomputing, taking out and putting in."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.stage_work import StageWork
+from swarmtrain.model.stages import Stage, build_stage, stage_shapes
+from swarmtrain.run import ModelSection
+
+SECTION = ModelSection(context_tokens=16, num_layers=3, width=16, num_heads=2)
+CONSTANTS = InnerConstants(
+    learning_rate=1e-2,
+    weight_decay=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    gradient_clip=1e9,  # the clip is per stage: here it must not act
+    warmup_fraction=0.1,
+    floor_fraction=0.1,
+)
+SCALE = 0.25  # four microbatches a batch
+
+
+def _batch(number: int) -> Tensor:
+    return torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(number))
+
+
+class _Pipeline:
+    """One peer a stage, in one process."""
+
+    def __init__(self, boundaries: tuple[int, ...], graph_bytes: float = float("inf")) -> None:
+        self.stages = [build_stage(shape, 5) for shape in stage_shapes(SECTION, boundaries)]
+        self.work = [StageWork(stage, graph_bytes) for stage in self.stages]
+        self.inner = [InnerOptimizer(stage.named_parameters(), CONSTANTS) for stage in self.stages]
+
+    def forward(self, number: int) -> Tensor:
+        x = _batch(number)[:, :-1]
+        for work in self.work[:-1]:
+            x = work.forward(number, x)
+        return x
+
+    def back(self, number: int, x: Tensor, batch: int) -> float:
+        result = self.work[-1].tail(number, x, _batch(number)[:, 1:], SCALE, batch)
+        gradient = result.gradient
+        for work in reversed(self.work[:-1]):
+            assert gradient is not None
+            gradient = work.backward(number, gradient, batch)
+        for work in self.work:
+            work.forget(number)
+        assert gradient is None
+        return result.loss
+
+    def step(self, batch: int) -> list[float]:
+        norms = []
+        for work, inner in zip(self.work, self.inner, strict=True):
+            work.gradients(batch, 1.0)
+            norms.append(inner.step(0.5))
+            work.replaced()
+        return norms
+
+
+def _whole(num_batches: int) -> tuple[list[float], dict[str, Tensor]]:
+    model = build_model(SECTION, 5)
+    inner = InnerOptimizer(model.named_parameters(), CONSTANTS)
+    losses = []
+    for number in range(4 * num_batches):
+        loss = model.loss(_batch(number))
+        (loss * SCALE).backward()
+        losses.append(float(loss.detach()))
+        if number % 4 == 3:
+            inner.step(0.5)
+    return losses, model.state_dict()
+
+
+@pytest.mark.parametrize("boundaries", [(), (1,), (0, 2, 3)], ids=str)
+@pytest.mark.parametrize("graph_bytes", [float("inf"), 0], ids=["graphs kept", "all recomputed"])
+def test_batches_one_after_another_are_the_whole_model_to_the_bit(
+    boundaries: tuple[int, ...], graph_bytes: float
+) -> None:
+    pipeline = _Pipeline(boundaries, graph_bytes)
+    losses = []
+    for number in range(12):
+        losses.append(pipeline.back(number, pipeline.forward(number), number // 4))
+        if number % 4 == 3:
+            pipeline.step(number // 4)
+    expected, weights = _whole(3)
+    assert losses == expected
+    for name, parameter in itertools.chain.from_iterable(stage.named_parameters() for stage in pipeline.stages):
+        assert torch.equal(parameter, weights[name]), name
+    assert sum(work.num_recomputed for work in pipeline.work) == (0 if graph_bytes else 12 * len(boundaries))
+
+
+def _one() -> tuple[StageWork, Stage, InnerOptimizer]:
+    stage = build_stage(stage_shapes(SECTION, (1, 2))[1], 5)
+    return StageWork(stage), stage, InnerOptimizer(stage.named_parameters(), CONSTANTS)
+
+
+def _x(seed: int) -> Tensor:
+    return torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def _reference(seed: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of `_x(seed)` with output gradient `_x(seed + 100)`, by these weights."""
+    stage = Stage(stage_shapes(SECTION, (1, 2))[1])
+    stage.load_state_dict(weights)
+    stage(_x(seed)).backward(_x(seed + 100))
+    return {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
+
+
+def _weights(stage: Stage) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in stage.state_dict().items()}
+
+
+def _sums(work: StageWork, batch: int) -> dict[str, Tensor]:
+    work.gradients(batch, 1.0)
+    return {name: p.grad for name, p in work.stage.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("graph_bytes", [float("inf"), 0])
+def test_a_backward_after_a_step_is_computed_by_the_weights_of_its_forward(graph_bytes: float) -> None:
+    work, stage, inner = _one()
+    work.graph_bytes = graph_bytes
+    before = _weights(stage)
+    work.forward("old", _x(1))
+    work.forward("stepped", _x(2))
+    work.backward("stepped", _x(3), 0)
+    work.forget("stepped")
+    work.gradients(0, 1.0)
+    inner.step(0.5)
+    work.replaced()
+    assert not torch.equal(before["blocks.1.attention.qkv.weight"], stage.state_dict()["blocks.1.attention.qkv.weight"])
+    work.backward("old", _x(101), 1)
+    expected = _reference(1, before)
+    found = _sums(work, 1)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_old_weights_are_kept_as_long_as_somebody_needs_them() -> None:
+    work, _, inner = _one()
+    work.forward("a", _x(1))
+    for batch in range(3):
+        work.forward(batch, _x(2))
+        work.backward(batch, _x(3), batch)
+        work.forget(batch)
+        work.gradients(batch, 1.0)
+        inner.step(0.5)
+        work.replaced()
+    assert sorted(work._weights) == [1, 4]
+    work.forget("a")
+    assert sorted(work._weights) == [4]
+
+
+def test_what_is_subtracted_is_gone_and_what_is_added_counts_once() -> None:
+    work, stage, _ = _one()
+    weights = _weights(stage)
+    for seed in (1, 2, 3):
+        work.forward(seed, _x(seed))
+    for seed in (1, 2, 3):
+        work.backward(seed, _x(seed + 100), 0)
+    work.subtract(2, 0)
+    alone = {name: _reference(1, weights)[name] + _reference(3, weights)[name] for name in _reference(1, weights)}
+    work.add(2, 1)
+    found = _sums(work, 0)
+    for name in alone:
+        torch.testing.assert_close(found[name], alone[name], rtol=1e-5, atol=1e-6)
+    again = _sums(work, 1)
+    assert all(torch.equal(again[name], each) for name, each in _reference(2, weights).items())
+
+
+def test_a_tail_is_subtracted_too() -> None:
+    stage = build_stage(stage_shapes(SECTION, (2,))[1], 5)
+    work = StageWork(stage)
+    targets = _batch(0)[:, 1:]
+    for seed in (1, 2):
+        work.tail(seed, _x(seed), targets, 0.5, 0)
+    work.subtract(1, 0)
+    found = _sums(work, 0)
+    other = StageWork(build_stage(stage_shapes(SECTION, (2,))[1], 5))
+    other.tail(2, _x(2), targets, 0.5, 0)
+    for name, expected in _sums(other, 0).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_factor_scales_and_batches_that_came_to_nothing_are_dropped() -> None:
+    work, stage, _ = _one()
+    weights = _weights(stage)
+    for seed in (1, 2):
+        work.forward(seed, _x(seed))
+        work.backward(seed, _x(seed + 100), seed)
+    work.gradients(2, 4.0)
+    for name, parameter in stage.named_parameters():
+        assert torch.equal(parameter.grad, 4.0 * _reference(2, weights)[name])
+    assert not work._sums
+
+
+def test_graphs_are_kept_within_their_budget() -> None:
+    work, _, _ = _one()
+    work.forward(0, _x(0))
+    work.graph_bytes = 2.5 * work._graph_size_bytes
+    assert work._graph_size_bytes > 4 * _x(0).numel()
+    for seed in range(1, 5):
+        work.forward(seed, _x(seed))
+    assert [key for key, kept in work._kept.items() if kept.out is not None] == [3, 4]
+    work.backward(1, _x(101), 0)
+    work.backward(4, _x(104), 0)
+    assert work.num_recomputed == 1
+
+
+def test_merged_weights_are_a_version_of_their_own() -> None:
+    work, stage, _ = _one()
+    before = _weights(stage)
+    work.forward(1, _x(1))
+    work.let_go()
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.add_(1.0)
+    work.replaced()
+    work.backward(1, _x(101), 0)
+    found = _sums(work, 0)
+    assert all(torch.equal(found[name], each) for name, each in _reference(1, before).items())
