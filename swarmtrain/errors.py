@@ -7,6 +7,7 @@
     +-- PeerError            a remote peer's fault; costs that peer, never the process
     |   +-- BadBytesError    what it sent is malformed, oversized, not finite, wrongly hashed or signed
     |   +-- BusyError        it serves as many readers as it may
+    |   +-- GoneError        it does not have any more what is asked of it: begin again from an earlier point
     |   +-- UnreachableError it did not answer in time, or its connection broke
     |       +-- BrokenOffError  its stream ended too early
     |       +-- StalledError it holds a transfer up: nothing for long, or a little now and then
@@ -21,6 +22,7 @@ __all__ = [
     "BadBytesError",
     "BrokenOffError",
     "BusyError",
+    "GoneError",
     "InviteError",
     "PeerError",
     "RunFileError",
@@ -67,6 +69,10 @@ class BadBytesError(PeerError):
 
 class BusyError(PeerError):
     """A remote peer serves as many readers as it may; try another, or the same one later."""
+
+
+class GoneError(PeerError):
+    """A remote peer does not have any more what is asked of it; begin again from an earlier point."""
 
 
 class UnreachableError(PeerError):

@@ -30,6 +30,7 @@ __all__ = [
     "Key",
     "Kind",
     "LedgerLimits",
+    "Settlement",
     "StageLedger",
     "Step",
     "Subtract",
@@ -74,6 +75,15 @@ class Verdict:
 
     answer: Literal["work", "repeat", "busy", "gone"]
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """What a driver says of its microbatches: which count, which do not, and the first that it needs anything of."""
+
+    acknowledged: tuple[Key, ...]
+    dropped: tuple[Key, ...]
+    oldest_open: int
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,7 @@ class StageLedger:
         return Verdict("work")
 
     def begin(self, key: Key, kind: Kind) -> Work | None:
-        """The peer begins to compute it; None: it was dropped meanwhile, there is nothing to compute.
+        """The peer begins to compute it; None: it was dropped, or its weights are too old by now.
 
         A forward has the version of the weights of this moment. Until `computed` says that it is done, nothing that
         is due is asked for.
@@ -222,6 +232,9 @@ class StageLedger:
             return None
         if kind != "backward":
             known.version = self.version
+        elif self.version - known.version > _MOST_LAG:
+            self._drop(key, "its weights are too old")
+            return None
         known.running = True
         return Work(known.version, self._filling.number)
 
@@ -258,6 +271,15 @@ class StageLedger:
             self._due.append(Add(key, self._filling.number))
         known.acknowledged, known.heard_s = True, now
         return True
+
+    def settle(self, driver: str, settlement: Settlement, now: float) -> set[Key]:
+        """What `driver` says of its own; those acknowledged that cannot count any more."""
+        late = {key for key in settlement.acknowledged if key.driver == driver and not self.acknowledge(key, now)}
+        for key in settlement.dropped:
+            if key.driver == driver:
+                self.drop(key)
+        self.oldest_open(driver, settlement.oldest_open, now)
+        return late
 
     def drop(self, key: Key) -> None:
         """Its driver started again elsewhere: the gradient must not count. Not after it was acknowledged."""

@@ -1,0 +1,329 @@
+"""Driving microbatches through the stages: who computes each part, and what happens when one of them does not.
+
+A driver keeps the input of every stage until the microbatch has come all the way back, so that any peer of a stage can
+take over from there. A forward that fails is asked of another peer. A backward is asked again of the peer that has the
+forward, which answers it as it did; if that peer is gone, the microbatch begins again at that stage, and with it all
+later ones, whose gradients are dropped. When it is back, everyone who has a part in it is told, until they know.
+
+Runs in the network thread. What travels is opaque here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError, UnreachableError
+from swarmtrain.membership.microbatches import Key, Kind, Settlement
+from swarmtrain.membership.routing import Router
+from swarmtrain.network.tasks import end_tasks, logged
+
+__all__ = ["Driver", "Microbatch", "StageCalls", "Tail", "Told"]
+
+_log = logging.getLogger(__name__)
+_FORWARD_SHARE, _BACKWARD_SHARE = 1 / 3, 2 / 3
+"""Of a microbatch's work at a stage."""
+_BACKWARD_ATTEMPTS = 3
+_LOOK_S = 0.5
+"""So often a driver looks whether a stage has somebody again."""
+_AGAIN_S, _MOST_AGAIN_S = 0.5, 5.0
+_SETTLE_LIMIT_S = 5.0
+_GIVE_UP_S = 60.0
+"""A peer that does not answer for so long is not told any more what was acknowledged: it is dead, or takes it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """Some sequences of a driver's data: what the first stage takes, what the last one compares with."""
+
+    sequence: int
+    tokens: int
+    x: Any
+    targets: Any
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What the last stage answers: the loss, mean nats per token, and the gradient of its input."""
+
+    loss: float
+    gradient: Any
+
+
+class StageCalls(Protocol):
+    """How stages are asked. Every call may raise a PeerError: BusyError, GoneError, UnreachableError, BadBytesError."""
+
+    async def forward(self, peer: str, key: Key, tokens: int, x: Any) -> Any:
+        """What the next stage takes."""
+
+    async def backward(self, peer: str, key: Key, gradient: Any) -> Any:
+        """The gradient of the stage's input, given that of its output; None of the first stage."""
+
+    async def tail(self, peer: str, key: Key, tokens: int, x: Any, targets: Any) -> Tail:
+        """Forward, loss and backward of the last stage."""
+
+    async def settle(self, peer: str, settlement: Settlement) -> set[Key]:
+        """Tell what counts and what does not; those acknowledged for which it is too late."""
+
+
+class Told(Protocol):
+    """What a driver tells."""
+
+    def retried(self, sequence: int, stage: int, peer: str, reason: str) -> None:
+        """A part of a microbatch is asked again, or of another."""
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        """A peer answered what it must not."""
+
+    def lost(self, stage: int, peer: str, key: Key, reason: str) -> None:
+        """The gradient of a microbatch does not count at this stage, though it was computed."""
+
+
+class _BeginAgainError(Exception):
+    """From the input of this stage."""
+
+    def __init__(self, stage: int) -> None:
+        super().__init__(stage)
+        self.stage = stage
+
+
+@dataclass
+class _Way:
+    """A microbatch on its way: by stage its input, and who computed it."""
+
+    microbatch: Microbatch
+    inputs: list[Any]
+    places: list[tuple[str, Key] | None]
+    attempts: list[int]
+
+
+@dataclass
+class _Settling:
+    """What one peer is to be told."""
+
+    acknowledged: dict[Key, int] = field(default_factory=dict)
+    """With the stage."""
+    dropped: set[Key] = field(default_factory=set)
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass
+class Driver:
+    """The microbatches of one driver."""
+
+    me: str
+    routers: Sequence[Router]
+    """Of each stage but the first, which is this peer's own."""
+    calls: StageCalls
+    told: Told
+    now: Callable[[], float]
+    _next_sequence: int = 0
+    _ways: dict[int, _Way] = field(default_factory=dict)
+    _settling: dict[str, _Settling] = field(default_factory=dict)
+
+    @property
+    def num_stages(self) -> int:
+        """The first one included."""
+        return len(self.routers) + 1
+
+    @property
+    def oldest_open(self) -> int:
+        """Nothing is needed any more of microbatches before this one."""
+        return min(self._ways, default=self._next_sequence)
+
+    def microbatch(self, tokens: int, x: Any, targets: Any) -> Microbatch:
+        """The next one."""
+        self._next_sequence += 1
+        return Microbatch(sequence=self._next_sequence - 1, tokens=tokens, x=x, targets=targets)
+
+    async def drive(self, microbatch: Microbatch) -> float:
+        """All the way there and back; its loss. If it is cancelled, nothing of it counts."""
+        stages = self.num_stages
+        way = _Way(microbatch, [microbatch.x, *[None] * (stages - 1)], [None] * stages, [0] * stages)
+        self._ways[microbatch.sequence] = way
+        stage = 0
+        try:
+            while True:
+                try:
+                    tail = await self._there(way, stage)
+                    await self._back(way, tail)
+                    break
+                except _BeginAgainError as error:
+                    stage = error.stage
+                    self._drop(way, stage)
+        except BaseException:
+            self._drop(way, 0)
+            raise
+        finally:
+            del self._ways[microbatch.sequence]
+        for number, place in enumerate(way.places):
+            assert place is not None
+            peer, key = place
+            self._settling_of(peer).acknowledged[key] = number
+            self._settle(peer)
+        return tail.loss
+
+    async def settled(self) -> None:
+        """Wait until everyone knows what counts, or is given up."""
+        while tasks := [task for each in self._settling.values() if (task := each.task) is not None]:
+            await asyncio.wait(tasks)
+
+    async def stop(self) -> None:
+        """Tell nobody anything any more."""
+        await end_tasks([task for each in self._settling.values() if (task := each.task) is not None])
+
+    # ------------------------------------------------------------- there
+
+    async def _there(self, way: _Way, first: int) -> Tail:
+        """From the input of stage `first` to the end."""
+        for stage in range(first, self.num_stages - 1):
+            way.inputs[stage + 1] = await self._ask(way, stage, "forward", _FORWARD_SHARE)
+        tail = await self._ask(way, self.num_stages - 1, "tail", 1.0)
+        assert isinstance(tail, Tail)
+        return tail
+
+    async def _ask(self, way: _Way, stage: int, kind: Kind, share: float) -> Any:
+        """One stage's answer, of whoever gives it."""
+        asked: set[str] = set()
+        tokens = way.microbatch.tokens
+        while True:
+            peer = await self._choose(stage, share * tokens, asked)
+            key = Key(self.me, way.microbatch.sequence, way.attempts[stage])
+            way.attempts[stage] += 1
+            way.places[stage] = peer, key
+            x = way.inputs[stage]
+            if kind == "forward":
+                call = self.calls.forward(peer, key, tokens, x)
+            else:
+                call = self.calls.tail(peer, key, tokens, x, way.microbatch.targets)
+            try:
+                return await self._timed(stage, peer, share * tokens, call)
+            except BusyError:
+                way.places[stage] = None
+                if stage == 0:
+                    await asyncio.sleep(_LOOK_S)
+            except PeerError as error:
+                self._drop_place(way, stage)
+                asked.add(peer)
+                self.told.retried(way.microbatch.sequence, stage, peer, str(error))
+
+    async def _choose(self, stage: int, tokens: float, asked: set[str]) -> str:
+        """A peer of the stage; waits for one."""
+        if stage == 0:
+            return self.me
+        router = self.routers[stage - 1]
+        while True:
+            peer, reason = router.choose(self.now(), tokens, asked)
+            if peer is None and asked:
+                asked.clear()
+                peer, reason = router.choose(self.now(), tokens)
+            if peer is not None:
+                return peer
+            _log.debug("stage %d: %s", stage, reason)
+            next_s = router.next_s(self.now())
+            await asyncio.sleep(_LOOK_S if next_s is None else min(_LOOK_S, max(0.0, next_s - self.now())))
+
+    async def _timed(self, stage: int, peer: str, tokens: float, call: Coroutine[Any, Any, Any]) -> Any:
+        """The answer within its time, and what becomes of it told to the router."""
+        if stage == 0:
+            return await call
+        router, began_s = self.routers[stage - 1], self.now()
+        limit_s = router.limit_s(peer, tokens)
+        router.begun(peer, tokens)
+        try:
+            async with asyncio.timeout(limit_s):
+                answer = await call
+        except TimeoutError:
+            router.timed_out(peer, self.now(), self.now() - began_s, tokens)
+            raise UnreachableError(f"no answer within {limit_s:.1f} s") from None
+        except BusyError:
+            router.refused_busy(peer, self.now(), tokens)
+            raise
+        except GoneError:
+            router.left(peer, self.now(), tokens)
+            raise
+        except PeerError as error:
+            router.failed(peer, self.now(), self.now() - began_s, tokens, str(error))
+            if isinstance(error, BadBytesError):
+                self.told.refused(peer, error)
+            raise
+        except asyncio.CancelledError:
+            router.refused_busy(peer, self.now(), tokens)
+            raise
+        router.finished(peer, self.now(), self.now() - began_s, tokens)
+        return answer
+
+    # ------------------------------------------------------------- back
+
+    async def _back(self, way: _Way, tail: Tail) -> None:
+        gradient = tail.gradient
+        for stage in reversed(range(self.num_stages - 1)):
+            gradient = await self._backward(way, stage, gradient)
+
+    async def _backward(self, way: _Way, stage: int, gradient: Any) -> Any:
+        """Of the peer that has the forward; it is asked again before the microbatch begins again at this stage."""
+        place = way.places[stage]
+        assert place is not None
+        peer, key = place
+        tokens = way.microbatch.tokens * _BACKWARD_SHARE
+        for attempts_left in reversed(range(_BACKWARD_ATTEMPTS)):
+            try:
+                return await self._timed(stage, peer, tokens, self.calls.backward(peer, key, gradient))
+            except PeerError as error:
+                self.told.retried(way.microbatch.sequence, stage, peer, str(error))
+                if not attempts_left or isinstance(error, GoneError | BadBytesError):
+                    raise _BeginAgainError(stage) from None
+            await asyncio.sleep(_AGAIN_S)
+        raise AssertionError("the last attempt returns or raises")
+
+    # ------------------------------------------------------------- what counts
+
+    def _drop(self, way: _Way, first: int) -> None:
+        """What was computed from stage `first` on must not count."""
+        for stage in range(first, self.num_stages):
+            self._drop_place(way, stage)
+
+    def _drop_place(self, way: _Way, stage: int) -> None:
+        place, way.places[stage] = way.places[stage], None
+        if place is not None:
+            peer, key = place
+            self._settling_of(peer).dropped.add(key)
+            self._settle(peer)
+
+    def _settling_of(self, peer: str) -> _Settling:
+        return self._settling.setdefault(peer, _Settling())
+
+    def _settle(self, peer: str) -> None:
+        each = self._settling_of(peer)
+        if each.task is None:
+            each.task = logged(asyncio.create_task(self._tell(peer, each)), "telling what counts")
+
+    async def _tell(self, peer: str, settling: _Settling) -> None:
+        """Tell a peer what counts and what does not, until it knows, or is given up."""
+        give_up_s, again_s = self.now() + _GIVE_UP_S, _AGAIN_S
+        try:
+            while settling.acknowledged or settling.dropped:
+                acknowledged, dropped = dict(settling.acknowledged), set(settling.dropped)
+                try:
+                    async with asyncio.timeout(_SETTLE_LIMIT_S):
+                        settlement = Settlement(tuple(acknowledged), tuple(dropped), self.oldest_open)
+                        late = await self.calls.settle(peer, settlement)
+                except (PeerError, TimeoutError) as error:
+                    if self.now() < give_up_s:
+                        await asyncio.sleep(again_s)
+                        again_s = min(2 * again_s, _MOST_AGAIN_S)
+                        continue
+                    late, reason = set(acknowledged), f"it does not answer ({error})"
+                else:
+                    give_up_s, again_s, reason = self.now() + _GIVE_UP_S, _AGAIN_S, "it was told too late"
+                for key in late & acknowledged.keys():
+                    self.told.lost(acknowledged[key], peer, key, reason)
+                settling.acknowledged = {key: n for key, n in settling.acknowledged.items() if key not in acknowledged}
+                settling.dropped -= dropped
+        finally:
+            settling.task = None
+            if not settling.acknowledged and not settling.dropped:
+                self._settling.pop(peer, None)

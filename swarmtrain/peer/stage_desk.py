@@ -1,0 +1,119 @@
+"""Where drivers' questions meet the one who computes: the trainer's thread.
+
+The network's side asks and waits; what it asked is computed once and answered as often as it is asked, also if the one
+who asked first has hung up. The trainer's side takes the next piece of work: what its ledger says is due, then
+backwards, which free what is kept for them, then tails, then forwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarmtrain.errors import BusyError, GoneError
+from swarmtrain.membership.microbatches import Due, Forget, Key, Kind, Settlement, StageLedger, Work
+
+__all__ = ["StageDesk", "Task"]
+
+_ORDER: tuple[Kind, ...] = ("backward", "tail", "forward")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A driver's question that is to be computed now; `payload` is what came with it."""
+
+    key: Key
+    kind: Kind
+    tokens: int
+    payload: Any
+    work: Work
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
+    key: Key
+    kind: Kind
+    tokens: int
+    payload: Any
+    answer: Future[Any] = field(default_factory=Future)
+
+
+@dataclass
+class StageDesk:
+    """The questions to one peer of a stage."""
+
+    ledger: StageLedger
+    now: Callable[[], float]
+    _waiting: dict[Kind, deque[_Question]] = field(default_factory=lambda: {kind: deque() for kind in _ORDER})
+    _asked: dict[Key, dict[Kind, _Question]] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _news: threading.Event = field(default_factory=threading.Event)
+
+    # ------------------------------------------------------------- the network's side
+
+    async def ask(self, key: Key, kind: Kind, tokens: int, payload: Any) -> Any:
+        """The answer, when it is computed. BusyError, GoneError; whoever waits may give up, the work goes on."""
+        with self._lock:
+            verdict = self.ledger.ask(key, kind, tokens, self.now())
+            if verdict.answer == "busy":
+                raise BusyError(verdict.reason)
+            if verdict.answer == "gone":
+                self._news.set()
+                raise GoneError(verdict.reason)
+            if verdict.answer == "work":
+                question = _Question(key, kind, tokens, payload)
+                self._asked.setdefault(key, {})[kind] = question
+                self._waiting[kind].append(question)
+                self._news.set()
+            question = self._asked[key][kind]
+        answer = asyncio.wrap_future(question.answer)
+        answer.add_done_callback(lambda it: it.cancelled() or it.exception())  # nobody may be waiting any more
+        return await asyncio.shield(answer)
+
+    def settle(self, driver: str, settlement: Settlement) -> set[Key]:
+        """What a driver says of its microbatches; those acknowledged for which it is too late."""
+        with self._lock:
+            self._news.set()
+            return self.ledger.settle(driver, settlement, self.now())
+
+    # ------------------------------------------------------------- the trainer's side
+
+    def next(self) -> Task | Due | None:
+        """What is to be done now; None: nothing."""
+        with self._lock:
+            self._news.clear()
+            while True:
+                if (due := self.ledger.due(self.now())) is not None:
+                    if isinstance(due, Forget):
+                        self._forget(due.key)
+                    return due
+                question = self._pop()
+                if question is None:
+                    return None
+                work = self.ledger.begin(question.key, question.kind)
+                if work is not None:
+                    return Task(question.key, question.kind, question.tokens, question.payload, work)
+
+    def _pop(self) -> _Question | None:
+        return next((self._waiting[kind].popleft() for kind in _ORDER if self._waiting[kind]), None)
+
+    def done(self, task: Task, answer: Any) -> None:
+        """It is computed."""
+        with self._lock:
+            self.ledger.computed(task.key, task.kind, self.now())
+            self._asked[task.key][task.kind].answer.set_result(answer)
+
+    def wait(self, most_s: float) -> None:
+        """Until there may be something to be done, `most_s` at most."""
+        next_s = self.ledger.next_s()
+        self._news.wait(most_s if next_s is None else max(0.0, min(most_s, next_s - self.now())))
+
+    def _forget(self, key: Key) -> None:
+        for question in self._asked.pop(key, {}).values():
+            if not question.answer.done():
+                question.answer.set_exception(GoneError("this microbatch is finished, or was given up"))

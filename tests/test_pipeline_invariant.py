@@ -1,0 +1,28 @@
+"""Whatever is retried, lost, repeated or reordered: a microbatch's gradient enters one step of a stage, once."""
+
+from __future__ import annotations
+
+import pytest
+from pipelines import FAULTS, run_schedule
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_each_microbatch_counts_once(name: str, seed: int) -> None:
+    swarm = run_schedule(FAULTS[name], seed)
+    if name == "nothing":
+        assert not swarm.told.num_retried and not swarm.told.lost_
+
+
+@pytest.mark.parametrize("name", ["nothing", "everything but death", "everything"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_driver_that_dies_leaves_nothing_half_counted(name: str, seed: int) -> None:
+    swarm = run_schedule(FAULTS[name], 1000 + seed, killed=1)
+    assert len(swarm.finished) < swarm.num_drivers * swarm.num_microbatches, "it died too late to show anything"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("part", range(8))
+def test_a_thousand_schedules_of_everything_at_once(part: int) -> None:
+    for seed in range(125 * part, 125 * (part + 1)):
+        run_schedule(FAULTS["everything but death" if seed % 3 else "everything"], seed, killed=seed % 2)
