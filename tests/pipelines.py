@@ -21,7 +21,7 @@ from virtual_loop import virtually
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.membership.microbatches import Add, Forget, Key, Kind, LedgerLimits, Settlement, StageLedger, Step
 from swarmtrain.membership.routing import Router
-from swarmtrain.peer.driver import Driver, Microbatch, Tail
+from swarmtrain.peer.driver import Driver, Microbatch, Part, Tail
 from swarmtrain.peer.stage_desk import StageDesk, Task
 
 LIMITS = LedgerLimits(batch_tokens=4, ack_wait_s=5.0, hold_s=60.0, max_open=32, max_open_of_driver=16)
@@ -159,25 +159,25 @@ class Network:
     def __post_init__(self) -> None:
         self.repeats: list[asyncio.Future[None]] = []
 
-    async def _ask(self, peer: str, key: Key, kind: Kind, tokens: int, payload: Any) -> Any:
+    async def _ask(self, peer: str, part: Part, kind: Kind, payload: Any) -> Any:
         async def body() -> Any:
             self.peers[peer].awake.set()
-            return await self.peers[peer].desk.ask(key, kind, tokens, payload)
+            return await self.peers[peer].desk.ask(part.key, kind, part.tokens, payload)
 
         return await self.call(body)
 
-    async def forward(self, peer: str, key: Key, tokens: int, x: Any) -> Any:
-        return await self._ask(peer, key, "forward", tokens, x)
+    async def forward(self, peer: str, part: Part, x: Any) -> Any:
+        return await self._ask(peer, part, "forward", x)
 
-    async def backward(self, peer: str, key: Key, gradient: Any) -> Any:
-        return await self._ask(peer, key, "backward", 0, gradient)
+    async def backward(self, peer: str, part: Part, gradient: Any) -> Any:
+        return await self._ask(peer, part, "backward", gradient)
 
-    async def tail(self, peer: str, key: Key, tokens: int, x: Any, targets: Any) -> Tail:
-        answer = await self._ask(peer, key, "tail", tokens, (x, targets))
+    async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> Tail:
+        answer = await self._ask(peer, part, "tail", (x, targets))
         assert isinstance(answer, Tail)
         return answer
 
-    async def settle(self, peer: str, settlement: Settlement) -> set[Key]:
+    async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
         driver = (*settlement.acknowledged, *settlement.dropped)[0].driver
 
         async def body() -> set[Key]:

@@ -11,7 +11,9 @@ from pipelines import FAULTS, run_schedule
 def test_each_microbatch_counts_once(name: str, seed: int) -> None:
     swarm = run_schedule(FAULTS[name], seed)
     if name == "nothing":
-        assert not swarm.told.num_retried and not swarm.told.lost_
+        assert not swarm.told.num_retried
+    if name in ("nothing", "lost", "answers lost", "repeated", "slow"):
+        assert not swarm.told.lost_
 
 
 @pytest.mark.parametrize("name", ["nothing", "everything but death", "everything"])

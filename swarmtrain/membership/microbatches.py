@@ -214,12 +214,20 @@ class StageLedger:
             return Verdict("gone", "a newer attempt at this microbatch is known, or one that is acknowledged")
         for other in same:
             self._drop(other, "another attempt takes its place")
-        if len(self._open) >= self.limits.max_open:
-            return Verdict("busy", f"{len(self._open)} microbatches are open here")
-        if sum(other.driver == key.driver for other in self._open) >= self.limits.max_open_of_driver:
-            return Verdict("busy", "too many microbatches of this driver are open here")
+        if (reason := self.full(key)) is not None:
+            return Verdict("busy", reason)
         self._open[key] = _Microbatch(tokens=tokens, version=self.version, heard_s=now, asked={kind})
         return Verdict("work")
+
+    def full(self, key: Key) -> str | None:
+        """Why no place is free for a new microbatch `key`; None if one is."""
+        if any(other[:2] == key[:2] for other in self._open):
+            return None  # it takes the place of an older attempt
+        if len(self._open) >= self.limits.max_open:
+            return f"{len(self._open)} microbatches are open here"
+        if sum(other.driver == key.driver for other in self._open) >= self.limits.max_open_of_driver:
+            return "too many microbatches of this driver are open here"
+        return None
 
     def begin(self, key: Key, kind: Kind) -> Work | None:
         """The peer begins to compute it; None: it was dropped, or its weights are too old by now.

@@ -6,6 +6,7 @@ On the wire a vector is little-endian fp32; what cannot be a vector of the model
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from swarmtrain.membership.pulls import SectionBytes
 from swarmtrain.network.snapshots import Body, Held, TensorSpec, all_finite
 
 __all__ = [
+    "ActivationCodec",
     "PublicationCodec",
     "VectorCodec",
     "average_bytes_untrusted",
@@ -173,6 +175,50 @@ class PublicationCodec:
             gradient -= self.gradient.decode_untrusted(earlier)
             _check_finite_untrusted(gradient)
         return Arrival(theta=None, gradient=gradient, tokens=news.tokens)
+
+
+@dataclass(frozen=True)
+class ActivationCodec:
+    """Activations between stages, and their gradients, as bytes and back; and tokens."""
+
+    format: Format
+
+    def size_bytes(self, shape: Sequence[int]) -> int:
+        """What a tensor of this shape takes."""
+        return encoded_size_bytes(self.format, [math.prod(shape)])
+
+    def encode(self, tensor: Tensor) -> memoryview:
+        """The bytes of `tensor`, fp32."""
+        return _bytes_of(encode(tensor.contiguous().view(-1), self.format, [tensor.numel()]))
+
+    def decode_untrusted(self, data: bytearray, shape: Sequence[int]) -> Tensor:
+        """The tensor of this shape; BadBytesError if the bytes are too few or many, or a number is not finite."""
+        if len(data) != self.size_bytes(shape):
+            raise BadBytesError(f"{len(data)} bytes where {self.size_bytes(shape)} are {tuple(shape)} as {self.format}")
+        tensor = decode(torch.frombuffer(data, dtype=torch.uint8), self.format, [math.prod(shape)])
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadBytesError("activations that are not finite")
+        return tensor.view(tuple(shape))
+
+    @staticmethod
+    def tokens_size_bytes(shape: Sequence[int]) -> int:
+        """What tokens of this shape take."""
+        return 4 * math.prod(shape)
+
+    @staticmethod
+    def encode_tokens(tokens: Tensor) -> memoryview:
+        """The bytes of `tokens`, int64, each below 2**31."""
+        return _bytes_of(tokens.to(torch.int32).contiguous().view(-1))
+
+    @staticmethod
+    def tokens_untrusted(data: bytearray, shape: Sequence[int], vocabulary_size: int) -> Tensor:
+        """Tokens of this shape, int64; BadBytesError if the bytes are too few or many, or a token is unknown."""
+        if len(data) != ActivationCodec.tokens_size_bytes(shape):
+            raise BadBytesError(f"{len(data)} bytes are not {tuple(shape)} tokens")
+        tokens = torch.frombuffer(data, dtype=torch.int32).to(torch.int64)
+        if not bool(((tokens >= 0) & (tokens < vocabulary_size)).all()):
+            raise BadBytesError(f"a token that is not below {vocabulary_size}")
+        return tokens.view(tuple(shape))
 
 
 def _check_finite_untrusted(vector: Tensor) -> None:

@@ -45,6 +45,7 @@ NOT_SERVED = "does not serve this run"
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+PipeHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 _CLOCK_TOLERANCE_S = 1.0
 _MAX_KNOWN = 4096
 _MAX_DIALLED = 8
@@ -337,15 +338,32 @@ class Node:
 
     async def open_stream(self, peer: str, handler: str, request: Message) -> Stream:
         """A call answered by a stream; the caller limits the time between messages and must `aclose` it."""
+        _, writer = await self.open_pipe(peer, handler)
         try:
-            with daemon.closed_on_failure():
-                opening = self._p2p.call_binary_stream_handler(self._peer_id(peer), handler)
-                _, _, writer = await asyncio.wait_for(opening, self.settings.call_limit_s)
-                replies = Replies(writer, request)
+            replies = Replies(writer, request)
         except Exception as error:  # the adapter's boundary
+            writer.close()
             raise UnreachableError(_reason(error)) from error
         self.traffic.called(request.ByteSize(), 0)
         return Stream(replies, self.traffic)
+
+    async def open_pipe(self, peer: str, handler: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Bytes both ways, to a handler of `serve_pipes`; the caller limits its times and must close it."""
+        try:
+            with daemon.closed_on_failure():
+                opening = self._p2p.call_binary_stream_handler(self._peer_id(peer), handler)
+                _, reader, writer = await asyncio.wait_for(opening, self.settings.call_limit_s)
+        except Exception as error:  # the adapter's boundary
+            raise UnreachableError(_reason(error)) from error
+        return reader, writer
+
+    async def serve_pipes(self, handler: str, answer: PipeHandler) -> None:
+        """Take what `open_pipe` of other peers opens; `answer` is told who they are."""
+
+        async def answered(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await answer(str(info.peer_id), reader, writer)
+
+        await self._p2p.add_binary_stream_handler(handler, answered)
 
     async def stub_of(self, service_type: Any, peer: str, namespace: str) -> Any:
         """A stub for calls to `peer`, whose known addresses are dialled if there is no connection."""

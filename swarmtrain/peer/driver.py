@@ -21,7 +21,7 @@ from swarmtrain.membership.microbatches import Key, Kind, Settlement
 from swarmtrain.membership.routing import Router
 from swarmtrain.network.tasks import end_tasks, logged
 
-__all__ = ["Driver", "Microbatch", "StageCalls", "Tail", "Told"]
+__all__ = ["Driver", "Microbatch", "Part", "StageCalls", "Tail", "Told"]
 
 _log = logging.getLogger(__name__)
 _FORWARD_SHARE, _BACKWARD_SHARE = 1 / 3, 2 / 3
@@ -53,19 +53,28 @@ class Tail:
     gradient: Any
 
 
+@dataclass(frozen=True)
+class Part:
+    """A microbatch's attempt at a stage."""
+
+    stage: int
+    key: Key
+    tokens: int
+
+
 class StageCalls(Protocol):
     """How stages are asked. Every call may raise a PeerError: BusyError, GoneError, UnreachableError, BadBytesError."""
 
-    async def forward(self, peer: str, key: Key, tokens: int, x: Any) -> Any:
+    async def forward(self, peer: str, part: Part, x: Any) -> Any:
         """What the next stage takes."""
 
-    async def backward(self, peer: str, key: Key, gradient: Any) -> Any:
+    async def backward(self, peer: str, part: Part, gradient: Any) -> Any:
         """The gradient of the stage's input, given that of its output; None of the first stage."""
 
-    async def tail(self, peer: str, key: Key, tokens: int, x: Any, targets: Any) -> Tail:
+    async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> Tail:
         """Forward, loss and backward of the last stage."""
 
-    async def settle(self, peer: str, settlement: Settlement) -> set[Key]:
+    async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
         """Tell what counts and what does not; those acknowledged for which it is too late."""
 
 
@@ -102,10 +111,9 @@ class _Way:
 
 @dataclass
 class _Settling:
-    """What one peer is to be told."""
+    """What one peer is to be told of one stage."""
 
-    acknowledged: dict[Key, int] = field(default_factory=dict)
-    """With the stage."""
+    acknowledged: set[Key] = field(default_factory=set)
     dropped: set[Key] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
 
@@ -122,7 +130,7 @@ class Driver:
     now: Callable[[], float]
     _next_sequence: int = 0
     _ways: dict[int, _Way] = field(default_factory=dict)
-    _settling: dict[str, _Settling] = field(default_factory=dict)
+    _settling: dict[tuple[str, int], _Settling] = field(default_factory=dict)
 
     @property
     def num_stages(self) -> int:
@@ -159,11 +167,11 @@ class Driver:
             raise
         finally:
             del self._ways[microbatch.sequence]
-        for number, place in enumerate(way.places):
+        for stage, place in enumerate(way.places):
             assert place is not None
             peer, key = place
-            self._settling_of(peer).acknowledged[key] = number
-            self._settle(peer)
+            self._settling_of(peer, stage).acknowledged.add(key)
+            self._settle(peer, stage)
         return tail.loss
 
     async def settled(self) -> None:
@@ -195,10 +203,11 @@ class Driver:
             way.attempts[stage] += 1
             way.places[stage] = peer, key
             x = way.inputs[stage]
+            part = Part(stage, key, tokens)
             if kind == "forward":
-                call = self.calls.forward(peer, key, tokens, x)
+                call = self.calls.forward(peer, part, x)
             else:
-                call = self.calls.tail(peer, key, tokens, x, way.microbatch.targets)
+                call = self.calls.tail(peer, part, x, way.microbatch.targets)
             try:
                 return await self._timed(stage, peer, share * tokens, call)
             except BusyError:
@@ -268,10 +277,10 @@ class Driver:
         place = way.places[stage]
         assert place is not None
         peer, key = place
-        tokens = way.microbatch.tokens * _BACKWARD_SHARE
+        part, tokens = Part(stage, key, way.microbatch.tokens), way.microbatch.tokens * _BACKWARD_SHARE
         for attempts_left in reversed(range(_BACKWARD_ATTEMPTS)):
             try:
-                return await self._timed(stage, peer, tokens, self.calls.backward(peer, key, gradient))
+                return await self._timed(stage, peer, tokens, self.calls.backward(peer, part, gradient))
             except PeerError as error:
                 self.told.retried(way.microbatch.sequence, stage, peer, str(error))
                 if not attempts_left or isinstance(error, GoneError | BadBytesError):
@@ -290,40 +299,41 @@ class Driver:
         place, way.places[stage] = way.places[stage], None
         if place is not None:
             peer, key = place
-            self._settling_of(peer).dropped.add(key)
-            self._settle(peer)
+            self._settling_of(peer, stage).dropped.add(key)
+            self._settle(peer, stage)
 
-    def _settling_of(self, peer: str) -> _Settling:
-        return self._settling.setdefault(peer, _Settling())
+    def _settling_of(self, peer: str, stage: int) -> _Settling:
+        return self._settling.setdefault((peer, stage), _Settling())
 
-    def _settle(self, peer: str) -> None:
-        each = self._settling_of(peer)
+    def _settle(self, peer: str, stage: int) -> None:
+        each = self._settling_of(peer, stage)
         if each.task is None:
-            each.task = logged(asyncio.create_task(self._tell(peer, each)), "telling what counts")
+            each.task = logged(asyncio.create_task(self._tell(peer, stage, each)), "telling what counts")
 
-    async def _tell(self, peer: str, settling: _Settling) -> None:
+    async def _tell(self, peer: str, stage: int, settling: _Settling) -> None:
         """Tell a peer what counts and what does not, until it knows, or is given up."""
         give_up_s, again_s = self.now() + _GIVE_UP_S, _AGAIN_S
         try:
             while settling.acknowledged or settling.dropped:
-                acknowledged, dropped = dict(settling.acknowledged), set(settling.dropped)
+                acknowledged, dropped = tuple(settling.acknowledged), tuple(settling.dropped)
+                # What is acknowledged is let go of in the next message: until then it may have to be said again.
+                oldest_open = min([self.oldest_open, *(key.sequence for key in acknowledged)])
+                settlement = Settlement(acknowledged, dropped, oldest_open)
                 try:
                     async with asyncio.timeout(_SETTLE_LIMIT_S):
-                        settlement = Settlement(tuple(acknowledged), tuple(dropped), self.oldest_open)
-                        late = await self.calls.settle(peer, settlement)
+                        late, reason = await self.calls.settle(peer, stage, settlement), "it was told too late"
                 except (PeerError, TimeoutError) as error:
                     if self.now() < give_up_s:
                         await asyncio.sleep(again_s)
                         again_s = min(2 * again_s, _MOST_AGAIN_S)
                         continue
                     late, reason = set(acknowledged), f"it does not answer ({error})"
-                else:
-                    give_up_s, again_s, reason = self.now() + _GIVE_UP_S, _AGAIN_S, "it was told too late"
-                for key in late & acknowledged.keys():
-                    self.told.lost(acknowledged[key], peer, key, reason)
-                settling.acknowledged = {key: n for key, n in settling.acknowledged.items() if key not in acknowledged}
-                settling.dropped -= dropped
+                give_up_s, again_s = self.now() + _GIVE_UP_S, _AGAIN_S
+                for key in late.intersection(acknowledged):
+                    self.told.lost(stage, peer, key, reason)
+                settling.acknowledged -= set(acknowledged)
+                settling.dropped -= set(dropped)
         finally:
             settling.task = None
             if not settling.acknowledged and not settling.dropped:
-                self._settling.pop(peer, None)
+                self._settling.pop((peer, stage), None)

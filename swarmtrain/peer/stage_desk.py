@@ -75,6 +75,13 @@ class StageDesk:
         answer.add_done_callback(lambda it: it.cancelled() or it.exception())  # nobody may be waiting any more
         return await asyncio.shield(answer)
 
+    def check(self, key: Key, kind: Kind) -> None:
+        """BusyError if `ask` would raise it now: what came with the question need not be read then."""
+        if kind != "backward":
+            with self._lock:
+                if (reason := self.ledger.full(key)) is not None:
+                    raise BusyError(reason)
+
     def settle(self, driver: str, settlement: Settlement) -> set[Key]:
         """What a driver says of its microbatches; those acknowledged for which it is too late."""
         with self._lock:

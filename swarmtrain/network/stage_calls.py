@@ -1,0 +1,259 @@
+"""Asking a stage, and being asked, the bytes: a question and an answer over one stream, each a message and its tensors.
+
+What a message announces is checked before a byte of its tensors is read: how many there may be and how large is for
+the one to say who knows what was asked. Their hash ends them. Every wait has a limit, and a peer takes in only so many
+questions at once; what is more is told BUSY before its bytes are read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from swarmtrain.errors import BadBytesError, BrokenOffError, BusyError, GoneError, PeerError, StalledError
+from swarmtrain.network.node import Node, Traffic
+from swarmtrain.network.tasks import end_tasks
+from swarmtrain.v1 import pipeline_pb2 as pb
+
+__all__ = ["StageAnswers", "StageClient", "StageHost", "StageLimits", "stage_stream_name"]
+
+_LENGTH_BYTES = 4
+_MAX_MESSAGE_BYTES = 256 * 1024
+_PIECE_BYTES = 256 * 1024
+_MAX_QUESTIONS = 32
+"""libp2p resets streams beyond some 120 to one peer."""
+_HANG_UP_S = 2.0
+_M = TypeVar("_M", bound=Message)
+_T = TypeVar("_T")
+
+Body = Sequence[bytes | bytearray | memoryview]
+"""The bytes of tensors, one after the other."""
+
+
+def stage_stream_name(run_sha256: str) -> str:
+    """The name of the streams of a run's stages."""
+    return f"swarmtrain1.{run_sha256[:32]}::Stage.ask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLimits:
+    """How long to wait, in seconds."""
+
+    stall_s: float = 10.0
+    """For the next piece of what is being sent or received."""
+    answer_s: float = 600.0
+    """For an answer to begin, in the end: who asks limits it as it sees fit."""
+
+
+# ---------------------------------------------------------------- one direction of a stream
+
+
+async def _send(writer: asyncio.StreamWriter, traffic: Traffic, message: Message, body: Body, stall_s: float) -> None:
+    """A message, and the bytes of its tensors."""
+    data = message.SerializeToString()
+    await _write(writer, traffic, len(data).to_bytes(_LENGTH_BYTES, "big") + data, stall_s)
+    for tensor in body:
+        view = memoryview(tensor)
+        for start in range(0, len(view), _PIECE_BYTES):
+            await _write(writer, traffic, view[start : start + _PIECE_BYTES], stall_s)
+
+
+async def _write(writer: asyncio.StreamWriter, traffic: Traffic, piece: bytes | memoryview, stall_s: float) -> None:
+    await traffic.up.turn(len(piece))
+    traffic.sent_bytes += len(piece)
+    writer.write(piece)
+    try:
+        async with asyncio.timeout(stall_s):
+            await writer.drain()
+    except TimeoutError:
+        raise StalledError(f"it takes nothing for {stall_s:g} s") from None
+    except OSError as error:
+        raise BrokenOffError("the stream broke") from error
+
+
+async def _message_untrusted(reader: asyncio.StreamReader, kind: type[_M], limit_s: float) -> _M:
+    """The next message; BadBytesError if it is none."""
+    try:
+        async with asyncio.timeout(limit_s):
+            size = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
+            if size > _MAX_MESSAGE_BYTES:
+                raise BadBytesError(f"a message of {size} bytes; at most {_MAX_MESSAGE_BYTES} are accepted")
+            return kind.FromString(await reader.readexactly(size))
+    except DecodeError:
+        raise BadBytesError("what is no message") from None
+    except TimeoutError:
+        raise StalledError(f"it says nothing for {limit_s:g} s") from None
+    except (OSError, EOFError) as error:
+        raise BrokenOffError("the stream ended early") from error
+
+
+async def _body_untrusted(
+    reader: asyncio.StreamReader, traffic: Traffic, message: pb.StageQuestion | pb.StageAnswer, stall_s: float
+) -> list[bytearray]:
+    """The bytes of the message's tensors, whose sizes are checked already; BadBytesError if the hash is another."""
+    body, digest = [], hashlib.sha256()
+    for tensor in message.tensors:
+        data = bytearray()
+        while (left := tensor.size_bytes - len(data)) > 0:
+            try:
+                async with asyncio.timeout(stall_s):
+                    piece = await reader.readexactly(min(left, _PIECE_BYTES))
+            except TimeoutError:
+                raise StalledError(f"it sends nothing for {stall_s:g} s") from None
+            except (OSError, EOFError) as error:
+                raise BrokenOffError("the stream ended early") from error
+            data += piece
+            digest.update(piece)
+            traffic.received_bytes += len(piece)
+            await traffic.down.turn(len(piece))
+        body.append(data)
+    if message.tensors and digest.digest() != message.sha256:
+        raise BadBytesError("tensors that do not match their hash")
+    return body
+
+
+def _sha256(body: Body) -> bytes:
+    digest = hashlib.sha256()
+    for tensor in body:
+        digest.update(tensor)
+    return digest.digest()
+
+
+# ---------------------------------------------------------------- who asks
+
+
+@dataclass
+class StageClient:
+    """Questions to other peers' stages."""
+
+    node: Node
+    run_sha256: str
+    limits: StageLimits = field(default_factory=StageLimits)
+
+    async def ask(
+        self, peer: str, question: pb.StageQuestion, body: Body, check_untrusted: Callable[[pb.StageAnswer], None]
+    ) -> tuple[pb.StageAnswer, list[bytearray]]:
+        """A good answer and its tensors; `check_untrusted` raises BadBytesError for one whose tensors are not as they
+        must be, before they are read. Raises the PeerError that says why there is none.
+        """
+        question.sha256 = _sha256(body)
+        reader, writer = await self.node.open_pipe(peer, stage_stream_name(self.run_sha256))
+        traffic, stall_s = self.node.traffic, self.limits.stall_s
+        sending = asyncio.create_task(_send(writer, traffic, question, body, stall_s))
+        answering = asyncio.create_task(_message_untrusted(reader, pb.StageAnswer, self.limits.answer_s))
+        try:
+            # One that is busy answers before it has everything, and reads no further.
+            await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done() and not answering.done() and (failed := sending.exception()) is not None:
+                await asyncio.wait({answering}, timeout=_HANG_UP_S)
+                if not answering.done() or answering.exception() is not None:
+                    raise failed
+            answer = await answering
+            _raise_status_untrusted(answer)
+            check_untrusted(answer)
+            return answer, await _body_untrusted(reader, traffic, answer, stall_s)
+        finally:
+            await end_tasks([sending, answering])
+            with contextlib.suppress(OSError):
+                writer.close()
+
+
+def _raise_status_untrusted(answer: pb.StageAnswer) -> None:
+    reason = answer.reason[:200]
+    if not reason.isprintable():
+        raise BadBytesError("a reason that is no text")
+    match answer.status:
+        case pb.StageAnswer.STATUS_OK:
+            return
+        case pb.StageAnswer.STATUS_BUSY:
+            raise BusyError(reason)
+        case pb.StageAnswer.STATUS_GONE:
+            raise GoneError(reason)
+        case _:
+            raise BadBytesError(f"it refuses the question: {reason}")
+
+
+# ---------------------------------------------------------------- who is asked
+
+
+class StageAnswers(Protocol):
+    """What a host of a stage needs of the peer behind it. `caller` is a PeerID in base58."""
+
+    def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
+        """Before its tensors are read: BadBytesError if it must not be, BusyError if it cannot be now."""
+
+    async def answer_untrusted(
+        self, caller: str, question: pb.StageQuestion, body: list[bytearray]
+    ) -> tuple[pb.StageAnswer, Body]:
+        """The answer and its tensors. BusyError, GoneError, BadBytesError."""
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        """Told of one that asks what it must not."""
+
+
+@dataclass
+class StageHost:
+    """Answers questions to this peer's stages."""
+
+    traffic: Traffic
+    answers: StageAnswers
+    limits: StageLimits = field(default_factory=StageLimits)
+    _num_questions: int = 0
+
+    async def serve(self, caller: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One stream."""
+        self._num_questions += 1
+        try:
+            with contextlib.suppress(PeerError):  # of one that has hung up
+                await self._serve(caller, reader, writer)
+                # Were the stream closed at once, what is under way could be lost.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_HANG_UP_S):
+                        await _until_hung_up(reader)
+        finally:
+            self._num_questions -= 1
+            with contextlib.suppress(OSError):
+                writer.close()
+
+    async def _serve(self, caller: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        body: Body = ()
+        try:
+            question = await _message_untrusted(reader, pb.StageQuestion, self.limits.stall_s)
+            if self._num_questions > _MAX_QUESTIONS:
+                raise BusyError(f"{_MAX_QUESTIONS} questions are being answered")
+            self.answers.check_untrusted(caller, question)
+            tensors = await _body_untrusted(reader, self.traffic, question, self.limits.stall_s)
+            answer, body = await _unless_hung_up(reader, self.answers.answer_untrusted(caller, question, tensors))
+            answer.status, answer.sha256 = pb.StageAnswer.STATUS_OK, _sha256(body)
+        except BusyError as error:
+            answer = pb.StageAnswer(status=pb.StageAnswer.STATUS_BUSY, reason=str(error))
+        except GoneError as error:
+            answer = pb.StageAnswer(status=pb.StageAnswer.STATUS_GONE, reason=str(error))
+        except BadBytesError as error:
+            self.answers.refused(caller, error)
+            answer = pb.StageAnswer(status=pb.StageAnswer.STATUS_REFUSED, reason=str(error))
+        await _send(writer, self.traffic, answer, body, self.limits.stall_s)
+
+
+async def _until_hung_up(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(OSError):
+        while await reader.read(_PIECE_BYTES):
+            pass
+
+
+async def _unless_hung_up(reader: asyncio.StreamReader, answering: Coroutine[Any, Any, _T]) -> _T:
+    """The answer; BrokenOffError as soon as nobody waits for it any more."""
+    task, gone = asyncio.create_task(answering), asyncio.create_task(_until_hung_up(reader))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise BrokenOffError("it hung up")
+        return task.result()
+    finally:
+        await end_tasks([task, gone])

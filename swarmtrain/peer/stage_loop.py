@@ -1,0 +1,93 @@
+"""A stage's part of the trainer: drivers' microbatches until there is a batch, then an inner step.
+
+What a whole model does with a batch of its own data, a stage does with what drivers ask: `step` takes as long as it
+takes until so many tokens are acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarmtrain.algorithm.inner import InnerOptimizer
+from swarmtrain.membership.microbatches import Add, Due, Forget, Key, Step, Subtract
+from swarmtrain.model.stage_work import StageWork
+from swarmtrain.peer.driver import Tail
+from swarmtrain.peer.stage_desk import StageDesk, Task
+from swarmtrain.peer.stopping import StopTraining
+
+__all__ = ["StageLoop", "StageStep"]
+
+_LOOK_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStep:
+    """An inner step that was taken: the tokens that count in it, the norm of their gradient before the clip, and of the
+    last stage the mean loss, nats per token."""
+
+    tokens: int
+    grad_norm: float
+    loss: float | None
+
+
+@dataclass
+class StageLoop:
+    """Computes what the desk has."""
+
+    desk: StageDesk
+    work: StageWork
+    inner: InnerOptimizer
+    batch_tokens: int
+    slowed: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around each piece of work; on leaving it, it may wait."""
+    record: Callable[[Task | Due, Any], None] = lambda what, answer: None
+    """Told of everything in the order in which it is done, and of what was answered."""
+    busy_s: float = 0.0
+    _losses: dict[Key, float] = field(default_factory=dict)
+
+    def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> StageStep:
+        """Work until a step is taken. Raises StopTraining when asked to end; nothing is lost by it."""
+        while True:
+            if should_stop():
+                raise StopTraining
+            what = self.desk.next()
+            if what is None:
+                self.desk.wait(_LOOK_S)
+                continue
+            if isinstance(what, Step):
+                self.record(what, None)
+                return self._step(what, progress, scale)
+            with self.slowed():
+                answer = self._compute(what) if isinstance(what, Task) else self._correct(what)
+            self.record(what, answer)
+            if isinstance(what, Task):
+                self.desk.done(what, answer)
+
+    def _step(self, step: Step, progress: float, scale: float) -> StageStep:
+        self.work.gradients(step.batch, self.batch_tokens / step.tokens)
+        grad_norm = self.inner.step(progress, scale)
+        self.work.replaced()
+        losses = [self._losses[key] for key in step.microbatches if key in self._losses]
+        return StageStep(tokens=step.tokens, grad_norm=grad_norm, loss=sum(losses) / len(losses) if losses else None)
+
+    def _compute(self, task: Task) -> Any:
+        if task.kind == "forward":
+            return self.work.forward(task.key, task.payload)
+        if task.kind == "backward":
+            return self.work.backward(task.key, task.payload, task.work.batch)
+        x, targets = task.payload
+        result = self.work.tail(task.key, x, targets, task.tokens / self.batch_tokens, task.work.batch)
+        self._losses[task.key] = result.loss
+        return Tail(result.loss, result.gradient)
+
+    def _correct(self, due: Subtract | Add | Forget) -> None:
+        if isinstance(due, Subtract):
+            self.work.subtract(due.key, due.batch)
+        elif isinstance(due, Add):
+            self.work.add(due.key, due.batch)
+        else:
+            self.work.forget(due.key)
+            self._losses.pop(due.key, None)

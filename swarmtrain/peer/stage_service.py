@@ -1,0 +1,261 @@
+"""A stage over the network: what drivers ask of this peer's stage, and how this peer as a driver asks others'.
+
+Tensors become bytes here, and bytes from others are checked here. A question of this peer to itself takes no detour.
+
+Shapes: B batch (a microbatch's sequences), T time (tokens), D width.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from swarmtrain.algorithm.quantize import Format
+from swarmtrain.errors import BadBytesError, GoneError, PeerError
+from swarmtrain.membership.microbatches import Key, Kind, Settlement
+from swarmtrain.network.codec import ActivationCodec
+from swarmtrain.network.stage_calls import Body, StageClient
+from swarmtrain.peer.driver import Part, Tail
+from swarmtrain.peer.stage_desk import StageDesk
+from swarmtrain.v1 import pipeline_pb2 as pb
+
+__all__ = ["StageServer", "StageShapes", "WireCalls"]
+
+_KINDS: dict[Kind, pb.StageKind] = {
+    "forward": pb.STAGE_KIND_FORWARD,
+    "backward": pb.STAGE_KIND_BACKWARD,
+    "tail": pb.STAGE_KIND_TAIL,
+}
+_OF_KINDS = {number: kind for kind, number in _KINDS.items()}
+_TOKENS = "tokens"
+_MAX_KEYS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageShapes:
+    """What travels between stages in this run."""
+
+    most_sequences: int
+    """Of a microbatch."""
+    context_tokens: int
+    width: int
+    vocabulary_size: int
+    activations: Format
+
+    @property
+    def codec(self) -> ActivationCodec:
+        """Of activations and their gradients."""
+        return ActivationCodec(self.activations)
+
+    def describe(self, tensor: Tensor) -> pb.StageTensor:
+        """What is said of activations, (B, T, D), or their gradient."""
+        size_bytes = self.codec.size_bytes(tensor.shape)
+        return pb.StageTensor(format=self.activations, shape=list(tensor.shape), size_bytes=size_bytes)
+
+    def describe_tokens(self, tokens: Tensor) -> pb.StageTensor:
+        """What is said of tokens, (B, T)."""
+        size_bytes = self.codec.tokens_size_bytes(tokens.shape)
+        return pb.StageTensor(format=_TOKENS, shape=list(tokens.shape), size_bytes=size_bytes)
+
+    def check_untrusted(self, tensor: pb.StageTensor) -> None:
+        """BadBytesError if these are not activations of this run."""
+        shape = tuple(tensor.shape)
+        if tensor.format != self.activations:
+            raise BadBytesError(f"activations in another format than this run's {self.activations}")
+        if len(shape) != 3 or shape[2] != self.width:
+            raise BadBytesError(f"activations of shape {shape[:8]}, where (B, T, {self.width}) is needed")
+        self._check_microbatch_untrusted(shape)
+        if tensor.size_bytes != self.codec.size_bytes(shape):
+            raise BadBytesError(f"activations of shape {shape} in {tensor.size_bytes} bytes")
+
+    def check_tokens_untrusted(self, tensor: pb.StageTensor, shape: tuple[int, ...]) -> None:
+        """BadBytesError if these are not tokens of this shape."""
+        if tensor.format != _TOKENS or tuple(tensor.shape) != shape:
+            raise BadBytesError(f"targets that are not {shape} tokens")
+        if tensor.size_bytes != self.codec.tokens_size_bytes(shape):
+            raise BadBytesError(f"targets of shape {shape} in {tensor.size_bytes} bytes")
+
+    def _check_microbatch_untrusted(self, shape: tuple[int, ...]) -> None:
+        if not (0 < shape[0] <= self.most_sequences and 0 < shape[1] <= self.context_tokens):
+            most = f"{self.most_sequences} sequences of {self.context_tokens} tokens"
+            raise BadBytesError(f"activations of shape {shape}: a microbatch of this run has at most {most}")
+
+
+# ---------------------------------------------------------------- being asked
+
+
+@dataclass
+class StageServer:
+    """Answers for the stages that this peer holds."""
+
+    shapes: StageShapes
+    num_stages: int
+    desks: Mapping[int, StageDesk]
+    """By stage."""
+    on_refused: Callable[[str, PeerError], None]
+
+    def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
+        """See `StageAnswers`."""
+        desk = self._desk(question)
+        tensors = list(question.tensors)
+        if question.kind == pb.STAGE_KIND_SETTLE:
+            keys = len(question.settlement.acknowledged) + len(question.settlement.dropped)
+            if tensors or keys > _MAX_KEYS:
+                raise BadBytesError(f"a settlement of {keys} microbatches and {len(tensors)} tensors")
+            return
+        kind = _OF_KINDS.get(question.kind)
+        is_last = question.stage == self.num_stages - 1
+        if kind is None or (kind == "tail") != is_last or len(tensors) != (2 if kind == "tail" else 1):
+            raise BadBytesError(f"a question of kind {question.kind} with {len(tensors)} tensors to this stage")
+        if question.stage == 0:
+            raise BadBytesError("a question to the first stage, which is its driver's own")
+        self.shapes.check_untrusted(tensors[0])
+        shape = tuple(tensors[0].shape)
+        if kind == "tail":
+            self.shapes.check_tokens_untrusted(tensors[1], shape[:2])
+        if question.tokens != math.prod(shape[:2]):
+            raise BadBytesError(f"a microbatch of shape {shape} that claims {question.tokens} tokens")
+        desk.check(_key(caller, question.key), kind)
+
+    async def answer_untrusted(
+        self, caller: str, question: pb.StageQuestion, body: list[bytearray]
+    ) -> tuple[pb.StageAnswer, Body]:
+        """See `StageAnswers`."""
+        desk = self._desk(question)
+        if question.kind == pb.STAGE_KIND_SETTLE:
+            said = question.settlement
+            late = desk.settle(caller, _settlement(caller, said))
+            return pb.StageAnswer(late=[_key_message(key) for key in late]), ()
+        kind, shapes = _OF_KINDS[question.kind], self.shapes
+        shape = tuple(question.tensors[0].shape)
+        payload: Any = await asyncio.to_thread(shapes.codec.decode_untrusted, body[0], shape)
+        if kind == "tail":
+            payload = payload, shapes.codec.tokens_untrusted(body[1], shape[:2], shapes.vocabulary_size)
+        answer = await desk.ask(_key(caller, question.key), kind, question.tokens, payload)
+        tensor = answer.gradient if isinstance(answer, Tail) else answer
+        message = pb.StageAnswer(tensors=[shapes.describe(tensor)])
+        if isinstance(answer, Tail):
+            message.loss = answer.loss
+        return message, (await asyncio.to_thread(shapes.codec.encode, tensor),)
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        """See `StageAnswers`."""
+        self.on_refused(peer, error)
+
+    def _desk(self, question: pb.StageQuestion) -> StageDesk:
+        desk = self.desks.get(question.stage)
+        if desk is None:
+            raise GoneError(f"this peer does not hold stage {question.stage}")
+        return desk
+
+
+def _key(driver: str, key: pb.MicrobatchKey) -> Key:
+    return Key(driver, key.sequence, key.attempt)
+
+
+def _key_message(key: Key) -> pb.MicrobatchKey:
+    return pb.MicrobatchKey(sequence=key.sequence, attempt=key.attempt)
+
+
+def _settlement(driver: str, said: pb.Settlement) -> Settlement:
+    return Settlement(
+        acknowledged=tuple(_key(driver, key) for key in said.acknowledged),
+        dropped=tuple(_key(driver, key) for key in said.dropped),
+        oldest_open=said.oldest_open,
+    )
+
+
+# ---------------------------------------------------------------- asking
+
+
+@dataclass
+class WireCalls:
+    """How a driver asks stages: see `StageCalls`."""
+
+    me: str
+    client: StageClient
+    shapes: StageShapes
+    desks: Mapping[int, StageDesk]
+    """This peer's own, by stage."""
+
+    async def forward(self, peer: str, part: Part, x: Tensor) -> Tensor:
+        """What the next stage takes, (B, T, D)."""
+        return await self._activations(peer, part, "forward", x)
+
+    async def backward(self, peer: str, part: Part, gradient: Tensor) -> Tensor | None:
+        """The gradient of the input, (B, T, D); None of the first stage."""
+        if peer == self.me:
+            own: Tensor | None = await self._own(part, "backward", gradient)
+            return own
+        return await self._activations(peer, part, "backward", gradient)
+
+    async def tail(self, peer: str, part: Part, x: Tensor, targets: Tensor) -> Tail:
+        """Targets are (B, T)."""
+        if peer == self.me:
+            own: Tail = await self._own(part, "tail", (x, targets))
+            return own
+        described = [self.shapes.describe(x), self.shapes.describe_tokens(targets)]
+        body = [await asyncio.to_thread(self.shapes.codec.encode, x), self.shapes.codec.encode_tokens(targets)]
+        answer, gradient = await self._ask(peer, _question(part, "tail", described), body, tuple(x.shape))
+        if not math.isfinite(answer.loss):
+            raise BadBytesError("a loss that is not finite")
+        return Tail(answer.loss, gradient)
+
+    async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
+        """What counts and what does not; what is told too late to count."""
+        if peer == self.me:
+            return self._desk(stage).settle(self.me, settlement)
+        said = pb.Settlement(
+            acknowledged=[_key_message(key) for key in settlement.acknowledged],
+            dropped=[_key_message(key) for key in settlement.dropped],
+            oldest_open=settlement.oldest_open,
+        )
+        question = pb.StageQuestion(stage=stage, kind=pb.STAGE_KIND_SETTLE, settlement=said)
+        answer, _ = await self.client.ask(peer, question, (), _nothing_untrusted)
+        return {_key(self.me, key) for key in answer.late}
+
+    async def _activations(self, peer: str, part: Part, kind: Kind, x: Tensor) -> Tensor:
+        if peer == self.me:
+            own: Tensor = await self._own(part, kind, x)
+            return own
+        body = [await asyncio.to_thread(self.shapes.codec.encode, x)]
+        question = _question(part, kind, [self.shapes.describe(x)])
+        return (await self._ask(peer, question, body, tuple(x.shape)))[1]
+
+    async def _ask(
+        self, peer: str, question: pb.StageQuestion, body: Body, shape: tuple[int, ...]
+    ) -> tuple[pb.StageAnswer, Tensor]:
+        """The answer, which has activations of this shape."""
+
+        def check_untrusted(answer: pb.StageAnswer) -> None:
+            if len(answer.tensors) != 1 or tuple(answer.tensors[0].shape) != shape:
+                raise BadBytesError(f"an answer without activations of shape {shape}")
+            self.shapes.check_untrusted(answer.tensors[0])
+
+        answer, tensors = await self.client.ask(peer, question, body, check_untrusted)
+        return answer, await asyncio.to_thread(self.shapes.codec.decode_untrusted, tensors[0], shape)
+
+    async def _own(self, part: Part, kind: Kind, payload: Any) -> Any:
+        return await self._desk(part.stage).ask(part.key, kind, part.tokens, payload)
+
+    def _desk(self, stage: int) -> StageDesk:
+        desk = self.desks.get(stage)
+        if desk is None:
+            raise GoneError(f"this peer does not hold stage {stage} any more")
+        return desk
+
+
+def _question(part: Part, kind: Kind, tensors: list[pb.StageTensor]) -> pb.StageQuestion:
+    return pb.StageQuestion(
+        stage=part.stage, kind=_KINDS[kind], key=_key_message(part.key), tokens=part.tokens, tensors=tensors
+    )
+
+
+def _nothing_untrusted(answer: pb.StageAnswer) -> None:
+    if answer.tensors:
+        raise BadBytesError("tensors in an answer that has none")

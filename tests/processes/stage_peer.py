@@ -1,0 +1,179 @@
+"""A process that holds one stage of a small model; the first stage's drives, and prints each batch's loss.
+
+    python tests/processes/stage_peer.py FOLDER '{"stage": 0, ...}'
+
+It prints its PeerID and address, and reads those of the other stages as a line of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
+from swarmtrain.errors import PeerError
+from swarmtrain.membership.microbatches import Due, Key, LedgerLimits, StageLedger, Step
+from swarmtrain.membership.routing import Router
+from swarmtrain.model.stage_work import StageWork
+from swarmtrain.model.stages import build_stage, stage_shapes
+from swarmtrain.network.identity import load_or_create_identity
+from swarmtrain.network.node import NetworkThread, Node, NodeSettings
+from swarmtrain.network.stage_calls import StageClient, StageHost, stage_stream_name
+from swarmtrain.peer.driver import Driver, Tail
+from swarmtrain.peer.stage_desk import StageDesk, Task
+from swarmtrain.peer.stage_loop import StageLoop
+from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
+from swarmtrain.peer.stopping import StopTraining
+from swarmtrain.run import ModelSection
+
+RUN = hashlib.sha256(b"a run of stages").hexdigest()
+MODEL = ModelSection(context_tokens=16, num_layers=3, width=32, num_heads=2)
+CONSTANTS = InnerConstants(
+    learning_rate=1e-2,
+    weight_decay=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    gradient_clip=1.0,
+    warmup_fraction=0.1,
+    floor_fraction=0.1,
+)
+SEQUENCES, MICROBATCHES = 2, 4
+MICROBATCH_TOKENS = SEQUENCES * MODEL.context_tokens
+BATCH_TOKENS = MICROBATCHES * MICROBATCH_TOKENS
+
+
+def microbatch(number: int) -> torch.Tensor:
+    """(B, T + 1): sequences that count upwards by one or two."""
+    generator = torch.Generator().manual_seed(number)
+    starts, steps = torch.randint(0, 100, (2, SEQUENCES, 1), generator=generator)
+    return (starts + (1 + steps % 2) * torch.arange(MODEL.context_tokens + 1)) % 256
+
+
+def digest(tensor: torch.Tensor | None) -> str:
+    """What a tensor is known by in logs."""
+    return "" if tensor is None else hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+
+
+class Told:
+    """On stderr."""
+
+    def retried(self, sequence: int, stage: int, peer: str, reason: str) -> None:
+        print(f"retried {sequence} at stage {stage} by {peer}: {reason}", file=sys.stderr)
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        print(f"refused {peer}: {error}", file=sys.stderr)
+
+    def lost(self, stage: int, peer: str, key: Key, reason: str) -> None:
+        print(f"lost {key} at stage {stage} by {peer}: {reason}", file=sys.stderr)
+
+
+class StagePeer:
+    """One process."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.settings, boundaries = settings, tuple(settings["boundaries"])
+        self.stage, self.num_stages = settings["stage"], len(boundaries) + 1
+        self.network = NetworkThread()
+        identity = load_or_create_identity(folder / "identity.key")
+        node_settings = NodeSettings(directory=folder, listen=("/ip4/127.0.0.1/tcp/0",))
+        self.node = self.network.run(Node.start(node_settings, identity, folder / "identity.key"), 30)
+        self.me = identity.peer_id
+        limits = LedgerLimits(batch_tokens=BATCH_TOKENS)
+        self.desk = StageDesk(StageLedger(limits), time.monotonic)
+        stage = build_stage(stage_shapes(MODEL, boundaries)[self.stage], seed=5)
+        inner = InnerOptimizer(stage.named_parameters(), CONSTANTS)
+        self.loop = StageLoop(self.desk, StageWork(stage), inner, BATCH_TOKENS, record=self.record)
+        self.log: list[dict[str, Any]] = []
+        self.folder, self.model = folder, stage
+        self.shapes = StageShapes(
+            most_sequences=SEQUENCES,
+            context_tokens=MODEL.context_tokens,
+            width=MODEL.width,
+            vocabulary_size=MODEL.vocabulary_size,
+            activations=settings["activations"],
+        )
+        server = StageServer(self.shapes, self.num_stages, {self.stage: self.desk}, Told().refused)
+        host = StageHost(self.node.traffic, server)
+        self.network.run(self.node.serve_pipes(stage_stream_name(RUN), host.serve), 10)
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        addresses = self.network.run(self.node.addresses(), 5)
+        print(json.dumps([self.me, self.stage, list(addresses)]), flush=True)
+        others = json.loads(sys.stdin.readline())
+        if self.stage == 0:
+            driving = self.network.submit(self.drive(others))
+            driving.add_done_callback(lambda _: self.ended.set())
+        else:
+            threading.Thread(target=self.until_stdin_ends, daemon=True).start()
+        for step in range(1_000_000):
+            try:
+                self.loop.step(step / self.settings["batches"], 1.0, self.ended.is_set)
+            except StopTraining:
+                break
+        if self.stage == 0:
+            driving.result()
+        (self.folder / "log.json").write_text(json.dumps({"peer": self.me, "stage": self.stage, "log": self.log}))
+        save_file(dict(self.model.named_parameters()), self.folder / "weights.safetensors")
+        self.network.run(self.node.stop(), 5)
+        self.network.stop()
+
+    def record(self, what: Task | Due, answer: Any) -> None:
+        if isinstance(what, Task):
+            payload = what.payload[0] if what.kind == "tail" else what.payload
+            tail = answer if isinstance(answer, Tail) else None
+            entry = {
+                "kind": what.kind,
+                "key": [*what.key],
+                "batch": what.work.batch,
+                "takes": digest(payload),
+                "gives": digest(answer if tail is None else tail.gradient),
+                "loss": None if tail is None else tail.loss,
+            }
+        elif isinstance(what, Step):
+            entry = {"kind": "step", "batch": what.batch, "tokens": what.tokens}
+        else:
+            entry = {"kind": type(what).__name__.lower(), "key": [*what.key]}
+        self.log.append(entry)
+
+    def until_stdin_ends(self) -> None:
+        sys.stdin.read()
+        self.ended.set()
+
+    async def _drive(self, driver: Driver, number: int) -> float:
+        sequences = microbatch(number + 1000 * self.settings.get("driver", 0))
+        x, targets = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
+        async with self.places:
+            return await driver.drive(driver.microbatch(MICROBATCH_TOKENS, x, targets))
+
+    async def drive(self, others: list[Any]) -> None:
+        routers = [Router(random.Random(0)) for _ in range(self.num_stages - 1)]
+        for peer, _, addresses in others:
+            await self.node.connect(peer, tuple(addresses))
+        for stage, router in enumerate(routers, 1):
+            router.set_peers([peer for peer, of, _ in others if of == stage])
+        calls = WireCalls(self.me, StageClient(self.node, RUN), self.shapes, {0: self.desk})
+        driver = Driver(self.me, routers, calls, Told(), time.monotonic)
+        self.places = asyncio.Semaphore(self.settings["in_flight"])
+        numbers = [range(n, n + MICROBATCHES) for n in range(0, MICROBATCHES * self.settings["batches"], MICROBATCHES)]
+        if not self.settings["flush"]:
+            numbers = [range(MICROBATCHES * self.settings["batches"])]
+        for batch in numbers:
+            losses = await asyncio.gather(*(self._drive(driver, number) for number in batch))
+            await driver.settled()
+            print(json.dumps(losses), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    StagePeer(Path(sys.argv[1]), json.loads(sys.argv[2])).run()
