@@ -21,7 +21,7 @@ from virtual_loop import virtually
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.membership.microbatches import Add, Forget, Key, Kind, LedgerLimits, Settlement, StageLedger, Step
 from swarmtrain.membership.routing import Router
-from swarmtrain.peer.driver import Driver, Microbatch, Part, Tail
+from swarmtrain.peer.driver import Answered, Driver, Microbatch, Part, Tail
 from swarmtrain.peer.stage_desk import StageDesk, Task
 
 LIMITS = LedgerLimits(batch_tokens=4, ack_wait_s=5.0, hold_s=60.0, max_open=32, max_open_of_driver=16)
@@ -53,6 +53,7 @@ class StagePeer:
     buried: Counter[tuple[str, int]] = field(default_factory=Counter)
     """The same of its lives before this one."""
     hangs_until_s: float = 0.0
+    life: int = 0
 
     def __post_init__(self) -> None:
         self.born()
@@ -61,7 +62,8 @@ class StagePeer:
         """It begins with nothing."""
         self.buried += self.stepped
         self.stepped = Counter()
-        self.desk = StageDesk(StageLedger(LIMITS), self.now)
+        self.life += 1
+        self.desk = StageDesk(StageLedger(LIMITS, self.life), self.now)
         self.awake = asyncio.Event()
         self.sums: dict[int, Counter[Key]] = {}
         self.kept: set[Key] = set()
@@ -159,23 +161,24 @@ class Network:
     def __post_init__(self) -> None:
         self.repeats: list[asyncio.Future[None]] = []
 
-    async def _ask(self, peer: str, part: Part, kind: Kind, payload: Any) -> Any:
-        async def body() -> Any:
+    async def _ask(self, peer: str, part: Part, kind: Kind, payload: Any) -> Answered:
+        async def body() -> Answered:
             self.peers[peer].awake.set()
-            return await self.peers[peer].desk.ask(part.key, kind, part.tokens, payload)
+            desk = self.peers[peer].desk
+            return Answered(await desk.ask(part.key, kind, part.tokens, payload), desk.ledger.life)
 
-        return await self.call(body)
+        answered = await self.call(body)
+        assert isinstance(answered, Answered)
+        return answered
 
-    async def forward(self, peer: str, part: Part, x: Any) -> Any:
+    async def forward(self, peer: str, part: Part, x: Any) -> Answered:
         return await self._ask(peer, part, "forward", x)
 
-    async def backward(self, peer: str, part: Part, gradient: Any) -> Any:
+    async def backward(self, peer: str, part: Part, gradient: Any) -> Answered:
         return await self._ask(peer, part, "backward", gradient)
 
-    async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> Tail:
-        answer = await self._ask(peer, part, "tail", (x, targets))
-        assert isinstance(answer, Tail)
-        return answer
+    async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> Answered:
+        return await self._ask(peer, part, "tail", (x, targets))
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
         driver = (*settlement.acknowledged, *settlement.dropped)[0].driver

@@ -79,8 +79,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Settlement:
-    """What a driver says of its microbatches: which count, which do not, and the first that it needs anything of."""
+    """What a driver says of its microbatches: which count, which do not, and the first that it needs anything of.
 
+    `life` is that of the peer when it answered what is acknowledged: one that died since then knows nothing of it, and
+    must not count what it may have computed again for a call that was on its way for long.
+    """
+
+    life: int
     acknowledged: tuple[Key, ...]
     dropped: tuple[Key, ...]
     oldest_open: int
@@ -166,8 +171,8 @@ class _Driver:
 class StageLedger:
     """The microbatches of one peer of a stage. Not for several threads at once."""
 
-    def __init__(self, limits: LedgerLimits) -> None:
-        self.limits = limits
+    def __init__(self, limits: LedgerLimits, life: int = 0) -> None:
+        self.limits, self.life = limits, life
         self.version = 0
         """Of the weights: how many steps were taken."""
         self.counted_tokens = 0
@@ -281,8 +286,11 @@ class StageLedger:
         return True
 
     def settle(self, driver: str, settlement: Settlement, now: float) -> set[Key]:
-        """What `driver` says of its own; those acknowledged that cannot count any more."""
-        late = {key for key in settlement.acknowledged if key.driver == driver and not self.acknowledge(key, now)}
+        """What `driver` says of its own microbatches; those acknowledged that cannot count any more."""
+        own = settlement.life == self.life
+        late = {
+            key for key in settlement.acknowledged if not (own and key.driver == driver and self.acknowledge(key, now))
+        }
         for key in settlement.dropped:
             if key.driver == driver:
                 self.drop(key)

@@ -14,14 +14,14 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError, UnreachableError
 from swarmtrain.membership.microbatches import Key, Kind, Settlement
 from swarmtrain.membership.routing import Router
 from swarmtrain.network.tasks import end_tasks, logged
 
-__all__ = ["Driver", "Microbatch", "Part", "StageCalls", "Tail", "Told"]
+__all__ = ["Answered", "Driver", "Microbatch", "Part", "StageCalls", "Tail", "Told"]
 
 _log = logging.getLogger(__name__)
 _FORWARD_SHARE, _BACKWARD_SHARE = 1 / 3, 2 / 3
@@ -62,17 +62,25 @@ class Part:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What a stage's peer computed, and in which of its lives."""
+
+    value: Any
+    life: int
+
+
 class StageCalls(Protocol):
     """How stages are asked. Every call may raise a PeerError: BusyError, GoneError, UnreachableError, BadBytesError."""
 
-    async def forward(self, peer: str, part: Part, x: Any) -> Any:
+    async def forward(self, peer: str, part: Part, x: Any) -> Answered:
         """What the next stage takes."""
 
-    async def backward(self, peer: str, part: Part, gradient: Any) -> Any:
+    async def backward(self, peer: str, part: Part, gradient: Any) -> Answered:
         """The gradient of the stage's input, given that of its output; None of the first stage."""
 
-    async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> Tail:
-        """Forward, loss and backward of the last stage."""
+    async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> Answered:
+        """Forward, loss and backward of the last stage: a `Tail`."""
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
         """Tell what counts and what does not; those acknowledged for which it is too late."""
@@ -107,11 +115,22 @@ class _Way:
     inputs: list[Any]
     places: list[tuple[str, Key] | None]
     attempts: list[int]
+    lives: list[int]
+    """Of those who computed the gradients."""
+
+
+class _Whom(NamedTuple):
+    peer: str
+    stage: int
+    life: int
+
+
+_ANY_LIFE = 0
 
 
 @dataclass
 class _Settling:
-    """What one peer is to be told of one stage."""
+    """What one life of a peer is to be told of one stage."""
 
     acknowledged: set[Key] = field(default_factory=set)
     dropped: set[Key] = field(default_factory=set)
@@ -130,7 +149,7 @@ class Driver:
     now: Callable[[], float]
     _next_sequence: int = 0
     _ways: dict[int, _Way] = field(default_factory=dict)
-    _settling: dict[tuple[str, int], _Settling] = field(default_factory=dict)
+    _settling: dict[_Whom, _Settling] = field(default_factory=dict)
 
     @property
     def num_stages(self) -> int:
@@ -150,7 +169,7 @@ class Driver:
     async def drive(self, microbatch: Microbatch) -> float:
         """All the way there and back; its loss. If it is cancelled, nothing of it counts."""
         stages = self.num_stages
-        way = _Way(microbatch, [microbatch.x, *[None] * (stages - 1)], [None] * stages, [0] * stages)
+        way = _Way(microbatch, [microbatch.x, *[None] * (stages - 1)], [None] * stages, [0] * stages, [0] * stages)
         self._ways[microbatch.sequence] = way
         stage = 0
         try:
@@ -170,8 +189,9 @@ class Driver:
         for stage, place in enumerate(way.places):
             assert place is not None
             peer, key = place
-            self._settling_of(peer, stage).acknowledged.add(key)
-            self._settle(peer, stage)
+            whom = _Whom(peer, stage, way.lives[stage])
+            self._settling_of(whom).acknowledged.add(key)
+            self._settle(whom)
         return tail.loss
 
     async def settled(self) -> None:
@@ -188,12 +208,13 @@ class Driver:
     async def _there(self, way: _Way, first: int) -> Tail:
         """From the input of stage `first` to the end."""
         for stage in range(first, self.num_stages - 1):
-            way.inputs[stage + 1] = await self._ask(way, stage, "forward", _FORWARD_SHARE)
-        tail = await self._ask(way, self.num_stages - 1, "tail", 1.0)
-        assert isinstance(tail, Tail)
-        return tail
+            way.inputs[stage + 1] = (await self._ask(way, stage, "forward", _FORWARD_SHARE)).value
+        answered = await self._ask(way, self.num_stages - 1, "tail", 1.0)
+        assert isinstance(answered.value, Tail)
+        way.lives[-1] = answered.life
+        return answered.value
 
-    async def _ask(self, way: _Way, stage: int, kind: Kind, share: float) -> Any:
+    async def _ask(self, way: _Way, stage: int, kind: Kind, share: float) -> Answered:
         """One stage's answer, of whoever gives it."""
         asked: set[str] = set()
         tokens = way.microbatch.tokens
@@ -235,7 +256,7 @@ class Driver:
             next_s = router.next_s(self.now())
             await asyncio.sleep(_LOOK_S if next_s is None else min(_LOOK_S, max(0.0, next_s - self.now())))
 
-    async def _timed(self, stage: int, peer: str, tokens: float, call: Coroutine[Any, Any, Any]) -> Any:
+    async def _timed(self, stage: int, peer: str, tokens: float, call: Coroutine[Any, Any, Answered]) -> Answered:
         """The answer within its time, and what becomes of it told to the router."""
         if stage == 0:
             return await call
@@ -280,7 +301,9 @@ class Driver:
         part, tokens = Part(stage, key, way.microbatch.tokens), way.microbatch.tokens * _BACKWARD_SHARE
         for attempts_left in reversed(range(_BACKWARD_ATTEMPTS)):
             try:
-                return await self._timed(stage, peer, tokens, self.calls.backward(peer, part, gradient))
+                answered = await self._timed(stage, peer, tokens, self.calls.backward(peer, part, gradient))
+                way.lives[stage] = answered.life
+                return answered.value
             except PeerError as error:
                 self.told.retried(way.microbatch.sequence, stage, peer, str(error))
                 if not attempts_left or isinstance(error, GoneError | BadBytesError):
@@ -299,41 +322,51 @@ class Driver:
         place, way.places[stage] = way.places[stage], None
         if place is not None:
             peer, key = place
-            self._settling_of(peer, stage).dropped.add(key)
-            self._settle(peer, stage)
+            whom = _Whom(peer, stage, _ANY_LIFE)
+            self._settling_of(whom).dropped.add(key)
+            self._settle(whom)
 
-    def _settling_of(self, peer: str, stage: int) -> _Settling:
-        return self._settling.setdefault((peer, stage), _Settling())
+    def _settling_of(self, whom: _Whom) -> _Settling:
+        return self._settling.setdefault(whom, _Settling())
 
-    def _settle(self, peer: str, stage: int) -> None:
-        each = self._settling_of(peer, stage)
+    def _settle(self, whom: _Whom) -> None:
+        each = self._settling_of(whom)
         if each.task is None:
-            each.task = logged(asyncio.create_task(self._tell(peer, stage, each)), "telling what counts")
+            each.task = logged(asyncio.create_task(self._tell(whom, each)), "telling what counts")
 
-    async def _tell(self, peer: str, stage: int, settling: _Settling) -> None:
+    async def _tell(self, whom: _Whom, settling: _Settling) -> None:
         """Tell a peer what counts and what does not, until it knows, or is given up."""
         give_up_s, again_s = self.now() + _GIVE_UP_S, _AGAIN_S
         try:
             while settling.acknowledged or settling.dropped:
                 acknowledged, dropped = tuple(settling.acknowledged), tuple(settling.dropped)
-                # What is acknowledged is let go of in the next message: until then it may have to be said again.
-                oldest_open = min([self.oldest_open, *(key.sequence for key in acknowledged)])
-                settlement = Settlement(acknowledged, dropped, oldest_open)
+                settlement = Settlement(whom.life, acknowledged, dropped, self._settled_before(whom))
                 try:
                     async with asyncio.timeout(_SETTLE_LIMIT_S):
-                        late, reason = await self.calls.settle(peer, stage, settlement), "it was told too late"
+                        late, reason = (
+                            await self.calls.settle(whom.peer, whom.stage, settlement),
+                            "it was told too late",
+                        )
                 except (PeerError, TimeoutError) as error:
                     if self.now() < give_up_s:
                         await asyncio.sleep(again_s)
                         again_s = min(2 * again_s, _MOST_AGAIN_S)
                         continue
                     late, reason = set(acknowledged), f"it does not answer ({error})"
+                else:
+                    reason = "it was told too late, or began anew"
                 give_up_s, again_s = self.now() + _GIVE_UP_S, _AGAIN_S
                 for key in late.intersection(acknowledged):
-                    self.told.lost(stage, peer, key, reason)
+                    self.told.lost(whom.stage, whom.peer, key, reason)
                 settling.acknowledged -= set(acknowledged)
                 settling.dropped -= set(dropped)
         finally:
             settling.task = None
             if not settling.acknowledged and not settling.dropped:
-                self._settling.pop((peer, stage), None)
+                self._settling.pop(whom, None)
+
+    def _settled_before(self, whom: _Whom) -> int:
+        """Nothing is needed of what is before this sequence by that peer. What is acknowledged is let go of when it is
+        known to have been told: until then it may have to be said again."""
+        telling = [each for other, each in self._settling.items() if other[:2] == whom[:2]]
+        return min([self.oldest_open, *(key.sequence for each in telling for key in each.acknowledged)])

@@ -60,8 +60,12 @@ class StageLoop:
             if isinstance(what, Step):
                 self.record(what, None)
                 return self._step(what, progress, scale)
+            answer = None
             with self.slowed():
-                answer = self._compute(what) if isinstance(what, Task) else self._correct(what)
+                if isinstance(what, Task):
+                    answer = self._compute(what)
+                else:
+                    self._correct(what)
             self.record(what, answer)
             if isinstance(what, Task):
                 self.desk.done(what, answer)

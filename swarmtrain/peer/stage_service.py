@@ -20,7 +20,7 @@ from swarmtrain.errors import BadBytesError, GoneError, PeerError
 from swarmtrain.membership.microbatches import Key, Kind, Settlement
 from swarmtrain.network.codec import ActivationCodec
 from swarmtrain.network.stage_calls import Body, StageClient
-from swarmtrain.peer.driver import Part, Tail
+from swarmtrain.peer.driver import Answered, Part, Tail
 from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.v1 import pipeline_pb2 as pb
 
@@ -130,7 +130,7 @@ class StageServer:
         if question.kind == pb.STAGE_KIND_SETTLE:
             said = question.settlement
             late = desk.settle(caller, _settlement(caller, said))
-            return pb.StageAnswer(late=[_key_message(key) for key in late]), ()
+            return pb.StageAnswer(late=[_key_message(key) for key in late], life=desk.ledger.life), ()
         kind, shapes = _OF_KINDS[question.kind], self.shapes
         shape = tuple(question.tensors[0].shape)
         payload: Any = await asyncio.to_thread(shapes.codec.decode_untrusted, body[0], shape)
@@ -138,7 +138,7 @@ class StageServer:
             payload = payload, shapes.codec.tokens_untrusted(body[1], shape[:2], shapes.vocabulary_size)
         answer = await desk.ask(_key(caller, question.key), kind, question.tokens, payload)
         tensor = answer.gradient if isinstance(answer, Tail) else answer
-        message = pb.StageAnswer(tensors=[shapes.describe(tensor)])
+        message = pb.StageAnswer(tensors=[shapes.describe(tensor)], life=desk.ledger.life)
         if isinstance(answer, Tail):
             message.loss = answer.loss
         return message, (await asyncio.to_thread(shapes.codec.encode, tensor),)
@@ -164,6 +164,7 @@ def _key_message(key: Key) -> pb.MicrobatchKey:
 
 def _settlement(driver: str, said: pb.Settlement) -> Settlement:
     return Settlement(
+        life=said.life,
         acknowledged=tuple(_key(driver, key) for key in said.acknowledged),
         dropped=tuple(_key(driver, key) for key in said.dropped),
         oldest_open=said.oldest_open,
@@ -183,28 +184,24 @@ class WireCalls:
     desks: Mapping[int, StageDesk]
     """This peer's own, by stage."""
 
-    async def forward(self, peer: str, part: Part, x: Tensor) -> Tensor:
+    async def forward(self, peer: str, part: Part, x: Tensor) -> Answered:
         """What the next stage takes, (B, T, D)."""
         return await self._activations(peer, part, "forward", x)
 
-    async def backward(self, peer: str, part: Part, gradient: Tensor) -> Tensor | None:
+    async def backward(self, peer: str, part: Part, gradient: Tensor) -> Answered:
         """The gradient of the input, (B, T, D); None of the first stage."""
-        if peer == self.me:
-            own: Tensor | None = await self._own(part, "backward", gradient)
-            return own
         return await self._activations(peer, part, "backward", gradient)
 
-    async def tail(self, peer: str, part: Part, x: Tensor, targets: Tensor) -> Tail:
-        """Targets are (B, T)."""
+    async def tail(self, peer: str, part: Part, x: Tensor, targets: Tensor) -> Answered:
+        """A `Tail`. Targets are (B, T)."""
         if peer == self.me:
-            own: Tail = await self._own(part, "tail", (x, targets))
-            return own
+            return await self._own(part, "tail", (x, targets))
         described = [self.shapes.describe(x), self.shapes.describe_tokens(targets)]
         body = [await asyncio.to_thread(self.shapes.codec.encode, x), self.shapes.codec.encode_tokens(targets)]
         answer, gradient = await self._ask(peer, _question(part, "tail", described), body, tuple(x.shape))
         if not math.isfinite(answer.loss):
             raise BadBytesError("a loss that is not finite")
-        return Tail(answer.loss, gradient)
+        return Answered(Tail(answer.loss, gradient), answer.life)
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
         """What counts and what does not; what is told too late to count."""
@@ -214,18 +211,19 @@ class WireCalls:
             acknowledged=[_key_message(key) for key in settlement.acknowledged],
             dropped=[_key_message(key) for key in settlement.dropped],
             oldest_open=settlement.oldest_open,
+            life=settlement.life,
         )
         question = pb.StageQuestion(stage=stage, kind=pb.STAGE_KIND_SETTLE, settlement=said)
         answer, _ = await self.client.ask(peer, question, (), _nothing_untrusted)
         return {_key(self.me, key) for key in answer.late}
 
-    async def _activations(self, peer: str, part: Part, kind: Kind, x: Tensor) -> Tensor:
+    async def _activations(self, peer: str, part: Part, kind: Kind, x: Tensor) -> Answered:
         if peer == self.me:
-            own: Tensor = await self._own(part, kind, x)
-            return own
+            return await self._own(part, kind, x)
         body = [await asyncio.to_thread(self.shapes.codec.encode, x)]
         question = _question(part, kind, [self.shapes.describe(x)])
-        return (await self._ask(peer, question, body, tuple(x.shape)))[1]
+        answer, tensor = await self._ask(peer, question, body, tuple(x.shape))
+        return Answered(tensor, answer.life)
 
     async def _ask(
         self, peer: str, question: pb.StageQuestion, body: Body, shape: tuple[int, ...]
@@ -240,8 +238,9 @@ class WireCalls:
         answer, tensors = await self.client.ask(peer, question, body, check_untrusted)
         return answer, await asyncio.to_thread(self.shapes.codec.decode_untrusted, tensors[0], shape)
 
-    async def _own(self, part: Part, kind: Kind, payload: Any) -> Any:
-        return await self._desk(part.stage).ask(part.key, kind, part.tokens, payload)
+    async def _own(self, part: Part, kind: Kind, payload: Any) -> Answered:
+        desk = self._desk(part.stage)
+        return Answered(await desk.ask(part.key, kind, part.tokens, payload), desk.ledger.life)
 
     def _desk(self, stage: int) -> StageDesk:
         desk = self.desks.get(stage)

@@ -56,17 +56,19 @@ class StageQuestion(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., kind: _Optional[_Union[StageKind, str]] = ..., key: _Optional[_Union[MicrobatchKey, _Mapping]] = ..., tokens: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[StageTensor, _Mapping]]] = ..., sha256: _Optional[bytes] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ...) -> None: ...
 
 class Settlement(_message.Message):
-    __slots__ = ("acknowledged", "dropped", "oldest_open")
+    __slots__ = ("acknowledged", "dropped", "oldest_open", "life")
     ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     OLDEST_OPEN_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     acknowledged: _containers.RepeatedCompositeFieldContainer[MicrobatchKey]
     dropped: _containers.RepeatedCompositeFieldContainer[MicrobatchKey]
     oldest_open: int
-    def __init__(self, acknowledged: _Optional[_Iterable[_Union[MicrobatchKey, _Mapping]]] = ..., dropped: _Optional[_Iterable[_Union[MicrobatchKey, _Mapping]]] = ..., oldest_open: _Optional[int] = ...) -> None: ...
+    life: int
+    def __init__(self, acknowledged: _Optional[_Iterable[_Union[MicrobatchKey, _Mapping]]] = ..., dropped: _Optional[_Iterable[_Union[MicrobatchKey, _Mapping]]] = ..., oldest_open: _Optional[int] = ..., life: _Optional[int] = ...) -> None: ...
 
 class StageAnswer(_message.Message):
-    __slots__ = ("status", "reason", "tensors", "sha256", "loss", "late")
+    __slots__ = ("status", "reason", "tensors", "sha256", "loss", "late", "life")
     class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATUS_UNSPECIFIED: _ClassVar[StageAnswer.Status]
@@ -85,10 +87,12 @@ class StageAnswer(_message.Message):
     SHA256_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LATE_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     status: StageAnswer.Status
     reason: str
     tensors: _containers.RepeatedCompositeFieldContainer[StageTensor]
     sha256: bytes
     loss: float
     late: _containers.RepeatedCompositeFieldContainer[MicrobatchKey]
-    def __init__(self, status: _Optional[_Union[StageAnswer.Status, str]] = ..., reason: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[StageTensor, _Mapping]]] = ..., sha256: _Optional[bytes] = ..., loss: _Optional[float] = ..., late: _Optional[_Iterable[_Union[MicrobatchKey, _Mapping]]] = ...) -> None: ...
+    life: int
+    def __init__(self, status: _Optional[_Union[StageAnswer.Status, str]] = ..., reason: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[StageTensor, _Mapping]]] = ..., sha256: _Optional[bytes] = ..., loss: _Optional[float] = ..., late: _Optional[_Iterable[_Union[MicrobatchKey, _Mapping]]] = ..., life: _Optional[int] = ...) -> None: ...
