@@ -27,7 +27,7 @@ from swarmtrain.errors import UserError
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.run import ModelSection
 
-__all__ = ["ExportedModel", "copy_exported", "export_model", "load_exported"]
+__all__ = ["ExportedModel", "copy_exported", "export_model", "load_exported", "write_whole"]
 
 _FORMAT = "swarmtrain-gpt-1"
 _NEEDED = ("config.json", "model.safetensors")
@@ -61,7 +61,7 @@ def export_model(
         "weights_sha256": hashlib.sha256(data).hexdigest(),
     }
     config_bytes = (json.dumps(config, indent=2) + "\n").encode()
-    _write(folder, {"model.safetensors": data, "config.json": config_bytes, **files})
+    write_whole(folder, {"model.safetensors": data, "config.json": config_bytes, **files})
 
 
 def copy_exported(source: Path, target: Path) -> int:
@@ -71,12 +71,15 @@ def copy_exported(source: Path, target: Path) -> int:
     """
     files = _read(source)
     run_tokens = _checked(source, files).run_tokens
-    _write(target, files)
+    write_whole(target, files)
     return run_tokens
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """All of `files` or none."""
+def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write all of `files` into `folder`, or none, replacing the model there.
+
+    Raises UserError when the folder holds something else, OSError as the file system gives it.
+    """
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise UserError(f"{folder} holds other files; give an empty or new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -175,6 +175,11 @@ def initial_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     deviation = 1.0 if name == "embed.weight" else 1.0 / math.sqrt(shape[-1])
+    return uniform_weight(name, shape, seed, deviation)
+
+
+def uniform_weight(name: str, shape: torch.Size, seed: int, deviation: float) -> Tensor:
+    """Numbers for the parameter called `name`, fp32, uniform with mean 0, the same bits on every machine."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float32)  # in [0, 1), multiples of 2**-24

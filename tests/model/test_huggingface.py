@@ -1,0 +1,564 @@
+"""Models of transformers cut into stages: what the whole computes, from a seed or a checkpoint, and back as one."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from swarmtrain.errors import UserError
+from swarmtrain.model import huggingface
+from swarmtrain.model.gpt import uniform_weight
+from swarmtrain.model.huggingface import (
+    HuggingFaceModel,
+    HuggingFaceStage,
+    build_stage,
+    export_stages,
+    load_stage,
+    read_config,
+    stage_shapes,
+    untie,
+)
+from swarmtrain.model.stages import joined_weights
+
+pytestmark = pytest.mark.processes  # not for its processes: importing the library alone takes seconds
+
+_ROTARY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 24,
+    "tie_word_embeddings": False,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_ROTARY, "pad_token_id": 7},
+    "qwen2": {"model_type": "qwen2", **_ROTARY},
+    "qwen3": {"model_type": "qwen3", **_ROTARY, "head_dim": 12},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 96,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 24,
+        "tie_word_embeddings": False,
+    },
+}
+FAMILIES = list(CONFIGS)
+# Nowhere, at each place, and at several.
+CUTS = [(), (0,), (1,), (2,), (3,), (1, 2), (0, 3), (0, 1, 2, 3)]
+
+
+def _stages(model: HuggingFaceModel, boundaries: tuple[int, ...], seed: int = 3) -> list[HuggingFaceStage]:
+    return [build_stage(shape, seed) for shape in stage_shapes(model, boundaries)]
+
+
+def _joined(stages: list[HuggingFaceStage]) -> dict[str, Tensor]:
+    return joined_weights(stage.state_dict() for stage in stages)
+
+
+def _whole(model: HuggingFaceModel, weights: dict[str, Tensor], attention: str = "sdpa") -> Any:
+    """The model that transformers builds, with these weights."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**model.as_json())
+    whole = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    whole.load_state_dict(weights)
+    return whole
+
+
+def _batch() -> Tensor:
+    return torch.randint(0, 96, (3, 19), generator=torch.Generator().manual_seed(1))
+
+
+def _pass(stages: list[HuggingFaceStage], batch: Tensor) -> float:
+    """Forward and backward as peers do it: each stage by itself, what is between them detached."""
+    x = batch[:, :-1]
+    between: list[tuple[Tensor, Tensor]] = []  # what a stage gave, and what the next one took
+    for stage in stages[:-1]:
+        left = stage(x)
+        x = left.detach().requires_grad_()
+        between.append((left, x))
+    loss = stages[-1].loss(x, batch[:, 1:])
+    loss.backward()
+    for left, taken in reversed(between):
+        left.backward(taken.grad)
+    return float(loss.detach())
+
+
+def _moved_stages(model: HuggingFaceModel, boundaries: tuple[int, ...]) -> list[HuggingFaceStage]:
+    """With other norms than 1 and other biases than 0, the same ones however it is cut."""
+    stages = _stages(model, boundaries)
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            parameter.data += uniform_weight(f"moved {name}", parameter.shape, 0, 0.05)
+    return stages
+
+
+@functools.cache
+def _expected(config: str, attention: str) -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradients of the whole model."""
+    model, batch = read_config(json.loads(config)), _batch()
+    whole = _whole(model, _joined(_moved_stages(model, ())), attention)
+    logits = whole(input_ids=batch[:, :-1]).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
+    return float(loss.detach()), {name: parameter.grad for name, parameter in whole.named_parameters()}
+
+
+def _check_against_whole(config: dict[str, Any], boundaries: tuple[int, ...], attention: str = "sdpa") -> None:
+    loss, expected = _expected(json.dumps(config), attention)
+    stages = _moved_stages(read_config(config), boundaries)
+    assert _pass(stages, _batch()) == pytest.approx(loss, rel=0, abs=1e-6)
+    gradients = joined_weights({name: p.grad for name, p in stage.named_parameters()} for stage in stages)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+# ---------------------------------------------------------------- what is computed
+
+
+@pytest.mark.parametrize("boundaries", CUTS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cut_anywhere_loss_and_gradients_are_those_of_the_whole(family: str, boundaries: tuple[int, ...]) -> None:
+    _check_against_whole(CONFIGS[family], boundaries)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_librarys_plain_attention_gives_the_same(family: str) -> None:
+    _check_against_whole(CONFIGS[family], (1, 2), "eager")
+
+
+_LINEAR = {"rope_type": "linear", "factor": 2.0}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 12,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 500.0},
+        {"rope_scaling": _LINEAR},
+        {"rope_scaling": _LLAMA3},
+        {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "rms_norm_eps": 0.01, "head_dim": 6},
+        {"num_key_value_heads": None},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_a_configuration_says_is_computed(changes: dict[str, Any]) -> None:
+    _check_against_whole(CONFIGS["llama"] | changes, (1,))
+    standard = _stages(read_config(CONFIGS["llama"]), ())
+    assert _pass(standard, _batch()) != _pass(_stages(read_config(CONFIGS["llama"] | changes), ()), _batch())
+
+
+def test_rotary_parameters_of_transformers_5_are_those_of_4() -> None:
+    old = CONFIGS["llama"] | {"rope_theta": 500.0, "rope_scaling": {**_LINEAR, "type": "linear"}}
+    new = CONFIGS["llama"] | {"rope_parameters": {**_LINEAR, "rope_theta": 500.0}}
+    plain = CONFIGS["llama"] | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+    assert read_config(old) == read_config(new)
+    assert read_config(plain) == read_config(CONFIGS["llama"])
+
+
+def test_dropout_is_left_out() -> None:
+    dropout = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    (stage,) = _stages(read_config(CONFIGS["gpt2"] | dropout), ())
+    tokens = _batch()
+    assert stage.training and torch.equal(stage(tokens), stage(tokens))
+
+
+def test_more_tokens_than_the_context_are_refused_by_every_stage() -> None:
+    first, last = _stages(read_config(CONFIGS["gpt2"]), (2,))
+    with pytest.raises(ValueError, match="25 tokens are more than the context of 24"):
+        first(torch.zeros((1, 25), dtype=torch.int64))
+    with pytest.raises(ValueError, match="25 tokens"):
+        last(torch.zeros(1, 25, 32))
+
+
+def test_boundaries_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="ascend from 0 to 3"):
+        stage_shapes(read_config(CONFIGS["qwen2"]), (4,))
+
+
+# ---------------------------------------------------------------- weights from a seed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initial_weights_do_not_depend_on_the_cut(family: str) -> None:
+    model = read_config(CONFIGS[family])
+    state = torch.random.get_rng_state()
+    whole = _joined(_stages(model, ()))
+    for boundaries in ((1,), (0, 2), (0, 1, 2, 3)):
+        joined = _joined(_stages(model, boundaries))
+        assert joined.keys() == whole.keys()
+        assert all(torch.equal(joined[name], whole[name]) for name in whole)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not torch.equal(_joined(_stages(model, (), seed=4))["lm_head.weight"], whole["lm_head.weight"])
+
+
+def test_initial_weights_have_the_deviation_that_the_configuration_says() -> None:
+    (llama,) = _stages(read_config(CONFIGS["llama"] | {"initializer_range": 0.5, "attention_bias": True}), ())
+    weights = llama.state_dict()
+    assert weights["model.layers.1.mlp.up_proj.weight"].std() == pytest.approx(0.5, rel=0.03)
+    assert weights["model.embed_tokens.weight"].mean() == pytest.approx(0, abs=0.03)
+    assert torch.equal(weights["model.layers.1.input_layernorm.weight"], torch.ones(32))
+    assert torch.equal(weights["model.layers.1.self_attn.q_proj.bias"], torch.zeros(32))
+    (gpt2,) = _stages(read_config(CONFIGS["gpt2"]), ())
+    weights = gpt2.state_dict()
+    assert weights["transformer.h.0.mlp.c_fc.weight"].std() == pytest.approx(0.02, rel=0.03)
+    assert weights["transformer.h.0.mlp.c_proj.weight"].std() == pytest.approx(0.02 / 6**0.5, rel=0.03)
+    assert torch.equal(weights["transformer.ln_f.weight"], torch.ones(32))
+
+
+def test_a_stage_of_a_model_that_no_machine_can_hold_is_built() -> None:
+    vast = {"vocab_size": 4_194_304, "hidden_size": 65_536, "head_dim": 2, "intermediate_size": 1}
+    model = read_config(CONFIGS["llama"] | vast | {"num_attention_heads": 1, "num_key_value_heads": 1})
+    first, middle, last = stage_shapes(model, (1, 2))
+    assert first.num_parameters - middle.num_parameters == 4_194_304 * 65_536
+    assert last.num_parameters - first.num_parameters == 65_536
+    stage = build_stage(middle, 0)
+    assert stage(torch.ones(1, 2, 65_536)).shape == (1, 2, 65_536)
+
+
+@pytest.mark.parametrize("boundaries", [(), (1, 3), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_counted_without_building_them(family: str, boundaries: tuple[int, ...]) -> None:
+    model = read_config(CONFIGS[family])
+    for shape in stage_shapes(model, boundaries):
+        assert shape.num_parameters == sum(p.numel() for p in build_stage(shape, 0).parameters())
+    whole = _whole(model, _joined(_stages(model, ())))
+    assert sum(shape.num_parameters for shape in stage_shapes(model, boundaries)) == whole.num_parameters()
+
+
+# ---------------------------------------------------------------- weights from a checkpoint
+
+
+def _checkpoint(folder: Path, config: dict[str, Any], **options: Any) -> Any:
+    """A checkpoint as transformers writes it; the model that it is of."""
+    import transformers
+
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+    model.save_pretrained(folder, **options)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stage_opens_only_the_shards_of_its_tensors(tmp_path: Path, family: str) -> None:
+    whole = _checkpoint(tmp_path, CONFIGS[family], max_shard_size="16KB").state_dict()
+    places = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(places.values())) > 5
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for path in tmp_path.glob("*.safetensors"):
+        path.rename(kept / path.name)
+    for shape in stage_shapes(read_config(tmp_path), (1, 2)):
+        needed = {places[name] for name in HuggingFaceStage(shape).state_dict()}
+        assert needed < set(places.values())
+        for number, name in enumerate(sorted(set(places.values()))):
+            (tmp_path / name).unlink(missing_ok=True)
+            if name in needed:
+                (tmp_path / name).symlink_to(kept / name)  # as in a cache of the hub
+            elif number % 2:
+                (tmp_path / name).write_bytes(b"torn")
+        for name, weight in load_stage(shape, tmp_path).state_dict().items():
+            assert torch.equal(weight, whole[name]), name
+
+
+def test_one_file_in_half_precision_becomes_fp32_in_memory_of_its_own(tmp_path: Path) -> None:
+    whole = _checkpoint(tmp_path, CONFIGS["llama"])
+    whole.to(torch.bfloat16).save_pretrained(tmp_path)
+    (stage,) = (load_stage(shape, tmp_path) for shape in stage_shapes(read_config(tmp_path), ()))
+    (tmp_path / "model.safetensors").write_bytes(b"")  # a mapped file would now end the process
+    for name, weight in stage.state_dict().items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, whole.state_dict()[name].float()), name
+
+
+@pytest.mark.parametrize("is_body_alone", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_tied_checkpoint_is_explained_and_can_be_untied(tmp_path: Path, family: str, is_body_alone: bool) -> None:
+    config = CONFIGS[family] | {"tie_word_embeddings": True}
+    whole = _checkpoint(tmp_path, config)
+    if is_body_alone:  # as GPT-2 itself was published
+        whole.base_model.save_pretrained(tmp_path)
+    assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match=r"different peers, .* cannot be trained in two places; .*huggingface\.untie"):
+        read_config(tmp_path)
+    stages = [load_stage(shape, tmp_path) for shape in stage_shapes(untie(tmp_path), (1, 3))]
+    weights = _joined(stages)
+    embedding = next(weight for name, weight in weights.items() if "wte" in name or "embed_tokens" in name)
+    assert torch.equal(weights["lm_head.weight"], embedding)
+    assert weights["lm_head.weight"].data_ptr() != embedding.data_ptr()
+    x = tokens = _batch()
+    for stage in stages:
+        x = stage(x)
+    torch.testing.assert_close(x, whole.eval()(input_ids=tokens).logits, rtol=0, atol=1e-6)
+
+
+def test_gpt2_is_tied_unless_its_configuration_says_otherwise() -> None:
+    config = {key: value for key, value in CONFIGS["gpt2"].items() if key != "tie_word_embeddings"}
+    with pytest.raises(UserError, match="written out: some families are tied by default"):
+        read_config(config)
+    assert untie(config).config == read_config(CONFIGS["gpt2"]).config
+    assert not untie(CONFIGS["gpt2"]).head_is_copy
+    llama = {key: value for key, value in CONFIGS["llama"].items() if key != "tie_word_embeddings"}
+    assert read_config(llama) == read_config(CONFIGS["llama"])
+
+
+def test_a_checkpoint_without_a_head_is_not_untied_unasked(tmp_path: Path) -> None:
+    _checkpoint(tmp_path, CONFIGS["gpt2"] | {"tie_word_embeddings": True})
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["gpt2"]))
+    first, last = stage_shapes(read_config(tmp_path), (1,))
+    load_stage(first, tmp_path)
+    with pytest.raises(UserError, match=r"has no tensor lm_head.weight; if its head is tied .*untie"):
+        load_stage(last, tmp_path)
+
+
+def _small(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A checkpoint in one file, written without transformers; its file, and what is in it."""
+    weights = _joined(_stages(read_config(CONFIGS["qwen3"]), ()))
+    save_file(weights, folder / "model.safetensors")
+    return folder / "model.safetensors", weights
+
+
+def _load(folder: Path) -> None:
+    for shape in stage_shapes(read_config(CONFIGS["qwen3"]), (1,)):
+        load_stage(shape, folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"torn", (2**62).to_bytes(8, "little") + b"{}", None], ids=str)
+def test_broken_safetensors_are_one_line(tmp_path: Path, content: bytes | None) -> None:
+    path, _ = _small(tmp_path)
+    _load(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1] if content is None else content)
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read: [^\n]+; fetch it again$"):
+        _load(tmp_path)
+
+
+def test_tensors_that_are_not_the_models_are_refused(tmp_path: Path) -> None:
+    path, weights = _small(tmp_path)
+    name = "model.layers.2.self_attn.q_norm.weight"
+    for wrong in (torch.ones(13), torch.ones(12, dtype=torch.int64)):
+        save_file(weights | {name: wrong}, path)
+        with pytest.raises(UserError, match=rf"{name} is \w+ \[1[23]\], but config.json says floats \[12\]; give"):
+            _load(tmp_path)
+    save_file(weights | {name: torch.full((12,), torch.nan)}, path)
+    with pytest.raises(UserError, match=f"{name} has numbers that are not finite"):
+        _load(tmp_path)
+    save_file({key: weight for key, weight in weights.items() if key != name}, path)
+    with pytest.raises(UserError, match=f"has no tensor {name}; give the folder of the checkpoint"):
+        _load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"lm_head.weight": "../model.safetensors"}}',
+        '{"weight_map": {"lm_head.weight": "/etc/passwd"}}',
+        '{"weight_map": {"lm_head.weight": 1}}',
+    ],
+    ids=lambda index: index[:40],
+)
+def test_a_broken_index_is_one_line(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"index\.json: cannot be read: [^\n]+; fetch it again$"):
+        _load(tmp_path)
+
+
+def test_an_index_that_names_a_shard_without_the_tensor(tmp_path: Path) -> None:
+    path, weights = _small(tmp_path)
+    path.rename(tmp_path / "all.safetensors")
+    save_file({"other": torch.ones(1)}, tmp_path / "some.safetensors")
+    for name in weights:
+        places = dict.fromkeys(weights, "all.safetensors") | {name: "some.safetensors"}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(UserError, match=r"some\.safetensors: cannot be read"):
+            _load(tmp_path)
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": places | {name: "absent.safetensors"}})
+        )
+        with pytest.raises(UserError, match=r"absent\.safetensors: cannot be read"):
+            _load(tmp_path)
+        break
+
+
+def test_what_executes_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"has neither model\.safetensors nor .* save it as safetensors"):
+        _load(tmp_path)
+
+
+# ---------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, r'model_type: "mamba" cannot be cut .*supported: llama, qwen2, qwen3, gpt2$'),
+        ({"model_type": None}, r"model_type: null cannot be cut"),
+        ({"model_type": ["llama"]}, r"model_type: \[\"llama\"\] cannot be cut"),
+        ({"tie_word_embeddings": "no"}, r'tie_word_embeddings: "no" is refused; allowed: true or false'),
+        ({"hidden_size": 10**30}, r"hidden_size: 1000000+ is refused: Input should be less than or equal to 65536"),
+        ({"vocab_size": 0}, r"vocab_size: 0 is refused"),
+        ({"num_hidden_layers": True}, r"num_hidden_layers: true is refused: Input should be a valid integer"),
+        ({"num_hidden_layers": 5000}, r"num_hidden_layers: 5000 is refused"),
+        ({"num_attention_heads": 5}, r"num_key_value_heads: 2 does not divide num_attention_heads = 5"),
+        ({"num_attention_heads": 6}, r"num_attention_heads: 6 does not divide hidden_size = 32"),
+        ({"num_attention_heads": 6, "head_dim": 8}, r"num_attention_heads: 6 does not divide hidden_size = 32"),
+        ({"initializer_range": 2}, r"initializer_range: 2 is refused"),
+        ({"eos_token_id": [1, 10**30]}, r"configuration: eos_token_id: \[1, 10+\] is refused"),
+        ({"num_attention_heads": 32}, r"heads of an odd width"),
+        ({"head_dim": 7}, r"heads of an odd width"),
+        ({"hidden_act": "os.system"}, r'hidden_act: "os.system" is refused'),
+        ({"rms_norm_eps": float("nan")}, r"rms_norm_eps: NaN is refused"),
+        ({"rope_theta": 0}, r"rope_theta: 0 is refused"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, r"rope_scaling: .* is refused: .*'linear', 'llama3'"),
+        ({"rope_scaling": "linear"}, r"rope_scaling: \"linear\" is refused"),
+        ({"rope_scaling": {**_LINEAR, "mscale": 1}}, r"rope_scaling\.linear\.mscale: 1 is refused"),
+        ({"rope_parameters": {**_LLAMA3, "high_freq_factor": 1}}, r"rope_scaling\.high_freq_factor: must be above"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor: 0\.5"),
+        ({"use_sliding_window": True}, r"use_sliding_window: true is refused"),
+        ({"layer_types": ["sliding_attention"]}, r'layer_types\.0: "sliding_attention" is refused'),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config: .* is refused"),
+        ({"pad_token_id": 96}, r"pad_token_id: 96 is none of vocab_size = 96 tokens"),
+        ({"initializer_range": "\x1b[31m" + "x" * 99}, r'initializer_range: "\\u001b\[31mx+\.\.\. is refused'),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_configurations_that_stages_cannot_follow_are_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read_config(CONFIGS["llama"] | changes)
+    assert str(caught.value).isprintable()
+
+
+def test_configurations_of_the_other_families_are_checked_too() -> None:
+    for family, key, value in (
+        ("qwen2", "head_dim", 10),
+        ("gpt2", "n_head", 5),
+        ("gpt2", "add_cross_attention", True),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+    ):
+        with pytest.raises(UserError, match=f"the model's configuration: {key}"):
+            read_config(CONFIGS[family] | {key: value})
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(UserError, match="vocab_size: a deeply nested value is refused"):
+        read_config(CONFIGS["qwen2"] | {"vocab_size": deep})
+    with pytest.raises(UserError, match="hidden_size: missing"):
+        read_config({key: value for key, value in CONFIGS["qwen2"].items() if key != "hidden_size"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", r"not JSON: [^\n]*; give"),
+        (b"\xff", r"not JSON"),
+        (b"[" * 200_000, r"not JSON"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", r"not JSON"),
+        (b"[]", r"no JSON object"),
+        (b" " * 1_048_577, r"more than 1048576 bytes"),
+        (None, r"cannot be read: No such file"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_file_that_is_no_configuration_is_one_line(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"config\.json: {message}"):
+        read_config(tmp_path)
+
+
+def test_keys_that_would_fetch_or_run_code_are_left_behind() -> None:
+    code = {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "attn_implementation": "someone/kernels"}
+    model = read_config(CONFIGS["llama"] | code | {"_attn_implementation": "someone/kernels"})
+    assert model == read_config(CONFIGS["llama"])
+    assert not model.as_json().keys() & {"auto_map", "attn_implementation", "_attn_implementation"}
+
+
+# ---------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_joined_stages_load_in_transformers(tmp_path: Path, family: str) -> None:
+    import transformers
+
+    changes = {"rope_scaling": _LLAMA3, "rope_theta": 777.0, "eos_token_id": [1, 2]} if family == "llama" else {}
+    model = read_config(CONFIGS[family] | changes)
+    stages = _stages(model, (1, 2))
+    export_stages(tmp_path / "model", model, (stage.state_dict() for stage in stages), {"run.toml": b"run"})
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        *("config.json", "model.safetensors", "run.toml")
+    ]
+    whole, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"] and whole.dtype == torch.float32
+    x = tokens = _batch()
+    for stage in stages:
+        x = stage(x)
+    torch.testing.assert_close(whole(input_ids=tokens).logits, x, rtol=0, atol=1e-6)
+    assert read_config(tmp_path / "model") == model
+    (again,) = (load_stage(shape, tmp_path / "model") for shape in stage_shapes(model, ()))
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in _joined(stages).items())
+
+
+def test_only_the_stages_of_one_model_are_exported(tmp_path: Path) -> None:
+    model = read_config(CONFIGS["gpt2"])
+    first, last = (stage.state_dict() for stage in _stages(model, (2,)))
+    with pytest.raises(ValueError, match="is missing, of another model, or of another shape"):
+        export_stages(tmp_path / "model", model, [first], {})
+    with pytest.raises(ValueError, match=r"lm_head\.weight is missing, of another model, or of another shape: 1"):
+        export_stages(tmp_path / "model", model, [first, last | {"lm_head.weight": torch.ones(96, 33)}], {})
+    with pytest.raises(ValueError, match="two stages have"):
+        export_stages(tmp_path / "model", model, [first, first], {})
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_export_replaces_an_export_but_no_checkpoint(tmp_path: Path) -> None:
+    model = read_config(CONFIGS["gpt2"])
+    for seed in (1, 2):
+        stages = _stages(model, (), seed)
+        export_stages(tmp_path / "model", model, (stage.state_dict() for stage in stages), {})
+        written = load_file(tmp_path / "model" / "model.safetensors")
+        assert torch.equal(written["lm_head.weight"], stages[0].lm_head.weight)
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds tokenizer\.json too, which would be lost; give a new folder"):
+        export_stages(tmp_path / "model", model, (stage.state_dict() for stage in stages), {})
+
+
+# ---------------------------------------------------------------- the extra
+
+
+def test_without_the_extra_the_next_step_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.models.llama.configuration_llama", None)
+    (shape,) = stage_shapes(read_config(CONFIGS["llama"]), ())
+    with pytest.raises(UserError, match=r"needs an extra: pip install 'swarmtrain\[hf\]'"):
+        build_stage(shape, 0)
+
+
+def test_the_library_is_imported_only_when_it_is_needed() -> None:
+    package = Path(huggingface.__file__).parent.parent
+    for path in package.rglob("*.py"):
+        assert not re.search(r"^(import|from) transformers\b", path.read_text(encoding="utf-8"), re.MULTILINE), path
