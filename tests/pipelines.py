@@ -119,7 +119,7 @@ class StagePeer:
             batch = self.sums.pop(due.batch)
             assert +batch == Counter(due.microbatches), "a step has exactly what is acknowledged"
             assert -batch == Counter()
-            assert due.tokens == len(due.microbatches)
+            assert due.tokens == len(due.microbatches) and due.loss == 1.0
             self.stepped.update((key.driver, key.sequence) for key in due.microbatches)
         elif isinstance(due, Forget):
             self.kept.discard(due.key)
@@ -181,7 +181,7 @@ class Network:
         return await self._ask(peer, part, "tail", (x, targets))
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
-        driver = (*settlement.acknowledged, *settlement.dropped)[0].driver
+        driver = (*(each.key for each in settlement.acknowledged), *settlement.dropped)[0].driver
 
         async def body() -> set[Key]:
             self.peers[peer].awake.set()

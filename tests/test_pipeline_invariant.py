@@ -24,7 +24,7 @@ def test_a_driver_that_dies_leaves_nothing_half_counted(name: str, seed: int) ->
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("part", range(8))
-def test_a_thousand_schedules_of_everything_at_once(part: int) -> None:
+@pytest.mark.parametrize("part", range(4))
+def test_hundreds_of_schedules_of_everything_at_once(part: int) -> None:
     for seed in range(125 * part, 125 * (part + 1)):
         run_schedule(FAULTS["everything but death" if seed % 3 else "everything"], seed, killed=seed % 2)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = [
+    "Acknowledged",
     "Add",
     "Due",
     "Forget",
@@ -77,6 +78,13 @@ class Verdict:
     reason: str = ""
 
 
+class Acknowledged(NamedTuple):
+    """A microbatch that is all the way back, and its loss, mean nats per token: so that every stage knows it."""
+
+    key: Key
+    loss: float
+
+
 @dataclass(frozen=True)
 class Settlement:
     """What a driver says of its microbatches: which count, which do not, and the first that it needs anything of.
@@ -86,7 +94,7 @@ class Settlement:
     """
 
     life: int
-    acknowledged: tuple[Key, ...]
+    acknowledged: tuple[Acknowledged, ...]
     dropped: tuple[Key, ...]
     oldest_open: int
 
@@ -101,10 +109,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """Take an inner step with the gradient of `batch`, the mean over `tokens`."""
+    """Take an inner step with the gradient of `batch`, the mean over `tokens`, as is its loss."""
 
     batch: int
     tokens: int
+    loss: float
     microbatches: tuple[Key, ...]
 
 
@@ -147,6 +156,7 @@ class _Microbatch:
     has_gradient: bool = False
     """Computed: in a batch, or taken out again."""
     acknowledged: bool = False
+    loss: float = 0.0
     taken_out: bool = False
     dropped: bool = False
 
@@ -269,7 +279,7 @@ class StageLedger:
 
     # ------------------------------------------------------------- what drivers say
 
-    def acknowledge(self, key: Key, now: float) -> bool:
+    def acknowledge(self, key: Key, loss: float, now: float) -> bool:
         """Its driver has what it asked for: the gradient may count. False if it is too late for that, or never was."""
         if (driver := self._drivers.get(key.driver)) is not None:
             driver.heard_s = now
@@ -282,18 +292,15 @@ class StageLedger:
             known.taken_out = False
             self._put_in(key, known)
             self._due.append(Add(key, self._filling.number))
-        known.acknowledged, known.heard_s = True, now
+        known.acknowledged, known.loss, known.heard_s = True, loss, now
         return True
 
     def settle(self, driver: str, settlement: Settlement, now: float) -> set[Key]:
         """What `driver` says of its own microbatches; those acknowledged that cannot count any more."""
-        own = settlement.life == self.life
-        late = {
-            key for key in settlement.acknowledged if not (own and key.driver == driver and self.acknowledge(key, now))
-        }
+        mine = settlement.life == self.life
+        late = {key for key, loss in settlement.acknowledged if not (mine and self.acknowledge(key, loss, now))}
         for key in settlement.dropped:
-            if key.driver == driver:
-                self.drop(key)
+            self.drop(key)
         self.oldest_open(driver, settlement.oldest_open, now)
         return late
 
@@ -345,7 +352,8 @@ class StageLedger:
         if not closed.members:
             return
         keys = tuple(closed.members)
-        self._due.append(Step(closed.number, closed.tokens, keys))
+        loss = sum(self._open[key].loss * self._open[key].tokens for key in keys) / closed.tokens
+        self._due.append(Step(closed.number, closed.tokens, loss, keys))
         self.version += 1
         self.counted_tokens += closed.tokens
         for key in keys:

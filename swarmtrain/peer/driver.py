@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError, UnreachableError
-from swarmtrain.membership.microbatches import Key, Kind, Settlement
+from swarmtrain.membership.microbatches import Acknowledged, Key, Kind, Settlement
 from swarmtrain.membership.routing import Router
 from swarmtrain.network.tasks import end_tasks, logged
 
@@ -132,7 +132,8 @@ _ANY_LIFE = 0
 class _Settling:
     """What one life of a peer is to be told of one stage."""
 
-    acknowledged: set[Key] = field(default_factory=set)
+    acknowledged: dict[Key, float] = field(default_factory=dict)
+    """With the loss."""
     dropped: set[Key] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
 
@@ -190,7 +191,7 @@ class Driver:
             assert place is not None
             peer, key = place
             whom = _Whom(peer, stage, way.lives[stage])
-            self._settling_of(whom).acknowledged.add(key)
+            self._settling_of(whom).acknowledged[key] = tail.loss
             self._settle(whom)
         return tail.loss
 
@@ -339,8 +340,9 @@ class Driver:
         give_up_s, again_s = self.now() + _GIVE_UP_S, _AGAIN_S
         try:
             while settling.acknowledged or settling.dropped:
-                acknowledged, dropped = tuple(settling.acknowledged), tuple(settling.dropped)
-                settlement = Settlement(whom.life, acknowledged, dropped, self._settled_before(whom))
+                acknowledged, dropped = dict(settling.acknowledged), tuple(settling.dropped)
+                said = tuple(Acknowledged(key, loss) for key, loss in acknowledged.items())
+                settlement = Settlement(whom.life, said, dropped, self._settled_before(whom))
                 try:
                     async with asyncio.timeout(_SETTLE_LIMIT_S):
                         late, reason = (
@@ -358,7 +360,8 @@ class Driver:
                 give_up_s, again_s = self.now() + _GIVE_UP_S, _AGAIN_S
                 for key in late.intersection(acknowledged):
                     self.told.lost(whom.stage, whom.peer, key, reason)
-                settling.acknowledged -= set(acknowledged)
+                for key in acknowledged:
+                    del settling.acknowledged[key]
                 settling.dropped -= set(dropped)
         finally:
             settling.task = None

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from swarmtrain.algorithm.inner import InnerOptimizer
-from swarmtrain.membership.microbatches import Add, Due, Forget, Key, Step, Subtract
+from swarmtrain.membership.microbatches import Add, Due, Forget, Step, Subtract
 from swarmtrain.model.stage_work import StageWork
 from swarmtrain.peer.driver import Tail
 from swarmtrain.peer.stage_desk import StageDesk, Task
@@ -25,12 +25,12 @@ _LOOK_S = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class StageStep:
-    """An inner step that was taken: the tokens that count in it, the norm of their gradient before the clip, and of the
-    last stage the mean loss, nats per token."""
+    """An inner step that was taken: the tokens that count in it, their mean loss, nats per token, and the norm of their
+    gradient before the clip."""
 
     tokens: int
+    loss: float
     grad_norm: float
-    loss: float | None
 
 
 @dataclass
@@ -45,8 +45,6 @@ class StageLoop:
     """Around each piece of work; on leaving it, it may wait."""
     record: Callable[[Task | Due, Any], None] = lambda what, answer: None
     """Told of everything in the order in which it is done, and of what was answered."""
-    busy_s: float = 0.0
-    _losses: dict[Key, float] = field(default_factory=dict)
 
     def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> StageStep:
         """Work until a step is taken. Raises StopTraining when asked to end; nothing is lost by it."""
@@ -74,8 +72,7 @@ class StageLoop:
         self.work.gradients(step.batch, self.batch_tokens / step.tokens)
         grad_norm = self.inner.step(progress, scale)
         self.work.replaced()
-        losses = [self._losses[key] for key in step.microbatches if key in self._losses]
-        return StageStep(tokens=step.tokens, grad_norm=grad_norm, loss=sum(losses) / len(losses) if losses else None)
+        return StageStep(tokens=step.tokens, loss=step.loss, grad_norm=grad_norm)
 
     def _compute(self, task: Task) -> Any:
         if task.kind == "forward":
@@ -84,7 +81,6 @@ class StageLoop:
             return self.work.backward(task.key, task.payload, task.work.batch)
         x, targets = task.payload
         result = self.work.tail(task.key, x, targets, task.tokens / self.batch_tokens, task.work.batch)
-        self._losses[task.key] = result.loss
         return Tail(result.loss, result.gradient)
 
     def _correct(self, due: Subtract | Add | Forget) -> None:
@@ -94,4 +90,3 @@ class StageLoop:
             self.work.add(due.key, due.batch)
         else:
             self.work.forget(due.key)
-            self._losses.pop(due.key, None)

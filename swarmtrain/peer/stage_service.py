@@ -17,7 +17,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.quantize import Format
 from swarmtrain.errors import BadBytesError, GoneError, PeerError
-from swarmtrain.membership.microbatches import Key, Kind, Settlement
+from swarmtrain.membership.microbatches import Acknowledged, Key, Kind, Settlement
 from swarmtrain.network.codec import ActivationCodec
 from swarmtrain.network.stage_calls import Body, StageClient
 from swarmtrain.peer.driver import Answered, Part, Tail
@@ -34,6 +34,7 @@ _KINDS: dict[Kind, pb.StageKind] = {
 _OF_KINDS = {number: kind for kind, number in _KINDS.items()}
 _TOKENS = "tokens"
 _MAX_KEYS = 4096
+_MAX_LOSS = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,8 @@ class StageServer:
             keys = len(question.settlement.acknowledged) + len(question.settlement.dropped)
             if tensors or keys > _MAX_KEYS:
                 raise BadBytesError(f"a settlement of {keys} microbatches and {len(tensors)} tensors")
+            if not all(0 <= key.loss <= _MAX_LOSS for key in question.settlement.acknowledged):
+                raise BadBytesError("a settlement with a loss that is none")
             return
         kind = _OF_KINDS.get(question.kind)
         is_last = question.stage == self.num_stages - 1
@@ -158,14 +161,14 @@ def _key(driver: str, key: pb.MicrobatchKey) -> Key:
     return Key(driver, key.sequence, key.attempt)
 
 
-def _key_message(key: Key) -> pb.MicrobatchKey:
-    return pb.MicrobatchKey(sequence=key.sequence, attempt=key.attempt)
+def _key_message(key: Key, loss: float = 0.0) -> pb.MicrobatchKey:
+    return pb.MicrobatchKey(sequence=key.sequence, attempt=key.attempt, loss=loss)
 
 
 def _settlement(driver: str, said: pb.Settlement) -> Settlement:
     return Settlement(
         life=said.life,
-        acknowledged=tuple(_key(driver, key) for key in said.acknowledged),
+        acknowledged=tuple(Acknowledged(_key(driver, key), key.loss) for key in said.acknowledged),
         dropped=tuple(_key(driver, key) for key in said.dropped),
         oldest_open=said.oldest_open,
     )
@@ -199,8 +202,8 @@ class WireCalls:
         described = [self.shapes.describe(x), self.shapes.describe_tokens(targets)]
         body = [await asyncio.to_thread(self.shapes.codec.encode, x), self.shapes.codec.encode_tokens(targets)]
         answer, gradient = await self._ask(peer, _question(part, "tail", described), body, tuple(x.shape))
-        if not math.isfinite(answer.loss):
-            raise BadBytesError("a loss that is not finite")
+        if not 0 <= answer.loss <= _MAX_LOSS:  # NaN too
+            raise BadBytesError("a loss that is none")
         return Answered(Tail(answer.loss, gradient), answer.life)
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
@@ -208,7 +211,7 @@ class WireCalls:
         if peer == self.me:
             return self._desk(stage).settle(self.me, settlement)
         said = pb.Settlement(
-            acknowledged=[_key_message(key) for key in settlement.acknowledged],
+            acknowledged=[_key_message(key, loss) for key, loss in settlement.acknowledged],
             dropped=[_key_message(key) for key in settlement.dropped],
             oldest_open=settlement.oldest_open,
             life=settlement.life,

@@ -20,12 +20,14 @@ STAGE_KIND_TAIL: StageKind
 STAGE_KIND_SETTLE: StageKind
 
 class MicrobatchKey(_message.Message):
-    __slots__ = ("sequence", "attempt")
+    __slots__ = ("sequence", "attempt", "loss")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     attempt: int
-    def __init__(self, sequence: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+    loss: float
+    def __init__(self, sequence: _Optional[int] = ..., attempt: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
 
 class StageTensor(_message.Message):
     __slots__ = ("format", "shape", "size_bytes")

@@ -50,10 +50,10 @@ def test_a_step_is_taken_when_all_of_a_full_batch_is_acknowledged() -> None:
     for sequence in (0, 1):
         _there_and_back(ledger, _key(sequence))
     assert not _all_due(ledger)
-    assert ledger.acknowledge(_key(0), 0.0)
+    assert ledger.acknowledge(_key(0), 2.5, 0.0)
     assert not _all_due(ledger)
-    assert ledger.acknowledge(_key(1), 0.0)
-    assert _all_due(ledger) == [Step(0, 4, (_key(0), _key(1))), Forget(_key(0)), Forget(_key(1))]
+    assert ledger.acknowledge(_key(1), 2.5, 0.0)
+    assert _all_due(ledger) == [Step(0, 4, 2.5, (_key(0), _key(1))), Forget(_key(0)), Forget(_key(1))]
     assert (ledger.version, ledger.counted_tokens, ledger.num_open) == (1, 4, 0)
 
 
@@ -62,32 +62,32 @@ def test_the_next_batch_is_filled_while_a_closed_one_waits() -> None:
     for sequence in (0, 1, 2):
         _there_and_back(ledger, _key(sequence))
         assert not _all_due(ledger)
-    ledger.acknowledge(_key(0), 0.0)
-    ledger.acknowledge(_key(2), 0.0)
+    ledger.acknowledge(_key(0), 2.5, 0.0)
+    ledger.acknowledge(_key(2), 2.5, 0.0)
     assert not _steps(_all_due(ledger))
-    ledger.acknowledge(_key(1), 0.0)
-    assert _steps(_all_due(ledger)) == [Step(0, 4, (_key(0), _key(1)))]
+    ledger.acknowledge(_key(1), 2.5, 0.0)
+    assert _steps(_all_due(ledger)) == [Step(0, 4, 2.5, (_key(0), _key(1)))]
     _there_and_back(ledger, _key(3))
-    ledger.acknowledge(_key(3), 0.0)
-    assert _steps(_all_due(ledger)) == [Step(1, 4, (_key(2), _key(3)))]
+    ledger.acknowledge(_key(3), 2.5, 0.0)
+    assert _steps(_all_due(ledger)) == [Step(1, 4, 2.5, (_key(2), _key(3)))]
 
 
 def test_what_is_not_acknowledged_in_time_is_taken_out_and_comes_back_with_its_acknowledgement() -> None:
     ledger = _ledger()
     for sequence in (0, 1):
         _there_and_back(ledger, _key(sequence))
-    ledger.acknowledge(_key(0), 0.0)
+    ledger.acknowledge(_key(0), 2.5, 0.0)
     assert not _all_due(ledger)
     assert ledger.next_s() == 10.0
     due = _all_due(ledger, 10.0)
-    assert due[:2] == [Subtract(_key(1), 0, "not acknowledged in time"), Step(0, 2, (_key(0),))]
+    assert due[:2] == [Subtract(_key(1), 0, "not acknowledged in time"), Step(0, 2, 2.5, (_key(0),))]
     assert Forget(_key(1)) not in due
-    assert ledger.acknowledge(_key(1), 11.0)
+    assert ledger.acknowledge(_key(1), 2.5, 11.0)
     assert _all_due(ledger, 11.0) == [Add(_key(1), 1)]
     _there_and_back(ledger, _key(2), 12.0)
-    ledger.acknowledge(_key(2), 12.0)
-    assert _steps(_all_due(ledger, 12.0)) == [Step(1, 4, (_key(1), _key(2)))]
-    assert ledger.acknowledge(_key(1), 13.0), "an acknowledgement may be repeated"
+    ledger.acknowledge(_key(2), 2.5, 12.0)
+    assert _steps(_all_due(ledger, 12.0)) == [Step(1, 4, 2.5, (_key(1), _key(2)))]
+    assert ledger.acknowledge(_key(1), 2.5, 13.0), "an acknowledgement may be repeated"
     assert not _all_due(ledger, 13.0)
     assert ledger.counted_tokens == 6
 
@@ -109,7 +109,7 @@ def test_a_question_again_is_answered_as_before() -> None:
     _compute(ledger, _key(1), "tail")
     assert ledger.ask(_key(1), "tail", 2, 0.0).answer == "repeat"
     for key in (_key(0), _key(1)):
-        ledger.acknowledge(key, 0.0)
+        ledger.acknowledge(key, 2.5, 0.0)
     _all_due(ledger)
     assert ledger.ask(_key(0), "forward", 2, 1.0).answer == "gone", "it is counted"
     assert ledger.ask(_key(1), "tail", 2, 1.0).answer == "gone"
@@ -123,9 +123,9 @@ def test_a_newer_attempt_takes_the_place_of_an_older_one() -> None:
         Subtract(_key(0), 0, "another attempt takes its place"),
         Forget(_key(0)),
     ]
-    assert not ledger.acknowledge(_key(0), 0.0)
+    assert not ledger.acknowledge(_key(0), 2.5, 0.0)
     assert ledger.ask(_key(0), "backward", 2, 0.0).answer == "gone"
-    assert ledger.acknowledge(_key(0, attempt=1), 0.0)
+    assert ledger.acknowledge(_key(0, attempt=1), 2.5, 0.0)
 
 
 def test_an_older_attempt_that_comes_late_is_refused() -> None:
@@ -137,7 +137,7 @@ def test_an_older_attempt_that_comes_late_is_refused() -> None:
 def test_an_attempt_that_is_acknowledged_is_not_replaced() -> None:
     ledger = _ledger()
     _there_and_back(ledger, _key(0))
-    ledger.acknowledge(_key(0), 0.0)
+    ledger.acknowledge(_key(0), 2.5, 0.0)
     assert ledger.ask(_key(0, attempt=1), "forward", 2, 0.0).answer == "gone"
 
 
@@ -156,14 +156,14 @@ def test_a_backward_comes_a_step_late_at_most() -> None:
     for step in (0, 1):
         for sequence in (2 * step, 2 * step + 1):
             _there_and_back(ledger, _key(sequence))
-            ledger.acknowledge(_key(sequence), 0.0)
+            ledger.acknowledge(_key(sequence), 2.5, 0.0)
         assert len(_steps(_all_due(ledger))) == 1
         if step == 0:
             assert ledger.ask(late, "backward", 2, 0.0).answer == "work"
             work = ledger.begin(late, "backward")
             assert work is not None and work.version == 0
             ledger.computed(late, "backward", 0.0)
-            ledger.acknowledge(late, 0.0)
+            ledger.acknowledge(late, 2.5, 0.0)
     verdict = ledger.ask(later, "backward", 2, 0.0)
     assert (verdict.answer, verdict.reason) == ("gone", "the weights have moved on by 2 steps since")
 
@@ -173,7 +173,7 @@ def test_a_forward_has_the_weights_of_when_it_is_computed() -> None:
     assert ledger.ask(_key(9), "forward", 2, 0.0).answer == "work"
     for sequence in (0, 1):
         _there_and_back(ledger, _key(sequence))
-        ledger.acknowledge(_key(sequence), 0.0)
+        ledger.acknowledge(_key(sequence), 2.5, 0.0)
     _all_due(ledger)
     assert ledger.begin(_key(9), "forward") == Work(version=1, batch=1)
 
@@ -184,12 +184,12 @@ def test_what_is_dropped_does_not_count() -> None:
         _there_and_back(ledger, _key(sequence))
     ledger.drop(_key(0))
     assert _all_due(ledger)[0] == Subtract(_key(0), 0, "dropped by its driver")
-    assert not ledger.acknowledge(_key(0), 0.0)
-    ledger.acknowledge(_key(1), 0.0)
+    assert not ledger.acknowledge(_key(0), 2.5, 0.0)
+    ledger.acknowledge(_key(1), 2.5, 0.0)
     ledger.drop(_key(1))
-    assert ledger.acknowledge(_key(1), 0.0), "what is acknowledged is not dropped"
-    ledger.acknowledge(_key(2), 0.0)
-    assert _steps(_all_due(ledger)) == [Step(0, 4, (_key(1), _key(2)))]
+    assert ledger.acknowledge(_key(1), 2.5, 0.0), "what is acknowledged is not dropped"
+    ledger.acknowledge(_key(2), 2.5, 0.0)
+    assert _steps(_all_due(ledger)) == [Step(0, 4, 2.5, (_key(1), _key(2)))]
 
 
 def test_what_is_dropped_before_it_is_computed_is_not_computed() -> None:
@@ -229,12 +229,12 @@ def test_a_driver_that_dies_leaves_nothing() -> None:
     _there_and_back(ledger, _key(0))
     _compute(ledger, _key(1), "forward")
     _there_and_back(ledger, _key(0, driver="alive"), 99.0)
-    ledger.acknowledge(_key(0, driver="alive"), 99.0)
+    ledger.acknowledge(_key(0, driver="alive"), 2.5, 99.0)
     _all_due(ledger, 99.0)
     assert ledger.counted_tokens == 0
     due = _all_due(ledger, 109.0)
     assert isinstance(due[0], Subtract) and due[0].key == _key(0)
-    assert _steps(due) == [Step(0, 2, (_key(0, driver="alive"),))]
+    assert _steps(due) == [Step(0, 2, 2.5, (_key(0, driver="alive"),))]
     _all_due(ledger, 300.0)
     assert ledger.num_open == 0
 

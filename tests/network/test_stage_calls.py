@@ -23,7 +23,7 @@ from swarmtrain.errors import (
     StalledError,
     UnreachableError,
 )
-from swarmtrain.membership.microbatches import Key, LedgerLimits, Settlement, StageLedger
+from swarmtrain.membership.microbatches import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
 from swarmtrain.network.node import Traffic
 from swarmtrain.network.stage_calls import StageClient, StageHost
 from swarmtrain.peer.driver import Part, Tail
@@ -148,10 +148,13 @@ def test_a_microbatch_there_and_back_and_what_counts() -> None:
         back = await wire.calls.backward("p", _part(), tail.value.gradient)
         assert torch.equal(back.value, 8 * X)
         key = _part().key
-        assert not await wire.calls.settle("p", 1, Settlement(7, (key,), (), 0))
-        assert await wire.calls.settle("p", 1, Settlement(7, (Key("d", 9, 0),), (), 0)) == {Key("d", 9, 0)}
-        assert await wire.calls.settle("q", 2, Settlement(8, (key,), (), 0)) == {key}, "another life"
+        assert not await wire.calls.settle("p", 1, Settlement(7, (Acknowledged(key, 2.5),), (), 0))
+        assert await wire.calls.settle("p", 1, Settlement(7, (Acknowledged(Key("d", 9, 0), 2.5),), (), 0)) == {
+            Key("d", 9, 0)
+        }
+        assert await wire.calls.settle("q", 2, Settlement(8, (Acknowledged(key, 2.5),), (), 0)) == {key}, "another life"
         assert wire.desks["p"].ledger._open[key].acknowledged
+        assert wire.desks["p"].ledger._open[key].loss == 2.5
         assert wire.traffic.sent_bytes > 4 * X.nbytes and wire.traffic.received_bytes == 3 * X.nbytes
         assert not wire.named
 
@@ -214,6 +217,7 @@ BAD_QUESTIONS: dict[str, tuple[str, pb.StageQuestion, str]] = {
     "a forward to the last stage": ("q", _question(stage=2), "to this stage"),
     "targets of another shape": ("q", _question(stage=2, kind=pb.STAGE_KIND_TAIL), r"not \(2, 8\) tokens"),
     "a settlement with tensors": ("p", _question(kind=pb.STAGE_KIND_SETTLE), "1 tensors"),
+    "a loss that is none": ("p", _question(kind=pb.STAGE_KIND_SETTLE), "a loss that is none"),
 }
 for _name, _tensors in {
     "too many sequences": [_shape(3, 8, 4)],
@@ -227,6 +231,10 @@ for _name, _tensors in {
 }.items():
     del BAD_QUESTIONS[_name][1].tensors[:]
     BAD_QUESTIONS[_name][1].tensors.extend(_tensors)
+
+
+del BAD_QUESTIONS["a loss that is none"][1].tensors[:]
+BAD_QUESTIONS["a loss that is none"][1].settlement.acknowledged.add(loss=float("nan"))
 
 
 @pytest.mark.parametrize("name", BAD_QUESTIONS)
