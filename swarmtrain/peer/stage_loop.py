@@ -17,20 +17,11 @@ from swarmtrain.model.stage_work import StageWork
 from swarmtrain.peer.driver import Tail
 from swarmtrain.peer.stage_desk import StageDesk, Task
 from swarmtrain.peer.stopping import StopTraining
+from swarmtrain.peer.trainer import InnerStep
 
-__all__ = ["StageLoop", "StageStep"]
+__all__ = ["StageLoop"]
 
 _LOOK_S = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageStep:
-    """An inner step that was taken: the tokens that count in it, their mean loss, nats per token, and the norm of their
-    gradient before the clip."""
-
-    tokens: int
-    loss: float
-    grad_norm: float
 
 
 @dataclass
@@ -46,7 +37,7 @@ class StageLoop:
     record: Callable[[Task | Due, Any], None] = lambda what, answer: None
     """Told of everything in the order in which it is done, and of what was answered."""
 
-    def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> StageStep:
+    def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
         """Work until a step is taken. Raises StopTraining when asked to end; nothing is lost by it."""
         while True:
             if should_stop():
@@ -68,11 +59,11 @@ class StageLoop:
             if isinstance(what, Task):
                 self.desk.done(what, answer)
 
-    def _step(self, step: Step, progress: float, scale: float) -> StageStep:
+    def _step(self, step: Step, progress: float, scale: float) -> InnerStep:
         self.work.gradients(step.batch, self.batch_tokens / step.tokens)
         grad_norm = self.inner.step(progress, scale)
         self.work.replaced()
-        return StageStep(tokens=step.tokens, loss=step.loss, grad_norm=grad_norm)
+        return InnerStep(step.tokens, step.loss, grad_norm)
 
     def _compute(self, task: Task) -> Any:
         if task.kind == "forward":

@@ -32,6 +32,7 @@ __all__ = [
     "Contribution",
     "Exchange",
     "Gathered",
+    "InnerStep",
     "Merged",
     "OwnPart",
     "Replaced",
@@ -189,11 +190,23 @@ class RoundReport:
 
 
 @dataclass(frozen=True)
+class InnerStep:
+    """What an inner step was made of: tokens, their mean loss, and the norm of their gradient before the clip."""
+
+    tokens: int
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
 class _Steps:
-    losses: list[float]
-    grad_norms: list[float]  # before the clip
+    done: list[InnerStep]
     learning_rate: float  # of the last one
     published_s: float  # what publishing within the round took of them
+
+    @property
+    def tokens(self) -> int:
+        return sum(step.tokens for step in self.done)
 
 
 class Exchange(Protocol):
@@ -260,15 +273,15 @@ class Trainer:
         began_s = time.monotonic()
         if start.shard is not None:
             self.batches.use_shard(start.shard)
-        unflatten_into(self.state.theta, self.model.parameters())
+        self.enter(self.state.theta)
         steps = self._inner_steps(start)
         steps_end_s = time.monotonic()
-        finite = [loss for loss in steps.losses if math.isfinite(loss)]
-        norms = [norm for norm in steps.grad_norms if math.isfinite(norm)]
+        finite = [step.loss for step in steps.done if math.isfinite(step.loss)]
+        norms = [step.grad_norm for step in steps.done if math.isfinite(step.grad_norm)]
         if not finite:
             raise RunTimeError("training diverged: no loss of the last round was finite; lower inner.learning_rate")
-        self.steps_per_s = len(steps.losses) / max(steps_end_s - began_s - steps.published_s, 1e-9)
-        contribution = self._publish(start, len(steps.losses))
+        self.steps_per_s = len(steps.done) / max(steps_end_s - began_s - steps.published_s, 1e-9)
+        contribution = self._publish(start, len(steps.done), steps.tokens)
         arrived = self.exchange.collect()
         self.own_tokens += contribution.tokens
         if isinstance(arrived, Replaced):
@@ -297,8 +310,7 @@ class Trainer:
 
     def _inner_steps(self, start: Start) -> _Steps:
         """`start.inner_steps` AdamW steps; publishes at all moments of the round but its end."""
-        losses: list[float] = []
-        grad_norms: list[float] = []
+        done: list[InnerStep] = []
         run_tokens_a_step = (start.run_steps_a_step or start.num_peers) * self.run.tokens_per_step
         progress = published_s = 0.0
         publish_after = frozenset(start.publish_after[:-1])
@@ -306,20 +318,27 @@ class Trainer:
             if self.should_stop():
                 raise StopTraining
             progress = (self.progress.run_tokens + step * run_tokens_a_step) / self.run.run.total_tokens
-            with self.slowed():
-                loss, grad_norm = self._step(progress)
-            losses.append(loss)
-            grad_norms.append(grad_norm)
+            done.append(self.step(progress, self._scale))
+            self._took_step()
             self.exchange.step_done(step + 1)
             if step + 1 in publish_after:
                 began_s = time.monotonic()
-                self._publish(start, step + 1)
+                self._publish(start, step + 1, sum(each.tokens for each in done))
                 published_s += time.monotonic() - began_s
-        return _Steps(losses, grad_norms, learning_rate_at(self.constants, progress), published_s)
+        return _Steps(done, learning_rate_at(self.constants, progress), published_s)
 
-    def _publish(self, start: Start, inner_steps: int) -> Contribution:
+    @property
+    def _scale(self) -> float:
+        """What the next step multiplies its learning rate with: a late joiner's moments are young."""
+        return 1.0 if self.young_steps is None else moments_scale(self.young_steps, self.constants.beta2)
+
+    def _took_step(self) -> None:
+        self._has_moments = True
+        if self.young_steps is not None:
+            self.young_steps += 1
+
+    def _publish(self, start: Start, inner_steps: int, tokens: int) -> Contribution:
         """Hand over what `inner_steps` of this round have brought: one copy of the weights."""
-        tokens = inner_steps * self.run.tokens_per_step
         contribution = Contribution(
             round=self.progress.round,
             part=start.part_after(inner_steps),
@@ -333,25 +352,24 @@ class Trainer:
         self.exchange.publish(contribution)
         return contribution
 
-    def _step(self, progress: float) -> tuple[float, float]:
-        """One inner step over one batch, in microbatches; returns its mean loss and the norm of its gradient."""
-        batch = self.batches.next_batch()
-        size = self.run.inner.microbatch_sequences or len(batch)
-        loss_sum = 0.0
-        for part in torch.split(batch, size):
-            if self.should_stop():
-                self.inner.drop_gradients()
-                raise StopTraining
-            loss = self.model.loss(part) * (len(part) / len(batch))
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += float(loss.detach())
-        scale = 1.0
-        if self.young_steps is not None:
-            scale = moments_scale(self.young_steps, self.constants.beta2)
-            self.young_steps += 1
-        grad_norm = self.inner.step(progress, scale)
-        self._has_moments = True
-        return loss_sum, grad_norm
+    def enter(self, theta: Tensor) -> None:
+        """Put the weights that a round begins with into the model."""
+        unflatten_into(theta, self.model.parameters())
+
+    def step(self, progress: float, scale: float) -> InnerStep:
+        """One inner step over one batch, in microbatches. `scale` multiplies the learning rate."""
+        with self.slowed():
+            batch = self.batches.next_batch()
+            size = self.run.inner.microbatch_sequences or len(batch)
+            loss_sum = 0.0
+            for part in torch.split(batch, size):
+                if self.should_stop():
+                    self.inner.drop_gradients()
+                    raise StopTraining
+                loss = self.model.loss(part) * (len(part) / len(batch))
+                loss.backward()  # type: ignore[no-untyped-call]
+                loss_sum += float(loss.detach())
+            return InnerStep(self.run.tokens_per_step, loss_sum, self.inner.step(progress, scale))
 
     def merge(self, arrived: Averaged | Gathered | Served, own: Contribution) -> None:
         """The outer Nesterov step, and the counters that follow from what arrived."""

@@ -1,0 +1,193 @@
+"""Stages' trainers, each in its thread: rounds, publications and outer steps on what a driver sends through them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.inner import InnerOptimizer
+from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, outer_step, unflatten_into
+from swarmtrain.errors import PeerError
+from swarmtrain.membership.microbatches import Key, Kind, LedgerLimits, Settlement, StageLedger
+from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.routing import Router
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.stages import Stage, build_stage, stage_shapes
+from swarmtrain.peer.driver import Answered, Driver, Part
+from swarmtrain.peer.stage_desk import StageDesk
+from swarmtrain.peer.stage_trainer import StageTrainer
+from swarmtrain.peer.trainer import Averaged, Contribution, RoundReport, Start, inner_constants
+from swarmtrain.run import RunFile
+
+BOUNDARIES = (1, 2)
+RUN = RunFile.model_validate(
+    {
+        "run": {"total_tokens": 8 * 128, "seed": 5},
+        "model": {"context_tokens": 16, "num_layers": 3, "width": 16, "num_heads": 2},
+        "inner": {"batch_sequences": 8, "microbatch_sequences": 2, "learning_rate": 1e-2},
+        "merge": {"method": "diloco", "inner_steps": 4, "outer_momentum": 0.5},
+    }
+)
+
+
+def _microbatch(number: int) -> Tensor:
+    return torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(number))
+
+
+@dataclass
+class Alone:
+    """An exchange without partners, which keeps what is published."""
+
+    published: list[Contribution] = field(default_factory=list)
+
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        return Start(inner_steps=RUN.merge.inner_steps, num_peers=1, num_parts=2)
+
+    def step_done(self, inner_steps_done: int) -> None:
+        pass
+
+    def publish(self, contribution: Contribution) -> None:
+        self.published.append(contribution)
+
+    def collect(self) -> Averaged:
+        own = self.published[-1]
+        return Averaged(gradient=own.gradient, partners=("me",), weights=(own.tokens,), signer="me", roster_sha256="")
+
+
+@dataclass
+class Direct:
+    """Calls to desks in this process."""
+
+    desks: Sequence[StageDesk]
+
+    async def _ask(self, part: Part, kind: Kind, payload: Any) -> Answered:
+        return Answered(await self.desks[part.stage].ask(part.key, kind, part.tokens, payload), 0)
+
+    async def forward(self, peer: str, part: Part, x: Any) -> Answered:
+        return await self._ask(part, "forward", x)
+
+    async def backward(self, peer: str, part: Part, gradient: Any) -> Answered:
+        return await self._ask(part, "backward", gradient)
+
+    async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> Answered:
+        return await self._ask(part, "tail", (x, targets))
+
+    async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
+        return self.desks[stage].settle("d", settlement)
+
+
+class Told:
+    def retried(self, sequence: int, stage: int, peer: str, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        raise AssertionError(str(error))
+
+    def lost(self, stage: int, peer: str, key: Key, reason: str) -> None:
+        raise AssertionError(reason)
+
+
+def _trainer(stage: Stage, reports: list[RoundReport], stop: threading.Event, graph_bytes: float) -> StageTrainer:
+    desk = StageDesk(StageLedger(LedgerLimits(batch_tokens=RUN.tokens_per_step)), time.monotonic)
+    batches: Any = SimpleNamespace()
+    model: Any = stage
+    return StageTrainer(
+        run=RUN,
+        model=model,
+        batches=batches,
+        exchange=Alone(),
+        report=reports.append,
+        should_stop=stop.is_set,
+        desk=desk,
+        graph_bytes=graph_bytes,
+    )
+
+
+async def _drive(trainers: Sequence[StageTrainer], num_batches: int) -> list[float]:
+    routers = [Router(random.Random(0)) for _ in trainers[1:]]
+    for stage, router in enumerate(routers, 1):
+        router.set_peers([f"peer of stage {stage}"])
+    driver = Driver("d", routers, Direct([each.desk for each in trainers]), Told(), time.monotonic)
+    losses = []
+    for number in range(4 * num_batches):
+        sequences = _microbatch(number)
+        losses.append(await driver.drive(driver.microbatch(32, sequences[:, :-1], sequences[:, 1:])))
+        if number % 4 == 3:
+            await driver.settled()  # a flush: everybody steps before the next one
+    return losses
+
+
+def _whole(num_batches: int) -> tuple[list[float], Tensor]:
+    """Losses and weights of one process with the whole model, an outer step every round; the clip is per stage."""
+    model = build_model(RUN.model, RUN.run.seed)
+    parameters = dict(model.named_parameters())
+    shapes = stage_shapes(RUN.model, BOUNDARIES)
+    inner = [InnerOptimizer([(n, parameters[n]) for n in Stage(s).state_dict()], inner_constants(RUN)) for s in shapes]
+    theta = flatten(model.parameters())
+    state, losses = OuterState(theta, torch.zeros_like(theta)), []
+    constants = OuterConstants(learning_rate=RUN.merge.outer_learning_rate, momentum=RUN.merge.outer_momentum)
+    for batch in range(num_batches):
+        for number in range(4 * batch, 4 * batch + 4):
+            loss = model.loss(_microbatch(number))
+            (loss / 4).backward()
+            losses.append(float(loss.detach()))
+        for each in inner:
+            each.step(batch / num_batches)
+        if batch % RUN.merge.inner_steps == RUN.merge.inner_steps - 1:
+            state = outer_step(state, state.theta - flatten(model.parameters()), constants)
+            unflatten_into(state.theta, model.parameters())
+    return losses, state.theta
+
+
+@pytest.mark.parametrize("graph_bytes", [float("inf"), 0.0], ids=["graphs kept", "all recomputed"])
+def test_rounds_of_stages_are_those_of_the_whole_model(graph_bytes: float) -> None:
+    reports: list[list[RoundReport]] = [[], [], []]
+    stop = threading.Event()
+    trainers = [
+        _trainer(build_stage(shape, RUN.run.seed), each, stop, graph_bytes)
+        for shape, each in zip(stage_shapes(RUN.model, BOUNDARIES), reports, strict=True)
+    ]
+    threads = [threading.Thread(target=each.train) for each in trainers]
+    for thread in threads:
+        thread.start()
+    try:
+        losses = asyncio.run(asyncio.wait_for(_drive(trainers, 8), 60.0))
+        for thread in threads:
+            thread.join(10.0)
+    finally:
+        stop.set()
+    expected, theta = _whole(8)
+    assert losses == pytest.approx(expected, abs=1e-6)
+    whole = build_model(RUN.model, 0)
+    unflatten_into(theta, whole.parameters())
+    weights = whole.state_dict()
+    for trainer, each in zip(trainers, reports, strict=True):
+        assert trainer.finished and trainer.progress.run_tokens == RUN.run.total_tokens
+        assert [report.contribution.tokens for report in each] == [512, 512]
+        assert [report.loss for report in each] == pytest.approx(
+            [sum(expected[:16]) / 16, sum(expected[16:]) / 16], abs=1e-6
+        )
+        unflatten_into(trainer.state.theta, trainer.model.parameters())
+        for name, parameter in trainer.model.named_parameters():
+            torch.testing.assert_close(parameter.data, weights[name], rtol=0, atol=1e-6)
+
+
+def test_a_stage_that_is_told_to_stop_stops_within_a_batch() -> None:
+    stop = threading.Event()
+    trainer = _trainer(build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5), [], stop, float("inf"))
+    ended: list[str] = []
+    thread = threading.Thread(target=lambda: ended.append(trainer.train()))
+    thread.start()
+    stop.set()
+    thread.join(10.0)
+    assert ended == ["interrupted"]
