@@ -220,6 +220,11 @@ class Peer:
 
     def end(self) -> None:
         """Merge what is here; on to the next round."""
+        self.arrived = {  # it may have stood still, and all of that be too old
+            (section, name): kept
+            for (section, name), kept in self.arrived.items()
+            if self.is_of_use(section, name, kept[0].mark)
+        }
         world, tokens = self.world, self.start.inner_steps * self.world.setting.run.tokens_per_step
         reference = median_round(peer.round for peer in world.peers)
         prepared = prepare(self.state.theta, [arrival for _, arrival in self.arrived.values()], world.layout)

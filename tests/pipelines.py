@@ -21,7 +21,7 @@ from virtual_loop import virtually
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.membership.microbatches import Add, Forget, Key, Kind, LedgerLimits, Settlement, StageLedger, Step
 from swarmtrain.membership.routing import Router
-from swarmtrain.peer.driver import Answered, Driver, Microbatch, Part, Tail
+from swarmtrain.peer.driver import Answered, Driver, Part, Tail
 from swarmtrain.peer.stage_desk import StageDesk, Task
 
 LIMITS = LedgerLimits(batch_tokens=4, ack_wait_s=5.0, hold_s=60.0, max_open=32, max_open_of_driver=16)
@@ -238,7 +238,7 @@ class Swarm:
             router = Router(self.rng, first_ban_s=1.0, most_ban_s=8.0, most_limit_s=10.0)
             router.set_peers([peer.name for peer in self.peers.values() if peer.stage == stage])
             routers.append(router)
-        return Driver(me=name, routers=routers, calls=self.network, told=self.told, now=self.now)
+        return Driver(me=name, routers=routers, calls=self.network, told=self.told, now=self.now, next_sequence=0)
 
     async def run(self, killed: int = 0) -> None:
         """All microbatches of all drivers; the first `killed` drivers die halfway."""
@@ -265,12 +265,13 @@ class Swarm:
     async def drive(self, driver: Driver) -> None:
         places = asyncio.Semaphore(4)
 
-        async def one(microbatch: Microbatch) -> None:
+        async def one() -> None:
             async with places:
-                assert await driver.drive(microbatch) == 1.0
-                self.finished.add((driver.me, microbatch.sequence))
+                driven = await driver.drive(1, "x", "y")
+                assert driven.loss == 1.0
+                self.finished.add((driver.me, driven.sequence))
 
-        ways = [asyncio.ensure_future(one(driver.microbatch(1, "x", "y"))) for _ in range(self.num_microbatches)]
+        ways = [asyncio.ensure_future(one()) for _ in range(self.num_microbatches)]
         try:
             await asyncio.gather(*ways)
         except asyncio.CancelledError:

@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple, TypeAlias
 __all__ = [
     "Acknowledged",
     "Add",
+    "Discard",
     "Due",
     "Forget",
     "Key",
@@ -135,13 +136,20 @@ class Add:
 
 
 @dataclass(frozen=True)
+class Discard:
+    """Nothing of `batch` counts."""
+
+    batch: int
+
+
+@dataclass(frozen=True)
 class Forget:
     """What is kept for `key` is needed no more."""
 
     key: Key
 
 
-Due: TypeAlias = Step | Subtract | Add | Forget
+Due: TypeAlias = Step | Subtract | Add | Discard | Forget
 
 
 @dataclass
@@ -176,6 +184,8 @@ class _Driver:
     finished: dict[int, tuple[int, bool]] = field(default_factory=dict)
     """By sequence, the last attempt that is finished, and whether a step has it."""
     heard_s: float = 0.0
+    strikes: int = 0
+    """So many of its microbatches in a row were not acknowledged in time: it is given half as many places each time."""
 
 
 class StageLedger:
@@ -192,6 +202,8 @@ class StageLedger:
         self._filling = _Batch(0)
         self._closed: _Batch | None = None
         self._due: deque[Due] = deque()
+        self._pressed = False
+        """There was no place for a microbatch: a batch is closed before it is full, or it might never be."""
 
     @property
     def num_open(self) -> int:
@@ -230,6 +242,7 @@ class StageLedger:
         for other in same:
             self._drop(other, "another attempt takes its place")
         if (reason := self.full(key)) is not None:
+            self._pressed = True
             return Verdict("busy", reason)
         self._open[key] = _Microbatch(tokens=tokens, version=self.version, heard_s=now, asked={kind})
         return Verdict("work")
@@ -240,7 +253,9 @@ class StageLedger:
             return None  # it takes the place of an older attempt
         if len(self._open) >= self.limits.max_open:
             return f"{len(self._open)} microbatches are open here"
-        if sum(other.driver == key.driver for other in self._open) >= self.limits.max_open_of_driver:
+        driver = self._drivers.get(key.driver)
+        most = self.limits.max_open_of_driver >> min(driver.strikes if driver is not None else 0, 32)
+        if sum(other.driver == key.driver for other in self._open) >= max(1, most):
             return "too many microbatches of this driver are open here"
         return None
 
@@ -272,6 +287,12 @@ class StageLedger:
         if known.dropped:
             self._drop(key, "dropped while it was computed")
 
+    def failed(self, key: Key) -> None:
+        """It could not be computed, by its driver's fault: it is given up, and its driver given fewer places."""
+        self._open[key].running = False
+        self._drivers[key.driver].strikes += 1
+        self._drop(key, "it could not be computed")
+
     def _put_in(self, key: Key, known: _Microbatch) -> None:
         known.has_gradient = True
         self._filling.tokens += known.tokens
@@ -293,6 +314,7 @@ class StageLedger:
             self._put_in(key, known)
             self._due.append(Add(key, self._filling.number))
         known.acknowledged, known.loss, known.heard_s = True, loss, now
+        self._drivers[key.driver].strikes = 0
         return True
 
     def settle(self, driver: str, settlement: Settlement, now: float) -> set[Key]:
@@ -334,7 +356,10 @@ class StageLedger:
         return None if self._closed is None else self._closed.closed_s + self.limits.ack_wait_s
 
     def _close(self, now: float) -> None:
-        if self._closed is None and self._filling.tokens >= self.limits.batch_tokens:
+        if self._closed is not None or not self._filling.members:
+            return
+        if self._filling.tokens >= self.limits.batch_tokens or self._pressed:
+            self._pressed = False
             self._closed, self._filling = self._filling, _Batch(self._filling.number + 1)
             self._closed.closed_s = now
 
@@ -348,8 +373,10 @@ class StageLedger:
             return
         for key in waiting:
             self._take_out(key, closed, "not acknowledged in time")
+            self._drivers[key.driver].strikes += 1
         self._closed = None
         if not closed.members:
+            self._due.append(Discard(closed.number))
             return
         keys = tuple(closed.members)
         loss = sum(self._open[key].loss * self._open[key].tokens for key in keys) / closed.tokens
@@ -358,6 +385,14 @@ class StageLedger:
         self.counted_tokens += closed.tokens
         for key in keys:
             self._finish(key, counted=True)
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        """Forwards whose backward would come too late: their weights need not be kept."""
+        for key, known in list(self._open.items()):
+            waits = known.has_forward and not known.has_gradient and "backward" not in known.asked
+            if waits and self.version - known.version > _MOST_LAG:
+                self._drop(key, "its weights are too old")
 
     def _take_out(self, key: Key, batch: _Batch, reason: str) -> None:
         known = self._open[key]

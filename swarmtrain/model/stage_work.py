@@ -4,8 +4,8 @@ A microbatch's backward is computed by the weights of its forward, though a step
 never writes into weights that a kept graph refers to: it is taken on a copy, which is the next version; a version is
 kept as long as a microbatch needs it.
 
-Gradients are summed in the order in which they are computed, by batch, as `loss.backward()` sums them. A microbatch's
-loss is scaled by its share of a batch's tokens in the tail, so that every stage's gradient is.
+Gradients are summed in the order in which they are computed, by batch, to the bits that `loss.backward()` gives. A
+microbatch's loss is scaled by its share of a batch's tokens in the tail, so that every stage's gradient is.
 
 The graphs of the last forwards are kept within `graph_bytes`. An older one is computed again when its backward comes,
 from its input and by the same weights, to the same bits.
@@ -15,8 +15,10 @@ Shapes: B batch, T time (tokens), D width. Not for several threads at once.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+import math
+import statistics
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -24,7 +26,16 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StageModule", "StageWork", "TailResult"]
+__all__ = ["BadGradientError", "StageModule", "StageWork", "TailResult"]
+
+_NUM_NORMS = 64
+_MOST_TIMES = 1e4
+"""A microbatch's gradient may be so many times as long as is usual."""
+_LEAST_NORM = 1e-6
+
+
+class BadGradientError(ValueError):
+    """A microbatch's gradient that must not be added to others."""
 
 
 class StageModule(Protocol):
@@ -73,6 +84,8 @@ class StageWork:
         self._graph_size_bytes = 0
         """Of the largest graph so far."""
         self.num_recomputed = 0
+        self._norms: deque[float] = deque(maxlen=_NUM_NORMS)
+        """Of the last microbatches' gradients."""
         self.replaced()
 
     # ------------------------------------------------------------- microbatches
@@ -116,6 +129,10 @@ class StageWork:
         self._kept.pop(key, None)
         self._drop_versions()
 
+    def discard(self, batch: int) -> None:
+        """Nothing of this batch counts."""
+        self._sums.pop(batch, None)
+
     def _again(self, kept: _Kept, batch: int, sign: float) -> None:
         self._run(kept)
         self.num_recomputed += 1
@@ -133,31 +150,40 @@ class StageWork:
         return out
 
     def _differentiate(self, kept: _Kept, batch: int, out_gradient: Tensor | None, sign: float = 1.0) -> Tensor | None:
-        """Add to the batch's sums; the input's gradient."""
+        """Add to the batch's sums; the input's gradient. BadGradientError, nothing being added, if it would spoil them.
+
+        A microbatch's gradient is computed apart: what is not finite, or so large that the others would vanish in its
+        rounding, could not be taken out again.
+        """
         out, weights = kept.out, self._weights[kept.version]
         assert out is not None
         kept.out = None
-        sums = self._sums.setdefault(batch, {})
-        for name, weight in weights.items():
-            weight.grad = sums.get(name)
-        kept.x.grad = None
         if kept.targets is not None:
             out = out * (sign * kept.scale)
-        out.backward(out_gradient)  # type: ignore[no-untyped-call]
-        for name, weight in weights.items():
-            if weight.grad is not None:
-                sums[name] = weight.grad
-            weight.grad = None
-        gradient, kept.x.grad = kept.x.grad, None
-        return gradient
+        inputs = [*weights.values(), *([kept.x] if kept.x.requires_grad else [])]
+        gradients = torch.autograd.grad(out, inputs, out_gradient, allow_unused=True)
+        of_weights = {n: g for n, g in zip(weights, gradients, strict=False) if g is not None}
+        self._check(of_weights)
+        sums = self._sums.setdefault(batch, {})
+        for name, gradient in of_weights.items():
+            if name in sums:
+                sums[name].add_(gradient)
+            else:
+                sums[name] = gradient
+        return gradients[-1] if kept.x.requires_grad else None
+
+    def _check(self, gradients: Mapping[str, Tensor]) -> None:
+        norm = math.sqrt(sum(float(each.square().sum(dtype=torch.float64)) for each in gradients.values()))
+        usual = statistics.median(self._norms) if self._norms else norm
+        if not math.isfinite(norm) or norm > _MOST_TIMES * max(usual, _LEAST_NORM):
+            raise BadGradientError(f"a gradient of norm {norm:.3g}, where {usual:.3g} is usual")
+        self._norms.append(norm)
 
     # ------------------------------------------------------------- weights
 
     def gradients(self, batch: int, factor: float) -> None:
         """Make `batch`'s sums, times `factor`, the `.grad` of the stage's parameters, ready for a step."""
         sums = self._sums.pop(batch, {})
-        for number in [number for number in self._sums if number < batch]:
-            del self._sums[number]  # batches that came to nothing
         self.let_go()
         for name, parameter in self.stage.named_parameters():
             parameter.grad = sums.get(name)
@@ -216,7 +242,7 @@ def _counting(told: Callable[[int], None], but: set[int]) -> Iterator[None]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in but:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, it would hold its own graph, and so itself, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield

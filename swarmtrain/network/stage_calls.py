@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -27,7 +28,7 @@ _LENGTH_BYTES = 4
 _MAX_MESSAGE_BYTES = 256 * 1024
 _PIECE_BYTES = 256 * 1024
 _MAX_QUESTIONS = 32
-"""libp2p resets streams beyond some 120 to one peer."""
+"""Of one peer, besides what lets go of something: libp2p resets streams beyond some 120."""
 _HANG_UP_S = 2.0
 _M = TypeVar("_M", bound=Message)
 _T = TypeVar("_T")
@@ -204,11 +205,12 @@ class StageHost:
     traffic: Traffic
     answers: StageAnswers
     limits: StageLimits = field(default_factory=StageLimits)
-    _num_questions: int = 0
+    _num_questions: Counter[str] = field(default_factory=Counter)
+    """Being answered, by caller."""
 
     async def serve(self, caller: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One stream."""
-        self._num_questions += 1
+        self._num_questions[caller] += 1
         try:
             with contextlib.suppress(PeerError):  # of one that has hung up
                 await self._serve(caller, reader, writer)
@@ -217,7 +219,9 @@ class StageHost:
                     async with asyncio.timeout(_HANG_UP_S):
                         await _until_hung_up(reader)
         finally:
-            self._num_questions -= 1
+            self._num_questions[caller] -= 1
+            if not self._num_questions[caller]:
+                del self._num_questions[caller]
             with contextlib.suppress(OSError):
                 writer.close()
 
@@ -225,8 +229,9 @@ class StageHost:
         body: Body = ()
         try:
             question = await _message_untrusted(reader, pb.StageQuestion, self.limits.stall_s)
-            if self._num_questions > _MAX_QUESTIONS:
-                raise BusyError(f"{_MAX_QUESTIONS} questions are being answered")
+            brings_more = question.kind not in (pb.STAGE_KIND_BACKWARD, pb.STAGE_KIND_SETTLE)
+            if brings_more and self._num_questions[caller] > _MAX_QUESTIONS:
+                raise BusyError(f"{_MAX_QUESTIONS} questions of this peer are being answered")
             self.answers.check_untrusted(caller, question)
             tensors = await _body_untrusted(reader, self.traffic, question, self.limits.stall_s)
             answer, body = await _unless_hung_up(reader, self.answers.answer_untrusted(caller, question, tensors))

@@ -11,6 +11,7 @@ Runs in the network thread. What travels is opaque here.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -21,16 +22,18 @@ from swarmtrain.membership.microbatches import Acknowledged, Key, Kind, Settleme
 from swarmtrain.membership.routing import Router
 from swarmtrain.network.tasks import end_tasks, logged
 
-__all__ = ["Answered", "Driver", "Microbatch", "Part", "StageCalls", "Tail", "Told"]
+__all__ = ["Answered", "Driven", "Driver", "Part", "StageCalls", "Tail", "Told"]
 
 _log = logging.getLogger(__name__)
 _FORWARD_SHARE, _BACKWARD_SHARE = 1 / 3, 2 / 3
 """Of a microbatch's work at a stage."""
 _BACKWARD_ATTEMPTS = 3
+_ALL_FAILED_S = 2.0
 _LOOK_S = 0.5
 """So often a driver looks whether a stage has somebody again."""
 _AGAIN_S, _MOST_AGAIN_S = 0.5, 5.0
 _SETTLE_LIMIT_S = 5.0
+_MOST_SETTLED = 1024
 _GIVE_UP_S = 60.0
 """A peer that does not answer for so long is not told any more what was acknowledged: it is dead, or takes it out."""
 
@@ -99,6 +102,14 @@ class Told(Protocol):
         """The gradient of a microbatch does not count at this stage, though it was computed."""
 
 
+@dataclass(frozen=True)
+class Driven:
+    """A microbatch that is back: its number and its loss, mean nats per token."""
+
+    sequence: int
+    loss: float
+
+
 class _BeginAgainError(Exception):
     """From the input of this stage."""
 
@@ -148,7 +159,8 @@ class Driver:
     calls: StageCalls
     told: Told
     now: Callable[[], float]
-    _next_sequence: int = 0
+    next_sequence: int
+    """Above all that this peer has given in its lives before: others remember those."""
     _ways: dict[int, _Way] = field(default_factory=dict)
     _settling: dict[_Whom, _Settling] = field(default_factory=dict)
 
@@ -160,40 +172,44 @@ class Driver:
     @property
     def oldest_open(self) -> int:
         """Nothing is needed any more of microbatches before this one."""
-        return min(self._ways, default=self._next_sequence)
+        return min(self._ways, default=self.next_sequence)
 
-    def microbatch(self, tokens: int, x: Any, targets: Any) -> Microbatch:
-        """The next one."""
-        self._next_sequence += 1
-        return Microbatch(sequence=self._next_sequence - 1, tokens=tokens, x=x, targets=targets)
+    async def drive(self, tokens: int, x: Any, targets: Any) -> Driven:
+        """Some sequences all the way there and back. If it is cancelled, nothing of them counts.
 
-    async def drive(self, microbatch: Microbatch) -> float:
-        """All the way there and back; its loss. If it is cancelled, nothing of it counts."""
-        stages = self.num_stages
-        way = _Way(microbatch, [microbatch.x, *[None] * (stages - 1)], [None] * stages, [0] * stages, [0] * stages)
-        self._ways[microbatch.sequence] = way
-        stage = 0
+        Raises the GoneError of this peer's own stage, which trains no more then.
+        """
+        stages, sequence = self.num_stages, self.next_sequence
+        self.next_sequence += 1
+        microbatch = Microbatch(sequence=sequence, tokens=tokens, x=x, targets=targets)
+        way = _Way(microbatch, [x, *[None] * (stages - 1)], [None] * stages, [0] * stages, [0] * stages)
+        self._ways[sequence] = way
         try:
-            while True:
-                try:
-                    tail = await self._there(way, stage)
-                    await self._back(way, tail)
-                    break
-                except _BeginAgainError as error:
-                    stage = error.stage
-                    self._drop(way, stage)
+            tail = await self._there_and_back(way)
         except BaseException:
             self._drop(way, 0)
             raise
         finally:
-            del self._ways[microbatch.sequence]
+            del self._ways[sequence]
         for stage, place in enumerate(way.places):
             assert place is not None
             peer, key = place
             whom = _Whom(peer, stage, way.lives[stage])
             self._settling_of(whom).acknowledged[key] = tail.loss
             self._settle(whom)
-        return tail.loss
+        return Driven(sequence, tail.loss)
+
+    async def _there_and_back(self, way: _Way) -> Tail:
+        """As often as it takes."""
+        stage = 0
+        while True:
+            try:
+                tail = await self._there(way, stage)
+                await self._back(way, tail)
+                return tail
+            except _BeginAgainError as error:
+                stage = error.stage
+                self._drop(way, stage)
 
     async def settled(self) -> None:
         """Wait until everyone knows what counts, or is given up."""
@@ -238,19 +254,24 @@ class Driver:
                     await asyncio.sleep(_LOOK_S)
             except PeerError as error:
                 self._drop_place(way, stage)
+                if stage == 0 and isinstance(error, GoneError):
+                    raise
                 asked.add(peer)
                 self.told.retried(way.microbatch.sequence, stage, peer, str(error))
+                if stage == 0:
+                    await asyncio.sleep(_AGAIN_S)
 
     async def _choose(self, stage: int, tokens: float, asked: set[str]) -> str:
-        """A peer of the stage; waits for one."""
+        """A peer of the stage; waits for one. When all of them have failed with this input, the input may be what is
+        wrong: the microbatch begins again a stage earlier, after a while."""
         if stage == 0:
             return self.me
         router = self.routers[stage - 1]
         while True:
+            if asked.issuperset(router.peers) and router.peers:
+                await asyncio.sleep(_ALL_FAILED_S)
+                raise _BeginAgainError(stage - 1)
             peer, reason = router.choose(self.now(), tokens, asked)
-            if peer is None and asked:
-                asked.clear()
-                peer, reason = router.choose(self.now(), tokens)
             if peer is not None:
                 return peer
             _log.debug("stage %d: %s", stage, reason)
@@ -300,17 +321,20 @@ class Driver:
         assert place is not None
         peer, key = place
         part, tokens = Part(stage, key, way.microbatch.tokens), way.microbatch.tokens * _BACKWARD_SHARE
-        for attempts_left in reversed(range(_BACKWARD_ATTEMPTS)):
+        attempts_left = _BACKWARD_ATTEMPTS
+        while True:
             try:
                 answered = await self._timed(stage, peer, tokens, self.calls.backward(peer, part, gradient))
                 way.lives[stage] = answered.life
                 return answered.value
+            except BusyError:
+                pass
             except PeerError as error:
+                attempts_left -= 1
                 self.told.retried(way.microbatch.sequence, stage, peer, str(error))
                 if not attempts_left or isinstance(error, GoneError | BadBytesError):
                     raise _BeginAgainError(stage) from None
             await asyncio.sleep(_AGAIN_S)
-        raise AssertionError("the last attempt returns or raises")
 
     # ------------------------------------------------------------- what counts
 
@@ -340,7 +364,8 @@ class Driver:
         give_up_s, again_s = self.now() + _GIVE_UP_S, _AGAIN_S
         try:
             while settling.acknowledged or settling.dropped:
-                acknowledged, dropped = dict(settling.acknowledged), tuple(settling.dropped)
+                acknowledged = dict(itertools.islice(settling.acknowledged.items(), _MOST_SETTLED))
+                dropped = tuple(itertools.islice(settling.dropped, _MOST_SETTLED))
                 said = tuple(Acknowledged(key, loss) for key, loss in acknowledged.items())
                 settlement = Settlement(whom.life, said, dropped, self._settled_before(whom))
                 try:

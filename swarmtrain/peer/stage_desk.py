@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarmtrain.errors import BusyError, GoneError
+from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError
 from swarmtrain.membership.microbatches import Due, Forget, Key, Kind, Settlement, StageLedger, Work
 
 __all__ = ["StageDesk", "Task"]
@@ -53,12 +53,18 @@ class StageDesk:
     _asked: dict[Key, dict[Kind, _Question]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _news: threading.Event = field(default_factory=threading.Event)
+    _closed: bool = False
 
     # ------------------------------------------------------------- the network's side
 
     async def ask(self, key: Key, kind: Kind, tokens: int, payload: Any) -> Any:
         """The answer, when it is computed. BusyError, GoneError; whoever waits may give up, the work goes on."""
         with self._lock:
+            if self._closed:
+                raise GoneError("this peer trains no more")
+            if kind != "backward" and sum(map(len, self._waiting.values())) >= 2 * self.ledger.limits.max_open:
+                raise BusyError("too many questions wait here")
+            self._check_shape_untrusted(key, kind, payload)
             verdict = self.ledger.ask(key, kind, tokens, self.now())
             if verdict.answer == "busy":
                 raise BusyError(verdict.reason)
@@ -81,6 +87,14 @@ class StageDesk:
             with self._lock:
                 if (reason := self.ledger.full(key)) is not None:
                     raise BusyError(reason)
+
+    def _check_shape_untrusted(self, key: Key, kind: Kind, payload: Any) -> None:
+        """BadBytesError if a backward's gradient is not shaped as the forward's answer."""
+        forward = self._asked.get(key, {}).get("forward")
+        if kind == "backward" and forward is not None and forward.answer.done() and not forward.answer.exception():
+            needed, got = (getattr(each, "shape", None) for each in (forward.answer.result(), payload))
+            if needed != got:
+                raise BadBytesError(f"a gradient of shape {tuple(got or ())} for an answer of {tuple(needed or ())}")
 
     def settle(self, driver: str, settlement: Settlement) -> set[Key]:
         """What a driver says of its microbatches; those acknowledged for which it is too late."""
@@ -114,6 +128,19 @@ class StageDesk:
         with self._lock:
             self.ledger.computed(task.key, task.kind, self.now())
             self._asked[task.key][task.kind].answer.set_result(answer)
+
+    def failed(self, task: Task, error: PeerError) -> None:
+        """It cannot be computed: who asked is told so."""
+        with self._lock:
+            self.ledger.failed(task.key)
+            self._asked[task.key][task.kind].answer.set_exception(error)
+
+    def close(self) -> None:
+        """Nothing is computed any more: everyone who waits is told so."""
+        with self._lock:
+            self._closed = True
+            for key in list(self._asked):
+                self._forget(key)
 
     def wait(self, most_s: float) -> None:
         """Until there may be something to be done, `most_s` at most."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarmtrain.algorithm.inner import InnerOptimizer
-from swarmtrain.membership.microbatches import Add, Due, Forget, Step, Subtract
-from swarmtrain.model.stage_work import StageWork
+from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.microbatches import Add, Discard, Due, Forget, Step, Subtract
+from swarmtrain.model.stage_work import BadGradientError, StageWork
 from swarmtrain.peer.driver import Tail
 from swarmtrain.peer.stage_desk import StageDesk, Task
 from swarmtrain.peer.stopping import StopTraining
@@ -50,14 +51,22 @@ class StageLoop:
                 self.record(what, None)
                 return self._step(what, progress, scale)
             answer = None
-            with self.slowed():
-                if isinstance(what, Task):
-                    answer = self._compute(what)
-                else:
-                    self._correct(what)
-            self.record(what, answer)
             if isinstance(what, Task):
-                self.desk.done(what, answer)
+                with self.slowed():
+                    answer = self._answer(what)
+            else:
+                self._correct(what)
+            self.record(what, answer)
+
+    def _answer(self, task: Task) -> Any:
+        """Compute it, and say so."""
+        try:
+            answer = self._compute(task)
+        except BadGradientError as error:
+            self.desk.failed(task, BadBytesError(str(error)))
+            return None
+        self.desk.done(task, answer)
+        return answer
 
     def _step(self, step: Step, progress: float, scale: float) -> InnerStep:
         self.work.gradients(step.batch, self.batch_tokens / step.tokens)
@@ -74,10 +83,12 @@ class StageLoop:
         result = self.work.tail(task.key, x, targets, task.tokens / self.batch_tokens, task.work.batch)
         return Tail(result.loss, result.gradient)
 
-    def _correct(self, due: Subtract | Add | Forget) -> None:
+    def _correct(self, due: Subtract | Add | Discard | Forget) -> None:
         if isinstance(due, Subtract):
             self.work.subtract(due.key, due.batch)
         elif isinstance(due, Add):
             self.work.add(due.key, due.batch)
+        elif isinstance(due, Discard):
+            self.work.discard(due.batch)
         else:
             self.work.forget(due.key)

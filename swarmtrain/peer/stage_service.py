@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from swarmtrain.algorithm.quantize import Format
-from swarmtrain.errors import BadBytesError, GoneError, PeerError
+from swarmtrain.errors import BadBytesError, GoneError, PeerError, RunTimeError
 from swarmtrain.membership.microbatches import Acknowledged, Key, Kind, Settlement
 from swarmtrain.network.codec import ActivationCodec
 from swarmtrain.network.stage_calls import Body, StageClient
@@ -144,7 +144,10 @@ class StageServer:
         message = pb.StageAnswer(tensors=[shapes.describe(tensor)], life=desk.ledger.life)
         if isinstance(answer, Tail):
             message.loss = answer.loss
-        return message, (await asyncio.to_thread(shapes.codec.encode, tensor),)
+        try:
+            return message, (await asyncio.to_thread(shapes.codec.encode, tensor),)
+        except ValueError:
+            raise GoneError("what was computed of it is not finite") from None
 
     def refused(self, peer: str, error: PeerError) -> None:
         """See `StageAnswers`."""
@@ -200,7 +203,7 @@ class WireCalls:
         if peer == self.me:
             return await self._own(part, "tail", (x, targets))
         described = [self.shapes.describe(x), self.shapes.describe_tokens(targets)]
-        body = [await asyncio.to_thread(self.shapes.codec.encode, x), self.shapes.codec.encode_tokens(targets)]
+        body = [await self._encoded(x), self.shapes.codec.encode_tokens(targets)]
         answer, gradient = await self._ask(peer, _question(part, "tail", described), body, tuple(x.shape))
         if not 0 <= answer.loss <= _MAX_LOSS:  # NaN too
             raise BadBytesError("a loss that is none")
@@ -223,10 +226,19 @@ class WireCalls:
     async def _activations(self, peer: str, part: Part, kind: Kind, x: Tensor) -> Answered:
         if peer == self.me:
             return await self._own(part, kind, x)
-        body = [await asyncio.to_thread(self.shapes.codec.encode, x)]
+        body = [await self._encoded(x)]
         question = _question(part, kind, [self.shapes.describe(x)])
         answer, tensor = await self._ask(peer, question, body, tuple(x.shape))
         return Answered(tensor, answer.life)
+
+    async def _encoded(self, x: Tensor) -> memoryview:
+        """What came from others was checked: what is not finite is this peer's own."""
+        try:
+            return await asyncio.to_thread(self.shapes.codec.encode, x)
+        except ValueError:
+            raise RunTimeError(
+                "training diverged: what the first stage computes is not finite; lower inner.learning_rate"
+            ) from None
 
     async def _ask(
         self, peer: str, question: pb.StageQuestion, body: Body, shape: tuple[int, ...]

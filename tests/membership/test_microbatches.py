@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from swarmtrain.membership.microbatches import (
     Add,
+    Discard,
     Due,
     Forget,
     Key,
@@ -164,8 +165,8 @@ def test_a_backward_comes_a_step_late_at_most() -> None:
             assert work is not None and work.version == 0
             ledger.computed(late, "backward", 0.0)
             ledger.acknowledge(late, 2.5, 0.0)
-    verdict = ledger.ask(later, "backward", 2, 0.0)
-    assert (verdict.answer, verdict.reason) == ("gone", "the weights have moved on by 2 steps since")
+    assert ledger.ask(later, "backward", 2, 0.0).answer == "gone"
+    assert ledger.num_open == 0, "what comes too late is not kept"
 
 
 def test_a_forward_has_the_weights_of_when_it_is_computed() -> None:
@@ -265,3 +266,43 @@ def test_memory_is_bounded_when_a_driver_never_acknowledges() -> None:
     assert not ledger._drivers["d"].finished
     _all_due(ledger, now + 1001.0)
     assert not ledger._drivers
+
+
+def test_a_batch_is_closed_early_when_places_run_out() -> None:
+    ledger = StageLedger(LedgerLimits(batch_tokens=100, ack_wait_s=10.0, max_open=3, max_open_of_driver=3))
+    for sequence in range(3):
+        _there_and_back(ledger, _key(sequence))
+        ledger.acknowledge(_key(sequence), 2.5, 0.0)
+    assert not _all_due(ledger)
+    assert ledger.ask(_key(3), "forward", 2, 0.0).answer == "busy"
+    assert [step.tokens for step in _steps(_all_due(ledger))] == [6]
+    assert ledger.ask(_key(3), "forward", 2, 0.0).answer == "work"
+
+
+def test_one_that_does_not_acknowledge_is_given_fewer_places() -> None:
+    ledger = _ledger()
+    for sequence in (0, 1):
+        _there_and_back(ledger, _key(sequence, driver="bad"))
+    _all_due(ledger)
+    _all_due(ledger, 10.0)
+    for driver, places in (("bad", 1), ("good", 4)):
+        verdicts = [ledger.ask(_key(10 + n, driver=driver), "forward", 2, 10.0).answer for n in range(5)]
+        assert verdicts.count("work") <= places, driver
+    assert ledger.ask(_key(30, driver="good"), "forward", 2, 10.0).answer == "busy"
+
+
+def test_what_cannot_be_computed_is_given_up() -> None:
+    ledger = _ledger()
+    assert ledger.ask(_key(0), "tail", 2, 0.0).answer == "work"
+    assert ledger.begin(_key(0), "tail") is not None
+    ledger.failed(_key(0))
+    assert _all_due(ledger) == [Forget(_key(0))]
+    assert not ledger.acknowledge(_key(0), 2.5, 0.0)
+
+
+def test_nothing_of_a_batch_that_came_to_nothing_is_kept() -> None:
+    ledger = _ledger()
+    for sequence in (0, 1):
+        _there_and_back(ledger, _key(sequence))
+    _all_due(ledger)
+    assert Discard(0) in _all_due(ledger, 10.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
 from swarmtrain.model.gpt import build_model
-from swarmtrain.model.stage_work import StageWork
+from swarmtrain.model.stage_work import BadGradientError, StageWork
 from swarmtrain.model.stages import Stage, build_stage, stage_shapes
 from swarmtrain.run import ModelSection
 
@@ -187,12 +189,13 @@ def test_a_tail_is_subtracted_too() -> None:
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_factor_scales_and_batches_that_came_to_nothing_are_dropped() -> None:
+def test_a_factor_scales_and_a_batch_that_came_to_nothing_is_discarded() -> None:
     work, stage, _ = _one()
     weights = _weights(stage)
     for seed in (1, 2):
         work.forward(seed, _x(seed))
         work.backward(seed, _x(seed + 100), seed)
+    work.discard(1)
     work.gradients(2, 4.0)
     for name, parameter in stage.named_parameters():
         assert torch.equal(parameter.grad, 4.0 * _reference(2, weights)[name])
@@ -224,3 +227,31 @@ def test_merged_weights_are_a_version_of_their_own() -> None:
     work.backward(1, _x(101), 0)
     found = _sums(work, 0)
     assert all(torch.equal(found[name], each) for name, each in _reference(1, before).items())
+
+
+def test_what_is_forgotten_is_freed() -> None:
+    work, _, _ = _one()
+    for graph_bytes in (float("inf"), 0.0):
+        work.graph_bytes = graph_bytes
+        kept = []
+        for seed in range(5):
+            x = _x(seed)
+            kept.append(weakref.ref(x.untyped_storage()))
+            work.forward(seed, x)
+            work.forget(seed)
+            del x
+        gc.collect()
+        assert not any(each() for each in kept)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e30, 1e12])
+def test_a_gradient_that_would_spoil_the_others_is_not_added(factor: float) -> None:
+    work, stage, _ = _one()
+    weights = _weights(stage)
+    work.forward(1, _x(1))
+    work.backward(1, _x(101), 0)
+    work.forward(2, _x(2))
+    with pytest.raises(BadGradientError, match="is usual"):
+        work.backward(2, factor * _x(102), 0)
+    found = _sums(work, 0)
+    assert all(torch.equal(found[name], each) for name, each in _reference(1, weights).items())

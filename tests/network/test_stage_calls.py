@@ -20,6 +20,7 @@ from swarmtrain.errors import (
     BusyError,
     GoneError,
     PeerError,
+    RunTimeError,
     StalledError,
     UnreachableError,
 )
@@ -47,6 +48,7 @@ class Wire:
     named: list[tuple[str, str]] = field(default_factory=list)
     traffic: Traffic = field(default_factory=Traffic)
     silent: bool = False
+    factor: float = 2.0
 
     def __post_init__(self) -> None:
         limits = LedgerLimits(batch_tokens=4 * TOKENS, max_open_of_driver=3)
@@ -81,7 +83,7 @@ class Wire:
             what = self.desks[peer].next()
             if isinstance(what, Task):
                 payload = what.payload[0] if what.kind == "tail" else what.payload
-                self.desks[peer].done(what, Tail(1.0, 2 * payload) if what.kind == "tail" else 2 * payload)
+                self.desks[peer].done(what, Tail(1.0, 2 * payload) if what.kind == "tail" else self.factor * payload)
             await asyncio.sleep(0.01)
 
     async def raw(self, peer: str, data: bytes) -> pb.StageAnswer:
@@ -299,7 +301,7 @@ def test_one_that_stalls_or_hangs_up_is_let_go_of() -> None:
             await asyncio.wait([serving], timeout=1.0)
             assert serving.done()
             writer.close()
-        assert wire.hosts["p"]._num_questions == 0
+        assert not wire.hosts["p"]._num_questions
         assert wire.desks["p"].ledger.num_open == 0
 
     _on_wire(body)
@@ -309,7 +311,7 @@ def test_a_flood_is_told_busy() -> None:
     async def body(wire: Wire) -> None:
         held = [await wire.open_pipe("p", "") for _ in range(40)]
         await asyncio.sleep(0.1)
-        with pytest.raises(BusyError, match="32 questions are being answered"):
+        with pytest.raises(BusyError, match="32 questions of this peer are being answered"):
             await wire.calls.forward("p", _part(), X)
         for _, writer in held:
             writer.close()
@@ -329,6 +331,28 @@ def test_the_work_goes_on_when_the_one_who_asked_hangs_up_and_is_answered_when_i
         await asyncio.sleep(0.1)
         again = await wire.calls.forward("p", _part(), X)
         assert torch.equal(again.value, 2 * X)
+
+    _on_wire(body)
+
+
+def test_a_gradient_of_another_shape_than_the_answer_is_refused() -> None:
+    async def body(wire: Wire) -> None:
+        await wire.calls.forward("p", _part(), X)
+        other = Part(1, _part().key, TOKENS // 2)
+        with pytest.raises(BadBytesError, match=r"a gradient of shape \(1, 8, 4\) for an answer of \(2, 8, 4\)"):
+            await wire.calls.backward("p", other, X[:1])
+        assert torch.equal((await wire.calls.backward("p", _part(), X)).value, 2 * X)
+
+    _on_wire(body)
+
+
+def test_numbers_that_cannot_be_sent_are_nobody_elses_fault() -> None:
+    async def body(wire: Wire) -> None:
+        wire.factor = float("inf")
+        with pytest.raises(GoneError, match="not finite"):
+            await wire.calls.forward("p", _part(), 1 + X)
+        with pytest.raises(RunTimeError, match="diverged"):
+            await wire.calls.forward("p", _part(1), NAN)
 
     _on_wire(body)
 

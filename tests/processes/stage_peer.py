@@ -141,7 +141,8 @@ class StagePeer:
                 "loss": None if tail is None else tail.loss,
             }
         elif isinstance(what, Step):
-            entry = {"kind": "step", "batch": what.batch, "tokens": what.tokens}
+            keys = [[*key] for key in what.microbatches]
+            entry = {"kind": "step", "batch": what.batch, "tokens": what.tokens, "keys": keys}
         else:
             entry = {"kind": type(what).__name__.lower(), "key": [*what.key]}
         self.log.append(entry)
@@ -154,7 +155,7 @@ class StagePeer:
         sequences = microbatch(number + 1000 * self.settings.get("driver", 0))
         x, targets = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
         async with self.places:
-            return await driver.drive(driver.microbatch(MICROBATCH_TOKENS, x, targets))
+            return (await driver.drive(MICROBATCH_TOKENS, x, targets)).loss
 
     async def drive(self, others: list[Any]) -> None:
         routers = [Router(random.Random(0)) for _ in range(self.num_stages - 1)]
@@ -163,7 +164,7 @@ class StagePeer:
         for stage, router in enumerate(routers, 1):
             router.set_peers([peer for peer, of, _ in others if of == stage])
         calls = WireCalls(self.me, StageClient(self.node, RUN), self.shapes, {0: self.desk})
-        driver = Driver(self.me, routers, calls, Told(), time.monotonic)
+        driver = Driver(self.me, routers, calls, Told(), time.monotonic, 0)
         self.places = asyncio.Semaphore(self.settings["in_flight"])
         numbers = [range(n, n + MICROBATCHES) for n in range(0, MICROBATCHES * self.settings["batches"], MICROBATCHES)]
         if not self.settings["flush"]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from stage_peer import BATCH_TOKENS, CONSTANTS, MICROBATCHES, MODEL, digest, microbatch
+from stage_peer import BATCH_TOKENS, CONSTANTS, MICROBATCH_TOKENS, MICROBATCHES, MODEL, digest, microbatch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -95,6 +95,7 @@ class Peer:
         self.num_subtracted += 1
 
     def _step(self, entry: dict[str, Any]) -> None:
+        assert entry["tokens"] == MICROBATCH_TOKENS * len(entry["keys"])
         sums = self.sums.pop(entry["batch"])
         for name, parameter in self.module.named_parameters():
             parameter.grad = sums[name] * (BATCH_TOKENS / entry["tokens"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -93,6 +94,10 @@ def test_six_processes_without_a_flush_learn_what_their_schedule_says(tmp_path: 
     peers = replay([tmp_path / str(number) for number in range(6)], (1, 2), 25)
     assert sum(peer.num_steps for peer in peers) >= 6 * 20
     assert max(peer.most_lag for peer in peers) == 1, "no backward came after a step: it is as with a flush"
+    for stage in range(3):
+        logs = [peer.log for peer in peers if peer.stage == stage]
+        counted = Counter(tuple(key[:2]) for log in logs for entry in log for key in entry.get("keys", ()))
+        assert max(counted.values()) == 1 and len(counted) > 2 * 25 * MICROBATCHES - 2 * MICROBATCHES
     for peer in peers:
         assert peer.loss_difference <= 1e-5
         assert peer.weights_difference() <= 1e-5
