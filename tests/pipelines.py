@@ -19,7 +19,17 @@ from typing import Any
 from virtual_loop import virtually
 
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.membership.microbatches import Add, Forget, Key, Kind, LedgerLimits, Settlement, StageLedger, Step
+from swarmtrain.membership.microbatches import (
+    Add,
+    Discard,
+    Forget,
+    Key,
+    Kind,
+    LedgerLimits,
+    Settlement,
+    StageLedger,
+    Step,
+)
 from swarmtrain.membership.routing import Router
 from swarmtrain.peer.driver import Answered, Driver, Part, Tail
 from swarmtrain.peer.stage_desk import StageDesk, Task
@@ -121,6 +131,8 @@ class StagePeer:
             assert -batch == Counter()
             assert due.tokens == len(due.microbatches) and due.loss == 1.0
             self.stepped.update((key.driver, key.sequence) for key in due.microbatches)
+        elif isinstance(due, Discard):
+            assert not +self.sums.pop(due.batch, Counter[Key]()), "nothing of it was to count"
         elif isinstance(due, Forget):
             self.kept.discard(due.key)
         else:

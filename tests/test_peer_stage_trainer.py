@@ -17,7 +17,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, outer_step, unflatten_into
-from swarmtrain.errors import PeerError
+from swarmtrain.errors import GoneError, PeerError
 from swarmtrain.membership.microbatches import Key, Kind, LedgerLimits, Settlement, StageLedger
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.routing import Router
@@ -188,6 +188,18 @@ def test_a_stage_that_is_told_to_stop_stops_within_a_batch() -> None:
     ended: list[str] = []
     thread = threading.Thread(target=lambda: ended.append(trainer.train()))
     thread.start()
-    stop.set()
-    thread.join(10.0)
+
+    async def ask() -> None:
+        part = Part(1, Key("d", 0, 0), 32)
+        asking = asyncio.ensure_future(Direct([trainer.desk] * 2).forward("p", part, torch.zeros(2, 16, 16)))
+        assert (await asyncio.wait_for(asking, 10.0)).value.shape == (2, 16, 16)
+        waiting = asyncio.ensure_future(trainer.desk.ask(Key("d", 1, 0), "backward", 32, None))
+        with pytest.raises(GoneError):
+            await waiting
+        stop.set()
+        await asyncio.to_thread(thread.join, 10.0)
+        with pytest.raises(GoneError, match="does not train now"):
+            await trainer.desk.ask(Key("d", 2, 0), "forward", 32, None)
+
+    asyncio.run(ask())
     assert ended == ["interrupted"]

@@ -61,7 +61,7 @@ class StageDesk:
         """The answer, when it is computed. BusyError, GoneError; whoever waits may give up, the work goes on."""
         with self._lock:
             if self._closed:
-                raise GoneError("this peer trains no more")
+                raise GoneError("this peer does not train now")
             if kind != "backward" and sum(map(len, self._waiting.values())) >= 2 * self.ledger.limits.max_open:
                 raise BusyError("too many questions wait here")
             self._check_shape_untrusted(key, kind, payload)
@@ -135,8 +135,13 @@ class StageDesk:
             self.ledger.failed(task.key)
             self._asked[task.key][task.kind].answer.set_exception(error)
 
+    def open(self) -> None:
+        """Questions are computed from now on, as at first."""
+        with self._lock:
+            self._closed = False
+
     def close(self) -> None:
-        """Nothing is computed any more: everyone who waits is told so."""
+        """Nothing is computed for now: everyone who waits is told so, and whoever asks."""
         with self._lock:
             self._closed = True
             for key in list(self._asked):

@@ -28,6 +28,14 @@ class StageTrainer(Trainer):
         work = StageWork(self.model, self.graph_bytes)
         self.loop = StageLoop(self.desk, work, self.inner, self.run.tokens_per_step, slowed=self.slowed)
 
+    def train(self) -> str:
+        """See `Trainer`. Outside of it nobody waits for an answer in vain."""
+        self.desk.open()
+        try:
+            return super().train()
+        finally:
+            self.desk.close()
+
     def enter(self, theta: Tensor) -> None:
         """See `Trainer`: what is under way keeps the weights that it began with."""
         self.loop.work.let_go()
