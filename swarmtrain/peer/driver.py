@@ -294,16 +294,16 @@ class Driver:
         except BusyError:
             router.refused_busy(peer, self.now(), tokens)
             raise
-        except GoneError:
-            router.left(peer, self.now(), tokens)
+        except GoneError:  # no fault: it has moved, or its weights have
+            router.given_up(peer, tokens)
             raise
         except PeerError as error:
             router.failed(peer, self.now(), self.now() - began_s, tokens, str(error))
             if isinstance(error, BadBytesError):
                 self.told.refused(peer, error)
             raise
-        except asyncio.CancelledError:
-            router.refused_busy(peer, self.now(), tokens)
+        except BaseException:
+            router.given_up(peer, tokens)
             raise
         router.finished(peer, self.now(), self.now() - began_s, tokens)
         return answer
