@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from stage_passes import there_and_back
 from torch import Tensor
 
 from swarmtrain.errors import UserError
@@ -83,21 +84,6 @@ def _batch() -> Tensor:
     return torch.randint(0, 96, (3, 19), generator=torch.Generator().manual_seed(1))
 
 
-def _pass(stages: list[HuggingFaceStage], batch: Tensor) -> float:
-    """Forward and backward as peers do it: each stage by itself, what is between them detached."""
-    x = batch[:, :-1]
-    between: list[tuple[Tensor, Tensor]] = []  # what a stage gave, and what the next one took
-    for stage in stages[:-1]:
-        left = stage(x)
-        x = left.detach().requires_grad_()
-        between.append((left, x))
-    loss = stages[-1].loss(x, batch[:, 1:])
-    loss.backward()
-    for left, taken in reversed(between):
-        left.backward(taken.grad)
-    return float(loss.detach())
-
-
 def _moved_stages(model: HuggingFaceModel, boundaries: tuple[int, ...]) -> list[HuggingFaceStage]:
     """With other norms than 1 and other biases than 0, the same ones however it is cut."""
     stages = _stages(model, boundaries)
@@ -121,7 +107,7 @@ def _expected(config: str, attention: str) -> tuple[float, dict[str, Tensor]]:
 def _check_against_whole(config: dict[str, Any], boundaries: tuple[int, ...], attention: str = "sdpa") -> None:
     loss, expected = _expected(json.dumps(config), attention)
     stages = _moved_stages(read_config(config), boundaries)
-    assert _pass(stages, _batch()) == pytest.approx(loss, rel=0, abs=1e-6)
+    assert there_and_back(stages, _batch()) == pytest.approx(loss, rel=0, abs=1e-6)
     gradients = joined_weights({name: p.grad for name, p in stage.named_parameters()} for stage in stages)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
@@ -166,7 +152,9 @@ _LLAMA3 = {
 def test_what_a_configuration_says_is_computed(changes: dict[str, Any]) -> None:
     _check_against_whole(CONFIGS["llama"] | changes, (1,))
     standard = _stages(read_config(CONFIGS["llama"]), ())
-    assert _pass(standard, _batch()) != _pass(_stages(read_config(CONFIGS["llama"] | changes), ()), _batch())
+    assert there_and_back(standard, _batch()) != there_and_back(
+        _stages(read_config(CONFIGS["llama"] | changes), ()), _batch()
+    )
 
 
 def test_rotary_parameters_of_transformers_5_are_those_of_4() -> None:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from stage_passes import there_and_back
 from torch import Tensor
 
 from swarmtrain.model.gpt import build_model, num_parameters
@@ -33,28 +34,13 @@ def _batch() -> Tensor:
     return torch.randint(0, 256, (3, 17), generator=torch.Generator().manual_seed(1))
 
 
-def _pass(stages: list[Stage], batch: Tensor) -> float:
-    """Forward and backward as peers do it: each stage by itself, what is between them detached."""
-    x = batch[:, :-1]
-    between: list[tuple[Tensor, Tensor]] = []  # what a stage gave, and what the next one took
-    for stage in stages[:-1]:
-        left = stage(x)
-        x = left.detach().requires_grad_()
-        between.append((left, x))
-    loss = stages[-1].loss(x, batch[:, 1:])
-    loss.backward()
-    for left, taken in reversed(between):
-        left.backward(taken.grad)
-    return float(loss.detach())
-
-
 @pytest.mark.parametrize("boundaries", EVERY_CUT, ids=str)
 def test_cut_anywhere_loss_and_gradients_are_those_of_the_whole_to_the_bit(boundaries: tuple[int, ...]) -> None:
     whole, batch = build_model(SECTION, 3), _batch()
     expected = whole.loss(batch)
     expected.backward()
     stages = _stages(boundaries)
-    assert _pass(stages, batch) == float(expected.detach())
+    assert there_and_back(stages, batch) == float(expected.detach())
     gradients = joined_weights({name: p.grad for name, p in stage.named_parameters()} for stage in stages)
     assert gradients.keys() == dict(whole.named_parameters()).keys()
     for name, parameter in whole.named_parameters():
