@@ -290,8 +290,7 @@ class Router:
         known = self._ended(peer, tokens)
         if known is None:
             return "it is not in the stage any more"
-        self._load(peer, known, known.load_s - known.charged_s)
-        known.charged_s = 0.0
+        self._load(peer, known, known.load_s - known.charged_s)  # it did not do that task
         known.paused_until_s = max(known.paused_until_s, now + pause_s)
         return f"{reason}: asked again after {pause_s:.1f} s"
 
@@ -329,7 +328,7 @@ class Depth:
     least: int = 2
     most: int = 64
     """What fits into its memory."""
-    spare: float = 4.0
+    spare: float = 5.0
     first: int = 4
     _passed_s: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_PASSED))
     _own_s: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_PASSED))
