@@ -21,7 +21,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from swarmtrain.words import short_peer
+from swarmtrain.words import count_in_words, short_peer
 
 __all__ = [
     "Change",
@@ -50,6 +50,8 @@ class StagePeer:
     """Through all of `stages` when it is fully fed, as measured; while it has none, through those that it fetches."""
     moving_to: tuple[int, ...] = ()
     """What it will serve soon; empty: it stays as it is."""
+    bound: tuple[int, ...] = ()
+    """Those that it has promised not to leave for the moment."""
     most_stages: int = 1
     """So many fit into its memory."""
     move_s: float = 60.0
@@ -71,7 +73,8 @@ class Rule:
 
     costs: tuple[float, ...]
     improvement: float = 0.05
-    """The slowest of the stages that a change touches becomes faster by this part at least."""
+    """The slowest of the stages that a change touches becomes faster by this part at least; or by half of what the peer
+    does there, where it is one of many and the stages are so unequal that moves like this one add up to as much."""
     horizon_s: float = 1800.0
     """What it gains in this time exceeds what the move costs."""
     live_s: float = 60.0
@@ -169,6 +172,10 @@ class _Table:
         """The rates that would be, the slowest first."""
         return sorted(effect.get(stage, rate) for stage, rate in enumerate(self.rates))
 
+    def keeps(self, stage: int, peer: str) -> int:
+        """How many serve the stage and stay, besides `peer`."""
+        return len(self.holders[stage]) - (peer in self.holders[stage])
+
     def make(self, change: Change) -> None:
         """Count the peer where it goes."""
         for stage, rate in self.effect(change.peer, change.after).items():
@@ -202,10 +209,10 @@ def changes(peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[list[Ch
     """The changes that help most, each on top of those before it, no peer twice; with the reason if there are none.
 
     Only the slowest stage is helped, since the pipeline is as fast as that. A change is worth it when the slowest of
-    the stages that it touches becomes `improvement` faster, which is when the rates, the slowest first, grow
-    lexicographically, and by so much where it matters: of two equally slow stages each is worth helping, though the
-    pipeline is faster only when both were. Of those changes the one is taken after which the slowest stage is fastest,
-    then the second slowest, and so on.
+    the stages that it touches becomes faster by `Rule.improvement`: then the rates, the slowest first, grow
+    lexicographically. What is compared is the stages that it touches, not the rates place by place: of two stages that
+    are nearly equally slow each is worth helping, though the pipeline is faster only when both were. Of those changes
+    the one is taken after which the slowest stage is fastest, then the second slowest, and so on.
     """
     table = _Table(live(peers, now, rule), rule)
     found: list[Change] = []
@@ -224,8 +231,11 @@ def _best(table: _Table, moved: Collection[str]) -> tuple[Change | None, str]:
         return None, "nobody is there"
     slowest = min(range(table.rule.num_stages), key=lambda stage: (table.rates[stage], stage))
     free = [peer for peer, one in table.peers.items() if one.stages and not one.moving_to and peer not in moved]
-    options = [(peer, after) for peer in free for after in _options(table, peer, slowest)]
     is_empty = table.rates[slowest] == 0
+    if not is_empty:  # the others need not be looked at one by one
+        uneven = {stage for stage in range(table.rule.num_stages) if _is_uneven(table, {stage, slowest})}
+        free = [peer for peer in free if len(table.holding[peer]) > 1 or table.holding[peer][0] in uneven]
+    options = [(peer, after) for peer in free for after in _options(table, peer, slowest)]
     if is_empty:
         options = [(peer, after) for peer, after in options if slowest in after]
         moves = [(peer, after) for peer, after in options if len(after) == len(table.holding[peer])]
@@ -245,7 +255,7 @@ def _options(table: _Table, peer: str, slowest: int) -> list[tuple[int, ...]]:
     one, before = table.peers[peer], table.holding[peer]
     if before == (slowest,):
         return []
-    free = [stage for stage in before if table.holders[stage] - {peer}]
+    free = [stage for stage in before if stage not in one.bound and table.keeps(stage, peer)]
     options = [tuple(stage for stage in before if stage != left) for left in free if len(before) > 1]
     if slowest not in before:
         options += [tuple(sorted({*before, slowest} - {left})) for left in free]
@@ -256,16 +266,25 @@ def _options(table: _Table, peer: str, slowest: int) -> list[tuple[int, ...]]:
 
 
 def _is_worth_it(table: _Table, peer: str, after: tuple[int, ...]) -> bool:
-    """Whether it improves enough, and the gain exceeds the cost of moving."""
+    """Whether it improves enough, and the gain exceeds the cost of moving. To give up a stage costs nothing: one that
+    serves several does so unless that helps the slowest of them."""
     rule, one, before = table.rule, table.peers[peer], table.holding[peer]
     effect = table.effect(peer, after)
     was, will = min(table.rates[stage] for stage in effect), min(effect.values())
-    if will < (1 + rule.improvement) * was:
+    if len(after) < len(before):
+        return will > was
+    least = min(rule.improvement * was, table.rate(peer, after) / 2)
+    if will - was < least or not _is_uneven(table, effect):
         return False
-    fetches = bool(set(after) - set(before))
-    both_fit = len(before) < one.most_stages
-    lost_tokens = 0.0 if both_fit or not fetches else one.tokens_per_s * one.move_s
-    return (will - was) * (rule.horizon_s - one.move_s * fetches) > lost_tokens
+    lost_tokens = 0.0 if len(before) < one.most_stages else one.tokens_per_s * one.move_s
+    return (will - was) * (rule.horizon_s - one.move_s) > lost_tokens
+
+
+def _is_uneven(table: _Table, stages: Collection[int]) -> bool:
+    """Whether these stages, evened out, would make the slowest of them faster by the rule's improvement."""
+    rates, rule = table.rates, table.rule
+    evened = sum(rates[stage] * rule.costs[stage] for stage in stages) / rule.cost(tuple(stages))
+    return evened >= (1 + rule.improvement) * min(rates[stage] for stage in stages)
 
 
 # ---------------------------------------------------------------- in words
@@ -275,7 +294,8 @@ def _about(table: _Table, slowest: int) -> str:
     rates = table.rates
     if rates[slowest] <= 0:
         return f"stage {slowest} is empty"
-    return f"stage {slowest} is the slowest ({rates[slowest]:.3g} tokens/s of {max(rates):.3g})"
+    rate, most = count_in_words(rates[slowest]), count_in_words(max(rates))
+    return f"stage {slowest} is the slowest ({rate} tokens/s of {most})"
 
 
 def _reason(table: _Table, slowest: int, peer: str, after: tuple[int, ...]) -> str:
@@ -284,7 +304,7 @@ def _reason(table: _Table, slowest: int, peer: str, after: tuple[int, ...]) -> s
     about = _about(table, slowest)
     if not leaves:
         return f"{about}: {name} serves it besides {_stages(before)}"
-    left = min(len(table.holders[stage] - {peer}) for stage in leaves)
+    left = min(table.keeps(stage, peer) for stage in leaves)
     kept = f"{_stages(leaves)}, which keeps {left}"
     if len(after) < len(before):
         return f"{about}: {name} gives up {kept}, and has more time for {_stages(after)}"
@@ -319,16 +339,17 @@ def stages_for_joiner(
     that others have besides another included: these give them up when they see it serve them.
     """
     table = _Table(live((one for one in peers if one.peer != joiner.peer), now, rule), rule)
-    most = max(1, joiner.most_stages) if len(table.peers) + 1 < rule.num_stages or 0.0 in table.rates else 1
     order = sorted(range(rule.num_stages), key=lambda stage: _hash(joiner.peer, stage))
+    is_short = len(table.peers) + 1 < rule.num_stages
     taken: tuple[int, ...] = ()
     vector: list[float] = []
-    while len(taken) < min(most, rule.num_stages):
-        wider = [tuple(sorted({*taken, stage})) for stage in order if stage not in taken]
+    while wider := [tuple(sorted({*taken, stage})) for stage in order if stage not in taken]:
         best = max(wider, key=lambda stages: _with_joiner(table, joiner, stages))
         if taken and _with_joiner(table, joiner, best) <= vector:
             break
         taken, vector = best, _with_joiner(table, joiner, best)
+        if len(taken) >= joiner.most_stages or not (is_short or vector[0] == 0):
+            break
     slowest = min(taken, key=lambda stage: table.rates[stage])
     return taken, f"{_about(table, slowest)}: {short_peer(joiner.peer)} serves {_stages(taken)}"
 

@@ -68,6 +68,10 @@ class Stays:
         self._bound_until_s[request.stage] = until_s
         return Promise(request=request, lasts_s=self.lasts_s), f"it stays for {self.lasts_s:g} s"
 
+    def bound(self, now: float) -> tuple[int, ...]:
+        """The stages that it has promised not to leave: for its record."""
+        return tuple(sorted(stage for stage, until_s in self._bound_until_s.items() if now < until_s))
+
     def bound_s(self, stage: int, now: float) -> float:
         """For so long it has to stay."""
         return max(0.0, self._bound_until_s.get(stage, now) - now)

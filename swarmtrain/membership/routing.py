@@ -263,8 +263,9 @@ class Router:
         if known is None:
             return "it is not in the stage any more"
         known.sample(took_s, tokens)
+        lost_s = min(took_s, now - known.ended_s)  # several that were under way together are charged once
         known.ended_s = now
-        self._load(peer, known, known.load_s + max(0.0, took_s - known.charged_s))
+        self._load(peer, known, known.load_s + max(0.0, lost_s - known.charged_s))
         return self._ban(known, now, took_s, f"no answer in {took_s:.1f} s")
 
     def failed(self, peer: str, now: float, took_s: float, tokens: float, reason: str) -> str:

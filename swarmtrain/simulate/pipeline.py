@@ -1,0 +1,352 @@
+"""A pipeline in memory: peers that hold a stage each, come and go, and move; microbatches that pass through them.
+
+The peers (`simulate/stage_peer.py`) route with the product's `membership.routing` and move by its `membership.balance`
+and `membership.promises`; this file is what surrounds them: machines, calls, the DHT's records, and what is measured.
+
+What is modelled: a task's time (the machine's speed, the stage's cost, chance), queues and BUSY, a latency for each
+call, records that are seconds old and differ between those who look, a stage's download, peers that die with or without
+a word. What is not: links that share their bandwidth, memory of activations, training itself.
+
+What is measured is the tokens of finished microbatches, as a share of the ideal: for the machines that are on at each
+moment, loading or not, the most that any assignment of one stage to each could do. No assignment reaches it quite: it
+is an upper bound, not the best one found.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+from swarmtrain.membership.balance import Rule, StagePeer
+from swarmtrain.membership.routing import Router
+from swarmtrain.simulate.clock import Clock
+from swarmtrain.simulate.stage_peer import StageVolunteer
+
+__all__ = [
+    "Kind",
+    "Machine",
+    "Moment",
+    "PipelineSettings",
+    "PipelineWorld",
+    "best_assignment",
+    "best_bottleneck",
+    "lives",
+    "place",
+    "unequal_machines",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A volunteer's machine. `tokens_per_s`: what it would do with the whole model."""
+
+    name: str
+    tokens_per_s: float
+    fetch_s: float = 60.0
+    """To download a stage takes it so long."""
+    most_stages: int = 1
+    """So many fit into its memory. With two, a stage is served until the next one is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSettings:
+    """Everything about a swarm that is not a machine."""
+
+    rule: Rule = field(default_factory=lambda: Rule(costs=(0.25,) * 4, live_s=30.0))
+    balance: Literal["none", "queues", "rates"] = "rates"
+    """Nobody moves; SWARM's own rule; ours."""
+    balance_every_s: float = 10.0
+    placed: bool = True
+    """A joiner goes where it is needed most; else to any stage by chance."""
+    router: Callable[[random.Random], Router] = Router
+    microbatch_tokens: int = 8192
+    in_flight: int = 64
+    """A driver's microbatches at most; `Depth` says how many at present."""
+    queue: int = 4
+    """A peer's waiting tasks at most: then it is BUSY."""
+    latency_s: float = 0.1
+    """A call's tensors take so long, one way."""
+    jitter: float = 0.1
+    """A task's time varies by so much (standard deviation of its logarithm)."""
+    announce_every_s: float = 10.0
+    look_every_s: float = 5.0
+    record_delay_s: tuple[float, float] = (0.5, 5.0)
+    """Between a record's publication and its being seen, another for each two peers."""
+    missed: float = 0.05
+    """So often a look does not find a peer's newest record."""
+    drain_s: float = 30.0
+    """Who has left a stage finishes what it has begun, for so long at most."""
+
+
+Kind: TypeAlias = Literal["joined", "serves", "moves", "stays", "died"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Something happened."""
+
+    time_s: float
+    peer: str
+    kind: Kind
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Record:
+    published_s: float
+    record: StagePeer | None
+    """None: it said goodbye."""
+
+
+@dataclass
+class _Sums:
+    tokens: float = 0.0
+    ideal_tokens: float = 0.0
+    bottleneck_tokens: float = 0.0
+    since_s: float = 0.0
+
+
+class PipelineWorld:
+    """Machines, the peers on them, and what they did."""
+
+    def __init__(self, settings: PipelineSettings | None = None, *, seed: int = 0) -> None:
+        self.settings = settings or PipelineSettings()
+        self.clock = Clock()
+        self.rng = random.Random(seed)
+        self.peers: dict[str, StageVolunteer] = {}
+        """Those that are on, by name."""
+        self.ghosts: dict[str, StageVolunteer] = {}
+        """The last session of those that are not."""
+        self.num_late = 0
+        """Calls that took too long."""
+        self.log: list[Moment] = []
+        self.emptied: list[tuple[float, int]] = []
+        """When a move left a stage without a peer: never."""
+        self._records: dict[str, list[_Record]] = {}
+        self._delays_s: dict[str, dict[str, float]] = {}
+        self._sums = _Sums()
+        self._ideal_per_s = self._bottleneck_per_s = 0.0
+        self._counted_s = 0.0
+
+    # ------------------------------------------------------------------ machines
+
+    def join(self, machine: Machine, stages: Sequence[int] = ()) -> StageVolunteer:
+        """It is switched on; with `stages` it serves them at once, as if it had been there."""
+        assert machine.name not in self.peers
+        peer = StageVolunteer(self, machine, random.Random(self.rng.random()))
+        self.peers[machine.name] = peer
+        self.note(peer.name, "joined", f"{machine.tokens_per_s:.0f} tokens/s")
+        peer.begin(tuple(stages))
+        self.recount()
+        return peer
+
+    def kill(self, name: str, silent: bool = False) -> None:
+        """It is switched off; `silent`: calls to it are not refused, nothing comes back."""
+        if (peer := self.peers.pop(name, None)) is not None:
+            peer.die(silent)
+            self.ghosts[name] = peer
+            self.note(name, "died", "silently" if silent else "")
+            self.recount()
+
+    def leave(self, name: str) -> None:
+        """It is switched off, and says so first."""
+        if name in self.peers:
+            self.publish(name, None)
+            self.kill(name)
+
+    def slow(self, name: str, factor: float) -> None:
+        """Its machine becomes so many times slower."""
+        peer = self.peers[name]
+        peer.machine = replace(peer.machine, tokens_per_s=peer.machine.tokens_per_s / factor)
+        self.recount()
+
+    def hang(self, name: str) -> None:
+        """Its stages stand still: it takes calls and answers none, and renews its record as before."""
+        self.peers[name].hung = True
+        self.recount()
+
+    # ------------------------------------------------------------------ records
+
+    def publish(self, name: str, record: StagePeer | None) -> None:
+        """Into the DHT."""
+        known = self._records.setdefault(name, [])
+        known.append(_Record(self.clock.now, record))
+        del known[:-4]
+
+    def look(self, viewer: str, table: dict[str, StagePeer]) -> None:
+        """Bring what `viewer` knows of the others up to what it finds now."""
+        now, settings = self.clock.now, self.settings
+        delays_s, chance, missed = self._delays_s.setdefault(viewer, {}), self.rng.random, settings.missed
+        for name, records in self._records.items():
+            if name == viewer or chance() < missed:
+                continue
+            if (delay_s := delays_s.get(name)) is None:
+                delay_s = delays_s[name] = self.rng.uniform(*settings.record_delay_s)
+            before_s = now - delay_s
+            for one in reversed(records):
+                if one.published_s <= before_s:
+                    if one.record is not None:
+                        table[name] = one.record
+                    else:
+                        table.pop(name, None)
+                    break
+        for name in [name for name, record in table.items() if now - record.seen_s > settings.rule.live_s]:
+            del table[name]
+
+    # ------------------------------------------------------------------ what is measured
+
+    def note(self, peer: str, kind: Kind, reason: str) -> None:
+        """For the log."""
+        self.log.append(Moment(self.clock.now, peer, kind, reason))
+
+    def finished(self, tokens: float) -> None:
+        """A microbatch is through."""
+        self._sums.tokens += tokens
+
+    def recount(self) -> None:
+        """Who is on, or what somebody serves, has changed."""
+        self._count()
+        on = [peer for peer in self.peers.values() if not peer.hung]
+        costs = self.settings.rule.costs
+        self._ideal_per_s = best_bottleneck([peer.machine.tokens_per_s for peer in on], costs)
+        self._bottleneck_per_s = min(self.rates())
+
+    def _count(self) -> None:
+        passed_s = self.clock.now - self._counted_s
+        self._sums.ideal_tokens += passed_s * self._ideal_per_s
+        self._sums.bottleneck_tokens += passed_s * self._bottleneck_per_s
+        self._counted_s = self.clock.now
+
+    def rates(self) -> list[float]:
+        """What the stages can do now, by the machines' true speeds."""
+        rule = self.settings.rule
+        rates = [0.0] * rule.num_stages
+        for peer in self.peers.values():
+            for stage in peer.stages if not peer.hung else ():
+                rates[stage] += peer.machine.tokens_per_s / rule.cost(peer.stages)
+        return rates
+
+    def holders(self) -> list[int]:
+        """How many serve each stage."""
+        return [sum(stage in peer.stages for peer in self.peers.values()) for stage in self._stages()]
+
+    def _stages(self) -> range:
+        return range(self.settings.rule.num_stages)
+
+    def left_stage(self, stages: Sequence[int]) -> None:
+        """Somebody has moved away from them."""
+        holders = self.holders()
+        self.emptied.extend((self.clock.now, stage) for stage in stages if not holders[stage])
+
+    def measure_from_here(self) -> None:
+        """Forget what was measured."""
+        self._count()
+        self._sums = _Sums(since_s=self.clock.now)
+
+    def run_until(self, end_s: float) -> None:
+        """Let it live."""
+        self.clock.run_until(end_s)
+        self._count()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of finished microbatches, since it was measured."""
+        return self._sums.tokens / max(self.clock.now - self._sums.since_s, 1e-9)
+
+    @property
+    def share(self) -> float:
+        """Of the ideal, since it was measured."""
+        return self._sums.tokens / max(self._sums.ideal_tokens, 1e-9)
+
+    @property
+    def share_of_assignment(self) -> float:
+        """What the slowest stage could do, of the ideal: the rest is lost on the way."""
+        return self._sums.bottleneck_tokens / max(self._sums.ideal_tokens, 1e-9)
+
+
+def best_bottleneck(speeds: Sequence[float], costs: Sequence[float]) -> float:
+    """At most so many tokens per second pass through stages of these costs, whoever holds which one.
+
+    The k fastest peers are in k stages at most, so that the others serve at least the rest, of which the cheapest
+    cannot be faster than all of them together. The least over all k; 0 with fewer peers than stages.
+    """
+    num_stages = len(costs)
+    if len(speeds) < num_stages:
+        return 0.0
+    rest, cheapest = sorted(speeds), sorted(costs)
+    return min(sum(rest[: len(rest) - k]) / sum(cheapest[: num_stages - k]) for k in range(num_stages))
+
+
+# ---------------------------------------------------------------- machines that come and go
+
+
+def lives(
+    world: PipelineWorld, machines: Sequence[Machine], until_s: float, *, on_s: float, off_s: float, rng: random.Random
+) -> None:
+    """Preemptions and returns: a machine is on for `on_s` and off for `off_s` on average, memorylessly.
+
+    Those on at the start have been placed one after the other, and serve. A third of the preemptions says goodbye
+    first, a third breaks connections, a third is silent.
+    """
+    started = [machine for machine in machines if rng.random() < on_s / (on_s + off_s)]
+    for machine in started:
+        world.join(machine, place(world, machine))
+    for machine in machines:
+        _live(world, machine, machine in started, until_s, (on_s, off_s), rng)
+
+
+def _live(
+    world: PipelineWorld,
+    machine: Machine,
+    is_on: bool,
+    until_s: float,
+    means_s: tuple[float, float],
+    rng: random.Random,
+) -> None:
+    now = 0.0
+    ways: list[Callable[[], None]] = [
+        lambda: world.leave(machine.name),
+        lambda: world.kill(machine.name),
+        lambda: world.kill(machine.name, silent=True),
+    ]
+    while (now := now + rng.expovariate(1 / means_s[not is_on])) < until_s:
+        if is_on:
+            world.clock.call_at(now, rng.choice(ways))
+        else:
+            world.clock.call_at(now, world.join, machine)
+        is_on = not is_on
+
+
+def place(world: PipelineWorld, machine: Machine) -> tuple[int, ...]:
+    """Where one that sees everything would go: the slowest stage."""
+    rates = world.rates()
+    return (min(range(len(rates)), key=lambda stage: (rates[stage], stage)),)
+
+
+def unequal_machines(
+    number: int, rng: random.Random, *, spread: str = "uniform", most_stages: int = 2
+) -> list[Machine]:
+    """So many machines, from 100 to 1,000 tokens per second ("uniform"), or "lognormal" with a few fast ones; they
+    download a stage in 20 to 120 seconds."""
+    machines = []
+    for _ in range(number):
+        speed = rng.uniform(100, 1000) if spread == "uniform" else 400 * math.exp(rng.gauss(0, 0.8))
+        name = f"p{rng.getrandbits(48):012x}"
+        fetch_s = rng.uniform(20, 120)
+        machines.append(Machine(name=name, tokens_per_s=speed, fetch_s=fetch_s, most_stages=most_stages))
+    return machines
+
+
+def best_assignment(speeds: Sequence[float], costs: Sequence[float]) -> float:
+    """The best assignment's slowest stage, by trying all: for a few peers."""
+    best = 0.0
+    for held in itertools.product(range(len(costs)), repeat=len(speeds)):
+        rates = [0.0] * len(costs)
+        for speed, stage in zip(speeds, held, strict=True):
+            rates[stage] += speed / costs[stage]
+        best = max(best, min(rates))
+    return best

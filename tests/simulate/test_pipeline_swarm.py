@@ -1,0 +1,172 @@
+"""Pipelines in virtual time: what passes through, who moves, and what a hung or dying peer costs."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from swarmtrain.membership.balance import Rule
+from swarmtrain.membership.routing import Router
+from swarmtrain.simulate.pipeline import (
+    Machine,
+    PipelineSettings,
+    PipelineWorld,
+    best_assignment,
+    best_bottleneck,
+    lives,
+    unequal_machines,
+)
+
+THREE = Rule(costs=(1 / 3,) * 3, live_s=30.0)
+STILL = PipelineSettings(rule=THREE, balance="none")
+
+
+def world(settings: PipelineSettings, *counts: int, speed: float = 500.0, fetch_s: float = 30.0) -> PipelineWorld:
+    """Equal machines, so many a stage."""
+    made = PipelineWorld(settings, seed=1)
+    for stage, count in enumerate(counts):
+        for _ in range(count):
+            name = f"p{len(made.peers):02d}"
+            made.join(Machine(name=name, tokens_per_s=speed, fetch_s=fetch_s, most_stages=2), (stage,))
+    return made
+
+
+def settings_for(num_stages: int, **more: object) -> PipelineSettings:
+    return PipelineSettings(rule=replace(THREE, costs=(1 / num_stages,) * num_stages), **more)  # type: ignore[arg-type]
+
+
+def rate(world: PipelineWorld, passed_s: float) -> float:
+    """What passes through in the next so many seconds, in tokens per second."""
+    world.measure_from_here()
+    world.run_until(world.clock.now + passed_s)
+    return world.tokens_per_s
+
+
+# ---------------------------------------------------------------- routing
+
+
+def test_equal_peers_reach_nearly_what_they_could() -> None:
+    even = world(STILL, 3, 3, 3)
+    even.run_until(120)
+    assert rate(even, 600) >= 0.9 * 3 * 500 * 3
+    assert even.share == pytest.approx(even.share_of_assignment, rel=0.1) and even.num_late == 0
+    assert even.share_of_assignment == pytest.approx(1.0)
+
+
+class Plain(Router):
+    """The round robin that learns nothing from a timeout: no long sample, no ban."""
+
+    def timed_out(self, peer: str, now: float, took_s: float, tokens: float) -> str:
+        self._ended(peer, tokens)
+        return ""
+
+
+def test_work_of_a_peer_that_dies_goes_on_from_that_boundary_at_another() -> None:
+    even = world(STILL, 3, 3, 3)
+    even.run_until(120)
+    even.kill("p03")
+    even.kill("p06", silent=True)
+    even.run_until(180)
+    assert rate(even, 300) >= 0.85 * 2 * 500 * 3
+    driver = even.peers["p00"]
+    assert 0 < driver.num_in_flight <= driver.depth.limit, "none of its microbatches is lost"
+
+
+# ---------------------------------------------------------------- rebalancing
+
+
+@pytest.mark.parametrize("counts", [(4, 1, 1), (8, 2, 2), (3, 3, 1, 1), (6, 0, 0)])
+def test_piles_resolve(counts: tuple[int, ...]) -> None:
+    piled = world(settings_for(len(counts)), *counts)
+    piled.run_until(180)
+    assert piled.holders() == [sum(counts) // len(counts)] * len(counts)
+    assert not piled.emptied
+    assert piled.log[-1].kind == "serves"
+
+
+def test_four_one_one_has_half_of_two_two_two_without_and_recovers_from_crashes_with_it() -> None:
+    none = rate(world(STILL, 4, 1, 1), 600)
+    even = rate(world(STILL, 2, 2, 2), 600)
+    assert none <= 0.6 * even
+    piled = world(settings_for(3), 4, 1, 1)
+    piled.run_until(60)
+    assert rate(piled, 600) >= 0.8 * even
+    first = next(name for name, peer in piled.peers.items() if peer.stages == (1,))
+    second = next(name for name, peer in piled.peers.items() if peer.stages == (1,) and name != first)
+    piled.kill(first)
+    piled.kill(second)
+    piled.run_until(piled.clock.now + 150)
+    assert rate(piled, 600) >= 0.75 * best_assignment([500.0] * 4, (1 / 3,) * 3)
+    reasons = [moment.reason for moment in piled.log if moment.kind == "moves"]
+    assert any("stage 1 is empty" in reason and "moves to it from stage" in reason for reason in reasons), reasons
+
+
+def test_a_peer_that_becomes_ten_times_slower_is_made_up_for() -> None:
+    wide = world(settings_for(3, balance="none"), 4, 2, 2)
+    moved = world(settings_for(3), 4, 2, 2)
+    shares = []
+    for one in (wide, moved):
+        one.run_until(120)
+        slow = next(name for name in sorted(one.peers) if one.peers[name].stages == (1,))
+        one.slow(slow, 10.0)
+        one.run_until(420)
+        shares.append(rate(one, 600))
+    assert shares[1] >= 1.4 * shares[0], shares
+
+
+def test_without_memory_for_two_a_mover_leaves_first_and_drains() -> None:
+    tight = PipelineWorld(settings_for(2), seed=3)
+    for i in range(5):
+        tight.join(Machine(name=f"p{i}", tokens_per_s=500.0, fetch_s=20.0), (int(i == 0),))
+    tight.run_until(200)
+    assert sorted(tight.holders()) == [2, 3] and not tight.emptied
+    assert rate(tight, 300) >= 0.8 * 2 * 500 * 2
+
+
+def test_fewer_machines_than_stages_serve_several_until_others_come() -> None:
+    few = PipelineWorld(settings_for(3), seed=2)
+    few.join(Machine(name="a", tokens_per_s=300.0, fetch_s=10.0, most_stages=3))
+    few.run_until(120)
+    assert few.holders() == [1, 1, 1] and rate(few, 300) >= 0.8 * 300
+    for name in "bc":
+        few.join(Machine(name=name, tokens_per_s=300.0, fetch_s=10.0, most_stages=3))
+        few.run_until(few.clock.now + 150)
+    assert few.holders() == [1, 1, 1] and {peer.stages for peer in few.peers.values()} == {(0,), (1,), (2,)}
+    assert rate(few, 300) >= 0.8 * 900
+
+
+# ---------------------------------------------------------------- under churn
+
+
+def churned(settings: PipelineSettings, seed: int, warm_s: float, hours: float) -> PipelineWorld:
+    """Sixteen unequal machines that are on for an hour on average, measured for so long after they have begun."""
+    rng = random.Random(seed)
+    one = PipelineWorld(replace(settings, microbatch_tokens=16384), seed=seed)
+    lives(one, unequal_machines(20, rng), warm_s + 3600 * hours, on_s=3600.0, off_s=900.0, rng=rng)
+    one.run_until(warm_s)
+    one.measure_from_here()
+    one.run_until(warm_s + 3600 * hours)
+    return one
+
+
+def test_the_same_seed_is_the_same_swarm() -> None:
+    first, second, other = (churned(PipelineSettings(), seed, 60.0, 0.05) for seed in (4, 4, 5))
+    assert (first.log, first.tokens_per_s) == (second.log, second.tokens_per_s)
+    assert first.clock.num_events == second.clock.num_events
+    assert first.log != other.log
+
+
+def test_the_ideal_is_above_the_best_assignment_and_close_to_it() -> None:
+    rng, ratios = random.Random(3), []
+    for _ in range(25):
+        speeds = [rng.uniform(1, 10) for _ in range(7)]
+        costs = [rng.uniform(0.2, 0.5) for _ in range(3)]
+        best, ideal = best_assignment(speeds, costs), best_bottleneck(speeds, costs)
+        assert best <= ideal * (1 + 1e-9)
+        ratios.append(best / ideal)
+    assert statistics.mean(ratios) >= 0.9
+    assert best_bottleneck([5.0, 1.0, 1.0], (0.5, 0.5)) == best_assignment([5.0, 1.0, 1.0], (0.5, 0.5)) == 4.0
+    assert best_bottleneck([5.0], (0.5, 0.5)) == 0.0
