@@ -1,9 +1,15 @@
-"""What holds for every test: it computes in one thread, and so do the processes that it starts."""
+"""What holds for every test: it computes in one thread, and so do the processes that it starts, and it ends as from a terminal."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch is imported. The tensors of the tests are small: two threads wait for each other in a loop most of the
 # time, and where something else runs on the same cores they wait for it too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Started under nohup, or by something else that ignores a hang-up, the processes of the tests would inherit that. One
+# that is handled here goes on here, and is as usual in what is started.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)

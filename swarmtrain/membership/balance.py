@@ -377,25 +377,24 @@ def change_by_queues(me: str, peers: Iterable[StagePeer], now: float, rule: Rule
     """SWARM's own rule (arXiv 2301.11913, algorithm 2), for comparison: every T seconds a peer of the stage with the
     shortest queues together, if its own queue is the shortest there, moves to the stage with the longest.
 
-    Two things are kinder than as published, which would stop for ever there: the last peer of a stage does not leave
-    it, and a stage that nobody serves counts as the one with the longest queue.
+    It is kinder than as published, which would empty stages and stop for ever: of the stages with one peer nobody
+    leaves, so that the shortest queues are sought among the others, and a stage that nobody serves counts as the one
+    with the longest.
     """
     table = _Table(live(peers, now, rule), rule)
     queues = [0.0] * rule.num_stages
     for peer, holding in table.holding.items():
         for stage in holding:
             queues[stage] += table.peers[peer].queue
-    served = [stage for stage in range(rule.num_stages) if table.rates[stage] > 0]
-    if not served:
-        return None, "nobody is there"
-    shortest = min(served, key=lambda stage: (queues[stage], stage))
+    givers = [stage for stage in range(rule.num_stages) if len(table.holders[stage]) > 1]
+    if not givers:
+        return None, "no stage has a peer to give"
+    shortest = min(givers, key=lambda stage: (queues[stage], stage))
     longest = min(range(rule.num_stages), key=lambda stage: (table.rates[stage] > 0, -queues[stage], stage))
+    if queues[shortest] >= queues[longest] and table.rates[longest] > 0:
+        return None, "the queues of all stages are equal"
     among = sorted(table.holders[shortest], key=lambda peer: (table.peers[peer].queue, peer))
     about = f"stage {shortest} has the shortest queues ({queues[shortest]:g}), stage {longest} the longest"
-    if queues[shortest] == queues[longest] and table.rates[longest] > 0:
-        return None, "the queues of all stages are equal"
-    if len(among) < 2:
-        return None, f"{about}: its last peer stays"
     if among[0] != me or table.holding[me] != (shortest,):
         return None, f"{about}: {short_peer(among[0])} has the shortest there"
     reason = f"{about}: {short_peer(me)}, whose queue is the shortest there, moves"

@@ -280,13 +280,14 @@ def test_the_shortest_queue_of_the_least_loaded_stage_moves_to_the_most_loaded()
     )
     assert change_by_queues("a", peers, NOW, THREE)[0] is None
     assert change_by_queues("c", peers, NOW, THREE)[1].endswith("b has the shortest there")
-    assert change_by_queues("a", peers[:1] + peers[2:], NOW, THREE)[1].endswith("its last peer stays")
-    assert change_by_queues("a", [peer("a", 0), peer("b", 1), peer("c", 2)], NOW, THREE)[1] == (
-        "the queues of all stages are equal"
-    )
+    assert change_by_queues("a", peers[:1] + peers[2:], NOW, THREE) == (None, "no stage has a peer to give")
+    alone = [peer("a", 0), peer("b", 1, queue=2), peer("c", 1, queue=3), peer("d", 2, queue=9)]
+    change, _ = change_by_queues("b", alone, NOW, THREE)
+    assert change is not None and (change.before, change.after) == ((1,), (2,)), "stage 0 has one peer only"
+    assert change_by_queues("a", pile(2, 2, 2), NOW, THREE) == (None, "the queues of all stages are equal")
     empty = change_by_queues("b", peers[:3], NOW, THREE)[0]
     assert empty is not None and empty.after == (2,), "nobody serves it"
-    assert change_by_queues("a", [], NOW, THREE) == (None, "nobody is there")
+    assert change_by_queues("a", [], NOW, THREE)[0] is None
 
 
 # ---------------------------------------------------------------- for any swarm

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from swarmtrain.membership.balance import Rule
-from swarmtrain.membership.routing import Router
+from swarmtrain.membership.routing import VARIANTS, Router
 from swarmtrain.simulate.pipeline import (
     Machine,
     PipelineSettings,
@@ -62,6 +62,28 @@ class Plain(Router):
     def timed_out(self, peer: str, now: float, took_s: float, tokens: float) -> str:
         self._ended(peer, tokens)
         return ""
+
+
+def with_hung(router: type[Router], variant: str = VARIANTS[0]) -> float:
+    """Of four peers a stage, one hangs in each of two stages: what passes through, of what did before. A driver has six
+    microbatches in flight, and waits for two minutes."""
+
+    def patient(rng: random.Random) -> Router:
+        return router(rng, variant, least_limit_s=120.0, most_limit_s=120.0)
+
+    four = world(replace(STILL, router=patient, in_flight=6, microbatch_tokens=4096), 4, 4, 4)
+    four.run_until(60)
+    before = rate(four, 240)
+    for name in ("p04", "p08"):
+        four.hang(name)
+    four.run_until(four.clock.now + 240)
+    return rate(four, 600) / before
+
+
+def test_one_hung_peer_of_four_costs_its_part_where_timeouts_are_charged() -> None:
+    assert with_hung(Plain) <= 0.4
+    for variant in VARIANTS:
+        assert with_hung(Router, variant) >= 0.72, variant
 
 
 def test_work_of_a_peer_that_dies_goes_on_from_that_boundary_at_another() -> None:
@@ -150,6 +172,13 @@ def churned(settings: PipelineSettings, seed: int, warm_s: float, hours: float) 
     one.measure_from_here()
     one.run_until(warm_s + 3600 * hours)
     return one
+
+
+def test_moving_beats_staying_under_preemptions_and_empties_nothing() -> None:
+    ours = churned(PipelineSettings(), 3, 300.0, 0.3)
+    none = churned(PipelineSettings(balance="none"), 3, 300.0, 0.3)
+    assert ours.share >= none.share + 0.03 and ours.share >= 0.8, (ours.share, none.share)
+    assert not ours.emptied
 
 
 def test_the_same_seed_is_the_same_swarm() -> None:
