@@ -1,4 +1,4 @@
-"""What holds for every test: it computes in one thread, and so do the processes that it starts, and it ends as from a terminal."""
+"""What holds for every test: it computes in one thread, as do the processes that it starts, and hang-ups end those."""
 
 from __future__ import annotations
 
