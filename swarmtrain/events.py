@@ -16,13 +16,14 @@ from typing import Annotated, Literal, TypeVar, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from swarmtrain.words import count_in_words, one_line, short_peer, size_in_words, time_in_words
+from swarmtrain.words import count_in_words, one_line, short_peer, size_in_words, stages_in_words, time_in_words
 
 __all__ = [
     "EVENT_CLASSES",
     "AloneEvent",
     "ArchivedEvent",
     "ArrivingEvent",
+    "AssignedEvent",
     "CaughtUpEvent",
     "CheckEvent",
     "DoneEvent",
@@ -32,6 +33,8 @@ __all__ = [
     "FetchedEvent",
     "InviteEvent",
     "JoinedEvent",
+    "MicrobatchRetryEvent",
+    "MovedEvent",
     "PausedEvent",
     "PeerJoinedEvent",
     "PeerLeftEvent",
@@ -39,6 +42,7 @@ __all__ = [
     "RefusedEvent",
     "ResumedEvent",
     "RoundEvent",
+    "StageThroughputEvent",
     "StartedEvent",
     "WarningEvent",
     "arrived_in_words",
@@ -49,6 +53,7 @@ __all__ = [
     "parse_event",
     "short_peer",
     "size_in_words",
+    "stages_in_words",
     "stamped",
     "time_in_words",
     "times_below_allreduce",
@@ -133,6 +138,7 @@ class RoundEvent(_Event):
 
     event: Literal["round"] = "round"
     round: int = Field(description="The round's number, from 0.")
+    stage: int | None = Field(None, description="In a pipeline: the stage whose round it is; null where everybody holds the whole model.")  # fmt: skip
     inner_steps: int = Field(description="Inner steps this peer took in it.")
     tokens: int = Field(description="Tokens this peer trained on in it.")
     run_tokens: int = Field(description="Tokens the whole run has been trained on, this round included.")
@@ -217,6 +223,47 @@ class CaughtUpEvent(_Event):
     round: int = Field(description="The round it is at now.")
     from_peer: str = Field(description="The PeerID whose state it took.")
     reason: str = Field(description="What it had missed.")
+
+
+class AssignedEvent(_Event):
+    """In a pipeline: the stages that this peer will hold; it fetches them now."""
+
+    event: Literal["assigned"] = "assigned"
+    stages: tuple[int, ...] = Field(description="Their numbers, from 0.")
+    reason: str = Field(description="Why these, in a sentence for a person.")
+
+
+class MovedEvent(_Event):
+    """In a pipeline: this peer holds other stages now."""
+
+    event: Literal["moved"] = "moved"
+    before: tuple[int, ...] = Field(description="The stages that it held.")
+    after: tuple[int, ...] = Field(description="Those that it holds now.")
+    reason: str = Field(description="Why, in a sentence for a person.")
+    seconds: float = Field(description="From the decision to here, the new stages' weights included.")
+
+
+class MicrobatchRetryEvent(_Event):
+    """In a pipeline, of a driver: a part of a microbatch failed at a peer, and is asked again or of another. Told once a
+    second of a peer and stage."""
+
+    event: Literal["microbatch_retry"] = "microbatch_retry"
+    stage: int = Field(description="The stage that was asked.")
+    asked: str = Field(description="The PeerID that was asked.")
+    reason: str = Field(description="What went wrong.")
+    count: int = Field(1, description="How many such there were since the last event of this peer and stage.")
+
+
+class StageThroughputEvent(_Event):
+    """In a pipeline: what passes through the stages that this peer holds; told every ten seconds."""
+
+    event: Literal["stage_throughput"] = "stage_throughput"
+    stages: tuple[int, ...] = Field(description="The stages that it holds.")
+    tokens_per_s: float = Field(description="Tokens whose gradient it has computed, per second, since the last event.")
+    most_tokens_per_s: float = Field(description="What it could do if it never waited, as measured.")
+    waiting: int = Field(description="Questions of drivers that wait here.")
+    in_flight: int = Field(description="Microbatches that it has under way as a driver; 0 if it is none.")
+    loss: float | None = Field(None, description="Of a driver: mean loss of the microbatches that came back, in nats per token; null without any.")  # fmt: skip
 
 
 class PausedEvent(_Event):
@@ -305,6 +352,10 @@ Event = Annotated[
         RefusedEvent,
         ClippedEvent,
         CaughtUpEvent,
+        AssignedEvent,
+        MovedEvent,
+        MicrobatchRetryEvent,
+        StageThroughputEvent,
         PausedEvent,
         ResumedEvent,
         ArchivedEvent,
@@ -386,9 +437,13 @@ def _merge_in_words(event: RoundEvent) -> list[str]:
     return [f"merged {partners}", f"stood still for {time_in_words(event.stall_s)}"]
 
 
+def _of_stage(stage: int | None) -> str:
+    return "" if stage is None else f" of stage {stage}"
+
+
 def _round_in_words(event: RoundEvent) -> str:
     parts = [
-        f"round {event.round}: loss {event.loss:.3f}",
+        f"round {event.round}{_of_stage(event.stage)}: loss {event.loss:.3f}",
         f"{event.inner_steps} steps in {time_in_words(event.seconds)}",
         *_merge_in_words(event),
         f"sent {size_in_words(event.bytes_sent)}",
@@ -428,6 +483,20 @@ def in_words(event: Event) -> str:
             return _round_in_words(event)
         case EvalEvent():
             return f"held-out loss {event.held_out_loss:.3f} nats/byte after round {event.round}"
+        case AssignedEvent():
+            return f"takes {stages_in_words(event.stages)}: {event.reason}"
+        case MovedEvent():
+            return (
+                f"holds {stages_in_words(event.after)} now, {stages_in_words(event.before)} before, after "
+                f"{time_in_words(event.seconds)}: {event.reason}"
+            )
+        case MicrobatchRetryEvent():
+            times = "" if event.count == 1 else f" ({event.count} times)"
+            return f"asks stage {event.stage} again, {short_peer(event.asked)} failed{times}: {event.reason}"
+        case StageThroughputEvent():
+            rates = f"{count_in_words(event.tokens_per_s)} of {count_in_words(event.most_tokens_per_s)} tokens/s"
+            under_way = f", {event.in_flight} microbatches under way" if event.in_flight else ""
+            return f"{stages_in_words(event.stages)}: {rates}, {event.waiting} questions wait{under_way}"
         case PeerJoinedEvent():
             return f"peer {event.joined_name or short_peer(event.joined)} is here"
         case PeerLostEvent():

@@ -33,6 +33,7 @@ __all__ = [
     "MergeSection",
     "ModelSection",
     "NetworkSection",
+    "PipelineSection",
     "PublishedSection",
     "RunFile",
     "RunSection",
@@ -237,6 +238,29 @@ class MergeSection(_Section):
         return self
 
 
+class PipelineSection(_Section):
+    """For a model that no volunteer holds alone: who holds which part of it, and what travels between them."""
+
+    stages: int = Field(1, ge=1, le=512, description="The model is cut into so many parts, and a volunteer holds one of them, or a few; 1: everybody holds the whole model.")  # fmt: skip
+    boundaries: tuple[Annotated[int, Field(ge=0, le=512)], ...] = Field((), strict=False, description="Where it is cut: the number of blocks before each cut, one fewer than stages, ascending; empty: where the bootstrap measures that the parts cost most nearly the same.")  # fmt: skip
+    activations: Literal["fp32", "bf16", "int8"] = Field("bf16", description="How activations and their gradients travel between stages.")  # fmt: skip
+    wiring: Literal["round-robin", "least-completion"] = Field("round-robin", description='How a driver chooses among the peers of a stage: "round-robin" by their measured speed, "least-completion" whoever is expected to be done first.')  # fmt: skip
+    in_flight: int = Field(0, ge=0, le=1024, description="Microbatches that a driver has under way at most; 0: as many as keep the stages busy without their weights going too old.")  # fmt: skip
+    balance: Literal["rates", "queues", "none"] = Field("rates", description='Who moves to another stage when one has become the slowest: "rates" by what each is measured to do, "queues" by what waits at each, as SWARM does, "none" nobody.')  # fmt: skip
+    balance_every_s: float = Field(10.0, ge=1, le=3600, description="Each volunteer looks this often whether it should move, in seconds.")  # fmt: skip
+
+    @model_validator(mode="after")
+    def _fits_stages(self) -> PipelineSection:
+        if self.boundaries and len(self.boundaries) != self.stages - 1:
+            raise ValueError(
+                f"pipeline.boundaries: {len(self.boundaries)} with pipeline.stages = {self.stages}; allowed: "
+                f"{self.stages - 1}, or none, and they are chosen by measurement"
+            )
+        if list(self.boundaries) != sorted(set(self.boundaries)):
+            raise ValueError(f"pipeline.boundaries: {list(self.boundaries)}; allowed: each larger than the one before")
+        return self
+
+
 class EvaluationSection(_Section):
     """Measuring the held-out loss while training."""
 
@@ -292,6 +316,8 @@ class PublishedSection(_Section):
     held_out_bytes: int = Field(gt=0, le=4_194_304, description="Its size in bytes.")
     tokenizer_sha256: _Sha256 | None = Field(None, description="SHA-256 of the learnt tokenizer; absent with bytes.")
     tokenizer_bytes: int = Field(0, ge=0, le=16_777_216, description="Its size in bytes.")
+    boundaries: tuple[int, ...] | None = Field(None, strict=False, description="With pipeline.stages: where the model is cut, the number of blocks before each cut.")  # fmt: skip
+    stage_costs: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(None, strict=False, description="With pipeline.stages: the part of the model's computing that each stage is, as measured by the bootstrap.")  # fmt: skip
     server: str | None = Field(None, pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$", description='With merge.method = "server": the PeerID of the bootstrap, which is the server; absent otherwise.')  # fmt: skip
 
 
@@ -303,6 +329,7 @@ class RunFile(_Section):
     data: DataSection = DataSection()
     inner: InnerSection = InnerSection()
     merge: MergeSection = MergeSection()
+    pipeline: PipelineSection = PipelineSection()
     evaluation: EvaluationSection = EvaluationSection()
     network: NetworkSection = NetworkSection()
     published: PublishedSection | None = None
@@ -311,6 +338,19 @@ class RunFile(_Section):
     def tokens_per_step(self) -> int:
         """Tokens in the batch of one inner step."""
         return self.inner.batch_sequences * self.model.context_tokens
+
+    @property
+    def max_round_tokens(self) -> int:
+        """What one peer's round counts at most. A stage's steps are not all of one size, and a round ends after the one
+        that fills it."""
+        return self.merge.inner_steps * self.tokens_per_step * (1 if self.pipeline.stages == 1 else 2)
+
+    @property
+    def microbatch_sequences(self) -> int:
+        """Sequences that are computed at once; in a pipeline without `inner.microbatch_sequences` an eighth of a
+        batch, so that several stages have something to do."""
+        batch = self.inner.batch_sequences
+        return self.inner.microbatch_sequences or (batch if self.pipeline.stages == 1 else max(1, batch // 8))
 
     def num_shards(self, corpus_tokens: int) -> int:
         """Shards of a corpus of so many tokens, each at least what a round reads; 0 where there are none."""
@@ -331,13 +371,46 @@ class RunFile(_Section):
                 f"data.held_out_bytes: {self.data.held_out_bytes} holds no training sequence; allowed: more than "
                 f"model.context_tokens = {self.model.context_tokens}"
             )
+        self._check_pipeline()
         if self.published is not None:
             learnt = self.published.tokenizer_sha256 is not None
             if learnt != (self.model.tokenizer == "bpe") or learnt != (self.published.tokenizer_bytes > 0):
                 raise ValueError(f'published.tokenizer_sha256: does not fit model.tokenizer = "{self.model.tokenizer}"')
             if (self.published.server is not None) != (self.merge.method == "server"):
                 raise ValueError(f'published.server: does not fit merge.method = "{self.merge.method}"')
+            self._check_published_stages(self.published)
         return self
+
+    def _check_pipeline(self) -> None:
+        stages, most = self.pipeline.stages, self.model.num_layers + 2
+        if stages == 1:
+            return
+        if stages > most:
+            raise ValueError(
+                f"pipeline.stages: {stages} with model.num_layers = {self.model.num_layers}; allowed: at most {most} "
+                "(only the first and the last stage can be without a block)"
+            )
+        if any(place > self.model.num_layers for place in self.pipeline.boundaries):
+            raise ValueError(
+                f"pipeline.boundaries: {list(self.pipeline.boundaries)}; allowed: at most model.num_layers = "
+                f"{self.model.num_layers}"
+            )
+        if self.merge.method != "gossip":
+            raise ValueError(
+                f'pipeline.stages: {stages} with merge.method = "{self.merge.method}"; allowed: with "gossip"'
+            )
+
+    def _check_published_stages(self, published: PublishedSection) -> None:
+        stages, boundaries, costs = self.pipeline.stages, published.boundaries, published.stage_costs
+        if stages == 1:
+            if boundaries is not None or costs is not None:
+                raise ValueError("published.boundaries: does not fit pipeline.stages = 1")
+            return
+        places = (0, *(boundaries or ()), self.model.num_layers)
+        if boundaries is None or len(boundaries) != stages - 1 or len(set(boundaries)) < len(boundaries):
+            raise ValueError(f"published.boundaries: does not fit pipeline.stages = {stages}")
+        if list(places) != sorted(places) or costs is None or len(costs) != stages:
+            raise ValueError(f"published.stage_costs: does not fit pipeline.stages = {stages}")
 
 
 def load_run(path: str | Path) -> RunFile:

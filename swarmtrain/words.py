@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["ago_in_words", "count_in_words", "one_line", "short_peer", "size_in_words", "time_in_words"]
+from collections.abc import Sequence
+
+__all__ = [
+    "ago_in_words",
+    "count_in_words",
+    "one_line",
+    "short_peer",
+    "size_in_words",
+    "stages_in_words",
+    "time_in_words",
+]
 
 
 def size_in_words(num_bytes: float) -> str:
@@ -49,6 +59,13 @@ def ago_in_words(seconds: float) -> str:
 def short_peer(peer: str) -> str:
     """The end of a PeerID, enough to tell peers apart."""
     return peer[-6:] if peer else "nobody"
+
+
+def stages_in_words(stages: Sequence[int]) -> str:
+    """The stages of a pipeline by number, such as `stage 2` or `stages 0 and 1`."""
+    if len(stages) < 2:
+        return f"stage {stages[0]}" if stages else "no stage"
+    return f"stages {', '.join(map(str, stages[:-1]))} and {stages[-1]}"
 
 
 def one_line(text: str) -> str:

@@ -18,8 +18,8 @@ from swarmtrain.membership.progress import Progress
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.common import as_peer
 from swarmtrain.peer.logs import logged
+from swarmtrain.peer.reporting import what_was_merged
 from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, RoundReport
-from swarmtrain.peer.volunteer import what_was_merged
 
 
 def test_an_error_after_the_peer_is_known_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:

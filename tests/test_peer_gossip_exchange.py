@@ -29,9 +29,9 @@ from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.common import StopFlag
 from swarmtrain.peer.gossip_exchange import GossipExchange
+from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.present import fetch_present
 from swarmtrain.peer.trainer import Gathered, RoundReport, Trainer
-from swarmtrain.peer.volunteer import initial_seed
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 

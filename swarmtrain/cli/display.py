@@ -19,23 +19,27 @@ from rich.text import Text
 
 from swarmtrain.events import (
     ArrivingEvent,
+    AssignedEvent,
     DoneEvent,
     EvalEvent,
     Event,
     FetchedEvent,
     InviteEvent,
     JoinedEvent,
+    MovedEvent,
     PausedEvent,
     PeerJoinedEvent,
     PeerLeftEvent,
     PeerLostEvent,
     ResumedEvent,
     RoundEvent,
+    StageThroughputEvent,
     StartedEvent,
     arrived_in_words,
     count_in_words,
     short_peer,
     size_in_words,
+    stages_in_words,
     time_in_words,
     to_plain_line,
 )
@@ -59,6 +63,13 @@ class _Peer:
     tokens: int = 0  # its own, in the rounds seen
     tokens_before: int = 0  # the run's, when it joined
     present: set[str] = field(default_factory=set)
+    stages: tuple[int, ...] = ()
+    """In a pipeline, those that it holds."""
+
+    @property
+    def does(self) -> str:
+        """Its state; while it trains stages of a pipeline, which."""
+        return stages_in_words(self.stages) if self.stages and self.state == "training" else self.state
 
     def take(self, event: Event) -> None:
         if isinstance(event, JoinedEvent | ResumedEvent | RoundEvent | DoneEvent):
@@ -74,6 +85,10 @@ class _Peer:
                 self.state = "training"
             case PausedEvent():
                 self.state = "paused"
+            case AssignedEvent():
+                self.stages = event.stages
+            case MovedEvent():
+                self.stages = event.after
             case RoundEvent():
                 self.state, self.round = "training", event
                 self.tokens += event.tokens
@@ -161,7 +176,7 @@ class _Display:
         if isinstance(event, InviteEvent):
             # Above the picture, and wrapped by the terminal alone: so it can be copied as one word.
             self._live.console.print(Text(one_line(event.line)), soft_wrap=True)
-        elif not isinstance(event, RoundEvent | ArrivingEvent):
+        elif not isinstance(event, RoundEvent | ArrivingEvent | StageThroughputEvent):
             self._lines.append(to_plain_line(event))
         self._live.update(self.draw(), refresh=True)
 
@@ -200,6 +215,8 @@ class PeerDisplay(_Display):
         held_out = "" if peer.held_out_loss is None else f"   held-out {peer.held_out_loss:.3f} nats/byte"
         share = peer.share(self._progress.run_tokens)
         here = len(peer.present | {peer_id for peer_id in (merged.peer,) if peer_id})
+        if peer.stages:
+            yield Text(f"{stages_in_words(peer.stages)} of the model")
         yield Text(
             f"round {merged.round}   loss {merged.loss:.3f}{held_out}   {here} peers here   own share {share:.0%}"
         )
@@ -242,7 +259,7 @@ class SwarmDisplay(_Display):
         for heading in ("round", "loss", "share", "s/round", "sent", "below"):
             table.add_column(heading, justify="right", no_wrap=True)
         for peer in self._peers.values():
-            table.add_row(Text(one_line(peer.name)), peer.state, *self._cells(peer))
+            table.add_row(Text(one_line(peer.name)), peer.does, *self._cells(peer))
         yield table
         losses = [peer.held_out_loss for peer in self._peers.values() if peer.held_out_loss is not None]
         if losses:

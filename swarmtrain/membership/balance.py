@@ -16,12 +16,13 @@ Pure: `now` is an argument, every answer carries its reason.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from swarmtrain.words import count_in_words, short_peer
+from swarmtrain.words import count_in_words, short_peer, stages_in_words
 
 __all__ = [
     "Change",
@@ -32,6 +33,7 @@ __all__ = [
     "change_by_queues",
     "changes",
     "compute_speed",
+    "first_stages",
     "live",
     "my_change",
     "stage_rates",
@@ -47,7 +49,8 @@ class StagePeer:
     stages: tuple[int, ...]
     """What it serves, ascending; nothing while it fetches its first stage."""
     tokens_per_s: float
-    """Through all of `stages` when it is fully fed, as measured; while it has none, through those that it fetches."""
+    """Through all of `stages` when it is fully fed, as measured; while it has none, through those that it fetches, and
+    while it does not know these either, through the whole model."""
     moving_to: tuple[int, ...] = ()
     """What it will serve soon; empty: it stays as it is."""
     bound: tuple[int, ...] = ()
@@ -58,6 +61,8 @@ class StagePeer:
     """To fetch a stage takes it so long."""
     queue: float = 0.0
     """Tasks that wait; only `change_by_queues` looks at it."""
+    flow_tokens_per_s: float = 0.0
+    """What passes through it now, for who watches."""
     seen_s: float = 0.0
     """When it said so."""
 
@@ -122,7 +127,7 @@ class Change:
 def compute_speed(peer: StagePeer, rule: Rule) -> float:
     """Tokens per second that it would take through the whole model; 0 if it claims what is no rate."""
     rate = peer.tokens_per_s if 0 < peer.tokens_per_s < math.inf else 0.0
-    return rate * rule.cost(peer.stages or peer.moving_to)
+    return rate * rule.cost(held) if (held := peer.stages or peer.moving_to) else rate
 
 
 def stage_rates(peers: Iterable[StagePeer], rule: Rule) -> list[float]:
@@ -303,18 +308,12 @@ def _reason(table: _Table, slowest: int, peer: str, after: tuple[int, ...]) -> s
     leaves = [stage for stage in before if stage not in after]
     about = _about(table, slowest)
     if not leaves:
-        return f"{about}: {name} serves it besides {_stages(before)}"
+        return f"{about}: {name} serves it besides {stages_in_words(before)}"
     left = min(table.keeps(stage, peer) for stage in leaves)
-    kept = f"{_stages(leaves)}, which keeps {left}"
+    kept = f"{stages_in_words(leaves)}, which keeps {left}"
     if len(after) < len(before):
-        return f"{about}: {name} gives up {kept}, and has more time for {_stages(after)}"
+        return f"{about}: {name} gives up {kept}, and has more time for {stages_in_words(after)}"
     return f"{about}: {name} moves to it from {kept}"
-
-
-def _stages(stages: Sequence[int]) -> str:
-    if len(stages) == 1:
-        return f"stage {stages[0]}"
-    return f"stages {', '.join(map(str, stages[:-1]))} and {stages[-1]}"
 
 
 # ---------------------------------------------------------------- a joiner
@@ -351,7 +350,25 @@ def stages_for_joiner(
         if len(taken) >= joiner.most_stages or not (is_short or vector[0] == 0):
             break
     slowest = min(taken, key=lambda stage: table.rates[stage])
-    return taken, f"{_about(table, slowest)}: {short_peer(joiner.peer)} serves {_stages(taken)}"
+    return taken, f"{_about(table, slowest)}: {short_peer(joiner.peer)} serves {stages_in_words(taken)}"
+
+
+def first_stages(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[tuple[int, ...], str]:
+    """What a peer that holds nothing yet takes, where others that come at the same moment hold nothing either; with the
+    reason. They choose one after the other in the order of their PeerIDs, each knowing what those before it have chosen
+    from the same records: nobody needs to be asked. None takes more than one stage while there are as many peers as
+    stages."""
+    known = {one.peer: one for one in live(peers, now, rule)}
+    undecided = [one for one in known.values() if not one.planned and one.peer <= me]
+    stages: tuple[int, ...] = ()
+    reason = f"{short_peer(me)} is not among the peers"
+    for one in undecided:
+        most = 1 if len(known) >= rule.num_stages else one.most_stages
+        joiner = Joiner(peer=one.peer, tokens_per_s=compute_speed(one, rule), most_stages=most)
+        stages, reason = stages_for_joiner(joiner, known.values(), now, rule)
+        here = joiner.tokens_per_s / rule.cost(stages)
+        known[one.peer] = dataclasses.replace(one, moving_to=stages, tokens_per_s=here)
+    return stages, reason
 
 
 def _with_joiner(table: _Table, joiner: Joiner, stages: Sequence[int]) -> list[float]:

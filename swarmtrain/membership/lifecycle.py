@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from operator import itemgetter
 
+from swarmtrain.membership.balance import StagePeer
+
 __all__ = ["MAX_PEERS", "Change", "Membership", "PeerInfo", "PeerState"]
 
 MAX_PEERS = 4096
@@ -35,7 +37,7 @@ class PeerInfo:
     second or so. `steps_per_s` is its inner-step rate; `part` is the newest publication of its round (0: none yet) and
     `part_tokens` what that counts. `settled`: the run is over, and it needs nothing more from others. `hidden`: nobody
     can dial it; only over a connection that it has opened itself can it be called, and its publications are had through
-    its `hosts`.
+    its `hosts`. `place`: in a pipeline, what it holds and how fast it is.
     """
 
     peer: str
@@ -54,6 +56,7 @@ class PeerInfo:
     hidden: bool = False
     hosts: tuple[str, ...] = ()
     corpus_sha256: str = ""
+    place: StagePeer | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

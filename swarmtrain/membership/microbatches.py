@@ -351,6 +351,15 @@ class StageLedger:
             self._forget_silent(now)
         return self._due.popleft() if self._due else None
 
+    def close_batch(self) -> None:
+        """No more will come to fill it: the batch is closed with what it has."""
+        self._pressed = True
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether no batch has a gradient that may enter a step."""
+        return self._closed is None and not self._filling.members
+
     def next_s(self) -> float | None:
         """When `due` may have something though nobody said anything; None: not before somebody does."""
         return None if self._closed is None else self._closed.closed_s + self.limits.ack_wait_s

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NOT_SERVED, Node, correct_clock
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.run import RunFile
+from swarmtrain.run import RunFile, run_sha256
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run"]
@@ -37,10 +39,17 @@ class PublishedRun:
         """The files by their hash."""
         published = self.run.published
         assert published is not None
-        blobs = {self.sha256: self.data, published.held_out_sha256: self.held_out}
+        blobs = {run_sha256(self.data): self.data, published.held_out_sha256: self.held_out}
         if published.tokenizer_sha256 is not None:
             blobs[published.tokenizer_sha256] = self.tokenizer
         return blobs
+
+    def of_stage(self, stage: int) -> PublishedRun:
+        """The same as the peers of one stage are among themselves: a swarm of their own, whose hash is the SHA-256 of
+        the run's and the stage's number. For company a volunteer waits before it holds a stage."""
+        digest = hashlib.sha256(bytes.fromhex(self.sha256) + stage.to_bytes(4, "big")).hexdigest()
+        alone = self.run.model_copy(update={"merge": self.run.merge.model_copy(update={"min_peers": 1})})
+        return dataclasses.replace(self, sha256=digest, run=alone)
 
 
 @dataclass(frozen=True)

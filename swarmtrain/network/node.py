@@ -378,7 +378,9 @@ class Node:
     # ------------------------------------------------------------- the DHT
 
     async def join_dht(self, peers: Sequence[tuple[str, tuple[str, ...]]]) -> None:
-        """Enter the DHT through `peers` that are connected already; alone if there are none."""
+        """Enter the DHT through `peers` that are connected already; alone if there are none. Once."""
+        if self._dht is not None:
+            return
         dht_node = hivemind_module("dht.node").DHTNode
         initial = [f"{address}/p2p/{peer}" for peer, addresses in peers for address in addresses[:1]]
         try:

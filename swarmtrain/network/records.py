@@ -20,6 +20,7 @@ import msgpack
 from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.balance import StagePeer
 from swarmtrain.membership.hosts import MAX_HOSTS
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.records import MAX_DEPTH, bucket_of
@@ -61,6 +62,7 @@ _MAX_BUCKETS = 512
 _MAX_BUCKET_RECORDS = 128
 _MAX_ADDRESSES = 16
 _MAX_PRESENCE_BYTES = 2048
+_MAX_STAGES = 512
 _ADDRESS = re.compile(r"/[!-~]{1,254}")
 _PURPOSE = b"swarmtrain record v1\0"
 
@@ -93,6 +95,45 @@ def presence_to_proto(info: PeerInfo) -> pb.Presence:
         settled=info.settled,
         hidden=info.hidden,
         hosts=map(peer_bytes, info.hosts),
+        place=None if info.place is None else place_to_proto(info.place),
+    )
+
+
+def place_to_proto(place: StagePeer) -> pb.Place:
+    """The wire form of what a peer holds of a pipeline."""
+    return pb.Place(
+        stages=place.stages,
+        moving_to=place.moving_to,
+        bound=place.bound,
+        tokens_per_s=place.tokens_per_s,
+        most_stages=place.most_stages,
+        move_s=place.move_s,
+        queue=place.queue,
+        flow_tokens_per_s=place.flow_tokens_per_s,
+    )
+
+
+def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> StagePeer:
+    """What `peer` says that it holds of a pipeline; BadBytesError if a field is out of its range."""
+    lists = message.stages, message.moving_to, message.bound
+    if any(len(each) > _MAX_STAGES or list(each) != sorted(set(each)) for each in lists):
+        raise BadBytesError("a presence with stages that are no ascending list")
+    if any(each and each[-1] >= _MAX_STAGES for each in lists) or not 1 <= message.most_stages <= _MAX_STAGES:
+        raise BadBytesError("a presence with a stage that no run has")
+    numbers = message.tokens_per_s, message.move_s, message.queue, message.flow_tokens_per_s
+    if not all(0 <= number < 1e12 for number in numbers):  # NaN too
+        raise BadBytesError("a presence with a speed of a stage out of range")
+    return StagePeer(
+        peer=peer,
+        stages=tuple(message.stages),
+        moving_to=tuple(message.moving_to),
+        bound=tuple(message.bound),
+        tokens_per_s=message.tokens_per_s,
+        most_stages=message.most_stages,
+        move_s=message.move_s,
+        queue=message.queue,
+        flow_tokens_per_s=message.flow_tokens_per_s,
+        seen_s=stamp,
     )
 
 
@@ -116,6 +157,9 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
         raise BadBytesError("a presence with too many hosts")
     if message.round >= 2**40 or message.part >= 2**16:
         raise BadBytesError("a presence with a field out of range")
+    place = None
+    if message.HasField("place"):
+        place = place_from_proto_untrusted(peer, message.place, message.stamp)
     return PeerInfo(
         peer=peer,
         name=message.name,
@@ -133,6 +177,7 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
         hidden=message.hidden,
         hosts=tuple(dict.fromkeys(map(peer_id_from_bytes_untrusted, message.hosts))),
         corpus_sha256=message.corpus_sha256.hex(),
+        place=place,
     )
 
 

@@ -17,7 +17,15 @@ from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from swarmtrain.errors import BadBytesError, BrokenOffError, BusyError, GoneError, PeerError, StalledError
+from swarmtrain.errors import (
+    BadBytesError,
+    BrokenOffError,
+    BusyError,
+    GoneError,
+    PeerError,
+    StalledError,
+    UnreachableError,
+)
 from swarmtrain.network.node import Node, Traffic
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import pipeline_pb2 as pb
@@ -136,6 +144,8 @@ class StageClient:
     node: Node
     run_sha256: str
     limits: StageLimits = field(default_factory=StageLimits)
+    on_failure: Callable[[str, PeerError], None] = lambda peer, error: None
+    """Told of one that cannot be reached."""
 
     async def ask(
         self, peer: str, question: pb.StageQuestion, body: Body, check_untrusted: Callable[[pb.StageAnswer], None]
@@ -144,7 +154,11 @@ class StageClient:
         must be, before they are read. Raises the PeerError that says why there is none.
         """
         question.sha256 = _sha256(body)
-        reader, writer = await self.node.open_pipe(peer, stage_stream_name(self.run_sha256))
+        try:
+            reader, writer = await self.node.open_pipe(peer, stage_stream_name(self.run_sha256))
+        except UnreachableError as error:
+            self.on_failure(peer, error)
+            raise
         traffic, stall_s = self.node.traffic, self.limits.stall_s
         sending = asyncio.create_task(_send(writer, traffic, question, body, stall_s))
         answering = asyncio.create_task(_message_untrusted(reader, pb.StageAnswer, self.limits.answer_s))
@@ -229,7 +243,7 @@ class StageHost:
         body: Body = ()
         try:
             question = await _message_untrusted(reader, pb.StageQuestion, self.limits.stall_s)
-            brings_more = question.kind not in (pb.STAGE_KIND_BACKWARD, pb.STAGE_KIND_SETTLE)
+            brings_more = question.kind in (pb.STAGE_KIND_FORWARD, pb.STAGE_KIND_TAIL)
             if brings_more and self._num_questions[caller] > _MAX_QUESTIONS:
                 raise BusyError(f"{_MAX_QUESTIONS} questions of this peer are being answered")
             self.answers.check_untrusted(caller, question)

@@ -133,7 +133,7 @@ class Swarm:
             self.published.sha256,
             limits.stall_limit_s,
             limits.least_bytes_per_s,
-            on_failure=self._call_failed,
+            on_failure=self.call_failed,
             on_answer=lambda peer: self.membership.heard(peer, swarm_time()),
             is_hidden=self._is_hidden,
         )
@@ -144,7 +144,7 @@ class Swarm:
             run_sha256=self.published.sha256,
             specs=self.specs,
             state_specs=state_specs(self.specs),
-            max_tokens=run.merge.inner_steps * run.tokens_per_step,
+            max_tokens=run.max_round_tokens,
             share_above=run.merge.share_above,
             round_limit_s=run.merge.round_limit_s,
             silence_s=run.merge.silence_s,
@@ -561,9 +561,9 @@ class Swarm:
         peers += [InvitedPeer(info.peer, info.addresses[:2]) for info in others[: _MAX_INVITED - 1]]
         return Invite(self.published.sha256, tuple(peers))
 
-    def _call_failed(self, peer: str, error: PeerError) -> None:
-        change = self.membership.call_failed(peer, swarm_time(), str(error))
-        if change is not None:
+    def call_failed(self, peer: str, error: PeerError) -> None:
+        """Told of a call to `peer` that brought nothing."""
+        if (change := self.membership.call_failed(peer, swarm_time(), str(error))) is not None:
             self._report(change)
 
     def _report(self, change: Change) -> None:

@@ -62,7 +62,9 @@ from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.merge_server import MergeServer
+from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
 from swarmtrain.peer.present import Present, fetch_present, present_of
+from swarmtrain.peer.stage_sizes import cut_and_measure
 from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 
@@ -88,6 +90,7 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
     """
     files = publishable_data(run, base)
     tokenizer = files.tokenizer_bytes
+    boundaries, costs = cut_and_measure(run) if run.pipeline.stages > 1 else (None, None)
     section = PublishedSection(
         created=created.isoformat(timespec="microseconds"),
         swarmtrain=__version__,
@@ -95,6 +98,8 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
         held_out_bytes=len(files.held_out.text),
         tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest() if tokenizer else None,
         tokenizer_bytes=len(tokenizer),
+        boundaries=boundaries,
+        stage_costs=costs,
         server=me if run.merge.method == "server" else None,
     )
     complete = run.model_copy(update={"published": section})
@@ -116,13 +121,15 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
         control.starting("reading the run and cutting its held-out text")
         published = _published(run, base, folder)
         network = NetworkThread()
-        bootstrap = _Bootstrap(published, settings, folder, network, control)
+        kind = _Bootstrap if published.run.pipeline.stages == 1 else PipelineBootstrap
+        bootstrap = kind(published, settings, folder, network, control)
         try:
             return control.ended(log_event(bootstrap.run()))
         except Interrupted:
             bootstrap.archive_once_more()
             return control.ended(log_event(bootstrap.done(stop.reason)))
         finally:
+            bootstrap.leave_stages()
             leave_swarm(network, bootstrap.swarm, bootstrap.node)
             if bootstrap.keeper is not None:
                 bootstrap.keeper.close()
@@ -203,6 +210,9 @@ class _Bootstrap:
         wait_for(self.network.submit(swarm.tallying.read_all()), self.stop)
         complete = self.progress.run_tokens >= self.published.run.run.total_tokens
         return self.done("total_tokens" if complete else "the volunteers left without the last state")
+
+    def leave_stages(self) -> None:
+        """There are none."""
 
     def done(self, reason: str) -> DoneEvent:
         """How it ended."""

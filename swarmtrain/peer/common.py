@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,11 +40,13 @@ __all__ = [
     "as_peer",
     "clock_warning",
     "held_out_loss",
+    "held_out_loss_of",
     "invite_event",
     "leave_swarm",
     "process_age_s",
     "save_final_model",
     "save_model",
+    "save_weights",
     "show_invite",
     "start_node",
     "state_of",
@@ -185,6 +187,13 @@ def held_out_loss(
     `check` is called between batches and may raise.
     """
     unflatten_into(theta, model.parameters())
+    return held_out_loss_of(model, published, tokenizer, check)
+
+
+def held_out_loss_of(
+    model: GPT, published: PublishedRun, tokenizer: Tokenizer, check: Callable[[], None] = lambda: None
+) -> float:
+    """The same, of the weights that are in the model."""
     run = published.run
     tokens = tokenizer.encode(published.held_out)
     batches = held_out_batches(tokens, run.model.context_tokens, run.evaluation.batch_sequences)
@@ -214,10 +223,14 @@ def save_final_model(
 def save_model(folder: Path, model: GPT, theta: Tensor, published: PublishedRun, progress: Progress) -> None:
     """Write the model with weights `theta` (P,) for `eval`, `generate` and strangers."""
     unflatten_into(theta, model.parameters())
+    save_weights(folder, dict(model.named_parameters()), published, progress)
+
+
+def save_weights(folder: Path, weights: Mapping[str, Tensor], published: PublishedRun, progress: Progress) -> None:
+    """The same, of the model's weights by name."""
     files = {"run.toml": published.data, "held-out.txt": published.held_out}
     if published.tokenizer:
         files["tokenizer.bin"] = published.tokenizer
-    weights = dict(model.named_parameters())
     export_model(folder, weights, published.run.model, progress.run_tokens, files)
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, WarningEvent
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.stages import places_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.board import Pulse, StatusBoard
@@ -27,6 +29,10 @@ from swarmtrain.peer.health import health
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.stopping import StopFlag, StopTraining
 from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.words import stages_in_words
+
+if TYPE_CHECKING:
+    from swarmtrain.peer.held_stage import HeldStage
 
 __all__ = ["MAX_SHOWN_PEERS", "Controlled", "bootstrap_pulse", "controlled", "swarm_looker", "volunteer_pulse"]
 
@@ -82,6 +88,15 @@ class Controlled:
         self._watch(swarm)
         self.board.set_pulse(bootstrap_pulse(swarm, archived))
         self.board.doing(pb.PEER_STATE_SERVING, "serving the run")
+
+    def watch_pipeline(self, swarm: Swarm, held: Callable[[], Sequence[HeldStage]]) -> None:
+        """From now on the board looks at the run's swarm and at the stages held here."""
+        self._watch(swarm)
+        self.board.set_pulse(stages_pulse(swarm, held))
+
+    def training_stages(self, stages: Sequence[int]) -> None:
+        """It holds these now."""
+        self.board.doing(pb.PEER_STATE_TRAINING, f"training {stages_in_words(stages)}")
 
     def _watch(self, swarm: Swarm) -> None:
         run, board = swarm.published.run, self.board
@@ -213,6 +228,33 @@ def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[],
     return pulse
 
 
+def stages_pulse(swarm: Swarm, held: Callable[[], Sequence[HeldStage]]) -> Callable[[], Pulse]:
+    """What a volunteer of a pipeline is doing, stage by stage. It may well wait for others: that is no fault of its."""
+    traffic = swarm.node.traffic
+
+    def pulse() -> Pulse:
+        stages = held()
+        about = [
+            f"stage {each.number}, round {each.trainer.progress.round}: {each.swarm.rounds.inner_steps_done} of "
+            f"{each.exchange.round_steps} steps"
+            for each in stages
+        ]
+        first = stages[0] if stages else None
+        return Pulse(
+            state=pb.PEER_STATE_TRAINING if stages else pb.PEER_STATE_STARTING,
+            doing=f"training {'; '.join(about)}" if about else "looking for a stage to hold",
+            round=0 if first is None else first.trainer.progress.round,
+            inner_steps_done=0 if first is None else first.swarm.rounds.inner_steps_done,
+            inner_steps=0 if first is None else first.exchange.round_steps,
+            num_steps=sum(each.exchange.num_steps for each in stages),
+            sent_bytes=traffic.sent_bytes,
+            received_bytes=traffic.received_bytes,
+            patience_s=_FIRST_ROUND_PATIENCE_S,
+        )
+
+    return pulse
+
+
 def _merging(board: StatusBoard, reason: str, at_most_s: float) -> str:
     if not reason:
         return ""
@@ -268,6 +310,7 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
         here = status.state not in (pb.PEER_STATE_PAUSED, pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED)
         shown = {*live, *heapq.nlargest(MAX_SHOWN_PEERS, counts, key=counts.__getitem__)}
         everyone = sorted(shown, key=lambda peer: (peer not in live, -counts.get(peer, 0), peer))
+        _show_stages(status, swarm)
         for peer in everyone[:MAX_SHOWN_PEERS]:
             info = live.get(peer, gone)
             status.peers.add(
@@ -278,7 +321,26 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
                 bootstrap=info.is_bootstrap,
                 round=info.round,
                 tokens_per_s=info.steps_per_s * tokens_per_step,
+                stages=() if info.place is None else info.place.planned,
                 acknowledged_tokens=acknowledged.get(peer, 0),
             )
 
     return look
+
+
+def _show_stages(status: pb.PeerStatus, swarm: Swarm) -> None:
+    """What each stage of a pipeline does, as its peers say."""
+    num_stages = swarm.published.run.pipeline.stages
+    if num_stages == 1:
+        return
+    places = places_of([*swarm.membership.volunteers(), swarm.me])
+    mine = () if swarm.me.place is None else swarm.me.place.planned
+    for number in range(num_stages):
+        here = [place for place in places if number in place.stages]
+        status.stages.add(
+            number=number,
+            num_peers=len(here),
+            tokens_per_s=sum(place.flow_tokens_per_s for place in here),
+            most_tokens_per_s=sum(place.tokens_per_s for place in here),
+            mine=number in mine,
+        )

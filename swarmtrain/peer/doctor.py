@@ -460,7 +460,7 @@ def check_clock(offset_s: float, num_asked: int) -> Finding:
 def check_data(run: RunFile, data_folder: Path | None) -> Finding:
     """Whether the run's text is on this machine, and enough of it for one sequence."""
     from swarmtrain.data.documents import source_files
-    from swarmtrain.peer.volunteer import data_base
+    from swarmtrain.peer.preparing import data_base
 
     extras = [("datasets", run.data.source == "datasets"), ("tokenizers", run.model.tokenizer == "bpe")]
     for module, wanted in extras:

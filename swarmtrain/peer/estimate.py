@@ -46,9 +46,13 @@ class Estimate:
 
 
 def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
-    """What each of `num_peers` (>= 1) peers trains, sends and holds in this run."""
+    """What each of `num_peers` (>= 1) peers trains, sends and holds in this run; in a pipeline, of one stage, as if all
+    stages were alike, activations not counted."""
+    stages = run.pipeline.stages
+    if stages > 1:
+        num_parameters, num_peers = math.ceil(num_parameters / stages), max(1, num_peers // stages)
     steps = math.ceil(run.run.total_tokens / (run.tokens_per_step * num_peers))
-    sent, incoming = _merge_bytes(run, num_parameters, num_peers - 1)
+    sent, incoming = merge_bytes(run, num_parameters, num_peers - 1)
     parameters_bytes = BYTES_PER_PARAMETER * num_parameters + incoming
     activations_bytes = _activations_bytes(run)
     program_bytes = IMPORTS_BYTES + DAEMON_BYTES
@@ -69,8 +73,8 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
     )
 
 
-def _merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
-    """(bytes sent in a round, bytes held of what arrives and is being merged)."""
+def merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
+    """With so many others: (bytes sent in a round, bytes held of what arrives and is being merged)."""
     from swarmtrain.algorithm.quantize import encoded_size_bytes  # torch takes a second: not before a file is read
 
     merge, gradient_bytes = run.merge, 4 * num_parameters
@@ -90,8 +94,13 @@ def _merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, i
 
 
 def _activations_bytes(run: RunFile) -> int:
+    sequences = max(run.microbatch_sequences, run.evaluation.batch_sequences // 4)
+    return activation_bytes(run, sequences, run.model.num_layers, has_head=True)
+
+
+def activation_bytes(run: RunFile, num_sequences: int, num_layers: int, *, has_head: bool) -> int:
+    """What is kept of so many sequences' forward through so many layers until their backward."""
     model = run.model
-    sequences = max(run.inner.microbatch_sequences or run.inner.batch_sequences, run.evaluation.batch_sequences // 4)
     widths = ACTIVATION_WIDTHS + ACTIVATION_WIDTHS_PER_RATIO * model.feed_forward_ratio
-    numbers = model.num_layers * model.width * widths + LOGITS_COPIES * model.vocabulary_size
-    return round(4 * sequences * model.context_tokens * numbers)
+    numbers = num_layers * model.width * widths + LOGITS_COPIES * model.vocabulary_size * has_head
+    return round(4 * num_sequences * model.context_tokens * numbers)

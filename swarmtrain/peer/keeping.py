@@ -6,6 +6,7 @@ answers any more.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from dataclasses import dataclass, field
@@ -43,14 +44,21 @@ class Keeper:
     published: PublishedRun
     peer: str
     emit: Emit
+    stage: int | None = None
+    """Of a pipeline, whose checkpoints have a folder of their own; whom this peer knew is kept for the whole run."""
     checkpointer: Checkpointer = field(init=False)
     _swarm: Swarm | None = None
     _known: tuple[InvitedPeer, ...] = ()
     _keeping_peers: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        files = CheckpointFolder(self.folder.checkpoints_path, self.published.sha256, self.peer)
-        self.checkpointer = Checkpointer(files, self.emit, beside=self.keep_peers)
+        path, beside = self.folder.checkpoints_path, self.keep_peers
+        if self.stage is not None:
+            with contextlib.suppress(OSError):  # if so, the first checkpoint says it
+                path.mkdir(0o700, exist_ok=True)
+            path, beside = path / f"stage-{self.stage}", lambda: None
+        files = CheckpointFolder(path, self.published.sha256, self.peer)
+        self.checkpointer = Checkpointer(files, self.emit, beside=beside)
         self._known = self.folder.kept_peers()
 
     def load(self, num_parameters: int) -> Checkpoint | None:

@@ -147,6 +147,28 @@ class StageDesk:
             for key in list(self._asked):
                 self._forget(key)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether questions are computed now."""
+        return not self._closed
+
+    def close_batch(self) -> None:
+        """Drivers have no more: what there is of a batch is one."""
+        with self._lock:
+            self.ledger.close_batch()
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether there is no gradient here that may enter a step."""
+        with self._lock:
+            return self.ledger.has_settled
+
+    @property
+    def num_waiting(self) -> int:
+        """Questions that wait to be computed."""
+        with self._lock:
+            return sum(map(len, self._waiting.values()))
+
     def wait(self, most_s: float) -> None:
         """Until there may be something to be done, `most_s` at most."""
         next_s = self.ledger.next_s()

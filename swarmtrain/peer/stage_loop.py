@@ -6,23 +6,52 @@ takes until so many tokens are acknowledged.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.microbatches import Add, Discard, Due, Forget, Step, Subtract
+from swarmtrain.membership.microbatches import Add, Discard, Due, Forget, Kind, Step, Subtract
 from swarmtrain.model.stage_work import BadGradientError, StageWork
 from swarmtrain.peer.driver import Tail
 from swarmtrain.peer.stage_desk import StageDesk, Task
 from swarmtrain.peer.stopping import StopTraining
-from swarmtrain.peer.trainer import InnerStep
+from swarmtrain.peer.trainer import InnerStep, RoundOver
 
-__all__ = ["StageLoop"]
+__all__ = ["StageLoop", "WorkMeter"]
 
 _LOOK_S = 0.2
+_RECENT = 96
+_SHARES: dict[Kind, float] = {"forward": 1 / 3, "backward": 2 / 3, "tail": 1.0}
+"""Of a microbatch's work at a stage."""
+
+
+@dataclass
+class WorkMeter:
+    """How fast a stage is computed here when there is always something to do: what it waits does not count."""
+
+    passed_tokens: int = 0
+    """Of microbatches that were computed all the way."""
+    _recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    """(tokens' worth of work, seconds)."""
+
+    def add(self, kind: Kind | None, tokens: int, took_s: float) -> None:
+        """A piece of work; None: what has to be done besides, such as a step."""
+        share = 0.0 if kind is None else _SHARES[kind]
+        self._recent.append((share * tokens, took_s))
+        if kind in ("backward", "tail"):
+            self.passed_tokens += tokens
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """None before there is enough to tell."""
+        recent = list(self._recent)  # asked from other threads
+        tokens, seconds = sum(each for each, _ in recent), sum(each for _, each in recent)
+        return tokens / seconds if len(recent) >= _RECENT // 4 and seconds > 0 and tokens > 0 else None
 
 
 @dataclass
@@ -33,18 +62,27 @@ class StageLoop:
     work: StageWork
     inner: InnerOptimizer
     batch_tokens: int
-    slowed: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Around each piece of work; on leaving it, it may wait."""
+    slowed: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext()
+    """Around each piece of work of a kind, None for a step; on leaving it, it may wait."""
+    over: Callable[[], bool] = lambda: False
+    """Whether drivers have no more: what is here still is the last."""
+    meter: WorkMeter = field(default_factory=WorkMeter)
     record: Callable[[Task | Due, Any], None] = lambda what, answer: None
     """Told of everything in the order in which it is done, and of what was answered."""
 
     def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
-        """Work until a step is taken. Raises StopTraining when asked to end; nothing is lost by it."""
+        """Work until a step is taken. Raises StopTraining when asked to end; nothing is lost by it. Raises RoundOver
+        when no further step will come."""
         while True:
             if should_stop():
                 raise StopTraining
+            is_over = self.over()
+            if is_over:
+                self.desk.close_batch()
             what = self.desk.next()
             if what is None:
+                if is_over and self.desk.has_settled:
+                    raise RoundOver
                 self.desk.wait(_LOOK_S)
                 continue
             if isinstance(what, Step):
@@ -52,8 +90,10 @@ class StageLoop:
                 return self._step(what, progress, scale)
             answer = None
             if isinstance(what, Task):
-                with self.slowed():
+                began_s = time.monotonic()
+                with self.slowed(what.kind):
                     answer = self._answer(what)
+                self.meter.add(what.kind, what.tokens, time.monotonic() - began_s)
             else:
                 self._correct(what)
             self.record(what, answer)
@@ -69,9 +109,12 @@ class StageLoop:
         return answer
 
     def _step(self, step: Step, progress: float, scale: float) -> InnerStep:
-        self.work.gradients(step.batch, self.batch_tokens / step.tokens)
-        grad_norm = self.inner.step(progress, scale)
-        self.work.replaced()
+        began_s = time.monotonic()
+        with self.slowed(None):
+            self.work.gradients(step.batch, self.batch_tokens / step.tokens)
+            grad_norm = self.inner.step(progress, scale)
+            self.work.replaced()
+        self.meter.add(None, step.tokens, time.monotonic() - began_s)
         return InnerStep(step.tokens, step.loss, grad_norm)
 
     def _compute(self, task: Task) -> Any:

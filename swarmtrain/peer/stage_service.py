@@ -35,6 +35,7 @@ _OF_KINDS = {number: kind for kind, number in _KINDS.items()}
 _TOKENS = "tokens"
 _MAX_KEYS = 4096
 _MAX_LOSS = 1e6
+_MOST_STAY_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +100,17 @@ class StageServer:
     desks: Mapping[int, StageDesk]
     """By stage."""
     on_refused: Callable[[str, PeerError], None]
+    stays_s: Callable[[str, int], tuple[float, str]] = lambda mover, stage: (0.0, "nobody moves in this run")
+    """For how long this peer promises `mover` to stay in a stage, 0 if it does not; with the reason."""
 
     def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
         """See `StageAnswers`."""
         desk = self._desk(question)
         tensors = list(question.tensors)
+        if question.kind == pb.STAGE_KIND_STAY:
+            if tensors:
+                raise BadBytesError("tensors in a question that has none")
+            return
         if question.kind == pb.STAGE_KIND_SETTLE:
             keys = len(question.settlement.acknowledged) + len(question.settlement.dropped)
             if tensors or keys > _MAX_KEYS:
@@ -130,6 +137,9 @@ class StageServer:
     ) -> tuple[pb.StageAnswer, Body]:
         """See `StageAnswers`."""
         desk = self._desk(question)
+        if question.kind == pb.STAGE_KIND_STAY:
+            stays_s, reason = self.stays_s(caller, question.stage)
+            return pb.StageAnswer(stays_s=stays_s, reason=reason, life=desk.ledger.life), ()
         if question.kind == pb.STAGE_KIND_SETTLE:
             said = question.settlement
             late = desk.settle(caller, _settlement(caller, said))
@@ -222,6 +232,14 @@ class WireCalls:
         question = pb.StageQuestion(stage=stage, kind=pb.STAGE_KIND_SETTLE, settlement=said)
         answer, _ = await self.client.ask(peer, question, (), _nothing_untrusted)
         return {_key(self.me, key) for key in answer.late}
+
+    async def ask_to_stay(self, peer: str, stage: int) -> tuple[float, str]:
+        """For how long `peer` promises not to leave the stage, 0 if it does not; with its reason."""
+        question = pb.StageQuestion(stage=stage, kind=pb.STAGE_KIND_STAY)
+        answer, _ = await self.client.ask(peer, question, (), _nothing_untrusted)
+        if not 0 <= answer.stays_s <= _MOST_STAY_S:
+            raise BadBytesError(f"a promise for {answer.stays_s:g} s")
+        return answer.stays_s, answer.reason
 
     async def _activations(self, peer: str, part: Part, kind: Kind, x: Tensor) -> Answered:
         if peer == self.me:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from swarmtrain.membership.microbatches import Kind
 from swarmtrain.model.stage_work import StageWork
 from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_loop import StageLoop
@@ -21,18 +24,35 @@ class StageTrainer(Trainer):
     desk: StageDesk
     graph_bytes: float = float("inf")
     """What may be kept of forwards for their backwards."""
+    slowed_work: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext()
+    """Around each piece of work, in place of `slowed`."""
+    over: Callable[[], bool] | None = None
+    """Of stages after the first: whether the first has had the run's tokens, so that no more come here. By itself it
+    would wait for ever for what is missing of its last batch, and end while the first one still needs it."""
     loop: StageLoop = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        work = StageWork(self.model, self.graph_bytes)
-        self.loop = StageLoop(self.desk, work, self.inner, self.run.tokens_per_step, slowed=self.slowed)
+        self.loop = StageLoop(
+            self.desk,
+            StageWork(self.model, self.graph_bytes),
+            self.inner,
+            self.run.tokens_per_step,
+            slowed=self.slowed_work,
+            over=self.over or (lambda: False),
+        )
+
+    @property
+    def finished(self) -> bool:
+        """See `Trainer`."""
+        return super().finished if self.over is None else self.over() and self.desk.has_settled
 
     def train(self) -> str:
         """See `Trainer`. Outside of it nobody waits for an answer in vain."""
         self.desk.open()
         try:
-            return super().train()
+            reason = super().train()
+            return "total_tokens" if self.finished else reason
         finally:
             self.desk.close()
 

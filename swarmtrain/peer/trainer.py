@@ -36,6 +36,7 @@ __all__ = [
     "Merged",
     "OwnPart",
     "Replaced",
+    "RoundOver",
     "RoundReport",
     "Served",
     "Start",
@@ -209,6 +210,10 @@ class _Steps:
         return sum(step.tokens for step in self.done)
 
 
+class RoundOver(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by `Trainer.step` where no further step will come: the round ends with those that it has."""
+
+
 class Exchange(Protocol):
     """The network as the trainer sees it. Each method may raise RunTimeError when the peer cannot go on."""
 
@@ -280,8 +285,9 @@ class Trainer:
         norms = [step.grad_norm for step in steps.done if math.isfinite(step.grad_norm)]
         if not finite:
             raise RunTimeError("training diverged: no loss of the last round was finite; lower inner.learning_rate")
-        self.steps_per_s = len(steps.done) / max(steps_end_s - began_s - steps.published_s, 1e-9)
-        contribution = self._publish(start, len(steps.done), steps.tokens)
+        num_steps = steps.tokens / self.run.tokens_per_step  # a stage's steps are not all of one size
+        self.steps_per_s = num_steps / max(steps_end_s - began_s - steps.published_s, 1e-9)
+        contribution = self._publish(start.num_parts, len(steps.done), steps.tokens)
         arrived = self.exchange.collect()
         self.own_tokens += contribution.tokens
         if isinstance(arrived, Replaced):
@@ -309,22 +315,34 @@ class Trainer:
         )
 
     def _inner_steps(self, start: Start) -> _Steps:
-        """`start.inner_steps` AdamW steps; publishes at all moments of the round but its end."""
+        """AdamW steps over the tokens of `start.inner_steps` of them, or fewer if the round is over before; publishes
+        at all moments of the round but its end."""
         done: list[InnerStep] = []
-        run_tokens_a_step = (start.run_steps_a_step or start.num_peers) * self.run.tokens_per_step
+        step_tokens, tokens = self.run.tokens_per_step, 0
+        run_tokens_a_step = (start.run_steps_a_step or start.num_peers) * step_tokens
         progress = published_s = 0.0
-        publish_after = frozenset(start.publish_after[:-1])
-        for step in range(start.inner_steps):
+        moments = list(start.publish_after)
+        while tokens < start.inner_steps * step_tokens:
             if self.should_stop():
                 raise StopTraining
-            progress = (self.progress.run_tokens + step * run_tokens_a_step) / self.run.run.total_tokens
-            done.append(self.step(progress, self._scale))
+            progress = (self.progress.run_tokens + tokens / step_tokens * run_tokens_a_step) / self.run.run.total_tokens
+            try:
+                done.append(self.step(progress, self._scale))
+            except RoundOver:
+                break
             self._took_step()
-            self.exchange.step_done(step + 1)
-            if step + 1 in publish_after:
+            tokens += done[-1].tokens
+            num_steps = min(tokens // step_tokens, start.inner_steps)
+            self.exchange.step_done(num_steps)
+            part = 0
+            while len(moments) > 1 and moments[0] <= num_steps:
+                part = start.part_after(moments.pop(0))
+            if part and tokens < start.inner_steps * step_tokens:
                 began_s = time.monotonic()
-                self._publish(start, step + 1, sum(each.tokens for each in done))
+                self._publish(part, len(done), tokens)
                 published_s += time.monotonic() - began_s
+        if not done:
+            raise StopTraining
         return _Steps(done, learning_rate_at(self.constants, progress), published_s)
 
     @property
@@ -337,11 +355,11 @@ class Trainer:
         if self.young_steps is not None:
             self.young_steps += 1
 
-    def _publish(self, start: Start, inner_steps: int, tokens: int) -> Contribution:
+    def _publish(self, part: int, inner_steps: int, tokens: int) -> Contribution:
         """Hand over what `inner_steps` of this round have brought: one copy of the weights."""
         contribution = Contribution(
             round=self.progress.round,
-            part=start.part_after(inner_steps),
+            part=part,
             theta=self.state.theta,
             reached=flatten(self.model.parameters()),
             tokens=tokens,

@@ -7,20 +7,16 @@ taken from the swarm is fresh: dial, fetch the run, prepare text and model, and 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
-from swarmtrain.errors import BadBytesError, PeerError, RunTimeError, UserError
+from swarmtrain.errors import BadBytesError, PeerError, RunTimeError
 from swarmtrain.events import (
     DoneEvent,
     EvalEvent,
@@ -28,17 +24,14 @@ from swarmtrain.events import (
     JoinedEvent,
     PausedEvent,
     ResumedEvent,
-    RoundEvent,
     StartedEvent,
     WarningEvent,
-    count_in_words,
     short_peer,
     stamped,
-    times_below_allreduce,
 )
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.model.gpt import GPT, build_model, num_parameters
-from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs, vector_sha256
+from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import DataCoverage, shards_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite, InvitedPeer
@@ -67,16 +60,20 @@ from swarmtrain.peer.controlled import Controlled, controlled
 from swarmtrain.peer.exchange import RosterExchange, SwarmExchange
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.gossip_exchange import GossipExchange
+from swarmtrain.peer.held_stage import SlowedWork
 from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.pipeline import PipelineVolunteer
+from swarmtrain.peer.preparing import data_base, initial_seed, summary_of
+from swarmtrain.peer.reporting import round_event
 from swarmtrain.peer.server_exchange import ServerExchange
 from swarmtrain.peer.slowdown import SlowedSteps
-from swarmtrain.peer.trainer import Averaged, OwnPart, RoundReport, Served, Trainer
-from swarmtrain.run import NetworkSection, RunFile, parse_published_untrusted
+from swarmtrain.peer.trainer import OwnPart, RoundReport, Trainer
+from swarmtrain.run import NetworkSection, parse_published_untrusted
 
-__all__ = ["data_base", "initial_seed", "run_volunteer", "summary_of"]
+__all__ = ["run_volunteer"]
 
 _log = logging.getLogger(__name__)
 _LINGER_S = 60.0
@@ -167,6 +164,8 @@ class _Volunteer:
         through = self._through()
         published = self._fetch(node, through)
         self.limits.limit_link(node.traffic, published.run.network)
+        if published.run.pipeline.stages > 1:
+            return self.stamp(self._live_in_pipeline(node, published, through))
         keeper = self.keeper = Keeper(self.folder, published, node.identity.peer_id, self.emit)
         ready, kept = self._prepare(node, published, keeper)
         swarm = self.swarm = self._swarm(node, ready)
@@ -218,6 +217,32 @@ class _Volunteer:
     def stamp(self, done: DoneEvent) -> DoneEvent:
         """`done` with this peer's PeerID and name, as far as they are known."""
         return stamped(done, 0.0, "" if self.node is None else self.node.identity.peer_id, self.name)
+
+    def _live_in_pipeline(self, node: Node, published: PublishedRun, through: tuple[InvitedPeer, ...]) -> DoneEvent:
+        """The same where this peer holds stages of the model."""
+        pipeline = PipelineVolunteer(
+            published=published,
+            settings=self.settings,
+            folder=self.folder,
+            network=self.network,
+            node=node,
+            control=self.control,
+            emit=self.emit,
+            pause=self.pause,
+            between_steps=self.limits.between_steps,
+            slowed=self._slowed_work,
+            through=through,
+            name=self.name,
+        )
+        try:
+            return pipeline.live()
+        finally:
+            self.swarm = pipeline.swarm
+
+    def _slowed_work(self) -> SlowedWork:
+        """What each piece of a stage's work runs in: a factor of its own for each kind, which take different times."""
+        kinds = {kind: self._slowed() for kind in ("forward", "backward", "tail", None)}
+        return lambda kind: kinds[kind]()
 
     # ------------------------------------------------------------- joining
 
@@ -426,31 +451,8 @@ class _Volunteer:
 
     def _report(self, report: RoundReport, exchange: SwarmExchange, ready: _Ready) -> None:
         """After each merge: tell, and measure the held-out loss if it is time."""
-        sent, received = exchange.traffic_since_last()
+        self.emit(round_event(report, exchange))
         contribution = report.contribution
-        below = None
-        if report.num_peers > 1:
-            below = times_below_allreduce(report.state.theta.numel(), contribution.inner_steps, sent)
-        event = RoundEvent(
-            round=contribution.round,
-            inner_steps=contribution.inner_steps,
-            tokens=contribution.tokens,
-            run_tokens=report.progress.run_tokens,
-            num_peers=report.num_peers,
-            loss=report.loss,
-            first_loss=report.first_loss,
-            learning_rate=report.learning_rate,
-            grad_norm=report.grad_norm,
-            seconds=report.seconds,
-            merge_s=report.merge_s,
-            stall_s=report.stall_s,
-            bytes_sent=sent,
-            bytes_received=received,
-            times_below_allreduce=below,
-            **what_was_merged(report),
-            **exchange.data_seen(),
-        )
-        self.emit(event)
         every = ready.published.run.evaluation.every_rounds
         if every and report.progress.round % every == 0:
             theta, tokenizer = report.state.theta, ready.data.tokenizer
@@ -489,66 +491,3 @@ class _Volunteer:
 
     def _measure(self, theta: Tensor, ready: _Ready) -> float:
         return held_out_loss(ready.model, theta, ready.published, ready.data.tokenizer, self.stop.check)
-
-
-def what_was_merged(report: RoundReport) -> dict[str, Any]:
-    """The fields of a round's event that tell of its merge. Only weights that others should have too are hashed: that
-    takes the trainer's time."""
-    arrived = report.arrived
-    if isinstance(arrived, Averaged):
-        roster = {"partners": arrived.partners, "weights": arrived.weights, "signer": arrived.signer}
-        return {**roster, "state_sha256": vector_sha256(report.state.theta)}
-    pulled = {
-        "partners": tuple(merged.peer for merged in arrived.merged),
-        "weights": tuple(merged.tokens for merged in arrived.merged),
-        "staleness_rounds": tuple(merged.staleness_rounds for merged in arrived.merged),
-        "pull_s": max((merged.pull_s for merged in arrived.merged), default=None),
-    }
-    if isinstance(arrived, Served):
-        return pulled
-    prepared = arrived.prepared
-    return {
-        **pulled,
-        "variance_factor": prepared.variance_factor,
-        "consensus_spread": prepared.consensus_spread,
-        "displacement": None if prepared.displacement == math.inf else prepared.displacement,
-    }
-
-
-def initial_seed(run: RunFile, peer: str) -> int:
-    """The seed of a peer's initial weights: the run's, or one of its own."""
-    if run.merge.init == "common":
-        return run.run.seed
-    digest = hashlib.sha256(f"initial weights {run.run.seed} {peer}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def summary_of(run: RunFile) -> str:
-    """What a volunteer is about to run, in one sentence."""
-    data = {
-        "python-stdlib": "this machine's Python standard library",
-        "datasets": f"the data set {run.data.dataset}",
-    }.get(run.data.source, f"your files {', '.join(run.data.paths)}")
-    parameters = count_in_words(num_parameters(run.model))
-    return (
-        f"a model of {parameters} parameters on {data}, until {count_in_words(run.run.total_tokens)} tokens, "
-        f"merging every {run.merge.inner_steps} steps ({run.merge.method})"
-    )
-
-
-def data_base(run: RunFile, data_folder: Path | None) -> Path:
-    """The folder that the run's data paths are relative to. A run comes from a stranger: it may name files only
-    below a folder that this machine's owner has given with `--data`. Raises UserError.
-    """
-    section = run.data
-    here = data_folder or Path.cwd()
-    if section.source == "datasets":
-        local = [section.dataset] if (here / section.dataset).exists() else []
-    else:
-        local = list(section.paths)
-    if local and data_folder is None:
-        raise UserError(f"this run trains on your own {section.source} files: give their folder with --data FOLDER")
-    for path in local:
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise UserError(f"this run asks for {path}, outside the folder given with --data; it is not read")
-    return here

@@ -66,7 +66,7 @@ class CheckpointReply(_message.Message):
     def __init__(self, round: _Optional[int] = ..., path: _Optional[str] = ...) -> None: ...
 
 class PeerStatus(_message.Message):
-    __slots__ = ("peer", "name", "role", "version", "pid", "started_time", "time", "state", "doing", "run_name", "run_sha256", "invite_line", "round", "inner_steps_done", "inner_steps", "run_tokens", "total_tokens", "own_tokens", "own_tokens_per_s", "swarm_tokens_per_s", "losses", "peers", "sent_bytes", "received_bytes", "sent_bytes_per_s", "received_bytes_per_s", "times_below_allreduce", "stall_share", "checkpoint", "notices", "limits", "end_reason", "exit_code", "held_out_loss", "data", "last_merge", "reach")
+    __slots__ = ("peer", "name", "role", "version", "pid", "started_time", "time", "state", "doing", "run_name", "run_sha256", "invite_line", "round", "inner_steps_done", "inner_steps", "run_tokens", "total_tokens", "own_tokens", "own_tokens_per_s", "swarm_tokens_per_s", "losses", "peers", "sent_bytes", "received_bytes", "sent_bytes_per_s", "received_bytes_per_s", "times_below_allreduce", "stall_share", "checkpoint", "notices", "limits", "end_reason", "exit_code", "held_out_loss", "data", "last_merge", "stages", "reach")
     PEER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,7 @@ class PeerStatus(_message.Message):
     HELD_OUT_LOSS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     LAST_MERGE_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     REACH_FIELD_NUMBER: _ClassVar[int]
     peer: str
     name: str
@@ -140,8 +141,23 @@ class PeerStatus(_message.Message):
     held_out_loss: float
     data: str
     last_merge: str
+    stages: _containers.RepeatedCompositeFieldContainer[StageStatus]
     reach: str
-    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., started_time: _Optional[float] = ..., time: _Optional[float] = ..., state: _Optional[_Union[PeerState, str]] = ..., doing: _Optional[str] = ..., run_name: _Optional[str] = ..., run_sha256: _Optional[str] = ..., invite_line: _Optional[str] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., inner_steps: _Optional[int] = ..., run_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., own_tokens_per_s: _Optional[float] = ..., swarm_tokens_per_s: _Optional[float] = ..., losses: _Optional[_Iterable[_Union[LossPoint, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[SwarmPeer, _Mapping]]] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes_per_s: _Optional[float] = ..., received_bytes_per_s: _Optional[float] = ..., times_below_allreduce: _Optional[float] = ..., stall_share: _Optional[float] = ..., checkpoint: _Optional[_Union[KeptCheckpoint, _Mapping]] = ..., notices: _Optional[_Iterable[_Union[Notice, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., end_reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., held_out_loss: _Optional[float] = ..., data: _Optional[str] = ..., last_merge: _Optional[str] = ..., reach: _Optional[str] = ...) -> None: ...
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., started_time: _Optional[float] = ..., time: _Optional[float] = ..., state: _Optional[_Union[PeerState, str]] = ..., doing: _Optional[str] = ..., run_name: _Optional[str] = ..., run_sha256: _Optional[str] = ..., invite_line: _Optional[str] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., inner_steps: _Optional[int] = ..., run_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., own_tokens_per_s: _Optional[float] = ..., swarm_tokens_per_s: _Optional[float] = ..., losses: _Optional[_Iterable[_Union[LossPoint, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[SwarmPeer, _Mapping]]] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes_per_s: _Optional[float] = ..., received_bytes_per_s: _Optional[float] = ..., times_below_allreduce: _Optional[float] = ..., stall_share: _Optional[float] = ..., checkpoint: _Optional[_Union[KeptCheckpoint, _Mapping]] = ..., notices: _Optional[_Iterable[_Union[Notice, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., end_reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., held_out_loss: _Optional[float] = ..., data: _Optional[str] = ..., last_merge: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., reach: _Optional[str] = ...) -> None: ...
+
+class StageStatus(_message.Message):
+    __slots__ = ("number", "num_peers", "tokens_per_s", "most_tokens_per_s", "mine")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NUM_PEERS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MOST_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MINE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    num_peers: int
+    tokens_per_s: float
+    most_tokens_per_s: float
+    mine: bool
+    def __init__(self, number: _Optional[int] = ..., num_peers: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., most_tokens_per_s: _Optional[float] = ..., mine: bool = ...) -> None: ...
 
 class LossPoint(_message.Message):
     __slots__ = ("round", "run_tokens", "loss", "held_out_loss")
@@ -156,7 +172,7 @@ class LossPoint(_message.Message):
     def __init__(self, round: _Optional[int] = ..., run_tokens: _Optional[int] = ..., loss: _Optional[float] = ..., held_out_loss: _Optional[float] = ...) -> None: ...
 
 class SwarmPeer(_message.Message):
-    __slots__ = ("peer", "name", "tokens", "present", "bootstrap", "round", "tokens_per_s", "acknowledged_tokens")
+    __slots__ = ("peer", "name", "tokens", "present", "bootstrap", "round", "tokens_per_s", "stages", "acknowledged_tokens")
     PEER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +180,7 @@ class SwarmPeer(_message.Message):
     BOOTSTRAP_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     peer: str
     name: str
@@ -172,8 +189,9 @@ class SwarmPeer(_message.Message):
     bootstrap: bool
     round: int
     tokens_per_s: float
+    stages: _containers.RepeatedScalarFieldContainer[int]
     acknowledged_tokens: int
-    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., present: bool = ..., bootstrap: bool = ..., round: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., acknowledged_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., present: bool = ..., bootstrap: bool = ..., round: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., stages: _Optional[_Iterable[int]] = ..., acknowledged_tokens: _Optional[int] = ...) -> None: ...
 
 class KeptCheckpoint(_message.Message):
     __slots__ = ("round", "time", "size_bytes")

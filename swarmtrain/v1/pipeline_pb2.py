@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cswarmtrain/v1/pipeline.proto\x12\rswarmtrain.v1\"@\n\rMicrobatchKey\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04loss\x18\x03 \x01(\x01\"@\n\x0bStageTensor\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\xed\x01\n\rStageQuestion\x12\r\n\x05stage\x18\x01 \x01(\r\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.swarmtrain.v1.StageKind\x12)\n\x03key\x18\x03 \x01(\x0b\x32\x1c.swarmtrain.v1.MicrobatchKey\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12+\n\x07tensors\x18\x05 \x03(\x0b\x32\x1a.swarmtrain.v1.StageTensor\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12-\n\nsettlement\x18\x07 \x01(\x0b\x32\x19.swarmtrain.v1.Settlement\"\x92\x01\n\nSettlement\x12\x32\n\x0c\x61\x63knowledged\x18\x01 \x03(\x0b\x32\x1c.swarmtrain.v1.MicrobatchKey\x12-\n\x07\x64ropped\x18\x02 \x03(\x0b\x32\x1c.swarmtrain.v1.MicrobatchKey\x12\x13\n\x0boldest_open\x18\x03 \x01(\x04\x12\x0c\n\x04life\x18\x04 \x01(\x04\"\xbc\x02\n\x0bStageAnswer\x12\x31\n\x06status\x18\x01 \x01(\x0e\x32!.swarmtrain.v1.StageAnswer.Status\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12+\n\x07tensors\x18\x03 \x03(\x0b\x32\x1a.swarmtrain.v1.StageTensor\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12*\n\x04late\x18\x06 \x03(\x0b\x32\x1c.swarmtrain.v1.MicrobatchKey\x12\x0c\n\x04life\x18\x07 \x01(\x04\"e\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\r\n\tSTATUS_OK\x10\x01\x12\x0f\n\x0bSTATUS_BUSY\x10\x02\x12\x0f\n\x0bSTATUS_GONE\x10\x03\x12\x12\n\x0eSTATUS_REFUSED\x10\x04*\x84\x01\n\tStageKind\x12\x1a\n\x16STAGE_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12STAGE_KIND_FORWARD\x10\x01\x12\x17\n\x13STAGE_KIND_BACKWARD\x10\x02\x12\x13\n\x0fSTAGE_KIND_TAIL\x10\x03\x12\x15\n\x11STAGE_KIND_SETTLE\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cswarmtrain/v1/pipeline.proto\x12\rswarmtrain.v1\"@\n\rMicrobatchKey\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04loss\x18\x03 \x01(\x01\"@\n\x0bStageTensor\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\xed\x01\n\rStageQuestion\x12\r\n\x05stage\x18\x01 \x01(\r\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.swarmtrain.v1.StageKind\x12)\n\x03key\x18\x03 \x01(\x0b\x32\x1c.swarmtrain.v1.MicrobatchKey\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12+\n\x07tensors\x18\x05 \x03(\x0b\x32\x1a.swarmtrain.v1.StageTensor\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12-\n\nsettlement\x18\x07 \x01(\x0b\x32\x19.swarmtrain.v1.Settlement\"\x92\x01\n\nSettlement\x12\x32\n\x0c\x61\x63knowledged\x18\x01 \x03(\x0b\x32\x1c.swarmtrain.v1.MicrobatchKey\x12-\n\x07\x64ropped\x18\x02 \x03(\x0b\x32\x1c.swarmtrain.v1.MicrobatchKey\x12\x13\n\x0boldest_open\x18\x03 \x01(\x04\x12\x0c\n\x04life\x18\x04 \x01(\x04\"\xcd\x02\n\x0bStageAnswer\x12\x31\n\x06status\x18\x01 \x01(\x0e\x32!.swarmtrain.v1.StageAnswer.Status\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12+\n\x07tensors\x18\x03 \x03(\x0b\x32\x1a.swarmtrain.v1.StageTensor\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12*\n\x04late\x18\x06 \x03(\x0b\x32\x1c.swarmtrain.v1.MicrobatchKey\x12\x0c\n\x04life\x18\x07 \x01(\x04\x12\x0f\n\x07stays_s\x18\x08 \x01(\x01\"e\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\r\n\tSTATUS_OK\x10\x01\x12\x0f\n\x0bSTATUS_BUSY\x10\x02\x12\x0f\n\x0bSTATUS_GONE\x10\x03\x12\x12\n\x0eSTATUS_REFUSED\x10\x04*\x99\x01\n\tStageKind\x12\x1a\n\x16STAGE_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12STAGE_KIND_FORWARD\x10\x01\x12\x17\n\x13STAGE_KIND_BACKWARD\x10\x02\x12\x13\n\x0fSTAGE_KIND_TAIL\x10\x03\x12\x15\n\x11STAGE_KIND_SETTLE\x10\x04\x12\x13\n\x0fSTAGE_KIND_STAY\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'swarmtrain.v1.pipeline_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STAGEKIND']._serialized_start=888
-  _globals['_STAGEKIND']._serialized_end=1020
+  _globals['_STAGEKIND']._serialized_start=905
+  _globals['_STAGEKIND']._serialized_end=1058
   _globals['_MICROBATCHKEY']._serialized_start=47
   _globals['_MICROBATCHKEY']._serialized_end=111
   _globals['_STAGETENSOR']._serialized_start=113
@@ -42,7 +42,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETTLEMENT']._serialized_start=420
   _globals['_SETTLEMENT']._serialized_end=566
   _globals['_STAGEANSWER']._serialized_start=569
-  _globals['_STAGEANSWER']._serialized_end=885
-  _globals['_STAGEANSWER_STATUS']._serialized_start=784
-  _globals['_STAGEANSWER_STATUS']._serialized_end=885
+  _globals['_STAGEANSWER']._serialized_end=902
+  _globals['_STAGEANSWER_STATUS']._serialized_start=801
+  _globals['_STAGEANSWER_STATUS']._serialized_end=902
 # @@protoc_insertion_point(module_scope)

@@ -13,11 +13,13 @@ class StageKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_KIND_BACKWARD: _ClassVar[StageKind]
     STAGE_KIND_TAIL: _ClassVar[StageKind]
     STAGE_KIND_SETTLE: _ClassVar[StageKind]
+    STAGE_KIND_STAY: _ClassVar[StageKind]
 STAGE_KIND_UNSPECIFIED: StageKind
 STAGE_KIND_FORWARD: StageKind
 STAGE_KIND_BACKWARD: StageKind
 STAGE_KIND_TAIL: StageKind
 STAGE_KIND_SETTLE: StageKind
+STAGE_KIND_STAY: StageKind
 
 class MicrobatchKey(_message.Message):
     __slots__ = ("sequence", "attempt", "loss")
@@ -70,7 +72,7 @@ class Settlement(_message.Message):
     def __init__(self, acknowledged: _Optional[_Iterable[_Union[MicrobatchKey, _Mapping]]] = ..., dropped: _Optional[_Iterable[_Union[MicrobatchKey, _Mapping]]] = ..., oldest_open: _Optional[int] = ..., life: _Optional[int] = ...) -> None: ...
 
 class StageAnswer(_message.Message):
-    __slots__ = ("status", "reason", "tensors", "sha256", "loss", "late", "life")
+    __slots__ = ("status", "reason", "tensors", "sha256", "loss", "late", "life", "stays_s")
     class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATUS_UNSPECIFIED: _ClassVar[StageAnswer.Status]
@@ -90,6 +92,7 @@ class StageAnswer(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LATE_FIELD_NUMBER: _ClassVar[int]
     LIFE_FIELD_NUMBER: _ClassVar[int]
+    STAYS_S_FIELD_NUMBER: _ClassVar[int]
     status: StageAnswer.Status
     reason: str
     tensors: _containers.RepeatedCompositeFieldContainer[StageTensor]
@@ -97,4 +100,5 @@ class StageAnswer(_message.Message):
     loss: float
     late: _containers.RepeatedCompositeFieldContainer[MicrobatchKey]
     life: int
-    def __init__(self, status: _Optional[_Union[StageAnswer.Status, str]] = ..., reason: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[StageTensor, _Mapping]]] = ..., sha256: _Optional[bytes] = ..., loss: _Optional[float] = ..., late: _Optional[_Iterable[_Union[MicrobatchKey, _Mapping]]] = ..., life: _Optional[int] = ...) -> None: ...
+    stays_s: float
+    def __init__(self, status: _Optional[_Union[StageAnswer.Status, str]] = ..., reason: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[StageTensor, _Mapping]]] = ..., sha256: _Optional[bytes] = ..., loss: _Optional[float] = ..., late: _Optional[_Iterable[_Union[MicrobatchKey, _Mapping]]] = ..., life: _Optional[int] = ..., stays_s: _Optional[float] = ...) -> None: ...

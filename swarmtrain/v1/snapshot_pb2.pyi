@@ -38,8 +38,28 @@ class Signed(_message.Message):
     signature: bytes
     def __init__(self, payload: _Optional[bytes] = ..., author: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
+class Place(_message.Message):
+    __slots__ = ("stages", "moving_to", "bound", "tokens_per_s", "most_stages", "move_s", "queue", "flow_tokens_per_s")
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    MOVING_TO_FIELD_NUMBER: _ClassVar[int]
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MOST_STAGES_FIELD_NUMBER: _ClassVar[int]
+    MOVE_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    FLOW_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    stages: _containers.RepeatedScalarFieldContainer[int]
+    moving_to: _containers.RepeatedScalarFieldContainer[int]
+    bound: _containers.RepeatedScalarFieldContainer[int]
+    tokens_per_s: float
+    most_stages: int
+    move_s: float
+    queue: float
+    flow_tokens_per_s: float
+    def __init__(self, stages: _Optional[_Iterable[int]] = ..., moving_to: _Optional[_Iterable[int]] = ..., bound: _Optional[_Iterable[int]] = ..., tokens_per_s: _Optional[float] = ..., most_stages: _Optional[int] = ..., move_s: _Optional[float] = ..., queue: _Optional[float] = ..., flow_tokens_per_s: _Optional[float] = ...) -> None: ...
+
 class Presence(_message.Message):
-    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled", "hidden", "hosts")
+    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled", "hidden", "hosts", "place")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STAMP_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +75,7 @@ class Presence(_message.Message):
     SETTLED_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     HOSTS_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     role: Role
     name: str
     stamp: float
@@ -70,7 +91,8 @@ class Presence(_message.Message):
     settled: bool
     hidden: bool
     hosts: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ..., hidden: bool = ..., hosts: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    place: Place
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ..., hidden: bool = ..., hosts: _Optional[_Iterable[bytes]] = ..., place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "tokens", "round")

@@ -19,6 +19,7 @@ from swarmtrain.membership.balance import (
     change_by_queues,
     changes,
     compute_speed,
+    first_stages,
     my_change,
     stage_rates,
     stages_for_joiner,
@@ -288,6 +289,17 @@ def test_the_shortest_queue_of_the_least_loaded_stage_moves_to_the_most_loaded()
     empty = change_by_queues("b", peers[:3], NOW, THREE)[0]
     assert empty is not None and empty.after == (2,), "nobody serves it"
     assert change_by_queues("a", [], NOW, THREE)[0] is None
+
+
+def test_those_who_come_at_one_moment_choose_one_after_the_other() -> None:
+    new = [peer(name) for name in "abcdef"]
+    chosen = [first_stages(one.peer, new, NOW, THREE)[0] for one in new]
+    assert sorted(chosen) == [(0,), (0,), (1,), (1,), (2,), (2,)]
+    few = [replace(one, most_stages=3) for one in new[:2]]
+    chosen = [first_stages(one.peer, few, NOW, THREE)[0] for one in few]
+    assert {stage for stages in chosen for stage in stages} == {0, 1, 2}
+    late = first_stages("f", [*pile(2, 1, 2), new[-1]], NOW, THREE)
+    assert late[0] == (1,) and "stage 1 is the slowest" in late[1]
 
 
 # ---------------------------------------------------------------- for any swarm

@@ -1,0 +1,168 @@
+"""Keeping a driver busy: as many microbatches under way as the stages take, and what is told of them.
+
+Runs in the network thread, beside the trainer of the first stage, whose part of each microbatch is asked like any
+other's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+from swarmtrain.errors import GoneError, PeerError, SwarmtrainError
+from swarmtrain.events import Event, MicrobatchRetryEvent
+from swarmtrain.membership.microbatches import Key
+from swarmtrain.membership.routing import Router
+from swarmtrain.network.tasks import end_tasks, logged
+from swarmtrain.peer.driver import Driver, StageCalls
+from swarmtrain.peer.microbatches import MicrobatchSource
+from swarmtrain.peer.stage_desk import StageDesk
+from swarmtrain.run import RunFile
+
+__all__ = ["Driving", "TellRetries", "most_in_flight"]
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.5
+_DRAIN_S = 10.0
+_TELL_EVERY_S = 1.0
+_LEAST_IN_FLIGHT = 2
+_NUM_LOSSES = 256
+
+
+def most_in_flight(run: RunFile, num_drivers: int, num_peers: Collection[int]) -> int:
+    """Microbatches that each driver has under way; `num_peers` are those of each stage after the first.
+
+    A backward must come before its peer has taken two steps since the forward. A step takes a batch of microbatches, so
+    that no peer may have more than one batch under way, of all drivers together.
+    """
+    if run.pipeline.in_flight:
+        return run.pipeline.in_flight
+    a_batch = -(-run.inner.batch_sequences // run.microbatch_sequences)
+    least = min(num_peers, default=1)
+    return max(_LEAST_IN_FLIGHT, min(a_batch, a_batch * max(1, least) // max(1, num_drivers)))
+
+
+@dataclass
+class TellRetries:
+    """See `Told`: events, those of one peer and stage at most once a second."""
+
+    emit: Callable[[Event], None]
+    on_refused: Callable[[str, PeerError], None]
+    num_lost: int = 0
+    _told_s: dict[tuple[int, str], float] = field(default_factory=dict)
+    _untold: dict[tuple[int, str], int] = field(default_factory=dict)
+
+    def retried(self, sequence: int, stage: int, peer: str, reason: str) -> None:
+        """See `Told`."""
+        whom, now = (stage, peer), time.monotonic()
+        self._untold[whom] = self._untold.get(whom, 0) + 1
+        if now >= self._told_s.get(whom, float("-inf")) + _TELL_EVERY_S:
+            self._told_s[whom] = now
+            self.emit(MicrobatchRetryEvent(stage=stage, asked=peer, reason=reason, count=self._untold.pop(whom)))
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        """See `Told`."""
+        self.on_refused(peer, error)
+
+    def lost(self, stage: int, peer: str, key: Key, reason: str) -> None:
+        """See `Told`."""
+        self.num_lost += 1
+        _log.info(
+            "the gradient of microbatch %d does not count at stage %d of %s: %s", key.sequence, stage, peer, reason
+        )
+
+
+@dataclass
+class Driving:
+    """One time that this peer drives: from taking the first stage to leaving it."""
+
+    me: str
+    run: RunFile
+    source: MicrobatchSource
+    desk: StageDesk
+    """Of the first stage, here."""
+    calls: StageCalls
+    told: TellRetries
+    peers_of: Callable[[], Mapping[int, list[str]]]
+    """Who holds each stage now, this peer included."""
+    failed: Callable[[str], None]
+    """Told, in a sentence, when this peer cannot go on."""
+    driver: Driver = field(init=False)
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
+    """Of the last microbatches that came back, mean nats per token; whoever tells them empties it."""
+    _open: set[asyncio.Task[None]] = field(default_factory=set)
+    _work: asyncio.Task[None] | None = None
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        rng, wiring = random.Random(self.me), self.run.pipeline.wiring
+        routers = [Router(rng, wiring) for _ in range(1, self.run.pipeline.stages)]
+        sequence = int(time.time() * 1e6)  # above all of this peer's earlier lives
+        self.driver = Driver(self.me, routers, self.calls, self.told, time.monotonic, sequence)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Microbatches under way."""
+        return len(self._open)
+
+    async def start(self) -> None:
+        """Drive from now on."""
+        self._work = logged(asyncio.create_task(self._keep_driving()), "driving")
+
+    async def stop(self, drain_s: float = _DRAIN_S) -> None:
+        """Begin no more; wait for what is under way, and until everyone knows what counts, `drain_s` at most."""
+        if self._work is not None:
+            await end_tasks([self._work])
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                if self._open:
+                    await asyncio.wait(self._open)
+                await self.driver.settled()
+        await end_tasks(self._open)
+        with contextlib.suppress(TimeoutError):  # what was just given up
+            async with asyncio.timeout(_LOOK_S):
+                await self.driver.settled()
+        await self.driver.stop()
+
+    async def _keep_driving(self) -> None:
+        while True:
+            peers = self._look_who_is_there()
+            most = most_in_flight(self.run, len(peers[0]), [len(each) for stage, each in peers.items() if stage])
+            while len(self._open) < most and self.desk.is_open and all(peers.values()):
+                x, targets = await asyncio.to_thread(self.source.next_microbatch)
+                task = asyncio.create_task(self._drive(x.numel(), x, targets))
+                self._open.add(task)
+                task.add_done_callback(self._ended)
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._news.wait()
+
+    def _look_who_is_there(self) -> Mapping[int, list[str]]:
+        peers = self.peers_of()
+        for stage, router in enumerate(self.driver.routers, start=1):
+            router.set_peers(peers[stage])
+        return peers
+
+    async def _drive(self, tokens: int, x: object, targets: object) -> None:
+        try:
+            driven = await self.driver.drive(tokens, x, targets)
+            self.losses.append(driven.loss)
+        except GoneError as error:  # the first stage is being merged or left: what is under way then does not count
+            _log.debug("a microbatch is given up: %s", error)
+            await asyncio.sleep(_LOOK_S)
+        except SwarmtrainError as error:
+            self.failed(str(error))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._open.discard(task)
+        self._news.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a microbatch failed", exc_info=error)
+            self.failed(f"a microbatch failed for a reason that is not its peers': {error!r}")

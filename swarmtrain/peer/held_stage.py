@@ -1,0 +1,222 @@
+"""A stage of a pipeline that this peer holds: its swarm, its trainer in a thread of its own, its checkpoints.
+
+Each stage is a merge group by itself (docs/decisions/0027): what a whole model's volunteer is to its run, this is to
+one stage's. A peer that holds several stages has several of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from swarmtrain.data.batches import BatchSource
+from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, PeerLostEvent
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.microbatches import Kind, LedgerLimits, StageLedger
+from swarmtrain.model.gpt import GPT
+from swarmtrain.model.stages import StageShape, build_stage
+from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.finding import PublishedRun
+from swarmtrain.network.invite import InvitedPeer
+from swarmtrain.network.node import NetworkThread, Node
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.checkpoint import Checkpoint
+from swarmtrain.peer.common import Emit, StopFlag, wait_for
+from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.gossip_exchange import GossipExchange
+from swarmtrain.peer.keeping import Keeper
+from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.preparing import initial_seed
+from swarmtrain.peer.reporting import round_event
+from swarmtrain.peer.stage_desk import StageDesk
+from swarmtrain.peer.stage_trainer import StageTrainer
+from swarmtrain.peer.stopping import StopTraining
+from swarmtrain.peer.trainer import RoundReport
+
+__all__ = ["HeldStage", "StageSite"]
+
+_log = logging.getLogger(__name__)
+_LEAVING = "leaving"
+_END_S = 30.0
+_GOODBYE_S = 1.0
+
+SlowedWork = Callable[[Kind | None], AbstractContextManager[None]]
+
+
+@dataclass(kw_only=True)
+class StageSite:
+    """What all stages of a peer have in common."""
+
+    published: PublishedRun
+    network: NetworkThread
+    node: Node
+    folder: PeerFolder
+    emit: Emit
+    stop: StopFlag
+    name: str
+    between_steps: Callable[[], None] = lambda: None
+    slowed: Callable[[], SlowedWork] = lambda: lambda kind: nullcontext()
+    """For each stage anew: what its work runs in."""
+    graph_bytes: float = float("inf")
+    on_first_round: Callable[[int], None] = lambda inner_steps: None
+    on_arriving: Callable[[Any], None] = lambda held: None
+    swarms: dict[int, Swarm] = field(default_factory=dict)
+    """Of every stage that this process has held: calls that it answers cannot be taken back."""
+
+    def emit_of_stage(self, event: Event) -> None:
+        """Who comes and goes is told by the run's swarm."""
+        if not isinstance(event, PeerJoinedEvent | PeerLostEvent | PeerLeftEvent):
+            self.emit(event)
+
+
+@dataclass
+class HeldStage:
+    """One stage."""
+
+    site: StageSite
+    number: int
+    shape: StageShape
+    batches_at: Callable[[int], BatchSource]
+    """Its data, given how many batches a checkpoint says were drawn."""
+    over: Callable[[], bool] | None
+    """See `StageTrainer`."""
+    corpus_sha256: str = ""
+    prepare_swarm: Callable[[Swarm], None] = lambda swarm: None
+    """Told of a new swarm before it is entered."""
+    state_from: str = field(default="", init=False)
+    resumed_round: int | None = field(default=None, init=False)
+    swarm: Swarm = field(init=False)
+    exchange: GossipExchange = field(init=False)
+    trainer: StageTrainer = field(init=False)
+    keeper: Keeper = field(init=False)
+    pause: PauseSwitch = field(default_factory=PauseSwitch)
+    """Of this stage alone."""
+    training: Future[str] = field(default_factory=Future)
+    """Why it ended."""
+    _is_new: bool = field(default=True, init=False)
+    _kept: Checkpoint | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        site, published = self.site, self.site.published.of_stage(self.number)
+        run, me = published.run, site.node.identity.peer_id
+        model = build_stage(self.shape, initial_seed(run, me))
+        specs = tensor_specs(model.named_parameters())
+        self._is_new = self.number not in site.swarms
+        if self._is_new:
+            info = PeerInfo(peer=me, name=site.name, training=True, corpus_sha256=self.corpus_sha256)
+            swarm = Swarm(site.node, published, specs, average_bytes_untrusted, site.emit_of_stage, info)
+            self.prepare_swarm(swarm)
+            site.swarms[self.number] = swarm
+        self.swarm = site.swarms[self.number]
+        self.keeper = Keeper(site.folder, published, me, site.emit, stage=self.number)
+        kept = self._kept = self.keeper.load(self.shape.num_parameters)
+        batches = self.batches_at(0 if kept is None or kept.own is None else kept.own.batches)
+        self.exchange = GossipExchange(site.network, self.swarm, run, site.stop, self.pause)
+        self.exchange.on_first_round, self.exchange.on_arriving = site.on_first_round, site.on_arriving
+        limits = LedgerLimits(batch_tokens=run.tokens_per_step)
+        life = time.time_ns() % 2**62
+        self.trainer = StageTrainer(
+            run=run,
+            model=cast(GPT, model),
+            batches=batches,
+            exchange=self.exchange,
+            report=self._report,
+            should_stop=self._should_stop,
+            settled=self._settle,
+            desk=StageDesk(StageLedger(limits, life), time.monotonic),
+            graph_bytes=site.graph_bytes,
+            slowed_work=site.slowed(),
+            over=self.over,
+        )
+
+    @property
+    def desk(self) -> StageDesk:
+        """Where drivers' questions to this stage arrive."""
+        return self.trainer.desk
+
+    # ------------------------------------------------------------- its life
+
+    def enter(self, through: tuple[InvitedPeer, ...]) -> None:
+        """Go on from a checkpoint if there is one, take the stage's present weights, and say that we are here. Raises
+        RunTimeError when others have trained it and nobody delivers."""
+        site, swarm, trainer, keeper = self.site, self.swarm, self.trainer, self.keeper
+        num_parameters = trainer.state.theta.numel()
+        kept, self._kept = self._kept, None  # 16 bytes a parameter
+        keeper.attach(swarm)
+        keeper.checkpointer.extras.update(self.exchange.kept())
+        keeper.checkpointer.prepare(num_parameters)
+        if kept is not None and kept.own is not None:
+            own = dataclasses.replace(kept.own, batches=trainer.batches.position)  # further, if it was here before
+            trainer.resume(kept.state, kept.progress, own)
+            self.resumed_round = kept.progress.round
+            self.exchange.restore(kept.extra)
+            wait_for(site.network.submit(keeper.restore(swarm, kept)), site.stop)
+        entering = swarm.start(through) if self._is_new else swarm.come_back()
+        wait_for(site.network.submit(entering), site.stop)
+        new = self.exchange.present_state(trainer.progress)
+        if new is not None:
+            trainer.adopt(new)
+            self.state_from = new.from_peer
+        self.exchange.offer(trainer.state, trainer.progress)
+        wait_for(site.network.submit(swarm.announce()), site.stop)
+
+    def begin(self) -> None:
+        """Train, in a thread, until the run ends or `end` is called."""
+        threading.Thread(target=self._train, name=f"stage {self.number}", daemon=True).start()
+
+    def _train(self) -> None:
+        try:
+            self.training.set_result(self.trainer.train())
+        except StopTraining:
+            self.training.set_result("interrupted")
+        except BaseException as error:  # whoever waits for it raises it
+            _log.info("stage %d ends: %r", self.number, error)
+            self.training.set_exception(error)
+
+    def end(self) -> None:
+        """Finish the piece of work, say goodbye to the others of the stage, and keep the last round."""
+        self.pause.hold(_LEAVING, "this peer leaves the stage")
+        try:
+            self.training.result(_END_S)
+        except TimeoutError:
+            _log.warning("stage %d has not ended after %g s", self.number, _END_S)
+        finally:
+            self.pause.release(_LEAVING)
+        self.site.network.run(self.swarm.withdraw(_GOODBYE_S), _END_S)
+        self.keeper.close()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has had its tokens here. Raises what ended the training if something did."""
+        return self.training.done() and self.training.result() == "total_tokens"
+
+    def tell_done(self) -> None:
+        """The run's tokens have passed through this stage, whatever entered its steps."""
+        progress, total = self.trainer.progress, self.site.published.run.run.total_tokens
+
+        async def tell() -> None:
+            self.swarm.describe(round=progress.round, steps_per_s=self.trainer.steps_per_s, run_tokens=total)
+            self.swarm.me = dataclasses.replace(self.swarm.me, settled=True)
+            await self.swarm.greet_everyone()
+
+        wait_for(self.site.network.submit(tell()), self.site.stop)
+
+    # ------------------------------------------------------------- the trainer's calls
+
+    def _should_stop(self) -> bool:
+        self.site.between_steps()
+        return self.site.stop.is_set() or self.pause.held
+
+    def _settle(self) -> None:
+        self.exchange.offer(self.trainer.state, self.trainer.progress)
+        self.keeper.keep_round(self.trainer, self.swarm)
+
+    def _report(self, report: RoundReport) -> None:
+        self.site.emit(round_event(report, self.exchange, self.number))

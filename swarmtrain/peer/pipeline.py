@@ -1,0 +1,560 @@
+"""A volunteer of a run whose model is cut into stages: it is told what to hold, trains that, drives, and moves.
+
+The main thread decides; each stage that is held trains in a thread of its own (`peer/held_stage.py`), and the network
+thread drives microbatches while the first stage is held (`peer/driving.py`). The run's own swarm says who is here and
+what each holds; each stage's swarm merges.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
+from swarmtrain.errors import RunTimeError
+from swarmtrain.events import (
+    AssignedEvent,
+    DoneEvent,
+    JoinedEvent,
+    MovedEvent,
+    PausedEvent,
+    ResumedEvent,
+    StageThroughputEvent,
+    StartedEvent,
+    WarningEvent,
+)
+from swarmtrain.membership.balance import Change, Rule, StagePeer, first_stages
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.stages import is_first_stage_done, places_of, stage_costs
+from swarmtrain.model.stages import stage_shapes
+from swarmtrain.network.codec import average_bytes_untrusted
+from swarmtrain.network.coverage import DataCoverage, shards_of
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.finding import PublishedRun
+from swarmtrain.network.invite import InvitedPeer
+from swarmtrain.network.node import NetworkThread, Node
+from swarmtrain.network.stage_calls import StageClient, StageHost, stage_stream_name
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.network.tasks import logged
+from swarmtrain.peer.arriving import Arrival
+from swarmtrain.peer.common import Emit, PeerSettings, process_age_s, show_invite, wait_for
+from swarmtrain.peer.controlled import Controlled
+from swarmtrain.peer.driving import Driving, TellRetries
+from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.held_stage import HeldStage, SlowedWork, StageSite
+from swarmtrain.peer.keeping import Keeper
+from swarmtrain.peer.microbatches import MicrobatchSource, NoBatches
+from swarmtrain.peer.moving import Mover
+from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.preparing import data_base
+from swarmtrain.peer.stage_desk import StageDesk
+from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
+from swarmtrain.peer.stage_sizes import StageRoom, room_for_stages, whole_tokens_per_s
+from swarmtrain.peer.stopping import Interrupted
+from swarmtrain.v1 import control_pb2 as control_pb
+from swarmtrain.words import stages_in_words
+
+__all__ = ["PipelineVolunteer"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_LOOK_S = 0.2
+_TELL_EVERY_S = 1.0
+_THROUGHPUT_EVERY_S = 10.0
+_KEEP_PEERS_EVERY_S = 10.0
+_COMPANY_S = 1.0
+"""Once enough are here, for so long nobody decides: by then all have seen each other."""
+_LINGER_S = 60.0
+_ASK_S = 10.0
+_STOP_DRIVING_S = 15.0
+_LAST_DRAIN_S = 0.5
+_FIRST_MOVE_S = 20.0
+"""How long fetching a stage is taken to last before it was done."""
+
+
+@dataclass(kw_only=True)
+class PipelineVolunteer:
+    """One volunteer, from the moment in which it has the run."""
+
+    published: PublishedRun
+    settings: PeerSettings
+    folder: PeerFolder
+    network: NetworkThread
+    node: Node
+    control: Controlled
+    emit: Emit
+    pause: PauseSwitch
+    between_steps: Callable[[], None]
+    slowed: Callable[[], SlowedWork]
+    through: tuple[InvitedPeer, ...]
+    name: str
+    swarm: Swarm = field(init=False)
+    """The run's: who is here, and what each holds."""
+    keeper: Keeper = field(init=False)
+    held: dict[int, HeldStage] = field(default_factory=dict)
+    mover: Mover = field(init=False)
+    is_over: bool = False
+    """Whether the first stage has had the run's tokens."""
+    _desks: dict[int, StageDesk] = field(default_factory=dict)
+    _moving_to: tuple[int, ...] = ()
+    _move_s: float = _FIRST_MOVE_S
+    _driving: Driving | None = None
+    _source: MicrobatchSource | None = None
+    _whole_tokens_per_s: float = 0.0
+    _own_tokens: dict[int, int] = field(default_factory=dict)
+    """Trained on here, by stage."""
+    _passed_tokens: dict[int, int] = field(default_factory=dict)
+    _next_tell_s: float = 0.0
+    _next_throughput_s: float = 0.0
+    _next_keep_s: float = 0.0
+    _flow: tuple[float, int] = (0.0, 0)
+    _flow_tokens_per_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.run, self.stop = self.published.run, self.control.stop
+        published = self.run.published
+        assert published is not None and published.boundaries is not None and published.stage_costs is not None
+        self.rule = Rule(costs=stage_costs(published.stage_costs))
+        self.shapes = stage_shapes(self.run.model, published.boundaries)
+        self.me = self.node.identity.peer_id
+        info = PeerInfo(peer=self.me, name=self.name, training=True)
+        self.swarm = Swarm(self.node, self.published, (), average_bytes_untrusted, self.emit, info)
+        self.keeper = Keeper(self.folder, self.published, self.me, self.emit)
+
+    # ------------------------------------------------------------- life
+
+    def live(self) -> DoneEvent:
+        """Join, train until the run ends, and serve on as long as somebody needs it."""
+        try:
+            self._prepare()
+            self._enter_run()
+            self._choose()
+            self._train()
+            self._finish()
+            return self._done("total_tokens")
+        except Interrupted:
+            if self.stop.failure is not None:
+                raise RunTimeError(self.stop.failure) from None
+            return self._done(self.stop.reason)
+        finally:
+            self._leave_everything()
+
+    def _done(self, reason: str) -> DoneEvent:
+        """How it ended, for this peer's part."""
+        return DoneEvent(
+            held_out_loss=None,
+            tokens=self._contribution(),
+            run_tokens=self.swarm.me.run_tokens,
+            wall_s=process_age_s(),
+            reason=reason,
+        )
+
+    def _prepare(self) -> None:
+        """What takes time and needs nobody else: text, room in memory, speed."""
+        run, limits = self.run, self.settings.limits
+        self.control.starting("preparing the text, and measuring how fast this machine is")
+        self._room: StageRoom = room_for_stages(run, self.shapes, limits.memory_bytes)
+        base = data_base(run, self.settings.data_folder)
+        self._base, held_out, tokenizer = base, self.published.held_out, self.published.tokenizer
+        self._data: TrainingData = training_data(run, base, held_out, tokenizer, self.settings.cache_folder)
+        self.between_steps()
+        self._whole_tokens_per_s = whole_tokens_per_s(run) / limits.slowdown
+        self.site = StageSite(
+            published=self.published,
+            network=self.network,
+            node=self.node,
+            folder=self.folder,
+            emit=self.emit,
+            stop=self.stop,
+            name=self.name,
+            between_steps=self.between_steps,
+            slowed=self.slowed,
+            graph_bytes=self._room.graph_bytes,
+            on_first_round=self._tell_started,
+            on_arriving=Arrival(self.control.board, self.emit).look,
+        )
+
+    def _enter_run(self) -> None:
+        """Answer others' questions, learn who is here, and say that we are, without a stage yet."""
+        swarm = self.swarm
+        self.keeper.attach(swarm)
+        swarm.durable = self._durable
+        swarm.me = replace(swarm.me, place=self._place())
+        client = StageClient(self.node, self.published.sha256, on_failure=swarm.call_failed)
+        wire = StageShapes(
+            most_sequences=self.run.microbatch_sequences,
+            context_tokens=self.run.model.context_tokens,
+            width=self.run.model.width,
+            vocabulary_size=self.run.model.vocabulary_size,
+            activations=self.run.pipeline.activations,
+        )
+        self.calls = WireCalls(self.me, client, wire, self._desks)
+        pipeline = self.run.pipeline
+        self.mover = Mover(self.me, self.rule, pipeline.balance, pipeline.balance_every_s, self._ask_to_stay)
+        server = StageServer(wire, len(self.shapes), self._desks, swarm.refused, self._asked_to_stay)
+        host = StageHost(self.node.traffic, server)
+        self.control.starting("looking who is here")
+        self._wait(self.node.serve_pipes(stage_stream_name(self.published.sha256), host.serve))
+        self._wait(swarm.start(self.through))
+        self._wait(swarm.watch_daemon(self.stop.fail))
+        self._wait(swarm.announce())
+        self.control.checkpoint = self._flushed
+        self.control.watch_pipeline(swarm, lambda: list(self.held.values()))
+        show_invite(swarm, self.folder, self.emit)
+
+    def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return wait_for(self.network.submit(work), self.stop)
+
+    # ------------------------------------------------------------- what to hold
+
+    def _choose(self) -> None:
+        """Take the stages that need this peer most, once there is company."""
+        self._wait_for_company()
+        stages, reason = first_stages(self.me, self.places(), swarm_time(), self.rule)
+        self.emit(AssignedEvent(stages=stages, reason=reason))
+        self._moving_to = stages
+        self._tell(now=True)
+        began_s = time.monotonic()
+        for stage in stages:
+            self._enter(stage)
+        self._move_s = (time.monotonic() - began_s) / max(1, len(stages))
+        self._moving_to = ()
+        self._tell(now=True)
+        self._tell_joined()
+
+    def _wait_for_company(self) -> None:
+        missing = self.run.merge.min_peers
+        while missing > 0:
+            others = self.swarm.membership.volunteers()
+            begun = any(info.place is not None and info.place.stages for info in others)
+            missing = 0 if begun else self.run.merge.min_peers - len(others) - 1
+            if missing > 0:
+                self.control.starting(f"waiting for {missing} more volunteers before the first round")
+                self.stop.sleep(_LOOK_S)
+        self._wait(self.swarm.greet_everyone())
+        self.stop.sleep(_COMPANY_S)
+        self._wait(self.swarm.greet_everyone())
+
+    def places(self) -> list[StagePeer]:
+        """What everybody who is here holds, this peer included."""
+        return [*places_of(self.swarm.membership.volunteers()), self._place()]
+
+    def _place(self) -> StagePeer:
+        """What this peer holds, for its record."""
+        stages = tuple(sorted(stage for stage, held in self.held.items() if held.desk.is_open))
+        return StagePeer(
+            peer=self.me,
+            stages=stages,
+            moving_to=self._moving_to,
+            bound=self.mover.bound if self.held else (),
+            tokens_per_s=self._tokens_per_s(stages or self._moving_to),
+            most_stages=self._room.most_stages,
+            move_s=self._move_s,
+            queue=float(sum(held.desk.num_waiting for held in self.held.values())),
+            flow_tokens_per_s=self._flow_tokens_per_s,
+            seen_s=swarm_time(),
+        )
+
+    def _tokens_per_s(self, stages: Sequence[int]) -> float:
+        """Through these stages, if it were always fed: as measured where it was, else as its machine was."""
+        if not stages:
+            return self._whole_tokens_per_s
+        measured = [held.trainer.loop.meter.tokens_per_s for stage, held in self.held.items() if stage in stages]
+        rates = [rate for rate in measured if rate is not None]
+        if len(rates) < len(stages):
+            return self._whole_tokens_per_s / self.rule.cost(stages)
+        rate = 1 / sum(1 / each for each in rates)
+        self._whole_tokens_per_s = rate * self.rule.cost(stages)
+        return rate
+
+    def _enter(self, stage: int) -> None:
+        """Fetch a stage and train it from now on; of the first one, drive too."""
+        self.control.starting(f"taking stage {stage}: its present weights")
+        held = HeldStage(
+            self.site,
+            stage,
+            self.shapes[stage],
+            self._batches_at if stage == 0 else lambda position: NoBatches(),
+            None if stage == 0 else lambda: self.is_over,
+            corpus_sha256=self._data.corpus.digest if stage == 0 else "",
+            prepare_swarm=self._see_data if stage == 0 else lambda swarm: None,
+        )
+        infos = [info for info in self.swarm.membership.live() if info.addresses]
+        of_stage = [info for info in infos if info.is_bootstrap or (info.place and stage in info.place.planned)]
+        held.enter(tuple(InvitedPeer(info.peer, info.addresses) for info in of_stage))
+        held.begin()
+        self.held[stage], self._desks[stage] = held, held.desk
+        if stage == 0:
+            self._wait(self._start_driving(held))
+
+    def _batches_at(self, position: int) -> MicrobatchSource:
+        if self._source is None:
+            place = PeerPlace(run_sha256=self.published.sha256, peer_id=self.me, position=position)
+            batches = training_batches(self.run, self._data, place, self._base, self.published.held_out)
+            self._source = MicrobatchSource(batches, self.run.microbatch_sequences)
+        return self._source
+
+    def _see_data(self, swarm: Swarm) -> None:
+        source = self._batches_at(0) if self._source is None else self._source
+        if num_shards := source.num_shards:
+            shards = shards_of(self.run, swarm.published.sha256, self._data.corpus.digest, num_shards)
+            tallying = swarm.tallying
+            swarm.coverage = DataCoverage(swarm.identity, shards, tallying.explained, tallying.refused, swarm_time)
+
+    async def _start_driving(self, held: HeldStage) -> None:
+        assert self._source is not None
+        self._driving = Driving(
+            self.me,
+            self.run,
+            self._source,
+            held.desk,
+            self.calls,
+            TellRetries(self.emit, self.swarm.refused),
+            self.peers_of_stages,
+            self.stop.fail,
+        )
+        await self._driving.start()
+
+    def peers_of_stages(self) -> Mapping[int, list[str]]:
+        """Who holds each stage now."""
+        peers: dict[int, list[str]] = {stage: [] for stage in range(len(self.shapes))}
+        for stage, held in self.held.items():
+            if held.desk.is_open:
+                peers[stage].append(self.me)
+        for info in self.swarm.membership.volunteers():
+            for stage in () if info.place is None else info.place.stages:
+                peers.get(stage, []).append(info.peer)
+        return peers
+
+    def _leave(self, stage: int) -> None:
+        if stage == 0:
+            self._stop_driving()
+        self._desks.pop(stage, None)
+        held = self.held.pop(stage)
+        self._own_tokens[stage] = held.trainer.own_tokens
+        held.end()
+
+    def _stop_driving(self) -> None:
+        driving, self._driving = self._driving, None
+        if driving is not None:
+            self._wait(driving.stop())
+
+    # ------------------------------------------------------------- training
+
+    def _train(self) -> None:
+        """Until every stage held here has had the run's tokens."""
+        while not all(held.is_done for held in self.held.values()):
+            self.stop.sleep(_LOOK_S)
+            if self.pause.held:
+                self._rest()
+            self._look()
+            if not self.is_over and not any(held.training.done() for held in self.held.values()):
+                self._consider_moving()
+
+    def _look(self) -> None:
+        self.is_over = self.is_over or is_first_stage_done(
+            [*self.swarm.membership.volunteers(), self.swarm.me],
+            self.swarm.membership.known(),
+            self.run.run.total_tokens,
+        )
+        self._tell()
+        now = time.monotonic()
+        if now >= self._next_throughput_s:
+            self._tell_throughput(now)
+            self._next_throughput_s = now + _THROUGHPUT_EVERY_S
+        if now >= self._next_keep_s:
+            self._next_keep_s = now + _KEEP_PEERS_EVERY_S
+            with contextlib.suppress(OSError):  # checkpoints say it
+                self.keeper.keep_peers()
+
+    def _consider_moving(self) -> None:
+        change = self.mover.look(self.places(), swarm_time())
+        if change is None:
+            return
+        began_s = time.monotonic()
+        self._moving_to = change.after
+        self._tell(now=True)
+        try:
+            moved = self._move(change)
+        except RunTimeError as error:
+            if self.stop.failure is not None:
+                raise
+            self.emit(WarningEvent(message=f"{stages_in_words(change.enters)} could not be taken: {error}"))
+            moved = False
+        finally:
+            self._moving_to = ()
+            self.mover.over(change)
+        if moved:
+            seconds = time.monotonic() - began_s
+            self._move_s = seconds
+            self.emit(MovedEvent(before=change.before, after=change.after, reason=change.reason, seconds=seconds))
+        self._tell(now=True)
+        if not self.held:
+            self._choose()
+
+    def _move(self, change: Change) -> bool:
+        """Come to hold other stages, the new ones before the old ones are left if there is room; whether it did."""
+        first = len({*change.before, *change.after}) <= self._room.most_stages
+        if first:
+            for stage in change.enters:
+                self._enter(stage)
+        if not self.mover.may_leave(change) and not self.mover.promised(change, self.places(), swarm_time()):
+            for stage in change.enters if first else ():
+                self._leave(stage)
+            return False
+        for stage in change.leaves:
+            self._leave(stage)
+        self._tell(now=True)
+        if not first:
+            for stage in change.enters:
+                self._enter(stage)
+        self.control.training_stages(change.after)
+        return True
+
+    def _ask_to_stay(self, peer: str, stage: int) -> tuple[float, str]:
+        return self.network.run(self.calls.ask_to_stay(peer, stage), _ASK_S)
+
+    def _asked_to_stay(self, mover: str, stage: int) -> tuple[float, str]:
+        """In the network thread."""
+        return self.mover.asked(mover, stage, tuple(self.held))
+
+    def _rest(self) -> None:
+        """Leave everything until the pause is over, and come back to where one is needed then."""
+        self.emit(PausedEvent(reason=self.pause.reason))
+        for stage in list(self.held):
+            self._leave(stage)
+        self._wait(self.swarm.withdraw())
+        paused_s = self.pause.wait_released(self.stop.sleep)
+        self.control.starting("coming back after a pause")
+        self._wait(self.swarm.come_back())
+        self._wait(self.swarm.announce())
+        self._choose()
+        rounds = [held.trainer.progress.round for held in self.held.values()]
+        self.emit(ResumedEvent(round=max(rounds), paused_s=paused_s))
+
+    # ------------------------------------------------------------- what it tells
+
+    def _contribution(self) -> int:
+        """Tokens that this peer has trained on, those of a stage by its part of the model."""
+        tokens = dict(self._own_tokens) | {stage: held.trainer.own_tokens for stage, held in self.held.items()}
+        return int(sum(self.rule.costs[stage] * number for stage, number in tokens.items()))
+
+    def _durable(self) -> Progress:
+        return Progress(round=self.swarm.me.round, run_tokens=0, peer_tokens={self.me: self._contribution()})
+
+    def _tell(self, now: bool = False) -> None:
+        """What this peer's record says; at once to everybody if something has changed that they act on."""
+        if not now and time.monotonic() < self._next_tell_s:
+            return
+        self._next_tell_s = time.monotonic() + _TELL_EVERY_S
+        place, total = self._place(), self.run.run.total_tokens
+        trainers = {stage: held.trainer for stage, held in self.held.items()}
+        is_done = bool(self.held) and all(held.is_done for held in self.held.values())
+        run_tokens = max((trainer.progress.run_tokens for trainer in trainers.values()), default=0)
+        run_tokens = total if is_done else min(run_tokens, total - 1)
+        now = now or is_done != (self.swarm.me.run_tokens >= total)
+        steps_per_s = sum(self.rule.costs[stage] * trainer.steps_per_s for stage, trainer in trainers.items())
+        round = max((trainer.progress.round for trainer in trainers.values()), default=self.swarm.me.round)
+        contribution = self._contribution()
+
+        async def tell() -> None:
+            swarm = self.swarm
+            swarm.me = replace(swarm.me, place=place)
+            swarm.describe(round=round, steps_per_s=steps_per_s, run_tokens=run_tokens)
+            swarm.tallying.learn({self.me: contribution})
+            if now:
+                logged(asyncio.create_task(swarm.greet_everyone()), "telling what this peer holds")
+
+        self._wait(tell())
+
+    def _tell_throughput(self, now: float) -> None:
+        passed = self._passed()
+        before_s, before = self._flow
+        if before_s and self.held:
+            self._flow_tokens_per_s = max(0, passed - before) / (now - before_s)
+            driving, place = self._driving, self._place()
+            losses = [] if driving is None else [driving.losses.popleft() for _ in range(len(driving.losses))]
+            self.emit(
+                StageThroughputEvent(
+                    stages=place.stages,
+                    tokens_per_s=self._flow_tokens_per_s,
+                    most_tokens_per_s=place.tokens_per_s,
+                    waiting=int(place.queue),
+                    in_flight=0 if driving is None else driving.num_in_flight,
+                    loss=sum(losses) / len(losses) if losses else None,
+                )
+            )
+        self._flow = now, passed
+
+    def _passed(self) -> int:
+        """Tokens computed all the way, through all of its stages: the mean of them."""
+        for stage, held in self.held.items():
+            self._passed_tokens[stage] = held.trainer.loop.meter.passed_tokens
+        return sum(self._passed_tokens.values()) // max(1, len(self.held))
+
+    def _tell_joined(self) -> None:
+        held = list(self.held.values())
+        self.emit(
+            JoinedEvent(
+                round=max(each.trainer.progress.round for each in held),
+                run_tokens=max(each.trainer.progress.run_tokens for each in held),
+                num_peers=len(self.swarm.membership.volunteers()) + 1,
+                state_from=next((each.state_from for each in held if each.state_from), ""),
+                resumed_round=next((each.resumed_round for each in held if each.resumed_round is not None), None),
+                wall_s=process_age_s(),
+            )
+        )
+        self.control.training_stages(tuple(self.held))
+
+    def _tell_started(self, inner_steps: int) -> None:
+        self.emit(
+            StartedEvent(
+                inner_steps_per_round=inner_steps,
+                num_parameters=sum(self.shapes[stage].num_parameters for stage in self.held or self._moving_to),
+                total_tokens=self.run.run.total_tokens,
+                startup_s=process_age_s(),
+            )
+        )
+
+    def _flushed(self) -> control_pb.CheckpointReply:
+        held = next(iter(self.held.values()), None)
+        if held is None:
+            raise RunTimeError("there is nothing to write yet: this peer is still starting, try again in a minute")
+        return held.keeper.flushed()
+
+    # ------------------------------------------------------------- the end
+
+    def _finish(self) -> None:
+        """The run has its tokens: serve on for those who still need this peer's weights."""
+        give_up_s = time.monotonic() + _LINGER_S
+        self.control.finishing("serving on until the archive has the last weights")
+        self._stop_driving()
+        self._tell(now=True)
+        with contextlib.suppress(RunTimeError):
+            for held in self.held.values():
+                held.tell_done()
+            while time.monotonic() < give_up_s:
+                if not any(held.exchange.still_needed(held.trainer.progress) for held in self.held.values()):
+                    break
+                self._wait(self.swarm.greet_everyone())
+                for held in self.held.values():
+                    self._wait(held.swarm.greet_everyone())
+                self.stop.sleep(0.3)
+
+    def _leave_everything(self) -> None:
+        """Goodbye to everyone; within a few seconds."""
+        try:
+            for held in self.held.values():
+                held.pause.hold("leaving", "this peer leaves")
+            if self._driving is not None:
+                self.network.run(self._driving.stop(_LAST_DRAIN_S), _STOP_DRIVING_S)
+            for held in self.held.values():
+                held.end()
+        except Exception as error:  # whatever happens at the end, the run's swarm is left
+            _log.info("leaving the stages: %r", error)

@@ -1,0 +1,334 @@
+"""The bootstrap of a run whose model is cut into stages: it archives each stage, and joins them.
+
+It is in the run's own swarm, which says who holds what, and in every stage's, whose present weights it keeps for those
+who come to a stage that nobody holds any more. It trains none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
+from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.events import (
+    ArchivedEvent,
+    DoneEvent,
+    EvalEvent,
+    Event,
+    PeerJoinedEvent,
+    PeerLeftEvent,
+    PeerLostEvent,
+    WarningEvent,
+    short_peer,
+    stamped,
+)
+from swarmtrain.membership.ending import may_come_back
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.stages import is_first_stage_done
+from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.model.stages import StageShape, build_stage, joined_weights, stage_shapes
+from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.finding import PublishedRun
+from swarmtrain.network.node import NetworkThread, Node
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.checkpoint import Checkpoint
+from swarmtrain.peer.common import (
+    Emit,
+    PeerSettings,
+    as_peer,
+    held_out_loss_of,
+    process_age_s,
+    save_weights,
+    show_invite,
+    start_node,
+    wait_for,
+)
+from swarmtrain.peer.controlled import Controlled
+from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.gossip_exchange import hosting_of
+from swarmtrain.peer.keeping import Keeper
+from swarmtrain.peer.limits import limit_link
+from swarmtrain.peer.present import fetch_present
+from swarmtrain.peer.stopping import StopFlag
+
+__all__ = ["PipelineBootstrap"]
+
+_LOOK_EVERY_S = 1.0
+_SAMPLE = 16
+_FLUSH_S = 5.0
+_LAST_ROUND_S = 30.0
+"""How long those of a stage that have not ended their last round are waited for."""
+_LINGER_S = 60.0
+_T = TypeVar("_T")
+
+
+@dataclass(kw_only=True)
+class StageArchive:
+    """What is kept of one stage."""
+
+    number: int
+    shape: StageShape
+    swarm: Swarm
+    keeper: Keeper
+    state: OuterState | None = None
+    progress: Progress = field(default_factory=Progress)
+    is_final: bool = False
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Its parameters by name, as views of what is kept."""
+        assert self.state is not None
+        shapes = {spec.name: spec.shape for spec in self.swarm.specs}
+        pieces = torch.split(self.state.theta, [torch.Size(shape).numel() for shape in shapes.values()])
+        return {name: piece.view(tuple(shapes[name])) for name, piece in zip(shapes, pieces, strict=True)}
+
+
+@dataclass
+class PipelineBootstrap:
+    """See `run_bootstrap`."""
+
+    published: PublishedRun
+    settings: PeerSettings
+    folder: PeerFolder
+    network: NetworkThread
+    control: Controlled
+    emit: Emit = field(init=False)
+    stop: StopFlag = field(init=False)
+    node: Node | None = None
+    swarm: Swarm | None = None
+    keeper: Keeper | None = None
+    archives: list[StageArchive] = field(default_factory=list)
+    name: str = ""
+    loss: float | None = None
+    since_s: float = field(default_factory=swarm_time)
+
+    def __post_init__(self) -> None:
+        self.emit, self.stop = self.control.emit, self.control.stop
+
+    @property
+    def progress(self) -> Progress:
+        """Of the first stage, which counts the run's tokens."""
+        return self.archives[0].progress if self.archives else Progress()
+
+    def run(self) -> DoneEvent:
+        """Publish, archive, measure, and wait for goodbyes."""
+        self.control.starting("starting the network")
+        run = self.published.run
+        node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
+        limit_link(node.traffic, self.settings.limits, run.network)
+        self.name = self.settings.name or short_peer(node.identity.peer_id)
+        self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
+        me = PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
+        swarm = self.swarm = Swarm(node, self.published, (), average_bytes_untrusted, self.emit, me)
+        keeper = self.keeper = Keeper(self.folder, self.published, me.peer, self.emit)
+        keeper.attach(swarm)
+        known = self.folder.kept_peers()
+        self._wait(swarm.start(known))
+        self._wait(swarm.watch_daemon(self.stop.fail))
+        published = run.published
+        assert published is not None and published.boundaries is not None
+        for number, shape in enumerate(stage_shapes(run.model, published.boundaries)):
+            self.archives.append(self._enter_stage(number, shape, node, me))
+        self._wait(swarm.announce())
+        self.control.checkpoint = lambda: self.archives[0].keeper.flushed()
+        show_invite(swarm, self.folder, self.emit)
+        self.control.watch_bootstrap(swarm, lambda: self.progress)
+        self._archive_until_the_end(swarm)
+        self.control.finishing("measuring and saving the model")
+        self._measure_and_save()
+        self.control.finishing("serving on until the volunteers have left, those who may come back included")
+        self._wait_for_goodbyes(swarm)
+        complete = all(archive.is_final for archive in self.archives)
+        return self.done("total_tokens" if complete else "the volunteers left without the last state")
+
+    def done(self, reason: str) -> DoneEvent:
+        """How it ended."""
+        event = DoneEvent(
+            held_out_loss=self.loss,
+            tokens=0,
+            run_tokens=self.progress.run_tokens,
+            wall_s=process_age_s(),
+            reason=reason,
+        )
+        return stamped(event, 0.0, "" if self.node is None else self.node.identity.peer_id, self.name)
+
+    def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return wait_for(self.network.submit(work), self.stop)
+
+    def _emit_of_stage(self, event: Event) -> None:
+        if not isinstance(event, PeerJoinedEvent | PeerLostEvent | PeerLeftEvent):
+            self.emit(event)
+
+    def _enter_stage(self, number: int, shape: StageShape, node: Node, me: PeerInfo) -> StageArchive:
+        """Be there for those who hold the stage, with what was archived last time."""
+        published = self.published.of_stage(number)
+        specs = tensor_specs(build_stage(shape, self.published.run.run.seed).named_parameters())
+        swarm = Swarm(node, published, specs, average_bytes_untrusted, self._emit_of_stage, me)
+        swarm.hosting = hosting_of(swarm)
+        keeper = Keeper(self.folder, published, me.peer, self.emit, stage=number)
+        keeper.attach(swarm)
+        archive = StageArchive(number=number, shape=shape, swarm=swarm, keeper=keeper)
+        kept = keeper.load(shape.num_parameters)
+        if kept is not None:
+            self._wait(keeper.restore(swarm, kept))
+            self._have(archive, kept)
+        self._wait(swarm.start(self.folder.kept_peers()))
+        self._wait(swarm.announce())
+        return archive
+
+    # ------------------------------------------------------------- archiving
+
+    def _have(self, archive: StageArchive, kept: Checkpoint) -> None:
+        """It is served to whoever comes to the stage: say so."""
+        archive.state, archive.progress = kept.state, kept.progress
+        self._tell(archive)
+
+    def _tell(self, archive: StageArchive) -> None:
+        """Say what is safe on the disk: at the end the volunteers leave once the last weights are."""
+        total, durable = self.published.run.run.total_tokens, archive.keeper.checkpointer.durable
+        if durable is None:
+            return
+        run_tokens = total if archive.is_final else min(durable.run_tokens, total - 1)
+
+        async def tell() -> None:
+            archive.swarm.me = dataclasses.replace(archive.swarm.me, round=durable.round, run_tokens=run_tokens)
+
+        self._wait(tell())
+
+    def _archive_until_the_end(self, swarm: Swarm) -> None:
+        """Each stage as soon as somebody has trained it, then every `archive_every_s`, and at the end."""
+        every_s = self.published.run.network.archive_every_s
+        total = self.published.run.run.total_tokens
+        next_s, ended_s = time.monotonic(), float("inf")
+        while not all(archive.is_final for archive in self.archives):
+            self.stop.sleep(_LOOK_EVERY_S)
+            self.control.board.beat()
+            volunteers = swarm.membership.volunteers()
+            if ended_s == float("inf") and is_first_stage_done(volunteers, swarm.membership.known(), total):
+                ended_s = time.monotonic()
+            is_last = ended_s < float("inf")
+            if is_last:
+                self._archive_ended(time.monotonic() > ended_s + _LAST_ROUND_S)
+                if time.monotonic() > ended_s + _LAST_ROUND_S + _LINGER_S:
+                    self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
+                    return
+            elif time.monotonic() >= next_s:
+                found = [self._archive(archive) for archive in self.archives]
+                next_s = time.monotonic() + (every_s if all(found) else min(every_s, 5.0))
+                if any(found):
+                    self._try_to_write_archive()
+            self._keep_peers()
+
+    def _archive_ended(self, is_late: bool) -> None:
+        """The last weights of those stages whose peers all have them, or of all if it is late."""
+        total = self.published.run.run.total_tokens
+        for archive in self.archives:
+            infos = archive.swarm.membership.volunteers()
+            ended = bool(infos) and all(info.run_tokens >= total for info in infos)
+            if not archive.is_final and (ended or is_late):
+                archive.is_final = self._archive(archive, last=True) or (is_late and archive.state is not None)
+                self._tell(archive)
+        if all(archive.is_final for archive in self.archives):
+            self._try_to_write_archive()
+
+    def _archive(self, archive: StageArchive, last: bool = False) -> bool:
+        """Pull the stage's present weights, write them down, and offer them; False if there is nothing new."""
+        volunteers = [info.peer for info in archive.swarm.membership.volunteers()]
+        sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
+        if not sample:
+            return False
+        above_tokens = 0 if last else archive.progress.run_tokens
+        present = self._wait(fetch_present(archive.swarm, sample, "archive", above_tokens))
+        if present is None:
+            return False
+        keeper = archive.keeper
+        kept = Checkpoint(
+            state=present.state,
+            progress=present.progress,
+            roster=None,
+            signed_roster=None,
+            extra=keeper.checkpointer.extra(),
+        )
+        keeper.keep(kept)
+        keeper.checkpointer.flush(_FLUSH_S)
+        self._wait(keeper.offer(archive.swarm, kept))
+        self._have(archive, kept)
+        return True
+
+    def archive_once_more(self) -> None:
+        """Asked to leave: with what is here."""
+        self._try_to_write_archive()
+
+    def _keep_peers(self) -> None:
+        assert self.keeper is not None
+        try:
+            self.keeper.keep_peers()
+        except OSError:
+            pass  # the archive will say so too
+
+    # ------------------------------------------------------------- the model
+
+    def _joined(self) -> Mapping[str, Tensor] | None:
+        """The whole model's weights, once every stage was archived."""
+        if any(archive.state is None for archive in self.archives) or not self.archives:
+            return None
+        return joined_weights(archive.weights() for archive in self.archives)
+
+    def _try_to_write_archive(self) -> None:
+        weights = self._joined()
+        if weights is None:
+            return
+        progress, path = self.progress, self.folder.archive_path
+        try:
+            save_weights(path, weights, self.published, progress)
+        except OSError as error:
+            self.emit(WarningEvent(message=f"the archive could not be written: {error.strerror}; make room"))
+        except UserError as error:
+            self.emit(WarningEvent(message=f"the archive could not be written: {error}"))
+        else:
+            self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(path)))
+
+    def _measure_and_save(self) -> None:
+        weights, run = self._joined(), self.published.run
+        if weights is None:
+            return
+        model: GPT = build_model(run.model, run.run.seed)
+        model.load_state_dict(weights)
+        tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, run.model.vocabulary_size)
+        self.loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
+        self.emit(EvalEvent(round=max(0, self.progress.round - 1), held_out_loss=self.loss))
+        try:
+            save_weights(self.folder.model_path, weights, self.published, self.progress)
+        except OSError as error:
+            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error.strerror}"))
+        except UserError as error:
+            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error}"))
+
+    def _wait_for_goodbyes(self, swarm: Swarm) -> None:
+        """Serve on until the volunteers have left, and for those who may come back; a minute at most."""
+        give_up_s, total = time.monotonic() + _LINGER_S, self.published.run.run.total_tokens
+        while time.monotonic() < give_up_s:
+            for archive in self.archives:
+                self._tell(archive)
+            if not may_come_back(swarm.membership, self.progress, self.since_s, swarm_time(), total):
+                return
+            self.stop.sleep(0.1)
+
+    def leave_stages(self) -> None:
+        """Goodbye to those who hold stages; before the run's swarm is left."""
+        for archive in self.archives:
+            try:
+                self.network.run(archive.swarm.withdraw(1.0), 2.0)
+            except (TimeoutError, RunTimeError):
+                pass
+            archive.keeper.close()

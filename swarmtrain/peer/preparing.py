@@ -1,0 +1,52 @@
+"""What a volunteer makes ready before it enters a swarm: its files, its initial weights, what it will do in words."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from swarmtrain.errors import UserError
+from swarmtrain.events import count_in_words
+from swarmtrain.model.gpt import num_parameters
+from swarmtrain.run import RunFile
+
+__all__ = ["data_base", "initial_seed", "summary_of"]
+
+
+def initial_seed(run: RunFile, peer: str) -> int:
+    """The seed of a peer's initial weights: the run's, or one of its own."""
+    if run.merge.init == "common":
+        return run.run.seed
+    digest = hashlib.sha256(f"initial weights {run.run.seed} {peer}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def summary_of(run: RunFile) -> str:
+    """What a volunteer is about to run, in one sentence."""
+    data = {
+        "python-stdlib": "this machine's Python standard library",
+        "datasets": f"the data set {run.data.dataset}",
+    }.get(run.data.source, f"your files {', '.join(run.data.paths)}")
+    parameters = count_in_words(num_parameters(run.model))
+    return (
+        f"a model of {parameters} parameters on {data}, until {count_in_words(run.run.total_tokens)} tokens, "
+        f"merging every {run.merge.inner_steps} steps ({run.merge.method})"
+    )
+
+
+def data_base(run: RunFile, data_folder: Path | None) -> Path:
+    """The folder that the run's data paths are relative to. A run comes from a stranger: it may name files only
+    below a folder that this machine's owner has given with `--data`. Raises UserError.
+    """
+    section = run.data
+    here = data_folder or Path.cwd()
+    if section.source == "datasets":
+        local = [section.dataset] if (here / section.dataset).exists() else []
+    else:
+        local = list(section.paths)
+    if local and data_folder is None:
+        raise UserError(f"this run trains on your own {section.source} files: give their folder with --data FOLDER")
+    for path in local:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise UserError(f"this run asks for {path}, outside the folder given with --data; it is not read")
+    return here

@@ -1,0 +1,82 @@
+"""What stages take of a machine: memory, and how fast it is at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from swarmtrain.errors import UserError
+from swarmtrain.model.stages import StageShape, balanced_boundaries, measured_costs, stage_shapes
+from swarmtrain.peer.estimate import BYTES_PER_PARAMETER, DAEMON_BYTES, IMPORTS_BYTES, activation_bytes, merge_bytes
+from swarmtrain.run import RunFile
+from swarmtrain.words import size_in_words
+
+__all__ = ["StageRoom", "cut_and_measure", "room_for_stages", "stage_bytes", "whole_tokens_per_s"]
+
+_OF_MACHINE = 0.5
+"""Without a limit a volunteer takes so much of the machine's memory."""
+_WEIGHTS_BYTES_PER_PARAMETER = 3 * 4
+"""Two versions of the weights more, and a batch's gradients while the next one is summed."""
+
+
+@dataclass(frozen=True)
+class StageRoom:
+    """How many stages fit into a peer's memory, and what is left for the graphs of microbatches, of each of them."""
+
+    most_stages: int
+    graph_bytes: float
+
+
+def stage_bytes(run: RunFile, shape: StageShape) -> int:
+    """What a peer's memory holds of one stage, graphs of microbatches not counted."""
+    _, merging = merge_bytes(run, shape.num_parameters, run.merge.num_partners)
+    return (BYTES_PER_PARAMETER + _WEIGHTS_BYTES_PER_PARAMETER) * shape.num_parameters + merging
+
+
+def graph_bytes(run: RunFile, shape: StageShape) -> int:
+    """What is kept of one microbatch's forward until its backward; the logits of the last stage included."""
+    blocks = shape.last_block - shape.first_block
+    return activation_bytes(run, run.microbatch_sequences, blocks, has_head=shape.has_head)
+
+
+def room_for_stages(run: RunFile, shapes: Sequence[StageShape], limit_bytes: int) -> StageRoom:
+    """What fits into `limit_bytes`, 0 for no limit. UserError when not even the largest stage does."""
+    most_bytes = limit_bytes or int(_OF_MACHINE * psutil.virtual_memory().total)
+    program = IMPORTS_BYTES + DAEMON_BYTES
+    largest = max(stage_bytes(run, shape) for shape in shapes)
+    one_graph = max(graph_bytes(run, shape) for shape in shapes)
+    most = (most_bytes - program) // (largest + one_graph)
+    if most < 1:
+        if limit_bytes:
+            raise UserError(
+                f"a stage of this run needs about {size_in_words(program + largest + one_graph)} of memory, and "
+                f"--memory allows {size_in_words(limit_bytes)}: allow more, or join a run with more stages"
+            )
+        most = 1
+    most = min(most, len(shapes))
+    left = most_bytes - program - most * largest
+    return StageRoom(most_stages=most, graph_bytes=max(one_graph, left / 2 / most))
+
+
+def whole_tokens_per_s(run: RunFile) -> float:
+    """Tokens per second that this machine would take through the whole model, measured on parts of it."""
+    costs = measured_costs(run.model, run.microbatch_sequences)
+    tokens = run.microbatch_sequences * run.model.context_tokens
+    return tokens / (costs.embedding + run.model.num_layers * costs.block + costs.head)
+
+
+def cut_and_measure(run: RunFile) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Where the model is cut, as the run file says or so that the stages cost most nearly the same, and the part of its
+    computing that each stage is, measured on this machine."""
+    model, pipeline = run.model, run.pipeline
+    costs = measured_costs(model, run.microbatch_sequences)
+    boundaries = pipeline.boundaries or balanced_boundaries(model.num_layers, pipeline.stages, costs)
+    seconds = [
+        costs.embedding * shape.has_embedding
+        + costs.block * (shape.last_block - shape.first_block)
+        + costs.head * shape.has_head
+        for shape in stage_shapes(model, boundaries)
+    ]
+    return tuple(boundaries), tuple(round(each / sum(seconds), 6) for each in seconds)
