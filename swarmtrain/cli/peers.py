@@ -331,8 +331,10 @@ def _plain(message: Any) -> dict[str, Any]:
 
 def _value(message: Any, field: FieldDescriptor) -> Any:
     value = getattr(message, field.name)
-    if hasattr(value, "add"):  # repeated; all that repeats here are messages
+    if hasattr(value, "add"):  # repeated messages
         return [_plain(item) for item in value]
+    if hasattr(value, "append"):  # repeated numbers
+        return list(value)
     if field.has_presence and not message.HasField(field.name):
         return None
     if field.message_type is not None:

@@ -19,7 +19,15 @@ from rich.text import Text
 from swarmtrain.cli.peers import Life, View, title
 from swarmtrain.cli.plot import plot
 from swarmtrain.v1 import control_pb2 as wire
-from swarmtrain.words import ago_in_words, count_in_words, one_line, short_peer, size_in_words, time_in_words
+from swarmtrain.words import (
+    ago_in_words,
+    count_in_words,
+    one_line,
+    short_peer,
+    size_in_words,
+    stages_in_words,
+    time_in_words,
+)
 
 __all__ = [
     "UNCUT",
@@ -36,6 +44,7 @@ UNCUT = 10_000
 """A width, or a number of lines, where there is no terminal: everything is written."""
 _NAME_CELLS = 16
 _MAX_YEARS = 10
+_MOST_STAGES = 8
 _LABEL_CELLS = 8
 _TITLE_CELLS = 160
 _MIN_PLOT_LINES = 3
@@ -264,7 +273,7 @@ def _peer_rows(status: Any, most: int) -> tuple[list[tuple[str, bool]], str]:
         role = "bootstrap" if peer.bootstrap and not peer.tokens else f"{count_in_words(peer.tokens)} tokens"
         share = "" if peer.bootstrap and not peer.tokens else _percent(peer.tokens, counted)
         here = "here" if peer.present else "away"
-        doing = f"round {peer.round}" if peer.present and not peer.bootstrap else ""
+        doing = _round_of(peer) if peer.present and not peer.bootstrap else ""
         speed = _speed(peer.tokens_per_s) if peer.present and _finite(peer.tokens_per_s) > 0 else ""
         name = _clipped(peer.name, _NAME_CELLS - 6 * own) + " (you)" * own
         rows.append([name, short_peer(one_line(peer.peer)), role, share, here, doing, speed])
@@ -272,6 +281,27 @@ def _peer_rows(status: Any, most: int) -> tuple[list[tuple[str, bool]], str]:
     rest = order[len(shown) :]
     here, tokens = sum(peer.present for peer in rest), count_in_words(sum(peer.tokens for peer in rest))
     return lines, f"and {len(rest)} more: {here} here, {len(rest) - here} away, {tokens} tokens" if rest else ""
+
+
+def _round_of(peer: Any) -> str:
+    return f"{stages_in_words(peer.stages)}, round {peer.round}" if peer.stages else f"round {peer.round}"
+
+
+def _stage_lines(status: Any, width: int) -> list[Text]:
+    """The stages of a pipeline, a line each, those that lack peers or are slow first where there are many."""
+    stages = sorted(status.stages, key=lambda stage: (_finite(stage.most_tokens_per_s), stage.number))[:_MOST_STAGES]
+    rows = [
+        (
+            f"stage {stage.number}",
+            f"{stage.num_peers} peer{'s' if stage.num_peers != 1 else ''}" if stage.num_peers else "nobody",
+            f"{_speed(stage.tokens_per_s)} of {_speed(stage.most_tokens_per_s)}",
+            "(you)" if stage.mine else "",
+        )
+        for stage in sorted(stages, key=lambda stage: stage.number)
+    ]
+    lines = [_line(width, line) for line in _columns(rows)]
+    rest = len(status.stages) - len(lines)
+    return [*lines, _line(width, (f"and {rest} more stages, faster than these", "dim"))] if rest else lines
 
 
 def _peer_lines(status: Any, width: int, most: int) -> list[Text]:
@@ -336,6 +366,8 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
     if status.role == "bootstrap":
         del facts["contribution"]
     lines += [_fact(width, name, text) for name, text in facts.items() if text]
+    if status.stages:
+        lines += [_line(width, ("stages", "dim")), *_stage_lines(status, width)]
     if status.notices:
         lines += [_line(width, ("last warnings", "dim")), *_notice_lines(view, width, 3)]
     return [*lines, *_contributors(status, width, most_peers)]
@@ -417,6 +449,7 @@ def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, 
     bootstrap = status.role == "bootstrap"
     facts = {
         "progress": "",
+        "stages": "",
         "speed": f"own {_speed(status.own_tokens_per_s)}, swarm {_speed(status.swarm_tokens_per_s)}",
         "contribution": "" if bootstrap else _contribution(status),
         "traffic": _traffic(status),
@@ -428,6 +461,7 @@ def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, 
     }
     blocks = {name: [_fact(width, name, text)] if text else [] for name, text in facts.items()}
     blocks["progress"] = [_progress_bar(view, width, ascii_only)]
+    blocks["stages"] = _stage_lines(status, width)
     blocks["warnings"] = _notice_lines(view, width, 2)
     return blocks
 

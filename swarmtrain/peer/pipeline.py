@@ -247,7 +247,7 @@ class PipelineVolunteer:
 
     def _place(self) -> StagePeer:
         """What this peer holds, for its record."""
-        stages = tuple(sorted(stage for stage, held in self.held.items() if held.desk.is_open))
+        stages = tuple(sorted(self.held))
         return StagePeer(
             peer=self.me,
             stages=stages,
