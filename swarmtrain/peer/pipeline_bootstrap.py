@@ -222,12 +222,24 @@ class PipelineBootstrap:
                 if time.monotonic() > ended_s + _LAST_ROUND_S + _LINGER_S:
                     self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
                     return
+            elif self._archive_the_lonely():
+                pass
             elif time.monotonic() >= next_s:
                 found = [self._archive(archive) for archive in self.archives]
                 next_s = time.monotonic() + (every_s if all(found) else min(every_s, 5.0))
                 if any(found):
                     self._try_to_write_archive()
             self._keep_peers()
+
+    def _archive_the_lonely(self) -> bool:
+        """A stage that one peer holds alone is lost with it: what it has is archived after each of its rounds. Whether
+        anything was."""
+        found = False
+        for archive in self.archives:
+            infos = archive.swarm.membership.volunteers()
+            if len(infos) == 1 and infos[0].round > archive.progress.round:
+                found = self._archive(archive) or found
+        return found
 
     def _archive_ended(self, is_late: bool) -> None:
         """The last weights of those stages whose peers all have them, or of all if it is late."""
