@@ -1,0 +1,420 @@
+"""Keeping a driver busy: how many microbatches are under way, when none is, how it ends, and what is told."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from virtual_loop import virtually
+
+from swarmtrain.errors import BadBytesError, GoneError, PeerError, RunTimeError, UnreachableError
+from swarmtrain.events import Event, MicrobatchRetryEvent
+from swarmtrain.membership.microbatches import Key, Settlement
+from swarmtrain.peer import driving
+from swarmtrain.peer.driver import Answered, Part, Tail
+from swarmtrain.peer.driving import Driving, TellRetries, most_in_flight
+from swarmtrain.run import RunFile
+
+STAGES = 3
+SOON_S = 2.0
+
+
+def run_file(batch: int = 8, microbatch: int = 2, in_flight: int = 0, stages: int = STAGES) -> RunFile:
+    return RunFile.model_validate(
+        {
+            "run": {"total_tokens": 10**9},
+            "model": {"context_tokens": 4, "num_layers": 3, "width": 16, "num_heads": 2},
+            "inner": {"batch_sequences": batch, "microbatch_sequences": microbatch},
+            "pipeline": {"stages": stages, "in_flight": in_flight},
+        }
+    )
+
+
+# ---------------------------------------------------------------- how many at once
+
+
+@pytest.mark.parametrize(
+    ("batch", "microbatch", "num_drivers", "num_peers", "most"),
+    [
+        (8, 2, 1, [1, 1], 4),  # a batch
+        (8, 2, 2, [1, 1], 2),  # half of one each
+        (8, 2, 2, [2, 3], 4),
+        (8, 2, 1, [5, 5], 4),  # no more than one's own steps take
+        (8, 2, 4, [2, 9], 2),
+        (64, 1, 3, [1, 4], 21),
+        (64, 1, 3, [], 21),
+        (16, 0, 1, [1], 8),  # an eighth of a batch each
+        (9, 0, 1, [1], 9),
+        (20, 0, 1, [1], 10),
+        (17, 0, 1, [1], 9),  # the last one is smaller
+    ],
+)
+def test_so_many_are_under_way(batch: int, microbatch: int, num_drivers: int, num_peers: list[int], most: int) -> None:
+    assert most_in_flight(run_file(batch, microbatch), num_drivers, num_peers) == most
+
+
+def test_no_more_than_a_batch_for_each_peer_of_the_smallest_stage_and_never_fewer_than_two() -> None:
+    """Then no peer takes two steps between a microbatch's forward and its backward."""
+    batches = [(8, 2), (8, 1), (64, 4), (1, 1), (32, 0), (13, 0)]
+    for (batch, microbatch), num_drivers, *num_peers in itertools.product(
+        batches, range(1, 9), range(1, 7), range(1, 7)
+    ):
+        run = run_file(batch, microbatch)
+        most = most_in_flight(run, num_drivers, num_peers)
+        a_batch = len(range(0, batch, run.microbatch_sequences))
+        assert 2 <= most <= max(2, a_batch)
+        assert most == 2 or num_drivers * most <= a_batch * min(num_peers)
+        at_least = max(2, a_batch * min(num_peers) // num_drivers)
+        assert most == min(at_least, max(2, a_batch)), "and no fewer than that"
+
+
+@pytest.mark.parametrize(("num_drivers", "num_peers"), [(0, [0, 0]), (0, []), (1, [0, 5]), (1000, [1])])
+def test_odd_moments_give_a_number_too(num_drivers: int, num_peers: list[int]) -> None:
+    assert 2 <= most_in_flight(run_file(), num_drivers, num_peers) <= 4
+
+
+def test_what_the_run_file_says_is_what_is_done() -> None:
+    for num_drivers, least in itertools.product((1, 7), (1, 5)):
+        assert most_in_flight(run_file(in_flight=3), num_drivers, [least]) == 3
+        assert most_in_flight(run_file(in_flight=1), num_drivers, [least]) == 1
+
+
+# ---------------------------------------------------------------- what is told of them
+
+
+def test_retries_are_told_at_most_once_a_second_and_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=50.0)
+    monkeypatch.setattr(driving, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    told: list[MicrobatchRetryEvent] = []
+    retries = TellRetries(told.append, lambda peer, error: None)  # type: ignore[arg-type]
+    for number in range(95):
+        retries.retried(number, 1, "p", f"reason {number}")
+        clock.now += 1 / 32
+    assert [event.count for event in told] == [1, 32, 32]
+    assert [event.reason for event in told] == ["reason 0", "reason 32", "reason 64"]
+    assert all((event.stage, event.asked) == (1, "p") for event in told)
+    clock.now += 10.0
+    retries.retried(95, 1, "p", "late")
+    assert told[-1].count == 31 and sum(event.count for event in told) == 96
+
+
+def test_each_peer_and_stage_is_told_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driving, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    told: list[MicrobatchRetryEvent] = []
+    retries = TellRetries(told.append, lambda peer, error: None)  # type: ignore[arg-type]
+    for _ in range(3):
+        for stage, peer in ((1, "p"), (2, "p"), (1, "q")):
+            retries.retried(0, stage, peer, "why")
+    assert [(event.stage, event.asked, event.count) for event in told] == [(1, "p", 1), (2, "p", 1), (1, "q", 1)]
+
+
+def test_who_answers_what_it_must_not_is_handed_on_and_what_is_lost_is_counted() -> None:
+    refused: list[tuple[str, PeerError]] = []
+    retries = TellRetries(lambda event: pytest.fail("no event"), lambda *told: refused.append(told))
+    error = BadBytesError("a loss that is none")
+    retries.refused("p", error)
+    retries.lost(1, "p", Key("d", 3, 0), "too late")
+    retries.lost(2, "q", Key("d", 3, 0), "too late")
+    assert refused == [("p", error)] and retries.num_lost == 2
+
+
+# ---------------------------------------------------------------- a driver and its stages
+
+
+@dataclass
+class Stages:
+    """Everyone that a driver asks; it answers after a while, unless it hangs or something is wrong."""
+
+    took_s: float = 0.1
+    hanging: set[str] = field(default_factory=set)
+    wrong: dict[str, Exception] = field(default_factory=dict)
+    settling_hangs: bool = False
+    asked: Counter[str] = field(default_factory=Counter)
+    under_way: int = 0
+    most_under_way: int = 0
+    acknowledged: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """By (stage, sequence)."""
+    dropped: set[tuple[int, int]] = field(default_factory=set)
+
+    async def _answer(self, peer: str, value: Any) -> Answered:
+        self.asked[peer] += 1
+        if peer in self.wrong:
+            raise self.wrong[peer]
+        await asyncio.sleep(self.took_s if peer not in self.hanging else 1e6)
+        return Answered(value, 1)
+
+    async def forward(self, peer: str, part: Part, x: Tensor) -> Answered:
+        if part.stage == 0:
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        return await self._answer(peer, x)
+
+    async def backward(self, peer: str, part: Part, gradient: Tensor) -> Answered:
+        answered = await self._answer(peer, gradient)
+        if part.stage == 0:
+            self.under_way -= 1
+        return answered
+
+    async def tail(self, peer: str, part: Part, x: Tensor, targets: Tensor) -> Answered:
+        return await self._answer(peer, Tail(2.5, x))
+
+    async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
+        if self.settling_hangs:
+            await asyncio.sleep(1e6)
+        self.acknowledged.update((stage, key.sequence) for key, _ in settlement.acknowledged)
+        self.dropped.update((stage, key.sequence) for key in settlement.dropped)
+        return set()
+
+
+@dataclass
+class Site:
+    """A driver "d" of three stages, which holds the first one."""
+
+    now: Callable[[], float]
+    run: RunFile = field(default_factory=run_file)
+    stages: Stages = field(default_factory=Stages)
+    peers: dict[int, list[str]] = field(default_factory=lambda: {0: ["d"], 1: ["p"], 2: ["q"]})
+    desk: Any = field(default_factory=lambda: SimpleNamespace(is_open=True))
+    failures: list[str] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    drawn: int = 0
+
+    def next_microbatch(self) -> tuple[Tensor, Tensor]:
+        self.drawn += 1
+        x = torch.full((2, 4), self.drawn)
+        return x, x + 1
+
+    def driving(self) -> Driving:
+        told = TellRetries(self.events.append, lambda peer, error: None)
+        failed, source = self.failures.append, self
+        return Driving("d", self.run, source, self.desk, self.stages, told, lambda: self.peers, failed)  # type: ignore[arg-type]
+
+
+def _driving(body: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
+    """In virtual time, the driver's clock included."""
+
+    async def run(now: Callable[[], float]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(driving, "time", SimpleNamespace(monotonic=now, time=lambda: 1e9))
+            await body(Site(now))
+
+    virtually(run)
+
+
+@pytest.mark.parametrize(("in_flight", "most"), [(0, 4), (1, 1), (7, 7)])
+def test_as_many_are_under_way_as_may_be_and_all_that_come_back_are_told_everyone(in_flight: int, most: int) -> None:
+    async def body(site: Site) -> None:
+        site.run = run_file(in_flight=in_flight)
+        driver = site.driving()
+        assert driver.num_in_flight == 0
+        await driver.start()
+        for _ in range(20):
+            await asyncio.sleep(1.0)
+            assert driver.num_in_flight == most
+        await driver.stop()
+        stages = site.stages
+        assert stages.most_under_way == most and stages.under_way == driver.num_in_flight == 0
+        num = site.drawn
+        assert num > 20 * most, "a new one begins when one is back, not when it is looked for the next time"
+        assert list(driver.losses) == [2.5] * min(num, 256)
+        assert Counter(stage for stage, _ in stages.acknowledged) == {0: num, 1: num, 2: num}
+        assert set(stages.acknowledged.values()) == {1} and not stages.dropped
+        assert not site.failures and not site.events
+
+    _driving(body)
+
+
+def test_sequences_are_above_those_of_earlier_lives_and_in_order() -> None:
+    async def body(site: Site) -> None:
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(SOON_S)
+        await driver.stop()
+        told = sorted(sequence for stage, sequence in site.stages.acknowledged if not stage)
+        assert told == list(range(10**15, 10**15 + site.drawn))
+
+    _driving(body)
+
+
+@pytest.mark.parametrize("empty", range(STAGES))
+def test_while_a_stage_is_empty_none_begins_and_the_others_come_back(empty: int) -> None:
+    async def body(site: Site) -> None:
+        whole = dict(site.peers)
+        site.peers = whole | {empty: []}
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(5.0)
+        assert driver.num_in_flight == site.drawn == 0
+        site.peers = whole
+        await asyncio.sleep(SOON_S)
+        assert driver.num_in_flight == 4
+        site.peers = whole | {empty: []}
+        await asyncio.sleep(1.0)  # it looks again
+        drawn = site.drawn
+        await asyncio.sleep(5.0)
+        assert site.drawn == drawn
+        await driver.stop()
+        assert not site.failures
+
+    _driving(body)
+
+
+def test_while_the_first_stage_is_merged_none_begins() -> None:
+    async def body(site: Site) -> None:
+        site.desk.is_open = False
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(5.0)
+        assert driver.num_in_flight == site.drawn == 0
+        site.desk.is_open = True
+        await asyncio.sleep(SOON_S)
+        assert driver.num_in_flight == 4
+        await driver.stop()
+
+    _driving(body)
+
+
+def test_when_more_peers_come_more_are_under_way() -> None:
+    async def body(site: Site) -> None:
+        site.peers = {0: ["d", "e"], 1: ["p"], 2: ["q"]}
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(SOON_S)
+        assert driver.num_in_flight == 2
+        site.peers = {0: ["d", "e"], 1: ["p", "r"], 2: ["q", "s"]}
+        await asyncio.sleep(SOON_S)
+        assert driver.num_in_flight == 4 and site.stages.asked["r"] and site.stages.asked["s"]
+        await driver.stop()
+
+    _driving(body)
+
+
+def test_what_the_first_stage_gives_up_does_not_count_and_is_no_failure() -> None:
+    async def body(site: Site) -> None:
+        site.stages.wrong["d"] = GoneError("this peer does not train now")
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(10.0)
+        assert site.drawn <= 4 * 21, "it waits a while between two of them"
+        assert not site.failures and not driver.losses
+        del site.stages.wrong["d"]
+        await asyncio.sleep(SOON_S)
+        await driver.stop()
+        assert len(driver.losses) > 4 and not site.failures
+
+    _driving(body)
+
+
+def test_a_peer_that_fails_is_told_of_and_another_is_asked() -> None:
+    async def body(site: Site) -> None:
+        site.peers[1] = ["p", "r"]
+        site.stages.wrong["p"] = UnreachableError("nobody answers there")
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(SOON_S)
+        await driver.stop()
+        assert site.stages.asked["r"] > site.stages.asked["p"] > 0
+        event = site.events[0]
+        assert isinstance(event, MicrobatchRetryEvent)
+        assert (event.stage, event.asked, event.reason) == (1, "p", "nobody answers there")
+        assert driver.losses and not site.failures
+
+    _driving(body)
+
+
+def test_what_this_peer_cannot_do_is_reported_in_a_sentence() -> None:
+    async def body(site: Site) -> None:
+        site.stages.wrong["p"] = RunTimeError("training diverged: lower inner.learning_rate")
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(SOON_S)
+        await driver.stop()
+        assert set(site.failures) == {"training diverged: lower inner.learning_rate"}
+        assert not driver.losses
+
+    _driving(body)
+
+
+def test_a_mistake_of_ours_is_reported_too(caplog: pytest.LogCaptureFixture) -> None:
+    async def body(site: Site) -> None:
+        site.stages.wrong["p"] = ZeroDivisionError("by zero")
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(0.2)
+        await driver.stop()
+        assert "ZeroDivisionError('by zero')" in site.failures[0]
+        assert "a microbatch failed" in caplog.text
+
+    _driving(body)
+
+
+# ---------------------------------------------------------------- the end
+
+
+def test_the_end_waits_for_what_is_under_way_and_until_everyone_knows() -> None:
+    async def body(site: Site) -> None:
+        site.stages.took_s = 1.0
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(0.5)
+        assert site.drawn == 4
+        began_s = site.now()
+        await driver.stop()
+        assert site.drawn == 4 and driver.num_in_flight == 0
+        assert 4.0 < site.now() - began_s < 6.0, "five answers of a second each"
+        assert len(site.stages.acknowledged) == 3 * 4 and not site.stages.dropped
+        await asyncio.sleep(30.0)
+        assert site.drawn == 4, "nothing begins after the end"
+
+    _driving(body)
+
+
+@pytest.mark.parametrize("drain_s", [0.5, 10.0])
+def test_with_a_peer_that_hangs_it_ends_within_its_time_and_nothing_counts(drain_s: float) -> None:
+    async def body(site: Site) -> None:
+        site.stages.hanging = {"q"}
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(SOON_S)
+        began_s = site.now()
+        await driver.stop(drain_s)
+        assert site.now() - began_s < drain_s + 1.0
+        assert driver.num_in_flight == 0 and not site.stages.acknowledged
+        assert {stage for stage, _ in site.stages.dropped} == {0, 1, 2}, "they are told that it does not count"
+        assert len(site.stages.dropped) == 3 * 4
+
+    _driving(body)
+
+
+def test_with_a_peer_that_cannot_be_told_it_ends_within_its_time() -> None:
+    async def body(site: Site) -> None:
+        site.stages.settling_hangs = True
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(SOON_S)
+        began_s = site.now()
+        await driver.stop(3.0)
+        assert site.now() - began_s < 4.0
+        before = asyncio.all_tasks()
+        assert len(before) == 1, "nothing goes on in the background"
+
+    _driving(body)
+
+
+def test_it_can_be_ended_before_it_began() -> None:
+    async def body(site: Site) -> None:
+        await site.driving().stop()
+        driver = site.driving()
+        await driver.start()
+        await driver.stop()
+        assert driver.num_in_flight == 0 and site.now() < 1.0
+
+    _driving(body)
