@@ -56,9 +56,16 @@ def _slowdown(ctx: click.Context, param: click.Parameter, value: str | None) -> 
         raise click.BadParameter(str(error), ctx, param) from None
 
 
+def _stages(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in value.split(",") if part}))
+    except ValueError:
+        raise click.BadParameter(f"{value} is no list of stages, such as 0,1", ctx, param) from None
+
+
 _SCOPE = (
     click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="Processor threads to train with.  [default: all cores]"),
-    click.option("--memory", callback=_memory, default="none", metavar="SIZE", help="Memory this peer may use, such as 4GB.  [default: no limit]"),
+    click.option("--memory", callback=_memory, default="none", metavar="SIZE", help="Memory this peer may use, such as 4GB; of a model that is cut into stages it holds as many as fit.  [default: no limit]"),
     click.option("--nice", type=click.IntRange(0, 19), metavar="N", help="Yield to other programs: 0 as they, 19 takes only what they leave.  [default: as it is started]"),
     click.option("--only-when-idle", is_flag=True, help="Rest while other programs use the processors."),
     click.option("--hours", callback=_hours, default="any", metavar="FROM-TO", help="Train only then, local time, such as 22-7 or 12-13,18:30-8.  [default: any]"),
@@ -111,8 +118,16 @@ def _limit_options(function: _F) -> _F:
     help="Where your own files are, for runs that train on text or JSON lines.",
 )
 @click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, hidden=True, metavar="PCT", help="For a rehearsal: so many per cent of what others pull from this peer breaks off midway, the same for the same --name.")  # fmt: skip
+@click.option("--first-stages", callback=_stages, default="", hidden=True, metavar="N,...", help="For a rehearsal: the stages of a pipeline that it takes first, whatever is needed.")  # fmt: skip
 @peer_options
-def command(invite: str, limits: Limits, data: Path | None, fail_pulls: float, options: PeerOptions) -> None:
+def command(
+    invite: str,
+    limits: Limits,
+    data: Path | None,
+    fail_pulls: float,
+    first_stages: tuple[int, ...],
+    options: PeerOptions,
+) -> None:
     """Join the run of INVITE and train until it ends.
 
     Fetches the run, checks it against the hash in the invite, and trains on this machine. Nothing that arrives is
@@ -144,6 +159,7 @@ def command(invite: str, limits: Limits, data: Path | None, fail_pulls: float, o
         metrics=options.metrics,
         only_announced=options.only_announced,
         fail_pulls_share=fail_pulls / 100,
+        first_stages=first_stages,
     )
     with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
         emit(run_volunteer(parsed, settings, emit, options.stop))

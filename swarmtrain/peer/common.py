@@ -83,6 +83,8 @@ class PeerSettings:
     """For a rehearsal: others are told what is announced and nothing else."""
     fail_pulls_share: float = 0.0
     """For a rehearsal: the share of pulls from this peer that break off midway."""
+    first_stages: tuple[int, ...] = ()
+    """For a rehearsal: the stages of a pipeline that it takes first; empty: those that need it most."""
 
 
 def clock_warning(correction_s: float) -> WarningEvent:

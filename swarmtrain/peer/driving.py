@@ -29,7 +29,7 @@ __all__ = ["Driving", "TellRetries", "most_in_flight"]
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5
-_DRAIN_S = 10.0
+_DRAIN_S = 4.0
 _TELL_EVERY_S = 1.0
 _LEAST_IN_FLIGHT = 2
 _NUM_LOSSES = 256

@@ -21,6 +21,7 @@ from swarmtrain.words import short_peer
 __all__ = ["Mover"]
 
 _log = logging.getLogger(__name__)
+_SETTLE_S = 60.0
 
 AskToStay = Callable[[str, int], tuple[float, str]]
 """(peer, stage) -> for how long it promises to stay there, in seconds, 0 if it does not; with the reason. May raise a
@@ -41,6 +42,9 @@ class Mover:
     clock: Callable[[], float] = time.monotonic
     stays: Stays = field(init=False)
     _next_s: float = field(init=False)
+    _settled_s: float = float("-inf")
+    """Before then it moves only to a stage that nobody holds: how fast it is where it came to, and how fast the others
+    are since, has to be measured first."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -79,6 +83,9 @@ class Mover:
         change, reason = decide(self.me, peers, now, self.rule)
         if change is None:
             _log.debug("stays: %s", reason)
+            return None
+        if self.clock() < self._settled_s and not any(_is_empty(stage, peers) for stage in change.enters):
+            _log.debug("has moved lately, and stays for now: %s", reason)
             return None
         return change if self.promised(change, peers, now) else None
 
@@ -120,8 +127,17 @@ class Mover:
         with self._lock:
             return all(self.stays.may_leave(stage, self.clock())[0] for stage in change.leaves)
 
+    def moved(self, change: Change) -> None:
+        """It has come to what it was to hold."""
+        self._settled_s = self.clock() + _SETTLE_S
+        self.over(change)
+
     def over(self, change: Change) -> None:
         """It has left, or does not want to any more."""
         with self._lock:
             for stage in change.leaves:
                 self.stays.over(stage)
+
+
+def _is_empty(stage: int, peers: Sequence[StagePeer]) -> bool:
+    return not any(stage in peer.planned for peer in peers)

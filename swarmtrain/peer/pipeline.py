@@ -123,6 +123,7 @@ class PipelineVolunteer:
         self.rule = Rule(costs=stage_costs(published.stage_costs))
         self.shapes = stage_shapes(self.run.model, published.boundaries)
         self.me = self.node.identity.peer_id
+        self._first_stages = tuple(stage for stage in self.settings.first_stages if stage < len(self.shapes))
         info = PeerInfo(peer=self.me, name=self.name, training=True)
         self.swarm = Swarm(self.node, self.published, (), average_bytes_untrusted, self.emit, info)
         self.keeper = Keeper(self.folder, self.published, self.me, self.emit)
@@ -217,6 +218,8 @@ class PipelineVolunteer:
         """Take the stages that need this peer most, once there is company."""
         self._wait_for_company()
         stages, reason = first_stages(self.me, self.places(), swarm_time(), self.rule)
+        if self._first_stages:
+            stages, reason, self._first_stages = self._first_stages, "it was started so", ()
         self.emit(AssignedEvent(stages=stages, reason=reason))
         self._moving_to = stages
         self._tell(now=True)
@@ -391,6 +394,7 @@ class PipelineVolunteer:
             self._moving_to = ()
             self.mover.over(change)
         if moved:
+            self.mover.moved(change)
             seconds = time.monotonic() - began_s
             self._move_s = seconds
             self.emit(MovedEvent(before=change.before, after=change.after, reason=change.reason, seconds=seconds))

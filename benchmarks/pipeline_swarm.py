@@ -1,0 +1,146 @@
+"""A pipeline of real volunteers that begins out of balance, and loses some of them: how much of the even one's speed?
+
+    python benchmarks/pipeline_swarm.py examples/pipeline.toml
+    python benchmarks/pipeline_swarm.py examples/pipeline.toml --scenarios even,uneven
+
+Starts a bootstrap and six volunteers of three stages as real processes, each `--slowdown` times slower than this machine
+could, so that six of them do not fight for two cores, and reads what passes through the last stage from their
+`stage_throughput` events. Scenarios:
+
+- even: two volunteers a stage, nobody moves: what the others are compared with;
+- uneven: 4-1-1, nobody moves: the test is void unless this is at most 60 % of it;
+- balanced: 4-1-1 with the rule of the run file: at least 80 % within a minute of the first move being possible;
+- killed: after that two volunteers of one stage are killed: at least 75 % of the ideal for those four, who then share
+  three stages (two thirds of the even speed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import tomli_w
+from cold_start import read_run
+
+from swarmtrain.events import AssignedEvent, Event, MovedEvent, StageThroughputEvent
+from swarmtrain.peer.local import LocalSwarm
+
+EVEN, UNEVEN = (0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 2)
+EVERY_S = 10.0
+
+
+class Watched:
+    """A swarm of volunteers of stages, and what they tell."""
+
+    def __init__(self, swarm: LocalSwarm) -> None:
+        self.swarm = swarm
+        self.holds: dict[str, tuple[int, ...]] = {}
+        self.rates: list[tuple[float, str, int, float]] = []
+        """(time, name, stage, tokens per second)."""
+        self.moves: list[MovedEvent] = []
+
+    def watch(self, seconds: float) -> None:
+        """Read events for so long."""
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            for event in self.swarm.events(min(1.0, until_s - time.monotonic())):
+                self._take(event)
+                if time.monotonic() >= until_s:
+                    return
+
+    def watch_until_trained(self, num_peers: int) -> None:
+        """Until everybody has told what passes through it."""
+        while len({name for _, name, _, _ in self.rates}) < num_peers:
+            self.watch(1.0)
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, AssignedEvent):
+            self.holds[event.name] = event.stages
+        elif isinstance(event, MovedEvent):
+            self.holds[event.name] = event.after
+            self.moves.append(event)
+            print(f"    {event.name}: {event.before} -> {event.after} in {event.seconds:.1f} s: {event.reason}")
+        elif isinstance(event, StageThroughputEvent):
+            for stage in event.stages:
+                self.rates.append((event.time, event.name, stage, event.tokens_per_s))
+
+    def tokens_per_s(self, stage: int, since_s: float) -> float:
+        """What passed through a stage since then: each peer tells it every ten seconds."""
+        told = [rate for at_s, _, of, rate in self.rates if of == stage and at_s >= since_s + EVERY_S / 2]
+        return EVERY_S * sum(told) / (time.time() - since_s)
+
+
+@contextmanager
+def started(run_file: Path, stages: Sequence[int], slowdown: float, changes: list[str]) -> Iterator[Watched]:
+    """Volunteers that hold these stages at first."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = read_run(run_file, changes, 0)
+        path = Path(folder) / "run.toml"
+        path.write_text(tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)))
+        swarm = LocalSwarm(Path(folder))
+        try:
+            company = ["--wait-for", str(len(stages))]
+            swarm.start("bootstrap", ["bootstrap", str(path), *swarm.place("bootstrap", limited=False), *company])
+            invite, _ = swarm.wait_for_invite()
+            for number, stage in enumerate(stages):
+                name = f"volunteer-{number}"
+                options = [f"--first-stages={stage}", f"--slowdown={slowdown:g}", "--threads=1"]
+                swarm.start(name, ["join", invite.invite, *swarm.place(name, limited=True), *options])
+            yield Watched(swarm)
+        finally:
+            for child in swarm.children.values():
+                child.process.send_signal(signal.SIGKILL)
+            swarm.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("--slowdown", type=float, default=4.0)
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long each is measured, after it has settled")
+    parser.add_argument("--settle", type=float, default=20.0, help="... and how long that is given")
+    parser.add_argument("--scenarios", default="even,uneven,balanced")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the run file")
+    given = parser.parse_args()
+    forever = ["run.total_tokens=1_000_000_000", *given.set]
+    last, even = read_run(given.run_file, given.set, 0).pipeline.stages - 1, 0.0
+    for scenario in given.scenarios.split(","):
+        stages = EVEN if scenario == "even" else UNEVEN
+        balance = [] if scenario == "balanced" else ['pipeline.balance="none"']
+        with started(given.run_file, stages, given.slowdown, [*forever, *balance]) as watched:
+            watched.watch_until_trained(len(stages))
+            watched.watch(60.0 if scenario == "balanced" else given.settle)
+            even = report(watched, scenario, given.seconds, last, even)
+            if scenario == "balanced":
+                kill_two(watched)
+                watched.watch(60.0)
+                report(watched, "killed", given.seconds, last, 2 / 3 * even)
+
+
+def kill_two(watched: Watched) -> None:
+    """Of the first stage after the driver's that two hold."""
+    stage = next(s for s in (1, 2) if sum(s in held for held in watched.holds.values()) >= 2)
+    names = [name for name, held in watched.holds.items() if stage in held][:2]
+    print(f"    killing {', '.join(names)} of stage {stage}")
+    for name in names:
+        watched.swarm.children[name].process.send_signal(signal.SIGKILL)
+        del watched.holds[name]
+
+
+def report(watched: Watched, scenario: str, seconds: float, last: int, even: float) -> float:
+    """Measure for so long; the even one's speed, which this is if it is the first."""
+    since_s = time.time()
+    watched.watch(seconds)
+    rate = watched.tokens_per_s(last, since_s)
+    held = " ".join(",".join(map(str, stages)) for stages in sorted(watched.holds.values()))
+    print(f"{scenario:>9}: {rate:7.0f} tokens/s, {rate / (even or rate):.2f} of the ideal; held: {held}", flush=True)
+    return even or rate
+
+
+if __name__ == "__main__":
+    main()
