@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from pathlib import Path
 
@@ -124,6 +125,25 @@ def test_each_problem_names_the_key_and_what_is_allowed(text: str, expected: str
         ("[inner]\nmicrobatch_sequences = 32\n", "inner.microbatch_sequences: 32 does not divide"),
         ("[inner]\nbatch_sequences = 100000\n", "run.total_tokens: 1000000 is less than one inner step; allowed: at least"),
         ("[model]\ncontext_tokens = 2048\n[data]\nheld_out_bytes = 2048\n", "data.held_out_bytes: 2048 holds no training"),
+        ("[pipeline]\nstages = 0\n", "pipeline.stages: 0 is refused; allowed: an integer from 1 to 512"),
+        ("[pipeline]\nstages = 513\n", "pipeline.stages: 513 is refused; allowed: an integer from 1 to 512"),
+        ("[pipeline]\nstages = 7\n", "pipeline.stages: 7 with model.num_layers = 4; allowed: at most 6 (only the first"),
+        ("[pipeline]\nstages = 3\nboundaries = [2]\n", "pipeline.boundaries: 1 with pipeline.stages = 3; allowed: 2, or none"),
+        ("[pipeline]\nboundaries = [2]\n", "pipeline.boundaries: 1 with pipeline.stages = 1; allowed: 0, or none"),
+        ("[pipeline]\nstages = 3\nboundaries = [2, 2]\n", "pipeline.boundaries: [2, 2]; allowed: each larger than the one"),
+        ("[pipeline]\nstages = 3\nboundaries = [3, 1]\n", "pipeline.boundaries: [3, 1]; allowed: each larger than the one"),
+        ("[pipeline]\nstages = 3\nboundaries = [1, 5]\n", "pipeline.boundaries: [1, 5]; allowed: at most model.num_layers = 4"),
+        ("[pipeline]\nstages = 2\nboundaries = [-1]\n", "pipeline.boundaries.0: -1 is refused"),
+        ("[pipeline]\nstages = 2\nboundaries = ['1']\n", 'pipeline.boundaries.0: "1" is refused'),
+        ("[pipeline]\nstages = 2\n[merge]\nmethod = 'diloco'\n", 'pipeline.stages: 2 with merge.method = "diloco"; allowed: with "gossip"'),
+        ("[pipeline]\nstages = 2\n[merge]\nmethod = 'server'\n", 'pipeline.stages: 2 with merge.method = "server"; allowed: with "gossip"'),
+        ("[pipeline]\nactivations = 'int4'\n", 'pipeline.activations: "int4" is refused; allowed: "fp32" or "bf16" or "int8"'),
+        ("[pipeline]\nwiring = 'random'\n", 'pipeline.wiring: "random" is refused; allowed: "round-robin" or "least-completion"'),
+        ("[pipeline]\nbalance = 'always'\n", 'pipeline.balance: "always" is refused; allowed: "rates" or "queues" or "none"'),
+        ("[pipeline]\nbalance_every_s = 0.5\n", "pipeline.balance_every_s: 0.5 is refused; allowed: a number from 1 to 3600"),
+        ("[pipeline]\nin_flight = 1025\n", "pipeline.in_flight: 1025 is refused; allowed: an integer from 0 to 1024"),
+        ("[pipeline]\nin_flight = -1\n", "pipeline.in_flight: -1 is refused; allowed: an integer from 0 to 1024"),
+        ("[pipeline]\nstage = 2\n", "pipeline.stage: unknown key; did you mean pipeline.stages?"),
     ],
 )  # fmt: skip
 def test_impossible_combinations_are_refused(text: str, expected: str) -> None:
@@ -214,6 +234,117 @@ def test_a_tokenizer_must_fit_the_model() -> None:
     learnt = run.published.model_copy(update={"tokenizer_sha256": "cd" * 32, "tokenizer_bytes": 10})
     data = published_bytes(run.model_copy(update={"published": learnt}))
     assert "published.tokenizer_sha256: does not fit" in refused(data)
+
+
+# ---------------------------------------------------------------- pipelines
+
+
+@pytest.mark.parametrize("stages", [2, 5, 6])
+def test_a_model_can_be_cut_before_each_block_and_before_the_head(stages: int) -> None:
+    run = parse_run(MINIMAL + f"[pipeline]\nstages = {stages}\n", "r")
+    assert run.pipeline.stages == stages and run.pipeline.boundaries == ()
+    cut = list(range(stages - 1))
+    run = parse_run(MINIMAL + f"[pipeline]\nstages = {stages}\nboundaries = {cut}\n", "r")
+    assert run.pipeline.boundaries == tuple(cut)
+
+
+def test_the_defaults_are_no_pipeline() -> None:
+    section = parse_run(MINIMAL, "r").pipeline
+    assert (section.stages, section.boundaries, section.in_flight) == (1, (), 0)
+    assert (section.activations, section.wiring) == ("bf16", "round-robin")
+    assert (section.balance, section.balance_every_s) == ("rates", 10.0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "microbatch", "stages", "expected"),
+    [
+        (16, 0, 1, 16),
+        (16, 4, 1, 4),
+        (16, 0, 2, 2),
+        (16, 4, 2, 4),
+        (16, 16, 2, 16),
+        (8, 0, 2, 1),
+        (7, 0, 2, 1),
+        (1, 0, 2, 1),
+        (100, 0, 3, 12),
+    ],
+)
+def test_so_many_sequences_are_computed_at_once(batch: int, microbatch: int, stages: int, expected: int) -> None:
+    inner = f"[inner]\nbatch_sequences = {batch}\nmicrobatch_sequences = {microbatch}\n"
+    assert parse_run(f"{MINIMAL}{inner}[pipeline]\nstages = {stages}\n", "r").microbatch_sequences == expected
+
+
+@pytest.mark.parametrize(("stages", "steps"), [(1, 25), (2, 50), (6, 50)])
+def test_a_round_of_a_stage_may_count_twice_its_steps(stages: int, steps: int) -> None:
+    run = parse_run(f"{MINIMAL}[pipeline]\nstages = {stages}\n", "r")
+    assert run.max_round_tokens == steps * run.tokens_per_step
+
+
+def pipeline_bytes(stages: int = 3, **fields: object) -> bytes:
+    """A published run of so many stages, as anybody could write it."""
+    run = published(MINIMAL + f"[pipeline]\nstages = {stages}\n")
+    table = run.model_dump(mode="json", exclude_none=True)
+    table["published"] |= {"boundaries": [1, 3], "stage_costs": [0.25, 0.5, 0.25]} | fields
+    table["published"] = {key: value for key, value in table["published"].items() if value is not None}
+    return tomli_w.dumps(table).encode()
+
+
+def test_a_pipeline_survives_publication() -> None:
+    data = pipeline_bytes()
+    run = parse_published_untrusted(data, run_sha256(data))
+    assert run.published is not None
+    assert (run.published.boundaries, run.published.stage_costs) == ((1, 3), (0.25, 0.5, 0.25))
+    assert published_bytes(run) == data
+    data = pipeline_bytes(6, boundaries=[0, 1, 2, 3, 4], stage_costs=[1e-9, 0.2, 0.2, 0.2, 0.2, 0.2])
+    assert parse_published_untrusted(data, run_sha256(data)).pipeline.stages == 6
+    assert b"boundaries = []" in published_bytes(published()) and b"stage_costs" not in published_bytes(published())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"boundaries": None},
+        {"stage_costs": None},
+        {"boundaries": None, "stage_costs": None},
+        {"boundaries": []},
+        {"boundaries": [1]},
+        {"boundaries": [1, 2, 3]},
+        {"boundaries": [2, 2]},
+        {"boundaries": [3, 1]},
+        {"boundaries": [1, 5]},
+        {"boundaries": [-1, 3]},
+        {"boundaries": [1, 2**62]},
+        {"boundaries": [1.5, 3]},
+        {"boundaries": ["1", "3"]},
+        {"boundaries": [True, 3]},
+        {"boundaries": 3},
+        {"stage_costs": [0.5, 0.5]},
+        {"stage_costs": [0.25] * 4},
+        {"stage_costs": [0.0, 0.5, 0.5]},
+        {"stage_costs": [-0.5, 0.5, 1.0]},
+        {"stage_costs": [1.5, 0.5, 0.5]},
+        {"stage_costs": [math.nan, 0.5, 0.5]},
+        {"stage_costs": [math.inf, 0.5, 0.5]},
+        {"stage_costs": ["\x1b[2J", 0.5, 0.5]},
+        {"stage_costs": [0.1] * 100_000},
+        {"stages": 1},
+        {"stages": 4},
+    ],
+    ids=lambda fields: str(fields)[:50],
+)
+def test_published_stages_must_fit_the_model_and_each_other(fields: dict[str, object]) -> None:
+    stages = fields.pop("stages", 3)
+    assert isinstance(stages, int)
+    message = refused(pipeline_bytes(stages, **fields))
+    assert len(message.splitlines()) == 1 and message.isprintable()
+    assert "boundaries" in message or "stage_costs" in message or "bytes; at most" in message
+
+
+@pytest.mark.parametrize("key", ["boundaries", "stage_costs"])
+def test_a_whole_model_is_published_without_stages(key: str) -> None:
+    only = {"boundaries": [1], "stage_costs": [0.5, 0.5]}[key]
+    fields: dict[str, object] = {"boundaries": None, "stage_costs": None} | {key: only}
+    assert "does not fit pipeline.stages = 1" in refused(pipeline_bytes(1, **fields))
 
 
 def test_a_newer_publisher_asks_for_an_upgrade() -> None:
