@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgpack
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.balance import StagePeer
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.records import bucket_of
 from swarmtrain.network import records
@@ -27,6 +30,8 @@ from swarmtrain.network.records import (
     bucket_key,
     hashed_key,
     make_validator,
+    place_from_proto_untrusted,
+    place_to_proto,
     presence_from_proto_untrusted,
     presence_to_proto,
     record_from_value_untrusted,
@@ -289,6 +294,102 @@ def test_a_presence_with_everything_fits_a_record() -> None:
 def test_a_presence_out_of_range_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(BadBytesError):
         presence_from_proto_untrusted(ME.peer_id, pb.Presence(**fields))
+
+
+# ---------------------------------------------------------------- what a peer holds of a pipeline
+
+PLACE = StagePeer(
+    peer=ME.peer_id,
+    stages=(0, 3, 511),
+    moving_to=(1, 3),
+    bound=(0,),
+    tokens_per_s=1234.5,
+    most_stages=4,
+    move_s=12.25,
+    queue=7.0,
+    flow_tokens_per_s=1000.0,
+    seen_s=1.5e9,
+)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        PLACE,
+        StagePeer(peer=ME.peer_id, stages=(), tokens_per_s=0.0, move_s=0.0, seen_s=1.5e9),
+        StagePeer(peer=ME.peer_id, stages=tuple(range(512)), tokens_per_s=1.0, most_stages=512, seen_s=1.5e9),
+    ],
+    ids=["something of everything", "nothing yet", "all that there can be"],
+)
+def test_a_place_round_trip(place: StagePeer) -> None:
+    data = place_to_proto(place).SerializeToString()
+    assert place_from_proto_untrusted(ME.peer_id, pb.Place.FromString(data), 1.5e9) == place
+    info = PeerInfo(peer=ME.peer_id, stamp=1.5e9, training=True, place=place)
+    message = pb.Presence.FromString(presence_to_proto(info).SerializeToString())
+    assert presence_from_proto_untrusted(ME.peer_id, message) == info
+
+
+def test_a_place_is_its_authors_and_as_old_as_its_record() -> None:
+    message = presence_to_proto(PeerInfo(peer=ME.peer_id, stamp=77.0, place=PLACE))
+    place = presence_from_proto_untrusted(OTHER.peer_id, message).place
+    assert place is not None and (place.peer, place.seen_s) == (OTHER.peer_id, 77.0)
+
+
+_LISTS = ("stages", "moving_to", "bound")
+_NUMBERS = ("tokens_per_s", "move_s", "queue", "flow_tokens_per_s")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({name: stages} for name in _LISTS for stages in ([1, 0], [2, 2], [512], [0, 2**32 - 1], list(range(513)))),
+        *({name: [0] * 100_000} for name in _LISTS),
+        *({name: number} for name in _NUMBERS for number in (math.nan, -1.0, math.inf, -math.inf, 1.1e12)),
+        {"most_stages": 0},
+        {"most_stages": 513},
+        {"most_stages": 2**32 - 1},
+    ],
+    ids=lambda fields: str(fields)[:40],
+)
+def test_a_place_out_of_range_is_refused(fields: dict[str, Any]) -> None:
+    message = pb.Place(**{"most_stages": 1} | fields)
+    with pytest.raises(BadBytesError, match="a presence with "):
+        place_from_proto_untrusted(ME.peer_id, message, 1.0)
+    with pytest.raises(BadBytesError):
+        presence_from_proto_untrusted(ME.peer_id, pb.Presence(place=message))
+
+
+def test_a_place_of_which_nothing_is_said_is_refused() -> None:
+    with pytest.raises(BadBytesError, match="no run has"):
+        presence_from_proto_untrusted(ME.peer_id, pb.Presence(place=pb.Place()))
+    assert presence_from_proto_untrusted(ME.peer_id, pb.Presence()).place is None
+
+
+@given(st.binary(max_size=80))
+def test_random_places_are_in_range_or_one_error(data: bytes) -> None:
+    try:
+        message = pb.Place.FromString(data)
+    except DecodeError:
+        return
+    try:
+        place = place_from_proto_untrusted(ME.peer_id, message, 1.0)
+    except BadBytesError:
+        return
+    for stages in (place.stages, place.moving_to, place.bound):
+        assert stages == tuple(sorted(set(stages))) and all(0 <= stage < 512 for stage in stages)
+    assert all(0 <= number < 1e12 for number in (place.tokens_per_s, place.move_s, place.queue))
+
+
+def test_a_presence_with_everything_and_a_place_fits_a_record() -> None:
+    hosts = tuple(new_identity().peer_id for _ in range(4))
+    addresses = tuple(f"/ip4/203.0.113.{number}/tcp/31337" for number in range(8))
+    numbers = {"round": 10**6, "part": 4, "part_tokens": 10**6, "inner_steps_done": 999, "run_tokens": 10**13}
+    stages = tuple(range(500, 508))
+    place = replace(PLACE, stages=stages, moving_to=stages, bound=stages, most_stages=512)
+    info = PeerInfo(peer=ME.peer_id, name="n" * 64, stamp=1.5e9, steps_per_s=2.5, corpus_sha256="ab" * 32, place=place,
+                    hidden=True, hosts=hosts, addresses=addresses, **numbers)  # type: ignore[arg-type] # fmt: skip
+    record = pb.Record(run_sha256=RUN, prefix="0" * 24, presence=presence_to_proto(info))
+    assert record.ByteSize() < MAX_RECORD_BYTES - 64
 
 
 # ---------------------------------------------------------------- what strangers can make us keep
