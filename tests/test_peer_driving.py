@@ -367,7 +367,7 @@ def test_the_end_waits_for_what_is_under_way_and_until_everyone_knows() -> None:
         await asyncio.sleep(0.5)
         assert site.drawn == 4
         began_s = site.now()
-        await driver.stop()
+        await driver.stop(10.0)
         assert site.drawn == 4 and driver.num_in_flight == 0
         assert 4.0 < site.now() - began_s < 6.0, "five answers of a second each"
         assert len(site.stages.acknowledged) == 3 * 4 and not site.stages.dropped

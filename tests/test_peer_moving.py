@@ -196,6 +196,27 @@ def test_of_several_stages_each_needs_somebody_who_stays() -> None:
     assert site.mover.asked("b", 0, (0, 1))[0] == 60.0, "it does not leave the other one either"
 
 
+def test_who_has_just_moved_moves_again_only_where_nobody_is() -> None:
+    site = Site()
+    site.mover.moved(Change(peer="a", before=(1,), after=(0,), reason="by hand"))
+    for _ in range(4):
+        assert site.look() is None, "how fast it is here is not known yet"
+    assert not site.asked.questions
+    assert site.look() is not None, "a minute later"
+    site = Site()
+    site.mover.moved(Change(peer="a", before=(1,), after=(0,), reason="by hand"))
+    change = site.look(PILED[:3])
+    assert change is not None and "is empty" in change.reason
+
+
+def test_a_failed_move_does_not_hold_it_back() -> None:
+    site = Site()
+    change = site.look()
+    assert change is not None
+    site.mover.over(change)
+    assert site.look() == change
+
+
 def test_to_take_one_more_nobody_is_asked() -> None:
     change = Change(peer="a", before=(0,), after=(0, 1), reason="by hand")
     site = Site(Asked(UnreachableError("nobody")))
