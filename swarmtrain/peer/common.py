@@ -5,7 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from swarmtrain.network.identity import load_or_create_identity, peer_id_from_by
 from swarmtrain.network.invite import Invite, format_invite
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.rounds import NewState
+from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.process import process_age_s
@@ -43,6 +45,7 @@ __all__ = [
     "held_out_loss_of",
     "invite_event",
     "leave_swarm",
+    "named_weights",
     "process_age_s",
     "save_final_model",
     "save_model",
@@ -220,6 +223,12 @@ def save_final_model(
     except UserError as error:
         return WarningEvent(message=f"the model could not be saved in {folder.path}: {error}")
     return None
+
+
+def named_weights(theta: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """The weights by name, as views of `theta` (P,)."""
+    pieces = torch.split(theta, [math.prod(spec.shape) for spec in specs])
+    return {spec.name: piece.view(tuple(spec.shape)) for spec, piece in zip(specs, pieces, strict=True)}
 
 
 def save_model(folder: Path, model: GPT, theta: Tensor, published: PublishedRun, progress: Progress) -> None:

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from torch import Tensor, nn
+
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import PeerError, RunTimeError, UserError
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.progress import Progress
 from swarmtrain.model.export import copy_exported, load_exported
 from swarmtrain.model.gpt import build_model, generate, num_parameters
+from swarmtrain.model.stages import build_stage, stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.invite import Invite
 from swarmtrain.network.node import NetworkThread
@@ -24,12 +28,14 @@ from swarmtrain.peer.common import (
     PeerSettings,
     StopFlag,
     leave_swarm,
+    named_weights,
     save_model,
+    save_weights,
     start_node,
     wait_for,
 )
 from swarmtrain.peer.folder import PeerFolder, peer_folder
-from swarmtrain.peer.present import Present, fetch_present
+from swarmtrain.peer.present import fetch_present
 from swarmtrain.run import parse_published_untrusted
 
 __all__ = ["export_from_folder", "export_from_swarm", "sample_text"]
@@ -72,6 +78,11 @@ def _in_words(what: str, advice: str) -> Iterator[None]:
 
 def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
     published = folder.kept_run()
+    if published is not None and published.run.pipeline.stages > 1:
+        raise UserError(
+            f"{folder.path} has stages of the model, not all of it: export from the bootstrap's folder, or from the swarm "
+            "by its invite"
+        )
     if published is not None:
         run, files = published.run, CheckpointFolder(folder.checkpoints_path, published.sha256, None)
         found = load_newest(files, run, num_parameters(run.model), lambda message: _log.warning("%s", message))
@@ -95,15 +106,14 @@ def export_from_swarm(invite: Invite, target: Path, stop: StopFlag) -> int:
         tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory,
         peer_folder(Path(directory)) as folder,
     ):
-        published, present = _pulled(invite, folder, stop)
+        published, weights, progress = _pulled(invite, folder, stop)
     with _writing(target):
-        model = build_model(published.run.model, published.run.run.seed)
-        save_model(target, model, present.state.theta, published, present.progress)
-    return present.progress.run_tokens
+        save_weights(target, weights, published, progress)
+    return progress.run_tokens
 
 
-def _pulled(invite: Invite, folder: PeerFolder, stop: StopFlag) -> tuple[PublishedRun, Present]:
-    """The run of `invite` and its present weights."""
+def _pulled(invite: Invite, folder: PeerFolder, stop: StopFlag) -> tuple[PublishedRun, dict[str, Tensor], Progress]:
+    """The run of `invite`, its present weights by name, and its counters, of a pipeline those of the first stage."""
     network = NetworkThread()
     swarm = node = None
     try:
@@ -111,19 +121,34 @@ def _pulled(invite: Invite, folder: PeerFolder, stop: StopFlag) -> tuple[Publish
         source = wait_for(network.submit(find_run(node, invite.run_sha256, invite.peers)), stop).peer
         calls = PeerCalls(node, invite.run_sha256)
         published = wait_for(network.submit(fetch_published(calls, source, parse_published_untrusted, {})), stop)
-        specs = tensor_specs(build_model(published.run.model, published.run.run.seed).named_parameters())
-        me = PeerInfo(peer=node.identity.peer_id)
-        swarm = Swarm(node, published, specs, average_bytes_untrusted, lambda event: None, me)
-        wait_for(network.submit(swarm.start(invite.peers)), stop)
-        live = [info.peer for info in swarm.membership.live()]
-        present = wait_for(network.submit(fetch_present(swarm, live[:_SAMPLE], "export")), stop)
-        if present is None:
-            raise RunTimeError("nobody has a model to give yet: the first round is not over, or all have left")
-        return published, present
+        weights: dict[str, Tensor] = {}
+        counters: list[Progress] = []
+        for part, module in _parts(published):
+            specs = tensor_specs(module.named_parameters())
+            me = PeerInfo(peer=node.identity.peer_id)
+            swarm = Swarm(node, part, specs, average_bytes_untrusted, lambda event: None, me)
+            wait_for(network.submit(swarm.start(invite.peers)), stop)
+            live = [info.peer for info in swarm.membership.live()]
+            present = wait_for(network.submit(fetch_present(swarm, live[:_SAMPLE], "export")), stop)
+            if present is None:
+                raise RunTimeError("nobody has a model to give yet: the first round is not over, or all have left")
+            weights |= named_weights(present.state.theta, specs)
+            counters.append(present.progress)
+        return published, weights, counters[0]
     except PeerError as error:
         raise RunTimeError(f"the swarm did not deliver its model: {error}") from None
     finally:
         leave_swarm(network, swarm, node)
+
+
+def _parts(published: PublishedRun) -> Iterator[tuple[PublishedRun, nn.Module]]:
+    """The swarms whose weights are the model together, and what has them: the run's own, or that of each stage."""
+    run = published.run
+    if run.published is None or run.published.boundaries is None:
+        yield published, build_model(run.model, run.run.seed)
+        return
+    for number, shape in enumerate(stage_shapes(run.model, run.published.boundaries)):
+        yield published.of_stage(number), build_stage(shape, run.run.seed)
 
 
 def sample_text(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: int) -> str:

@@ -110,6 +110,7 @@ class PipelineVolunteer:
     _own_tokens: dict[int, int] = field(default_factory=dict)
     """Trained on here, by stage."""
     _passed_tokens: dict[int, int] = field(default_factory=dict)
+    _has_started: bool = False
     _next_tell_s: float = 0.0
     _next_throughput_s: float = 0.0
     _next_keep_s: float = 0.0
@@ -517,6 +518,9 @@ class PipelineVolunteer:
         self.control.training_stages(tuple(self.held))
 
     def _tell_started(self, inner_steps: int) -> None:
+        if self._has_started:
+            return
+        self._has_started = True
         self.emit(
             StartedEvent(
                 inner_steps_per_round=inner_steps,

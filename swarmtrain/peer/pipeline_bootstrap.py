@@ -13,7 +13,6 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterState
@@ -48,6 +47,7 @@ from swarmtrain.peer.common import (
     PeerSettings,
     as_peer,
     held_out_loss_of,
+    named_weights,
     process_age_s,
     save_weights,
     show_invite,
@@ -88,9 +88,7 @@ class StageArchive:
     def weights(self) -> Mapping[str, Tensor]:
         """Its parameters by name, as views of what is kept."""
         assert self.state is not None
-        shapes = {spec.name: spec.shape for spec in self.swarm.specs}
-        pieces = torch.split(self.state.theta, [torch.Size(shape).numel() for shape in shapes.values()])
-        return {name: piece.view(tuple(shapes[name])) for name, piece in zip(shapes, pieces, strict=True)}
+        return named_weights(self.state.theta, self.swarm.specs)
 
 
 @dataclass

@@ -27,10 +27,11 @@ def summary_of(run: RunFile) -> str:
         "python-stdlib": "this machine's Python standard library",
         "datasets": f"the data set {run.data.dataset}",
     }.get(run.data.source, f"your files {', '.join(run.data.paths)}")
+    cut = f", cut into {run.pipeline.stages} stages of which you hold some" if run.pipeline.stages > 1 else ""
     parameters = count_in_words(num_parameters(run.model))
     return (
         f"a model of {parameters} parameters on {data}, until {count_in_words(run.run.total_tokens)} tokens, "
-        f"merging every {run.merge.inner_steps} steps ({run.merge.method})"
+        f"merging every {run.merge.inner_steps} steps ({run.merge.method})" + cut
     )
 
 

@@ -1,0 +1,111 @@
+"""Swarms whose model is cut into stages: real volunteers that are told what to hold, die, come late and are replaced."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from swarm import Child, Swarm, exit_limit_s, wait_until, write_run
+
+from swarmtrain.events import ArchivedEvent, AssignedEvent, DoneEvent, MovedEvent, RoundEvent
+
+pytestmark = pytest.mark.processes
+
+_NETWORK = {"call_limit_s": 3.0, "stall_limit_s": 3.0, "presence_ttl_s": 6.0, "archive_every_s": 5.0}
+
+
+def _run(swarm: Swarm, total_tokens: int, **sections: object) -> Path:
+    return write_run(
+        swarm.folder,
+        run={"total_tokens": total_tokens},
+        model={"num_layers": 3, "context_tokens": 32},
+        inner={"batch_sequences": 16, "microbatch_sequences": 2, "learning_rate": 1e-2},
+        pipeline={"stages": 3, "balance_every_s": 2.0},
+        merge={"method": "gossip", "inner_steps": 8},
+        network=_NETWORK,
+    )
+
+
+def _join_all(swarm: Swarm, invite: str, stages: Sequence[int], *extra: str) -> list[Child]:
+    """A volunteer for each of these stages, all of them assigned."""
+    children = [
+        swarm.join(f"v{number}", invite, f"--first-stages={stage}", *extra) for number, stage in enumerate(stages)
+    ]
+    for child in children:
+        child.wait_event(AssignedEvent)
+    return children
+
+
+def _rounds(child: Child, stage: int) -> list[RoundEvent]:
+    return [event for event in child.all(RoundEvent) if event.stage == stage]
+
+
+def _wait_more_rounds(children: Sequence[Child], stage: int, number: int, limit_s: float) -> None:
+    """So many more rounds of a stage than these have had, whoever takes them."""
+    before = sum(len(_rounds(child, stage)) for child in children)
+    wait_until(
+        lambda: sum(len(_rounds(child, stage)) for child in children) >= before + number,
+        lambda: "\n".join(child.story() for child in children),
+        limit_s,
+    )
+
+
+def test_a_model_in_stages_to_its_end_with_one_killed_and_one_late(swarm: Swarm) -> None:
+    """Nobody says who holds what; at the end the bootstrap has the whole model, which nobody else ever had."""
+    bootstrap = swarm.bootstrap(_run(swarm, 120_000), "--wait-for", "4")
+    invite = bootstrap.invite.invite
+    first = [swarm.join(f"v{number}", invite) for number in range(4)]
+    held = [child.wait_event(AssignedEvent).stages for child in first]
+    assert sorted({stage for stages in held for stage in stages}) == [0, 1, 2]
+    assert all(len(stages) == 1 for stages in held), "as many as there are stages: each holds one"
+    twice = next(stages for stages in held if held.count(stages) == 2)
+    victim = first[held.index(twice)]
+    for child, stages in zip(first, held, strict=True):
+        child.wait_event(RoundEvent, lambda event, stages=stages: event.stage == stages[0] and event.round >= 1)
+    victim.kill()
+    late = swarm.join("late", invite)
+    assert late.wait_event(AssignedEvent).stages == twice, "where one is missing"
+    for child in (*(child for child in first if child is not victim), late, bootstrap):
+        assert child.wait() == 0, child.story()
+    (done,) = bootstrap.all(DoneEvent)
+    assert done.reason == "total_tokens"
+    assert done.held_out_loss is not None and done.held_out_loss < 0.75 * math.log(256)
+    told = [child.all(DoneEvent)[0] for child in first if child is not victim]
+    assert all(0 < event.tokens < 120_000 for event in told), "a part of the model's work each"
+    model = bootstrap.folder / "model"
+    measured = swarm.run("eval", str(model), "--json")
+    assert json.loads(measured.stdout)["held_out_loss"] == pytest.approx(done.held_out_loss, rel=1e-4)
+    swarm.assert_nothing_left()
+
+
+def test_one_of_two_that_hangs_or_dies_costs_seconds_and_the_last_one_is_replaced(swarm: Swarm) -> None:
+    """SIGSTOP for one of two peers of the second stage, SIGKILL for one of the third's, then for the last of it."""
+    bootstrap = swarm.bootstrap(_run(swarm, 10**9), "--wait-for", "6")
+    children = _join_all(swarm, bootstrap.invite.invite, (0, 0, 1, 1, 2, 2))
+    drivers = children[:2]
+    for child in children:
+        child.wait_event(RoundEvent, lambda event: event.round >= 1)
+    bootstrap.wait_event(ArchivedEvent)
+    children[3].process.send_signal(signal.SIGSTOP)
+    _wait_more_rounds(drivers, 0, 2, 30 + exit_limit_s())
+    children[5].kill()
+    _wait_more_rounds(drivers, 0, 2, 30 + exit_limit_s())
+    children[3].process.send_signal(signal.SIGCONT)
+    children[4].kill()  # nobody has the third stage's weights now but the bootstrap
+    last_round = max(event.round for child in children[4:] for event in _rounds(child, 2))
+    alive = children[:4]
+    wait_until(
+        lambda: any(2 in event.after for child in alive for event in child.all(MovedEvent)),
+        lambda: "\n".join(child.story() for child in alive),
+        60 + exit_limit_s(),
+    )
+    rescuer = next(child for child in alive for event in child.all(MovedEvent) if 2 in event.after)
+    again = rescuer.wait_event(RoundEvent, lambda event: event.stage == 2)
+    assert again.round >= last_round - 1, "at most a round of it is lost, besides the one that was under way"
+    _wait_more_rounds(alive, 0, 1, 30 + exit_limit_s())
+    swarm.interrupt_some([*alive, bootstrap])
+    swarm.assert_nothing_left()
