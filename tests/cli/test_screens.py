@@ -293,3 +293,94 @@ def test_a_plain_line() -> None:
         "40% of 3 M tokens; about 2 min 26 s left; own 400 k tokens, 33% of all"
     )
     assert cell_len(line) == len(line)
+
+
+# ---------------------------------------------------------------- the stages of a pipeline
+
+
+def stages_view(*rates: float, mine: tuple[int, ...] = (1,), **changes: Any) -> View:
+    """Stages whose peers could do so much, one peer for each thousand tokens/s, half of it passing through."""
+    seen = view(**changes)
+    for number, rate in enumerate(rates):
+        seen.status.stages.add(
+            number=number,
+            num_peers=int(rate // 1000),
+            tokens_per_s=rate / 2,
+            most_tokens_per_s=rate,
+            mine=number in mine,
+        )
+    return seen
+
+
+def stage_lines(lines: list[Text]) -> list[str]:
+    return [line.plain for line in lines if re.match(r"stage \d|and \d+ more stage", line.plain)]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_each_stage_is_a_line_with_its_peers_and_what_passes(width: int, height: int) -> None:
+    expected = [
+        "stage 0  2 peers  1 k tokens/s of 2 k tokens/s",
+        "stage 1  1 peer   500 tokens/s of 1 k tokens/s    (you)",
+        "stage 2  nobody   0 tokens/s of 0 tokens/s",
+        "stage 3  3 peers  1.5 k tokens/s of 3 k tokens/s",
+    ]
+    seen = stages_view(2000, 1000, 0, 3000)
+    watched = draw_watch(seen, width, height)
+    on_screen(watched, width, height)
+    assert stage_lines(watched) == expected
+    page = draw_status(seen, width, 6)
+    on_screen(page, width, 40)
+    assert stage_lines(page) == expected
+    assert [line.plain for line in page].index("stages") == [line.plain for line in page].index(expected[0]) - 1
+
+
+def test_without_a_pipeline_nothing_is_said_of_stages() -> None:
+    page = [line.plain for line in (*draw_status(view(), 120, 6), *draw_watch(view(), 120, 40))]
+    assert not any("stage" in line for line in page)
+
+
+def test_of_many_stages_the_slowest_are_shown_in_their_order() -> None:
+    rates = [1000.0 * (1 + (7 * number) % 20) for number in range(20)]
+    shown = stage_lines(draw_status(stages_view(*rates), 200, 6))
+    slowest = sorted(sorted(range(20), key=lambda number: rates[number])[:8])
+    assert [int(line.split()[1]) for line in shown[:-1]] == slowest
+    assert shown[-1] == "and 12 more stages, faster than these"
+    rates[13] = 0.0
+    shown = stage_lines(draw_watch(stages_view(*rates), 120, 40))
+    assert any(re.match(r"stage 13 +nobody", line) for line in shown), "an empty one is shown, however many there are"
+    assert len(shown) == 9
+
+
+def test_eight_stages_need_no_word_on_the_rest() -> None:
+    shown = stage_lines(draw_status(stages_view(*[1000.0] * 8), 200, 6))
+    assert [line.split()[1] for line in shown] == list("01234567")
+
+
+@pytest.mark.parametrize("width", [1, 2, 10, 20, 40, 79, 80, 250])
+@pytest.mark.parametrize("height", [1, 2, 5, 9, 12, 23, 24, 60])
+@pytest.mark.parametrize("num_stages", [1, 2, 9, 512])
+def test_stages_fit_any_terminal(width: int, height: int, num_stages: int) -> None:
+    seen = stages_view(*[1e9] * num_stages)
+    lines = draw_watch(seen, width, height)
+    assert len(lines) <= height
+    assert all(line.cell_len <= width for line in (*lines, *draw_status(seen, width, 6)))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300])
+def test_senseless_speeds_of_stages(number: float) -> None:
+    seen = stages_view(1000, 2000)
+    seen.status.stages.add(number=2**32 - 1, num_peers=2**32 - 1, tokens_per_s=number, most_tokens_per_s=number)
+    for width, height in SIZES:
+        on_screen(draw_watch(seen, width, height), width, height)
+    shown = stage_lines(draw_status(seen, 10_000, 6))
+    assert len(shown) == 3 and shown[2].startswith("stage 4294967295  4294967295 peers")
+    assert "nan" not in shown[2] and "inf" not in shown[2]
+
+
+def test_who_holds_which_stage_is_said_of_each_peer() -> None:
+    seen = stages_view(1000, 2000)
+    seen.status.peers[0].stages.extend([0, 1])
+    seen.status.peers[1].stages.append(1)
+    text = "\n".join(line.plain for line in draw_status(seen, 200, 6))
+    assert re.search(r"anna \(you\).* here  stages 0 and 1, round 12", text)
+    assert re.search(r"bert .* here  stage 1, round 12", text)
