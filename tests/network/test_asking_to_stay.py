@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import math
 import socket
 from collections.abc import Callable, Coroutine
@@ -80,7 +81,7 @@ class Wire:
 
 async def _tick() -> None:
     """Time passes in small steps, so that what is on its way arrives before somebody is tired of waiting."""
-    while True:
+    for _ in itertools.count():
         await asyncio.sleep(0.01)
 
 
