@@ -203,3 +203,64 @@ def test_a_stage_that_is_told_to_stop_stops_within_a_batch() -> None:
 
     asyncio.run(ask())
     assert ended == ["interrupted"]
+
+
+def test_stages_after_the_first_end_with_what_there_is_when_drivers_have_no_more() -> None:
+    stop, over = threading.Event(), threading.Event()
+    reports: list[list[RoundReport]] = [[], [], []]
+    trainers = [
+        _trainer(build_stage(shape, RUN.run.seed), each, stop, float("inf"))
+        for shape, each in zip(stage_shapes(RUN.model, BOUNDARIES), reports, strict=True)
+    ]
+    for trainer in trainers[1:]:
+        trainer.over = over.is_set
+        trainer.loop.over = over.is_set
+    ended: dict[int, str] = {}
+
+    def train(stage: int) -> None:
+        ended[stage] = trainers[stage].train()
+
+    threads = [threading.Thread(target=train, args=(stage,)) for stage in range(3)]
+    for thread in threads:
+        thread.start()
+
+    async def drive() -> list[float]:
+        routers = [Router(random.Random(0)) for _ in trainers[1:]]
+        for stage, router in enumerate(routers, 1):
+            router.set_peers([f"peer of stage {stage}"])
+        driver = Driver("d", routers, Direct([each.desk for each in trainers]), Told(), time.monotonic, 0)
+        losses = []
+        for number in range(6):
+            sequences = _microbatch(number)
+            losses.append((await driver.drive(32, sequences[:, :-1], sequences[:, 1:])).loss)
+            if number == 3:
+                await driver.settled()
+        await driver.settled()
+        return losses
+
+    try:
+        losses = asyncio.run(asyncio.wait_for(drive(), 60.0))
+        assert not ended, "a batch that is not full waits for more"
+        over.set()
+        for thread in threads[1:]:
+            thread.join(10.0)
+        assert ended == {1: "total_tokens", 2: "total_tokens"}
+    finally:
+        stop.set()
+    threads[0].join(10.0)
+    assert ended[0] == "interrupted", "the first one ends by its tokens"
+    for trainer, each in zip(trainers[1:], reports[1:], strict=True):
+        (report,) = each
+        assert (report.contribution.tokens, report.contribution.inner_steps, report.contribution.part) == (192, 2, 2)
+        assert report.loss == pytest.approx((sum(losses[:4]) / 4 + sum(losses[4:]) / 2) / 2, abs=1e-6)
+        assert trainer.finished and trainer.progress.run_tokens == 192
+        assert trainer.steps_per_s > 0 and torch.isfinite(trainer.state.theta).all()
+
+
+def test_a_stage_that_nothing_came_to_ends_without_a_round() -> None:
+    reports: list[RoundReport] = []
+    trainer = _trainer(build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5), reports, threading.Event(), 0.0)
+    over = iter([False, *[True] * 9])
+    trainer.over = trainer.loop.over = lambda: next(over)
+    assert trainer.train() == "total_tokens"
+    assert not reports and trainer.progress.round == 0 and not trainer.desk.is_open
