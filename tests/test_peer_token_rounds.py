@@ -11,6 +11,7 @@ import pytest
 
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
+from swarmtrain.peer import trainer as peer_trainer
 from swarmtrain.peer.trainer import Averaged, Contribution, InnerStep, RoundOver, RoundReport, Start, Trainer
 from swarmtrain.run import RunFile
 
@@ -152,7 +153,15 @@ def test_the_schedule_follows_the_tokens() -> None:
     assert trainer.schedule[:4] == pytest.approx([tokens / total for tokens in (0, 32, 128, 192)])
 
 
-def test_speed_is_told_in_full_steps() -> None:
-    trainer, _, reports = rounds([16] * 8, 2)
-    (report,) = reports
-    assert trainer.steps_per_s == pytest.approx(2 / (report.seconds - report.merge_s), rel=0.2)
+def test_speed_is_told_in_full_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=5.0)
+    monkeypatch.setattr(peer_trainer, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    step = Stepping.step
+
+    def for_a_second(self: Stepping, progress: float, scale: float) -> InnerStep:
+        clock.now += 1.0
+        return step(self, progress, scale)
+
+    monkeypatch.setattr(Stepping, "step", for_a_second)
+    trainer, _, _ = rounds([16] * 8, 2)
+    assert trainer.steps_per_s == pytest.approx(2 / 8)
