@@ -80,8 +80,8 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
     published = folder.kept_run()
     if published is not None and published.run.pipeline.stages > 1:
         raise UserError(
-            f"{folder.path} has stages of the model, not all of it: export from the bootstrap's folder, or from the swarm "
-            "by its invite"
+            f"{folder.path} has stages of the model, not all of it: export from the bootstrap's folder, or from the "
+            "swarm by its invite"
         )
     if published is not None:
         run, files = published.run, CheckpointFolder(folder.checkpoints_path, published.sha256, None)
