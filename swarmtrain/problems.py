@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -35,7 +35,7 @@ def allowed_values(field: FieldInfo) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(json.dumps(value) for value in get_args(kind))
     if get_origin(kind) is tuple:
-        return "a list of strings"
+        return "a list of strings" if _item(kind) is str else "a list of numbers"
     if kind is bool:
         return "true or false"
     limits = {
@@ -49,9 +49,17 @@ def allowed_values(field: FieldInfo) -> str:
         if "ge" in limits and "le" in limits:
             return f"{noun} from {limits['ge']} to {limits['le']}"
         return f"{noun} " + " and ".join(f"{_LIMIT_WORDS[name]} {_number(limit)}" for name, limit in limits.items())
+    if any(get_origin(each) is tuple for each in kinds):
+        return "a list of numbers"
     assert kind is str or kinds
     pattern = next((item.pattern for item in field.metadata if getattr(item, "pattern", None)), None)
     return f"a string matching {pattern}" if pattern else "a string" if not _min_length(field) else "a non-empty string"
+
+
+def _item(kind: Any) -> Any:
+    """What a list is of, without its limits."""
+    item = get_args(kind)[0]
+    return get_args(item)[0] if get_origin(item) is Annotated else item
 
 
 _LIMIT_WORDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}

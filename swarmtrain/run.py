@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 MAX_RUN_FILE_BYTES = 65_536
+_MOST_STEP_BATCHES = 4
+"""Batches in one step of a stage: two, and what was under way when they were full."""
 EXAMPLE = "examples/stdlib-gpt.toml"
 _CHUNK_BYTES = 256 * 1024
 
@@ -341,9 +343,10 @@ class RunFile(_Section):
 
     @property
     def max_round_tokens(self) -> int:
-        """What one peer's round counts at most. A stage's steps are not all of one size, and a round ends after the one
-        that fills it."""
-        return self.merge.inner_steps * self.tokens_per_step * (1 if self.pipeline.stages == 1 else 2)
+        """What one peer's round counts at most. A stage's steps are not all of one size (`membership/microbatches.py`),
+        and a round ends after the one that fills it."""
+        more_steps = 0 if self.pipeline.stages == 1 else _MOST_STEP_BATCHES
+        return (self.merge.inner_steps + more_steps) * self.tokens_per_step
 
     @property
     def microbatch_sequences(self) -> int:
@@ -409,7 +412,11 @@ class RunFile(_Section):
         places = (0, *(boundaries or ()), self.model.num_layers)
         if boundaries is None or len(boundaries) != stages - 1 or len(set(boundaries)) < len(boundaries):
             raise ValueError(f"published.boundaries: does not fit pipeline.stages = {stages}")
-        if list(places) != sorted(places) or costs is None or len(costs) != stages:
+        if list(places) != sorted(places):
+            raise ValueError(
+                f"published.boundaries: do not ascend from 0 to model.num_layers = {self.model.num_layers}"
+            )
+        if costs is None or len(costs) != stages:
             raise ValueError(f"published.stage_costs: does not fit pipeline.stages = {stages}")
 
 

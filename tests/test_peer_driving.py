@@ -418,3 +418,18 @@ def test_it_can_be_ended_before_it_began() -> None:
         assert driver.num_in_flight == 0 and site.now() < 1.0
 
     _driving(body)
+
+
+def test_data_that_cannot_be_read_is_a_failure() -> None:
+    async def body(site: Site) -> None:
+        def broken() -> tuple[Tensor, Tensor]:
+            raise RunTimeError("the data cannot be read: the disk is gone")
+
+        site.next_microbatch = broken  # type: ignore[method-assign]
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(SOON_S)
+        await driver.stop()
+        assert site.failures == ["the data cannot be read: the disk is gone"]
+
+    _driving(body)

@@ -162,3 +162,21 @@ def test_what_is_measured_here_gives_costs_of_every_stage() -> None:
     cut, shares = cut_and_measure(run)
     assert cut == (0, 1, 2) and all(share > 0 for share in shares)
     assert sum(shares) == pytest.approx(1.0, abs=1e-5) and whole_tokens_per_s(run) > 0
+
+
+def test_a_cheap_stage_costs_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_sizes, "measured_costs", lambda model, n: Costs(embedding=1e-4, block=1.0, head=1.0))
+    run = RunFile.model_validate(
+        {"run": {"total_tokens": 10**9}, "model": {"num_layers": 256}, "pipeline": {"stages": 2, "boundaries": (0,)}}
+    )
+    _, shares = cut_and_measure(run)
+    PublishedSection.model_validate(
+        {
+            "created": "2030-01-02T03:04:05Z",
+            "swarmtrain": "1",
+            "held_out_sha256": "ab" * 32,
+            "held_out_bytes": 1,
+            "boundaries": (0,),
+            "stage_costs": shares,
+        }
+    )

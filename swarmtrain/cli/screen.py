@@ -301,7 +301,8 @@ def _stage_lines(status: Any, width: int) -> list[Text]:
     ]
     lines = [_line(width, line) for line in _columns(rows)]
     rest = len(status.stages) - len(lines)
-    return [*lines, _line(width, (f"and {rest} more stages, faster than these", "dim"))] if rest else lines
+    more = f"and {rest} more stage{'s' if rest != 1 else ''}, not slower than these"
+    return [*lines, _line(width, (more, "dim"))] if rest else lines
 
 
 def _peer_lines(status: Any, width: int, most: int) -> list[Text]:

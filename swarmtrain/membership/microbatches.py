@@ -43,6 +43,8 @@ __all__ = [
 Kind: TypeAlias = Literal["forward", "backward", "tail"]
 
 _NONE = (-1, False)
+_MOST_FILLED = 2
+"""So many batches are filled while a closed one waits to be acknowledged: it should not take longer than one."""
 _MOST_LAG = 1
 """How many steps older than the present weights those of a forward may be when its backward comes."""
 
@@ -251,6 +253,8 @@ class StageLedger:
         """Why no place is free for a new microbatch `key`; None if one is."""
         if any(other[:2] == key[:2] for other in self._open):
             return None  # it takes the place of an older attempt
+        if self._closed is not None and self._filling.tokens >= _MOST_FILLED * self.limits.batch_tokens:
+            return "a batch waits for its drivers to acknowledge it, and the next one is full"
         if len(self._open) >= self.limits.max_open:
             return f"{len(self._open)} microbatches are open here"
         driver = self._drivers.get(key.driver)
@@ -351,9 +355,10 @@ class StageLedger:
             self._forget_silent(now)
         return self._due.popleft() if self._due else None
 
-    def close_batch(self) -> None:
-        """No more will come to fill it: the batch is closed with what it has."""
-        self._pressed = True
+    def close_batch(self) -> bool:
+        """No more will come to fill it: the batch is closed with what it has. Whether `due` does so next."""
+        self._pressed = bool(self._filling.members)
+        return self._pressed and self._closed is None
 
     @property
     def has_settled(self) -> bool:

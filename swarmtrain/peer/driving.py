@@ -135,7 +135,11 @@ class Driving:
             peers = self._look_who_is_there()
             most = most_in_flight(self.run, len(peers[0]), [len(each) for stage, each in peers.items() if stage])
             while len(self._open) < most and self.desk.is_open and all(peers.values()):
-                x, targets = await asyncio.to_thread(self.source.next_microbatch)
+                try:
+                    x, targets = await asyncio.to_thread(self.source.next_microbatch)
+                except SwarmtrainError as error:
+                    self.failed(str(error))
+                    return
                 task = asyncio.create_task(self._drive(x.numel(), x, targets))
                 self._open.add(task)
                 task.add_done_callback(self._ended)

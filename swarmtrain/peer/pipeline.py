@@ -76,8 +76,8 @@ _ASK_S = 10.0
 _STOP_DRIVING_S = 15.0
 _LAST_DRAIN_S = 0.5
 _SWITCH_S = 0.0005
-"""The threads that compute and the network's thread share one lock of Python's. Each message of a microbatch waits for it,
-and with the usual 5 ms that adds up to more than its computing."""
+"""The threads that compute and the network's thread share one lock of Python's. Each message of a microbatch waits for
+it, and with the usual 5 ms that adds up to more than its computing."""
 _FIRST_MOVE_S = 20.0
 """How long fetching a stage is taken to last before it was done."""
 
@@ -431,7 +431,10 @@ class PipelineVolunteer:
         return self.network.run(self.calls.ask_to_stay(peer, stage), _ASK_S)
 
     def _asked_to_stay(self, mover: str, stage: int) -> tuple[float, str]:
-        """In the network thread."""
+        """In the network thread. Of strangers nobody is bound: who asks must be known to hold the stage."""
+        info = self.swarm.membership.info(mover)
+        if info is None or info.place is None or stage not in info.place.stages:
+            return 0.0, f"nobody here knows that you hold stage {stage}"
         return self.mover.asked(mover, stage, tuple(self.held))
 
     def _rest(self) -> None:

@@ -152,10 +152,10 @@ class StageDesk:
         """Whether questions are computed now."""
         return not self._closed
 
-    def close_batch(self) -> None:
-        """Drivers have no more: what there is of a batch is one."""
+    def close_batch(self) -> bool:
+        """Drivers have no more: what there is of a batch is one. Whether there is something to be done now."""
         with self._lock:
-            self.ledger.close_batch()
+            return self.ledger.close_batch()
 
     @property
     def has_settled(self) -> bool:

@@ -76,13 +76,13 @@ class StageLoop:
         while True:
             if should_stop():
                 raise StopTraining
-            is_over = self.over()
-            if is_over:
-                self.desk.close_batch()
             what = self.desk.next()
             if what is None:
-                if is_over and self.desk.has_settled:
-                    raise RoundOver
+                if self.over():
+                    if self.desk.has_settled:
+                        raise RoundOver
+                    if self.desk.close_batch():
+                        continue
                 self.desk.wait(_LOOK_S)
                 continue
             if isinstance(what, Step):

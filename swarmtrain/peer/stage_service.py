@@ -36,6 +36,7 @@ _TOKENS = "tokens"
 _MAX_KEYS = 4096
 _MAX_LOSS = 1e6
 _MOST_STAY_S = 3600.0
+_MAX_REASON = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +240,7 @@ class WireCalls:
         answer, _ = await self.client.ask(peer, question, (), _nothing_untrusted)
         if not 0 <= answer.stays_s <= _MOST_STAY_S:
             raise BadBytesError(f"a promise for {answer.stays_s:g} s")
-        return answer.stays_s, answer.reason
+        return answer.stays_s, answer.reason[:_MAX_REASON]
 
     async def _activations(self, peer: str, part: Part, kind: Kind, x: Tensor) -> Answered:
         if peer == self.me:

@@ -79,4 +79,4 @@ def cut_and_measure(run: RunFile) -> tuple[tuple[int, ...], tuple[float, ...]]:
         + costs.head * shape.has_head
         for shape in stage_shapes(model, boundaries)
     ]
-    return tuple(boundaries), tuple(round(each / sum(seconds), 6) for each in seconds)
+    return tuple(boundaries), tuple(max(1e-6, round(each / sum(seconds), 6)) for each in seconds)

@@ -217,3 +217,12 @@ def test_the_longest_promise_that_is_believed_is_an_hour() -> None:
         assert await wire.calls.ask_to_stay("p", 1) == (3600.0, "")
 
     _on_wire(body)
+
+
+def test_a_reason_is_short_and_printable() -> None:
+    async def body(wire: Wire) -> None:
+        wire.raw_answer = _answer(reason="x" * 200 + "\x1b[2J" + "y" * 100_000)
+        _, reason = await wire.calls.ask_to_stay("p", 1)
+        assert len(reason) <= 200 and reason.isprintable(), len(reason)
+
+    _on_wire(body)

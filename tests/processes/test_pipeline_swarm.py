@@ -1,4 +1,4 @@
-"""Swarms whose model is cut into stages: real volunteers that are told what to hold, die, come late and are replaced."""
+"""Swarms whose model is cut into stages: volunteers are told what to hold, die, come late and are replaced."""
 
 from __future__ import annotations
 
