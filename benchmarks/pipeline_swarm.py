@@ -3,15 +3,17 @@
     python benchmarks/pipeline_swarm.py examples/pipeline.toml
     python benchmarks/pipeline_swarm.py examples/pipeline.toml --scenarios even,uneven
 
-Starts a bootstrap and six volunteers of three stages as real processes, each `--slowdown` times slower than this machine
-could, so that six of them do not fight for two cores, and reads what passes through the last stage from their
-`stage_throughput` events. Scenarios:
+Starts a bootstrap and six volunteers of three stages as real processes, each `--slowdown` times slower than this
+machine could, so that six of them do not fight for two cores, and reads what passes through the last stage from their
+`stage_throughput` events. Choose a slowdown and a model (`--set model.width=256`) for which computing is what takes
+time. Scenarios:
 
 - even: two volunteers a stage, nobody moves: what the others are compared with;
 - uneven: 4-1-1, nobody moves: the test is void unless this is at most 60 % of it;
 - balanced: 4-1-1 with the rule of the run file: at least 80 % within a minute of the first move being possible;
 - killed: after that two volunteers of one stage are killed: at least 75 % of the ideal for those four, who then share
   three stages (two thirds of the even speed).
+
 """
 
 from __future__ import annotations
