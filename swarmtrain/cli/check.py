@@ -48,16 +48,20 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, found: tuple[
     """The lines a person reads."""
     from swarmtrain.events import count_in_words as count
     from swarmtrain.events import size_in_words as size
+    from swarmtrain.peer.estimate import activation_wire_bytes
 
     model, peers = run.model, f"{cost.num_peers} peer{'s' * (cost.num_peers > 1)}"
     below = cost.times_below_allreduce
+    stages, sequences = run.pipeline.stages, run.microbatch_sequences
     rows = {
-        "parameters": f"{count(cost.num_parameters)} ({model.num_layers} layers, width {model.width}, "
+        "parameters": f"{count(stages * cost.num_parameters)} ({model.num_layers} layers, width {model.width}, "
         f"{model.num_heads} heads; {model.vocabulary_size} tokens of {model.tokenizer})",
         "data": f"{run.data.source}, {'size not known here' if corpus_bytes is None else size(corpus_bytes) + ' here'}"
         + shards_in_words(run, corpus_bytes),
         "inner step": f"{count(cost.tokens_per_step)} tokens: {run.inner.batch_sequences} sequences of "
         f"{model.context_tokens}",
+        "stages": f"{stages}, each about {count(cost.num_parameters)} parameters and held by {peers}; "
+        f"{size(activation_wire_bytes(run))} between two of them for {count(sequences * model.context_tokens)} tokens",
         "round": f"{run.merge.inner_steps} inner steps, {count(cost.tokens_per_round)} tokens with {peers}",
         "whole run": f"{count(run.run.total_tokens)} tokens: {cost.num_rounds} rounds, {cost.inner_steps_per_peer} "
         f"inner steps of each of {peers}",
@@ -66,6 +70,8 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, found: tuple[
         "memory": f"about {size(cost.memory_bytes)} per peer: {size(cost.memory_program_bytes)} program, "
         f"{size(cost.memory_parameters_bytes)} parameters, {size(cost.memory_activations_bytes)} activations",
     }
+    if stages == 1:
+        del rows["stages"]
     lines = [f"run {run.run.name}", *(f"  {name:<11} {text}" for name, text in rows.items())]
     return [*lines, *(f"  doubt: {text}" for text in found)] if found else [*lines, "  no doubts"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from swarmtrain.events import times_below_allreduce
 from swarmtrain.run import RunFile
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "activation_wire_bytes", "estimate"]
 
 # Proportional set sizes: torch, hivemind and our own imports; the networking daemon.
 IMPORTS_BYTES = 240_000_000
@@ -104,3 +104,11 @@ def activation_bytes(run: RunFile, num_sequences: int, num_layers: int, *, has_h
     widths = ACTIVATION_WIDTHS + ACTIVATION_WIDTHS_PER_RATIO * model.feed_forward_ratio
     numbers = num_layers * model.width * widths + LOGITS_COPIES * model.vocabulary_size * has_head
     return round(4 * num_sequences * model.context_tokens * numbers)
+
+
+def activation_wire_bytes(run: RunFile) -> int:
+    """What travels of one microbatch from one stage to the next, and as gradients back."""
+    from swarmtrain.algorithm.quantize import encoded_size_bytes
+
+    numbers = run.microbatch_sequences * run.model.context_tokens * run.model.width
+    return encoded_size_bytes(run.pipeline.activations, [numbers])
