@@ -173,7 +173,8 @@ class StageWork:
         return gradients[-1] if kept.x.requires_grad else None
 
     def _check(self, gradients: Mapping[str, Tensor]) -> None:
-        norm = math.sqrt(sum(float(each.square().sum(dtype=torch.float64)) for each in gradients.values()))
+        norms = [float(torch.linalg.vector_norm(each)) for each in gradients.values()]
+        norm = math.sqrt(sum(each**2 for each in norms)) if all(map(math.isfinite, norms)) else math.nan
         usual = statistics.median(self._norms) if self._norms else norm
         if not math.isfinite(norm) or norm > _MOST_TIMES * max(usual, _LEAST_NORM):
             raise BadGradientError(f"a gradient of norm {norm:.3g}, where {usual:.3g} is usual")
