@@ -46,7 +46,7 @@ def trained(run: RunFile, num_peers: int, *, dies: bool) -> tuple[float, float]:
             for number in range(num_peers):
                 join(number)
             to_kill, late = list(KILLED_AT) if dies else [], [LATE_AT] if dies else []
-            loss, victims, told = math.nan, iter(("volunteer-1", "volunteer-4")), [0, 0]
+            loss, victims, told, merged = math.nan, iter(("volunteer-1", "volunteer-4")), [0, 0], [0, 0]
             for event in swarm.events():
                 share = event.run_tokens / run.run.total_tokens if isinstance(event, RoundEvent) else 0.0
                 if to_kill and share >= to_kill[0]:
@@ -57,8 +57,14 @@ def trained(run: RunFile, num_peers: int, *, dies: bool) -> tuple[float, float]:
                     join(num_peers)
                 told[0] += isinstance(event, MovedEvent)
                 told[1] += event.count if isinstance(event, MicrobatchRetryEvent) else 0
+                if isinstance(event, RoundEvent):
+                    merged[bool(event.partners)] += 1
                 loss = ended(event, loss)
-            print(f"    {told[0]} moves, {told[1]} parts of microbatches asked again", flush=True)
+            print(
+                f"    {told[0]} moves, {told[1]} parts of microbatches asked again, "
+                f"{merged[1]} of {sum(merged)} rounds merged somebody",
+                flush=True,
+            )
             return loss, time.monotonic() - began_s
         finally:
             swarm.stop()

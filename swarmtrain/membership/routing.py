@@ -251,7 +251,7 @@ class Router:
         """It was done, `took_s` after it had begun: all is forgiven."""
         known = self._ended(peer, tokens)
         if known is not None:
-            known.sample(min(took_s, now - known.ended_s), tokens)
+            self._sample(known, min(took_s, now - known.ended_s), tokens)
             known.answers_s.append(took_s)
             known.ended_s = now
             known.failures = 0
@@ -262,11 +262,21 @@ class Router:
         known = self._ended(peer, tokens)
         if known is None:
             return "it is not in the stage any more"
-        known.sample(took_s, tokens)
+        self._sample(known, took_s, tokens)
         lost_s = min(took_s, now - known.ended_s)  # several that were under way together are charged once
         known.ended_s = now
         self._load(peer, known, known.load_s + max(0.0, lost_s - known.charged_s))
         return self._ban(known, now, took_s, f"no answer in {took_s:.1f} s")
+
+    def _sample(self, known: _Peer, took_s: float, tokens: float) -> None:
+        """What one task took. Before the first sample of all nobody knows what a task costs, and whoever was chosen
+        then was charged with a guess. That is forgotten, or it would wait until the others have caught up with it."""
+        is_first = all(each.tokens_per_s is None for each in self._peers.values())
+        known.sample(took_s, tokens)
+        if is_first:
+            for peer, each in self._peers.items():
+                each.charged_s = 0.0
+                self._load(peer, each, 0.0)
 
     def failed(self, peer: str, now: float, took_s: float, tokens: float, reason: str) -> str:
         """It could not be reached, or what came was wrong. Returns what follows, in words."""

@@ -29,6 +29,10 @@ _GUESSED_ROUND_S = 1.0
 class AsynchronousExchange(SwarmExchange):
     """Rounds of this peer's own: it trains, hands over, takes what is there, and goes on."""
 
+    sure_share: float = 1.0
+    """After this part of the time that a round should take, what is pulled has to be there: less where rounds are not
+    all equally long."""
+
     def _enter_round(self, progress: Progress, steps_per_s: float) -> Start:
         """How the next round begins, which is this peer's alone to say; waits for company before the first."""
         if self._fresh and progress.round == 0:
@@ -48,7 +52,7 @@ class AsynchronousExchange(SwarmExchange):
 
     def _round_s(self, steps: int, steps_per_s: float) -> float:
         """How long a round of so many steps will last."""
-        return steps / steps_per_s if steps_per_s > 0 else _GUESSED_ROUND_S
+        return self.sure_share * steps / steps_per_s if steps_per_s > 0 else _GUESSED_ROUND_S
 
     def _describe_start(self, progress: Progress, steps_per_s: float) -> None:
         """Say that a round has begun. In the network thread."""

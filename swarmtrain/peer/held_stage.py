@@ -46,6 +46,8 @@ _log = logging.getLogger(__name__)
 _LEAVING = "leaving"
 _END_S = 30.0
 _GOODBYE_S = 1.0
+_SURE_SHARE = 0.6
+"""How long a stage's round lasts is its drivers' doing, and changes from one to the next."""
 
 SlowedWork = Callable[[Kind | None], AbstractContextManager[None]]
 
@@ -119,6 +121,7 @@ class HeldStage:
         kept = self._kept = self.keeper.load(self.shape.num_parameters)
         batches = self.batches_at(0 if kept is None or kept.own is None else kept.own.batches)
         self.exchange = GossipExchange(site.network, self.swarm, run, site.stop, self.pause)
+        self.exchange.sure_share = _SURE_SHARE
         self.exchange.on_first_round, self.exchange.on_arriving = site.on_first_round, site.on_arriving
         limits = LedgerLimits(batch_tokens=run.tokens_per_step)
         life = time.time_ns() % 2**62

@@ -111,6 +111,15 @@ def test_who_was_not_measured_counts_as_the_median_of_the_others_and_enters_at_t
     assert following["new"] == pytest.approx(5, abs=1), f"not all 21 to make up for what it missed: {following}"
 
 
+def test_what_was_charged_before_anybody_was_measured_starves_nobody() -> None:
+    """Whoever had most then was charged as if it did a token per second, and waited until the other had made up for
+    that: for thousands of tasks."""
+    made = router("a", "b")
+    assert {made.choose(0.0, tokens)[0] for tokens in (100.0, 1000.0)} == {"a", "b"}
+    done(made, "a", now=1.0, took_s=0.1)
+    assert Counter(chosen(made, 40, now=1.0)) == {"a": 20, "b": 20}
+
+
 def test_a_peer_that_a_look_at_the_dht_missed_is_known_again_and_makes_up_for_nothing() -> None:
     made = measured({"a": 100.0, "b": 50.0})
     made.set_peers(["b"])
