@@ -41,7 +41,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         "[INVITE]",
         *("--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down", "--slowdown"),
         "--data",
-        "--fail-pulls",  # hidden, for rehearsals
+        *("--fail-pulls", "--first-stages"),  # hidden, for rehearsals
         *PEER_OPTIONS,
     ),
     "local": (

@@ -18,7 +18,7 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
         members.saw_presence(PeerInfo(peer=peer, name=peer, training=True, run_tokens=10**15), 30.0, 0.0)
     counts = {"me": 500, "ben": 300, "gone": 200, "liar": 7}
     tallying = SimpleNamespace(contributions=lambda: counts, acknowledged=lambda: {"ben": 250, "gone": 200}, total=1007)
-    run = SimpleNamespace(tokens_per_step=4)
+    run = SimpleNamespace(tokens_per_step=4, pipeline=SimpleNamespace(stages=1))
     me = PeerInfo(peer="me", name="me", training=True, steps_per_s=2.0)
     everyone = {"me": me, "membership": members, "tallying": tallying, "published": SimpleNamespace(run=run)}
     swarm: Any = SimpleNamespace(**everyone, hosting=None, coverage=None, reaching=SimpleNamespace(in_words=str))
