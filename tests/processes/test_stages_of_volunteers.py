@@ -120,5 +120,8 @@ def test_one_of_two_that_hangs_or_dies_costs_seconds_and_the_last_one_is_replace
 
     wait_until(rescued, lambda: "\n".join(child.story() for child in alive), 60 + exit_limit_s())
     assert 0 < rescued()[0].round <= last_round + 1, "from the archive, not from the beginning"
-    swarm.interrupt_some([*alive, bootstrap])
+    for child in (*alive, bootstrap):
+        child.interrupt()
+    for child in (*alive, bootstrap):
+        assert child.wait() == 0, child.story()
     swarm.assert_nothing_left()
