@@ -25,9 +25,8 @@ from swarmtrain.algorithm.outer import OuterState, flatten
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
-from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer, stamped
+from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent
 from swarmtrain.membership.ending import may_come_back
-from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
@@ -37,29 +36,26 @@ from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
 from swarmtrain.network.tasks import end_tasks
+from swarmtrain.peer.bootstrap_peer import BootstrapPeer
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import (
     Emit,
     Interrupted,
     PeerSettings,
     StopFlag,
-    as_peer,
     clock_warning,
     held_out_loss,
     leave_swarm,
-    process_age_s,
     save_final_model,
     save_model,
     show_invite,
-    start_node,
     use_threads,
     wait_for,
 )
-from swarmtrain.peer.controlled import Controlled, controlled
+from swarmtrain.peer.controlled import controlled
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.gossip_exchange import hosting_of
 from swarmtrain.peer.keeping import Keeper
-from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.merge_server import MergeServer
 from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
@@ -152,38 +148,17 @@ def _published(run: RunFile, base: Path, folder: PeerFolder) -> PublishedRun:
 
 
 @dataclass
-class _Bootstrap:
-    published: PublishedRun
-    settings: PeerSettings
-    folder: PeerFolder
-    network: NetworkThread
-    control: Controlled
-    emit: Emit = field(init=False)
-    stop: StopFlag = field(init=False)
-    node: Node | None = None
-    swarm: Swarm | None = None
-    keeper: Keeper | None = None
+class _Bootstrap(BootstrapPeer):
     server: MergeServer | None = None
     """Where the run has one: its weights are the run's."""
     is_final: bool = False
     """Whether the archive has the run's last weights."""
-    name: str = ""
     progress: Progress = field(default_factory=Progress)
     state: OuterState | None = None
-    loss: float | None = None
-    since_s: float = field(default_factory=swarm_time)
-
-    def __post_init__(self) -> None:
-        self.emit, self.stop = self.control.emit, self.control.stop
 
     def run(self) -> DoneEvent:
-        self.control.starting("starting the network")
-        node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
-        limit_link(node.traffic, self.settings.limits, self.published.run.network)
-        self.name = self.settings.name or short_peer(node.identity.peer_id)
-        self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
+        node, me = self.enter_network()
         model = build_model(self.published.run.model, self.published.run.run.seed)
-        me = PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
         specs = tensor_specs(model.named_parameters())
         swarm = self.swarm = Swarm(node, self.published, specs, average_bytes_untrusted, self.emit, me)
         if self.published.run.merge.method == "gossip":
@@ -216,14 +191,7 @@ class _Bootstrap:
 
     def done(self, reason: str) -> DoneEvent:
         """How it ended."""
-        event = DoneEvent(
-            held_out_loss=self.loss,
-            tokens=0,
-            run_tokens=self.progress.run_tokens,
-            wall_s=process_age_s(),
-            reason=reason,
-        )
-        return stamped(event, 0.0, "" if self.node is None else self.node.identity.peer_id, self.name)
+        return self.ended(reason, self.progress.run_tokens)
 
     def _reachable(self, node: Node) -> tuple[InvitedPeer, ...]:
         """The peers known from last time, if one of them answers: started again, it goes back to the same swarm."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from swarmtrain.data.batches import BatchSource
-from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, PeerLostEvent
+from swarmtrain.events import PeerJoinedEvent, PeerLeftEvent, PeerLostEvent
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.microbatches import Kind, LedgerLimits, StageLedger
 from swarmtrain.model.gpt import GPT
@@ -40,7 +40,7 @@ from swarmtrain.peer.stage_trainer import StageTrainer
 from swarmtrain.peer.stopping import StopTraining
 from swarmtrain.peer.trainer import RoundReport
 
-__all__ = ["HeldStage", "StageSite"]
+__all__ = ["HeldStage", "StageSite", "emit_of_stage"]
 
 _log = logging.getLogger(__name__)
 _LEAVING = "leaving"
@@ -72,10 +72,10 @@ class StageSite:
     swarms: dict[int, Swarm] = field(default_factory=dict)
     """Of every stage that this process has held: calls that it answers cannot be taken back."""
 
-    def emit_of_stage(self, event: Event) -> None:
-        """Who comes and goes is told by the run's swarm."""
-        if not isinstance(event, PeerJoinedEvent | PeerLostEvent | PeerLeftEvent):
-            self.emit(event)
+
+def emit_of_stage(emit: Emit) -> Emit:
+    """`emit` for a stage's swarm: who comes and goes is told by the run's."""
+    return lambda event: None if isinstance(event, PeerJoinedEvent | PeerLostEvent | PeerLeftEvent) else emit(event)
 
 
 @dataclass
@@ -103,6 +103,7 @@ class HeldStage:
     training: Future[str] = field(default_factory=Future)
     """Why it ended."""
     _is_new: bool = field(default=True, init=False)
+    _told_tokens: int = field(default=0, init=False)
     _kept: Checkpoint | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -113,7 +114,7 @@ class HeldStage:
         self._is_new = self.number not in site.swarms
         if self._is_new:
             info = PeerInfo(peer=me, name=site.name, training=True, corpus_sha256=self.corpus_sha256)
-            swarm = Swarm(site.node, published, specs, average_bytes_untrusted, site.emit_of_stage, info)
+            swarm = Swarm(site.node, published, specs, average_bytes_untrusted, emit_of_stage(site.emit), info)
             self.prepare_swarm(swarm)
             site.swarms[self.number] = swarm
         self.swarm = site.swarms[self.number]
@@ -199,6 +200,12 @@ class HeldStage:
     def is_done(self) -> bool:
         """Whether the run has had its tokens here. Raises what ended the training if something did."""
         return self.training.done() and self.training.result() == "total_tokens"
+
+    def passed_since_last(self) -> int:
+        """Tokens of microbatches that were computed all the way here since this was asked last."""
+        passed = self.trainer.loop.meter.passed_tokens - self._told_tokens
+        self._told_tokens += passed
+        return passed
 
     def tell_done(self) -> None:
         """The run's tokens have passed through this stage, whatever entered its steps."""

@@ -22,13 +22,7 @@ from swarmtrain.events import (
     ArchivedEvent,
     DoneEvent,
     EvalEvent,
-    Event,
-    PeerJoinedEvent,
-    PeerLeftEvent,
-    PeerLostEvent,
     WarningEvent,
-    short_peer,
-    stamped,
 )
 from swarmtrain.membership.ending import may_come_back
 from swarmtrain.membership.lifecycle import PeerInfo
@@ -38,29 +32,21 @@ from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.stages import StageShape, build_stage, joined_weights, stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.finding import PublishedRun
-from swarmtrain.network.node import NetworkThread, Node
+from swarmtrain.network.node import Node
 from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.bootstrap_peer import BootstrapPeer
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import (
-    Emit,
-    PeerSettings,
-    as_peer,
     held_out_loss_of,
     named_weights,
-    process_age_s,
     save_weights,
     show_invite,
-    start_node,
     wait_for,
 )
-from swarmtrain.peer.controlled import Controlled
-from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.gossip_exchange import hosting_of
+from swarmtrain.peer.held_stage import emit_of_stage
 from swarmtrain.peer.keeping import Keeper
-from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.present import fetch_present
-from swarmtrain.peer.stopping import StopFlag
 
 __all__ = ["PipelineBootstrap"]
 
@@ -92,26 +78,10 @@ class StageArchive:
 
 
 @dataclass
-class PipelineBootstrap:
+class PipelineBootstrap(BootstrapPeer):
     """See `run_bootstrap`."""
 
-    published: PublishedRun
-    settings: PeerSettings
-    folder: PeerFolder
-    network: NetworkThread
-    control: Controlled
-    emit: Emit = field(init=False)
-    stop: StopFlag = field(init=False)
-    node: Node | None = None
-    swarm: Swarm | None = None
-    keeper: Keeper | None = None
     archives: list[StageArchive] = field(default_factory=list)
-    name: str = ""
-    loss: float | None = None
-    since_s: float = field(default_factory=swarm_time)
-
-    def __post_init__(self) -> None:
-        self.emit, self.stop = self.control.emit, self.control.stop
 
     @property
     def progress(self) -> Progress:
@@ -120,13 +90,8 @@ class PipelineBootstrap:
 
     def run(self) -> DoneEvent:
         """Publish, archive, measure, and wait for goodbyes."""
-        self.control.starting("starting the network")
         run = self.published.run
-        node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
-        limit_link(node.traffic, self.settings.limits, run.network)
-        self.name = self.settings.name or short_peer(node.identity.peer_id)
-        self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
-        me = PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
+        node, me = self.enter_network()
         swarm = self.swarm = Swarm(node, self.published, (), average_bytes_untrusted, self.emit, me)
         keeper = self.keeper = Keeper(self.folder, self.published, me.peer, self.emit)
         keeper.attach(swarm)
@@ -151,27 +116,16 @@ class PipelineBootstrap:
 
     def done(self, reason: str) -> DoneEvent:
         """How it ended."""
-        event = DoneEvent(
-            held_out_loss=self.loss,
-            tokens=0,
-            run_tokens=self.progress.run_tokens,
-            wall_s=process_age_s(),
-            reason=reason,
-        )
-        return stamped(event, 0.0, "" if self.node is None else self.node.identity.peer_id, self.name)
+        return self.ended(reason, self.progress.run_tokens)
 
     def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
         return wait_for(self.network.submit(work), self.stop)
-
-    def _emit_of_stage(self, event: Event) -> None:
-        if not isinstance(event, PeerJoinedEvent | PeerLostEvent | PeerLeftEvent):
-            self.emit(event)
 
     def _enter_stage(self, number: int, shape: StageShape, node: Node, me: PeerInfo) -> StageArchive:
         """Be there for those who hold the stage, with what was archived last time."""
         published = self.published.of_stage(number)
         specs = tensor_specs(build_stage(shape, self.published.run.run.seed).named_parameters())
-        swarm = Swarm(node, published, specs, average_bytes_untrusted, self._emit_of_stage, me)
+        swarm = Swarm(node, published, specs, average_bytes_untrusted, emit_of_stage(self.emit), me)
         swarm.hosting = hosting_of(swarm)
         keeper = Keeper(self.folder, published, me.peer, self.emit, stage=number)
         keeper.attach(swarm)
