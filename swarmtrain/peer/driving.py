@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -131,10 +132,11 @@ class Driving:
         await self.driver.stop()
 
     async def _keep_driving(self) -> None:
+        looked_s, most = -math.inf, 0
         while True:
-            peers = self._look_who_is_there()
-            most = most_in_flight(self.run, len(peers[0]), [len(each) for stage, each in peers.items() if stage])
-            while len(self._open) < most and self.desk.is_open and all(peers.values()):
+            if self.driver.now() >= looked_s + _LOOK_S:  # not for each microbatch: there may be a thousand peers
+                looked_s, most = self.driver.now(), self._most_now()
+            while len(self._open) < most and self.desk.is_open:
                 try:
                     x, targets = await asyncio.to_thread(self.source.next_microbatch)
                 except SwarmtrainError as error:
@@ -148,11 +150,15 @@ class Driving:
                 async with asyncio.timeout(_LOOK_S):
                     await self._news.wait()
 
-    def _look_who_is_there(self) -> Mapping[int, list[str]]:
+    def _most_now(self) -> int:
+        """Look who is there, and tell the routers; how many microbatches may be under way, none while nobody holds some
+        stage."""
         peers = self.peers_of()
         for stage, router in enumerate(self.driver.routers, start=1):
             router.set_peers(peers[stage])
-        return peers
+        if not all(peers.values()):
+            return 0
+        return most_in_flight(self.run, len(peers[0]), [len(each) for stage, each in peers.items() if stage])
 
     async def _drive(self, tokens: int, x: object, targets: object) -> None:
         try:
