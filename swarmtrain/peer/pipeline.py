@@ -113,12 +113,11 @@ class PipelineVolunteer:
     _whole_tokens_per_s: float = 0.0
     _own_tokens: dict[int, int] = field(default_factory=dict)
     """Trained on here, by stage."""
-    _passed_tokens: dict[int, int] = field(default_factory=dict)
     _has_started: bool = False
     _next_tell_s: float = 0.0
     _next_throughput_s: float = 0.0
     _next_keep_s: float = 0.0
-    _flow: tuple[float, int] = (0.0, 0)
+    _flow_told_s: float = 0.0
     _flow_tokens_per_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -146,8 +145,6 @@ class PipelineVolunteer:
             self._finish()
             return self._done("total_tokens")
         except Interrupted:
-            if self.stop.failure is not None:
-                raise RunTimeError(self.stop.failure) from None
             return self._done(self.stop.reason)
         finally:
             self._leave_everything()
@@ -487,10 +484,9 @@ class PipelineVolunteer:
         self._wait(tell())
 
     def _tell_throughput(self, now: float) -> None:
-        passed = self._passed()
-        before_s, before = self._flow
-        if before_s and self.held:
-            self._flow_tokens_per_s = max(0, passed - before) / (now - before_s)
+        passed = [held.passed_since_last() for held in self.held.values()]
+        if self._flow_told_s and passed:
+            self._flow_tokens_per_s = sum(passed) / len(passed) / (now - self._flow_told_s)
             driving, place = self._driving, self._place()
             losses = [] if driving is None else [driving.losses.popleft() for _ in range(len(driving.losses))]
             self.emit(
@@ -503,13 +499,7 @@ class PipelineVolunteer:
                     loss=sum(losses) / len(losses) if losses else None,
                 )
             )
-        self._flow = now, passed
-
-    def _passed(self) -> int:
-        """Tokens computed all the way, through all of its stages: the mean of them."""
-        for stage, held in self.held.items():
-            self._passed_tokens[stage] = held.trainer.loop.meter.passed_tokens
-        return sum(self._passed_tokens.values()) // max(1, len(self.held))
+        self._flow_told_s = now
 
     def _tell_joined(self) -> None:
         held = list(self.held.values())
