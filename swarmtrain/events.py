@@ -453,6 +453,24 @@ def _round_in_words(event: RoundEvent) -> str:
     return ", ".join([*parts, f"{count_in_words(event.run_tokens)} tokens in all"])
 
 
+def _pipeline_in_words(event: AssignedEvent | MovedEvent | MicrobatchRetryEvent | StageThroughputEvent) -> str:
+    match event:
+        case AssignedEvent():
+            return f"takes {stages_in_words(event.stages)}: {event.reason}"
+        case MovedEvent():
+            return (
+                f"holds {stages_in_words(event.after)} now, {stages_in_words(event.before)} before, after "
+                f"{time_in_words(event.seconds)}: {event.reason}"
+            )
+        case MicrobatchRetryEvent():
+            times = "" if event.count == 1 else f" ({event.count} times)"
+            return f"asks stage {event.stage} again, {short_peer(event.asked)} failed{times}: {event.reason}"
+        case StageThroughputEvent():
+            rates = f"{count_in_words(event.tokens_per_s)} of {count_in_words(event.most_tokens_per_s)} tokens/s"
+            under_way = f", {event.in_flight} microbatches under way" if event.in_flight else ""
+            return f"{stages_in_words(event.stages)}: {rates}, {event.waiting} questions wait{under_way}"
+
+
 def in_words(event: Event) -> str:
     """What happened, for a person: not yet escaped, without time and name."""
     match event:
@@ -483,20 +501,8 @@ def in_words(event: Event) -> str:
             return _round_in_words(event)
         case EvalEvent():
             return f"held-out loss {event.held_out_loss:.3f} nats/byte after round {event.round}"
-        case AssignedEvent():
-            return f"takes {stages_in_words(event.stages)}: {event.reason}"
-        case MovedEvent():
-            return (
-                f"holds {stages_in_words(event.after)} now, {stages_in_words(event.before)} before, after "
-                f"{time_in_words(event.seconds)}: {event.reason}"
-            )
-        case MicrobatchRetryEvent():
-            times = "" if event.count == 1 else f" ({event.count} times)"
-            return f"asks stage {event.stage} again, {short_peer(event.asked)} failed{times}: {event.reason}"
-        case StageThroughputEvent():
-            rates = f"{count_in_words(event.tokens_per_s)} of {count_in_words(event.most_tokens_per_s)} tokens/s"
-            under_way = f", {event.in_flight} microbatches under way" if event.in_flight else ""
-            return f"{stages_in_words(event.stages)}: {rates}, {event.waiting} questions wait{under_way}"
+        case AssignedEvent() | MovedEvent() | MicrobatchRetryEvent() | StageThroughputEvent():
+            return _pipeline_in_words(event)
         case PeerJoinedEvent():
             return f"peer {event.joined_name or short_peer(event.joined)} is here"
         case PeerLostEvent():

@@ -20,6 +20,8 @@ DAEMON_BYTES = 60_000_000
 # fp32: weights, gradients, AdamW's two moments, outer weights, outer momentum, the last two publications, and the copy
 # of the moments that a checkpoint is written from.
 BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4 + 2 * 4 + 8
+# Of a stage: two versions of the weights more, and a batch's gradients while the next one is summed.
+STAGE_BYTES_PER_PARAMETER = BYTES_PER_PARAMETER + 3 * 4
 # Numbers kept for the backward pass per token and layer, in widths: measured 16.8 at ratio 2, 21.4 at ratio 4.
 ACTIVATION_WIDTHS = 13
 ACTIVATION_WIDTHS_PER_RATIO = 2
@@ -53,7 +55,7 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
         num_parameters, num_peers = math.ceil(num_parameters / stages), max(1, num_peers // stages)
     steps = math.ceil(run.run.total_tokens / (run.tokens_per_step * num_peers))
     sent, incoming = merge_bytes(run, num_parameters, num_peers - 1)
-    parameters_bytes = BYTES_PER_PARAMETER * num_parameters + incoming
+    parameters_bytes = (BYTES_PER_PARAMETER if stages == 1 else STAGE_BYTES_PER_PARAMETER) * num_parameters + incoming
     activations_bytes = _activations_bytes(run)
     program_bytes = IMPORTS_BYTES + DAEMON_BYTES
     return Estimate(

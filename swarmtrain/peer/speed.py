@@ -26,7 +26,7 @@ def measure_speed(run: RunFile, limit_s: float = LIMIT_S) -> float:
     matrix product, 6 operations per parameter and token, which is an upper bound.
     """
     per_s = operations_per_s()
-    size, T = run.inner.microbatch_sequences or run.inner.batch_sequences, run.model.context_tokens
+    size, T = run.microbatch_sequences, run.model.context_tokens
     sequence_operations = 6 * num_parameters(run.model) * T
     build_s = num_parameters(run.model) / 50e6
     sequences = min(size, int(limit_s / 4 * per_s / sequence_operations))

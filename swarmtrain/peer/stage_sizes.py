@@ -9,7 +9,13 @@ import psutil
 
 from swarmtrain.errors import UserError
 from swarmtrain.model.stages import StageShape, balanced_boundaries, measured_costs, stage_shapes
-from swarmtrain.peer.estimate import BYTES_PER_PARAMETER, DAEMON_BYTES, IMPORTS_BYTES, activation_bytes, merge_bytes
+from swarmtrain.peer.estimate import (
+    DAEMON_BYTES,
+    IMPORTS_BYTES,
+    STAGE_BYTES_PER_PARAMETER,
+    activation_bytes,
+    merge_bytes,
+)
 from swarmtrain.run import RunFile
 from swarmtrain.words import size_in_words
 
@@ -17,8 +23,6 @@ __all__ = ["StageRoom", "cut_and_measure", "room_for_stages", "stage_bytes", "wh
 
 _OF_MACHINE = 0.5
 """Without a limit a volunteer takes so much of the machine's memory."""
-_WEIGHTS_BYTES_PER_PARAMETER = 3 * 4
-"""Two versions of the weights more, and a batch's gradients while the next one is summed."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class StageRoom:
 def stage_bytes(run: RunFile, shape: StageShape) -> int:
     """What a peer's memory holds of one stage, graphs of microbatches not counted."""
     _, merging = merge_bytes(run, shape.num_parameters, run.merge.num_partners)
-    return (BYTES_PER_PARAMETER + _WEIGHTS_BYTES_PER_PARAMETER) * shape.num_parameters + merging
+    return STAGE_BYTES_PER_PARAMETER * shape.num_parameters + merging
 
 
 def graph_bytes(run: RunFile, shape: StageShape) -> int:

@@ -378,7 +378,7 @@ class Trainer:
         """One inner step over one batch, in microbatches. `scale` multiplies the learning rate."""
         with self.slowed():
             batch = self.batches.next_batch()
-            size = self.run.inner.microbatch_sequences or len(batch)
+            size = self.run.microbatch_sequences
             loss_sum = 0.0
             for part in torch.split(batch, size):
                 if self.should_stop():
