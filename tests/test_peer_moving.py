@@ -209,6 +209,13 @@ def test_who_has_just_moved_moves_again_only_where_nobody_is() -> None:
     assert change is not None and "is empty" in change.reason
 
 
+def test_who_has_just_moved_gives_up_a_stage_that_others_hold_too() -> None:
+    site = Site()
+    site.mover.moved(Change(peer="a", before=(0,), after=(0, 1), reason="by hand"))
+    change = site.look([place("a", 0, 1), replace(place("b", 0), tokens_per_s=300.0)])
+    assert change is not None and (change.leaves, change.enters) == ((0,), ())
+
+
 def test_a_failed_move_does_not_hold_it_back() -> None:
     site = Site()
     change = site.look()

@@ -43,8 +43,8 @@ class Mover:
     stays: Stays = field(init=False)
     _next_s: float = field(init=False)
     _settled_s: float = float("-inf")
-    """Before then it moves only to a stage that nobody holds: how fast it is where it came to, and how fast the others
-    are since, has to be measured first."""
+    """Before then it moves only to a stage that nobody holds, or gives one up: how fast it is where it came to, and how
+    fast the others are since, has to be measured first."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -84,7 +84,8 @@ class Mover:
         if change is None:
             _log.debug("stays: %s", reason)
             return None
-        if self.clock() < self._settled_s and not any(_is_empty(stage, peers) for stage in change.enters):
+        is_urgent = not change.enters or any(_is_empty(stage, peers) for stage in change.enters)
+        if self.clock() < self._settled_s and not is_urgent:
             _log.debug("has moved lately, and stays for now: %s", reason)
             return None
         return change if self.promised(change, peers, now) else None

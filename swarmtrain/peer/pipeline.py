@@ -209,6 +209,7 @@ class PipelineVolunteer:
         self._wait(swarm.watch_daemon(self.stop.fail))
         self._wait(swarm.announce())
         self.control.checkpoint = self._flushed
+        self.control.board.add_looker(self._show_checkpoint)
         self.control.watch_pipeline(swarm, lambda: list(self.held.values()))
         show_invite(swarm, self.folder, self.emit)
 
@@ -527,6 +528,10 @@ class PipelineVolunteer:
                 startup_s=process_age_s(),
             )
         )
+
+    def _show_checkpoint(self, status: control_pb.PeerStatus) -> None:
+        for held in list(self.held.values())[:1]:
+            held.keeper.show(status)
 
     def _flushed(self) -> control_pb.CheckpointReply:
         held = next(iter(self.held.values()), None)
