@@ -186,9 +186,6 @@ class _Bootstrap(BootstrapPeer):
         complete = self.progress.run_tokens >= self.published.run.run.total_tokens
         return self.done("total_tokens" if complete else "the volunteers left without the last state")
 
-    def leave_stages(self) -> None:
-        """There are none."""
-
     def done(self, reason: str) -> DoneEvent:
         """How it ended."""
         return self.ended(reason, self.progress.run_tokens)

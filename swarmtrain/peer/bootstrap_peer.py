@@ -50,6 +50,9 @@ class BootstrapPeer:
         self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
         return node, PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
 
+    def leave_stages(self) -> None:
+        """Goodbye to those who hold stages, before the run's swarm is left: here there are none."""
+
     def ended(self, reason: str, run_tokens: int) -> DoneEvent:
         """How it ended."""
         event = DoneEvent(

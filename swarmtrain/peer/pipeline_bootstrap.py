@@ -289,7 +289,7 @@ class PipelineBootstrap(BootstrapPeer):
             self.stop.sleep(0.1)
 
     def leave_stages(self) -> None:
-        """Goodbye to those who hold stages; before the run's swarm is left."""
+        """See `BootstrapPeer`."""
         for archive in self.archives:
             try:
                 self.network.run(archive.swarm.withdraw(1.0), 2.0)
