@@ -433,3 +433,15 @@ def test_data_that_cannot_be_read_is_a_failure() -> None:
         assert site.failures == ["the data cannot be read: the disk is gone"]
 
     _driving(body)
+
+
+def test_a_driver_that_ends_by_a_fault_of_ours_says_so() -> None:
+    async def body(site: Site) -> None:
+        driver = site.driving()
+        driver.peers_of = lambda: {}[0]
+        await driver.start()
+        await asyncio.sleep(SOON_S)
+        await driver.stop()
+        assert len(site.failures) == 1 and "does not drive any more" in site.failures[0]
+
+    _driving(body)

@@ -115,6 +115,7 @@ class Driving:
     async def start(self) -> None:
         """Drive from now on."""
         self._work = logged(asyncio.create_task(self._keep_driving()), "driving")
+        self._work.add_done_callback(self._work_ended)
 
     async def stop(self, drain_s: float = _DRAIN_S) -> None:
         """Begin no more; wait for what is under way, and until everyone knows what counts, `drain_s` at most."""
@@ -169,6 +170,11 @@ class Driving:
             await asyncio.sleep(_LOOK_S)
         except SwarmtrainError as error:
             self.failed(str(error))
+
+    def _work_ended(self, work: asyncio.Task[None]) -> None:
+        """A driver that stands still would hold up everybody: nobody's run could end."""
+        if not work.cancelled() and (error := work.exception()) is not None:
+            self.failed(f"this peer does not drive any more, for a reason that is not its peers': {error!r}")
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._open.discard(task)

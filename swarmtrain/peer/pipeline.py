@@ -329,9 +329,9 @@ class PipelineVolunteer:
         await self._driving.start()
 
     def peers_of_stages(self) -> Mapping[int, list[str]]:
-        """Who holds each stage now."""
+        """Who holds each stage now. Asked in the network thread, while the main one enters and leaves stages."""
         peers: dict[int, list[str]] = {stage: [] for stage in range(len(self.shapes))}
-        for stage, held in self.held.items():
+        for stage, held in list(self.held.items()):
             if held.desk.is_open:
                 peers[stage].append(self.me)
         for info in self.swarm.membership.volunteers():
@@ -394,14 +394,13 @@ class PipelineVolunteer:
                 raise
             self.emit(WarningEvent(message=f"{stages_in_words(change.enters)} could not be taken: {error}"))
             moved = False
-        finally:
-            self._moving_to = ()
-            self.mover.over(change)
+        self._moving_to = ()
         if moved:
             self.mover.moved(change)
-            seconds = time.monotonic() - began_s
-            self._move_s = seconds
+            seconds = self._move_s = time.monotonic() - began_s
             self.emit(MovedEvent(before=change.before, after=change.after, reason=change.reason, seconds=seconds))
+        else:
+            self.mover.over(change)
         self._tell(now=True)
         if not self.held:
             self._choose()
