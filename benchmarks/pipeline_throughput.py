@@ -1,6 +1,7 @@
-"""Two stages on two cores against one process that trains the whole model on one: how much of twice its tokens/s?
+r"""Two stages on two cores against one process that trains the whole model on one: how much of twice its tokens/s?
 
-    python benchmarks/pipeline_throughput.py examples/pipeline.toml --set model.width=384 --set model.num_layers=6
+    python benchmarks/pipeline_throughput.py examples/pipeline.toml --beside-moe \
+        --set model.width=384 --set model.num_layers=6
 
 Two real volunteers, one a stage, each with one thread, a bootstrap beside them, and what passes through the last
 stage by their `stage_throughput` events; before and after it one process with one thread that takes inner steps of
@@ -46,11 +47,20 @@ def alone(run: RunFile, seconds: float) -> float:
     return tokens / (time.monotonic() - began_s)
 
 
+def beside_moe(given: argparse.Namespace, changes: list[str]) -> float:
+    """Tokens per second of hivemind's servers: `moe_stages.py`."""
+    command = [sys.executable, str(Path(__file__).with_name("moe_stages.py")), str(given.run_file)]
+    command += [f"--seconds={given.seconds:g}", *(f"--set={change}" for change in changes)]
+    told = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    return float(told.stdout.split()[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the run file")
+    parser.add_argument("--beside-moe", action="store_true", help="and the same stages as experts of hivemind's")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     changes = [*given.set, "pipeline.stages=2", 'pipeline.balance="none"', "run.total_tokens=1_000_000_000"]
@@ -70,10 +80,13 @@ def main() -> None:
         since_s = time.time()
         watched.watch(given.seconds)
         rate = watched.tokens_per_s(1, since_s)
+    theirs = beside_moe(given, changes) if given.beside_moe else None
     one = statistics.mean((before, whole()))
     print(f"{num_parameters(run.model) / 1e6:.1f} M parameters, microbatches of {run.microbatch_sequences} sequences")
     print(f"one process, one core: {one:.0f} tokens/s; two stages, two cores: {rate:.0f} tokens/s")
     print(f"{rate / (2 * one):.2f} of twice that (bar 0.8, aim 0.9)")
+    if theirs is not None:
+        print(f"hivemind.moe.Server with the same two stages: {theirs:.0f} tokens/s, {theirs / (2 * one):.2f} of it")
 
 
 if __name__ == "__main__":
