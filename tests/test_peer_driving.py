@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from swarmtrain.events import Event, MicrobatchRetryEvent
 from swarmtrain.membership.microbatches import Key, Settlement
 from swarmtrain.peer import driving
 from swarmtrain.peer.driver import Answered, Part, Tail
-from swarmtrain.peer.driving import Driving, TellRetries, most_in_flight
+from swarmtrain.peer.driving import Driving, TellRetries
 from swarmtrain.run import RunFile
 
 STAGES = 3
@@ -36,55 +35,6 @@ def run_file(batch: int = 8, microbatch: int = 2, in_flight: int = 0, stages: in
             "pipeline": {"stages": stages, "in_flight": in_flight},
         }
     )
-
-
-# ---------------------------------------------------------------- how many at once
-
-
-@pytest.mark.parametrize(
-    ("batch", "microbatch", "num_drivers", "num_peers", "most"),
-    [
-        (8, 2, 1, [1, 1], 4),  # a batch
-        (8, 2, 2, [1, 1], 2),  # half of one each
-        (8, 2, 2, [2, 3], 4),
-        (8, 2, 1, [5, 5], 4),  # no more than one's own steps take
-        (8, 2, 4, [2, 9], 2),
-        (64, 1, 3, [1, 4], 21),
-        (64, 1, 3, [], 21),
-        (16, 0, 1, [1], 8),  # an eighth of a batch each
-        (9, 0, 1, [1], 9),
-        (20, 0, 1, [1], 10),
-        (17, 0, 1, [1], 9),  # the last one is smaller
-    ],
-)
-def test_so_many_are_under_way(batch: int, microbatch: int, num_drivers: int, num_peers: list[int], most: int) -> None:
-    assert most_in_flight(run_file(batch, microbatch), num_drivers, num_peers) == most
-
-
-def test_no_more_than_a_batch_for_each_peer_of_the_smallest_stage_and_never_fewer_than_two() -> None:
-    """Then no peer takes two steps between a microbatch's forward and its backward."""
-    batches = [(8, 2), (8, 1), (64, 4), (1, 1), (32, 0), (13, 0)]
-    for (batch, microbatch), num_drivers, *num_peers in itertools.product(
-        batches, range(1, 9), range(1, 7), range(1, 7)
-    ):
-        run = run_file(batch, microbatch)
-        most = most_in_flight(run, num_drivers, num_peers)
-        a_batch = len(range(0, batch, run.microbatch_sequences))
-        assert 2 <= most <= max(2, a_batch)
-        assert most == 2 or num_drivers * most <= a_batch * min(num_peers)
-        at_least = max(2, a_batch * min(num_peers) // num_drivers)
-        assert most == min(at_least, max(2, a_batch)), "and no fewer than that"
-
-
-@pytest.mark.parametrize(("num_drivers", "num_peers"), [(0, [0, 0]), (0, []), (1, [0, 5]), (1000, [1])])
-def test_odd_moments_give_a_number_too(num_drivers: int, num_peers: list[int]) -> None:
-    assert 2 <= most_in_flight(run_file(), num_drivers, num_peers) <= 4
-
-
-def test_what_the_run_file_says_is_what_is_done() -> None:
-    for num_drivers, least in itertools.product((1, 7), (1, 5)):
-        assert most_in_flight(run_file(in_flight=3), num_drivers, [least]) == 3
-        assert most_in_flight(run_file(in_flight=1), num_drivers, [least]) == 1
 
 
 # ---------------------------------------------------------------- what is told of them
@@ -209,10 +159,21 @@ def _driving(body: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
     virtually(run)
 
 
-@pytest.mark.parametrize(("in_flight", "most"), [(0, 4), (1, 1), (7, 7)])
-def test_as_many_are_under_way_as_may_be_and_all_that_come_back_are_told_everyone(in_flight: int, most: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "microbatch", "in_flight", "most"),
+    [
+        (8, 2, 0, 4),  # a batch
+        (8, 2, 1, 1),  # what the run file says
+        (8, 2, 7, 7),
+        (16, 0, 0, 8),  # an eighth of a batch each
+        (17, 0, 0, 9),  # the last one is smaller
+    ],
+)
+def test_as_many_are_under_way_as_may_be_and_all_that_come_back_are_told_everyone(
+    batch: int, microbatch: int, in_flight: int, most: int
+) -> None:
     async def body(site: Site) -> None:
-        site.run = run_file(in_flight=in_flight)
+        site.run = run_file(batch, microbatch, in_flight)
         driver = site.driving()
         assert driver.num_in_flight == 0
         await driver.start()

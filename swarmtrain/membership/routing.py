@@ -17,14 +17,13 @@ Pure: `now` and the random numbers are arguments, every answer carries its reaso
 from __future__ import annotations
 
 import heapq
-import math
 import random
 import statistics
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["VARIANTS", "Depth", "Router"]
+__all__ = ["VARIANTS", "Router", "most_in_flight"]
 
 VARIANTS = ("round-robin", "least-completion")
 
@@ -35,7 +34,7 @@ _PATIENCE = 6.0
 """A task is given so many times as long as it is expected to take, or the last ones took."""
 _PAUSE_TASKS = 2.0
 """A busy peer is left alone for as long as it needs for so many tasks."""
-_NUM_PASSED = 32
+_LEAST_IN_FLIGHT = 2
 _MAX_KNOWN = 1024
 """So many peers that are not in the stage any more are remembered: identities cost nothing."""
 
@@ -329,30 +328,12 @@ class Router:
 # ---------------------------------------------------------------- how many at once
 
 
-@dataclass
-class Depth:
-    """How many microbatches a driver keeps in flight: `spare` times as many as pass through while one of them does, if
-    none had to wait anywhere. So the driver is not idle for want of answers, and where the others are slower than it
-    is, their queues do not grow without an end.
+def most_in_flight(batch_microbatches: int, num_drivers: int, num_peers: Collection[int]) -> int:
+    """Microbatches that each driver has under way; `num_peers` are those of each stage after the first.
+
+    A backward must come before its peer has taken two steps since the forward. A step takes a batch of microbatches, so
+    that no peer may have more than one batch under way, of all drivers together.
     """
-
-    least: int = 2
-    most: int = 64
-    """What fits into its memory."""
-    spare: float = 5.0
-    first: int = 4
-    _passed_s: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_PASSED))
-    _own_s: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_PASSED))
-
-    def finished(self, took_s: float, waited_s: float, own_s: float) -> None:
-        """A microbatch came back after `took_s`; of that it waited in queues, as the peers said, and `own_s` is what
-        this driver computed for it."""
-        if own_s > 0:
-            self._passed_s.append(max(own_s, took_s - max(0.0, waited_s)))
-            self._own_s.append(own_s)
-
-    @property
-    def limit(self) -> int:
-        """So many at most."""
-        wanted = self.spare * sum(self._passed_s) / sum(self._own_s) if self._own_s else float(self.first)
-        return max(self.least, min(math.ceil(wanted), self.most))
+    least = min(num_peers, default=1)
+    share = batch_microbatches * max(1, least) // max(1, num_drivers)
+    return max(_LEAST_IN_FLIGHT, min(batch_microbatches, share))

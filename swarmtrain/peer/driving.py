@@ -13,40 +13,26 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import GoneError, PeerError, SwarmtrainError
 from swarmtrain.events import Event, MicrobatchRetryEvent
 from swarmtrain.membership.microbatches import Key
-from swarmtrain.membership.routing import Router
+from swarmtrain.membership.routing import Router, most_in_flight
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.peer.driver import Driver, StageCalls
 from swarmtrain.peer.microbatches import MicrobatchSource
 from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.run import RunFile
 
-__all__ = ["Driving", "TellRetries", "most_in_flight"]
+__all__ = ["Driving", "TellRetries"]
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5
 _DRAIN_S = 4.0
 _TELL_EVERY_S = 1.0
-_LEAST_IN_FLIGHT = 2
 _NUM_LOSSES = 256
-
-
-def most_in_flight(run: RunFile, num_drivers: int, num_peers: Collection[int]) -> int:
-    """Microbatches that each driver has under way; `num_peers` are those of each stage after the first.
-
-    A backward must come before its peer has taken two steps since the forward. A step takes a batch of microbatches, so
-    that no peer may have more than one batch under way, of all drivers together.
-    """
-    if run.pipeline.in_flight:
-        return run.pipeline.in_flight
-    a_batch = -(-run.inner.batch_sequences // run.microbatch_sequences)
-    least = min(num_peers, default=1)
-    return max(_LEAST_IN_FLIGHT, min(a_batch, a_batch * max(1, least) // max(1, num_drivers)))
 
 
 @dataclass
@@ -159,7 +145,10 @@ class Driving:
             router.set_peers(peers[stage])
         if not all(peers.values()):
             return 0
-        return most_in_flight(self.run, len(peers[0]), [len(each) for stage, each in peers.items() if stage])
+        if self.run.pipeline.in_flight:
+            return self.run.pipeline.in_flight
+        batch_microbatches = -(-self.run.inner.batch_sequences // self.run.microbatch_sequences)
+        return most_in_flight(batch_microbatches, len(peers[0]), [len(of) for stage, of in peers.items() if stage])
 
     async def _drive(self, tokens: int, x: object, targets: object) -> None:
         try:

@@ -64,8 +64,11 @@ class PipelineSettings:
     """A joiner goes where it is needed most; else to any stage by chance."""
     router: Callable[[random.Random], Router] = Router
     microbatch_tokens: int = 8192
-    in_flight: int = 64
-    """A driver's microbatches at most; `Depth` says how many at present."""
+    batch_microbatches: int = 32
+    """So many are an inner step of a peer, here 262,144 tokens. It bounds how many may be under way, and with it how
+    many peers have work."""
+    in_flight: int = 0
+    """A driver's microbatches; 0: as many as `most_in_flight` says."""
     queue: int = 4
     """A peer's waiting tasks at most: then it is BUSY."""
     latency_s: float = 0.1

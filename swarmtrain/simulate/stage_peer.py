@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from swarmtrain.membership.balance import StagePeer
-from swarmtrain.membership.routing import Depth, Router
+from swarmtrain.membership.routing import Router, most_in_flight
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.stage_moves import Mover
 
@@ -35,11 +35,6 @@ class Microbatch:
     """On its way: `path` has the peer that did each stage's forward."""
 
     path: list[StageVolunteer | None]
-    begun_s: float = 0.0
-    waited_s: float = 0.0
-    """In queues, so far."""
-    own_s: float = 0.0
-    """What its driver computed."""
     age: int = 0
     """Of its driver's microbatches when it began: those of an earlier age were given up."""
     tried: set[str] = field(default_factory=set)
@@ -82,7 +77,8 @@ class StageVolunteer:
         self.speed_tokens_per_s = machine.tokens_per_s * math.exp(rng.gauss(0, 0.15))
         """As measured: at first by a short test."""
         self.num_in_flight = 0
-        self.depth = Depth(most=world.settings.in_flight)
+        self.most_in_flight = 0
+        """Microbatches of its own, by whom it saw last."""
         self.age = 0
         self.open_calls: dict[Call, None] = {}
         self.graphs: set[tuple[Microbatch, int]] = set()
@@ -142,7 +138,7 @@ class StageVolunteer:
     def queue(self) -> float:
         """Tasks that wait; a driver's next microbatches wait in front of stage 0."""
         drives = 0 in self.stages
-        own = self.depth.limit - self.num_in_flight if drives else 0
+        own = self.most_in_flight - self.num_in_flight if drives else 0
         return len(self._backwards) + len(self._forwards) + max(0, own)
 
     def announce(self) -> None:
@@ -168,9 +164,17 @@ class StageVolunteer:
             ]:
                 self.replied(call, "refused")  # its presence has expired
             others = [*self.table.values(), self.record]
+            peers = [[one.peer for one in others if stage in one.stages] for stage in range(len(self.routers))]
+            self.most_in_flight = self._most_in_flight(list(map(len, peers)))
             for stage in range(1, len(self.routers)):
-                self.routers[stage].set_peers([one.peer for one in others if stage in one.stages])
+                self.routers[stage].set_peers(peers[stage])
                 self._unblock(stage)
+
+    def _most_in_flight(self, num_peers: list[int]) -> int:
+        settings = self.world.settings
+        if not all(num_peers):
+            return 0
+        return settings.in_flight or most_in_flight(settings.batch_microbatches, num_peers[0], num_peers[1:])
 
     # ------------------------------------------------------------------ serving
 
@@ -204,13 +208,12 @@ class StageVolunteer:
         while self._backwards or self._forwards:
             call = self._next()
             if call.driver.alive:
-                call.microbatch.waited_s += self.world.clock.now - call.came_s
                 self._work(call)
                 return
-        if 0 in self.stages and self.num_in_flight < self.depth.limit and not self._blocked[1]:
+        if 0 in self.stages and self.num_in_flight < self.most_in_flight and not self._blocked[1]:
             self.num_in_flight += 1
             path = [self, *[None] * (len(self.routers) - 1)]
-            self._work(Call(self, self, Microbatch(path, self.world.clock.now, age=self.age), 0, _FORWARD))
+            self._work(Call(self, self, Microbatch(path, age=self.age), 0, _FORWARD))
 
     def _next(self) -> Call:
         """The one that came first."""
@@ -223,8 +226,6 @@ class StageVolunteer:
         work = settings.microbatch_tokens * settings.rule.costs[call.stage] * call.part
         took_s = work / self.machine.tokens_per_s * math.exp(self.rng.gauss(0, settings.jitter))
         self._busy = True
-        if call.stage == 0:
-            call.microbatch.own_s += took_s
         self.world.clock.call_later(took_s, self._worked, call, work / took_s)
 
     def _worked(self, call: Call, tokens_per_s: float) -> None:
@@ -249,8 +250,6 @@ class StageVolunteer:
             return
         if call.is_backward:
             self.num_in_flight -= 1
-            one = call.microbatch
-            self.depth.finished(self.world.clock.now - one.begun_s, one.waited_s, one.own_s)
             self.world.finished(self.world.settings.microbatch_tokens)
         else:
             self._forward(call.microbatch, 1)

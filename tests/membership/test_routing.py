@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
 import pytest
 
-from swarmtrain.membership.routing import VARIANTS, Depth, Router
+from swarmtrain.membership.routing import VARIANTS, Router, most_in_flight
 
 NAMES = ("a", "b", "c", "d")
 
@@ -309,18 +310,32 @@ def test_memory_is_bounded_whoever_comes_and_goes() -> None:
 # ---------------------------------------------------------------- how many at once
 
 
-def test_as_many_in_flight_as_pass_meanwhile_times_what_is_spare() -> None:
-    depth = Depth(most=40, spare=5.0)
-    assert depth.limit == 4
-    for _ in range(32):
-        depth.finished(took_s=10.0, waited_s=2.0, own_s=2.0)
-    assert depth.limit == 20
-    for _ in range(32):
-        depth.finished(took_s=90.0, waited_s=82.0, own_s=2.0)
-    assert depth.limit == 20, "queues that grow do not make it deeper"
-    for _ in range(32):
-        depth.finished(took_s=90.0, waited_s=0.0, own_s=2.0)
-    assert depth.limit == 40
-    for _ in range(32):
-        depth.finished(took_s=1.0, waited_s=99.0, own_s=1.0)
-    assert depth.limit == 5, "who claims a wait longer than it took is not believed"
+@pytest.mark.parametrize(
+    ("batch", "num_drivers", "num_peers", "most"),
+    [
+        (4, 1, [1, 1], 4),  # a batch
+        (4, 2, [1, 1], 2),  # half of one each
+        (4, 2, [2, 3], 4),
+        (4, 1, [5, 5], 4),  # no more than one's own steps take
+        (4, 4, [2, 9], 2),
+        (64, 3, [1, 4], 21),
+        (64, 3, [], 21),
+    ],
+)
+def test_so_many_are_under_way(batch: int, num_drivers: int, num_peers: list[int], most: int) -> None:
+    assert most_in_flight(batch, num_drivers, num_peers) == most
+
+
+def test_no_more_than_a_batch_for_each_peer_of_the_smallest_stage_and_never_fewer_than_two() -> None:
+    """Then no peer takes two steps between a microbatch's forward and its backward."""
+    for batch, num_drivers, *num_peers in itertools.product((1, 4, 8, 13, 16), range(1, 9), range(1, 7), range(1, 7)):
+        most = most_in_flight(batch, num_drivers, num_peers)
+        assert 2 <= most <= max(2, batch)
+        assert most == 2 or num_drivers * most <= batch * min(num_peers)
+        at_least = max(2, batch * min(num_peers) // num_drivers)
+        assert most == min(at_least, max(2, batch)), "and no fewer than that"
+
+
+@pytest.mark.parametrize(("num_drivers", "num_peers"), [(0, [0, 0]), (0, []), (1, [0, 5]), (1000, [1])])
+def test_odd_moments_give_a_number_too(num_drivers: int, num_peers: list[int]) -> None:
+    assert 2 <= most_in_flight(4, num_drivers, num_peers) <= 4
