@@ -26,7 +26,7 @@ from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.exporting import export_from_folder
 from swarmtrain.peer.folder import PeerFolder
-from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
+from swarmtrain.peer.keeping import Keeper, kept_stages, known_peers, run_to_resume
 from swarmtrain.run import parse_run
 from swarmtrain.v1 import control_pb2 as pb
 
@@ -147,6 +147,23 @@ def test_a_run_is_resumed_only_with_a_checkpoint_of_it(tmp_path: Path, published
     (tmp_path / "elsewhere").rename(kept.folder.checkpoints_path)
     (kept.folder.path / "held-out.txt").write_bytes(b"altered")
     assert run_to_resume(kept.folder, invite, ME) is None, "a file of the run is not whole"
+
+
+def test_which_stages_of_a_pipeline_were_kept(tmp_path: Path, published: PublishedRun) -> None:
+    first, _ = keeper(tmp_path / "peer", published)
+    assert kept_stages(first.folder, published, ME, 4) == ()
+    for stage, rounds in (0, 1), (2, 3), (3, 3):
+        of_stage = Keeper(first.folder, published.of_stage(stage), ME, lambda event: None, stage=stage)
+        state = merged(published, 1.0)
+        for number in range(rounds):
+            progress = dataclasses.replace(state.progress, round=number + 1)
+            of_stage.keep(dataclasses.replace(state, progress=progress))
+            assert of_stage.checkpointer.flush(LIMIT_S)
+        of_stage.close()
+        if stage == 3:
+            of_stage.forget()
+    assert kept_stages(first.folder, published, ME, 4) == (2, 0), "the one trained furthest first"
+    assert kept_stages(first.folder, published, new_identity().peer_id, 4) == ()
 
 
 def test_a_restart_finds_what_was_kept(tmp_path: Path, published: PublishedRun) -> None:

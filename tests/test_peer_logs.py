@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import Event, PausedEvent, WarningEvent
@@ -159,6 +160,27 @@ def test_a_bug_is_one_line_for_the_person_and_a_traceback_in_the_file(tmp_path: 
     assert str(tmp_path / LOG_NAME) in line and "report" in line
     text = (tmp_path / LOG_NAME).read_text()
     assert "Traceback (most recent call last):" in text and "test_peer_logs.py" in text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you ..."
+        ),
+    ],
+)
+def test_too_little_memory_is_no_bug(tmp_path: Path, error: Exception) -> None:
+    words = r"there is not enough memory here .*`swarmtrain check RUN\.toml`"
+    with pytest.raises(RunTimeError, match=words), peer_log(tmp_path):
+        raise error
+
+
+def test_torch_says_that_there_is_no_memory_in_these_words() -> None:
+    """`bug_in_words` knows it by its text."""
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        torch.empty(2**60, dtype=torch.uint8)
 
 
 def test_why_it_ended_is_in_the_file(tmp_path: Path) -> None:

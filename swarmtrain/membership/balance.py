@@ -57,6 +57,8 @@ class StagePeer:
     """Those that it has promised not to leave for the moment."""
     most_stages: int = 1
     """So many fit into its memory."""
+    kept: tuple[int, ...] = ()
+    """What its folder has checkpoints of, the stage that it trained furthest first."""
     move_s: float = 60.0
     """To fetch a stage takes it so long."""
     queue: float = 0.0
@@ -326,6 +328,8 @@ class Joiner:
     peer: str
     tokens_per_s: float
     most_stages: int = 1
+    kept: tuple[int, ...] = ()
+    """What it has checkpoints of."""
 
 
 def stages_for_joiner(
@@ -336,35 +340,47 @@ def stages_for_joiner(
     That is the slowest stage; of several that are equal, as when everybody comes at once and sees nobody, each joiner
     takes one by the hash of its PeerID. While there are fewer peers than stages it takes several if they fit, those
     that others have besides another included: these give them up when they see it serve them.
+
+    A stage that it has a checkpoint of and that nobody has comes first: what it kept of it is not lost then.
     """
     table = _Table(live((one for one in peers if one.peer != joiner.peer), now, rule), rule)
     order = sorted(range(rule.num_stages), key=lambda stage: _hash(joiner.peer, stage))
     is_short = len(table.peers) + 1 < rule.num_stages
-    taken: tuple[int, ...] = ()
-    vector: list[float] = []
-    while wider := [tuple(sorted({*taken, stage})) for stage in order if stage not in taken]:
+    lost = [stage for stage in joiner.kept if stage < rule.num_stages and table.rates[stage] <= 0]
+    taken = tuple(sorted(lost[: joiner.most_stages if is_short else 1]))
+    vector: list[float] = _with_joiner(table, joiner, taken) if taken else []
+
+    def is_enough() -> bool:
+        return bool(taken) and (len(taken) >= joiner.most_stages or not (is_short or vector[0] == 0))
+
+    while not is_enough() and (wider := [tuple(sorted({*taken, stage})) for stage in order if stage not in taken]):
         best = max(wider, key=lambda stages: _with_joiner(table, joiner, stages))
         if taken and _with_joiner(table, joiner, best) <= vector:
             break
         taken, vector = best, _with_joiner(table, joiner, best)
-        if len(taken) >= joiner.most_stages or not (is_short or vector[0] == 0):
-            break
     slowest = min(taken, key=lambda stage: table.rates[stage])
     return taken, f"{_about(table, slowest)}: {short_peer(joiner.peer)} serves {stages_in_words(taken)}"
 
 
 def first_stages(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[tuple[int, ...], str]:
     """What a peer that holds nothing yet takes, where others that come at the same moment hold nothing either; with the
-    reason. They choose one after the other in the order of their PeerIDs, each knowing what those before it have chosen
-    from the same records: nobody needs to be asked. None takes more than one stage while there are as many peers as
-    stages."""
+    reason. They choose one after the other in the order of their PeerIDs, those first who have a checkpoint of a stage
+    that nobody has, each knowing what those before it have chosen from the same records: nobody needs to be asked. None
+    takes more than one stage while there are as many peers as stages."""
     known = {one.peer: one for one in live(peers, now, rule)}
-    undecided = [one for one in known.values() if not one.planned and one.peer <= me]
+    there = {stage for one in known.values() for stage in one.planned}
+
+    def order(one: StagePeer) -> tuple[bool, str]:
+        return there.issuperset(one.kept), one.peer
+
+    undecided = sorted((one for one in known.values() if not one.planned), key=order)
+    if me in known:
+        undecided = [one for one in undecided if order(one) <= order(known[me])]
     stages: tuple[int, ...] = ()
     reason = f"{short_peer(me)} is not among the peers"
     for one in undecided:
         most = 1 if len(known) >= rule.num_stages else one.most_stages
-        joiner = Joiner(peer=one.peer, tokens_per_s=compute_speed(one, rule), most_stages=most)
+        joiner = Joiner(peer=one.peer, tokens_per_s=compute_speed(one, rule), most_stages=most, kept=one.kept)
         stages, reason = stages_for_joiner(joiner, known.values(), now, rule)
         here = joiner.tokens_per_s / rule.cost(stages)
         known[one.peer] = dataclasses.replace(one, moving_to=stages, tokens_per_s=here)

@@ -62,6 +62,7 @@ _MAX_BUCKETS = 512
 _MAX_BUCKET_RECORDS = 128
 _MAX_ADDRESSES = 16
 _MAX_PRESENCE_BYTES = 2048
+_MAX_KEPT = 16
 _MAX_STAGES = 512
 _ADDRESS = re.compile(r"/[!-~]{1,254}")
 _PURPOSE = b"swarmtrain record v1\0"
@@ -110,6 +111,7 @@ def place_to_proto(place: StagePeer) -> pb.Place:
         move_s=place.move_s,
         queue=place.queue,
         flow_tokens_per_s=place.flow_tokens_per_s,
+        kept=place.kept[:_MAX_KEPT],
     )
 
 
@@ -118,7 +120,10 @@ def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> St
     lists = message.stages, message.moving_to, message.bound
     if any(len(each) > _MAX_STAGES or list(each) != sorted(set(each)) for each in lists):
         raise BadBytesError("a presence with stages that are no ascending list")
-    if any(each and each[-1] >= _MAX_STAGES for each in lists) or not 1 <= message.most_stages <= _MAX_STAGES:
+    if len(message.kept) > _MAX_KEPT or len(set(message.kept)) < len(message.kept):
+        raise BadBytesError("a presence with checkpoints of too many stages")
+    known = all(stage < _MAX_STAGES for each in (*lists, message.kept) for stage in each)
+    if not known or not 1 <= message.most_stages <= _MAX_STAGES:
         raise BadBytesError("a presence with a stage that no run has")
     numbers = message.tokens_per_s, message.move_s, message.queue, message.flow_tokens_per_s
     if not all(0 <= number < 1e12 for number in numbers):  # NaN too
@@ -133,6 +138,7 @@ def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> St
         move_s=message.move_s,
         queue=message.queue,
         flow_tokens_per_s=message.flow_tokens_per_s,
+        kept=tuple(message.kept),
         seen_s=stamp,
     )
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from swarmtrain.errors import RunTimeError, UserError
@@ -26,7 +28,7 @@ from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.trainer import Trainer
 from swarmtrain.v1 import control_pb2 as control_pb
 
-__all__ = ["Keeper", "known_peers", "run_to_resume"]
+__all__ = ["Keeper", "kept_stages", "known_peers", "run_to_resume"]
 
 _log = logging.getLogger(__name__)
 _MAX_PEERS = 16
@@ -56,7 +58,7 @@ class Keeper:
         if self.stage is not None:
             with contextlib.suppress(OSError):  # if so, the first checkpoint says it
                 path.mkdir(0o700, exist_ok=True)
-            path, beside = path / f"stage-{self.stage}", lambda: None
+            path, beside = stage_path(self.folder, self.stage), lambda: None
         files = CheckpointFolder(path, self.published.sha256, self.peer)
         self.checkpointer = Checkpointer(files, self.emit, beside=beside)
         self._known = self.folder.kept_peers()
@@ -149,6 +151,10 @@ class Keeper:
         if not self.checkpointer.close(_FLUSH_S):
             _log.warning("the last checkpoint is not on the disk; the one before it is")
 
+    def forget(self) -> None:
+        """After `close`: remove the checkpoints, of a stage that others have. What cannot be removed stays."""
+        shutil.rmtree(self.checkpointer.folder.path, ignore_errors=True)
+
     def keep_peers(self) -> None:
         """Write down whom to dial when started again, if that has changed. From any thread; raises OSError."""
         if self._swarm is None:
@@ -169,6 +175,23 @@ def known_peers(newest: list[InvitedPeer], before: tuple[InvitedPeer, ...]) -> t
     return (*newest[: _MAX_PEERS - min(len(away), _NUM_AWAY)], *away)[:_MAX_PEERS]
 
 
+def kept_stages(folder: PeerFolder, published: PublishedRun, peer: str, num_stages: int) -> tuple[int, ...]:
+    """Of which stages of a pipeline there are checkpoints, the one of the latest round first."""
+    rounds: dict[int, int] = {}
+    for stage in range(num_stages):
+        files = CheckpointFolder(stage_path(folder, stage), published.of_stage(stage).sha256, peer)
+        with contextlib.suppress(OSError):
+            newest = next((entry for entry in files.newest_first() if isinstance(entry, Kept)), None)
+            if newest is not None:
+                rounds[stage] = newest.manifest["round"]
+    return tuple(sorted(rounds, key=lambda stage: (-rounds[stage], stage)))
+
+
+def stage_path(folder: PeerFolder, stage: int) -> Path:
+    """Where the checkpoints of a stage are."""
+    return folder.checkpoints_path / f"stage-{stage}"
+
+
 def run_to_resume(folder: PeerFolder, invite: Invite, peer: str) -> PublishedRun | None:
     """The run of `invite`, if it is kept in the folder whole and with a checkpoint to go on from."""
     try:
@@ -179,7 +202,10 @@ def run_to_resume(folder: PeerFolder, invite: Invite, peer: str) -> PublishedRun
     if published is None or published.sha256 != invite.run_sha256:
         return None
     files = CheckpointFolder(folder.checkpoints_path, published.sha256, peer)
+    num_stages = published.run.pipeline.stages
     try:
+        if num_stages > 1 and kept_stages(folder, published, peer, num_stages):
+            return published
         return published if any(isinstance(entry, Kept) for entry in files.newest_first()) else None
     except OSError as error:
         _log.warning("not resumed: the checkpoints in %s cannot be read: %s", files.path, error.strerror)

@@ -40,6 +40,7 @@ LOG_NAME = "peer.log"
 LOG_MAX_BYTES = 5_000_000
 LOGS_KEPT = 3  # older ones, beside the one that is written
 
+_TORCH_HAS_NO_MEMORY = "can't allocate memory"
 _OURS = "swarmtrain"
 _log = logging.getLogger(__name__)
 _events = logging.getLogger(f"{_OURS}.event")
@@ -170,7 +171,12 @@ def peer_log(folder: Path, descriptors: Sequence[int] = ()) -> Iterator[None]:
 
 
 def bug_in_words(error: Exception, path: Path | str) -> str:
-    """One line for the person who met a bug whose traceback is in `path`."""
+    """One line for the person who met a bug whose traceback is in `path`, or whose machine has too little memory."""
+    if isinstance(error, MemoryError) or _TORCH_HAS_NO_MEMORY in str(error):
+        return (
+            "there is not enough memory here for this peer's part of the run: `swarmtrain check RUN.toml` says what it "
+            f"takes; close other programs, or join a run with more stages; what happened is in {path}"
+        )
     return (
         f"a bug in swarmtrain, not yours ({type(error).__name__}: {str(error)[:200]}); what happened is in {path}: "
         "please report it with that file"

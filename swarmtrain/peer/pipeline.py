@@ -49,7 +49,7 @@ from swarmtrain.peer.controlled import Controlled
 from swarmtrain.peer.driving import Driving, TellRetries
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.held_stage import HeldStage, SlowedWork, StageSite
-from swarmtrain.peer.keeping import Keeper
+from swarmtrain.peer.keeping import Keeper, kept_stages
 from swarmtrain.peer.microbatches import MicrobatchSource, NoBatches
 from swarmtrain.peer.moving import Mover
 from swarmtrain.peer.pausing import PauseSwitch
@@ -111,8 +111,12 @@ class PipelineVolunteer:
     _driving: Driving | None = None
     _source: MicrobatchSource | None = None
     _whole_tokens_per_s: float = 0.0
+    _kept_stages: tuple[int, ...] = ()
+    """Of which there were checkpoints here when it last chose."""
     _own_tokens: dict[int, int] = field(default_factory=dict)
     """Trained on here, by stage."""
+    _earlier_tokens: float = 0.0
+    """And in stages that were left for good, by their parts of the model."""
     _has_started: bool = False
     _next_tell_s: float = 0.0
     _next_throughput_s: float = 0.0
@@ -220,6 +224,7 @@ class PipelineVolunteer:
 
     def _choose(self) -> None:
         """Take the stages that need this peer most, once there is company."""
+        self._kept_stages = kept_stages(self.folder, self.published, self.me, len(self.shapes))
         self._wait_for_company()
         stages, reason = first_stages(self.me, self.places(), swarm_time(), self.rule)
         if self._first_stages:
@@ -262,6 +267,7 @@ class PipelineVolunteer:
             bound=self.mover.bound if self.held else (),
             tokens_per_s=self._tokens_per_s(stages or self._moving_to),
             most_stages=self._room.most_stages,
+            kept=() if self.held else self._kept_stages,
             move_s=self._move_s,
             queue=float(sum(held.desk.num_waiting for held in self.held.values())),
             flow_tokens_per_s=self._flow_tokens_per_s,
@@ -339,13 +345,16 @@ class PipelineVolunteer:
                 peers.get(stage, []).append(info.peer)
         return peers
 
-    def _leave(self, stage: int) -> None:
+    def _leave(self, stage: int, for_good: bool = False) -> None:
         if stage == 0:
             self._stop_driving()
         self._desks.pop(stage, None)
         held = self.held.pop(stage)
         self._own_tokens[stage] = held.trainer.own_tokens
         held.end()
+        if for_good:  # others have it: should this peer come back to it, it takes theirs
+            held.keeper.forget()
+            self._earlier_tokens += self.rule.costs[stage] * self._own_tokens.pop(stage)
 
     def _stop_driving(self) -> None:
         driving, self._driving = self._driving, None
@@ -416,7 +425,7 @@ class PipelineVolunteer:
                 self._leave(stage)
             return False
         for stage in change.leaves:
-            self._leave(stage)
+            self._leave(stage, for_good=True)
         self._tell(now=True)
         if not first:
             for stage in change.enters:
@@ -453,7 +462,8 @@ class PipelineVolunteer:
     def _contribution(self) -> int:
         """Tokens that this peer has trained on, those of a stage by its part of the model."""
         tokens = dict(self._own_tokens) | {stage: held.trainer.own_tokens for stage, held in self.held.items()}
-        return int(sum(self.rule.costs[stage] * number for stage, number in tokens.items()))
+        here = sum(self.rule.costs[stage] * number for stage, number in tokens.items())
+        return int(self._earlier_tokens + here)
 
     def _durable(self) -> Progress:
         return Progress(round=self.swarm.me.round, run_tokens=0, peer_tokens={self.me: self._contribution()})

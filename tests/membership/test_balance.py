@@ -302,6 +302,23 @@ def test_those_who_come_at_one_moment_choose_one_after_the_other() -> None:
     assert late[0] == (1,) and "stage 1 is the slowest" in late[1]
 
 
+def test_a_stage_that_nobody_has_is_taken_by_who_kept_it() -> None:
+    """Everybody was switched off and comes back: nobody's checkpoint is left unused."""
+    kept = {"a": (), "b": (2,), "c": (0, 1), "d": (1,), "e": (2,), "f": (1, 0)}
+    new = [peer(name, kept=stages) for name, stages in kept.items()]
+    chosen = {one.peer: first_stages(one.peer, new, NOW, THREE)[0] for one in new}
+    assert chosen["b"] == (2,) and chosen["c"] == (0,) and chosen["d"] == (1,)
+    assert sorted(chosen.values()) == [(0,), (0,), (1,), (1,), (2,), (2,)]
+    late = peer("g", kept=(0,))
+    assert first_stages("g", [*pile(2, 1, 2), late], NOW, THREE)[0] == (1,), "others have its stage: it is needed here"
+    assert first_stages("g", [*pile(2, 2, 0), peer("a"), late, peer("h", kept=(2,))], NOW, THREE)[0] != (2,)
+    few = [peer("a", kept=(2, 0), most_stages=2), peer("b", kept=(), most_stages=2)]
+    assert first_stages("a", few, NOW, THREE)[0] == (0, 2)
+    assert 1 in first_stages("b", few, NOW, THREE)[0]
+    nonsense = peer("a", kept=(7, 511))
+    assert len(first_stages("a", [nonsense], NOW, THREE)[0]) == 1
+
+
 # ---------------------------------------------------------------- for any swarm
 
 

@@ -95,6 +95,30 @@ def test_a_model_in_stages_to_its_end_with_one_killed_and_one_late(swarm: Swarm)
     swarm.assert_nothing_left()
 
 
+def test_everyone_killed_and_started_again_goes_on_from_what_each_kept(swarm: Swarm) -> None:
+    """Each takes the stage again that its folder has a checkpoint of."""
+    run_file = _run(swarm, 10**9, "rates")
+    bootstrap = swarm.bootstrap(run_file, "--wait-for", "3")
+    children = _join_all(swarm, bootstrap.invite.invite, (2, 0, 1))
+    for child in children:
+        child.wait_event(RoundEvent, lambda event: event.round >= 3)
+    for child in (bootstrap, *children):
+        child.kill()
+    rounds = [max(event.round for event in child.all(RoundEvent)) for child in children]
+    bootstrap = swarm.bootstrap(run_file, "--wait-for", "3")
+    again = [swarm.join(f"v{number}", bootstrap.invite.invite) for number in range(3)]
+    for child, stage, last in zip(again, (2, 0, 1), rounds, strict=True):
+        assert child.wait_event(AssignedEvent).stages == (stage,), child.story()
+        resumed = child.wait_event(JoinedEvent).resumed_round
+        assert resumed is not None and resumed >= last - 1, "but for the round that it was in, or was writing"
+        child.wait_event(RoundEvent, lambda event, last=last: event.round > last)
+    for child in (*again, bootstrap):
+        child.interrupt()
+    for child in (*again, bootstrap):
+        assert child.wait() == 0, child.story()
+    swarm.assert_nothing_left()
+
+
 def test_one_of_two_that_hangs_or_dies_costs_seconds_and_the_last_one_is_replaced(swarm: Swarm) -> None:
     """SIGSTOP for one of two peers of the second stage, SIGKILL for one of the third's, then for the last of it."""
     bootstrap = swarm.bootstrap(_run(swarm, 10**9, "rates"), "--wait-for", "6")
