@@ -12,21 +12,44 @@ from pathlib import Path
 import pytest
 from swarm import Child, Swarm, exit_limit_s, wait_until, write_run
 
-from swarmtrain.events import ArchivedEvent, AssignedEvent, DoneEvent, JoinedEvent, MovedEvent, RoundEvent
+from swarmtrain.events import (
+    ArchivedEvent,
+    AssignedEvent,
+    DoneEvent,
+    JoinedEvent,
+    MovedEvent,
+    RefusedEvent,
+    RoundEvent,
+    StageThroughputEvent,
+)
 
 pytestmark = pytest.mark.processes
 
 _NETWORK = {"call_limit_s": 3.0, "stall_limit_s": 3.0, "presence_ttl_s": 6.0, "archive_every_s": 5.0}
 
 
-def _run(swarm: Swarm, total_tokens: int, balance: str) -> Path:
+_GARBAGE = """
+import os
+from swarmtrain.peer import stage_service
+
+right = stage_service.StageServer.answer_untrusted
+
+async def answer_untrusted(self, caller, question, body):
+    message, sent = await right(self, caller, question, body)
+    return message, [os.urandom(len(part)) for part in sent]
+
+stage_service.StageServer.answer_untrusted = answer_untrusted
+"""
+
+
+def _run(swarm: Swarm, total_tokens: int, balance: str, inner_steps: int = 8) -> Path:
     return write_run(
         swarm.folder,
         run={"total_tokens": total_tokens},
         model={"num_layers": 3, "context_tokens": 32},
         inner={"batch_sequences": 16, "microbatch_sequences": 2, "learning_rate": 1e-2},
         pipeline={"stages": 3, "balance": balance, "balance_every_s": 2.0},
-        merge={"method": "gossip", "inner_steps": 8},
+        merge={"method": "gossip", "inner_steps": inner_steps},
         network=_NETWORK,
     )
 
@@ -93,6 +116,50 @@ def test_a_model_in_stages_to_its_end_with_one_killed_and_one_late(swarm: Swarm)
     measured = swarm.run("eval", str(model), "--json")
     assert json.loads(measured.stdout)["held_out_loss"] == pytest.approx(done.held_out_loss, rel=1e-4)
     swarm.assert_nothing_left()
+
+
+def test_one_that_answers_garbage_is_named_and_left_alone(swarm: Swarm) -> None:
+    """Of two peers of the second stage one sends random bytes of the right size."""
+    bootstrap = swarm.bootstrap(_run(swarm, 10**9, "none"), "--wait-for", "4")
+    invite = bootstrap.invite.invite
+    children = [swarm.join(f"v{number}", invite, f"--first-stages={number}") for number in range(3)]
+    garbage = swarm.join("garbage", invite, "--first-stages=1", prelude=_GARBAGE)
+    mallory = garbage.id
+    children[0].wait_event(RefusedEvent, lambda event: event.from_peer == mallory, 30 + exit_limit_s())
+    _wait_more_rounds(children, 0, 3, 30 + exit_limit_s())
+    _wait_more_rounds(children, 2, 3, 30 + exit_limit_s())
+    flow = children[0].wait_event(StageThroughputEvent, lambda event: event.loss is not None).loss
+    assert flow is not None and flow < 2 * math.log(256), "what it sent was not computed with"
+    for child in (*children, garbage, bootstrap):
+        child.interrupt()
+    for child in (*children, garbage, bootstrap):
+        assert child.wait() == 0, child.story()
+
+
+def test_the_last_peer_of_a_stage_takes_at_most_a_round_of_it_along(swarm: Swarm) -> None:
+    """A lone peer is archived after each of its rounds; who rescues its stage goes on from there."""
+    bootstrap = swarm.bootstrap(_run(swarm, 10**9, "rates", inner_steps=24), "--wait-for", "4")
+    children = _join_all(swarm, bootstrap.invite.invite, (0, 0, 1, 2))
+
+    def lonely() -> list[tuple[Child, int]]:
+        """Who holds a stage alone, and the stage; they may move until they do."""
+        holders = {stage: [child for child in children if stage in _holds(child)] for stage in (1, 2)}
+        return [(of[0], stage) for stage, of in holders.items() if len(of) == 1 and len(_rounds(of[0], stage)) >= 3]
+
+    lone, stage = wait_until(lonely, lambda: "\n".join(child.story() for child in children))[0]
+    lone.kill()
+    at_s, last_round = time.time(), max(event.round for event in _rounds(lone, stage))
+    alive = [child for child in children if child is not lone]
+
+    def rescued() -> list[RoundEvent]:
+        return [event for child in alive for event in _rounds(child, stage) if event.time > at_s]
+
+    wait_until(rescued, lambda: "\n".join(child.story() for child in alive), 60 + exit_limit_s())
+    assert last_round <= rescued()[0].round <= last_round + 1, "a round lost at most"
+    for child in (*alive, bootstrap):
+        child.interrupt()
+    for child in (*alive, bootstrap):
+        assert child.wait() == 0, child.story()
 
 
 def test_everyone_killed_and_started_again_goes_on_from_what_each_kept(swarm: Swarm) -> None:
