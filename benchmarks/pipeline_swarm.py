@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
@@ -77,8 +78,21 @@ class Watched:
         return EVERY_S * sum(told) / (time.time() - since_s)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Odd:
+    """One of the volunteers is not like the others."""
+
+    number: int
+    slower: float = 1.0
+    """So many times."""
+    program: tuple[str, ...] = ("-m", "swarmtrain.cli")
+    """What it runs."""
+
+
 @contextmanager
-def started(run_file: Path, stages: Sequence[int], slowdown: float, changes: list[str]) -> Iterator[Watched]:
+def started(
+    run_file: Path, stages: Sequence[int], slowdown: float, changes: list[str], odd: Odd | None = None
+) -> Iterator[Watched]:
     """Volunteers that hold these stages at first."""
     with tempfile.TemporaryDirectory() as folder:
         run = read_run(run_file, changes, 0)
@@ -91,8 +105,10 @@ def started(run_file: Path, stages: Sequence[int], slowdown: float, changes: lis
             invite, _ = swarm.wait_for_invite()
             for number, stage in enumerate(stages):
                 name = f"volunteer-{number}"
-                options = [f"--first-stages={stage}", f"--slowdown={slowdown:g}", "--threads=1"]
-                swarm.start(name, ["join", invite.invite, *swarm.place(name, limited=True), *options])
+                this = odd if odd is not None and odd.number == number else Odd(number=number)
+                options = [f"--first-stages={stage}", f"--slowdown={slowdown * this.slower:g}", "--threads=1"]
+                arguments = ["join", invite.invite, *swarm.place(name, limited=True), *options]
+                swarm.start(name, arguments, this.program)
             yield Watched(swarm)
         finally:
             for child in swarm.children.values():

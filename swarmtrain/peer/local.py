@@ -93,9 +93,10 @@ class LocalSwarm:
         """Where a new child is to listen, as options: behind a link, if there are links."""
         return ["--listen", "127.0.0.1:0"] if self.links is None else self.links.options(name, limited)
 
-    def start(self, name: str, arguments: Sequence[str]) -> None:
-        """Start `swarmtrain ARGUMENTS --json --dir DIRECTORY/name --name name`; standard error goes to name.log."""
-        command = [sys.executable, "-m", "swarmtrain.cli", *arguments]
+    def start(self, name: str, arguments: Sequence[str], program: Sequence[str] = ("-m", "swarmtrain.cli")) -> None:
+        """Start `swarmtrain ARGUMENTS --json --dir DIRECTORY/name --name name`; standard error goes to name.log.
+        `program` is what Python is told to run."""
+        command = [sys.executable, *program, *arguments]
         command += ["--json", "--name", name, "--dir", str(self.directory / name)]
         log = self.directory / f"{name}.log"
         with log.open("ab") as errors:
