@@ -84,7 +84,6 @@ class Router:
     rng: random.Random
     variant: str = VARIANTS[0]
     busy_s: float = 1.0
-    left_s: float = 15.0
     first_ban_s: float = 15.0
     most_ban_s: float = 600.0
     least_limit_s: float = 10.0
@@ -284,25 +283,18 @@ class Router:
 
     def refused_busy(self, peer: str, now: float, tokens: float) -> str:
         """Its queue is full: no fault, a short pause. Returns what follows, in words."""
-        known = self._find(peer)
-        task_s = tokens / known.tokens_per_s if known is not None and known.tokens_per_s is not None else 0.0
-        return self._spared(peer, now, tokens, max(self.busy_s, _PAUSE_TASKS * task_s), "busy")
-
-    def left(self, peer: str, now: float, tokens: float) -> str:
-        """It holds another stage now: no fault, and records of the DHT will say so soon. Returns what follows."""
-        return self._spared(peer, now, tokens, self.left_s, "it holds that stage no more")
+        known = self._ended(peer, tokens)
+        if known is None:
+            return "it is not in the stage any more"
+        task_s = tokens / known.tokens_per_s if known.tokens_per_s is not None else 0.0
+        pause_s = max(self.busy_s, _PAUSE_TASKS * task_s)
+        self._load(peer, known, known.load_s - known.charged_s)  # it did not do that task
+        known.paused_until_s = max(known.paused_until_s, now + pause_s)
+        return f"busy: asked again after {pause_s:.1f} s"
 
     def given_up(self, peer: str, tokens: float) -> None:
         """It ended, and that says nothing of the peer."""
         self._ended(peer, tokens)
-
-    def _spared(self, peer: str, now: float, tokens: float, pause_s: float, reason: str) -> str:
-        known = self._ended(peer, tokens)
-        if known is None:
-            return "it is not in the stage any more"
-        self._load(peer, known, known.load_s - known.charged_s)  # it did not do that task
-        known.paused_until_s = max(known.paused_until_s, now + pause_s)
-        return f"{reason}: asked again after {pause_s:.1f} s"
 
     def _ban(self, known: _Peer, now: float, took_s: float, reason: str) -> str:
         """A task that began before or during a ban does not lengthen it: several are under way at once, and where bans

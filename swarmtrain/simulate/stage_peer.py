@@ -331,7 +331,7 @@ class StageVolunteer:
         elif outcome == "refused":
             router.failed(name, now, took_s, tokens, "it is gone")
         else:
-            router.left(name, now, tokens)
+            router.given_up(name, tokens)
         call.microbatch.path[call.stage] = None
         call.microbatch.tried.add(name)
         self._forward(call.microbatch, call.stage)  # from that boundary's input

@@ -255,17 +255,6 @@ def test_rather_wait_for_a_busy_one_than_ask_the_banned() -> None:
     assert made.next_s(1.5) == 2.0 and made.choose(2.0, 100.0)[0] == "b"
 
 
-def test_who_holds_another_stage_now_is_no_fault_either() -> None:
-    made = measured({"a": 100.0, "b": 100.0})
-    made.begun("a", 100.0)
-    assert "holds that stage no more" in made.left("a", 0.0, 100.0)
-    assert set(chosen(made, 10, 14.0)) == {"b"} and "a" in chosen(made, 10, 15.0)
-    made.begun("a", 100.0)
-    made.set_peers(["b"])
-    made.finished("a", 16.0, 1.0, 100.0)  # what it still did is counted
-    assert made.timed_out("stranger", 16.0, 1.0, 1.0) == "it is not in the stage any more"
-
-
 def test_a_task_is_not_sent_again_to_whom_it_was_with() -> None:
     made = measured({"a": 100.0, "b": 50.0, "c": 10.0})
     assert {made.choose(0.0, 100.0, exclude=["a", "b"])[0] for _ in range(20)} == {"c"}
@@ -305,6 +294,17 @@ def test_memory_is_bounded_whoever_comes_and_goes() -> None:
     assert len(made._gone) <= 1024 and len(made._heap) <= 64 + 4 * 50 + 1
     with pytest.raises(ValueError, match="no such choice of a stage's peer: fastest; allowed: round-robin"):
         Router(random.Random(0), "fastest")
+
+
+def test_one_that_left_the_stage_meanwhile_and_a_stranger_are_no_trouble() -> None:
+    made = measured({"a": 100.0, "b": 100.0})
+    made.begun("a", 100.0)
+    made.set_peers(["b"])
+    made.finished("a", 16.0, 1.0, 100.0)  # what it still did is counted
+    for told in (made.timed_out("stranger", 16.0, 1.0, 1.0), made.refused_busy("stranger", 16.0, 1.0)):
+        assert told == "it is not in the stage any more"
+    made.given_up("stranger", 1.0)
+    assert set(chosen(made, 10, 16.0)) == {"b"}
 
 
 # ---------------------------------------------------------------- how many at once
