@@ -145,7 +145,11 @@ class Site:
     def driving(self) -> Driving:
         told = TellRetries(self.events.append, lambda peer, error: None)
         failed, source = self.failures.append, self
-        return Driving("d", self.run, source, self.desk, self.stages, told, lambda: self.peers, failed)  # type: ignore[arg-type]
+        return Driving("d", self.run, source, self.desk, self.stages, told, lambda: self.peers, failed, self.share)  # type: ignore[arg-type]
+
+    def share(self) -> float:
+        """Of all drivers a like part."""
+        return 1 / max(1, len(self.peers[0]))
 
 
 def _driving(body: Callable[[Site], Coroutine[Any, Any, None]]) -> None:

@@ -20,10 +20,12 @@ import heapq
 import random
 import statistics
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["VARIANTS", "Router", "most_in_flight"]
+from swarmtrain.membership.balance import StagePeer
+
+__all__ = ["VARIANTS", "Router", "driver_share", "most_in_flight"]
 
 VARIANTS = ("round-robin", "least-completion")
 
@@ -320,12 +322,20 @@ class Router:
 # ---------------------------------------------------------------- how many at once
 
 
-def most_in_flight(batch_microbatches: int, num_drivers: int, num_peers: Collection[int]) -> int:
-    """Microbatches that each driver has under way; `num_peers` are those of each stage after the first.
+def most_in_flight(batch_microbatches: int, share: float, num_peers: Collection[int]) -> int:
+    """Microbatches that a driver has under way; `num_peers` are those of each stage after the first.
 
     A backward must come before its peer has taken two steps since the forward. A step takes a batch of microbatches, so
-    that no peer may have more than one batch under way, of all drivers together.
+    that no peer may have more than one batch under way, of all drivers together. Of these a driver has its `share`: the
+    part of what passes through the first stage that it can do, between 0 and 1.
     """
-    least = min(num_peers, default=1)
-    share = batch_microbatches * max(1, least) // max(1, num_drivers)
-    return max(_LEAST_IN_FLIGHT, min(batch_microbatches, share))
+    own = int(batch_microbatches * max(1, min(num_peers, default=1)) * share + 1e-9)
+    return max(_LEAST_IN_FLIGHT, min(batch_microbatches, own))
+
+
+def driver_share(me: str, drivers: Iterable[StagePeer]) -> float:
+    """What part of the first stage's tokens `me` can do, as these say; like parts where one of several says nothing."""
+    rates = {one.peer: one.tokens_per_s for one in drivers}
+    if len(rates) < 2 or not all(rates.values()):
+        return 1 / max(1, len(rates))
+    return rates.get(me, 0.0) / sum(rates.values())

@@ -80,6 +80,8 @@ class Driving:
     """Who holds each stage now, this peer included."""
     failed: Callable[[str], None]
     """Told, in a sentence, when this peer cannot go on."""
+    share: Callable[[], float]
+    """Of what is driven this peer's part, see `most_in_flight`."""
     driver: Driver = field(init=False)
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
     """Of the last microbatches that came back, mean nats per token; whoever tells them empties it."""
@@ -148,7 +150,7 @@ class Driving:
         if self.run.pipeline.in_flight:
             return self.run.pipeline.in_flight
         batch_microbatches = -(-self.run.inner.batch_sequences // self.run.microbatch_sequences)
-        return most_in_flight(batch_microbatches, len(peers[0]), [len(of) for stage, of in peers.items() if stage])
+        return most_in_flight(batch_microbatches, self.share(), [len(of) for stage, of in peers.items() if stage])
 
     async def _drive(self, tokens: int, x: object, targets: object) -> None:
         try:

@@ -32,6 +32,7 @@ from swarmtrain.events import (
 from swarmtrain.membership.balance import Change, Rule, StagePeer, first_stages
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.routing import driver_share
 from swarmtrain.membership.stages import is_first_stage_done, places_of, stage_costs
 from swarmtrain.model.stages import stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted
@@ -331,6 +332,7 @@ class PipelineVolunteer:
             TellRetries(self.emit, self.swarm.refused),
             self.peers_of_stages,
             self.stop.fail,
+            self._driver_share,
         )
         await self._driving.start()
 
@@ -344,6 +346,11 @@ class PipelineVolunteer:
             for stage in () if info.place is None else info.place.stages:
                 peers.get(stage, []).append(info.peer)
         return peers
+
+    def _driver_share(self) -> float:
+        """In the network thread."""
+        places = places_of([*self.swarm.membership.volunteers(), self.swarm.me])
+        return driver_share(self.me, [place for place in places if 0 in place.stages])
 
     def _leave(self, stage: int, for_good: bool = False) -> None:
         if stage == 0:

@@ -64,8 +64,8 @@ class PipelineSettings:
     """A joiner goes where it is needed most; else to any stage by chance."""
     router: Callable[[random.Random], Router] = Router
     microbatch_tokens: int = 8192
-    batch_microbatches: int = 32
-    """So many are an inner step of a peer, here 262,144 tokens. It bounds how many may be under way, and with it how
+    batch_microbatches: int = 64
+    """So many are an inner step of a peer, here 524,288 tokens. It bounds how many may be under way, and with it how
     many peers have work."""
     in_flight: int = 0
     """A driver's microbatches; 0: as many as `most_in_flight` says."""
@@ -126,6 +126,8 @@ class PipelineWorld:
         """The last session of those that are not."""
         self.num_late = 0
         """Calls that took too long."""
+        self.num_too_old = 0
+        """Backwards whose peer had taken two steps since the forward: asked again from that boundary."""
         self.log: list[Moment] = []
         self.emptied: list[tuple[float, int]] = []
         """When a move left a stage without a peer: never."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from swarmtrain.membership.balance import StagePeer
-from swarmtrain.membership.routing import Router, most_in_flight
+from swarmtrain.membership.routing import Router, driver_share, most_in_flight
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.stage_moves import Mover
 
@@ -81,8 +81,10 @@ class StageVolunteer:
         """Microbatches of its own, by whom it saw last."""
         self.age = 0
         self.open_calls: dict[Call, None] = {}
-        self.graphs: set[tuple[Microbatch, int]] = set()
-        """Forwards whose backward has not come."""
+        self.graphs: dict[tuple[Microbatch, int], int] = {}
+        """Forwards whose backward has not come, each with the steps that its peer had taken of that stage."""
+        self.num_backwards: Counter[int] = Counter()
+        """Of each stage: so many batches of them, so many steps."""
         self._backwards: deque[Call] = deque()
         self._forwards: deque[Call] = deque()
         self._busy = False
@@ -164,17 +166,18 @@ class StageVolunteer:
             ]:
                 self.replied(call, "refused")  # its presence has expired
             others = [*self.table.values(), self.record]
-            peers = [[one.peer for one in others if stage in one.stages] for stage in range(len(self.routers))]
-            self.most_in_flight = self._most_in_flight(list(map(len, peers)))
+            holders = [[one for one in others if stage in one.stages] for stage in range(len(self.routers))]
+            self.most_in_flight = self._most_in_flight(holders)
             for stage in range(1, len(self.routers)):
-                self.routers[stage].set_peers(peers[stage])
+                self.routers[stage].set_peers([one.peer for one in holders[stage]])
                 self._unblock(stage)
 
-    def _most_in_flight(self, num_peers: list[int]) -> int:
+    def _most_in_flight(self, holders: list[list[StagePeer]]) -> int:
         settings = self.world.settings
-        if not all(num_peers):
+        if not all(holders):
             return 0
-        return settings.in_flight or most_in_flight(settings.batch_microbatches, num_peers[0], num_peers[1:])
+        share = driver_share(self.name, holders[0])
+        return settings.in_flight or most_in_flight(settings.batch_microbatches, share, list(map(len, holders[1:])))
 
     # ------------------------------------------------------------------ serving
 
@@ -185,7 +188,7 @@ class StageVolunteer:
             if not self.silent and not self.hung:
                 self._reply(call, "refused")
         elif call.is_backward:
-            if (call.microbatch, call.stage) in self.graphs:
+            if self._is_fresh(call):
                 self._backwards.append(call)
                 self.pump()
             else:
@@ -197,6 +200,18 @@ class StageVolunteer:
         else:
             self._forwards.append(call)
             self.pump()
+
+    def _num_steps(self, stage: int) -> int:
+        return self.num_backwards[stage] // self.world.settings.batch_microbatches
+
+    def _is_fresh(self, call: Call) -> bool:
+        """Whether its forward was by weights that are a step old at most."""
+        then = self.graphs.get((call.microbatch, call.stage))
+        if then is not None and then < self._num_steps(call.stage) - 1:
+            del self.graphs[call.microbatch, call.stage]
+            self.world.num_too_old += 1
+            return False
+        return then is not None
 
     def _reply(self, call: Call, outcome: Outcome) -> None:
         self.world.clock.call_later(self.world.settings.latency_s, call.driver.replied, call, outcome)
@@ -233,10 +248,11 @@ class StageVolunteer:
         if not self.alive or self.hung:
             return
         self.speed_tokens_per_s += _LEARN * (tokens_per_s - self.speed_tokens_per_s)
-        if call.is_backward and call.stage > 0:
-            self.graphs.discard((call.microbatch, call.stage))
-        elif call.part == _FORWARD and call.stage > 0:
-            self.graphs.add((call.microbatch, call.stage))
+        if call.part != _FORWARD:
+            self.graphs.pop((call.microbatch, call.stage), None)
+            self.num_backwards[call.stage] += 1
+        elif call.stage > 0:
+            self.graphs[call.microbatch, call.stage] = self._num_steps(call.stage)
         if call.driver is self and call.stage == 0:
             self._done_here(call)
         else:

@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from swarmtrain.membership.routing import VARIANTS, Router, most_in_flight
+from swarmtrain.membership.balance import StagePeer
+from swarmtrain.membership.routing import VARIANTS, Router, driver_share, most_in_flight
 
 NAMES = ("a", "b", "c", "d")
 
@@ -323,19 +324,29 @@ def test_one_that_left_the_stage_meanwhile_and_a_stranger_are_no_trouble() -> No
     ],
 )
 def test_so_many_are_under_way(batch: int, num_drivers: int, num_peers: list[int], most: int) -> None:
-    assert most_in_flight(batch, num_drivers, num_peers) == most
+    assert most_in_flight(batch, 1 / num_drivers, num_peers) == most
 
 
 def test_no_more_than_a_batch_for_each_peer_of_the_smallest_stage_and_never_fewer_than_two() -> None:
     """Then no peer takes two steps between a microbatch's forward and its backward."""
     for batch, num_drivers, *num_peers in itertools.product((1, 4, 8, 13, 16), range(1, 9), range(1, 7), range(1, 7)):
-        most = most_in_flight(batch, num_drivers, num_peers)
+        most = most_in_flight(batch, 1 / num_drivers, num_peers)
         assert 2 <= most <= max(2, batch)
         assert most == 2 or num_drivers * most <= batch * min(num_peers)
         at_least = max(2, batch * min(num_peers) // num_drivers)
         assert most == min(at_least, max(2, batch)), "and no fewer than that"
 
 
-@pytest.mark.parametrize(("num_drivers", "num_peers"), [(0, [0, 0]), (0, []), (1, [0, 5]), (1000, [1])])
-def test_odd_moments_give_a_number_too(num_drivers: int, num_peers: list[int]) -> None:
-    assert 2 <= most_in_flight(4, num_drivers, num_peers) <= 4
+@pytest.mark.parametrize(("share", "num_peers"), [(1.0, [0, 0]), (1.0, []), (1.0, [0, 5]), (0.001, [1]), (0.0, [3])])
+def test_odd_moments_give_a_number_too(share: float, num_peers: list[int]) -> None:
+    assert 2 <= most_in_flight(4, share, num_peers) <= 4
+
+
+def test_a_fast_driver_has_more_under_way_than_a_slow_one() -> None:
+    drivers = [StagePeer(peer=name, stages=(0,), tokens_per_s=rate) for name, rate in (("a", 300.0), ("b", 100.0))]
+    assert [driver_share(name, drivers) for name in "ab"] == [0.75, 0.25]
+    assert [most_in_flight(16, driver_share(name, drivers), [2, 1]) for name in "ab"] == [12, 4]
+    assert [most_in_flight(16, driver_share(name, drivers), [2, 2]) for name in "ab"] == [16, 8], "a batch at most"
+    silent = [*drivers, StagePeer(peer="c", stages=(0,), tokens_per_s=0.0)]
+    assert driver_share("a", silent) == driver_share("c", silent) == 1 / 3
+    assert driver_share("d", drivers) == 0.0 and driver_share("a", drivers[:1]) == driver_share("a", []) == 1.0
