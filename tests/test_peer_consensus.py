@@ -46,10 +46,27 @@ def test_honest_weights_are_all_in_it() -> None:
 
 def test_momentum_is_that_of_one_who_is_in_it() -> None:
     honest = [state(number, near(number)) for number in range(4)]
-    assert torch.equal(consensus_of(honest, LAYOUT).momentum, torch.full((16,), 0.5))
+    assert torch.equal(consensus_of(honest, LAYOUT, 8).momentum, torch.full((16,), 0.5))
     liar = state(4, torch.full((16,), 1e8))
-    assert not consensus_of([liar, *honest], LAYOUT).momentum.any()
-    assert not consensus_of([state(0, near(0), momentum=1e20), *honest[1:]], LAYOUT).momentum.any()
+    assert not consensus_of([liar, *honest], LAYOUT, 8).momentum.any()
+    assert not consensus_of([state(0, near(0), momentum=1e20), *honest[1:]], LAYOUT, 8).momentum.any()
+
+
+def test_weights_many_rounds_behind_are_left_out() -> None:
+    fresh, starved = state(0, near(0), round=60), state(1, near(1), round=4)
+    alone = near(0)
+    assert torch.equal(consensus_of([fresh, starved], LAYOUT, 8).theta, alone)
+    late = consensus_of([starved, fresh], LAYOUT, 8)
+    assert torch.equal(late.theta, alone) and not late.momentum.any(), "only the first one's momentum is here"
+    both = mean_of_near([near(0), near(1)], LAYOUT)[0]
+    assert torch.equal(consensus_of([fresh, starved], LAYOUT, 56).theta, both)
+    liar = state(2, torch.full((16,), 1.5), round=2**39)
+    assert torch.equal(
+        consensus_of([fresh, state(1, near(1), round=58), liar], LAYOUT, 8).theta[:2],
+        consensus_of([fresh, state(1, near(1), round=58), state(2, torch.full((16,), 1.5), round=60)], LAYOUT, 8).theta[
+            :2
+        ],
+    ), "one of three that claims more displaces nobody"
 
 
 def test_tokens_that_one_tells_are_outvoted() -> None:

@@ -1,7 +1,8 @@
 """The run's weights where each peer has its own: the consensus of several peers' states.
 
-The variance-corrected mean of their weights, without those that are far from most. Momentum is that of one of them,
-their round the median, and what they tell of everybody's tokens is outvoted where one tells more than the others.
+The variance-corrected mean of their weights, without those that are far from most or many rounds behind. Momentum is
+that of one of them, their round the median, and what they tell of everybody's tokens is outvoted where one tells more
+than the others.
 """
 
 from __future__ import annotations
@@ -32,12 +33,17 @@ def layout_of_specs(specs: Sequence[TensorSpec]) -> Layout:
     return layout_of([spec.shape for spec in specs])
 
 
-def consensus_of(states: Sequence[PeerState], layout: Layout) -> OuterState:
+def consensus_of(states: Sequence[PeerState], layout: Layout, most_behind: int) -> OuterState:
     """The consensus of states that were checked when they were pulled; the first one is whole.
 
-    Its momentum is taken if its weights are, and if it is no larger than they are; else there is none.
+    Those more than `most_behind` rounds behind the (upper) median are left out: of two the one that is far ahead
+    counts, since one that got hardly any work, in a pipeline say, must not make half of the model. The first one's
+    momentum is taken if its weights are, and if it is no larger than they are; else there is none.
     """
-    mean, kept = mean_of_near([theta_of(state, layout.size) for state in states], layout)
+    least = statistics.median_high(state.round for state in states) - most_behind
+    present = [index for index, state in enumerate(states) if state.round >= least]
+    mean, near = mean_of_near([theta_of(states[index], layout.size) for index in present], layout)
+    kept = {present[index] for index in near}
     momentum = _numbers(states[0])[layout.size :].clone()
     if 0 not in kept or not float(momentum.norm()) <= float(theta_of(states[0], layout.size).norm()):
         momentum.zero_()

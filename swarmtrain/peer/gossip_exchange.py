@@ -346,7 +346,7 @@ class GossipExchange(AsynchronousExchange):
             for found in states:
                 self._hear_rows_untrusted(found.peer, found.held.snapshot.manifest.coverage)
             progress = self._progress_of(states, own_round)
-            state = consensus_of(states, self._layout)
+            state = consensus_of(states, self._layout, self.run.merge.max_staleness_rounds)
             self.gossip.forget_pulled()
             self.offer(state, progress)
             return Replaced(state=state, progress=progress, from_peer=states[0].peer, reason=reason)

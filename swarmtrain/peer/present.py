@@ -59,5 +59,6 @@ async def fetch_present(swarm: Swarm, peers: Sequence[str], reason: str, above_t
     if run_tokens <= above_tokens:
         return None
     progress = Progress(round=round_of(states), run_tokens=run_tokens, peer_tokens=counts)
-    state = await asyncio.to_thread(consensus_of, states, layout_of_specs(swarm.specs))
+    most_behind = swarm.published.run.merge.max_staleness_rounds
+    state = await asyncio.to_thread(consensus_of, states, layout_of_specs(swarm.specs), most_behind)
     return Present(state=state, progress=progress)
