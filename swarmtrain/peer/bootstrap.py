@@ -36,7 +36,7 @@ from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.peer.bootstrap_peer import BootstrapPeer
+from swarmtrain.peer.bootstrap_peer import LAST_ARCHIVE_S, BootstrapPeer
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import (
     Emit,
@@ -75,7 +75,6 @@ _LAST_ROUND_S = 20.0
 """With each peer at its own pace: how long those who have not ended their last round are waited for."""
 _REDIAL_S = 3.0
 _FLUSH_S = 5.0
-_LAST_ARCHIVE_S = 4.0
 _LAST_ANSWER_S = 2.0
 
 
@@ -305,7 +304,7 @@ class _Bootstrap(BootstrapPeer):
         swarm = self.swarm
         if swarm is None or self.keeper is None or self.progress.run_tokens >= self.published.run.run.total_tokens:
             return
-        self.stop = self.stop.last_work(_LAST_ARCHIVE_S)
+        self.stop = self.stop.last_work(LAST_ARCHIVE_S)
         self.control.board.doing(pb.PEER_STATE_FINISHING, "leaving: taking one last archive")
         try:
             kept = self._last_kept(swarm)

@@ -17,7 +17,10 @@ from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.stopping import StopFlag
 
-__all__ = ["BootstrapPeer"]
+__all__ = ["LAST_ARCHIVE_S", "BootstrapPeer"]
+
+LAST_ARCHIVE_S = 4.0
+"""How long one last archive may take when a bootstrap is asked to leave."""
 
 
 @dataclass

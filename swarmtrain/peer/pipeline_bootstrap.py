@@ -7,6 +7,7 @@ who come to a stage that nobody holds any more. It trains none of them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 import time
 from collections.abc import Coroutine, Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
-from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import (
     ArchivedEvent,
     DoneEvent,
@@ -34,7 +35,7 @@ from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import Node
 from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.bootstrap_peer import BootstrapPeer
+from swarmtrain.peer.bootstrap_peer import LAST_ARCHIVE_S, BootstrapPeer
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import (
     held_out_loss_of,
@@ -47,11 +48,14 @@ from swarmtrain.peer.gossip_exchange import hosting_of
 from swarmtrain.peer.held_stage import emit_of_stage
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.present import fetch_present
+from swarmtrain.peer.stopping import Interrupted
+from swarmtrain.v1 import control_pb2 as control_pb
 
 __all__ = ["PipelineBootstrap"]
 
+_log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
-_SAMPLE = 16
+_SAMPLE, _LAST_SAMPLE = 16, 4
 _FLUSH_S = 5.0
 _LAST_ROUND_S = 30.0
 """How long those of a stage that have not ended their last round are waited for."""
@@ -205,10 +209,10 @@ class PipelineBootstrap(BootstrapPeer):
         if all(archive.is_final for archive in self.archives):
             self._try_to_write_archive()
 
-    def _archive(self, archive: StageArchive, last: bool = False) -> bool:
+    def _archive(self, archive: StageArchive, last: bool = False, most_peers: int = _SAMPLE) -> bool:
         """Pull the stage's present weights, write them down, and offer them; False if there is nothing new."""
         volunteers = [info.peer for info in archive.swarm.membership.volunteers()]
-        sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
+        sample = random.sample(volunteers, min(most_peers, len(volunteers)))
         if not sample:
             return False
         above_tokens = 0 if last else archive.progress.run_tokens
@@ -230,7 +234,17 @@ class PipelineBootstrap(BootstrapPeer):
         return True
 
     def archive_once_more(self) -> None:
-        """Asked to leave: with what is here."""
+        """It was asked to leave: keep what the volunteers have by now of each stage; some seconds at most."""
+        if not self.archives or all(archive.is_final for archive in self.archives):
+            return
+        self.stop = self.stop.last_work(LAST_ARCHIVE_S)
+        self.control.board.doing(control_pb.PEER_STATE_FINISHING, "leaving: taking one last archive")
+        try:
+            for archive in self.archives:
+                if not archive.is_final:
+                    self._archive(archive, most_peers=_LAST_SAMPLE)
+        except (Interrupted, SwarmtrainError) as error:
+            _log.info("no last archive of some stages: %r", error)
         self._try_to_write_archive()
 
     def _keep_peers(self) -> None:

@@ -169,7 +169,11 @@ def test_everyone_killed_and_started_again_goes_on_from_what_each_kept(swarm: Sw
     children = _join_all(swarm, bootstrap.invite.invite, (2, 0, 1))
     for child in children:
         child.wait_event(RoundEvent, lambda event: event.round >= 3)
-    for child in (bootstrap, *children):
+    newest = max(event.round for event in _rounds(children[1], 0))
+    bootstrap.interrupt()
+    assert bootstrap.wait() == 0, bootstrap.story()
+    assert bootstrap.all(ArchivedEvent)[-1].round >= newest, "one last archive of every stage"
+    for child in children:
         child.kill()
     rounds = [max(event.round for event in child.all(RoundEvent)) for child in children]
     bootstrap = swarm.bootstrap(run_file, "--wait-for", "3")
