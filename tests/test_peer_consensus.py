@@ -10,7 +10,7 @@ import torch
 
 from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.network.identity import new_identity, peer_bytes
-from swarmtrain.peer.consensus import consensus_of, counts_in_untrusted, mean_of_near, round_of
+from swarmtrain.peer.consensus import consensus_of, counts_in_untrusted, mean_of_near, not_far_behind, round_of
 
 LAYOUT = layout_of([(3, 4), (4,)])
 IDS = [new_identity(bytes([number]) * 32).peer_id for number in range(5)]
@@ -27,7 +27,7 @@ def state(number: int, theta: torch.Tensor, momentum: float = 0.5, round: int = 
         buffer=bytearray(vector.numpy().tobytes()),
         snapshot=SimpleNamespace(manifest=SimpleNamespace(peer_tokens=items, round=round)),
     )
-    return SimpleNamespace(peer=IDS[number], held=held, round=round)
+    return SimpleNamespace(peer=IDS[number], held=held, round=round, whole=True)
 
 
 @pytest.mark.parametrize("wrong", [1e8, -1e30, -5.0])
@@ -46,27 +46,25 @@ def test_honest_weights_are_all_in_it() -> None:
 
 def test_momentum_is_that_of_one_who_is_in_it() -> None:
     honest = [state(number, near(number)) for number in range(4)]
-    assert torch.equal(consensus_of(honest, LAYOUT, 8).momentum, torch.full((16,), 0.5))
+    assert torch.equal(consensus_of(honest, LAYOUT).momentum, torch.full((16,), 0.5))
     liar = state(4, torch.full((16,), 1e8))
-    assert not consensus_of([liar, *honest], LAYOUT, 8).momentum.any()
-    assert not consensus_of([state(0, near(0), momentum=1e20), *honest[1:]], LAYOUT, 8).momentum.any()
+    assert not consensus_of([liar, *honest], LAYOUT).momentum.any()
+    assert not consensus_of([state(0, near(0), momentum=1e20), *honest[1:]], LAYOUT).momentum.any()
 
 
 def test_weights_many_rounds_behind_are_left_out() -> None:
     fresh, starved = state(0, near(0), round=60), state(1, near(1), round=4)
-    alone = near(0)
-    assert torch.equal(consensus_of([fresh, starved], LAYOUT, 8).theta, alone)
-    late = consensus_of([starved, fresh], LAYOUT, 8)
-    assert torch.equal(late.theta, alone) and not late.momentum.any(), "only the first one's momentum is here"
-    both = mean_of_near([near(0), near(1)], LAYOUT)[0]
-    assert torch.equal(consensus_of([fresh, starved], LAYOUT, 56).theta, both)
-    liar = state(2, torch.full((16,), 1.5), round=2**39)
-    assert torch.equal(
-        consensus_of([fresh, state(1, near(1), round=58), liar], LAYOUT, 8).theta[:2],
-        consensus_of([fresh, state(1, near(1), round=58), state(2, torch.full((16,), 1.5), round=60)], LAYOUT, 8).theta[
-            :2
-        ],
-    ), "one of three that claims more displaces nobody"
+    for both in ([fresh, starved], [starved, fresh]):
+        assert not_far_behind(both, 8) == [fresh] and not_far_behind(both, 56) == both
+    other, liar = state(2, near(2), round=58), state(3, near(3), round=2**39)
+    assert not_far_behind([liar, fresh, other], 8) == [liar, fresh, other], "one that claims more displaces nobody"
+    assert not_far_behind([fresh], 8) == [fresh]
+
+
+def test_the_momentum_of_one_that_is_not_whole_is_none() -> None:
+    part = state(0, near(0))
+    part.whole = False
+    assert not consensus_of([part, state(1, near(1))], LAYOUT).momentum.any()
 
 
 def test_tokens_that_one_tells_are_outvoted() -> None:

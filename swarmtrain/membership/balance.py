@@ -57,8 +57,8 @@ class StagePeer:
     """Those that it has promised not to leave for the moment."""
     most_stages: int = 1
     """So many fit into its memory."""
-    kept: tuple[int, ...] = ()
-    """What its folder has checkpoints of, the stage that it trained furthest first."""
+    kept: tuple[tuple[int, int], ...] = ()
+    """(stage, round): what its folder has checkpoints of, while it holds nothing."""
     move_s: float = 60.0
     """To fetch a stage takes it so long."""
     queue: float = 0.0
@@ -329,7 +329,7 @@ class Joiner:
     tokens_per_s: float
     most_stages: int = 1
     kept: tuple[int, ...] = ()
-    """What it has checkpoints of."""
+    """Stages that nobody has and that it has the newest checkpoint of."""
 
 
 def stages_for_joiner(
@@ -341,13 +341,12 @@ def stages_for_joiner(
     takes one by the hash of its PeerID. While there are fewer peers than stages it takes several if they fit, those
     that others have besides another included: these give them up when they see it serve them.
 
-    A stage that it has a checkpoint of and that nobody has comes first: what it kept of it is not lost then.
+    What it kept comes first: it is not lost then.
     """
     table = _Table(live((one for one in peers if one.peer != joiner.peer), now, rule), rule)
     order = sorted(range(rule.num_stages), key=lambda stage: _hash(joiner.peer, stage))
     is_short = len(table.peers) + 1 < rule.num_stages
-    lost = [stage for stage in joiner.kept if stage < rule.num_stages and table.rates[stage] <= 0]
-    taken = tuple(sorted(lost[: joiner.most_stages if is_short else 1]))
+    taken = tuple(sorted(joiner.kept[: joiner.most_stages if is_short else 1]))
     vector: list[float] = _with_joiner(table, joiner, taken) if taken else []
 
     def is_enough() -> bool:
@@ -364,27 +363,38 @@ def stages_for_joiner(
 
 def first_stages(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[tuple[int, ...], str]:
     """What a peer that holds nothing yet takes, where others that come at the same moment hold nothing either; with the
-    reason. They choose one after the other in the order of their PeerIDs, those first who have a checkpoint of a stage
-    that nobody has, each knowing what those before it have chosen from the same records: nobody needs to be asked. None
-    takes more than one stage while there are as many peers as stages."""
+    reason. They choose one after the other in the order of their PeerIDs, those first who have the newest checkpoint of
+    a stage that nobody has, each knowing what those before it have chosen from the same records: nobody needs to be
+    asked. None takes more than one stage while there are as many peers as stages."""
     known = {one.peer: one for one in live(peers, now, rule)}
-    there = {stage for one in known.values() for stage in one.planned}
-
-    def order(one: StagePeer) -> tuple[bool, str]:
-        return there.issuperset(one.kept), one.peer
-
-    undecided = sorted((one for one in known.values() if not one.planned), key=order)
-    if me in known:
-        undecided = [one for one in undecided if order(one) <= order(known[me])]
+    undecided = [one for one in known.values() if not one.planned]
+    claims = _kept_claims(undecided, set(range(rule.num_stages)) - {s for one in known.values() for s in one.planned})
+    undecided.sort(key=lambda one: (one.peer not in claims, one.peer))
     stages: tuple[int, ...] = ()
     reason = f"{short_peer(me)} is not among the peers"
     for one in undecided:
         most = 1 if len(known) >= rule.num_stages else one.most_stages
-        joiner = Joiner(peer=one.peer, tokens_per_s=compute_speed(one, rule), most_stages=most, kept=one.kept)
+        kept = tuple(claims.get(one.peer, ()))
+        joiner = Joiner(peer=one.peer, tokens_per_s=compute_speed(one, rule), most_stages=most, kept=kept)
         stages, reason = stages_for_joiner(joiner, known.values(), now, rule)
+        if one.peer == me:
+            break
         here = joiner.tokens_per_s / rule.cost(stages)
         known[one.peer] = dataclasses.replace(one, moving_to=stages, tokens_per_s=here)
     return stages, reason
+
+
+def _kept_claims(peers: Sequence[StagePeer], lost: Collection[int]) -> dict[str, list[int]]:
+    """Of each lost stage who has the newest checkpoint: PeerID and stages, the one trained furthest first."""
+    newest: dict[int, tuple[int, str]] = {}
+    for one in sorted(peers, key=lambda one: one.peer):
+        for stage, round in one.kept:
+            if stage in lost and (stage not in newest or round > newest[stage][0]):
+                newest[stage] = (round, one.peer)
+    claims: dict[str, list[int]] = {}
+    for stage in sorted(newest, key=lambda stage: (-newest[stage][0], stage)):
+        claims.setdefault(newest[stage][1], []).append(stage)
+    return claims
 
 
 def _with_joiner(table: _Table, joiner: Joiner, stages: Sequence[int]) -> list[float]:

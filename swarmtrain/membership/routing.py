@@ -37,6 +37,7 @@ _PATIENCE = 6.0
 _PAUSE_TASKS = 2.0
 """A busy peer is left alone for as long as it needs for so many tasks."""
 _LEAST_IN_FLIGHT = 2
+_MOST_OF_USUAL = 10.0
 _MAX_KNOWN = 1024
 """So many peers that are not in the stage any more are remembered: identities cost nothing."""
 
@@ -334,8 +335,12 @@ def most_in_flight(batch_microbatches: int, share: float, num_peers: Collection[
 
 
 def driver_share(me: str, drivers: Iterable[StagePeer]) -> float:
-    """What part of the first stage's tokens `me` can do, as these say; like parts where one of several says nothing."""
-    rates = {one.peer: one.tokens_per_s for one in drivers}
-    if len(rates) < 2 or not all(rates.values()):
-        return 1 / max(1, len(rates))
-    return rates.get(me, 0.0) / sum(rates.values())
+    """What part of the first stage's tokens `me` can do, as these say, itself included; at least half of a like part.
+
+    Who says nothing counts as the median, and nobody as more than ten times that: one that lies starves nobody.
+    """
+    told = {one.peer: one.tokens_per_s for one in drivers}
+    told.setdefault(me, 0.0)
+    usual = statistics.median([rate for rate in told.values() if rate > 0] or [1.0])
+    rates = {peer: min(rate, _MOST_OF_USUAL * usual) or usual for peer, rate in told.items()}
+    return max(rates[me] / sum(rates.values()), 0.5 / len(rates))

@@ -62,7 +62,7 @@ _MAX_BUCKETS = 512
 _MAX_BUCKET_RECORDS = 128
 _MAX_ADDRESSES = 16
 _MAX_PRESENCE_BYTES = 2048
-_MAX_KEPT = 16
+MAX_KEPT = 16
 _MAX_STAGES = 512
 _ADDRESS = re.compile(r"/[!-~]{1,254}")
 _PURPOSE = b"swarmtrain record v1\0"
@@ -111,7 +111,8 @@ def place_to_proto(place: StagePeer) -> pb.Place:
         move_s=place.move_s,
         queue=place.queue,
         flow_tokens_per_s=place.flow_tokens_per_s,
-        kept=place.kept[:_MAX_KEPT],
+        kept=[stage for stage, _ in place.kept],
+        kept_rounds=[round for _, round in place.kept],
     )
 
 
@@ -120,7 +121,8 @@ def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> St
     lists = message.stages, message.moving_to, message.bound
     if any(len(each) > _MAX_STAGES or list(each) != sorted(set(each)) for each in lists):
         raise BadBytesError("a presence with stages that are no ascending list")
-    if len(message.kept) > _MAX_KEPT or len(set(message.kept)) < len(message.kept):
+    num_kept = len(message.kept)
+    if num_kept > MAX_KEPT or len(set(message.kept)) < num_kept or len(message.kept_rounds) != num_kept:
         raise BadBytesError("a presence with checkpoints of too many stages")
     known = all(stage < _MAX_STAGES for each in (*lists, message.kept) for stage in each)
     if not known or not 1 <= message.most_stages <= _MAX_STAGES:
@@ -138,7 +140,7 @@ def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> St
         move_s=message.move_s,
         queue=message.queue,
         flow_tokens_per_s=message.flow_tokens_per_s,
-        kept=tuple(message.kept),
+        kept=tuple(zip(message.kept, message.kept_rounds, strict=True)),
         seen_s=stamp,
     )
 

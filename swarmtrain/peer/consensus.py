@@ -19,7 +19,15 @@ from swarmtrain.network.consensus import PeerState
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.snapshots import TensorSpec
 
-__all__ = ["consensus_of", "counts_in_untrusted", "layout_of_specs", "mean_of_near", "round_of", "theta_of"]
+__all__ = [
+    "consensus_of",
+    "counts_in_untrusted",
+    "layout_of_specs",
+    "mean_of_near",
+    "not_far_behind",
+    "round_of",
+    "theta_of",
+]
 
 _FAR = 10.0
 """Weights farther off than so many times the usual distance are left out. Of three honest peers two may be much closer
@@ -33,17 +41,23 @@ def layout_of_specs(specs: Sequence[TensorSpec]) -> Layout:
     return layout_of([spec.shape for spec in specs])
 
 
-def consensus_of(states: Sequence[PeerState], layout: Layout, most_behind: int) -> OuterState:
-    """The consensus of states that were checked when they were pulled; the first one is whole.
-
-    Those more than `most_behind` rounds behind the (upper) median are left out: of two the one that is far ahead
-    counts, since one that got hardly any work, in a pipeline say, must not make half of the model. The first one's
-    momentum is taken if its weights are, and if it is no larger than they are; else there is none.
-    """
+def not_far_behind(states: Sequence[PeerState], most_behind: int) -> list[PeerState]:
+    """Those at most so many rounds behind the (upper) median: of two the one that is far ahead counts, since one that
+    got hardly any work, in a pipeline say, must not make half of the model. Whoever is half of them can lie about it,
+    as they can about their weights."""
     least = statistics.median_high(state.round for state in states) - most_behind
-    present = [index for index, state in enumerate(states) if state.round >= least]
-    mean, near = mean_of_near([theta_of(states[index], layout.size) for index in present], layout)
-    kept = {present[index] for index in near}
+    return [state for state in states if state.round >= least]
+
+
+def consensus_of(states: Sequence[PeerState], layout: Layout) -> OuterState:
+    """The consensus of states that were checked when they were pulled.
+
+    The first one's momentum is taken if it is whole, if its weights are in the mean, and if it is no larger than they
+    are; else there is none.
+    """
+    mean, kept = mean_of_near([theta_of(state, layout.size) for state in states], layout)
+    if not states[0].whole:
+        return OuterState(mean, torch.zeros_like(mean))
     momentum = _numbers(states[0])[layout.size :].clone()
     if 0 not in kept or not float(momentum.norm()) <= float(theta_of(states[0], layout.size).norm()):
         momentum.zero_()

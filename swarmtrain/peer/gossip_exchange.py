@@ -37,7 +37,7 @@ from swarmtrain.network.snapshots import Body, Held
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
-from swarmtrain.peer.consensus import consensus_of, layout_of_specs, mean_of_near, theta_of
+from swarmtrain.peer.consensus import consensus_of, layout_of_specs, mean_of_near, not_far_behind, theta_of
 from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Replaced, Start
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -345,8 +345,9 @@ class GossipExchange(AsynchronousExchange):
             wait_for(self.network.submit(swarm.tallying.read_some()), self.stop)
             for found in states:
                 self._hear_rows_untrusted(found.peer, found.held.snapshot.manifest.coverage)
+            states = not_far_behind(states, self.run.merge.max_staleness_rounds)
             progress = self._progress_of(states, own_round)
-            state = consensus_of(states, self._layout, self.run.merge.max_staleness_rounds)
+            state = consensus_of(states, self._layout)
             self.gossip.forget_pulled()
             self.offer(state, progress)
             return Replaced(state=state, progress=progress, from_peer=states[0].peer, reason=reason)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,10 +151,6 @@ class Keeper:
         if not self.checkpointer.close(_FLUSH_S):
             _log.warning("the last checkpoint is not on the disk; the one before it is")
 
-    def forget(self) -> None:
-        """After `close`: remove the checkpoints, of a stage that others have. What cannot be removed stays."""
-        shutil.rmtree(self.checkpointer.folder.path, ignore_errors=True)
-
     def keep_peers(self) -> None:
         """Write down whom to dial when started again, if that has changed. From any thread; raises OSError."""
         if self._swarm is None:
@@ -175,8 +171,8 @@ def known_peers(newest: list[InvitedPeer], before: tuple[InvitedPeer, ...]) -> t
     return (*newest[: _MAX_PEERS - min(len(away), _NUM_AWAY)], *away)[:_MAX_PEERS]
 
 
-def kept_stages(folder: PeerFolder, published: PublishedRun, peer: str, num_stages: int) -> tuple[int, ...]:
-    """Of which stages of a pipeline there are checkpoints, the one of the latest round first."""
+def kept_stages(folder: PeerFolder, published: PublishedRun, peer: str, num_stages: int) -> Mapping[int, int]:
+    """Of which stages of a pipeline there are checkpoints, and of which round the newest of each is."""
     rounds: dict[int, int] = {}
     for stage in range(num_stages):
         files = CheckpointFolder(stage_path(folder, stage), published.of_stage(stage).sha256, peer)
@@ -184,7 +180,7 @@ def kept_stages(folder: PeerFolder, published: PublishedRun, peer: str, num_stag
             newest = next((entry for entry in files.newest_first() if isinstance(entry, Kept)), None)
             if newest is not None:
                 rounds[stage] = newest.manifest["round"]
-    return tuple(sorted(rounds, key=lambda stage: (-rounds[stage], stage)))
+    return rounds
 
 
 def stage_path(folder: PeerFolder, stage: int) -> Path:

@@ -41,6 +41,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.finding import PublishedRun
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
+from swarmtrain.network.records import MAX_KEPT
 from swarmtrain.network.stage_calls import StageClient, StageHost, stage_stream_name
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.network.tasks import logged
@@ -112,12 +113,10 @@ class PipelineVolunteer:
     _driving: Driving | None = None
     _source: MicrobatchSource | None = None
     _whole_tokens_per_s: float = 0.0
-    _kept_stages: tuple[int, ...] = ()
-    """Of which there were checkpoints here when it last chose."""
+    _kept_stages: Mapping[int, int] = field(default_factory=dict)
+    """Of which there were checkpoints here when it last chose, each with its round."""
     _own_tokens: dict[int, int] = field(default_factory=dict)
     """Trained on here, by stage."""
-    _earlier_tokens: float = 0.0
-    """And in stages that were left for good, by their parts of the model."""
     _has_started: bool = False
     _next_tell_s: float = 0.0
     _next_throughput_s: float = 0.0
@@ -226,6 +225,7 @@ class PipelineVolunteer:
     def _choose(self) -> None:
         """Take the stages that need this peer most, once there is company."""
         self._kept_stages = kept_stages(self.folder, self.published, self.me, len(self.shapes))
+        self._tell()  # before the others choose, who must know it
         self._wait_for_company()
         stages, reason = first_stages(self.me, self.places(), swarm_time(), self.rule)
         if self._first_stages:
@@ -268,7 +268,7 @@ class PipelineVolunteer:
             bound=self.mover.bound if self.held else (),
             tokens_per_s=self._tokens_per_s(stages or self._moving_to),
             most_stages=self._room.most_stages,
-            kept=() if self.held else self._kept_stages,
+            kept=() if self.held else tuple(self._kept_stages.items())[:MAX_KEPT],
             move_s=self._move_s,
             queue=float(sum(held.desk.num_waiting for held in self.held.values())),
             flow_tokens_per_s=self._flow_tokens_per_s,
@@ -349,19 +349,17 @@ class PipelineVolunteer:
 
     def _driver_share(self) -> float:
         """In the network thread."""
-        places = places_of([*self.swarm.membership.volunteers(), self.swarm.me])
-        return driver_share(self.me, [place for place in places if 0 in place.stages])
+        drivers = [place for place in places_of(self.swarm.membership.volunteers()) if 0 in place.stages]
+        mine = self.swarm.me.place
+        return driver_share(self.me, drivers if mine is None else [*drivers, mine])
 
-    def _leave(self, stage: int, for_good: bool = False) -> None:
+    def _leave(self, stage: int) -> None:
         if stage == 0:
             self._stop_driving()
         self._desks.pop(stage, None)
         held = self.held.pop(stage)
         self._own_tokens[stage] = held.trainer.own_tokens
         held.end()
-        if for_good:  # others have it: should this peer come back to it, it takes theirs
-            held.keeper.forget()
-            self._earlier_tokens += self.rule.costs[stage] * self._own_tokens.pop(stage)
 
     def _stop_driving(self) -> None:
         driving, self._driving = self._driving, None
@@ -432,7 +430,7 @@ class PipelineVolunteer:
                 self._leave(stage)
             return False
         for stage in change.leaves:
-            self._leave(stage, for_good=True)
+            self._leave(stage)
         self._tell(now=True)
         if not first:
             for stage in change.enters:
@@ -468,9 +466,9 @@ class PipelineVolunteer:
 
     def _contribution(self) -> int:
         """Tokens that this peer has trained on, those of a stage by its part of the model."""
-        tokens = dict(self._own_tokens) | {stage: held.trainer.own_tokens for stage, held in self.held.items()}
-        here = sum(self.rule.costs[stage] * number for stage, number in tokens.items())
-        return int(self._earlier_tokens + here)
+        held = {stage: each.trainer.own_tokens for stage, each in list(self.held.items())}
+        tokens = dict(self._own_tokens) | held
+        return int(sum(self.rule.costs[stage] * number for stage, number in tokens.items()))
 
     def _durable(self) -> Progress:
         return Progress(round=self.swarm.me.round, run_tokens=0, peer_tokens={self.me: self._contribution()})

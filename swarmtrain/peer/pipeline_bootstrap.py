@@ -6,11 +6,13 @@ who come to a stage that nobody holds any more. It trains none of them.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
+import math
 import random
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -47,7 +49,7 @@ from swarmtrain.peer.common import (
 from swarmtrain.peer.gossip_exchange import hosting_of
 from swarmtrain.peer.held_stage import emit_of_stage
 from swarmtrain.peer.keeping import Keeper
-from swarmtrain.peer.present import fetch_present
+from swarmtrain.peer.present import Present, fetch_present
 from swarmtrain.peer.stopping import Interrupted
 from swarmtrain.v1 import control_pb2 as control_pb
 
@@ -57,6 +59,7 @@ _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _SAMPLE, _LAST_SAMPLE = 16, 4
 _FLUSH_S = 5.0
+_LAST_PULL_S = 3.0
 _LAST_ROUND_S = 30.0
 """How long those of a stage that have not ended their last round are waited for."""
 _LINGER_S = 60.0
@@ -137,17 +140,13 @@ class PipelineBootstrap(BootstrapPeer):
         kept = keeper.load(shape.num_parameters)
         if kept is not None:
             self._wait(keeper.restore(swarm, kept))
-            self._have(archive, kept)
+            archive.state, archive.progress = kept.state, kept.progress
+            self._tell(archive)
         self._wait(swarm.start(self.folder.kept_peers()))
         self._wait(swarm.announce())
         return archive
 
     # ------------------------------------------------------------- archiving
-
-    def _have(self, archive: StageArchive, kept: Checkpoint) -> None:
-        """It is served to whoever comes to the stage: say so."""
-        archive.state, archive.progress = kept.state, kept.progress
-        self._tell(archive)
 
     def _tell(self, archive: StageArchive) -> None:
         """Say what is safe on the disk: at the end the volunteers leave once the last weights are."""
@@ -209,16 +208,37 @@ class PipelineBootstrap(BootstrapPeer):
         if all(archive.is_final for archive in self.archives):
             self._try_to_write_archive()
 
-    def _archive(self, archive: StageArchive, last: bool = False, most_peers: int = _SAMPLE) -> bool:
+    def _archive(self, archive: StageArchive, last: bool = False) -> bool:
         """Pull the stage's present weights, write them down, and offer them; False if there is nothing new."""
+        present = self._wait(self._pulled(archive, _SAMPLE, math.inf, last))
+        if present is None:
+            return False
+        self._keep(archive, present)
+        archive.keeper.checkpointer.flush(_FLUSH_S)
+        self._tell(archive)
+        return True
+
+    async def _pulled_soon(self, archives: Sequence[StageArchive]) -> list[Present | BaseException | None]:
+        """What a few of each stage have, all stages at once; one that fails keeps no other back."""
+        pulls = (self._pulled(archive, _LAST_SAMPLE, _LAST_PULL_S) for archive in archives)
+        return await asyncio.gather(*pulls, return_exceptions=True)
+
+    async def _pulled(
+        self, archive: StageArchive, most_peers: int, limit_s: float, last: bool = False
+    ) -> Present | None:
+        """What those of a stage have, if it is new; None too if nobody delivers within so long."""
         volunteers = [info.peer for info in archive.swarm.membership.volunteers()]
         sample = random.sample(volunteers, min(most_peers, len(volunteers)))
         if not sample:
-            return False
+            return None
         above_tokens = 0 if last else archive.progress.run_tokens
-        present = self._wait(fetch_present(archive.swarm, sample, "archive", above_tokens))
-        if present is None:
-            return False
+        try:
+            async with asyncio.timeout(None if limit_s == math.inf else limit_s):
+                return await fetch_present(archive.swarm, sample, "archive", above_tokens)
+        except TimeoutError:
+            return None
+
+    def _keep(self, archive: StageArchive, present: Present) -> None:
         keeper = archive.keeper
         kept = Checkpoint(
             state=present.state,
@@ -228,10 +248,8 @@ class PipelineBootstrap(BootstrapPeer):
             extra=keeper.checkpointer.extra(),
         )
         keeper.keep(kept)
-        keeper.checkpointer.flush(_FLUSH_S)
         self._wait(keeper.offer(archive.swarm, kept))
-        self._have(archive, kept)
-        return True
+        archive.state, archive.progress = kept.state, kept.progress
 
     def archive_once_more(self) -> None:
         """It was asked to leave: keep what the volunteers have by now of each stage; some seconds at most."""
@@ -239,10 +257,11 @@ class PipelineBootstrap(BootstrapPeer):
             return
         self.stop = self.stop.last_work(LAST_ARCHIVE_S)
         self.control.board.doing(control_pb.PEER_STATE_FINISHING, "leaving: taking one last archive")
+        open_ones = [archive for archive in self.archives if not archive.is_final]
         try:
-            for archive in self.archives:
-                if not archive.is_final:
-                    self._archive(archive, most_peers=_LAST_SAMPLE)
+            for archive, present in zip(open_ones, self._wait(self._pulled_soon(open_ones)), strict=True):
+                if isinstance(present, Present):
+                    self._keep(archive, present)
         except (Interrupted, SwarmtrainError) as error:
             _log.info("no last archive of some stages: %r", error)
         self._try_to_write_archive()
@@ -258,7 +277,8 @@ class PipelineBootstrap(BootstrapPeer):
 
     def _joined(self) -> Mapping[str, Tensor] | None:
         """The whole model's weights, once every stage was archived."""
-        if any(archive.state is None for archive in self.archives) or not self.archives:
+        is_whole = len(self.archives) == self.published.run.pipeline.stages
+        if not is_whole or any(archive.state is None for archive in self.archives):
             return None
         return joined_weights(archive.weights() for archive in self.archives)
 

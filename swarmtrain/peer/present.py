@@ -16,7 +16,7 @@ from swarmtrain.membership.rosters import Roster
 from swarmtrain.network.rounds import NewState
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import state_of
-from swarmtrain.peer.consensus import consensus_of, counts_in_untrusted, layout_of_specs, round_of
+from swarmtrain.peer.consensus import consensus_of, counts_in_untrusted, layout_of_specs, not_far_behind, round_of
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Present", "fetch_present", "present_of"]
@@ -58,7 +58,7 @@ async def fetch_present(swarm: Swarm, peers: Sequence[str], reason: str, above_t
     run_tokens = sum(counts.values())
     if run_tokens <= above_tokens:
         return None
+    states = not_far_behind(states, swarm.published.run.merge.max_staleness_rounds)
     progress = Progress(round=round_of(states), run_tokens=run_tokens, peer_tokens=counts)
-    most_behind = swarm.published.run.merge.max_staleness_rounds
-    state = await asyncio.to_thread(consensus_of, states, layout_of_specs(swarm.specs), most_behind)
+    state = await asyncio.to_thread(consensus_of, states, layout_of_specs(swarm.specs))
     return Present(state=state, progress=progress)

@@ -226,10 +226,7 @@ class ServerExchange(AsynchronousExchange):
         states = wait_for(fetching, self.stop, lambda: self.on_arriving(swarm.store.arriving))
         if not states:
             return None
-        new, state = (
-            self._progress_of(states, progress.round),
-            consensus_of(states, layout_of_specs(swarm.specs), self.run.merge.max_staleness_rounds),
-        )
+        new, state = self._progress_of(states, progress.round), consensus_of(states, layout_of_specs(swarm.specs))
         if states[0].peer == self.publisher.server:
             theta, round = self._start_from(states[0], state.theta, new.round)
             state, new = OuterState(theta, state.momentum), dataclasses.replace(new, round=round)

@@ -28,6 +28,8 @@ __all__ = ["Call", "Microbatch", "StageVolunteer"]
 Outcome: TypeAlias = Literal["done", "busy", "left", "lost", "refused"]
 _FORWARD, _BACKWARD = 1 / 3, 2 / 3
 _LEARN = 0.05
+_AGAIN_S = 0.5
+"""After so long a driver chooses again where it found nobody."""
 
 
 @dataclass(eq=False)
@@ -222,7 +224,9 @@ class StageVolunteer:
             return
         while self._backwards or self._forwards:
             call = self._next()
-            if call.driver.alive:
+            if call.is_backward and call.stage and not self._is_fresh(call):
+                self._reply(call, "lost")
+            elif call.driver.alive:
                 self._work(call)
                 return
         if 0 in self.stages and self.num_in_flight < self.most_in_flight and not self._blocked[1]:
@@ -284,8 +288,8 @@ class StageVolunteer:
         peer = self.world.peers.get(name) or self._ghost(name) if name is not None else None
         if peer is None:
             microbatch.tried.clear()
-            next_s = router.next_s(now)
-            if next_s is not None and self._retries[stage] is None:
+            if self._retries[stage] is None:
+                next_s = min(router.next_s(now) or math.inf, now + _AGAIN_S)
                 self._retries[stage] = self.world.clock.call_at(next_s, self._retry, stage)
             return False
         self._ask(peer, microbatch, stage, 1.0 if stage == len(self.routers) - 1 else _FORWARD)

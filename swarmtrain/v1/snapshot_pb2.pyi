@@ -39,7 +39,7 @@ class Signed(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., author: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Place(_message.Message):
-    __slots__ = ("stages", "moving_to", "bound", "tokens_per_s", "most_stages", "move_s", "queue", "flow_tokens_per_s", "kept")
+    __slots__ = ("stages", "moving_to", "bound", "tokens_per_s", "most_stages", "move_s", "queue", "flow_tokens_per_s", "kept", "kept_rounds")
     STAGES_FIELD_NUMBER: _ClassVar[int]
     MOVING_TO_FIELD_NUMBER: _ClassVar[int]
     BOUND_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class Place(_message.Message):
     QUEUE_FIELD_NUMBER: _ClassVar[int]
     FLOW_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_ROUNDS_FIELD_NUMBER: _ClassVar[int]
     stages: _containers.RepeatedScalarFieldContainer[int]
     moving_to: _containers.RepeatedScalarFieldContainer[int]
     bound: _containers.RepeatedScalarFieldContainer[int]
@@ -58,7 +59,8 @@ class Place(_message.Message):
     queue: float
     flow_tokens_per_s: float
     kept: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, stages: _Optional[_Iterable[int]] = ..., moving_to: _Optional[_Iterable[int]] = ..., bound: _Optional[_Iterable[int]] = ..., tokens_per_s: _Optional[float] = ..., most_stages: _Optional[int] = ..., move_s: _Optional[float] = ..., queue: _Optional[float] = ..., flow_tokens_per_s: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ...) -> None: ...
+    kept_rounds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stages: _Optional[_Iterable[int]] = ..., moving_to: _Optional[_Iterable[int]] = ..., bound: _Optional[_Iterable[int]] = ..., tokens_per_s: _Optional[float] = ..., most_stages: _Optional[int] = ..., move_s: _Optional[float] = ..., queue: _Optional[float] = ..., flow_tokens_per_s: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ..., kept_rounds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Presence(_message.Message):
     __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled", "hidden", "hosts", "place")

@@ -304,18 +304,18 @@ def test_those_who_come_at_one_moment_choose_one_after_the_other() -> None:
 
 def test_a_stage_that_nobody_has_is_taken_by_who_kept_it() -> None:
     """Everybody was switched off and comes back: nobody's checkpoint is left unused."""
-    kept = {"a": (), "b": (2,), "c": (0, 1), "d": (1,), "e": (2,), "f": (1, 0)}
-    new = [peer(name, kept=stages) for name, stages in kept.items()]
+    kept = {"b": ((2, 5),), "c": ((0, 9), (1, 7)), "d": ((1, 8),), "e": ((2, 6),), "f": ((1, 8), (0, 4))}
+    new = [peer(name, kept=kept.get(name, ())) for name in "abcdef"]
     chosen = {one.peer: first_stages(one.peer, new, NOW, THREE)[0] for one in new}
-    assert chosen["b"] == (2,) and chosen["c"] == (0,) and chosen["d"] == (1,)
+    assert chosen["e"] == (2,) and chosen["c"] == (0,) and chosen["d"] == (1,), "the newest of each"
     assert sorted(chosen.values()) == [(0,), (0,), (1,), (1,), (2,), (2,)]
-    late = peer("g", kept=(0,))
+    late = peer("g", kept=((0, 3),))
     assert first_stages("g", [*pile(2, 1, 2), late], NOW, THREE)[0] == (1,), "others have its stage: it is needed here"
-    assert first_stages("g", [*pile(2, 2, 0), peer("a"), late, peer("h", kept=(2,))], NOW, THREE)[0] != (2,)
-    few = [peer("a", kept=(2, 0), most_stages=2), peer("b", kept=(), most_stages=2)]
+    assert first_stages("g", [*pile(2, 2, 0), peer("a"), late, peer("h", kept=((2, 3),))], NOW, THREE)[0] != (2,)
+    few = [peer("a", kept=((2, 3), (0, 3)), most_stages=2), peer("b", most_stages=2)]
     assert first_stages("a", few, NOW, THREE)[0] == (0, 2)
     assert 1 in first_stages("b", few, NOW, THREE)[0]
-    nonsense = peer("a", kept=(7, 511))
+    nonsense = peer("a", kept=((7, 1), (511, 2**63)))
     assert len(first_stages("a", [nonsense], NOW, THREE)[0]) == 1
 
 

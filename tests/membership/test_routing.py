@@ -347,6 +347,14 @@ def test_a_fast_driver_has_more_under_way_than_a_slow_one() -> None:
     assert [driver_share(name, drivers) for name in "ab"] == [0.75, 0.25]
     assert [most_in_flight(16, driver_share(name, drivers), [2, 1]) for name in "ab"] == [12, 4]
     assert [most_in_flight(16, driver_share(name, drivers), [2, 2]) for name in "ab"] == [16, 8], "a batch at most"
-    silent = [*drivers, StagePeer(peer="c", stages=(0,), tokens_per_s=0.0)]
-    assert driver_share("a", silent) == driver_share("c", silent) == 1 / 3
-    assert driver_share("d", drivers) == 0.0 and driver_share("a", drivers[:1]) == driver_share("a", []) == 1.0
+    assert driver_share("a", drivers[:1]) == driver_share("a", []) == 1.0
+
+
+def test_a_driver_that_lies_or_says_nothing_starves_nobody() -> None:
+    drivers = [StagePeer(peer=name, stages=(0,), tokens_per_s=100.0) for name in "abc"]
+    liar = StagePeer(peer="d", stages=(0,), tokens_per_s=9e11)
+    assert driver_share("a", [*drivers, liar]) == 0.5 / 4 and driver_share("d", [*drivers, liar]) == 10 / 13
+    silent = StagePeer(peer="d", stages=(0,), tokens_per_s=0.0)
+    assert driver_share("a", [*drivers, silent]) == driver_share("d", [*drivers, silent]) == 1 / 4
+    assert driver_share("d", drivers) == 1 / 4, "its own record says nothing of the first stage yet"
+    assert driver_share("a", [silent]) == 1 / 2

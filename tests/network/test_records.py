@@ -308,7 +308,7 @@ PLACE = StagePeer(
     move_s=12.25,
     queue=7.0,
     flow_tokens_per_s=1000.0,
-    kept=(2, 511, 0),
+    kept=((2, 5), (511, 2**40), (0, 7)),
     seen_s=1.5e9,
 )
 
@@ -343,7 +343,9 @@ _NUMBERS = ("tokens_per_s", "move_s", "queue", "flow_tokens_per_s")
 @pytest.mark.parametrize(
     "fields",
     [
-        *({"kept": stages} for stages in ([2, 2], [512], list(range(17)))),
+        *({"kept": stages, "kept_rounds": [1] * len(stages)} for stages in ([2, 2], [512], list(range(17)))),
+        {"kept": [1, 2], "kept_rounds": [3]},
+        {"kept_rounds": [3]},
         *({name: stages} for name in _LISTS for stages in ([1, 0], [2, 2], [512], [0, 2**32 - 1], list(range(513)))),
         *({name: [0] * 100_000} for name in _LISTS),
         *({name: number} for name in _NUMBERS for number in (math.nan, -1.0, math.inf, -math.inf, 1.1e12)),
