@@ -87,7 +87,7 @@ def average_bytes_untrusted(parts: Sequence[memoryview], weights: Sequence[int])
     return mean, left_out
 
 
-_DTYPES: dict[Format, str] = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
+_DTYPES: dict[Format, str] = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4", "int2": "int2"}
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class VectorCodec:
 
     @cached_property
     def _feedback(self) -> ErrorFeedback | None:
-        """What int4 has lost so far; the other formats lose too little to be worth it."""
-        return ErrorFeedback("int4", self._sizes) if self.format == "int4" else None
+        """What int4 or int2 has lost so far; the other formats lose too little to be worth it."""
+        return ErrorFeedback(self.format, self._sizes) if self.format in ("int4", "int2") else None
 
     @property
     def _sizes(self) -> list[int]:
@@ -123,8 +123,8 @@ class VectorCodec:
         return _bytes_of(encode(vector, self.format, self._sizes))
 
     def encode_sum(self, vector: Tensor, round: int, part: int = 1) -> memoryview:
-        """The bytes of one of many vectors (P,) whose sum counts, as of a part of a round. What int4 loses in a round
-        is added to a later one's. Not for several threads at once."""
+        """The bytes of one of many vectors (P,) whose sum counts, as of a part of a round. What int4 or int2 loses in a
+        round is added to a later one's. Not for several threads at once."""
         if self._feedback is None:
             return self.encode(vector)
         return _bytes_of(self._feedback.encode(vector, round, part))

@@ -54,7 +54,7 @@ _CHUNKS_AT_ONCE = 16
 
 _T = TypeVar("_T")
 
-_DTYPES = {"float32": (32, 0), "bfloat16": (16, 0), "int8": (8, 256), "int4": (4, 64)}
+_DTYPES = {"float32": (32, 0), "bfloat16": (16, 0), "int8": (8, 256), "int4": (4, 64), "int2": (2, 128)}
 """(bits a number, numbers a scale) of what a tensor's `dtype` may be; `algorithm.quantize` makes the bytes."""
 
 _READER_STALL_S = 20.0

@@ -17,7 +17,9 @@ from torch import Tensor
 from swarmtrain.algorithm.quantize import FORMATS, ErrorFeedback, Format, decode, encode, encoded_size_bytes
 
 INTEGER: tuple[Format, ...] = ("int8", "int4")
-BLOCK = {"int8": 256, "int4": 64}
+BLOCK = {"int8": 256, "int4": 64, "int2": 128}
+SETTLED: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")
+"""What was decoded is encoded as the same bytes again."""
 LEVELS = {"int8": 127, "int4": 7}
 # Whole blocks, neighbours that are one run, short and odd last blocks, single numbers, a tensor without any, and
 # more whole blocks than are worked on at once.
@@ -39,6 +41,44 @@ def _blocks(format: Format, sizes: Sequence[int]) -> list[tuple[int, int]]:
         blocks += [(start + first, start + min(first + BLOCK[format], size)) for first in range(0, size, BLOCK[format])]
         start += size
     return blocks
+
+
+def _plain_step(block: npt.NDArray[np.float32]) -> np.float32:
+    """Of int2: 1.2 times the mean magnitude, which is halved sums of neighbours again and again."""
+    padded = 1 << (len(block) - 1).bit_length()
+    halves = np.zeros(padded, dtype=np.float32)
+    halves[: len(block)] = np.abs(block)
+    while len(halves) > 1:
+        halves = halves[::2] * np.float32(0.5) + halves[1::2] * np.float32(0.5)
+    step = np.float32(min(halves[0], np.float32(2.0**124)) * np.float32(padded / len(block))) * np.float32(1.2)
+    return np.float32(0) if step <= 2.0**-112 else np.float32(step)
+
+
+def _plain_encode_quarters(vector: npt.NDArray[np.float32], sizes: Sequence[int]) -> bytes:
+    steps = [_plain_step(vector[start:end]) for start, end in _blocks("int2", sizes)]
+    codes = np.full(len(vector), 2)
+    for (start, end), step in zip(_blocks("int2", sizes), steps, strict=True):
+        if step:
+            codes[start:end] = np.clip(np.floor(vector[start:end] * (np.float32(1) / step)) + 2, 0, 3)
+    data, start = np.array(steps, dtype="<f4").tobytes(), 0
+    for size in sizes:
+        own = [*map(int, codes[start : start + size]), *[0] * (-size % 4)]
+        data += bytes(a | b << 2 | c << 4 | d << 6 for a, b, c, d in zip(*(own[i::4] for i in range(4)), strict=True))
+        start += size
+    return data
+
+
+def _plain_decode_quarters(data: bytes, sizes: Sequence[int]) -> npt.NDArray[np.float32]:
+    blocks = _blocks("int2", sizes)
+    steps, rest = np.frombuffer(data[: 4 * len(blocks)], dtype="<f4"), data[4 * len(blocks) :]
+    codes: list[int] = []
+    for size in sizes:
+        own, rest = rest[: -(-size // 4)], rest[-(-size // 4) :]
+        codes += [byte >> shift & 3 for byte in own for shift in (0, 2, 4, 6)][:size]
+    numbers = np.array(codes, dtype=np.float32) - np.float32(1.5)
+    for (start, end), step in zip(blocks, steps, strict=True):
+        numbers[start:end] *= step
+    return numbers
 
 
 def _plain_encode(vector: npt.NDArray[np.float32], format: Format, sizes: Sequence[int]) -> bytes:
@@ -96,6 +136,23 @@ def test_equals_a_plain_loop_to_the_bit(format: Format) -> None:
     assert decoded.numpy().tobytes() == _plain_decode(data.numpy().tobytes(), format, SIZES).tobytes()
 
 
+@pytest.mark.parametrize("sizes", [SIZES, (3, 5), (1,), (128,), (129, 2)])
+def test_two_bits_equal_a_plain_loop_to_the_bit(sizes: Sequence[int]) -> None:
+    vector = _vector(sizes)
+    data = encode(vector, "int2", sizes)
+    assert data.numpy().tobytes() == _plain_encode_quarters(vector.numpy(), sizes)
+    decoded = decode(data, "int2", sizes)
+    assert decoded.numpy().tobytes() == _plain_decode_quarters(data.numpy().tobytes(), sizes).tobytes()
+
+
+def test_two_bits_lose_an_eighth_of_a_normal_distribution() -> None:
+    """0.1175 is the least that four levels lose of it."""
+    numbers = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    lost = decode(encode(numbers, "int2", [len(numbers)]), "int2", [len(numbers)]) - numbers
+    assert lost.square().mean() < 0.12
+    assert encoded_size_bytes("int2", [len(numbers)]) == len(numbers) / 4 + 4 * len(numbers) / 128
+
+
 def test_fp32_is_the_numbers_and_bf16_is_torchs() -> None:
     vector = _vector(SIZES)
     assert encode(vector, "fp32", SIZES).numpy().tobytes() == vector.numpy().astype("<f4").tobytes()
@@ -116,7 +173,7 @@ def test_no_number_is_off_by_more_than_half_a_step_and_the_largest_not_at_all(fo
         assert decoded[start:end].abs().max() == largest
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SETTLED)
 def test_encoding_what_was_decoded_gives_the_same_bytes(format: Format) -> None:
     for seed in range(5):
         data = encode(_vector(SIZES, seed), format, SIZES)
@@ -137,7 +194,7 @@ def test_any_sizes_and_any_magnitude(format: Format, sizes: list[int], exponent:
     assert data.shape == (encoded_size_bytes(format, sizes),) and data.is_contiguous()
     decoded = decode(data, format, sizes)
     assert torch.isfinite(decoded).all()
-    assert torch.equal(encode(decoded, format, sizes), data)
+    assert format not in SETTLED or torch.equal(encode(decoded, format, sizes), data)
     assert bool((decoded * vector.sign() >= 0).all()), "a sign was turned"
 
 
@@ -167,7 +224,7 @@ def test_zero_is_zero_and_the_largest_numbers_stay_finite(format: Format) -> Non
     vector[7] = -largest
     decoded = decode(encode(vector, format, sizes), format, sizes)
     assert torch.isfinite(decoded).all()
-    assert torch.allclose(decoded, vector, rtol=0, atol=largest / 7)
+    assert format == "int2" or torch.allclose(decoded, vector, rtol=0, atol=largest / 7)
 
 
 @pytest.mark.parametrize("format", INTEGER)
@@ -199,15 +256,15 @@ def test_bytes_of_another_length_are_refused(format: Format) -> None:
         with pytest.raises(ValueError, match="is needed"):
             decode(data, format, sizes, room)
     assert out.eq(5).all()
-    assert decode(data, format, sizes, out) is out and out.eq(1).all()
+    assert decode(data, format, sizes, out) is out and out.eq(out[0]).all() and 0.5 < out[0] <= 1
 
 
 def test_vectors_and_formats_that_make_no_sense() -> None:
     for vector in (torch.ones(5), torch.ones(6, dtype=torch.float64), torch.ones(2, 3), torch.ones(12)[::2]):
         with pytest.raises(ValueError, match="is needed"):
             encode(vector, "int8", (3, 3))
-    with pytest.raises(ValueError, match="fp32, bf16, int8, int4"):
-        encode(torch.ones(6), "int2", (6,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fp32, bf16, int8, int4, int2"):
+        encode(torch.ones(6), "int3", (6,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="negative"):
         encoded_size_bytes("int8", (3, -1))
 
@@ -252,15 +309,16 @@ def test_weights_and_gradients_in_int8_take_at_most_2_1_bytes_a_parameter() -> N
     assert encoded_size_bytes("int4", [1, 64, 65]) == 4 * 4 + 1 + 32 + 33
 
 
-def test_what_is_sent_adds_up_to_the_gradients() -> None:
+@pytest.mark.parametrize("format", ["int4", "int2"])
+def test_what_is_sent_adds_up_to_the_gradients(format: Format) -> None:
     sizes = (100, 33)
     gradients = [0.01 * _vector(sizes, seed) + torch.linspace(-1e-4, 1e-4, 133) for seed in range(40)]
-    feedback = ErrorFeedback("int4", sizes)
+    feedback = ErrorFeedback(format, sizes)
     sent = torch.zeros(133, dtype=torch.float64)
     plain = torch.zeros(133, dtype=torch.float64)
     for round, gradient in enumerate(gradients):
-        sent += decode(feedback.encode(gradient, round, 1), "int4", sizes)
-        plain += decode(encode(gradient, "int4", sizes), "int4", sizes)
+        sent += decode(feedback.encode(gradient, round, 1), format, sizes)
+        plain += decode(encode(gradient, format, sizes), format, sizes)
     total = torch.stack(gradients).double().sum(0)
     assert torch.allclose(sent + feedback.residual, total, rtol=0, atol=1e-8)
     assert (sent - total).abs().sum() < 0.5 * (plain - total).abs().sum()
