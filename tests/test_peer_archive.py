@@ -231,12 +231,12 @@ def test_where_there_is_nothing_newer_the_archive_stays(leaving: Leaving, swarm:
 
 
 def test_a_last_archive_that_takes_too_long_is_given_up(leaving: Leaving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "_LAST_ARCHIVE_S", 0.3)
+    monkeypatch.setattr(bootstrap, "LAST_ARCHIVE_S", 0.3)
     assert leaving.asked(Volunteers({"anna": 900}, delivers=False)) == 500
 
 
 def test_an_end_that_is_asked_for_again_is_obeyed_at_once(leaving: Leaving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "_LAST_ARCHIVE_S", 3600.0)
+    monkeypatch.setattr(bootstrap, "LAST_ARCHIVE_S", 3600.0)
     assert leaving.asked(Volunteers({"anna": 900}, before_it_delivers=leaving.stop.insist, delivers=False)) == 500
 
 
