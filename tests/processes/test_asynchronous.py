@@ -150,7 +150,9 @@ def test_a_run_ends_by_itself_with_the_consensus(swarm: Swarm) -> None:
     for event in done:
         assert event.own_loss is not None and event.held_out_loss is not None
         assert total <= event.run_tokens <= total + 2 * len(peers) * ROUND_TOKENS
-        assert event.held_out_loss < math.log(256) and event.held_out_loss <= event.own_loss * 1.02
+        assert event.held_out_loss < math.log(256)
+        # One that a busy machine let take twice as many steps as the others may be better than their mean.
+        assert event.held_out_loss <= event.own_loss * 1.05
     losses = [event.held_out_loss for event in done]
     assert max(losses) - min(losses) < 0.02 * min(losses)
     rounds = [event for child in peers for event in child.all(RoundEvent) if event.round > 0]
