@@ -225,7 +225,7 @@ class PipelineVolunteer:
     def _choose(self) -> None:
         """Take the stages that need this peer most, once there is company."""
         self._kept_stages = kept_stages(self.folder, self.published, self.me, len(self.shapes))
-        self._tell()  # before the others choose, who must know it
+        self._tell(now=True)  # before the others choose, who must know it
         self._wait_for_company()
         stages, reason = first_stages(self.me, self.places(), swarm_time(), self.rule)
         if self._first_stages:
