@@ -356,6 +356,11 @@ class RunFile(_Section):
         batch = self.inner.batch_sequences
         return self.inner.microbatch_sequences or (batch if self.pipeline.stages == 1 else max(1, batch // 8))
 
+    @property
+    def batch_microbatches(self) -> int:
+        """Microbatches of a batch; the last one may be smaller."""
+        return -(-self.inner.batch_sequences // self.microbatch_sequences)
+
     def num_shards(self, corpus_tokens: int) -> int:
         """Shards of a corpus of so many tokens, each at least what a round reads; 0 where there are none."""
         if self.merge.method != "gossip" or (self.data.source == "datasets" and self.data.streaming):

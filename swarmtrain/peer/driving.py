@@ -149,8 +149,8 @@ class Driving:
             return 0
         if self.run.pipeline.in_flight:
             return self.run.pipeline.in_flight
-        batch_microbatches = -(-self.run.inner.batch_sequences // self.run.microbatch_sequences)
-        return most_in_flight(batch_microbatches, self.share(), [len(of) for stage, of in peers.items() if stage])
+        num_peers = [len(of) for stage, of in peers.items() if stage]
+        return most_in_flight(self.run.batch_microbatches, self.share(), num_peers)
 
     async def _drive(self, tokens: int, x: object, targets: object) -> None:
         try:

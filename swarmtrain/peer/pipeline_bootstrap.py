@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import math
 import random
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -210,7 +209,7 @@ class PipelineBootstrap(BootstrapPeer):
 
     def _archive(self, archive: StageArchive, last: bool = False) -> bool:
         """Pull the stage's present weights, write them down, and offer them; False if there is nothing new."""
-        present = self._wait(self._pulled(archive, _SAMPLE, math.inf, last))
+        present = self._wait(self._pulled(archive, _SAMPLE, None, last))
         if present is None:
             return False
         self._keep(archive, present)
@@ -224,7 +223,7 @@ class PipelineBootstrap(BootstrapPeer):
         return await asyncio.gather(*pulls, return_exceptions=True)
 
     async def _pulled(
-        self, archive: StageArchive, most_peers: int, limit_s: float, last: bool = False
+        self, archive: StageArchive, most_peers: int, limit_s: float | None, last: bool = False
     ) -> Present | None:
         """What those of a stage have, if it is new; None too if nobody delivers within so long."""
         volunteers = [info.peer for info in archive.swarm.membership.volunteers()]
@@ -233,7 +232,7 @@ class PipelineBootstrap(BootstrapPeer):
             return None
         above_tokens = 0 if last else archive.progress.run_tokens
         try:
-            async with asyncio.timeout(None if limit_s == math.inf else limit_s):
+            async with asyncio.timeout(limit_s):
                 return await fetch_present(archive.swarm, sample, "archive", above_tokens)
         except TimeoutError:
             return None
