@@ -64,7 +64,7 @@ class StagePeer:
     queue: float = 0.0
     """Tasks that wait; only `change_by_queues` looks at it."""
     flow_tokens_per_s: float = 0.0
-    """What passes through it now, for who watches."""
+    """What passes through it now."""
     seen_s: float = 0.0
     """When it said so."""
 
@@ -329,7 +329,7 @@ class Joiner:
     tokens_per_s: float
     most_stages: int = 1
     kept: tuple[int, ...] = ()
-    """Stages that nobody has and that it has the newest checkpoint of."""
+    """Stages that nothing passes through yet and that it has the newest checkpoint of."""
 
 
 def stages_for_joiner(
@@ -364,11 +364,13 @@ def stages_for_joiner(
 def first_stages(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[tuple[int, ...], str]:
     """What a peer that holds nothing yet takes, where others that come at the same moment hold nothing either; with the
     reason. They choose one after the other in the order of their PeerIDs, those first who have the newest checkpoint of
-    a stage that nobody has, each knowing what those before it have chosen from the same records: nobody needs to be
-    asked. None takes more than one stage while there are as many peers as stages."""
+    a stage that nothing passes through yet, each knowing what those before it have chosen from the same records: nobody
+    needs to be asked, and whoever holds such a stage a moment earlier takes no claim away. None takes more than one
+    stage while there are as many peers as stages."""
     known = {one.peer: one for one in live(peers, now, rule)}
     undecided = [one for one in known.values() if not one.planned]
-    claims = _kept_claims(undecided, set(range(rule.num_stages)) - {s for one in known.values() for s in one.planned})
+    alive = {stage for one in known.values() if one.flow_tokens_per_s > 0 for stage in one.stages}
+    claims = _kept_claims(undecided, set(range(rule.num_stages)) - alive)
     undecided.sort(key=lambda one: (one.peer not in claims, one.peer))
     stages: tuple[int, ...] = ()
     reason = f"{short_peer(me)} is not among the peers"
@@ -384,12 +386,12 @@ def first_stages(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) ->
     return stages, reason
 
 
-def _kept_claims(peers: Sequence[StagePeer], lost: Collection[int]) -> dict[str, list[int]]:
-    """Of each lost stage who has the newest checkpoint: PeerID and stages, the one trained furthest first."""
+def _kept_claims(peers: Sequence[StagePeer], idle: Collection[int]) -> dict[str, list[int]]:
+    """Of each idle stage who has the newest checkpoint: PeerID and stages, the one trained furthest first."""
     newest: dict[int, tuple[int, str]] = {}
     for one in sorted(peers, key=lambda one: one.peer):
         for stage, round in one.kept:
-            if stage in lost and (stage not in newest or round > newest[stage][0]):
+            if stage in idle and (stage not in newest or round > newest[stage][0]):
                 newest[stage] = (round, one.peer)
     claims: dict[str, list[int]] = {}
     for stage in sorted(newest, key=lambda stage: (-newest[stage][0], stage)):

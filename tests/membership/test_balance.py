@@ -310,13 +310,23 @@ def test_a_stage_that_nobody_has_is_taken_by_who_kept_it() -> None:
     assert chosen["e"] == (2,) and chosen["c"] == (0,) and chosen["d"] == (1,), "the newest of each"
     assert sorted(chosen.values()) == [(0,), (0,), (1,), (1,), (2,), (2,)]
     late = peer("g", kept=((0, 3),))
-    assert first_stages("g", [*pile(2, 1, 2), late], NOW, THREE)[0] == (1,), "others have its stage: it is needed here"
-    assert first_stages("g", [*pile(2, 2, 0), peer("a"), late, peer("h", kept=((2, 3),))], NOW, THREE)[0] != (2,)
+    others = [replace(one, flow_tokens_per_s=50.0) for one in pile(2, 1, 2)]
+    assert first_stages("g", [*others, late], NOW, THREE)[0] == (1,), "others train its stage: it is needed here"
+    others = [replace(one, flow_tokens_per_s=50.0) for one in pile(2, 2, 0)]
+    assert first_stages("g", [*others, peer("a"), late, peer("h", kept=((2, 3),))], NOW, THREE)[0] != (2,)
     few = [peer("a", kept=((2, 3), (0, 3)), most_stages=2), peer("b", most_stages=2)]
     assert first_stages("a", few, NOW, THREE)[0] == (0, 2)
     assert 1 in first_stages("b", few, NOW, THREE)[0]
     nonsense = peer("a", kept=((7, 1), (511, 2**63)))
     assert len(first_stages("a", [nonsense], NOW, THREE)[0]) == 1
+
+
+@pytest.mark.parametrize("there", [{"stages": (0,)}, {"stages": (), "moving_to": (0,)}])
+def test_who_decides_a_moment_earlier_takes_no_claim_away(there: dict[str, tuple[int, ...]]) -> None:
+    """The fourth of three stages counts on the claim of the second and helps it; the second decides after it."""
+    early = replace(peer("d"), **there)  # type: ignore[arg-type]
+    new = [peer("a", kept=((2, 5),)), peer("b", kept=((0, 5),)), peer("c", kept=((1, 5),)), early]
+    assert [first_stages(name, new, NOW, THREE)[0] for name in "abc"] == [(2,), (0,), (1,)]
 
 
 # ---------------------------------------------------------------- for any swarm
