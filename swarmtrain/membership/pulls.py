@@ -29,7 +29,7 @@ _LINK_SHARE = 0.65
 """So much of a round may be spent on pulling."""
 _SLACK = 1.5
 """A pull begins so many times as long before the round's end as it is expected to take."""
-_SPARE_SHARE, _MOST_SPARE_S = 0.05, 1.5
+_SPARE_SHARE, _MOST_SPARE_S = 0.10, 1.5
 """And such a share of a round earlier still, at most so many seconds: one that is busy is asked again after a second,
 and another is tried where one fails."""
 

@@ -203,14 +203,13 @@ def test_one_of_two_that_hangs_or_dies_costs_seconds_and_the_last_one_is_replace
     """SIGSTOP for one of two peers of the second stage, SIGKILL for one of the third's, then for the last of it."""
     bootstrap = swarm.bootstrap(_run(swarm, 10**9, "rates"), "--wait-for", "6")
     children = _join_all(swarm, bootstrap.invite.invite, (0, 0, 1, 1, 2, 2))
-    drivers = children[:2]
     for child in children:
         child.wait_event(RoundEvent, lambda event: event.round >= 1)
     bootstrap.wait_event(ArchivedEvent)
     children[3].process.send_signal(signal.SIGSTOP)
-    _wait_more_rounds(drivers, 0, 2, 30 + exit_limit_s())
+    _wait_more_rounds(children, 0, 2, 30 + exit_limit_s())
     children[5].kill()
-    _wait_more_rounds(drivers, 0, 2, 30 + exit_limit_s())
+    _wait_more_rounds(children, 0, 2, 30 + exit_limit_s())
     children[3].process.send_signal(signal.SIGCONT)
     at_s = time.time()
     for child in children:
