@@ -351,10 +351,10 @@ class RunFile(_Section):
 
     @property
     def microbatch_sequences(self) -> int:
-        """Sequences that are computed at once; in a pipeline without `inner.microbatch_sequences` an eighth of a
-        batch, so that several stages have something to do."""
+        """Sequences that are computed at once; in a pipeline without `inner.microbatch_sequences` a 32nd of a
+        batch, so that several stages have something to do and little of it is by old weights."""
         batch = self.inner.batch_sequences
-        return self.inner.microbatch_sequences or (batch if self.pipeline.stages == 1 else max(1, batch // 8))
+        return self.inner.microbatch_sequences or (batch if self.pipeline.stages == 1 else max(1, batch // 32))
 
     @property
     def batch_microbatches(self) -> int:

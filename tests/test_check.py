@@ -99,7 +99,7 @@ def test_a_sound_run_raises_no_doubt() -> None:
         ("total_tokens = 9_000_000\n[merge]\nmomentum_ramp_rounds = 50", "momentum_ramp_rounds = 50 is longer than"),
         (GOOD + "min_peers = 9", "round 0 begins with merge.min_peers = 9 peers; 4 assumed"),
         (GOOD + "[inner]\nbatch_sequences = 15", "inner.batch_sequences = 15 is odd"),
-        (GOOD + "[pipeline]\nstages = 5", "a batch is 8 microbatches, and drivers have no more under way"),
+        (GOOD + "[pipeline]\nstages = 5", "a batch is 16 microbatches, and drivers have a quarter of that under way"),
         (GOOD + "[data]\nheld_out_bytes = 4096", "data.held_out_bytes = 4096 is small"),
     ],
 )

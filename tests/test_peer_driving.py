@@ -16,6 +16,7 @@ from virtual_loop import virtually
 
 from swarmtrain.errors import BadBytesError, GoneError, PeerError, RunTimeError, UnreachableError
 from swarmtrain.events import Event, MicrobatchRetryEvent
+from swarmtrain.membership.balance import StagePeer
 from swarmtrain.membership.microbatches import Key, Settlement
 from swarmtrain.peer import driving
 from swarmtrain.peer.driver import Answered, Part, Tail
@@ -26,7 +27,7 @@ STAGES = 3
 SOON_S = 2.0
 
 
-def run_file(batch: int = 8, microbatch: int = 2, in_flight: int = 0, stages: int = STAGES) -> RunFile:
+def run_file(batch: int = 32, microbatch: int = 2, in_flight: int = 0, stages: int = STAGES) -> RunFile:
     return RunFile.model_validate(
         {
             "run": {"total_tokens": 10**9},
@@ -145,11 +146,13 @@ class Site:
     def driving(self) -> Driving:
         told = TellRetries(self.events.append, lambda peer, error: None)
         failed, source = self.failures.append, self
-        return Driving("d", self.run, source, self.desk, self.stages, told, lambda: self.peers, failed, self.share)  # type: ignore[arg-type]
+        return Driving("d", self.run, source, self.desk, self.stages, told, lambda: self.peers, failed, self.places)  # type: ignore[arg-type]
 
-    def share(self) -> float:
-        """Of all drivers a like part."""
-        return 1 / max(1, len(self.peers[0]))
+    def places(self) -> list[StagePeer]:
+        """All of them equal."""
+        names = {name for of in self.peers.values() for name in of}
+        stages = {name: tuple(stage for stage, of in self.peers.items() if name in of) for name in sorted(names)}
+        return [StagePeer(peer=name, stages=held, tokens_per_s=100.0) for name, held in stages.items()]
 
 
 def _driving(body: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
@@ -166,11 +169,11 @@ def _driving(body: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
 @pytest.mark.parametrize(
     ("batch", "microbatch", "in_flight", "most"),
     [
-        (8, 2, 0, 4),  # a batch
+        (32, 2, 0, 4),  # a quarter of a batch
         (8, 2, 1, 1),  # what the run file says
         (8, 2, 7, 7),
-        (16, 0, 0, 8),  # an eighth of a batch each
-        (17, 0, 0, 9),  # the last one is smaller
+        (24, 0, 0, 6),  # a sequence each
+        (99, 0, 0, 8),  # three sequences each
     ],
 )
 def test_as_many_are_under_way_as_may_be_and_all_that_come_back_are_told_everyone(

@@ -40,10 +40,10 @@ def _schedule_doubts(run: RunFile, cost: Estimate) -> list[str]:
         )
     if cost.num_peers < merge.min_peers:
         found.append(f"round 0 begins with merge.min_peers = {merge.min_peers} peers; {cost.num_peers} assumed")
-    if run.pipeline.stages > 1 and not run.pipeline.in_flight and run.batch_microbatches < 2 * run.pipeline.stages:
+    if run.pipeline.stages > 1 and not run.pipeline.in_flight and run.batch_microbatches < 4 * run.pipeline.stages:
         found.append(
-            f"a batch is {run.batch_microbatches} microbatches, and drivers have no more under way for each peer of a "
-            f"stage: too few to keep {run.pipeline.stages} stages busy; lower inner.microbatch_sequences = "
+            f"a batch is {run.batch_microbatches} microbatches, and drivers have a quarter of that under way for each "
+            f"peer of a stage: too few to keep {run.pipeline.stages} stages busy; lower inner.microbatch_sequences = "
             f"{run.microbatch_sequences} or raise inner.batch_sequences = {inner.batch_sequences}"
         )
     if inner.batch_sequences > 1 and inner.batch_sequences % 2:

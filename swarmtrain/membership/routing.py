@@ -20,7 +20,7 @@ import heapq
 import random
 import statistics
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.membership.balance import StagePeer
@@ -37,6 +37,8 @@ _PATIENCE = 6.0
 _PAUSE_TASKS = 2.0
 """A busy peer is left alone for as long as it needs for so many tasks."""
 _LEAST_IN_FLIGHT = 2
+_BUSY, _MOST_OF_BATCH = 4.0, 0.25
+"""See `most_in_flight`."""
 _MOST_OF_USUAL = 10.0
 _MAX_KNOWN = 1024
 """So many peers that are not in the stage any more are remembered: identities cost nothing."""
@@ -323,15 +325,36 @@ class Router:
 # ---------------------------------------------------------------- how many at once
 
 
-def most_in_flight(batch_microbatches: int, share: float, num_peers: Collection[int]) -> int:
-    """Microbatches that a driver has under way; `num_peers` are those of each stage after the first.
+def most_in_flight(
+    me: str,
+    holders: Sequence[Sequence[StagePeer]],
+    quickest_s: float | None,
+    microbatch_tokens: int,
+    batch_microbatches: int,
+) -> int:
+    """Microbatches that a driver has under way: as few as keep the stages busy; none while nobody holds some stage.
 
-    A backward must come before its peer has taken two steps since the forward. A step takes a batch of microbatches, so
-    that no peer may have more than one batch under way, of all drivers together. Of these a driver has its `share`: the
-    part of what passes through the first stage that it can do, between 0 and 1.
+    `holders` are those of each stage, `quickest_s` what a microbatch took at least, forth and back. What is under way
+    when a peer takes a step enters the next one by weights that are a step old by then, which costs loss (decision 30);
+    so no more than this, of all drivers together:
+
+    - one for each peer while it computes, which those of the slowest stage always do and others as much less as they
+      are faster, and three times that to wait in front of them, for what passes is uneven;
+    - those that travel: of the quickest one, what its peers cannot have computed;
+    - a quarter of a batch at most for each peer of the smallest stage after the first.
+
+    Of these a driver has the part of what passes through the first stage that it can do, and two at least.
     """
-    own = int(batch_microbatches * max(1, min(num_peers, default=1)) * share + 1e-9)
-    return max(_LEAST_IN_FLIGHT, min(batch_microbatches, own))
+    if not all(holders):
+        return 0
+    paces = [_told_rates(of) for of in holders]
+    rates = [sum(of.values()) for of in paces]
+    computing = sum(len(of) * min(rates) / rate for of, rate in zip(paces, rates, strict=True))
+    computed_s = sum(microbatch_tokens / max(of.values()) for of in paces)
+    travelling = max(0.0, (quickest_s or 0.0) - computed_s) * min(rates) / microbatch_tokens
+    smallest = min((len(of) for of in holders[1:]), default=1)
+    most = min(_BUSY * computing + travelling, _MOST_OF_BATCH * batch_microbatches * smallest)
+    return max(_LEAST_IN_FLIGHT, min(batch_microbatches, round(most * driver_share(me, holders[0]))))
 
 
 def driver_share(me: str, drivers: Iterable[StagePeer]) -> float:
@@ -339,8 +362,13 @@ def driver_share(me: str, drivers: Iterable[StagePeer]) -> float:
 
     Who says nothing counts as the median, and nobody as more than ten times that: one that lies starves nobody.
     """
-    told = {one.peer: one.tokens_per_s for one in drivers}
-    told.setdefault(me, 0.0)
+    rates = _told_rates(drivers)
+    mine = rates.get(me) or statistics.median(rates.values() or [1.0])
+    return max(mine / (sum(rates.values()) + (0.0 if me in rates else mine)), 0.5 / max(1, len(rates)))
+
+
+def _told_rates(peers: Iterable[StagePeer]) -> dict[str, float]:
+    """Tokens per second of each, see `driver_share`."""
+    told = {one.peer: one.tokens_per_s for one in peers}
     usual = statistics.median([rate for rate in told.values() if rate > 0] or [1.0])
-    rates = {peer: min(rate, _MOST_OF_USUAL * usual) or usual for peer, rate in told.items()}
-    return max(rates[me] / sum(rates.values()), 0.5 / len(rates))
+    return {peer: min(rate, _MOST_OF_USUAL * usual) or usual for peer, rate in told.items()}

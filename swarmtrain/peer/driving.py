@@ -13,11 +13,12 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import GoneError, PeerError, SwarmtrainError
 from swarmtrain.events import Event, MicrobatchRetryEvent
+from swarmtrain.membership.balance import StagePeer
 from swarmtrain.membership.microbatches import Key
 from swarmtrain.membership.routing import Router, most_in_flight
 from swarmtrain.network.tasks import end_tasks, logged
@@ -80,11 +81,13 @@ class Driving:
     """Who holds each stage now, this peer included."""
     failed: Callable[[str], None]
     """Told, in a sentence, when this peer cannot go on."""
-    share: Callable[[], float]
-    """Of what is driven this peer's part, see `most_in_flight`."""
+    places: Callable[[], Sequence[StagePeer]]
+    """What everybody says of itself, this peer included."""
     driver: Driver = field(init=False)
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
     """Of the last microbatches that came back, mean nats per token; whoever tells them empties it."""
+    _quickest_s: float | None = None
+    """What a microbatch took at least since this peer drives."""
     _open: set[asyncio.Task[None]] = field(default_factory=set)
     _work: asyncio.Task[None] | None = None
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -149,12 +152,17 @@ class Driving:
             return 0
         if self.run.pipeline.in_flight:
             return self.run.pipeline.in_flight
-        num_peers = [len(of) for stage, of in peers.items() if stage]
-        return most_in_flight(self.run.batch_microbatches, self.share(), num_peers)
+        places = self.places()
+        holders = [[one for one in places if one.peer in of] for _, of in sorted(peers.items())]
+        tokens = self.run.microbatch_sequences * self.run.model.context_tokens
+        return most_in_flight(self.me, holders, self._quickest_s, tokens, self.run.batch_microbatches)
 
     async def _drive(self, tokens: int, x: object, targets: object) -> None:
         try:
+            began_s = self.driver.now()
             driven = await self.driver.drive(tokens, x, targets)
+            took_s = self.driver.now() - began_s
+            self._quickest_s = took_s if self._quickest_s is None else min(self._quickest_s, took_s)
             self.losses.append(driven.loss)
         except GoneError as error:  # the first stage is being merged or left: what is under way then does not count
             _log.debug("a microbatch is given up: %s", error)

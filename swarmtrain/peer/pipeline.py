@@ -32,7 +32,6 @@ from swarmtrain.events import (
 from swarmtrain.membership.balance import Change, Rule, StagePeer, first_stages
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.routing import driver_share
 from swarmtrain.membership.stages import is_first_stage_done, places_of, stage_costs
 from swarmtrain.model.stages import stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted
@@ -332,7 +331,7 @@ class PipelineVolunteer:
             TellRetries(self.emit, self.swarm.refused),
             self.peers_of_stages,
             self.stop.fail,
-            self._driver_share,
+            self._places_told,
         )
         await self._driving.start()
 
@@ -347,11 +346,10 @@ class PipelineVolunteer:
                 peers.get(stage, []).append(info.peer)
         return peers
 
-    def _driver_share(self) -> float:
-        """In the network thread."""
-        drivers = [place for place in places_of(self.swarm.membership.volunteers()) if 0 in place.stages]
-        mine = self.swarm.me.place
-        return driver_share(self.me, drivers if mine is None else [*drivers, mine])
+    def _places_told(self) -> list[StagePeer]:
+        """As `places`, this peer's as it was told last. In the network thread."""
+        others, mine = places_of(self.swarm.membership.volunteers()), self.swarm.me.place
+        return others if mine is None else [*others, mine]
 
     def _leave(self, stage: int) -> None:
         if stage == 0:

@@ -63,8 +63,8 @@ class PipelineSettings:
     placed: bool = True
     """A joiner goes where it is needed most; else to any stage by chance."""
     router: Callable[[random.Random], Router] = Router
-    microbatch_tokens: int = 8192
-    batch_microbatches: int = 64
+    microbatch_tokens: int = 4096
+    batch_microbatches: int = 128
     """So many are an inner step of a peer, here 524,288 tokens. It bounds how many may be under way, and with it how
     many peers have work."""
     in_flight: int = 0

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from swarmtrain.membership.balance import StagePeer
-from swarmtrain.membership.routing import Router, driver_share, most_in_flight
+from swarmtrain.membership.routing import Router, most_in_flight
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.stage_moves import Mover
 
@@ -39,6 +39,7 @@ class Microbatch:
     path: list[StageVolunteer | None]
     age: int = 0
     """Of its driver's microbatches when it began: those of an earlier age were given up."""
+    began_s: float = 0.0
     tried: set[str] = field(default_factory=set)
     """At the present stage."""
 
@@ -81,6 +82,8 @@ class StageVolunteer:
         self.num_in_flight = 0
         self.most_in_flight = 0
         """Microbatches of its own, by whom it saw last."""
+        self._quickest_s: float | None = None
+        """What a microbatch of its own took at least."""
         self.age = 0
         self.open_calls: dict[Call, None] = {}
         self.graphs: dict[tuple[Microbatch, int], int] = {}
@@ -176,10 +179,10 @@ class StageVolunteer:
 
     def _most_in_flight(self, holders: list[list[StagePeer]]) -> int:
         settings = self.world.settings
-        if not all(holders):
-            return 0
-        share = driver_share(self.name, holders[0])
-        return settings.in_flight or most_in_flight(settings.batch_microbatches, share, list(map(len, holders[1:])))
+        if settings.in_flight and all(holders):
+            return settings.in_flight
+        tokens, batch = settings.microbatch_tokens, settings.batch_microbatches
+        return most_in_flight(self.name, holders, self._quickest_s, tokens, batch)
 
     # ------------------------------------------------------------------ serving
 
@@ -232,7 +235,7 @@ class StageVolunteer:
         if 0 in self.stages and self.num_in_flight < self.most_in_flight and not self._blocked[1]:
             self.num_in_flight += 1
             path = [self, *[None] * (len(self.routers) - 1)]
-            self._work(Call(self, self, Microbatch(path, age=self.age), 0, _FORWARD))
+            self._work(Call(self, self, Microbatch(path, age=self.age, began_s=self.world.clock.now), 0, _FORWARD))
 
     def _next(self) -> Call:
         """The one that came first."""
@@ -270,6 +273,8 @@ class StageVolunteer:
             return
         if call.is_backward:
             self.num_in_flight -= 1
+            took_s = self.world.clock.now - call.microbatch.began_s
+            self._quickest_s = took_s if self._quickest_s is None else min(self._quickest_s, took_s)
             self.world.finished(self.world.settings.microbatch_tokens)
         else:
             self._forward(call.microbatch, 1)

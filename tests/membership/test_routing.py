@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 
@@ -311,42 +312,52 @@ def test_one_that_left_the_stage_meanwhile_and_a_stranger_are_no_trouble() -> No
 # ---------------------------------------------------------------- how many at once
 
 
+def stages(*rates: list[float]) -> list[list[StagePeer]]:
+    """Of each stage a peer of each of these rates; the first stage's are d0, d1, ..."""
+    return [
+        [StagePeer(peer=f"{'d' if stage == 0 else stage}{i}", stages=(stage,), tokens_per_s=rate) for i, rate in enumerate(of)]
+        for stage, of in enumerate(rates)
+    ]
+
+
 @pytest.mark.parametrize(
-    ("batch", "num_drivers", "num_peers", "most"),
+    ("rates", "quickest_s", "most"),
     [
-        (4, 1, [1, 1], 4),  # a batch
-        (4, 2, [1, 1], 2),  # half of one each
-        (4, 2, [2, 3], 4),
-        (4, 1, [5, 5], 4),  # no more than one's own steps take
-        (4, 4, [2, 9], 2),
-        (64, 3, [1, 4], 21),
-        (64, 3, [], 21),
+        (([100.0], [100.0], [100.0]), None, 12),  # one in each stage's hands, and three that wait for it
+        (([100.0], [100.0], [100.0]), 0.3, 12),  # they compute for 0.3 s: nothing of it is on the way
+        (([100.0], [100.0], [100.0]), 0.8, 17),  # half a second on the way, ten a second
+        (([100.0, 100.0], [100.0], [200.0]), None, 5),  # half of 4 + 4 + 2
+        (([400.0], [100.0], [50.0]), None, 6),  # the fast ones do nothing most of the time
+        (([100.0, 300.0], [400.0], [400.0]), None, 4),  # its part of the first stage's work
+        (([100.0], [100.0] * 9, [100.0] * 2), None, 12),  # of nine one is busy
+        (([0.0], [0.0], [0.0]), None, 12),  # nobody says
+        (([100.0], [100.0], []), None, 0),  # nothing comes through
     ],
 )
-def test_so_many_are_under_way(batch: int, num_drivers: int, num_peers: list[int], most: int) -> None:
-    assert most_in_flight(batch, 1 / num_drivers, num_peers) == most
+def test_so_many_are_under_way(rates: tuple[list[float], ...], quickest_s: float | None, most: int) -> None:
+    assert most_in_flight("d0", stages(*rates), quickest_s, 10, 1000) == most
 
 
-def test_no_more_than_a_batch_for_each_peer_of_the_smallest_stage_and_never_fewer_than_two() -> None:
-    """Then no peer takes two steps between a microbatch's forward and its backward."""
-    for batch, num_drivers, *num_peers in itertools.product((1, 4, 8, 13, 16), range(1, 9), range(1, 7), range(1, 7)):
-        most = most_in_flight(batch, 1 / num_drivers, num_peers)
-        assert 2 <= most <= max(2, batch)
-        assert most == 2 or num_drivers * most <= batch * min(num_peers)
-        at_least = max(2, batch * min(num_peers) // num_drivers)
-        assert most == min(at_least, max(2, batch)), "and no fewer than that"
+def test_no_more_than_a_quarter_of_a_batch_for_each_peer_of_the_smallest_stage_and_never_fewer_than_two() -> None:
+    for batch, *sizes in itertools.product((1, 4, 8, 13, 64), range(1, 5), range(1, 7), range(1, 7)):
+        made = stages(*([100.0] * size for size in sizes))
+        each = [most_in_flight(one.peer, made, 1e6, 10, batch) for one in made[0]]
+        assert len(set(each)) == 1 and 2 <= each[0] <= max(2, batch)
+        assert each[0] == 2 or each[0] - 0.5 <= batch * min(sizes[1:]) / 4 / sizes[0]
 
 
-@pytest.mark.parametrize(("share", "num_peers"), [(1.0, [0, 0]), (1.0, []), (1.0, [0, 5]), (0.001, [1]), (0.0, [3])])
-def test_odd_moments_give_a_number_too(share: float, num_peers: list[int]) -> None:
-    assert 2 <= most_in_flight(4, share, num_peers) <= 4
+def test_what_has_come_back_quickly_or_slowly_and_odd_moments_give_a_number_too() -> None:
+    lone = stages([100.0])
+    assert most_in_flight("d0", lone, None, 10, 8) == 2
+    assert most_in_flight("d0", stages([100.0], [math.inf]), math.inf, 10, 8) == 2
+    assert most_in_flight("somebody", stages([100.0], [1e-300]), 1e-9, 10, 800) == 2
 
 
 def test_a_fast_driver_has_more_under_way_than_a_slow_one() -> None:
     drivers = [StagePeer(peer=name, stages=(0,), tokens_per_s=rate) for name, rate in (("a", 300.0), ("b", 100.0))]
     assert [driver_share(name, drivers) for name in "ab"] == [0.75, 0.25]
-    assert [most_in_flight(16, driver_share(name, drivers), [2, 1]) for name in "ab"] == [12, 4]
-    assert [most_in_flight(16, driver_share(name, drivers), [2, 2]) for name in "ab"] == [16, 8], "a batch at most"
+    holders = [drivers, *stages([400.0], [400.0])]
+    assert [most_in_flight(name, holders, None, 10, 160) for name in "ab"] == [12, 4]
     assert driver_share("a", drivers[:1]) == driver_share("a", []) == 1.0
 
 
