@@ -207,7 +207,7 @@ class MergeSection(_Section):
     publications_per_round: int = Field(4, ge=1, le=64, description='"gossip": how often a peer publishes in a round, at equal distances (F).')  # fmt: skip
     partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip
     theta_format: _Format = Field("int8", description='"gossip", "server": how weights travel.')
-    gradient_format: _GradientFormat = Field("int4", description='"gossip", "server": how pseudo-gradients travel.')
+    gradient_format: _GradientFormat = Field("int2", description='"gossip", "server": how pseudo-gradients travel.')
     robust: Literal["none", "clip", "direction", "trimmed", "flag"] = Field("clip", description='"gossip", "server": what one bad partner can do. "clip": gradients and distances are cut at three times what is usual; "gossip": "direction": that, and a gradient counts as far as it goes the way of the own one, which refuses a turned sign; "trimmed" and "flag": "clip", and a mean of four or more gradients that outvotes outliers.')  # fmt: skip
     max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='"gossip": what is further behind the median round is not merged, and a peer that is takes the present weights. "server": what began from weights further behind is not taken in.')  # fmt: skip
     buffer_arrivals: int = Field(0, ge=0, le=10_000, description='"server": the outer momentum is refreshed after so many arrivals (N); 0 for as many as there are volunteers.')  # fmt: skip
