@@ -260,13 +260,13 @@ def test_the_defaults_are_no_pipeline() -> None:
     [
         (16, 0, 1, 16),
         (16, 4, 1, 4),
-        (16, 0, 2, 2),
+        (64, 0, 2, 2),
         (16, 4, 2, 4),
         (16, 16, 2, 16),
         (8, 0, 2, 1),
         (7, 0, 2, 1),
         (1, 0, 2, 1),
-        (100, 0, 3, 12),
+        (100, 0, 3, 3),
     ],
 )
 def test_so_many_sequences_are_computed_at_once(batch: int, microbatch: int, stages: int, expected: int) -> None:

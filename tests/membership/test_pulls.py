@@ -47,7 +47,7 @@ def test_weights_come_first_then_one_gradient_after_the_other_as_late_as_the_lin
     assert plan.weights_at_s == tuple(1100 - 1.5 - 1.5 * (2 + (300 + 200 * left) / 20) for left in (3, 2, 1))
     assert plan.gradients_at_s == tuple(1100 - 1.5 - 1.5 * (2 + 100 * left / 20) for left in (3, 2, 1))
     short = plan_pulls(3, 1000.0, 1001.0, SIZES, known(1e9))
-    assert short.gradients_at_s == pytest.approx((1000.95,) * 3), "a twentieth of a round for another try"
+    assert short.gradients_at_s == pytest.approx((1000.9,) * 3), "a tenth of a round for another try"
     assert plan.reason == "3 of 3 gradients and the weights of 3"
     assert [plan.num_due("weights", now) for now in (1000.0, 1042.9, 1100.0)] == [0, 1, 3]
     assert plan.next_s(1000.0) == plan.weights_at_s[0] and plan.next_s(plan.gradients_at_s[-1]) is None

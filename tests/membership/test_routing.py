@@ -315,7 +315,10 @@ def test_one_that_left_the_stage_meanwhile_and_a_stranger_are_no_trouble() -> No
 def stages(*rates: list[float]) -> list[list[StagePeer]]:
     """Of each stage a peer of each of these rates; the first stage's are d0, d1, ..."""
     return [
-        [StagePeer(peer=f"{'d' if stage == 0 else stage}{i}", stages=(stage,), tokens_per_s=rate) for i, rate in enumerate(of)]
+        [
+            StagePeer(peer=f"{'d' if stage == 0 else stage}{i}", stages=(stage,), tokens_per_s=rate)
+            for i, rate in enumerate(of)
+        ]
         for stage, of in enumerate(rates)
     ]
 
