@@ -275,6 +275,13 @@ class GossipExchange(AsynchronousExchange):
     def _rounds_behind(self, round: int) -> int:
         return rounds_behind(round, (info.round for info in self.swarm.membership.volunteers() if info.round))
 
+    def _is_old(self, round: int) -> bool:
+        """Whether what this peer has is to be given up. Where nobody else trains, no merge would bring what the archive
+        has, so that this must not be ahead at all."""
+        if any(info.round for info in self.swarm.membership.volunteers()):
+            return self._rounds_behind(round) > self.run.merge.max_staleness_rounds
+        return any(info.round > round for info in self.swarm.membership.live() if info.is_bootstrap)
+
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`: the consensus, unless what this peer has is as good as new."""
         self._fresh = True
@@ -283,7 +290,7 @@ class GossipExchange(AsynchronousExchange):
             live = self.swarm.membership.live()
             if not any(info.round > 0 for info in live):
                 return None
-            if has_own and self._rounds_behind(progress.round) <= self.run.merge.max_staleness_rounds:
+            if has_own and not self._is_old(progress.round):
                 return None
             new = self._consensus("was away" if has_own else "joined late", progress.round)
             if new is not None:
