@@ -152,8 +152,8 @@ class Driving:
             return 0
         if self.run.pipeline.in_flight:
             return self.run.pipeline.in_flight
-        places = self.places()
-        holders = [[one for one in places if one.peer in of] for _, of in sorted(peers.items())]
+        places = {one.peer: one for one in self.places()}
+        holders = [[places[peer] for peer in of if peer in places] for _, of in sorted(peers.items())]
         tokens = self.run.microbatch_sequences * self.run.model.context_tokens
         return most_in_flight(self.me, holders, self._quickest_s, tokens, self.run.batch_microbatches)
 
