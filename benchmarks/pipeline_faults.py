@@ -71,10 +71,8 @@ def main() -> None:
     for fault in given.faults.split(","):
         with with_fault(given, fault) as (watched, fault_s):
             watched.watch(30.0)
-            within = watched.tokens_per_s(last, fault_s)
-            since_s = time.time()
-            watched.watch(given.seconds)
-            rate = watched.tokens_per_s(last, since_s)
+            rate = watched.measure(last, given.seconds)
+            within = watched.tokens_per_s(last, fault_s, fault_s + 30.0)
         even = even or rate
         print(
             f"{fault:>8}: {rate:6.0f} tokens/s, {rate / even:.2f} of the even one's, {rate / even / IDEAL[fault]:.2f} "

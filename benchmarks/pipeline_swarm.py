@@ -72,10 +72,22 @@ class Watched:
             for stage in event.stages:
                 self.rates.append((event.time, event.name, stage, event.tokens_per_s))
 
-    def tokens_per_s(self, stage: int, since_s: float) -> float:
-        """What passed through a stage since then: each peer tells it every ten seconds."""
-        told = [rate for at_s, _, of, rate in self.rates if of == stage and at_s >= since_s + EVERY_S / 2]
-        return EVERY_S * sum(told) / (time.time() - since_s)
+    def tokens_per_s(self, stage: int, since_s: float, until_s: float) -> float:
+        """What passed through a stage in that time, which ended `EVERY_S` ago: of what each peer tells of the last ten
+        seconds, the part that lies within."""
+        told = [(at_s, rate) for at_s, _, of, rate in self.rates if of == stage]
+        within = [
+            rate * (min(at_s, until_s) - max(at_s - EVERY_S, since_s))
+            for at_s, rate in told
+            if since_s < at_s < until_s + EVERY_S
+        ]
+        return sum(within) / (until_s - since_s)
+
+    def measure(self, stage: int, seconds: float) -> float:
+        """What passes through a stage from now on."""
+        since_s = time.time()
+        self.watch(seconds + EVERY_S + 1.0)
+        return self.tokens_per_s(stage, since_s, since_s + seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +164,7 @@ def kill_two(watched: Watched) -> None:
 
 def report(watched: Watched, scenario: str, seconds: float, last: int, even: float) -> float:
     """Measure for so long; the even one's speed, which this is if it is the first."""
-    since_s = time.time()
-    watched.watch(seconds)
-    rate = watched.tokens_per_s(last, since_s)
+    rate = watched.measure(last, seconds)
     held = " ".join(",".join(map(str, stages)) for stages in sorted(watched.holds.values()))
     print(f"{scenario:>9}: {rate:7.0f} tokens/s, {rate / (even or rate):.2f} of the ideal; held: {held}", flush=True)
     return even or rate

@@ -77,9 +77,7 @@ def main() -> None:
     with started(given.run_file, (0, 1), 1.0, changes) as watched:
         watched.watch_until_trained(2)
         watched.watch(20.0)
-        since_s = time.time()
-        watched.watch(given.seconds)
-        rate = watched.tokens_per_s(1, since_s)
+        rate = watched.measure(1, given.seconds)
     theirs = beside_moe(given, changes) if given.beside_moe else None
     one = statistics.mean((before, whole()))
     print(f"{num_parameters(run.model) / 1e6:.1f} M parameters, microbatches of {run.microbatch_sequences} sequences")

@@ -10,7 +10,7 @@ again elsewhere. So:
   stands still for that.
 - What is not acknowledged in time, or is dropped by its driver, is taken out again: its gradient is computed once
   more, from the same input and the same weights, and subtracted. An acknowledgement that comes after that puts it into
-  the batch that is filled then.
+  the batch that is filled then. What is acknowledged is not taken out any more, so that nothing is kept for it.
 - An attempt that a newer one of the same microbatch replaces is dropped.
 - A backward is answered by the weights of its forward, which may be one step older than the present ones.
 
@@ -68,7 +68,7 @@ class LedgerLimits:
     hold_s: float = 120.0
     """What its driver says nothing of for so long is forgotten."""
     max_open: int = 64
-    """Microbatches begun and not finished, of all drivers."""
+    """Microbatches begun and not acknowledged, of all drivers: those of which something is kept."""
     max_open_of_driver: int = 32
 
 
@@ -209,7 +209,7 @@ class StageLedger:
 
     @property
     def num_open(self) -> int:
-        """Microbatches begun and not finished."""
+        """Microbatches begun of which no step was taken, and that are not given up."""
         return len(self._open)
 
     # ------------------------------------------------------------- questions
@@ -223,6 +223,8 @@ class StageLedger:
         known = self._open.get(key)
         if known is not None:
             known.heard_s = now
+            if known.acknowledged:
+                return Verdict("gone", "this microbatch is acknowledged")
             if kind in known.asked:
                 return Verdict("repeat")
         if kind != "backward":
@@ -255,11 +257,12 @@ class StageLedger:
             return None  # it takes the place of an older attempt
         if self._closed is not None and self._filling.tokens >= _MOST_FILLED * self.limits.batch_tokens:
             return "a batch waits for its drivers to acknowledge it, and the next one is full"
-        if len(self._open) >= self.limits.max_open:
-            return f"{len(self._open)} microbatches are open here"
+        if (places := sum(not other.acknowledged for other in self._open.values())) >= self.limits.max_open:
+            return f"{places} microbatches are open here"
         driver = self._drivers.get(key.driver)
         most = self.limits.max_open_of_driver >> min(driver.strikes if driver is not None else 0, 32)
-        if sum(other.driver == key.driver for other in self._open) >= max(1, most):
+        own = sum(other.driver == key.driver and not each.acknowledged for other, each in self._open.items())
+        if own >= max(1, most):
             return "too many microbatches of this driver are open here"
         return None
 
@@ -317,6 +320,8 @@ class StageLedger:
             known.taken_out = False
             self._put_in(key, known)
             self._due.append(Add(key, self._filling.number))
+        if not known.acknowledged:
+            self._due.append(Forget(key))
         known.acknowledged, known.loss, known.heard_s = True, loss, now
         self._drivers[key.driver].strikes = 0
         return True
@@ -426,11 +431,12 @@ class StageLedger:
             self._finish(key, counted=False)
 
     def _finish(self, key: Key, *, counted: bool) -> None:
-        del self._open[key]
+        acknowledged = self._open.pop(key).acknowledged
         driver = self._drivers.setdefault(key.driver, _Driver())
         if key.sequence >= driver.oldest_open:
             driver.finished[key.sequence] = max((key.attempt, counted), driver.finished.get(key.sequence, _NONE))
-        self._due.append(Forget(key))
+        if not acknowledged:
+            self._due.append(Forget(key))
 
     def _forget_silent(self, now: float) -> None:
         """Forget what no driver has said anything of for long, and drivers that are gone."""

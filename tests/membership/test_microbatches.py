@@ -52,9 +52,9 @@ def test_a_step_is_taken_when_all_of_a_full_batch_is_acknowledged() -> None:
         _there_and_back(ledger, _key(sequence))
     assert not _all_due(ledger)
     assert ledger.acknowledge(_key(0), 2.5, 0.0)
-    assert not _all_due(ledger)
+    assert _all_due(ledger) == [Forget(_key(0))]
     assert ledger.acknowledge(_key(1), 2.5, 0.0)
-    assert _all_due(ledger) == [Step(0, 4, 2.5, (_key(0), _key(1))), Forget(_key(0)), Forget(_key(1))]
+    assert _all_due(ledger) == [Forget(_key(1)), Step(0, 4, 2.5, (_key(0), _key(1)))]
     assert (ledger.version, ledger.counted_tokens, ledger.num_open) == (1, 4, 0)
 
 
@@ -78,13 +78,13 @@ def test_what_is_not_acknowledged_in_time_is_taken_out_and_comes_back_with_its_a
     for sequence in (0, 1):
         _there_and_back(ledger, _key(sequence))
     ledger.acknowledge(_key(0), 2.5, 0.0)
-    assert not _all_due(ledger)
+    assert _all_due(ledger) == [Forget(_key(0))]
     assert ledger.next_s() == 10.0
     due = _all_due(ledger, 10.0)
     assert due[:2] == [Subtract(_key(1), 0, "not acknowledged in time"), Step(0, 2, 2.5, (_key(0),))]
     assert Forget(_key(1)) not in due
     assert ledger.acknowledge(_key(1), 2.5, 11.0)
-    assert _all_due(ledger, 11.0) == [Add(_key(1), 1)]
+    assert _all_due(ledger, 11.0) == [Add(_key(1), 1), Forget(_key(1))]
     _there_and_back(ledger, _key(2), 12.0)
     ledger.acknowledge(_key(2), 2.5, 12.0)
     assert _steps(_all_due(ledger, 12.0)) == [Step(1, 4, 2.5, (_key(1), _key(2)))]
@@ -272,11 +272,24 @@ def test_a_batch_is_closed_early_when_places_run_out() -> None:
     ledger = StageLedger(LedgerLimits(batch_tokens=100, ack_wait_s=10.0, max_open=3, max_open_of_driver=3))
     for sequence in range(3):
         _there_and_back(ledger, _key(sequence))
-        ledger.acknowledge(_key(sequence), 2.5, 0.0)
     assert not _all_due(ledger)
     assert ledger.ask(_key(3), "forward", 2, 0.0).answer == "busy"
+    for sequence in range(3):
+        ledger.acknowledge(_key(sequence), 2.5, 0.0)
     assert [step.tokens for step in _steps(_all_due(ledger))] == [6]
     assert ledger.ask(_key(3), "forward", 2, 0.0).answer == "work"
+
+
+def test_what_is_acknowledged_takes_no_place() -> None:
+    """A batch may have any number of microbatches, all of one driver."""
+    ledger = StageLedger(LedgerLimits(batch_tokens=100, ack_wait_s=10.0, max_open=3, max_open_of_driver=3))
+    for sequence in range(50):
+        _there_and_back(ledger, _key(sequence))
+        assert ledger.acknowledge(_key(sequence), 2.5, 0.0)
+        due = _all_due(ledger)
+        assert due[0] == Forget(_key(sequence)), "nothing is kept for it"
+        assert ledger.ask(_key(sequence), "backward", 2, 0.0).answer == "gone", "its driver has it"
+        assert [step.tokens for step in _steps(due)] == ([100] if sequence == 49 else [])
 
 
 def test_one_that_does_not_acknowledge_is_given_fewer_places() -> None:
