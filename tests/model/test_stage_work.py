@@ -255,3 +255,25 @@ def test_a_gradient_that_would_spoil_the_others_is_not_added(factor: float) -> N
         work.backward(2, factor * _x(102), 0)
     found = _sums(work, 0)
     assert all(torch.equal(found[name], each) for name, each in _reference(1, weights).items())
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_gradient_found_bad_at_its_last_weights_is_taken_out_of_the_others(others: bool) -> None:
+    work, stage, _ = _one()
+    weights = _weights(stage)
+    if others:
+        work.forward(1, _x(1))
+        work.backward(1, _x(101), 0)
+    total = sum(float(each.norm()) ** 2 for each in _reference(2, weights).values()) ** 0.5
+    work._norms.clear()
+    work._norms.append(0.99 * total / 1e4)
+    work.forward(2, _x(2))
+    with pytest.raises(BadGradientError, match="is usual"):
+        work.backward(2, _x(102), 0)
+    if others:
+        found = _sums(work, 0)
+        for name, each in _reference(1, weights).items():
+            torch.testing.assert_close(found[name], each, rtol=1e-5, atol=1e-6)
+    else:
+        assert not work._sums[0]
+    assert all(each.grad is None for kept in work._weights.values() for each in kept.values()), "nothing is left behind"
