@@ -50,7 +50,7 @@ def with_fault(given: argparse.Namespace, fault: str) -> Iterator[tuple[Watched,
     changes = ["run.total_tokens=1_000_000_000", *given.set, 'pipeline.balance="none"']
     with started(given.run_file, EVEN, given.slowdown, changes, ODD.get(fault)) as watched:
         names = [f"volunteer-{number}" for number in range(len(EVEN))]
-        while len({name for name in names if any(name == told for _, told, _, _ in watched.rates)}) < len(names):
+        while not {told.name for told in watched.rates}.issuperset(names):
             watched.watch(1.0)
         if fault in SIGNALS or fault == "even":
             watched.watch(20.0)

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import tomli_w
 from cold_start import read_run
@@ -37,14 +38,23 @@ EVEN, UNEVEN = (0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 2)
 EVERY_S = 10.0
 
 
+class Rate(NamedTuple):
+    """What passed through a stage of a volunteer in some seconds, told at their end."""
+
+    since_s: float
+    at_s: float
+    name: str
+    stage: int
+    tokens_per_s: float
+
+
 class Watched:
     """A swarm of volunteers of stages, and what they tell."""
 
     def __init__(self, swarm: LocalSwarm) -> None:
         self.swarm = swarm
         self.holds: dict[str, tuple[int, ...]] = {}
-        self.rates: list[tuple[float, str, int, float]] = []
-        """(time, name, stage, tokens per second)."""
+        self.rates: list[Rate] = []
         self.moves: list[MovedEvent] = []
 
     def watch(self, seconds: float) -> None:
@@ -58,7 +68,7 @@ class Watched:
 
     def watch_until_trained(self, num_peers: int) -> None:
         """Until everybody has told what passes through it."""
-        while len({name for _, name, _, _ in self.rates}) < num_peers:
+        while len({told.name for told in self.rates}) < num_peers:
             self.watch(1.0)
 
     def _take(self, event: Event) -> None:
@@ -69,17 +79,17 @@ class Watched:
             self.moves.append(event)
             print(f"    {event.name}: {event.before} -> {event.after} in {event.seconds:.1f} s: {event.reason}")
         elif isinstance(event, StageThroughputEvent):
+            since_s = max((told.at_s for told in self.rates if told.name == event.name), default=event.time - EVERY_S)
             for stage in event.stages:
-                self.rates.append((event.time, event.name, stage, event.tokens_per_s))
+                self.rates.append(Rate(since_s, event.time, event.name, stage, event.tokens_per_s))
 
     def tokens_per_s(self, stage: int, since_s: float, until_s: float) -> float:
         """What passed through a stage in that time, which ended `EVERY_S` ago: of what each peer tells of the last ten
         seconds, the part that lies within."""
-        told = [(at_s, rate) for at_s, _, of, rate in self.rates if of == stage]
         within = [
-            rate * (min(at_s, until_s) - max(at_s - EVERY_S, since_s))
-            for at_s, rate in told
-            if since_s < at_s < until_s + EVERY_S
+            told.tokens_per_s * max(0.0, min(told.at_s, until_s) - max(told.since_s, since_s))
+            for told in self.rates
+            if told.stage == stage
         ]
         return sum(within) / (until_s - since_s)
 

@@ -36,9 +36,9 @@ WHICH_PEER = ("[NAME]", "--dir", "--address")
 
 # Every command with its arguments and options. A change here is a change of what people type: say it in CHANGELOG.md.
 FROZEN: dict[str, tuple[str, ...]] = {
-    "bootstrap": ("RUN.toml", "--wait-for", "--up", "--down", *PEER_OPTIONS),
+    "bootstrap": ("RUN.toml", "--wait-for", "--up", "--down", "--invite-file", *PEER_OPTIONS),
     "join": (
-        "[INVITE]",
+        *("[INVITE]", "--invite-file"),
         *("--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down", "--slowdown"),
         "--data",
         *("--fail-pulls", "--first-stages"),  # hidden, for rehearsals
@@ -49,7 +49,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--peers", "--threads", "--slowdown", "--rtt", "--link-up", "--link-down", "--fail-pulls"),
         *("--compare-alone", "--data", "--dir", "--json", "--log-level"),
     ),
-    "status": (*WHICH_PEER, "--all", "--json"),
+    "status": (*WHICH_PEER, "--all", "--json", "--healthy"),
     "watch": (*WHICH_PEER, "--json"),
     "pause": WHICH_PEER,
     "resume": WHICH_PEER,

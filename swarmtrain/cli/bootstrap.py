@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,10 @@ from swarmtrain.cli.common import (
     peer_directory,
     peer_options,
 )
+
+if TYPE_CHECKING:
+    from swarmtrain.events import Event
+    from swarmtrain.peer.common import Emit
 
 __all__ = ["command"]
 
@@ -30,9 +35,15 @@ __all__ = ["command"]
 @click.option("--wait-for", type=click.IntRange(1, 10_000), default=None, metavar="N", help="Round 0 begins when N volunteers are present (overrides `merge.min_peers`).")  # fmt: skip
 @LINK_OPTIONS[0]
 @LINK_OPTIONS[1]
+@click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Leave the invite in FILE too, for `join --invite-file FILE`.")  # fmt: skip
 @peer_options
 def command(
-    run_file: Path, wait_for: int | None, up_mbit: float | None, down_mbit: float | None, options: PeerOptions
+    run_file: Path,
+    wait_for: int | None,
+    up_mbit: float | None,
+    down_mbit: float | None,
+    invite_file: Path | None,
+    options: PeerOptions,
 ) -> None:
     """Publish RUN.toml, print an invite, serve and archive the run.
 
@@ -67,5 +78,22 @@ def command(
     def make_display() -> PeerDisplay:
         return PeerDisplay(f"swarmtrain bootstrap: {run.run.name}", run.run.total_tokens)
 
-    with open_sink(options, make_display, settings.directory) as emit:
+    with open_sink(options, make_display, settings.directory) as sink:
+        emit = sink if invite_file is None else _also_to_file(sink, invite_file)
         emit(run_bootstrap(run, run_file.parent, settings, emit, options.stop))
+
+
+def _also_to_file(emit: Emit, path: Path) -> Emit:
+    """`emit`, which leaves the invite in a file first."""
+    from swarmtrain.events import InviteEvent, WarningEvent
+    from swarmtrain.network.files import write_atomically
+
+    def told(event: Event) -> None:
+        if isinstance(event, InviteEvent):
+            try:
+                write_atomically(path, (event.invite + "\n").encode())
+            except OSError as error:
+                emit(WarningEvent(message=f"the invite could not be written to {path}: {error.strerror}"))
+        emit(event)
+
+    return told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_LOOK_S = 0.5
 
 
 def _hours(ctx: click.Context, param: click.Parameter, value: str) -> Hours:
@@ -110,6 +112,7 @@ def _limit_options(function: _F) -> _F:
     ),
 )
 @click.argument("invite", metavar="[INVITE]", default="")
+@click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Take the invite from FILE, and wait until there is one.")  # fmt: skip
 @_limit_options
 @click.option(
     "--data",
@@ -122,6 +125,7 @@ def _limit_options(function: _F) -> _F:
 @peer_options
 def command(
     invite: str,
+    invite_file: Path | None,
     limits: Limits,
     data: Path | None,
     fail_pulls: float,
@@ -136,6 +140,9 @@ def command(
     `swarmtrain limits`.
     """
     with errors_as_events(options.json, options.name):
+        if invite and invite_file is not None:
+            raise click.UsageError("INVITE and --invite-file: give one of them")
+        invite = invite or _word_in(invite_file)
         directory = _free_directory(options, new=bool(invite))
         parsed = _invite(invite, directory)
     import platformdirs
@@ -163,6 +170,27 @@ def command(
     )
     with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
         emit(run_volunteer(parsed, settings, emit, options.stop))
+
+
+def _word_in(path: Path | None) -> str:
+    """The invite in a file, alone or with the words that `swarmtrain invite` prints before it; waits for one. Empty
+    without a file."""
+    if path is None:
+        return ""
+    told = False
+    while True:
+        try:
+            words = path.read_text().split()
+        except FileNotFoundError:
+            words = []
+        except (OSError, UnicodeDecodeError) as error:
+            raise click.UsageError(f"--invite-file: {path} cannot be read: {error}") from None
+        if words:
+            return words[-1]
+        if not told:
+            click.echo(f"waiting for an invite in {path}", err=True)
+            told = True
+        time.sleep(_LOOK_S)
 
 
 def _invite(word: str, directory: Path) -> Invite:

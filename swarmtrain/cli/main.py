@@ -11,6 +11,7 @@ import difflib
 import importlib
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -51,7 +52,11 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+    "auto_envvar_prefix": "SWARMTRAIN",  # SWARMTRAIN_JOIN_UP=5 is `join --up 5`: containers have settings files
+}
 
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings=_SETTINGS)

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ __all__ = [
     "View",
     "ask",
     "channel",
+    "check_health",
     "find",
     "find_all",
     "find_running",
@@ -221,8 +222,9 @@ def _is_called(peer: Peer, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def channel(peer: Peer) -> Iterator[Any]:
-    """A gRPC stub of `peer`. NoAnswerError when it does not say where it answers."""
+def channel(peer: Peer, service: Callable[[Any], Any] | None = None) -> Iterator[Any]:
+    """A gRPC stub of `peer`, of its control service if no other is named. NoAnswerError when it does not say where it
+    answers."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it would write over the screen
     import grpc
 
@@ -237,7 +239,7 @@ def channel(peer: Peer) -> Iterator[Any]:
         ("grpc.use_local_subchannel_pool", 1),  # not the connection of a channel that is about to end
     ]
     with grpc.insecure_channel(target, options=options) as opened:
-        stub: Any = ControlStub
+        stub: Any = service or ControlStub
         yield stub(opened)
 
 
@@ -250,6 +252,24 @@ def ask(peer: Peer, method: str, request: Any, limit_s: float = CALL_LIMIT_S) ->
             return getattr(stub, method)(request, timeout=limit_s)
         except grpc.RpcError as error:
             raise in_words(error, peer) from None
+
+
+def check_health(peer: Peer) -> None:
+    """What its health service says. RunTimeError with what it does instead, if it is not healthy."""
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with channel(peer, health_pb2_grpc.HealthStub) as stub:
+        import grpc
+
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=CALL_LIMIT_S)
+        except grpc.RpcError as error:
+            raise in_words(error, peer) from None
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        status = ask(peer, "Status", wire.StatusRequest())
+        state = wire.PeerState.Name(status.state).removeprefix("PEER_STATE_").lower()
+        doing = f": {one_line(status.doing)}" if status.doing else ""
+        raise RunTimeError(f"{_name(peer)} is not healthy, it is {state}{doing}")
 
 
 def tell(peer: Peer, method: str, request: Any) -> str:

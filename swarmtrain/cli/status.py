@@ -14,13 +14,19 @@ if TYPE_CHECKING:
 __all__ = ["command", "print_page"]
 
 
-@click.command(name="status", epilog=example("swarmtrain status", "swarmtrain status --all", "swarmtrain status anna"))
+@click.command(
+    name="status",
+    epilog=example(
+        "swarmtrain status", "swarmtrain status --all", "swarmtrain status anna", "swarmtrain status --healthy"
+    ),
+)
 @which_peer
 @click.option("--all", "everyone", is_flag=True, help="One line for each peer of this machine.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the status as one JSON line; with --all one for each peer."
 )
-def command(which: WhichPeer, everyone: bool, as_json: bool) -> None:
+@click.option("--healthy", is_flag=True, help="Only say whether it trains or serves, and gets further: code 0, else 1.")
+def command(which: WhichPeer, everyone: bool, as_json: bool, healthy: bool) -> None:
     """Show what a peer of this machine does, or how it ended.
 
     NAME is its name, its folder's name, or the end of its PeerID; it is needed only where several peers run. Who
@@ -29,7 +35,14 @@ def command(which: WhichPeer, everyone: bool, as_json: bool) -> None:
     import json
     import sys
 
-    from swarmtrain.cli.peers import find, find_all, look, view_as_json
+    from swarmtrain.cli.peers import check_health, find, find_all, find_running, look, view_as_json
+
+    if healthy:
+        if everyone or as_json:
+            raise click.UsageError("--healthy stands alone: it says one word of one peer")
+        check_health(find_running(which))
+        click.echo("healthy")
+        return
 
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     views = [look(peer) for peer in (find_all(which) if everyone else [find(which)])]

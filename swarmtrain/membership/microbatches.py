@@ -45,6 +45,8 @@ Kind: TypeAlias = Literal["forward", "backward", "tail"]
 _NONE = (-1, False)
 _MOST_FILLED = 2
 """So many batches are filled while a closed one waits to be acknowledged: it should not take longer than one."""
+_MOST_KNOWN = 4096
+"""Microbatches of which no step was taken yet: of what is acknowledged nothing is kept but that."""
 _MOST_LAG = 1
 """How many steps older than the present weights those of a forward may be when its backward comes."""
 
@@ -205,7 +207,8 @@ class StageLedger:
         self._closed: _Batch | None = None
         self._due: deque[Due] = deque()
         self._pressed = False
-        """There was no place for a microbatch: a batch is closed before it is full, or it might never be."""
+        """There was no place for a microbatch, and what is in the batch has some: it is closed before it is full, or it
+        might never be."""
 
     @property
     def num_open(self) -> int:
@@ -246,7 +249,8 @@ class StageLedger:
         for other in same:
             self._drop(other, "another attempt takes its place")
         if (reason := self.full(key)) is not None:
-            self._pressed = True
+            stuck = any(not self._open[other].acknowledged for other in self._filling.members)
+            self._pressed = self._pressed or stuck or len(self._open) >= _MOST_KNOWN
             return Verdict("busy", reason)
         self._open[key] = _Microbatch(tokens=tokens, version=self.version, heard_s=now, asked={kind})
         return Verdict("work")
@@ -255,8 +259,12 @@ class StageLedger:
         """Why no place is free for a new microbatch `key`; None if one is."""
         if any(other[:2] == key[:2] for other in self._open):
             return None  # it takes the place of an older attempt
-        if self._closed is not None and self._filling.tokens >= _MOST_FILLED * self.limits.batch_tokens:
-            return "a batch waits for its drivers to acknowledge it, and the next one is full"
+        if self._closed is not None:
+            coming = sum(each.tokens for each in self._open.values() if not each.has_gradient or each.taken_out)
+            if self._filling.tokens + coming >= _MOST_FILLED * self.limits.batch_tokens:
+                return "a batch waits for its drivers to acknowledge it, and the next one is full"
+        if len(self._open) >= _MOST_KNOWN:
+            return f"{_MOST_KNOWN} microbatches wait for a step here"
         if (places := sum(not other.acknowledged for other in self._open.values())) >= self.limits.max_open:
             return f"{places} microbatches are open here"
         driver = self._drivers.get(key.driver)

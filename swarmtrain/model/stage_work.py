@@ -117,13 +117,18 @@ class StageWork:
 
     def subtract(self, key: Hashable, batch: int) -> None:
         """Take the gradient of `key` out of `batch`: computed again, by the same weights."""
-        self._again(self._kept[key], batch, -1.0)
+        kept = self._kept[key]
+        self.num_recomputed += 1
+        self._subtract(kept, self._weights[kept.version], self._sums[batch])
 
     def add(self, key: Hashable, batch: int) -> None:
-        """Compute the gradient of `key` once more, by the present weights, and put it into `batch`."""
+        """Compute the gradient of `key` once more, by the present weights, and put it into `batch`. BadGradientError if
+        by these it must not be there."""
         kept = self._kept[key]
         kept.version = self.version
-        self._again(kept, batch, 1.0)
+        self._run(kept)
+        self.num_recomputed += 1
+        self._differentiate(kept, batch, kept.out_gradient)
 
     def forget(self, key: Hashable) -> None:
         """What is kept for `key` is needed no more."""
@@ -133,11 +138,6 @@ class StageWork:
     def discard(self, batch: int) -> None:
         """Nothing of this batch counts."""
         self._sums.pop(batch, None)
-
-    def _again(self, kept: _Kept, batch: int, sign: float) -> None:
-        self._run(kept)
-        self.num_recomputed += 1
-        self._differentiate(kept, batch, None if kept.out_gradient is None else sign * kept.out_gradient, sign)
 
     def _run(self, kept: _Kept) -> Tensor:
         """Compute it, with its graph; returns the output, of the last stage the loss."""
@@ -150,26 +150,35 @@ class StageWork:
         kept.out = out
         return out
 
-    def _differentiate(self, kept: _Kept, batch: int, out_gradient: Tensor | None, sign: float = 1.0) -> Tensor | None:
-        """Add to the batch's sums; the input's gradient. BadGradientError, nothing being added, if it would spoil them:
-        what is not finite, or so large that the others would vanish in its rounding, could not be taken out again.
+    def _differentiate(self, kept: _Kept, batch: int, out_gradient: Tensor | None) -> Tensor | None:
+        """Add to the batch's sums; the input's gradient. BadGradientError if it would spoil them: what is not finite, or
+        so large that the others would vanish in its rounding, could not be taken out again. Of what is refused nothing
+        is added, but for the rounding where a part of it had been before that was found.
         """
         weights, sums = self._weights[kept.version], self._sums.setdefault(batch, {})
         length, before = _Length(statistics.median(self._norms) if self._norms else math.inf), set(sums)
         try:
             with _summed(weights, sums, length.add):
-                _backward(kept, weights, out_gradient, sign)
-        except BadGradientError:
-            for name in length.names - before:
-                sums.pop(name, None)
-            if some := {name: weights[name] for name in length.names & before}:
-                self._run(kept)
-                with _summed(some, sums, lambda name, gradient: None):
-                    _backward(kept, some, None if out_gradient is None else -out_gradient, -sign)
-            raise
-        self._norms.append(length.value)
-        gradient, kept.x.grad = kept.x.grad, None
-        return gradient
+                _backward(kept, weights, out_gradient)
+        except BadGradientError as error:
+            refused = error.with_traceback(None)  # which has the graph
+        else:
+            if length.value > 0:
+                self._norms.append(length.value)
+            gradient, kept.x.grad = kept.x.grad, None
+            return gradient
+        for name in length.names - before:
+            sums.pop(name, None)
+        if added := {name: weights[name] for name in length.names & before}:
+            self._subtract(kept, added, sums)
+        raise refused
+
+    def _subtract(self, kept: _Kept, weights: Mapping[str, Tensor], sums: dict[str, Tensor]) -> None:
+        """Compute it again, and take it out of the sums of these weights."""
+        self._run(kept)
+        gradient = None if kept.out_gradient is None else -kept.out_gradient
+        with _summed(weights, sums, lambda name, gradient: None):
+            _backward(kept, weights, gradient, -1.0)
 
     # ------------------------------------------------------------- weights
 
@@ -228,7 +237,7 @@ class _Length:
         self.names.add(name)
 
 
-def _backward(kept: _Kept, weights: Mapping[str, Tensor], out_gradient: Tensor | None, sign: float) -> None:
+def _backward(kept: _Kept, weights: Mapping[str, Tensor], out_gradient: Tensor | None, sign: float = 1.0) -> None:
     """Add to the `.grad` of these weights, and of the input if it has one. The graph is used up."""
     out, kept.out = kept.out, None
     assert out is not None

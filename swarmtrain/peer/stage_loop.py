@@ -6,6 +6,7 @@ takes until so many tokens are acknowledged.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from swarmtrain.peer.trainer import InnerStep, RoundOver
 
 __all__ = ["StageLoop", "WorkMeter"]
 
+_log = logging.getLogger(__name__)
 _LOOK_S = 0.2
 _RECENT = 96
 _SHARES: dict[Kind, float] = {"forward": 1 / 3, "backward": 2 / 3, "tail": 1.0}
@@ -130,7 +132,10 @@ class StageLoop:
         if isinstance(due, Subtract):
             self.work.subtract(due.key, due.batch)
         elif isinstance(due, Add):
-            self.work.add(due.key, due.batch)
+            try:
+                self.work.add(due.key, due.batch)
+            except BadGradientError as error:  # by the weights of now: its tokens count, and nothing spoils the others
+                _log.warning("the gradient of a late microbatch is left out: %s", error)
         elif isinstance(due, Discard):
             self.work.discard(due.batch)
         else:

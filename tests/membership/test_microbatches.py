@@ -292,6 +292,33 @@ def test_what_is_acknowledged_takes_no_place() -> None:
         assert [step.tokens for step in _steps(due)] == ([100] if sequence == 49 else [])
 
 
+def test_a_step_has_two_batches_at_most_and_what_is_under_way_counts() -> None:
+    """While a closed batch waits, what has its forward only is no reason to take more."""
+    ledger = StageLedger(LedgerLimits(batch_tokens=4, ack_wait_s=10.0, max_open=50, max_open_of_driver=50))
+    for sequence in range(2):
+        _there_and_back(ledger, _key(sequence, driver="silent"))
+    assert not _all_due(ledger), "it is closed and waits"
+    for sequence in range(4):
+        _compute(ledger, _key(sequence), "forward")
+    assert ledger.ask(_key(4), "forward", 2, 0.0).answer == "busy"
+    for sequence in range(4):
+        _compute(ledger, _key(sequence), "backward")
+        ledger.acknowledge(_key(sequence), 2.5, 0.0)
+    assert ledger.ask(_key(4), "forward", 2, 0.0).answer == "busy"
+    assert [step.tokens for step in _steps(_all_due(ledger, 10.0))] == [8]
+    assert ledger.ask(_key(4), "forward", 2, 10.0).answer == "work"
+
+
+def test_busy_does_not_make_batches_small() -> None:
+    ledger = StageLedger(LedgerLimits(batch_tokens=100, ack_wait_s=10.0, max_open=3, max_open_of_driver=3))
+    _there_and_back(ledger, _key(0))
+    ledger.acknowledge(_key(0), 2.5, 0.0)
+    for sequence in range(1, 4):
+        _compute(ledger, _key(sequence), "forward")
+    assert ledger.ask(_key(4), "forward", 2, 0.0).answer == "busy"
+    assert not _steps(_all_due(ledger)), "places come free by themselves"
+
+
 def test_one_that_does_not_acknowledge_is_given_fewer_places() -> None:
     ledger = _ledger()
     for sequence in (0, 1):

@@ -277,3 +277,16 @@ def test_a_gradient_found_bad_at_its_last_weights_is_taken_out_of_the_others(oth
     else:
         assert not work._sums[0]
     assert all(each.grad is None for kept in work._weights.values() for each in kept.values()), "nothing is left behind"
+
+
+def test_what_was_added_can_be_taken_out_whatever_has_become_usual() -> None:
+    """A driver that sends a large gradient, and then many tiny ones, ends nobody."""
+    work, _, _ = _one()
+    work.forward(1, _x(1))
+    work.backward(1, _x(101), 0)
+    for seed in range(2, 80):
+        work.forward(seed, _x(seed))
+        work.backward(seed, 1e-9 * _x(seed + 100), 0)
+        work.forget(seed)
+    work.subtract(1, 0)
+    assert all(float(each.abs().max()) < 1e-5 for each in _sums(work, 0).values())
