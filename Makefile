@@ -9,17 +9,17 @@ CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 GRPCIO_TOOLS := 1.67.1
 # The tests of units are shared out to a process a core. Those with processes of a swarm need the cores themselves.
-UNIT := -m "not processes" --numprocesses logical --maxprocesses 4 --dist worksteal
+UNIT := -m "not processes and not containers" --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # The tests start the package again and again: each start would compile all of it.
 unexport PYTHONDONTWRITEBYTECODE
 PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-unit lint format protos demo soak docs clean
+.PHONY: help venv test test-unit test-containers lint format protos demo soak docs clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-16s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv was found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -41,6 +41,9 @@ test: lint  ## everything continuous integration checks
 
 test-unit: $(DEV)  ## the tests that start no process of a swarm: seconds
 	$(BIN)/python -m pytest $(UNIT)
+
+test-containers: $(DEV)  ## a swarm in real containers: needs a Docker engine with compose
+	$(BIN)/python -m pytest -m containers
 
 lint: $(DEV)  ## style, types, and the arrows between folders
 	$(BIN)/ruff check .

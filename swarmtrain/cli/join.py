@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +23,7 @@ from swarmtrain.cli.common import (
 if TYPE_CHECKING:
     from swarmtrain.membership.limits import Hours, Limits
     from swarmtrain.network.invite import Invite
+    from swarmtrain.peer.stopping import StopFlag
 
 __all__ = ["command"]
 
@@ -142,7 +142,7 @@ def command(
     with errors_as_events(options.json, options.name):
         if invite and invite_file is not None:
             raise click.UsageError("INVITE and --invite-file: give one of them")
-        invite = invite or _word_in(invite_file)
+        invite = invite or _word_in(invite_file, options.stop)
         directory = _free_directory(options, new=bool(invite))
         parsed = _invite(invite, directory)
     import platformdirs
@@ -172,7 +172,7 @@ def command(
         emit(run_volunteer(parsed, settings, emit, options.stop))
 
 
-def _word_in(path: Path | None) -> str:
+def _word_in(path: Path | None, stop: StopFlag) -> str:
     """The invite in a file, alone or with the words that `swarmtrain invite` prints before it; waits for one. Empty
     without a file."""
     if path is None:
@@ -190,7 +190,7 @@ def _word_in(path: Path | None) -> str:
         if not told:
             click.echo(f"waiting for an invite in {path}", err=True)
             told = True
-        time.sleep(_LOOK_S)
+        stop.sleep(_LOOK_S)
 
 
 def _invite(word: str, directory: Path) -> Invite:

@@ -151,9 +151,9 @@ class StageWork:
         return out
 
     def _differentiate(self, kept: _Kept, batch: int, out_gradient: Tensor | None) -> Tensor | None:
-        """Add to the batch's sums; the input's gradient. BadGradientError if it would spoil them: what is not finite, or
-        so large that the others would vanish in its rounding, could not be taken out again. Of what is refused nothing
-        is added, but for the rounding where a part of it had been before that was found.
+        """Add to the batch's sums; the input's gradient. BadGradientError if it would spoil them: what is not finite,
+        or so large that the others would vanish in its rounding, could not be taken out again. Of what is refused
+        nothing is added, but for the rounding where a part of it had been before that was found.
         """
         weights, sums = self._weights[kept.version], self._sums.setdefault(batch, {})
         length, before = _Length(statistics.median(self._norms) if self._norms else math.inf), set(sums)
