@@ -1,0 +1,70 @@
+"""The metrics overlay: Prometheus finds everybody, has real values, and calls when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from docker_engine import ROOT, Project, build, docker
+
+pytestmark = pytest.mark.containers
+
+PROMETHEUS = "swarmtrain-test-prometheus"
+FOUND_S = 90.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def images() -> None:
+    build()
+    try:
+        recipe = "--file=tests/containers/prometheus.Dockerfile"
+        docker("build", "--quiet", "--tag", PROMETHEUS, recipe, "tests", limit_s=600.0)
+    except AssertionError as error:
+        pytest.skip(f"Prometheus is not to be had here: {str(error)[-300:]}")
+
+
+@pytest.fixture
+def swarm() -> Iterator[Project]:
+    project = Project(("peers/compose.yaml", "peers/metrics.yaml"), {"PROMETHEUS_IMAGE": PROMETHEUS})
+    try:
+        project.up("--scale", "volunteer=2")
+        yield project
+    finally:
+        project.down()
+
+
+def test_the_rules_call_when_they_must_and_only_then() -> None:
+    volumes = ("--volume", f"{ROOT}/peers:/peers:ro", "--volume", f"{ROOT}/tests/containers:/tests:ro")
+    docker("run", "--rm", *volumes, PROMETHEUS, "promtool", "check", "config", "/peers/prometheus.yml")
+    said = docker("run", "--rm", *volumes, PROMETHEUS, "promtool", "test", "rules", "/tests/alerts_test.yml")
+    assert "SUCCESS" in said
+
+
+def test_prometheus_has_everybodys_values_and_notices_that_the_bootstrap_is_gone(swarm: Project) -> None:
+    address = swarm.compose("port", "prometheus", "9090").strip()
+
+    def ask(path: str) -> Any:
+        with urllib.request.urlopen(f"http://{address}/api/v1/{path}", timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def values(query: str) -> list[float]:
+        found = ask(f"query?query={urllib.parse.quote(query)}")["result"]
+        return [float(each["value"][1]) for each in found]
+
+    swarm.wait_until(lambda: values("up") == [1.0] * 3, "a bootstrap and two volunteers are found", FOUND_S)
+    swarm.wait_until(lambda: values("swarmtrain_healthy") == [1.0] * 3, "all of them healthy", FOUND_S)
+    swarm.wait_until(lambda: values('swarmtrain_loss{job="volunteer"} < 5') != [], "it learns", FOUND_S)
+    swarm.wait_until(lambda: values('swarmtrain_run_tokens{job="bootstrap"} > 0') != [], "it is archived", FOUND_S)
+    assert values('swarmtrain_peers{job="bootstrap", role="volunteer"}') == [2.0]
+    assert [each["labels"]["alertname"] for each in ask("alerts")["alerts"]] == []
+
+    swarm.compose("stop", "--timeout", "20", "bootstrap")
+    swarm.wait_until(
+        lambda: "BootstrapGone" in [each["labels"]["alertname"] for each in ask("alerts")["alerts"]],
+        "it is noticed",
+        FOUND_S,
+    )

@@ -1,0 +1,88 @@
+"""Docker for the tests: commands, compose projects of their own, and waiting for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+__all__ = ["IMAGE", "Project", "build", "docker"]
+
+ROOT = Path(__file__).parents[1]
+IMAGE = "swarmtrain-test"
+_SETTINGS = {"SWARMTRAIN_IMAGE": IMAGE, "SWARMTRAIN_PORT": "0", "PROMETHEUS_PORT": "0"}
+
+
+def docker(*arguments: str, limit_s: float = 120.0, **settings: str) -> str:
+    """What a docker command writes; AssertionError with its error output when it fails."""
+    done = subprocess.run(
+        ["docker", *arguments],
+        cwd=ROOT,
+        env=os.environ | _SETTINGS | settings,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def build() -> None:
+    """The image of the code that is tested."""
+    docker("build", "--quiet", "--tag", IMAGE, ".", limit_s=1200.0)
+
+
+@dataclass
+class Project:
+    """A compose project."""
+
+    files: tuple[str, ...] = ("compose.yaml",)
+    settings: dict[str, str] = field(default_factory=dict)
+    name: str = f"swarmtrain-test-{os.getpid()}"
+
+    def compose(self, *arguments: str, limit_s: float = 180.0) -> str:
+        """What a compose command writes."""
+        files = [f"--file={name}" for name in self.files]
+        return docker("compose", f"--project-name={self.name}", *files, *arguments, limit_s=limit_s, **self.settings)
+
+    def up(self, *arguments: str) -> None:
+        """Start it, and wait until everybody is healthy."""
+        self.compose("up", "--detach", "--no-build", *arguments, "--wait", "--wait-timeout", "150")
+
+    def down(self, timeout_s: int = 5) -> None:
+        """With everything that it kept."""
+        self.compose("down", "--volumes", "--timeout", str(timeout_s))
+
+    def containers(self) -> dict[str, dict[str, str]]:
+        """By name, what compose says of each."""
+        rows = [json.loads(line) for line in self.compose("ps", "--all", "--format", "json").splitlines()]
+        return {row["Name"]: row for row in rows}
+
+    def of_service(self, service: str) -> list[str]:
+        """The names of its containers."""
+        return sorted(name for name, row in self.containers().items() if row["Service"] == service)
+
+    def num_healthy(self) -> int:
+        """Containers whose health check says so."""
+        return sum(row["Health"] == "healthy" for row in self.containers().values())
+
+    def leftovers(self) -> list[str]:
+        """What there is of it."""
+        label = f"label=com.docker.compose.project={self.name}"
+        kinds = (("ps", "--all"), ("volume", "ls"), ("network", "ls"))
+        return [line for kind in kinds for line in docker(*kind, "--quiet", "--filter", label).split()]
+
+    def wait_until(self, holds: Callable[[], bool], what: str, limit_s: float) -> float:
+        """Seconds until it does; fails with the logs when it does not in time."""
+        began_s = time.monotonic()
+        while not holds():
+            if time.monotonic() - began_s > limit_s:
+                pytest.fail(f"not in {limit_s:g} s: {what}\n{self.compose('logs', '--tail', '30')[-6000:]}")
+            time.sleep(1.0)
+        return time.monotonic() - began_s
