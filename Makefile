@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-unit test-containers lint format protos demo soak docs clean
+.PHONY: help venv test test-unit test-containers chaos lint format protos demo soak docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ test-unit: $(DEV)  ## the tests that start no process of a swarm: seconds
 
 test-containers: $(DEV)  ## a swarm in real containers: needs a Docker engine with compose
 	$(BIN)/python -m pytest -m containers
+
+chaos: $(DEV)  ## kills, hangs, cuts and deletions in real containers, and a table (needs a Docker engine)
+	$(BIN)/python tests/chaos/run.py
 
 lint: $(DEV)  ## style, types, and the arrows between folders
 	$(BIN)/ruff check .
