@@ -37,13 +37,14 @@ def _ip(*words: str) -> None:
 @contextmanager
 def machines(names: Sequence[str], *, hidden: Sequence[str] = ()) -> Iterator[dict[str, list[str]]]:
     """For each name the words that run a command on its machine."""
-    bridge = f"{_TAG}b"
+    hub = f"{_TAG}-hub"  # a space too: where Docker runs, its firewall drops what passes bridges outside
     spaces = {name: f"{_TAG}-{name}" for name in names}
     try:
-        _ip("link", "add", bridge, "type", "bridge")
-        _ip("link", "set", bridge, "up")
+        _ip("netns", "add", hub)
+        _ip("-n", hub, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", hub, "link", "set", "bridge", "up")
         for number, (name, space) in enumerate(spaces.items(), start=1):
-            _add(space, f"{_TAG}v{number}", bridge, f"10.77.{os.getpid() % 250}.{number}/24")
+            _add(space, hub, f"v{number}", f"10.77.{os.getpid() % 250}.{number}/24")
             if name in hidden:
                 arriving = ["iif", "e0", "ipproto", "tcp", "dport", str(PORT)]
                 _ip("-n", space, "rule", "add", "pref", "5", *arriving, "blackhole")
@@ -52,17 +53,15 @@ def machines(names: Sequence[str], *, hidden: Sequence[str] = ()) -> Iterator[di
         ip, quiet = shutil.which("ip") or "ip", ["env", "LIBP2P_TCP_REUSEPORT=false"]
         yield {name: [ip, "netns", "exec", space, *(quiet if name in hidden else [])] for name, space in spaces.items()}
     finally:
-        for space in spaces.values():
+        for space in (*spaces.values(), hub):
             with suppress(subprocess.SubprocessError):
                 _ip("netns", "del", space)
-        with suppress(subprocess.SubprocessError):
-            _ip("link", "del", bridge)
 
 
-def _add(space: str, outside: str, bridge: str, address: str) -> None:
+def _add(space: str, hub: str, outside: str, address: str) -> None:
     _ip("netns", "add", space)
-    _ip("link", "add", outside, "type", "veth", "peer", "name", "e0", "netns", space)
-    _ip("link", "set", outside, "master", bridge, "up")
+    _ip("-n", hub, "link", "add", outside, "type", "veth", "peer", "name", "e0", "netns", space)
+    _ip("-n", hub, "link", "set", outside, "master", "bridge", "up")
     _ip("-n", space, "link", "set", "lo", "up")
     _ip("-n", space, "addr", "add", address, "dev", "e0")
     _ip("-n", space, "link", "set", "e0", "up")
