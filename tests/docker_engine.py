@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-__all__ = ["IMAGE", "Project", "build", "docker"]
+__all__ = ["IMAGE", "Project", "build", "docker", "status"]
 
 ROOT = Path(__file__).parents[1]
 IMAGE = "swarmtrain-test"
@@ -36,6 +37,12 @@ def docker(*arguments: str, limit_s: float = 120.0, **settings: str) -> str:
 def build() -> None:
     """The image of the code that is tested."""
     docker("build", "--quiet", "--tag", IMAGE, ".", limit_s=1200.0)
+
+
+def status(container: str) -> dict[str, Any]:
+    """What `swarmtrain status --json` says there."""
+    told: dict[str, Any] = json.loads(docker("exec", container, "swarmtrain", "status", "--json"))
+    return told
 
 
 @dataclass

@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from docker_engine import Project, build, docker
+from docker_engine import Project, build, docker, status
 
 FILES = ("peers/compose.yaml", "tests/chaos/chaos.yaml")
 
@@ -110,11 +110,6 @@ class Swarm(Project):
 
 
 # ---------------------------------------------------------------- what is seen
-
-
-def status(container: str) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(docker("exec", container, "swarmtrain", "status", "--json"))
-    return told
 
 
 def rounds(container: str) -> list[dict[str, Any]]:

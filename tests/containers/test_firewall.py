@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-from docker_engine import Project, build, docker
+from docker_engine import Project, build, docker, status
 
 pytestmark = pytest.mark.containers
 
@@ -30,11 +28,6 @@ def swarm() -> Iterator[Project]:
         yield project
     finally:
         project.down()
-
-
-def status(container: str) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(docker("exec", container, "swarmtrain", "status", "--json"))
-    return told
 
 
 def test_a_volunteer_behind_a_firewall_counts_and_its_host_may_die(swarm: Project) -> None:
