@@ -65,7 +65,7 @@ def test_prometheus_has_everybodys_values_and_notices_that_the_bootstrap_is_gone
     swarm.wait_until(lambda: values('swarmtrain_run_tokens{job="bootstrap"} > 0') != [], "it is archived", FOUND_S)
     assert values('swarmtrain_peers{job="bootstrap", role="volunteer"}') == [2.0]
     assert not [alert for alert in ask("alerts")["alerts"] if alert["state"] == "firing"], "all is well"
-    assert "BootstrapGone" not in alerts()
+    swarm.wait_until(lambda: "BootstrapGone" not in alerts(), "the bootstrap is known to be there", FOUND_S)
 
     swarm.compose("stop", "--timeout", "20", "bootstrap")
     swarm.wait_until(lambda: "BootstrapGone" in alerts(), "it is noticed", FOUND_S)
