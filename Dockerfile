@@ -9,8 +9,8 @@
 ARG PYTHON_IMAGE=python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS dependencies
-# PyTorch's own index has builds without CUDA, a tenth of the size. Where it cannot be reached, or has none for this
-# machine, the usual one is taken. With a GPU: --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cu128
+# PyTorch's own index has builds without CUDA, which volunteers do not use: gigabytes less. Where it cannot be reached,
+# or has none for this machine, the usual one is taken.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 RUN python -m venv /opt/swarmtrain
 ENV PATH=/opt/swarmtrain/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -16,6 +16,7 @@ from torch import Tensor
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.microbatches import (
     Acknowledged,
+    Add,
     Discard,
     Due,
     Key,
@@ -354,6 +355,19 @@ def test_the_gradient_of_a_smaller_step_is_the_mean_over_what_it_has() -> None:
     (sum(plain.loss(*inputs[number]) for number in (0, 2)) / 2).backward()  # type: ignore[union-attr]
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_late_gradient_that_would_spoil_the_others_ends_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """By the weights of now it may be what it was not by those of its first computation."""
+
+    class Spoilt(Work):
+        def add(self, key: Key, batch: int) -> None:
+            raise BadGradientError("a gradient of norm inf, where 1 is usual")
+
+    bench = Bench()
+    bench.loop.work = Spoilt()  # type: ignore[assignment]
+    bench.loop._correct(Add(key(0), 0))
+    assert "left out: a gradient of norm inf" in caplog.text
 
 
 # ---------------------------------------------------------------- the ledger alone

@@ -107,13 +107,13 @@ class StageWork:
         if kept.out is None:
             self._run(kept)
             self.num_recomputed += 1
-        return self._differentiate(kept, batch, out_gradient)
+        return self._differentiate(kept, batch)
 
     def tail(self, key: Hashable, x: Tensor, targets: Tensor, scale: float, batch: int) -> TailResult:
         """Forward, loss and backward of the last stage at once; `scale` is the microbatch's share of a batch."""
         kept = self._kept[key] = _Kept(x, self.version, targets=targets, scale=scale)
         loss = self._run(kept)
-        return TailResult(float(loss.detach()), self._differentiate(kept, batch, None))
+        return TailResult(float(loss.detach()), self._differentiate(kept, batch))
 
     def subtract(self, key: Hashable, batch: int) -> None:
         """Take the gradient of `key` out of `batch`: computed again, by the same weights."""
@@ -128,7 +128,7 @@ class StageWork:
         kept.version = self.version
         self._run(kept)
         self.num_recomputed += 1
-        self._differentiate(kept, batch, kept.out_gradient)
+        self._differentiate(kept, batch)
 
     def forget(self, key: Hashable) -> None:
         """What is kept for `key` is needed no more."""
@@ -150,7 +150,7 @@ class StageWork:
         kept.out = out
         return out
 
-    def _differentiate(self, kept: _Kept, batch: int, out_gradient: Tensor | None) -> Tensor | None:
+    def _differentiate(self, kept: _Kept, batch: int) -> Tensor | None:
         """Add to the batch's sums; the input's gradient. BadGradientError if it would spoil them: what is not finite,
         or so large that the others would vanish in its rounding, could not be taken out again. Of what is refused
         nothing is added, but for the rounding where a part of it had been before that was found.
@@ -159,7 +159,7 @@ class StageWork:
         length, before = _Length(statistics.median(self._norms) if self._norms else math.inf), set(sums)
         try:
             with _summed(weights, sums, length.add):
-                _backward(kept, weights, out_gradient)
+                _backward(kept, weights)
         except BadGradientError as error:
             refused = error.with_traceback(None)  # which has the graph
         else:
@@ -176,9 +176,8 @@ class StageWork:
     def _subtract(self, kept: _Kept, weights: Mapping[str, Tensor], sums: dict[str, Tensor]) -> None:
         """Compute it again, and take it out of the sums of these weights."""
         self._run(kept)
-        gradient = None if kept.out_gradient is None else -kept.out_gradient
         with _summed(weights, sums, lambda name, gradient: None):
-            _backward(kept, weights, gradient, -1.0)
+            _backward(kept, weights, -1.0)
 
     # ------------------------------------------------------------- weights
 
@@ -237,12 +236,15 @@ class _Length:
         self.names.add(name)
 
 
-def _backward(kept: _Kept, weights: Mapping[str, Tensor], out_gradient: Tensor | None, sign: float = 1.0) -> None:
-    """Add to the `.grad` of these weights, and of the input if it has one. The graph is used up."""
-    out, kept.out = kept.out, None
+def _backward(kept: _Kept, weights: Mapping[str, Tensor], sign: float = 1.0) -> None:
+    """Add to the `.grad` of these weights, with -1 take away from it, and that of the input if it has one. The graph is
+    used up."""
+    out, kept.out, out_gradient = kept.out, None, kept.out_gradient
     assert out is not None
     if kept.targets is not None:
         out = out * (sign * kept.scale)
+    elif out_gradient is not None and sign != 1.0:
+        out_gradient = sign * out_gradient
     kept.x.grad = None
     inputs = [*weights.values(), *([kept.x] if kept.x.requires_grad else [])]
     torch.autograd.backward(out, out_gradient, inputs=inputs)
