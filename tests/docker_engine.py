@@ -13,19 +13,20 @@ from typing import Any
 
 import pytest
 
-__all__ = ["IMAGE", "Project", "build", "docker", "status"]
+__all__ = ["IMAGE", "ROOT", "Project", "build", "docker", "status"]
 
 ROOT = Path(__file__).parents[1]
 IMAGE = "swarmtrain-test"
 _SETTINGS = {"SWARMTRAIN_IMAGE": IMAGE, "SWARMTRAIN_PORT": "0", "PROMETHEUS_PORT": "0"}
 
 
-def docker(*arguments: str, limit_s: float = 120.0, **settings: str) -> str:
-    """What a docker command writes; AssertionError with its error output when it fails."""
+def docker(*arguments: str, limit_s: float = 120.0, given: str | None = None, **settings: str) -> str:
+    """What a docker command writes, to which `given` is read; AssertionError with its error output when it fails."""
     done = subprocess.run(
         ["docker", *arguments],
         cwd=ROOT,
         env=os.environ | _SETTINGS | settings,
+        input=given,
         capture_output=True,
         text=True,
         timeout=limit_s,
@@ -90,6 +91,16 @@ class Project:
         began_s = time.monotonic()
         while not holds():
             if time.monotonic() - began_s > limit_s:
-                pytest.fail(f"not in {limit_s:g} s: {what}\n{self.compose('logs', '--tail', '30')[-6000:]}")
+                logs = self.compose("logs", "--tail", "30")[-6000:]
+                pytest.fail(f"not in {limit_s:g} s: {what}\n{logs}\n{self.told()}")
             time.sleep(1.0)
         return time.monotonic() - began_s
+
+    def told(self) -> str:
+        """The ends of the log files of those that run, for whoever reads why a test failed."""
+        ends = []
+        for name in (name for name, row in self.containers().items() if row["State"] == "running"):
+            show = ["docker", "exec", name, "sh", "-c", "tail -n 40 /data/swarmtrain/*/peer.log"]
+            done = subprocess.run(show, capture_output=True, text=True, timeout=60.0)
+            ends.append(f"{name}:\n{done.stdout[-4000:]}")
+        return "\n".join(ends)

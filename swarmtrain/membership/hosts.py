@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.partners import BackOff
 
 __all__ = [
     "MAX_GUESTS",
@@ -60,15 +61,18 @@ class Reachability:
     """Whether this peer is hidden, from what those say whom it asked to dial it; and when to ask again.
 
     One who reached it is enough to be dialable. It takes two who tried in vain to be hidden, at one time or one after
-    the other; twice that for one that others could dial, so that a single lost packet moves nobody.
+    the other; twice that for one that others could dial, so that a single lost packet moves nobody. On a busy machine
+    two may fail by chance: who has just become hidden asks again soon, then after twice as long, and so on.
     """
 
     again_s: float = 5.0
     """After an answer that needs another, or none."""
+    hidden_first_s: float = 15.0
     hidden_every_s: float = 180.0
     dialable_every_s: float = 600.0
     state: Reach = Reach.UNKNOWN
     _misses: int = 0
+    _hidden_times: int = 0
     _due_s: float = 0.0
 
     def is_due(self, now: float) -> bool:
@@ -80,7 +84,8 @@ class Reachability:
         tried, reached = [answer for answer in answers if answer is not None], any(answers)
         wait_s = self.again_s
         if reached:
-            self.state, self._misses, wait_s = Reach.DIALABLE, 0, self.dialable_every_s
+            self.state, self._misses, self._hidden_times = Reach.DIALABLE, 0, 0
+            wait_s = self.dialable_every_s
             reason = f"{sum(map(bool, tried))} of {len(tried)} could dial this peer"
         elif not tried:
             reason = "nobody could say whether this peer can be dialled"
@@ -88,7 +93,9 @@ class Reachability:
             self._misses += len(tried)
             reason = f"{self._misses} tried in vain to dial this peer"
             if self._misses >= {Reach.UNKNOWN: 2, Reach.DIALABLE: 4, Reach.HIDDEN: 0}[self.state]:
-                self.state, self._misses, wait_s = Reach.HIDDEN, 0, self.hidden_every_s
+                self.state, self._misses = Reach.HIDDEN, 0
+                wait_s = min(self.hidden_first_s * 2.0**self._hidden_times, self.hidden_every_s)
+                self._hidden_times = min(self._hidden_times + 1, 32)
         self._due_s = now + wait_s * (0.8 + 0.4 * rng.random())
         return f"{self.state.value}: {reason}"
 
@@ -138,15 +145,15 @@ class _Host:
 
 @dataclass
 class HostChoice:
-    """The hosts of a hidden peer. One that has been silent for `replace_after_s` is replaced, one that has no place or
-    was silent is left alone for `avoid_s`."""
+    """The hosts of a hidden peer. One that has been silent for `replace_after_s` is replaced; one that has no place or
+    was silent is left alone for a while, the longer the more often, unless there is nobody else: a peer whose other
+    host dies has no time to lose."""
 
     me: str
     number: int = _NUM_HOSTS
     replace_after_s: float = 10.0
-    avoid_s: float = 120.0
+    back_off: BackOff = field(default_factory=lambda: BackOff(busy_s=10.0, first_s=15.0, most_s=120.0))
     _hosts: dict[str, _Host] = field(default_factory=dict)
-    _avoid: dict[str, float] = field(default_factory=dict)
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -166,13 +173,13 @@ class HostChoice:
         if not hosting:
             return self._drop(peer, "it has no place for one more", now)
         host.answered_s, host.hosting = now, True
+        self.back_off.answered(peer)
         return "it serves this peer's publications on"
 
     def choose(self, candidates: Iterable[HostCandidate], now: float) -> list[str]:
         """Look at the hosts again; `candidates` are the live peers that can be dialled. Returns what changed, each with
         its reason."""
         among = {one.peer: one for one in candidates if one.peer != self.me}
-        self._avoid = {peer: until_s for peer, until_s in self._avoid.items() if now < until_s}
         changes = []
         for peer, host in list(self._hosts.items()):
             silent_s = now - host.answered_s
@@ -181,9 +188,8 @@ class HostChoice:
             elif peer not in among and not host.hosting:
                 changes.append(f"{peer} is replaced: {self._drop(peer, 'it is gone, or cannot be dialled', now)}")
         places = [one for one in among.values() if one.peer not in self._hosts and one.num_guests < MAX_GUESTS]
-        free = [one for one in places if one.peer not in self._avoid]
-        if not free and not self._hosts:
-            free = places  # rather one that failed than none
+        ready, _ = self.back_off.ready([one.peer for one in places], now)
+        free = [one for one in places if one.peer in ready]
         free.sort(key=lambda one: (one.num_guests, self._hash(one.peer)))
         for one in free[: max(0, self.number - len(self._hosts))]:
             self._hosts[one.peer] = _Host(now, now)
@@ -196,8 +202,7 @@ class HostChoice:
 
     def _drop(self, peer: str, reason: str, now: float) -> str:
         del self._hosts[peer]
-        self._avoid[peer] = now + self.avoid_s
-        return f"{reason}; left alone for {self.avoid_s:g} s"
+        return self.back_off.failed(peer, now, reason)
 
     def _hash(self, peer: str) -> bytes:
         return hashlib.sha256(f"{self.me} {peer}".encode()).digest()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from docker_engine import Project, build, docker, status
+from docker_engine import ROOT, Project, build, docker, status
 
 pytestmark = pytest.mark.containers
 
 FIREWALL = "swarmtrain-test-firewall"
 FOUND_S = 90.0
+STDLIB = ROOT / "examples" / "stdlib-gpt.toml"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -20,9 +23,12 @@ def images() -> None:
 
 
 @pytest.fixture
-def swarm() -> Iterator[Project]:
+def swarm(tmp_path: Path) -> Iterator[Project]:
+    """Its run is longer than the test could ever last."""
     files = ("peers/compose.yaml", "peers/unreachable.yaml")
-    project = Project(files, {"SWARMTRAIN_FIREWALL_IMAGE": FIREWALL})
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(re.sub(r"(?m)^total_tokens = .*$", "total_tokens = 1_000_000_000", STDLIB.read_text()))
+    project = Project(files, {"SWARMTRAIN_FIREWALL_IMAGE": FIREWALL, "SWARMTRAIN_RUN_FILE": str(run_file)})
     try:
         project.up("--scale", "volunteer=2")
         yield project
