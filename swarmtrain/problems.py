@@ -8,16 +8,48 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+import tomllib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from swarmtrain.errors import UserError
 from swarmtrain.words import one_line
 
-__all__ = ["allowed_values", "one_line", "problem_in_words", "section_fields"]
+__all__ = ["Section", "allowed_values", "one_line", "problem_in_words", "read_toml", "section_fields"]
+
+
+class Section(BaseModel):
+    """A table of a file that a person writes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: object) -> object:
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and not text.isprintable():
+                raise ValueError("contains a control character; allowed: printable text")
+        return value
+
+
+def read_toml(text: str, origin: str, error_type: type[UserError]) -> dict[str, Any]:
+    """The tables in `text`; `origin` names it in errors, one line that names the place."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise error_type(f"{origin}: not TOML that a run file needs: nested too deeply") from None
+    except ValueError as error:
+        match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
+        what, line, column = match.groups() if match else (str(error), None, None)
+        if match and line is None:
+            line, column = text.count("\n") + 1, len(text) - text.rfind("\n")
+        where = f"line {line}, column {column}: " if line else ""
+        raise error_type(f"{origin}: {where}not TOML: {one_line(what)}") from None
 
 
 def problem_in_words(error: ValidationError, model: type[BaseModel]) -> str:

@@ -14,16 +14,15 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from swarmtrain import __version__
 from swarmtrain.errors import BadBytesError, RunFileError
-from swarmtrain.problems import one_line, problem_in_words
+from swarmtrain.problems import Section, one_line, problem_in_words, read_toml
 
 __all__ = [
     "MAX_RUN_FILE_BYTES",
@@ -51,19 +50,7 @@ EXAMPLE = "examples/stdlib-gpt.toml"
 _CHUNK_BYTES = 256 * 1024
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    @field_validator("*")
-    @classmethod
-    def _printable(cls, value: object) -> object:
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str) and not text.isprintable():
-                raise ValueError("contains a control character; allowed: printable text")
-        return value
-
-
-class RunSection(_Section):
+class RunSection(Section):
     """What the run is called and when it ends."""
 
     name: str = Field("stdlib-gpt", min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9-]*$", description="A short name people recognise: lower-case letters, digits and hyphens.")  # fmt: skip
@@ -71,7 +58,7 @@ class RunSection(_Section):
     total_tokens: int = Field(description="The run ends when its peers together have trained on this many tokens.", gt=0, lt=2**63)  # fmt: skip
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The model's shape: a GPT with RMSNorm, rotary positions and untied embeddings."""
 
     tokenizer: Literal["bytes", "bpe"] = Field("bytes", description='What a token is: "bytes" (256 of them) or "bpe" (learnt by the bootstrap on its corpus; needs the extra `bpe`).')  # fmt: skip
@@ -114,7 +101,7 @@ _KEYS_OF_SOURCES = {
 }
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """The text it learns from, and the text it is judged by."""
 
     source: Literal["python-stdlib", "text", "jsonl", "datasets"] = Field("python-stdlib", description='Where the text comes from: "python-stdlib" (the standard library\'s own sources, on every machine), "text" (files), "jsonl" (one JSON object a line) or "datasets" (Hugging Face; needs the extra `datasets`).')  # fmt: skip
@@ -143,7 +130,7 @@ class DataSection(_Section):
         return self
 
 
-class InnerSection(_Section):
+class InnerSection(Section):
     """The inner optimizer, AdamW, and its schedule by the run's tokens."""
 
     batch_sequences: int = Field(16, ge=1, le=1_048_576, description="Sequences in the batch of one inner step.")
@@ -189,7 +176,7 @@ _Format = Literal["fp32", "bf16", "int8", "int4"]
 _GradientFormat = Literal["fp32", "bf16", "int8", "int4", "int2"]
 
 
-class MergeSection(_Section):
+class MergeSection(Section):
     """How peers become one model."""
 
     method: Literal["gossip", "diloco", "server"] = Field("gossip", description='"gossip": nobody waits; each merges at its own pace what it pulled from a few partners. "diloco": synchronous rounds; everyone\'s pseudo-gradients are averaged by a signed roster. "server": nobody waits; the bootstrap takes in each pseudo-gradient as it arrives, and everyone goes on from its newest weights.')  # fmt: skip
@@ -241,7 +228,7 @@ class MergeSection(_Section):
         return self
 
 
-class PipelineSection(_Section):
+class PipelineSection(Section):
     """For a model that no volunteer holds alone: who holds which part of it, and what travels between them."""
 
     stages: int = Field(1, ge=1, le=512, description="The model is cut into so many parts, and a volunteer holds one of them, or a few; 1: everybody holds the whole model.")  # fmt: skip
@@ -264,14 +251,14 @@ class PipelineSection(_Section):
         return self
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """Measuring the held-out loss while training."""
 
     every_rounds: int = Field(0, ge=0, description="Measure the held-out loss after every so many rounds; 0 for only at the end.")  # fmt: skip
     batch_sequences: int = Field(16, ge=1, le=1_048_576, description="Sequences evaluated at once.")
 
 
-class NetworkSection(_Section):
+class NetworkSection(Section):
     """Limits that keep one peer from burdening another."""
 
     max_readers: int = Field(4, ge=1, le=32, description="Pulls of snapshots served at once; the next reader is told BUSY.")  # fmt: skip
@@ -308,7 +295,7 @@ class NetworkSection(_Section):
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class PublishedSection(_Section):
+class PublishedSection(Section):
     """What the bootstrap adds when it publishes the run; nobody writes this by hand."""
 
     created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)$", description="When the run was published, ISO 8601, UTC: the same run file published twice is two runs.")  # fmt: skip
@@ -324,7 +311,7 @@ class PublishedSection(_Section):
     server: str | None = Field(None, pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$", description='With merge.method = "server": the PeerID of the bootstrap, which is the server; absent otherwise.')  # fmt: skip
 
 
-class RunFile(_Section):
+class RunFile(Section):
     """A whole run file."""
 
     run: RunSection
@@ -449,7 +436,7 @@ def load_run(path: str | Path) -> RunFile:
 
 def parse_run(text: str, origin: str) -> RunFile:
     """The run file in `text`, as a person writes it; `origin` names it in errors. Raises `RunFileError`."""
-    table = _toml(text, origin)
+    table = read_toml(text, origin, RunFileError)
     if "published" in table:
         raise RunFileError(f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out")
     return _validated(table, origin)
@@ -483,7 +470,7 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
     if (found := run_sha256(data)) != expected_sha256:
         raise BadBytesError(f"the run file does not match its hash: expected {expected_sha256[:16]}, got {found[:16]}")
     try:
-        table = _toml(data.decode(), "the published run")
+        table = read_toml(data.decode(), "the published run", RunFileError)
         if not isinstance(table.get("published"), dict):
             raise RunFileError("the published run: published: missing section")
     except UnicodeDecodeError:
@@ -498,20 +485,6 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
             versions = f"published by swarmtrain {one_line(publisher[:32])}, you have {__version__}"
             raise BadBytesError(f"this run was {versions}: upgrade ({error})") from None
         raise BadBytesError(str(error)) from None
-
-
-def _toml(text: str, origin: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise RunFileError(f"{origin}: not TOML that a run file needs: nested too deeply") from None
-    except ValueError as error:
-        match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
-        what, line, column = match.groups() if match else (str(error), None, None)
-        if match and line is None:
-            line, column = text.count("\n") + 1, len(text) - text.rfind("\n")
-        where = f"line {line}, column {column}: " if line else ""
-        raise RunFileError(f"{origin}: {where}not TOML: {one_line(what)}") from None
 
 
 def _validated(table: dict[str, Any], origin: str) -> RunFile:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
     from swarmtrain.events import Event
     from swarmtrain.peer.local import LinkPlan, LocalSwarm
+    from swarmtrain.peer.rehearsing import Rehearsing
     from swarmtrain.peer.stopping import StopFlag
+    from swarmtrain.rehearsal import RehearsalFile
     from swarmtrain.run import RunFile
 
 __all__ = ["command"]
@@ -41,6 +43,7 @@ def _slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) ->
         "swarmtrain local run.toml --peers 4 --compare-alone --dir runs/first",
         "swarmtrain local run.toml --peers 4 --slowdown 2,2.6,5.2,11.4",
         "swarmtrain local run.toml --rtt 100 --link-up 10 --link-down 10 --fail-pulls 5",
+        "swarmtrain local run.toml --peers 6 --faults examples/bad-internet.toml --churn 60",
     ),
 )
 @click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
@@ -51,6 +54,10 @@ def _slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--link-up", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... what each volunteer can send, in Mbit/s.  [default: no limit]")  # fmt: skip
 @click.option("--link-down", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... and receive.  [default: no limit]")  # fmt: skip
 @click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, metavar="PCT", help="... how many per cent of the volunteers' transfers break off midway.  [default: none]")  # fmt: skip
+@click.option("--jitter", type=click.FloatRange(0, 2000), callback=finite, metavar="MS", help="... by how many milliseconds more what is sent is late at most.  [default: none]")  # fmt: skip
+@click.option("--loss", type=click.FloatRange(0, 50), callback=finite, metavar="PCT", help="... how many per cent of the packets are lost each way, as a stream notices it.  [default: none]")  # fmt: skip
+@click.option("--churn", type=click.FloatRange(1), callback=finite, metavar="S", help="... about how often, in seconds, a volunteer is killed or leaves, and comes back.  [default: never]")  # fmt: skip
+@click.option("--faults", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE.toml", help="... all that and what breaks when, from a file; the options above go before it.")  # fmt: skip
 @click.option("--compare-alone", is_flag=True, help="Afterwards train one volunteer alone, unslowed, for as many steps as the fastest took.")  # fmt: skip
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on text or JSON lines.  [default: the run file's folder]")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the peers keep their files and the model is left.  [default: runs/NAME-TIME]")  # fmt: skip
@@ -71,6 +78,10 @@ def command(
     link_up: float | None,
     link_down: float | None,
     fail_pulls: float,
+    jitter: float | None,
+    loss: float | None,
+    churn: float | None,
+    faults: Path | None,
     compare_alone: bool,
     data: Path | None,
     directory: Path | None,
@@ -96,6 +107,14 @@ def command(
 
         with errors_as_events(as_json, ""):
             run = load_run(run_file)
+            links = {
+                "rtt_ms": rtt,
+                "up_mbit": link_up,
+                "down_mbit": link_down,
+                "jitter_ms": jitter,
+                "loss_percent": loss,
+            }
+            rehearsal = _rehearsal(faults, links, churn, _names(peers))
         if directory is None:
             directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         directory.mkdir(parents=True, exist_ok=True)
@@ -103,7 +122,7 @@ def command(
         common += [f"--fail-pulls={fail_pulls}"] if fail_pulls else []
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         try:
-            trained = _train(_Plan(run_file, run, directory, extra, as_json, _links(rtt, link_up, link_down)), stop)
+            trained = _train(_Plan(run_file, run, directory, extra, as_json, rehearsal), stop)
             _show_sample(directory, as_json)
             for part in trained.parts.values():
                 click.echo(part.line(), err=as_json)
@@ -126,16 +145,50 @@ class _Plan:
     extra: list[list[str]]
     """Of each volunteer, what its `join` is told."""
     as_json: bool
-    links: LinkPlan | None
-    """None where they are not rehearsed."""
+    rehearsal: RehearsalFile | None
+    """None where the internet is not rehearsed."""
+
+    @property
+    def names(self) -> list[str]:
+        """The volunteers'."""
+        return _names(len(self.extra))
+
+    def links(self) -> LinkPlan | None:
+        """What the peers are behind; None where nothing is said of links and nothing strikes them."""
+        from swarmtrain.peer.local import LinkPlan
+
+        if self.rehearsal is None or not self.rehearsal.needs_links:
+            return None
+        given = self.rehearsal.links
+        return LinkPlan(
+            rtt_ms=given.rtt_ms,
+            up_mbit=given.up_mbit,
+            down_mbit=given.down_mbit,
+            jitter_ms=given.jitter_ms,
+            loss=given.loss_percent / 100,
+            seed=self.rehearsal.rehearsal.seed,
+        )
 
 
-def _links(rtt_ms: float | None, up_mbit: float | None, down_mbit: float | None) -> LinkPlan | None:
-    from swarmtrain.peer.local import LinkPlan
+def _names(num_volunteers: int) -> list[str]:
+    return [f"volunteer-{number}" for number in range(1, num_volunteers + 1)]
 
-    if (rtt_ms, up_mbit, down_mbit) == (None, None, None):
+
+def _rehearsal(
+    path: Path | None, links: dict[str, float | None], churn_s: float | None, names: list[str]
+) -> RehearsalFile | None:
+    """What the file says, and what options say instead; None if neither says anything. UserError if it does not fit
+    these volunteers."""
+    from swarmtrain.rehearsal import RehearsalFile, load_rehearsal, mishaps
+
+    said = {key: value for key, value in links.items() if value is not None}
+    if path is None and not said and churn_s is None:
         return None
-    return LinkPlan(rtt_ms=rtt_ms or 0.0, up_mbit=up_mbit or 0.0, down_mbit=down_mbit or 0.0)
+    read = load_rehearsal(path) if path is not None else RehearsalFile()
+    churn = read.churn if churn_s is None else read.churn.model_copy(update={"every_s": churn_s})
+    rehearsal = read.model_copy(update={"links": read.links.model_copy(update=said), "churn": churn})
+    mishaps(rehearsal, names)
+    return rehearsal
 
 
 @dataclass
@@ -193,11 +246,13 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     options = PeerOptions(
         dir=plan.directory, name="", json=plan.as_json, listen=(), announce=(), log_level="warning", stop=stop
     )
-    swarm = LocalSwarm(plan.directory, stop.check, None if plan.links is None else LocalLinks(plan.links))
+    links = plan.links()
+    swarm = LocalSwarm(plan.directory, stop.check, None if links is None else LocalLinks(links))
+    rehearsing = _rehearsing(swarm, plan)
     try:
         with open_sink(options, make_display) as emit:
             try:
-                parts, loss = _watch(swarm, emit, plan)
+                parts, loss = _watch(swarm, emit, plan, rehearsing)
             except Interrupted:
                 swarm.stop()
                 for event in swarm.last_words():
@@ -210,7 +265,26 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     return _Trained(parts, loss, emit)
 
 
-def _watch(swarm: LocalSwarm, emit: EventSink, plan: _Plan) -> tuple[dict[str, _Part], float | None]:
+def _rehearsing(swarm: LocalSwarm, plan: _Plan) -> Rehearsing | None:
+    """What strikes the swarm, from `begin` on, whenever it waits for events."""
+    from swarmtrain.peer.rehearsing import Rehearsing
+    from swarmtrain.rehearsal import mishaps
+
+    if plan.rehearsal is None or not plan.rehearsal.strikes:
+        return None
+    rehearsing, check = Rehearsing(swarm, mishaps(plan.rehearsal, plan.names)), swarm.check
+
+    def look() -> None:
+        check()
+        rehearsing.tick()
+
+    swarm.check = look
+    return rehearsing
+
+
+def _watch(
+    swarm: LocalSwarm, emit: EventSink, plan: _Plan, rehearsing: Rehearsing | None
+) -> tuple[dict[str, _Part], float | None]:
     """Start everyone and show their events to the end; (what each volunteer has done, held-out loss of the model)."""
     from swarmtrain.events import DoneEvent, InviteEvent
 
@@ -219,11 +293,15 @@ def _watch(swarm: LocalSwarm, emit: EventSink, plan: _Plan) -> tuple[dict[str, _
     invite, seen = swarm.wait_for_invite()
     for event in seen:
         emit(event)
-    parts = {name: _Part(name) for name in (f"volunteer-{number}" for number in range(1, len(plan.extra) + 1))}
+    parts = {name: _Part(name) for name in plan.names}
     for name, extra in zip(parts, plan.extra, strict=True):
         swarm.start(name, ["join", invite.invite, *swarm.place(name, limited=True), *extra])
     losses: dict[str, float] = {}
+    if rehearsing is not None:
+        rehearsing.begin()
     for event in swarm.events():
+        if rehearsing is not None and isinstance(event, DoneEvent) and event.reason == "total_tokens":
+            rehearsing.stop()  # the run is over
         if not isinstance(event, InviteEvent):  # the bootstrap's is enough
             emit(event)
         if event.name in parts:

@@ -8,7 +8,8 @@ Someone else, such as a command of the same machine, passes the callee's link al
 
 What is modelled is a stream, not packets: bytes pass a line one after the other, pieces of open connections by turns; a
 connection begins a round trip late, as TCP's handshake does, and has so much under way as fits on the line and in a
-small buffer. No slow start, no headers, nothing lost. One event loop carries all links of a swarm.
+small buffer. No slow start, no headers; of what happens to packets, what it does to the stream (`impairments`).
+Connections can be reset or forgotten, and swarms parted. One event loop carries all links of a swarm.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import asyncio
 import logging
 import random
 import socket
+import struct
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from swarmtrain.network.impairments import PACKET_BYTES, Lateness, Outage, Outages
 from swarmtrain.network.tasks import end_tasks
 
 __all__ = ["FailingPulls", "Line", "Link", "LinkShape", "Links", "Way", "carry"]
@@ -31,7 +34,7 @@ _PRIVATE_PORTS = range(20_000, 32_000)
 """Below those that systems give to whoever asks for any: nobody takes one by chance before the peer listens there."""
 
 _PIECE_S = 0.01
-_LEAST_PIECE_BYTES, _MOST_PIECE_BYTES = 1448, 64 * 1024
+_LEAST_PIECE_BYTES, _MOST_PIECE_BYTES = PACKET_BYTES, 64 * 1024
 """A piece takes a line so long, so that a small call waits little for those of others."""
 
 _AHEAD_S = 0.02
@@ -42,13 +45,16 @@ _BUFFER_BYTES = 64 * 1024
 _FREE_BYTES = 4 * 1024 * 1024
 """What one connection may have under way on links without a rate."""
 
-_SEGMENT_BYTES = 1448
-"""An Ethernet's. With the loopback's own 64 KiB, the kernel keeps megabytes of a connection before us."""
+_SEGMENT_BYTES = PACKET_BYTES
+"""With the loopback's own 64 KiB, the kernel keeps megabytes of a connection before us."""
 
 _NAP_S = 0.001
 """Nobody waits for less. A line's times are exact all the same: who is early by that waits longer the next time."""
 
 _ACCEPT_AGAIN_S = 0.1
+
+_RESET = struct.pack("ii", 1, 0)
+"""Closing discards what is under way, and tells the other end."""
 
 Receive = Callable[[int], Awaitable[bytes]]
 """At most so many bytes of a connection; none at its end."""
@@ -59,11 +65,14 @@ Send = Callable[[bytes], Awaitable[None]]
 
 @dataclass(frozen=True, kw_only=True)
 class LinkShape:
-    """What a link does: rates in bytes per second, 0 for no limit, and the delay of each way."""
+    """What a link does: rates in bytes per second, 0 for no limit, and of each way the delay, by how much more than
+    that a piece is late at most, and the share of packets that are lost."""
 
     delay_s: float = 0.0
     up_bytes_per_s: float = 0.0
     down_bytes_per_s: float = 0.0
+    jitter_s: float = 0.0
+    loss: float = 0.0
 
 
 @dataclass
@@ -81,13 +90,19 @@ class Line:
         return self._free_s
 
 
+async def _nothing_in_the_way() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Way:
-    """From one peer to another: out of the one's link, into the other's."""
+    """From one peer to another: out of the one's link, into the other's. `passable` returns when pieces arrive."""
 
     up: Line
     delay_s: float
     down: Line
+    lateness: Lateness = field(default_factory=Lateness)
+    passable: Callable[[], Awaitable[None]] = _nothing_in_the_way
 
     @property
     def _bytes_per_s(self) -> float:
@@ -142,16 +157,19 @@ async def carry(receive: Receive, send: Send, way: Way) -> None:
     loop, flight = asyncio.get_running_loop(), _Flight(way.flight_bytes)
 
     async def take_off() -> None:
+        arrives_s = 0.0
         while data := await receive(way.piece_bytes):
             passed_s = way.up.passed_s(len(data), loop.time())
-            await flight.put(passed_s + way.delay_s, data)
+            arrives_s = max(arrives_s, passed_s + way.delay_s + way.lateness.of(len(data)))  # in order, as in TCP
+            await flight.put(arrives_s, data)
             await _until(passed_s - _AHEAD_S)
-        await flight.put(loop.time() + way.delay_s, b"")
+        await flight.put(max(arrives_s, loop.time() + way.delay_s), b"")
 
     async def land() -> None:
         while True:
             arrives_s, data = await flight.get()
             await _until(arrives_s)
+            await way.passable()
             if not data:
                 return
             await _until(way.down.passed_s(len(data), arrives_s))
@@ -192,19 +210,33 @@ class Link:
 _OUTSIDE = Link("outside", 0, 0, LinkShape(), Line(), Line())
 
 
-def _way(source: Link, target: Link) -> Way:
-    return Way(source.up, source.shape.delay_s + target.shape.delay_s, target.down)
+@dataclass(eq=False)
+class _Connection:
+    """One that is open. `forgotten`: its ends hear no more of each other, and are not told."""
+
+    source: Link
+    target: Link
+    ends: tuple[socket.socket, socket.socket]
+    cut: asyncio.Event = field(default_factory=asyncio.Event)
+    forgotten: bool = False
 
 
 @dataclass
 class Links:
     """The links of a swarm, carried in the event loop in which `open` is called."""
 
+    seed: int = 0
     num_strangers: int = 0
     """Connections that came from no peer of these links."""
+    outages: Outages = field(init=False)
+    _num_connections: int = 0
+    _open: set[_Connection] = field(default_factory=set)
     _by_port: dict[int, Link] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _rng: random.Random = field(default_factory=random.Random)
+
+    def __post_init__(self) -> None:
+        self.outages = Outages(random.Random(f"outages of {self.seed}"))
 
     async def open(self, name: str, shape: LinkShape) -> Link:
         """A new link, for a peer that will listen at its `port`."""
@@ -214,6 +246,29 @@ class Links:
         self._by_port[link.port] = link
         self._start(self._accept(listener, link))
         return link
+
+    async def part(self, sides: Sequence[Iterable[str]]) -> Outage:
+        """From now on nothing passes between these sides; who is in none of them is on one more. Connections stay."""
+        return self.outages.begin(sides)
+
+    async def mend(self, outage: Outage) -> None:
+        """What was held up goes on, by and by."""
+        self.outages.end(outage)
+
+    async def reset(self, name: str) -> None:
+        """The connections of a link are cut, and their ends told so, as a router does that has lost its memory."""
+        for connection in self._of(name):
+            for end in connection.ends:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            connection.cut.set()
+
+    async def forget(self, name: str) -> None:
+        """Nobody is told, and nothing passes any more: the connections are half open. New ones work."""
+        for connection in self._of(name):
+            connection.forgotten = True
+
+    def _of(self, name: str) -> list[_Connection]:
+        return [each for each in self._open if name in (each.source.name, each.target.name)]
 
     async def close(self) -> None:
         """Cut all of them."""
@@ -249,20 +304,52 @@ class Links:
         return _OUTSIDE
 
     async def _connect(self, near: socket.socket, source: Link, target: Link) -> None:
-        there, back = _way(source, target), _way(target, source)
         loop = asyncio.get_running_loop()
         with near, _plain_socket() as far:
-            await asyncio.sleep(there.delay_s + back.delay_s)
+            connection = _Connection(source, target, (near, far))
+            self._open.add(connection)
             try:
-                await loop.sock_connect(far, (_HOST, target.port))
-            except OSError:
-                return  # the peer is not there: the caller sees its connection end
-            ways = [(near, far, there), (far, near, back)]
-            tasks = [asyncio.create_task(carry(_receiver(a), _sender(b), way)) for a, b, way in ways]
-            try:  # libp2p never closes one direction alone: whoever has ended hears no more
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                there, back = self._way(connection, source, target), self._way(connection, target, source)
+                await asyncio.sleep(there.delay_s + back.delay_s + there.lateness.of(1) + back.lateness.of(1))
+                await there.passable()
+                try:
+                    await loop.sock_connect(far, (_HOST, target.port))
+                except OSError:
+                    return  # the peer is not there: the caller sees its connection end
+                await self._carry(connection, there, back)
             finally:
-                await end_tasks(tasks)
+                self._open.discard(connection)
+
+    async def _carry(self, connection: _Connection, there: Way, back: Way) -> None:
+        """Until an end closes: libp2p never closes one direction alone, whoever has ended hears no more."""
+        near, far = connection.ends
+        ways = [(near, far, there), (far, near, back)]
+        tasks = [asyncio.create_task(carry(_receiver(a), _sender(b), way)) for a, b, way in ways]
+        tasks.append(asyncio.create_task(_cut(connection)))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await end_tasks(tasks)
+
+    def _way(self, connection: _Connection, source: Link, target: Link) -> Way:
+        shapes, self._num_connections = (source.shape, target.shape), self._num_connections + 1
+        lateness = Lateness(
+            jitter_s=sum(shape.jitter_s for shape in shapes),
+            loss=1.0 - (1.0 - shapes[0].loss) * (1.0 - shapes[1].loss),
+            rtt_s=2.0 * sum(shape.delay_s for shape in shapes),
+            rng=random.Random(f"{self.seed} {source.name} {target.name} {self._num_connections}"),
+        )
+
+        async def passable() -> None:
+            await self.outages.passable(source.name, target.name)
+            if connection.forgotten:
+                await asyncio.Event().wait()
+
+        return Way(source.up, sum(shape.delay_s for shape in shapes), target.down, lateness, passable)
+
+
+async def _cut(connection: _Connection) -> None:
+    await connection.cut.wait()
 
 
 def _receiver(end: socket.socket) -> Receive:

@@ -6,6 +6,7 @@ it ends (see `network.daemon.owned_process_args`).
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import signal
 import subprocess
@@ -16,9 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, WarningEvent, parse_event
 from swarmtrain.network.daemon import owned_process_args
+from swarmtrain.network.impairments import Outage
 from swarmtrain.network.links import Links, LinkShape
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
@@ -38,6 +42,11 @@ class LinkPlan:
     """From one peer to another and back: each link has a quarter of it each way."""
     up_mbit: float = 0.0
     down_mbit: float = 0.0
+    jitter_ms: float = 0.0
+    """From one peer to another, at most: each link has half of it."""
+    loss: float = 0.0
+    """The share of packets lost from one peer to another: on each link half of it, or a hair more."""
+    seed: int = 0
 
     def shape(self, limited: bool) -> LinkShape:
         """A link, of a volunteer if it is limited."""
@@ -46,6 +55,8 @@ class LinkPlan:
             delay_s=self.rtt_ms / 1000 / 4,
             up_bytes_per_s=up_mbit * BYTES_PER_S_OF_MBIT,
             down_bytes_per_s=down_mbit * BYTES_PER_S_OF_MBIT,
+            jitter_s=self.jitter_ms / 1000 / 2,
+            loss=1.0 - (1.0 - self.loss) ** 0.5,
         )
 
 
@@ -55,12 +66,28 @@ class LocalLinks:
     def __init__(self, plan: LinkPlan) -> None:
         self._plan = plan
         self._network = NetworkThread()
-        self._links = Links()
+        self._links = Links(plan.seed)
 
     def options(self, name: str, limited: bool) -> list[str]:
         """Open a link for a new peer; what its command is told so that everything goes through it."""
         link = self._network.run(self._links.open(name, self._plan.shape(limited)), _OPEN_LIMIT_S)
         return ["--listen", link.listen, "--announce", link.announce, "--only-announced"]
+
+    def part(self, sides: list[list[str]]) -> Outage:
+        """Nothing passes between these and the others."""
+        return self._network.run(self._links.part(sides), _OPEN_LIMIT_S)
+
+    def mend(self, outage: Outage) -> None:
+        """It does again."""
+        self._network.run(self._links.mend(outage), _OPEN_LIMIT_S)
+
+    def reset(self, name: str) -> None:
+        """A peer's connections are cut, and both ends told."""
+        self._network.run(self._links.reset(name), _OPEN_LIMIT_S)
+
+    def forget(self, name: str) -> None:
+        """A peer's connections are half open: nobody is told."""
+        self._network.run(self._links.forget(name), _OPEN_LIMIT_S)
 
     def close(self) -> None:
         """Cut them all."""
@@ -72,6 +99,9 @@ class _Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    command: list[str]
+    ended: bool = False
+    """The rehearsal has ended it."""
     closed: bool = False
     done: DoneEvent | None = None
     error: ErrorEvent | None = None
@@ -87,7 +117,7 @@ class LocalSwarm:
     links: LocalLinks | None = None
     """What the children are behind; None: they reach each other directly."""
     children: dict[str, _Child] = field(default_factory=dict)
-    _events: queue.Queue[tuple[str, Event | None]] = field(default_factory=queue.Queue)
+    _events: queue.Queue[tuple[_Child, Event | None]] = field(default_factory=queue.Queue)
 
     def place(self, name: str, limited: bool) -> list[str]:
         """Where a new child is to listen, as options: behind a link, if there are links."""
@@ -98,12 +128,15 @@ class LocalSwarm:
         `program` is what Python is told to run."""
         command = [sys.executable, *program, *arguments]
         command += ["--json", "--name", name, "--dir", str(self.directory / name)]
+        self._start(name, command)
+
+    def _start(self, name: str, command: list[str]) -> None:
         log = self.directory / f"{name}.log"
         with log.open("ab") as errors:
             process = subprocess.Popen(
                 owned_process_args(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
             )
-        child = _Child(name, process, log)
+        child = _Child(name, process, log, command)
         self.children[name] = child
         threading.Thread(target=self._read, args=(child,), name=f"events of {name}", daemon=True).start()
 
@@ -114,27 +147,26 @@ class LocalSwarm:
                 event = parse_event(line)
             except ValueError:
                 continue  # a broken line of a child that was killed while writing it
-            self._events.put((child.name, event))
-        self._events.put((child.name, None))
+            self._events.put((child, event))
+        self._events.put((child, None))
 
     def events(self, limit_s: float | None = None) -> Iterator[Event]:
         """Events as they come, until every child has ended, or for `limit_s` without any."""
         while not all(child.closed for child in self.children.values()):
             self.check()
             try:
-                name, event = self._events.get(timeout=0.2 if limit_s is None else min(0.2, limit_s))
+                child, event = self._events.get(timeout=0.2 if limit_s is None else min(0.2, limit_s))
             except queue.Empty:
                 if limit_s is not None:
                     limit_s -= 0.2
                     if limit_s <= 0:
                         return
                 continue
-            child = self.children[name]
             if event is None:
                 child.closed = True
                 problem = self._problem(child)
                 if problem is not None:
-                    yield WarningEvent(name=name, message=problem)
+                    yield WarningEvent(name=child.name, message=problem)
                 continue
             if isinstance(event, DoneEvent):
                 child.done = event
@@ -146,7 +178,7 @@ class LocalSwarm:
         """Why a child ended, if not as it should. Raises RunTimeError when the swarm cannot go on without it: the
         others survive one that dies, but not all, and not the bootstrap before they have joined."""
         status = child.process.wait()
-        if status == 0 and child.done is not None:
+        if child.ended or (status == 0 and child.done is not None):
             return None
         if child.error is not None:
             problem = f"{child.name}: {child.error.message}"
@@ -156,6 +188,64 @@ class LocalSwarm:
         if not alive or len(self.children) == 1:
             raise RunTimeError(problem)
         return problem
+
+    # what a rehearsal does to it (`rehearsing.Stage`)
+
+    def end(self, name: str, cleanly: bool) -> None:
+        """This process ends: it is told to, or killed."""
+        child = self.children[name]
+        child.ended = True
+        if child.process.poll() is None:
+            child.process.send_signal(signal.SIGTERM if cleanly else signal.SIGKILL)
+
+    def begin_again(self, name: str) -> None:
+        """It is started anew, in its folder; one that is not gone yet has had its time."""
+        child = self.children[name]
+        if child.process.poll() is None:
+            child.process.kill()
+        child.process.wait()
+        self._start(name, child.command)
+
+    def hang(self, name: str) -> None:
+        """It stands still, and its daemon too."""
+        for process in self._processes(name):
+            process.suspend()
+
+    def go_on(self, name: str) -> None:
+        """It does no longer."""
+        for process in self._processes(name):
+            process.resume()
+
+    def _processes(self, name: str) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.children[name].process.pid)
+            return [process, *process.children(recursive=True)]
+        return []
+
+    def part(self, sides: list[list[str]]) -> Outage:
+        """Nothing passes between these and the others."""
+        return self._behind_links().part(sides)
+
+    def mend(self, outage: Outage) -> None:
+        """It does again."""
+        if self.links is not None:
+            self.links.mend(outage)
+
+    def reset(self, name: str) -> None:
+        """Its connections are cut."""
+        self._behind_links().reset(name)
+
+    def forget(self, name: str) -> None:
+        """Its connections are half open."""
+        self._behind_links().forget(name)
+
+    def _behind_links(self) -> LocalLinks:
+        assert self.links is not None, "there are no links to break"
+        return self.links
+
+    def tell(self, message: str) -> None:
+        """A person is told."""
+        self._events.put((next(iter(self.children.values())), WarningEvent(message=message)))
 
     def wait_for_invite(self, limit_s: float = 60.0) -> tuple[InviteEvent, list[Event]]:
         """The bootstrap's invite, and what came before it."""
@@ -170,6 +260,7 @@ class LocalSwarm:
         """SIGTERM for every child, then, after a while, the end; of the links too."""
         for child in self.children.values():
             if child.process.poll() is None:
+                self.go_on(child.name)
                 child.process.send_signal(signal.SIGTERM)  # not SIGINT: a background job ignores it at first
         give_up_s = time.monotonic() + _STOP_LIMIT_S
         for child in self.children.values():
@@ -186,10 +277,10 @@ class LocalSwarm:
         """What the children said while they were stopped."""
         while not all(child.closed for child in self.children.values()):
             try:
-                name, event = self._events.get(timeout=limit_s)
+                child, event = self._events.get(timeout=limit_s)
             except queue.Empty:
                 return
             if event is None:
-                self.children[name].closed = True
+                child.closed = True
             else:
                 yield event

@@ -4,211 +4,174 @@ r"""Chaos on real containers: scenarios as files, what happens when, and what mu
     python tests/chaos/run.py tests/chaos/kill.toml --times 5
 
 A scenario starts a swarm by `docker compose` (`chaos.yaml` lies over it), lets it train for `settle_s`, takes its steps
-against `victims` of its volunteers, and looks at the others from the first step until `watch_s` after the last. Times
-are from the volunteers' own `round` events. What must hold:
+against `victims` of its volunteers, looks at the others from the first step until `watch_s` after the last, and waits
+for the run's end. Times are from the volunteers' own `round` events. What must hold:
 
-- the victims train again within `return_within_s` of the last step (0: they are not to come back);
+- each victim merges with one that was no victim within `return_within_s` of the last step (0: it is not to come back);
 - the others end their rounds meanwhile: none of them stands still for more than `gap_s`, besides its usual round;
 - their trainers' stall is at most `stall_share` of the time;
-- no contribution that the swarm knew is lost from the totals.
+- no contribution that the swarm knew is lost from the totals;
+- memory, threads and file handles of the others do not grow;
+- the run ends by itself, its held-out loss is at most `worse_share` above that of the same run (the same seed, as many
+  tokens) to which nothing happened, which is run as well;
+- nobody's log has a traceback, and nothing is left behind.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
 import json
+import math
+import re
 import sys
+import tempfile
 import time
-import tomllib
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from docker_engine import Project, build, docker, status
+from chaos import seen
+from chaos.faults import ACTIONS, Swarm, build_images, hosts
+from chaos.scenarios import Scenario, read
+from docker_engine import ROOT, build, status
 
 FILES = ("peers/compose.yaml", "tests/chaos/chaos.yaml")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """Something done to every victim, so long after the step before it."""
-
-    do: str
-    after_s: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """See the module."""
-
-    name: str
-    says: str
-    steps: tuple[Step, ...]
-    volunteers: int = 4
-    victims: int = 1
-    settle_s: float = 30.0
-    watch_s: float = 40.0
-    return_within_s: float = 30.0
-    gap_s: float = 3.0
-    stall_share: float = 0.01
-
-
-def read(path: Path) -> Scenario:
-    """A scenario file; ValueError for what is not known."""
-    data = tomllib.loads(path.read_text())
-    known = {each.name for each in fields(Scenario)} - {"name"}
-    if unknown := set(data) - known:
-        raise ValueError(f"{path}: {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
-    steps = tuple(Step(**step) for step in data.pop("steps"))
-    if unknown := {step.do for step in steps} - set(ACTIONS):
-        raise ValueError(f"{path}: {', '.join(sorted(unknown))}: there are {', '.join(ACTIONS)}")
-    return Scenario(name=path.stem, steps=steps, **data)
-
-
-# ---------------------------------------------------------------- what is done
-
-
-def _kill(swarm: Project, victim: str) -> None:
-    pid = status(victim)["pid"]
-    docker("exec", victim, "python", "-c", f"import os; os.kill({pid}, 9)")
-
-
-def _delete(swarm: Project, victim: str) -> None:
-    docker("rm", "--force", "--volumes", victim)
-
-
-def _replace(swarm: Project, victim: str) -> None:
-    swarm.compose("up", "--detach", "--no-build", "--no-recreate", f"--scale=volunteer={len(swarm.all)}", "volunteer")
-
-
-def _kill_bootstrap(swarm: Project, victim: str) -> None:
-    docker("kill", *swarm.of_service("bootstrap"))
-
-
-ACTIONS = {
-    "kill": _kill,
-    "pause": lambda swarm, victim: docker("pause", victim),
-    "unpause": lambda swarm, victim: docker("unpause", victim),
-    "restart": lambda swarm, victim: docker("restart", "--time", "30", victim),
-    "disconnect": lambda swarm, victim: docker("network", "disconnect", f"{swarm.name}_default", victim),
-    "connect": lambda swarm, victim: docker("network", "connect", f"{swarm.name}_default", victim),
-    "delete": _delete,
-    "replace": _replace,
-    "kill-bootstrap": _kill_bootstrap,
-}
-
-
-@dataclass
-class Swarm(Project):
-    """The project, and the volunteers it began with."""
-
-    all: list[str] = field(default_factory=list)
-
-
-# ---------------------------------------------------------------- what is seen
-
-
-def rounds(container: str) -> list[dict[str, Any]]:
-    """Its `round` events."""
-    lines = docker("logs", container).splitlines()
-    return [event for line in lines if line.startswith("{") and (event := json.loads(line))["event"] == "round"]
-
-
-def gap_s(told: list[dict[str, Any]], since_s: float, until_s: float) -> float:
-    """The longest time without a round's end, less the median of its rounds before."""
-    before = sorted(event["seconds"] for event in told if event["time"] < since_s)
-    ends = [since_s, *(event["time"] for event in told if since_s < event["time"] < until_s), until_s]
-    return max(b - a for a, b in itertools.pairwise(ends)) - before[len(before) // 2]
-
-
-def contributions(peers: Iterable[dict[str, Any]]) -> dict[str, int]:
-    return {each["peer"]: each["tokens"] for each in peers}
-
-
-# ---------------------------------------------------------------- one run
+END_S = 240.0
+HEADER = "| what happens | victims merge again | others stand still | stall | tokens lost | loss | to that without | |"
 
 
 @dataclass
 class Found:
     """Of one run."""
 
-    return_s: float = 0.0
+    return_s: float | None = None
     gap_s: float = 0.0
     stall: float = 0.0
     tokens_lost: int = 0
+    held_out_loss: float = math.nan
+    ratio: float | None = None
     failed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        back = f"{self.return_s:.1f} s" if self.return_s else "-"
-        holds = "; ".join(self.failed) or "holds"
-        return f"{back} | {self.gap_s:.1f} s | {100 * self.stall:.2f} % | {self.tokens_lost} | {holds}"
+        back = "-" if self.return_s is None else f"{self.return_s:.1f} s"
+        ratio = "-" if self.ratio is None else f"{self.ratio:.3f}"
+        cells = [back, f"{self.gap_s:.1f} s", f"{100 * self.stall:.2f} %", str(self.tokens_lost)]
+        return " | ".join([*cells, f"{self.held_out_loss:.3f}", ratio, "; ".join(self.failed) or "holds"])
 
 
-def run(scenario: Scenario) -> Found:
-    """Start a swarm, do it, look, and clean up."""
-    swarm = Swarm(FILES)
-    try:
-        swarm.up(f"--scale=volunteer={scenario.volunteers}")
-        swarm.all = swarm.of_service("volunteer")
-        time.sleep(scenario.settle_s)
-        return _run(scenario, swarm)
-    finally:
-        swarm.down()
+def run_file(scenario: Scenario, seed: int, folder: Path) -> Path:
+    """`examples/stdlib-gpt.toml` with the scenario's length."""
+    text = (ROOT / "examples" / "stdlib-gpt.toml").read_text(encoding="utf-8")
+    for key, value in (("total_tokens", scenario.total_tokens), ("seed", seed)):
+        text = re.sub(rf"(?m)^{key} = \S+", f"{key} = {value}", text)
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
-def _run(scenario: Scenario, swarm: Swarm) -> Found:
-    victims, others = swarm.all[: scenario.victims], swarm.all[scenario.victims :]
-    before = contributions(status(others[0])["peers"])
+def run(scenario: Scenario, seed: int) -> Found:
+    """Start a swarm, do it, look, wait for the end, and clean up."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"SWARMTRAIN_RUN_FILE": str(run_file(scenario, seed, Path(folder)))}
+        swarm = Swarm((*FILES, *scenario.files), settings)
+        try:
+            swarm.up(f"--scale=volunteer={scenario.volunteers}")
+            swarm.all = swarm.of_service("volunteer")
+            time.sleep(scenario.settle_s)
+            found = Found()
+            gone = _act(scenario, swarm, found)
+            _end(swarm, gone, found)
+        finally:
+            swarm.down()
+        if left := swarm.leftovers():
+            found.failed.append(f"left behind: {' '.join(left)}")
+        return found
+
+
+def _act(scenario: Scenario, swarm: Swarm, found: Found) -> list[str]:
+    """Returns who is gone for good."""
+    victims = hosts(swarm)[:1] if scenario.victim == "host" else swarm.all[: scenario.victims]
+    others = [name for name in swarm.all if name not in victims] or swarm.all
+    others += swarm.of_service("unreachable")
+    peers = frozenset(status(name)["peer"] for name in others)
+    witness = others[-1]
+    before, held = seen.contributions(status(witness)["peers"]), {name: seen.held(name) for name in others}
     began_s = time.time()
     for step in scenario.steps:
         time.sleep(step.after_s)
-        for victim in victims or [""]:
-            ACTIONS[step.do](swarm, victim)
+        ACTIONS[step.do](swarm, victims)
     acted_s = time.time()
     time.sleep(scenario.watch_s)
     until_s = time.time()
-    found = Found()
-    told = {name: rounds(name) for name in others}
-    found.gap_s = max(gap_s(each, began_s, until_s) for each in told.values())
-    late = [event for each in told.values() for event in each if began_s < event["time"] < until_s]
-    found.stall = sum(event["stall_s"] for event in late) / sum(event["seconds"] for event in late)
-    after = contributions(status(others[0])["peers"])
-    found.tokens_lost = sum(max(0, tokens - after.get(peer, 0)) for peer, tokens in before.items())
-    if scenario.victims and scenario.return_within_s:
-        back = [name for name in swarm.of_service("volunteer") if name not in others]
-        ends = [[event["time"] for event in rounds(name) if event["time"] > acted_s] for name in back]
-        found.return_s = max((min(each, default=until_s) for each in ends), default=until_s) - acted_s
-        if len(back) < len(victims) or found.return_s > scenario.return_within_s:
-            found.failed.append(f"not back within {scenario.return_within_s:g} s")
+    found.tokens_lost = seen.tokens_lost(before, seen.contributions(status(witness)["peers"]))
+    if found.tokens_lost:
+        found.failed.append(f"{found.tokens_lost} tokens are lost from the totals")
+    present = [*swarm.of_service("volunteer"), *swarm.of_service("unreachable")]
+    rounds = {name: seen.events(name, "round") for name in present}
+    told = [rounds[name] for name in others]
+    found.gap_s = max(seen.gap_s(each, began_s, until_s) for each in told)
+    found.stall = seen.stall_share(told, began_s, until_s)
+    if victims != others:
+        grown = [f"{name}: {words}" for name in others if (words := seen.grown(held[name], seen.held(name)))]
+        found.failed += grown
     if found.gap_s > scenario.gap_s:
         found.failed.append(f"another stood still for {found.gap_s:.1f} s")
     if found.stall > scenario.stall_share:
         found.failed.append(f"the others' stall is {100 * found.stall:.1f} %")
-    if found.tokens_lost:
-        found.failed.append(f"{found.tokens_lost} tokens are lost from the totals")
-    return found
+    if victims and scenario.steps and scenario.return_within_s:
+        back = rounds if victims == others else {name: each for name, each in rounds.items() if name not in others}
+        times = [seen.returned_s(each, peers, acted_s) for each in back.values()]
+        found.return_s = max(times) if len(back) >= len(victims) else math.inf
+        if found.return_s > scenario.return_within_s:
+            found.failed.append(f"not back within {scenario.return_within_s:g} s")
+    return [] if scenario.return_within_s else victims
+
+
+def _end(swarm: Swarm, gone: list[str], found: Found) -> None:
+    """Wait for the end of the run, and see how well it ended."""
+    give_up_s = time.monotonic() + END_S
+    survivors = [name for name in swarm.of_service("volunteer") if name not in gone]
+    while not all(swarm.containers()[name]["State"] == "exited" for name in survivors):
+        if time.monotonic() > give_up_s:
+            found.failed.append(f"the run does not end within {END_S:g} s")
+            break
+        time.sleep(1.0)
+    done = [event for name in survivors for event in seen.events(name, "done")]
+    found.held_out_loss = seen.held_out_loss(event for event in done if event["reason"] == "total_tokens")
+    logs = swarm.compose("logs", "--no-color")
+    if (place := logs.find("Traceback")) >= 0:
+        found.failed.append("a traceback")
+        print(logs[max(0, place - 500) : place + 3000], file=sys.stderr)
+    if found.failed:
+        print(swarm.told(), file=sys.stderr)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", type=Path)
-    parser.add_argument("--times", type=int, default=1, help="how often each is run")
+    parser.add_argument("--times", type=int, default=1, help="how often each is run, with as many seeds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add a line for each run, for other programs")
     given = parser.parse_args()
-    paths = given.scenarios or sorted(Path(__file__).parent.glob("*.toml"))
-    scenarios = [read(path) for path in paths]
+    scenarios = [read(path) for path in given.scenarios or sorted(Path(__file__).parent.glob("*.toml"))]
     build()
-    print("| scenario | victims train again | others stand still | others' stall | tokens lost | |")
-    print("|---|---|---|---|---|---|", flush=True)
+    build_images(frozenset(step.do for scenario in scenarios for step in scenario.steps))
+    print(f"{HEADER}\n|---|---|---|---|---|---|---|---|", flush=True)
+    without = functools.cache(run)
     failed = 0
     for scenario in scenarios:
-        for _ in range(given.times):
-            found = run(scenario)
+        for seed in range(given.times):
+            base = without(scenario.without, seed)
+            found = run(scenario, seed) if scenario.steps else base
+            found.ratio = found.held_out_loss / base.held_out_loss
+            if not found.ratio <= 1 + scenario.worse_share:
+                found.failed.append(f"the loss is {found.ratio:.3f} of that without")
             failed += bool(found.failed)
             print(f"| {scenario.says} | {found} |", flush=True)
+            if given.json:
+                with given.json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"scenario": scenario.name, "seed": seed, **asdict(found)}) + "\n")
     sys.exit(1 if failed else 0)
 
 

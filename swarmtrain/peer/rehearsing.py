@@ -1,0 +1,117 @@
+"""A rehearsal under way: mishaps strike the processes and links of a local swarm at their times, and are over again."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from swarmtrain.network.impairments import Outage
+from swarmtrain.rehearsal import Mishap
+
+__all__ = ["Rehearsing", "Stage"]
+
+
+class Stage(Protocol):
+    """The swarm that it happens to."""
+
+    def end(self, name: str, cleanly: bool) -> None:
+        """This process ends: it is told to, or killed."""
+
+    def begin_again(self, name: str) -> None:
+        """It is started anew, in its folder."""
+
+    def hang(self, name: str) -> None:
+        """It stands still."""
+
+    def go_on(self, name: str) -> None:
+        """It does no longer."""
+
+    def part(self, sides: list[list[str]]) -> Outage:
+        """Nothing passes between these and the others."""
+
+    def mend(self, outage: Outage) -> None:
+        """It does again."""
+
+    def reset(self, name: str) -> None:
+        """Its connections are cut."""
+
+    def forget(self, name: str) -> None:
+        """Its connections are half open."""
+
+    def tell(self, message: str) -> None:
+        """A person is told."""
+
+
+_WORDS = {
+    "kill": "killed, and started again after {for_s:g} s",
+    "leave": "leave, and come back after {for_s:g} s",
+    "hang": "hang for {for_s:g} s",
+    "stall": "each cut off for {for_s:g} s",
+    "partition": "parted from the others for {for_s:g} s",
+    "reset": "all connections reset",
+    "half-open": "all connections half open",
+}
+
+
+@dataclass
+class Rehearsing:
+    """Call `tick` often, once `begin` was called."""
+
+    stage: Stage
+    mishaps: Iterator[Mishap]
+    clock: Callable[[], float] = time.monotonic
+    _began_s: float | None = None
+    _next: Mishap | None = None
+    _ends: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    _number: Iterator[int] = field(default_factory=itertools.count)
+
+    def begin(self) -> None:
+        """The times of mishaps are from now."""
+        self._began_s, self._next = self.clock(), next(self.mishaps, None)
+
+    def stop(self) -> None:
+        """Nothing happens any more; what hangs or is cut off goes on."""
+        self._began_s = self._next = None
+        for _, _, end in self._ends:
+            end()
+        self._ends.clear()
+
+    def tick(self) -> None:
+        """Let all that is due happen, and be over."""
+        if self._began_s is None:
+            return
+        now_s = self.clock() - self._began_s
+        while self._ends and self._ends[0][0] <= now_s:
+            heapq.heappop(self._ends)[2]()
+        while self._next is not None and self._next.at_s <= now_s:
+            mishap, self._next = self._next, next(self.mishaps, None)
+            self._strike(mishap, now_s)
+
+    def _strike(self, mishap: Mishap, now_s: float) -> None:
+        self.stage.tell(f"rehearsal: {' and '.join(mishap.who)}: {_WORDS[mishap.do].format(for_s=mishap.for_s)}")
+        for end in self._do(mishap):
+            heapq.heappush(self._ends, (now_s + mishap.for_s, next(self._number), end))
+
+    def _do(self, mishap: Mishap) -> list[Callable[[], None]]:
+        """What makes it be over."""
+        stage, who = self.stage, mishap.who
+        match mishap.do:
+            case "kill" | "leave":
+                for name in who:
+                    stage.end(name, cleanly=mishap.do == "leave")
+                return [lambda name=name: stage.begin_again(name) for name in who]  # type: ignore[misc]
+            case "hang":
+                for name in who:
+                    stage.hang(name)
+                return [lambda name=name: stage.go_on(name) for name in who]  # type: ignore[misc]
+            case "stall" | "partition":
+                outage = stage.part([[name] for name in who] if mishap.do == "stall" else [list(who)])
+                return [lambda: stage.mend(outage)]
+            case "reset" | "half-open":
+                for name in who:
+                    (stage.reset if mishap.do == "reset" else stage.forget)(name)
+                return []

@@ -1,0 +1,180 @@
+"""What a rehearsal on one machine goes through: its links, who comes and goes, and what breaks when.
+
+A file that a person writes, like a run file; and from it and the volunteers' names every mishap with its time, the
+same ones each time. What strikes links is done to `network.links`, what strikes processes to `peer.local`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from swarmtrain.errors import UserError
+from swarmtrain.problems import Section, one_line, problem_in_words, read_toml
+
+__all__ = [
+    "ChurnSection",
+    "Deed",
+    "FaultSection",
+    "LinksSection",
+    "Mishap",
+    "RehearsalFile",
+    "load_rehearsal",
+    "mishaps",
+]
+
+Deed = Literal["kill", "leave", "hang", "stall", "partition", "reset", "half-open"]
+_OF_LINKS = ("stall", "partition", "reset", "half-open")
+_MAX_FILE_BYTES = 65_536
+EXAMPLE = "examples/bad-internet.toml"
+
+
+class SeedSection(Section):
+    """`[rehearsal]`"""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="Whom it strikes, and when, follows from it.")
+
+
+class LinksSection(Section):
+    """`[links]`: each volunteer's. Delays and losses are those from one volunteer to another."""
+
+    rtt_ms: float = Field(0.0, ge=0, le=2000, description="From a volunteer to another and back, in milliseconds.")
+    up_mbit: float = Field(0.0, ge=0, le=100_000, description="What a volunteer can send, in Mbit/s; 0: no limit.")
+    down_mbit: float = Field(0.0, ge=0, le=100_000, description="... and receive.")
+    jitter_ms: float = Field(0.0, ge=0, le=2000, description="So much later at most, each way, in milliseconds.")
+    loss_percent: float = Field(
+        0.0, ge=0, le=50, description="Packets lost each way, in per cent, as a stream notices it."
+    )
+
+
+class ChurnSection(Section):
+    """`[churn]`: volunteers that are killed or leave, and come back."""
+
+    every_s: float = Field(0.0, ge=0, description="About so often, in seconds; 0: never.")
+    away_s: float = Field(10.0, ge=0, description="For how long, in seconds.")
+
+
+class FaultSection(Section):
+    """One of `[[faults]]`."""
+
+    at_s: float = Field(ge=0, description="When, in seconds since the last volunteer was started.")
+    do: Deed = Field(description="What.")
+    who: tuple[str, ...] = Field(
+        (), strict=False, description="To whom, by name; empty: to `number` of them, by chance."
+    )
+    number: int = Field(1, ge=1, description="... to so many.")
+    for_s: float = Field(20.0, ge=0, description="For how long, in seconds.")
+
+
+class RehearsalFile(Section):
+    """All of it."""
+
+    rehearsal: SeedSection = Field(default_factory=lambda: SeedSection())
+    links: LinksSection = Field(default_factory=lambda: LinksSection())
+    churn: ChurnSection = Field(default_factory=lambda: ChurnSection())
+    faults: tuple[FaultSection, ...] = ()
+
+    @property
+    def needs_links(self) -> bool:
+        """Whether peers must be behind links of ours."""
+        return any(self.links.model_dump().values()) or any(fault.do in _OF_LINKS for fault in self.faults)
+
+    @property
+    def strikes(self) -> bool:
+        """Whether anything happens at all, beside the links."""
+        return bool(self.faults) or self.churn.every_s > 0
+
+
+class _Fault(Section):
+    """So that its problems are told like any other section's."""
+
+    faults: FaultSection
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Fault:
+        if len(set(self.faults.who)) < len(self.faults.who):
+            raise ValueError("faults.who: a name is there twice")
+        return self
+
+
+def load_rehearsal(path: Path) -> RehearsalFile:
+    """Read such a file. Raises `UserError`, one line that names the file and the key."""
+    origin = one_line(str(path))
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{origin}: cannot be read ({error}); an example is {EXAMPLE}") from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise UserError(f"{origin}: {len(data)} bytes; a rehearsal file has at most {_MAX_FILE_BYTES}")
+    table = read_toml(text, origin, UserError)
+    rows = table.pop("faults", [])
+    if not isinstance(rows, list):
+        raise UserError(f"{origin}: faults: is a list; write [[faults]] for each")
+    faults = [_fault(row, f"{origin}: fault {number}") for number, row in enumerate(rows, 1)]
+    try:
+        rest = _Sections.model_validate(table)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {problem_in_words(error, _Sections)}") from None
+    return RehearsalFile(rehearsal=rest.rehearsal, links=rest.links, churn=rest.churn, faults=tuple(faults))
+
+
+class _Sections(Section):
+    rehearsal: SeedSection = Field(default_factory=lambda: SeedSection())
+    links: LinksSection = Field(default_factory=lambda: LinksSection())
+    churn: ChurnSection = Field(default_factory=lambda: ChurnSection())
+
+
+def _fault(row: Any, origin: str) -> FaultSection:
+    try:
+        return _Fault.model_validate({"faults": row}).faults
+    except ValidationError as error:
+        raise UserError(f"{origin}: {problem_in_words(error, _Fault)}") from None
+
+
+# ---------------------------------------------------------------- what happens when
+
+
+@dataclass(frozen=True, order=True)
+class Mishap:
+    """Something that strikes some volunteers at once; over after `for_s`."""
+
+    at_s: float
+    do: Deed
+    who: tuple[str, ...]
+    for_s: float
+
+
+def mishaps(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Mishap]:
+    """All that happens, by time, without end if volunteers come and go. Raises `UserError` for an unknown name."""
+    for fault in rehearsal.faults:
+        if unknown := sorted(set(fault.who) - set(names)):
+            raise UserError(f"faults.who: {unknown[0]} is nobody's name here; there are {', '.join(names)}")
+        if not fault.who and fault.number > len(names):
+            raise UserError(f"faults.number: {fault.number} of {len(names)} volunteers; give more --peers")
+    rng = random.Random(f"faults of {rehearsal.rehearsal.seed}")
+    told = [
+        Mishap(fault.at_s, fault.do, fault.who or tuple(sorted(rng.sample(names, fault.number))), fault.for_s)
+        for fault in rehearsal.faults
+    ]
+    return heapq.merge(sorted(told), _churn(rehearsal, names))
+
+
+def _churn(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Mishap]:
+    """One after the other, never the one who is still away."""
+    churn, rng = rehearsal.churn, random.Random(f"churn of {rehearsal.rehearsal.seed}")
+    back_s, now_s = dict.fromkeys(names, 0.0), 0.0
+    while churn.every_s > 0:
+        now_s += churn.every_s * rng.uniform(0.5, 1.5)
+        here = [name for name in names if back_s[name] <= now_s]
+        deed: Deed = rng.choice(["kill", "leave"])
+        if here:
+            name = rng.choice(here)
+            back_s[name] = now_s + churn.away_s
+            yield Mishap(now_s, deed, (name,), churn.away_s)

@@ -1,0 +1,184 @@
+"""What can be done to the containers of a swarm: each takes the swarm and its victims."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from docker_engine import IMAGE, Project, docker, status
+
+__all__ = ["ACTIONS", "FIREWALL", "NEXT", "Swarm", "build_images", "hosts"]
+
+FIREWALL = "swarmtrain-test-firewall"
+NEXT = "swarmtrain-test-next"
+_CLOCKED = "swarmtrain-test-clock"
+_NEXT_DOCKERFILE = f"""
+FROM {IMAGE}
+USER root
+RUN sed -i 's/^__version__ = .*/__version__ = "99.0.0"/' $(python -c 'import swarmtrain; print(swarmtrain.__file__)')
+USER swarmtrain
+"""
+_CHECKPOINTS = "/data/swarmtrain/*/checkpoints/*"
+
+
+@dataclass
+class Swarm(Project):
+    """The project, and the volunteers that it began with."""
+
+    all: list[str] = field(default_factory=list)
+
+
+Victims = Sequence[str]
+Action = Callable[[Swarm, Victims], object]
+
+
+def build_images(wanted: frozenset[str]) -> None:
+    """Those beside the one that is tested."""
+    docker("build", "--quiet", "--tag", FIREWALL, "peers/firewall", limit_s=600.0)
+    if "upgrade" in wanted:
+        docker("build", "--quiet", "--tag", NEXT, "-", given=_NEXT_DOCKERFILE)
+    if "move-clock" in wanted:
+        dockerfile = "tests/chaos/clock.Dockerfile"
+        docker("build", "--quiet", "--tag", _CLOCKED, "--file", dockerfile, "tests/chaos", limit_s=600.0)
+
+
+def _each(do: Callable[[str], object]) -> Action:
+    """To all victims at once."""
+
+    def action(swarm: Swarm, victims: Victims) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(do, victims))
+
+    return action
+
+
+def _python(victim: str, code: str, *, user: str = "1000") -> None:
+    docker("exec", "--user", user, victim, "python", "-c", code)
+
+
+def _kill(victim: str) -> None:
+    _python(victim, f"import os; os.kill({status(victim)['pid']}, 9)")
+
+
+def _replace(swarm: Swarm, victims: Victims) -> None:
+    swarm.compose("up", "--detach", "--no-build", "--no-recreate", f"--scale=volunteer={len(swarm.all)}", "volunteer")
+
+
+def _upgrade(swarm: Swarm, victims: Victims) -> None:
+    """As a coordinator would: everybody is started anew from the new image, one after the other, on its old volume."""
+    swarm.settings["SWARMTRAIN_IMAGE"] = NEXT
+    scale = f"--scale=volunteer={len(swarm.all)}"
+    swarm.compose("--parallel=1", "up", "--detach", "--no-build", scale, limit_s=400.0)
+
+
+def hosts(swarm: Swarm) -> list[str]:
+    """Volunteers through which the work of the one behind the firewall goes."""
+    (hidden,) = swarm.of_service("unreachable")
+    reach = status(hidden)["reach"].partition("its work goes through")[2]
+    return [name for name in swarm.all if status(name)["peer"][-6:] in reach]
+
+
+# ---------------------------------------------------------------- networks
+
+_CHAINS = "add table inet chaos; add chain inet chaos {way} {{ type filter hook {way} priority 0; }}; "
+
+
+def _rule(way: str, what: str) -> Callable[[str], object]:
+    """Add a rule to a container's packets of that way."""
+    chains = _CHAINS.format(way=way)
+    return lambda victim: _nft(victim, f"{chains} add rule inet chaos {way} {what}")
+
+
+def _nft(container: str, commands: str) -> None:
+    """In the network of a container, which has not the right itself."""
+    network = f"--network=container:{container}"
+    docker("run", "--rm", network, "--cap-add=NET_ADMIN", "--entrypoint=nft", FIREWALL, commands)
+
+
+def _address(container: str) -> str:
+    return docker("inspect", "--format={{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", container).strip()
+
+
+def _halve(swarm: Swarm, victims: Victims) -> None:
+    """The victims are one half, everybody else with the bootstrap is the other: nothing passes between them."""
+    others = [*(name for name in swarm.all if name not in victims), *swarm.of_service("bootstrap")]
+    addresses = ", ".join(map(_address, others))
+    for way, end in (("input", "saddr"), ("output", "daddr")):
+        _each(_rule(way, f"ip {end} {{ {addresses} }} drop"))(swarm, victims)
+
+
+# ---------------------------------------------------------------- computers
+
+
+def _fill_disk(victim: str) -> None:
+    _python(victim, _FILL)
+
+
+_FILL = """
+try:
+    with open("/data/filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(65536))
+except OSError:
+    pass
+"""
+
+
+def _squeeze(victim: str) -> None:
+    """Less memory than it needs, from its next start on, which is now: the system kills it as often as it starts."""
+    _kill(victim)
+    for _ in range(20):  # what the process had must be free first
+        with contextlib.suppress(AssertionError):
+            docker("update", "--memory=64m", "--memory-swap=64m", victim)
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"{victim} gave no memory back")
+
+
+def _corrupt(victim: str) -> None:
+    """Noise in all of its checkpoints, and it is killed."""
+    _python(
+        victim, f"import glob, os\nfor path in glob.glob({_CHECKPOINTS!r}): open(path, 'wb').write(os.urandom(4096))"
+    )
+    _kill(victim)
+
+
+def _move_clock(victim: str) -> None:
+    """Ten minutes on."""
+    _set_clock(victim, "+600")
+
+
+def _set_clock(victim: str, offset: str) -> None:
+    docker("exec", victim, "sh", "-c", f"echo {offset} > /tmp/moved && mv /tmp/moved /tmp/clock")
+
+
+ACTIONS: dict[str, Action] = {
+    "kill": _each(_kill),
+    "pause": _each(lambda victim: docker("pause", victim)),
+    "unpause": _each(lambda victim: docker("unpause", victim)),
+    "restart": _each(lambda victim: docker("restart", "--time", "30", victim)),
+    "disconnect": lambda swarm, victims: [docker("network", "disconnect", f"{swarm.name}_default", v) for v in victims],
+    "connect": lambda swarm, victims: [docker("network", "connect", f"{swarm.name}_default", v) for v in victims],
+    "delete": _each(lambda victim: docker("rm", "--force", "--volumes", victim)),
+    "replace": _replace,
+    "upgrade": _upgrade,
+    "kill-bootstrap": lambda swarm, victims: docker("kill", *swarm.of_service("bootstrap")),
+    "kill-container": _each(lambda victim: docker("kill", victim)),
+    "drop-incoming": _each(_rule("input", "iif != lo drop")),
+    "drop-outgoing": _each(_rule("output", "oif != lo drop")),
+    "lose-30": _each(_rule("input", "iif != lo numgen random mod 100 < 30 drop")),
+    "halve": _halve,
+    "mend": _each(lambda victim: _nft(victim, "delete table inet chaos")),
+    "fill-disk": _each(_fill_disk),
+    "free-disk": _each(lambda victim: docker("exec", victim, "rm", "/data/filler")),
+    "squeeze": _each(_squeeze),
+    "unsqueeze": _each(lambda victim: docker("update", "--memory=4g", "--memory-swap=4g", victim)),
+    "slow-cpu": _each(lambda victim: docker("update", "--cpus=0.05", victim)),
+    "fast-cpu": _each(lambda victim: docker("update", "--cpus=2", victim)),
+    "corrupt": _each(_corrupt),
+    "move-clock": _each(_move_clock),
+    "clock-back": _each(lambda victim: _set_clock(victim, "+0")),
+}

@@ -1,0 +1,109 @@
+"""What is seen of a swarm: its volunteers' events, its totals, and what its processes hold."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from docker_engine import docker
+
+__all__ = [
+    "Held",
+    "contributions",
+    "events",
+    "gap_s",
+    "grown",
+    "held",
+    "held_out_loss",
+    "returned_s",
+    "stall_share",
+    "tokens_lost",
+]
+
+Events = Sequence[Mapping[str, Any]]
+_PROCESSES = """
+import glob, json, os
+rss = threads = files = 0
+for path in glob.glob("/proc/[0-9]*"):
+    try:
+        command = open(f"{path}/cmdline").read()
+        if "swarmtrain" not in command and "p2pd" not in command: continue
+        told = dict(line.split(":", 1) for line in open(f"{path}/status"))
+        rss += int(told["VmRSS"].split()[0]) * 1024
+        threads += int(told["Threads"])
+        files += len(os.listdir(f"{path}/fd"))
+    except OSError:
+        pass
+print(json.dumps([rss, threads, files]))
+"""
+
+
+def events(container: str, kind: str) -> list[dict[str, Any]]:
+    """Its events of that kind, those of its lives before included."""
+    told = (json.loads(line) for line in docker("logs", container).splitlines() if line.startswith("{"))
+    return [event for event in told if event["event"] == kind]
+
+
+def gap_s(rounds: Events, since_s: float, until_s: float) -> float:
+    """The longest time without a round's end, less the median of its rounds before."""
+    before = sorted(event["seconds"] for event in rounds if event["time"] < since_s)
+    ends = [since_s, *(event["time"] for event in rounds if since_s < event["time"] < until_s), until_s]
+    return max(b - a for a, b in itertools.pairwise(ends)) - (before[len(before) // 2] if before else 0.0)
+
+
+def stall_share(rounds: Iterable[Events], since_s: float, until_s: float) -> float:
+    """Of all rounds that ended in that time: how much of it their trainers stood still for the network."""
+    late = [event for each in rounds for event in each if since_s < event["time"] < until_s]
+    return sum(event["stall_s"] for event in late) / max(1e-9, sum(event["seconds"] for event in late))
+
+
+def returned_s(rounds: Events, partners: frozenset[str], after_s: float) -> float:
+    """How long after `after_s` it ended a round that merged one of `partners`; infinite if it did not."""
+    ends = (event["time"] for event in rounds if event["time"] > after_s and partners & set(event["partners"]))
+    return min(ends, default=math.inf) - after_s
+
+
+def contributions(peers: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Tokens of each peer, by what `status` lists."""
+    return {each["peer"]: each["tokens"] for each in peers}
+
+
+def tokens_lost(before: Mapping[str, int], after: Mapping[str, int]) -> int:
+    """What was counted once and is not any more."""
+    return sum(max(0, tokens - after.get(peer, 0)) for peer, tokens in before.items())
+
+
+def held_out_loss(done: Iterable[Mapping[str, Any]]) -> float:
+    """The mean over those that ended; NaN if none measured it."""
+    losses = [event["held_out_loss"] for event in done if event["held_out_loss"] is not None]
+    return statistics.fmean(losses) if losses else math.nan
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a container's processes have."""
+
+    rss_bytes: int
+    threads: int
+    files: int
+
+
+def held(container: str) -> Held:
+    """Its Python and its libp2p daemon together."""
+    return Held(*json.loads(docker("exec", container, "/opt/swarmtrain/bin/python", "-c", _PROCESSES)))
+
+
+def grown(before: Held, after: Held) -> str:
+    """In words, what has grown by more than a minute's noise; empty if nothing has."""
+    mib = 2**20
+    rows = (
+        ("MiB of memory", before.rss_bytes // mib, after.rss_bytes // mib, before.rss_bytes // mib * 0.15 + 48),
+        ("threads", before.threads, after.threads, 12),
+        ("files", before.files, after.files, 24),
+    )
+    return ", ".join(f"{now} {what} instead of {was}" for what, was, now, more in rows if now > was + more)
