@@ -20,6 +20,7 @@ __all__ = [
     "grown",
     "held",
     "held_out_loss",
+    "in_short",
     "returned_s",
     "stall_share",
     "tokens_lost",
@@ -54,6 +55,12 @@ def gap_s(rounds: Events, since_s: float, until_s: float) -> float:
     before = sorted(event["seconds"] for event in rounds if event["time"] < since_s)
     ends = [since_s, *(event["time"] for event in rounds if since_s < event["time"] < until_s), until_s]
     return max(b - a for a, b in itertools.pairwise(ends)) - (before[len(before) // 2] if before else 0.0)
+
+
+def in_short(rounds: Events) -> str:
+    """When its rounds ended and what took how long, for whoever looks for a cause."""
+    keys = ("time", "seconds", "stall_s", "merge_s", "pull_s")
+    return "\n".join(" ".join(f"{event[key] or 0.0:.1f}" for key in keys) for event in rounds)
 
 
 def stall_share(rounds: Iterable[Events], since_s: float, until_s: float) -> float:
