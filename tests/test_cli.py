@@ -47,6 +47,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "local": (
         "RUN.toml",
         *("--peers", "--threads", "--slowdown", "--rtt", "--link-up", "--link-down", "--fail-pulls"),
+        *("--jitter", "--loss", "--churn", "--faults"),
         *("--compare-alone", "--data", "--dir", "--json", "--log-level"),
     ),
     "status": (*WHICH_PEER, "--all", "--json", "--healthy"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from swarmtrain.network.impairments import Outage
-from swarmtrain.rehearsal import Mishap
+from swarmtrain.rehearsal import Deed, Mishap
 
 __all__ = ["Rehearsing", "Stage"]
 
@@ -47,13 +47,13 @@ class Stage(Protocol):
 
 
 _WORDS = {
-    "kill": "killed, and started again after {for_s:g} s",
-    "leave": "leave, and come back after {for_s:g} s",
-    "hang": "hang for {for_s:g} s",
-    "stall": "each cut off for {for_s:g} s",
+    "kill": "killed; started again after {for_s:g} s",
+    "leave": "told to leave; started again after {for_s:g} s",
+    "hang": "made to hang for {for_s:g} s",
+    "stall": "cut off from everybody for {for_s:g} s",
     "partition": "parted from the others for {for_s:g} s",
-    "reset": "all connections reset",
-    "half-open": "all connections half open",
+    "reset": "all connections are reset",
+    "half-open": "all connections are forgotten, and nobody is told",
 }
 
 
@@ -66,7 +66,7 @@ class Rehearsing:
     clock: Callable[[], float] = time.monotonic
     _began_s: float | None = None
     _next: Mishap | None = None
-    _ends: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    _ends: list[tuple[float, int, Deed, Callable[[], None]]] = field(default_factory=list)
     _number: Iterator[int] = field(default_factory=itertools.count)
 
     def begin(self) -> None:
@@ -74,10 +74,11 @@ class Rehearsing:
         self._began_s, self._next = self.clock(), next(self.mishaps, None)
 
     def stop(self) -> None:
-        """Nothing happens any more; what hangs or is cut off goes on."""
+        """Nothing happens any more; what hangs or is cut off goes on, and who was killed is not started again."""
         self._began_s = self._next = None
-        for _, _, end in self._ends:
-            end()
+        for _, _, do, end in self._ends:
+            if do not in ("kill", "leave"):
+                end()
         self._ends.clear()
 
     def tick(self) -> None:
@@ -86,7 +87,7 @@ class Rehearsing:
             return
         now_s = self.clock() - self._began_s
         while self._ends and self._ends[0][0] <= now_s:
-            heapq.heappop(self._ends)[2]()
+            heapq.heappop(self._ends)[3]()
         while self._next is not None and self._next.at_s <= now_s:
             mishap, self._next = self._next, next(self.mishaps, None)
             self._strike(mishap, now_s)
@@ -94,7 +95,7 @@ class Rehearsing:
     def _strike(self, mishap: Mishap, now_s: float) -> None:
         self.stage.tell(f"rehearsal: {' and '.join(mishap.who)}: {_WORDS[mishap.do].format(for_s=mishap.for_s)}")
         for end in self._do(mishap):
-            heapq.heappush(self._ends, (now_s + mishap.for_s, next(self._number), end))
+            heapq.heappush(self._ends, (now_s + mishap.for_s, next(self._number), mishap.do, end))
 
     def _do(self, mishap: Mishap) -> list[Callable[[], None]]:
         """What makes it be over."""

@@ -7,6 +7,7 @@ import contextlib
 import random
 import socket
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 import pytest
 from virtual_loop import virtually
@@ -125,34 +126,47 @@ async def serve_echo(link: Link) -> asyncio.Server:
     return await asyncio.start_server(echo, "127.0.0.1", link.port)
 
 
+Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def dial(source: Link, target: Link) -> Ends:
+    """As libp2p does, from the port that the peer listens at."""
+    end = socket.socket()
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    end.setblocking(False)
+    end.bind(("127.0.0.1", source.port))
+    await asyncio.get_running_loop().sock_connect(end, ("127.0.0.1", target.front))
+    return await asyncio.open_connection(sock=end)
+
+
+@dataclass
+class Two:
+    """Anna echoes what others say; Ben and Cleo can dial her."""
+
+    links: Links
+    anna: Link
+    ben: Link
+    cleo: Link
+
+
 @contextlib.asynccontextmanager
-async def two_ends() -> AsyncIterator[tuple[Links, Callable[[], asyncio.Future[bytes]], Callable[[], object]]]:
-    """Anna echoes, Ben has a connection to her: what opens another one, and what asks over one."""
+async def swarm() -> AsyncIterator[Two]:
     links = Links()
-    anna, ben = await links.open("anna", LinkShape()), await links.open("ben", LinkShape())
-    server = await serve_echo(anna)
-
-    async def dial() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        end = socket.socket()
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        end.setblocking(False)
-        end.bind(("127.0.0.1", ben.port))
-        await asyncio.get_running_loop().sock_connect(end, ("127.0.0.1", anna.front))
-        return await asyncio.open_connection(sock=end)
-
+    two = Two(links, *[await links.open(name, LinkShape()) for name in ("anna", "ben", "cleo")])
+    server = await serve_echo(two.anna)
     try:
-        yield links, dial, ask  # type: ignore[misc]
+        yield two
     finally:
         server.close()
         await links.close()
 
 
-async def ask(ends: tuple[asyncio.StreamReader, asyncio.StreamWriter], word: bytes, limit_s: float = 5.0) -> bytes:
+async def ask(ends: Ends, word: bytes, limit_s: float = 5.0) -> bytes:
     ends[1].write(word)
     return await asyncio.wait_for(ends[0].read(100), limit_s)
 
 
-async def is_deaf(ends: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> bool:
+async def is_deaf(ends: Ends) -> bool:
     try:
         await ask(ends, b"!", 0.1)
     except TimeoutError:
@@ -162,36 +176,41 @@ async def is_deaf(ends: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> bo
 
 def test_a_real_connection_waits_while_its_ends_are_parted_and_goes_on() -> None:
     async def body() -> None:
-        async with two_ends() as (links, dial, _):
-            ends = await dial()
+        async with swarm() as two:
+            ends = await dial(two.ben, two.anna)
             assert await ask(ends, b"hello") == b"hello"
-            outage = await links.part([["anna"]])
+            outage = await two.links.part([["anna"]])
             assert await is_deaf(ends)
-            await links.mend(outage)
+            await two.links.mend(outage)
             assert await asyncio.wait_for(ends[0].read(100), 5.0) == b"!"
             ends[1].close()
 
     asyncio.run(body())
 
 
-def test_a_reset_is_told_and_a_forgotten_connection_is_not() -> None:
+def test_a_reset_is_told_to_both_ends() -> None:
     async def body() -> None:
-        async with two_ends() as (links, dial, _):
-            ends = await dial()
+        async with swarm() as two:
+            ends = await dial(two.ben, two.anna)
             assert await ask(ends, b"hello") == b"hello"
-            await links.reset("anna")
+            await two.links.reset("anna")
             with pytest.raises(ConnectionResetError):
-                assert await ask(ends, b"?") != b"?"
-                raise ConnectionResetError  # an end of file tells it too
-            ends[1].close()
-
-    async def half_open() -> None:
-        async with two_ends() as (links, dial, _):
-            ends = await dial()
-            assert await ask(ends, b"hello") == b"hello"
-            await links.forget("ben")
-            assert await is_deaf(ends)
+                await asyncio.wait_for(ends[0].read(100), 5.0)
             ends[1].close()
 
     asyncio.run(body())
-    asyncio.run(half_open())
+
+
+def test_of_a_forgotten_connection_nobody_is_told_and_new_ones_work() -> None:
+    async def body() -> None:
+        async with swarm() as two:
+            old = await dial(two.ben, two.anna)
+            assert await ask(old, b"hello") == b"hello"
+            await two.links.forget("anna")
+            assert await is_deaf(old)
+            new = await dial(two.cleo, two.anna)
+            assert await ask(new, b"hello") == b"hello" and await is_deaf(old)
+            for ends in (old, new):
+                ends[1].close()
+
+    asyncio.run(body())

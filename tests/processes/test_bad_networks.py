@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
 from connections import between, connected_ports
 from swarm import Swarm, exit_limit_s, write_run
 
-from swarmtrain.events import DoneEvent, RoundEvent
+from swarmtrain.events import DoneEvent, RoundEvent, WarningEvent
 
 pytestmark = pytest.mark.processes
 
@@ -55,3 +56,52 @@ def test_a_local_swarm_behind_links(swarm: Swarm) -> None:
     assert [event.reason for event in local.all(DoneEvent)] == 3 * ["interrupted"], "each had its goodbye"
     swarm.assert_nothing_left()
     assert "Traceback" not in local.log.read_text()
+
+
+FAULTS = """
+[links]
+rtt_ms = 20
+jitter_ms = 5
+loss_percent = 0.1
+
+[[faults]]
+at_s = 12
+do = "partition"
+who = ["volunteer-1"]
+for_s = 5
+
+[[faults]]
+at_s = 14
+do = "kill"
+who = ["volunteer-2"]
+for_s = 2
+
+[[faults]]
+at_s = 30
+do = "reset"
+who = ["volunteer-3"]
+"""
+
+
+def test_a_local_swarm_through_faults_comes_together_again_and_nothing_goes_round_its_links(swarm: Swarm) -> None:
+    run_file = write_run(swarm.folder, merge={"method": "gossip", "inner_steps": 20})
+    (swarm.folder / "faults.toml").write_text(FAULTS)
+    words = ["local", str(run_file), "--peers", "3", "--faults", str(swarm.folder / "faults.toml"), "--json"]
+    local = swarm.start("local", [*words, "--dir", str(swarm.folder / "trained")])
+    told = [local.wait_event(WarningEvent, lambda event, word=word: word in event.message) for word in DEEDS]
+    assert [each.message.partition(" ")[0] for each in told] == 3 * ["rehearsal:"]
+    since = time.time()
+    for name in ("volunteer-1", "volunteer-2", "volunteer-3"):
+        merged = local.wait_event(
+            RoundEvent,
+            lambda event, name=name: event.name == name and event.time > since and len(event.partners) == 2,
+        )
+        assert merged.run_tokens > 0
+    assert not between(private_ports(swarm)), "whoever dials again, and who was started again, passes the links too"
+    local.process.send_signal(signal.SIGINT)
+    assert local.wait(2 * exit_limit_s()) == 0, local.story()
+    swarm.assert_nothing_left()
+    assert "Traceback" not in local.log.read_text()
+
+
+DEEDS = ("parted from the others", "killed; started again", "all connections are reset")

@@ -1,0 +1,101 @@
+"""Rehearsal files: what a person may write, and that the same file means the same mishaps."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from swarmtrain.errors import UserError
+from swarmtrain.rehearsal import ChurnSection, FaultSection, Mishap, RehearsalFile, SeedSection, load_rehearsal, mishaps
+
+NAMES = [f"volunteer-{number}" for number in range(1, 7)]
+
+
+def read(folder: Path, text: str) -> RehearsalFile:
+    path = folder / "bad.toml"
+    path.write_text(text)
+    return load_rehearsal(path)
+
+
+def test_the_example_is_one() -> None:
+    rehearsal = load_rehearsal(Path(__file__).parents[1] / "examples" / "bad-internet.toml")
+    assert rehearsal.needs_links and rehearsal.strikes and rehearsal.links.rtt_ms == 80
+    assert [fault.do for fault in rehearsal.faults] == ["hang", "stall", "partition", "reset", "half-open"]
+    first = list(itertools.islice(mishaps(rehearsal, NAMES), 20))
+    assert first == list(itertools.islice(mishaps(rehearsal, NAMES), 20))
+    assert [mishap.at_s for mishap in first] == sorted(mishap.at_s for mishap in first)
+    assert Mishap(20.0, "hang", ("volunteer-2",), 15.0) in first
+    assert next(len(mishap.who) for mishap in first if mishap.do == "partition") == 3
+
+
+def test_an_empty_one_does_nothing(tmp_path: Path) -> None:
+    rehearsal = read(tmp_path, "")
+    assert not rehearsal.needs_links and not rehearsal.strikes and list(mishaps(rehearsal, NAMES)) == []
+
+
+def test_killing_needs_no_links_and_parting_does(tmp_path: Path) -> None:
+    assert not read(tmp_path, '[[faults]]\nat_s = 1\ndo = "kill"').needs_links
+    assert read(tmp_path, '[[faults]]\nat_s = 1\ndo = "stall"').needs_links
+    assert read(tmp_path, "[links]\nloss_percent = 1").needs_links
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[links]\njiter_ms = 3", "links.jiter_ms: unknown key; did you mean links.jitter_ms?"),
+        ("[links]\nloss_percent = 90", "links.loss_percent: 90 is refused; allowed: a number from 0 to 50"),
+        ("[link]\nrtt_ms = 1", "link: unknown section; did you mean links?"),
+        ("[faults]\nat_s = 1", "faults: is a list; write [[faults]] for each"),
+        ("faults = [3]", "fault 1: faults: 3 is no section; allowed: [faults] with keys below it"),
+        ('[[faults]]\nat_s = 1\ndo = "break"', 'fault 1: faults.do: "break" is refused; allowed: "kill" or "leave"'),
+        ('[[faults]]\ndo = "kill"', "fault 1: faults.at_s: missing; allowed: a number at least 0"),
+        ('[[faults]]\nat_s = 1\ndo = "kill"\nwho = ["a", "a"]', "fault 1: faults.who: a name is there twice"),
+        ("[churn\n", "line 1, column 7: not TOML"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_key(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, text)
+    assert problem in str(caught.value) and str(caught.value).startswith(f"{tmp_path / 'bad.toml'}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read_name_the_example(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b"# \xe9")
+    (tmp_path / "long.toml").write_bytes(b"#" * 70_000)
+    for name in ("none.toml", "latin.toml"):
+        with pytest.raises(UserError, match=r"cannot be read .* an example is examples/bad-internet.toml"):
+            load_rehearsal(tmp_path / name)
+    with pytest.raises(UserError, match="at most 65536"):
+        load_rehearsal(tmp_path / "long.toml")
+
+
+def test_who_is_not_there_cannot_be_struck() -> None:
+    with pytest.raises(UserError, match="anna is nobody's name here; there are volunteer-1"):
+        mishaps(RehearsalFile(faults=(FaultSection(at_s=1, do="kill", who=("anna",)),)), NAMES)
+    with pytest.raises(UserError, match="7 of 6 volunteers; give more --peers"):
+        mishaps(RehearsalFile(faults=(FaultSection(at_s=1, do="kill", number=7),)), NAMES)
+
+
+def test_churn_strikes_about_so_often_and_nobody_who_is_away() -> None:
+    def some(seed: int) -> list[Mishap]:
+        churn = ChurnSection(every_s=10, away_s=30)
+        rehearsal = RehearsalFile(rehearsal=SeedSection(seed=seed), churn=churn)
+        return list(itertools.islice(mishaps(rehearsal, NAMES), 1000))
+
+    struck = some(1)
+    assert struck == some(1) != some(2)
+    assert struck[-1].at_s / 1000 == pytest.approx(10.0, rel=0.05)
+    assert {mishap.do for mishap in struck} == {"kill", "leave"} and {mishap.who[0] for mishap in struck} == set(NAMES)
+    back_s = dict.fromkeys(NAMES, 0.0)
+    for mishap in struck:
+        assert back_s[mishap.who[0]] <= mishap.at_s
+        back_s[mishap.who[0]] = mishap.at_s + 30
+
+
+def test_with_everybody_away_churn_waits() -> None:
+    churn = ChurnSection(every_s=1, away_s=100)
+    times = [mishap.at_s for mishap in itertools.islice(mishaps(RehearsalFile(churn=churn), NAMES[:2]), 4)]
+    assert times[2] >= times[0] + 100 and times[3] >= times[1] + 100
