@@ -72,12 +72,15 @@ class FaultSection(Section):
     for_s: float = Field(20.0, ge=0, description="For how long, in seconds.")
 
 
-class RehearsalFile(Section):
-    """All of it."""
-
+class _Sections(Section):
     rehearsal: SeedSection = Field(default_factory=lambda: SeedSection())
     links: LinksSection = Field(default_factory=lambda: LinksSection())
     churn: ChurnSection = Field(default_factory=lambda: ChurnSection())
+
+
+class RehearsalFile(_Sections):
+    """All of it."""
+
     faults: tuple[FaultSection, ...] = ()
 
     @property
@@ -122,13 +125,7 @@ def load_rehearsal(path: Path) -> RehearsalFile:
         rest = _Sections.model_validate(table)
     except ValidationError as error:
         raise UserError(f"{origin}: {problem_in_words(error, _Sections)}") from None
-    return RehearsalFile(rehearsal=rest.rehearsal, links=rest.links, churn=rest.churn, faults=tuple(faults))
-
-
-class _Sections(Section):
-    rehearsal: SeedSection = Field(default_factory=lambda: SeedSection())
-    links: LinksSection = Field(default_factory=lambda: LinksSection())
-    churn: ChurnSection = Field(default_factory=lambda: ChurnSection())
+    return RehearsalFile(**dict(rest), faults=tuple(faults))
 
 
 def _fault(row: Any, origin: str) -> FaultSection:

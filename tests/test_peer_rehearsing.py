@@ -1,4 +1,4 @@
-"""Mishaps at their times, and their ends, on a stage that writes down what is done to it."""
+"""Mishaps at their times, and their ends, on a swarm that writes down what is done to it."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ class Noted:
 
 
 def played(*mishaps: Mishap, until_s: float) -> Noted:
-    stage = Noted()
-    rehearsing = Rehearsing(stage, iter(mishaps), lambda: stage.now_s)
+    swarm = Noted()
+    rehearsing = Rehearsing(swarm, iter(mishaps), lambda: swarm.now_s)
     rehearsing.tick()
     rehearsing.begin()
     for _ in range(int(until_s)):
         rehearsing.tick()
-        stage.now_s += 1.0
+        swarm.now_s += 1.0
     rehearsing.stop()
     rehearsing.tick()
-    return stage
+    return swarm
 
 
 def test_each_strikes_at_its_time_and_is_over_in_time() -> None:
-    stage = played(
+    swarm = played(
         Mishap(2.0, "kill", ("a", "b"), 5.0),
         Mishap(3.0, "leave", ("c",), 1.0),
         Mishap(3.0, "hang", ("d",), 3.0),
@@ -71,7 +71,7 @@ def test_each_strikes_at_its_time_and_is_over_in_time() -> None:
         Mishap(8.0, "half-open", ("b",), 20.0),
         until_s=20,
     )
-    assert stage.done == [
+    assert swarm.done == [
         (2.0, "kill a"),
         (2.0, "kill b"),
         (3.0, "leave c"),
@@ -83,20 +83,20 @@ def test_each_strikes_at_its_time_and_is_over_in_time() -> None:
         (8.0, "reset a"),
         (8.0, "forget b"),
     ]
-    assert stage.said[0] == "rehearsal: a and b: killed; started again after 5 s"
-    assert stage.said[-1] == "rehearsal: b: all connections are forgotten, and nobody is told"
+    assert swarm.said[0] == "rehearsal: a and b: killed; started again after 5 s"
+    assert swarm.said[-1] == "rehearsal: b: all connections are forgotten, and nobody is told"
 
 
 def test_those_parted_are_one_side_and_those_cut_off_are_each_alone() -> None:
-    stage = played(Mishap(0.0, "partition", ("a", "b"), 3.0), Mishap(1.0, "stall", ("a", "b"), 3.0), until_s=9)
-    assert stage.done == [(0.0, "part [['a', 'b']]"), (1.0, "part [['a'], ['b']]"), (3.0, "mend 1"), (4.0, "mend 2")]
+    swarm = played(Mishap(0.0, "partition", ("a", "b"), 3.0), Mishap(1.0, "stall", ("a", "b"), 3.0), until_s=9)
+    assert swarm.done == [(0.0, "part [['a', 'b']]"), (1.0, "part [['a'], ['b']]"), (3.0, "mend 1"), (4.0, "mend 2")]
 
 
 def test_at_the_end_what_hangs_goes_on_and_nothing_more_happens() -> None:
-    stage = played(
+    swarm = played(
         Mishap(1.0, "hang", ("a",), 100.0),
         Mishap(1.0, "kill", ("b",), 100.0),
         Mishap(6.0, "kill", ("c",), 1.0),
         until_s=5,
     )
-    assert stage.done == [(1.0, "hang a"), (1.0, "kill b"), (5.0, "go on a")]
+    assert swarm.done == [(1.0, "hang a"), (1.0, "kill b"), (5.0, "go on a")]

@@ -189,7 +189,7 @@ class LocalSwarm:
             raise RunTimeError(problem)
         return problem
 
-    # what a rehearsal does to it (`rehearsing.Stage`)
+    # what a rehearsal does to it (`rehearsing.Struck`)
 
     def end(self, name: str, cleanly: bool) -> None:
         """This process ends: it is told to, or killed."""

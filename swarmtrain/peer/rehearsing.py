@@ -12,10 +12,10 @@ from typing import Protocol
 from swarmtrain.network.impairments import Outage
 from swarmtrain.rehearsal import Deed, Mishap
 
-__all__ = ["Rehearsing", "Stage"]
+__all__ = ["Rehearsing", "Struck"]
 
 
-class Stage(Protocol):
+class Struck(Protocol):
     """The swarm that it happens to."""
 
     def end(self, name: str, cleanly: bool) -> None:
@@ -61,7 +61,7 @@ _WORDS = {
 class Rehearsing:
     """Call `tick` often, once `begin` was called."""
 
-    stage: Stage
+    swarm: Struck
     mishaps: Iterator[Mishap]
     clock: Callable[[], float] = time.monotonic
     _began_s: float | None = None
@@ -93,26 +93,26 @@ class Rehearsing:
             self._strike(mishap, now_s)
 
     def _strike(self, mishap: Mishap, now_s: float) -> None:
-        self.stage.tell(f"rehearsal: {' and '.join(mishap.who)}: {_WORDS[mishap.do].format(for_s=mishap.for_s)}")
+        self.swarm.tell(f"rehearsal: {' and '.join(mishap.who)}: {_WORDS[mishap.do].format(for_s=mishap.for_s)}")
         for end in self._do(mishap):
             heapq.heappush(self._ends, (now_s + mishap.for_s, next(self._number), mishap.do, end))
 
     def _do(self, mishap: Mishap) -> list[Callable[[], None]]:
         """What makes it be over."""
-        stage, who = self.stage, mishap.who
+        swarm, who = self.swarm, mishap.who
         match mishap.do:
             case "kill" | "leave":
                 for name in who:
-                    stage.end(name, cleanly=mishap.do == "leave")
-                return [lambda name=name: stage.begin_again(name) for name in who]  # type: ignore[misc]
+                    swarm.end(name, cleanly=mishap.do == "leave")
+                return [lambda name=name: swarm.begin_again(name) for name in who]  # type: ignore[misc]
             case "hang":
                 for name in who:
-                    stage.hang(name)
-                return [lambda name=name: stage.go_on(name) for name in who]  # type: ignore[misc]
+                    swarm.hang(name)
+                return [lambda name=name: swarm.go_on(name) for name in who]  # type: ignore[misc]
             case "stall" | "partition":
-                outage = stage.part([[name] for name in who] if mishap.do == "stall" else [list(who)])
-                return [lambda: stage.mend(outage)]
+                outage = swarm.part([[name] for name in who] if mishap.do == "stall" else [list(who)])
+                return [lambda: swarm.mend(outage)]
             case "reset" | "half-open":
                 for name in who:
-                    (stage.reset if mishap.do == "reset" else stage.forget)(name)
+                    (swarm.reset if mishap.do == "reset" else swarm.forget)(name)
                 return []
