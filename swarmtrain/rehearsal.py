@@ -32,7 +32,7 @@ __all__ = [
 Deed = Literal["kill", "leave", "hang", "stall", "partition", "reset", "half-open"]
 _OF_LINKS = ("stall", "partition", "reset", "half-open")
 _MAX_FILE_BYTES = 65_536
-EXAMPLE = "examples/bad-internet.toml"
+EXAMPLE = "examples/rehearsals/bad-internet.toml"
 
 
 class SeedSection(Section):

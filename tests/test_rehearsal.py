@@ -20,7 +20,7 @@ def read(folder: Path, text: str) -> RehearsalFile:
 
 
 def test_the_example_is_one() -> None:
-    rehearsal = load_rehearsal(Path(__file__).parents[1] / "examples" / "bad-internet.toml")
+    rehearsal = load_rehearsal(Path(__file__).parents[1] / "examples" / "rehearsals" / "bad-internet.toml")
     assert rehearsal.needs_links and rehearsal.strikes and rehearsal.links.rtt_ms == 80
     assert [fault.do for fault in rehearsal.faults] == ["hang", "stall", "partition", "reset", "half-open"]
     first = list(itertools.islice(mishaps(rehearsal, NAMES), 20))
@@ -66,7 +66,7 @@ def test_files_that_cannot_be_read_name_the_example(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"# \xe9")
     (tmp_path / "long.toml").write_bytes(b"#" * 70_000)
     for name in ("none.toml", "latin.toml"):
-        with pytest.raises(UserError, match=r"cannot be read .* an example is examples/bad-internet.toml"):
+        with pytest.raises(UserError, match=r"cannot be read .* an example is examples/rehearsals/bad-internet.toml"):
             load_rehearsal(tmp_path / name)
     with pytest.raises(UserError, match="at most 65536"):
         load_rehearsal(tmp_path / "long.toml")

@@ -43,7 +43,7 @@ def _slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) ->
         "swarmtrain local run.toml --peers 4 --compare-alone --dir runs/first",
         "swarmtrain local run.toml --peers 4 --slowdown 2,2.6,5.2,11.4",
         "swarmtrain local run.toml --rtt 100 --link-up 10 --link-down 10 --fail-pulls 5",
-        "swarmtrain local run.toml --peers 6 --faults examples/bad-internet.toml --churn 60",
+        "swarmtrain local run.toml --peers 6 --faults examples/rehearsals/bad-internet.toml --churn 60",
     ),
 )
 @click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))

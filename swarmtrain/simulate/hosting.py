@@ -57,7 +57,8 @@ class HostedPeer(GossipPeer):
         candidates = host_candidates(self.membership.live()) if hidden or due else []
         if due:
             asked = self._chance.sample(candidates, min(NUM_ASKED, len(candidates)))
-            answers = [swarm.can_call(one.peer, self) if swarm.peers[one.peer].running else None for one in asked]
+            dialable = not swarm.is_hidden(self.name)  # those asked dial as strangers: a host's connection says nothing
+            answers = [dialable if swarm.peers[one.peer].running else None for one in asked]
             self.reachability.told(answers, now, self._chance)
         if self.reachability.state is Reach.HIDDEN:
             self.choice.choose(candidates, now)
