@@ -169,9 +169,8 @@ def _churn(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Mishap]:
     back_s, now_s = dict.fromkeys(names, 0.0), 0.0
     while churn.every_s > 0:
         now_s += churn.every_s * rng.uniform(0.5, 1.5)
-        here = [name for name in names if back_s[name] <= now_s]
+        now_s = max(now_s, min(back_s.values()))  # with everybody away it waits for the first to come back
+        name = rng.choice([name for name in names if back_s[name] <= now_s])
         deed: Deed = rng.choice(["kill", "leave"])
-        if here:
-            name = rng.choice(here)
-            back_s[name] = now_s + churn.away_s
-            yield Mishap(now_s, deed, (name,), churn.away_s)
+        back_s[name] = now_s + churn.away_s
+        yield Mishap(now_s, deed, (name,), churn.away_s)

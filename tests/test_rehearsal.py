@@ -99,3 +99,12 @@ def test_with_everybody_away_churn_waits() -> None:
     churn = ChurnSection(every_s=1, away_s=100)
     times = [mishap.at_s for mishap in itertools.islice(mishaps(RehearsalFile(churn=churn), NAMES[:2]), 4)]
     assert times[2] >= times[0] + 100 and times[3] >= times[1] + 100
+
+
+def test_churn_whose_victims_never_come_back_ends_no_loop() -> None:
+    """It counted on, second by second, to the day of their return."""
+    churn = ChurnSection(every_s=1, away_s=1e9)
+    assert [mishap.at_s > 1e9 for mishap in itertools.islice(mishaps(RehearsalFile(churn=churn), NAMES[:1]), 2)] == [
+        False,
+        True,
+    ]

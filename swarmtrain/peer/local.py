@@ -201,6 +201,8 @@ class LocalSwarm:
     def begin_again(self, name: str) -> None:
         """It is started anew, in its folder; one that is not gone yet has had its time."""
         child = self.children[name]
+        if not child.ended:
+            return  # two mishaps struck it, and the shorter one is over: it lives again
         if child.process.poll() is None:
             child.process.kill()
         child.process.wait()
@@ -209,12 +211,14 @@ class LocalSwarm:
     def hang(self, name: str) -> None:
         """It stands still, and its daemon too."""
         for process in self._processes(name):
-            process.suspend()
+            with contextlib.suppress(psutil.Error):  # it may just have ended
+                process.suspend()
 
     def go_on(self, name: str) -> None:
         """It does no longer."""
         for process in self._processes(name):
-            process.resume()
+            with contextlib.suppress(psutil.Error):
+                process.resume()
 
     def _processes(self, name: str) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):

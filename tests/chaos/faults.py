@@ -78,7 +78,9 @@ def hosts(swarm: Swarm) -> list[str]:
     """Volunteers through which the work of the one behind the firewall goes."""
     (hidden,) = swarm.of_service("unreachable")
     reach = status(hidden)["reach"].partition("its work goes through")[2]
-    return [name for name in swarm.all if status(name)["peer"][-6:] in reach]
+    found = [name for name in swarm.all if status(name)["peer"][-6:] in reach]
+    assert found, f"the volunteer behind the firewall has no volunteer as its host: {reach or 'nobody'}"
+    return found
 
 
 # ---------------------------------------------------------------- networks

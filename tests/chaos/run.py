@@ -24,6 +24,7 @@ import functools
 import json
 import math
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -142,8 +143,8 @@ def _end(swarm: Swarm, gone: list[str], found: Found) -> None:
     done = [event for name in survivors for event in seen.events(name, "done")]
     found.held_out_loss = seen.held_out_loss(event for event in done if event["reason"] == "total_tokens")
     logs = swarm.compose("logs", "--no-color")
-    if (place := logs.find("Traceback")) >= 0:
-        found.failed.append("a traceback")
+    if (place := max(logs.find("Traceback"), logs.find("a bug in swarmtrain"))) >= 0:
+        found.failed.append("a traceback, or a bug that was told")
         print(logs[max(0, place - 500) : place + 3000], file=sys.stderr)
     if found.failed:
         print(swarm.told(), file=sys.stderr)
@@ -170,7 +171,9 @@ def main() -> None:
                 found.ratio = found.held_out_loss / base.held_out_loss
                 if not found.ratio <= 1 + scenario.worse_share:
                     found.failed.append(f"the loss is {found.ratio:.3f} of that without")
-            except AssertionError as error:  # of a docker command
+                if base is not found and base.failed:
+                    found.failed.append(f"the run without: {'; '.join(base.failed)}")
+            except (AssertionError, subprocess.SubprocessError, ValueError, KeyError) as error:  # of docker, mostly
                 print(error, file=sys.stderr)
                 found.failed.append("the scenario could not be played")
             failed += bool(found.failed)
