@@ -81,6 +81,11 @@ def test_a_peer_shows_progress_loss_share_and_bytes() -> None:
     assert "sent 272 kB per inner step, 25.1 times below an all-reduce at every step" in text
 
 
+def test_what_is_said_of_the_swarm_as_a_whole_is_a_line_and_no_peer() -> None:
+    shown = drawn(SwarmDisplay(console=console()), [WarningEvent(message="rehearsal: anna: made to hang for 5 s")])
+    assert "made to hang" in shown and "nobody" not in shown
+
+
 def test_one_that_joins_late_shows_how_far_the_weights_are() -> None:
     display = PeerDisplay(console=console())
     arriving = ArrivingEvent(received_bytes=12_000_000, total_bytes=48_000_000, seconds=10.0)

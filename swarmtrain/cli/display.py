@@ -35,6 +35,7 @@ from swarmtrain.events import (
     RoundEvent,
     StageThroughputEvent,
     StartedEvent,
+    WarningEvent,
     arrived_in_words,
     count_in_words,
     short_peer,
@@ -249,6 +250,8 @@ class SwarmDisplay(_Display):
         super().__init__(title, total_tokens, console)
 
     def _take(self, event: Event) -> None:
+        if isinstance(event, WarningEvent) and not event.name and not event.peer:
+            return  # of the swarm as a whole
         key = event.name or short_peer(event.peer)
         self._peers.setdefault(key, _Peer(name=key)).take(event)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 __all__ = ["PACKET_BYTES", "Lateness", "Outage", "Outages"]
@@ -60,8 +60,6 @@ class Outages:
     """Those that there are now. All calls are made in one event loop."""
 
     rng: random.Random = field(default_factory=random.Random)
-    clock: Callable[[], float] = lambda: asyncio.get_running_loop().time()
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     _now: list[Outage] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -81,10 +79,12 @@ class Outages:
         """Whether nothing passes between these two now."""
         return any(outage.parts(one, other) for outage in self._now)
 
-    async def passable(self, one: str, other: str) -> None:
-        """Returns when what is said between these two arrives: at once if nothing is in its way."""
+    async def passable(self, one: str, other: str) -> bool:
+        """Returns when what is said between these two arrives: at once if nothing is in its way; whether it was."""
+        clock, was_held_up = asyncio.get_running_loop().time, False
         while self.parts(one, other):
-            since_s = self.clock()
+            since_s, was_held_up = clock(), True
             while self.parts(one, other):
                 await self._changed.wait()
-            await self.sleep(self.rng.uniform(0.0, min(self.clock() - since_s, _MOST_AGAIN_S)))
+            await asyncio.sleep(self.rng.uniform(0.0, min(clock() - since_s, _MOST_AGAIN_S)))
+        return was_held_up

@@ -90,19 +90,20 @@ class Line:
         return self._free_s
 
 
-async def _nothing_in_the_way() -> None:
-    pass
+async def _nothing_in_the_way() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
 class Way:
-    """From one peer to another: out of the one's link, into the other's. `passable` returns when pieces arrive."""
+    """From one peer to another: out of the one's link, into the other's. `passable` returns when a
+    piece arrives, and whether that was later than it should."""
 
     up: Line
     delay_s: float
     down: Line
     lateness: Lateness = field(default_factory=Lateness)
-    passable: Callable[[], Awaitable[None]] = _nothing_in_the_way
+    passable: Callable[[], Awaitable[bool]] = _nothing_in_the_way
 
     @property
     def _bytes_per_s(self) -> float:
@@ -169,7 +170,8 @@ async def carry(receive: Receive, send: Send, way: Way) -> None:
         while True:
             arrives_s, data = await flight.get()
             await _until(arrives_s)
-            await way.passable()
+            if await way.passable():
+                arrives_s = loop.time()
             if not data:
                 return
             await _until(way.down.passed_s(len(data), arrives_s))
@@ -340,10 +342,11 @@ class Links:
             rng=random.Random(f"{self.seed} {source.name} {target.name} {self._num_connections}"),
         )
 
-        async def passable() -> None:
-            await self.outages.passable(source.name, target.name)
+        async def passable() -> bool:
+            was_held_up = await self.outages.passable(source.name, target.name)
             if connection.forgotten:
                 await asyncio.Event().wait()
+            return was_held_up
 
         return Way(source.up, sum(shape.delay_s for shape in shapes), target.down, lateness, passable)
 

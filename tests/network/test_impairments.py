@@ -7,7 +7,7 @@ import contextlib
 import random
 import socket
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from virtual_loop import virtually
@@ -67,6 +67,27 @@ def test_late_pieces_arrive_in_order_and_all() -> None:
     assert times == sorted(times) and 2.05 < times[-1] < 2.05 + 0.26
 
 
+def test_what_an_outage_held_up_passes_at_the_rate_of_the_line_and_not_at_once() -> None:
+    """It passed as if it had come in time."""
+
+    async def body(clock: Callable[[], float]) -> list[float]:
+        outages, said, times = Outages(random.Random(0)), [bytes(1000)] * 50 + [b""], []
+        outage = outages.begin([["a"]])
+        asyncio.get_running_loop().call_later(10.0, outages.end, outage)
+
+        async def receive(most_bytes: int) -> bytes:
+            return said.pop(0)
+
+        async def send(data: bytes) -> None:
+            times.append(clock())
+
+        await carry(receive, send, Way(Line(), 0.0, Line(10_000.0), passable=lambda: outages.passable("a", "b")))
+        return times
+
+    times = virtually(body)
+    assert times[0] > 10.0 and times[-1] - times[0] == pytest.approx(4.9, abs=0.05)
+
+
 # ---------------------------------------------------------------- outages
 
 
@@ -116,11 +137,13 @@ def test_of_two_outages_both_must_end() -> None:
 # ---------------------------------------------------------------- real connections
 
 
-async def serve_echo(link: Link) -> asyncio.Server:
+async def serve_echo(link: Link, was_reset: asyncio.Event) -> asyncio.Server:
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
+        try:
             while data := await reader.read(1000):
                 writer.write(data)
+        except ConnectionResetError:
+            was_reset.set()
         writer.close()
 
     return await asyncio.start_server(echo, "127.0.0.1", link.port)
@@ -147,13 +170,15 @@ class Two:
     anna: Link
     ben: Link
     cleo: Link
+    was_reset: asyncio.Event = field(default_factory=asyncio.Event)
+    """Anna was told of a reset."""
 
 
 @contextlib.asynccontextmanager
 async def swarm() -> AsyncIterator[Two]:
     links = Links()
     two = Two(links, *[await links.open(name, LinkShape()) for name in ("anna", "ben", "cleo")])
-    server = await serve_echo(two.anna)
+    server = await serve_echo(two.anna, two.was_reset)
     try:
         yield two
     finally:
@@ -196,6 +221,7 @@ def test_a_reset_is_told_to_both_ends() -> None:
             await two.links.reset("anna")
             with pytest.raises(ConnectionResetError):
                 await asyncio.wait_for(ends[0].read(100), 5.0)
+            await asyncio.wait_for(two.was_reset.wait(), 5.0)
             ends[1].close()
 
     asyncio.run(body())

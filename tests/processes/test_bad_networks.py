@@ -68,16 +68,16 @@ loss_percent = 0.1
 at_s = 12
 do = "partition"
 who = ["volunteer-1"]
-for_s = 5
+for_s = 12
 
 [[faults]]
-at_s = 14
+at_s = 20
 do = "kill"
 who = ["volunteer-2"]
 for_s = 2
 
 [[faults]]
-at_s = 30
+at_s = 36
 do = "reset"
 who = ["volunteer-3"]
 """
@@ -97,6 +97,13 @@ def test_a_local_swarm_through_faults_comes_together_again_and_nothing_goes_roun
             lambda event, name=name: event.name == name and event.time > since and len(event.partners) == 2,
         )
         assert merged.run_tokens > 0
+    parted_s = told[0].time
+    alone = [
+        event
+        for event in local.all(RoundEvent)
+        if event.name == "volunteer-1" and event.time - event.seconds > parted_s + 4 and event.time < parted_s + 12
+    ]
+    assert alone and not any(event.partners for event in alone), "it trained on, and merged nobody"
     assert not between(private_ports(swarm)), "whoever dials again, and who was started again, passes the links too"
     local.process.send_signal(signal.SIGINT)
     assert local.wait(2 * exit_limit_s()) == 0, local.story()
