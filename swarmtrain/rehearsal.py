@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from swarmtrain.errors import UserError
 from swarmtrain.problems import Section, one_line, problem_in_words, read_toml
@@ -32,7 +32,7 @@ __all__ = [
 Deed = Literal["kill", "leave", "hang", "stall", "partition", "reset", "half-open"]
 _OF_LINKS = ("stall", "partition", "reset", "half-open")
 _MAX_FILE_BYTES = 65_536
-EXAMPLE = "examples/rehearsals/bad-internet.toml"
+_EXAMPLE = "examples/rehearsals/bad-internet.toml"
 
 
 class SeedSection(Section):
@@ -71,6 +71,13 @@ class FaultSection(Section):
     number: int = Field(1, ge=1, description="... to so many.")
     for_s: float = Field(20.0, ge=0, description="For how long, in seconds.")
 
+    @field_validator("who")
+    @classmethod
+    def _once(cls, who: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(who)) < len(who):
+            raise ValueError("a name is there twice")
+        return who
+
 
 class _Sections(Section):
     rehearsal: SeedSection = Field(default_factory=lambda: SeedSection())
@@ -99,12 +106,6 @@ class _Fault(Section):
 
     faults: FaultSection
 
-    @model_validator(mode="after")
-    def _fits(self) -> _Fault:
-        if len(set(self.faults.who)) < len(self.faults.who):
-            raise ValueError("faults.who: a name is there twice")
-        return self
-
 
 def load_rehearsal(path: Path) -> RehearsalFile:
     """Read such a file. Raises `UserError`, one line that names the file and the key."""
@@ -113,7 +114,7 @@ def load_rehearsal(path: Path) -> RehearsalFile:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin}: cannot be read ({error}); an example is {EXAMPLE}") from None
+        raise UserError(f"{origin}: cannot be read ({error}); an example is {_EXAMPLE}") from None
     if len(data) > _MAX_FILE_BYTES:
         raise UserError(f"{origin}: {len(data)} bytes; a rehearsal file has at most {_MAX_FILE_BYTES}")
     table = read_toml(text, origin, UserError)

@@ -51,7 +51,7 @@ class Noted:
 
 def played(*mishaps: Mishap, until_s: float) -> Noted:
     swarm = Noted()
-    rehearsing = Rehearsing(swarm, iter(mishaps), lambda: swarm.now_s)
+    rehearsing = Rehearsing(swarm, swarm, iter(mishaps), lambda: swarm.now_s)
     rehearsing.tick()
     rehearsing.begin()
     for _ in range(int(until_s)):

@@ -14,7 +14,7 @@ from swarmtrain.cli.common import example, finite
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
     from swarmtrain.events import Event
-    from swarmtrain.peer.local import LinkPlan, LocalSwarm
+    from swarmtrain.peer.local import LocalSwarm
     from swarmtrain.peer.rehearsing import Rehearsing
     from swarmtrain.peer.stopping import StopFlag
     from swarmtrain.rehearsal import RehearsalFile
@@ -153,22 +153,6 @@ class _Plan:
         """The volunteers'."""
         return _names(len(self.extra))
 
-    def links(self) -> LinkPlan | None:
-        """What the peers are behind; None where nothing is said of links and nothing strikes them."""
-        from swarmtrain.peer.local import LinkPlan
-
-        if self.rehearsal is None or not self.rehearsal.needs_links:
-            return None
-        given = self.rehearsal.links
-        return LinkPlan(
-            rtt_ms=given.rtt_ms,
-            up_mbit=given.up_mbit,
-            down_mbit=given.down_mbit,
-            jitter_ms=given.jitter_ms,
-            loss=given.loss_percent / 100,
-            seed=self.rehearsal.rehearsal.seed,
-        )
-
 
 def _names(num_volunteers: int) -> list[str]:
     return [f"volunteer-{number}" for number in range(1, num_volunteers + 1)]
@@ -246,8 +230,9 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     options = PeerOptions(
         dir=plan.directory, name="", json=plan.as_json, listen=(), announce=(), log_level="warning", stop=stop
     )
-    links = plan.links()
-    swarm = LocalSwarm(plan.directory, stop.check, None if links is None else LocalLinks(links))
+    given = plan.rehearsal
+    links = LocalLinks(given.links, given.rehearsal.seed) if given is not None and given.needs_links else None
+    swarm = LocalSwarm(plan.directory, stop.check, links)
     rehearsing = _rehearsing(swarm, plan)
     try:
         with open_sink(options, make_display) as emit:
@@ -272,7 +257,7 @@ def _rehearsing(swarm: LocalSwarm, plan: _Plan) -> Rehearsing | None:
 
     if plan.rehearsal is None or not plan.rehearsal.strikes:
         return None
-    rehearsing, check = Rehearsing(swarm, mishaps(plan.rehearsal, plan.names)), swarm.check
+    rehearsing, check = Rehearsing(swarm, swarm.links, mishaps(plan.rehearsal, plan.names)), swarm.check
 
     def look() -> None:
         check()

@@ -26,51 +26,39 @@ from swarmtrain.network.impairments import Outage
 from swarmtrain.network.links import Links, LinkShape
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.rehearsal import LinksSection
 
-__all__ = ["LinkPlan", "LocalLinks", "LocalSwarm"]
+__all__ = ["LocalLinks", "LocalSwarm", "link_shape"]
 
 _STOP_LIMIT_S = 10.0
 """The bootstrap's last archive and the goodbyes, on a busy machine; most end in a second."""
 _OPEN_LIMIT_S = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinkPlan:
-    """The links that volunteers are behind; 0 is no delay and no limit. The bootstrap's has the delay alone."""
-
-    rtt_ms: float = 0.0
-    """From one peer to another and back: each link has a quarter of it each way."""
-    up_mbit: float = 0.0
-    down_mbit: float = 0.0
-    jitter_ms: float = 0.0
-    """From one peer to another, at most: each link has half of it."""
-    loss: float = 0.0
-    """The share of packets lost from one peer to another: on each link half of it, or a hair more."""
-    seed: int = 0
-
-    def shape(self, limited: bool) -> LinkShape:
-        """A link, of a volunteer if it is limited."""
-        up_mbit, down_mbit = (self.up_mbit, self.down_mbit) if limited else (0.0, 0.0)
-        return LinkShape(
-            delay_s=self.rtt_ms / 1000 / 4,
-            up_bytes_per_s=up_mbit * BYTES_PER_S_OF_MBIT,
-            down_bytes_per_s=down_mbit * BYTES_PER_S_OF_MBIT,
-            jitter_s=self.jitter_ms / 1000 / 2,
-            loss=1.0 - (1.0 - self.loss) ** 0.5,
-        )
+def link_shape(links: LinksSection, volunteer: bool) -> LinkShape:
+    """One of two links that lie between two peers. The bootstrap's has the delay alone."""
+    if not volunteer:
+        links = LinksSection(rtt_ms=links.rtt_ms)
+    return LinkShape(
+        delay_s=links.rtt_ms / 1000 / 4,
+        up_bytes_per_s=links.up_mbit * BYTES_PER_S_OF_MBIT,
+        down_bytes_per_s=links.down_mbit * BYTES_PER_S_OF_MBIT,
+        jitter_s=links.jitter_ms / 1000 / 2,
+        loss=1.0 - (1.0 - links.loss_percent / 100) ** 0.5,
+    )
 
 
 class LocalLinks:
     """The links of a swarm on this machine, carried by a thread of this process."""
 
-    def __init__(self, plan: LinkPlan) -> None:
-        self._plan = plan
+    def __init__(self, given: LinksSection, seed: int = 0) -> None:
+        self._given = given
         self._network = NetworkThread()
-        self._links = Links(plan.seed)
+        self._links = Links(seed)
 
     def options(self, name: str, limited: bool) -> list[str]:
         """Open a link for a new peer; what its command is told so that everything goes through it."""
-        link = self._network.run(self._links.open(name, self._plan.shape(limited)), _OPEN_LIMIT_S)
+        link = self._network.run(self._links.open(name, link_shape(self._given, limited)), _OPEN_LIMIT_S)
         return ["--listen", link.listen, "--announce", link.announce, "--only-announced"]
 
     def part(self, sides: list[list[str]]) -> Outage:
@@ -178,7 +166,7 @@ class LocalSwarm:
         """Why a child ended, if not as it should. Raises RunTimeError when the swarm cannot go on without it: the
         others survive one that dies, but not all, and not the bootstrap before they have joined."""
         status = child.process.wait()
-        if child.ended or (status == 0 and child.done is not None):
+        if (status == 0 and child.done is not None) or (status == -signal.SIGKILL and child.ended):
             return None
         if child.error is not None:
             problem = f"{child.name}: {child.error.message}"
@@ -189,7 +177,7 @@ class LocalSwarm:
             raise RunTimeError(problem)
         return problem
 
-    # what a rehearsal does to it (`rehearsing.Struck`)
+    # what a rehearsal does to it (`rehearsing.Processes`)
 
     def end(self, name: str, cleanly: bool) -> None:
         """This process ends: it is told to, or killed."""
@@ -225,27 +213,6 @@ class LocalSwarm:
             process = psutil.Process(self.children[name].process.pid)
             return [process, *process.children(recursive=True)]
         return []
-
-    def part(self, sides: list[list[str]]) -> Outage:
-        """Nothing passes between these and the others."""
-        return self._behind_links().part(sides)
-
-    def mend(self, outage: Outage) -> None:
-        """It does again."""
-        if self.links is not None:
-            self.links.mend(outage)
-
-    def reset(self, name: str) -> None:
-        """Its connections are cut."""
-        self._behind_links().reset(name)
-
-    def forget(self, name: str) -> None:
-        """Its connections are half open."""
-        self._behind_links().forget(name)
-
-    def _behind_links(self) -> LocalLinks:
-        assert self.links is not None, "there are no links to break"
-        return self.links
 
     def tell(self, message: str) -> None:
         """A person is told."""

@@ -12,11 +12,11 @@ from typing import Protocol
 from swarmtrain.network.impairments import Outage
 from swarmtrain.rehearsal import Deed, Mishap
 
-__all__ = ["Rehearsing", "Struck"]
+__all__ = ["Connections", "Processes", "Rehearsing"]
 
 
-class Struck(Protocol):
-    """The swarm that it happens to."""
+class Processes(Protocol):
+    """The peers that it happens to."""
 
     def end(self, name: str, cleanly: bool) -> None:
         """This process ends: it is told to, or killed."""
@@ -30,6 +30,13 @@ class Struck(Protocol):
     def go_on(self, name: str) -> None:
         """It does no longer."""
 
+    def tell(self, message: str) -> None:
+        """A person is told."""
+
+
+class Connections(Protocol):
+    """The links that it happens to."""
+
     def part(self, sides: list[list[str]]) -> Outage:
         """Nothing passes between these and the others."""
 
@@ -37,13 +44,10 @@ class Struck(Protocol):
         """It does again."""
 
     def reset(self, name: str) -> None:
-        """Its connections are cut."""
+        """A peer's connections are cut, and both ends told."""
 
     def forget(self, name: str) -> None:
-        """Its connections are half open."""
-
-    def tell(self, message: str) -> None:
-        """A person is told."""
+        """A peer's connections are half open: nobody is told."""
 
 
 _WORDS = {
@@ -61,7 +65,9 @@ _WORDS = {
 class Rehearsing:
     """Call `tick` often, once `begin` was called."""
 
-    swarm: Struck
+    swarm: Processes
+    links: Connections | None
+    """None where nothing strikes links."""
     mishaps: Iterator[Mishap]
     clock: Callable[[], float] = time.monotonic
     _began_s: float | None = None
@@ -110,9 +116,15 @@ class Rehearsing:
                     swarm.hang(name)
                 return [lambda name=name: swarm.go_on(name) for name in who]  # type: ignore[misc]
             case "stall" | "partition":
-                outage = swarm.part([[name] for name in who] if mishap.do == "stall" else [list(who)])
-                return [lambda: swarm.mend(outage)]
+                links = self._links
+                outage = links.part([[name] for name in who] if mishap.do == "stall" else [list(who)])
+                return [lambda: links.mend(outage)]
             case "reset" | "half-open":
                 for name in who:
-                    (swarm.reset if mishap.do == "reset" else swarm.forget)(name)
+                    (self._links.reset if mishap.do == "reset" else self._links.forget)(name)
                 return []
+
+    @property
+    def _links(self) -> Connections:
+        assert self.links is not None, "there are no links to break"
+        return self.links

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from docker_engine import IMAGE, Project, docker, status
 
-__all__ = ["ACTIONS", "FIREWALL", "NEXT", "Swarm", "build_images", "hosts"]
+__all__ = ["ACTIONS", "Swarm", "build_images", "hidden_reach", "hosts"]
 
-FIREWALL = "swarmtrain-test-firewall"
-NEXT = "swarmtrain-test-next"
+_FIREWALL = "swarmtrain-test-firewall"
+_NEXT = "swarmtrain-test-next"
 _CLOCKED = "swarmtrain-test-clock"
 _NEXT_DOCKERFILE = f"""
 FROM {IMAGE}
@@ -21,7 +21,6 @@ USER root
 RUN sed -i 's/^__version__ = .*/__version__ = "99.0.0"/' $(python -c 'import swarmtrain; print(swarmtrain.__file__)')
 USER swarmtrain
 """
-_CHECKPOINTS = "/data/swarmtrain/*/checkpoints/*"
 
 
 @dataclass
@@ -37,9 +36,9 @@ Action = Callable[[Swarm, Victims], object]
 
 def build_images(wanted: frozenset[str]) -> None:
     """Those beside the one that is tested."""
-    docker("build", "--quiet", "--tag", FIREWALL, "peers/firewall", limit_s=600.0)
+    docker("build", "--quiet", "--tag", _FIREWALL, "peers/firewall", limit_s=600.0)
     if "upgrade" in wanted:
-        docker("build", "--quiet", "--tag", NEXT, "-", given=_NEXT_DOCKERFILE)
+        docker("build", "--quiet", "--tag", _NEXT, "-", given=_NEXT_DOCKERFILE)
     if "move-clock" in wanted:
         dockerfile = "tests/chaos/clock.Dockerfile"
         docker("build", "--quiet", "--tag", _CLOCKED, "--file", dockerfile, "tests/chaos", limit_s=600.0)
@@ -55,8 +54,8 @@ def _each(do: Callable[[str], object]) -> Action:
     return action
 
 
-def _python(victim: str, code: str, *, user: str = "1000") -> None:
-    docker("exec", "--user", user, victim, "python", "-c", code)
+def _python(victim: str, code: str) -> None:
+    docker("exec", victim, "python", "-c", code)
 
 
 def _kill(victim: str) -> None:
@@ -69,17 +68,23 @@ def _replace(swarm: Swarm, victims: Victims) -> None:
 
 def _upgrade(swarm: Swarm, victims: Victims) -> None:
     """As a coordinator would: everybody is started anew from the new image, one after the other, on its old volume."""
-    swarm.settings["SWARMTRAIN_IMAGE"] = NEXT
+    swarm.settings["SWARMTRAIN_IMAGE"] = _NEXT
     scale = f"--scale=volunteer={len(swarm.all)}"
     swarm.compose("--parallel=1", "up", "--detach", "--no-build", scale, limit_s=400.0)
 
 
+def hidden_reach(swarm: Swarm) -> str:
+    """What the volunteer behind the firewall says of itself."""
+    (hidden,) = swarm.of_service("unreachable")
+    reach: str = status(hidden)["reach"]
+    return reach
+
+
 def hosts(swarm: Swarm) -> list[str]:
     """Volunteers through which the work of the one behind the firewall goes."""
-    (hidden,) = swarm.of_service("unreachable")
-    reach = status(hidden)["reach"].partition("its work goes through")[2]
+    reach = hidden_reach(swarm)
     found = [name for name in swarm.all if status(name)["peer"][-6:] in reach]
-    assert found, f"the volunteer behind the firewall has no volunteer as its host: {reach or 'nobody'}"
+    assert found, f"the volunteer behind the firewall has no volunteer as its host: {reach}"
     return found
 
 
@@ -97,7 +102,7 @@ def _rule(way: str, what: str) -> Callable[[str], object]:
 def _nft(container: str, commands: str) -> None:
     """In the network of a container, which has not the right itself."""
     network = f"--network=container:{container}"
-    docker("run", "--rm", network, "--cap-add=NET_ADMIN", "--entrypoint=nft", FIREWALL, commands)
+    docker("run", "--rm", network, "--cap-add=NET_ADMIN", "--entrypoint=nft", _FIREWALL, commands)
 
 
 def _address(container: str) -> str:
@@ -140,17 +145,19 @@ def _squeeze(victim: str) -> None:
     raise AssertionError(f"{victim} gave no memory back")
 
 
+_SPOIL = """
+import glob, os
+paths = glob.glob("/data/swarmtrain/*/checkpoints/*")
+assert paths, "there are no checkpoints yet"
+for path in paths:
+    open(path, "wb").write(os.urandom(4096))
+"""
+
+
 def _corrupt(victim: str) -> None:
     """Noise in all of its checkpoints, and it is killed."""
-    _python(
-        victim, f"import glob, os\nfor path in glob.glob({_CHECKPOINTS!r}): open(path, 'wb').write(os.urandom(4096))"
-    )
+    _python(victim, _SPOIL)
     _kill(victim)
-
-
-def _move_clock(victim: str) -> None:
-    """Ten minutes on."""
-    _set_clock(victim, "+600")
 
 
 def _set_clock(victim: str, offset: str) -> None:
@@ -175,12 +182,12 @@ ACTIONS: dict[str, Action] = {
     "halve": _halve,
     "mend": _each(lambda victim: _nft(victim, "delete table inet chaos")),
     "fill-disk": _each(_fill_disk),
-    "free-disk": _each(lambda victim: docker("exec", victim, "rm", "/data/filler")),
+    "free-disk": _each(lambda victim: docker("exec", victim, "rm", "-f", "/data/filler")),
     "squeeze": _each(_squeeze),
     "unsqueeze": _each(lambda victim: docker("update", "--memory=4g", "--memory-swap=4g", victim)),
     "slow-cpu": _each(lambda victim: docker("update", "--cpus=0.05", victim)),
     "fast-cpu": _each(lambda victim: docker("update", "--cpus=2", victim)),
     "corrupt": _each(_corrupt),
-    "move-clock": _each(_move_clock),
+    "move-clock": _each(lambda victim: _set_clock(victim, "+600")),
     "clock-back": _each(lambda victim: _set_clock(victim, "+0")),
 }

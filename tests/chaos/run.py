@@ -34,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from chaos import seen
-from chaos.faults import ACTIONS, Swarm, build_images, hosts
+from chaos.faults import ACTIONS, Swarm, build_images, hidden_reach, hosts
 from chaos.scenarios import Scenario, read
 from docker_engine import ROOT, build, status
 
@@ -97,7 +97,8 @@ def _act(scenario: Scenario, swarm: Swarm, found: Found) -> list[str]:
     others = [name for name in swarm.all if name not in victims] or swarm.all
     others += swarm.of_service("unreachable")
     peers = frozenset(status(name)["peer"] for name in others)
-    witness = others[-1]
+    gone = status(victims[0])["peer"] if scenario.victim == "host" else ""
+    witness = others[0]
     before, held = seen.contributions(status(witness)["peers"]), {name: seen.held(name) for name in others}
     began_s = time.time()
     for step in scenario.steps:
@@ -107,6 +108,8 @@ def _act(scenario: Scenario, swarm: Swarm, found: Found) -> list[str]:
     time.sleep(scenario.watch_s)
     until_s = time.time()
     found.tokens_lost = seen.tokens_lost(before, seen.contributions(status(witness)["peers"]))
+    if gone and (reach := hidden_reach(swarm)) and (gone[-6:] in reach or " and " not in reach):
+        found.failed.append(f"the hidden volunteer has not found another host: {reach}")
     if found.tokens_lost:
         found.failed.append(f"{found.tokens_lost} tokens are lost from the totals")
     present = [*swarm.of_service("volunteer"), *swarm.of_service("unreachable")]
