@@ -28,7 +28,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY swarmtrain swarmtrain
 RUN pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /wheels .
 
-FROM ${PYTHON_IMAGE}
+FROM ${PYTHON_IMAGE} AS peer
 LABEL org.opencontainers.image.title="swarmtrain" \
       org.opencontainers.image.description="Decentralized low-communication training of one model by ordinary machines" \
       org.opencontainers.image.licenses="Apache-2.0"
@@ -44,3 +44,13 @@ VOLUME /data
 HEALTHCHECK --interval=10s --timeout=10s --start-period=2m --start-interval=2s CMD ["swarmtrain", "status", "--healthy"]
 ENTRYPOINT ["swarmtrain"]
 CMD ["--help"]
+
+# For rehearsals: a peer behind a link of ours (peers/wan.yaml).
+FROM peer AS wan
+USER root
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends nftables && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --no-create-home link
+COPY peers/wan/start.py /opt/swarmtrain/start.py
+ENTRYPOINT ["python", "/opt/swarmtrain/start.py"]
+
+FROM peer

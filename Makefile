@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-unit test-containers chaos lint format protos demo soak docs clean
+.PHONY: help venv test test-unit test-containers chaos lint format protos demo soak long-soak docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ protos: $(PROTOC)  ## generate swarmtrain/v1/ from protos/
 
 soak: $(DEV)  ## ten runs of ten minutes under kills, stops and restarts (two hours)
 	$(BIN)/python tests/processes/soak.py
+
+long-soak: $(DEV)  ## an hour of six volunteers with churn: what grows, and what the logs complain of
+	$(BIN)/python benchmarks/long_soak.py
 
 docs: $(DEV)  ## generate docs/run-file.md and docs/events.md
 	$(BIN)/python docs/generate.py

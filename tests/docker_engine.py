@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["IMAGE", "ROOT", "Project", "build", "docker", "status"]
+__all__ = ["IMAGE", "ROOT", "Project", "build", "docker", "docker_logs", "status"]
 
 ROOT = Path(__file__).parents[1]
 IMAGE = "swarmtrain-test"
@@ -32,6 +32,14 @@ def docker(*arguments: str, limit_s: float = 120.0, given: str | None = None, **
         timeout=limit_s,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def docker_logs(container: str) -> str:
+    """All that a container has written to both of its outputs."""
+    done = subprocess.run(
+        ["docker", "logs", container], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120.0
+    )
     return done.stdout
 
 

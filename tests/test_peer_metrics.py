@@ -100,7 +100,7 @@ class Peer:
         )
 
     def look(self, status: pb.PeerStatus) -> None:
-        status.own_tokens = 2000
+        status.own_tokens, status.dht_records = 2000, 12
         status.checkpoint.time = 1999.0
         for name, bootstrap, present in (("anna", False, True), ("ben", False, False), ("boot", True, True)):
             status.peers.add(peer=name, bootstrap=bootstrap, present=present)
@@ -141,6 +141,7 @@ def test_a_scrape_tells_what_the_status_shows_and_the_events_add_up_to(peer: Pee
         "swarmtrain_sent_bytes_total": 4000.0,
         "swarmtrain_received_bytes_total": 0.0,
         "swarmtrain_checkpoint_time_seconds": 1999.0,
+        "swarmtrain_dht_records": 12.0,
         "swarmtrain_refused_total:hash": 2.0,
         "swarmtrain_refused_total:shape": 1.0,
         "swarmtrain_warnings_total": 1.0,

@@ -20,13 +20,26 @@ import random
 import socket
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.network.impairments import PACKET_BYTES, Lateness, Outage, Outages
 from swarmtrain.network.tasks import end_tasks
 
-__all__ = ["FailingPulls", "Line", "Link", "LinkShape", "Links", "Way", "carry"]
+__all__ = [
+    "FailingPulls",
+    "Line",
+    "Link",
+    "LinkShape",
+    "Links",
+    "Way",
+    "accepted",
+    "carry",
+    "listening_socket",
+    "plain_socket",
+    "receiver",
+    "sender",
+]
 
 _log = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
@@ -242,7 +255,7 @@ class Links:
 
     async def open(self, name: str, shape: LinkShape) -> Link:
         """A new link, for a peer that will listen at its `port`."""
-        listener = _listening_socket()
+        listener = listening_socket()
         front = listener.getsockname()[1]
         link = Link(name, self._private_port(), front, shape, Line(shape.up_bytes_per_s), Line(shape.down_bytes_per_s))
         self._by_port[link.port] = link
@@ -286,16 +299,8 @@ class Links:
         task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, listener: socket.socket, link: Link) -> None:
-        loop = asyncio.get_running_loop()
-        with listener:
-            while True:
-                try:
-                    near, address = await loop.sock_accept(listener)
-                except OSError as error:  # no descriptor is left, for one
-                    _log.warning("the link of %s takes no connection: %s", link.name, error)
-                    await asyncio.sleep(_ACCEPT_AGAIN_S)
-                    continue
-                self._start(self._connect(near, self._whose(address[1], link), link))
+        async for near, port in accepted(listener):
+            self._start(self._connect(near, self._whose(port, link), link))
 
     def _whose(self, port: int, target: Link) -> Link:
         """The link that a connection from `port` to `target` leaves through."""
@@ -307,7 +312,7 @@ class Links:
 
     async def _connect(self, near: socket.socket, source: Link, target: Link) -> None:
         loop = asyncio.get_running_loop()
-        with near, _plain_socket() as far:
+        with near, plain_socket() as far:
             connection = _Connection(source, target, (near, far))
             self._open.add(connection)
             try:
@@ -326,7 +331,7 @@ class Links:
         """Until an end closes: libp2p never closes one direction alone, whoever has ended hears no more."""
         near, far = connection.ends
         ways = [(near, far, there), (far, near, back)]
-        tasks = [asyncio.create_task(carry(_receiver(a), _sender(b), way)) for a, b, way in ways]
+        tasks = [asyncio.create_task(carry(receiver(a), sender(b), way)) for a, b, way in ways]
         tasks.append(asyncio.create_task(_cut(connection)))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -351,11 +356,27 @@ class Links:
         return Way(source.up, sum(shape.delay_s for shape in shapes), target.down, lateness, passable)
 
 
+async def accepted(listener: socket.socket) -> AsyncIterator[tuple[socket.socket, int]]:
+    """Who connects, and from which port; never ends."""
+    loop = asyncio.get_running_loop()
+    with listener:
+        while True:
+            try:
+                near, address = await loop.sock_accept(listener)
+            except OSError as error:  # no descriptor is left, for one
+                _log.warning("a link takes no connection: %s", error)
+                await asyncio.sleep(_ACCEPT_AGAIN_S)
+                continue
+            yield near, address[1]
+
+
 async def _cut(connection: _Connection) -> None:
     await connection.cut.wait()
 
 
-def _receiver(end: socket.socket) -> Receive:
+def receiver(end: socket.socket) -> Receive:
+    """What an end of a connection says."""
+
     async def receive(most_bytes: int) -> bytes:
         try:
             return await asyncio.get_running_loop().sock_recv(end, most_bytes)
@@ -365,14 +386,16 @@ def _receiver(end: socket.socket) -> Receive:
     return receive
 
 
-def _sender(end: socket.socket) -> Send:
+def sender(end: socket.socket) -> Send:
+    """To say something to it."""
+
     async def send(data: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(end, data)
 
     return send
 
 
-def _plain_socket() -> socket.socket:
+def plain_socket() -> socket.socket:
     """A socket that keeps little of a connection, at either end."""
     plain = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     plain.setblocking(False)
@@ -383,10 +406,10 @@ def _plain_socket() -> socket.socket:
     return plain
 
 
-def _listening_socket() -> socket.socket:
+def listening_socket(host: str = _HOST) -> socket.socket:
     """What it accepts is as itself."""
-    listener = _plain_socket()
-    listener.bind((_HOST, 0))
+    listener = plain_socket()
+    listener.bind((host, 0))
     listener.listen(128)
     return listener
 

@@ -32,7 +32,7 @@ from swarmtrain.membership.dialling import may_be_dialled
 from swarmtrain.network import daemon
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity
-from swarmtrain.network.records import RecordRules, bound_storage, bucket_key, hashed_key, make_validator
+from swarmtrain.network.records import RecordRules, bound_storage, bucket_key, hashed_key, make_validator, num_records
 from swarmtrain.network.replies import Replies
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.network.throttle import Throttle, TransferTimes
@@ -436,6 +436,11 @@ class Node:
             except Exception as error:  # a record that passed the validator but is not one of ours
                 _log.debug("dropped a record of %s: %s", peer, error)
         return records
+
+    @property
+    def num_dht_records(self) -> int:
+        """How many it keeps for the swarm, its own included."""
+        return num_records(self._dht.protocol.storage) if self._dht is not None else 0
 
     def _own_bucket(self, run_sha256: bytes, kind: str | None, prefix: str) -> str:
         key = bucket_key(run_sha256, kind or "", prefix)

@@ -44,6 +44,7 @@ __all__ = [
     "bucket_key",
     "hashed_key",
     "make_validator",
+    "num_records",
     "open_presence_untrusted",
     "presence_from_proto_untrusted",
     "presence_to_proto",
@@ -324,3 +325,9 @@ def bound_storage(storage: Any, always: Container[bytes]) -> None:
         return bool(plain(key, subkey, value, expiration_time))
 
     storage.store_subkey = store_subkey
+
+
+def num_records(storage: Any) -> int:
+    """How many hivemind's storage keeps, those whose time is over included until it looks. From any thread."""
+    buckets = [bucket.value for bucket in list(storage.data.values())]
+    return sum(len(getattr(bucket, "data", (bucket,))) for bucket in buckets)

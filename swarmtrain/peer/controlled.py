@@ -299,7 +299,7 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
     tokens_per_step, gone = swarm.published.run.tokens_per_step, PeerInfo(peer="")
 
     def look(status: pb.PeerStatus) -> None:
-        status.reach = reach_in_words(swarm)
+        status.reach, status.dht_records = reach_in_words(swarm), swarm.node.num_dht_records
         me, counts, acknowledged = swarm.me, swarm.tallying.contributions(), swarm.tallying.acknowledged()
         live = {info.peer: info for info in (*swarm.membership.live(), me)}
         if me.is_bootstrap:  # a volunteer knows the rosters' total, which forks and liars do not move

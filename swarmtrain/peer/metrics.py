@@ -168,6 +168,7 @@ METRICS: tuple[_Metric, ...] = (
     _Metric("received_bytes", _COUNTER, "Payload it has received since its process began, in bytes.", lambda look: look.status.received_bytes, unit="bytes"),
     _Metric("times_below_allreduce", _GAUGE, "How many times fewer bytes it sent than an all-reduce at each step would.", lambda look: look.status.times_below_allreduce or None),
     _Metric("checkpoint_time_seconds", _GAUGE, "When its newest checkpoint was written, in seconds since 1970.", lambda look: look.status.checkpoint.time if look.status.HasField("checkpoint") else None, unit="seconds"),
+    _Metric("dht_records", _GAUGE, "Records that it keeps for the swarm in the DHT.", lambda look: look.status.dht_records if look.joined else None),
     _Metric("refused", _COUNTER, "What other peers sent and it refused, by the rule it broke.", lambda look: look.counts.refused(), label="rule"),
     _Metric("warnings", _COUNTER, "Warnings it gave.", _count("warning")),
     _Metric("catch_ups", _COUNTER, "Merges it missed and took from another.", _count("caught_up")),

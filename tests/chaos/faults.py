@@ -8,17 +8,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from chaos import seen
 from docker_engine import IMAGE, Project, docker, status
 
-__all__ = ["ACTIONS", "Swarm", "build_images", "hidden_reach", "hosts"]
+__all__ = ["ACTIONS", "CHECKS", "Swarm", "build_images", "hidden_reach", "hosts"]
 
 _FIREWALL = "swarmtrain-test-firewall"
 _NEXT = "swarmtrain-test-next"
 _CLOCKED = "swarmtrain-test-clock"
+_NEXT_VERSION = "99.0.0"
 _NEXT_DOCKERFILE = f"""
 FROM {IMAGE}
 USER root
-RUN sed -i 's/^__version__ = .*/__version__ = "99.0.0"/' $(python -c 'import swarmtrain; print(swarmtrain.__file__)')
+RUN path=$(python -c 'import swarmtrain; print(swarmtrain.__file__)') \\
+    && sed -i 's/^__version__ = .*/__version__ = "{_NEXT_VERSION}"/' $path
 USER swarmtrain
 """
 
@@ -28,6 +31,12 @@ class Swarm(Project):
     """The project, and the volunteers that it began with."""
 
     all: list[str] = field(default_factory=list)
+    logs: list[tuple[str, str]] = field(default_factory=list)
+    """(container, what it wrote)."""
+
+    def keep_logs(self, *names: str) -> None:
+        """Before they are deleted."""
+        self.logs += [(name, seen.said(name)) for name in names]
 
 
 Victims = Sequence[str]
@@ -62,15 +71,26 @@ def _kill(victim: str) -> None:
     _python(victim, f"import os; os.kill({status(victim)['pid']}, 9)")
 
 
+def _delete(swarm: Swarm, victims: Victims) -> None:
+    swarm.keep_logs(*victims)
+    _each(lambda victim: docker("rm", "--force", "--volumes", victim))(swarm, victims)
+
+
 def _replace(swarm: Swarm, victims: Victims) -> None:
     swarm.compose("up", "--detach", "--no-build", "--no-recreate", f"--scale=volunteer={len(swarm.all)}", "volunteer")
 
 
 def _upgrade(swarm: Swarm, victims: Victims) -> None:
     """As a coordinator would: everybody is started anew from the new image, one after the other, on its old volume."""
+    swarm.keep_logs(*swarm.containers())
     swarm.settings["SWARMTRAIN_IMAGE"] = _NEXT
     scale = f"--scale=volunteer={len(swarm.all)}"
     swarm.compose("--parallel=1", "up", "--detach", "--no-build", scale, limit_s=400.0)
+
+
+def _all_are_upgraded(swarm: Swarm) -> str:
+    old = [name for name in swarm.all if status(name)["version"] != _NEXT_VERSION]
+    return f"not of the new version: {', '.join(old)}" if old else ""
 
 
 def hidden_reach(swarm: Swarm) -> str:
@@ -171,7 +191,7 @@ ACTIONS: dict[str, Action] = {
     "restart": _each(lambda victim: docker("restart", "--time", "30", victim)),
     "disconnect": lambda swarm, victims: [docker("network", "disconnect", f"{swarm.name}_default", v) for v in victims],
     "connect": lambda swarm, victims: [docker("network", "connect", f"{swarm.name}_default", v) for v in victims],
-    "delete": _each(lambda victim: docker("rm", "--force", "--volumes", victim)),
+    "delete": _delete,
     "replace": _replace,
     "upgrade": _upgrade,
     "kill-bootstrap": lambda swarm, victims: docker("kill", *swarm.of_service("bootstrap")),
@@ -191,3 +211,6 @@ ACTIONS: dict[str, Action] = {
     "move-clock": _each(lambda victim: _set_clock(victim, "+600")),
     "clock-back": _each(lambda victim: _set_clock(victim, "+0")),
 }
+
+CHECKS: dict[str, Callable[[Swarm], str]] = {"upgrade": _all_are_upgraded}
+"""What must be so some time after it was done: a problem in words, empty if there is none."""

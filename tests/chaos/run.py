@@ -14,7 +14,8 @@ for the run's end. Times are from the volunteers' own `round` events. What must 
 - memory, threads and file handles of the others do not grow;
 - the run ends by itself, its held-out loss is at most `worse_share` above that of the same run (the same seed, as many
   tokens) to which nothing happened, which is run as well;
-- nobody's log has a traceback, and nothing is left behind.
+- nobody's output or log file, not even of the deleted, has a traceback or a bug that was told; nothing is left behind;
+- with `spread_rounds`: after so many rounds at most the weights of all are as near to each other as before.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from chaos import seen
-from chaos.faults import ACTIONS, Swarm, build_images, hidden_reach, hosts
+from chaos.faults import ACTIONS, CHECKS, Swarm, build_images, hidden_reach, hosts
 from chaos.scenarios import Scenario, read
 from docker_engine import ROOT, build, status
 
@@ -53,13 +54,16 @@ class Found:
     tokens_lost: int = 0
     held_out_loss: float = math.nan
     ratio: float | None = None
+    spread_rounds: int | None = None
+    """How many rounds it took the weights to be as near to each other as before."""
     failed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         back = "-" if self.return_s is None else f"{self.return_s:.1f} s"
         ratio = "-" if self.ratio is None else f"{self.ratio:.3f}"
+        spread = "" if self.spread_rounds is None else f"spread as before after {self.spread_rounds} rounds; "
         cells = [back, f"{self.gap_s:.1f} s", f"{100 * self.stall:.2f} %", str(self.tokens_lost)]
-        return " | ".join([*cells, f"{self.held_out_loss:.3f}", ratio, "; ".join(self.failed) or "holds"])
+        return " | ".join([*cells, f"{self.held_out_loss:.3f}", ratio, spread + ("; ".join(self.failed) or "holds")])
 
 
 def run_file(scenario: Scenario, seed: int, folder: Path) -> Path:
@@ -110,16 +114,19 @@ def _act(scenario: Scenario, swarm: Swarm, found: Found) -> list[str]:
     found.tokens_lost = seen.tokens_lost(before, seen.contributions(status(witness)["peers"]))
     if gone and (reach := hidden_reach(swarm)) and (gone[-6:] in reach or " and " not in reach):
         found.failed.append(f"the hidden volunteer has not found another host: {reach}")
+    found.failed += [problem for step in scenario.steps if (problem := CHECKS.get(step.do, _fine)(swarm))]
     if found.tokens_lost:
         found.failed.append(f"{found.tokens_lost} tokens are lost from the totals")
     present = [*swarm.of_service("volunteer"), *swarm.of_service("unreachable")]
     rounds = {name: seen.events(name, "round") for name in present}
-    told = [rounds[name] for name in others]
+    told = [rounds[name] for name in (swarm.all if scenario.victims_train else others)]
     found.gap_s = max(seen.gap_s(each, began_s, until_s) for each in told)
     found.stall = seen.stall_share(told, began_s, until_s)
-    if victims != others:
-        grown = [f"{name}: {words}" for name in others if (words := seen.grown(held[name], seen.held(name)))]
-        found.failed += grown
+    found.failed += [f"{name}: {words}" for name in others if (words := seen.grown(held[name], seen.held(name)))]
+    if scenario.spread_rounds:
+        found.spread_rounds = max(seen.spread_returned(each, began_s, acted_s) for each in rounds.values())
+        if found.spread_rounds > scenario.spread_rounds:
+            found.failed.append(f"the weights are not as near as before after {scenario.spread_rounds} rounds")
     if found.gap_s > scenario.gap_s:
         found.failed.append(f"another stood still for {found.gap_s:.1f} s")
         print(f"steps from {began_s:.1f} to {acted_s:.1f}", *map(seen.in_short, told), sep="\n", file=sys.stderr)
@@ -134,6 +141,10 @@ def _act(scenario: Scenario, swarm: Swarm, found: Found) -> list[str]:
     return [] if scenario.return_within_s else victims
 
 
+def _fine(swarm: Swarm) -> str:
+    return ""
+
+
 def _end(swarm: Swarm, gone: list[str], found: Found) -> None:
     """Wait for the end of the run, and see how well it ended."""
     give_up_s = time.monotonic() + END_S
@@ -145,12 +156,18 @@ def _end(swarm: Swarm, gone: list[str], found: Found) -> None:
         time.sleep(1.0)
     done = [event for name in survivors for event in seen.events(name, "done")]
     found.held_out_loss = seen.held_out_loss(event for event in done if event["reason"] == "total_tokens")
-    logs = swarm.compose("logs", "--no-color")
-    if (place := max(logs.find("Traceback"), logs.find("a bug in swarmtrain"))) >= 0:
-        found.failed.append("a traceback, or a bug that was told")
-        print(logs[max(0, place - 500) : place + 3000], file=sys.stderr)
+    swarm.keep_logs(*swarm.containers())
+    for name, said in swarm.logs:
+        if (place := max(said.find("Traceback"), said.find("a bug in swarmtrain"))) >= 0:
+            found.failed.append(f"{name}: a traceback, or a bug that was told")
+            print(name, said[max(0, place - 1500) : place + 3000], sep="\n", file=sys.stderr)
     if found.failed:
         print(swarm.told(), file=sys.stderr)
+
+
+def _finite(row: dict[str, object]) -> dict[str, object]:
+    """JSON has no infinity."""
+    return {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in row.items()}
 
 
 def main() -> None:
@@ -183,7 +200,7 @@ def main() -> None:
             print(f"| {scenario.says} | {found} |", flush=True)
             if given.json:
                 with given.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"scenario": scenario.name, "seed": seed, **asdict(found)}) + "\n")
+                    file.write(json.dumps({"scenario": scenario.name, "seed": seed, **_finite(asdict(found))}) + "\n")
     sys.exit(1 if failed else 0)
 
 

@@ -25,7 +25,8 @@ class Scenario:
     """A swarm, what is done to it, and what must hold. `files` lie over the others in `docker compose`; the run is of
     `total_tokens`, which take it so long that it ends by itself some time after `watch_s` are over. The first `victims`
     are they; or the `victim` is "host", one through which the work of the volunteer behind the firewall goes.
-    `return_within_s` 0: the victims are not to come back."""
+    `return_within_s` 0: the victims are not to come back. `victims_train`: nor do they stand still meanwhile.
+    `spread_rounds` 0: how near all weights are is not looked at."""
 
     name: str
     says: str
@@ -41,6 +42,8 @@ class Scenario:
     gap_s: float = 3.0
     stall_share: float = 0.01
     worse_share: float = 0.03
+    spread_rounds: int = 0
+    victims_train: bool = False
 
     @property
     def without(self) -> Scenario:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import statistics
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from docker_engine import docker
+from docker_engine import docker, docker_logs
 
 __all__ = [
     "Held",
@@ -22,6 +25,8 @@ __all__ = [
     "held_out_loss",
     "in_short",
     "returned_s",
+    "said",
+    "spread_returned",
     "stall_share",
     "tokens_lost",
 ]
@@ -50,6 +55,16 @@ def events(container: str, kind: str) -> list[dict[str, Any]]:
     return [event for event in told if event["event"] == kind]
 
 
+def said(container: str) -> str:
+    """All that a container has written, to its outputs and to the log files in its folder."""
+    told = [docker_logs(container)]
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(AssertionError):  # one that never was a peer has no folder; what is in memory goes
+            docker("cp", "--quiet", f"{container}:/data/swarmtrain", folder)
+        told += [path.read_text(errors="replace") for path in sorted(Path(folder).rglob("*.log*"))]
+    return "\n".join(told)
+
+
 def gap_s(rounds: Events, since_s: float, until_s: float) -> float:
     """The longest time without a round's end, less the median of its rounds before."""
     before = sorted(event["seconds"] for event in rounds if event["time"] < since_s)
@@ -73,6 +88,16 @@ def returned_s(rounds: Events, partners: frozenset[str], after_s: float) -> floa
     """How long after `after_s` it ended a round that merged one of `partners`; infinite if it did not."""
     ends = (event["time"] for event in rounds if event["time"] > after_s and partners & set(event["partners"]))
     return min(ends, default=math.inf) - after_s
+
+
+def spread_returned(rounds: Events, since_s: float, after_s: float) -> int:
+    """How many rounds after `after_s` it is until those merged are as near to each other as in the median of its
+    rounds before `since_s`; one more than there were if they never are."""
+    before = [event["consensus_spread"] for event in rounds if event["time"] < since_s]
+    usual = statistics.median([spread for spread in before if spread is not None])
+    late = [event["consensus_spread"] for event in rounds if event["time"] > after_s]
+    near = (number for number, spread in enumerate(late, 1) if spread is not None and spread <= usual)
+    return next(near, len(late) + 1)
 
 
 def contributions(peers: Iterable[Mapping[str, Any]]) -> dict[str, int]:
