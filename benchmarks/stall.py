@@ -20,6 +20,7 @@ Of each volunteer, over its rounds after the first, which is a short one in whic
 - bytes received a parameter, partner (of whom weights or pseudo-gradient were merged) and round. Counted is
   `bytes_received`: every message as it is serialised, so manifests, presence and progress records, greetings, and pulls
   that came too late to be merged. What libp2p adds to a message is not in it;
+- what the volunteers' links carried, all told: libp2p's own talk, the DHT's records and the first weights included;
 - received and sent in a round. Sent includes the whole states that the bootstrap archives once in
   `network.archive_every_s`, and last weights.
 
@@ -44,7 +45,7 @@ from pathlib import Path
 import tomli_w
 from cold_start import read_run
 
-from swarmtrain.events import DoneEvent, Event, RoundEvent, StartedEvent, WarningEvent, parse_event
+from swarmtrain.events import DoneEvent, Event, LinkEvent, RoundEvent, StartedEvent, WarningEvent, parse_event
 from swarmtrain.membership.limits import parse_slowdown
 from swarmtrain.network.daemon import owned_process_args
 from swarmtrain.run import RunFile
@@ -65,6 +66,7 @@ class Volunteer:
     factor: float
     started_s: float = 0.0
     rounds: list[RoundEvent] = field(default_factory=list)
+    link: LinkEvent | None = None
     too_busy: bool = False
 
     @property
@@ -161,6 +163,8 @@ def train(run: RunFile, factors: Sequence[float], links: Sequence[str], data: Pa
                 one.started_s, num_parameters = event.time, event.num_parameters
             elif isinstance(event, RoundEvent):
                 one.rounds.append(event)
+            elif isinstance(event, LinkEvent):
+                one.link = event
             elif isinstance(event, WarningEvent):
                 one.too_busy = one.too_busy or "--slowdown" in event.message
                 print(f"  {one.name}: warning: {event.message}", file=sys.stderr)
@@ -215,6 +219,14 @@ def show(title: str, result: Result) -> None:
         f"a volunteer and round: {result.a_round('num_pulled'):.2f} gradients merged, "
         f"{result.a_round('received_bytes') / 1e6:.3f} MB received, {result.a_round('sent_bytes') / 1e6:.3f} MB sent"
     )
+    if links := [one.link for one in result.volunteers if one.link is not None]:
+        up, down = (statistics.mean(getattr(link, way) for link in links) for way in ("up_bytes", "down_bytes"))
+        rounds = statistics.mean(len(one.rounds) for one in result.volunteers)
+        print(
+            f"a volunteer's link carried {up / 1e6:.1f} MB up and {down / 1e6:.1f} MB down, all told: "
+            f"{up / rounds / 1e6:.3f} and {down / rounds / 1e6:.3f} MB a round, "
+            f"{up / result.wall_s / 1e3:.1f} and {down / result.wall_s / 1e3:.1f} kB/s"
+        )
 
 
 def judge(result: Result, is_int8: bool) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "FetchedEvent",
     "InviteEvent",
     "JoinedEvent",
+    "LinkEvent",
     "MicrobatchRetryEvent",
     "MovedEvent",
     "PausedEvent",
@@ -315,6 +316,14 @@ class AloneEvent(_Event):
     wall_s: float = Field(description="How long it trained, in seconds.")
 
 
+class LinkEvent(_Event):
+    """A rehearsal is over: what the link of this peer carried, everything included. Only from `swarmtrain local`."""
+
+    event: Literal["link"] = "link"
+    up_bytes: int = Field(description="Bytes that the peer sent, libp2p's own talk and the DHT's included.")
+    down_bytes: int = Field(description="Bytes that it was sent.")
+
+
 class CheckEvent(_Event):
     """`swarmtrain doctor` has looked at something."""
 
@@ -362,6 +371,7 @@ Event = Annotated[
         WarningEvent,
         ErrorEvent,
         AloneEvent,
+        LinkEvent,
         CheckEvent,
         DoneEvent,
     ],
@@ -519,6 +529,8 @@ def in_words(event: Event) -> str:
             return f"paused: {event.reason}"
         case ResumedEvent():
             return f"back at round {event.round} after a pause of {time_in_words(event.paused_s)}"
+        case LinkEvent():
+            return f"its link carried {size_in_words(event.up_bytes)} up and {size_in_words(event.down_bytes)} down"
         case AloneEvent():
             steps, time = event.inner_steps, time_in_words(event.wall_s)
             return (

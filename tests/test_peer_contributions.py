@@ -21,10 +21,12 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
     run = SimpleNamespace(tokens_per_step=4, pipeline=SimpleNamespace(stages=1))
     me = PeerInfo(peer="me", name="me", training=True, steps_per_s=2.0)
     everyone = {"me": me, "membership": members, "tallying": tallying, "published": SimpleNamespace(run=run)}
-    swarm: Any = SimpleNamespace(**everyone, hosting=None, coverage=None, reaching=SimpleNamespace(in_words=str))
+    node, reaching = SimpleNamespace(num_dht_records=6), SimpleNamespace(in_words=str)
+    swarm: Any = SimpleNamespace(**everyone, node=node, hosting=None, coverage=None, reaching=reaching)
     status = pb.PeerStatus(own_tokens=400, run_tokens=900)
     swarm_looker(StatusBoard("volunteer", 0.0), swarm)(status)
     assert (status.own_tokens, status.run_tokens) == (500, 900), "what the rosters count"
+    assert status.dht_records == 6
     swarm.me = dataclasses.replace(me, training=False, is_bootstrap=True)
     served = pb.PeerStatus(run_tokens=900)
     swarm_looker(StatusBoard("bootstrap", 0.0), swarm)(served)

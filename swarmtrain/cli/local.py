@@ -182,6 +182,8 @@ class _Part:
     name: str
     rounds: int = 0
     tokens: int = 0
+    link_bytes: tuple[int, int] | None = None
+    """What its link carried up and down, if there is one."""
 
     def take(self, event: Event) -> None:
         from swarmtrain.events import DoneEvent, RoundEvent
@@ -194,11 +196,13 @@ class _Part:
 
     def line(self) -> str:
         """For a person."""
-        from swarmtrain.words import count_in_words
+        from swarmtrain.words import count_in_words, size_in_words
 
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         merged = f", {rounds} merged" if self.rounds else ""
-        return f"{self.name}: {count_in_words(self.tokens)} tokens{merged}"
+        up, down = map(size_in_words, self.link_bytes or (0, 0))
+        link = f", {up} sent and {down} received" if self.link_bytes else ""
+        return f"{self.name}: {count_in_words(self.tokens)} tokens{merged}{link}"
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     """Run the swarm to its end. Its children end with it, whatever happens."""
     from swarmtrain.cli.common import PeerOptions, open_sink
     from swarmtrain.cli.display import SwarmDisplay
+    from swarmtrain.events import LinkEvent
     from swarmtrain.peer.local import LocalLinks, LocalSwarm
     from swarmtrain.peer.stopping import Interrupted
 
@@ -243,6 +248,10 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
                 for event in swarm.last_words():
                     emit(event)
                 raise
+            for name, (up_bytes, down_bytes) in links.passed_bytes.items() if links is not None else ():
+                emit(LinkEvent(name=name, up_bytes=up_bytes, down_bytes=down_bytes))
+                if name in parts:
+                    parts[name].link_bytes = up_bytes, down_bytes
     finally:
         swarm.stop()
     if loss is None:

@@ -32,6 +32,9 @@ _SLACK = 1.5
 _SPARE_SHARE, _MOST_SPARE_S = 0.10, 1.5
 """And such a share of a round earlier still, at most so many seconds: one that is busy is asked again after a second,
 and another is tried where one fails."""
+_MOST_EARLY_SHARE = 0.25
+"""What comes after the round has ended is of no use to it, so where rounds end earlier than expected, pulls begin by so
+much earlier too; not by more than this."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def plan_pulls(
     weights = max(1, int(min(gradients, (carried - gradients * sizes.gradient) / max(sizes.weights, 1))))
     left_bytes = [gradients * sizes.gradient + left * sizes.weights for left in range(weights, 0, -1)]
     left_bytes += [left * sizes.gradient for left in range(gradients, 0, -1)]
-    spare_s = min(_MOST_SPARE_S, _SPARE_SHARE * (ends_s - started_s))
+    lasts_s = ends_s - started_s
+    spare_s = max(min(_MOST_SPARE_S, _SPARE_SHARE * lasts_s), times.early_share * lasts_s)
     leads_s = [spare_s + _SLACK * (times.overhead_s + num_bytes / rate) for num_bytes in left_bytes]
     at_s = [max(started_s, ends_s - lead_s) for lead_s in leads_s]
     reason = f"{gradients} of {wanted} gradients and the weights of {weights}"
@@ -117,6 +121,7 @@ class PullTimes:
     most: int = 8
     _overheads_s: list[float] = field(default_factory=list)
     _rates: list[float] = field(default_factory=list)
+    _early_shares: list[float] = field(default_factory=list)
     _ended_bytes: int = 0
 
     def bytes_begin(self, now: float) -> BytesBegun:
@@ -133,6 +138,16 @@ class PullTimes:
     def merged(self, overhead_s: float) -> None:
         """A pull took so long from its beginning to a prepared merge, without its bytes."""
         self._overheads_s = [*self._overheads_s, overhead_s][-self.most :]
+
+    def round_ended(self, expected_s: float, lasted_s: float) -> None:
+        """A round that was expected to last so long lasted so long."""
+        if expected_s > 0:
+            self._early_shares = [*self._early_shares, 1.0 - lasted_s / expected_s][-self.most :]
+
+    @property
+    def early_share(self) -> float:
+        """By what share of a round the last ones ended earlier than expected, at most."""
+        return min(max([0.0, *self._early_shares]), _MOST_EARLY_SHARE)
 
     def assume(self, bytes_per_s: float) -> None:
         """The link carries so much, as something else has shown: one of the rates, until pulls were measured."""

@@ -12,13 +12,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
 
-__all__ = ["BUCKET_LIMIT", "MAX_DEPTH", "bucket_of", "buckets_to_read", "choose_bucket", "peer_bits"]
+__all__ = ["BUCKET_LIMIT", "MAX_DEPTH", "bucket_of", "buckets_to_read", "choose_bucket", "peer_bits", "read_every_s"]
 
 BUCKET_LIMIT = 64
 """A bucket with this many records is full: newcomers go one bit deeper."""
 
 MAX_DEPTH = 24
 """Prefixes are never longer than this many bits; 2^24 buckets are enough for a billion peers."""
+
+
+_A_RECORD_S = 0.6
+
+
+def read_every_s(num_records: int, least_s: float, most_s: float) -> float:
+    """How long to wait between two readings of so many records: of more of them longer, so that it costs as much."""
+    return max(least_s, min(num_records * _A_RECORD_S, most_s))
 
 
 def peer_bits(peer: str) -> str:

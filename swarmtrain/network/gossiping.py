@@ -163,7 +163,9 @@ class Gossip:
     def take(self, round: int) -> _Ready | None:
         """What is prepared for `round`, which ends now; it counts as merged from here on. Returns at once."""
         with self._lock:
-            ready, self._ready, self._plan = self._ready, None, None
+            ready, plan, self._ready, self._plan = self._ready, self._plan, None, None
+            if plan is not None:
+                self._times.round_ended(plan.ends_s - plan.started_s, swarm_time() - plan.started_s)
             if ready is None or ready.round != round:
                 return None
             reference = self._reference_round()

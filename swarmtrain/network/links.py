@@ -93,10 +93,13 @@ class Line:
     """One direction of a link, as arithmetic: bytes pass one after the other. 0 bytes per second is no limit."""
 
     bytes_per_s: float = 0.0
+    passed_bytes: int = 0
+    """All that have passed, or are about to."""
     _free_s: float = 0.0
 
     def passed_s(self, size_bytes: int, now_s: float) -> float:
         """When bytes that are there at `now_s` have passed, behind all that came before."""
+        self.passed_bytes += size_bytes
         if self.bytes_per_s <= 0:
             return now_s
         self._free_s = max(now_s, self._free_s) + size_bytes / self.bytes_per_s
@@ -284,6 +287,11 @@ class Links:
 
     def _of(self, name: str) -> list[_Connection]:
         return [each for each in self._open if name in (each.source.name, each.target.name)]
+
+    @property
+    def passed_bytes(self) -> dict[str, tuple[int, int]]:
+        """What each link has carried up and down, libp2p's own talk included, by its peer's name."""
+        return {link.name: (link.up.passed_bytes, link.down.passed_bytes) for link in self._by_port.values()}
 
     async def close(self) -> None:
         """Cut all of them."""

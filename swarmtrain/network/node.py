@@ -30,6 +30,7 @@ from google.protobuf.message import Message
 from swarmtrain.errors import RunTimeError, UnreachableError
 from swarmtrain.membership.dialling import may_be_dialled
 from swarmtrain.network import daemon
+from swarmtrain.network.buckets import Buckets
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.records import RecordRules, bound_storage, bucket_key, hashed_key, make_validator, num_records
@@ -213,6 +214,7 @@ class Node:
     traffic: Traffic = field(default_factory=Traffic)
     _p2p: Any = None
     _dht: Any = None
+    _buckets: Buckets = field(init=False, repr=False)
     _sockets: Path | None = None
     _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _own_buckets: set[bytes] = field(default_factory=set)
@@ -399,6 +401,7 @@ class Node:
             )
         except Exception as error:  # the adapter's boundary
             raise RunTimeError(f"could not join the DHT: {_reason(error)}") from error
+        self._buckets = Buckets(self._dht, self.rules)
         bound_storage(self._dht.protocol.storage, self._own_buckets)
         bound_storage(self._dht.protocol.cache, self._own_buckets)
 
@@ -407,14 +410,10 @@ class Node:
         kind = record.WhichOneof("body")
         key = self._own_bucket(record.run_sha256, kind, record.prefix)
         try:
-            return bool(
-                await asyncio.wait_for(
-                    self._dht.store(
-                        key, record.SerializeToString(), swarm_time() + lifetime_s, subkey=self.identity.peer_id
-                    ),
-                    10,
-                )
+            storing = self._buckets.store(
+                key, self.identity.peer_id, record.SerializeToString(), swarm_time() + lifetime_s
             )
+            return await asyncio.wait_for(storing, 10)
         except Exception as error:  # the adapter's boundary
             _log.debug("storing a record failed: %s", error)
             return False
@@ -422,17 +421,14 @@ class Node:
     async def read_bucket(self, run_sha256: bytes, kind: str, prefix: str) -> dict[str, tuple[pb.Record, float]]:
         """PeerID -> (record, expiry in swarm time) of one bucket; what is invalid has been dropped."""
         try:
-            found = await asyncio.wait_for(self._dht.get(self._own_bucket(run_sha256, kind, prefix), latest=True), 10)
+            found = await asyncio.wait_for(self._buckets.read(self._own_bucket(run_sha256, kind, prefix)), 10)
         except Exception as error:  # the adapter's boundary
             _log.debug("reading a bucket failed: %s", error)
             return {}
-        if found is None or not isinstance(found.value, dict):
-            return {}
         records = {}
-        for peer, item in found.value.items():
+        for peer, (value, expiry_s) in found.items():
             try:
-                if isinstance(item.value, bytes):
-                    records[str(peer)] = (pb.Record.FromString(item.value), float(item.expiration_time))
+                records[peer] = (pb.Record.FromString(value), expiry_s)
             except Exception as error:  # a record that passed the validator but is not one of ours
                 _log.debug("dropped a record of %s: %s", peer, error)
         return records

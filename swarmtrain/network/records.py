@@ -9,6 +9,7 @@ hivemind's own storage has no bounds; `bound_storage` gives it some, since ident
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections import Counter
@@ -57,6 +58,8 @@ PRESENCE = "presence"
 PROGRESS = "progress"
 MAX_RECORD_BYTES = 1024
 _SIGNATURE_BYTES = 64
+_MAX_CHECKED = 4096
+"""Records that were fine are remembered, so many of them: 2 MB."""
 _MAX_LIFETIME_S = 2 * 86_400
 _MIN_ADVANCE_S = 0.5
 _MAX_BUCKETS = 512
@@ -250,21 +253,8 @@ class RecordRules:
         now = swarm_time()
         if not (now - 60 < expiry_s < now + _MAX_LIFETIME_S):
             raise BadBytesError("expired: or one that lives too long")
-        record = record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
-        peer = _subkey_peer_untrusted(subkey)
-        kind = record.WhichOneof("body")
-        if kind is None or len(record.run_sha256) != 32:
-            raise BadBytesError("malformed: without a body or a run")
-        if not bucket_of(peer, MAX_DEPTH).startswith(record.prefix) or key != hashed_key(
-            bucket_key(record.run_sha256, kind, record.prefix)
-        ):
-            raise BadBytesError("foreign: it does not belong under its key")
-        message = _message(key, subkey, value[:-_SIGNATURE_BYTES], expiry_s)
-        try:
-            verify_untrusted(peer_bytes(peer), message, value[-_SIGNATURE_BYTES:])
-        except BadBytesError:
-            raise BadBytesError(f"forged: the signature is not {peer}'s") from None
-        return record
+        _check_signed_untrusted(key, subkey, value, expiry_s)
+        return record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
 
     def allows(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bool:
         """Whether the record is fine; counted if not."""
@@ -274,6 +264,26 @@ class RecordRules:
             self.refused[str(error).partition(":")[0]] += 1
             return False
         return True
+
+
+@functools.lru_cache(_MAX_CHECKED)
+def _check_signed_untrusted(key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> None:
+    """What of a record does not change with time; BadBytesError if it is not allowed. A bucket is read from many nodes,
+    and each has the same records: those that were fine are remembered."""
+    record = record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
+    peer = _subkey_peer_untrusted(subkey)
+    kind = record.WhichOneof("body")
+    if kind is None or len(record.run_sha256) != 32:
+        raise BadBytesError("malformed: without a body or a run")
+    if not bucket_of(peer, MAX_DEPTH).startswith(record.prefix) or key != hashed_key(
+        bucket_key(record.run_sha256, kind, record.prefix)
+    ):
+        raise BadBytesError("foreign: it does not belong under its key")
+    message = _message(key, subkey, value[:-_SIGNATURE_BYTES], expiry_s)
+    try:
+        verify_untrusted(peer_bytes(peer), message, value[-_SIGNATURE_BYTES:])
+    except BadBytesError:
+        raise BadBytesError(f"forged: the signature is not {peer}'s") from None
 
 
 def _subkey_peer_untrusted(subkey: bytes) -> str:

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain import __version__
@@ -27,7 +27,7 @@ from swarmtrain.events import (
 )
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.records import buckets_to_read
+from swarmtrain.membership.records import buckets_to_read, read_every_s
 from swarmtrain.membership.tally import NamedOnce
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, rows_of
@@ -62,7 +62,7 @@ __all__ = ["FoundRun", "PublishedRun", "Swarm", "fetch_published", "find_run", "
 
 _log = logging.getLogger(__name__)
 _READ_EVERY_S = 3.0
-_COUNT_EVERY_S = 5.0
+_COUNT_EVERY_S, _MOST_COUNT_EVERY_S = 5.0, 15.0
 _MAX_INVITED = 4
 _STATE_WAIT_S = 3.0
 _MAX_ADDRESSES = 4
@@ -115,6 +115,7 @@ class Swarm:
     _listens_at: tuple[str, ...] = ()
     _signed: dict[str, pb.Signed] = field(default_factory=dict)
     _records: OwnRecords = field(init=False)
+    _read_bucket: Callable[[str, str], Awaitable[dict[str, tuple[pb.Record, float]]]] = field(init=False)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _greeted: set[str] = field(default_factory=set)
     _met_s: dict[str, float] = field(default_factory=dict)
@@ -161,6 +162,7 @@ class Swarm:
             report=self._report,
         )
         self._records = OwnRecords(self.node)
+        self._read_bucket = lambda kind, prefix: self.node.read_bucket(self._run_bytes, kind, prefix)
         self.offer = Offer(
             self.identity, self.published.sha256, settings.state_specs, self.store, lambda: rows_of(self.coverage)
         )
@@ -293,25 +295,26 @@ class Swarm:
         self.rounds.stood_still(swarm_time())
 
     async def _keep_present(self) -> None:
-        ttl_s = self.published.run.network.presence_ttl_s
         while True:
             await self._look_where_we_are()
             await self._store_records()
-            await asyncio.sleep(ttl_s / 3)
+            await asyncio.sleep(self.published.run.network.presence_ttl_s / 3)
 
     async def _keep_reading(self) -> None:
         for look in itertools.count(1):
             await asyncio.sleep(_READ_EVERY_S)
             if look % _REDIAL_EVERY == 0:
                 await self._redial()
-            await self.read_presences()
+            most_s = self.published.run.network.presence_ttl_s / 3
+            if look % round(read_every_s(len(self.membership.live()), _READ_EVERY_S, most_s) / _READ_EVERY_S) == 0:
+                await self.read_presences()
             self._expire()
             for peer in self.membership.forget(swarm_time() - _FORGET_AFTER_S):
                 self._signed.pop(peer, None)
                 self._greeted.discard(peer)
                 self.rounds.forget_peer(peer)
-            newcomers = [info.peer for info in self.membership.live() if info.peer not in self._greeted]
-            await asyncio.gather(*(self._greet(peer, self.signed_presence()) for peer in newcomers[:32]))
+            new = [info.peer for info in self.membership.live() if info.peer not in self._greeted][:32]
+            await asyncio.gather(*(self._greet(peer, self.signed_presence()) for peer in new))
 
     def _expire(self) -> None:
         for change in self.membership.expire(swarm_time()):
@@ -320,15 +323,12 @@ class Swarm:
     async def _keep_counting(self) -> None:
         while True:
             await self.tallying.read_some()
-            await asyncio.sleep(_COUNT_EVERY_S)
+            await asyncio.sleep(read_every_s(len(self.membership.live()), _COUNT_EVERY_S, _MOST_COUNT_EVERY_S))
 
     async def count_once_more(self) -> None:
         """At the end: tell what is counted here, and count what others have told by now."""
         await self._store_records()
         await self.tallying.read_all()
-
-    async def _read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
-        return await self.node.read_bucket(self._run_bytes, kind, prefix)
 
     def _speeds(self) -> dict[str, float]:
         """What the volunteers say they do, in tokens per second."""

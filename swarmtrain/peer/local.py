@@ -77,6 +77,11 @@ class LocalLinks:
         """A peer's connections are half open: nobody is told."""
         self._network.run(self._links.forget(name), _OPEN_LIMIT_S)
 
+    @property
+    def passed_bytes(self) -> dict[str, tuple[int, int]]:
+        """What each link has carried up and down, by its peer's name."""
+        return self._links.passed_bytes
+
     def close(self) -> None:
         """Cut them all."""
         self._network.stop()

@@ -13,6 +13,7 @@ from swarmtrain.membership.records import (
     buckets_to_read,
     choose_bucket,
     peer_bits,
+    read_every_s,
 )
 
 
@@ -77,3 +78,8 @@ def test_prefixes_are_bits_of_the_hash() -> None:
     assert set(peer_bits("me")) <= {"0", "1"}
     assert bucket_of("me", 0) == ""
     assert peer_bits("me").startswith(bucket_of("me", 7))
+
+
+def test_a_larger_swarm_is_read_less_often_so_that_it_costs_as_much() -> None:
+    assert [read_every_s(number, 3.0, 10.0) for number in (0, 5, 10, 16, 17, 1000)] == [3.0, 3.0, 6.0, 9.6, 10.0, 10.0]
+    assert read_every_s(9, 3.0, 1.0) == 3.0

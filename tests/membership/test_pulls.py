@@ -53,6 +53,22 @@ def test_weights_come_first_then_one_gradient_after_the_other_as_late_as_the_lin
     assert plan.next_s(1000.0) == plan.weights_at_s[0] and plan.next_s(plan.gradients_at_s[-1]) is None
 
 
+def test_where_rounds_end_early_pulls_begin_earlier() -> None:
+    """Two seconds do not help where steps are not all equally quick, and a round of a minute ends five early."""
+    times = known(1e9)
+    for lasted_s in (101.0, 95.0, 99.0):
+        times.round_ended(100.0, lasted_s)
+    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times).gradients_at_s == pytest.approx((1095.0,) * 3)
+    assert plan_pulls(3, 1000.0, 1010.0, SIZES, times).gradients_at_s == pytest.approx((1009.0,) * 3), "a tenth will do"
+    for _ in range(8):
+        times.round_ended(100.0, 130.0)
+    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times).gradients_at_s == pytest.approx((1098.5,) * 3)
+    times.round_ended(100.0, 1.0)
+    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times).gradients_at_s == pytest.approx((1075.0,) * 3), (
+        "a quarter at most"
+    )
+
+
 def test_what_is_not_known_is_pulled_from_half_of_the_round_on() -> None:
     plan = plan_pulls(9, 100.0, 160.0, SIZES, PullTimes())
     assert plan.weights_at_s == plan.gradients_at_s == (130.0,) * 3 and "not known yet" in plan.reason

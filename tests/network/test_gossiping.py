@@ -362,6 +362,7 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
         assert ready is not None
         assert {(pulled.peer, pulled.section) for pulled in ready.pulled} <= both
         assert {round for round, _ in prepared} == {1}
+        assert me.gossip._times.early_share > 0.2, "it was to last a minute: the next pulls begin earlier"
         await me.gossip.stop()
 
     run(script)

@@ -265,4 +265,6 @@ def test_everything_of_real_peers_passes_their_links(here: Here) -> None:
     assert 0.1 <= call_s < 2.0
     assert 0.9 * expected_s <= pull_s < 5 * expected_s + 5.0
     assert here.links.num_strangers == 0
+    carried = here.links.passed_bytes
+    assert carried["anna"][0] > SIZE_BYTES and carried["ben"][1] > SIZE_BYTES, "a link counts what passes"
     assert not between(end.port for end in here.ends)

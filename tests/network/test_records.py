@@ -439,3 +439,18 @@ def test_room_comes_back_when_records_expire(storage: Any) -> None:
         assert storage.store(dht_id(1), b"v", swarm_time() + 5, subkey="c")
     finally:
         set_clock_offset(0.0)
+
+
+def test_a_record_that_was_fine_is_not_verified_again_but_its_time_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket is read from several nodes, again and again: verifying was most of what a peer's network thread did."""
+    verified: list[bytes] = []
+    real = records.verify_untrusted
+    monkeypatch.setattr(records, "verify_untrusted", lambda *given: verified.append(given[1]) or real(*given))
+    record = stored(presence_record(name="once"))
+    for _ in range(3):
+        assert RecordRules(OTHER).allows(*record)
+    assert len(verified) == 1
+    forged = (*record[:2], record[2][:-1] + bytes([record[2][-1] ^ 1]), record[3])
+    assert [refused(*forged) for _ in range(2)] == ["forged", "forged"] and len(verified) == 3
+    monkeypatch.setattr(records, "swarm_time", lambda: record[3] + 100)
+    assert refused(*record) == "expired"

@@ -1,0 +1,96 @@
+"""The buckets of the DHT: storing a record and reading those of others, for as few bytes as that can cost.
+
+hivemind's own `store` and `get` ask the twenty nodes that are nearest to a key, each time, and whoever has a bucket
+sends all of it: with 25 peers that was twice what their training moved. A record is kept by the `_REPLICAS` nearest, so
+a few more than those are asked; and where a bucket's nearest nodes were found a short while ago, a record goes there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from swarmtrain.network.daemon import hivemind_module
+from swarmtrain.network.records import RecordRules
+
+__all__ = ["Buckets"]
+
+_REPLICAS = 5
+"""Nodes that keep a record."""
+_ASKED = _REPLICAS + 3
+"""A search ends when so many nearest nodes have answered: some have just come, and have nothing yet."""
+_WORKERS = 4
+_KNOWN_FOR_S, _DOUBTED_FOR_S = 120.0, 30.0
+"""For how long the nodes nearest to a key are known; and if one of them did not answer."""
+
+
+@dataclass
+class _Nearest:
+    """The nodes nearest to a key, with their PeerIDs, the nearest first; and until when that is believed."""
+
+    nodes: list[tuple[Any, Any]]
+    until_s: float
+
+
+@dataclass
+class Buckets:
+    """Of the swarm, as a node of the DHT stores and reads them. `dht` is hivemind's DHTNode."""
+
+    dht: Any
+    rules: RecordRules
+    clock: Callable[[], float] = time.monotonic
+    _nearest: dict[str, _Nearest] = field(default_factory=dict)
+
+    async def store(self, key: str, subkey: str, value: bytes, expiry_s: float) -> bool:
+        """Store this peer's record with the nodes nearest to the key, its own node included if it is one of them; False
+        if none took it."""
+        key_id = hivemind_module("dht.routing").DHTID.generate(key)
+        packed, packed_key = msgpack.packb(value, use_bin_type=True), msgpack.packb(subkey, use_bin_type=True)
+        signed = self.rules.sign(key_id.to_bytes(), packed_key, packed, expiry_s)
+        nearest = await self._nearest_to(key, key_id)
+        answers: list[bool] = []
+        asked, left = nearest.nodes[:_REPLICAS], nearest.nodes[_REPLICAS:]
+        while asked:
+            stores = (self._store_at(node, peer, key_id, subkey, signed, expiry_s) for node, peer in asked)
+            came = [answer for answer in await asyncio.gather(*stores) if answer is not None]
+            answers += came
+            num_silent = len(asked) - len(came)
+            if num_silent:
+                nearest.until_s = min(nearest.until_s, self.clock() + _DOUBTED_FOR_S)
+            asked, left = left[:num_silent], left[num_silent:]
+        return any(answers)
+
+    async def _store_at(
+        self, node: Any, peer: Any, key_id: Any, subkey: str, signed: bytes, expiry_s: float
+    ) -> bool | None:
+        """Whether it took the record; None if it does not answer."""
+        if node == self.dht.node_id:
+            return bool(self.dht.protocol.storage.store(key_id, signed, expiry_s, subkey=subkey))
+        answer = await self.dht.protocol.call_store(peer, [key_id], [signed], [expiry_s], subkeys=[subkey])
+        return None if answer is None else bool(answer[0])
+
+    async def _nearest_to(self, key: str, key_id: Any) -> _Nearest:
+        known = self._nearest.get(key)
+        if known is not None and self.clock() < known.until_s:
+            return known
+        found = await self.dht.find_nearest_nodes([key_id], k_nearest=_ASKED, beam_size=_ASKED, num_workers=_WORKERS)
+        nodes = list(found[key_id].items())
+        nearest = _Nearest(nodes, self.clock() + _KNOWN_FOR_S)
+        if len(nodes) == _ASKED:  # else everybody is one of the nearest, whoever comes too
+            self._nearest[key] = nearest
+        return nearest
+
+    async def read(self, key: str) -> dict[str, tuple[bytes, float]]:
+        """What is kept under a key: the value and the expiry of each subkey."""
+        found = await self.dht.get(key, latest=True, beam_size=_ASKED)
+        if found is None or not isinstance(found.value, dict):
+            return {}
+        items = ((str(subkey), item) for subkey, item in found.value.items())
+        return {
+            peer: (item.value, float(item.expiration_time)) for peer, item in items if isinstance(item.value, bytes)
+        }

@@ -1,0 +1,107 @@
+"""What storing and reading records costs: whom a peer asks, and how often."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from swarmtrain.network.buckets import Buckets
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.records import RecordRules
+
+ME = new_identity(b"m" * 32)
+
+
+@dataclass
+class FakeDht:
+    """Nodes 0 to n - 1, of which the first are the nearest; node 1 is this one. Searches and stores are counted."""
+
+    num_nodes: int
+    node_id: int = 1
+    silent: set[str] = field(default_factory=set)
+    searches: int = 0
+    stored_at: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.protocol = SimpleNamespace(call_store=self.call_store, storage=SimpleNamespace(store=self.store_here))
+
+    async def find_nearest_nodes(
+        self, queries: Sequence[Any], k_nearest: int, beam_size: int, num_workers: int
+    ) -> Mapping[Any, Mapping[int, str]]:
+        self.searches += 1
+        return {queries[0]: {node: f"peer {node}" for node in range(min(k_nearest, self.num_nodes))}}
+
+    async def call_store(self, peer: str, keys: Any, values: Any, expiries: Any, subkeys: Any) -> list[bool] | None:
+        if peer in self.silent:
+            return None
+        self.stored_at.append(peer)
+        return [True]
+
+    def store_here(self, key: Any, value: bytes, expiry_s: float, subkey: str) -> bool:
+        self.stored_at.append("here")
+        return True
+
+    async def get(self, key: str, latest: bool, beam_size: int) -> Any:
+        assert latest and beam_size < 20, "not everybody"
+        items = {"p": SimpleNamespace(value=b"a record", expiration_time=7), "q": SimpleNamespace(value=3)}
+        return SimpleNamespace(value=items)
+
+
+@dataclass
+class Here:
+    """A peer with such a DHT, and a clock."""
+
+    dht: FakeDht
+    now_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.buckets = Buckets(self.dht, RecordRules(ME), clock=lambda: self.now_s)
+
+    def store(self) -> list[str]:
+        """Where a record was stored."""
+        self.dht.stored_at.clear()
+        assert asyncio.run(self.buckets.store("a key", ME.peer_id, b"a record", 1000.0))
+        return self.dht.stored_at
+
+
+def test_the_nearest_nodes_are_looked_for_once_in_a_while() -> None:
+    here = Here(FakeDht(25))
+    for now_s, searches in ((0.0, 1), (60.0, 1), (119.0, 1), (121.0, 2), (130.0, 2)):
+        here.now_s = now_s
+        assert sorted(here.store()) == ["here", "peer 0", "peer 2", "peer 3", "peer 4"]
+        assert here.dht.searches == searches
+
+
+def test_in_place_of_one_that_does_not_answer_the_next_gets_it_and_they_are_looked_for_sooner() -> None:
+    here = Here(FakeDht(25, silent={"peer 0", "peer 3"}))
+    assert sorted(here.store()) == ["here", "peer 2", "peer 4", "peer 5", "peer 6"]
+    here.now_s = 31.0
+    here.store()
+    assert here.dht.searches == 2
+
+
+def test_few_nodes_are_looked_for_each_time_since_newcomers_belong_to_them() -> None:
+    here = Here(FakeDht(3))
+    for _ in range(2):
+        assert sorted(here.store()) == ["here", "peer 0", "peer 2"]
+    assert here.dht.searches == 2
+
+
+def test_nobody_took_it() -> None:
+    here = Here(FakeDht(25, node_id=99, silent={f"peer {node}" for node in range(25)}))
+    assert not asyncio.run(here.buckets.store("a key", ME.peer_id, b"a record", 1000.0))
+
+
+def test_reading_gives_what_is_bytes() -> None:
+    assert asyncio.run(Here(FakeDht(25)).buckets.read("a key")) == {"p": (b"a record", 7.0)}
+
+
+@pytest.mark.parametrize("num_nodes", [0, 1])
+def test_one_that_is_alone(num_nodes: int) -> None:
+    here = Here(FakeDht(num_nodes, node_id=0))
+    assert asyncio.run(here.buckets.store("a key", ME.peer_id, b"a record", 1000.0)) == bool(num_nodes)
