@@ -15,14 +15,16 @@ import statistics
 from pathlib import Path
 
 import torch
-from cold_start import Text, read_run
+from cold_start import read_run
 
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
+from swarmtrain.algorithm.outer import flatten
 from swarmtrain.algorithm.quantize import Format
 from swarmtrain.model.gpt import build_model
 from swarmtrain.model.stage_work import StageWork
 from swarmtrain.model.stages import balanced_boundaries, build_stage, joined_weights, measured_costs, stage_shapes
 from swarmtrain.network.codec import ActivationCodec
+from swarmtrain.simulate.learning.learner import Text
 
 FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8")
 
@@ -53,7 +55,7 @@ def train(text: Text, boundaries: tuple[int, ...], form: Format) -> float:
             each.replaced()
     whole = build_model(run.model, run.run.seed)
     whole.load_state_dict(joined_weights(stage.state_dict() for stage in stages))
-    return text.held_out_loss(whole)
+    return text.held_out_loss(flatten(whole.parameters()))
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ import functools
 import math
 import time
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,45 +38,20 @@ from swarmtrain.algorithm.outer import (
     weighted_mean,
 )
 from swarmtrain.data import batches as batches_module
-from swarmtrain.data.batches import Batches, BatchSource, held_out_batches
-from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
+from swarmtrain.data.batches import Batches
 from swarmtrain.membership.shards import Coverage
-from swarmtrain.model.gpt import GPT, build_model, evaluate, num_parameters
+from swarmtrain.model.gpt import GPT, build_model, num_parameters
 from swarmtrain.run import RunFile
+from swarmtrain.simulate.learning.learner import Text
 
 
-@dataclass(frozen=True)
-class Text:
-    """What a run trains on and is judged by, as its peers prepare it."""
-
-    run: RunFile
-    data: TrainingData
-    held_out: bytes
-
-    @classmethod
-    def of(cls, run: RunFile, base: Path) -> Text:
-        published = publishable_data(run, base)
-        held_out = published.held_out.text
-        return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out)
-
-    def batches(self, number: int) -> BatchSource:
-        """The batches of volunteer `number`."""
-        place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
-        return training_batches(self.run, self.data, place, Path(), self.held_out)
-
-    def cut(self, volunteers: list[Volunteer], num_shards: int) -> list[Coverage]:
-        """Cut the volunteers' data into shards; what each knows of all, which is everything here."""
-        names = [f"volunteer {number}" for number in range(len(volunteers))]
-        for volunteer in volunteers:
-            assert isinstance(volunteer.batches, Batches)
-            volunteer.batches.cut(num_shards)
-        return [Coverage(me=name, num_shards=num_shards) for name in names]
-
-    def held_out_loss(self, model: GPT) -> float:
-        """Nats per byte."""
-        tokens = self.data.tokenizer.encode(self.held_out)
-        sizes = self.run.model.context_tokens, self.run.evaluation.batch_sequences
-        return evaluate(model, held_out_batches(tokens, *sizes))[0] / len(self.held_out)
+def cut(volunteers: list[Volunteer], num_shards: int) -> list[Coverage]:
+    """Cut the volunteers' data into shards; what each knows of all, which is everything here."""
+    names = [f"volunteer {number}" for number in range(len(volunteers))]
+    for volunteer in volunteers:
+        assert isinstance(volunteer.batches, Batches)
+        volunteer.batches.cut(num_shards)
+    return [Coverage(me=name, num_shards=num_shards) for name in names]
 
 
 class Volunteer:
@@ -132,7 +106,7 @@ def train_swarm(text: Text, num_steps: int, num_shards: int = 0) -> GPT:
     """Synchronous DiLoCo: rounds of H inner steps, then one outer step on the mean pseudo-gradient."""
     merge = text.run.merge
     volunteers = [Volunteer(text, number) for number in range(merge.min_peers)]
-    coverages = text.cut(volunteers, num_shards) if num_shards else []
+    coverages = cut(volunteers, num_shards) if num_shards else []
     theta = flatten(volunteers[0].parameters)
     state = OuterState(theta, torch.zeros_like(theta))
     for round, start in enumerate(range(0, num_steps, merge.inner_steps)):
@@ -189,7 +163,7 @@ def main() -> None:
             model = ways[way](text, num_steps)
             num_computed = num_steps * (1 if way == "lone" else run.merge.min_peers)
             step_ms = 1000 * (time.process_time() - start_s) / num_computed
-            each.append(text.held_out_loss(model))
+            each.append(text.held_out_loss(flatten(model.parameters())))
             print(f"seed {seed}  {way:8}  {each[-1]:.4f} nats/byte  {step_ms:.1f} ms of processor per step", flush=True)
     print(f"\n{num_parameters(run.model):,} parameters, {run.merge.min_peers} volunteers, {num_steps} inner steps each")
     for way, each in losses.items():

@@ -3,11 +3,12 @@
     python benchmarks/hostile.py examples/stdlib-gpt.toml --set run.total_tokens=1_433_600 --seeds 0,1,2
 
 Seven honest volunteers of equal speed and a hostile one merge by gossip from a cold start, with the functions a real
-volunteer uses (`benchmarks/unequal.py`). `run.total_tokens` are those of the seven; what the eighth claims does not
-count, so that in every run each honest volunteer takes as many inner steps, on the same batches, by the same schedule.
-What is measured is the held-out loss of the honest seven's consensus. It is compared with that of the same seven
-without an eighth, same seed: with the same rule (what the attack costs), and with the rule "none" (what attack and rule
-cost together). A swarm of eight honest ones is no baseline: the hostile one's work is gone whatever a rule does.
+volunteer uses (`swarmtrain/simulate/learning`). `run.total_tokens` are those of the seven; what the eighth claims does
+not count, so that in every run each honest volunteer takes as many inner steps, on the same batches, by the same
+schedule. What is measured is the held-out loss of the honest seven's consensus. It is compared with that of the same
+seven without an eighth, same seed: with the same rule (what the attack costs), and with the rule "none" (what attack
+and rule cost together). A swarm of eight honest ones is no baseline: the hostile one's work is gone whatever a rule
+does.
 
 The hostile volunteer trains and merges as the others do, so that what it publishes is as good as theirs before it is
 spoilt. Attacks:
@@ -31,17 +32,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from cold_start import Text, read_run
+from cold_start import read_run
 from torch import Tensor
-from virtual_gossip import Peer, Published, World
-from virtual_setting import Setting
 
 from swarmtrain.algorithm.gossip import variance_corrected_mean
-from swarmtrain.algorithm.outer import unflatten_into
 from swarmtrain.algorithm.pacing import fewest_inner_steps, paced_inner_steps, reference_speed, steps_of_everybody
 from swarmtrain.algorithm.quantize import Format
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.membership.partners import Mark
+from swarmtrain.simulate.learning.gossip import Peer, Published, World
+from swarmtrain.simulate.learning.learner import Text
+from swarmtrain.simulate.learning.setting import Setting
 
 NUM_HONEST = 7
 HOSTILE = NUM_HONEST
@@ -61,10 +62,16 @@ class Swarm(Setting):
         """What a volunteer says that it does, in steps per second."""
         return 1e9 if number == HOSTILE and self.attack == "speed" else 1 / self.step_s[number]
 
-    def paced(self, number: int) -> int:
+    def steps_of_round(self, number: int) -> int:
         """H_i, by what the others claim."""
         speeds = [1 / step_s if n == number else self.speed(n) for n, step_s in enumerate(self.step_s)]
         return paced_inner_steps(speeds[number], reference_speed(speeds), self.run.merge.inner_steps)
+
+    def steps_of_everybody(self, number: int) -> float:
+        """As a volunteer reckons it, of those whose tokens count here, and of one that lies about it."""
+        counted = range(NUM_HONEST + (self.attack == "speed"))
+        others = [self.speed(other) for other in counted if other != number]
+        return steps_of_everybody(1 / self.step_s[number], others)
 
 
 class Hostile(Peer):
@@ -139,14 +146,6 @@ class HostileWorld(World):
         """See `World`."""
         self.named[incident.rule if peer == f"p{HOSTILE}" else HONEST] += 1
 
-    def steps_of_everybody(self, number: int) -> float:
-        """See `World`: as a volunteer reckons it, of those whose tokens count here, and of one that lies about it."""
-        setting = self.setting
-        assert isinstance(setting, Swarm)
-        counted = range(NUM_HONEST + (setting.attack == "speed"))
-        others = [setting.speed(other) for other in counted if other != number]
-        return steps_of_everybody(1 / setting.step_s[number], others)
-
     def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
         """See `World`; a hostile peer makes bytes that no encoder makes."""
         return super().on_the_wire(vector, form) if bool(torch.isfinite(vector).all()) else vector
@@ -161,12 +160,10 @@ def trained(setting: Swarm) -> tuple[float, Counter[str]]:
     while world.clock.step():
         pass
     honest = world.peers[:NUM_HONEST]
-    theta = variance_corrected_mean([peer.state.theta for peer in honest], world.layout).mean
+    theta = variance_corrected_mean([peer.trainer.state.theta for peer in honest], world.layout).mean
     if not bool(torch.isfinite(theta).all()):
         return math.inf, world.named
-    model, parameters = honest[0].volunteer.model, honest[0].volunteer.parameters
-    unflatten_into(theta, parameters)
-    return setting.text.held_out_loss(model), world.named
+    return setting.text.held_out_loss(theta), world.named
 
 
 # ---------------------------------------------------------------- the table
@@ -201,10 +198,6 @@ def _swarm(run_file: Path, changes: list[str], seed: int, attack: str, rule: str
     return Swarm(
         text=Text.of(run, run_file.parent),
         step_s=(STEP_S,) * NUM_HONEST + (STEP_S * slower,) * (attack != HONEST),
-        link_bytes_per_s=math.inf,
-        rtt_s=0.0,
-        failing=0.0,
-        momentum=run.merge.outer_momentum,
         attack=attack,
     )
 

@@ -58,6 +58,10 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "limits": (*WHICH_PEER, "--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down"),
     "invite": ("--dir", "--json"),
     "check": ("RUN.toml", "--peers", "--json"),
+    "simulate": (
+        "SCENARIO.toml",
+        *("--seed", "--method", "--sweep", "--set", "--jobs", "--fresh", "--plot", "--json"),
+    ),
     "doctor": ("[INVITE]", "--dir", "--listen", "--announce", "--data", "--json"),
     "export": ("[INVITE]", "--dir", "--to"),
     "eval": ("MODEL", "--text", "--json"),

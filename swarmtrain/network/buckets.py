@@ -1,13 +1,15 @@
 """The buckets of the DHT: storing a record and reading those of others, for as few bytes as that can cost.
 
 hivemind's own `store` and `get` ask the twenty nodes that are nearest to a key, each time, and whoever has a bucket
-sends all of it: with 25 peers that was twice what their training moved. A record is kept by the `_REPLICAS` nearest, so
-a few more than those are asked; and where a bucket's nearest nodes were found a short while ago, a record goes there.
+sends all of it: with 25 peers that was twice what their training moved. Here a record is kept by the `_REPLICAS`
+nearest, a search ends a few nodes behind those, and who they are is known for two minutes: records go there, and are
+read there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from typing import Any
 import msgpack
 
 from swarmtrain.network.daemon import hivemind_module
-from swarmtrain.network.records import RecordRules
+from swarmtrain.network.records import RecordRules, unsigned_untrusted
 
 __all__ = ["Buckets"]
 
@@ -25,6 +27,8 @@ _REPLICAS = 5
 _ASKED = _REPLICAS + 3
 """A search ends when so many nearest nodes have answered: some have just come, and have nothing yet."""
 _WORKERS = 4
+_FEW, _ALL_EVERY = 2, 4
+"""So many of those that keep a bucket are read, and all of them every so many times."""
 _KNOWN_FOR_S, _DOUBTED_FOR_S = 120.0, 30.0
 """For how long the nodes nearest to a key are known; and if one of them did not answer."""
 
@@ -35,6 +39,7 @@ class _Nearest:
 
     nodes: list[tuple[Any, Any]]
     until_s: float
+    num_reads: int = 0
 
 
 @dataclass
@@ -44,6 +49,7 @@ class Buckets:
     dht: Any
     rules: RecordRules
     clock: Callable[[], float] = time.monotonic
+    rng: random.Random = field(default_factory=random.Random)
     _nearest: dict[str, _Nearest] = field(default_factory=dict)
 
     async def store(self, key: str, subkey: str, value: bytes, expiry_s: float) -> bool:
@@ -86,11 +92,53 @@ class Buckets:
         return nearest
 
     async def read(self, key: str) -> dict[str, tuple[bytes, float]]:
-        """What is kept under a key: the value and the expiry of each subkey."""
+        """What is kept under a key: the value and the expiry of each subkey. A few of those that keep it are asked, and
+        at times all of them: one may have missed something, or keep it back."""
+        key_id = hivemind_module("dht.routing").DHTID.generate(key)
+        nearest = self._nearest.get(key)
+        if nearest is None or self.clock() >= nearest.until_s:
+            nearest = await self._nearest_to(key, key_id)
+            nearest.num_reads = 0
+        if len(nearest.nodes) < _ASKED:
+            return await self._search(key)
+        keepers, nearest.num_reads = nearest.nodes[:_REPLICAS], nearest.num_reads + 1
+        few = nearest.num_reads % _ALL_EVERY != 1
+        found = await asyncio.gather(
+            *(self._kept_at(*one, key_id) for one in (self.rng.sample(keepers, _FEW) if few else keepers))
+        )
+        if None in found:
+            nearest.until_s = min(nearest.until_s, self.clock() + _DOUBTED_FOR_S)
+        if not any(found):
+            return await self._search(key)
+        newest: dict[str, tuple[bytes, float]] = {}
+        for subkey, (value, expiry_s) in (item for one in found if one is not None for item in one.items()):
+            if subkey not in newest or newest[subkey][1] < expiry_s:
+                newest[subkey] = value, expiry_s
+        return newest
+
+    async def _search(self, key: str) -> dict[str, tuple[bytes, float]]:
+        """As hivemind does."""
         found = await self.dht.get(key, latest=True, beam_size=_ASKED)
         if found is None or not isinstance(found.value, dict):
             return {}
-        items = ((str(subkey), item) for subkey, item in found.value.items())
         return {
-            peer: (item.value, float(item.expiration_time)) for peer, item in items if isinstance(item.value, bytes)
+            str(subkey): (item.value, float(item.expiration_time))
+            for subkey, item in found.value.items()
+            if isinstance(item.value, bytes)
+        }
+
+    async def _kept_at(self, node: Any, peer: Any, key_id: Any) -> dict[str, tuple[bytes, float]] | None:
+        """What a node keeps under the key, which hivemind has validated; None if it does not answer."""
+        if node == self.dht.node_id:
+            kept = self.dht.protocol.storage.get(key_id)
+        else:
+            answer = await self.dht.protocol.call_find(peer, [key_id])
+            if answer is None:
+                return None
+            kept = answer[key_id][0]
+        if kept is None or not hasattr(kept.value, "items"):
+            return {}
+        return {
+            str(subkey): (unsigned_untrusted(item.value), float(item.expiration_time))
+            for subkey, item in kept.value.items()
         }

@@ -9,6 +9,7 @@ hivemind's own storage has no bounds; `bound_storage` gives it some, since ident
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import re
@@ -52,6 +53,7 @@ __all__ = [
     "progress_from_proto_untrusted",
     "progress_to_proto",
     "record_from_value_untrusted",
+    "unsigned_untrusted",
 ]
 
 PRESENCE = "presence"
@@ -210,6 +212,14 @@ def progress_from_proto_untrusted(message: pb.Progress, num_stages: int = 1) -> 
 def _message(key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bytes:
     parts = (key, subkey, value, repr(float(expiry_s)).encode())
     return _PURPOSE + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def unsigned_untrusted(value: bytes) -> bytes:
+    """What was signed, of a stored value; nothing if it is none of ours."""
+    with contextlib.suppress(BadBytesError):
+        payload = _unpack_untrusted(value[:-_SIGNATURE_BYTES], "its value")
+        return payload if isinstance(payload, bytes) else b""
+    return b""
 
 
 def record_from_value_untrusted(value: bytes) -> pb.Record:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import msgpack
 import pytest
 
 from swarmtrain.network.buckets import Buckets
@@ -28,7 +29,22 @@ class FakeDht:
     stored_at: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.protocol = SimpleNamespace(call_store=self.call_store, storage=SimpleNamespace(store=self.store_here))
+        storage = SimpleNamespace(store=self.store_here, get=lambda key: self.kept.get(self.node_id))
+        self.protocol = SimpleNamespace(call_store=self.call_store, call_find=self.call_find, storage=storage)
+        self.kept: dict[int, Any] = {}
+        self.asked: list[str] = []
+
+    def keep(self, node: int, name: str, expiry_s: float) -> None:
+        """A node keeps a record of `name`, among others."""
+        value = bytes(msgpack.packb(name.encode(), use_bin_type=True)) + bytes(64)
+        bucket = self.kept.setdefault(node, SimpleNamespace(value={})).value
+        bucket[name] = SimpleNamespace(value=value, expiration_time=expiry_s)
+
+    async def call_find(self, peer: str, keys: Sequence[Any]) -> Any:
+        self.asked.append(peer)
+        if peer in self.silent:
+            return None
+        return {keys[0]: (self.kept.get(int(peer.removeprefix("peer "))), {})}
 
     async def find_nearest_nodes(
         self, queries: Sequence[Any], k_nearest: int, beam_size: int, num_workers: int
@@ -97,8 +113,32 @@ def test_nobody_took_it() -> None:
     assert not asyncio.run(here.buckets.store("a key", ME.peer_id, b"a record", 1000.0))
 
 
-def test_reading_gives_what_is_bytes() -> None:
-    assert asyncio.run(Here(FakeDht(25)).buckets.read("a key")) == {"p": (b"a record", 7.0)}
+def test_where_few_are_they_are_searched_and_what_is_no_bytes_is_left_out() -> None:
+    assert asyncio.run(Here(FakeDht(3)).buckets.read("a key")) == {"p": (b"a record", 7.0)}
+
+
+def test_all_that_keep_a_bucket_are_read_at_first_then_two_and_after_a_while_all_again() -> None:
+    here = Here(FakeDht(25))
+    for node, name, expiry_s in ((0, "p", 7.0), (1, "p", 9.0), (1, "q", 8.0), (4, "r", 6.0)):
+        here.dht.keep(node, name, expiry_s)
+    numbers = []
+    for number in range(6):
+        here.dht.asked.clear()
+        found = asyncio.run(here.buckets.read("a key"))
+        numbers.append(len(here.dht.asked))
+        if number in (0, 4):
+            assert found == {"p": (b"p", 9.0), "q": (b"q", 8.0), "r": (b"r", 6.0)}, "the newest of each"
+    assert numbers[0] == numbers[4] == 4, "and the own node costs nothing"
+    assert all(1 <= number <= 2 for number in (*numbers[1:4], numbers[5]))
+    assert here.dht.searches == 1
+
+
+def test_those_who_keep_nothing_are_doubted_and_hivemind_searches() -> None:
+    here = Here(FakeDht(25, silent={"peer 2"}))
+    assert asyncio.run(here.buckets.read("a key")) == {"p": (b"a record", 7.0)}
+    here.now_s = 31.0
+    asyncio.run(here.buckets.read("a key"))
+    assert here.dht.searches == 2
 
 
 @pytest.mark.parametrize("num_nodes", [0, 1])

@@ -1,4 +1,8 @@
-"""Gossip in virtual time: peers with real models, text, merges and formats, on a clock that is only counted."""
+"""Gossip in virtual time: the product's decisions, merges and formats, with real models, on a clock that only counts.
+
+What a volunteer does in threads and over sockets happens here in events: its inner steps at the moments when it
+publishes, its pulls when `membership.pulls` says, its merge at the round's end.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +11,22 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-import torch
-from cold_start import Volunteer
 from torch import Tensor
-from virtual_setting import Result, Setting
 
-from swarmtrain.algorithm.gossip import (
-    Arrival,
-    Layout,
-    Prepared,
-    gossip_merge,
-    layout_of,
-    prepare,
-    variance_corrected_mean,
-)
-from swarmtrain.algorithm.outer import (
-    OuterState,
-    flatten,
-    outer_step,
-    unflatten_into,
-)
+from swarmtrain.algorithm.gossip import Arrival, Layout, layout_of, prepare, variance_corrected_mean
 from swarmtrain.algorithm.pacing import fewest_inner_steps
 from swarmtrain.algorithm.quantize import Format, decode, encode, encoded_size_bytes
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.partners import (
-    Candidate,
-    Difference,
-    Ledger,
-    Mark,
-    Partners,
-    median_round,
-)
+from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, median_round
 from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, plan_pulls
 from swarmtrain.network.refusals import rule_of
-from swarmtrain.peer.robustness import Robustness, robust_mean
-from swarmtrain.peer.trainer import Start
+from swarmtrain.peer.robustness import Robustness
+from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Start
 from swarmtrain.simulate.clock import Clock
+from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
+
+__all__ = ["Peer", "Published", "World", "gossip"]
 
 
 @dataclass
@@ -60,16 +43,15 @@ class Peer:
     def __init__(self, world: World, number: int) -> None:
         setting = world.setting
         self.world, self.number, self.name = world, number, f"p{number}"
-        self.volunteer = Volunteer(setting.text, number, _own_seed(setting, number) if setting.own_weights else None)
-        theta = flatten(self.volunteer.parameters)
-        self.state = OuterState(theta, torch.zeros_like(theta))
+        self.learner = setting.learner(number)
+        self.trainer = self.learner.trainer
         section = setting.run.merge
         self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round)
         self.partners = Partners(self.ledger, variant=section.partners)
         met = not setting.own_weights
         self.robustness = Robustness(section.robust, world.layout, world.told, met=met)
         self.rng = random.Random(f"{setting.run.run.seed} {number}")
-        self.round = self.rounds_fresh = 0
+        self.rounds_fresh = 0
         self.newest: Published | None = None
         """Its gradient's."""
         self.weights: Published | None = None
@@ -78,27 +60,33 @@ class Peer:
         self.asked, self.coming = set[tuple[Section, str]](), set[tuple[Section, str]]()
         self.due: Counter[Section] = Counter()
         self.times = PullTimes()
-        self.times.assume(setting.link_bytes_per_s)
+        self.times.assume(setting.bytes_per_s)
         self.times.merged(setting.rtt_s)
         self.down_free_s = self.up_free_s = 0.0
+        self.sent_bytes = 0
         self.tokens_before = 0
         self.start = Start(inner_steps=1, num_peers=1)
         self.done = 0
 
+    @property
+    def round(self) -> int:
+        """The one it is in, or begins."""
+        return self.trainer.progress.round
+
     def begin(self) -> None:
         """A round."""
-        setting, clock = self.world.setting, self.world.clock
+        setting, clock, theta = self.world.setting, self.world.clock, self.trainer.state.theta
         section = setting.run.merge
-        steps = setting.paced(self.number) if self.round else fewest_inner_steps(section.inner_steps)
+        steps = setting.steps_of_round(self.number) if self.round else fewest_inner_steps(section.inner_steps)
         self.start = Start(inner_steps=steps, num_peers=1, num_parts=section.publications_per_round)
         self.done, self.tokens_before = 0, self.world.tokens
-        unflatten_into(self.state.theta, self.volunteer.parameters)
-        self.weights = Published(Mark(self.round, 0, 0), self.state.theta)
+        self.learner.enter(theta)
+        self.weights = Published(Mark(self.round, 0, 0), theta)
         step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
             clock.call_at(self.awake_s(clock.now + moment * step_s), self.train_to, moment)
         ends_s, sizes = clock.now + steps * step_s, self.world.section_bytes
-        pulls = plan_pulls(len(setting.step_s) - 1, clock.now, ends_s, sizes, self.times, section.num_partners)
+        pulls = plan_pulls(setting.num_peers - 1, clock.now, ends_s, sizes, self.times, section.num_partners)
         self.asked.clear()
         self.due.clear()
         for what, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
@@ -108,25 +96,25 @@ class Peer:
 
     def awake_s(self, when_s: float) -> float:
         """When it does what it would do at `when_s`, if it stands still at that time."""
-        hang = self.world.setting.hang
-        if hang is None or not hang.is_on(self.number, when_s):
-            return when_s
-        return when_s + hang.for_s  # what comes within its standing still is late by all of it: one round's events
+        return self.world.setting.awake_s(self.number, when_s)
 
     def train_to(self, moment: int) -> None:
         """Inner steps up to `moment` of the round, then a publication."""
         world = self.world
-        run, step_tokens = world.setting.run, world.setting.run.tokens_per_step
-        everybodys = world.steps_of_everybody(self.number)
+        step_tokens, total_tokens = world.setting.run.tokens_per_step, world.setting.total_tokens
+        everybodys = world.setting.steps_of_everybody(self.number)
         for step in range(moment - self.done):
-            self.volunteer.step((self.tokens_before + step * everybodys * step_tokens) / run.run.total_tokens)
+            self.learner.step((self.tokens_before + step * everybodys * step_tokens) / total_tokens)
         world.tokens += (moment - self.done) * step_tokens
+        world.inner_steps += moment - self.done
         self.tokens_before = world.tokens
         self.done = moment
-        gradient = self.state.theta - flatten(self.volunteer.parameters)
+        gradient = self.trainer.state.theta - self.learner.reached
         self.robustness.learn(gradient, moment * step_tokens)
         mark = Mark(self.round, self.start.part_after(moment), moment * step_tokens)
         self.newest = Published(mark, gradient)
+
+    # ------------------------------------------------------------- pulls
 
     def pull(self, round: int, section: Section) -> None:
         """One more of the round's pulls is due."""
@@ -178,15 +166,16 @@ class Peer:
 
     def is_of_use(self, section: Section, name: str, mark: Mark) -> bool:
         """Whether that section of a publication can be merged."""
-        return self.ledger.may_enter(section, name, mark, median_round(peer.round for peer in self.world.peers))
+        return self.ledger.may_enter(section, name, mark, self.world.reference_round)
 
     def arrives_s(self, section: Section, name: str) -> float:
         """When it is here: links carry one transfer after the other, the author's up and the own one down."""
         setting, author, sizes = self.world.setting, self.world.by_name[name], self.world.section_bytes
         size_bytes = sizes.weights if section == "weights" else sizes.gradient
-        asked_s, takes_s = self.world.clock.now + setting.rtt_s, size_bytes / setting.link_bytes_per_s
-        self.down_free_s = max(asked_s, self.down_free_s) + takes_s
-        author.up_free_s = max(asked_s, author.up_free_s) + takes_s
+        author.sent_bytes += size_bytes
+        asked_s = self.world.clock.now + setting.rtt_s
+        self.down_free_s = max(asked_s, self.down_free_s) + size_bytes / setting.down_bytes_per_s
+        author.up_free_s = max(asked_s, author.up_free_s) + size_bytes / setting.up_bytes_per_s
         return max(self.down_free_s, author.up_free_s)
 
     def arrive(self, section: Section, name: str, published: Published) -> None:
@@ -204,62 +193,84 @@ class Peer:
         if not self.is_of_use(section, name, published.mark):
             return
         world, formats = self.world, self.world.setting.run.merge
-        vector = world.on_the_wire(
-            published.vector, formats.theta_format if section == "weights" else formats.gradient_format
-        )
-        if not bool(torch.isfinite(vector).all()):
+        form = formats.theta_format if section == "weights" else formats.gradient_format
+        vector = world.on_the_wire(published.vector, form)
+        if not bool(vector.isfinite().all()):
             raise BadBytesError("a publication that is not finite")
         if section == "weights":
             arrival = Arrival(vector, vector, 0)
         else:
-            news = self.ledger.news(name, published.mark, median_round(peer.round for peer in world.peers))
+            news = self.ledger.news(name, published.mark, world.reference_round)
             new = vector - self.merged[name] if isinstance(news, Difference) else vector
             arrival = Arrival(None, new, news.tokens)
-        arrival = self.robustness.accept(name, arrival, self.state.theta)
+        arrival = self.robustness.accept(name, arrival, self.trainer.state.theta)
         self.arrived[section, name] = (Published(published.mark, vector), arrival)
+
+    # ------------------------------------------------------------- the merge
 
     def end(self) -> None:
         """Merge what is here; on to the next round."""
+        world, section = self.world, self.world.setting.run.merge
         self.arrived = {  # it may have stood still, and all of that be too old
             (section, name): kept
             for (section, name), kept in self.arrived.items()
             if self.is_of_use(section, name, kept[0].mark)
         }
-        world, tokens = self.world, self.start.inner_steps * self.world.setting.run.tokens_per_step
-        reference = median_round(peer.round for peer in world.peers)
-        prepared = prepare(self.state.theta, [arrival for _, arrival in self.arrived.values()], world.layout)
+        reference = world.reference_round
+        arrivals = [arrival for _, arrival in self.arrived.values()]
+        prepared = prepare(self.trainer.state.theta, arrivals, world.layout)
         if prepared.displacement is not None:
             self.robustness.merged(prepared.displacement)
-        self.state = self.merge(prepared, self.state.theta - flatten(self.volunteer.parameters), tokens)
-        for (section, name), (published, _) in self.arrived.items():
-            if section == "weights":
+        gathered = Gathered(
+            prepared=prepared,
+            merged=tuple(self._merged(name, kept, arrival) for (_, name), (kept, arrival) in self.arrived.items()),
+            run_tokens=world.tokens,
+            peer_tokens={},
+            apart=tuple(arrival for arrival in arrivals if arrival.tokens) if section.robust in _APART else (),
+        )
+        self.trainer.merge(gathered, self._contribution())
+        for (what, name), (published, _) in self.arrived.items():
+            if what == "weights":
                 self.ledger.weights_merged(name, published.mark.round)
             else:
                 self.ledger.merged(name, published.mark, reference)
                 self.merged[name] = published.vector
         self.merged = {name: kept for name, kept in self.merged.items() if name in self.ledger.held}
-        self.rounds_fresh += any(section == "gradient" for section, _ in self.arrived)
+        self.rounds_fresh += any(what == "gradient" for what, _ in self.arrived)
         self.arrived.clear()
-        self.coming = {(section, name) for section, name in self.coming if not world.is_hanging(name)}
-        self.round += 1
-        if world.tokens < world.setting.run.run.total_tokens:
+        self.coming = {(what, name) for what, name in self.coming if not world.is_hanging(name)}
+        world.merged(self)
+        if world.tokens < world.setting.total_tokens:
             self.begin()
         else:
             world.finished_s = max(world.finished_s, world.clock.now)
 
-    def merge(self, prepared: Prepared, gradient: Tensor, tokens: int) -> OuterState:
-        """The state after the round, as `Trainer` makes it."""
-        section, constants = self.world.setting.run.merge, self.world.setting.constants(self.round)
-        partners = [arrival for _, arrival in self.arrived.values() if arrival.tokens]
-        apart = [gradient, *(arrival.gradient for arrival in partners)]
-        weights = [tokens, *(arrival.tokens for arrival in partners)]
-        if (mean := robust_mean(section.robust, apart, weights)) is not None:
-            return outer_step(OuterState(prepared.theta_mean, self.state.momentum), mean, constants)
-        return gossip_merge(self.state, prepared, gradient, tokens, constants)
+    def _merged(self, name: str, published: Published, arrival: Arrival) -> Merged:
+        mark = published.mark
+        return Merged(
+            peer=name,
+            round=mark.round,
+            part=mark.part,
+            tokens=round(arrival.tokens),
+            staleness_rounds=self.round - mark.round,
+            pull_s=0.0,
+        )
+
+    def _contribution(self) -> Contribution:
+        tokens = self.start.inner_steps * self.world.setting.run.tokens_per_step
+        return Contribution(
+            round=self.round,
+            part=self.start.num_parts,
+            theta=self.trainer.state.theta,
+            reached=self.learner.reached,
+            tokens=tokens,
+            inner_steps=self.start.inner_steps,
+            own_tokens=self.trainer.own_tokens + tokens,
+            base="",
+        )
 
 
-def _own_seed(setting: Setting, number: int) -> int:
-    return 1000 * (1 + setting.run.run.seed) + number
+_APART = ("trimmed", "flag")
 
 
 @dataclass
@@ -269,19 +280,21 @@ class World:
     setting: Setting
     clock: Clock = field(default_factory=Clock)
     tokens: int = 0
+    inner_steps: int = 0
     finished_s: float = 0.0
     layout: Layout = field(init=False)
     peers: list[Peer] = field(init=False)
     by_name: dict[str, Peer] = field(init=False)
 
     def __post_init__(self) -> None:
-        shapes = [tuple(p.shape) for p in Volunteer(self.setting.text, 0).parameters]
+        shapes = self.setting.learner(0).shapes
         self.layout = layout_of(shapes)
         if not self.setting.corrected:
             self.layout = replace(self.layout, corrected=(False,) * len(shapes))
         self._sizes = [math.prod(shape) for shape in shapes]
-        self.peers = [self.peer(number) for number in range(len(self.setting.step_s))]
+        self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
+        self._recorder = Recorder(self.setting)
 
     @property
     def section_bytes(self) -> SectionBytes:
@@ -292,10 +305,14 @@ class World:
         )
         return SectionBytes(weights=weights, gradient=gradient)
 
+    @property
+    def reference_round(self) -> int:
+        """The median of everybody's."""
+        return median_round(peer.round for peer in self.peers)
+
     def is_hanging(self, name: str) -> bool:
         """Whether this peer stands still now."""
-        hang = self.setting.hang
-        return hang is not None and hang.is_on(self.by_name[name].number, self.clock.now)
+        return self.setting.is_hanging(self.by_name[name].number, self.clock.now)
 
     def peer(self, number: int) -> Peer:
         """A new one."""
@@ -304,24 +321,48 @@ class World:
     def told(self, peer: str, incident: Incident) -> None:
         """What `peer` published was cut or refused."""
 
-    def steps_of_everybody(self, number: int) -> float:
-        """Inner steps that all take together while peer `number` takes one: how fast the schedule advances."""
-        return sum(1 / step_s for step_s in self.setting.step_s) * self.setting.step_s[number]
+    def merged(self, peer: Peer) -> None:
+        """A round of `peer` is over."""
+        self._recorder.see(self.tokens, self.clock.now, self.consensus)
 
     def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
         """What arrives of it."""
         return decode(encode(vector.contiguous(), form, self._sizes), form, self._sizes)
 
+    def consensus(self) -> Tensor:
+        """The variance-corrected mean of everybody's weights, (P,)."""
+        return variance_corrected_mean([peer.trainer.state.theta for peer in self.peers], self.layout).mean
 
-def gossip(setting: Setting) -> Result:
+    def run(self) -> None:
+        """To the end of the run."""
+        for peer in self.peers:  # nobody presses the button in the same moment
+            a_round_s = self.setting.steps_of_round(peer.number) * self.setting.step_s[peer.number]
+            self.clock.call_at(peer.rng.random() * a_round_s, peer.begin)
+        while self.clock.step():
+            pass
+
+    def outcome(self) -> Outcome:
+        """What came of it."""
+        text, rounds = self.setting.text, sum(peer.round for peer in self.peers)
+        own = [text.held_out_loss(peer.trainer.state.theta) for peer in self.peers[:_MOST_OWN]]
+        return Outcome(
+            held_out_loss=text.held_out_loss(self.consensus()),
+            own_loss=sum(own) / len(own),
+            virtual_time_s=self.finished_s,
+            tokens=self.tokens,
+            inner_steps=self.inner_steps,
+            sent_bytes=sum(peer.sent_bytes for peer in self.peers),
+            fresh_share=sum(peer.rounds_fresh for peer in self.peers) / max(1, rounds),
+            curve=tuple(self._recorder.points),
+        )
+
+
+_MOST_OWN = 8
+"""Of so many peers the own weights are measured."""
+
+
+def gossip(setting: Setting) -> Outcome:
     """Nobody waits."""
     world = World(setting)
-    for peer in world.peers:  # nobody presses the button in the same moment
-        world.clock.call_at(peer.rng.random() * setting.paced(peer.number) * setting.step_s[peer.number], peer.begin)
-    while world.clock.step():
-        pass
-    theta = variance_corrected_mean([peer.state.theta for peer in world.peers], world.layout).mean
-    model, parameters = world.peers[0].volunteer.model, world.peers[0].volunteer.parameters
-    unflatten_into(theta, parameters)
-    fresh = sum(peer.rounds_fresh for peer in world.peers) / sum(peer.round for peer in world.peers)
-    return Result(setting.text.held_out_loss(model), world.finished_s, world.tokens, fresh)
+    world.run()
+    return world.outcome()

@@ -1,0 +1,34 @@
+"""Curves of a comparison, against tokens and against virtual time, as a PNG or SVG file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swarmtrain.simulate.comparing import Comparison
+
+__all__ = ["draw"]
+
+
+def draw(found: Comparison, path: Path) -> None:
+    """Each method's best constants, its first seed; needs matplotlib (`swarmtrain[plot]`)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = found.scenario.scenario.name  # the same comparison, the same file
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    for method, row in found.best().items():
+        curve = next(iter(row.outcomes.values())).curve
+        losses = [loss for _, _, loss in curve]
+        by_tokens.plot([tokens / 1e6 for tokens, _, _ in curve], losses, label=method)
+        by_time.plot([time_s / 60 for _, time_s, _ in curve], losses, label=method)
+    by_tokens.set(xlabel="million tokens of the whole run", ylabel="held-out loss, nats per byte")
+    by_time.set(xlabel="virtual minutes")
+    by_time.legend()
+    figure.suptitle(found.scenario.scenario.name)
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    figure.savefig(path, metadata=metadata)

@@ -1,0 +1,172 @@
+"""`swarmtrain simulate`: methods compared in virtual time, by the code that real peers run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from swarmtrain.cli.common import example
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from swarmtrain.simulate.comparing import Row
+    from swarmtrain.simulate.scenario import Scenario
+
+__all__ = ["command", "table_lines"]
+
+
+@click.command(
+    name="simulate",
+    epilog=example(
+        "swarmtrain simulate examples/scenarios/heterogeneous.toml",
+        "swarmtrain simulate my.toml --sweep merge.outer_momentum=0.5,0.8 --json found.json",
+    ),
+)
+@click.argument("scenario", metavar="SCENARIO.toml", type=click.Path(path_type=Path))
+@click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="Of the runs; may be repeated.  [default: the file's]")  # fmt: skip
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="To compare; may be repeated.  [default: the file's]")  # fmt: skip
+@click.option("--sweep", "sweeps", multiple=True, metavar="KEY=V,V", help="Values of a key of the run file that are all tried; may be repeated.")  # fmt: skip
+@click.option("--set", "changes", multiple=True, metavar="KEY=V", help="Change a key of the run file; may be repeated.")
+@click.option("--jobs", type=click.IntRange(1), help="Runs at once.  [default: a core each]")
+@click.option("--fresh", is_flag=True, help="Run all anew, also what was run before.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw the losses, as PNG or SVG.")  # fmt: skip
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write one JSON document.")  # fmt: skip
+def command(
+    scenario: Path,
+    seeds: tuple[int, ...],
+    methods: tuple[str, ...],
+    sweeps: tuple[str, ...],
+    changes: tuple[str, ...],
+    jobs: int | None,
+    fresh: bool,
+    plot: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Compare methods of training in virtual time.
+
+    Real models learn real text, one after the other on this machine; the clock that counts is that of the scenario's
+    machines and links. The same file and seed give the same document, whatever this machine is.
+    """
+    import json
+    import os
+
+    import platformdirs
+
+    from swarmtrain.simulate.comparing import compare, document
+    from swarmtrain.simulate.scenario import load_scenario
+
+    grid = dict(map(_swept, sweeps))
+    loaded = load_scenario(scenario).with_changes(
+        seeds=seeds, methods=methods, grid=grid, changes=dict(_changed(change) for change in changes)
+    )
+    if plot is not None:
+        _check_plot(plot, loaded)
+    kept = None if fresh else platformdirs.user_cache_path("swarmtrain") / "simulate"
+    with _shown(loaded) as told:
+        found = compare(loaded, jobs=jobs or os.cpu_count() or 1, kept=kept, told=told)
+    for line in table_lines(found.rows()):
+        click.echo(line)
+    if json_file is not None:
+        from swarmtrain.network.files import write_atomically
+
+        write_atomically(json_file, (json.dumps(document(found), indent=1, allow_nan=False) + "\n").encode())
+    if plot is not None:
+        from swarmtrain.cli.figure import draw
+
+        draw(found, plot)
+
+
+def _changed(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, as a run file writes it; a word without quotes is text."""
+    import tomllib
+
+    key, equals, value = text.partition("=")
+    if not equals or key.count(".") != 1:
+        raise click.UsageError(f"{text!r}: write SECTION.KEY=VALUE, such as merge.outer_momentum=0.5")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _swept(text: str) -> tuple[str, list[Any]]:
+    key, _, values = text.partition("=")
+    return key, [_changed(f"{key}={value}")[1] for value in values.split(",")]
+
+
+def _check_plot(path: Path, scenario: Scenario) -> None:
+    """Before hours of work."""
+    import importlib.util
+
+    if path.suffix not in (".png", ".svg"):
+        raise click.UsageError(f"--plot {path}: its name must end with .png or .svg")
+    if not scenario.scenario.curve_points:
+        raise click.UsageError("--plot needs curves: set scenario.curve_points in the scenario, 20 say")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--plot needs matplotlib: pip install 'swarmtrain[plot]'")
+
+
+# ---------------------------------------------------------------- what a person sees
+
+
+@contextmanager
+def _shown(scenario: Scenario) -> Iterator[Any]:
+    """A bar with the time left, and the table as it fills, on standard error; called for each run that is there."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    from swarmtrain.simulate.comparing import Comparison, Play
+    from swarmtrain.simulate.learning.setting import Outcome
+
+    console, found = Console(stderr=True), Comparison(scenario)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    task = bar.add_task(scenario.scenario.name, total=None)
+
+    def picture() -> RenderableType:
+        lines = table_lines(found.rows()) if found.rows() else []
+        return Group(*(Text(line) for line in lines), bar)
+
+    with Live(picture(), console=console, refresh_per_second=4, transient=True) as live:
+
+        def told(play: Play, outcome: Outcome, done: int, total: int) -> None:
+            found.outcomes[play] = outcome
+            bar.update(task, completed=done, total=total)
+            live.update(picture())
+            if not console.is_terminal:
+                click.echo(f"{done} of {total}: {play.words}: {outcome.held_out_loss:.4f} nats/byte", err=True)
+
+        yield told
+
+
+def table_lines(rows: list[Row]) -> list[str]:
+    """Each method, with its constants, and how it did: means over the seeds, ratios within seeds."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row.method not in best or row.loss < best[row.method].loss:
+            best[row.method] = row
+    names = [" ".join([row.method, *(f"{key.partition('.')[2]}={value}" for key, value in row.point)]) for row in rows]
+    width = max([len(name) for name in names] + [6])
+    lines = [f"{'method':{width}}  nats/byte  virtual time  to diloco          to diloco-paced    bytes/step   stall"]
+    for name, row in zip(names, rows, strict=True):
+        lines.append(
+            f"{name:{width}}  {row.loss:9.4f}  {row.mean('virtual_time_s'):10.1f} s  {_ratio(row, best.get('diloco'))}"
+            f"  {_ratio(row, best.get('diloco-paced'))}  {row.mean('sent_bytes') / row.mean('inner_steps'):10.0f}"
+            f"  {row.mean('stall_share'):6.1%}"
+        )
+    return lines
+
+
+def _ratio(row: Row, other: Row | None) -> str:
+    import math
+
+    if other is None or set(row.outcomes) - set(other.outcomes):
+        return f"{'':17}"
+    mean, error = row.ratio(other)
+    return f"{mean:.4f}" + (f" +- {error:.4f}" if math.isfinite(error) else f"{'':10}")

@@ -1,0 +1,280 @@
+"""Play a scenario: each method with each seed, on all cores, and what comes of it as one document.
+
+Constants first: where a scenario has a grid and tuning seeds, each method takes the point of the grid that is best on
+those seeds, and is compared on the others with that. Runs are deterministic, so what has been run is kept in a folder
+and not run again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swarmtrain import __version__
+from swarmtrain.errors import UserError
+from swarmtrain.network.files import write_atomically
+from swarmtrain.simulate.learning.setting import Outcome
+from swarmtrain.simulate.scenario import GridPoint, Scenario
+
+__all__ = ["Comparison", "Play", "Row", "compare", "document", "plays_of"]
+
+
+@dataclass(frozen=True)
+class Play:
+    """One run: a method with its constants and a seed. `tuning`: only to choose constants."""
+
+    method: str
+    point: GridPoint
+    seed: int
+    tuning: bool = False
+
+    @property
+    def words(self) -> str:
+        """For a person."""
+        constants = "".join(f", {key.partition('.')[2]} {value}" for key, value in self.point)
+        return f"{self.method}, seed {self.seed}{constants}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A method's runs with the same constants, one a seed."""
+
+    method: str
+    point: GridPoint
+    outcomes: Mapping[int, Outcome]
+
+    @property
+    def loss(self) -> float:
+        """Mean held-out loss, nats per byte."""
+        return self.mean("held_out_loss")
+
+    def mean(self, name: str) -> float:
+        """Of a figure of its outcomes; NaN if it has none."""
+        values = [value for one in self.outcomes.values() if (value := getattr(one, name)) is not None]
+        return statistics.fmean(values) if values else math.nan
+
+    def ratio(self, other: Row | None) -> tuple[float, float]:
+        """Of the losses to another's with the same seeds: mean and standard error; NaN where there is none."""
+        if other is None:
+            return math.nan, math.nan
+        ratios = [one.held_out_loss / other.outcomes[seed].held_out_loss for seed, one in self.outcomes.items()]
+        return statistics.fmean(ratios), standard_error(ratios)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; NaN for fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+@dataclass
+class Comparison:
+    """What there is by now."""
+
+    scenario: Scenario
+    outcomes: dict[Play, Outcome] = field(default_factory=dict)
+
+    def rows(self, *, tuning: bool = False) -> list[Row]:
+        """By method and constants, in the scenario's order."""
+        found: dict[tuple[str, GridPoint], dict[int, Outcome]] = {}
+        for play, outcome in self.outcomes.items():
+            if play.tuning == tuning:
+                found.setdefault((play.method, play.point), {})[play.seed] = outcome
+        order = {method: number for number, method in enumerate(self.scenario.scenario.methods)}
+        keys = sorted(found, key=lambda key: (order[key[0]], repr(key[1])))
+        return [Row(method=key[0], point=key[1], outcomes=dict(sorted(found[key].items()))) for key in keys]
+
+    def best(self) -> dict[str, Row]:
+        """Of each method the row with the least loss."""
+        found: dict[str, Row] = {}
+        for row in self.rows():
+            if row.method not in found or row.loss < found[row.method].loss:
+                found[row.method] = row
+        return found
+
+
+def plays_of(scenario: Scenario, chosen: Mapping[str, GridPoint] | None, methods: Mapping[str, Any]) -> list[Play]:
+    """The runs to make now: to choose constants while `chosen` is None, then to compare. `UserError` for a method that
+    there is not."""
+    section = scenario.scenario
+    for method in section.methods:
+        if method not in methods:
+            raise UserError(f"scenario.methods: there is no method {method}; there are {', '.join(methods)}")
+    if chosen is None:
+        if not section.tuning_seeds or not scenario.grid:
+            return []
+        points = [(method, point) for method in section.methods for point in scenario.points()]
+        return [Play(method, point, seed, tuning=True) for method, point in points for seed in section.tuning_seeds]
+    if chosen:
+        return [Play(method, chosen[method], seed) for seed in section.seeds for method in section.methods]
+    points = [(method, point) for method in section.methods for point in scenario.points()]
+    return [Play(method, point, seed) for seed in section.seeds for method, point in points]
+
+
+def compare(
+    scenario: Scenario,
+    *,
+    jobs: int,
+    kept: Path | None,
+    told: Callable[[Play, Outcome, int, int], None] = lambda play, outcome, done, total: None,
+) -> Comparison:
+    """All runs. `kept` is the folder of those made before; `told` hears of each that is there, with how many of how
+    many are."""
+    from swarmtrain.simulate.learning.methods import METHODS  # with torch
+
+    found, chosen = Comparison(scenario), dict[str, GridPoint]()
+    tuning = plays_of(scenario, None, METHODS)
+    section, num_later = scenario.scenario, 0
+    if tuning:
+        num_later = len(section.methods) * len(section.seeds)
+    total = len(tuning) + (num_later or len(plays_of(scenario, {}, METHODS)))
+    for play, outcome in _played(scenario, tuning, jobs, kept):
+        found.outcomes[play] = outcome
+        told(play, outcome, len(found.outcomes), total)
+    if tuning:
+        for method in section.methods:
+            rows = [row for row in found.rows(tuning=True) if row.method == method]
+            chosen[method] = min(rows, key=lambda row: row.loss).point
+    for play, outcome in _played(scenario, plays_of(scenario, chosen, METHODS), jobs, kept):
+        found.outcomes[play] = outcome
+        told(play, outcome, len(found.outcomes), total)
+    return found
+
+
+def _played(scenario: Scenario, plays: Sequence[Play], jobs: int, kept: Path | None) -> Iterable[tuple[Play, Outcome]]:
+    """Those that are kept first, then the others as they end."""
+    left = []
+    for play in plays:
+        outcome = _kept(scenario, play, kept)
+        if outcome is None:
+            left.append(play)
+        else:
+            yield play, outcome
+    if not left:
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(left)), context, _begin) as pool:
+        running = {pool.submit(_play, scenario, play): play for play in left}
+        try:
+            for future in concurrent.futures.as_completed(running):
+                play, outcome = running[future], future.result()
+                _keep(scenario, play, kept, outcome)
+                yield play, outcome
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin() -> None:
+    """In each process: one core is its share."""
+    import signal
+
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
+
+
+def _play(scenario: Scenario, play: Play) -> Outcome:
+    from swarmtrain.simulate.learning.learner import Text
+    from swarmtrain.simulate.learning.methods import METHODS
+    from swarmtrain.simulate.learning.setting import setting_of
+
+    method = METHODS[play.method]
+    run = scenario.run(play.seed, play.point, tuple(method.keys.items()))
+    return method.run(setting_of(scenario, Text.of(run, scenario.base)))
+
+
+# ---------------------------------------------------------------- what was run before
+
+
+def _digest(scenario: Scenario, play: Play) -> str:
+    """Of all that a run's outcome follows from, but for the code, of which the version stands."""
+    import torch
+
+    from swarmtrain.simulate.learning.methods import METHODS
+
+    run = scenario.run(play.seed, play.point, tuple(METHODS[play.method].keys.items()))
+    told = {
+        "method": play.method,
+        "run": run.model_dump(mode="json"),
+        "peers": scenario.peers.model_dump(mode="json"),
+        "links": scenario.links.model_dump(mode="json"),
+        "hangs": [hang.model_dump(mode="json") for hang in scenario.hangs],
+        "curve_points": scenario.scenario.curve_points,
+        "versions": [__version__, torch.__version__],
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _kept(scenario: Scenario, play: Play, folder: Path | None) -> Outcome | None:
+    if folder is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        table = json.loads((folder / f"{_digest(scenario, play)}.json").read_text(encoding="utf-8"))
+        return Outcome(**table | {"curve": tuple(tuple(point) for point in table["curve"])})
+    return None
+
+
+def _keep(scenario: Scenario, play: Play, folder: Path | None, outcome: Outcome) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    data = json.dumps(dataclasses.asdict(outcome)).encode()
+    write_atomically(folder / f"{_digest(scenario, play)}.json", data)
+
+
+# ---------------------------------------------------------------- the document
+
+
+def document(found: Comparison) -> dict[str, Any]:
+    """What `swarmtrain simulate --json` writes. Figures that there are none of are null."""
+    section, best = found.scenario.scenario, found.best()
+    rows = found.rows()
+    return {
+        "scenario": section.name,
+        "seeds": list(section.seeds),
+        "tuned_on": list(section.tuning_seeds) if found.scenario.grid else [],
+        "results": [_result(row, best) for row in rows],
+        "tuning": [
+            {"method": row.method, "constants": dict(row.point), "held_out_loss": _figure(row.loss)}
+            for row in found.rows(tuning=True)
+        ],
+    }
+
+
+def _result(row: Row, best: Mapping[str, Row]) -> dict[str, Any]:
+    to_diloco, to_paced = (row.ratio(best.get(name)) for name in ("diloco", "diloco-paced"))
+    losses = [one.held_out_loss for one in row.outcomes.values()]
+    first = next(iter(row.outcomes.values()))
+    return {
+        "method": row.method,
+        "constants": dict(row.point),
+        "held_out_loss": _figure(row.loss),
+        "own_loss": _figure(row.mean("own_loss")),
+        "stderr": _figure(standard_error(losses)),
+        "ratio_to_diloco": _figure(to_diloco[0]),
+        "ratio_to_diloco_stderr": _figure(to_diloco[1]),
+        "ratio_to_diloco_paced": _figure(to_paced[0]),
+        "ratio_to_diloco_paced_stderr": _figure(to_paced[1]),
+        "virtual_time_s": _figure(row.mean("virtual_time_s")),
+        "tokens": round(row.mean("tokens")),
+        "bytes_per_inner_step": _figure(row.mean("sent_bytes") / row.mean("inner_steps")),
+        "stall_share": _figure(row.mean("stall_share")),
+        "fresh_share": _figure(row.mean("fresh_share")),
+        "tokens_lost": 0,
+        "losses": {str(seed): _figure(one.held_out_loss) for seed, one in row.outcomes.items()},
+        "curve": [[tokens, _figure(time_s), _figure(loss)] for tokens, time_s, loss in first.curve],
+    }
+
+
+def _figure(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None

@@ -1,0 +1,96 @@
+"""A volunteer as a simulated run has it: the product's own trainer, whose steps are taken when virtual time says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from swarmtrain.algorithm.outer import flatten, unflatten_into
+from swarmtrain.data.batches import BatchSource, held_out_batches
+from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
+from swarmtrain.membership.progress import Progress
+from swarmtrain.model.gpt import build_model, evaluate
+from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Served, Start, Trainer
+from swarmtrain.run import RunFile
+
+__all__ = ["Learner", "Text"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a run trains on and is judged by, as its peers prepare it."""
+
+    run: RunFile
+    data: TrainingData
+    held_out: bytes
+
+    @classmethod
+    def of(cls, run: RunFile, base: Path) -> Text:
+        """`base` is the folder that the run file's paths are relative to."""
+        published = publishable_data(run, base)
+        held_out = published.held_out.text
+        return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out)
+
+    def batches(self, number: int) -> BatchSource:
+        """The batches of volunteer `number`."""
+        place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
+        return training_batches(self.run, self.data, place, Path(), self.held_out)
+
+    def held_out_loss(self, theta: Tensor) -> float:
+        """Of weights (P,), in nats per byte."""
+        model = build_model(self.run.model, self.run.run.seed)
+        unflatten_into(theta, model.parameters())
+        tokens = self.data.tokenizer.encode(self.held_out)
+        sizes = self.run.model.context_tokens, self.run.evaluation.batch_sequences
+        return evaluate(model, held_out_batches(tokens, *sizes))[0] / len(self.held_out)
+
+
+class _NoExchange:
+    """The simulator takes a round's parts itself, so that they can lie apart in virtual time."""
+
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        raise NotImplementedError
+
+    def step_done(self, inner_steps_done: int) -> None: ...
+
+    def publish(self, contribution: Contribution) -> None: ...
+
+    def collect(self) -> Averaged | Gathered | Served | Replaced:
+        raise NotImplementedError
+
+
+class Learner:
+    """Volunteer `number`: its model, optimizer, data and trainer. `seed` is of its initial weights, by default the
+    run's."""
+
+    def __init__(self, text: Text, number: int, seed: int | None = None) -> None:
+        self.text, self.number = text, number
+        model = build_model(text.run.model, text.run.run.seed if seed is None else seed)
+        self.trainer = Trainer(
+            run=text.run,
+            model=model,
+            batches=text.batches(number),
+            exchange=_NoExchange(),
+            report=lambda report: None,
+        )
+        self.losses: list[float] = []
+
+    def enter(self, theta: Tensor) -> None:
+        """Begin a round with these weights, (P,)."""
+        self.trainer.enter(theta)
+
+    def step(self, progress: float) -> None:
+        """An inner step, at that part of the run's tokens, from 0 to 1."""
+        self.losses.append(self.trainer.step(progress, 1.0).loss)
+
+    @property
+    def reached(self) -> Tensor:
+        """The weights now, (P,): a copy."""
+        return flatten(self.trainer.model.parameters())
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the model's tensors."""
+        return [tuple(parameter.shape) for parameter in self.trainer.model.parameters()]

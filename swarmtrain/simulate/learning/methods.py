@@ -1,0 +1,78 @@
+"""The methods that a scenario can compare, by name: what each changes in the run file, and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from swarmtrain.simulate.learning.gossip import gossip
+from swarmtrain.simulate.learning.serving import async_nesterov, server, server_waiting
+from swarmtrain.simulate.learning.setting import Outcome, Setting
+from swarmtrain.simulate.learning.synchronous import data_parallel, diloco
+
+__all__ = ["METHODS", "Method"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What it is, for a person; keys of the run file with their values; and what runs it."""
+
+    says: str
+    run: Callable[[Setting], Outcome]
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "data-parallel": Method(
+        says="gradients averaged at every step",
+        run=data_parallel,
+        keys={"merge.method": "diloco", "merge.pacing": False},
+    ),
+    "local-sgd": Method(
+        says="synchronous rounds, then the plain mean of the weights (arXiv 1805.09767)",
+        run=diloco,
+        keys={
+            "merge.method": "diloco",
+            "merge.pacing": False,
+            "merge.outer_learning_rate": 1.0,
+            "merge.outer_momentum": 0.0,
+        },
+    ),
+    "diloco": Method(
+        says="synchronous rounds of H steps, then an outer Nesterov step (arXiv 2311.08105)",
+        run=diloco,
+        keys={"merge.method": "diloco", "merge.pacing": False},
+    ),
+    "diloco-paced": Method(
+        says="the same, with H by each peer's speed",
+        run=diloco,
+        keys={"merge.method": "diloco", "merge.pacing": True},
+    ),
+    "gossip": Method(
+        says="publish, pull and merge without waiting: what swarmtrain does",
+        run=gossip,
+        keys={"merge.method": "gossip", "merge.pacing": True},
+    ),
+    "gossip-plain": Method(
+        says="the same without the variance correction",
+        run=lambda setting: gossip(replace(setting, corrected=False)),
+        keys={"merge.method": "gossip", "merge.pacing": True},
+    ),
+    "server": Method(
+        says="delayed Nesterov on one peer's weights, which nobody waits for",
+        run=server,
+        keys={"merge.method": "server", "merge.pacing": True},
+    ),
+    "server-waiting": Method(
+        says="the same as published: workers wait for the weights that have their gradient (arXiv 2401.09135)",
+        run=server_waiting,
+        keys={"merge.method": "server", "merge.pacing": True},
+    ),
+    "async-nesterov": Method(
+        says="the naive way of the same paper: each arriving gradient is a Nesterov step of its own",
+        run=async_nesterov,
+        keys={"merge.method": "server", "merge.pacing": True},
+    ),
+}
+"""Keys that a method does not name are the run file's, or the grid's."""

@@ -1,0 +1,160 @@
+"""Methods with one peer as the server of the weights, whom nobody waits for, or everybody."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.outer import DelayedNesterov, OuterState
+from swarmtrain.algorithm.quantize import Format, decode, encode, encoded_size_bytes
+from swarmtrain.peer.server_exchange import lead
+from swarmtrain.simulate.clock import Clock
+from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
+
+__all__ = ["async_nesterov", "server", "server_waiting"]
+
+
+class _Worker:
+    """A volunteer of a server. Waiting, as published, it goes on from the weights that its gradient has entered; else
+    from the newest that it pulled late in its round, less each of its gradients that those lack."""
+
+    def __init__(self, served: _Served, number: int) -> None:
+        self.served, self.number = served, number
+        self.learner = served.setting.learner(number)
+        self.theta = self.learner.reached
+        self.round = 0
+        self.pieces: dict[int, Tensor] = {}
+        self.came: tuple[Tensor, frozenset[int]] | None = None
+        self.waited_s = self.handed_in_s = 0.0
+
+    def begin(self) -> None:
+        """A round."""
+        served, setting = self.served, self.served.setting
+        self.waited_s += served.clock.now - self.handed_in_s if self.round and served.waiting else 0.0
+        self.began_tokens = served.tokens
+        self.steps = setting.steps_of_round(self.number)
+        self.learner.enter(self.theta)
+        ends_s = served.clock.now + self.steps * setting.step_s[self.number]
+        if not served.waiting:
+            served.clock.call_at(ends_s - 2 * served.pull_s, self.pull)
+        served.clock.call_at(ends_s, self.end)
+
+    def pull(self) -> None:
+        """The server's weights, with the rounds of this worker that they have."""
+        served = self.served
+        entered = frozenset(served.entered[self.number])
+        served.sent_bytes += served.theta_bytes
+        served.clock.call_later(served.pull_s, setattr, self, "came", (served.weights(), entered))
+
+    def end(self) -> None:
+        """Train what the round took, hand it in, and go on."""
+        served, setting = self.served, self.served.setting
+        step_tokens, total = setting.run.tokens_per_step, setting.total_tokens
+        everybodys = setting.steps_of_everybody(self.number)
+        for step in range(self.steps):
+            self.learner.step((self.began_tokens + step * everybodys * step_tokens) / total)
+        served.tokens += self.steps * step_tokens
+        served.inner_steps += self.steps
+        reached = self.learner.reached
+        self.pieces[self.round] = self.theta - reached
+        served.sent_bytes += served.gradient_bytes
+        self.handed_in_s = served.clock.now
+        served.clock.call_later(served.hand_in_s, served.take, self, self.round)
+        self.round += 1
+        if served.waiting:
+            return
+        self.theta = reached
+        if self.came is not None:
+            theta, entered = self.came
+            self.came, self.pieces = None, {r: g for r, g in self.pieces.items() if r not in entered}
+            self.theta = lead(theta, list(self.pieces.values()))
+        self.go_on()
+
+    def go_on(self) -> None:
+        """While the run lasts."""
+        if self.served.tokens < self.served.setting.total_tokens:
+            self.begin()
+        else:
+            self.served.finished_s = max(self.served.finished_s, self.served.clock.now)
+
+
+class _Served:
+    """The server, its workers and the clock. `delay` is N of delayed Nesterov (`DelayedNesterov`)."""
+
+    def __init__(self, setting: Setting, *, waiting: bool, delay: int) -> None:
+        self.setting, self.waiting, self.clock = setting, waiting, Clock()
+        self.tokens = self.inner_steps = self.refreshes = self.sent_bytes = 0
+        self.finished_s = 0.0
+        self.workers = [_Worker(self, number) for number in range(setting.num_peers)]
+        theta, section = self.workers[0].theta, setting.run.merge
+        self.sizes = [parameter.numel() for parameter in self.workers[0].learner.trainer.model.parameters()]
+        state = OuterState(theta, torch.zeros_like(theta))
+        self.outer = DelayedNesterov(state, setting.constants(0), delay, section.momentum_share)
+        self.entered: list[set[int]] = [set() for _ in self.workers]
+        self.theta_bytes, self.gradient_bytes = (
+            encoded_size_bytes(form, self.sizes) for form in (section.theta_format, section.gradient_format)
+        )
+        rate = setting.bytes_per_s
+        self.pull_s, self.hand_in_s = (
+            setting.rtt_s + self.theta_bytes / rate,
+            setting.rtt_s + self.gradient_bytes / rate,
+        )
+        self._recorder = Recorder(setting)
+
+    def weights(self) -> Tensor:
+        """As they travel."""
+        return self._on_the_wire(self.outer.state.theta, self.setting.run.merge.theta_format)
+
+    def take(self, worker: _Worker, round: int) -> None:
+        """A gradient has arrived."""
+        self.outer.arrive(self._on_the_wire(worker.pieces[round], self.setting.run.merge.gradient_format))
+        self.entered[worker.number].add(round)
+        if not self.outer.buffer.arrivals:
+            self.refreshes += 1
+            self.outer.constants = self.setting.constants(self.refreshes)
+        self._recorder.see(self.tokens, self.clock.now, lambda: self.outer.state.theta)
+        if self.waiting:
+            worker.pieces.clear()
+            self.sent_bytes += self.theta_bytes
+            self.clock.call_later(self.pull_s, self.answer, worker)
+
+    def answer(self, worker: _Worker) -> None:
+        """A worker that waits has the weights."""
+        worker.theta = self.weights()
+        worker.go_on()
+
+    def _on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
+        return decode(encode(vector.contiguous(), form, self.sizes), form, self.sizes)
+
+    def run(self) -> Outcome:
+        """To the end of the run."""
+        for worker in self.workers:
+            worker.begin()
+        while self.clock.step():
+            pass
+        text, theta = self.setting.text, self.outer.state.theta
+        return Outcome(
+            held_out_loss=text.held_out_loss(theta),
+            virtual_time_s=self.finished_s,
+            tokens=self.tokens,
+            inner_steps=self.inner_steps,
+            sent_bytes=self.sent_bytes,
+            stall_share=sum(worker.waited_s for worker in self.workers) / (len(self.workers) * self.finished_s),
+            curve=tuple(self._recorder.points),
+        )
+
+
+def server(setting: Setting) -> Outcome:
+    """Delayed Nesterov on one peer's weights, which workers pull late in their rounds, waiting for nothing."""
+    return _Served(setting, waiting=False, delay=setting.num_peers).run()
+
+
+def server_waiting(setting: Setting) -> Outcome:
+    """The same as published (Asynchronous Local-SGD, arXiv 2401.09135): a worker waits for the weights that have its
+    gradient."""
+    return _Served(setting, waiting=True, delay=setting.num_peers).run()
+
+
+def async_nesterov(setting: Setting) -> Outcome:
+    """The naive way of the same paper: each arriving gradient is a Nesterov step of its own."""
+    return _Served(setting, waiting=True, delay=1).run()

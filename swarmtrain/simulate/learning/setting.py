@@ -1,0 +1,151 @@
+"""What a simulated run is made of, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from swarmtrain.algorithm.outer import OuterConstants, momentum_at
+from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
+from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.run import RunFile
+from swarmtrain.simulate.learning.learner import Learner, Text
+from swarmtrain.simulate.scenario import Hang, Scenario
+
+__all__ = ["CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
+
+CurvePoint = tuple[int, float, float]
+"""(tokens of the whole run, virtual seconds, held-out loss in nats per byte)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A run with its peers and links: seconds of an inner step of each volunteer, and what the wire takes."""
+
+    text: Text
+    step_s: tuple[float, ...]
+    up_bytes_per_s: float = float("inf")
+    down_bytes_per_s: float = float("inf")
+    """Of everybody."""
+    rtt_s: float = 0.0
+    failing: float = 0.0
+    """The share of pulls that bring nothing."""
+    hangs: tuple[Hang, ...] = ()
+    own_weights: bool = False
+    corrected: bool = True
+    """With the variance correction."""
+    curve_points: int = 0
+
+    @property
+    def run(self) -> RunFile:
+        """The run file."""
+        return self.text.run
+
+    @property
+    def total_tokens(self) -> int:
+        """At which the run ends."""
+        return self.run.run.total_tokens
+
+    @property
+    def num_peers(self) -> int:
+        """How many volunteers there are."""
+        return len(self.step_s)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """From one to another."""
+        return min(self.up_bytes_per_s, self.down_bytes_per_s)
+
+    def learner(self, number: int) -> Learner:
+        """A new volunteer."""
+        seed = 1000 * (1 + self.run.run.seed) + number if self.own_weights else None
+        return Learner(self.text, number, seed)
+
+    def constants(self, round: int) -> OuterConstants:
+        """Of the outer step."""
+        section = self.run.merge
+        momentum = momentum_at(round, section.outer_momentum, section.momentum_ramp_rounds)
+        return OuterConstants(learning_rate=section.outer_learning_rate, momentum=momentum)
+
+    def steps_of_round(self, number: int) -> int:
+        """H_i."""
+        if not self.run.merge.pacing:
+            return self.run.merge.inner_steps
+        speeds = [1 / step_s for step_s in self.step_s]
+        return paced_inner_steps(speeds[number], reference_speed(speeds), self.run.merge.inner_steps)
+
+    def steps_of_everybody(self, number: int) -> float:
+        """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances."""
+        return sum(1 / step_s for step_s in self.step_s) * self.step_s[number]
+
+    def all_reduce_s(self, num_peers: int, size_bytes: int) -> float:
+        """Of a mean over so many: shares of everybody's to their hosts, then the means back."""
+        return 2 * ((num_peers - 1) / num_peers * size_bytes / self.bytes_per_s + self.rtt_s)
+
+    def is_hanging(self, number: int, now_s: float) -> bool:
+        """Whether that volunteer stands still now."""
+        return any(hang.is_on(number, now_s) for hang in self.hangs)
+
+    def awake_s(self, number: int, when_s: float) -> float:
+        """When it does what it would do at `when_s`, if it stands still at that time."""
+        for hang in self.hangs:
+            if hang.is_on(number, when_s):
+                return when_s + hang.for_s  # what comes within its standing still is late by all of it
+        return when_s
+
+
+def setting_of(scenario: Scenario, text: Text) -> Setting:
+    """A run of a scenario; its seed and constants are in the run file of `text`."""
+    links = scenario.links
+    up, down = (rate * BYTES_PER_S_OF_MBIT if rate else float("inf") for rate in (links.up_mbit, links.down_mbit))
+    return Setting(
+        text=text,
+        step_s=scenario.peers.step_s,
+        up_bytes_per_s=up,
+        down_bytes_per_s=down,
+        rtt_s=links.rtt_ms / 1000,
+        failing=links.failing_percent / 100,
+        hangs=scenario.hangs,
+        own_weights=scenario.peers.own_weights,
+        curve_points=scenario.scenario.curve_points,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a run. Losses in nats per byte; `own_loss` is the mean of the peers' own weights, where each has
+    some."""
+
+    held_out_loss: float
+    own_loss: float | None = None
+    virtual_time_s: float
+    tokens: int
+    inner_steps: int
+    sent_bytes: int = 0
+    """By all."""
+    stall_share: float = 0.0
+    """Of the volunteers' time: waiting for others or for the wire."""
+    fresh_share: float | None = None
+    """Of the rounds of gossip: those that merged somebody's pseudo-gradient."""
+    curve: tuple[CurvePoint, ...] = ()
+
+
+@dataclass
+class Recorder:
+    """Measures the held-out loss on the way, `curve_points` times at equal distances of tokens."""
+
+    setting: Setting
+    points: list[CurvePoint] = field(default_factory=list)
+
+    def see(self, tokens: int, now_s: float, theta: Callable[[], Tensor]) -> None:
+        """After some training; `theta` gives the weights to measure, if it is time."""
+        number, total = self.setting.curve_points, self.setting.total_tokens
+        if number and tokens * number >= total * (len(self.points) + 1) and len(self.points) < number:
+            self.points.append((tokens, now_s, self.setting.text.held_out_loss(theta())))
+
+
+def share_of(waited_s: Sequence[float], lasted_s: Sequence[float]) -> float:
+    """Of everybody's time together."""
+    return sum(waited_s) / max(1e-9, sum(lasted_s))

@@ -1,0 +1,217 @@
+"""A scenario: which peers, on which links, train by which methods, and what befalls them.
+
+A file that a person writes, in the words of run files and rehearsals.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError, field_validator
+
+from swarmtrain.errors import UserError
+from swarmtrain.problems import Section, one_line, problem_in_words, read_toml
+from swarmtrain.rehearsal import LinksSection
+from swarmtrain.run import RunFile, parse_run
+
+__all__ = ["GridPoint", "Hang", "PeersSection", "Scenario", "ScenarioLinks", "load_scenario"]
+
+_MAX_FILE_BYTES = 65_536
+_MAX_POINTS = 10_000
+_EXAMPLE = "examples/scenarios/heterogeneous.toml"
+
+GridPoint = tuple[tuple[str, Any], ...]
+"""(key of the run file, value), sorted."""
+
+
+class ScenarioSection(Section):
+    """`[scenario]`"""
+
+    name: str = Field(min_length=1, max_length=64, description="What people call it.")
+    work: Literal["learning"] = Field("learning", description="Real models, text and merges.")
+    run: str = Field(min_length=1, description="The run file, relative to the scenario's folder.")
+    methods: tuple[str, ...] = Field(strict=False, min_length=1, description="Which are compared.")
+    seeds: tuple[int, ...] = Field((0,), strict=False, min_length=1, description="Of the runs, each method with each.")
+    tuning_seeds: tuple[int, ...] = Field(
+        (), strict=False, description="On which each method's constants are chosen from `[grid]`; none: all are shown."
+    )
+    curve_points: int = Field(0, ge=0, le=1000, description="How often the held-out loss is measured on the way.")
+
+    @field_validator("methods", "seeds", "tuning_seeds")
+    @classmethod
+    def _once(cls, given: tuple[object, ...]) -> tuple[object, ...]:
+        if len(set(given)) < len(given):
+            raise ValueError("one is there twice")
+        return given
+
+
+class PeersSection(Section):
+    """`[peers]`"""
+
+    number: int = Field(4, ge=1, le=1024, description="How many volunteers.")
+    step_ms: float = Field(10.0, gt=0, le=3_600_000, description="An inner step of one that is not slowed.")
+    slowdowns: tuple[float, ...] = Field(
+        (), strict=False, description="Times that, for each; fewer of them are gone through again; none: all alike."
+    )
+    own_weights: bool = Field(False, description="Each begins with random weights of its own.")
+
+    @field_validator("slowdowns")
+    @classmethod
+    def _positive(cls, slowdowns: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not (0 < each < math.inf) for each in slowdowns):
+            raise ValueError("a slowdown is not above 0")
+        return slowdowns
+
+    @property
+    def step_s(self) -> tuple[float, ...]:
+        """Of each volunteer."""
+        factors = itertools.islice(itertools.cycle(self.slowdowns or (1.0,)), self.number)
+        return tuple(self.step_ms / 1000 * factor for factor in factors)
+
+
+class ScenarioLinks(LinksSection):
+    """`[links]`, as in a rehearsal."""
+
+    failing_percent: float = Field(0.0, ge=0, le=100, description="Transfers that break off.")
+
+
+class Hang(Section):
+    """`[[hangs]]`: a volunteer stands still for a while."""
+
+    peer: int = Field(ge=0, description="Its number, from 0.")
+    at_s: float = Field(ge=0, description="When, in virtual seconds.")
+    for_s: float = Field(gt=0, description="For how long.")
+
+    def is_on(self, number: int, now_s: float) -> bool:
+        """Whether volunteer `number` stands still now."""
+        return number == self.peer and self.at_s <= now_s < self.at_s + self.for_s
+
+
+class _Sections(Section):
+    scenario: ScenarioSection
+    peers: PeersSection = Field(default_factory=lambda: PeersSection())
+    links: ScenarioLinks = Field(default_factory=lambda: ScenarioLinks())
+
+
+class _HangRow(Section):
+    hangs: Hang
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """All of it. `run_text` is the run file with what `[set]` changes; `base` the folder of that file."""
+
+    scenario: ScenarioSection
+    peers: PeersSection
+    links: ScenarioLinks
+    hangs: tuple[Hang, ...]
+    table: Mapping[str, Any]
+    """The run file's."""
+    base: Path
+    grid: Mapping[str, tuple[Any, ...]]
+
+    def with_changes(
+        self,
+        *,
+        seeds: tuple[int, ...] = (),
+        methods: tuple[str, ...] = (),
+        grid: Mapping[str, Sequence[Any]] | None = None,
+        changes: Mapping[str, Any] | None = None,
+    ) -> Scenario:
+        """With what a person asks for instead. `UserError` for what a run file cannot say."""
+        section = self.scenario.model_copy(
+            update={"seeds": seeds or self.scenario.seeds, "methods": methods or self.scenario.methods}
+        )
+        table = _changed(self.table, (changes or {}).items())
+        whole = dict(self.grid) | {key: tuple(values) for key, values in (grid or {}).items()}
+        return replace(self, scenario=section, table=table, grid=whole).checked()
+
+    def checked(self) -> Scenario:
+        """Itself, if each point of the grid makes a run file; else `UserError`."""
+        for point in self.points():
+            self.run(0, point)
+        return self
+
+    def points(self) -> Iterator[GridPoint]:
+        """All of the grid; one that changes nothing where there is none."""
+        keys = sorted(self.grid)
+        for values in itertools.product(*(self.grid[key] for key in keys)):
+            yield tuple(zip(keys, values, strict=True))
+
+    def run(self, seed: int, *changes: GridPoint) -> RunFile:
+        """The run file with the seed and these changes. Raises `UserError` for what a run file cannot say."""
+        told = [*(pair for point in changes for pair in point), ("run.seed", seed)]
+        table = _changed(self.table, told)
+        return parse_run(tomli_w.dumps(table), f"the run of scenario {self.scenario.name}")
+
+
+def load_scenario(path: Path) -> Scenario:
+    """Read such a file. Raises `UserError`, one line that names the file and the key."""
+    origin = one_line(str(path))
+    table = read_toml(_read(path, origin), origin, UserError)
+    changes, grid = _keys(table, "set", origin), _keys(table, "grid", origin)
+    hangs = table.pop("hangs", [])
+    if not isinstance(hangs, list):
+        raise UserError(f"{origin}: hangs: is a list; write [[hangs]] for each")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{origin}: grid.{key}: allowed: a list of values, such as [0.5, 0.8]")
+    if math.prod(map(len, grid.values())) > _MAX_POINTS:
+        raise UserError(f"{origin}: grid: more than {_MAX_POINTS} points")
+    try:
+        sections = _Sections.model_validate(table)
+        rows = tuple(_HangRow.model_validate({"hangs": row}).hangs for row in hangs)
+    except ValidationError as error:
+        model = _HangRow if error.title == _HangRow.__name__ else _Sections
+        raise UserError(f"{origin}: {problem_in_words(error, model)}") from None
+    if missing := [each for each in rows if each.peer >= sections.peers.number]:
+        raise UserError(f"{origin}: hangs.peer: {missing[0].peer} of {sections.peers.number} volunteers, from 0")
+    run_path = path.parent / sections.scenario.run
+    run_table = read_toml(_read(run_path, one_line(str(run_path))), one_line(str(run_path)), UserError)
+    found = Scenario(
+        scenario=sections.scenario,
+        peers=sections.peers,
+        links=sections.links,
+        hangs=rows,
+        table=run_table,
+        base=run_path.parent,
+        grid={key: tuple(values) for key, values in grid.items()},
+    )
+    return found.with_changes(changes=changes)
+
+
+def _changed(table: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A run file's tables with other values of some keys."""
+    new = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in table.items()}
+    for key, value in changes:
+        section, _, name = key.partition(".")
+        new.setdefault(section, {})[name] = value
+    return new
+
+
+def _read(path: Path, origin: str) -> str:
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{origin}: cannot be read ({error}); an example of a scenario is {_EXAMPLE}") from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise UserError(f"{origin}: {len(data)} bytes; such a file has at most {_MAX_FILE_BYTES}")
+    return text
+
+
+def _keys(table: dict[str, Any], name: str, origin: str) -> dict[str, Any]:
+    """A section whose keys are those of a run file, with a dot."""
+    section = table.pop(name, {})
+    if not isinstance(section, dict):
+        raise UserError(f"{origin}: {name}: is a section; write [{name}]")
+    for key in section:
+        if key.count(".") != 1:
+            raise UserError(f'{origin}: {name}.{key}: write the run file\'s key with its section: "run.total_tokens"')
+    return section
