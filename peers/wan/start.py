@@ -1,8 +1,8 @@
 """What begins in a container of wan.yaml: its link, the firewall that leads everything through it, and then the peer.
 
 The link runs as a user of its own, which alone may send to others; if it ends, nothing passes any more. Nothing that
-the peer does can go round it: it has not the right to change the firewall, and what it says without TCP is dropped
-(names are looked up at an address of the container itself).
+the peer does can go round it: it has not the right to change the firewall, and what it says without TCP is dropped, such
+as the questions to a router for a port. Names are looked up at an address of the container itself.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ table ip wan {{
         ip daddr 127.0.0.0/8 accept
         ct state established,related accept
         meta skuid {user} accept
-        counter drop
+        meta l4proto tcp counter drop
+        drop
     }}
 }}
 """
@@ -75,11 +76,13 @@ def main() -> None:
     link = OwnLink(shape, seed=socket.gethostname())
     rules = RULES.format(user=LINK_USER, dialling=link.dialling_port, dialled=link.dialled_port)
     subprocess.run(["nft", "--file", "-"], input=rules, text=True, check=True)
-    if os.fork() == 0:
-        become(LINK_USER)
-        logging.basicConfig(level=logging.WARNING, format="link: %(message)s")
-        asyncio.run(link.serve())
-        return
+    if (child := os.fork()) == 0:
+        if os.fork() == 0:  # no child of the peer, which takes its children for its own
+            become(LINK_USER)
+            logging.basicConfig(level=logging.WARNING, format="link: %(message)s")
+            asyncio.run(link.serve())
+        os._exit(0)
+    os.waitpid(child, 0)
     become(PEER_USER)
     os.execvp("swarmtrain", ["swarmtrain", *sys.argv[1:]])
 

@@ -159,38 +159,42 @@ def _played(scenario: Scenario, plays: Sequence[Play], jobs: int, kept: Path | N
             left.append(play)
         else:
             yield play, outcome
-    if not left:
+    if jobs == 1:
+        yield from ((play, _keep(scenario, play, kept, _play(scenario, play))) for play in left)
+    if not left or jobs == 1:
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(jobs, len(left)), context, _begin) as pool:
         running = {pool.submit(_play, scenario, play): play for play in left}
         try:
             for future in concurrent.futures.as_completed(running):
-                play, outcome = running[future], future.result()
-                _keep(scenario, play, kept, outcome)
-                yield play, outcome
+                play = running[future]
+                yield play, _keep(scenario, play, kept, future.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _begin() -> None:
-    """In each process: one core is its share."""
+    """In each process: the one that started it ends it."""
     import signal
 
-    import torch
-
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _play(scenario: Scenario, play: Play) -> Outcome:
+    import torch
+
     from swarmtrain.simulate.learning.learner import Text
     from swarmtrain.simulate.learning.methods import METHODS
     from swarmtrain.simulate.learning.setting import setting_of
 
-    method = METHODS[play.method]
+    method, threads = METHODS[play.method], torch.get_num_threads()
     run = scenario.run(play.seed, play.point, tuple(method.keys.items()))
-    return method.run(setting_of(scenario, Text.of(run, scenario.base)))
+    torch.set_num_threads(1)  # a core is its share, and sums are made in one order
+    try:
+        return method.run(setting_of(scenario, Text.of(run, scenario.base)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------- what was run before
@@ -224,12 +228,12 @@ def _kept(scenario: Scenario, play: Play, folder: Path | None) -> Outcome | None
     return None
 
 
-def _keep(scenario: Scenario, play: Play, folder: Path | None, outcome: Outcome) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    data = json.dumps(dataclasses.asdict(outcome)).encode()
-    write_atomically(folder / f"{_digest(scenario, play)}.json", data)
+def _keep(scenario: Scenario, play: Play, folder: Path | None, outcome: Outcome) -> Outcome:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        data = json.dumps(dataclasses.asdict(outcome)).encode()
+        write_atomically(folder / f"{_digest(scenario, play)}.json", data)
+    return outcome
 
 
 # ---------------------------------------------------------------- the document

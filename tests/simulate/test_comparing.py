@@ -1,0 +1,126 @@
+"""Playing a scenario: constants are chosen on other seeds, what was run is kept, the document is the same each time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from learnt import tiny, write_scenario
+
+from swarmtrain.cli.main import cli
+from swarmtrain.errors import UserError
+from swarmtrain.simulate import comparing
+from swarmtrain.simulate.comparing import Comparison, Play, compare, document
+from swarmtrain.simulate.learning.setting import Outcome
+
+GRID = {"merge.outer_momentum": [0.1, 0.5, 0.9]}
+
+
+def outcome(loss: float, **more: Any) -> Outcome:
+    return Outcome(held_out_loss=loss, virtual_time_s=2.0, tokens=100, inner_steps=10, sent_bytes=500, **more)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[Play]:
+    """What was run; the best momentum is 0.5 for gossip and 0.9 for diloco, whatever the seed."""
+    plays: list[Play] = []
+
+    def play(scenario: Any, one: Play) -> Outcome:
+        plays.append(one)
+        best, momentum = (0.5 if one.method == "gossip" else 0.9), dict(one.point).get("merge.outer_momentum", 0.5)
+        return outcome(1.0 + abs(momentum - best) + 0.01 * one.seed + (one.method == "diloco"))
+
+    monkeypatch.setattr(comparing, "_play", play)
+    return plays
+
+
+def test_each_method_takes_the_constants_that_are_best_on_the_tuning_seeds(tmp_path: Path, played: list[Play]) -> None:
+    section = {"methods": ["gossip", "diloco"], "seeds": [0, 1], "tuning_seeds": [9]}
+    found = compare(tiny(tmp_path, scenario=section, grid=GRID), jobs=1, kept=None)
+    assert len(played) == 2 * 3 + 2 * 2 and [one.tuning for one in played] == [True] * 6 + [False] * 4
+    table = document(found)
+    gossip, diloco = table["results"]
+    assert gossip["constants"] == {"merge.outer_momentum": 0.5} and diloco["constants"] == {"merge.outer_momentum": 0.9}
+    assert gossip["held_out_loss"] == pytest.approx(1.005) and gossip["losses"] == {"0": 1.0, "1": 1.01}
+    assert gossip["ratio_to_diloco"] == pytest.approx((1.0 / 2.0 + 1.01 / 2.01) / 2)
+    assert gossip["ratio_to_diloco_paced"] is None and diloco["ratio_to_diloco"] == 1.0
+    assert gossip["bytes_per_inner_step"] == 50.0 and len(table["tuning"]) == 6
+    json.dumps(table, allow_nan=False)
+
+
+def test_without_tuning_seeds_all_points_are_compared(tmp_path: Path, played: list[Play]) -> None:
+    found = compare(tiny(tmp_path, grid=GRID), jobs=1, kept=None)
+    assert [row.point[0][1] for row in found.rows()] == [0.1, 0.5, 0.9] and len(played) == 3
+    assert found.best()["gossip"].loss == 1.0
+
+
+def test_what_was_run_is_not_run_again_unless_something_changed(tmp_path: Path, played: list[Play]) -> None:
+    kept, scenario = tmp_path / "kept", tiny(tmp_path, scenario={"seeds": [0, 1]})
+    first = document(compare(scenario, jobs=1, kept=kept))
+    assert len(played) == 2 and document(compare(scenario, jobs=1, kept=kept)) == first and len(played) == 2
+    compare(scenario.with_changes(seeds=(0, 1, 2)), jobs=1, kept=kept)
+    assert len(played) == 3
+    compare(scenario.with_changes(changes={"merge.inner_steps": 9}), jobs=1, kept=kept)
+    assert len(played) == 5
+    for path in kept.iterdir():
+        path.write_text("{")
+    compare(scenario, jobs=1, kept=kept)
+    assert len(played) == 7, "a file that is broken is none"
+
+
+def test_a_method_that_there_is_not(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no method gosip; there are data-parallel, "):
+        compare(tiny(tmp_path, scenario={"methods": ["gosip"]}), jobs=1, kept=None)
+
+
+def test_figures_that_there_are_none_of_are_null(tmp_path: Path) -> None:
+    scenario = tiny(tmp_path)
+    found = Comparison(scenario, {Play("gossip", (), 0): outcome(math.inf)})
+    (row,) = document(found)["results"]
+    assert row["held_out_loss"] is None and row["own_loss"] is None and row["stderr"] is None
+
+
+def test_the_command_writes_the_same_document_on_one_core_and_on_two(tmp_path: Path) -> None:
+    section = {"methods": ["gossip", "diloco-paced"], "curve_points": 3}
+    path, texts = write_scenario(tmp_path, scenario=section), []
+    for jobs in ("1", "2"):
+        json_file = tmp_path / f"{jobs}.json"
+        given = ["simulate", str(path), "--jobs", jobs, "--fresh", "--json", str(json_file), "--seed", "3"]
+        done = CliRunner().invoke(cli, given)
+        assert done.exit_code == 0, done.output
+        assert "gossip" in done.stdout and "diloco-paced" in done.stdout
+        texts.append(json_file.read_text())
+    assert texts[0] == texts[1]
+    table = json.loads(texts[0])
+    assert table["seeds"] == [3] and [row["method"] for row in table["results"]] == ["gossip", "diloco-paced"]
+    assert all(0 < row["held_out_loss"] < 4 and len(row["curve"]) == 3 for row in table["results"])
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["--sweep", "momentum=0.5"], "write SECTION.KEY=VALUE"),
+        (["--set", "merge.outer_momentum"], "write SECTION.KEY=VALUE"),
+        (["--plot", "x.pdf"], ".png or .svg"),
+        (["--plot", "x.svg"], "curve_points"),
+        (["--method", "nothing"], "there is no method nothing"),
+        (["--set", "merge.outer_momentum=7"], "outer_momentum"),
+    ],
+)
+def test_wrong_use_is_said(tmp_path: Path, given: list[str], problem: str) -> None:
+    done = CliRunner().invoke(cli, ["simulate", str(write_scenario(tmp_path)), *given])
+    assert done.exit_code != 0 and (problem in done.output or problem in str(done.exception))
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_figure_is_drawn(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = write_scenario(tmp_path, scenario={"curve_points": 3})
+    figure = tmp_path / f"figure{suffix}"
+    done = CliRunner().invoke(cli, ["simulate", str(path), "--jobs", "1", "--fresh", "--plot", str(figure)])
+    assert done.exit_code == 0, done.output
+    assert figure.stat().st_size > 5000

@@ -1,0 +1,121 @@
+"""What is learnt in virtual time: each method against a plain loop or against what it must equal."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from learnt import setting, tiny
+
+from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
+from swarmtrain.simulate.learning.gossip import World
+from swarmtrain.simulate.learning.methods import METHODS
+from swarmtrain.simulate.learning.serving import server, server_waiting
+from swarmtrain.simulate.learning.setting import Outcome, Setting
+from swarmtrain.simulate.learning.synchronous import data_parallel, diloco
+
+UNTRAINED = 5.5
+"""Nats per byte of a model that knows nothing."""
+
+
+def played(method: str, one: Setting) -> Outcome:
+    return METHODS[method].run(one)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_learns_the_same_thing_each_time(method: str, tmp_path: Path) -> None:
+    """Naive asynchronous momentum may not learn, which is why there are others."""
+    keys = {key.replace(".", "__"): value for key, value in METHODS[method].keys.items()}
+    scenario = tiny(tmp_path)
+    one = setting(scenario, **keys)
+    outcome = played(method, one)
+    assert outcome == played(method, one), "bit by bit"
+    assert outcome.held_out_loss < (20 if method == "async-nesterov" else 4.0)
+    assert outcome.tokens >= one.total_tokens and outcome.tokens == outcome.inner_steps * one.run.tokens_per_step
+    assert outcome.virtual_time_s > 0 and outcome.sent_bytes > 0 and 0 <= outcome.stall_share < 1
+    other = setting(scenario.with_changes(seeds=(6,)), **keys)
+    assert played(method, other).held_out_loss != outcome.held_out_loss
+
+
+def test_diloco_is_a_plain_loop(tmp_path: Path) -> None:
+    one = setting(tiny(tmp_path, peers={"number": 2, "slowdowns": [1, 2]}), merge__pacing=True)
+    learners, steps = [one.learner(0), one.learner(1)], [one.steps_of_round(0), one.steps_of_round(1)]
+    assert steps == [8, 4]
+    theta = learners[0].reached
+    state, tokens, round = OuterState(theta, torch.zeros_like(theta)), 0, 0
+    while tokens < one.total_tokens:
+        gradients = []
+        for learner, number in zip(learners, steps, strict=True):
+            learner.enter(state.theta)
+            for step in range(number):
+                done = tokens + 12 * one.run.tokens_per_step * step / number
+                learner.step(done / one.total_tokens)
+            gradients.append(state.theta - learner.reached)
+        state = outer_step(state, weighted_mean(gradients, steps), one.constants(round))
+        tokens, round = tokens + 12 * one.run.tokens_per_step, round + 1
+    outcome = diloco(one)
+    assert outcome.held_out_loss == one.text.held_out_loss(state.theta)
+    size_bytes = 4 * theta.numel()
+    a_round_s = 8 * 0.01 + 2 * (size_bytes / 2 / one.bytes_per_s + 0.02)
+    assert outcome.virtual_time_s == pytest.approx(round * a_round_s)
+    assert outcome.sent_bytes == 2 * round * size_bytes
+
+
+def test_data_parallel_is_one_with_large_batches(tmp_path: Path) -> None:
+    one = setting(tiny(tmp_path, peers={"number": 1}))
+    alone = one.learner(0)
+    for step in range(one.total_tokens // one.run.tokens_per_step + 1):
+        alone.step(step * one.run.tokens_per_step / one.total_tokens)
+    assert data_parallel(one).held_out_loss == pytest.approx(one.text.held_out_loss(alone.reached), abs=1e-6)
+    two = data_parallel(setting(tiny(tmp_path, peers={"number": 2, "slowdowns": [1, 3]})))
+    assert two.stall_share > 0.3, "the faster one waits for the slower, at every step"
+
+
+def test_one_that_gossips_with_nobody_takes_outer_steps_alone(tmp_path: Path) -> None:
+    one = setting(tiny(tmp_path, peers={"number": 1}))
+    world = World(one)
+    world.run()
+    outcome = world.outcome()
+    assert outcome.own_loss == pytest.approx(outcome.held_out_loss) and outcome.sent_bytes == 0
+    assert outcome.fresh_share == 0.0 and outcome.stall_share == 0.0
+
+
+def test_gossip_waits_for_nobody_and_merges_somebody_in_most_rounds(tmp_path: Path) -> None:
+    scenario = tiny(tmp_path)
+    gossip, paced = played("gossip", setting(scenario, merge__pacing=True)), diloco(setting(scenario))
+    assert gossip.virtual_time_s < 0.7 * paced.virtual_time_s
+    assert gossip.fresh_share is not None and gossip.fresh_share > 0.8
+
+
+def test_who_hangs_delays_those_who_wait_and_nobody_else(tmp_path: Path) -> None:
+    hangs = [{"peer": 0, "at_s": 0.1, "for_s": 1.0}]
+    calm, hung = (setting(tiny(tmp_path, **sections), merge__pacing=True) for sections in ({}, {"hangs": hangs}))
+    silence_s = calm.run.merge.silence_s
+    assert diloco(hung).virtual_time_s > diloco(calm).virtual_time_s + silence_s
+    assert played("gossip", hung).virtual_time_s < played("gossip", calm).virtual_time_s + 2.0
+    outcome = played("gossip", hung)
+    assert outcome.tokens >= hung.total_tokens
+
+
+def test_a_worker_that_waits_stands_still_and_one_that_does_not_does_not(tmp_path: Path) -> None:
+    one = setting(tiny(tmp_path), merge__method="server", merge__pacing=True)
+    assert server_waiting(one).stall_share > 0.05 and server(one).stall_share == 0.0
+
+
+def test_a_curve_is_measured_on_the_way(tmp_path: Path) -> None:
+    one = dataclasses.replace(setting(tiny(tmp_path)), curve_points=4)
+    for method in ("gossip", "diloco", "data-parallel", "server"):
+        curve = played(method, one).curve
+        assert len(curve) == 4
+        tokens, times, losses = zip(*curve, strict=True)
+        assert list(tokens) == sorted(tokens) and list(times) == sorted(times) and times[0] > 0
+        assert losses[-1] < losses[0] < UNTRAINED
+
+
+def test_own_weights_are_different_and_the_correction_helps_them(tmp_path: Path) -> None:
+    one = setting(tiny(tmp_path, peers={"number": 2, "own_weights": True}))
+    assert not torch.equal(one.learner(0).reached, one.learner(1).reached)
+    common = setting(tiny(tmp_path, peers={"number": 2}))
+    assert torch.equal(common.learner(0).reached, common.learner(1).reached)

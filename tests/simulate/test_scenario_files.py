@@ -1,0 +1,65 @@
+"""Scenario files: what they may say, and what is said of what they must not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from learnt import tiny, write_scenario
+
+from swarmtrain.errors import UserError
+from swarmtrain.simulate.learning.methods import METHODS
+from swarmtrain.simulate.scenario import load_scenario
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "scenarios").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_each_example_is_a_scenario(path: Path) -> None:
+    scenario = load_scenario(path)
+    assert scenario.scenario.name == path.stem and set(scenario.scenario.methods) <= METHODS.keys()
+
+
+def test_what_a_scenario_changes_is_changed(tmp_path: Path) -> None:
+    scenario = tiny(tmp_path, set={"run.total_tokens": 5000}, grid={"merge.outer_momentum": [0.1, 0.9]})
+    first, second = scenario.points()
+    assert scenario.run(7, first).merge.outer_momentum == 0.1 and scenario.run(7, second).merge.outer_momentum == 0.9
+    assert scenario.run(7).run.seed == 7 and scenario.run(7).run.total_tokens == 5000
+    assert scenario.peers.step_s == (0.01, 0.015, 0.03)
+    more = scenario.with_changes(seeds=(1, 2), methods=("diloco",), changes={"merge.inner_steps": 3}, grid={})
+    assert (more.scenario.seeds, more.scenario.methods) == ((1, 2), ("diloco",))
+    assert more.run(1).merge.inner_steps == 3 and more.run(1).run.total_tokens == 5000
+
+
+def test_slowdowns_are_gone_through_again(tmp_path: Path) -> None:
+    scenario = tiny(tmp_path, peers={"number": 5, "step_ms": 10, "slowdowns": [1, 2]})
+    assert scenario.peers.step_s == (0.01, 0.02, 0.01, 0.02, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"scenario": {"sedes": [1]}}, "scenario.sedes: .*did you mean scenario.seeds"),
+        ({"scenario": {"seeds": []}}, "scenario.seeds"),
+        ({"scenario": {"methods": ["gossip", "gossip"]}}, "one is there twice"),
+        ({"peers": {"slowdowns": [0]}}, "not above 0"),
+        ({"links": {"rtt": 3}}, "links.rtt: .*did you mean links.rtt_ms"),
+        ({"set": {"merge.outer_momentun": 0.5}}, "merge.outer_momentun: .*did you mean merge.outer_momentum"),
+        ({"set": {"momentum": 0.5}}, "with its section"),
+        ({"grid": {"merge.outer_momentum": 0.5}}, "a list of values"),
+        ({"grid": {"merge.outer_momentum": [0.5, 7]}}, "merge.outer_momentum"),
+        ({"hangs": [{"peer": 3, "at_s": 1, "for_s": 1}]}, "3 of 3 volunteers"),
+        ({"hangs": {"peer": 0}}, r"write \[\[hangs\]\]"),
+        ({"set": 3}, r"write \[set\]"),
+        ({"scenario": {"run": "nothing.toml"}}, "nothing.toml: cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, sections: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        load_scenario(write_scenario(tmp_path, **sections))
+
+
+def test_no_scenario(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read .*heterogeneous\.toml"):
+        load_scenario(tmp_path / "nowhere.toml")
