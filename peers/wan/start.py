@@ -1,8 +1,8 @@
 """What begins in a container of wan.yaml: its link, the firewall that leads everything through it, and then the peer.
 
 The link runs as a user of its own, which alone may send to others; if it ends, nothing passes any more. Nothing that
-the peer does can go round it: it has not the right to change the firewall, and what it says without TCP is dropped, such
-as the questions to a router for a port. Names are looked up at an address of the container itself.
+the peer does can go round it: it has not the right to change the firewall, and what it says without TCP is dropped,
+such as questions to a router for a port. Names are looked up at an address of the container itself.
 """
 
 from __future__ import annotations
