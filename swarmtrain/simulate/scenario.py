@@ -59,7 +59,6 @@ class PeersSection(Section):
     slowdowns: tuple[float, ...] = Field(
         (), strict=False, description="Times that, for each; fewer of them are gone through again; none: all alike."
     )
-    own_weights: bool = Field(False, description="Each begins with random weights of its own.")
 
     @field_validator("slowdowns")
     @classmethod

@@ -42,7 +42,7 @@ from chaos.scenarios import Scenario, read
 from docker_engine import ROOT, build, status
 
 FILES = ("peers/compose.yaml", "tests/chaos/chaos.yaml")
-END_S = 400.0
+END_S = 900.0
 _NOISE = 2.0
 """Two runs to which nothing happens differ too: one alone may be so many times further off than the mean."""
 HEADER = "| what happens | victims merge again | others stand still | stall | tokens lost | loss | to that without | |"

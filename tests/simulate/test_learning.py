@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 
 import pytest
@@ -114,8 +115,20 @@ def test_a_curve_is_measured_on_the_way(tmp_path: Path) -> None:
         assert losses[-1] < losses[0] < UNTRAINED
 
 
-def test_own_weights_are_different_and_the_correction_helps_them(tmp_path: Path) -> None:
-    one = setting(tiny(tmp_path, peers={"number": 2, "own_weights": True}))
+def test_own_weights_are_different(tmp_path: Path) -> None:
+    one = setting(tiny(tmp_path, peers={"number": 2}), merge__init="own")
     assert not torch.equal(one.learner(0).reached, one.learner(1).reached)
     common = setting(tiny(tmp_path, peers={"number": 2}))
     assert torch.equal(common.learner(0).reached, common.learner(1).reached)
+
+
+def test_jitter_and_losses_make_those_wait_who_wait(tmp_path: Path) -> None:
+    bad = {"up_mbit": 10.0, "down_mbit": 10.0, "rtt_ms": 20.0, "jitter_ms": 50.0, "loss_percent": 5.0}
+    good, late = setting(tiny(tmp_path)), setting(tiny(tmp_path, links=bad))
+    rng = random.Random(0)
+    assert good.late_s(100_000, rng) == 0.0
+    several = [late.late_s(100_000, rng) for _ in range(50)]
+    assert min(several) > 0.04 and max(several) < 0.26, "the last pieces' lateness, and at most a retransmission's"
+    assert diloco(late).virtual_time_s > 1.2 * diloco(good).virtual_time_s
+    assert diloco(late).held_out_loss == diloco(good).held_out_loss, "what is learnt is the same"
+    assert played("gossip", late).virtual_time_s < 1.1 * played("gossip", good).virtual_time_s

@@ -176,7 +176,7 @@ class Peer:
         asked_s = self.world.clock.now + setting.rtt_s
         self.down_free_s = max(asked_s, self.down_free_s) + size_bytes / setting.down_bytes_per_s
         author.up_free_s = max(asked_s, author.up_free_s) + size_bytes / setting.up_bytes_per_s
-        return max(self.down_free_s, author.up_free_s)
+        return max(self.down_free_s, author.up_free_s) + setting.late_s(size_bytes, self.rng)
 
     def arrive(self, section: Section, name: str, published: Published) -> None:
         """Take it, or if it is refused, another's in its place."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from swarmtrain.simulate.learning.gossip import gossip
-from swarmtrain.simulate.learning.serving import async_nesterov, server, server_waiting
+from swarmtrain.simulate.learning.sampled import modest, noloco
+from swarmtrain.simulate.learning.serving import async_nesterov, fedbuff, server, server_waiting
 from swarmtrain.simulate.learning.setting import Outcome, Setting
 from swarmtrain.simulate.learning.synchronous import data_parallel, diloco
 
@@ -73,6 +74,21 @@ METHODS: dict[str, Method] = {
         says="the naive way of the same paper: each arriving gradient is a Nesterov step of its own",
         run=async_nesterov,
         keys={"merge.method": "server", "merge.pacing": True},
+    ),
+    "fedbuff": Method(
+        says="a server that averages a buffer of updates, old ones less (arXiv 2106.06639)",
+        run=fedbuff,
+        keys={"merge.method": "server", "merge.pacing": True},
+    ),
+    "noloco": Method(
+        says="synchronous rounds in which random pairs merge (arXiv 2506.10911)",
+        run=noloco,
+        keys={"merge.method": "diloco", "merge.pacing": False},
+    ),
+    "modest": Method(
+        says="a random sample trains in each round and is averaged (arXiv 2302.13837)",
+        run=modest,
+        keys={"merge.method": "diloco", "merge.pacing": False},
     ),
 }
 """Keys that a method does not name are the run file's, or the grid's."""

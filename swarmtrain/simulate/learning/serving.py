@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from swarmtrain.peer.server_exchange import lead
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 
-__all__ = ["async_nesterov", "server", "server_waiting"]
+__all__ = ["async_nesterov", "fedbuff", "server", "server_waiting"]
 
 
 class _Worker:
@@ -26,6 +28,8 @@ class _Worker:
         self.pieces: dict[int, Tensor] = {}
         self.came: tuple[Tensor, frozenset[int]] | None = None
         self.waited_s = self.handed_in_s = 0.0
+        self.began_at = 0
+        """How many steps the server had taken when it gave this worker its weights."""
 
     def begin(self) -> None:
         """A round."""
@@ -44,7 +48,8 @@ class _Worker:
         served = self.served
         entered = frozenset(served.entered[self.number])
         served.sent_bytes += served.theta_bytes
-        served.clock.call_later(served.pull_s, setattr, self, "came", (served.weights(), entered))
+        takes_s = served.pull_s + served.late_s(served.theta_bytes)
+        served.clock.call_later(takes_s, setattr, self, "came", (served.weights(), entered))
 
     def end(self) -> None:
         """Train what the round took, hand it in, and go on."""
@@ -59,7 +64,7 @@ class _Worker:
         self.pieces[self.round] = self.theta - reached
         served.sent_bytes += served.gradient_bytes
         self.handed_in_s = served.clock.now
-        served.clock.call_later(served.hand_in_s, served.take, self, self.round)
+        served.clock.call_later(served.hand_in_s + served.late_s(served.gradient_bytes), served.take, self, self.round)
         self.round += 1
         if served.waiting:
             return
@@ -78,10 +83,30 @@ class _Worker:
             self.served.finished_s = max(self.served.finished_s, self.served.clock.now)
 
 
-class _Served:
-    """The server, its workers and the clock. `delay` is N of delayed Nesterov (`DelayedNesterov`)."""
+class _FedBuff:
+    """A server that takes a step once so many updates are there: their mean, of old ones less (FedBuff, arXiv
+    2106.06639): 1 / sqrt(1 + steps of the server since the update's weights)."""
 
-    def __init__(self, setting: Setting, *, waiting: bool, delay: int) -> None:
+    def __init__(self, state: OuterState, learning_rate: float, size: int) -> None:
+        self.state, self._learning_rate, self._size = state, learning_rate, size
+        self.num_steps = 0
+        self._buffer: list[Tensor] = []
+
+    def arrive(self, gradient: Tensor, began_at: int) -> None:
+        """An update of weights that were the server's after `began_at` of its steps."""
+        self._buffer.append(gradient / (1 + self.num_steps - began_at) ** 0.5)
+        if len(self._buffer) == self._size:
+            mean = torch.stack(self._buffer).mean(0)
+            self.state = OuterState(self.state.theta - self._learning_rate * mean, self.state.momentum)
+            self.num_steps += 1
+            self._buffer.clear()
+
+
+class _Served:
+    """The server, its workers and the clock. `delay` is N of delayed Nesterov (`DelayedNesterov`); with `buffered` the
+    server is FedBuff's."""
+
+    def __init__(self, setting: Setting, *, waiting: bool, delay: int, buffered: bool = False) -> None:
         self.setting, self.waiting, self.clock = setting, waiting, Clock()
         self.tokens = self.inner_steps = self.refreshes = self.sent_bytes = 0
         self.finished_s = 0.0
@@ -90,6 +115,8 @@ class _Served:
         self.sizes = [parameter.numel() for parameter in self.workers[0].learner.trainer.model.parameters()]
         state = OuterState(theta, torch.zeros_like(theta))
         self.outer = DelayedNesterov(state, setting.constants(0), delay, section.momentum_share)
+        size = min(delay, section.num_partners + 1)
+        self.fedbuff = _FedBuff(state, section.outer_learning_rate, size) if buffered else None
         self.entered: list[set[int]] = [set() for _ in self.workers]
         self.theta_bytes, self.gradient_bytes = (
             encoded_size_bytes(form, self.sizes) for form in (section.theta_format, section.gradient_format)
@@ -99,29 +126,43 @@ class _Served:
             setting.rtt_s + self.theta_bytes / rate,
             setting.rtt_s + self.gradient_bytes / rate,
         )
-        self._recorder = Recorder(setting)
+        self._recorder, self._rng = Recorder(setting), random.Random(f"wire {setting.run.run.seed}")
 
     def weights(self) -> Tensor:
         """As they travel."""
-        return self._on_the_wire(self.outer.state.theta, self.setting.run.merge.theta_format)
+        return self._on_the_wire(self.theta, self.setting.run.merge.theta_format)
+
+    @property
+    def theta(self) -> Tensor:
+        """The server's weights."""
+        return (self.fedbuff or self.outer).state.theta
 
     def take(self, worker: _Worker, round: int) -> None:
         """A gradient has arrived."""
-        self.outer.arrive(self._on_the_wire(worker.pieces[round], self.setting.run.merge.gradient_format))
+        gradient = self._on_the_wire(worker.pieces[round], self.setting.run.merge.gradient_format)
         self.entered[worker.number].add(round)
-        if not self.outer.buffer.arrivals:
-            self.refreshes += 1
-            self.outer.constants = self.setting.constants(self.refreshes)
-        self._recorder.see(self.tokens, self.clock.now, lambda: self.outer.state.theta)
+        if self.fedbuff is not None:
+            self.fedbuff.arrive(gradient, worker.began_at)
+        else:
+            self.outer.arrive(gradient)
+            if not self.outer.buffer.arrivals:
+                self.refreshes += 1
+                self.outer.constants = self.setting.constants(self.refreshes)
+        self._recorder.see(self.tokens, self.clock.now, lambda: self.theta)
         if self.waiting:
             worker.pieces.clear()
             self.sent_bytes += self.theta_bytes
-            self.clock.call_later(self.pull_s, self.answer, worker)
+            self.clock.call_later(self.pull_s + self.late_s(self.theta_bytes), self.answer, worker)
 
     def answer(self, worker: _Worker) -> None:
         """A worker that waits has the weights."""
         worker.theta = self.weights()
+        worker.began_at = self.fedbuff.num_steps if self.fedbuff is not None else 0
         worker.go_on()
+
+    def late_s(self, size_bytes: int) -> float:
+        """What jitter and losses add to a transfer."""
+        return self.setting.late_s(size_bytes, self._rng)
 
     def _on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
         return decode(encode(vector.contiguous(), form, self.sizes), form, self.sizes)
@@ -132,9 +173,8 @@ class _Served:
             worker.begin()
         while self.clock.step():
             pass
-        text, theta = self.setting.text, self.outer.state.theta
         return Outcome(
-            held_out_loss=text.held_out_loss(theta),
+            held_out_loss=self.setting.text.held_out_loss(self.theta),
             virtual_time_s=self.finished_s,
             tokens=self.tokens,
             inner_steps=self.inner_steps,
@@ -158,3 +198,9 @@ def server_waiting(setting: Setting) -> Outcome:
 def async_nesterov(setting: Setting) -> Outcome:
     """The naive way of the same paper: each arriving gradient is a Nesterov step of its own."""
     return _Served(setting, waiting=True, delay=1).run()
+
+
+def fedbuff(setting: Setting) -> Outcome:
+    """A server that averages updates in a buffer of as many as gossip has partners, and one more; workers go on from
+    whatever weights it has (FedBuff, arXiv 2106.06639)."""
+    return _Served(setting, waiting=True, delay=setting.num_peers, buffered=True).run()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterConstants, momentum_at
 from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
+from swarmtrain.network.impairments import PACKET_BYTES, Lateness
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.learner import Learner, Text
 from swarmtrain.simulate.scenario import Hang, Scenario
 
 __all__ = ["CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
+
+_PIECE_S, _MOST_PIECE_BYTES = 0.01, 64 * 1024
+"""What passes a line at once, as in `network.links`."""
 
 CurvePoint = tuple[int, float, float]
 """(tokens of the whole run, virtual seconds, held-out loss in nats per byte)."""
@@ -30,10 +35,12 @@ class Setting:
     down_bytes_per_s: float = float("inf")
     """Of everybody."""
     rtt_s: float = 0.0
+    jitter_s: float = 0.0
+    loss: float = 0.0
+    """Of packets, each way."""
     failing: float = 0.0
     """The share of pulls that bring nothing."""
     hangs: tuple[Hang, ...] = ()
-    own_weights: bool = False
     corrected: bool = True
     """With the variance correction."""
     curve_points: int = 0
@@ -42,6 +49,11 @@ class Setting:
     def run(self) -> RunFile:
         """The run file."""
         return self.text.run
+
+    @property
+    def own_weights(self) -> bool:
+        """Whether each begins with random weights of its own."""
+        return self.run.merge.init == "own"
 
     @property
     def total_tokens(self) -> int:
@@ -80,9 +92,20 @@ class Setting:
         """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances."""
         return sum(1 / step_s for step_s in self.step_s) * self.step_s[number]
 
-    def all_reduce_s(self, num_peers: int, size_bytes: int) -> float:
-        """Of a mean over so many: shares of everybody's to their hosts, then the means back."""
-        return 2 * ((num_peers - 1) / num_peers * size_bytes / self.bytes_per_s + self.rtt_s)
+    def all_reduce_s(self, num_peers: int, size_bytes: int, rng: random.Random) -> float:
+        """Of a mean over so many: shares of everybody's to their hosts, then the means back; all wait for the last."""
+        sent_bytes = (num_peers - 1) * size_bytes // num_peers
+        late_s = [max(self.late_s(sent_bytes, rng) for _ in range(num_peers)) for _ in range(2)]
+        return 2 * (sent_bytes / self.bytes_per_s + self.rtt_s) + sum(late_s)
+
+    def late_s(self, size_bytes: int, rng: random.Random) -> float:
+        """By how much a transfer's end is late: its pieces are, one by one, and those behind wait, as in TCP."""
+        if not self.jitter_s and not self.loss:
+            return 0.0
+        piece_bytes = int(min(max(self.bytes_per_s * _PIECE_S, PACKET_BYTES), _MOST_PIECE_BYTES))
+        number, piece_s = -(-size_bytes // piece_bytes), piece_bytes / self.bytes_per_s
+        lateness = Lateness(jitter_s=self.jitter_s, loss=self.loss, rtt_s=self.rtt_s, rng=rng)
+        return max(0.0, *(lateness.of(piece_bytes) - behind * piece_s for behind in range(number)))
 
     def is_hanging(self, number: int, now_s: float) -> bool:
         """Whether that volunteer stands still now."""
@@ -106,9 +129,10 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
         up_bytes_per_s=up,
         down_bytes_per_s=down,
         rtt_s=links.rtt_ms / 1000,
+        jitter_s=links.jitter_ms / 1000,
+        loss=links.loss_percent / 100,
         failing=links.failing_percent / 100,
         hangs=scenario.hangs,
-        own_weights=scenario.peers.own_weights,
         curve_points=scenario.scenario.curve_points,
     )
 
@@ -144,8 +168,3 @@ class Recorder:
         number, total = self.setting.curve_points, self.setting.total_tokens
         if number and tokens * number >= total * (len(self.points) + 1) and len(self.points) < number:
             self.points.append((tokens, now_s, self.setting.text.held_out_loss(theta())))
-
-
-def share_of(waited_s: Sequence[float], lasted_s: Sequence[float]) -> float:
-    """Of everybody's time together."""
-    return sum(waited_s) / max(1e-9, sum(lasted_s))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -19,21 +21,22 @@ def data_parallel(setting: Setting) -> Outcome:
     first, *others = (setting.learner(n) for n in range(number))
     sources = [first.trainer.batches, *(one.trainer.batches for one in others)]
     size_bytes = _BYTES * first.reached.numel()
-    a_step_s = max(setting.step_s) + setting.all_reduce_s(number, size_bytes)
-    recorder, tokens, steps = Recorder(setting), 0, 0
+    step_s, rng = max(setting.step_s), random.Random(f"wire {run.run.seed}")
+    recorder, tokens, steps, now_s = Recorder(setting), 0, 0, 0.0
     while tokens < setting.total_tokens:
         for source in sources:
             (first.trainer.model.loss(source.next_batch()) / number).backward()  # type: ignore[no-untyped-call]
         first.trainer.inner.step(tokens / setting.total_tokens)
         steps, tokens = steps + 1, tokens + number * run.tokens_per_step
-        recorder.see(tokens, steps * a_step_s, lambda: first.reached)
+        now_s += step_s + setting.all_reduce_s(number, size_bytes, rng)
+        recorder.see(tokens, now_s, lambda: first.reached)
     return Outcome(
         held_out_loss=setting.text.held_out_loss(first.reached),
-        virtual_time_s=steps * a_step_s,
+        virtual_time_s=now_s,
         tokens=tokens,
         inner_steps=number * steps,
         sent_bytes=2 * steps * (number - 1) * size_bytes,
-        stall_share=1.0 - sum(setting.step_s) / (number * a_step_s),
+        stall_share=1.0 - steps * sum(setting.step_s) / (number * now_s),
         curve=tuple(recorder.points),
     )
 
@@ -47,6 +50,7 @@ def diloco(setting: Setting) -> Outcome:
     theta = everyone[0].reached
     state, recorder = OuterState(theta, torch.zeros_like(theta)), Recorder(setting)
     size_bytes, now_s, tokens, round, sent_bytes = _BYTES * theta.numel(), 0.0, 0, 0, 0
+    rng = random.Random(f"wire {run.run.seed}")
     num_steps, worked_s, present_s = 0, 0.0, 0.0
     away: set[int] = set()
     while tokens < setting.total_tokens:
@@ -64,7 +68,7 @@ def diloco(setting: Setting) -> Outcome:
             gradients.append(state.theta - learner.reached)
         state = outer_step(state, weighted_mean(gradients, [steps[n] for n in trained]), setting.constants(round))
         tokens, round, num_steps = tokens + a_round, round + 1, num_steps + sum(steps[n] for n in trained)
-        began_s, now_s = now_s, ends_s + setting.all_reduce_s(len(trained), size_bytes)
+        began_s, now_s = now_s, ends_s + setting.all_reduce_s(len(trained), size_bytes, rng)
         now_s += run.merge.silence_s if hanging else 0.0
         sent_bytes += 2 * (len(trained) - 1) * size_bytes
         worked_s += sum(steps[n] * setting.step_s[n] for n in trained)

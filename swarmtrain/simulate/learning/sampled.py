@@ -1,0 +1,140 @@
+"""Methods in which only some meet in a round: random pairs, or a random sample of all."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
+
+__all__ = ["modest", "noloco"]
+
+_BYTES = 4  # of a weight
+_MOST_OWN = 8
+"""Of so many peers the own weights are measured."""
+
+
+class _Pairs:
+    """Everybody's weights and clock, and who meets whom."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.steps = setting, setting.run.merge.inner_steps
+        self.everyone = [setting.learner(number) for number in range(setting.num_peers)]
+        thetas = [one.reached for one in self.everyone]
+        self.states = [OuterState(theta, torch.zeros_like(theta)) for theta in thetas]
+        self.gradients = list(thetas)
+        self.size_bytes = _BYTES * thetas[0].numel()
+        self.rng = random.Random(f"pairs {setting.run.run.seed}")
+        self.now_s = [0.0] * setting.num_peers
+        self.tokens = self.inner_steps = self.sent_bytes = 0
+        self.waited_s = 0.0
+
+    def train(self) -> None:
+        """A round of everybody's."""
+        setting, a_round = self.setting, self.steps * self.setting.run.tokens_per_step * self.setting.num_peers
+        for number, learner in enumerate(self.everyone):
+            learner.enter(self.states[number].theta)
+            for step in range(self.steps):
+                learner.step((self.tokens + a_round * step / self.steps) / setting.total_tokens)
+            self.gradients[number] = self.states[number].theta - learner.reached
+            self.now_s[number] += self.steps * setting.step_s[number]
+        self.tokens += a_round
+        self.inner_steps += self.steps * setting.num_peers
+
+    def meet(self) -> None:
+        """In pairs drawn anew; of an odd number one is alone."""
+        order = self.rng.sample(range(self.setting.num_peers), self.setting.num_peers)
+        for pair in (order[place : place + 2] for place in range(0, len(order), 2)):
+            self._wait(pair)
+            constants = self.setting.constants(0)
+            gradient = torch.stack([self.gradients[number] for number in pair]).mean(0)
+            mean = torch.stack([self.states[number].theta for number in pair]).mean(0)
+            for number in pair:
+                theta, momentum = self.states[number].theta, self.states[number].momentum
+                momentum = constants.momentum * momentum + constants.learning_rate * (gradient + theta - mean)
+                self.states[number] = OuterState(theta - momentum, momentum)
+
+    def _wait(self, pair: list[int]) -> None:
+        if len(pair) < 2:
+            return
+        setting, sent_bytes = self.setting, 2 * self.size_bytes  # weights and pseudo-gradient
+        takes_s = setting.rtt_s + sent_bytes / setting.bytes_per_s + setting.late_s(sent_bytes, self.rng)
+        met_s = max(self.now_s[number] for number in pair) + takes_s
+        for number in pair:
+            self.waited_s += met_s - self.now_s[number]
+            self.now_s[number] = met_s
+            self.sent_bytes += sent_bytes
+
+    def mean(self) -> Tensor:
+        """Of everybody's weights."""
+        return torch.stack([state.theta for state in self.states]).mean(0)
+
+
+def noloco(setting: Setting) -> Outcome:
+    """Rounds of H steps, then random pairs merge (NoLoCo, arXiv 2506.10911, the rule as its authors' code has it).
+
+    With means over the pair of its pseudo-gradients g and weights theta:
+    m <- beta m + eps (mean g + theta - mean theta),
+    theta <- theta - m. Only the two of a pair wait for each other."""
+    pairs, recorder, text = _Pairs(setting), Recorder(setting), setting.text
+    while pairs.tokens < setting.total_tokens:
+        pairs.train()
+        pairs.meet()
+        recorder.see(pairs.tokens, max(pairs.now_s), pairs.mean)
+    own = [text.held_out_loss(state.theta) for state in pairs.states[:_MOST_OWN]]
+    return Outcome(
+        held_out_loss=text.held_out_loss(pairs.mean()),
+        own_loss=sum(own) / len(own),
+        virtual_time_s=max(pairs.now_s),
+        tokens=pairs.tokens,
+        inner_steps=pairs.inner_steps,
+        sent_bytes=pairs.sent_bytes,
+        stall_share=pairs.waited_s / sum(pairs.now_s),
+        curve=tuple(recorder.points),
+    )
+
+
+def modest(setting: Setting) -> Outcome:
+    """In each round a random sample trains from the mean of the last sample's weights (MoDeST, arXiv 2302.13837).
+
+    As many as gossip has partners, and one more, are in a sample; who hangs is not waited for longer than
+    `merge.silence_s`."""
+    run = setting.run
+    everyone = [setting.learner(number) for number in range(setting.num_peers)]
+    theta, rng, recorder = everyone[0].reached, random.Random(f"samples {run.run.seed}"), Recorder(setting)
+    size_bytes, steps = _BYTES * theta.numel(), run.merge.inner_steps
+    num_sampled = min(setting.num_peers, run.merge.num_partners + 1)
+    a_round = steps * run.tokens_per_step * num_sampled
+    now_s, tokens, num_steps, sent_bytes, worked_s = 0.0, 0, 0, 0, 0.0
+    while tokens < setting.total_tokens:
+        sample = rng.sample(range(setting.num_peers), num_sampled)
+        trained = [number for number in sample if not setting.is_hanging(number, now_s)]
+        reached: list[Tensor] = []
+        for number in trained:
+            everyone[number].enter(theta)
+            for step in range(steps):
+                everyone[number].step((tokens + a_round * step / steps) / setting.total_tokens)
+            reached.append(everyone[number].reached)
+        transfer_s = setting.rtt_s + num_sampled * size_bytes / setting.bytes_per_s  # all to one, and from one to all
+        late_s = max(setting.late_s(size_bytes, rng) for _ in range(2 * num_sampled))
+        now_s += max((steps * setting.step_s[number] for number in trained), default=0.0) + 2 * transfer_s + late_s
+        now_s += run.merge.silence_s if len(trained) < num_sampled else 0.0
+        if not trained:
+            continue
+        theta = torch.stack(reached).mean(0)
+        tokens, num_steps = tokens + steps * run.tokens_per_step * len(trained), num_steps + steps * len(trained)
+        sent_bytes += 2 * len(trained) * size_bytes
+        worked_s += sum(steps * setting.step_s[number] for number in trained)
+        recorder.see(tokens, now_s, lambda: theta)  # noqa: B023 - called at once
+    return Outcome(
+        held_out_loss=setting.text.held_out_loss(theta),
+        virtual_time_s=now_s,
+        tokens=tokens,
+        inner_steps=num_steps,
+        sent_bytes=sent_bytes,
+        stall_share=1.0 - worked_s / (setting.num_peers * now_s),
+        curve=tuple(recorder.points),
+    )
