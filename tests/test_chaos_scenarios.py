@@ -74,3 +74,13 @@ def test_what_grows_is_said_and_noise_is_not() -> None:
     assert seen.grown(before, seen.Held(330 << 20, 45, 60)) == ""
     words = seen.grown(before, seen.Held(500 << 20, 80, 90))
     assert words == "500 MiB of memory instead of 300, 80 threads instead of 40, 90 files instead of 50"
+
+
+def test_the_weights_are_as_near_as_before_after_so_many_rounds() -> None:
+    def told(*pairs: tuple[float, float | None]) -> list[dict[str, object]]:
+        return [{"time": time_s, "consensus_spread": spread} for time_s, spread in pairs]
+
+    before = [(1.0, None), (2.0, 0.2), (3.0, 0.1), (4.0, 0.3)]
+    assert seen.spread_returned(told(*before, (6.0, 0.9), (8.0, 0.5), (9.0, None), (10.0, 0.2)), 5.0, 7.0) == 3
+    assert seen.spread_returned(told(*before, (8.0, 0.5)), 5.0, 7.0) == 2, "it never was, in the one round there is"
+    assert seen.usual_s(rounds(2.0, 4.0)) == 2.0 and seen.usual_s([]) == 0.0

@@ -29,6 +29,7 @@ __all__ = [
     "spread_returned",
     "stall_share",
     "tokens_lost",
+    "usual_s",
 ]
 
 Events = Sequence[Mapping[str, Any]]
@@ -63,6 +64,11 @@ def said(container: str) -> str:
             docker("cp", "--quiet", f"{container}:/data/swarmtrain", folder)
         told += [path.read_text(errors="replace") for path in sorted(Path(folder).rglob("*.log*"))]
     return "\n".join(told)
+
+
+def usual_s(rounds: Events) -> float:
+    """How long its rounds take: their median; 0 without any."""
+    return statistics.median([event["seconds"] for event in rounds]) if rounds else 0.0
 
 
 def gap_s(rounds: Events, since_s: float, until_s: float) -> float:
