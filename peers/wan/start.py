@@ -44,9 +44,16 @@ table ip wan {{
     chain others {{
         type filter hook output priority 0;
         ip daddr 127.0.0.0/8 accept
-        ct state established,related accept
+        meta l4proto tcp ct state established,related accept
         meta skuid {user} accept
         meta l4proto tcp counter drop
+        drop
+    }}
+}}
+table ip6 wan {{
+    chain others {{
+        type filter hook output priority 0;
+        oif lo accept
         drop
     }}
 }}

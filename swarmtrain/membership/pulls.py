@@ -29,9 +29,9 @@ _LINK_SHARE = 0.65
 """So much of a round may be spent on pulling."""
 _SLACK = 1.5
 """A pull begins so many times as long before the round's end as it is expected to take."""
-_SPARE_SHARE, _MOST_SPARE_S = 0.10, 1.5
+_SPARE_SHARE, _MOST_SPARE_S, _LONG_SPARE_SHARE = 0.10, 1.5, 0.05
 """And such a share of a round earlier still, at most so many seconds: one that is busy is asked again after a second,
-and another is tried where one fails."""
+and another is tried where one fails. Of long rounds at least the other share: steps are not all equally quick."""
 _MOST_EARLY_SHARE = 0.25
 """What comes after the round has ended is of no use to it, so where rounds end earlier than expected, pulls begin by so
 much earlier too; not by more than this."""
@@ -94,7 +94,7 @@ def plan_pulls(
     left_bytes = [gradients * sizes.gradient + left * sizes.weights for left in range(weights, 0, -1)]
     left_bytes += [left * sizes.gradient for left in range(gradients, 0, -1)]
     lasts_s = ends_s - started_s
-    spare_s = max(min(_MOST_SPARE_S, _SPARE_SHARE * lasts_s), times.early_share * lasts_s)
+    spare_s = max(min(_MOST_SPARE_S, _SPARE_SHARE * lasts_s), max(_LONG_SPARE_SHARE, times.early_share) * lasts_s)
     leads_s = [spare_s + _SLACK * (times.overhead_s + num_bytes / rate) for num_bytes in left_bytes]
     at_s = [max(started_s, ends_s - lead_s) for lead_s in leads_s]
     reason = f"{gradients} of {wanted} gradients and the weights of {weights}"

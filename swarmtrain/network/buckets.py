@@ -9,6 +9,7 @@ read there.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from swarmtrain.network.records import RecordRules, unsigned_untrusted
 
 __all__ = ["Buckets"]
 
+_log = logging.getLogger(__name__)
 _REPLICAS = 5
 """Nodes that keep a record."""
 _ASKED = _REPLICAS + 3
@@ -35,9 +37,11 @@ _KNOWN_FOR_S, _DOUBTED_FOR_S = 120.0, 30.0
 
 @dataclass
 class _Nearest:
-    """The nodes nearest to a key, with their PeerIDs, the nearest first; and until when that is believed."""
+    """The nodes nearest to a key, one of each peer, with their PeerIDs, the nearest first; and until when that is
+    believed. `seen` are all nodes that the search came by, since a peer that was started again may have two."""
 
     nodes: list[tuple[Any, Any]]
+    seen: frozenset[Any]
     until_s: float
     num_reads: int = 0
 
@@ -74,31 +78,43 @@ class Buckets:
     async def _store_at(
         self, node: Any, peer: Any, key_id: Any, subkey: str, signed: bytes, expiry_s: float
     ) -> bool | None:
-        """Whether it took the record; None if it does not answer."""
+        """Whether it took the record; None if it does not answer, or nothing that can be understood."""
         if node == self.dht.node_id:
             return bool(self.dht.protocol.storage.store(key_id, signed, expiry_s, subkey=subkey))
-        answer = await self.dht.protocol.call_store(peer, [key_id], [signed], [expiry_s], subkeys=[subkey])
-        return None if answer is None else bool(answer[0])
+        try:
+            answer = await self.dht.protocol.call_store(peer, [key_id], [signed], [expiry_s], subkeys=[subkey])
+            return None if answer is None else bool(answer[0])
+        except Exception as error:  # another peer's answer, in hivemind's hands
+            _log.debug("storing a record at %s failed: %r", peer, error)
+            return None
 
     async def _nearest_to(self, key: str, key_id: Any) -> _Nearest:
         known = self._nearest.get(key)
-        if known is not None and self.clock() < known.until_s:
+        if known is not None and self.clock() < known.until_s and not self._has_nearer(known, key_id):
             return known
         found = await self.dht.find_nearest_nodes([key_id], k_nearest=_ASKED, beam_size=_ASKED, num_workers=_WORKERS)
-        nodes = list(found[key_id].items())
-        nearest = _Nearest(nodes, self.clock() + _KNOWN_FOR_S)
+        peers: dict[Any, Any] = {}
+        for node, peer in found[key_id].items():
+            peers.setdefault(peer, self.dht.node_id if peer == self.dht.peer_id else node)
+        nodes = [(node, peer) for peer, node in peers.items()]
+        nearest = _Nearest(nodes, frozenset(found[key_id]), self.clock() + _KNOWN_FOR_S)
         if len(nodes) == _ASKED:  # else everybody is one of the nearest, whoever comes too
             self._nearest[key] = nearest
+        else:
+            self._nearest.pop(key, None)
         return nearest
+
+    def _has_nearer(self, known: _Nearest, key_id: Any) -> bool:
+        """Whether a node has come that is nearer to the key than one of those that keep it. Costs no call."""
+        farthest = key_id.xor_distance(known.nodes[_REPLICAS - 1][0])
+        near = self.dht.protocol.routing_table.get_nearest_neighbors(key_id, _REPLICAS, exclude=self.dht.node_id)
+        return any(node not in known.seen and key_id.xor_distance(node) < farthest for node, _ in near)
 
     async def read(self, key: str) -> dict[str, tuple[bytes, float]]:
         """What is kept under a key: the value and the expiry of each subkey. A few of those that keep it are asked, and
         at times all of them: one may have missed something, or keep it back."""
         key_id = hivemind_module("dht.routing").DHTID.generate(key)
-        nearest = self._nearest.get(key)
-        if nearest is None or self.clock() >= nearest.until_s:
-            nearest = await self._nearest_to(key, key_id)
-            nearest.num_reads = 0
+        nearest = await self._nearest_to(key, key_id)
         if len(nearest.nodes) < _ASKED:
             return await self._search(key)
         keepers, nearest.num_reads = nearest.nodes[:_REPLICAS], nearest.num_reads + 1
@@ -128,17 +144,18 @@ class Buckets:
         }
 
     async def _kept_at(self, node: Any, peer: Any, key_id: Any) -> dict[str, tuple[bytes, float]] | None:
-        """What a node keeps under the key, which hivemind has validated; None if it does not answer."""
-        if node == self.dht.node_id:
-            kept = self.dht.protocol.storage.get(key_id)
-        else:
-            answer = await self.dht.protocol.call_find(peer, [key_id])
-            if answer is None:
-                return None
-            kept = answer[key_id][0]
-        if kept is None or not hasattr(kept.value, "items"):
-            return {}
-        return {
-            str(subkey): (unsigned_untrusted(item.value), float(item.expiration_time))
-            for subkey, item in kept.value.items()
-        }
+        """What a node keeps under the key, which hivemind has validated; None without an answer that can be
+        understood."""
+        try:
+            if node == self.dht.node_id:
+                kept = self.dht.protocol.storage.get(key_id)
+            else:
+                answer = await self.dht.protocol.call_find(peer, [key_id])
+                kept = answer[key_id][0]
+            if kept is None:
+                return {}
+            items = ((str(subkey), item) for subkey, item in kept.value.items())
+            return {subkey: (unsigned_untrusted(item.value), float(item.expiration_time)) for subkey, item in items}
+        except Exception as error:  # another peer's answer, in hivemind's hands
+            _log.debug("reading a bucket at %s failed: %r", peer, error)
+            return None

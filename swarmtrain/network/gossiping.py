@@ -88,12 +88,14 @@ class Pulled:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A round of this peer: when it begins and should end, in swarm time; `prepare` readies a merge with its theta."""
+    """A round of this peer: when it begins and should end, in swarm time, and whether that is more than a guess;
+    `prepare` readies a merge with its theta."""
 
     round: int
     started_s: float
     ends_s: float
     prepare: Callable[[Sequence[Pulled]], Any]
+    is_sure: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +166,7 @@ class Gossip:
         """What is prepared for `round`, which ends now; it counts as merged from here on. Returns at once."""
         with self._lock:
             ready, plan, self._ready, self._plan = self._ready, self._plan, None, None
-            if plan is not None:
+            if plan is not None and plan.is_sure:
                 self._times.round_ended(plan.ends_s - plan.started_s, swarm_time() - plan.started_s)
             if ready is None or ready.round != round:
                 return None

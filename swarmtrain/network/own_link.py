@@ -9,6 +9,7 @@ other end the other peer's link does the same.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import socket
 import struct
@@ -30,6 +31,7 @@ from swarmtrain.network.tasks import end_tasks
 
 __all__ = ["Address", "OwnLink", "was_to_go"]
 
+_log = logging.getLogger(__name__)
 _SO_ORIGINAL_DST = 80
 """Of Linux: where a connection was to go before the firewall handed it to us."""
 
@@ -75,11 +77,24 @@ class OwnLink:
 
     async def _take_those_dialled(self) -> None:
         async for near, _ in accepted(self._dialled):
-            self._start(near, (_HERE, self._target(near)[1]), self._down, self._up)
+            if (target := self._target_of(near)) is not None:
+                self._start(near, (_HERE, target[1]), self._down, self._up)
 
     async def _take_those_dialling(self) -> None:
         async for near, _ in accepted(self._dialling):
-            self._start(near, self._target(near), self._up, self._down)
+            if (target := self._target_of(near)) is not None:
+                self._start(near, target, self._up, self._down)
+
+    def _target_of(self, near: socket.socket) -> Address | None:
+        """Where it was to go; None if that is not known any more, or if it was to come here: it is hung up on."""
+        try:
+            target = self._target(near)
+            if target[1] not in (self.dialled_port, self.dialling_port):
+                return target
+        except OSError as error:
+            _log.debug("the link takes no connection whose target is not known: %s", error)
+        near.close()
+        return None
 
     def _start(self, near: socket.socket, target: Address, there: Line, back: Line) -> None:
         task = asyncio.ensure_future(self._carry(near, target, self._way(there), self._way(back)))

@@ -258,6 +258,8 @@ class RecordRules:
 
     def check_untrusted(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> pb.Record:
         """The record; BadBytesError, "reason: detail", if it is not allowed to be stored or believed."""
+        if not isinstance(value, bytes):
+            raise BadBytesError("malformed: its value is not bytes")
         if len(value) > MAX_RECORD_BYTES + _SIGNATURE_BYTES:
             raise BadBytesError(f"oversized: {len(value)} bytes")
         now = swarm_time()

@@ -137,6 +137,7 @@ class GossipExchange(AsynchronousExchange):
             started_s=now,
             ends_s=now + self._round_s(start.inner_steps, steps_per_s),
             prepare=functools.partial(self._prepare, theta),
+            is_sure=steps_per_s > 0,
         )
         self.weights_publisher.newest = Publication(
             round=progress.round,

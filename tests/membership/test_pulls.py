@@ -44,25 +44,27 @@ def test_a_slow_link_costs_weights_first_then_gradients_and_never_the_last_of_ei
 
 def test_weights_come_first_then_one_gradient_after_the_other_as_late_as_the_link_allows() -> None:
     plan = plan_pulls(3, 1000.0, 1100.0, SIZES, known(20.0, overhead_s=2.0))
-    assert plan.weights_at_s == tuple(1100 - 1.5 - 1.5 * (2 + (300 + 200 * left) / 20) for left in (3, 2, 1))
-    assert plan.gradients_at_s == tuple(1100 - 1.5 - 1.5 * (2 + 100 * left / 20) for left in (3, 2, 1))
+    assert plan.weights_at_s == tuple(1100 - 5 - 1.5 * (2 + (300 + 200 * left) / 20) for left in (3, 2, 1))
+    assert plan.gradients_at_s == tuple(1100 - 5 - 1.5 * (2 + 100 * left / 20) for left in (3, 2, 1))
     short = plan_pulls(3, 1000.0, 1001.0, SIZES, known(1e9))
     assert short.gradients_at_s == pytest.approx((1000.9,) * 3), "a tenth of a round for another try"
     assert plan.reason == "3 of 3 gradients and the weights of 3"
-    assert [plan.num_due("weights", now) for now in (1000.0, 1042.9, 1100.0)] == [0, 1, 3]
+    assert [plan.num_due("weights", now) for now in (1000.0, 1039.4, 1100.0)] == [0, 1, 3]
     assert plan.next_s(1000.0) == plan.weights_at_s[0] and plan.next_s(plan.gradients_at_s[-1]) is None
 
 
 def test_where_rounds_end_early_pulls_begin_earlier() -> None:
     """Two seconds do not help where steps are not all equally quick, and a round of a minute ends five early."""
     times = known(1e9)
-    for lasted_s in (101.0, 95.0, 99.0):
+    for lasted_s in (101.0, 92.0, 99.0):
         times.round_ended(100.0, lasted_s)
-    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times).gradients_at_s == pytest.approx((1095.0,) * 3)
+    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times).gradients_at_s == pytest.approx((1092.0,) * 3)
     assert plan_pulls(3, 1000.0, 1010.0, SIZES, times).gradients_at_s == pytest.approx((1009.0,) * 3), "a tenth will do"
     for _ in range(8):
         times.round_ended(100.0, 130.0)
-    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times).gradients_at_s == pytest.approx((1098.5,) * 3)
+    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times).gradients_at_s == pytest.approx((1095.0,) * 3), (
+        "a twentieth at least"
+    )
     times.round_ended(100.0, 1.0)
     assert plan_pulls(3, 1000.0, 1100.0, SIZES, times).gradients_at_s == pytest.approx((1075.0,) * 3), (
         "a quarter at most"

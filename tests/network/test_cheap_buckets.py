@@ -11,11 +11,28 @@ from typing import Any
 import msgpack
 import pytest
 
+from swarmtrain.network import buckets
 from swarmtrain.network.buckets import Buckets
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.records import RecordRules
 
 ME = new_identity(b"m" * 32)
+
+
+class FakeKey:
+    """Nodes are as near to it as their number is small."""
+
+    def to_bytes(self) -> bytes:
+        return bytes(20)
+
+    def xor_distance(self, node: int) -> int:
+        return node
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SimpleNamespace(DHTID=SimpleNamespace(generate=lambda source: FakeKey()))
+    monkeypatch.setattr(buckets, "hivemind_module", lambda name: made)
 
 
 @dataclass
@@ -24,13 +41,20 @@ class FakeDht:
 
     num_nodes: int
     node_id: int = 1
+    peer_id: str = "peer 1"
+    twice: bool = False
+    """A peer that was started again has two nodes."""
     silent: set[str] = field(default_factory=set)
     searches: int = 0
     stored_at: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         storage = SimpleNamespace(store=self.store_here, get=lambda key: self.kept.get(self.node_id))
-        self.protocol = SimpleNamespace(call_store=self.call_store, call_find=self.call_find, storage=storage)
+        self.near: list[tuple[int, str]] = []
+        routing_table = SimpleNamespace(get_nearest_neighbors=lambda key, k, exclude: self.near)
+        self.protocol = SimpleNamespace(
+            call_store=self.call_store, call_find=self.call_find, storage=storage, routing_table=routing_table
+        )
         self.kept: dict[int, Any] = {}
         self.asked: list[str] = []
 
@@ -50,7 +74,8 @@ class FakeDht:
         self, queries: Sequence[Any], k_nearest: int, beam_size: int, num_workers: int
     ) -> Mapping[Any, Mapping[int, str]]:
         self.searches += 1
-        return {queries[0]: {node: f"peer {node}" for node in range(min(k_nearest, self.num_nodes))}}
+        found = {node: f"peer {node}" for node in range(min(k_nearest, self.num_nodes))}
+        return {queries[0]: {-1: "peer 3", **found} if self.twice else found}
 
     async def call_store(self, peer: str, keys: Any, values: Any, expiries: Any, subkeys: Any) -> list[bool] | None:
         if peer in self.silent:
@@ -108,8 +133,40 @@ def test_few_nodes_are_looked_for_each_time_since_newcomers_belong_to_them() -> 
     assert here.dht.searches == 2
 
 
+def test_a_peer_that_was_started_again_counts_once() -> None:
+    here = Here(FakeDht(25, twice=True))
+    assert sorted(here.store()) == ["here", "peer 0", "peer 2", "peer 3", "peer 4"]
+
+
+def test_whoever_comes_nearer_is_looked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeKey, "xor_distance", lambda self, node: abs(node))
+    here = Here(FakeDht(25))
+    here.store()
+    for node, searches in ((4, 1), (40, 1), (0.5, 2)):  # one that is known, one that is farther than all that keep it
+        here.dht.near = [(node, "peer 77")]  # type: ignore[list-item]
+        here.store()
+        assert here.dht.searches == searches
+
+
+@pytest.mark.parametrize("answer", [{}, {"a key": (SimpleNamespace(value=3), {})}, []])
+def test_an_answer_that_cannot_be_understood_is_none(answer: Any) -> None:
+    here = Here(FakeDht(25))
+    here.dht.keep(0, "p", 7.0)
+
+    async def odd(peer: str, keys: Any) -> Any:
+        return answer if peer == "peer 2" else {keys[0]: (here.dht.kept.get(int(peer.removeprefix("peer "))), {})}
+
+    async def none(*given: Any, **more: Any) -> list[bool]:
+        return []
+
+    here.dht.protocol.call_find = odd
+    assert asyncio.run(here.buckets.read("a key")) == {"p": (b"p", 7.0)}
+    here.dht.protocol.call_store = none
+    assert here.store() == ["here"]
+
+
 def test_nobody_took_it() -> None:
-    here = Here(FakeDht(25, node_id=99, silent={f"peer {node}" for node in range(25)}))
+    here = Here(FakeDht(25, node_id=99, peer_id="me", silent={f"peer {node}" for node in range(25)}))
     assert not asyncio.run(here.buckets.store("a key", ME.peer_id, b"a record", 1000.0))
 
 
@@ -143,5 +200,5 @@ def test_those_who_keep_nothing_are_doubted_and_hivemind_searches() -> None:
 
 @pytest.mark.parametrize("num_nodes", [0, 1])
 def test_one_that_is_alone(num_nodes: int) -> None:
-    here = Here(FakeDht(num_nodes, node_id=0))
+    here = Here(FakeDht(num_nodes, node_id=0, peer_id="peer 0"))
     assert asyncio.run(here.buckets.store("a key", ME.peer_id, b"a record", 1000.0)) == bool(num_nodes)
