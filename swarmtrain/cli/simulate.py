@@ -30,7 +30,7 @@ __all__ = ["command", "table_lines"]
 @click.argument("scenario", metavar="SCENARIO.toml", type=click.Path(path_type=Path))
 @click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="Of the runs; may be repeated.  [default: the file's]")  # fmt: skip
 @click.option("--method", "methods", multiple=True, metavar="NAME", help="To compare; may be repeated.  [default: the file's]")  # fmt: skip
-@click.option("--sweep", "sweeps", multiple=True, metavar="KEY=V,V", help="Values of a key of the run file that are all tried; may be repeated.")  # fmt: skip
+@click.option("--sweep", "sweeps", multiple=True, metavar="KEY=V,V", help="Values of a key of the run file, all of which are compared, in place of the file's grid; may be repeated.")  # fmt: skip
 @click.option("--set", "changes", multiple=True, metavar="KEY=V", help="Change a key of the run file; may be repeated.")
 @click.option("--jobs", type=click.IntRange(1), help="Runs at once.  [default: a core each]")
 @click.option("--fresh", is_flag=True, help="Run all anew, also what was run before.")
@@ -66,9 +66,11 @@ def command(
     )
     if plot is not None:
         _check_plot(plot, loaded)
-    kept = None if fresh else platformdirs.user_cache_path("swarmtrain") / "simulate"
+    if json_file is not None and not json_file.parent.is_dir():
+        raise click.UsageError(f"--json {json_file}: there is no folder {json_file.parent}")
+    kept = platformdirs.user_cache_path("swarmtrain") / "simulate"
     with _shown(loaded) as told:
-        found = compare(loaded, jobs=jobs or os.cpu_count() or 1, kept=kept, told=told)
+        found = compare(loaded, jobs=jobs or os.cpu_count() or 1, kept=kept, fresh=fresh, told=told)
     for line in table_lines(found.rows()):
         click.echo(line)
     if json_file is not None:
@@ -105,6 +107,8 @@ def _check_plot(path: Path, scenario: Scenario) -> None:
 
     if path.suffix not in (".png", ".svg"):
         raise click.UsageError(f"--plot {path}: its name must end with .png or .svg")
+    if not path.parent.is_dir():
+        raise click.UsageError(f"--plot {path}: there is no folder {path.parent}")
     if not scenario.scenario.curve_points:
         raise click.UsageError("--plot needs curves: set scenario.curve_points in the scenario, 20 say")
     if importlib.util.find_spec("matplotlib") is None:

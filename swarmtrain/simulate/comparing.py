@@ -7,9 +7,9 @@ and not run again.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from swarmtrain import __version__
+from swarmtrain.data.documents import read_documents
 from swarmtrain.errors import UserError
 from swarmtrain.network.files import write_atomically
+from swarmtrain.run import DataSection, RunFile
 from swarmtrain.simulate.learning.setting import Outcome
 from swarmtrain.simulate.scenario import GridPoint, Scenario
 
@@ -97,9 +99,14 @@ class Comparison:
         """Of each method the row with the least loss."""
         found: dict[str, Row] = {}
         for row in self.rows():
-            if row.method not in found or row.loss < found[row.method].loss:
+            if row.method not in found or _by_loss(row) < _by_loss(found[row.method]):
                 found[row.method] = row
         return found
+
+
+def _by_loss(row: Row) -> tuple[bool, float]:
+    """A loss that is no number is the worst."""
+    return math.isnan(row.loss), row.loss
 
 
 def plays_of(scenario: Scenario, chosen: Mapping[str, GridPoint] | None, methods: Mapping[str, Any]) -> list[Play]:
@@ -109,15 +116,25 @@ def plays_of(scenario: Scenario, chosen: Mapping[str, GridPoint] | None, methods
     for method in section.methods:
         if method not in methods:
             raise UserError(f"scenario.methods: there is no method {method}; there are {', '.join(methods)}")
+    points = [
+        (method, point)
+        for method in section.methods
+        for point in dict.fromkeys(_without(point, methods[method].keys) for point in scenario.points())
+    ]
+    for method, point in points:
+        _run(scenario, Play(method, point, 0))
     if chosen is None:
         if not section.tuning_seeds or not scenario.grid:
             return []
-        points = [(method, point) for method in section.methods for point in scenario.points()]
         return [Play(method, point, seed, tuning=True) for method, point in points for seed in section.tuning_seeds]
     if chosen:
         return [Play(method, chosen[method], seed) for seed in section.seeds for method in section.methods]
-    points = [(method, point) for method in section.methods for point in scenario.points()]
     return [Play(method, point, seed) for seed in section.seeds for method, point in points]
+
+
+def _without(point: GridPoint, keys: Mapping[str, Any]) -> GridPoint:
+    """A method's own keys are not the grid's."""
+    return tuple(pair for pair in point if pair[0] not in keys)
 
 
 def compare(
@@ -125,10 +142,11 @@ def compare(
     *,
     jobs: int,
     kept: Path | None,
+    fresh: bool = False,
     told: Callable[[Play, Outcome, int, int], None] = lambda play, outcome, done, total: None,
 ) -> Comparison:
-    """All runs. `kept` is the folder of those made before; `told` hears of each that is there, with how many of how
-    many are."""
+    """All runs. `kept` is the folder of those made before, which with `fresh` are made anew; `told` hears of each that
+    is there, with how many of how many are."""
     from swarmtrain.simulate.learning.methods import METHODS  # with torch
 
     found, chosen = Comparison(scenario), dict[str, GridPoint]()
@@ -137,41 +155,41 @@ def compare(
     if tuning:
         num_later = len(section.methods) * len(section.seeds)
     total = len(tuning) + (num_later or len(plays_of(scenario, {}, METHODS)))
-    for play, outcome in _played(scenario, tuning, jobs, kept):
+    for play, outcome in _played(scenario, tuning, jobs, kept, fresh):
         found.outcomes[play] = outcome
         told(play, outcome, len(found.outcomes), total)
     if tuning:
         for method in section.methods:
             rows = [row for row in found.rows(tuning=True) if row.method == method]
-            chosen[method] = min(rows, key=lambda row: row.loss).point
-    for play, outcome in _played(scenario, plays_of(scenario, chosen, METHODS), jobs, kept):
+            chosen[method] = min(rows, key=_by_loss).point
+    for play, outcome in _played(scenario, plays_of(scenario, chosen, METHODS), jobs, kept, fresh):
         found.outcomes[play] = outcome
         told(play, outcome, len(found.outcomes), total)
     return found
 
 
-def _played(scenario: Scenario, plays: Sequence[Play], jobs: int, kept: Path | None) -> Iterable[tuple[Play, Outcome]]:
+def _played(
+    scenario: Scenario, plays: Sequence[Play], jobs: int, kept: Path | None, fresh: bool
+) -> Iterable[tuple[Play, Outcome]]:
     """Those that are kept first, then the others as they end."""
-    left = []
+    left, paths = [], {play: _path(scenario, play, kept) for play in plays}
     for play in plays:
-        outcome = _kept(scenario, play, kept)
+        outcome = None if fresh else _kept(paths[play])
         if outcome is None:
             left.append(play)
         else:
             yield play, outcome
-    if jobs == 1:
-        yield from ((play, _keep(scenario, play, kept, _play(scenario, play))) for play in left)
-    if not left or jobs == 1:
+    if jobs == 1 or len(left) < 2:
+        yield from ((play, _keep(paths[play], _play(scenario, play))) for play in left)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(left)), context, _begin) as pool:
-        running = {pool.submit(_play, scenario, play): play for play in left}
-        try:
-            for future in concurrent.futures.as_completed(running):
-                play = running[future]
-                yield play, _keep(scenario, play, kept, future.result())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with context.Pool(min(jobs, len(left)), _begin) as pool:  # whatever ends this ends them
+        for number, outcome in pool.imap_unordered(functools.partial(_play_numbered, scenario), enumerate(left)):
+            yield left[number], _keep(paths[left[number]], outcome)
+
+
+def _play_numbered(scenario: Scenario, numbered: tuple[int, Play]) -> tuple[int, Outcome]:
+    return numbered[0], _play(scenario, numbered[1])
 
 
 def _begin() -> None:
@@ -179,6 +197,16 @@ def _begin() -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(scenario: Scenario, play: Play) -> RunFile:
+    """Its run file. `UserError`, which names the method, for what that cannot be told."""
+    from swarmtrain.simulate.learning.methods import METHODS
+
+    try:
+        return scenario.run(play.seed, play.point, tuple(METHODS[play.method].keys.items()))
+    except UserError as error:
+        raise UserError(f"method {play.method}: {error}") from None
 
 
 def _play(scenario: Scenario, play: Play) -> Outcome:
@@ -189,7 +217,7 @@ def _play(scenario: Scenario, play: Play) -> Outcome:
     from swarmtrain.simulate.learning.setting import setting_of
 
     method, threads = METHODS[play.method], torch.get_num_threads()
-    run = scenario.run(play.seed, play.point, tuple(method.keys.items()))
+    run = _run(scenario, play)
     torch.set_num_threads(1)  # a core is its share, and sums are made in one order
     try:
         return method.run(setting_of(scenario, Text.of(run, scenario.base)))
@@ -200,39 +228,48 @@ def _play(scenario: Scenario, play: Play) -> Outcome:
 # ---------------------------------------------------------------- what was run before
 
 
-def _digest(scenario: Scenario, play: Play) -> str:
-    """Of all that a run's outcome follows from, but for the code, of which the version stands."""
+def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
+    """Named by all that a run's outcome follows from; of the code the version stands for it."""
+    if folder is None:
+        return None
     import torch
 
-    from swarmtrain.simulate.learning.methods import METHODS
-
-    run = scenario.run(play.seed, play.point, tuple(METHODS[play.method].keys.items()))
+    run = _run(scenario, play)
     told = {
         "method": play.method,
         "run": run.model_dump(mode="json"),
+        "text": "streamed" if run.data.streaming else _text_sha256(run.data.model_dump_json(), scenario.base),
         "peers": scenario.peers.model_dump(mode="json"),
         "links": scenario.links.model_dump(mode="json"),
         "hangs": [hang.model_dump(mode="json") for hang in scenario.hangs],
         "curve_points": scenario.scenario.curve_points,
         "versions": [__version__, torch.__version__],
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return folder / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}.json"
 
 
-def _kept(scenario: Scenario, play: Play, folder: Path | None) -> Outcome | None:
-    if folder is None:
+@functools.lru_cache(64)
+def _text_sha256(data_json: str, base: Path) -> str:
+    """Of the run's documents, from which follow what is trained on and what is held out."""
+    digest = hashlib.sha256()
+    for document in read_documents(DataSection.model_validate_json(data_json), base):
+        digest.update(hashlib.sha256(document.text).digest())
+    return digest.hexdigest()
+
+
+def _kept(path: Path | None) -> Outcome | None:
+    if path is None:
         return None
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        table = json.loads((folder / f"{_digest(scenario, play)}.json").read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"))
         return Outcome(**table | {"curve": tuple(tuple(point) for point in table["curve"])})
     return None
 
 
-def _keep(scenario: Scenario, play: Play, folder: Path | None, outcome: Outcome) -> Outcome:
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        data = json.dumps(dataclasses.asdict(outcome)).encode()
-        write_atomically(folder / f"{_digest(scenario, play)}.json", data)
+def _keep(path: Path | None, outcome: Outcome) -> Outcome:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(dataclasses.asdict(outcome)).encode())
     return outcome
 
 
@@ -274,7 +311,7 @@ def _result(row: Row, best: Mapping[str, Row]) -> dict[str, Any]:
         "bytes_per_inner_step": _figure(row.mean("sent_bytes") / row.mean("inner_steps")),
         "stall_share": _figure(row.mean("stall_share")),
         "fresh_share": _figure(row.mean("fresh_share")),
-        "tokens_lost": 0,
+        "tokens_lost": round(row.mean("tokens_lost")),
         "losses": {str(seed): _figure(one.held_out_loss) for seed, one in row.outcomes.items()},
         "curve": [[tokens, _figure(time_s), _figure(loss)] for tokens, time_s, loss in first.curve],
     }

@@ -123,19 +123,24 @@ class Scenario:
         grid: Mapping[str, Sequence[Any]] | None = None,
         changes: Mapping[str, Any] | None = None,
     ) -> Scenario:
-        """With what a person asks for instead. `UserError` for what a run file cannot say."""
-        section = self.scenario.model_copy(
-            update={"seeds": seeds or self.scenario.seeds, "methods": methods or self.scenario.methods}
+        """With what a person asks for instead. A `grid` goes in place of the file's, and all of it is compared; what
+        `changes` say is not in the grid any more. `UserError` for what a run file cannot say."""
+        told: dict[str, Any] = {"seeds": seeds or self.scenario.seeds, "methods": methods or self.scenario.methods}
+        if grid:
+            told["tuning_seeds"] = ()
+        changes = changes or {}
+        left = {key: tuple(values) for key, values in (grid or self.grid).items() if key not in changes}
+        new = replace(
+            self,
+            scenario=self.scenario.model_copy(update=told),
+            table=_changed(self.table, changes.items()),
+            grid={key: tuple(_hashable(value) for value in values) for key, values in left.items()},
         )
-        table = _changed(self.table, (changes or {}).items())
-        whole = dict(self.grid) | {key: tuple(values) for key, values in (grid or {}).items()}
-        return replace(self, scenario=section, table=table, grid=whole).checked()
-
-    def checked(self) -> Scenario:
-        """Itself, if each point of the grid makes a run file; else `UserError`."""
-        for point in self.points():
-            self.run(0, point)
-        return self
+        if twice := sorted(set(new.scenario.seeds) & set(new.scenario.tuning_seeds)):
+            raise UserError(
+                f"scenario.tuning_seeds: seed {twice[0]} is compared on too; choose constants on other seeds than those"
+            )
+        return new
 
     def points(self) -> Iterator[GridPoint]:
         """All of the grid; one that changes nothing where there is none."""
@@ -185,12 +190,18 @@ def load_scenario(path: Path) -> Scenario:
     return found.with_changes(changes=changes)
 
 
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _changed(table: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """A run file's tables with other values of some keys."""
     new = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in table.items()}
     for key, value in changes:
         section, _, name = key.partition(".")
-        new.setdefault(section, {})[name] = value
+        keys = new.setdefault(section, {})
+        if isinstance(keys, dict):  # else it is no run file, as will be said
+            keys[name] = list(value) if isinstance(value, tuple) else value
     return new
 
 

@@ -70,6 +70,42 @@ def test_what_was_run_is_not_run_again_unless_something_changed(tmp_path: Path, 
         path.write_text("{")
     compare(scenario, jobs=1, kept=kept)
     assert len(played) == 7, "a file that is broken is none"
+    compare(scenario, jobs=1, kept=kept, fresh=True)
+    compare(scenario, jobs=1, kept=kept)
+    assert len(played) == 9, "what is run anew is kept"
+    (tmp_path / "0.txt").write_text("another text\n" * 300)
+    comparing._text_sha256.cache_clear()
+    compare(scenario, jobs=1, kept=kept)
+    assert len(played) == 11, "the text is another one"
+
+
+def test_a_method_has_its_own_constants_once(tmp_path: Path, played: list[Play]) -> None:
+    found = compare(tiny(tmp_path, scenario={"methods": ["local-sgd", "diloco"]}, grid=GRID), jobs=1, kept=None)
+    assert [(row.method, len(row.point)) for row in found.rows()] == [("local-sgd", 0), *[("diloco", 1)] * 3]
+
+
+def test_what_a_method_cannot_be_told_is_said_before_the_work(tmp_path: Path, played: list[Play]) -> None:
+    scenario = tiny(tmp_path, scenario={"methods": ["gossip", "diloco"]}, set={"merge.robust": "direction"})
+    with pytest.raises(UserError, match=r"method diloco: .*merge\.robust"):
+        compare(scenario, jobs=1, kept=None)
+    assert not played
+
+
+def test_a_sweep_goes_in_place_of_the_grid_and_a_change_out_of_it(tmp_path: Path) -> None:
+    section = {"tuning_seeds": [9]}
+    scenario = tiny(tmp_path, scenario=section, grid=GRID | {"merge.inner_steps": [5, 6]})
+    swept = scenario.with_changes(grid={"merge.num_partners": [1, 2]})
+    assert list(swept.grid) == ["merge.num_partners"] and not swept.scenario.tuning_seeds
+    changed = scenario.with_changes(changes={"merge.inner_steps": 7})
+    assert list(changed.grid) == ["merge.outer_momentum"] and changed.run(0).merge.inner_steps == 7
+    with pytest.raises(UserError, match="seed 9 is compared on too"):
+        scenario.with_changes(seeds=(8, 9))
+
+
+def test_a_loss_that_is_no_number_is_the_worst(tmp_path: Path) -> None:
+    point = (("merge.outer_momentum", 0.9),)
+    outcomes = {Play("gossip", point, 0): outcome(math.nan), Play("gossip", (), 0): outcome(3.0)}
+    assert Comparison(tiny(tmp_path), outcomes).best()["gossip"].loss == 3.0
 
 
 def test_a_method_that_there_is_not(tmp_path: Path) -> None:
@@ -107,6 +143,8 @@ def test_the_command_writes_the_same_document_on_one_core_and_on_two(tmp_path: P
         (["--set", "merge.outer_momentum"], "write SECTION.KEY=VALUE"),
         (["--plot", "x.pdf"], ".png or .svg"),
         (["--plot", "x.svg"], "curve_points"),
+        (["--plot", "nowhere/x.svg"], "there is no folder"),
+        (["--json", "nowhere/x.json"], "there is no folder"),
         (["--method", "nothing"], "there is no method nothing"),
         (["--set", "merge.outer_momentum=7"], "outer_momentum"),
     ],

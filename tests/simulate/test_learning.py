@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from learnt import setting, tiny
 
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
-from swarmtrain.simulate.learning.gossip import World
+from swarmtrain.simulate.learning.gossip import Peer, World
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.serving import server, server_waiting
 from swarmtrain.simulate.learning.setting import Outcome, Setting
@@ -90,14 +91,70 @@ def test_gossip_waits_for_nobody_and_merges_somebody_in_most_rounds(tmp_path: Pa
     assert gossip.fresh_share is not None and gossip.fresh_share > 0.8
 
 
-def test_who_hangs_delays_those_who_wait_and_nobody_else(tmp_path: Path) -> None:
-    hangs = [{"peer": 0, "at_s": 0.1, "for_s": 1.0}]
-    calm, hung = (setting(tiny(tmp_path, **sections), merge__pacing=True) for sections in ({}, {"hangs": hangs}))
-    silence_s = calm.run.merge.silence_s
-    assert diloco(hung).virtual_time_s > diloco(calm).virtual_time_s + silence_s
-    assert played("gossip", hung).virtual_time_s < played("gossip", calm).virtual_time_s + 2.0
-    outcome = played("gossip", hung)
-    assert outcome.tokens >= hung.total_tokens
+def hung(tmp_path: Path, *hangs: dict[str, float], **sections: object) -> Setting:
+    return setting(tiny(tmp_path, hangs=list(hangs), **sections), merge__pacing=True, merge__silence_s=0.5)
+
+
+def test_who_hangs_works_that_much_later(tmp_path: Path) -> None:
+    one = hung(tmp_path, {"peer": 0, "at_s": 2.0, "for_s": 3.0}, {"peer": 0, "at_s": 7.0, "for_s": 1.0})
+    for since_s, work_s, done_s in (
+        (0.0, 1.0, 1.0),
+        (0.0, 2.0, 2.0),
+        (0.0, 3.0, 6.0),
+        (4.0, 1.0, 6.0),
+        (0.0, 4.5, 8.5),
+    ):
+        assert one.done_s(0, since_s, work_s) == done_s
+    assert one.done_s(1, 0.0, 3.0) == 3.0, "another one"
+
+
+def test_who_hangs_longer_than_the_silence_is_passed_over_and_its_work_lost(tmp_path: Path) -> None:
+    short, long = ({"peer": 0, "at_s": 0.05, "for_s": for_s} for for_s in (0.3, 2.0))
+    calm = hung(tmp_path)
+    for method in ("diloco", "data-parallel", "modest"):
+        outcomes = [played(method, one) for one in (calm, hung(tmp_path, short), hung(tmp_path, long))]
+        times = [outcome.virtual_time_s for outcome in outcomes]
+        assert times[0] < times[1] <= times[0] + 0.35 and times[2] > times[0] + 0.3
+        assert [outcome.tokens_lost > 0 for outcome in outcomes[:2]] == [False, False]
+        assert outcomes[2].tokens_lost > 0 or method == "data-parallel"
+    alone = hung(tmp_path, long, peers={"number": 1})
+    assert diloco(alone).virtual_time_s > 2.0, "nobody else goes on"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_goes_on_when_somebody_hangs_and_transfers_break_off(method: str, tmp_path: Path) -> None:
+    bad = {"up_mbit": 10.0, "down_mbit": 10.0, "rtt_ms": 20.0, "failing_percent": 30.0}
+    keys = {key.replace(".", "__"): value for key, value in METHODS[method].keys.items()}
+    hangs = [{"peer": 0, "at_s": 0.1, "for_s": 1.0}, {"peer": 1, "at_s": 0.3, "for_s": 0.2}]
+    calm, one = setting(tiny(tmp_path), **keys), setting(tiny(tmp_path, hangs=hangs, links=bad), **keys)
+    outcome = played(method, one)
+    assert outcome.tokens >= one.total_tokens and outcome.held_out_loss < 20
+    assert outcome.virtual_time_s > played(method, calm).virtual_time_s
+
+
+def test_a_part_of_a_round_never_comes_after_a_later_one(tmp_path: Path) -> None:
+    """A hang within a round, over before its end, once turned two publications round."""
+    one = hung(tmp_path, {"peer": 2, "at_s": 0.05, "for_s": 0.06})
+    world, done = World(one), dict[str, list[tuple[int, int]]]()
+    for peer in world.peers:
+        train_to, seen = peer.train_to, done.setdefault(peer.name, [])
+
+        def noted(moment: int, peer: Peer = peer, train_to: Any = train_to, seen: Any = seen) -> None:
+            train_to(moment)
+            seen.append((peer.round, moment))
+
+        peer.train_to = noted  # type: ignore[method-assign]
+    world.run()
+    assert all(seen == sorted(seen) for seen in done.values())
+    assert sum(peer.learner.trainer.batches.position for peer in world.peers) == world.inner_steps
+
+
+def test_a_server_has_one_link_for_all(tmp_path: Path) -> None:
+    few, many = (
+        setting(tiny(tmp_path, peers={"number": number, "slowdowns": [1.0]}), merge__method="server")
+        for number in (1, 4)
+    )
+    assert server_waiting(many).stall_share > 1.3 * server_waiting(few).stall_share
 
 
 def test_a_worker_that_waits_stands_still_and_one_that_does_not_does_not(tmp_path: Path) -> None:

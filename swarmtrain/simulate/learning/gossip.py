@@ -25,6 +25,7 @@ from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Start
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
+from swarmtrain.simulate.learning.wire import Wire
 
 __all__ = ["Peer", "Published", "World", "gossip"]
 
@@ -62,8 +63,6 @@ class Peer:
         self.times = PullTimes()
         self.times.assume(setting.bytes_per_s)
         self.times.merged(setting.rtt_s)
-        self.down_free_s = self.up_free_s = 0.0
-        self.sent_bytes = 0
         self.tokens_before = 0
         self.start = Start(inner_steps=1, num_peers=1)
         self.done = 0
@@ -84,19 +83,19 @@ class Peer:
         self.weights = Published(Mark(self.round, 0, 0), theta)
         step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
-            clock.call_at(self.awake_s(clock.now + moment * step_s), self.train_to, moment)
+            clock.call_at(self.done_s(moment * step_s), self.train_to, moment)
         ends_s, sizes = clock.now + steps * step_s, self.world.section_bytes
         pulls = plan_pulls(setting.num_peers - 1, clock.now, ends_s, sizes, self.times, section.num_partners)
         self.asked.clear()
         self.due.clear()
         for what, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
             for when_s in at_s:
-                clock.call_at(self.awake_s(when_s), self.pull, self.round, what)
-        clock.call_at(self.awake_s(ends_s), self.end)
+                clock.call_at(self.done_s(when_s - clock.now), self.pull, self.round, what)
+        clock.call_at(self.done_s(steps * step_s), self.end)
 
-    def awake_s(self, when_s: float) -> float:
-        """When it does what it would do at `when_s`, if it stands still at that time."""
-        return self.world.setting.awake_s(self.number, when_s)
+    def done_s(self, work_s: float) -> float:
+        """When it does what it would do in so long, if it did not stand still meanwhile."""
+        return self.world.setting.done_s(self.number, self.world.clock.now, work_s)
 
     def train_to(self, moment: int) -> None:
         """Inner steps up to `moment` of the round, then a publication."""
@@ -133,11 +132,20 @@ class Peer:
             author = world.by_name[name]
             published = author.newest if section == "gradient" else author.weights
             assert published is not None
-            if self.rng.random() < setting.failing or not self.is_of_use(section, name, published.mark):
+            fails = self.rng.random() < setting.failing
+            if not self.is_of_use(section, name, published.mark):
                 continue
             self.coming.add((section, name))
-            if not world.is_hanging(name):  # else it says nothing until the round is over
-                world.clock.call_at(self.arrives_s(section, name), self.arrive, section, name, published)
+            if world.is_hanging(name):  # it says nothing until the round is over
+                continue
+            size_bytes = world.section_bytes.weights if section == "weights" else world.section_bytes.gradient
+            if fails:
+                size_bytes = int(self.rng.random() * size_bytes)
+            arrives_s = world.wire.arrives_s(world.clock.now, name, self.name, size_bytes, self.rng)
+            if fails:
+                world.clock.call_at(arrives_s, self.break_off, section, name)
+            else:
+                world.clock.call_at(arrives_s, self.arrive, section, name, published)
 
     def choose(self, section: Section) -> str | None:
         """Whose to pull, as a volunteer chooses."""
@@ -168,15 +176,10 @@ class Peer:
         """Whether that section of a publication can be merged."""
         return self.ledger.may_enter(section, name, mark, self.world.reference_round)
 
-    def arrives_s(self, section: Section, name: str) -> float:
-        """When it is here: links carry one transfer after the other, the author's up and the own one down."""
-        setting, author, sizes = self.world.setting, self.world.by_name[name], self.world.section_bytes
-        size_bytes = sizes.weights if section == "weights" else sizes.gradient
-        author.sent_bytes += size_bytes
-        asked_s = self.world.clock.now + setting.rtt_s
-        self.down_free_s = max(asked_s, self.down_free_s) + size_bytes / setting.down_bytes_per_s
-        author.up_free_s = max(asked_s, author.up_free_s) + size_bytes / setting.up_bytes_per_s
-        return max(self.down_free_s, author.up_free_s) + setting.late_s(size_bytes, self.rng)
+    def break_off(self, section: Section, name: str) -> None:
+        """A transfer ends midway: another's in its place."""
+        self.coming.discard((section, name))
+        self.fill(section)
 
     def arrive(self, section: Section, name: str, published: Published) -> None:
         """Take it, or if it is refused, another's in its place."""
@@ -294,7 +297,7 @@ class World:
         self._sizes = [math.prod(shape) for shape in shapes]
         self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
-        self._recorder = Recorder(self.setting)
+        self._recorder, self.wire = Recorder(self.setting), Wire(self.setting)
 
     @property
     def section_bytes(self) -> SectionBytes:
@@ -351,7 +354,7 @@ class World:
             virtual_time_s=self.finished_s,
             tokens=self.tokens,
             inner_steps=self.inner_steps,
-            sent_bytes=sum(peer.sent_bytes for peer in self.peers),
+            sent_bytes=self.wire.sent_bytes,
             fresh_share=sum(peer.rounds_fresh for peer in self.peers) / max(1, rounds),
             curve=tuple(self._recorder.points),
         )

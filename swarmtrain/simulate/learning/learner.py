@@ -25,18 +25,19 @@ class Text:
     run: RunFile
     data: TrainingData
     held_out: bytes
+    base: Path = Path()
 
     @classmethod
     def of(cls, run: RunFile, base: Path) -> Text:
         """`base` is the folder that the run file's paths are relative to."""
         published = publishable_data(run, base)
         held_out = published.held_out.text
-        return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out)
+        return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out, base)
 
     def batches(self, number: int) -> BatchSource:
         """The batches of volunteer `number`."""
         place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
-        return training_batches(self.run, self.data, place, Path(), self.held_out)
+        return training_batches(self.run, self.data, place, self.base, self.held_out)
 
     def held_out_loss(self, theta: Tensor) -> float:
         """Of weights (P,), in nats per byte."""

@@ -29,7 +29,7 @@ class _Pairs:
         self.size_bytes = _BYTES * thetas[0].numel()
         self.rng = random.Random(f"pairs {setting.run.run.seed}")
         self.now_s = [0.0] * setting.num_peers
-        self.tokens = self.inner_steps = self.sent_bytes = 0
+        self.tokens = self.inner_steps = self.sent_bytes = self.num_rounds = 0
         self.waited_s = 0.0
 
     def train(self) -> None:
@@ -40,8 +40,10 @@ class _Pairs:
             for step in range(self.steps):
                 learner.step((self.tokens + a_round * step / self.steps) / setting.total_tokens)
             self.gradients[number] = self.states[number].theta - learner.reached
-            self.now_s[number] += self.steps * setting.step_s[number]
+            work_s = self.steps * setting.step_s[number]
+            self.now_s[number] = setting.done_s(number, self.now_s[number], work_s)
         self.tokens += a_round
+        self.num_rounds += 1
         self.inner_steps += self.steps * setting.num_peers
 
     def meet(self) -> None:
@@ -49,7 +51,7 @@ class _Pairs:
         order = self.rng.sample(range(self.setting.num_peers), self.setting.num_peers)
         for pair in (order[place : place + 2] for place in range(0, len(order), 2)):
             self._wait(pair)
-            constants = self.setting.constants(0)
+            constants = self.setting.constants(self.num_rounds)
             gradient = torch.stack([self.gradients[number] for number in pair]).mean(0)
             mean = torch.stack([self.states[number].theta for number in pair]).mean(0)
             for number in pair:
@@ -61,7 +63,8 @@ class _Pairs:
         if len(pair) < 2:
             return
         setting, sent_bytes = self.setting, 2 * self.size_bytes  # weights and pseudo-gradient
-        takes_s = setting.rtt_s + sent_bytes / setting.bytes_per_s + setting.late_s(sent_bytes, self.rng)
+        takes_s = setting.rtt_s + sent_bytes / setting.bytes_per_s
+        takes_s += setting.lost_s(takes_s, self.rng) + setting.late_s(sent_bytes, self.rng)
         met_s = max(self.now_s[number] for number in pair) + takes_s
         for number in pair:
             self.waited_s += met_s - self.now_s[number]
@@ -108,10 +111,10 @@ def modest(setting: Setting) -> Outcome:
     size_bytes, steps = _BYTES * theta.numel(), run.merge.inner_steps
     num_sampled = min(setting.num_peers, run.merge.num_partners + 1)
     a_round = steps * run.tokens_per_step * num_sampled
-    now_s, tokens, num_steps, sent_bytes, worked_s = 0.0, 0, 0, 0, 0.0
+    now_s, tokens, num_steps, num_lost, sent_bytes, worked_s = 0.0, 0, 0, 0, 0, 0.0
     while tokens < setting.total_tokens:
         sample = rng.sample(range(setting.num_peers), num_sampled)
-        trained = [number for number in sample if not setting.is_hanging(number, now_s)]
+        trained, met_s = setting.meets(now_s, {number: steps * setting.step_s[number] for number in sample})
         reached: list[Tensor] = []
         for number in trained:
             everyone[number].enter(theta)
@@ -119,13 +122,11 @@ def modest(setting: Setting) -> Outcome:
                 everyone[number].step((tokens + a_round * step / steps) / setting.total_tokens)
             reached.append(everyone[number].reached)
         transfer_s = setting.rtt_s + num_sampled * size_bytes / setting.bytes_per_s  # all to one, and from one to all
-        late_s = max(setting.late_s(size_bytes, rng) for _ in range(2 * num_sampled))
-        now_s += max((steps * setting.step_s[number] for number in trained), default=0.0) + 2 * transfer_s + late_s
-        now_s += run.merge.silence_s if len(trained) < num_sampled else 0.0
-        if not trained:
-            continue
+        late_s = [setting.lost_s(transfer_s, rng) + setting.late_s(size_bytes, rng) for _ in range(2 * num_sampled)]
+        now_s = met_s + 2 * transfer_s + max(late_s)
         theta = torch.stack(reached).mean(0)
         tokens, num_steps = tokens + steps * run.tokens_per_step * len(trained), num_steps + steps * len(trained)
+        num_lost += steps * (num_sampled - len(trained))
         sent_bytes += 2 * len(trained) * size_bytes
         worked_s += sum(steps * setting.step_s[number] for number in trained)
         recorder.see(tokens, now_s, lambda: theta)  # noqa: B023 - called at once
@@ -136,5 +137,6 @@ def modest(setting: Setting) -> Outcome:
         inner_steps=num_steps,
         sent_bytes=sent_bytes,
         stall_share=1.0 - worked_s / (setting.num_peers * now_s),
+        tokens_lost=num_lost * run.tokens_per_step,
         curve=tuple(recorder.points),
     )

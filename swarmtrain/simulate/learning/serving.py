@@ -12,8 +12,12 @@ from swarmtrain.algorithm.quantize import Format, decode, encode, encoded_size_b
 from swarmtrain.peer.server_exchange import lead
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
+from swarmtrain.simulate.learning.wire import Wire
 
 __all__ = ["async_nesterov", "fedbuff", "server", "server_waiting"]
+
+
+_SERVER = "server"
 
 
 class _Worker:
@@ -21,7 +25,7 @@ class _Worker:
     from the newest that it pulled late in its round, less each of its gradients that those lack."""
 
     def __init__(self, served: _Served, number: int) -> None:
-        self.served, self.number = served, number
+        self.served, self.number, self.name = served, number, f"p{number}"
         self.learner = served.setting.learner(number)
         self.theta = self.learner.reached
         self.round = 0
@@ -38,18 +42,21 @@ class _Worker:
         self.began_tokens = served.tokens
         self.steps = setting.steps_of_round(self.number)
         self.learner.enter(self.theta)
-        ends_s = served.clock.now + self.steps * setting.step_s[self.number]
+        lasts_s = self.steps * setting.step_s[self.number]
         if not served.waiting:
-            served.clock.call_at(ends_s - 2 * served.pull_s, self.pull)
-        served.clock.call_at(ends_s, self.end)
+            served.clock.call_at(self.done_s(lasts_s - 2 * served.pull_s), self.pull)
+        served.clock.call_at(self.done_s(lasts_s), self.end)
+
+    def done_s(self, work_s: float) -> float:
+        """When it does what it would do in so long, if it did not stand still meanwhile."""
+        return self.served.setting.done_s(self.number, self.served.clock.now, max(0.0, work_s))
 
     def pull(self) -> None:
         """The server's weights, with the rounds of this worker that they have."""
         served = self.served
         entered = frozenset(served.entered[self.number])
-        served.sent_bytes += served.theta_bytes
-        takes_s = served.pull_s + served.late_s(served.theta_bytes)
-        served.clock.call_later(takes_s, setattr, self, "came", (served.weights(), entered))
+        arrives_s = served.arrives_s(_SERVER, self.name, served.theta_bytes)
+        served.clock.call_at(arrives_s, setattr, self, "came", (served.weights(), entered))
 
     def end(self) -> None:
         """Train what the round took, hand it in, and go on."""
@@ -62,9 +69,9 @@ class _Worker:
         served.inner_steps += self.steps
         reached = self.learner.reached
         self.pieces[self.round] = self.theta - reached
-        served.sent_bytes += served.gradient_bytes
         self.handed_in_s = served.clock.now
-        served.clock.call_later(served.hand_in_s + served.late_s(served.gradient_bytes), served.take, self, self.round)
+        arrives_s = served.arrives_s(self.name, _SERVER, served.gradient_bytes)
+        served.clock.call_at(arrives_s, served.take, self, self.round)
         self.round += 1
         if served.waiting:
             return
@@ -108,7 +115,7 @@ class _Served:
 
     def __init__(self, setting: Setting, *, waiting: bool, delay: int, buffered: bool = False) -> None:
         self.setting, self.waiting, self.clock = setting, waiting, Clock()
-        self.tokens = self.inner_steps = self.refreshes = self.sent_bytes = 0
+        self.tokens = self.inner_steps = self.refreshes = 0
         self.finished_s = 0.0
         self.workers = [_Worker(self, number) for number in range(setting.num_peers)]
         theta, section = self.workers[0].theta, setting.run.merge
@@ -121,11 +128,8 @@ class _Served:
         self.theta_bytes, self.gradient_bytes = (
             encoded_size_bytes(form, self.sizes) for form in (section.theta_format, section.gradient_format)
         )
-        rate = setting.bytes_per_s
-        self.pull_s, self.hand_in_s = (
-            setting.rtt_s + self.theta_bytes / rate,
-            setting.rtt_s + self.gradient_bytes / rate,
-        )
+        self.pull_s = setting.rtt_s + self.theta_bytes / setting.bytes_per_s
+        self.wire = Wire(setting)
         self._recorder, self._rng = Recorder(setting), random.Random(f"wire {setting.run.run.seed}")
 
     def weights(self) -> Tensor:
@@ -151,18 +155,18 @@ class _Served:
         self._recorder.see(self.tokens, self.clock.now, lambda: self.theta)
         if self.waiting:
             worker.pieces.clear()
-            self.sent_bytes += self.theta_bytes
-            self.clock.call_later(self.pull_s + self.late_s(self.theta_bytes), self.answer, worker)
+            began_at = self.fedbuff.num_steps if self.fedbuff is not None else 0
+            arrives_s = self.arrives_s(_SERVER, worker.name, self.theta_bytes)
+            self.clock.call_at(arrives_s, self.answer, worker, self.weights(), began_at)
 
-    def answer(self, worker: _Worker) -> None:
-        """A worker that waits has the weights."""
-        worker.theta = self.weights()
-        worker.began_at = self.fedbuff.num_steps if self.fedbuff is not None else 0
+    def answer(self, worker: _Worker, theta: Tensor, began_at: int) -> None:
+        """A worker that waits has the weights that were the server's when it was asked."""
+        worker.theta, worker.began_at = theta, began_at
         worker.go_on()
 
-    def late_s(self, size_bytes: int) -> float:
-        """What jitter and losses add to a transfer."""
-        return self.setting.late_s(size_bytes, self._rng)
+    def arrives_s(self, sender: str, receiver: str, size_bytes: int) -> float:
+        """When what is sent now has come."""
+        return self.wire.arrives_at_last_s(self.clock.now, sender, receiver, size_bytes, self._rng)
 
     def _on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
         return decode(encode(vector.contiguous(), form, self.sizes), form, self.sizes)
@@ -178,21 +182,26 @@ class _Served:
             virtual_time_s=self.finished_s,
             tokens=self.tokens,
             inner_steps=self.inner_steps,
-            sent_bytes=self.sent_bytes,
+            sent_bytes=self.wire.sent_bytes,
             stall_share=sum(worker.waited_s for worker in self.workers) / (len(self.workers) * self.finished_s),
             curve=tuple(self._recorder.points),
         )
 
 
+def _delay(setting: Setting) -> int:
+    """N."""
+    return setting.run.merge.buffer_arrivals or setting.num_peers
+
+
 def server(setting: Setting) -> Outcome:
     """Delayed Nesterov on one peer's weights, which workers pull late in their rounds, waiting for nothing."""
-    return _Served(setting, waiting=False, delay=setting.num_peers).run()
+    return _Served(setting, waiting=False, delay=_delay(setting)).run()
 
 
 def server_waiting(setting: Setting) -> Outcome:
     """The same as published (Asynchronous Local-SGD, arXiv 2401.09135): a worker waits for the weights that have its
     gradient."""
-    return _Served(setting, waiting=True, delay=setting.num_peers).run()
+    return _Served(setting, waiting=True, delay=_delay(setting)).run()
 
 
 def async_nesterov(setting: Setting) -> Outcome:
@@ -203,4 +212,4 @@ def async_nesterov(setting: Setting) -> Outcome:
 def fedbuff(setting: Setting) -> Outcome:
     """A server that averages updates in a buffer of as many as gossip has partners, and one more; workers go on from
     whatever weights it has (FedBuff, arXiv 2106.06639)."""
-    return _Served(setting, waiting=True, delay=setting.num_peers, buffered=True).run()
+    return _Served(setting, waiting=True, delay=_delay(setting), buffered=True).run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -95,8 +95,16 @@ class Setting:
     def all_reduce_s(self, num_peers: int, size_bytes: int, rng: random.Random) -> float:
         """Of a mean over so many: shares of everybody's to their hosts, then the means back; all wait for the last."""
         sent_bytes = (num_peers - 1) * size_bytes // num_peers
-        late_s = [max(self.late_s(sent_bytes, rng) for _ in range(num_peers)) for _ in range(2)]
-        return 2 * (sent_bytes / self.bytes_per_s + self.rtt_s) + sum(late_s)
+        takes_s = self.rtt_s + sent_bytes / self.bytes_per_s
+        late_s = [max(self.lost_s(takes_s, rng) + self.late_s(sent_bytes, rng) for _ in range(num_peers)) for _ in "01"]
+        return 2 * takes_s + sum(late_s)
+
+    def lost_s(self, takes_s: float, rng: random.Random) -> float:
+        """What a transfer of `takes_s` loses by breaking off midway, as often as it does, and beginning anew."""
+        lost_s = 0.0
+        while self.failing and rng.random() < self.failing:
+            lost_s += rng.random() * takes_s
+        return lost_s
 
     def late_s(self, size_bytes: int, rng: random.Random) -> float:
         """By how much a transfer's end is late: its pieces are, one by one, and those behind wait, as in TCP."""
@@ -105,18 +113,34 @@ class Setting:
         piece_bytes = int(min(max(self.bytes_per_s * _PIECE_S, PACKET_BYTES), _MOST_PIECE_BYTES))
         number, piece_s = -(-size_bytes // piece_bytes), piece_bytes / self.bytes_per_s
         lateness = Lateness(jitter_s=self.jitter_s, loss=self.loss, rtt_s=self.rtt_s, rng=rng)
-        return max(0.0, *(lateness.of(piece_bytes) - behind * piece_s for behind in range(number)))
+        return max((lateness.of(piece_bytes) - behind * piece_s for behind in range(number)), default=0.0)
+
+    def done_s(self, number: int, since_s: float, work_s: float) -> float:
+        """When volunteer `number` has worked so long from `since_s` on: it does nothing while it hangs."""
+        for hang in sorted((each for each in self.hangs if each.peer == number), key=lambda each: each.at_s):
+            if hang.at_s >= since_s + work_s:
+                break
+            if (over_s := hang.at_s + hang.for_s) > since_s:
+                work_s -= max(0.0, hang.at_s - since_s)
+                since_s = over_s
+        return since_s + work_s
 
     def is_hanging(self, number: int, now_s: float) -> bool:
         """Whether that volunteer stands still now."""
         return any(hang.is_on(number, now_s) for hang in self.hangs)
 
-    def awake_s(self, number: int, when_s: float) -> float:
-        """When it does what it would do at `when_s`, if it stands still at that time."""
-        for hang in self.hangs:
-            if hang.is_on(number, when_s):
-                return when_s + hang.for_s  # what comes within its standing still is late by all of it
-        return when_s
+    def meets(self, now_s: float, work_s: Mapping[int, float]) -> tuple[list[int], float]:
+        """Those that work so long each from now on and then wait for each other: who is there when they go on, and when
+        that is. Who hangs is waited for no longer than `merge.silence_s`, unless all do."""
+        ends_s = {number: self.done_s(number, now_s, each) for number, each in work_s.items()}
+        expected_s = now_s + max(work_s.values())
+        late = [number for number, end_s in ends_s.items() if end_s > expected_s + self.run.merge.silence_s]
+        if len(late) == len(ends_s):
+            first = min(ends_s, key=lambda number: ends_s[number])
+            return [first], ends_s[first]
+        here = [number for number in ends_s if number not in late]
+        met_s = max(ends_s[number] for number in here)
+        return here, max(met_s, expected_s + self.run.merge.silence_s) if late else met_s
 
 
 def setting_of(scenario: Scenario, text: Text) -> Setting:
@@ -151,6 +175,8 @@ class Outcome:
     """By all."""
     stall_share: float = 0.0
     """Of the volunteers' time: waiting for others or for the wire."""
+    tokens_lost: int = 0
+    """Trained by those who were passed over, and not merged."""
     fresh_share: float | None = None
     """Of the rounds of gossip: those that merged somebody's pseudo-gradient."""
     curve: tuple[CurvePoint, ...] = ()
@@ -158,13 +184,20 @@ class Outcome:
 
 @dataclass
 class Recorder:
-    """Measures the held-out loss on the way, `curve_points` times at equal distances of tokens."""
+    """Measures the held-out loss on the way, `curve_points` times at most, at equal distances of tokens: at the first
+    occasion after each."""
 
     setting: Setting
     points: list[CurvePoint] = field(default_factory=list)
+    _num_seen: int = 0
+    _num_measured: int = 0
 
     def see(self, tokens: int, now_s: float, theta: Callable[[], Tensor]) -> None:
         """After some training; `theta` gives the weights to measure, if it is time."""
         number, total = self.setting.curve_points, self.setting.total_tokens
-        if number and tokens * number >= total * (len(self.points) + 1) and len(self.points) < number:
+        due = self._num_seen + 1
+        while number and due <= number and tokens * number >= total * due:
+            self._num_seen, due = due, due + 1  # a round may pass several at once: it is one point
+        if self._num_seen > self._num_measured:
+            self._num_measured = self._num_seen
             self.points.append((tokens, now_s, self.setting.text.held_out_loss(theta())))

@@ -1,0 +1,37 @@
+"""What travels takes time: each machine's link carries one transfer after the other, in each direction."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from swarmtrain.simulate.learning.setting import Setting
+
+__all__ = ["Wire"]
+
+
+@dataclass
+class Wire:
+    """The links of all machines, by name."""
+
+    setting: Setting
+    sent_bytes: int = 0
+    """By all."""
+    _up_free_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _down_free_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def arrives_s(self, now_s: float, sender: str, receiver: str, size_bytes: int, rng: random.Random) -> float:
+        """When a transfer that is asked for now has come."""
+        setting, self.sent_bytes = self.setting, self.sent_bytes + size_bytes
+        asked_s = now_s + setting.rtt_s
+        down_s = max(asked_s, self._down_free_s[receiver]) + size_bytes / setting.down_bytes_per_s
+        up_s = max(asked_s, self._up_free_s[sender]) + size_bytes / setting.up_bytes_per_s
+        self._down_free_s[receiver], self._up_free_s[sender] = down_s, up_s
+        return max(down_s, up_s) + setting.late_s(size_bytes, rng)
+
+    def arrives_at_last_s(self, now_s: float, sender: str, receiver: str, size_bytes: int, rng: random.Random) -> float:
+        """The same where one that breaks off midway is begun anew, as often as it does."""
+        while self.setting.failing and rng.random() < self.setting.failing:
+            now_s = self.arrives_s(now_s, sender, receiver, int(rng.random() * size_bytes), rng)
+        return self.arrives_s(now_s, sender, receiver, size_bytes, rng)
