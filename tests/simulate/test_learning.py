@@ -150,11 +150,20 @@ def test_a_part_of_a_round_never_comes_after_a_later_one(tmp_path: Path) -> None
 
 
 def test_a_server_has_one_link_for_all(tmp_path: Path) -> None:
-    few, many = (
-        setting(tiny(tmp_path, peers={"number": number, "slowdowns": [1.0]}), merge__method="server")
+    """Alike volunteers end their rounds together: the last of them has its weights when those of all have passed."""
+    links = {"up_mbit": 1.0, "down_mbit": 1.0, "rtt_ms": 0.0}
+    one, four = (
+        server_waiting(
+            setting(
+                tiny(tmp_path, peers={"number": number, "slowdowns": [1.0]}, links=links),
+                merge__method="server",
+                run__total_tokens=128 * 8 * number * 3,
+            )
+        )
         for number in (1, 4)
     )
-    assert server_waiting(many).stall_share > 1.3 * server_waiting(few).stall_share
+    assert one.inner_steps == 24 and four.inner_steps == 96, "three rounds each"
+    assert four.virtual_time_s - 0.24 > 2.5 * (one.virtual_time_s - 0.24) > 0
 
 
 def test_a_worker_that_waits_stands_still_and_one_that_does_not_does_not(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from learnt import tiny, write_scenario
 
 from swarmtrain.errors import UserError
+from swarmtrain.simulate.comparing import plays_of
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.scenario import load_scenario
 
@@ -45,10 +46,8 @@ def test_slowdowns_are_gone_through_again(tmp_path: Path) -> None:
         ({"scenario": {"methods": ["gossip", "gossip"]}}, "one is there twice"),
         ({"peers": {"slowdowns": [0]}}, "not above 0"),
         ({"links": {"rtt": 3}}, "links.rtt: .*did you mean links.rtt_ms"),
-        ({"set": {"merge.outer_momentun": 0.5}}, "merge.outer_momentun: .*did you mean merge.outer_momentum"),
         ({"set": {"momentum": 0.5}}, "with its section"),
         ({"grid": {"merge.outer_momentum": 0.5}}, "a list of values"),
-        ({"grid": {"merge.outer_momentum": [0.5, 7]}}, "merge.outer_momentum"),
         ({"hangs": [{"peer": 3, "at_s": 1, "for_s": 1}]}, "3 of 3 volunteers"),
         ({"hangs": {"peer": 0}}, r"write \[\[hangs\]\]"),
         ({"set": 3}, r"write \[set\]"),
@@ -58,6 +57,21 @@ def test_slowdowns_are_gone_through_again(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(tmp_path: Path, sections: dict[str, Any], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         load_scenario(write_scenario(tmp_path, **sections))
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"set": {"merge.outer_momentun": 0.5}}, "method gossip: .*did you mean merge.outer_momentum"),
+        ({"grid": {"merge.outer_momentum": [0.5, 7]}}, "method gossip: .*merge.outer_momentum"),
+        ({"set": {"model.width": 0}}, "model.width"),
+    ],
+)
+def test_what_no_run_file_can_say_is_said_before_the_work(
+    tmp_path: Path, sections: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(UserError, match=problem):
+        plays_of(load_scenario(write_scenario(tmp_path, **sections)), {}, METHODS)
 
 
 def test_no_scenario(tmp_path: Path) -> None:
