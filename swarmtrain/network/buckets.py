@@ -89,8 +89,7 @@ class Buckets:
             return None
 
     async def _nearest_to(self, key: str, key_id: Any) -> _Nearest:
-        known = self._nearest.get(key)
-        if known is not None and self.clock() < known.until_s and not self._has_nearer(known, key_id):
+        if (known := self._known(key, key_id)) is not None:
             return known
         found = await self.dht.find_nearest_nodes([key_id], k_nearest=_ASKED, beam_size=_ASKED, num_workers=_WORKERS)
         peers: dict[Any, Any] = {}
@@ -104,6 +103,12 @@ class Buckets:
             self._nearest.pop(key, None)
         return nearest
 
+    def _known(self, key: str, key_id: Any) -> _Nearest | None:
+        """Who they are, if that was found a short while ago and nobody nearer has come."""
+        known = self._nearest.get(key)
+        fresh = known is not None and self.clock() < known.until_s and not self._has_nearer(known, key_id)
+        return known if fresh else None
+
     def _has_nearer(self, known: _Nearest, key_id: Any) -> bool:
         """Whether a node has come that is nearer to the key than one of those that keep it. Costs no call."""
         farthest = key_id.xor_distance(known.nodes[_REPLICAS - 1][0])
@@ -114,8 +119,8 @@ class Buckets:
         """What is kept under a key: the value and the expiry of each subkey. A few of those that keep it are asked, and
         at times all of them: one may have missed something, or keep it back."""
         key_id = hivemind_module("dht.routing").DHTID.generate(key)
-        nearest = await self._nearest_to(key, key_id)
-        if len(nearest.nodes) < _ASKED:
+        nearest = self._known(key, key_id)  # where this peer stores its own
+        if nearest is None:
             return await self._search(key)
         keepers, nearest.num_reads = nearest.nodes[:_REPLICAS], nearest.num_reads + 1
         few = nearest.num_reads % _ALL_EVERY != 1

@@ -60,8 +60,8 @@ PRESENCE = "presence"
 PROGRESS = "progress"
 MAX_RECORD_BYTES = 1024
 _SIGNATURE_BYTES = 64
-_MAX_CHECKED = 4096
-"""Records that were fine are remembered, so many of them: 2 MB."""
+_MAX_CHECKED = 1024
+"""Records that were fine are remembered, so many of them: 2 MB at most."""
 _MAX_LIFETIME_S = 2 * 86_400
 _MIN_ADVANCE_S = 0.5
 _MAX_BUCKETS = 512

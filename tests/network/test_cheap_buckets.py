@@ -151,6 +151,7 @@ def test_whoever_comes_nearer_is_looked_for_at_once(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("answer", [{}, {"a key": (SimpleNamespace(value=3), {})}, []])
 def test_an_answer_that_cannot_be_understood_is_none(answer: Any) -> None:
     here = Here(FakeDht(25))
+    here.store()
     here.dht.keep(0, "p", 7.0)
 
     async def odd(peer: str, keys: Any) -> Any:
@@ -176,6 +177,7 @@ def test_where_few_are_they_are_searched_and_what_is_no_bytes_is_left_out() -> N
 
 def test_all_that_keep_a_bucket_are_read_at_first_then_two_and_after_a_while_all_again() -> None:
     here = Here(FakeDht(25))
+    here.store()
     for node, name, expiry_s in ((0, "p", 7.0), (1, "p", 9.0), (1, "q", 8.0), (4, "r", 6.0)):
         here.dht.keep(node, name, expiry_s)
     numbers = []
@@ -192,9 +194,12 @@ def test_all_that_keep_a_bucket_are_read_at_first_then_two_and_after_a_while_all
 
 def test_those_who_keep_nothing_are_doubted_and_hivemind_searches() -> None:
     here = Here(FakeDht(25, silent={"peer 2"}))
-    assert asyncio.run(here.buckets.read("a key")) == {"p": (b"a record", 7.0)}
+    assert asyncio.run(here.buckets.read("a key")) == {"p": (b"a record", 7.0)}, "it stores nothing there"
+    assert not here.dht.searches and not here.dht.asked
+    here.store()
+    assert asyncio.run(here.buckets.read("a key")) == {"p": (b"a record", 7.0)} and here.dht.asked
     here.now_s = 31.0
-    asyncio.run(here.buckets.read("a key"))
+    here.store()
     assert here.dht.searches == 2
 
 
