@@ -32,7 +32,7 @@ import psutil
 import tomli_w
 from cold_start import read_run
 
-from swarmtrain.cli.peers import Peer, look
+from swarmtrain.cli.peers import Life, Peer, look
 from swarmtrain.network.daemon import owned_process_args
 
 FACTORS = "16,20,24,16,20,24"
@@ -65,7 +65,10 @@ def sample(folder: Path) -> Sample:
     """Of one peer and its daemon."""
     kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     process = psutil.Process(int((folder / "peer.pid").read_text()))
-    return (*of_processes(process, *process.children()), kept, float(look(Peer(folder=folder)).status.dht_records))
+    seen = look(Peer(folder=folder))
+    if seen.life is not Life.RUNNING:
+        raise ValueError("it does not answer")
+    return (*of_processes(process, *process.children()), kept, float(seen.status.dht_records))
 
 
 def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float]:

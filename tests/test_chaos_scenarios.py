@@ -82,5 +82,9 @@ def test_the_weights_are_as_near_as_before_after_so_many_rounds() -> None:
 
     before = [(1.0, None), (2.0, 0.2), (3.0, 0.1), (4.0, 0.3)]
     assert seen.spread_returned(told(*before, (6.0, 0.9), (8.0, 0.5), (9.0, None), (10.0, 0.2)), 5.0, 7.0) == 3
-    assert seen.spread_returned(told(*before, (8.0, 0.5)), 5.0, 7.0) == 2, "it never was, in the one round there is"
-    assert seen.usual_s(rounds(2.0, 4.0)) == 2.0 and seen.usual_s([]) == 0.0
+    assert seen.spread_returned(told(*before, (8.0, 0.5)), 5.0, 7.0) == math.inf, "it never was, in the round there is"
+
+
+def test_a_usual_round_is_one_of_those_before() -> None:
+    slow = [event | {"seconds": 30.0} for event in rounds(40.0, 70.0, 100.0)]
+    assert seen.usual_s([*rounds(2.0, 4.0), *slow], 10.0) == 2.0 and seen.usual_s(slow, 10.0) == 0.0

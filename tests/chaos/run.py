@@ -61,14 +61,14 @@ class Found:
     tokens_lost: int = 0
     held_out_loss: float = math.nan
     ratio: float | None = None
-    spread_rounds: int | None = None
+    spread_rounds: float | None = None
     """How many rounds it took the weights to be as near to each other as before."""
     failed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         back = "-" if self.return_s is None else f"{self.return_s:.1f} s"
         ratio = "-" if self.ratio is None else f"{self.ratio:.3f}"
-        spread = "" if self.spread_rounds is None else f"spread as before after {self.spread_rounds} rounds; "
+        spread = "" if self.spread_rounds is None else f"spread as before after {self.spread_rounds:g} rounds; "
         cells = [back, f"{self.gap_s:.1f} s", f"{100 * self.stall:.2f} %", str(self.tokens_lost)]
         return " | ".join([*cells, f"{self.held_out_loss:.3f}", ratio, spread + ("; ".join(self.failed) or "holds")])
 
@@ -134,7 +134,7 @@ def _act(scenario: Scenario, swarm: Swarm, found: Found) -> list[str]:
         found.spread_rounds = max(seen.spread_returned(each, began_s, acted_s) for each in rounds.values())
         if found.spread_rounds > scenario.spread_rounds:
             found.failed.append(f"the weights are not as near as before after {scenario.spread_rounds} rounds")
-    if found.gap_s > max(scenario.gap_s, _OF_A_ROUND * max(map(seen.usual_s, told))):
+    if found.gap_s > max(scenario.gap_s, _OF_A_ROUND * max(seen.usual_s(each, began_s) for each in told)):
         found.failed.append(f"another stood still for {found.gap_s:.1f} s")
         print(f"steps from {began_s:.1f} to {acted_s:.1f}", *map(seen.in_short, told), sep="\n", file=sys.stderr)
     if found.stall > scenario.stall_share:

@@ -66,16 +66,16 @@ def said(container: str) -> str:
     return "\n".join(told)
 
 
-def usual_s(rounds: Events) -> float:
-    """How long its rounds take: their median; 0 without any."""
-    return statistics.median([event["seconds"] for event in rounds]) if rounds else 0.0
+def usual_s(rounds: Events, before_s: float) -> float:
+    """How long its rounds took before `before_s`: their median; 0 without any."""
+    before = [event["seconds"] for event in rounds if event["time"] < before_s]
+    return statistics.median_high(before) if before else 0.0
 
 
 def gap_s(rounds: Events, since_s: float, until_s: float) -> float:
     """The longest time without a round's end, less the median of its rounds before."""
-    before = sorted(event["seconds"] for event in rounds if event["time"] < since_s)
     ends = [since_s, *(event["time"] for event in rounds if since_s < event["time"] < until_s), until_s]
-    return max(b - a for a, b in itertools.pairwise(ends)) - (before[len(before) // 2] if before else 0.0)
+    return max(b - a for a, b in itertools.pairwise(ends)) - usual_s(rounds, since_s)
 
 
 def in_short(rounds: Events) -> str:
@@ -96,14 +96,14 @@ def returned_s(rounds: Events, partners: frozenset[str], after_s: float) -> floa
     return min(ends, default=math.inf) - after_s
 
 
-def spread_returned(rounds: Events, since_s: float, after_s: float) -> int:
+def spread_returned(rounds: Events, since_s: float, after_s: float) -> float:
     """How many rounds after `after_s` it is until those merged are as near to each other as in the median of its
-    rounds before `since_s`; one more than there were if they never are."""
+    rounds before `since_s`; infinite if none of them that are there is."""
     before = [event["consensus_spread"] for event in rounds if event["time"] < since_s]
     usual = statistics.median([spread for spread in before if spread is not None])
     late = [event["consensus_spread"] for event in rounds if event["time"] > after_s]
     near = (number for number, spread in enumerate(late, 1) if spread is not None and spread <= usual)
-    return next(near, len(late) + 1)
+    return next(near, math.inf)
 
 
 def contributions(peers: Iterable[Mapping[str, Any]]) -> dict[str, int]:
