@@ -27,75 +27,56 @@ from pathlib import Path
 
 import torch
 
-from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
 from swarmtrain.algorithm.outer import (
     OuterConstants,
     OuterState,
     flatten,
     momentum_at,
     outer_step,
-    unflatten_into,
     weighted_mean,
 )
 from swarmtrain.data import batches as batches_module
 from swarmtrain.data.batches import Batches
 from swarmtrain.membership.shards import Coverage
-from swarmtrain.model.gpt import GPT, build_model, num_parameters
+from swarmtrain.model.gpt import GPT, num_parameters
 from swarmtrain.run import RunFile
-from swarmtrain.simulate.learning.learner import Text
+from swarmtrain.simulate.learning.learner import Learner, Text
 
 
-def cut(volunteers: list[Volunteer], num_shards: int) -> list[Coverage]:
+def cut(volunteers: list[Learner], num_shards: int) -> list[Coverage]:
     """Cut the volunteers' data into shards; what each knows of all, which is everything here."""
     names = [f"volunteer {number}" for number in range(len(volunteers))]
     for volunteer in volunteers:
-        assert isinstance(volunteer.batches, Batches)
-        volunteer.batches.cut(num_shards)
+        assert isinstance(volunteer.trainer.batches, Batches)
+        volunteer.trainer.batches.cut(num_shards)
     return [Coverage(me=name, num_shards=num_shards) for name in names]
 
 
-class Volunteer:
-    """A model, its optimizer and its data."""
-
-    def __init__(self, text: Text, number: int, seed: int | None = None) -> None:
-        """`seed` is of the initial weights; None: the run's."""
-        run = text.run
-        values = run.inner.model_dump(exclude={"batch_sequences", "microbatch_sequences"})
-        self.model = build_model(run.model, run.run.seed if seed is None else seed)
-        self.parameters = list(self.model.parameters())
-        self.optimizer = InnerOptimizer(self.model.named_parameters(), InnerConstants(**values))
-        self.batches = text.batches(number)
-
-    def step(self, progress: float) -> None:
-        self.model.loss(self.batches.next_batch()).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step(progress)
-
-
 def train_lone(text: Text, num_steps: int) -> GPT:
-    volunteer = Volunteer(text, 0)
+    volunteer = Learner(text, 0)
     for step in range(num_steps):
         volunteer.step(step / num_steps)
-    return volunteer.model
+    return volunteer.trainer.model
 
 
 def train_parallel(text: Text, num_steps: int) -> GPT:
     """Large-batch training: one step on the mean gradient of all volunteers' batches."""
     num_peers = text.run.merge.min_peers
-    first = Volunteer(text, 0)
-    sources = [first.batches, *(text.batches(number) for number in range(1, num_peers))]
+    first = Learner(text, 0)
+    sources = [first.trainer.batches, *(text.batches(number) for number in range(1, num_peers))]
     for step in range(num_steps):
         for source in sources:
-            (first.model.loss(source.next_batch()) / num_peers).backward()  # type: ignore[no-untyped-call]
-        first.optimizer.step(step / num_steps)
-    return first.model
+            (first.trainer.model.loss(source.next_batch()) / num_peers).backward()  # type: ignore[no-untyped-call]
+        first.trainer.inner.step(step / num_steps)
+    return first.trainer.model
 
 
-def take_shards(volunteers: list[Volunteer], coverages: list[Coverage], round: int, tokens: int) -> None:
+def take_shards(volunteers: list[Learner], coverages: list[Coverage], round: int, tokens: int) -> None:
     """The volunteers choose shards for a round of so many tokens, and tell each other."""
     names = [coverage.me for coverage in coverages]
     for volunteer, coverage in zip(volunteers, coverages, strict=True):
         shard, _ = coverage.choose(round, 0, busy=coverage.busy(names), round_tokens=tokens)
-        volunteer.batches.use_shard(shard)
+        volunteer.trainer.batches.use_shard(shard)
         coverage.trained(shard, tokens)
     for coverage in coverages:
         for other in coverages:
@@ -105,9 +86,9 @@ def take_shards(volunteers: list[Volunteer], coverages: list[Coverage], round: i
 def train_swarm(text: Text, num_steps: int, num_shards: int = 0) -> GPT:
     """Synchronous DiLoCo: rounds of H inner steps, then one outer step on the mean pseudo-gradient."""
     merge = text.run.merge
-    volunteers = [Volunteer(text, number) for number in range(merge.min_peers)]
+    volunteers = [Learner(text, number) for number in range(merge.min_peers)]
     coverages = cut(volunteers, num_shards) if num_shards else []
-    theta = flatten(volunteers[0].parameters)
+    theta = volunteers[0].reached
     state = OuterState(theta, torch.zeros_like(theta))
     for round, start in enumerate(range(0, num_steps, merge.inner_steps)):
         steps = range(start, min(start + merge.inner_steps, num_steps))
@@ -115,15 +96,15 @@ def train_swarm(text: Text, num_steps: int, num_shards: int = 0) -> GPT:
         if coverages:
             take_shards(volunteers, coverages, round, len(steps) * text.run.tokens_per_step)
         for volunteer in volunteers:
-            unflatten_into(state.theta, volunteer.parameters)
+            volunteer.enter(state.theta)
             for step in steps:
                 volunteer.step(step / num_steps)
-            gradients.append(state.theta - flatten(volunteer.parameters))
+            gradients.append(state.theta - volunteer.reached)
         momentum = momentum_at(round, merge.outer_momentum, merge.momentum_ramp_rounds)
         constants = OuterConstants(learning_rate=merge.outer_learning_rate, momentum=momentum)
         state = outer_step(state, weighted_mean(gradients, [len(steps)] * len(gradients)), constants)
-    unflatten_into(state.theta, volunteers[0].parameters)
-    return volunteers[0].model
+    volunteers[0].enter(state.theta)
+    return volunteers[0].trainer.model
 
 
 WAYS = {"lone": train_lone, "swarm": train_swarm, "parallel": train_parallel}

@@ -11,6 +11,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -20,7 +21,17 @@ from pydantic_core import ErrorDetails
 from swarmtrain.errors import UserError
 from swarmtrain.words import one_line
 
-__all__ = ["Section", "allowed_values", "one_line", "problem_in_words", "read_toml", "section_fields"]
+__all__ = [
+    "Section",
+    "allowed_values",
+    "one_line",
+    "problem_in_words",
+    "read_small_file",
+    "read_toml",
+    "section_fields",
+]
+
+_MAX_FILE_BYTES = 65_536
 
 
 class Section(BaseModel):
@@ -35,6 +46,20 @@ class Section(BaseModel):
             if isinstance(text, str) and not text.isprintable():
                 raise ValueError("contains a control character; allowed: printable text")
         return value
+
+
+def read_small_file(path: Path, kind: str, example: str) -> dict[str, Any]:
+    """The tables of a TOML file that a person writes; `UserError`, one line that names it, if it cannot be. `kind` is
+    what such a file is called, such as "a rehearsal file"."""
+    origin = one_line(str(path))
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{origin}: cannot be read ({error}); an example is {example}") from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise UserError(f"{origin}: {len(data)} bytes; {kind} has at most {_MAX_FILE_BYTES}")
+    return read_toml(text, origin, UserError)
 
 
 def read_toml(text: str, origin: str, error_type: type[UserError]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from swarmtrain.errors import UserError
-from swarmtrain.problems import Section, one_line, problem_in_words, read_toml
+from swarmtrain.problems import Section, one_line, problem_in_words, read_small_file
 
 __all__ = [
     "ChurnSection",
@@ -31,7 +31,6 @@ __all__ = [
 
 Deed = Literal["kill", "leave", "hang", "stall", "partition", "reset", "half-open"]
 _OF_LINKS = ("stall", "partition", "reset", "half-open")
-_MAX_FILE_BYTES = 65_536
 _EXAMPLE = "examples/rehearsals/bad-internet.toml"
 
 
@@ -110,14 +109,7 @@ class _Fault(Section):
 def load_rehearsal(path: Path) -> RehearsalFile:
     """Read such a file. Raises `UserError`, one line that names the file and the key."""
     origin = one_line(str(path))
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin}: cannot be read ({error}); an example is {_EXAMPLE}") from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise UserError(f"{origin}: {len(data)} bytes; a rehearsal file has at most {_MAX_FILE_BYTES}")
-    table = read_toml(text, origin, UserError)
+    table = read_small_file(path, "a rehearsal file", _EXAMPLE)
     rows = table.pop("faults", [])
     if not isinstance(rows, list):
         raise UserError(f"{origin}: faults: is a list; write [[faults]] for each")

@@ -14,7 +14,7 @@ from swarmtrain.cli.common import example
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from swarmtrain.simulate.comparing import Row
+    from swarmtrain.simulate.comparing import Comparison, Row
     from swarmtrain.simulate.scenario import Scenario
 
 __all__ = ["command", "table_lines"]
@@ -50,14 +50,13 @@ def command(
     """Compare methods of training in virtual time.
 
     Real models learn real text, one after the other on this machine; the clock that counts is that of the scenario's
-    machines and links. The same file and seed give the same document, whatever this machine is.
+    machines and links. The same file and seed give the same document, on one core or on many.
     """
     import json
     import os
 
     import platformdirs
 
-    from swarmtrain.simulate.comparing import compare, document
     from swarmtrain.simulate.scenario import load_scenario
 
     grid = dict(map(_swept, sweeps))
@@ -68,10 +67,12 @@ def command(
         _check_plot(plot, loaded)
     if json_file is not None and not json_file.parent.is_dir():
         raise click.UsageError(f"--json {json_file}: there is no folder {json_file.parent}")
+    from swarmtrain.simulate.comparing import compare, document  # takes a second: after the file is known to be good
+
     kept = platformdirs.user_cache_path("swarmtrain") / "simulate"
     with _shown(loaded) as told:
         found = compare(loaded, jobs=jobs or os.cpu_count() or 1, kept=kept, fresh=fresh, told=told)
-    for line in table_lines(found.rows()):
+    for line in table_lines(found):
         click.echo(line)
     if json_file is not None:
         from swarmtrain.network.files import write_atomically
@@ -134,7 +135,7 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
     task = bar.add_task(scenario.scenario.name, total=None)
 
     def picture() -> RenderableType:
-        lines = table_lines(found.rows()) if found.rows() else []
+        lines = table_lines(found) if found.rows() else []
         return Group(*(Text(line) for line in lines), bar)
 
     with Live(picture(), console=console, refresh_per_second=4, transient=True) as live:
@@ -149,12 +150,9 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
         yield told
 
 
-def table_lines(rows: list[Row]) -> list[str]:
+def table_lines(found: Comparison) -> list[str]:
     """Each method, with its constants, and how it did: means over the seeds, ratios within seeds."""
-    best: dict[str, Row] = {}
-    for row in rows:
-        if row.method not in best or row.loss < best[row.method].loss:
-            best[row.method] = row
+    rows, best = found.rows(), found.best()
     names = [" ".join([row.method, *(f"{key.partition('.')[2]}={value}" for key, value in row.point)]) for row in rows]
     width = max([len(name) for name in names] + [6])
     lines = [f"{'method':{width}}  nats/byte  virtual time  to diloco          to diloco-paced    bytes/step   stall"]

@@ -14,18 +14,23 @@ import hashlib
 import json
 import math
 import multiprocessing
+import signal
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from swarmtrain import __version__
 from swarmtrain.data.documents import read_documents
 from swarmtrain.errors import UserError
 from swarmtrain.network.files import write_atomically
 from swarmtrain.run import DataSection, RunFile
-from swarmtrain.simulate.learning.setting import Outcome
+from swarmtrain.simulate.learning.learner import Text
+from swarmtrain.simulate.learning.methods import METHODS
+from swarmtrain.simulate.learning.setting import Outcome, setting_of
 from swarmtrain.simulate.scenario import GridPoint, Scenario
 
 __all__ = ["Comparison", "Play", "Row", "compare", "document", "plays_of"]
@@ -109,17 +114,17 @@ def _by_loss(row: Row) -> tuple[bool, float]:
     return math.isnan(row.loss), row.loss
 
 
-def plays_of(scenario: Scenario, chosen: Mapping[str, GridPoint] | None, methods: Mapping[str, Any]) -> list[Play]:
+def plays_of(scenario: Scenario, chosen: Mapping[str, GridPoint] | None) -> list[Play]:
     """The runs to make now: to choose constants while `chosen` is None, then to compare. `UserError` for a method that
     there is not."""
     section = scenario.scenario
     for method in section.methods:
-        if method not in methods:
-            raise UserError(f"scenario.methods: there is no method {method}; there are {', '.join(methods)}")
+        if method not in METHODS:
+            raise UserError(f"scenario.methods: there is no method {method}; there are {', '.join(METHODS)}")
     points = [
         (method, point)
         for method in section.methods
-        for point in dict.fromkeys(_without(point, methods[method].keys) for point in scenario.points())
+        for point in dict.fromkeys(_without(point, METHODS[method].keys) for point in scenario.points())
     ]
     for method, point in points:
         _run(scenario, Play(method, point, 0))
@@ -147,14 +152,12 @@ def compare(
 ) -> Comparison:
     """All runs. `kept` is the folder of those made before, which with `fresh` are made anew; `told` hears of each that
     is there, with how many of how many are."""
-    from swarmtrain.simulate.learning.methods import METHODS  # with torch
-
     found, chosen = Comparison(scenario), dict[str, GridPoint]()
-    tuning = plays_of(scenario, None, METHODS)
+    tuning = plays_of(scenario, None)
     section, num_later = scenario.scenario, 0
     if tuning:
         num_later = len(section.methods) * len(section.seeds)
-    total = len(tuning) + (num_later or len(plays_of(scenario, {}, METHODS)))
+    total = len(tuning) + (num_later or len(plays_of(scenario, {})))
     for play, outcome in _played(scenario, tuning, jobs, kept, fresh):
         found.outcomes[play] = outcome
         told(play, outcome, len(found.outcomes), total)
@@ -162,7 +165,7 @@ def compare(
         for method in section.methods:
             rows = [row for row in found.rows(tuning=True) if row.method == method]
             chosen[method] = min(rows, key=_by_loss).point
-    for play, outcome in _played(scenario, plays_of(scenario, chosen, METHODS), jobs, kept, fresh):
+    for play, outcome in _played(scenario, plays_of(scenario, chosen), jobs, kept, fresh):
         found.outcomes[play] = outcome
         told(play, outcome, len(found.outcomes), total)
     return found
@@ -194,15 +197,11 @@ def _play_numbered(scenario: Scenario, numbered: tuple[int, Play]) -> tuple[int,
 
 def _begin() -> None:
     """In each process: the one that started it ends it."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(scenario: Scenario, play: Play) -> RunFile:
     """Its run file. `UserError`, which names the method, for what that cannot be told."""
-    from swarmtrain.simulate.learning.methods import METHODS
-
     try:
         return scenario.run(play.seed, play.point, tuple(METHODS[play.method].keys.items()))
     except UserError as error:
@@ -210,12 +209,6 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
 
 
 def _play(scenario: Scenario, play: Play) -> Outcome:
-    import torch
-
-    from swarmtrain.simulate.learning.learner import Text
-    from swarmtrain.simulate.learning.methods import METHODS
-    from swarmtrain.simulate.learning.setting import setting_of
-
     method, threads = METHODS[play.method], torch.get_num_threads()
     run = _run(scenario, play)
     torch.set_num_threads(1)  # a core is its share, and sums are made in one order
@@ -232,8 +225,6 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
     """Named by all that a run's outcome follows from; of the code the version stands for it."""
     if folder is None:
         return None
-    import torch
-
     run = _run(scenario, play)
     told = {
         "method": play.method,

@@ -10,19 +10,19 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator
 
 from swarmtrain.errors import UserError
-from swarmtrain.problems import Section, one_line, problem_in_words, read_toml
+from swarmtrain.problems import Section, one_line, problem_in_words, read_small_file
 from swarmtrain.rehearsal import LinksSection
+from swarmtrain.run import EXAMPLE as _RUN_EXAMPLE
 from swarmtrain.run import RunFile, parse_run
 
 __all__ = ["GridPoint", "Hang", "PeersSection", "Scenario", "ScenarioLinks", "load_scenario"]
 
-_MAX_FILE_BYTES = 65_536
 _MAX_POINTS = 10_000
 _EXAMPLE = "examples/scenarios/heterogeneous.toml"
 
@@ -34,7 +34,6 @@ class ScenarioSection(Section):
     """`[scenario]`"""
 
     name: str = Field(min_length=1, max_length=64, description="What people call it.")
-    work: Literal["learning"] = Field("learning", description="Real models, text and merges.")
     run: str = Field(min_length=1, description="The run file, relative to the scenario's folder.")
     methods: tuple[str, ...] = Field(strict=False, min_length=1, description="Which are compared.")
     seeds: tuple[int, ...] = Field((0,), strict=False, min_length=1, description="Of the runs, each method with each.")
@@ -104,14 +103,13 @@ class _HangRow(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """All of it. `run_text` is the run file with what `[set]` changes; `base` the folder of that file."""
+    """All of it. `table` is the run file's, with what `[set]` changes; `base` is the folder of that file."""
 
     scenario: ScenarioSection
     peers: PeersSection
     links: ScenarioLinks
     hangs: tuple[Hang, ...]
     table: Mapping[str, Any]
-    """The run file's."""
     base: Path
     grid: Mapping[str, tuple[Any, ...]]
 
@@ -158,7 +156,7 @@ class Scenario:
 def load_scenario(path: Path) -> Scenario:
     """Read such a file. Raises `UserError`, one line that names the file and the key."""
     origin = one_line(str(path))
-    table = read_toml(_read(path, origin), origin, UserError)
+    table = read_small_file(path, "a scenario file", _EXAMPLE)
     changes, grid = _keys(table, "set", origin), _keys(table, "grid", origin)
     hangs = table.pop("hangs", [])
     if not isinstance(hangs, list):
@@ -177,7 +175,7 @@ def load_scenario(path: Path) -> Scenario:
     if missing := [each for each in rows if each.peer >= sections.peers.number]:
         raise UserError(f"{origin}: hangs.peer: {missing[0].peer} of {sections.peers.number} volunteers, from 0")
     run_path = path.parent / sections.scenario.run
-    run_table = read_toml(_read(run_path, one_line(str(run_path))), one_line(str(run_path)), UserError)
+    run_table = read_small_file(run_path, "a run file", _RUN_EXAMPLE)
     found = Scenario(
         scenario=sections.scenario,
         peers=sections.peers,
@@ -203,17 +201,6 @@ def _changed(table: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> di
         if isinstance(keys, dict):  # else it is no run file, as will be said
             keys[name] = list(value) if isinstance(value, tuple) else value
     return new
-
-
-def _read(path: Path, origin: str) -> str:
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin}: cannot be read ({error}); an example of a scenario is {_EXAMPLE}") from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise UserError(f"{origin}: {len(data)} bytes; such a file has at most {_MAX_FILE_BYTES}")
-    return text
 
 
 def _keys(table: dict[str, Any], name: str, origin: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,12 @@ def test_jitter_and_losses_make_those_wait_who_wait(tmp_path: Path) -> None:
     assert diloco(late).virtual_time_s > 1.2 * diloco(good).virtual_time_s
     assert diloco(late).held_out_loss == diloco(good).held_out_loss, "what is learnt is the same"
     assert played("gossip", late).virtual_time_s < 1.1 * played("gossip", good).virtual_time_s
+
+
+def test_the_method_of_the_page_for_researchers_learns(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "simulating.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"torch": torch, "Setting": Setting, "Outcome": Outcome}
+    exec(code, names)
+    outcome = names["averaging"](setting(tiny(tmp_path)))
+    assert outcome.held_out_loss < 4.0 and outcome.virtual_time_s > 0 and outcome.inner_steps >= 94

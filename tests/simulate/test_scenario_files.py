@@ -71,7 +71,7 @@ def test_what_no_run_file_can_say_is_said_before_the_work(
     tmp_path: Path, sections: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(UserError, match=problem):
-        plays_of(load_scenario(write_scenario(tmp_path, **sections)), {}, METHODS)
+        plays_of(load_scenario(write_scenario(tmp_path, **sections)), {})
 
 
 def test_no_scenario(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ from swarmtrain.simulate.learning.wire import Wire
 
 __all__ = ["Peer", "Published", "World", "gossip"]
 
+_APART = ("trimmed", "flag")
+"""Rules that need each partner's pseudo-gradient, and not their mean."""
+
 
 @dataclass
 class Published:
@@ -273,9 +276,6 @@ class Peer:
         )
 
 
-_APART = ("trimmed", "flag")
-
-
 @dataclass
 class World:
     """Everyone, and the clock."""
@@ -346,11 +346,10 @@ class World:
 
     def outcome(self) -> Outcome:
         """What came of it."""
-        text, rounds = self.setting.text, sum(peer.round for peer in self.peers)
-        own = [text.held_out_loss(peer.trainer.state.theta) for peer in self.peers[:_MOST_OWN]]
+        rounds = sum(peer.round for peer in self.peers)
         return Outcome(
-            held_out_loss=text.held_out_loss(self.consensus()),
-            own_loss=sum(own) / len(own),
+            held_out_loss=self.setting.text.held_out_loss(self.consensus()),
+            own_loss=self.setting.own_loss([peer.trainer.state.theta for peer in self.peers]),
             virtual_time_s=self.finished_s,
             tokens=self.tokens,
             inner_steps=self.inner_steps,
@@ -358,10 +357,6 @@ class World:
             fresh_share=sum(peer.rounds_fresh for peer in self.peers) / max(1, rounds),
             curve=tuple(self._recorder.points),
         )
-
-
-_MOST_OWN = 8
-"""Of so many peers the own weights are measured."""
 
 
 def gossip(setting: Setting) -> Outcome:

@@ -86,6 +86,14 @@ class Learner:
         """An inner step, at that part of the run's tokens, from 0 to 1."""
         self.losses.append(self.trainer.step(progress, 1.0).loss)
 
+    def train(self, theta: Tensor, steps: int, run_tokens: float, round_tokens: float) -> Tensor:
+        """A round of so many inner steps from `theta`, (P,), in which the run goes on from `run_tokens` by
+        `round_tokens`; the weights that it leads to."""
+        self.enter(theta)
+        for step in range(steps):
+            self.step((run_tokens + round_tokens * step / steps) / self.text.run.run.total_tokens)
+        return self.reached
+
     @property
     def reached(self) -> Tensor:
         """The weights now, (P,): a copy."""

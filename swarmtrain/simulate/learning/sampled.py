@@ -13,8 +13,6 @@ from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 __all__ = ["modest", "noloco"]
 
 _BYTES = 4  # of a weight
-_MOST_OWN = 8
-"""Of so many peers the own weights are measured."""
 
 
 class _Pairs:
@@ -36,10 +34,8 @@ class _Pairs:
         """A round of everybody's."""
         setting, a_round = self.setting, self.steps * self.setting.run.tokens_per_step * self.setting.num_peers
         for number, learner in enumerate(self.everyone):
-            learner.enter(self.states[number].theta)
-            for step in range(self.steps):
-                learner.step((self.tokens + a_round * step / self.steps) / setting.total_tokens)
-            self.gradients[number] = self.states[number].theta - learner.reached
+            theta = self.states[number].theta
+            self.gradients[number] = theta - learner.train(theta, self.steps, self.tokens, a_round)
             work_s = self.steps * setting.step_s[number]
             self.now_s[number] = setting.done_s(number, self.now_s[number], work_s)
         self.tokens += a_round
@@ -82,15 +78,14 @@ def noloco(setting: Setting) -> Outcome:
     With means over the pair of its pseudo-gradients g and weights theta:
     m <- beta m + eps (mean g + theta - mean theta),
     theta <- theta - m. Only the two of a pair wait for each other."""
-    pairs, recorder, text = _Pairs(setting), Recorder(setting), setting.text
+    pairs, recorder = _Pairs(setting), Recorder(setting)
     while pairs.tokens < setting.total_tokens:
         pairs.train()
         pairs.meet()
         recorder.see(pairs.tokens, max(pairs.now_s), pairs.mean)
-    own = [text.held_out_loss(state.theta) for state in pairs.states[:_MOST_OWN]]
     return Outcome(
-        held_out_loss=text.held_out_loss(pairs.mean()),
-        own_loss=sum(own) / len(own),
+        held_out_loss=setting.text.held_out_loss(pairs.mean()),
+        own_loss=setting.own_loss([state.theta for state in pairs.states]),
         virtual_time_s=max(pairs.now_s),
         tokens=pairs.tokens,
         inner_steps=pairs.inner_steps,
@@ -115,12 +110,7 @@ def modest(setting: Setting) -> Outcome:
     while tokens < setting.total_tokens:
         sample = rng.sample(range(setting.num_peers), num_sampled)
         trained, met_s = setting.meets(now_s, {number: steps * setting.step_s[number] for number in sample})
-        reached: list[Tensor] = []
-        for number in trained:
-            everyone[number].enter(theta)
-            for step in range(steps):
-                everyone[number].step((tokens + a_round * step / steps) / setting.total_tokens)
-            reached.append(everyone[number].reached)
+        reached = [everyone[number].train(theta, steps, tokens, a_round) for number in trained]
         transfer_s = setting.rtt_s + num_sampled * size_bytes / setting.bytes_per_s  # all to one, and from one to all
         late_s = [setting.lost_s(transfer_s, rng) + setting.late_s(size_bytes, rng) for _ in range(2 * num_sampled)]
         now_s = met_s + 2 * transfer_s + max(late_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -20,6 +20,8 @@ __all__ = ["CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
 
 _PIECE_S, _MOST_PIECE_BYTES = 0.01, 64 * 1024
 """What passes a line at once, as in `network.links`."""
+
+_MOST_OWN = 8
 
 CurvePoint = tuple[int, float, float]
 """(tokens of the whole run, virtual seconds, held-out loss in nats per byte)."""
@@ -74,6 +76,11 @@ class Setting:
         """A new volunteer."""
         seed = 1000 * (1 + self.run.run.seed) + number if self.own_weights else None
         return Learner(self.text, number, seed)
+
+    def own_loss(self, thetas: Sequence[Tensor]) -> float:
+        """The mean held-out loss of peers' own weights, each (P,): of the first `_MOST_OWN` of them."""
+        losses = [self.text.held_out_loss(theta) for theta in thetas[:_MOST_OWN]]
+        return sum(losses) / len(losses)
 
     def constants(self, round: int) -> OuterConstants:
         """Of the outer step."""
@@ -190,14 +197,11 @@ class Recorder:
     setting: Setting
     points: list[CurvePoint] = field(default_factory=list)
     _num_seen: int = 0
-    _num_measured: int = 0
 
     def see(self, tokens: int, now_s: float, theta: Callable[[], Tensor]) -> None:
         """After some training; `theta` gives the weights to measure, if it is time."""
-        number, total = self.setting.curve_points, self.setting.total_tokens
-        due = self._num_seen + 1
-        while number and due <= number and tokens * number >= total * due:
-            self._num_seen, due = due, due + 1  # a round may pass several at once: it is one point
-        if self._num_seen > self._num_measured:
-            self._num_measured = self._num_seen
+        number = self.setting.curve_points
+        due = min(number, tokens * number // self.setting.total_tokens)
+        if due > self._num_seen:
+            self._num_seen = due  # a round may pass several at once: it is one point
             self.points.append((tokens, now_s, self.setting.text.held_out_loss(theta())))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import torch
-from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
@@ -55,17 +54,12 @@ def diloco(setting: Setting) -> Outcome:
     size_bytes, now_s, tokens, round, sent_bytes = _BYTES * theta.numel(), 0.0, 0, 0, 0
     num_steps, worked_s, num_lost = 0, 0.0, 0
     while tokens < setting.total_tokens:
-        here = [n for n in range(setting.num_peers) if not setting.is_hanging(n, now_s)] or [0]
+        all_of_them = range(setting.num_peers)
+        here = [n for n in all_of_them if not setting.is_hanging(n, now_s)] or list(all_of_them)
         trained, met_s = setting.meets(now_s, {n: steps[n] * setting.step_s[n] for n in here})
         num_lost += sum(steps[n] for n in here if n not in trained)
         a_round = sum(steps[n] for n in trained) * run.tokens_per_step
-        gradients: list[Tensor] = []
-        for number in trained:
-            learner = everyone[number]
-            learner.enter(state.theta)
-            for step in range(steps[number]):
-                learner.step((tokens + a_round * step / steps[number]) / setting.total_tokens)
-            gradients.append(state.theta - learner.reached)
+        gradients = [state.theta - everyone[n].train(state.theta, steps[n], tokens, a_round) for n in trained]
         state = outer_step(state, weighted_mean(gradients, [steps[n] for n in trained]), setting.constants(round))
         tokens, round, num_steps = tokens + a_round, round + 1, num_steps + sum(steps[n] for n in trained)
         now_s = met_s + setting.all_reduce_s(len(trained), size_bytes, rng)
