@@ -160,6 +160,8 @@ class RoundView:
     heard_at_s: Mapping[str, float] = field(default_factory=dict)
     asked_at_s: Mapping[str, float] | None = None
     """When each peer was first asked about this round: nobody is silent who was not asked. None: all at its end."""
+    answered_at_s: Mapping[str, float] = field(default_factory=dict)
+    """When each peer was asked what it has answered since."""
     listening_since_s: float = -math.inf
     """Since when this process has run without a gap: after a pause nobody else was silent, it was deaf."""
     unobtainable: frozenset[str] = frozenset()
@@ -302,6 +304,15 @@ def _turn(view: RoundView, now: float) -> _Turn:
     return _Turn(view.me, math.inf, frozenset(passed_over), frozenset(idled))
 
 
+def _unheard(view: RoundView, now: float) -> frozenset[str]:
+    """Who is asked and has not yet said how things stand since this process stood still: the others may have signed
+    without it and gone on, and what it signs or merges now would count for nobody."""
+    if not view.ended_at_s < view.listening_since_s <= now < view.listening_since_s + view.silence_s:
+        return frozenset()
+    heard = {peer for peer, asked_s in view.answered_at_s.items() if asked_s >= view.listening_since_s}
+    return view.live.intersection(peers_to_ask(view, now)) - heard
+
+
 def idled(view: RoundView, now: float) -> frozenset[str]:
     """Who had its turn to sign to the end: it has published, it answers, and it does not sign."""
     return _turn(view, now).idled
@@ -311,6 +322,9 @@ def decide(view: RoundView, now: float) -> Decision:
     """What to do now about a round that this peer has ended."""
     if view.far_ahead:
         return CatchUp(sources=tuple(sorted(view.far_ahead)), reason="weights that hold are beyond this round")
+    if unheard := _unheard(view, now):
+        reason = f"this process has stood still: it asks {', '.join(sorted(unheard))} what happened meanwhile"
+        return Wait(until_s=view.listening_since_s + view.silence_s, reason=reason)
     fitting = [roster for roster in view.rosters if roster.round == view.round and roster.base == view.base]
     roster = better_roster([roster for roster in fitting if view.unobtainable.isdisjoint(roster.peers)])
     if roster is not None and not (view.ahead and roster != better_roster(fitting)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,8 @@ class _Round:
     rosters: dict[str, tuple[Roster, pb.Signed]] = field(default_factory=dict)
     share: Held | None = None
     asked_at_s: dict[str, float] = field(default_factory=dict)
+    answered_at_s: dict[str, float] = field(default_factory=dict)
+    """When what each peer answered last was asked."""
     unobtainable: set[str] = field(default_factory=set)
     undeliverable: set[str] = field(default_factory=set)
     distrusted: set[str] = field(default_factory=set)
@@ -141,7 +144,7 @@ class Rounds:
     waiting_until_s: float = 0.0
     """Until when that may be, in swarm time; 0 when there is no such time."""
     last: tuple[Roster, pb.Signed] | None = None
-    listening_since_s: float = field(default_factory=swarm_time)
+    listening_since_s: float = -math.inf
     _signers: Signers = field(default_factory=Signers)
     _pending: dict[str, tuple[Roster, pb.Signed]] = field(default_factory=dict)
     _told: dict[str, tuple[float, Told]] = field(default_factory=dict)
@@ -227,9 +230,14 @@ class Rounds:
         self._last_sha256.pop(peer, None)
 
     def stood_still(self, now: float) -> None:
-        """This process did not run until `now`: what it missed is nobody else's silence."""
+        """This process did not run until `now`: what it missed is nobody else's silence, and may be a round's end."""
         self.listening_since_s = now
         self.membership.resume(now)
+
+    @property
+    def gap_s(self) -> float:
+        """A process that comes so much later to something than it should has stood still."""
+        return max(1.0, self.settings.silence_s / 4)
 
     # ------------------------------------------------------------- finishing a round
 
@@ -257,10 +265,8 @@ class Rounds:
         """Decide once, and do it or wait for news. A merge goes on beside the asking, and is given up for a better
         decision."""
         news = self._news
-        if work.merge is not None and work.merge.done():
-            merged, work.merge = work.merge.result(), None
-            if merged is not None:
-                return merged
+        if work.merge is not None and work.merge.done() and work.merge.result() is None:
+            work.merge = None
         view = self._view(round, known)
         self._keep_asking(round, known, view, work)
         decision = decide(view, swarm_time())
@@ -268,6 +274,8 @@ class Rounds:
         self.waiting_until_s = decision.until_s if isinstance(decision, Wait) else 0.0
         wait_s = _LOOK_S
         if isinstance(decision, Apply):
+            if work.merge is not None and work.merge.done() and work.merging == decision.roster.digest:
+                return work.merge.result()
             if work.merging != decision.roster.digest or work.merge is None:
                 await work.give_up_merge()
                 work.merging = decision.roster.digest
@@ -284,8 +292,11 @@ class Rounds:
             return await self._catch_up(known, decision)
         if isinstance(decision, Wait):
             wait_s = min(max(decision.until_s - swarm_time(), 0.005), _LOOK_S)
+        waits_from_s = swarm_time()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(news.wait(), wait_s)
+        if swarm_time() - waits_from_s > wait_s + self.gap_s:
+            self.stood_still(swarm_time())
         return None
 
     def _view(self, round: int, known: _Round) -> RoundView:
@@ -321,6 +332,7 @@ class Rounds:
             rosters=[roster for roster, _ in known.rosters.values() if roster.digest not in known.impossible],
             heard_at_s=heard_at_s,
             asked_at_s=known.asked_at_s,
+            answered_at_s=known.answered_at_s,
             listening_since_s=self.listening_since_s,
             unobtainable=frozenset(known.unobtainable),
             idle=self._signers.idle(round),
@@ -447,10 +459,11 @@ class Rounds:
             try:
                 reply = await self.calls.round(peer, request)
                 is_new = self._read_untrusted(round, known, peer, reply)
+                known.answered_at_s[peer] = asked_s
                 if reply.HasField("roster"):
                     its_roster = bytes.fromhex(payload_sha256(reply.roster))
                 not_held = wait_s > 0 and swarm_time() - asked_s < _RETRY_S
-                wait_s = _HOLD_S
+                wait_s = _HOLD_S if asked_s >= self.listening_since_s else 0.0
                 if not_held and not is_new:
                     await asyncio.sleep(_RETRY_S)  # it answers at once, has no news, and may do so for long
             except BadBytesError as error:

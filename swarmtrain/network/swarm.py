@@ -353,11 +353,10 @@ class Swarm:
 
     async def _notice_gaps(self) -> None:
         """A process that was stopped, or a laptop that slept, must not take its own gap for others' silence."""
-        gap_s = max(1.0, self.published.run.merge.silence_s / 4)
         while True:
             before_s = swarm_time()
             await asyncio.sleep(_HEARTBEAT_S)
-            if abs(swarm_time() - before_s) > gap_s:
+            if abs(swarm_time() - before_s) > self.rounds.gap_s:
                 self.rounds.stood_still(swarm_time())
 
     # ------------------------------------------------------------- presence

@@ -95,6 +95,7 @@ class RoundState:
     announced: dict[str, Publication] = field(default_factory=dict)
     rosters: dict[tuple[str, int, str], Roster] = field(default_factory=dict)
     asked_at_s: dict[str, float] = field(default_factory=dict)
+    answered_at_s: dict[str, float] = field(default_factory=dict)
     known: dict[str, int] = field(default_factory=dict)
     pulling: set[str] = field(default_factory=set)
     unobtainable: set[str] = field(default_factory=set)

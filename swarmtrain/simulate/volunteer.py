@@ -312,6 +312,7 @@ class Volunteer(Transfers):
             rosters=tuple(r.rosters.values()),
             heard_at_s=heard_at_s,
             asked_at_s=r.asked_at_s,
+            answered_at_s=r.answered_at_s,
             listening_since_s=self._listening_since_s,
             unobtainable=frozenset(r.unobtainable),
             idle=self._signers.idle(self.round),
@@ -393,8 +394,9 @@ class Volunteer(Transfers):
         if peer in self._asking or now < self._retry_at_s.get(peer, 0.0):
             return
         self._now.asked_at_s.setdefault(peer, now)
-        question = self._question(self.settings.hold_s, self._now.known.get(peer, 0))
-        self._asking[peer] = self.world.call(self, peer, question, lambda reply: self._asked_about(peer, reply))
+        deaf = self._now.answered_at_s.get(peer, now) < self._listening_since_s
+        question = self._question(0.0 if deaf else self.settings.hold_s, self._now.known.get(peer, 0))
+        self._asking[peer] = self.world.call(self, peer, question, lambda reply: self._asked_about(peer, reply, now))
 
     def _round_over(self) -> None:
         """Judge the others by it."""
@@ -410,13 +412,14 @@ class Volunteer(Transfers):
             if is_silent(view, peer, self.world.clock.now):
                 self.membership.call_failed(peer, self.world.clock.now, "it has not answered")
 
-    def _asked_about(self, peer: str, reply: RoundReply | None) -> None:
+    def _asked_about(self, peer: str, reply: RoundReply | None, asked_s: float) -> None:
         self._asking.pop(peer, None)
         if reply is None:
             self.membership.call_failed(peer, self.world.clock.now, "calls to it failed")
             self._retry_at_s[peer] = self.world.clock.now + self.settings.retry_s
             self._later(self.settings.retry_s, self._evaluate)
         else:
+            self._now.answered_at_s[peer] = asked_s
             self._heard(peer, reply)
         self._evaluate_soon()
 

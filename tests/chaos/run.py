@@ -2,6 +2,7 @@ r"""Chaos on real containers: scenarios as files, what happens when, and what mu
 
     make chaos                                            # every file of tests/chaos, once
     python tests/chaos/run.py tests/chaos/kill.toml --times 5
+    python tests/chaos/run.py --times 5 --json runs.jsonl # stopped and begun again, it goes on where it was
 
 A scenario starts a swarm by `docker compose` (`chaos.yaml` lies over it), lets it train for `settle_s`, takes its steps
 against `victims` of its volunteers, looks at the others from the first step until `watch_s` after the last, and waits
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import re
@@ -34,6 +36,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -63,6 +66,7 @@ class Found:
     ratio: float | None = None
     spread_rounds: float | None = None
     """How many rounds it took the weights to be as near to each other as before."""
+    commit: str = ""
     failed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -172,11 +176,38 @@ def _end(swarm: Swarm, gone: list[str], found: Found) -> None:
         print(swarm.told(), file=sys.stderr)
 
 
-def _compared(scenario: Scenario, seed: int, without: Callable[[Scenario, int], Found]) -> Found:
+def _found(row: dict[str, Any]) -> Found:
+    return Found(**{key: one for key, one in row.items() if one is not None})
+
+
+class Kept:
+    """What was found, by scenario and seed, as lines of a JSON file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
+        self._found = {(row.pop("scenario"), row.pop("seed")): _found(row) for row in map(json.loads, lines)}
+
+    def once(self, scenario: Scenario, seed: int, play: Callable[[Scenario, int], Found]) -> Found:
+        """As it was found before, or played now."""
+        key = scenario.name, seed
+        if key not in self._found:
+            found = self._found[key] = play(scenario, seed)
+            found.commit = self._commit
+            if self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"scenario": key[0], "seed": seed, **_finite(asdict(found))}) + "\n")
+        return self._found[key]
+
+
+def _compared(scenario: Scenario, seed: int, kept: Kept) -> Found:
     """Play it, and the same run without it."""
     found = Found()
     try:
-        base = without(scenario.without, seed)
+        base = kept.once(scenario.without, seed, run)
         found = run(scenario, seed) if scenario.steps else base
         found.ratio = found.held_out_loss / base.held_out_loss
         if not found.ratio <= 1 + _NOISE * scenario.worse_share:
@@ -198,24 +229,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", type=Path)
     parser.add_argument("--times", type=int, default=1, help="how often each is run, with as many seeds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add a line for each run, for other programs")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="add a line for each run; those that it has are not run again"
+    )
     given = parser.parse_args()
     scenarios = [read(path) for path in given.scenarios or sorted(Path(__file__).parent.glob("*.toml"))]
     build()
     build_images(frozenset(step.do for scenario in scenarios for step in scenario.steps))
     print(f"{HEADER}\n|---|---|---|---|---|---|---|---|", flush=True)
-    without = functools.cache(run)
+    kept = Kept(given.json)
     failed = 0
+    all_ratios: dict[str, list[float]] = {scenario.name: [] for scenario in scenarios}
+    for seed, scenario in itertools.product(range(given.times), scenarios):
+        found = kept.once(scenario, seed, functools.partial(_compared, kept=kept))
+        failed += bool(found.failed)
+        all_ratios[scenario.name] += [found.ratio] if found.ratio is not None else []
+        print(f"| {scenario.says} | {found} |", flush=True)
     for scenario in scenarios:
-        ratios = []
-        for seed in range(given.times):
-            found = _compared(scenario, seed, without)
-            failed += bool(found.failed)
-            ratios += [found.ratio] if found.ratio is not None else []
-            print(f"| {scenario.says} | {found} |", flush=True)
-            if given.json:
-                with given.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"scenario": scenario.name, "seed": seed, **_finite(asdict(found))}) + "\n")
+        ratios = all_ratios[scenario.name]
         if ratios and not statistics.fmean(ratios) <= 1 + scenario.worse_share:
             failed += 1
             print(f"{scenario.name}: the loss is {statistics.fmean(ratios):.3f} of that without", flush=True)

@@ -48,12 +48,13 @@ class Scenario:
     @property
     def without(self) -> Scenario:
         """The same swarm, to which nothing happens."""
+        files = self.files if self.victim else ()
         return Scenario(
-            name="none",
+            name=" ".join(["none", str(self.volunteers), str(self.total_tokens), *files]),
             says="nothing",
             volunteers=self.volunteers,
             total_tokens=self.total_tokens,
-            files=self.files if self.victim else (),
+            files=files,
         )
 
 

@@ -144,7 +144,22 @@ def test_silent_is_who_was_asked_and_has_not_said_a_word() -> None:
 
 
 def test_after_a_pause_of_ones_own_silence_counts_anew() -> None:
-    assert decide(view("a", "b", listening_since_s=180.0), 181) == Wait(until_s=185, reason="waiting for b")
+    answered = view("a", "b", listening_since_s=180.0, answered_at_s={"b": 180.0})
+    assert decide(answered, 181) == Wait(until_s=185, reason="waiting for b")
+
+
+def test_after_a_pause_of_ones_own_nothing_is_signed_or_merged_before_the_others_have_been_heard() -> None:
+    """They may have signed without it, and gone on."""
+    stood_still = {"listening_since_s": 180.0, "answered_at_s": {"b": 180.5, "c": 179.9}}
+    reason = "this process has stood still: it asks c what happened meanwhile"
+    assert decide(view("a", "bc", "abc", **stood_still), 181) == Wait(until_s=185, reason=reason)
+    assert decide(view("a", "bc", "abc", **stood_still, rosters=[roster("a")]), 181) == Wait(until_s=185, reason=reason)
+    assert isinstance(decide(view("a", "bc", "abc", **stood_still, ahead=frozenset("d")), 181), Wait)
+    assert isinstance(decide(view("a", "bc", "abc", **stood_still, far_ahead=frozenset("d")), 181), CatchUp)
+    assert signed(decide(view("a", "bc", "abc", **stood_still), 185)) == "abc", "c does not answer"
+    stood_still["answered_at_s"] = {"b": 180.5, "c": 180.0}
+    assert signed(decide(view("a", "bc", "abc", **stood_still), 181)) == "abc"
+    assert signed(decide(view("a", "bc", "abc", listening_since_s=99.0), 181)) == "abc", "before it asked anybody"
 
 
 def test_one_a_roster_behind_is_waited_for_as_if_silent() -> None:

@@ -109,6 +109,28 @@ def test_the_time_limit_closes_a_round_for_a_peer_that_takes_too_long() -> None:
     assert longest_wait_s(world) < 8
 
 
+@pytest.mark.parametrize("num_peers", [3, 4, 8])
+@pytest.mark.parametrize("late_s", [0.1, 0.5, 1.0, 3.0])
+def test_who_stood_still_hears_what_was_signed_meanwhile_before_it_signs(late_s: float, num_peers: int) -> None:
+    """It wakes with everybody's publications in its ear, after they have passed it over."""
+    world = swarm(num_peers)
+
+    def stop(name: str) -> None:
+        asked_s = world.clock.now + 0.01
+        world.at(asked_s, world.freeze, name)
+        world.at(asked_s + SETTINGS.hold_s + SETTINGS.silence_s + late_s, world.thaw, name)
+
+    world.fail_at("p000", 2, "ended", stop)
+    assert world.run_rounds(6, 60)
+    applied = [event for event in world.events("applied") if event.peer == "p000" and event.roster]
+    assert [event.roster.digest for event in applied] == [
+        roster.digest for roster in world.peers["p000"].history if roster.round in {event.round for event in applied}
+    ], "what it merged holds"
+    assert "p000" not in {event.peer for event in world.events("signed") if event.round == 2}
+    assert {event.peer for event in world.events("signed") if event.round == 5} == {"p000"}
+    assert_one_model(world)
+
+
 @pytest.mark.parametrize("moment", ["started", "ended", "signed", "told_one", "serving"])
 @pytest.mark.parametrize("victim", ["p000", "p001", "p002"])
 @pytest.mark.parametrize("num_peers", [3, 8])
