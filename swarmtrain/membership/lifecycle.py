@@ -68,7 +68,7 @@ class Change:
     reason: str
 
 
-@dataclass
+@dataclass(slots=True)
 class _Entry:
     info: PeerInfo
     state: PeerState

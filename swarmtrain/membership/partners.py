@@ -17,6 +17,7 @@ import heapq
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TypeAlias
 
 from swarmtrain.membership.pulls import Section
@@ -115,18 +116,21 @@ class Ledger:
     def news_of_weights(self, peer: str, round: int, reference_round: int) -> Whole | Nothing:
         """Whether the weights that a round of `peer` began with may be merged: once, so that one that publishes no more
         holds nobody back."""
+        if self.has_new_weights(peer, round, reference_round):
+            return Whole(0, f"nothing of the weights of its round {round} was merged")
         known = self._marks.get(peer)
         if known is not None and round < known.round:
             return Nothing(f"its counter turned back to the weights of round {round} from round {known.round}", True)
         if round < reference_round - self.max_staleness_rounds:
             return self._too_old(round, reference_round)
-        if round <= self._weights.get(peer, -1):
-            return Nothing(f"its weights of round {self._weights[peer]} were merged")
-        return Whole(0, f"nothing of the weights of its round {round} was merged")
+        return Nothing(f"its weights of round {self._weights[peer]} were merged")
 
     def has_new_weights(self, peer: str, round: int, reference_round: int) -> bool:
-        """The same as yes or no."""
-        return isinstance(self.news_of_weights(peer, round, reference_round), Whole)
+        """The same as yes or no: it is asked of everybody."""
+        if round < reference_round - self.max_staleness_rounds or round <= self._weights.get(peer, -1):
+            return False
+        known = self._marks.get(peer)
+        return known is None or round >= known.round
 
     def may_enter(self, section: Section, peer: str, mark: Mark, reference_round: int) -> bool:
         """Whether the weights or the gradient that `peer` published at `mark` may be merged."""
@@ -371,29 +375,15 @@ class Partners:
         """The next one to ask, or None; with the reason. `candidates`: the live others, oneself not among them;
         `exclude`: who was asked in this round; `first`: whom to ask before the others. Bans count while anybody of all
         `candidates` is free of one."""
-        rest = {one.peer for one in candidates if one.peer not in first}
-        peer, reason = self._choose(candidates, {*exclude, *rest}, reference_round, now, rng)
-        if peer is None:
-            peer, reason = self._choose(candidates, exclude, reference_round, now, rng)
-        return peer, reason
-
-    def _choose(
-        self,
-        candidates: Collection[Candidate],
-        exclude: Collection[str],
-        reference_round: int,
-        now: float,
-        rng: random.Random,
-    ) -> tuple[str | None, str]:
-        others = sorted(candidates, key=lambda one: one.peer)
-        if not others:
+        if not candidates:
             return None, "nobody else is there"
-        ready, about_bans = self.back_off.ready({one.peer for one in others}, now)
-        if all(one.peer in exclude for one in others):
+        if all(one.peer in exclude for one in candidates):
             return None, "everybody was asked in this round"
-        free = [one for one in others if one.peer in ready and one.peer not in exclude]
+        ready, about_bans = self.back_off.ready({one.peer for one in candidates}, now)
+        free = [one for one in candidates if one.peer in ready and one.peer not in exclude]
         if not free:
             return None, about_bans
+        free = sorted([one for one in free if one.peer in first] or free, key=_PEER)
         news = [(one, self.ledger.news(one.peer, one.mark, reference_round)) for one in free]
         hopeful = [(one, new.tokens) for one, new in news if not isinstance(new, Nothing)]
         if hopeful:
@@ -405,6 +395,7 @@ class Partners:
         return peer, f"{reason}; {about_bans}" if about_bans else reason
 
 
+_PEER = attrgetter("peer")
 _Pick: TypeAlias = "Callable[[Partners, Sequence[tuple[Candidate, int]], random.Random], str]"
 
 

@@ -57,6 +57,9 @@ class GossipSettings:
     stall_limit_s: float = 10.0
     sample: int = 16
     """Presences that a peer reads a round: of a large swarm it knows a sample."""
+    forget_after_s: float = 600.0
+    keeps_past: bool = True
+    """Whether peers keep checkpoints to go on from, and `entered`: ten thousand of them had better not."""
 
     @property
     def publication_bytes(self) -> int:
@@ -103,6 +106,15 @@ class RoundRecord:
     staleness_rounds: int
     """The oldest of them, behind the median."""
     bytes_down: int
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """What the DHT was given of a peer: its record, and the same as others choose partners by."""
+
+    info: PeerInfo
+    expires_s: float
+    candidate: Candidate
 
 
 @dataclass
@@ -156,11 +168,11 @@ class GossipPeer:
         self._published: list[Publication] = []
         self._weights: list[Publication] = []
         """That the last two rounds began with."""
-        self._readers: list[float] = []
         self._times = PullTimes()
         self._coming: Counter[Section] = Counter()
-        self._num_streams = 0
         self._sampled: list[Candidate] = []
+        self._rounds_sampled: list[int] = []
+        self._reference = (-1, -1)
         self.entered: list[tuple[str, str, int, int, int]] = []
         self.checkpoints: list[_Checkpoint] = []
         self._frozen_at_s = 0.0
@@ -251,24 +263,25 @@ class GossipPeer:
         return (self.theta - self.target) * (1.0 - (1.0 - self.settings.inner_rate) ** steps)
 
     def _end_round(self, r: _Round) -> None:
-        now = self.swarm.clock.now
+        s, now = self.settings, self.swarm.clock.now
         if self.steps_done < r.steps:  # it stood still meanwhile
             due_s = r.started_s + r.steps / self.steps_per_s
             self.swarm.clock.call_at(due_s, self.deliver, self._end_round, r)
             return
         self._publish()
         if self.coverage is not None:
-            self.coverage.trained(self.shard, r.steps * self.settings.tokens_per_step)
+            self.coverage.trained(self.shard, r.steps * s.tokens_per_step)
         round, reference_round = self.round, self._reference_round()
         num_merged, oldest = self._merge(reference_round)
-        record = RoundRecord(
+        self._times.round_ended(r.steps / self.steps_per_s, now - r.started_s)
+        self.swarm.round_over(RoundRecord(
             peer=self.name, round=round, started_s=r.started_s, ended_s=now, steps=r.steps, partners=num_merged,
             staleness_rounds=oldest, bytes_down=r.bytes_down,
-        )  # fmt: skip
-        self.swarm.rounds.append(record)
+        ))  # fmt: skip
         self.round += 1
-        saved = _Checkpoint(self.theta, self.momentum, self.round, self.partners.ledger.rows(), list(self.entered))
-        self.checkpoints = [*self.checkpoints[-2:], saved]
+        if s.keeps_past:
+            saved = _Checkpoint(self.theta, self.momentum, self.round, self.partners.ledger.rows(), list(self.entered))
+            self.checkpoints = [*self.checkpoints[-2:], saved]
         self._start_round()
 
     def resume(self, saved: _Checkpoint) -> None:
@@ -284,7 +297,7 @@ class GossipPeer:
         Who has fallen too far behind the median takes the others' weights without its own."""
         s, ledger = self.settings, self.partners.ledger
         own_tokens = self._now.steps * s.tokens_per_step
-        behind = rounds_behind(self.round + 1, (one.round for one in self._sampled)) > s.max_staleness_rounds
+        behind = rounds_behind(self.round + 1, self._rounds_sampled) > s.max_staleness_rounds
         thetas, gradients, num_merged, oldest = [self.theta], [(self._gradient(self._now.steps), own_tokens)], 0, 0
         for one in self._arrived:
             if not ledger.may_enter(one.section, one.peer, one.mark, reference_round):
@@ -299,7 +312,8 @@ class GossipPeer:
             earlier = self._gradients[one.peer] if isinstance(new, Difference) else 0.0
             num_merged += 1
             gradients.append((one.gradient - earlier, new.tokens))
-            self.entered.append((self.name, one.peer, one.mark.round, since, one.mark.tokens))
+            if s.keeps_past:
+                self.entered.append((self.name, one.peer, one.mark.round, since, one.mark.tokens))
             ledger.merged(one.peer, one.mark, reference_round)
             self._gradients[one.peer] = one.gradient
             if self.coverage is not None:
@@ -331,21 +345,18 @@ class GossipPeer:
 
     def provide(self, what: str) -> Any:
         """The state for a joiner, the manifest of the newest publication, or the bytes of one of the last two."""
-        now, s = self.swarm.clock.now, self.settings
+        s = self.settings
         if what == "state":
             return self.theta, self.momentum, self.round
         if what == "manifest weights":
             return self._weights[-1]
         if what == "manifest gradient":
             return self._publish() or Refused("nothing is published yet")
-        self._readers = [end_s for end_s in self._readers if end_s > now]
-        if len(self._readers) >= s.max_readers:
+        if self.swarm.links.num_out(self.name) >= s.max_readers:
             return Refused("BUSY")
         found = next((one for one in self._published + self._weights if what == one.body), None)
         if found is not None:
-            size_bytes = s.section_bytes(found.section)
-            self._readers.append(now + size_bytes / self.link.bytes_per_s)
-            self.bytes_up += size_bytes
+            self.bytes_up += s.section_bytes(found.section)
         return found
 
     def _announce(self, round: int) -> None:
@@ -357,7 +368,11 @@ class GossipPeer:
             steps_per_s=self.steps_per_s, addresses=(self.name,),
         ))  # fmt: skip
         mark = Mark(self.round, 0, 0) if newest is None else newest.mark
-        self.swarm.board[self.name] = (info, mark, now + s.presence_ttl_s)
+        candidate = Candidate(
+            peer=self.name, round=mark.round, part=mark.part, tokens=mark.tokens,
+            inner_steps_done=info.inner_steps_done, steps_per_s=info.steps_per_s,
+        )  # fmt: skip
+        self.swarm.board[self.name] = Presence(info, now + s.presence_ttl_s, candidate)
         if self._now.started_s + s.presence_ttl_s / 3 < now + self._left_s():
             self.swarm.clock.call_later(s.presence_ttl_s / 3, self.deliver, self._renew, round)
 
@@ -376,27 +391,26 @@ class GossipPeer:
 
     def _look_around(self) -> None:
         """Read a sample of the presences."""
-        now, board = self.swarm.clock.now, self.swarm.board
+        now, board, membership = self.swarm.clock.now, self.swarm.board, self.membership
         names = self.swarm.names
         if len(names) > self.settings.sample:
             names = self._rng.sample(names, self.settings.sample)
         self._sampled = []
         for name in names:
-            if name == self.name or name not in board:
+            seen = board.get(name)
+            if seen is None or name == self.name:
                 continue
-            info, mark, expires_s = board[name]
-            self.membership.saw_presence(info, expires_s, now)
-            if expires_s >= now and self.membership.state(name) is PeerState.LIVE:
-                self._sampled.append(
-                    Candidate(
-                        peer=name, round=mark.round, part=mark.part, tokens=mark.tokens,
-                        inner_steps_done=info.inner_steps_done, steps_per_s=info.steps_per_s,
-                    )
-                )  # fmt: skip
-        self.membership.expire(now)
+            membership.saw_presence(seen.info, seen.expires_s, now)
+            if seen.expires_s >= now and membership.state(name) is PeerState.LIVE:
+                self._sampled.append(seen.candidate)
+        self._rounds_sampled, self._reference = [one.round for one in self._sampled], (-1, -1)
+        membership.expire(now)
+        membership.forget(now - self.settings.forget_after_s)
 
     def _reference_round(self) -> int:
-        return median_round([self.round, *(one.round for one in self._sampled)])
+        if self._reference[0] != self.round:
+            self._reference = (self.round, median_round([self.round, *self._rounds_sampled]))
+        return self._reference[1]
 
     def _pull(self, r: _Round, section: Section) -> None:
         if r is not self._now:
@@ -446,8 +460,7 @@ class GossipPeer:
             return
         now = self.swarm.clock.now
         begun = self._times.bytes_begin(now)
-        self._num_streams += 1
-        num_bytes = self.settings.section_bytes(pull.section) * self._num_streams  # they share the link
+        num_bytes = self.settings.section_bytes(pull.section)
         self._fetch(peer, found.body, num_bytes, partial(self._body, pull, peer, now, begun))
 
     def _fetch(self, peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
@@ -458,7 +471,6 @@ class GossipPeer:
         self, pull: _Pull, peer: str, began_s: float, begun: BytesBegun, found: Publication | Refused | None
     ) -> None:
         now, size_bytes = self.swarm.clock.now, self.settings.section_bytes(pull.section)
-        self._num_streams -= 1
         if not isinstance(found, Publication):
             self._failed(peer, found)
             self._ask(pull)
@@ -487,11 +499,15 @@ class GossipSwarm(Network[GossipPeer]):
         self.settings = settings or GossipSettings()
         super().__init__(link or Link(), self.settings.stall_limit_s, seed)
         self.seed = seed
-        self.board: dict[str, tuple[PeerInfo, Mark, float]] = {}
-        """What the DHT was given: (presence, newest publication, when it expires) of each peer."""
+        self.board: dict[str, Presence] = {}
+        """What the DHT was given."""
         self.names: list[str] = []
         self.rounds: list[RoundRecord] = []
         self.incidents: list[tuple[str, str, str]] = []
+
+    def round_over(self, record: RoundRecord) -> None:
+        """A peer's round has ended."""
+        self.rounds.append(record)
 
     def join(self, name: str, *, steps_per_s: float = 10.0, theta: float = 0.0, link: Link | None = None) -> GossipPeer:
         """A volunteer comes now; if anybody is there it takes their weights, else it has `theta`."""

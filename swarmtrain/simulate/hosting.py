@@ -66,8 +66,9 @@ class HostedPeer(GossipPeer):
                 if swarm.peers[host].running:
                     self.choice.answered(host, swarm.peers[host].take_guest(self.name), now)
             if self.name in swarm.board:
-                info, mark, expires_s = swarm.board[self.name]
-                swarm.board[self.name] = (self._describe(dataclasses.replace(info, stamp=now)), mark, expires_s)
+                known = swarm.board[self.name]
+                info = self._describe(dataclasses.replace(known.info, stamp=now))
+                swarm.board[self.name] = dataclasses.replace(known, info=info)
         else:
             self.choice.clear()
         swarm.clock.call_later(_LOOK_S, self.deliver, self._look)

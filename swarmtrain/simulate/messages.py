@@ -15,11 +15,18 @@ __all__ = ["Link", "Phase", "RoundReply", "RoundRequest", "RoundState", "Setting
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """A peer's connection: one-way latency in seconds, bytes per second, and the share of messages lost."""
+    """A peer's connection: one-way latency in seconds, bytes per second up and (0: the same) down, and the share of
+    messages lost."""
 
     latency_s: float = 0.01
     bytes_per_s: float = 10e6
+    down_bytes_per_s: float = 0.0
     drop: float = 0.0
+
+    @property
+    def down_per_s(self) -> float:
+        """Bytes per second down."""
+        return self.down_bytes_per_s or self.bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 What is modelled: a call is answered, refused at once (a process that is gone), or times out (a frozen process, a
 cut link, a lost message). A transfer takes its latency and bytes / rate, and stalls if an end is cut off meanwhile.
-Uplinks are not shared between transfers. What the peers are, and what they say to each other, is not known here.
+Transfers share the links of their ends
+where `shared` says so. What the peers are, and what they say to each other, is not known here.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from swarmtrain.simulate.clock import Clock
+from swarmtrain.simulate.links import EXACT_UP_TO, Links
 from swarmtrain.simulate.messages import Link
 
 __all__ = ["End", "Fault", "Machine", "Network", "Refused"]
@@ -76,9 +79,13 @@ class Refused:
 class Network(Generic[P]):
     """The clock, the machines, the links between them, and the faults."""
 
+    shared = True
+    """Whether transfers share links; else each has all of its ends'."""
+
     def __init__(self, link: Link, stall_limit_s: float, seed: int = 0) -> None:
         self.clock = Clock()
         self.peers: dict[str, P] = {}
+        self.links = Links(self.clock)
         self._link = link
         self._stall_limit_s = stall_limit_s
         self._drop = 0.0
@@ -104,11 +111,13 @@ class Network(Generic[P]):
         if peer.alive:
             self.fault("killed", peer)
             peer.die()
+            self.links.gone(name)
 
     def leave(self, name: str) -> None:
         """It says goodbye and goes."""
         if self.peers[name].running:
             self.peers[name].leave()
+            self.links.gone(name)
 
     def freeze(self, name: str) -> None:
         """SIGSTOP: everything that reaches it waits until `thaw`."""
@@ -178,12 +187,16 @@ class Network(Generic[P]):
         if payload is None or isinstance(payload, Refused):
             self.clock.call_later(round_trip_s, dst.deliver, done, payload)
             return
-        seconds = round_trip_s + num_bytes / min(src.link.bytes_per_s, dst.link.bytes_per_s)
-        self.clock.call_later(seconds, self._pulled, dst, src, payload, done)
         self.serving(src)
+        if not num_bytes or not src.alive or not self.shared:
+            lasts_s = round_trip_s + num_bytes / min(src.link.bytes_per_s, dst.link.down_per_s)
+            self.clock.call_later(lasts_s, self._pulled, dst, src, payload, done, True)
+            return
+        self.links.exact = len(self.peers) <= EXACT_UP_TO
+        self.links.begin(src, dst, num_bytes, round_trip_s, partial(self._pulled, dst, src, payload, done))
 
-    def _pulled(self, dst: End, src: P, payload: Any, done: Callable[[Any], None]) -> None:
-        if src.running and self.connected(src, dst):
+    def _pulled(self, dst: End, src: P, payload: Any, done: Callable[[Any], None], whole: bool) -> None:
+        if whole and src.running and self.connected(src, dst):
             dst.deliver(done, payload)
         elif not src.alive:
             dst.deliver(done, None)

@@ -74,6 +74,8 @@ class _Call:
 class World(Network[Volunteer]):
     """The volunteers of a synchronous swarm, and what happened to them."""
 
+    shared = False  # the shares of a round go by formulas of their own (transfers.py)
+
     def __init__(self, settings: Settings | None = None, *, link: Link | None = None, seed: int = 0) -> None:
         self.settings = settings or Settings()
         super().__init__(link or Link(), self.settings.stall_limit_s, seed)

@@ -140,7 +140,8 @@ def test_a_slower_link_carries_fewer_partners_and_nobody_waits_for_it() -> None:
     assert_nobody_waits(swarm)
     later = [record for record in swarm.rounds if record.round > 2]
     partners = [record.partners for record in later]
-    assert set(partners) <= {1, 2} and statistics.mean(partners) < 1.1, "two thirds of a round of 6.4 s carry 4.2 MB"
+    assert 0.7 < statistics.mean(partners) < 1.1, "two thirds of a round of 6.4 s carry 4.2 MB"
+    assert fresh_share(later) > 0.75, "two may pull from one, whose uplink then carries half to each"
     assert statistics.mean(record.bytes_down for record in later) <= 1.1 * sizes.both
 
 

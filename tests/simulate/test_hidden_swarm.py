@@ -81,4 +81,4 @@ def test_a_router_that_opens_a_port_makes_a_peer_dialable_again() -> None:
     swarm.is_hidden = lambda name: False
     swarm.run_until(300.0)
     assert {peer.reachability.state for peer in hidden} == {Reach.DIALABLE}
-    assert {swarm.board[peer.name][0].hidden for peer in hidden} == {False}
+    assert {swarm.board[peer.name].info.hidden for peer in hidden} == {False}

@@ -1,0 +1,86 @@
+"""Transfers that share links: max-min fair rates against a plain reference, and the cheap rule beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarmtrain.simulate.clock import Clock
+from swarmtrain.simulate.links import Links, Transfer, max_min_rates
+from swarmtrain.simulate.messages import Link
+
+
+@dataclass
+class Machine:
+    name: str
+    link: Link = field(default_factory=lambda: Link(bytes_per_s=10.0))
+
+
+def transfer(src: Machine, dst: Machine) -> Transfer:
+    return Transfer(src, dst, 1.0, 0.0, lambda whole: None)
+
+
+def timed(links: Links, clock: Clock, *wanted: tuple[Machine, Machine, float, float]) -> list[float]:
+    """When each of (from, to, bytes, begun at) has come."""
+    ends_s = [0.0] * len(wanted)
+    for number, (src, dst, num_bytes, at_s) in enumerate(wanted):
+
+        def begin(number: int = number, src: Machine = src, dst: Machine = dst, num_bytes: float = num_bytes) -> None:
+            links.begin(src, dst, num_bytes, 0.0, lambda whole: ends_s.__setitem__(number, clock.now))
+
+        clock.call_at(at_s, begin)
+    clock.run_until(1e6)
+    return ends_s
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_who_sends_to_two_sends_half_to_each_and_all_to_the_one_that_is_left(exact: bool) -> None:
+    a, b, c = Machine("a"), Machine("b"), Machine("c")
+    clock = Clock()
+    ends_s = timed(Links(clock, exact=exact), clock, (a, b, 100.0, 0.0), (a, c, 20.0, 2.0))
+    assert ends_s == pytest.approx([12.0, 6.0])
+
+
+def test_what_one_cannot_use_the_others_have() -> None:
+    """`slow` takes 1 of the 10; max-min fair, the other one has 9 and not 5."""
+    a, b, slow = Machine("a"), Machine("b"), Machine("slow", Link(bytes_per_s=10.0, down_bytes_per_s=1.0))
+    rates = max_min_rates([to_slow := transfer(a, slow), to_b := transfer(a, b)])
+    assert rates == {to_slow: 1.0, to_b: 9.0}
+    clock = Clock()
+    assert timed(Links(clock, exact=False), clock, (a, slow, 10.0, 0.0), (a, b, 45.0, 0.0))[1] == pytest.approx(9.0)
+
+
+def test_the_connections_of_one_that_is_gone_break() -> None:
+    a, b, c = Machine("a"), Machine("b"), Machine("c")
+    clock, came = Clock(), list[tuple[str, bool, float]]()
+    links = Links(clock)
+    links.begin(a, b, 100.0, 0.0, lambda whole: came.append(("b", whole, clock.now)))
+    links.begin(a, c, 100.0, 0.0, lambda whole: came.append(("c", whole, clock.now)))
+    clock.call_at(4.0, links.gone, "b")
+    clock.run_until(100.0)
+    assert came == [("b", False, 4.0), ("c", True, pytest.approx(12.0))]
+    assert links.num_out("a") == 0
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    rates=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=2, max_size=6),
+    pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12),
+)
+def test_nobody_can_have_more_without_one_that_has_no_more_having_less(
+    rates: list[tuple[int, int]], pairs: list[tuple[int, int]]
+) -> None:
+    """The definition: each transfer is on a full link on which none has more than it."""
+    machines = [Machine(f"m{i}", Link(bytes_per_s=up, down_bytes_per_s=down)) for i, (up, down) in enumerate(rates)]
+    ends = [(machines[a % len(machines)], machines[b % len(machines)]) for a, b in pairs]
+    found = max_min_rates([transfer(a, b) for a, b in ends])
+    for one, rate in found.items():
+        out = [other for it, other in found.items() if it.src is one.src]
+        come = [other for it, other in found.items() if it.dst is one.dst]
+        full_up = sum(out) >= one.src.link.bytes_per_s - 1e-9 and rate >= max(out) - 1e-9
+        full_down = sum(come) >= one.dst.link.down_per_s - 1e-9 and rate >= max(come) - 1e-9
+        assert full_up or full_down
+        assert sum(out) <= one.src.link.bytes_per_s + 1e-9 and sum(come) <= one.dst.link.down_per_s + 1e-9
