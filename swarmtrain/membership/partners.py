@@ -17,6 +17,7 @@ import heapq
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import attrgetter
 from typing import TypeAlias
 
@@ -270,7 +271,7 @@ class Candidate:
     inner_steps_done: int = 0
     steps_per_s: float = 0.0
 
-    @property
+    @cached_property
     def mark(self) -> Mark:
         """Its newest publication."""
         return Mark(self.round, self.part, self.tokens)

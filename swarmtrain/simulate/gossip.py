@@ -216,16 +216,24 @@ class GossipPeer:
 
     def begin(self) -> None:
         """Take the weights of somebody who lives, if there is anybody, and train."""
+        self._begin(self.swarm.clock.now)
+
+    def _begin(self, came_s: float) -> None:
         self._look_around()
         others = [one.peer for one in self._sampled]
         if others:
-            self.swarm.pull(self, self._rng.choice(others), "state", self.settings.publication_bytes, self._adopt)
+            peer, num_bytes = self._rng.choice(others), self.settings.publication_bytes
+            self.swarm.pull(self, peer, "state", num_bytes, partial(self._adopt, came_s, peer))
         else:
             self._start_round()
 
-    def _adopt(self, state: Any) -> None:
-        if isinstance(state, tuple):
-            self.theta, self.momentum, self.round = state
+    def _adopt(self, came_s: float, peer: str, state: Any) -> None:
+        if not isinstance(state, tuple):
+            self._failed(peer, state)
+            self._begin(came_s)
+            return
+        self.theta, self.momentum, self.round = state
+        self.swarm.begun(self, self.swarm.clock.now - came_s)
         self._start_round()
 
     # ------------------------------------------------------------------ training
@@ -235,6 +243,12 @@ class GossipPeer:
         """Of the present round."""
         now = self._frozen_at_s if self.frozen else self.swarm.clock.now
         return min(self._now.steps, math.floor((now - self._now.started_s) * self.steps_per_s + 1e-9))
+
+    @property
+    def steps_published(self) -> int:
+        """Of the present round, as far as somebody has asked for them."""
+        newest = self._published[-1].mark if self._published else None
+        return newest.tokens // self.settings.tokens_per_step if newest and newest.round == self.round else 0
 
     def _start_round(self) -> None:
         s, now = self.settings, self.swarm.clock.now
@@ -502,12 +516,29 @@ class GossipSwarm(Network[GossipPeer]):
         self.board: dict[str, Presence] = {}
         """What the DHT was given."""
         self.names: list[str] = []
+        self._places: dict[str, int] = {}
         self.rounds: list[RoundRecord] = []
         self.incidents: list[tuple[str, str, str]] = []
 
     def round_over(self, record: RoundRecord) -> None:
         """A peer's round has ended."""
         self.rounds.append(record)
+
+    def begun(self, peer: GossipPeer, waited_s: float) -> None:
+        """One that came has a state, after so long, and trains."""
+
+    def forget(self, name: str) -> None:
+        """Its presence runs out, and nothing is kept of it."""
+
+        def drop() -> None:
+            self.board.pop(name, None)
+            at = self._places.pop(name)
+            last = self.names.pop()
+            if last != name:
+                self.names[at], self._places[last] = last, at
+
+        self.clock.call_later(self.settings.presence_ttl_s, drop)
+        self.clock.call_later(2 * self.settings.presence_ttl_s, self.peers.pop, name)
 
     def join(self, name: str, *, steps_per_s: float = 10.0, theta: float = 0.0, link: Link | None = None) -> GossipPeer:
         """A volunteer comes now; if anybody is there it takes their weights, else it has `theta`."""
@@ -528,6 +559,7 @@ class GossipSwarm(Network[GossipPeer]):
         self.kill(name)
         old = self.peers.pop(name)
         self.names.remove(name)
+        self._places = {one: place for place, one in enumerate(self.names)}
         saved = old.checkpoints[0]
         new = self._add(name, old.steps_per_s, old.theta, old.link)
         new.target = old.target
@@ -539,6 +571,7 @@ class GossipSwarm(Network[GossipPeer]):
     def _add(self, name: str, steps_per_s: float, theta: float, link: Link | None) -> GossipPeer:
         assert name not in self.peers, f"{name} has been here already: a process that returns is a new peer"
         peer = self.peers[name] = self._make(name, steps_per_s, theta, link or self._link)
+        self._places[name] = len(self.names)
         self.names.append(name)
         return peer
 

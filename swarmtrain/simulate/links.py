@@ -1,9 +1,9 @@
-"""Transfers that share the links of their two ends: whoever sends to four at once sends to each at a quarter of its rate.
+"""Transfers share the links of their ends: whoever sends to four at once sends to each at a quarter of its rate.
 
-Of few machines the rates are max-min fair, about as those of TCP connections with equal round trips: no transfer can have
-more without one that has no more than it having less (Bertsekas and Gallager, Data Networks, section 6.5). Of many, a
-transfer has the smaller of its equal shares of both ends: that is less where another one at an end is held back at its
-other end, and a change concerns two machines instead of everybody.
+Of few machines the rates are max-min fair, about as those of TCP connections with equal round trips: no transfer can
+have more without one that has no more than it having less (Bertsekas and Gallager, Data Networks, section 6.5). Of
+many, a transfer has the smaller of its equal shares of both ends: that is less where another one at an end is held
+back at its other end, and a change concerns two machines instead of everybody.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Links:
         return len(self._out.get(name, ()))
 
     def begin(self, src: _End, dst: _End, num_bytes: float, after_s: float, done: Callable[[bool], None]) -> Transfer:
-        """Bytes that begin to come after `after_s`; `done(True)` once all are here, `done(False)` when an end is gone."""
+        """Bytes that begin to come after `after_s`; `done(True)` when all are here, `done(False)` if an end goes."""
         transfer = Transfer(src, dst, num_bytes, self._clock.now + after_s, done)
         self._out.setdefault(src.name, {})[transfer] = None
         self._in.setdefault(dst.name, {})[transfer] = None
@@ -124,7 +124,7 @@ class Links:
 
 
 def max_min_rates(transfers: Iterable[Transfer]) -> dict[Transfer, float]:
-    """Max-min fair rates, in bytes a second: the end that can give each of its transfers least fixes theirs, then the next."""
+    """Max-min fair rates, in bytes a second: the end that can give each of its transfers least fixes theirs, and on."""
     ends: dict[_Key, _Shared] = {}
     for transfer in transfers:
         for key, per_s in _ends(transfer):

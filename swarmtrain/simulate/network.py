@@ -178,7 +178,10 @@ class Network(Generic[P]):
 
     def pull(self, dst: End, src_name: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
         """Transfer `what` from a peer; `done(payload)`, None if it did not come, `Refused` if it was refused."""
-        src = self.peers[src_name]
+        src = self.peers.get(src_name)
+        if src is None:  # it is long gone, and forgotten
+            self.clock.call_later(4 * dst.link.latency_s, dst.deliver, done, None)
+            return
         round_trip_s = 2 * self.latency_s(src, dst)
         if not self.passes(src, dst) or src.frozen:
             self.clock.call_later(self._stall_limit_s, dst.deliver, done, None)
