@@ -194,15 +194,17 @@ class GossipPeer:
 
     def die(self) -> None:
         """The process ends; its presence stays until it expires."""
+        self.renew()
         self.alive = self.frozen = False
 
     def leave(self) -> None:
         """Take the presence back, and end."""
-        self.swarm.board.pop(self.name, None)
         self.die()
+        self.swarm.board.pop(self.name, None)
 
     def freeze(self) -> None:
         """The process is stopped."""
+        self.renew()
         self.frozen, self._frozen_at_s = True, self.swarm.clock.now
 
     def thaw(self) -> None:
@@ -241,8 +243,10 @@ class GossipPeer:
     @property
     def steps_done(self) -> int:
         """Of the present round."""
-        now = self._frozen_at_s if self.frozen else self.swarm.clock.now
-        return min(self._now.steps, math.floor((now - self._now.started_s) * self.steps_per_s + 1e-9))
+        return self._steps_done_at(self._frozen_at_s if self.frozen else self.swarm.clock.now)
+
+    def _steps_done_at(self, at_s: float) -> int:
+        return min(self._now.steps, math.floor((at_s - self._now.started_s) * self.steps_per_s + 1e-9))
 
     @property
     def steps_published(self) -> int:
@@ -264,7 +268,7 @@ class GossipPeer:
             busy = self.coverage.busy(one.peer for one in self._sampled)
             tokens = steps * s.tokens_per_step
             self.shard, _ = self.coverage.choose(self.round, self.swarm.seed, busy=busy, round_tokens=tokens)
-        self._announce(self.round)
+        self._announce(now)
         end_s = now + steps / self.steps_per_s
         pulls = plan_pulls(len(self._sampled), now, end_s, s.sizes, self._times, s.partners)
         for section, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
@@ -346,16 +350,20 @@ class GossipPeer:
 
     def _publish(self) -> Publication | None:
         """The newest publication; made now if its moment has passed."""
-        r, s = self._now, self.settings
-        part = self.steps_done * s.num_parts // r.steps
-        steps = -(-r.steps * part // s.num_parts)
         newest = self._published[-1] if self._published else None
-        if part and (newest is None or (newest.mark.round, newest.mark.part) != (self.round, part)):
-            mark = Mark(self.round, part, steps * s.tokens_per_step)
+        mark = self._mark_at(self.steps_done)
+        if mark is not None and (newest is None or newest.mark != mark):
             rows = () if self.coverage is None else tuple(self.coverage.rows_to_send())
-            newest = Publication(self.name, mark, self.theta, self._gradient(steps), rows)
+            gradient = self._gradient(mark.tokens // self.settings.tokens_per_step)
+            newest = Publication(self.name, mark, self.theta, gradient, rows)
             self._published = [*self._published[-1:], newest]
         return newest
+
+    def _mark_at(self, steps_done: int) -> Mark | None:
+        """What is published of the present round once so many steps are done; None before the first part."""
+        steps, num_parts = self._now.steps, self.settings.num_parts
+        part = steps_done * num_parts // steps
+        return Mark(self.round, part, -(-steps * part // num_parts) * self.settings.tokens_per_step) if part else None
 
     def provide(self, what: str) -> Any:
         """The state for a joiner, the manifest of the newest publication, or the bytes of one of the last two."""
@@ -373,40 +381,40 @@ class GossipPeer:
             self.bytes_up += s.section_bytes(found.section)
         return found
 
-    def _announce(self, round: int) -> None:
-        """The presence record: at a round's start, and as often as a third of its lifetime."""
-        s, now = self.settings, self.swarm.clock.now
-        newest = self._publish()
+    def _announce(self, at_s: float) -> None:
+        """The presence record as it was at `at_s`: a round's start, or a third of its lifetime after the last one."""
+        s = self.settings
+        steps = self._steps_done_at(at_s)
         info = self._describe(PeerInfo(
-            peer=self.name, stamp=now, training=True, round=self.round, inner_steps_done=self.steps_done,
+            peer=self.name, stamp=at_s, training=True, round=self.round, inner_steps_done=steps,
             steps_per_s=self.steps_per_s, addresses=(self.name,),
         ))  # fmt: skip
-        mark = Mark(self.round, 0, 0) if newest is None else newest.mark
+        mark = self._mark_at(steps)
+        if mark is None:
+            mark = self._published[-1].mark if self._published else Mark(self.round, 0, 0)
         candidate = Candidate(
             peer=self.name, round=mark.round, part=mark.part, tokens=mark.tokens,
             inner_steps_done=info.inner_steps_done, steps_per_s=info.steps_per_s,
         )  # fmt: skip
-        self.swarm.board[self.name] = Presence(info, now + s.presence_ttl_s, candidate)
-        if self._now.started_s + s.presence_ttl_s / 3 < now + self._left_s():
-            self.swarm.clock.call_later(s.presence_ttl_s / 3, self.deliver, self._renew, round)
+        self.swarm.board[self.name] = Presence(info, at_s + s.presence_ttl_s, candidate)
+
+    def renew(self) -> None:
+        """Bring its record to where it is by now. Renewals are not events: they are made up for when somebody looks."""
+        known = self.swarm.board.get(self.name)
+        every_s = self.settings.presence_ttl_s / 3
+        if known is not None and self.running and (gone_s := self.swarm.clock.now - known.info.stamp) >= every_s:
+            self._announce(known.info.stamp + gone_s // every_s * every_s)
 
     def _describe(self, info: PeerInfo) -> PeerInfo:
         """What else it says of itself."""
         return info
-
-    def _left_s(self) -> float:
-        return (self._now.steps - self.steps_done) / self.steps_per_s
-
-    def _renew(self, round: int) -> None:
-        if round == self.round:
-            self._announce(round)
 
     # ------------------------------------------------------------------ pulling
 
     def _look_around(self) -> None:
         """Read a sample of the presences."""
         now, board, membership = self.swarm.clock.now, self.swarm.board, self.membership
-        names = self.swarm.names
+        names, every_s = self.swarm.names, self.settings.presence_ttl_s / 3
         if len(names) > self.settings.sample:
             names = self._rng.sample(names, self.settings.sample)
         self._sampled = []
@@ -414,6 +422,9 @@ class GossipPeer:
             seen = board.get(name)
             if seen is None or name == self.name:
                 continue
+            if now - seen.info.stamp >= every_s and name in self.swarm.peers:
+                self.swarm.peers[name].renew()
+                seen = board[name]
             membership.saw_presence(seen.info, seen.expires_s, now)
             if seen.expires_s >= now and membership.state(name) is PeerState.LIVE:
                 self._sampled.append(seen.candidate)

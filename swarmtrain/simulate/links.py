@@ -15,7 +15,7 @@ from typing import Protocol, TypeAlias
 from swarmtrain.simulate.clock import Clock, Timer
 from swarmtrain.simulate.messages import Link
 
-__all__ = ["EXACT_UP_TO", "Links", "Transfer", "max_min_rates"]
+__all__ = ["EXACT_UP_TO", "SharedLinks", "Transfer", "max_min_rates"]
 
 EXACT_UP_TO = 500
 """Machines, up to which rates are max-min fair."""
@@ -38,7 +38,7 @@ class Transfer:
         self.timer: Timer | None = None
 
 
-class Links:
+class SharedLinks:
     """All transfers of a network; `exact`: whether their rates are max-min fair."""
 
     def __init__(self, clock: Clock, *, exact: bool = True) -> None:

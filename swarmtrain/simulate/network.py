@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from swarmtrain.simulate.clock import Clock
-from swarmtrain.simulate.links import EXACT_UP_TO, Links
+from swarmtrain.simulate.links import EXACT_UP_TO, SharedLinks
 from swarmtrain.simulate.messages import Link
 
 __all__ = ["End", "Fault", "Machine", "Network", "Refused"]
@@ -85,7 +85,7 @@ class Network(Generic[P]):
     def __init__(self, link: Link, stall_limit_s: float, seed: int = 0) -> None:
         self.clock = Clock()
         self.peers: dict[str, P] = {}
-        self.links = Links(self.clock)
+        self.links = SharedLinks(self.clock)
         self._link = link
         self._stall_limit_s = stall_limit_s
         self._drop = 0.0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmtrain.simulate.clock import Clock
-from swarmtrain.simulate.links import Links, Transfer, max_min_rates
+from swarmtrain.simulate.links import SharedLinks, Transfer, max_min_rates
 from swarmtrain.simulate.messages import Link
 
 
@@ -23,7 +23,7 @@ def transfer(src: Machine, dst: Machine) -> Transfer:
     return Transfer(src, dst, 1.0, 0.0, lambda whole: None)
 
 
-def timed(links: Links, clock: Clock, *wanted: tuple[Machine, Machine, float, float]) -> list[float]:
+def timed(links: SharedLinks, clock: Clock, *wanted: tuple[Machine, Machine, float, float]) -> list[float]:
     """When each of (from, to, bytes, begun at) has come."""
     ends_s = [0.0] * len(wanted)
     for number, (src, dst, num_bytes, at_s) in enumerate(wanted):
@@ -40,7 +40,7 @@ def timed(links: Links, clock: Clock, *wanted: tuple[Machine, Machine, float, fl
 def test_who_sends_to_two_sends_half_to_each_and_all_to_the_one_that_is_left(exact: bool) -> None:
     a, b, c = Machine("a"), Machine("b"), Machine("c")
     clock = Clock()
-    ends_s = timed(Links(clock, exact=exact), clock, (a, b, 100.0, 0.0), (a, c, 20.0, 2.0))
+    ends_s = timed(SharedLinks(clock, exact=exact), clock, (a, b, 100.0, 0.0), (a, c, 20.0, 2.0))
     assert ends_s == pytest.approx([12.0, 6.0])
 
 
@@ -50,13 +50,13 @@ def test_what_one_cannot_use_the_others_have() -> None:
     rates = max_min_rates([to_slow := transfer(a, slow), to_b := transfer(a, b)])
     assert rates == {to_slow: 1.0, to_b: 9.0}
     clock = Clock()
-    assert timed(Links(clock, exact=False), clock, (a, slow, 10.0, 0.0), (a, b, 45.0, 0.0))[1] == pytest.approx(9.0)
+    assert timed(SharedLinks(clock, exact=False), clock, (a, slow, 10.0, 0.0), (a, b, 45.0, 0.0))[1] == pytest.approx(9.0)
 
 
 def test_the_connections_of_one_that_is_gone_break() -> None:
     a, b, c = Machine("a"), Machine("b"), Machine("c")
     clock, came = Clock(), list[tuple[str, bool, float]]()
-    links = Links(clock)
+    links = SharedLinks(clock)
     links.begin(a, b, 100.0, 0.0, lambda whole: came.append(("b", whole, clock.now)))
     links.begin(a, c, 100.0, 0.0, lambda whole: came.append(("c", whole, clock.now)))
     clock.call_at(4.0, links.gone, "b")
