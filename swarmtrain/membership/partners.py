@@ -170,6 +170,14 @@ class Ledger:
             return Whole(mark.tokens, f"nothing of its round {mark.round} was merged")
         return self._later_part(peer, mark, known)
 
+    def new_tokens(self, peer: str, mark: Mark, reference_round: int) -> int | None:
+        """The tokens of `news`, None for `Nothing`: it is asked of everybody, most of whom have a new round."""
+        known = self._marks.get(peer)
+        if known is None or mark.round <= known.round or mark.part < 1 or mark.tokens < 1:
+            news = self.news(peer, mark, reference_round)
+            return None if isinstance(news, Nothing) else news.tokens
+        return mark.tokens if mark.round >= reference_round - self.max_staleness_rounds else None
+
     def _later_part(self, peer: str, mark: Mark, known: Mark) -> News:
         """News of a round of which a part was merged."""
         if mark.part == known.part and mark.tokens == known.tokens:
@@ -326,6 +334,8 @@ class BackOff:
 
     def ready(self, peers: Collection[str], now: float) -> tuple[frozenset[str], str]:
         """Which of `peers` may be asked now; with the reason if that is not all of them, or bans do not count."""
+        if self._bans.keys().isdisjoint(peers):
+            return frozenset(peers), ""
         bans = {peer: ban for peer in peers if (ban := self._bans.get(peer)) is not None and now < ban.until_s}
         if not bans:
             return frozenset(peers), ""
@@ -385,8 +395,9 @@ class Partners:
         if not free:
             return None, about_bans
         free = sorted([one for one in free if one.peer in first] or free, key=_PEER)
-        news = [(one, self.ledger.news(one.peer, one.mark, reference_round)) for one in free]
-        hopeful = [(one, new.tokens) for one, new in news if not isinstance(new, Nothing)]
+        new_tokens = self.ledger.new_tokens
+        new = [(one, new_tokens(one.peer, one.mark, reference_round)) for one in free]
+        hopeful = [(one, tokens) for one, tokens in new if tokens is not None]
         if hopeful:
             reason = f"{self.variant} among {len(hopeful)} with something new"
         else:
