@@ -27,7 +27,7 @@ from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["Peer", "Published", "World", "gossip"]
+__all__ = ["Peer", "Published", "World"]
 
 _APART = ("trimmed", "flag")
 """Rules that need each partner's pseudo-gradient, and not their mean."""
@@ -249,7 +249,7 @@ class Peer:
         if world.tokens < world.setting.total_tokens:
             self.begin()
         else:
-            world.finished_s = max(world.finished_s, world.clock.now)
+            world.finished(self)
 
     def _merged(self, name: str, published: Published, arrival: Arrival) -> Merged:
         mark = published.mark
@@ -328,13 +328,22 @@ class World:
         """A round of `peer` is over."""
         self._recorder.see(self.tokens, self.clock.now, self.consensus)
 
+    def finished(self, peer: Peer) -> None:
+        """The last round of `peer` is over."""
+        self.finished_s = max(self.finished_s, self.clock.now)
+
+    @property
+    def honest(self) -> list[Peer]:
+        """Those whose weights are the swarm's."""
+        return self.peers[: self.setting.num_honest]
+
     def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
         """What arrives of it."""
         return decode(encode(vector.contiguous(), form, self._sizes), form, self._sizes)
 
     def consensus(self) -> Tensor:
-        """The variance-corrected mean of everybody's weights, (P,)."""
-        return variance_corrected_mean([peer.trainer.state.theta for peer in self.peers], self.layout).mean
+        """The variance-corrected mean of all honest volunteers' weights, (P,)."""
+        return variance_corrected_mean([peer.trainer.state.theta for peer in self.honest], self.layout).mean
 
     def run(self) -> None:
         """To the end of the run."""
@@ -346,21 +355,14 @@ class World:
 
     def outcome(self) -> Outcome:
         """What came of it."""
-        rounds = sum(peer.round for peer in self.peers)
+        rounds = sum(peer.round for peer in self.honest)
         return Outcome(
             held_out_loss=self.setting.text.held_out_loss(self.consensus()),
-            own_loss=self.setting.own_loss([peer.trainer.state.theta for peer in self.peers]),
+            own_loss=self.setting.own_loss([peer.trainer.state.theta for peer in self.honest]),
             virtual_time_s=self.finished_s,
             tokens=self.tokens,
             inner_steps=self.inner_steps,
             sent_bytes=self.wire.sent_bytes,
-            fresh_share=sum(peer.rounds_fresh for peer in self.peers) / max(1, rounds),
+            fresh_share=sum(peer.rounds_fresh for peer in self.honest) / max(1, rounds),
             curve=tuple(self._recorder.points),
         )
-
-
-def gossip(setting: Setting) -> Outcome:
-    """Nobody waits."""
-    world = World(setting)
-    world.run()
-    return world.outcome()

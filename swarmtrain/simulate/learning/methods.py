@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from swarmtrain.simulate.learning.gossip import gossip
+from swarmtrain.simulate.learning.hostile import gossip
 from swarmtrain.simulate.learning.sampled import modest, noloco
 from swarmtrain.simulate.learning.serving import async_nesterov, fedbuff, server, server_waiting
 from swarmtrain.simulate.learning.setting import Outcome, Setting
@@ -22,6 +22,8 @@ class Method:
     says: str
     run: Callable[[Setting], Outcome]
     keys: Mapping[str, Any] = field(default_factory=dict)
+    hostile: bool = False
+    """Whether some volunteers can be hostile."""
 
 
 METHODS: dict[str, Method] = {
@@ -54,11 +56,13 @@ METHODS: dict[str, Method] = {
         says="publish, pull and merge without waiting: what swarmtrain does",
         run=gossip,
         keys={"merge.method": "gossip", "merge.pacing": True},
+        hostile=True,
     ),
     "gossip-plain": Method(
         says="the same without the variance correction",
         run=lambda setting: gossip(replace(setting, corrected=False)),
         keys={"merge.method": "gossip", "merge.pacing": True},
+        hostile=True,
     ),
     "server": Method(
         says="delayed Nesterov on one peer's weights, which nobody waits for",

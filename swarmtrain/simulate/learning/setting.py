@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from swarmtrain.algorithm import pacing
 from swarmtrain.algorithm.outer import OuterConstants, momentum_at
-from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
 from swarmtrain.network.impairments import PACKET_BYTES, Lateness
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.learner import Learner, Text
-from swarmtrain.simulate.scenario import Hang, Scenario
+from swarmtrain.simulate.scenario import Hang, HostileSection, Scenario
 
 __all__ = ["CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
 
@@ -22,6 +22,7 @@ _PIECE_S, _MOST_PIECE_BYTES = 0.01, 64 * 1024
 """What passes a line at once, as in `network.links`."""
 
 _MOST_OWN = 8
+_SAID_SPEED = 1e9
 
 CurvePoint = tuple[int, float, float]
 """(tokens of the whole run, virtual seconds, held-out loss in nats per byte)."""
@@ -43,6 +44,9 @@ class Setting:
     failing: float = 0.0
     """The share of pulls that bring nothing."""
     hangs: tuple[Hang, ...] = ()
+    hostile: HostileSection = field(default_factory=HostileSection)
+    num_hostile: int = 0
+    """The last ones."""
     corrected: bool = True
     """With the variance correction."""
     curve_points: int = 0
@@ -66,6 +70,11 @@ class Setting:
     def num_peers(self) -> int:
         """How many volunteers there are."""
         return len(self.step_s)
+
+    @property
+    def num_honest(self) -> int:
+        """How many of them do as they say: the first ones."""
+        return self.num_peers - self.num_hostile
 
     @property
     def bytes_per_s(self) -> float:
@@ -92,11 +101,21 @@ class Setting:
         """H_i."""
         if not self.run.merge.pacing:
             return self.run.merge.inner_steps
-        speeds = [1 / step_s for step_s in self.step_s]
-        return paced_inner_steps(speeds[number], reference_speed(speeds), self.run.merge.inner_steps)
+        speeds = [1 / step_s if n == number else self.said_speed(n) for n, step_s in enumerate(self.step_s)]
+        return pacing.paced_inner_steps(speeds[number], pacing.reference_speed(speeds), self.run.merge.inner_steps)
+
+    def said_speed(self, number: int) -> float:
+        """What volunteer `number` says that it does, in inner steps per second."""
+        lies = number >= self.num_honest and self.hostile.kind == "speed"
+        return _SAID_SPEED if lies else 1 / self.step_s[number]
 
     def steps_of_everybody(self, number: int) -> float:
-        """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances."""
+        """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances. Where
+        some are hostile, as a volunteer reckons it, of those whose tokens count and of those who lie about it."""
+        if self.hostile.percent:
+            counted = self.num_peers if self.hostile.kind == "speed" else self.num_honest
+            others = [self.said_speed(other) for other in range(counted) if other != number]
+            return pacing.steps_of_everybody(1 / self.step_s[number], others)
         return sum(1 / step_s for step_s in self.step_s) * self.step_s[number]
 
     def all_reduce_s(self, num_peers: int, size_bytes: int, rng: random.Random) -> float:
@@ -152,11 +171,18 @@ class Setting:
 
 def setting_of(scenario: Scenario, text: Text) -> Setting:
     """A run of a scenario; its seed and constants are in the run file of `text`."""
-    links = scenario.links
+    links, step_s = scenario.links, scenario.peers.step_s
+    num_hostile = scenario.hostile.number(len(step_s))
+    honest_s, hostile_s = step_s[: len(step_s) - num_hostile], step_s[len(step_s) - num_hostile :]
+    if scenario.hostile.kind == "absent":
+        hostile_s = ()
+    if scenario.hostile.kind == "tokens":
+        steps = text.run.merge.inner_steps
+        hostile_s = tuple(each * steps / pacing.fewest_inner_steps(steps) for each in hostile_s)
     up, down = (rate * BYTES_PER_S_OF_MBIT if rate else float("inf") for rate in (links.up_mbit, links.down_mbit))
     return Setting(
         text=text,
-        step_s=scenario.peers.step_s,
+        step_s=honest_s + hostile_s,
         up_bytes_per_s=up,
         down_bytes_per_s=down,
         rtt_s=links.rtt_ms / 1000,
@@ -164,6 +190,8 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
         loss=links.loss_percent / 100,
         failing=links.failing_percent / 100,
         hangs=scenario.hangs,
+        hostile=scenario.hostile,
+        num_hostile=len(hostile_s),
         curve_points=scenario.scenario.curve_points,
     )
 
@@ -186,6 +214,10 @@ class Outcome:
     """Trained by those who were passed over, and not merged."""
     fresh_share: float | None = None
     """Of the rounds of gossip: those that merged somebody's pseudo-gradient."""
+    named_hostile: int | None = None
+    """How often a rule named a hostile volunteer,"""
+    named_honest: int | None = None
+    """and an honest one."""
     curve: tuple[CurvePoint, ...] = ()
 
 
