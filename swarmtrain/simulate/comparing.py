@@ -211,10 +211,15 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
     method, here = METHODS[play.method], scenario.at(play.point)
     if here.hostile.percent and not method.hostile:
         raise UserError(f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip")
+    if (here.away or here.churn.stays_s) and not method.churn:
+        raise UserError(f"method {play.method}: churn.stays_s and [[away]]: nobody comes or goes in it")
     try:
-        return here.run(play.seed, play.point, tuple(method.keys.items()))
+        run = here.run(play.seed, play.point, tuple(method.keys.items()))
     except UserError as error:
         raise UserError(f"method {play.method}: {error}") from None
+    if here.peers.own_text and run.data.streaming:
+        raise UserError("peers.own_text: a corpus that is streamed has no parts; set data.streaming = false")
+    return run
 
 
 def _play(scenario: Scenario, play: Play) -> Outcome:
@@ -222,7 +227,9 @@ def _play(scenario: Scenario, play: Play) -> Outcome:
     run = _run(scenario, play)
     torch.set_num_threads(1)  # a core is its share, and sums are made in one order
     try:
-        return method.run(setting_of(scenario.at(play.point), Text.of(run, scenario.base)))
+        here = scenario.at(play.point)
+        num_parts = here.peers.number if here.peers.own_text else 1
+        return method.run(setting_of(here, Text.of(run, here.base, num_parts)))
     finally:
         torch.set_num_threads(threads)
 
@@ -239,12 +246,19 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
         "method": play.method,
         "run": run.model_dump(mode="json"),
         "text": "streamed" if run.data.streaming else _text_sha256(run.data.model_dump_json(), scenario.base),
-        "peers": scenario.peers.model_dump(mode="json"),
+        "peers": scenario.peers.model_dump(mode="json", exclude={"round_steps", "own_text"}),
         "links": scenario.links.model_dump(mode="json"),
         "hangs": [hang.model_dump(mode="json") for hang in scenario.hangs],
         "curve_points": scenario.scenario.curve_points,
         "versions": [__version__, torch.__version__],
     }
+    if scenario.peers.own_text:
+        told["own_text"] = True
+    if scenario.away or scenario.churn.stays_s:
+        told["away"] = [
+            scenario.churn.model_dump(mode="json"),
+            *(each.model_dump(mode="json") for each in scenario.away),
+        ]
     if scenario.hostile.percent:
         told["hostile"] = scenario.hostile.model_dump(mode="json")
     return folder / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}.json"

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator
@@ -24,6 +25,8 @@ from swarmtrain.run import RunFile, parse_run
 
 __all__ = [
     "ATTACKS",
+    "Away",
+    "ChurnSection",
     "GridPoint",
     "Hang",
     "HostileSection",
@@ -39,7 +42,7 @@ _EXAMPLE = "examples/scenarios/heterogeneous.toml"
 GridPoint = tuple[tuple[str, Any], ...]
 """(key of the run file or of a section below `_OWN`, value), sorted."""
 
-_OWN = ("peers", "links", "hostile")
+_OWN = ("peers", "links", "hostile", "churn")
 """Sections of a scenario that its grid, a sweep and `[set]` can change as they change a run file's."""
 
 ATTACKS = {
@@ -86,6 +89,14 @@ class PeersSection(Section):
     slowdowns: tuple[float, ...] = Field(
         (), strict=False, description="Times that, for each; fewer of them are gone through again; none: all alike."
     )
+    round_steps: int = Field(
+        0,
+        ge=0,
+        description="Inner steps of a round of all together: merge.inner_steps is a share of them. 0: it is not.",
+    )
+    own_text: bool = Field(
+        False, description="Each learns from a part of the corpus that is its own: documents that follow each other."
+    )
 
     @field_validator("slowdowns")
     @classmethod
@@ -117,6 +128,27 @@ class Hang(Section):
     def is_on(self, number: int, now_s: float) -> bool:
         """Whether volunteer `number` stands still now."""
         return number == self.peer and self.at_s <= now_s < self.at_s + self.for_s
+
+
+class Away(Hang):
+    """`[[away]]`: a volunteer is not there: it has crashed or left and comes back, or from 0 on, comes late."""
+
+
+class ChurnSection(Section):
+    """`[churn]`: all come and go by chance, as the run's seed says. Both times are means of exponential ones."""
+
+    stays_s: float = Field(0.0, ge=0, description="How long a volunteer stays; 0: nobody goes.")
+    away_s: float = Field(60.0, gt=0, description="How long it is away then.")
+
+    def away(self, num_peers: int, seed: int, until_s: float) -> list[Away]:
+        """Who is away when."""
+        found = list[Away]()
+        for number in range(num_peers if self.stays_s else 0):
+            rng, now_s = random.Random(f"churn {seed} {number}"), 0.0
+            while (at_s := now_s + rng.expovariate(1 / self.stays_s)) < until_s:
+                found.append(Away(peer=number, at_s=at_s, for_s=rng.expovariate(1 / self.away_s) or self.away_s))
+                now_s = at_s + found[-1].for_s
+        return found
 
 
 class HostileSection(Section):
@@ -155,10 +187,18 @@ class _Sections(Section):
     peers: PeersSection = Field(default_factory=lambda: PeersSection())
     links: ScenarioLinks = Field(default_factory=lambda: ScenarioLinks())
     hostile: HostileSection = Field(default_factory=lambda: HostileSection())
+    churn: ChurnSection = Field(default_factory=lambda: ChurnSection())
 
 
 class _HangRow(Section):
     hangs: Hang
+
+
+class _AwayRow(Section):
+    away: Away
+
+
+_Row = TypeVar("_Row", _HangRow, _AwayRow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +209,9 @@ class Scenario:
     peers: PeersSection
     links: ScenarioLinks
     hostile: HostileSection
+    churn: ChurnSection
     hangs: tuple[Hang, ...]
+    away: tuple[Away, ...]
     table: Mapping[str, Any]
     base: Path
     grid: Mapping[str, tuple[Any, ...]]
@@ -221,6 +263,8 @@ class Scenario:
     def run(self, seed: int, *changes: GridPoint) -> RunFile:
         """The run file with the seed and these changes. Raises `UserError` for what a run file cannot say."""
         told = [*(pair for point in changes for pair in _apart(dict(point))[1].items()), ("run.seed", seed)]
+        if self.peers.round_steps:
+            told.insert(0, ("merge.inner_steps", max(1, self.peers.round_steps // self.peers.number)))
         table = _changed(self.table, told)
         return parse_run(tomli_w.dumps(table), f"the run of scenario {self.scenario.name}")
 
@@ -230,19 +274,13 @@ def load_scenario(path: Path) -> Scenario:
     origin = one_line(str(path))
     table = read_small_file(path, "a scenario file", _EXAMPLE)
     changes, grid = _keys(table, "set", origin), _keys(table, "grid", origin)
-    hangs = table.pop("hangs", [])
-    if not isinstance(hangs, list):
-        raise UserError(f"{origin}: hangs: is a list; write [[hangs]] for each")
+    rows = {name: table.pop(name, []) for name in ("hangs", "away")}
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{origin}: grid.{key}: allowed: a list of values, such as [0.5, 0.8]")
     if math.prod(map(len, grid.values())) > _MAX_POINTS:
         raise UserError(f"{origin}: grid: more than {_MAX_POINTS} points")
     sections = _sections_of(table, origin)
-    try:
-        rows = tuple(_HangRow.model_validate({"hangs": row}).hangs for row in hangs)
-    except ValidationError as error:
-        raise UserError(f"{origin}: {problem_in_words(error, _HangRow)}") from None
     run_path = path.parent / sections.scenario.run
     run_table = read_small_file(run_path, "a run file", _RUN_EXAMPLE)
     found = Scenario(
@@ -250,7 +288,9 @@ def load_scenario(path: Path) -> Scenario:
         peers=sections.peers,
         links=sections.links,
         hostile=sections.hostile,
-        hangs=rows,
+        churn=sections.churn,
+        hangs=tuple(row.hangs for row in _rows(rows["hangs"], "hangs", _HangRow, origin)),
+        away=tuple(row.away for row in _rows(rows["away"], "away", _AwayRow, origin)),
         table=run_table,
         base=run_path.parent,
         grid={key: tuple(values) for key, values in grid.items()},
@@ -265,11 +305,26 @@ def _sections_of(table: Mapping[str, Any], origin: str) -> _Sections:
         raise UserError(f"{origin}: {problem_in_words(error, _Sections)}") from None
 
 
+def _rows(rows: Any, name: str, model: type[_Row], origin: str) -> list[_Row]:
+    if not isinstance(rows, list):
+        raise UserError(f"{origin}: {name}: is a list; write [[{name}]] for each")
+    try:
+        return [model.model_validate({name: row}) for row in rows]
+    except ValidationError as error:
+        raise UserError(f"{origin}: {problem_in_words(error, model)}") from None
+
+
 def _checked(scenario: Scenario, origin: str) -> Scenario:
     """What sections say of each other. `UserError` if they do not agree."""
     number = scenario.peers.number
-    if missing := [each for each in scenario.hangs if each.peer >= number]:
-        raise UserError(f"{origin}: hangs.peer: {missing[0].peer} of {number} volunteers, from 0")
+    for name, rows in ("hangs", scenario.hangs), ("away", scenario.away):
+        if missing := [each for each in rows if each.peer >= number]:
+            raise UserError(f"{origin}: {name}.peer: {missing[0].peer} of {number} volunteers, from 0")
+    for before, after in itertools.pairwise(sorted(scenario.away, key=lambda each: (each.peer, each.at_s))):
+        if before.peer == after.peer and before.at_s + before.for_s >= after.at_s:
+            raise UserError(f"{origin}: away.at_s: volunteer {after.peer} is away already at {after.at_s:g} s")
+    if scenario.away and scenario.churn.stays_s:
+        raise UserError(f"{origin}: churn.stays_s: not beside [[away]]: who is away twice at a time?")
     if scenario.hostile.number(number) >= number:
         raise UserError(f"{origin}: hostile.percent: leaves none of {number} volunteers honest")
     return scenario

@@ -43,6 +43,12 @@ def test_a_grid_can_be_of_the_scenario_itself(tmp_path: Path) -> None:
     assert set_one.peers.number == 4 and list(set_one.grid) == ["merge.outer_momentum"]
 
 
+def test_rounds_are_shared_among_all(tmp_path: Path) -> None:
+    scenario = tiny(tmp_path, peers={"round_steps": 24}, grid={"peers.number": [2, 4, 100]})
+    assert [scenario.at(point).run(0, point).merge.inner_steps for point in scenario.points()] == [12, 6, 1]
+    assert scenario.run(0, (("merge.inner_steps", 9),)).merge.inner_steps == 9, "what is said there"
+
+
 def test_slowdowns_are_gone_through_again(tmp_path: Path) -> None:
     scenario = tiny(tmp_path, peers={"number": 5, "step_ms": 10, "slowdowns": [1, 2]})
     assert scenario.peers.step_s == (0.01, 0.02, 0.01, 0.02, 0.01)
@@ -65,6 +71,10 @@ def test_slowdowns_are_gone_through_again(tmp_path: Path) -> None:
         ({"hostile": {"percent": 90}}, "hostile.percent: leaves none of 3 volunteers honest"),
         ({"set": {"peers.number": 0}}, "peers.number"),
         ({"set": {"hostile.procent": 1}}, "did you mean hostile.percent"),
+        ({"away": [{"peer": 3, "at_s": 1, "for_s": 1}]}, "away.peer: 3 of 3 volunteers"),
+        ({"away": [{"peer": 0, "at_s": at_s, "for_s": 2} for at_s in (4, 3)]}, "volunteer 0 is away already at 4 s"),
+        ({"away": [{"peer": 0, "at_s": 1, "for_s": 1}], "churn": {"stays_s": 5}}, "churn.stays_s: not beside"),
+        ({"away": [{"peer": 0, "at_s": 1, "for": 1}]}, "did you mean away.for_s"),
         ({"hangs": {"peer": 0}}, r"write \[\[hangs\]\]"),
         ({"set": 3}, r"write \[set\]"),
         ({"scenario": {"run": "nothing.toml"}}, "nothing.toml: cannot be read"),
@@ -82,6 +92,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, sections: dict[str, Any], problem
         ({"grid": {"merge.outer_momentum": [0.5, 7]}}, "method gossip: .*merge.outer_momentum"),
         ({"set": {"model.width": 0}}, "model.width"),
         ({"grid": {"hostile.attack": ["absent", "flip"]}}, "no such attack"),
+        ({"scenario": {"methods": ["noloco"]}, "churn": {"stays_s": 9}}, "method noloco: .*nobody comes or goes"),
         ({"scenario": {"methods": ["diloco"]}, "hostile": {"percent": 40}}, "method diloco: .*nobody is hostile in it"),
     ],
 )

@@ -14,7 +14,7 @@ from swarmtrain.network.impairments import PACKET_BYTES, Lateness
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.learner import Learner, Text
-from swarmtrain.simulate.scenario import Hang, HostileSection, Scenario
+from swarmtrain.simulate.scenario import Away, Hang, HostileSection, Scenario
 
 __all__ = ["CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
 
@@ -23,6 +23,7 @@ _PIECE_S, _MOST_PIECE_BYTES = 0.01, 64 * 1024
 
 _MOST_OWN = 8
 _SAID_SPEED = 1e9
+_MOST_LONGER = 30
 
 CurvePoint = tuple[int, float, float]
 """(tokens of the whole run, virtual seconds, held-out loss in nats per byte)."""
@@ -44,6 +45,8 @@ class Setting:
     failing: float = 0.0
     """The share of pulls that bring nothing."""
     hangs: tuple[Hang, ...] = ()
+    away: tuple[Away, ...] = ()
+    """None of one volunteer overlap."""
     hostile: HostileSection = field(default_factory=HostileSection)
     num_hostile: int = 0
     """The last ones."""
@@ -155,12 +158,43 @@ class Setting:
         """Whether that volunteer stands still now."""
         return any(hang.is_on(number, now_s) for hang in self.hangs)
 
+    def is_away(self, number: int, now_s: float) -> bool:
+        """Whether that volunteer is not there now."""
+        return any(each.is_on(number, now_s) for each in self.away)
+
+    def is_silent(self, number: int, now_s: float) -> bool:
+        """Whether that volunteer hangs, or is not there."""
+        return self.is_hanging(number, now_s) or self.is_away(number, now_s)
+
+    def is_gone(self, number: int, now_s: float) -> bool:
+        """Whether its presence has lapsed since it hangs."""
+        lapsed_s = now_s - self.run.network.presence_ttl_s
+        return any(hang.is_on(number, now_s) and hang.at_s <= lapsed_s for hang in self.hangs)
+
+    def is_stuck(self, number: int, now_s: float) -> bool:
+        """Whether that volunteer hangs, and will have been given up before it goes on."""
+        return any(hang.is_on(number, now_s) and hang.for_s > self.run.network.presence_ttl_s for hang in self.hangs)
+
+    def speaks_again_s(self, now_s: float) -> float:
+        """When the first of those that are silent now is not any more."""
+        silences = [each for each in (*self.hangs, *self.away) if each.is_on(each.peer, now_s)]
+        return min((each.at_s + each.for_s for each in silences), default=now_s)
+
+    def goes_within(self, number: int, now_s: float, work_s: float) -> bool:
+        """Whether that volunteer crashes or leaves before it has worked so long."""
+        end_s = self.done_s(number, now_s, work_s)
+        return any(each.peer == number and now_s < each.at_s < end_s for each in self.away)
+
     def meets(self, now_s: float, work_s: Mapping[int, float]) -> tuple[list[int], float]:
         """Those that work so long each from now on and then wait for each other: who is there when they go on, and when
-        that is. Who hangs is waited for no longer than `merge.silence_s`, unless all do."""
-        ends_s = {number: self.done_s(number, now_s, each) for number, each in work_s.items()}
+        that is. Who hangs is waited for no longer than `merge.silence_s`, unless all do; who crashes or leaves is
+        missed as soon as that, and its work is lost: nobody may be left."""
+        gone = [number for number, each in work_s.items() if self.goes_within(number, now_s, each)]
+        ends_s = {number: self.done_s(number, now_s, each) for number, each in work_s.items() if number not in gone}
         expected_s = now_s + max(work_s.values())
         late = [number for number, end_s in ends_s.items() if end_s > expected_s + self.run.merge.silence_s]
+        if not ends_s:
+            return [], expected_s
         if len(late) == len(ends_s):
             first = min(ends_s, key=lambda number: ends_s[number])
             return [first], ends_s[first]
@@ -190,10 +224,18 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
         loss=links.loss_percent / 100,
         failing=links.failing_percent / 100,
         hangs=scenario.hangs,
+        away=_away(scenario, text.run),
         hostile=scenario.hostile,
         num_hostile=len(hostile_s),
         curve_points=scenario.scenario.curve_points,
     )
+
+
+def _away(scenario: Scenario, run: RunFile) -> tuple[Away, ...]:
+    """Who is away when: for much longer than the run takes."""
+    least_s = run.run.total_tokens / run.tokens_per_step / sum(1 / step_s for step_s in scenario.peers.step_s)
+    churn = scenario.churn.away(scenario.peers.number, run.run.seed, _MOST_LONGER * least_s)
+    return (*scenario.away, *churn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +253,7 @@ class Outcome:
     stall_share: float = 0.0
     """Of the volunteers' time: waiting for others or for the wire."""
     tokens_lost: int = 0
-    """Trained by those who were passed over, and not merged."""
+    """Trained by those who were passed over, crashed or left, and not merged."""
     fresh_share: float | None = None
     """Of the rounds of gossip: those that merged somebody's pseudo-gradient."""
     named_hostile: int | None = None
