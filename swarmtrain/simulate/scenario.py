@@ -92,7 +92,7 @@ class PeersSection(Section):
     round_steps: int = Field(
         0,
         ge=0,
-        description="Inner steps of a round of all together: merge.inner_steps is a share of them. 0: it is not.",
+        description="Inner steps of a round of all together: merge.inner_steps is a share. 0: it is not.",
     )
     own_text: bool = Field(
         False, description="Each learns from a part of the corpus that is its own: documents that follow each other."
