@@ -152,6 +152,8 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
 
 def table_lines(found: Comparison) -> list[str]:
     """Each method, with its constants, and how it did: means over the seeds, ratios within seeds."""
+    if "hostile.attack" in found.scenario.grid:
+        return _attack_lines(found)
     rows, best = found.rows(), found.best()
     names = [" ".join([row.method, *(f"{key.partition('.')[2]}={value}" for key, value in row.point)]) for row in rows]
     width = max([len(name) for name in names] + [6])
@@ -162,6 +164,29 @@ def table_lines(found: Comparison) -> list[str]:
             f"  {_ratio(row, best.get('diloco-paced'))}  {row.mean('sent_bytes') / row.mean('inner_steps'):10.0f}"
             f"  {row.mean('stall_share'):6.1%}"
         )
+    return lines
+
+
+def _attack_lines(found: Comparison) -> list[str]:
+    """Attack by rule, a table for each of the other constants: losses to that without hostile ones and without a rule."""
+    grid, the_runs, lines = found.scenario.grid, "the run file's", list[str]()
+    attacks, rules = grid["hostile.attack"], grid.get("merge.robust", (the_runs,))
+    tables: dict[tuple[str, Any], dict[tuple[str, str], Row]] = {}
+    for row in found.rows():
+        rest = dict(row.point)
+        cell = rest.pop("hostile.attack"), rest.pop("merge.robust", the_runs)
+        tables.setdefault((row.method, tuple(rest.items())), {})[cell] = row
+    width = max(len(attack) for attack in [*attacks, "attack"])
+    for (method, rest), cells in tables.items():
+        base = cells.get(("absent", "none" if "none" in rules else rules[0]))
+        loss = "" if base is None else f", to {base.loss:.4f} nats/byte without them and without a rule"
+        lines += ["", " ".join([method, *(f"{key}={value}" for key, value in rest)]) + loss]
+        lines.append(f"{'attack':{width}}" + "".join(f"  {rule:17}" for rule in rules))
+        for attack in attacks:
+            each = [cells.get((attack, rule)) for rule in rules]
+            lines.append(
+                f"{attack:{width}}" + "".join(f"  {'' if row is None else _ratio(row, base):17}" for row in each)
+            )
     return lines
 
 

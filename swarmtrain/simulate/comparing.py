@@ -72,7 +72,7 @@ class Row:
 
     def ratio(self, other: Row | None) -> tuple[float, float]:
         """Of the losses to another's with the same seeds: mean and standard error; NaN where there is none."""
-        if other is None:
+        if other is None or set(self.outcomes) - set(other.outcomes):
             return math.nan, math.nan
         ratios = [one.held_out_loss / other.outcomes[seed].held_out_loss for seed, one in self.outcomes.items()]
         return statistics.fmean(ratios), standard_error(ratios)
@@ -107,6 +107,12 @@ class Comparison:
             if row.method not in found or _by_loss(row) < _by_loss(found[row.method]):
                 found[row.method] = row
         return found
+
+    def without_attack(self, row: Row, rule: str | None = None) -> Row | None:
+        """The same where the hostile ones are absent, and with `rule` if that is given."""
+        told = {"hostile.attack": "absent"} | ({} if rule is None else {"merge.robust": rule})
+        point = tuple((key, told.get(key, value)) for key, value in row.point)
+        return next((one for one in self.rows() if (one.method, one.point) == (row.method, point)), None)
 
 
 def _by_loss(row: Row) -> tuple[bool, float]:
@@ -202,10 +208,18 @@ def _begin() -> None:
 
 def _run(scenario: Scenario, play: Play) -> RunFile:
     """Its run file. `UserError`, which names the method, for what that cannot be told."""
+    method, here = METHODS[play.method], scenario.at(play.point)
+    if here.hostile.percent and not method.hostile:
+        raise UserError(f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip")
+    if (here.away or here.churn.stays_s) and not method.churn:
+        raise UserError(f"method {play.method}: churn.stays_s and [[away]]: nobody comes or goes in it")
     try:
-        return scenario.run(play.seed, play.point, tuple(METHODS[play.method].keys.items()))
+        run = here.run(play.seed, play.point, tuple(method.keys.items()))
     except UserError as error:
         raise UserError(f"method {play.method}: {error}") from None
+    if here.peers.own_text and run.data.streaming:
+        raise UserError("peers.own_text: a corpus that is streamed has no parts; set data.streaming = false")
+    return run
 
 
 def _play(scenario: Scenario, play: Play) -> Outcome:
@@ -213,7 +227,9 @@ def _play(scenario: Scenario, play: Play) -> Outcome:
     run = _run(scenario, play)
     torch.set_num_threads(1)  # a core is its share, and sums are made in one order
     try:
-        return method.run(setting_of(scenario, Text.of(run, scenario.base)))
+        here = scenario.at(play.point)
+        num_parts = here.peers.number if here.peers.own_text else 1
+        return method.run(setting_of(here, Text.of(run, here.base, num_parts)))
     finally:
         torch.set_num_threads(threads)
 
@@ -225,17 +241,26 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
     """Named by all that a run's outcome follows from; of the code the version stands for it."""
     if folder is None:
         return None
-    run = _run(scenario, play)
+    run, scenario = _run(scenario, play), scenario.at(play.point)
     told = {
         "method": play.method,
         "run": run.model_dump(mode="json"),
         "text": "streamed" if run.data.streaming else _text_sha256(run.data.model_dump_json(), scenario.base),
-        "peers": scenario.peers.model_dump(mode="json"),
+        "peers": scenario.peers.model_dump(mode="json", exclude={"round_steps", "own_text"}),
         "links": scenario.links.model_dump(mode="json"),
         "hangs": [hang.model_dump(mode="json") for hang in scenario.hangs],
         "curve_points": scenario.scenario.curve_points,
         "versions": [__version__, torch.__version__],
     }
+    if scenario.peers.own_text:
+        told["own_text"] = True
+    if scenario.away or scenario.churn.stays_s:
+        told["away"] = [
+            scenario.churn.model_dump(mode="json"),
+            *(each.model_dump(mode="json") for each in scenario.away),
+        ]
+    if scenario.hostile.percent:
+        told["hostile"] = scenario.hostile.model_dump(mode="json")
     return folder / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}.json"
 
 
@@ -275,7 +300,7 @@ def document(found: Comparison) -> dict[str, Any]:
         "scenario": section.name,
         "seeds": list(section.seeds),
         "tuned_on": list(section.tuning_seeds) if found.scenario.grid else [],
-        "results": [_result(row, best) for row in rows],
+        "results": [_result(row, best) | _attacked(found, row) for row in rows],
         "tuning": [
             {"method": row.method, "constants": dict(row.point), "held_out_loss": _figure(row.loss)}
             for row in found.rows(tuning=True)
@@ -305,6 +330,21 @@ def _result(row: Row, best: Mapping[str, Row]) -> dict[str, Any]:
         "tokens_lost": round(row.mean("tokens_lost")),
         "losses": {str(seed): _figure(one.held_out_loss) for seed, one in row.outcomes.items()},
         "curve": [[tokens, _figure(time_s), _figure(loss)] for tokens, time_s, loss in first.curve],
+    }
+
+
+def _attacked(found: Comparison, row: Row) -> dict[str, Any]:
+    """Where there are hostile ones: the losses to those without them."""
+    if "hostile.attack" not in dict(row.point):
+        return {}
+    same, no_rule = (row.ratio(found.without_attack(row, rule)) for rule in (None, "none"))
+    return {
+        "ratio_to_absent": _figure(same[0]),
+        "ratio_to_absent_stderr": _figure(same[1]),
+        "ratio_to_absent_no_rule": _figure(no_rule[0]),
+        "ratio_to_absent_no_rule_stderr": _figure(no_rule[1]),
+        "named_hostile": _figure(row.mean("named_hostile")),
+        "named_honest": _figure(row.mean("named_honest")),
     }
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator
@@ -21,13 +23,42 @@ from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import EXAMPLE as _RUN_EXAMPLE
 from swarmtrain.run import RunFile, parse_run
 
-__all__ = ["GridPoint", "Hang", "PeersSection", "Scenario", "ScenarioLinks", "load_scenario"]
+__all__ = [
+    "ATTACKS",
+    "Away",
+    "ChurnSection",
+    "GridPoint",
+    "Hang",
+    "HostileSection",
+    "PeersSection",
+    "Scenario",
+    "ScenarioLinks",
+    "load_scenario",
+]
 
 _MAX_POINTS = 10_000
 _EXAMPLE = "examples/scenarios/heterogeneous.toml"
 
 GridPoint = tuple[tuple[str, Any], ...]
-"""(key of the run file, value), sorted."""
+"""(key of the run file or of a section below `_OWN`, value), sorted."""
+
+_OWN = ("peers", "links", "hostile", "churn")
+"""Sections of a scenario that its grid, a sweep and `[set]` can change as they change a run file's."""
+
+ATTACKS = {
+    "absent": "nothing: they are not there, for comparison",
+    "sign-flip": "the pseudo-gradient with its sign turned",
+    "scaled": "the pseudo-gradient times the factor",
+    "noise": "random numbers, tensor by tensor as large as the pseudo-gradient",
+    "little-is-enough": "the honest ones' mean less the factor times their standard deviation (arXiv 1902.06635)",
+    "copycat": "another's pseudo-gradient as one's own",
+    "drag": "an honest pseudo-gradient, and weights that are moved back by the factor times it",
+    "huge": "every number 1e30",
+    "nan": "no numbers",
+    "tokens": "a slow volunteer's few inner steps, said to be a whole round's tokens",
+    "speed": "a speed of a billion inner steps a second is said",
+}
+_WITH_FACTOR = ("sign-flip", "scaled", "noise", "little-is-enough", "drag")
 
 
 class ScenarioSection(Section):
@@ -57,6 +88,14 @@ class PeersSection(Section):
     step_ms: float = Field(10.0, gt=0, le=3_600_000, description="An inner step of one that is not slowed.")
     slowdowns: tuple[float, ...] = Field(
         (), strict=False, description="Times that, for each; fewer of them are gone through again; none: all alike."
+    )
+    round_steps: int = Field(
+        0,
+        ge=0,
+        description="Inner steps of a round of all together: merge.inner_steps is a share. 0: it is not.",
+    )
+    own_text: bool = Field(
+        False, description="Each learns from a part of the corpus that is its own: documents that follow each other."
     )
 
     @field_validator("slowdowns")
@@ -91,14 +130,75 @@ class Hang(Section):
         return number == self.peer and self.at_s <= now_s < self.at_s + self.for_s
 
 
+class Away(Hang):
+    """`[[away]]`: a volunteer is not there: it has crashed or left and comes back, or from 0 on, comes late."""
+
+
+class ChurnSection(Section):
+    """`[churn]`: all come and go by chance, as the run's seed says. Both times are means of exponential ones."""
+
+    stays_s: float = Field(0.0, ge=0, description="How long a volunteer stays; 0: nobody goes.")
+    away_s: float = Field(60.0, gt=0, description="How long it is away then.")
+
+    def away(self, num_peers: int, seed: int, until_s: float) -> list[Away]:
+        """Who is away when."""
+        found = list[Away]()
+        for number in range(num_peers if self.stays_s else 0):
+            rng, now_s = random.Random(f"churn {seed} {number}"), 0.0
+            while (at_s := now_s + rng.expovariate(1 / self.stays_s)) < until_s:
+                found.append(Away(peer=number, at_s=at_s, for_s=rng.expovariate(1 / self.away_s) or self.away_s))
+                now_s = at_s + found[-1].for_s
+        return found
+
+
+class HostileSection(Section):
+    """`[hostile]`: volunteers that train and merge as the others do, and publish or say something else."""
+
+    percent: float = Field(0.0, ge=0, lt=100, description="Of the volunteers so many, rounded: the last ones.")
+    attack: str = Field("absent", description='What they do, with a factor where it has one: "noise", "noise x3".')
+
+    @field_validator("attack")
+    @classmethod
+    def _known(cls, attack: str) -> str:
+        kind, x, factor = attack.partition(" x")
+        if kind not in ATTACKS:
+            raise ValueError(f"no such attack; there are {', '.join(ATTACKS)}")
+        if x and (kind not in _WITH_FACTOR or not re.fullmatch(r"\d+(\.\d+)?", factor)):
+            raise ValueError(f'a factor is a number, as in "noise x3", of {", ".join(_WITH_FACTOR)}')
+        return attack
+
+    @property
+    def kind(self) -> str:
+        """Of `ATTACKS`."""
+        return self.attack.partition(" x")[0]
+
+    @property
+    def factor(self) -> float:
+        """1 where none is said."""
+        return float(self.attack.partition(" x")[2] or 1)
+
+    def number(self, num_peers: int) -> int:
+        """How many of so many volunteers."""
+        return round(num_peers * self.percent / 100)
+
+
 class _Sections(Section):
     scenario: ScenarioSection
     peers: PeersSection = Field(default_factory=lambda: PeersSection())
     links: ScenarioLinks = Field(default_factory=lambda: ScenarioLinks())
+    hostile: HostileSection = Field(default_factory=lambda: HostileSection())
+    churn: ChurnSection = Field(default_factory=lambda: ChurnSection())
 
 
 class _HangRow(Section):
     hangs: Hang
+
+
+class _AwayRow(Section):
+    away: Away
+
+
+_Row = TypeVar("_Row", _HangRow, _AwayRow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +208,10 @@ class Scenario:
     scenario: ScenarioSection
     peers: PeersSection
     links: ScenarioLinks
+    hostile: HostileSection
+    churn: ChurnSection
     hangs: tuple[Hang, ...]
+    away: tuple[Away, ...]
     table: Mapping[str, Any]
     base: Path
     grid: Mapping[str, tuple[Any, ...]]
@@ -126,10 +229,10 @@ class Scenario:
         told: dict[str, Any] = {"seeds": seeds or self.scenario.seeds, "methods": methods or self.scenario.methods}
         if grid:
             told["tuning_seeds"] = ()
-        changes = changes or {}
-        left = {key: tuple(values) for key, values in (grid or self.grid).items() if key not in changes}
+        own, changes = _apart(changes or {})
+        left = {key: tuple(values) for key, values in (grid or self.grid).items() if key not in {**own, **changes}}
         new = replace(
-            self,
+            self.at(tuple(own.items())),
             scenario=self.scenario.model_copy(update=told),
             table=_changed(self.table, changes.items()),
             grid={key: tuple(_hashable(value) for value in values) for key, values in left.items()},
@@ -146,9 +249,22 @@ class Scenario:
         for values in itertools.product(*(self.grid[key] for key in keys)):
             yield tuple(zip(keys, values, strict=True))
 
+    def at(self, point: GridPoint) -> Scenario:
+        """With the keys of the scenario's own sections as at `point`. `UserError` for what they cannot say."""
+        own, _ = _apart(dict(point))
+        if not own:
+            return self
+        tables = {name: getattr(self, name).model_dump() for name in ("scenario", *_OWN)}
+        sections = _sections_of(_changed(tables, own.items()), f"scenario {self.scenario.name}")
+        return _checked(
+            replace(self, **{name: getattr(sections, name) for name in _OWN}), f"scenario {self.scenario.name}"
+        )
+
     def run(self, seed: int, *changes: GridPoint) -> RunFile:
         """The run file with the seed and these changes. Raises `UserError` for what a run file cannot say."""
-        told = [*(pair for point in changes for pair in point), ("run.seed", seed)]
+        told = [*(pair for point in changes for pair in _apart(dict(point))[1].items()), ("run.seed", seed)]
+        if self.peers.round_steps:
+            told.insert(0, ("merge.inner_steps", max(1, self.peers.round_steps // self.peers.number)))
         table = _changed(self.table, told)
         return parse_run(tomli_w.dumps(table), f"the run of scenario {self.scenario.name}")
 
@@ -158,34 +274,66 @@ def load_scenario(path: Path) -> Scenario:
     origin = one_line(str(path))
     table = read_small_file(path, "a scenario file", _EXAMPLE)
     changes, grid = _keys(table, "set", origin), _keys(table, "grid", origin)
-    hangs = table.pop("hangs", [])
-    if not isinstance(hangs, list):
-        raise UserError(f"{origin}: hangs: is a list; write [[hangs]] for each")
+    rows = {name: table.pop(name, []) for name in ("hangs", "away")}
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{origin}: grid.{key}: allowed: a list of values, such as [0.5, 0.8]")
     if math.prod(map(len, grid.values())) > _MAX_POINTS:
         raise UserError(f"{origin}: grid: more than {_MAX_POINTS} points")
-    try:
-        sections = _Sections.model_validate(table)
-        rows = tuple(_HangRow.model_validate({"hangs": row}).hangs for row in hangs)
-    except ValidationError as error:
-        model = _HangRow if error.title == _HangRow.__name__ else _Sections
-        raise UserError(f"{origin}: {problem_in_words(error, model)}") from None
-    if missing := [each for each in rows if each.peer >= sections.peers.number]:
-        raise UserError(f"{origin}: hangs.peer: {missing[0].peer} of {sections.peers.number} volunteers, from 0")
+    sections = _sections_of(table, origin)
     run_path = path.parent / sections.scenario.run
     run_table = read_small_file(run_path, "a run file", _RUN_EXAMPLE)
     found = Scenario(
         scenario=sections.scenario,
         peers=sections.peers,
         links=sections.links,
-        hangs=rows,
+        hostile=sections.hostile,
+        churn=sections.churn,
+        hangs=tuple(row.hangs for row in _rows(rows["hangs"], "hangs", _HangRow, origin)),
+        away=tuple(row.away for row in _rows(rows["away"], "away", _AwayRow, origin)),
         table=run_table,
         base=run_path.parent,
         grid={key: tuple(values) for key, values in grid.items()},
     )
-    return found.with_changes(changes=changes)
+    return _checked(found, origin).with_changes(changes=changes)
+
+
+def _sections_of(table: Mapping[str, Any], origin: str) -> _Sections:
+    try:
+        return _Sections.model_validate(table)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {problem_in_words(error, _Sections)}") from None
+
+
+def _rows(rows: Any, name: str, model: type[_Row], origin: str) -> list[_Row]:
+    if not isinstance(rows, list):
+        raise UserError(f"{origin}: {name}: is a list; write [[{name}]] for each")
+    try:
+        return [model.model_validate({name: row}) for row in rows]
+    except ValidationError as error:
+        raise UserError(f"{origin}: {problem_in_words(error, model)}") from None
+
+
+def _checked(scenario: Scenario, origin: str) -> Scenario:
+    """What sections say of each other. `UserError` if they do not agree."""
+    number = scenario.peers.number
+    for name, rows in ("hangs", scenario.hangs), ("away", scenario.away):
+        if missing := [each for each in rows if each.peer >= number]:
+            raise UserError(f"{origin}: {name}.peer: {missing[0].peer} of {number} volunteers, from 0")
+    for before, after in itertools.pairwise(sorted(scenario.away, key=lambda each: (each.peer, each.at_s))):
+        if before.peer == after.peer and before.at_s + before.for_s >= after.at_s:
+            raise UserError(f"{origin}: away.at_s: volunteer {after.peer} is away already at {after.at_s:g} s")
+    if scenario.away and scenario.churn.stays_s:
+        raise UserError(f"{origin}: churn.stays_s: not beside [[away]]: who is away twice at a time?")
+    if scenario.hostile.number(number) >= number:
+        raise UserError(f"{origin}: hostile.percent: leaves none of {number} volunteers honest")
+    return scenario
+
+
+def _apart(pairs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(those of a scenario's own sections, those of the run file)."""
+    own = {key: value for key, value in pairs.items() if key.partition(".")[0] in _OWN}
+    return own, {key: value for key, value in pairs.items() if key not in own}
 
 
 def _hashable(value: Any) -> Any:

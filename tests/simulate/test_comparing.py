@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from learnt import tiny, write_scenario
 
 from swarmtrain.cli.main import cli
+from swarmtrain.cli.simulate import table_lines
 from swarmtrain.errors import UserError
 from swarmtrain.simulate import comparing
 from swarmtrain.simulate.comparing import Comparison, Play, compare, document
@@ -106,6 +107,28 @@ def test_a_loss_that_is_no_number_is_the_worst(tmp_path: Path) -> None:
     point = (("merge.outer_momentum", 0.9),)
     outcomes = {Play("gossip", point, 0): outcome(math.nan), Play("gossip", (), 0): outcome(3.0)}
     assert Comparison(tiny(tmp_path), outcomes).best()["gossip"].loss == 3.0
+
+
+def test_attacks_are_compared_with_none_and_no_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(scenario: Any, one: Play) -> Outcome:
+        told = dict(one.point)
+        loss = 2.0 + (told["merge.robust"] == "clip") * 0.01 + (told["hostile.attack"] == "noise x3") * 0.1
+        return outcome(loss * (1 + one.seed), named_hostile=3, named_honest=1)
+
+    monkeypatch.setattr(comparing, "_play", play)
+    grid = {"hostile.attack": ["noise x3", "absent"], "hostile.percent": [25, 34], "merge.robust": ["none", "clip"]}
+    found = compare(tiny(tmp_path, grid=grid, scenario={"seeds": [0, 1]}), jobs=1, kept=None)
+    row = next(row for row in document(found)["results"] if row["constants"]["merge.robust"] == "clip")
+    assert row["constants"] == {"hostile.attack": "absent", "hostile.percent": 25, "merge.robust": "clip"}
+    assert row["ratio_to_absent"] == 1.0 and row["ratio_to_absent_no_rule"] == 1.005 and row["named_hostile"] == 3
+    lines = table_lines(found)
+    assert lines[1:5] == [
+        "gossip hostile.percent=25, to 3.0000 nats/byte without them and without a rule",
+        "attack    none               clip             ",
+        "noise x3  1.0500 +- 0.0000   1.0550 +- 0.0000 ",
+        "absent    1.0000 +- 0.0000   1.0050 +- 0.0000 ",
+    ]
+    assert lines[6].startswith("gossip hostile.percent=34") and len(lines) == 10
 
 
 def test_a_method_that_there_is_not(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from learnt import setting, tiny
 
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
 from swarmtrain.simulate.learning.gossip import Peer, World
+from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.serving import server, server_waiting
 from swarmtrain.simulate.learning.setting import Outcome, Setting
@@ -180,6 +181,20 @@ def test_a_curve_is_measured_on_the_way(tmp_path: Path) -> None:
         tokens, times, losses = zip(*curve, strict=True)
         assert list(tokens) == sorted(tokens) and list(times) == sorted(times) and times[0] > 0
         assert losses[-1] < losses[0] < UNTRAINED
+
+
+def test_who_has_a_text_of_its_own_learns_from_no_other(tmp_path: Path) -> None:
+    """Two documents, one of each kind: the held-out text is of both."""
+    for number, kind in enumerate(("abc", "xyz")):
+        text = "\n".join(" ".join(random.Random(n).choices(kind, k=20)) for n in range(1000))
+        (tmp_path / f"kind{number}.txt").write_text(text + "\n")
+    scenario = tiny(tmp_path, peers={"number": 2}, set={"data.paths": ["kind*.txt"]})
+    run = scenario.run(0)
+    common, own = Text.of(run, tmp_path), Text.of(run, tmp_path, 2)
+    assert own.held_out == common.held_out and {*own.held_out} >= {*b"abcxyz"}
+    seen = [{*bytes(own.batches(number).next_batch().flatten().tolist())} for number in (0, 1)]
+    assert seen[0] <= {*b"abc \n"} and seen[1] <= {*b"xyz \n"} and len(seen[0] | seen[1]) == 8
+    assert {*bytes(common.batches(0).next_batch().flatten().tolist())} == seen[0] | seen[1]
 
 
 def test_own_weights_are_different(tmp_path: Path) -> None:

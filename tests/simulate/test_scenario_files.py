@@ -33,6 +33,22 @@ def test_what_a_scenario_changes_is_changed(tmp_path: Path) -> None:
     assert more.run(1).merge.inner_steps == 3 and more.run(1).run.total_tokens == 5000
 
 
+def test_a_grid_can_be_of_the_scenario_itself(tmp_path: Path) -> None:
+    scenario = tiny(tmp_path, grid={"peers.number": [2, 5], "merge.outer_momentum": [0.1]}, set={"links.up_mbit": 3.0})
+    first, second = scenario.points()
+    assert scenario.links.up_mbit == 3.0 and scenario.links.down_mbit == 10.0
+    assert [len(scenario.at(point).peers.step_s) for point in (first, second)] == [2, 5]
+    assert scenario.run(0, second).merge.outer_momentum == 0.1
+    set_one = scenario.with_changes(changes={"peers.number": 4})
+    assert set_one.peers.number == 4 and list(set_one.grid) == ["merge.outer_momentum"]
+
+
+def test_rounds_are_shared_among_all(tmp_path: Path) -> None:
+    scenario = tiny(tmp_path, peers={"round_steps": 24}, grid={"peers.number": [2, 4, 100]})
+    assert [scenario.at(point).run(0, point).merge.inner_steps for point in scenario.points()] == [12, 6, 1]
+    assert scenario.run(0, (("merge.inner_steps", 9),)).merge.inner_steps == 9, "what is said there"
+
+
 def test_slowdowns_are_gone_through_again(tmp_path: Path) -> None:
     scenario = tiny(tmp_path, peers={"number": 5, "step_ms": 10, "slowdowns": [1, 2]})
     assert scenario.peers.step_s == (0.01, 0.02, 0.01, 0.02, 0.01)
@@ -49,6 +65,16 @@ def test_slowdowns_are_gone_through_again(tmp_path: Path) -> None:
         ({"set": {"momentum": 0.5}}, "with its section"),
         ({"grid": {"merge.outer_momentum": 0.5}}, "a list of values"),
         ({"hangs": [{"peer": 3, "at_s": 1, "for_s": 1}]}, "3 of 3 volunteers"),
+        ({"hostile": {"attack": "sing-flip"}}, "hostile.attack.*no such attack; there are absent, sign-flip"),
+        ({"hostile": {"attack": "copycat x2"}}, "a factor is a number"),
+        ({"hostile": {"attack": "noise xx"}}, "a factor is a number"),
+        ({"hostile": {"percent": 90}}, "hostile.percent: leaves none of 3 volunteers honest"),
+        ({"set": {"peers.number": 0}}, "peers.number"),
+        ({"set": {"hostile.procent": 1}}, "did you mean hostile.percent"),
+        ({"away": [{"peer": 3, "at_s": 1, "for_s": 1}]}, "away.peer: 3 of 3 volunteers"),
+        ({"away": [{"peer": 0, "at_s": at_s, "for_s": 2} for at_s in (4, 3)]}, "volunteer 0 is away already at 4 s"),
+        ({"away": [{"peer": 0, "at_s": 1, "for_s": 1}], "churn": {"stays_s": 5}}, "churn.stays_s: not beside"),
+        ({"away": [{"peer": 0, "at_s": 1, "for": 1}]}, "did you mean away.for_s"),
         ({"hangs": {"peer": 0}}, r"write \[\[hangs\]\]"),
         ({"set": 3}, r"write \[set\]"),
         ({"scenario": {"run": "nothing.toml"}}, "nothing.toml: cannot be read"),
@@ -65,6 +91,9 @@ def test_what_is_wrong_is_said(tmp_path: Path, sections: dict[str, Any], problem
         ({"set": {"merge.outer_momentun": 0.5}}, "method gossip: .*did you mean merge.outer_momentum"),
         ({"grid": {"merge.outer_momentum": [0.5, 7]}}, "method gossip: .*merge.outer_momentum"),
         ({"set": {"model.width": 0}}, "model.width"),
+        ({"grid": {"hostile.attack": ["absent", "flip"]}}, "no such attack"),
+        ({"scenario": {"methods": ["noloco"]}, "churn": {"stays_s": 9}}, "method noloco: .*nobody comes or goes"),
+        ({"scenario": {"methods": ["diloco"]}, "hostile": {"percent": 40}}, "method diloco: .*nobody is hostile in it"),
     ],
 )
 def test_what_no_run_file_can_say_is_said_before_the_work(

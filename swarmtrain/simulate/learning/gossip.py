@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -24,10 +26,11 @@ from swarmtrain.network.refusals import rule_of
 from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Start
 from swarmtrain.simulate.clock import Clock
+from swarmtrain.simulate.learning.churn import schedule
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["Peer", "Published", "World", "gossip"]
+__all__ = ["Peer", "Published", "World"]
 
 _APART = ("trimmed", "flag")
 """Rules that need each partner's pseudo-gradient, and not their mean."""
@@ -69,6 +72,11 @@ class Peer:
         self.tokens_before = 0
         self.start = Start(inner_steps=1, num_peers=1)
         self.done = 0
+        self.is_here, self.is_over = True, False
+        self.num_lives = 0
+        """How often it has gone. What it had begun before then, comes to nothing."""
+        self.began_s = math.inf
+        """When its round did."""
 
     @property
     def round(self) -> int:
@@ -78,23 +86,32 @@ class Peer:
     def begin(self) -> None:
         """A round."""
         setting, clock, theta = self.world.setting, self.world.clock, self.trainer.state.theta
-        section = setting.run.merge
-        steps = setting.steps_of_round(self.number) if self.round else fewest_inner_steps(section.inner_steps)
+        section, self.began_s = setting.run.merge, clock.now
+        is_known = bool(self.learner.losses)  # how fast it is
+        steps = setting.steps_of_round(self.number) if is_known else fewest_inner_steps(section.inner_steps)
         self.start = Start(inner_steps=steps, num_peers=1, num_parts=section.publications_per_round)
         self.done, self.tokens_before = 0, self.world.tokens
         self.learner.enter(theta)
         self.weights = Published(Mark(self.round, 0, 0), theta)
         step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
-            clock.call_at(self.done_s(moment * step_s), self.train_to, moment)
+            self.call_at(self.done_s(moment * step_s), self.train_to, moment)
         ends_s, sizes = clock.now + steps * step_s, self.world.section_bytes
-        pulls = plan_pulls(setting.num_peers - 1, clock.now, ends_s, sizes, self.times, section.num_partners)
+        pulls = plan_pulls(len(self.world.live) - 1, clock.now, ends_s, sizes, self.times, section.num_partners)
         self.asked.clear()
         self.due.clear()
         for what, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
             for when_s in at_s:
-                clock.call_at(self.done_s(when_s - clock.now), self.pull, self.round, what)
-        clock.call_at(self.done_s(steps * step_s), self.end)
+                self.call_at(self.done_s(when_s - clock.now), self.pull, self.round, what)
+        self.call_at(self.done_s(steps * step_s), self.end)
+
+    def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> None:
+        """On the world's clock, unless it has gone by then."""
+        self.world.clock.call_at(when_s, self._if_here, self.num_lives, call, *args)
+
+    def _if_here(self, num_lives: int, call: Callable[..., None], *args: Any) -> None:
+        if num_lives == self.num_lives:
+            call(*args)
 
     def done_s(self, work_s: float) -> float:
         """When it does what it would do in so long, if it did not stand still meanwhile."""
@@ -146,13 +163,13 @@ class Peer:
                 size_bytes = int(self.rng.random() * size_bytes)
             arrives_s = world.wire.arrives_s(world.clock.now, name, self.name, size_bytes, self.rng)
             if fails:
-                world.clock.call_at(arrives_s, self.break_off, section, name)
+                self.call_at(arrives_s, self.break_off, section, name)
             else:
-                world.clock.call_at(arrives_s, self.arrive, section, name, published)
+                self.call_at(arrives_s, self.arrive, section, name, published, author.num_lives)
 
     def choose(self, section: Section) -> str | None:
         """Whose to pull, as a volunteer chooses."""
-        others = [peer for peer in self.world.peers if peer is not self]
+        others = [peer for peer in self.world.live if peer is not self]
         candidates = [
             Candidate(peer=peer.name, round=mark.round, part=mark.part, tokens=mark.tokens)
             for peer in others
@@ -172,7 +189,7 @@ class Peer:
     def first(self, section: Section) -> set[str]:
         """Whom to ask before others."""
         with_weights = {name for what, name in self.arrived.keys() | self.coming if what == "weights"}
-        rounds = {peer.name: peer.round for peer in self.world.peers if peer is not self}
+        rounds = {peer.name: peer.round for peer in self.world.live if peer is not self}
         return self.partners.first(section, rounds, with_weights, median_round([self.round, *rounds.values()]))
 
     def is_of_use(self, section: Section, name: str, mark: Mark) -> bool:
@@ -184,8 +201,11 @@ class Peer:
         self.coming.discard((section, name))
         self.fill(section)
 
-    def arrive(self, section: Section, name: str, published: Published) -> None:
-        """Take it, or if it is refused, another's in its place."""
+    def arrive(self, section: Section, name: str, published: Published, num_lives: int) -> None:
+        """Take it, or if it is refused or its author has gone meanwhile, another's in its place."""
+        if self.world.by_name[name].num_lives != num_lives:
+            self.break_off(section, name)
+            return
         self.coming.discard((section, name))
         try:
             self.take_untrusted(section, name, published)
@@ -244,12 +264,15 @@ class Peer:
         self.merged = {name: kept for name, kept in self.merged.items() if name in self.ledger.held}
         self.rounds_fresh += any(what == "gradient" for what, _ in self.arrived)
         self.arrived.clear()
+        for name in {name for _, name in self.coming if world.is_hanging(name)}:
+            self.partners.back_off.failed(name, world.clock.now, "it says nothing")
         self.coming = {(what, name) for what, name in self.coming if not world.is_hanging(name)}
         world.merged(self)
         if world.tokens < world.setting.total_tokens:
             self.begin()
         else:
-            world.finished_s = max(world.finished_s, world.clock.now)
+            self.is_over = True
+            world.finished(self)
 
     def _merged(self, name: str, published: Published, arrival: Arrival) -> Merged:
         mark = published.mark
@@ -284,6 +307,7 @@ class World:
     clock: Clock = field(default_factory=Clock)
     tokens: int = 0
     inner_steps: int = 0
+    tokens_lost: int = 0
     finished_s: float = 0.0
     layout: Layout = field(init=False)
     peers: list[Peer] = field(init=False)
@@ -311,7 +335,19 @@ class World:
     @property
     def reference_round(self) -> int:
         """The median of everybody's."""
-        return median_round(peer.round for peer in self.peers)
+        return median_round(peer.round for peer in self.live)
+
+    @property
+    def live(self) -> list[Peer]:
+        """Those whom the others believe to be there."""
+        gone, now_s = self.setting.is_gone, self.clock.now
+        return [peer for peer in self.peers if peer.is_here and not gone(peer.number, now_s)]
+
+    @property
+    def answering(self) -> list[Peer]:
+        """The honest ones who can be asked for their weights; all of them if nobody can."""
+        found = [peer for peer in self.honest if peer.is_here and not self.is_hanging(peer.name)]
+        return found or self.honest
 
     def is_hanging(self, name: str) -> bool:
         """Whether this peer stands still now."""
@@ -328,39 +364,52 @@ class World:
         """A round of `peer` is over."""
         self._recorder.see(self.tokens, self.clock.now, self.consensus)
 
+    def finished(self, peer: Peer) -> None:
+        """The last round of `peer` is over."""
+        self.finished_s = max(self.finished_s, self.clock.now)
+
+    @property
+    def honest(self) -> list[Peer]:
+        """Those whose weights are the swarm's."""
+        return self.peers[: self.setting.num_honest]
+
     def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
         """What arrives of it."""
         return decode(encode(vector.contiguous(), form, self._sizes), form, self._sizes)
 
     def consensus(self) -> Tensor:
-        """The variance-corrected mean of everybody's weights, (P,)."""
-        return variance_corrected_mean([peer.trainer.state.theta for peer in self.peers], self.layout).mean
+        """The variance-corrected mean of the weights of all who answer, (P,)."""
+        return variance_corrected_mean([peer.trainer.state.theta for peer in self.answering], self.layout).mean
 
     def run(self) -> None:
         """To the end of the run."""
         for peer in self.peers:  # nobody presses the button in the same moment
             a_round_s = self.setting.steps_of_round(peer.number) * self.setting.step_s[peer.number]
-            self.clock.call_at(peer.rng.random() * a_round_s, peer.begin)
+            peer.call_at(peer.rng.random() * a_round_s, peer.begin)
+        schedule(self)
         while self.clock.step():
-            pass
+            if (self.setting.away or self.setting.hangs) and self.is_over:
+                break
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody who is there has still to end the run."""
+        if self.tokens < self.setting.total_tokens:
+            return False
+        stuck, now_s = self.setting.is_stuck, self.clock.now
+        return all(peer.is_over or not peer.is_here or stuck(peer.number, now_s) for peer in self.peers)
 
     def outcome(self) -> Outcome:
         """What came of it."""
-        rounds = sum(peer.round for peer in self.peers)
+        rounds = sum(peer.round for peer in self.honest)
         return Outcome(
             held_out_loss=self.setting.text.held_out_loss(self.consensus()),
-            own_loss=self.setting.own_loss([peer.trainer.state.theta for peer in self.peers]),
+            own_loss=self.setting.own_loss([peer.trainer.state.theta for peer in self.answering]),
             virtual_time_s=self.finished_s,
             tokens=self.tokens,
             inner_steps=self.inner_steps,
             sent_bytes=self.wire.sent_bytes,
-            fresh_share=sum(peer.rounds_fresh for peer in self.peers) / max(1, rounds),
+            tokens_lost=self.tokens_lost,
+            fresh_share=sum(peer.rounds_fresh for peer in self.honest) / max(1, rounds),
             curve=tuple(self._recorder.points),
         )
-
-
-def gossip(setting: Setting) -> Outcome:
-    """Nobody waits."""
-    world = World(setting)
-    world.run()
-    return world.outcome()

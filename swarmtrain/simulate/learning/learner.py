@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from swarmtrain.algorithm.inner import moments_scale
 from swarmtrain.algorithm.outer import flatten, unflatten_into
 from swarmtrain.data.batches import BatchSource, held_out_batches
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
@@ -26,18 +27,22 @@ class Text:
     data: TrainingData
     held_out: bytes
     base: Path = Path()
+    num_parts: int = 1
+    """Of the corpus, of equal size: each volunteer learns from one, volunteer 0 from the first."""
 
     @classmethod
-    def of(cls, run: RunFile, base: Path) -> Text:
+    def of(cls, run: RunFile, base: Path, num_parts: int = 1) -> Text:
         """`base` is the folder that the run file's paths are relative to."""
         published = publishable_data(run, base)
         held_out = published.held_out.text
-        return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out, base)
+        return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out, base, num_parts)
 
     def batches(self, number: int) -> BatchSource:
         """The batches of volunteer `number`."""
         place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
-        return training_batches(self.run, self.data, place, self.base, self.held_out)
+        part, whole = number % self.num_parts, self.data.tokens
+        begin, end = (len(whole) * each // self.num_parts for each in (part, part + 1))
+        return training_batches(self.run, self.data._replace(tokens=whole[begin:end]), place, self.base, self.held_out)
 
     def held_out_loss(self, theta: Tensor) -> float:
         """Of weights (P,), in nats per byte."""
@@ -84,7 +89,15 @@ class Learner:
 
     def step(self, progress: float) -> None:
         """An inner step, at that part of the run's tokens, from 0 to 1."""
-        self.losses.append(self.trainer.step(progress, 1.0).loss)
+        young, scale = self.trainer.young_steps, 1.0
+        if young is not None:
+            self.trainer.young_steps, scale = young + 1, moments_scale(young, self.trainer.constants.beta2)
+        self.losses.append(self.trainer.step(progress, scale).loss)
+
+    def comes_late(self) -> None:
+        """The others have begun before: if it has not trained yet, its moments are young."""
+        if not self.losses:
+            self.trainer.young_steps = 0
 
     def train(self, theta: Tensor, steps: int, run_tokens: float, round_tokens: float) -> Tensor:
         """A round of so many inner steps from `theta`, (P,), in which the run goes on from `run_tokens` by

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from swarmtrain.simulate.learning.gossip import gossip
+from swarmtrain.simulate.learning.hostile import gossip
 from swarmtrain.simulate.learning.sampled import modest, noloco
 from swarmtrain.simulate.learning.serving import async_nesterov, fedbuff, server, server_waiting
 from swarmtrain.simulate.learning.setting import Outcome, Setting
@@ -22,6 +22,10 @@ class Method:
     says: str
     run: Callable[[Setting], Outcome]
     keys: Mapping[str, Any] = field(default_factory=dict)
+    hostile: bool = False
+    """Whether some volunteers can be hostile,"""
+    churn: bool = False
+    """and whether they can come and go."""
 
 
 METHODS: dict[str, Method] = {
@@ -39,31 +43,39 @@ METHODS: dict[str, Method] = {
             "merge.outer_learning_rate": 1.0,
             "merge.outer_momentum": 0.0,
         },
+        churn=True,
     ),
     "diloco": Method(
         says="synchronous rounds of H steps, then an outer Nesterov step (arXiv 2311.08105)",
         run=diloco,
         keys={"merge.method": "diloco", "merge.pacing": False},
+        churn=True,
     ),
     "diloco-paced": Method(
         says="the same, with H by each peer's speed",
         run=diloco,
         keys={"merge.method": "diloco", "merge.pacing": True},
+        churn=True,
     ),
     "gossip": Method(
         says="publish, pull and merge without waiting: what swarmtrain does",
         run=gossip,
         keys={"merge.method": "gossip", "merge.pacing": True},
+        hostile=True,
+        churn=True,
     ),
     "gossip-plain": Method(
         says="the same without the variance correction",
         run=lambda setting: gossip(replace(setting, corrected=False)),
         keys={"merge.method": "gossip", "merge.pacing": True},
+        hostile=True,
+        churn=True,
     ),
     "server": Method(
         says="delayed Nesterov on one peer's weights, which nobody waits for",
         run=server,
         keys={"merge.method": "server", "merge.pacing": True},
+        churn=True,
     ),
     "server-waiting": Method(
         says="the same as published: workers wait for the weights that have their gradient (arXiv 2401.09135)",

@@ -95,10 +95,25 @@ def noloco(setting: Setting) -> Outcome:
     )
 
 
+def _sample(setting: Setting, most: int, silent: set[int], now_s: float, rng: random.Random) -> tuple[list[int], float]:
+    """So many that answer, or all that do, and when they have; `silent` are those known not to. All, if nobody does."""
+    silent.intersection_update([number for number in silent if setting.is_hanging(number, now_s)])
+    asked = [number for number in range(setting.num_peers) if number not in silent]
+    sample = rng.sample(asked, min(most, len(asked)))
+    while new := {number for number in sample if setting.is_hanging(number, now_s)}:
+        silent |= new
+        now_s += setting.run.network.call_limit_s
+        sample = [number for number in sample if number not in silent]
+        asked = [number for number in range(setting.num_peers) if number not in {*silent, *sample}]
+        sample += rng.sample(asked, min(most - len(sample), len(asked)))
+    return sample or list(range(setting.num_peers)), now_s
+
+
 def modest(setting: Setting) -> Outcome:
     """In each round a random sample trains from the mean of the last sample's weights (MoDeST, arXiv 2302.13837).
 
-    As many as gossip has partners, and one more, are in a sample; who hangs is not waited for longer than
+    As many as gossip has partners, and one more, are in a sample. Who hangs is replaced when it has not answered for
+    `network.call_limit_s`, and not asked again while it hangs; who begins to, is not waited for longer than
     `merge.silence_s`."""
     run = setting.run
     everyone = [setting.learner(number) for number in range(setting.num_peers)]
@@ -107,8 +122,9 @@ def modest(setting: Setting) -> Outcome:
     num_sampled = min(setting.num_peers, run.merge.num_partners + 1)
     a_round = steps * run.tokens_per_step * num_sampled
     now_s, tokens, num_steps, num_lost, sent_bytes, worked_s = 0.0, 0, 0, 0, 0, 0.0
+    silent = set[int]()
     while tokens < setting.total_tokens:
-        sample = rng.sample(range(setting.num_peers), num_sampled)
+        sample, now_s = _sample(setting, num_sampled, silent, now_s, rng)
         trained, met_s = setting.meets(now_s, {number: steps * setting.step_s[number] for number in sample})
         reached = [everyone[number].train(theta, steps, tokens, a_round) for number in trained]
         transfer_s = setting.rtt_s + num_sampled * size_bytes / setting.bytes_per_s  # all to one, and from one to all
@@ -116,7 +132,7 @@ def modest(setting: Setting) -> Outcome:
         now_s = met_s + 2 * transfer_s + max(late_s)
         theta = torch.stack(reached).mean(0)
         tokens, num_steps = tokens + steps * run.tokens_per_step * len(trained), num_steps + steps * len(trained)
-        num_lost += steps * (num_sampled - len(trained))
+        num_lost += steps * (len(sample) - len(trained))
         sent_bytes += 2 * len(trained) * size_bytes
         worked_s += sum(steps * setting.step_s[number] for number in trained)
         recorder.see(tokens, now_s, lambda: theta)  # noqa: B023 - called at once

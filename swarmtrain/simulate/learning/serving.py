@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +33,15 @@ class _Worker:
         self.theta = self.learner.reached
         self.round = 0
         self.pieces: dict[int, Tensor] = {}
+        self.on_the_way: dict[int, int] = {}
+        """Tokens of the rounds whose gradient the server has not yet."""
+        self.steps, self.is_over = 0, False
         self.came: tuple[Tensor, frozenset[int]] | None = None
         self.waited_s = self.handed_in_s = 0.0
+        self.is_here = True
+        self.num_lives = 0
+        """How often it has gone. What it had begun before then, comes to nothing."""
+        self.began_s = math.inf
         self.began_at = 0
         """How many steps the server had taken when it gave this worker its weights."""
 
@@ -39,13 +49,50 @@ class _Worker:
         """A round."""
         served, setting = self.served, self.served.setting
         self.waited_s += served.clock.now - self.handed_in_s if self.round and served.waiting else 0.0
-        self.began_tokens = served.tokens
+        self.began_tokens, self.began_s = served.tokens, served.clock.now
         self.steps = setting.steps_of_round(self.number)
         self.learner.enter(self.theta)
         lasts_s = self.steps * setting.step_s[self.number]
         if not served.waiting:
-            served.clock.call_at(self.done_s(lasts_s - 2 * served.pull_s), self.pull)
-        served.clock.call_at(self.done_s(lasts_s), self.end)
+            self.call_at(self.done_s(lasts_s - 2 * served.pull_s), self.pull)
+        self.call_at(self.done_s(lasts_s), self.end)
+
+    def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> None:
+        """On the run's clock, unless it has gone by then."""
+        self.served.clock.call_at(when_s, self._if_here, self.num_lives, call, *args)
+
+    def _if_here(self, num_lives: int, call: Callable[..., None], *args: Any) -> None:
+        if num_lives == self.num_lives:
+            call(*args)
+
+    def go(self) -> None:
+        """It crashes or leaves: its round is lost, and what is on its way."""
+        served = self.served
+        if self.is_over or served.tokens >= served.setting.total_tokens:
+            return
+        lasted_s = max(0.0, served.clock.now - self.began_s)
+        steps = int(min(self.steps, lasted_s / served.setting.step_s[self.number])) if lasted_s else 0
+        tokens = served.setting.run.tokens_per_step
+        served.uncount(sum(self.on_the_way.values()))
+        served.tokens_lost += steps * tokens
+        self.on_the_way.clear()
+        self.num_lives += 1
+        self.is_here, self.began_s, self.came = False, math.inf, None
+
+    def come(self) -> None:
+        """It is here, or again, and asks for the server's weights."""
+        served = self.served
+        if self.is_here or served.tokens >= served.setting.total_tokens:
+            return
+        self.is_here = True
+        arrives_s = served.arrives_s(_SERVER, self.name, served.theta_bytes)
+        self.call_at(arrives_s, self.begin_with, served.weights())
+
+    def begin_with(self, theta: Tensor) -> None:
+        """Go on from there: what it handed in before is the server's."""
+        self.learner.comes_late()
+        self.theta, self.pieces = theta, {}
+        self.begin()
 
     def done_s(self, work_s: float) -> float:
         """When it does what it would do in so long, if it did not stand still meanwhile."""
@@ -56,7 +103,7 @@ class _Worker:
         served = self.served
         entered = frozenset(served.entered[self.number])
         arrives_s = served.arrives_s(_SERVER, self.name, served.theta_bytes)
-        served.clock.call_at(arrives_s, setattr, self, "came", (served.weights(), entered))
+        self.call_at(arrives_s, setattr, self, "came", (served.weights(), entered))
 
     def end(self) -> None:
         """Train what the round took, hand it in, and go on."""
@@ -71,7 +118,8 @@ class _Worker:
         self.pieces[self.round] = self.theta - reached
         self.handed_in_s = served.clock.now
         arrives_s = served.arrives_s(self.name, _SERVER, served.gradient_bytes)
-        served.clock.call_at(arrives_s, served.take, self, self.round)
+        self.on_the_way[self.round] = self.steps * step_tokens
+        self.call_at(arrives_s, served.take, self, self.round)
         self.round += 1
         if served.waiting:
             return
@@ -87,6 +135,7 @@ class _Worker:
         if self.served.tokens < self.served.setting.total_tokens:
             self.begin()
         else:
+            self.is_over = True
             self.served.finished_s = max(self.served.finished_s, self.served.clock.now)
 
 
@@ -116,7 +165,7 @@ class _Served:
     def __init__(self, setting: Setting, *, waiting: bool, delay: int, buffered: bool = False) -> None:
         self.setting, self.waiting, self.clock = setting, waiting, Clock()
         self.tokens = self.inner_steps = self.refreshes = 0
-        self.finished_s = 0.0
+        self.tokens_lost, self.finished_s = 0, 0.0
         self.workers = [_Worker(self, number) for number in range(setting.num_peers)]
         theta, section = self.workers[0].theta, setting.run.merge
         self.sizes = [parameter.numel() for parameter in self.workers[0].learner.trainer.model.parameters()]
@@ -145,6 +194,7 @@ class _Served:
         """A gradient has arrived."""
         gradient = self._on_the_wire(worker.pieces[round], self.setting.run.merge.gradient_format)
         self.entered[worker.number].add(round)
+        worker.on_the_way.pop(round, None)
         if self.fedbuff is not None:
             self.fedbuff.arrive(gradient, worker.began_at)
         else:
@@ -171,18 +221,38 @@ class _Served:
     def _on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
         return decode(encode(vector.contiguous(), form, self.sizes), form, self.sizes)
 
+    def uncount(self, tokens: int) -> None:
+        """They were handed in, and have not come."""
+        self.tokens -= tokens
+        self.inner_steps -= tokens // self.setting.run.tokens_per_step
+        self.tokens_lost += tokens
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody who is there has still to end the run."""
+        stuck, now_s = self.setting.is_stuck, self.clock.now
+        left = [worker for worker in self.workers if worker.is_here and not worker.is_over]
+        return self.tokens >= self.setting.total_tokens and all(stuck(worker.number, now_s) for worker in left)
+
     def run(self) -> Outcome:
         """To the end of the run."""
+        setting = self.setting
         for worker in self.workers:
-            worker.begin()
+            worker.call_at(0.0, worker.begin)
+        for each in setting.away:
+            worker = self.workers[each.peer]
+            self.clock.call_at(each.at_s, worker.go)
+            self.clock.call_at(each.at_s + each.for_s, worker.come)
         while self.clock.step():
-            pass
+            if (setting.away or setting.hangs) and self.is_over and not any(one.on_the_way for one in self.workers):
+                break
         return Outcome(
             held_out_loss=self.setting.text.held_out_loss(self.theta),
             virtual_time_s=self.finished_s,
             tokens=self.tokens,
             inner_steps=self.inner_steps,
             sent_bytes=self.wire.sent_bytes,
+            tokens_lost=self.tokens_lost,
             stall_share=sum(worker.waited_s for worker in self.workers) / (len(self.workers) * self.finished_s),
             curve=tuple(self._recorder.points),
         )

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from swarmtrain.algorithm import pacing
 from swarmtrain.algorithm.outer import OuterConstants, momentum_at
-from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
 from swarmtrain.network.impairments import PACKET_BYTES, Lateness
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.learner import Learner, Text
-from swarmtrain.simulate.scenario import Hang, Scenario
+from swarmtrain.simulate.scenario import Away, Hang, HostileSection, Scenario
 
 __all__ = ["CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
 
@@ -22,6 +22,8 @@ _PIECE_S, _MOST_PIECE_BYTES = 0.01, 64 * 1024
 """What passes a line at once, as in `network.links`."""
 
 _MOST_OWN = 8
+_SAID_SPEED = 1e9
+_MOST_LONGER = 30
 
 CurvePoint = tuple[int, float, float]
 """(tokens of the whole run, virtual seconds, held-out loss in nats per byte)."""
@@ -43,6 +45,11 @@ class Setting:
     failing: float = 0.0
     """The share of pulls that bring nothing."""
     hangs: tuple[Hang, ...] = ()
+    away: tuple[Away, ...] = ()
+    """None of one volunteer overlap."""
+    hostile: HostileSection = field(default_factory=HostileSection)
+    num_hostile: int = 0
+    """The last ones."""
     corrected: bool = True
     """With the variance correction."""
     curve_points: int = 0
@@ -66,6 +73,11 @@ class Setting:
     def num_peers(self) -> int:
         """How many volunteers there are."""
         return len(self.step_s)
+
+    @property
+    def num_honest(self) -> int:
+        """How many of them do as they say: the first ones."""
+        return self.num_peers - self.num_hostile
 
     @property
     def bytes_per_s(self) -> float:
@@ -92,11 +104,21 @@ class Setting:
         """H_i."""
         if not self.run.merge.pacing:
             return self.run.merge.inner_steps
-        speeds = [1 / step_s for step_s in self.step_s]
-        return paced_inner_steps(speeds[number], reference_speed(speeds), self.run.merge.inner_steps)
+        speeds = [1 / step_s if n == number else self.said_speed(n) for n, step_s in enumerate(self.step_s)]
+        return pacing.paced_inner_steps(speeds[number], pacing.reference_speed(speeds), self.run.merge.inner_steps)
+
+    def said_speed(self, number: int) -> float:
+        """What volunteer `number` says that it does, in inner steps per second."""
+        lies = number >= self.num_honest and self.hostile.kind == "speed"
+        return _SAID_SPEED if lies else 1 / self.step_s[number]
 
     def steps_of_everybody(self, number: int) -> float:
-        """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances."""
+        """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances. Where
+        some are hostile, as a volunteer reckons it, of those whose tokens count and of those who lie about it."""
+        if self.hostile.percent:
+            counted = self.num_peers if self.hostile.kind == "speed" else self.num_honest
+            others = [self.said_speed(other) for other in range(counted) if other != number]
+            return pacing.steps_of_everybody(1 / self.step_s[number], others)
         return sum(1 / step_s for step_s in self.step_s) * self.step_s[number]
 
     def all_reduce_s(self, num_peers: int, size_bytes: int, rng: random.Random) -> float:
@@ -136,12 +158,43 @@ class Setting:
         """Whether that volunteer stands still now."""
         return any(hang.is_on(number, now_s) for hang in self.hangs)
 
+    def is_away(self, number: int, now_s: float) -> bool:
+        """Whether that volunteer is not there now."""
+        return any(each.is_on(number, now_s) for each in self.away)
+
+    def is_silent(self, number: int, now_s: float) -> bool:
+        """Whether that volunteer hangs, or is not there."""
+        return self.is_hanging(number, now_s) or self.is_away(number, now_s)
+
+    def is_gone(self, number: int, now_s: float) -> bool:
+        """Whether its presence has lapsed since it hangs."""
+        lapsed_s = now_s - self.run.network.presence_ttl_s
+        return any(hang.is_on(number, now_s) and hang.at_s <= lapsed_s for hang in self.hangs)
+
+    def is_stuck(self, number: int, now_s: float) -> bool:
+        """Whether that volunteer hangs, and will have been given up before it goes on."""
+        return any(hang.is_on(number, now_s) and hang.for_s > self.run.network.presence_ttl_s for hang in self.hangs)
+
+    def speaks_again_s(self, now_s: float) -> float:
+        """When the first of those that are silent now is not any more."""
+        silences = [each for each in (*self.hangs, *self.away) if each.is_on(each.peer, now_s)]
+        return min((each.at_s + each.for_s for each in silences), default=now_s)
+
+    def goes_within(self, number: int, now_s: float, work_s: float) -> bool:
+        """Whether that volunteer crashes or leaves before it has worked so long."""
+        end_s = self.done_s(number, now_s, work_s)
+        return any(each.peer == number and now_s < each.at_s < end_s for each in self.away)
+
     def meets(self, now_s: float, work_s: Mapping[int, float]) -> tuple[list[int], float]:
         """Those that work so long each from now on and then wait for each other: who is there when they go on, and when
-        that is. Who hangs is waited for no longer than `merge.silence_s`, unless all do."""
-        ends_s = {number: self.done_s(number, now_s, each) for number, each in work_s.items()}
+        that is. Who hangs is waited for no longer than `merge.silence_s`, unless all do; who crashes or leaves is
+        missed as soon as that, and its work is lost: nobody may be left."""
+        gone = [number for number, each in work_s.items() if self.goes_within(number, now_s, each)]
+        ends_s = {number: self.done_s(number, now_s, each) for number, each in work_s.items() if number not in gone}
         expected_s = now_s + max(work_s.values())
         late = [number for number, end_s in ends_s.items() if end_s > expected_s + self.run.merge.silence_s]
+        if not ends_s:
+            return [], expected_s
         if len(late) == len(ends_s):
             first = min(ends_s, key=lambda number: ends_s[number])
             return [first], ends_s[first]
@@ -152,11 +205,18 @@ class Setting:
 
 def setting_of(scenario: Scenario, text: Text) -> Setting:
     """A run of a scenario; its seed and constants are in the run file of `text`."""
-    links = scenario.links
+    links, step_s = scenario.links, scenario.peers.step_s
+    num_hostile = scenario.hostile.number(len(step_s))
+    honest_s, hostile_s = step_s[: len(step_s) - num_hostile], step_s[len(step_s) - num_hostile :]
+    if scenario.hostile.kind == "absent":
+        hostile_s = ()
+    if scenario.hostile.kind == "tokens":
+        steps = text.run.merge.inner_steps
+        hostile_s = tuple(each * steps / pacing.fewest_inner_steps(steps) for each in hostile_s)
     up, down = (rate * BYTES_PER_S_OF_MBIT if rate else float("inf") for rate in (links.up_mbit, links.down_mbit))
     return Setting(
         text=text,
-        step_s=scenario.peers.step_s,
+        step_s=honest_s + hostile_s,
         up_bytes_per_s=up,
         down_bytes_per_s=down,
         rtt_s=links.rtt_ms / 1000,
@@ -164,8 +224,18 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
         loss=links.loss_percent / 100,
         failing=links.failing_percent / 100,
         hangs=scenario.hangs,
+        away=_away(scenario, text.run),
+        hostile=scenario.hostile,
+        num_hostile=len(hostile_s),
         curve_points=scenario.scenario.curve_points,
     )
+
+
+def _away(scenario: Scenario, run: RunFile) -> tuple[Away, ...]:
+    """Who is away when: for much longer than the run takes."""
+    least_s = run.run.total_tokens / run.tokens_per_step / sum(1 / step_s for step_s in scenario.peers.step_s)
+    churn = scenario.churn.away(scenario.peers.number, run.run.seed, _MOST_LONGER * least_s)
+    return (*scenario.away, *churn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +253,13 @@ class Outcome:
     stall_share: float = 0.0
     """Of the volunteers' time: waiting for others or for the wire."""
     tokens_lost: int = 0
-    """Trained by those who were passed over, and not merged."""
+    """Trained by those who were passed over, crashed or left, and not merged."""
     fresh_share: float | None = None
     """Of the rounds of gossip: those that merged somebody's pseudo-gradient."""
+    named_hostile: int | None = None
+    """How often a rule named a hostile volunteer,"""
+    named_honest: int | None = None
+    """and an honest one."""
     curve: tuple[CurvePoint, ...] = ()
 
 

@@ -54,10 +54,18 @@ def diloco(setting: Setting) -> Outcome:
     size_bytes, now_s, tokens, round, sent_bytes = _BYTES * theta.numel(), 0.0, 0, 0, 0
     num_steps, worked_s, num_lost = 0, 0.0, 0
     while tokens < setting.total_tokens:
-        all_of_them = range(setting.num_peers)
-        here = [n for n in all_of_them if not setting.is_hanging(n, now_s)] or list(all_of_them)
+        all_of_them = [n for n in range(setting.num_peers) if not setting.is_away(n, now_s)]
+        here = [n for n in all_of_them if not setting.is_hanging(n, now_s)] or all_of_them
+        if not here:
+            now_s = setting.speaks_again_s(now_s)
+            continue
         trained, met_s = setting.meets(now_s, {n: steps[n] * setting.step_s[n] for n in here})
         num_lost += sum(steps[n] for n in here if n not in trained)
+        if not trained:
+            now_s = met_s
+            continue
+        for number in trained if round else ():
+            everyone[number].comes_late()
         a_round = sum(steps[n] for n in trained) * run.tokens_per_step
         gradients = [state.theta - everyone[n].train(state.theta, steps[n], tokens, a_round) for n in trained]
         state = outer_step(state, weighted_mean(gradients, [steps[n] for n in trained]), setting.constants(round))

@@ -1,0 +1,103 @@
+"""Volunteers of gossip that crash or leave, come back, or come late.
+
+Of the round in which one goes, the publications count that another has taken; the rest of its work is lost. Who comes
+takes the others' present weights as a real volunteer does (`peer.gossip_exchange`): their consensus, and the momentum
+of one; or goes on with its own, as from a checkpoint, if these are not far behind.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING
+
+import torch
+
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.membership.partners import rounds_behind
+from swarmtrain.membership.progress import Progress
+from swarmtrain.peer.consensus import mean_of_near
+
+if TYPE_CHECKING:
+    from swarmtrain.simulate.learning.gossip import Peer, World
+
+__all__ = ["schedule"]
+
+_SAMPLE = 16
+_BYTES = 4  # of a number, as states travel
+
+
+def schedule(world: World) -> None:
+    """Have everybody come and go at their times; call it before the first of them begins."""
+    for each in world.setting.away:
+        peer = world.peers[each.peer]
+        if each.at_s > 0:
+            world.clock.call_at(each.at_s, _go, peer)
+        else:
+            _go(peer)
+        world.clock.call_at(each.at_s + each.for_s, _come, peer)
+
+
+def _go(peer: Peer) -> None:
+    world = peer.world
+    if peer.is_over or world.tokens >= world.setting.total_tokens:
+        return
+    step_tokens, lasted_s = world.setting.run.tokens_per_step, max(0.0, world.clock.now - peer.began_s)
+    trained = step_tokens * int(min(peer.start.inner_steps, lasted_s / world.setting.step_s[peer.number]))
+    published = taken = 0
+    if peer.newest is not None and peer.newest.mark.round == peer.round:
+        published = peer.newest.mark.tokens
+        taken = max((_taken(other, peer) for other in world.peers if other is not peer), default=0)
+        world.tokens -= published - taken
+        world.inner_steps -= (published - taken) // step_tokens
+    world.tokens_lost += max(trained, published) - taken
+    peer.num_lives += 1
+    peer.is_here, peer.newest, peer.weights, peer.began_s = False, None, None, math.inf
+    for kept in peer.merged, peer.arrived, peer.asked, peer.coming, peer.due:
+        kept.clear()
+    peer.ledger.load(peer.ledger.rows())  # as from a checkpoint: what was merged, without the gradients
+
+
+def _taken(by: Peer, peer: Peer) -> int:
+    """Tokens of the present round of `peer` that another has merged or is about to."""
+    arrived = by.arrived.get(("gradient", peer.name))
+    marks = [by.ledger.mark(peer.name), None if arrived is None else arrived[0].mark]
+    return max((mark.tokens for mark in marks if mark is not None and mark.round == peer.round), default=0)
+
+
+def _come(peer: Peer) -> None:
+    world = peer.world
+    if peer.is_here or world.tokens >= world.setting.total_tokens:
+        return
+    others, peer.is_here = [other for other in world.live if other.round > 0], True
+    others = [other for other in others if not world.is_hanging(other.name)]
+    behind = rounds_behind(peer.round, (other.round for other in others))
+    if not others or (peer.learner.losses and behind <= world.setting.run.merge.max_staleness_rounds):
+        peer.begin()
+        return
+    sample = peer.rng.sample(others, min(_SAMPLE, len(others)))
+    state, round = _present_state(world, sample)
+    size_bytes = _BYTES * world.layout.size
+    arrives_s = max(
+        world.wire.arrives_s(world.clock.now, other.name, peer.name, size_bytes * (1 + (other is sample[0])), peer.rng)
+        for other in sample
+    )
+    peer.call_at(arrives_s, _begin_with, peer, state, max(round, peer.round))
+
+
+def _present_state(world: World, sample: list[Peer]) -> tuple[OuterState, int]:
+    """Theirs, with its round."""
+    least = statistics.median_high(each.round for each in sample) - world.setting.run.merge.max_staleness_rounds
+    near = [each for each in sample if each.round >= least]
+    first, thetas = near[0].trainer.state, [each.trainer.state.theta for each in near]
+    mean, kept = mean_of_near(thetas, world.layout)
+    has_momentum = 0 in kept and float(first.momentum.norm()) <= float(first.theta.norm())
+    momentum = first.momentum.clone() if has_momentum else torch.zeros_like(mean)
+    return OuterState(mean, momentum), statistics.median_low(each.round for each in near)
+
+
+def _begin_with(peer: Peer, state: OuterState, round: int) -> None:
+    peer.learner.comes_late()
+    peer.trainer.state = state
+    peer.trainer.progress = Progress(round=round, run_tokens=peer.world.tokens)
+    peer.begin()

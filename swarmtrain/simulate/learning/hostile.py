@@ -1,0 +1,137 @@
+"""Hostile volunteers in gossip: they train and merge as the others do, so that what they publish is as good as theirs
+before it is spoilt. `scenario.ATTACKS` says what each attack is.
+
+What they train does not count: in every run the honest ones take as many inner steps, on the same batches, by the same
+schedule as without them, and the loss is that of the honest ones' consensus.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.quantize import Format
+from swarmtrain.algorithm.robust import Incident
+from swarmtrain.membership.partners import Mark
+from swarmtrain.simulate.learning.gossip import Peer, Published, World
+from swarmtrain.simulate.learning.setting import Outcome, Setting
+
+__all__ = ["HostileWorld", "gossip"]
+
+_HUGE = 1e30
+
+
+class _Hostile(Peer):
+    """Publishes something else than it has learnt."""
+
+    gradient: Tensor | None = None
+    """Its own of the round before."""
+    copied: Peer | None = None
+
+    def begin(self) -> None:
+        """See `Peer`."""
+        super().begin()
+        assert self.weights is not None
+        self.copied = random.Random(f"{self.name} {self.round}").choice(self.world.honest)
+        self.weights = Published(self.weights.mark, self.spoilt_weights(self.weights.vector))
+
+    def train_to(self, moment: int) -> None:
+        """See `Peer`. What it trains does not count."""
+        world = self.world
+        before, steps_before = world.tokens, world.inner_steps
+        super().train_to(moment)
+        world.tokens, world.inner_steps, self.tokens_before = before, steps_before, before
+        assert self.newest is not None
+        self.gradient = self.newest.vector
+        self.newest = self.spoilt(self.newest)
+
+    def spoilt_weights(self, theta: Tensor) -> Tensor:
+        """What it publishes in place of its weights."""
+        attack = self.world.setting.hostile
+        if attack.kind == "huge":
+            return torch.full_like(theta, _HUGE)
+        return theta + attack.factor * self.gradient if attack.kind == "drag" and self.gradient is not None else theta
+
+    def spoilt(self, honest: Published) -> Published:
+        """What it publishes in place of its gradient."""
+        g, mark, attack = honest.vector, honest.mark, self.world.setting.hostile
+        if attack.kind == "tokens":  # the most that is not refused
+            run = self.world.setting.run
+            most = run.merge.inner_steps * run.tokens_per_step
+            return Published(Mark(mark.round, mark.part, most - self.start.num_parts + mark.part), g)
+        made: dict[str, Callable[[], Tensor]] = {
+            "sign-flip": lambda: -attack.factor * g,
+            "scaled": lambda: attack.factor * g,
+            "noise": lambda: attack.factor * self.noise(g),
+            "little-is-enough": lambda: self.a_little(attack.factor, honest),
+            "copycat": lambda: self.copy(honest),
+            "huge": lambda: torch.full_like(g, _HUGE),
+            "nan": lambda: torch.full_like(g, math.nan),
+        }
+        return Published(mark, made.get(attack.kind, lambda: g)())
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Random numbers of the same norm in each tensor."""
+        generator = torch.Generator().manual_seed(1000 * self.round + self.start.part_after(self.done))
+        made = torch.randn(like.shape, generator=generator)
+        for place in self.world.layout.slices:
+            made[place] *= like[place].norm() / made[place].norm()
+        return made
+
+    def a_little(self, factor: float, own: Published) -> Tensor:
+        """The mean of what the honest ones have published last, which anybody can pull, less `factor` times its
+        standard deviation, number by number; each as if it had as many tokens as the own one."""
+        known = [peer.newest for peer in self.world.honest if peer.newest is not None]
+        if len(known) < 2:
+            return own.vector
+        vectors = torch.stack([one.vector * (own.mark.tokens / one.mark.tokens) for one in known])
+        return vectors.mean(0) - factor * vectors.std(0)
+
+    def copy(self, own: Published) -> Tensor:
+        """What an honest one, another in each round, has published last, as if of as many tokens as the own one."""
+        assert self.copied is not None
+        theirs = self.copied.newest
+        return own.vector if theirs is None else theirs.vector * (own.mark.tokens / theirs.mark.tokens)
+
+
+@dataclass
+class HostileWorld(World):
+    """Counts who was named by a rule."""
+
+    named: Counter[bool] = field(default_factory=Counter)
+    """By whether that one is hostile."""
+
+    def peer(self, number: int) -> Peer:
+        """See `World`."""
+        return _Hostile(self, number) if number >= self.setting.num_honest else Peer(self, number)
+
+    def told(self, peer: str, incident: Incident) -> None:
+        """See `World`."""
+        self.named[self.by_name[peer].number >= self.setting.num_honest] += 1
+
+    def finished(self, peer: Peer) -> None:
+        """See `World`."""
+        if peer.number < self.setting.num_honest:
+            super().finished(peer)
+
+    def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
+        """See `World`; a hostile peer makes bytes that no encoder makes."""
+        return super().on_the_wire(vector, form) if bool(torch.isfinite(vector).all()) else vector
+
+    def outcome(self) -> Outcome:
+        """See `World`."""
+        return dataclasses.replace(super().outcome(), named_hostile=self.named[True], named_honest=self.named[False])
+
+
+def gossip(setting: Setting) -> Outcome:
+    """Nobody waits; and some are hostile, where a scenario says so."""
+    world = HostileWorld(setting) if setting.hostile.percent else World(setting)
+    world.run()
+    return world.outcome()

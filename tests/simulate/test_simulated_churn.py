@@ -1,0 +1,154 @@
+"""Volunteers of a scenario that come late, crash, come back or say nothing: what counts, and who waits for whom."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learnt import setting, tiny
+
+from swarmtrain.peer.consensus import mean_of_near
+from swarmtrain.simulate.learning.gossip import Peer, World
+from swarmtrain.simulate.learning.methods import METHODS
+from swarmtrain.simulate.learning.sampled import _sample
+from swarmtrain.simulate.learning.setting import Setting
+from swarmtrain.simulate.scenario import ChurnSection
+
+LATE = {"peer": 2, "at_s": 0.0, "for_s": 0.15}
+CRASH = {"peer": 0, "at_s": 0.23, "for_s": 0.1}
+
+
+def churned(tmp_path: Path, method: str, *away: dict[str, float], **sections: Any) -> Setting:
+    keys = {key.replace(".", "__"): value for key, value in METHODS[method].keys.items()}
+    return setting(tiny(tmp_path, away=list(away), **sections), **keys)
+
+
+@pytest.mark.parametrize("method", ["gossip", "diloco-paced", "server"])
+def test_who_crashes_loses_its_round_and_the_run_goes_on(method: str, tmp_path: Path) -> None:
+    one, run = churned(tmp_path, method, LATE, CRASH), METHODS[method].run
+    outcome = run(one)
+    assert outcome == run(one), "bit by bit"
+    assert outcome.tokens >= one.total_tokens and outcome.tokens == outcome.inner_steps * one.run.tokens_per_step
+    assert outcome.held_out_loss < 4.0 and 0 < outcome.tokens_lost <= 2 * 8 * one.run.tokens_per_step
+    assert run(churned(tmp_path, method)).virtual_time_s < outcome.virtual_time_s < 5.0
+
+
+@pytest.mark.parametrize("method", ["gossip", "diloco-paced", "server"])
+def test_all_come_and_go(method: str, tmp_path: Path) -> None:
+    one = churned(tmp_path, method, churn={"stays_s": 0.2, "away_s": 0.05})
+    assert len(one.away) > 10
+    outcome = METHODS[method].run(one)
+    assert outcome.tokens >= one.total_tokens and outcome.tokens_lost > 0
+    assert outcome.tokens == outcome.inner_steps * one.run.tokens_per_step
+
+
+def finished_tokens(world: World) -> Counter[str]:
+    """Fills as rounds end."""
+    finished = Counter[str]()
+    for peer in world.peers:
+        end = peer.end
+
+        def noted(peer: Peer = peer, end: Any = end) -> None:
+            finished[peer.name] += peer.start.inner_steps * world.setting.run.tokens_per_step
+            end()
+
+        peer.end = noted  # type: ignore[method-assign]
+    return finished
+
+
+def test_what_another_has_taken_counts_and_the_rest_does_not(tmp_path: Path) -> None:
+    taken = []
+    for at_s in (0.13, 0.18, 0.22, 0.27):
+        world = World(churned(tmp_path, "gossip", {"peer": 0, "at_s": at_s, "for_s": 99.0}))
+        finished = finished_tokens(world)
+        world.run()
+        gone = world.peers[0]
+        marks = [peer.ledger.mark(gone.name) for peer in world.peers[1:]]
+        taken.append(max((mark.tokens for mark in marks if mark and mark.round == gone.round), default=0))
+        assert world.tokens == finished.total() + taken[-1] >= world.setting.total_tokens
+        assert not gone.is_over and all(peer.is_over for peer in world.peers[1:])
+    assert max(taken) > 0 == min(taken)
+
+
+def test_who_comes_late_takes_the_others_weights_and_round(tmp_path: Path) -> None:
+    world = World(churned(tmp_path, "gossip", LATE))
+    late, others = world.peers[2], world.peers[:2]
+    begin, there, seen = late.begin, list[Any](), list[Any]()
+
+    def noted() -> None:
+        if not seen:
+            seen.extend((late.round, late.trainer.state.theta, world.clock.now))
+        begin()
+
+    late.begin = noted  # type: ignore[method-assign]
+    world.clock.call_at(0.15, lambda: there.extend((one.round, one.trainer.state.theta) for one in others))
+    world.run()
+    (round, theta, began_s), (rounds, thetas) = seen, zip(*there, strict=True)
+    assert round == min(rounds) >= 1 and torch.allclose(theta, mean_of_near(thetas, world.layout)[0])
+    assert began_s > 0.15 + 12 * theta.numel() / 1.25e6, "a whole state, and other weights, at 10 Mbit/s"
+    assert late.trainer.young_steps == len(late.learner.losses) > 0 and others[0].trainer.young_steps is None
+
+
+def test_who_was_away_shortly_goes_on_with_its_own(tmp_path: Path) -> None:
+    world = World(churned(tmp_path, "gossip", CRASH))
+    one = world.peers[0]
+    before: list[Any] = []
+    world.clock.call_at(0.3, lambda: before.append((one.trainer.state, one.round, one.is_here)))
+    world.clock.call_at(0.331, lambda: before.append((one.trainer.state, one.round, one.is_here)))
+    world.run()
+    assert before == [(before[0][0], before[0][1], False), (before[0][0], before[0][1], True)]
+    assert one.trainer.young_steps is None
+
+
+def test_nobody_overlaps_with_itself(tmp_path: Path) -> None:
+    churn = ChurnSection(stays_s=10.0, away_s=5.0)
+    found = churn.away(20, 3, 300.0)
+    assert found == churn.away(20, 3, 300.0) != churn.away(20, 4, 300.0)
+    assert churn.away(5, 3, 300.0) == [each for each in found if each.peer < 5]
+    for before, after in itertools.pairwise(found):
+        assert before.peer < after.peer or before.at_s + before.for_s < after.at_s < 300.0
+    assert 200 < len(found) < 600 and 3 < sum(each.for_s for each in found) / len(found) < 7
+    assert not ChurnSection().away(20, 3, 300.0)
+
+
+@pytest.mark.parametrize("method", ["gossip", "diloco-paced", "server", "modest"])
+def test_nobody_waits_for_those_who_never_speak_again(method: str, tmp_path: Path) -> None:
+    hangs = [{"peer": number, "at_s": 0.1, "for_s": 1e5} for number in (1, 2)]
+    one = churned(tmp_path, method, hangs=hangs)
+    outcome = METHODS[method].run(one)
+    assert outcome.tokens >= one.total_tokens and outcome.held_out_loss < 4.0
+    assert outcome.virtual_time_s < (1.5 if method in ("gossip", "server") else 20.0)
+
+
+def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path) -> None:
+    hang = {"peer": 1, "at_s": 0.1, "for_s": 1e5}
+    one = churned(tmp_path, "gossip", hangs=[hang], set={"network.presence_ttl_s": 3.0, "run.total_tokens": 70_000})
+    world, asked = World(one), list[float]()
+    for peer in (world.peers[0], world.peers[2]):
+        failed = peer.partners.back_off.failed
+
+        def noted(name: str, now: float, reason: str, failed: Any = failed) -> str:
+            asked.append(now)
+            return failed(name, now, reason)
+
+        peer.partners.back_off.failed = noted  # type: ignore[method-assign]
+    world.run()
+    assert 1 <= len(asked) <= 2 and max(asked) < 0.5, "once each"
+    assert world.clock.now > 3.2 and world.live == [world.peers[0], world.peers[2]]
+
+
+def test_a_sample_is_of_those_who_answer(tmp_path: Path) -> None:
+    hangs = [{"peer": number, "at_s": 1.0, "for_s": 100.0} for number in range(1, 5)]
+    one = churned(tmp_path, "modest", hangs=hangs, peers={"number": 6})
+    rng, silent = random.Random(0), set[int]()
+    sample, now_s = _sample(one, 3, silent, 0.0, rng)
+    assert len(sample) == 3 and now_s == 0.0 and not silent
+    sample, now_s = _sample(one, 3, silent, 2.0, rng)
+    assert sorted(sample) == [0, 5] and silent == {1, 2, 3, 4} and now_s in (7.0, 12.0)
+    assert _sample(one, 2, silent, 50.0, rng)[1] == 50.0, "they are not asked again"
+    assert sorted(_sample(one, 6, silent, 200.0, rng)[0]) == list(range(6)) and not silent, "until they go on"
