@@ -145,7 +145,8 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
             bar.update(task, completed=done, total=total)
             live.update(picture())
             if not console.is_terminal:
-                click.echo(f"{done} of {total}: {play.words}: {outcome.held_out_loss:.4f} nats/byte", err=True)
+                loss = "" if outcome.rounds is not None else f": {outcome.held_out_loss:.4f} nats/byte"
+                click.echo(f"{done} of {total}: {play.words}{loss}", err=True)
 
         yield told
 
@@ -154,8 +155,10 @@ def table_lines(found: Comparison) -> list[str]:
     """Each method, with its constants, and how it did: means over the seeds, ratios within seeds."""
     if "hostile.attack" in found.scenario.grid:
         return _attack_lines(found)
+    if found.scenario.scenario.work == "systems":
+        return _systems_lines(found)
     rows, best = found.rows(), found.best()
-    names = [" ".join([row.method, *(f"{key.partition('.')[2]}={value}" for key, value in row.point)]) for row in rows]
+    names = [_name(row) for row in rows]
     width = max([len(name) for name in names] + [6])
     lines = [f"{'method':{width}}  nats/byte  virtual time  to diloco          to diloco-paced    bytes/step   stall"]
     for name, row in zip(names, rows, strict=True):
@@ -163,6 +166,26 @@ def table_lines(found: Comparison) -> list[str]:
             f"{name:{width}}  {row.loss:9.4f}  {row.mean('virtual_time_s'):10.1f} s  {_ratio(row, best.get('diloco'))}"
             f"  {_ratio(row, best.get('diloco-paced'))}  {row.mean('sent_bytes') / row.mean('inner_steps'):10.0f}"
             f"  {row.mean('stall_share'):6.1%}"
+        )
+    return lines
+
+
+def _name(row: Row) -> str:
+    return " ".join([row.method, *(f"{key.partition('.')[2]}={value}" for key, value in row.point)])
+
+
+def _systems_lines(found: Comparison) -> list[str]:
+    """Of swarms without tensors: means over the seeds."""
+    rows = found.rows()
+    width = max([len(_name(row)) for row in rows] + [6])
+    lines = [
+        f"{'method':{width}}     rounds  throughput   stall   fresh  rounds old  bytes/round    apart  tokens lost"
+    ]
+    for row in rows:
+        lines.append(
+            f"{_name(row):{width}}  {row.mean('rounds'):9.0f}  {row.mean('throughput_share'):10.1%}  {row.mean('stall_share'):6.2%}"
+            f"  {row.mean('fresh_share'):6.1%}  {row.mean('staleness_rounds'):10.2f}  {row.mean('received_bytes_a_round'):11.0f}"
+            f"  {row.mean('spread'):7.1e}  {row.mean('tokens_lost'):11.0f}"
         )
     return lines
 

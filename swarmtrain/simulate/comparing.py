@@ -32,6 +32,7 @@ from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.setting import Outcome, setting_of
 from swarmtrain.simulate.scenario import GridPoint, Scenario
+from swarmtrain.simulate.systems import play_scenario
 
 __all__ = ["Comparison", "Play", "Row", "compare", "document", "plays_of"]
 
@@ -209,6 +210,8 @@ def _begin() -> None:
 def _run(scenario: Scenario, play: Play) -> RunFile:
     """Its run file. `UserError`, which names the method, for what that cannot be told."""
     method, here = METHODS[play.method], scenario.at(play.point)
+    if here.scenario.work == "systems" and not method.systems:
+        raise UserError(f"method {play.method}: it has no tensors to do without; take gossip for systems work")
     if here.hostile.percent and not method.hostile:
         raise UserError(f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip")
     if (here.away or here.churn.stays_s) and not method.churn:
@@ -225,6 +228,8 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
 def _play(scenario: Scenario, play: Play) -> Outcome:
     method, threads = METHODS[play.method], torch.get_num_threads()
     run = _run(scenario, play)
+    if scenario.scenario.work == "systems":
+        return play_scenario(scenario.at(play.point), run)
     torch.set_num_threads(1)  # a core is its share, and sums are made in one order
     try:
         here = scenario.at(play.point)
@@ -250,6 +255,7 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
         "links": scenario.links.model_dump(mode="json"),
         "hangs": [hang.model_dump(mode="json") for hang in scenario.hangs],
         "curve_points": scenario.scenario.curve_points,
+        "work": [scenario.scenario.work, scenario.scenario.rounds],
         "versions": [__version__, torch.__version__],
     }
     if scenario.peers.own_text:
@@ -308,6 +314,9 @@ def document(found: Comparison) -> dict[str, Any]:
     }
 
 
+_OF_SYSTEMS = ("rounds", "throughput_share", "staleness_rounds", "spread", "received_bytes_a_round")
+
+
 def _result(row: Row, best: Mapping[str, Row]) -> dict[str, Any]:
     to_diloco, to_paced = (row.ratio(best.get(name)) for name in ("diloco", "diloco-paced"))
     losses = [one.held_out_loss for one in row.outcomes.values()]
@@ -328,6 +337,7 @@ def _result(row: Row, best: Mapping[str, Row]) -> dict[str, Any]:
         "stall_share": _figure(row.mean("stall_share")),
         "fresh_share": _figure(row.mean("fresh_share")),
         "tokens_lost": round(row.mean("tokens_lost")),
+        **{name: _figure(row.mean(name)) for name in _OF_SYSTEMS if first.rounds is not None},
         "losses": {str(seed): _figure(one.held_out_loss) for seed, one in row.outcomes.items()},
         "curve": [[tokens, _figure(time_s), _figure(loss)] for tokens, time_s, loss in first.curve],
     }

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator
@@ -42,7 +42,7 @@ _EXAMPLE = "examples/scenarios/heterogeneous.toml"
 GridPoint = tuple[tuple[str, Any], ...]
 """(key of the run file or of a section below `_OWN`, value), sorted."""
 
-_OWN = ("peers", "links", "hostile", "churn")
+_OWN = ("scenario", "peers", "links", "hostile", "churn")
 """Sections of a scenario that its grid, a sweep and `[set]` can change as they change a run file's."""
 
 ATTACKS = {
@@ -65,6 +65,10 @@ class ScenarioSection(Section):
     """`[scenario]`"""
 
     name: str = Field(min_length=1, max_length=64, description="What people call it.")
+    work: Literal["learning", "systems"] = Field(
+        "learning", description="Real models that learn, or whole swarms without tensors: sizes, times and states."
+    )
+    rounds: int = Field(100, ge=1, le=1_000_000, description="Of systems work: how many a volunteer takes.")
     run: str = Field(min_length=1, description="The run file, relative to the scenario's folder.")
     methods: tuple[str, ...] = Field(strict=False, min_length=1, description="Which are compared.")
     seeds: tuple[int, ...] = Field((0,), strict=False, min_length=1, description="Of the runs, each method with each.")
@@ -84,10 +88,13 @@ class ScenarioSection(Section):
 class PeersSection(Section):
     """`[peers]`"""
 
-    number: int = Field(4, ge=1, le=1024, description="How many volunteers.")
+    number: int = Field(4, ge=1, le=100_000, description="How many volunteers; of learning, at most 1024.")
     step_ms: float = Field(10.0, gt=0, le=3_600_000, description="An inner step of one that is not slowed.")
     slowdowns: tuple[float, ...] = Field(
         (), strict=False, description="Times that, for each; fewer of them are gone through again; none: all alike."
+    )
+    spread: float = Field(
+        0.0, ge=0, le=3, description="Of systems work: speeds are lognormal around these; the logarithm's deviation."
     )
     round_steps: int = Field(
         0,
@@ -116,6 +123,9 @@ class ScenarioLinks(LinksSection):
     """`[links]`, as in a rehearsal."""
 
     failing_percent: float = Field(0.0, ge=0, le=100, description="Transfers that break off.")
+    spread: float = Field(
+        0.0, ge=0, le=3, description="Of systems work: rates are lognormal around these; the logarithm's deviation."
+    )
 
 
 class Hang(Section):
@@ -139,6 +149,11 @@ class ChurnSection(Section):
 
     stays_s: float = Field(0.0, ge=0, description="How long a volunteer stays; 0: nobody goes.")
     away_s: float = Field(60.0, gt=0, description="How long it is away then.")
+    crash_share: float = Field(
+        0.5, ge=0, le=1, description="Of systems work: of those who go, who crash; the others say goodbye."
+    )
+    hangs_after_s: float = Field(0.0, ge=0, description="Of systems work: when it stands still next; 0: nobody does.")
+    hangs_for_s: float = Field(60.0, gt=0, description="Of systems work: how long then.")
 
     def away(self, num_peers: int, seed: int, until_s: float) -> list[Away]:
         """Who is away when."""
@@ -199,6 +214,17 @@ class _AwayRow(Section):
 
 
 _Row = TypeVar("_Row", _HangRow, _AwayRow)
+_MOST_LEARNERS = 1024
+_SYSTEMS_ONLY = ("peers.spread", "links.spread", "churn.hangs_after_s")
+_LEARNING_ONLY = (
+    "hostile.percent",
+    "peers.own_text",
+    "peers.round_steps",
+    "links.failing_percent",
+    "links.jitter_ms",
+    "scenario.curve_points",
+    "scenario.tuning_seeds",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,14 +252,15 @@ class Scenario:
     ) -> Scenario:
         """With what a person asks for instead. A `grid` goes in place of the file's, and all of it is compared; what
         `changes` say is not in the grid any more. `UserError` for what a run file cannot say."""
-        told: dict[str, Any] = {"seeds": seeds or self.scenario.seeds, "methods": methods or self.scenario.methods}
+        own, changes = _apart(changes or {})
+        here = self.at(tuple(own.items()))
+        told: dict[str, Any] = {"seeds": seeds or here.scenario.seeds, "methods": methods or here.scenario.methods}
         if grid:
             told["tuning_seeds"] = ()
-        own, changes = _apart(changes or {})
         left = {key: tuple(values) for key, values in (grid or self.grid).items() if key not in {**own, **changes}}
         new = replace(
-            self.at(tuple(own.items())),
-            scenario=self.scenario.model_copy(update=told),
+            here,
+            scenario=here.scenario.model_copy(update=told),
             table=_changed(self.table, changes.items()),
             grid={key: tuple(_hashable(value) for value in values) for key, values in left.items()},
         )
@@ -254,7 +281,7 @@ class Scenario:
         own, _ = _apart(dict(point))
         if not own:
             return self
-        tables = {name: getattr(self, name).model_dump() for name in ("scenario", *_OWN)}
+        tables = {name: getattr(self, name).model_dump() for name in _OWN}
         sections = _sections_of(_changed(tables, own.items()), f"scenario {self.scenario.name}")
         return _checked(
             replace(self, **{name: getattr(sections, name) for name in _OWN}), f"scenario {self.scenario.name}"
@@ -316,7 +343,15 @@ def _rows(rows: Any, name: str, model: type[_Row], origin: str) -> list[_Row]:
 
 def _checked(scenario: Scenario, origin: str) -> Scenario:
     """What sections say of each other. `UserError` if they do not agree."""
-    number = scenario.peers.number
+    number, work = scenario.peers.number, scenario.scenario.work
+    for key in _SYSTEMS_ONLY if work == "learning" else _LEARNING_ONLY:
+        section, _, name = key.partition(".")
+        if getattr(getattr(scenario, section), name):
+            raise UserError(f"{origin}: {key}: there is no such thing in {work} work (scenario.work)")
+    if work == "learning" and number > _MOST_LEARNERS:
+        raise UserError(f'{origin}: peers.number: at most {_MOST_LEARNERS} learn; set scenario.work = "systems"')
+    if work == "systems" and (scenario.hangs or scenario.away):
+        raise UserError(f"{origin}: [[hangs]] and [[away]]: of systems work say how often, in [churn]")
     for name, rows in ("hangs", scenario.hangs), ("away", scenario.away):
         if missing := [each for each in rows if each.peer >= number]:
             raise UserError(f"{origin}: {name}.peer: {missing[0].peer} of {number} volunteers, from 0")

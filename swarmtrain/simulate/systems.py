@@ -1,4 +1,4 @@
-"""Whole swarms without tensors: sizes, times and states of up to ten thousand volunteers, by the product's own decisions.
+"""Whole swarms without tensors: sizes, times and states of ten thousand volunteers, by the product's own decisions.
 
 Every volunteer gossips as `simulate.gossip` says; the model is one number, which all start with a different value of:
 how far apart they still are at the end says how well the swarm mixes. What happened is added up as it happens, so that
@@ -11,20 +11,30 @@ import gc
 import math
 import random
 import statistics
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from swarmtrain.algorithm.quantize import encoded_size_bytes
+from swarmtrain.membership.pulls import SectionBytes
+from swarmtrain.model.gpt import build_model
+from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.run import RunFile
 from swarmtrain.simulate.gossip import GossipPeer, GossipSettings, GossipSwarm, RoundRecord
+from swarmtrain.simulate.learning.setting import Outcome
 from swarmtrain.simulate.messages import Link
+from swarmtrain.simulate.scenario import Scenario
 
-__all__ = ["Machines", "Stays", "SystemsOutcome", "SystemsSwarm", "play"]
+__all__ = ["Machines", "Stays", "SystemsSwarm", "play", "play_scenario", "settings_of"]
+
+_UNLIMITED_BYTES_PER_S = 1e12
+_DEVIATION_AT_FIRST = 1.0 / math.sqrt(3.0)
+"""Of numbers that are uniform from -1 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """What volunteers have. Speeds and rates are lognormal around these, by `spread` (the deviation of the logarithm)."""
+    """What volunteers have. Speeds and rates are lognormal around these: spreads are deviations of the logarithm."""
 
     number: int
     step_s: float = 1.0
@@ -65,32 +75,6 @@ class Stays:
     hangs_for_s: float = 60.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class SystemsOutcome:
-    """What a swarm was like."""
-
-    virtual_time_s: float
-    rounds: int
-    tokens: int
-    throughput_share: float
-    """Of the inner steps that those there could have taken."""
-    stall_share: float
-    """Of their time: waiting for a state to begin with."""
-    fresh_share: float
-    """Of the rounds but each volunteer's first: those that merged somebody's new gradient."""
-    gradients_per_round: float
-    staleness_rounds: float
-    """The oldest merged gradient's, in the mean over rounds."""
-    bytes_per_round: float
-    """Received by a volunteer."""
-    spread: float
-    """The deviation of the weights of all, of what it was at first."""
-    tokens_lost: int
-    """Of rounds that somebody crashed in, not published."""
-    joins: int
-    events: int
-
-
 class SystemsSwarm(GossipSwarm):
     """Adds up instead of keeping."""
 
@@ -99,7 +83,7 @@ class SystemsSwarm(GossipSwarm):
         self.machines, self.stays = machines, stays
         self.chance = random.Random(f"systems {seed}")
         self.tokens = self.num_rounds = self.num_later = self.num_fresh = self.num_gradients = 0
-        self.staleness: Counter[int] = Counter()
+        self.staleness_rounds = 0
         self.bytes_down = self.tokens_lost = self.num_joins = 0
         self.there_s = self.waited_s = self.able_steps = 0.0
         self._since_s: dict[str, float] = {}
@@ -114,7 +98,7 @@ class SystemsSwarm(GossipSwarm):
         if record.round > 0:
             self.num_later += 1
             self.num_fresh += record.partners > 0
-            self.staleness[record.staleness_rounds] += 1
+            self.staleness_rounds += record.staleness_rounds
 
     # ------------------------------------------------------------------ who is there
 
@@ -176,26 +160,25 @@ class SystemsSwarm(GossipSwarm):
 
     # ------------------------------------------------------------------ what it was like
 
-    def outcome(self, spread_at_first: float) -> SystemsOutcome:
+    def outcome(self) -> Outcome:
         """So far."""
         for name in list(self._since_s):
             self._count_time(self.peers[name])
         able_tokens = self.able_steps * self.settings.tokens_per_step
-        later, num_stale = max(1, self.num_later), max(1, self.staleness.total())
-        return SystemsOutcome(
+        return Outcome(
+            held_out_loss=math.nan,
             virtual_time_s=self.clock.now,
-            rounds=self.num_rounds,
             tokens=self.tokens,
-            throughput_share=self.tokens / able_tokens if able_tokens else 0.0,
+            inner_steps=self.tokens // self.settings.tokens_per_step,
+            sent_bytes=self.bytes_down,
             stall_share=self.waited_s / self.there_s if self.there_s else 0.0,
-            fresh_share=self.num_fresh / later,
-            gradients_per_round=self.num_gradients / max(1, self.num_rounds),
-            staleness_rounds=sum(rounds * number for rounds, number in self.staleness.items()) / num_stale,
-            bytes_per_round=self.bytes_down / max(1, self.num_rounds),
-            spread=self.deviation() / spread_at_first if spread_at_first else math.nan,
             tokens_lost=self.tokens_lost,
-            joins=self.num_joins,
-            events=self.clock.num_events,
+            fresh_share=self.num_fresh / max(1, self.num_later),
+            throughput_share=self.tokens / able_tokens if able_tokens else 0.0,
+            staleness_rounds=self.staleness_rounds / max(1, self.num_later),
+            spread=self.deviation() / _DEVIATION_AT_FIRST,
+            received_bytes_a_round=self.bytes_down / max(1, self.num_rounds),
+            rounds=self.num_rounds,
         )
 
     def deviation(self) -> float:
@@ -216,13 +199,61 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def play(settings: GossipSettings, machines: Machines, stays: Stays, rounds: int, seed: int = 0) -> SystemsOutcome:
+def play(settings: GossipSettings, machines: Machines, stays: Stays, rounds: int, seed: int = 0) -> Outcome:
     """A swarm until those of ordinary speed have ended `rounds` rounds."""
     swarm = SystemsSwarm(settings, machines, stays, seed)
     with _no_collector():
         swarm.populate()
-        a_round_s = settings.inner_steps * machines.step_s
-        swarm.run_until(a_round_s)
-        at_first = 1.0 / math.sqrt(3.0)  # of numbers that are uniform from -1 to 1
-        swarm.run_until((rounds + 0.5) * a_round_s)
-        return swarm.outcome(at_first)
+        swarm.run_until((rounds + 0.5) * settings.inner_steps * machines.step_s)
+        return swarm.outcome()
+
+
+def play_scenario(scenario: Scenario, run: RunFile) -> Outcome:
+    """The scenario's swarm, with the run file's model, merging and presences."""
+    links, peers, churn = scenario.links, scenario.peers, scenario.churn
+    up, down = (rate * BYTES_PER_S_OF_MBIT or _UNLIMITED_BYTES_PER_S for rate in (links.up_mbit, links.down_mbit))
+    link = Link(
+        latency_s=links.rtt_ms / 4000,  # each end has half of one way
+        bytes_per_s=up,
+        down_bytes_per_s=down,
+        drop=links.loss_percent / 100,
+    )
+    machines = Machines(
+        number=peers.number,
+        step_s=peers.step_ms / 1000,
+        slowdowns=peers.slowdowns,
+        spread=peers.spread,
+        link=link,
+        link_spread=links.spread,
+    )
+    stays = Stays(
+        stays_s=churn.stays_s,
+        away_s=churn.away_s,
+        crash_share=churn.crash_share,
+        hangs_after_s=churn.hangs_after_s,
+        hangs_for_s=churn.hangs_for_s,
+    )
+    return play(settings_of(run), machines, stays, scenario.scenario.rounds, run.run.seed)
+
+
+def settings_of(run: RunFile) -> GossipSettings:
+    """What a run file says of gossip, without keeping anybody's past."""
+    merge, network = run.merge, run.network
+    numbers = [parameter.numel() for parameter in build_model(run.model, seed=0).parameters()]
+    weights, gradient = (encoded_size_bytes(form, numbers) for form in (merge.theta_format, merge.gradient_format))
+    return GossipSettings(
+        inner_steps=merge.inner_steps,
+        tokens_per_step=run.tokens_per_step,
+        num_parts=merge.publications_per_round,
+        partners=merge.num_partners,
+        variant=merge.partners,
+        pacing=merge.pacing,
+        max_staleness_rounds=merge.max_staleness_rounds,
+        max_readers=network.max_readers,
+        sizes=SectionBytes(weights=weights, gradient=gradient),
+        outer_learning_rate=merge.outer_learning_rate,
+        outer_momentum=merge.outer_momentum,
+        presence_ttl_s=network.presence_ttl_s,
+        stall_limit_s=network.stall_limit_s,
+        keeps_past=False,
+    )

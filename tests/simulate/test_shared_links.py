@@ -50,7 +50,9 @@ def test_what_one_cannot_use_the_others_have() -> None:
     rates = max_min_rates([to_slow := transfer(a, slow), to_b := transfer(a, b)])
     assert rates == {to_slow: 1.0, to_b: 9.0}
     clock = Clock()
-    assert timed(SharedLinks(clock, exact=False), clock, (a, slow, 10.0, 0.0), (a, b, 45.0, 0.0))[1] == pytest.approx(9.0)
+    assert timed(SharedLinks(clock, exact=False), clock, (a, slow, 10.0, 0.0), (a, b, 45.0, 0.0))[1] == pytest.approx(
+        9.0
+    )
 
 
 def test_the_connections_of_one_that_is_gone_break() -> None:

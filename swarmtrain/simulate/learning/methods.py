@@ -26,6 +26,8 @@ class Method:
     """Whether some volunteers can be hostile,"""
     churn: bool = False
     """and whether they can come and go."""
+    systems: bool = False
+    """Whether there is such a swarm without tensors too."""
 
 
 METHODS: dict[str, Method] = {
@@ -63,6 +65,7 @@ METHODS: dict[str, Method] = {
         keys={"merge.method": "gossip", "merge.pacing": True},
         hostile=True,
         churn=True,
+        systems=True,
     ),
     "gossip-plain": Method(
         says="the same without the variance correction",

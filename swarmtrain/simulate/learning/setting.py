@@ -256,6 +256,16 @@ class Outcome:
     """Trained by those who were passed over, crashed or left, and not merged."""
     fresh_share: float | None = None
     """Of the rounds of gossip: those that merged somebody's pseudo-gradient."""
+    throughput_share: float | None = None
+    """Of systems work: of the inner steps that those who were there could have taken,"""
+    staleness_rounds: float | None = None
+    """how old the oldest merged gradient of a round was, in the mean,"""
+    spread: float | None = None
+    """how far apart the weights still are, of what they were at first,"""
+    received_bytes_a_round: float | None = None
+    """what a volunteer received in a round,"""
+    rounds: int | None = None
+    """and how many rounds all had together."""
     named_hostile: int | None = None
     """How often a rule named a hostile volunteer,"""
     named_honest: int | None = None

@@ -1,0 +1,116 @@
+"""Whole swarms without tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarmtrain.errors import UserError
+from swarmtrain.membership.pulls import SectionBytes
+from swarmtrain.simulate.comparing import compare, document
+from swarmtrain.simulate.gossip import GossipSettings
+from swarmtrain.simulate.learning.setting import Outcome
+from swarmtrain.simulate.messages import Link
+from swarmtrain.simulate.scenario import load_scenario
+from swarmtrain.simulate.systems import Machines, Stays, play
+
+SETTINGS = GossipSettings(
+    inner_steps=16, keeps_past=False, sizes=SectionBytes(weights=2_000_000, gradient=1_000_000), presence_ttl_s=12.0
+)
+HOME = Link(latency_s=0.02, bytes_per_s=2.5e6, down_bytes_per_s=12.5e6)
+COMING_AND_GOING = Stays(stays_s=120.0, away_s=20.0, hangs_after_s=200.0, hangs_for_s=10.0)
+
+
+def unequal(number: int, **more: Any) -> Machines:
+    return Machines(number=number, slowdowns=(1.0, 2.0, 4.0), link=HOME, link_spread=0.3, **more)
+
+
+def test_the_same_seed_is_the_same_swarm_and_another_is_another() -> None:
+    played = [play(SETTINGS, unequal(30, spread=0.2), COMING_AND_GOING, 8, seed) for seed in (0, 0, 1)]
+    assert replace(played[0], held_out_loss=0.0) == replace(played[1], held_out_loss=0.0)
+    assert played[0].tokens != played[2].tokens
+
+
+def test_a_swarm_mixes_and_nobody_waits() -> None:
+    found = play(SETTINGS, unequal(60), Stays(), 12)
+    assert found.spread is not None and found.spread < 0.01
+    assert found.fresh_share is not None and found.fresh_share > 0.97
+    assert found.stall_share == 0 and found.tokens_lost == 0
+    assert found.throughput_share == pytest.approx(1.0, abs=0.05), "less than a round of each is not counted"
+
+
+def test_who_crashes_takes_unpublished_work_along_and_the_others_go_on() -> None:
+    found = play(SETTINGS, unequal(60), COMING_AND_GOING, 20)
+    assert found.tokens_lost > 0
+    assert found.fresh_share is not None and found.fresh_share > 0.95
+    assert found.throughput_share is not None and 0.75 < found.throughput_share < 0.98
+    assert 0 < found.stall_share < 0.02, "a newcomer waits for a state"
+
+
+def test_traffic_of_a_volunteer_does_not_grow_with_the_swarm() -> None:
+    small, large = (play(SETTINGS, unequal(number), Stays(), 8) for number in (12, 120))
+    assert small.received_bytes_a_round is not None and large.received_bytes_a_round is not None
+    assert large.received_bytes_a_round == pytest.approx(small.received_bytes_a_round, rel=0.05)
+
+
+def test_the_cheap_rule_for_links_agrees_with_max_min_fair_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hundred who pull all the time: three times 5 MB each 16 s, through 2.5 MB/s."""
+    busy = replace(SETTINGS, sizes=SectionBytes(weights=2_000_000, gradient=3_000_000))
+
+    def figures(found: Outcome) -> list[float | None]:
+        return [found.received_bytes_a_round, found.fresh_share, found.throughput_share, float(found.tokens)]
+
+    exact = play(busy, unequal(100), Stays(), 8)
+    monkeypatch.setattr("swarmtrain.simulate.network.EXACT_UP_TO", 0)
+    cheap = play(busy, unequal(100), Stays(), 8)
+    assert figures(cheap) == pytest.approx(figures(exact), rel=0.05)
+
+
+def scenario_file(folder: Path, text: str = "") -> Path:
+    run = Path(__file__).parents[2] / "examples" / "stdlib-gpt.toml"
+    (folder / "run.toml").write_text(run.read_text(encoding="utf-8"), encoding="utf-8")
+    path = folder / "scenario.toml"
+    head = '[scenario]\nname = "many"\nwork = "systems"\nrun = "run.toml"\nmethods = ["gossip"]\nrounds = 4\n'
+    path.write_text(head + text, encoding="utf-8")
+    return path
+
+
+def test_a_scenario_says_it_and_the_document_has_the_figures(tmp_path: Path) -> None:
+    text = (
+        '[set]\n"merge.inner_steps" = 8\n[grid]\n"merge.num_partners" = [1, 3]\n[peers]\nnumber = 20\nstep_ms = 500\n'
+    )
+    found = compare(load_scenario(scenario_file(tmp_path, text)), jobs=1, kept=None)
+    one, three = document(found)["results"]
+    assert one["constants"] == {"merge.num_partners": 1} and one["held_out_loss"] is None
+    assert three["received_bytes_a_round"] > 2 * one["received_bytes_a_round"]
+    assert three["rounds"] == pytest.approx(80, abs=10)
+    assert three["spread"] < one["spread"] < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[hostile]\npercent = 20\n", "hostile.percent: there is no such thing in systems work"),
+        ("curve_points = 3\n", "scenario.curve_points: there is no such thing in systems work"),
+        ("[[hangs]]\npeer = 0\nat_s = 1\nfor_s = 1\n", "say how often, in"),
+    ],
+)
+def test_what_systems_work_cannot_do_is_said(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        load_scenario(scenario_file(tmp_path, text))
+
+
+def test_what_only_systems_work_can_do_is_said(tmp_path: Path) -> None:
+    path = scenario_file(tmp_path, "[peers]\nnumber = 2000\n")
+    load_scenario(path)
+    with pytest.raises(UserError, match="at most 1024 learn"):
+        load_scenario(path).with_changes(changes={"scenario.work": "learning"})
+    with pytest.raises(UserError, match=r"churn.hangs_after_s: there is no such thing in learning work"):
+        load_scenario(scenario_file(tmp_path, "[churn]\nhangs_after_s = 5\n")).with_changes(
+            changes={"scenario.work": "learning"}
+        )
+    with pytest.raises(UserError, match="method diloco: it has no tensors to do without"):
+        compare(load_scenario(path).with_changes(methods=("diloco",)), jobs=1, kept=None)
