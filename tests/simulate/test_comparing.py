@@ -160,6 +160,19 @@ def test_the_command_writes_the_same_document_on_one_core_and_on_two(tmp_path: P
 
 
 @pytest.mark.parametrize(
+    "sections",
+    [
+        {"hostile": {"percent": 34, "attack": "noise x3"}, "grid": {"merge.robust": ["clip", "flag"]}},
+        {"churn": {"stays_s": 0.2, "away_s": 0.1}, "scenario": {"methods": ["gossip", "server"]}},
+    ],
+)
+def test_what_befalls_them_is_the_same_on_one_core_and_on_two(tmp_path: Path, sections: dict[str, Any]) -> None:
+    scenario = tiny(tmp_path, **sections)
+    first, second = (document(compare(scenario, jobs=jobs, kept=None)) for jobs in (1, 2))
+    assert first == second and len(first["results"]) == 2
+
+
+@pytest.mark.parametrize(
     ("given", "problem"),
     [
         (["--sweep", "momentum=0.5"], "write SECTION.KEY=VALUE"),

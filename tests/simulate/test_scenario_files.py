@@ -20,6 +20,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "scenarios").glob("*
 def test_each_example_is_a_scenario(path: Path) -> None:
     scenario = load_scenario(path)
     assert scenario.scenario.name == path.stem and set(scenario.scenario.methods) <= METHODS.keys()
+    assert plays_of(scenario, {}), "each point of its grid is a run file, and each method can be told it"
 
 
 def test_what_a_scenario_changes_is_changed(tmp_path: Path) -> None:

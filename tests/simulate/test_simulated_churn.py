@@ -130,13 +130,13 @@ def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path) -> Non
     one = churned(tmp_path, "gossip", hangs=[hang], set={"network.presence_ttl_s": 3.0, "run.total_tokens": 70_000})
     world, asked = World(one), list[float]()
     for peer in (world.peers[0], world.peers[2]):
-        failed = peer.partners.back_off.failed
+        back_off: Any = peer.partners.back_off
 
-        def noted(name: str, now: float, reason: str, failed: Any = failed) -> str:
+        def noted(name: str, now: float, reason: str, failed: Any = back_off.failed) -> Any:
             asked.append(now)
             return failed(name, now, reason)
 
-        peer.partners.back_off.failed = noted  # type: ignore[method-assign]
+        back_off.failed = noted
     world.run()
     assert 1 <= len(asked) <= 2 and max(asked) < 0.5, "once each"
     assert world.clock.now > 3.2 and world.live == [world.peers[0], world.peers[2]]
