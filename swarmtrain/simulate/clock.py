@@ -7,6 +7,7 @@ waits; time jumps from event to event.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,8 @@ class Clock:
         self.now = 0.0
         self.num_events = 0
         """Events run so far."""
+        self.most_events: float = math.inf
+        """More of them are a mistake: time stands still, or somebody asks without an end."""
         self._queue: list[tuple[float, int, Timer]] = []
         self._seq = 0
 
@@ -73,6 +76,8 @@ class Clock:
             timer.cancel()
             self.now = when_s
             self.num_events += 1
+            if self.num_events > self.most_events:
+                raise RuntimeError(f"more than {self.most_events:g} events by {self.now:.1f} s")
             call(*args)
             return True
         return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from swarmtrain.simulate.clock import Clock
@@ -81,7 +81,7 @@ class Network(Generic[P]):
         self.peers: dict[str, P] = {}
         self._link = link
         self._stall_limit_s = stall_limit_s
-        self._drop = 0.0
+        self._drop = self._twice = 0.0
         self._random = random.Random(seed)
         self._side: dict[str, int] = {}
         self._cut: set[str] = set()
@@ -139,6 +139,14 @@ class Network(Generic[P]):
         """From now on each message and transfer is lost with probability `drop`."""
         self._drop = drop
 
+    def repeat_messages(self, share: float) -> None:
+        """From now on this share of the messages and publications arrives twice, the second time up to 2 s later."""
+        self._twice = share
+
+    def delay(self, name: str, latency_s: float) -> None:
+        """From now on its link takes so long, one way."""
+        self.peers[name].link = replace(self.peers[name].link, latency_s=latency_s)
+
     # ------------------------------------------------------------------ links
 
     def side(self, peer: End) -> int:
@@ -162,10 +170,21 @@ class Network(Generic[P]):
         """One way, in seconds."""
         return a.link.latency_s + b.link.latency_s
 
+    def send(self, src: End, dst: End, call: Callable[..., object], *args: Any) -> None:
+        """One message: `call(*args)` when it arrives, which may be never, or twice."""
+        if self.passes(src, dst):
+            self.clock.call_later(self.latency_s(src, dst), call, *args)
+            if self.comes_twice():
+                self.clock.call_later(self.latency_s(src, dst) + 2 * self._random.random(), call, *args)
+
+    def comes_twice(self) -> bool:
+        """Whether what arrives now does so once more."""
+        return self._twice > 0 and self._random.random() < self._twice
+
     def tell(self, src: End, dst: Machine, call: Callable[..., object], *args: Any) -> None:
         """A message without an answer."""
-        if dst.alive and self.passes(src, dst):
-            self.clock.call_later(self.latency_s(src, dst), dst.deliver, call, *args)
+        if dst.alive:
+            self.send(src, dst, dst.deliver, call, *args)
 
     def pull(self, dst: End, src_name: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
         """Transfer `what` from a peer; `done(payload)`, None if it did not come, `Refused` if it was refused."""

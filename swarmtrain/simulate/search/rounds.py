@@ -1,0 +1,294 @@
+"""Schedules of faults in a synchronous swarm, and what must hold whatever they are.
+
+Judged: nobody waits without bound; once the faults are over there is one model again, in which everyone counts; nothing is
+in anybody's past twice; the tokens behind a peer's weights and its tally only grow, and count no more than was trained;
+without a parted network, what a peer told as merged stays merged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.rosters import Publication, Roster, Told
+from swarmtrain.simulate.messages import Link, Phase, RoundReply, RoundRequest, Settings, hash_of
+from swarmtrain.simulate.search.schedule import Fault, Schedule, Span, Violation, draw_faults
+from swarmtrain.simulate.volunteer import Volunteer
+from swarmtrain.simulate.world import Moment, World
+
+__all__ = ["counted_twice", "draw_rounds", "longest_open_wait_s", "not_one_model", "play_rounds"]
+
+BASE_WAIT_S = 6.0
+"""Without a fault: the slowest peer's round less the fastest one's, and the transfers."""
+FAULT_WAIT_S = 22.0
+"""One fault: a call's time limit and hold (7 s), a stalled transfer (10 s), a silence (5 s)."""
+
+_MOMENTS: tuple[Moment, ...] = get_args(Moment)
+_SPAN = Span(2.0, 22.0, 14.0)
+_LEAST_S = 12.0
+_KINDS = {
+    "kill": 3, "leave": 2, "restart": 4, "freeze": 5, "partition": 3, "cut": 2, "delay": 2, "loss": 2, "twice": 2,
+    "join": 2, "kill at": 4, "freeze at": 4, "idle": 1,
+    "lie: two rosters": 1, "lie: two publications": 1, "lie: far ahead": 1, "lie: done": 1, "lie: tokens": 1,
+    "lie: no bytes": 1,
+}  # fmt: skip
+
+
+def draw_rounds(rng: random.Random) -> Schedule:
+    """A synchronous swarm of up to seven, and its faults."""
+    speeds = tuple(rng.choice((8.0, 10.0, 16.0)) for _ in range(rng.choice((1, 2, 3, 3, 4, 4, 5, 6, 7))))
+    options = (("share_above", 2.0),) if rng.random() < 0.5 else ()
+    return Schedule(
+        world="rounds",
+        speeds=speeds,
+        faults=draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(40)),
+        options=options,
+        seed=rng.randrange(2**16),
+    )
+
+
+# ---------------------------------------------------------------- liars
+
+
+class Liar(Volunteer):
+    """It does its work as the others do, and says something else."""
+
+    lies: frozenset[str] = frozenset()
+
+    def provide(self, what: str) -> Any:
+        """Nothing, or the bytes of whatever it has told of."""
+        if "no bytes" in self.lies:
+            return None
+        if "two publications" in self.lies and what != "state":
+            return what
+        return super().provide(what)
+
+    @property
+    def inner_steps_done(self) -> int:
+        """Of the present round, as told."""
+        return self.settings.inner_steps if "done" in self.lies else super().inner_steps_done
+
+    def _presence(self) -> PeerInfo:
+        info = super()._presence()
+        return dataclasses.replace(info, round=info.round + 1000) if "far ahead" in self.lies else info
+
+    def _answer(self, request: RoundRequest, call: Any) -> None:
+        if self.lies:
+            call = _Changed(call, lambda reply: self._lie(reply, request.src))
+        super()._answer(request, call)
+
+    def _lie(self, reply: RoundReply, asker: str) -> RoundReply:
+        """What this asker is told."""
+        first = int(hash_of(asker)[0], 16) % 2 == 0
+        offer, roster, told = reply.publication, reply.roster, reply.told
+        if "tokens" in self.lies and offer is not None:
+            offer = dataclasses.replace(offer, tokens=1000 * offer.tokens)
+        if "two publications" in self.lies and offer is not None and first:
+            offer = dataclasses.replace(offer, snapshot=hash_of(offer.snapshot + asker))
+        if "two rosters" in self.lies and roster is not None and roster.signer == self.name and first:
+            roster = dataclasses.replace(roster, entries=roster.entries[:-1] or roster.entries)
+        if "far ahead" in self.lies and first:
+            last = Roster(round=self.round + 1000, signer=self.name, entries=(_INVENTED,), base_tokens=10**15)
+            told = Told(round=self.round + 1001, last=last)
+        return dataclasses.replace(reply, publication=offer, roster=roster, told=told)
+
+
+_INVENTED = Publication(peer="p0", snapshot=hash_of("invented"), tokens=1, inner_steps=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changed:
+    """A call whose answer is another one."""
+
+    call: Any
+    change: Callable[[RoundReply], RoundReply]
+
+    def answer(self, reply: RoundReply) -> None:
+        """As changed."""
+        self.call.answer(self.change(reply))
+
+
+class SearchedWorld(World):
+    """Notes what only grows, and who was told to have merged what."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        settings = Settings(share_above=int(schedule.option("share_above", 5)), presence_ttl_s=15.0)
+        super().__init__(settings, seed=schedule.seed)
+        self.clock.most_events = 400_000
+        self.liars = schedule.liars
+        self.tokens_behind: dict[str, int] = {}
+        self.broken: list[Violation] = []
+        self.told: dict[tuple[str, int], str] = {}
+        """(peer, round) -> the publication of its own that it has told as merged, by those that live on."""
+
+    def _make(self, name: str, steps_per_s: float, link: Link) -> Volunteer:
+        return (Liar if name in self.liars else Volunteer)(self, name, steps_per_s, link)
+
+    def record(self, kind: Any, peer: Volunteer, roster: Roster | None = None) -> None:
+        """Look at what is told."""
+        super().record(kind, peer, roster)
+        if kind == "joined":
+            self.tokens_behind.pop(peer.name, None)  # from a checkpoint
+            self.told = {key: snapshot for key, snapshot in self.told.items() if key[0] != peer.name}
+        if kind not in ("applied", "adopted") or roster is None or peer.name in self.liars:
+            return
+        before = self.tokens_behind.get(peer.name, 0)
+        if roster.base_tokens < before:
+            detail = f"{peer.name} went from weights with {before} tokens behind them to {roster.base_tokens}"
+            self.broken.append(Violation("totals only grow", detail))
+        self.tokens_behind[peer.name] = roster.base_tokens
+        if kind == "applied":
+            own = [entry for entry in roster.entries if entry.peer == peer.name]
+            self.told.update({(peer.name, roster.round): entry.snapshot for entry in own})
+
+
+# ---------------------------------------------------------------- play
+
+
+def play_rounds(schedule: Schedule) -> list[Violation]:
+    """Run it, and say what did not hold."""
+    world = SearchedWorld(schedule)
+    for name, steps_per_s in zip(schedule.names, schedule.speeds, strict=True):
+        world.join(name, steps_per_s=steps_per_s)
+    for index, fault in enumerate(schedule.faults):
+        _declare(world, fault, schedule.name(fault), index)
+    world.run_until(schedule.faults_end_s(_LEAST_S))
+    _end_faults(world)
+    found = list(_waits(world, schedule))
+    if world.running():
+        world.run_until(world.clock.now + world.settings.presence_ttl_s / 3 + 20)
+        found += [Violation("one model", detail) for detail in not_one_model(world)]
+        found += [Violation("exactly once", detail) for detail in counted_twice(world)]
+        if not schedule.has("partition", "cut", "loss"):
+            found += _lost(world)
+    return [*world.broken, *found]
+
+
+def _declare(world: SearchedWorld, fault: Fault, name: str, index: int) -> None:
+    kind, at_s, end_s = fault.kind, fault.at_s, fault.end_s
+
+    def both(begin: Callable[[], object], end: Callable[[], object]) -> None:
+        world.at(at_s, begin)
+        world.at(end_s, end)
+
+    def come_back() -> None:
+        if not world.peers[name].alive:
+            world.come_back(name, -1 - fault.detail % 4)
+
+    def lie(*lies: str) -> None:
+        if isinstance(peer := world.peers[name], Liar):
+            peer.lies = frozenset(lies)
+
+    if kind in ("kill", "leave"):
+        world.at(at_s, getattr(world, kind), name)
+    elif kind == "restart":
+        both(lambda: world.kill(name), come_back)
+    elif kind == "freeze":
+        both(lambda: world.freeze(name), lambda: world.thaw(name))
+    elif kind == "partition":
+        side = [one for i, one in enumerate(sorted(world.peers)) if fault.detail >> i & 1]
+        both(lambda: world.partition(side), world.heal)
+    elif kind == "cut":
+        both(lambda: world.cut_off(name), world.heal)
+    elif kind == "delay":
+        both(lambda: world.delay(name, 0.1 * (1 + fault.detail % 10)), lambda: world.delay(name, Link().latency_s))
+    elif kind == "loss":
+        both(lambda: world.lose_messages(0.2), lambda: world.lose_messages(0.0))
+    elif kind == "twice":
+        both(lambda: world.repeat_messages(0.5), lambda: world.repeat_messages(0.0))
+    elif kind == "join":
+        world.at(at_s, world.join, f"{'az'[fault.detail % 2]}{index}")
+    elif kind == "idle":
+        both(lambda: world.idle(name), lambda: world.sign_again(name))
+    elif kind.startswith("lie: "):
+        both(lambda: lie(kind.removeprefix("lie: ")), lie)
+    else:
+        strike = world.kill if kind == "kill at" else _frozen_for(world, fault.lasts_s)
+        world.fail_at(name, fault.detail // 5, _MOMENTS[fault.detail % 5], strike)
+
+
+def _frozen_for(world: World, lasts_s: float) -> Callable[[str], None]:
+    def freeze(name: str) -> None:
+        world.freeze(name)
+        world.at(world.clock.now + lasts_s, world.thaw, name)
+
+    return freeze
+
+
+def _end_faults(world: SearchedWorld) -> None:
+    """All that is broken works again; who lied is gone."""
+    world.heal()
+    world.lose_messages(0.0)
+    world.repeat_messages(0.0)
+    for name in sorted(world.peers):
+        world.delay(name, Link().latency_s)
+        world.thaw(name)
+        if name in world.liars:
+            world.kill(name)
+    world._faults.clear()
+
+
+# ---------------------------------------------------------------- what must hold
+
+
+def _waits(world: World, schedule: Schedule) -> Iterable[Violation]:
+    bound_s = BASE_WAIT_S + FAULT_WAIT_S * len(schedule.faults)
+    waited_s = [(wait_s, name) for name, _, wait_s in world.waits_s if name not in schedule.liars]
+    waited_s.append((longest_open_wait_s(world), "one that waits still"))
+    longest_s, name = max(waited_s)
+    if longest_s > bound_s:
+        yield Violation("nobody waits", f"{name} waited for {longest_s:.1f} s; {bound_s:.1f} s are explained")
+
+
+def longest_open_wait_s(world: World) -> float:
+    """Of those that wait now, in seconds."""
+    return max((world.clock.now - p.ended_s for p in world.running() if p.phase is Phase.MERGING), default=0.0)
+
+
+def not_one_model(world: World, settle_rounds: int = 2, limit_s: float = 120.0) -> list[str]:
+    """The faults are over: within `settle_rounds` rounds more, all live peers have equal weights, and stay so. What of
+    that does not hold."""
+    peers = world.running()
+    end_s = world.clock.now + limit_s
+    rounds = max(peer.round for peer in peers) + settle_rounds
+    if not (world.run_rounds(rounds, end_s) and world.run_rounds(rounds + 2, end_s + limit_s)):
+        return [f"round {rounds + 2} is not reached: {[(p.name, p.round, p.phase.value, p.guest) for p in peers]}"]
+    for round in (rounds + 1, rounds + 2):
+        digests = world.digests(round)
+        if len(digests) != len(peers) or len(set(digests.values())) != 1:
+            return [f"round {round} begins with {({name: digest[:4] for name, digest in digests.items()})}"]
+    last = max(peers, key=lambda peer: peer.round).history[rounds + 1]
+    if missing := {peer.name for peer in peers}.symmetric_difference(last.peers):
+        return [f"two rounds later not everyone counts again: {sorted(missing)}"]
+    return []
+
+
+def counted_twice(world: World) -> list[str]:
+    """No publication, and no peer's round, is twice in anybody's past; base and token chains are unbroken. What of that
+    does not hold."""
+    found = []
+    for peer in world.running():
+        entries = [(entry.snapshot, entry.peer, r.round) for r in peer.history for entry in r.entries]
+        counts: Mapping[Any, int] = Counter(one for snapshot, *whose in entries for one in (snapshot, tuple(whose)))
+        found += [f"{what} is in {peer.name}'s past {n} times" for what, n in counts.items() if n > 1]
+        base, tokens = "", 0
+        for roster in peer.history:
+            if (roster.base, roster.base_tokens) != (base, tokens) or any(e.base != base for e in roster.entries):
+                found.append(f"{peer.name} applied a roster of round {roster.round} to other weights than its own")
+            base, tokens = roster.digest, roster.total_tokens
+    return found
+
+
+def _lost(world: SearchedWorld) -> list[Violation]:
+    """What was told as merged, and is not in the model in the end. Where nobody could be heard it may be so."""
+    peers = world.running()
+    merged = {(e.peer, roster.round, e.snapshot) for roster in peers[0].history for e in roster.entries}
+    return [
+        Violation("no token is lost", f"{name} told its round {round} as merged, and it is not in the model")
+        for (name, round), snapshot in world.told.items()
+        if world.peers[name].alive and (name, round, snapshot) not in merged
+    ]
