@@ -33,6 +33,7 @@ __all__ = [
     "Partners",
     "Theta",
     "Whole",
+    "left_behind",
     "median_round",
     "rounds_behind",
 ]
@@ -250,6 +251,17 @@ def rounds_behind(round: int, others: Iterable[int]) -> int:
     """
     ordered = sorted(others)
     return ordered[(len(ordered) - 1) // 2] - round if ordered else 0
+
+
+def left_behind(round: int, others: Collection[int], max_staleness_rounds: int) -> int:
+    """How many rounds a peer that has ended `round` is behind, if what it publishes of that round is too old for the
+    others, so that it has to take their weights; else 0. What one other claims of its round moves nobody.
+
+    By the rule of `Ledger.news`: one that was counted a round later here could stay just behind what is merged, train on
+    at the others' pace, and be merged by nobody for ever.
+    """
+    behind = rounds_behind(round, others)
+    return behind if len(others) > 1 and behind > max_staleness_rounds else 0
 
 
 # ---------------------------------------------------------------- whom

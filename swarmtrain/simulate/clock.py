@@ -45,6 +45,8 @@ class Clock:
         """Events run so far."""
         self.most_events: float = math.inf
         """More of them are a mistake: time stands still, or somebody asks without an end."""
+        self.holds: Callable[[Callable[..., object], tuple[Any, ...]], bool] | None = None
+        """Asked of each event: True keeps it from running, since it belongs to a process that stands still."""
         self._queue: list[tuple[float, int, Timer]] = []
         self._seq = 0
 
@@ -78,7 +80,8 @@ class Clock:
             self.num_events += 1
             if self.num_events > self.most_events:
                 raise RuntimeError(f"more than {self.most_events:g} events by {self.now:.1f} s")
-            call(*args)
+            if self.holds is None or not self.holds(call, args):
+                call(*args)
             return True
         return False
 

@@ -7,20 +7,30 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
 from swarmtrain.simulate.search.rounds import draw_rounds, play_rounds
 from swarmtrain.simulate.search.schedule import Fault, Schedule, Violation, WorldKind
+from swarmtrain.simulate.search.stages import draw_stages, play_stages
 
 __all__ = ["as_test", "draw", "play", "shrink"]
 
-_DRAW: dict[WorldKind, Callable[[random.Random], Schedule]] = {"rounds": draw_rounds}
-_PLAY: dict[WorldKind, Callable[[Schedule], list[Violation]]] = {"rounds": play_rounds}
+_DRAW: dict[WorldKind, Callable[[random.Random], Schedule]] = {
+    "rounds": draw_rounds,
+    "gossip": draw_gossip,
+    "stages": draw_stages,
+}
+_PLAY: dict[WorldKind, Callable[[Schedule], list[Violation]]] = {
+    "rounds": play_rounds,
+    "gossip": play_gossip,
+    "stages": play_stages,
+}
 _WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def draw(seed: int) -> Schedule:
-    """The schedule of a seed: worlds take turns, so that consecutive seeds try all of them."""
+def draw(seed: int, world: WorldKind | None = None) -> Schedule:
+    """The schedule of a seed, in `world` or, so that consecutive seeds try all of them, in the one whose turn it is."""
     kinds = list(_DRAW)
-    return _DRAW[kinds[seed % len(kinds)]](random.Random(seed))
+    return _DRAW[world or kinds[seed % len(kinds)]](random.Random(seed))
 
 
 def play(schedule: Schedule) -> list[Violation]:

@@ -1,7 +1,7 @@
 """Schedules of faults in a synchronous swarm, and what must hold whatever they are.
 
-Judged: nobody waits without bound; once the faults are over there is one model again, in which everyone counts; nothing is
-in anybody's past twice; the tokens behind a peer's weights and its tally only grow, and count no more than was trained;
+Judged: nobody waits without bound; once the faults are over there is one model again, in which everyone counts;
+nothing is in anybody's past twice; the tokens behind a peer's weights and its tally only grow, and count no more than was trained;
 without a parted network, what a peer told as merged stays merged.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, get_args
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.rosters import Publication, Roster, Told
 from swarmtrain.simulate.messages import Link, Phase, RoundReply, RoundRequest, Settings, hash_of
+from swarmtrain.simulate.search.faults import declare, declare_span, end_faults
 from swarmtrain.simulate.search.schedule import Fault, Schedule, Span, Violation, draw_faults
 from swarmtrain.simulate.volunteer import Volunteer
 from swarmtrain.simulate.world import Moment, World
@@ -142,8 +143,7 @@ class SearchedWorld(World):
             self.broken.append(Violation("totals only grow", detail))
         self.tokens_behind[peer.name] = roster.base_tokens
         if kind == "applied":
-            own = [entry for entry in roster.entries if entry.peer == peer.name]
-            self.told.update({(peer.name, roster.round): entry.snapshot for entry in own})
+            self.told.update({(e.peer, roster.round): e.snapshot for e in roster.entries if e.peer == peer.name})
 
 
 # ---------------------------------------------------------------- play
@@ -157,7 +157,8 @@ def play_rounds(schedule: Schedule) -> list[Violation]:
     for index, fault in enumerate(schedule.faults):
         _declare(world, fault, schedule.name(fault), index)
     world.run_until(schedule.faults_end_s(_LEAST_S))
-    _end_faults(world)
+    end_faults(world, world.liars)
+    world._faults.clear()
     found = list(_waits(world, schedule))
     if world.running():
         world.run_until(world.clock.now + world.settings.presence_ttl_s / 3 + 20)
@@ -169,46 +170,21 @@ def play_rounds(schedule: Schedule) -> list[Violation]:
 
 
 def _declare(world: SearchedWorld, fault: Fault, name: str, index: int) -> None:
-    kind, at_s, end_s = fault.kind, fault.at_s, fault.end_s
-
-    def both(begin: Callable[[], object], end: Callable[[], object]) -> None:
-        world.at(at_s, begin)
-        world.at(end_s, end)
-
-    def come_back() -> None:
-        if not world.peers[name].alive:
-            world.come_back(name, -1 - fault.detail % 4)
-
     def lie(*lies: str) -> None:
         if isinstance(peer := world.peers[name], Liar):
             peer.lies = frozenset(lies)
 
-    if kind in ("kill", "leave"):
-        world.at(at_s, getattr(world, kind), name)
-    elif kind == "restart":
-        both(lambda: world.kill(name), come_back)
-    elif kind == "freeze":
-        both(lambda: world.freeze(name), lambda: world.thaw(name))
-    elif kind == "partition":
-        side = [one for i, one in enumerate(sorted(world.peers)) if fault.detail >> i & 1]
-        both(lambda: world.partition(side), world.heal)
-    elif kind == "cut":
-        both(lambda: world.cut_off(name), world.heal)
-    elif kind == "delay":
-        both(lambda: world.delay(name, 0.1 * (1 + fault.detail % 10)), lambda: world.delay(name, Link().latency_s))
-    elif kind == "loss":
-        both(lambda: world.lose_messages(0.2), lambda: world.lose_messages(0.0))
-    elif kind == "twice":
-        both(lambda: world.repeat_messages(0.5), lambda: world.repeat_messages(0.0))
-    elif kind == "join":
-        world.at(at_s, world.join, f"{'az'[fault.detail % 2]}{index}")
-    elif kind == "idle":
-        both(lambda: world.idle(name), lambda: world.sign_again(name))
-    elif kind.startswith("lie: "):
-        both(lambda: lie(kind.removeprefix("lie: ")), lie)
-    else:
-        strike = world.kill if kind == "kill at" else _frozen_for(world, fault.lasts_s)
+    if fault.kind == "join":
+        world.at(fault.at_s, world.join, f"{'az'[fault.detail % 2]}{index}")
+    elif fault.kind == "idle":
+        declare_span(world, fault, lambda: world.idle(name), lambda: world.sign_again(name))
+    elif fault.kind.startswith("lie: "):
+        declare_span(world, fault, lambda: lie(fault.kind.removeprefix("lie: ")), lie)
+    elif fault.kind in ("kill at", "freeze at"):
+        strike = world.kill if fault.kind == "kill at" else _frozen_for(world, fault.lasts_s)
         world.fail_at(name, fault.detail // 5, _MOMENTS[fault.detail % 5], strike)
+    else:
+        declare(world, fault, name, world.come_back)
 
 
 def _frozen_for(world: World, lasts_s: float) -> Callable[[str], None]:
@@ -217,19 +193,6 @@ def _frozen_for(world: World, lasts_s: float) -> Callable[[str], None]:
         world.at(world.clock.now + lasts_s, world.thaw, name)
 
     return freeze
-
-
-def _end_faults(world: SearchedWorld) -> None:
-    """All that is broken works again; who lied is gone."""
-    world.heal()
-    world.lose_messages(0.0)
-    world.repeat_messages(0.0)
-    for name in sorted(world.peers):
-        world.delay(name, Link().latency_s)
-        world.thaw(name)
-        if name in world.liars:
-            world.kill(name)
-    world._faults.clear()
 
 
 # ---------------------------------------------------------------- what must hold
