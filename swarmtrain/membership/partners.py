@@ -257,8 +257,8 @@ def left_behind(round: int, others: Collection[int], max_staleness_rounds: int) 
     """How many rounds a peer that has ended `round` is behind, if what it publishes of that round is too old for the
     others, so that it has to take their weights; else 0. What one other claims of its round moves nobody.
 
-    By the rule of `Ledger.news`: one that was counted a round later here could stay just behind what is merged, train on
-    at the others' pace, and be merged by nobody for ever.
+    By the rule of `Ledger.news`: one that was counted a round later here could stay just behind what is merged, train
+    on at the others' pace, and be merged by nobody for ever.
     """
     behind = rounds_behind(round, others)
     return behind if len(others) > 1 and behind > max_staleness_rounds else 0

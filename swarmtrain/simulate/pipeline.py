@@ -296,6 +296,11 @@ class PipelineWorld(Links):
         self._count()
 
     @property
+    def ideal_per_s(self) -> float:
+        """Tokens per second that the best assignment of who is on now could do, at most."""
+        return self._ideal_per_s
+
+    @property
     def tokens_per_s(self) -> float:
         """Of finished microbatches, since it was measured."""
         return self._sums.tokens / max(self.clock.now - self._sums.since_s, 1e-9)

@@ -15,7 +15,7 @@ from collections.abc import Coroutine, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from swarmtrain.algorithm.pacing import fewest_inner_steps
+from swarmtrain.algorithm.pacing import fewest_inner_steps, paced_inner_steps
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.tally import CountingRules
 from swarmtrain.network.tallying import Tallying
@@ -24,7 +24,7 @@ from swarmtrain.simulate.hosting import HostedPeer, HostedSwarm
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Refused
 from swarmtrain.simulate.search.faults import declare, declare_span, end_faults
-from swarmtrain.simulate.search.schedule import Fault, Schedule, Span, Violation, draw_faults
+from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["draw_gossip", "play_gossip"]
@@ -43,7 +43,7 @@ _KINDS = {
 
 def draw_gossip(rng: random.Random) -> Schedule:
     """A swarm of up to seven that gossips, and its faults."""
-    speeds = tuple(rng.choice((4.0, 6.0, 10.0, 16.0)) for _ in range(rng.choice((1, 2, 2, 3, 4, 5, 6, 7))))
+    speeds = tuple(rng.choice((0.8, 4.0, 6.0, 10.0, 16.0)) for _ in range(rng.choice((1, 2, 2, 3, 4, 5, 6, 7))))
     options = []
     if rng.random() < 0.3:
         options.append(("pacing", 0.0))
@@ -79,7 +79,7 @@ class CountingPeer(HostedPeer):
         self.searched = swarm
         super().__init__(swarm, name, speed, theta, link)
         round_tokens = self.settings.inner_steps * self.settings.tokens_per_step
-        self.own_tokens = 0
+        self.own_tokens, self.read_s = 0, -math.inf
         self.tallying = Tallying(
             me=name,
             rules=CountingRules(began_s=0.0, burst_tokens=2 * round_tokens, most_tokens=_EVER),
@@ -104,19 +104,37 @@ class CountingPeer(HostedPeer):
         self.tallying.learn({self.name: self.own_tokens})
         self.searched.reached[self.name] = max(self.searched.reached.get(self.name, 0), self.own_tokens)
         _at_once(self.tallying.read_all())
+        self.read_s = self.swarm.clock.now
         self.kept = [*self.kept[-2:], (self.own_tokens, self.tallying.kept())]
         self.searched.tell(self.name, self._to_tell())
         self._judge(before)
+
+    def _start_round(self) -> None:
+        super()._start_round()
+        s, honest = self.settings, self.searched.fastest_honest()
+        claims = [one.peer in self.searched.liars for one in self._sampled]
+        if s.pacing and len(claims) > 1 and self._now.steps < (least := self._paced(honest)):
+            detail = f"{self.name} takes {self._now.steps} steps a round, and by the fastest of the others {least}"
+            self.searched.broken.append(Violation("one liar paces nobody", detail))
+
+    def _paced(self, fastest: float) -> int:
+        return paced_inner_steps(self.steps_per_s, max(fastest, self.steps_per_s), self.settings.inner_steps)
 
     def _to_tell(self) -> int:
         return self.tallying.own_to_tell(self.own_tokens)
 
     def _judge(self, before: int) -> None:
         swarm, counts = self.searched, self.tallying.contributions()
+        if self.name in swarm.liars:
+            return
         if self.tallying.total < before:
             detail = f"{self.name} counted {before} tokens, and {self.tallying.total} a moment later"
             swarm.broken.append(Violation("totals only grow", detail))
+        explained = swarm.explained_tokens()
         for peer, tokens in counts.items():
+            if peer in swarm.liars and tokens > explained:
+                detail = f"{self.name} counts {tokens} of {peer}; {explained} are the most that a speed explains"
+                swarm.broken.append(Violation("claims are bounded", detail))
             if peer not in swarm.liars and tokens > swarm.reached.get(peer, 0):
                 detail = f"{self.name} counts {tokens} of {peer}, which has trained on {swarm.reached.get(peer, 0)}"
                 swarm.broken.append(Violation("no token counts twice", detail))
@@ -156,6 +174,8 @@ class Liar(CountingPeer):
         found = super().provide(what)
         if not self.lies or what == "state" or isinstance(found, Refused):
             return found
+        if found is None and not self._weights:
+            return None
         if found is None:  # asked for by the mark that it told
             found = (self._published or self._weights)[-1] if what.startswith("gradient") else self._weights[-1]
         assert isinstance(found, Publication)
@@ -201,6 +221,15 @@ class SearchedSwarm(HostedSwarm):
     def _make(self, name: str, steps_per_s: float, theta: float, link: Link) -> CountingPeer:
         return (Liar if name in self.liars else CountingPeer)(self, name, steps_per_s, theta, link)
 
+    def fastest_honest(self) -> float:
+        """Inner steps per second."""
+        return max((peer.steps_per_s for name, peer in self.peers.items() if name not in self.liars), default=0.0)
+
+    def explained_tokens(self) -> int:
+        """What is counted of one that lies, at most: 64 times what the fastest other can have done, and two rounds."""
+        tokens_per_s = self.settings.tokens_per_step * self.fastest_honest()
+        return int(64 * tokens_per_s * self.clock.now) + 2 * self.settings.inner_steps * self.settings.tokens_per_step
+
     async def read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
         """The records of progress, as the DHT gives them."""
         return {} if prefix else self.progress
@@ -222,7 +251,7 @@ class SearchedSwarm(HostedSwarm):
 # ---------------------------------------------------------------- play
 
 
-def play_gossip(schedule: Schedule) -> list[Violation]:
+def play_gossip(schedule: Schedule) -> Played:
     """Run it, and say what did not hold."""
     swarm = SearchedSwarm(schedule)
     for i, (name, steps_per_s) in enumerate(zip(schedule.names, schedule.speeds, strict=True)):
@@ -234,7 +263,8 @@ def play_gossip(schedule: Schedule) -> list[Violation]:
     healed_s = swarm.clock.now
     swarm.run_until(healed_s + _SETTLE_S)
     found = [*swarm.broken, *_entered_twice(swarm), *_rounds(swarm, schedule)]
-    return [*found, *_stuck(swarm, healed_s), *_end(swarm)]
+    found += [*_stuck(swarm, healed_s), *_end(swarm)]
+    return Played(found, f"{swarm.clock.num_events} events, {[peer.theta for peer in swarm.running()]}")
 
 
 def _declare(swarm: SearchedSwarm, fault: Fault, name: str, index: int) -> None:
@@ -299,18 +329,18 @@ def _stuck(swarm: SearchedSwarm, healed_s: float) -> Iterable[Violation]:
         allowed_s = swarm.settings.inner_steps / peer.steps_per_s + 1e-6
         if ended_s < healed_s and swarm.clock.now - healed_s > 2 * allowed_s + swarm.settings.stall_limit_s:
             yield Violation("nobody waits", f"{peer.name} has ended no round since the faults are over")
-        merged = [one for one in swarm.rounds if one.peer == peer.name and one.ended_s > healed_s and one.partners]
-        if not merged and len(peers) > 2:  # of two, one that was away too long is not merged again: left_behind
+        rounds = [one for one in swarm.rounds if one.peer == peer.name and one.ended_s > healed_s]
+        # Of two, one that was away for too long is not merged again: what one other claims moves nobody.
+        if len(rounds) > 3 and not any(one.partners for one in rounds) and len(peers) > 2:
             yield Violation("nobody is left alone", f"{peer.name} has merged nobody since the faults are over")
 
 
 def _end(swarm: SearchedSwarm) -> Iterable[Violation]:
-    told: defaultdict[str, int] = defaultdict(int)
-    for at_s, peer, tokens in swarm.told:
-        if peer not in swarm.liars and at_s < swarm.clock.now - 20:
-            told[peer] = max(told[peer], tokens)
     for peer in _honest(swarm):
-        counts = peer.tallying.contributions()
+        counts, told = peer.tallying.contributions(), defaultdict[str, int](int)
+        for at_s, other, tokens in swarm.told:
+            if other not in swarm.liars and at_s < peer.read_s - 10:
+                told[other] = max(told[other], tokens)
         for other, tokens in told.items():
             if counts.get(other, 0) < tokens:
                 detail = f"{peer.name} counts {counts.get(other, 0)} of {other}, which told {tokens}"

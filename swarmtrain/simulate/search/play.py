@@ -8,21 +8,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
+from swarmtrain.simulate.search.microbatches import draw_microbatches, play_microbatches
 from swarmtrain.simulate.search.rounds import draw_rounds, play_rounds
-from swarmtrain.simulate.search.schedule import Fault, Schedule, Violation, WorldKind
+from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Violation, WorldKind
 from swarmtrain.simulate.search.stages import draw_stages, play_stages
 
-__all__ = ["as_test", "draw", "play", "shrink"]
+__all__ = ["as_test", "draw", "play", "replay", "shrink"]
 
 _DRAW: dict[WorldKind, Callable[[random.Random], Schedule]] = {
     "rounds": draw_rounds,
     "gossip": draw_gossip,
     "stages": draw_stages,
+    "microbatches": draw_microbatches,
 }
-_PLAY: dict[WorldKind, Callable[[Schedule], list[Violation]]] = {
+_PLAY: dict[WorldKind, Callable[[Schedule], Played]] = {
     "rounds": play_rounds,
     "gossip": play_gossip,
     "stages": play_stages,
+    "microbatches": play_microbatches,
 }
 _WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -35,10 +38,15 @@ def draw(seed: int, world: WorldKind | None = None) -> Schedule:
 
 def play(schedule: Schedule) -> list[Violation]:
     """Run it in virtual time. What did not hold; an error in a decision is one of those."""
+    return replay(schedule).violations
+
+
+def replay(schedule: Schedule) -> Played:
+    """The same, and what tells it from another."""
     try:
         return _PLAY[schedule.world](schedule)
     except _WRONG as error:
-        return [Violation(f"no {type(error).__name__}", str(error))]
+        return Played([Violation(f"no {type(error).__name__}", str(error))])
 
 
 # ---------------------------------------------------------------- shrinking

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["Fault", "Schedule", "Span", "Violation", "WorldKind", "draw_faults"]
+__all__ = ["Fault", "Played", "Schedule", "Span", "Violation", "WorldKind", "draw_faults"]
 
 WorldKind: TypeAlias = Literal["rounds", "gossip", "stages", "microbatches"]
 
@@ -78,6 +78,15 @@ class Violation:
 
 
 @dataclass(frozen=True)
+class Played:
+    """What became of a schedule."""
+
+    violations: list[Violation]
+    fingerprint: str = ""
+    """Of all that happened: the same wherever the schedule is played."""
+
+
+@dataclass(frozen=True)
 class Span:
     """When faults of a world strike, and for how long, in seconds."""
 
@@ -93,8 +102,10 @@ def draw_faults(
     faults, liar = [], rng.randrange(num_peers)
     for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 5, 6))):
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
-        peer = liar if kind.startswith("lie: ") else rng.randrange(num_peers)
-        at_s, lasts_s = rng.uniform(span.first_s, span.last_s), rng.uniform(0.5, span.longest_s)
+        lies = kind.startswith("lie: ") or kind == "idle"
+        peer = liar if lies else rng.randrange(num_peers)
+        longest_s = span.longest_s * (3 if lies else rng.choice((0.1, 1, 1)))
+        at_s, lasts_s = rng.uniform(span.first_s, span.last_s), rng.uniform(0, longest_s)
         faults.append(
             Fault(kind=kind, peer=peer, at_s=round(at_s, 1), lasts_s=round(lasts_s, 1), detail=detail(kind))
         )
