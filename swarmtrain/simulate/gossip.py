@@ -340,7 +340,7 @@ class GossipPeer:
         if what == "state":
             return self.theta, self.momentum, self.round
         if what == "manifest weights":
-            return self._weights[-1]
+            return self._weights[-1] if self._weights else Refused("its first round has not begun")
         if what == "manifest gradient":
             return self._publish() or Refused("nothing is published yet")
         self._readers = [end_s for end_s in self._readers if end_s > now]

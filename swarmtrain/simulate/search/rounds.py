@@ -7,7 +7,6 @@ told as merged stays merged.
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +21,7 @@ from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, V
 from swarmtrain.simulate.volunteer import Volunteer
 from swarmtrain.simulate.world import Moment, World
 
-__all__ = ["counted_twice", "draw_rounds", "longest_open_wait_s", "not_one_model", "play_rounds"]
+__all__ = ["counted_twice", "draw_rounds", "not_one_model", "play_rounds"]
 
 BASE_WAIT_S = 6.0
 """Without a fault: the slowest peer's round less the fastest one's, and the transfers."""
@@ -122,7 +121,11 @@ class SearchedWorld(World):
     """Notes what only grows, and who was told to have merged what."""
 
     def __init__(self, schedule: Schedule) -> None:
-        settings = Settings(share_above=int(schedule.option("share_above", 5)), presence_ttl_s=15.0)
+        settings = Settings(
+            share_above=int(schedule.option("share_above", 5)),
+            presence_ttl_s=15.0,
+            round_limit_s=12.0 if schedule.has("idle") else 600.0,
+        )
         super().__init__(settings, seed=schedule.seed)
         self.clock.most_events = 400_000
         self.liars = schedule.liars
@@ -211,21 +214,20 @@ def _frozen_for(world: World, lasts_s: float) -> Callable[[str], None]:
 def _waits(world: SearchedWorld, schedule: Schedule) -> Iterable[Violation]:
     """What went wrong shortly before a wait or in it explains so much of it."""
     now = world.clock.now
-    waits = [*world.waits, (now, "one that waits still", longest_open_wait_s(world))]
+    waits = [*world.waits, *((now, p.name, now - p.ended_s) for p in world.running() if p.phase is Phase.MERGING)]
+    idle = {schedule.name(fault) for fault in schedule.faults if fault.kind == "idle"}
     for over_s, name, wait_s in waits:
-        began_s = over_s - wait_s - FAULT_WAIT_S
-        faults = [f for f in schedule.faults if f.at_s <= over_s - _TOGETHER_S and began_s - _TOGETHER_S <= _over_s(f)]
-        if wait_s > (bound_s := BASE_WAIT_S + FAULT_WAIT_S * len(faults)):
+        if name in idle:
+            continue
+        span_s = (over_s - wait_s - FAULT_WAIT_S - _TOGETHER_S, over_s - _TOGETHER_S)
+        num_faults = sum(_may_matter(fault, *span_s) for fault in schedule.faults)
+        if wait_s > (bound_s := BASE_WAIT_S + FAULT_WAIT_S * num_faults):
             yield Violation("nobody waits", f"{name} waited for {wait_s:.1f} s; {bound_s:.1f} s are explained")
 
 
-def _over_s(fault: Fault) -> float:
-    return math.inf if fault.kind.endswith(" at") else fault.end_s
-
-
-def longest_open_wait_s(world: World) -> float:
-    """Of those that wait now, in seconds."""
-    return max((world.clock.now - p.ended_s for p in world.running() if p.phase is Phase.MERGING), default=0.0)
+def _may_matter(fault: Fault, from_s: float, to_s: float) -> bool:
+    """Whether it was there at some time between these; one that strikes at a round's moment may come at any."""
+    return fault.kind.endswith(" at") or (fault.at_s <= to_s and from_s <= fault.end_s)
 
 
 def not_one_model(world: World, settle_rounds: int = 2, limit_s: float = 120.0) -> list[str]:
