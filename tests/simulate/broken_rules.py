@@ -159,20 +159,15 @@ def finished_microbatches_are_forgotten(patch: Patch) -> None:
     patch.setattr(microbatches.StageLedger, "_finish", forget)
 
 
-def lives_are_not_told_apart(patch: Patch) -> None:
-    """What a peer answered before it died is acknowledged to the one that came after it."""
+def nothing_is_too_late(patch: Patch) -> None:
+    """A driver is not told that what it acknowledges does not count any more."""
     settle = microbatches.StageLedger.settle
 
-    def any_life(self: microbatches.StageLedger, driver: str, settlement: Any, now: float) -> set[microbatches.Key]:
-        return settle(self, driver, dataclasses.replace(settlement, life=self.life), now)
+    def silently(self: microbatches.StageLedger, *said: Any) -> set[microbatches.Key]:
+        settle(self, *said)
+        return set()
 
-    patch.setattr(microbatches.StageLedger, "settle", any_life)
-
-
-def nothing_is_taken_out(patch: Patch) -> None:
-    """What its driver has dropped stays in the batch."""
-    patch.setattr(microbatches.StageLedger, "drop", lambda self, key: None)
-    patch.setattr(microbatches.StageLedger, "oldest_open", lambda self, driver, sequence, now: None)
+    patch.setattr(microbatches.StageLedger, "settle", silently)
 
 
 BROKEN: dict[Callable[[Patch], None], tuple[str, int]] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Coroutine, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -260,10 +260,10 @@ def play_gossip(schedule: Schedule) -> Played:
         _declare(swarm, fault, schedule.name(fault), index)
     swarm.run_until(schedule.faults_end_s(_LEAST_S))
     end_faults(swarm, swarm.liars)
-    healed_s = swarm.clock.now
+    healed_s, reached = swarm.clock.now, {peer.name: peer.round for peer in _honest(swarm)}
     swarm.run_until(healed_s + _SETTLE_S)
     found = [*swarm.broken, *_entered_twice(swarm), *_rounds(swarm, schedule)]
-    found += [*_stuck(swarm, healed_s), *_end(swarm)]
+    found += [*_stuck(swarm, healed_s), *_alone(swarm, reached), *_end(swarm)]
     return Played(found, f"{swarm.clock.num_events} events, {[peer.theta for peer in swarm.running()]}")
 
 
@@ -322,17 +322,28 @@ def _rounds(swarm: SearchedSwarm, schedule: Schedule) -> Iterable[Violation]:
 
 
 def _stuck(swarm: SearchedSwarm, healed_s: float) -> Iterable[Violation]:
-    """Each goes on, and merges what others do."""
-    peers = _honest(swarm)
-    for peer in peers:
+    """Each goes on."""
+    for peer in _honest(swarm):
         ended_s = max((one.ended_s for one in swarm.rounds if one.peer == peer.name), default=0.0)
         allowed_s = swarm.settings.inner_steps / peer.steps_per_s + 1e-6
         if ended_s < healed_s and swarm.clock.now - healed_s > 2 * allowed_s + swarm.settings.stall_limit_s:
             yield Violation("nobody waits", f"{peer.name} has ended no round since the faults are over")
-        rounds = [one for one in swarm.rounds if one.peer == peer.name and one.ended_s > healed_s]
-        # Of two, one that was away for too long is not merged again: what one other claims moves nobody.
-        if len(rounds) > 3 and not any(one.partners for one in rounds) and len(peers) > 2:
-            yield Violation("nobody is left alone", f"{peer.name} has merged nobody since the faults are over")
+
+
+def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violation]:
+    """Who merges nobody, or is merged by nobody, since each had `reached` its round and the faults were over. Of two,
+    one that was away for too long is not merged again: what one other claims moves nobody (`left_behind`)."""
+    names = [peer.name for peer in _honest(swarm)]
+    ended = Counter(one.peer for one in swarm.rounds if one.round >= reached.get(one.peer, 0))
+    merging, merged = set(), set()
+    for who, whose, round, _, _ in swarm.entered:
+        if round > reached.get(whose, 0):
+            merging.add(who)
+            merged.add(whose)
+    for name in names if len(names) > 2 else ():
+        if ended[name] > 4 and name in reached and (name not in merging or name not in merged):
+            does = "merges nobody" if name not in merging else "is merged by nobody"
+            yield Violation("nobody is left alone", f"{name} {does} since the faults are over")
 
 
 def _end(swarm: SearchedSwarm) -> Iterable[Violation]:

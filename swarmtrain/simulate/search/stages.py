@@ -43,6 +43,8 @@ def draw_stages(rng: random.Random) -> Schedule:
         options.append(("piled", float(rng.randrange(1, len(speeds)))))
     if rng.random() < 0.4:
         options.append(("most_stages", 1.0))
+    if rng.random() < 0.5:
+        options.append(("stale", 1.0))
     return Schedule(
         world="stages",
         speeds=speeds,
@@ -95,7 +97,10 @@ class SearchedWorld(PipelineWorld):
         num_stages = int(schedule.option("stages", 2))
         rule = Rule(costs=(1 / num_stages,) * num_stages, live_s=30.0)
         self.liars = schedule.liars
-        super().__init__(PipelineSettings(rule=rule, microbatch_tokens=8192), seed=schedule.seed)
+        # Views that are older and differ more than real ones: what is decided from them must still be safe.
+        stale = {"record_delay_s": (0.5, 20.0), "missed": 0.3} if schedule.option("stale", 0) else {}
+        settings = PipelineSettings(rule=rule, microbatch_tokens=8192, balance_every_s=5.0, **stale)
+        super().__init__(settings, seed=schedule.seed)
         self.clock.most_events = 200_000
 
     def _make(self, machine: Machine) -> StageVolunteer:
