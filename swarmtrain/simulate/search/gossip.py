@@ -340,7 +340,7 @@ def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violati
         if round > reached.get(whose, 0):
             merging.add(who)
             merged.add(whose)
-    for name in names if len(names) > 2 else ():
+    for name in names if len(names) > 2 and swarm.settings.pacing else ():
         if ended[name] > 4 and name in reached and (name not in merging or name not in merged):
             does = "merges nobody" if name not in merging else "is merged by nobody"
             yield Violation("nobody is left alone", f"{name} {does} since the faults are over")

@@ -38,7 +38,7 @@ _LEAST_S = 8.0
 _ASKED_S = 0.01
 _KINDS = {
     "kill": 3, "leave": 2, "restart": 4, "freeze": 5, "partition": 3, "cut": 2, "delay": 2, "loss": 2, "twice": 2,
-    "join": 2, "kill at": 4, "freeze at": 4, "idle": 1,
+    "join": 2, "kill at": 4, "freeze at": 6, "idle": 1,
     "lie: two rosters": 1, "lie: two publications": 1, "lie: far ahead": 1, "lie: done": 1, "lie: tokens": 1,
     "lie: no bytes": 1, "lie: behind": 1,
 }  # fmt: skip
@@ -64,7 +64,8 @@ def _at_the_edge(rng: random.Random, fault: Fault) -> Fault:
         return fault
     s = Settings()
     ended_s = rng.choice((s.silence_s, s.call_limit_s + s.hold_s, s.silence_s + s.hold_s))
-    return replace(fault, peer=min(fault.peer, 1), lasts_s=round(ended_s + rng.uniform(0, 0.6), 1))
+    ended = 5 * (fault.detail // 5) + _MOMENTS.index("ended")
+    return replace(fault, peer=rng.choice((0, fault.peer)), lasts_s=round(ended_s + rng.uniform(0, 0.6), 1), detail=ended)
 
 
 # ---------------------------------------------------------------- liars
