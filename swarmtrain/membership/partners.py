@@ -255,13 +255,13 @@ def rounds_behind(round: int, others: Iterable[int]) -> int:
 
 def left_behind(round: int, others: Collection[int], max_staleness_rounds: int) -> int:
     """How many rounds a peer that has ended `round` is behind, if what it publishes of that round is too old for the
-    others, so that it has to take their weights; else 0. What one other claims of its round moves nobody.
+    others when they merge, so that it has to take their weights; else 0. What one other claims of its round moves nobody.
 
-    By the rule of `Ledger.news`: one that was counted a round later here could stay just behind what is merged, train
-    on at the others' pace, and be merged by nobody for ever.
+    The others merge at the end of their round, which may be the next one by then (see `Ledger.news`). A peer that was
+    let stay just behind what is merged could train on at the others' pace, and be merged by nobody for ever.
     """
     behind = rounds_behind(round, others)
-    return behind if len(others) > 1 and behind > max_staleness_rounds else 0
+    return behind if len(others) > 1 and behind > max(1, max_staleness_rounds - 1) else 0
 
 
 # ---------------------------------------------------------------- whom

@@ -42,8 +42,10 @@ def old_rounds_are_merged(patch: Patch) -> None:
 def left_behind_a_round_later(patch: Patch) -> None:
     """As it was once: who is just too far behind to be merged does not take the others' weights."""
 
+    real = partners.left_behind
+
     def later(round: int, others: Sequence[int], max_staleness_rounds: int) -> int:
-        return partners.left_behind(round + 1, others, max_staleness_rounds)
+        return real(round + 2, others, max_staleness_rounds)
 
     patch.setattr(gossip, "left_behind", later)
 

@@ -43,14 +43,14 @@ _KINDS = {
 
 def draw_gossip(rng: random.Random) -> Schedule:
     """A swarm of up to seven that gossips, and its faults."""
-    speeds = tuple(rng.choice((0.8, 4.0, 6.0, 10.0, 16.0)) for _ in range(rng.choice((1, 2, 2, 3, 4, 5, 6, 7))))
+    speeds = tuple(rng.choice((0.7, 4.0, 6.0, 10.0, 12.0)) for _ in range(rng.choice((1, 2, 2, 3, 4, 5, 6, 7))))
     options = []
     if rng.random() < 0.3:
         options.append(("pacing", 0.0))
     if rng.random() < 0.3:
         options.append(("hidden", float(rng.randrange(1, 3))))
     if rng.random() < 0.3:
-        options.append(("max_staleness_rounds", 1.0))
+        options.append(("max_staleness_rounds", 2.0))
     return Schedule(
         world="gossip",
         speeds=speeds,
