@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from pipelines import FAULTS, run_schedule
+
+from swarmtrain.simulate.microbatches import FAULTS, run_schedule
 
 
 @pytest.mark.parametrize("name", FAULTS)

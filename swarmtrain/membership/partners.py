@@ -35,6 +35,7 @@ __all__ = [
     "Partners",
     "Theta",
     "Whole",
+    "left_behind",
     "median_round",
     "rounds_behind",
 ]
@@ -265,6 +266,17 @@ def rounds_behind(round: int, others: Iterable[int]) -> int:
     return ordered[(len(ordered) - 1) // 2] - round if ordered else 0
 
 
+def left_behind(round: int, others: Collection[int], max_staleness_rounds: int) -> int:
+    """How many rounds a peer that has ended `round` is behind, if what it publishes of that round is too old for the
+    others when they merge, so that it has to take their weights; else 0. What one other claims of its round moves nobody.
+
+    The others merge at the end of their round, which may be the next one by then (see `Ledger.news`). A peer that was
+    let stay just behind what is merged could train on at the others' pace, and be merged by nobody for ever.
+    """
+    behind = rounds_behind(round, others)
+    return behind if len(others) > 1 and behind > max(1, max_staleness_rounds - 1) else 0
+
+
 # ---------------------------------------------------------------- whom
 
 
@@ -313,8 +325,14 @@ class BackOff:
         return f"busy: asked again after {self.busy_s:g} s"
 
     def failed(self, peer: str, now: float, reason: str) -> str:
-        """It could not be reached, stalled, or what came was wrong. Returns what follows, in words."""
+        """It could not be reached, stalled, or what came was wrong. Returns what follows, in words.
+
+        What fails during a ban does not lengthen it: several pulls are under way at once, and where bans do not count
+        each peer is tried again and again. An outage of 20 s would be told as four, and cost two minutes.
+        """
         ban = self._ban(peer, now)
+        if ban.failures and now < ban.until_s:
+            return f"{reason}: it was left alone for that already"
         ban.failures += 1
         wait_s = min(self.first_s * 2.0 ** min(ban.failures - 1, 32), self.most_s)
         ban.until_s = max(ban.until_s, now + wait_s)

@@ -25,7 +25,7 @@ from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
 from swarmtrain.membership.hosts import callable_first
-from swarmtrain.membership.partners import Ledger, News, rounds_behind
+from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
@@ -209,9 +209,7 @@ class GossipExchange(AsynchronousExchange):
         """See `Exchange`. Waits for nobody, unless this peer has fallen far behind and takes the others' weights."""
         ready, swarm = self.gossip.take(self._round), self.swarm
         swarm.tallying.learn({swarm.identity.peer_id: self._own_tokens})
-        behind = self._rounds_behind(self._round + 1)
-        several = len(swarm.membership.volunteers()) > 1  # what one other claims of its round moves nobody
-        if several and behind > self.run.merge.max_staleness_rounds:
+        if behind := left_behind(self._round, self._rounds_of_others(), self.run.merge.max_staleness_rounds):
             reason = f"it was {behind} rounds behind the others"
             if (replaced := self._consensus(reason, self._round + 1)) is not None:
                 swarm.emit(CaughtUpEvent(round=replaced.progress.round, from_peer=replaced.from_peer, reason=reason))
@@ -273,14 +271,14 @@ class GossipExchange(AsynchronousExchange):
         self._theta = state.theta
         super().offer(state, progress)
 
-    def _rounds_behind(self, round: int) -> int:
-        return rounds_behind(round, (info.round for info in self.swarm.membership.volunteers() if info.round))
+    def _rounds_of_others(self) -> list[int]:
+        return [info.round for info in self.swarm.membership.volunteers() if info.round]
 
     def _is_old(self, round: int) -> bool:
         """Whether what this peer has is to be given up. Where nobody else trains, no merge would bring what the archive
         has, so that this must not be ahead at all."""
-        if any(info.round for info in self.swarm.membership.volunteers()):
-            return self._rounds_behind(round) > self.run.merge.max_staleness_rounds
+        if others := self._rounds_of_others():
+            return rounds_behind(round, others) > self.run.merge.max_staleness_rounds
         return any(info.round > round for info in self.swarm.membership.live() if info.is_bootstrap)
 
     def present_state(self, progress: Progress) -> Replaced | None:

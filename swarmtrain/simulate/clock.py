@@ -7,6 +7,7 @@ waits; time jumps from event to event.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,10 @@ class Clock:
         self.now = 0.0
         self.num_events = 0
         """Events run so far."""
+        self.most_events: float = math.inf
+        """More of them are a mistake: time stands still, or somebody asks without an end."""
+        self.holds: Callable[[Callable[..., object], tuple[Any, ...]], bool] | None = None
+        """Asked of each event: True keeps it from running, since it belongs to a process that stands still."""
         self._queue: list[tuple[float, int, Timer]] = []
         self._seq = 0
 
@@ -73,7 +78,10 @@ class Clock:
             timer.cancel()
             self.now = when_s
             self.num_events += 1
-            call(*args)
+            if self.num_events > self.most_events:
+                raise RuntimeError(f"more than {self.most_events:g} events by {self.now:.1f} s")
+            if self.holds is None or not self.holds(call, args):
+                call(*args)
             return True
         return False
 

@@ -25,8 +25,8 @@ from swarmtrain.membership.partners import (
     Mark,
     Nothing,
     Partners,
+    left_behind,
     median_round,
-    rounds_behind,
 )
 from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, SectionBytes, plan_pulls
 from swarmtrain.membership.shards import Coverage, Row
@@ -85,6 +85,11 @@ class Publication:
     def section(self) -> Section:
         """What is pulled of it."""
         return "gradient" if self.mark.part else "weights"
+
+    @property
+    def is_finite(self) -> bool:
+        """As the codec checks it: else it is not taken."""
+        return math.isfinite(self.theta) and math.isfinite(self.gradient)
 
     @property
     def body(self) -> str:
@@ -315,7 +320,7 @@ class GossipPeer:
         Who has fallen too far behind the median takes the others' weights without its own."""
         s, ledger = self.settings, self.partners.ledger
         own_tokens = self._now.steps * s.tokens_per_step
-        behind = rounds_behind(self.round + 1, self._rounds_sampled) > s.max_staleness_rounds
+        behind = left_behind(self.round, self._rounds_sampled, s.max_staleness_rounds)
         thetas, gradients, num_merged, oldest = [self.theta], [(self._gradient(self._now.steps), own_tokens)], 0, 0
         for one in self._arrived:
             if not ledger.may_enter(one.section, one.peer, one.mark, reference_round):
@@ -371,7 +376,7 @@ class GossipPeer:
         if what == "state":
             return self.theta, self.momentum, self.round
         if what == "manifest weights":
-            return self._weights[-1]
+            return self._weights[-1] if self._weights else Refused("its first round has not begun")
         if what == "manifest gradient":
             return self._publish() or Refused("nothing is published yet")
         if self.swarm.links.num_out(self.name) >= s.max_readers:
@@ -496,8 +501,8 @@ class GossipPeer:
         self, pull: _Pull, peer: str, began_s: float, begun: BytesBegun, found: Publication | Refused | None
     ) -> None:
         now, size_bytes = self.swarm.clock.now, self.settings.section_bytes(pull.section)
-        if not isinstance(found, Publication):
-            self._failed(peer, found)
+        if not isinstance(found, Publication) or not found.is_finite:
+            self._failed(peer, found if isinstance(found, Refused) else None)
             self._ask(pull)
             return
         self._coming[pull.section] -= 1
@@ -506,7 +511,7 @@ class GossipPeer:
         self.partners.back_off.answered(peer)
         self.membership.heard(peer, now)
         self._now.bytes_down += size_bytes
-        self._arrived.append(found)  # if its round is over, it enters the next merge
+        self._arrived += [found] * (1 + self.swarm.comes_twice())  # if its round is over, it enters the next merge
 
     def _failed(self, peer: str, answer: Refused | None) -> None:
         now = self.swarm.clock.now
@@ -568,13 +573,22 @@ class GossipSwarm(Network[GossipPeer]):
     def restart(self, name: str) -> None:
         """Its process dies, and comes back at once from the last but two of its checkpoints, as after a torn disk."""
         self.kill(name)
-        old = self.peers.pop(name)
+        self.come_back(name, checkpoint=0)
+
+    def come_back(self, name: str, checkpoint: int = -1) -> GossipPeer:
+        """One that died is started again, from one of its last three checkpoints (-1 is the newest) if it has any."""
+        old = self.peers[name]
+        assert not old.alive, f"{name} has not died"
         self.names.remove(name)
         self._places = {one: place for place, one in enumerate(self.names)}
-        saved = old.checkpoints[0]
+        del self.peers[name]
         new = self._add(name, old.steps_per_s, old.theta, old.link)
         new.target = old.target
-        new.deliver(new.resume, saved)
+        if old.checkpoints:
+            new.deliver(new.resume, old.checkpoints[max(checkpoint, -len(old.checkpoints))])
+        else:
+            new.deliver(new.begin)
+        return new
 
     def _make(self, name: str, steps_per_s: float, theta: float, link: Link) -> GossipPeer:
         return GossipPeer(self, name, steps_per_s, theta, link)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.links import EXACT_UP_TO, SharedLinks
 from swarmtrain.simulate.messages import Link
 
-__all__ = ["End", "Fault", "Machine", "Network", "Refused"]
+__all__ = ["End", "Fault", "Links", "Machine", "Network", "Refused"]
 
 Fault = Literal["killed", "frozen", "thawed"]
 
@@ -76,22 +76,86 @@ class Refused:
     reason: str
 
 
-class Network(Generic[P]):
-    """The clock, the machines, the links between them, and the faults."""
+class Links:
+    """The clock, and what happens to messages: they are late, lost, repeated, or cut off."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.clock = Clock()
+        self._drop = self._twice = 0.0
+        self._random = random.Random(seed)
+        self._side: dict[str, int] = {}
+        self._cut: set[str] = set()
+
+    def at(self, when_s: float, call: Callable[..., object], *args: Any) -> None:
+        """Do something to the world at `when_s`, for example `world.at(30, world.kill, "p001")`."""
+        self.clock.call_at(when_s, call, *args)
+
+    def partition(self, *sides: Iterable[str]) -> None:
+        """Cut the links between `sides`; who is in none of them is on one more side."""
+        self._side = {name: i for i, side in enumerate(sides, start=1) for name in side}
+
+    def cut_off(self, name: str) -> None:
+        """No link to it works, though the DHT still carries its presence."""
+        self._cut.add(name)
+
+    def heal(self) -> None:
+        """All links work again."""
+        self._side = {}
+        self._cut.clear()
+
+    def lose_messages(self, drop: float) -> None:
+        """From now on each message and transfer is lost with probability `drop`."""
+        self._drop = drop
+
+    def repeat_messages(self, share: float) -> None:
+        """From now on this share of the messages and publications arrives twice, the second time up to 2 s later."""
+        self._twice = share
+
+    def side(self, peer: End) -> int:
+        """Which side of the partition it is on; 0 if there is none."""
+        return self._side.get(peer.name, -1) if self._side else 0
+
+    def connected(self, a: End, b: End) -> bool:
+        """Whether packets pass between the two machines."""
+        if self._cut and (a.name in self._cut or b.name in self._cut):
+            return a is b
+        return not self._side or self.side(a) == self.side(b)
+
+    def passes(self, src: End, dst: End) -> bool:
+        """Whether this one message arrives."""
+        if (self._cut or self._side) and not self.connected(src, dst):
+            return False
+        drop = max(self._drop, src.link.drop, dst.link.drop)
+        return drop == 0 or src is dst or self._random.random() >= drop
+
+    def latency_s(self, a: End, b: End) -> float:
+        """One way, in seconds."""
+        return a.link.latency_s + b.link.latency_s
+
+    def send(self, src: End, dst: End, call: Callable[..., object], *args: Any) -> None:
+        """One message: `call(*args)` when it arrives, which may be never, or twice."""
+        if self.passes(src, dst):
+            self.clock.call_later(self.latency_s(src, dst), call, *args)
+            if self.comes_twice():
+                self.clock.call_later(self.latency_s(src, dst) + 2 * self._random.random(), call, *args)
+
+    def comes_twice(self) -> bool:
+        """Whether what arrives now does so once more."""
+        return self._twice > 0 and self._random.random() < self._twice
+
+
+class Network(Links, Generic[P]):
+    """The machines, the links between them, and the faults."""
 
     shared = True
     """Whether transfers share links; else each has all of its ends'."""
 
     def __init__(self, link: Link, stall_limit_s: float, seed: int = 0) -> None:
-        self.clock = Clock()
+        super().__init__(seed)
         self.peers: dict[str, P] = {}
         self.links = SharedLinks(self.clock)
         self._link = link
         self._stall_limit_s = stall_limit_s
-        self._drop = 0.0
-        self._random = random.Random(seed)
-        self._side: dict[str, int] = {}
-        self._cut: set[str] = set()
 
     def fault(self, kind: Fault, peer: P) -> None:
         """A fault is about to strike `peer`: for the log."""
@@ -100,10 +164,6 @@ class Network(Generic[P]):
         """Somebody began to pull from `peer`."""
 
     # ------------------------------------------------------------------ faults
-
-    def at(self, when_s: float, call: Callable[..., object], *args: Any) -> None:
-        """Do something to the world at `when_s`, for example `world.at(30, world.kill, "p001")`."""
-        self.clock.call_at(when_s, call, *args)
 
     def kill(self, name: str) -> None:
         """SIGKILL: its connections break at once."""
@@ -131,50 +191,16 @@ class Network(Generic[P]):
             self.fault("thawed", self.peers[name])
             self.peers[name].thaw()
 
-    def partition(self, *sides: Iterable[str]) -> None:
-        """Cut the links between `sides`; who is in none of them is on one more side."""
-        self._side = {name: i for i, side in enumerate(sides, start=1) for name in side}
-
-    def cut_off(self, name: str) -> None:
-        """No link to it works, though the DHT still carries its presence."""
-        self._cut.add(name)
-
-    def heal(self) -> None:
-        """All links work again."""
-        self._side = {}
-        self._cut.clear()
-
-    def lose_messages(self, drop: float) -> None:
-        """From now on each message and transfer is lost with probability `drop`."""
-        self._drop = drop
+    def delay(self, name: str, latency_s: float) -> None:
+        """From now on its link takes so long, one way."""
+        self.peers[name].link = replace(self.peers[name].link, latency_s=latency_s)
 
     # ------------------------------------------------------------------ links
 
-    def side(self, peer: End) -> int:
-        """Which side of the partition it is on; 0 if there is none."""
-        return self._side.get(peer.name, -1) if self._side else 0
-
-    def connected(self, a: End, b: End) -> bool:
-        """Whether packets pass between the two machines."""
-        if self._cut and (a.name in self._cut or b.name in self._cut):
-            return a is b
-        return not self._side or self.side(a) == self.side(b)
-
-    def passes(self, src: End, dst: End) -> bool:
-        """Whether this one message arrives."""
-        if (self._cut or self._side) and not self.connected(src, dst):
-            return False
-        drop = max(self._drop, src.link.drop, dst.link.drop)
-        return drop == 0 or self._random.random() >= drop
-
-    def latency_s(self, a: End, b: End) -> float:
-        """One way, in seconds."""
-        return a.link.latency_s + b.link.latency_s
-
     def tell(self, src: End, dst: Machine, call: Callable[..., object], *args: Any) -> None:
         """A message without an answer."""
-        if dst.alive and self.passes(src, dst):
-            self.clock.call_later(self.latency_s(src, dst), dst.deliver, call, *args)
+        if dst.alive:
+            self.send(src, dst, dst.deliver, call, *args)
 
     def pull(self, dst: End, src_name: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
         """Transfer `what` from a peer; `done(payload)`, None if it did not come, `Refused` if it was refused."""

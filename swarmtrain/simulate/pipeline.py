@@ -19,11 +19,13 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from swarmtrain.membership.balance import Rule, StagePeer
 from swarmtrain.membership.routing import Router
-from swarmtrain.simulate.clock import Clock
+from swarmtrain.simulate.messages import Link
+from swarmtrain.simulate.network import Links
+from swarmtrain.simulate.stage_moves import Mover
 from swarmtrain.simulate.stage_peer import StageVolunteer
 
 __all__ = [
@@ -113,12 +115,13 @@ class _Sums:
     since_s: float = 0.0
 
 
-class PipelineWorld:
+class PipelineWorld(Links):
     """Machines, the peers on them, and what they did."""
 
     def __init__(self, settings: PipelineSettings | None = None, *, seed: int = 0) -> None:
         self.settings = settings or PipelineSettings()
-        self.clock = Clock()
+        super().__init__(seed)
+        self.clock.holds = self._stands_still
         self.rng = random.Random(seed)
         self.peers: dict[str, StageVolunteer] = {}
         """Those that are on, by name."""
@@ -131,6 +134,8 @@ class PipelineWorld:
         self.log: list[Moment] = []
         self.emptied: list[tuple[float, int]] = []
         """When a move left a stage without a peer: never."""
+        self._frozen: dict[str, list[tuple[Callable[..., object], tuple[Any, ...]]]] = {}
+        """Who stands still, and what has reached it meanwhile."""
         self._records: dict[str, list[_Record]] = {}
         self._delays_s: dict[str, dict[str, float]] = {}
         self._sums = _Sums()
@@ -142,15 +147,19 @@ class PipelineWorld:
     def join(self, machine: Machine, stages: Sequence[int] = ()) -> StageVolunteer:
         """It is switched on; with `stages` it serves them at once, as if it had been there."""
         assert machine.name not in self.peers
-        peer = StageVolunteer(self, machine, random.Random(self.rng.random()))
+        peer = self._make(machine)
         self.peers[machine.name] = peer
         self.note(peer.name, "joined", f"{machine.tokens_per_s:.0f} tokens/s")
         peer.begin(tuple(stages))
         self.recount()
         return peer
 
+    def _make(self, machine: Machine) -> StageVolunteer:
+        return StageVolunteer(self, machine, random.Random(self.rng.random()))
+
     def kill(self, name: str, silent: bool = False) -> None:
         """It is switched off; `silent`: calls to it are not refused, nothing comes back."""
+        self._frozen.pop(name, None)
         if (peer := self.peers.pop(name, None)) is not None:
             peer.die(silent)
             self.ghosts[name] = peer
@@ -174,6 +183,31 @@ class PipelineWorld:
         self.peers[name].hung = True
         self.recount()
 
+    def freeze(self, name: str) -> None:
+        """SIGSTOP: everything that reaches it, its own timers too, waits until `thaw`."""
+        if name in self.peers:
+            self._frozen.setdefault(name, [])
+
+    def thaw(self, name: str) -> None:
+        """SIGCONT."""
+        for call, args in self._frozen.pop(name, ()):
+            call(*args)
+
+    def _stands_still(self, call: Callable[..., object], args: tuple[Any, ...]) -> bool:
+        owner = getattr(call, "__self__", None)
+        peer = owner.peer if isinstance(owner, Mover) else owner
+        if not self._frozen or not isinstance(peer, StageVolunteer) or self.peers.get(peer.name) is not peer:
+            return False
+        if (waits := self._frozen.get(peer.name)) is None:
+            return False
+        waits.append((call, args))
+        return True
+
+    def delay(self, name: str, latency_s: float) -> None:
+        """From now on its link takes so long, one way."""
+        if name in self.peers:
+            self.peers[name].link = Link(latency_s=latency_s)
+
     # ------------------------------------------------------------------ records
 
     def publish(self, name: str, record: StagePeer | None) -> None:
@@ -187,7 +221,7 @@ class PipelineWorld:
         now, settings = self.clock.now, self.settings
         delays_s, chance, missed = self._delays_s.setdefault(viewer, {}), self.rng.random, settings.missed
         for name, records in self._records.items():
-            if name == viewer or chance() < missed:
+            if name == viewer or chance() < missed or not self._is_read(viewer, name):
                 continue
             if (delay_s := delays_s.get(name)) is None:
                 delay_s = delays_s[name] = self.rng.uniform(*settings.record_delay_s)
@@ -201,6 +235,10 @@ class PipelineWorld:
                     break
         for name in [name for name, record in table.items() if now - record.seen_s > settings.rule.live_s]:
             del table[name]
+
+    def _is_read(self, viewer: str, name: str) -> bool:
+        """A parted network's records are those of its side."""
+        return not self._side or self._side.get(viewer) == self._side.get(name)
 
     # ------------------------------------------------------------------ what is measured
 
@@ -256,6 +294,11 @@ class PipelineWorld:
         """Let it live."""
         self.clock.run_until(end_s)
         self._count()
+
+    @property
+    def ideal_per_s(self) -> float:
+        """Tokens per second that the best assignment of who is on now could do, at most."""
+        return self._ideal_per_s
 
     @property
     def tokens_per_s(self) -> float:

@@ -108,7 +108,7 @@ class Mover:
             asked = world.peers.get(name) if name is not None else None
             if asked is not None and name is not None:
                 request = Request(stage=stage, mover=self.peer.name, anchor=name, asked_s=now)
-                world.clock.call_later(world.settings.latency_s, asked.mover.asked, request, self)
+                world.send(self.peer, asked, asked.mover.asked, request, self)
         if self._asking:
             world.clock.call_later(_ANSWER_S, self._no_answer, self.change)
 
@@ -118,7 +118,7 @@ class Mover:
         if self.peer.alive and not self.peer.hung:
             promise, reason = self.stays.asked(request, self.peer.stages, world.clock.now)
             self.peer.announce()
-            world.clock.call_later(world.settings.latency_s, by.answered, request.stage, promise, reason)
+            world.send(self.peer, by.peer, by.answered, request.stage, promise, reason)
 
     def answered(self, stage: int, promise: Promise | None, reason: str) -> None:
         """What the anchor said."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from swarmtrain.membership.balance import StagePeer
 from swarmtrain.membership.routing import Router, most_in_flight
 from swarmtrain.simulate.clock import Timer
+from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.stage_moves import Mover
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class StageVolunteer:
     def __init__(self, world: PipelineWorld, machine: Machine, rng: random.Random) -> None:
         self.world, self.machine, self.rng = world, machine, rng
         self.name = machine.name
+        self.link = Link(latency_s=world.settings.latency_s / 2)
         self.alive, self.silent, self.hung = True, False, False
         self.stages: tuple[int, ...] = ()
         self.table: dict[str, StagePeer] = {}
@@ -219,7 +221,7 @@ class StageVolunteer:
         return then is not None
 
     def _reply(self, call: Call, outcome: Outcome) -> None:
-        self.world.clock.call_later(self.world.settings.latency_s, call.driver.replied, call, outcome)
+        self.world.send(self, call.driver, call.driver.replied, call, outcome)
 
     def pump(self) -> None:
         """Begin the next task, if there is one and it does nothing."""
@@ -332,7 +334,7 @@ class StageVolunteer:
         self.routers[stage].begun(peer.name, tokens)
         self.open_calls[call] = None
         call.timer = world.clock.call_later(limit_s, self.replied, call, "late")
-        world.clock.call_later(world.settings.latency_s, peer.arrive, call)
+        world.send(self, peer, peer.arrive, call)
 
     def replied(self, call: Call, outcome: Outcome | Literal["late"]) -> None:
         """What became of a question."""

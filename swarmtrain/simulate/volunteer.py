@@ -69,6 +69,8 @@ class Volunteer(Transfers):
         self.digest = hash_of("weights of the run's seed")
         self.history: tuple[Roster, ...] = ()
         self.digest_at: dict[int, str] = {}
+        self.checkpoints: tuple[State, ...] = ()
+        """Of the last rounds' beginnings."""
         self.steps = 0
         self.guest = False
         self.signs = True
@@ -176,7 +178,8 @@ class Volunteer(Transfers):
 
     def _choose_state(self, sources: list[str]) -> None:
         best = better_roster([last for peer in sources if (last := self._told[peer][1].last) is not None])
-        if best is not None:
+        if must_refetch(self.last, best):
+            assert best is not None
             holders = [peer for peer in sources if (r := self._told[peer][1].last) and r.digest == best.digest]
             rest = [peer for peer in sources if peer not in holders]
             self._fetch_state([*rotated(holders, self.name), *rest][:4], self._choose_state_failed)
@@ -246,6 +249,7 @@ class Volunteer(Transfers):
         self._store = {what: r for what, r in self._store.items() if abs(self.round - r) <= 1}
         self._published = {r: offer for r, offer in self._published.items() if abs(self.round - r) <= 1}
         self._now = RoundState(now)
+        self.checkpoints = (*self.checkpoints[-3:], self._state())
         self.digest_at[self.round] = self.digest
         self._training_from_s, self._training_ends_s = now, now + self.steps / self.steps_per_s
         self._training = self._later(self._training_ends_s - now, self._trained)
@@ -476,6 +480,10 @@ class Volunteer(Transfers):
 
     # ------------------------------------------------------------------ catching up
 
+    def restore(self, saved: State) -> None:
+        """Go on from a checkpoint, in a process that knows nothing else."""
+        self.round, self.last, self.digest, self.history = saved.round, saved.last, saved.digest, saved.history
+
     def _state(self) -> State:
         return State(round=self.round, last=self.last, digest=self.digest, history=self.history)
 
@@ -505,14 +513,14 @@ class Volunteer(Transfers):
     def _adopt(self, state: State, source: str) -> None:
         """Others' weights hold: take them, and ask once more how far their round is by now."""
         self._fetching = False
-        if self.phase is not Phase.JOINING and not must_refetch(self.last, state.last):
+        if not must_refetch(self.last, state.last) and not (self.phase is Phase.JOINING and self.last is None):
             self._now.undeliverable.add(source)
-            self._evaluate()
+            self._choose_state_failed() if self.phase is Phase.JOINING else self._evaluate()
             return
         self._round_over()
         waited_s = self.world.clock.now - self._now.ended_s
         old_round = self.round
-        self.round, self.last, self.digest, self.history = state.round, state.last, state.digest, state.history
+        self.restore(state)
         self._kept = {}
         for round in [r for r in self.digest_at if r >= self.round]:
             del self.digest_at[round]

@@ -50,9 +50,7 @@ class _Call:
 
     def answer(self, reply: Any) -> None:
         """`dst` answers; the reply may be lost on the way."""
-        if self._world.passes(self._dst, self._src):
-            delay_s = self._world.latency_s(self._src, self._dst)
-            self._world.clock.call_later(delay_s, self._src.deliver, self._finish, reply)
+        self._world.send(self._dst, self._src, self._src.deliver, self._finish, reply)
 
     def refuse(self) -> None:
         """`dst` is gone: its machine, or a broken connection, says so."""
@@ -92,8 +90,22 @@ class World(Network[Volunteer]):
     def join(self, name: str, *, steps_per_s: float = 10.0, link: Link | None = None) -> Volunteer:
         """A volunteer comes now. Names sort as PeerIDs do."""
         assert name not in self.peers, f"{name} has been here already: a process that returns is a new peer"
-        peer = Volunteer(self, name, steps_per_s, link or self._link)
-        self.peers[name] = peer
+        return self._begin(self._make(name, steps_per_s, link or self._link))
+
+    def come_back(self, name: str, checkpoint: int = -1) -> Volunteer:
+        """One that died is started again, from one of the checkpoints of its last rounds: -1 is the newest."""
+        old = self.peers[name]
+        assert not old.alive, f"{name} has not died"
+        peer = self._make(name, old.steps_per_s, old.link)
+        if old.checkpoints:
+            peer.restore(old.checkpoints[max(checkpoint, -len(old.checkpoints))])
+        return self._begin(peer)
+
+    def _make(self, name: str, steps_per_s: float, link: Link) -> Volunteer:
+        return Volunteer(self, name, steps_per_s, link)
+
+    def _begin(self, peer: Volunteer) -> Volunteer:
+        self.peers[peer.name] = peer
         self.record("joined", peer)
         peer.deliver(peer.begin)
         return peer
@@ -133,8 +145,7 @@ class World(Network[Volunteer]):
         """Ask; `done(reply)` comes once, with None if the call failed."""
         dst = self.peers[dst_name]
         call = _Call(self, src, dst, done)
-        if self.passes(src, dst):
-            self.clock.call_later(self.latency_s(src, dst), self._arrive, dst, call, request)
+        self.send(src, dst, self._arrive, dst, call, request)
         return call
 
     def _arrive(self, dst: Volunteer, call: _Call, request: RoundRequest) -> None:

@@ -1,0 +1,363 @@
+"""Schedules of faults in a swarm that gossips, some of whose machines nobody can dial, and what must hold.
+
+Judged: each inner step of a peer enters another's weights once at most, checkpoints included; nobody waits for anybody;
+the tokens that a peer counts only grow, are never more than was trained, and in the end all that were ever told; rounds
+are as long as pacing allows and what is merged as old; weights are finite, and without liars within those at first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Coroutine, Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from swarmtrain.algorithm.pacing import fewest_inner_steps, paced_inner_steps
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.tally import CountingRules
+from swarmtrain.network.tallying import Tallying
+from swarmtrain.simulate.gossip import GossipSettings, Publication, RoundRecord
+from swarmtrain.simulate.hosting import HostedPeer, HostedSwarm
+from swarmtrain.simulate.messages import Link
+from swarmtrain.simulate.network import Refused
+from swarmtrain.simulate.search.faults import declare, declare_span, end_faults
+from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["draw_gossip", "play_gossip"]
+
+_SETTLE_S = 40.0
+_SPAN = Span(2.0, 30.0, 20.0)
+_LEAST_S = 20.0
+_EVER = 10**12
+_KINDS = {
+    "kill": 3, "leave": 1, "restart": 8, "freeze": 3, "partition": 2, "cut": 2, "delay": 1, "loss": 2, "twice": 4,
+    "join": 2, "lie: speed": 1, "lie: round": 1, "lie: turned back": 1, "lie: ahead": 1, "lie: tokens": 1,
+    "lie: no numbers": 1, "lie: two publications": 1, "lie: busy": 1, "lie: silent": 1, "lie: told": 1,
+    "lie: old record": 1,
+}  # fmt: skip
+
+
+def draw_gossip(rng: random.Random) -> Schedule:
+    """A swarm of up to seven that gossips, and its faults."""
+    speeds = tuple(rng.choice((0.7, 4.0, 6.0, 10.0, 12.0)) for _ in range(rng.choice((1, 2, 2, 3, 4, 5, 6, 7))))
+    options = []
+    if rng.random() < 0.3:
+        options.append(("pacing", 0.0))
+    if rng.random() < 0.3:
+        options.append(("hidden", float(rng.randrange(1, 3))))
+    if rng.random() < 0.3:
+        options.append(("max_staleness_rounds", 2.0))
+    return Schedule(
+        world="gossip",
+        speeds=speeds,
+        faults=draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(128)),
+        options=tuple(options),
+        seed=rng.randrange(2**16),
+    )
+
+
+# ---------------------------------------------------------------- peers that count tokens
+
+
+def _at_once(work: Coroutine[Any, Any, None]) -> None:
+    """Run what waits for nothing."""
+    try:
+        work.send(None)
+    except StopIteration:
+        return
+    raise RuntimeError("it waits for something")
+
+
+class CountingPeer(HostedPeer):
+    """It counts the run's tokens as the product's peers do, and tells its own."""
+
+    def __init__(self, swarm: SearchedSwarm, name: str, speed: float, theta: float, link: Link) -> None:
+        self.searched = swarm
+        super().__init__(swarm, name, speed, theta, link)
+        round_tokens = self.settings.inner_steps * self.settings.tokens_per_step
+        self.own_tokens, self.read_s = 0, -math.inf
+        self.tallying = Tallying(
+            me=name,
+            rules=CountingRules(began_s=0.0, burst_tokens=2 * round_tokens, most_tokens=_EVER),
+            read_bucket=swarm.read_bucket,
+            speeds=self._speeds,
+            clock=lambda: swarm.clock.now,
+            refused=lambda *_: None,
+        )
+        self.kept: list[tuple[int, list[list[str | int | float]]]] = []
+        """Of each checkpoint, what was counted."""
+
+    def _speeds(self) -> Mapping[str, float]:
+        speeds = {info.peer: info.steps_per_s for info in self.membership.live()} | {self.name: self.steps_per_s}
+        return {peer: speed * self.settings.tokens_per_step for peer, speed in speeds.items()}
+
+    def _end_round(self, r: Any) -> None:
+        before = self.tallying.total
+        super()._end_round(r)
+        if r is self._now:
+            return
+        self.own_tokens += r.steps * self.settings.tokens_per_step
+        self.tallying.learn({self.name: self.own_tokens})
+        self.searched.reached[self.name] = max(self.searched.reached.get(self.name, 0), self.own_tokens)
+        _at_once(self.tallying.read_all())
+        self.read_s = self.swarm.clock.now
+        self.kept = [*self.kept[-2:], (self.own_tokens, self.tallying.kept())]
+        self.searched.tell(self.name, self._to_tell())
+        self._judge(before)
+
+    def _start_round(self) -> None:
+        super()._start_round()
+        s, honest = self.settings, self.searched.fastest_honest()
+        claims = [one.peer in self.searched.liars for one in self._sampled]
+        if s.pacing and len(claims) > 1 and self._now.steps < (least := self._paced(honest)):
+            detail = f"{self.name} takes {self._now.steps} steps a round, and by the fastest of the others {least}"
+            self.searched.broken.append(Violation("one liar paces nobody", detail))
+
+    def _paced(self, fastest: float) -> int:
+        return paced_inner_steps(self.steps_per_s, max(fastest, self.steps_per_s), self.settings.inner_steps)
+
+    def _to_tell(self) -> int:
+        return self.tallying.own_to_tell(self.own_tokens)
+
+    def _judge(self, before: int) -> None:
+        swarm, counts = self.searched, self.tallying.contributions()
+        if self.name in swarm.liars:
+            return
+        if self.tallying.total < before:
+            detail = f"{self.name} counted {before} tokens, and {self.tallying.total} a moment later"
+            swarm.broken.append(Violation("totals only grow", detail))
+        explained = swarm.explained_tokens()
+        for peer, tokens in counts.items():
+            if peer in swarm.liars and tokens > explained:
+                detail = f"{self.name} counts {tokens} of {peer}; {explained} are the most that a speed explains"
+                swarm.broken.append(Violation("claims are bounded", detail))
+            if peer not in swarm.liars and tokens > swarm.reached.get(peer, 0):
+                detail = f"{self.name} counts {tokens} of {peer}, which has trained on {swarm.reached.get(peer, 0)}"
+                swarm.broken.append(Violation("no token counts twice", detail))
+
+    def restore(self, old: CountingPeer, checkpoint: int) -> None:
+        """What the checkpoint had of it."""
+        if old.kept:
+            self.own_tokens, rows = old.kept[max(checkpoint, -len(old.kept))]
+            self.tallying.restore(rows)
+
+
+class Liar(CountingPeer):
+    """It does its work as the others do, and says something else."""
+
+    lies: frozenset[str] = frozenset()
+
+    def _describe(self, info: PeerInfo) -> PeerInfo:
+        info = super()._describe(info)
+        if "speed" in self.lies:
+            info = dataclasses.replace(info, steps_per_s=1000 * info.steps_per_s)
+        return dataclasses.replace(info, round=info.round + 1000) if "round" in self.lies else info
+
+    def _announce(self, at_s: float) -> None:
+        super()._announce(at_s)
+        if "round" in self.lies:
+            known = self.swarm.board[self.name]
+            candidate = dataclasses.replace(known.candidate, round=known.candidate.round + 1000)
+            self.swarm.board[self.name] = dataclasses.replace(known, candidate=candidate)
+
+    def _to_tell(self) -> int:
+        told = super()._to_tell()
+        return min(told * 10**6, 10**15) if "told" in self.lies else told // 2 if "old record" in self.lies else told
+
+    def provide(self, what: str) -> Any:
+        """What it has, changed."""
+        if "silent" in self.lies or "busy" in self.lies:
+            return Refused("BUSY") if "busy" in self.lies else None
+        found = super().provide(what)
+        if not self.lies or what == "state" or isinstance(found, Refused):
+            return found
+        if found is None and not self._weights:
+            return None
+        if found is None:  # asked for by the mark that it told
+            found = (self._published or self._weights)[-1] if what.startswith("gradient") else self._weights[-1]
+        assert isinstance(found, Publication)
+        return self._changed(found)
+
+    def _changed(self, found: Publication) -> Publication:
+        mark = found.mark
+        if "turned back" in self.lies:
+            mark = dataclasses.replace(mark, round=max(0, mark.round - 3))
+        if "ahead" in self.lies:
+            mark = dataclasses.replace(mark, round=mark.round + 1000)
+        if "tokens" in self.lies:
+            mark = dataclasses.replace(mark, tokens=1000 * mark.tokens)
+        gradient = found.gradient
+        if "no numbers" in self.lies:
+            gradient = self.swarm._random.choice((math.nan, math.inf))
+        if "two publications" in self.lies:
+            gradient += self.swarm._random.uniform(-0.1, 0.1)
+        return dataclasses.replace(found, mark=mark, gradient=gradient)
+
+
+class SearchedSwarm(HostedSwarm):
+    """The swarm, the records of what was trained, and what was seen to be broken."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.progress: dict[str, tuple[pb.Record, float]] = {}
+        self.told: list[tuple[float, str, int]] = []
+        self.reached: dict[str, int] = {}
+        """The most tokens that each has trained on, in any of its lives."""
+        self.broken: list[Violation] = []
+        self.liars = schedule.liars
+        hidden = schedule.names[1 : 1 + int(schedule.option("hidden", 0))]
+        settings = GossipSettings(
+            inner_steps=32,
+            partners=2,
+            pacing=bool(schedule.option("pacing", 1)),
+            max_staleness_rounds=int(schedule.option("max_staleness_rounds", 4)),
+            inner_rate=0.01,
+        )
+        super().__init__(lambda name: name in hidden, settings, seed=schedule.seed)
+        self.clock.most_events = 200_000
+
+    def _make(self, name: str, steps_per_s: float, theta: float, link: Link) -> CountingPeer:
+        return (Liar if name in self.liars else CountingPeer)(self, name, steps_per_s, theta, link)
+
+    def fastest_honest(self) -> float:
+        """Inner steps per second."""
+        return max((peer.steps_per_s for name, peer in self.peers.items() if name not in self.liars), default=0.0)
+
+    def explained_tokens(self) -> int:
+        """What is counted of one that lies, at most: 64 times what the fastest other can have done, and two rounds."""
+        tokens_per_s = self.settings.tokens_per_step * self.fastest_honest()
+        return int(64 * tokens_per_s * self.clock.now) + 2 * self.settings.inner_steps * self.settings.tokens_per_step
+
+    async def read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
+        """The records of progress, as the DHT gives them."""
+        return {} if prefix else self.progress
+
+    def tell(self, peer: str, tokens: int) -> None:  # type: ignore[override]
+        """A progress record of `peer`."""
+        self.progress[peer] = (pb.Record(progress=pb.Progress(tokens=tokens)), math.inf)
+        self.told.append((self.clock.now, peer, tokens))
+
+    def come_back(self, name: str, checkpoint: int = -1) -> Any:
+        """With what it counted."""
+        old = self.peers[name]
+        new = super().come_back(name, checkpoint)
+        assert isinstance(old, CountingPeer) and isinstance(new, CountingPeer)
+        new.restore(old, checkpoint)
+        return new
+
+
+# ---------------------------------------------------------------- play
+
+
+def play_gossip(schedule: Schedule) -> Played:
+    """Run it, and say what did not hold."""
+    swarm = SearchedSwarm(schedule)
+    for i, (name, steps_per_s) in enumerate(zip(schedule.names, schedule.speeds, strict=True)):
+        swarm.found(name, steps_per_s=steps_per_s, theta=(-1.0, 1.0, 0.5)[i % 3])
+    for index, fault in enumerate(schedule.faults):
+        _declare(swarm, fault, schedule.name(fault), index)
+    swarm.run_until(schedule.faults_end_s(_LEAST_S))
+    end_faults(swarm, swarm.liars)
+    healed_s, reached = swarm.clock.now, {peer.name: peer.round for peer in _honest(swarm)}
+    swarm.run_until(healed_s + _SETTLE_S)
+    found = [*swarm.broken, *_entered_twice(swarm), *_rounds(swarm, schedule)]
+    found += [*_stuck(swarm, healed_s), *_alone(swarm, reached), *_end(swarm)]
+    return Played(found, f"{swarm.clock.num_events} events, {[peer.theta for peer in swarm.running()]}")
+
+
+def _declare(swarm: SearchedSwarm, fault: Fault, name: str, index: int) -> None:
+    def lie(*lies: str) -> None:
+        if isinstance(peer := swarm.peers[name], Liar):
+            peer.lies = frozenset(lies)
+
+    if fault.kind == "join":
+        swarm.at(fault.at_s, swarm.join, f"{'az'[fault.detail % 2]}{index}")
+    elif fault.kind.startswith("lie: "):
+        declare_span(swarm, fault, lambda: lie(fault.kind.removeprefix("lie: ")), lie)
+    else:
+        declare(swarm, fault, name, swarm.come_back)
+
+
+# ---------------------------------------------------------------- what must hold
+
+
+def _honest(swarm: SearchedSwarm) -> list[CountingPeer]:
+    return [peer for peer in swarm.running() if isinstance(peer, CountingPeer) and peer.name not in swarm.liars]
+
+
+def _entered_twice(swarm: SearchedSwarm) -> Iterable[Violation]:
+    entered = defaultdict(list)
+    for who, whose, round, since, until in swarm.entered:
+        if not {who, whose} & swarm.liars:
+            entered[who, whose, round].append((since, until))
+    for (who, whose, round), spans in entered.items():
+        for before, after in pairwise(sorted(spans)):
+            if before[1] > after[0]:
+                detail = f"tokens {after[0]} to {before[1]} of round {round} of {whose} entered {who} twice"
+                yield Violation("exactly once", detail)
+
+
+def _rounds(swarm: SearchedSwarm, schedule: Schedule) -> Iterable[Violation]:
+    s = swarm.settings
+    of: defaultdict[str, list[RoundRecord]] = defaultdict(list)
+    for one in swarm.rounds:
+        if one.peer not in swarm.liars:
+            of[one.peer].append(one)
+    disturbed = {schedule.name(fault) for fault in schedule.faults if fault.kind in ("freeze", "restart")}
+    for name, rounds in of.items():
+        speed = swarm.peers[name].steps_per_s
+        for one in rounds:
+            if abs(one.ended_s - one.started_s - one.steps / speed) > 1e-6:
+                yield Violation("nobody waits", f"round {one.round} of {name} took longer than its {one.steps} steps")
+            if not fewest_inner_steps(s.inner_steps) <= one.steps <= s.inner_steps:
+                yield Violation("rounds are bounded", f"round {one.round} of {name} has {one.steps} steps")
+            if one.staleness_rounds > s.max_staleness_rounds:
+                detail = f"{name} merged what was {one.staleness_rounds} rounds behind the median"
+                yield Violation("nothing too old is merged", detail)
+        gaps = [b.started_s - a.ended_s for a, b in pairwise(rounds)] if name not in disturbed else []
+        if max(gaps, default=0.0) > 1e-6:
+            yield Violation("nobody waits", f"{name} stood still for {max(gaps):.1f} s between two rounds")
+
+
+def _stuck(swarm: SearchedSwarm, healed_s: float) -> Iterable[Violation]:
+    """Each goes on."""
+    for peer in _honest(swarm):
+        ended_s = max((one.ended_s for one in swarm.rounds if one.peer == peer.name), default=0.0)
+        allowed_s = swarm.settings.inner_steps / peer.steps_per_s + 1e-6
+        if ended_s < healed_s and swarm.clock.now - healed_s > 2 * allowed_s + swarm.settings.stall_limit_s:
+            yield Violation("nobody waits", f"{peer.name} has ended no round since the faults are over")
+
+
+def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violation]:
+    """Who merges nobody, or is merged by nobody, since each had `reached` its round and the faults were over. Of two,
+    one that was away for too long is not merged again: what one other claims moves nobody (`left_behind`)."""
+    names = [peer.name for peer in _honest(swarm)]
+    ended = Counter(one.peer for one in swarm.rounds if one.round >= reached.get(one.peer, 0))
+    merging, merged = set(), set()
+    for who, whose, round, _, _ in swarm.entered:
+        if round > reached.get(whose, 0):
+            merging.add(who)
+            merged.add(whose)
+    for name in names if len(names) > 2 and swarm.settings.pacing else ():
+        if ended[name] > 4 and name in reached and (name not in merging or name not in merged):
+            does = "merges nobody" if name not in merging else "is merged by nobody"
+            yield Violation("nobody is left alone", f"{name} {does} since the faults are over")
+
+
+def _end(swarm: SearchedSwarm) -> Iterable[Violation]:
+    for peer in _honest(swarm):
+        counts, told = peer.tallying.contributions(), defaultdict[str, int](int)
+        for at_s, other, tokens in swarm.told:
+            if other not in swarm.liars and at_s < peer.read_s - 10:
+                told[other] = max(told[other], tokens)
+        for other, tokens in told.items():
+            if counts.get(other, 0) < tokens:
+                detail = f"{peer.name} counts {counts.get(other, 0)} of {other}, which told {tokens}"
+                yield Violation("no token is lost", detail)
+        if not math.isfinite(peer.theta) or not math.isfinite(peer.momentum):
+            yield Violation("weights are finite", f"{peer.name} has {peer.theta}")
+        elif not swarm.liars and abs(peer.theta) > 10.0:
+            yield Violation("weights stay together", f"{peer.name} has {peer.theta}, at first they were within 1")

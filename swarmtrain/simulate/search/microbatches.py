@@ -1,0 +1,74 @@
+"""Schedules of faults in a pipeline's calls, and what must hold: each microbatch counts once in each stage, or is told
+as lost where its peer died; no driver waits without bound.
+
+`detail` of what is lost, repeated or slow is a share of the calls in per cent; that of the others whom they strike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from swarmtrain.simulate.microbatches import Faults, MicrobatchSwarm
+from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
+from swarmtrain.simulate.virtual_loop import virtually
+
+__all__ = ["draw_microbatches", "play_microbatches"]
+
+_LIMIT_S = 900.0
+_SPAN = Span(0.1, 3.0, 40.0)
+_SHARES = {"lost": "lost", "answers lost": "reply_lost", "repeated": "twice", "slow": "slow"}
+_KINDS = {"lost": 3, "answers lost": 3, "repeated": 3, "slow": 1, "hang": 4, "death": 3, "driver dies": 2}
+
+
+def draw_microbatches(rng: random.Random) -> Schedule:
+    """Up to three drivers and two peers for each of up to two stages more, and what goes wrong."""
+    speeds = (1.0,) * rng.choice((1, 2, 2, 3))
+    return Schedule(
+        world="microbatches",
+        speeds=speeds,
+        faults=draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(1, 13)),
+        options=(("stages", float(rng.choice((2, 3)))),),
+        seed=rng.randrange(2**16),
+    )
+
+
+def play_microbatches(schedule: Schedule) -> Played:
+    """Run it, and say what did not hold."""
+    rates = Faults()
+    for fault in schedule.faults:
+        if (share := _SHARES.get(fault.kind)) is not None:
+            rates = replace(rates, **{share: fault.detail / 100 * (4 if share == "twice" else 1)})
+    died = schedule.has("death", "driver dies")
+
+    async def body(now: Callable[[], float]) -> Played:
+        swarm = MicrobatchSwarm(
+            now,
+            schedule.seed,
+            rates,
+            num_stages=int(schedule.option("stages", 2)),
+            num_drivers=len(schedule.speeds),
+            num_microbatches=8,
+        )
+        others = [peer for peer in swarm.peers.values() if peer.stage]
+        for fault in schedule.faults:
+            peer = others[fault.detail % len(others)]
+            if fault.kind == "death":
+                asyncio.get_running_loop().call_later(fault.at_s, peer.born)
+            elif fault.kind == "hang":
+                asyncio.get_running_loop().call_later(fault.at_s, peer.hang, fault.lasts_s)
+        try:
+            await swarm.run(_deaths(schedule.faults), _LIMIT_S)
+        except TimeoutError:
+            return Played([Violation("nobody waits", f"a driver is not done after {_LIMIT_S:g} s")])
+        found = [Violation("exactly once", detail) for detail in swarm.miscounted(nobody_died=not died)]
+        return Played(found, f"{now()} s, {swarm.told.num_retried} retried, {swarm.rng.random()}")
+
+    return virtually(body)
+
+
+def _deaths(faults: tuple[Fault, ...]) -> dict[int, float]:
+    """Drivers that die, and when first."""
+    return {fault.peer: fault.at_s for fault in reversed(faults) if fault.kind == "driver dies"}

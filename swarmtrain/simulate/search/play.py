@@ -1,0 +1,142 @@
+"""One schedule: drawn from a seed, played, shrunk while the same invariant breaks, and written down as a test."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
+from swarmtrain.simulate.search.microbatches import draw_microbatches, play_microbatches
+from swarmtrain.simulate.search.rounds import draw_rounds, play_rounds
+from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Violation, WorldKind
+from swarmtrain.simulate.search.stages import draw_stages, play_stages
+
+__all__ = ["as_test", "draw", "play", "replay", "shrink"]
+
+_DRAW: dict[WorldKind, Callable[[random.Random], Schedule]] = {
+    "rounds": draw_rounds,
+    "gossip": draw_gossip,
+    "stages": draw_stages,
+    "microbatches": draw_microbatches,
+}
+_PLAY: dict[WorldKind, Callable[[Schedule], Played]] = {
+    "rounds": play_rounds,
+    "gossip": play_gossip,
+    "stages": play_stages,
+    "microbatches": play_microbatches,
+}
+_WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def draw(seed: int, world: WorldKind | None = None) -> Schedule:
+    """The schedule of a seed, in `world` or, so that consecutive seeds try all of them, in the one whose turn it is."""
+    kinds = list(_DRAW)
+    return _DRAW[world or kinds[seed % len(kinds)]](random.Random(seed))
+
+
+def play(schedule: Schedule) -> list[Violation]:
+    """Run it in virtual time. What did not hold; an error in a decision is one of those."""
+    return replay(schedule).violations
+
+
+def replay(schedule: Schedule) -> Played:
+    """The same, and what tells it from another."""
+    try:
+        return _PLAY[schedule.world](schedule)
+    except _WRONG as error:
+        return Played([Violation(f"no {type(error).__name__}", str(error))])
+
+
+# ---------------------------------------------------------------- shrinking
+
+
+def shrink(schedule: Schedule, most_plays: int = 400) -> Schedule:
+    """The shortest schedule found with at most so many plays in which the first broken invariant still breaks."""
+    found = play(schedule)
+    assert found, "nothing is wrong with it"
+    wanted = found[0].invariant
+    tries = most_plays
+    progress = True
+    while progress:
+        progress = False
+        for smaller in _smaller(schedule):
+            if (tries := tries - 1) < 0:
+                return schedule
+            if any(violation.invariant == wanted for violation in play(smaller)):
+                schedule, progress = smaller, True
+                break
+    return schedule
+
+
+def _smaller(schedule: Schedule) -> Iterator[Schedule]:
+    """What to try instead, the greatest steps first; each is simpler by a measure of its own, so that this ends."""
+    faults, number = schedule.faults, len(schedule.faults)
+    size = number
+    while size:
+        for first in range(0, number, size):
+            yield replace(schedule, faults=faults[:first] + faults[first + size :])
+        size //= 2
+    for peer in reversed(range(len(schedule.speeds))) if len(schedule.speeds) > 1 else ():
+        yield _without(schedule, peer)
+    for i in range(len(schedule.options)):
+        yield replace(schedule, options=schedule.options[:i] + schedule.options[i + 1 :])
+    usual = max(schedule.speeds)
+    if set(schedule.speeds) != {usual}:
+        yield replace(schedule, speeds=(usual,) * len(schedule.speeds))
+    if schedule.seed:
+        yield replace(schedule, seed=0)
+    for i, fault in enumerate(faults):
+        for simpler in _simpler(fault):
+            yield replace(schedule, faults=(*faults[:i], simpler, *faults[i + 1 :]))
+
+
+def _without(schedule: Schedule, peer: int) -> Schedule:
+    """Without that peer, and what happened to it."""
+    kept = [fault for fault in schedule.faults if fault.peer != peer]
+    faults = tuple(replace(fault, peer=fault.peer - (fault.peer > peer)) for fault in kept)
+    return replace(schedule, speeds=schedule.speeds[:peer] + schedule.speeds[peer + 1 :], faults=faults)
+
+
+def _simpler(fault: Fault) -> Iterator[Fault]:
+    """Its times shorter or rounder, its detail smaller."""
+    for lasts_s in (0.0, float(int(fault.lasts_s / 2)), float(int(fault.lasts_s))):
+        if lasts_s < fault.lasts_s:
+            yield replace(fault, lasts_s=lasts_s)
+    for at_s in (float(int(fault.at_s / 10) * 10), float(int(fault.at_s))):
+        if at_s < fault.at_s:
+            yield replace(fault, at_s=at_s)
+    for detail in (0, fault.detail // 2, fault.detail - 1):
+        if 0 <= detail < fault.detail:
+            yield replace(fault, detail=detail)
+
+
+# ---------------------------------------------------------------- in words
+
+
+def as_test(schedule: Schedule) -> str:
+    """A test that fails as this schedule does."""
+    found = play(schedule)
+    said = "".join(f"    # {violation}\n" for violation in found) or "    # nothing is wrong with it\n"
+    return (
+        "from swarmtrain.simulate.search import Fault, Schedule, play\n\n\n"
+        f"def test_{schedule.world}_of_a_searched_schedule() -> None:\n"
+        f"{said}    schedule = {_written(schedule)}\n    assert not play(schedule)\n"
+    )
+
+
+def _written(schedule: Schedule) -> str:
+    """As Python reads it, what is as usual left out."""
+    lines = [f"        {name}={value}," for name, value in _fields(schedule) if name != "faults"]
+    faults = [f"            Fault({', '.join(f'{n}={v}' for n, v in _fields(fault))})," for fault in schedule.faults]
+    if faults:
+        lines += ["        faults=(", *faults, "        ),"]
+    return "\n".join(["Schedule(", *lines, "    )"])
+
+
+def _fields(one: Fault | Schedule) -> Iterator[tuple[str, str]]:
+    for field in dataclasses.fields(one):
+        value = getattr(one, field.name)
+        if value != field.default:
+            yield field.name, repr(value).replace("'", '"')

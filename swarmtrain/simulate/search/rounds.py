@@ -1,0 +1,292 @@
+"""Schedules of faults in a synchronous swarm, and what must hold whatever they are.
+
+Judged: nobody waits without bound; once the faults are over there is one model again, in which everyone counts;
+nothing is in anybody's past twice; the tokens behind a peer's weights only grow; without a parted network, what a peer
+told as merged stays merged.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.rosters import Publication, Roster, Told
+from swarmtrain.simulate.messages import Link, Phase, RoundReply, RoundRequest, Settings, hash_of
+from swarmtrain.simulate.search.faults import declare, declare_span, end_faults
+from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
+from swarmtrain.simulate.volunteer import Volunteer
+from swarmtrain.simulate.world import Moment, World
+
+__all__ = ["counted_twice", "draw_rounds", "not_one_model", "play_rounds"]
+
+BASE_WAIT_S = 6.0
+"""Without a fault: the slowest peer's round less the fastest one's, and the transfers."""
+FAULT_WAIT_S = 22.0
+"""One fault: a call's time limit and hold (7 s), a stalled transfer (10 s), a silence (5 s)."""
+LIE_WAIT_S = 12.0
+"""One that lies answers, so that nothing stalls."""
+
+_MOMENTS: tuple[Moment, ...] = get_args(Moment)
+_TOGETHER_S = 4.0
+"""Those who come at the same moment have found each other by then; the times of faults are counted from there."""
+_SPAN = Span(0.0, 20.0, 14.0)
+_LEAST_S = 8.0
+_ASKED_S = 0.01
+_KINDS = {
+    "kill": 3, "leave": 2, "restart": 4, "freeze": 5, "partition": 3, "cut": 2, "delay": 2, "loss": 2, "twice": 2,
+    "join": 2, "kill at": 4, "freeze at": 6, "idle": 1,
+    "lie: two rosters": 1, "lie: two publications": 1, "lie: far ahead": 1, "lie: done": 1, "lie: tokens": 1,
+    "lie: no bytes": 1, "lie: behind": 1,
+}  # fmt: skip
+
+
+def draw_rounds(rng: random.Random) -> Schedule:
+    """A synchronous swarm of up to seven, and its faults."""
+    speeds = tuple(rng.choice((8.0, 10.0, 16.0)) for _ in range(rng.choice((1, 2, 3, 3, 4, 4, 5, 6, 7))))
+    options = (("share_above", 2.0),) if rng.random() < 0.5 else ()
+    drawn = draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(40))
+    return Schedule(
+        world="rounds",
+        speeds=speeds,
+        faults=tuple(_at_the_edge(rng, fault) for fault in drawn),
+        options=options,
+        seed=rng.randrange(2**16),
+    )
+
+
+def _at_the_edge(rng: random.Random, fault: Fault) -> Fault:
+    """Half of those that stand still do so until a call or a silence has just ended: there decisions cross."""
+    if fault.kind != "freeze at" or rng.random() < 0.5:
+        return fault
+    s = Settings()
+    ended_s = rng.choice((s.silence_s, s.call_limit_s + s.hold_s, s.silence_s + s.hold_s))
+    ended = 5 * (fault.detail // 5) + _MOMENTS.index("ended")
+    return replace(
+        fault, peer=rng.choice((0, fault.peer)), lasts_s=round(ended_s + rng.uniform(0, 0.6), 1), detail=ended
+    )
+
+
+# ---------------------------------------------------------------- liars
+
+
+class Liar(Volunteer):
+    """It does its work as the others do, and says something else."""
+
+    lies: frozenset[str] = frozenset()
+
+    def provide(self, what: str) -> Any:
+        """Nothing, or the bytes of whatever it has told of."""
+        if "no bytes" in self.lies:
+            return None
+        if "two publications" in self.lies and what != "state":
+            return what
+        return super().provide(what)
+
+    @property
+    def inner_steps_done(self) -> int:
+        """Of the present round, as told."""
+        return self.settings.inner_steps if "done" in self.lies else super().inner_steps_done
+
+    def _presence(self) -> PeerInfo:
+        info = super()._presence()
+        return replace(info, round=info.round + 1000) if "far ahead" in self.lies else info
+
+    def _answer(self, request: RoundRequest, call: Any) -> None:
+        if self.lies:
+            call = _Changed(call, lambda reply: self._lie(reply, request.src))
+        super()._answer(request, call)
+
+    def _lie(self, reply: RoundReply, asker: str) -> RoundReply:
+        """What this asker is told."""
+        first = int(hash_of(asker)[0], 16) % 2 == 0
+        offer, roster, told = reply.publication, reply.roster, reply.told
+        if "tokens" in self.lies and offer is not None:
+            offer = replace(offer, tokens=1000 * offer.tokens)
+        if "two publications" in self.lies and offer is not None and first:
+            offer = replace(offer, snapshot=hash_of(offer.snapshot + asker))
+        if "two rosters" in self.lies and roster is not None and roster.signer == self.name and first:
+            roster = replace(roster, entries=roster.entries[:-1] or roster.entries)
+        if "far ahead" in self.lies and first:
+            last = Roster(round=self.round + 1000, signer=self.name, entries=(_INVENTED,), base_tokens=10**15)
+            told = Told(round=self.round + 1001, last=last)
+        if "behind" in self.lies and len(self.history) > 1:
+            told = Told(round=self.round - 1, last=self.history[-2])
+        return replace(reply, publication=offer, roster=roster, told=told)
+
+
+_INVENTED = Publication(peer="p0", snapshot=hash_of("invented"), tokens=1, inner_steps=1)
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """A call whose answer is another one."""
+
+    call: Any
+    change: Callable[[RoundReply], RoundReply]
+
+    def answer(self, reply: RoundReply) -> None:
+        """As changed."""
+        self.call.answer(self.change(reply))
+
+
+class SearchedWorld(World):
+    """Notes what only grows, and who was told to have merged what."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        settings = Settings(
+            share_above=int(schedule.option("share_above", 5)),
+            presence_ttl_s=15.0,
+            round_limit_s=12.0 if schedule.has("idle") else 600.0,
+        )
+        super().__init__(settings, seed=schedule.seed)
+        self.clock.most_events = 400_000
+        self.liars = schedule.liars
+        self.tokens_behind: dict[str, int] = {}
+        self.broken: list[Violation] = []
+        self.waits: list[tuple[float, str, float]] = []
+        """(when it was over, whose, how long), in seconds."""
+        self.told: dict[tuple[str, int], str] = {}
+        """(peer, round) -> the publication of its own that it has told as merged, by those that live on."""
+
+    def _make(self, name: str, steps_per_s: float, link: Link) -> Volunteer:
+        return (Liar if name in self.liars else Volunteer)(self, name, steps_per_s, link)
+
+    def record(self, kind: Any, peer: Volunteer, roster: Roster | None = None) -> None:
+        """Look at what is told."""
+        super().record(kind, peer, roster)
+        if kind == "joined":
+            self.tokens_behind.pop(peer.name, None)  # from a checkpoint
+            self.told = {key: snapshot for key, snapshot in self.told.items() if key[0] != peer.name}
+        if kind not in ("applied", "adopted") or roster is None or peer.name in self.liars:
+            return
+        if self.waits_s and self.waits_s[-1][0] == peer.name:
+            self.waits.append((self.clock.now, peer.name, self.waits_s[-1][2]))
+        before = self.tokens_behind.get(peer.name, 0)
+        if roster.base_tokens < before:
+            detail = f"{peer.name} went from weights with {before} tokens behind them to {roster.base_tokens}"
+            self.broken.append(Violation("totals only grow", detail))
+        self.tokens_behind[peer.name] = roster.base_tokens
+        if kind == "applied":
+            self.told.update({(e.peer, roster.round): e.snapshot for e in roster.entries if e.peer == peer.name})
+
+
+# ---------------------------------------------------------------- play
+
+
+def play_rounds(schedule: Schedule) -> Played:
+    """Run it, and say what did not hold."""
+    world = SearchedWorld(schedule)
+    for name, steps_per_s in zip(schedule.names, schedule.speeds, strict=True):
+        world.join(name, steps_per_s=steps_per_s)
+    for index, fault in enumerate(schedule.faults):
+        _declare(world, replace(fault, at_s=_TOGETHER_S + fault.at_s), schedule.name(fault), index)
+    world.run_until(_TOGETHER_S + schedule.faults_end_s(_LEAST_S))
+    end_faults(world, world.liars)
+    world._faults.clear()
+    found = list(_waits(world, schedule))
+    if world.running():
+        world.run_until(world.clock.now + world.settings.presence_ttl_s / 3 + 20)
+        found += [Violation("one model", detail) for detail in not_one_model(world)]
+        found += [Violation("exactly once", detail) for detail in counted_twice(world)]
+        if not schedule.liars and not schedule.has("partition", "cut", "loss"):
+            found += _lost(world)
+    weights = [peer.digest for peer in world.running()]
+    return Played([*world.broken, *found], f"{world.clock.num_events} events, {weights}")
+
+
+def _declare(world: SearchedWorld, fault: Fault, name: str, index: int) -> None:
+    def lie(*lies: str) -> None:
+        if isinstance(peer := world.peers[name], Liar):
+            peer.lies = frozenset(lies)
+
+    if fault.kind == "join":
+        world.at(fault.at_s, world.join, f"{'az'[fault.detail % 2]}{index}")
+    elif fault.kind == "idle":
+        declare_span(world, fault, lambda: world.idle(name), lambda: world.sign_again(name))
+    elif fault.kind.startswith("lie: "):
+        declare_span(world, fault, lambda: lie(fault.kind.removeprefix("lie: ")), lie)
+    elif fault.kind in ("kill at", "freeze at"):
+        strike = world.kill if fault.kind == "kill at" else _frozen_for(world, fault.lasts_s)
+        world.fail_at(name, fault.detail // 5, _MOMENTS[fault.detail % 5], strike)
+    else:
+        declare(world, fault, name, world.come_back)
+
+
+def _frozen_for(world: World, lasts_s: float) -> Callable[[str], None]:
+    def freeze(name: str) -> None:  # when it has asked, and before it is answered
+        world.at(world.clock.now + _ASKED_S, world.freeze, name)
+        world.at(world.clock.now + _ASKED_S + lasts_s, world.thaw, name)
+
+    return freeze
+
+
+# ---------------------------------------------------------------- what must hold
+
+
+def _waits(world: SearchedWorld, schedule: Schedule) -> Iterable[Violation]:
+    """What went wrong shortly before a wait or in it explains so much of it."""
+    now = world.clock.now
+    waits = [*world.waits, *((now, p.name, now - p.ended_s) for p in world.running() if p.phase is Phase.MERGING)]
+    idle = {schedule.name(fault) for fault in schedule.faults if fault.kind == "idle"}
+    for over_s, name, wait_s in waits:
+        if name in idle:
+            continue
+        span_s = (over_s - wait_s - FAULT_WAIT_S - _TOGETHER_S, over_s - _TOGETHER_S)
+        causes = [fault for fault in schedule.faults if _may_matter(fault, *span_s)]
+        explained_s = (LIE_WAIT_S if fault.kind.startswith("lie: ") else FAULT_WAIT_S for fault in causes)
+        if wait_s > (bound_s := BASE_WAIT_S + sum(explained_s)):
+            yield Violation("nobody waits", f"{name} waited for {wait_s:.1f} s; {bound_s:.1f} s are explained")
+
+
+def _may_matter(fault: Fault, from_s: float, to_s: float) -> bool:
+    """Whether it was there at some time between these; one that strikes at a round's moment may come at any."""
+    return fault.kind.endswith(" at") or (fault.at_s <= to_s and from_s <= fault.end_s)
+
+
+def not_one_model(world: World, settle_rounds: int = 2, limit_s: float = 120.0) -> list[str]:
+    """The faults are over: within `settle_rounds` rounds more, all live peers have equal weights, and stay so. What of
+    that does not hold."""
+    peers = world.running()
+    end_s = world.clock.now + limit_s
+    rounds = max(peer.round for peer in peers) + settle_rounds
+    if not (world.run_rounds(rounds, end_s) and world.run_rounds(rounds + 2, end_s + limit_s)):
+        return [f"round {rounds + 2} is not reached: {[(p.name, p.round, p.phase.value, p.guest) for p in peers]}"]
+    for round in (rounds + 1, rounds + 2):
+        digests = world.digests(round)
+        if len(digests) != len(peers) or len(set(digests.values())) != 1:
+            return [f"round {round} begins with { ({name: digest[:4] for name, digest in digests.items()}) }"]
+    last = max(peers, key=lambda peer: peer.round).history[rounds + 1]
+    if missing := {peer.name for peer in peers}.symmetric_difference(last.peers):
+        return [f"two rounds later not everyone counts again: {sorted(missing)}"]
+    return []
+
+
+def counted_twice(world: World) -> list[str]:
+    """No publication, and no peer's round, is twice in anybody's past; base and token chains are unbroken. What of that
+    does not hold."""
+    found = []
+    for peer in world.running():
+        entries = [(entry.snapshot, entry.peer, r.round) for r in peer.history for entry in r.entries]
+        counts: Mapping[Any, int] = Counter(one for snapshot, *whose in entries for one in (snapshot, tuple(whose)))
+        found += [f"{what} is in {peer.name}'s past {n} times" for what, n in counts.items() if n > 1]
+        base, tokens = "", 0
+        for roster in peer.history:
+            if (roster.base, roster.base_tokens) != (base, tokens) or any(e.base != base for e in roster.entries):
+                found.append(f"{peer.name} applied a roster of round {roster.round} to other weights than its own")
+            base, tokens = roster.digest, roster.total_tokens
+    return found
+
+
+def _lost(world: SearchedWorld) -> list[Violation]:
+    """What was told as merged, and is not in the model in the end. Where nobody could be heard it may be so."""
+    peers = world.running()
+    merged = {(e.peer, roster.round, e.snapshot) for roster in peers[0].history for e in roster.entries}
+    return [
+        Violation("no token is lost", f"{name} told its round {round} as merged, and it is not in the model")
+        for (name, round), snapshot in world.told.items()
+        if world.peers[name].alive and (name, round, snapshot) not in merged
+    ]

@@ -1,0 +1,110 @@
+"""A schedule of faults: a small swarm, what goes wrong in it and when. Everything in it follows from one seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+__all__ = ["Fault", "Played", "Schedule", "Span", "Violation", "WorldKind", "draw_faults"]
+
+WorldKind: TypeAlias = Literal["rounds", "gossip", "stages", "microbatches"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Something goes wrong with `peer` at `at_s` for `lasts_s` seconds; what `detail` means depends on the kind."""
+
+    kind: str
+    peer: int = 0
+    at_s: float = 0.0
+    lasts_s: float = 0.0
+    detail: int = 0
+
+    @property
+    def end_s(self) -> float:
+        """When it is over."""
+        return self.at_s + self.lasts_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What `play` runs: `speeds` has a number a peer, `options` what differs from the world's usual settings."""
+
+    world: WorldKind
+    speeds: tuple[float, ...]
+    faults: tuple[Fault, ...] = ()
+    options: tuple[tuple[str, float], ...] = ()
+    seed: int = 0
+    """Of chance within the world: which messages are lost, whom a peer asks."""
+
+    def option(self, name: str, usual: float) -> float:
+        """One of `options`."""
+        return dict(self.options).get(name, usual)
+
+    @property
+    def names(self) -> list[str]:
+        """The peers that are there at first, in PeerID order."""
+        return [f"p{i}" for i in range(len(self.speeds))]
+
+    def name(self, fault: Fault) -> str:
+        """Whom it strikes."""
+        return f"p{fault.peer}"
+
+    @property
+    def liars(self) -> frozenset[str]:
+        """Whose own fate is not judged."""
+        return frozenset(self.name(fault) for fault in self.faults if fault.kind.startswith("lie: "))
+
+    def has(self, *kinds: str) -> bool:
+        """Whether a fault of one of these kinds is in it."""
+        return any(fault.kind in kinds for fault in self.faults)
+
+    def faults_end_s(self, least_s: float) -> float:
+        """When all faults are over, `least_s` at the earliest."""
+        return max([least_s, *(fault.end_s for fault in self.faults)])
+
+
+@dataclass(frozen=True)
+class Violation:
+    """An invariant that did not hold, and how."""
+
+    invariant: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.invariant}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Played:
+    """What became of a schedule."""
+
+    violations: list[Violation]
+    fingerprint: str = ""
+    """Of all that happened: the same wherever the schedule is played."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """When faults of a world strike, and for how long, in seconds."""
+
+    first_s: float
+    last_s: float
+    longest_s: float
+
+
+def draw_faults(
+    rng: random.Random, kinds: Mapping[str, int], num_peers: int, span: Span, detail: Callable[[str], int]
+) -> tuple[Fault, ...]:
+    """Up to six faults of these kinds (with their weights), in the order of their times; one peer at most lies."""
+    faults, liar = [], rng.randrange(num_peers)
+    for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 5, 6))):
+        kind = rng.choices(list(kinds), list(kinds.values()))[0]
+        lies = kind.startswith("lie: ") or kind == "idle"
+        peer = liar if lies else rng.randrange(num_peers)
+        longest_s = span.longest_s * (3 if lies else rng.choice((0.1, 1, 1)))
+        at_s, lasts_s = rng.uniform(span.first_s, span.last_s), rng.uniform(0, longest_s)
+        faults.append(Fault(kind=kind, peer=peer, at_s=round(at_s, 1), lasts_s=round(lasts_s, 1), detail=detail(kind)))
+    return tuple(sorted(faults, key=lambda fault: fault.at_s))

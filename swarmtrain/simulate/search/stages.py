@@ -1,0 +1,221 @@
+"""Schedules of faults in a pipeline whose peers move between its stages, and what must hold whatever they are.
+
+Judged: a move leaves no stage empty, whatever records say, while nobody dies who has promised to stay; once the faults
+are over each stage is held again, by peers that do it, and microbatches come through.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import replace
+
+from swarmtrain.membership.balance import Rule, StagePeer
+from swarmtrain.membership.promises import Promise, Request
+from swarmtrain.simulate.pipeline import Machine, PipelineSettings, PipelineWorld
+from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
+from swarmtrain.simulate.stage_moves import Mover
+from swarmtrain.simulate.stage_peer import StageVolunteer
+
+__all__ = ["draw_stages", "play_stages"]
+
+_SETTLE_S = 200.0
+"""Until a stage that is empty is held again: a record expires (30 s), everyone looks (10 s), promises end (60 s),
+somebody fetches (10 s each)."""
+_RATE_S = 40.0
+_PROMISED_S = 60.0
+_SPAN = Span(10.0, 110.0, 60.0)
+_LEAST_S = 60.0
+_GONE = ("kill", "vanish", "leave", "restart", "freeze")
+_KINDS = {
+    "kill": 3, "vanish": 2, "leave": 2, "restart": 2, "freeze": 2, "partition": 2, "cut": 2, "delay": 1, "loss": 2,
+    "twice": 2, "slow": 3, "join": 3, "lie: claims": 1, "lie: speed": 1, "lie: slow": 1, "lie: moves": 1,
+    "lie: is bound": 1, "lie: promises": 1, "lie: breaks": 1,
+}  # fmt: skip
+
+
+def draw_stages(rng: random.Random) -> Schedule:
+    """A pipeline of two to four stages and a few peers, piled or spread, and its faults."""
+    num_stages = rng.choice((2, 3, 3, 4))
+    speeds = tuple(rng.choice((300.0, 500.0, 800.0)) for _ in range(num_stages + rng.choice((0, 1, 1, 2, 3))))
+    options = [("stages", float(num_stages))]
+    if rng.random() < 0.6:
+        options.append(("piled", float(rng.randrange(1, len(speeds)))))
+    if rng.random() < 0.4:
+        options.append(("most_stages", 1.0))
+    if rng.random() < 0.5:
+        options.append(("stale", 1.0))
+    return Schedule(
+        world="stages",
+        speeds=speeds,
+        faults=draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(64)),
+        options=tuple(options),
+        seed=rng.randrange(2**16),
+    )
+
+
+# ---------------------------------------------------------------- liars
+
+
+class LyingMover(Mover):
+    """It promises whatever it is asked for."""
+
+    def asked(self, request: Request, by: Mover) -> None:
+        """It stays, it says."""
+        if "promises" not in getattr(self.peer, "lies", ()):
+            super().asked(request, by)
+            return
+        promise = Promise(request=request, lasts_s=_PROMISED_S)
+        self.peer.world.send(self.peer, by.peer, by.answered, request.stage, promise, "it stays, it says")
+
+
+class Liar(StageVolunteer):
+    """It does its work as the others do, and says something else."""
+
+    def __init__(self, world: PipelineWorld, machine: Machine, rng: random.Random) -> None:
+        self.lies: frozenset[str] = frozenset()
+        super().__init__(world, machine, rng)
+        self.mover = LyingMover(self)
+
+    @property
+    def record(self) -> StagePeer:
+        """What it says of itself."""
+        told, every = super().record, tuple(range(self.world.settings.rule.num_stages))
+        if "claims" in self.lies:
+            told = replace(told, stages=every, tokens_per_s=100 * told.tokens_per_s)
+        if "speed" in self.lies or "slow" in self.lies:
+            told = replace(told, tokens_per_s=told.tokens_per_s * (1000 if "speed" in self.lies else 0.001))
+        if "moves" in self.lies:
+            told = replace(told, moving_to=every[:1])
+        return replace(told, bound=every) if "is bound" in self.lies else told
+
+
+class SearchedWorld(PipelineWorld):
+    """Some of whose peers may lie."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        num_stages = int(schedule.option("stages", 2))
+        rule = Rule(costs=(1 / num_stages,) * num_stages, live_s=30.0)
+        self.liars = schedule.liars
+        # Views that are older and differ more than real ones: what is decided from them must still be safe.
+        stale = {"record_delay_s": (0.5, 20.0), "missed": 0.3} if schedule.option("stale", 0) else {}
+        settings = PipelineSettings(rule=rule, microbatch_tokens=8192, balance_every_s=5.0, **stale)
+        super().__init__(settings, seed=schedule.seed)
+        self.clock.most_events = 200_000
+
+    def _make(self, machine: Machine) -> StageVolunteer:
+        return (Liar if machine.name in self.liars else StageVolunteer)(self, machine, random.Random(self.rng.random()))
+
+    def honest(self) -> list[StageVolunteer]:
+        """Those that are on and do not lie, by name."""
+        return [peer for name, peer in sorted(self.peers.items()) if name not in self.liars]
+
+
+# ---------------------------------------------------------------- play
+
+
+def play_stages(schedule: Schedule) -> Played:
+    """Run it, and say what did not hold."""
+    world = SearchedWorld(schedule)
+    num_stages, piled = world.settings.rule.num_stages, int(schedule.option("piled", 0))
+    for i, (name, speed) in enumerate(zip(schedule.names, schedule.speeds, strict=True)):
+        world.join(_machine(schedule, name, speed), (0 if i < piled else i % num_stages,))
+    for index, fault in enumerate(schedule.faults):
+        _declare(world, schedule, fault, index)
+    world.run_until(schedule.faults_end_s(_LEAST_S))
+    _end_faults(world)
+    world.run_until(world.clock.now + _SETTLE_S)
+    found: list[Violation] = [*_emptied(world, schedule), *_unserved(world, schedule)]
+    world.measure_from_here()
+    world.run_until(world.clock.now + _RATE_S)
+    due_tokens = world.share_of_assignment * world.ideal_per_s * _RATE_S
+    if not found and not world.tokens_per_s and due_tokens > 6 * world.settings.microbatch_tokens:
+        found.append(Violation("microbatches come through", f"none within {_RATE_S:g} s, though every stage is held"))
+    return Played(found, f"{world.clock.num_events} events, {len(world.log)} moments, {world.tokens_per_s}")
+
+
+def _machine(schedule: Schedule, name: str, speed: float) -> Machine:
+    most = int(schedule.option("most_stages", 2))
+    return Machine(name=name, tokens_per_s=speed, fetch_s=10.0, most_stages=most)
+
+
+def _declare(world: SearchedWorld, schedule: Schedule, fault: Fault, index: int) -> None:
+    name, kind, detail = schedule.name(fault), fault.kind, fault.detail
+    machine = _machine(schedule, name, schedule.speeds[fault.peer])
+
+    def come_back() -> None:
+        if name not in world.peers:
+            world.join(machine)
+
+    def tell(*lies: str) -> None:
+        if isinstance(peer := world.peers.get(name), Liar):
+            peer.lies = frozenset(lies)
+            peer.announce()
+
+    def leave_stage() -> None:
+        if (peer := world.peers.get(name)) is not None and peer.stages:
+            peer.serve((detail % world.settings.rule.num_stages,))
+
+    def slow() -> None:
+        if name in world.peers:
+            world.slow(name, 2.0 + detail % 9)
+
+    side = [one for i, one in enumerate(schedule.names) if detail >> i & 1]
+    begin_end = {
+        "kill": (lambda: world.kill(name), None),
+        "vanish": (lambda: world.kill(name, silent=True), None),
+        "leave": (lambda: world.leave(name), None),
+        "restart": (lambda: world.kill(name), come_back),
+        "freeze": (lambda: world.freeze(name), lambda: world.thaw(name)),
+        "partition": (lambda: world.partition(side), world.heal),
+        "cut": (lambda: world.cut_off(name), world.heal),
+        "delay": (lambda: world.delay(name, 0.2 * (1 + detail % 10)), lambda: world.delay(name, 0.05)),
+        "loss": (lambda: world.lose_messages(0.2), lambda: world.lose_messages(0.0)),
+        "twice": (lambda: world.repeat_messages(0.3), lambda: world.repeat_messages(0.0)),
+        "slow": (slow, None),
+        "join": (lambda: world.join(replace(machine, name=f"{'az'[detail % 2]}{index}")), None),
+        "lie: breaks": (leave_stage, None),
+    }
+    begin, end = begin_end.get(kind) or (lambda: tell(kind.removeprefix("lie: ")), tell)
+    world.at(fault.at_s, begin)
+    if end is not None:
+        world.at(fault.end_s, end)
+
+
+def _end_faults(world: SearchedWorld) -> None:
+    world.heal()
+    world.lose_messages(0.0)
+    world.repeat_messages(0.0)
+    for name in sorted(world.peers):
+        world.thaw(name)
+        world.delay(name, world.settings.latency_s / 2)
+        if name in world.liars:
+            world.kill(name)
+
+
+# ---------------------------------------------------------------- what must hold
+
+
+def _suffice(world: SearchedWorld, schedule: Schedule) -> bool:
+    """Whether those that are left can hold every stage."""
+    return len(world.peers) * int(schedule.option("most_stages", 2)) >= world.settings.rule.num_stages
+
+
+def _emptied(world: SearchedWorld, schedule: Schedule) -> Iterable[Violation]:
+    """By a move, and not because somebody was gone who had promised to stay."""
+    if schedule.has("lie: promises", "lie: breaks"):
+        return
+    gone_s = [fault.at_s for fault in schedule.faults if fault.kind in _GONE]
+    gone_s += [schedule.faults_end_s(_LEAST_S)] if world.liars else []
+    for at_s, stage in world.emptied:
+        if not any(at_s - _PROMISED_S <= one_s <= at_s for one_s in gone_s):
+            yield Violation("no move empties a stage", f"stage {stage} at {at_s:.1f} s")
+
+
+def _unserved(world: SearchedWorld, schedule: Schedule) -> Iterable[Violation]:
+    if not _suffice(world, schedule):
+        return
+    for stage, number in enumerate(world.holders()):
+        if not number:
+            held = {name: peer.stages for name, peer in world.peers.items()}
+            yield Violation("every stage is held again", f"nobody serves stage {stage} of {held}")

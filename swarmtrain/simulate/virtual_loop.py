@@ -1,0 +1,53 @@
+"""An event loop whose time is virtual: seconds pass as soon as there is nothing else to do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+__all__ = ["VirtualLoop", "virtually"]
+
+_T = TypeVar("_T")
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Time jumps to the next timer whenever there is nothing else to do; while a thread works it takes its course."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self._num_working = 0
+        select = self._selector.select  # type: ignore[attr-defined]
+
+        def jump(timeout: float | None) -> Any:
+            if self._num_working and timeout:
+                began_s = time.monotonic()
+                ready = select(timeout)
+                self.now_s += time.monotonic() - began_s
+                return ready
+            self.now_s += timeout or 0.0
+            return select(0 if timeout is not None else None)
+
+        self._selector.select = jump  # type: ignore[attr-defined]
+
+    def time(self) -> float:
+        """Virtual seconds."""
+        return self.now_s
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> asyncio.Future[Any]:
+        """While it works, time is real."""
+        future = super().run_in_executor(executor, func, *args)
+        self._num_working += 1
+        future.add_done_callback(self._worked)
+        return future
+
+    def _worked(self, future: object) -> None:
+        self._num_working -= 1
+
+
+def virtually(body: Callable[[Callable[[], float]], Coroutine[Any, Any, _T]]) -> _T:
+    """Run `body`, which is given the clock."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(body(runner.get_loop().time))
