@@ -77,9 +77,7 @@ def command(
     from swarmtrain.simulate.planning import Machines, plan
 
     factors = tuple(itertools.islice(itertools.cycle(slowdowns or (1.0,)), peers))
-    machines = Machines(
-        step_s=tuple(step_s * factor for factor in factors), churn=ChurnSection(every_s=churn or 0.0)
-    )
+    machines = Machines(step_s=tuple(step_s * factor for factor in factors), churn=ChurnSection(every_s=churn or 0.0))
     links = LinksSection(**said)
     found = plan(run, machines, links, seed)
     worst = hurts(run, found, machines)
@@ -131,13 +129,13 @@ def report(run: RunFile, found: Plan, machines: Machines, links: LinksSection) -
     rows = {
         "inner step": f"{_step(found.step_s)}{speeds}",
         "rounds": f"{rounds}; {_number(found.num_rounds)} in the whole run",
-        "whole run": f"{time(found.run_s)} for {count(run.run.total_tokens)} tokens, {count(found.tokens_per_s)} tokens a second",
+        "whole run": f"{time(found.run_s)} for {count(run.run.total_tokens)} tokens, {count(found.tokens_per_s)} a second",
         "stall": f"{found.stall_share:.2%} of a volunteer's time",
         "merging": merging,
         "sent": _link_in_words(found.up_bytes_per_day, traffic.up, found.up_share, found.up_bytes),
         "received": _link_in_words(found.down_bytes_per_day, traffic.down, found.down_share, found.down_bytes),
-        "of which": f"{size(found.payload_down_bytes)} of payload a round, {size(traffic.records)} a second of records; states "
-        f"for the archive and for those who come {size(traffic.states_up)} a second sent",
+        "of which": f"{size(found.payload_down_bytes)} of payload a round, {size(traffic.records)} a second of records; "
+        f"states for the archive and for those who come {size(traffic.states_up)} a second sent",
         "bootstrap": f"{_mbit(traffic.bootstrap_up)} sent, {_mbit(traffic.bootstrap_down)} received",
         "memory": f"about {size(found.memory_bytes)} of each, disk {size(found.disk_bytes)} for checkpoints",
         "known by": found.by,
@@ -186,8 +184,8 @@ def _shared_here(slowdowns: tuple[float, ...], peers: int, measured: bool) -> li
     if not measured or busy <= 1:
         return []
     return [
-        f"  here       a rehearsal on this machine (swarmtrain local) would be about {_number(busy)} times slower: {peers} volunteers "
-        f"would share {cores} core{'s' * (cores > 1)}"
+        f"  here       a rehearsal on this machine (swarmtrain local) would be about {_number(busy)} times slower: "
+        f"{peers} volunteers would share {cores} core{'s' * (cores > 1)}"
     ]
 
 

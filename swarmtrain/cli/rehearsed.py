@@ -1,4 +1,4 @@
-"""The options of a swarm that is rehearsed (`swarmtrain local`) or planned (`swarmtrain plan`): its links, its machines."""
+"""The options of a swarm that is rehearsed (`swarmtrain local`) or planned (`swarmtrain plan`)."""
 
 from __future__ import annotations
 

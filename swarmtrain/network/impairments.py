@@ -48,7 +48,7 @@ class Lateness:
         return late_s
 
     def of_transfer(self, size_bytes: int, bytes_per_s: float) -> float:
-        """Seconds by which the end of a transfer is late: its pieces are, one by one, and those behind wait, as in TCP."""
+        """Seconds by which a transfer's end is late: its pieces are, one by one, and those behind wait, as in TCP."""
         if not self.jitter_s and not self.loss:
             return 0.0
         size = piece_bytes(bytes_per_s)

@@ -47,7 +47,8 @@ class Hurt:
 def hurts(run: RunFile, found: Plan, machines: Machines) -> tuple[Hurt, ...]:
     """All that can hurt here, the worst first."""
     looks: list[Callable[[RunFile, Plan, Machines], Hurt | None]] = [
-        _uplink, _downlink, _readers, _rounds, _stall, _freshness, _stragglers, _archive, _joining, _records, _server, _memory,
+        _uplink, _downlink, _readers, _rounds, _stall, _freshness, _stragglers, _archive, _joining, _records, _server,
+        _memory,
     ]  # fmt: skip
     told = (look(run, found, machines) for look in looks)
     found_here = [one if one.strain >= FELT else replace(one, change="") for one in told if one is not None]
@@ -97,8 +98,8 @@ def _of_link(name: str, whose: str, rate: float, run: RunFile, found: Plan) -> H
     takes_s = wanted / rate
     share, one_s = takes_s / found.round_s, found.publication_bytes / rate
     why = (
-        f"a publication of {size(found.publication_bytes)} takes {_time(one_s)} at {_mbit(rate)}, and what {count} take "
-        f"{whose} in a round {_time(takes_s)}; a round lasts {_time(found.round_s)}"
+        f"a publication of {size(found.publication_bytes)} takes {_time(one_s)} at {_mbit(rate)}, and what {count} "
+        f"take {whose} in a round {_time(takes_s)}; a round lasts {_time(found.round_s)}"
     )
     change = _more_steps(run, 2 * share)
     if merge.method == "gossip" and merge.num_partners > 1 and share > _PULLING_SHARE:
@@ -120,12 +121,13 @@ def _readers(run: RunFile, found: Plan, machines: Machines) -> Hurt | None:
     strain = network.max_readers * least / rate
     change = f"network.max_readers = {max(1, int(rate / least))} (now {network.max_readers})"
     if rate < least:
-        change = f"network.min_pull_bytes_per_s = {int(rate / 2)} and network.stall_limit_s = {_round_up(2 * 262_144 / rate)}"
+        limit_s = _round_up(2 * 262_144 / rate)  # for a chunk
+        change = f"network.min_pull_bytes_per_s = {int(rate / 2)} and network.stall_limit_s = {limit_s}"
     return Hurt(
         what="uplink shared by readers",
         strain=strain,
-        why=f"network.max_readers = {network.max_readers} at once get {size(rate / network.max_readers)} a second each, and "
-        f"a transfer slower than {size(least)} a second is given up",
+        why=f"network.max_readers = {network.max_readers} at once get {size(rate / network.max_readers)} a second "
+        f"each, and a transfer slower than {size(least)} a second is given up",
         change=change,
     )
 
@@ -139,8 +141,8 @@ def _archive(run: RunFile, found: Plan, machines: Machines) -> Hurt | None:
     return Hurt(
         what="archive",
         strain=strain,
-        why=f"every {_time(every_s)} the bootstrap takes a state of {size(found.state_bytes)}, {_time(takes_s)} at {_mbit(rate)}, "
-        f"and of others the weights: {found.traffic.states_up / rate:.0%} of each uplink, and "
+        why=f"every {_time(every_s)} the bootstrap takes a state of {size(found.state_bytes)}, {_time(takes_s)} at "
+        f"{_mbit(rate)}, and of others the weights: {found.traffic.states_up / rate:.0%} of each uplink, and "
         f"{_mbit(found.traffic.bootstrap_down)} at the bootstrap",
         change=f"network.archive_every_s = {_round_up(max(every_s * strain / FELT, every_s + 1))} (now {every_s:g})",
     )
@@ -156,8 +158,8 @@ def _joining(run: RunFile, found: Plan, machines: Machines) -> Hurt | None:
     return Hurt(
         what="late joiners",
         strain=behind / limit,
-        why=f"who comes late takes a state of {size(found.state_bytes)}, {_time(takes_s)} at {_mbit(rate)}: {behind:.1f} rounds, "
-        f"and {limit} behind is too old",
+        why=f"who comes late takes a state of {size(found.state_bytes)}, {_time(takes_s)} at {_mbit(rate)}: "
+        f"{behind:.1f} rounds, and {limit} behind is too old",
         change=_more_steps(run, behind / limit / FELT),
     )
 
@@ -184,8 +186,8 @@ def _server(run: RunFile, found: Plan, machines: Machines) -> Hurt | None:
     return Hurt(
         what="the server's uplink",
         strain=share / _PULLING_SHARE,
-        why=f"all {found.num_peers} take weights of the bootstrap in each round: {_mbit(found.traffic.bootstrap_up)}, and a link "
-        f"such as theirs carries {_mbit(rate)}",
+        why=f"all {found.num_peers} take weights of the bootstrap in each round: {_mbit(found.traffic.bootstrap_up)}, "
+        f"and a link such as theirs carries {_mbit(rate)}",
         change=f'merge.method = "gossip", {_more_steps(run, 2 * share)}, or a bootstrap with a better link',
     )
 
@@ -203,8 +205,8 @@ def _rounds(run: RunFile, found: Plan, machines: Machines) -> Hurt | None:
     return Hurt(
         what="number of rounds",
         strain=times,
-        why=f"{found.num_rounds:.0f} in the whole run with {found.num_peers} volunteers: they average each other's work few "
-        f"times, and late joiners come too late",
+        why=f"{found.num_rounds:.0f} in the whole run with {found.num_peers} volunteers: they average each other's "
+        f"work few times, and late joiners come too late",
         change=change,
     )
 
@@ -230,13 +232,22 @@ def _stall(run: RunFile, found: Plan, machines: Machines) -> Hurt | None:
 
 
 def _freshness(run: RunFile, found: Plan, machines: Machines) -> Hurt | None:
+    if run.merge.method == "diloco" and found.num_peers > 1:
+        return Hurt(
+            what="short rosters",
+            strain=max(0.0, 1 - found.fresh_share) / (1 - _LEAST_FRESH),
+            why=f"{1 - found.fresh_share:.0%} of the volunteers are on no roster, and their round is lost: what they "
+            f"publish does not arrive in time",
+            change=f'merge.method = "gossip" or merge.silence_s = {_round_up(4 * run.merge.silence_s)} '
+            f"(now {run.merge.silence_s:g})",
+        )
     if run.merge.method != "gossip" or found.num_peers < 2:
         return None
     return Hurt(
         what="freshness",
-        strain=(1 - found.fresh_share) / (1 - _LEAST_FRESH),
-        why=f"{1 - found.fresh_share:.0%} of the rounds merge nobody's new work: rounds of {_time(found.round_s)} are short for "
-        f"what is to be pulled in them",
+        strain=max(0.0, 1 - found.fresh_share) / (1 - _LEAST_FRESH),
+        why=f"{1 - found.fresh_share:.0%} of the rounds merge nobody's new work: rounds of {_time(found.round_s)} are "
+        f"short for what is to be pulled in them",
         change=_more_steps(run, 2.0),
     )
 
@@ -250,8 +261,8 @@ def _stragglers(run: RunFile, found: Plan, machines: Machines) -> Hurt | None:
     return Hurt(
         what="stragglers",
         strain=times / 2,
-        why=f"a round of the slowest lasts {_time(found.round_most_s)}, {times:.1f} times the median's: after {every:.0f} of its "
-        f"rounds it is {run.merge.max_staleness_rounds} behind, and takes the others' weights",
+        why=f"a round of the slowest lasts {_time(found.round_most_s)}, {times:.1f} times the median's: after "
+        f"{every:.0f} of its rounds it is {run.merge.max_staleness_rounds} behind, and takes the others' weights",
         change=change,
     )
 

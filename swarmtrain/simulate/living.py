@@ -1,7 +1,7 @@
 """A part of a swarm lives through some rounds in virtual time, so that `simulate/planning.py` can tell of all of it.
 
-Gossip by `simulate/gossip.py`, rosters by `simulate/world.py`, stages by `simulate/pipeline.py` and then gossip; where a server
-merges nobody waits for anybody, and it is arithmetic. `lived` is what a better engine has to replace.
+Gossip by `simulate/gossip.py`, rosters by `simulate/world.py`, stages by `simulate/pipeline.py` and then gossip; where
+a server merges nobody waits for anybody, and it is arithmetic. `lived` is what a better engine has to replace.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
@@ -33,16 +33,18 @@ from swarmtrain.simulate.world import World
 
 __all__ = ["Lived", "Machines", "lived", "section_bytes", "stage_parameters"]
 
-_MOST_GOSSIPING, _MOST_ON_A_ROSTER, _MOST_IN_STAGES = 64, 24, 48
-"""So many live. More take longer and see the same: with gossip nobody knows more than a sample, and what a roster costs each
-hardly depends on its length. They are taken evenly by speed, the fastest and the slowest among them."""
+_MOST_GOSSIPING, _MOST_ON_A_ROSTER, _MOST_IN_STAGES = 64, 16, 48
+"""So many live. More take longer and see the same: with gossip nobody knows more than a sample, and what a roster costs
+each hardly depends on its length. They are taken evenly by speed, the fastest and the slowest among them."""
 _WARM_ROUNDS, _ROUNDS = 2, 8
+_MOST_WAITED_S = 60.0
+"""With rosters they ask each other every other second while they wait, which takes long to simulate."""
 _MICROBATCHES = 4000
 _UNLIMITED_BYTES_PER_S = 1e9 / 8
 """A link without a limit."""
 _COPY_S, _MERGE_S = 3.0e-9, 9.0e-9
-"""Of a parameter: one copy of the weights, and one outer step, by one thread. Measured with 10 and 50 million parameters; with
-0.46 million it comes to the 8 to 11 ms a round of results, section 8."""
+"""Of a parameter: one copy of the weights, and one outer step, by one thread. Measured with 10 and 50 million of them;
+with 0.46 million it comes to the 8 to 11 ms a round of results, section 8."""
 _AWAY_AGAIN_S = 10.0
 """From the start of a process to its first step: 9 s when the engine starts a container again (results, section 10)."""
 
@@ -52,7 +54,7 @@ class Machines:
     """The volunteers': seconds of an inner step of each, and how they come and go."""
 
     step_s: tuple[float, ...]
-    churn: ChurnSection = ChurnSection()
+    churn: ChurnSection = field(default_factory=ChurnSection)
 
     @property
     def num(self) -> int:
@@ -124,9 +126,9 @@ def section_bytes(run: RunFile) -> SectionBytes:
 def _steps(run: RunFile, step_s: Sequence[float]) -> list[int]:
     """Inner steps of a round of each, as the product paces them."""
     merge, speeds = run.merge, [1 / one for one in step_s]
-    reference = reference_speed(speeds)
-    steps = [paced_inner_steps(one, reference, merge.inner_steps) if merge.pacing else merge.inner_steps for one in speeds]
-    return [min(number, max(1, math.floor(merge.round_limit_s * one))) for number, one in zip(steps, speeds, strict=True)]
+    reference = reference_speed(speeds) if merge.pacing else 0.0
+    most = [max(1, math.floor(merge.round_limit_s * one)) for one in speeds]
+    return [min(paced_inner_steps(one, reference, merge.inner_steps), at) for one, at in zip(speeds, most, strict=True)]
 
 
 def _merge_s(run: RunFile) -> float:
@@ -252,8 +254,31 @@ def _some(some: Machines, machines: Machines) -> str:
 
 
 def _rosters(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
-    some, parameters, merge = machines.at_most(_MOST_ON_A_ROSTER), stage_parameters(run), run.merge
-    steps, others = _steps(run, some.step_s), machines.num - 1
+    some, parameters, others = machines.at_most(_MOST_ON_A_ROSTER), stage_parameters(run), machines.num - 1
+    steps, (sent, _) = _steps(run, some.step_s), merge_bytes(run, parameters, others)
+    alone_s = [one * step_s for one, step_s in zip(steps, some.step_s, strict=True)]
+    wire_s = sent / min(_rates(links)) + 6 * 4 * _latency_s(links, sent, random.Random(seed))
+    if max(alone_s) - min(alone_s) + wire_s > _MOST_WAITED_S:
+        by, round_s, share = "arithmetic: the slowest's steps, then the wire", max(alone_s) + wire_s, 1.0
+    else:
+        by = f"synchronous rounds of {_some(some, machines)} in virtual time"
+        round_s, share = _on_rosters(run, some, links, others, seed)
+    round_s += _merge_s(run)
+    return Lived(
+        by=by,
+        round_s=(round_s,) * some.num,
+        stall_s=tuple(max(_merge_s(run), round_s - one) for one in alone_s),
+        tokens=tuple(share * run.tokens_per_step * one for one in steps),
+        down_bytes=sent,
+        up_bytes=sent,
+        partners=share * (others + 1) - 1,
+        fresh_share=share,
+    )
+
+
+def _on_rosters(run: RunFile, some: Machines, links: LinksSection, others: int, seed: int) -> tuple[float, float]:
+    """(seconds of a round, the share of all volunteers that is on a roster), of some among so many others."""
+    merge, steps, parameters = run.merge, _steps(run, some.step_s), stage_parameters(run)
     settings = Settings(
         inner_steps=merge.inner_steps,
         tokens_per_step=run.tokens_per_step,
@@ -279,26 +304,22 @@ def _rosters(run: RunFile, machines: Machines, links: LinksSection, seed: int) -
     end_s = 4 * _ROUNDS * (longest_s + settings.publication_bytes * 2 / link.bytes_per_s + merge.silence_s)
     _befall(world, some, end_s, seed)
     world.run_rounds(_WARM_ROUNDS + _ROUNDS, end_s)
-    applied = [event.time_s for event in world.events("applied") if event.round >= _WARM_ROUNDS - 1]
-    rounds = [event.round for event in world.events("applied") if event.round >= _WARM_ROUNDS - 1]
-    merge_s = _merge_s(run)
-    if len(set(rounds)) < 2:
-        round_s = end_s  # nobody gets through a round
-    else:
-        first, last = min(rounds), max(rounds)
-        ends_s = {round: statistics.median(at for at, of in zip(applied, rounds, strict=True) if of == round) for round in (first, last)}
-        round_s = merge_s + (ends_s[last] - ends_s[first]) / (last - first)
-    sent, _ = merge_bytes(run, parameters, others)
-    return Lived(
-        by=f"synchronous rounds of {_some(some, machines)}, {len(set(rounds))} of them, in virtual time",
-        round_s=(round_s,) * some.num,
-        stall_s=tuple(max(merge_s, round_s - one * step_s) for one, step_s in zip(steps, some.step_s, strict=True)),
-        tokens=tuple(float(run.tokens_per_step * one) for one in steps),
-        down_bytes=sent,
-        up_bytes=sent,
-        partners=others,
-        fresh_share=1.0,
-    )
+    return _applied(world, end_s)
+
+
+def _applied(world: World, end_s: float) -> tuple[float, float]:
+    """(seconds of a round, the share of all volunteers that is on a roster), without the first rounds."""
+    ends_s: dict[int, list[float]] = defaultdict(list)
+    entries: dict[int, int] = {}
+    for event in world.events("applied"):
+        if event.round >= _WARM_ROUNDS - 1 and event.roster is not None:
+            ends_s[event.round].append(event.time_s)
+            entries[event.round] = max(len(event.roster.entries), entries.get(event.round, 0))
+    if len(ends_s) < 2:  # nobody gets through them
+        return end_s, 1 / len(world.peers)
+    first, last = min(ends_s), max(ends_s)
+    round_s = (statistics.median(ends_s[last]) - statistics.median(ends_s[first])) / (last - first)
+    return round_s, statistics.mean(entries.values()) / len(world.running())
 
 
 def _server(run: RunFile, machines: Machines) -> Lived:
@@ -316,12 +337,12 @@ def _server(run: RunFile, machines: Machines) -> Lived:
 
 
 def _stages(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
-    """What passes through the stages; then a stage is a swarm that gossips, of which each member does its part of that."""
+    """What passes through the stages; then a stage is a swarm that gossips, of which each does its part of that."""
     stages = run.pipeline.stages
     if machines.num < stages:
         raise UserError(
-            f"--peers: {machines.num} volunteers for pipeline.stages = {stages}: what several stages on one machine cost is "
-            f"not planned; allowed: {stages} or more"
+            f"--peers: {machines.num} for pipeline.stages = {stages}: several stages on one machine are not planned; "
+            f"allowed: {stages} or more"
         )
     some = machines.at_most(max(_MOST_IN_STAGES, stages))
     world = _through_stages(run, some, links, seed)

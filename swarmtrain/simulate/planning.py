@@ -1,8 +1,8 @@
 """What a run would be like with so many volunteers on such links, before anybody is invited.
 
-`plan` is all that others call. Beneath it some of the swarm live through rounds in virtual time (`simulate/living.py`); from
-that, from what travels besides (`simulate/traffic.py`) and from the estimate of `swarmtrain check` follows the rest. What of it
-hurts first is told by `simulate/hurts.py`.
+`plan` is all that others call. Beneath it some of the swarm live through rounds in virtual time (`simulate/living.py`);
+from that, from what travels besides (`simulate/traffic.py`) and from the estimate of `swarmtrain check` follows the
+rest. What of it hurts first is told by `simulate/hurts.py`.
 """
 
 from __future__ import annotations
@@ -100,9 +100,10 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
     found = lived(run, machines, links, seed)
     scale = machines.num / len(found.round_s) / run.pipeline.stages * (1 - machines.away_share)
     tokens_per_s = scale * sum(tokens / one for tokens, one in zip(found.tokens, found.round_s, strict=True))
-    run_s, round_s = run.run.total_tokens / tokens_per_s, statistics.median(found.round_s)
+    round_s, apart = statistics.median(found.round_s), run.merge.method != "diloco"
+    # Each sees the end at the end of a round of its own, by what the others told at the end of theirs.
+    run_s = run.run.total_tokens / tokens_per_s + round_s * apart
     cost, parameters = estimate(run, num_parameters(run.model), machines.num), stage_parameters(run)
-    publishes = run.merge.method != "diloco"
     return Plan(
         by=found.by,
         num_peers=machines.num,
@@ -110,13 +111,13 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
         round_s=round_s,
         round_least_s=min(found.round_s),
         round_most_s=max(found.round_s),
-        num_rounds=run_s / round_s,
+        num_rounds=run_s / round_s + (apart and run.merge.pacing),  # the first is short: speeds are not known yet
         run_s=run_s,
         tokens_per_s=tokens_per_s,
         stall_share=sum(found.stall_s) / sum(found.round_s),
         partners_per_round=found.partners,
         fresh_share=found.fresh_share,
-        publication_bytes=section_bytes(run).both if publishes else 4 * parameters,
+        publication_bytes=section_bytes(run).both if apart else 4 * parameters,
         state_bytes=8 * parameters,
         payload_up_bytes=found.up_bytes,
         payload_down_bytes=found.down_bytes,

@@ -1,7 +1,7 @@
 """What a volunteer's link carries besides the payload of merges: records in the DHT, states, and the bootstrap's share.
 
-Arithmetic on what the product does: who reads which buckets how often (decision 0033), whose states the archive takes, what a
-peer pulls at the end and when it comes back. `RECORD_BYTES` is the one number that was fitted, to what links carried.
+Arithmetic on what the product does: who reads which buckets how often (decision 0033), whose states the archive takes,
+what a peer pulls at the end and when it comes back. `RECORD_BYTES` is what fits links that were measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OVERHEAD = 1.01
 _ARCHIVED, _FINAL, _JOINING = 16, 4, 4
 """Whose states are taken: by the bootstrap for its archive, by each at the end, by a late joiner."""
 _REPLICAS, _READ_OF_KNOWN = 5, 2.75
-"""Who keeps a record; how many of them are asked for a bucket whose keepers are known: two, and all every fourth time."""
+"""Who keeps a record; and who is asked where the keepers are known: two of them, and all every fourth time."""
 _REMEMBERED_FROM = 8
 _LOOK_S, _COUNT_S, _MOST_COUNT_S = 3.0, 5.0, 15.0
 _MOST_BUCKETS, _COUNTED_AT_ONCE = 64, 4
@@ -43,7 +43,7 @@ class Traffic:
     """The DHT's, each way."""
     once_up: float
     once_down: float
-    """At the beginning and the end: the first and the last archive, and what each takes of others for the last weights."""
+    """The first and the last archive, and what each takes of others for the last weights."""
     bootstrap_up: float
     bootstrap_down: float
 
@@ -112,8 +112,8 @@ def dht_bytes_per_s(num_nodes: int, presence_ttl_s: float) -> float:
     records = sum(buckets) / looked_s + sum(buckets[:_COUNTED_AT_ONCE]) / counted_s
     answers = float(min(_REPLICAS, num_nodes - 1))
     if num_nodes >= _REMEMBERED_FROM:  # of one's own bucket it is known who keeps it
-        own = buckets[-1]
-        records -= (1 - _READ_OF_KNOWN / answers) * (own / looked_s + own / counted_s / -(-len(buckets) // _COUNTED_AT_ONCE))
+        own_per_s = buckets[-1] / looked_s + buckets[-1] / counted_s / -(-len(buckets) // _COUNTED_AT_ONCE)
+        records -= (1 - _READ_OF_KNOWN / answers) * own_per_s
     return RECORD_BYTES * answers * records
 
 

@@ -21,8 +21,9 @@ SLOW = LinksSection(up_mbit=20, down_mbit=100, rtt_ms=40)
 MODEL = "[model]\ncontext_tokens = 64\nnum_layers = 2\n"
 
 
-def a_run(merge: str = "", *, more: str = "", tokens: int = 30_000_000) -> RunFile:
-    return parse_run(f"[run]\ntotal_tokens = {tokens}\n{MODEL}[inner]\nbatch_sequences = 4\n[merge]\n{merge}\n{more}", "r")
+def a_run(merge: str = "", *, tokens: int = 30_000_000) -> RunFile:
+    text = f"[run]\ntotal_tokens = {tokens}\n{MODEL}[inner]\nbatch_sequences = 4\n[merge]\n{merge}\n"
+    return parse_run(text, "r")
 
 
 def machines(number: int, step_s: float = 0.5, factors: tuple[float, ...] = (1.0, 1.5, 3.0)) -> Machines:
@@ -44,7 +45,7 @@ def test_a_gossip_round_takes_its_steps_and_the_run_its_tokens() -> None:
     assert found.round_least_s == pytest.approx(30 * 0.5, rel=0.01) and found.round_most_s < 1.05 * found.round_s
     steps_per_s = 30 / found.round_least_s + 30 / found.round_s + 15 / found.round_most_s
     assert found.tokens_per_s == pytest.approx(256 * steps_per_s, rel=0.02)
-    assert found.run_s == pytest.approx(30_000_000 / found.tokens_per_s)
+    assert found.run_s == pytest.approx(30_000_000 / found.tokens_per_s + found.round_s)
     assert 0 < found.stall_share < 0.001
     pulled = found.payload_down_bytes / found.publication_bytes
     assert 1.0 < pulled <= 2.0, "of two others"
@@ -69,10 +70,16 @@ def test_of_many_volunteers_some_live_and_all_count() -> None:
 @pytest.mark.parametrize("merge", ["", 'method = "diloco"', 'method = "server"', 'method = "diloco"\npacing = true'])
 def test_a_slower_link_makes_nothing_quicker(merge: str) -> None:
     run = a_run(f"inner_steps = 10\n{merge}")
-    found = [planned(run, 4, LinksSection(up_mbit=mbit, down_mbit=mbit), 0.05) for mbit in (0, 100, 10, 1)]
+    found = [planned(run, 4, LinksSection(up_mbit=mbit, down_mbit=mbit), 0.05) for mbit in (0, 100, 20, 10)]
     assert all(quick.run_s <= slow.run_s * 1.001 for quick, slow in itertools.pairwise(found))
     assert all(quick.payload_down_bytes >= slow.payload_down_bytes * 0.999 for quick, slow in itertools.pairwise(found))
     assert found[0].up_share is None and found[3].up_share is not None
+
+
+def test_where_pseudo_gradients_do_not_arrive_rosters_are_short() -> None:
+    run, links = a_run('inner_steps = 10\nmethod = "diloco"'), LinksSection(up_mbit=1, down_mbit=1)
+    found = {one.what: one for one in hurts(run, planned(run, 4, links, 0.05), machines(4, 0.05))}
+    assert found["short rosters"].strain > 1 and found["uplink"].strain > 1
 
 
 def test_synchronous_rounds_wait_for_the_slowest_and_for_the_wire() -> None:
@@ -84,17 +91,18 @@ def test_synchronous_rounds_wait_for_the_slowest_and_for_the_wire() -> None:
     assert unequal.round_s == pytest.approx(30.0, rel=0.05)
     assert 0.4 < unequal.stall_share < 0.6
     assert paced.stall_share < 0.35 < unequal.stall_share
-    assert thin.round_s - alike.round_s >= thin.payload_up_bytes / 1e6, "three whole pseudo-gradients at a megabyte a second"
+    assert thin.round_s - alike.round_s >= 0.98 * thin.payload_up_bytes / 1e6, "of three at a megabyte a second"
 
 
 def test_pipelines_send_activations_too() -> None:
-    pipeline = '[pipeline]\nstages = 2\nactivations = "int8"\n'
-    whole, cut = planned(a_run(), 8, step_s=0.05), planned(a_run(more=pipeline), 8, step_s=0.05)
+    pipeline, batch = "[pipeline]\nstages = 2\n", "[inner]\nbatch_sequences = 64\n"
+    runs = [parse_run(f"[run]\ntotal_tokens = 30_000_000\n{MODEL}{batch}{more}", "r") for more in ("", pipeline)]
+    whole, cut = (planned(run, 8) for run in runs)
     assert cut.memory_bytes < whole.memory_bytes and "2 stages" in cut.by
-    assert 0.2 * whole.tokens_per_s < cut.tokens_per_s <= 1.05 * whole.tokens_per_s
+    assert 0.5 * whole.tokens_per_s < cut.tokens_per_s <= 1.05 * whole.tokens_per_s
     assert cut.payload_up_bytes > cut.publication_bytes * 3
-    with pytest.raises(UserError, match="--peers: 1 volunteers for pipeline.stages = 2"):
-        planned(a_run(more=pipeline), 1)
+    with pytest.raises(UserError, match=r"--peers: 1 for pipeline\.stages = 2"):
+        planned(runs[1], 1)
 
 
 def test_who_comes_and_goes_costs_time_and_bytes() -> None:
@@ -127,7 +135,8 @@ def test_what_is_changed_as_advised_hurts_less() -> None:
     links = LinksSection(up_mbit=2, down_mbit=100)
     before = worst(a_run("inner_steps = 4"), links=links, step_s=0.1)
     steps = int(before.change.split("merge.inner_steps = ")[1].split()[0])
-    after = {one.what: one for one in hurts(a_run(f"inner_steps = {steps}"), planned(a_run(f"inner_steps = {steps}"), 6, links, 0.1), machines(6, 0.1))}  # fmt: skip
+    changed = a_run(f"inner_steps = {steps}")
+    after = {one.what: one for one in hurts(changed, planned(changed, 6, links, 0.1), machines(6, 0.1))}
     assert before.what == "uplink" and after["uplink"].strain < 1 <= before.strain
 
 
@@ -138,17 +147,19 @@ def test_each_thing_that_can_hurt_is_named() -> None:
     assert "merge.pacing = true" in worst(a_run('method = "diloco"\ninner_steps = 20'), step_s=1.0).change
     assert worst(a_run('method = "server"'), 2000).what == "the server's uplink"
     assert worst(a_run(), 3000, LinksSection(up_mbit=8)).what == "records of the DHT"
-    readers = worst(a_run("inner_steps = 1000"), links=LinksSection(up_mbit=0.8, down_mbit=8))
-    assert readers.what == "uplink shared by readers" and readers.change == "network.max_readers = 3 (now 4)"
+    run = a_run("inner_steps = 1000")
+    thin = {one.what: one for one in hurts(run, planned(run, 6, LinksSection(up_mbit=0.8, down_mbit=8)), machines(6))}
+    assert thin["uplink shared by readers"].change == "network.max_readers = 3 (now 4)"
     stragglers = plan(a_run("inner_steps = 16"), machines(6, 1.0, (1, 1, 1, 1, 1, 60)), SLOW)
     assert hurts(a_run("inner_steps = 16"), stragglers, machines(6))[0].what == "stragglers"
 
 
 def test_big_models_hurt_by_memory_archives_and_late_joiners() -> None:
-    big = parse_run('[run]\ntotal_tokens = 10_000_000_000\n[model]\nnum_layers = 24\nwidth = 1024\nnum_heads = 16\n[merge]\ninner_steps = 500\n', "r")  # fmt: skip
+    model = "[model]\nnum_layers = 24\nwidth = 1024\nnum_heads = 16\n"
+    big = parse_run(f"[run]\ntotal_tokens = 10_000_000_000\n{model}[merge]\ninner_steps = 500\n", "r")
     found = {one.what: one for one in hurts(big, planned(big, 6, SLOW, 2.0), machines(6, 2.0))}
     assert found["archive"].strain > 1 and "network.archive_every_s = " in found["archive"].change
-    assert found["memory"].strain > 1 and "pipeline.stages = 2" in found["memory"].change
+    assert found["memory"].strain > 1 and found["memory"].change == "inner.microbatch_sequences = 4 (now 16)"
     quick = {one.what: one for one in hurts(big, planned(big, 6, SLOW, 0.01), machines(6, 0.01))}
     assert quick["late joiners"].strain > 1 and "8 behind is too old" in quick["late joiners"].why
 
@@ -156,7 +167,7 @@ def test_big_models_hurt_by_memory_archives_and_late_joiners() -> None:
 def test_records_grow_with_those_who_are_read() -> None:
     rates = [dht_bytes_per_s(number, 30.0) for number in (1, 2, 5, 25, 65, 301, 10_001)]
     assert rates[0] == 0 and rates[1] > 0
-    assert rates[2] == pytest.approx(5600, rel=0.1), "measured with four volunteers: 5.6 kB/s"
+    assert rates[2] == pytest.approx(5250, rel=0.1), "links of four volunteers carried 5.0 to 5.5 kB/s"
     assert rates[3] < rates[4] < rates[5] <= rates[6]
     assert dht_bytes_per_s(301, 120.0) < dht_bytes_per_s(301, 30.0)
 
@@ -178,7 +189,7 @@ def test_the_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in ("rounds", "whole run", "stall", "sent", "received", "bootstrap", "memory", "known by"):
         assert f"\n  {row}" in said
     assert "% of the link" in said and "a day and volunteer" in said
-    assert "hurts first: number of rounds" in said and "    change run.total_tokens = " in said
+    assert "hurts first: number of rounds" in said and "run.total_tokens = " in said
 
 
 def test_where_nothing_hurts_what_is_nearest_to_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
