@@ -62,7 +62,7 @@ def _time(seconds: float) -> str:
 
 def _round_up(number: float) -> int:
     """To two digits."""
-    unit = 10 ** max(0, math.floor(math.log10(max(number, 1))) - 1)
+    unit = int(10 ** max(0, math.floor(math.log10(max(number, 1))) - 1))
     return math.ceil(number / unit - 1e-9) * unit
 
 

@@ -24,7 +24,7 @@ from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.impairments import Lateness
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes
-from swarmtrain.rehearsal import ChurnSection, LinksSection, RehearsalFile, mishaps
+from swarmtrain.rehearsal import ChurnSection, LinksSection, RehearsalFile, SeedSection, mishaps
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.gossip import GossipPeer, GossipSettings, GossipSwarm, RoundRecord
 from swarmtrain.simulate.messages import Link, Settings
@@ -230,7 +230,7 @@ def _gossiping(run: RunFile, links: LinksSection, inner_steps: int, seed: int) -
 
 def _befall(swarm: GossipSwarm | World, machines: Machines, end_s: float, seed: int) -> None:
     """Who is killed or leaves, and comes back as somebody new."""
-    rehearsal = RehearsalFile(churn=machines.churn, rehearsal={"seed": seed})
+    rehearsal = RehearsalFile(churn=machines.churn, rehearsal=SeedSection(seed=seed))
     names = {f"v{number}": f"v{number}" for number in range(machines.num)}
     returns = itertools.count(1)
 

@@ -120,6 +120,15 @@ def test_losses_and_jitter_are_no_help() -> None:
     assert bad.fresh_share <= good.fresh_share and bad.payload_down_bytes < good.payload_down_bytes
 
 
+@pytest.mark.parametrize("method", ["gossip", "diloco", "server"])
+def test_one_alone_and_ten_thousand_are_planned_too(method: str) -> None:
+    run = a_run(f'inner_steps = 10\nmethod = "{method}"')
+    alone, crowd = planned(run, 1), planned(run, 10_000)
+    assert alone.run_s == pytest.approx(117_188 * 0.5, rel=0.02), "30 million tokens by steps of 256 in half a second"
+    assert hurts(run, alone, machines(1)) and hurts(run, crowd, machines(10_000))
+    assert crowd.run_s < alone.run_s and crowd.traffic.up > alone.traffic.up
+
+
 # ---------------------------------------------------------------- what hurts
 
 
