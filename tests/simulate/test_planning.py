@@ -21,6 +21,12 @@ SLOW = LinksSection(up_mbit=20, down_mbit=100, rtt_ms=40)
 MODEL = "[model]\ncontext_tokens = 64\nnum_layers = 2\n"
 
 
+@pytest.fixture(autouse=True)
+def few_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that these tests are quick."""
+    monkeypatch.setattr("swarmtrain.simulate.living._MOST_GOSSIPING", 16)
+
+
 def a_run(merge: str = "", *, tokens: int = 30_000_000) -> RunFile:
     text = f"[run]\ntotal_tokens = {tokens}\n{MODEL}[inner]\nbatch_sequences = 4\n[merge]\n{merge}\n"
     return parse_run(text, "r")
@@ -53,18 +59,18 @@ def test_a_gossip_round_takes_its_steps_and_the_run_its_tokens() -> None:
 
 def test_twice_the_volunteers_cost_each_the_same_and_take_half_as_long() -> None:
     run = a_run("inner_steps = 30")
-    few, many = planned(run, 12), planned(run, 24)
-    assert many.payload_down_bytes == pytest.approx(few.payload_down_bytes, rel=0.05)
-    assert many.traffic.merging_up == pytest.approx(few.traffic.merging_up, rel=0.05)
-    assert many.run_s == pytest.approx(few.run_s / 2, rel=0.05)
+    few, many = planned(run, 8), planned(run, 16)
+    assert many.payload_down_bytes == pytest.approx(few.payload_down_bytes, rel=0.1)
+    assert many.traffic.merging_up == pytest.approx(few.traffic.merging_up, rel=0.1)
+    assert many.run_s == pytest.approx(few.run_s / 2, rel=0.1)
     assert many.traffic.records > few.traffic.records
 
 
 def test_of_many_volunteers_some_live_and_all_count() -> None:
     run = a_run("inner_steps = 30")
-    some, all_ = planned(run, 60), planned(run, 600)
-    assert "64 of 600 volunteers" in all_.by
-    assert all_.tokens_per_s == pytest.approx(10 * some.tokens_per_s, rel=0.05)
+    some, all_ = planned(run, 16), planned(run, 600)
+    assert "16 of 600 volunteers" in all_.by
+    assert all_.tokens_per_s == pytest.approx(600 / 16 * some.tokens_per_s, rel=0.1)
 
 
 @pytest.mark.parametrize("merge", ["", 'method = "diloco"', 'method = "server"', 'method = "diloco"\npacing = true'])
