@@ -25,6 +25,7 @@ __all__ = [
     "LinksSection",
     "Mishap",
     "RehearsalFile",
+    "SeedSection",
     "load_rehearsal",
     "mishaps",
 ]

@@ -58,6 +58,10 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "limits": (*WHICH_PEER, "--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down"),
     "invite": ("--dir", "--json"),
     "check": ("RUN.toml", "--peers", "--json"),
+    "plan": (
+        *("RUN.toml", "--peers", "--step-s", "--slowdown", "--rtt", "--link-up", "--link-down"),
+        *("--jitter", "--loss", "--churn", "--seed", "--json"),
+    ),
     "simulate": (
         "SCENARIO.toml",
         *("--seed", "--method", "--sweep", "--set", "--jobs", "--fresh", "--plot", "--json"),

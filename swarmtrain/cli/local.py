@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from swarmtrain.cli import rehearsed
 from swarmtrain.cli.common import example, finite
 
 if TYPE_CHECKING:
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _SAMPLE_TOKENS = 240
-_MAX_RTT_MS = 2000
-_LEAST_MBIT = 0.1
-
-
-def _slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
-    from swarmtrain.membership.limits import parse_slowdown
-
-    try:
-        return tuple(parse_slowdown(part) for part in value.split(",")) if value is not None else ()
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
 
 
 @click.command(
@@ -49,14 +39,14 @@ def _slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
 @click.option("--peers", type=click.IntRange(1, 256), default=3, show_default=True, help="Volunteers to start.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Processor threads of each.")
-@click.option("--slowdown", "slowdowns", callback=_slowdowns, metavar="F,...", help="To rehearse an unequal swarm: how many times slower than this machine could each volunteer trains, such as 2,2.6,5.2,11.4 for four. Less exact with more than one thread.  [default: all as fast as they can]")  # fmt: skip
-@click.option("--rtt", type=click.FloatRange(0, _MAX_RTT_MS), callback=finite, metavar="MS", help="To rehearse the internet: milliseconds from a peer to another and back.  [default: this machine's]")  # fmt: skip
-@click.option("--link-up", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... what each volunteer can send, in Mbit/s.  [default: no limit]")  # fmt: skip
-@click.option("--link-down", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... and receive.  [default: no limit]")  # fmt: skip
+@click.option("--slowdown", "slowdowns", callback=rehearsed.slowdowns, metavar="F,...", help="To rehearse an unequal swarm: how many times slower than this machine could each volunteer trains, such as 2,2.6,5.2,11.4 for four. Less exact with more than one thread.  [default: all as fast as they can]")  # fmt: skip
+@rehearsed.RTT
+@rehearsed.LINK_UP
+@rehearsed.LINK_DOWN
 @click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, metavar="PCT", help="... how many per cent of the volunteers' transfers break off midway.  [default: none]")  # fmt: skip
-@click.option("--jitter", type=click.FloatRange(0, 2000), callback=finite, metavar="MS", help="... by how many milliseconds more what is sent is late at most.  [default: none]")  # fmt: skip
-@click.option("--loss", type=click.FloatRange(0, 50), callback=finite, metavar="PCT", help="... how many per cent of the packets are lost each way, as a stream notices it.  [default: none]")  # fmt: skip
-@click.option("--churn", type=click.FloatRange(1), callback=finite, metavar="S", help="... about how often, in seconds, a volunteer is killed or leaves, and comes back.  [default: never]")  # fmt: skip
+@rehearsed.JITTER
+@rehearsed.LOSS
+@rehearsed.CHURN
 @click.option("--faults", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE.toml", help="... all that and what breaks when, from a file; the options above go before it.")  # fmt: skip
 @click.option("--compare-alone", is_flag=True, help="Afterwards train one volunteer alone, unslowed, for as many steps as the fastest took.")  # fmt: skip
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on text or JSON lines.  [default: the run file's folder]")  # fmt: skip
@@ -107,13 +97,7 @@ def command(
 
         with errors_as_events(as_json, ""):
             run = load_run(run_file)
-            links = {
-                "rtt_ms": rtt,
-                "up_mbit": link_up,
-                "down_mbit": link_down,
-                "jitter_ms": jitter,
-                "loss_percent": loss,
-            }
+            links = rehearsed.links_said(rtt, link_up, link_down, jitter, loss)
             rehearsal = _rehearsal(faults, links, churn, _names(peers))
         if directory is None:
             directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -159,13 +143,12 @@ def _names(num_volunteers: int) -> list[str]:
 
 
 def _rehearsal(
-    path: Path | None, links: dict[str, float | None], churn_s: float | None, names: list[str]
+    path: Path | None, said: dict[str, float], churn_s: float | None, names: list[str]
 ) -> RehearsalFile | None:
     """What the file says, and what options say instead; None if neither says anything. UserError if it does not fit
     these volunteers."""
     from swarmtrain.rehearsal import RehearsalFile, load_rehearsal, mishaps
 
-    said = {key: value for key, value in links.items() if value is not None}
     if path is None and not said and churn_s is None:
         return None
     read = load_rehearsal(path) if path is not None else RehearsalFile()

@@ -23,7 +23,7 @@ __all__ = ["COMMANDS", "cli", "main", "run"]
 COMMANDS = (
     *("bootstrap", "join", "local"),
     *("status", "watch", "pause", "resume", "leave", "limits", "invite"),
-    *("check", "doctor", "simulate", "export", "eval", "generate"),
+    *("check", "plan", "doctor", "simulate", "export", "eval", "generate"),
 )
 
 INTERRUPTED = 130

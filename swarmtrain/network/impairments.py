@@ -12,13 +12,20 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["PACKET_BYTES", "Lateness", "Outage", "Outages"]
+__all__ = ["PACKET_BYTES", "Lateness", "Outage", "Outages", "piece_bytes"]
 
 PACKET_BYTES = 1448
 """What an Ethernet frame carries of a stream."""
 
+_PIECE_S, _MOST_PIECE_BYTES = 0.01, 64 * 1024
 _RETRANSMIT_S = 0.2
 _MOST_AGAIN_S = 60.0
+
+
+def piece_bytes(bytes_per_s: float) -> int:
+    """What passes a link of this rate at once: a hundredth of a second's, so that a small call waits little for
+    those of others; from a packet to 64 kB."""
+    return int(min(max(bytes_per_s * _PIECE_S, PACKET_BYTES), _MOST_PIECE_BYTES))
 
 
 @dataclass
@@ -39,6 +46,14 @@ class Lateness:
             if self.rng.random() >= (1.0 - self.loss) ** packets:
                 late_s += max(_RETRANSMIT_S, self.rtt_s)
         return late_s
+
+    def of_transfer(self, size_bytes: int, bytes_per_s: float) -> float:
+        """Seconds by which a transfer's end is late: its pieces are, one by one, and those behind wait, as in TCP."""
+        if not self.jitter_s and not self.loss:
+            return 0.0
+        size = piece_bytes(bytes_per_s)
+        number, piece_s = -(-size_bytes // size), size / bytes_per_s
+        return max((self.of(size) - behind * piece_s for behind in range(number)), default=0.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import socket
 import struct
@@ -23,7 +24,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from swarmtrain.network.impairments import PACKET_BYTES, Lateness, Outage, Outages
+from swarmtrain.network.impairments import PACKET_BYTES, Lateness, Outage, Outages, piece_bytes
 from swarmtrain.network.tasks import end_tasks
 
 __all__ = [
@@ -45,10 +46,6 @@ _log = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
 _PRIVATE_PORTS = range(20_000, 32_000)
 """Below those that systems give to whoever asks for any: nobody takes one by chance before the peer listens there."""
-
-_PIECE_S = 0.01
-_LEAST_PIECE_BYTES, _MOST_PIECE_BYTES = PACKET_BYTES, 64 * 1024
-"""A piece takes a line so long, so that a small call waits little for those of others."""
 
 _AHEAD_S = 0.02
 """A connection is read so long before its last piece has passed: on a busy machine we wake late, and the line would
@@ -129,7 +126,7 @@ class Way:
     def piece_bytes(self) -> int:
         """What is taken from a connection at once."""
         rate = self._bytes_per_s
-        return int(min(max(rate * _PIECE_S, _LEAST_PIECE_BYTES), _MOST_PIECE_BYTES)) if rate else _MOST_PIECE_BYTES
+        return piece_bytes(rate or math.inf)
 
     @property
     def flight_bytes(self) -> int:

@@ -28,7 +28,7 @@ from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.invite import Invite, InvitedPeer, parse_invite
 from swarmtrain.network.node import NOT_SERVED, NetworkThread, Node, NodeSettings
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.peer.checkpoint_files import KEPT
+from swarmtrain.peer.estimate import disk_bytes
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.lock import holder_pid
 from swarmtrain.peer.machine import (
@@ -54,7 +54,6 @@ __all__ = ["Doctor", "DoctorSettings"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-CHECKPOINT_BYTES_PER_PARAMETER = 16  # weights, AdamW's two moments, the outer momentum
 CLOCK_TOLERANCE_S = 1.0
 SLOWER_THAN_OTHERS = 3.0
 _DIAL_S = 5.0
@@ -351,8 +350,7 @@ class Doctor:
 
 
 def _disk_bytes(run: RunFile, num_parameters: int) -> int:
-    """Room for the checkpoints that are kept and the one that is being written."""
-    return (KEPT + 1) * CHECKPOINT_BYTES_PER_PARAMETER * num_parameters
+    return disk_bytes(num_parameters)
 
 
 def _peers(number: int) -> str:

@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 
 from swarmtrain.events import times_below_allreduce
+from swarmtrain.peer.checkpoint_files import KEPT
 from swarmtrain.run import RunFile
 
-__all__ = ["Estimate", "activation_wire_bytes", "estimate"]
+__all__ = ["Estimate", "activation_wire_bytes", "disk_bytes", "estimate"]
 
 # Proportional set sizes: torch, hivemind and our own imports; the networking daemon.
 IMPORTS_BYTES = 240_000_000
@@ -22,6 +23,7 @@ DAEMON_BYTES = 60_000_000
 BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4 + 2 * 4 + 8
 # Of a stage: two versions of the weights more, and a batch's gradients while the next one is summed.
 STAGE_BYTES_PER_PARAMETER = BYTES_PER_PARAMETER + 3 * 4
+CHECKPOINT_BYTES_PER_PARAMETER = 16  # weights, AdamW's two moments, the outer momentum
 # Numbers kept for the backward pass per token and layer, in widths: measured 16.8 at ratio 2, 21.4 at ratio 4.
 ACTIVATION_WIDTHS = 13
 ACTIVATION_WIDTHS_PER_RATIO = 2
@@ -106,6 +108,11 @@ def activation_bytes(run: RunFile, num_sequences: int, num_layers: int, *, has_h
     widths = ACTIVATION_WIDTHS + ACTIVATION_WIDTHS_PER_RATIO * model.feed_forward_ratio
     numbers = num_layers * model.width * widths + LOGITS_COPIES * model.vocabulary_size * has_head
     return round(4 * num_sequences * model.context_tokens * numbers)
+
+
+def disk_bytes(num_parameters: int) -> int:
+    """Room for the checkpoints that are kept and the one that is being written."""
+    return (KEPT + 1) * CHECKPOINT_BYTES_PER_PARAMETER * num_parameters
 
 
 def activation_wire_bytes(run: RunFile) -> int:

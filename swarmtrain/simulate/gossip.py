@@ -30,6 +30,7 @@ from swarmtrain.membership.partners import (
 )
 from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, SectionBytes, plan_pulls
 from swarmtrain.membership.shards import Coverage, Row
+from swarmtrain.run import RunFile
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Network, Refused
 
@@ -60,6 +61,26 @@ class GossipSettings:
     forget_after_s: float = 600.0
     keeps_past: bool = True
     """Whether peers keep checkpoints to go on from, and `entered`: ten thousand of them had better not."""
+
+    @classmethod
+    def of(cls, run: RunFile, sizes: SectionBytes) -> GossipSettings:
+        """What a run file says."""
+        merge, network = run.merge, run.network
+        return cls(
+            inner_steps=merge.inner_steps,
+            tokens_per_step=run.tokens_per_step,
+            num_parts=merge.publications_per_round,
+            partners=merge.num_partners,
+            variant=merge.partners,
+            pacing=merge.pacing,
+            max_staleness_rounds=merge.max_staleness_rounds,
+            max_readers=network.max_readers,
+            sizes=sizes,
+            outer_learning_rate=merge.outer_learning_rate,
+            outer_momentum=merge.outer_momentum,
+            presence_ttl_s=network.presence_ttl_s,
+            stall_limit_s=network.stall_limit_s,
+        )
 
     @property
     def publication_bytes(self) -> int:

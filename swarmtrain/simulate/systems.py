@@ -13,11 +13,11 @@ import random
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from swarmtrain.algorithm.quantize import encoded_size_bytes
 from swarmtrain.membership.pulls import SectionBytes
-from swarmtrain.model.gpt import build_model
+from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.gossip import GossipPeer, GossipSettings, GossipSwarm, RoundRecord
@@ -25,7 +25,7 @@ from swarmtrain.simulate.learning.setting import Outcome
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.scenario import Scenario
 
-__all__ = ["Machines", "Stays", "SystemsSwarm", "play", "play_scenario", "settings_of"]
+__all__ = ["Machines", "Stays", "SystemsSwarm", "play", "play_scenario"]
 
 _UNLIMITED_BYTES_PER_S = 1e12
 _DEVIATION_AT_FIRST = 1.0 / math.sqrt(3.0)
@@ -233,27 +233,7 @@ def play_scenario(scenario: Scenario, run: RunFile) -> Outcome:
         hangs_after_s=churn.hangs_after_s,
         hangs_for_s=churn.hangs_for_s,
     )
-    return play(settings_of(run), machines, stays, scenario.scenario.rounds, run.run.seed)
-
-
-def settings_of(run: RunFile) -> GossipSettings:
-    """What a run file says of gossip, without keeping anybody's past."""
-    merge, network = run.merge, run.network
-    numbers = [parameter.numel() for parameter in build_model(run.model, seed=0).parameters()]
-    weights, gradient = (encoded_size_bytes(form, numbers) for form in (merge.theta_format, merge.gradient_format))
-    return GossipSettings(
-        inner_steps=merge.inner_steps,
-        tokens_per_step=run.tokens_per_step,
-        num_parts=merge.publications_per_round,
-        partners=merge.num_partners,
-        variant=merge.partners,
-        pacing=merge.pacing,
-        max_staleness_rounds=merge.max_staleness_rounds,
-        max_readers=network.max_readers,
-        sizes=SectionBytes(weights=weights, gradient=gradient),
-        outer_learning_rate=merge.outer_learning_rate,
-        outer_momentum=merge.outer_momentum,
-        presence_ttl_s=network.presence_ttl_s,
-        stall_limit_s=network.stall_limit_s,
-        keeps_past=False,
-    )
+    size, merge = [num_parameters(run.model)], run.merge
+    weights, gradient = (encoded_size_bytes(form, size) for form in (merge.theta_format, merge.gradient_format))
+    settings = replace(GossipSettings.of(run, SectionBytes(weights=weights, gradient=gradient)), keeps_past=False)
+    return play(settings, machines, stays, scenario.scenario.rounds, run.run.seed)

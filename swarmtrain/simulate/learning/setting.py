@@ -10,16 +10,13 @@ from torch import Tensor
 
 from swarmtrain.algorithm import pacing
 from swarmtrain.algorithm.outer import OuterConstants, momentum_at
-from swarmtrain.network.impairments import PACKET_BYTES, Lateness
+from swarmtrain.network.impairments import Lateness
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.learner import Learner, Text
 from swarmtrain.simulate.scenario import Away, Hang, HostileSection, Scenario
 
 __all__ = ["CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
-
-_PIECE_S, _MOST_PIECE_BYTES = 0.01, 64 * 1024
-"""What passes a line at once, as in `network.links`."""
 
 _MOST_OWN = 8
 _SAID_SPEED = 1e9
@@ -137,12 +134,8 @@ class Setting:
 
     def late_s(self, size_bytes: int, rng: random.Random) -> float:
         """By how much a transfer's end is late: its pieces are, one by one, and those behind wait, as in TCP."""
-        if not self.jitter_s and not self.loss:
-            return 0.0
-        piece_bytes = int(min(max(self.bytes_per_s * _PIECE_S, PACKET_BYTES), _MOST_PIECE_BYTES))
-        number, piece_s = -(-size_bytes // piece_bytes), piece_bytes / self.bytes_per_s
         lateness = Lateness(jitter_s=self.jitter_s, loss=self.loss, rtt_s=self.rtt_s, rng=rng)
-        return max((lateness.of(piece_bytes) - behind * piece_s for behind in range(number)), default=0.0)
+        return lateness.of_transfer(size_bytes, self.bytes_per_s)
 
     def done_s(self, number: int, since_s: float, work_s: float) -> float:
         """When volunteer `number` has worked so long from `since_s` on: it does nothing while it hangs."""

@@ -1,0 +1,201 @@
+"""`swarmtrain plan`: what a run would be like with so many volunteers on such links, before anybody is invited."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from swarmtrain.cli import rehearsed
+from swarmtrain.cli.common import example, finite
+
+if TYPE_CHECKING:
+    from swarmtrain.rehearsal import LinksSection
+    from swarmtrain.run import RunFile
+    from swarmtrain.simulate.hurts import Hurt
+    from swarmtrain.simulate.planning import Machines, Plan
+
+__all__ = ["command", "report"]
+
+_TOLD = 3
+"""So many things that hurt are told."""
+
+
+@click.command(
+    name="plan",
+    epilog=example(
+        "swarmtrain plan examples/stdlib-gpt.toml --peers 3",
+        "swarmtrain plan run.toml --peers 300 --link-up 20 --link-down 100 --rtt 80",
+        "swarmtrain plan run.toml --peers 300 --link-up 20 --step-s 1.5 --slowdown 1,1,2,4",
+    ),
+)
+@click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
+@click.option("--peers", type=click.IntRange(1, 100_000), default=3, show_default=True, help="Volunteers, each on a machine of its own.")  # fmt: skip
+@click.option("--step-s", type=click.FloatRange(1e-6, 86_400), callback=finite, metavar="S", help="Seconds of an inner step of a volunteer that is not slower.  [default: measured here, with one thread]")  # fmt: skip
+@click.option("--slowdown", "slowdowns", callback=rehearsed.slowdowns, metavar="F,...", help="For an unequal swarm: how many times longer a step takes each volunteer, such as 1,1,2,4; with more volunteers than factors these are gone through again.  [default: all alike]")  # fmt: skip
+@rehearsed.RTT
+@rehearsed.LINK_UP
+@rehearsed.LINK_DOWN
+@rehearsed.JITTER
+@rehearsed.LOSS
+@rehearsed.CHURN
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is left to chance.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    run_file: Path,
+    peers: int,
+    step_s: float | None,
+    slowdowns: tuple[float, ...],
+    rtt: float | None,
+    link_up: float | None,
+    link_down: float | None,
+    jitter: float | None,
+    loss: float | None,
+    churn: float | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Say how RUN.toml would go with many, and what hurts first.
+
+    Some of the volunteers live through a few rounds in virtual time, by the decisions that real peers make. Nothing is
+    trained and nobody is called.
+    """
+    import dataclasses
+    import itertools
+    import json
+
+    from swarmtrain.run import load_run
+
+    run = load_run(run_file)
+    said = rehearsed.links_said(rtt, link_up, link_down, jitter, loss)
+    measured = step_s is None
+    if step_s is None:
+        step_s = _measured_step_s(run)
+    from swarmtrain.rehearsal import ChurnSection, LinksSection  # all of this takes a second or two
+    from swarmtrain.simulate.hurts import hurts
+    from swarmtrain.simulate.planning import Machines, plan
+
+    factors = tuple(itertools.islice(itertools.cycle(slowdowns or (1.0,)), peers))
+    machines = Machines(step_s=tuple(step_s * factor for factor in factors), churn=ChurnSection(every_s=churn or 0.0))
+    links = LinksSection(**said)
+    found = plan(run, machines, links, seed)
+    worst = hurts(run, found, machines)
+    if as_json:
+        table = {"run": run.run.name, **dataclasses.asdict(found), **_derived(found)}
+        click.echo(json.dumps({**table, "hurts": [dataclasses.asdict(one) for one in worst]}))
+        return
+    for line in (*report(run, found, machines, links), *_shared_here(slowdowns, peers, measured), *_worst(worst)):
+        click.echo(line)
+
+
+def _measured_step_s(run: RunFile) -> float:
+    """Of this machine, with one thread, as `swarmtrain local` gives each volunteer."""
+    from swarmtrain.peer.common import use_threads
+    from swarmtrain.peer.speed import LIMIT_S, measure_speed
+
+    click.echo(f"measuring an inner step here, which takes {LIMIT_S:.0f} s at most; --step-s says it instead", err=True)
+    use_threads(1)
+    return run.tokens_per_step / measure_speed(run)
+
+
+def _derived(found: Plan) -> dict[str, Any]:
+    """What follows from a plan, for programs."""
+    return {
+        "rounds_per_hour": found.rounds_per_hour,
+        "up_bytes": found.up_bytes,
+        "down_bytes": found.down_bytes,
+        "up_bytes_per_day": found.up_bytes_per_day,
+        "down_bytes_per_day": found.down_bytes_per_day,
+        "up_share": found.up_share,
+        "down_share": found.down_share,
+    }
+
+
+def report(run: RunFile, found: Plan, machines: Machines, links: LinksSection) -> list[str]:
+    """The lines a person reads, but for what hurts."""
+    from swarmtrain.words import count_in_words as count
+    from swarmtrain.words import size_in_words as size
+    from swarmtrain.words import time_in_words as time
+
+    traffic, unequal = found.traffic, max(machines.step_s) > min(machines.step_s)
+    speeds = f" of the median, {_step(min(machines.step_s))} to {_step(max(machines.step_s))}" if unequal else ""
+    rounds = f"{_number(found.rounds_per_hour)} an hour and volunteer, {time(found.round_s)} each"
+    if found.round_most_s > 1.05 * found.round_least_s:
+        rounds += f" (the median; {time(found.round_least_s)} to {time(found.round_most_s)})"
+    merging = f"{found.partners_per_round:.1f} others' work a round"
+    if run.merge.method == "gossip":
+        merging += f"; {found.fresh_share:.0%} of the rounds merge somebody's"
+    rows = {
+        "inner step": f"{_step(found.step_s)}{speeds}",
+        "rounds": f"{rounds}; {_number(found.num_rounds)} in the whole run",
+        "whole run": f"{time(found.run_s)} for {count(run.run.total_tokens)} tokens, {count(found.tokens_per_s)} a second",
+        "stall": f"{found.stall_share:.2%} of a volunteer's time",
+        "merging": merging,
+        "sent": _link_in_words(found.up_bytes_per_day, traffic.up, found.up_share, found.up_bytes),
+        "received": _link_in_words(found.down_bytes_per_day, traffic.down, found.down_share, found.down_bytes),
+        "of which": f"{size(found.payload_down_bytes)} of payload a round, {size(traffic.records)} a second of records; "
+        f"states for the archive and for those who come {size(traffic.states_up)} a second sent",
+        "bootstrap": f"{_mbit(traffic.bootstrap_up)} sent, {_mbit(traffic.bootstrap_down)} received",
+        "memory": f"about {size(found.memory_bytes)} of each, disk {size(found.disk_bytes)} for checkpoints",
+        "known by": found.by,
+    }
+    if run.merge.method == "server":
+        del rows["merging"]
+    head = f"run {run.run.name} with {found.num_peers} volunteer{'s' * (found.num_peers > 1)}, {_links_in_words(links)}"
+    return [head, *(f"  {name:<10} {text}" for name, text in rows.items())]
+
+
+def _number(number: float) -> str:
+    return f"{number:.2g}" if number < 10 else f"{number:,.0f}"
+
+
+def _step(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _mbit(bytes_per_s: float) -> str:
+    mbit = bytes_per_s * 8 / 1e6
+    return f"{mbit:.2g} Mbit/s" if mbit < 10 else f"{mbit:,.0f} Mbit/s"
+
+
+def _link_in_words(a_day: float, bytes_per_s: float, share: float | None, whole: float) -> str:
+    from swarmtrain.words import size_in_words as size
+
+    of = "" if share is None else f", {share:.1%} of the link"
+    return f"{size(a_day)} a day and volunteer ({_mbit(bytes_per_s)}{of}), {size(whole)} in the whole run"
+
+
+def _links_in_words(links: LinksSection) -> str:
+    said = [f"{links.up_mbit:g} Mbit/s up"] if links.up_mbit else []
+    said += [f"{links.down_mbit:g} Mbit/s down"] if links.down_mbit else []
+    said += [f"{links.rtt_ms:g} ms"] if links.rtt_ms else []
+    said += [f"{links.jitter_ms:g} ms of jitter"] if links.jitter_ms else []
+    said += [f"{links.loss_percent:g} % lost"] if links.loss_percent else []
+    return ", ".join(said) or "no limit on their links"
+
+
+def _shared_here(slowdowns: tuple[float, ...], peers: int, measured: bool) -> list[str]:
+    """What a rehearsal here would do otherwise: the volunteers would share its cores."""
+    import os
+
+    cores = os.cpu_count() or 1
+    busy = sum(1 / (slowdowns[number % len(slowdowns)] if slowdowns else 1.0) for number in range(peers)) / cores
+    if not measured or busy <= 1:
+        return []
+    return [
+        f"  here       a rehearsal on this machine (swarmtrain local) would be about {_number(busy)} times slower: "
+        f"{peers} volunteers would share {cores} core{'s' * (cores > 1)}"
+    ]
+
+
+def _worst(found: tuple[Hurt, ...]) -> list[str]:
+    from swarmtrain.simulate.hurts import FELT
+
+    felt = [one for one in found if one.strain >= FELT]
+    if not felt:
+        return [f"  nothing hurts; nearest to it: {one.what}: {one.why}" for one in found[:1]]
+    lines = []
+    for number, one in enumerate(felt[:_TOLD]):
+        lines += [f"  {'then' if number else 'hurts first'}: {one.what}: {one.why}", f"    change {one.change}"]
+    return lines

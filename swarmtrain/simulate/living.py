@@ -1,0 +1,348 @@
+"""A part of a swarm lives through some rounds in virtual time, so that `simulate/planning.py` can tell of all of it.
+
+Gossip by `simulate/gossip.py`, rosters by `simulate/world.py`, stages by `simulate/pipeline.py` and then gossip; where
+a server merges nobody waits for anybody, and it is arithmetic. `lived` is what a better engine has to replace.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
+from swarmtrain.algorithm.quantize import encoded_size_bytes
+from swarmtrain.errors import UserError
+from swarmtrain.membership.balance import Rule
+from swarmtrain.membership.pulls import SectionBytes
+from swarmtrain.model.gpt import num_parameters
+from swarmtrain.network.impairments import Lateness
+from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes
+from swarmtrain.rehearsal import ChurnSection, LinksSection, RehearsalFile, SeedSection, mishaps
+from swarmtrain.run import RunFile
+from swarmtrain.simulate.gossip import GossipSettings, GossipSwarm, RoundRecord
+from swarmtrain.simulate.messages import Link, Settings
+from swarmtrain.simulate.pipeline import Machine, PipelineSettings, PipelineWorld, place
+from swarmtrain.simulate.world import World
+
+__all__ = ["Lived", "Machines", "lived", "section_bytes", "stage_parameters"]
+
+_MOST_GOSSIPING, _MOST_ON_A_ROSTER, _MOST_IN_STAGES = 64, 16, 48
+"""So many live. More take longer and see the same: with gossip nobody knows more than a sample, and what a roster costs
+each hardly depends on its length. They are taken evenly by speed, the fastest and the slowest among them."""
+_WARM_ROUNDS, _ROUNDS = 2, 8
+_MOST_WAITED_S = 60.0
+"""With rosters they ask each other every other second while they wait, which takes long to simulate."""
+_MICROBATCHES = 4000
+_UNLIMITED_BYTES_PER_S = 1e9 / 8
+"""A link without a limit."""
+_COPY_S, _MERGE_S = 3.0e-9, 9.0e-9
+"""Of a parameter: one copy of the weights, and one outer step, by one thread. Measured with 10 and 50 million of them;
+with 0.46 million it comes to the 8 to 11 ms a round of results, section 8."""
+_AWAY_AGAIN_S = 10.0
+"""From the start of a process to its first step: 9 s when the engine starts a container again (results, section 10)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """The volunteers': seconds of an inner step of each, and how they come and go."""
+
+    step_s: tuple[float, ...]
+    churn: ChurnSection = field(default_factory=ChurnSection)
+
+    @property
+    def num(self) -> int:
+        """How many there are."""
+        return len(self.step_s)
+
+    @property
+    def away_share(self) -> float:
+        """Of their time: that in which they are not there, or not yet training again."""
+        if not self.churn.every_s:
+            return 0.0
+        return min(0.9, (self.churn.away_s + _AWAY_AGAIN_S) / (self.churn.every_s * self.num))
+
+    def at_most(self, number: int) -> Machines:
+        """So many of them, evenly by speed; what befalls one of all befalls one of fewer as much more seldom."""
+        if self.num <= number:
+            return self
+        ascending = sorted(self.step_s)
+        some = tuple(ascending[round(i * (self.num - 1) / (number - 1))] for i in range(number))
+        every_s = self.churn.every_s * self.num / number
+        return replace(self, step_s=some, churn=self.churn.model_copy(update={"every_s": every_s}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lived:
+    """What they lived through: of each a number, or the mean over them. Bytes are payload."""
+
+    by: str
+    """How this is known, for a person."""
+    round_s: tuple[float, ...]
+    """Of a round of each, merging and waiting included."""
+    stall_s: tuple[float, ...]
+    """Of that, what it waited or merged."""
+    tokens: tuple[float, ...]
+    """Of the run that each trains on in a round."""
+    down_bytes: float
+    up_bytes: float
+    """Of a round."""
+    partners: float
+    """Whose pseudo-gradients were merged in a round."""
+    fresh_share: float
+    """Of the rounds: those that merged one."""
+
+
+def lived(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
+    """Some rounds of these volunteers, or of some of them."""
+    if run.pipeline.stages > 1:
+        return _stages(run, machines, links, seed)
+    if run.merge.method == "diloco":
+        return _rosters(run, machines, links, seed)
+    if run.merge.method == "server":
+        return _server(run, machines)
+    return _gossip(run, machines, links, seed)
+
+
+def stage_parameters(run: RunFile) -> int:
+    """What a volunteer holds: of a stage, as if all were alike."""
+    return math.ceil(num_parameters(run.model) / run.pipeline.stages)
+
+
+def section_bytes(run: RunFile) -> SectionBytes:
+    """A publication as it travels."""
+    merge, size = run.merge, [stage_parameters(run)]
+    return SectionBytes(
+        weights=encoded_size_bytes(merge.theta_format, size), gradient=encoded_size_bytes(merge.gradient_format, size)
+    )
+
+
+def _steps(run: RunFile, step_s: Sequence[float]) -> list[int]:
+    """Inner steps of a round of each, as the product paces them."""
+    merge, speeds = run.merge, [1 / one for one in step_s]
+    reference = reference_speed(speeds) if merge.pacing else 0.0
+    most = [max(1, math.floor(merge.round_limit_s * one)) for one in speeds]
+    return [min(paced_inner_steps(one, reference, merge.inner_steps), at) for one, at in zip(speeds, most, strict=True)]
+
+
+def _merge_s(run: RunFile) -> float:
+    """What publishing and merging keep the trainer from in a round."""
+    copies = 1 + (run.merge.publications_per_round if run.merge.method == "gossip" else 1)
+    return stage_parameters(run) * (copies * _COPY_S + _MERGE_S)
+
+
+def _rates(links: LinksSection) -> tuple[float, float]:
+    """Bytes per second up and down."""
+    up, down = (rate * BYTES_PER_S_OF_MBIT or _UNLIMITED_BYTES_PER_S for rate in (links.up_mbit, links.down_mbit))
+    return up, down
+
+
+def _latency_s(links: LinksSection, size_bytes: int, rng: random.Random) -> float:
+    """From an end to the middle, so that four of them are a round trip, with half of what jitter and losses add to a
+    transfer of so many bytes: a pull is two round trips."""
+    rtt_s = links.rtt_ms / 1000
+    lateness = Lateness(jitter_s=links.jitter_ms / 1000, loss=links.loss_percent / 100, rtt_s=rtt_s, rng=rng)
+    late_s = statistics.mean(lateness.of_transfer(size_bytes, min(_rates(links))) for _ in range(20))
+    return rtt_s / 4 + late_s / 8
+
+
+# ---------------------------------------------------------------- gossip
+
+
+def _gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
+    some = machines.at_most(_MOST_GOSSIPING)
+    steps = _steps(run, some.step_s)
+    swarm = _gossiping(run, links, max(steps), seed)
+    for number, step_s in enumerate(some.step_s):
+        swarm.found(f"v{number}", steps_per_s=1 / step_s)
+    longest_s = max(number * one for number, one in zip(steps, some.step_s, strict=True))
+    warm_s = _WARM_ROUNDS * longest_s
+    end_s = warm_s + _ROUNDS * longest_s
+    _befall(swarm, some, end_s, seed)
+    swarm.run_until(end_s)
+    kept = [record for record in swarm.rounds if record.started_s >= warm_s]
+    by_peer: dict[str, list[RoundRecord]] = defaultdict(list)
+    for record in kept:
+        by_peer[record.peer.partition(".")[0]].append(record)
+    stall_s = _merge_s(run)
+    down_bytes = statistics.mean(record.bytes_down for record in kept)
+    return Lived(
+        by=f"gossip of {_some(some, machines)} through {len(kept) / len(by_peer):.0f} rounds of each, in virtual time",
+        round_s=tuple(stall_s + statistics.mean(one.ended_s - one.started_s for one in of) for of in by_peer.values()),
+        stall_s=(stall_s,) * len(by_peer),
+        tokens=tuple(run.tokens_per_step * statistics.mean(one.steps for one in of) for of in by_peer.values()),
+        down_bytes=down_bytes,
+        up_bytes=down_bytes,
+        partners=statistics.mean(record.partners for record in kept),
+        fresh_share=statistics.mean(record.partners > 0 for record in kept),
+    )
+
+
+def _gossiping(run: RunFile, links: LinksSection, inner_steps: int, seed: int) -> GossipSwarm:
+    """A swarm of this run's, without anybody; `inner_steps` in a round of the fastest."""
+    sizes, (up, down) = section_bytes(run), _rates(links)
+    latency_s = _latency_s(links, sizes.both, random.Random(seed))
+    settings = replace(GossipSettings.of(run, sizes), inner_steps=inner_steps)
+    return GossipSwarm(settings, link=Link(latency_s=latency_s, bytes_per_s=up, down_bytes_per_s=down), seed=seed)
+
+
+def _befall(swarm: GossipSwarm | World, machines: Machines, end_s: float, seed: int) -> None:
+    """Who is killed or leaves, and comes back as somebody new."""
+    rehearsal = RehearsalFile(churn=machines.churn, rehearsal=SeedSection(seed=seed))
+    names = {f"v{number}": f"v{number}" for number in range(machines.num)}
+    returns = itertools.count(1)
+
+    def go(name: str, cleanly: bool) -> None:
+        (swarm.leave if cleanly else swarm.kill)(names[name])
+
+    def come(name: str) -> None:
+        names[name] = f"{name}.{next(returns)}"
+        swarm.join(names[name], steps_per_s=1 / machines.step_s[int(name[1:])])
+
+    for one in itertools.takewhile(lambda one: one.at_s < end_s, mishaps(rehearsal, list(names))):
+        swarm.at(one.at_s, go, one.who[0], one.do == "leave")
+        swarm.at(one.at_s + one.for_s + _AWAY_AGAIN_S, come, one.who[0])
+
+
+def _some(some: Machines, machines: Machines) -> str:
+    return f"{some.num} volunteers" if some.num == machines.num else f"{some.num} of {machines.num} volunteers"
+
+
+# ---------------------------------------------------------------- rosters, a server, stages
+
+
+def _rosters(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
+    some, parameters, others = machines.at_most(_MOST_ON_A_ROSTER), stage_parameters(run), machines.num - 1
+    steps, (sent, _) = _steps(run, some.step_s), merge_bytes(run, parameters, others)
+    alone_s = [one * step_s for one, step_s in zip(steps, some.step_s, strict=True)]
+    wire_s = sent / min(_rates(links)) + 6 * 4 * _latency_s(links, sent, random.Random(seed))
+    if max(alone_s) - min(alone_s) + wire_s > _MOST_WAITED_S:
+        by, round_s, share = "arithmetic: the slowest's steps, then the wire", max(alone_s) + wire_s, 1.0
+    else:
+        by = f"synchronous rounds of {_some(some, machines)} in virtual time"
+        round_s, share = _on_rosters(run, some, links, others, seed)
+    round_s += _merge_s(run)
+    return Lived(
+        by=by,
+        round_s=(round_s,) * some.num,
+        stall_s=tuple(max(_merge_s(run), round_s - one) for one in alone_s),
+        tokens=tuple(share * run.tokens_per_step * one for one in steps),
+        down_bytes=sent,
+        up_bytes=sent,
+        partners=share * (others + 1) - 1,
+        fresh_share=share,
+    )
+
+
+def _on_rosters(run: RunFile, some: Machines, links: LinksSection, others: int, seed: int) -> tuple[float, float]:
+    """(seconds of a round, the share of all volunteers that is on a roster), of some among so many others."""
+    merge, steps, parameters = run.merge, _steps(run, some.step_s), stage_parameters(run)
+    settings = Settings(
+        inner_steps=merge.inner_steps,
+        tokens_per_step=run.tokens_per_step,
+        round_limit_s=merge.round_limit_s,
+        silence_s=merge.silence_s,
+        share_above=merge.share_above if others + 1 > merge.share_above else some.num,
+        presence_ttl_s=run.network.presence_ttl_s,
+        call_limit_s=run.network.call_limit_s,
+        stall_limit_s=run.network.stall_limit_s,
+        publication_bytes=4 * parameters,
+        state_bytes=8 * parameters,
+    )
+    # Whole pseudo-gradients all pass at once, and the simulated links are not shared.
+    at_once = max(1, others) if others + 1 <= merge.share_above else 1
+    link = Link(
+        latency_s=_latency_s(links, settings.publication_bytes, random.Random(seed)),
+        bytes_per_s=min(_rates(links)) / at_once,
+    )
+    world = World(settings, link=link, seed=seed)
+    for number, (one, step_s) in enumerate(zip(steps, some.step_s, strict=True)):
+        world.join(f"v{number}", steps_per_s=merge.inner_steps / (one * step_s))
+    longest_s = max(one * step_s for one, step_s in zip(steps, some.step_s, strict=True))
+    end_s = 4 * _ROUNDS * (longest_s + settings.publication_bytes * 2 / link.bytes_per_s + merge.silence_s)
+    _befall(world, some, end_s, seed)
+    world.run_rounds(_WARM_ROUNDS + _ROUNDS, end_s)
+    return _applied(world, end_s)
+
+
+def _applied(world: World, end_s: float) -> tuple[float, float]:
+    """(seconds of a round, the share of all volunteers that is on a roster), without the first rounds."""
+    ends_s: dict[int, list[float]] = defaultdict(list)
+    entries: dict[int, int] = {}
+    for event in world.events("applied"):
+        if event.round >= _WARM_ROUNDS - 1 and event.roster is not None:
+            ends_s[event.round].append(event.time_s)
+            entries[event.round] = max(len(event.roster.entries), entries.get(event.round, 0))
+    if len(ends_s) < 2:  # nobody gets through them
+        return end_s, 1 / len(world.peers)
+    first, last = min(ends_s), max(ends_s)
+    round_s = (statistics.median(ends_s[last]) - statistics.median(ends_s[first])) / (last - first)
+    return round_s, statistics.mean(entries.values()) / len(world.running())
+
+
+def _server(run: RunFile, machines: Machines) -> Lived:
+    steps, merge_s, sizes = _steps(run, machines.step_s), _merge_s(run), section_bytes(run)
+    return Lived(
+        by="arithmetic: nobody waits for anybody, and the server's link carries what it must",
+        round_s=tuple(merge_s + one * step_s for one, step_s in zip(steps, machines.step_s, strict=True)),
+        stall_s=(merge_s,) * machines.num,
+        tokens=tuple(float(run.tokens_per_step * one) for one in steps),
+        down_bytes=sizes.weights,
+        up_bytes=sizes.gradient,
+        partners=0.0,
+        fresh_share=1.0,
+    )
+
+
+def _stages(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
+    """What passes through the stages; then a stage is a swarm that gossips, of which each does its part of that."""
+    stages = run.pipeline.stages
+    if machines.num < stages:
+        raise UserError(
+            f"--peers: {machines.num} for pipeline.stages = {stages}: several stages on one machine are not planned; "
+            f"allowed: {stages} or more"
+        )
+    some = machines.at_most(max(_MOST_IN_STAGES, stages))
+    world = _through_stages(run, some, links, seed)
+    a_peer_per_s = max(world.tokens_per_s, 1e-9) * stages / some.num
+    holders = machines.num // stages
+    each = Machines(step_s=(run.tokens_per_step / a_peer_per_s,) * holders)
+    merging = _gossip(run, each, links, seed)
+    a_token = activation_wire_bytes(run) / (run.microbatch_sequences * run.model.context_tokens)
+    activations = 2 * (stages - 1) / stages * a_token * statistics.mean(merging.tokens)
+    return replace(
+        merging,
+        by=f"{_some(some, machines)} that pass microbatches through {stages} stages, and {merging.by}",
+        down_bytes=merging.down_bytes + activations,
+        up_bytes=merging.up_bytes + activations,
+    )
+
+
+def _through_stages(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> PipelineWorld:
+    """Some thousand microbatches' way."""
+    stages, tokens = run.pipeline.stages, run.microbatch_sequences * run.model.context_tokens
+    up, down = _rates(links)
+    settings = PipelineSettings(
+        rule=Rule(costs=(1 / stages,) * stages, live_s=run.network.presence_ttl_s),
+        balance=run.pipeline.balance,
+        balance_every_s=run.pipeline.balance_every_s,
+        microbatch_tokens=tokens,
+        batch_microbatches=run.batch_microbatches,
+        in_flight=run.pipeline.in_flight,
+        latency_s=2 * _latency_s(links, 0, random.Random(seed)) + activation_wire_bytes(run) / min(up, down),
+    )
+    world = PipelineWorld(settings, seed=seed)
+    for number, step_s in enumerate(machines.step_s):
+        speed, fetch_s = run.tokens_per_step / step_s, 16 * stage_parameters(run) / down
+        machine = Machine(name=f"v{number}", tokens_per_s=speed, fetch_s=fetch_s)
+        world.join(machine, place(world, machine))
+    long_s = _MICROBATCHES * tokens / sum(run.tokens_per_step / step_s for step_s in machines.step_s)
+    world.run_until(long_s / 4)
+    world.measure_from_here()
+    world.run_until(long_s)
+    return world
