@@ -40,6 +40,7 @@ def old_rounds_are_merged(patch: Patch) -> None:
 
 def rounds_without_a_least(patch: Patch) -> None:
     """Paced to the last step, and none."""
+
     def paced(own: float, reference: float, steps: int) -> int:
         return min(steps, math.floor(own / reference * steps))
 

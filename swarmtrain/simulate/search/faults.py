@@ -41,9 +41,7 @@ def declare(world: Network[Any], fault: Fault, name: str, come_back: Callable[[s
             declare_span(world, fault, lambda: world.cut_off(name), world.heal)
         case "delay":
             slow_s = 0.1 * (1 + fault.detail % 10)
-            declare_span(
-                world, fault, lambda: world.delay(name, slow_s), lambda: world.delay(name, Link().latency_s)
-            )
+            declare_span(world, fault, lambda: world.delay(name, slow_s), lambda: world.delay(name, Link().latency_s))
         case "loss":
             declare_span(world, fault, lambda: world.lose_messages(_LOST), lambda: world.lose_messages(0.0))
         case "twice":

@@ -65,7 +65,9 @@ def _at_the_edge(rng: random.Random, fault: Fault) -> Fault:
     s = Settings()
     ended_s = rng.choice((s.silence_s, s.call_limit_s + s.hold_s, s.silence_s + s.hold_s))
     ended = 5 * (fault.detail // 5) + _MOMENTS.index("ended")
-    return replace(fault, peer=rng.choice((0, fault.peer)), lasts_s=round(ended_s + rng.uniform(0, 0.6), 1), detail=ended)
+    return replace(
+        fault, peer=rng.choice((0, fault.peer)), lasts_s=round(ended_s + rng.uniform(0, 0.6), 1), detail=ended
+    )
 
 
 # ---------------------------------------------------------------- liars
@@ -256,7 +258,7 @@ def not_one_model(world: World, settle_rounds: int = 2, limit_s: float = 120.0) 
     for round in (rounds + 1, rounds + 2):
         digests = world.digests(round)
         if len(digests) != len(peers) or len(set(digests.values())) != 1:
-            return [f"round {round} begins with {({name: digest[:4] for name, digest in digests.items()})}"]
+            return [f"round {round} begins with { ({name: digest[:4] for name, digest in digests.items()}) }"]
     last = max(peers, key=lambda peer: peer.round).history[rounds + 1]
     if missing := {peer.name for peer in peers}.symmetric_difference(last.peers):
         return [f"two rounds later not everyone counts again: {sorted(missing)}"]

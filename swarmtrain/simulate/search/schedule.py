@@ -106,7 +106,5 @@ def draw_faults(
         peer = liar if lies else rng.randrange(num_peers)
         longest_s = span.longest_s * (3 if lies else rng.choice((0.1, 0.1, 1, 1)))
         at_s, lasts_s = rng.uniform(span.first_s, span.last_s), rng.uniform(0, longest_s)
-        faults.append(
-            Fault(kind=kind, peer=peer, at_s=round(at_s, 1), lasts_s=round(lasts_s, 1), detail=detail(kind))
-        )
+        faults.append(Fault(kind=kind, peer=peer, at_s=round(at_s, 1), lasts_s=round(lasts_s, 1), detail=detail(kind)))
     return tuple(sorted(faults, key=lambda fault: fault.at_s))
