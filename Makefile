@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-unit test-containers chaos lint format protos demo soak long-soak docs clean
+.PHONY: help venv test test-unit test-containers chaos lint format protos demo search soak long-soak docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ $(PROTOC): | $(BIN)/python
 
 protos: $(PROTOC)  ## generate swarmtrain/v1/ from protos/
 	.venv-protoc/bin/python protos/generate.py
+
+search: $(DEV)  ## random schedules of faults in virtual time, until Ctrl-C; what breaks is printed as a test
+	$(BIN)/python -m swarmtrain.simulate.search
 
 soak: $(DEV)  ## ten runs of ten minutes under kills, stops and restarts (two hours)
 	$(BIN)/python tests/processes/soak.py

@@ -203,6 +203,8 @@ class SearchedSwarm(HostedSwarm):
 
     def __init__(self, schedule: Schedule) -> None:
         self.progress: dict[str, tuple[pb.Record, float]] = {}
+        self.earlier: dict[str, tuple[pb.Record, float]] = {}
+        """The record before, which some nodes of the DHT may still have."""
         self.told: list[tuple[float, str, int]] = []
         self.reached: dict[str, int] = {}
         """The most tokens that each has trained on, in any of its lives."""
@@ -232,11 +234,14 @@ class SearchedSwarm(HostedSwarm):
         return int(64 * tokens_per_s * self.clock.now) + 2 * self.settings.inner_steps * self.settings.tokens_per_step
 
     async def read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
-        """The records of progress, as the DHT gives them."""
-        return {} if prefix else self.progress
+        """The records of progress, as the DHT gives them: while messages come twice, some of them old."""
+        if prefix:
+            return {}
+        return {peer: self.earlier[peer] if self.comes_twice() else record for peer, record in self.progress.items()}
 
     def tell(self, peer: str, tokens: int) -> None:  # type: ignore[override]
         """A progress record of `peer`."""
+        self.earlier[peer] = self.progress.get(peer, (pb.Record(progress=pb.Progress()), math.inf))
         self.progress[peer] = (pb.Record(progress=pb.Progress(tokens=tokens)), math.inf)
         self.told.append((self.clock.now, peer, tokens))
 

@@ -40,7 +40,7 @@ _KINDS = {
     "kill": 3, "leave": 2, "restart": 4, "freeze": 5, "partition": 3, "cut": 2, "delay": 2, "loss": 2, "twice": 2,
     "join": 2, "kill at": 4, "freeze at": 6, "idle": 1,
     "lie: two rosters": 1, "lie: two publications": 1, "lie: far ahead": 1, "lie: done": 1, "lie: tokens": 1,
-    "lie: no bytes": 1, "lie: behind": 1,
+    "lie: no bytes": 1, "lie: behind": 2,
 }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ class Liar(Volunteer):
             last = Roster(round=self.round + 1000, signer=self.name, entries=(_INVENTED,), base_tokens=10**15)
             told = Told(round=self.round + 1001, last=last)
         if "behind" in self.lies and len(self.history) > 1:
-            told = Told(round=self.round - 1, last=self.history[-2])
+            told, offer = Told(round=self.round - 1, last=self.history[-2]), None
         return replace(reply, publication=offer, roster=roster, told=told)
 
 

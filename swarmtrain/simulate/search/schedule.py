@@ -104,7 +104,7 @@ def draw_faults(
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
         lies = kind.startswith("lie: ") or kind == "idle"
         peer = liar if lies else rng.randrange(num_peers)
-        longest_s = span.longest_s * (3 if lies else rng.choice((0.1, 1, 1)))
+        longest_s = span.longest_s * (3 if lies else rng.choice((0.1, 0.1, 1, 1)))
         at_s, lasts_s = rng.uniform(span.first_s, span.last_s), rng.uniform(0, longest_s)
         faults.append(Fault(kind=kind, peer=peer, at_s=round(at_s, 1), lasts_s=round(lasts_s, 1), detail=detail(kind)))
     return tuple(sorted(faults, key=lambda fault: fault.at_s))
