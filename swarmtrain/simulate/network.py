@@ -23,11 +23,15 @@ __all__ = ["End", "Fault", "Links", "Machine", "Network", "Refused"]
 Fault = Literal["killed", "frozen", "thawed"]
 
 
-class End(Protocol):
-    """An end of a link."""
+class Place(Protocol):
+    """Where a link ends."""
 
     name: str
     link: Link
+
+
+class End(Place, Protocol):
+    """A process at the end of a link."""
 
     def deliver(self, call: Callable[..., object], *args: Any) -> None:
         """Run something in this process: now, or when it is thawed; never if it is gone."""
@@ -111,28 +115,28 @@ class Links:
         """From now on this share of the messages and publications arrives twice, the second time up to 2 s later."""
         self._twice = share
 
-    def side(self, peer: End) -> int:
+    def side(self, peer: Place) -> int:
         """Which side of the partition it is on; 0 if there is none."""
         return self._side.get(peer.name, -1) if self._side else 0
 
-    def connected(self, a: End, b: End) -> bool:
+    def connected(self, a: Place, b: Place) -> bool:
         """Whether packets pass between the two machines."""
         if self._cut and (a.name in self._cut or b.name in self._cut):
             return a is b
         return not self._side or self.side(a) == self.side(b)
 
-    def passes(self, src: End, dst: End) -> bool:
+    def passes(self, src: Place, dst: Place) -> bool:
         """Whether this one message arrives."""
         if (self._cut or self._side) and not self.connected(src, dst):
             return False
         drop = max(self._drop, src.link.drop, dst.link.drop)
         return drop == 0 or src is dst or self._random.random() >= drop
 
-    def latency_s(self, a: End, b: End) -> float:
+    def latency_s(self, a: Place, b: Place) -> float:
         """One way, in seconds."""
         return a.link.latency_s + b.link.latency_s
 
-    def send(self, src: End, dst: End, call: Callable[..., object], *args: Any) -> None:
+    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any) -> None:
         """One message: `call(*args)` when it arrives, which may be never, or twice."""
         if self.passes(src, dst):
             self.clock.call_later(self.latency_s(src, dst), call, *args)

@@ -8,7 +8,13 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from broken_rules import BROKEN, ledger_takes_everything, nobody_refetches
+from broken_rules import (
+    BROKEN,
+    ledger_takes_everything,
+    nobody_refetches,
+    restored_ledger_is_empty,
+    silence_never_ends,
+)
 
 from swarmtrain.simulate.search import Fault, Schedule, as_test, draw, play, shrink
 from swarmtrain.simulate.search.__main__ import main
@@ -26,7 +32,14 @@ def test_two_thousand_schedules_by_the_command(capsys: pytest.CaptureFixture[str
     assert code == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rule", BROKEN, ids=lambda rule: rule.__name__)
+LONG = (restored_ledger_is_empty, silence_never_ends)
+"""They take seconds: dozens of schedules."""
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(rule, marks=[pytest.mark.processes] if rule in LONG else [], id=rule.__name__) for rule in BROKEN],
+)
 def test_a_broken_rule_is_found(rule: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     rule(monkeypatch)
     assert any(play(draw(seed, BROKEN[rule])) for seed in range(150)), "the search does not see it"

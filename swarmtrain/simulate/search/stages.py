@@ -98,8 +98,9 @@ class SearchedWorld(PipelineWorld):
         rule = Rule(costs=(1 / num_stages,) * num_stages, live_s=30.0)
         self.liars = schedule.liars
         # Views that are older and differ more than real ones: what is decided from them must still be safe.
-        stale = {"record_delay_s": (0.5, 20.0), "missed": 0.3} if schedule.option("stale", 0) else {}
-        settings = PipelineSettings(rule=rule, microbatch_tokens=8192, balance_every_s=5.0, **stale)
+        settings = PipelineSettings(rule=rule, microbatch_tokens=8192, balance_every_s=5.0)
+        if schedule.option("stale", 0):
+            settings = replace(settings, record_delay_s=(0.5, 20.0), missed=0.3)
         super().__init__(settings, seed=schedule.seed)
         self.clock.most_events = 200_000
 
