@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import os
 import secrets
-import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from swarmtrain.simulate.search.play import as_test, draw, play, shrink
-from swarmtrain.simulate.search.schedule import Violation
+from swarmtrain.simulate.search.broken import broken
+from swarmtrain.simulate.search.play import as_test, draw, shrink
 
-__all__ = ["broken", "main"]
-
-_AT_ONCE = 10
-"""Schedules that a process is given at a time."""
+__all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,27 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             pass
     return 1 if known else 0
-
-
-def broken(seeds: Iterable[int], jobs: int) -> Iterator[tuple[int, list[Violation]]]:
-    """Of each seed, what does not hold in its schedule; in the order in which they are done."""
-    if jobs == 1:
-        yield from map(_play_seed, seeds)
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs, _begin) as pool:  # whatever ends this ends them
-        window = (list(itertools.islice(of, 4 * jobs * _AT_ONCE)) for of in itertools.repeat(iter(seeds)))
-        for some in itertools.takewhile(bool, window):  # imap would take all seeds there are before it began
-            yield from pool.imap_unordered(_play_seed, some, _AT_ONCE)
-
-
-def _play_seed(seed: int) -> tuple[int, list[Violation]]:
-    return seed, play(draw(seed))
-
-
-def _begin() -> None:
-    """In each process: the one that started it ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

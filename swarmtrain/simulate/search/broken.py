@@ -1,0 +1,37 @@
+"""Schedules played on several cores. Not in `__main__`, whose functions a process that is spawned does not find."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator
+
+from swarmtrain.simulate.search.play import draw, play
+from swarmtrain.simulate.search.schedule import Violation
+
+__all__ = ["broken"]
+
+_AT_ONCE = 10
+"""Schedules that a process is given at a time."""
+
+
+def broken(seeds: Iterable[int], jobs: int) -> Iterator[tuple[int, list[Violation]]]:
+    """Of each seed, what does not hold in its schedule; in the order in which they are done."""
+    if jobs == 1:
+        yield from map(_play_seed, seeds)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(jobs, _begin) as pool:  # whatever ends this ends them
+        window = (list(itertools.islice(of, 4 * jobs * _AT_ONCE)) for of in itertools.repeat(iter(seeds)))
+        for some in itertools.takewhile(bool, window):  # imap would take all seeds there are before it began
+            yield from pool.imap_unordered(_play_seed, some, _AT_ONCE)
+
+
+def _play_seed(seed: int) -> tuple[int, list[Violation]]:
+    return seed, play(draw(seed))
+
+
+def _begin() -> None:
+    """In each process: the one that started it ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
