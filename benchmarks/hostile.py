@@ -37,9 +37,9 @@ from torch import Tensor
 
 from swarmtrain.algorithm.gossip import variance_corrected_mean
 from swarmtrain.algorithm.pacing import fewest_inner_steps, paced_inner_steps, reference_speed, steps_of_everybody
-from swarmtrain.algorithm.quantize import Format
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.membership.partners import Mark
+from swarmtrain.membership.pulls import Section
 from swarmtrain.simulate.learning.gossip import Peer, Published, World
 from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.setting import Setting
@@ -90,10 +90,17 @@ class Hostile(Peer):
         """See `Peer`. What it trains does not count."""
         before = self.world.tokens
         super().train_to(moment)
-        self.world.tokens = self.tokens_before = before
+        self.world.tokens = before
         assert self.newest is not None
         self.gradient = self.newest.vector
         self.newest = self.spoilt(self.newest)
+
+    def serve(self, section: Section, published: Published) -> None:
+        """See `Peer`; a hostile peer makes bytes that no encoder makes."""
+        if bool(torch.isfinite(published.vector).all()):
+            super().serve(section, published)
+        else:
+            published.sent = published.vector
 
     @property
     def attack(self) -> str:
@@ -145,10 +152,6 @@ class HostileWorld(World):
     def told(self, peer: str, incident: Incident) -> None:
         """See `World`."""
         self.named[incident.rule if peer == f"p{HOSTILE}" else HONEST] += 1
-
-    def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
-        """See `World`; a hostile peer makes bytes that no encoder makes."""
-        return super().on_the_wire(vector, form) if bool(torch.isfinite(vector).all()) else vector
 
 
 def trained(setting: Swarm) -> tuple[float, Counter[str]]:

@@ -28,6 +28,7 @@ from swarmtrain.membership.partners import (
     Nothing,
     Partners,
     Theta,
+    View,
     median_round,
 )
 from swarmtrain.membership.pulls import SECTIONS, PullPlan, PullTimes, Section, SectionBytes, plan_pulls
@@ -171,7 +172,7 @@ class Gossip:
             if ready is None or ready.round != round:
                 return None
             reference = self._reference_round()
-            self._pulled = [pulled for pulled in self._pulled if self._is_of_use(pulled, reference)]
+            self._pulled = self._of_use(reference)
             if any(pulled not in self._pulled for pulled in ready.pulled):
                 return None  # some of it is too old by now; the rest is prepared anew for the next round
             self._pulled = [pulled for pulled in self._pulled if pulled not in ready.pulled]
@@ -182,13 +183,13 @@ class Gossip:
                     self.ledger.merged(pulled.peer, pulled.mark, reference)
                     self._merged[pulled.peer] = pulled.held
             self._merged = {peer: held for peer, held in self._merged.items() if peer in self.ledger.held}
-            self._pulled = [pulled for pulled in self._pulled if self._is_of_use(pulled, reference)]
+            self._pulled = self._of_use(reference)
             return ready
 
-    def _is_of_use(self, pulled: Pulled, reference: int) -> bool:
-        if pulled.section == "weights":
-            return self.ledger.has_new_weights(pulled.peer, pulled.mark.round, reference)
-        return not isinstance(self.ledger.news(pulled.peer, pulled.mark, reference), Nothing)
+    def _of_use(self, reference: int) -> list[Pulled]:
+        """Of what was pulled: what may be merged still."""
+        stays = self.ledger.stays_of_use
+        return [each for each in self._pulled if stays(each.section, each.peer, each.mark, reference)]
 
     def forget_pulled(self) -> None:
         """This peer has taken others' weights, or rests: what was pulled before is in them, or too old."""
@@ -287,17 +288,16 @@ class Gossip:
         """Whose to pull next."""
         now = swarm_time()
         idle = {peer for (peer, what), until_s in self._idle_until_s.items() if what == section and now < until_s}
-        exclude = {self.me, *failed, *idle, *self._coming(section)}
         live, num_parts = self.membership.volunteers(), self.settings.rules["gradient"].num_parts
         with self._lock:
-            reference = self._reference_round()
-            rounds = {one.peer: one.round for one in live}
-            first = self._partners.first(section, rounds, self._coming("weights"), reference)
-            candidates = [_candidate(one, num_parts) for one in live]
-            peer, _ = self._partners.choose(
-                candidates, exclude=exclude, reference_round=reference, now=now, rng=self.rng, first=first
+            view = View(
+                candidates=[_candidate(one, num_parts) for one in live],
+                rounds={one.peer: one.round for one in live},
+                own_round=self.round,
+                with_weights=self._coming("weights"),
+                exclude={self.me, *failed, *idle, *self._coming(section)},
             )
-        return peer
+            return self._partners.next(section, view, now, self.rng)[0]
 
     def _start_pull(self, peer: str, section: Section, failed: set[str], round_s: float) -> None:
         async def pull() -> None:

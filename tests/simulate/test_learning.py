@@ -13,7 +13,8 @@ import torch
 from learnt import setting, tiny
 
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
-from swarmtrain.simulate.learning.gossip import Peer, World
+from swarmtrain.membership.partners import Mark
+from swarmtrain.simulate.learning.gossip import Peer, Published, World
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.serving import server, server_waiting
 from swarmtrain.simulate.learning.setting import Outcome, Setting
@@ -35,7 +36,7 @@ def test_each_method_learns_the_same_thing_each_time(method: str, tmp_path: Path
     one = setting(scenario, **keys)
     outcome = played(method, one)
     assert outcome == played(method, one), "bit by bit"
-    assert outcome.held_out_loss < (20 if method == "async-nesterov" else 4.0)
+    assert outcome.held_out_loss < (20 if method == "async-nesterov" else 4.2)
     assert outcome.tokens >= one.total_tokens and outcome.tokens == outcome.inner_steps * one.run.tokens_per_step
     assert outcome.virtual_time_s > 0 and outcome.sent_bytes > 0 and 0 <= outcome.stall_share < 1
     other = setting(scenario.with_changes(seeds=(6,)), **keys)
@@ -53,7 +54,7 @@ def test_diloco_is_a_plain_loop(tmp_path: Path) -> None:
         for learner, number in zip(learners, steps, strict=True):
             learner.enter(state.theta)
             for step in range(number):
-                done = tokens + 12 * one.run.tokens_per_step * step / number
+                done = tokens + 2 * one.run.tokens_per_step * step  # a volunteer reckons that both do what it does
                 learner.step(done / one.total_tokens)
             gradients.append(state.theta - learner.reached)
         state = outer_step(state, weighted_mean(gradients, steps), one.constants(round))
@@ -131,6 +132,21 @@ def test_each_method_goes_on_when_somebody_hangs_and_transfers_break_off(method:
     outcome = played(method, one)
     assert outcome.tokens >= one.total_tokens and outcome.held_out_loss < 20
     assert outcome.virtual_time_s > played(method, calm).virtual_time_s
+
+
+def test_gradients_of_few_bits_feed_their_errors_back(tmp_path: Path) -> None:
+    """As those of real peers: what one publication loses is in the next."""
+    peer = World(setting(tiny(tmp_path))).peers[0]
+    peer.begin()
+    peer.train_to(1)
+    first = peer.newest
+    assert first is not None
+    peer.serve("gradient", first)
+    second = Published(Mark(1, 1, first.mark.tokens), first.vector)
+    peer.serve("gradient", second)
+    assert first.sent is not None and second.sent is not None
+    one, both = (first.vector - first.sent).norm(), (2 * first.vector - first.sent - second.sent).norm()
+    assert both < 1.5 * one, "without, it would be twice as much"
 
 
 def test_a_part_of_a_round_never_comes_after_a_later_one(tmp_path: Path) -> None:

@@ -6,31 +6,30 @@ publishes, its pulls when `membership.pulls` says, its merge at the round's end.
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from torch import Tensor
 
-from swarmtrain.algorithm.gossip import Arrival, Layout, layout_of, prepare, variance_corrected_mean
-from swarmtrain.algorithm.pacing import fewest_inner_steps
-from swarmtrain.algorithm.quantize import Format, decode, encode, encoded_size_bytes
+from swarmtrain.algorithm.gossip import Arrival, Layout, prepare, variance_corrected_mean
+from swarmtrain.algorithm.pacing import first_inner_steps
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, median_round
+from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, View, median_round
 from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, plan_pulls
+from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
-from swarmtrain.peer.robustness import Robustness
-from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Start
+from swarmtrain.network.snapshots import TensorSpec
+from swarmtrain.peer.consensus import layout_of_specs
+from swarmtrain.peer.robustness import Robustness, apart
+from swarmtrain.peer.trainer import Contribution, Gathered, Start
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
 __all__ = ["Peer", "Published", "World", "gossip"]
-
-_APART = ("trimmed", "flag")
-"""Rules that need each partner's pseudo-gradient, and not their mean."""
 
 
 @dataclass
@@ -39,6 +38,12 @@ class Published:
 
     mark: Mark
     vector: Tensor
+    sent: Tensor | None = None
+    """What everybody gets of it, once it was asked for."""
+
+
+Arrived: TypeAlias = dict[tuple[Section, str], tuple[Published, Arrival]]
+"""What is here to be merged, of whom, in the order in which it came."""
 
 
 class Peer:
@@ -60,15 +65,15 @@ class Peer:
         """Its gradient's."""
         self.weights: Published | None = None
         self.merged: dict[str, Tensor] = {}
-        self.arrived: dict[tuple[Section, str], tuple[Published, Arrival]] = {}
+        self.codec = world.codec()
+        self.arrived: Arrived = {}
         self.asked, self.coming = set[tuple[Section, str]](), set[tuple[Section, str]]()
         self.due: Counter[Section] = Counter()
         self.times = PullTimes()
         self.times.assume(setting.bytes_per_s)
         self.times.merged(setting.rtt_s)
-        self.tokens_before = 0
         self.start = Start(inner_steps=1, num_peers=1)
-        self.done = 0
+        self.done = self.run_tokens = 0
 
     @property
     def round(self) -> int:
@@ -77,18 +82,13 @@ class Peer:
 
     def begin(self) -> None:
         """A round."""
-        setting, clock, theta = self.world.setting, self.world.clock, self.trainer.state.theta
-        section = setting.run.merge
-        steps = setting.steps_of_round(self.number) if self.round else fewest_inner_steps(section.inner_steps)
-        self.start = Start(inner_steps=steps, num_peers=1, num_parts=section.publications_per_round)
-        self.done, self.tokens_before = 0, self.world.tokens
-        self.learner.enter(theta)
-        self.weights = Published(Mark(self.round, 0, 0), theta)
-        step_s = setting.step_s[self.number]
+        setting, clock = self.world.setting, self.world.clock
+        self.enter(self._next_start(), self.world.tokens)
+        steps, step_s = self.start.inner_steps, setting.step_s[self.number]
         for moment in self.start.publish_after:
             clock.call_at(self.done_s(moment * step_s), self.train_to, moment)
-        ends_s, sizes = clock.now + steps * step_s, self.world.section_bytes
-        pulls = plan_pulls(setting.num_peers - 1, clock.now, ends_s, sizes, self.times, section.num_partners)
+        ends_s, sizes, most = clock.now + steps * step_s, self.world.section_bytes, setting.run.merge.num_partners
+        pulls = plan_pulls(setting.num_peers - 1, clock.now, ends_s, sizes, self.times, most)
         self.asked.clear()
         self.due.clear()
         for what, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
@@ -96,25 +96,49 @@ class Peer:
                 clock.call_at(self.done_s(when_s - clock.now), self.pull, self.round, what)
         clock.call_at(self.done_s(steps * step_s), self.end)
 
+    def _next_start(self) -> Start:
+        """How its next round begins: as one that does not know its speed before it has had a round."""
+        setting, section = self.world.setting, self.world.setting.run.merge
+        steps, everybodys = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0
+        if self.round:
+            steps, everybodys = setting.steps_of_round(self.number), setting.steps_of_everybody(self.number)
+        return Start(
+            inner_steps=steps,
+            num_peers=setting.num_peers,
+            num_parts=section.publications_per_round,
+            run_steps_a_step=everybodys,
+        )
+
+    def enter(self, start: Start, run_tokens: int) -> None:
+        """A round begins; the run has so many tokens by now."""
+        self.start, self.done, self.run_tokens = start, 0, run_tokens
+        self.learner.enter(self.trainer.state.theta)
+        self.weights = Published(Mark(self.round, 0, 0), self.trainer.state.theta)
+
     def done_s(self, work_s: float) -> float:
         """When it does what it would do in so long, if it did not stand still meanwhile."""
         return self.world.setting.done_s(self.number, self.world.clock.now, work_s)
 
     def train_to(self, moment: int) -> None:
         """Inner steps up to `moment` of the round, then a publication."""
-        world = self.world
-        step_tokens, total_tokens = world.setting.run.tokens_per_step, world.setting.total_tokens
-        everybodys = world.setting.steps_of_everybody(self.number)
-        for step in range(moment - self.done):
-            self.learner.step((self.tokens_before + step * everybodys * step_tokens) / total_tokens)
+        world, step_tokens = self.world, self.world.setting.run.tokens_per_step
+        for step in range(self.done, moment):
+            self.learner.step(self.start.run_tokens(self.run_tokens, step, step_tokens) / world.setting.total_tokens)
         world.tokens += (moment - self.done) * step_tokens
         world.inner_steps += moment - self.done
-        self.tokens_before = world.tokens
         self.done = moment
         gradient = self.trainer.state.theta - self.learner.reached
         self.robustness.learn(gradient, moment * step_tokens)
         mark = Mark(self.round, self.start.part_after(moment), moment * step_tokens)
         self.newest = Published(mark, gradient)
+
+    def serve(self, section: Section, published: Published) -> None:
+        """That section of its publications was asked for: the first time it is encoded, for everybody."""
+        if published.sent is None and section == "weights":
+            published.sent = self.codec.weights.decode(self.codec.weights.encode(published.vector))
+        elif published.sent is None:
+            gradients, mark = self.codec.gradient, published.mark
+            published.sent = gradients.decode(gradients.encode_sum(published.vector, mark.round, mark.part))
 
     # ------------------------------------------------------------- pulls
 
@@ -135,6 +159,7 @@ class Peer:
             author = world.by_name[name]
             published = author.newest if section == "gradient" else author.weights
             assert published is not None
+            author.serve(section, published)
             fails = self.rng.random() < setting.failing
             if not self.is_of_use(section, name, published.mark):
                 continue
@@ -158,22 +183,15 @@ class Peer:
             for peer in others
             if peer.newest is not None and (mark := peer.newest.mark)
         ]
-        taken = self.asked | self.coming | self.arrived.keys()
-        name, _ = self.partners.choose(
-            candidates,
-            exclude={self.name, *(name for what, name in taken if what == section)},
-            reference_round=median_round([self.round, *(peer.round for peer in others)]),
-            now=self.world.clock.now,
-            rng=self.rng,
-            first=self.first(section),
+        here = self.coming | self.arrived.keys()
+        view = View(
+            candidates=candidates,
+            rounds={peer.name: peer.round for peer in others},
+            own_round=self.round,
+            with_weights={name for what, name in here if what == "weights"},
+            exclude={self.name, *(name for what, name in self.asked | here if what == section)},
         )
-        return name
-
-    def first(self, section: Section) -> set[str]:
-        """Whom to ask before others."""
-        with_weights = {name for what, name in self.arrived.keys() | self.coming if what == "weights"}
-        rounds = {peer.name: peer.round for peer in self.world.peers if peer is not self}
-        return self.partners.first(section, rounds, with_weights, median_round([self.round, *rounds.values()]))
+        return self.partners.next(section, view, self.world.clock.now, self.rng)[0]
 
     def is_of_use(self, section: Section, name: str, mark: Mark) -> bool:
         """Whether that section of a publication can be merged."""
@@ -195,55 +213,34 @@ class Peer:
             self.fill(section)
 
     def take_untrusted(self, section: Section, name: str, published: Published) -> None:
-        """Decode it, and take of it what is new. BadBytesError if that must not be."""
+        """Take of it what is new. BadBytesError if that must not be."""
+        if (arrival := self.new_untrusted(section, name, published)) is not None:
+            self.keep_untrusted(section, name, published, arrival)
+
+    def new_untrusted(self, section: Section, name: str, published: Published) -> Arrival | None:
+        """What is new of it, None if nothing is. BadBytesError if it is nonsense."""
         if not self.is_of_use(section, name, published.mark):
-            return
-        world, formats = self.world, self.world.setting.run.merge
-        form = formats.theta_format if section == "weights" else formats.gradient_format
-        vector = world.on_the_wire(published.vector, form)
+            return None
+        vector = published.sent
+        assert vector is not None
         if not bool(vector.isfinite().all()):
             raise BadBytesError("a publication that is not finite")
         if section == "weights":
-            arrival = Arrival(vector, vector, 0)
-        else:
-            news = self.ledger.news(name, published.mark, world.reference_round)
-            new = vector - self.merged[name] if isinstance(news, Difference) else vector
-            arrival = Arrival(None, new, news.tokens)
-        arrival = self.robustness.accept(name, arrival, self.trainer.state.theta)
-        self.arrived[section, name] = (Published(published.mark, vector), arrival)
+            return Arrival(vector, vector, 0)
+        news = self.ledger.news(name, published.mark, self.world.reference_round)
+        return Arrival(None, vector - self.merged[name] if isinstance(news, Difference) else vector, news.tokens)
+
+    def keep_untrusted(self, section: Section, name: str, published: Published, arrival: Arrival) -> None:
+        """Keep what the run's rule lets enter a merge. BadBytesError if that is nothing."""
+        accepted = self.robustness.accept(name, arrival, self.trainer.state.theta)
+        self.arrived[section, name] = (published, accepted)
 
     # ------------------------------------------------------------- the merge
 
     def end(self) -> None:
         """Merge what is here; on to the next round."""
-        world, section = self.world, self.world.setting.run.merge
-        self.arrived = {  # it may have stood still, and all of that be too old
-            (section, name): kept
-            for (section, name), kept in self.arrived.items()
-            if self.is_of_use(section, name, kept[0].mark)
-        }
-        reference = world.reference_round
-        arrivals = [arrival for _, arrival in self.arrived.values()]
-        prepared = prepare(self.trainer.state.theta, arrivals, world.layout)
-        if prepared.displacement is not None:
-            self.robustness.merged(prepared.displacement)
-        gathered = Gathered(
-            prepared=prepared,
-            merged=tuple(self._merged(name, kept, arrival) for (_, name), (kept, arrival) in self.arrived.items()),
-            run_tokens=world.tokens,
-            peer_tokens={},
-            apart=tuple(arrival for arrival in arrivals if arrival.tokens) if section.robust in _APART else (),
-        )
-        self.trainer.merge(gathered, self._contribution())
-        for (what, name), (published, _) in self.arrived.items():
-            if what == "weights":
-                self.ledger.weights_merged(name, published.mark.round)
-            else:
-                self.ledger.merged(name, published.mark, reference)
-                self.merged[name] = published.vector
-        self.merged = {name: kept for name, kept in self.merged.items() if name in self.ledger.held}
-        self.rounds_fresh += any(what == "gradient" for what, _ in self.arrived)
-        self.arrived.clear()
+        world = self.world
+        self.merge(self.ready())
         self.coming = {(what, name) for what, name in self.coming if not world.is_hanging(name)}
         world.merged(self)
         if world.tokens < world.setting.total_tokens:
@@ -251,16 +248,39 @@ class Peer:
         else:
             world.finished_s = max(world.finished_s, world.clock.now)
 
-    def _merged(self, name: str, published: Published, arrival: Arrival) -> Merged:
-        mark = published.mark
-        return Merged(
-            peer=name,
-            round=mark.round,
-            part=mark.part,
-            tokens=round(arrival.tokens),
-            staleness_rounds=self.round - mark.round,
-            pull_s=0.0,
+    def ready(self) -> Arrived:
+        """What enters the merge: all that is here. If some of that is too old by now, since this peer stood still, the
+        rest enters the next one."""
+        here, reference = self.arrived, self.world.reference_round
+        stays = self.ledger.stays_of_use
+        self.arrived = {key: each for key, each in here.items() if stays(*key, each[0].mark, reference)}
+        return here if len(self.arrived) == len(here) else {}
+
+    def merge(self, ready: Arrived) -> None:
+        """The round's end, with what entered it."""
+        world, arrivals = self.world, [arrival for _, arrival in ready.values()]
+        prepared = prepare(self.trainer.state.theta, arrivals, world.layout)
+        if prepared.displacement is not None:
+            self.robustness.merged(prepared.displacement)
+        gathered = Gathered(
+            prepared=prepared,
+            merged=(),
+            run_tokens=world.tokens,
+            peer_tokens={},
+            apart=apart(self.robustness.rule, arrivals),
         )
+        reference = world.reference_round
+        for (what, name), (published, _) in ready.items():
+            if what == "weights":
+                self.ledger.weights_merged(name, published.mark.round)
+            else:
+                assert published.sent is not None
+                self.ledger.merged(name, published.mark, reference)
+                self.merged[name] = published.sent
+        self.merged = {name: kept for name, kept in self.merged.items() if name in self.ledger.held}
+        self.arrived = {key: each for key, each in self.arrived.items() if key not in ready}
+        self.rounds_fresh += any(what == "gradient" for what, _ in ready)
+        self.trainer.merge(gathered, self._contribution())
 
     def _contribution(self) -> Contribution:
         tokens = self.start.inner_steps * self.world.setting.run.tokens_per_step
@@ -285,28 +305,27 @@ class World:
     tokens: int = 0
     inner_steps: int = 0
     finished_s: float = 0.0
+    specs: tuple[TensorSpec, ...] = field(init=False)
     layout: Layout = field(init=False)
+    section_bytes: SectionBytes = field(init=False)
+    """What a publication's weights and pseudo-gradient weigh as they travel."""
     peers: list[Peer] = field(init=False)
     by_name: dict[str, Peer] = field(init=False)
 
     def __post_init__(self) -> None:
-        shapes = self.setting.learner(0).shapes
-        self.layout = layout_of(shapes)
+        self.specs = self.setting.learner(0).specs
+        self.layout = layout_of_specs(self.specs)
         if not self.setting.corrected:
-            self.layout = replace(self.layout, corrected=(False,) * len(shapes))
-        self._sizes = [math.prod(shape) for shape in shapes]
+            self.layout = replace(self.layout, corrected=(False,) * len(self.specs))
+        self.section_bytes = self.codec().sizes
         self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
         self._recorder, self.wire = Recorder(self.setting), Wire(self.setting)
 
-    @property
-    def section_bytes(self) -> SectionBytes:
-        """What a publication's weights and pseudo-gradient weigh as they travel."""
+    def codec(self) -> PublicationCodec:
+        """A peer's own: what it has lost in one publication it adds to the next."""
         section = self.setting.run.merge
-        weights, gradient = (
-            encoded_size_bytes(it, self._sizes) for it in (section.theta_format, section.gradient_format)
-        )
-        return SectionBytes(weights=weights, gradient=gradient)
+        return PublicationCodec(self.specs, section.theta_format, section.gradient_format)
 
     @property
     def reference_round(self) -> int:
@@ -327,10 +346,6 @@ class World:
     def merged(self, peer: Peer) -> None:
         """A round of `peer` is over."""
         self._recorder.see(self.tokens, self.clock.now, self.consensus)
-
-    def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
-        """What arrives of it."""
-        return decode(encode(vector.contiguous(), form, self._sizes), form, self._sizes)
 
     def consensus(self) -> Tensor:
         """The variance-corrected mean of everybody's weights, (P,)."""

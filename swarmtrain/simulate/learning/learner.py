@@ -12,6 +12,8 @@ from swarmtrain.data.batches import BatchSource, held_out_batches
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model, evaluate
+from swarmtrain.network.codec import tensor_specs
+from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Served, Start, Trainer
 from swarmtrain.run import RunFile
 
@@ -100,6 +102,6 @@ class Learner:
         return flatten(self.trainer.model.parameters())
 
     @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Of the model's tensors."""
-        return [tuple(parameter.shape) for parameter in self.trainer.model.parameters()]
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The model's tensors."""
+        return tensor_specs(self.trainer.model.named_parameters())

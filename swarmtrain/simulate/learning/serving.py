@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterState
-from swarmtrain.algorithm.quantize import Format, decode, encode, encoded_size_bytes
+from swarmtrain.network.codec import PublicationCodec, VectorCodec
 from swarmtrain.peer.server_exchange import lead
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
@@ -28,6 +28,7 @@ class _Worker:
         self.served, self.number, self.name = served, number, f"p{number}"
         self.learner = served.setting.learner(number)
         self.theta = self.learner.reached
+        self.codec = VectorCodec("gradient", self.learner.specs, served.setting.run.merge.gradient_format)
         self.round = 0
         self.pieces: dict[int, Tensor] = {}
         self.came: tuple[Tensor, frozenset[int]] | None = None
@@ -119,22 +120,21 @@ class _Served:
         self.finished_s = 0.0
         self.workers = [_Worker(self, number) for number in range(setting.num_peers)]
         theta, section = self.workers[0].theta, setting.run.merge
-        self.sizes = [parameter.numel() for parameter in self.workers[0].learner.trainer.model.parameters()]
+        specs = self.workers[0].learner.specs
+        self.codec = PublicationCodec(specs, section.theta_format, section.gradient_format)
         state = OuterState(theta, torch.zeros_like(theta))
         self.outer = DelayedNesterov(state, setting.constants(0), delay, section.momentum_share)
         size = min(delay, section.num_partners + 1)
         self.fedbuff = _FedBuff(state, section.outer_learning_rate, size) if buffered else None
         self.entered: list[set[int]] = [set() for _ in self.workers]
-        self.theta_bytes, self.gradient_bytes = (
-            encoded_size_bytes(form, self.sizes) for form in (section.theta_format, section.gradient_format)
-        )
+        self.theta_bytes, self.gradient_bytes = self.codec.sizes.weights, self.codec.sizes.gradient
         self.pull_s = setting.rtt_s + self.theta_bytes / setting.bytes_per_s
         self.wire = Wire(setting)
         self._recorder, self._rng = Recorder(setting), random.Random(f"wire {setting.run.run.seed}")
 
     def weights(self) -> Tensor:
         """As they travel."""
-        return self._on_the_wire(self.theta, self.setting.run.merge.theta_format)
+        return self.codec.weights.decode(self.codec.weights.encode(self.theta))
 
     @property
     def theta(self) -> Tensor:
@@ -143,7 +143,7 @@ class _Served:
 
     def take(self, worker: _Worker, round: int) -> None:
         """A gradient has arrived."""
-        gradient = self._on_the_wire(worker.pieces[round], self.setting.run.merge.gradient_format)
+        gradient = worker.codec.decode(worker.codec.encode_sum(worker.pieces[round], round))
         self.entered[worker.number].add(round)
         if self.fedbuff is not None:
             self.fedbuff.arrive(gradient, worker.began_at)
@@ -167,9 +167,6 @@ class _Served:
     def arrives_s(self, sender: str, receiver: str, size_bytes: int) -> float:
         """When what is sent now has come."""
         return self.wire.arrives_at_last_s(self.clock.now, sender, receiver, size_bytes, self._rng)
-
-    def _on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
-        return decode(encode(vector.contiguous(), form, self.sizes), form, self.sizes)
 
     def run(self) -> Outcome:
         """To the end of the run."""

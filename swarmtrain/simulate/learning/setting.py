@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterConstants, momentum_at
-from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
+from swarmtrain.algorithm.pacing import round_inner_steps, steps_of_everybody
 from swarmtrain.network.impairments import PACKET_BYTES, Lateness
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.run import RunFile
@@ -90,14 +90,18 @@ class Setting:
 
     def steps_of_round(self, number: int) -> int:
         """H_i."""
-        if not self.run.merge.pacing:
-            return self.run.merge.inner_steps
-        speeds = [1 / step_s for step_s in self.step_s]
-        return paced_inner_steps(speeds[number], reference_speed(speeds), self.run.merge.inner_steps)
+        section, limit_s = self.run.merge, self.run.merge.round_limit_s
+        own, others = self._speeds(number)
+        return round_inner_steps(own, others, section.inner_steps, paced=section.pacing, limit_s=limit_s)
 
     def steps_of_everybody(self, number: int) -> float:
         """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances."""
-        return sum(1 / step_s for step_s in self.step_s) * self.step_s[number]
+        return steps_of_everybody(*self._speeds(number))
+
+    def _speeds(self, number: int) -> tuple[float, list[float]]:
+        """Of volunteer `number`, and of the others, in inner steps per second."""
+        speeds = [1 / step_s for step_s in self.step_s]
+        return speeds[number], speeds[:number] + speeds[number + 1 :]
 
     def all_reduce_s(self, num_peers: int, size_bytes: int, rng: random.Random) -> float:
         """Of a mean over so many: shares of everybody's to their hosts, then the means back; all wait for the last."""
