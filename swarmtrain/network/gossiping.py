@@ -31,7 +31,7 @@ from swarmtrain.membership.partners import (
     View,
     median_round,
 )
-from swarmtrain.membership.pulls import SECTIONS, PullPlan, PullTimes, Section, SectionBytes, plan_pulls
+from swarmtrain.membership.pulls import SECTIONS, PullPlan, PullTimes, Section, SectionBytes, idle_s, plan_pulls
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Routes
@@ -53,9 +53,6 @@ __all__ = ["Gossip", "GossipSettings", "Plan", "Pulled"]
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.25
 _PLAN_AGAIN_S = 2.0
-_RETRIES_A_ROUND = 8
-_SLOW_FACTOR = 3.0
-_LEAST_SLOW_S = 1.0
 _OLD_PULL_S = 30.0
 _OLD_PULL_ROUNDS = 2
 _RESTART_ROUNDS = 2
@@ -270,10 +267,8 @@ class Gossip:
 
     def _num_coming(self, section: Section) -> int:
         """Pulls of it that are here or on their way; a slow one does not keep another from being tried."""
-        rate, settings = self._times.bytes_per_s, self.settings
-        expected_s = settings.num_partners * settings.sizes.both / rate if rate else 0.0
-        slow_s = swarm_time() - max(_LEAST_SLOW_S, _SLOW_FACTOR * (self._times.overhead_s + expected_s))
-        return len(self._coming(section, slow_s))
+        slow_after_s = self._times.slow_after_s(self.settings.sizes, self.settings.num_partners)
+        return len(self._coming(section, swarm_time() - slow_after_s))
 
     def _coming(self, section: Section, since_s: float = float("-inf")) -> set[str]:
         """Whose is here, or on its way since then."""
@@ -307,7 +302,7 @@ class Gossip:
                 went_well = True
                 if not came:
                     self._answered(peer)
-                    self._idle_until_s[peer, section] = swarm_time() + max(_LOOK_S, round_s / _RETRIES_A_ROUND)
+                    self._idle_until_s[peer, section] = swarm_time() + idle_s(round_s)
             except (BusyError, _HostsFailedError):
                 went_well = True  # it may be free again within the round
                 _log.debug("%s is %s", peer, self._partners.back_off.busy(peer, swarm_time()))

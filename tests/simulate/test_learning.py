@@ -134,6 +134,18 @@ def test_each_method_goes_on_when_somebody_hangs_and_transfers_break_off(method:
     assert outcome.virtual_time_s > played(method, calm).virtual_time_s
 
 
+def test_a_transfer_that_breaks_off_goes_on_and_one_that_never_ends_costs_its_peer(tmp_path: Path) -> None:
+    calm = World(setting(tiny(tmp_path)))
+    some, all_of_them = (World(dataclasses.replace(calm.setting, failing=failing)) for failing in (0.3, 1.0))
+    for world in (calm, some, all_of_them):
+        world.run()
+    calm_share, some_share, none = (world.outcome().fresh_share or 0.0 for world in (calm, some, all_of_them))
+    assert calm_share >= some_share > 0.6 and none == 0.0
+    bans = [peer.partners.back_off.ready([other.name], 0.0)[1] for peer in all_of_them.peers for other in calm.peers]
+    assert any(bans), "it is left alone for a while"
+    assert not any(peer.partners.back_off.ready([name], 1e9)[1] for peer in some.peers for name in some.by_name)
+
+
 def test_gradients_of_few_bits_feed_their_errors_back(tmp_path: Path) -> None:
     """As those of real peers: what one publication loses is in the next."""
     peer = World(setting(tiny(tmp_path))).peers[0]

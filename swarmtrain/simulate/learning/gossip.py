@@ -18,7 +18,8 @@ from swarmtrain.algorithm.pacing import first_inner_steps
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, View, median_round
-from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, plan_pulls
+from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, idle_s, plan_pulls
+from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.snapshots import TensorSpec
@@ -67,7 +68,11 @@ class Peer:
         self.merged: dict[str, Tensor] = {}
         self.codec = world.codec()
         self.arrived: Arrived = {}
-        self.asked, self.coming = set[tuple[Section, str]](), set[tuple[Section, str]]()
+        self.coming = dict[tuple[Section, str], float]()
+        """Since when."""
+        self.idle_until_s = dict[tuple[Section, str], float]()
+        self.failed = set[str]()
+        """In this round."""
         self.due: Counter[Section] = Counter()
         self.times = PullTimes()
         self.times.assume(setting.bytes_per_s)
@@ -89,7 +94,7 @@ class Peer:
             clock.call_at(self.done_s(moment * step_s), self.train_to, moment)
         ends_s, sizes, most = clock.now + steps * step_s, self.world.section_bytes, setting.run.merge.num_partners
         pulls = plan_pulls(setting.num_peers - 1, clock.now, ends_s, sizes, self.times, most)
-        self.asked.clear()
+        self.failed.clear()
         self.due.clear()
         for what, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
             for when_s in at_s:
@@ -148,32 +153,55 @@ class Peer:
             self.due[section] += 1
             self.fill(section)
 
+    def look(self, round: int, section: Section) -> None:
+        """Whether another is to be asked by now."""
+        if round == self.round:
+            self.fill(section)
+
     def fill(self, section: Section) -> None:
-        """Pull until as many are here or on their way as are due; one that fails is replaced at once."""
-        world, setting = self.world, self.world.setting
-        while sum(what == section for what, _ in self.arrived.keys() | self.coming) < self.due[section]:
+        """Pull until as many are here or on their way as are due; a slow one does not count."""
+        world, setting, clock = self.world, self.world.setting, self.world.clock
+        slow_s = self.times.slow_after_s(world.section_bytes, setting.run.merge.num_partners)
+        while self.num_coming(section, clock.now - slow_s) < self.due[section]:
             name = self.choose(section)
             if name is None:
                 return
-            self.asked.add((section, name))
             author = world.by_name[name]
             published = author.newest if section == "gradient" else author.weights
             assert published is not None
             author.serve(section, published)
-            fails = self.rng.random() < setting.failing
             if not self.is_of_use(section, name, published.mark):
+                again_s = idle_s(self.start.inner_steps * setting.step_s[self.number])
+                self.idle_until_s[section, name] = clock.now + again_s
+                clock.call_at(self.done_s(again_s), self.look, self.round, section)
                 continue
-            self.coming.add((section, name))
-            if world.is_hanging(name):  # it says nothing until the round is over
-                continue
-            size_bytes = world.section_bytes.weights if section == "weights" else world.section_bytes.gradient
-            if fails:
-                size_bytes = int(self.rng.random() * size_bytes)
-            arrives_s = world.wire.arrives_s(world.clock.now, name, self.name, size_bytes, self.rng)
-            if fails:
-                world.clock.call_at(arrives_s, self.break_off, section, name)
+            self.coming[section, name] = clock.now
+            clock.call_at(self.done_s(slow_s), self.look, self.round, section)
+            if world.is_hanging(name):  # it says nothing
+                silent_s = setting.run.network.call_limit_s
+                clock.call_at(clock.now + silent_s, self.break_off, section, name, "no answer")
             else:
-                world.clock.call_at(arrives_s, self.arrive, section, name, published)
+                size_bytes = world.section_bytes.weights if section == "weights" else world.section_bytes.gradient
+                self.bring(section, name, published, size_bytes, ATTEMPTS)
+
+    def num_coming(self, section: Section, since_s: float) -> int:
+        """How many of it are here, or on their way since then."""
+        on_their_way = sum(what == section and began_s > since_s for (what, _), began_s in self.coming.items())
+        return on_their_way + sum(what == section for what, _ in self.arrived)
+
+    def bring(self, section: Section, name: str, published: Published, left_bytes: int, attempts: int) -> None:
+        """The bytes come; where the transfer breaks off, it is asked for the rest, so many times in all."""
+        world = self.world
+        breaks = self.rng.random() < world.setting.failing
+        come_bytes = int(self.rng.random() * left_bytes) if breaks else left_bytes
+        arrives_s = world.wire.arrives_s(world.clock.now, name, self.name, come_bytes, self.rng)
+        if not breaks:
+            world.clock.call_at(arrives_s, self.arrive, section, name, published)
+        elif attempts > 1:
+            left = left_bytes - come_bytes, attempts - 1
+            world.clock.call_at(arrives_s, self.bring, section, name, published, *left)
+        else:
+            world.clock.call_at(arrives_s, self.break_off, section, name, "its transfers break off")
 
     def choose(self, section: Section) -> str | None:
         """Whose to pull, as a volunteer chooses."""
@@ -183,34 +211,40 @@ class Peer:
             for peer in others
             if peer.newest is not None and (mark := peer.newest.mark)
         ]
-        here = self.coming | self.arrived.keys()
+        here, now = self.coming.keys() | self.arrived.keys(), self.world.clock.now
+        idle = {key for key, until_s in self.idle_until_s.items() if now < until_s}
         view = View(
             candidates=candidates,
             rounds={peer.name: peer.round for peer in others},
             own_round=self.round,
             with_weights={name for what, name in here if what == "weights"},
-            exclude={self.name, *(name for what, name in self.asked | here if what == section)},
+            exclude={self.name, *self.failed, *(name for what, name in idle | here if what == section)},
         )
-        return self.partners.next(section, view, self.world.clock.now, self.rng)[0]
+        return self.partners.next(section, view, now, self.rng)[0]
 
     def is_of_use(self, section: Section, name: str, mark: Mark) -> bool:
         """Whether that section of a publication can be merged."""
         return self.ledger.may_enter(section, name, mark, self.world.reference_round)
 
-    def break_off(self, section: Section, name: str) -> None:
-        """A transfer ends midway: another's in its place."""
-        self.coming.discard((section, name))
+    def break_off(self, section: Section, name: str, reason: str) -> None:
+        """Nothing comes of it: it is left alone for a while, and another is asked in its place."""
+        self.coming.pop((section, name))
+        if name not in self.failed:
+            self.failed.add(name)
+            self.partners.back_off.failed(name, self.world.clock.now, reason)
         self.fill(section)
 
     def arrive(self, section: Section, name: str, published: Published) -> None:
         """Take it, or if it is refused, another's in its place."""
-        self.coming.discard((section, name))
         try:
             self.take_untrusted(section, name, published)
         except BadBytesError as error:
-            self.partners.back_off.failed(name, self.world.clock.now, str(error))
             self.world.told(name, Incident(rule_of(str(error)), str(error)))
-            self.fill(section)
+            self.break_off(section, name, str(error))
+        else:
+            self.coming.pop((section, name))
+            if name not in self.failed:
+                self.partners.back_off.answered(name)
 
     def take_untrusted(self, section: Section, name: str, published: Published) -> None:
         """Take of it what is new. BadBytesError if that must not be."""
@@ -241,11 +275,11 @@ class Peer:
         """Merge what is here; on to the next round."""
         world = self.world
         self.merge(self.ready())
-        self.coming = {(what, name) for what, name in self.coming if not world.is_hanging(name)}
         world.merged(self)
         if world.tokens < world.setting.total_tokens:
             self.begin()
         else:
+            self.due.clear()
             world.finished_s = max(world.finished_s, world.clock.now)
 
     def ready(self) -> Arrived:

@@ -107,14 +107,14 @@ class Setting:
         """Of a mean over so many: shares of everybody's to their hosts, then the means back; all wait for the last."""
         sent_bytes = (num_peers - 1) * size_bytes // num_peers
         takes_s = self.rtt_s + sent_bytes / self.bytes_per_s
-        late_s = [max(self.lost_s(takes_s, rng) + self.late_s(sent_bytes, rng) for _ in range(num_peers)) for _ in "01"]
+        late_s = [max(self.lost_s(rng) + self.late_s(sent_bytes, rng) for _ in range(num_peers)) for _ in "01"]
         return 2 * takes_s + sum(late_s)
 
-    def lost_s(self, takes_s: float, rng: random.Random) -> float:
-        """What a transfer of `takes_s` loses by breaking off midway, as often as it does, and beginning anew."""
+    def lost_s(self, rng: random.Random) -> float:
+        """What a transfer loses by breaking off midway, as often as it does: to ask for the rest."""
         lost_s = 0.0
         while self.failing and rng.random() < self.failing:
-            lost_s += rng.random() * takes_s
+            lost_s += self.rtt_s
         return lost_s
 
     def late_s(self, size_bytes: int, rng: random.Random) -> float:
