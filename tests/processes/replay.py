@@ -99,8 +99,6 @@ class ReplayedPeer(Peer):
         everybodys = steps_of_everybody(*event["everybodys_of"])
         self._same(event, "inner steps", replace(start, inner_steps=steps, run_steps_a_step=everybodys), "start")
         assert event["round"] == self.round
-        if start.shard is not None:
-            self.trainer.batches.use_shard(start.shard)
         self.enter(start, event["run_tokens"])
         assert self.weights is not None
         self.published["weights", self.weights.mark] = self.weights

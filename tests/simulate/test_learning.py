@@ -161,6 +161,18 @@ def test_gradients_of_few_bits_feed_their_errors_back(tmp_path: Path) -> None:
     assert both < 1.5 * one, "without, it would be twice as much"
 
 
+def test_rounds_are_dealt_shards_of_the_data(tmp_path: Path) -> None:
+    one = setting(tiny(tmp_path), merge__inner_steps=4)
+    world = World(one)
+    assert world.peers[0].coverage is not None and world.peers[0].coverage.num_shards > 3
+    seen = set[int]()
+    for peer in world.peers:
+        peer.enter = lambda start, tokens, enter=peer.enter: (seen.add(start.shard), enter(start, tokens))  # type: ignore
+    world.run()
+    assert None not in seen and len(seen) > 3
+    assert sum(sum(peer.coverage.seen) for peer in world.peers if peer.coverage) > world.tokens, "they tell each other"
+
+
 def test_a_part_of_a_round_never_comes_after_a_later_one(tmp_path: Path) -> None:
     """A hang within a round, over before its end, once turned two publications round."""
     one = hung(tmp_path, {"peer": 2, "at_s": 0.05, "for_s": 0.06})

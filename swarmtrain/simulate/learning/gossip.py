@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -19,6 +20,7 @@ from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, View, median_round
 from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, idle_s, plan_pulls
+from swarmtrain.membership.shards import Coverage, Row
 from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
@@ -41,6 +43,8 @@ class Published:
     vector: Tensor
     sent: Tensor | None = None
     """What everybody gets of it, once it was asked for."""
+    rows: Sequence[Row] = ()
+    """Who has seen which data, as it tells with it."""
 
 
 Arrived: TypeAlias = dict[tuple[Section, str], tuple[Published, Arrival]]
@@ -67,6 +71,8 @@ class Peer:
         self.weights: Published | None = None
         self.merged: dict[str, Tensor] = {}
         self.codec = world.codec()
+        num_shards = self.trainer.batches.num_shards
+        self.coverage = Coverage(self.name, num_shards) if num_shards else None
         self.arrived: Arrived = {}
         self.coming = dict[tuple[Section, str], float]()
         """Since when."""
@@ -107,9 +113,14 @@ class Peer:
         steps, everybodys = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0
         if self.round:
             steps, everybodys = setting.steps_of_round(self.number), setting.steps_of_everybody(self.number)
+        shard = None
+        if self.coverage is not None:
+            others, round_tokens = self.world.by_name.keys(), section.inner_steps * setting.run.tokens_per_step
+            shard, _ = self.coverage.begin(self.round, setting.run.run.seed, others, round_tokens)
         return Start(
             inner_steps=steps,
             num_peers=setting.num_peers,
+            shard=shard,
             num_parts=section.publications_per_round,
             run_steps_a_step=everybodys,
         )
@@ -117,6 +128,8 @@ class Peer:
     def enter(self, start: Start, run_tokens: int) -> None:
         """A round begins; the run has so many tokens by now."""
         self.start, self.done, self.run_tokens = start, 0, run_tokens
+        if start.shard is not None:
+            self.trainer.batches.use_shard(start.shard)
         self.learner.enter(self.trainer.state.theta)
         self.weights = Published(Mark(self.round, 0, 0), self.trainer.state.theta)
 
@@ -131,6 +144,8 @@ class Peer:
             self.learner.step(self.start.run_tokens(self.run_tokens, step, step_tokens) / world.setting.total_tokens)
         world.tokens += (moment - self.done) * step_tokens
         world.inner_steps += moment - self.done
+        if self.coverage is not None and self.start.shard is not None:
+            self.coverage.trained(self.start.shard, (moment - self.done) * step_tokens)
         self.done = moment
         gradient = self.trainer.state.theta - self.learner.reached
         self.robustness.learn(gradient, moment * step_tokens)
@@ -139,9 +154,13 @@ class Peer:
 
     def serve(self, section: Section, published: Published) -> None:
         """That section of its publications was asked for: the first time it is encoded, for everybody."""
-        if published.sent is None and section == "weights":
+        if published.sent is not None:
+            return
+        if self.coverage is not None:
+            published.rows = self.coverage.rows_to_send()
+        if section == "weights":
             published.sent = self.codec.weights.decode(self.codec.weights.encode(published.vector))
-        elif published.sent is None:
+        else:
             gradients, mark = self.codec.gradient, published.mark
             published.sent = gradients.decode(gradients.encode_sum(published.vector, mark.round, mark.part))
 
@@ -250,6 +269,8 @@ class Peer:
         """Take of it what is new. BadBytesError if that must not be."""
         if (arrival := self.new_untrusted(section, name, published)) is not None:
             self.keep_untrusted(section, name, published, arrival)
+            if self.coverage is not None:
+                self.coverage.merge(published.rows, name, lambda _, tokens: tokens)
 
     def new_untrusted(self, section: Section, name: str, published: Published) -> Arrival | None:
         """What is new of it, None if nothing is. BadBytesError if it is nonsense."""
