@@ -10,7 +10,7 @@ from recording import prelude
 from replay import ReplayedPeer, replay, text_of
 from swarm import Swarm, write_run
 
-from swarmtrain.events import ClippedEvent, DoneEvent
+from swarmtrain.events import ClippedEvent, DoneEvent, InviteEvent
 from swarmtrain.peer.checkpoint import load_newest
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
 
@@ -50,7 +50,7 @@ def test_volunteers_that_gossip_do_what_the_simulator_does(
         merge={"method": "gossip", "inner_steps": INNER_STEPS, "min_peers": 3, "max_staleness_rounds": 50, **rules},
         network={"presence_ttl_s": 15.0},
     )
-    invite = swarm.bootstrap(run_file).invite.invite
+    invite = swarm.bootstrap(run_file).wait_event(InviteEvent, limit_s=LIMIT_S).invite
     children = [
         swarm.join(name, invite, "--slowdown", factor, prelude=prelude(swarm.folder / f"{name}.jsonl"))
         for name, factor in SLOWDOWNS.items()
