@@ -38,7 +38,7 @@ from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import consensus_of, layout_of_specs, mean_of_near, not_far_behind, theta_of
-from swarmtrain.peer.robustness import Robustness
+from swarmtrain.peer.robustness import Robustness, apart
 from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Replaced, Start
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -223,16 +223,10 @@ class GossipExchange(AsynchronousExchange):
         return Gathered(
             prepared=prepare(self._theta, [], self._layout) if ready is None else ready.prepared,
             merged=self._merged(pulled),
-            apart=self._apart([each.arrival for each in pulled]),
+            apart=apart(self.run.merge.robust, [each.arrival for each in pulled]),
             run_tokens=sum(counts.values()),
             peer_tokens=counts,
         )
-
-    def _apart(self, arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
-        """What partners published, for a rule that needs each of their gradients."""
-        if self.run.merge.robust not in ("trimmed", "flag"):
-            return ()
-        return tuple(arrival for arrival in arrivals if arrival.tokens)
 
     def _merged(self, pulled: Sequence[Pulled]) -> tuple[Merged, ...]:
         """What was merged of each partner: its weights, its pseudo-gradient or both."""
