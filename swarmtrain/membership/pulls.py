@@ -17,6 +17,7 @@ __all__ = [
     "SectionBytes",
     "expected_transfer",
     "idle_s",
+    "most_pulls",
     "plan_pulls",
     "pull_start",
 ]
@@ -37,6 +38,7 @@ _SLOW_FACTOR = 3.0
 _LEAST_SLOW_S = 1.0
 _RETRIES_A_ROUND = 8
 _LEAST_IDLE_S = 0.25
+_PULLS_A_PARTNER = 4
 _MOST_EARLY_SHARE = 0.25
 """What comes after the round has ended is of no use to it, so where rounds end earlier than expected, pulls begin by so
 much earlier too; not by more than this."""
@@ -109,6 +111,11 @@ def plan_pulls(
 def idle_s(round_s: float) -> float:
     """How long who had nothing new is not asked again, in a round that lasts so long."""
     return max(_LEAST_IDLE_S, round_s / _RETRIES_A_ROUND)
+
+
+def most_pulls(configured: int) -> int:
+    """How many may go on at once, of both sections, the slow ones too."""
+    return _PULLS_A_PARTNER * configured
 
 
 @dataclass(frozen=True)

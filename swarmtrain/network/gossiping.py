@@ -31,7 +31,16 @@ from swarmtrain.membership.partners import (
     View,
     median_round,
 )
-from swarmtrain.membership.pulls import SECTIONS, PullPlan, PullTimes, Section, SectionBytes, idle_s, plan_pulls
+from swarmtrain.membership.pulls import (
+    SECTIONS,
+    PullPlan,
+    PullTimes,
+    Section,
+    SectionBytes,
+    idle_s,
+    most_pulls,
+    plan_pulls,
+)
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Routes
@@ -244,15 +253,12 @@ class Gossip:
 
     def _begin_due(self, section: Section, num_due: int, failed: set[str], plan: Plan) -> None:
         """Begin pulls until as many are here or on their way as are due."""
-        while self._num_coming(section) < num_due and len(self._pulls) < self._most_pulls:
+        most = most_pulls(self.settings.num_partners)
+        while self._num_coming(section) < num_due and len(self._pulls) < most:
             peer = self._choose(section, failed)
             if peer is None:
                 return
             self._start_pull(peer, section, failed, plan.ends_s - plan.started_s)
-
-    @property
-    def _most_pulls(self) -> int:
-        return 4 * self.settings.num_partners
 
     def _give_up_old_pulls(self, plan: Plan) -> None:
         """A pull that has gone on for rounds would bring what is too old."""

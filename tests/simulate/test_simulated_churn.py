@@ -166,6 +166,18 @@ def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path) -> Non
     assert world.clock.now > 3.2 and world.live == [world.peers[0], world.peers[2]]
 
 
+def test_a_silent_majority_has_so_many_pulls_at_most(tmp_path: Path) -> None:
+    hangs = [{"peer": number, "at_s": 0.2, "for_s": 1e5} for number in range(1, 16)]
+    changes = {"merge.num_partners": 1, "network.call_limit_s": 60.0, "network.presence_ttl_s": 60.0}
+    peers = {"number": 16, "slowdowns": [1.0]}
+    world = World(churned(tmp_path, "gossip", hangs=hangs, peers=peers, set={**changes, "run.total_tokens": 150_000}))
+    numbers = list[int]()
+    for at_s in range(1, 7):
+        world.clock.call_at(at_s, lambda: numbers.append(len(world.peers[0].coming)))
+    world.run()
+    assert numbers == sorted(numbers) and numbers[0] == 2 and max(numbers) == 4, "others are tried after a second"
+
+
 def test_a_sample_is_of_those_who_answer(tmp_path: Path) -> None:
     hangs = [{"peer": number, "at_s": 1.0, "for_s": 100.0} for number in range(1, 5)]
     one = churned(tmp_path, "modest", hangs=hangs, peers={"number": 6})

@@ -18,14 +18,13 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.membership.partners import rounds_behind
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.shards import Row
-from swarmtrain.peer.consensus import mean_of_near
+from swarmtrain.peer.consensus import SAMPLE, mean_of_near
 
 if TYPE_CHECKING:
     from swarmtrain.simulate.learning.gossip import Peer, World
 
 __all__ = ["schedule"]
 
-_SAMPLE = 16
 _BYTES = 4  # of a number, as states travel
 
 
@@ -76,7 +75,7 @@ def _come(peer: Peer) -> None:
     if not others or (peer.learner.losses and behind <= world.setting.run.merge.max_staleness_rounds):
         peer.begin()
         return
-    sample = peer.rng.sample(others, min(_SAMPLE, len(others)))
+    sample = peer.rng.sample(others, min(SAMPLE, len(others)))
     state, round = _present_state(world, sample)
     size_bytes = _BYTES * world.layout.size
     arrives_s = max(

@@ -20,7 +20,7 @@ from swarmtrain.algorithm.pacing import first_inner_steps
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, View, median_round
-from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, idle_s, plan_pulls
+from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, idle_s, most_pulls, plan_pulls
 from swarmtrain.membership.shards import Coverage, Row
 from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
@@ -214,8 +214,9 @@ class Peer:
     def fill(self, section: Section) -> None:
         """Pull until as many are here or on their way as are due; a slow one does not count."""
         world, setting, clock = self.world, self.world.setting, self.world.clock
-        slow_s = self.times.slow_after_s(world.section_bytes, setting.run.merge.num_partners)
-        while self.num_coming(section, clock.now - slow_s) < self.due[section]:
+        num_partners = setting.run.merge.num_partners
+        slow_s, most = self.times.slow_after_s(world.section_bytes, num_partners), most_pulls(num_partners)
+        while self.num_coming(section, clock.now - slow_s) < self.due[section] and len(self.coming) < most:
             name = self.choose(section)
             if name is None:
                 return
