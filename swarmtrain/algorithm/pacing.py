@@ -10,7 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["fewest_inner_steps", "paced_inner_steps", "reference_speed", "steps_of_everybody"]
+__all__ = [
+    "fewest_inner_steps",
+    "first_inner_steps",
+    "paced_inner_steps",
+    "reference_speed",
+    "round_inner_steps",
+    "steps_of_everybody",
+]
 
 
 def reference_speed(speeds: Sequence[float]) -> float:
@@ -45,6 +52,25 @@ def paced_inner_steps(own_speed: float, reference: float, inner_steps: int) -> i
         return inner_steps
     steps = math.floor(own_speed / reference * inner_steps + 1e-9)  # 0.1 / 0.3 * 30 is 10, not 9
     return min(max(steps, fewest_inner_steps(inner_steps)), inner_steps)
+
+
+def round_inner_steps(
+    own_speed: float, others: Sequence[float], inner_steps: int, *, paced: bool, limit_s: float
+) -> int:
+    """The inner steps of a peer's round, `inner_steps` at most: fewer for a slower one if rounds are `paced`, and none
+    beyond `limit_s`. A speed of 0 is not known yet; before the own one is, it is `inner_steps`."""
+    steps = inner_steps
+    if own_speed <= 0:
+        return steps
+    if paced:
+        known = [own_speed, *(speed for speed in others if speed > 0)]
+        steps = paced_inner_steps(own_speed, reference_speed(known), inner_steps)
+    return min(steps, max(1, math.floor(limit_s * own_speed)))
+
+
+def first_inner_steps(inner_steps: int, *, paced: bool) -> int:
+    """Of a peer's first round where nobody waits: a short one if rounds are paced, until it knows how fast it is."""
+    return fewest_inner_steps(inner_steps) if paced else inner_steps
 
 
 def fewest_inner_steps(inner_steps: int) -> int:

@@ -34,6 +34,7 @@ __all__ = [
     "Nothing",
     "Partners",
     "Theta",
+    "View",
     "Whole",
     "left_behind",
     "median_round",
@@ -139,6 +140,12 @@ class Ledger:
         if section == "weights":
             return self.has_new_weights(peer, mark.round, reference_round)
         return not isinstance(self.news(peer, mark, reference_round), Nothing | Theta)
+
+    def stays_of_use(self, section: Section, peer: str, mark: Mark, reference_round: int) -> bool:
+        """Whether what could be merged when it was pulled still may be: what it is the difference to was there then."""
+        if section == "weights":
+            return self.has_new_weights(peer, mark.round, reference_round)
+        return not isinstance(self.news(peer, mark, reference_round), Nothing)
 
     def _too_old(self, round: int, reference_round: int) -> Nothing:
         behind = f"{reference_round - round} rounds behind the median"
@@ -297,6 +304,24 @@ class Candidate:
         return Mark(self.round, self.part, self.tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What a peer that chooses sees of the others: their newest publications, and in which round each is."""
+
+    candidates: Sequence[Candidate]
+    rounds: Mapping[str, int]
+    own_round: int
+    with_weights: Collection[str]
+    """Whose weights are here or coming."""
+    exclude: Collection[str]
+    """Who is not to be asked: who was, in this round, and oneself."""
+
+    @property
+    def reference_round(self) -> int:
+        """The median, this peer's own included."""
+        return median_round([self.own_round, *self.rounds.values()])
+
+
 @dataclass
 class _Ban:
     tried_s: float
@@ -381,6 +406,18 @@ class Partners:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"no such choice of partners: {self.variant}; allowed: {', '.join(VARIANTS)}")
+
+    def next(self, section: Section, view: View, now: float, rng: random.Random) -> tuple[str | None, str]:
+        """Whose weights or gradient to ask for next, or None; with the reason."""
+        reference = view.reference_round
+        return self.choose(
+            view.candidates,
+            exclude=view.exclude,
+            reference_round=reference,
+            now=now,
+            rng=rng,
+            first=self.first(section, view.rounds, view.with_weights, reference),
+        )
 
     def first(
         self, section: Section, rounds: Mapping[str, int], with_weights: Collection[str], reference_round: int

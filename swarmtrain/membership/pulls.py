@@ -16,6 +16,8 @@ __all__ = [
     "Section",
     "SectionBytes",
     "expected_transfer",
+    "idle_s",
+    "most_pulls",
     "plan_pulls",
     "pull_start",
 ]
@@ -32,6 +34,11 @@ _SLACK = 1.5
 _SPARE_SHARE, _MOST_SPARE_S, _LONG_SPARE_SHARE = 0.10, 1.5, 0.05
 """And such a share of a round earlier still, at most so many seconds: one that is busy is asked again after a second,
 and another is tried where one fails. Of long rounds at least the other share: steps are not all equally quick."""
+_SLOW_FACTOR = 3.0
+_LEAST_SLOW_S = 1.0
+_RETRIES_A_ROUND = 8
+_LEAST_IDLE_S = 0.25
+_PULLS_A_PARTNER = 4
 _MOST_EARLY_SHARE = 0.25
 """What comes after the round has ended is of no use to it, so where rounds end earlier than expected, pulls begin by so
 much earlier too; not by more than this."""
@@ -101,6 +108,16 @@ def plan_pulls(
     return PullPlan(tuple(at_s[:weights]), tuple(at_s[weights:]), reason)
 
 
+def idle_s(round_s: float) -> float:
+    """How long who had nothing new is not asked again, in a round that lasts so long."""
+    return max(_LEAST_IDLE_S, round_s / _RETRIES_A_ROUND)
+
+
+def most_pulls(configured: int) -> int:
+    """How many may go on at once, of both sections, the slow ones too."""
+    return _PULLS_A_PARTNER * configured
+
+
 @dataclass(frozen=True)
 class BytesBegun:
     """A pull's bytes began to come."""
@@ -157,6 +174,12 @@ class PullTimes:
     def bytes_per_s(self) -> float | None:
         """Of the last pulls, the (upper) median; None before the first."""
         return sorted(self._rates)[len(self._rates) // 2] if self._rates else None
+
+    def slow_after_s(self, sizes: SectionBytes, configured: int) -> float:
+        """After how long a pull is a slow one, which does not keep another from being tried."""
+        rate = self.bytes_per_s
+        expected_s = configured * sizes.both / rate if rate else 0.0
+        return max(_LEAST_SLOW_S, _SLOW_FACTOR * (self.overhead_s + expected_s))
 
     @property
     def overhead_s(self) -> float:

@@ -103,6 +103,12 @@ class Coverage:
         which = f"least seen ({self._seen[shard]} tokens)" if len(tied) == 1 else f"one of {len(tied)} least seen"
         return shard, which if free else f"{which}; others are on all of them"
 
+    def begin(self, round: int, seed: int, others: Iterable[str], round_tokens: int) -> tuple[int, str]:
+        """The shard for this peer's `round`, which begins, with the reason; `others` are present too."""
+        shard, reason = self.choose(round, seed, busy=self.busy(others), round_tokens=round_tokens)
+        self.trained(shard, 0)  # that others see where it is
+        return shard, reason
+
     def row(self, peer: str) -> Row | None:
         """What is known of `peer`."""
         return self._rows.get(peer)

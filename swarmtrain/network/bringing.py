@@ -10,10 +10,10 @@ from swarmtrain.errors import BrokenOffError, BusyError, PeerError, UnreachableE
 from swarmtrain.network.snapshots import Held, PullLimits, PullStream, pull_chunks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Calls", "bring"]
+__all__ = ["ATTEMPTS", "Calls", "bring"]
 
 _log = logging.getLogger(__name__)
-_ATTEMPTS = 3
+ATTEMPTS = 3
 """How often a peer is asked whose streams break off."""
 
 
@@ -35,7 +35,7 @@ async def bring(
     that says why it failed: BusyError when `peer` serves others. Returns what was wrong although all is here."""
     wanted = range(held.snapshot.num_chunks) if chunks is None else chunks
     failures: list[PeerError] = []
-    for attempts_left in reversed(range(_ATTEMPTS)):
+    for attempts_left in reversed(range(ATTEMPTS)):
         failures.clear()
         try:
             async with calls.pull_slots:

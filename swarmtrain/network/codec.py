@@ -131,10 +131,13 @@ class VectorCodec:
 
     def decode_untrusted(self, held: Held) -> Tensor:
         """The vector (P,) of a publication that is here; BadBytesError if it is not finite."""
-        data = torch.frombuffer(held.part(0, self.size_bytes), dtype=torch.uint8)
-        vector = decode(data, self.format, self._sizes)
+        vector = self.decode(held.part(0, self.size_bytes))
         _check_finite_untrusted(vector)
         return vector
+
+    def decode(self, data: bytearray | memoryview) -> Tensor:
+        """The vector (P,) of what `encode` gave, or of any bytes as many: its numbers may not be finite."""
+        return decode(torch.frombuffer(data, dtype=torch.uint8), self.format, self._sizes)
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,7 @@ class DataCoverage:
     def begin(self, round: int, others: Iterable[str]) -> int:
         """The shard for this peer's `round`; `others` are present too."""
         with self._lock:
-            coverage, shards = self._coverage, self.shards
-            busy = coverage.busy(others)
-            shard, reason = coverage.choose(round, shards.seed, busy=busy, round_tokens=shards.round_tokens)
-            coverage.trained(shard, 0)  # that others see where it is
+            shard, reason = self._coverage.begin(round, self.shards.seed, others, self.shards.round_tokens)
             self.shard, self._counted = shard, 0
         _log.debug("round %d: shard %d: %s", round, shard, reason)
         return shard

@@ -28,9 +28,19 @@ from swarmtrain.membership.partners import (
     Nothing,
     Partners,
     Theta,
+    View,
     median_round,
 )
-from swarmtrain.membership.pulls import SECTIONS, PullPlan, PullTimes, Section, SectionBytes, plan_pulls
+from swarmtrain.membership.pulls import (
+    SECTIONS,
+    PullPlan,
+    PullTimes,
+    Section,
+    SectionBytes,
+    idle_s,
+    most_pulls,
+    plan_pulls,
+)
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Routes
@@ -52,9 +62,6 @@ __all__ = ["Gossip", "GossipSettings", "Plan", "Pulled"]
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.25
 _PLAN_AGAIN_S = 2.0
-_RETRIES_A_ROUND = 8
-_SLOW_FACTOR = 3.0
-_LEAST_SLOW_S = 1.0
 _OLD_PULL_S = 30.0
 _OLD_PULL_ROUNDS = 2
 _RESTART_ROUNDS = 2
@@ -171,7 +178,7 @@ class Gossip:
             if ready is None or ready.round != round:
                 return None
             reference = self._reference_round()
-            self._pulled = [pulled for pulled in self._pulled if self._is_of_use(pulled, reference)]
+            self._pulled = self._of_use(reference)
             if any(pulled not in self._pulled for pulled in ready.pulled):
                 return None  # some of it is too old by now; the rest is prepared anew for the next round
             self._pulled = [pulled for pulled in self._pulled if pulled not in ready.pulled]
@@ -182,13 +189,13 @@ class Gossip:
                     self.ledger.merged(pulled.peer, pulled.mark, reference)
                     self._merged[pulled.peer] = pulled.held
             self._merged = {peer: held for peer, held in self._merged.items() if peer in self.ledger.held}
-            self._pulled = [pulled for pulled in self._pulled if self._is_of_use(pulled, reference)]
+            self._pulled = self._of_use(reference)
             return ready
 
-    def _is_of_use(self, pulled: Pulled, reference: int) -> bool:
-        if pulled.section == "weights":
-            return self.ledger.has_new_weights(pulled.peer, pulled.mark.round, reference)
-        return not isinstance(self.ledger.news(pulled.peer, pulled.mark, reference), Nothing)
+    def _of_use(self, reference: int) -> list[Pulled]:
+        """Of what was pulled: what may be merged still."""
+        stays = self.ledger.stays_of_use
+        return [each for each in self._pulled if stays(each.section, each.peer, each.mark, reference)]
 
     def forget_pulled(self) -> None:
         """This peer has taken others' weights, or rests: what was pulled before is in them, or too old."""
@@ -246,15 +253,12 @@ class Gossip:
 
     def _begin_due(self, section: Section, num_due: int, failed: set[str], plan: Plan) -> None:
         """Begin pulls until as many are here or on their way as are due."""
-        while self._num_coming(section) < num_due and len(self._pulls) < self._most_pulls:
+        most = most_pulls(self.settings.num_partners)
+        while self._num_coming(section) < num_due and len(self._pulls) < most:
             peer = self._choose(section, failed)
             if peer is None:
                 return
             self._start_pull(peer, section, failed, plan.ends_s - plan.started_s)
-
-    @property
-    def _most_pulls(self) -> int:
-        return 4 * self.settings.num_partners
 
     def _give_up_old_pulls(self, plan: Plan) -> None:
         """A pull that has gone on for rounds would bring what is too old."""
@@ -269,10 +273,8 @@ class Gossip:
 
     def _num_coming(self, section: Section) -> int:
         """Pulls of it that are here or on their way; a slow one does not keep another from being tried."""
-        rate, settings = self._times.bytes_per_s, self.settings
-        expected_s = settings.num_partners * settings.sizes.both / rate if rate else 0.0
-        slow_s = swarm_time() - max(_LEAST_SLOW_S, _SLOW_FACTOR * (self._times.overhead_s + expected_s))
-        return len(self._coming(section, slow_s))
+        slow_after_s = self._times.slow_after_s(self.settings.sizes, self.settings.num_partners)
+        return len(self._coming(section, swarm_time() - slow_after_s))
 
     def _coming(self, section: Section, since_s: float = float("-inf")) -> set[str]:
         """Whose is here, or on its way since then."""
@@ -287,17 +289,16 @@ class Gossip:
         """Whose to pull next."""
         now = swarm_time()
         idle = {peer for (peer, what), until_s in self._idle_until_s.items() if what == section and now < until_s}
-        exclude = {self.me, *failed, *idle, *self._coming(section)}
         live, num_parts = self.membership.volunteers(), self.settings.rules["gradient"].num_parts
         with self._lock:
-            reference = self._reference_round()
-            rounds = {one.peer: one.round for one in live}
-            first = self._partners.first(section, rounds, self._coming("weights"), reference)
-            candidates = [_candidate(one, num_parts) for one in live]
-            peer, _ = self._partners.choose(
-                candidates, exclude=exclude, reference_round=reference, now=now, rng=self.rng, first=first
+            view = View(
+                candidates=[_candidate(one, num_parts) for one in live],
+                rounds={one.peer: one.round for one in live},
+                own_round=self.round,
+                with_weights=self._coming("weights"),
+                exclude={self.me, *failed, *idle, *self._coming(section)},
             )
-        return peer
+            return self._partners.next(section, view, now, self.rng)[0]
 
     def _start_pull(self, peer: str, section: Section, failed: set[str], round_s: float) -> None:
         async def pull() -> None:
@@ -307,7 +308,7 @@ class Gossip:
                 went_well = True
                 if not came:
                     self._answered(peer)
-                    self._idle_until_s[peer, section] = swarm_time() + max(_LOOK_S, round_s / _RETRIES_A_ROUND)
+                    self._idle_until_s[peer, section] = swarm_time() + idle_s(round_s)
             except (BusyError, _HostsFailedError):
                 went_well = True  # it may be free again within the round
                 _log.debug("%s is %s", peer, self._partners.back_off.busy(peer, swarm_time()))

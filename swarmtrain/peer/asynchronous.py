@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.algorithm.pacing import fewest_inner_steps, steps_of_everybody
+from swarmtrain.algorithm.pacing import first_inner_steps, steps_of_everybody
 from swarmtrain.membership.ending import still_needed_apart
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.codec import body_of
@@ -40,8 +40,8 @@ class AsynchronousExchange(SwarmExchange):
         self._check()
         section, others = self.run.merge, self.swarm.membership.volunteers()
         steps = section.inner_steps
-        if section.pacing and steps_per_s <= 0:  # a short first one, until it knows how fast it is
-            steps = fewest_inner_steps(steps)
+        if steps_per_s <= 0:
+            steps = first_inner_steps(steps, paced=section.pacing)
         steps = self.round_steps = self._paced(steps_per_s, steps)
         self._begin(steps)
         return Start(

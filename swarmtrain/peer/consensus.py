@@ -20,6 +20,7 @@ from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.snapshots import TensorSpec
 
 __all__ = [
+    "SAMPLE",
     "consensus_of",
     "counts_in_untrusted",
     "layout_of_specs",
@@ -29,6 +30,8 @@ __all__ = [
     "theta_of",
 ]
 
+SAMPLE = 4
+"""In gossip so many others' weights are averaged: more would only cost everybody's link and memory."""
 _FAR = 10.0
 """Weights farther off than so many times the usual distance are left out. Of three honest peers two may be much closer
 to each other than to the third."""

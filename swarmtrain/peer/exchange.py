@@ -8,7 +8,6 @@ mean.
 from __future__ import annotations
 
 import logging
-import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
+from swarmtrain.algorithm.pacing import round_inner_steps
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent
 from swarmtrain.membership.ending import still_needed
@@ -167,14 +166,10 @@ class SwarmExchange(ABC):
 
     def _paced(self, steps_per_s: float, steps: int) -> int:
         """At most `steps` inner steps: fewer for a slower peer if rounds are paced, and none beyond the time limit."""
-        section = self.run.merge
-        if steps_per_s <= 0:
-            return steps
-        if section.pacing:
-            others = self.swarm.membership.volunteers()
-            speeds = [steps_per_s] + [info.steps_per_s for info in others if info.steps_per_s > 0]
-            steps = min(steps, paced_inner_steps(steps_per_s, reference_speed(speeds), section.inner_steps))
-        return min(steps, max(1, math.floor(section.round_limit_s * steps_per_s)))
+        section, others = self.run.merge, [info.steps_per_s for info in self.swarm.membership.volunteers()]
+        limit_s = section.round_limit_s
+        paced = round_inner_steps(steps_per_s, others, section.inner_steps, paced=section.pacing, limit_s=limit_s)
+        return min(steps, paced)
 
 
 @dataclass

@@ -37,15 +37,13 @@ from swarmtrain.network.snapshots import Body, Held
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
-from swarmtrain.peer.consensus import consensus_of, layout_of_specs, mean_of_near, not_far_behind, theta_of
-from swarmtrain.peer.robustness import Robustness
+from swarmtrain.peer.consensus import SAMPLE, consensus_of, layout_of_specs, mean_of_near, not_far_behind, theta_of
+from swarmtrain.peer.robustness import Robustness, apart
 from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Replaced, Start
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["GossipExchange", "hosting_of"]
 
-_SAMPLE = 4
-"""So many others' weights are averaged: more would only cost everybody's link and memory."""
 _LAST_ROUND_S = 20.0
 """How long a peer that is done waits for others' last round."""
 _LOOK_S = 0.2
@@ -221,16 +219,10 @@ class GossipExchange(AsynchronousExchange):
         return Gathered(
             prepared=prepare(self._theta, [], self._layout) if ready is None else ready.prepared,
             merged=self._merged(pulled),
-            apart=self._apart([each.arrival for each in pulled]),
+            apart=apart(self.run.merge.robust, [each.arrival for each in pulled]),
             run_tokens=sum(counts.values()),
             peer_tokens=counts,
         )
-
-    def _apart(self, arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
-        """What partners published, for a rule that needs each of their gradients."""
-        if self.run.merge.robust not in ("trimmed", "flag"):
-            return ()
-        return tuple(arrival for arrival in arrivals if arrival.tokens)
 
     def _merged(self, pulled: Sequence[Pulled]) -> tuple[Merged, ...]:
         """What was merged of each partner: its weights, its pseudo-gradient or both."""
@@ -309,7 +301,7 @@ class GossipExchange(AsynchronousExchange):
                 break
             self.stop.sleep(_LOOK_S)
         volunteers = [info.peer for info in swarm.membership.volunteers() if info.run_tokens >= total]
-        sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
+        sample = random.sample(volunteers, min(SAMPLE, len(volunteers)))
         states = wait_for(self.network.submit(swarm.states.fetch_weights(sample)), self.stop)
         self._settle()
         if not states:
@@ -342,7 +334,7 @@ class GossipExchange(AsynchronousExchange):
         swarm = self.swarm
         live = swarm.membership.live()
         volunteers = [info.peer for info in callable_first(swarm.membership.volunteers())]
-        sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
+        sample = random.sample(volunteers, min(SAMPLE, len(volunteers)))
         for peers in (sample, [info.peer for info in live if info.is_bootstrap]):
             fetching = self.network.submit(swarm.states.fetch(peers, 1))
             states = wait_for(fetching, self.stop, lambda: self.on_arriving(swarm.store.arriving))

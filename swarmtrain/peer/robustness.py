@@ -25,7 +25,7 @@ from swarmtrain.algorithm.robust import (
 )
 from swarmtrain.errors import BadBytesError
 
-__all__ = ["Robustness", "robust_mean"]
+__all__ = ["Robustness", "apart", "robust_mean"]
 
 _GRADIENTS = "clipped_gradients"
 _DISPLACEMENTS = "clipped_displacements"
@@ -37,6 +37,8 @@ _MET_WITHIN = 0.5
 """Independent random weights are 1.4 times their size apart."""
 
 Rule = Literal["none", "clip", "direction", "trimmed", "flag"]
+_APART = ("trimmed", "flag")
+"""Rules that need each partner's pseudo-gradient, and not their mean."""
 
 
 class Robustness:
@@ -136,13 +138,18 @@ class Robustness:
             self._gradients, self._displacements = gradients, displacements
 
 
+def apart(rule: Rule, arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
+    """What of `arrivals` `robust_mean` needs one by one, beside their mean."""
+    return tuple(arrival for arrival in arrivals if arrival.tokens) if rule in _APART else ()
+
+
 def robust_mean(rule: Rule, gradients: Sequence[Tensor], tokens: Sequence[float]) -> Tensor | None:
     """The mean that `rule` puts in place of the token-weighted one, of gradients (P,) of so many tokens, the own one
     first; None where it has none, or too few are there.
 
     They are compared as if each had as many tokens as weigh in the token-weighted mean: a part of a round is shorter
     than a whole one, and would be what is trimmed."""
-    if rule not in ("trimmed", "flag") or len(gradients) < _LEAST_INPUTS:
+    if rule not in _APART or len(gradients) < _LEAST_INPUTS:
         return None
     usual = sum(number * number for number in tokens) / sum(tokens)
     factors = [usual / number for number in tokens]

@@ -160,6 +160,11 @@ class Start:
         moments = self.publish_after
         return self.num_parts - len(moments) + 1 + moments.index(inner_steps)
 
+    def run_tokens(self, before: int, own_steps: float, step_tokens: int) -> float:
+        """How many tokens the run has when this peer has taken so many steps of the round, as far as it can know:
+        `before` is what it knew at the round's start."""
+        return before + own_steps * ((self.run_steps_a_step or self.num_peers) * step_tokens)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OwnPart:
@@ -318,14 +323,13 @@ class Trainer:
         """AdamW steps over the tokens of `start.inner_steps` of them, or fewer if the round is over before; publishes
         at all moments of the round but its end."""
         done: list[InnerStep] = []
-        step_tokens, tokens = self.run.tokens_per_step, 0
-        run_tokens_a_step = (start.run_steps_a_step or start.num_peers) * step_tokens
+        step_tokens, tokens, before = self.run.tokens_per_step, 0, self.progress.run_tokens
         progress = published_s = 0.0
         moments = list(start.publish_after)
         while tokens < start.inner_steps * step_tokens:
             if self.should_stop():
                 raise StopTraining
-            progress = (self.progress.run_tokens + tokens / step_tokens * run_tokens_a_step) / self.run.run.total_tokens
+            progress = start.run_tokens(before, tokens / step_tokens, step_tokens) / self.run.run.total_tokens
             try:
                 done.append(self.step(progress, self._scale))
             except RoundOver:

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed, steps_of_everybody
+from swarmtrain.algorithm.pacing import (
+    first_inner_steps,
+    paced_inner_steps,
+    reference_speed,
+    round_inner_steps,
+    steps_of_everybody,
+)
 
 _speeds = st.floats(min_value=1e-3, max_value=1e3)
 
@@ -47,6 +53,20 @@ def test_reference_speed(speeds: list[float], reference: float) -> None:
 )
 def test_paced_inner_steps(own: float, reference: float, inner_steps: int, taken: int) -> None:
     assert paced_inner_steps(own, reference, inner_steps) == taken
+
+
+def test_a_round_is_paced_by_the_speeds_that_are_known_and_has_a_limit() -> None:
+    for own, others, paced, limit_s, steps in (
+        (1.0, [2.0, 2.0], True, 600.0, 20),
+        (1.0, [2.0, 0.0], True, 600.0, 20),
+        (1.0, [0.0, 0.0], True, 600.0, 40),
+        (1.0, [2.0, 2.0], False, 600.0, 40),
+        (1.0, [2.0, 2.0], True, 10.0, 10),
+        (0.5, [0.5], False, 1.0, 1),
+        (0.0, [2.0, 2.0], True, 1.0, 40),
+    ):
+        assert round_inner_steps(own, others, 40, paced=paced, limit_s=limit_s) == steps
+    assert (first_inner_steps(40, paced=True), first_inner_steps(40, paced=False)) == (3, 40)
 
 
 @given(own=_speeds, reference=_speeds, inner_steps=st.integers(1, 1000))

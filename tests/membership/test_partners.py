@@ -18,6 +18,7 @@ from swarmtrain.membership.partners import (
     Nothing,
     Partners,
     Theta,
+    View,
     Whole,
     median_round,
 )
@@ -99,6 +100,18 @@ def test_the_weights_of_a_round_are_merged_once() -> None:
     assert not ledger.has_new_weights("a", 5, 14), "too old"
     ledger.merged("a", Mark(6, 2, 200), 6)
     assert not ledger.has_new_weights("a", 5, 6), "its counter turned back"
+
+
+def test_what_was_pulled_stays_of_use_though_what_it_differs_from_is_not_held_any_more() -> None:
+    ledger = ledger_with(("a", 3, 1, 100))
+    assert ledger.stays_of_use("gradient", "a", Mark(3, 2, 200), 3)
+    for peer in "bcd":
+        ledger.merged(peer, Mark(3, 1, 100), 3)
+    assert not ledger.may_enter("gradient", "a", Mark(3, 2, 200), 3), "a pull would bring what cannot be merged"
+    assert ledger.stays_of_use("gradient", "a", Mark(3, 2, 200), 3)
+    assert not ledger.stays_of_use("gradient", "a", Mark(3, 1, 100), 3)
+    assert ledger.stays_of_use("weights", "a", Mark(3, 0, 0), 3)
+    assert not ledger.stays_of_use("weights", "a", Mark(3, 0, 0), 12)
 
 
 def test_of_few_peers_weights_are_remembered() -> None:
@@ -246,6 +259,20 @@ def test_nobody_and_everybody_asked_are_said() -> None:
     assert (peer, reason) == (None, "nobody else is there")
     peer, reason = partners.choose(candidates(2), exclude=("p0", "p1"), reference_round=0, now=0.0, rng=rng)
     assert (peer, reason) == (None, "everybody was asked in this round")
+
+
+def test_new_weights_first_and_gradients_of_whose_weights_are_here() -> None:
+    ledger = Ledger()
+    ledger.weights_merged("p0", 1)
+    partners, rng = Partners(ledger), random.Random(0)
+    seen = {"candidates": candidates(3), "rounds": {"p0": 1, "p1": 1, "p2": 2}, "own_round": 1, "exclude": {"p2"}}
+    view = View(**seen, with_weights={"p0"})
+    assert view.reference_round == 1
+    for _ in range(20):
+        assert partners.next("weights", view, 0.0, rng)[0] == "p1", "those of p0 were merged"
+        assert partners.next("gradient", view, 0.0, rng)[0] == "p0"
+    nobody = View(**{**seen, "exclude": {"p0", "p1", "p2"}}, with_weights=())
+    assert partners.next("gradient", nobody, 0.0, rng)[0] is None
 
 
 def test_variants() -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from swarmtrain.membership.pulls import PullTimes, SectionBytes, expected_transfer, plan_pulls, pull_start
+from swarmtrain.membership.pulls import PullTimes, SectionBytes, expected_transfer, idle_s, plan_pulls, pull_start
 
 SIZES = SectionBytes(weights=200, gradient=100)
 
@@ -123,6 +123,15 @@ def test_what_is_learnt_is_a_middle_rate_and_a_long_overhead_of_the_last_few() -
 
 
 # ---------------------------------------------------------------- one pull a round, from a server
+
+
+def test_a_pull_is_slow_after_thrice_what_is_expected_and_who_has_nothing_new_rests_an_eighth_of_a_round() -> None:
+    times, sizes = PullTimes(), SectionBytes(weights=600, gradient=400)
+    assert times.slow_after_s(sizes, 3) == 1.0
+    times.assume(1000.0)
+    times.merged(0.5)
+    assert times.slow_after_s(sizes, 3) == pytest.approx(3 * (0.5 + 3.0))
+    assert (idle_s(80.0), idle_s(1.0)) == (10.0, 0.25)
 
 
 def test_a_pull_starts_as_late_as_the_link_allows() -> None:

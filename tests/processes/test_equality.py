@@ -1,4 +1,4 @@
-"""Three real processes compute what one process computes that follows the same schedule.
+"""Three real processes compute what one process computes that follows the same schedule, and what the simulator does.
 
 The reference takes from the processes only what was decided (who took how many inner steps, who was on which roster)
 and what names them (PeerIDs, the run's bytes). Averaging and the outer step are plain torch.
@@ -9,20 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
+from replay import RecordedText, text_of
 from safetensors.torch import load_file
 from swarm import Child, Swarm, assert_same_states, write_run
 from torch import Tensor, nn
 
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
+from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.batches import Batches
-from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.events import CaughtUpEvent, DoneEvent, EvalEvent, RoundEvent
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.run import RunFile, parse_published_untrusted, run_sha256
+from swarmtrain.simulate.learning.setting import Setting
+from swarmtrain.simulate.learning.synchronous import diloco_round
 
 pytestmark = pytest.mark.processes
 
@@ -86,13 +88,24 @@ def reference(run: RunFile, workers: dict[str, Worker], rounds: Sequence[dict[st
     return after
 
 
-def make_workers(run_folder: Path, text_folder: Path, peers: Sequence[str]) -> tuple[RunFile, dict[str, Worker]]:
-    """A worker a peer, from the files of the run that a volunteer kept."""
-    data = (run_folder / "run.toml").read_bytes()
-    sha256 = run_sha256(data)
-    run = parse_published_untrusted(data, sha256)
-    held_out = (run_folder / "held-out.txt").read_bytes()
-    corpus = training_data(run, text_folder, held_out, b"", None)
+def simulated(text: RecordedText, rounds: Sequence[dict[str, RoundEvent]]) -> list[Tensor]:
+    """The same by the simulator."""
+    setting = Setting(text=text, step_s=(1.0,) * len(text.peers))
+    learners = {peer: setting.learner(number) for number, peer in enumerate(text.peers)}
+    theta = learners[text.peers[0]].reached
+    state, after, tokens = OuterState(theta, torch.zeros_like(theta)), [], 0
+    for number, events in enumerate(rounds):
+        roster = next(iter(events.values()))
+        took_part = [(learners[peer], events[peer].inner_steps) for peer in roster.partners]
+        state = diloco_round(state, took_part, roster.num_peers, tokens, setting.constants(number))
+        tokens += sum(roster.weights)
+        after.append(state.theta)
+    return after
+
+
+def make_workers(text: RecordedText) -> dict[str, Worker]:
+    """A worker a peer."""
+    run = text.run
     section = run.inner
     constants = InnerConstants(
         learning_rate=section.learning_rate,
@@ -104,13 +117,12 @@ def make_workers(run_folder: Path, text_folder: Path, peers: Sequence[str]) -> t
         floor_fraction=section.floor_fraction,
     )
     workers = {}
-    for peer in peers:
+    for number, peer in enumerate(text.peers):
         model = build_model(run.model, run.run.seed)
-        place = PeerPlace(run_sha256=sha256, peer_id=peer)
-        batches = training_batches(run, corpus, place, text_folder, held_out)
+        batches = text.batches(number)
         assert isinstance(batches, Batches)
         workers[peer] = Worker(model, InnerOptimizer(model.named_parameters(), constants), batches)
-    return run, workers
+    return workers
 
 
 def exported(child: Child) -> Tensor:
@@ -151,12 +163,16 @@ def test_three_processes_equal_one(swarm: Swarm, one_thread: None) -> None:
         (roster,) = {(event.partners, event.weights, event.signer) for event in events.values()}
         assert roster[0] == tuple(sorted(roster[0])) and set(roster[0]) <= set(peers), "in PeerID order"
 
-    run, workers = make_workers(children[0].folder, swarm.folder, peers)
+    text = text_of(children[0].folder, swarm.folder, peers)
+    run, workers = text.run, make_workers(text)
     states = reference(run, workers, rounds)
     weights = exported(children[0])
     difference = float((weights - states[-1]).abs().max())
     print(f"largest difference of a weight after {len(numbers)} rounds: {difference:.2g}")
     assert difference <= TOLERANCE
+    in_simulation = float((weights - simulated(text, rounds)[-1]).abs().max())
+    print(f"and of the simulator's: {in_simulation:.2g}")
+    assert in_simulation <= TOLERANCE
     assert hashlib.sha256(weights.numpy().tobytes()).hexdigest() == rounds[-1][peers[0]].state_sha256
     for child in children:
         told = [child.rounds()[number].loss for number in numbers]

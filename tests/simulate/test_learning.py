@@ -13,11 +13,12 @@ import torch
 from learnt import setting, tiny
 
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
-from swarmtrain.simulate.learning.gossip import Peer, World
+from swarmtrain.membership.partners import Mark
+from swarmtrain.simulate.learning.gossip import Peer, Published, World
 from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.serving import server, server_waiting
-from swarmtrain.simulate.learning.setting import Outcome, Setting
+from swarmtrain.simulate.learning.setting import Outcome, Setting, setting_of
 from swarmtrain.simulate.learning.synchronous import data_parallel, diloco
 
 UNTRAINED = 5.5
@@ -36,7 +37,7 @@ def test_each_method_learns_the_same_thing_each_time(method: str, tmp_path: Path
     one = setting(scenario, **keys)
     outcome = played(method, one)
     assert outcome == played(method, one), "bit by bit"
-    assert outcome.held_out_loss < (20 if method == "async-nesterov" else 4.0)
+    assert outcome.held_out_loss < (20 if method == "async-nesterov" else 4.2)
     assert outcome.tokens >= one.total_tokens and outcome.tokens == outcome.inner_steps * one.run.tokens_per_step
     assert outcome.virtual_time_s > 0 and outcome.sent_bytes > 0 and 0 <= outcome.stall_share < 1
     other = setting(scenario.with_changes(seeds=(6,)), **keys)
@@ -54,7 +55,7 @@ def test_diloco_is_a_plain_loop(tmp_path: Path) -> None:
         for learner, number in zip(learners, steps, strict=True):
             learner.enter(state.theta)
             for step in range(number):
-                done = tokens + 12 * one.run.tokens_per_step * step / number
+                done = tokens + 2 * one.run.tokens_per_step * step  # a volunteer reckons that both do what it does
                 learner.step(done / one.total_tokens)
             gradients.append(state.theta - learner.reached)
         state = outer_step(state, weighted_mean(gradients, steps), one.constants(round))
@@ -134,6 +135,45 @@ def test_each_method_goes_on_when_somebody_hangs_and_transfers_break_off(method:
     assert outcome.virtual_time_s > played(method, calm).virtual_time_s
 
 
+def test_a_transfer_that_breaks_off_goes_on_and_one_that_never_ends_costs_its_peer(tmp_path: Path) -> None:
+    calm = World(setting(tiny(tmp_path)))
+    some, all_of_them = (World(dataclasses.replace(calm.setting, failing=failing)) for failing in (0.3, 1.0))
+    for world in (calm, some, all_of_them):
+        world.run()
+    calm_share, some_share, none = (world.outcome().fresh_share or 0.0 for world in (calm, some, all_of_them))
+    assert calm_share >= some_share > 0.6 and none == 0.0
+    bans = [peer.partners.back_off.ready([other.name], 0.0)[1] for peer in all_of_them.peers for other in calm.peers]
+    assert any(bans), "it is left alone for a while"
+    assert not any(peer.partners.back_off.ready([name], 1e9)[1] for peer in some.peers for name in some.by_name)
+
+
+def test_gradients_of_few_bits_feed_their_errors_back(tmp_path: Path) -> None:
+    """As those of real peers: what one publication loses is in the next."""
+    peer = World(setting(tiny(tmp_path))).peers[0]
+    peer.begin()
+    peer.train_to(1)
+    first = peer.newest
+    assert first is not None
+    peer.serve("gradient", first)
+    second = Published(Mark(1, 1, first.mark.tokens), first.vector)
+    peer.serve("gradient", second)
+    assert first.sent is not None and second.sent is not None
+    one, both = (first.vector - first.sent).norm(), (2 * first.vector - first.sent - second.sent).norm()
+    assert both < 1.5 * one, "without, it would be twice as much"
+
+
+def test_rounds_are_dealt_shards_of_the_data(tmp_path: Path) -> None:
+    one = setting(tiny(tmp_path), merge__inner_steps=4)
+    world = World(one)
+    assert world.peers[0].coverage is not None and world.peers[0].coverage.num_shards > 3
+    seen = set[int]()
+    for peer in world.peers:
+        peer.enter = lambda start, tokens, enter=peer.enter: (seen.add(start.shard), enter(start, tokens))  # type: ignore
+    world.run()
+    assert None not in seen and len(seen) > 3
+    assert sum(sum(peer.coverage.seen) for peer in world.peers if peer.coverage) > world.tokens, "they tell each other"
+
+
 def test_a_part_of_a_round_never_comes_after_a_later_one(tmp_path: Path) -> None:
     """A hang within a round, over before its end, once turned two publications round."""
     one = hung(tmp_path, {"peer": 2, "at_s": 0.05, "for_s": 0.06})
@@ -195,6 +235,12 @@ def test_who_has_a_text_of_its_own_learns_from_no_other(tmp_path: Path) -> None:
     seen = [{*bytes(own.batches(number).next_batch().flatten().tolist())} for number in (0, 1)]
     assert seen[0] <= {*b"abc \n"} and seen[1] <= {*b"xyz \n"} and len(seen[0] | seen[1]) == 8
     assert {*bytes(common.batches(0).next_batch().flatten().tolist())} == seen[0] | seen[1]
+    for text, told in (common, True), (own, False):
+        one, other = World(setting_of(scenario, text)).peers
+        assert one.coverage is not None and other.coverage is not None
+        other.coverage.trained(0, 128)
+        one.hear_rows(other.name, other.coverage.rows_to_send())
+        assert (sum(one.coverage.seen) > 0) is told, "shards of another text are others"
 
 
 def test_own_weights_are_different(tmp_path: Path) -> None:

@@ -78,11 +78,12 @@ def test_what_another_has_taken_counts_and_the_rest_does_not(tmp_path: Path) -> 
 def test_who_comes_late_takes_the_others_weights_and_round(tmp_path: Path) -> None:
     world = World(churned(tmp_path, "gossip", LATE))
     late, others = world.peers[2], world.peers[:2]
-    begin, there, seen = late.begin, list[Any](), list[Any]()
+    begin, there, seen, told = late.begin, list[Any](), list[Any](), list[Any]()
 
     def noted() -> None:
         if not seen:
             seen.extend((late.round, late.trainer.state.theta, world.clock.now))
+            told.append(late.coverage and sum(late.coverage.seen))
         begin()
 
     late.begin = noted  # type: ignore[method-assign]
@@ -90,6 +91,7 @@ def test_who_comes_late_takes_the_others_weights_and_round(tmp_path: Path) -> No
     world.run()
     (round, theta, began_s), (rounds, thetas) = seen, zip(*there, strict=True)
     assert round == min(rounds) >= 1 and torch.allclose(theta, mean_of_near(thetas, world.layout)[0])
+    assert told[0] >= 8 * world.setting.run.tokens_per_step, "who has seen which data"
     assert began_s > 0.15 + 12 * theta.numel() / 1.25e6, "a whole state, and other weights, at 10 Mbit/s"
     assert late.trainer.young_steps == len(late.learner.losses) > 0 and others[0].trainer.young_steps is None
 
@@ -98,11 +100,32 @@ def test_who_was_away_shortly_goes_on_with_its_own(tmp_path: Path) -> None:
     world = World(churned(tmp_path, "gossip", CRASH))
     one = world.peers[0]
     before: list[Any] = []
+    codec, back_off = one.codec, one.partners.back_off
     world.clock.call_at(0.3, lambda: before.append((one.trainer.state, one.round, one.is_here)))
     world.clock.call_at(0.331, lambda: before.append((one.trainer.state, one.round, one.is_here)))
     world.run()
     assert before == [(before[0][0], before[0][1], False), (before[0][0], before[0][1], True)]
-    assert one.trainer.young_steps is None
+    assert one.trainer.young_steps is None and one.knows_speed
+    assert one.codec is not codec and one.partners.back_off is not back_off, "no checkpoint keeps these"
+
+
+def test_who_goes_while_it_is_pulled_from_is_left_alone(tmp_path: Path) -> None:
+    calm, begun = World(churned(tmp_path, "gossip")), list[tuple[float, int, str]]()
+    for peer in calm.peers:
+        bring: Any = peer.bring
+
+        def noted(pull: Any, *args: Any, number: int = peer.number, bring: Any = bring) -> None:
+            begun.append((pull.began_s, number, pull.name))
+            bring(pull, *args)
+
+        peer.bring = noted  # type: ignore[method-assign]
+    calm.run()
+    at_s, reader, name = next(each for each in begun if each[0] > 0.15)
+    gone = World(churned(tmp_path, "gossip", {"peer": int(name[1:]), "at_s": at_s + 0.001, "for_s": 99.0}))
+    for world, left_alone in (calm, False), (gone, True):
+        world.run()
+        found = world.peers[reader].partners.back_off.ready({name, "another"}, world.clock.now)
+        assert (found == (frozenset({"another"}), "1 are left alone for now")) is left_alone
 
 
 def test_nobody_overlaps_with_itself(tmp_path: Path) -> None:
@@ -127,7 +150,8 @@ def test_nobody_waits_for_those_who_never_speak_again(method: str, tmp_path: Pat
 
 def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path) -> None:
     hang = {"peer": 1, "at_s": 0.1, "for_s": 1e5}
-    one = churned(tmp_path, "gossip", hangs=[hang], set={"network.presence_ttl_s": 3.0, "run.total_tokens": 70_000})
+    changes = {"network.presence_ttl_s": 3.0, "network.call_limit_s": 0.2, "run.total_tokens": 70_000}
+    one = churned(tmp_path, "gossip", hangs=[hang], set=changes)
     world, asked = World(one), list[float]()
     for peer in (world.peers[0], world.peers[2]):
         back_off: Any = peer.partners.back_off
@@ -140,6 +164,18 @@ def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path) -> Non
     world.run()
     assert 1 <= len(asked) <= 2 and max(asked) < 0.5, "once each"
     assert world.clock.now > 3.2 and world.live == [world.peers[0], world.peers[2]]
+
+
+def test_a_silent_majority_has_so_many_pulls_at_most(tmp_path: Path) -> None:
+    hangs = [{"peer": number, "at_s": 0.2, "for_s": 1e5} for number in range(1, 16)]
+    changes = {"merge.num_partners": 1, "network.call_limit_s": 60.0, "network.presence_ttl_s": 60.0}
+    peers = {"number": 16, "slowdowns": [1.0]}
+    world = World(churned(tmp_path, "gossip", hangs=hangs, peers=peers, set={**changes, "run.total_tokens": 150_000}))
+    numbers = list[int]()
+    for at_s in range(1, 7):
+        world.clock.call_at(at_s, lambda: numbers.append(len(world.peers[0].coming)))
+    world.run()
+    assert numbers == sorted(numbers) and numbers[0] == 2 and max(numbers) == 4, "others are tried after a second"
 
 
 def test_a_sample_is_of_those_who_answer(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,14 +17,14 @@ import torch
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.membership.partners import rounds_behind
 from swarmtrain.membership.progress import Progress
-from swarmtrain.peer.consensus import mean_of_near
+from swarmtrain.membership.shards import Row
+from swarmtrain.peer.consensus import SAMPLE, mean_of_near
 
 if TYPE_CHECKING:
     from swarmtrain.simulate.learning.gossip import Peer, World
 
 __all__ = ["schedule"]
 
-_SAMPLE = 16
 _BYTES = 4  # of a number, as states travel
 
 
@@ -52,9 +53,8 @@ def _go(peer: Peer) -> None:
         world.inner_steps -= (published - taken) // step_tokens
     world.tokens_lost += max(trained, published) - taken
     peer.num_lives += 1
-    peer.is_here, peer.newest, peer.weights, peer.began_s = False, None, None, math.inf
-    for kept in peer.merged, peer.arrived, peer.asked, peer.coming, peer.due:
-        kept.clear()
+    peer.is_here, peer.began_s = False, math.inf
+    peer.forget()
     peer.ledger.load(peer.ledger.rows())  # as from a checkpoint: what was merged, without the gradients
 
 
@@ -75,14 +75,15 @@ def _come(peer: Peer) -> None:
     if not others or (peer.learner.losses and behind <= world.setting.run.merge.max_staleness_rounds):
         peer.begin()
         return
-    sample = peer.rng.sample(others, min(_SAMPLE, len(others)))
+    sample = peer.rng.sample(others, min(SAMPLE, len(others)))
     state, round = _present_state(world, sample)
     size_bytes = _BYTES * world.layout.size
     arrives_s = max(
         world.wire.arrives_s(world.clock.now, other.name, peer.name, size_bytes * (1 + (other is sample[0])), peer.rng)
         for other in sample
     )
-    peer.call_at(arrives_s, _begin_with, peer, state, max(round, peer.round))
+    rows = {other.name: other.coverage.rows_to_send() for other in sample if other.coverage is not None}
+    peer.call_at(arrives_s, _begin_with, peer, state, max(round, peer.round), rows)
 
 
 def _present_state(world: World, sample: list[Peer]) -> tuple[OuterState, int]:
@@ -96,7 +97,9 @@ def _present_state(world: World, sample: list[Peer]) -> tuple[OuterState, int]:
     return OuterState(mean, momentum), statistics.median_low(each.round for each in near)
 
 
-def _begin_with(peer: Peer, state: OuterState, round: int) -> None:
+def _begin_with(peer: Peer, state: OuterState, round: int, rows: Mapping[str, Sequence[Row]]) -> None:
+    for name, told in rows.items():
+        peer.hear_rows(name, told)
     peer.learner.comes_late()
     peer.trainer.state = state
     peer.trainer.progress = Progress(round=round, run_tokens=peer.world.tokens)

@@ -9,31 +9,32 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from swarmtrain.algorithm.gossip import Arrival, Layout, layout_of, prepare, variance_corrected_mean
-from swarmtrain.algorithm.pacing import fewest_inner_steps
-from swarmtrain.algorithm.quantize import Format, decode, encode, encoded_size_bytes
+from swarmtrain.algorithm.gossip import Arrival, Layout, prepare, variance_corrected_mean
+from swarmtrain.algorithm.pacing import first_inner_steps
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, median_round
-from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, plan_pulls
+from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, View, median_round
+from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, idle_s, most_pulls, plan_pulls
+from swarmtrain.membership.shards import Coverage, Row
+from swarmtrain.network.bringing import ATTEMPTS
+from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
-from swarmtrain.peer.robustness import Robustness
-from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Start
+from swarmtrain.network.snapshots import TensorSpec
+from swarmtrain.peer.consensus import layout_of_specs
+from swarmtrain.peer.robustness import Robustness, apart
+from swarmtrain.peer.trainer import Contribution, Gathered, Start
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.churn import schedule
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
 __all__ = ["Peer", "Published", "World"]
-
-_APART = ("trimmed", "flag")
-"""Rules that need each partner's pseudo-gradient, and not their mean."""
 
 
 @dataclass
@@ -42,6 +43,28 @@ class Published:
 
     mark: Mark
     vector: Tensor
+    sent: Tensor | None = None
+    """What everybody gets of it, once it was asked for."""
+    rows: Sequence[Row] = ()
+    """Who has seen which data, as it tells with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pull:
+    """A section of somebody's publication, on its way."""
+
+    section: Section
+    name: str
+    published: Published
+    life: int
+    """Of its author."""
+    began_s: float
+    failed: set[str]
+    """Who has failed in the round in which it began."""
+
+
+Arrived: TypeAlias = dict[tuple[Section, str], tuple[Published, Arrival]]
+"""What is here to be merged, of whom, in the order in which it came."""
 
 
 class Peer:
@@ -54,29 +77,39 @@ class Peer:
         self.trainer = self.learner.trainer
         section = setting.run.merge
         self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round)
-        self.partners = Partners(self.ledger, variant=section.partners)
         met = not setting.own_weights
         self.robustness = Robustness(section.robust, world.layout, world.told, met=met)
         self.rng = random.Random(f"{setting.run.run.seed} {number}")
         self.rounds_fresh = 0
-        self.newest: Published | None = None
-        """Its gradient's."""
-        self.weights: Published | None = None
-        self.merged: dict[str, Tensor] = {}
-        self.arrived: dict[tuple[Section, str], tuple[Published, Arrival]] = {}
-        self.asked, self.coming = set[tuple[Section, str]](), set[tuple[Section, str]]()
-        self.due: Counter[Section] = Counter()
+        num_shards = self.trainer.batches.num_shards
+        self.coverage = Coverage(self.name, num_shards) if num_shards else None
         self.times = PullTimes()
         self.times.assume(setting.bytes_per_s)
         self.times.merged(setting.rtt_s)
-        self.tokens_before = 0
         self.start = Start(inner_steps=1, num_peers=1)
-        self.done = 0
+        self.done = self.run_tokens = 0
         self.is_here, self.is_over = True, False
+        self.knows_speed = False
         self.num_lives = 0
         """How often it has gone. What it had begun before then, comes to nothing."""
         self.began_s = math.inf
         """When its round did."""
+        self.forget()
+
+    def forget(self) -> None:
+        """All that its process holds and no checkpoint keeps."""
+        self.partners = Partners(self.ledger, variant=self.world.setting.run.merge.partners)
+        self.newest: Published | None = None
+        """Its gradient's."""
+        self.weights: Published | None = None
+        self.merged: dict[str, Tensor] = {}
+        self.codec = self.world.codec()
+        self.arrived: Arrived = {}
+        self.coming: dict[tuple[Section, str], Pull] = {}
+        self.idle_until_s: dict[tuple[Section, str], float] = {}
+        self.failed: set[str] = set()
+        """In this round."""
+        self.due: Counter[Section] = Counter()
 
     @property
     def round(self) -> int:
@@ -85,20 +118,14 @@ class Peer:
 
     def begin(self) -> None:
         """A round."""
-        setting, clock, theta = self.world.setting, self.world.clock, self.trainer.state.theta
-        section, self.began_s = setting.run.merge, clock.now
-        is_known = bool(self.learner.losses)  # how fast it is
-        steps = setting.steps_of_round(self.number) if is_known else fewest_inner_steps(section.inner_steps)
-        self.start = Start(inner_steps=steps, num_peers=1, num_parts=section.publications_per_round)
-        self.done, self.tokens_before = 0, self.world.tokens
-        self.learner.enter(theta)
-        self.weights = Published(Mark(self.round, 0, 0), theta)
-        step_s = setting.step_s[self.number]
+        setting, clock = self.world.setting, self.world.clock
+        self.began_s, self.failed = clock.now, set()
+        self.enter(self._next_start(), self.world.tokens)
+        steps, step_s = self.start.inner_steps, setting.step_s[self.number]
         for moment in self.start.publish_after:
             self.call_at(self.done_s(moment * step_s), self.train_to, moment)
-        ends_s, sizes = clock.now + steps * step_s, self.world.section_bytes
-        pulls = plan_pulls(len(self.world.live) - 1, clock.now, ends_s, sizes, self.times, section.num_partners)
-        self.asked.clear()
+        ends_s, sizes, most = clock.now + steps * step_s, self.world.section_bytes, setting.run.merge.num_partners
+        pulls = plan_pulls(len(self.world.live) - 1, clock.now, ends_s, sizes, self.times, most)
         self.due.clear()
         for what, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
             for when_s in at_s:
@@ -113,25 +140,63 @@ class Peer:
         if num_lives == self.num_lives:
             call(*args)
 
+    def _next_start(self) -> Start:
+        """How its next round begins: as one that does not know its speed before it has had a round."""
+        setting, section = self.world.setting, self.world.setting.run.merge
+        others = [peer for peer in self.world.live if peer is not self]
+        steps, everybodys = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0
+        if self.knows_speed:
+            steps, everybodys = setting.steps_of_round(self.number), setting.steps_of_everybody(self.number)
+        shard = None
+        if self.coverage is not None:
+            names, round_tokens = [peer.name for peer in others], section.inner_steps * setting.run.tokens_per_step
+            shard, _ = self.coverage.begin(self.round, setting.run.run.seed, names, round_tokens)
+        return Start(
+            inner_steps=steps,
+            num_peers=1 + sum(peer.number < setting.num_counted for peer in others),
+            shard=shard,
+            num_parts=section.publications_per_round,
+            run_steps_a_step=everybodys,
+        )
+
+    def enter(self, start: Start, run_tokens: int) -> None:
+        """A round begins; the run has so many tokens by now."""
+        self.start, self.done, self.run_tokens = start, 0, run_tokens
+        if start.shard is not None:
+            self.trainer.batches.use_shard(start.shard)
+        self.learner.enter(self.trainer.state.theta)
+        self.weights = Published(Mark(self.round, 0, 0), self.trainer.state.theta)
+
     def done_s(self, work_s: float) -> float:
         """When it does what it would do in so long, if it did not stand still meanwhile."""
         return self.world.setting.done_s(self.number, self.world.clock.now, work_s)
 
     def train_to(self, moment: int) -> None:
         """Inner steps up to `moment` of the round, then a publication."""
-        world = self.world
-        step_tokens, total_tokens = world.setting.run.tokens_per_step, world.setting.total_tokens
-        everybodys = world.setting.steps_of_everybody(self.number)
-        for step in range(moment - self.done):
-            self.learner.step((self.tokens_before + step * everybodys * step_tokens) / total_tokens)
+        world, step_tokens = self.world, self.world.setting.run.tokens_per_step
+        for step in range(self.done, moment):
+            self.learner.step(self.start.run_tokens(self.run_tokens, step, step_tokens) / world.setting.total_tokens)
         world.tokens += (moment - self.done) * step_tokens
         world.inner_steps += moment - self.done
-        self.tokens_before = world.tokens
+        if self.coverage is not None and self.start.shard is not None:
+            self.coverage.trained(self.start.shard, (moment - self.done) * step_tokens)
         self.done = moment
         gradient = self.trainer.state.theta - self.learner.reached
         self.robustness.learn(gradient, moment * step_tokens)
         mark = Mark(self.round, self.start.part_after(moment), moment * step_tokens)
         self.newest = Published(mark, gradient)
+
+    def serve(self, section: Section, published: Published) -> None:
+        """That section of its publications was asked for: the first time it is encoded, for everybody."""
+        if published.sent is not None:
+            return
+        if self.coverage is not None:
+            published.rows = self.coverage.rows_to_send()
+        if section == "weights":
+            published.sent = self.codec.weights.decode(self.codec.weights.encode(published.vector))
+        else:
+            gradients, mark = self.codec.gradient, published.mark
+            published.sent = gradients.decode(gradients.encode_sum(published.vector, mark.round, mark.part))
 
     # ------------------------------------------------------------- pulls
 
@@ -141,31 +206,58 @@ class Peer:
             self.due[section] += 1
             self.fill(section)
 
+    def look(self, round: int, section: Section) -> None:
+        """Whether another is to be asked by now."""
+        if round == self.round:
+            self.fill(section)
+
     def fill(self, section: Section) -> None:
-        """Pull until as many are here or on their way as are due; one that fails is replaced at once."""
-        world, setting = self.world, self.world.setting
-        while sum(what == section for what, _ in self.arrived.keys() | self.coming) < self.due[section]:
+        """Pull until as many are here or on their way as are due; a slow one does not count."""
+        world, setting, clock = self.world, self.world.setting, self.world.clock
+        num_partners = setting.run.merge.num_partners
+        slow_s, most = self.times.slow_after_s(world.section_bytes, num_partners), most_pulls(num_partners)
+        while self.num_coming(section, clock.now - slow_s) < self.due[section] and len(self.coming) < most:
             name = self.choose(section)
             if name is None:
                 return
-            self.asked.add((section, name))
             author = world.by_name[name]
             published = author.newest if section == "gradient" else author.weights
             assert published is not None
-            fails = self.rng.random() < setting.failing
+            author.serve(section, published)
             if not self.is_of_use(section, name, published.mark):
+                again_s = idle_s(self.start.inner_steps * setting.step_s[self.number])
+                self.idle_until_s[section, name] = clock.now + again_s
+                self.call_at(self.done_s(again_s), self.look, self.round, section)
                 continue
-            self.coming.add((section, name))
-            if world.is_hanging(name):  # it says nothing until the round is over
-                continue
-            size_bytes = world.section_bytes.weights if section == "weights" else world.section_bytes.gradient
-            if fails:
-                size_bytes = int(self.rng.random() * size_bytes)
-            arrives_s = world.wire.arrives_s(world.clock.now, name, self.name, size_bytes, self.rng)
-            if fails:
-                self.call_at(arrives_s, self.break_off, section, name)
+            pull = Pull(section, name, published, author.num_lives, clock.now, self.failed)
+            self.coming[section, name] = pull
+            self.call_at(self.done_s(slow_s), self.look, self.round, section)
+            if world.is_hanging(name):  # it says nothing
+                self.call_at(clock.now + setting.run.network.call_limit_s, self.break_off, pull, "no answer")
             else:
-                self.call_at(arrives_s, self.arrive, section, name, published, author.num_lives)
+                size_bytes = world.section_bytes.weights if section == "weights" else world.section_bytes.gradient
+                self.bring(pull, size_bytes, ATTEMPTS)
+
+    def num_coming(self, section: Section, since_s: float) -> int:
+        """How many of it are here, or on their way since then."""
+        on_their_way = sum(what == section and pull.began_s > since_s for (what, _), pull in self.coming.items())
+        return on_their_way + sum(what == section for what, _ in self.arrived)
+
+    def bring(self, pull: Pull, left_bytes: int, attempts: int) -> None:
+        """The bytes come; where the transfer breaks off, it is asked for the rest, so many times in all."""
+        world = self.world
+        if world.by_name[pull.name].num_lives != pull.life:
+            self.break_off(pull, "it has gone")
+            return
+        breaks = self.rng.random() < world.setting.failing
+        come_bytes = int(self.rng.random() * left_bytes) if breaks else left_bytes
+        arrives_s = world.wire.arrives_s(world.clock.now, pull.name, self.name, come_bytes, self.rng)
+        if not breaks:
+            self.call_at(arrives_s, self.arrive, pull)
+        elif attempts > 1:
+            self.call_at(arrives_s, self.bring, pull, left_bytes - come_bytes, attempts - 1)
+        else:
+            self.call_at(arrives_s, self.break_off, pull, "its transfers break off")
 
     def choose(self, section: Section) -> str | None:
         """Whose to pull, as a volunteer chooses."""
@@ -175,115 +267,122 @@ class Peer:
             for peer in others
             if peer.newest is not None and (mark := peer.newest.mark)
         ]
-        taken = self.asked | self.coming | self.arrived.keys()
-        name, _ = self.partners.choose(
-            candidates,
-            exclude={self.name, *(name for what, name in taken if what == section)},
-            reference_round=median_round([self.round, *(peer.round for peer in others)]),
-            now=self.world.clock.now,
-            rng=self.rng,
-            first=self.first(section),
+        here, now = self.coming.keys() | self.arrived.keys(), self.world.clock.now
+        idle = {key for key, until_s in self.idle_until_s.items() if now < until_s}
+        view = View(
+            candidates=candidates,
+            rounds={peer.name: peer.round for peer in others},
+            own_round=self.round,
+            with_weights={name for what, name in here if what == "weights"},
+            exclude={self.name, *self.failed, *(name for what, name in idle | here if what == section)},
         )
-        return name
-
-    def first(self, section: Section) -> set[str]:
-        """Whom to ask before others."""
-        with_weights = {name for what, name in self.arrived.keys() | self.coming if what == "weights"}
-        rounds = {peer.name: peer.round for peer in self.world.live if peer is not self}
-        return self.partners.first(section, rounds, with_weights, median_round([self.round, *rounds.values()]))
+        return self.partners.next(section, view, now, self.rng)[0]
 
     def is_of_use(self, section: Section, name: str, mark: Mark) -> bool:
         """Whether that section of a publication can be merged."""
         return self.ledger.may_enter(section, name, mark, self.world.reference_round)
 
-    def break_off(self, section: Section, name: str) -> None:
-        """A transfer ends midway: another's in its place."""
-        self.coming.discard((section, name))
-        self.fill(section)
+    def break_off(self, pull: Pull, reason: str) -> None:
+        """Nothing comes of it: who was asked is left alone for a while, and another is asked instead."""
+        del self.coming[pull.section, pull.name]
+        if pull.name not in pull.failed:
+            pull.failed.add(pull.name)
+            self.partners.back_off.failed(pull.name, self.world.clock.now, reason)
+        self.fill(pull.section)
 
-    def arrive(self, section: Section, name: str, published: Published, num_lives: int) -> None:
+    def arrive(self, pull: Pull) -> None:
         """Take it, or if it is refused or its author has gone meanwhile, another's in its place."""
-        if self.world.by_name[name].num_lives != num_lives:
-            self.break_off(section, name)
+        world, name = self.world, pull.name
+        if world.by_name[name].num_lives != pull.life:
+            self.break_off(pull, "it has gone")
             return
-        self.coming.discard((section, name))
         try:
-            self.take_untrusted(section, name, published)
+            self.take_untrusted(pull.section, name, pull.published)
         except BadBytesError as error:
-            self.partners.back_off.failed(name, self.world.clock.now, str(error))
-            self.world.told(name, Incident(rule_of(str(error)), str(error)))
-            self.fill(section)
+            world.told(name, Incident(rule_of(str(error)), str(error)))
+            self.break_off(pull, str(error))
+        else:
+            del self.coming[pull.section, name]
+            if name not in self.failed:
+                self.partners.back_off.answered(name)
 
     def take_untrusted(self, section: Section, name: str, published: Published) -> None:
-        """Decode it, and take of it what is new. BadBytesError if that must not be."""
+        """Take of it what is new. BadBytesError if that must not be."""
+        if (arrival := self.new_untrusted(section, name, published)) is not None:
+            self.keep_untrusted(section, name, published, arrival)
+            self.hear_rows(name, published.rows)
+
+    def hear_rows(self, name: str, rows: Sequence[Row]) -> None:
+        """What another tells of who has seen which data, if those are the same."""
+        part_of, other = self.world.setting.text.part_of, self.world.by_name[name]
+        if self.coverage is not None and part_of(self.number) == part_of(other.number):
+            self.coverage.merge(rows, name, lambda _, tokens: tokens)
+
+    def new_untrusted(self, section: Section, name: str, published: Published) -> Arrival | None:
+        """What is new of it, None if nothing is. BadBytesError if it is nonsense."""
         if not self.is_of_use(section, name, published.mark):
-            return
-        world, formats = self.world, self.world.setting.run.merge
-        form = formats.theta_format if section == "weights" else formats.gradient_format
-        vector = world.on_the_wire(published.vector, form)
+            return None
+        vector = published.sent
+        assert vector is not None
         if not bool(vector.isfinite().all()):
             raise BadBytesError("a publication that is not finite")
         if section == "weights":
-            arrival = Arrival(vector, vector, 0)
-        else:
-            news = self.ledger.news(name, published.mark, world.reference_round)
-            new = vector - self.merged[name] if isinstance(news, Difference) else vector
-            arrival = Arrival(None, new, news.tokens)
-        arrival = self.robustness.accept(name, arrival, self.trainer.state.theta)
-        self.arrived[section, name] = (Published(published.mark, vector), arrival)
+            return Arrival(vector, vector, 0)
+        news = self.ledger.news(name, published.mark, self.world.reference_round)
+        return Arrival(None, vector - self.merged[name] if isinstance(news, Difference) else vector, news.tokens)
+
+    def keep_untrusted(self, section: Section, name: str, published: Published, arrival: Arrival) -> None:
+        """Keep what the run's rule lets enter a merge. BadBytesError if that is nothing."""
+        accepted = self.robustness.accept(name, arrival, self.trainer.state.theta)
+        self.arrived[section, name] = (published, accepted)
 
     # ------------------------------------------------------------- the merge
 
     def end(self) -> None:
         """Merge what is here; on to the next round."""
-        world, section = self.world, self.world.setting.run.merge
-        self.arrived = {  # it may have stood still, and all of that be too old
-            (section, name): kept
-            for (section, name), kept in self.arrived.items()
-            if self.is_of_use(section, name, kept[0].mark)
-        }
-        reference = world.reference_round
-        arrivals = [arrival for _, arrival in self.arrived.values()]
-        prepared = prepare(self.trainer.state.theta, arrivals, world.layout)
-        if prepared.displacement is not None:
-            self.robustness.merged(prepared.displacement)
-        gathered = Gathered(
-            prepared=prepared,
-            merged=tuple(self._merged(name, kept, arrival) for (_, name), (kept, arrival) in self.arrived.items()),
-            run_tokens=world.tokens,
-            peer_tokens={},
-            apart=tuple(arrival for arrival in arrivals if arrival.tokens) if section.robust in _APART else (),
-        )
-        self.trainer.merge(gathered, self._contribution())
-        for (what, name), (published, _) in self.arrived.items():
-            if what == "weights":
-                self.ledger.weights_merged(name, published.mark.round)
-            else:
-                self.ledger.merged(name, published.mark, reference)
-                self.merged[name] = published.vector
-        self.merged = {name: kept for name, kept in self.merged.items() if name in self.ledger.held}
-        self.rounds_fresh += any(what == "gradient" for what, _ in self.arrived)
-        self.arrived.clear()
-        for name in {name for _, name in self.coming if world.is_hanging(name)}:
-            self.partners.back_off.failed(name, world.clock.now, "it says nothing")
-        self.coming = {(what, name) for what, name in self.coming if not world.is_hanging(name)}
+        world, self.knows_speed = self.world, True
+        self.merge(self.ready())
         world.merged(self)
         if world.tokens < world.setting.total_tokens:
             self.begin()
         else:
             self.is_over = True
+            self.due.clear()
             world.finished(self)
 
-    def _merged(self, name: str, published: Published, arrival: Arrival) -> Merged:
-        mark = published.mark
-        return Merged(
-            peer=name,
-            round=mark.round,
-            part=mark.part,
-            tokens=round(arrival.tokens),
-            staleness_rounds=self.round - mark.round,
-            pull_s=0.0,
+    def ready(self) -> Arrived:
+        """What enters the merge: all that is here. If some of that is too old by now, since this peer stood still, the
+        rest enters the next one."""
+        here, reference = self.arrived, self.world.reference_round
+        stays = self.ledger.stays_of_use
+        self.arrived = {key: each for key, each in here.items() if stays(*key, each[0].mark, reference)}
+        return here if len(self.arrived) == len(here) else {}
+
+    def merge(self, ready: Arrived) -> None:
+        """The round's end, with what entered it."""
+        world, arrivals = self.world, [arrival for _, arrival in ready.values()]
+        prepared = prepare(self.trainer.state.theta, arrivals, world.layout)
+        if prepared.displacement is not None:
+            self.robustness.merged(prepared.displacement)
+        gathered = Gathered(
+            prepared=prepared,
+            merged=(),
+            run_tokens=world.tokens,
+            peer_tokens={},
+            apart=apart(self.robustness.rule, arrivals),
         )
+        reference = world.reference_round
+        for (what, name), (published, _) in ready.items():
+            if what == "weights":
+                self.ledger.weights_merged(name, published.mark.round)
+            else:
+                assert published.sent is not None
+                self.ledger.merged(name, published.mark, reference)
+                self.merged[name] = published.sent
+        self.merged = {name: kept for name, kept in self.merged.items() if name in self.ledger.held}
+        self.arrived = {key: each for key, each in self.arrived.items() if key not in ready}
+        self.rounds_fresh += any(what == "gradient" for what, _ in ready)
+        self.trainer.merge(gathered, self._contribution())
 
     def _contribution(self) -> Contribution:
         tokens = self.start.inner_steps * self.world.setting.run.tokens_per_step
@@ -309,28 +408,27 @@ class World:
     inner_steps: int = 0
     tokens_lost: int = 0
     finished_s: float = 0.0
+    specs: tuple[TensorSpec, ...] = field(init=False)
     layout: Layout = field(init=False)
+    section_bytes: SectionBytes = field(init=False)
+    """What a publication's weights and pseudo-gradient weigh as they travel."""
     peers: list[Peer] = field(init=False)
     by_name: dict[str, Peer] = field(init=False)
 
     def __post_init__(self) -> None:
-        shapes = self.setting.learner(0).shapes
-        self.layout = layout_of(shapes)
+        self.specs = self.setting.learner(0).specs
+        self.layout = layout_of_specs(self.specs)
         if not self.setting.corrected:
-            self.layout = replace(self.layout, corrected=(False,) * len(shapes))
-        self._sizes = [math.prod(shape) for shape in shapes]
+            self.layout = replace(self.layout, corrected=(False,) * len(self.specs))
+        self.section_bytes = self.codec().sizes
         self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
         self._recorder, self.wire = Recorder(self.setting), Wire(self.setting)
 
-    @property
-    def section_bytes(self) -> SectionBytes:
-        """What a publication's weights and pseudo-gradient weigh as they travel."""
+    def codec(self) -> PublicationCodec:
+        """A peer's own: what it has lost in one publication it adds to the next."""
         section = self.setting.run.merge
-        weights, gradient = (
-            encoded_size_bytes(it, self._sizes) for it in (section.theta_format, section.gradient_format)
-        )
-        return SectionBytes(weights=weights, gradient=gradient)
+        return PublicationCodec(self.specs, section.theta_format, section.gradient_format)
 
     @property
     def reference_round(self) -> int:
@@ -372,10 +470,6 @@ class World:
     def honest(self) -> list[Peer]:
         """Those whose weights are the swarm's."""
         return self.peers[: self.setting.num_honest]
-
-    def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
-        """What arrives of it."""
-        return decode(encode(vector.contiguous(), form, self._sizes), form, self._sizes)
 
     def consensus(self) -> Tensor:
         """The variance-corrected mean of the weights of all who answer, (P,)."""

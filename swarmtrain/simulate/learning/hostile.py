@@ -1,8 +1,8 @@
 """Hostile volunteers in gossip: they train and merge as the others do, so that what they publish is as good as theirs
 before it is spoilt. `scenario.ATTACKS` says what each attack is.
 
-What they train does not count: in every run the honest ones take as many inner steps, on the same batches, by the same
-schedule as without them, and the loss is that of the honest ones' consensus.
+What they train does not count: in every run the honest ones take as many inner steps, by the same schedule as without
+them, deal all of the data out among themselves, and the loss is that of their consensus.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.quantize import Format
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.membership.partners import Mark
+from swarmtrain.membership.pulls import Section
 from swarmtrain.simulate.learning.gossip import Peer, Published, World
 from swarmtrain.simulate.learning.setting import Outcome, Setting
 
@@ -47,10 +47,18 @@ class _Hostile(Peer):
         world = self.world
         before, steps_before = world.tokens, world.inner_steps
         super().train_to(moment)
-        world.tokens, world.inner_steps, self.tokens_before = before, steps_before, before
+        world.tokens, world.inner_steps = before, steps_before
         assert self.newest is not None
         self.gradient = self.newest.vector
         self.newest = self.spoilt(self.newest)
+
+    def serve(self, section: Section, published: Published) -> None:
+        """See `Peer`; it makes bytes that no encoder makes, and says nothing of the data that it trains on."""
+        if bool(torch.isfinite(published.vector).all()):
+            super().serve(section, published)
+        else:
+            published.sent = published.vector
+        published.rows = ()
 
     def spoilt_weights(self, theta: Tensor) -> Tensor:
         """What it publishes in place of its weights."""
@@ -120,10 +128,6 @@ class HostileWorld(World):
         """See `World`."""
         if peer.number < self.setting.num_honest:
             super().finished(peer)
-
-    def on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
-        """See `World`; a hostile peer makes bytes that no encoder makes."""
-        return super().on_the_wire(vector, form) if bool(torch.isfinite(vector).all()) else vector
 
     def outcome(self) -> Outcome:
         """See `World`."""

@@ -13,6 +13,8 @@ from swarmtrain.data.batches import BatchSource, held_out_batches
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model, evaluate
+from swarmtrain.network.codec import tensor_specs
+from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Served, Start, Trainer
 from swarmtrain.run import RunFile
 
@@ -37,10 +39,14 @@ class Text:
         held_out = published.held_out.text
         return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out, base, num_parts)
 
+    def part_of(self, number: int) -> int:
+        """Which part of the corpus volunteer `number` learns from."""
+        return number % self.num_parts
+
     def batches(self, number: int) -> BatchSource:
         """The batches of volunteer `number`."""
         place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
-        part, whole = number % self.num_parts, self.data.tokens
+        part, whole = self.part_of(number), self.data.tokens
         begin, end = (len(whole) * each // self.num_parts for each in (part, part + 1))
         return training_batches(self.run, self.data._replace(tokens=whole[begin:end]), place, self.base, self.held_out)
 
@@ -113,6 +119,6 @@ class Learner:
         return flatten(self.trainer.model.parameters())
 
     @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Of the model's tensors."""
-        return [tuple(parameter.shape) for parameter in self.trainer.model.parameters()]
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The model's tensors."""
+        return tensor_specs(self.trainer.model.named_parameters())

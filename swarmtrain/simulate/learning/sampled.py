@@ -60,7 +60,7 @@ class _Pairs:
             return
         setting, sent_bytes = self.setting, 2 * self.size_bytes  # weights and pseudo-gradient
         takes_s = setting.rtt_s + sent_bytes / setting.bytes_per_s
-        takes_s += setting.lost_s(takes_s, self.rng) + setting.late_s(sent_bytes, self.rng)
+        takes_s += setting.lost_s(self.rng) + setting.late_s(sent_bytes, self.rng)
         met_s = max(self.now_s[number] for number in pair) + takes_s
         for number in pair:
             self.waited_s += met_s - self.now_s[number]
@@ -128,7 +128,7 @@ def modest(setting: Setting) -> Outcome:
         trained, met_s = setting.meets(now_s, {number: steps * setting.step_s[number] for number in sample})
         reached = [everyone[number].train(theta, steps, tokens, a_round) for number in trained]
         transfer_s = setting.rtt_s + num_sampled * size_bytes / setting.bytes_per_s  # all to one, and from one to all
-        late_s = [setting.lost_s(transfer_s, rng) + setting.late_s(size_bytes, rng) for _ in range(2 * num_sampled)]
+        late_s = [setting.lost_s(rng) + setting.late_s(size_bytes, rng) for _ in range(2 * num_sampled)]
         now_s = met_s + 2 * transfer_s + max(late_s)
         theta = torch.stack(reached).mean(0)
         tokens, num_steps = tokens + steps * run.tokens_per_step * len(trained), num_steps + steps * len(trained)

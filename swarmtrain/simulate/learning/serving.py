@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterState
-from swarmtrain.algorithm.quantize import Format, decode, encode, encoded_size_bytes
+from swarmtrain.network.codec import PublicationCodec, VectorCodec
 from swarmtrain.peer.server_exchange import lead
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
@@ -31,6 +32,7 @@ class _Worker:
         self.served, self.number, self.name = served, number, f"p{number}"
         self.learner = served.setting.learner(number)
         self.theta = self.learner.reached
+        self.codec = VectorCodec("gradient", self.learner.specs, served.setting.run.merge.gradient_format)
         self.round = 0
         self.pieces: dict[int, Tensor] = {}
         self.on_the_way: dict[int, int] = {}
@@ -76,6 +78,7 @@ class _Worker:
         served.uncount(sum(self.on_the_way.values()))
         served.tokens_lost += steps * tokens
         self.on_the_way.clear()
+        self.codec = replace(self.codec)  # no checkpoint keeps what it is to add to the next gradient
         self.num_lives += 1
         self.is_here, self.began_s, self.came = False, math.inf, None
 
@@ -168,22 +171,21 @@ class _Served:
         self.tokens_lost, self.finished_s = 0, 0.0
         self.workers = [_Worker(self, number) for number in range(setting.num_peers)]
         theta, section = self.workers[0].theta, setting.run.merge
-        self.sizes = [parameter.numel() for parameter in self.workers[0].learner.trainer.model.parameters()]
+        specs = self.workers[0].learner.specs
+        self.codec = PublicationCodec(specs, section.theta_format, section.gradient_format)
         state = OuterState(theta, torch.zeros_like(theta))
         self.outer = DelayedNesterov(state, setting.constants(0), delay, section.momentum_share)
         size = min(delay, section.num_partners + 1)
         self.fedbuff = _FedBuff(state, section.outer_learning_rate, size) if buffered else None
         self.entered: list[set[int]] = [set() for _ in self.workers]
-        self.theta_bytes, self.gradient_bytes = (
-            encoded_size_bytes(form, self.sizes) for form in (section.theta_format, section.gradient_format)
-        )
+        self.theta_bytes, self.gradient_bytes = self.codec.sizes.weights, self.codec.sizes.gradient
         self.pull_s = setting.rtt_s + self.theta_bytes / setting.bytes_per_s
         self.wire = Wire(setting)
         self._recorder, self._rng = Recorder(setting), random.Random(f"wire {setting.run.run.seed}")
 
     def weights(self) -> Tensor:
         """As they travel."""
-        return self._on_the_wire(self.theta, self.setting.run.merge.theta_format)
+        return self.codec.weights.decode(self.codec.weights.encode(self.theta))
 
     @property
     def theta(self) -> Tensor:
@@ -192,7 +194,7 @@ class _Served:
 
     def take(self, worker: _Worker, round: int) -> None:
         """A gradient has arrived."""
-        gradient = self._on_the_wire(worker.pieces[round], self.setting.run.merge.gradient_format)
+        gradient = worker.codec.decode(worker.codec.encode_sum(worker.pieces[round], round))
         self.entered[worker.number].add(round)
         worker.on_the_way.pop(round, None)
         if self.fedbuff is not None:
@@ -217,9 +219,6 @@ class _Served:
     def arrives_s(self, sender: str, receiver: str, size_bytes: int) -> float:
         """When what is sent now has come."""
         return self.wire.arrives_at_last_s(self.clock.now, sender, receiver, size_bytes, self._rng)
-
-    def _on_the_wire(self, vector: Tensor, form: Format) -> Tensor:
-        return decode(encode(vector.contiguous(), form, self.sizes), form, self.sizes)
 
     def uncount(self, tokens: int) -> None:
         """They were handed in, and have not come."""

@@ -99,37 +99,42 @@ class Setting:
 
     def steps_of_round(self, number: int) -> int:
         """H_i."""
-        if not self.run.merge.pacing:
-            return self.run.merge.inner_steps
-        speeds = [1 / step_s if n == number else self.said_speed(n) for n, step_s in enumerate(self.step_s)]
-        return pacing.paced_inner_steps(speeds[number], pacing.reference_speed(speeds), self.run.merge.inner_steps)
+        section, limit_s = self.run.merge, self.run.merge.round_limit_s
+        own, others = 1 / self.step_s[number], self._said_by_others(number, self.num_peers)
+        return pacing.round_inner_steps(own, others, section.inner_steps, paced=section.pacing, limit_s=limit_s)
+
+    def steps_of_everybody(self, number: int) -> float:
+        """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances, as it
+        reckons that."""
+        return pacing.steps_of_everybody(1 / self.step_s[number], self._said_by_others(number, self.num_counted))
+
+    @property
+    def num_counted(self) -> int:
+        """By how many it is reckoned how fast the schedule advances, the first ones: those whose tokens count, and
+        those who lie about their speed."""
+        return self.num_peers if self.hostile.kind == "speed" else self.num_honest
 
     def said_speed(self, number: int) -> float:
         """What volunteer `number` says that it does, in inner steps per second."""
         lies = number >= self.num_honest and self.hostile.kind == "speed"
         return _SAID_SPEED if lies else 1 / self.step_s[number]
 
-    def steps_of_everybody(self, number: int) -> float:
-        """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances. Where
-        some are hostile, as a volunteer reckons it, of those whose tokens count and of those who lie about it."""
-        if self.hostile.percent:
-            counted = self.num_peers if self.hostile.kind == "speed" else self.num_honest
-            others = [self.said_speed(other) for other in range(counted) if other != number]
-            return pacing.steps_of_everybody(1 / self.step_s[number], others)
-        return sum(1 / step_s for step_s in self.step_s) * self.step_s[number]
+    def _said_by_others(self, number: int, of_first: int) -> list[float]:
+        """The speeds that others than volunteer `number` say, of so many first ones."""
+        return [self.said_speed(other) for other in range(of_first) if other != number]
 
     def all_reduce_s(self, num_peers: int, size_bytes: int, rng: random.Random) -> float:
         """Of a mean over so many: shares of everybody's to their hosts, then the means back; all wait for the last."""
         sent_bytes = (num_peers - 1) * size_bytes // num_peers
         takes_s = self.rtt_s + sent_bytes / self.bytes_per_s
-        late_s = [max(self.lost_s(takes_s, rng) + self.late_s(sent_bytes, rng) for _ in range(num_peers)) for _ in "01"]
+        late_s = [max(self.lost_s(rng) + self.late_s(sent_bytes, rng) for _ in range(num_peers)) for _ in "01"]
         return 2 * takes_s + sum(late_s)
 
-    def lost_s(self, takes_s: float, rng: random.Random) -> float:
-        """What a transfer of `takes_s` loses by breaking off midway, as often as it does, and beginning anew."""
+    def lost_s(self, rng: random.Random) -> float:
+        """What a transfer loses by breaking off midway, as often as it does: to ask for the rest."""
         lost_s = 0.0
         while self.failing and rng.random() < self.failing:
-            lost_s += rng.random() * takes_s
+            lost_s += self.rtt_s
         return lost_s
 
     def late_s(self, size_bytes: int, rng: random.Random) -> float:

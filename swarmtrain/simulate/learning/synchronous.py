@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 
-from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
+from swarmtrain.algorithm.outer import OuterConstants, OuterState, outer_step, weighted_mean
+from swarmtrain.simulate.learning.learner import Learner
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 
-__all__ = ["data_parallel", "diloco"]
+__all__ = ["data_parallel", "diloco", "diloco_round"]
 
 _BYTES = 4  # of a weight, as synchronous rounds send it
 
@@ -43,6 +45,22 @@ def data_parallel(setting: Setting) -> Outcome:
     )
 
 
+def diloco_round(
+    state: OuterState,
+    trained: Sequence[tuple[Learner, int]],
+    num_peers: int,
+    run_tokens: int,
+    constants: OuterConstants,
+) -> OuterState:
+    """What so many inner steps of each of `trained` and the outer step lead to. `num_peers` were there when the round
+    began, the run having `run_tokens`: as far as each can know, they all do what it does."""
+    gradients = []
+    for learner, steps in trained:
+        round_tokens = num_peers * steps * learner.text.run.tokens_per_step
+        gradients.append(state.theta - learner.train(state.theta, steps, run_tokens, round_tokens))
+    return outer_step(state, weighted_mean(gradients, [steps for _, steps in trained]), constants)
+
+
 def diloco(setting: Setting) -> Outcome:
     """Rounds of H_i inner steps (`merge.pacing`), then one outer step on the mean pseudo-gradient (DiLoCo, arXiv
     2311.08105). Who hangs at a round's end is passed over after `merge.silence_s`, and comes back when it can."""
@@ -66,10 +84,10 @@ def diloco(setting: Setting) -> Outcome:
             continue
         for number in trained if round else ():
             everyone[number].comes_late()
-        a_round = sum(steps[n] for n in trained) * run.tokens_per_step
-        gradients = [state.theta - everyone[n].train(state.theta, steps[n], tokens, a_round) for n in trained]
-        state = outer_step(state, weighted_mean(gradients, [steps[n] for n in trained]), setting.constants(round))
-        tokens, round, num_steps = tokens + a_round, round + 1, num_steps + sum(steps[n] for n in trained)
+        took_part = [(everyone[n], steps[n]) for n in trained]
+        state = diloco_round(state, took_part, len(here), tokens, setting.constants(round))
+        a_round = sum(steps[n] for n in trained)
+        tokens, round, num_steps = tokens + a_round * run.tokens_per_step, round + 1, num_steps + a_round
         now_s = met_s + setting.all_reduce_s(len(trained), size_bytes, rng)
         sent_bytes += 2 * (len(trained) - 1) * size_bytes
         worked_s += sum(steps[n] * setting.step_s[n] for n in trained)

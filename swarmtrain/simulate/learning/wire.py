@@ -31,7 +31,9 @@ class Wire:
         return max(down_s, up_s) + setting.late_s(size_bytes, rng)
 
     def arrives_at_last_s(self, now_s: float, sender: str, receiver: str, size_bytes: int, rng: random.Random) -> float:
-        """The same where one that breaks off midway is begun anew, as often as it does."""
+        """The same where one that breaks off midway is asked for the rest, as often as it does."""
         while self.setting.failing and rng.random() < self.setting.failing:
-            now_s = self.arrives_s(now_s, sender, receiver, int(rng.random() * size_bytes), rng)
+            come_bytes = int(rng.random() * size_bytes)
+            now_s = self.arrives_s(now_s, sender, receiver, come_bytes, rng)
+            size_bytes -= come_bytes
         return self.arrives_s(now_s, sender, receiver, size_bytes, rng)

@@ -1,0 +1,236 @@
+"""Runs inside a volunteer: writes down what its gossip decided, on what, and what entered its weights.
+
+One JSON object a line; `at_s` is when it happened by the machine's steady clock, which is the same in all processes.
+Nothing of the volunteer is changed, but that its choices are drawn from a generator with a known seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.partners import BackOff, Mark, Partners
+from swarmtrain.membership.pulls import PullTimes
+from swarmtrain.network import gossiping
+from swarmtrain.network.codec import vector_sha256
+from swarmtrain.network.gossiping import Gossip
+from swarmtrain.network.publications import Publisher
+from swarmtrain.peer import asynchronous, exchange
+from swarmtrain.peer.gossip_exchange import GossipExchange
+from swarmtrain.peer.robustness import Robustness
+from swarmtrain.peer.trainer import Trainer
+
+__all__ = ["generator", "plain", "prelude", "record"]
+
+
+def prelude(path: Path) -> str:
+    """Python that has a volunteer write its record to `path`, for `Swarm.join`."""
+    here = str(Path(__file__).parent)
+    return f"import sys; sys.path.insert(0, {here!r}); import recording; recording.record({str(path)!r})"
+
+
+def generator(peer: str) -> random.Random:
+    """What a recorded volunteer's choices are drawn from."""
+    return random.Random(f"choices of {peer}")
+
+
+class _Record:
+    """The file, and what one thread has just been told."""
+
+    def __init__(self, path: str) -> None:
+        self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+        self.lock = threading.RLock()
+        self.thread = threading.local()
+        self._last: dict[str, Any] = {}
+
+    def write(self, kind: str, **what: Any) -> None:
+        with self.lock:
+            line = {"kind": kind, "at_s": time.monotonic(), **what}
+            self._file.write(json.dumps(line, default=plain) + "\n")
+            self._file.flush()
+
+    def write_news(self, kind: str, **what: Any) -> None:
+        """Unless it is what was written of this kind last."""
+        with self.lock:
+            text = json.dumps(what, default=plain)
+            if self._last.get(kind) != text:
+                self._last[kind] = text
+                self.write(kind, **what)
+
+
+def plain(value: Any) -> Any:
+    """What JSON holds of it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+def record(path: str) -> None:
+    """Write to `path` from now on."""
+    record = _Record(path)
+    _rounds(record)
+    _choices(record)
+    _pulls(record)
+    _merges(record)
+
+
+def _around(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Put `wrapper(original, *args, **kwargs)` in place of a module's function or a class's method."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _rounds(record: _Record) -> None:
+    """How rounds begin, and what is published in them."""
+
+    def start_round(original: Any, self: GossipExchange, progress: Any, steps_per_s: float) -> Any:
+        began_s, told = time.monotonic(), record.thread
+        start = original(self, progress, steps_per_s)
+        record.write(
+            "round",
+            at_s=began_s,  # its weights may be asked for before it returns
+            round=progress.round,
+            run_tokens=progress.run_tokens,
+            steps_of=told.steps,
+            everybodys_of=told.everybodys,
+            start=start,
+        )
+        return start
+
+    def steps(original: Any, own: float, others: Any, *args: Any, **how: Any) -> int:
+        record.thread.steps = own, others
+        return original(own, others, *args, **how)
+
+    def everybodys(original: Any, own: float, others: Any) -> float:
+        record.thread.everybodys = own, others
+        return original(own, others)
+
+    def publish(original: Any, self: GossipExchange, contribution: Any) -> None:
+        c = contribution
+        record.write("published", found=[c.round, c.part, c.tokens])
+        original(self, contribution)
+
+    def build(original: Any, self: Publisher, publication: Any) -> Any:
+        record.write("asked_for", mark=Mark(publication.round, publication.part, publication.tokens))
+        return original(self, publication)
+
+    _around(GossipExchange, "start_round", start_round)
+    _around(exchange, "round_inner_steps", steps)
+    _around(asynchronous, "steps_of_everybody", everybodys)
+    _around(GossipExchange, "publish", publish)
+    _around(Publisher, "_build", build)
+
+
+def _choices(record: _Record) -> None:
+    """When to pull and from whom, and what that was decided on."""
+
+    def post_init(original: Any, self: Gossip) -> None:
+        original(self)
+        self.rng = generator(self.me)
+
+    def plan_pulls(original: Any, *args: Any) -> Any:
+        plan = original(*args)
+        record.write_news("plan", inputs=args[:3], found=plan)
+        return plan
+
+    def next_(original: Any, self: Partners, section: str, view: Any, now: float, rng: Any) -> Any:
+        found = original(self, section, view, now, rng)
+        record.write("choice", section=section, view=view, now=now, found=found)
+        return found
+
+    def told(name: str) -> Callable[..., Any]:
+        def call(original: Any, self: Any, *args: Any) -> Any:
+            found = original(self, *args)
+            record.write(name, args=args, found=found)
+            return found
+
+        return call
+
+    _around(Gossip, "__post_init__", post_init)
+    _around(gossiping, "plan_pulls", plan_pulls)
+    _around(Partners, "next", next_)
+    for name in ("busy", "failed", "answered"):
+        _around(BackOff, name, told(name))
+    for name in ("bytes_begin", "bytes_end", "merged", "round_ended", "assume"):
+        _around(PullTimes, name, told(f"times.{name}"))
+
+
+def _pulls(record: _Record) -> None:
+    """What was asked, what of it was new, and what the run's rule made of it."""
+
+    def reference(original: Any, self: Gossip) -> int:
+        record.thread.reference = original(self)
+        return record.thread.reference
+
+    def news(original: Any, self: Gossip, peer: str, mark: Any, *, is_own: bool) -> Any:
+        found = None
+        try:
+            found = original(self, peer, mark, is_own=is_own)
+            return found
+        finally:
+            record.write(
+                "news",
+                author=peer,
+                section="gradient" if mark.part else "weights",
+                mark=mark,
+                is_here=not is_own,  # nobody has hosts here
+                reference=record.thread.reference,
+                found=[None, 0] if found is None else [type(found[0]).__name__, found[0].tokens],
+            )
+
+    def decode(original: Any, self: GossipExchange, held: Any, *news: Any) -> Any:
+        manifest = held.snapshot.manifest
+        record.thread.mark = Mark(manifest.round, manifest.part, manifest.tokens)
+        return original(self, held, *news)
+
+    def accept(original: Any, self: Robustness, peer: str, arrival: Any, own_theta: Any) -> Any:
+        mark, refused, tokens = record.thread.mark, "", 0
+        with record.lock:
+            try:
+                found = original(self, peer, arrival, own_theta)
+                tokens = found.tokens
+                return found
+            except BadBytesError as error:
+                refused = str(error)
+                raise
+            finally:
+                section = "gradient" if mark.part else "weights"
+                record.write("accepted", author=peer, section=section, mark=mark, found=[tokens, refused])
+
+    _around(Gossip, "_reference_round", reference)
+    _around(Gossip, "_news_untrusted", news)
+    _around(GossipExchange, "_decode_weights_untrusted", decode)
+    _around(GossipExchange, "_decode_gradient_untrusted", decode)
+    _around(Robustness, "accept", accept)
+
+
+def _merges(record: _Record) -> None:
+    """What entered each merge, and what weights came of it."""
+
+    def take(original: Any, self: Gossip, round: int) -> Any:
+        record.thread.reference = None
+        ready = original(self, round)
+        pulled = [] if ready is None else [[one.section, one.peer, one.mark] for one in ready.pulled]
+        record.write("taken", round=round, reference=record.thread.reference, pulled=pulled)
+        return ready
+
+    def merge(original: Any, self: Trainer, arrived: Any, own: Any) -> None:
+        original(self, arrived, own)
+        entered = [[one.peer, one.tokens] for one in arrived.merged]
+        record.write("merged", found=entered, theta_sha256=vector_sha256(self.state.theta))
+
+    _around(Gossip, "take", take)
+    _around(Trainer, "merge", merge)

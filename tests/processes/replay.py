@@ -1,0 +1,227 @@
+"""What recorded volunteers did, done again by the simulator's peers (`simulate.learning.gossip`): the record says what
+happened and when, the simulator decides, trains and merges."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from recording import generator, plain
+
+from swarmtrain.algorithm.gossip import Arrival
+from swarmtrain.algorithm.pacing import first_inner_steps, round_inner_steps, steps_of_everybody
+from swarmtrain.algorithm.robust import Incident
+from swarmtrain.data.batches import BatchSource
+from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
+from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.partners import Candidate, Mark, View
+from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, plan_pulls
+from swarmtrain.network.codec import vector_sha256
+from swarmtrain.peer.trainer import Start
+from swarmtrain.run import parse_published_untrusted, run_sha256
+from swarmtrain.simulate.learning.gossip import Peer, Published, World
+from swarmtrain.simulate.learning.learner import Text
+from swarmtrain.simulate.learning.setting import Setting
+
+__all__ = ["Replayed", "ReplayedPeer", "replay", "text_of"]
+
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RecordedText(Text):
+    """The data as real peers draw them: each its own, by the run's identity and its PeerID."""
+
+    sha256: str = ""
+    peers: tuple[str, ...] = ()
+
+    def batches(self, number: int) -> BatchSource:
+        """See `Text`."""
+        place = PeerPlace(run_sha256=self.sha256, peer_id=self.peers[number])
+        return training_batches(self.run, self.data, place, self.base, self.held_out)
+
+
+def text_of(run_folder: Path, text_folder: Path, peers: Sequence[str]) -> RecordedText:
+    """From the files of the run that a volunteer kept, and the folder that its data are below."""
+    published, held_out = (run_folder / "run.toml").read_bytes(), (run_folder / "held-out.txt").read_bytes()
+    sha256 = run_sha256(published)
+    run = parse_published_untrusted(published, sha256)
+    data = training_data(run, text_folder, held_out, b"", None)
+    return RecordedText(run, data, held_out, text_folder, sha256=sha256, peers=tuple(peers))
+
+
+class ReplayedPeer(Peer):
+    """A peer of the simulator to which happens what happened to a real one; each kind of event has a method.
+
+    Whatever the real one decided is decided again, on the same inputs; an assertion fails where that is something else.
+    """
+
+    world: Replayed
+
+    def __init__(self, world: Replayed, number: int) -> None:
+        super().__init__(world, number)
+        self.name = world.names[number]
+        self.rng, self.times = generator(self.name), PullTimes()
+        self.published: dict[tuple[Section, Mark], Published] = {}
+        self.new: dict[tuple[Section, str], Arrival] = {}
+        self.entered: list[list[Any]] = []
+        self.incidents: list[tuple[str, str, str]] = []
+        self.num_rounds = self.num_equal = 0
+
+    def play(self, event: Event) -> None:
+        """One event of the record."""
+        kind, _, what = event["kind"].partition(".")
+        if what:
+            self._times(what, event)
+        elif kind in ("busy", "failed", "answered"):
+            self._same(event, "back-off", getattr(self.partners.back_off, kind)(*event["args"]))
+        else:
+            getattr(self, f"_{kind}")(event)
+
+    def _same(self, event: Event, what: str, decided: Any, found: str = "found") -> None:
+        told = json.loads(json.dumps(decided, default=plain))
+        assert told == event[found], f"{self.name}: {what}: {told} and not {event[found]} in {event}"
+        self.world.decisions[what] += 1
+
+    # ------------------------------------------------------------- a round
+
+    def _round(self, event: Event) -> None:
+        section, start = self.world.setting.run.merge, Start(**event["start"])
+        own, others = event["steps_of"]
+        steps = first_inner_steps(section.inner_steps, paced=section.pacing)
+        if own > 0:
+            how = {"paced": section.pacing, "limit_s": section.round_limit_s}
+            steps = round_inner_steps(own, others, section.inner_steps, **how)
+        everybodys = steps_of_everybody(*event["everybodys_of"])
+        self._same(event, "inner steps", replace(start, inner_steps=steps, run_steps_a_step=everybodys), "start")
+        assert event["round"] == self.round
+        self.enter(start, event["run_tokens"])
+        assert self.weights is not None
+        self.published["weights", self.weights.mark] = self.weights
+
+    def _published(self, event: Event) -> None:
+        moments = [moment for moment in self.start.publish_after if moment > self.done]
+        self.train_to(moments[0])
+        assert self.newest is not None
+        mark = self.newest.mark
+        self._same(event, "publication", [mark.round, mark.part, mark.tokens])
+        self.published["gradient", mark] = self.newest
+
+    def _asked_for(self, event: Event) -> None:
+        mark = Mark(**event["mark"])
+        section: Section = "gradient" if mark.part else "weights"
+        self.serve(section, self.published[section, mark])
+
+    # ------------------------------------------------------------- pulls
+
+    def _times(self, what: str, event: Event) -> None:
+        args = [BytesBegun(**arg) if isinstance(arg, dict) else arg for arg in event["args"]]
+        self._same(event, "pulls' times", getattr(self.times, what)(*args))
+
+    def _plan(self, event: Event) -> None:
+        num_others, started_s, ends_s = event["inputs"]
+        sizes, most = self.world.section_bytes, self.world.setting.run.merge.num_partners
+        self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, most))
+
+    def _choice(self, event: Event) -> None:
+        seen = event["view"]
+        view = View(**{**seen, "candidates": [Candidate(**each) for each in seen["candidates"]]})
+        self._same(event, "partner", self.partners.next(event["section"], view, event["now"], self.rng))
+
+    def _news(self, event: Event) -> None:
+        self.world.reference = event["reference"]
+        section, author, mark = event["section"], event["author"], Mark(**event["mark"])
+        found: list[Any] = [None, 0]
+        if self.is_of_use(section, author, mark):
+            found = ["Whole", 0]
+            if section == "gradient":
+                news = self.ledger.news(author, mark, self.world.reference_round)
+                found = [type(news).__name__, news.tokens]
+        self._same(event, "news", found)
+        if event["is_here"] and found[0]:
+            arrival = self.new_untrusted(section, author, self.world.published(section, author, mark))
+            assert arrival is not None
+            self.new[section, author] = arrival
+
+    def _accepted(self, event: Event) -> None:
+        section, author, mark = event["section"], event["author"], Mark(**event["mark"])
+        published, told = self.world.published(section, author, mark), list[Incident]()
+        self.world.told_now = told
+        try:
+            self.keep_untrusted(section, author, published, self.new.pop((section, author)))
+            decided = [self.arrived[section, author][1].tokens, ""]
+        except BadBytesError as error:
+            decided = [0, str(error)]
+        self._same(event, "rule", decided)
+        self.incidents += [(author, each.rule, each.detail) for each in told]
+
+    # ------------------------------------------------------------- the merge
+
+    def _taken(self, event: Event) -> None:
+        pulled, ready = event["pulled"], dict[tuple[Section, str], tuple[Published, Arrival]]()
+        if event["reference"] is not None:
+            self.world.reference = event["reference"]
+            here = self.ready()
+            ready = {(section, author): here[section, author] for section, author, _ in pulled}
+            assert [each.mark for each, _ in ready.values()] == [Mark(**mark) for _, _, mark in pulled]
+        tokens = dict[str, float]()
+        for (_, author), (_, arrival) in ready.items():
+            tokens[author] = tokens.get(author, 0) + arrival.tokens
+        self.entered = [list(each) for each in tokens.items()]
+        assert self.done == self.start.inner_steps
+        self.merge(ready)
+
+    def _merged(self, event: Event) -> None:
+        self._same(event, "merge", self.entered)
+        self.num_rounds += 1
+        self.num_equal += vector_sha256(self.trainer.state.theta) == event["theta_sha256"]
+
+
+@dataclass
+class Replayed(World):
+    """The simulator's peers under the names of real ones, and as far as each of those knew."""
+
+    names: tuple[str, ...] = ()
+    reference: int = 0
+    """What the peer in question believes the median round to be."""
+    decisions: Counter[str] = field(default_factory=Counter)
+    """How many of each kind were the same."""
+    told_now: list[Incident] = field(default_factory=list)
+
+    def peer(self, number: int) -> Peer:
+        """See `World`."""
+        return ReplayedPeer(self, number)
+
+    @property
+    def reference_round(self) -> int:
+        """See `World`."""
+        return self.reference
+
+    def told(self, peer: str, incident: Incident) -> None:
+        """See `World`."""
+        self.told_now.append(incident)
+
+    def published(self, section: Section, author: str, mark: Mark) -> Published:
+        """What that peer has published."""
+        peer = self.by_name[author]
+        assert isinstance(peer, ReplayedPeer)
+        return peer.published[section, mark]
+
+
+def replay(text: RecordedText, records: Sequence[Path]) -> Replayed:
+    """The records of the peers of `text`, in the same order, replayed."""
+    world = Replayed(Setting(text=text, step_s=(1.0,) * len(records)), names=text.peers)
+    events = [
+        (event["at_s"], number, event)
+        for number, path in enumerate(records)
+        for event in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    ]
+    for _, number, event in sorted(events, key=lambda each: each[:2]):
+        peer = world.peers[number]
+        assert isinstance(peer, ReplayedPeer)
+        peer.play(event)
+    return world
