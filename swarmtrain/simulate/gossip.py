@@ -28,119 +28,13 @@ from swarmtrain.membership.partners import (
     left_behind,
     median_round,
 )
-from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, SectionBytes, plan_pulls
-from swarmtrain.membership.shards import Coverage, Row
-from swarmtrain.run import RunFile
+from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, plan_pulls
+from swarmtrain.membership.shards import Coverage
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Network, Refused
+from swarmtrain.simulate.publications import GossipSettings, Presence, Publication, RoundRecord
 
 __all__ = ["GossipPeer", "GossipSettings", "GossipSwarm", "Publication", "RoundRecord"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GossipSettings:
-    """What the run file fixes. Durations in seconds."""
-
-    inner_steps: int = 64
-    tokens_per_step: int = 100
-    num_parts: int = 4
-    partners: int = 3
-    variant: str = "uniform"
-    pacing: bool = True
-    max_staleness_rounds: int = 8
-    max_readers: int = 4
-    sizes: SectionBytes = field(default_factory=lambda: SectionBytes(weights=1_000_000, gradient=1_000_000))
-    outer_learning_rate: float = 0.7
-    outer_momentum: float = 0.8
-    inner_rate: float = 0.0
-    num_shards: int = 0
-    presence_ttl_s: float = 30.0
-    stall_limit_s: float = 10.0
-    sample: int = 16
-    """Presences that a peer reads a round: of a large swarm it knows a sample."""
-    forget_after_s: float = 600.0
-    keeps_past: bool = True
-    """Whether peers keep checkpoints to go on from, and `entered`: ten thousand of them had better not."""
-
-    @classmethod
-    def of(cls, run: RunFile, sizes: SectionBytes) -> GossipSettings:
-        """What a run file says."""
-        merge, network = run.merge, run.network
-        return cls(
-            inner_steps=merge.inner_steps,
-            tokens_per_step=run.tokens_per_step,
-            num_parts=merge.publications_per_round,
-            partners=merge.num_partners,
-            variant=merge.partners,
-            pacing=merge.pacing,
-            max_staleness_rounds=merge.max_staleness_rounds,
-            max_readers=network.max_readers,
-            sizes=sizes,
-            outer_learning_rate=merge.outer_learning_rate,
-            outer_momentum=merge.outer_momentum,
-            presence_ttl_s=network.presence_ttl_s,
-            stall_limit_s=network.stall_limit_s,
-        )
-
-    @property
-    def publication_bytes(self) -> int:
-        """A publication with all its sections."""
-        return self.sizes.both
-
-    def section_bytes(self, section: Section) -> int:
-        """One of them."""
-        return self.sizes.weights if section == "weights" else self.sizes.gradient
-
-
-@dataclass(frozen=True)
-class Publication:
-    """What a peer published: its weight at the round's start and the pseudo-gradient since, or (part 0) the former."""
-
-    peer: str
-    mark: Mark
-    theta: float
-    gradient: float
-    rows: tuple[Row, ...] = ()
-
-    @property
-    def section(self) -> Section:
-        """What is pulled of it."""
-        return "gradient" if self.mark.part else "weights"
-
-    @property
-    def is_finite(self) -> bool:
-        """As the codec checks it: else it is not taken."""
-        return math.isfinite(self.theta) and math.isfinite(self.gradient)
-
-    @property
-    def body(self) -> str:
-        """What to ask for to have it."""
-        return f"{self.section} {self.mark.round} {self.mark.part}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundRecord:
-    """One peer's round, for tests and reports."""
-
-    peer: str
-    round: int
-    started_s: float
-    ended_s: float
-    steps: int
-    partners: int
-    """Publications that entered: parts that were not merged before."""
-    staleness_rounds: int
-    """The oldest of them, behind the median."""
-    bytes_down: int
-
-
-@dataclass(frozen=True, slots=True)
-class Presence:
-    """What the DHT was given of a peer: its record, and the same as others choose partners by."""
-
-    info: PeerInfo
-    expires_s: float
-    candidate: Candidate
 
 
 @dataclass
