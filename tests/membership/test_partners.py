@@ -20,6 +20,7 @@ from swarmtrain.membership.partners import (
     Theta,
     View,
     Whole,
+    left_behind,
     median_round,
 )
 
@@ -319,6 +320,24 @@ def test_bans_do_not_count_when_everyone_is_banned_but_nobody_is_hammered() -> N
     assert peer is not None and "bans do not count" in reason
     peer, reason = partners.choose(candidates(3), exclude=("p2",), reference_round=1, now=51.0, rng=rng)
     assert peer is None and "left alone" in reason, "p2 answered in this round: the network works"
+
+
+def test_what_fails_during_a_ban_does_not_lengthen_it() -> None:
+    back_off = BackOff()
+    assert "15 s" in back_off.failed("a", 10.0, "unreachable")
+    for now in (10.2, 18.0, 24.9):
+        assert "already" in back_off.failed("a", now, "unreachable")
+    assert back_off.ready(["a", "b"], 25.0)[0] == {"a", "b"}
+    assert "30 s" in back_off.failed("a", 25.0, "unreachable")
+
+
+@pytest.mark.parametrize("most", [2, 4, 8])
+def test_who_is_let_train_on_is_not_too_old_when_the_others_merge(most: int) -> None:
+    for behind in range(1, most + 4):
+        stays = not left_behind(100 - behind, [100, 100], most)
+        merged_next_round = isinstance(Ledger(most).news("a", Mark(100 - behind, 4, 10), 101), Whole)
+        assert stays <= merged_next_round, behind
+    assert left_behind(0, [100], most) == 0, "what one other claims moves nobody"
 
 
 def test_bans_are_bounded() -> None:

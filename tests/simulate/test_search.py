@@ -94,7 +94,7 @@ def test_who_is_just_too_far_behind_to_be_merged_takes_the_others_weights() -> N
         world="gossip",
         speeds=(10.0, 10.0, 10.0),
         options=(("max_staleness_rounds", 2.0),),
-        faults=(Fault(kind="freeze", peer=2, at_s=11.0, lasts_s=9.6),),
+        faults=(Fault(kind="restart", peer=2, at_s=11.0, lasts_s=11.0),),
     )
     assert not play(schedule)
 
