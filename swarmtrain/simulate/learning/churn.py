@@ -42,6 +42,18 @@ def _go(peer: Peer) -> None:
     world = peer.world
     if peer.is_over or world.tokens >= world.setting.total_tokens:
         return
+    if peer in world.honest:
+        _count(peer)
+    peer.num_lives += 1
+    peer.is_here, peer.newest, peer.weights, peer.began_s = False, None, None, math.inf
+    for kept in peer.merged, peer.arrived, peer.asked, peer.coming, peer.due:
+        kept.clear()
+    peer.ledger.load(peer.ledger.rows())  # as from a checkpoint: what was merged, without the gradients
+
+
+def _count(peer: Peer) -> None:
+    """Of its round only what another has taken, in place of what it has published."""
+    world = peer.world
     step_tokens, lasted_s = world.setting.run.tokens_per_step, max(0.0, world.clock.now - peer.began_s)
     trained = step_tokens * int(min(peer.start.inner_steps, lasted_s / world.setting.step_s[peer.number]))
     published = taken = 0
@@ -51,11 +63,6 @@ def _go(peer: Peer) -> None:
         world.tokens -= published - taken
         world.inner_steps -= (published - taken) // step_tokens
     world.tokens_lost += max(trained, published) - taken
-    peer.num_lives += 1
-    peer.is_here, peer.newest, peer.weights, peer.began_s = False, None, None, math.inf
-    for kept in peer.merged, peer.arrived, peer.asked, peer.coming, peer.due:
-        kept.clear()
-    peer.ledger.load(peer.ledger.rows())  # as from a checkpoint: what was merged, without the gradients
 
 
 def _taken(by: Peer, peer: Peer) -> int:

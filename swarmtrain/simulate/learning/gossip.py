@@ -58,7 +58,7 @@ class Peer:
         met = not setting.own_weights
         self.robustness = Robustness(section.robust, world.layout, world.told, met=met)
         self.rng = random.Random(f"{setting.run.run.seed} {number}")
-        self.rounds_fresh = 0
+        self.rounds_done = self.rounds_fresh = 0
         self.newest: Published | None = None
         """Its gradient's."""
         self.weights: Published | None = None
@@ -262,6 +262,7 @@ class Peer:
                 self.ledger.merged(name, published.mark, reference)
                 self.merged[name] = published.vector
         self.merged = {name: kept for name, kept in self.merged.items() if name in self.ledger.held}
+        self.rounds_done += 1
         self.rounds_fresh += any(what == "gradient" for what, _ in self.arrived)
         self.arrived.clear()
         for name in {name for _, name in self.coming if world.is_hanging(name)}:
@@ -401,7 +402,7 @@ class World:
 
     def outcome(self) -> Outcome:
         """What came of it."""
-        rounds = sum(peer.round for peer in self.honest)
+        rounds = sum(peer.rounds_done for peer in self.honest)
         return Outcome(
             held_out_loss=self.setting.text.held_out_loss(self.consensus()),
             own_loss=self.setting.own_loss([peer.trainer.state.theta for peer in self.answering]),
