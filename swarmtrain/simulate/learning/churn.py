@@ -43,6 +43,17 @@ def _go(peer: Peer) -> None:
     world = peer.world
     if peer.is_over or world.tokens >= world.setting.total_tokens:
         return
+    if peer in world.honest:
+        _count(peer)
+    peer.num_lives += 1
+    peer.is_here, peer.began_s = False, math.inf
+    peer.forget()
+    peer.ledger.load(peer.ledger.rows())  # as from a checkpoint: what was merged, without the gradients
+
+
+def _count(peer: Peer) -> None:
+    """Of its round only what another has taken, in place of what it has published."""
+    world = peer.world
     step_tokens, lasted_s = world.setting.run.tokens_per_step, max(0.0, world.clock.now - peer.began_s)
     trained = step_tokens * int(min(peer.start.inner_steps, lasted_s / world.setting.step_s[peer.number]))
     published = taken = 0
@@ -52,10 +63,6 @@ def _go(peer: Peer) -> None:
         world.tokens -= published - taken
         world.inner_steps -= (published - taken) // step_tokens
     world.tokens_lost += max(trained, published) - taken
-    peer.num_lives += 1
-    peer.is_here, peer.began_s = False, math.inf
-    peer.forget()
-    peer.ledger.load(peer.ledger.rows())  # as from a checkpoint: what was merged, without the gradients
 
 
 def _taken(by: Peer, peer: Peer) -> int:

@@ -80,7 +80,7 @@ class Peer:
         met = not setting.own_weights
         self.robustness = Robustness(section.robust, world.layout, world.told, met=met)
         self.rng = random.Random(f"{setting.run.run.seed} {number}")
-        self.rounds_fresh = 0
+        self.rounds_done = self.rounds_fresh = 0
         num_shards = self.trainer.batches.num_shards
         self.coverage = Coverage(self.name, num_shards) if num_shards else None
         self.times = PullTimes()
@@ -342,6 +342,7 @@ class Peer:
         """Merge what is here; on to the next round."""
         world, self.knows_speed = self.world, True
         self.merge(self.ready())
+        self.rounds_done += 1
         world.merged(self)
         if world.tokens < world.setting.total_tokens:
             self.begin()
@@ -495,7 +496,7 @@ class World:
 
     def outcome(self) -> Outcome:
         """What came of it."""
-        rounds = sum(peer.round for peer in self.honest)
+        rounds = sum(peer.rounds_done for peer in self.honest)
         return Outcome(
             held_out_loss=self.setting.text.held_out_loss(self.consensus()),
             own_loss=self.setting.own_loss([peer.trainer.state.theta for peer in self.answering]),

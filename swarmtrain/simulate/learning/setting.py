@@ -222,7 +222,7 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
         loss=links.loss_percent / 100,
         failing=links.failing_percent / 100,
         hangs=scenario.hangs,
-        away=_away(scenario, text.run),
+        away=tuple(each for each in _away(scenario, text.run) if each.peer < len(honest_s + hostile_s)),
         hostile=scenario.hostile,
         num_hostile=len(hostile_s),
         curve_points=scenario.scenario.curve_points,
