@@ -149,6 +149,8 @@ class RoundView:
     """Volunteers that stand as `GUEST`."""
     ahead: frozenset[str] = frozenset()
     """Volunteers that stand `AHEAD`: they hold the roster, or its result."""
+    applied: frozenset[str] = frozenset()
+    """The digests of the rosters that those have applied. They went on without this peer if its own is not among them."""
     far_ahead: frozenset[str] = frozenset()
     """Volunteers that stand `FAR_AHEAD`, less those whose state could not be had."""
     announced: Mapping[str, Publication] = field(default_factory=dict)
@@ -327,7 +329,8 @@ def decide(view: RoundView, now: float) -> Decision:
         return Wait(until_s=view.listening_since_s + view.silence_s, reason=reason)
     fitting = [roster for roster in view.rosters if roster.round == view.round and roster.base == view.base]
     roster = better_roster([roster for roster in fitting if view.unobtainable.isdisjoint(roster.peers)])
-    if roster is not None and not (view.ahead and roster != better_roster(fitting)):
+    own_only = roster is not None and roster.signer == view.me and roster.digest not in view.applied
+    if roster is not None and not (view.ahead and (own_only or roster != better_roster(fitting))):
         return Apply(roster=roster, reason=f"signed by {roster.signer}")
     if view.ahead:
         return CatchUp(sources=tuple(sorted(view.ahead)), reason="others have finished this round")

@@ -302,7 +302,7 @@ class Rounds:
     def _view(self, round: int, known: _Round) -> RoundView:
         sets: dict[Standing, set[str]] = {kind: set() for kind in Standing}
         applied = None if self.last is None else self.last[0]
-        heard_at_s = self.membership.heard_at_s()
+        heard_at_s, their_last = self.membership.heard_at_s(), set[str]()
         for peer in heard_at_s:
             told_s, told = self._told.get(peer, (0.0, None))
             if told is not None and told_s < known.started_s and not must_refetch(applied, told.last):
@@ -313,6 +313,8 @@ class Rounds:
             if peer in known.distrusted:
                 kind = Standing.GUEST
             sets[kind].add(peer)
+            if kind is Standing.AHEAD and told is not None and told.last is not None:
+                their_last.add(told.last.digest)
         return RoundView(
             me=self.identity.peer_id,
             round=round,
@@ -326,6 +328,7 @@ class Rounds:
             guest=self.guest,
             guests=frozenset(sets[Standing.GUEST]),
             ahead=frozenset(sets[Standing.AHEAD]),
+            applied=frozenset(their_last),
             far_ahead=frozenset(sets[Standing.FAR_AHEAD]),
             announced={peer: publication_of(held.snapshot) for peer, held in known.publications.items()},
             held=frozenset(peer for peer, held in known.publications.items() if held.complete),

@@ -88,6 +88,7 @@ class Volunteer(Transfers):
         self._training: Timer | None = None
         self._training_from_s = self._training_ends_s = 0.0
         self._fetching = False
+        self._looks = 0
         self._presence_read = 0
         self._backlog: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self._frozen_at_s = self._listening_since_s = world.clock.now
@@ -284,7 +285,7 @@ class Volunteer(Transfers):
 
     def _view(self) -> RoundView:
         r = self._now
-        heard_at_s = self.membership.heard_at_s()
+        heard_at_s, their_last = self.membership.heard_at_s(), set[str]()
         with_us = set(heard_at_s)
         rest: dict[Standing, list[str]] = {kind: [] for kind in Standing}
         for peer, (told_s, told) in self._told.items():
@@ -297,6 +298,8 @@ class Volunteer(Transfers):
                 kind = Standing.GUEST
             with_us.discard(peer)
             rest[kind].append(peer)
+            if kind is Standing.AHEAD and told.last is not None:
+                their_last.add(told.last.digest)
         return RoundView(
             me=self.name,
             round=self.round,
@@ -310,6 +313,7 @@ class Volunteer(Transfers):
             guest=self.guest,
             guests=frozenset(rest[Standing.GUEST]),
             ahead=frozenset(rest[Standing.AHEAD]),
+            applied=frozenset(their_last),
             far_ahead=frozenset(rest[Standing.FAR_AHEAD]),
             announced=r.announced,
             held=frozenset(peer for peer, offer in r.announced.items() if offer.snapshot in self._store),
@@ -328,7 +332,8 @@ class Volunteer(Transfers):
             return
         if self._wake is not None:
             self._wake.cancel()
-        now, view = self.world.clock.now, self._view()
+        self._looks += 1
+        now, view, look = self.world.clock.now, self._view(), self._looks
         wanted = peers_to_ask(view, now)
         self._give_up_asking(view, set(self._asking).difference(wanted))
         for peer in wanted:
@@ -337,6 +342,8 @@ class Volunteer(Transfers):
             for offer in list(view.announced.values()):
                 if offer.base == view.base and offer.peer not in view.held | view.unobtainable:
                     self._pull_whole(offer)
+        if self._looks != look:  # one of those pulls has nobody to ask: that is known, and decided on, by now
+            return
         decision = decide(view, now)
         if isinstance(decision, Wait):
             self._wake = self._later(max(decision.until_s - now, 1e-6), self._evaluate)

@@ -162,6 +162,15 @@ def test_after_a_pause_of_ones_own_nothing_is_signed_or_merged_before_the_others
     assert signed(decide(view("a", "bc", "abc", listening_since_s=99.0), 181)) == "abc", "before it asked anybody"
 
 
+def test_a_signer_whose_roster_nobody_applied_follows_those_who_went_on_without_it() -> None:
+    own, theirs = roster("a"), roster("b", "bc")
+    gone_on = {"rosters": [own, theirs], "ahead": frozenset("b")}
+    left = decide(view("a", "c", "abc", **gone_on, applied=frozenset({theirs.digest})), 101)
+    assert left == CatchUp(sources=("b",), reason="others have finished this round")
+    applied = frozenset({own.digest, theirs.digest})
+    assert decide(view("a", "c", "abc", **gone_on, applied=applied), 101) == Apply(roster=own, reason="signed by a")
+
+
 def test_one_a_roster_behind_is_waited_for_as_if_silent() -> None:
     behind = {"behind": frozenset("b"), "heard_at_s": {"b": 104.0}}
     assert decide(view("a", "b", **behind), 104) == Wait(until_s=105, reason="waiting for b")

@@ -35,6 +35,8 @@ _TOGETHER_S = 4.0
 """Those who come at the same moment have found each other by then; the times of faults are counted from there."""
 _SPAN = Span(0.0, 20.0, 14.0)
 _LEAST_S = 8.0
+_PULLED_S = 1.0
+"""Within which others have a publication, links being as they are."""
 _ASKED_S = 0.01
 _KINDS = {
     "kill": 3, "leave": 2, "restart": 4, "freeze": 5, "partition": 3, "cut": 2, "delay": 2, "loss": 2, "twice": 2,
@@ -150,7 +152,9 @@ class SearchedWorld(World):
         self.waits: list[tuple[float, str, float]] = []
         """(when it was over, whose, how long), in seconds."""
         self.told: dict[tuple[str, int], str] = {}
-        """(peer, round) -> the publication of its own that it has told as merged, by those that live on."""
+        """(peer, round) -> the publication of its own that it has told as merged, by those that live on;"""
+        self.told_s: dict[tuple[str, int], float] = {}
+        """and when it did."""
 
     def _make(self, name: str, steps_per_s: float, link: Link) -> Volunteer:
         return (Liar if name in self.liars else Volunteer)(self, name, steps_per_s, link)
@@ -171,7 +175,9 @@ class SearchedWorld(World):
             self.broken.append(Violation("totals only grow", detail))
         self.tokens_behind[peer.name] = roster.base_tokens
         if kind == "applied":
-            self.told.update({(e.peer, roster.round): e.snapshot for e in roster.entries if e.peer == peer.name})
+            own = {(e.peer, roster.round): e.snapshot for e in roster.entries if e.peer == peer.name}
+            self.told.update(own)
+            self.told_s.update(dict.fromkeys(own, self.clock.now))
 
 
 # ---------------------------------------------------------------- play
@@ -282,11 +288,18 @@ def counted_twice(world: World) -> list[str]:
 
 
 def _lost(world: SearchedWorld) -> list[Violation]:
-    """What was told as merged, and is not in the model in the end. Where nobody could be heard it may be so."""
+    """What was told as merged, and is not in the model in the end. Where nobody could be heard it may be so; and of one
+    that stood still as soon as it had signed, when nobody else had its bytes yet, as of one that is cut off."""
     peers = world.running()
+    stopped = {(name, round) for name, round in world.told_s if _stopped_then(world, name, world.told_s[name, round])}
     merged = {(e.peer, roster.round, e.snapshot) for roster in peers[0].history for e in roster.entries}
     return [
         Violation("no token is lost", f"{name} told its round {round} as merged, and it is not in the model")
         for (name, round), snapshot in world.told.items()
-        if world.peers[name].alive and (name, round, snapshot) not in merged
+        if world.peers[name].alive and (name, round, snapshot) not in merged and (name, round) not in stopped
     ]
+
+
+def _stopped_then(world: World, name: str, told_s: float) -> bool:
+    stops_s = [event.time_s for event in world.events("frozen") if event.peer == name]
+    return any(told_s <= stop_s <= told_s + _PULLED_S for stop_s in stops_s)
