@@ -7,6 +7,7 @@ told as merged stays merged.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -151,6 +152,7 @@ class SearchedWorld(World):
         self.broken: list[Violation] = []
         self.waits: list[tuple[float, str, float]] = []
         """(when it was over, whose, how long), in seconds."""
+        self.signed_s: dict[str, float] = {}
         self.told: dict[tuple[str, int], str] = {}
         """(peer, round) -> the publication of its own that it has told as merged, by those that live on;"""
         self.told_s: dict[tuple[str, int], float] = {}
@@ -165,6 +167,10 @@ class SearchedWorld(World):
         if kind == "joined":
             self.tokens_behind.pop(peer.name, None)  # from a checkpoint
             self.told = {key: snapshot for key, snapshot in self.told.items() if key[0] != peer.name}
+        if kind == "frozen" and self.clock.now - self.signed_s.get(peer.name, -math.inf) < 0.1:
+            self.told.pop((peer.name, peer.round - 1), None)  # it has signed, and nobody heard
+        if kind == "signed":
+            self.signed_s[peer.name] = self.clock.now
         if kind not in ("applied", "adopted") or roster is None or peer.name in self.liars:
             return
         if self.waits_s and self.waits_s[-1][0] == peer.name:
