@@ -150,7 +150,7 @@ class RoundView:
     ahead: frozenset[str] = frozenset()
     """Volunteers that stand `AHEAD`: they hold the roster, or its result."""
     applied: frozenset[str] = frozenset()
-    """The digests of the rosters that those have applied. They went on without this peer if its own is not among them."""
+    """The digests of the rosters that those have applied: without this peer, if its own is not among them."""
     far_ahead: frozenset[str] = frozenset()
     """Volunteers that stand `FAR_AHEAD`, less those whose state could not be had."""
     announced: Mapping[str, Publication] = field(default_factory=dict)
