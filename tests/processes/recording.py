@@ -210,11 +210,17 @@ def _pulls(record: _Record) -> None:
                 section = "gradient" if mark.part else "weights"
                 record.write("accepted", author=peer, section=section, mark=mark, found=[tokens, refused])
 
+    def learn(original: Any, self: Robustness, gradient: Any, tokens: int) -> None:
+        with record.lock:
+            original(self, gradient, tokens)
+            record.write("learned", found=tokens)
+
     _around(Gossip, "_reference_round", reference)
     _around(Gossip, "_news_untrusted", news)
     _around(GossipExchange, "_decode_weights_untrusted", decode)
     _around(GossipExchange, "_decode_gradient_untrusted", decode)
     _around(Robustness, "accept", accept)
+    _around(Robustness, "learn", learn)
 
 
 def _merges(record: _Record) -> None:

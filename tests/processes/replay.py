@@ -4,13 +4,14 @@ happened and when, the simulator decides, trains and merges."""
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from recording import generator, plain
+from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.algorithm.pacing import first_inner_steps, round_inner_steps, steps_of_everybody
@@ -68,6 +69,8 @@ class ReplayedPeer(Peer):
         self.rng, self.times = generator(self.name), PullTimes()
         self.published: dict[tuple[Section, Mark], Published] = {}
         self.new: dict[tuple[Section, str], Arrival] = {}
+        self.learn, self.unlearned = self.robustness.learn, deque[tuple[Tensor, int]]()
+        self.robustness.learn = lambda gradient, tokens: self.unlearned.append((gradient, tokens))  # type: ignore[method-assign]
         self.entered: list[list[Any]] = []
         self.incidents: list[tuple[str, str, str]] = []
         self.num_rounds = self.num_equal = 0
@@ -110,6 +113,11 @@ class ReplayedPeer(Peer):
         mark = self.newest.mark
         self._same(event, "publication", [mark.round, mark.part, mark.tokens])
         self.published["gradient", mark] = self.newest
+
+    def _learned(self, event: Event) -> None:
+        gradient, tokens = self.unlearned.popleft()
+        self._same(event, "learned", tokens)
+        self.learn(gradient, tokens)
 
     def _asked_for(self, event: Event) -> None:
         mark = Mark(**event["mark"])
