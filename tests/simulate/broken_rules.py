@@ -11,7 +11,7 @@ from swarmtrain.membership import balance, microbatches, partners, promises, ros
 from swarmtrain.simulate import gossip, transfers, volunteer
 from swarmtrain.simulate.search.schedule import WorldKind
 
-__all__ = ["BROKEN"]
+__all__ = ["BROKEN", "UNSEEN"]
 
 Patch = pytest.MonkeyPatch
 
@@ -143,3 +143,6 @@ BROKEN: dict[Callable[[Patch], None], WorldKind] = {
     finished_microbatches_are_forgotten: "microbatches",
 }
 """Which world shows it."""
+
+UNSEEN = (who_stood_still_asks_nobody, promises_are_not_kept)
+"""Not found in 150 and 100 schedules: they take coincidences that are not drawn often enough."""

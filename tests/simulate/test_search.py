@@ -71,11 +71,10 @@ def test_what_is_found_is_written_as_a_test_that_fails(monkeypatch: pytest.Monke
     test()
 
 
-@pytest.mark.parametrize("world", ["rounds", "gossip", "stages", "microbatches"])
-def test_a_schedule_plays_the_same_in_a_process_that_hashes_otherwise(world: str) -> None:
+def test_schedules_play_the_same_in_a_process_that_hashes_otherwise() -> None:
     said = (
         "from swarmtrain.simulate.search import draw, replay\n"
-        f"print([replay(draw(seed, {world!r})).fingerprint for seed in range(4)])"
+        "print([replay(draw(seed)).fingerprint for seed in range(12)])"
     )
     outputs = {
         subprocess.run(
