@@ -5,9 +5,10 @@
 
 Starts `swarmtrain local` with links of the internet's kind and, once a minute, one of volunteers 3 to 6 that is killed,
 leaves or hangs, and comes back; the bootstrap and volunteers 1 and 2 live through all of it. Of these, and of the
-process that carries the links, memory, threads, open files, files kept on the disk and the DHT's records are sampled,
-and after the warm-up a straight line is laid through each: what it rises by in an hour, and how sure that is (two
-standard errors, of means over two minutes). At the end the swarm is told to end, as by Ctrl-C.
+process that carries the links, memory (with its daemon, and without), threads, open files, files kept on the disk and
+the DHT's records are sampled, and after the warm-up a straight line is laid through each: what it rises by in an hour,
+and how sure that is (two standard errors, of means over two minutes). At the end the swarm is told to end, as by
+Ctrl-C.
 
 Warnings and errors of all log files are listed with their numbers, numbers within them left out.
 """
@@ -41,7 +42,7 @@ STRUCK = ("volunteer-3", "volunteer-4", "volunteer-5", "volunteer-6")
 DEEDS = ("kill", "leave", "kill", "hang")
 LINKS = {"rtt_ms": 80, "up_mbit": 20, "down_mbit": 100, "jitter_ms": 20, "loss_percent": 0.1}
 EVERY_S, AWAY_S, SAMPLE_S, MEAN_S = 60.0, 15.0, 15.0, 120.0
-COLUMNS = ("memory, MiB", "threads", "files", "disk, MiB", "DHT records")
+COLUMNS = ("memory, MiB", "threads", "files", "without its daemon, MiB", "disk, MiB", "DHT records")
 Sample = tuple[float, ...]
 
 
@@ -68,7 +69,8 @@ def sample(folder: Path) -> Sample:
     seen = look(Peer(folder=folder))
     if seen.life is not Life.RUNNING:
         raise ValueError("it does not answer")
-    return (*of_processes(process, *process.children()), kept, float(seen.status.dht_records))
+    alone = process.memory_info().rss / 2**20
+    return (*of_processes(process, *process.children()), alone, kept, float(seen.status.dht_records))
 
 
 def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float]:

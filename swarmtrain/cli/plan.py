@@ -40,7 +40,9 @@ _TOLD = 3
 @rehearsed.JITTER
 @rehearsed.LOSS
 @rehearsed.CHURN
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is left to chance.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of what is left to chance."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     run_file: Path,
@@ -69,6 +71,11 @@ def command(
 
     run = load_run(run_file)
     said = rehearsed.links_said(rtt, link_up, link_down, jitter, loss)
+    if peers < run.pipeline.stages:
+        raise click.UsageError(
+            f"--peers: {peers} for pipeline.stages = {run.pipeline.stages}: several stages on one machine are not planned; "
+            f"allowed: {run.pipeline.stages} or more"
+        )
     measured = step_s is None
     if step_s is None:
         step_s = _measured_step_s(run)
@@ -83,7 +90,7 @@ def command(
     worst = hurts(run, found, machines)
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(found), **_derived(found)}
-        click.echo(json.dumps({**table, "hurts": [dataclasses.asdict(one) for one in worst]}))
+        click.echo(json.dumps({**table, "hurts": [dataclasses.asdict(one) for one in worst]}, allow_nan=False))
         return
     for line in (*report(run, found, machines, links), *_shared_here(slowdowns, peers, measured), *_worst(worst)):
         click.echo(line)

@@ -11,7 +11,7 @@ __all__ = ["CHURN", "JITTER", "LINK_DOWN", "LINK_UP", "LOSS", "RTT", "links_said
 _MAX_RTT_MS = 2000
 _LEAST_MBIT = 0.1
 
-RTT = click.option("--rtt", type=click.FloatRange(0, _MAX_RTT_MS), callback=finite, metavar="MS", help="To rehearse the internet: milliseconds from a peer to another and back.  [default: this machine's]")  # fmt: skip
+RTT = click.option("--rtt", type=click.FloatRange(0, _MAX_RTT_MS), callback=finite, metavar="MS", help="To rehearse the internet: milliseconds from a peer to another and back.  [default: none added]")  # fmt: skip
 LINK_UP = click.option("--link-up", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... what each volunteer can send, in Mbit/s.  [default: no limit]")  # fmt: skip
 LINK_DOWN = click.option("--link-down", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... and receive.  [default: no limit]")  # fmt: skip
 JITTER = click.option("--jitter", type=click.FloatRange(0, 2000), callback=finite, metavar="MS", help="... by how many milliseconds more what is sent is late at most.  [default: none]")  # fmt: skip

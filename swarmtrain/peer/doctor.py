@@ -145,7 +145,12 @@ class Doctor:
         cost: list[Step] = [
             ("data", self.look_at_data),
             ("memory", lambda: [check_memory(machine_memory(), self._needed(self.settings.memory_of))]),
-            ("disk", lambda: [check_disk("disk", self.settings.directory, self._needed(_disk_bytes))]),
+            (
+                "disk",
+                lambda: [
+                    check_disk("disk", self.settings.directory, self._needed(lambda run, number: disk_bytes(number)))
+                ],
+            ),
             ("cache", lambda: [check_cache(self.settings.cache_folder)]),
             ("speed", self.look_at_speed),
         ]
@@ -347,10 +352,6 @@ class Doctor:
 
 
 # ---------------------------------------------------------------- judgements
-
-
-def _disk_bytes(run: RunFile, num_parameters: int) -> int:
-    return disk_bytes(num_parameters)
 
 
 def _peers(number: int) -> str:

@@ -247,26 +247,24 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
     if folder is None:
         return None
     run, scenario = _run(scenario, play), scenario.at(play.point)
+    has_text = (
+        scenario.scenario.work == "learning" and not run.data.streaming
+    )  # else none is read, or it is read as it comes
+    text_sha256 = _text_sha256(run.data.model_dump_json(), scenario.base) if has_text else None
     told = {
         "method": play.method,
         "run": run.model_dump(mode="json"),
-        "text": "streamed" if run.data.streaming else _text_sha256(run.data.model_dump_json(), scenario.base),
-        "peers": scenario.peers.model_dump(mode="json", exclude={"round_steps", "own_text"}),
+        "text": text_sha256,
+        "peers": scenario.peers.model_dump(mode="json", exclude={"round_steps"}),
         "links": scenario.links.model_dump(mode="json"),
         "hangs": [hang.model_dump(mode="json") for hang in scenario.hangs],
+        "away": [away.model_dump(mode="json") for away in scenario.away],
+        "churn": scenario.churn.model_dump(mode="json"),
+        "hostile": scenario.hostile.model_dump(mode="json"),
         "curve_points": scenario.scenario.curve_points,
         "work": [scenario.scenario.work, scenario.scenario.rounds],
         "versions": [__version__, torch.__version__],
     }
-    if scenario.peers.own_text:
-        told["own_text"] = True
-    if scenario.away or scenario.churn.stays_s:
-        told["away"] = [
-            scenario.churn.model_dump(mode="json"),
-            *(each.model_dump(mode="json") for each in scenario.away),
-        ]
-    if scenario.hostile.percent:
-        told["hostile"] = scenario.hostile.model_dump(mode="json")
     return folder / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}.json"
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
+from swarmtrain.algorithm.pacing import round_inner_steps
 from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
 from swarmtrain.membership.partners import (
     Candidate,
@@ -82,7 +82,7 @@ class GossipPeer:
         self.coverage = Coverage(me=name, num_shards=s.num_shards) if s.num_shards else None
         self.shard = -1
         self._rng = random.Random(f"{swarm.seed} {name}")
-        self._now = _Round(swarm.clock.now, s.inner_steps)
+        self._now = _Round(math.inf, s.inner_steps)
         self._arrived: list[Publication] = []
         self._gradients: dict[str, float] = {}
         self._published: list[Publication] = []
@@ -132,6 +132,8 @@ class GossipPeer:
         self.frozen = False
         self._now.started_s += self.swarm.clock.now - self._frozen_at_s
         self.membership.resume(self.swarm.clock.now)
+        if self.name in self.swarm.board:
+            self._announce(self.swarm.clock.now)
         backlog, self._backlog = self._backlog, []
         for call, args in backlog:
             self.deliver(call, *args)
@@ -166,22 +168,22 @@ class GossipPeer:
         return self._steps_done_at(self._frozen_at_s if self.frozen else self.swarm.clock.now)
 
     def _steps_done_at(self, at_s: float) -> int:
-        return min(self._now.steps, math.floor((at_s - self._now.started_s) * self.steps_per_s + 1e-9))
+        return min(self._now.steps, math.floor(max(0.0, at_s - self._now.started_s) * self.steps_per_s + 1e-9))
 
     @property
-    def steps_published(self) -> int:
-        """Of the present round, as far as somebody has asked for them."""
-        newest = self._published[-1].mark if self._published else None
-        return newest.tokens // self.settings.tokens_per_step if newest and newest.round == self.round else 0
+    def steps_unpublished(self) -> int:
+        """Of the present round, those done since somebody asked for its publication last; none before it has begun."""
+        if not self._weights:
+            return 0
+        published = sum(newest.mark.tokens for newest in self._published[-1:] if newest.mark.round == self.round)
+        return self.steps_done - published // self.settings.tokens_per_step
 
     def _start_round(self) -> None:
         s, now = self.settings, self.swarm.clock.now
         if not self._sampled:  # else what was read for the pull will do
             self._look_around()
-        steps = s.inner_steps
-        if s.pacing:
-            reference = reference_speed([self.steps_per_s, *(one.steps_per_s for one in self._sampled)])
-            steps = paced_inner_steps(self.steps_per_s, reference, s.inner_steps)
+        others, limit_s = [one.steps_per_s for one in self._sampled], s.round_limit_s
+        steps = round_inner_steps(self.steps_per_s, others, s.inner_steps, paced=s.pacing, limit_s=limit_s)
         self._now = _Round(now, steps)
         self._weights = [*self._weights[-1:], Publication(self.name, Mark(self.round, 0, 0), self.theta, 0.0)]
         if self.coverage is not None:
@@ -494,13 +496,12 @@ class GossipSwarm(Network[GossipPeer]):
         """One that died is started again, from one of its last three checkpoints (-1 is the newest) if it has any."""
         old = self.peers[name]
         assert not old.alive, f"{name} has not died"
-        self.names.remove(name)
-        self._places = {one: place for place, one in enumerate(self.names)}
-        del self.peers[name]
-        new = self._add(name, old.steps_per_s, old.theta, old.link)
+        new = self.peers[name] = self._make(name, old.steps_per_s, old.theta, old.link)
         new.target = old.target
         if old.checkpoints:
-            new.deliver(new.resume, old.checkpoints[max(checkpoint, -len(old.checkpoints))])
+            chosen = max(checkpoint, -len(old.checkpoints)) % len(old.checkpoints)
+            new.checkpoints = old.checkpoints[: chosen + 1]
+            new.deliver(new.resume, new.checkpoints[-1])
         else:
             new.deliver(new.begin)
         return new

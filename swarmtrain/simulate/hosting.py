@@ -66,9 +66,7 @@ class HostedPeer(GossipPeer):
                 if swarm.peers[host].running:
                     self.choice.answered(host, swarm.peers[host].take_guest(self.name), now)
             if self.name in swarm.board:
-                known = swarm.board[self.name]
-                info = self._describe(dataclasses.replace(known.info, stamp=now))
-                swarm.board[self.name] = dataclasses.replace(known, info=info)
+                self._announce(now)
         else:
             self.choice.clear()
         swarm.clock.call_later(_LOOK_S, self.deliver, self._look)

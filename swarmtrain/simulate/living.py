@@ -13,6 +13,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
 from swarmtrain.algorithm.quantize import encoded_size_bytes
@@ -157,15 +158,19 @@ def _latency_s(links: LinksSection, size_bytes: int, rng: random.Random) -> floa
 def _gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
     some = machines.at_most(_MOST_GOSSIPING)
     steps = _steps(run, some.step_s)
-    swarm = _gossiping(run, links, max(steps), seed)
-    for number, step_s in enumerate(some.step_s):
-        swarm.found(f"v{number}", steps_per_s=1 / step_s)
+    swarm = _gossiping(run, links, seed)
     longest_s = max(number * one for number, one in zip(steps, some.step_s, strict=True))
+    draw = random.Random(f"begins {seed}")  # nobody's rounds begin together; the slow see others, and are paced
+    begins_s = sorted(draw.uniform(0.0, longest_s) for _ in some.step_s)
+    for begin_s, (number, step_s) in zip(begins_s, sorted(enumerate(some.step_s), key=lambda one: one[1]), strict=True):
+        swarm.at(begin_s, partial(swarm.found, f"v{number}", steps_per_s=1 / step_s))
     warm_s = _WARM_ROUNDS * longest_s
     end_s = warm_s + _ROUNDS * longest_s
-    _befall(swarm, some, end_s, seed)
+    _befall(swarm, some, longest_s, end_s, seed)
     swarm.run_until(end_s)
     kept = [record for record in swarm.rounds if record.started_s >= warm_s]
+    if not kept:
+        raise UserError(f"--churn: nobody ends a round of {longest_s:.0f} s; lower merge.inner_steps or raise --churn")
     by_peer: dict[str, list[RoundRecord]] = defaultdict(list)
     for record in kept:
         by_peer[record.peer.partition(".")[0]].append(record)
@@ -183,17 +188,18 @@ def _gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) ->
     )
 
 
-def _gossiping(run: RunFile, links: LinksSection, inner_steps: int, seed: int) -> GossipSwarm:
-    """A swarm of this run's, without anybody; `inner_steps` in a round of the fastest."""
+def _gossiping(run: RunFile, links: LinksSection, seed: int) -> GossipSwarm:
+    """A swarm of this run's, without anybody."""
     sizes, (up, down) = section_bytes(run), _rates(links)
     latency_s = _latency_s(links, sizes.both, random.Random(seed))
-    settings = replace(GossipSettings.of(run, sizes), inner_steps=inner_steps)
-    return GossipSwarm(settings, link=Link(latency_s=latency_s, bytes_per_s=up, down_bytes_per_s=down), seed=seed)
+    link = Link(latency_s=latency_s, bytes_per_s=up, down_bytes_per_s=down)
+    return GossipSwarm(GossipSettings.of(run, sizes), link=link, seed=seed)
 
 
-def _befall(swarm: GossipSwarm | World, machines: Machines, end_s: float, seed: int) -> None:
-    """Who is killed or leaves, and comes back as somebody new."""
-    rehearsal = RehearsalFile(churn=machines.churn, rehearsal=SeedSection(seed=seed))
+def _befall(swarm: GossipSwarm | World, machines: Machines, from_s: float, end_s: float, seed: int) -> None:
+    """Who is killed or leaves, and comes back as somebody new; all have come when it begins."""
+    churn = machines.churn.model_copy(update={"away_s": machines.churn.away_s + _AWAY_AGAIN_S})
+    rehearsal = RehearsalFile(churn=churn, rehearsal=SeedSection(seed=seed))
     names = {f"v{number}": f"v{number}" for number in range(machines.num)}
     returns = itertools.count(1)
 
@@ -204,9 +210,9 @@ def _befall(swarm: GossipSwarm | World, machines: Machines, end_s: float, seed: 
         names[name] = f"{name}.{next(returns)}"
         swarm.join(names[name], steps_per_s=1 / machines.step_s[int(name[1:])])
 
-    for one in itertools.takewhile(lambda one: one.at_s < end_s, mishaps(rehearsal, list(names))):
-        swarm.at(one.at_s, go, one.who[0], one.do == "leave")
-        swarm.at(one.at_s + one.for_s + _AWAY_AGAIN_S, come, one.who[0])
+    for one in itertools.takewhile(lambda one: from_s + one.at_s < end_s, mishaps(rehearsal, list(names))):
+        swarm.at(from_s + one.at_s, go, one.who[0], one.do == "leave")
+        swarm.at(from_s + one.at_s + one.for_s, come, one.who[0])
 
 
 def _some(some: Machines, machines: Machines) -> str:
@@ -265,7 +271,7 @@ def _on_rosters(run: RunFile, some: Machines, links: LinksSection, others: int, 
         world.join(f"v{number}", steps_per_s=merge.inner_steps / (one * step_s))
     longest_s = max(one * step_s for one, step_s in zip(steps, some.step_s, strict=True))
     end_s = 4 * _ROUNDS * (longest_s + settings.publication_bytes * 2 / link.bytes_per_s + merge.silence_s)
-    _befall(world, some, end_s, seed)
+    _befall(world, some, 0.0, end_s, seed)
     world.run_rounds(_WARM_ROUNDS + _ROUNDS, end_s)
     return _applied(world, end_s)
 
@@ -334,7 +340,8 @@ def _through_stages(run: RunFile, machines: Machines, links: LinksSection, seed:
         microbatch_tokens=tokens,
         batch_microbatches=run.batch_microbatches,
         in_flight=run.pipeline.in_flight,
-        latency_s=2 * _latency_s(links, 0, random.Random(seed)) + activation_wire_bytes(run) / min(up, down),
+        latency_s=2 * _latency_s(links, activation_wire_bytes(run), random.Random(seed))
+        + activation_wire_bytes(run) / min(up, down),
     )
     world = PipelineWorld(settings, seed=seed)
     for number, step_s in enumerate(machines.step_s):

@@ -24,6 +24,7 @@ class GossipSettings:
     partners: int = 3
     variant: str = "uniform"
     pacing: bool = True
+    round_limit_s: float = 1e9
     max_staleness_rounds: int = 8
     max_readers: int = 4
     sizes: SectionBytes = field(default_factory=lambda: SectionBytes(weights=1_000_000, gradient=1_000_000))
@@ -50,6 +51,7 @@ class GossipSettings:
             partners=merge.num_partners,
             variant=merge.partners,
             pacing=merge.pacing,
+            round_limit_s=merge.round_limit_s,
             max_staleness_rounds=merge.max_staleness_rounds,
             max_readers=network.max_readers,
             sizes=sizes,

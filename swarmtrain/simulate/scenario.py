@@ -42,6 +42,7 @@ _EXAMPLE = "examples/scenarios/heterogeneous.toml"
 GridPoint = tuple[tuple[str, Any], ...]
 """(key of the run file or of a section below `_OWN`, value), sorted."""
 
+_CHANGEABLE = ("scenario.rounds", "scenario.curve_points", "scenario.work")
 _OWN = ("scenario", "peers", "links", "hostile", "churn")
 """Sections of a scenario that its grid, a sweep and `[set]` can change as they change a run file's."""
 
@@ -253,6 +254,11 @@ class Scenario:
         """With what a person asks for instead. A `grid` goes in place of the file's, and all of it is compared; what
         `changes` say is not in the grid any more. `UserError` for what a run file cannot say."""
         own, changes = _apart(changes or {})
+        for key in {**own, **(grid or self.grid)}:
+            if key.startswith("scenario.") and key not in _CHANGEABLE:
+                raise UserError(
+                    f"{key}: write it into the file; of that section {', '.join(_CHANGEABLE)} can be changed"
+                )
         here = self.at(tuple(own.items()))
         told: dict[str, Any] = {"seeds": seeds or here.scenario.seeds, "methods": methods or here.scenario.methods}
         if grid:

@@ -87,7 +87,6 @@ class SystemsSwarm(GossipSwarm):
         self.bytes_down = self.tokens_lost = self.num_joins = 0
         self.there_s = self.waited_s = self.able_steps = 0.0
         self._since_s: dict[str, float] = {}
-        self._began_s: dict[str, float] = {}
 
     def round_over(self, record: RoundRecord) -> None:
         """Add it up."""
@@ -113,7 +112,7 @@ class SystemsSwarm(GossipSwarm):
     def _come(self, number: int, times: int, speed: float, theta: float, link: Link) -> None:
         name = f"{number:05d}.{times}"
         peer = self._add(name, speed, theta, link)
-        self._since_s[name] = self._began_s[name] = self.clock.now
+        self._since_s[name] = self.clock.now
         peer.deliver(peer.begin if times else peer._start_round)
         self.num_joins += times > 0
         if self.stays.stays_s:
@@ -125,7 +124,7 @@ class SystemsSwarm(GossipSwarm):
     def _go(self, peer: GossipPeer, number: int, times: int) -> None:
         self._count_time(peer)
         if self.chance.random() < self.stays.crash_share:
-            self.tokens_lost += self._unpublished_steps(peer) * self.settings.tokens_per_step
+            self.tokens_lost += peer.steps_unpublished * self.settings.tokens_per_step
             self.kill(peer.name)
         elif peer.running:
             self.leave(peer.name)
@@ -134,10 +133,6 @@ class SystemsSwarm(GossipSwarm):
         self.forget(peer.name)
         away_s = self.chance.expovariate(1.0 / self.stays.away_s)
         self.clock.call_later(away_s, self._come, number, times + 1, peer.steps_per_s, 0.0, peer.link)
-
-    def _unpublished_steps(self, peer: GossipPeer) -> int:
-        published = peer.steps_published
-        return max(0, peer.steps_done - published)
 
     def _hang(self, peer: GossipPeer) -> None:
         if peer.running:
@@ -189,7 +184,7 @@ class SystemsSwarm(GossipSwarm):
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Nothing here is garbage in circles, and looking for it in millions of objects takes a third of the time."""
+    """Hardly anything here is garbage in circles, and there are millions of objects to look through for it."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -98,7 +98,9 @@ class World(Network[Volunteer]):
         assert not old.alive, f"{name} has not died"
         peer = self._make(name, old.steps_per_s, old.link)
         if old.checkpoints:
-            peer.restore(old.checkpoints[max(checkpoint, -len(old.checkpoints))])
+            chosen = max(checkpoint, -len(old.checkpoints)) % len(old.checkpoints)
+            peer.checkpoints = old.checkpoints[: chosen + 1]
+            peer.restore(peer.checkpoints[-1])
         return self._begin(peer)
 
     def _make(self, name: str, steps_per_s: float, link: Link) -> Volunteer:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
+from swarmtrain.algorithm import pacing
 from swarmtrain.membership import balance, microbatches, partners, promises, rosters, tally
-from swarmtrain.simulate import gossip, transfers, volunteer
+from swarmtrain.simulate import transfers, volunteer
 from swarmtrain.simulate.search.schedule import WorldKind
 
 __all__ = ["BROKEN", "UNSEEN"]
@@ -44,12 +45,12 @@ def rounds_without_a_least(patch: Patch) -> None:
     def paced(own: float, reference: float, steps: int) -> int:
         return min(steps, math.floor(own / reference * steps))
 
-    patch.setattr(gossip, "paced_inner_steps", paced)
+    patch.setattr(pacing, "paced_inner_steps", paced)
 
 
 def fastest_paces_all(patch: Patch) -> None:
     """What one claims of its speed is the measure for everybody."""
-    patch.setattr(gossip, "reference_speed", max)
+    patch.setattr(pacing, "reference_speed", max)
 
 
 def last_count_is_taken(patch: Patch) -> None:

@@ -166,7 +166,8 @@ def test_each_thing_that_can_hurt_is_named() -> None:
     thin = {one.what: one for one in hurts(run, planned(run, 6, LinksSection(up_mbit=0.8, down_mbit=8)), machines(6))}
     assert thin["uplink shared by readers"].change == "network.max_readers = 3 (now 4)"
     stragglers = plan(a_run("inner_steps = 16"), machines(6, 1.0, (1, 1, 1, 1, 1, 60)), SLOW)
-    assert hurts(a_run("inner_steps = 16"), stragglers, machines(6))[0].what == "stragglers"
+    found = {one.what: one for one in hurts(a_run("inner_steps = 16"), stragglers, machines(6))}
+    assert found["stragglers"].strain > 1
 
 
 def test_big_models_hurt_by_memory_archives_and_late_joiners() -> None:

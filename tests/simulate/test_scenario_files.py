@@ -104,6 +104,14 @@ def test_what_no_run_file_can_say_is_said_before_the_work(
         plays_of(load_scenario(write_scenario(tmp_path, **sections)), {})
 
 
+@pytest.mark.parametrize("told", [{"changes": {"scenario.seeds": (1,)}}, {"grid": {"scenario.name": ("a", "b")}}])
+def test_of_a_scenario_itself_little_can_be_changed(tmp_path: Path, told: dict[str, Any]) -> None:
+    scenario = tiny(tmp_path)
+    assert scenario.with_changes(changes={"scenario.rounds": 7}).scenario.rounds == 7
+    with pytest.raises(UserError, match="write it into the file"):
+        scenario.with_changes(**told)
+
+
 def test_no_scenario(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be read .*heterogeneous\.toml"):
         load_scenario(tmp_path / "nowhere.toml")

@@ -87,7 +87,9 @@ class _Hostile(Peer):
 
     def noise(self, like: Tensor) -> Tensor:
         """Random numbers of the same norm in each tensor."""
-        generator = torch.Generator().manual_seed(1000 * self.round + self.start.part_after(self.done))
+        part = self.start.part_after(self.done)
+        seed = random.Random(f"{self.world.setting.run.run.seed} {self.number} {self.round} {part}").getrandbits(63)
+        generator = torch.Generator().manual_seed(seed)
         made = torch.randn(like.shape, generator=generator)
         for place in self.world.layout.slices:
             made[place] *= like[place].norm() / made[place].norm()

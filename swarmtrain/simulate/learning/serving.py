@@ -73,7 +73,7 @@ class _Worker:
         if self.is_over or served.tokens >= served.setting.total_tokens:
             return
         lasted_s = max(0.0, served.clock.now - self.began_s)
-        steps = int(min(self.steps, lasted_s / served.setting.step_s[self.number])) if lasted_s else 0
+        steps = int(min(self.steps, lasted_s / served.setting.step_s[self.number]))
         tokens = served.setting.run.tokens_per_step
         served.uncount(sum(self.on_the_way.values()))
         served.tokens_lost += steps * tokens

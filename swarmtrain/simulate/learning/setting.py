@@ -160,10 +160,6 @@ class Setting:
         """Whether that volunteer is not there now."""
         return any(each.is_on(number, now_s) for each in self.away)
 
-    def is_silent(self, number: int, now_s: float) -> bool:
-        """Whether that volunteer hangs, or is not there."""
-        return self.is_hanging(number, now_s) or self.is_away(number, now_s)
-
     def is_gone(self, number: int, now_s: float) -> bool:
         """Whether its presence has lapsed since it hangs."""
         lapsed_s = now_s - self.run.network.presence_ttl_s
