@@ -225,7 +225,9 @@ def peer_options(function: _F) -> _F:
         if values["background"] and not is_the_background():
             return _start_in_background(values)
         from swarmtrain.cli.stopping import stop_on_signals
+        from swarmtrain.peer.process import use_few_arenas
 
+        use_few_arenas()
         with stop_on_signals() as stop:
             given = {item.name: values.pop(item.name) for item in fields(PeerOptions) if item.name in values}
             options = PeerOptions(**given, stop=stop)
