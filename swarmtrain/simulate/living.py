@@ -97,6 +97,8 @@ class Lived:
     """Whose pseudo-gradients were merged in a round."""
     fresh_share: float
     """Of the rounds: those that merged one."""
+    activation_bytes: float = 0.0
+    """Of `down_bytes`, and as many of `up_bytes`: what passes between stages."""
 
 
 def lived(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
@@ -326,6 +328,7 @@ def _stages(run: RunFile, machines: Machines, links: LinksSection, seed: int) ->
         by=f"{_some(some, machines)} that pass microbatches through {stages} stages, and {merging.by}",
         down_bytes=merging.down_bytes + activations,
         up_bytes=merging.up_bytes + activations,
+        activation_bytes=activations,
     )
 
 
