@@ -130,7 +130,7 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
     rounds = f"{_number(found.rounds_per_hour)} an hour for each volunteer, {time(found.round_s)} each"
     if found.round_most_s > 1.05 * found.round_least_s:
         rounds += f" (the median; {time(found.round_least_s)} to {time(found.round_most_s)})"
-    merging = f"a round takes in the work of {found.partners_per_round:.1f} others"
+    merging = f"a round takes in the work of {found.partners_per_round:.3g} others"
     if run.merge.method == "gossip":
         merging += f"; {found.fresh_share:.0%} of the rounds take in somebody's"
     rows = {
@@ -139,8 +139,8 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
         "whole run": f"{time(found.run_s)} for {count(run.run.total_tokens)} tokens, {count(found.tokens_per_s)} a second",
         "stall": f"{found.stall_share:.2%} of a volunteer's time it does not train",
         "merging": merging,
-        "sent": _link_in_words(traffic.parts_up, found.up_share, found.up_bytes),
-        "received": _link_in_words(traffic.parts_down, found.down_share, found.down_bytes),
+        "sent": _link_in_words(traffic.parts_up, found.up_share, found.up_bytes, found.run_s),
+        "received": _link_in_words(traffic.parts_down, found.down_share, found.down_bytes, found.run_s),
         "bootstrap": f"{_mbit(traffic.bootstrap_up)} sent, {_mbit(traffic.bootstrap_down)} received",
         "memory": f"about {size(found.memory_bytes)} of each volunteer's, and {size(found.disk_bytes)} of its disk for checkpoints",
         "known by": found.by,
@@ -164,15 +164,16 @@ def _mbit(bytes_per_s: float) -> str:
     return f"{mbit:.2g} Mbit/s" if mbit < 10 else f"{mbit:,.0f} Mbit/s"
 
 
-def _link_in_words(parts: dict[str, float], share: float | None, whole: float) -> str:
-    """What a volunteer sends or receives, by what it is for, in bytes per second."""
+def _link_in_words(parts: dict[str, float], share: float | None, whole: float, run_s: float) -> str:
+    """What a volunteer sends or receives: `parts` by what it is for, in bytes per second, and in the whole run."""
     from swarmtrain.words import size_in_words as size
 
     rate = sum(parts.values())
     of = "" if share is None else f", {share:.1%} of the link"
     told = [f"{name} {part / rate:.0%}" for name, part in parts.items() if part >= 0.005 * rate > 0]
-    by = f": {', '.join(told)}" if told else ""
-    return f"{size(86_400 * rate)} a day by each volunteer ({_mbit(rate)}{of}), {size(whole)} in the whole run{by}"
+    by = f"; {', '.join(told)}" if told else ""
+    day = f"{size(86_400 * rate)} a day, " if run_s >= 86_400 else ""
+    return f"{_mbit(rate)} by each volunteer{of}: {day}{size(whole)} in the whole run{by}"
 
 
 def _links_in_words(links: LinksSection) -> str:
@@ -207,4 +208,4 @@ def _worst(found: tuple[Hurt, ...]) -> list[str]:
     lines = []
     for number, one in enumerate(felt[:_TOLD]):
         lines += [f"  {'then' if number else 'hurts first'}: {one.what}: {one.why}", f"    change {one.change}"]
-    return lines
+    return [*lines, "  after one change, plan again: it may be something else that hurts then"]

@@ -94,7 +94,9 @@ def _to(run: RunFile, key: str, value: bool | float | str) -> str:
 def _toml(value: bool | float | str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else f"{value:d}" if isinstance(value, int) else f"{value:g}"
+    if isinstance(value, str):
+        return f'"{value}"'
+    return f"{value:_d}" if isinstance(value, int) and value >= 10_000 else f"{value:g}"
 
 
 def _by_gossip(run: RunFile) -> str:
@@ -329,13 +331,14 @@ def _rounds(run: RunFile, found: Plan) -> Hurt | None:
     strain = _FEWEST_ROUNDS / found.num_rounds
     times = strain / FELT
     tokens = min(_MOST_TOKENS, _round_up(max(run.run.total_tokens * times, run.run.total_tokens + 1)))
+    number = f"{found.num_rounds:.1f}" if found.num_rounds < 10 else f"{found.num_rounds:,.0f}"
     changes, steps = [_to(run, "run.total_tokens", tokens)], int(found.full_steps / max(times, 1))
     if times <= _MOST_FEWER_STEPS and 1 <= steps < run.merge.inner_steps:
         changes.insert(0, _to(run, "merge.inner_steps", steps))
     return Hurt(
         what="number of rounds",
         strain=strain,
-        why=f"a volunteer takes {found.num_rounds:.0f} in the whole run of {found.num_peers}: they average each other's "
+        why=f"a volunteer takes {number} rounds in the whole run of {found.num_peers} volunteers: they average each other's "
         f"work only so often, and who joins late comes when it is nearly over",
         change=" or ".join(changes),
     )

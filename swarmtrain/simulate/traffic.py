@@ -41,7 +41,7 @@ _READ_OF_KNOWN = ((ALL_EVERY - 1) * FEW + REPLICAS) / ALL_EVERY
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """The mean over the volunteers, in bytes per second, but for what comes once in a run, in bytes."""
+    """The mean over the volunteers, or the bootstrap's, in bytes per second; what comes once in a run, in bytes."""
 
     merging_up: float
     merging_down: float
