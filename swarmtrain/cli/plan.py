@@ -142,7 +142,7 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
         "sent": _link_in_words(traffic.parts_up, found.up_share, found.up_bytes, found.run_s),
         "received": _link_in_words(traffic.parts_down, found.down_share, found.down_bytes, found.run_s),
         "bootstrap": f"{_mbit(traffic.bootstrap_up)} sent, {_mbit(traffic.bootstrap_down)} received",
-        "memory": f"about {size(found.memory_bytes)} of each volunteer's, and {size(found.disk_bytes)} of its disk for checkpoints",
+        "memory": f"about {size(found.memory_bytes)} of each volunteer's, and {size(found.disk_bytes)} of its disk",
         "known by": found.by,
     }
     if run.merge.method == "server":

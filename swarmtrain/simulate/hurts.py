@@ -231,9 +231,9 @@ def _archive(run: RunFile, found: Plan) -> Hurt | None:
     return Hurt(
         what="archive",
         strain=strain,
-        why=f"every {_time(every_s)} the bootstrap takes one volunteer's weights and momentum, {size(found.state_bytes)}, "
-        f"for {_time(takes_s)} at {_mbit(rate)}, and others' weights: {_percent(share)} of each uplink in the mean, "
-        f"{_mbit(found.num_peers * found.traffic.archive)} at the bootstrap",
+        why=f"every {_time(every_s)} the bootstrap takes one volunteer's weights and momentum, "
+        f"{size(found.state_bytes)} for {_time(takes_s)} at {_mbit(rate)}, and others' weights: {_percent(share)} of "
+        f"each uplink in the mean, {_mbit(found.num_peers * found.traffic.archive)} at the bootstrap",
         change=_archived_less_often(run, strain),
     )
 
@@ -275,8 +275,8 @@ def _joining(run: RunFile, found: Plan) -> Hurt | None:
         what="late joiners",
         strain=behind / limit,
         why=f"who comes late takes {size(found.state_bytes)} of weights and momentum, for {_time(takes_s)} at "
-        f"{_mbit(rate)}: the others are {behind:.1f} rounds further by then, and who is more than {limit} behind has to "
-        f"take their weights again",
+        f"{_mbit(rate)}: the others are {behind:.1f} rounds further by then, and who is more than {limit} behind "
+        f"has to take their weights again",
         change=_longer_rounds(run, found, behind / limit),
     )
 
@@ -299,7 +299,9 @@ def _read_less_often(run: RunFile, found: Plan, enough: float) -> str:
     """The shortest lifetime of a presence with which records are fewer bytes a second than that; if none does, the one
     from which on a longer one is no help."""
     now_s, nodes = run.network.presence_ttl_s, found.num_peers + 1
-    lifetimes_s = [ttl_s for ttl_s in (_round_up(now_s * 1.25**power) for power in range(1, 25)) if ttl_s <= _MOST_TTL_S]
+    lifetimes_s = [
+        ttl_s for ttl_s in (_round_up(now_s * 1.25**power) for power in range(1, 25)) if ttl_s <= _MOST_TTL_S
+    ]
     costs = [dht_bytes_per_s(nodes, ttl_s) for ttl_s in lifetimes_s]
     if not costs or min(costs) > 0.95 * dht_bytes_per_s(nodes, now_s):
         return "fewer volunteers in one run or volunteers with better links; a longer network.presence_ttl_s is no help"
@@ -316,9 +318,11 @@ def _server(run: RunFile, found: Plan) -> Hurt | None:
     return Hurt(
         what="the server's uplink",
         strain=share / LINK_SHARE,
-        why=f"{found.num_peers} take the bootstrap's weights in each round: {_mbit(found.traffic.bootstrap_up)}, and a link "
-        f"such as theirs carries {_mbit(rate)}",
-        change=f"{_by_gossip(run)} or {_longer_rounds(run, found, share / LINK_SHARE)} or a bootstrap with a better link",
+        why=f"{found.num_peers} take the bootstrap's weights in each round: {_mbit(found.traffic.bootstrap_up)}, and a "
+        f"link such as theirs carries {_mbit(rate)}",
+        change=" or ".join(
+            (_by_gossip(run), _longer_rounds(run, found, share / LINK_SHARE), "a bootstrap with a better link")
+        ),
     )
 
 
@@ -338,8 +342,8 @@ def _rounds(run: RunFile, found: Plan) -> Hurt | None:
     return Hurt(
         what="number of rounds",
         strain=strain,
-        why=f"a volunteer takes {number} rounds in the whole run of {found.num_peers} volunteers: they average each other's "
-        f"work only so often, and who joins late comes when it is nearly over",
+        why=f"a volunteer takes {number} rounds in the whole run of {found.num_peers} volunteers: they average each "
+        f"other's work only so often, and who joins late comes when it is nearly over",
         change=" or ".join(changes),
     )
 
@@ -369,19 +373,13 @@ def _freshness(run: RunFile, found: Plan) -> Hurt | None:
     if found.num_peers < 2 or run.merge.method == "server":
         return None
     if run.merge.method == "diloco":
-        what, why = "short rosters", (
-            f"{missed:.0%} of the volunteers' rounds are averaged with nobody's, and lost: what they publish does not arrive "
-            f"in time"
-        )
-        silence_s = _to(run, "merge.silence_s", _round_up(4 * run.merge.silence_s))
-        change = f"{_by_gossip(run)} or {silence_s}"
+        what, why = "short rosters", "of the volunteers' rounds are lost: what they publish does not arrive in time"
+        change = f"{_by_gossip(run)} or {_to(run, 'merge.silence_s', _round_up(4 * run.merge.silence_s))}"
     else:
-        what, why = "freshness", (
-            f"{missed:.0%} of the rounds merge nobody's new work: rounds of {_time(found.round_s)} are short for what is "
-            f"to be pulled in them"
-        )
+        what, why = "freshness", "of the rounds merge nobody's new work: too short for what is to be pulled in them"
         rate = min((one for one in (found.link_up_bytes_per_s, found.link_down_bytes_per_s) if one), default=math.inf)
         change = _longer_rounds(run, found, max(2.0, found.publication_bytes / rate / found.round_s / LINK_SHARE))
+    why = f"{missed:.0%} {why}; a round lasts {_time(found.round_s)}"
     return Hurt(what=what, strain=missed / (1 - _LEAST_FRESH), why=why, change=change)
 
 
@@ -432,7 +430,10 @@ def _fewer_sequences(run: RunFile) -> str:
         changes.append(f"inner.microbatch_sequences = {fewer} (now {run.microbatch_sequences})")
     if evaluated > fewer:
         changes.append(_to(run, "evaluation.batch_sequences", 4 * fewer))
-    return " and ".join(changes) or f"{_to(run, 'model.context_tokens', max(2, run.model.context_tokens // 2))} or a smaller model"
+    return (
+        " and ".join(changes)
+        or f"{_to(run, 'model.context_tokens', max(2, run.model.context_tokens // 2))} or a smaller model"
+    )
 
 
 def _fewer_parameters(run: RunFile, found: Plan) -> str:
