@@ -25,7 +25,9 @@ from swarmtrain.errors import BadBytesError, RunFileError
 from swarmtrain.problems import Section, one_line, problem_in_words, read_toml
 
 __all__ = [
+    "CHUNK_BYTES",
     "MAX_RUN_FILE_BYTES",
+    "METHODS_OF_KEYS",
     "DataSection",
     "EvaluationSection",
     "InnerSection",
@@ -47,7 +49,8 @@ MAX_RUN_FILE_BYTES = 65_536
 _MOST_STEP_BATCHES = 4
 """Batches in one step of a stage: two, and what was under way when they were full."""
 EXAMPLE = "examples/stdlib-gpt.toml"
-_CHUNK_BYTES = 256 * 1024
+CHUNK_BYTES = 256 * 1024
+"""A piece of a transfer. The fastest message size measured over hivemind's streams."""
 
 
 class RunSection(Section):
@@ -159,7 +162,7 @@ _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"diloco": {"outer_momentum": 0.9,
 _DILOCO = ("diloco",)
 _GOSSIP = ("gossip",)
 _SERVER = ("server",)
-_METHODS_OF_KEYS: dict[str, tuple[str, ...]] = {
+METHODS_OF_KEYS: dict[str, tuple[str, ...]] = {
     "buffer_arrivals": _SERVER,
     "gradient_format": _GOSSIP + _SERVER,
     "init": _GOSSIP,
@@ -172,6 +175,8 @@ _METHODS_OF_KEYS: dict[str, tuple[str, ...]] = {
     "share_above": _DILOCO,
     "theta_format": _GOSSIP + _SERVER,
 }
+"""Keys of `[merge]` that not every method has: which do. With another method they are left out."""
+
 _Format = Literal["fp32", "bf16", "int8", "int4"]
 _GradientFormat = Literal["fp32", "bf16", "int8", "int4", "int2"]
 
@@ -209,7 +214,7 @@ class MergeSection(Section):
 
     @model_validator(mode="after")
     def _fits_method(self) -> MergeSection:
-        for key, methods in _METHODS_OF_KEYS.items():
+        for key, methods in METHODS_OF_KEYS.items():
             if self.method not in methods and getattr(self, key) != type(self).model_fields[key].default:
                 allowed = " or ".join(f'"{method}"' for method in methods)
                 raise ValueError(
@@ -273,7 +278,7 @@ class NetworkSection(Section):
     @property
     def least_bytes_per_s(self) -> float:
         """A transfer that is slower than this is given up: on the whole, or because a chunk takes too long."""
-        return max(self.min_pull_bytes_per_s, _CHUNK_BYTES / self.stall_limit_s)
+        return max(self.min_pull_bytes_per_s, CHUNK_BYTES / self.stall_limit_s)
 
     @property
     def least_mbit(self) -> float:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from swarmtrain.rehearsal import LinksSection
     from swarmtrain.run import RunFile
     from swarmtrain.simulate.hurts import Hurt
-    from swarmtrain.simulate.planning import Machines, Plan
+    from swarmtrain.simulate.planning import Plan
 
 __all__ = ["command", "report"]
 
@@ -87,12 +87,12 @@ def command(
     machines = Machines(step_s=tuple(step_s * factor for factor in factors), churn=ChurnSection(every_s=churn or 0.0))
     links = LinksSection(**said)
     found = plan(run, machines, links, seed)
-    worst = hurts(run, found, machines)
+    worst = hurts(run, found)
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(found), **_derived(found)}
         click.echo(json.dumps({**table, "hurts": [dataclasses.asdict(one) for one in worst]}, allow_nan=False))
         return
-    for line in (*report(run, found, machines, links), *_shared_here(slowdowns, peers, measured), *_worst(worst)):
+    for line in (*report(run, found, links), *_shared_here(slowdowns, peers, measured), *_worst(worst)):
         click.echo(line)
 
 
@@ -119,32 +119,30 @@ def _derived(found: Plan) -> dict[str, Any]:
     }
 
 
-def report(run: RunFile, found: Plan, machines: Machines, links: LinksSection) -> list[str]:
+def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
     """The lines a person reads, but for what hurts."""
     from swarmtrain.words import count_in_words as count
     from swarmtrain.words import size_in_words as size
     from swarmtrain.words import time_in_words as time
 
-    traffic, unequal = found.traffic, max(machines.step_s) > min(machines.step_s)
-    speeds = f" of the median, {_step(min(machines.step_s))} to {_step(max(machines.step_s))}" if unequal else ""
-    rounds = f"{_number(found.rounds_per_hour)} an hour and volunteer, {time(found.round_s)} each"
+    traffic, unequal = found.traffic, found.step_most_s > found.step_least_s
+    speeds = f" (the median; {_step(found.step_least_s)} to {_step(found.step_most_s)})" if unequal else ""
+    rounds = f"{_number(found.rounds_per_hour)} an hour for each volunteer, {time(found.round_s)} each"
     if found.round_most_s > 1.05 * found.round_least_s:
         rounds += f" (the median; {time(found.round_least_s)} to {time(found.round_most_s)})"
-    merging = f"{found.partners_per_round:.1f} others' work a round"
+    merging = f"a round takes in the work of {found.partners_per_round:.3g} others"
     if run.merge.method == "gossip":
-        merging += f"; {found.fresh_share:.0%} of the rounds merge somebody's"
+        merging += f"; {found.fresh_share:.0%} of the rounds take in somebody's"
     rows = {
         "inner step": f"{_step(found.step_s)}{speeds}",
         "rounds": f"{rounds}; {_number(found.num_rounds)} in the whole run",
         "whole run": f"{time(found.run_s)} for {count(run.run.total_tokens)} tokens, {count(found.tokens_per_s)} a second",
-        "stall": f"{found.stall_share:.2%} of a volunteer's time",
+        "stall": f"{found.stall_share:.2%} of a volunteer's time it does not train",
         "merging": merging,
-        "sent": _link_in_words(found.up_bytes_per_day, traffic.up, found.up_share, found.up_bytes),
-        "received": _link_in_words(found.down_bytes_per_day, traffic.down, found.down_share, found.down_bytes),
-        "of which": f"{size(found.payload_down_bytes)} of payload a round, {size(traffic.records)} a second of records; "
-        f"states for the archive and for those who come {size(traffic.states_up)} a second sent",
+        "sent": _link_in_words(traffic.parts_up, found.up_share, found.up_bytes, found.run_s),
+        "received": _link_in_words(traffic.parts_down, found.down_share, found.down_bytes, found.run_s),
         "bootstrap": f"{_mbit(traffic.bootstrap_up)} sent, {_mbit(traffic.bootstrap_down)} received",
-        "memory": f"about {size(found.memory_bytes)} of each, disk {size(found.disk_bytes)} for checkpoints",
+        "memory": f"about {size(found.memory_bytes)} of each volunteer's, and {size(found.disk_bytes)} of its disk",
         "known by": found.by,
     }
     if run.merge.method == "server":
@@ -166,11 +164,16 @@ def _mbit(bytes_per_s: float) -> str:
     return f"{mbit:.2g} Mbit/s" if mbit < 10 else f"{mbit:,.0f} Mbit/s"
 
 
-def _link_in_words(a_day: float, bytes_per_s: float, share: float | None, whole: float) -> str:
+def _link_in_words(parts: dict[str, float], share: float | None, whole: float, run_s: float) -> str:
+    """What a volunteer sends or receives: `parts` by what it is for, in bytes per second, and in the whole run."""
     from swarmtrain.words import size_in_words as size
 
+    rate = sum(parts.values())
     of = "" if share is None else f", {share:.1%} of the link"
-    return f"{size(a_day)} a day and volunteer ({_mbit(bytes_per_s)}{of}), {size(whole)} in the whole run"
+    told = [f"{name} {part / rate:.0%}" for name, part in parts.items() if part >= 0.005 * rate > 0]
+    by = f"; {', '.join(told)}" if told else ""
+    day = f"{size(86_400 * rate)} a day, " if run_s >= 86_400 else ""
+    return f"{_mbit(rate)} by each volunteer{of}: {day}{size(whole)} in the whole run{by}"
 
 
 def _links_in_words(links: LinksSection) -> str:
@@ -205,4 +208,4 @@ def _worst(found: tuple[Hurt, ...]) -> list[str]:
     lines = []
     for number, one in enumerate(felt[:_TOLD]):
         lines += [f"  {'then' if number else 'hurts first'}: {one.what}: {one.why}", f"    change {one.change}"]
-    return lines
+    return [*lines, "  after one change, plan again: it may be something else that hurts then"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 __all__ = [
+    "LINK_SHARE",
     "SECTIONS",
     "PullPlan",
     "PullTimes",
@@ -27,7 +28,7 @@ Section: TypeAlias = Literal["weights", "gradient"]
 
 SECTIONS: tuple[Section, ...] = ("weights", "gradient")
 
-_LINK_SHARE = 0.65
+LINK_SHARE = 0.65
 """So much of a round may be spent on pulling."""
 _SLACK = 1.5
 """A pull begins so many times as long before the round's end as it is expected to take."""
@@ -95,7 +96,7 @@ def plan_pulls(
         half_s = max(started_s, (started_s + ends_s) / 2)
         reason = "half of the round: how long a transfer takes is not known yet"
         return PullPlan((half_s,) * wanted, (half_s,) * wanted, reason)
-    carried = rate * _LINK_SHARE * (ends_s - started_s)
+    carried = rate * LINK_SHARE * (ends_s - started_s)
     gradients = max(1, int(min(wanted, (carried - sizes.weights) / max(sizes.gradient, 1))))
     weights = max(1, int(min(gradients, (carried - gradients * sizes.gradient) / max(sizes.weights, 1))))
     left_bytes = [gradients * sizes.gradient + left * sizes.weights for left in range(weights, 0, -1)]

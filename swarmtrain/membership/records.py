@@ -12,7 +12,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
 
-__all__ = ["BUCKET_LIMIT", "MAX_DEPTH", "bucket_of", "buckets_to_read", "choose_bucket", "peer_bits", "read_every_s"]
+__all__ = [
+    "ALL_EVERY",
+    "ASKED",
+    "BUCKET_LIMIT",
+    "COUNTED_AT_ONCE",
+    "COUNT_EVERY_S",
+    "FEW",
+    "MAX_DEPTH",
+    "MAX_READ_BUCKETS",
+    "MOST_COUNT_EVERY_S",
+    "READ_EVERY_S",
+    "REPLICAS",
+    "bucket_of",
+    "buckets_to_read",
+    "choose_bucket",
+    "peer_bits",
+    "read_every_s",
+]
 
 BUCKET_LIMIT = 64
 """A bucket with this many records is full: newcomers go one bit deeper."""
@@ -20,7 +37,21 @@ BUCKET_LIMIT = 64
 MAX_DEPTH = 24
 """Prefixes are never longer than this many bits; 2^24 buckets are enough for a billion peers."""
 
-
+REPLICAS = 5
+"""Nodes that keep a record."""
+ASKED = REPLICAS + 3
+"""A search ends when so many nearest nodes have answered: some have just come, and have nothing yet. With fewer nodes
+everybody is one of the nearest."""
+FEW, ALL_EVERY = 2, 4
+"""So many of those that keep a bucket are read, and all of them every so many times, where it is known who they are."""
+READ_EVERY_S = 3.0
+"""Presence, in a small swarm."""
+COUNT_EVERY_S, MOST_COUNT_EVERY_S = 5.0, 15.0
+"""Progress, in a small swarm and in a large one."""
+MAX_READ_BUCKETS = 64
+"""Of presence: a whole depth of buckets or none of it."""
+COUNTED_AT_ONCE = 4
+"""Buckets of progress that are read each time."""
 _A_RECORD_S = 0.6
 
 

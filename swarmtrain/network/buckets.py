@@ -1,7 +1,7 @@
 """The buckets of the DHT: storing a record and reading those of others, for as few bytes as that can cost.
 
 hivemind's own `store` and `get` ask the twenty nodes that are nearest to a key, each time, and whoever has a bucket
-sends all of it: with 25 peers that was twice what their training moved. Here a record is kept by the `_REPLICAS`
+sends all of it: with 25 peers that was twice what their training moved. Here a record is kept by the `REPLICAS`
 nearest, a search ends a few nodes behind those, and who they are is known for two minutes: records go there, and are
 read there.
 """
@@ -18,19 +18,14 @@ from typing import Any
 
 import msgpack
 
+from swarmtrain.membership.records import ALL_EVERY, ASKED, FEW, REPLICAS
 from swarmtrain.network.daemon import hivemind_module
 from swarmtrain.network.records import RecordRules, unsigned_untrusted
 
 __all__ = ["Buckets"]
 
 _log = logging.getLogger(__name__)
-_REPLICAS = 5
-"""Nodes that keep a record."""
-_ASKED = _REPLICAS + 3
-"""A search ends when so many nearest nodes have answered: some have just come, and have nothing yet."""
 _WORKERS = 4
-_FEW, _ALL_EVERY = 2, 4
-"""So many of those that keep a bucket are read, and all of them every so many times."""
 _KNOWN_FOR_S, _DOUBTED_FOR_S = 120.0, 30.0
 """For how long the nodes nearest to a key are known; and if one of them did not answer."""
 
@@ -64,7 +59,7 @@ class Buckets:
         signed = self.rules.sign(key_id.to_bytes(), packed_key, packed, expiry_s)
         nearest = await self._nearest_to(key, key_id)
         answers: list[bool] = []
-        asked, left = nearest.nodes[:_REPLICAS], nearest.nodes[_REPLICAS:]
+        asked, left = nearest.nodes[:REPLICAS], nearest.nodes[REPLICAS:]
         while asked:
             stores = (self._store_at(node, peer, key_id, subkey, signed, expiry_s) for node, peer in asked)
             came = [answer for answer in await asyncio.gather(*stores) if answer is not None]
@@ -91,13 +86,13 @@ class Buckets:
     async def _nearest_to(self, key: str, key_id: Any) -> _Nearest:
         if (known := self._known(key, key_id)) is not None:
             return known
-        found = await self.dht.find_nearest_nodes([key_id], k_nearest=_ASKED, beam_size=_ASKED, num_workers=_WORKERS)
+        found = await self.dht.find_nearest_nodes([key_id], k_nearest=ASKED, beam_size=ASKED, num_workers=_WORKERS)
         peers: dict[Any, Any] = {}
         for node, peer in found[key_id].items():
             peers.setdefault(peer, self.dht.node_id if peer == self.dht.peer_id else node)
         nodes = [(node, peer) for peer, node in peers.items()]
         nearest = _Nearest(nodes, frozenset(found[key_id]), self.clock() + _KNOWN_FOR_S)
-        if len(nodes) == _ASKED:  # else everybody is one of the nearest, whoever comes too
+        if len(nodes) == ASKED:  # else everybody is one of the nearest, whoever comes too
             self._nearest[key] = nearest
         else:
             self._nearest.pop(key, None)
@@ -111,8 +106,8 @@ class Buckets:
 
     def _has_nearer(self, known: _Nearest, key_id: Any) -> bool:
         """Whether a node has come that is nearer to the key than one of those that keep it. Costs no call."""
-        farthest = key_id.xor_distance(known.nodes[_REPLICAS - 1][0])
-        near = self.dht.protocol.routing_table.get_nearest_neighbors(key_id, _REPLICAS, exclude=self.dht.node_id)
+        farthest = key_id.xor_distance(known.nodes[REPLICAS - 1][0])
+        near = self.dht.protocol.routing_table.get_nearest_neighbors(key_id, REPLICAS, exclude=self.dht.node_id)
         return any(node not in known.seen and key_id.xor_distance(node) < farthest for node, _ in near)
 
     async def read(self, key: str) -> dict[str, tuple[bytes, float]]:
@@ -122,10 +117,10 @@ class Buckets:
         nearest = self._known(key, key_id)  # where this peer stores its own
         if nearest is None:
             return await self._search(key)
-        keepers, nearest.num_reads = nearest.nodes[:_REPLICAS], nearest.num_reads + 1
-        few = nearest.num_reads % _ALL_EVERY != 1
+        keepers, nearest.num_reads = nearest.nodes[:REPLICAS], nearest.num_reads + 1
+        few = nearest.num_reads % ALL_EVERY != 1
         found = await asyncio.gather(
-            *(self._kept_at(*one, key_id) for one in (self.rng.sample(keepers, _FEW) if few else keepers))
+            *(self._kept_at(*one, key_id) for one in (self.rng.sample(keepers, FEW) if few else keepers))
         )
         if None in found:
             nearest.until_s = min(nearest.until_s, self.clock() + _DOUBTED_FOR_S)
@@ -139,7 +134,7 @@ class Buckets:
 
     async def _search(self, key: str) -> dict[str, tuple[bytes, float]]:
         """As hivemind does."""
-        found = await self.dht.get(key, latest=True, beam_size=_ASKED)
+        found = await self.dht.get(key, latest=True, beam_size=ASKED)
         if found is None or not isinstance(found.value, dict):
             return {}
         return {

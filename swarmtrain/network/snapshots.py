@@ -23,6 +23,7 @@ from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.replies import ChunkReply, Reply
 from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
 from swarmtrain.network.throttle import Throttle, num_at_once
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
@@ -42,9 +43,6 @@ __all__ = [
     "pull_chunks",
     "pull_manifest",
 ]
-
-CHUNK_BYTES = 256 * 1024
-"""The fastest message size measured over hivemind's streams."""
 
 _CHUNKS_A_PULL = 256
 """Chunks asked for in one stream: 64 MiB."""

@@ -27,7 +27,14 @@ from swarmtrain.events import (
 )
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.records import buckets_to_read, read_every_s
+from swarmtrain.membership.records import (
+    COUNT_EVERY_S,
+    MAX_READ_BUCKETS,
+    MOST_COUNT_EVERY_S,
+    READ_EVERY_S,
+    buckets_to_read,
+    read_every_s,
+)
 from swarmtrain.membership.tally import NamedOnce
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, rows_of
@@ -61,8 +68,6 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["FoundRun", "PublishedRun", "Swarm", "fetch_published", "find_run", "state_specs"]
 
 _log = logging.getLogger(__name__)
-_READ_EVERY_S = 3.0
-_COUNT_EVERY_S, _MOST_COUNT_EVERY_S = 5.0, 15.0
 _MAX_INVITED = 4
 _STATE_WAIT_S = 3.0
 _MAX_ADDRESSES = 4
@@ -74,7 +79,6 @@ _GREETING_S = 3.0
 _MAX_OWN_ADDRESSES = 8
 _HEARTBEAT_S = 0.25
 _MAX_STAMP_SKEW_S = 120.0
-_MAX_READ_BUCKETS = 64
 _MAX_MEETINGS = 16
 _REFUSED_AGAIN_S = 60.0
 _MEET_AGAIN_S = 5.0
@@ -302,11 +306,11 @@ class Swarm:
 
     async def _keep_reading(self) -> None:
         for look in itertools.count(1):
-            await asyncio.sleep(_READ_EVERY_S)
+            await asyncio.sleep(READ_EVERY_S)
             if look % _REDIAL_EVERY == 0:
                 await self._redial()
             most_s = self.published.run.network.presence_ttl_s / 3
-            if look % round(read_every_s(len(self.membership.live()), _READ_EVERY_S, most_s) / _READ_EVERY_S) == 0:
+            if look % round(read_every_s(len(self.membership.live()), READ_EVERY_S, most_s) / READ_EVERY_S) == 0:
                 await self.read_presences()
             self._expire()
             for peer in self.membership.forget(swarm_time() - _FORGET_AFTER_S):
@@ -323,7 +327,7 @@ class Swarm:
     async def _keep_counting(self) -> None:
         while True:
             await self.tallying.read_some()
-            await asyncio.sleep(read_every_s(len(self.membership.live()), _COUNT_EVERY_S, _MOST_COUNT_EVERY_S))
+            await asyncio.sleep(read_every_s(len(self.membership.live()), COUNT_EVERY_S, MOST_COUNT_EVERY_S))
 
     async def count_once_more(self) -> None:
         """At the end: tell what is counted here, and count what others have told by now."""
@@ -392,7 +396,7 @@ class Swarm:
         """Read the presence buckets, the root first, then what lies below full ones."""
         sizes: dict[str, int] = {}
         while wanted := list(buckets_to_read(sizes)):
-            if len(sizes) + len(wanted) > _MAX_READ_BUCKETS:
+            if len(sizes) + len(wanted) > MAX_READ_BUCKETS:
                 break
             for prefix in wanted:
                 records = await self._read_bucket(PRESENCE, prefix)

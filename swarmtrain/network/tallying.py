@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.records import bucket_of, buckets_to_read
+from swarmtrain.membership.records import COUNTED_AT_ONCE, bucket_of, buckets_to_read
 from swarmtrain.membership.tally import CountingRules, NamedOnce, Tally
 from swarmtrain.network.records import PROGRESS, progress_from_proto_untrusted
 from swarmtrain.run import RunFile
@@ -23,7 +23,6 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Tallying", "counting_rules"]
 
-_BUCKETS_AT_ONCE = 4
 _MAX_BUCKETS_A_PASS = 1024
 _BURST_ROUNDS = 2
 
@@ -60,7 +59,7 @@ class Tallying:
         if not wanted or len(self._sizes) >= _MAX_BUCKETS_A_PASS:
             self._sizes.clear()
             wanted = list(buckets_to_read(self._sizes))
-        for prefix in wanted[:_BUCKETS_AT_ONCE]:
+        for prefix in wanted[:COUNTED_AT_ONCE]:
             self._sizes[prefix] = await self._read_bucket(prefix)
 
     async def read_all(self) -> None:

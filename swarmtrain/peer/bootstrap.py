@@ -52,6 +52,7 @@ from swarmtrain.peer.common import (
     use_threads,
     wait_for,
 )
+from swarmtrain.peer.consensus import ARCHIVED
 from swarmtrain.peer.controlled import controlled
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.gossip_exchange import hosting_of
@@ -69,7 +70,6 @@ __all__ = ["publish_run", "run_bootstrap"]
 _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _LINGER_S = 60.0
-_SAMPLE = 16
 _LAST_SAMPLE = 4
 _LAST_ROUND_S = 20.0
 """With each peer at its own pace: how long those who have not ended their last round are waited for."""
@@ -321,7 +321,7 @@ class _Bootstrap(BootstrapPeer):
         if self.server is not None:
             return self._of_server(self.server) if self.server.arrivals else None
         volunteers = sorted(swarm.membership.volunteers(), key=lambda info: -info.run_tokens)
-        pulling = self._pull_from_the_quick(swarm, [info.peer for info in volunteers[:_SAMPLE]])
+        pulling = self._pull_from_the_quick(swarm, [info.peer for info in volunteers[:ARCHIVED]])
         new = wait_for(self.network.submit(pulling), self.stop)
         return None if new is None else self._kept(new)
 
@@ -341,7 +341,7 @@ class _Bootstrap(BootstrapPeer):
     def _archive(self, swarm: Swarm, last: bool = False) -> bool:
         """Pull the newest state, write it down, and offer it to joiners; False if nobody delivered."""
         volunteers = [info.peer for info in swarm.membership.volunteers()]
-        sample = random.sample(volunteers, min(_SAMPLE, len(volunteers)))
+        sample = random.sample(volunteers, min(ARCHIVED, len(volunteers)))
         above_tokens = (
             0 if last and swarm.asynchronous else self.progress.run_tokens
         )  # the last weights, newly counted or not

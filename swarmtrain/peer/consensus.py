@@ -20,6 +20,7 @@ from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.snapshots import TensorSpec
 
 __all__ = [
+    "ARCHIVED",
     "SAMPLE",
     "consensus_of",
     "counts_in_untrusted",
@@ -30,6 +31,8 @@ __all__ = [
     "theta_of",
 ]
 
+ARCHIVED = 16
+"""So many volunteers' weights are averaged for the archive."""
 SAMPLE = 4
 """In gossip so many others' weights are averaged: more would only cost everybody's link and memory."""
 _FAR = 10.0

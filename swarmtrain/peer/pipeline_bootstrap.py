@@ -45,6 +45,7 @@ from swarmtrain.peer.common import (
     show_invite,
     wait_for,
 )
+from swarmtrain.peer.consensus import ARCHIVED
 from swarmtrain.peer.gossip_exchange import hosting_of
 from swarmtrain.peer.held_stage import emit_of_stage
 from swarmtrain.peer.keeping import Keeper
@@ -56,7 +57,7 @@ __all__ = ["PipelineBootstrap"]
 
 _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
-_SAMPLE, _LAST_SAMPLE = 16, 4
+_LAST_SAMPLE = 4
 _FLUSH_S = 5.0
 _LAST_PULL_S = 3.0
 _LAST_ROUND_S = 30.0
@@ -209,7 +210,7 @@ class PipelineBootstrap(BootstrapPeer):
 
     def _archive(self, archive: StageArchive, last: bool = False) -> bool:
         """Pull the stage's present weights, write them down, and offer them; False if there is nothing new."""
-        present = self._wait(self._pulled(archive, _SAMPLE, None, last))
+        present = self._wait(self._pulled(archive, ARCHIVED, None, last))
         if present is None:
             return False
         self._keep(archive, present)

@@ -39,7 +39,7 @@ each hardly depends on its length. They are taken evenly by speed, the fastest a
 _WARM_ROUNDS, _ROUNDS = 2, 8
 _MOST_WAITED_S = 60.0
 """With rosters they ask each other every other second while they wait, which takes long to simulate."""
-_MICROBATCHES = 4000
+_MICROBATCHES, _ONE_AFTER_THE_OTHER = 4000, 10
 _UNLIMITED_BYTES_PER_S = 1e9 / 8
 """A link without a limit."""
 _COPY_S, _MERGE_S = 3.0e-9, 9.0e-9
@@ -97,6 +97,8 @@ class Lived:
     """Whose pseudo-gradients were merged in a round."""
     fresh_share: float
     """Of the rounds: those that merged one."""
+    activation_bytes: float = 0.0
+    """Of `down_bytes`, and as many of `up_bytes`: what passes between stages."""
 
 
 def lived(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
@@ -326,13 +328,19 @@ def _stages(run: RunFile, machines: Machines, links: LinksSection, seed: int) ->
         by=f"{_some(some, machines)} that pass microbatches through {stages} stages, and {merging.by}",
         down_bytes=merging.down_bytes + activations,
         up_bytes=merging.up_bytes + activations,
+        activation_bytes=activations,
     )
 
 
 def _through_stages(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> PipelineWorld:
-    """Some thousand microbatches' way."""
+    """Some thousand microbatches' way, and at least as long as some need one after the other. All are known to all by
+    the time that it is measured: nobody comes or goes."""
     stages, tokens = run.pipeline.stages, run.microbatch_sequences * run.model.context_tokens
     up, down = _rates(links)
+    wire_bytes = activation_wire_bytes(run)
+    latency_s = 2 * _latency_s(links, wire_bytes, random.Random(seed)) + wire_bytes / min(up, down)
+    long_s = _MICROBATCHES * tokens / sum(run.tokens_per_step / step_s for step_s in machines.step_s)
+    long_s = max(long_s, _ONE_AFTER_THE_OTHER * 2 * stages * latency_s)
     settings = PipelineSettings(
         rule=Rule(costs=(1 / stages,) * stages, live_s=run.network.presence_ttl_s),
         balance=run.pipeline.balance,
@@ -340,15 +348,15 @@ def _through_stages(run: RunFile, machines: Machines, links: LinksSection, seed:
         microbatch_tokens=tokens,
         batch_microbatches=run.batch_microbatches,
         in_flight=run.pipeline.in_flight,
-        latency_s=2 * _latency_s(links, activation_wire_bytes(run), random.Random(seed))
-        + activation_wire_bytes(run) / min(up, down),
+        latency_s=latency_s,
+        look_every_s=min(PipelineSettings.look_every_s, long_s / 16),
+        record_delay_s=(0.0, 0.0),
     )
     world = PipelineWorld(settings, seed=seed)
     for number, step_s in enumerate(machines.step_s):
         speed, fetch_s = run.tokens_per_step / step_s, 16 * stage_parameters(run) / down
         machine = Machine(name=f"v{number}", tokens_per_s=speed, fetch_s=fetch_s)
         world.join(machine, place(world, machine))
-    long_s = _MICROBATCHES * tokens / sum(run.tokens_per_step / step_s for step_s in machines.step_s)
     world.run_until(long_s / 4)
     world.measure_from_here()
     world.run_until(long_s)

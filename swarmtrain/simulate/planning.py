@@ -15,7 +15,7 @@ from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.peer.estimate import disk_bytes, estimate
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import RunFile
-from swarmtrain.simulate.living import Machines, lived, section_bytes, stage_parameters
+from swarmtrain.simulate.living import Lived, Machines, lived, section_bytes, stage_parameters
 from swarmtrain.simulate.traffic import Traffic, traffic_of
 
 __all__ = ["Machines", "Plan", "plan"]
@@ -29,7 +29,12 @@ class Plan:
     """How this is known."""
     num_peers: int
     step_s: float
-    """The median volunteer's inner step."""
+    step_least_s: float
+    step_most_s: float
+    """The median volunteer's inner step, the shortest, the longest."""
+    full_steps: float
+    """Inner steps of a round of one who is not paced, the slowest of these where all wait for it: fewer than
+    `merge.inner_steps` where `merge.round_limit_s` ends rounds before them."""
     round_s: float
     round_least_s: float
     round_most_s: float
@@ -46,7 +51,7 @@ class Plan:
     publication_bytes: int
     """What one partner takes of a round."""
     state_bytes: int
-    """What a late joiner takes of the first whom it asks."""
+    """Weights and momentum: what a late joiner, or the archive, takes of the first who is asked."""
     payload_up_bytes: float
     payload_down_bytes: float
     """Of a round."""
@@ -108,6 +113,9 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
         by=found.by,
         num_peers=machines.num,
         step_s=statistics.median(machines.step_s),
+        step_least_s=min(machines.step_s),
+        step_most_s=max(machines.step_s),
+        full_steps=_full_steps(run, found),
         round_s=round_s,
         round_least_s=min(found.round_s),
         round_most_s=max(found.round_s),
@@ -127,3 +135,12 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
         memory_bytes=cost.memory_bytes,
         disk_bytes=disk_bytes(parameters),
     )
+
+
+def _full_steps(run: RunFile, found: Lived) -> float:
+    synchronous = run.merge.method == "diloco"
+    counted = found.fresh_share if synchronous else 1.0  # of a round that is on no roster nothing counts
+    steps = [tokens / (run.tokens_per_step * counted) for tokens in found.tokens]
+    if run.merge.pacing:
+        return max(steps)
+    return min(steps) if synchronous else statistics.median(steps)

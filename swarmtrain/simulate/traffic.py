@@ -8,37 +8,51 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swarmtrain.membership.records import BUCKET_LIMIT, read_every_s
+from swarmtrain.membership.records import (
+    ALL_EVERY,
+    ASKED,
+    BUCKET_LIMIT,
+    COUNT_EVERY_S,
+    COUNTED_AT_ONCE,
+    FEW,
+    MAX_READ_BUCKETS,
+    MOST_COUNT_EVERY_S,
+    READ_EVERY_S,
+    REPLICAS,
+    read_every_s,
+)
+from swarmtrain.peer.consensus import ARCHIVED, SAMPLE
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.living import Lived, Machines, stage_parameters
 
-__all__ = ["Traffic", "dht_bytes_per_s", "traffic_of"]
+__all__ = ["ACTIVATIONS", "ARCHIVE", "MERGING", "RECORDS", "Traffic", "dht_bytes_per_s", "traffic_of"]
 
+MERGING, ACTIVATIONS, ARCHIVE, RECORDS = "merging", "activations", "the archive", "records of who is there"
+"""What links carry, in words."""
 RECORD_BYTES = 500
 """A record with its signature, as an answer of the DHT brings it."""
 PULL_BYTES = 1200
 """A pull's question and answer without the bytes that are pulled: manifest, presence, coverage."""
 _OVERHEAD = 1.01
 """libp2p's frames around payload."""
-_ARCHIVED, _FINAL, _JOINING = 16, 4, 4
-"""Whose states are taken: by the bootstrap for its archive, by each at the end, by a late joiner."""
-_REPLICAS, _READ_OF_KNOWN = 5, 2.75
-"""Who keeps a record; and who is asked where the keepers are known: two of them, and all every fourth time."""
-_REMEMBERED_FROM = 8
-_LOOK_S, _COUNT_S, _MOST_COUNT_S = 3.0, 5.0, 15.0
-_MOST_BUCKETS, _COUNTED_AT_ONCE = 64, 4
+_READ_OF_KNOWN = ((ALL_EVERY - 1) * FEW + REPLICAS) / ALL_EVERY
+"""How many are asked for a bucket, in the mean, where those who keep it are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """The mean over the volunteers, in bytes per second, but for what comes once in a run, in bytes."""
+    """The mean over the volunteers, or the bootstrap's, in bytes per second; what comes once in a run, in bytes."""
 
     merging_up: float
     merging_down: float
     """What is pulled, with what is said about it."""
-    states_up: float
-    states_down: float
-    """For the archive, and for those who come back."""
+    activations: float
+    """What passes between stages, each way."""
+    archive: float
+    """What the bootstrap takes for its archive."""
+    returns_up: float
+    returns_down: float
+    """Weights for those who come back as new volunteers; a server sends them itself."""
     records: float
     """The DHT's, each way."""
     once_up: float
@@ -48,14 +62,35 @@ class Traffic:
     bootstrap_down: float
 
     @property
+    def parts_up(self) -> dict[str, float]:
+        """What a volunteer sends while the run goes on."""
+        return {
+            MERGING: self.merging_up,
+            ACTIVATIONS: self.activations,
+            ARCHIVE: self.archive,
+            "those who come back": self.returns_up,
+            RECORDS: self.records,
+        }
+
+    @property
+    def parts_down(self) -> dict[str, float]:
+        """What it receives."""
+        return {
+            MERGING: self.merging_down,
+            ACTIVATIONS: self.activations,
+            "coming back": self.returns_down,
+            RECORDS: self.records,
+        }
+
+    @property
     def up(self) -> float:
         """All that a volunteer sends while the run goes on."""
-        return self.merging_up + self.states_up + self.records
+        return sum(self.parts_up.values())
 
     @property
     def down(self) -> float:
         """All that it receives."""
-        return self.merging_down + self.states_down + self.records
+        return sum(self.parts_down.values())
 
 
 def traffic_of(run: RunFile, found: Lived, machines: Machines) -> Traffic:
@@ -65,20 +100,23 @@ def traffic_of(run: RunFile, found: Lived, machines: Machines) -> Traffic:
     talk = 2 * max(found.partners, 1.0) * PULL_BYTES if num > 1 else 0.0
     theta, others = 4.0 * stage_parameters(run), num // run.pipeline.stages - 1
     archive, archives_per_s = _archive_bytes(run, theta, num), 1 / run.network.archive_every_s
-    comes_back = theta * (1 + (min(_JOINING, others) if method == "gossip" else 1)) * (others > 0)
+    comes_back = theta * (1 + (min(SAMPLE, others) if method == "gossip" else 1)) * (others > 0)
     comes_back_per_s = comes_back * _returns_per_s(machines)
-    last = theta * min(_FINAL, others) * (method == "gossip")
-    serves = num * rounds_per_s * (method == "server")
+    last = theta * min(SAMPLE, others) * (method == "gossip")
+    is_server = method == "server"
+    serves = num * rounds_per_s * is_server
     records = dht_bytes_per_s(num + 1, run.network.presence_ttl_s)
     return Traffic(
-        merging_up=_OVERHEAD * (found.up_bytes + talk) * rounds_per_s,
-        merging_down=_OVERHEAD * (found.down_bytes + talk) * rounds_per_s,
-        states_up=_OVERHEAD * (archive * archives_per_s / num + comes_back_per_s),
-        states_down=_OVERHEAD * comes_back_per_s,
+        merging_up=_OVERHEAD * (found.up_bytes - found.activation_bytes + talk) * rounds_per_s,
+        merging_down=_OVERHEAD * (found.down_bytes - found.activation_bytes + talk) * rounds_per_s,
+        activations=_OVERHEAD * found.activation_bytes * rounds_per_s,
+        archive=_OVERHEAD * archive * archives_per_s / num,
+        returns_up=_OVERHEAD * comes_back_per_s * (not is_server),
+        returns_down=_OVERHEAD * comes_back_per_s,
         records=records,
         once_up=_OVERHEAD * (2 * archive / num + last),
-        once_down=_OVERHEAD * last,
-        bootstrap_up=_OVERHEAD * found.down_bytes * serves + records,
+        once_down=_OVERHEAD * (last + theta * is_server),
+        bootstrap_up=_OVERHEAD * (found.down_bytes * serves + num * comes_back_per_s * is_server) + records,
         bootstrap_down=_OVERHEAD * (archive * archives_per_s + found.up_bytes * serves) + records,
     )
 
@@ -90,7 +128,7 @@ def _archive_bytes(run: RunFile, theta: float, num: int) -> float:
     if run.merge.method == "diloco":
         return 2 * theta
     stages = run.pipeline.stages
-    return stages * (min(_ARCHIVED, num // stages) + 1) * theta
+    return stages * (min(ARCHIVED, num // stages) + 1) * theta
 
 
 def _returns_per_s(machines: Machines) -> float:
@@ -106,13 +144,12 @@ def dht_bytes_per_s(num_nodes: int, presence_ttl_s: float) -> float:
     if num_nodes < 2:
         return 0.0
     buckets = _buckets(num_nodes)
-    looked_s = read_every_s(num_nodes - 1, _LOOK_S, presence_ttl_s / 3)
-    looked_s = _LOOK_S * round(looked_s / _LOOK_S)
-    counted_s = read_every_s(num_nodes - 1, _COUNT_S, _MOST_COUNT_S)
-    records = sum(buckets) / looked_s + sum(buckets[:_COUNTED_AT_ONCE]) / counted_s
-    answers = float(min(_REPLICAS, num_nodes - 1))
-    if num_nodes >= _REMEMBERED_FROM:  # of one's own bucket it is known who keeps it
-        own_per_s = buckets[-1] / looked_s + buckets[-1] / counted_s / -(-len(buckets) // _COUNTED_AT_ONCE)
+    looked_s = READ_EVERY_S * round(read_every_s(num_nodes - 1, READ_EVERY_S, presence_ttl_s / 3) / READ_EVERY_S)
+    counted_s = read_every_s(num_nodes - 1, COUNT_EVERY_S, MOST_COUNT_EVERY_S)
+    records = sum(buckets) / looked_s + sum(buckets[:COUNTED_AT_ONCE]) / counted_s
+    answers = float(min(REPLICAS, num_nodes - 1))
+    if num_nodes >= ASKED:  # of one's own bucket it is known who keeps it
+        own_per_s = buckets[-1] / looked_s + buckets[-1] / counted_s / -(-len(buckets) // COUNTED_AT_ONCE)
         records -= (1 - _READ_OF_KNOWN / answers) * own_per_s
     return RECORD_BYTES * answers * records
 
@@ -120,9 +157,9 @@ def dht_bytes_per_s(num_nodes: int, presence_ttl_s: float) -> float:
 def _buckets(num_records: int) -> list[float]:
     """How many are in each bucket that is read, the shallowest first."""
     left, sizes = float(num_records), list[float]()
-    for depth in range(_MOST_BUCKETS):
+    for depth in range(MAX_READ_BUCKETS):
         width = 2**depth
-        if left <= 0 or len(sizes) + width > _MOST_BUCKETS:
+        if left <= 0 or len(sizes) + width > MAX_READ_BUCKETS:
             break
         each = min(left / width, float(BUCKET_LIMIT))
         sizes += [each] * width
