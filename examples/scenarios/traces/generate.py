@@ -11,7 +11,7 @@ NUM_PEERS, UNTIL_S, DAY_S = 16, 400, 40
 
 
 def day_and_night(seed: int = 1) -> list[Row]:
-    """Volunteers of four time zones who are there by day, some 60 % of it: every second one leaves in the evening, the
+    """Volunteers of four time zones who are there by day, some 65 % of it: every second one leaves in the evening, the
     others' machines are suspended."""
     rng, rows = random.Random(f"days {seed}"), list[Row]()
     for peer in range(NUM_PEERS):
