@@ -25,7 +25,7 @@ __all__ = ["GROUP", "Mean", "is_ours", "mean_of", "source_sha256"]
 GROUP = "swarmtrain.merge_rules"
 
 Mean: TypeAlias = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
-"""Of fp32 gradients (P,), the own one first, each times its factor: one of the same size. It writes into none of them."""
+"""Of fp32 gradients (P,), the own one first, each times its factor: one of the same size. None is written into."""
 
 _OURS: dict[str, Mean] = {"trimmed": trimmed_mean, "flag": flag_mean}
 
@@ -37,8 +37,8 @@ def is_ours(rule: str) -> bool:
 
 @functools.cache
 def mean_of(rule: str) -> Mean | None:
-    """The mean of that rule; None where it keeps the token-weighted one. Raises `RunFileError`, which names the package,
-    if that is not here or has no such function."""
+    """The mean of that rule; None where it keeps the token-weighted one. Raises `RunFileError`, which names the
+    package, if that is not here or has no such function."""
     if ":" not in rule:
         return _OURS.get(rule)
     entry = _entry(rule)

@@ -155,8 +155,8 @@ def robust_mean(rule: str, gradients: Sequence[Tensor], tokens: Sequence[float])
     mean = mean_by_rule(gradients, factors)
     if not is_ours(rule) and not _is_like(mean, gradients[0]):
         raise RunTimeError(
-            f'merge.robust = "{rule}": the rule gave no finite fp32 vector of {gradients[0].numel()} numbers; ask those '
-            "who made it"
+            f'merge.robust = "{rule}": the rule gave no finite fp32 vector of {gradients[0].numel()} numbers; ask '
+            "those who made it"
         )
     return mean
 

@@ -253,7 +253,7 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
         scenario.scenario.work == "learning" and not run.data.streaming
     )  # else none is read, or it is read as it comes
     text_sha256 = _text_sha256(run.data.model_dump_json(), scenario.base) if has_text else None
-    told = {
+    told: dict[str, Any] = {
         "method": play.method,
         "run": run.model_dump(mode="json"),
         "text": text_sha256,

@@ -53,7 +53,7 @@ class _Row(NamedTuple):
 
 
 def load_trace(path: Path, num_peers: int) -> Trace:
-    """Read such a file about peers from 0 to `num_peers` - 1. `UserError`, one line that names the file and the line."""
+    """Read such a file about peers from 0 to `num_peers` - 1. `UserError`, which names the file and the line."""
     origin = one_line(str(path))
     try:
         data = path.read_bytes()

@@ -33,8 +33,8 @@ def traced(folder: Path, text: str, **sections: Any) -> Scenario:
 
 
 def test_a_life_is_read() -> None:
-    lines = "# a log\ntime_s, peer, event\n\n0,0,join\n1,1,join\n2,0,hang\n3,0,wake\n3,2,hang\n4,0,leave\n5,2,crash\n6,0,join\n8,0,hang\n"
-    trace = trace_of(lines, "t", 4)
+    text = "# a log\ntime_s, peer, event\n\n0,0,join\n1,1,join\n2,0,hang\n3,0,wake\n3,2,hang\n4,0,leave\n"
+    trace = trace_of(text + "5,2,crash\n6,0,join\n8,0,hang\n", "t", 4)
     assert trace.away == (Span(1, 0, 1), Span(0, 4, 2), Span(2, 5, GONE_S))
     assert trace.hangs == (Span(0, 2, 1), Span(2, 3, 2), Span(0, 8, GONE_S)), "who goes does not hang any more"
     assert not any(trace.figures.values())
@@ -128,9 +128,8 @@ def played(scenario: Scenario, method: str) -> Outcome:
 @pytest.mark.parametrize("method", ["gossip", "diloco-paced", "server"])
 def test_speeds_and_links_are_each_volunteer_s_own(method: str, tmp_path: Path) -> None:
     figures = "time_s,peer,event,speed,up_mbit,down_mbit\n900,0,crash,{0},{1},{1}\n900,1,crash,{0},{1},{1}\n"
-    usual, same, fast, slow = (
-        played(traced(tmp_path, figures.format(*each)), method) for each in (("", ""), ("1", "10"), ("4", ""), ("", "1"))
-    )
+    said = ("", ""), ("1", "10"), ("4", ""), ("", "1")
+    usual, same, fast, slow = (played(traced(tmp_path, figures.format(*each)), method) for each in said)
     assert usual == same and fast.virtual_time_s < 0.8 * usual.virtual_time_s, "the scenario's are 10 Mbit/s"
     assert slow != usual and slow.virtual_time_s >= usual.virtual_time_s
 

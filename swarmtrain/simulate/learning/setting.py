@@ -81,7 +81,8 @@ class Setting:
     @property
     def bytes_per_s(self) -> float:
         """From one to another, on the slowest of all links."""
-        return min(self.up_bytes_per_s, self.down_bytes_per_s, *(rate for link in self.own_links.values() for rate in link))
+        own = (rate for link in self.own_links.values() for rate in link)
+        return min(self.up_bytes_per_s, self.down_bytes_per_s, *own)
 
     def link_of(self, name: str) -> tuple[float, float]:
         """Bytes per second up and down, of a volunteer or a server."""
@@ -214,16 +215,12 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
         steps = text.run.merge.inner_steps
         hostile_s = tuple(each * steps / pacing.fewest_inner_steps(steps) for each in hostile_s)
     up, down = (_bytes_per_s(rate) for rate in (links.up_mbit, links.down_mbit))
-    ups, downs = (scenario.figures.get(name, {}) for name in ("up_mbit", "down_mbit"))
     return Setting(
         text=text,
         step_s=honest_s + hostile_s,
         up_bytes_per_s=up,
         down_bytes_per_s=down,
-        own_links={
-            f"p{number}": (_bytes_per_s(ups.get(number, links.up_mbit)), _bytes_per_s(downs.get(number, links.down_mbit)))
-            for number in sorted({*ups, *downs})
-        },
+        own_links=_own_links(scenario),
         rtt_s=links.rtt_ms / 1000,
         jitter_s=links.jitter_ms / 1000,
         loss=links.loss_percent / 100,
@@ -238,6 +235,18 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
 
 def _bytes_per_s(mbit: float) -> float:
     return mbit * BYTES_PER_S_OF_MBIT if mbit else float("inf")
+
+
+def _own_links(scenario: Scenario) -> dict[str, tuple[float, float]]:
+    """Up and down, of the volunteers whose trace says some."""
+    ups, downs = (scenario.figures.get(name, {}) for name in ("up_mbit", "down_mbit"))
+    return {
+        f"p{number}": (
+            _bytes_per_s(ups.get(number, scenario.links.up_mbit)),
+            _bytes_per_s(downs.get(number, scenario.links.down_mbit)),
+        )
+        for number in sorted({*ups, *downs})
+    }
 
 
 def _away(scenario: Scenario, run: RunFile) -> tuple[Away, ...]:
