@@ -149,6 +149,8 @@ def test_links_of_one_s_own(tmp_path: Path) -> None:
     links = [(10 * byte, 10 * byte), (2 * byte, 10 * byte), (10 * byte, 40 * byte), (10 * byte, 10 * byte)]
     assert [one.link_of(name) for name in ("p0", "p1", "p2", "server")] == links
     assert one.bytes_per_s == 2 * byte
+    fast = "".join(f"9,{number},crash,200,200\n" for number in range(3))
+    assert setting(traced(tmp_path, text.splitlines()[0] + "\n" + fast)).bytes_per_s == 200 * byte, "nobody has 10"
     without = load_scenario(write_scenario(tmp_path, links={"up_mbit": 0.0}))
     assert setting(without).link_of("p0") == (float("inf"), 10 * byte)
 

@@ -80,9 +80,10 @@ class Setting:
 
     @property
     def bytes_per_s(self) -> float:
-        """From one to another, on the slowest of all links."""
-        own = (rate for link in self.own_links.values() for rate in link)
-        return min(self.up_bytes_per_s, self.down_bytes_per_s, *own)
+        """From one to another, on the slowest of the volunteers' links."""
+        if not self.own_links:
+            return min(self.up_bytes_per_s, self.down_bytes_per_s)
+        return min(rate for number in range(self.num_peers) for rate in self.link_of(f"p{number}"))
 
     def link_of(self, name: str) -> tuple[float, float]:
         """Bytes per second up and down, of a volunteer or a server."""
