@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-unit test-containers chaos lint format protos demo search soak long-soak docs clean
+.PHONY: help venv test test-unit test-containers chaos lint format protos demo search soak long-soak results docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ soak: $(DEV)  ## ten runs of ten minutes under kills, stops and restarts (two ho
 
 long-soak: $(DEV)  ## an hour of six volunteers with churn: what grows, and what the logs complain of
 	$(BIN)/python benchmarks/long_soak.py
+
+results: $(DEV)  ## play examples/scenarios into docs/results.md, hours of them; ONLY="equal churn": these; FRESH=1: anew
+	$(BIN)/python benchmarks/results.py $(ONLY) $(if $(FRESH),--fresh)
 
 docs: $(DEV)  ## generate docs/run-file.md and docs/events.md
 	$(BIN)/python docs/generate.py

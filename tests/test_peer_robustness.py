@@ -10,14 +10,14 @@ import torch
 from swarmtrain.algorithm.gossip import Arrival, layout_of
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
-from swarmtrain.peer.robustness import Robustness, Rule, robust_mean
+from swarmtrain.peer.robustness import Robustness, robust_mean
 
 LAYOUT = layout_of([(4, 4), (4,)])
 OWN = torch.ones(20)
 USUAL = Arrival(OWN + 0.1, torch.full((20,), 0.1), 100)
 
 
-def robustness(rule: Rule = "clip", *, met: bool = True) -> tuple[Robustness, list[tuple[str, str]]]:
+def robustness(rule: str = "clip", *, met: bool = True) -> tuple[Robustness, list[tuple[str, str]]]:
     told: list[tuple[str, str]] = []
 
     def tell(peer: str, incident: Incident) -> None:
@@ -46,7 +46,7 @@ def test_what_is_far_off_is_cut_and_named() -> None:
 @pytest.mark.parametrize("wild", [Arrival(OWN * 1e30, USUAL.gradient, 100), Arrival(OWN, OWN * -1e30, 100)])
 def test_what_is_far_beyond_is_refused(wild: Arrival) -> None:
     for rule in ("clip", "direction", "trimmed", "flag"):
-        clip, told = robustness(rule)  # type: ignore[arg-type]
+        clip, told = robustness(rule)
         with pytest.raises(BadBytesError, match="far beyond what is usual"):
             clip.accept("ben", wild, OWN)
         assert not told and clip.accept("ben", USUAL, OWN).theta is USUAL.theta
@@ -112,7 +112,7 @@ def test_a_robust_mean_needs_four() -> None:
 
 
 @pytest.mark.parametrize("rule", ["trimmed", "flag"])
-def test_parts_of_rounds_are_compared_by_their_tokens(rule: Rule) -> None:
+def test_parts_of_rounds_are_compared_by_their_tokens(rule: str) -> None:
     """Four that agree, after a whole round and parts of it: what comes of it is what the token-weighted mean is."""
     tokens = [400, 100, 200, 300]
     gradients = [torch.linspace(-1, 1, 20) * number / 400 for number in tokens]
@@ -124,7 +124,7 @@ def test_parts_of_rounds_are_compared_by_their_tokens(rule: Rule) -> None:
 def test_a_gradient_against_the_own_one_is_refused_by_direction_alone() -> None:
     flipped = Arrival(USUAL.theta, -USUAL.gradient, 100)
     for rule in ("none", "clip", "trimmed", "flag"):
-        clip, _ = robustness(rule)  # type: ignore[arg-type]
+        clip, _ = robustness(rule)
         assert clip.accept("ben", USUAL, OWN) and clip.accept("mallory", flipped, OWN)
     gate, told = robustness("direction")
     gate.accept("ben", USUAL, OWN)

@@ -327,7 +327,7 @@ def trimmed_mean(vectors: Sequence[Tensor], factors: Sequence[float] | None = No
 
 
 @torch.no_grad()
-def flag_mean(vectors: Sequence[Tensor], rank: int | None = None, factors: Sequence[float] | None = None) -> Tensor:
+def flag_mean(vectors: Sequence[Tensor], factors: Sequence[float] | None = None, *, rank: int | None = None) -> Tensor:
     """The Flag aggregator (arXiv 2302.05865) of four or more vectors g_i (P,), own included, each times its factor.
 
     x_i = g_i / |g_i|; Y: the r leading left singular vectors of [w_i x_i], w_i = (|1 - |Y'x_i|^2| + 1e-7)^(-1/4), ten

@@ -32,6 +32,9 @@ def command(run_file: Path, peers: int, as_json: bool) -> None:
 
     run = load_run(run_file)
     from swarmtrain.model.gpt import num_parameters  # takes a second: after the file is known to be good
+    from swarmtrain.peer.merge_rules import mean_of
+
+    mean_of(run.merge.robust)  # it is here, or that is said
 
     cost = estimate(run, num_parameters(run.model), peers)
     corpus_bytes, problem = _corpus(run, run_file.parent)

@@ -58,6 +58,7 @@ from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.gossip_exchange import hosting_of
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.logs import log_event, logged, peer_log
+from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.merge_server import MergeServer
 from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
 from swarmtrain.peer.present import Present, fetch_present, present_of
@@ -83,6 +84,7 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
 
     `me` is the PeerID of who publishes: the server, where the run has one.
     """
+    mean_of(run.merge.robust)  # whoever publishes a rule has it
     files = publishable_data(run, base)
     tokenizer = files.tokenizer_bytes
     boundaries, costs = cut_and_measure(run) if run.pipeline.stages > 1 else (None, None)

@@ -336,6 +336,8 @@ class Doctor:
         """Whether the text that the run trains on is here."""
         if self.run is not None:
             yield check_data(self.run, self.settings.data_folder)
+            if self.has_torch:
+                yield from check_rule(self.run)
 
     def look_at_speed(self) -> Iterator[Finding]:
         """How quickly this machine would train."""
@@ -454,6 +456,16 @@ def check_clock(offset_s: float, num_asked: int) -> Finding:
     found = f"this machine's clock is {abs(offset_s):.1f} s {direction} the swarm's ({_peers(num_asked)} asked)"
     advice = "it would be corrected for the run; set it right (on Linux: timedatectl set-ntp true)"
     return Finding("clock", "warning", found, advice)
+
+
+def check_rule(run: RunFile) -> Iterator[Finding]:
+    """Whether another package's rule of merging, if the run has one, is on this machine."""
+    from swarmtrain.peer.merge_rules import mean_of
+
+    try:
+        mean_of(run.merge.robust)
+    except RunFileError as error:
+        yield Finding("run", "problem", str(error), "install it in the environment that swarmtrain is in")
 
 
 def check_data(run: RunFile, data_folder: Path | None) -> Finding:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival, Layout
@@ -19,26 +20,22 @@ from swarmtrain.algorithm.robust import (
     DisplacementClip,
     GradientClip,
     Incident,
-    flag_mean,
     per_tensor,
-    trimmed_mean,
 )
-from swarmtrain.errors import BadBytesError
+from swarmtrain.errors import BadBytesError, RunTimeError
+from swarmtrain.peer.merge_rules import is_ours, mean_of
 
 __all__ = ["Robustness", "apart", "robust_mean"]
 
 _GRADIENTS = "clipped_gradients"
 _DISPLACEMENTS = "clipped_displacements"
-_LEAST_INPUTS = 4
+_LEAST_INPUTS = 2
+_LEAST_OF_OURS = 4
 _ABSURD = 0.01
 """What would have to be cut to less than this, in every tensor, is not worth the rest, and not taken at all."""
 _MET_AFTER = 16
 _MET_WITHIN = 0.5
 """Independent random weights are 1.4 times their size apart."""
-
-Rule = Literal["none", "clip", "direction", "trimmed", "flag"]
-_APART = ("trimmed", "flag")
-"""Rules that need each partner's pseudo-gradient, and not their mean."""
 
 
 class Robustness:
@@ -48,7 +45,7 @@ class Robustness:
     that they are close.
     """
 
-    def __init__(self, rule: Rule, layout: Layout, told: Callable[[str, Incident], None], *, met: bool = True) -> None:
+    def __init__(self, rule: str, layout: Layout, told: Callable[[str, Incident], None], *, met: bool = True) -> None:
         """`told` hears of each incident, with the PeerID."""
         self.rule = rule
         self._told = told
@@ -138,19 +135,32 @@ class Robustness:
             self._gradients, self._displacements = gradients, displacements
 
 
-def apart(rule: Rule, arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
+def apart(rule: str, arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
     """What of `arrivals` `robust_mean` needs one by one, beside their mean."""
-    return tuple(arrival for arrival in arrivals if arrival.tokens) if rule in _APART else ()
+    return tuple(arrival for arrival in arrivals if arrival.tokens) if mean_of(rule) is not None else ()
 
 
-def robust_mean(rule: Rule, gradients: Sequence[Tensor], tokens: Sequence[float]) -> Tensor | None:
+@torch.no_grad()
+def robust_mean(rule: str, gradients: Sequence[Tensor], tokens: Sequence[float]) -> Tensor | None:
     """The mean that `rule` puts in place of the token-weighted one, of gradients (P,) of so many tokens, the own one
     first; None where it has none, or too few are there.
 
     They are compared as if each had as many tokens as weigh in the token-weighted mean: a part of a round is shorter
-    than a whole one, and would be what is trimmed."""
-    if rule not in _APART or len(gradients) < _LEAST_INPUTS:
+    than a whole one, and would be what is trimmed. Raises `RunTimeError` for what no merge can go on from."""
+    mean_by_rule = mean_of(rule)
+    if mean_by_rule is None or len(gradients) < (_LEAST_OF_OURS if is_ours(rule) else _LEAST_INPUTS):
         return None
     usual = sum(number * number for number in tokens) / sum(tokens)
     factors = [usual / number for number in tokens]
-    return trimmed_mean(gradients, factors) if rule == "trimmed" else flag_mean(gradients, factors=factors)
+    mean = mean_by_rule(gradients, factors)
+    if not is_ours(rule) and not _is_like(mean, gradients[0]):
+        raise RunTimeError(
+            f'merge.robust = "{rule}": the rule gave no finite fp32 vector of {gradients[0].numel()} numbers; ask '
+            "those who made it"
+        )
+    return mean
+
+
+def _is_like(mean: Any, gradient: Tensor) -> bool:
+    is_vector = isinstance(mean, Tensor) and mean.shape == gradient.shape and mean.dtype is gradient.dtype
+    return is_vector and bool(mean.isfinite().all())

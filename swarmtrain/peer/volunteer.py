@@ -64,6 +64,7 @@ from swarmtrain.peer.held_stage import SlowedWork
 from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
 from swarmtrain.peer.logs import log_event, logged, peer_log
+from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.pipeline import PipelineVolunteer
 from swarmtrain.peer.preparing import data_base, initial_seed, summary_of
@@ -163,6 +164,7 @@ class _Volunteer:
         self.limits.limit_link(node.traffic, _UNKNOWN_RUN)
         through = self._through()
         published = self._fetch(node, through)
+        mean_of(published.run.merge.robust)  # it is here, or that is said
         self.limits.limit_link(node.traffic, published.run.network)
         if published.run.pipeline.stages > 1:
             return self.stamp(self._live_in_pipeline(node, published, through))

@@ -27,6 +27,7 @@ from swarmtrain import __version__
 from swarmtrain.data.documents import read_documents
 from swarmtrain.errors import UserError
 from swarmtrain.network.files import write_atomically
+from swarmtrain.peer.merge_rules import mean_of, source_sha256
 from swarmtrain.run import DataSection, RunFile
 from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.methods import METHODS
@@ -215,9 +216,10 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
     if here.hostile.percent and not method.hostile:
         raise UserError(f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip")
     if (here.away or here.churn.stays_s) and not method.churn:
-        raise UserError(f"method {play.method}: churn.stays_s and [[away]]: nobody comes or goes in it")
+        raise UserError(f"method {play.method}: churn.stays_s, [[away]] and peers.trace: nobody comes or goes in it")
     try:
         run = here.run(play.seed, play.point, tuple(method.keys.items()))
+        mean_of(run.merge.robust)  # it is here, or that is said
     except UserError as error:
         raise UserError(f"method {play.method}: {error}") from None
     if here.peers.own_text and run.data.streaming:
@@ -251,11 +253,11 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
         scenario.scenario.work == "learning" and not run.data.streaming
     )  # else none is read, or it is read as it comes
     text_sha256 = _text_sha256(run.data.model_dump_json(), scenario.base) if has_text else None
-    told = {
+    told: dict[str, Any] = {
         "method": play.method,
         "run": run.model_dump(mode="json"),
         "text": text_sha256,
-        "peers": scenario.peers.model_dump(mode="json", exclude={"round_steps"}),
+        "peers": scenario.peers.model_dump(mode="json", exclude={"round_steps", "trace"}),
         "links": scenario.links.model_dump(mode="json"),
         "hangs": [hang.model_dump(mode="json") for hang in scenario.hangs],
         "away": [away.model_dump(mode="json") for away in scenario.away],
@@ -265,6 +267,10 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
         "work": [scenario.scenario.work, scenario.scenario.rounds],
         "versions": [__version__, torch.__version__],
     }
+    if any(scenario.figures.values()):
+        told["figures"] = scenario.figures
+    if rule_sha256 := source_sha256(run.merge.robust):
+        told["rule"] = rule_sha256
     return folder / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}.json"
 
 

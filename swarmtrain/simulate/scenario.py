@@ -10,7 +10,7 @@ import math
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,6 +22,7 @@ from swarmtrain.problems import Section, one_line, problem_in_words, read_small_
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import EXAMPLE as _RUN_EXAMPLE
 from swarmtrain.run import RunFile, parse_run
+from swarmtrain.simulate.traces import load_trace
 
 __all__ = [
     "ATTACKS",
@@ -101,6 +102,9 @@ class PeersSection(Section):
         0,
         ge=0,
         description="Inner steps of a round of all together: merge.inner_steps is a share. 0: it is not.",
+    )
+    trace: str = Field(
+        "", description="A file, relative to the scenario's folder, that says who comes, goes and hangs when."
     )
     own_text: bool = Field(
         False, description="Each learns from a part of the corpus that is its own: documents that follow each other."
@@ -221,6 +225,7 @@ _LEARNING_ONLY = (
     "hostile.percent",
     "peers.own_text",
     "peers.round_steps",
+    "peers.trace",
     "links.failing_percent",
     "links.jitter_ms",
     "scenario.curve_points",
@@ -230,7 +235,8 @@ _LEARNING_ONLY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """All of it. `table` is the run file's, with what `[set]` changes; `base` is the folder of that file."""
+    """All of it. `table` is the run file's, with what `[set]` changes; `base` is the folder of that file, and `folder`
+    the scenario's. With `peers.trace`, `hangs` and `away` are what that says."""
 
     scenario: ScenarioSection
     peers: PeersSection
@@ -241,7 +247,16 @@ class Scenario:
     away: tuple[Away, ...]
     table: Mapping[str, Any]
     base: Path
+    folder: Path
     grid: Mapping[str, tuple[Any, ...]]
+    figures: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """Of a trace: `speed`, `up_mbit` and `down_mbit` of volunteers that it says one of."""
+
+    @property
+    def step_s(self) -> tuple[float, ...]:
+        """Of each volunteer."""
+        speeds = self.figures.get("speed", {})
+        return tuple(step_s / speeds.get(number, 1.0) for number, step_s in enumerate(self.peers.step_s))
 
     def with_changes(
         self,
@@ -288,10 +303,14 @@ class Scenario:
         if not own:
             return self
         tables = {name: getattr(self, name).model_dump() for name in _OWN}
-        sections = _sections_of(_changed(tables, own.items()), f"scenario {self.scenario.name}")
-        return _checked(
-            replace(self, **{name: getattr(sections, name) for name in _OWN}), f"scenario {self.scenario.name}"
-        )
+        origin = f"scenario {self.scenario.name}"
+        sections = _sections_of(_changed(tables, own.items()), origin)
+        new = replace(self, **{name: getattr(sections, name) for name in _OWN})
+        if new.peers.trace != self.peers.trace:
+            if self.peers.trace:
+                new = replace(new, hangs=(), away=(), figures={})
+            new = _traced(new, origin)
+        return _checked(new, origin)
 
     def run(self, seed: int, *changes: GridPoint) -> RunFile:
         """The run file with the seed and these changes. Raises `UserError` for what a run file cannot say."""
@@ -326,9 +345,10 @@ def load_scenario(path: Path) -> Scenario:
         away=tuple(row.away for row in _rows(rows["away"], "away", _AwayRow, origin)),
         table=run_table,
         base=run_path.parent,
+        folder=path.parent,
         grid={key: tuple(values) for key, values in grid.items()},
     )
-    return _checked(found, origin).with_changes(changes=changes)
+    return _checked(_traced(found, origin), origin).with_changes(changes=changes)
 
 
 def _sections_of(table: Mapping[str, Any], origin: str) -> _Sections:
@@ -345,6 +365,22 @@ def _rows(rows: Any, name: str, model: type[_Row], origin: str) -> list[_Row]:
         return [model.model_validate({name: row}) for row in rows]
     except ValidationError as error:
         raise UserError(f"{origin}: {problem_in_words(error, model)}") from None
+
+
+def _traced(scenario: Scenario, origin: str) -> Scenario:
+    """With what its trace says, if it has one. `UserError` if something else says that too."""
+    name = scenario.peers.trace
+    if not name:
+        return scenario
+    if scenario.hangs or scenario.away:
+        raise UserError(f"{origin}: peers.trace: not beside [[hangs]] and [[away]]: write those into the trace")
+    trace = load_trace(scenario.folder / name, scenario.peers.number)
+    return replace(
+        scenario,
+        hangs=tuple(Hang(**span._asdict()) for span in trace.hangs),
+        away=tuple(Away(**span._asdict()) for span in trace.away),
+        figures=trace.figures,
+    )
 
 
 def _checked(scenario: Scenario, origin: str) -> Scenario:
@@ -364,8 +400,8 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
     for before, after in itertools.pairwise(sorted(scenario.away, key=lambda each: (each.peer, each.at_s))):
         if before.peer == after.peer and before.at_s + before.for_s >= after.at_s:
             raise UserError(f"{origin}: away.at_s: volunteer {after.peer} is away already at {after.at_s:g} s")
-    if scenario.away and scenario.churn.stays_s:
-        raise UserError(f"{origin}: churn.stays_s: not beside [[away]]: who is away twice at a time?")
+    if (scenario.away or scenario.peers.trace) and scenario.churn.stays_s:
+        raise UserError(f"{origin}: churn.stays_s: not beside [[away]] or peers.trace: who is away twice at a time?")
     if scenario.hostile.number(number) >= number:
         raise UserError(f"{origin}: hostile.percent: leaves none of {number} volunteers honest")
     return scenario

@@ -303,7 +303,7 @@ def test_flag_mean_equals_a_plain_decomposition(num: int) -> None:
     default = -(-(num + 1) // 2)
     for rank in (None, 1, 2, num):
         expected = _plain_flag(vectors, default if rank is None else rank)
-        assert torch.allclose(flag_mean(vectors, rank).double(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(flag_mean(vectors, rank=rank).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_flag_mean_is_as_long_as_the_mean_and_outliers_do_not_lengthen_it() -> None:

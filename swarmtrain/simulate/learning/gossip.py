@@ -84,7 +84,7 @@ class Peer:
         num_shards = self.trainer.batches.num_shards
         self.coverage = Coverage(self.name, num_shards) if num_shards else None
         self.times = PullTimes()
-        self.times.assume(setting.bytes_per_s)
+        self.times.assume(min(setting.link_of(self.name)))
         self.times.merged(setting.rtt_s)
         self.start = Start(inner_steps=1, num_peers=1)
         self.done = self.run_tokens = 0

@@ -56,7 +56,7 @@ class _Worker:
         self.learner.enter(self.theta)
         lasts_s = self.steps * setting.step_s[self.number]
         if not served.waiting:
-            self.call_at(self.done_s(lasts_s - 2 * served.pull_s), self.pull)
+            self.call_at(self.done_s(lasts_s - 2 * served.pull_s(self.name)), self.pull)
         self.call_at(self.done_s(lasts_s), self.end)
 
     def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> None:
@@ -179,7 +179,6 @@ class _Served:
         self.fedbuff = _FedBuff(state, section.outer_learning_rate, size) if buffered else None
         self.entered: list[set[int]] = [set() for _ in self.workers]
         self.theta_bytes, self.gradient_bytes = self.codec.sizes.weights, self.codec.sizes.gradient
-        self.pull_s = setting.rtt_s + self.theta_bytes / setting.bytes_per_s
         self.wire = Wire(setting)
         self._recorder, self._rng = Recorder(setting), random.Random(f"wire {setting.run.run.seed}")
 
@@ -219,6 +218,10 @@ class _Served:
     def arrives_s(self, sender: str, receiver: str, size_bytes: int) -> float:
         """When what is sent now has come."""
         return self.wire.arrives_at_last_s(self.clock.now, sender, receiver, size_bytes, self._rng)
+
+    def pull_s(self, name: str) -> float:
+        """What a pull of the weights takes a worker."""
+        return self.setting.rtt_s + self.theta_bytes / min(self.setting.link_of(name))
 
     def uncount(self, tokens: int) -> None:
         """They were handed in, and have not come."""

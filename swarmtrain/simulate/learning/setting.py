@@ -34,7 +34,9 @@ class Setting:
     step_s: tuple[float, ...]
     up_bytes_per_s: float = float("inf")
     down_bytes_per_s: float = float("inf")
-    """Of everybody."""
+    """Of everybody that has no other,"""
+    own_links: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """and these, up and down, of volunteers that do, by name."""
     rtt_s: float = 0.0
     jitter_s: float = 0.0
     loss: float = 0.0
@@ -78,8 +80,14 @@ class Setting:
 
     @property
     def bytes_per_s(self) -> float:
-        """From one to another."""
-        return min(self.up_bytes_per_s, self.down_bytes_per_s)
+        """From one to another, on the slowest of the volunteers' links."""
+        if not self.own_links:
+            return min(self.up_bytes_per_s, self.down_bytes_per_s)
+        return min(rate for number in range(self.num_peers) for rate in self.link_of(f"p{number}"))
+
+    def link_of(self, name: str) -> tuple[float, float]:
+        """Bytes per second up and down, of a volunteer or a server."""
+        return self.own_links.get(name, (self.up_bytes_per_s, self.down_bytes_per_s))
 
     def learner(self, number: int) -> Learner:
         """A new volunteer."""
@@ -199,7 +207,7 @@ class Setting:
 
 def setting_of(scenario: Scenario, text: Text) -> Setting:
     """A run of a scenario; its seed and constants are in the run file of `text`."""
-    links, step_s = scenario.links, scenario.peers.step_s
+    links, step_s = scenario.links, scenario.step_s
     num_hostile = scenario.hostile.number(len(step_s))
     honest_s, hostile_s = step_s[: len(step_s) - num_hostile], step_s[len(step_s) - num_hostile :]
     if scenario.hostile.kind == "absent":
@@ -207,12 +215,13 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
     if scenario.hostile.kind == "tokens":
         steps = text.run.merge.inner_steps
         hostile_s = tuple(each * steps / pacing.fewest_inner_steps(steps) for each in hostile_s)
-    up, down = (rate * BYTES_PER_S_OF_MBIT if rate else float("inf") for rate in (links.up_mbit, links.down_mbit))
+    up, down = (_bytes_per_s(rate) for rate in (links.up_mbit, links.down_mbit))
     return Setting(
         text=text,
         step_s=honest_s + hostile_s,
         up_bytes_per_s=up,
         down_bytes_per_s=down,
+        own_links=_own_links(scenario),
         rtt_s=links.rtt_ms / 1000,
         jitter_s=links.jitter_ms / 1000,
         loss=links.loss_percent / 100,
@@ -225,9 +234,25 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
     )
 
 
+def _bytes_per_s(mbit: float) -> float:
+    return mbit * BYTES_PER_S_OF_MBIT if mbit else float("inf")
+
+
+def _own_links(scenario: Scenario) -> dict[str, tuple[float, float]]:
+    """Up and down, of the volunteers whose trace says some."""
+    ups, downs = (scenario.figures.get(name, {}) for name in ("up_mbit", "down_mbit"))
+    return {
+        f"p{number}": (
+            _bytes_per_s(ups.get(number, scenario.links.up_mbit)),
+            _bytes_per_s(downs.get(number, scenario.links.down_mbit)),
+        )
+        for number in sorted({*ups, *downs})
+    }
+
+
 def _away(scenario: Scenario, run: RunFile) -> tuple[Away, ...]:
     """Who is away when: for much longer than the run takes."""
-    least_s = run.run.total_tokens / run.tokens_per_step / sum(1 / step_s for step_s in scenario.peers.step_s)
+    least_s = run.run.total_tokens / run.tokens_per_step / sum(1 / step_s for step_s in scenario.step_s)
     churn = scenario.churn.away(scenario.peers.number, run.run.seed, _MOST_LONGER * least_s)
     return (*scenario.away, *churn)
 

@@ -25,8 +25,8 @@ class Wire:
         """When a transfer that is asked for now has come."""
         setting, self.sent_bytes = self.setting, self.sent_bytes + size_bytes
         asked_s = now_s + setting.rtt_s
-        down_s = max(asked_s, self._down_free_s[receiver]) + size_bytes / setting.down_bytes_per_s
-        up_s = max(asked_s, self._up_free_s[sender]) + size_bytes / setting.up_bytes_per_s
+        down_s = max(asked_s, self._down_free_s[receiver]) + size_bytes / setting.link_of(receiver)[1]
+        up_s = max(asked_s, self._up_free_s[sender]) + size_bytes / setting.link_of(sender)[0]
         self._down_free_s[receiver], self._up_free_s[sender] = down_s, up_s
         return max(down_s, up_s) + setting.late_s(size_bytes, rng)
 

@@ -1,0 +1,79 @@
+"""What takes the place of the token-weighted mean of pseudo-gradients, by its name in `merge.robust`.
+
+Ours are in `algorithm.robust`. "PACKAGE:RULE" is a function of another package, an entry point of the group
+`swarmtrain.merge_rules`: whoever installs the package here, with pip, chooses to run it. A run file only names it;
+nothing that is run ever comes from another peer.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import Tensor
+
+from swarmtrain.algorithm.robust import flag_mean, trimmed_mean
+from swarmtrain.errors import RunFileError
+
+__all__ = ["GROUP", "Mean", "is_ours", "mean_of", "source_sha256"]
+
+GROUP = "swarmtrain.merge_rules"
+
+Mean: TypeAlias = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+"""Of fp32 gradients (P,), the own one first, each times its factor: one of the same size. None is written into."""
+
+_OURS: dict[str, Mean] = {"trimmed": trimmed_mean, "flag": flag_mean}
+
+
+def is_ours(rule: str) -> bool:
+    """Whether that mean is one of `algorithm.robust`."""
+    return rule in _OURS
+
+
+@functools.cache
+def mean_of(rule: str) -> Mean | None:
+    """The mean of that rule; None where it keeps the token-weighted one. Raises `RunFileError`, which names the
+    package, if that is not here or has no such function."""
+    if ":" not in rule:
+        return _OURS.get(rule)
+    entry = _entry(rule)
+    try:
+        mean = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise RunFileError(f'merge.robust = "{rule}": {entry.value} cannot be loaded: {error}') from None
+    if not callable(mean):
+        raise RunFileError(f'merge.robust = "{rule}": {entry.value} is no function')
+    return mean  # type: ignore[no-any-return]
+
+
+def source_sha256(rule: str) -> str | None:
+    """Of the file that has another package's rule; None for ours. Errors are those of `mean_of`."""
+    if mean_of(rule) is None or is_ours(rule):
+        return None
+    spec = importlib.util.find_spec(_entry(rule).module)
+    assert spec is not None and spec.origin is not None, "it is loaded"
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+
+
+def _entry(rule: str) -> metadata.EntryPoint:
+    package, _, name = rule.partition(":")
+    try:
+        found = metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        raise RunFileError(
+            f'merge.robust = "{rule}" is a rule of the package {package}, which is not installed here: if you trust '
+            f"those who made it, pip install {package}"
+        ) from None
+    entries = {entry.name: entry for entry in found.entry_points if entry.group == GROUP}
+    if name not in entries:
+        there = f"it has {', '.join(sorted(entries))}" if entries else "it has none"
+        raise RunFileError(
+            f'merge.robust = "{rule}": there is no rule {name} in {package} {found.version}; {there}; install the '
+            "version that the run was made with"
+        )
+    return entries[name]

@@ -1,0 +1,174 @@
+"""Who came, went and hung when, as a file says: `time_s,peer,event` a line, from a log or from a generator.
+
+Events are `join`, `leave`, `crash`, `hang` and `wake`. A peer whose first event is a `join` comes late, all others are
+there from the beginning. Optional columns are `speed`, `up_mbit` and `down_mbit`, one value a peer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from swarmtrain.errors import UserError
+from swarmtrain.problems import one_line
+
+__all__ = ["EVENTS", "Span", "Trace", "load_trace", "trace_of"]
+
+EVENTS = ("join", "leave", "crash", "hang", "wake")
+_COLUMNS = ("time_s", "peer", "event")
+_FIGURES = ("speed", "up_mbit", "down_mbit")
+_LEAST, _MOST = 1e-3, 1e5
+_MAX_BYTES = 16 * 2**20
+_FOREVER_S = 1e9
+_EXAMPLE = "examples/scenarios/traces/day-and-night.csv"
+
+
+class Span(NamedTuple):
+    """From when on and for how long something lasts, of which peer."""
+
+    peer: int
+    at_s: float
+    for_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What a file says. Spans in the order in which they begin; what never ends lasts for a billion seconds."""
+
+    away: tuple[Span, ...] = ()
+    hangs: tuple[Span, ...] = ()
+    figures: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """`speed`, `up_mbit` and `down_mbit`: those of peers that have one."""
+
+
+class _Row(NamedTuple):
+    where: str
+    time_s: float
+    peer: int
+    event: str
+    figures: dict[str, float]
+
+
+def load_trace(path: Path, num_peers: int) -> Trace:
+    """Read such a file about peers from 0 to `num_peers` - 1. `UserError`, which names the file and the line."""
+    origin = one_line(str(path))
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{origin}: cannot be read ({error}); an example is {_EXAMPLE}") from None
+    if len(data) > _MAX_BYTES:
+        raise UserError(f"{origin}: {len(data)} bytes; a trace has at most {_MAX_BYTES}")
+    return trace_of(text, origin, num_peers)
+
+
+def trace_of(text: str, origin: str, num_peers: int) -> Trace:
+    """The same of its text; `origin` names it in errors."""
+    lives: dict[int, _Life] = {}
+    figures: dict[str, dict[int, float]] = {name: {} for name in _FIGURES}
+    now_s = 0.0
+    for row in _rows(text, origin, num_peers):
+        if row.time_s < now_s:
+            raise UserError(f"{row.where}: time_s: {row.time_s:g} after {now_s:g}: lines are in the order of time")
+        now_s = row.time_s
+        lives.setdefault(row.peer, _Life(row.peer, is_away=row.event == "join")).goes_on(row)
+        for name, value in row.figures.items():
+            if (before := figures[name].setdefault(row.peer, value)) != value:
+                raise UserError(f"{row.where}: {name}: {value:g}, and peer {row.peer} had {before:g}: it has one")
+    away, hangs = ([span for life in lives.values() for span in life.spans(kind)] for kind in ("away", "hangs"))
+    return Trace(away=_in_order(away), hangs=_in_order(hangs), figures=figures)
+
+
+def _in_order(spans: Sequence[Span]) -> tuple[Span, ...]:
+    return tuple(sorted(spans, key=lambda span: (span.at_s, span.peer)))
+
+
+class _Life:
+    """Of one peer: since when it is what it is, and what it was."""
+
+    def __init__(self, peer: int, *, is_away: bool) -> None:
+        self.peer, self.since_s, self.last_s = peer, 0.0, -math.inf
+        self.state = "away" if is_away else "here"
+        self._past: list[tuple[str, Span]] = []
+
+    def goes_on(self, row: _Row) -> None:
+        """With the next event."""
+        allowed = {"here": ("leave", "crash", "hang"), "hangs": ("leave", "crash", "wake"), "away": ("join",)}
+        if row.event not in allowed[self.state]:
+            is_what = {"here": "is there", "hangs": "hangs", "away": "is away"}[self.state]
+            raise UserError(
+                f"{row.where}: event: {row.event}, and peer {self.peer} {is_what} then; possible: "
+                f"{', '.join(allowed[self.state])}"
+            )
+        if row.time_s <= self.last_s:
+            raise UserError(f"{row.where}: time_s: peer {self.peer} has an event at {row.time_s:g} s already")
+        self._end(row.time_s)
+        self.state = {"hang": "hangs", "leave": "away", "crash": "away"}.get(row.event, "here")
+        self.since_s = self.last_s = row.time_s
+
+    def _end(self, now_s: float) -> None:
+        if now_s > self.since_s:  # who joins at 0 was never away
+            self._past.append((self.state, Span(self.peer, self.since_s, now_s - self.since_s)))
+
+    def spans(self, state: str) -> list[Span]:
+        """When it was that, once its last event is known."""
+        last = (self.state, Span(self.peer, self.since_s, _FOREVER_S))
+        return [span for each, span in (*self._past, last) if each == state]
+
+
+def _rows(text: str, origin: str, num_peers: int) -> Iterator[_Row]:
+    """Line by line; empty ones and those that begin with # say nothing."""
+    columns = list[str]()
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        where, cells = f"{origin}: line {number}", [cell.strip() for cell in line.split(",")]
+        if not columns:
+            columns = _columns(cells, where)
+            continue
+        if len(cells) != len(columns):
+            raise UserError(f"{where}: {len(cells)} values for {len(columns)} columns: {', '.join(columns)}")
+        yield _row(dict(zip(columns, cells, strict=True)), where, num_peers)
+    if not columns:
+        raise UserError(f"{origin}: nothing in it; its first line names the columns: {','.join(_COLUMNS)}")
+
+
+def _columns(cells: list[str], where: str) -> list[str]:
+    missing = [name for name in _COLUMNS if name not in cells]
+    others = [name for name in cells if name not in (*_COLUMNS, *_FIGURES)]
+    if missing or others or len(set(cells)) < len(cells):
+        raise UserError(
+            f"{where}: the first line names the columns, each once: {', '.join(_COLUMNS)}, and where there are some "
+            f"{', '.join(_FIGURES)}"
+        )
+    return cells
+
+
+def _row(cells: Mapping[str, str], where: str, num_peers: int) -> _Row:
+    peer = cells["peer"]
+    if not (peer.isascii() and peer.isdigit() and int(peer) < num_peers):
+        raise UserError(f"{where}: peer: {_shown(peer)} of {num_peers} volunteers, from 0")
+    if cells["event"] not in EVENTS:
+        raise UserError(f"{where}: event: {_shown(cells['event'])}; allowed: {', '.join(EVENTS)}")
+    figures = {
+        name: _number(cells[name], f"{where}: {name}", least=_LEAST, most=_MOST) for name in _FIGURES if cells.get(name)
+    }
+    time_s = _number(cells["time_s"], f"{where}: time_s", least=0.0, most=_FOREVER_S)
+    return _Row(where, time_s, int(peer), cells["event"], figures)
+
+
+def _number(text: str, what: str, *, least: float, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:
+        raise UserError(f"{what}: {_shown(text)}; allowed: a number from {least:g} to {most:g}")
+    return value
+
+
+def _shown(text: str) -> str:
+    return one_line(text[:60]) or "nothing"
