@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -52,11 +53,8 @@ def replay(schedule: Schedule) -> Played:
 # ---------------------------------------------------------------- shrinking
 
 
-def shrink(schedule: Schedule, most_plays: int = 400) -> Schedule:
-    """The shortest schedule found with at most so many plays in which the first broken invariant still breaks."""
-    found = play(schedule)
-    assert found, "nothing is wrong with it"
-    wanted = found[0].invariant
+def shrink(schedule: Schedule, invariant: str, most_plays: int = 400) -> Schedule:
+    """The shortest schedule found with at most so many plays in which this invariant, which breaks, still does."""
     tries = most_plays
     progress = True
     while progress:
@@ -64,7 +62,7 @@ def shrink(schedule: Schedule, most_plays: int = 400) -> Schedule:
         for smaller in _smaller(schedule):
             if (tries := tries - 1) < 0:
                 return schedule
-            if any(violation.invariant == wanted for violation in play(smaller)):
+            if any(violation.invariant == invariant for violation in play(smaller)):
                 schedule, progress = smaller, True
                 break
     return schedule
@@ -115,13 +113,13 @@ def _simpler(fault: Fault) -> Iterator[Fault]:
 # ---------------------------------------------------------------- in words
 
 
-def as_test(schedule: Schedule) -> str:
-    """A test that fails as this schedule does."""
+def as_test(schedule: Schedule, invariant: str = "a searched schedule") -> str:
+    """A test that fails as this schedule does, named after what breaks."""
     found = play(schedule)
     said = "".join(f"    # {violation}\n" for violation in found) or "    # nothing is wrong with it\n"
     return (
         "from swarmtrain.simulate.search import Fault, Schedule, play\n\n\n"
-        f"def test_{schedule.world}_of_a_searched_schedule() -> None:\n"
+        f"def test_{schedule.world}_{re.sub('[^a-z]+', '_', invariant.lower())}() -> None:\n"
         f"{said}    schedule = {_written(schedule)}\n    assert not play(schedule)\n"
     )
 

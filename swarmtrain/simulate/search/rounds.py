@@ -7,7 +7,6 @@ told as merged stays merged.
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -152,11 +151,8 @@ class SearchedWorld(World):
         self.broken: list[Violation] = []
         self.waits: list[tuple[float, str, float]] = []
         """(when it was over, whose, how long), in seconds."""
-        self.signed_s: dict[str, float] = {}
-        self.told: dict[tuple[str, int], str] = {}
-        """(peer, round) -> the publication of its own that it has told as merged, by those that live on;"""
-        self.told_s: dict[tuple[str, int], float] = {}
-        """and when it did."""
+        self.told: dict[tuple[str, int], tuple[str, float]] = {}
+        """(peer, round) -> the publication of its own that it has told as merged, by those that live on; and when."""
 
     def _make(self, name: str, steps_per_s: float, link: Link) -> Volunteer:
         return (Liar if name in self.liars else Volunteer)(self, name, steps_per_s, link)
@@ -166,11 +162,7 @@ class SearchedWorld(World):
         super().record(kind, peer, roster)
         if kind == "joined":
             self.tokens_behind.pop(peer.name, None)  # from a checkpoint
-            self.told = {key: snapshot for key, snapshot in self.told.items() if key[0] != peer.name}
-        if kind == "frozen" and self.clock.now - self.signed_s.get(peer.name, -math.inf) < 0.1:
-            self.told.pop((peer.name, peer.round - 1), None)  # it has signed, and nobody heard
-        if kind == "signed":
-            self.signed_s[peer.name] = self.clock.now
+            self.told = {key: one for key, one in self.told.items() if key[0] != peer.name}
         if kind not in ("applied", "adopted") or roster is None or peer.name in self.liars:
             return
         if self.waits_s and self.waits_s[-1][0] == peer.name:
@@ -181,9 +173,8 @@ class SearchedWorld(World):
             self.broken.append(Violation("totals only grow", detail))
         self.tokens_behind[peer.name] = roster.base_tokens
         if kind == "applied":
-            own = {(e.peer, roster.round): e.snapshot for e in roster.entries if e.peer == peer.name}
-            self.told.update(own)
-            self.told_s.update(dict.fromkeys(own, self.clock.now))
+            own = [entry.snapshot for entry in roster.entries if entry.peer == peer.name]
+            self.told.update({(peer.name, roster.round): (snapshot, self.clock.now) for snapshot in own})
 
 
 # ---------------------------------------------------------------- play
@@ -198,7 +189,7 @@ def play_rounds(schedule: Schedule) -> Played:
         _declare(world, replace(fault, at_s=_TOGETHER_S + fault.at_s), schedule.name(fault), index)
     world.run_until(_TOGETHER_S + schedule.faults_end_s(_LEAST_S))
     end_faults(world, world.liars)
-    world._faults.clear()
+    world.declare_no_more()
     found = list(_waits(world, schedule))
     if world.running():
         world.run_until(world.clock.now + world.settings.presence_ttl_s / 3 + 20)
@@ -297,12 +288,11 @@ def _lost(world: SearchedWorld) -> list[Violation]:
     """What was told as merged, and is not in the model in the end. Where nobody could be heard it may be so; and of one
     that stood still as soon as it had signed, when nobody else had its bytes yet, as of one that is cut off."""
     peers = world.running()
-    stopped = {(name, round) for name, round in world.told_s if _stopped_then(world, name, world.told_s[name, round])}
     merged = {(e.peer, roster.round, e.snapshot) for roster in peers[0].history for e in roster.entries}
     return [
         Violation("no token is lost", f"{name} told its round {round} as merged, and it is not in the model")
-        for (name, round), snapshot in world.told.items()
-        if world.peers[name].alive and (name, round, snapshot) not in merged and (name, round) not in stopped
+        for (name, round), (snapshot, told_s) in world.told.items()
+        if world.peers[name].alive and (name, round, snapshot) not in merged and not _stopped_then(world, name, told_s)
     ]
 
 
