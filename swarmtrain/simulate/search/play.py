@@ -113,7 +113,7 @@ def _simpler(fault: Fault) -> Iterator[Fault]:
 # ---------------------------------------------------------------- in words
 
 
-def as_test(schedule: Schedule, invariant: str = "a searched schedule") -> str:
+def as_test(schedule: Schedule, invariant: str = "of a searched schedule") -> str:
     """A test that fails as this schedule does, named after what breaks."""
     found = play(schedule)
     said = "".join(f"    # {violation}\n" for violation in found) or "    # nothing is wrong with it\n"

@@ -37,10 +37,11 @@ _SPAN = Span(0.0, 20.0, 14.0)
 _LEAST_S = 8.0
 _PULLED_S = 1.0
 """Within which others have a publication, links being as they are."""
-_ASKED_S = 0.01
+_ASKED_S = (0.01, 0.01, 0.1, 0.2)
+"""When it has asked: before it is answered, or while the bytes come that it was told of."""
 _KINDS = {
     "kill": 3, "leave": 2, "restart": 4, "freeze": 5, "partition": 3, "cut": 2, "delay": 2, "loss": 2, "twice": 2,
-    "join": 2, "kill at": 4, "freeze at": 6, "idle": 1,
+    "join": 2, "kill at": 4, "late": 2, "freeze at": 6, "idle": 1,
     "lie: two rosters": 1, "lie: two publications": 1, "lie: far ahead": 1, "lie: done": 1, "lie: tokens": 1,
     "lie: no bytes": 1, "lie: behind": 2,
 }  # fmt: skip
@@ -50,14 +51,26 @@ def draw_rounds(rng: random.Random) -> Schedule:
     """A synchronous swarm of up to seven, and its faults."""
     speeds = tuple(rng.choice((8.0, 10.0, 16.0)) for _ in range(rng.choice((1, 2, 3, 3, 4, 4, 5, 6, 7))))
     options = (("share_above", 2.0),) if rng.random() < 0.5 else ()
-    drawn = draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(40))
+    crosses = rng.random() < 0.1
+    if crosses:
+        speeds = (8.0, *speeds[1:3], 16.0)
+    drawn = draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(160))
+    faults = tuple(_at_the_edge(rng, fault) for fault in drawn)
     return Schedule(
         world="rounds",
         speeds=speeds,
-        faults=tuple(_at_the_edge(rng, fault) for fault in drawn),
+        faults=(*faults[:1], _stops_before_it_signs(rng)) if crosses else faults,
         options=options,
         seed=rng.randrange(2**16),
     )
+
+
+def _stops_before_it_signs(rng: random.Random) -> Fault:
+    """The lowest peer, which has ended its round last and has yet to take the others' bytes; it wakes when those are two
+    rounds further without it."""
+    in_round, lasts_s = rng.randrange(4), round(rng.uniform(12.0, 18.0), 1)
+    detail = 40 * rng.randrange(2, 4) + 5 * in_round + _MOMENTS.index("ended")
+    return Fault(kind="freeze at", at_s=4.0 * in_round, lasts_s=lasts_s, detail=detail)
 
 
 def _at_the_edge(rng: random.Random, fault: Fault) -> Fault:
@@ -157,6 +170,10 @@ class SearchedWorld(World):
     def _make(self, name: str, steps_per_s: float, link: Link) -> Volunteer:
         return (Liar if name in self.liars else Volunteer)(self, name, steps_per_s, link)
 
+    def come(self, name: str, checkpoint: int) -> object:
+        """One that died, or a newcomer."""
+        return self.come_back(name, checkpoint) if name in self.peers else self.join(name)
+
     def record(self, kind: Any, peer: Volunteer, roster: Roster | None = None) -> None:
         """Look at what is told."""
         super().record(kind, peer, roster)
@@ -202,27 +219,20 @@ def play_rounds(schedule: Schedule) -> Played:
 
 
 def _declare(world: SearchedWorld, fault: Fault, name: str, index: int) -> None:
-    def lie(*lies: str) -> None:
-        if isinstance(peer := world.peers[name], Liar):
-            peer.lies = frozenset(lies)
-
-    if fault.kind == "join":
-        world.at(fault.at_s, world.join, f"{'az'[fault.detail % 2]}{index}")
-    elif fault.kind == "idle":
+    if fault.kind == "idle":
         declare_span(world, fault, lambda: world.idle(name), lambda: world.sign_again(name))
-    elif fault.kind.startswith("lie: "):
-        declare_span(world, fault, lambda: lie(fault.kind.removeprefix("lie: ")), lie)
     elif fault.kind in ("kill at", "freeze at"):
-        strike = world.kill if fault.kind == "kill at" else _frozen_for(world, fault.lasts_s)
-        world.fail_at(name, fault.detail // 5, _MOMENTS[fault.detail % 5], strike)
+        strike = world.kill if fault.kind == "kill at" else _frozen_for(world, fault)
+        world.fail_at(name, fault.detail // 5 % 8, _MOMENTS[fault.detail % 5], strike)
     else:
-        declare(world, fault, name, world.come_back)
+        declare(world, fault, name, index, world.come)
 
 
-def _frozen_for(world: World, lasts_s: float) -> Callable[[str], None]:
-    def freeze(name: str) -> None:  # when it has asked, and before it is answered
-        world.at(world.clock.now + _ASKED_S, world.freeze, name)
-        world.at(world.clock.now + _ASKED_S + lasts_s, world.thaw, name)
+def _frozen_for(world: World, fault: Fault) -> Callable[[str], None]:
+    def freeze(name: str) -> None:
+        from_s = world.clock.now + _ASKED_S[fault.detail // 40 % 4]
+        world.at(from_s, world.freeze, name)
+        world.at(from_s + fault.lasts_s, world.thaw, name)
 
     return freeze
 
