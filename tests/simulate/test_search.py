@@ -16,7 +16,8 @@ from broken_rules import (
     silence_never_ends,
 )
 
-from swarmtrain.simulate.search import Fault, Schedule, Violation, __main__ as command, as_test, draw, play, shrink
+import swarmtrain.simulate.search.__main__ as command
+from swarmtrain.simulate.search import Fault, Schedule, Violation, as_test, draw, play, shrink
 
 
 @pytest.mark.parametrize("first", range(0, 80, 10))

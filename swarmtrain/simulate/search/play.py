@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from swarmtrain.errors import SwarmtrainError
 from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
 from swarmtrain.simulate.search.microbatches import draw_microbatches, play_microbatches
 from swarmtrain.simulate.search.rounds import draw_rounds, play_rounds
@@ -28,7 +29,16 @@ _PLAY: dict[WorldKind, Callable[[Schedule], Played]] = {
     "stages": play_stages,
     "microbatches": play_microbatches,
 }
-_WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_WRONG = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SwarmtrainError,
+    TypeError,
+    ValueError,
+)
 
 
 def draw(seed: int, world: WorldKind | None = None) -> Schedule:
