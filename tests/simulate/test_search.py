@@ -10,9 +10,11 @@ from collections.abc import Callable
 import pytest
 from broken_rules import (
     BROKEN,
+    last_count_is_taken,
     ledger_takes_everything,
     nobody_refetches,
     restored_ledger_is_empty,
+    rounds_without_a_least,
     silence_never_ends,
 )
 
@@ -32,7 +34,7 @@ def test_two_thousand_schedules_by_the_command(capsys: pytest.CaptureFixture[str
     assert code == 0, capsys.readouterr().out
 
 
-LONG = (restored_ledger_is_empty, silence_never_ends)
+LONG = (last_count_is_taken, restored_ledger_is_empty, rounds_without_a_least, silence_never_ends)
 """They take seconds: dozens of schedules."""
 
 
