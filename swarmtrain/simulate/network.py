@@ -18,7 +18,7 @@ from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.links import EXACT_UP_TO, SharedLinks
 from swarmtrain.simulate.messages import Link
 
-__all__ = ["End", "Fault", "Links", "Machine", "Network", "Refused"]
+__all__ = ["End", "Fault", "Links", "Machine", "Network", "Place", "Refused"]
 
 Fault = Literal["killed", "frozen", "thawed"]
 
@@ -85,7 +85,7 @@ class Links:
 
     def __init__(self, seed: int = 0) -> None:
         self.clock = Clock()
-        self._drop = self._twice = 0.0
+        self._drop = self._twice = self._late = 0.0
         self._random = random.Random(seed)
         self._side: dict[str, int] = {}
         self._cut: set[str] = set()
@@ -115,6 +115,10 @@ class Links:
         """From now on this share of the messages and publications arrives twice, the second time up to 2 s later."""
         self._twice = share
 
+    def hold_up_messages(self, share: float) -> None:
+        """From now on this share of the messages and transfers arrives up to 8 s late, and others overtake it."""
+        self._late = share
+
     def side(self, peer: Place) -> int:
         """Which side of the partition it is on; 0 if there is none."""
         return self._side.get(peer.name, -1) if self._side else 0
@@ -139,13 +143,17 @@ class Links:
     def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any) -> None:
         """One message: `call(*args)` when it arrives, which may be never, or twice."""
         if self.passes(src, dst):
-            self.clock.call_later(self.latency_s(src, dst), call, *args)
+            self.clock.call_later(self.latency_s(src, dst) + self.held_up_s(), call, *args)
             if self.comes_twice():
                 self.clock.call_later(self.latency_s(src, dst) + 2 * self._random.random(), call, *args)
 
     def comes_twice(self) -> bool:
         """Whether what arrives now does so once more."""
         return self._twice > 0 and self._random.random() < self._twice
+
+    def held_up_s(self) -> float:
+        """How much later what is sent now arrives."""
+        return 8 * self._random.random() if self._late and self._random.random() < self._late else 0.0
 
 
 class Network(Links, Generic[P]):
@@ -195,8 +203,9 @@ class Network(Links, Generic[P]):
             self.fault("thawed", self.peers[name])
             self.peers[name].thaw()
 
-    def delay(self, name: str, latency_s: float) -> None:
-        """From now on its link takes so long, one way."""
+    def delay(self, name: str, latency_s: float | None = None) -> None:
+        """From now on its link takes so long, one way; None: as at first."""
+        latency_s = self._link.latency_s if latency_s is None else latency_s
         self.peers[name].link = replace(self.peers[name].link, latency_s=latency_s)
 
     # ------------------------------------------------------------------ links
@@ -230,7 +239,10 @@ class Network(Links, Generic[P]):
 
     def _pulled(self, dst: End, src: P, payload: Any, done: Callable[[Any], None], whole: bool) -> None:
         if whole and src.running and self.connected(src, dst):
-            dst.deliver(done, payload)
+            if late_s := self.held_up_s():
+                self.clock.call_later(late_s, dst.deliver, done, payload)
+            else:
+                dst.deliver(done, payload)
         elif not src.alive:
             dst.deliver(done, None)
         else:

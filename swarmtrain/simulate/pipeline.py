@@ -203,10 +203,11 @@ class PipelineWorld(Links):
         waits.append((call, args))
         return True
 
-    def delay(self, name: str, latency_s: float) -> None:
-        """From now on its link takes so long, one way."""
+    def delay(self, name: str, latency_s: float | None = None) -> None:
+        """From now on its link takes so long, one way; None: as at first."""
         if name in self.peers:
-            self.peers[name].link = Link(latency_s=latency_s)
+            at_first_s = self.settings.latency_s / 2
+            self.peers[name].link = Link(latency_s=at_first_s if latency_s is None else latency_s)
 
     # ------------------------------------------------------------------ records
 
@@ -280,8 +281,8 @@ class PipelineWorld(Links):
     def _stages(self) -> range:
         return range(self.settings.rule.num_stages)
 
-    def left_stage(self, stages: Sequence[int]) -> None:
-        """Somebody has moved away from them."""
+    def left_stage(self, peer: StageVolunteer, stages: Sequence[int]) -> None:
+        """It has moved away from them."""
         holders = self.holders()
         self.emptied.extend((self.clock.now, stage) for stage in stages if not holders[stage])
 

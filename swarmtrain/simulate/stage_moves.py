@@ -171,7 +171,7 @@ class Mover:
             world.clock.call_later(fetch_s, self._fetched, change)
         elif self._leave(change):
             peer.serve(tuple(stage for stage in change.before if stage in change.after))
-            world.left_stage(change.leaves)
+            world.left_stage(peer, change.leaves)
             world.clock.call_later(world.settings.drain_s, self._drained, change, fetch_s)
 
     def _drained(self, change: Change, fetch_s: float) -> None:
@@ -193,7 +193,7 @@ class Mover:
     def _arrived(self, change: Change) -> None:
         if self._leave(change):
             self._serve(change.after)
-            self.peer.world.left_stage(change.leaves)
+            self.peer.world.left_stage(self.peer, change.leaves)
 
     def _leave(self, change: Change) -> bool:
         now = self.peer.world.clock.now

@@ -120,6 +120,10 @@ class World(Network[Volunteer]):
         """Declare a fault: `fault(peer)` (default: kill) when `peer` reaches `moment` of `round`."""
         self._faults[peer, round, moment] = fault or self.kill
 
+    def declare_no_more(self) -> None:
+        """What was declared and not reached yet strikes nobody."""
+        self._faults.clear()
+
     def reached(self, peer: Volunteer, moment: Moment) -> None:
         """Called by peers: strike if a fault was declared for this moment."""
         if self._faults and (fault := self._faults.pop((peer.name, peer.round, moment), None)) is not None:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import operator
+import random
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 
 from swarmtrain.algorithm import pacing
-from swarmtrain.membership import balance, microbatches, partners, promises, rosters, tally
-from swarmtrain.simulate import transfers, volunteer
+from swarmtrain.membership import (
+    balance,
+    hosts,
+    lifecycle,
+    microbatches,
+    partners,
+    promises,
+    rosters,
+    shards,
+    tally,
+)
+from swarmtrain.simulate import publications, transfers, volunteer
 from swarmtrain.simulate.search.schedule import WorldKind
 
-__all__ = ["BROKEN", "UNSEEN"]
+__all__ = ["BROKEN"]
 
 Patch = pytest.MonkeyPatch
 
@@ -68,6 +80,18 @@ def everything_told_is_believed(patch: Patch) -> None:
     patch.setattr(tally, "_SWARM_FACTOR", 1e12)
 
 
+def who_was_lost_stays_lost(patch: Patch) -> None:
+    """A presence that is newer brings nobody back."""
+    saw = lifecycle.Membership.saw_presence
+
+    def saw_presence(
+        self: lifecycle.Membership, info: lifecycle.PeerInfo, expires_s: float, now: float
+    ) -> lifecycle.Change | None:
+        return None if self.state(info.peer) is lifecycle.PeerState.LOST else saw(self, info, expires_s, now)
+
+    patch.setattr(lifecycle.Membership, "saw_presence", saw_presence)
+
+
 def nobody_refetches(patch: Patch) -> None:
     """Everyone keeps to the weights that it has."""
     patch.setattr(rosters, "must_refetch", lambda applied, heard: False)
@@ -116,6 +140,34 @@ def promises_are_given_to_all(patch: Patch) -> None:
     patch.setattr(promises.Stays, "asked", asked)
 
 
+def nobody_is_hidden(patch: Patch) -> None:
+    """Whatever those say who tried to dial it."""
+
+    def told(self: hosts.Reachability, answers: Sequence[bool | None], now: float, rng: random.Random) -> str:
+        self.state, self._due_s = hosts.Reach.DIALABLE, now + self.again_s
+        return "why not"
+
+    patch.setattr(hosts.Reachability, "told", told)
+
+
+def numbers_are_not_checked(patch: Patch) -> None:
+    """What is infinite, or no number, is taken as any."""
+    patch.setattr(publications.Publication, "is_finite", True)
+
+
+def shards_are_added(patch: Patch) -> None:
+    """What a row tells again is counted again."""
+
+    def take(self: shards.Coverage, row: shards.Row, teller: str, explained: Callable[[str, int], int]) -> str | None:
+        old = self.row(row.peer)
+        if row.peer != self.me:
+            counts = row.counts if old is None else tuple(map(operator.add, old.counts, row.counts))
+            self._put(shards.Row(row.peer, counts, row.shard))
+        return None
+
+    patch.setattr(shards.Coverage, "_take", take)
+
+
 def finished_microbatches_are_forgotten(patch: Patch) -> None:
     """What is asked again is computed again."""
     finish = microbatches.StageLedger._finish
@@ -127,23 +179,39 @@ def finished_microbatches_are_forgotten(patch: Patch) -> None:
     patch.setattr(microbatches.StageLedger, "_finish", forget)
 
 
-BROKEN: dict[Callable[[Patch], None], WorldKind] = {
-    ledger_takes_everything: "gossip",
-    restored_ledger_is_empty: "gossip",
-    old_rounds_are_merged: "gossip",
-    rounds_without_a_least: "gossip",
-    fastest_paces_all: "gossip",
-    last_count_is_taken: "gossip",
-    everything_told_is_believed: "gossip",
-    nobody_refetches: "rounds",
-    rosters_by_attempt: "rounds",
-    silence_never_ends: "rounds",
-    shares_are_waited_for: "rounds",
-    nobody_counts_who_is_left: "stages",
-    promises_are_given_to_all: "stages",
-    finished_microbatches_are_forgotten: "microbatches",
-}
-"""Which world shows it."""
+def gradients_count_at_once(patch: Patch) -> None:
+    """As soon as they are computed, acknowledged or not."""
+    computed = microbatches.StageLedger.computed
 
-UNSEEN = (who_stood_still_asks_nobody, promises_are_not_kept)
-"""Not found in 150 and 100 schedules: they take coincidences that are not drawn often enough."""
+    def counted(self: microbatches.StageLedger, key: microbatches.Key, kind: microbatches.Kind, now: float) -> None:
+        computed(self, key, kind, now)
+        if kind != "forward":
+            self.acknowledge(key, 1.0, now)
+
+    patch.setattr(microbatches.StageLedger, "computed", counted)
+
+
+BROKEN: dict[Callable[[Patch], None], tuple[WorldKind, str]] = {
+    ledger_takes_everything: ("gossip", "exactly once"),
+    restored_ledger_is_empty: ("gossip", "exactly once"),
+    old_rounds_are_merged: ("gossip", "nothing too old is merged"),
+    rounds_without_a_least: ("gossip", "rounds are bounded"),
+    fastest_paces_all: ("gossip", "one liar paces nobody"),
+    last_count_is_taken: ("gossip", "totals only grow"),
+    everything_told_is_believed: ("gossip", "claims are bounded"),
+    shards_are_added: ("gossip", "no token counts twice"),
+    nobody_is_hidden: ("gossip", "nobody is left alone"),
+    numbers_are_not_checked: ("gossip", "weights are finite"),
+    who_was_lost_stays_lost: ("rounds", "one model"),
+    nobody_refetches: ("rounds", "one model"),
+    who_stood_still_asks_nobody: ("rounds", "no token is lost"),
+    rosters_by_attempt: ("rounds", "totals only grow"),
+    silence_never_ends: ("rounds", "nobody waits"),
+    shares_are_waited_for: ("rounds", "one model"),
+    nobody_counts_who_is_left: ("stages", "every stage is held again"),
+    promises_are_not_kept: ("stages", "promises are kept"),
+    promises_are_given_to_all: ("stages", "no move empties a stage"),
+    gradients_count_at_once: ("microbatches", "exactly once"),
+    finished_microbatches_are_forgotten: ("microbatches", "exactly once"),
+}
+"""Which world shows it, and what does not hold there: an error in the patch itself is no find."""

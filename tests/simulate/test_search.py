@@ -10,14 +10,16 @@ from collections.abc import Callable
 import pytest
 from broken_rules import (
     BROKEN,
+    last_count_is_taken,
     ledger_takes_everything,
     nobody_refetches,
     restored_ledger_is_empty,
+    rounds_without_a_least,
     silence_never_ends,
 )
 
-from swarmtrain.simulate.search import Fault, Schedule, as_test, draw, play, shrink
-from swarmtrain.simulate.search.__main__ import main
+import swarmtrain.simulate.search.__main__ as command
+from swarmtrain.simulate.search import Fault, Schedule, Violation, as_test, draw, play, shrink
 
 
 @pytest.mark.parametrize("first", range(0, 80, 10))
@@ -28,11 +30,11 @@ def test_the_rules_hold_in_the_first_schedules(first: int) -> None:
 
 @pytest.mark.processes
 def test_two_thousand_schedules_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["--schedules", "2000", "--seed", "0"])
+    code = command.main(["--schedules", "2000", "--seed", "0"])
     assert code == 0, capsys.readouterr().out
 
 
-LONG = (restored_ledger_is_empty, silence_never_ends)
+LONG = (last_count_is_taken, restored_ledger_is_empty, rounds_without_a_least, silence_never_ends)
 """They take seconds: dozens of schedules."""
 
 
@@ -42,7 +44,9 @@ LONG = (restored_ledger_is_empty, silence_never_ends)
 )
 def test_a_broken_rule_is_found(rule: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     rule(monkeypatch)
-    assert any(play(draw(seed, BROKEN[rule])) for seed in range(150)), "the search does not see it"
+    world, invariant = BROKEN[rule]
+    found = (violation.invariant for seed in range(150) for violation in play(draw(seed, world)))
+    assert invariant in found, f"the search sees nothing against: {invariant}"
 
 
 def test_a_schedule_is_shortened_to_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,9 +57,27 @@ def test_a_schedule_is_shortened_to_what_it_takes(monkeypatch: pytest.MonkeyPatc
         Fault(kind="twice", peer=1, at_s=6.2, lasts_s=2.9),
     )
     schedule = Schedule(world="rounds", speeds=(8.0, 10.0, 16.0), faults=faults, seed=5)
-    shortest = shrink(schedule)
+    shortest = shrink(schedule, "one model")
     assert [fault.kind for fault in shortest.faults] == ["join"] and len(shortest.speeds) == 1
     assert shortest.seed == 0 and shortest.faults[0].at_s == int(shortest.faults[0].at_s)
+
+
+def test_every_invariant_that_is_new_is_told_by_a_schedule_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shrunk: list[str] = []
+
+    def noted(schedule: Schedule, invariant: str) -> Schedule:
+        shrunk.append(invariant)
+        return schedule
+
+    found = [(0, [Violation("one", ""), Violation("two", ""), Violation("one", "")]), (4, [Violation("two", "")])]
+    monkeypatch.setattr(command, "broken", lambda seeds, jobs: found)
+    monkeypatch.setattr(command, "shrink", noted)
+    assert command.main(["--schedules", "2", "--seed", "0"]) == 1
+    printed = capsys.readouterr().out
+    assert shrunk == ["one", "two"]
+    assert printed.count("def test_") == 2 and "def test_rounds_one()" in printed and "def test_rounds_two()" in printed
 
 
 def test_what_is_found_is_written_as_a_test_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def test_any_schedule_of_faults(speeds: list[float], share_above: int, declared:
     world.lose_messages(0.0)
     for name in list(world.peers):
         world.thaw(name)
-    world._faults.clear()
+    world.declare_no_more()
     bound_s = BASE_WAIT_S + FAULT_WAIT_S * len(declared)
     assert longest_open_wait_s(world) <= bound_s
     assert max((wait_s for _, _, wait_s in world.waits_s), default=0.0) <= bound_s

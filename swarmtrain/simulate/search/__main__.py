@@ -38,11 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             for seed, violations in broken(seeds, options.jobs):
                 bar.advance(task)
-                new = {f"{draw(seed).world} {violation.invariant}" for violation in violations} - known
-                if new:
-                    known |= new
-                    bar.console.print(f"seed {seed}: {violations[0]}; looking for the shortest schedule", markup=False)
-                    sys.stdout.write(f"# seed {seed}\n{as_test(shrink(draw(seed)))}\n")
+                schedule = draw(seed)
+                for violation in violations:
+                    if (invariant := f"{schedule.world} {violation.invariant}") in known:
+                        continue
+                    known.add(invariant)
+                    bar.console.print(f"seed {seed}: {violation}; looking for the shortest schedule", markup=False)
+                    shortest = shrink(schedule, violation.invariant)
+                    sys.stdout.write(f"# seed {seed}\n{as_test(shortest, violation.invariant)}\n")
                     sys.stdout.flush()
         except KeyboardInterrupt:
             pass

@@ -1,37 +1,43 @@
-"""The faults that happen alike in a synchronous swarm and in one that gossips: to machines, links and messages."""
+"""The faults that happen alike in every kind of swarm: to machines, links and messages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
-from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Network
+from swarmtrain.simulate.pipeline import PipelineWorld
 from swarmtrain.simulate.search.schedule import Fault
 
 __all__ = ["declare", "declare_span", "end_faults"]
 
-_LOST, _TWICE = 0.2, 0.5
+World: TypeAlias = "Network[Any] | PipelineWorld"
+Come: TypeAlias = Callable[[str, int], object]
+"""Starts a peer: a newcomer, or one that has died, from a checkpoint (-1 is the newest)."""
+
+_LOST, _TWICE, _LATE = 0.2, 0.5, 0.2
 
 
-def declare_span(world: Network[Any], fault: Fault, begin: Callable[[], object], end: Callable[[], object]) -> None:
+def declare_span(world: World, fault: Fault, begin: Callable[[], object], end: Callable[[], object]) -> None:
     """`begin` when the fault strikes, `end` when it is over."""
     world.at(fault.at_s, begin)
     world.at(fault.end_s, end)
 
 
-def declare(world: Network[Any], fault: Fault, name: str, come_back: Callable[[str, int], object]) -> None:
-    """A fault of any kind that both have; `come_back` starts one that died again, from a checkpoint."""
+def declare(world: World, fault: Fault, name: str, index: int, come: Come) -> None:
+    """A fault of any kind that all have; `index` tells newcomers apart."""
     match fault.kind:
         case "kill" | "leave":
             world.at(fault.at_s, getattr(world, fault.kind), name)
         case "restart":
 
             def again() -> None:
-                if not world.peers[name].alive:
-                    come_back(name, -1 - fault.detail % 4)
+                if (peer := world.peers.get(name)) is None or not peer.alive:
+                    come(name, -1 - fault.detail % 4)
 
             declare_span(world, fault, lambda: world.kill(name), again)
+        case "join":
+            world.at(fault.at_s, come, f"{'az'[fault.detail % 2]}{index}", -1)
         case "freeze":
             declare_span(world, fault, lambda: world.freeze(name), lambda: world.thaw(name))
         case "partition":  # a side by the bits of `detail`
@@ -41,22 +47,33 @@ def declare(world: Network[Any], fault: Fault, name: str, come_back: Callable[[s
             declare_span(world, fault, lambda: world.cut_off(name), world.heal)
         case "delay":
             slow_s = 0.1 * (1 + fault.detail % 10)
-            declare_span(world, fault, lambda: world.delay(name, slow_s), lambda: world.delay(name, Link().latency_s))
+            declare_span(world, fault, lambda: world.delay(name, slow_s), lambda: world.delay(name))
         case "loss":
             declare_span(world, fault, lambda: world.lose_messages(_LOST), lambda: world.lose_messages(0.0))
         case "twice":
             declare_span(world, fault, lambda: world.repeat_messages(_TWICE), lambda: world.repeat_messages(0.0))
+        case "late":
+            declare_span(world, fault, lambda: world.hold_up_messages(_LATE), lambda: world.hold_up_messages(0.0))
+        case kind if kind.startswith("lie: "):
+            declare_span(world, fault, lambda: _lie(world, name, kind.removeprefix("lie: ")), lambda: _lie(world, name))
         case _:
             raise ValueError(f"no such fault: {fault.kind}")
 
 
-def end_faults(world: Network[Any], liars: frozenset[str]) -> None:
+def _lie(world: World, name: str, *lies: str) -> None:
+    peer: Any = world.peers.get(name)
+    if peer is not None:
+        peer.lies = frozenset(lies)
+
+
+def end_faults(world: World, liars: frozenset[str]) -> None:
     """All that is broken works again; who lied is gone."""
     world.heal()
     world.lose_messages(0.0)
     world.repeat_messages(0.0)
+    world.hold_up_messages(0.0)
     for name in sorted(world.peers):
-        world.delay(name, Link().latency_s)
+        world.delay(name)
         world.thaw(name)
         if name in liars:
             world.kill(name)

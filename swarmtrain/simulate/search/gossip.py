@@ -1,8 +1,9 @@
 """Schedules of faults in a swarm that gossips, some of whose machines nobody can dial, and what must hold.
 
 Judged: each inner step of a peer enters another's weights once at most, checkpoints included; nobody waits for anybody;
-the tokens that a peer counts only grow, are never more than was trained, and in the end all that were ever told; rounds
-are as long as pacing allows and what is merged as old; weights are finite, and without liars within those at first.
+the tokens that a peer counts, also by shard, only grow, are never more than was trained, and in the end all that were
+ever told; rounds are as long as pacing allows and what is merged as old; weights are finite, and without liars within
+those at first.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from typing import Any
 
 from swarmtrain.algorithm.pacing import fewest_inner_steps, paced_inner_steps
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.shards import Coverage
 from swarmtrain.membership.tally import CountingRules
 from swarmtrain.network.tallying import Tallying
 from swarmtrain.simulate.gossip import GossipSettings, Publication, RoundRecord
 from swarmtrain.simulate.hosting import HostedPeer, HostedSwarm
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Refused
-from swarmtrain.simulate.search.faults import declare, declare_span, end_faults
-from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
+from swarmtrain.simulate.search.faults import declare, end_faults
+from swarmtrain.simulate.search.schedule import Played, Schedule, Span, Violation, draw_faults
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["draw_gossip", "play_gossip"]
@@ -35,7 +37,7 @@ _LEAST_S = 20.0
 _EVER = 10**12
 _KINDS = {
     "kill": 3, "leave": 1, "restart": 8, "freeze": 3, "partition": 2, "cut": 2, "delay": 1, "loss": 2, "twice": 4,
-    "join": 2, "lie: speed": 1, "lie: round": 1, "lie: turned back": 1, "lie: ahead": 1, "lie: tokens": 1,
+    "late": 2, "join": 2, "lie: speed": 1, "lie: round": 1, "lie: turned back": 1, "lie: ahead": 1, "lie: tokens": 1,
     "lie: no numbers": 1, "lie: two publications": 1, "lie: busy": 1, "lie: silent": 1, "lie: told": 1,
     "lie: old record": 1,
 }  # fmt: skip
@@ -88,7 +90,7 @@ class CountingPeer(HostedPeer):
             clock=lambda: swarm.clock.now,
             refused=lambda *_: None,
         )
-        self.kept: list[tuple[int, list[list[str | int | float]]]] = []
+        self.kept: list[tuple[int, list[list[str | int | float]], list[list[str | int | list[int]]]]] = []
         """Of each checkpoint, what was counted."""
 
     def _speeds(self) -> Mapping[str, float]:
@@ -96,18 +98,20 @@ class CountingPeer(HostedPeer):
         return {peer: speed * self.settings.tokens_per_step for peer, speed in speeds.items()}
 
     def _end_round(self, r: Any) -> None:
-        before = self.tallying.total
+        before, seen, shard = self.tallying.total, sum(self._shards.seen), self.shard
         super()._end_round(r)
         if r is self._now:
             return
         self.own_tokens += r.steps * self.settings.tokens_per_step
+        self.searched.trained[self.name, shard] += r.steps * self.settings.tokens_per_step
         self.tallying.learn({self.name: self.own_tokens})
         self.searched.reached[self.name] = max(self.searched.reached.get(self.name, 0), self.own_tokens)
         _at_once(self.tallying.read_all())
         self.read_s = self.swarm.clock.now
-        self.kept = [*self.kept[-2:], (self.own_tokens, self.tallying.kept())]
+        self.kept = [*self.kept[-2:], (self.own_tokens, self.tallying.kept(), self._shards.rows())]
         self.searched.tell(self.name, self._to_tell())
         self._judge(before)
+        self._judge_shards(seen)
 
     def _start_round(self) -> None:
         super()._start_round()
@@ -139,11 +143,28 @@ class CountingPeer(HostedPeer):
                 detail = f"{self.name} counts {tokens} of {peer}, which has trained on {swarm.reached.get(peer, 0)}"
                 swarm.broken.append(Violation("no token counts twice", detail))
 
+    @property
+    def _shards(self) -> Coverage:
+        assert self.coverage is not None
+        return self.coverage
+
+    def _judge_shards(self, before: int) -> None:
+        swarm = self.searched
+        if self.name not in swarm.liars and (seen := sum(self._shards.seen)) < before:
+            swarm.broken.append(Violation("totals only grow", f"{self.name} has seen {before} tokens, and now {seen}"))
+        for peer in sorted(swarm.peers.keys() - swarm.liars) if self.name not in swarm.liars else ():
+            row = self._shards.row(peer)
+            for shard, tokens in enumerate(row.counts if row is not None else ()):
+                if tokens > (trained := swarm.trained[peer, shard]):
+                    detail = f"{self.name} counts {tokens} of {peer} in shard {shard}; it has trained on {trained}"
+                    swarm.broken.append(Violation("no token counts twice", detail))
+
     def restore(self, old: CountingPeer, checkpoint: int) -> None:
         """What the checkpoint had of it."""
         if old.kept:
-            self.own_tokens, rows = old.kept[max(checkpoint, -len(old.kept))]
-            self.tallying.restore(rows)
+            self.own_tokens, counts, shards = old.kept[max(checkpoint, -len(old.kept))]
+            self.tallying.restore(counts)
+            self._shards.load(shards)
 
 
 class Liar(CountingPeer):
@@ -208,6 +229,8 @@ class SearchedSwarm(HostedSwarm):
         self.told: list[tuple[float, str, int]] = []
         self.reached: dict[str, int] = {}
         """The most tokens that each has trained on, in any of its lives."""
+        self.trained: Counter[tuple[str, int]] = Counter()
+        """(peer, shard) -> tokens, of all its lives."""
         self.broken: list[Violation] = []
         self.liars = schedule.liars
         hidden = schedule.names[1 : 1 + int(schedule.option("hidden", 0))]
@@ -217,6 +240,7 @@ class SearchedSwarm(HostedSwarm):
             pacing=bool(schedule.option("pacing", 1)),
             max_staleness_rounds=int(schedule.option("max_staleness_rounds", 4)),
             inner_rate=0.01,
+            num_shards=3,
         )
         super().__init__(lambda name: name in hidden, settings, seed=schedule.seed)
         self.clock.most_events = 200_000
@@ -245,6 +269,10 @@ class SearchedSwarm(HostedSwarm):
         self.progress[peer] = (pb.Record(progress=pb.Progress(tokens=tokens)), math.inf)
         self.told.append((self.clock.now, peer, tokens))
 
+    def come(self, name: str, checkpoint: int) -> object:
+        """One that died, or a newcomer."""
+        return self.come_back(name, checkpoint) if name in self.peers else self.join(name)
+
     def come_back(self, name: str, checkpoint: int = -1) -> Any:
         """With what it counted."""
         old = self.peers[name]
@@ -263,7 +291,7 @@ def play_gossip(schedule: Schedule) -> Played:
     for i, (name, steps_per_s) in enumerate(zip(schedule.names, schedule.speeds, strict=True)):
         swarm.found(name, steps_per_s=steps_per_s, theta=(-1.0, 1.0, 0.5)[i % 3])
     for index, fault in enumerate(schedule.faults):
-        _declare(swarm, fault, schedule.name(fault), index)
+        declare(swarm, fault, schedule.name(fault), index, swarm.come)
     swarm.run_until(schedule.faults_end_s(_LEAST_S))
     end_faults(swarm, swarm.liars)
     healed_s, reached = swarm.clock.now, {peer.name: peer.round for peer in _honest(swarm)}
@@ -271,19 +299,6 @@ def play_gossip(schedule: Schedule) -> Played:
     found = [*swarm.broken, *_entered_twice(swarm), *_rounds(swarm, schedule)]
     found += [*_stuck(swarm, healed_s), *_alone(swarm, reached), *_end(swarm)]
     return Played(found, f"{swarm.clock.num_events} events, {[peer.theta for peer in swarm.running()]}")
-
-
-def _declare(swarm: SearchedSwarm, fault: Fault, name: str, index: int) -> None:
-    def lie(*lies: str) -> None:
-        if isinstance(peer := swarm.peers[name], Liar):
-            peer.lies = frozenset(lies)
-
-    if fault.kind == "join":
-        swarm.at(fault.at_s, swarm.join, f"{'az'[fault.detail % 2]}{index}")
-    elif fault.kind.startswith("lie: "):
-        declare_span(swarm, fault, lambda: lie(fault.kind.removeprefix("lie: ")), lie)
-    else:
-        declare(swarm, fault, name, swarm.come_back)
 
 
 # ---------------------------------------------------------------- what must hold

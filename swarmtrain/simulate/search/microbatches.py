@@ -20,7 +20,7 @@ __all__ = ["draw_microbatches", "play_microbatches"]
 _LIMIT_S = 900.0
 _SPAN = Span(0.1, 3.0, 40.0)
 _SHARES = {"lost": "lost", "answers lost": "reply_lost", "repeated": "twice", "slow": "slow"}
-_KINDS = {"lost": 3, "answers lost": 3, "repeated": 3, "slow": 1, "hang": 4, "death": 3, "driver dies": 2}
+_KINDS = {"lost": 3, "answers lost": 3, "repeated": 3, "slow": 1, "parted": 2, "hang": 4, "death": 3, "driver dies": 2}
 
 
 def draw_microbatches(rng: random.Random) -> Schedule:
@@ -53,12 +53,20 @@ def play_microbatches(schedule: Schedule) -> Played:
             num_microbatches=8,
         )
         others = [peer for peer in swarm.peers.values() if peer.stage]
+        later = asyncio.get_running_loop().call_later
+
+        def lose(share: float) -> None:
+            swarm.network.faults = replace(swarm.network.faults, lost=share)
+
         for fault in schedule.faults:
             peer = others[fault.detail % len(others)]
             if fault.kind == "death":
-                asyncio.get_running_loop().call_later(fault.at_s, peer.born)
+                later(fault.at_s, peer.born)
             elif fault.kind == "hang":
-                asyncio.get_running_loop().call_later(fault.at_s, peer.hang, fault.lasts_s)
+                later(fault.at_s, peer.hang, fault.lasts_s)
+            elif fault.kind == "parted":  # drivers from all others
+                later(fault.at_s, lose, 1.0)
+                later(fault.end_s, lose, rates.lost)
         try:
             await swarm.run(_deaths(schedule.faults), _LIMIT_S)
         except TimeoutError:

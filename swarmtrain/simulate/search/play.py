@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from swarmtrain.errors import SwarmtrainError
 from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
 from swarmtrain.simulate.search.microbatches import draw_microbatches, play_microbatches
 from swarmtrain.simulate.search.rounds import draw_rounds, play_rounds
@@ -27,7 +29,16 @@ _PLAY: dict[WorldKind, Callable[[Schedule], Played]] = {
     "stages": play_stages,
     "microbatches": play_microbatches,
 }
-_WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_WRONG = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SwarmtrainError,
+    TypeError,
+    ValueError,
+)
 
 
 def draw(seed: int, world: WorldKind | None = None) -> Schedule:
@@ -52,11 +63,8 @@ def replay(schedule: Schedule) -> Played:
 # ---------------------------------------------------------------- shrinking
 
 
-def shrink(schedule: Schedule, most_plays: int = 400) -> Schedule:
-    """The shortest schedule found with at most so many plays in which the first broken invariant still breaks."""
-    found = play(schedule)
-    assert found, "nothing is wrong with it"
-    wanted = found[0].invariant
+def shrink(schedule: Schedule, invariant: str, most_plays: int = 400) -> Schedule:
+    """The shortest schedule found with at most so many plays in which this invariant, which breaks, still does."""
     tries = most_plays
     progress = True
     while progress:
@@ -64,7 +72,7 @@ def shrink(schedule: Schedule, most_plays: int = 400) -> Schedule:
         for smaller in _smaller(schedule):
             if (tries := tries - 1) < 0:
                 return schedule
-            if any(violation.invariant == wanted for violation in play(smaller)):
+            if any(violation.invariant == invariant for violation in play(smaller)):
                 schedule, progress = smaller, True
                 break
     return schedule
@@ -115,13 +123,13 @@ def _simpler(fault: Fault) -> Iterator[Fault]:
 # ---------------------------------------------------------------- in words
 
 
-def as_test(schedule: Schedule) -> str:
-    """A test that fails as this schedule does."""
+def as_test(schedule: Schedule, invariant: str = "of a searched schedule") -> str:
+    """A test that fails as this schedule does, named after what breaks."""
     found = play(schedule)
     said = "".join(f"    # {violation}\n" for violation in found) or "    # nothing is wrong with it\n"
     return (
         "from swarmtrain.simulate.search import Fault, Schedule, play\n\n\n"
-        f"def test_{schedule.world}_of_a_searched_schedule() -> None:\n"
+        f"def test_{schedule.world}_{re.sub('[^a-z]+', '_', invariant.lower())}() -> None:\n"
         f"{said}    schedule = {_written(schedule)}\n    assert not play(schedule)\n"
     )
 

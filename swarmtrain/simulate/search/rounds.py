@@ -1,13 +1,12 @@
 """Schedules of faults in a synchronous swarm, and what must hold whatever they are.
 
 Judged: nobody waits without bound; once the faults are over there is one model again, in which everyone counts;
-nothing is in anybody's past twice; the tokens behind a peer's weights only grow; without a parted network, what a peer
-told as merged stays merged.
+nothing is in anybody's past twice; the tokens behind a peer's weights only grow; where messages come in time, what a
+peer told as merged stays merged.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -38,10 +37,11 @@ _SPAN = Span(0.0, 20.0, 14.0)
 _LEAST_S = 8.0
 _PULLED_S = 1.0
 """Within which others have a publication, links being as they are."""
-_ASKED_S = 0.01
+_ASKED_S = (0.01, 0.01, 0.1, 0.2)
+"""When it has asked: before it is answered, or while the bytes come that it was told of."""
 _KINDS = {
     "kill": 3, "leave": 2, "restart": 4, "freeze": 5, "partition": 3, "cut": 2, "delay": 2, "loss": 2, "twice": 2,
-    "join": 2, "kill at": 4, "freeze at": 6, "idle": 1,
+    "join": 2, "kill at": 4, "late": 2, "freeze at": 6, "idle": 1,
     "lie: two rosters": 1, "lie: two publications": 1, "lie: far ahead": 1, "lie: done": 1, "lie: tokens": 1,
     "lie: no bytes": 1, "lie: behind": 2,
 }  # fmt: skip
@@ -51,14 +51,37 @@ def draw_rounds(rng: random.Random) -> Schedule:
     """A synchronous swarm of up to seven, and its faults."""
     speeds = tuple(rng.choice((8.0, 10.0, 16.0)) for _ in range(rng.choice((1, 2, 3, 3, 4, 4, 5, 6, 7))))
     options = (("share_above", 2.0),) if rng.random() < 0.5 else ()
-    drawn = draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(40))
+    chance = rng.random()
+    if chance < 0.1:
+        speeds = (8.0, *speeds[1:3], 16.0)
+    drawn = draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(160))
+    faults = tuple(_at_the_edge(rng, fault) for fault in drawn)
+    if chance < 0.1:
+        faults = (*faults[:1], _stops_before_it_signs(rng))
+    elif chance < 0.25:
+        faults = (_lies_alone(rng, len(speeds)),)
     return Schedule(
         world="rounds",
         speeds=speeds,
-        faults=tuple(_at_the_edge(rng, fault) for fault in drawn),
+        faults=faults,
         options=options,
         seed=rng.randrange(2**16),
     )
+
+
+def _stops_before_it_signs(rng: random.Random) -> Fault:
+    """The lowest peer, which has ended its round last and has yet to take the others' bytes; it wakes when those are
+    two rounds further without it."""
+    in_round, lasts_s = rng.randrange(4), round(rng.uniform(12.0, 18.0), 1)
+    detail = 40 * rng.randrange(2, 4) + 5 * in_round + _MOMENTS.index("ended")
+    return Fault(kind="freeze at", at_s=4.0 * in_round, lasts_s=lasts_s, detail=detail)
+
+
+def _lies_alone(rng: random.Random, num_peers: int) -> Fault:
+    """For long, so that nothing else explains what the others wait for: who signs first, or last."""
+    kinds = {kind: weight for kind, weight in _KINDS.items() if kind.startswith("lie: ")}
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    return Fault(kind=kind, peer=rng.choice((0, num_peers - 1)), at_s=4.0, lasts_s=3 * _SPAN.longest_s)
 
 
 def _at_the_edge(rng: random.Random, fault: Fault) -> Fault:
@@ -152,25 +175,22 @@ class SearchedWorld(World):
         self.broken: list[Violation] = []
         self.waits: list[tuple[float, str, float]] = []
         """(when it was over, whose, how long), in seconds."""
-        self.signed_s: dict[str, float] = {}
-        self.told: dict[tuple[str, int], str] = {}
-        """(peer, round) -> the publication of its own that it has told as merged, by those that live on;"""
-        self.told_s: dict[tuple[str, int], float] = {}
-        """and when it did."""
+        self.told: dict[tuple[str, int], tuple[str, float]] = {}
+        """(peer, round) -> the publication of its own that it has told as merged, by those that live on; and when."""
 
     def _make(self, name: str, steps_per_s: float, link: Link) -> Volunteer:
         return (Liar if name in self.liars else Volunteer)(self, name, steps_per_s, link)
+
+    def come(self, name: str, checkpoint: int) -> object:
+        """One that died, or a newcomer."""
+        return self.come_back(name, checkpoint) if name in self.peers else self.join(name)
 
     def record(self, kind: Any, peer: Volunteer, roster: Roster | None = None) -> None:
         """Look at what is told."""
         super().record(kind, peer, roster)
         if kind == "joined":
             self.tokens_behind.pop(peer.name, None)  # from a checkpoint
-            self.told = {key: snapshot for key, snapshot in self.told.items() if key[0] != peer.name}
-        if kind == "frozen" and self.clock.now - self.signed_s.get(peer.name, -math.inf) < 0.1:
-            self.told.pop((peer.name, peer.round - 1), None)  # it has signed, and nobody heard
-        if kind == "signed":
-            self.signed_s[peer.name] = self.clock.now
+            self.told = {key: one for key, one in self.told.items() if key[0] != peer.name}
         if kind not in ("applied", "adopted") or roster is None or peer.name in self.liars:
             return
         if self.waits_s and self.waits_s[-1][0] == peer.name:
@@ -181,9 +201,9 @@ class SearchedWorld(World):
             self.broken.append(Violation("totals only grow", detail))
         self.tokens_behind[peer.name] = roster.base_tokens
         if kind == "applied":
-            own = {(e.peer, roster.round): e.snapshot for e in roster.entries if e.peer == peer.name}
-            self.told.update(own)
-            self.told_s.update(dict.fromkeys(own, self.clock.now))
+            for entry in roster.entries:
+                if entry.peer == peer.name:
+                    self.told[peer.name, roster.round] = entry.snapshot, self.clock.now
 
 
 # ---------------------------------------------------------------- play
@@ -198,40 +218,33 @@ def play_rounds(schedule: Schedule) -> Played:
         _declare(world, replace(fault, at_s=_TOGETHER_S + fault.at_s), schedule.name(fault), index)
     world.run_until(_TOGETHER_S + schedule.faults_end_s(_LEAST_S))
     end_faults(world, world.liars)
-    world._faults.clear()
+    world.declare_no_more()
     found = list(_waits(world, schedule))
     if world.running():
         world.run_until(world.clock.now + world.settings.presence_ttl_s / 3 + 20)
         found += [Violation("one model", detail) for detail in not_one_model(world)]
         found += [Violation("exactly once", detail) for detail in counted_twice(world)]
-        if not schedule.liars and not schedule.has("partition", "cut", "loss"):
+        if not schedule.liars and not schedule.has("partition", "cut", "loss", "late"):
             found += _lost(world)
     weights = [peer.digest for peer in world.running()]
     return Played([*world.broken, *found], f"{world.clock.num_events} events, {weights}")
 
 
 def _declare(world: SearchedWorld, fault: Fault, name: str, index: int) -> None:
-    def lie(*lies: str) -> None:
-        if isinstance(peer := world.peers[name], Liar):
-            peer.lies = frozenset(lies)
-
-    if fault.kind == "join":
-        world.at(fault.at_s, world.join, f"{'az'[fault.detail % 2]}{index}")
-    elif fault.kind == "idle":
+    if fault.kind == "idle":
         declare_span(world, fault, lambda: world.idle(name), lambda: world.sign_again(name))
-    elif fault.kind.startswith("lie: "):
-        declare_span(world, fault, lambda: lie(fault.kind.removeprefix("lie: ")), lie)
     elif fault.kind in ("kill at", "freeze at"):
-        strike = world.kill if fault.kind == "kill at" else _frozen_for(world, fault.lasts_s)
-        world.fail_at(name, fault.detail // 5, _MOMENTS[fault.detail % 5], strike)
+        strike = world.kill if fault.kind == "kill at" else _frozen_for(world, fault)
+        world.fail_at(name, fault.detail // 5 % 8, _MOMENTS[fault.detail % 5], strike)
     else:
-        declare(world, fault, name, world.come_back)
+        declare(world, fault, name, index, world.come)
 
 
-def _frozen_for(world: World, lasts_s: float) -> Callable[[str], None]:
-    def freeze(name: str) -> None:  # when it has asked, and before it is answered
-        world.at(world.clock.now + _ASKED_S, world.freeze, name)
-        world.at(world.clock.now + _ASKED_S + lasts_s, world.thaw, name)
+def _frozen_for(world: World, fault: Fault) -> Callable[[str], None]:
+    def freeze(name: str) -> None:
+        from_s = world.clock.now + _ASKED_S[fault.detail // 40 % 4]
+        world.at(from_s, world.freeze, name)
+        world.at(from_s + fault.lasts_s, world.thaw, name)
 
     return freeze
 
@@ -297,12 +310,11 @@ def _lost(world: SearchedWorld) -> list[Violation]:
     """What was told as merged, and is not in the model in the end. Where nobody could be heard it may be so; and of one
     that stood still as soon as it had signed, when nobody else had its bytes yet, as of one that is cut off."""
     peers = world.running()
-    stopped = {(name, round) for name, round in world.told_s if _stopped_then(world, name, world.told_s[name, round])}
     merged = {(e.peer, roster.round, e.snapshot) for roster in peers[0].history for e in roster.entries}
     return [
         Violation("no token is lost", f"{name} told its round {round} as merged, and it is not in the model")
-        for (name, round), snapshot in world.told.items()
-        if world.peers[name].alive and (name, round, snapshot) not in merged and (name, round) not in stopped
+        for (name, round), (snapshot, told_s) in world.told.items()
+        if world.peers[name].alive and (name, round, snapshot) not in merged and not _stopped_then(world, name, told_s)
     ]
 
 

@@ -1,18 +1,21 @@
 """Schedules of faults in a pipeline whose peers move between its stages, and what must hold whatever they are.
 
-Judged: a move leaves no stage empty, whatever records say, while nobody dies who has promised to stay; once the faults
-are over each stage is held again, by peers that do it, and microbatches come through.
+Judged: who has promised to stay in a stage stays; a move leaves none empty, whatever records say, while nobody dies who
+has promised; once the faults are over each stage is held again, by peers that do it, and microbatches come through.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from swarmtrain.membership.balance import Rule, StagePeer
 from swarmtrain.membership.promises import Promise, Request
+from swarmtrain.simulate.network import Place
 from swarmtrain.simulate.pipeline import Machine, PipelineSettings, PipelineWorld
+from swarmtrain.simulate.search.faults import declare, end_faults
 from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
 from swarmtrain.simulate.stage_moves import Mover
 from swarmtrain.simulate.stage_peer import StageVolunteer
@@ -31,7 +34,7 @@ _LEAST_S = 60.0
 _GONE = ("kill", "vanish", "leave", "restart", "freeze")
 _KINDS = {
     "kill": 3, "vanish": 2, "leave": 2, "restart": 2, "freeze": 2, "partition": 2, "cut": 2, "delay": 1, "loss": 2,
-    "twice": 2, "slow": 3, "join": 3, "lie: claims": 1, "lie: speed": 1, "lie: slow": 1, "lie: moves": 1,
+    "twice": 2, "late": 2, "slow": 3, "join": 3, "lie: claims": 1, "lie: speed": 1, "lie: slow": 1, "lie: moves": 1,
     "lie: is bound": 1, "lie: promises": 1, "lie: breaks": 1,
 }  # fmt: skip
 
@@ -93,9 +96,12 @@ class Liar(StageVolunteer):
 
 
 class SearchedWorld(PipelineWorld):
-    """Some of whose peers may lie."""
+    """Some of whose peers may lie; it notes who has promised to stay."""
 
     def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.broken: list[Violation] = []
+        self._stays_until_s: dict[tuple[Place, int], float] = {}
         num_stages = int(schedule.option("stages", 2))
         rule = Rule(costs=(1 / num_stages,) * num_stages, live_s=30.0)
         self.liars = schedule.liars
@@ -109,9 +115,29 @@ class SearchedWorld(PipelineWorld):
     def _make(self, machine: Machine) -> StageVolunteer:
         return (Liar if machine.name in self.liars else StageVolunteer)(self, machine, random.Random(self.rng.random()))
 
-    def honest(self) -> list[StageVolunteer]:
-        """Those that are on and do not lie, by name."""
-        return [peer for name, peer in sorted(self.peers.items()) if name not in self.liars]
+    def machine(self, name: str) -> Machine:
+        """Newcomers have the first one's."""
+        speeds = dict(zip(self.schedule.names, self.schedule.speeds, strict=True))
+        most = int(self.schedule.option("most_stages", 2))
+        return Machine(name=name, tokens_per_s=speeds.get(name, speeds["p0"]), fetch_s=10.0, most_stages=most)
+
+    def come(self, name: str, checkpoint: int) -> object:
+        """One that died, or a newcomer: in a pipeline neither has anything."""
+        return self.join(self.machine(name))
+
+    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any) -> None:
+        """A promise, among others."""
+        for promise in (one for one in args if isinstance(one, Promise)):
+            self._stays_until_s[src, promise.request.stage] = self.clock.now + promise.lasts_s
+        super().send(src, dst, call, *args)
+
+    def left_stage(self, peer: StageVolunteer, stages: Sequence[int]) -> None:
+        """It has promised nobody to stay there."""
+        super().left_stage(peer, stages)
+        for stage in stages if peer.name not in self.liars else ():
+            if (left_s := self._stays_until_s.get((peer, stage), 0.0) - self.clock.now) > 0:
+                detail = f"{peer.name} leaves stage {stage} at {self.clock.now:.1f} s, {left_s:.1f} s too early"
+                self.broken.append(Violation("promises are kept", detail))
 
 
 # ---------------------------------------------------------------- play
@@ -121,14 +147,14 @@ def play_stages(schedule: Schedule) -> Played:
     """Run it, and say what did not hold."""
     world = SearchedWorld(schedule)
     num_stages, piled = world.settings.rule.num_stages, int(schedule.option("piled", 0))
-    for i, (name, speed) in enumerate(zip(schedule.names, schedule.speeds, strict=True)):
-        world.join(_machine(schedule, name, speed), (0 if i < piled else i % num_stages,))
+    for i, name in enumerate(schedule.names):
+        world.join(world.machine(name), (0 if i < piled else i % num_stages,))
     for index, fault in enumerate(schedule.faults):
-        _declare(world, schedule, fault, index)
+        _declare(world, fault, schedule.name(fault), index)
     world.run_until(schedule.faults_end_s(_LEAST_S))
-    _end_faults(world)
+    end_faults(world, world.liars)
     world.run_until(world.clock.now + _SETTLE_S)
-    found: list[Violation] = [*_emptied(world, schedule), *_unserved(world, schedule)]
+    found: list[Violation] = [*world.broken, *_emptied(world, schedule), *_unserved(world, schedule)]
     world.measure_from_here()
     world.run_until(world.clock.now + _RATE_S)
     if not world.tokens_per_s and not found:
@@ -139,63 +165,24 @@ def play_stages(schedule: Schedule) -> Played:
     return Played(found, f"{world.clock.num_events} events, {len(world.log)} moments, {world.tokens_per_s}")
 
 
-def _machine(schedule: Schedule, name: str, speed: float) -> Machine:
-    most = int(schedule.option("most_stages", 2))
-    return Machine(name=name, tokens_per_s=speed, fetch_s=10.0, most_stages=most)
-
-
-def _declare(world: SearchedWorld, schedule: Schedule, fault: Fault, index: int) -> None:
-    name, kind, detail = schedule.name(fault), fault.kind, fault.detail
-    machine = _machine(schedule, name, schedule.speeds[fault.peer])
-
-    def come_back() -> None:
-        if name not in world.peers:
-            world.join(machine)
-
-    def tell(*lies: str) -> None:
-        if isinstance(peer := world.peers.get(name), Liar):
-            peer.lies = frozenset(lies)
-            peer.announce()
-
+def _declare(world: SearchedWorld, fault: Fault, name: str, index: int) -> None:
     def leave_stage() -> None:
         if (peer := world.peers.get(name)) is not None and peer.stages:
-            peer.serve((detail % world.settings.rule.num_stages,))
+            peer.serve((fault.detail % world.settings.rule.num_stages,))
 
     def slow() -> None:
         if name in world.peers:
-            world.slow(name, 2.0 + detail % 9)
+            world.slow(name, 2.0 + fault.detail % 9)
 
-    side = [one for i, one in enumerate(schedule.names) if detail >> i & 1]
-    begin_end = {
-        "kill": (lambda: world.kill(name), None),
-        "vanish": (lambda: world.kill(name, silent=True), None),
-        "leave": (lambda: world.leave(name), None),
-        "restart": (lambda: world.kill(name), come_back),
-        "freeze": (lambda: world.freeze(name), lambda: world.thaw(name)),
-        "partition": (lambda: world.partition(side), world.heal),
-        "cut": (lambda: world.cut_off(name), world.heal),
-        "delay": (lambda: world.delay(name, 0.2 * (1 + detail % 10)), lambda: world.delay(name, 0.05)),
-        "loss": (lambda: world.lose_messages(0.2), lambda: world.lose_messages(0.0)),
-        "twice": (lambda: world.repeat_messages(0.3), lambda: world.repeat_messages(0.0)),
-        "slow": (slow, None),
-        "join": (lambda: world.join(replace(machine, name=f"{'az'[detail % 2]}{index}")), None),
-        "lie: breaks": (leave_stage, None),
-    }
-    begin, end = begin_end.get(kind) or (lambda: tell(kind.removeprefix("lie: ")), tell)
-    world.at(fault.at_s, begin)
-    if end is not None:
-        world.at(fault.end_s, end)
-
-
-def _end_faults(world: SearchedWorld) -> None:
-    world.heal()
-    world.lose_messages(0.0)
-    world.repeat_messages(0.0)
-    for name in sorted(world.peers):
-        world.thaw(name)
-        world.delay(name, world.settings.latency_s / 2)
-        if name in world.liars:
-            world.kill(name)
+    match fault.kind:
+        case "vanish":
+            world.at(fault.at_s, world.kill, name, True)
+        case "slow":
+            world.at(fault.at_s, slow)
+        case "lie: breaks":
+            world.at(fault.at_s, leave_stage)
+        case _:
+            declare(world, fault, name, index, world.come)
 
 
 # ---------------------------------------------------------------- what must hold
