@@ -291,6 +291,7 @@ class GossipPeer:
         """The state for a joiner, the manifest of the newest publication, or the bytes of one of the last two."""
         s = self.settings
         if what == "state":
+            self.bytes_up += s.publication_bytes
             return self.theta, self.momentum, self.round
         if what == "manifest weights":
             return self._weights[-1] if self._weights else Refused("its first round has not begun")
