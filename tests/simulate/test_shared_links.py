@@ -64,7 +64,8 @@ def test_through_busy_uplinks_the_cheap_rule_takes_about_as_long(load: float, ap
     factors = [chance.lognormvariate(0.0, 0.3) for _ in range(20)]
     links = [Link(bytes_per_s=2.5e6 * each, down_bytes_per_s=12.5e6 * each) for each in factors]
     machines = [Machine(f"m{i}", link) for i, link in enumerate(links)]
-    all_per_s, at_s, wanted = sum(link.bytes_per_s for link in links), 0.0, list[tuple[Machine, Machine, float, float]]()
+    all_per_s, at_s = sum(link.bytes_per_s for link in links), 0.0
+    wanted: list[tuple[Machine, Machine, float, float]] = []
     while (at_s := at_s + chance.expovariate(load * all_per_s / size_bytes)) < lasts_s:
         (src,) = chance.choices(machines, factors)
         wanted.append((src, chance.choice([one for one in machines if one is not src]), size_bytes, at_s))
