@@ -240,8 +240,8 @@ def _play(scenario: Scenario, play: Play) -> Outcome:
         torch.set_num_threads(threads)
     if outcome.virtual_time_s > setting.churn_until_s:
         raise UserError(
-            f"method {play.method}: churn.stays_s: so many go that the run takes {outcome.virtual_time_s:.0f} s, and who "
-            f"comes and goes is drawn for {setting.churn_until_s:.0f} s only; have them stay longer"
+            f"method {play.method}: churn.stays_s: so many go that the run takes {outcome.virtual_time_s:.0f} s, and "
+            f"who comes and goes is drawn for {setting.churn_until_s:.0f} s only; have them stay longer"
         )
     return outcome
 

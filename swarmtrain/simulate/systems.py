@@ -70,7 +70,7 @@ class SystemsSwarm(GossipSwarm):
         self.machines, self.churn = machines, churn
         self.chance = random.Random(f"systems {seed}")
         self.steps = self.steps_lost = 0
-        """Of those whose rounds have ended, or who have gone: what counts, and what was not published when they went."""
+        """Of rounds that ended, and of those who have gone: what counts, and what they had not published."""
         self.num_rounds = self.num_later = self.num_fresh = self.staleness_rounds = self.bytes_down = 0
         self.there_s = self.waited_s = self.able_steps = 0.0
         """Of those who have gone."""
