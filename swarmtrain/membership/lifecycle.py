@@ -29,7 +29,7 @@ class PeerState(Enum):
     LEFT = "left"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PeerInfo:
     """What a peer says of itself in its presence record.
 
@@ -59,7 +59,7 @@ class PeerInfo:
     place: StagePeer | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
     """A peer's state changed: for events and logs."""
 
@@ -97,6 +97,8 @@ class Membership:
     told_for_s: float = 10.0
     """What a peer told of its round in a call is believed this long against a presence that says less, in seconds."""
     _entries: dict[str, _Entry] = field(default_factory=dict)
+    _live: dict[str, _Entry] = field(default_factory=dict)
+    """Those of them that are believed alive."""
 
     def saw_presence(self, info: PeerInfo, expires_s: float, now: float) -> Change | None:
         """A presence record of `info.peer`, valid until `expires_s`. Returns the change, if any."""
@@ -106,7 +108,8 @@ class Membership:
         if entry is None:
             if expires_s < now:
                 return None
-            self._entries[info.peer] = _Entry(info, PeerState.LIVE, expires_s, min(now, info.stamp))
+            entry = _Entry(info, PeerState.LIVE, expires_s, min(now, info.stamp))
+            self._entries[info.peer] = self._live[info.peer] = entry
             return Change(peer=info.peer, state=PeerState.LIVE, reason="its presence was seen for the first time")
         if info.stamp <= entry.info.stamp:
             return None
@@ -125,6 +128,7 @@ class Membership:
         entry.heard_s = max(entry.heard_s, min(now, info.stamp))
         if was is PeerState.LIVE:
             return None
+        self._live[info.peer] = entry
         return Change(peer=info.peer, state=PeerState.LIVE, reason=f"it renewed its presence after it had {was.value}")
 
     def heard(self, peer: str, now: float, *, round: int | None = None, inner_steps_done: int | None = None) -> None:
@@ -157,16 +161,16 @@ class Membership:
     def _ban_s(losses: int) -> float:
         return 10.0 * 2.0 ** min(losses - 2, 6)
 
-    @staticmethod
-    def _lose(entry: _Entry, since_s: float) -> None:
+    def _lose(self, entry: _Entry, since_s: float) -> None:
         entry.state, entry.away_since_s = PeerState.LOST, since_s
+        del self._live[entry.info.peer]
 
     def resume(self, now: float) -> None:
         """This process itself stood still until `now`: what it missed in that time is nobody else's silence."""
         for entry in self._entries.values():
             entry.failures = 0
-            if entry.state is PeerState.LIVE:
-                entry.heard_s = now
+        for entry in self._live.values():
+            entry.heard_s = now
 
     def left(self, peer: str, now: float) -> Change | None:
         """`peer` said goodbye."""
@@ -174,13 +178,14 @@ class Membership:
         if entry is None or entry.state is PeerState.LEFT:
             return None
         entry.state, entry.heard_s, entry.away_since_s = PeerState.LEFT, now, now
+        self._live.pop(peer, None)
         return Change(peer=peer, state=PeerState.LEFT, reason="it said goodbye")
 
     def expire(self, now: float) -> list[Change]:
         """Turn peers whose presence has run out, and from whom nothing was heard since, to LOST."""
         changes = []
-        for peer, entry in self._entries.items():
-            if entry.state is PeerState.LIVE and max(entry.expires_s, entry.heard_s + 5.0) < now:
+        for peer, entry in list(self._live.items()):
+            if entry.expires_s < now and entry.heard_s + 5.0 < now:
                 self._lose(entry, entry.info.stamp)
                 changes.append(Change(peer=peer, state=PeerState.LOST, reason="its presence expired"))
         return changes
@@ -221,24 +226,20 @@ class Membership:
 
     def known(self) -> list[PeerInfo]:
         """Everyone in the table, whatever is believed of them, by PeerID."""
-        return [entry.info for _, entry in self._sorted()]
+        return [entry.info for _, entry in _sorted(self._entries)]
 
     def live(self) -> list[PeerInfo]:
         """Everyone believed alive, the bootstrap included, by PeerID."""
-        return [entry.info for _, entry in self._sorted() if entry.state is PeerState.LIVE]
+        return [entry.info for _, entry in _sorted(self._live)]
 
     def volunteers(self) -> list[PeerInfo]:
         """The live peers that train, by PeerID."""
         return [entry.info for _, entry in self._training()]
 
     def _training(self) -> list[tuple[str, _Entry]]:
-        live = PeerState.LIVE
-        return [
-            (peer, entry)
-            for peer, entry in self._sorted()
-            if entry.state is live and entry.info.training and not entry.info.is_bootstrap
-        ]
+        return [one for one in _sorted(self._live) if one[1].info.training and not one[1].info.is_bootstrap]
 
-    def _sorted(self) -> list[tuple[str, _Entry]]:
-        """A copy: the trainer's thread may ask while the network's changes the table."""
-        return sorted(self._entries.items(), key=itemgetter(0))
+
+def _sorted(entries: dict[str, _Entry]) -> list[tuple[str, _Entry]]:
+    """A copy: the trainer's thread may ask while the network's changes the table."""
+    return sorted(entries.items(), key=itemgetter(0))

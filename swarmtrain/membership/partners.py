@@ -17,7 +17,6 @@ import heapq
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from operator import attrgetter
 from typing import TypeAlias
 
@@ -48,7 +47,7 @@ _MAX_PEERS = 4096
 # ---------------------------------------------------------------- what is new
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Mark:
     """A publication's place: the peer's own round, the part (from 1) and the tokens since that round's start."""
 
@@ -96,7 +95,7 @@ class Nothing:
 News: TypeAlias = Whole | Difference | Theta | Nothing
 
 
-@dataclass
+@dataclass(slots=True)
 class Ledger:
     """What was merged last of each peer.
 
@@ -162,7 +161,7 @@ class Ledger:
         """Whose weights of which round were merged last."""
         return self._weights.get(peer)
 
-    def news(self, peer: str, mark: Mark, reference_round: int) -> News:
+    def news(self, peer: str, mark: Mark | Candidate, reference_round: int) -> News:
         """What of `peer`'s publication at `mark` may be merged; `reference_round` is the live peers' median."""
         if mark.round < 0 or mark.part < 1 or mark.tokens < 1:
             return Nothing("it has published nothing yet")
@@ -178,15 +177,18 @@ class Ledger:
             return Whole(mark.tokens, f"nothing of its round {mark.round} was merged")
         return self._later_part(peer, mark, known)
 
-    def new_tokens(self, peer: str, mark: Mark, reference_round: int) -> int | None:
-        """The tokens of `news`, None for `Nothing`: it is asked of everybody, most of whom have a new round."""
+    def new_tokens(self, peer: str, mark: Mark | Candidate, reference_round: int) -> int | None:
+        """The tokens of `news`, None for `Nothing`: it is asked of everybody, most of whom have a new round or have
+        published nothing yet."""
+        if mark.part < 1 or mark.tokens < 1:
+            return None
         known = self._marks.get(peer)
-        if known is None or mark.round <= known.round or mark.part < 1 or mark.tokens < 1:
-            news = self.news(peer, mark, reference_round)
-            return None if isinstance(news, Nothing) else news.tokens
-        return mark.tokens if mark.round >= reference_round - self.max_staleness_rounds else None
+        if mark.round > (self.forgotten_round if known is None else known.round):
+            return mark.tokens if mark.round >= reference_round - self.max_staleness_rounds else None
+        news = self.news(peer, mark, reference_round)
+        return None if isinstance(news, Nothing) else news.tokens
 
-    def _later_part(self, peer: str, mark: Mark, known: Mark) -> News:
+    def _later_part(self, peer: str, mark: Mark | Candidate, known: Mark) -> News:
         """News of a round of which a part was merged."""
         if mark.part == known.part and mark.tokens == known.tokens:
             return Nothing(f"round {mark.round} part {mark.part} was merged")
@@ -287,7 +289,7 @@ def left_behind(round: int, others: Collection[int], max_staleness_rounds: int) 
 # ---------------------------------------------------------------- whom
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """A live peer, as it announced itself last: its newest publication, its steps in the present round, its speed."""
 
@@ -297,11 +299,6 @@ class Candidate:
     tokens: int = 0
     inner_steps_done: int = 0
     steps_per_s: float = 0.0
-
-    @cached_property
-    def mark(self) -> Mark:
-        """Its newest publication."""
-        return Mark(self.round, self.part, self.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +326,7 @@ class _Ban:
     failures: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class BackOff:
     """Who is left alone for a while: `busy_s` after BUSY; `first_s`, twice that, ... up to `most_s` after failures.
 
@@ -390,7 +387,7 @@ class BackOff:
         return rested, f"everyone was tried within the last {self.busy_s:g} s"
 
 
-@dataclass
+@dataclass(slots=True)
 class Partners:
     """Chooses whom to pull from. `variant` is one of `VARIANTS`.
 
@@ -445,14 +442,13 @@ class Partners:
             return None, "nobody else is there"
         if all(one.peer in exclude for one in candidates):
             return None, "everybody was asked in this round"
-        ready, about_bans = self.back_off.ready({one.peer for one in candidates}, now)
+        ready, about_bans = self.back_off.ready([one.peer for one in candidates], now)
         free = [one for one in candidates if one.peer in ready and one.peer not in exclude]
         if not free:
             return None, about_bans
         free = sorted([one for one in free if one.peer in first] or free, key=_PEER)
         new_tokens = self.ledger.new_tokens
-        new = [(one, new_tokens(one.peer, one.mark, reference_round)) for one in free]
-        hopeful = [(one, tokens) for one, tokens in new if tokens is not None]
+        hopeful = [(one, tokens) for one in free if (tokens := new_tokens(one.peer, one, reference_round)) is not None]
         if hopeful:
             reason = f"{self.variant} among {len(hopeful)} with something new"
         else:

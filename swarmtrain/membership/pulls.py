@@ -103,7 +103,8 @@ def plan_pulls(
     left_bytes += [left * sizes.gradient for left in range(gradients, 0, -1)]
     lasts_s = ends_s - started_s
     spare_s = max(min(_MOST_SPARE_S, _SPARE_SHARE * lasts_s), max(_LONG_SPARE_SHARE, times.early_share) * lasts_s)
-    leads_s = [spare_s + _SLACK * (times.overhead_s + num_bytes / rate) for num_bytes in left_bytes]
+    overhead_s = times.overhead_s
+    leads_s = [spare_s + _SLACK * (overhead_s + num_bytes / rate) for num_bytes in left_bytes]
     at_s = [max(started_s, ends_s - lead_s) for lead_s in leads_s]
     reason = f"{gradients} of {wanted} gradients and the weights of {weights}"
     return PullPlan(tuple(at_s[:weights]), tuple(at_s[weights:]), reason)
@@ -128,7 +129,7 @@ class BytesBegun:
     """Of all pulls, by then."""
 
 
-@dataclass
+@dataclass(slots=True)
 class PullTimes:
     """What the last pulls took: besides their bytes, and how fast bytes came meanwhile.
 

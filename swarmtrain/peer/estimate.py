@@ -10,10 +10,11 @@ import math
 from dataclasses import dataclass
 
 from swarmtrain.events import times_below_allreduce
+from swarmtrain.membership.pulls import SectionBytes
 from swarmtrain.peer.checkpoint_files import KEPT
 from swarmtrain.run import RunFile
 
-__all__ = ["Estimate", "activation_wire_bytes", "disk_bytes", "estimate"]
+__all__ = ["Estimate", "activation_wire_bytes", "disk_bytes", "estimate", "merge_bytes", "section_bytes"]
 
 # Proportional set sizes: torch, hivemind and our own imports; the networking daemon.
 IMPORTS_BYTES = 240_000_000
@@ -77,20 +78,24 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
     )
 
 
-def merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
-    """With so many others: (bytes sent in a round, bytes held of what arrives and is being merged)."""
+def section_bytes(run: RunFile, num_parameters: int) -> SectionBytes:
+    """A publication of so many parameters as it travels."""
     from swarmtrain.algorithm.quantize import encoded_size_bytes  # torch takes a second: not before a file is read
 
-    merge, gradient_bytes = run.merge, 4 * num_parameters
-    theta, gradient = (encoded_size_bytes(it, [num_parameters]) for it in (merge.theta_format, merge.gradient_format))
+    formats = run.merge.theta_format, run.merge.gradient_format
+    return SectionBytes(*(encoded_size_bytes(one, [num_parameters]) for one in formats))
+
+
+def merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
+    """With so many others: (bytes sent in a round, bytes held of what arrives and is being merged)."""
+    merge, gradient_bytes, sizes = run.merge, 4 * num_parameters, section_bytes(run, num_parameters)
     if merge.method == "gossip":
         partners = min(merge.num_partners, others)
-        published = theta + gradient
         # of each partner the bytes and the decoded vectors; the prepared merge; the bytes of parts that may go on
-        held = partners * (2 * published + 2 * gradient_bytes) + 2 * gradient_bytes
-        return partners * published, held
+        held = partners * (2 * sizes.both + 2 * gradient_bytes) + 2 * gradient_bytes
+        return partners * sizes.both, held
     if merge.method == "server":  # its gradient, to the server; of the server its weights, and what is not in them
-        return gradient, gradient + theta + 3 * gradient_bytes
+        return sizes.gradient, sizes.both + 3 * gradient_bytes
     if others + 1 <= merge.share_above:
         return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each
     # as an all-reduce: scatter the shares, gather the results

@@ -70,23 +70,27 @@ class Clock:
     def step(self) -> bool:
         """Run the next event. False if there is none."""
         while self._queue:
-            when_s, _, timer = heapq.heappop(self._queue)
-            call = timer.call
-            if call is None:
-                continue
-            args = timer.args
-            timer.cancel()
-            self.now = when_s
-            self.num_events += 1
-            if self.num_events > self.most_events:
-                raise RuntimeError(f"more than {self.most_events:g} events by {self.now:.1f} s")
-            if self.holds is None or not self.holds(call, args):
-                call(*args)
-            return True
+            if self._run(heapq.heappop(self._queue)[2]):
+                return True
         return False
+
+    def _run(self, timer: Timer) -> bool:
+        """Whether it ran: it may have been cancelled."""
+        call, args = timer.call, timer.args
+        if call is None:
+            return False
+        timer.call, timer.args = None, ()
+        self.now = timer.when_s
+        self.num_events += 1
+        if self.num_events > self.most_events:
+            raise RuntimeError(f"more than {self.most_events:g} events by {self.now:.1f} s")
+        if self.holds is None or not self.holds(call, args):
+            call(*args)
+        return True
 
     def run_until(self, end_s: float) -> None:
         """Run all events up to and at `end_s`; the clock then stands at `end_s`."""
-        while (next_s := self.next_s()) is not None and next_s <= end_s:
-            self.step()
+        queue = self._queue
+        while queue and queue[0][0] <= end_s:
+            self._run(heapq.heappop(queue)[2])
         self.now = max(self.now, end_s)

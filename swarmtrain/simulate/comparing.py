@@ -236,9 +236,16 @@ def _play(scenario: Scenario, play: Play) -> Outcome:
     try:
         here = scenario.at(play.point)
         num_parts = here.peers.number if here.peers.own_text else 1
-        return method.run(setting_of(here, Text.of(run, here.base, num_parts)))
+        setting = setting_of(here, Text.of(run, here.base, num_parts))
+        outcome = method.run(setting)
     finally:
         torch.set_num_threads(threads)
+    if outcome.virtual_time_s > setting.churn_until_s:
+        raise UserError(
+            f"method {play.method}: churn.stays_s: so many go that the run takes {outcome.virtual_time_s:.0f} s, and "
+            f"who comes and goes is drawn for {setting.churn_until_s:.0f} s only; have them stay longer"
+        )
+    return outcome
 
 
 # ---------------------------------------------------------------- what was run before

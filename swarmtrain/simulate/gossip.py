@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,12 +42,13 @@ class _Round:
 
     started_s: float
     steps: int
-    asked: set[tuple[Section, str]] = field(default_factory=set)
-    due: Counter[Section] = field(default_factory=Counter)
+    asked: dict[Section, list[str]] = field(default_factory=lambda: {"weights": [], "gradient": []})
+    due: dict[Section, int] = field(default_factory=lambda: {"weights": 0, "gradient": 0})
+    looked: bool = False
     bytes_down: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Pull:
     """One of a round's pulls; another partner is asked while it brings nothing."""
 
@@ -89,10 +89,13 @@ class GossipPeer:
         self._weights: list[Publication] = []
         """That the last two rounds began with."""
         self._times = PullTimes()
-        self._coming: Counter[Section] = Counter()
+        self._coming: dict[Section, int] = {"weights": 0, "gradient": 0}
         self._sampled: list[Candidate] = []
         self._rounds_sampled: list[int] = []
         self._reference = (-1, -1)
+        self._new_weights: set[str] | None = None
+        """Of whom among those the weights are new; until somebody wants to know, None."""
+        self._forgets_s = 0.0
         self.entered: list[tuple[str, str, int, int, int]] = []
         self.checkpoints: list[_Checkpoint] = []
         self._frozen_at_s = 0.0
@@ -248,8 +251,7 @@ class GossipPeer:
                 ledger.weights_merged(one.peer, one.mark.round)
                 continue
             new = ledger.news(one.peer, one.mark, reference_round)
-            since = new.since.tokens if isinstance(new, Difference) else 0
-            earlier = self._gradients[one.peer] if isinstance(new, Difference) else 0.0
+            since, earlier = (new.since.tokens, self._gradients[one.peer]) if isinstance(new, Difference) else (0, 0.0)
             num_merged += 1
             gradients.append((one.gradient - earlier, new.tokens))
             if s.keeps_past:
@@ -258,7 +260,8 @@ class GossipPeer:
             self._gradients[one.peer] = one.gradient
             if self.coverage is not None:
                 self.coverage.merge(one.rows, one.peer, lambda _, tokens: tokens)
-        self._gradients = {peer: g for peer, g in self._gradients.items() if peer in ledger.held}
+        held = ledger.held
+        self._gradients = {peer: g for peer, g in self._gradients.items() if peer in held}
         self._arrived.clear()
         mean = sum(g * tokens for g, tokens in gradients) / sum(tokens for _, tokens in gradients)
         self.momentum = s.outer_momentum * self.momentum + mean
@@ -291,6 +294,7 @@ class GossipPeer:
         """The state for a joiner, the manifest of the newest publication, or the bytes of one of the last two."""
         s = self.settings
         if what == "state":
+            self.bytes_up += s.publication_bytes
             return self.theta, self.momentum, self.round
         if what == "manifest weights":
             return self._weights[-1] if self._weights else Refused("its first round has not begun")
@@ -351,8 +355,11 @@ class GossipPeer:
             if seen.expires_s >= now and membership.state(name) is PeerState.LIVE:
                 self._sampled.append(seen.candidate)
         self._rounds_sampled, self._reference = [one.round for one in self._sampled], (-1, -1)
+        self._new_weights = None
         membership.expire(now)
-        membership.forget(now - self.settings.forget_after_s)
+        if now >= self._forgets_s:  # now and then: it goes through all that it knows
+            membership.forget(now - self.settings.forget_after_s)
+            self._forgets_s = now + self.settings.forget_after_s / 2
 
     def _reference_round(self) -> int:
         if self._reference[0] != self.round:
@@ -362,8 +369,9 @@ class GossipPeer:
     def _pull(self, r: _Round, section: Section) -> None:
         if r is not self._now:
             return
-        if not r.due:
+        if not r.looked:
             self._look_around()
+            r.looked = True
         r.due[section] += 1
         here = sum(one.section == section for one in self._arrived)
         if here + self._coming[section] < r.due[section]:
@@ -376,7 +384,7 @@ class GossipPeer:
         if r is self._now:
             peer, _ = self.partners.choose(
                 self._sampled,
-                exclude=[peer for what, peer in r.asked if what == section],
+                exclude=r.asked[section],
                 first=self._first(section),
                 reference_round=self._reference_round(),
                 now=self.swarm.clock.now,
@@ -385,13 +393,17 @@ class GossipPeer:
         if peer is None:
             self._coming[section] -= 1
         else:
-            r.asked.add((section, peer))
+            r.asked[section].append(peer)
             self._fetch(peer, f"manifest {section}", 0, partial(self._manifest, pull, peer))
 
     def _first(self, section: Section) -> set[str]:
-        with_weights = {one.peer for one in self._arrived if one.section == "weights"}
-        rounds = {one.peer: one.round for one in self._sampled}
-        return self.partners.first(section, rounds, with_weights, self._reference_round())
+        if section == "gradient":
+            with_weights = {one.peer for one in self._arrived if one.section == "weights"}
+            return self.partners.first(section, {}, with_weights, self._reference_round())
+        if self._new_weights is None:  # nothing is merged between a look around and the last one who is asked
+            rounds = {one.peer: one.round for one in self._sampled}
+            self._new_weights = self.partners.first(section, rounds, (), self._reference_round())
+        return self._new_weights
 
     def _manifest(self, pull: _Pull, peer: str, found: Publication | Refused | None) -> None:
         if not isinstance(found, Publication):

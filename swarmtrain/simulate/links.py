@@ -1,5 +1,6 @@
-"""Transfers share the links of their ends: whoever sends to four at once sends to each at a quarter of its rate.
+"""Links: what a section `[links]` makes of them, and how transfers share them.
 
+Whoever sends to four at once sends to each at a quarter of its rate.
 Of few machines the rates are max-min fair, about as those of TCP connections with equal round trips: no transfer can
 have more without one that has no more than it having less (Bertsekas and Gallager, Data Networks, section 6.5). Of
 many, a transfer has the smaller of its equal shares of both ends: that is less where another one at an end is held
@@ -9,16 +10,44 @@ back at its other end, and a change concerns two machines instead of everybody.
 from __future__ import annotations
 
 import heapq
+import random
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeAlias
 
+from swarmtrain.network.impairments import Lateness
+from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.rehearsal import LinksSection
 from swarmtrain.simulate.clock import Clock, Timer
 from swarmtrain.simulate.messages import Link
 
-__all__ = ["EXACT_UP_TO", "SharedLinks", "Transfer", "max_min_rates"]
+__all__ = ["EXACT_UP_TO", "SharedLinks", "Transfer", "latency_s", "link_of", "max_min_rates", "rates"]
 
 EXACT_UP_TO = 500
 """Machines, up to which rates are max-min fair."""
+_UNLIMITED_BYTES_PER_S = 1e12
+"""A link without a limit."""
+
+
+def rates(links: LinksSection) -> tuple[float, float]:
+    """Bytes per second up and down."""
+    up, down = (rate * BYTES_PER_S_OF_MBIT or _UNLIMITED_BYTES_PER_S for rate in (links.up_mbit, links.down_mbit))
+    return up, down
+
+
+def link_of(links: LinksSection, size_bytes: int, rng: random.Random) -> Link:
+    """A volunteer's, as transfers of so many bytes find it."""
+    up, down = rates(links)
+    return Link(latency_s=latency_s(links, size_bytes, rng), bytes_per_s=up, down_bytes_per_s=down)
+
+
+def latency_s(links: LinksSection, size_bytes: int, rng: random.Random) -> float:
+    """From an end to the middle, so that four of them are a round trip, with half of what jitter and losses add to a
+    transfer of so many bytes: a pull is two round trips. Nothing is lost: in a stream a lost packet comes later."""
+    rtt_s = links.rtt_ms / 1000
+    lateness = Lateness(jitter_s=links.jitter_ms / 1000, loss=links.loss_percent / 100, rtt_s=rtt_s, rng=rng)
+    late_s = statistics.mean(lateness.of_transfer(size_bytes, min(rates(links))) for _ in range(20))
+    return rtt_s / 4 + late_s / 8
 
 
 class _End(Protocol):
@@ -29,20 +58,24 @@ class _End(Protocol):
 class Transfer:
     """So many bytes on their way from one machine to another, from `begins_s` on."""
 
-    __slots__ = ("begins_s", "done", "dst", "left_bytes", "rate", "src", "timer")
+    __slots__ = ("begins_s", "done", "down_per_s", "dst", "left_bytes", "rate", "src", "timer", "up_per_s")
 
     def __init__(self, src: _End, dst: _End, num_bytes: float, begins_s: float, done: Callable[[bool], None]) -> None:
         self.src, self.dst, self.left_bytes, self.begins_s, self.done = src, dst, num_bytes, begins_s, done
+        self.up_per_s, self.down_per_s = src.link.bytes_per_s, dst.link.down_per_s
+        """What its ends carry."""
         self.rate = 0.0
         """Bytes a second, now."""
         self.timer: Timer | None = None
 
 
 class SharedLinks:
-    """All transfers of a network; `exact`: whether their rates are max-min fair."""
+    """All transfers of a network; `exact`: whether their rates are max-min fair, which is decided once."""
 
-    def __init__(self, clock: Clock, *, exact: bool = True) -> None:
-        self._clock, self.exact = clock, exact
+    def __init__(self, clock: Clock, *, exact: bool | None = None) -> None:
+        self._clock = clock
+        self.exact = exact
+        """None: not decided yet; they are."""
         self._out: dict[str, dict[Transfer, None]] = {}
         self._in: dict[str, dict[Transfer, None]] = {}
         self._changed: list[Transfer] = []
@@ -54,9 +87,12 @@ class SharedLinks:
     def begin(self, src: _End, dst: _End, num_bytes: float, after_s: float, done: Callable[[bool], None]) -> Transfer:
         """Bytes that begin to come after `after_s`; `done(True)` when all are here, `done(False)` if an end goes."""
         transfer = Transfer(src, dst, num_bytes, self._clock.now + after_s, done)
-        self._out.setdefault(src.name, {})[transfer] = None
-        self._in.setdefault(dst.name, {})[transfer] = None
-        self._share(transfer)
+        out, come = self._out.setdefault(src.name, {}), self._in.setdefault(dst.name, {})
+        out[transfer] = come[transfer] = None
+        if len(out) == len(come) == 1:  # it shares neither end
+            self._set(transfer, min(transfer.up_per_s, transfer.down_per_s))
+        else:
+            self._share(transfer)
         return transfer
 
     def gone(self, name: str) -> None:
@@ -67,25 +103,29 @@ class SharedLinks:
     def _end(self, transfer: Transfer, whole: bool) -> None:
         if transfer.timer is not None:
             transfer.timer.cancel()
+        shares = False
         for ends, name in (self._out, transfer.src.name), (self._in, transfer.dst.name):
             of_end = ends[name]
             del of_end[transfer]
-            if not of_end:
+            if of_end:
+                shares = True
+            else:
                 del ends[name]
-        self._share(transfer)
+        if shares:
+            self._share(transfer)
         transfer.done(whole)
 
     def _share(self, changed: Transfer) -> None:
         """Rates anew, now that `changed` has come or gone; max-min fair ones once for all changes of a moment."""
-        if self.exact:
+        if self.exact is not False:
             if not self._changed:
                 self._clock.call_at(self._clock.now, self._share_fairly)
             self._changed.append(changed)
             return
         out, come = self._out.get(changed.src.name, {}), self._in.get(changed.dst.name, {})
         for transfer in {**out, **come}:
-            up = transfer.src.link.bytes_per_s / len(self._out[transfer.src.name])
-            down = transfer.dst.link.down_per_s / len(self._in[transfer.dst.name])
+            up = transfer.up_per_s / len(self._out[transfer.src.name])
+            down = transfer.down_per_s / len(self._in[transfer.dst.name])
             self._set(transfer, min(up, down))
 
     def _share_fairly(self) -> None:
@@ -95,17 +135,16 @@ class SharedLinks:
 
     def _joined(self, changed: Iterable[Transfer]) -> Iterable[Transfer]:
         """All that share an end with one of them, or with one that does, and so on."""
-        found: dict[Transfer, None] = {}
-        out, come = dict.fromkeys(one.src.name for one in changed), dict.fromkeys(one.dst.name for one in changed)
+        found, left = dict[Transfer, None](), list(changed)
         seen_out, seen_in = set[str](), set[str]()
-        while out or come:
-            new = [one for name in out for one in self._out.get(name, ())]
-            new += [one for name in come for one in self._in.get(name, ())]
-            seen_out.update(out)
-            seen_in.update(come)
-            found.update(dict.fromkeys(new))
-            out = dict.fromkeys(one.src.name for one in new if one.src.name not in seen_out)
-            come = dict.fromkeys(one.dst.name for one in new if one.dst.name not in seen_in)
+        while left:
+            one = left.pop()
+            for ends, seen, name in (self._out, seen_out, one.src.name), (self._in, seen_in, one.dst.name):
+                if name not in seen:
+                    seen.add(name)
+                    if sharing := ends.get(name):
+                        found.update(sharing)
+                        left.extend(sharing)
         return found
 
     def _set(self, transfer: Transfer, rate: float) -> None:
@@ -172,5 +211,4 @@ class _Shared:
 
 def _ends(transfer: Transfer) -> tuple[tuple[_Key, float], tuple[_Key, float]]:
     """The uplink and the downlink that it is on, with what they carry."""
-    src, dst = transfer.src, transfer.dst
-    return (("up", src.name), src.link.bytes_per_s), (("down", dst.name), dst.link.down_per_s)
+    return (("up", transfer.src.name), transfer.up_per_s), (("down", transfer.dst.name), transfer.down_per_s)

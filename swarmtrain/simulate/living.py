@@ -16,22 +16,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
-from swarmtrain.algorithm.quantize import encoded_size_bytes
 from swarmtrain.errors import UserError
 from swarmtrain.membership.balance import Rule
-from swarmtrain.membership.pulls import SectionBytes
 from swarmtrain.model.gpt import num_parameters
-from swarmtrain.network.impairments import Lateness
-from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
-from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes
+from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, section_bytes
 from swarmtrain.rehearsal import ChurnSection, LinksSection, RehearsalFile, SeedSection, mishaps
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.gossip import GossipSettings, GossipSwarm, RoundRecord
+from swarmtrain.simulate.links import latency_s, link_of, rates
 from swarmtrain.simulate.messages import Link, Settings
 from swarmtrain.simulate.pipeline import Machine, PipelineSettings, PipelineWorld, place
 from swarmtrain.simulate.world import World
 
-__all__ = ["Lived", "Machines", "lived", "section_bytes", "stage_parameters"]
+__all__ = ["Lived", "Machines", "lived", "stage_parameters"]
 
 _MOST_GOSSIPING, _MOST_ON_A_ROSTER, _MOST_IN_STAGES = 64, 16, 48
 """So many live. More take longer and see the same: with gossip nobody knows more than a sample, and what a roster costs
@@ -40,8 +37,6 @@ _WARM_ROUNDS, _ROUNDS = 2, 8
 _MOST_WAITED_S = 60.0
 """With rosters they ask each other every other second while they wait, which takes long to simulate."""
 _MICROBATCHES, _ONE_AFTER_THE_OTHER = 4000, 10
-_UNLIMITED_BYTES_PER_S = 1e9 / 8
-"""A link without a limit."""
 _COPY_S, _MERGE_S = 3.0e-9, 9.0e-9
 """Of a parameter: one copy of the weights, and one outer step, by one thread. Measured with 10 and 50 million of them;
 with 0.46 million it comes to the 8 to 11 ms a round of results, section 8."""
@@ -117,14 +112,6 @@ def stage_parameters(run: RunFile) -> int:
     return math.ceil(num_parameters(run.model) / run.pipeline.stages)
 
 
-def section_bytes(run: RunFile) -> SectionBytes:
-    """A publication as it travels."""
-    merge, size = run.merge, [stage_parameters(run)]
-    return SectionBytes(
-        weights=encoded_size_bytes(merge.theta_format, size), gradient=encoded_size_bytes(merge.gradient_format, size)
-    )
-
-
 def _steps(run: RunFile, step_s: Sequence[float]) -> list[int]:
     """Inner steps of a round of each, as the product paces them."""
     merge, speeds = run.merge, [1 / one for one in step_s]
@@ -137,21 +124,6 @@ def _merge_s(run: RunFile) -> float:
     """What publishing and merging keep the trainer from in a round."""
     copies = 1 + (run.merge.publications_per_round if run.merge.method == "gossip" else 1)
     return stage_parameters(run) * (copies * _COPY_S + _MERGE_S)
-
-
-def _rates(links: LinksSection) -> tuple[float, float]:
-    """Bytes per second up and down."""
-    up, down = (rate * BYTES_PER_S_OF_MBIT or _UNLIMITED_BYTES_PER_S for rate in (links.up_mbit, links.down_mbit))
-    return up, down
-
-
-def _latency_s(links: LinksSection, size_bytes: int, rng: random.Random) -> float:
-    """From an end to the middle, so that four of them are a round trip, with half of what jitter and losses add to a
-    transfer of so many bytes: a pull is two round trips."""
-    rtt_s = links.rtt_ms / 1000
-    lateness = Lateness(jitter_s=links.jitter_ms / 1000, loss=links.loss_percent / 100, rtt_s=rtt_s, rng=rng)
-    late_s = statistics.mean(lateness.of_transfer(size_bytes, min(_rates(links))) for _ in range(20))
-    return rtt_s / 4 + late_s / 8
 
 
 # ---------------------------------------------------------------- gossip
@@ -192,9 +164,8 @@ def _gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) ->
 
 def _gossiping(run: RunFile, links: LinksSection, seed: int) -> GossipSwarm:
     """A swarm of this run's, without anybody."""
-    sizes, (up, down) = section_bytes(run), _rates(links)
-    latency_s = _latency_s(links, sizes.both, random.Random(seed))
-    link = Link(latency_s=latency_s, bytes_per_s=up, down_bytes_per_s=down)
+    sizes = section_bytes(run, stage_parameters(run))
+    link = link_of(links, sizes.both, random.Random(seed))
     return GossipSwarm(GossipSettings.of(run, sizes), link=link, seed=seed)
 
 
@@ -228,7 +199,7 @@ def _rosters(run: RunFile, machines: Machines, links: LinksSection, seed: int) -
     some, parameters, others = machines.at_most(_MOST_ON_A_ROSTER), stage_parameters(run), machines.num - 1
     steps, (sent, _) = _steps(run, some.step_s), merge_bytes(run, parameters, others)
     alone_s = [one * step_s for one, step_s in zip(steps, some.step_s, strict=True)]
-    wire_s = sent / min(_rates(links)) + 6 * 4 * _latency_s(links, sent, random.Random(seed))
+    wire_s = sent / min(rates(links)) + 6 * 4 * latency_s(links, sent, random.Random(seed))
     if max(alone_s) - min(alone_s) + wire_s > _MOST_WAITED_S:
         by, round_s, share = "arithmetic: the slowest's steps, then the wire", max(alone_s) + wire_s, 1.0
     else:
@@ -265,8 +236,8 @@ def _on_rosters(run: RunFile, some: Machines, links: LinksSection, others: int, 
     # Whole pseudo-gradients all pass at once, and the simulated links are not shared.
     at_once = max(1, others) if others + 1 <= merge.share_above else 1
     link = Link(
-        latency_s=_latency_s(links, settings.publication_bytes, random.Random(seed)),
-        bytes_per_s=min(_rates(links)) / at_once,
+        latency_s=latency_s(links, settings.publication_bytes, random.Random(seed)),
+        bytes_per_s=min(rates(links)) / at_once,
     )
     world = World(settings, link=link, seed=seed)
     for number, (one, step_s) in enumerate(zip(steps, some.step_s, strict=True)):
@@ -294,7 +265,8 @@ def _applied(world: World, end_s: float) -> tuple[float, float]:
 
 
 def _server(run: RunFile, machines: Machines) -> Lived:
-    steps, merge_s, sizes = _steps(run, machines.step_s), _merge_s(run), section_bytes(run)
+    steps, merge_s = _steps(run, machines.step_s), _merge_s(run)
+    sizes = section_bytes(run, stage_parameters(run))
     return Lived(
         by="arithmetic: nobody waits for anybody, and the server's link carries what it must",
         round_s=tuple(merge_s + one * step_s for one, step_s in zip(steps, machines.step_s, strict=True)),
@@ -336,11 +308,11 @@ def _through_stages(run: RunFile, machines: Machines, links: LinksSection, seed:
     """Some thousand microbatches' way, and at least as long as some need one after the other. All are known to all by
     the time that it is measured: nobody comes or goes."""
     stages, tokens = run.pipeline.stages, run.microbatch_sequences * run.model.context_tokens
-    up, down = _rates(links)
+    up, down = rates(links)
     wire_bytes = activation_wire_bytes(run)
-    latency_s = 2 * _latency_s(links, wire_bytes, random.Random(seed)) + wire_bytes / min(up, down)
+    passed_s = 2 * latency_s(links, wire_bytes, random.Random(seed)) + wire_bytes / min(up, down)
     long_s = _MICROBATCHES * tokens / sum(run.tokens_per_step / step_s for step_s in machines.step_s)
-    long_s = max(long_s, _ONE_AFTER_THE_OTHER * 2 * stages * latency_s)
+    long_s = max(long_s, _ONE_AFTER_THE_OTHER * 2 * stages * passed_s)
     settings = PipelineSettings(
         rule=Rule(costs=(1 / stages,) * stages, live_s=run.network.presence_ttl_s),
         balance=run.pipeline.balance,
@@ -348,7 +320,7 @@ def _through_stages(run: RunFile, machines: Machines, links: LinksSection, seed:
         microbatch_tokens=tokens,
         batch_microbatches=run.batch_microbatches,
         in_flight=run.pipeline.in_flight,
-        latency_s=latency_s,
+        latency_s=passed_s,
         look_every_s=min(PipelineSettings.look_every_s, long_s / 16),
         record_delay_s=(0.0, 0.0),
     )

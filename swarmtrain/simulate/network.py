@@ -2,8 +2,8 @@
 
 What is modelled: a call is answered, refused at once (a process that is gone), or times out (a frozen process, a
 cut link, a lost message). A transfer takes its latency and bytes / rate, and stalls if an end is cut off meanwhile.
-Transfers share the links of their ends
-where `shared` says so. What the peers are, and what they say to each other, is not known here.
+Transfers share the links of their ends where `shared` says so. What the peers are, and what they say to each other,
+is not known here.
 """
 
 from __future__ import annotations
@@ -234,7 +234,8 @@ class Network(Links, Generic[P]):
             lasts_s = round_trip_s + num_bytes / min(src.link.bytes_per_s, dst.link.down_per_s)
             self.clock.call_later(lasts_s, self._pulled, dst, src, payload, done, True)
             return
-        self.links.exact = len(self.peers) <= EXACT_UP_TO
+        if self.links.exact is None:
+            self.links.exact = len(self.peers) <= EXACT_UP_TO
         self.links.begin(src, dst, num_bytes, round_trip_s, partial(self._pulled, dst, src, payload, done))
 
     def _pulled(self, dst: End, src: P, payload: Any, done: Callable[[Any], None], whole: bool) -> None:

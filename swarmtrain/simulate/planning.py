@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
-from swarmtrain.peer.estimate import disk_bytes, estimate
+from swarmtrain.peer.estimate import disk_bytes, estimate, section_bytes
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import RunFile
-from swarmtrain.simulate.living import Lived, Machines, lived, section_bytes, stage_parameters
+from swarmtrain.simulate.living import Lived, Machines, lived, stage_parameters
 from swarmtrain.simulate.traffic import Traffic, traffic_of
 
 __all__ = ["Machines", "Plan", "plan"]
@@ -125,7 +125,7 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
         stall_share=sum(found.stall_s) / sum(found.round_s),
         partners_per_round=found.partners,
         fresh_share=found.fresh_share,
-        publication_bytes=section_bytes(run).both if apart else 4 * parameters,
+        publication_bytes=section_bytes(run, parameters).both if apart else 4 * parameters,
         state_bytes=8 * parameters,
         payload_up_bytes=found.up_bytes,
         payload_down_bytes=found.down_bytes,

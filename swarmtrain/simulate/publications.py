@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.partners import Candidate, Mark
@@ -81,7 +82,7 @@ class Publication:
     gradient: float
     rows: tuple[Row, ...] = ()
 
-    @property
+    @cached_property
     def section(self) -> Section:
         """What is pulled of it."""
         return "gradient" if self.mark.part else "weights"
@@ -91,7 +92,7 @@ class Publication:
         """As the codec checks it: else it is not taken."""
         return math.isfinite(self.theta) and math.isfinite(self.gradient)
 
-    @property
+    @cached_property
     def body(self) -> str:
         """What to ask for to have it."""
         return f"{self.section} {self.mark.round} {self.mark.part}"

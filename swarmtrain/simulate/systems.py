@@ -15,19 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from swarmtrain.algorithm.quantize import encoded_size_bytes
-from swarmtrain.membership.pulls import SectionBytes
 from swarmtrain.model.gpt import num_parameters
-from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.peer.estimate import section_bytes
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.gossip import GossipPeer, GossipSettings, GossipSwarm, RoundRecord
 from swarmtrain.simulate.learning.setting import Outcome
+from swarmtrain.simulate.links import EXACT_UP_TO, link_of
 from swarmtrain.simulate.messages import Link
-from swarmtrain.simulate.scenario import Scenario
+from swarmtrain.simulate.scenario import ChurnSection, Scenario
 
-__all__ = ["Machines", "Stays", "SystemsSwarm", "play", "play_scenario"]
+__all__ = ["Machines", "SystemsSwarm", "play", "play_scenario"]
 
-_UNLIMITED_BYTES_PER_S = 1e12
 _DEVIATION_AT_FIRST = 1.0 / math.sqrt(3.0)
 """Of numbers that are uniform from -1 to 1."""
 
@@ -63,37 +61,27 @@ class Machines:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stays:
-    """How volunteers come and go: all times are means of exponential ones; 0: nobody goes, or hangs."""
-
-    stays_s: float = 0.0
-    away_s: float = 60.0
-    crash_share: float = 0.5
-    """Of those who go; the others say goodbye."""
-    hangs_after_s: float = 0.0
-    hangs_for_s: float = 60.0
-
-
 class SystemsSwarm(GossipSwarm):
     """Adds up instead of keeping."""
 
-    def __init__(self, settings: GossipSettings, machines: Machines, stays: Stays, seed: int = 0) -> None:
+    def __init__(self, settings: GossipSettings, machines: Machines, churn: ChurnSection, seed: int = 0) -> None:
         super().__init__(settings, link=machines.link, seed=seed)
-        self.machines, self.stays = machines, stays
+        self.links.exact = machines.number <= EXACT_UP_TO
+        self.machines, self.churn = machines, churn
         self.chance = random.Random(f"systems {seed}")
-        self.tokens = self.num_rounds = self.num_later = self.num_fresh = self.num_gradients = 0
-        self.staleness_rounds = 0
-        self.bytes_down = self.tokens_lost = self.num_joins = 0
+        self.steps = self.steps_lost = 0
+        """Of rounds that ended, and of those who have gone: what counts, and what they had not published."""
+        self.num_rounds = self.num_later = self.num_fresh = self.staleness_rounds = self.bytes_down = 0
         self.there_s = self.waited_s = self.able_steps = 0.0
-        self._since_s: dict[str, float] = {}
+        """Of those who have gone."""
+        self._since_s: dict[GossipPeer, float] = {}
+        """Since when those who are there are."""
 
     def round_over(self, record: RoundRecord) -> None:
         """Add it up."""
         self.num_rounds += 1
-        self.tokens += record.steps * self.settings.tokens_per_step
+        self.steps += record.steps
         self.bytes_down += record.bytes_down
-        self.num_gradients += record.partners
         if record.round > 0:
             self.num_later += 1
             self.num_fresh += record.partners > 0
@@ -112,64 +100,61 @@ class SystemsSwarm(GossipSwarm):
     def _come(self, number: int, times: int, speed: float, theta: float, link: Link) -> None:
         name = f"{number:05d}.{times}"
         peer = self._add(name, speed, theta, link)
-        self._since_s[name] = self.clock.now
+        self._since_s[peer] = self.clock.now
         peer.deliver(peer.begin if times else peer._start_round)
-        self.num_joins += times > 0
-        if self.stays.stays_s:
-            stays_s = self.chance.expovariate(1.0 / self.stays.stays_s)
+        if self.churn.stays_s:
+            stays_s = self.chance.expovariate(1.0 / self.churn.stays_s)
             self.clock.call_later(stays_s, self._go, peer, number, times)
-        if self.stays.hangs_after_s:
-            self.clock.call_later(self.chance.expovariate(1.0 / self.stays.hangs_after_s), self._hang, peer)
+        if self.churn.hangs_after_s:
+            self.clock.call_later(self.chance.expovariate(1.0 / self.churn.hangs_after_s), self._hang, peer)
 
     def _go(self, peer: GossipPeer, number: int, times: int) -> None:
-        self._count_time(peer)
-        if self.chance.random() < self.stays.crash_share:
-            self.tokens_lost += peer.steps_unpublished * self.settings.tokens_per_step
+        there_s, lost = self.clock.now - self._since_s.pop(peer), peer.steps_unpublished
+        self.there_s += there_s
+        self.able_steps += there_s * peer.steps_per_s
+        self.steps += peer.steps_done - lost
+        self.steps_lost += lost
+        if self.chance.random() < self.churn.crash_share or peer.frozen:
             self.kill(peer.name)
-        elif peer.running:
-            self.leave(peer.name)
         else:
-            self.kill(peer.name)
+            self.leave(peer.name)
         self.forget(peer.name)
-        away_s = self.chance.expovariate(1.0 / self.stays.away_s)
+        away_s = self.chance.expovariate(1.0 / self.churn.away_s)
         self.clock.call_later(away_s, self._come, number, times + 1, peer.steps_per_s, 0.0, peer.link)
 
     def _hang(self, peer: GossipPeer) -> None:
         if peer.running:
             self.freeze(peer.name)
-            self.clock.call_later(self.chance.expovariate(1.0 / self.stays.hangs_for_s), self._wake, peer)
+            self.clock.call_later(self.chance.expovariate(1.0 / self.churn.hangs_for_s), self._wake, peer)
 
     def _wake(self, peer: GossipPeer) -> None:
         if peer.alive:
             self.thaw(peer.name)
-            self.clock.call_later(self.chance.expovariate(1.0 / self.stays.hangs_after_s), self._hang, peer)
+            self.clock.call_later(self.chance.expovariate(1.0 / self.churn.hangs_after_s), self._hang, peer)
 
     def begun(self, peer: GossipPeer, waited_s: float) -> None:
         """It has a state, and trains."""
         self.waited_s += waited_s
-
-    def _count_time(self, peer: GossipPeer) -> None:
-        there_s = self.clock.now - self._since_s.pop(peer.name)
-        self.there_s += there_s
-        self.able_steps += there_s * peer.steps_per_s
+        self.bytes_down += self.settings.publication_bytes
 
     # ------------------------------------------------------------------ what it was like
 
     def outcome(self) -> Outcome:
-        """So far."""
-        for name in list(self._since_s):
-            self._count_time(self.peers[name])
-        able_tokens = self.able_steps * self.settings.tokens_per_step
+        """So far. What is done of rounds that go on counts."""
+        here = [(peer, self.clock.now - since_s) for peer, since_s in self._since_s.items()]
+        there_s = self.there_s + sum(lasted_s for _, lasted_s in here)
+        able_steps = self.able_steps + sum(lasted_s * peer.steps_per_s for peer, lasted_s in here)
+        steps, step_tokens = self.steps + sum(peer.steps_done for peer, _ in here), self.settings.tokens_per_step
         return Outcome(
             held_out_loss=math.nan,
             virtual_time_s=self.clock.now,
-            tokens=self.tokens,
-            inner_steps=self.tokens // self.settings.tokens_per_step,
+            tokens=steps * step_tokens,
+            inner_steps=steps,
             sent_bytes=self.bytes_down,
-            stall_share=self.waited_s / self.there_s if self.there_s else 0.0,
-            tokens_lost=self.tokens_lost,
+            stall_share=self.waited_s / there_s if there_s else 0.0,
+            tokens_lost=self.steps_lost * step_tokens,
             fresh_share=self.num_fresh / max(1, self.num_later),
-            throughput_share=self.tokens / able_tokens if able_tokens else 0.0,
+            throughput_share=steps / able_steps if able_steps else 0.0,
             staleness_rounds=self.staleness_rounds / max(1, self.num_later),
             spread=self.deviation() / _DEVIATION_AT_FIRST,
             received_bytes_a_round=self.bytes_down / max(1, self.num_rounds),
@@ -194,41 +179,26 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def play(settings: GossipSettings, machines: Machines, stays: Stays, rounds: int, seed: int = 0) -> Outcome:
-    """A swarm until those of ordinary speed have ended `rounds` rounds."""
-    swarm = SystemsSwarm(settings, machines, stays, seed)
+def play(settings: GossipSettings, machines: Machines, churn: ChurnSection, rounds: int, seed: int = 0) -> Outcome:
+    """A swarm until all of those of ordinary speed have ended `rounds` rounds: they begin within the first one."""
+    swarm = SystemsSwarm(settings, machines, churn, seed)
     with _no_collector():
         swarm.populate()
-        swarm.run_until((rounds + 0.5) * settings.inner_steps * machines.step_s)
+        swarm.run_until((rounds + 1) * settings.inner_steps * machines.step_s)
         return swarm.outcome()
 
 
 def play_scenario(scenario: Scenario, run: RunFile) -> Outcome:
     """The scenario's swarm, with the run file's model, merging and presences."""
-    links, peers, churn = scenario.links, scenario.peers, scenario.churn
-    up, down = (rate * BYTES_PER_S_OF_MBIT or _UNLIMITED_BYTES_PER_S for rate in (links.up_mbit, links.down_mbit))
-    link = Link(
-        latency_s=links.rtt_ms / 4000,  # each end has half of one way
-        bytes_per_s=up,
-        down_bytes_per_s=down,
-        drop=links.loss_percent / 100,
-    )
+    links, peers, seed = scenario.links, scenario.peers, run.run.seed
+    sizes = section_bytes(run, num_parameters(run.model))
     machines = Machines(
         number=peers.number,
         step_s=peers.step_ms / 1000,
         slowdowns=peers.slowdowns,
         spread=peers.spread,
-        link=link,
+        link=link_of(links, sizes.both, random.Random(seed)),
         link_spread=links.spread,
     )
-    stays = Stays(
-        stays_s=churn.stays_s,
-        away_s=churn.away_s,
-        crash_share=churn.crash_share,
-        hangs_after_s=churn.hangs_after_s,
-        hangs_for_s=churn.hangs_for_s,
-    )
-    size, merge = [num_parameters(run.model)], run.merge
-    weights, gradient = (encoded_size_bytes(form, size) for form in (merge.theta_format, merge.gradient_format))
-    settings = replace(GossipSettings.of(run, SectionBytes(weights=weights, gradient=gradient)), keeps_past=False)
-    return play(settings, machines, stays, scenario.scenario.rounds, run.run.seed)
+    settings = replace(GossipSettings.of(run, sizes), keeps_past=False)
+    return play(settings, machines, scenario.churn, scenario.scenario.rounds, seed)

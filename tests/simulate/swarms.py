@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swarmtrain.simulate.messages import Phase, Settings
+from swarmtrain.simulate.messages import Phase
 from swarmtrain.simulate.search.rounds import counted_twice, not_one_model
 from swarmtrain.simulate.world import World
 
@@ -16,11 +16,6 @@ def assert_one_model(world: World, settle_rounds: int = 2, limit_s: float = 120.
     """See `not_one_model`; and no token counts twice."""
     assert not (found := not_one_model(world, settle_rounds, limit_s)), found
     assert_tokens_count_once(world)
-
-
-def round_s(settings: Settings, steps_per_s: float) -> float:
-    """Seconds that one round's inner steps take."""
-    return settings.inner_steps / steps_per_s
 
 
 def longest_open_wait_s(world: World) -> float:

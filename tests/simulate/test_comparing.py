@@ -198,3 +198,9 @@ def test_a_figure_is_drawn(tmp_path: Path, suffix: str) -> None:
     done = CliRunner().invoke(cli, ["simulate", str(path), "--jobs", "1", "--fresh", "--plot", str(figure)])
     assert done.exit_code == 0, done.output
     assert figure.stat().st_size > 5000
+
+
+def test_a_run_that_outlasts_what_is_known_of_its_churn_is_no_result(tmp_path: Path) -> None:
+    scenario = tiny(tmp_path, churn={"stays_s": 0.01, "away_s": 1000.0}).with_changes(methods=("diloco",))
+    with pytest.raises(UserError, match=r"churn\.stays_s: so many go that the run takes"):
+        compare(scenario, jobs=1, kept=None)

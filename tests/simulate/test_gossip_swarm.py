@@ -197,6 +197,20 @@ def test_the_same_swarm_twice_is_the_same() -> None:
     assert once() == once()
 
 
+def test_links_are_shared_by_one_rule_however_many_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarmtrain.simulate.network.EXACT_UP_TO", 3)
+    few, many = unequal_swarm(3), unequal_swarm(4)
+    for swarm in few, many:
+        swarm.run_until(30.0)
+    few.join("late")
+    many.kill("p0000")
+    many.forget("p0000")
+    for swarm in few, many:
+        swarm.run_until(120.0)
+    assert (few.links.exact, len(few.peers)) == (True, 4)
+    assert (many.links.exact, len(many.peers)) == (False, 3)
+
+
 def test_one_peer_alone_trains_and_merges_nobody() -> None:
     swarm = unequal_swarm(1)
     swarm.run_until(300.0)

@@ -124,6 +124,13 @@ def test_who_hangs_longer_than_the_silence_is_passed_over_and_its_work_lost(tmp_
     assert diloco(alone).virtual_time_s > 2.0, "nobody else goes on"
 
 
+def test_of_one_that_goes_the_steps_that_it_took_are_lost(tmp_path: Path) -> None:
+    """The fifth ends just before it goes, of eight a round."""
+    one = setting(tiny(tmp_path, away=[{"peer": 0, "at_s": 0.055, "for_s": 1000.0}]), merge__pacing=False)
+    assert one.steps_of_round(0) == 8 and one.step_s[0] == 0.01
+    assert diloco(one).tokens_lost == 5 * one.run.tokens_per_step
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_goes_on_when_somebody_hangs_and_transfers_break_off(method: str, tmp_path: Path) -> None:
     bad = {"up_mbit": 10.0, "down_mbit": 10.0, "rtt_ms": 20.0, "failing_percent": 30.0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 from dataclasses import dataclass, field
 
 import pytest
@@ -53,6 +55,28 @@ def test_what_one_cannot_use_the_others_have() -> None:
     assert timed(SharedLinks(clock, exact=False), clock, (a, slow, 10.0, 0.0), (a, b, 45.0, 0.0))[1] == pytest.approx(
         9.0
     )
+
+
+@pytest.mark.parametrize(("load", "apart"), [(0.65, 0.05), (0.9, 0.10)])
+def test_through_busy_uplinks_the_cheap_rule_takes_about_as_long(load: float, apart: float) -> None:
+    """At such a share of what 20 Mbit/s up and 100 down, lognormal, can carry; pulls are planned for the first one."""
+    chance, size_bytes, lasts_s = random.Random(0), 4e6, 40.0
+    factors = [chance.lognormvariate(0.0, 0.3) for _ in range(20)]
+    links = [Link(bytes_per_s=2.5e6 * each, down_bytes_per_s=12.5e6 * each) for each in factors]
+    machines = [Machine(f"m{i}", link) for i, link in enumerate(links)]
+    all_per_s, at_s = sum(link.bytes_per_s for link in links), 0.0
+    wanted: list[tuple[Machine, Machine, float, float]] = []
+    while (at_s := at_s + chance.expovariate(load * all_per_s / size_bytes)) < lasts_s:
+        (src,) = chance.choices(machines, factors)
+        wanted.append((src, chance.choice([one for one in machines if one is not src]), size_bytes, at_s))
+    means_s = []
+    for exact in True, False:
+        clock = Clock()
+        ends_s = timed(SharedLinks(clock, exact=exact), clock, *wanted)
+        means_s.append(statistics.mean(end_s - one[3] for end_s, one in zip(ends_s, wanted, strict=True)))
+    assert len(wanted) * size_bytes > 0.9 * load * all_per_s * lasts_s
+    assert means_s[0] > 1.5 * size_bytes / 2.5e6, "they share"
+    assert means_s[1] == pytest.approx(means_s[0], rel=apart)
 
 
 def test_the_connections_of_one_that_is_gone_break() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,9 @@ from torch import Tensor
 from swarmtrain.algorithm import pacing
 from swarmtrain.algorithm.outer import OuterConstants, momentum_at
 from swarmtrain.network.impairments import Lateness
-from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.learner import Learner, Text
+from swarmtrain.simulate.links import rates
 from swarmtrain.simulate.scenario import Away, Hang, HostileSection, Scenario
 
 __all__ = ["CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
@@ -21,6 +22,7 @@ __all__ = ["CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
 _MOST_OWN = 8
 _SAID_SPEED = 1e9
 _MOST_LONGER = 30
+"""Who comes and goes by chance is drawn for so many times as long as a run takes in which nobody waits or goes."""
 
 CurvePoint = tuple[int, float, float]
 """(tokens of the whole run, virtual seconds, held-out loss in nats per byte)."""
@@ -46,6 +48,8 @@ class Setting:
     hangs: tuple[Hang, ...] = ()
     away: tuple[Away, ...] = ()
     """None of one volunteer overlap."""
+    churn_until_s: float = math.inf
+    """Until then it is known who comes and goes by chance."""
     hostile: HostileSection = field(default_factory=HostileSection)
     num_hostile: int = 0
     """The last ones."""
@@ -177,6 +181,17 @@ class Setting:
         """Whether that volunteer hangs, and will have been given up before it goes on."""
         return any(hang.is_on(number, now_s) and hang.for_s > self.run.network.presence_ttl_s for hang in self.hangs)
 
+    def steps_between(self, number: int, since_s: float, until_s: float) -> int:
+        """Inner steps that volunteer `number` takes in that time: until it goes, and none while it hangs."""
+        goes_s = (each.at_s for each in self.away if each.peer == number and each.at_s > since_s)
+        until_s = min(until_s, *goes_s, math.inf)
+        hung_s = (
+            max(0.0, min(until_s, hang.at_s + hang.for_s) - max(since_s, hang.at_s))
+            for hang in self.hangs
+            if hang.peer == number
+        )
+        return math.floor(max(0.0, until_s - since_s - sum(hung_s)) / self.step_s[number] + 1e-9)
+
     def speaks_again_s(self, now_s: float) -> float:
         """When the first of those that are silent now is not any more."""
         silences = [each for each in (*self.hangs, *self.away) if each.is_on(each.peer, now_s)]
@@ -215,7 +230,10 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
     if scenario.hostile.kind == "tokens":
         steps = text.run.merge.inner_steps
         hostile_s = tuple(each * steps / pacing.fewest_inner_steps(steps) for each in hostile_s)
-    up, down = (_bytes_per_s(rate) for rate in (links.up_mbit, links.down_mbit))
+    up, down = rates(links)
+    least_s = text.run.run.total_tokens / text.run.tokens_per_step / sum(1 / one for one in step_s)
+    churn_until_s = _MOST_LONGER * least_s if scenario.churn.stays_s else math.inf
+    away = (*scenario.away, *scenario.churn.away(scenario.peers.number, text.run.run.seed, churn_until_s))
     return Setting(
         text=text,
         step_s=honest_s + hostile_s,
@@ -227,34 +245,22 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
         loss=links.loss_percent / 100,
         failing=links.failing_percent / 100,
         hangs=scenario.hangs,
-        away=tuple(each for each in _away(scenario, text.run) if each.peer < len(honest_s + hostile_s)),
+        away=tuple(each for each in away if each.peer < len(honest_s + hostile_s)),
+        churn_until_s=churn_until_s,
         hostile=scenario.hostile,
         num_hostile=len(hostile_s),
         curve_points=scenario.scenario.curve_points,
     )
 
 
-def _bytes_per_s(mbit: float) -> float:
-    return mbit * BYTES_PER_S_OF_MBIT if mbit else float("inf")
-
-
 def _own_links(scenario: Scenario) -> dict[str, tuple[float, float]]:
     """Up and down, of the volunteers whose trace says some."""
-    ups, downs = (scenario.figures.get(name, {}) for name in ("up_mbit", "down_mbit"))
-    return {
-        f"p{number}": (
-            _bytes_per_s(ups.get(number, scenario.links.up_mbit)),
-            _bytes_per_s(downs.get(number, scenario.links.down_mbit)),
-        )
-        for number in sorted({*ups, *downs})
+    told = {name: scenario.figures.get(name, {}) for name in ("up_mbit", "down_mbit")}
+    links = {
+        number: scenario.links.model_copy(update={name: of[number] for name, of in told.items() if number in of})
+        for number in sorted({number for of in told.values() for number in of})
     }
-
-
-def _away(scenario: Scenario, run: RunFile) -> tuple[Away, ...]:
-    """Who is away when: for much longer than the run takes."""
-    least_s = run.run.total_tokens / run.tokens_per_step / sum(1 / step_s for step_s in scenario.step_s)
-    churn = scenario.churn.away(scenario.peers.number, run.run.seed, _MOST_LONGER * least_s)
-    return (*scenario.away, *churn)
+    return {f"p{number}": rates(own) for number, own in links.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,7 @@ def diloco(setting: Setting) -> Outcome:
             now_s = setting.speaks_again_s(now_s)
             continue
         trained, met_s = setting.meets(now_s, {n: steps[n] * setting.step_s[n] for n in here})
-        num_lost += sum(steps[n] for n in here if n not in trained)
+        num_lost += sum(min(steps[n], setting.steps_between(n, now_s, met_s)) for n in here if n not in trained)
         if not trained:
             now_s = met_s
             continue
