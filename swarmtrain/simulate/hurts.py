@@ -15,9 +15,9 @@ from swarmtrain.algorithm.pacing import fewest_inner_steps
 from swarmtrain.membership.pulls import LINK_SHARE
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT, num_at_once
-from swarmtrain.peer.estimate import estimate
+from swarmtrain.peer.estimate import estimate, section_bytes
 from swarmtrain.run import CHUNK_BYTES, METHODS_OF_KEYS, RunFile
-from swarmtrain.simulate.living import section_bytes
+from swarmtrain.simulate.living import stage_parameters
 from swarmtrain.simulate.planning import Plan
 from swarmtrain.simulate.traffic import ACTIVATIONS, ARCHIVE, MERGING, RECORDS, dht_bytes_per_s
 from swarmtrain.words import size_in_words as size
@@ -149,7 +149,8 @@ def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) 
             changes.append(_to(run, "merge.num_partners", fewer))
         if merge.theta_format != "int4":
             changes.append(_to(run, "merge.theta_format", "int4"))
-    if not gossips and partners * section_bytes(run).both < wanted * (1 - found.stall_share):  # its rounds do not wait
+    published_bytes = section_bytes(run, stage_parameters(run)).both
+    if not gossips and partners * published_bytes < wanted * (1 - found.stall_share):  # its rounds do not wait
         changes.insert(0, _by_gossip(run))
     return Hurt(what=name, strain=share / LINK_SHARE, why=why, change=" or ".join(changes))
 
