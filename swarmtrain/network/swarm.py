@@ -25,16 +25,9 @@ from swarmtrain.events import (
     RefusedEvent,
     WarningEvent,
 )
+from swarmtrain.membership import records
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.records import (
-    COUNT_EVERY_S,
-    MAX_READ_BUCKETS,
-    MOST_COUNT_EVERY_S,
-    READ_EVERY_S,
-    buckets_to_read,
-    read_every_s,
-)
 from swarmtrain.membership.tally import NamedOnce
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, rows_of
@@ -306,11 +299,12 @@ class Swarm:
 
     async def _keep_reading(self) -> None:
         for look in itertools.count(1):
-            await asyncio.sleep(READ_EVERY_S)
+            await asyncio.sleep(records.READ_EVERY_S)
             if look % _REDIAL_EVERY == 0:
                 await self._redial()
             most_s = self.published.run.network.presence_ttl_s / 3
-            if look % round(read_every_s(len(self.membership.live()), READ_EVERY_S, most_s) / READ_EVERY_S) == 0:
+            every_s = records.read_every_s(len(self.membership.live()), records.READ_EVERY_S, most_s)
+            if look % round(every_s / records.READ_EVERY_S) == 0:
                 await self.read_presences()
             self._expire()
             for peer in self.membership.forget(swarm_time() - _FORGET_AFTER_S):
@@ -327,7 +321,8 @@ class Swarm:
     async def _keep_counting(self) -> None:
         while True:
             await self.tallying.read_some()
-            await asyncio.sleep(read_every_s(len(self.membership.live()), COUNT_EVERY_S, MOST_COUNT_EVERY_S))
+            least_s, most_s = records.COUNT_EVERY_S, records.MOST_COUNT_EVERY_S
+            await asyncio.sleep(records.read_every_s(len(self.membership.live()), least_s, most_s))
 
     async def count_once_more(self) -> None:
         """At the end: tell what is counted here, and count what others have told by now."""
@@ -395,13 +390,13 @@ class Swarm:
     async def read_presences(self) -> None:
         """Read the presence buckets, the root first, then what lies below full ones."""
         sizes: dict[str, int] = {}
-        while wanted := list(buckets_to_read(sizes)):
-            if len(sizes) + len(wanted) > MAX_READ_BUCKETS:
+        while wanted := list(records.buckets_to_read(sizes)):
+            if len(sizes) + len(wanted) > records.MAX_READ_BUCKETS:
                 break
             for prefix in wanted:
-                records = await self._read_bucket(PRESENCE, prefix)
-                sizes[prefix] = len(records)
-                for peer, (record, expiry_s) in records.items():
+                found = await self._read_bucket(PRESENCE, prefix)
+                sizes[prefix] = len(found)
+                for peer, (record, expiry_s) in found.items():
                     self._saw(peer, record.presence, expiry_s)
 
     def _saw(self, peer: str, presence: pb.Presence, expiry_s: float) -> None:

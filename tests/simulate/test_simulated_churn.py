@@ -12,6 +12,7 @@ import pytest
 import torch
 from learnt import setting, tiny
 
+from swarmtrain.membership.partners import BackOff
 from swarmtrain.peer.consensus import mean_of_near
 from swarmtrain.simulate.learning.gossip import Peer, World
 from swarmtrain.simulate.learning.methods import METHODS
@@ -148,19 +149,19 @@ def test_nobody_waits_for_those_who_never_speak_again(method: str, tmp_path: Pat
     assert outcome.virtual_time_s < (1.5 if method in ("gossip", "server") else 20.0)
 
 
-def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path) -> None:
+def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hang = {"peer": 1, "at_s": 0.1, "for_s": 1e5}
     changes = {"network.presence_ttl_s": 3.0, "network.call_limit_s": 0.2, "run.total_tokens": 70_000}
     one = churned(tmp_path, "gossip", hangs=[hang], set=changes)
-    world, asked = World(one), list[float]()
-    for peer in (world.peers[0], world.peers[2]):
-        back_off: Any = peer.partners.back_off
+    world, asked, failed = World(one), list[float](), BackOff.failed
+    theirs = [world.peers[number].partners.back_off for number in (0, 2)]
 
-        def noted(name: str, now: float, reason: str, failed: Any = back_off.failed) -> Any:
+    def noted(self: BackOff, name: str, now: float, reason: str) -> str:
+        if any(self is one for one in theirs):
             asked.append(now)
-            return failed(name, now, reason)
+        return failed(self, name, now, reason)
 
-        back_off.failed = noted
+    monkeypatch.setattr(BackOff, "failed", noted)
     world.run()
     assert 1 <= len(asked) <= 2 and max(asked) < 0.5, "once each"
     assert world.clock.now > 3.2 and world.live == [world.peers[0], world.peers[2]]
