@@ -27,6 +27,7 @@ __all__ = [
     "one_line",
     "problem_in_words",
     "read_small_file",
+    "read_small_text",
     "read_toml",
     "section_fields",
 ]
@@ -49,17 +50,22 @@ class Section(BaseModel):
 
 
 def read_small_file(path: Path, kind: str, example: str) -> dict[str, Any]:
-    """The tables of a TOML file that a person writes; `UserError`, one line that names it, if it cannot be. `kind` is
-    what such a file is called, such as "a rehearsal file"."""
+    """The tables of a TOML file that a person writes; errors as of `read_small_text`."""
+    return read_toml(read_small_text(path, kind, example), one_line(str(path)), UserError)
+
+
+def read_small_text(path: Path, kind: str, example: str, most_bytes: int = _MAX_FILE_BYTES) -> str:
+    """What is in a file that a person writes; `UserError`, one line that names it, if it cannot be read. `kind` is what
+    such a file is called, such as "a rehearsal file"."""
     origin = one_line(str(path))
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{origin}: cannot be read ({error}); an example is {example}") from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise UserError(f"{origin}: {len(data)} bytes; {kind} has at most {_MAX_FILE_BYTES}")
-    return read_toml(text, origin, UserError)
+    if len(data) > most_bytes:
+        raise UserError(f"{origin}: {len(data)} bytes; {kind} has at most {most_bytes}")
+    return text
 
 
 def read_toml(text: str, origin: str, error_type: type[UserError]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swarmtrain.errors import UserError
-from swarmtrain.problems import one_line
+from swarmtrain.problems import one_line, read_small_text
 
 __all__ = ["EVENTS", "Span", "Trace", "load_trace", "trace_of"]
 
@@ -54,15 +54,7 @@ class _Row(NamedTuple):
 
 def load_trace(path: Path, num_peers: int) -> Trace:
     """Read such a file about peers from 0 to `num_peers` - 1. `UserError`, which names the file and the line."""
-    origin = one_line(str(path))
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin}: cannot be read ({error}); an example is {_EXAMPLE}") from None
-    if len(data) > _MAX_BYTES:
-        raise UserError(f"{origin}: {len(data)} bytes; a trace has at most {_MAX_BYTES}")
-    return trace_of(text, origin, num_peers)
+    return trace_of(read_small_text(path, "a trace", _EXAMPLE, _MAX_BYTES), one_line(str(path)), num_peers)
 
 
 def trace_of(text: str, origin: str, num_peers: int) -> Trace:
