@@ -312,7 +312,7 @@ def _unheard(view: RoundView, now: float) -> frozenset[str]:
     if not view.ended_at_s < view.listening_since_s <= now < view.listening_since_s + view.silence_s:
         return frozenset()
     heard = {peer for peer, asked_s in view.answered_at_s.items() if asked_s >= view.listening_since_s}
-    return view.live.intersection(peers_to_ask(view, now)) - heard
+    return (view.live | view.guests).intersection(peers_to_ask(view, now)) - heard
 
 
 def idled(view: RoundView, now: float) -> frozenset[str]:

@@ -154,6 +154,7 @@ def test_after_a_pause_of_ones_own_nothing_is_signed_or_merged_before_the_others
     reason = "this process has stood still: it asks c what happened meanwhile"
     assert decide(view("a", "bc", "abc", **stood_still), 181) == Wait(until_s=185, reason=reason)
     assert decide(view("a", "bc", "abc", **stood_still, rosters=[roster("a")]), 181) == Wait(until_s=185, reason=reason)
+    assert decide(view("a", "b", "ab", **stood_still, guests=frozenset("c")), 181) == Wait(until_s=185, reason=reason)
     assert isinstance(decide(view("a", "bc", "abc", **stood_still, ahead=frozenset("d")), 181), Wait)
     assert isinstance(decide(view("a", "bc", "abc", **stood_still, far_ahead=frozenset("d")), 181), CatchUp)
     assert signed(decide(view("a", "bc", "abc", **stood_still), 185)) == "abc", "c does not answer"

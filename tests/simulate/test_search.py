@@ -128,3 +128,13 @@ def test_an_outage_of_seconds_leaves_nobody_alone_for_minutes() -> None:
         faults=(Fault(kind="restart", peer=1, at_s=25.0), Fault(kind="join", at_s=27.0)),
     )
     assert not play(schedule)
+
+
+def test_who_stood_still_asks_those_too_who_came_while_it_did() -> None:
+    """The other one was started anew just before, and is a guest: it has gone on alone."""
+    schedule = Schedule(
+        world="rounds",
+        speeds=(16.0, 16.0),
+        faults=(Fault(kind="restart", peer=1), Fault(kind="freeze at", lasts_s=17.0, detail=86)),
+    )
+    assert not play(schedule)
