@@ -46,7 +46,8 @@ from chaos.scenarios import Scenario, read
 from docker_engine import ROOT, build, status
 
 FILES = ("peers/compose.yaml", "tests/chaos/chaos.yaml")
-END_S = 900.0
+END_S = 1500.0
+_NOT_PLAYED = "the scenario could not be played"
 _OF_A_ROUND = 0.5
 """Rounds differ: one that takes so much longer than usual is no standing still."""
 _NOISE = 2.0
@@ -66,6 +67,8 @@ class Found:
     ratio: float | None = None
     spread_rounds: float | None = None
     """How many rounds it took the weights to be as near to each other as before."""
+    spreads: dict[str, list[tuple[float, float | None]]] = field(default_factory=dict)
+    """(seconds since the first step, how far apart the merged weights were), of each."""
     commit: str = ""
     failed: list[str] = field(default_factory=list)
 
@@ -135,6 +138,7 @@ def _act(scenario: Scenario, swarm: Swarm, found: Found) -> list[str]:
     found.stall = seen.stall_share(told, began_s, until_s)
     found.failed += [f"{name}: {words}" for name in others if (words := seen.grown(held[name], seen.held(name)))]
     if scenario.spread_rounds:
+        found.spreads = {name: seen.spreads(each, began_s) for name, each in rounds.items()}
         found.spread_rounds = max(seen.spread_returned(each, began_s, acted_s) for each in rounds.values())
         if found.spread_rounds > scenario.spread_rounds:
             found.failed.append(f"the weights are not as near as before after {scenario.spread_rounds} rounds")
@@ -197,7 +201,7 @@ class Kept:
         if key not in self._found:
             found = self._found[key] = play(scenario, seed)
             found.commit = self._commit
-            if self._path is not None:
+            if self._path is not None and _NOT_PLAYED not in found.failed:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"scenario": key[0], "seed": seed, **_finite(asdict(found))}) + "\n")
         return self._found[key]
@@ -216,11 +220,11 @@ def _compared(scenario: Scenario, seed: int, kept: Kept) -> Found:
             found.failed.append(f"the run without: {'; '.join(base.failed)}")
     except (AssertionError, subprocess.SubprocessError, ValueError, KeyError) as error:  # of docker, mostly
         print(error, file=sys.stderr)
-        found.failed.append("the scenario could not be played")
+        found.failed.append(_NOT_PLAYED)
     return found
 
 
-def _finite(row: dict[str, object]) -> dict[str, object]:
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity."""
     return {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in row.items()}
 

@@ -106,6 +106,11 @@ def spread_returned(rounds: Events, since_s: float, after_s: float) -> float:
     return next(near, math.inf)
 
 
+def spreads(rounds: Events, since_s: float) -> list[tuple[float, float | None]]:
+    """(seconds since `since_s`, how far apart those merged were) of each round."""
+    return [(round(event["time"] - since_s, 1), event["consensus_spread"]) for event in rounds]
+
+
 def contributions(peers: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Tokens of each peer, by what `status` lists."""
     return {each["peer"]: each["tokens"] for each in peers}
