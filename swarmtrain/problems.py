@@ -92,7 +92,10 @@ def problem_in_words(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """What a field accepts, in words: for errors and for the reference."""
+    """What a field accepts, in words: for errors and for the reference. A field's own words for it are `allowed` of its
+    `json_schema_extra`."""
+    if isinstance(field.json_schema_extra, dict) and "allowed" in field.json_schema_extra:
+        return str(field.json_schema_extra["allowed"])
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
     kind = field.annotation
     if get_origin(kind) is Literal:
