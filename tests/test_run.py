@@ -74,7 +74,10 @@ def test_lists_fill_tuples_and_integers_fill_numbers() -> None:
         (MINIMAL + "[merge]\ninner_steps = '4'\n", 'merge.inner_steps: "4" is refused; allowed: an integer from 1 to'),
         (MINIMAL + "[merge]\ninner_steps = true\n", "merge.inner_steps: true is refused; allowed: an integer from 1"),
         (MINIMAL + "[merge]\ninner_steps = 2.0\n", "merge.inner_steps: 2.0 is refused; allowed: an integer from 1"),
-        (MINIMAL + '[merge]\nrobust = "clipp"\n', 'merge.robust: "clipp" is refused; allowed: "none", "clip", "direction"'),
+        (
+            MINIMAL + '[merge]\nrobust = "clipp"\n',
+            'merge.robust: "clipp" is refused; allowed: "none", "clip", "direction"',
+        ),
         (MINIMAL + "[merge]\nround_limit_s = true\n", "merge.round_limit_s: true is refused; allowed: a number above"),
         (MINIMAL + "[merge]\nround_limit_s = nan\n", "merge.round_limit_s: NaN is refused; allowed: a number above 0"),
         (MINIMAL + "[merge]\nround_limit_s = inf\n", "merge.round_limit_s: Infinity is refused; allowed: a number"),
