@@ -177,8 +177,9 @@ METHODS_OF_KEYS: dict[str, tuple[str, ...]] = {
 }
 """Keys of `[merge]` that not every method has: which do. With another method they are left out."""
 
-_MERGE_RULES = '"none", "clip", "direction", "trimmed" or "flag", or "PACKAGE:RULE" of an installed package'
-_MERGE_RULE = r"^(none|clip|direction|trimmed|flag|[a-z0-9][a-z0-9-]{0,63}:[a-z0-9][a-z0-9_-]{0,63})$"
+_OUR_RULES = ("none", "clip", "direction", "trimmed", "flag")
+_MERGE_RULES = ", ".join(f'"{rule}"' for rule in _OUR_RULES) + ' or "PACKAGE:RULE" of an installed package'
+_MERGE_RULE = rf"^({'|'.join(_OUR_RULES)}|[a-z0-9][a-z0-9-]{{0,63}}:[a-z0-9][a-z0-9_-]{{0,63}})$"
 _Format = Literal["fp32", "bf16", "int8", "int4"]
 _GradientFormat = Literal["fp32", "bf16", "int8", "int4", "int2"]
 

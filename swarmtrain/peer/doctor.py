@@ -465,7 +465,8 @@ def check_rule(run: RunFile) -> Iterator[Finding]:
     try:
         mean_of(run.merge.robust)
     except RunFileError as error:
-        yield Finding("run", "problem", str(error), "install it in the environment that swarmtrain is in")
+        what, _, advice = str(error).partition("; ")
+        yield Finding("run", "problem", what, advice or "ask those who made it")
 
 
 def check_data(run: RunFile, data_folder: Path | None) -> Finding:

@@ -44,8 +44,8 @@ def mean_of(rule: str) -> Mean | None:
     entry = _entry(rule)
     try:
         mean = entry.load()
-    except (ImportError, AttributeError) as error:
-        raise RunFileError(f'merge.robust = "{rule}": {entry.value} cannot be loaded: {error}') from None
+    except Exception as error:  # it is somebody's module, which runs as it is imported
+        raise RunFileError(f'merge.robust = "{rule}": {entry.value} cannot be loaded: {error!r}') from None
     if not callable(mean):
         raise RunFileError(f'merge.robust = "{rule}": {entry.value} is no function')
     return mean  # type: ignore[no-any-return]
@@ -56,7 +56,8 @@ def source_sha256(rule: str) -> str | None:
     if mean_of(rule) is None or is_ours(rule):
         return None
     spec = importlib.util.find_spec(_entry(rule).module)
-    assert spec is not None and spec.origin is not None, "it is loaded"
+    if spec is None or spec.origin is None:
+        raise RunFileError(f'merge.robust = "{rule}": {_entry(rule).module} has no file')
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
@@ -66,7 +67,7 @@ def _entry(rule: str) -> metadata.EntryPoint:
         found = metadata.distribution(package)
     except metadata.PackageNotFoundError:
         raise RunFileError(
-            f'merge.robust = "{rule}" is a rule of the package {package}, which is not installed here: if you trust '
+            f'merge.robust = "{rule}" is a rule of the package {package}, which is not installed here; if you trust '
             f"those who made it, pip install {package}"
         ) from None
     entries = {entry.name: entry for entry in found.entry_points if entry.group == GROUP}

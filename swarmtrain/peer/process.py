@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import time
@@ -28,9 +27,12 @@ def use_few_arenas() -> None:
     """Let threads share two of glibc's heaps, before there are threads: decision 0037.
 
     By default each gets its own, up to eight a core, and what is freed in one is of no use in another: memory grows for
-    hours. Who sets `MALLOC_ARENA_MAX` knows better; elsewhere than with glibc nothing is done.
+    hours. Who sets `MALLOC_ARENA_MAX` (or `GLIBC_TUNABLES`) knows better; elsewhere than with glibc nothing is done.
     """
-    if sys.platform.startswith("linux") and "MALLOC_ARENA_MAX" not in os.environ:
+    told = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform.startswith("linux") and not told:
+        import ctypes
+
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_ARENA_MAX, _ARENAS)

@@ -7,6 +7,7 @@ arrives, and the one that hands over this peer's own publications.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = ["Robustness", "apart", "robust_mean"]
 
 _GRADIENTS = "clipped_gradients"
 _DISPLACEMENTS = "clipped_displacements"
+_log = logging.getLogger(__name__)
 _LEAST_INPUTS = 2
 _LEAST_OF_OURS = 4
 _ABSURD = 0.01
@@ -146,21 +148,31 @@ def robust_mean(rule: str, gradients: Sequence[Tensor], tokens: Sequence[float])
     first; None where it has none, or too few are there.
 
     They are compared as if each had as many tokens as weigh in the token-weighted mean: a part of a round is shorter
-    than a whole one, and would be what is trimmed. Raises `RunTimeError` for what no merge can go on from."""
+    than a whole one, and would be what is trimmed. Where another package's rule fails on them, the own one is what
+    counts: they may have been sent for that. Raises `RunTimeError` for a rule that is wrong whatever is sent."""
     mean_by_rule = mean_of(rule)
     if mean_by_rule is None or len(gradients) < (_LEAST_OF_OURS if is_ours(rule) else _LEAST_INPUTS):
         return None
     usual = sum(number * number for number in tokens) / sum(tokens)
     factors = [usual / number for number in tokens]
-    mean = mean_by_rule(gradients, factors)
-    if not is_ours(rule) and not _is_like(mean, gradients[0]):
+    return mean_by_rule(gradients, factors) if is_ours(rule) else _mean_of_theirs(rule, gradients, factors)
+
+
+def _mean_of_theirs(rule: str, gradients: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    mean_by_rule, own, versions = mean_of(rule), gradients[0], [gradient._version for gradient in gradients]
+    assert mean_by_rule is not None
+    try:
+        mean = mean_by_rule(gradients, factors)
+    except Exception as error:
+        _log.warning('merge.robust = "%s": the rule failed (%r): this merge has no others', rule, error)
+        return own
+    if versions != [gradient._version for gradient in gradients]:
+        raise RunTimeError(f'merge.robust = "{rule}": the rule writes into what it is given; ask those who made it')
+    if not isinstance(mean, Tensor) or mean.shape != own.shape or mean.dtype is not own.dtype:
         raise RunTimeError(
-            f'merge.robust = "{rule}": the rule gave no finite fp32 vector of {gradients[0].numel()} numbers; ask '
-            "those who made it"
+            f'merge.robust = "{rule}": the rule gave no fp32 vector of {own.numel()} numbers; ask those who made it'
         )
+    if not mean.isfinite().all():
+        _log.warning('merge.robust = "%s": the rule gave numbers that are not finite: this merge has no others', rule)
+        return own
     return mean
-
-
-def _is_like(mean: Any, gradient: Tensor) -> bool:
-    is_vector = isinstance(mean, Tensor) and mean.shape == gradient.shape and mean.dtype is gradient.dtype
-    return is_vector and bool(mean.isfinite().all())

@@ -113,7 +113,7 @@ def test_a_run_file_with_it_is_accepted_where_it_is_installed(
     assert run_command(["check", str(path)]) == 2
     assert f'merge.robust = "{RULE}" is a rule of the package swarm-median, which is not' in capsys.readouterr().err
     (finding,) = check_rule(parse_run(RUN, "r"))
-    assert finding.level == "problem" and "pip install swarm-median" in finding.found
+    assert finding.level == "problem" and "pip install swarm-median" in finding.advice
     install()
     assert run_command(["check", str(path)]) == 0 and not [*check_rule(parse_run(RUN, "r"))]
 
@@ -124,7 +124,8 @@ def test_a_run_file_with_it_is_accepted_where_it_is_installed(
         ([("median = ", "mean = ")], "there is no rule median in swarm-median 0.1.0; it has mean; install the version"),
         ([(GROUP, "others")], "it has none"),
         ([("def median", "def medians")], "swarm_median:median cannot be loaded: .*median"),
-        ([("import torch\n", "import torsh\n")], "swarm_median:median cannot be loaded: No module named 'torsh'"),
+        ([("import torch\n", "import torsh\n")], "swarm_median:median cannot be loaded: .*No module named 'torsh'"),
+        ([("import torch\n", "import torch torch\n")], "swarm_median:median cannot be loaded: SyntaxError"),
         ([('"swarm_median:median"', '"swarm_median:Sequence.__name__"')], "is no function"),
     ],
 )
@@ -136,11 +137,27 @@ def test_what_is_wrong_with_a_package_is_said(
         mean_of(RULE)
 
 
-@pytest.mark.parametrize("result", ["[0.0]", "ordered", "ordered[0].double()", "ordered[0] / 0"])
-def test_what_no_merge_can_go_on_from_ends_the_process(install: Callable[..., Path], result: str) -> None:
+@pytest.mark.parametrize("result", ["[0.0]", "ordered", "ordered[0].double()"])
+def test_a_rule_that_is_wrong_whatever_is_sent_ends_the_process(install: Callable[..., Path], result: str) -> None:
     install(("return (", f"return {result} # ("))
-    with pytest.raises(RunTimeError, match="gave no finite fp32 vector of 3 numbers"):
+    with pytest.raises(RunTimeError, match="gave no fp32 vector of 3 numbers"):
         robust_mean(RULE, [torch.ones(3)] * 2, [100, 100])
+
+
+def test_a_rule_that_writes_into_gradients_ends_the_process(install: Callable[..., Path]) -> None:
+    install(("return (", "return gradients[0].mul_(2) # ("))
+    with pytest.raises(RunTimeError, match="writes into what it is given"):
+        robust_mean(RULE, [torch.ones(3), torch.ones(3)], [100, 100])
+
+
+@pytest.mark.parametrize("result", ["ordered[0] / 0", "ordered[7]"], ids=["not finite", "an exception"])
+def test_what_others_send_ends_no_process(
+    install: Callable[..., Path], result: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(("return (", f"return {result} # ("))
+    mean = robust_mean(RULE, [torch.ones(3), torch.zeros(3)], [100, 100])
+    assert mean is not None and mean.tolist() == [1, 1, 1], "its own"
+    assert "this merge has no others" in caplog.text
 
 
 def test_where_it_is_not_installed_nothing_is_begun(tmp_path: Path) -> None:
