@@ -76,9 +76,9 @@ def main(arguments: list[str]) -> int:
             code = run(["simulate", str(paths[name]), *options])
         if code:
             return code
-        text = f"{made_by()}:\n\n```text\n{printed.getvalue().rstrip()}\n```"
-        page = with_scenario(asked.page.read_text(encoding="utf-8"), name, text)
-        write_atomically(asked.page, page.encode())
+        page, table = asked.page.read_text(encoding="utf-8"), f"```text\n{printed.getvalue().rstrip()}\n```"
+        if not parts_of(page)[1].get(name, "").endswith(table):  # else it is as old as it says
+            write_atomically(asked.page, with_scenario(page, name, f"{made_by()}:\n\n{table}").encode())
     return 0
 
 

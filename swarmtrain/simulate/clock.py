@@ -79,7 +79,7 @@ class Clock:
         call, args = timer.call, timer.args
         if call is None:
             return False
-        timer.call, timer.args = None, ()
+        timer.call, timer.args = None, ()  # `cancel` written out: this is done for each event
         self.now = timer.when_s
         self.num_events += 1
         if self.num_events > self.most_events:

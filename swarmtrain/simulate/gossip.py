@@ -30,7 +30,7 @@ from swarmtrain.membership.partners import (
 from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, plan_pulls
 from swarmtrain.membership.shards import Coverage
 from swarmtrain.simulate.messages import Link
-from swarmtrain.simulate.network import Network, Refused
+from swarmtrain.simulate.network import Network, Refused, kept_until
 from swarmtrain.simulate.publications import GossipSettings, Presence, Publication, RoundRecord
 
 __all__ = ["GossipPeer", "GossipSettings", "GossipSwarm", "Publication", "RoundRecord"]
@@ -44,7 +44,6 @@ class _Round:
     steps: int
     asked: dict[Section, list[str]] = field(default_factory=lambda: {"weights": [], "gradient": []})
     due: dict[Section, int] = field(default_factory=lambda: {"weights": 0, "gradient": 0})
-    looked: bool = False
     bytes_down: int = 0
 
 
@@ -149,7 +148,7 @@ class GossipPeer:
         self._look_around()
         others = [one.peer for one in self._sampled]
         if others:
-            peer, num_bytes = self._rng.choice(others), self.settings.publication_bytes
+            peer, num_bytes = self._rng.choice(others), self.settings.state_bytes
             self.swarm.pull(self, peer, "state", num_bytes, partial(self._adopt, came_s, peer))
         else:
             self._start_round()
@@ -176,8 +175,6 @@ class GossipPeer:
     @property
     def steps_unpublished(self) -> int:
         """Of the present round, those done since somebody asked for its publication last; none before it has begun."""
-        if not self._weights:
-            return 0
         published = sum(newest.mark.tokens for newest in self._published[-1:] if newest.mark.round == self.round)
         return self.steps_done - published // self.settings.tokens_per_step
 
@@ -294,7 +291,7 @@ class GossipPeer:
         """The state for a joiner, the manifest of the newest publication, or the bytes of one of the last two."""
         s = self.settings
         if what == "state":
-            self.bytes_up += s.publication_bytes
+            self.bytes_up += s.state_bytes
             return self.theta, self.momentum, self.round
         if what == "manifest weights":
             return self._weights[-1] if self._weights else Refused("its first round has not begun")
@@ -369,9 +366,8 @@ class GossipPeer:
     def _pull(self, r: _Round, section: Section) -> None:
         if r is not self._now:
             return
-        if not r.looked:
+        if not any(r.due.values()):
             self._look_around()
-            r.looked = True
         r.due[section] += 1
         here = sum(one.section == section for one in self._arrived)
         if here + self._coming[section] < r.due[section]:
@@ -511,8 +507,7 @@ class GossipSwarm(Network[GossipPeer]):
         new = self.peers[name] = self._make(name, old.steps_per_s, old.theta, old.link)
         new.target = old.target
         if old.checkpoints:
-            chosen = max(checkpoint, -len(old.checkpoints)) % len(old.checkpoints)
-            new.checkpoints = old.checkpoints[: chosen + 1]
+            new.checkpoints = [*kept_until(old.checkpoints, checkpoint)]
             new.deliver(new.resume, new.checkpoints[-1])
         else:
             new.deliver(new.begin)

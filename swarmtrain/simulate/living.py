@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from swarmtrain.algorithm.pacing import paced_inner_steps, reference_speed
+from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
 from swarmtrain.errors import UserError
 from swarmtrain.membership.balance import Rule
 from swarmtrain.model.gpt import num_parameters
@@ -115,9 +115,8 @@ def stage_parameters(run: RunFile) -> int:
 def _steps(run: RunFile, step_s: Sequence[float]) -> list[int]:
     """Inner steps of a round of each, as the product paces them."""
     merge, speeds = run.merge, [1 / one for one in step_s]
-    reference = reference_speed(speeds) if merge.pacing else 0.0
-    most = [max(1, math.floor(merge.round_limit_s * one)) for one in speeds]
-    return [min(paced_inner_steps(one, reference, merge.inner_steps), at) for one, at in zip(speeds, most, strict=True)]
+    usual, limit_s = [reference_speed(speeds)], merge.round_limit_s
+    return [round_inner_steps(one, usual, merge.inner_steps, paced=merge.pacing, limit_s=limit_s) for one in speeds]
 
 
 def _merge_s(run: RunFile) -> float:
@@ -166,7 +165,7 @@ def _gossiping(run: RunFile, links: LinksSection, seed: int) -> GossipSwarm:
     """A swarm of this run's, without anybody."""
     sizes = section_bytes(run, stage_parameters(run))
     link = link_of(links, sizes.both, random.Random(seed))
-    return GossipSwarm(GossipSettings.of(run, sizes), link=link, seed=seed)
+    return GossipSwarm(GossipSettings.of(run, sizes, 8 * stage_parameters(run)), link=link, seed=seed)
 
 
 def _befall(swarm: GossipSwarm | World, machines: Machines, from_s: float, end_s: float, seed: int) -> None:

@@ -9,7 +9,7 @@ is not known here.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -18,7 +18,7 @@ from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.links import EXACT_UP_TO, SharedLinks
 from swarmtrain.simulate.messages import Link
 
-__all__ = ["End", "Fault", "Links", "Machine", "Network", "Place", "Refused"]
+__all__ = ["End", "Fault", "Links", "Machine", "Network", "Place", "Refused", "kept_until"]
 
 Fault = Literal["killed", "frozen", "thawed"]
 
@@ -154,6 +154,14 @@ class Links:
     def held_up_s(self) -> float:
         """How much later what is sent now arrives."""
         return 8 * self._random.random() if self._late and self._random.random() < self._late else 0.0
+
+
+_T = TypeVar("_T")
+
+
+def kept_until(checkpoints: Sequence[_T], checkpoint: int) -> Sequence[_T]:
+    """Those up to this one (-1 is the newest; or to the oldest that there is): what one has that goes on from it."""
+    return checkpoints[: max(checkpoint, -len(checkpoints)) % len(checkpoints) + 1]
 
 
 class Network(Links, Generic[P]):

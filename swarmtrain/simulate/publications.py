@@ -29,6 +29,8 @@ class GossipSettings:
     max_staleness_rounds: int = 8
     max_readers: int = 4
     sizes: SectionBytes = field(default_factory=lambda: SectionBytes(weights=1_000_000, gradient=1_000_000))
+    state_bytes: int = 2_000_000
+    """Weights and momentum, as a joiner takes them."""
     outer_learning_rate: float = 0.7
     outer_momentum: float = 0.8
     inner_rate: float = 0.0
@@ -42,7 +44,7 @@ class GossipSettings:
     """Whether peers keep checkpoints to go on from, and `entered`: ten thousand of them had better not."""
 
     @classmethod
-    def of(cls, run: RunFile, sizes: SectionBytes) -> GossipSettings:
+    def of(cls, run: RunFile, sizes: SectionBytes, state_bytes: int) -> GossipSettings:
         """What a run file says."""
         merge, network = run.merge, run.network
         return cls(
@@ -56,6 +58,7 @@ class GossipSettings:
             max_staleness_rounds=merge.max_staleness_rounds,
             max_readers=network.max_readers,
             sizes=sizes,
+            state_bytes=state_bytes,
             outer_learning_rate=merge.outer_learning_rate,
             outer_momentum=merge.outer_momentum,
             presence_ttl_s=network.presence_ttl_s,

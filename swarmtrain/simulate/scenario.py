@@ -306,7 +306,7 @@ class Scenario:
         origin = f"scenario {self.scenario.name}"
         sections = _sections_of(_changed(tables, own.items()), origin)
         new = replace(self, **{name: getattr(sections, name) for name in _OWN})
-        if new.peers.trace != self.peers.trace:
+        if (new.peers.trace, new.peers.number) != (self.peers.trace, self.peers.number):
             if self.peers.trace:
                 new = replace(new, hangs=(), away=(), figures={})
             new = _traced(new, origin)

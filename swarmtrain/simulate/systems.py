@@ -53,12 +53,12 @@ class Machines:
         if not self.link_spread:
             return self.link
         factor = rng.lognormvariate(0.0, self.link_spread)
-        return Link(
-            latency_s=self.link.latency_s,
-            bytes_per_s=self.link.bytes_per_s * factor,
-            down_bytes_per_s=self.link.down_per_s * factor,
-            drop=self.link.drop,
-        )
+        up, down = self.link.bytes_per_s * factor, self.link.down_per_s * factor
+        return replace(self.link, bytes_per_s=up, down_bytes_per_s=down)
+
+    def round_s(self, settings: GossipSettings) -> float:
+        """What a round of one of ordinary speed takes."""
+        return min(settings.inner_steps * self.step_s, settings.round_limit_s)
 
 
 class SystemsSwarm(GossipSwarm):
@@ -91,7 +91,7 @@ class SystemsSwarm(GossipSwarm):
 
     def populate(self) -> None:
         """All at once, each with its own number; they begin within a round, as nobody's rounds begin together."""
-        a_round_s = self.settings.inner_steps * self.machines.step_s
+        a_round_s = self.machines.round_s(self.settings)
         for number in range(self.machines.number):
             speed = self.machines.speed(number, self.chance)
             theta, link = self.chance.uniform(-1.0, 1.0), self.machines.link_of(self.chance)
@@ -135,7 +135,7 @@ class SystemsSwarm(GossipSwarm):
     def begun(self, peer: GossipPeer, waited_s: float) -> None:
         """It has a state, and trains."""
         self.waited_s += waited_s
-        self.bytes_down += self.settings.publication_bytes
+        self.bytes_down += self.settings.state_bytes
 
     # ------------------------------------------------------------------ what it was like
 
@@ -184,7 +184,7 @@ def play(settings: GossipSettings, machines: Machines, churn: ChurnSection, roun
     swarm = SystemsSwarm(settings, machines, churn, seed)
     with _no_collector():
         swarm.populate()
-        swarm.run_until((rounds + 1) * settings.inner_steps * machines.step_s)
+        swarm.run_until((rounds + 1) * machines.round_s(settings))
         return swarm.outcome()
 
 
@@ -200,5 +200,5 @@ def play_scenario(scenario: Scenario, run: RunFile) -> Outcome:
         link=link_of(links, sizes.both, random.Random(seed)),
         link_spread=links.spread,
     )
-    settings = replace(GossipSettings.of(run, sizes), keeps_past=False)
+    settings = replace(GossipSettings.of(run, sizes, 8 * num_parameters(run.model)), keeps_past=False)
     return play(settings, machines, scenario.churn, scenario.scenario.rounds, seed)

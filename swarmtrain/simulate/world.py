@@ -15,7 +15,7 @@ from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.rosters import Roster
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import Link, RoundRequest, Settings
-from swarmtrain.simulate.network import Fault, Network
+from swarmtrain.simulate.network import Fault, Network, kept_until
 from swarmtrain.simulate.volunteer import Volunteer
 
 __all__ = ["Event", "Link", "Moment", "Settings", "Volunteer", "World"]
@@ -98,8 +98,7 @@ class World(Network[Volunteer]):
         assert not old.alive, f"{name} has not died"
         peer = self._make(name, old.steps_per_s, old.link)
         if old.checkpoints:
-            chosen = max(checkpoint, -len(old.checkpoints)) % len(old.checkpoints)
-            peer.checkpoints = old.checkpoints[: chosen + 1]
+            peer.checkpoints = tuple(kept_until(old.checkpoints, checkpoint))
             peer.restore(peer.checkpoints[-1])
         return self._begin(peer)
 

@@ -80,11 +80,11 @@ def test_to_look_at_the_outcome_changes_nothing() -> None:
 
 
 def test_the_state_that_a_newcomer_takes_is_traffic() -> None:
-    swarm = SystemsSwarm(SETTINGS, unequal(2), NOBODY_GOES)
+    swarm = SystemsSwarm(replace(SETTINGS, state_bytes=4_000_000), unequal(2), NOBODY_GOES)
     swarm.found("a")
     swarm.at(0.1, swarm.join, "b")
     swarm.run_until(2.0)
-    assert swarm.outcome().sent_bytes == swarm.peers["a"].bytes_up == SETTINGS.publication_bytes
+    assert swarm.outcome().sent_bytes == swarm.peers["a"].bytes_up == 4_000_000
 
 
 def test_traffic_of_a_volunteer_does_not_grow_with_the_swarm() -> None:
@@ -172,3 +172,10 @@ def test_what_only_systems_work_can_do_is_said(tmp_path: Path) -> None:
         )
     with pytest.raises(UserError, match="method diloco: it has no tensors to do without"):
         compare(load_scenario(path).with_changes(methods=("diloco",)), jobs=1, kept=None)
+
+
+def test_rounds_end_by_their_limit() -> None:
+    """Rounds of a hundred steps of a second, limited to ten seconds."""
+    limited = replace(SETTINGS, inner_steps=100, round_limit_s=10.0)
+    found = play(limited, Machines(number=4, step_s=1.0, link=HOME), NOBODY_GOES, 8)
+    assert found.virtual_time_s == 90.0 and found.rounds is not None and 32 <= found.rounds <= 36

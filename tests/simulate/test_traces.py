@@ -13,6 +13,7 @@ from swarmtrain.errors import UserError
 from swarmtrain.simulate import comparing
 from swarmtrain.simulate.comparing import Play
 from swarmtrain.simulate.learning.methods import METHODS
+from swarmtrain.simulate.learning.serving import _Served
 from swarmtrain.simulate.learning.setting import Outcome
 from swarmtrain.simulate.scenario import Scenario, load_scenario
 from swarmtrain.simulate.traces import Span, load_trace, trace_of
@@ -91,7 +92,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"churn": {"stays_s": 5}}, r"churn.stays_s: not beside \[\[away\]\] or peers.trace"),
         ({"scenario": {"work": "systems"}}, "peers.trace: there is no such thing in systems work"),
         ({"peers": {"number": 2}}, r"trace\.csv: line 3: peer: 2 of 2 volunteers"),
-        ({"set": {"peers.number": 2}}, "away.peer: 2 of 2 volunteers"),
+        ({"set": {"peers.number": 2}}, r"trace\.csv: line 3: peer: 2 of 2 volunteers"),
     ],
 )
 def test_what_does_not_go_with_a_trace_is_said(tmp_path: Path, sections: dict[str, Any], problem: str) -> None:
@@ -153,6 +154,13 @@ def test_links_of_one_s_own(tmp_path: Path) -> None:
     assert setting(traced(tmp_path, text.splitlines()[0] + "\n" + fast)).bytes_per_s == 200 * byte, "nobody has 10"
     without = load_scenario(write_scenario(tmp_path, links={"up_mbit": 0.0}))
     assert setting(without).link_of("p0") == (1e12, 10 * byte)
+
+
+def test_a_worker_pulls_through_the_servers_uplink_and_its_own_downlink(tmp_path: Path) -> None:
+    text = "time_s,peer,event,up_mbit,down_mbit\n9,1,crash,2,\n9,2,crash,,5\n"
+    served = _Served(setting(traced(tmp_path, text)), waiting=False, delay=1)
+    p0, p1, p2 = (served.pull_s(name) - served.setting.rtt_s for name in ("p0", "p1", "p2"))
+    assert p0 == p1 and p2 == pytest.approx(2 * p0), "what it sends through is not asked"
 
 
 def test_the_examples_are_what_their_generator_writes() -> None:

@@ -54,8 +54,9 @@ def _go(peer: Peer) -> None:
 def _count(peer: Peer) -> None:
     """Of its round only what another has taken, in place of what it has published."""
     world = peer.world
-    step_tokens, lasted_s = world.setting.run.tokens_per_step, max(0.0, world.clock.now - peer.began_s)
-    trained = step_tokens * int(min(peer.start.inner_steps, lasted_s / world.setting.step_s[peer.number]))
+    step_tokens = world.setting.run.tokens_per_step
+    done = world.setting.steps_between(peer.number, peer.began_s, world.clock.now)
+    trained = step_tokens * min(peer.start.inner_steps, done)
     published = taken = 0
     if peer.newest is not None and peer.newest.mark.round == peer.round:
         published = peer.newest.mark.tokens

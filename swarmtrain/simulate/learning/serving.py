@@ -72,8 +72,7 @@ class _Worker:
         served = self.served
         if self.is_over or served.tokens >= served.setting.total_tokens:
             return
-        lasted_s = max(0.0, served.clock.now - self.began_s)
-        steps = int(min(self.steps, lasted_s / served.setting.step_s[self.number]))
+        steps = min(self.steps, served.setting.steps_between(self.number, self.began_s, served.clock.now))
         tokens = served.setting.run.tokens_per_step
         served.uncount(sum(self.on_the_way.values()))
         served.tokens_lost += steps * tokens
@@ -221,7 +220,9 @@ class _Served:
 
     def pull_s(self, name: str) -> float:
         """What a pull of the weights takes a worker."""
-        return self.setting.rtt_s + self.theta_bytes / min(self.setting.link_of(name))
+        return self.setting.rtt_s + self.theta_bytes / min(
+            self.setting.link_of(_SERVER)[0], self.setting.link_of(name)[1]
+        )
 
     def uncount(self, tokens: int) -> None:
         """They were handed in, and have not come."""

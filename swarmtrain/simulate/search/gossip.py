@@ -24,7 +24,7 @@ from swarmtrain.network.tallying import Tallying
 from swarmtrain.simulate.gossip import GossipSettings, Publication, RoundRecord
 from swarmtrain.simulate.hosting import HostedPeer, HostedSwarm
 from swarmtrain.simulate.messages import Link
-from swarmtrain.simulate.network import Refused
+from swarmtrain.simulate.network import Refused, kept_until
 from swarmtrain.simulate.search.faults import declare, end_faults
 from swarmtrain.simulate.search.schedule import Played, Schedule, Span, Violation, draw_faults
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -162,7 +162,8 @@ class CountingPeer(HostedPeer):
     def restore(self, old: CountingPeer, checkpoint: int) -> None:
         """What the checkpoint had of it."""
         if old.kept:
-            self.own_tokens, counts, shards = old.kept[max(checkpoint, -len(old.kept))]
+            self.kept = [*kept_until(old.kept, checkpoint)]
+            self.own_tokens, counts, shards = self.kept[-1]
             self.tallying.restore(counts)
             self._shards.load(shards)
 

@@ -78,9 +78,19 @@ class Liar(StageVolunteer):
     """It does its work as the others do, and says something else."""
 
     def __init__(self, world: PipelineWorld, machine: Machine, rng: random.Random) -> None:
-        self.lies: frozenset[str] = frozenset()
+        self._lies: frozenset[str] = frozenset()
         super().__init__(world, machine, rng)
         self.mover = LyingMover(self)
+
+    @property
+    def lies(self) -> frozenset[str]:
+        """Of its record: told at once."""
+        return self._lies
+
+    @lies.setter
+    def lies(self, lies: frozenset[str]) -> None:
+        self._lies = lies
+        self.announce()
 
     @property
     def record(self) -> StagePeer:
