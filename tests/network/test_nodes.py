@@ -355,11 +355,13 @@ Writes = Callable[[asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
 @contextlib.contextmanager
 def answering(here: Here, method: str, write: Writes) -> Iterator[None]:
-    """c answers a stream of our run with bytes of its own making."""
+    """c answers a stream of our run with bytes of its own making, once it is asked: what came before the request would
+    be read with the daemon's answer to the opening, or not, as it happens."""
     name = f"{namespace_of(RUN)}::PeerService.{method}"
 
     async def handle(info: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            await reader.readexactly(len(frame(pb.PullReply())))
             await write(writer)
 
     here.run(here.c.node._p2p.add_binary_stream_handler(name, handle))
