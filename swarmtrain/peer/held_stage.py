@@ -185,7 +185,8 @@ class HeldStage:
             self.training.set_exception(error)
 
     def end(self) -> None:
-        """Finish the piece of work, say goodbye to the others of the stage, and keep the last round."""
+        """Finish the piece of work, say goodbye to the others of the stage, and keep the last round. Raises what ended
+        the training, if something did, after that."""
         self.pause.hold(_LEAVING, "this peer leaves the stage")
         try:
             self.training.result(_END_S)
@@ -193,8 +194,10 @@ class HeldStage:
             _log.warning("stage %d has not ended after %g s", self.number, _END_S)
         finally:
             self.pause.release(_LEAVING)
-        self.site.network.run(self.swarm.withdraw(_GOODBYE_S), _END_S)
-        self.keeper.close()
+            try:
+                self.site.network.run(self.swarm.withdraw(_GOODBYE_S), _END_S)
+            finally:
+                self.keeper.close()
 
     @property
     def is_done(self) -> bool:

@@ -368,13 +368,17 @@ class PipelineVolunteer:
 
     def _train(self) -> None:
         """Until every stage held here has had the run's tokens."""
-        while not all(held.is_done for held in self.held.values()):
+        while not self._all_done():
             self.stop.sleep(_LOOK_S)
             if self.pause.held:
                 self._rest()
             self._look()
             if not self.is_over and not any(held.training.done() for held in self.held.values()):
                 self._consider_moving()
+
+    def _all_done(self) -> bool:
+        """Asks each of them, also behind one that trains: what ended a stage's training is raised."""
+        return min((held.is_done for held in self.held.values()), default=True)
 
     def _look(self) -> None:
         self.is_over = self.is_over or is_first_stage_done(
@@ -478,7 +482,7 @@ class PipelineVolunteer:
         self._next_tell_s = time.monotonic() + _TELL_EVERY_S
         place, total = self._place(), self.run.run.total_tokens
         trainers = {stage: held.trainer for stage, held in self.held.items()}
-        is_done = bool(self.held) and all(held.is_done for held in self.held.values())
+        is_done = bool(self.held) and self._all_done()
         run_tokens = max((trainer.progress.run_tokens for trainer in trainers.values()), default=0)
         run_tokens = total if is_done else min(run_tokens, total - 1)
         now = now or is_done != (self.swarm.me.run_tokens >= total)
@@ -572,12 +576,13 @@ class PipelineVolunteer:
 
     def _leave_everything(self) -> None:
         """Goodbye to everyone; within a few seconds."""
-        try:
-            for held in self.held.values():
-                held.pause.hold("leaving", "this peer leaves")
-            if self._driving is not None:
-                self.network.run(self._driving.stop(_LAST_DRAIN_S), _STOP_DRIVING_S)
-            for held in self.held.values():
-                held.end()
-        except Exception as error:  # whatever happens at the end, the run's swarm is left
-            _log.info("leaving the stages: %r", error)
+        ends: list[Callable[[], object]] = [held.end for held in self.held.values()]
+        if (driving := self._driving) is not None:
+            ends.insert(0, lambda: self.network.run(driving.stop(_LAST_DRAIN_S), _STOP_DRIVING_S))
+        for held in self.held.values():
+            held.pause.hold("leaving", "this peer leaves")
+        for end in ends:
+            try:
+                end()
+            except Exception as error:  # whatever happens at the end, the other stages and the run's swarm are left
+                _log.info("leaving the stages: %r", error)

@@ -1,0 +1,71 @@
+"""A volunteer of several stages: what ended one of them is heard behind the others, and each is left by itself."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from swarmtrain.errors import RunTimeError
+from swarmtrain.peer.held_stage import HeldStage
+from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.pipeline import PipelineVolunteer
+
+
+class StageStandIn(HeldStage):
+    """A stage without a model or a network: what is done with its parts is written down."""
+
+    def __init__(self, training: Future[str], done: list[str], is_offline: bool = False) -> None:
+        def run(coroutine: object, limit_s: float) -> None:
+            done.append("withdraw")
+            if is_offline:
+                raise RunTimeError("nobody hears it")
+
+        self.number, self.training, self.pause = 1, training, PauseSwitch()
+        self.swarm: Any = SimpleNamespace(withdraw=lambda limit_s: None)
+        self.site: Any = SimpleNamespace(network=SimpleNamespace(run=run))
+        self.keeper: Any = SimpleNamespace(close=lambda: done.append("close"))
+
+
+def ended(how: str | Exception) -> Future[str]:
+    future: Future[str] = Future()
+    if isinstance(how, str):
+        future.set_result(how)
+    else:
+        future.set_exception(how)
+    return future
+
+
+BROKEN = RunTimeError("no memory for this stage")
+
+
+def volunteer(*stages: HeldStage) -> Any:
+    return SimpleNamespace(held=dict(enumerate(stages)), _driving=None)
+
+
+def test_what_ended_a_stage_is_raised_behind_one_that_still_trains() -> None:
+    all_done = PipelineVolunteer._all_done
+    trains, has_ended, is_done = (StageStandIn(each, []) for each in (Future(), ended(BROKEN), ended("total_tokens")))
+    assert not all_done(volunteer(is_done, trains))
+    assert all_done(volunteer(is_done, is_done))
+    with pytest.raises(RunTimeError, match="no memory"):
+        all_done(volunteer(trains, has_ended))
+
+
+@pytest.mark.parametrize("is_offline", [False, True])
+def test_a_stage_whose_training_failed_says_goodbye_and_is_kept(is_offline: bool) -> None:
+    done: list[str] = []
+    stage = StageStandIn(ended(BROKEN), done, is_offline)
+    with pytest.raises(RunTimeError):
+        stage.end()
+    assert done == ["withdraw", "close"]
+    assert not stage.pause.held
+
+
+def test_one_stage_that_cannot_be_left_keeps_no_other() -> None:
+    done: list[str] = []
+    stages = StageStandIn(ended(BROKEN), []), StageStandIn(ended("total_tokens"), done)
+    PipelineVolunteer._leave_everything(volunteer(*stages))
+    assert done == ["withdraw", "close"]
