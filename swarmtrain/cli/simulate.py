@@ -145,7 +145,7 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
             bar.update(task, completed=done, total=total)
             live.update(picture())
             if not console.is_terminal:
-                loss = "" if outcome.rounds is not None else f": {outcome.held_out_loss:.4f} nats/byte"
+                loss = "" if outcome.throughput_share is not None else f": {outcome.held_out_loss:.4f} nats/byte"
                 click.echo(f"{done} of {total}: {play.words}{loss}", err=True)
 
         yield told
@@ -157,6 +157,8 @@ def table_lines(found: Comparison) -> list[str]:
         return _attack_lines(found)
     if found.scenario.scenario.work == "systems":
         return _systems_lines(found)
+    if found.scenario.scenario.work == "pipeline":
+        return _pipeline_lines(found)
     rows, best = found.rows(), found.best()
     names = [_name(row) for row in rows]
     width = max([len(name) for name in names] + [6])
@@ -186,6 +188,23 @@ def _systems_lines(found: Comparison) -> list[str]:
             f"{_name(row):{width}}  {row.mean('rounds'):9.0f}  {row.mean('throughput_share'):10.1%}  {row.mean('stall_share'):6.2%}"
             f"  {row.mean('fresh_share'):6.1%}  {row.mean('staleness_rounds'):10.2f}  {row.mean('received_bytes_a_round'):11.0f}"
             f"  {row.mean('spread'):7.1e}  {row.mean('tokens_lost'):11.0f}"
+        )
+    return lines
+
+
+def _pipeline_lines(found: Comparison) -> list[str]:
+    """Of pipelines: means over the seeds, shares of the most that any holding of stages could do."""
+    import math
+
+    rows = found.rows()
+    width = max([len(_name(row)) for row in rows] + [6])
+    lines = [f"{'method':{width}}    tokens/s  of the ideal    stages could    moves"]
+    for row in rows:
+        error = row.error("throughput_share")
+        share = f"{row.mean('throughput_share'):6.1%}" + (f" +- {error:5.1%}" if math.isfinite(error) else f"{'':9}")
+        lines.append(
+            f"{_name(row):{width}}  {row.mean('tokens') / row.mean('virtual_time_s'):10.0f}  {share}"
+            f"  {row.mean('assignment_share'):10.1%}  {row.mean('moves'):7.0f}"
         )
     return lines
 

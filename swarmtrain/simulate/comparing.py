@@ -29,6 +29,7 @@ from swarmtrain.errors import UserError
 from swarmtrain.network.files import write_atomically
 from swarmtrain.peer.merge_rules import mean_of, source_sha256
 from swarmtrain.run import DataSection, RunFile
+from swarmtrain.simulate import pipeline_lives
 from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.setting import Outcome, setting_of
@@ -72,6 +73,10 @@ class Row:
         values = [value for one in self.outcomes.values() if (value := getattr(one, name)) is not None]
         return statistics.fmean(values) if values else math.nan
 
+    def error(self, name: str) -> float:
+        """The standard error of that mean."""
+        return standard_error([value for one in self.outcomes.values() if (value := getattr(one, name)) is not None])
+
     def ratio(self, other: Row | None) -> tuple[float, float]:
         """Of the losses to another's with the same seeds: mean and standard error; NaN where there is none."""
         if other is None or set(self.outcomes) - set(other.outcomes):
@@ -81,8 +86,10 @@ class Row:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of their mean; NaN for fewer than two."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    """Of their mean; NaN for fewer than two, or where one is no number."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 @dataclass
@@ -211,8 +218,10 @@ def _begin() -> None:
 def _run(scenario: Scenario, play: Play) -> RunFile:
     """Its run file. `UserError`, which names the method, for what that cannot be told."""
     method, here = METHODS[play.method], scenario.at(play.point)
-    if here.scenario.work == "systems" and not method.systems:
-        raise UserError(f"method {play.method}: it has no tensors to do without; take gossip for systems work")
+    work = here.scenario.work
+    if work not in method.works:
+        able = ", ".join(name for name, one in METHODS.items() if work in one.works)
+        raise UserError(f"method {play.method}: not for {work} work (scenario.work), which {able} can do")
     if here.hostile.percent and not method.hostile:
         raise UserError(f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip")
     if (here.away or here.churn.stays_s) and not method.churn:
@@ -220,6 +229,8 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
     try:
         run = here.run(play.seed, play.point, tuple(method.keys.items()))
         mean_of(run.merge.robust)  # it is here, or that is said
+        if work == "pipeline":
+            pipeline_lives.check(here, run)
     except UserError as error:
         raise UserError(f"method {play.method}: {error}") from None
     if here.peers.own_text and run.data.streaming:
@@ -228,16 +239,17 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
 
 
 def _play(scenario: Scenario, play: Play) -> Outcome:
-    method, threads = METHODS[play.method], torch.get_num_threads()
-    run = _run(scenario, play)
-    if scenario.scenario.work == "systems":
-        return play_scenario(scenario.at(play.point), run)
+    learn, threads = METHODS[play.method].run, torch.get_num_threads()
+    run, here = _run(scenario, play), scenario.at(play.point)
+    if here.scenario.work == "systems":
+        return play_scenario(here, run)
+    if here.scenario.work == "pipeline" or learn is None:
+        return pipeline_lives.play_pipeline(here, run)
     torch.set_num_threads(1)  # a core is its share, and sums are made in one order
     try:
-        here = scenario.at(play.point)
         num_parts = here.peers.number if here.peers.own_text else 1
         setting = setting_of(here, Text.of(run, here.base, num_parts))
-        outcome = method.run(setting)
+        outcome = learn(setting)
     finally:
         torch.set_num_threads(threads)
     if outcome.virtual_time_s > setting.churn_until_s:
@@ -271,7 +283,7 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
         "churn": scenario.churn.model_dump(mode="json"),
         "hostile": scenario.hostile.model_dump(mode="json"),
         "curve_points": scenario.scenario.curve_points,
-        "work": [scenario.scenario.work, scenario.scenario.rounds],
+        "work": [scenario.scenario.work, scenario.scenario.rounds, scenario.scenario.lasts_s],
         "versions": [__version__, torch.__version__],
     }
     if any(scenario.figures.values()):
@@ -325,7 +337,16 @@ def document(found: Comparison) -> dict[str, Any]:
     }
 
 
-_OF_SYSTEMS = ("rounds", "throughput_share", "staleness_rounds", "spread", "received_bytes_a_round")
+_WITHOUT_TENSORS = (
+    "rounds",
+    "throughput_share",
+    "assignment_share",
+    "moves",
+    "staleness_rounds",
+    "spread",
+    "received_bytes_a_round",
+)
+"""Of these a row has those that its kind of work has."""
 
 
 def _result(row: Row, best: Mapping[str, Row]) -> dict[str, Any]:
@@ -344,11 +365,11 @@ def _result(row: Row, best: Mapping[str, Row]) -> dict[str, Any]:
         "ratio_to_diloco_paced_stderr": _figure(to_paced[1]),
         "virtual_time_s": _figure(row.mean("virtual_time_s")),
         "tokens": round(row.mean("tokens")),
-        "bytes_per_inner_step": _figure(row.mean("sent_bytes") / row.mean("inner_steps")),
+        "bytes_per_inner_step": _figure(row.mean("sent_bytes") / max(1, row.mean("inner_steps"))),
         "stall_share": _figure(row.mean("stall_share")),
         "fresh_share": _figure(row.mean("fresh_share")),
         "tokens_lost": round(row.mean("tokens_lost")),
-        **{name: _figure(row.mean(name)) for name in _OF_SYSTEMS if first.rounds is not None},
+        **{name: _figure(row.mean(name)) for name in _WITHOUT_TENSORS if getattr(first, name) is not None},
         "losses": {str(seed): _figure(one.held_out_loss) for seed, one in row.outcomes.items()},
         "curve": [[tokens, _figure(time_s), _figure(loss)] for tokens, time_s, loss in first.curve],
     }

@@ -17,7 +17,7 @@ from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT, num_at_once
 from swarmtrain.peer.estimate import estimate, section_bytes
 from swarmtrain.run import CHUNK_BYTES, METHODS_OF_KEYS, RunFile
-from swarmtrain.simulate.living import stage_parameters
+from swarmtrain.simulate.pipeline import stage_parameters
 from swarmtrain.simulate.planning import Plan
 from swarmtrain.simulate.traffic import ACTIVATIONS, ARCHIVE, MERGING, RECORDS, dht_bytes_per_s
 from swarmtrain.words import size_in_words as size

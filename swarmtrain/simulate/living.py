@@ -7,7 +7,6 @@ a server merges nobody waits for anybody, and it is arithmetic. `lived` is what 
 from __future__ import annotations
 
 import itertools
-import math
 import random
 import statistics
 from collections import defaultdict
@@ -17,18 +16,16 @@ from functools import partial
 
 from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
 from swarmtrain.errors import UserError
-from swarmtrain.membership.balance import Rule
-from swarmtrain.model.gpt import num_parameters
 from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, section_bytes
 from swarmtrain.rehearsal import ChurnSection, LinksSection, RehearsalFile, SeedSection, mishaps
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.gossip import GossipSettings, GossipSwarm, RoundRecord
 from swarmtrain.simulate.links import latency_s, link_of, rates
 from swarmtrain.simulate.messages import Link, Settings
-from swarmtrain.simulate.pipeline import Machine, PipelineSettings, PipelineWorld, place
+from swarmtrain.simulate.pipeline import Machine, PipelineSettings, PipelineWorld, place, settings_of, stage_parameters
 from swarmtrain.simulate.world import World
 
-__all__ = ["Lived", "Machines", "lived", "stage_parameters"]
+__all__ = ["Lived", "Machines", "lived"]
 
 _MOST_GOSSIPING, _MOST_ON_A_ROSTER, _MOST_IN_STAGES = 64, 16, 48
 """So many live. More take longer and see the same: with gossip nobody knows more than a sample, and what a roster costs
@@ -105,11 +102,6 @@ def lived(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> L
     if run.merge.method == "server":
         return _server(run, machines)
     return _gossip(run, machines, links, seed)
-
-
-def stage_parameters(run: RunFile) -> int:
-    """What a volunteer holds: of a stage, as if all were alike."""
-    return math.ceil(num_parameters(run.model) / run.pipeline.stages)
 
 
 def _steps(run: RunFile, step_s: Sequence[float]) -> list[int]:
@@ -307,22 +299,11 @@ def _through_stages(run: RunFile, machines: Machines, links: LinksSection, seed:
     """Some thousand microbatches' way, and at least as long as some need one after the other. All are known to all by
     the time that it is measured: nobody comes or goes."""
     stages, tokens = run.pipeline.stages, run.microbatch_sequences * run.model.context_tokens
-    up, down = rates(links)
-    wire_bytes = activation_wire_bytes(run)
-    passed_s = 2 * latency_s(links, wire_bytes, random.Random(seed)) + wire_bytes / min(up, down)
+    settings, (_, down) = settings_of(run, links), rates(links)
     long_s = _MICROBATCHES * tokens / sum(run.tokens_per_step / step_s for step_s in machines.step_s)
-    long_s = max(long_s, _ONE_AFTER_THE_OTHER * 2 * stages * passed_s)
-    settings = PipelineSettings(
-        rule=Rule(costs=(1 / stages,) * stages, live_s=run.network.presence_ttl_s),
-        balance=run.pipeline.balance,
-        balance_every_s=run.pipeline.balance_every_s,
-        microbatch_tokens=tokens,
-        batch_microbatches=run.batch_microbatches,
-        in_flight=run.pipeline.in_flight,
-        latency_s=passed_s,
-        look_every_s=min(PipelineSettings.look_every_s, long_s / 16),
-        record_delay_s=(0.0, 0.0),
-    )
+    long_s = max(long_s, _ONE_AFTER_THE_OTHER * 2 * stages * (settings.latency_s + settings.tensors_s))
+    looks_s = min(PipelineSettings.look_every_s, long_s / 16)
+    settings = replace(settings, look_every_s=looks_s, record_delay_s=(0.0, 0.0))
     world = PipelineWorld(settings, seed=seed)
     for number, step_s in enumerate(machines.step_s):
         speed, fetch_s = run.tokens_per_step / step_s, 16 * stage_parameters(run) / down

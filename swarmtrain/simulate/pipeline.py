@@ -23,6 +23,11 @@ from typing import Any, Literal, TypeAlias
 
 from swarmtrain.membership.balance import Rule, StagePeer
 from swarmtrain.membership.routing import Router
+from swarmtrain.model.gpt import num_parameters
+from swarmtrain.peer.estimate import activation_wire_bytes
+from swarmtrain.rehearsal import LinksSection
+from swarmtrain.run import RunFile
+from swarmtrain.simulate.links import latency_s, rates
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Links
 from swarmtrain.simulate.stage_moves import Mover
@@ -36,8 +41,9 @@ __all__ = [
     "PipelineWorld",
     "best_assignment",
     "best_bottleneck",
-    "lives",
     "place",
+    "settings_of",
+    "stage_parameters",
     "unequal_machines",
 ]
 
@@ -74,7 +80,9 @@ class PipelineSettings:
     queue: int = 4
     """A peer's waiting tasks at most: then it is BUSY."""
     latency_s: float = 0.1
-    """A call's tensors take so long, one way."""
+    """A message takes so long, one way,"""
+    tensors_s: float = 0.0
+    """and so much longer if it asks for a microbatch's work or answers that."""
     jitter: float = 0.1
     """A task's time varies by so much (standard deviation of its logarithm)."""
     announce_every_s: float = 10.0
@@ -127,8 +135,8 @@ class PipelineWorld(Links):
         """Those that are on, by name."""
         self.ghosts: dict[str, StageVolunteer] = {}
         """The last session of those that are not."""
-        self.num_late = 0
-        """Calls that took too long."""
+        self.num_late = self.num_moves = 0
+        """Calls that took too long; changes of stages."""
         self.num_too_old = 0
         """Backwards whose peer had taken two steps since the forward: asked again from that boundary."""
         self.log: list[Moment] = []
@@ -289,7 +297,7 @@ class PipelineWorld(Links):
     def measure_from_here(self) -> None:
         """Forget what was measured."""
         self._count()
-        self._sums = _Sums(since_s=self.clock.now)
+        self._sums, self.num_moves = _Sums(since_s=self.clock.now), 0
 
     def run_until(self, end_s: float) -> None:
         """Let it live."""
@@ -330,44 +338,25 @@ def best_bottleneck(speeds: Sequence[float], costs: Sequence[float]) -> float:
     return min(sum(rest[: len(rest) - k]) / sum(cheapest[: num_stages - k]) for k in range(num_stages))
 
 
-# ---------------------------------------------------------------- machines that come and go
+def stage_parameters(run: RunFile) -> int:
+    """What a volunteer holds: of a stage, as if all were alike."""
+    return math.ceil(num_parameters(run.model) / run.pipeline.stages)
 
 
-def lives(
-    world: PipelineWorld, machines: Sequence[Machine], until_s: float, *, on_s: float, off_s: float, rng: random.Random
-) -> None:
-    """Preemptions and returns: a machine is on for `on_s` and off for `off_s` on average, memorylessly.
-
-    Those on at the start have been placed one after the other, and serve. A third of the preemptions says goodbye
-    first, a third breaks connections, a third is silent.
-    """
-    started = [machine for machine in machines if rng.random() < on_s / (on_s + off_s)]
-    for machine in started:
-        world.join(machine, place(world, machine))
-    for machine in machines:
-        _live(world, machine, machine in started, until_s, (on_s, off_s), rng)
-
-
-def _live(
-    world: PipelineWorld,
-    machine: Machine,
-    is_on: bool,
-    until_s: float,
-    means_s: tuple[float, float],
-    rng: random.Random,
-) -> None:
-    now = 0.0
-    ways: list[Callable[[], None]] = [
-        lambda: world.leave(machine.name),
-        lambda: world.kill(machine.name),
-        lambda: world.kill(machine.name, silent=True),
-    ]
-    while (now := now + rng.expovariate(1 / means_s[not is_on])) < until_s:
-        if is_on:
-            world.clock.call_at(now, rng.choice(ways))
-        else:
-            world.clock.call_at(now, world.join, machine)
-        is_on = not is_on
+def settings_of(run: RunFile, links: LinksSection) -> PipelineSettings:
+    """A swarm of this run's, whose tensors take their bytes' time on the slower side of the link besides; the stages
+    cost the same."""
+    stages, tensors_bytes = run.pipeline.stages, activation_wire_bytes(run)
+    return PipelineSettings(
+        rule=Rule(costs=(1 / stages,) * stages, live_s=run.network.presence_ttl_s),
+        balance=run.pipeline.balance,
+        balance_every_s=run.pipeline.balance_every_s,
+        microbatch_tokens=run.microbatch_sequences * run.model.context_tokens,
+        batch_microbatches=run.batch_microbatches,
+        in_flight=run.pipeline.in_flight,
+        latency_s=2 * latency_s(links, tensors_bytes, random.Random(run.run.seed)),
+        tensors_s=tensors_bytes / min(rates(links)),
+    )
 
 
 def place(world: PipelineWorld, machine: Machine) -> tuple[int, ...]:

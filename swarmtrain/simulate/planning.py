@@ -15,7 +15,8 @@ from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.peer.estimate import disk_bytes, estimate, section_bytes
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import RunFile
-from swarmtrain.simulate.living import Lived, Machines, lived, stage_parameters
+from swarmtrain.simulate.living import Lived, Machines, lived
+from swarmtrain.simulate.pipeline import stage_parameters
 from swarmtrain.simulate.traffic import Traffic, traffic_of
 
 __all__ = ["Machines", "Plan", "plan"]

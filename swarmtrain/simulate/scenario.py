@@ -22,7 +22,7 @@ from swarmtrain.problems import Section, one_line, problem_in_words, read_small_
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import EXAMPLE as _RUN_EXAMPLE
 from swarmtrain.run import RunFile, parse_run
-from swarmtrain.simulate.traces import load_trace
+from swarmtrain.simulate.traces import Span, load_trace
 
 __all__ = [
     "ATTACKS",
@@ -43,7 +43,7 @@ _EXAMPLE = "examples/scenarios/heterogeneous.toml"
 GridPoint = tuple[tuple[str, Any], ...]
 """(key of the run file or of a section below `_OWN`, value), sorted."""
 
-_CHANGEABLE = ("scenario.rounds", "scenario.curve_points", "scenario.work")
+_CHANGEABLE = ("scenario.rounds", "scenario.lasts_s", "scenario.curve_points", "scenario.work")
 _OWN = ("scenario", "peers", "links", "hostile", "churn")
 """Sections of a scenario that its grid, a sweep and `[set]` can change as they change a run file's."""
 
@@ -67,10 +67,14 @@ class ScenarioSection(Section):
     """`[scenario]`"""
 
     name: str = Field(min_length=1, max_length=64, description="What people call it.")
-    work: Literal["learning", "systems"] = Field(
-        "learning", description="Real models that learn, or whole swarms without tensors: sizes, times and states."
+    work: Literal["learning", "systems", "pipeline"] = Field(
+        "learning",
+        description="Real models that learn; or without tensors, by sizes and times: whole swarms, or a pipeline.",
     )
     rounds: int = Field(100, ge=1, le=1_000_000, description="Of systems work: how many a volunteer takes.")
+    lasts_s: float = Field(
+        3600.0, gt=0, le=1e7, description="Of pipeline work: what is measured, after ten minutes that are not."
+    )
     run: str = Field(min_length=1, description="The run file, relative to the scenario's folder.")
     methods: tuple[str, ...] = Field(strict=False, min_length=1, description="Which are compared.")
     seeds: tuple[int, ...] = Field((0,), strict=False, min_length=1, description="Of the runs, each method with each.")
@@ -96,7 +100,13 @@ class PeersSection(Section):
         (), strict=False, description="Times that, for each; fewer of them are gone through again; none: all alike."
     )
     spread: float = Field(
-        0.0, ge=0, le=3, description="Of systems work: speeds are lognormal around these; the logarithm's deviation."
+        0.0, ge=0, le=3, description="Without tensors: speeds are lognormal around these; the logarithm's deviation."
+    )
+    most_stages: int = Field(
+        2,
+        ge=1,
+        le=1024,
+        description="Of pipeline work: so many fit into a volunteer's memory.",
     )
     round_steps: int = Field(
         0,
@@ -129,7 +139,7 @@ class ScenarioLinks(LinksSection):
 
     failing_percent: float = Field(0.0, ge=0, le=100, description="Transfers that break off.")
     spread: float = Field(
-        0.0, ge=0, le=3, description="Of systems work: rates are lognormal around these; the logarithm's deviation."
+        0.0, ge=0, le=3, description="Without tensors: rates are lognormal around these; the logarithm's deviation."
     )
 
 
@@ -155,20 +165,32 @@ class ChurnSection(Section):
     stays_s: float = Field(0.0, ge=0, description="How long a volunteer stays; 0: nobody goes.")
     away_s: float = Field(60.0, gt=0, description="How long it is away then.")
     crash_share: float = Field(
-        0.5, ge=0, le=1, description="Of systems work: of those who go, who crash; the others say goodbye."
+        0.5, ge=0, le=1, description="Without tensors: of those who go, who crash; the others say goodbye."
     )
-    hangs_after_s: float = Field(0.0, ge=0, description="Of systems work: when it stands still next; 0: nobody does.")
-    hangs_for_s: float = Field(60.0, gt=0, description="Of systems work: how long then.")
+    hangs_after_s: float = Field(0.0, ge=0, description="Without tensors: when it stands still next; 0: nobody does.")
+    hangs_for_s: float = Field(60.0, gt=0, description="Without tensors: how long then.")
 
     def away(self, num_peers: int, seed: int, until_s: float) -> list[Away]:
         """Who is away when."""
-        found = list[Away]()
-        for number in range(num_peers if self.stays_s else 0):
-            rng, now_s = random.Random(f"churn {seed} {number}"), 0.0
-            while (at_s := now_s + rng.expovariate(1 / self.stays_s)) < until_s:
-                found.append(Away(peer=number, at_s=at_s, for_s=rng.expovariate(1 / self.away_s) or self.away_s))
-                now_s = at_s + found[-1].for_s
-        return found
+        means_s = self.stays_s, self.away_s
+        return [Away(**span._asdict()) for span in _spans(f"churn {seed}", num_peers, means_s, until_s)]
+
+    def hangs(self, num_peers: int, seed: int, until_s: float) -> list[Hang]:
+        """Who stands still when, whether it is there or not."""
+        means_s = self.hangs_after_s, self.hangs_for_s
+        return [Hang(**span._asdict()) for span in _spans(f"hangs {seed}", num_peers, means_s, until_s)]
+
+
+def _spans(key: str, num_peers: int, means_s: tuple[float, float], until_s: float) -> Iterator[Span]:
+    """Of each so many in turn, each as long and as far from the one before as chance will: both exponential. None if
+    the first of the means, of the time between them, is 0."""
+    between_s, for_s = means_s
+    for number in range(num_peers if between_s else 0):
+        rng, now_s = random.Random(f"{key} {number}"), 0.0
+        while (at_s := now_s + rng.expovariate(1 / between_s)) < until_s:
+            span = Span(number, at_s, rng.expovariate(1 / for_s) or for_s)
+            yield span
+            now_s = at_s + span.for_s
 
 
 class HostileSection(Section):
@@ -220,17 +242,21 @@ class _AwayRow(Section):
 
 _Row = TypeVar("_Row", _HangRow, _AwayRow)
 _MOST_LEARNERS = 1024
-_SYSTEMS_ONLY = ("peers.spread", "links.spread", "churn.hangs_after_s")
+_NOT_LEARNING = ("peers.spread", "links.spread", "churn.hangs_after_s")
 _LEARNING_ONLY = (
     "hostile.percent",
     "peers.own_text",
     "peers.round_steps",
-    "peers.trace",
     "links.failing_percent",
-    "links.jitter_ms",
     "scenario.curve_points",
     "scenario.tuning_seeds",
 )
+_ABSENT = {
+    "learning": _NOT_LEARNING,
+    "systems": (*_LEARNING_ONLY, "peers.trace", "links.jitter_ms"),
+    "pipeline": _LEARNING_ONLY,
+}
+"""Keys that say nothing in work of that kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,7 +412,7 @@ def _traced(scenario: Scenario, origin: str) -> Scenario:
 def _checked(scenario: Scenario, origin: str) -> Scenario:
     """What sections say of each other. `UserError` if they do not agree."""
     number, work = scenario.peers.number, scenario.scenario.work
-    for key in _SYSTEMS_ONLY if work == "learning" else _LEARNING_ONLY:
+    for key in _ABSENT[work]:
         section, _, name = key.partition(".")
         if getattr(getattr(scenario, section), name):
             raise UserError(f"{origin}: {key}: there is no such thing in {work} work (scenario.work)")

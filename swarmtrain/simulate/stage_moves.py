@@ -34,7 +34,6 @@ class Mover:
         self.stays = Stays(peer.name)
         self.moving_to: tuple[int, ...] = ()
         self.change: Change | None = None
-        self.num_moves = 0
         self._asking: set[int] = set()
         """Stages for which it waits for a promise."""
 
@@ -160,7 +159,7 @@ class Mover:
     def _start(self, change: Change) -> None:
         peer, world = self.peer, self.peer.world
         self.change = change
-        self.num_moves += 1
+        world.num_moves += 1
         self.moving_to = change.after
         world.note(peer.name, "moves", change.reason)
         fetch_s = peer.machine.fetch_s * len(change.enters)

@@ -13,7 +13,7 @@ import math
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from swarmtrain.membership.balance import StagePeer
 from swarmtrain.membership.routing import Router, most_in_flight
@@ -221,7 +221,14 @@ class StageVolunteer:
         return then is not None
 
     def _reply(self, call: Call, outcome: Outcome) -> None:
-        self.world.send(self, call.driver, call.driver.replied, call, outcome)
+        self._send_tensors(self, call.driver, call.driver.replied, call, outcome)
+
+    def _send_tensors(self, *told: Any) -> None:
+        """A message, once they are through."""
+        if tensors_s := self.world.settings.tensors_s:
+            self.world.clock.call_later(tensors_s, self.world.send, *told)
+        else:
+            self.world.send(*told)
 
     def pump(self) -> None:
         """Begin the next task, if there is one and it does nothing."""
@@ -334,7 +341,7 @@ class StageVolunteer:
         self.routers[stage].begun(peer.name, tokens)
         self.open_calls[call] = None
         call.timer = world.clock.call_later(limit_s, self.replied, call, "late")
-        world.send(self, peer, peer.arrive, call)
+        self._send_tensors(self, peer, peer.arrive, call)
 
     def replied(self, call: Call, outcome: Outcome | Literal["late"]) -> None:
         """What became of a question."""

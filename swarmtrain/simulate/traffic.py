@@ -23,7 +23,8 @@ from swarmtrain.membership.records import (
 )
 from swarmtrain.peer.consensus import ARCHIVED, SAMPLE
 from swarmtrain.run import RunFile
-from swarmtrain.simulate.living import Lived, Machines, stage_parameters
+from swarmtrain.simulate.living import Lived, Machines
+from swarmtrain.simulate.pipeline import stage_parameters
 
 __all__ = ["ACTIVATIONS", "ARCHIVE", "MERGING", "RECORDS", "Traffic", "dht_bytes_per_s", "traffic_of"]
 

@@ -16,8 +16,6 @@ from swarmtrain.simulate.pipeline import (
     PipelineWorld,
     best_assignment,
     best_bottleneck,
-    lives,
-    unequal_machines,
 )
 
 THREE = Rule(costs=(1 / 3,) * 3, live_s=30.0)
@@ -158,34 +156,6 @@ def test_fewer_machines_than_stages_serve_several_until_others_come() -> None:
         few.run_until(few.clock.now + 150)
     assert few.holders() == [1, 1, 1] and {peer.stages for peer in few.peers.values()} == {(0,), (1,), (2,)}
     assert rate(few, 300) >= 0.8 * 900
-
-
-# ---------------------------------------------------------------- under churn
-
-
-def churned(settings: PipelineSettings, seed: int, warm_s: float, hours: float) -> PipelineWorld:
-    """Sixteen unequal machines that are on for an hour on average, measured for so long after they have begun."""
-    rng = random.Random(seed)
-    one = PipelineWorld(replace(settings, microbatch_tokens=16384), seed=seed)
-    lives(one, unequal_machines(20, rng), warm_s + 3600 * hours, on_s=3600.0, off_s=900.0, rng=rng)
-    one.run_until(warm_s)
-    one.measure_from_here()
-    one.run_until(warm_s + 3600 * hours)
-    return one
-
-
-def test_moving_beats_staying_under_preemptions_and_empties_nothing() -> None:
-    ours = churned(PipelineSettings(), 3, 300.0, 0.3)
-    none = churned(PipelineSettings(balance="none"), 3, 300.0, 0.3)
-    assert ours.share >= none.share + 0.03 and ours.share >= 0.8, (ours.share, none.share)
-    assert not ours.emptied
-
-
-def test_the_same_seed_is_the_same_swarm() -> None:
-    first, second, other = (churned(PipelineSettings(), seed, 60.0, 0.05) for seed in (4, 4, 5))
-    assert (first.log, first.tokens_per_s) == (second.log, second.tokens_per_s)
-    assert first.clock.num_events == second.clock.num_events
-    assert first.log != other.log
 
 
 def test_the_ideal_is_above_the_best_assignment_and_close_to_it() -> None:

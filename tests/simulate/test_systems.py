@@ -170,7 +170,7 @@ def test_what_only_systems_work_can_do_is_said(tmp_path: Path) -> None:
         load_scenario(scenario_file(tmp_path, "[churn]\nhangs_after_s = 5\n")).with_changes(
             changes={"scenario.work": "learning"}
         )
-    with pytest.raises(UserError, match="method diloco: it has no tensors to do without"):
+    with pytest.raises(UserError, match=r"method diloco: not for systems work \(scenario.work\), which gossip can do"):
         compare(load_scenario(path).with_changes(methods=("diloco",)), jobs=1, kept=None)
 
 

@@ -17,17 +17,22 @@ __all__ = ["METHODS", "Method"]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What it is, for a person; keys of the run file with their values; and what runs it."""
+    """What it is, for a person; keys of the run file with their values; and what runs it where it learns."""
 
     says: str
-    run: Callable[[Setting], Outcome]
+    run: Callable[[Setting], Outcome] | None = None
     keys: Mapping[str, Any] = field(default_factory=dict)
     hostile: bool = False
     """Whether some volunteers can be hostile,"""
     churn: bool = False
     """and whether they can come and go."""
-    systems: bool = False
-    """Whether there is such a swarm without tensors too."""
+    other_works: tuple[str, ...] = ()
+    """Kinds of work without tensors that it does too."""
+
+    @property
+    def works(self) -> tuple[str, ...]:
+        """The kinds of work (`scenario.work`) that it does."""
+        return ("learning", *self.other_works) if self.run is not None else self.other_works
 
 
 METHODS: dict[str, Method] = {
@@ -65,7 +70,7 @@ METHODS: dict[str, Method] = {
         keys={"merge.method": "gossip", "merge.pacing": True},
         hostile=True,
         churn=True,
-        systems=True,
+        other_works=("systems",),
     ),
     "gossip-plain": Method(
         says="the same without the variance correction",
@@ -104,6 +109,24 @@ METHODS: dict[str, Method] = {
         says="a random sample trains in each round and is averaged (arXiv 2302.13837)",
         run=modest,
         keys={"merge.method": "diloco", "merge.pacing": False},
+    ),
+    "pipeline": Method(
+        says="stages, who moves by measured rates: what swarmtrain does",
+        keys={"pipeline.balance": "rates", "pipeline.balance_every_s": 10.0},
+        churn=True,
+        other_works=("pipeline",),
+    ),
+    "pipeline-swarm": Method(
+        says="the same by SWARM's rule, every pipeline.balance_every_s: who moves by queues (arXiv 2301.11913)",
+        keys={"pipeline.balance": "queues"},
+        churn=True,
+        other_works=("pipeline",),
+    ),
+    "pipeline-fixed": Method(
+        says="the same, nobody moves: joiners go where they are needed",
+        keys={"pipeline.balance": "none", "pipeline.balance_every_s": 10.0},
+        churn=True,
+        other_works=("pipeline",),
     ),
 }
 """Keys that a method does not name are the run file's, or the grid's."""

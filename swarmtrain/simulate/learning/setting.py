@@ -291,6 +291,11 @@ class Outcome:
     """what a volunteer received in a round,"""
     rounds: int | None = None
     """and how many rounds all had together."""
+    assignment_share: float | None = None
+    """Of pipeline work, where `throughput_share` is of the most that any holding of stages could do: what the slowest
+    stage could have done as they were held,"""
+    moves: int | None = None
+    """and how often somebody moved."""
     named_hostile: int | None = None
     """How often a rule named a hostile volunteer,"""
     named_honest: int | None = None
