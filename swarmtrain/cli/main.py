@@ -30,7 +30,8 @@ INTERRUPTED = 130
 
 
 class _Commands(click.Group):
-    """The commands in the order of `COMMANDS`, each imported when it is asked for."""
+    """The commands in the order of `COMMANDS`, each imported when it is asked for. Each option has a variable:
+    SWARMTRAIN_JOIN_UP=5 is `join --up 5`, since containers have settings files."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -40,6 +41,10 @@ class _Commands(click.Group):
             return None
         command = importlib.import_module(f"swarmtrain.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
+        for option in command.params:
+            if isinstance(option, click.Option):  # click itself would name the variable by the function's argument
+                name = max(option.opts, key=len).strip("-")
+                option.envvar = f"SWARMTRAIN_{cmd_name}_{name}".replace("-", "_").upper()
         return command
 
     def resolve_command(
@@ -55,7 +60,6 @@ class _Commands(click.Group):
 _SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
-    "auto_envvar_prefix": "SWARMTRAIN",  # SWARMTRAIN_JOIN_UP=5 is `join --up 5`: containers have settings files
 }
 
 

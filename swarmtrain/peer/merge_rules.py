@@ -67,8 +67,8 @@ def _entry(rule: str) -> metadata.EntryPoint:
         found = metadata.distribution(package)
     except metadata.PackageNotFoundError:
         raise RunFileError(
-            f'merge.robust = "{rule}" is a rule of the package {package}, which is not installed here; if you trust '
-            f"those who made it, pip install {package}"
+            f'merge.robust = "{rule}" is a rule of the package {package}, which is not installed here; ask who '
+            "invited you where it comes from, and install it from there if you trust them"
         ) from None
     entries = {entry.name: entry for entry in found.entry_points if entry.group == GROUP}
     if name not in entries:

@@ -56,3 +56,19 @@ def test_options_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, caps
     assert "slowdown" in capsys.readouterr().err.lower()
     assert run(["join", "st1abc", "--slowdown", "2", "--dir", "/nowhere/at/all"]) != 0
     assert "slowdown" not in capsys.readouterr().err.lower(), "what is typed goes before"
+
+
+@pytest.mark.parametrize(
+    ("variable", "option", "arguments"),
+    [("JOIN_UP", "--up", ["x"]), ("PLAN_LINK_DOWN", "--link-down", ["x"]), ("LOCAL_SLOWDOWN", "--slowdown", ["x"])],
+)
+def test_a_variable_is_named_as_the_option_is_typed(
+    variable: str,
+    option: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(f"SWARMTRAIN_{variable}", "nothing")
+    assert run([variable.partition("_")[0].lower(), *arguments]) == 2
+    assert option in capsys.readouterr().err

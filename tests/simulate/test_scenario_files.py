@@ -94,6 +94,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, sections: dict[str, Any], problem
         ({"set": {"model.width": 0}}, "model.width"),
         ({"grid": {"hostile.attack": ["absent", "flip"]}}, "no such attack"),
         ({"scenario": {"methods": ["noloco"]}, "churn": {"stays_s": 9}}, "method noloco: .*nobody comes or goes"),
+        ({"hostile": {"percent": 10, "attack": "noise"}}, "hostile.percent: 10 of 3 volunteers is nobody"),
         ({"scenario": {"methods": ["diloco"]}, "hostile": {"percent": 40}}, "method diloco: .*nobody is hostile in it"),
     ],
 )
