@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -140,11 +141,14 @@ def command(
     `swarmtrain limits`.
     """
     with errors_as_events(options.json, options.name):
+        from swarmtrain.network.invite import parse_invite
+
         if invite and invite_file is not None:
             raise click.UsageError("INVITE and --invite-file: give one of them")
         invite = invite or _word_in(invite_file, options.stop)
-        directory = _free_directory(options, new=bool(invite))
-        parsed = _invite(invite, directory)
+        parsed = parse_invite(invite) if invite else None
+        directory = _free_directory(options, parsed.run_sha256 if parsed is not None else None)
+        parsed = parsed or _of_folder(directory)
     import platformdirs
 
     from swarmtrain.cli.background import outputs_to_log
@@ -193,13 +197,10 @@ def _word_in(path: Path | None, stop: StopFlag) -> str:
         stop.sleep(_LOOK_S)
 
 
-def _invite(word: str, directory: Path) -> Invite:
-    """The invite, or without one the run of the folder and the peers known there. UserError when there is no run."""
-    from swarmtrain.network.invite import Invite, parse_invite
-
-    if word:
-        return parse_invite(word)
+def _of_folder(directory: Path) -> Invite:
+    """The run of the folder and the peers known there. UserError when there is no run."""
     from swarmtrain.errors import UserError
+    from swarmtrain.network.invite import Invite
     from swarmtrain.peer.folder import PeerFolder
 
     folder = PeerFolder(directory)
@@ -209,16 +210,23 @@ def _invite(word: str, directory: Path) -> Invite:
     return Invite(kept.sha256, folder.kept_peers())
 
 
-def _free_directory(options: PeerOptions, new: bool) -> Path:
-    """`--dir`; else this user's folder for volunteers, or while that is in use a numbered one beside it."""
-    from swarmtrain.peer.folder import is_in_use
+def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
+    """`--dir`; else this user's folder for volunteers, or while that is in use, or holds another run than this one if
+    one is given, a numbered one beside it. UserError when `--dir` holds another run."""
+    from swarmtrain.errors import UserError
+    from swarmtrain.peer.folder import PeerFolder, is_in_use
 
     folder = peer_directory(options, "volunteer")
+    is_other = run_sha256 is not None and PeerFolder(folder).kept_sha256() not in (None, run_sha256)
     if options.dir is not None:
+        if is_other:
+            raise UserError(f"{folder} holds another run, with its checkpoints and its model: give another --dir")
         return folder
-    number = 2
-    candidate = folder
-    while is_in_use(candidate):
-        candidate = folder.with_name(f"{folder.name}-{number}")
-        number += 1
-    return candidate if new or candidate.exists() else folder  # to go on where nobody has been makes no sense
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    for candidate in itertools.chain([folder], numbered):
+        kept = None if run_sha256 is None else PeerFolder(candidate).kept_sha256()
+        if kept in (None, run_sha256) and not is_in_use(candidate):
+            break
+    if is_other:
+        click.echo(f"{folder} holds another run: this one is kept in {candidate}", err=True)
+    return candidate if run_sha256 or candidate.exists() else folder  # to go on where nobody has been makes no sense

@@ -67,6 +67,11 @@ class PeerFolder:
                 kept[hashlib.sha256(data).hexdigest()] = data
         return kept
 
+    def kept_sha256(self) -> str | None:
+        """The hash of the run that is kept here; None without one."""
+        path = self.path / "run.toml"
+        return run_sha256(path.read_bytes()) if path.is_file() else None
+
     def kept_run(self) -> PublishedRun | None:
         """The run that is kept here with all its files; None without one. UserError if its files are not whole."""
         path = self.path / "run.toml"

@@ -1,0 +1,63 @@
+"""Where a volunteer's folder is: one folder, one run."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from swarmtrain.cli.common import PeerOptions
+from swarmtrain.cli.join import _free_directory
+from swarmtrain.errors import UserError
+from swarmtrain.peer.folder import peer_folder
+
+ONE, OTHER = b"a run", b"another run"
+
+
+def sha256(run: bytes) -> str:
+    return hashlib.sha256(run).hexdigest()
+
+
+def options(folder: Path | None = None, name: str = "") -> PeerOptions:
+    return PeerOptions(dir=folder, name=name, json=False, listen=(), announce=(), log_level="warning")
+
+
+def holding(folder: Path, run: bytes) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "run.toml").write_bytes(run)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    return tmp_path / "swarmtrain"
+
+
+def test_a_run_goes_where_it_is_or_where_none_is(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _free_directory(options(), sha256(ONE)) == home / "volunteer"
+    holding(home / "volunteer", ONE)
+    assert _free_directory(options(), sha256(ONE)) == home / "volunteer"
+    assert capsys.readouterr().err == ""
+    assert _free_directory(options(), sha256(OTHER)) == home / "volunteer-2"
+    assert "holds another run: this one is kept in" in capsys.readouterr().err
+    holding(home / "volunteer-2", OTHER)
+    assert _free_directory(options(), sha256(OTHER)) == home / "volunteer-2"
+    assert _free_directory(options(name="anna"), sha256(OTHER)) == home / "volunteer-anna"
+    assert _free_directory(options(), None) == home / "volunteer", "without an invite it goes on"
+
+
+def test_two_at_once_have_each_their_own(home: Path) -> None:
+    holding(home / "volunteer", ONE)
+    holding(home / "volunteer-2", OTHER)
+    with peer_folder(home / "volunteer"):
+        assert _free_directory(options(), sha256(ONE)) == home / "volunteer-3"
+        assert _free_directory(options(), None) == home / "volunteer-2"
+
+
+def test_a_given_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    folder = holding(tmp_path / "mine", ONE)
+    assert _free_directory(options(folder), sha256(ONE)) == _free_directory(options(folder), None) == folder
+    with pytest.raises(UserError, match="holds another run, with its checkpoints and its model: give another --dir"):
+        _free_directory(options(folder), sha256(OTHER))
