@@ -66,7 +66,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         "SCENARIO.toml",
         *("--seed", "--method", "--sweep", "--set", "--jobs", "--fresh", "--plot", "--json"),
     ),
-    "doctor": ("[INVITE]", "--dir", "--listen", "--announce", "--data", "--json"),
+    "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
     "export": ("[INVITE]", "--dir", "--to"),
     "eval": ("MODEL", "--text", "--json"),
     "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed"),

@@ -49,8 +49,10 @@ __all__ = [
     "finite",
     "open_sink",
     "peer_directory",
+    "peer_name",
     "peer_options",
     "to_multiaddr",
+    "user_directory",
     "which_peer",
 ]
 
@@ -128,7 +130,7 @@ def _metrics_address(ctx: click.Context, param: click.Parameter, value: str) -> 
     return _tcp_address(ctx, param, f":{value}" if re.fullmatch(r"\d{1,5}", value) else value)
 
 
-def _name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def peer_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", value):
         raise click.BadParameter(f"{value!r}: at most 32 letters, digits, dots, hyphens and underscores", ctx, param)
     return value
@@ -150,7 +152,7 @@ _PEER_OPTIONS = (
     ),
     click.option(
         "--name",
-        callback=_name,
+        callback=peer_name,
         default="",
         metavar="NAME",
         help="What others see beside the PeerID.  [default: the end of the PeerID, or bootstrap]",
@@ -269,11 +271,14 @@ def example(*lines: str) -> str:
 
 def peer_directory(options: PeerOptions, role: str) -> Path:
     """The peer's folder: `--dir`, else one of this user's by `role` ("bootstrap", "join") and name; not created."""
-    if options.dir is not None:
-        return options.dir
+    return options.dir if options.dir is not None else user_directory(role, options.name)
+
+
+def user_directory(role: str, name: str) -> Path:
+    """Of a peer that is given no folder; not created."""
     import platformdirs
 
-    return platformdirs.user_data_path("swarmtrain") / (f"{role}-{options.name}" if options.name else role)
+    return platformdirs.user_data_path("swarmtrain") / (f"{role}-{name}" if name else role)
 
 
 class EventSink:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmtrain.cli.common import addresses, example
+from swarmtrain.cli.common import addresses, example, peer_name, user_directory
 
 if TYPE_CHECKING:
     from swarmtrain.peer.doctor import DoctorSettings
@@ -22,6 +22,13 @@ _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 @click.command(name="doctor", epilog=example("swarmtrain doctor", "swarmtrain doctor INVITE --listen :31337"))
 @click.argument("invite", metavar="[INVITE]", required=False)
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The folder that the peer would use.  [default: that of `swarmtrain join`]")  # fmt: skip
+@click.option(
+    "--name",
+    default="",
+    callback=peer_name,
+    metavar="NAME",
+    help="The peer's, by which `swarmtrain join` finds its folder.",
+)
 @click.option("--listen", callback=addresses, multiple=True, metavar="ADDRESS", help="Where the peer would listen; may be repeated.  [default: any free port]")  # fmt: skip
 @click.option("--announce", callback=addresses, multiple=True, metavar="ADDRESS", help="What the peer would tell others, such as a router's forwarded port.")  # fmt: skip
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Where your own files are, for runs that train on text or JSON lines.")  # fmt: skip
@@ -29,6 +36,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 def command(
     invite: str | None,
     directory: Path | None,
+    name: str,
     listen: tuple[str, ...],
     announce: tuple[str, ...],
     data: Path | None,
@@ -48,7 +56,7 @@ def command(
     log_to_terminal("error")
     settings = DoctorSettings(
         invite=invite,
-        directory=directory or platformdirs.user_data_path("swarmtrain") / "volunteer",
+        directory=directory or user_directory("volunteer", name),
         cache_folder=platformdirs.user_cache_path("swarmtrain"),
         memory_of=lambda run, num_parameters: estimate(run, num_parameters, 4).memory_bytes,
         listen=listen,

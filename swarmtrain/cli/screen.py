@@ -115,7 +115,7 @@ def _start_again(view: View) -> str:
     given = status.name not in ("", short_peer(status.peer), "bootstrap" if status.role == "bootstrap" else "")
     name = f" --name {shlex.quote(one_line(status.name))}" if given else ""
     where = f" --dir {shlex.quote(str(view.folder))}" if view.folder is not None else ""
-    return f"start it again with `swarmtrain {what}{name}{where}`"
+    return f"start it again with `swarmtrain {what}{name}{where}` and the other options it had"
 
 
 def _ago(at: float, view: View) -> str:

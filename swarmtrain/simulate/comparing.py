@@ -226,8 +226,8 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
         raise UserError(f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip")
     if here.hostile.kind != "absent" and not here.hostile.number(here.peers.number):
         raise UserError(
-            f"hostile.percent: {here.hostile.percent:g} of {here.peers.number} volunteers is nobody, and hostile.attack is "
-            f"{here.hostile.attack}: raise it, or set hostile.attack to absent"
+            f"hostile.percent: {here.hostile.percent:g} of {here.peers.number} volunteers is nobody, and "
+            f"hostile.attack is {here.hostile.attack}: raise it, or set hostile.attack to absent"
         )
     if (here.away or here.churn.stays_s) and not method.churn:
         raise UserError(f"method {play.method}: churn.stays_s, [[away]] and peers.trace: nobody comes or goes in it")

@@ -194,12 +194,12 @@ def test_names_and_messages_of_others_are_plain_text(width: int, height: int) ->
         (
             view(Life.FAILED, end_reason="nobody answers", exit_code=1),
             "failed 1 s ago: nobody answers (exit code 1); "
-            "start it again with `swarmtrain join --name anna --dir /home/anna/swarm`",
+            "start it again with `swarmtrain join --name anna --dir /home/anna/swarm` and the other options it had",
         ),
         (
             view(Life.FAILED, end_reason="nobody answers", exit_code=1, name="Anna01"),
             "failed 1 s ago: nobody answers (exit code 1); "
-            "start it again with `swarmtrain join --dir /home/anna/swarm`",
+            "start it again with `swarmtrain join --dir /home/anna/swarm` and the other options it had",
         ),
     ],
 )
@@ -215,14 +215,14 @@ def test_a_death_is_told_with_its_time_and_what_to_do(monkeypatch: pytest.Monkey
     seen = View(status=status, life=Life.DIED, folder=Path("/home/anna/my swarm"), now=noon + 3600)
     assert sentence(seen) == (
         "died without a goodbye about 12:00 (it was training round 12); "
-        "start it again with `swarmtrain join --name anna --dir '/home/anna/my swarm'`"
+        "start it again with `swarmtrain join --name anna --dir '/home/anna/my swarm'` and the other options it had"
     )
     later = View(
         status=make_status(time=noon, name="bootstrap", role="bootstrap", state=5), life=Life.DIED, now=noon + 5 * 86400
     )
     assert sentence(later) == (
         "died without a goodbye about 2027-01-15 12:00 (it was serving); "
-        "start it again with `swarmtrain bootstrap RUN.toml`"
+        "start it again with `swarmtrain bootstrap RUN.toml` and the other options it had"
     )
     told = "\n".join(on_screen(draw_watch(seen, 80, 24), 80, 24))
     assert "--dir '/home/anna/my" in told
