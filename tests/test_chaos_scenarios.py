@@ -37,7 +37,8 @@ def test_what_is_not_known_is_said(tmp_path: Path, text: str, problem: str) -> N
 
 
 def rounds(*ends: float, partners: tuple[str, ...] = ("ben",)) -> list[dict[str, object]]:
-    return [{"time": end, "seconds": 2.0, "stall_s": 0.1, "partners": partners} for end in ends]
+    usual = {"seconds": 2.0, "inner_steps": 10, "stall_s": 0.1, "partners": partners}
+    return [{"time": end, **usual} for end in ends]
 
 
 def test_a_gap_is_what_a_round_took_longer_than_usual() -> None:
@@ -45,6 +46,9 @@ def test_a_gap_is_what_a_round_took_longer_than_usual() -> None:
     assert seen.gap_s(told, since_s=7.0, until_s=16.0) == 3.0
     assert seen.gap_s(told, since_s=7.0, until_s=30.0) == 13.0, "and none at all counts too"
     assert seen.gap_s([], since_s=7.0, until_s=30.0) == 23.0
+    short = [event | {"seconds": 0.4, "inner_steps": 2} for event in rounds(2.0, 2.4, 2.8)]
+    assert seen.gap_s([*short, *rounds(5.0, 7.0)], since_s=3.0, until_s=7.5) == pytest.approx(0.2)
+    assert seen.gap_s([*short, *rounds(3.4)], since_s=3.0, until_s=4.0) == 0.0, "its round is a whole one"
 
 
 def test_the_stall_is_of_the_rounds_of_that_time() -> None:

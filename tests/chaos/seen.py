@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import statistics
@@ -67,15 +66,26 @@ def said(container: str) -> str:
 
 
 def usual_s(rounds: Events, before_s: float) -> float:
-    """How long its rounds took before `before_s`: their median; 0 without any."""
-    before = [event["seconds"] for event in rounds if event["time"] < before_s]
-    return statistics.median_high(before) if before else 0.0
+    """How long a round of as many inner steps as its longest takes it, by the rounds before `before_s`; 0 without any
+    then. The first ones are short."""
+    return max((event["inner_steps"] for event in rounds), default=0) * _step_s(rounds, before_s)
+
+
+def _step_s(rounds: Events, before_s: float) -> float:
+    each = [event["seconds"] / event["inner_steps"] for event in rounds if event["time"] < before_s]
+    return statistics.median_high(each) if each else 0.0
 
 
 def gap_s(rounds: Events, since_s: float, until_s: float) -> float:
-    """The longest time without a round's end, less the median of its rounds before."""
-    ends = [since_s, *(event["time"] for event in rounds if since_s < event["time"] < until_s), until_s]
-    return max(b - a for a, b in itertools.pairwise(ends)) - usual_s(rounds, since_s)
+    """The longest time without a round's end, less what its inner steps took it before."""
+    step_s = _step_s(rounds, since_s)
+    last_s = max((event["time"] for event in rounds if event["time"] <= since_s), default=since_s)
+    gap_s = 0.0
+    for event in rounds:
+        if since_s < event["time"] < until_s:
+            gap_s = max(gap_s, event["time"] - last_s - event["inner_steps"] * step_s)
+            last_s = event["time"]
+    return max(gap_s, until_s - last_s - usual_s(rounds, since_s))
 
 
 def in_short(rounds: Events) -> str:

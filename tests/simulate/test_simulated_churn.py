@@ -189,3 +189,20 @@ def test_a_sample_is_of_those_who_answer(tmp_path: Path) -> None:
     assert sorted(sample) == [0, 5] and silent == {1, 2, 3, 4} and now_s in (7.0, 12.0)
     assert _sample(one, 2, silent, 50.0, rng)[1] == 50.0, "they are not asked again"
     assert sorted(_sample(one, 6, silent, 200.0, rng)[0]) == list(range(6)) and not silent, "until they go on"
+
+
+def test_who_stood_still_for_long_takes_the_others_weights(tmp_path: Path) -> None:
+    hang = {"peer": 2, "at_s": 0.1, "for_s": 1.2}
+    for for_s, far in ((1.2, True), (0.1, False)):
+        world = World(setting(tiny(tmp_path, hangs=[hang | {"for_s": for_s}]), merge__method="gossip"))
+        ends: list[tuple[int, int]] = []
+        late, end = world.peers[2], world.peers[2].end
+        late.end = lambda end=end, late=late, ends=ends: (ends.append((late.round, late.rounds_done)), end())  # type: ignore[method-assign,misc]
+        world.run()
+        rounds = [round for round, _ in ends]
+        assert rounds == sorted(rounds)
+        jumps = [after - before for before, after in itertools.pairwise(rounds)]
+        assert (max(jumps) > 1) is far, jumps
+        outcome = world.outcome()
+        assert (outcome.tokens_lost > 0) is far
+        assert outcome.tokens == outcome.inner_steps * world.setting.run.tokens_per_step

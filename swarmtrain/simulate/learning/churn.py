@@ -1,4 +1,4 @@
-"""Volunteers of gossip that crash or leave, come back, or come late.
+"""Volunteers of gossip that crash or leave, come back, come late, or fall behind.
 
 Of the round in which one goes, the publications count that another has taken; the rest of its work is lost. Who comes
 takes the others' present weights as a real volunteer does (`peer.gossip_exchange`): their consensus, and the momentum
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.membership.partners import rounds_behind
+from swarmtrain.membership.partners import left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.shards import Row
 from swarmtrain.peer.consensus import SAMPLE, mean_of_near
@@ -23,7 +23,7 @@ from swarmtrain.peer.consensus import SAMPLE, mean_of_near
 if TYPE_CHECKING:
     from swarmtrain.simulate.learning.gossip import Peer, World
 
-__all__ = ["schedule"]
+__all__ = ["catches_up", "schedule"]
 
 _BYTES = 4  # of a number, as states travel
 
@@ -77,12 +77,38 @@ def _come(peer: Peer) -> None:
     world = peer.world
     if peer.is_here or world.tokens >= world.setting.total_tokens:
         return
-    others, peer.is_here = [other for other in world.live if other.round > 0], True
-    others = [other for other in others if not world.is_hanging(other.name)]
+    peer.is_here, others = True, _answering(peer)
     behind = rounds_behind(peer.round, (other.round for other in others))
     if not others or (peer.learner.losses and behind <= world.setting.run.merge.max_staleness_rounds):
         peer.begin()
         return
+    _take_state(peer, others)
+
+
+def catches_up(peer: Peer) -> bool:
+    """Whether it takes the others' weights at its round's end, since what it has published is too old for them: it has
+    stood still."""
+    world = peer.world
+    rounds = [other.round for other in world.live if other is not peer]
+    others = _answering(peer)
+    if not others or not left_behind(peer.round, rounds, world.setting.run.merge.max_staleness_rounds):
+        return False
+    if peer in world.honest:
+        _count(peer)
+    peer.newest = peer.weights = None
+    _take_state(peer, others)
+    return True
+
+
+def _answering(peer: Peer) -> list[Peer]:
+    """Of whom it can take a state."""
+    world = peer.world
+    others = [other for other in world.live if other is not peer and other.round > 0]
+    return [other for other in others if not world.is_hanging(other.name)]
+
+
+def _take_state(peer: Peer, others: list[Peer]) -> None:
+    world = peer.world
     sample = peer.rng.sample(others, min(SAMPLE, len(others)))
     state, round = _present_state(world, sample)
     size_bytes = _BYTES * world.layout.size

@@ -30,7 +30,7 @@ from swarmtrain.peer.consensus import layout_of_specs
 from swarmtrain.peer.robustness import Robustness, apart
 from swarmtrain.peer.trainer import Contribution, Gathered, Start
 from swarmtrain.simulate.clock import Clock
-from swarmtrain.simulate.learning.churn import schedule
+from swarmtrain.simulate.learning.churn import catches_up, schedule
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
@@ -339,8 +339,10 @@ class Peer:
     # ------------------------------------------------------------- the merge
 
     def end(self) -> None:
-        """Merge what is here; on to the next round."""
+        """Merge what is here, or take the others' weights if its own are too old for them; on to the next round."""
         world, self.knows_speed = self.world, True
+        if catches_up(self):
+            return
         self.merge(self.ready())
         self.rounds_done += 1
         world.merged(self)
