@@ -108,7 +108,7 @@ class DataSection(Section):
     """The text it learns from, and the text it is judged by."""
 
     source: Literal["python-stdlib", "text", "jsonl", "datasets"] = Field("python-stdlib", description='Where the text comes from: "python-stdlib" (the standard library\'s own sources, on every machine), "text" (files), "jsonl" (one JSON object a line) or "datasets" (Hugging Face; needs the extra `datasets`).')  # fmt: skip
-    paths: tuple[str, ...] = Field((), strict=False, description='For "text" and "jsonl": files or globs (`**` too), relative to the run file; on a volunteer, relative to the folder it is started in or to `--data`.')  # fmt: skip
+    paths: tuple[str, ...] = Field((), strict=False, description='For "text" and "jsonl": files or globs (`**` too), relative to the run file; on a volunteer, below `--data`.')  # fmt: skip
     field: str = Field("text", min_length=1, description='For "jsonl" and "datasets": the field that holds the text.')
     dataset: str = Field("", description='For "datasets": a name on the hub or a local folder.')
     subset: str = Field("", description='For "datasets": the configuration\'s name; empty for the default one.')
