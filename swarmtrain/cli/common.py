@@ -47,6 +47,7 @@ __all__ = [
     "errors_as_events",
     "example",
     "finite",
+    "limit",
     "open_sink",
     "peer_directory",
     "peer_name",
@@ -106,6 +107,20 @@ def to_multiaddr(text: str) -> str:
             raise ValueError(f"{host!r} is neither an IP address nor a host name") from None
         return f"/dns/{host}/tcp/{port}"
     return f"/ip{address.version}/{address}/tcp/{port}"
+
+
+def limit(parser: str) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """A callback: that function of `membership.limits` reads an option's value, if there is one."""
+
+    def read(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        from swarmtrain.membership import limits
+
+        try:
+            return None if value is None else getattr(limits, parser)(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+
+    return read
 
 
 def addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -16,13 +16,14 @@ from swarmtrain.cli.common import (
     errors_as_events,
     example,
     finite,
+    limit,
     open_sink,
     peer_directory,
     peer_options,
 )
 
 if TYPE_CHECKING:
-    from swarmtrain.membership.limits import Hours, Limits
+    from swarmtrain.membership.limits import Limits
     from swarmtrain.network.invite import Invite
     from swarmtrain.peer.stopping import StopFlag
 
@@ -30,33 +31,6 @@ __all__ = ["command"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _LOOK_S = 0.5
-
-
-def _hours(ctx: click.Context, param: click.Parameter, value: str) -> Hours:
-    from swarmtrain.membership.limits import parse_hours
-
-    try:
-        return parse_hours(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
-
-
-def _memory(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    from swarmtrain.membership.limits import parse_size
-
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
-
-
-def _slowdown(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    from swarmtrain.membership.limits import parse_slowdown
-
-    try:
-        return None if value is None else parse_slowdown(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
 
 
 def _stages(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -68,12 +42,12 @@ def _stages(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 
 _SCOPE = (
     click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="Processor threads to train with.  [default: all cores]"),
-    click.option("--memory", callback=_memory, default="none", metavar="SIZE", help="Memory this peer may use, such as 4GB; of a model that is cut into stages it holds as many as fit.  [default: no limit]"),
+    click.option("--memory", callback=limit("parse_size"), default="none", metavar="SIZE", help="Memory this peer may use, such as 4GB; of a model that is cut into stages it holds as many as fit.  [default: no limit]"),
     click.option("--nice", type=click.IntRange(0, 19), metavar="N", help="Yield to other programs: 0 as they, 19 takes only what they leave.  [default: as it is started]"),
     click.option("--only-when-idle", is_flag=True, help="Rest while other programs use the processors."),
-    click.option("--hours", callback=_hours, default="any", metavar="FROM-TO", help="Train only then, local time, such as 22-7 or 12-13,18:30-8.  [default: any]"),
+    click.option("--hours", callback=limit("parse_hours"), default="any", metavar="FROM-TO", help="Train only then, local time, such as 22-7 or 12-13,18:30-8.  [default: any]"),
     *LINK_OPTIONS,
-    click.option("--slowdown", callback=_slowdown, metavar="F", help="To rehearse an unequal swarm: train F times slower than this machine could, such as 2.6. Trains with one thread unless --threads says more, for which it is less exact.  [default: as fast as it can]"),
+    click.option("--slowdown", callback=limit("parse_slowdown"), metavar="F", help="To rehearse an unequal swarm: train F times slower than this machine could, such as 2.6. Trains with one thread unless --threads says more, for which it is less exact.  [default: as fast as it can]"),
 )  # fmt: skip
 
 

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from swarmtrain.cli.common import WhichPeer, example, finite, which_peer
+from swarmtrain.cli.common import WhichPeer, example, finite, limit, which_peer
+
+if TYPE_CHECKING:
+    from swarmtrain.membership.limits import Hours
 
 __all__ = ["command"]
-
-
-def _memory(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    from swarmtrain.membership.limits import parse_size
-
-    try:
-        return None if value is None else parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
-
-
-def _hours(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    from swarmtrain.membership.limits import parse_hours
-
-    try:
-        return None if value is None else parse_hours(value).text
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
 
 
 @click.command(name="limits", epilog=example("swarmtrain limits", "swarmtrain limits anna --threads 2 --hours 22-7"))
 @which_peer
 @click.option("--threads", type=click.IntRange(0, 4096), metavar="N", help="Processor threads to train with; 0: all.")
-@click.option("--memory", callback=_memory, metavar="SIZE", help="Memory of the peer, such as 4GB; none: no limit.")
+@click.option(
+    "--memory", callback=limit("parse_size"), metavar="SIZE", help="Memory of the peer, such as 4GB; none: no limit."
+)
 @click.option("--nice", type=click.IntRange(0, 19), metavar="N", help="0 as others, 19 only what others leave.")
 @click.option("--only-when-idle/--any-time", "idle", default=None, help="Rest while other programs use the processors.")
 @click.option(
     "--hours",
-    callback=_hours,
+    callback=limit("parse_hours"),
     metavar="FROM-TO",
     help="Train only then, local time, such as 22-7 or 12-13,18:30-8; any: always.",
 )
@@ -47,7 +36,7 @@ def command(
     memory: int | None,
     nice: int | None,
     idle: bool | None,
-    hours: str | None,
+    hours: Hours | None,
     up: float | None,
     down: float | None,
 ) -> None:
@@ -60,7 +49,7 @@ def command(
 
     peer = find_running(which)
     asked: dict[str, float | str | None] = {"threads": threads, "memory_bytes": memory, "nice": nice}
-    asked |= {"only_when_idle": idle, "hours": hours, "up_mbit": up, "down_mbit": down}
+    asked |= {"only_when_idle": idle, "hours": None if hours is None else hours.text, "up_mbit": up, "down_mbit": down}
     limits = wire.Limits()
     for name, value in asked.items():
         if value is not None:

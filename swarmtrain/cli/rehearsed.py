@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from swarmtrain.cli.common import finite
+from swarmtrain.cli.common import finite, limit
 
 __all__ = ["CHURN", "JITTER", "LINK_DOWN", "LINK_UP", "LOSS", "RTT", "links_said", "slowdowns"]
 
@@ -21,12 +21,7 @@ CHURN = click.option("--churn", type=click.FloatRange(1), callback=finite, metav
 
 def slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
     """An option's factors."""
-    from swarmtrain.membership.limits import parse_slowdown
-
-    try:
-        return tuple(parse_slowdown(part) for part in value.split(",")) if value is not None else ()
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
+    return tuple(limit("parse_slowdown")(ctx, param, part) for part in value.split(",")) if value is not None else ()
 
 
 def links_said(
