@@ -281,16 +281,18 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
         "method": play.method,
         "run": run.model_dump(mode="json"),
         "text": text_sha256,
-        "peers": scenario.peers.model_dump(mode="json", exclude={"round_steps", "trace"}),
+        "peers": scenario.peers.model_dump(mode="json", exclude={"round_steps", "trace", "most_stages"}),
         "links": scenario.links.model_dump(mode="json"),
         "hangs": [hang.model_dump(mode="json") for hang in scenario.hangs],
         "away": [away.model_dump(mode="json") for away in scenario.away],
         "churn": scenario.churn.model_dump(mode="json"),
         "hostile": scenario.hostile.model_dump(mode="json"),
         "curve_points": scenario.scenario.curve_points,
-        "work": [scenario.scenario.work, scenario.scenario.rounds, scenario.scenario.lasts_s],
+        "work": [scenario.scenario.work, scenario.scenario.rounds],
         "versions": [__version__, torch.__version__],
     }
+    if scenario.scenario.work == "pipeline":
+        told["pipeline"] = [scenario.scenario.lasts_s, scenario.peers.most_stages]
     if any(scenario.figures.values()):
         told["figures"] = scenario.figures
     if rule_sha256 := source_sha256(run.merge.robust):
