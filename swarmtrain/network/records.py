@@ -38,6 +38,8 @@ from swarmtrain.network.signing import open_signed_untrusted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
+    "MAX_BUCKET_BYTES",
+    "MAX_BUCKET_RECORDS",
     "MAX_RECORD_BYTES",
     "PRESENCE",
     "PROGRESS",
@@ -65,7 +67,9 @@ _MAX_CHECKED = 1024
 _MAX_LIFETIME_S = 2 * 86_400
 _MIN_ADVANCE_S = 0.5
 _MAX_BUCKETS = 512
-_MAX_BUCKET_RECORDS = 128
+MAX_BUCKET_RECORDS = 128
+MAX_BUCKET_BYTES = MAX_BUCKET_RECORDS * (MAX_RECORD_BYTES + 256)
+"""Of a full one, with signatures, PeerIDs and expiries."""
 _MAX_ADDRESSES = 16
 _MAX_PRESENCE_BYTES = 2048
 MAX_KEPT = 16
@@ -335,18 +339,33 @@ def bound_storage(storage: Any, always: Container[bytes]) -> None:
 
     def store_subkey(key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
         bucket = storage.get(key)
-        if bucket is None:
-            if len(storage.data) >= _MAX_BUCKETS and key.to_bytes() not in always:
-                return False
-        else:
-            held = bucket.value.get(subkey)
-            if held is None and len(bucket.value.data) >= _MAX_BUCKET_RECORDS:
-                return False
-            if held is not None and expiration_time < held.expiration_time + _MIN_ADVANCE_S:
-                return False
-        return bool(plain(key, subkey, value, expiration_time))
+        if bucket is None and len(storage.data) >= _MAX_BUCKETS and key.to_bytes() not in always:
+            return False
+        if bucket is not None and not _takes(bucket.value, subkey, expiration_time):
+            return False
+        stored = bool(plain(key, subkey, value, expiration_time))
+        if bucket is None and stored:
+            _bound_bucket(storage.get(key).value)
+        return stored
 
     storage.store_subkey = store_subkey
+
+
+def _takes(bucket: Any, subkey: Any, expiration_time: float) -> bool:
+    held = bucket.get(subkey)
+    if held is None:
+        return len(bucket.data) < MAX_BUCKET_RECORDS
+    return bool(expiration_time >= held.expiration_time + _MIN_ADVANCE_S)
+
+
+def _bound_bucket(bucket: Any) -> None:
+    """A search of hivemind puts what other nodes answer right into the bucket that is kept here."""
+    plain = bucket.store
+
+    def store(subkey: Any, value: bytes, expiration_time: float) -> bool:
+        return _takes(bucket, subkey, expiration_time) and bool(plain(subkey, value, expiration_time))
+
+    bucket.store = store
 
 
 def num_records(storage: Any) -> int:

@@ -402,7 +402,7 @@ def test_a_presence_with_everything_and_a_place_fits_a_record() -> None:
 @pytest.fixture
 def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(records, "_MAX_BUCKETS", 3)
-    monkeypatch.setattr(records, "_MAX_BUCKET_RECORDS", 2)
+    monkeypatch.setattr(records, "MAX_BUCKET_RECORDS", 2)
     return hivemind_module("dht.storage").DHTLocalStorage()
 
 
