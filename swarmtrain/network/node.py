@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from swarmtrain.errors import RunTimeError, UnreachableError
-from swarmtrain.membership.dialling import may_be_dialled
+from swarmtrain.membership.dialling import may_dial
 from swarmtrain.network import daemon
 from swarmtrain.network.bounded_dht import use_bounded_protocol
 from swarmtrain.network.buckets import Buckets
@@ -308,7 +308,7 @@ class Node:
         Private ones must be allowed, since swarms live in local networks; what the daemon says there is a greeting
         of twenty bytes.
         """
-        self._remember(peer, tuple(address for address in addresses if _may_dial(address))[:_MAX_DIALLED])
+        self._remember(peer, tuple(address for address in addresses if may_dial(address))[:_MAX_DIALLED])
 
     def _remember(self, peer: str, addresses: tuple[str, ...]) -> None:
         self._known.pop(peer, None)
@@ -384,7 +384,7 @@ class Node:
         """Enter the DHT through `peers` that are connected already; alone if there are none. Once."""
         if self._dht is not None:
             return
-        initial = [f"{address}/p2p/{peer}" for peer, addresses in peers for address in addresses[:1]]
+        initial = [f"/p2p/{peer}" for peer, addresses in peers if addresses]  # only the PeerIDs are looked at
         try:
             self._dht = await asyncio.wait_for(
                 use_bounded_protocol().create(
@@ -484,13 +484,6 @@ def _reason(error: Exception) -> str:
 def _printable(text: str) -> str:
     """What another peer wrote, fit for a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def _may_dial(address: str) -> bool:
-    match = re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/([1-9][0-9]{0,4})", address)
-    if match is None:
-        return False
-    return match[1].startswith("dns") or may_be_dialled(match[2])
 
 
 def _is_taken(address: str) -> bool:

@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.balance import StagePeer
+from swarmtrain.membership.dialling import may_dial
 from swarmtrain.membership.hosts import MAX_HOSTS
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.records import MAX_DEPTH, bucket_of
@@ -161,7 +162,8 @@ def open_presence_untrusted(signed: pb.Signed, run_sha256: str) -> tuple[str, pb
 
 
 def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
-    """What `peer` says of itself; BadBytesError if a field is out of its range."""
+    """What `peer` says of itself, of its addresses those that may be dialled: they are kept, and put into invites.
+    BadBytesError if a field is out of its range."""
     speed = message.steps_per_s
     if not (0 <= speed < 1e9) or not (0 <= message.stamp < 1e12):
         raise BadBytesError("a presence with a speed or stamp out of range")
@@ -191,7 +193,7 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
         inner_steps_done=message.inner_steps_done,
         steps_per_s=speed,
         run_tokens=message.run_tokens,
-        addresses=tuple(message.addresses),
+        addresses=tuple(filter(may_dial, message.addresses)),
         hidden=message.hidden,
         hosts=tuple(dict.fromkeys(map(peer_id_from_bytes_untrusted, message.hosts))),
         corpus_sha256=message.corpus_sha256.hex(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from swarmtrain.errors import BadBytesError
 from swarmtrain.network.bounded_dht import use_bounded_protocol
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
+from swarmtrain.network.node import Node, NodeSettings
 from swarmtrain.network.records import (
     MAX_BUCKET_RECORDS,
     PRESENCE,
@@ -37,7 +39,7 @@ class Wire:
     """Stands in for hivemind's P2P, among the nodes of a test: each has a side of it, with the handlers it serves."""
 
     def __init__(self, everyone: dict[str, Wire], peer: str) -> None:
-        self.everyone, self.peer = everyone, peer
+        self.everyone, self.peer, self.peer_id = everyone, peer, peer_id(peer_bytes(peer))
         self.handlers: dict[str, Callable[[Any, Any], Coroutine[Any, Any, Any]]] = {}
         everyone[peer] = self
 
@@ -47,7 +49,7 @@ class Wire:
     async def call_protobuf_handler(self, peer: Any, name: str, message: Any, output: Any) -> Any:
         if str(peer) not in self.everyone:
             raise ConnectionError("nobody")
-        context = SimpleNamespace(remote_id=peer_id.from_base58(self.peer))
+        context = SimpleNamespace(remote_id=self.peer_id)
         return await self.everyone[str(peer)].handlers[name](message, context)
 
 
@@ -228,3 +230,17 @@ def test_what_a_search_brings_goes_into_a_bucket_only_as_far_as_there_is_room() 
         assert len(heap) == MAX_BUCKET_RECORDS, "each left an entry behind, again at each search, for a day"
 
     asyncio.run(search())
+
+
+def test_a_malformed_address_keeps_nobody_from_joining() -> None:
+    """Of somebody in an old invite, or whom the folder knows: only the PeerIDs are needed."""
+
+    async def join() -> None:
+        everyone: dict[str, Wire] = {}
+        await a_node(everyone, BEN)
+        node = Node(ME, NodeSettings(directory=Path("/nowhere")), RecordRules(ME), _p2p=Wire(everyone, ME.peer_id))
+        carl = new_identity().peer_id
+        await node.join_dht([(BEN.peer_id, ("/x",)), (carl, ("/ip4/1.2.3.4/tcp/70000",)), (carl, ())])
+        assert dht_id(7) in node._dht.protocol.routing_table
+
+    asyncio.run(join())

@@ -257,6 +257,13 @@ def test_presence_round_trip() -> None:
     assert presence_from_proto_untrusted(ME.peer_id, presence_to_proto(hidden)) == hidden
 
 
+def test_addresses_that_nobody_may_dial_are_not_kept() -> None:
+    """They would go into others' invites and folders."""
+    message = pb.Presence(addresses=["/x", "/ip4/1.2.3.4/tcp/5", "/dns4/a.org/tcp/70000", "/dns4/a.org/tcp/7"])
+    info = presence_from_proto_untrusted(ME.peer_id, message)
+    assert info.addresses == ("/ip4/1.2.3.4/tcp/5", "/dns4/a.org/tcp/7")
+
+
 def test_a_presence_with_everything_fits_a_record() -> None:
     """A hidden peer has hosts and no address, another addresses and no host; here is more than either."""
     hosts = tuple(new_identity().peer_id for _ in range(4))
