@@ -396,8 +396,8 @@ class Swarm:
             for prefix in wanted:
                 found = await self._read_bucket(PRESENCE, prefix)
                 sizes[prefix] = len(found)
-                for peer, (record, expiry_s) in found.items():
-                    self._saw(peer, record.presence, expiry_s)
+                for peer in filter(self.membership.has_room_for, found):
+                    self._saw(peer, found[peer][0].presence, found[peer][1])
 
     def _saw(self, peer: str, presence: pb.Presence, expiry_s: float) -> None:
         try:
@@ -429,7 +429,7 @@ class Swarm:
             known = peer == self.identity.peer_id or self.membership.state(peer) is PeerState.LIVE
             if known or not self._tasks or peer in self._met_s:
                 continue
-            if len(self._meetings) >= _MAX_MEETINGS or not self.membership.has_room():
+            if len(self._meetings) >= _MAX_MEETINGS or not self.membership.has_room_for(peer):
                 return
             self._met_s[peer] = now
             meeting = asyncio.create_task(self._greet(peer, self.signed_presence()))
@@ -468,7 +468,7 @@ class Swarm:
             return
         if expected_author is not None and author != expected_author:
             raise BadBytesError("a presence of another peer than the one that sent it")
-        if expected_author is None and not self.membership.has_room():
+        if expected_author is None and not self.membership.has_room_for(author):
             return  # hearsay of strangers, of whom anyone can invent any number
         self._saw(author, message, message.stamp + self.published.run.network.presence_ttl_s)
         info = self.membership.info(author)

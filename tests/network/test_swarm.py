@@ -13,6 +13,7 @@ import pytest
 
 from swarmtrain.errors import BadBytesError, UnreachableError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, RefusedEvent
+from swarmtrain.membership import lifecycle
 from swarmtrain.membership.hosts import HostCandidate, Reach
 from swarmtrain.membership.lifecycle import PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
@@ -279,6 +280,36 @@ def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
 
     run(body, Hellos())
     assert told == [pb.Progress(tokens=600, round=6), pb.Progress(tokens=700, round=7)]
+
+
+# ---------------------------------------------------------------- who is known by records alone
+
+
+def records_of(*infos: PeerInfo, lifetime_s: float = 30.0) -> Callable[[bytes, str, str], Coroutine[Any, Any, Any]]:
+    """Stands in for `Node.read_bucket`: the root bucket has these."""
+    expiry_s = swarm_time() + lifetime_s
+    found = {info.peer: (pb.Record(presence=presence_to_proto(info)), expiry_s) for info in infos}
+
+    async def read_bucket(*_: object) -> dict[str, tuple[pb.Record, float]]:
+        return found
+
+    return read_bucket
+
+
+def test_a_full_table_takes_no_more_strangers_from_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One node of the DHT can answer with any number of them."""
+    monkeypatch.setattr(lifecycle, "MAX_PEERS", 5)
+
+    async def body(swarm: Swarm) -> None:
+        for stamp_s in (swarm_time(), swarm_time() + 1):
+            infos = [PeerInfo(peer=new_identity(bytes([i]) * 32).peer_id, stamp=stamp_s) for i in range(100, 120)]
+            swarm.node.read_bucket = records_of(*infos)  # type: ignore[method-assign, assignment]
+            await swarm.read_presences()
+            assert [info.stamp for info in swarm.membership.known()] == [stamp_s] * 5, "those who are known are renewed"
+        await swarm.greet(BEN.peer_id)
+        assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE, "who answers is no invention"
+
+    run(body, Hellos(BEN))
 
 
 # ---------------------------------------------------------------- peers that nobody can dial
