@@ -66,6 +66,8 @@ _SIGNATURE_BYTES = 64
 _MAX_CHECKED = 1024
 """Records that were fine are remembered, so many of them: 2 MB at most."""
 _MAX_LIFETIME_S = 2 * 86_400
+_MAX_PRESENCE_S = 3600 + 60
+"""Runs let a presence live an hour at most; clocks differ."""
 _MIN_ADVANCE_S = 0.5
 _MAX_BUCKETS = 512
 MAX_BUCKET_RECORDS = 128
@@ -272,7 +274,10 @@ class RecordRules:
         if not (now - 60 < expiry_s < now + _MAX_LIFETIME_S):
             raise BadBytesError("expired: or one that lives too long")
         _check_signed_untrusted(key, subkey, value, expiry_s)
-        return record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
+        record = record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
+        if record.HasField(PRESENCE) and expiry_s >= now + _MAX_PRESENCE_S:
+            raise BadBytesError("expired: or a presence that lives too long")
+        return record
 
     def allows(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bool:
         """Whether the record is fine; counted if not."""

@@ -168,6 +168,13 @@ def test_an_expired_or_too_long_lived_record_is_refused(lifetime_s: float) -> No
     assert refused(*stored(lifetime_s=lifetime_s)) == "expired"
 
 
+def test_progress_is_kept_for_a_day_and_a_presence_for_an_hour() -> None:
+    payload = pb.Record(run_sha256=RUN, progress=pb.Progress(tokens=1)).SerializeToString()
+    assert RecordRules(OTHER).allows(*stored(payload, key=bucket_key(RUN, PROGRESS, ""), lifetime_s=86_400.0))
+    assert RecordRules(OTHER).allows(*stored(lifetime_s=3600.0))
+    assert refused(*stored(lifetime_s=3700.0)) == "expired"
+
+
 @pytest.mark.parametrize(
     "value",
     [
