@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["MAX_PORTS", "DialBudget", "dial_targets", "is_public", "may_be_dialled"]
+__all__ = ["MAX_PORTS", "DialBudget", "dial_targets", "is_public", "may_be_dialled", "may_dial"]
 
 MAX_PORTS = 4
 _MAX_HOSTS = 2
@@ -37,6 +37,14 @@ def may_be_dialled(host: str) -> bool:
     except ValueError:
         return False
     return not (address.is_multicast or address.is_unspecified or address.is_link_local)
+
+
+def may_dial(address: str) -> bool:
+    """Whether a multiaddress that a stranger gave is one of TCP, by name or by an IP address that may be dialled."""
+    match = re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/([1-9][0-9]{0,4})", address)
+    if match is None or int(match[3]) > 65535:
+        return False
+    return match[1].startswith("dns") or may_be_dialled(match[2])
 
 
 def is_public(address: str) -> bool:

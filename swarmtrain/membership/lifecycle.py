@@ -18,7 +18,7 @@ from swarmtrain.membership.balance import StagePeer
 __all__ = ["MAX_PEERS", "Change", "Membership", "PeerInfo", "PeerState"]
 
 MAX_PEERS = 4096
-"""A table of this many peers takes no more strangers by hearsay."""
+"""A table of this many peers takes no more strangers by hearsay or records."""
 
 
 class PeerState(Enum):
@@ -190,9 +190,9 @@ class Membership:
                 changes.append(Change(peer=peer, state=PeerState.LOST, reason="its presence expired"))
         return changes
 
-    def has_room(self) -> bool:
-        """Whether strangers may still be added: identities cost nothing, so the table is bounded."""
-        return len(self._entries) < MAX_PEERS
+    def has_room_for(self, peer: str) -> bool:
+        """Whether it is known, or strangers may still be added: identities cost nothing, so the table is bounded."""
+        return peer in self._entries or len(self._entries) < MAX_PEERS
 
     def forget(self, before_s: float) -> list[str]:
         """Drop peers that are gone and of whom nothing was heard since `before_s`; returns them."""

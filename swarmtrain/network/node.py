@@ -28,12 +28,13 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from swarmtrain.errors import RunTimeError, UnreachableError
-from swarmtrain.membership.dialling import may_be_dialled
+from swarmtrain.membership.dialling import may_dial
 from swarmtrain.network import daemon
+from swarmtrain.network.bounded_dht import use_bounded_protocol
 from swarmtrain.network.buckets import Buckets
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity
-from swarmtrain.network.records import RecordRules, bound_storage, bucket_key, hashed_key, make_validator, num_records
+from swarmtrain.network.records import RecordRules, bucket_key, hashed_key, make_validator, num_records
 from swarmtrain.network.replies import Replies
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.network.throttle import Throttle, TransferTimes
@@ -307,7 +308,7 @@ class Node:
         Private ones must be allowed, since swarms live in local networks; what the daemon says there is a greeting
         of twenty bytes.
         """
-        self._remember(peer, tuple(address for address in addresses if _may_dial(address))[:_MAX_DIALLED])
+        self._remember(peer, tuple(address for address in addresses if may_dial(address))[:_MAX_DIALLED])
 
     def _remember(self, peer: str, addresses: tuple[str, ...]) -> None:
         self._known.pop(peer, None)
@@ -383,11 +384,10 @@ class Node:
         """Enter the DHT through `peers` that are connected already; alone if there are none. Once."""
         if self._dht is not None:
             return
-        dht_node = hivemind_module("dht.node").DHTNode
-        initial = [f"{address}/p2p/{peer}" for peer, addresses in peers for address in addresses[:1]]
+        initial = [f"/p2p/{peer}" for peer, addresses in peers if addresses]  # only the PeerIDs are looked at
         try:
             self._dht = await asyncio.wait_for(
-                dht_node.create(
+                use_bounded_protocol().create(
                     p2p=self._p2p,
                     initial_peers=initial or None,
                     record_validator=make_validator(self.rules),
@@ -402,8 +402,7 @@ class Node:
         except Exception as error:  # the adapter's boundary
             raise RunTimeError(f"could not join the DHT: {_reason(error)}") from error
         self._buckets = Buckets(self._dht, self.rules)
-        bound_storage(self._dht.protocol.storage, self._own_buckets)
-        bound_storage(self._dht.protocol.cache, self._own_buckets)
+        self._own_buckets = self._dht.protocol.own_buckets
 
     async def store(self, record: pb.Record, lifetime_s: float) -> bool:
         """Store this peer's record in its bucket for `lifetime_s`; False if no node took it."""
@@ -485,13 +484,6 @@ def _reason(error: Exception) -> str:
 def _printable(text: str) -> str:
     """What another peer wrote, fit for a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def _may_dial(address: str) -> bool:
-    match = re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/([1-9][0-9]{0,4})", address)
-    if match is None:
-        return False
-    return match[1].startswith("dns") or may_be_dialled(match[2])
 
 
 def _is_taken(address: str) -> bool:

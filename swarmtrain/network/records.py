@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.balance import StagePeer
+from swarmtrain.membership.dialling import may_dial
 from swarmtrain.membership.hosts import MAX_HOSTS
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.records import MAX_DEPTH, bucket_of
@@ -38,6 +39,8 @@ from swarmtrain.network.signing import open_signed_untrusted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
+    "MAX_BUCKET_BYTES",
+    "MAX_BUCKET_RECORDS",
     "MAX_RECORD_BYTES",
     "PRESENCE",
     "PROGRESS",
@@ -63,9 +66,13 @@ _SIGNATURE_BYTES = 64
 _MAX_CHECKED = 1024
 """Records that were fine are remembered, so many of them: 2 MB at most."""
 _MAX_LIFETIME_S = 2 * 86_400
+_MAX_PRESENCE_S = 3600 + 60
+"""Runs let a presence live an hour at most; clocks differ."""
 _MIN_ADVANCE_S = 0.5
 _MAX_BUCKETS = 512
-_MAX_BUCKET_RECORDS = 128
+MAX_BUCKET_RECORDS = 128
+MAX_BUCKET_BYTES = MAX_BUCKET_RECORDS * (MAX_RECORD_BYTES + 256)
+"""Of a full one, with signatures, PeerIDs and expiries."""
 _MAX_ADDRESSES = 16
 _MAX_PRESENCE_BYTES = 2048
 MAX_KEPT = 16
@@ -157,7 +164,8 @@ def open_presence_untrusted(signed: pb.Signed, run_sha256: str) -> tuple[str, pb
 
 
 def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
-    """What `peer` says of itself; BadBytesError if a field is out of its range."""
+    """What `peer` says of itself, of its addresses those that may be dialled: they are kept, and put into invites.
+    BadBytesError if a field is out of its range."""
     speed = message.steps_per_s
     if not (0 <= speed < 1e9) or not (0 <= message.stamp < 1e12):
         raise BadBytesError("a presence with a speed or stamp out of range")
@@ -187,7 +195,7 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
         inner_steps_done=message.inner_steps_done,
         steps_per_s=speed,
         run_tokens=message.run_tokens,
-        addresses=tuple(message.addresses),
+        addresses=tuple(filter(may_dial, message.addresses)),
         hidden=message.hidden,
         hosts=tuple(dict.fromkeys(map(peer_id_from_bytes_untrusted, message.hosts))),
         corpus_sha256=message.corpus_sha256.hex(),
@@ -266,7 +274,10 @@ class RecordRules:
         if not (now - 60 < expiry_s < now + _MAX_LIFETIME_S):
             raise BadBytesError("expired: or one that lives too long")
         _check_signed_untrusted(key, subkey, value, expiry_s)
-        return record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
+        record = record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
+        if record.HasField(PRESENCE) and expiry_s >= now + _MAX_PRESENCE_S:
+            raise BadBytesError("expired: or a presence that lives too long")
+        return record
 
     def allows(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bool:
         """Whether the record is fine; counted if not."""
@@ -335,18 +346,33 @@ def bound_storage(storage: Any, always: Container[bytes]) -> None:
 
     def store_subkey(key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
         bucket = storage.get(key)
-        if bucket is None:
-            if len(storage.data) >= _MAX_BUCKETS and key.to_bytes() not in always:
-                return False
-        else:
-            held = bucket.value.get(subkey)
-            if held is None and len(bucket.value.data) >= _MAX_BUCKET_RECORDS:
-                return False
-            if held is not None and expiration_time < held.expiration_time + _MIN_ADVANCE_S:
-                return False
-        return bool(plain(key, subkey, value, expiration_time))
+        if bucket is None and len(storage.data) >= _MAX_BUCKETS and key.to_bytes() not in always:
+            return False
+        if bucket is not None and not _takes(bucket.value, subkey, expiration_time):
+            return False
+        stored = bool(plain(key, subkey, value, expiration_time))
+        if bucket is None and stored:
+            _bound_bucket(storage.get(key).value)
+        return stored
 
     storage.store_subkey = store_subkey
+
+
+def _takes(bucket: Any, subkey: Any, expiration_time: float) -> bool:
+    held = bucket.get(subkey)
+    if held is None:
+        return len(bucket.data) < MAX_BUCKET_RECORDS
+    return bool(expiration_time >= held.expiration_time + _MIN_ADVANCE_S)
+
+
+def _bound_bucket(bucket: Any) -> None:
+    """A search of hivemind puts what other nodes answer right into the bucket that is kept here."""
+    plain = bucket.store
+
+    def store(subkey: Any, value: bytes, expiration_time: float) -> bool:
+        return _takes(bucket, subkey, expiration_time) and bool(plain(subkey, value, expiration_time))
+
+    bucket.store = store
 
 
 def num_records(storage: Any) -> int:

@@ -311,8 +311,8 @@ class Swarm:
                 self._signed.pop(peer, None)
                 self._greeted.discard(peer)
                 self.rounds.forget_peer(peer)
-            new = [info.peer for info in self.membership.live() if info.peer not in self._greeted][:32]
-            await asyncio.gather(*(self._greet(peer, self.signed_presence()) for peer in new))
+            new = [info.peer for info in self.membership.live() if info.peer not in self._greeted]
+            await self._greet_all(random.sample(new, min(32, len(new))), self.signed_presence())
 
     def _expire(self) -> None:
         for change in self.membership.expire(swarm_time()):
@@ -396,10 +396,10 @@ class Swarm:
             for prefix in wanted:
                 found = await self._read_bucket(PRESENCE, prefix)
                 sizes[prefix] = len(found)
-                for peer, (record, expiry_s) in found.items():
-                    self._saw(peer, record.presence, expiry_s)
+                for peer in filter(self.membership.has_room_for, found):
+                    self._saw(peer, found[peer][0].presence)
 
-    def _saw(self, peer: str, presence: pb.Presence, expiry_s: float) -> None:
+    def _saw(self, peer: str, presence: pb.Presence) -> None:
         try:
             info = presence_from_proto_untrusted(peer, presence)
             if info.stamp > swarm_time() + _MAX_STAMP_SKEW_S:
@@ -407,7 +407,9 @@ class Swarm:
         except BadBytesError as error:
             self.refused(peer, error)
             return
-        change = self.membership.saw_presence(info, expiry_s, swarm_time())
+        info = dataclasses.replace(info, hidden=info.hidden and self.asynchronous)  # synchronously nobody is
+        expires_s = info.stamp + self.published.run.network.presence_ttl_s  # whatever its record says
+        change = self.membership.saw_presence(info, expires_s, swarm_time())
         self.node.remember_addresses(peer, info.addresses)
         if change is not None:
             self._report(change)
@@ -429,7 +431,7 @@ class Swarm:
             known = peer == self.identity.peer_id or self.membership.state(peer) is PeerState.LIVE
             if known or not self._tasks or peer in self._met_s:
                 continue
-            if len(self._meetings) >= _MAX_MEETINGS or not self.membership.has_room():
+            if len(self._meetings) >= _MAX_MEETINGS or not self.membership.has_room_for(peer):
                 return
             self._met_s[peer] = now
             meeting = asyncio.create_task(self._greet(peer, self.signed_presence()))
@@ -468,9 +470,9 @@ class Swarm:
             return
         if expected_author is not None and author != expected_author:
             raise BadBytesError("a presence of another peer than the one that sent it")
-        if expected_author is None and not self.membership.has_room():
+        if expected_author is None and not self.membership.has_room_for(author):
             return  # hearsay of strangers, of whom anyone can invent any number
-        self._saw(author, message, message.stamp + self.published.run.network.presence_ttl_s)
+        self._saw(author, message)
         info = self.membership.info(author)
         if info is not None and info.stamp == message.stamp:
             self._signed[author] = signed

@@ -168,6 +168,13 @@ def test_an_expired_or_too_long_lived_record_is_refused(lifetime_s: float) -> No
     assert refused(*stored(lifetime_s=lifetime_s)) == "expired"
 
 
+def test_progress_is_kept_for_a_day_and_a_presence_for_an_hour() -> None:
+    payload = pb.Record(run_sha256=RUN, progress=pb.Progress(tokens=1)).SerializeToString()
+    assert RecordRules(OTHER).allows(*stored(payload, key=bucket_key(RUN, PROGRESS, ""), lifetime_s=86_400.0))
+    assert RecordRules(OTHER).allows(*stored(lifetime_s=3600.0))
+    assert refused(*stored(lifetime_s=3700.0)) == "expired"
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -255,6 +262,13 @@ def test_presence_round_trip() -> None:
     assert presence_from_proto_untrusted(ME.peer_id, presence_to_proto(info)) == info
     hidden = PeerInfo(peer=ME.peer_id, stamp=1.5, hidden=True, hosts=(OTHER.peer_id, new_identity().peer_id))
     assert presence_from_proto_untrusted(ME.peer_id, presence_to_proto(hidden)) == hidden
+
+
+def test_addresses_that_nobody_may_dial_are_not_kept() -> None:
+    """They would go into others' invites and folders."""
+    message = pb.Presence(addresses=["/x", "/ip4/1.2.3.4/tcp/5", "/dns4/a.org/tcp/70000", "/dns4/a.org/tcp/7"])
+    info = presence_from_proto_untrusted(ME.peer_id, message)
+    assert info.addresses == ("/ip4/1.2.3.4/tcp/5", "/dns4/a.org/tcp/7")
 
 
 def test_a_presence_with_everything_fits_a_record() -> None:
@@ -402,7 +416,7 @@ def test_a_presence_with_everything_and_a_place_fits_a_record() -> None:
 @pytest.fixture
 def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(records, "_MAX_BUCKETS", 3)
-    monkeypatch.setattr(records, "_MAX_BUCKET_RECORDS", 2)
+    monkeypatch.setattr(records, "MAX_BUCKET_RECORDS", 2)
     return hivemind_module("dht.storage").DHTLocalStorage()
 
 

@@ -10,12 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from virtual_loop import virtual_swarm
 
 from swarmtrain.errors import BadBytesError, UnreachableError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, RefusedEvent
+from swarmtrain.membership import lifecycle
 from swarmtrain.membership.hosts import HostCandidate, Reach
 from swarmtrain.membership.lifecycle import PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.records import READ_EVERY_S
 from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
@@ -245,7 +248,7 @@ def test_what_is_refused_of_one_peer_is_told_once_a_minute_for_each_rule() -> No
     async def body(swarm: Swarm) -> None:
         future = presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=swarm_time() + 9999))
         for _ in range(50):
-            swarm._saw(BEN.peer_id, future, swarm_time() + 60)
+            swarm._saw(BEN.peer_id, future)
             swarm.refused(BEN.peer_id, BadBytesError("a bad signature"))
             swarm.refused(CARL.peer_id, BadBytesError("a bad signature"))
 
@@ -279,6 +282,83 @@ def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
 
     run(body, Hellos())
     assert told == [pb.Progress(tokens=600, round=6), pb.Progress(tokens=700, round=7)]
+
+
+# ---------------------------------------------------------------- who is known by records alone
+
+
+def records_of(*infos: PeerInfo, lifetime_s: float = 30.0) -> Callable[[bytes, str, str], Coroutine[Any, Any, Any]]:
+    """Stands in for `Node.read_bucket`: the root bucket has these."""
+    expiry_s = swarm_time() + lifetime_s
+    found = {info.peer: (pb.Record(presence=presence_to_proto(info)), expiry_s) for info in infos}
+
+    async def read_bucket(*_: object) -> dict[str, tuple[pb.Record, float]]:
+        return found
+
+    return read_bucket
+
+
+def test_a_full_table_takes_no_more_strangers_from_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One node of the DHT can answer with any number of them."""
+    monkeypatch.setattr(lifecycle, "MAX_PEERS", 5)
+
+    async def body(swarm: Swarm) -> None:
+        for stamp_s in (swarm_time(), swarm_time() + 1):
+            infos = [PeerInfo(peer=new_identity(bytes([i]) * 32).peer_id, stamp=stamp_s) for i in range(100, 120)]
+            swarm.node.read_bucket = records_of(*infos)  # type: ignore[method-assign, assignment]
+            await swarm.read_presences()
+            assert [info.stamp for info in swarm.membership.known()] == [stamp_s] * 5, "those who are known are renewed"
+        await swarm.greet(BEN.peer_id)
+        assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE, "who answers is no invention"
+
+    run(body, Hellos(BEN))
+
+
+def test_a_record_that_nobody_renews_is_believed_as_long_as_the_run_says() -> None:
+    """Whatever its author has chosen as its end."""
+
+    async def body(swarm: Swarm) -> None:
+        ben = PeerInfo(peer=BEN.peer_id, stamp=swarm_time(), training=True)
+        swarm.node.read_bucket = records_of(ben, lifetime_s=3600.0)  # type: ignore[method-assign, assignment]
+        await swarm.read_presences()
+        assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE and not swarm.membership.expire(swarm_time() + 29)
+        swarm.membership.expire(swarm_time() + 31)
+        await swarm.read_presences()
+        assert swarm.membership.state(BEN.peer_id) is PeerState.LOST, "it is no news"
+
+    run(body, Hellos())
+
+
+def test_in_synchronous_rounds_nobody_is_hidden_whatever_it_says() -> None:
+    """There failed calls are all that is known of one that is silent."""
+
+    async def body(swarm: Swarm) -> None:
+        now = swarm_time()
+        for hidden_s in (now, now + 0.1):
+            swarm._saw(BEN.peer_id, presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=hidden_s, hidden=True)))
+        for failed_s in (now + 1, now + 3):
+            swarm.membership.call_failed(BEN.peer_id, failed_s, "no answer")
+        assert swarm.membership.state(BEN.peer_id) is PeerState.LOST
+
+    run(body, Hellos())
+
+
+def test_inventions_do_not_keep_newcomers_from_being_greeted() -> None:
+    calls = Hellos(BEN)
+
+    async def look() -> None:
+        swarm, _ = a_swarm(calls)
+        swarm.node.read_bucket = records_of()  # type: ignore[method-assign, assignment]
+        low = sorted(f"{number:04}" for number in range(64))
+        for peer in (*low, BEN.peer_id):
+            info = PeerInfo(peer=peer, stamp=swarm_time())
+            swarm.membership.saw_presence(info, swarm_time() + 3600, swarm_time())
+        reading = asyncio.create_task(swarm._keep_reading())
+        await asyncio.sleep(100 * READ_EVERY_S)
+        reading.cancel()
+
+    virtual_swarm(look)
+    assert BEN.peer_id in calls.asked
 
 
 # ---------------------------------------------------------------- peers that nobody can dial
