@@ -198,9 +198,10 @@ def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, specs: Seq
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """A pull that is being served."""
+    """A pull that is being served, and the task that sends it."""
 
     peer: str
+    sending: asyncio.Task[object] | None
 
 
 @dataclass
@@ -208,7 +209,7 @@ class SnapshotStore:
     """The snapshots that this peer serves: its own publications and what it pulled from others.
 
     One being read stays in memory until its reader ends, since the reader holds a reference. A reader that takes
-    nothing for `reader_stall_s` loses its place as soon as another wants it. One peer has half of the places at most,
+    nothing for `reader_stall_s` is cut off as soon as another wants its place. One peer has half of the places at most,
     so that none can keep all others away. While `up` is limited, fewer read at once, so that each gets twice the
     `min_bytes_per_s` below which it would give up.
     """
@@ -284,8 +285,11 @@ class SnapshotStore:
         if not self.has_room_for(peer):
             return None
         if len(self._readers) >= self._most_readers:
-            del self._readers[min(self._readers, key=self._readers.__getitem__)]
-        reader = _Reader(peer)
+            stalled = min(self._readers, key=self._readers.__getitem__)
+            del self._readers[stalled]
+            if stalled.sending is not None and stalled.sending is not asyncio.current_task():
+                stalled.sending.cancel()  # it waits for the transport, and would hold the snapshot for as long
+        reader = _Reader(peer, asyncio.current_task())
         self._readers[reader] = self.clock()
         return reader
 
