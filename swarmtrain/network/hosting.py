@@ -126,8 +126,8 @@ class Hosting:
             return
         held, _ = publication_untrusted(self.rules[section], guest, reply.manifest)
         await bring(self.calls, guest, held, self.rules[section].pull)
-        if guest not in self.guests.current(swarm_time()):
-            return
+        if self._kept.get((guest, section)) is not kept or guest not in self.guests.current(swarm_time()):
+            return  # it left; if it is a guest again, that is another beginning
         self.store.add(held)
         kept.held.append(held)
         while len(kept.held) > _KEPT:
@@ -141,8 +141,12 @@ class Hosting:
     def _forget(self, guest: str) -> None:
         for section in SECTIONS:
             kept = self._kept.pop((guest, section), None)
-            for held in kept.held if kept is not None else ():
-                self.store.drop(held.snapshot.sha256)
+            if kept is None:
+                continue
+            if kept.bringing is not None:
+                kept.bringing.cancel()
+            while kept.held:  # whoever waits for `kept` finds nothing
+                self.store.drop(kept.held.pop().snapshot.sha256)
 
     async def stop(self) -> None:
         """Pull nothing more."""

@@ -272,6 +272,50 @@ def test_a_stranger_is_not_served_and_a_guest_that_left_no_more() -> None:
     run(script)
 
 
+def test_what_is_pulled_of_a_guest_that_leaves_and_returns_meanwhile_is_not_kept() -> None:
+    async def script() -> None:
+        guest = Partner(DORA, 0.5)
+        guest.publish(2**40 - 1, 1, 100)
+        host = Host(CARL, guest)
+        hosting, request = host.hosting, pb.PublicationRequest(author=peer_bytes(DORA.peer_id))
+        for _ in range(3):
+            host.calls.gate.clear()
+            asking = asyncio.create_task(hosting.answer(request))
+            await until(lambda: hosting._kept)
+            await until(lambda: guest.asked)
+            guest.asked.clear()
+            bringing = hosting._kept[DORA.peer_id, "gradient"].bringing
+            assert bringing is not None
+            hosting.left(DORA.peer_id)
+            assert hosting.ask(DORA.peer_id)
+            host.calls.gate.set()
+            assert (await asking).busy
+            await asyncio.wait([bringing])
+            assert not hosting._kept and not host.store._held
+        assert (await hosting.answer(request)).HasField("manifest")
+
+    run(script)
+
+
+def test_what_somebody_waits_to_read_of_a_guest_that_leaves_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosting_module, "_ASK_AGAIN_S", 0.0)
+
+    async def script() -> None:
+        guest = Partner(DORA, 0.5)
+        guest.publish(0, 1, 100)
+        host = Host(CARL, guest)
+        request = pb.PublicationRequest(author=peer_bytes(DORA.peer_id))
+        assert (await host.hosting.answer(request)).HasField("manifest")
+        host.calls.gate.clear()
+        asking = asyncio.create_task(host.hosting.answer(request))
+        await until(lambda: len(guest.asked) == 2)
+        host.hosting.left(DORA.peer_id)
+        host.calls.gate.set()
+        assert (await asking).busy and not host.store._held
+
+    run(script)
+
+
 def test_a_flood_of_requests_asks_the_guest_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def script() -> None:
         guest = Partner(DORA, 0.5)
