@@ -59,6 +59,9 @@ _READER_STALL_S = 20.0
 """The transport takes up to 1.3 MB from a sender at once and then nothing until those have been read: so long at twice
 the speed at which a transfer is given up."""
 
+_ANSWER_S = 0.5
+"""BUSY may take so long to come, over a slow link; of one that keeps a reader waiting for it the rest counts."""
+
 _PIECE_BYTES = 1024 * 1024
 """Bytes looked at together: what that takes of memory is a fraction of it, whatever the whole has."""
 
@@ -414,11 +417,13 @@ async def pull_chunks(
         if not pending:
             raise UnreachableError(f"nobody could deliver snapshot {held.snapshot.sha256[:12]}")
         source = pending.pop(0)
-        pace = _Pace(limits)
+        pace, asked_s = _Pace(limits), limits.clock()
         try:
             while (missing := _missing_run(held, chunks)) is not None:
+                asked_s = limits.clock()
                 await _pull_run(held, missing, source, open_pull, pace)
         except BusyError:
+            busy_s += max(0.0, min(limits.clock() - asked_s, limits.stall_limit_s) - _ANSWER_S)
             if busy_s < limits.busy_limit_s:
                 pending.append(source)
                 await asyncio.sleep(limits.busy_wait_s)
