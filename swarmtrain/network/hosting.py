@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.node import Node
 from swarmtrain.network.publications import PublicationRules, publication_untrusted, request_of, section_of
+from swarmtrain.network.records import open_presence_untrusted
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import Held, SnapshotStore
 from swarmtrain.network.tasks import end_tasks
@@ -34,6 +36,8 @@ _log = logging.getLogger(__name__)
 _ASK_AGAIN_S = 1.0
 _WAIT_S = 20.0
 _MAX_WAITING = 32
+_MAX_WAITING_A_CALLER = 8
+"""Who gossips asks for the weights and the gradient of three partners, which may all be guests here."""
 _KEPT = 2
 
 
@@ -58,7 +62,7 @@ class Hosting:
     refused: Callable[[str, PeerError], None]
     guests: Guests = field(init=False)
     _kept: dict[tuple[str, Section], _Kept] = field(default_factory=dict)
-    _num_waiting: int = 0
+    _waiting: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.guests = Guests(
@@ -83,18 +87,20 @@ class Hosting:
             self._forget(gone)
         if author not in here:
             return pb.PublicationReply(away=True)
-        if not self.store.has_room_for(caller) or self._num_waiting >= _MAX_WAITING:
+        if not self.store.has_room_for(caller) or not self._may_wait(caller):
             return pb.PublicationReply(busy=True)
         section = section_of(request)
         kept = self._kept.setdefault((author, section), _Kept())
         if kept.bringing is None and swarm_time() >= kept.asked_s + _ASK_AGAIN_S:
             kept.bringing = asyncio.create_task(self._bring(author, section, kept))
         if kept.bringing is not None:
-            self._num_waiting += 1
+            self._waiting[caller] += 1
             try:
                 await asyncio.wait({kept.bringing}, timeout=_WAIT_S)
             finally:
-                self._num_waiting -= 1
+                self._waiting[caller] -= 1
+                if not self._waiting[caller]:
+                    del self._waiting[caller]
         if not kept.held:
             return pb.PublicationReply(busy=True)
         reply, newest = pb.PublicationReply(presence=kept.presence), kept.held[-1]
@@ -103,6 +109,12 @@ class Hosting:
             self.store.add(newest)  # rounds that this peer forgets of its own may be a slower guest's present
             reply.manifest.CopyFrom(newest.snapshot.signed)
         return reply
+
+    def _may_wait(self, caller: str) -> bool:
+        """Whether `caller` (empty: one not known) may wait for a guest."""
+        if caller and self._waiting[caller] >= _MAX_WAITING_A_CALLER:
+            return False
+        return self._waiting.total() < _MAX_WAITING
 
     async def _bring(self, guest: str, section: Section, kept: _Kept) -> None:
         """Ask a guest for what it has that is newer, and pull it."""
@@ -121,13 +133,18 @@ class Hosting:
             newest = kept.held[-1].snapshot.manifest
             request.round, request.part = newest.round, newest.part
         reply = await self.calls.publication(guest, request)
-        kept.presence = reply.presence
+        reply.DiscardUnknownFields()  # who reads what is sent on would have to take them too
+        if reply.presence.payload:
+            author, _ = open_presence_untrusted(reply.presence, self.rules[section].run_sha256)
+            if author != guest:
+                raise BadBytesError("a presence of another peer than the one that sent it")
+            kept.presence = reply.presence
         if not reply.HasField("manifest"):
             return
         held, _ = publication_untrusted(self.rules[section], guest, reply.manifest)
         await bring(self.calls, guest, held, self.rules[section].pull)
-        if guest not in self.guests.current(swarm_time()):
-            return
+        if self._kept.get((guest, section)) is not kept or guest not in self.guests.current(swarm_time()):
+            return  # it left; if it is a guest again, that is another beginning
         self.store.add(held)
         kept.held.append(held)
         while len(kept.held) > _KEPT:
@@ -141,8 +158,12 @@ class Hosting:
     def _forget(self, guest: str) -> None:
         for section in SECTIONS:
             kept = self._kept.pop((guest, section), None)
-            for held in kept.held if kept is not None else ():
-                self.store.drop(held.snapshot.sha256)
+            if kept is None:
+                continue
+            if kept.bringing is not None:
+                kept.bringing.cancel()
+            while kept.held:  # whoever waits for `kept` finds nothing
+                self.store.drop(kept.held.pop().snapshot.sha256)
 
     async def stop(self) -> None:
         """Pull nothing more."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.snapshots import Body, Held, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.network.tasks import Making
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FillManifest", "Offer", "state_specs"]
@@ -40,6 +42,7 @@ class Offer:
     _held: Held | None = None
     _held_of: Progress | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _making: Making[Held] = field(default_factory=Making)
 
     def put(self, progress: Progress, body: Body, fill: FillManifest = lambda manifest: None) -> None:
         """Offer this one from now on; nobody may write into its buffers any more."""
@@ -53,7 +56,7 @@ class Offer:
                 return None
             held = self._held
             if held is None or self._held_of is not progress:
-                held = await asyncio.to_thread(self._build, progress, body, fill)
+                held = await self._making.made(progress, partial(self._build, progress, body, fill))
                 self._held, self._held_of = held, progress
                 self.store.add(held)
             return progress, held

@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from swarmtrain.errors import BadBytesError
@@ -28,6 +29,7 @@ from swarmtrain.network.snapshots import (
     empty_held,
     manifest_untrusted,
 )
+from swarmtrain.network.tasks import Making
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
@@ -128,6 +130,7 @@ class Publisher:
     """Who has seen which data, for the manifest."""
     _built: deque[tuple[object, Held]] = field(default_factory=deque)
     _building: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _making: Making[Held] = field(default_factory=Making)
 
     def wanted(self, request: pb.PublicationRequest, caller: str) -> Publication | None:
         """The newest publication, if the caller does not have it."""
@@ -143,7 +146,7 @@ class Publisher:
             if wanted is None:
                 return None
             if not self._built or self._built[-1][0] is not wanted.token:
-                held = await asyncio.to_thread(self._build, wanted)
+                held = await self._making.made(wanted.token, partial(self._build, wanted))
                 self._built.append((wanted.token, held))
                 while len(self._built) > _KEPT:
                     self.store.drop(self._built.popleft()[1].snapshot.sha256)

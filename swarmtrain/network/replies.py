@@ -86,7 +86,8 @@ async def answer(
     request: _Request,
     replies_to: Callable[[_Request], AsyncGenerator[Reply, None]],
 ) -> None:
-    """Read `request` from a stream of the daemon's, and send the replies; less of them if the reader hangs up."""
+    """Read `request` from a stream of the daemon's, and send the replies; less of them if the reader hangs up, or if
+    the task that sends them is cancelled."""
     with contextlib.closing(writer), contextlib.suppress(OSError, EOFError, DecodeError):  # of a stream that has ended
         async with asyncio.timeout(_REQUEST_LIMIT_S):
             head = await reader.readexactly(_HEAD_BYTES)
@@ -98,7 +99,7 @@ async def answer(
         sending = asyncio.create_task(_send(writer, replies_to(request)))
         try:
             await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
+            if sending.done() and not sending.cancelled():
                 sending.result()
                 await asyncio.wait({gone}, timeout=_HANG_UP_S)
         finally:

@@ -83,13 +83,15 @@ def service_type() -> Any:
             self._answers, self._store, self._blobs, self._node = answers, store, blobs, node
             self._held_calls: Counter[str] = Counter()
             self._budget = CallBudget()
+            self._rounds_budget = CallBudget()  # one that pulls may ask again and again, and must hear of the round
             self._dial_back = DialBack(node)
 
-        def _is_too_often(self, caller: str) -> bool:
+        def _is_too_often(self, caller: str, budget: CallBudget | None = None) -> bool:
             """Whether a call is one too many: it gets the shortest answer there is, and nothing is read or made."""
-            if self._budget.allows(caller, time.monotonic()):
+            budget = budget or self._budget
+            if budget.allows(caller, time.monotonic()):
                 return False
-            self._answers.refused(caller, BadBytesError(self._budget.in_words))
+            self._answers.refused(caller, BadBytesError(budget.in_words))
             return True
 
         async def rpc_hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
@@ -105,6 +107,8 @@ def service_type() -> Any:
 
         async def rpc_round(self, request: pb.RoundRequest, context: Any) -> pb.RoundReply:
             caller, held = str(context.remote_id), self._held_calls
+            if self._is_too_often(caller, self._rounds_budget):
+                raise BusyError(self._rounds_budget.in_words)  # an empty answer would say that this is round 0
             if held.total() >= _MAX_HELD_CALLS or held[caller] >= _MAX_HELD_CALLS_A_PEER:
                 request.wait_s = 0
             if not 0 <= request.wait_s <= _MAX_WAIT_S:  # NaN too, which would disorder the loop's timers
@@ -124,7 +128,10 @@ def service_type() -> Any:
             return self._count(request, await self._answers.publication(request, caller))
 
         async def rpc_dial(self, request: pb.DialRequest, context: Any) -> pb.DialReply:
-            return self._count(request, await self._dial_back.answer(request, str(context.remote_id)))
+            caller = str(context.remote_id)
+            if self._is_too_often(caller):
+                return pb.DialReply(outcome=pb.DialReply.OUTCOME_BUSY)
+            return self._count(request, await self._dial_back.answer(request, caller))
 
         async def add_p2p_handlers(self, p2p: Any, *, namespace: str) -> None:
             await super().add_p2p_handlers(p2p, namespace=namespace)
@@ -143,9 +150,12 @@ def service_type() -> Any:
                     yield reply
 
         async def _answer_blob(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await answer(reader, writer, pb.BlobRequest(), self._serve_blob)
+            await answer(reader, writer, pb.BlobRequest(), lambda it: self.blob_replies(it, str(info.peer_id)))
 
-        async def _serve_blob(self, request: pb.BlobRequest) -> AsyncGenerator[Reply, None]:
+        async def blob_replies(self, request: pb.BlobRequest, caller: str) -> AsyncGenerator[Reply, None]:
+            if self._is_too_often(caller):
+                yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
+                return
             data = self._blobs.get(request.sha256.hex())
             if data is None:
                 yield pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)

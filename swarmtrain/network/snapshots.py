@@ -59,6 +59,9 @@ _READER_STALL_S = 20.0
 """The transport takes up to 1.3 MB from a sender at once and then nothing until those have been read: so long at twice
 the speed at which a transfer is given up."""
 
+_ANSWER_S = 0.5
+"""BUSY may take so long to come, over a slow link; of one that keeps a reader waiting for it the rest counts."""
+
 _PIECE_BYTES = 1024 * 1024
 """Bytes looked at together: what that takes of memory is a fraction of it, whatever the whole has."""
 
@@ -198,9 +201,10 @@ def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, specs: Seq
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """A pull that is being served."""
+    """A pull that is being served, and the task that sends it."""
 
     peer: str
+    sending: asyncio.Task[object] | None
 
 
 @dataclass
@@ -208,7 +212,7 @@ class SnapshotStore:
     """The snapshots that this peer serves: its own publications and what it pulled from others.
 
     One being read stays in memory until its reader ends, since the reader holds a reference. A reader that takes
-    nothing for `reader_stall_s` loses its place as soon as another wants it. One peer has half of the places at most,
+    nothing for `reader_stall_s` is cut off as soon as another wants its place. One peer has half of the places at most,
     so that none can keep all others away. While `up` is limited, fewer read at once, so that each gets twice the
     `min_bytes_per_s` below which it would give up.
     """
@@ -284,8 +288,11 @@ class SnapshotStore:
         if not self.has_room_for(peer):
             return None
         if len(self._readers) >= self._most_readers:
-            del self._readers[min(self._readers, key=self._readers.__getitem__)]
-        reader = _Reader(peer)
+            stalled = min(self._readers, key=self._readers.__getitem__)
+            del self._readers[stalled]
+            if stalled.sending is not None and stalled.sending is not asyncio.current_task():
+                stalled.sending.cancel()  # it waits for the transport, and would hold the snapshot for as long
+        reader = _Reader(peer, asyncio.current_task())
         self._readers[reader] = self.clock()
         return reader
 
@@ -410,11 +417,13 @@ async def pull_chunks(
         if not pending:
             raise UnreachableError(f"nobody could deliver snapshot {held.snapshot.sha256[:12]}")
         source = pending.pop(0)
-        pace = _Pace(limits)
+        pace, asked_s = _Pace(limits), limits.clock()
         try:
             while (missing := _missing_run(held, chunks)) is not None:
+                asked_s = limits.clock()
                 await _pull_run(held, missing, source, open_pull, pace)
         except BusyError:
+            busy_s += max(0.0, min(limits.clock() - asked_s, limits.stall_limit_s) - _ANSWER_S)
             if busy_s < limits.busy_limit_s:
                 pending.append(source)
                 await asyncio.sleep(limits.busy_wait_s)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Generic, TypeVar
 
-__all__ = ["end_tasks", "logged", "run_together"]
+__all__ = ["Making", "end_tasks", "logged", "run_together"]
 
 _log = logging.getLogger(__name__)
 _AGAIN_S = 0.05
@@ -48,3 +48,28 @@ async def run_together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
         for task in tasks:
             if not task.cancelled():
                 task.exception()  # seen, so that the loop does not complain of it
+
+
+class Making(Generic[_T]):
+    """A thread's long work, begun once for all who ask for it and brought to its end, whoever gives up waiting. Asked
+    by one after the other, with a lock of theirs: two never run at once."""
+
+    def __init__(self) -> None:
+        self._token: object = None
+        self._task: asyncio.Task[_T] | None = None
+
+    async def made(self, token: object, make: Callable[[], _T]) -> _T:
+        """What `make` returns; if it runs already, for the same `token` and one who gave up, what that returns."""
+        task = self._task
+        if task is not None and self._token is not token:
+            await asyncio.wait([task])
+        if task is None or self._token is not token or _has_failed(task):
+            task = asyncio.create_task(asyncio.to_thread(make))
+            self._token, self._task = token, task
+        made = await asyncio.shield(task)
+        self._task = None
+        return made
+
+
+def _has_failed(task: asyncio.Task[Any]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

@@ -130,18 +130,17 @@ class Places:
     def __init__(self, most: Callable[[], int]) -> None:
         self._most = most
         self._num_inside = 0
-        self._changed = asyncio.Condition()
+        self._left = asyncio.Event()
 
     async def __aenter__(self) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._num_inside < self._most())
-            self._num_inside += 1
-            self._changed.notify()  # there may be room for another one
+        while self._num_inside >= self._most():
+            await self._left.wait()
+        self._num_inside += 1
 
     async def __aexit__(self, *error: object) -> None:
         self._num_inside -= 1
-        async with self._changed:
-            self._changed.notify()
+        self._left.set()  # all look: who is told alone may be cancelled at that moment
+        self._left = asyncio.Event()
 
 
 @dataclass

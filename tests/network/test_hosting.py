@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from replies import Replies
-from test_gossiping import CARL, DORA, ME, ROUND_TOKENS, RULES, SIZE, Partner, Peer, run, until
+from test_gossiping import CARL, DORA, ME, ROUND_TOKENS, RULES, RUN, SIZE, Partner, Peer, run, until
 
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.membership.hosts import Reach
@@ -20,6 +20,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Hosting, Routes
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
 from swarmtrain.network.reaching import Reaching, is_loopback_only
+from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import SnapshotStore
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -35,6 +36,7 @@ class GuestCalls:
         self.num_pulls = 0
         self.gate = asyncio.Event()
         self.gate.set()
+        self.presence = pb.Signed()
 
     async def publication(self, peer: str, request: pb.PublicationRequest) -> pb.PublicationReply:
         assert peer == self.guest.identity.peer_id and not request.author
@@ -43,7 +45,7 @@ class GuestCalls:
         if self.guest.is_gone:
             raise UnreachableError("its connection is gone")
         held = await self.guest.held_after(request)
-        return pb.PublicationReply(manifest=None if held is None else held.snapshot.signed)
+        return pb.PublicationReply(manifest=None if held is None else held.snapshot.signed, presence=self.presence)
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
         self.num_pulls += 1
@@ -272,6 +274,50 @@ def test_a_stranger_is_not_served_and_a_guest_that_left_no_more() -> None:
     run(script)
 
 
+def test_what_is_pulled_of_a_guest_that_leaves_and_returns_meanwhile_is_not_kept() -> None:
+    async def script() -> None:
+        guest = Partner(DORA, 0.5)
+        guest.publish(2**40 - 1, 1, 100)
+        host = Host(CARL, guest)
+        hosting, request = host.hosting, pb.PublicationRequest(author=peer_bytes(DORA.peer_id))
+        for _ in range(3):
+            host.calls.gate.clear()
+            asking = asyncio.create_task(hosting.answer(request))
+            await until(lambda: hosting._kept)
+            await until(lambda: guest.asked)
+            guest.asked.clear()
+            bringing = hosting._kept[DORA.peer_id, "gradient"].bringing
+            assert bringing is not None
+            hosting.left(DORA.peer_id)
+            assert hosting.ask(DORA.peer_id)
+            host.calls.gate.set()
+            assert (await asking).busy
+            await asyncio.wait([bringing])
+            assert not hosting._kept and not host.store._held
+        assert (await hosting.answer(request)).HasField("manifest")
+
+    run(script)
+
+
+def test_what_somebody_waits_to_read_of_a_guest_that_leaves_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosting_module, "_ASK_AGAIN_S", 0.0)
+
+    async def script() -> None:
+        guest = Partner(DORA, 0.5)
+        guest.publish(0, 1, 100)
+        host = Host(CARL, guest)
+        request = pb.PublicationRequest(author=peer_bytes(DORA.peer_id))
+        assert (await host.hosting.answer(request)).HasField("manifest")
+        host.calls.gate.clear()
+        asking = asyncio.create_task(host.hosting.answer(request))
+        await until(lambda: len(guest.asked) == 2)
+        host.hosting.left(DORA.peer_id)
+        host.calls.gate.set()
+        assert (await asking).busy and not host.store._held
+
+    run(script)
+
+
 def test_a_flood_of_requests_asks_the_guest_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def script() -> None:
         guest = Partner(DORA, 0.5)
@@ -326,6 +372,51 @@ def test_what_is_wrong_with_a_guest_is_named_and_not_served(fault: str) -> None:
         assert reply.busy and not reply.HasField("manifest")
         assert [peer for peer, _ in host.refused] == ([] if fault == "gone" else [DORA.peer_id])
         assert not host.store._held
+
+    run(script)
+
+
+@pytest.mark.parametrize("fault", ["", "forged", "another's", "long", "no presence"])
+def test_what_a_guest_says_of_itself_is_read_before_it_is_told_on(fault: str) -> None:
+    def say(presence: pb.Presence) -> pb.Signed:
+        return sign(CARL if fault == "another's" else DORA, "presence", RUN, presence)
+
+    said = say(pb.Presence(name="x" * 4096 if fault == "long" else "Dora"))
+    if fault == "forged":
+        said.signature = bytes(64)
+    elif fault == "no presence":
+        said = sign(DORA, "manifest", RUN, pb.Presence(name="Dora"))
+
+    async def script() -> None:
+        guest = Partner(DORA, 0.5)
+        guest.publish(0, 1, 100)
+        host = Host(CARL, guest)
+        padding = b"\xfa\x3f\x88\x27" + bytes(5000)  # a field that nobody knows
+        host.calls.presence = pb.Signed.FromString(said.SerializeToString() + padding)
+        reply = await host.hosting.answer(pb.PublicationRequest(author=peer_bytes(DORA.peer_id)))
+        assert [peer for peer, _ in host.refused] == ([DORA.peer_id] if fault else [])
+        assert reply.presence == (pb.Signed() if fault else said) and reply.ByteSize() < 5000
+        assert reply.HasField("manifest") != bool(fault)
+
+    run(script)
+
+
+def test_one_that_asks_for_a_guest_that_stalls_leaves_places_for_others() -> None:
+    async def script() -> None:
+        guest = Partner(DORA, 0.5)
+        guest.publish(0, 1, 100)
+        host = Host(CARL, guest)
+        host.calls.gate.clear()
+        request = pb.PublicationRequest(author=peer_bytes(DORA.peer_id))
+        flood = [asyncio.create_task(host.hosting.answer(request, "mallory")) for _ in range(100)]
+        await until(lambda: sum(task.done() for task in flood) == 92)
+        anna = asyncio.create_task(host.hosting.answer(request, "anna"))
+        await asyncio.sleep(0.01)
+        assert not anna.done()
+        host.calls.gate.set()
+        assert (await anna).HasField("manifest")
+        await asyncio.gather(*flood)
+        assert not host.hosting._waiting
 
     run(script)
 

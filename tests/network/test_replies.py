@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_throttle import held_of, request
 
 from swarmtrain.errors import BadBytesError, UnreachableError
 from swarmtrain.network import replies as replies_module
 from swarmtrain.network.replies import ChunkReply, Replies, Reply, answer
+from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 OK, END = pb.PullReply(status=pb.PullReply.STATUS_OK), pb.PullReply(end=True)
@@ -292,6 +295,32 @@ def test_so_does_one_that_hangs_up_while_it_waits_for_its_turn() -> None:
         pair.there.close()
         await answering
         assert ended == [True]
+
+    with_a_pair(body)
+
+
+def test_one_that_takes_nothing_is_cut_off_for_the_next_and_holds_no_snapshot_any_more() -> None:
+    async def body(pair: Pair) -> None:
+        now_s, held = 0.0, held_of(16)
+        store = SnapshotStore(max_readers=1, reader_stall_s=20.0, clock=lambda: now_s)
+        store.add(held)
+        await pair.write(frame(request(16)))
+        answering = asyncio.create_task(answer(*pair.ours, pb.PullRequest(), store.serve))
+        await pair.read(len(frame(OK)) + 1)
+        is_held, name = weakref.ref(held), held.snapshot.sha256
+        del held
+        store.drop(name)
+        now_s = 19.0
+        assert [reply.status async for reply in store.serve(request(1))] == [pb.PullReply.STATUS_BUSY]
+        now_s = 21.0
+        store.add(held_of(1))
+        assert [reply.end async for reply in store.serve(request(1))][-1]
+        await answering
+        assert is_held() is None and store.num_readers == 0
+        before_the_end = 0
+        while part := await pair.read(65536):
+            before_the_end += len(part)
+        assert before_the_end < 16 * CHUNK_BYTES, "what is left of it is not sent"
 
     with_a_pair(body)
 

@@ -10,7 +10,7 @@ import pytest
 from test_throttle import held_of, request
 from virtual_loop import virtually
 
-from swarmtrain.errors import PeerError
+from swarmtrain.errors import BusyError, PeerError
 from swarmtrain.network import service as service_module
 from swarmtrain.network.node import Traffic
 from swarmtrain.network.refusals import rule_of
@@ -44,6 +44,10 @@ class Peer:
     async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
         self.num_answered += 1
         return pb.PublicationReply(manifest=pb.Signed())
+
+    async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
+        self.num_answered += 1
+        return pb.RoundReply(current_round=7)
 
     def refused(self, peer: str, error: PeerError) -> None:
         self.named.append((peer, str(error)))
@@ -85,6 +89,42 @@ def test_a_flood_of_calls_gets_short_answers_and_is_named_and_others_are_served(
         for _ in range(100):
             await asyncio.sleep(0.02)
             assert not (await calls[0]()).busy, "fifty a second are answered again"
+
+    in_virtual_time(body)
+
+
+def test_so_do_floods_of_files_and_of_questions_to_be_dialled(in_virtual_time: Any) -> None:
+    async def body(peer: Peer, clock: Any) -> None:
+        service, unknown, busy = peer.service, pb.PullReply.STATUS_UNKNOWN, pb.PullReply.STATUS_BUSY
+
+        async def file_status(caller: str) -> Any:
+            return [reply.status async for reply in service.blob_replies(pb.BlobRequest(sha256=bytes(32)), caller)]
+
+        for _ in range(128):
+            assert await file_status("mallory") == [unknown]
+            refused = await service.rpc_dial(pb.DialRequest(), MALLORY)
+            assert refused.outcome == pb.DialReply.OUTCOME_REFUSED
+        assert await file_status("mallory") == [busy]
+        assert (await service.rpc_dial(pb.DialRequest(), MALLORY)).outcome == pb.DialReply.OUTCOME_BUSY
+        assert {(who, rule_of(detail)) for who, detail in peer.named} == {("mallory", "flood")}
+        assert await file_status("anna") == [unknown]
+
+    in_virtual_time(body)
+
+
+def test_a_flood_of_questions_about_rounds_is_not_answered_and_one_that_pulls_hears_of_the_round(
+    in_virtual_time: Any,
+) -> None:
+    async def body(peer: Peer, clock: Any) -> None:
+        for _ in range(300):
+            await peer.service.rpc_hello(pb.HelloRequest(), ANNA)
+        assert (await peer.service.rpc_round(pb.RoundRequest(), ANNA)).current_round == 7
+        peer.num_answered = 0
+        for _ in range(256):
+            await peer.service.rpc_round(pb.RoundRequest(), MALLORY)
+        with pytest.raises(BusyError):
+            await peer.service.rpc_round(pb.RoundRequest(), MALLORY)
+        assert peer.num_answered == 256 and peer.named[-1] == ("mallory", "more than 64 calls a second")
 
     in_virtual_time(body)
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from replies import Replies
+from virtual_loop import virtually
 
 from swarmtrain.errors import BadBytesError, BrokenOffError, PeerError, StalledError, UnreachableError
 from swarmtrain.network.identity import new_identity, peer_bytes
@@ -393,6 +394,25 @@ def test_a_source_that_is_always_busy_is_given_up() -> None:
     with pytest.raises(UnreachableError):
         network.pull(["busy"])
     assert 10 <= len(network.asked) <= 30
+
+
+@pytest.mark.parametrize(("answer_s", "num_asked"), [(0.3, 600), (9.9, 4)])
+def test_a_source_that_says_busy_late_is_given_up_as_soon_and_one_behind_a_slow_link_is_not(
+    answer_s: float, num_asked: int
+) -> None:
+    async def says_busy(request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:
+        await asyncio.sleep(answer_s)
+        yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
+
+    network = Network({"busy": says_busy})
+
+    async def body(clock: Callable[[], float]) -> None:
+        held, limits = empty_held(WHOLE.snapshot), PullLimits(clock=clock)
+        with pytest.raises(UnreachableError):
+            await pull_chunks(held, range(1), ["busy"], network.open_pull, limits, network.blame)
+
+    virtually(body)
+    assert len(network.asked) == pytest.approx(num_asked, abs=1)
 
 
 def test_nobody_delivers() -> None:

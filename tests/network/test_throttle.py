@@ -162,6 +162,26 @@ def test_so_many_places_and_one_more_when_the_number_grows() -> None:
     assert len(seen) == 14 and max(seen[:6]) == 2 and max(seen) == 4
 
 
+def test_a_place_is_not_lost_with_one_that_gives_up_as_it_is_told_of_it() -> None:
+    async def body(clock: Callable[[], float]) -> list[str]:
+        places, entered = Places(lambda: 1), list[str]()
+
+        async def stay(name: str) -> None:
+            async with places:
+                entered.append(name)
+                await asyncio.sleep(1.0)
+
+        async with places:
+            second, third, fourth = (asyncio.create_task(stay(name)) for name in ("second", "third", "fourth"))
+            await asyncio.sleep(1.0)
+        second.cancel()
+        await asyncio.wait([third, fourth], timeout=60)
+        assert second.cancelled() and clock() == 3.0
+        return entered
+
+    assert virtually(body) == ["third", "fourth"]
+
+
 # ---------------------------------------------------------------- serving
 
 

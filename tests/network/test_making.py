@@ -1,0 +1,141 @@
+"""What is made when somebody asks, a publication or a state: once for all, also when those who asked have gone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+from test_gossiping import run, until
+
+from swarmtrain.membership.progress import Progress
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.offering import Offer
+from swarmtrain.network.publications import Publication, Publisher
+from swarmtrain.network.snapshots import Body, Held, SnapshotStore, TensorSpec
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+ME, RUN, SPECS = new_identity(b"m" * 32), "ab" * 32, (TensorSpec("w", (2,)),)
+
+
+class Maker:
+    """A peer whose work takes until `gate` opens, and what it made of which round."""
+
+    def __init__(self, kind: str) -> None:
+        self.store = SnapshotStore()
+        self.gate = threading.Event()
+        self.began: list[int] = []
+        self.num_running = self.most_running = 0
+        self.fails = False
+        self._publisher = Publisher(ME, RUN, SPECS, self.store)
+        self._offer = Offer(ME, RUN, SPECS, self.store)
+        self.has, self.ask = {
+            "publication": (self._publishes, self._ask_for_publication),
+            "state": (self._offers, self._ask_for_state),
+        }[kind]
+
+    def _make(self, round: int) -> None:
+        self.began.append(round)
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        assert self.gate.wait(20)
+        self.num_running -= 1
+        if self.fails:
+            raise MemoryError
+
+    def _publishes(self, round: int) -> None:
+        def encode() -> Body:
+            self._make(round)
+            return Body([bytes(8)])
+
+        self._publisher.newest = Publication(
+            round=round, part=1, tokens=9, inner_steps=1, author_tokens=9, encode=encode
+        )
+
+    async def _ask_for_publication(self) -> Held | None:
+        return await self._publisher.held_after(pb.PublicationRequest())
+
+    def _offers(self, round: int) -> None:
+        progress = Progress(round=round)
+        self._offer.put(progress, Body([bytes(8)]), lambda manifest: self._make(round))
+
+    async def _ask_for_state(self) -> Held | None:
+        found = await self._offer.held(0)
+        return None if found is None else found[1]
+
+
+each_kind = pytest.mark.parametrize("kind", ["publication", "state"])
+
+
+async def asked_and_gone(ask: Callable[[], Awaitable[object]], began: Callable[[], bool]) -> None:
+    """Somebody asks, and gives up once the work has begun."""
+    task = asyncio.ensure_future(ask())
+    await asyncio.sleep(0)
+    await until(began)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+
+@each_kind
+def test_who_asks_and_goes_a_hundred_times_has_it_made_once(kind: str) -> None:
+    async def script() -> None:
+        maker = Maker(kind)
+        maker.has(3)
+        for _ in range(100):
+            await asked_and_gone(maker.ask, lambda: bool(maker.began))
+        waiting = [asyncio.ensure_future(maker.ask()) for _ in range(3)]
+        await asyncio.sleep(0)
+        maker.gate.set()
+        first, *others = await asyncio.gather(*waiting)
+        assert first is not None and all(other is first for other in others)
+        assert maker.began == [3] and maker.store.get(first.snapshot.sha256) is first
+
+    run(script)
+
+
+@each_kind
+def test_what_was_made_for_one_that_went_is_there_for_the_next(kind: str) -> None:
+    async def script() -> None:
+        maker = Maker(kind)
+        maker.has(3)
+        await asked_and_gone(maker.ask, lambda: bool(maker.began))
+        maker.gate.set()
+        await until(lambda: not maker.num_running)
+        assert await maker.ask() is not None and maker.began == [3]
+
+    run(script)
+
+
+@each_kind
+def test_a_newer_one_is_made_after_the_one_that_nobody_waits_for(kind: str) -> None:
+    async def script() -> None:
+        maker = Maker(kind)
+        maker.has(3)
+        await asked_and_gone(maker.ask, lambda: bool(maker.began))
+        maker.has(4)
+        asking = asyncio.ensure_future(maker.ask())
+        await asyncio.sleep(0.01)
+        assert maker.began == [3]
+        maker.gate.set()
+        held = await asking
+        assert held is not None and held.snapshot.manifest.round == 4
+        assert maker.began == [3, 4] and maker.most_running == 1
+
+    run(script)
+
+
+@each_kind
+def test_what_failed_is_tried_again(kind: str) -> None:
+    async def script() -> None:
+        maker = Maker(kind)
+        maker.has(3)
+        maker.gate.set()
+        maker.fails = True
+        with pytest.raises(MemoryError):
+            await maker.ask()
+        maker.fails = False
+        assert await maker.ask() is not None and maker.began == [3, 3]
+
+    run(script)
