@@ -20,12 +20,14 @@ from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.partners import BackOff
 
 __all__ = [
+    "KEPT_OF_A_GUEST",
     "MAX_GUESTS",
     "MAX_HOSTS",
     "NUM_ASKED",
     "Guests",
     "HostCandidate",
     "HostChoice",
+    "HostOrder",
     "Reach",
     "Reachability",
     "callable_first",
@@ -45,7 +47,7 @@ NUM_ASKED = 3
 
 _NUM_HOSTS = 2
 _HOST_MEMORY_BYTES = 2 * 1024**3
-_KEPT_OF_A_GUEST = 2
+KEPT_OF_A_GUEST = 2
 
 
 class Reach(Enum):
@@ -213,7 +215,7 @@ class HostChoice:
 
 def most_guests(publication_bytes: int) -> int:
     """How many a host can have at most, given what a publication takes of its memory: the last two of each are kept."""
-    return max(1, min(MAX_GUESTS, _HOST_MEMORY_BYTES // max(1, _KEPT_OF_A_GUEST * publication_bytes)))
+    return max(1, min(MAX_GUESTS, _HOST_MEMORY_BYTES // max(1, KEPT_OF_A_GUEST * publication_bytes)))
 
 
 @dataclass
@@ -242,3 +244,18 @@ class Guests:
         """The guests."""
         here = {peer: heard_s for peer, heard_s in dict(self._heard_s).items() if now < heard_s + self.silent_s}
         return tuple(here)
+
+
+@dataclass
+class HostOrder:
+    """The reader's part: whom of a hidden peer's hosts to ask first. One that fails is left alone for a while."""
+
+    me: str
+    rng: random.Random = field(default_factory=random.Random)
+    back_off: BackOff = field(default_factory=lambda: BackOff(first_s=5.0, most_s=60.0))
+
+    def of(self, hosts: Sequence[str], now: float) -> list[str]:
+        """The others of them, by lot, those that have just failed last."""
+        others = [host for host in hosts if host != self.me]
+        ready, _ = self.back_off.ready(others, now)
+        return sorted(self.rng.sample(others, len(others)), key=lambda host: host not in ready)

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import BadBytesError, PeerError
-from swarmtrain.membership.hosts import Guests, most_guests
+from swarmtrain.membership.hosts import KEPT_OF_A_GUEST, Guests, HostOrder, most_guests
 from swarmtrain.membership.lifecycle import Membership
-from swarmtrain.membership.partners import BackOff
 from swarmtrain.membership.pulls import SECTIONS, Section
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
@@ -38,7 +36,6 @@ _WAIT_S = 20.0
 _MAX_WAITING = 32
 _MAX_WAITING_A_CALLER = 8
 """Who gossips asks for the weights and the gradient of three partners, which may all be guests here."""
-_KEPT = 2
 
 
 @dataclass
@@ -147,7 +144,7 @@ class Hosting:
             return  # it left; if it is a guest again, that is another beginning
         self.store.add(held)
         kept.held.append(held)
-        while len(kept.held) > _KEPT:
+        while len(kept.held) > KEPT_OF_A_GUEST:
             self.store.drop(kept.held.pop(0).snapshot.sha256)
 
     def left(self, peer: str) -> None:
@@ -176,22 +173,22 @@ class Routes:
 
     node: Node
     membership: Membership
-    rng: random.Random = field(default_factory=random.Random)
-    back_off: BackOff = field(default_factory=lambda: BackOff(first_s=5.0, most_s=60.0))
+    order: HostOrder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = HostOrder(me=self.membership.me)
 
     async def to(self, peer: str) -> tuple[str, ...]:
         """`peer` itself, or if it cannot be called its hosts, in the order in which to ask them; maybe none."""
         info = self.membership.info(peer)
         if info is None or not info.hidden or await self.node.seen_at(peer):
             return (peer,)
-        hosts = [host for host in info.hosts if host != self.membership.me]
-        ready, _ = self.back_off.ready(hosts, swarm_time())
-        return tuple(sorted(self.rng.sample(hosts, len(hosts)), key=lambda host: host not in ready))
+        return tuple(self.order.of(info.hosts, swarm_time()))
 
     def failed(self, host: str, reason: str) -> None:
         """A host could not be reached, stalled, or lied: that is not the author's fault."""
-        _log.debug("host %s: %s", host, self.back_off.failed(host, swarm_time(), reason))
+        _log.debug("host %s: %s", host, self.order.back_off.failed(host, swarm_time(), reason))
 
     def answered(self, host: str) -> None:
         """Something good came through it."""
-        self.back_off.answered(host)
+        self.order.back_off.answered(host)

@@ -14,15 +14,16 @@ from functools import partial
 from typing import Any
 
 from swarmtrain.membership.hosts import (
+    KEPT_OF_A_GUEST,
     NUM_ASKED,
     Guests,
     HostChoice,
+    HostOrder,
     Reach,
     Reachability,
     host_candidates,
 )
 from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.partners import BackOff
 from swarmtrain.membership.pulls import SECTIONS, Section
 from swarmtrain.simulate.gossip import GossipPeer, GossipSettings, GossipSwarm, Publication
 from swarmtrain.simulate.messages import Link
@@ -31,7 +32,6 @@ from swarmtrain.simulate.network import Refused
 __all__ = ["HostedPeer", "HostedSwarm"]
 
 _LOOK_S = 5.0
-_KEPT = 2
 
 
 class HostedPeer(GossipPeer):
@@ -40,10 +40,10 @@ class HostedPeer(GossipPeer):
     def __init__(self, swarm: HostedSwarm, name: str, speed: float, theta: float, link: Link) -> None:
         self.hosted = swarm
         self.reachability, self.choice, self.guests = Reachability(), HostChoice(me=name), Guests()
-        self.routes = BackOff(first_s=5.0, most_s=60.0)
         self.most_guests = 0
         self._kept: dict[tuple[str, Section], list[Publication]] = {}
         self._chance = random.Random(f"hosts {swarm.seed} {name}")
+        self.order = HostOrder(me=name, rng=random.Random(f"order {swarm.seed} {name}"))
         super().__init__(swarm, name, speed, theta, link)
         swarm.clock.call_later(1.0 + self._chance.random(), self.deliver, self._look)
 
@@ -98,7 +98,7 @@ class HostedPeer(GossipPeer):
             if rest == f"manifest {section}":
                 if self.brings(author, section):
                     kept.append(self.hosted.peers[author].provide(rest))
-                    del kept[:-_KEPT]
+                    del kept[:-KEPT_OF_A_GUEST]
                 return kept[-1] if kept else Refused("it has published nothing yet")
         return next((one for section in SECTIONS for one in self._kept[author, section] if rest == one.body), None)
 
@@ -118,11 +118,7 @@ class HostedPeer(GossipPeer):
             else:  # one that has not found out yet
                 self.swarm.clock.call_later(self.settings.stall_limit_s, self.deliver, done, None)
             return
-        now = self.swarm.clock.now
-        hosts = self._rng.sample(info.hosts, len(info.hosts))
-        ready, _ = self.routes.ready(hosts, now)
-        hosts.sort(key=lambda host: host not in ready)
-        self._through(hosts, peer, what, num_bytes, done)
+        self._through(self.order.of(info.hosts, self.swarm.clock.now), peer, what, num_bytes, done)
 
     def _through(self, hosts: list[str], peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
         """Ask one of the hosts, the next one if it fails."""
@@ -141,11 +137,11 @@ class HostedPeer(GossipPeer):
 
     def _came(self, host: str, next_one: Callable[[], None], done: Callable[[Any], None], found: Any) -> None:
         if isinstance(found, Publication):
-            self.routes.answered(host)
+            self.order.back_off.answered(host)
             done(found)
             return
         if found is None:
-            self.routes.failed(host, self.swarm.clock.now, "unreachable")
+            self.order.back_off.failed(host, self.swarm.clock.now, "unreachable")
         next_one()
 
 

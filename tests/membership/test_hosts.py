@@ -12,6 +12,7 @@ from swarmtrain.membership.hosts import (
     Guests,
     HostCandidate,
     HostChoice,
+    HostOrder,
     Reach,
     Reachability,
     callable_first,
@@ -215,3 +216,11 @@ def test_one_that_was_lost_again_and_again_is_believed_once_it_says_why() -> Non
     assert table.state("a") is PeerState.LOST, "it is banned"
     table.saw_presence(PeerInfo(peer="a", stamp=39.5, hidden=True), 99.0, 39.5)
     assert table.state("a") is PeerState.LIVE
+
+
+def test_a_reader_asks_others_than_itself_and_last_who_has_just_failed() -> None:
+    order = HostOrder(me="anna", rng=random.Random(1))
+    assert sorted(order.of(("anna", "ben", "cleo", "dora"), 0.0)) == ["ben", "cleo", "dora"]
+    order.back_off.failed("ben", 0.0, "unreachable")
+    assert {order.of(("ben", "cleo"), 1.0)[-1] for _ in range(20)} == {"ben"}
+    assert {order.of(("ben", "cleo"), 9.0)[-1] for _ in range(20)} == {"ben", "cleo"}

@@ -192,7 +192,7 @@ def test_a_host_that_fails_or_lies_costs_the_author_nothing(fault: str) -> None:
         bad, good = Host(CARL, guest, fault), Host(ELSE, guest)
         me, _ = a_reader(guest, bad, good)
         assert me.gossip.routes is not None
-        me.gossip.routes.back_off.failed(ELSE.peer_id, swarm_time(), "the bad one is to be asked first")
+        me.gossip.routes.order.back_off.failed(ELSE.peer_id, swarm_time(), "the bad one is to be asked first")
         me.begin(0)
         assert (await me.take(1))[DORA.peer_id].tokens == 100
         assert bad.num_asked >= 1
