@@ -21,22 +21,26 @@ import torch
 from torch import Tensor
 
 from swarmtrain import __version__
-from swarmtrain.algorithm.outer import OuterState, flatten
+from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.prepare import publishable_data
-from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
-from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent
-from swarmtrain.membership.ending import may_come_back
+from swarmtrain.events import DoneEvent, WarningEvent
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
-from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.peer.bootstrap_peer import LAST_ARCHIVE_S, BootstrapPeer
+from swarmtrain.peer.bootstrap_peer import (
+    FLUSH_S,
+    LAST_ARCHIVE_S,
+    LAST_SAMPLE,
+    LINGER_S,
+    LOOK_EVERY_S,
+    BootstrapPeer,
+)
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import (
     Emit,
@@ -44,13 +48,11 @@ from swarmtrain.peer.common import (
     PeerSettings,
     StopFlag,
     clock_warning,
-    held_out_loss,
     leave_swarm,
-    save_final_model,
-    save_model,
     show_invite,
     use_threads,
     wait_for,
+    weights_in,
 )
 from swarmtrain.peer.consensus import ARCHIVED
 from swarmtrain.peer.controlled import controlled
@@ -69,13 +71,9 @@ from swarmtrain.v1 import control_pb2 as pb
 __all__ = ["publish_run", "run_bootstrap"]
 
 _log = logging.getLogger(__name__)
-_LOOK_EVERY_S = 1.0
-_LINGER_S = 60.0
-_LAST_SAMPLE = 4
 _LAST_ROUND_S = 20.0
 """With each peer at its own pace: how long those who have not ended their last round are waited for."""
 _REDIAL_S = 3.0
-_FLUSH_S = 5.0
 _LAST_ANSWER_S = 2.0
 
 
@@ -182,7 +180,8 @@ class _Bootstrap(BootstrapPeer):
         self.control.finishing("measuring and saving the model")
         self._measure_and_save()
         self.control.finishing("serving on until the volunteers have left, those who may come back included")
-        self._wait_for_goodbyes(swarm)
+        total = self.published.run.run.total_tokens if swarm.asynchronous else None
+        self.wait_for_goodbyes(swarm, self.progress, total, lambda: self._tell_archived(swarm))
         wait_for(self.network.submit(swarm.tallying.read_all()), self.stop)
         complete = self.progress.run_tokens >= self.published.run.run.total_tokens
         return self.done("total_tokens" if complete else "the volunteers left without the last state")
@@ -266,14 +265,14 @@ class _Bootstrap(BootstrapPeer):
         end_seen_s = first_s = math.inf
         complete = self.is_final = self.progress.run_tokens >= total
         while not complete:
-            self.stop.sleep(_LOOK_EVERY_S)
+            self.stop.sleep(LOOK_EVERY_S)
             self.control.board.beat()
             self._ask_how_far(swarm)
             told = [info.run_tokens for info in swarm.membership.volunteers()]
             newest = max(told, default=0)
             if told:  # what one of them claims does not end a run that others still train
                 end_seen_s = min(end_seen_s, time.monotonic()) if min(told) >= total else math.inf
-            if time.monotonic() > end_seen_s + _LINGER_S:
+            if time.monotonic() > end_seen_s + LINGER_S:
                 self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
                 return
             last = newest >= total
@@ -317,7 +316,7 @@ class _Bootstrap(BootstrapPeer):
             return
         self.keeper.keep(kept)
         self.state, self.progress = kept.state, kept.progress
-        self._try_to_write_archive(kept)
+        self._write_kept(kept)
 
     def _last_kept(self, swarm: Swarm) -> Checkpoint | None:
         if self.server is not None:
@@ -332,7 +331,7 @@ class _Bootstrap(BootstrapPeer):
         if not peers:
             return None
         if swarm.asynchronous:
-            return await fetch_present(swarm, peers[:_LAST_SAMPLE], "archive", self.progress.run_tokens)
+            return await fetch_present(swarm, peers[:LAST_SAMPLE], "archive", self.progress.run_tokens)
         asking = [asyncio.create_task(swarm.rounds.ask_now([peer])) for peer in peers]
         answered, late = await asyncio.wait(asking, timeout=_LAST_ANSWER_S)
         await end_tasks(late)
@@ -355,10 +354,10 @@ class _Bootstrap(BootstrapPeer):
         assert keeper is not None
         kept = self._kept(present)
         keeper.keep(kept)
-        keeper.checkpointer.flush(_FLUSH_S)  # so that it can be told at once
+        keeper.checkpointer.flush(FLUSH_S)  # so that it can be told at once
         wait_for(self.network.submit(keeper.offer(swarm, kept)), self.stop)
         self._have(swarm, kept)
-        self._try_to_write_archive(kept)
+        self._write_kept(kept)
         return True
 
     def _archive_own(self, swarm: Swarm, last: bool) -> bool:
@@ -374,9 +373,9 @@ class _Bootstrap(BootstrapPeer):
             return False
         kept = self._of_server(server)
         keeper.keep(kept)
-        keeper.checkpointer.flush(_FLUSH_S)
+        keeper.checkpointer.flush(FLUSH_S)
         self._have(swarm, kept)
-        self._try_to_write_archive(kept)
+        self._write_kept(kept)
         return True
 
     def _of_server(self, server: MergeServer) -> Checkpoint:
@@ -399,38 +398,12 @@ class _Bootstrap(BootstrapPeer):
             extra=self.keeper.checkpointer.extra(),
         )
 
-    def _try_to_write_archive(self, kept: Checkpoint) -> None:
-        try:
-            self._write_archive(kept)
-        except OSError as error:
-            self.emit(WarningEvent(message=f"the archive could not be written: {error.strerror}; make room"))
-        except UserError as error:
-            self.emit(WarningEvent(message=f"the archive could not be written: {error}"))
-
-    def _write_archive(self, kept: Checkpoint) -> None:
-        progress = kept.progress
+    def _write_kept(self, kept: Checkpoint) -> None:
         model = build_model(self.published.run.model, self.published.run.run.seed)
-        save_model(self.folder.archive_path, model, kept.state.theta, self.published, progress)
-        path = str(self.folder.archive_path)
-        self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=path))
+        self.write_archive(weights_in(model, kept.state.theta), kept.progress)
 
     def _measure_and_save(self) -> None:
-        run = self.published.run
-        model = build_model(run.model, run.run.seed)
-        tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, run.model.vocabulary_size)
-        if self.state is None:
-            return
-        self.loss = held_out_loss(model, self.state.theta, self.published, tokenizer, self.stop.check)
-        self.emit(EvalEvent(round=self.progress.round - 1, held_out_loss=self.loss))
-        if warning := save_final_model(self.folder, model, self.state.theta, self.published, self.progress):
-            self.emit(warning)
-
-    def _wait_for_goodbyes(self, swarm: Swarm) -> None:
-        """Serve on until the volunteers have left, and for those who may come back; a minute at most."""
-        give_up_s = time.monotonic() + _LINGER_S
-        while time.monotonic() < give_up_s:
-            total = self.published.run.run.total_tokens if swarm.asynchronous else None
-            if not may_come_back(swarm.membership, self.progress, self.since_s, swarm_time(), total):
-                return
-            self._tell_archived(swarm)
-            self.stop.sleep(0.1)
+        if self.state is not None:
+            model = build_model(self.published.run.model, self.published.run.run.seed)
+            unflatten_into(self.state.theta, model.parameters())
+            self.measure_and_save(model, self.progress)

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from swarmtrain.events import DoneEvent, short_peer, stamped
+from torch import Tensor
+
+from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
+from swarmtrain.errors import UserError
+from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer, stamped
+from swarmtrain.membership.ending import may_come_back
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.progress import Progress
+from swarmtrain.model.gpt import GPT
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.finding import PublishedRun
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.common import Emit, PeerSettings, as_peer, process_age_s, start_node
+from swarmtrain.peer.common import (
+    Emit,
+    PeerSettings,
+    as_peer,
+    held_out_loss_of,
+    process_age_s,
+    save_final_weights,
+    save_weights,
+    start_node,
+)
 from swarmtrain.peer.controlled import Controlled
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.stopping import StopFlag
 
-__all__ = ["LAST_ARCHIVE_S", "BootstrapPeer"]
+__all__ = ["FLUSH_S", "LAST_ARCHIVE_S", "LAST_SAMPLE", "LINGER_S", "LOOK_EVERY_S", "BootstrapPeer"]
+
+LOOK_EVERY_S = 1.0
+LINGER_S = 60.0
+FLUSH_S = 5.0
+LAST_SAMPLE = 4
+"""So many are asked for a last archive."""
 
 LAST_ARCHIVE_S = 4.0
 """How long one last archive may take when a bootstrap is asked to leave."""
@@ -52,6 +76,38 @@ class BootstrapPeer:
         self.name = self.settings.name or short_peer(node.identity.peer_id)
         self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
         return node, PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
+
+    def write_archive(self, weights: Mapping[str, Tensor], progress: Progress) -> None:
+        """The model's weights by name, for whoever reads them; what keeps them out of the folder is a warning."""
+        path = self.folder.archive_path
+        try:
+            save_weights(path, weights, self.published, progress)
+        except OSError as error:
+            self.emit(WarningEvent(message=f"the archive could not be written: {error.strerror}; make room"))
+        except UserError as error:
+            self.emit(WarningEvent(message=f"the archive could not be written: {error}"))
+        else:
+            self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(path)))
+
+    def measure_and_save(self, model: GPT, progress: Progress) -> None:
+        """The run is over, with the weights that are in the model."""
+        tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, self.published.run.model.vocabulary_size)
+        self.loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
+        self.emit(EvalEvent(round=max(0, progress.round - 1), held_out_loss=self.loss))
+        weights = dict(model.named_parameters())
+        if warning := save_final_weights(self.folder, weights, self.published, progress):
+            self.emit(warning)
+
+    def wait_for_goodbyes(
+        self, swarm: Swarm, progress: Progress, total_tokens: int | None, tell: Callable[[], None]
+    ) -> None:
+        """Serve on until the volunteers have left, and for those who may come back; a minute at most."""
+        give_up_s = time.monotonic() + LINGER_S
+        while time.monotonic() < give_up_s:
+            tell()
+            if not may_come_back(swarm.membership, progress, self.since_s, swarm_time(), total_tokens):
+                return
+            self.stop.sleep(0.1)
 
     def leave_stages(self) -> None:
         """Goodbye to those who hold stages, before the run's swarm is left: here there are none."""

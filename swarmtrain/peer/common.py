@@ -47,7 +47,7 @@ __all__ = [
     "leave_swarm",
     "named_weights",
     "process_age_s",
-    "save_final_model",
+    "save_final_weights",
     "save_model",
     "save_weights",
     "show_invite",
@@ -55,6 +55,7 @@ __all__ = [
     "state_of",
     "use_threads",
     "wait_for",
+    "weights_in",
 ]
 
 _log = logging.getLogger(__name__)
@@ -212,12 +213,12 @@ def _checked(batches: Iterable[Tensor], check: Callable[[], None]) -> Iterator[T
         yield batch
 
 
-def save_final_model(
-    folder: PeerFolder, model: GPT, theta: Tensor, published: PublishedRun, progress: Progress
+def save_final_weights(
+    folder: PeerFolder, weights: Mapping[str, Tensor], published: PublishedRun, progress: Progress
 ) -> WarningEvent | None:
-    """`save_model` at a run's end; what is said if the folder does not take it, for there is more to do."""
+    """`save_weights` at a run's end; what is said if the folder does not take it, for there is more to do."""
     try:
-        save_model(folder.model_path, model, theta, published, progress)
+        save_weights(folder.model_path, weights, published, progress)
     except OSError as error:
         return WarningEvent(message=f"the model could not be saved in {folder.path}: {error.strerror}")
     except UserError as error:
@@ -233,8 +234,13 @@ def named_weights(theta: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tenso
 
 def save_model(folder: Path, model: GPT, theta: Tensor, published: PublishedRun, progress: Progress) -> None:
     """Write the model with weights `theta` (P,) for `eval`, `generate` and strangers."""
+    save_weights(folder, weights_in(model, theta), published, progress)
+
+
+def weights_in(model: GPT, theta: Tensor) -> dict[str, Tensor]:
+    """The model's weights by name, once it has those of `theta` (P,)."""
     unflatten_into(theta, model.parameters())
-    save_weights(folder, dict(model.named_parameters()), published, progress)
+    return dict(model.named_parameters())
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], published: PublishedRun, progress: Progress) -> None:

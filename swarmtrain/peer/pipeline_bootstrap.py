@@ -18,30 +18,30 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
-from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
+from swarmtrain.errors import RunTimeError, SwarmtrainError
 from swarmtrain.events import (
-    ArchivedEvent,
     DoneEvent,
-    EvalEvent,
     WarningEvent,
 )
-from swarmtrain.membership.ending import may_come_back
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.stages import is_first_stage_done
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.stages import StageShape, build_stage, joined_weights, stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
-from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import Node
 from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.bootstrap_peer import LAST_ARCHIVE_S, BootstrapPeer
+from swarmtrain.peer.bootstrap_peer import (
+    FLUSH_S,
+    LAST_ARCHIVE_S,
+    LAST_SAMPLE,
+    LINGER_S,
+    LOOK_EVERY_S,
+    BootstrapPeer,
+)
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import (
-    held_out_loss_of,
     named_weights,
-    save_weights,
     show_invite,
     wait_for,
 )
@@ -56,13 +56,9 @@ from swarmtrain.v1 import control_pb2 as control_pb
 __all__ = ["PipelineBootstrap"]
 
 _log = logging.getLogger(__name__)
-_LOOK_EVERY_S = 1.0
-_LAST_SAMPLE = 4
-_FLUSH_S = 5.0
 _LAST_PULL_S = 3.0
 _LAST_ROUND_S = 30.0
 """How long those of a stage that have not ended their last round are waited for."""
-_LINGER_S = 60.0
 _T = TypeVar("_T")
 
 
@@ -117,7 +113,7 @@ class PipelineBootstrap(BootstrapPeer):
         self.control.finishing("measuring and saving the model")
         self._measure_and_save()
         self.control.finishing("serving on until the volunteers have left, those who may come back included")
-        self._wait_for_goodbyes(swarm)
+        self.wait_for_goodbyes(swarm, self.progress, self.published.run.run.total_tokens, self._tell_all)
         complete = all(archive.is_final for archive in self.archives)
         return self.done("total_tokens" if complete else "the volunteers left without the last state")
 
@@ -166,7 +162,7 @@ class PipelineBootstrap(BootstrapPeer):
         total = self.published.run.run.total_tokens
         next_s, ended_s = time.monotonic(), float("inf")
         while not all(archive.is_final for archive in self.archives):
-            self.stop.sleep(_LOOK_EVERY_S)
+            self.stop.sleep(LOOK_EVERY_S)
             self.control.board.beat()
             volunteers = swarm.membership.volunteers()
             if ended_s == float("inf") and is_first_stage_done(volunteers, swarm.membership.known(), total):
@@ -174,7 +170,7 @@ class PipelineBootstrap(BootstrapPeer):
             is_last = ended_s < float("inf")
             if is_last:
                 self._archive_ended(time.monotonic() > ended_s + _LAST_ROUND_S)
-                if time.monotonic() > ended_s + _LAST_ROUND_S + _LINGER_S:
+                if time.monotonic() > ended_s + _LAST_ROUND_S + LINGER_S:
                     self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
                     return
             elif self._archive_the_lonely():
@@ -183,7 +179,7 @@ class PipelineBootstrap(BootstrapPeer):
                 found = [self._archive(archive) for archive in self.archives]
                 next_s = time.monotonic() + (every_s if all(found) else min(every_s, 5.0))
                 if any(found):
-                    self._try_to_write_archive()
+                    self._write_joined()
             self._keep_peers()
 
     def _archive_the_lonely(self) -> bool:
@@ -206,7 +202,7 @@ class PipelineBootstrap(BootstrapPeer):
                 archive.is_final = self._archive(archive, last=True) or (is_late and archive.state is not None)
                 self._tell(archive)
         if all(archive.is_final for archive in self.archives):
-            self._try_to_write_archive()
+            self._write_joined()
 
     def _archive(self, archive: StageArchive, last: bool = False) -> bool:
         """Pull the stage's present weights, write them down, and offer them; False if there is nothing new."""
@@ -214,13 +210,13 @@ class PipelineBootstrap(BootstrapPeer):
         if present is None:
             return False
         self._keep(archive, present)
-        archive.keeper.checkpointer.flush(_FLUSH_S)
+        archive.keeper.checkpointer.flush(FLUSH_S)
         self._tell(archive)
         return True
 
     async def _pulled_soon(self, archives: Sequence[StageArchive]) -> list[Present | BaseException | None]:
         """What a few of each stage have, all stages at once; one that fails keeps no other back."""
-        pulls = (self._pulled(archive, _LAST_SAMPLE, _LAST_PULL_S) for archive in archives)
+        pulls = (self._pulled(archive, LAST_SAMPLE, _LAST_PULL_S) for archive in archives)
         return await asyncio.gather(*pulls, return_exceptions=True)
 
     async def _pulled(
@@ -264,7 +260,7 @@ class PipelineBootstrap(BootstrapPeer):
                     self._keep(archive, present)
         except (Interrupted, SwarmtrainError) as error:
             _log.info("no last archive of some stages: %r", error)
-        self._try_to_write_archive()
+        self._write_joined()
 
     def _keep_peers(self) -> None:
         assert self.keeper is not None
@@ -282,45 +278,19 @@ class PipelineBootstrap(BootstrapPeer):
             return None
         return joined_weights(archive.weights() for archive in self.archives)
 
-    def _try_to_write_archive(self) -> None:
-        weights = self._joined()
-        if weights is None:
-            return
-        progress, path = self.progress, self.folder.archive_path
-        try:
-            save_weights(path, weights, self.published, progress)
-        except OSError as error:
-            self.emit(WarningEvent(message=f"the archive could not be written: {error.strerror}; make room"))
-        except UserError as error:
-            self.emit(WarningEvent(message=f"the archive could not be written: {error}"))
-        else:
-            self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(path)))
+    def _write_joined(self) -> None:
+        if (weights := self._joined()) is not None:
+            self.write_archive(weights, self.progress)
 
     def _measure_and_save(self) -> None:
-        weights, run = self._joined(), self.published.run
-        if weights is None:
-            return
-        model: GPT = build_model(run.model, run.run.seed)
-        model.load_state_dict(weights)
-        tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, run.model.vocabulary_size)
-        self.loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
-        self.emit(EvalEvent(round=max(0, self.progress.round - 1), held_out_loss=self.loss))
-        try:
-            save_weights(self.folder.model_path, weights, self.published, self.progress)
-        except OSError as error:
-            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error.strerror}"))
-        except UserError as error:
-            self.emit(WarningEvent(message=f"the model could not be saved in {self.folder.path}: {error}"))
+        if (weights := self._joined()) is not None:
+            model: GPT = build_model(self.published.run.model, self.published.run.run.seed)
+            model.load_state_dict(weights)
+            self.measure_and_save(model, self.progress)
 
-    def _wait_for_goodbyes(self, swarm: Swarm) -> None:
-        """Serve on until the volunteers have left, and for those who may come back; a minute at most."""
-        give_up_s, total = time.monotonic() + _LINGER_S, self.published.run.run.total_tokens
-        while time.monotonic() < give_up_s:
-            for archive in self.archives:
-                self._tell(archive)
-            if not may_come_back(swarm.membership, self.progress, self.since_s, swarm_time(), total):
-                return
-            self.stop.sleep(0.1)
+    def _tell_all(self) -> None:
+        for archive in self.archives:
+            self._tell(archive)
 
     def leave_stages(self) -> None:
         """See `BootstrapPeer`."""

@@ -51,10 +51,11 @@ from swarmtrain.peer.common import (
     held_out_loss,
     leave_swarm,
     process_age_s,
-    save_final_model,
+    save_final_weights,
     show_invite,
     start_node,
     wait_for,
+    weights_in,
 )
 from swarmtrain.peer.controlled import Controlled, controlled
 from swarmtrain.peer.exchange import RosterExchange, SwarmExchange
@@ -476,7 +477,8 @@ class _Volunteer:
             if theta is not trainer.state.theta:
                 own_loss, loss = loss, self._measure(theta, ready)
             self.emit(EvalEvent(round=trainer.progress.round - 1, held_out_loss=loss, own_loss=own_loss))
-            if warning := save_final_model(self.folder, ready.model, theta, ready.published, trainer.progress):
+            weights = weights_in(ready.model, theta)
+            if warning := save_final_weights(self.folder, weights, ready.published, trainer.progress):
                 self.emit(warning)
             self.control.finishing("serving on until others have them")
             while time.monotonic() < give_up_s or (
