@@ -73,7 +73,6 @@ _KEEP_PEERS_EVERY_S = 10.0
 _COMPANY_S = 1.0
 """Once enough are here, for so long nobody decides: by then all have seen each other."""
 _LINGER_S = 60.0
-_ASK_S = 10.0
 _STOP_DRIVING_S = 15.0
 _LAST_DRAIN_S = 0.5
 _SWITCH_S = 0.0005
@@ -441,7 +440,7 @@ class PipelineVolunteer:
         return True
 
     def _ask_to_stay(self, peer: str, stage: int) -> tuple[float, str]:
-        return self.network.run(self.calls.ask_to_stay(peer, stage), _ASK_S)
+        return self._wait(self.calls.ask_to_stay(peer, stage))
 
     def _asked_to_stay(self, mover: str, stage: int) -> tuple[float, str]:
         """In the network thread. Of strangers nobody is bound: who asks must be known to hold the stage."""
