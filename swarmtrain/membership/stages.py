@@ -35,9 +35,9 @@ class FirstStageWatch:
     """Watches whether the run's tokens have gone through the first stage: no more come then to those after it.
 
     Where everybody who drives says so, they have: each needs the others while it drives. One that never says so keeps
-    nobody for ever: once most of them do, or one does and this peer has counted nearly as many tokens itself, the others
-    have the time of a last round. What only somebody who has gone says, while nobody drives, is believed at once if this
-    peer has counted nearly as many, and else after that time: a view may miss those who drive for a moment.
+    nobody for ever: once most of them do, or one does and this peer has counted nearly as many tokens itself, the
+    others have the time of a last round. What only somebody who has gone says, while nobody drives, is believed at once
+    if this peer has counted nearly as many, and else after that time: a view may miss those who drive for a moment.
     """
 
     total_tokens: int
