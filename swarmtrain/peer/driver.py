@@ -370,10 +370,7 @@ class Driver:
                 settlement = Settlement(whom.life, said, dropped, self._settled_before(whom))
                 try:
                     async with asyncio.timeout(_SETTLE_LIMIT_S):
-                        late, reason = (
-                            await self.calls.settle(whom.peer, whom.stage, settlement),
-                            "it was told too late",
-                        )
+                        late = await self.calls.settle(whom.peer, whom.stage, settlement)
                 except (PeerError, TimeoutError) as error:
                     if self.now() < give_up_s:
                         await asyncio.sleep(again_s)
