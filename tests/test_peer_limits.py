@@ -269,7 +269,7 @@ def test_a_change_that_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatc
     before = kept.keeper.limits()
     with pytest.raises(UserError, match="nice: only an administrator"):
         kept.keeper.change(pb.Limits(up_mbit=2.0, nice=0))
-    with pytest.raises(UserError, match="up: 0.01 Mbit/s is too little"):
+    with pytest.raises(UserError, match=r"up: 0\.01 Mbit/s is too little"):
         kept.keeper.change(pb.Limits(up_mbit=0.01, nice=5))
     assert tried == [0], "what is refused anyway is not tried"
     assert kept.keeper.limits() == before and before.up_mbit == 4.0
