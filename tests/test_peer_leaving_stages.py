@@ -69,3 +69,15 @@ def test_one_stage_that_cannot_be_left_keeps_no_other() -> None:
     stages = StageStandIn(ended(BROKEN), []), StageStandIn(ended("total_tokens"), done)
     PipelineVolunteer._leave_everything(volunteer(*stages))
     assert done == ["withdraw", "close"]
+
+
+def test_one_that_drives_says_that_the_first_stage_is_done_before_its_others_are() -> None:
+    says = PipelineVolunteer._has_had_tokens
+    trains, is_done = StageStandIn(Future(), []), StageStandIn(ended("total_tokens"), [])
+    assert says(SimpleNamespace(held={0: is_done, 1: trains}))  # type: ignore[arg-type]
+    assert not says(SimpleNamespace(held={0: trains, 1: is_done}))  # type: ignore[arg-type]
+    for stages, done in (((is_done, is_done), True), ((is_done, trains), False), ((), False)):
+        one = volunteer(*stages)
+        one.held = {stage + 1: held for stage, held in one.held.items()}
+        one._all_done = lambda one=one: PipelineVolunteer._all_done(one)
+        assert says(one) == done

@@ -254,3 +254,37 @@ def test_usage_counts_this_process_out() -> None:
     others_s = usage.others_s() - others_before_s
     assert (busy_s() - busy_before_s) - others_s == pytest.approx(0.5, abs=0.15)
     assert 10**7 < usage.memory_bytes() < 10**11
+
+
+def test_a_change_that_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def refuse(nice: int) -> None:
+        tried.append(nice)
+        raise PermissionError
+
+    monkeypatch.setattr(module, "set_niceness", refuse)
+    kept, traffic = Kept(Limits(up_mbit=4.0)), Traffic()
+    kept.keeper.limit_link(traffic, NetworkSection())
+    before = kept.keeper.limits()
+    with pytest.raises(UserError, match="nice: only an administrator"):
+        kept.keeper.change(pb.Limits(up_mbit=2.0, nice=0))
+    with pytest.raises(UserError, match=r"up: 0\.01 Mbit/s is too little"):
+        kept.keeper.change(pb.Limits(up_mbit=0.01, nice=5))
+    assert tried == [0], "what is refused anyway is not tried"
+    assert kept.keeper.limits() == before and before.up_mbit == 4.0
+
+
+def test_of_two_changes_at_once_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept()
+    other = threading.Thread(target=lambda: kept.keeper.change(pb.Limits(threads=1)))
+
+    def meanwhile(nice: int) -> None:
+        other.start()
+        other.join(0.1)  # where it is not kept out
+
+    monkeypatch.setattr(module, "set_niceness", meanwhile)
+    kept.keeper.change(pb.Limits(nice=5))
+    other.join(10.0)
+    assert (kept.keeper.limits().threads, kept.keeper.limits().nice) == (1, 5)
+    assert kept.keeper._limits.nice == 5

@@ -205,16 +205,17 @@ def test_a_stage_that_is_told_to_stop_stops_within_a_batch() -> None:
     assert ended == ["interrupted"]
 
 
-def test_stages_after_the_first_end_with_what_there_is_when_drivers_have_no_more() -> None:
-    stop, over = threading.Event(), threading.Event()
+def test_stages_end_with_what_there_is_when_drivers_have_no_more_and_the_first_one_when_it_is_not_waited_for() -> None:
+    stop, over, is_late = threading.Event(), threading.Event(), threading.Event()
     reports: list[list[RoundReport]] = [[], [], []]
     trainers = [
         _trainer(build_stage(shape, RUN.run.seed), each, stop, float("inf"))
         for shape, each in zip(stage_shapes(RUN.model, BOUNDARIES), reports, strict=True)
     ]
     for trainer in trainers[1:]:
-        trainer.over = over.is_set
+        trainer.over, trainer.ends_by_count = over.is_set, False
         trainer.loop.over = over.is_set
+    trainers[0].over = trainers[0].loop.over = is_late.is_set
     ended: dict[int, str] = {}
 
     def train(stage: int) -> None:
@@ -244,17 +245,26 @@ def test_stages_after_the_first_end_with_what_there_is_when_drivers_have_no_more
         over.set()
         for thread in threads[1:]:
             thread.join(10.0)
-        assert ended == {1: "total_tokens", 2: "total_tokens"}
+        assert ended == {1: "total_tokens", 2: "total_tokens"}, "the first one ends by its tokens"
+        is_late.set()
+        threads[0].join(10.0)
+        assert ended[0] == "total_tokens"
     finally:
         stop.set()
-    threads[0].join(10.0)
-    assert ended[0] == "interrupted", "the first one ends by its tokens"
-    for trainer, each in zip(trainers[1:], reports[1:], strict=True):
+    for trainer, each in zip(trainers, reports, strict=True):
         (report,) = each
         assert (report.contribution.tokens, report.contribution.inner_steps, report.contribution.part) == (192, 2, 2)
         assert report.loss == pytest.approx((sum(losses[:4]) / 4 + sum(losses[4:]) / 2) / 2, abs=1e-6)
         assert trainer.finished and trainer.progress.run_tokens == 192
         assert trainer.steps_per_s > 0 and torch.isfinite(trainer.state.theta).all()
+
+
+def test_only_the_first_stage_ends_by_its_own_count() -> None:
+    trainer = _trainer(build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5), [], threading.Event(), 0.0)
+    trainer.progress = Progress(run_tokens=RUN.run.total_tokens)
+    assert trainer.finished
+    trainer.ends_by_count = False
+    assert not trainer.finished, "drivers still need it"
 
 
 def test_a_stage_that_nothing_came_to_ends_without_a_round() -> None:

@@ -35,10 +35,15 @@ __all__ = [
     "compute_speed",
     "first_stages",
     "live",
+    "may_move_again",
     "my_change",
     "stage_rates",
     "stages_for_joiner",
 ]
+
+_SETTLE_S = 60.0
+"""For so long after a move: how fast a peer is where it came to, and how fast the others are since, has to be measured
+first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +215,16 @@ def my_change(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tu
     if mine is not None:
         return mine, mine.reason
     return None, found[0].reason if found else reason
+
+
+def may_move_again(change: Change, peers: Iterable[StagePeer], since_s: float) -> tuple[bool, str]:
+    """Whether a peer that has moved `since_s` ago may make this change now, given the records that it sees; with the
+    reason. At once only to a stage that nobody holds, or to give one up."""
+    held = {stage for one in peers for stage in one.planned}
+    can_wait = bool(change.enters) and held.issuperset(change.enters)
+    if since_s < _SETTLE_S and can_wait:
+        return False, f"it has moved lately, and stays for now: {change.reason}"
+    return True, change.reason
 
 
 def changes(peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[list[Change], str]:

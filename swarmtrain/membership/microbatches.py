@@ -46,7 +46,8 @@ _NONE = (-1, False)
 _MOST_FILLED = 2
 """So many batches are filled while a closed one waits to be acknowledged: it should not take longer than one."""
 _MOST_KNOWN = 4096
-"""Microbatches of which no step was taken yet: of what is acknowledged nothing is kept but that."""
+"""Microbatches of which no step was taken yet: of what is acknowledged nothing is kept but that. So many that are
+finished are remembered of each driver too: it is taken to need nothing of the older half when they are more."""
 _MOST_LAG = 1
 """How many steps older than the present weights those of a forward may be when its backward comes."""
 
@@ -191,6 +192,12 @@ class _Driver:
     strikes: int = 0
     """So many of its microbatches in a row were not acknowledged in time: it is given half as many places each time."""
 
+    def let_go(self, sequence: int) -> None:
+        """It needs nothing of microbatches before `sequence` any more."""
+        if sequence > self.oldest_open:
+            self.oldest_open = sequence
+            self.finished = {n: attempt for n, attempt in self.finished.items() if n >= sequence}
+
 
 class StageLedger:
     """The microbatches of one peer of a stage. Not for several threads at once."""
@@ -234,7 +241,7 @@ class StageLedger:
             if known is not None:
                 return Verdict("gone", f"asked for a {kind} of a microbatch that had another question first")
             return self._admit(key, kind, tokens, now)
-        if known is None or not known.has_forward or known.dropped:
+        if known is None or not self.has_forward(key):
             return Verdict("gone", "its forward is not known here")
         if self.version - known.version > _MOST_LAG:
             self._drop(key, "its weights are too old")
@@ -273,6 +280,11 @@ class StageLedger:
         if own >= max(1, most):
             return "too many microbatches of this driver are open here"
         return None
+
+    def has_forward(self, key: Key) -> bool:
+        """Whether a backward of `key` has something to go back through."""
+        known = self._open.get(key)
+        return known is not None and known.has_forward and not known.dropped
 
     def begin(self, key: Key, kind: Kind) -> Work | None:
         """The peer begins to compute it; None: it was dropped, or its weights are too old by now.
@@ -352,8 +364,7 @@ class StageLedger:
         """The driver needs nothing of microbatches before `sequence` any more, and will not ask again."""
         known = self._drivers.setdefault(driver, _Driver())
         known.heard_s = now
-        known.oldest_open = max(known.oldest_open, sequence)
-        known.finished = {n: attempt for n, attempt in known.finished.items() if n >= known.oldest_open}
+        known.let_go(sequence)
         for key, each in list(self._open.items()):
             if key.driver == driver and key.sequence < known.oldest_open and not each.acknowledged:
                 self._drop(key, "given up by its driver")
@@ -443,6 +454,8 @@ class StageLedger:
         driver = self._drivers.setdefault(key.driver, _Driver())
         if key.sequence >= driver.oldest_open:
             driver.finished[key.sequence] = max((key.attempt, counted), driver.finished.get(key.sequence, _NONE))
+            if len(driver.finished) > _MOST_KNOWN:
+                driver.let_go(sorted(driver.finished)[_MOST_KNOWN // 2])
         if not acknowledged:
             self._due.append(Forget(key))
 

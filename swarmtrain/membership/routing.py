@@ -9,7 +9,7 @@ where that was later than its own beginning, so that waiting behind one's own ta
 last few the time of all counts, the longest of them cut short: one slow sample moves little, a peer that has become
 ten times slower is known to be after a few.
 
-A task's tokens are its work: where a forward and a backward go to a peer, a third of the microbatch's tokens and two.
+A task's tokens are its work, a part of the microbatch's tokens (`WORK_SHARES`).
 
 Pure: `now` and the random numbers are arguments, every answer carries its reason.
 """
@@ -20,14 +20,17 @@ import heapq
 import random
 import statistics
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.membership.balance import StagePeer
+from swarmtrain.membership.microbatches import Kind
 
-__all__ = ["VARIANTS", "Router", "driver_share", "most_in_flight"]
+__all__ = ["VARIANTS", "WORK_SHARES", "Router", "driver_share", "most_in_flight"]
 
 VARIANTS = ("round-robin", "least-completion")
+WORK_SHARES: Mapping[Kind, float] = {"forward": 1 / 3, "backward": 2 / 3, "tail": 1.0}
+"""Of a microbatch's work at a stage; the last stage's forward and backward are one, the tail."""
 
 _NUM_SAMPLES = 6
 _CUT = 3.0

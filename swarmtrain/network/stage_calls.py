@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -36,7 +36,7 @@ _LENGTH_BYTES = 4
 _MAX_MESSAGE_BYTES = 256 * 1024
 _PIECE_BYTES = 256 * 1024
 _MAX_QUESTIONS = 32
-"""Of one peer, besides what lets go of something: libp2p resets streams beyond some 120."""
+"""Of one peer, besides what lets go of something, and so many backwards: libp2p resets streams beyond some 120."""
 _HANG_UP_S = 2.0
 _M = TypeVar("_M", bound=Message)
 _T = TypeVar("_T")
@@ -201,7 +201,8 @@ class StageAnswers(Protocol):
     """What a host of a stage needs of the peer behind it. `caller` is a PeerID in base58."""
 
     def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
-        """Before its tensors are read: BadBytesError if it must not be, BusyError if it cannot be now."""
+        """Before its tensors are read: BadBytesError if it must not be, BusyError if it cannot be now, GoneError if
+        what it is about is not here."""
 
     async def answer_untrusted(
         self, caller: str, question: pb.StageQuestion, body: list[bytearray]
@@ -221,21 +222,19 @@ class StageHost:
     limits: StageLimits = field(default_factory=StageLimits)
     _num_questions: Counter[str] = field(default_factory=Counter)
     """Being answered, by caller."""
+    _num_backwards: Counter[str] = field(default_factory=Counter)
+    """Of them."""
 
     async def serve(self, caller: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One stream."""
-        self._num_questions[caller] += 1
         try:
-            with contextlib.suppress(PeerError):  # of one that has hung up
+            with _counted(self._num_questions, caller), contextlib.suppress(PeerError):  # of one that has hung up
                 await self._serve(caller, reader, writer)
                 # Were the stream closed at once, what is under way could be lost.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_HANG_UP_S):
                         await _until_hung_up(reader)
         finally:
-            self._num_questions[caller] -= 1
-            if not self._num_questions[caller]:
-                del self._num_questions[caller]
             with contextlib.suppress(OSError):
                 writer.close()
 
@@ -243,12 +242,10 @@ class StageHost:
         body: Body = ()
         try:
             question = await _message_untrusted(reader, pb.StageQuestion, self.limits.stall_s)
-            brings_more = question.kind in (pb.STAGE_KIND_FORWARD, pb.STAGE_KIND_TAIL)
-            if brings_more and self._num_questions[caller] > _MAX_QUESTIONS:
-                raise BusyError(f"{_MAX_QUESTIONS} questions of this peer are being answered")
-            self.answers.check_untrusted(caller, question)
-            tensors = await _body_untrusted(reader, self.traffic, question, self.limits.stall_s)
-            answer, body = await _unless_hung_up(reader, self.answers.answer_untrusted(caller, question, tensors))
+            with self._admitted(caller, question.kind):
+                self.answers.check_untrusted(caller, question)
+                tensors = await _body_untrusted(reader, self.traffic, question, self.limits.stall_s)
+                answer, body = await _unless_hung_up(reader, self.answers.answer_untrusted(caller, question, tensors))
             answer.status, answer.sha256 = pb.StageAnswer.STATUS_OK, _sha256(body)
         except BusyError as error:
             answer = pb.StageAnswer(status=pb.StageAnswer.STATUS_BUSY, reason=str(error))
@@ -258,6 +255,31 @@ class StageHost:
             self.answers.refused(caller, error)
             answer = pb.StageAnswer(status=pb.StageAnswer.STATUS_REFUSED, reason=str(error))
         await _send(writer, self.traffic, answer, body, self.limits.stall_s)
+
+    @contextlib.contextmanager
+    def _admitted(self, caller: str, kind: pb.StageKind) -> Iterator[None]:
+        """Inside, a question of this kind is read and answered; BusyError if there are too many."""
+        if kind in (pb.STAGE_KIND_FORWARD, pb.STAGE_KIND_TAIL) and self._num_questions[caller] > _MAX_QUESTIONS:
+            raise BusyError(f"{_MAX_QUESTIONS} questions of this peer are being answered")
+        if kind != pb.STAGE_KIND_BACKWARD:
+            yield
+            return
+        with _counted(self._num_backwards, caller) as number:
+            if number > _MAX_QUESTIONS:
+                raise BusyError(f"{_MAX_QUESTIONS} backwards of this peer are being answered")
+            yield
+
+
+@contextlib.contextmanager
+def _counted(numbers: Counter[str], caller: str) -> Iterator[int]:
+    """Inside, one more of this caller, and how many there are with it."""
+    numbers[caller] += 1
+    try:
+        yield numbers[caller]
+    finally:
+        numbers[caller] -= 1
+        if not numbers[caller]:
+            del numbers[caller]
 
 
 async def _until_hung_up(reader: asyncio.StreamReader) -> None:

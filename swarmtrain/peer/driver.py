@@ -19,14 +19,12 @@ from typing import Any, NamedTuple, Protocol
 
 from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError, UnreachableError
 from swarmtrain.membership.microbatches import Acknowledged, Key, Kind, Settlement
-from swarmtrain.membership.routing import Router
+from swarmtrain.membership.routing import WORK_SHARES, Router
 from swarmtrain.network.tasks import end_tasks, logged
 
 __all__ = ["Answered", "Driven", "Driver", "Part", "StageCalls", "Tail", "Told"]
 
 _log = logging.getLogger(__name__)
-_FORWARD_SHARE, _BACKWARD_SHARE = 1 / 3, 2 / 3
-"""Of a microbatch's work at a stage."""
 _BACKWARD_ATTEMPTS = 3
 _ALL_FAILED_S = 2.0
 _LOOK_S = 0.5
@@ -225,18 +223,18 @@ class Driver:
     async def _there(self, way: _Way, first: int) -> Tail:
         """From the input of stage `first` to the end."""
         for stage in range(first, self.num_stages - 1):
-            way.inputs[stage + 1] = (await self._ask(way, stage, "forward", _FORWARD_SHARE)).value
-        answered = await self._ask(way, self.num_stages - 1, "tail", 1.0)
+            way.inputs[stage + 1] = (await self._ask(way, stage, "forward")).value
+        answered = await self._ask(way, self.num_stages - 1, "tail")
         assert isinstance(answered.value, Tail)
         way.lives[-1] = answered.life
         return answered.value
 
-    async def _ask(self, way: _Way, stage: int, kind: Kind, share: float) -> Answered:
+    async def _ask(self, way: _Way, stage: int, kind: Kind) -> Answered:
         """One stage's answer, of whoever gives it."""
         asked: set[str] = set()
-        tokens = way.microbatch.tokens
+        tokens, work_tokens = way.microbatch.tokens, way.microbatch.tokens * WORK_SHARES[kind]
         while True:
-            peer = await self._choose(stage, share * tokens, asked)
+            peer = await self._choose(stage, work_tokens, asked)
             key = Key(self.me, way.microbatch.sequence, way.attempts[stage])
             way.attempts[stage] += 1
             way.places[stage] = peer, key
@@ -247,7 +245,7 @@ class Driver:
             else:
                 call = self.calls.tail(peer, part, x, way.microbatch.targets)
             try:
-                return await self._timed(stage, peer, share * tokens, call)
+                return await self._timed(stage, peer, work_tokens, call)
             except BusyError:
                 way.places[stage] = None
                 if stage == 0:
@@ -320,7 +318,7 @@ class Driver:
         place = way.places[stage]
         assert place is not None
         peer, key = place
-        part, tokens = Part(stage, key, way.microbatch.tokens), way.microbatch.tokens * _BACKWARD_SHARE
+        part, tokens = Part(stage, key, way.microbatch.tokens), way.microbatch.tokens * WORK_SHARES["backward"]
         attempts_left = _BACKWARD_ATTEMPTS
         while True:
             try:
@@ -370,10 +368,7 @@ class Driver:
                 settlement = Settlement(whom.life, said, dropped, self._settled_before(whom))
                 try:
                     async with asyncio.timeout(_SETTLE_LIMIT_S):
-                        late, reason = (
-                            await self.calls.settle(whom.peer, whom.stage, settlement),
-                            "it was told too late",
-                        )
+                        late = await self.calls.settle(whom.peer, whom.stage, settlement)
                 except (PeerError, TimeoutError) as error:
                     if self.now() < give_up_s:
                         await asyncio.sleep(again_s)

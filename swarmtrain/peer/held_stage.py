@@ -87,7 +87,7 @@ class HeldStage:
     shape: StageShape
     batches_at: Callable[[int], BatchSource]
     """Its data, given how many batches a checkpoint says were drawn."""
-    over: Callable[[], bool] | None
+    over: Callable[[], bool]
     """See `StageTrainer`."""
     corpus_sha256: str = ""
     prepare_swarm: Callable[[Swarm], None] = lambda swarm: None
@@ -138,6 +138,7 @@ class HeldStage:
             graph_bytes=site.graph_bytes,
             slowed_work=site.slowed(),
             over=self.over,
+            ends_by_count=self.number == 0,
         )
 
     @property

@@ -108,16 +108,17 @@ class LimitKeeper:
             given: dict[str, Any] = {name: getattr(wanted, name) for name in _FIELDS if wanted.HasField(name)}
             if "hours" in given:
                 given["hours"] = parse_hours(given["hours"])
-            with self._lock:
+            with self._lock:  # what may be refused comes first: then nothing has changed
                 changed = self._limits.with_changes(**given)
+                if self._traffic is not None:
+                    _check_link(changed, self._network)
+                if "nice" in given:
+                    self._set_nice(changed.nice)
+                if self._traffic is not None:
+                    limit_link(self._traffic, changed, self._network)
+                self._limits = changed
         except ValueError as error:
             raise UserError(str(error)) from None
-        if self._traffic is not None:
-            limit_link(self._traffic, changed, self._network)
-        if "nice" in given:
-            self._set_nice(changed.nice)
-        with self._lock:
-            self._limits = changed
         self.tick()
         return self._in_words(given)
 
@@ -249,6 +250,14 @@ def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
 def limit_link(traffic: Traffic, limits: Limits, network: NetworkSection) -> None:
     """Keep what is sent and received to `limits`, and where those say nothing to what the run says. UserError when that
     is too little for the run: every transfer would be given up for slowness."""
+    _check_link(limits, network)
+    up_mbit = network.up_mbit if limits.up_mbit is None else limits.up_mbit
+    down_mbit = network.down_mbit if limits.down_mbit is None else limits.down_mbit
+    traffic.up.bytes_per_s = BYTES_PER_S_OF_MBIT * up_mbit
+    traffic.down.bytes_per_s = BYTES_PER_S_OF_MBIT * down_mbit
+
+
+def _check_link(limits: Limits, network: NetworkSection) -> None:
     for name, mbit in (("up", limits.up_mbit), ("down", limits.down_mbit)):
         if mbit is not None and 0 < mbit < network.least_mbit:
             raise UserError(
@@ -256,7 +265,3 @@ def limit_link(traffic: Traffic, limits: Limits, network: NetworkSection) -> Non
                 f"{size_in_words(network.least_bytes_per_s)}/s are given up; allowed: 0 (no limit), or at least "
                 f"{network.least_mbit:g}"
             )
-    up_mbit = network.up_mbit if limits.up_mbit is None else limits.up_mbit
-    down_mbit = network.down_mbit if limits.down_mbit is None else limits.down_mbit
-    traffic.up.bytes_per_s = BYTES_PER_S_OF_MBIT * up_mbit
-    traffic.down.bytes_per_s = BYTES_PER_S_OF_MBIT * down_mbit

@@ -14,14 +14,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import PeerError
-from swarmtrain.membership.balance import Change, Rule, StagePeer, anchor, change_by_queues, my_change
+from swarmtrain.membership.balance import Change, Rule, StagePeer, anchor, change_by_queues, may_move_again, my_change
 from swarmtrain.membership.promises import Promise, Request, Stays
 from swarmtrain.words import short_peer
 
 __all__ = ["Mover"]
 
 _log = logging.getLogger(__name__)
-_SETTLE_S = 60.0
 
 AskToStay = Callable[[str, int], tuple[float, str]]
 """(peer, stage) -> for how long it promises to stay there, in seconds, 0 if it does not; with the reason. May raise a
@@ -42,9 +41,7 @@ class Mover:
     clock: Callable[[], float] = time.monotonic
     stays: Stays = field(init=False)
     _next_s: float = field(init=False)
-    _settled_s: float = float("-inf")
-    """Before then it moves only to a stage that nobody holds, or gives one up: how fast it is where it came to, and how
-    fast the others are since, has to be measured first."""
+    _moved_s: float = float("-inf")
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -81,12 +78,11 @@ class Mover:
         self.wait()
         decide = change_by_queues if self.balance == "queues" else my_change
         change, reason = decide(self.me, peers, now, self.rule)
-        if change is None:
+        may = False
+        if change is not None:
+            may, reason = may_move_again(change, peers, self.clock() - self._moved_s)
+        if change is None or not may:
             _log.debug("stays: %s", reason)
-            return None
-        is_urgent = not change.enters or any(_is_empty(stage, peers) for stage in change.enters)
-        if self.clock() < self._settled_s and not is_urgent:
-            _log.debug("has moved lately, and stays for now: %s", reason)
             return None
         return change if self.promised(change, peers, now) else None
 
@@ -130,7 +126,7 @@ class Mover:
 
     def moved(self, change: Change) -> None:
         """It has come to what it was to hold."""
-        self._settled_s = self.clock() + _SETTLE_S
+        self._moved_s = self.clock()
         self.over(change)
 
     def over(self, change: Change) -> None:
@@ -138,7 +134,3 @@ class Mover:
         with self._lock:
             for stage in change.leaves:
                 self.stays.over(stage)
-
-
-def _is_empty(stage: int, peers: Sequence[StagePeer]) -> bool:
-    return not any(stage in peer.planned for peer in peers)

@@ -32,7 +32,7 @@ from swarmtrain.events import (
 from swarmtrain.membership.balance import Change, Rule, StagePeer, first_stages
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.stages import is_first_stage_done, places_of, stage_costs
+from swarmtrain.membership.stages import FirstStageWatch, places_of, stage_costs
 from swarmtrain.model.stages import stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.coverage import DataCoverage, shards_of
@@ -73,7 +73,6 @@ _KEEP_PEERS_EVERY_S = 10.0
 _COMPANY_S = 1.0
 """Once enough are here, for so long nobody decides: by then all have seen each other."""
 _LINGER_S = 60.0
-_ASK_S = 10.0
 _STOP_DRIVING_S = 15.0
 _LAST_DRAIN_S = 0.5
 _SWITCH_S = 0.0005
@@ -104,8 +103,7 @@ class PipelineVolunteer:
     keeper: Keeper = field(init=False)
     held: dict[int, HeldStage] = field(default_factory=dict)
     mover: Mover = field(init=False)
-    is_over: bool = False
-    """Whether the first stage has had the run's tokens."""
+    end: FirstStageWatch = field(init=False)
     _desks: dict[int, StageDesk] = field(default_factory=dict)
     _moving_to: tuple[int, ...] = ()
     _move_s: float = _FIRST_MOVE_S
@@ -128,6 +126,7 @@ class PipelineVolunteer:
         published = self.run.published
         assert published is not None and published.boundaries is not None and published.stage_costs is not None
         self.rule = Rule(costs=stage_costs(published.stage_costs))
+        self.end = FirstStageWatch(self.run.run.total_tokens)
         self.shapes = stage_shapes(self.run.model, published.boundaries)
         self.me = self.node.identity.peer_id
         self._first_stages = tuple(stage for stage in self.settings.first_stages if stage < len(self.shapes))
@@ -294,7 +293,7 @@ class PipelineVolunteer:
             stage,
             self.shapes[stage],
             self._batches_at if stage == 0 else lambda position: NoBatches(),
-            None if stage == 0 else lambda: self.is_over,
+            lambda: self.end.is_over,
             corpus_sha256=self._data.corpus.digest if stage == 0 else "",
             prepare_swarm=self._see_data if stage == 0 else lambda swarm: None,
         )
@@ -373,21 +372,27 @@ class PipelineVolunteer:
             if self.pause.held:
                 self._rest()
             self._look()
-            if not self.is_over and not any(held.training.done() for held in self.held.values()):
+            if self.end.is_over:
+                self._stop_driving()  # of a round that is not full, what there is counts
+            elif not any(held.training.done() for held in self.held.values()):
                 self._consider_moving()
 
     def _all_done(self) -> bool:
         """Asks each of them, also behind one that trains: what ended a stage's training is raised."""
         return min((held.is_done for held in self.held.values()), default=True)
 
+    def _has_had_tokens(self) -> bool:
+        """What it tells of its part: one that drives, that the first stage has; its others wait for all to say so."""
+        return self.held[0].is_done if 0 in self.held else bool(self.held) and self._all_done()
+
+    def _run_tokens(self) -> int:
+        """The run's, as the stages here count them."""
+        return max((held.trainer.progress.run_tokens for held in self.held.values()), default=0)
+
     def _look(self) -> None:
-        self.is_over = self.is_over or is_first_stage_done(
-            [*self.swarm.membership.volunteers(), self.swarm.me],
-            self.swarm.membership.known(),
-            self.run.run.total_tokens,
-        )
+        now, membership = time.monotonic(), self.swarm.membership
+        self.end.look([*membership.volunteers(), self.swarm.me], membership.known(), self._run_tokens(), now)
         self._tell()
-        now = time.monotonic()
         if now >= self._next_throughput_s:
             self._tell_throughput(now)
             self._next_throughput_s = now + _THROUGHPUT_EVERY_S
@@ -441,7 +446,7 @@ class PipelineVolunteer:
         return True
 
     def _ask_to_stay(self, peer: str, stage: int) -> tuple[float, str]:
-        return self.network.run(self.calls.ask_to_stay(peer, stage), _ASK_S)
+        return self._wait(self.calls.ask_to_stay(peer, stage))
 
     def _asked_to_stay(self, mover: str, stage: int) -> tuple[float, str]:
         """In the network thread. Of strangers nobody is bound: who asks must be known to hold the stage."""
@@ -482,9 +487,8 @@ class PipelineVolunteer:
         self._next_tell_s = time.monotonic() + _TELL_EVERY_S
         place, total = self._place(), self.run.run.total_tokens
         trainers = {stage: held.trainer for stage, held in self.held.items()}
-        is_done = bool(self.held) and self._all_done()
-        run_tokens = max((trainer.progress.run_tokens for trainer in trainers.values()), default=0)
-        run_tokens = total if is_done else min(run_tokens, total - 1)
+        is_done = self._has_had_tokens()
+        run_tokens = total if is_done else min(self._run_tokens(), total - 1)
         now = now or is_done != (self.swarm.me.run_tokens >= total)
         steps_per_s = sum(self.rule.costs[stage] * trainer.steps_per_s for stage, trainer in trainers.items())
         round = max((trainer.progress.round for trainer in trainers.values()), default=self.swarm.me.round)

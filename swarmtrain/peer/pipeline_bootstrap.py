@@ -25,7 +25,7 @@ from swarmtrain.events import (
 )
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.stages import is_first_stage_done
+from swarmtrain.membership.stages import FirstStageWatch
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.stages import StageShape, build_stage, joined_weights, stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
@@ -160,15 +160,13 @@ class PipelineBootstrap(BootstrapPeer):
         """Each stage as soon as somebody has trained it, then every `archive_every_s`, and at the end."""
         every_s = self.published.run.network.archive_every_s
         total = self.published.run.run.total_tokens
-        next_s, ended_s = time.monotonic(), float("inf")
+        next_s, ended_s, end = time.monotonic(), float("inf"), FirstStageWatch(total)
         while not all(archive.is_final for archive in self.archives):
             self.stop.sleep(LOOK_EVERY_S)
             self.control.board.beat()
-            volunteers = swarm.membership.volunteers()
-            if ended_s == float("inf") and is_first_stage_done(volunteers, swarm.membership.known(), total):
-                ended_s = time.monotonic()
-            is_last = ended_s < float("inf")
-            if is_last:
+            now, counted = time.monotonic(), self.archives[0].swarm.tallying.total
+            if end.look(swarm.membership.volunteers(), swarm.membership.known(), counted, now):
+                ended_s = min(ended_s, now)
                 self._archive_ended(time.monotonic() > ended_s + _LAST_ROUND_S)
                 if time.monotonic() > ended_s + _LAST_ROUND_S + LINGER_S:
                     self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))

@@ -82,11 +82,12 @@ class StageDesk:
         return await asyncio.shield(answer)
 
     def check(self, key: Key, kind: Kind) -> None:
-        """BusyError if `ask` would raise it now: what came with the question need not be read then."""
-        if kind != "backward":
-            with self._lock:
-                if (reason := self.ledger.full(key)) is not None:
-                    raise BusyError(reason)
+        """BusyError or GoneError if `ask` would raise it now: what came with the question need not be read then."""
+        with self._lock:
+            if kind == "backward" and not self.ledger.has_forward(key):
+                raise GoneError("its forward is not known here")
+            if kind != "backward" and (reason := self.ledger.full(key)) is not None:
+                raise BusyError(reason)
 
     def _check_shape_untrusted(self, key: Key, kind: Kind, payload: Any) -> None:
         """BadBytesError if a backward's gradient is not shaped as the forward's answer."""

@@ -17,6 +17,7 @@ from typing import Any
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.microbatches import Add, Discard, Due, Forget, Kind, Step, Subtract
+from swarmtrain.membership.routing import WORK_SHARES
 from swarmtrain.model.stage_work import BadGradientError, StageWork
 from swarmtrain.peer.driver import Tail
 from swarmtrain.peer.stage_desk import StageDesk, Task
@@ -28,8 +29,6 @@ __all__ = ["StageLoop", "WorkMeter"]
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.2
 _RECENT = 96
-_SHARES: dict[Kind, float] = {"forward": 1 / 3, "backward": 2 / 3, "tail": 1.0}
-"""Of a microbatch's work at a stage."""
 
 
 @dataclass
@@ -43,7 +42,7 @@ class WorkMeter:
 
     def add(self, kind: Kind | None, tokens: int, took_s: float) -> None:
         """A piece of work; None: what has to be done besides, such as a step."""
-        share = 0.0 if kind is None else _SHARES[kind]
+        share = 0.0 if kind is None else WORK_SHARES[kind]
         self._recent.append((share * tokens, took_s))
         if kind in ("backward", "tail"):
             self.passed_tokens += tokens

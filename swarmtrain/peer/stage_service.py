@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from swarmtrain.algorithm.quantize import Format
-from swarmtrain.errors import BadBytesError, GoneError, PeerError, RunTimeError
+from swarmtrain.errors import BadBytesError, GoneError, PeerError, RunTimeError, UnreachableError
 from swarmtrain.membership.microbatches import Acknowledged, Key, Kind, Settlement
 from swarmtrain.network.codec import ActivationCodec
 from swarmtrain.network.stage_calls import Body, StageClient
@@ -36,6 +36,7 @@ _TOKENS = "tokens"
 _MAX_KEYS = 4096
 _MAX_LOSS = 1e6
 _MOST_STAY_S = 3600.0
+_ASK_TO_STAY_S = 10.0
 _MAX_REASON = 200
 
 
@@ -237,7 +238,11 @@ class WireCalls:
     async def ask_to_stay(self, peer: str, stage: int) -> tuple[float, str]:
         """For how long `peer` promises not to leave the stage, 0 if it does not; with its reason."""
         question = pb.StageQuestion(stage=stage, kind=pb.STAGE_KIND_STAY)
-        answer, _ = await self.client.ask(peer, question, (), _nothing_untrusted)
+        try:
+            async with asyncio.timeout(_ASK_TO_STAY_S):
+                answer, _ = await self.client.ask(peer, question, (), _nothing_untrusted)
+        except TimeoutError:
+            raise UnreachableError(f"no answer within {_ASK_TO_STAY_S:g} s") from None
         if not 0 <= answer.stays_s <= _MOST_STAY_S:
             raise BadBytesError(f"a promise for {answer.stays_s:g} s")
         return answer.stays_s, answer.reason[:_MAX_REASON]

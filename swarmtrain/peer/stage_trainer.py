@@ -26,9 +26,11 @@ class StageTrainer(Trainer):
     """What may be kept of forwards for their backwards."""
     slowed_work: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext()
     """Around each piece of work, in place of `slowed`."""
-    over: Callable[[], bool] | None = None
-    """Of stages after the first: whether the first has had the run's tokens, so that no more come here. By itself it
-    would wait for ever for what is missing of its last batch, and end while the first one still needs it."""
+    over: Callable[[], bool] = lambda: False
+    """Whether the first stage has had the run's tokens, so that no more come here: one that waits for what is missing
+    of its last batch would wait for ever."""
+    ends_by_count: bool = True
+    """Whether its own count ends it too. A stage after the first would end by it while the first one still needs it."""
     loop: StageLoop = field(init=False)
 
     def __post_init__(self) -> None:
@@ -39,13 +41,13 @@ class StageTrainer(Trainer):
             self.inner,
             self.run.tokens_per_step,
             slowed=self.slowed_work,
-            over=self.over or (lambda: False),
+            over=self.over,
         )
 
     @property
     def finished(self) -> bool:
         """See `Trainer`."""
-        return super().finished if self.over is None else self.over() and self.desk.has_settled
+        return (self.ends_by_count and super().finished) or (self.over() and self.desk.has_settled)
 
     def train(self) -> str:
         """See `Trainer`. Outside of it nobody waits for an answer in vain."""

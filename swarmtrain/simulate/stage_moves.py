@@ -13,6 +13,7 @@ from swarmtrain.membership.balance import (
     StagePeer,
     anchor,
     change_by_queues,
+    may_move_again,
     my_change,
     stages_for_joiner,
 )
@@ -34,6 +35,7 @@ class Mover:
         self.stays = Stays(peer.name)
         self.moving_to: tuple[int, ...] = ()
         self.change: Change | None = None
+        self._moved_s = -math.inf
         self._asking: set[int] = set()
         """Stages for which it waits for a promise."""
 
@@ -56,6 +58,8 @@ class Mover:
 
     def _serve(self, stages: tuple[int, ...]) -> None:
         if self.peer.alive and not self.peer.hung:
+            if self.change is not None:
+                self._moved_s = self.peer.world.clock.now
             self.moving_to, self.change = (), None
             self.peer.serve(stages)
 
@@ -82,13 +86,14 @@ class Mover:
     def _consider(self) -> None:
         peer, world = self.peer, self.peer.world
         now, rule = world.clock.now, world.settings.rule
-        if world.settings.balance == "queues":
-            change, _ = change_by_queues(peer.name, self._view(), now, rule)
-            if change is not None:
-                self._start(change)
+        view, by_queues = self._view(), world.settings.balance == "queues"
+        change, _ = (change_by_queues if by_queues else my_change)(peer.name, view, now, rule)
+        if change is None or not may_move_again(change, view, now - self._moved_s)[0]:
             return
-        change, _ = my_change(peer.name, self._view(), now, rule)
-        if change is None or not all(self.stays.wants_to_leave(stage, now)[0] for stage in change.leaves):
+        if by_queues:
+            self._start(change)
+            return
+        if not all(self.stays.wants_to_leave(stage, now)[0] for stage in change.leaves):
             self._give_up(change, "")
             return
         self.change = change

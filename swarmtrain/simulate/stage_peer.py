@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from swarmtrain.membership.balance import StagePeer
-from swarmtrain.membership.routing import Router, most_in_flight
+from swarmtrain.membership.microbatches import Kind
+from swarmtrain.membership.routing import WORK_SHARES, Router, most_in_flight
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.stage_moves import Mover
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Call", "Microbatch", "StageVolunteer"]
 
 Outcome: TypeAlias = Literal["done", "busy", "left", "lost", "refused"]
-_FORWARD, _BACKWARD = 1 / 3, 2 / 3
 _LEARN = 0.05
 _AGAIN_S = 0.5
 """After so long a driver chooses again where it found nobody."""
@@ -53,8 +53,7 @@ class Call:
     peer: StageVolunteer
     microbatch: Microbatch
     stage: int
-    part: float
-    """Of the stage's work."""
+    kind: Kind
     begun_s: float = 0.0
     came_s: float = 0.0
     """When it stood in the queue."""
@@ -64,7 +63,12 @@ class Call:
     @property
     def is_backward(self) -> bool:
         """Else it may be refused."""
-        return self.part == _BACKWARD
+        return self.kind == "backward"
+
+    @property
+    def share(self) -> float:
+        """Of the stage's work."""
+        return WORK_SHARES[self.kind]
 
 
 class StageVolunteer:
@@ -244,7 +248,7 @@ class StageVolunteer:
         if 0 in self.stages and self.num_in_flight < self.most_in_flight and not self._blocked[1]:
             self.num_in_flight += 1
             path = [self, *[None] * (len(self.routers) - 1)]
-            self._work(Call(self, self, Microbatch(path, age=self.age, began_s=self.world.clock.now), 0, _FORWARD))
+            self._work(Call(self, self, Microbatch(path, age=self.age, began_s=self.world.clock.now), 0, "forward"))
 
     def _next(self) -> Call:
         """The one that came first."""
@@ -254,7 +258,7 @@ class StageVolunteer:
 
     def _work(self, call: Call) -> None:
         settings = self.world.settings
-        work = settings.microbatch_tokens * settings.rule.costs[call.stage] * call.part
+        work = settings.microbatch_tokens * settings.rule.costs[call.stage] * call.share
         took_s = work / self.machine.tokens_per_s * math.exp(self.rng.gauss(0, settings.jitter))
         self._busy = True
         self.world.clock.call_later(took_s, self._worked, call, work / took_s)
@@ -264,7 +268,7 @@ class StageVolunteer:
         if not self.alive or self.hung:
             return
         self.speed_tokens_per_s += _LEARN * (tokens_per_s - self.speed_tokens_per_s)
-        if call.part != _FORWARD:
+        if call.kind != "forward":
             self.graphs.pop((call.microbatch, call.stage), None)
             self.num_backwards[call.stage] += 1
         elif call.stage > 0:
@@ -306,7 +310,7 @@ class StageVolunteer:
                 next_s = min(router.next_s(now) or math.inf, now + _AGAIN_S)
                 self._retries[stage] = self.world.clock.call_at(next_s, self._retry, stage)
             return False
-        self._ask(peer, microbatch, stage, 1.0 if stage == len(self.routers) - 1 else _FORWARD)
+        self._ask(peer, microbatch, stage, "tail" if stage == len(self.routers) - 1 else "forward")
         return True
 
     def _ghost(self, name: str) -> StageVolunteer:
@@ -329,14 +333,14 @@ class StageVolunteer:
         peer = microbatch.path[stage]
         assert peer is not None
         if stage == 0:
-            self._backwards.append(Call(self, self, microbatch, 0, _BACKWARD, came_s=self.world.clock.now))
+            self._backwards.append(Call(self, self, microbatch, 0, "backward", came_s=self.world.clock.now))
             self.pump()
         else:
-            self._ask(peer, microbatch, stage, _BACKWARD)
+            self._ask(peer, microbatch, stage, "backward")
 
-    def _ask(self, peer: StageVolunteer, microbatch: Microbatch, stage: int, part: float) -> None:
-        world, tokens = self.world, part * self.world.settings.microbatch_tokens
-        call = Call(self, peer, microbatch, stage, part, world.clock.now)
+    def _ask(self, peer: StageVolunteer, microbatch: Microbatch, stage: int, kind: Kind) -> None:
+        world, tokens = self.world, WORK_SHARES[kind] * self.world.settings.microbatch_tokens
+        call = Call(self, peer, microbatch, stage, kind, world.clock.now)
         limit_s = self.routers[stage].limit_s(peer.name, tokens)
         self.routers[stage].begun(peer.name, tokens)
         self.open_calls[call] = None
@@ -352,7 +356,7 @@ class StageVolunteer:
         if call.timer is not None:
             call.timer.cancel()
         now, router, name = self.world.clock.now, self.routers[call.stage], call.peer.name
-        took_s, tokens = now - call.begun_s, call.part * self.world.settings.microbatch_tokens
+        took_s, tokens = now - call.begun_s, call.share * self.world.settings.microbatch_tokens
         if outcome == "done":
             router.finished(name, now, took_s, tokens)
             self._go_on(call)
@@ -373,7 +377,7 @@ class StageVolunteer:
     def _go_on(self, call: Call) -> None:
         microbatch, stage = call.microbatch, call.stage
         microbatch.tried.clear()
-        if call.part == _FORWARD:
+        if call.kind == "forward":
             microbatch.path[stage] = call.peer
             self._forward(microbatch, stage + 1)
         else:

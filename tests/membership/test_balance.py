@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmtrain.membership.balance import (
+    Change,
     Joiner,
     Rule,
     StagePeer,
@@ -20,6 +21,7 @@ from swarmtrain.membership.balance import (
     changes,
     compute_speed,
     first_stages,
+    may_move_again,
     my_change,
     stage_rates,
     stages_for_joiner,
@@ -195,6 +197,25 @@ def test_what_a_move_costs_is_weighed_unless_the_stage_is_empty() -> None:
     assert changes([replace(one, most_stages=2) for one in slow], NOW, THREE)[0], "it serves the old one meanwhile"
     assert not changes([replace(one, most_stages=2, move_s=1800.0) for one in slow], NOW, THREE)[0]
     assert changes([replace(one, move_s=9000.0) for one in pile(5, 1, 0)], NOW, THREE)[0]
+
+
+@pytest.mark.parametrize(
+    ("since_s", "before", "after", "moves"),
+    [
+        (math.inf, (0,), (1,), True),
+        (60.0, (0,), (1,), True),
+        (59.9, (0,), (1,), False),
+        (0.0, (0,), (2,), True),  # nobody holds it
+        (0.0, (0,), (3,), False),  # somebody is on its way there
+        (0.0, (0, 1), (1,), True),
+    ],
+)
+def test_who_has_just_moved_moves_only_where_nobody_is_or_gives_one_up(
+    since_s: float, before: tuple[int, ...], after: tuple[int, ...], moves: bool
+) -> None:
+    change = Change(peer="a", before=before, after=after, reason="by hand")
+    may, reason = may_move_again(change, [peer("a", *before), peer("b", 1), peer("c", 0, moving_to=(3,))], since_s)
+    assert may == moves and "by hand" in reason and ("lately" in reason) != moves
 
 
 def test_several_at_once_each_on_top_of_the_others() -> None:

@@ -225,6 +225,22 @@ def test_a_driver_that_goes_on_lets_go_of_what_is_behind_it() -> None:
     assert ledger.ask(_key(5), "backward", 2, 1.0).answer == "work"
 
 
+def test_of_a_driver_that_never_goes_on_so_much_is_remembered_and_no_more() -> None:
+    ledger, known = _ledger(), []
+    for sequence in range(10_000):
+        _compute(ledger, _key(sequence), "forward")
+        ledger.drop(_key(sequence))
+        ledger.oldest_open("d", 0, 0.0)
+        known.append(len(ledger._drivers["d"].finished))
+    _all_due(ledger)
+    assert max(known) == 4096 and min(known[4096:]) >= 2048
+    for sequence in (0, 5000, 9_999):
+        assert ledger.ask(_key(sequence), "forward", 2, 0.0).answer == "gone", "none of them begins again"
+    assert ledger.ask(_key(9_999, attempt=1), "forward", 2, 0.0).answer == "work"
+    _there_and_back(ledger, _key(10_000))
+    assert ledger.acknowledge(_key(10_000), 1.0, 0.0)
+
+
 def test_a_driver_that_dies_leaves_nothing() -> None:
     ledger = _ledger()
     _there_and_back(ledger, _key(0))

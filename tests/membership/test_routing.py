@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from swarmtrain.membership.balance import StagePeer
-from swarmtrain.membership.routing import VARIANTS, Router, driver_share, most_in_flight
+from swarmtrain.membership.routing import VARIANTS, WORK_SHARES, Router, driver_share, most_in_flight
 
 NAMES = ("a", "b", "c", "d")
 
@@ -372,3 +372,7 @@ def test_a_driver_that_lies_or_says_nothing_starves_nobody() -> None:
     assert driver_share("a", [*drivers, silent]) == driver_share("d", [*drivers, silent]) == 1 / 4
     assert driver_share("d", drivers) == 1 / 4, "its own record says nothing of the first stage yet"
     assert driver_share("a", [silent]) == 1 / 2
+
+
+def test_a_microbatch_is_a_stages_whole_work_once_in_one_piece_or_two() -> None:
+    assert WORK_SHARES["forward"] + WORK_SHARES["backward"] == WORK_SHARES["tail"] == 1.0

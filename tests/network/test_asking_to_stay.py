@@ -36,6 +36,9 @@ class Wire:
     refused: list[tuple[str, str]] = field(default_factory=list)
     raw_answer: bytes | None = None
     """What "p" says, whatever it is asked."""
+    hangs: bool = False
+    """"p" takes streams, and neither reads nor answers."""
+    streams: list[asyncio.StreamWriter] = field(default_factory=list)
     tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -55,6 +58,9 @@ class Wire:
             raise UnreachableError("nobody")
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_connection(sock=theirs)
+        self.streams.append(writer)
+        if self.hangs:
+            return await asyncio.open_connection(sock=ours)
         serving = StageHost(Traffic(), self.server).serve("d", reader, writer)
         self.tasks.append(asyncio.create_task(serving if self.raw_answer is None else self.say(serving, writer)))
         return await asyncio.open_connection(sock=ours)
@@ -95,6 +101,8 @@ def _on_wire(body: Callable[[Wire], Coroutine[Any, Any, None]]) -> None:
             for task in wire.tasks:
                 task.cancel()
             await asyncio.gather(*wire.tasks, return_exceptions=True)
+            for writer in wire.streams:
+                writer.close()
 
     virtually(run)
 
@@ -135,6 +143,16 @@ def test_one_that_has_moved_is_gone_and_one_that_is_away_unreachable() -> None:
         with pytest.raises(UnreachableError):
             await wire.calls.ask_to_stay("x", 1)
         assert not wire.asked and not wire.refused
+
+    _on_wire(body)
+
+
+def test_one_that_hangs_with_the_stream_open_is_unreachable_in_time() -> None:
+    async def body(wire: Wire) -> None:
+        wire.hangs, began_s = True, wire.now()
+        with pytest.raises(UnreachableError, match="no answer within 10 s"):
+            await wire.calls.ask_to_stay("p", 1)
+        assert wire.now() - began_s < 12.0
 
     _on_wire(body)
 

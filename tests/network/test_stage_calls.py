@@ -321,6 +321,33 @@ def test_a_flood_is_told_busy() -> None:
     _on_wire(body)
 
 
+def test_a_backward_of_what_is_not_here_is_gone_before_its_tensors_are_read() -> None:
+    async def body(wire: Wire) -> None:
+        answer = await wire.raw("p", _frame(_question(kind=pb.STAGE_KIND_BACKWARD)))
+        assert (answer.status, answer.reason) == (pb.StageAnswer.STATUS_GONE, "its forward is not known here")
+        assert not wire.named
+
+    _on_wire(body)
+
+
+def test_a_flood_of_backwards_is_told_busy() -> None:
+    async def body(wire: Wire) -> None:
+        await wire.calls.forward("p", _part(5), X)
+        held = [await wire.open_pipe("p", "") for _ in range(32)]
+        for _, writer in held:
+            writer.write(_frame(_question(kind=pb.STAGE_KIND_BACKWARD)))
+        await asyncio.sleep(0.1)
+        with pytest.raises(BusyError, match="32 backwards of this peer are being answered"):
+            await wire.calls.backward("p", _part(5), X)
+        for _, writer in held:
+            writer.close()
+        await asyncio.sleep(0.1)
+        assert torch.equal((await wire.calls.backward("p", _part(5), X)).value, 2 * X)
+        assert not wire.hosts["p"]._num_backwards
+
+    _on_wire(body)
+
+
 def test_the_work_goes_on_when_the_one_who_asked_hangs_up_and_is_answered_when_it_asks_again() -> None:
     async def body(wire: Wire) -> None:
         asking = asyncio.create_task(wire.calls.forward("p", _part(), X))

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from swarmtrain.membership.balance import Rule
+from swarmtrain.membership.balance import Change, Rule
 from swarmtrain.membership.routing import VARIANTS, Router
+from swarmtrain.simulate import stage_moves
 from swarmtrain.simulate.pipeline import (
     Machine,
     PipelineSettings,
@@ -105,6 +106,23 @@ def test_piles_resolve(counts: tuple[int, ...]) -> None:
     assert piled.holders() == [sum(counts) // len(counts)] * len(counts)
     assert not piled.emptied
     assert piled.log[-1].kind == "serves"
+
+
+def test_who_has_just_moved_stays_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    piled = world(settings_for(3), 4, 1, 1)
+    while not (moves := [moment for moment in piled.log if moment.kind == "moves"]):
+        piled.run_until(piled.clock.now + 1)
+    mover = piled.peers[moves[0].peer].mover
+    while mover.change is not None:
+        piled.run_until(piled.clock.now + 1)
+    assert mover.peer.stages != (0,)
+    back = Change(peer=mover.peer.name, before=mover.peer.stages, after=(0,), reason="by hand")
+    monkeypatch.setattr(stage_moves, "my_change", lambda *arguments: (back, back.reason))
+    mover._consider()
+    assert mover.change is None
+    mover._moved_s -= 60.0
+    mover._consider()
+    assert mover.change == back
 
 
 def test_four_one_one_has_half_of_two_two_two_without_and_recovers_from_crashes_with_it() -> None:
