@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "ARCHIVED",
     "SAMPLE",
     "consensus_of",
+    "consensus_of_vectors",
     "counts_in_untrusted",
     "layout_of_specs",
     "mean_of_near",
@@ -47,7 +49,15 @@ def layout_of_specs(specs: Sequence[TensorSpec]) -> Layout:
     return layout_of([spec.shape for spec in specs])
 
 
-def not_far_behind(states: Sequence[PeerState], most_behind: int) -> list[PeerState]:
+class _HasRound(Protocol):
+    @property
+    def round(self) -> int: ...
+
+
+_S = TypeVar("_S", bound=_HasRound)
+
+
+def not_far_behind(states: Sequence[_S], most_behind: int) -> list[_S]:
     """Those at most so many rounds behind the (upper) median: of two the one that is far ahead counts, since one that
     got hardly any work, in a pipeline say, must not make half of the model. Whoever is half of them can lie about it,
     as they can about their weights."""
@@ -56,18 +66,18 @@ def not_far_behind(states: Sequence[PeerState], most_behind: int) -> list[PeerSt
 
 
 def consensus_of(states: Sequence[PeerState], layout: Layout) -> OuterState:
-    """The consensus of states that were checked when they were pulled.
+    """The consensus of states that were checked when they were pulled, with the first one's momentum if it is whole."""
+    momentum = _numbers(states[0])[layout.size :] if states[0].whole else None
+    return consensus_of_vectors([theta_of(state, layout.size) for state in states], momentum, layout)
 
-    The first one's momentum is taken if it is whole, if its weights are in the mean, and if it is no larger than they
-    are; else there is none.
-    """
-    mean, kept = mean_of_near([theta_of(state, layout.size) for state in states], layout)
-    if not states[0].whole:
+
+def consensus_of_vectors(thetas: Sequence[Tensor], momentum: Tensor | None, layout: Layout) -> OuterState:
+    """Of weights (P,) and the first one's momentum (P,), which is taken if these weights are in the mean and it is no
+    larger than they are; else there is none."""
+    mean, kept = mean_of_near(thetas, layout)
+    if momentum is None or 0 not in kept or not float(momentum.norm()) <= float(thetas[0].norm()):
         return OuterState(mean, torch.zeros_like(mean))
-    momentum = _numbers(states[0])[layout.size :].clone()
-    if 0 not in kept or not float(momentum.norm()) <= float(theta_of(states[0], layout.size).norm()):
-        momentum.zero_()
-    return OuterState(mean, momentum)
+    return OuterState(mean, momentum.clone())
 
 
 def mean_of_near(thetas: Sequence[Tensor], layout: Layout) -> tuple[Tensor, frozenset[int]]:
@@ -97,7 +107,7 @@ def _distances(thetas: Sequence[Tensor]) -> list[list[float]]:
     return found
 
 
-def round_of(states: Sequence[PeerState]) -> int:
+def round_of(states: Sequence[_HasRound]) -> int:
     """The round of a consensus: the lower median of its states'."""
     return statistics.median_low(state.round for state in states)
 

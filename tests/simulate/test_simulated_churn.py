@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from learnt import setting, tiny
 
 from swarmtrain.membership.partners import BackOff
 from swarmtrain.peer.consensus import mean_of_near
+from swarmtrain.simulate.learning.churn import _present_state
 from swarmtrain.simulate.learning.gossip import Peer, World
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.sampled import _sample
@@ -192,9 +194,9 @@ def test_a_sample_is_of_those_who_answer(tmp_path: Path) -> None:
 
 
 def test_who_stood_still_for_long_takes_the_others_weights(tmp_path: Path) -> None:
-    hang = {"peer": 2, "at_s": 0.1, "for_s": 1.2}
     for for_s, far in ((1.2, True), (0.1, False)):
-        world = World(setting(tiny(tmp_path, hangs=[hang | {"for_s": for_s}]), merge__method="gossip"))
+        hang = {"peer": 2, "at_s": 0.1, "for_s": for_s}
+        world = World(setting(tiny(tmp_path, hangs=[hang], set={"run.total_tokens": 40_000}), merge__method="gossip"))
         ends: list[tuple[int, int]] = []
         late, end = world.peers[2], world.peers[2].end
         late.end = lambda end=end, late=late, ends=ends: (ends.append((late.round, late.rounds_done)), end())  # type: ignore[method-assign,misc]
@@ -206,3 +208,14 @@ def test_who_stood_still_for_long_takes_the_others_weights(tmp_path: Path) -> No
         outcome = world.outcome()
         assert (outcome.tokens_lost > 0) is far
         assert outcome.tokens == outcome.inner_steps * world.setting.run.tokens_per_step
+
+
+def test_who_comes_has_the_momentum_of_the_one_that_gave_it_if_that_is_not_far_behind(tmp_path: Path) -> None:
+    world = World(churned(tmp_path, "gossip"))
+    world.run()
+    sample = world.peers[:3]
+    state, _ = _present_state(world, sample)
+    assert torch.equal(state.momentum, sample[0].trainer.state.momentum) and bool(state.momentum.any())
+    sample[0].trainer.progress = replace(sample[0].trainer.progress, round=0)
+    state, round = _present_state(world, sample)
+    assert not state.momentum.any() and round == min(peer.round for peer in sample[1:])

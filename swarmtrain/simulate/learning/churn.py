@@ -8,17 +8,14 @@ of one; or goes on with its own, as from a checkpoint, if these are not far behi
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
-
-import torch
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.membership.partners import left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.shards import Row
-from swarmtrain.peer.consensus import SAMPLE, mean_of_near
+from swarmtrain.peer.consensus import SAMPLE, consensus_of_vectors, not_far_behind, round_of
 
 if TYPE_CHECKING:
     from swarmtrain.simulate.learning.gossip import Peer, World
@@ -122,13 +119,11 @@ def _take_state(peer: Peer, others: list[Peer]) -> None:
 
 def _present_state(world: World, sample: list[Peer]) -> tuple[OuterState, int]:
     """Theirs, with its round."""
-    least = statistics.median_high(each.round for each in sample) - world.setting.run.merge.max_staleness_rounds
-    near = [each for each in sample if each.round >= least]
-    first, thetas = near[0].trainer.state, [each.trainer.state.theta for each in near]
-    mean, kept = mean_of_near(thetas, world.layout)
-    has_momentum = 0 in kept and float(first.momentum.norm()) <= float(first.theta.norm())
-    momentum = first.momentum.clone() if has_momentum else torch.zeros_like(mean)
-    return OuterState(mean, momentum), statistics.median_low(each.round for each in near)
+    near = not_far_behind(sample, world.setting.run.merge.max_staleness_rounds)
+    states = [each.trainer.state for each in near]
+    momentum = states[0].momentum if near[0] is sample[0] else None  # of the others only the weights are pulled
+    present = consensus_of_vectors([state.theta for state in states], momentum, world.layout)
+    return present, round_of(near)
 
 
 def _begin_with(peer: Peer, state: OuterState, round: int, rows: Mapping[str, Sequence[Row]]) -> None:
