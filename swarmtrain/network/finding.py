@@ -92,12 +92,11 @@ async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], li
     try:
         for next_done in asyncio.as_completed(tasks, timeout=limit_s):
             try:
-                answers.append(await next_done)
+                await next_done
             except PeerError:
                 continue
-            if len(answers) == 1:
-                await asyncio.wait(tasks, timeout=_OTHERS_S)
-                answers = [t.result() for t in tasks if t.done() and not t.cancelled() and t.exception() is None]
+            await asyncio.wait(tasks, timeout=_OTHERS_S)
+            answers = [t.result() for t in tasks if t.done() and not t.cancelled() and t.exception() is None]
             break
     except TimeoutError:
         pass

@@ -72,7 +72,7 @@ def gossip_settings(swarm: Swarm) -> GossipSettings:
 
 def hosting_of(swarm: Swarm) -> Hosting:
     """What this peer, which may be a bootstrap, does for peers that nobody can dial."""
-    return Hosting(swarm.calls, swarm.store, gossip_settings(swarm).rules, swarm.signed_presence, swarm.rounds.refused)
+    return Hosting(swarm.calls, swarm.store, gossip_settings(swarm).rules, swarm.signed_presence, swarm.refused)
 
 
 @dataclass
@@ -113,7 +113,7 @@ class GossipExchange(AsynchronousExchange):
             presence=swarm.signed_presence,
             heard_untrusted=swarm.heard_untrusted,
             counted=swarm.tallying.hear,
-            refused=swarm.rounds.refused,
+            refused=swarm.refused,
             ledger=Ledger(max_staleness_rounds=section.max_staleness_rounds, num_parts=section.publications_per_round),
             expected_s=swarm.node.traffic.times.expected_s,
             variant=section.partners,

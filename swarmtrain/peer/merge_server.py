@@ -68,7 +68,7 @@ class MergeServer:
         )
         rules = IntakeRules(max_tokens=rounds.max_tokens * section.max_staleness_rounds, refuse=self._too_old)
         self.intake = Intake(
-            swarm.membership, pulls, self.marks, rules, self.take, self._tell_too_old, swarm.rounds.refused
+            swarm.membership, pulls, self.marks, rules, self.take, self._tell_too_old, swarm.refused
         )
         self._taking = asyncio.Lock()
         self._named = NamedOnce()

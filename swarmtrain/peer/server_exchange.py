@@ -108,7 +108,7 @@ class ServerExchange(AsynchronousExchange):
             ),
             decode=weights.decode_untrusted,
             counted=swarm.tallying.hear,
-            refused=swarm.rounds.refused,
+            refused=swarm.refused,
         )
         swarm.publisher, swarm.gossip = self.publisher, self.link
 
@@ -239,7 +239,7 @@ class ServerExchange(AsynchronousExchange):
         try:
             entered = entered_round_untrusted(manifest, self.swarm.identity.peer_id)
         except BadBytesError as error:
-            self.swarm.rounds.refused(fetched.peer, error)
+            self.swarm.refused(fetched.peer, error)
             entered = None
         self.link.take()  # it is older
         self.link.heard_s = swarm_time()

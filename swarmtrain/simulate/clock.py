@@ -17,11 +17,10 @@ __all__ = ["Clock", "Timer"]
 class Timer:
     """A call that is to come; `cancel` it, or let it be."""
 
-    __slots__ = ("args", "call", "seq", "when_s")
+    __slots__ = ("args", "call", "when_s")
 
-    def __init__(self, when_s: float, seq: int, call: Callable[..., object], args: tuple[Any, ...]) -> None:
+    def __init__(self, when_s: float, call: Callable[..., object], args: tuple[Any, ...]) -> None:
         self.when_s = when_s
-        self.seq = seq
         self.call: Callable[..., object] | None = call
         self.args = args
 
@@ -52,7 +51,7 @@ class Clock:
 
     def call_at(self, when_s: float, call: Callable[..., object], *args: Any) -> Timer:
         """Run `call(*args)` at `when_s`; at once after the present event if that time has passed."""
-        timer = Timer(max(when_s, self.now), self._seq, call, args)
+        timer = Timer(max(when_s, self.now), call, args)
         heapq.heappush(self._queue, (timer.when_s, self._seq, timer))
         self._seq += 1
         return timer

@@ -65,11 +65,6 @@ class GossipSettings:
             stall_limit_s=network.stall_limit_s,
         )
 
-    @property
-    def publication_bytes(self) -> int:
-        """A publication with all its sections."""
-        return self.sizes.both
-
     def section_bytes(self, section: Section) -> int:
         """One of them."""
         return self.sizes.weights if section == "weights" else self.sizes.gradient

@@ -126,7 +126,7 @@ def test_traffic_of_a_peer_is_the_same_with_four_and_with_sixteen() -> None:
         rounds = [record for record in swarm.rounds if record.round > 1]
         bytes_per_round[num_peers] = statistics.mean(record.bytes_down for record in rounds)
         bytes_up[num_peers] = sum(peer.bytes_up for peer in swarm.running()) / len(rounds)
-        assert max(record.bytes_down for record in rounds) <= 3 * swarm.settings.publication_bytes
+        assert max(record.bytes_down for record in rounds) <= 3 * swarm.settings.sizes.both
     assert bytes_per_round[16] == pytest.approx(bytes_per_round[4], rel=0.05)
     assert bytes_up[16] == pytest.approx(bytes_up[4], rel=0.05)
 
