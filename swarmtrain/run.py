@@ -338,6 +338,11 @@ class RunFile(Section):
         return self.inner.batch_sequences * self.model.context_tokens
 
     @property
+    def round_tokens(self) -> int:
+        """What a whole round reads."""
+        return self.merge.inner_steps * self.tokens_per_step
+
+    @property
     def max_round_tokens(self) -> int:
         """What one peer's round counts at most. A stage's steps are not all of one size (`membership/microbatches.py`),
         and a round ends after the one that fills it."""
@@ -360,7 +365,7 @@ class RunFile(Section):
         """Shards of a corpus of so many tokens, each at least what a round reads; 0 where there are none."""
         if self.merge.method != "gossip" or (self.data.source == "datasets" and self.data.streaming):
             return 0
-        fitting = corpus_tokens // max(self.merge.inner_steps * self.tokens_per_step, 2 * self.model.context_tokens)
+        fitting = corpus_tokens // max(self.round_tokens, 2 * self.model.context_tokens)
         return min(self.data.shards, fitting) if fitting > 1 else 0
 
     @model_validator(mode="after")

@@ -55,7 +55,7 @@ def shards_of(run: RunFile, run_sha256: str, corpus_sha256: str, num_shards: int
         corpus_sha256=corpus_sha256,
         num_shards=num_shards,
         seed=run.run.seed,
-        round_tokens=run.merge.inner_steps * run.tokens_per_step,
+        round_tokens=run.round_tokens,
     )
 
 

@@ -173,9 +173,8 @@ class Tallying:
 def counting_rules(run: RunFile, now: float) -> CountingRules:
     """How this run is counted; `now` stands in for its beginning if it was never published."""
     began_s = now if run.published is None else datetime.fromisoformat(run.published.created).timestamp()
-    round_tokens = run.merge.inner_steps * run.tokens_per_step
     return CountingRules(
         began_s=min(began_s, now),
-        burst_tokens=_BURST_ROUNDS * round_tokens,
-        most_tokens=run.run.total_tokens + round_tokens,
+        burst_tokens=_BURST_ROUNDS * run.round_tokens,
+        most_tokens=run.run.total_tokens + run.round_tokens,
     )

@@ -160,7 +160,7 @@ def _roster(encoded: str | None, folder: CheckpointFolder, run: RunFile) -> tupl
     if encoded is None:
         raise ValueError("it has no roster")
     signed = pb.Signed.FromString(base64.b64decode(encoded))
-    return roster_untrusted(signed, folder.run_sha256, run.merge.inner_steps * run.tokens_per_step), signed
+    return roster_untrusted(signed, folder.run_sha256, run.max_round_tokens), signed
 
 
 def _own_part(own: Mapping[str, Any], tensors: Mapping[str, Tensor], num_parameters: int) -> OwnPart:

@@ -452,7 +452,7 @@ class Trainer:
         A kill costs a round at most, so more than a few rounds is an old folder that was put back, or a lie: those
         are not skipped, and the answer is False.
         """
-        if not 0 < tokens <= _MAX_SKIPPED_ROUNDS * self.run.merge.inner_steps * self.run.tokens_per_step:
+        if not 0 < tokens <= _MAX_SKIPPED_ROUNDS * self.run.round_tokens:
             return False
         for _ in range(tokens // self.run.tokens_per_step):
             self.batches.next_batch()

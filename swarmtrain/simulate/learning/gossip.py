@@ -149,8 +149,8 @@ class Peer:
             steps, everybodys = setting.steps_of_round(self.number), setting.steps_of_everybody(self.number)
         shard = None
         if self.coverage is not None:
-            names, round_tokens = [peer.name for peer in others], section.inner_steps * setting.run.tokens_per_step
-            shard, _ = self.coverage.begin(self.round, setting.run.run.seed, names, round_tokens)
+            names = [peer.name for peer in others]
+            shard, _ = self.coverage.begin(self.round, setting.run.run.seed, names, setting.run.round_tokens)
         return Start(
             inner_steps=steps,
             num_peers=1 + sum(peer.number < setting.num_counted for peer in others),

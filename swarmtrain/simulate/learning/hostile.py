@@ -72,7 +72,7 @@ class _Hostile(Peer):
         g, mark, attack = honest.vector, honest.mark, self.world.setting.hostile
         if attack.kind == "tokens":  # the most that is not refused
             run = self.world.setting.run
-            most = run.merge.inner_steps * run.tokens_per_step
+            most = run.round_tokens
             return Published(Mark(mark.round, mark.part, most - self.start.num_parts + mark.part), g)
         made: dict[str, Callable[[], Tensor]] = {
             "sign-flip": lambda: -attack.factor * g,
