@@ -12,6 +12,7 @@ from swarmtrain.errors import RunTimeError
 from swarmtrain.peer.held_stage import HeldStage
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.pipeline import PipelineVolunteer
+from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
 
 
 class StageStandIn(HeldStage):
@@ -81,3 +82,18 @@ def test_one_that_drives_says_that_the_first_stage_is_done_before_its_others_are
         one.held = {stage + 1: held for stage, held in one.held.items()}
         one._all_done = lambda one=one: PipelineVolunteer._all_done(one)
         assert says(one) == done
+
+
+def test_of_the_first_stage_one_that_has_the_last_weights_will_do_and_of_others_all_must() -> None:
+    def archive(number: int, *told: int) -> Any:
+        infos = [SimpleNamespace(run_tokens=tokens) for tokens in told]
+        swarm = SimpleNamespace(membership=SimpleNamespace(volunteers=lambda: infos))
+        return SimpleNamespace(number=number, swarm=swarm, is_final=False, state=None)
+
+    run = SimpleNamespace(run=SimpleNamespace(total_tokens=100))
+    archives = [archive(0, 100, 7), archive(1, 100, 7), archive(1, 100, 100), archive(0, 7), archive(0), archive(1)]
+    bootstrap: Any = SimpleNamespace(
+        published=SimpleNamespace(run=run), archives=archives, _archive=lambda one, last: True, _tell=lambda one: None
+    )
+    PipelineBootstrap._archive_ended(bootstrap, False)
+    assert [one.is_final for one in archives] == [True, False, True, False, False, False]

@@ -191,11 +191,12 @@ class PipelineBootstrap(BootstrapPeer):
         return found
 
     def _archive_ended(self, is_late: bool) -> None:
-        """The last weights of those stages whose peers all have them, or of all if it is late."""
+        """The last weights of those stages whose peers all have them, or of all if it is late. Who drives and does not
+        say so was waited for before the end was seen: of the first stage one that has them will do."""
         total = self.published.run.run.total_tokens
         for archive in self.archives:
-            infos = archive.swarm.membership.volunteers()
-            ended = bool(infos) and all(info.run_tokens >= total for info in infos)
+            told = [info.run_tokens >= total for info in archive.swarm.membership.volunteers()]
+            ended = any(told) if archive.number == 0 else bool(told) and all(told)
             if not archive.is_final and (ended or is_late):
                 archive.is_final = self._archive(archive, last=True) or (is_late and archive.state is not None)
                 self._tell(archive)
