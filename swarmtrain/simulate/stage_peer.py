@@ -300,9 +300,10 @@ class StageVolunteer:
 
     def _send(self, microbatch: Microbatch, stage: int) -> bool:
         """False if nobody may be asked now."""
-        now, tokens = self.world.clock.now, self.world.settings.microbatch_tokens
-        router = self.routers[stage]
-        name, _ = router.choose(now, tokens, microbatch.tried)
+        now, router = self.world.clock.now, self.routers[stage]
+        kind: Kind = "tail" if stage == len(self.routers) - 1 else "forward"
+        work_tokens = self.world.settings.microbatch_tokens * WORK_SHARES[kind]
+        name, _ = router.choose(now, work_tokens, microbatch.tried)
         peer = self.world.peers.get(name) or self._ghost(name) if name is not None else None
         if peer is None:
             microbatch.tried.clear()
@@ -310,7 +311,7 @@ class StageVolunteer:
                 next_s = min(router.next_s(now) or math.inf, now + _AGAIN_S)
                 self._retries[stage] = self.world.clock.call_at(next_s, self._retry, stage)
             return False
-        self._ask(peer, microbatch, stage, "tail" if stage == len(self.routers) - 1 else "forward")
+        self._ask(peer, microbatch, stage, kind)
         return True
 
     def _ghost(self, name: str) -> StageVolunteer:
