@@ -91,7 +91,8 @@ class Router:
 
     rng: random.Random
     variant: str = VARIANTS[0]
-    busy_s: float = 1.0
+    busy_s: float = 0.1
+    """A busy peer is left alone for so long at least: tasks may take some milliseconds."""
     first_ban_s: float = 15.0
     most_ban_s: float = 600.0
     least_limit_s: float = 10.0

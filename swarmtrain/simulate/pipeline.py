@@ -82,7 +82,7 @@ class PipelineSettings:
     latency_s: float = 0.1
     """A message takes so long, one way,"""
     tensors_s: float = 0.0
-    """and so much longer if it asks for a microbatch's work or answers that."""
+    """and so much longer if it brings a microbatch's tensors."""
     jitter: float = 0.1
     """A task's time varies by so much (standard deviation of its logarithm)."""
     announce_every_s: float = 10.0

@@ -225,7 +225,11 @@ class StageVolunteer:
         return then is not None
 
     def _reply(self, call: Call, outcome: Outcome) -> None:
-        self._send_tensors(self, call.driver, call.driver.replied, call, outcome)
+        told = self, call.driver, call.driver.replied, call, outcome
+        if outcome == "done":
+            self._send_tensors(*told)
+        else:
+            self.world.send(*told)
 
     def _send_tensors(self, *told: Any) -> None:
         """A message, once they are through."""

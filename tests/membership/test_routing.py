@@ -236,15 +236,15 @@ def test_busy_is_a_short_pause_without_a_fault_and_the_task_is_not_charged() -> 
     made = measured({"a": 1000.0, "b": 1000.0})
     for now in (0.0, 10.0, 20.0, 30.0):
         made.begun("a", 100.0)
-        assert made.refused_busy("a", now, 100.0) == "busy: asked again after 1.0 s"
-        assert set(chosen(made, 6, now + 0.9)) == {"b"}
-        assert "a" in chosen(made, 6, now + 1.0), "not longer the second time, and no trial"
+        assert made.refused_busy("a", now, 100.0) == "busy: asked again after 0.2 s", "two tasks of 0.1 s"
+        assert set(chosen(made, 6, now + 0.19)) == {"b"}
+        assert "a" in chosen(made, 6, now + 0.21), "not longer the second time, and no trial"
     assert Counter(chosen(made, 100, 40.0))["a"] == pytest.approx(50, abs=3)
     for peer in "ab":
         made.begun(peer, 100.0)
         made.refused_busy(peer, 50.0, 100.0)
-    assert made.choose(50.5, 100.0) == (None, "2 are busy, 0 are left alone")
-    assert made.next_s(50.5) == 51.0
+    assert made.choose(50.1, 100.0) == (None, "2 are busy, 0 are left alone")
+    assert made.next_s(50.1) == pytest.approx(50.2)
 
 
 def test_rather_wait_for_a_busy_one_than_ask_the_banned() -> None:
@@ -253,8 +253,11 @@ def test_rather_wait_for_a_busy_one_than_ask_the_banned() -> None:
     made.timed_out("a", 0.0, 10.0, 100.0)
     made.begun("b", 100.0)
     made.refused_busy("b", 1.0, 100.0)
-    assert made.choose(1.5, 100.0) == (None, "1 are busy, 1 are left alone")
-    assert made.next_s(1.5) == 2.0 and made.choose(2.0, 100.0)[0] == "b"
+    assert made.choose(1.1, 100.0) == (None, "1 are busy, 1 are left alone")
+    assert made.next_s(1.1) == pytest.approx(1.2) and made.choose(1.21, 100.0)[0] == "b"
+    quick = measured({"a": 100_000.0})
+    quick.begun("a", 100.0)
+    assert quick.refused_busy("a", 0.0, 100.0) == "busy: asked again after 0.1 s", "at least"
 
 
 def test_a_task_is_not_sent_again_to_whom_it_was_with() -> None:

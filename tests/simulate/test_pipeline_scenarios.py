@@ -42,7 +42,7 @@ def test_moving_beats_staying_under_preemptions_and_empties_nothing() -> None:
     often = example(churn={"stays_s": 3600.0, "away_s": 900.0})
     ours, none, queues = (world(often, balance) for balance in ("rates", "none", "queues"))
     shares = [each.share for each in (ours, none, queues)]
-    assert shares[0] >= max(shares[1:]) + 0.03 and ours.share_of_assignment >= 0.8, shares
+    assert shares[0] >= max(shares[1:]) + 0.03 and ours.share_of_assignment >= 0.75, shares
     assert not ours.emptied and none.num_moves == 0 < ours.num_moves
     assert {moment.kind for moment in none.log} == {"joined", "serves", "died", "moves"}, "joiners move in"
 
