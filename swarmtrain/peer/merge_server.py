@@ -67,9 +67,7 @@ class MergeServer:
             swarm.heard_untrusted,
         )
         rules = IntakeRules(max_tokens=rounds.max_tokens * section.max_staleness_rounds, refuse=self._too_old)
-        self.intake = Intake(
-            swarm.membership, pulls, self.marks, rules, self.take, self._tell_too_old, swarm.refused
-        )
+        self.intake = Intake(swarm.membership, pulls, self.marks, rules, self.take, self._tell_too_old, swarm.refused)
         self._taking = asyncio.Lock()
         self._named = NamedOnce()
         self._task: asyncio.Task[None] | None = None
