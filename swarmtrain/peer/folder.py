@@ -68,9 +68,11 @@ class PeerFolder:
         return kept
 
     def kept_sha256(self) -> str | None:
-        """The hash of the run that is kept here; None without one."""
-        path = self.path / "run.toml"
-        return run_sha256(path.read_bytes()) if path.is_file() else None
+        """The hash of the run that is kept here; None without one, or where it cannot be read."""
+        try:
+            return run_sha256((self.path / "run.toml").read_bytes())
+        except OSError:
+            return None
 
     def kept_run(self) -> PublishedRun | None:
         """The run that is kept here with all its files; None without one. UserError if its files are not whole."""

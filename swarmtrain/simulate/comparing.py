@@ -248,8 +248,9 @@ def _play(scenario: Scenario, play: Play) -> Outcome:
     run, here = _run(scenario, play), scenario.at(play.point)
     if here.scenario.work == "systems":
         return play_scenario(here, run)
-    if here.scenario.work == "pipeline" or learn is None:
+    if here.scenario.work == "pipeline":
         return pipeline_lives.play_pipeline(here, run)
+    assert learn is not None, "a method that learns"
     torch.set_num_threads(1)  # a core is its share, and sums are made in one order
     try:
         num_parts = here.peers.number if here.peers.own_text else 1

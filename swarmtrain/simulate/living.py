@@ -22,7 +22,15 @@ from swarmtrain.run import RunFile
 from swarmtrain.simulate.gossip import GossipSettings, GossipSwarm, RoundRecord
 from swarmtrain.simulate.links import latency_s, link_of, rates
 from swarmtrain.simulate.messages import Link, Settings
-from swarmtrain.simulate.pipeline import Machine, PipelineSettings, PipelineWorld, place, settings_of, stage_parameters
+from swarmtrain.simulate.pipeline import (
+    Machine,
+    PipelineSettings,
+    PipelineWorld,
+    place,
+    settings_of,
+    stage_bytes,
+    stage_parameters,
+)
 from swarmtrain.simulate.world import World
 
 __all__ = ["Lived", "Machines", "lived"]
@@ -157,7 +165,7 @@ def _gossiping(run: RunFile, links: LinksSection, seed: int) -> GossipSwarm:
     """A swarm of this run's, without anybody."""
     sizes = section_bytes(run, stage_parameters(run))
     link = link_of(links, sizes.both, random.Random(seed))
-    return GossipSwarm(GossipSettings.of(run, sizes, 8 * stage_parameters(run)), link=link, seed=seed)
+    return GossipSwarm(GossipSettings.of(run, sizes, stage_bytes(run)), link=link, seed=seed)
 
 
 def _befall(swarm: GossipSwarm | World, machines: Machines, from_s: float, end_s: float, seed: int) -> None:
@@ -306,7 +314,7 @@ def _through_stages(run: RunFile, machines: Machines, links: LinksSection, seed:
     settings = replace(settings, look_every_s=looks_s, record_delay_s=(0.0, 0.0))
     world = PipelineWorld(settings, seed=seed)
     for number, step_s in enumerate(machines.step_s):
-        speed, fetch_s = run.tokens_per_step / step_s, 16 * stage_parameters(run) / down
+        speed, fetch_s = run.tokens_per_step / step_s, stage_bytes(run) / down
         machine = Machine(name=f"v{number}", tokens_per_s=speed, fetch_s=fetch_s)
         world.join(machine, place(world, machine))
     world.run_until(long_s / 4)

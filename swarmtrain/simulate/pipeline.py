@@ -43,6 +43,7 @@ __all__ = [
     "best_bottleneck",
     "place",
     "settings_of",
+    "stage_bytes",
     "stage_parameters",
     "unequal_machines",
 ]
@@ -341,6 +342,11 @@ def best_bottleneck(speeds: Sequence[float], costs: Sequence[float]) -> float:
 def stage_parameters(run: RunFile) -> int:
     """What a volunteer holds: of a stage, as if all were alike."""
     return math.ceil(num_parameters(run.model) / run.pipeline.stages)
+
+
+def stage_bytes(run: RunFile) -> int:
+    """Its weights and momentum, which who comes to it takes."""
+    return 8 * stage_parameters(run)
 
 
 def settings_of(run: RunFile, links: LinksSection) -> PipelineSettings:

@@ -18,7 +18,7 @@ from swarmtrain.peer.estimate import activation_wire_bytes
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.setting import Outcome
 from swarmtrain.simulate.links import rates
-from swarmtrain.simulate.pipeline import Machine, PipelineWorld, place, settings_of, stage_parameters
+from swarmtrain.simulate.pipeline import Machine, PipelineWorld, place, settings_of, stage_bytes
 from swarmtrain.simulate.scenario import Scenario
 
 __all__ = ["check", "lived", "play_pipeline"]
@@ -71,7 +71,7 @@ def lived(scenario: Scenario, run: RunFile) -> PipelineWorld:
 
 def _machines(scenario: Scenario, run: RunFile, rng: random.Random) -> list[Machine]:
     """Speeds and rates are lognormal around the scenario's; names say nothing of them."""
-    peers, links, state_bytes = scenario.peers, scenario.links, 8 * stage_parameters(run)
+    peers, links, state_bytes = scenario.peers, scenario.links, stage_bytes(run)
     downs = scenario.figures.get("down_mbit", {})
     machines = []
     for number, step_s in enumerate(scenario.step_s):

@@ -61,3 +61,11 @@ def test_a_given_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     assert _free_directory(options(folder), sha256(ONE)) == _free_directory(options(folder), None) == folder
     with pytest.raises(UserError, match="holds another run, with its checkpoints and its model: give another --dir"):
         _free_directory(options(folder), sha256(OTHER))
+
+
+def test_a_folder_that_cannot_be_read_is_refused_later_by_whoever_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "below"
+    assert _free_directory(options(folder), sha256(ONE)) == folder
+    with pytest.raises(UserError, match="cannot write to"), peer_folder(folder):
+        pass

@@ -132,4 +132,4 @@ def _begin_with(peer: Peer, state: OuterState, round: int, rows: Mapping[str, Se
     peer.learner.comes_late()
     peer.trainer.state = state
     peer.trainer.progress = Progress(round=round, run_tokens=peer.world.tokens)
-    peer.begin()
+    peer.begin_or_end()

@@ -346,12 +346,16 @@ class Peer:
         self.merge(self.ready())
         self.rounds_done += 1
         world.merged(self)
-        if world.tokens < world.setting.total_tokens:
+        self.begin_or_end()
+
+    def begin_or_end(self) -> None:
+        """The next round, unless the run has had its tokens."""
+        if self.world.tokens < self.world.setting.total_tokens:
             self.begin()
         else:
             self.is_over = True
             self.due.clear()
-            world.finished(self)
+            self.world.finished(self)
 
     def ready(self) -> Arrived:
         """What enters the merge: all that is here. If some of that is too old by now, since this peer stood still, the
