@@ -8,15 +8,16 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 GRPCIO_TOOLS := 1.67.1
-# The tests of units are shared out to a process a core. Those with processes of a swarm need the cores themselves.
-UNIT := -m "not processes and not containers" --numprocesses logical --maxprocesses 4 --dist worksteal
+# Tests without processes are shared out to a process a core. Those with processes of a swarm need the cores themselves.
+SHARED := --numprocesses logical --maxprocesses 4 --dist worksteal
+UNIT := -m "not slow and not processes and not containers" $(SHARED)
 
 # The tests start the package again and again: each start would compile all of it.
 unexport PYTHONDONTWRITEBYTECODE
 PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-unit test-containers chaos lint format protos demo search soak long-soak results docs clean
+.PHONY: help venv test test-unit test-long test-containers chaos lint format protos demo search soak long-soak results docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -35,12 +36,16 @@ $(DEV): pyproject.toml | $(BIN)/python
 
 venv: $(DEV)  ## make .venv with everything a developer needs
 
-test: lint  ## everything continuous integration checks
+test: lint  ## style, types, units, whole runs in virtual time, and swarms of real processes: a quarter of an hour
 	$(BIN)/python -m pytest $(UNIT)
-	$(BIN)/python -m pytest -m processes
+	$(BIN)/python -m pytest -m slow $(SHARED)
+	$(BIN)/python -m pytest -m "processes and not long"
 
-test-unit: $(DEV)  ## the tests that start no process of a swarm: seconds
+test-unit: $(DEV)  ## the tests that play no whole run: a minute
 	$(BIN)/python -m pytest $(UNIT)
+
+test-long: $(DEV)  ## the swarms of real processes that take a minute or more each
+	$(BIN)/python -m pytest -m long
 
 test-containers: $(DEV)  ## a swarm in real containers: needs a Docker engine with compose
 	$(BIN)/python -m pytest -m containers

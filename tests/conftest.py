@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+from hypothesis import settings
+
 # Before torch is imported. The tensors of the tests are small: two threads wait for each other in a loop most of the
 # time, and where something else runs on the same cores they wait for it too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,3 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # that is handled here goes on here, and is as usual in what is started.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
+
+# An example may take as long as it takes: on a machine with other work that says nothing of the code.
+settings.register_profile("swarmtrain", deadline=None)
+settings.load_profile("swarmtrain")

@@ -92,7 +92,7 @@ def _any_of(kind: type[Event]) -> st.SearchStrategy[Event]:
 
 
 @given(st.sampled_from(EVENT_CLASSES).flatmap(_any_of))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_event_survives_json_and_has_one_plain_line(event: Event) -> None:
     assert parse_event(to_json_line(event)) == event
     line = to_plain_line(stamped(event, 0, "", "").model_copy(update={"time": 1e9}))

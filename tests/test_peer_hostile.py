@@ -17,6 +17,8 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.snapshots import Body
 from swarmtrain.peer.trainer import Contribution, Gathered
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def world_of() -> Iterator[Callable[..., tuple[list[Peer], Peer]]]:

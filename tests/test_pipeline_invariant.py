@@ -24,7 +24,7 @@ def test_a_driver_that_dies_leaves_nothing_half_counted(name: str, seed: int) ->
     assert len(swarm.finished) < swarm.num_drivers * swarm.num_microbatches, "it died too late to show anything"
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_hundreds_of_schedules_of_everything_at_once(part: int) -> None:
     for seed in range(125 * part, 125 * (part + 1)):

@@ -386,7 +386,7 @@ _RUNS = st.fixed_dictionaries(
 
 
 @given(_RUNS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_accepted_run_survives_publication(table: dict[str, object]) -> None:
     run = published(tomli_w.dumps(table))
     data = published_bytes(run)
@@ -394,7 +394,7 @@ def test_any_accepted_run_survives_publication(table: dict[str, object]) -> None
 
 
 @given(st.one_of(st.binary(max_size=300), st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace"))))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_bytes_give_a_run_or_one_error(data: bytes) -> None:
     refused(data)
 
@@ -416,7 +416,7 @@ def _without_none(value: object) -> object:
 
 
 @given(st.dictionaries(_KEYS, _VALUES, max_size=5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_table_gives_one_line(table: dict[str, object]) -> None:
     text = tomli_w.dumps(_without_none(table))  # type: ignore[arg-type]
     with pytest.raises(RunFileError) as caught:

@@ -21,7 +21,7 @@ import hashlib
 import heapq
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -35,6 +35,7 @@ __all__ = [
     "RoundView",
     "Sign",
     "Standing",
+    "Standings",
     "Told",
     "Wait",
     "better_roster",
@@ -48,6 +49,7 @@ __all__ = [
     "share_due_s",
     "share_ranges",
     "standing",
+    "standings",
     "worst_roster",
 ]
 
@@ -236,11 +238,9 @@ def must_refetch(applied: Roster | None, heard: Roster | None) -> bool:
     return applied is None or _rank(heard) < _rank(applied)
 
 
-def standing(applied: Roster | None, round: int, told: Told | None) -> Standing:
+def standing(applied: Roster | None, round: int, told: Told) -> Standing:
     """How a volunteer that told `told` stands to a peer in `round` that applied `applied` last."""
     base = "" if applied is None else applied.digest
-    if told is None:
-        return Standing.WITH_US
     if must_refetch(applied, told.last):
         assert told.last is not None
         fits = told.last.round == round and told.last.base == base
@@ -250,6 +250,46 @@ def standing(applied: Roster | None, round: int, told: Told | None) -> Standing:
         return Standing.WITH_US if told.participating or told.round != round else Standing.GUEST
     one_behind = applied is not None and their_base == applied.base and told.round == round - 1
     return Standing.BEHIND if one_behind else Standing.GUEST
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standings:
+    """How the other volunteers stand to one, and which rosters those ahead of it have applied (their digests)."""
+
+    of: Mapping[Standing, frozenset[str]]
+    applied: frozenset[str]
+
+
+def standings(
+    applied: Roster | None,
+    round: int,
+    told: Mapping[str, tuple[float, Told]],
+    *,
+    peers: Iterable[str],
+    since_s: float,
+    undeliverable: Container[str],
+) -> Standings:
+    """How `peers` stand to a peer in `round` that applied `applied` last, by what they told and when.
+
+    What was told before `since_s`, the start of the round, says nothing any more, unless its roster holds against
+    ours. Of whom nothing is known is with us. The weights of the `undeliverable` could not be had: they are guests.
+    """
+    with_us, their_last = set(peers), set[str]()
+    rest: dict[Standing, set[str]] = {kind: set() for kind in Standing}
+    for peer, (told_s, last_told) in told.items():
+        if peer not in with_us or (told_s < since_s and not must_refetch(applied, last_told.last)):
+            continue
+        kind = standing(applied, round, last_told)
+        if kind is Standing.WITH_US:
+            continue
+        if peer in undeliverable and kind in (Standing.AHEAD, Standing.FAR_AHEAD):
+            kind = Standing.GUEST
+        with_us.discard(peer)
+        rest[kind].add(peer)
+        if kind is Standing.AHEAD and last_told.last is not None:
+            their_last.add(last_told.last.digest)
+    rest[Standing.WITH_US] = with_us
+    return Standings(of={kind: frozenset(some) for kind, some in rest.items()}, applied=frozenset(their_last))
 
 
 def _silence_ends_s(view: RoundView, peer: str, now: float) -> float:

@@ -33,7 +33,7 @@ from swarmtrain.membership.rosters import (
     is_silent,
     must_refetch,
     peers_to_ask,
-    standing,
+    standings,
     worst_roster,
 )
 from swarmtrain.membership.signers import Signers
@@ -300,21 +300,16 @@ class Rounds:
         return None
 
     def _view(self, round: int, known: _Round) -> RoundView:
-        sets: dict[Standing, set[str]] = {kind: set() for kind in Standing}
-        applied = None if self.last is None else self.last[0]
-        heard_at_s, their_last = self.membership.heard_at_s(), set[str]()
-        for peer in heard_at_s:
-            told_s, told = self._told.get(peer, (0.0, None))
-            if told is not None and told_s < known.started_s and not must_refetch(applied, told.last):
-                told = None
-            kind = standing(applied, round, told)
-            if peer in known.undeliverable and kind in (Standing.AHEAD, Standing.FAR_AHEAD):
-                kind = Standing.GUEST
-            if peer in known.distrusted:
-                kind = Standing.GUEST
-            sets[kind].add(peer)
-            if kind is Standing.AHEAD and told is not None and told.last is not None:
-                their_last.add(told.last.digest)
+        heard_at_s = self.membership.heard_at_s()
+        distrusted = known.distrusted.intersection(heard_at_s)
+        found = standings(
+            None if self.last is None else self.last[0],
+            round,
+            self._told,
+            peers=heard_at_s.keys() - distrusted,
+            since_s=known.started_s,
+            undeliverable=known.undeliverable,
+        )
         return RoundView(
             me=self.identity.peer_id,
             round=round,
@@ -322,14 +317,14 @@ class Rounds:
             deadline_s=max(known.ended_s, known.started_s + self.settings.round_limit_s),
             silence_s=self.settings.silence_s,
             share_above=self.settings.share_above,
-            live=frozenset(sets[Standing.WITH_US] | sets[Standing.BEHIND]),
-            behind=frozenset(sets[Standing.BEHIND]),
+            live=found.of[Standing.WITH_US] | found.of[Standing.BEHIND],
+            behind=found.of[Standing.BEHIND],
             base=self._base,
             guest=self.guest,
-            guests=frozenset(sets[Standing.GUEST]),
-            ahead=frozenset(sets[Standing.AHEAD]),
-            applied=frozenset(their_last),
-            far_ahead=frozenset(sets[Standing.FAR_AHEAD]),
+            guests=found.of[Standing.GUEST] | distrusted,
+            ahead=found.of[Standing.AHEAD],
+            applied=found.applied,
+            far_ahead=found.of[Standing.FAR_AHEAD],
             announced={peer: publication_of(held.snapshot) for peer, held in known.publications.items()},
             held=frozenset(peer for peer, held in known.publications.items() if held.complete),
             rosters=[roster for roster, _ in known.rosters.values() if roster.digest not in known.impossible],

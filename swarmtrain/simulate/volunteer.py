@@ -32,7 +32,7 @@ from swarmtrain.membership.rosters import (
     must_refetch,
     peers_to_ask,
     round_steps,
-    standing,
+    standings,
 )
 from swarmtrain.membership.signers import Signers
 from swarmtrain.simulate.clock import Timer
@@ -285,21 +285,15 @@ class Volunteer(Transfers):
 
     def _view(self) -> RoundView:
         r = self._now
-        heard_at_s, their_last = self.membership.heard_at_s(), set[str]()
-        with_us = set(heard_at_s)
-        rest: dict[Standing, list[str]] = {kind: [] for kind in Standing}
-        for peer, (told_s, told) in self._told.items():
-            if peer not in heard_at_s or (told_s < r.started_s and not must_refetch(self.last, told.last)):
-                continue
-            kind = standing(self.last, self.round, told)
-            if kind is Standing.WITH_US:
-                continue
-            if peer in r.undeliverable and kind in (Standing.AHEAD, Standing.FAR_AHEAD):
-                kind = Standing.GUEST
-            with_us.discard(peer)
-            rest[kind].append(peer)
-            if kind is Standing.AHEAD and told.last is not None:
-                their_last.add(told.last.digest)
+        heard_at_s = self.membership.heard_at_s()
+        found = standings(
+            self.last,
+            self.round,
+            self._told,
+            peers=heard_at_s,
+            since_s=r.started_s,
+            undeliverable=r.undeliverable,
+        )
         return RoundView(
             me=self.name,
             round=self.round,
@@ -307,14 +301,14 @@ class Volunteer(Transfers):
             deadline_s=r.started_s + self.settings.round_limit_s,
             silence_s=self.settings.silence_s,
             share_above=self.settings.share_above,
-            live=frozenset(with_us.union(rest[Standing.BEHIND])),
-            behind=frozenset(rest[Standing.BEHIND]),
+            live=found.of[Standing.WITH_US] | found.of[Standing.BEHIND],
+            behind=found.of[Standing.BEHIND],
             base=self._base,
             guest=self.guest,
-            guests=frozenset(rest[Standing.GUEST]),
-            ahead=frozenset(rest[Standing.AHEAD]),
-            applied=frozenset(their_last),
-            far_ahead=frozenset(rest[Standing.FAR_AHEAD]),
+            guests=found.of[Standing.GUEST],
+            ahead=found.of[Standing.AHEAD],
+            applied=found.applied,
+            far_ahead=found.of[Standing.FAR_AHEAD],
             announced=r.announced,
             held=frozenset(peer for peer, offer in r.announced.items() if offer.snapshot in self._store),
             rosters=tuple(r.rosters.values()),

@@ -90,7 +90,7 @@ def test_it_keeps_the_mean_and_restores_the_variance() -> None:
     offset=st.sampled_from([0.0, 1.0, -1e3, 1e7]),
     weighted=st.booleans(),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_equal_inputs_come_back_to_the_bit(
     seed: int, copies: int, exponent: int, offset: float, weighted: bool
 ) -> None:
@@ -112,7 +112,7 @@ _FILLS = [0.0, -0.0, 1.0, -3.5, 1e-45, 1e-40, 1e-38, 1e-20, 1e30, -1e30, 3e38, -
     fills=st.lists(st.tuples(st.sampled_from(_FILLS), st.sampled_from(_FILLS)), min_size=1, max_size=5),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_never_nan(fills: list[tuple[float, float]], seed: int) -> None:
     """Constant, zero, tiny and huge tensors, and such noise on such constants."""
     layout = layout_of([(6, 5), (4,), (1, 1)])

@@ -186,7 +186,7 @@ def test_encoding_what_was_decoded_gives_the_same_bytes(format: Format) -> None:
     exponent=st.integers(-45, 38),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_sizes_and_any_magnitude(format: Format, sizes: list[int], exponent: int, seed: int) -> None:
     uniform = torch.rand(sum(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     vector = ((2 * uniform - 1) * 10.0**exponent).float()
@@ -271,7 +271,7 @@ def test_vectors_and_formats_that_make_no_sense() -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_bytes_decode(format: Format, seed: int) -> None:
     sizes = (70, 300, 1)
     raw = np.random.default_rng(seed).integers(0, 256, encoded_size_bytes(format, sizes), dtype=np.uint8)

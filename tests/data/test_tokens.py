@@ -7,7 +7,7 @@ import types
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmtrain.data import tokens
@@ -37,7 +37,6 @@ def test_bytes_are_encoded_without_a_copy() -> None:
     assert ByteTokenizer().to_bytes() == b"" and ByteTokenizer().vocabulary_size == 256
 
 
-@settings(deadline=None)
 @given(text=st.one_of(st.binary(max_size=300), st.text(max_size=200).map(str.encode)))
 def test_bpe_round_trips_what_is_utf8_and_what_is_not(bpe: BpeTokenizer, text: bytes) -> None:
     encoded = bpe.encode(text)
@@ -108,7 +107,6 @@ def test_a_bad_tokenizer_from_a_peer_is_refused(data: bytes, vocabulary_size: in
         tokenizer_from_bytes_untrusted(data, vocabulary_size)
 
 
-@settings(deadline=None)
 @given(data=st.binary(max_size=64), vocabulary_size=st.integers(256, 264))
 def test_any_bytes_give_a_tokenizer_or_the_one_error(data: bytes, vocabulary_size: int) -> None:
     try:

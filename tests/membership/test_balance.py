@@ -356,7 +356,7 @@ def test_who_decides_a_moment_earlier_takes_no_claim_away(there: dict[str, tuple
 swarms = st.lists(st.tuples(st.integers(0, 3), st.floats(1.0, 1000.0)), min_size=1, max_size=14)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(swarm=swarms, costs=st.tuples(*[st.floats(0.1, 1.0)] * 4), seed=st.integers(0, 999))
 def test_every_change_improves_lexicographically_keeps_all_stages_and_is_the_same_for_all(
     swarm: list[tuple[int, float]], costs: tuple[float, ...], seed: int
@@ -529,7 +529,7 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(schedule=st.lists(steps, max_size=60))
 def test_no_schedule_of_joint_moves_empties_a_stage(schedule: list[tuple[object, ...]]) -> None:
     """Whoever believes whatever of the others, and whenever messages arrive: when a peer leaves, the one that has

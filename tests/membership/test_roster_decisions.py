@@ -31,6 +31,7 @@ from swarmtrain.membership.rosters import (
     share_due_s,
     share_ranges,
     standing,
+    standings,
 )
 
 
@@ -352,7 +353,6 @@ def test_standings() -> None:
     def of(last: Roster | None, their_round: int, participating: bool = True) -> Standing:
         return standing(mine, round, Told(round=their_round, last=last, participating=participating))
 
-    assert standing(mine, round, None) is Standing.WITH_US
     assert standing(None, 0, Told(round=0, last=None)) is Standing.WITH_US
     assert standing(None, 0, Told(round=1, last=ours[0])) is Standing.AHEAD
     assert standing(None, 0, Told(round=2, last=ours[1])) is Standing.FAR_AHEAD
@@ -369,6 +369,26 @@ def test_standings() -> None:
 
 
 # ---------------------------------------------------------------- whom to ask, shares, steps
+
+
+def test_the_standings_of_all() -> None:
+    mine, theirs = chain(2)[-1], chain(3)
+    told = {
+        "with": (5.0, Told(round=3, last=mine)),
+        "ahead": (5.0, Told(round=3, last=theirs[2])),
+        "refused": (5.0, Told(round=3, last=theirs[2])),
+        "guest": (5.0, Told(round=2, last=None)),
+        "old": (1.0, Told(round=2, last=None)),
+        "old-ahead": (1.0, Told(round=3, last=theirs[2])),
+        "gone": (5.0, Told(round=2, last=None)),
+    }
+    peers = [*told.keys() - {"gone"}, "unknown"]
+    found = standings(mine, 2, told, peers=peers, since_s=2.0, undeliverable={"refused", "guest", "with"})
+    assert found.of[Standing.WITH_US] == {"with", "unknown", "old"}, "what was told before the round is forgotten"
+    assert found.of[Standing.AHEAD] == {"ahead", "old-ahead"}, "but for a roster that holds against ours"
+    assert found.of[Standing.GUEST] == {"guest", "refused"}, "what nobody can have is nobody's to wait for"
+    assert found.applied == {theirs[2].digest}
+    assert sorted(itertools.chain(*found.of.values())) == sorted(peers), "each has one standing"
 
 
 def test_whom_to_ask() -> None:

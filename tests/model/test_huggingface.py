@@ -31,7 +31,7 @@ from swarmtrain.model.huggingface import (
 )
 from swarmtrain.model.stages import joined_weights
 
-pytestmark = pytest.mark.processes  # not for its processes: importing the library alone takes seconds
+pytestmark = pytest.mark.slow  # importing the library alone takes seconds
 
 _ROTARY = {
     "vocab_size": 96,

@@ -18,6 +18,8 @@ from swarmtrain.simulate import comparing
 from swarmtrain.simulate.comparing import Comparison, Play, compare, document
 from swarmtrain.simulate.learning.setting import Outcome
 
+pytestmark = pytest.mark.slow
+
 GRID = {"merge.outer_momentum": [0.1, 0.5, 0.9]}
 
 

@@ -14,6 +14,8 @@ from swarmtrain.membership.pulls import SectionBytes
 from swarmtrain.simulate.gossip import GossipSettings, GossipSwarm, RoundRecord
 from swarmtrain.simulate.messages import Link
 
+pytestmark = pytest.mark.slow
+
 
 def unequal_swarm(num_peers: int, settings: GossipSettings | None = None, *, seed: int = 0) -> GossipSwarm:
     """Founders at speeds of 2 to 20 steps a second, with weights between -1 and 1."""

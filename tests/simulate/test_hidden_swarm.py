@@ -6,9 +6,13 @@ import random
 from collections import Counter, defaultdict
 from itertools import pairwise
 
+import pytest
+
 from swarmtrain.membership.hosts import MAX_GUESTS, Reach
 from swarmtrain.simulate.gossip import GossipSettings
 from swarmtrain.simulate.hosting import HostedPeer, HostedSwarm
+
+pytestmark = pytest.mark.slow
 
 
 def half_hidden(num_peers: int, settings: GossipSettings | None = None, *, seed: int = 0) -> HostedSwarm:

@@ -21,6 +21,8 @@ from swarmtrain.simulate.learning.serving import server, server_waiting
 from swarmtrain.simulate.learning.setting import Outcome, Setting, setting_of
 from swarmtrain.simulate.learning.synchronous import data_parallel, diloco
 
+pytestmark = pytest.mark.slow
+
 UNTRAINED = 5.5
 """Nats per byte of a model that knows nothing."""
 

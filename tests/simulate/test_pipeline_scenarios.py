@@ -17,6 +17,8 @@ from swarmtrain.simulate.pipeline import PipelineWorld
 from swarmtrain.simulate.pipeline_lives import lived
 from swarmtrain.simulate.scenario import Scenario, load_scenario
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "scenarios" / "pipeline-churn.toml"
 QUIET = {"churn.stays_s": 0.0}
 

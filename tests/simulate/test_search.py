@@ -8,18 +8,12 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from broken_rules import (
-    BROKEN,
-    last_count_is_taken,
-    ledger_takes_everything,
-    nobody_refetches,
-    restored_ledger_is_empty,
-    rounds_without_a_least,
-    silence_never_ends,
-)
+from broken_rules import BROKEN, ledger_takes_everything, nobody_refetches
 
 import swarmtrain.simulate.search.__main__ as command
 from swarmtrain.simulate.search import Fault, Schedule, Violation, as_test, draw, play, shrink
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("first", range(0, 80, 10))
@@ -28,20 +22,12 @@ def test_the_rules_hold_in_the_first_schedules(first: int) -> None:
         assert not play(draw(seed)), as_test(draw(seed))
 
 
-@pytest.mark.processes
 def test_two_thousand_schedules_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     code = command.main(["--schedules", "2000", "--seed", "0"])
     assert code == 0, capsys.readouterr().out
 
 
-LONG = (last_count_is_taken, restored_ledger_is_empty, rounds_without_a_least, silence_never_ends)
-"""They take seconds: dozens of schedules."""
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [pytest.param(rule, marks=[pytest.mark.processes] if rule in LONG else [], id=rule.__name__) for rule in BROKEN],
-)
+@pytest.mark.parametrize("rule", BROKEN, ids=lambda rule: rule.__name__)
 def test_a_broken_rule_is_found(rule: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     rule(monkeypatch)
     world, invariant = BROKEN[rule]

@@ -15,6 +15,8 @@ from swarmtrain.simulate.learning.gossip import Peer
 from swarmtrain.simulate.learning.hostile import HostileWorld, gossip
 from swarmtrain.simulate.learning.setting import Setting
 
+pytestmark = pytest.mark.slow
+
 ALIKE = {"number": 4, "slowdowns": [1.0]}
 
 

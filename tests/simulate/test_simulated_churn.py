@@ -22,6 +22,8 @@ from swarmtrain.simulate.learning.sampled import _sample
 from swarmtrain.simulate.learning.setting import Setting
 from swarmtrain.simulate.scenario import ChurnSection
 
+pytestmark = pytest.mark.slow
+
 LATE = {"peer": 2, "at_s": 0.0, "for_s": 0.15}
 CRASH = {"peer": 0, "at_s": 0.23, "for_s": 0.1}
 

@@ -9,6 +9,8 @@ from swarms import assert_one_model, assert_tokens_count_once
 
 from swarmtrain.simulate.world import Link, Settings, World
 
+pytestmark = pytest.mark.slow
+
 # What a dead, silent or cut-off peer may cost the others once, in seconds: the time a refused call or a stalled
 # transfer takes to be noticed, and then the silence before the next in turn acts.
 SETTINGS = Settings()

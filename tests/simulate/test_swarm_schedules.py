@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from swarms import assert_one_model, longest_open_wait_s
 
 from swarmtrain.simulate.world import Settings, World
+
+pytestmark = pytest.mark.slow
 
 FAULTS_END_S = 60.0
 BASE_WAIT_S = 5.0
@@ -65,7 +68,7 @@ def declare(world: World, fault: Fault, names: list[str], index: int) -> None:
         world.fail_at(name, fault.round, fault.moment)  # type: ignore[arg-type]
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     speeds=st.lists(st.sampled_from([8.0, 10.0, 16.0]), min_size=1, max_size=8),
     share_above=st.sampled_from([2, 5]),
@@ -101,7 +104,7 @@ idle = st.builds(
 others = faults.filter(lambda fault: fault.kind in ("kill", "leave", "join", "partition", "loss", "freeze"))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     speeds=st.lists(st.sampled_from([8.0, 10.0, 16.0]), min_size=3, max_size=8),
     share_above=st.sampled_from([2, 5]),

@@ -17,6 +17,8 @@ from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.scenario import ChurnSection, load_scenario
 from swarmtrain.simulate.systems import Machines, SystemsSwarm, play, play_scenario
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = GossipSettings(
     inner_steps=16, keeps_past=False, sizes=SectionBytes(weights=2_000_000, gradient=1_000_000), presence_ttl_s=12.0
 )

@@ -18,6 +18,8 @@ from swarmtrain.simulate.learning.setting import Outcome
 from swarmtrain.simulate.scenario import Scenario, load_scenario
 from swarmtrain.simulate.traces import Span, load_trace, trace_of
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "scenarios" / "traces"
 HEAD = "time_s,peer,event\n"
 GONE_S = 1e9
