@@ -408,6 +408,11 @@ class RunFile(Section):
             raise ValueError(
                 f'pipeline.stages: {stages} with merge.method = "{self.merge.method}"; allowed: with "gossip"'
             )
+        if self.evaluation.every_rounds:
+            raise ValueError(
+                f"evaluation.every_rounds: {self.evaluation.every_rounds} with pipeline.stages = {stages}; allowed: 0, "
+                "since no volunteer has the whole model (the bootstrap measures it at the end)"
+            )
 
     def _check_published_stages(self, published: PublishedSection) -> None:
         stages, boundaries, costs = self.pipeline.stages, published.boundaries, published.stage_costs
