@@ -38,13 +38,13 @@ venv: $(DEV)  ## make .venv with everything a developer needs
 
 test: lint  ## style, types, units, whole runs in virtual time, and swarms of real processes: a quarter of an hour
 	$(BIN)/python -m pytest $(UNIT)
-	$(BIN)/python -m pytest -m slow $(SHARED)
+	$(BIN)/python -m pytest -m "slow and not long" $(SHARED)
 	$(BIN)/python -m pytest -m "processes and not long"
 
 test-unit: $(DEV)  ## the tests that play no whole run: a minute
 	$(BIN)/python -m pytest $(UNIT)
 
-test-long: $(DEV)  ## the swarms of real processes that take a minute or more each
+test-long: $(DEV)  ## the rest of what continuous integration checks: what takes more than twenty seconds each
 	$(BIN)/python -m pytest -m long
 
 test-containers: $(DEV)  ## a swarm in real containers: needs a Docker engine with compose

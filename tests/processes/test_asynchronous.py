@@ -20,7 +20,7 @@ from swarmtrain.model.export import load_exported
 from swarmtrain.model.gpt import evaluate
 from swarmtrain.peer.exporting import export_from_folder
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 ROUND_STEPS = 40
 ROUND_TOKENS = ROUND_STEPS * 8 * 64

@@ -83,6 +83,7 @@ who = ["volunteer-3"]
 """
 
 
+@pytest.mark.long
 def test_a_local_swarm_through_faults_comes_together_again_and_nothing_goes_round_its_links(swarm: Swarm) -> None:
     run_file = write_run(swarm.folder, merge={"method": "gossip", "inner_steps": 20})
     (swarm.folder / "faults.toml").write_text(FAULTS)

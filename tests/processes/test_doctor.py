@@ -49,6 +49,7 @@ def assert_nothing_left(swarm: Swarm, *peers: Child) -> None:
     wait_until(lambda: not set(swarm.leftovers()) - alive, lambda: f"still there: {swarm.leftovers()}")
 
 
+@pytest.mark.long
 def test_all_is_well_in_a_healthy_swarm(swarm: Swarm) -> None:
     # Paced, for then nobody waits for a machine that is busy with other tests, and its speed is no matter.
     bootstrap = swarm.bootstrap(write_run(swarm.folder, merge={"pacing": True}))

@@ -26,7 +26,7 @@ from swarmtrain.run import RunFile, parse_published_untrusted, run_sha256
 from swarmtrain.simulate.learning.setting import Setting
 from swarmtrain.simulate.learning.synchronous import diloco_round
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 TOLERANCE = 1e-5
 NUM_ROUNDS = 5

@@ -14,7 +14,7 @@ from swarm import Child, Swarm, wait_until, write_run
 
 from swarmtrain.events import JoinedEvent, RoundEvent, WarningEvent
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 REASON = why_not()
 HIDDEN = ("carl", "dora")

@@ -104,6 +104,7 @@ def test_the_signer_is_killed_and_then_everyone(swarm: Swarm) -> None:
     swarm.assert_nothing_left()
 
 
+@pytest.mark.long
 def test_a_peer_whose_daemon_is_killed_says_so_and_the_others_go_on(swarm: Swarm) -> None:
     bootstrap = swarm.bootstrap(write_run(swarm.folder))
     anna, ben, carl = swarm.join_all(["anna", "ben", "carl"], bootstrap.invite.invite)
@@ -124,6 +125,7 @@ def test_a_peer_whose_daemon_is_killed_says_so_and_the_others_go_on(swarm: Swarm
     swarm.interrupt_all([bootstrap, again, ben, carl])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("with_its_daemon", [False, True])
 def test_a_stopped_volunteer_is_not_waited_for_and_comes_back(swarm: Swarm, with_its_daemon: bool) -> None:
     bootstrap = swarm.bootstrap(write_run(swarm.folder))

@@ -10,7 +10,7 @@ from swarm import Child, Swarm, assert_same_states, wait_until
 
 from swarmtrain.events import DoneEvent, StartedEvent
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_PEERS = 4

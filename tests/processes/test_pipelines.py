@@ -87,6 +87,7 @@ def test_three_stages_with_a_flush_learn_what_one_process_learns(tmp_path: Path)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_six_processes_without_a_flush_learn_what_their_schedule_says(tmp_path: Path) -> None:
     settings = {"boundaries": [1, 2], "batches": 25, "activations": "fp32", "in_flight": 3, "flush": False}
     losses = _pipeline(tmp_path, [0, 0, 1, 1, 2, 2], settings)

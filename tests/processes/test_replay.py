@@ -14,7 +14,7 @@ from swarmtrain.events import ClippedEvent, DoneEvent, InviteEvent
 from swarmtrain.peer.checkpoint import load_newest
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 TOLERANCE = 1e-5
 SLOWDOWNS = {"anna": "2", "ben": "3", "carl": "5"}

@@ -13,7 +13,7 @@ from swarmtrain.events import JoinedEvent, RoundEvent, WarningEvent
 from swarmtrain.peer.control import read_status
 from swarmtrain.v1 import control_pb2 as pb
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 NOISE = 0.3
 """How far a round's loss may be above those of the rounds before, in nats per token; it begins at 5.5."""

@@ -11,7 +11,7 @@ from swarmtrain.errors import RunTimeError
 from swarmtrain.events import JoinedEvent, PeerJoinedEvent
 from swarmtrain.network.invite import Invite, format_invite, parse_invite
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 REFUSED_WITHIN_S = 20.0
 

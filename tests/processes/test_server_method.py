@@ -33,6 +33,7 @@ def goes_on_from(child: Child, server: Child) -> None:
     child.wait_event(RoundEvent, lambda event: event.round > after and server.id in event.partners)
 
 
+@pytest.mark.long
 def test_unequal_workers_one_dies_one_comes_late_and_the_server_goes_and_comes_back(swarm: Swarm) -> None:
     server = server_run(swarm)
     invite = server.invite.invite

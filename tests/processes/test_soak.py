@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from soak import ROUND_TOKENS, ROUNDS, VOLUNTEERS, Plan, compare, one_run
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 
 def test_a_swarm_under_kills_stops_and_restarts_reaches_its_end(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from swarmtrain.events import (
     StageThroughputEvent,
 )
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 _NETWORK = {"call_limit_s": 3.0, "stall_limit_s": 3.0, "presence_ttl_s": 6.0, "archive_every_s": 5.0}
 

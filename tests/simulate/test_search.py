@@ -22,6 +22,7 @@ def test_the_rules_hold_in_the_first_schedules(first: int) -> None:
         assert not play(draw(seed)), as_test(draw(seed))
 
 
+@pytest.mark.long
 def test_two_thousand_schedules_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     code = command.main(["--schedules", "2000", "--seed", "0"])
     assert code == 0, capsys.readouterr().out
