@@ -35,6 +35,8 @@ from swarmtrain.peer.trainer import Gathered, RoundReport, Trainer
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
+pytestmark = pytest.mark.slow
+
 TEXT = np.frombuffer(b"a swarm of bees swarms over a swarm of swarms. " * 200, dtype=np.uint8)
 IDENTITIES = [new_identity(bytes([number]) * 32) for number in range(6)]
 STEPS, STEP_TOKENS = 8, 4 * 16

@@ -377,12 +377,14 @@ def _descend(num_rounds: int, num_peers: int, num_partners: int, bias: float = 1
     return largest_together, largest_alone
 
 
+@pytest.mark.slow
 def test_no_weight_norm_grows_past_a_lone_peers() -> None:
     """1,000 rounds, three partners, correction on: the noise of one peer grows faster than the average's."""
     together, alone = _descend(num_rounds=1000, num_peers=4, num_partners=3)
     assert (together <= alone).all(), (together, alone)
 
 
+@pytest.mark.slow
 def test_a_correction_that_is_too_large_would_be_seen() -> None:
     """Two percent more than it should be, and 200 rounds are enough: the test above can fail."""
     together, alone = _descend(num_rounds=200, num_peers=4, num_partners=3, bias=1.02)

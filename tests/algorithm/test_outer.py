@@ -109,6 +109,7 @@ print(hashlib.sha256(weighted_mean(gradients, [3, 5, 9, 11]).numpy().tobytes()).
 """
 
 
+@pytest.mark.slow
 def test_mean_is_the_same_on_a_processor_without_vector_instructions() -> None:
     gradients = [torch.rand(1003, generator=torch.Generator().manual_seed(s)) - 0.5 for s in range(4)]  # rand is exact
     here = hashlib.sha256(weighted_mean(gradients, [3, 5, 9, 11]).numpy().tobytes()).hexdigest()

@@ -392,6 +392,7 @@ def _loss_after_descent(merge: Callable[[Sequence[Tensor]], Tensor], factor: flo
     return float((CURVATURE * x * x).sum() / 2)
 
 
+@pytest.mark.slow
 def test_a_sign_flipping_peer_of_eight() -> None:
     def mean(gradients: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(gradients)).mean(dim=0)

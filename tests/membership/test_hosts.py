@@ -146,6 +146,7 @@ def test_when_one_of_two_hosts_dies_the_only_other_peer_takes_over_though_it_fai
     assert choice.chosen == ("c", "b"), "a has been silent"
 
 
+@pytest.mark.slow
 def test_a_thousand_guests_spread_over_five_hundred_hosts() -> None:
     """Each sees what the others had announced a while ago, and nobody takes more than it has places for."""
     hosts = {f"h{number:03d}": Guests() for number in range(500)}

@@ -130,6 +130,7 @@ print(_digest(build_model(TINY, 0)), "torch._dynamo" in sys.modules, "sympy" in 
 """
 
 
+@pytest.mark.slow
 def test_initial_weights_do_not_depend_on_the_processor() -> None:
     """Nor does building them import torch's compiler, or sympy: a second of processor time for every peer."""
     plain = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}

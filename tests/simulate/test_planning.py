@@ -21,6 +21,8 @@ from swarmtrain.simulate.hurts import FELT, Hurt, hurts
 from swarmtrain.simulate.planning import Machines, Plan, plan
 from swarmtrain.simulate.traffic import dht_bytes_per_s
 
+pytestmark = pytest.mark.slow
+
 SLOW = LinksSection(up_mbit=20, down_mbit=100, rtt_ms=40)
 MODEL = "[model]\ncontext_tokens = 64\nnum_layers = 2\n"
 PARAMETERS = 455_296
