@@ -324,6 +324,8 @@ class _Ban:
     tried_s: float
     until_s: float
     failures: int = 0
+    mute: bool = True
+    """It gave no answer each time: nothing else is held against it."""
 
 
 @dataclass(slots=True)
@@ -346,13 +348,15 @@ class BackOff:
         ban.until_s = max(ban.until_s, now + self.busy_s)
         return f"busy: asked again after {self.busy_s:g} s"
 
-    def failed(self, peer: str, now: float, reason: str) -> str:
-        """It could not be reached, stalled, or what came was wrong. Returns what follows, in words.
+    def failed(self, peer: str, now: float, reason: str, mute: bool = False) -> str:
+        """It could not be reached, stalled, or what came was wrong; `mute`: it gave no answer at all. Returns what
+        follows, in words.
 
         What fails during a ban does not lengthen it: several pulls are under way at once, and where bans do not count
         each peer is tried again and again. An outage of 20 s would be told as four, and cost two minutes.
         """
         ban = self._ban(peer, now)
+        ban.mute &= mute
         if ban.failures and now < ban.until_s:
             return f"{reason}: it was left alone for that already"
         ban.failures += 1
@@ -371,6 +375,12 @@ class BackOff:
     def answered(self, peer: str) -> None:
         """Something good came from it: all is forgiven."""
         self._bans.pop(peer, None)
+
+    def called(self, peer: str, now: float) -> None:
+        """It has called us: if all that is held against it is that it gave no answer, it may be asked again at once. If
+        it gives none then, it is left alone for longer than before all the same."""
+        if (ban := self._bans.get(peer)) is not None and ban.failures and ban.mute:
+            ban.until_s = min(ban.until_s, now)
 
     def ready(self, peers: Collection[str], now: float) -> tuple[frozenset[str], str]:
         """Which of `peers` may be asked now; with the reason if that is not all of them, or bans do not count."""

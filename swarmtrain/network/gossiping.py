@@ -68,6 +68,10 @@ _RESTART_ROUNDS = 2
 """A peer that was killed and went on from its checkpoint is behind what it had published by so many rounds."""
 
 
+class _NoAnswerError(UnreachableError):
+    """A partner gave no answer when it was asked."""
+
+
 class _HostsFailedError(UnreachableError):
     """The hosts of a peer that nobody can dial failed: not its own fault."""
 
@@ -322,6 +326,10 @@ class Gossip:
 
         self._pulls[peer, section] = (logged(asyncio.create_task(pull()), "gossip"), swarm_time())
 
+    def called(self, peer: str) -> None:
+        """It has called this peer: after an outage it is asked again soon."""
+        self._partners.back_off.called(peer, swarm_time())
+
     def _answered(self, peer: str) -> None:
         """All is forgiven, but for what it did in this round with its other section."""
         if peer not in self._failing:
@@ -330,7 +338,8 @@ class Gossip:
     def _failed(self, peer: str, error: PeerError, failed: set[str]) -> None:
         """It is left alone for a while, once for both its sections, and named."""
         if peer not in failed:
-            _log.debug("%s: %s", peer, self._partners.back_off.failed(peer, swarm_time(), str(error)))
+            no_answer = isinstance(error, _NoAnswerError)
+            _log.debug("%s: %s", peer, self._partners.back_off.failed(peer, swarm_time(), str(error), no_answer))
         if error.is_incident:
             self.refused(peer, error)
 
@@ -401,7 +410,10 @@ class Gossip:
         if source != peer:
             request.author = peer_bytes(peer)
             return await self._ask_host(peer, source, request)
-        reply = await self.calls.publication(peer, request)
+        try:
+            reply = await self.calls.publication(peer, request)
+        except UnreachableError as error:
+            raise _NoAnswerError(str(error)) from error
         self.heard_untrusted(peer, reply)
         if reply.busy:
             raise BusyError("it serves as many readers as it may")

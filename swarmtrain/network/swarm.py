@@ -77,8 +77,7 @@ _REFUSED_AGAIN_S = 60.0
 _MEET_AGAIN_S = 5.0
 _GREETING_PASSES = 3
 _GOODBYE_S = 3.0
-_LAST_GOODBYE_S = 1.0
-"""The process waits for it, and the user for the process."""
+_LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
 
 
 @dataclass
@@ -101,12 +100,12 @@ class Swarm:
     synchronous, and in a bootstrap."""
     gossip: Pulling | None = None
     """... and what it pulls of others'."""
+    called: Callable[[str], None] = lambda peer: None  # what is to follow when a peer asks for what we publish
     coverage: DataCoverage | None = None  # None too where the data have no shards, and in a bootstrap
     tallying: Tallying = field(init=False)
     durable: Callable[[], Progress | None] | None = None
     """The progress that is safe on this peer's disk, which its progress record tells; None: the present one."""
-    hosting: Hosting | None = None
-    """... and what it serves of peers that nobody can dial."""
+    hosting: Hosting | None = None  # what this peer serves of peers that nobody can dial
     reaching: Reaching = field(init=False)
     offer: Offer = field(init=False)
     _listens_at: tuple[str, ...] = ()
@@ -509,6 +508,7 @@ class Swarm:
 
     async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
         """Our newest publication, made a snapshot at the first request. What the caller says of itself is news."""
+        self.called(caller)
         with contextlib.suppress(BadBytesError):
             self._read_presence_untrusted(request.presence, caller)
         if request.author and request.author != peer_bytes(self.identity.peer_id):

@@ -121,7 +121,7 @@ class GossipExchange(AsynchronousExchange):
             routes=Routes(swarm.node, swarm.membership),
         )
         swarm.publisher, swarm.weights_publisher = self.publisher, self.weights_publisher
-        swarm.gossip, swarm.hosting = self.gossip, hosting_of(swarm)
+        swarm.gossip, swarm.hosting, swarm.called = self.gossip, hosting_of(swarm), self.gossip.called
 
     # ------------------------------------------------------------- the trainer's calls
 

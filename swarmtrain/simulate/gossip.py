@@ -403,7 +403,7 @@ class GossipPeer:
 
     def _manifest(self, pull: _Pull, peer: str, found: Publication | Refused | None) -> None:
         if not isinstance(found, Publication):
-            self._failed(peer, found)
+            self._failed(peer, found, found is None)
             self._ask(pull)
             return
         reference_round = self._reference_round()
@@ -420,6 +420,9 @@ class GossipPeer:
 
     def _fetch(self, peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
         """Pull `what` of a partner's."""
+        partner = self.swarm.peers.get(peer)
+        if partner is not None and partner.running and self.swarm.connected(self, partner):
+            partner.partners.back_off.called(self.name, self.swarm.clock.now)
         self.swarm.pull(self, peer, what, num_bytes, done)
 
     def _body(
@@ -438,12 +441,12 @@ class GossipPeer:
         self._now.bytes_down += size_bytes
         self._arrived += [found] * (1 + self.swarm.comes_twice())  # if its round is over, it enters the next merge
 
-    def _failed(self, peer: str, answer: Refused | None) -> None:
+    def _failed(self, peer: str, answer: Refused | None, mute: bool = False) -> None:
         now = self.swarm.clock.now
         if isinstance(answer, Refused):
             self.partners.back_off.busy(peer, now)
         else:
-            self.partners.back_off.failed(peer, now, "unreachable")
+            self.partners.back_off.failed(peer, now, "unreachable", mute)
             self.membership.call_failed(peer, now, "unreachable")
 
 

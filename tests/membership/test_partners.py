@@ -331,6 +331,23 @@ def test_what_fails_during_a_ban_does_not_lengthen_it() -> None:
     assert "30 s" in back_off.failed("a", 25.0, "unreachable")
 
 
+def test_one_that_gave_no_answer_and_calls_is_asked_again_at_once() -> None:
+    back_off, both = BackOff(), {"a", "b"}
+    back_off.failed("a", 0.0, "unreachable", True)
+    back_off.failed("a", 15.0, "unreachable", True)  # 30 s, of an outage that ends now
+    assert back_off.ready(both, 20.0)[0] == {"b"}
+    back_off.called("a", 20.0)
+    assert back_off.ready(both, 20.0)[0] == both
+    assert "60 s" in back_off.failed("a", 25.0, "unreachable", True), "one that calls and never answers gains nothing"
+    for mute in (True, False, True):
+        back_off.failed("b", 20.0, "no answer" if mute else "wrong hash", mute)
+    back_off.called("b", 21.0)
+    assert back_off.ready({"b", "c"}, 21.0)[0] == {"c"}, "it did answer once, with what was wrong"
+    back_off.busy("c", 21.0)
+    back_off.called("c", 21.1)
+    assert back_off.ready({"c", "d"}, 21.5)[0] == {"d"}, "nor is being busy forgiven"
+
+
 @pytest.mark.parametrize("most", [2, 4, 8])
 def test_who_is_let_train_on_is_not_too_old_when_the_others_merge(most: int) -> None:
     for behind in range(1, most + 4):

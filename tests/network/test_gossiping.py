@@ -270,6 +270,34 @@ def test_a_partner_that_fails_costs_its_place_and_another_is_tried(fault: str) -
     run(script)
 
 
+@pytest.mark.parametrize("fault", ["gone", "forged"])
+def test_one_that_gave_no_answer_is_asked_again_as_soon_as_it_calls(fault: str) -> None:
+    async def script() -> None:
+        ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
+        me = Peer(ben, carl, dora, num_partners=2)
+        for partner in (ben, carl, dora):
+            partner.publish(0, 1, 100)
+        _break(ben, fault)
+        me.begin(0)
+        await me.take(2, weights=False)
+        asked = len(ben.asked)
+        for round in (1, 2):
+            ben.is_gone = False
+            for partner in (ben, carl, dora):
+                partner.publish(round, 1, 100)
+            if round == 2:
+                me.gossip.called(BEN.peer_id)
+            me.begin(round)
+            await me.take(2, weights=False)
+            was_asked = len(ben.asked) > asked
+            assert was_asked == (round == 2 and fault == "gone"), (
+                "he is left alone till then, and for what was wrong still"
+            )
+        await me.gossip.stop()
+
+    run(script)
+
+
 def test_what_cannot_be_merged_costs_its_author_and_another_is_tried() -> None:
     async def script() -> None:
         ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)

@@ -399,6 +399,18 @@ def test_a_host_takes_a_guest_in_one_small_call_and_lets_it_go() -> None:
     run(body, Hellos())
 
 
+def test_who_asks_for_what_we_publish_is_told_to_whom_pulls() -> None:
+    called: list[str] = []
+
+    async def body(swarm: Swarm) -> None:
+        await swarm.publication(pb.PublicationRequest(), CARL.peer_id)
+        swarm.called = called.append
+        await swarm.publication(pb.PublicationRequest(), BEN.peer_id)
+
+    run(body, Hellos())
+    assert called == [BEN.peer_id]
+
+
 def test_a_guests_publication_is_the_hosts_business_and_nobody_elses() -> None:
     async def body(swarm: Swarm) -> None:
         of_carl = pb.PublicationRequest(author=peer_bytes(CARL.peer_id))

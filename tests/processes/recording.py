@@ -162,7 +162,7 @@ def _choices(record: _Record) -> None:
     _around(Gossip, "__post_init__", post_init)
     _around(gossiping, "plan_pulls", plan_pulls)
     _around(Partners, "next", next_)
-    for name in ("busy", "failed", "answered"):
+    for name in ("busy", "failed", "answered", "called"):
         _around(BackOff, name, told(name))
     for name in ("bytes_begin", "bytes_end", "merged", "round_ended", "assume"):
         _around(PullTimes, name, told(f"times.{name}"))

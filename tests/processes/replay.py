@@ -80,7 +80,7 @@ class ReplayedPeer(Peer):
         kind, _, what = event["kind"].partition(".")
         if what:
             self._times(what, event)
-        elif kind in ("busy", "failed", "answered"):
+        elif kind in ("busy", "failed", "answered", "called"):
             self._same(event, "back-off", getattr(self.partners.back_off, kind)(*event["args"]))
         else:
             getattr(self, f"_{kind}")(event)
