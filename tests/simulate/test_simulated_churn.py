@@ -160,15 +160,32 @@ def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path, monkey
     world, asked, failed = World(one), list[float](), BackOff.failed
     theirs = [world.peers[number].partners.back_off for number in (0, 2)]
 
-    def noted(self: BackOff, name: str, now: float, reason: str) -> str:
+    def noted(self: BackOff, name: str, now: float, *about: Any) -> str:
         if any(self is one for one in theirs):
             asked.append(now)
-        return failed(self, name, now, reason)
+        return failed(self, name, now, *about)
 
     monkeypatch.setattr(BackOff, "failed", noted)
     world.run()
     assert 1 <= len(asked) <= 2 and max(asked) < 0.5, "once each"
     assert world.clock.now > 3.2 and world.live == [world.peers[0], world.peers[2]]
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_who_goes_on_is_asked_again_as_soon_as_it_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: bool
+) -> None:
+    hang = {"peer": 1, "at_s": 0.1, "for_s": 1.0}
+    changes = {"network.call_limit_s": 0.2, "run.total_tokens": 70_000}
+    world = World(churned(tmp_path, "gossip", hangs=[hang], set=changes))
+    if not calls:
+        monkeypatch.setattr(BackOff, "called", lambda *_: None)
+    at_once = list[int]()
+    world.clock.call_at(1.1, lambda: at_once.append(world.peers[1].round))
+    world.run()
+    merged = [world.peers[number].ledger.mark("p1") for number in (0, 2)]
+    again = [mark is not None and mark.round > at_once[0] for mark in merged]
+    assert again == [calls, calls], "else it is left alone for 15 s, and the run is over"
 
 
 def test_a_silent_majority_has_so_many_pulls_at_most(tmp_path: Path) -> None:

@@ -224,6 +224,8 @@ class Peer:
             published = author.newest if section == "gradient" else author.weights
             assert published is not None
             author.serve(section, published)
+            if not world.is_hanging(name):
+                author.partners.back_off.called(self.name, clock.now)
             if not self.is_of_use(section, name, published.mark):
                 again_s = idle_s(self.start.inner_steps * setting.step_s[self.number])
                 self.idle_until_s[section, name] = clock.now + again_s
@@ -233,7 +235,7 @@ class Peer:
             self.coming[section, name] = pull
             self.call_at(self.done_s(slow_s), self.look, self.round, section)
             if world.is_hanging(name):  # it says nothing
-                self.call_at(clock.now + setting.run.network.call_limit_s, self.break_off, pull, "no answer")
+                self.call_at(clock.now + setting.run.network.call_limit_s, self.break_off, pull, "no answer", True)
             else:
                 size_bytes = world.section_bytes.weights if section == "weights" else world.section_bytes.gradient
                 self.bring(pull, size_bytes, ATTEMPTS)
@@ -282,12 +284,12 @@ class Peer:
         """Whether that section of a publication can be merged."""
         return self.ledger.may_enter(section, name, mark, self.world.reference_round)
 
-    def break_off(self, pull: Pull, reason: str) -> None:
+    def break_off(self, pull: Pull, reason: str, mute: bool = False) -> None:
         """Nothing comes of it: who was asked is left alone for a while, and another is asked instead."""
         del self.coming[pull.section, pull.name]
         if pull.name not in pull.failed:
             pull.failed.add(pull.name)
-            self.partners.back_off.failed(pull.name, self.world.clock.now, reason)
+            self.partners.back_off.failed(pull.name, self.world.clock.now, reason, mute)
         self.fill(pull.section)
 
     def arrive(self, pull: Pull) -> None:
