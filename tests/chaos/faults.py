@@ -63,6 +63,19 @@ def _each(do: Callable[[str], object]) -> Action:
     return action
 
 
+def _pause(victim: str) -> None:
+    """The freezer of version 1 control groups gives up ("unable to freeze") where a process is just being born or waits
+    for a disk, which on a busy machine happens: then once more."""
+    for attempt in range(5):
+        try:
+            docker("pause", victim)
+        except AssertionError as error:
+            if attempt == 4 or "unable to freeze" not in str(error):
+                raise
+        else:
+            return
+
+
 def _python(victim: str, code: str) -> None:
     docker("exec", victim, "python", "-c", code)
 
@@ -186,7 +199,7 @@ def _set_clock(victim: str, offset: str) -> None:
 
 ACTIONS: dict[str, Action] = {
     "kill": _each(_kill),
-    "pause": _each(lambda victim: docker("pause", victim)),
+    "pause": _each(_pause),
     "unpause": _each(lambda victim: docker("unpause", victim)),
     "restart": _each(lambda victim: docker("restart", "--time", "30", victim)),
     "disconnect": lambda swarm, victims: [docker("network", "disconnect", f"{swarm.name}_default", v) for v in victims],
