@@ -256,12 +256,7 @@ def test_the_trainer_never_waits_for_one_that_does_not_answer_nor_do_the_others(
 @pytest.mark.parametrize("fault", ["gone", "busy", "forged", "too many tokens", "no such part", "not finite"])
 def test_a_partner_that_fails_costs_its_place_and_another_is_tried(fault: str) -> None:
     async def script() -> None:
-        ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
-        me = Peer(ben, carl, dora, num_partners=2)
-        for partner in (ben, carl, dora):
-            partner.publish(0, 1, 100)
-        _break(ben, fault)
-        me.begin(0)
+        me, (ben, _, _) = _with_one_that_fails(fault)
         assert set(await me.take(2, weights=False)) == {CARL.peer_id, DORA.peer_id}
         await me.gossip.stop()
         assert len(ben.asked) == 2, "he is the first to be asked, for both, and left alone then"
@@ -273,17 +268,13 @@ def test_a_partner_that_fails_costs_its_place_and_another_is_tried(fault: str) -
 @pytest.mark.parametrize("fault", ["gone", "forged"])
 def test_one_that_gave_no_answer_is_asked_again_as_soon_as_it_calls(fault: str) -> None:
     async def script() -> None:
-        ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
-        me = Peer(ben, carl, dora, num_partners=2)
-        for partner in (ben, carl, dora):
-            partner.publish(0, 1, 100)
-        _break(ben, fault)
-        me.begin(0)
+        me, partners = _with_one_that_fails(fault)
+        ben = partners[0]
         await me.take(2, weights=False)
         asked = len(ben.asked)
         for round in (1, 2):
             ben.is_gone = False
-            for partner in (ben, carl, dora):
+            for partner in partners:
                 partner.publish(round, 1, 100)
             if round == 2:
                 me.gossip.called(BEN.peer_id)
@@ -395,6 +386,17 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
         await me.gossip.stop()
 
     run(script)
+
+
+def _with_one_that_fails(fault: str) -> tuple[Peer, tuple[Partner, Partner, Partner]]:
+    """A peer that begins a round with two of three partners, of whom the first to be asked fails."""
+    ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
+    me = Peer(ben, carl, dora, num_partners=2)
+    for partner in (ben, carl, dora):
+        partner.publish(0, 1, 100)
+    _break(ben, fault)
+    me.begin(0)
+    return me, (ben, carl, dora)
 
 
 def _break(partner: Partner, fault: str) -> None:
