@@ -14,6 +14,7 @@ import torch
 
 from swarmtrain.algorithm.outer import OuterState, flatten
 from swarmtrain.events import ArchivedEvent, Event, WarningEvent
+from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
@@ -26,8 +27,28 @@ from swarmtrain.peer.present import Present
 from swarmtrain.run import RunFile
 
 
-def test_the_first_state_is_archived_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A volunteer that joins while all others are dead finds what they had trained."""
+class Waiting(Leavers):
+    """Somebody waits at 85 s, with tokens that are new, and at 95 s, with tokens that are not."""
+
+    def __init__(self, now: list[float]) -> None:
+        self.now, self.told = now, list[float]()
+
+    def waiting(self, now: float) -> tuple[str, ...]:
+        return ("anna",) if self.now[0] in {85.0, 95.0} else ()
+
+    def taken(self, peers: tuple[str, ...], now: float) -> None:
+        assert peers == ("anna",)
+        self.told.append(self.now[0])
+
+
+@pytest.mark.parametrize(
+    ("somebody_leaves", "at"), [(False, [10.0, 70.0, 130.0]), (True, [10.0, 70.0, 85.0, 145.0])], ids=str
+)
+def test_the_first_state_is_archived_at_once(
+    monkeypatch: pytest.MonkeyPatch, somebody_leaves: bool, at: list[float]
+) -> None:
+    """A volunteer that joins while all others are dead finds what they had trained; and so do those who come once the
+    last one has left."""
     sections = {"merge": {"method": "diloco"}, "network": {"archive_every_s": 60}}
     run = RunFile.model_validate({"run": {"total_tokens": 100_000}, **sections})
     anything: Any = None
@@ -45,7 +66,7 @@ def test_the_first_state_is_archived_at_once(monkeypatch: pytest.MonkeyPatch) ->
     class Archived(bootstrap._Bootstrap):
         def _archive(self, swarm: Any, last: bool = False) -> bool:
             archived.append(now[0])
-            self.progress = Progress(run_tokens=self.progress.run_tokens + 1)
+            self.progress = Progress(run_tokens=told[0].run_tokens)
             return True
 
         def _ask_how_far(self, swarm: Any) -> None:
@@ -59,13 +80,16 @@ def test_the_first_state_is_archived_at_once(monkeypatch: pytest.MonkeyPatch) ->
     told = [SimpleNamespace(run_tokens=0)]
 
     def volunteers() -> list[Any]:
-        told[0].run_tokens = 0 if now[0] < 10 else 5_000
+        told[0].run_tokens = 0 if now[0] < 10 else 5_000 + int(min(now[0], 85) if somebody_leaves else now[0])
+        told[0].run_tokens += 1000 * (now[0] > 95)
         return told
 
-    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=volunteers), asynchronous=False)
+    leavers = Waiting(now) if somebody_leaves else None
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=volunteers), asynchronous=False, leavers=leavers)
     with pytest.raises(Interrupted):
         peer._archive_until_the_end(swarm)
-    assert archived == [10.0, 70.0, 130.0]
+    assert archived == at
+    assert leavers is None or leavers.told == [85.0, 95.0], "it may go: what it has is in the archive"
 
 
 def test_only_what_is_on_the_disk_is_told() -> None:
@@ -261,6 +285,7 @@ def test_an_archive_between_two_looks_that_had_all_tokens_ends_it_when_everyone_
     peer.stop = SimpleNamespace(sleep=lambda seconds: None)
     swarm: Any = SimpleNamespace(
         asynchronous=True,
+        leavers=None,
         membership=SimpleNamespace(volunteers=lambda: [SimpleNamespace(run_tokens=tokens) for tokens in here]),
         tallying=SimpleNamespace(total=0),
     )

@@ -17,15 +17,9 @@ from dataclasses import dataclass, field
 
 from swarmtrain import __version__
 from swarmtrain.errors import BadBytesError, PeerError
-from swarmtrain.events import (
-    Event,
-    PeerJoinedEvent,
-    PeerLeftEvent,
-    PeerLostEvent,
-    RefusedEvent,
-    WarningEvent,
-)
+from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, PeerLostEvent, RefusedEvent, WarningEvent
 from swarmtrain.membership import records
+from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.tally import NamedOnce
@@ -106,6 +100,7 @@ class Swarm:
     durable: Callable[[], Progress | None] | None = None
     """The progress that is safe on this peer's disk, which its progress record tells; None: the present one."""
     hosting: Hosting | None = None  # what this peer serves of peers that nobody can dial
+    leavers: Leavers | None = None  # who waits for an archive before it leaves: of a bootstrap
     reaching: Reaching = field(init=False)
     offer: Offer = field(init=False)
     _listens_at: tuple[str, ...] = ()
@@ -484,8 +479,7 @@ class Swarm:
             if request.HasField("presence"):
                 self._read_presence_untrusted(request.presence, caller)
                 if request.leaving:
-                    change = self.membership.left(caller, swarm_time())
-                    if change is not None:
+                    if (change := self.membership.left(caller, swarm_time())) is not None:
                         self._report(change)
                     if self.hosting is not None:
                         self.hosting.left(caller)
@@ -499,6 +493,7 @@ class Swarm:
             time=swarm_time(),
             presence=self.signed_presence() if self._listens_at and not self.rounds.away else None,
             others=[self._signed[peer] for peer in known[:64]],
+            stay=request.asks_to_leave and self.leavers is not None and self.leavers.ask(caller, swarm_time()),
         )
 
     async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:

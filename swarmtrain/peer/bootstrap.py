@@ -25,9 +25,11 @@ from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, WarningEvent
+from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
@@ -168,6 +170,8 @@ class _Bootstrap(BootstrapPeer):
         kept = self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)
         if self.published.run.merge.method == "server":
             self.server = self._merge_server(swarm, keeper, kept, flatten(model.parameters()))
+        else:
+            swarm.leavers = Leavers(swarm.membership)
         del kept, model  # 8 bytes a parameter
         wait_for(self.network.submit(swarm.start(self._reachable(node))), self.stop)
         wait_for(self.network.submit(swarm.watch_daemon(self.stop.fail)), self.stop)
@@ -177,6 +181,7 @@ class _Bootstrap(BootstrapPeer):
         show_invite(swarm, self.folder, self.emit)
         self.control.watch_bootstrap(swarm, lambda: self.progress)
         self._archive_until_the_end(swarm)
+        swarm.leavers = None
         self.control.finishing("measuring and saving the model")
         self._measure_and_save()
         self.control.finishing("serving on until the volunteers have left, those who may come back included")
@@ -281,14 +286,23 @@ class _Bootstrap(BootstrapPeer):
                 ended = swarm.tallying.total >= total or statistics.median_low(told) >= total
                 first_s = min(first_s, time.monotonic()) if ended else math.inf
                 last = min(told) >= total or time.monotonic() > first_s + _LAST_ROUND_S
-            due = not last and time.monotonic() >= next_s and newest > self.progress.run_tokens
+            leavers = self._waiting(swarm)
+            is_new = newest > self.progress.run_tokens
+            due = is_new and (bool(leavers) or time.monotonic() >= next_s)
             archive = self._archive if self.server is None else self._archive_own
-            if (due or last) and archive(swarm, last):
+            archived = (due or last) and archive(swarm, last)
+            if archived:
                 next_s = time.monotonic() + every_s
                 complete = self.is_final = last and self.progress.run_tokens >= total
             elif not told and self.progress.run_tokens >= total:
                 complete = self.is_final = True  # an archive between two looks had them all, and everyone has left
+            if swarm.leavers is not None and leavers and (archived or not is_new):
+                swarm.leavers.taken(leavers, swarm_time())
         self._tell_archived(swarm)
+
+    def _waiting(self, swarm: Swarm) -> tuple[str, ...]:
+        """Those who leave as soon as the archive has what they have."""
+        return () if swarm.leavers is None else swarm.leavers.waiting(swarm_time())
 
     def _ask_how_far(self, swarm: Swarm) -> None:
         """Look how far the volunteers are, and remember whom to dial if we are started again."""

@@ -63,6 +63,7 @@ from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.gossip_exchange import GossipExchange
 from swarmtrain.peer.held_stage import SlowedWork
 from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
+from swarmtrain.peer.leaving import hand_over
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.merge_rules import mean_of
@@ -206,6 +207,8 @@ class _Volunteer:
         reason = self._train(swarm, exchange, trainer)
         if self.stop.failure is not None:
             raise RunTimeError(self.stop.failure)
+        if reason == "interrupted":
+            hand_over(self.control, swarm, self.network)
         loss, own_loss = self._finish(exchange, trainer, ready) if reason == "total_tokens" else (None, None)
         done = DoneEvent(
             held_out_loss=loss,

@@ -233,32 +233,36 @@ class PullReply(_message.Message):
     def __init__(self, status: _Optional[_Union[PullReply.Status, str]] = ..., chunk: _Optional[int] = ..., data: _Optional[bytes] = ..., end: bool = ..., manifest: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("run_sha256", "presence", "leaving", "wants_host")
+    __slots__ = ("run_sha256", "presence", "leaving", "wants_host", "asks_to_leave")
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     WANTS_HOST_FIELD_NUMBER: _ClassVar[int]
+    ASKS_TO_LEAVE_FIELD_NUMBER: _ClassVar[int]
     run_sha256: bytes
     presence: Signed
     leaving: bool
     wants_host: bool
-    def __init__(self, run_sha256: _Optional[bytes] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., leaving: bool = ..., wants_host: bool = ...) -> None: ...
+    asks_to_leave: bool
+    def __init__(self, run_sha256: _Optional[bytes] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., leaving: bool = ..., wants_host: bool = ..., asks_to_leave: bool = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others", "hosting")
+    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others", "hosting", "stay")
     SWARMTRAIN_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_FIELD_NUMBER: _ClassVar[int]
     OTHERS_FIELD_NUMBER: _ClassVar[int]
     HOSTING_FIELD_NUMBER: _ClassVar[int]
+    STAY_FIELD_NUMBER: _ClassVar[int]
     swarmtrain_version: str
     run_sha256: bytes
     time: float
     presence: Signed
     others: _containers.RepeatedCompositeFieldContainer[Signed]
     hosting: bool
-    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., hosting: bool = ...) -> None: ...
+    stay: bool
+    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., hosting: bool = ..., stay: bool = ...) -> None: ...
 
 class BlobRequest(_message.Message):
     __slots__ = ("sha256", "max_bytes")

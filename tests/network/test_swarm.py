@@ -16,6 +16,7 @@ from swarmtrain.errors import BadBytesError, UnreachableError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, RefusedEvent
 from swarmtrain.membership import lifecycle
 from swarmtrain.membership.hosts import HostCandidate, Reach
+from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.lifecycle import PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.records import READ_EVERY_S
@@ -439,5 +440,20 @@ def test_a_hidden_peer_tells_its_hosts_and_no_address() -> None:
         assert (swarm.me.addresses, swarm.me.hidden, swarm.me.hosts) == ((), True, (BEN.peer_id,))
         assert swarm.hello(pb.HelloRequest(), CARL.peer_id).HasField("presence")
         assert swarm.invite().peers[0].addresses, "an invite names somebody"
+
+    run(body, Hellos())
+
+
+def test_a_bootstrap_keeps_the_last_one_until_it_is_archived() -> None:
+    async def body(swarm: Swarm) -> None:
+        request = pb.HelloRequest(presence=presence(BEN), asks_to_leave=True)
+        assert not swarm.hello(request, BEN.peer_id).stay, "a volunteer has no archive"
+        swarm.leavers = Leavers(swarm.membership)
+        assert swarm.hello(request, BEN.peer_id).stay
+        assert not swarm.hello(pb.HelloRequest(presence=presence(BEN)), BEN.peer_id).stay
+        waiting = swarm.leavers.waiting(swarm_time())
+        assert waiting == (BEN.peer_id,)
+        swarm.leavers.taken(waiting, swarm_time())
+        assert not swarm.hello(request, BEN.peer_id).stay
 
     run(body, Hellos())
