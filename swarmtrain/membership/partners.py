@@ -390,7 +390,7 @@ class BackOff:
         if not bans:
             return frozenset(peers), ""
         if len(bans) < len(peers):
-            return frozenset(peers) - bans.keys(), f"{len(bans)} are left alone for now"
+            return frozenset(peers).difference(bans), f"{len(bans)} are left alone for now"
         rested = frozenset(peer for peer, ban in bans.items() if now >= ban.tried_s + self.busy_s)
         if rested:
             return rested, "everyone is banned, so that bans do not count"
