@@ -189,6 +189,7 @@ class PeerLostEvent(_Event):
 
     event: Literal["peer_lost"] = "peer_lost"
     lost: str = Field(description="Its PeerID.")
+    lost_name: str = Field("", description="Its name, as it told it.")
     reason: str = Field(description="How that was noticed.")
 
 
@@ -197,6 +198,7 @@ class PeerLeftEvent(_Event):
 
     event: Literal["peer_left"] = "peer_left"
     left: str = Field(description="Its PeerID.")
+    left_name: str = Field("", description="Its name, as it told it.")
 
 
 class RefusedEvent(_Event):
@@ -516,9 +518,9 @@ def in_words(event: Event) -> str:
         case PeerJoinedEvent():
             return f"peer {event.joined_name or short_peer(event.joined)} is here"
         case PeerLostEvent():
-            return f"peer {short_peer(event.lost)} is lost: {event.reason}"
+            return f"peer {event.lost_name or short_peer(event.lost)} is lost: {event.reason}"
         case PeerLeftEvent():
-            return f"peer {short_peer(event.left)} left"
+            return f"peer {event.left_name or short_peer(event.left)} left"
         case RefusedEvent():
             return f"refused what {short_peer(event.from_peer)} sent ({event.rule}): {event.detail}"
         case ClippedEvent():

@@ -572,9 +572,9 @@ class Swarm:
             if info is None or not info.training:
                 return
             if change.state is PeerState.LOST:
-                self.emit(PeerLostEvent(lost=change.peer, reason=change.reason))
+                self.emit(PeerLostEvent(lost=change.peer, lost_name=info.name, reason=change.reason))
             else:
-                self.emit(PeerLeftEvent(left=change.peer))
+                self.emit(PeerLeftEvent(left=change.peer, left_name=info.name))
 
     def refused(self, peer: str, error: PeerError) -> None:
         """Tell of hostile bytes: of one peer and rule once a minute, for it may send them as fast as it likes."""

@@ -201,7 +201,8 @@ def test_whoever_missed_the_goodbye_of_a_peer_that_rests_learns_it_by_asking() -
 
     events = run(body, Hellos())
     assert joined(events) == [BEN.peer_id] * 2
-    assert [event.left for event in events if isinstance(event, PeerLeftEvent)] == [BEN.peer_id]
+    (left,) = (event for event in events if isinstance(event, PeerLeftEvent))
+    assert (left.left, left.left_name) == (BEN.peer_id, "someone")
 
 
 def test_a_state_of_another_branch_is_not_taken_for_the_present_one() -> None:
