@@ -109,7 +109,9 @@ def test_whoever_reads_is_served_to_the_end(here: Here, monkeypatch: pytest.Monk
 
     here.readers, here.stay = reading, [True] * 13
     here.leave()
-    assert len(here.asked) == 14 and not here.events and now[0] > 100.0
+    assert len(here.asked) == 14 and now[0] > 100.0
+    (event,) = here.events
+    assert isinstance(event, WarningEvent) and "Ctrl-C again" in event.message, "once"
 
 
 def test_an_end_that_is_asked_for_again_is_obeyed(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,16 @@ __all__ = ["hand_over", "should_stay"]
 
 _IDLE_S = 10.0
 """A bootstrap looks every second, and writes for some: if it takes nothing for so long, it will not."""
-_MOST_S = 300.0
-"""Of a large model, over a slow link; a second Ctrl-C ends it sooner."""
+_MOST_S = 100.0
+"""Somebody waits for the end, `swarmtrain leave` for two minutes: a large model may take longer over a slow link."""
+_SAY_S = 5.0
 _AGAIN_S = 0.5
 _CALL_S = 3.0
+_WAITS = "nobody else trains: the bootstrap is archiving what only this peer has; Ctrl-C again does not wait for that"
+_NOT_TAKEN = (
+    "this peer's last rounds are in no archive, and nobody else has them; they are kept in its folder: join again "
+    "from there to bring them back"
+)
 
 
 async def should_stay(swarm: Swarm) -> bool:
@@ -43,23 +49,23 @@ def hand_over(control: Controlled, swarm: Swarm, network: NetworkThread) -> None
     """An end was asked for: serve on as long as a bootstrap has yet to archive what nobody else has."""
     if swarm.rounds.away:
         return  # it has said goodbye before its pause
-    stop = control.stop.last_work(_MOST_S)
-    idle_s = time.monotonic() + _IDLE_S
+    stop, began_s, told = control.stop.last_work(_MOST_S), time.monotonic(), False
+    idle_s = began_s + _IDLE_S
     control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: asking whether anybody else has what this peer has")
     try:
         while wait_for(network.submit(should_stay(swarm)), stop):
             control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: the archive takes what only this peer has")
+            now = time.monotonic()
             if swarm.store.num_readers:
-                idle_s = time.monotonic() + _IDLE_S
-            if time.monotonic() > idle_s:
+                idle_s = now + _IDLE_S
+            if now > idle_s:
                 break
+            if not told and now > began_s + _SAY_S:
+                control.emit(WarningEvent(message=_WAITS))
+                told = True
             stop.sleep(_AGAIN_S)
         else:
             return
     except Interrupted:
         pass
-    message = (
-        "this peer's last rounds are in no archive, and nobody else has them; they are kept in its folder: join again "
-        "from there to bring them back"
-    )
-    control.emit(WarningEvent(message=message))
+    control.emit(WarningEvent(message=_NOT_TAKEN))

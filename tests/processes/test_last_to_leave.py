@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from swarm import Swarm, write_run
 
-from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RoundEvent, WarningEvent
+from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RoundEvent
 
 pytestmark = pytest.mark.processes
 
@@ -20,7 +20,7 @@ def test_the_last_volunteer_leaves_with_all_it_has_archived(swarm: Swarm, method
     swarm.interrupt_some([anna])
     (left,) = anna.all(DoneEvent)
     *_, last = bootstrap.all(ArchivedEvent)
-    assert last.run_tokens == left.run_tokens > 0 and not anna.all(WarningEvent)
+    assert last.run_tokens == left.run_tokens > 0
 
     ben = swarm.join("ben", bootstrap.invite.invite)
     joined = ben.wait_event(JoinedEvent)
