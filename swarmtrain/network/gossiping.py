@@ -19,6 +19,7 @@ from typing import Any
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
+from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
 from swarmtrain.membership.partners import (
     Candidate,
     Difference,
@@ -37,7 +38,6 @@ from swarmtrain.membership.pulls import (
     PullTimes,
     Section,
     SectionBytes,
-    idle_s,
     most_pulls,
     plan_pulls,
 )
@@ -157,11 +157,9 @@ class Gossip:
     _merged: dict[str, Held] = field(default_factory=dict)
     _turned_back: dict[tuple[str, Section], int] = field(default_factory=dict)
     """Whose counter turned back, and in which round of this peer that was seen."""
-    _pulls: dict[tuple[str, Section], tuple[asyncio.Task[None], float]] = field(default_factory=dict)
-    _idle_until_s: dict[tuple[str, Section], float] = field(default_factory=dict)
+    _open: OpenPulls = field(init=False)
+    _tasks: dict[OpenPull, asyncio.Task[None]] = field(default_factory=dict)
     _times: PullTimes = field(default_factory=PullTimes)
-    _failing: set[str] = field(default_factory=set)
-    """Who has failed in the present round."""
     _filling: asyncio.Task[None] | None = None
     _preparing: asyncio.Task[None] | None = None
     _plan: Plan | None = None
@@ -170,6 +168,7 @@ class Gossip:
 
     def __post_init__(self) -> None:
         self._partners = Partners(self.ledger, variant=self.variant)
+        self._open = OpenPulls(self._partners.back_off, most_pulls(self.settings.num_partners))
 
     # ------------------------------------------------------------- the trainer's side
 
@@ -219,6 +218,7 @@ class Gossip:
             self.round, self._plan, self._ready = plan.round, plan, None
         if self._filling is not None:
             self._filling.cancel()
+        self._open.round_begins(swarm_time())
         self._give_up_old_pulls(plan)
         self._filling = logged(asyncio.create_task(self._fill(plan)), "gossip")
         if self._pulled:
@@ -226,19 +226,19 @@ class Gossip:
 
     async def stop(self) -> None:
         """Pull nothing more, until the next round."""
-        tasks = [task for task, _ in self._pulls.values()]
+        tasks = [*self._tasks.values()]
         tasks += [task for task in (self._filling, self._preparing) if task is not None]
         await end_tasks(tasks)
         self.forget_pulled()
-        self._pulls.clear()
+        self._tasks.clear()  # one that never ran has not ended either
+        self._open.begun.clear()
         self._filling = self._preparing = None
 
     async def _fill(self, plan: Plan) -> None:
         """Pull from as many partners as there should be, others in place of those that fail, until the round ends."""
         if self._times.bytes_per_s is None and (known_s := self.expected_s(self.settings.sizes.both)):
             self._times.assume(self.settings.sizes.both / known_s)
-        failed, reason = set[str](), ""
-        self._failing = failed
+        reason = ""
         while self._plan is plan:
             news, now, pulls = self._news, swarm_time(), self._pull_plan(plan)
             if pulls.reason != reason:
@@ -246,7 +246,7 @@ class Gossip:
                 _log.debug("round %d: pulls in %.2f s: %s", plan.round, (pulls.next_s(0.0) or now) - now, reason)
             due = {section: pulls.num_due(section, now) for section in SECTIONS}
             for section, num_due in due.items():
-                self._begin_due(section, num_due, failed, plan)
+                self._begin_due(section, num_due, plan)
             look_s, next_s = _LOOK_S if any(due.values()) else _PLAN_AGAIN_S, pulls.next_s(now)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), look_s if next_s is None else min(look_s, next_s - now))
@@ -255,93 +255,73 @@ class Gossip:
         others, settings = len(self.membership.volunteers()), self.settings
         return plan_pulls(others, plan.started_s, plan.ends_s, settings.sizes, self._times, settings.num_partners)
 
-    def _begin_due(self, section: Section, num_due: int, failed: set[str], plan: Plan) -> None:
+    def _begin_due(self, section: Section, num_due: int, plan: Plan) -> None:
         """Begin pulls until as many are here or on their way as are due."""
-        most = most_pulls(self.settings.num_partners)
-        while self._num_coming(section) < num_due and len(self._pulls) < most:
-            peer = self._choose(section, failed)
+        slow_after_s = self._times.slow_after_s(self.settings.sizes, self.settings.num_partners)
+        while self._open.is_wanted(section, num_due, self._here(), slow_after_s, swarm_time()):
+            peer = self._choose(section)
             if peer is None:
                 return
-            self._start_pull(peer, section, failed, plan.ends_s - plan.started_s)
+            self._start_pull(peer, section, plan.ends_s - plan.started_s)
+
+    def _here(self) -> list[Which]:
+        return [(pulled.section, pulled.peer) for pulled in self._pulled]
 
     def _give_up_old_pulls(self, plan: Plan) -> None:
         """A pull that has gone on for rounds would bring what is too old."""
         now = swarm_time()
         old_s = now - max(_OLD_PULL_S, _OLD_PULL_ROUNDS * (plan.ends_s - plan.started_s))
-        self._idle_until_s = {which: until_s for which, until_s in self._idle_until_s.items() if now < until_s}
-        for task, began_s in self._pulls.values():
-            if began_s < old_s:
+        for pull, task in self._tasks.items():
+            if pull.began_s < old_s:
                 task.cancel()
         live = {info.peer for info in self.membership.volunteers()}
         self._turned_back = {which: round for which, round in self._turned_back.items() if which[0] in live}
 
-    def _num_coming(self, section: Section) -> int:
-        """Pulls of it that are here or on their way; a slow one does not keep another from being tried."""
-        slow_after_s = self._times.slow_after_s(self.settings.sizes, self.settings.num_partners)
-        return len(self._coming(section, swarm_time() - slow_after_s))
-
-    def _coming(self, section: Section, since_s: float = float("-inf")) -> set[str]:
-        """Whose is here, or on its way since then."""
-        here = {pulled.peer for pulled in self._pulled if pulled.section == section}
-        begun = self._pulls.items()
-        return here | {peer for (peer, what), (_, began_s) in begun if what == section and began_s > since_s}
-
     def _reference_round(self) -> int:
         return median_round([self.round, *(info.round for info in self.membership.volunteers())])
 
-    def _choose(self, section: Section, failed: set[str]) -> str | None:
+    def _choose(self, section: Section) -> str | None:
         """Whose to pull next."""
-        now = swarm_time()
-        idle = {peer for (peer, what), until_s in self._idle_until_s.items() if what == section and now < until_s}
+        now, here = swarm_time(), self._here()
         live, num_parts = self.membership.volunteers(), self.settings.rules["gradient"].num_parts
         with self._lock:
             view = View(
                 candidates=[_candidate(one, num_parts) for one in live],
                 rounds={one.peer: one.round for one in live},
                 own_round=self.round,
-                with_weights=self._coming("weights"),
-                exclude={self.me, *failed, *idle, *self._coming(section)},
+                with_weights=self._open.coming("weights", here),
+                exclude={self.me, *self._open.not_now(section, here, now)},
             )
             return self._partners.next(section, view, now, self.rng)[0]
 
-    def _start_pull(self, peer: str, section: Section, failed: set[str], round_s: float) -> None:
-        async def pull() -> None:
-            went_well = False
+    def _start_pull(self, peer: str, section: Section, round_s: float) -> None:
+        pull = self._open.begin(section, peer, swarm_time())
+
+        async def run() -> None:
             try:
-                came = await self._pull(peer, section)
-                went_well = True
-                if not came:
-                    self._answered(peer)
-                    self._idle_until_s[peer, section] = swarm_time() + idle_s(round_s)
-            except (BusyError, _HostsFailedError):
-                went_well = True  # it may be free again within the round
+                if not await self._pull(peer, section):
+                    self._open.nothing_new(pull, swarm_time(), round_s)
+                self._open.end(pull)
+            except (BusyError, _HostsFailedError):  # it may be free again within the round
+                self._open.end(pull)
                 _log.debug("%s is %s", peer, self._partners.back_off.busy(peer, swarm_time()))
             except PeerError as error:
-                self._failed(peer, error, failed)
+                if follows := self._open.fail(pull, swarm_time(), str(error), isinstance(error, _NoAnswerError)):
+                    _log.debug("%s: %s", peer, follows)
+                if error.is_incident:
+                    self.refused(peer, error)
+            except BaseException:
+                self._open.give_up(pull)
+                raise
             finally:
-                if not went_well:
-                    failed.add(peer)
-                self._pulls.pop((peer, section), None)
+                self._tasks.pop(pull, None)
                 self._tell()
 
-        self._pulls[peer, section] = (logged(asyncio.create_task(pull()), "gossip"), swarm_time())
+        self._tasks[pull] = logged(asyncio.create_task(run()), "gossip")
 
     def called(self, peer: str) -> None:
         """It has called this peer: after an outage it is asked again soon."""
         self._partners.back_off.called(peer, swarm_time())
-
-    def _answered(self, peer: str) -> None:
-        """All is forgiven, but for what it did in this round with its other section."""
-        if peer not in self._failing:
-            self._partners.back_off.answered(peer)
-
-    def _failed(self, peer: str, error: PeerError, failed: set[str]) -> None:
-        """It is left alone for a while, once for both its sections, and named."""
-        if peer not in failed:
-            no_answer = isinstance(error, _NoAnswerError)
-            _log.debug("%s: %s", peer, self._partners.back_off.failed(peer, swarm_time(), str(error), no_answer))
-        if error.is_incident:
-            self.refused(peer, error)
 
     def _tell(self) -> None:
         self._news.set()
@@ -392,7 +372,7 @@ class Gossip:
         )
         with self._lock:
             self._pulled.append(pulled)
-        self._answered(peer)  # before it can turn out that nothing can be merged with it
+        self._open.answered(peer)  # before it can turn out that nothing can be merged with it
         await asyncio.shield(self._prepare_soon())
         self._times.merged(swarm_time() - began_s - bytes_s)
         return True
@@ -529,7 +509,7 @@ class Gossip:
         now = swarm_time()
         for one in bad:
             self._partners.back_off.failed(one.peer, now, "what it published cannot be merged")
-            self._idle_until_s[one.peer, one.section] = max(plan.ends_s, now + _LOOK_S)
+            self._open.leave_out(one.section, one.peer, max(plan.ends_s, now + _LOOK_S))
         with self._lock:
             self._pulled = [one for one in self._pulled if one not in bad]
 

@@ -223,7 +223,7 @@ def test_nothing_is_merged_twice() -> None:
         await me.take(1)
         asked = len(ben.asked)
         me.begin(1)
-        await until(lambda: len(ben.asked) > asked and not me.gossip._pulls)
+        await until(lambda: len(ben.asked) > asked and not me.gossip._open.begun)
         assert me.gossip.take(1) is None
         assert (True, 0, 4) in [(one.has_any, one.round, one.part) for one in ben.asked[asked:]]
         assert me.gossip.ledger.mark(BEN.peer_id) == Mark(0, 4, 1000) and me.refused == []
@@ -243,8 +243,8 @@ def test_the_trainer_never_waits_for_one_that_does_not_answer_nor_do_the_others(
             carl.publish(round, 4, 1000)
             me.begin(round)
             assert set(await me.take(1)) == {CARL.peer_id}
-        still = {(BEN.peer_id, "weights"), (BEN.peer_id, "gradient")}
-        await until(lambda: set(me.gossip._pulls) == still)  # what Carl was asked for has come
+        still = {("weights", BEN.peer_id), ("gradient", BEN.peer_id)}
+        await until(lambda: set(me.gossip._open.begun) == still)  # what Carl was asked for has come
         assert len(ben.asked) == 2, "he is still being asked"
         me.begin(3)
         assert me.gossip.take(3) is None, "at once, with nothing"
@@ -302,7 +302,7 @@ def test_what_cannot_be_merged_costs_its_author_and_another_is_tried() -> None:
             return list(pulled)
 
         me.begin(0, prepare)
-        await until(lambda: ben.asked and not me.gossip._pulls)
+        await until(lambda: ben.asked and not me.gossip._open.begun)
         now = swarm_time()
         me.saw(dora, now)
         assert me.gossip._partners.back_off.ready([BEN.peer_id, CARL.peer_id], now)[0] == {CARL.peer_id}
@@ -325,7 +325,7 @@ def test_of_two_that_cannot_be_merged_together_the_first_is() -> None:
             return list(pulled)
 
         me.begin(0, prepare)
-        await until(lambda: ben.asked and carl.asked and not me.gossip._pulls)
+        await until(lambda: ben.asked and carl.asked and not me.gossip._open.begun)
         assert len(await me.take(1)) == 1
         await me.gossip.stop()
 

@@ -211,7 +211,7 @@ def test_with_no_host_that_answers_the_author_is_asked_for_again_soon() -> None:
         me, _ = a_reader(guest, host)
         me.begin(0)
         await until(lambda: host.num_asked)
-        await until(lambda: not me.gossip._pulls)
+        await until(lambda: not me.gossip._open.begun)
         ban = me.gossip._partners.back_off._bans[DORA.peer_id]
         assert ban.failures == 0 and ban.until_s < swarm_time() + 2 and me.refused == []
         await me.gossip.stop()
@@ -248,7 +248,7 @@ def test_a_host_with_an_old_publication_does_not_make_a_liar_of_its_author() -> 
         calls.connected, guest.is_gone = False, True
         asked = host.num_asked
         me.begin(10)
-        await until(lambda: host.num_asked > asked and not me.gossip._pulls)
+        await until(lambda: host.num_asked > asked and not me.gossip._open.begun)
         assert me.refused == []
         await me.gossip.stop()
 

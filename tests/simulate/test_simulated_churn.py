@@ -120,7 +120,7 @@ def test_who_goes_while_it_is_pulled_from_is_left_alone(tmp_path: Path) -> None:
         bring: Any = peer.bring
 
         def noted(pull: Any, *args: Any, number: int = peer.number, bring: Any = bring) -> None:
-            begun.append((pull.began_s, number, pull.name))
+            begun.append((pull.asked.began_s, number, pull.asked.peer))
             bring(pull, *args)
 
         peer.bring = noted  # type: ignore[method-assign]
@@ -195,7 +195,7 @@ def test_a_silent_majority_has_so_many_pulls_at_most(tmp_path: Path) -> None:
     world = World(churned(tmp_path, "gossip", hangs=hangs, peers=peers, set={**changes, "run.total_tokens": 150_000}))
     numbers = list[int]()
     for at_s in range(1, 7):
-        world.clock.call_at(at_s, lambda: numbers.append(len(world.peers[0].coming)))
+        world.clock.call_at(at_s, lambda: numbers.append(len(world.peers[0].pulls.begun)))
     world.run()
     assert numbers == sorted(numbers) and numbers[0] == 2 and max(numbers) == 4, "others are tried after a second"
 

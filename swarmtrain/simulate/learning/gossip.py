@@ -19,8 +19,9 @@ from swarmtrain.algorithm.gossip import Arrival, Layout, prepare, variance_corre
 from swarmtrain.algorithm.pacing import first_inner_steps
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
 from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, View, median_round
-from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, idle_s, most_pulls, plan_pulls
+from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, most_pulls, plan_pulls
 from swarmtrain.membership.shards import Coverage, Row
 from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
@@ -53,17 +54,13 @@ class Published:
 class Pull:
     """A section of somebody's publication, on its way."""
 
-    section: Section
-    name: str
+    asked: OpenPull
     published: Published
     life: int
     """Of its author."""
-    began_s: float
-    failed: set[str]
-    """Who has failed in the round in which it began."""
 
 
-Arrived: TypeAlias = dict[tuple[Section, str], tuple[Published, Arrival]]
+Arrived: TypeAlias = dict[Which, tuple[Published, Arrival]]
 """What is here to be merged, of whom, in the order in which it came."""
 
 
@@ -105,10 +102,7 @@ class Peer:
         self.merged: dict[str, Tensor] = {}
         self.codec = self.world.codec()
         self.arrived: Arrived = {}
-        self.coming: dict[tuple[Section, str], Pull] = {}
-        self.idle_until_s: dict[tuple[Section, str], float] = {}
-        self.failed: set[str] = set()
-        """In this round."""
+        self.pulls = OpenPulls(self.partners.back_off, most_pulls(self.world.setting.run.merge.num_partners))
         self.due: Counter[Section] = Counter()
 
     @property
@@ -119,7 +113,8 @@ class Peer:
     def begin(self) -> None:
         """A round."""
         setting, clock = self.world.setting, self.world.clock
-        self.began_s, self.failed = clock.now, set()
+        self.began_s = clock.now
+        self.pulls.round_begins(clock.now)
         self.enter(self._next_start(), self.world.tokens)
         steps, step_s = self.start.inner_steps, setting.step_s[self.number]
         for moment in self.start.publish_after:
@@ -214,9 +209,8 @@ class Peer:
     def fill(self, section: Section) -> None:
         """Pull until as many are here or on their way as are due; a slow one does not count."""
         world, setting, clock = self.world, self.world.setting, self.world.clock
-        num_partners = setting.run.merge.num_partners
-        slow_s, most = self.times.slow_after_s(world.section_bytes, num_partners), most_pulls(num_partners)
-        while self.num_coming(section, clock.now - slow_s) < self.due[section] and len(self.coming) < most:
+        slow_s = self.times.slow_after_s(world.section_bytes, setting.run.merge.num_partners)
+        while self.pulls.is_wanted(section, self.due[section], self.arrived, slow_s, clock.now):
             name = self.choose(section)
             if name is None:
                 return
@@ -226,13 +220,13 @@ class Peer:
             author.serve(section, published)
             if not world.is_hanging(name):
                 author.partners.back_off.called(self.name, clock.now)
+            asked = self.pulls.begin(section, name, clock.now)
             if not self.is_of_use(section, name, published.mark):
-                again_s = idle_s(self.start.inner_steps * setting.step_s[self.number])
-                self.idle_until_s[section, name] = clock.now + again_s
+                round_s = self.start.inner_steps * setting.step_s[self.number]
+                again_s = self.pulls.nothing_new(asked, clock.now, round_s)
                 self.call_at(self.done_s(again_s), self.look, self.round, section)
                 continue
-            pull = Pull(section, name, published, author.num_lives, clock.now, self.failed)
-            self.coming[section, name] = pull
+            pull = Pull(asked, published, author.num_lives)
             self.call_at(self.done_s(slow_s), self.look, self.round, section)
             if world.is_hanging(name):  # it says nothing
                 self.call_at(clock.now + setting.run.network.call_limit_s, self.break_off, pull, "no answer", True)
@@ -240,20 +234,15 @@ class Peer:
                 size_bytes = world.section_bytes.weights if section == "weights" else world.section_bytes.gradient
                 self.bring(pull, size_bytes, ATTEMPTS)
 
-    def num_coming(self, section: Section, since_s: float) -> int:
-        """How many of it are here, or on their way since then."""
-        on_their_way = sum(what == section and pull.began_s > since_s for (what, _), pull in self.coming.items())
-        return on_their_way + sum(what == section for what, _ in self.arrived)
-
     def bring(self, pull: Pull, left_bytes: int, attempts: int) -> None:
         """The bytes come; where the transfer breaks off, it is asked for the rest, so many times in all."""
         world = self.world
-        if world.by_name[pull.name].num_lives != pull.life:
+        if world.by_name[pull.asked.peer].num_lives != pull.life:
             self.break_off(pull, "it has gone")
             return
         breaks = self.rng.random() < world.setting.failing
         come_bytes = int(self.rng.random() * left_bytes) if breaks else left_bytes
-        arrives_s = world.wire.arrives_s(world.clock.now, pull.name, self.name, come_bytes, self.rng)
+        arrives_s = world.wire.arrives_s(world.clock.now, pull.asked.peer, self.name, come_bytes, self.rng)
         if not breaks:
             self.call_at(arrives_s, self.arrive, pull)
         elif attempts > 1:
@@ -269,14 +258,13 @@ class Peer:
             for peer in others
             if peer.newest is not None and (mark := peer.newest.mark)
         ]
-        here, now = self.coming.keys() | self.arrived.keys(), self.world.clock.now
-        idle = {key for key, until_s in self.idle_until_s.items() if now < until_s}
+        here, now = self.arrived, self.world.clock.now
         view = View(
             candidates=candidates,
             rounds={peer.name: peer.round for peer in others},
             own_round=self.round,
-            with_weights={name for what, name in here if what == "weights"},
-            exclude={self.name, *self.failed, *(name for what, name in idle | here if what == section)},
+            with_weights=self.pulls.coming("weights", here),
+            exclude={self.name, *self.pulls.not_now(section, here, now)},
         )
         return self.partners.next(section, view, now, self.rng)[0]
 
@@ -286,27 +274,23 @@ class Peer:
 
     def break_off(self, pull: Pull, reason: str, mute: bool = False) -> None:
         """Nothing comes of it: who was asked is left alone for a while, and another is asked instead."""
-        del self.coming[pull.section, pull.name]
-        if pull.name not in pull.failed:
-            pull.failed.add(pull.name)
-            self.partners.back_off.failed(pull.name, self.world.clock.now, reason, mute)
-        self.fill(pull.section)
+        self.pulls.fail(pull.asked, self.world.clock.now, reason, mute)
+        self.fill(pull.asked.section)
 
     def arrive(self, pull: Pull) -> None:
         """Take it, or if it is refused or its author has gone meanwhile, another's in its place."""
-        world, name = self.world, pull.name
+        world, name = self.world, pull.asked.peer
         if world.by_name[name].num_lives != pull.life:
             self.break_off(pull, "it has gone")
             return
         try:
-            self.take_untrusted(pull.section, name, pull.published)
+            self.take_untrusted(pull.asked.section, name, pull.published)
         except BadBytesError as error:
             world.told(name, Incident(rule_of(str(error)), str(error)))
             self.break_off(pull, str(error))
         else:
-            del self.coming[pull.section, name]
-            if name not in self.failed:
-                self.partners.back_off.answered(name)
+            self.pulls.end(pull.asked)
+            self.pulls.answered(name)
 
     def take_untrusted(self, section: Section, name: str, published: Published) -> None:
         """Take of it what is new. BadBytesError if that must not be."""
