@@ -17,7 +17,7 @@ from swarmtrain.membership.partners import Mark
 from swarmtrain.simulate.learning.gossip import Peer, Published, World
 from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.methods import METHODS
-from swarmtrain.simulate.learning.serving import server, server_waiting
+from swarmtrain.simulate.learning.serving import _Served, server, server_waiting
 from swarmtrain.simulate.learning.setting import Outcome, Setting, setting_of
 from swarmtrain.simulate.learning.synchronous import data_parallel, diloco
 
@@ -217,6 +217,19 @@ def test_a_server_has_one_link_for_all(tmp_path: Path) -> None:
     )
     assert one.inner_steps == 24 and four.inner_steps == 96, "three rounds each"
     assert four.virtual_time_s - 0.24 > 2.5 * (one.virtual_time_s - 0.24) > 0
+
+
+def test_what_a_worker_hands_in_enters_once_also_where_rounds_are_shorter_than_transfers(tmp_path: Path) -> None:
+    """What ends while the piece before is on its way is one piece, as among real peers; and what is too old is lost."""
+    scenario = tiny(tmp_path, links={"up_mbit": 0.05, "down_mbit": 10.0, "rtt_ms": 0.0})
+    for staleness, is_lost in ((1000, False), (1, True)):
+        one = setting(scenario, merge__method="server", merge__max_staleness_rounds=staleness)
+        served = _Served(one, waiting=False, delay=1)
+        outcome = served.run()
+        rounds = [worker.round for worker in served.workers]
+        assert [served.marks.round(worker.name) for worker in served.workers] == [number - 1 for number in rounds]
+        assert 0 < served.arrivals < sum(rounds) and (outcome.tokens_lost > 0) == is_lost
+        assert outcome.tokens == outcome.inner_steps * one.run.tokens_per_step
 
 
 def test_a_worker_that_waits_stands_still_and_one_that_does_not_does_not(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterState
+from swarmtrain.membership.serving import HandIn, HandIns, Marks, too_old
 from swarmtrain.network.codec import PublicationCodec, VectorCodec
 from swarmtrain.peer.server_exchange import lead
 from swarmtrain.simulate.clock import Clock
@@ -34,11 +35,15 @@ class _Worker:
         self.theta = self.learner.reached
         self.codec = VectorCodec("gradient", self.learner.specs, served.setting.run.merge.gradient_format)
         self.round = 0
-        self.pieces: dict[int, Tensor] = {}
+        self.hand_ins: HandIns[Tensor] = HandIns()
+        self.is_fetched = False
+        """Whether one of them is on its way: the server asks for one after the other."""
+        self.base_arrivals = 0
+        """How many gradients had entered the weights that its round began with."""
         self.on_the_way: dict[int, int] = {}
         """Tokens of the rounds whose gradient the server has not yet."""
         self.steps, self.is_over = 0, False
-        self.came: tuple[Tensor, frozenset[int]] | None = None
+        self.came: tuple[Tensor, int | None, int] | None = None
         self.waited_s = self.handed_in_s = 0.0
         self.is_here = True
         self.num_lives = 0
@@ -80,6 +85,7 @@ class _Worker:
         self.codec = replace(self.codec)  # no checkpoint keeps what it is to add to the next gradient
         self.num_lives += 1
         self.is_here, self.began_s, self.came = False, math.inf, None
+        self.hand_ins, self.is_fetched = HandIns(), False
 
     def come(self) -> None:
         """It is here, or again, and asks for the server's weights."""
@@ -88,12 +94,12 @@ class _Worker:
             return
         self.is_here = True
         arrives_s = served.arrives_s(_SERVER, self.name, served.theta_bytes)
-        self.call_at(arrives_s, self.begin_with, served.weights())
+        self.call_at(arrives_s, self.begin_with, served.weights(), served.arrivals)
 
-    def begin_with(self, theta: Tensor) -> None:
+    def begin_with(self, theta: Tensor, arrivals: int) -> None:
         """Go on from there: what it handed in before is the server's."""
         self.learner.comes_late()
-        self.theta, self.pieces = theta, {}
+        self.theta, self.base_arrivals = theta, arrivals
         self.begin()
 
     def done_s(self, work_s: float) -> float:
@@ -103,9 +109,9 @@ class _Worker:
     def pull(self) -> None:
         """The server's weights, with the rounds of this worker that they have."""
         served = self.served
-        entered = frozenset(served.entered[self.number])
+        came = served.weights(), served.marks.round(self.name), served.arrivals
         arrives_s = served.arrives_s(_SERVER, self.name, served.theta_bytes)
-        self.call_at(arrives_s, setattr, self, "came", (served.weights(), entered))
+        self.call_at(arrives_s, setattr, self, "came", came)
 
     def end(self) -> None:
         """Train what the round took, hand it in, and go on."""
@@ -116,21 +122,32 @@ class _Worker:
             self.learner.step((self.began_tokens + step * everybodys * step_tokens) / total)
         served.tokens += self.steps * step_tokens
         served.inner_steps += self.steps
-        reached = self.learner.reached
-        self.pieces[self.round] = self.theta - reached
-        self.handed_in_s = served.clock.now
-        arrives_s = served.arrives_s(self.name, _SERVER, served.gradient_bytes)
-        self.on_the_way[self.round] = self.steps * step_tokens
-        self.call_at(arrives_s, served.take, self, self.round)
-        self.round += 1
+        reached, tokens = self.learner.reached, self.steps * step_tokens
+        self.hand_ins.add(HandIn(
+            round=self.round, tokens=tokens, inner_steps=self.steps, arrivals=self.base_arrivals,
+            own_tokens=0, gradient=self.theta - reached,
+        ))  # fmt: skip
+        self.on_the_way[self.round] = tokens
+        self.handed_in_s, self.round = served.clock.now, self.round + 1
+        self.hand_in()
         if served.waiting:
             return
         self.theta = reached
         if self.came is not None:
-            theta, entered = self.came
-            self.came, self.pieces = None, {r: g for r, g in self.pieces.items() if r not in entered}
-            self.theta = lead(theta, list(self.pieces.values()))
+            theta, entered, self.base_arrivals = self.came
+            self.came = None
+            self.hand_ins.entered(entered)
+            self.theta = lead(theta, [piece.gradient for piece in self.hand_ins.pieces])
         self.go_on()
+
+    def hand_in(self) -> None:
+        """The server asks for what it does not have yet, unless that is on its way."""
+        served = self.served
+        piece = None if self.is_fetched else self.hand_ins.after(served.marks.round(self.name))
+        if piece is not None:
+            self.is_fetched = True
+            arrives_s = served.arrives_s(self.name, _SERVER, served.gradient_bytes)
+            self.call_at(arrives_s, served.take, self, piece)
 
     def go_on(self) -> None:
         """While the run lasts."""
@@ -166,7 +183,7 @@ class _Served:
 
     def __init__(self, setting: Setting, *, waiting: bool, delay: int, buffered: bool = False) -> None:
         self.setting, self.waiting, self.clock = setting, waiting, Clock()
-        self.tokens = self.inner_steps = self.refreshes = 0
+        self.tokens = self.inner_steps = self.refreshes = self.arrivals = 0
         self.tokens_lost, self.finished_s = 0, 0.0
         self.workers = [_Worker(self, number) for number in range(setting.num_peers)]
         theta, section = self.workers[0].theta, setting.run.merge
@@ -176,7 +193,7 @@ class _Served:
         self.outer = DelayedNesterov(state, setting.constants(0), delay, section.momentum_share)
         size = min(delay, section.num_partners + 1)
         self.fedbuff = _FedBuff(state, section.outer_learning_rate, size) if buffered else None
-        self.entered: list[set[int]] = [set() for _ in self.workers]
+        self.marks = Marks()
         self.theta_bytes, self.gradient_bytes = self.codec.sizes.weights, self.codec.sizes.gradient
         self.wire = Wire(setting)
         self._recorder, self._rng = Recorder(setting), random.Random(f"wire {setting.run.run.seed}")
@@ -190,21 +207,27 @@ class _Served:
         """The server's weights."""
         return (self.fedbuff or self.outer).state.theta
 
-    def take(self, worker: _Worker, round: int) -> None:
-        """A gradient has arrived."""
-        gradient = worker.codec.decode(worker.codec.encode_sum(worker.pieces[round], round))
-        self.entered[worker.number].add(round)
-        worker.on_the_way.pop(round, None)
+    def take(self, worker: _Worker, piece: HandIn[Tensor]) -> None:
+        """What a worker handed in has arrived."""
+        gradient = worker.codec.decode(worker.codec.encode_sum(piece.gradient, piece.round))
+        self.marks.enter(worker.name, piece.round)
+        worker.is_fetched = False
+        worker.on_the_way = {round: tokens for round, tokens in worker.on_the_way.items() if round > piece.round}
+        num_arrivals, staleness = self.outer.num_arrivals, self.setting.run.merge.max_staleness_rounds
         if self.fedbuff is not None:
             self.fedbuff.arrive(gradient, worker.began_at)
+        elif not self.waiting and too_old(piece.arrivals, self.arrivals, num_arrivals, staleness):
+            self.tokens_lost += piece.tokens
         else:
+            self.arrivals += 1
             self.outer.arrive(gradient)
             if not self.outer.buffer.arrivals:
                 self.refreshes += 1
                 self.outer.constants = self.setting.constants(self.refreshes)
         self._recorder.see(self.tokens, self.clock.now, lambda: self.theta)
+        worker.hand_in()
         if self.waiting:
-            worker.pieces.clear()
+            worker.hand_ins.entered(piece.round)
             began_at = self.fedbuff.num_steps if self.fedbuff is not None else 0
             arrives_s = self.arrives_s(_SERVER, worker.name, self.theta_bytes)
             self.clock.call_at(arrives_s, self.answer, worker, self.weights(), began_at)
