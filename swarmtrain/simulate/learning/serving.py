@@ -178,10 +178,10 @@ class _FedBuff:
 
 
 class _Served:
-    """The server, its workers and the clock. `delay` is N of delayed Nesterov (`DelayedNesterov`); with `buffered` the
-    server is FedBuff's."""
+    """The server, its workers and the clock. `delay` is N of delayed Nesterov (`DelayedNesterov`), 0: as a real server
+    reckons it; with `buffered` the server is FedBuff's."""
 
-    def __init__(self, setting: Setting, *, waiting: bool, delay: int, buffered: bool = False) -> None:
+    def __init__(self, setting: Setting, *, waiting: bool, delay: int = 0, buffered: bool = False) -> None:
         self.setting, self.waiting, self.clock = setting, waiting, Clock()
         self.tokens = self.inner_steps = self.refreshes = self.arrivals = 0
         self.tokens_lost, self.finished_s = 0, 0.0
@@ -190,8 +190,9 @@ class _Served:
         specs = self.workers[0].learner.specs
         self.codec = PublicationCodec(specs, section.theta_format, section.gradient_format)
         state = OuterState(theta, torch.zeros_like(theta))
-        self.outer = DelayedNesterov(state, setting.constants(0), delay, section.momentum_share)
-        size = min(delay, section.num_partners + 1)
+        self._delay = delay or section.buffer_arrivals
+        self.outer = DelayedNesterov(state, setting.constants(0), self.num_arrivals, section.momentum_share)
+        size = min(self.num_arrivals, section.num_partners + 1)
         self.fedbuff = _FedBuff(state, section.outer_learning_rate, size) if buffered else None
         self.marks = Marks()
         self.theta_bytes, self.gradient_bytes = self.codec.sizes.weights, self.codec.sizes.gradient
@@ -207,19 +208,25 @@ class _Served:
         """The server's weights."""
         return (self.fedbuff or self.outer).state.theta
 
+    @property
+    def num_arrivals(self) -> int:
+        """N: as configured, or as many as there are workers."""
+        return self._delay or max(1, sum(worker.is_here for worker in self.workers))
+
     def take(self, worker: _Worker, piece: HandIn[Tensor]) -> None:
         """What a worker handed in has arrived."""
         gradient = worker.codec.decode(worker.codec.encode_sum(piece.gradient, piece.round))
         self.marks.enter(worker.name, piece.round)
         worker.is_fetched = False
         worker.on_the_way = {round: tokens for round, tokens in worker.on_the_way.items() if round > piece.round}
-        num_arrivals, staleness = self.outer.num_arrivals, self.setting.run.merge.max_staleness_rounds
+        staleness = self.setting.run.merge.max_staleness_rounds
         if self.fedbuff is not None:
             self.fedbuff.arrive(gradient, worker.began_at)
-        elif not self.waiting and too_old(piece.arrivals, self.arrivals, num_arrivals, staleness):
+        elif not self.waiting and too_old(piece.arrivals, self.arrivals, self.num_arrivals, staleness):
             self.tokens_lost += piece.tokens
         else:
             self.arrivals += 1
+            self.outer.num_arrivals = self.num_arrivals
             self.outer.arrive(gradient)
             if not self.outer.buffer.arrivals:
                 self.refreshes += 1
@@ -284,20 +291,15 @@ class _Served:
         )
 
 
-def _delay(setting: Setting) -> int:
-    """N."""
-    return setting.run.merge.buffer_arrivals or setting.num_peers
-
-
 def server(setting: Setting) -> Outcome:
     """Delayed Nesterov on one peer's weights, which workers pull late in their rounds, waiting for nothing."""
-    return _Served(setting, waiting=False, delay=_delay(setting)).run()
+    return _Served(setting, waiting=False).run()
 
 
 def server_waiting(setting: Setting) -> Outcome:
     """The same as published (Asynchronous Local-SGD, arXiv 2401.09135): a worker waits for the weights that have its
     gradient."""
-    return _Served(setting, waiting=True, delay=_delay(setting)).run()
+    return _Served(setting, waiting=True).run()
 
 
 def async_nesterov(setting: Setting) -> Outcome:
@@ -308,4 +310,4 @@ def async_nesterov(setting: Setting) -> Outcome:
 def fedbuff(setting: Setting) -> Outcome:
     """A server that averages updates in a buffer of as many as gossip has partners, and one more; workers go on from
     whatever weights it has (FedBuff, arXiv 2106.06639)."""
-    return _Served(setting, waiting=True, delay=_delay(setting), buffered=True).run()
+    return _Served(setting, waiting=True, buffered=True).run()
