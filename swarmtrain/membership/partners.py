@@ -328,9 +328,14 @@ class _Ban:
     """It gave no answer each time: nothing else is held against it."""
 
 
+_MUTE_FACTOR = 1.5
+"""After the network was cut for so long, they have been left alone for half of that at most (decision 39)."""
+
+
 @dataclass(slots=True)
 class BackOff:
     """Who is left alone for a while: `busy_s` after BUSY; `first_s`, twice that, ... up to `most_s` after failures.
+    Of one that only gave no answer it is `mute_first_s`, half as much again, ...: it may be the network between.
 
     Bans do not count when everyone is banned: then the network is the likelier cause. Even so nobody is asked twice
     within `busy_s`.
@@ -338,6 +343,7 @@ class BackOff:
 
     busy_s: float = 1.0
     first_s: float = 15.0
+    mute_first_s: float = 10.0
     most_s: float = 600.0
     max_peers: int = _MAX_PEERS
     _bans: dict[str, _Ban] = field(default_factory=dict)
@@ -360,7 +366,8 @@ class BackOff:
         if ban.failures and now < ban.until_s:
             return f"{reason}: it was left alone for that already"
         ban.failures += 1
-        wait_s = min(self.first_s * 2.0 ** min(ban.failures - 1, 32), self.most_s)
+        first_s, factor = (self.mute_first_s, _MUTE_FACTOR) if ban.mute else (self.first_s, 2.0)
+        wait_s = min(first_s * factor ** min(ban.failures - 1, 32), self.most_s)
         ban.until_s = max(ban.until_s, now + wait_s)
         return f"{reason}: left alone for {wait_s:g} s"
 

@@ -331,14 +331,29 @@ def test_what_fails_during_a_ban_does_not_lengthen_it() -> None:
     assert "30 s" in back_off.failed("a", 25.0, "unreachable")
 
 
+def test_one_that_only_gave_no_answer_is_left_alone_for_half_of_the_outage_at_most() -> None:
+    """After ten seconds at first: whatever comes between, the network's outage is not told from its."""
+    for outage_s in range(1, 400):
+        back_off, now = BackOff(), 0.0
+        while now < outage_s:
+            back_off.failed("a", now, "no answer", True)
+            now = back_off._bans["a"].until_s
+        assert now - outage_s <= 10.0 + outage_s / 2
+    back_off = BackOff()
+    waits = [back_off.failed("a", 1e4 * number, "no answer", True) for number in range(20)]
+    assert waits[0].endswith("10 s") and waits[2].endswith("22.5 s") and waits[-1].endswith("600 s")
+    assert back_off.failed("a", 1e6, "wrong hash").endswith("600 s"), "now it did more than that"
+    assert BackOff().failed("a", 0.0, "wrong hash").endswith("15 s")
+
+
 def test_one_that_gave_no_answer_and_calls_is_asked_again_at_once() -> None:
     back_off, both = BackOff(), {"a", "b"}
     back_off.failed("a", 0.0, "unreachable", True)
-    back_off.failed("a", 15.0, "unreachable", True)  # 30 s, of an outage that ends now
+    back_off.failed("a", 15.0, "unreachable", True)  # 15 s, of an outage that ends now
     assert back_off.ready(both, 20.0)[0] == {"b"}
     back_off.called("a", 20.0)
     assert back_off.ready(both, 20.0)[0] == both
-    assert "60 s" in back_off.failed("a", 25.0, "unreachable", True), "one that calls and never answers gains nothing"
+    assert "22.5 s" in back_off.failed("a", 25.0, "unreachable", True), "one that calls and never answers gains nothing"
     for mute in (True, False, True):
         back_off.failed("b", 20.0, "no answer" if mute else "wrong hash", mute)
     back_off.called("b", 21.0)

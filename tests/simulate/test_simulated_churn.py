@@ -185,7 +185,7 @@ def test_who_goes_on_is_asked_again_as_soon_as_it_calls(
     world.run()
     merged = [world.peers[number].ledger.mark("p1") for number in (0, 2)]
     again = [mark is not None and mark.round > at_once[0] for mark in merged]
-    assert again == [calls, calls], "else it is left alone for 15 s, and the run is over"
+    assert again == [calls, calls], "else it is left alone for 10 s, and the run is over"
 
 
 def test_a_silent_majority_has_so_many_pulls_at_most(tmp_path: Path) -> None:
