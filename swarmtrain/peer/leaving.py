@@ -21,7 +21,7 @@ _MOST_S = 100.0
 """Somebody waits for the end, `swarmtrain leave` for two minutes: a large model may take longer over a slow link."""
 _SAY_S = 5.0
 _AGAIN_S = 0.5
-_CALL_S = 3.0
+_CALL_S = 1.0  # the process waits for it, and the user for the process, also where the daemon hangs
 _WAITS = "nobody else trains: the bootstrap is archiving what only this peer has; Ctrl-C again does not wait for that"
 _NOT_TAKEN = (
     "this peer's last rounds are in no archive, and nobody else has them; they are kept in its folder: join again "
