@@ -329,7 +329,8 @@ class _Ban:
 
 
 _MUTE_FACTOR = 1.5
-"""After the network was cut for so long, they have been left alone for half of that at most (decision 39)."""
+"""So that after an outage of the network they are left alone for half as long as that lasted, and for `mute_first_s` more,
+at most (decision 39)."""
 
 
 @dataclass(slots=True)

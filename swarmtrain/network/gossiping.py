@@ -299,9 +299,10 @@ class Gossip:
 
         async def run() -> None:
             try:
-                if not await self._pull(peer, section):
+                if await self._pull(peer, section):
+                    self._open.end(pull)
+                else:
                     self._open.nothing_new(pull, swarm_time(), round_s)
-                self._open.end(pull)
             except (BusyError, _HostsFailedError):  # it may be free again within the round
                 self._open.end(pull)
                 _log.debug("%s is %s", peer, self._partners.back_off.busy(peer, swarm_time()))

@@ -286,9 +286,9 @@ class _Bootstrap(BootstrapPeer):
                 ended = swarm.tallying.total >= total or statistics.median_low(told) >= total
                 first_s = min(first_s, time.monotonic()) if ended else math.inf
                 last = min(told) >= total or time.monotonic() > first_s + _LAST_ROUND_S
-            leavers = self._waiting(swarm)
+            waiting = () if swarm.leavers is None else swarm.leavers.waiting(swarm_time())
             is_new = newest > self.progress.run_tokens
-            due = is_new and (bool(leavers) or time.monotonic() >= next_s)
+            due = is_new and (bool(waiting) or time.monotonic() >= next_s)
             archive = self._archive if self.server is None else self._archive_own
             archived = (due or last) and archive(swarm, last)
             if archived:
@@ -296,13 +296,9 @@ class _Bootstrap(BootstrapPeer):
                 complete = self.is_final = last and self.progress.run_tokens >= total
             elif not told and self.progress.run_tokens >= total:
                 complete = self.is_final = True  # an archive between two looks had them all, and everyone has left
-            if swarm.leavers is not None and leavers and (archived or not is_new):
-                swarm.leavers.taken(leavers, swarm_time())
+            if swarm.leavers is not None and waiting and (archived or not is_new):
+                swarm.leavers.taken(waiting, swarm_time())
         self._tell_archived(swarm)
-
-    def _waiting(self, swarm: Swarm) -> tuple[str, ...]:
-        """Those who leave as soon as the archive has what they have."""
-        return () if swarm.leavers is None else swarm.leavers.waiting(swarm_time())
 
     def _ask_how_far(self, swarm: Swarm) -> None:
         """Look how far the volunteers are, and remember whom to dial if we are started again."""

@@ -13,7 +13,7 @@ from swarmtrain.peer.common import Interrupted, wait_for
 from swarmtrain.peer.controlled import Controlled
 from swarmtrain.v1 import control_pb2, snapshot_pb2
 
-__all__ = ["hand_over", "should_stay"]
+__all__ = ["hand_over"]
 
 _IDLE_S = 10.0
 """A bootstrap looks every second, and writes for some: if it takes nothing for so long, it will not."""
@@ -29,7 +29,7 @@ _NOT_TAKEN = (
 )
 
 
-async def should_stay(swarm: Swarm) -> bool:
+async def _should_stay(swarm: Swarm) -> bool:
     """Whether a bootstrap wants what this peer has, before it leaves; False too if none answers."""
     request = snapshot_pb2.HelloRequest(
         run_sha256=bytes.fromhex(swarm.published.sha256), presence=swarm.signed_presence(), asks_to_leave=True
@@ -53,7 +53,7 @@ def hand_over(control: Controlled, swarm: Swarm, network: NetworkThread) -> None
     idle_s = began_s + _IDLE_S
     control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: asking whether anybody else has what this peer has")
     try:
-        while wait_for(network.submit(should_stay(swarm)), stop):
+        while wait_for(network.submit(_should_stay(swarm)), stop):
             control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: the archive takes what only this peer has")
             now = time.monotonic()
             if swarm.store.num_readers:

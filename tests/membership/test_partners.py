@@ -332,7 +332,7 @@ def test_what_fails_during_a_ban_does_not_lengthen_it() -> None:
 
 
 def test_one_that_only_gave_no_answer_is_left_alone_for_half_of_the_outage_at_most() -> None:
-    """After ten seconds at first: whatever comes between, the network's outage is not told from its."""
+    """And for ten seconds more. An outage of the network looks like one of its own."""
     for outage_s in range(1, 400):
         back_off, now = BackOff(), 0.0
         while now < outage_s:
