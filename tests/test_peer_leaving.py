@@ -91,6 +91,12 @@ def test_who_has_said_goodbye_before_a_pause_asks_nobody(here: Here) -> None:
     assert here.asked == []
 
 
+def test_who_cannot_go_on_asks_nobody(here: Here) -> None:
+    here.stop.fail("the network daemon ended")
+    here.leave()
+    assert here.asked == [] and not here.events
+
+
 def test_where_nothing_is_taken_it_goes_after_a_while_and_says_so(here: Here) -> None:
     here.stay = [True] * 10_000
     here.leave()

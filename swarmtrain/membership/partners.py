@@ -329,8 +329,8 @@ class _Ban:
 
 
 _MUTE_FACTOR = 1.5
-"""So that after an outage of the network they are left alone for half as long as that lasted, and for `mute_first_s` more,
-at most (decision 39)."""
+"""After an outage of the network they are left alone for half as long as that lasted, and for `mute_first_s` more, at
+most (decision 39)."""
 
 
 @dataclass(slots=True)

@@ -47,8 +47,8 @@ async def _should_stay(swarm: Swarm) -> bool:
 
 def hand_over(control: Controlled, swarm: Swarm, network: NetworkThread) -> None:
     """An end was asked for: serve on as long as a bootstrap has yet to archive what nobody else has."""
-    if swarm.rounds.away:
-        return  # it has said goodbye before its pause
+    if swarm.rounds.away or control.stop.failure is not None:
+        return  # it has said goodbye before its pause, or cannot go on
     stop, began_s, told = control.stop.last_work(_MOST_S), time.monotonic(), False
     idle_s = began_s + _IDLE_S
     control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: asking whether anybody else has what this peer has")

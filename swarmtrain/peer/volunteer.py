@@ -207,8 +207,6 @@ class _Volunteer:
         reason = self._train(swarm, exchange, trainer)
         if self.stop.failure is not None:
             raise RunTimeError(self.stop.failure)
-        if reason == "interrupted":
-            hand_over(self.control, swarm, self.network)
         loss, own_loss = self._finish(exchange, trainer, ready) if reason == "total_tokens" else (None, None)
         done = DoneEvent(
             held_out_loss=loss,
@@ -406,7 +404,10 @@ class _Volunteer:
         """Train, with pauses, until the end; returns why it ended."""
         while True:
             reason = trainer.train()
-            if reason != "interrupted" or self.stop.is_set():
+            if reason != "interrupted":
+                return reason
+            if self.stop.is_set():
+                hand_over(self.control, swarm, self.network)
                 return reason
             try:
                 wait_for(self.network.submit(swarm.withdraw()), self.stop)
