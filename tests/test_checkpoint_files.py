@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ RUN, PEER = "ab" * 32, "somebody"
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink")
 
 
+@functools.cache
 def content(round: int) -> bytes:
     return bytes((round * 7 + i) % 251 for i in range(4 * 3000))
 

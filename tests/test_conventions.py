@@ -5,11 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import statistics
-from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "swarmtrain"
+from own_sources import modules, nodes, sources
 
 MAX_MODULE_LINES = 600
 MAX_MEDIAN_LINES = 200
@@ -20,31 +17,23 @@ MAY_SLEEP: dict[str, str] = {}
 
 
 @functools.cache
-def modules() -> dict[str, ast.Module]:
-    """What is ours, parsed by whoever tests it first: every process that shares out the tests collects this file."""
-    return {
-        path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if PACKAGE / "v1" not in path.parents
-    }
-
-
-def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    for name, tree in modules().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield f"{name}:{node.lineno} {node.name}", node
+def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function as (where it is, node)."""
+    return [
+        (f"{name}:{node.lineno} {node.name}", node)
+        for name, node in nodes()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 @functools.cache
 def calls() -> list[tuple[str, str, ast.Call]]:
     """Every call as (module, dotted name as written, node)."""
-    nodes = ((name, node) for name, tree in modules().items() for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return [(name, ast.unparse(node.func), node) for name, node in nodes]
+    return [(name, ast.unparse(node.func), node) for name, node in nodes() if isinstance(node, ast.Call)]
 
 
 def test_modules_are_short() -> None:
-    lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in modules()}
+    lengths = {name: len(text.splitlines()) for name, text in sources().items()}
     longest = sorted(lengths.items(), key=lambda item: -item[1])[:5]
     median = statistics.median(length for length in lengths.values() if length > 5)
     print(f"{len(lengths)} modules, median {median:.0f} lines, longest {longest}")
@@ -73,8 +62,7 @@ def test_context_managers_rather_than_finalizers() -> None:
 
 def test_every_module_says_what_it_is_and_public_functions_say_what_they_do() -> None:
     for name, tree in modules().items():
-        if (ROOT / name).stat().st_size:
-            assert ast.get_docstring(tree), f"{name} has no docstring"
+        assert ast.get_docstring(tree) or not sources()[name], f"{name} has no docstring"
         exported = {
             element.value
             for node in tree.body
@@ -93,12 +81,11 @@ def test_real_sleeps_only_where_named() -> None:
 
 def test_nothing_is_unpickled() -> None:
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
-    for name, tree in modules().items():
-        for node in ast.walk(tree):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            assert not forbidden & {found.split(".")[0] for found in names}, f"{name} imports a pickler"
+    for name, node in nodes():
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        assert not forbidden & {found.split(".")[0] for found in names}, f"{name} imports a pickler"
 
 
 def test_torch_loads_weights_only() -> None:
@@ -114,10 +101,9 @@ def test_nothing_prints_or_evaluates() -> None:
 
 
 def test_broad_excepts_log_what_they_caught() -> None:
-    for name, tree in modules().items():
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.ExceptHandler):
-                continue
-            broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
-            said = any(isinstance(child, ast.Raise) or "log" in ast.unparse(child).lower() for child in node.body)
-            assert not broad or said, f"{name}:{node.lineno} swallows every error: name the error, log it or raise it"
+    for name, node in nodes():
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+        said = any(isinstance(child, ast.Raise) or "log" in ast.unparse(child).lower() for child in node.body)
+        assert not broad or said, f"{name}:{node.lineno} swallows every error: name the error, log it or raise it"

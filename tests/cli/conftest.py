@@ -1,0 +1,16 @@
+"""Fixtures of the tests of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_peer import FakePeer, living
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[FakePeer]:
+    """One that can be watched and asked, in this process."""
+    with living(FakePeer(tmp_path / "anna").start()) as peer:
+        yield peer
