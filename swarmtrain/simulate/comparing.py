@@ -30,7 +30,7 @@ from swarmtrain.network.files import write_atomically
 from swarmtrain.peer.merge_rules import mean_of, source_sha256
 from swarmtrain.run import DataSection, RunFile
 from swarmtrain.simulate import pipeline_lives
-from swarmtrain.simulate.learning.learner import Text
+from swarmtrain.simulate.learning.learner import Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.setting import Outcome, setting_of
 from swarmtrain.simulate.scenario import GridPoint, Scenario
@@ -238,6 +238,10 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
             pipeline_lives.check(here, run)
     except UserError as error:
         raise UserError(f"method {play.method}: {error}") from None
+    if here.scenario.warm_tokens and run.merge.init == "own":
+        raise UserError('scenario.warm_tokens: all begin with the same weights; set merge.init = "common", or 0')
+    if 0 < here.scenario.warm_tokens < run.tokens_per_step:
+        raise UserError(f"scenario.warm_tokens: an inner step is {run.tokens_per_step} tokens; take more, or 0")
     if here.peers.own_text and run.data.streaming:
         raise UserError("peers.own_text: a corpus that is streamed has no parts; set data.streaming = false")
     return run
@@ -255,6 +259,8 @@ def _play(scenario: Scenario, play: Play) -> Outcome:
     try:
         num_parts = here.peers.number if here.peers.own_text else 1
         setting = setting_of(here, Text.of(run, here.base, num_parts))
+        if tokens := here.scenario.warm_tokens:
+            setting = dataclasses.replace(setting, warm=warm_weights(run, here.base, tokens))
         outcome = learn(setting)
     finally:
         torch.set_num_threads(threads)
@@ -294,6 +300,8 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
     }
     if scenario.scenario.work == "pipeline":
         told["pipeline"] = [scenario.scenario.lasts_s, scenario.peers.most_stages]
+    if scenario.scenario.warm_tokens:
+        told["warm"] = scenario.scenario.warm_tokens
     if any(scenario.figures.values()):
         told["figures"] = scenario.figures
     if rule_sha256 := source_sha256(run.merge.robust):

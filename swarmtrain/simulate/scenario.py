@@ -43,7 +43,9 @@ _EXAMPLE = "examples/scenarios/heterogeneous.toml"
 GridPoint = tuple[tuple[str, Any], ...]
 """(key of the run file or of a section below `_OWN`, value), sorted."""
 
-_CHANGEABLE = ("scenario.rounds", "scenario.lasts_s", "scenario.curve_points", "scenario.work")
+_CHANGEABLE = (
+    "scenario.rounds", "scenario.lasts_s", "scenario.curve_points", "scenario.work", "scenario.warm_tokens",
+)  # fmt: skip
 _OWN = ("scenario", "peers", "links", "hostile", "churn")
 """Sections of a scenario that its grid, a sweep and `[set]` can change as they change a run file's."""
 
@@ -82,6 +84,12 @@ class ScenarioSection(Section):
         (), strict=False, description="On which each method's constants are chosen from `[grid]`; none: all are shown."
     )
     curve_points: int = Field(0, ge=0, le=1000, description="How often the held-out loss is measured on the way.")
+    warm_tokens: int = Field(
+        0,
+        ge=0,
+        le=10**12,
+        description="One machine alone trains with so many before, in no time: all begin with its weights. 0: cold.",
+    )
 
     @field_validator("methods", "seeds", "tuning_seeds")
     @classmethod
@@ -250,6 +258,7 @@ _LEARNING_ONLY = (
     "links.failing_percent",
     "scenario.curve_points",
     "scenario.tuning_seeds",
+    "scenario.warm_tokens",
 )
 _ABSENT = {
     "learning": _NOT_LEARNING,

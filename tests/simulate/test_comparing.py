@@ -94,6 +94,19 @@ def test_what_a_method_cannot_be_told_is_said_before_the_work(tmp_path: Path, pl
     assert not played
 
 
+def test_a_warm_start_is_another_run_and_is_of_the_same_weights_for_all(tmp_path: Path, played: list[Play]) -> None:
+    kept = tmp_path / "kept"
+    compare(tiny(tmp_path), jobs=1, kept=kept)
+    compare(tiny(tmp_path, scenario={"warm_tokens": 4000}), jobs=1, kept=kept)
+    assert len(played) == 2, "what was kept of the cold start is not taken for it"
+    with pytest.raises(UserError, match=r"scenario\.warm_tokens: all begin with the same weights"):
+        compare(tiny(tmp_path, scenario={"warm_tokens": 4000}, set={"merge.init": "own"}), jobs=1, kept=None)
+    with pytest.raises(UserError, match=r"scenario\.warm_tokens: an inner step is 128 tokens; take more, or 0"):
+        compare(tiny(tmp_path, scenario={"warm_tokens": 100}), jobs=1, kept=None)
+    with pytest.raises(UserError, match=r"scenario\.warm_tokens: there is no such thing in systems work"):
+        tiny(tmp_path, scenario={"warm_tokens": 4000, "work": "systems"})
+
+
 def test_a_sweep_goes_in_place_of_the_grid_and_a_change_out_of_it(tmp_path: Path) -> None:
     section = {"tuning_seeds": [9]}
     scenario = tiny(tmp_path, scenario=section, grid=GRID | {"merge.inner_steps": [5, 6]})

@@ -14,8 +14,9 @@ from learnt import setting, tiny
 
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
 from swarmtrain.membership.partners import Mark
+from swarmtrain.simulate.comparing import compare
 from swarmtrain.simulate.learning.gossip import Peer, Published, World
-from swarmtrain.simulate.learning.learner import Text
+from swarmtrain.simulate.learning.learner import Learner, Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.serving import _Served, server, server_waiting
 from swarmtrain.simulate.learning.setting import Outcome, Setting, setting_of
@@ -272,6 +273,30 @@ def test_own_weights_are_different(tmp_path: Path) -> None:
     assert not torch.equal(one.learner(0).reached, one.learner(1).reached)
     common = setting(tiny(tmp_path, peers={"number": 2}))
     assert torch.equal(common.learner(0).reached, common.learner(1).reached)
+
+
+def test_a_warm_start_is_what_one_alone_has_learnt(tmp_path: Path) -> None:
+    """A plain loop of steps by one of whose batches nobody of the run sees any; whatever merges then begins there."""
+    one = setting(tiny(tmp_path))
+    warm = warm_weights(one.run, tmp_path, 4000)
+    alone = one.run.model_copy(update={"run": one.run.run.model_copy(update={"total_tokens": 4000})})
+    learner = Learner(Text.of(alone, tmp_path), 1_000_000)
+    for step in range(31):  # of 128 tokens
+        learner.step(step / 31)
+    assert torch.equal(warm, learner.reached)
+    assert torch.equal(warm, warm_weights(setting(tiny(tmp_path), merge__pacing=False).run, tmp_path, 4000))
+    assert one.text.held_out_loss(warm) < UNTRAINED - 1
+    for method in LEARNING:
+        keys = {key.replace(".", "__"): value for key, value in METHODS[method].keys.items()}
+        short = setting(tiny(tmp_path), **keys, run__total_tokens=128)
+        cold, begun = (played(method, each) for each in (short, dataclasses.replace(short, warm=warm)))
+        if method == "async-nesterov":  # it unlearns
+            assert begun.held_out_loss != cold.held_out_loss
+        else:
+            assert begun.held_out_loss < cold.held_out_loss - 0.2, method
+    scenarios = (tiny(tmp_path, scenario={"warm_tokens": tokens}) for tokens in (0, 4000))
+    cold, begun = (next(iter(compare(each, jobs=1, kept=None).outcomes.values())) for each in scenarios)
+    assert begun.held_out_loss < cold.held_out_loss - 0.05
 
 
 def test_jitter_and_losses_make_those_wait_who_wait(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
@@ -16,9 +17,9 @@ from swarmtrain.model.gpt import build_model, evaluate
 from swarmtrain.network.codec import tensor_specs
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Served, Start, Trainer
-from swarmtrain.run import RunFile
+from swarmtrain.run import MergeSection, RunFile
 
-__all__ = ["Learner", "Text"]
+__all__ = ["Learner", "Text", "warm_weights"]
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,13 @@ class _NoExchange:
 
 class Learner:
     """Volunteer `number`: its model, optimizer, data and trainer. `seed` is of its initial weights, by default the
-    run's."""
+    run's; with `warm`, (P,), it begins with those."""
 
-    def __init__(self, text: Text, number: int, seed: int | None = None) -> None:
+    def __init__(self, text: Text, number: int, seed: int | None = None, warm: Tensor | None = None) -> None:
         self.text, self.number = text, number
         model = build_model(text.run.model, text.run.run.seed if seed is None else seed)
+        if warm is not None:
+            unflatten_into(warm, model.parameters())
         self.trainer = Trainer(
             run=text.run,
             model=model,
@@ -122,3 +125,22 @@ class Learner:
     def specs(self) -> tuple[TensorSpec, ...]:
         """The model's tensors."""
         return tensor_specs(self.trainer.model.named_parameters())
+
+
+_STRANGER = 1_000_000
+"""The number of who trains alone: its batches are nobody's of the run."""
+
+
+def warm_weights(run: RunFile, base: Path, tokens: int) -> Tensor:
+    """What one machine alone reaches with so many tokens, (P,), from the run's initial weights, with the run's
+    optimizer, schedule and data; `base` is the folder that the run file's paths are relative to."""
+    alone = run.run.model_copy(update={"total_tokens": tokens})
+    return _trained_alone(run.model_copy(update={"run": alone, "merge": MergeSection()}), base)
+
+
+@lru_cache(8)
+def _trained_alone(run: RunFile, base: Path) -> Tensor:
+    learner, steps = Learner(Text.of(run, base), _STRANGER), run.run.total_tokens // run.tokens_per_step
+    for step in range(steps):
+        learner.step(step / steps)
+    return learner.reached

@@ -53,6 +53,8 @@ class Setting:
     hostile: HostileSection = field(default_factory=HostileSection)
     num_hostile: int = 0
     """The last ones."""
+    warm: Tensor | None = None
+    """All begin with these weights, (P,), and not with random ones."""
     corrected: bool = True
     """With the variance correction."""
     curve_points: int = 0
@@ -96,7 +98,7 @@ class Setting:
     def learner(self, number: int) -> Learner:
         """A new volunteer."""
         seed = 1000 * (1 + self.run.run.seed) + number if self.own_weights else None
-        return Learner(self.text, number, seed)
+        return Learner(self.text, number, seed, self.warm)
 
     def own_loss(self, thetas: Sequence[Tensor]) -> float:
         """The mean held-out loss of peers' own weights, each (P,): of the first `_MOST_OWN` of them."""
