@@ -21,7 +21,6 @@ from swarmtrain.errors import RunFileError
 __all__ = ["BatchSource", "Batches", "Shards", "StreamingBatches", "held_out_batches", "peer_seed"]
 
 START_TOKEN = ord("\n")  # the same byte in every tokenizer
-_BLOCK_SEQUENCES = 16
 _BLOCKS_A_SHARD = 8
 """At least, however small the corpus."""
 
@@ -56,8 +55,8 @@ def peer_seed(run_sha256: str, peer_id: str) -> int:
 class Shards:
     """A corpus cut into shards that are alike: dealt out block by block, so that each has something of all of it.
 
-    Training on one neighbourhood of the text for a whole round would pull a peer towards it. A block is about sixteen
-    sequences long, shorter in a small corpus. A shard's text is that of its blocks, one after the other.
+    Training on one neighbourhood of the text for a whole round would pull a peer towards it. A block is as long as a
+    sequence, shorter in a small corpus. What is drawn from a shard begins in one of its blocks.
     """
 
     def __init__(self, num_tokens: int, num_shards: int, context_tokens: int) -> None:
@@ -66,7 +65,7 @@ class Shards:
             raise ValueError(f"{num_tokens} tokens in {num_shards} shards; allowed: 1 to {num_tokens} shards")
         self.num_shards, self._num_tokens = num_shards, num_tokens
         whole = num_tokens // num_shards
-        self._block = max(1, min(_BLOCK_SEQUENCES * context_tokens, whole // min(_BLOCKS_A_SHARD, whole)))
+        self._block = max(1, min(context_tokens, whole // min(_BLOCKS_A_SHARD, whole)))
 
     def num_tokens(self, shard: int) -> int:
         """Tokens of a shard."""
@@ -74,15 +73,15 @@ class Shards:
         return full * self._block + min(max(rest - shard * self._block, 0), self._block)
 
     def places(self, shard: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where in the corpus these positions of the shard's text are; its end is followed by its beginning."""
-        blocks, offsets = np.divmod(positions % self.num_tokens(shard), self._block)
+        """Where in the corpus these tokens of the shard are, counted from its first one."""
+        blocks, offsets = np.divmod(positions, self._block)
         return (blocks * self.num_shards + shard) * self._block + offsets
 
 
 class Batches:
     """Windows of a corpus, each begun at a random token; batch b of a peer takes the same time to find for any b.
 
-    Once a shard is chosen they are windows of its text.
+    Once a shard is chosen they begin in it, and run on in the corpus.
     """
 
     def __init__(
@@ -134,12 +133,13 @@ class Batches:
         generator = np.random.Philox(key=self._key, counter=self._position << 64)  # a batch has 2**64 counts of its own
         self._position += 1
         numbers = generator.random_raw(self._batch_sequences)
+        num_starts = len(self._tokens) - len(self._offsets) + 1
         if self._shards is None or self._shard is None:
-            num_starts = len(self._tokens) - len(self._offsets) + 1
-            places = _modulo(numbers, num_starts)[:, None] + self._offsets
+            starts = _modulo(numbers, num_starts)
         else:
-            starts = _modulo(numbers, self._shards.num_tokens(self._shard))
-            places = self._shards.places(self._shard, starts[:, None] + self._offsets)
+            of_shard = _modulo(numbers, self._shards.num_tokens(self._shard))
+            starts = self._shards.places(self._shard, of_shard).clip(max=num_starts - 1)
+        places = starts[:, None] + self._offsets
         return torch.from_numpy(self._tokens[places].astype(np.int64))
 
 

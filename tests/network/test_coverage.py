@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from swarmtrain.data.batches import Batches
+from swarmtrain.data.batches import Batches, Shards
 from swarmtrain.membership.shards import MAX_ROWS
 from swarmtrain.membership.tally import CountingRules
 from swarmtrain.network.codec import PublicationCodec
@@ -80,12 +80,13 @@ class Peer(Reader):
         rows = self.coverage.rows_to_send
         self.publisher = Publisher(identity, RUN, CODEC.gradient.tensors, SnapshotStore(), shard_rows=rows)
         self.drawn: set[int] = set()
+        """Where in the corpus its sequences begin."""
 
     def train(self, others: list[Peer], shard: int | None = None) -> None:
         chosen = self.coverage.begin(self.round, [other.id for other in others])
         self.batches.use_shard(chosen if shard is None else shard)
         for step in range(1, STEPS + 1):
-            self.drawn.update(self.batches.next_batch().flatten().tolist())
+            self.drawn.update(self.batches.next_batch()[:, 0].tolist())
             if step % 10 == 0:
                 self.coverage.reached(step * STEP_TOKENS)
         self.round += 1
@@ -107,7 +108,7 @@ class Peer(Reader):
             self.coverage.hear_untrusted(other.id, read.manifest.coverage)
 
 
-def blocks_unseen_with_one_of_four_gone(*, fixed_quarters: bool) -> int:
+def shards_unseen_with_one_of_four_gone(*, fixed_quarters: bool) -> int:
     rng = random.Random(5)
     peers = [Peer(identity, number) for number, identity in enumerate((ANNA, BEN, CARL, DORA))]
     everyone = list(peers)
@@ -125,12 +126,14 @@ def blocks_unseen_with_one_of_four_gone(*, fixed_quarters: bool) -> int:
     drawn = set.union(*(peer.drawn for peer in everyone))
     if not fixed_quarters:
         assert {peer.coverage.num_unseen for peer in peers} == {0}
-    return sum(not drawn & set(range(100 * block, 100 * block + 100)) for block in range(10 * NUM_SHARDS))
+    shards = Shards(NUM_SHARDS * 1000, NUM_SHARDS, 16)
+    places = (shards.places(shard, np.arange(shards.num_tokens(shard))) for shard in range(NUM_SHARDS))
+    return sum(drawn.isdisjoint(each.tolist()) for each in places)
 
 
 def test_one_peer_of_four_is_gone_for_good_and_none_of_the_data_stays_unseen() -> None:
-    assert blocks_unseen_with_one_of_four_gone(fixed_quarters=False) == 0
-    assert blocks_unseen_with_one_of_four_gone(fixed_quarters=True) >= 30, "what the dead peer's quarter still had"
+    assert shards_unseen_with_one_of_four_gone(fixed_quarters=False) == 0
+    assert shards_unseen_with_one_of_four_gone(fixed_quarters=True) == NUM_SHARDS // 4 - 2, "of the dead peer's quarter"
 
 
 # ---------------------------------------------------------------- choosing and keeping
