@@ -17,6 +17,8 @@ from swarmtrain.cli.follow import Patience, Signal, _Stream, follow
 from swarmtrain.cli.peers import Life, Peer, RefusedError, View, look
 from swarmtrain.v1 import control_pb2 as wire
 
+pytestmark = pytest.mark.slow  # they wait by the real clock, as who watches does
+
 QUICK = Patience(tick_s=0.02, come_back_s=0.5, probe_s=0.2)
 LASTING = Patience(tick_s=0.02, come_back_s=60.0, probe_s=60.0)
 PROBING = replace(LASTING, probe_s=0.5)

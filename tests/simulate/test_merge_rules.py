@@ -76,6 +76,7 @@ def test_the_page_s_rule_is_short_and_the_median(install: Callable[..., Path]) -
     assert whole_and_half[0] == 4.0 * (200 * 200 + 100 * 100) / 300 / 200, "as of equally many tokens"
 
 
+@pytest.mark.slow  # whole runs
 def test_it_is_compared_and_what_is_kept_is_by_its_file(install: Callable[..., Path], tmp_path: Path) -> None:
     module, kept = install(), tmp_path / "kept"
     scenario = tiny(tmp_path, grid={"merge.robust": ["clip", RULE]}, set={"run.total_tokens": 6000})

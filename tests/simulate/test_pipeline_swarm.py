@@ -19,6 +19,8 @@ from swarmtrain.simulate.pipeline import (
     best_bottleneck,
 )
 
+pytestmark = pytest.mark.slow
+
 THREE = Rule(costs=(1 / 3,) * 3, live_s=30.0)
 STILL = PipelineSettings(rule=THREE, balance="none")
 
