@@ -276,6 +276,7 @@ def kill_everywhere(base: Path) -> None:
     print(json.dumps(hit))
 
 
+@pytest.mark.slow  # starts an interpreter for each call
 def test_killed_at_every_call_that_writes(tmp_path: Path) -> None:
     code = "import sys, pathlib, test_checkpoint_files as t; t.kill_everywhere(pathlib.Path(sys.argv[1]))"
     done = subprocess.run(

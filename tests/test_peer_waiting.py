@@ -128,6 +128,7 @@ main()
 
 
 @pytest.mark.parametrize("command", ["join", "bootstrap"])
+@pytest.mark.slow  # each starts an interpreter that imports a peer
 def test_ctrl_c_while_a_peer_is_still_importing_is_a_clean_end(command: str, tmp_path: Path) -> None:
     invite = Invite("ab" * 32, (InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/1",)),))
     (tmp_path / "run.toml").write_text("[run]\ntotal_tokens = 1_000_000\n")
