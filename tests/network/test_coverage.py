@@ -79,14 +79,18 @@ class Peer(Reader):
         self.batches.cut(NUM_SHARDS)
         rows = self.coverage.rows_to_send
         self.publisher = Publisher(identity, RUN, CODEC.gradient.tensors, SnapshotStore(), shard_rows=rows)
-        self.drawn: set[int] = set()
-        """Where in the corpus its sequences begin."""
+        self.read: set[int] = set()
+        """The places in the corpus that its sequences were of,"""
+        self.begun: set[int] = set()
+        """and those that they began at."""
 
     def train(self, others: list[Peer], shard: int | None = None) -> None:
         chosen = self.coverage.begin(self.round, [other.id for other in others])
         self.batches.use_shard(chosen if shard is None else shard)
         for step in range(1, STEPS + 1):
-            self.drawn.update(self.batches.next_batch()[:, 0].tolist())
+            batch = self.batches.next_batch()
+            self.read.update(batch.flatten().tolist())
+            self.begun.update(batch[:, 0].tolist())
             if step % 10 == 0:
                 self.coverage.reached(step * STEP_TOKENS)
         self.round += 1
@@ -108,7 +112,8 @@ class Peer(Reader):
             self.coverage.hear_untrusted(other.id, read.manifest.coverage)
 
 
-def shards_unseen_with_one_of_four_gone(*, fixed_quarters: bool) -> int:
+def unseen_with_one_of_four_gone(*, fixed_quarters: bool) -> tuple[int, int]:
+    """Hundreds of tokens that nobody has read any of, and shards in which nothing began."""
     rng = random.Random(5)
     peers = [Peer(identity, number) for number, identity in enumerate((ANNA, BEN, CARL, DORA))]
     everyone = list(peers)
@@ -123,17 +128,19 @@ def shards_unseen_with_one_of_four_gone(*, fixed_quarters: bool) -> int:
             for other in rng.sample(others, 2):
                 peer.pull(other)
     assert not any(peer.told for peer in everyone)
-    drawn = set.union(*(peer.drawn for peer in everyone))
+    read, begun = (set.union(*(getattr(peer, name) for peer in everyone)) for name in ("read", "begun"))
     if not fixed_quarters:
         assert {peer.coverage.num_unseen for peer in peers} == {0}
     shards = Shards(NUM_SHARDS * 1000, NUM_SHARDS, 16)
     places = (shards.places(shard, np.arange(shards.num_tokens(shard))) for shard in range(NUM_SHARDS))
-    return sum(drawn.isdisjoint(each.tolist()) for each in places)
+    hundreds = sum(read.isdisjoint(range(100 * each, 100 * each + 100)) for each in range(10 * NUM_SHARDS))
+    return hundreds, sum(begun.isdisjoint(each.tolist()) for each in places)
 
 
 def test_one_peer_of_four_is_gone_for_good_and_none_of_the_data_stays_unseen() -> None:
-    assert shards_unseen_with_one_of_four_gone(fixed_quarters=False) == 0
-    assert shards_unseen_with_one_of_four_gone(fixed_quarters=True) == NUM_SHARDS // 4 - 2, "of the dead peer's quarter"
+    assert unseen_with_one_of_four_gone(fixed_quarters=False) == (0, 0)
+    _, shards = unseen_with_one_of_four_gone(fixed_quarters=True)  # every hundred is read: sequences run on
+    assert shards == NUM_SHARDS // 4 - 2, "what the dead peer's quarter still had"
 
 
 # ---------------------------------------------------------------- choosing and keeping
