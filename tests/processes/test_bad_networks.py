@@ -21,10 +21,10 @@ def test_whoever_fails_all_pulls_is_merged_by_nobody_and_all_train_on(swarm: Swa
     invite = swarm.bootstrap(path).invite.invite
     anna, ben = swarm.join("anna", invite, "--fail-pulls", "100"), swarm.join("ben", invite)
     anna.wait_event(RoundEvent, lambda event: ben.id in event.partners)
-    ben.wait_more_rounds(4)
+    ben.wait_round(4)  # anna may have merged a part of its first one, before it had ended any
     assert all(event.partners == () for event in ben.all(RoundEvent)), "its pulls broke off"
     anna.wait_event(RoundEvent, lambda event, after=anna.last_round: event.round > after and ben.id in event.partners)
-    assert ben.last_round >= 4
+    ben.wait_more_rounds(1)
     bootstrap = next(child for child in swarm.children if child.name == "bootstrap")
     swarm.interrupt_all([bootstrap, anna, ben])
 
