@@ -241,20 +241,25 @@ class Node:
             )
         except Exception as error:  # the adapter's boundary: whatever hivemind raises becomes one sentence
             raise _start_error(error, settings) from error
-        if len(await node.addresses()) <= len(settings.announce) and not settings.only_announced:
+        if not settings.only_announced and not await node._listening_at():
             await node.stop()
             raise _port_taken(settings)
         return node
 
     async def addresses(self) -> tuple[str, ...]:
         """Where others reach this node, without /p2p: what was announced first, loopback last."""
+        found = await self._listening_at()
+        told = dict.fromkeys([*self.settings.announce, *found] if found else ())
+        return tuple(sorted(told, key=lambda a: "/127." in a or "/::1/" in a))
+
+    async def _listening_at(self) -> list[str]:
+        """Where its daemon says that it is, without /p2p; nowhere if it could not listen."""
         try:
             visible = await self._p2p.get_visible_maddrs(latest=True)
         except ValueError:
-            return ()
-        found = [str(address).split("/p2p/")[0] for address in visible]
-        found = [*self.settings.announce, *(address for address in found if "/tcp/" in address)]
-        return tuple(sorted(dict.fromkeys(found), key=lambda a: "/127." in a or "/::1/" in a))
+            return []
+        found = (str(address).split("/p2p/")[0] for address in visible)
+        return [address for address in found if "/tcp/" in address]
 
     async def wait_until_dead(self) -> str:
         """Returns when the daemon has ended, or nobody listens to it any more; says which: hivemind does not."""

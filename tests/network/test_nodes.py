@@ -600,6 +600,19 @@ def test_a_taken_port_is_said_with_the_option_to_change(here: Here) -> None:
             here.run(Node.start(settings, identity, key_path))
 
 
+def test_it_may_announce_just_where_it_listens(here: Here) -> None:
+    folder = here.folder / "announces"
+    folder.mkdir()
+    key_path = folder / "identity.key"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"/ip4/127.0.0.1/tcp/{free.getsockname()[1]}"
+    settings = NodeSettings(directory=folder, listen=(where,), announce=(where,))
+    node = here.run(Node.start(settings, load_or_create_identity(key_path), key_path))
+    assert here.run(node.addresses()) == (where,)
+    here.run(node.stop())
+
+
 def test_a_daemon_that_is_killed_is_noticed_by_everyone(here: Here) -> None:
     victim = here.run(start(here.folder / "victim", RUN))
     here.run(victim.node.connect(here.a.id, here.run(here.a.node.addresses())))
