@@ -62,6 +62,6 @@ def test_only_weights_that_others_have_too_are_hashed() -> None:
     averaged = Averaged(gradient=torch.zeros(2), partners=("a", "b"), weights=(1, 2), signer="a", roster_sha256="ab")
     told = what_was_merged(finished(averaged))
     assert told["state_sha256"] == hashlib.sha256(struct.pack("<2f", 1.0, 2.0)).hexdigest()
-    prepared = prepare(torch.tensor([1.0, 2.0]), [], layout_of([(2,)]))
+    prepared = prepare(finished(averaged).state, [], layout_of([(2,)]), 0.7)
     gathered = Gathered(prepared=prepared, merged=(), run_tokens=64, peer_tokens={})
     assert "state_sha256" not in what_was_merged(finished(gathered))

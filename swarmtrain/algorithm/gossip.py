@@ -206,6 +206,8 @@ class Arrival:
     gradient: Tensor
     """Without tokens it is not looked at."""
     tokens: float
+    ahead_rounds: float = 0.0
+    """By how much later than this peer's the round of theta began, in rounds, from 0 to 1."""
 
 
 @dataclass(kw_only=True)
@@ -213,7 +215,7 @@ class Prepared:
     """A merge as far as it goes without this peer's own gradient; good for one merge."""
 
     theta_mean: Tensor
-    """(P,) fp32, variance-corrected, of this peer's theta at the round's start and its partners'."""
+    """(P,) fp32, variance-corrected, of this peer's theta at the round's start and its partners', as of that moment."""
     gradient_sum: Tensor
     """sum_j tokens_j g_j over the partners, (P,) fp32."""
     tokens: float
@@ -231,27 +233,35 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(theta: Tensor, arrivals: Sequence[Arrival], layout: Layout) -> Prepared:
+def prepare(state: OuterState, arrivals: Sequence[Arrival], layout: Layout, learning_rate: float) -> Prepared:
     """Average theta (P,), this peer's at its round's start, with the partners', and add up their gradients.
 
-    Each theta weighs the same, and each g as many as its tokens, whether they come from the same partners or not.
-    Without arrivals the mean is `theta` itself, not a copy. Writes into none of what it is given. Raises ValueError
-    when shapes differ or tokens are negative or not finite.
+    Each theta weighs the same, and each g as many as its tokens, whether they come from the same partners or not. A
+    theta that is ahead has gone already where this peer's own outer step goes too: so much of a step is taken back, one
+    as `state` would lead to by its momentum, `learning_rate` being the outer one. Without arrivals the mean is theta
+    itself, not a copy. Writes into none of what it is given. Raises ValueError when shapes differ, tokens are negative
+    or not finite, or one is ahead by less than none or more than a round.
     """
+    theta = state.theta
     if any(arrival.gradient.shape != theta.shape for arrival in arrivals):
         raise ValueError(f"gradients of {theta.numel()} numbers are needed")
     if not all(math.isfinite(arrival.tokens) and arrival.tokens >= 0 for arrival in arrivals):
         raise ValueError(f"tokens must be finite and not negative, got {[arrival.tokens for arrival in arrivals]}")
+    if not all(0 <= arrival.ahead_rounds <= 1 for arrival in arrivals):
+        raise ValueError(f"from 0 to 1 rounds ahead, got {[arrival.ahead_rounds for arrival in arrivals]}")
     gradient_sum = torch.zeros_like(theta)
     for arrival in arrivals:
         if arrival.tokens:
             gradient_sum.add_(arrival.gradient, alpha=arrival.tokens)
     thetas = [arrival.theta for arrival in arrivals if arrival.theta is not None]
+    ahead_rounds = math.fsum(arrival.ahead_rounds for arrival in arrivals if arrival.theta is not None)
     found = variance_corrected_mean([theta, *thetas], layout) if thetas else None
     if found is None:
         mean = theta.clone() if arrivals else theta
     else:
         mean = found.mean
+    if ahead_rounds:
+        mean.add_(state.momentum, alpha=learning_rate * ahead_rounds / (1 + len(thetas)))
     return Prepared(
         theta_mean=mean,
         gradient_sum=gradient_sum,

@@ -16,11 +16,13 @@ __all__ = [
     "PullTimes",
     "Section",
     "SectionBytes",
+    "ahead_rounds",
     "expected_transfer",
     "idle_s",
     "most_pulls",
     "plan_pulls",
     "pull_start",
+    "round_began_s",
 ]
 
 Section: TypeAlias = Literal["weights", "gradient"]
@@ -108,6 +110,18 @@ def plan_pulls(
     at_s = [max(started_s, ends_s - lead_s) for lead_s in leads_s]
     reason = f"{gradients} of {wanted} gradients and the weights of {weights}"
     return PullPlan(tuple(at_s[:weights]), tuple(at_s[weights:]), reason)
+
+
+def round_began_s(told_s: float, inner_steps_done: int, steps_per_s: float) -> float | None:
+    """When the round began of a peer that was so far at `told_s`; None if it does not know its speed, `steps_per_s`."""
+    return told_s - inner_steps_done / steps_per_s if steps_per_s > 0 else None
+
+
+def ahead_rounds(theirs_began_s: float | None, began_s: float, ends_s: float) -> float:
+    """By how much of this peer's round, from 0 to 1, another's began later; 0 if it is not known when that began."""
+    if theirs_began_s is None:
+        return 0.0
+    return min(1.0, max(0.0, theirs_began_s - began_s) / max(ends_s - began_s, 1e-9))
 
 
 def idle_s(round_s: float) -> float:

@@ -40,6 +40,7 @@ from swarmtrain.membership.pulls import (
     SectionBytes,
     most_pulls,
     plan_pulls,
+    round_began_s,
 )
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
@@ -95,6 +96,8 @@ class Pulled:
     arrival: Any
     held: Held
     pull_s: float
+    began_s: float | None
+    """When the author's round began whose weights these are, in swarm time, if it told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +354,7 @@ class Gossip:
         if self._news_untrusted(peer, mark, is_own=source == peer) is None:
             return False
         self._turned_back.pop((peer, section), None)
+        began_with_s = self._round_began_s(peer, mark)
         bytes_s = await self._bring(peer, held, source, section)
         found = self._news_untrusted(peer, mark, is_own=False)  # it may have taken long
         if found is None:
@@ -370,6 +374,7 @@ class Gossip:
             arrival=arrival,
             held=held,
             pull_s=swarm_time() - began_s,
+            began_s=began_with_s,
         )
         with self._lock:
             self._pulled.append(pulled)
@@ -377,6 +382,14 @@ class Gossip:
         await asyncio.shield(self._prepare_soon())
         self._times.merged(swarm_time() - began_s - bytes_s)
         return True
+
+    def _round_began_s(self, peer: str, mark: Mark) -> float | None:
+        """When the round of `peer` began that it published at `mark`, by what it has just told; None if it is in
+        another by then, or does not know its speed yet."""
+        info = self.membership.info(peer)
+        if info is None or info.round != mark.round:
+            return None
+        return round_began_s(min(info.stamp, swarm_time()), info.inner_steps_done, info.steps_per_s)
 
     async def _ask(self, peer: str, source: str, section: Section) -> pb.PublicationReply:
         """What `source`, `peer` itself or a host of its, has of `peer` that is newer than what was merged."""

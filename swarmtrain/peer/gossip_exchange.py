@@ -27,6 +27,7 @@ from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
 from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.pulls import ahead_rounds
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
@@ -84,7 +85,7 @@ class GossipExchange(AsynchronousExchange):
     weights_publisher: Publisher = field(init=False)
     _codec: PublicationCodec = field(init=False)
     _layout: Layout = field(init=False)
-    _theta: Tensor = field(init=False, repr=False)
+    _state: OuterState = field(init=False, repr=False)
     _robustness: Robustness = field(init=False)
     _unlearned: deque[Contribution] = field(default_factory=deque, repr=False)
     _learning: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -129,12 +130,13 @@ class GossipExchange(AsynchronousExchange):
         """See `Exchange`."""
         start = self._enter_round(progress, steps_per_s)
         self._round = progress.round
-        now, theta, coverage = swarm_time(), self._theta, self.swarm.coverage
+        now, theta, coverage = swarm_time(), self._state.theta, self.swarm.coverage
+        ends_s = now + self._round_s(start.inner_steps, steps_per_s)
         plan = Plan(
             round=progress.round,
             started_s=now,
-            ends_s=now + self._round_s(start.inner_steps, steps_per_s),
-            prepare=functools.partial(self._prepare, theta),
+            ends_s=ends_s,
+            prepare=functools.partial(self._prepare, self._state, now, ends_s),
             is_sure=steps_per_s > 0,
         )
         self.weights_publisher.newest = Publication(
@@ -191,7 +193,7 @@ class GossipExchange(AsynchronousExchange):
     def _accept_untrusted(self, held: Held, arrival: Arrival) -> Arrival:
         """What the run's rule lets enter a merge: it compares with all that was published here before."""
         self._learn()
-        return self._robustness.accept(held.snapshot.author, arrival, self._theta)
+        return self._robustness.accept(held.snapshot.author, arrival, self._state.theta)
 
     def _hear_rows_untrusted(self, peer: str, rows: Sequence[pb.Signed]) -> None:
         if self.swarm.coverage is not None:
@@ -217,7 +219,7 @@ class GossipExchange(AsynchronousExchange):
         if ready is not None and ready.prepared.displacement is not None:
             self._robustness.merged(ready.prepared.displacement)
         return Gathered(
-            prepared=prepare(self._theta, [], self._layout) if ready is None else ready.prepared,
+            prepared=self._merge_of(self._state, ()) if ready is None else ready.prepared,
             merged=self._merged(pulled),
             apart=apart(self.run.merge.robust, [each.arrival for each in pulled]),
             run_tokens=sum(counts.values()),
@@ -252,15 +254,22 @@ class GossipExchange(AsynchronousExchange):
     def _tell_clipped(self, peer: str, incident: Incident) -> None:
         self.swarm.emit(ClippedEvent(from_peer=peer, rule=incident.rule, detail=incident.detail))
 
-    def _prepare(self, theta: Tensor, pulled: Sequence[Pulled]) -> Prepared:
+    def _prepare(self, state: OuterState, began_s: float, ends_s: float, pulled: Sequence[Pulled]) -> Prepared:
         """All of a merge that does not need this peer's own gradient; in a thread beside the trainer's."""
-        return prepare(theta, [each.arrival for each in pulled], self._layout)
+        arrivals = [
+            dataclasses.replace(each.arrival, ahead_rounds=ahead_rounds(each.began_s, began_s, ends_s))
+            for each in pulled
+        ]
+        return self._merge_of(state, arrivals)
+
+    def _merge_of(self, state: OuterState, arrivals: Sequence[Arrival]) -> Prepared:
+        return prepare(state, arrivals, self._layout, self.run.merge.outer_learning_rate)
 
     # ------------------------------------------------------------- present weights
 
     def offer(self, state: OuterState, progress: Progress) -> None:
         """See `SwarmExchange`. The trainer does not wait for it."""
-        self._theta = state.theta
+        self._state = state
         super().offer(state, progress)
 
     def _rounds_of_others(self) -> list[int]:

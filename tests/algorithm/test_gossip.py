@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
@@ -28,6 +28,7 @@ from swarmtrain.algorithm.outer import DelayedNesterov, OuterConstants, OuterSta
 _SHAPES = [(7, 5), (3,), (1, 1), (0, 4), (17, 31), (), (129,), (2, 3, 5), (300, 200)]  # the last takes two blocks
 _LAYOUT = layout_of(_SHAPES)
 _CONSTANTS = OuterConstants(learning_rate=0.7, momentum=0.8)
+_RATE = _CONSTANTS.learning_rate
 
 
 def _random(size: int, seed: int) -> Tensor:
@@ -206,7 +207,7 @@ def test_nothing_that_is_given_is_written_into() -> None:
     tensors = [state.theta, state.momentum, gradient, *(t for a in arrivals for t in (a.theta, a.gradient))]
     copies = [t.clone() for t in tensors]
     for partners in (arrivals, []):
-        prepared = prepare(state.theta, partners, _LAYOUT)
+        prepared = prepare(state, partners, _LAYOUT, _RATE)
         new = gossip_merge(state, prepared, gradient, 50, _CONSTANTS)
         assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
         assert not {new.theta.data_ptr(), new.momentum.data_ptr()} & {t.data_ptr() for t in tensors}
@@ -227,7 +228,7 @@ def test_gossip_is_delayed_nesterov_with_an_arrival_for_each(num_partners: int) 
             outer.arrive(arrival.gradient, arrival.tokens / total)
         outer.arrive(own, tokens / total)
         assert outer.buffer.arrivals == 0
-        state = gossip_merge(state, prepare(state.theta, arrivals, _LAYOUT), own, tokens, constants)
+        state = gossip_merge(state, prepare(state, arrivals, _LAYOUT, _RATE), own, tokens, constants)
         assert torch.allclose(state.theta, outer.state.theta, rtol=0, atol=1e-6)
         assert torch.allclose(state.momentum, outer.state.momentum, rtol=0, atol=1e-6)
 
@@ -236,7 +237,7 @@ def test_without_partners_it_is_an_outer_step_to_the_bit() -> None:
     P = _LAYOUT.size
     gossip = step = OuterState(_random(P, 0), torch.zeros(P))
     for seed in range(10):
-        prepared = prepare(gossip.theta, [], _LAYOUT)
+        prepared = prepare(gossip, [], _LAYOUT, _RATE)
         assert prepared.theta_mean is gossip.theta
         assert (prepared.num_arrivals, prepared.tokens, prepared.variance_factor) == (0, 0, 1.0)
         gossip = gossip_merge(gossip, prepared, _random(P, seed), 7, _CONSTANTS)
@@ -247,7 +248,7 @@ def test_without_partners_it_is_an_outer_step_to_the_bit() -> None:
 
 def test_what_is_prepared() -> None:
     arrivals, theta = _arrivals(3, 5), _random(_LAYOUT.size, 0)
-    prepared = prepare(theta, arrivals, _LAYOUT)
+    prepared = prepare(OuterState(theta, torch.zeros_like(theta)), arrivals, _LAYOUT, _RATE)
     mean = variance_corrected_mean([theta, *(a.theta for a in arrivals)], _LAYOUT)
     assert torch.equal(prepared.theta_mean, mean.mean)
     assert prepared.variance_factor == mean.factor > 1.5
@@ -258,17 +259,63 @@ def test_what_is_prepared() -> None:
     assert prepared.num_arrivals == 3
 
 
+def test_weights_of_later_rounds_are_taken_back_by_as_much_as_the_momentum_goes() -> None:
+    P = _LAYOUT.size
+    state, arrivals = OuterState(_random(P, 0), _random(P, 1)), _arrivals(3, 5)
+    as_they_are = prepare(state, arrivals, _LAYOUT, _RATE)
+    later = [
+        dataclasses.replace(one, ahead_rounds=rounds) for one, rounds in zip(arrivals, (0.25, 0.0, 1.0), strict=True)
+    ]
+    later.append(dataclasses.replace(arrivals[0], theta=None, ahead_rounds=0.5))  # there is nothing to take back
+    prepared = prepare(state, later, _LAYOUT, _RATE)
+    expected = as_they_are.theta_mean.double() + _RATE * 1.25 / 4 * state.momentum.double()
+    assert torch.allclose(prepared.theta_mean.double(), expected, rtol=0, atol=1e-6)
+    assert (prepared.consensus_spread, prepared.displacement) == (
+        as_they_are.consensus_spread,
+        as_they_are.displacement,
+    )
+    for rounds in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="rounds ahead"):
+            prepare(state, [dataclasses.replace(arrivals[0], ahead_rounds=rounds)], _LAYOUT, _RATE)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.8])
+def test_however_the_rounds_of_peers_lie_to_each_other_all_go_as_fast_as_one_alone(momentum: float) -> None:
+    """Four who each bring the same in a round, and merge in turns: as it is taken back, nothing counts twice."""
+    layout, constants = layout_of([(1,)]), OuterConstants(learning_rate=0.7, momentum=momentum)
+    gradient, num_rounds, num = torch.tensor([1.0]), 60, 4
+
+    def gone(step: Callable[[int, list[OuterState]], OuterState]) -> float:
+        states = [OuterState(torch.zeros(1), torch.zeros(1)) for _ in range(num)]
+        for turn in range(num_rounds * num):
+            states[turn % num] = step(turn % num, states)
+        return float(states[-1].theta)
+
+    def merge(own: int, states: list[OuterState], *, counts_ahead: bool) -> OuterState:
+        ages = [(own - other) % num / num for other in range(num)]  # of their rounds; this one's is a whole one
+        arrivals = [
+            Arrival(states[i].theta, gradient, 1, 1 - ages[i] if counts_ahead else 0.0) for i in range(num) if i != own
+        ]
+        return gossip_merge(states[own], prepare(states[own], arrivals, layout, 0.7), gradient, 1, constants)
+
+    alone = gone(lambda own, states: outer_step(states[own], gradient, constants))
+    aligned = gone(lambda own, states: merge(own, states, counts_ahead=True))
+    as_they_are = gone(lambda own, states: merge(own, states, counts_ahead=False))
+    assert aligned == pytest.approx(alone, rel=0.03)
+    assert as_they_are < 1.4 * alone < 0  # how far it goes: too far
+
+
 def test_who_has_no_tokens_gives_only_its_theta() -> None:
     """A later part of a round that was merged before, with no step since; its g does not enter, whatever it is."""
     P = _LAYOUT.size
     state, own = OuterState(_random(P, 0), _random(P, 1)), _random(P, 2)
     idle = Arrival(_random(P, 3), torch.full((P,), math.nan), 0)
-    new = gossip_merge(state, prepare(state.theta, [idle], _LAYOUT), own, 50, _CONSTANTS)
+    new = gossip_merge(state, prepare(state, [idle], _LAYOUT, _RATE), own, 50, _CONSTANTS)
     theta = variance_corrected_mean([state.theta, idle.theta], _LAYOUT).mean
     expected = outer_step(OuterState(theta, state.momentum), own, _CONSTANTS)
     assert torch.allclose(new.theta, expected.theta, rtol=0, atol=1e-6)
     busy = Arrival(state.theta, _random(P, 4), 10)
-    new = gossip_merge(state, prepare(state.theta, [busy], _LAYOUT), own, 0, _CONSTANTS)
+    new = gossip_merge(state, prepare(state, [busy], _LAYOUT, _RATE), own, 0, _CONSTANTS)
     expected = outer_step(state, busy.gradient, _CONSTANTS)
     assert torch.allclose(new.theta, expected.theta, rtol=0, atol=1e-6)
 
@@ -279,15 +326,15 @@ def test_weights_and_gradients_of_different_partners_enter_as_if_they_came_toget
     for arrival in together:
         arrivals.append(dataclasses.replace(arrival, theta=None))
         arrivals.append(dataclasses.replace(arrival, tokens=0))
-    new = gossip_merge(state, prepare(state.theta, arrivals, _LAYOUT), own, 50, _CONSTANTS)
-    expected = gossip_merge(state, prepare(state.theta, together, _LAYOUT), own, 50, _CONSTANTS)
+    new = gossip_merge(state, prepare(state, arrivals, _LAYOUT, _RATE), own, 50, _CONSTANTS)
+    expected = gossip_merge(state, prepare(state, together, _LAYOUT, _RATE), own, 50, _CONSTANTS)
     assert torch.equal(new.theta, expected.theta) and torch.equal(new.momentum, expected.momentum)
 
 
 def test_with_gradients_alone_theta_is_this_peers_own_and_stays_as_it_was() -> None:
     state, own = OuterState(_random(_LAYOUT.size, 0), _random(_LAYOUT.size, 1)), _random(_LAYOUT.size, 2)
     theta, arrivals = state.theta.clone(), [dataclasses.replace(one, theta=None) for one in _arrivals(2, 7)]
-    prepared = prepare(state.theta, arrivals, _LAYOUT)
+    prepared = prepare(state, arrivals, _LAYOUT, _RATE)
     assert (prepared.variance_factor, prepared.displacement, prepared.num_arrivals) == (1.0, None, 2)
     new = gossip_merge(state, prepared, own, 50, _CONSTANTS)
     assert torch.equal(state.theta, theta) and new.theta.data_ptr() != state.theta.data_ptr()
@@ -300,7 +347,7 @@ def test_merge_that_makes_no_sense_changes_nothing() -> None:
     layout = layout_of([(3,)])
     state = OuterState(torch.ones(3), torch.ones(3))
     idle = Arrival(torch.ones(3), torch.ones(3), 0)
-    prepared = prepare(state.theta, [idle], layout)
+    prepared = prepare(state, [idle], layout, _RATE)
     with pytest.raises(ValueError, match="all weights are zero"):
         gossip_merge(state, prepared, torch.ones(3), 0, _CONSTANTS)
     with pytest.raises(ValueError, match="3 numbers"):
@@ -309,11 +356,11 @@ def test_merge_that_makes_no_sense_changes_nothing() -> None:
         with pytest.raises(ValueError, match="tokens"):
             gossip_merge(state, prepared, torch.ones(3), tokens, _CONSTANTS)
         with pytest.raises(ValueError, match="tokens"):
-            prepare(state.theta, [dataclasses.replace(idle, tokens=tokens)], layout)
+            prepare(state, [dataclasses.replace(idle, tokens=tokens)], layout, _RATE)
     with pytest.raises(ValueError, match="3 numbers"):
-        prepare(state.theta, [dataclasses.replace(idle, gradient=torch.ones(4))], layout)
+        prepare(state, [dataclasses.replace(idle, gradient=torch.ones(4))], layout, _RATE)
     with pytest.raises(ValueError, match="3 numbers"):
-        prepare(state.theta, [dataclasses.replace(idle, theta=torch.ones(4))], layout)
+        prepare(state, [dataclasses.replace(idle, theta=torch.ones(4))], layout, _RATE)
     gossip_merge(state, prepared, torch.ones(3), 1, _CONSTANTS)  # still good after all that, and once
     with pytest.raises(ValueError, match="merged before"):
         gossip_merge(state, prepared, torch.ones(3), 1, _CONSTANTS)
@@ -323,7 +370,7 @@ def test_it_is_deterministic_to_the_bit() -> None:
     def run() -> OuterState:
         state = OuterState(_random(_LAYOUT.size, 0), torch.zeros(_LAYOUT.size))
         for round in range(5):
-            prepared = prepare(state.theta, _arrivals(3, 10 * round), _LAYOUT)
+            prepared = prepare(state, _arrivals(3, 10 * round), _LAYOUT, _RATE)
             state = gossip_merge(state, prepared, _random(_LAYOUT.size, round), 70, _CONSTANTS)
         return state
 
@@ -366,7 +413,7 @@ def _descend(num_rounds: int, num_peers: int, num_partners: int, bias: float = 1
         latest = [Arrival(state.theta, g, 100) for state, g in zip(together, gradients, strict=True)]
         for peer, (state, gradient) in enumerate(zip(together, gradients, strict=True)):
             others = [arrival for other, arrival in enumerate(published) if other != peer]
-            prepared = prepare(state.theta, chance.sample(others, num_partners) if others else [], _SMALL)
+            prepared = prepare(state, chance.sample(others, num_partners) if others else [], _SMALL, _RATE)
             if bias != 1 and others:
                 prepared = dataclasses.replace(prepared, theta_mean=prepared.theta_mean * bias)
             together[peer] = gossip_merge(state, prepared, gradient, 100, _CONSTANTS)
@@ -401,7 +448,7 @@ def test_unequal_peers_find_the_weighted_minimum() -> None:
         gradients = [way * (s.theta - m) for way, s, m in zip(ways, states, minima, strict=True)]
         everyone = [Arrival(s.theta, g, 32 * n) for s, g, n in zip(states, gradients, steps, strict=True)]
         states = [
-            gossip_merge(s, prepare(s.theta, everyone[:i] + everyone[i + 1 :], _SMALL), g, 32 * n, _CONSTANTS)
+            gossip_merge(s, prepare(s, everyone[:i] + everyone[i + 1 :], _SMALL, _RATE), g, 32 * n, _CONSTANTS)
             for i, (s, g, n) in enumerate(zip(states, gradients, steps, strict=True))
         ]
     pull = [count * way for count, way in zip(steps, ways, strict=True)]
@@ -422,7 +469,7 @@ def test_peers_from_their_own_weights_agree_and_converge() -> None:
             others = [a for other, a in enumerate(published) if a and other != peer]
             state = states[peer]
             gradient = 0.3 * (state.theta - minimum)
-            last = prepare(state.theta, chance.sample(others, 1) if others else [], _SMALL)
+            last = prepare(state, chance.sample(others, 1) if others else [], _SMALL, _RATE)
             states[peer] = gossip_merge(state, last, gradient, 60 // period, _CONSTANTS)
             published[peer] = Arrival(state.theta, gradient, 60 // period)
     assert last is not None

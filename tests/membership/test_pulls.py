@@ -7,7 +7,16 @@ import random
 
 import pytest
 
-from swarmtrain.membership.pulls import PullTimes, SectionBytes, expected_transfer, idle_s, plan_pulls, pull_start
+from swarmtrain.membership.pulls import (
+    PullTimes,
+    SectionBytes,
+    ahead_rounds,
+    expected_transfer,
+    idle_s,
+    plan_pulls,
+    pull_start,
+    round_began_s,
+)
 
 SIZES = SectionBytes(weights=200, gradient=100)
 
@@ -149,3 +158,14 @@ def test_the_expected_transfer_is_a_slow_one_but_no_outlier() -> None:
     assert expected_transfer([1.0, 3.0]) == 3.0
     assert expected_transfer([1.0] * 7 + [99.0]) == 1.0
     assert expected_transfer([99.0] + [1.0] * 8) == 1.0
+
+
+def test_how_much_later_another_began_its_round() -> None:
+    assert round_began_s(1000.0, 30, 2.0) == 985.0
+    assert round_began_s(1000.0, 0, 2.0) == 1000.0
+    assert round_began_s(1000.0, 30, 0.0) is None, "its speed is not known yet"
+    assert ahead_rounds(985.0, 980.0, 1000.0) == 0.25
+    assert ahead_rounds(980.0, 985.0, 1000.0) == 0.0, "earlier: nothing is added"
+    assert ahead_rounds(2000.0, 985.0, 1000.0) == 1.0, "whatever it says"
+    assert ahead_rounds(None, 985.0, 1000.0) == 0.0
+    assert ahead_rounds(999.0, 1000.0, 1000.0) == 0.0 and ahead_rounds(1001.0, 1000.0, 1000.0) == 1.0

@@ -146,6 +146,11 @@ def _choices(record: _Record) -> None:
         record.write_news("plan", inputs=args[:3], found=plan)
         return plan
 
+    def round_began_s(original: Any, *args: Any) -> Any:
+        found = original(*args)
+        record.write("began", args=args, found=found)
+        return found
+
     def next_(original: Any, self: Partners, section: str, view: Any, now: float, rng: Any) -> Any:
         found = original(self, section, view, now, rng)
         record.write("choice", section=section, view=view, now=now, found=found)
@@ -161,6 +166,7 @@ def _choices(record: _Record) -> None:
 
     _around(Gossip, "__post_init__", post_init)
     _around(gossiping, "plan_pulls", plan_pulls)
+    _around(gossiping, "round_began_s", round_began_s)
     _around(Partners, "next", next_)
     for name in ("busy", "failed", "answered", "called"):
         _around(BackOff, name, told(name))
@@ -227,10 +233,11 @@ def _merges(record: _Record) -> None:
     """What entered each merge, and what weights came of it."""
 
     def take(original: Any, self: Gossip, round: int) -> Any:
-        record.thread.reference = None
+        record.thread.reference, plan = None, self._plan
         ready = original(self, round)
-        pulled = [] if ready is None else [[one.section, one.peer, one.mark] for one in ready.pulled]
-        record.write("taken", round=round, reference=record.thread.reference, pulled=pulled)
+        pulled = [] if ready is None else [[one.section, one.peer, one.mark, one.began_s] for one in ready.pulled]
+        of_s = None if plan is None else [plan.started_s, plan.ends_s]
+        record.write("taken", round=round, reference=record.thread.reference, pulled=pulled, of_s=of_s)
         return ready
 
     def merge(original: Any, self: Trainer, arrived: Any, own: Any) -> None:

@@ -20,7 +20,7 @@ from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import Candidate, Mark, View
-from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, plan_pulls
+from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, ahead_rounds, plan_pulls, round_began_s
 from swarmtrain.network.codec import vector_sha256
 from swarmtrain.peer.trainer import Start
 from swarmtrain.run import parse_published_untrusted, run_sha256
@@ -72,6 +72,8 @@ class ReplayedPeer(Peer):
         self.learn, self.unlearned = self.robustness.learn, deque[tuple[Tensor, int]]()
         self.robustness.learn = lambda gradient, tokens: self.unlearned.append((gradient, tokens))  # type: ignore[method-assign]
         self.entered: list[list[Any]] = []
+        self.begun: dict[int, float | None] = {}
+        self.round_s: tuple[float, float] = 0.0, 0.0
         self.incidents: list[tuple[str, str, str]] = []
         self.num_rounds = self.num_equal = 0
 
@@ -135,6 +137,9 @@ class ReplayedPeer(Peer):
         sizes, most = self.world.section_bytes, self.world.setting.run.merge.num_partners
         self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, most))
 
+    def _began(self, event: Event) -> None:
+        self._same(event, "when another began", round_began_s(*event["args"]))
+
     def _choice(self, event: Event) -> None:
         seen = event["view"]
         view = View(**{**seen, "candidates": [Candidate(**each) for each in seen["candidates"]]})
@@ -174,14 +179,20 @@ class ReplayedPeer(Peer):
         if event["reference"] is not None:
             self.world.reference = event["reference"]
             here = self.ready()
-            ready = {(section, author): here[section, author] for section, author, _ in pulled}
-            assert [each.mark for each, _ in ready.values()] == [Mark(**mark) for _, _, mark in pulled]
+            ready = {(section, author): here[section, author] for section, author, *_ in pulled}
+            assert [each.mark for each, _ in ready.values()] == [Mark(**mark) for _, _, mark, _ in pulled]
+            self.begun = {id(ready[section, author][0]): began_s for section, author, _, began_s in pulled}
+            self.round_s = event["of_s"]
         tokens = dict[str, float]()
         for (_, author), (_, arrival) in ready.items():
             tokens[author] = tokens.get(author, 0) + arrival.tokens
         self.entered = [list(each) for each in tokens.items()]
         assert self.done == self.start.inner_steps
         self.merge(ready)
+
+    def ahead_rounds(self, published: Published) -> float:
+        """See `Peer`: as far as the real one knew."""
+        return ahead_rounds(self.begun[id(published)], *self.round_s)
 
     def _merged(self, event: Event) -> None:
         self._same(event, "merge", self.entered)

@@ -21,7 +21,7 @@ from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
 from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, View, median_round
-from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, most_pulls, plan_pulls
+from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, ahead_rounds, most_pulls, plan_pulls
 from swarmtrain.membership.shards import Coverage, Row
 from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
@@ -46,6 +46,8 @@ class Published:
     vector: Tensor
     sent: Tensor | None = None
     """What everybody gets of it, once it was asked for."""
+    began_s: float | None = None
+    """When its author's round began, of weights."""
     rows: Sequence[Row] = ()
     """Who has seen which data, as it tells with it."""
 
@@ -160,7 +162,7 @@ class Peer:
         if start.shard is not None:
             self.trainer.batches.use_shard(start.shard)
         self.learner.enter(self.trainer.state.theta)
-        self.weights = Published(Mark(self.round, 0, 0), self.trainer.state.theta)
+        self.weights = Published(Mark(self.round, 0, 0), self.trainer.state.theta, began_s=self.began_s)
 
     def done_s(self, work_s: float) -> float:
         """When it does what it would do in so long, if it did not stand still meanwhile."""
@@ -353,8 +355,9 @@ class Peer:
 
     def merge(self, ready: Arrived) -> None:
         """The round's end, with what entered it."""
-        world, arrivals = self.world, [arrival for _, arrival in ready.values()]
-        prepared = prepare(self.trainer.state.theta, arrivals, world.layout)
+        world, rate = self.world, self.world.setting.run.merge.outer_learning_rate
+        arrivals = [replace(each, ahead_rounds=self.ahead_rounds(of)) for of, each in ready.values()]
+        prepared = prepare(self.trainer.state, arrivals, world.layout, rate)
         if prepared.displacement is not None:
             self.robustness.merged(prepared.displacement)
         gathered = Gathered(
@@ -376,6 +379,11 @@ class Peer:
         self.arrived = {key: each for key, each in self.arrived.items() if key not in ready}
         self.rounds_fresh += any(what == "gradient" for what, _ in ready)
         self.trainer.merge(gathered, self._contribution())
+
+    def ahead_rounds(self, published: Published) -> float:
+        """By how much of the round that ends its author's began later."""
+        ends_s = self.began_s + self.start.inner_steps * self.world.setting.step_s[self.number]
+        return ahead_rounds(published.began_s, self.began_s, ends_s)
 
     def _contribution(self) -> Contribution:
         tokens = self.start.inner_steps * self.world.setting.run.tokens_per_step
