@@ -214,6 +214,33 @@ def test_each_inner_step_of_a_partner_is_merged_once() -> None:
     run(script)
 
 
+@pytest.mark.parametrize(
+    ("told", "ago_s"),
+    [
+        (PeerInfo(peer=BEN.peer_id, round=3, inner_steps_done=30, steps_per_s=2.0), 15.0),
+        (PeerInfo(peer=BEN.peer_id, round=3, inner_steps_done=30), None),  # it does not know its speed
+        (PeerInfo(peer=BEN.peer_id, round=2, inner_steps_done=30, steps_per_s=2.0), None),  # of another round
+    ],
+)
+def test_when_the_round_began_that_weights_are_of_is_what_their_author_told(
+    told: PeerInfo, ago_s: float | None
+) -> None:
+    async def script() -> None:
+        ben = Partner(BEN, 0.5)
+        me, now = Peer(ben), swarm_time()
+        me.membership.saw_presence(replace(told, training=True, stamp=now + 1e-6), now + 999, now)
+        ben.publish(3, 2, 400)
+        me.begin(3)
+        await until(lambda: me.gossip._ready is not None and len(me.gossip._ready.pulled) == 2)
+        ready = me.gossip.take(3)
+        assert ready is not None
+        began_s = [one.began_s for one in ready.pulled]
+        assert began_s == [None if ago_s is None else pytest.approx(now - ago_s, abs=0.01)] * 2
+        await me.gossip.stop()
+
+    run(script)
+
+
 def test_nothing_is_merged_twice() -> None:
     async def script() -> None:
         ben = Partner(BEN, 0.5)
