@@ -1,8 +1,9 @@
 """What one bad peer can do to a merge, bounded: clips by running medians, and two means that outvote outliers.
 
 `GradientClip` and `DisplacementClip` bound how far a partner can move the merge by what was usual so far; they are
-`merge.robust = "clip"`. `trimmed_mean` and `flag_mean` replace the mean of four or more gradients. A clip cannot see
-a sign: a peer that sends -g at the usual size passes both, and costs what a wrong vote costs.
+`merge.robust = "clip"`. A clip cannot see a sign: a peer that sends -g at the usual size passes both, and costs what a
+wrong vote costs. `DirectionTrust` sees it, and is `merge.robust = "direction"` with both clips. `trimmed_mean` and
+`flag_mean` replace the mean of four or more gradients.
 
 Everything works on flat fp32 vectors (P,), norms in fp64, so that no finite vector overflows or vanishes. Vectors
 that are not finite are refused with ValueError before anything is remembered. Deterministic; nothing is written into
