@@ -156,11 +156,12 @@ class InnerSection(Section):
         return self
 
 
-_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "diloco": {"outer_momentum": 0.9, "pacing": False},
-    "server": {"robust": "clip"},
+_OTHER_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("method", "diloco"): {"outer_momentum": 0.9, "pacing": False},
+    ("method", "server"): {"robust": "clip"},
+    ("init", "own"): {"robust": "clip"},
 }
-"""Where a method's defaults are others than the fields'; they are written out like those."""
+"""Where a key's value makes the defaults of others different from the fields'; they are written out like those."""
 
 _DILOCO = ("diloco",)
 _GOSSIP = ("gossip",)
@@ -206,17 +207,20 @@ class MergeSection(Section):
     partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip
     theta_format: _Format = Field("int8", description='"gossip", "server": how weights travel.')
     gradient_format: _GradientFormat = Field("int2", description='"gossip", "server": how pseudo-gradients travel.')
-    robust: str = Field("direction", pattern=_MERGE_RULE, json_schema_extra={"allowed": _MERGE_RULES}, description='"gossip", "server": what one bad partner can do. "clip": gradients and distances are cut at three times what is usual; "gossip": "direction": that, and a gradient counts as far as it goes the way of the own one, which refuses a turned sign, the default there; "trimmed" and "flag": "clip", and a mean of four or more gradients that outvotes outliers; "PACKAGE:RULE": "clip", and a mean that an installed package has (docs/simulating.md).')  # fmt: skip
+    robust: str = Field("direction", pattern=_MERGE_RULE, json_schema_extra={"allowed": _MERGE_RULES}, description='"gossip", "server": what one bad partner can do. "clip": gradients and distances are cut at three times what is usual; "gossip": "direction": that, and a gradient counts as far as it goes the way of the own one, which refuses a turned sign, the default there unless merge.init is "own"; "trimmed" and "flag": "clip", and a mean of four or more gradients that outvotes outliers; "PACKAGE:RULE": "clip", and a mean that an installed package has (docs/simulating.md).')  # fmt: skip
     max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='"gossip": what is further behind the median round is not merged, and a peer that is takes the present weights. "server": what began from weights further behind is not taken in.')  # fmt: skip
     buffer_arrivals: int = Field(0, ge=0, le=10_000, description='"server": the outer momentum is refreshed after so many arrivals (N); 0 for as many as there are volunteers.')  # fmt: skip
     momentum_share: float = Field(0.0, ge=0, le=1, description='"server": the share of the momentum that each arrival applies (c), 1 / N at most; with 0 it is applied when it is refreshed.')  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_method(cls, data: Any) -> Any:
+    def _other_defaults(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return _METHOD_DEFAULTS.get(str(data.get("method", "")), {}) | data
+        found: dict[str, Any] = {}
+        for (key, value), defaults in _OTHER_DEFAULTS.items():
+            found |= defaults if data.get(key) == value else {}
+        return found | data
 
     @model_validator(mode="after")
     def _fits_method(self) -> MergeSection:

@@ -52,6 +52,22 @@ def test_a_method_may_have_defaults_of_its_own() -> None:
     assert merge("method = 'diloco'\npacing = true\nouter_momentum = 0.5") == (0.5, True)
 
 
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("", "direction"),
+        ("method = 'server'", "clip"),
+        ("init = 'own'", "clip"),  # gradients of weights that have nothing in common have no common direction
+        ("init = 'own'\nrobust = 'direction'", "direction"),
+    ],
+)
+def test_against_bad_partners_there_is_a_rule_by_default(text: str, rule: str) -> None:
+    run = parse_run(MINIMAL + "[merge]\n" + text, "run.toml")
+    assert run.merge.robust == rule
+    written_out = tomli_w.dumps({"merge": run.merge.model_dump()})
+    assert parse_run(MINIMAL + written_out, "run.toml").merge == run.merge
+
+
 def test_lists_fill_tuples_and_integers_fill_numbers() -> None:
     run = parse_run(MINIMAL + "[data]\nsource = 'text'\npaths = ['a', 'b/**']\n[merge]\nround_limit_s = 3\n", "r")
     assert run.data.paths == ("a", "b/**")

@@ -88,7 +88,7 @@ def test_a_method_has_its_own_constants_once(tmp_path: Path, played: list[Play])
 
 
 def test_what_a_method_cannot_be_told_is_said_before_the_work(tmp_path: Path, played: list[Play]) -> None:
-    scenario = tiny(tmp_path, scenario={"methods": ["gossip", "diloco"]}, set={"merge.robust": "direction"})
+    scenario = tiny(tmp_path, scenario={"methods": ["gossip", "diloco"]}, set={"merge.robust": "flag"})
     with pytest.raises(UserError, match=r"method diloco: .*merge\.robust"):
         compare(scenario, jobs=1, kept=None)
     assert not played
