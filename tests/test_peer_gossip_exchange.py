@@ -355,8 +355,9 @@ def test_the_model_at_the_end_is_the_same_for_all(worlds: list[World]) -> None:
     assert archived is not None and archived.progress.round == 3
 
 
-def test_own_initial_weights_come_together(worlds: list[World]) -> None:
-    world = world_of(worlds, 3, init="own")
+@pytest.mark.parametrize("robust", ["clip", "direction"])
+def test_own_initial_weights_come_together(worlds: list[World], robust: str) -> None:
+    world = world_of(worlds, 3, init="own", robust=robust)
     peers = world.everyone()
     apart = float((peers[0].theta - peers[1].theta).norm() / peers[0].theta.norm())
     assert apart > 1

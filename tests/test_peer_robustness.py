@@ -90,6 +90,18 @@ def test_with_weights_of_their_own_peers_meet_before_distances_count() -> None:
     assert told == [("ben", "displacement")]
 
 
+def test_with_weights_of_their_own_peers_meet_before_directions_count() -> None:
+    rule, _ = robustness("direction", met=False)
+    rule.learn(USUAL.gradient, 100)
+    turned = Arrival(None, -USUAL.gradient, 100)
+    assert rule.accept("ben", turned, OWN).tokens == 100
+    rule.merged(0.1)
+    for peer in ("carl", "dora"):
+        rule.accept(peer, USUAL, OWN)
+    with pytest.raises(BadBytesError, match="against the own one"):
+        rule.accept("ben", turned, OWN)
+
+
 def test_what_is_usual_is_kept_over_a_restart() -> None:
     clip, _ = robustness()
     clip.accept("ben", USUAL, OWN)

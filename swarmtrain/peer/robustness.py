@@ -44,7 +44,7 @@ class Robustness:
     """The clips of one peer, which remember what is usual. With the rule "none" nothing is clipped.
 
     With `met` False, peers that began with weights of their own, distances are not clipped until `merged` was told
-    that they are close.
+    that they are close, and directions are not judged: gradients of such weights have none in common.
     """
 
     def __init__(self, rule: str, layout: Layout, told: Callable[[str, Incident], None], *, met: bool = True) -> None:
@@ -64,7 +64,7 @@ class Robustness:
             return arrival
         with self._lock:
             tokens, incidents = arrival.tokens, list[Incident | None]()
-            if self.rule == "direction" and tokens:
+            if self.rule == "direction" and tokens and self._displacements.enabled:
                 arrival, incident = self._trusted_untrusted(peer, arrival)
                 incidents.append(incident)
             cuts = []
