@@ -48,6 +48,8 @@ __all__ = [
 MAX_RUN_FILE_BYTES = 65_536
 _MOST_STEP_BATCHES = 4
 """Batches in one step of a stage: two, and what was under way when they were full."""
+_MOST_IN_STEP = 1.5
+"""As `algorithm.pacing.most_inner_steps`, which is a layer above."""
 EXAMPLE = "examples/stdlib-gpt.toml"
 CHUNK_BYTES = 256 * 1024
 """A piece of a transfer. The fastest message size measured over hivemind's streams."""
@@ -159,7 +161,7 @@ class InnerSection(Section):
 _OTHER_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("method", "diloco"): {"outer_momentum": 0.9, "pacing": False},
     ("method", "server"): {"robust": "clip"},
-    ("init", "own"): {"robust": "clip"},
+    ("init", "own"): {"robust": "clip", "num_weights": 3},
 }
 """Where a key's value makes the defaults of others different from the fields'; they are written out like those."""
 
@@ -173,6 +175,7 @@ METHODS_OF_KEYS: dict[str, tuple[str, ...]] = {
     "max_staleness_rounds": _GOSSIP + _SERVER,
     "momentum_share": _SERVER,
     "num_partners": _GOSSIP,
+    "num_weights": _GOSSIP,
     "partners": _GOSSIP,
     "publications_per_round": _GOSSIP,
     "robust": _GOSSIP + _SERVER,
@@ -202,8 +205,9 @@ class MergeSection(Section):
     round_limit_s: float = Field(600.0, gt=0, description='A round lasts this long at most, in seconds; with "diloco" it is closed then.')  # fmt: skip
     silence_s: float = Field(5.0, gt=0, description='"diloco": a signer that is silent for this long after a round\'s end is passed over, in seconds.')  # fmt: skip
     init: Literal["common", "own"] = Field("common", description='"gossip": "common" begins with the same weights everywhere, "own" with random weights of each peer\'s own, which variance-corrected averaging brings together.')  # fmt: skip
-    num_partners: int = Field(3, ge=1, le=64, description='"gossip": whom a peer pulls from in a round, fewer where the link carries no more (P).')  # fmt: skip
-    publications_per_round: int = Field(4, ge=1, le=64, description='"gossip": how often a peer publishes in a round, at equal distances (F).')  # fmt: skip
+    num_partners: int = Field(8, ge=1, le=64, description='"gossip": whose pseudo-gradients a peer pulls in a round, of fewer where the link carries no more (P).')  # fmt: skip
+    num_weights: int = Field(1, ge=1, le=64, description='"gossip": of how many of those the weights too, which are larger; with merge.init = "own" the default is 3.')  # fmt: skip
+    publications_per_round: int = Field(8, ge=1, le=64, description='"gossip": how often a peer publishes in a round, at equal distances (F).')  # fmt: skip
     partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip
     theta_format: _Format = Field("int8", description='"gossip", "server": how weights travel.')
     gradient_format: _GradientFormat = Field("int2", description='"gossip", "server": how pseudo-gradients travel.')
@@ -351,10 +355,12 @@ class RunFile(Section):
 
     @property
     def max_round_tokens(self) -> int:
-        """What one peer's round counts at most. A stage's steps are not all of one size (`membership/microbatches.py`),
-        and a round ends after the one that fills it."""
+        """What one peer's round counts at most. With gossip one may take longer, to end when others' do. A stage's steps
+        are not all of one size (`membership/microbatches.py`), and a round ends after the one that fills it."""
+        in_step = self.merge.method == "gossip" and self.merge.pacing
+        steps = math.ceil((_MOST_IN_STEP if in_step else 1.0) * self.merge.inner_steps)
         more_steps = 0 if self.pipeline.stages == 1 else _MOST_STEP_BATCHES
-        return (self.merge.inner_steps + more_steps) * self.tokens_per_step
+        return (steps + more_steps) * self.tokens_per_step
 
     @property
     def microbatch_sequences(self) -> int:

@@ -208,6 +208,24 @@ def refused(peer: Peer) -> list[Event]:
     return [event for event in peer.events if isinstance(event, RefusedEvent | ClippedEvent)]
 
 
+@pytest.mark.parametrize(
+    ("told", "taken"),
+    [
+        ({"inner_steps": 80, "inner_steps_done": 20}, 60),  # its round ends when three quarters of ours are done
+        ({"inner_steps": 80, "inner_steps_done": 80}, 80),
+        ({"inner_steps": 80, "inner_steps_done": 50}, 110),
+        ({"inner_steps_done": 20}, 80),  # how long its round is, it has not told
+    ],
+)
+def test_a_round_ends_when_those_of_others_do(worlds: list[World], told: dict[str, int], taken: int) -> None:
+    world = world_of(worlds, 1, inner_steps=80, pacing=True)
+    (peer,) = world.peers.values()
+    now = swarm_time()
+    info = PeerInfo(peer=IDENTITIES[1].peer_id, training=True, stamp=now, steps_per_s=0.5, **told)
+    peer.swarm.membership.saw_presence(info, now + 9999, now)
+    assert peer.exchange._next_inner_steps(0.5) == taken
+
+
 def test_peers_learn_from_each_other_and_stay_close(worlds: list[World]) -> None:
     world = world_of(worlds, 3)
     for number in range(8):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmtrain import __version__
+from swarmtrain.algorithm.pacing import most_inner_steps
 from swarmtrain.errors import BadBytesError, RunFileError
 from swarmtrain.run import (
     MAX_RUN_FILE_BYTES,
@@ -295,9 +296,21 @@ def test_so_many_sequences_are_computed_at_once(batch: int, microbatch: int, sta
     assert parse_run(f"{MINIMAL}{inner}[pipeline]\nstages = {stages}\n", "r").microbatch_sequences == expected
 
 
-@pytest.mark.parametrize(("stages", "steps"), [(1, 25), (2, 29), (6, 29)])
-def test_a_round_of_a_stage_may_end_with_a_large_step(stages: int, steps: int) -> None:
-    run = parse_run(f"{MINIMAL}[pipeline]\nstages = {stages}\n", "r")
+@pytest.mark.parametrize(
+    ("stages", "merge", "steps"),
+    [
+        (1, 'method = "diloco"', 25),
+        (1, "pacing = false", 25),
+        (1, "", most_inner_steps(25)),
+        (2, "pacing = false", 29),
+        (6, "pacing = false", 29),
+        (2, "", most_inner_steps(25) + 4),
+    ],
+)
+def test_a_round_may_end_when_those_of_others_do_and_that_of_a_stage_with_a_large_step(
+    stages: int, merge: str, steps: int
+) -> None:
+    run = parse_run(f"{MINIMAL}[merge]\n{merge}\n[pipeline]\nstages = {stages}\n", "r")
     assert run.max_round_tokens == steps * run.tokens_per_step
 
 

@@ -7,17 +7,23 @@ Pure functions; speeds are in inner steps per second.
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Sequence
 
 __all__ = [
     "fewest_inner_steps",
     "first_inner_steps",
+    "in_step_inner_steps",
+    "most_inner_steps",
     "paced_inner_steps",
     "reference_speed",
     "round_inner_steps",
     "steps_of_everybody",
 ]
+
+_MOST_SHARE = 1.5
+"""So many times `merge.inner_steps` a round takes at most that ends when others' do."""
 
 
 def reference_speed(speeds: Sequence[float]) -> float:
@@ -54,18 +60,58 @@ def paced_inner_steps(own_speed: float, reference: float, inner_steps: int) -> i
     return min(max(steps, fewest_inner_steps(inner_steps)), inner_steps)
 
 
+def in_step_inner_steps(inner_steps: int, own_speed: float, others_end_in_s: Sequence[float], round_s: float) -> int:
+    """How many inner steps, as near to `inner_steps` as may be, a round takes that ends when others' do.
+
+    `others_end_in_s`: in how many seconds their present rounds end. One that is over by then is followed by the next,
+    and all last about `round_s`; what is over for longer than that tells nothing. The end is the mean of theirs, on the
+    circle of a round. Nobody waits: this round is longer or shorter instead, never less than half. It stays as it is
+    without others, where their ends have no mean, and where it would have to take more than `most_inner_steps`. Raises
+    ValueError when `own_speed` or `round_s` is not positive and finite.
+    """
+    if not (0 < own_speed < math.inf and 0 < round_s < math.inf):
+        raise ValueError(f"a speed and a round's time must be positive and finite, got {own_speed} and {round_s}")
+    known_s = [end_s for end_s in others_end_in_s if -round_s <= end_s < math.inf]
+    angles = [math.tau * math.fmod(end_s, round_s) / round_s for end_s in known_s]
+    mean = sum(cmath.rect(1.0, angle) for angle in angles)
+    if abs(mean) < 1e-9 * max(1, len(angles)):
+        return inner_steps
+    late_s = cmath.phase(mean) / math.tau * round_s - inner_steps / own_speed
+    steps = round(inner_steps + own_speed * math.remainder(late_s, round_s))
+    if 2 * steps < inner_steps:
+        steps = round(steps + own_speed * round_s)
+    return steps if steps <= most_inner_steps(inner_steps) else inner_steps
+
+
 def round_inner_steps(
-    own_speed: float, others: Sequence[float], inner_steps: int, *, paced: bool, limit_s: float
+    own_speed: float,
+    others: Sequence[float],
+    inner_steps: int,
+    *,
+    paced: bool,
+    limit_s: float,
+    others_end_in_s: Sequence[float | None] = (),
 ) -> int:
-    """The inner steps of a peer's round, `inner_steps` at most: fewer for a slower one if rounds are `paced`, and none
-    beyond `limit_s`. A speed of 0 is not known yet; before the own one is, it is `inner_steps`."""
+    """The inner steps of a peer's round: fewer than `inner_steps` for a slower one if rounds are `paced`, and none
+    beyond `limit_s`. A speed of 0 is not known yet; before the own one is, it is `inner_steps`. A paced round is in
+    step (`in_step_inner_steps`) with those of `others` of which `others_end_in_s`, beside them, says when they end."""
     steps = inner_steps
     if own_speed <= 0:
         return steps
     if paced:
-        known = [own_speed, *(speed for speed in others if speed > 0)]
-        steps = paced_inner_steps(own_speed, reference_speed(known), inner_steps)
+        reference = reference_speed([own_speed, *(speed for speed in others if speed > 0)])
+        steps = paced_inner_steps(own_speed, reference, inner_steps)
+        slowest, fastest = reference * fewest_inner_steps(inner_steps) / inner_steps, reference * _MOST_SHARE
+        ends = zip(others, others_end_in_s, strict=bool(others_end_in_s))
+        end_in_s = [end_s for speed, end_s in ends if end_s is not None and slowest <= speed <= fastest]
+        if end_in_s and slowest <= own_speed <= fastest:
+            steps = in_step_inner_steps(steps, own_speed, end_in_s, inner_steps / reference)
     return min(steps, max(1, math.floor(limit_s * own_speed)))
+
+
+def most_inner_steps(inner_steps: int) -> int:
+    """The most inner steps of a paced round that ends when others' do: half as many again, rounded up."""
+    return math.ceil(_MOST_SHARE * inner_steps)
 
 
 def first_inner_steps(inner_steps: int, *, paced: bool) -> int:

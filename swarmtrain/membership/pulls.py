@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = [
     "LINK_SHARE",
@@ -16,6 +16,7 @@ __all__ = [
     "PullTimes",
     "Section",
     "SectionBytes",
+    "Wanted",
     "ahead_rounds",
     "expected_transfer",
     "idle_s",
@@ -23,6 +24,7 @@ __all__ = [
     "plan_pulls",
     "pull_start",
     "round_began_s",
+    "round_ends_s",
 ]
 
 Section: TypeAlias = Literal["weights", "gradient"]
@@ -80,27 +82,38 @@ class SectionBytes:
         return self.weights + self.gradient
 
 
+class Wanted(NamedTuple):
+    """Of how many partners the gradients and the weights are pulled in a round, where the link carries them."""
+
+    gradients: int
+    weights: int
+
+    def bytes_of(self, sizes: SectionBytes) -> int:
+        """All of it."""
+        return self.gradients * sizes.gradient + self.weights * sizes.weights
+
+
 def plan_pulls(
-    num_live_others: int, started_s: float, ends_s: float, sizes: SectionBytes, times: PullTimes, configured: int = 3
+    num_live_others: int, started_s: float, ends_s: float, sizes: SectionBytes, times: PullTimes, configured: Wanted
 ) -> PullPlan:
     """What to pull in a round, and when: as late as the link allows, since what comes late is fresh.
 
-    The gradients of `configured` partners, at most everyone's, and the weights of as many as the link carries besides
-    in two thirds of the round; where it carries less, gradients of fewer, never less than one of each. Weights
-    first, because they stay what they are for a whole round of their author's, and one pull after the other, so that
-    each has the whole link and the last is as fresh as it can be.
+    Of as many partners as `configured`, at most of everyone, as far as the link carries that in two thirds of the
+    round; where it carries less, weights of fewer, then gradients of fewer, never less than one of each. Weights first,
+    because they stay what they are for a whole round of their author's, and one pull after the other, so that each has
+    the whole link and the last is as fresh as it can be.
     """
     if num_live_others < 1:
         return PullPlan((), (), "nobody else is there")
-    wanted = max(1, min(configured, num_live_others))
+    wanted, most_weights = (max(1, min(each, num_live_others)) for each in configured)
     rate = times.bytes_per_s
     if not rate:
         half_s = max(started_s, (started_s + ends_s) / 2)
         reason = "half of the round: how long a transfer takes is not known yet"
-        return PullPlan((half_s,) * wanted, (half_s,) * wanted, reason)
+        return PullPlan((half_s,) * most_weights, (half_s,) * wanted, reason)
     carried = rate * LINK_SHARE * (ends_s - started_s)
     gradients = max(1, int(min(wanted, (carried - sizes.weights) / max(sizes.gradient, 1))))
-    weights = max(1, int(min(gradients, (carried - gradients * sizes.gradient) / max(sizes.weights, 1))))
+    weights = max(1, int(min(most_weights, (carried - gradients * sizes.gradient) / max(sizes.weights, 1))))
     left_bytes = [gradients * sizes.gradient + left * sizes.weights for left in range(weights, 0, -1)]
     left_bytes += [left * sizes.gradient for left in range(gradients, 0, -1)]
     lasts_s = ends_s - started_s
@@ -117,6 +130,12 @@ def round_began_s(told_s: float, inner_steps_done: int, steps_per_s: float) -> f
     return told_s - inner_steps_done / steps_per_s if steps_per_s > 0 else None
 
 
+def round_ends_s(told_s: float, inner_steps: int, inner_steps_done: int, steps_per_s: float) -> float | None:
+    """When the round ends, of so many inner steps, of a peer that was so far at `told_s`; None if it does not know its
+    speed, or has not told how many those are (0)."""
+    return told_s + (inner_steps - inner_steps_done) / steps_per_s if inner_steps and steps_per_s > 0 else None
+
+
 def ahead_rounds(theirs_began_s: float | None, began_s: float, ends_s: float) -> float:
     """By how much of this peer's round, from 0 to 1, another's began later; 0 if it is not known when that began."""
     if theirs_began_s is None:
@@ -129,9 +148,9 @@ def idle_s(round_s: float) -> float:
     return max(_LEAST_IDLE_S, round_s / _RETRIES_A_ROUND)
 
 
-def most_pulls(configured: int) -> int:
+def most_pulls(configured: Wanted) -> int:
     """How many may go on at once, of both sections, the slow ones too."""
-    return _PULLS_A_PARTNER * configured
+    return _PULLS_A_PARTNER * configured.gradients
 
 
 @dataclass(frozen=True)
@@ -191,10 +210,10 @@ class PullTimes:
         """Of the last pulls, the (upper) median; None before the first."""
         return sorted(self._rates)[len(self._rates) // 2] if self._rates else None
 
-    def slow_after_s(self, sizes: SectionBytes, configured: int) -> float:
+    def slow_after_s(self, sizes: SectionBytes, configured: Wanted) -> float:
         """After how long a pull is a slow one, which does not keep another from being tried."""
         rate = self.bytes_per_s
-        expected_s = configured * sizes.both / rate if rate else 0.0
+        expected_s = configured.bytes_of(sizes) / rate if rate else 0.0
         return max(_LEAST_SLOW_S, _SLOW_FACTOR * (self.overhead_s + expected_s))
 
     @property

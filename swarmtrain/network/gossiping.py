@@ -38,6 +38,7 @@ from swarmtrain.membership.pulls import (
     PullTimes,
     Section,
     SectionBytes,
+    Wanted,
     most_pulls,
     plan_pulls,
     round_began_s,
@@ -83,7 +84,7 @@ class GossipSettings:
 
     rules: Mapping[Section, PublicationRules]
     sizes: SectionBytes
-    num_partners: int
+    wanted: Wanted
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,7 +172,7 @@ class Gossip:
 
     def __post_init__(self) -> None:
         self._partners = Partners(self.ledger, variant=self.variant)
-        self._open = OpenPulls(self._partners.back_off, most_pulls(self.settings.num_partners))
+        self._open = OpenPulls(self._partners.back_off, most_pulls(self.settings.wanted))
 
     # ------------------------------------------------------------- the trainer's side
 
@@ -256,11 +257,11 @@ class Gossip:
 
     def _pull_plan(self, plan: Plan) -> PullPlan:
         others, settings = len(self.membership.volunteers()), self.settings
-        return plan_pulls(others, plan.started_s, plan.ends_s, settings.sizes, self._times, settings.num_partners)
+        return plan_pulls(others, plan.started_s, plan.ends_s, settings.sizes, self._times, settings.wanted)
 
     def _begin_due(self, section: Section, num_due: int, plan: Plan) -> None:
         """Begin pulls until as many are here or on their way as are due."""
-        slow_after_s = self._times.slow_after_s(self.settings.sizes, self.settings.num_partners)
+        slow_after_s = self._times.slow_after_s(self.settings.sizes, self.settings.wanted)
         while self._open.is_wanted(section, num_due, self._here(), slow_after_s, swarm_time()):
             peer = self._choose(section)
             if peer is None:

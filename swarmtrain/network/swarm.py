@@ -354,9 +354,11 @@ class Swarm:
 
     # ------------------------------------------------------------- presence
 
-    def describe(self, *, round: int, steps_per_s: float, run_tokens: int) -> None:
+    def describe(self, *, round: int, steps_per_s: float, run_tokens: int, inner_steps: int = 0) -> None:
         """What the next presence says of our progress."""
-        self.me = dataclasses.replace(self.me, round=round, steps_per_s=steps_per_s, run_tokens=run_tokens)
+        self.me = dataclasses.replace(
+            self.me, round=round, steps_per_s=steps_per_s, run_tokens=run_tokens, inner_steps=inner_steps
+        )
 
     def describe_part(self, part: int, tokens: int) -> None:
         """What the next presence says of our newest publication in this round."""

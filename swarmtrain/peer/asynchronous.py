@@ -39,16 +39,20 @@ class AsynchronousExchange(SwarmExchange):
             self._wait_for_company()
         self._check()
         section, others = self.run.merge, self.swarm.membership.volunteers()
-        steps = section.inner_steps
-        if steps_per_s <= 0:
-            steps = first_inner_steps(steps, paced=section.pacing)
-        steps = self.round_steps = self._paced(steps_per_s, steps)
+        steps = first_inner_steps(section.inner_steps, paced=section.pacing)
+        if steps_per_s > 0:
+            steps = self._next_inner_steps(steps_per_s)
+        self.round_steps = steps
         self._begin(steps)
         return Start(
             inner_steps=steps,
             num_peers=len(others) + 1,
             run_steps_a_step=steps_of_everybody(steps_per_s, [info.steps_per_s for info in others]),
         )
+
+    def _next_inner_steps(self, steps_per_s: float) -> int:
+        """Of a round that begins now, once it is known how fast this peer is."""
+        return self._paced(steps_per_s)
 
     def _round_s(self, steps: int, steps_per_s: float) -> float:
         """How long a round of so many steps will last."""
@@ -57,7 +61,12 @@ class AsynchronousExchange(SwarmExchange):
     def _describe_start(self, progress: Progress, steps_per_s: float) -> None:
         """Say that a round has begun. In the network thread."""
         self.swarm.rounds.inner_steps_done = 0
-        self.swarm.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
+        self.swarm.describe(
+            round=progress.round,
+            steps_per_s=steps_per_s,
+            run_tokens=progress.run_tokens,
+            inner_steps=self.round_steps,
+        )
         self.swarm.describe_part(0, self.swarm.me.part_tokens)
 
     def _do_soon(self, work: Coroutine[Any, Any, None]) -> None:

@@ -14,7 +14,15 @@ from swarmtrain.membership.pulls import SectionBytes
 from swarmtrain.peer.checkpoint_files import KEPT
 from swarmtrain.run import RunFile
 
-__all__ = ["Estimate", "activation_wire_bytes", "disk_bytes", "estimate", "merge_bytes", "section_bytes"]
+__all__ = [
+    "Estimate",
+    "activation_wire_bytes",
+    "disk_bytes",
+    "estimate",
+    "merge_bytes",
+    "pulled_bytes",
+    "section_bytes",
+]
 
 # Proportional set sizes: torch, hivemind and our own imports; the networking daemon.
 IMPORTS_BYTES = 240_000_000
@@ -86,14 +94,20 @@ def section_bytes(run: RunFile, num_parameters: int) -> SectionBytes:
     return SectionBytes(*(encoded_size_bytes(one, [num_parameters]) for one in formats))
 
 
+def pulled_bytes(run: RunFile, num_parameters: int, others: int) -> int:
+    """What a round of gossip pulls of so many others, where links carry it."""
+    merge, sizes = run.merge, section_bytes(run, num_parameters)
+    return min(merge.num_partners, others) * sizes.gradient + min(merge.num_weights, others) * sizes.weights
+
+
 def merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
     """With so many others: (bytes sent in a round, bytes held of what arrives and is being merged)."""
     merge, gradient_bytes, sizes = run.merge, 4 * num_parameters, section_bytes(run, num_parameters)
     if merge.method == "gossip":
-        partners = min(merge.num_partners, others)
-        # of each partner the bytes and the decoded vectors; the prepared merge; the bytes of parts that may go on
-        held = partners * (2 * sizes.both + 2 * gradient_bytes) + 2 * gradient_bytes
-        return partners * sizes.both, held
+        num, sent = min(merge.num_partners, others), pulled_bytes(run, num_parameters, others)
+        num += min(merge.num_weights, others)
+        # of each the bytes and the decoded vector; the prepared merge; the bytes of parts that may go on
+        return sent, 2 * sent + (num + 2) * gradient_bytes
     if merge.method == "server":  # its gradient, to the server; of the server its weights, and what is not in them
         return sizes.gradient, sizes.both + 3 * gradient_bytes
     if others + 1 <= merge.share_above:

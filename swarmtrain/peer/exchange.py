@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,12 +164,17 @@ class SwarmExchange(ABC):
                 return
             self.stop.sleep(0.05)
 
-    def _paced(self, steps_per_s: float, steps: int) -> int:
-        """At most `steps` inner steps: fewer for a slower peer if rounds are paced, and none beyond the time limit."""
+    def _paced(self, steps_per_s: float, others_end_in_s: Sequence[float | None] = ()) -> int:
+        """The inner steps of a round beside the other volunteers, of whom it may be known when theirs end."""
         section, others = self.run.merge, [info.steps_per_s for info in self.swarm.membership.volunteers()]
-        limit_s = section.round_limit_s
-        paced = round_inner_steps(steps_per_s, others, section.inner_steps, paced=section.pacing, limit_s=limit_s)
-        return min(steps, paced)
+        return round_inner_steps(
+            steps_per_s,
+            others,
+            section.inner_steps,
+            paced=section.pacing,
+            limit_s=section.round_limit_s,
+            others_end_in_s=others_end_in_s,
+        )
 
 
 @dataclass
@@ -216,7 +221,7 @@ class RosterExchange(SwarmExchange):
         self._cut_short = steps < section.inner_steps
         if self._cut_short:
             _log.info("round %d: %d inner steps: %s", round, steps, reason)
-        return self._paced(steps_per_s, steps)
+        return min(steps, self._paced(steps_per_s))
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""

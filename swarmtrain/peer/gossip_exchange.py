@@ -27,7 +27,7 @@ from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
 from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.pulls import ahead_rounds
+from swarmtrain.membership.pulls import Wanted, ahead_rounds, round_ends_s
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
@@ -67,7 +67,7 @@ def gossip_settings(swarm: Swarm) -> GossipSettings:
     return GossipSettings(
         rules={"gradient": rules, "weights": dataclasses.replace(rules, specs=codec.weights.tensors, num_parts=0)},
         sizes=codec.sizes,
-        num_partners=section.num_partners,
+        wanted=Wanted(section.num_partners, section.num_weights),
     )
 
 
@@ -115,7 +115,11 @@ class GossipExchange(AsynchronousExchange):
             heard_untrusted=swarm.heard_untrusted,
             counted=swarm.tallying.hear,
             refused=swarm.refused,
-            ledger=Ledger(max_staleness_rounds=section.max_staleness_rounds, num_parts=section.publications_per_round),
+            ledger=Ledger(
+                max_staleness_rounds=section.max_staleness_rounds,
+                num_parts=section.publications_per_round,
+                max_held=section.num_partners,
+            ),
             expected_s=swarm.node.traffic.times.expected_s,
             variant=section.partners,
             heard_rows_untrusted=self._hear_rows_untrusted,
@@ -159,6 +163,14 @@ class GossipExchange(AsynchronousExchange):
             num_parts=self.run.merge.publications_per_round,
             shard=None if coverage is None else coverage.begin(progress.round, others),
         )
+
+    def _next_inner_steps(self, steps_per_s: float) -> int:
+        """In step with the others: see `algorithm.pacing`."""
+        now, others = swarm_time(), self.swarm.membership.volunteers()
+        ends_s = [
+            round_ends_s(info.stamp, info.inner_steps, info.inner_steps_done, info.steps_per_s) for info in others
+        ]
+        return self._paced(steps_per_s, [None if end_s is None else end_s - now for end_s in ends_s])
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""

@@ -27,7 +27,7 @@ from swarmtrain.membership.partners import (
     left_behind,
     median_round,
 )
-from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, plan_pulls
+from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, plan_pulls, round_ends_s
 from swarmtrain.membership.shards import Coverage
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Network, Refused, kept_until
@@ -77,7 +77,7 @@ class GossipPeer:
         self.theta, self.target, self.momentum = theta, theta, 0.0
         self.round, self.bytes_up = 0, 0
         self.membership = Membership(me=name)
-        self.partners = Partners(Ledger(s.max_staleness_rounds, s.num_parts, s.partners), variant=s.variant)
+        self.partners = Partners(Ledger(s.max_staleness_rounds, s.num_parts, s.wanted.gradients), variant=s.variant)
         self.coverage = Coverage(me=name, num_shards=s.num_shards) if s.num_shards else None
         self.shard = -1
         self._rng = random.Random(f"{swarm.seed} {name}")
@@ -91,6 +91,7 @@ class GossipPeer:
         self._coming: dict[Section, int] = {"weights": 0, "gradient": 0}
         self._sampled: list[Candidate] = []
         self._rounds_sampled: list[int] = []
+        self._ends_sampled_s: list[float | None] = []
         self._reference = (-1, -1)
         self._new_weights: set[str] | None = None
         """Of whom among those the weights are new; until somebody wants to know, None."""
@@ -182,8 +183,14 @@ class GossipPeer:
         s, now = self.settings, self.swarm.clock.now
         if not self._sampled:  # else what was read for the pull will do
             self._look_around()
-        others, limit_s = [one.steps_per_s for one in self._sampled], s.round_limit_s
-        steps = round_inner_steps(self.steps_per_s, others, s.inner_steps, paced=s.pacing, limit_s=limit_s)
+        steps = round_inner_steps(
+            self.steps_per_s,
+            [one.steps_per_s for one in self._sampled],
+            s.inner_steps,
+            paced=s.pacing,
+            limit_s=s.round_limit_s,
+            others_end_in_s=[None if end_s is None else end_s - now for end_s in self._ends_sampled_s],
+        )
         self._now = _Round(now, steps)
         self._weights = [*self._weights[-1:], Publication(self.name, Mark(self.round, 0, 0), self.theta, 0.0)]
         if self.coverage is not None:
@@ -192,7 +199,7 @@ class GossipPeer:
             self.shard, _ = self.coverage.choose(self.round, self.swarm.seed, busy=busy, round_tokens=tokens)
         self._announce(now)
         end_s = now + steps / self.steps_per_s
-        pulls = plan_pulls(len(self._sampled), now, end_s, s.sizes, self._times, s.partners)
+        pulls = plan_pulls(len(self._sampled), now, end_s, s.sizes, self._times, s.wanted)
         for section, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
             for when_s in at_s:
                 self.swarm.clock.call_at(when_s, self.deliver, self._pull, self._now, section)
@@ -309,8 +316,8 @@ class GossipPeer:
         s = self.settings
         steps = self._steps_done_at(at_s)
         info = self._describe(PeerInfo(
-            peer=self.name, stamp=at_s, training=True, round=self.round, inner_steps_done=steps,
-            steps_per_s=self.steps_per_s, addresses=(self.name,),
+            peer=self.name, stamp=at_s, training=True, round=self.round, inner_steps=self._now.steps,
+            inner_steps_done=steps, steps_per_s=self.steps_per_s, addresses=(self.name,),
         ))  # fmt: skip
         mark = self._mark_at(steps)
         if mark is None:
@@ -319,7 +326,8 @@ class GossipPeer:
             peer=self.name, round=mark.round, part=mark.part, tokens=mark.tokens,
             inner_steps_done=info.inner_steps_done, steps_per_s=info.steps_per_s,
         )  # fmt: skip
-        self.swarm.board[self.name] = Presence(info, at_s + s.presence_ttl_s, candidate)
+        ends_s = round_ends_s(at_s, info.inner_steps, info.inner_steps_done, info.steps_per_s)
+        self.swarm.board[self.name] = Presence(info, at_s + s.presence_ttl_s, candidate, ends_s)
 
     def renew(self) -> None:
         """Bring its record to where it is by now. Renewals are not events: they are made up for when somebody looks."""
@@ -340,7 +348,7 @@ class GossipPeer:
         names, every_s = self.swarm.names, self.settings.presence_ttl_s / 3
         if len(names) > self.settings.sample:
             names = self._rng.sample(names, self.settings.sample)
-        self._sampled = []
+        self._sampled, self._ends_sampled_s = [], []
         for name in names:
             seen = board.get(name)
             if seen is None or name == self.name:
@@ -351,6 +359,7 @@ class GossipPeer:
             membership.saw_presence(seen.info, seen.expires_s, now)
             if seen.expires_s >= now and membership.state(name) is PeerState.LIVE:
                 self._sampled.append(seen.candidate)
+                self._ends_sampled_s.append(seen.round_ends_s)
         self._rounds_sampled, self._reference = [one.round for one in self._sampled], (-1, -1)
         self._new_weights = None
         membership.expire(now)

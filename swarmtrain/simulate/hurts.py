@@ -15,7 +15,7 @@ from swarmtrain.algorithm.pacing import fewest_inner_steps
 from swarmtrain.membership.pulls import LINK_SHARE
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT, num_at_once
-from swarmtrain.peer.estimate import estimate, section_bytes
+from swarmtrain.peer.estimate import estimate, pulled_bytes, section_bytes
 from swarmtrain.run import CHUNK_BYTES, METHODS_OF_KEYS, RunFile
 from swarmtrain.simulate.pipeline import stage_parameters
 from swarmtrain.simulate.planning import Plan
@@ -136,21 +136,22 @@ def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) 
     merge, others = run.merge, found.num_peers // run.pipeline.stages - 1
     if not rate or others < 1 or merge.method == "server":
         return None
-    partners, gossips = min(merge.num_partners, others), merge.method == "gossip"
-    wanted = partners * found.publication_bytes if gossips else payload
+    gossips, parameters = merge.method == "gossip", stage_parameters(run)
+    pulled = pulled_bytes(run, parameters, others)
+    wanted = pulled if gossips else payload
     share = wanted / rate / found.round_s
-    several = "one publication" if partners == 1 else f"{partners} publications"
-    what = f"{several} of {size(found.publication_bytes)}" if gossips else f"{size(wanted)} of pseudo-gradients"
+    what = f"{size(wanted)} of pseudo-gradients" + (" and weights" if gossips else "")
     why = f"{what} a round take {_time(wanted / rate)} at {_mbit(rate)}, and a round lasts {_time(found.round_s)}"
     changes = [_longer_rounds(run, found, share / LINK_SHARE)]
     if gossips and share > LINK_SHARE:
         why += f"; at most {LINK_SHARE:.0%} of it goes on pulling, so fewer are merged"
-        if 1 <= (fewer := int(partners * LINK_SHARE / share)) < merge.num_partners:
+        sizes = section_bytes(run, parameters)
+        fewer = int((wanted * LINK_SHARE / share - min(merge.num_weights, others) * sizes.weights) / sizes.gradient)
+        if 1 <= fewer < min(merge.num_partners, others):
             changes.append(_to(run, "merge.num_partners", fewer))
         if merge.theta_format != "int4":
             changes.append(_to(run, "merge.theta_format", "int4"))
-    published_bytes = section_bytes(run, stage_parameters(run)).both
-    if not gossips and partners * published_bytes < wanted * (1 - found.stall_share):  # its rounds do not wait
+    if not gossips and pulled < wanted * (1 - found.stall_share):  # its rounds do not wait
         changes.insert(0, _by_gossip(run))
     return Hurt(what=name, strain=share / LINK_SHARE, why=why, change=" or ".join(changes))
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.partners import Candidate, Mark
-from swarmtrain.membership.pulls import Section, SectionBytes
+from swarmtrain.membership.pulls import Section, SectionBytes, Wanted
 from swarmtrain.membership.shards import Row
 from swarmtrain.run import RunFile
 
@@ -22,7 +22,7 @@ class GossipSettings:
     inner_steps: int = 64
     tokens_per_step: int = 100
     num_parts: int = 4
-    partners: int = 3
+    wanted: Wanted = field(default_factory=lambda: Wanted(gradients=3, weights=3))
     variant: str = "uniform"
     pacing: bool = True
     round_limit_s: float = 1e9
@@ -51,7 +51,7 @@ class GossipSettings:
             inner_steps=merge.inner_steps,
             tokens_per_step=run.tokens_per_step,
             num_parts=merge.publications_per_round,
-            partners=merge.num_partners,
+            wanted=Wanted(merge.num_partners, merge.num_weights),
             variant=merge.partners,
             pacing=merge.pacing,
             round_limit_s=merge.round_limit_s,
@@ -114,8 +114,10 @@ class RoundRecord:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What the DHT was given of a peer: its record, and the same as others choose partners by."""
+    """What the DHT was given of a peer: its record, and the same as others choose partners by, and when
+    its round ends."""
 
     info: PeerInfo
     expires_s: float
     candidate: Candidate
+    round_ends_s: float | None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import cmath
 import math
+import random
+from bisect import insort
 
 import pytest
 from hypothesis import given
@@ -10,6 +13,8 @@ from hypothesis import strategies as st
 
 from swarmtrain.algorithm.pacing import (
     first_inner_steps,
+    in_step_inner_steps,
+    most_inner_steps,
     paced_inner_steps,
     reference_speed,
     round_inner_steps,
@@ -67,6 +72,91 @@ def test_a_round_is_paced_by_the_speeds_that_are_known_and_has_a_limit() -> None
     ):
         assert round_inner_steps(own, others, 40, paced=paced, limit_s=limit_s) == steps
     assert (first_inner_steps(40, paced=True), first_inner_steps(40, paced=False)) == (3, 40)
+
+
+@pytest.mark.parametrize(
+    ("inner_steps", "speed", "ends_in_s", "round_s", "taken"),
+    [
+        (40, 10.0, [4.0, 4.0], 4.0, 40),  # in step already
+        (40, 10.0, [1.0], 4.0, 50),  # a quarter of a round later
+        (40, 10.0, [3.0], 4.0, 30),
+        (40, 10.0, [0.5, 1.5], 4.0, 50),  # the mean
+        (40, 10.0, [-0.2, 0.2], 4.0, 40),  # over, or nearly: the next one counts
+        (40, 10.0, [3.8, 0.2], 4.0, 40),  # on a circle, 3.8 s and 0.2 s are near each other
+        (30, 10.0, [3.9], 4.0, 39),  # a fast one's round lasts shorter, and is moved to where the others' end
+        (40, 10.0, [1.0, -4.5], 4.0, 50),  # of one of them nothing has been heard since the round before
+        (40, 10.0, [], 4.0, 40),
+        (40, 10.0, [0.0, 2.0], 4.0, 40),  # opposite each other: no mean
+        (2, 2.5, [0.9], 1.0, 2),  # to the nearest step
+        (1, 1.0, [0.5], 1.0, 1),  # never none
+        (40, 10.0, [math.inf, math.nan, 1.0], 4.0, 50),
+        (40, 10.0, [-1e308, 1e308], 4.0, 40),
+    ],
+)
+def test_a_round_ends_when_those_of_others_do(
+    inner_steps: int, speed: float, ends_in_s: list[float], round_s: float, taken: int
+) -> None:
+    assert in_step_inner_steps(inner_steps, speed, ends_in_s, round_s) == taken
+
+
+@pytest.mark.parametrize(("speed", "round_s"), [(0.0, 1.0), (1.0, 0.0), (math.inf, 1.0), (1.0, math.nan), (-1.0, 1.0)])
+def test_no_speed_or_no_time_is_refused(speed: float, round_s: float) -> None:
+    with pytest.raises(ValueError, match="positive and finite"):
+        in_step_inner_steps(4, speed, [0.0], round_s)
+
+
+@given(
+    steps=st.integers(1, 1000),
+    speed=st.floats(1e-3, 1e3),
+    share=st.floats(1.0, 1.5),
+    ends=st.lists(st.floats(-3.0, 3.0), max_size=5),
+)
+def test_in_step_a_round_is_never_less_than_half_nor_half_as_much_again(
+    steps: int, speed: float, share: float, ends: list[float]
+) -> None:
+    round_s = share * steps / speed  # a fast one's ends sooner than others' do
+    taken = in_step_inner_steps(steps, speed, [end * round_s for end in ends], round_s)
+    assert steps <= 2 * taken
+    assert taken <= most_inner_steps(steps)
+    known = [cmath.rect(1.0, math.tau * end) for end in ends if end >= -1.0]
+    if abs(sum(known)) > 1e-3 and taken != steps:
+        apart_s = math.remainder(taken / speed - cmath.phase(sum(known)) / math.tau * round_s, round_s)
+        assert abs(apart_s) <= 0.5 / speed + 1e-6 * round_s
+
+
+def test_who_is_faster_or_slower_than_pacing_reaches_is_in_step_with_nobody() -> None:
+    how = {"paced": True, "limit_s": 1e9}
+    for own, others, ends_in_s, steps in (
+        (10.0, [10.0, 10.0], [1.0, None], 50),
+        (10.0, [10.0, 10.0], [None, None], 40),
+        (10.0, [10.0, 10.0, 20.0], [1.0, 1.0, 3.0], 50),  # who is twice as fast counts for nothing
+        (10.0, [10.0, 10.0, 0.1], [1.0, 1.0, 3.0], 50),
+        (20.0, [10.0, 10.0], [1.0, 1.0], 40),
+        (0.1, [10.0, 10.0], [1.0, 1.0], 3),
+        (13.0, [10.0, 10.0], [4.0, 4.0], 52),  # in step a fast one takes more than `inner_steps`
+    ):
+        assert round_inner_steps(own, others, 40, others_end_in_s=ends_in_s, **how) == steps
+    assert round_inner_steps(10.0, [10.0], 40, paced=False, limit_s=1e9, others_end_in_s=[1.0]) == 40
+    assert round_inner_steps(10.0, [10.0], 40, paced=True, limit_s=2.0, others_end_in_s=[1.0]) == 20
+
+
+@pytest.mark.parametrize("speeds", [(10.0, 10.0), (10.0, 4.0), (10.0, 8.0, 5.0), (5.0, 4.0, 2.0, 1.0) * 4])
+def test_whoever_begins_when_all_are_in_step_within_two_rounds(speeds: tuple[float, ...]) -> None:
+    rng, steps, num_rounds = random.Random(0), 200, 6
+    round_s = steps / max(speeds)
+    ends_s = [rng.random() * round_s for _ in speeds]
+    due = sorted((end_s, number) for number, end_s in enumerate(ends_s))
+    starts: list[list[float]] = [[] for _ in speeds]
+    while min(map(len, starts)) < num_rounds:
+        now, number = due.pop(0)
+        starts[number].append(now)
+        others = [one for one in range(len(speeds)) if one != number]
+        known, in_s = [speeds[one] for one in others], [ends_s[one] - now for one in others]
+        taken = round_inner_steps(speeds[number], known, steps, paced=True, limit_s=1e9, others_end_in_s=in_s)
+        ends_s[number] = now + taken / speeds[number]
+        insort(due, (ends_s[number], number))
+    apart_s = [max(of[round] for of in starts) - min(of[round] for of in starts) for round in range(num_rounds)]
+    assert max(apart_s[2:]) < 0.06 * round_s, apart_s
 
 
 @given(own=_speeds, reference=_speeds, inner_steps=st.integers(1, 1000))

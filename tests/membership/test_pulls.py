@@ -10,14 +10,17 @@ import pytest
 from swarmtrain.membership.pulls import (
     PullTimes,
     SectionBytes,
+    Wanted,
     ahead_rounds,
     expected_transfer,
     idle_s,
     plan_pulls,
     pull_start,
     round_began_s,
+    round_ends_s,
 )
 
+THREE = Wanted(gradients=3, weights=3)
 SIZES = SectionBytes(weights=200, gradient=100)
 
 
@@ -46,20 +49,43 @@ def known(bytes_per_s: float, overhead_s: float = 0.0) -> PullTimes:
 def test_a_slow_link_costs_weights_first_then_gradients_and_never_the_last_of_either(
     others: int, rate: float, weights: int, gradients: int
 ) -> None:
-    plan = plan_pulls(others, 1000.0, 1100.0, SIZES, known(rate))
+    plan = plan_pulls(others, 1000.0, 1100.0, SIZES, known(rate), THREE)
     assert (len(plan.weights_at_s), len(plan.gradients_at_s)) == (weights, gradients), plan.reason
     assert all(1000.0 <= at_s <= 1100.0 for at_s in plan.weights_at_s + plan.gradients_at_s)
 
 
 def test_weights_come_first_then_one_gradient_after_the_other_as_late_as_the_link_allows() -> None:
-    plan = plan_pulls(3, 1000.0, 1100.0, SIZES, known(20.0, overhead_s=2.0))
+    plan = plan_pulls(3, 1000.0, 1100.0, SIZES, known(20.0, overhead_s=2.0), THREE)
     assert plan.weights_at_s == tuple(1100 - 5 - 1.5 * (2 + (300 + 200 * left) / 20) for left in (3, 2, 1))
     assert plan.gradients_at_s == tuple(1100 - 5 - 1.5 * (2 + 100 * left / 20) for left in (3, 2, 1))
-    short = plan_pulls(3, 1000.0, 1001.0, SIZES, known(1e9))
+    short = plan_pulls(3, 1000.0, 1001.0, SIZES, known(1e9), THREE)
     assert short.gradients_at_s == pytest.approx((1000.9,) * 3), "a tenth of a round for another try"
     assert plan.reason == "3 of 3 gradients and the weights of 3"
     assert [plan.num_due("weights", now) for now in (1000.0, 1039.4, 1100.0)] == [0, 1, 3]
     assert plan.next_s(1000.0) == plan.weights_at_s[0] and plan.next_s(plan.gradients_at_s[-1]) is None
+
+
+@pytest.mark.parametrize(
+    ("others", "rate", "weights", "gradients"),
+    [
+        (20, math.inf, 1, 8),
+        (3, math.inf, 1, 3),
+        (20, 1000 / 65, 1, 8),
+        (20, 999 / 65, 1, 7),
+        (20, 1e-9, 1, 1),
+    ],
+)
+def test_gradients_of_many_and_the_weights_of_one(others: int, rate: float, weights: int, gradients: int) -> None:
+    wanted = Wanted(gradients=8, weights=1)
+    plan = plan_pulls(others, 1000.0, 1100.0, SIZES, known(rate), wanted)
+    assert (len(plan.weights_at_s), len(plan.gradients_at_s)) == (weights, gradients), plan.reason
+    assert wanted.bytes_of(SIZES) == 1000
+
+
+def test_when_a_round_ends_is_known_of_who_tells_how_long_it_is_and_how_fast_it_is() -> None:
+    assert round_ends_s(100.0, 40, 10, 2.0) == 115.0
+    assert round_ends_s(100.0, 40, 50, 2.0) == 95.0, "it has told more than there is to do"
+    assert round_ends_s(100.0, 0, 10, 2.0) is None and round_ends_s(100.0, 40, 10, 0.0) is None
 
 
 def test_where_rounds_end_early_pulls_begin_earlier() -> None:
@@ -67,24 +93,26 @@ def test_where_rounds_end_early_pulls_begin_earlier() -> None:
     times = known(1e9)
     for lasted_s in (101.0, 92.0, 99.0):
         times.round_ended(100.0, lasted_s)
-    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times).gradients_at_s == pytest.approx((1092.0,) * 3)
-    assert plan_pulls(3, 1000.0, 1010.0, SIZES, times).gradients_at_s == pytest.approx((1009.0,) * 3), "a tenth will do"
+    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times, THREE).gradients_at_s == pytest.approx((1092.0,) * 3)
+    assert plan_pulls(3, 1000.0, 1010.0, SIZES, times, THREE).gradients_at_s == pytest.approx((1009.0,) * 3), (
+        "a tenth will do"
+    )
     for _ in range(8):
         times.round_ended(100.0, 130.0)
-    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times).gradients_at_s == pytest.approx((1095.0,) * 3), (
+    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times, THREE).gradients_at_s == pytest.approx((1095.0,) * 3), (
         "a twentieth at least"
     )
     times.round_ended(100.0, 1.0)
-    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times).gradients_at_s == pytest.approx((1075.0,) * 3), (
+    assert plan_pulls(3, 1000.0, 1100.0, SIZES, times, THREE).gradients_at_s == pytest.approx((1075.0,) * 3), (
         "a quarter at most"
     )
 
 
 def test_what_is_not_known_is_pulled_from_half_of_the_round_on() -> None:
-    plan = plan_pulls(9, 100.0, 160.0, SIZES, PullTimes())
+    plan = plan_pulls(9, 100.0, 160.0, SIZES, PullTimes(), THREE)
     assert plan.weights_at_s == plan.gradients_at_s == (130.0,) * 3 and "not known yet" in plan.reason
-    assert plan_pulls(9, 100.0, 90.0, SIZES, PullTimes()).weights_at_s == (100.0,) * 3
-    assert plan_pulls(0, 100.0, 160.0, SIZES, PullTimes()).reason == "nobody else is there"
+    assert plan_pulls(9, 100.0, 90.0, SIZES, PullTimes(), THREE).weights_at_s == (100.0,) * 3
+    assert plan_pulls(0, 100.0, 160.0, SIZES, PullTimes(), THREE).reason == "nobody else is there"
 
 
 def test_pulls_that_overlap_share_the_link_and_the_last_has_seen_all_of_its_rate() -> None:
@@ -136,10 +164,10 @@ def test_what_is_learnt_is_a_middle_rate_and_a_long_overhead_of_the_last_few() -
 
 def test_a_pull_is_slow_after_thrice_what_is_expected_and_who_has_nothing_new_rests_an_eighth_of_a_round() -> None:
     times, sizes = PullTimes(), SectionBytes(weights=600, gradient=400)
-    assert times.slow_after_s(sizes, 3) == 1.0
+    assert times.slow_after_s(sizes, THREE) == 1.0
     times.assume(1000.0)
     times.merged(0.5)
-    assert times.slow_after_s(sizes, 3) == pytest.approx(3 * (0.5 + 3.0))
+    assert times.slow_after_s(sizes, THREE) == pytest.approx(3 * (0.5 + 3.0))
     assert (idle_s(80.0), idle_s(1.0)) == (10.0, 0.25)
 
 

@@ -17,7 +17,7 @@ from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.membership.partners import Ledger, Mark
-from swarmtrain.membership.pulls import Section
+from swarmtrain.membership.pulls import Section, Wanted
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan, Pulled
@@ -124,7 +124,7 @@ class Peer:
         self.calls: Any = Calls()
         for partner in partners:
             self.saw(partner, now)
-        settings = GossipSettings(rules=RULES, sizes=CODEC.sizes, num_partners=num_partners)
+        settings = GossipSettings(rules=RULES, sizes=CODEC.sizes, wanted=Wanted(num_partners, num_partners))
         self.gossip = Gossip(
             me=ME.peer_id,
             calls=self.calls,

@@ -98,6 +98,7 @@ def _rounds(record: _Record) -> None:
 
     def start_round(original: Any, self: GossipExchange, progress: Any, steps_per_s: float) -> Any:
         began_s, told = time.monotonic(), record.thread
+        told.steps = 0.0, (), ()  # until it knows its speed, they are not asked for
         start = original(self, progress, steps_per_s)
         record.write(
             "round",
@@ -111,7 +112,7 @@ def _rounds(record: _Record) -> None:
         return start
 
     def steps(original: Any, own: float, others: Any, *args: Any, **how: Any) -> int:
-        record.thread.steps = own, others
+        record.thread.steps = own, others, how["others_end_in_s"]
         return original(own, others, *args, **how)
 
     def everybodys(original: Any, own: float, others: Any) -> float:

@@ -96,11 +96,17 @@ class ReplayedPeer(Peer):
 
     def _round(self, event: Event) -> None:
         section, start = self.world.setting.run.merge, Start(**event["start"])
-        own, others = event["steps_of"]
+        own, others, others_end_in_s = event["steps_of"]
         steps = first_inner_steps(section.inner_steps, paced=section.pacing)
         if own > 0:
-            how = {"paced": section.pacing, "limit_s": section.round_limit_s}
-            steps = round_inner_steps(own, others, section.inner_steps, **how)
+            steps = round_inner_steps(
+                own,
+                others,
+                section.inner_steps,
+                paced=section.pacing,
+                limit_s=section.round_limit_s,
+                others_end_in_s=others_end_in_s,
+            )
         everybodys = steps_of_everybody(*event["everybodys_of"])
         self._same(event, "inner steps", replace(start, inner_steps=steps, run_steps_a_step=everybodys), "start")
         assert event["round"] == self.round
@@ -134,8 +140,8 @@ class ReplayedPeer(Peer):
 
     def _plan(self, event: Event) -> None:
         num_others, started_s, ends_s = event["inputs"]
-        sizes, most = self.world.section_bytes, self.world.setting.run.merge.num_partners
-        self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, most))
+        sizes, wanted = self.world.section_bytes, self.world.wanted
+        self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, wanted))
 
     def _began(self, event: Event) -> None:
         self._same(event, "when another began", round_began_s(*event["args"]))

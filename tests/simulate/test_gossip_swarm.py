@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from swarmtrain.membership.partners import VARIANTS
-from swarmtrain.membership.pulls import SectionBytes
+from swarmtrain.membership.pulls import SectionBytes, Wanted
 from swarmtrain.simulate.gossip import GossipSettings, GossipSwarm, RoundRecord
 from swarmtrain.simulate.messages import Link
 
@@ -101,7 +101,7 @@ def test_one_frozen_and_one_cut_off_cost_the_others_nothing() -> None:
 
 @pytest.mark.parametrize("pacing", [True, False])
 def test_restarts_from_old_checkpoints_merge_nothing_twice(pacing: bool) -> None:
-    swarm = unequal_swarm(6, GossipSettings(pacing=pacing, partners=2, max_staleness_rounds=30), seed=2)
+    swarm = unequal_swarm(6, GossipSettings(pacing=pacing, wanted=Wanted(2, 2), max_staleness_rounds=30), seed=2)
     for i in range(20):
         swarm.at(60.0 + 7.0 * i, swarm.restart, f"p{i % 6:04d}")
     swarm.run_until(260.0)
@@ -163,7 +163,7 @@ def test_without_pacing_the_slowest_takes_the_present_weights_when_it_is_too_far
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_brings_the_weights_together(variant: str) -> None:
-    swarm = unequal_swarm(12, GossipSettings(variant=variant, partners=1), seed=3)
+    swarm = unequal_swarm(12, GossipSettings(variant=variant, wanted=Wanted(1, 1)), seed=3)
     at_first = swarm.spread()
     swarm.run_until(150.0)
     assert_steps_enter_at_most_once(swarm)

@@ -21,7 +21,7 @@ from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
 from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, View, median_round
-from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, ahead_rounds, most_pulls, plan_pulls
+from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, Wanted, ahead_rounds, most_pulls, plan_pulls
 from swarmtrain.membership.shards import Coverage, Row
 from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
@@ -75,7 +75,7 @@ class Peer:
         self.learner = setting.learner(number)
         self.trainer = self.learner.trainer
         section = setting.run.merge
-        self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round)
+        self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
         met = not setting.own_weights
         self.robustness = Robustness(section.robust, world.layout, world.told, met=met)
         self.rng = random.Random(f"{setting.run.run.seed} {number}")
@@ -104,7 +104,7 @@ class Peer:
         self.merged: dict[str, Tensor] = {}
         self.codec = self.world.codec()
         self.arrived: Arrived = {}
-        self.pulls = OpenPulls(self.partners.back_off, most_pulls(self.world.setting.run.merge.num_partners))
+        self.pulls = OpenPulls(self.partners.back_off, most_pulls(self.world.wanted))
         self.due: Counter[Section] = Counter()
 
     @property
@@ -121,8 +121,8 @@ class Peer:
         steps, step_s = self.start.inner_steps, setting.step_s[self.number]
         for moment in self.start.publish_after:
             self.call_at(self.done_s(moment * step_s), self.train_to, moment)
-        ends_s, sizes, most = clock.now + steps * step_s, self.world.section_bytes, setting.run.merge.num_partners
-        pulls = plan_pulls(len(self.world.live) - 1, clock.now, ends_s, sizes, self.times, most)
+        ends_s, sizes, wanted = clock.now + steps * step_s, self.world.section_bytes, self.world.wanted
+        pulls = plan_pulls(len(self.world.live) - 1, clock.now, ends_s, sizes, self.times, wanted)
         self.due.clear()
         for what, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
             for when_s in at_s:
@@ -143,7 +143,8 @@ class Peer:
         others = [peer for peer in self.world.live if peer is not self]
         steps, everybodys = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0
         if self.knows_speed:
-            steps, everybodys = setting.steps_of_round(self.number), setting.steps_of_everybody(self.number)
+            ends_s = [peer.ends_in_s() for peer in self.world.peers if peer is not self]
+            steps, everybodys = setting.steps_of_round(self.number, ends_s), setting.steps_of_everybody(self.number)
         shard = None
         if self.coverage is not None:
             names = [peer.name for peer in others]
@@ -155,6 +156,13 @@ class Peer:
             num_parts=section.publications_per_round,
             run_steps_a_step=everybodys,
         )
+
+    def ends_in_s(self) -> float | None:
+        """In how many seconds its round ends, as it tells; None until it knows its speed, and while it is away."""
+        if not (self.is_here and self.knows_speed):
+            return None
+        lasts_s = self.start.inner_steps * self.world.setting.step_s[self.number]
+        return self.began_s + lasts_s - self.world.clock.now
 
     def enter(self, start: Start, run_tokens: int) -> None:
         """A round begins; the run has so many tokens by now."""
@@ -211,7 +219,7 @@ class Peer:
     def fill(self, section: Section) -> None:
         """Pull until as many are here or on their way as are due; a slow one does not count."""
         world, setting, clock = self.world, self.world.setting, self.world.clock
-        slow_s = self.times.slow_after_s(world.section_bytes, setting.run.merge.num_partners)
+        slow_s = self.times.slow_after_s(world.section_bytes, world.wanted)
         while self.pulls.is_wanted(section, self.due[section], self.arrived, slow_s, clock.now):
             name = self.choose(section)
             if name is None:
@@ -413,6 +421,8 @@ class World:
     layout: Layout = field(init=False)
     section_bytes: SectionBytes = field(init=False)
     """What a publication's weights and pseudo-gradient weigh as they travel."""
+    wanted: Wanted = field(init=False)
+    """Of how many partners a round pulls them, if links carry it."""
     peers: list[Peer] = field(init=False)
     by_name: dict[str, Peer] = field(init=False)
 
@@ -422,6 +432,7 @@ class World:
         if not self.setting.corrected:
             self.layout = replace(self.layout, corrected=(False,) * len(self.specs))
         self.section_bytes = self.codec().sizes
+        self.wanted = Wanted(self.setting.run.merge.num_partners, self.setting.run.merge.num_weights)
         self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
         self._recorder, self.wire = Recorder(self.setting), Wire(self.setting)

@@ -111,11 +111,18 @@ class Setting:
         momentum = momentum_at(round, section.outer_momentum, section.momentum_ramp_rounds)
         return OuterConstants(learning_rate=section.outer_learning_rate, momentum=momentum)
 
-    def steps_of_round(self, number: int) -> int:
-        """H_i."""
-        section, limit_s = self.run.merge, self.run.merge.round_limit_s
-        own, others = 1 / self.step_s[number], self._said_by_others(number, self.num_peers)
-        return pacing.round_inner_steps(own, others, section.inner_steps, paced=section.pacing, limit_s=limit_s)
+    def steps_of_round(self, number: int, others_end_in_s: Sequence[float | None] = ()) -> int:
+        """H_i; in step with the others, in the order of their numbers, of whom it is known in how many seconds their
+        rounds end."""
+        section = self.run.merge
+        return pacing.round_inner_steps(
+            1 / self.step_s[number],
+            self._said_by_others(number, self.num_peers),
+            section.inner_steps,
+            paced=section.pacing,
+            limit_s=section.round_limit_s,
+            others_end_in_s=others_end_in_s,
+        )
 
     def steps_of_everybody(self, number: int) -> float:
         """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances, as it

@@ -16,8 +16,9 @@ from collections.abc import Coroutine, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from swarmtrain.algorithm.pacing import fewest_inner_steps, paced_inner_steps
+from swarmtrain.algorithm.pacing import fewest_inner_steps, most_inner_steps, paced_inner_steps
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.pulls import Wanted
 from swarmtrain.membership.shards import Coverage
 from swarmtrain.membership.tally import CountingRules
 from swarmtrain.network.tallying import Tallying
@@ -117,7 +118,8 @@ class CountingPeer(HostedPeer):
         super()._start_round()
         s, honest = self.settings, self.searched.fastest_honest()
         claims = [one.peer in self.searched.liars for one in self._sampled]
-        if s.pacing and len(claims) > 1 and self._now.steps < (least := self._paced(honest)):
+        least = self._paced(honest)
+        if s.pacing and len(claims) > 1 and 2 * self._now.steps < least:  # in step with the others, half may be wanting
             detail = f"{self.name} takes {self._now.steps} steps a round, and by the fastest of the others {least}"
             self.searched.broken.append(Violation("one liar paces nobody", detail))
 
@@ -237,7 +239,7 @@ class SearchedSwarm(HostedSwarm):
         hidden = schedule.names[1 : 1 + int(schedule.option("hidden", 0))]
         settings = GossipSettings(
             inner_steps=32,
-            partners=2,
+            wanted=Wanted(2, 2),
             pacing=bool(schedule.option("pacing", 1)),
             max_staleness_rounds=int(schedule.option("max_staleness_rounds", 4)),
             inner_rate=0.01,
@@ -333,7 +335,7 @@ def _rounds(swarm: SearchedSwarm, schedule: Schedule) -> Iterable[Violation]:
         for one in rounds:
             if abs(one.ended_s - one.started_s - one.steps / speed) > 1e-6:
                 yield Violation("nobody waits", f"round {one.round} of {name} took longer than its {one.steps} steps")
-            if not fewest_inner_steps(s.inner_steps) <= one.steps <= s.inner_steps:
+            if not fewest_inner_steps(s.inner_steps) <= 2 * one.steps <= 2 * most_inner_steps(s.inner_steps):
                 yield Violation("rounds are bounded", f"round {one.round} of {name} has {one.steps} steps")
             if one.staleness_rounds > s.max_staleness_rounds:
                 detail = f"{name} merged what was {one.staleness_rounds} rounds behind the median"
@@ -347,7 +349,7 @@ def _stuck(swarm: SearchedSwarm, healed_s: float) -> Iterable[Violation]:
     """Each goes on."""
     for peer in _honest(swarm):
         ended_s = max((one.ended_s for one in swarm.rounds if one.peer == peer.name), default=0.0)
-        allowed_s = swarm.settings.inner_steps / peer.steps_per_s + 1e-6
+        allowed_s = most_inner_steps(swarm.settings.inner_steps) / peer.steps_per_s + 1e-6
         if ended_s < healed_s and swarm.clock.now - healed_s > 2 * allowed_s + swarm.settings.stall_limit_s:
             yield Violation("nobody waits", f"{peer.name} has ended no round since the faults are over")
 
