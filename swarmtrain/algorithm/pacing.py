@@ -106,6 +106,7 @@ def round_inner_steps(
         end_in_s = [end_s for speed, end_s in ends if end_s is not None and slowest <= speed <= fastest]
         if end_in_s and slowest <= own_speed <= fastest:
             steps = in_step_inner_steps(steps, own_speed, end_in_s, inner_steps / reference)
+            steps = max(steps, fewest_inner_steps(inner_steps))
     return min(steps, max(1, math.floor(limit_s * own_speed)))
 
 

@@ -63,8 +63,11 @@ def test_a_gossip_round_takes_its_steps_and_the_run_its_tokens() -> None:
     run = a_run("inner_steps = 30\npublications_per_round = 4")
     found = planned(run, 3)
     assert found.round_s == pytest.approx(30 * 0.75, rel=0.01), "three: the second fastest takes all steps"
-    assert found.round_least_s == pytest.approx(30 * 0.5, rel=0.01) and found.round_most_s < 1.05 * found.round_s
-    steps_per_s = 30 / found.round_least_s + 30 / found.round_s + 15 / found.round_most_s
+    assert 30 * 0.5 <= found.round_least_s < found.round_s, (
+        "the fastest takes more steps, to be in step with the others"
+    )
+    assert found.round_most_s < 1.05 * found.round_s
+    steps_per_s = 1 / 0.5 + 1 / 0.75 + 1 / 1.5
     assert found.tokens_per_s == pytest.approx(256 * steps_per_s, rel=0.02)
     assert found.run_s == pytest.approx(30_000_000 / found.tokens_per_s + found.round_s)
     assert 0 < found.stall_share < 0.001
@@ -74,7 +77,7 @@ def test_a_gossip_round_takes_its_steps_and_the_run_its_tokens() -> None:
 
 def test_twice_the_volunteers_cost_each_the_same_and_take_half_as_long() -> None:
     run = a_run("inner_steps = 30")
-    few, many = planned(run, 8), planned(run, 16)
+    few, many = planned(run, 12), planned(run, 24)
     assert many.payload_down_bytes == pytest.approx(few.payload_down_bytes, rel=0.1)
     assert many.traffic.merging_up == pytest.approx(few.traffic.merging_up, rel=0.1)
     assert many.run_s == pytest.approx(few.run_s / 2, rel=0.1)

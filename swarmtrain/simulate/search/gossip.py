@@ -335,7 +335,7 @@ def _rounds(swarm: SearchedSwarm, schedule: Schedule) -> Iterable[Violation]:
         for one in rounds:
             if abs(one.ended_s - one.started_s - one.steps / speed) > 1e-6:
                 yield Violation("nobody waits", f"round {one.round} of {name} took longer than its {one.steps} steps")
-            if not fewest_inner_steps(s.inner_steps) <= 2 * one.steps <= 2 * most_inner_steps(s.inner_steps):
+            if not fewest_inner_steps(s.inner_steps) <= one.steps <= most_inner_steps(s.inner_steps):
                 yield Violation("rounds are bounded", f"round {one.round} of {name} has {one.steps} steps")
             if one.staleness_rounds > s.max_staleness_rounds:
                 detail = f"{name} merged what was {one.staleness_rounds} rounds behind the median"
