@@ -199,7 +199,7 @@ class MergeSection(Section):
     outer_learning_rate: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer Nesterov step.")
     outer_momentum: float = Field(0.8, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "diloco" the default is 0.9.')  # fmt: skip
     momentum_ramp_rounds: int = Field(0, ge=0, description="Rounds over which the outer momentum rises linearly from 0; 0 for none.")  # fmt: skip
-    pacing: bool = Field(True, description='Slower peers take fewer inner steps, so that rounds take equally long; with "diloco" the default is false.')  # fmt: skip
+    pacing: bool = Field(True, description='Slower peers take fewer inner steps, so that rounds take equally long, and with "gossip" end in the same moment: one takes up to half as many steps more for that. With "diloco" the default is false.')  # fmt: skip
     share_above: int = Field(5, ge=1, description='"diloco": with more peers than this on a roster, each averages one share of the parameters and the others pull the result.')  # fmt: skip
     min_peers: int = Field(1, ge=1, le=10_000, description="Round 0 begins when this many volunteers are present.")
     round_limit_s: float = Field(600.0, gt=0, description='A round lasts this long at most, in seconds; with "diloco" it is closed then.')  # fmt: skip

@@ -22,6 +22,8 @@ __all__ = [
     "steps_of_everybody",
 ]
 
+_FEWEST_IN_STEP = 16
+"""Rounds of fewer inner steps are not moved: a slower peer's few steps are too coarse for it."""
 _MOST_SHARE = 1.5
 """So many times `merge.inner_steps` a round takes at most that ends when others' do."""
 
@@ -104,7 +106,7 @@ def round_inner_steps(
         slowest, fastest = reference * fewest_inner_steps(inner_steps) / inner_steps, reference * _MOST_SHARE
         ends = zip(others, others_end_in_s, strict=bool(others_end_in_s))
         end_in_s = [end_s for speed, end_s in ends if end_s is not None and slowest <= speed <= fastest]
-        if end_in_s and slowest <= own_speed <= fastest:
+        if end_in_s and inner_steps >= _FEWEST_IN_STEP and slowest <= own_speed <= fastest:
             steps = in_step_inner_steps(steps, own_speed, end_in_s, inner_steps / reference)
             steps = max(steps, fewest_inner_steps(inner_steps))
     return min(steps, max(1, math.floor(limit_s * own_speed)))

@@ -137,6 +137,8 @@ def test_who_is_faster_or_slower_than_pacing_reaches_is_in_step_with_nobody() ->
     ):
         assert round_inner_steps(own, others, 40, others_end_in_s=ends_in_s, **how) == steps
     assert round_inner_steps(10.0, [10.0], 40, paced=False, limit_s=1e9, others_end_in_s=[1.0]) == 40
+    assert round_inner_steps(10.0, [10.0], 16, others_end_in_s=[0.4], **how) == 20
+    assert round_inner_steps(10.0, [10.0], 15, others_end_in_s=[0.4], **how) == 15, "too few to be moved"
     assert round_inner_steps(10.0, [10.0], 40, paced=True, limit_s=2.0, others_end_in_s=[1.0]) == 20
 
 
