@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent
 from swarmtrain.membership.ending import still_needed
 from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.pulls import round_ends_s
 from swarmtrain.membership.rosters import better_roster, joining_steps, must_refetch, round_steps
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
@@ -164,16 +165,20 @@ class SwarmExchange(ABC):
                 return
             self.stop.sleep(0.05)
 
-    def _paced(self, steps_per_s: float, others_end_in_s: Sequence[float | None] = ()) -> int:
-        """The inner steps of a round beside the other volunteers, of whom it may be known when theirs end."""
-        section, others = self.run.merge, [info.steps_per_s for info in self.swarm.membership.volunteers()]
+    def _paced(self, steps_per_s: float, *, in_step: bool = False) -> int:
+        """The inner steps of a round beside the other volunteers; in step with theirs or not."""
+        section, now, others = self.run.merge, swarm_time(), self.swarm.membership.volunteers()
+        ends_s = [
+            round_ends_s(info.stamp, info.inner_steps, info.inner_steps_done, info.steps_per_s)
+            for info in (others if in_step else ())
+        ]
         return round_inner_steps(
             steps_per_s,
-            others,
+            [info.steps_per_s for info in others],
             section.inner_steps,
             paced=section.pacing,
             limit_s=section.round_limit_s,
-            others_end_in_s=others_end_in_s,
+            others_end_in_s=[None if end_s is None else end_s - now for end_s in ends_s],
         )
 
 

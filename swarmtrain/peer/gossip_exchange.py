@@ -27,7 +27,7 @@ from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
 from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.pulls import Wanted, ahead_rounds, round_ends_s
+from swarmtrain.membership.pulls import Wanted, ahead_rounds
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
@@ -166,11 +166,7 @@ class GossipExchange(AsynchronousExchange):
 
     def _next_inner_steps(self, steps_per_s: float) -> int:
         """In step with the others: see `algorithm.pacing`."""
-        now, others = swarm_time(), self.swarm.membership.volunteers()
-        ends_s = [
-            round_ends_s(info.stamp, info.inner_steps, info.inner_steps_done, info.steps_per_s) for info in others
-        ]
-        return self._paced(steps_per_s, [None if end_s is None else end_s - now for end_s in ends_s])
+        return self._paced(steps_per_s, in_step=True)
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""
