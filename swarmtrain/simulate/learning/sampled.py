@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
+from swarmtrain.simulate.learning.setting import GROUP, Outcome, Recorder, Setting
 
 __all__ = ["modest", "noloco"]
 
@@ -112,14 +112,14 @@ def _sample(setting: Setting, most: int, silent: set[int], now_s: float, rng: ra
 def modest(setting: Setting) -> Outcome:
     """In each round a random sample trains from the mean of the last sample's weights (MoDeST, arXiv 2302.13837).
 
-    As many as gossip has partners, and one more, are in a sample. Who hangs is replaced when it has not answered for
+    `GROUP` are in a sample. Who hangs is replaced when it has not answered for
     `network.call_limit_s`, and not asked again while it hangs; who begins to, is not waited for longer than
     `merge.silence_s`."""
     run = setting.run
     everyone = [setting.learner(number) for number in range(setting.num_peers)]
     theta, rng, recorder = everyone[0].reached, random.Random(f"samples {run.run.seed}"), Recorder(setting)
     size_bytes, steps = _BYTES * theta.numel(), run.merge.inner_steps
-    num_sampled = min(setting.num_peers, run.merge.num_partners + 1)
+    num_sampled = min(setting.num_peers, GROUP)
     a_round = steps * run.tokens_per_step * num_sampled
     now_s, tokens, num_steps, num_lost, sent_bytes, worked_s = 0.0, 0, 0, 0, 0, 0.0
     silent = set[int]()

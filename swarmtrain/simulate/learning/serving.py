@@ -16,7 +16,7 @@ from swarmtrain.membership.serving import HandIn, HandIns, Marks, too_old
 from swarmtrain.network.codec import PublicationCodec, VectorCodec
 from swarmtrain.peer.server_exchange import lead
 from swarmtrain.simulate.clock import Clock
-from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
+from swarmtrain.simulate.learning.setting import GROUP, Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
 __all__ = ["async_nesterov", "fedbuff", "server", "server_waiting"]
@@ -192,7 +192,7 @@ class _Served:
         state = OuterState(theta, torch.zeros_like(theta))
         self._delay = delay or section.buffer_arrivals
         self.outer = DelayedNesterov(state, setting.constants(0), self.num_arrivals, section.momentum_share)
-        size = min(self.num_arrivals, section.num_partners + 1)
+        size = min(self.num_arrivals, GROUP)
         self.fedbuff = _FedBuff(state, section.outer_learning_rate, size) if buffered else None
         self.marks = Marks()
         self.theta_bytes, self.gradient_bytes = self.codec.sizes.weights, self.codec.sizes.gradient

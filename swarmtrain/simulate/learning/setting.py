@@ -17,8 +17,10 @@ from swarmtrain.simulate.learning.learner import Learner, Text
 from swarmtrain.simulate.links import rates
 from swarmtrain.simulate.scenario import Away, Hang, HostileSection, Scenario
 
-__all__ = ["CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
+__all__ = ["GROUP", "CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
 
+GROUP = 4
+"""So many volunteers are in a sample of MoDeST and so many updates in a buffer of FedBuff, or as many as there are."""
 _MOST_OWN = 8
 _SAID_SPEED = 1e9
 _MOST_LONGER = 30
