@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cmath
+import math
 import random
 import statistics
 from collections import defaultdict
@@ -159,6 +161,22 @@ def test_without_pacing_the_slowest_takes_the_present_weights_when_it_is_too_far
     assert len(slow) < 25 and slow[-1].round > 100, "its rounds are few, and numbered as the others' are"
     assert max(record.staleness_rounds for record in swarm.rounds) <= 3
     assert swarm.spread() < 0.01
+
+
+@pytest.mark.parametrize("inner_steps", [64, 15])
+def test_rounds_keep_in_step_unless_they_are_very_short(inner_steps: int) -> None:
+    swarm = GossipSwarm(GossipSettings(inner_steps=inner_steps), seed=1)
+    for i in range(16):  # each begins when it does
+        swarm.run_until(0.3 * i)
+        swarm.found(f"p{i:04d}", steps_per_s=(8.0, 7.0, 5.0, 4.0)[i % 4])
+    swarm.run_until(300.0)
+    assert_nobody_waits(swarm)
+    round_s = inner_steps / 8.0
+    late = [one.ended_s for one in swarm.rounds if one.ended_s > 100.0]
+    together = abs(sum(cmath.rect(1.0, math.tau * at_s / round_s) for at_s in late)) / len(late)
+    starts = abs(sum(cmath.rect(1.0, math.tau * 0.3 * i / round_s) for i in range(16))) / 16
+    assert starts < 0.7
+    assert together > 0.95 if inner_steps == 64 else together < 0.6
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
