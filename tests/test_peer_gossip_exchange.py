@@ -223,7 +223,7 @@ def test_a_round_ends_when_those_of_others_do(worlds: list[World], told: dict[st
     now = swarm_time()
     info = PeerInfo(peer=IDENTITIES[1].peer_id, training=True, stamp=now, steps_per_s=0.5, **told)
     peer.swarm.membership.saw_presence(info, now + 9999, now)
-    assert peer.exchange._next_inner_steps(0.5) == taken
+    assert peer.exchange._paced(0.5) == taken
 
 
 def test_peers_learn_from_each_other_and_stay_close(worlds: list[World]) -> None:

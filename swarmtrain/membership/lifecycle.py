@@ -35,10 +35,10 @@ class PeerInfo:
 
     `stamp` grows with each renewal: seconds of the sender's clock, which agrees with the reader's `now` within a
     second or so. `steps_per_s` is its inner-step rate; its round takes `inner_steps` (0: not known) and has done
-    `inner_steps_done`; `part` is the newest publication of its round (0: none yet) and
-    `part_tokens` what that counts. `settled`: the run is over, and it needs nothing more from others. `hidden`: nobody
-    can dial it; only over a connection that it has opened itself can it be called, and its publications are had through
-    its `hosts`. `place`: in a pipeline, what it holds and how fast it is.
+    `inner_steps_done`; `part` is the newest publication of its round (0: none yet) and `part_tokens` what that counts.
+    `settled`: the run is over, and it needs nothing more from others. `hidden`: nobody can dial it; only over a
+    connection that it has opened itself can it be called, and its publications are had through its `hosts`. `place`: in
+    a pipeline, what it holds and how fast it is.
     """
 
     peer: str

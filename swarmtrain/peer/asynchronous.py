@@ -41,7 +41,7 @@ class AsynchronousExchange(SwarmExchange):
         section, others = self.run.merge, self.swarm.membership.volunteers()
         steps = first_inner_steps(section.inner_steps, paced=section.pacing)
         if steps_per_s > 0:
-            steps = self._next_inner_steps(steps_per_s)
+            steps = self._paced(steps_per_s)
         self.round_steps = steps
         self._begin(steps)
         return Start(
@@ -49,10 +49,6 @@ class AsynchronousExchange(SwarmExchange):
             num_peers=len(others) + 1,
             run_steps_a_step=steps_of_everybody(steps_per_s, [info.steps_per_s for info in others]),
         )
-
-    def _next_inner_steps(self, steps_per_s: float) -> int:
-        """Of a round that begins now, once it is known how fast this peer is."""
-        return self._paced(steps_per_s)
 
     def _round_s(self, steps: int, steps_per_s: float) -> float:
         """How long a round of so many steps will last."""

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class SwarmExchange(ABC):
     on_first_round: Callable[[int], None] = lambda inner_steps: None
     on_arriving: Callable[[Held | None], None] = lambda held: None
     """Called some times a second while it waits for another peer's state, with what is here of it."""
+    keeps_in_step: ClassVar[bool] = False
+    """Whether paced rounds end when others' do."""
     num_missing: int = 0
     """Volunteers that it waits for before the first round."""
     num_steps: int = 0
@@ -165,12 +167,12 @@ class SwarmExchange(ABC):
                 return
             self.stop.sleep(0.05)
 
-    def _paced(self, steps_per_s: float, *, in_step: bool = False) -> int:
-        """The inner steps of a round beside the other volunteers; in step with theirs or not."""
+    def _paced(self, steps_per_s: float) -> int:
+        """The inner steps of a round beside the other volunteers', with which it keeps in step or not."""
         section, now, others = self.run.merge, swarm_time(), self.swarm.membership.volunteers()
         ends_s = [
             round_ends_s(info.stamp, info.inner_steps, info.inner_steps_done, info.steps_per_s)
-            for info in (others if in_step else ())
+            for info in (others if self.keeps_in_step else ())
         ]
         return round_inner_steps(
             steps_per_s,

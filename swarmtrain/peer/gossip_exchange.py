@@ -80,6 +80,7 @@ def hosting_of(swarm: Swarm) -> Hosting:
 class GossipExchange(AsynchronousExchange):
     """Asynchronous rounds: nobody waits for anybody."""
 
+    keeps_in_step = True
     gossip: Gossip = field(init=False)
     publisher: Publisher = field(init=False)
     weights_publisher: Publisher = field(init=False)
@@ -163,10 +164,6 @@ class GossipExchange(AsynchronousExchange):
             num_parts=self.run.merge.publications_per_round,
             shard=None if coverage is None else coverage.begin(progress.round, others),
         )
-
-    def _next_inner_steps(self, steps_per_s: float) -> int:
-        """In step with the others: see `algorithm.pacing`."""
-        return self._paced(steps_per_s, in_step=True)
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""

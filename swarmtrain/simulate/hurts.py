@@ -145,8 +145,8 @@ def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) 
     changes = [_longer_rounds(run, found, share / LINK_SHARE)]
     if gossips and share > LINK_SHARE:
         why += f"; at most {LINK_SHARE:.0%} of it goes on pulling, so fewer are merged"
-        sizes = section_bytes(run, parameters)
-        fewer = int((wanted * LINK_SHARE / share - min(merge.num_weights, others) * sizes.weights) / sizes.gradient)
+        sizes, carried = section_bytes(run, parameters), LINK_SHARE * rate * found.round_s
+        fewer = int((carried - min(merge.num_weights, others) * sizes.weights) / sizes.gradient)
         if 1 <= fewer < min(merge.num_partners, others):
             changes.append(_to(run, "merge.num_partners", fewer))
         if merge.theta_format != "int4":

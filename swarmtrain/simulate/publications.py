@@ -114,8 +114,7 @@ class RoundRecord:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What the DHT was given of a peer: its record, and the same as others choose partners by, and when
-    its round ends."""
+    """What the DHT was given of a peer: its record, the same as others choose partners by, and when its round ends."""
 
     info: PeerInfo
     expires_s: float

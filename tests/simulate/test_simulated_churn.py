@@ -154,7 +154,7 @@ def test_nobody_waits_for_those_who_never_speak_again(method: str, tmp_path: Pat
 
 
 def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hang = {"peer": 1, "at_s": 0.12, "for_s": 1e5}
+    hang = {"peer": 1, "at_s": 0.1, "for_s": 1e5}
     changes = {"network.presence_ttl_s": 3.0, "network.call_limit_s": 0.2, "run.total_tokens": 70_000}
     one = churned(tmp_path, "gossip", hangs=[hang], set=changes)
     world, asked, failed = World(one), list[float](), BackOff.failed
@@ -175,7 +175,7 @@ def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path, monkey
 def test_who_goes_on_is_asked_again_as_soon_as_it_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: bool
 ) -> None:
-    hang = {"peer": 1, "at_s": 0.12, "for_s": 1.0}
+    hang = {"peer": 1, "at_s": 0.1, "for_s": 1.0}
     changes = {"network.call_limit_s": 0.2, "run.total_tokens": 70_000}
     world = World(churned(tmp_path, "gossip", hangs=[hang], set=changes))
     if not calls:

@@ -121,8 +121,8 @@ class Peer:
         steps, step_s = self.start.inner_steps, setting.step_s[self.number]
         for moment in self.start.publish_after:
             self.call_at(self.done_s(moment * step_s), self.train_to, moment)
-        ends_s, sizes, wanted = clock.now + steps * step_s, self.world.section_bytes, self.world.wanted
-        pulls = plan_pulls(len(self.world.live) - 1, clock.now, ends_s, sizes, self.times, wanted)
+        sizes, wanted = self.world.section_bytes, self.world.wanted
+        pulls = plan_pulls(len(self.world.live) - 1, clock.now, self.ends_s, sizes, self.times, wanted)
         self.due.clear()
         for what, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
             for when_s in at_s:
@@ -161,8 +161,12 @@ class Peer:
         """In how many seconds its round ends, as it tells; None until it knows its speed, and while it is away."""
         if not (self.is_here and self.knows_speed):
             return None
-        lasts_s = self.start.inner_steps * self.world.setting.step_s[self.number]
-        return self.began_s + lasts_s - self.world.clock.now
+        return self.ends_s - self.world.clock.now
+
+    @property
+    def ends_s(self) -> float:
+        """When its round does, if it does not stand still."""
+        return self.began_s + self.start.inner_steps * self.world.setting.step_s[self.number]
 
     def enter(self, start: Start, run_tokens: int) -> None:
         """A round begins; the run has so many tokens by now."""
@@ -390,8 +394,7 @@ class Peer:
 
     def ahead_rounds(self, published: Published) -> float:
         """By how much of the round that ends its author's began later."""
-        ends_s = self.began_s + self.start.inner_steps * self.world.setting.step_s[self.number]
-        return ahead_rounds(published.began_s, self.began_s, ends_s)
+        return ahead_rounds(published.began_s, self.began_s, self.ends_s)
 
     def _contribution(self) -> Contribution:
         tokens = self.start.inner_steps * self.world.setting.run.tokens_per_step

@@ -112,9 +112,8 @@ def _sample(setting: Setting, most: int, silent: set[int], now_s: float, rng: ra
 def modest(setting: Setting) -> Outcome:
     """In each round a random sample trains from the mean of the last sample's weights (MoDeST, arXiv 2302.13837).
 
-    `GROUP` are in a sample. Who hangs is replaced when it has not answered for
-    `network.call_limit_s`, and not asked again while it hangs; who begins to, is not waited for longer than
-    `merge.silence_s`."""
+    `GROUP` are in a sample. Who hangs is replaced when it has not answered for `network.call_limit_s`, and not asked
+    again while it hangs; who begins to, is not waited for longer than `merge.silence_s`."""
     run = setting.run
     everyone = [setting.learner(number) for number in range(setting.num_peers)]
     theta, rng, recorder = everyone[0].reached, random.Random(f"samples {run.run.seed}"), Recorder(setting)
