@@ -116,7 +116,7 @@ class DataSection(Section):
     subset: str = Field("", description='For "datasets": the configuration\'s name; empty for the default one.')
     split: str = Field("train", min_length=1, description='For "datasets": the split to train on.')
     streaming: bool = Field(False, description='For "datasets": read while training rather than download first.')
-    shards: int = Field(64, ge=0, le=1024, description='With merge.method = "gossip": the data are cut into so many shards, fewer if a round would read one more than once, and a peer takes each round from the one that is seen least; 0: from everywhere. Streamed data have none.')  # fmt: skip
+    shards: int = Field(64, ge=0, le=1024, description='With merge.method = "gossip": the data are cut into so many shards, fewer if a round of merge.inner_steps would read one more than once, and a peer takes each round from the one that is seen least; 0: from everywhere. Streamed data have none.')  # fmt: skip
     held_out_bytes: int = Field(65_536, ge=1024, le=4_194_304, description="Size of the held-out text that the bootstrap cuts once and that travels with the run, in bytes.")  # fmt: skip
 
     @model_validator(mode="after")
@@ -375,7 +375,7 @@ class RunFile(Section):
         return -(-self.inner.batch_sequences // self.microbatch_sequences)
 
     def num_shards(self, corpus_tokens: int) -> int:
-        """Shards of a corpus of so many tokens, each at least what a round reads; 0 where there are none."""
+        """Shards of a corpus of so many tokens, each at least what `merge.inner_steps` read; 0 where there are none."""
         if self.merge.method != "gossip" or (self.data.source == "datasets" and self.data.streaming):
             return 0
         fitting = corpus_tokens // max(self.round_tokens, 2 * self.model.context_tokens)

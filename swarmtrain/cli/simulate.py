@@ -30,8 +30,8 @@ __all__ = ["command", "table_lines"]
 @click.argument("scenario", metavar="SCENARIO.toml", type=click.Path(path_type=Path))
 @click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="Of the runs; may be repeated.  [default: the file's]")  # fmt: skip
 @click.option("--method", "methods", multiple=True, metavar="NAME", help="To compare; may be repeated.  [default: the file's]")  # fmt: skip
-@click.option("--sweep", "sweeps", multiple=True, metavar="KEY=V,V", help="Values of a key of the run file, all of which are compared, in place of the file's grid; may be repeated.")  # fmt: skip
-@click.option("--set", "changes", multiple=True, metavar="KEY=V", help="Change a key of the run file; may be repeated.")
+@click.option("--sweep", "sweeps", multiple=True, metavar="KEY=V,V", help="Values of a key of the run file or the scenario, all of which are compared, in place of the file's grid; may be repeated.")  # fmt: skip
+@click.option("--set", "changes", multiple=True, metavar="KEY=V", help="Change a key of the run file or the scenario; may be repeated.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), help="Runs at once.  [default: a core each]")
 @click.option("--fresh", is_flag=True, help="Run all anew, also what was run before.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw the losses, as PNG or SVG.")  # fmt: skip

@@ -269,8 +269,8 @@ def median_round(rounds: Iterable[int]) -> int:
 
 def rounds_behind(round: int, others: Iterable[int]) -> int:
     """How far `round` is behind the others' (lower) median; 0 without any. Of two that is the one that is less far: the
-    fastest of three takes shorter rounds than the others (`pacing.reference_speed`), who have nothing to catch up with.
-    """
+    fastest of three may take shorter rounds than the others (more than half as fast again, it is in step with nobody:
+    `pacing.round_inner_steps`), who have nothing to catch up with."""
     ordered = sorted(others)
     return ordered[(len(ordered) - 1) // 2] - round if ordered else 0
 

@@ -34,8 +34,8 @@ _log = logging.getLogger(__name__)
 _ASK_AGAIN_S = 1.0
 _WAIT_S = 20.0
 _MAX_WAITING = 32
-_MAX_WAITING_A_CALLER = 8
-"""Who gossips asks for the weights and the gradient of three partners, which may all be guests here."""
+_MAX_WAITING_A_CALLER = 9
+"""Who gossips asks for the gradients of eight partners and the weights of one, which may all be guests here."""
 
 
 @dataclass

@@ -176,5 +176,5 @@ def counting_rules(run: RunFile, now: float) -> CountingRules:
     return CountingRules(
         began_s=min(began_s, now),
         burst_tokens=_BURST_ROUNDS * run.round_tokens,
-        most_tokens=run.run.total_tokens + run.round_tokens,
+        most_tokens=run.run.total_tokens + run.max_round_tokens,
     )

@@ -44,7 +44,7 @@ _MOST_WAITED_S = 60.0
 _MICROBATCHES, _ONE_AFTER_THE_OTHER = 4000, 10
 _COPY_S, _MERGE_S = 3.0e-9, 9.0e-9
 """Of a parameter: one copy of the weights, and one outer step, by one thread. Measured with 10 and 50 million of them;
-with 0.46 million it comes to the 8 to 11 ms a round of results, section 8."""
+with 0.46 million and four publications that comes to the 8 to 11 ms a round of results, section 8."""
 _AWAY_AGAIN_S = 10.0
 """From the start of a process to its first step: 9 s when the engine starts a container again (results, section 10)."""
 

@@ -190,4 +190,4 @@ def test_the_rules_of_a_run() -> None:
     rules = counting_rules(run, 2e9)
     assert rules.began_s == 1_795_564_800.0 and counting_rules(run, 5.0).began_s == 5.0
     assert rules.burst_tokens == 2 * run.merge.inner_steps * run.tokens_per_step
-    assert rules.most_tokens == 100_000 + rules.burst_tokens // 2
+    assert rules.most_tokens == 100_000 + run.max_round_tokens

@@ -308,6 +308,6 @@ def async_nesterov(setting: Setting) -> Outcome:
 
 
 def fedbuff(setting: Setting) -> Outcome:
-    """A server that averages updates in a buffer of as many as gossip has partners, and one more; workers go on from
-    whatever weights it has (FedBuff, arXiv 2106.06639)."""
+    """A server that averages updates in a buffer of `GROUP`; workers go on from whatever weights it has (FedBuff, arXiv
+    2106.06639)."""
     return _Served(setting, waiting=True, buffered=True).run()
