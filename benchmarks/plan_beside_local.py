@@ -4,8 +4,9 @@
     swarmtrain local RUN.toml --peers 4 $O --json > run.jsonl
     python benchmarks/plan_beside_local.py RUN.toml run.jsonl $O
 
-The options after the two files are those of `plan`; the seconds of a step are the run's own. What links carried is known
-only with links. Slowdowns have to leave the volunteers enough of this machine's cores: a plan is for a machine each.
+The options after the two files are those of `plan`; the seconds of a step are the run's own. What links carried is
+known only with links. Slowdowns have to leave the volunteers enough of this machine's cores: a plan is for a machine
+each.
 """
 
 from __future__ import annotations
