@@ -26,6 +26,9 @@ _FEWEST_IN_STEP = 16
 """Rounds of fewer inner steps are not moved: a slower peer's few steps are too coarse for it."""
 _MOST_SHARE = 1.5
 """So many times `merge.inner_steps` a round takes at most that ends when others' do."""
+_MOST_FOLLOWED, _FEWEST_FOLLOWED = 1.4, 4
+"""Nobody follows who is so much faster than the reference, and may be in step or not from round to round, nor whose
+paced rounds have fewer steps and so end where they do, whoever follows whom."""
 
 
 def reference_speed(speeds: Sequence[float]) -> float:
@@ -97,19 +100,22 @@ def round_inner_steps(
     """The inner steps of a peer's round: fewer than `inner_steps` for a slower one if rounds are `paced`, and none
     beyond `limit_s`. A speed of 0 is not known yet; before the own one is, it is `inner_steps`. A paced round is in
     step (`in_step_inner_steps`) with those of `others` of which `others_end_in_s`, beside them, says when they end."""
-    steps = inner_steps
     if own_speed <= 0:
-        return steps
-    if paced:
-        reference = reference_speed([own_speed, *(speed for speed in others if speed > 0)])
-        steps = paced_inner_steps(own_speed, reference, inner_steps)
-        slowest, fastest = reference * fewest_inner_steps(inner_steps) / inner_steps, reference * _MOST_SHARE
-        ends = zip(others, others_end_in_s, strict=bool(others_end_in_s))
-        end_in_s = [end_s for speed, end_s in ends if end_s is not None and slowest <= speed <= fastest]
-        if end_in_s and inner_steps >= _FEWEST_IN_STEP and slowest <= own_speed <= fastest:
-            steps = in_step_inner_steps(steps, own_speed, end_in_s, inner_steps / reference)
-            steps = max(steps, fewest_inner_steps(inner_steps))
-    return min(steps, max(1, math.floor(limit_s * own_speed)))
+        return inner_steps
+    most = max(1, math.floor(limit_s * own_speed))
+    if not paced:
+        return min(inner_steps, most)
+    reference = reference_speed([own_speed, *(speed for speed in others if speed > 0)])
+    steps, fewest = min(paced_inner_steps(own_speed, reference, inner_steps), most), fewest_inner_steps(inner_steps)
+    a_step_a_round = reference / inner_steps
+    least_followed, most_followed = max(fewest, _FEWEST_FOLLOWED) * a_step_a_round, _MOST_FOLLOWED * reference
+    ends = zip(others, others_end_in_s, strict=bool(others_end_in_s))
+    end_in_s = [end_s for speed, end_s in ends if end_s is not None and least_followed <= speed <= most_followed]
+    follows = fewest * a_step_a_round <= own_speed <= _MOST_SHARE * reference
+    if end_in_s and inner_steps >= _FEWEST_IN_STEP and follows:
+        round_s = min(inner_steps / reference, limit_s)
+        steps = max(in_step_inner_steps(steps, own_speed, end_in_s, round_s), fewest)
+    return min(steps, most)
 
 
 def most_inner_steps(inner_steps: int) -> int:

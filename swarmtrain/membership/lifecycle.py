@@ -76,6 +76,7 @@ class _Entry:
     state: PeerState
     expires_s: float
     heard_s: float
+    so_far_since_s: float
     told_s: float = float("-inf")
     away_since_s: float = float("-inf")
     losses: int = 0
@@ -110,7 +111,7 @@ class Membership:
         if entry is None:
             if expires_s < now:
                 return None
-            entry = _Entry(info, PeerState.LIVE, expires_s, min(now, info.stamp))
+            entry = _Entry(info, PeerState.LIVE, expires_s, min(now, info.stamp), min(now, info.stamp))
             self._entries[info.peer] = self._live[info.peer] = entry
             return Change(peer=info.peer, state=PeerState.LIVE, reason="its presence was seen for the first time")
         if info.stamp <= entry.info.stamp:
@@ -126,6 +127,8 @@ class Membership:
         if now < entry.told_s + self.told_for_s and info.round <= entry.info.round:
             told = entry.info
             info = dataclasses.replace(info, round=told.round, inner_steps_done=told.inner_steps_done)
+        if (info.round, info.inner_steps_done) != (entry.info.round, entry.info.inner_steps_done):
+            entry.so_far_since_s = min(now, info.stamp)
         entry.info, entry.expires_s, entry.state = info, expires_s, PeerState.LIVE
         entry.heard_s = max(entry.heard_s, min(now, info.stamp))
         if was is PeerState.LIVE:
@@ -144,6 +147,7 @@ class Membership:
             done = inner_steps_done if inner_steps_done is not None else entry.info.inner_steps_done
             if (round, done) != (entry.info.round, entry.info.inner_steps_done):
                 entry.info = dataclasses.replace(entry.info, round=round, inner_steps_done=done)
+                entry.so_far_since_s = now
 
     def call_failed(self, peer: str, now: float, reason: str) -> Change | None:
         """A call to `peer` failed. Returns the change to LOST once it has failed often and long enough."""
@@ -237,6 +241,12 @@ class Membership:
     def volunteers(self) -> list[PeerInfo]:
         """The live peers that train, by PeerID."""
         return [entry.info for _, entry in self._training()]
+
+    def so_far_since_s(self, peer: str) -> float:
+        """Since when `peer` is known to be as far in its round as it is: it may have stood still for long, and tell
+        that anew. Minus infinity of who is not known."""
+        entry = self._entries.get(peer)
+        return float("-inf") if entry is None else entry.so_far_since_s
 
     def _training(self) -> list[tuple[str, _Entry]]:
         return [one for one in _sorted(self._live) if one[1].info.training and not one[1].info.is_bootstrap]

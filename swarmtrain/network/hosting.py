@@ -33,9 +33,7 @@ __all__ = ["Hosting", "Routes"]
 _log = logging.getLogger(__name__)
 _ASK_AGAIN_S = 1.0
 _WAIT_S = 20.0
-_MAX_WAITING = 32
-_MAX_WAITING_A_CALLER = 9
-"""Who gossips asks for the gradients of eight partners and the weights of one, which may all be guests here."""
+_MAX_WAITING_CALLERS = 4
 
 
 @dataclass
@@ -57,6 +55,8 @@ class Hosting:
     rules: Mapping[Section, PublicationRules]
     presence: Callable[[], pb.Signed]
     refused: Callable[[str, PeerError], None]
+    waits_a_caller: int = 9
+    """So many answers a caller may wait for: what a round of gossip pulls, of partners who may all be guests here."""
     guests: Guests = field(init=False)
     _kept: dict[tuple[str, Section], _Kept] = field(default_factory=dict)
     _waiting: Counter[str] = field(default_factory=Counter)
@@ -109,9 +109,9 @@ class Hosting:
 
     def _may_wait(self, caller: str) -> bool:
         """Whether `caller` (empty: one not known) may wait for a guest."""
-        if caller and self._waiting[caller] >= _MAX_WAITING_A_CALLER:
+        if caller and self._waiting[caller] >= self.waits_a_caller:
             return False
-        return self._waiting.total() < _MAX_WAITING
+        return self._waiting.total() < _MAX_WAITING_CALLERS * self.waits_a_caller
 
     async def _bring(self, guest: str, section: Section, kept: _Kept) -> None:
         """Ask a guest for what it has that is newer, and pull it."""

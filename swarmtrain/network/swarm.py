@@ -260,6 +260,7 @@ class Swarm:
         if self.rounds.away:
             return
         self.rounds.away = self.rounds.guest = True
+        self.me = dataclasses.replace(self.me, inner_steps=0)  # whoever comes back begins another round
         self.rounds.tell()
         for work in (self.gossip, self.hosting):
             if work is not None:

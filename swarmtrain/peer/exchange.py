@@ -169,9 +169,12 @@ class SwarmExchange(ABC):
 
     def _paced(self, steps_per_s: float) -> int:
         """The inner steps of a round beside the other volunteers', with which it keeps in step or not."""
-        section, now, others = self.run.merge, swarm_time(), self.swarm.membership.volunteers()
+        section, now, membership = self.run.merge, swarm_time(), self.swarm.membership
+        others = membership.volunteers()
         ends_s = [
-            round_ends_s(info.stamp, info.inner_steps, info.inner_steps_done, info.steps_per_s)
+            round_ends_s(
+                membership.so_far_since_s(info.peer), info.inner_steps, info.inner_steps_done, info.steps_per_s
+            )
             for info in (others if self.keeps_in_step else ())
         ]
         return round_inner_steps(

@@ -73,7 +73,15 @@ def gossip_settings(swarm: Swarm) -> GossipSettings:
 
 def hosting_of(swarm: Swarm) -> Hosting:
     """What this peer, which may be a bootstrap, does for peers that nobody can dial."""
-    return Hosting(swarm.calls, swarm.store, gossip_settings(swarm).rules, swarm.signed_presence, swarm.refused)
+    settings = gossip_settings(swarm)
+    return Hosting(
+        swarm.calls,
+        swarm.store,
+        settings.rules,
+        swarm.signed_presence,
+        swarm.refused,
+        waits_a_caller=sum(settings.wanted),
+    )
 
 
 @dataclass

@@ -143,5 +143,5 @@ def _full_steps(run: RunFile, found: Lived) -> float:
     counted = found.fresh_share if synchronous else 1.0  # of a round that is on no roster nothing counts
     steps = [tokens / (run.tokens_per_step * counted) for tokens in found.tokens]
     if run.merge.pacing:
-        return max(steps)
+        return min(max(steps), run.merge.inner_steps)  # some rounds are longer, to end when others' do
     return min(steps) if synchronous else statistics.median(steps)

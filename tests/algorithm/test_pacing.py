@@ -6,6 +6,7 @@ import cmath
 import math
 import random
 from bisect import insort
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -139,26 +140,66 @@ def test_who_is_faster_or_slower_than_pacing_reaches_is_in_step_with_nobody() ->
     assert round_inner_steps(10.0, [10.0], 40, paced=False, limit_s=1e9, others_end_in_s=[1.0]) == 40
     assert round_inner_steps(10.0, [10.0], 16, others_end_in_s=[0.4], **how) == 20
     assert round_inner_steps(10.0, [10.0], 15, others_end_in_s=[0.4], **how) == 15, "too few to be moved"
-    assert round_inner_steps(10.0, [10.0], 40, paced=True, limit_s=2.0, others_end_in_s=[1.0]) == 20
+    assert round_inner_steps(10.0, [10.0], 40, paced=True, limit_s=2.0, others_end_in_s=[1.0]) == 10
+
+
+def lived(
+    speeds: Sequence[float], steps: int, num_rounds: int, *, limit_s: float = 1e9, noise: float = 0.0
+) -> list[list[tuple[float, int]]]:
+    """Of each of those who see each other: when its rounds began and how many steps they took. Its measured speed is
+    its real one but for so much noise."""
+    rng, now = random.Random(0), 0.0
+    ends_s = [rng.random() * min(steps / max(speeds), limit_s) for _ in speeds]
+    told = list(speeds)
+    due = sorted((end_s, number) for number, end_s in enumerate(ends_s))
+    rounds: list[list[tuple[float, int]]] = [[] for _ in speeds]
+    while min(map(len, rounds)) < num_rounds:
+        now, number = due.pop(0)
+        told[number] = speeds[number] * (1 + noise * rng.uniform(-1, 1))
+        others = [one for one in range(len(speeds)) if one != number]
+        known, in_s = [told[one] for one in others], [ends_s[one] - now for one in others]
+        taken = round_inner_steps(told[number], known, steps, paced=True, limit_s=limit_s, others_end_in_s=in_s)
+        rounds[number].append((now, taken))
+        ends_s[number] = now + taken / speeds[number]
+        insort(due, (ends_s[number], number))
+    return rounds
+
+
+def apart_s(rounds: list[list[tuple[float, int]]], which: int) -> float:
+    """How far apart they began that round."""
+    began_s = [of[which][0] for of in rounds]
+    return max(began_s) - min(began_s)
 
 
 @pytest.mark.parametrize("speeds", [(10.0, 10.0), (10.0, 4.0), (10.0, 8.0, 5.0), (5.0, 4.0, 2.0, 1.0) * 4])
 def test_whoever_begins_when_all_are_in_step_within_two_rounds(speeds: tuple[float, ...]) -> None:
-    rng, steps, num_rounds = random.Random(0), 200, 6
-    round_s = steps / max(speeds)
-    ends_s = [rng.random() * round_s for _ in speeds]
-    due = sorted((end_s, number) for number, end_s in enumerate(ends_s))
-    starts: list[list[float]] = [[] for _ in speeds]
-    while min(map(len, starts)) < num_rounds:
-        now, number = due.pop(0)
-        starts[number].append(now)
-        others = [one for one in range(len(speeds)) if one != number]
-        known, in_s = [speeds[one] for one in others], [ends_s[one] - now for one in others]
-        taken = round_inner_steps(speeds[number], known, steps, paced=True, limit_s=1e9, others_end_in_s=in_s)
-        ends_s[number] = now + taken / speeds[number]
-        insort(due, (ends_s[number], number))
-    apart_s = [max(of[round] for of in starts) - min(of[round] for of in starts) for round in range(num_rounds)]
-    assert max(apart_s[2:]) < 0.06 * round_s, apart_s
+    rounds, round_s = lived(speeds, 200, 6), 200 / max(speeds)
+    assert max(apart_s(rounds, which) for which in range(2, 6)) < 0.06 * round_s
+
+
+@pytest.mark.parametrize("limit_s", [600.0, 900.0])
+def test_rounds_that_have_to_be_shorter_are_in_step_too(limit_s: float) -> None:
+    rounds = lived((1.0, 1.0, 0.5), 1000, 8, limit_s=limit_s)
+    assert max(apart_s(rounds, which) for which in range(4, 8)) < 0.06 * limit_s
+    assert all(
+        limit_s / 2 <= taken / speed <= limit_s
+        for of, speed in zip(rounds, (1, 1, 0.5), strict=True)
+        for _, taken in of
+    )
+
+
+@pytest.mark.parametrize(
+    ("speeds", "steps"),
+    [
+        ((15.0, 10.0, 10.0), 64),  # half as fast again, as far as it can be measured: in step now and then
+        ((10.0, 10.0, 0.9), 16),  # one or two steps a round
+    ],
+)
+def test_who_cannot_be_in_step_moves_nobody(speeds: tuple[float, ...], steps: int) -> None:
+    rounds = lived(speeds, steps, 20, noise=0.02)
+    equal = [of for of, speed in zip(rounds, speeds, strict=True) if speed == 10.0]
+    taken = [steps for of in equal for _, steps in of[3:]]
+    assert max(taken) <= 1.1 * steps and min(taken) >= 0.9 * steps, taken
 
 
 @given(own=_speeds, reference=_speeds, inner_steps=st.integers(1, 1000))

@@ -157,3 +157,19 @@ def test_volunteers_are_the_live_ones_that_train() -> None:
     members.left("e", 1.0)
     assert [i.peer for i in members.live()] == ["a", "b", "c", "d"]
     assert [i.peer for i in members.volunteers()] == ["a", "c"]
+
+
+def test_who_tells_anew_that_it_is_as_far_as_before_has_been_so_since_then() -> None:
+    members = Membership(me="me")
+    members.saw_presence(info(stamp=1.0, round=3, inner_steps_done=10), 31, 2.0)
+    members.saw_presence(info(stamp=9.0, round=3, inner_steps_done=10), 39, 9.5)
+    assert members.so_far_since_s("a") == 1.0, "it has stood still"
+    members.saw_presence(info(stamp=19.0, round=3, inner_steps_done=11), 49, 19.5)
+    assert members.so_far_since_s("a") == 19.0
+    members.heard("a", 21.0, round=3, inner_steps_done=11)
+    assert members.so_far_since_s("a") == 19.0
+    members.heard("a", 23.0, round=4, inner_steps_done=0)
+    assert members.so_far_since_s("a") == 23.0
+    members.saw_presence(info(stamp=99.0, round=5), 129, 90.0)
+    assert members.so_far_since_s("a") == 90.0, "a clock that is ahead"
+    assert members.so_far_since_s("nobody") == float("-inf")

@@ -70,9 +70,8 @@ class _Hostile(Peer):
     def spoilt(self, honest: Published) -> Published:
         """What it publishes in place of its gradient."""
         g, mark, attack = honest.vector, honest.mark, self.world.setting.hostile
-        if attack.kind == "tokens":  # as of a whole round that is not made longer to be in step
-            run = self.world.setting.run
-            most = run.round_tokens
+        if attack.kind == "tokens":  # the most that is not refused
+            most = self.world.setting.run.max_round_tokens
             return Published(Mark(mark.round, mark.part, most - self.start.num_parts + mark.part), g)
         made: dict[str, Callable[[], Tensor]] = {
             "sign-flip": lambda: -attack.factor * g,
