@@ -62,7 +62,9 @@ def worst(run: RunFile, number: int = 6, links: LinksSection = SLOW, step_s: flo
 def test_a_gossip_round_takes_its_steps_and_the_run_its_tokens() -> None:
     run = a_run("inner_steps = 30\npublications_per_round = 4")
     found = planned(run, 3)
-    assert found.round_s == pytest.approx(30 * 0.75, rel=0.01), "three: the second fastest takes all steps"
+    assert found.round_s == pytest.approx(30 * 0.75, rel=0.04), (
+        "three: the second fastest takes all steps, and one or two more to end with the slowest, whose steps are long"
+    )
     assert 30 * 0.5 <= found.round_least_s < found.round_s, (
         "the fastest takes more steps, to be in step with the others"
     )

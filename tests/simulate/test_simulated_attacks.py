@@ -85,7 +85,9 @@ def test_liars_say_more_than_they_do(tmp_path: Path) -> None:
     world, one = published(tmp_path, "tokens")
     steps, full = one.start.inner_steps, world.setting.run.merge.inner_steps
     assert steps == fewest_inner_steps(full) == 1 and world.setting.step_s == (0.01, 0.01, 0.01, 0.08)
-    assert one.newest.mark.tokens == full * world.setting.run.tokens_per_step
+    assert (
+        one.newest.mark.tokens == world.setting.run.max_round_tokens == 1.5 * full * world.setting.run.tokens_per_step
+    )
     lied, calm = hostile(tmp_path, "speed"), hostile(tmp_path, "sign-flip")
     assert [lied.said_speed(number) for number in (0, 3)] == [100.0, 1e9] and calm.said_speed(3) == 100.0
     assert lied.steps_of_round(0) == calm.steps_of_round(0) == full, "the second highest counts"
