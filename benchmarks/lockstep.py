@@ -4,20 +4,25 @@
     python benchmarks/lockstep.py --partners 11 --weights 1
     python benchmarks/lockstep.py --partners 15 --share 0.75     # others' last quarter of each round is lost
     python benchmarks/lockstep.py --partners 15 --share 0.75 --late    # ... or merged a round later
+    python benchmarks/lockstep.py --partners 15 --share 0.75 --fragments 2
 
-Three minutes of a core each. The table is in docs/decisions/0043-rounds-in-step.md.
+With fragments (Streaming DiLoCo, arXiv 2501.18512) the tensors are in so many groups, which are merged one after the
+other, each once a round: its transfers take a part of the time, so that it loses as much less. Three to five minutes of
+a core each. The tables are in docs/decisions/0043-rounds-in-step.md and docs/lab-log.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.gossip import variance_corrected_mean
+from swarmtrain.algorithm.gossip import Layout, variance_corrected_mean
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, outer_step, weighted_mean
 from swarmtrain.peer.consensus import layout_of_specs
 from swarmtrain.run import load_run
@@ -27,18 +32,39 @@ from swarmtrain.simulate.learning.setting import Setting
 EXAMPLE = Path(__file__).parent.parent / "examples" / "stdlib-gpt.toml"
 
 
-def trained(
-    learner: Learner, theta: Tensor, steps: int, pulled: int, done: float, share: float
-) -> tuple[Tensor, Tensor]:
-    """(P,) each: the pseudo-gradient after `pulled` steps, which others get, and after all of them. The run is at
-    `done`, from 0 to 1, and goes on by `share`."""
-    learner.enter(theta)
-    early = theta
-    for step in range(steps):
-        learner.step(done + share * step / steps)
+@dataclass(frozen=True)
+class Fragment:
+    """Some of the model's tensors: where they are in the flat vector, and how they lie in their own."""
+
+    where: Tensor
+    layout: Layout
+
+
+def fragments_of(layout: Layout, number: int) -> list[Fragment]:
+    """The tensors in so many groups, one after the other into the smallest."""
+    groups: list[list[int]] = [[] for _ in range(number)]
+    sizes = [place.stop - place.start for place in layout.slices]
+    for tensor in range(len(sizes)):
+        min(groups, key=lambda group: sum(sizes[one] for one in group)).append(tensor)
+    found = []
+    for group in groups:
+        ends = list(itertools.accumulate((sizes[one] for one in group), initial=0))
+        slices = tuple(slice(*ends[i : i + 2]) for i in range(len(group)))
+        where = torch.cat([torch.arange(layout.slices[one].start, layout.slices[one].stop) for one in group])
+        found.append(Fragment(where, Layout(slices, tuple(layout.corrected[one] for one in group))))
+    return found
+
+
+def reached(learner: Learner, steps: range, pulled: int, done: float, share: float, a_round: int) -> tuple[Tensor, ...]:
+    """(P,) each: the weights before the first of these of a round's steps that is not in what others get, the one
+    numbered `pulled`, and after all of them. The run is at `done`, from 0 to 1, and goes on by `share` in the round."""
+    early = learner.reached if pulled == steps.start else None
+    for step in steps:
+        learner.step(done + share * step / a_round)
         if step + 1 == pulled:
-            early = theta - learner.reached
-    return early, theta - learner.reached
+            early = learner.reached
+    assert early is not None
+    return early, learner.reached
 
 
 def play(args: argparse.Namespace, setting: Setting) -> tuple[float, float]:
@@ -48,28 +74,41 @@ def play(args: argparse.Namespace, setting: Setting) -> tuple[float, float]:
     layout, rng = layout_of_specs(learners[0].specs), random.Random(args.seed)
     constants = OuterConstants(learning_rate=args.learning_rate, momentum=args.momentum)
     theta = learners[0].reached
-    states = [OuterState(theta, torch.zeros_like(theta)) for _ in everyone]
+    thetas, momenta = [theta.clone() for _ in everyone], [torch.zeros_like(theta) for _ in everyone]
     tails, tokens = [torch.zeros_like(theta) for _ in everyone], 0
-    pulled = [max(1, round(args.share * steps)) for steps in steps_of]
+    fragments = fragments_of(layout, args.fragments)
     a_round = sum(steps_of) * setting.run.tokens_per_step
     while tokens < setting.total_tokens:
-        found = []
-        for n in everyone:
-            ahead = setting.num_peers * steps_of[n] * setting.run.tokens_per_step  # as far as it knows all do the same
-            done = tokens / setting.total_tokens, ahead / setting.total_tokens
-            found.append(trained(learners[n], states[n].theta, steps_of[n], pulled[n], *done))
-        sent = [early + tail for (early, _), tail in zip(found, tails, strict=True)]
-        merged = []
-        for n in everyone:
-            partners = rng.sample([one for one in everyone if one != n], args.partners)
-            mean = variance_corrected_mean([states[one].theta for one in [n, *partners[: args.weights]]], layout).mean
-            gradients = [found[n][1], *(sent[one] for one in partners)]
-            gradient = weighted_mean(gradients, [steps_of[n], *(pulled[one] for one in partners)])
-            merged.append(outer_step(OuterState(mean, states[n].momentum), gradient, constants))
-        states, tokens = merged, tokens + a_round
-        if args.late:
-            tails = [whole - early for early, whole in found]
-    thetas = [state.theta for state in states]
+        for k, fragment in enumerate(fragments):
+            sent, own, now = [], [], []
+            for n in everyone:
+                steps = range(steps_of[n] * k // len(fragments), steps_of[n] * (k + 1) // len(fragments))
+                pulled = max(
+                    steps.start + (k == 0), steps.stop - round((1 - args.share) / len(fragments) * steps_of[n])
+                )
+                ahead = (
+                    setting.num_peers * steps_of[n] * setting.run.tokens_per_step
+                )  # as far as it knows all do the same
+                done = tokens / setting.total_tokens, ahead / setting.total_tokens
+                early, whole = reached(learners[n], steps, pulled, *done, steps_of[n])
+                now.append(whole)
+                sent.append((thetas[n] - early)[fragment.where] + tails[n][fragment.where])
+                own.append((thetas[n] - whole)[fragment.where])
+                if args.late:
+                    tails[n] = early - whole
+            merged = []
+            for n in everyone:
+                partners = rng.sample([one for one in everyone if one != n], args.partners)
+                theirs = [thetas[one][fragment.where] for one in [n, *partners[: args.weights]]]
+                mean = variance_corrected_mean(theirs, fragment.layout).mean
+                weights = [steps_of[n], *(max(1, round(args.share * steps_of[one])) for one in partners)]
+                gradient = weighted_mean([own[n], *(sent[one] for one in partners)], weights)
+                merged.append(outer_step(OuterState(mean, momenta[n][fragment.where]), gradient, constants))
+            for n, state in enumerate(merged):
+                thetas[n][fragment.where], momenta[n][fragment.where] = state.theta, state.momentum
+                now[n][fragment.where] = state.theta
+                learners[n].enter(now[n])
+        tokens += a_round
     return setting.text.held_out_loss(variance_corrected_mean(thetas, layout).mean), setting.own_loss(thetas)
 
 
@@ -81,12 +120,15 @@ def main() -> None:
     parser.add_argument("--weights", type=int, default=64, help="of how many of them the weights too")
     parser.add_argument("--share", type=float, default=1.0, help="of others' rounds, that is merged")
     parser.add_argument("--late", action="store_true", help="the rest is merged a round later")
+    parser.add_argument("--fragments", type=int, default=1, help="groups of tensors, which are merged in turn")
     parser.add_argument("--momentum", type=float, default=0.5)
     parser.add_argument("--learning-rate", type=float, default=0.7)
     parser.add_argument("--tokens", type=int, default=1_638_400)
     parser.add_argument("--round-steps", type=int, default=256, help="inner steps of a round of all, were they equal")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.late and args.fragments > 1:
+        parser.error("--late: of whole rounds only")
     run = load_run(EXAMPLE)
     merge = {"method": "diloco", "pacing": True, "inner_steps": args.round_steps // args.peers}
     run = run.model_copy(

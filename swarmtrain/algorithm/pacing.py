@@ -1,7 +1,8 @@
 """Pacing: slower peers take fewer inner steps, so that all end a round together.
 
 "Dynamic local updates" of Asynchronous Local-SGD (arXiv 2401.09135, section 5), with a reference speed that one
-liar, or one peer measured wrongly, cannot raise: trusting the highest speed, it could shrink everybody's round.
+liar, or a fifth of all, or one peer measured wrongly, cannot raise: trusting the highest speed, they could shrink
+everybody's round.
 Pure functions; speeds are in inner steps per second.
 """
 
@@ -34,19 +35,16 @@ paced rounds have fewer steps and so end where they do, whoever follows whom."""
 def reference_speed(speeds: Sequence[float]) -> float:
     """The speed (inner steps per second) at which a peer takes the full number of inner steps.
 
-    The second-highest of the live peers' speeds; of fewer than three the highest; of more than ten the 90th
-    percentile by nearest rank. Raises ValueError when there is none, or one is negative or not finite.
+    The highest of the live peers' speeds but for the fastest fifth of them (rounded down), and for one at least; of
+    fewer than three the highest. Raises ValueError when there is none, or one is negative or not finite.
     """
     if not speeds:
         raise ValueError("reference_speed needs at least one speed")
     if not all(math.isfinite(speed) and speed >= 0 for speed in speeds):
         raise ValueError(f"speeds must be finite and not negative, got {list(speeds)}")
     ascending = sorted(speeds)
-    if len(ascending) < 3:
-        return ascending[-1]
-    if len(ascending) <= 10:
-        return ascending[-2]
-    return ascending[-(-9 * len(ascending) // 10) - 1]  # rank ceil(0.9 n), counted from 1
+    num_left_out = max(1, len(ascending) // 5) if len(ascending) >= 3 else 0
+    return ascending[-1 - num_left_out]
 
 
 def paced_inner_steps(own_speed: float, reference: float, inner_steps: int) -> int:
