@@ -107,11 +107,11 @@ class Membership:
         """A presence record of `info.peer`, valid until `expires_s`. Returns the change, if any."""
         if info.peer == self.me:
             return None
-        entry = self._entries.get(info.peer)
+        entry, told_at_s = self._entries.get(info.peer), min(now, info.stamp)
         if entry is None:
             if expires_s < now:
                 return None
-            entry = _Entry(info, PeerState.LIVE, expires_s, min(now, info.stamp), min(now, info.stamp))
+            entry = _Entry(info, PeerState.LIVE, expires_s, heard_s=told_at_s, so_far_since_s=told_at_s)
             self._entries[info.peer] = self._live[info.peer] = entry
             return Change(peer=info.peer, state=PeerState.LIVE, reason="its presence was seen for the first time")
         if info.stamp <= entry.info.stamp:
@@ -128,9 +128,9 @@ class Membership:
             told = entry.info
             info = dataclasses.replace(info, round=told.round, inner_steps_done=told.inner_steps_done)
         if (info.round, info.inner_steps_done) != (entry.info.round, entry.info.inner_steps_done):
-            entry.so_far_since_s = min(now, info.stamp)
+            entry.so_far_since_s = told_at_s
         entry.info, entry.expires_s, entry.state = info, expires_s, PeerState.LIVE
-        entry.heard_s = max(entry.heard_s, min(now, info.stamp))
+        entry.heard_s = max(entry.heard_s, told_at_s)
         if was is PeerState.LIVE:
             return None
         self._live[info.peer] = entry

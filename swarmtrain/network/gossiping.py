@@ -390,7 +390,7 @@ class Gossip:
         info = self.membership.info(peer)
         if info is None or info.round != mark.round:
             return None
-        return round_began_s(min(info.stamp, swarm_time()), info.inner_steps_done, info.steps_per_s)
+        return round_began_s(self.membership.so_far_since_s(peer), info.inner_steps_done, info.steps_per_s)
 
     async def _ask(self, peer: str, source: str, section: Section) -> pb.PublicationReply:
         """What `source`, `peer` itself or a host of its, has of `peer` that is newer than what was merged."""
