@@ -104,15 +104,14 @@ def round_inner_steps(
     if not paced:
         return min(inner_steps, most)
     reference = reference_speed([own_speed, *(speed for speed in others if speed > 0)])
-    steps, fewest = min(paced_inner_steps(own_speed, reference, inner_steps), most), fewest_inner_steps(inner_steps)
-    a_step_a_round = reference / inner_steps
-    least_followed, most_followed = max(fewest, _FEWEST_FOLLOWED) * a_step_a_round, _MOST_FOLLOWED * reference
+    fewest, round_s = fewest_inner_steps(inner_steps), inner_steps / reference
+    steps = min(paced_inner_steps(own_speed, reference, inner_steps), most)
+    slowest, slowest_followed = fewest / round_s, max(fewest, _FEWEST_FOLLOWED) / round_s
     ends = zip(others, others_end_in_s, strict=bool(others_end_in_s))
-    end_in_s = [end_s for speed, end_s in ends if end_s is not None and least_followed <= speed <= most_followed]
-    follows = fewest * a_step_a_round <= own_speed <= _MOST_SHARE * reference
-    if end_in_s and inner_steps >= _FEWEST_IN_STEP and follows:
-        round_s = min(inner_steps / reference, limit_s)
-        steps = max(in_step_inner_steps(steps, own_speed, end_in_s, round_s), fewest)
+    followed = (slowest_followed, _MOST_FOLLOWED * reference)
+    end_in_s = [end_s for speed, end_s in ends if end_s is not None and followed[0] <= speed <= followed[1]]
+    if end_in_s and inner_steps >= _FEWEST_IN_STEP and slowest <= own_speed <= _MOST_SHARE * reference:
+        steps = max(in_step_inner_steps(steps, own_speed, end_in_s, min(round_s, limit_s)), fewest)
     return min(steps, most)
 
 

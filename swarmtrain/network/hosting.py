@@ -55,7 +55,7 @@ class Hosting:
     rules: Mapping[Section, PublicationRules]
     presence: Callable[[], pb.Signed]
     refused: Callable[[str, PeerError], None]
-    waits_a_caller: int = 9
+    waits_a_caller: int
     """So many answers a caller may wait for: what a round of gossip pulls, of partners who may all be guests here."""
     guests: Guests = field(init=False)
     _kept: dict[tuple[str, Section], _Kept] = field(default_factory=dict)

@@ -99,8 +99,9 @@ def traffic_of(run: RunFile, found: Lived, machines: Machines) -> Traffic:
     num, method = machines.num, run.merge.method
     rounds_per_s = sum(1 / one for one in found.round_s) / len(found.round_s) * (1 - machines.away_share)
     theta, others = 4.0 * stage_parameters(run), num // run.pipeline.stages - 1
-    gradients = max(found.partners, 1.0) * (num > 1)
-    talk = PULL_BYTES * (gradients + (min(run.merge.num_weights, others) if method == "gossip" else gradients))
+    gradients = max(found.partners, 1.0)
+    num_pulls = gradients + min(run.merge.num_weights, others) if method == "gossip" else 2 * gradients
+    talk = num_pulls * PULL_BYTES if num > 1 else 0.0
     archive, archives_per_s = _archive_bytes(run, theta, num), 1 / run.network.archive_every_s
     comes_back = theta * (1 + (min(SAMPLE, others) if method == "gossip" else 1)) * (others > 0)
     comes_back_per_s = comes_back * _returns_per_s(machines)

@@ -60,7 +60,7 @@ class Host:
         self.calls, self.store = GuestCalls(guest), SnapshotStore()
         self.refused: list[tuple[str, str]] = []
         calls: Any = self.calls
-        self.hosting = Hosting(calls, self.store, RULES, pb.Signed, self._refuse)
+        self.hosting = Hosting(calls, self.store, RULES, pb.Signed, self._refuse, waits_a_caller=9)
         assert self.hosting.ask(guest.identity.peer_id)
         self.num_asked = 0
 
