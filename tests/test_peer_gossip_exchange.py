@@ -28,7 +28,7 @@ from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.common import StopFlag
-from swarmtrain.peer.gossip_exchange import GossipExchange
+from swarmtrain.peer.gossip_exchange import GossipExchange, hosting_of
 from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.present import fetch_present
 from swarmtrain.peer.trainer import Gathered, RoundReport, Trainer
@@ -224,6 +224,12 @@ def test_a_round_ends_when_those_of_others_do(worlds: list[World], told: dict[st
     info = PeerInfo(peer=IDENTITIES[1].peer_id, training=True, stamp=now, steps_per_s=0.5, **told)
     peer.swarm.membership.saw_presence(info, now + 9999, now)
     assert peer.exchange._paced(0.5) == taken
+
+
+def test_a_host_has_as_many_wait_for_one_as_a_round_pulls(worlds: list[World]) -> None:
+    world = world_of(worlds, 1, num_partners=11, num_weights=2)
+    (peer,) = world.peers.values()
+    assert hosting_of(peer.swarm).waits_a_caller == 13
 
 
 def test_peers_learn_from_each_other_and_stay_close(worlds: list[World]) -> None:

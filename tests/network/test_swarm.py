@@ -171,10 +171,12 @@ def test_a_peer_that_rests_says_goodbye_and_tells_nothing_of_itself_until_it_is_
 
         swarm.read_presences = read_presences  # type: ignore[method-assign]
         swarm.me = dataclasses.replace(swarm.me, addresses=("/ip4/127.0.0.1/tcp/1",))
+        swarm.describe(round=3, steps_per_s=1.0, run_tokens=0, inner_steps=40)
         swarm._read_presence_untrusted(presence(BEN), BEN.peer_id)
         await swarm.withdraw()
         await swarm.withdraw()
         assert calls.goodbyes == [BEN.peer_id] and calls.asked == []
+        assert swarm.me.inner_steps == 0, "when it is back it begins another round"
         assert not swarm.hello(pb.HelloRequest(), BEN.peer_id).HasField("presence")
         await swarm.round(pb.RoundRequest(round=0), CARL.peer_id)
         await settle()

@@ -69,6 +69,7 @@ def test_a_gossip_round_takes_its_steps_and_the_run_its_tokens() -> None:
         "the fastest takes more steps, to be in step with the others"
     )
     assert found.round_most_s < 1.05 * found.round_s
+    assert found.full_steps == 30, "of a round that is not made longer"
     steps_per_s = 1 / 0.5 + 1 / 0.75 + 1 / 1.5
     assert found.tokens_per_s == pytest.approx(256 * steps_per_s, rel=0.02)
     assert found.run_s == pytest.approx(30_000_000 / found.tokens_per_s + found.round_s)
