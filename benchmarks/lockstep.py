@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +84,10 @@ def play(args: argparse.Namespace, setting: Setting) -> tuple[float, float]:
             sent, own, now = [], [], []
             for n in everyone:
                 steps = range(steps_of[n] * k // len(fragments), steps_of[n] * (k + 1) // len(fragments))
-                pulled = max(
-                    steps.start + (k == 0), steps.stop - round((1 - args.share) / len(fragments) * steps_of[n])
-                )
-                ahead = (
-                    setting.num_peers * steps_of[n] * setting.run.tokens_per_step
-                )  # as far as it knows all do the same
+                lost = math.ceil((1 - args.share) / len(fragments) * steps_of[n])
+                pulled = max(steps.start + (k == 0), steps.stop - lost)
+                # as far as it knows all do the same
+                ahead = setting.num_peers * steps_of[n] * setting.run.tokens_per_step
                 done = tokens / setting.total_tokens, ahead / setting.total_tokens
                 early, whole = reached(learners[n], steps, pulled, *done, steps_of[n])
                 now.append(whole)
