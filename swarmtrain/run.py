@@ -170,6 +170,7 @@ _GOSSIP = ("gossip",)
 _SERVER = ("server",)
 METHODS_OF_KEYS: dict[str, tuple[str, ...]] = {
     "buffer_arrivals": _SERVER,
+    "fragments": _GOSSIP,
     "gradient_format": _GOSSIP + _SERVER,
     "init": _GOSSIP,
     "max_staleness_rounds": _GOSSIP + _SERVER,
@@ -208,6 +209,7 @@ class MergeSection(Section):
     num_partners: int = Field(8, ge=1, le=64, description='"gossip": whose pseudo-gradients a peer pulls in a round, of fewer where the link carries no more (P).')  # fmt: skip
     num_weights: int = Field(1, ge=1, le=64, description='"gossip": of how many others it pulls the weights, which are larger; with merge.init = "own" the default is 3.')  # fmt: skip
     publications_per_round: int = Field(8, ge=1, le=64, description='"gossip": how often a peer publishes in a round, at equal distances (F).')  # fmt: skip
+    fragments: int = Field(4, ge=1, le=16, description='"gossip": the model is merged in so many fragments, each once a round and one after the other, so that less of what partners train is lost while it is pulled (N).')  # fmt: skip
     partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip
     theta_format: _Format = Field("int8", description='"gossip", "server": how weights travel.')
     gradient_format: _GradientFormat = Field("int2", description='"gossip", "server": how pseudo-gradients travel.')
@@ -215,6 +217,11 @@ class MergeSection(Section):
     max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='"gossip": what is further behind the median round is not merged, and a peer that is takes the present weights. "server": what began from weights further behind is not taken in.')  # fmt: skip
     buffer_arrivals: int = Field(0, ge=0, le=10_000, description='"server": the outer momentum is refreshed after so many arrivals (N); 0 for as many as there are volunteers.')  # fmt: skip
     momentum_share: float = Field(0.0, ge=0, le=1, description='"server": the share of the momentum that each arrival applies (c), 1 / N at most; with 0 it is applied when it is refreshed.')  # fmt: skip
+
+    @property
+    def num_fragments(self) -> int:
+        """In how many pieces the model is merged."""
+        return self.fragments if self.method == "gossip" else 1
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.batches import Batches
 from swarmtrain.events import Event, WarningEvent
 from swarmtrain.membership.rosters import Publication, Roster
@@ -59,6 +60,12 @@ class Lone:
     coverage: DataCoverage | None = None
     shards: list[int | None] = field(default_factory=list)
 
+    def hold(self, states: Sequence[OuterState]) -> None:
+        pass
+
+    def merged(self, fragment: int, state: OuterState) -> None:
+        pass
+
     def start_round(self, progress: Any, steps_per_s: float) -> Start:
         if not self.rounds_left:
             raise StopTraining
@@ -74,7 +81,7 @@ class Lone:
         if self.coverage is not None:
             self.coverage.reached(contribution.tokens)
 
-    def collect(self) -> Averaged | Replaced:
+    def collect(self, fragment: int = 0) -> Averaged | Replaced:
         own = self.own
         assert own is not None
         me = self.identity.peer_id

@@ -9,11 +9,13 @@ import struct
 import pytest
 import torch
 
+from swarmtrain.algorithm.fragments import fragments_of
 from swarmtrain.algorithm.gossip import layout_of, prepare
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.cli.common import PeerOptions, open_sink
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import WarningEvent
+from swarmtrain.membership.fragments import FragmentRound
 from swarmtrain.membership.progress import Progress
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.common import as_peer
@@ -37,10 +39,19 @@ def test_an_error_after_the_peer_is_known_says_whose_it_is(capsys: pytest.Captur
     ]
 
 
-def finished(arrived: Averaged | Gathered) -> RoundReport:
+def finished(arrived: Averaged | tuple[Gathered, ...]) -> RoundReport:
     theta = torch.tensor([1.0, 2.0])
     own = Contribution(
-        round=3, part=1, theta=theta, reached=theta, tokens=64, inner_steps=4, own_tokens=64, base="ab" * 32
+        round=3,
+        part=1,
+        thetas=(theta,),
+        fragments=fragments_of(layout_of([(2,)]), 1),
+        fragment_rounds=(FragmentRound(3, 1, 64, 4),),
+        reached=theta,
+        tokens=64,
+        inner_steps=4,
+        own_tokens=64,
+        base="ab" * 32,
     )
     return RoundReport(
         contribution=own,
@@ -64,4 +75,4 @@ def test_only_weights_that_others_have_too_are_hashed() -> None:
     assert told["state_sha256"] == hashlib.sha256(struct.pack("<2f", 1.0, 2.0)).hexdigest()
     prepared = prepare(finished(averaged).state, [], layout_of([(2,)]), 0.7)
     gathered = Gathered(prepared=prepared, merged=(), run_tokens=64, peer_tokens={})
-    assert "state_sha256" not in what_was_merged(finished(gathered))
+    assert "state_sha256" not in what_was_merged(finished((gathered,)))

@@ -31,7 +31,7 @@ from swarmtrain.peer.common import StopFlag
 from swarmtrain.peer.gossip_exchange import GossipExchange, hosting_of
 from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.present import fetch_present
-from swarmtrain.peer.trainer import Gathered, RoundReport, Trainer
+from swarmtrain.peer.trainer import RoundReport, Trainer
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -135,8 +135,9 @@ class _Calls:
         return Replies(self._other(peer).store.serve(request))
 
 
-def _num_ready(gossip: Gossip, section: Section) -> int:
-    return sum(one.section == section for one in gossip._ready.pulled) if gossip._ready else 0
+def _num_ready(gossip: Gossip, fragment: int, section: Section) -> int:
+    ready = gossip.lanes[fragment].ready
+    return sum(one.section == section for one in ready.pulled) if ready else 0
 
 
 class NoSlots:
@@ -164,15 +165,15 @@ class World:
         gossip = peer.exchange.gossip
         take = gossip.take
 
-        def take_when_there(round: int) -> Any:
+        def take_when_there(round: int, fragment: int) -> Any:
             give_up_s = time.monotonic() + 30
-            while any(_num_ready(gossip, section) < self.wants.get(peer.id, 0) for section in SECTIONS):
-                came = [(one.peer, one.section) for one in gossip._pulled]
+            while any(_num_ready(gossip, fragment, section) < self.wants.get(peer.id, 0) for section in SECTIONS):
+                came = [(one.peer, one.section) for one in gossip.lanes[fragment].pulled]
                 assert time.monotonic() < give_up_s, f"only this came: {came}"
                 time.sleep(0.002)
-            return take(round)
+            return take(round, fragment)
 
-        def at_once(plan: Plan) -> PullPlan:
+        def at_once(lane: Any, plan: Plan) -> PullPlan:
             due_s = (0.0,) * self.wants.get(peer.id, 0)
             return PullPlan(due_s, due_s, "as many as the test wants")
 
@@ -237,13 +238,14 @@ def test_peers_learn_from_each_other_and_stay_close(worlds: list[World]) -> None
     for number in range(8):
         for peer in world.everyone():
             report = peer.round(partners=2 if number else 0)
-            assert report is not None and isinstance(report.arrived, Gathered)
+            assert report is not None and isinstance(report.arrived, tuple)
     for peer in world.everyone():
         assert statistics.mean(report.loss for report in peer.reports[-2:]) < peer.reports[0].loss - 0.5
-        merged = peer.reports[-1].arrived
-        assert isinstance(merged, Gathered)
-        assert {one.peer for one in merged.merged} == {other.id for other in world.everyone()} - {peer.id}
-        assert merged.prepared.consensus_spread < 0.2 and all(one.staleness_rounds <= 1 for one in merged.merged)
+        gathered = peer.reports[-1].arrived
+        assert isinstance(gathered, tuple) and len(gathered) == world.run.merge.fragments
+        for merged in gathered:
+            assert {one.peer for one in merged.merged} == {other.id for other in world.everyone()} - {peer.id}
+            assert merged.prepared.consensus_spread < 0.2 and all(one.staleness_rounds <= 1 for one in merged.merged)
         assert not [event for event in peer.events if isinstance(event, RefusedEvent)]
     first, *others = world.everyone()
     apart = max(float((other.theta - first.theta).norm() / first.theta.norm()) for other in others)
@@ -269,20 +271,20 @@ def test_alone_it_is_an_ordinary_outer_step(worlds: list[World]) -> None:
     (peer,) = world.everyone()
     for _ in range(3):
         report = peer.round()
-        assert report is not None and isinstance(report.arrived, Gathered)
-        assert report.arrived.merged == () and report.arrived.prepared.num_arrivals == 0
+        assert report is not None and isinstance(report.arrived, tuple)
+        assert all(each.merged == () and each.prepared.num_arrivals == 0 for each in report.arrived)
     assert peer.trainer.progress.run_tokens == 3 * STEPS * STEP_TOKENS
 
 
 def test_a_round_is_published_in_parts(worlds: list[World]) -> None:
-    world = world_of(worlds, 1, publications_per_round=3)
+    world = world_of(worlds, 1, publications_per_round=3, fragments=1)
     (peer,) = world.everyone()
     seen: list[tuple[int, int, int]] = []
     publish = peer.exchange.publish
 
     def note(contribution: Any) -> None:
         publish(contribution)
-        newest = peer.exchange.publisher.newest
+        newest = peer.exchange.publishers["gradient", 0].newest
         assert newest is not None
         seen.append((newest.part, newest.tokens, newest.author_tokens))
 
@@ -390,8 +392,8 @@ def test_own_initial_weights_come_together(worlds: list[World], robust: str) -> 
             peer.round(partners=2 if number else 0)
     closer = float((peers[0].theta - peers[1].theta).norm() / peers[0].theta.norm())
     assert closer < 0.2
-    factors = [r.arrived.prepared.variance_factor for p in peers for r in p.reports if isinstance(r.arrived, Gathered)]
-    assert max(factors) > 1.3
+    arrived = [one for peer in peers for report in peer.reports if isinstance(one := report.arrived, tuple)]
+    assert max(each.prepared.variance_factor for gathered in arrived for each in gathered) > 1.3
     assert not [event for peer in peers for event in peer.events if isinstance(event, RefusedEvent)]
 
 
@@ -404,6 +406,6 @@ def test_what_was_merged_is_kept_over_a_restart(worlds: list[World]) -> None:
     kept = {name: give() for name, give in ben.exchange.kept().items()}
     again = world_of(worlds, 2).everyone()[1]
     again.exchange.restore(kept)
-    assert again.exchange.gossip.ledger.mark(anna.id) == ben.exchange.gossip.ledger.mark(anna.id)
+    assert again.exchange.gossip.ledgers[0].mark(anna.id) == ben.exchange.gossip.ledgers[0].mark(anna.id)
     again.exchange.restore({"ledger": [["nonsense"]]})
     assert "what the checkpoint says of merges is not used" in str(again.events[-1])

@@ -15,7 +15,7 @@ from swarmtrain.events import ClippedEvent, RefusedEvent
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.snapshots import Body
-from swarmtrain.peer.trainer import Contribution, Gathered
+from swarmtrain.peer.trainer import Contribution
 
 pytestmark = pytest.mark.slow
 
@@ -39,17 +39,16 @@ def world_of() -> Iterator[Callable[..., tuple[list[Peer], Peer]]]:
 
 def publishes(mallory: Peer, change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
     """`change` makes of weights and pseudo-gradient what mallory publishes of them."""
-    codec = mallory.exchange._codec
+    codecs = mallory.exchange._codecs
+    last: dict[int, torch.Tensor] = {}
 
-    last: list[torch.Tensor] = []
+    def weights(theta: torch.Tensor, fragment: int) -> Body:
+        gradient = last.get(fragment, torch.zeros_like(theta))
+        return Body([codecs[fragment].weights.encode(change(theta, gradient)[0])])
 
-    def weights(theta: torch.Tensor) -> Body:
-        gradient = last[-1] if last else torch.zeros_like(theta)
-        return Body([codec.weights.encode(change(theta, gradient)[0])])
-
-    def gradient(contribution: Contribution) -> Body:
-        last.append(contribution.gradient)
-        return Body([codec.gradient.encode(change(contribution.theta, contribution.gradient)[1])])
+    def gradient(contribution: Contribution, fragment: int) -> Body:
+        theta, last[fragment] = contribution.thetas[fragment], contribution.gradients[fragment]
+        return Body([codecs[fragment].gradient.encode(change(theta, last[fragment])[1])])
 
     mallory.exchange._encode_weights = weights  # type: ignore[method-assign]
     mallory.exchange._encode_gradient = gradient  # type: ignore[method-assign]
@@ -63,6 +62,8 @@ def train(honest: list[Peer], mallory: Peer, *, partners: int) -> None:
     """Eight rounds of everyone; from the second on each honest peer merges so many others."""
     for number in range(8):
         for peer in (mallory, *honest):
+            if peer is not mallory:
+                peer.meet(mallory)  # who merges nobody is heard of by nobody
             peer.round(partners=partners if number and peer is not mallory else 0)
     for peer in honest:
         assert statistics.mean(report.loss for report in peer.reports[-2:]) < peer.reports[0].loss - 0.5
@@ -71,7 +72,10 @@ def train(honest: list[Peer], mallory: Peer, *, partners: int) -> None:
 def partners_of(peer: Peer) -> list[set[str]]:
     """Whose gradient it merged in each round."""
     return [
-        {one.peer for one in r.arrived.merged if one.tokens} for r in peer.reports if isinstance(r.arrived, Gathered)
+        {one.peer for one in each.merged if one.tokens}
+        for report in peer.reports
+        if isinstance(report.arrived, tuple)
+        for each in report.arrived
     ]
 
 
@@ -114,6 +118,7 @@ def test_a_claimed_speed_moves_nobody(world_of: Callable[..., tuple[list[Peer], 
     for other in (*honest[1:], mallory):
         other.swarm.me = dataclasses.replace(other.swarm.me, stamp=swarm_time())
         me.meet(other)
+    me.exchange.hold([me.trainer.state_of(fragment) for fragment in range(len(me.trainer.fragments))])
     start = me.exchange.start_round(Progress(round=3), 100.0)
     assert (start.inner_steps, start.run_steps_a_step) == (STEPS, 4.0), "mallory counts as the second fastest does"
 
@@ -130,7 +135,7 @@ def test_claimed_tokens_are_counted_as_far_as_a_speed_explains_them_and_named(
 
     def lie(contribution: Contribution) -> None:
         publish(contribution)
-        publisher = mallory.exchange.publisher
+        publisher = mallory.exchange.publishers["gradient", 0]
         assert publisher.newest is not None
         publisher.newest = dataclasses.replace(publisher.newest, author_tokens=10**9)
 

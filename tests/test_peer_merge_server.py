@@ -14,9 +14,12 @@ import torch
 from replies import Replies
 from torch import Tensor
 
+from swarmtrain.algorithm.fragments import fragments_of
+from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterConstants, OuterState
 from swarmtrain.errors import UnreachableError
 from swarmtrain.events import ClippedEvent, Event, RefusedEvent, WarningEvent
+from swarmtrain.membership.fragments import FragmentRound
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.serving import HandIn
@@ -162,7 +165,9 @@ def train(worker: ServerExchange, round: int, theta: Tensor, gradient: Tensor, s
     contribution = Contribution(
         round=round,
         part=1,
-        theta=theta,
+        thetas=(theta,),
+        fragments=fragments_of(layout_of([(SIZE,)]), 1),
+        fragment_rounds=(FragmentRound(round, 1, tokens, steps),),
         reached=theta - gradient,
         tokens=tokens,
         inner_steps=steps,

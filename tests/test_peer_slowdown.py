@@ -175,7 +175,8 @@ def test_a_step_that_was_given_up_is_not_held() -> None:
 def test_every_inner_step_of_a_trainer_is_slowed_and_no_merge() -> None:
     run = parse_run(
         "[run]\ntotal_tokens = 320\n[model]\ncontext_tokens = 16\nnum_layers = 1\nwidth = 16\nnum_heads = 2\n"
-        "[data]\nsource = 'text'\npaths = ['x']\n[inner]\nbatch_sequences = 4\n[merge]\ninner_steps = 2\n",
+        "[data]\nsource = 'text'\npaths = ['x']\n[inner]\nbatch_sequences = 4\n"
+        "[merge]\nmethod = 'diloco'\ninner_steps = 2\n",
         origin="x.toml",
     )
     inside, seen = [False], list[str]()

@@ -50,6 +50,12 @@ class Alone:
 
     published: list[Contribution] = field(default_factory=list)
 
+    def hold(self, states: Sequence[OuterState]) -> None:
+        pass
+
+    def merged(self, fragment: int, state: OuterState) -> None:
+        pass
+
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         return Start(inner_steps=RUN.merge.inner_steps, num_peers=1, num_parts=2)
 
@@ -59,7 +65,7 @@ class Alone:
     def publish(self, contribution: Contribution) -> None:
         self.published.append(contribution)
 
-    def collect(self) -> Averaged:
+    def collect(self, fragment: int = 0) -> Averaged:
         own = self.published[-1]
         return Averaged(gradient=own.gradient, partners=("me",), weights=(own.tokens,), signer="me", roster_sha256="")
 

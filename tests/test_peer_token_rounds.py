@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer import trainer as peer_trainer
@@ -25,7 +27,7 @@ def run_file(inner_steps: int, stages: int = 2) -> RunFile:
             "run": {"total_tokens": 10**6},
             "model": {"context_tokens": 16, "num_layers": 1, "width": 16, "num_heads": 2},
             "inner": {"batch_sequences": 4},
-            "merge": {"inner_steps": inner_steps},
+            "merge": {"inner_steps": inner_steps, "fragments": 1},
             "pipeline": {"stages": stages},
         }
     )
@@ -40,6 +42,12 @@ class Alone:
     published: list[Contribution] = field(default_factory=list)
     told: list[int] = field(default_factory=list)
 
+    def hold(self, states: Sequence[OuterState]) -> None:
+        pass
+
+    def merged(self, fragment: int, state: OuterState) -> None:
+        pass
+
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         return Start(inner_steps=self.inner_steps, num_peers=1, num_parts=self.num_parts)
 
@@ -49,7 +57,7 @@ class Alone:
     def publish(self, contribution: Contribution) -> None:
         self.published.append(contribution)
 
-    def collect(self) -> Averaged:
+    def collect(self, fragment: int = 0) -> Averaged:
         own = self.published[-1]
         return Averaged(gradient=own.gradient, partners=("me",), weights=(own.tokens,), signer="me", roster_sha256="")
 

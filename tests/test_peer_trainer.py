@@ -22,7 +22,7 @@ def reports_of(norms: list[float]) -> list[RoundReport]:
             "model": {"context_tokens": 16, "num_layers": 1, "width": 16, "num_heads": 2},
             "data": {"source": "text", "paths": ("x",)},
             "inner": {"batch_sequences": 4},
-            "merge": {"inner_steps": 2},
+            "merge": {"method": "diloco", "inner_steps": 2},
         }
     )
     batches: Any = SimpleNamespace(next_batch=lambda: torch.arange(4 * 17).reshape(4, 17))

@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
+from swarmtrain.membership.fragments import steps_of_fragment, told_mark, told_round
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
 from swarmtrain.membership.partners import (
+    BackOff,
     Candidate,
     Difference,
     Ledger,
@@ -80,10 +82,10 @@ class _HostsFailedError(UnreachableError):
 
 @dataclass(frozen=True, kw_only=True)
 class GossipSettings:
-    """What the run file says about publications, and about merging them."""
+    """What the run file says about publications, and about merging them; rules and sizes of each fragment."""
 
-    rules: Mapping[Section, PublicationRules]
-    sizes: SectionBytes
+    rules: Sequence[Mapping[Section, PublicationRules]]
+    sizes: Sequence[SectionBytes]
     wanted: Wanted
 
 
@@ -103,14 +105,15 @@ class Pulled:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A round of this peer: when it begins and should end, in swarm time, and whether that is more than a guess;
-    `prepare` readies a merge with its theta."""
+    """What this peer merges next, a fragment of its round: since when it is the next and when it should be merged, in
+    swarm time, and whether that is more than a guess; `prepare` readies a merge with its theta."""
 
     round: int
     started_s: float
     ends_s: float
     prepare: Callable[[Sequence[Pulled]], Any]
     is_sure: bool = True
+    fragment: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +125,38 @@ class _Ready:
     prepared: Any
 
 
-DecodeWeights = Callable[[Held], Any]
-"""Publication -> arrival; BadBytesError if it is none."""
+DecodeWeights = Callable[[int, Held], Any]
+"""(fragment, publication) -> arrival; BadBytesError if it is none."""
 
-DecodeGradient = Callable[[Held, News, Held | None], Any]
-"""(publication, what of it is new, the one that was merged before) -> arrival; BadBytesError if it is none."""
+DecodeGradient = Callable[[int, Held, News, Held | None], Any]
+"""(fragment, publication, what of it is new, the one that was merged before) -> arrival; BadBytesError if it is
+none."""
+
+
+@dataclass
+class _Lane:
+    """What is here of one fragment of the model."""
+
+    number: int
+    ledger: Ledger
+    partners: Partners
+    open: OpenPulls
+    rules: Mapping[Section, PublicationRules]
+    sizes: SectionBytes
+    pulled: list[Pulled] = field(default_factory=list)
+    ready: _Ready | None = None
+    merged: dict[str, Held] = field(default_factory=dict)
+    turned_back: dict[tuple[str, Section], int] = field(default_factory=dict)
+    """Whose counter turned back, and in which round of this peer that was seen."""
+
+    def of_use(self, reference: int) -> list[Pulled]:
+        """Of what was pulled: what may be merged still."""
+        stays = self.ledger.stays_of_use
+        return [each for each in self.pulled if stays(each.section, each.peer, each.mark, reference)]
+
+    def here(self) -> list[Which]:
+        """What was pulled, and of whom."""
+        return [(pulled.section, pulled.peer) for pulled in self.pulled]
 
 
 @dataclass
@@ -145,7 +175,8 @@ class Gossip:
     counted: Callable[[str, int], None]
     """Told of an author's tokens, as it counts them itself."""
     refused: Callable[[str, PeerError], None]
-    ledger: Ledger
+    ledgers: Sequence[Ledger]
+    """Of each fragment."""
     expected_s: Callable[[int], float | None] = lambda size_bytes: None
     """How long so many bytes would take, before the first pull."""
     heard_rows_untrusted: Callable[[str, Sequence[pb.Signed]], None] = lambda peer, rows: None
@@ -155,13 +186,8 @@ class Gossip:
     """How to get at those that cannot be called; None: everyone can."""
     rng: random.Random = field(default_factory=random.Random)
     round: int = 0
-    _partners: Partners = field(init=False)
-    _pulled: list[Pulled] = field(default_factory=list)
-    _ready: _Ready | None = None
-    _merged: dict[str, Held] = field(default_factory=dict)
-    _turned_back: dict[tuple[str, Section], int] = field(default_factory=dict)
-    """Whose counter turned back, and in which round of this peer that was seen."""
-    _open: OpenPulls = field(init=False)
+    back_off: BackOff = field(default_factory=BackOff)
+    lanes: list[_Lane] = field(init=False)
     _tasks: dict[OpenPull, asyncio.Task[None]] = field(default_factory=dict)
     _times: PullTimes = field(default_factory=PullTimes)
     _filling: asyncio.Task[None] | None = None
@@ -171,61 +197,70 @@ class Gossip:
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self._partners = Partners(self.ledger, variant=self.variant)
-        self._open = OpenPulls(self._partners.back_off, most_pulls(self.settings.wanted))
+        settings = self.settings
+        self.lanes = [
+            _Lane(
+                number,
+                ledger,
+                Partners(ledger, self.back_off, self.variant),
+                OpenPulls(self.back_off, most_pulls(settings.wanted)),
+                settings.rules[number],
+                settings.sizes[number],
+            )
+            for number, ledger in enumerate(self.ledgers)
+        ]
 
     # ------------------------------------------------------------- the trainer's side
 
-    def take(self, round: int) -> _Ready | None:
-        """What is prepared for `round`, which ends now; it counts as merged from here on. Returns at once."""
+    def take(self, round: int, fragment: int = 0) -> _Ready | None:
+        """What is prepared of a fragment, which is merged now in `round`; it counts as merged from here on. Returns at
+        once."""
         with self._lock:
-            ready, plan, self._ready, self._plan = self._ready, self._plan, None, None
+            lane = self.lanes[fragment]
+            ready, plan, lane.ready, self._plan = lane.ready, self._plan, None, None
             if plan is not None and plan.is_sure:
                 self._times.round_ended(plan.ends_s - plan.started_s, swarm_time() - plan.started_s)
             if ready is None or ready.round != round:
                 return None
             reference = self._reference_round()
-            self._pulled = self._of_use(reference)
-            if any(pulled not in self._pulled for pulled in ready.pulled):
+            lane.pulled = lane.of_use(reference)
+            if any(pulled not in lane.pulled for pulled in ready.pulled):
                 return None  # some of it is too old by now; the rest is prepared anew for the next round
-            self._pulled = [pulled for pulled in self._pulled if pulled not in ready.pulled]
+            lane.pulled = [pulled for pulled in lane.pulled if pulled not in ready.pulled]
             for pulled in ready.pulled:
                 if pulled.section == "weights":
-                    self.ledger.weights_merged(pulled.peer, pulled.mark.round)
+                    lane.ledger.weights_merged(pulled.peer, pulled.mark.round)
                 else:
-                    self.ledger.merged(pulled.peer, pulled.mark, reference)
-                    self._merged[pulled.peer] = pulled.held
-            self._merged = {peer: held for peer, held in self._merged.items() if peer in self.ledger.held}
-            self._pulled = self._of_use(reference)
+                    lane.ledger.merged(pulled.peer, pulled.mark, reference)
+                    lane.merged[pulled.peer] = pulled.held
+            lane.merged = {peer: held for peer, held in lane.merged.items() if peer in lane.ledger.held}
+            lane.pulled = lane.of_use(reference)
             return ready
-
-    def _of_use(self, reference: int) -> list[Pulled]:
-        """Of what was pulled: what may be merged still."""
-        stays = self.ledger.stays_of_use
-        return [each for each in self._pulled if stays(each.section, each.peer, each.mark, reference)]
 
     def forget_pulled(self) -> None:
         """This peer has taken others' weights, or rests: what was pulled before is in them, or too old."""
         with self._lock:
-            self._pulled, self._ready = [], None
+            for lane in self.lanes:
+                lane.pulled, lane.ready = [], None
 
-    def ledger_rows(self) -> list[list[str | int]]:
-        """What was merged of whom, as a checkpoint keeps it."""
+    def ledger_rows(self) -> list[list[list[str | int]]]:
+        """What was merged of whom, of each fragment, as a checkpoint keeps it."""
         with self._lock:
-            return self.ledger.rows()
+            return [ledger.rows() for ledger in self.ledgers]
 
     # ------------------------------------------------------------- a round
 
     def begin(self, plan: Plan) -> None:
-        """A round begins. Pulls that still run go on."""
+        """A round begins, or another fragment's merge is the next of it. Pulls that still run go on."""
+        lane = self.lanes[plan.fragment]
         with self._lock:
-            self.round, self._plan, self._ready = plan.round, plan, None
+            self.round, self._plan, lane.ready = plan.round, plan, None
         if self._filling is not None:
             self._filling.cancel()
-        self._open.round_begins(swarm_time())
+        lane.open.round_begins(swarm_time())
         self._give_up_old_pulls(plan)
-        self._filling = logged(asyncio.create_task(self._fill(plan)), "gossip")
-        if self._pulled:
+        self._filling = logged(asyncio.create_task(self._fill(lane, plan)), "gossip")
+        if lane.pulled:
             self._prepare_soon()
 
     async def stop(self) -> None:
@@ -235,88 +270,106 @@ class Gossip:
         await end_tasks(tasks)
         self.forget_pulled()
         self._tasks.clear()  # one that never ran has not ended either
-        self._open.begun.clear()
+        for lane in self.lanes:
+            lane.open.begun.clear()
         self._filling = self._preparing = None
 
-    async def _fill(self, plan: Plan) -> None:
-        """Pull from as many partners as there should be, others in place of those that fail, until the round ends."""
-        if self._times.bytes_per_s is None and (known_s := self.expected_s(self.settings.sizes.both)):
-            self._times.assume(self.settings.sizes.both / known_s)
+    async def _fill(self, lane: _Lane, plan: Plan) -> None:
+        """Pull from as many partners as there should be, others in place of those that fail, until the merge."""
+        all_bytes = sum(sizes.both for sizes in self.settings.sizes)
+        if self._times.bytes_per_s is None and (known_s := self.expected_s(all_bytes)):
+            self._times.assume(all_bytes / known_s)
         reason = ""
         while self._plan is plan:
-            news, now, pulls = self._news, swarm_time(), self._pull_plan(plan)
+            news, now, pulls = self._news, swarm_time(), self._pull_plan(lane, plan)
             if pulls.reason != reason:
-                reason = pulls.reason
-                _log.debug("round %d: pulls in %.2f s: %s", plan.round, (pulls.next_s(0.0) or now) - now, reason)
+                reason, wait_s = pulls.reason, (pulls.next_s(0.0) or now) - now
+                _log.debug("round %d, fragment %d: pulls in %.2f s: %s", plan.round, plan.fragment, wait_s, reason)
             due = {section: pulls.num_due(section, now) for section in SECTIONS}
             for section, num_due in due.items():
-                self._begin_due(section, num_due, plan)
+                self._begin_due(lane, section, num_due, plan)
             look_s, next_s = _LOOK_S if any(due.values()) else _PLAN_AGAIN_S, pulls.next_s(now)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), look_s if next_s is None else min(look_s, next_s - now))
 
-    def _pull_plan(self, plan: Plan) -> PullPlan:
-        others, settings = len(self.membership.volunteers()), self.settings
-        return plan_pulls(others, plan.started_s, plan.ends_s, settings.sizes, self._times, settings.wanted)
+    def _pull_plan(self, lane: _Lane, plan: Plan) -> PullPlan:
+        others = len(self.membership.volunteers())
+        return plan_pulls(others, plan.started_s, plan.ends_s, lane.sizes, self._times, self.settings.wanted)
 
-    def _begin_due(self, section: Section, num_due: int, plan: Plan) -> None:
+    def _begin_due(self, lane: _Lane, section: Section, num_due: int, plan: Plan) -> None:
         """Begin pulls until as many are here or on their way as are due."""
-        slow_after_s = self._times.slow_after_s(self.settings.sizes, self.settings.wanted)
-        while self._open.is_wanted(section, num_due, self._here(), slow_after_s, swarm_time()):
-            peer = self._choose(section)
+        slow_after_s = self._times.slow_after_s(lane.sizes, self.settings.wanted)
+        while lane.open.is_wanted(section, num_due, lane.here(), slow_after_s, swarm_time()):
+            peer = self._choose(lane, section, plan)
             if peer is None:
                 return
-            self._start_pull(peer, section, plan.ends_s - plan.started_s)
-
-    def _here(self) -> list[Which]:
-        return [(pulled.section, pulled.peer) for pulled in self._pulled]
+            self._start_pull(lane, peer, section, plan.ends_s - plan.started_s)
 
     def _give_up_old_pulls(self, plan: Plan) -> None:
         """A pull that has gone on for rounds would bring what is too old."""
-        now = swarm_time()
-        old_s = now - max(_OLD_PULL_S, _OLD_PULL_ROUNDS * (plan.ends_s - plan.started_s))
+        now, a_round_s = swarm_time(), len(self.lanes) * (plan.ends_s - plan.started_s)
+        old_s = now - max(_OLD_PULL_S, _OLD_PULL_ROUNDS * a_round_s)
         for pull, task in self._tasks.items():
             if pull.began_s < old_s:
                 task.cancel()
         live = {info.peer for info in self.membership.volunteers()}
-        self._turned_back = {which: round for which, round in self._turned_back.items() if which[0] in live}
+        for lane in self.lanes:
+            lane.turned_back = {which: round for which, round in lane.turned_back.items() if which[0] in live}
 
     def _reference_round(self) -> int:
         return median_round([self.round, *(info.round for info in self.membership.volunteers())])
 
-    def _choose(self, section: Section) -> str | None:
+    def _choose(self, lane: _Lane, section: Section, plan: Plan) -> str | None:
         """Whose to pull next."""
-        now, here = swarm_time(), self._here()
-        live, num_parts = self.membership.volunteers(), self.settings.rules["gradient"].num_parts
+        now, here, live = swarm_time(), lane.here(), self.membership.volunteers()
         with self._lock:
             view = View(
-                candidates=[_candidate(one, num_parts) for one in live],
-                rounds={one.peer: one.round for one in live},
-                own_round=self.round,
-                with_weights=self._open.coming("weights", here),
-                exclude={self.me, *self._open.not_now(section, here, now)},
+                candidates=[self._candidate(lane, one) for one in live],
+                rounds={one.peer: told_round(*self._told_of(lane, one)) for one in live},
+                own_round=plan.round,
+                with_weights=lane.open.coming("weights", here),
+                exclude={self.me, *lane.open.not_now(section, here, now)},
             )
-            return self._partners.next(section, view, now, self.rng)[0]
+            return lane.partners.next(section, view, now, self.rng)[0]
 
-    def _start_pull(self, peer: str, section: Section, round_s: float) -> None:
-        pull = self._open.begin(section, peer, swarm_time())
+    def _told_of(self, lane: _Lane, info: PeerInfo) -> tuple[int, int, Mark, int]:
+        """What `membership.fragments` is asked about a peer."""
+        told = Mark(info.round, info.part, info.part_tokens)
+        return lane.number, len(self.lanes), told, lane.rules["gradient"].num_parts
+
+    def _candidate(self, lane: _Lane, info: PeerInfo) -> Candidate:
+        mark, known = told_mark(*self._told_of(lane, info)), lane.ledger.mark(info.peer)
+        tokens = mark.tokens
+        if len(self.lanes) > 1 and known is not None and known.round == mark.round and known.part < mark.part:
+            tokens = max(tokens, known.tokens + 1)  # it is a guess
+        return Candidate(
+            peer=info.peer,
+            round=mark.round,
+            part=mark.part,
+            tokens=tokens,
+            inner_steps_done=info.inner_steps_done,
+            steps_per_s=info.steps_per_s,
+        )
+
+    def _start_pull(self, lane: _Lane, peer: str, section: Section, round_s: float) -> None:
+        pull = lane.open.begin(section, peer, swarm_time())
 
         async def run() -> None:
             try:
-                if await self._pull(peer, section):
-                    self._open.end(pull)
+                if await self._pull(lane, peer, section):
+                    lane.open.end(pull)
                 else:
-                    self._open.nothing_new(pull, swarm_time(), round_s)
+                    lane.open.nothing_new(pull, swarm_time(), round_s)
             except (BusyError, _HostsFailedError):  # it may be free again within the round
-                self._open.end(pull)
-                _log.debug("%s is %s", peer, self._partners.back_off.busy(peer, swarm_time()))
+                lane.open.end(pull)
+                _log.debug("%s is %s", peer, self.back_off.busy(peer, swarm_time()))
             except PeerError as error:
-                if follows := self._open.fail(pull, swarm_time(), str(error), isinstance(error, _NoAnswerError)):
+                if follows := lane.open.fail(pull, swarm_time(), str(error), isinstance(error, _NoAnswerError)):
                     _log.debug("%s: %s", peer, follows)
                 if error.is_incident:
                     self.refused(peer, error)
             except BaseException:
-                self._open.give_up(pull)
+                lane.open.give_up(pull)
                 raise
             finally:
                 self._tasks.pop(pull, None)
@@ -326,7 +379,7 @@ class Gossip:
 
     def called(self, peer: str) -> None:
         """It has called this peer: after an outage it is asked again soon."""
-        self._partners.back_off.called(peer, swarm_time())
+        self.back_off.called(peer, swarm_time())
 
     def _tell(self) -> None:
         self._news.set()
@@ -334,37 +387,37 @@ class Gossip:
 
     # ------------------------------------------------------------- one pull
 
-    async def _pull(self, peer: str, section: Section) -> bool:
+    async def _pull(self, lane: _Lane, peer: str, section: Section) -> bool:
         """Bring a section of the newest publication of `peer` here, from itself or one of its hosts after the other;
         False if there is none that can be merged. Raises PeerError."""
         sources = (peer,) if self.routes is None else await self.routes.to(peer)
         failure = _HostsFailedError("nobody can dial it, and it has no host that can be asked")
         for source in sources:
             try:
-                return await self._pull_from(peer, source, section)
+                return await self._pull_from(lane, peer, source, section)
             except _HostsFailedError as error:
                 failure = error
         raise failure
 
-    async def _pull_from(self, peer: str, source: str, section: Section) -> bool:
+    async def _pull_from(self, lane: _Lane, peer: str, source: str, section: Section) -> bool:
         began_s = swarm_time()
-        reply = await self._ask(peer, source, section)
+        reply = await self._ask(lane, peer, source, section)
         if not reply.HasField("manifest"):
             return False
-        held, mark = publication_untrusted(self.settings.rules[section], peer, reply.manifest)
-        if self._news_untrusted(peer, mark, is_own=source == peer) is None:
+        held, mark = publication_untrusted(lane.rules[section], peer, reply.manifest)
+        if self._news_untrusted(lane, peer, mark, is_own=source == peer) is None:
             return False
-        self._turned_back.pop((peer, section), None)
-        began_with_s = self._round_began_s(peer, mark)
-        bytes_s = await self._bring(peer, held, source, section)
-        found = self._news_untrusted(peer, mark, is_own=False)  # it may have taken long
+        lane.turned_back.pop((peer, section), None)
+        began_with_s = self._round_began_s(lane, peer, mark)
+        bytes_s = await self._bring(lane, peer, held, source, section)
+        found = self._news_untrusted(lane, peer, mark, is_own=False)  # it may have taken long
         if found is None:
             return False
         news, earlier = found
         if section == "weights":
-            arrival = await asyncio.to_thread(self.decode_weights, held)
+            arrival = await asyncio.to_thread(self.decode_weights, lane.number, held)
         else:
-            arrival = await asyncio.to_thread(self.decode_gradient, held, news, earlier)
+            arrival = await asyncio.to_thread(self.decode_gradient, lane.number, held, news, earlier)
         manifest = held.snapshot.manifest
         self.counted(peer, manifest.author_tokens)
         self.heard_rows_untrusted(peer, manifest.coverage)
@@ -378,33 +431,36 @@ class Gossip:
             began_s=began_with_s,
         )
         with self._lock:
-            self._pulled.append(pulled)
-        self._open.answered(peer)  # before it can turn out that nothing can be merged with it
+            lane.pulled.append(pulled)
+        lane.open.answered(peer)  # before it can turn out that nothing can be merged with it
         await asyncio.shield(self._prepare_soon())
         self._times.merged(swarm_time() - began_s - bytes_s)
         return True
 
-    def _round_began_s(self, peer: str, mark: Mark) -> float | None:
-        """When the round of `peer` began that it published at `mark`, by what it has just told; None if it is in
-        another by then, or does not know its speed yet."""
+    def _round_began_s(self, lane: _Lane, peer: str, mark: Mark) -> float | None:
+        """When the fragment's round of `peer` began that it published at `mark`, by what it has just told; None if it
+        is in another by then, or does not know its speed yet."""
         info = self.membership.info(peer)
-        if info is None or info.round != mark.round:
+        if info is None:
             return None
-        return round_began_s(self.membership.so_far_since_s(peer), info.inner_steps_done, info.steps_per_s)
+        found = steps_of_fragment(lane.number, len(self.lanes), info.inner_steps_done, info.inner_steps)
+        if found is None or info.round + found[0] != mark.round:
+            return None
+        return round_began_s(self.membership.so_far_since_s(peer), found[1], info.steps_per_s)
 
-    async def _ask(self, peer: str, source: str, section: Section) -> pb.PublicationReply:
+    async def _ask(self, lane: _Lane, peer: str, source: str, section: Section) -> pb.PublicationReply:
         """What `source`, `peer` itself or a host of its, has of `peer` that is newer than what was merged."""
-        known = self.ledger.mark(peer)
-        if section == "weights" and (round := self.ledger.weights_round(peer)) is not None:
+        known = lane.ledger.mark(peer)
+        if section == "weights" and (round := lane.ledger.weights_round(peer)) is not None:
             known = Mark(round, 0, 0)
         elif section == "weights":
             known = None
-        request = request_of(section, has_any=known is not None, presence=self.presence())
+        request = request_of(section, lane.number, has_any=known is not None, presence=self.presence())
         if known is not None:
             request.round, request.part = known.round, known.part
         if source != peer:
             request.author = peer_bytes(peer)
-            return await self._ask_host(peer, source, request)
+            return await self._ask_host(lane, peer, source, request)
         try:
             reply = await self.calls.publication(peer, request)
         except UnreachableError as error:
@@ -414,42 +470,42 @@ class Gossip:
             raise BusyError("it serves as many readers as it may")
         return reply
 
-    def _news_untrusted(self, peer: str, mark: Mark, *, is_own: bool) -> tuple[News, Held | None] | None:
+    def _news_untrusted(self, lane: _Lane, peer: str, mark: Mark, *, is_own: bool) -> tuple[News, Held | None] | None:
         """What of `peer`'s weights (part 0) or gradient can be merged, and the gradient it is the difference to; None
         if nothing can. BadBytesError if what it publishes itself (`is_own`) is old."""
         with self._lock:
             reference = self._reference_round()
             news: News
             if mark.part:
-                news = self.ledger.news(peer, mark, reference)
+                news = lane.ledger.news(peer, mark, reference)
             else:
-                news = self.ledger.news_of_weights(peer, mark.round, reference)
-            earlier = self._merged.get(peer) if isinstance(news, Difference) else None
+                news = lane.ledger.news_of_weights(peer, mark.round, reference)
+            earlier = lane.merged.get(peer) if isinstance(news, Difference) else None
         if isinstance(news, Nothing) and is_own:
-            self._check_counters_untrusted(peer, mark, news)
+            self._check_counters_untrusted(lane, peer, mark, news)
         lacks_earlier = isinstance(news, Difference) and earlier is None
         if isinstance(news, Nothing | Theta) or lacks_earlier:
             _log.debug("%s has nothing new: %s", peer, news.reason)
             return None
         return news, earlier
 
-    def _check_counters_untrusted(self, peer: str, mark: Mark, news: Nothing) -> None:
+    def _check_counters_untrusted(self, lane: _Lane, peer: str, mark: Mark, news: Nothing) -> None:
         """BadBytesError if `peer` publishes what is too old, or its counter turned back for good.
 
         One that was killed turned back by a few rounds, and is past them soon."""
-        known = self.ledger.mark(peer)
+        known = lane.ledger.mark(peer)
         if news.turned_back and known is not None:
-            most = max(_RESTART_ROUNDS, self.ledger.max_staleness_rounds)
-            since = self._turned_back.setdefault((peer, "gradient" if mark.part else "weights"), self.round)
+            most = max(_RESTART_ROUNDS, lane.ledger.max_staleness_rounds)
+            since = lane.turned_back.setdefault((peer, "gradient" if mark.part else "weights"), self.round)
             if mark.round >= known.round - most and self.round <= since + most:
                 return
         if news.turned_back or news.too_old:
             raise BadBytesError(f"a publication of an old round: {news.reason}")
 
-    async def _ask_host(self, peer: str, host: str, request: pb.PublicationRequest) -> pb.PublicationReply:
+    async def _ask_host(self, lane: _Lane, peer: str, host: str, request: pb.PublicationRequest) -> pb.PublicationReply:
         """What a host has of `peer`; _HostsFailedError if it has nothing to say, or says what is not `peer`'s word."""
         try:
-            rules = self.settings.rules[section_of(request)]
+            rules = lane.rules[section_of(request)]
             reply = await self.calls.publication(host, request)
             if reply.HasField("manifest") and not is_signed_by_untrusted(rules, peer, reply.manifest):
                 raise BadBytesError(f"a publication of {peer} that is not signed by it")
@@ -467,13 +523,13 @@ class Gossip:
             self.refused(host, error)
         return _HostsFailedError(f"its host failed: {error}")
 
-    async def _bring(self, peer: str, held: Held, source: str, section: Section) -> float:
+    async def _bring(self, lane: _Lane, peer: str, held: Held, source: str, section: Section) -> float:
         """Pull the bytes; returns the seconds that took. Raises the PeerError that says why not: BusyError when it
         serves others."""
         began_s = swarm_time()
         begun = self._times.bytes_begin(began_s)
         try:
-            wrong = await bring(self.calls, source, held, self.settings.rules[section].pull)
+            wrong = await bring(self.calls, source, held, lane.rules[section].pull)
         except PeerError as error:
             if source == peer:
                 raise
@@ -496,16 +552,19 @@ class Gossip:
         """Have a merge of all that is here prepared, anew as long as more comes."""
         while True:
             with self._lock:
-                plan, pulled, ready = self._plan, tuple(self._pulled), self._ready
-            if plan is None or not pulled or (ready is not None and ready.pulled == pulled):
+                if (plan := self._plan) is None:
+                    return
+                lane = self.lanes[plan.fragment]
+                pulled, ready = tuple(lane.pulled), lane.ready
+            if not pulled or (ready is not None and ready.pulled == pulled):
                 return
             found = await self._try_to_prepare(plan, pulled)
             if found is None:
-                await self._drop_unmergeable(plan, pulled)
+                await self._drop_unmergeable(lane, plan, pulled)
                 continue
             with self._lock:
                 if self._plan is plan:
-                    self._ready = found
+                    lane.ready = found
 
     async def _try_to_prepare(self, plan: Plan, pulled: tuple[Pulled, ...]) -> _Ready | None:
         """A merge of `pulled`; None if there cannot be one."""
@@ -517,25 +576,13 @@ class Gossip:
             _log.exception("gossip: no merge could be prepared with what was pulled from %s", peers)
             return None
 
-    async def _drop_unmergeable(self, plan: Plan, pulled: tuple[Pulled, ...]) -> None:
+    async def _drop_unmergeable(self, lane: _Lane, plan: Plan, pulled: tuple[Pulled, ...]) -> None:
         """No merge of all of `pulled` can be prepared: drop those of which there can be none at all or, if each can be
         merged alone, the newest. Who published them has failed, and another is tried."""
         bad = [one for one in pulled if await self._try_to_prepare(plan, (one,)) is None] or [pulled[-1]]
         now = swarm_time()
         for one in bad:
-            self._partners.back_off.failed(one.peer, now, "what it published cannot be merged")
-            self._open.leave_out(one.section, one.peer, max(plan.ends_s, now + _LOOK_S))
+            self.back_off.failed(one.peer, now, "what it published cannot be merged")
+            lane.open.leave_out(one.section, one.peer, max(plan.ends_s, now + _LOOK_S))
         with self._lock:
-            self._pulled = [one for one in self._pulled if one not in bad]
-
-
-def _candidate(info: PeerInfo, num_parts: int) -> Candidate:
-    early = info.part == 0 and info.round > 0  # of this round it has published nothing yet, but all of the one before
-    return Candidate(
-        peer=info.peer,
-        round=info.round - early,
-        part=num_parts if early else info.part,
-        tokens=info.part_tokens,
-        inner_steps_done=info.inner_steps_done,
-        steps_per_s=info.steps_per_s,
-    )
+            lane.pulled = [one for one in lane.pulled if one not in bad]

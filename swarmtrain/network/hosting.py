@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.membership.hosts import KEPT_OF_A_GUEST, Guests, HostOrder, most_guests
 from swarmtrain.membership.lifecycle import Membership
-from swarmtrain.membership.pulls import SECTIONS, Section
+from swarmtrain.membership.pulls import Section
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
@@ -34,6 +35,8 @@ _log = logging.getLogger(__name__)
 _ASK_AGAIN_S = 1.0
 _WAIT_S = 20.0
 _MAX_WAITING_CALLERS = 4
+_Which: TypeAlias = tuple[str, Section, int]
+"""Of which guest, what, and of which fragment of the model."""
 
 
 @dataclass
@@ -52,18 +55,19 @@ class Hosting:
 
     calls: PeerCalls
     store: SnapshotStore
-    rules: Mapping[Section, PublicationRules]
+    rules: Sequence[Mapping[Section, PublicationRules]]
+    """Of each fragment of the model."""
     presence: Callable[[], pb.Signed]
     refused: Callable[[str, PeerError], None]
     waits_a_caller: int
     """So many answers a caller may wait for: what a round of gossip pulls, of partners who may all be guests here."""
     guests: Guests = field(init=False)
-    _kept: dict[tuple[str, Section], _Kept] = field(default_factory=dict)
+    _kept: dict[_Which, _Kept] = field(default_factory=dict)
     _waiting: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.guests = Guests(
-            most=most_guests(sum(spec.size_bytes for rules in self.rules.values() for spec in rules.specs))
+            most=most_guests(sum(spec.size_bytes for each in self.rules for one in each.values() for spec in one.specs))
         )
 
     def ask(self, peer: str) -> bool:
@@ -80,16 +84,16 @@ class Hosting:
         except BadBytesError:
             return pb.PublicationReply(away=True)
         here = self.guests.current(swarm_time())
-        for gone in {guest for guest, _ in self._kept} - set(here):
+        for gone in {guest for guest, *_ in self._kept} - set(here):
             self._forget(gone)
-        if author not in here:
+        if author not in here or request.fragment >= len(self.rules):
             return pb.PublicationReply(away=True)
         if not self.store.has_room_for(caller) or not self._may_wait(caller):
             return pb.PublicationReply(busy=True)
-        section = section_of(request)
-        kept = self._kept.setdefault((author, section), _Kept())
+        which = author, section_of(request), request.fragment
+        kept = self._kept.setdefault(which, _Kept())
         if kept.bringing is None and swarm_time() >= kept.asked_s + _ASK_AGAIN_S:
-            kept.bringing = asyncio.create_task(self._bring(author, section, kept))
+            kept.bringing = asyncio.create_task(self._bring(which, kept))
         if kept.bringing is not None:
             self._waiting[caller] += 1
             try:
@@ -113,10 +117,11 @@ class Hosting:
             return False
         return self._waiting.total() < _MAX_WAITING_CALLERS * self.waits_a_caller
 
-    async def _bring(self, guest: str, section: Section, kept: _Kept) -> None:
+    async def _bring(self, which: _Which, kept: _Kept) -> None:
         """Ask a guest for what it has that is newer, and pull it."""
+        guest = which[0]
         try:
-            await self._bring_untrusted(guest, section, kept)
+            await self._bring_untrusted(which, kept)
         except PeerError as error:
             _log.debug("guest %s: %s", guest, error)
             if error.is_incident:
@@ -124,23 +129,25 @@ class Hosting:
         finally:
             kept.asked_s, kept.bringing = swarm_time(), None
 
-    async def _bring_untrusted(self, guest: str, section: Section, kept: _Kept) -> None:
-        request = request_of(section, has_any=bool(kept.held), presence=self.presence())
+    async def _bring_untrusted(self, which: _Which, kept: _Kept) -> None:
+        guest, section, fragment = which
+        rules = self.rules[fragment][section]
+        request = request_of(section, fragment, has_any=bool(kept.held), presence=self.presence())
         if kept.held:
             newest = kept.held[-1].snapshot.manifest
             request.round, request.part = newest.round, newest.part
         reply = await self.calls.publication(guest, request)
         reply.DiscardUnknownFields()  # who reads what is sent on would have to take them too
         if reply.presence.payload:
-            author, _ = open_presence_untrusted(reply.presence, self.rules[section].run_sha256)
+            author, _ = open_presence_untrusted(reply.presence, rules.run_sha256)
             if author != guest:
                 raise BadBytesError("a presence of another peer than the one that sent it")
             kept.presence = reply.presence
         if not reply.HasField("manifest"):
             return
-        held, _ = publication_untrusted(self.rules[section], guest, reply.manifest)
-        await bring(self.calls, guest, held, self.rules[section].pull)
-        if self._kept.get((guest, section)) is not kept or guest not in self.guests.current(swarm_time()):
+        held, _ = publication_untrusted(rules, guest, reply.manifest)
+        await bring(self.calls, guest, held, rules.pull)
+        if self._kept.get(which) is not kept or guest not in self.guests.current(swarm_time()):
             return  # it left; if it is a guest again, that is another beginning
         self.store.add(held)
         kept.held.append(held)
@@ -153,10 +160,8 @@ class Hosting:
         self._forget(peer)
 
     def _forget(self, guest: str) -> None:
-        for section in SECTIONS:
-            kept = self._kept.pop((guest, section), None)
-            if kept is None:
-                continue
+        for which in [which for which in self._kept if which[0] == guest]:
+            kept = self._kept.pop(which)
             if kept.bringing is not None:
                 kept.bringing.cancel()
             while kept.held:  # whoever waits for `kept` finds nothing

@@ -64,11 +64,14 @@ class PublicationRules:
     max_tokens: int
     num_parts: int
     pull: PullLimits
+    fragment: int = 0
+    """Of the model, whose tensors `specs` are."""
 
 
-def request_of(section: Section, *, has_any: bool, presence: pb.Signed) -> pb.PublicationRequest:
-    """To be given a peer's newest weights or gradient."""
-    return pb.PublicationRequest(weights=section == "weights", has_any=has_any, presence=presence)
+def request_of(section: Section, fragment: int, *, has_any: bool, presence: pb.Signed) -> pb.PublicationRequest:
+    """To be given a peer's newest weights or gradient of a fragment."""
+    weights = section == "weights"
+    return pb.PublicationRequest(weights=weights, fragment=fragment, has_any=has_any, presence=presence)
 
 
 def section_of(request: pb.PublicationRequest) -> Section:
@@ -90,6 +93,8 @@ def publication_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed)
     manifest = snapshot.manifest
     if snapshot.author != peer:
         raise BadBytesError("a publication of another peer than the one that sent it")
+    if manifest.fragment != rules.fragment:
+        raise BadBytesError(f"a publication of fragment {manifest.fragment} in place of {rules.fragment}")
     if not min(1, rules.num_parts) <= manifest.part <= rules.num_parts:
         raise BadBytesError(f"a publication with part {manifest.part} of a round's {rules.num_parts}")
     most, least = (rules.max_tokens, 1) if manifest.part else (0, 0)
@@ -124,6 +129,7 @@ class Publisher:
     run_sha256: str
     specs: Sequence[TensorSpec]
     store: SnapshotStore
+    fragment: int = 0
     newest: Publication | None = None
     """Set by the trainer's thread, read in the network's."""
     shard_rows: Callable[[], Iterable[pb.Signed]] = tuple
@@ -162,6 +168,7 @@ class Publisher:
             tokens=publication.tokens,
             inner_steps=publication.inner_steps,
             author_tokens=publication.author_tokens,
+            fragment=self.fragment,
             coverage=self.shard_rows(),
         )
         publication.fill(manifest)

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain import __version__
@@ -22,6 +22,7 @@ from swarmtrain.membership import records
 from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.pulls import Section
 from swarmtrain.membership.tally import NamedOnce
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, rows_of
@@ -34,7 +35,7 @@ from swarmtrain.network.merging import Average, RoundSettings
 from swarmtrain.network.node import Node
 from swarmtrain.network.offering import FillManifest, Offer, state_specs
 from swarmtrain.network.own_records import OwnRecords
-from swarmtrain.network.publications import Publisher, Pulling
+from swarmtrain.network.publications import Publisher, Pulling, section_of
 from swarmtrain.network.reaching import Reaching, is_loopback_only
 from swarmtrain.network.records import (
     PRESENCE,
@@ -88,10 +89,9 @@ class Swarm:
     calls: PeerCalls = field(init=False)
     store: SnapshotStore = field(init=False)
     rounds: Rounds = field(init=False)
-    publisher: Publisher | None = None
-    weights_publisher: Publisher | None = None
-    """What this peer publishes in asynchronous rounds, in gossip its gradients and its weights; None where rounds are
-    synchronous, and in a bootstrap."""
+    publishers: Mapping[tuple[Section, int], Publisher] = field(default_factory=dict)
+    """What this peer publishes in asynchronous rounds, in gossip the gradients and the weights of each fragment; empty
+    where rounds are synchronous, and in a bootstrap."""
     gossip: Pulling | None = None
     """... and what it pulls of others'."""
     called: Callable[[str], None] = lambda peer: None  # what is to follow when a peer asks for what we publish
@@ -513,7 +513,7 @@ class Swarm:
             if self.hosting is None or self.rounds.away:
                 return pb.PublicationReply(away=True)
             return await self.hosting.answer(request, caller)
-        publisher = self.weights_publisher if request.weights else self.publisher
+        publisher = self.publishers.get((section_of(request), request.fragment))
         if publisher is None or self.rounds.away:
             return pb.PublicationReply(away=self.rounds.away)
         reply = pb.PublicationReply(presence=self.signed_presence(), busy=not self.store.has_room_for(caller))

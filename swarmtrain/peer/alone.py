@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
@@ -27,6 +28,12 @@ class _Nobody:
     left: int
     _own: Contribution | None = None
 
+    def hold(self, states: Sequence[OuterState]) -> None:
+        pass
+
+    def merged(self, fragment: int, state: OuterState) -> None:
+        pass
+
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         return Start(inner_steps=min(self.inner_steps, self.left), num_peers=1)
 
@@ -37,7 +44,7 @@ class _Nobody:
         self._own = contribution
         self.left -= contribution.inner_steps
 
-    def collect(self) -> Averaged | Replaced:
+    def collect(self, fragment: int = 0) -> Averaged | Replaced:
         assert self._own is not None
         return Averaged(
             gradient=self._own.gradient, partners=(ALONE,), weights=(self._own.tokens,), signer=ALONE, roster_sha256=""
@@ -70,8 +77,7 @@ def train_alone(
 
 
 def _lone_run(run: RunFile, inner_steps: int) -> RunFile:
-    merge = run.merge.model_copy(
-        update={"outer_learning_rate": 1.0, "outer_momentum": 0.0, "momentum_ramp_rounds": 0, "pacing": False}
-    )
+    alone = {"outer_learning_rate": 1.0, "outer_momentum": 0.0, "momentum_ramp_rounds": 0, "pacing": False}
+    merge = run.merge.model_copy(update={**alone, "fragments": 1})
     total = run.run.model_copy(update={"total_tokens": inner_steps * run.tokens_per_step})
     return run.model_copy(update={"merge": merge, "run": total})

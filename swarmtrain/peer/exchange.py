@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -83,7 +83,13 @@ class SwarmExchange(ABC):
         """See `Exchange`."""
 
     @abstractmethod
-    def collect(self) -> Averaged | Gathered | Served | Replaced:
+    def collect(self, fragment: int = 0) -> Averaged | Gathered | Served | Replaced:
+        """See `Exchange`."""
+
+    def hold(self, states: Sequence[OuterState]) -> None:  # noqa: B027 - most have nothing to do
+        """See `Exchange`."""
+
+    def merged(self, fragment: int, state: OuterState) -> None:  # noqa: B027 - most have nothing to do
         """See `Exchange`."""
 
     def step_done(self, inner_steps_done: int) -> None:
@@ -248,7 +254,7 @@ class RosterExchange(SwarmExchange):
         held = build_snapshot(self.swarm.identity, manifest, self.swarm.specs, body)
         self._merge = self.network.submit(self.swarm.rounds.finish(contribution.round, held, self._started_s))
 
-    def collect(self) -> Averaged | Replaced:
+    def collect(self, fragment: int = 0) -> Averaged | Replaced:
         """See `Exchange`."""
         assert self._merge is not None
         outcome = wait_for(self._merge, self.stop)

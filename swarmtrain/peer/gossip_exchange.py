@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from swarmtrain.algorithm.fragments import Fragment, fragments_of
 from swarmtrain.algorithm.gossip import Arrival, Layout, Prepared, prepare
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.robust import Incident
@@ -27,14 +28,14 @@ from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
 from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.pulls import Wanted, ahead_rounds
+from swarmtrain.membership.pulls import Section, Wanted, ahead_rounds
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan, Pulled
 from swarmtrain.network.hosting import Hosting, Routes
 from swarmtrain.network.publications import Publication, PublicationRules, Publisher
-from swarmtrain.network.snapshots import Body, Held
+from swarmtrain.network.snapshots import Body, Held, TensorSpec
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
@@ -50,23 +51,44 @@ _LAST_ROUND_S = 20.0
 _LOOK_S = 0.2
 _TRIES = 3
 _LEDGER = "ledger"
+_CLIPPED = "clipped"
 _COVERAGE = "coverage"
+
+
+def codecs_of(swarm: Swarm) -> list[PublicationCodec]:
+    """Of each fragment."""
+    section = swarm.published.run.merge
+    return [
+        PublicationCodec(
+            tuple(swarm.specs[tensor] for tensor in fragment.tensors), section.theta_format, section.gradient_format
+        )
+        for fragment in fragments_of(layout_of_specs(swarm.specs), section.num_fragments)
+    ]
 
 
 def gossip_settings(swarm: Swarm) -> GossipSettings:
     """What the run file says about publications and merging them."""
-    section, rounds = swarm.published.run.merge, swarm.rounds.settings
-    codec = PublicationCodec(swarm.specs, section.theta_format, section.gradient_format)
-    rules = PublicationRules(
-        run_sha256=rounds.run_sha256,
-        specs=codec.gradient.tensors,
-        max_tokens=rounds.max_tokens,
-        num_parts=section.publications_per_round,
-        pull=dataclasses.replace(rounds.pull, busy_limit_s=0.0),
-    )
+    section, rounds, codecs = swarm.published.run.merge, swarm.rounds.settings, codecs_of(swarm)
+
+    def rules_of(fragment: int, specs: tuple[TensorSpec, ...], num_parts: int) -> PublicationRules:
+        return PublicationRules(
+            run_sha256=rounds.run_sha256,
+            specs=specs,
+            max_tokens=rounds.max_tokens,
+            num_parts=num_parts,
+            pull=dataclasses.replace(rounds.pull, busy_limit_s=0.0),
+            fragment=fragment,
+        )
+
     return GossipSettings(
-        rules={"gradient": rules, "weights": dataclasses.replace(rules, specs=codec.weights.tensors, num_parts=0)},
-        sizes=codec.sizes,
+        rules=[
+            {
+                "gradient": rules_of(fragment, codec.gradient.tensors, section.publications_per_round),
+                "weights": rules_of(fragment, codec.weights.tensors, 0),
+            }
+            for fragment, codec in enumerate(codecs)
+        ],
+        sizes=[codec.sizes for codec in codecs],
         wanted=Wanted(section.num_partners, section.num_weights),
     )
 
@@ -90,29 +112,46 @@ class GossipExchange(AsynchronousExchange):
 
     keeps_in_step = True
     gossip: Gossip = field(init=False)
-    publisher: Publisher = field(init=False)
-    weights_publisher: Publisher = field(init=False)
-    _codec: PublicationCodec = field(init=False)
+    publishers: dict[tuple[Section, int], Publisher] = field(init=False)
+    _codecs: list[PublicationCodec] = field(init=False)
+    """Of each fragment, as the lists below."""
     _layout: Layout = field(init=False)
-    _state: OuterState = field(init=False, repr=False)
-    _robustness: Robustness = field(init=False)
+    """Of the whole model."""
+    _fragments: tuple[Fragment, ...] = field(init=False)
+    _states: list[OuterState] = field(default_factory=list, repr=False)
+    _began_s: list[float] = field(init=False)
+    """When its round began."""
+    _robustness: list[Robustness] = field(init=False)
     _unlearned: deque[Contribution] = field(default_factory=deque, repr=False)
     _learning: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _own_tokens: int = 0
-    _round: int = 0
+    _progress: Progress = field(default_factory=Progress)
+    _start: Start = field(default_factory=lambda: Start(inner_steps=1, num_peers=1))
+    _steps_per_s: float = 0.0
+    _is_held: bool = False
+    """Whether the round that begins is the first with weights that this peer has not merged itself."""
 
     def __post_init__(self) -> None:
         swarm, section = self.swarm, self.run.merge
-        self._codec = PublicationCodec(swarm.specs, section.theta_format, section.gradient_format)
-        self._layout = layout_of_specs(swarm.specs)
-        self._robustness = Robustness(section.robust, self._layout, self._tell_clipped, met=section.init == "common")
-        settings = gossip_settings(swarm)
-        self.publisher, self.weights_publisher = (
-            Publisher(
-                swarm.identity, rules.run_sha256, rules.specs, swarm.store, shard_rows=lambda: rows_of(swarm.coverage)
+        settings, self._codecs = gossip_settings(swarm), codecs_of(swarm)
+        self._layout, met = layout_of_specs(swarm.specs), section.init == "common"
+        self._fragments = fragments_of(self._layout, section.num_fragments)
+        self._began_s = [0.0] * len(self._fragments)
+        self._robustness = [
+            Robustness(section.robust, fragment.layout, self._tell_clipped, met=met) for fragment in self._fragments
+        ]
+        self.publishers = {
+            (what, fragment): Publisher(
+                swarm.identity,
+                rules.run_sha256,
+                rules.specs,
+                swarm.store,
+                shard_rows=lambda: rows_of(swarm.coverage),
+                fragment=fragment,
             )
-            for rules in (settings.rules["gradient"], settings.rules["weights"])
-        )
+            for fragment, of_fragment in enumerate(settings.rules)
+            for what, rules in of_fragment.items()
+        }
         self.gossip = Gossip(
             me=swarm.identity.peer_id,
             calls=swarm.calls,
@@ -124,68 +163,103 @@ class GossipExchange(AsynchronousExchange):
             heard_untrusted=swarm.heard_untrusted,
             counted=swarm.tallying.hear,
             refused=swarm.refused,
-            ledger=Ledger(
-                max_staleness_rounds=section.max_staleness_rounds,
-                num_parts=section.publications_per_round,
-                max_held=section.num_partners,
-            ),
+            ledgers=[
+                Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
+                for _ in self._fragments
+            ],
             expected_s=swarm.node.traffic.times.expected_s,
             variant=section.partners,
             heard_rows_untrusted=self._hear_rows_untrusted,
             routes=Routes(swarm.node, swarm.membership),
         )
-        swarm.publisher, swarm.weights_publisher = self.publisher, self.weights_publisher
+        swarm.publishers = self.publishers
         swarm.gossip, swarm.hosting, swarm.called = self.gossip, hosting_of(swarm), self.gossip.called
 
     # ------------------------------------------------------------- the trainer's calls
 
+    def hold(self, states: Sequence[OuterState]) -> None:
+        """See `Exchange`."""
+        self._states, self._is_held = list(states), True
+
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """See `Exchange`."""
-        start = self._enter_round(progress, steps_per_s)
-        self._round = progress.round
-        now, theta, coverage = swarm_time(), self._state.theta, self.swarm.coverage
-        ends_s = now + self._round_s(start.inner_steps, steps_per_s)
-        plan = Plan(
-            round=progress.round,
-            started_s=now,
-            ends_s=ends_s,
-            prepare=functools.partial(self._prepare, self._state, now, ends_s),
-            is_sure=steps_per_s > 0,
+        start, coverage = self._enter_round(progress, steps_per_s), self.swarm.coverage
+        self._progress, self._steps_per_s = progress, steps_per_s
+        others = [info.peer for info in self.swarm.membership.volunteers()]
+        start = self._start = dataclasses.replace(
+            start,
+            num_parts=self.run.merge.publications_per_round,
+            num_fragments=len(self._fragments),
+            shard=None if coverage is None else coverage.begin(progress.round, others),
         )
-        self.weights_publisher.newest = Publication(
-            round=progress.round,
-            part=0,
-            tokens=0,
-            inner_steps=0,
-            author_tokens=progress.peer_tokens.get(self.swarm.identity.peer_id, 0),
-            encode=lambda: self._encode_weights(theta),
-        )
+        now, last = swarm_time(), len(self._fragments) - 1
+        for fragment in range(len(self._fragments)) if self._is_held else [last]:
+            self._publish_weights(fragment, progress.round, now)
+        self._is_held = False
+        plan = self._plan(0, now)
 
         async def begin() -> None:
             self._describe_start(progress, steps_per_s)
             self.gossip.begin(plan)
 
         self._do_soon(begin())
-        others = [info.peer for info in self.swarm.membership.volunteers()]
-        return dataclasses.replace(
-            start,
-            num_parts=self.run.merge.publications_per_round,
-            shard=None if coverage is None else coverage.begin(progress.round, others),
+        return start
+
+    def _publish_weights(self, fragment: int, round: int, now: float) -> None:
+        """A round of that fragment begins, with its weights."""
+        theta, peer_tokens = self._states[fragment].theta, self._progress.peer_tokens
+        self._began_s[fragment] = now
+        self.publishers["weights", fragment].newest = Publication(
+            round=round,
+            part=0,
+            tokens=0,
+            inner_steps=0,
+            author_tokens=peer_tokens.get(self.swarm.identity.peer_id, 0),
+            encode=functools.partial(self._encode_weights, theta, fragment),
         )
+
+    def _plan(self, fragment: int, now: float) -> Plan:
+        """The merge of that fragment is the next."""
+        merge_after = [0, *self._start.merge_after]
+        steps = merge_after[fragment + 1] - merge_after[fragment]
+        ends_s = now + self._round_s(steps, self._steps_per_s)
+        return Plan(
+            round=self._progress.round,
+            started_s=now,
+            ends_s=ends_s,
+            prepare=functools.partial(self._prepare, fragment, self._states[fragment], self._began_s[fragment], ends_s),
+            is_sure=self._steps_per_s > 0,
+            fragment=fragment,
+        )
+
+    def merged(self, fragment: int, state: OuterState) -> None:
+        """See `Exchange`."""
+        self._states[fragment] = state
+        if fragment == len(self._fragments) - 1:
+            return
+        now = swarm_time()
+        self._publish_weights(fragment, self._progress.round + 1, now)
+        plan = self._plan(fragment + 1, now)
+
+        async def begin() -> None:
+            self.gossip.begin(plan)
+
+        self._do_soon(begin())
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""
         if self.swarm.coverage is not None:
             self.swarm.coverage.reached(contribution.tokens)
         self._own_tokens = contribution.own_tokens
-        self.publisher.newest = Publication(
-            round=contribution.round,
-            part=contribution.part,
-            tokens=contribution.tokens,
-            inner_steps=contribution.inner_steps,
-            author_tokens=contribution.own_tokens,
-            encode=lambda: self._encode_gradient(contribution),
-        )
+        for fragment, of in enumerate(contribution.fragment_rounds):
+            self.publishers["gradient", fragment].newest = Publication(
+                round=of.round,
+                part=of.part,
+                tokens=of.tokens,
+                inner_steps=of.inner_steps,
+                author_tokens=contribution.own_tokens,
+                encode=functools.partial(self._encode_gradient, contribution, fragment),
+            )
 
         async def describe() -> None:
             self.swarm.describe_part(contribution.part, contribution.tokens)
@@ -201,38 +275,44 @@ class GossipExchange(AsynchronousExchange):
         with self._learning:
             while self._unlearned:
                 contribution = self._unlearned.popleft()
-                self._robustness.learn(contribution.gradient, contribution.tokens)
+                parts = zip(self._robustness, contribution.gradients, contribution.fragment_rounds, strict=True)
+                for robustness, gradient, of in parts:
+                    robustness.learn(gradient, of.tokens)
 
-    def _accept_untrusted(self, held: Held, arrival: Arrival) -> Arrival:
+    def _accept_untrusted(self, fragment: int, held: Held, arrival: Arrival) -> Arrival:
         """What the run's rule lets enter a merge: it compares with all that was published here before."""
         self._learn()
-        return self._robustness.accept(held.snapshot.author, arrival, self._state.theta)
+        return self._robustness[fragment].accept(held.snapshot.author, arrival, self._states[fragment].theta)
 
     def _hear_rows_untrusted(self, peer: str, rows: Sequence[pb.Signed]) -> None:
         if self.swarm.coverage is not None:
             self.swarm.coverage.hear_untrusted(peer, rows)
 
-    def _encode_weights(self, theta: Tensor) -> Body:
-        return Body([self._codec.weights.encode(theta)])
+    def _encode_weights(self, theta: Tensor, fragment: int) -> Body:
+        return Body([self._codecs[fragment].weights.encode(theta)])
 
-    def _encode_gradient(self, contribution: Contribution) -> Body:
-        return Body([self._codec.gradient.encode_sum(contribution.gradient, contribution.round, contribution.part)])
+    def _encode_gradient(self, contribution: Contribution, fragment: int) -> Body:
+        gradient, of = contribution.gradients[fragment], contribution.fragment_rounds[fragment]
+        return Body([self._codecs[fragment].gradient.encode_sum(gradient, of.round, of.part)])
 
-    def collect(self) -> Gathered | Replaced:
+    def collect(self, fragment: int = 0) -> Gathered | Replaced:
         """See `Exchange`. Waits for nobody, unless this peer has fallen far behind and takes the others' weights."""
-        ready, swarm = self.gossip.take(self._round), self.swarm
-        swarm.tallying.learn({swarm.identity.peer_id: self._own_tokens})
-        if behind := left_behind(self._round, self._rounds_of_others(), self.run.merge.max_staleness_rounds):
+        round, swarm = self._progress.round, self.swarm
+        ready, is_last = self.gossip.take(round, fragment), fragment == len(self._fragments) - 1
+        if is_last:
+            swarm.tallying.learn({swarm.identity.peer_id: self._own_tokens})
+        behind = left_behind(round, self._rounds_of_others(), self.run.merge.max_staleness_rounds)
+        if behind and is_last:
             reason = f"it was {behind} rounds behind the others"
-            if (replaced := self._consensus(reason, self._round + 1)) is not None:
+            if (replaced := self._consensus(reason, round + 1)) is not None:
                 swarm.emit(CaughtUpEvent(round=replaced.progress.round, from_peer=replaced.from_peer, reason=reason))
                 return replaced
-        counts = swarm.tallying.contributions()
+        counts = swarm.tallying.contributions() if is_last else {}
         pulled = () if ready is None else ready.pulled
         if ready is not None and ready.prepared.displacement is not None:
-            self._robustness.merged(ready.prepared.displacement)
+            self._robustness[fragment].merged(ready.prepared.displacement)
         return Gathered(
-            prepared=self._merge_of(self._state, ()) if ready is None else ready.prepared,
+            prepared=self._merge_of(fragment, self._states[fragment], ()) if ready is None else ready.prepared,
             merged=self._merged(pulled),
             apart=apart(self.run.merge.robust, [each.arrival for each in pulled]),
             run_tokens=sum(counts.values()),
@@ -250,40 +330,38 @@ class GossipExchange(AsynchronousExchange):
                 round=(newest := max(each.mark.round for each in sections)),
                 part=max(each.mark.part for each in sections if each.mark.round == newest),
                 tokens=sum(each.arrival.tokens for each in sections),
-                staleness_rounds=self._round - newest,
+                staleness_rounds=self._progress.round - newest,
                 pull_s=max(each.pull_s for each in sections),
             )
             for peer, sections in by_peer.items()
         )
 
-    def _decode_weights_untrusted(self, held: Held) -> Arrival:
+    def _decode_weights_untrusted(self, fragment: int, held: Held) -> Arrival:
         """What enters a merge of a publication's weights: decoded, and clipped as the run's rule says."""
-        return self._accept_untrusted(held, self._codec.weights_untrusted(held))
+        return self._accept_untrusted(fragment, held, self._codecs[fragment].weights_untrusted(held))
 
-    def _decode_gradient_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
+    def _decode_gradient_untrusted(self, fragment: int, held: Held, news: News, earlier: Held | None) -> Arrival:
         """The same of its pseudo-gradient."""
-        return self._accept_untrusted(held, self._codec.gradient_untrusted(held, news, earlier))
+        arrival = self._codecs[fragment].gradient_untrusted(held, news, earlier)
+        return self._accept_untrusted(fragment, held, arrival)
 
     def _tell_clipped(self, peer: str, incident: Incident) -> None:
         self.swarm.emit(ClippedEvent(from_peer=peer, rule=incident.rule, detail=incident.detail))
 
-    def _prepare(self, state: OuterState, began_s: float, ends_s: float, pulled: Sequence[Pulled]) -> Prepared:
+    def _prepare(
+        self, fragment: int, state: OuterState, began_s: float, ends_s: float, pulled: Sequence[Pulled]
+    ) -> Prepared:
         """All of a merge that does not need this peer's own gradient; in a thread beside the trainer's."""
         arrivals = [
             dataclasses.replace(each.arrival, ahead_rounds=ahead_rounds(each.began_s, began_s, ends_s))
             for each in pulled
         ]
-        return self._merge_of(state, arrivals)
+        return self._merge_of(fragment, state, arrivals)
 
-    def _merge_of(self, state: OuterState, arrivals: Sequence[Arrival]) -> Prepared:
-        return prepare(state, arrivals, self._layout, self.run.merge.outer_learning_rate)
+    def _merge_of(self, fragment: int, state: OuterState, arrivals: Sequence[Arrival]) -> Prepared:
+        return prepare(state, arrivals, self._fragments[fragment].layout, self.run.merge.outer_learning_rate)
 
     # ------------------------------------------------------------- present weights
-
-    def offer(self, state: OuterState, progress: Progress) -> None:
-        """See `SwarmExchange`. The trainer does not wait for it."""
-        self._state = state
-        super().offer(state, progress)
 
     def _rounds_of_others(self) -> list[int]:
         return [info.round for info in self.swarm.membership.volunteers() if info.round]
@@ -334,13 +412,19 @@ class GossipExchange(AsynchronousExchange):
         """See `SwarmExchange`: what was merged of whom, and who has seen which data."""
         coverage = self.swarm.coverage
         seen = {} if coverage is None else {_COVERAGE: coverage.kept}
-        return {_LEDGER: self.gossip.ledger_rows, **self._robustness.kept(), **seen}
+        return {_LEDGER: self.gossip.ledger_rows, _CLIPPED: self._clipped, **seen}
+
+    def _clipped(self) -> list[dict[str, Any]]:
+        """What is usual here of each fragment."""
+        return [{name: give() for name, give in each.kept().items()} for each in self._robustness]
 
     def restore(self, extra: Mapping[str, Any]) -> None:
         """See `SwarmExchange`."""
         try:
-            self.gossip.ledger.load(extra.get(_LEDGER, []))
-            self._robustness.restore(extra)
+            for ledger, rows in zip(self.gossip.ledgers, extra.get(_LEDGER, ()), strict=_LEDGER in extra):
+                ledger.load(rows)
+            for robustness, kept in zip(self._robustness, extra.get(_CLIPPED, ()), strict=_CLIPPED in extra):
+                robustness.restore(kept)
         except (ValueError, TypeError) as error:
             message = f"what the checkpoint says of merges is not used ({error}); parts may be merged twice"
             self.swarm.emit(WarningEvent(message=message))

@@ -71,7 +71,7 @@ class MergeServer:
         self._taking = asyncio.Lock()
         self._named = NamedOnce()
         self._task: asyncio.Task[None] | None = None
-        swarm.publisher, swarm.gossip = self.publisher, self
+        swarm.publishers, swarm.gossip = {("gradient", 0): self.publisher}, self
 
     @property
     def state(self) -> OuterState:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from swarmtrain.events import RoundEvent, times_below_allreduce
 from swarmtrain.network.codec import vector_sha256
 from swarmtrain.peer.exchange import SwarmExchange
-from swarmtrain.peer.trainer import Averaged, RoundReport, Served
+from swarmtrain.peer.trainer import Averaged, Gathered, Merged, RoundReport, Served
 
 __all__ = ["round_event", "what_was_merged"]
 
@@ -49,18 +51,44 @@ def what_was_merged(report: RoundReport) -> dict[str, Any]:
     if isinstance(arrived, Averaged):
         roster = {"partners": arrived.partners, "weights": arrived.weights, "signer": arrived.signer}
         return {**roster, "state_sha256": vector_sha256(report.state.theta)}
-    pulled = {
-        "partners": tuple(merged.peer for merged in arrived.merged),
-        "weights": tuple(merged.tokens for merged in arrived.merged),
-        "staleness_rounds": tuple(merged.staleness_rounds for merged in arrived.merged),
-        "pull_s": max((merged.pull_s for merged in arrived.merged), default=None),
-    }
     if isinstance(arrived, Served):
-        return pulled
-    prepared = arrived.prepared
+        return _pulled(arrived.merged)
+    prepared = [each.prepared for each in arrived]
     return {
-        **pulled,
-        "variance_factor": prepared.variance_factor,
-        "consensus_spread": prepared.consensus_spread,
-        "displacement": None if prepared.displacement == math.inf else prepared.displacement,
+        **_pulled(_of_the_model(arrived)),
+        "variance_factor": max(each.variance_factor for each in prepared),
+        "consensus_spread": _most(each.consensus_spread for each in prepared),
+        "displacement": _most(each.displacement for each in prepared if each.displacement != math.inf),
     }
+
+
+def _pulled(merged: Sequence[Merged]) -> dict[str, Any]:
+    return {
+        "partners": tuple(each.peer for each in merged),
+        "weights": tuple(each.tokens for each in merged),
+        "staleness_rounds": tuple(each.staleness_rounds for each in merged),
+        "pull_s": max((each.pull_s for each in merged), default=None),
+    }
+
+
+def _most(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _of_the_model(gathered: Sequence[Gathered]) -> list[Merged]:
+    """What was merged of each partner, of any fragment; of the tokens so many as the merged part of the model is."""
+    size = sum(each.prepared.theta_mean.numel() for each in gathered)
+    found: dict[str, Merged] = {}
+    tokens = dict[str, float]()
+    for each in gathered:
+        for merged in each.merged:
+            share = each.prepared.theta_mean.numel() / size
+            tokens[merged.peer] = tokens.get(merged.peer, 0.0) + share * merged.tokens
+            before = found.setdefault(merged.peer, merged)
+            found[merged.peer] = dataclasses.replace(
+                merged,
+                tokens=round(tokens[merged.peer]),
+                staleness_rounds=max(before.staleness_rounds, merged.staleness_rounds),
+                pull_s=max(before.pull_s, merged.pull_s),
+            )
+    return list(found.values())

@@ -110,7 +110,7 @@ class ServerExchange(AsynchronousExchange):
             counted=swarm.tallying.hear,
             refused=swarm.refused,
         )
-        swarm.publisher, swarm.gossip = self.publisher, self.link
+        swarm.publishers, swarm.gossip = {("gradient", 0): self.publisher}, self.link
 
     # ------------------------------------------------------------- the trainer's calls
 
@@ -162,7 +162,7 @@ class ServerExchange(AsynchronousExchange):
 
         self._do_soon(announce())
 
-    def collect(self) -> Served:
+    def collect(self, fragment: int = 0) -> Served:
         """See `Exchange`. Waits for nobody."""
         own, swarm = self._contribution, self.swarm
         swarm.tallying.learn({swarm.identity.peer_id: own.own_tokens})
@@ -171,7 +171,7 @@ class ServerExchange(AsynchronousExchange):
             theta, open_rounds = self._go_on_from(came.theta, came.arrivals, came.entered_round)
             merged = (self._merged(came, open_rounds),)
         else:  # it goes on from where it is, if that is anywhere
-            theta = own.reached if bool(torch.isfinite(own.gradient).all()) else own.theta
+            theta = own.reached if bool(torch.isfinite(own.gradient).all()) else own.thetas[0]
         counts = swarm.tallying.contributions()
         return Served(theta=theta, merged=merged, run_tokens=sum(counts.values()), peer_tokens=counts)
 

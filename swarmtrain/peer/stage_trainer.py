@@ -58,10 +58,10 @@ class StageTrainer(Trainer):
         finally:
             self.desk.close()
 
-    def enter(self, theta: Tensor) -> None:
+    def enter(self, theta: Tensor, fragment: int | None = None) -> None:
         """See `Trainer`: what is under way keeps the weights that it began with."""
         self.loop.work.let_go()
-        super().enter(theta)
+        super().enter(theta, fragment)
         self.loop.work.replaced()
 
     def step(self, progress: float, scale: float) -> InnerStep:

@@ -16,11 +16,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.gossip import Arrival, Prepared, gossip_merge
+from swarmtrain.algorithm.fragments import Fragment, fragments_of, whole_of
+from swarmtrain.algorithm.gossip import Arrival, Prepared, gossip_merge, layout_of
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, Moments, learning_rate_at, moments_scale
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import RunTimeError
+from swarmtrain.membership.fragments import FragmentRound, FragmentRounds
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
 from swarmtrain.peer.robustness import robust_mean
@@ -68,7 +70,9 @@ class Contribution:
 
     round: int
     part: int  # 1, 2, ... of the round's publications, each with all steps since the round's start
-    theta: Tensor  # the weights at the round's start, (P,) fp32
+    thetas: tuple[Tensor, ...]  # of each fragment the weights at its last merge, (Q,) fp32
+    fragments: tuple[Fragment, ...]
+    fragment_rounds: tuple[FragmentRound, ...]  # and how far its round is
     reached: Tensor  # the weights it has got to, (P,) fp32
     tokens: int
     inner_steps: int
@@ -76,9 +80,17 @@ class Contribution:
     base: str  # digest of the roster that led to the weights it starts from, "" before the first
 
     @cached_property
+    def gradients(self) -> tuple[Tensor, ...]:
+        """The pseudo-gradient of each fragment, (Q,) fp32: computed by who asks first, so that publishing costs the
+        trainer a copy."""
+        pairs = zip(self.thetas, self.fragments, strict=True)
+        return tuple(theta - fragment.of(self.reached) for theta, fragment in pairs)
+
+    @property
     def gradient(self) -> Tensor:
-        """The pseudo-gradient, (P,) fp32: computed by who asks first, so that publishing costs the trainer a copy."""
-        return self.theta - self.reached
+        """The pseudo-gradient of a model in one piece, (P,) fp32."""
+        (gradient,) = self.gradients
+        return gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +160,21 @@ class Start:
     """Of the data, from which the round is drawn; None for everywhere."""
     run_steps_a_step: float = 0.0
     """Inner steps of everybody together in the time of one of this peer's; 0: `num_peers`."""
+    num_fragments: int = 1
+    """Of the model, which are merged at equal distances, the last one at the round's end."""
 
     @property
     def publish_after(self) -> Sequence[int]:
         """The inner steps after which it publishes: as many as there are parts, or fewer in a very short round."""
         parts = min(self.num_parts, self.inner_steps)
         return [-(-self.inner_steps * part // parts) for part in range(1, parts + 1)]
+
+    @property
+    def merge_after(self) -> Sequence[int]:
+        """The inner steps after which each fragment is merged: each a moment of a publication."""
+        parts, count = min(self.num_parts, self.inner_steps), self.num_fragments
+        ends = (-(-parts * (fragment + 1) // count) for fragment in range(count))
+        return [self.publish_after[part - 1] for part in ends]
 
     def part_after(self, inner_steps: int) -> int:
         """The number of the publication after so many inner steps; the last one's is always `num_parts`."""
@@ -182,7 +203,7 @@ class RoundReport:
     """What is told of a finished round; seconds, tokens, nats per token."""
 
     contribution: Contribution
-    arrived: Averaged | Gathered | Served
+    arrived: Averaged | tuple[Gathered, ...] | Served  # with gossip of each fragment
     progress: Progress
     num_peers: int
     loss: float
@@ -207,8 +228,9 @@ class InnerStep:
 @dataclass(frozen=True)
 class _Steps:
     done: list[InnerStep]
+    gathered: list[Gathered]  # what was merged meanwhile
     learning_rate: float  # of the last one
-    published_s: float  # what publishing within the round took of them
+    apart_s: float  # what publishing and merging within the round took of them
 
     @property
     def tokens(self) -> int:
@@ -222,6 +244,13 @@ class RoundOver(Exception):  # noqa: N818 - a signal, not an error
 class Exchange(Protocol):
     """The network as the trainer sees it. Each method may raise RunTimeError when the peer cannot go on."""
 
+    def hold(self, states: Sequence[OuterState]) -> None:
+        """Each fragment's state, with which the first round begins, and one after the weights were taken from others.
+        Returns at once."""
+
+    def merged(self, fragment: int, state: OuterState) -> None:
+        """A fragment's state after its merge with what was gathered. Returns at once."""
+
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """How the next round begins."""
 
@@ -231,8 +260,9 @@ class Exchange(Protocol):
     def publish(self, contribution: Contribution) -> None:
         """Here is my round, or what there is of it. Returns at once."""
 
-    def collect(self) -> Averaged | Gathered | Served | Replaced:
-        """Give me what arrived; waits as long as the merge method says. Raises StopTraining when asked to end."""
+    def collect(self, fragment: int = 0) -> Averaged | Gathered | Served | Replaced:
+        """Give me what arrived for that fragment; waits as long as the merge method says. `Replaced` only with the last
+        fragment, at the round's end. Raises StopTraining when asked to end."""
 
 
 @dataclass
@@ -249,20 +279,51 @@ class Trainer:
     """Around each inner step; on leaving it, it may wait (`peer/slowdown.py`)."""
     settled: Callable[[], None] = lambda: None
     """Called when a round has led to a new state, merged or taken from another peer, before it is reported."""
-    state: OuterState = field(init=False)
     progress: Progress = field(default_factory=Progress)
     own_tokens: int = 0
     steps_per_s: float = 0.0
     young_steps: int | None = None
     """Steps taken since this peer came late, with empty moments; None when it began with the others."""
-    _has_moments: bool = False
     inner: InnerOptimizer = field(init=False)
+    fragments: tuple[Fragment, ...] = field(init=False)
+    """Of the model; one but with gossip."""
+    _has_moments: bool = False
+    _is_entered: bool = False
+    """Whether the model has the weights that a round begins with."""
+    _states: list[OuterState] = field(init=False, repr=False)
+    _whole: OuterState | None = field(default=None, repr=False)
+    _rounds: FragmentRounds = field(init=False)
 
     def __post_init__(self) -> None:
+        shapes = [tuple(parameter.shape) for parameter in self.model.parameters()]
+        self.fragments = fragments_of(layout_of(shapes), self.run.merge.num_fragments)
+        self._rounds = FragmentRounds(len(self.fragments))
         theta = flatten(self.model.parameters())
         self.state = OuterState(theta, torch.zeros_like(theta))
         self.constants = inner_constants(self.run)
         self.inner = InnerOptimizer(self.model.named_parameters(), self.constants)
+
+    @property
+    def state(self) -> OuterState:
+        """Of the whole model, each fragment's as of its last merge."""
+        if self._whole is None:
+            thetas, momenta = ([getattr(one, name) for one in self._states] for name in ("theta", "momentum"))
+            self._whole = OuterState(whole_of(self.fragments, thetas), whole_of(self.fragments, momenta))
+        return self._whole
+
+    @state.setter
+    def state(self, state: OuterState) -> None:
+        self._whole, self._is_entered = state, False
+        self._states = [OuterState(one.of(state.theta), one.of(state.momentum)) for one in self.fragments]
+        self._rounds.restart()
+
+    def state_of(self, fragment: int) -> OuterState:
+        """Of one fragment, (Q,), as of its last merge."""
+        return self._states[fragment]
+
+    def of_round(self, fragment: int, round: int, tokens: int) -> int:
+        """See `FragmentRounds.of_round`."""
+        return self._rounds.of_round(fragment, round, tokens)
 
     @property
     def finished(self) -> bool:
@@ -279,11 +340,13 @@ class Trainer:
         return "total_tokens"
 
     def _round(self) -> None:
+        if not self._is_entered:
+            self.exchange.hold(self._states)
         start = self.exchange.start_round(self.progress, self.steps_per_s)
         began_s = time.monotonic()
         if start.shard is not None:
             self.batches.use_shard(start.shard)
-        self.enter(self.state.theta)
+        self.begin(start)
         steps = self._inner_steps(start)
         steps_end_s = time.monotonic()
         finite = [step.loss for step in steps.done if math.isfinite(step.loss)]
@@ -291,9 +354,10 @@ class Trainer:
         if not finite:
             raise RunTimeError("training diverged: no loss of the last round was finite; lower inner.learning_rate")
         num_steps = steps.tokens / self.run.tokens_per_step  # a stage's steps are not all of one size
-        self.steps_per_s = num_steps / max(steps_end_s - began_s - steps.published_s, 1e-9)
+        self.steps_per_s = num_steps / max(steps_end_s - began_s - steps.apart_s, 1e-9)
         contribution = self._publish(start.num_parts, len(steps.done), steps.tokens)
-        arrived = self.exchange.collect()
+        gathered = [*steps.gathered, *self._merge_due(start, len(steps.gathered), start.inner_steps, contribution)]
+        arrived = self.exchange.collect(len(self.fragments) - 1)
         self.own_tokens += contribution.tokens
         if isinstance(arrived, Replaced):
             self.adopt(arrived)
@@ -305,7 +369,7 @@ class Trainer:
         self.report(
             RoundReport(
                 contribution=contribution,
-                arrived=arrived,
+                arrived=(*gathered, arrived) if isinstance(arrived, Gathered) else arrived,
                 progress=self.progress,
                 num_peers=start.num_peers,
                 loss=sum(finite) / len(finite),
@@ -314,17 +378,25 @@ class Trainer:
                 grad_norm=sum(norms) / len(norms) if norms else None,
                 seconds=time.monotonic() - began_s,
                 merge_s=merged_s - steps_end_s,
-                stall_s=merged_s - steps_end_s + steps.published_s,
+                stall_s=merged_s - steps_end_s + steps.apart_s,
                 state=self.state,
             )
         )
 
+    def begin(self, start: Start) -> None:
+        """A round begins, in the model too."""
+        parts = [start.part_after(inner_steps) for inner_steps in start.merge_after]
+        self._rounds.begin(self.progress.round, start.num_parts, parts)
+        if not self._is_entered:
+            self.enter(self.state.theta)
+
     def _inner_steps(self, start: Start) -> _Steps:
         """AdamW steps over the tokens of `start.inner_steps` of them, or fewer if the round is over before; publishes
-        at all moments of the round but its end."""
+        at all moments of the round but its end, and merges all fragments but the last."""
         done: list[InnerStep] = []
+        gathered: list[Gathered] = []
         step_tokens, tokens, before = self.run.tokens_per_step, 0, self.progress.run_tokens
-        progress = published_s = 0.0
+        progress = apart_s = 0.0
         moments = list(start.publish_after)
         while tokens < start.inner_steps * step_tokens:
             if self.should_stop():
@@ -343,11 +415,24 @@ class Trainer:
                 part = start.part_after(moments.pop(0))
             if part and tokens < start.inner_steps * step_tokens:
                 began_s = time.monotonic()
-                self._publish(part, len(done), tokens)
-                published_s += time.monotonic() - began_s
+                contribution = self._publish(part, len(done), tokens)
+                gathered += self._merge_due(start, len(gathered), num_steps, contribution)
+                apart_s += time.monotonic() - began_s
         if not done:
             raise StopTraining
-        return _Steps(done, learning_rate_at(self.constants, progress), published_s)
+        return _Steps(done, gathered, learning_rate_at(self.constants, progress), apart_s)
+
+    def _merge_due(self, start: Start, num_merged: int, num_steps: int, own: Contribution) -> list[Gathered]:
+        """Merge the fragments that are due after so many steps, but for those merged before and the last one."""
+        gathered = []
+        for fragment in range(num_merged, len(self.fragments) - 1):
+            if start.merge_after[fragment] > num_steps:
+                break
+            arrived = self.exchange.collect(fragment)
+            assert isinstance(arrived, Gathered)
+            self.merge(arrived, own, fragment)
+            gathered.append(arrived)
+        return gathered
 
     @property
     def _scale(self) -> float:
@@ -361,22 +446,32 @@ class Trainer:
 
     def _publish(self, part: int, inner_steps: int, tokens: int) -> Contribution:
         """Hand over what `inner_steps` of this round have brought: one copy of the weights."""
-        contribution = Contribution(
+        contribution = self.contribution(part, inner_steps, tokens)
+        self.exchange.publish(contribution)
+        return contribution
+
+    def contribution(self, part: int, inner_steps: int, tokens: int) -> Contribution:
+        """What `inner_steps` of this round have brought, with publication `part`."""
+        return Contribution(
             round=self.progress.round,
             part=part,
-            theta=self.state.theta,
+            thetas=tuple(state.theta for state in self._states),
+            fragments=self.fragments,
+            fragment_rounds=self._rounds.at(part, tokens, inner_steps),
             reached=flatten(self.model.parameters()),
             tokens=tokens,
             inner_steps=inner_steps,
             own_tokens=self.own_tokens + tokens,
             base=self.progress.roster_sha256,
         )
-        self.exchange.publish(contribution)
-        return contribution
 
-    def enter(self, theta: Tensor) -> None:
-        """Put the weights that a round begins with into the model."""
-        unflatten_into(theta, self.model.parameters())
+    def enter(self, theta: Tensor, fragment: int | None = None) -> None:
+        """Put weights, (P,) or the fragment's (Q,), into the model."""
+        parameters = list(self.model.parameters())
+        if fragment is not None:
+            parameters = [parameters[tensor] for tensor in self.fragments[fragment].tensors]
+        unflatten_into(theta, parameters)
+        self._is_entered = True
 
     def step(self, progress: float, scale: float) -> InnerStep:
         """One inner step over one batch, in microbatches. `scale` multiplies the learning rate."""
@@ -393,9 +488,10 @@ class Trainer:
                 loss_sum += float(loss.detach())
             return InnerStep(self.run.tokens_per_step, loss_sum, self.inner.step(progress, scale))
 
-    def merge(self, arrived: Averaged | Gathered | Served, own: Contribution) -> None:
-        """The outer Nesterov step, and the counters that follow from what arrived."""
-        section = self.run.merge
+    def merge(self, arrived: Averaged | Gathered | Served, own: Contribution, fragment: int = -1) -> None:
+        """The outer Nesterov step of a fragment, and with the last one the counters that follow from what arrived."""
+        section, last = self.run.merge, len(self.fragments) - 1
+        fragment %= len(self.fragments)
         constants = OuterConstants(
             learning_rate=section.outer_learning_rate,
             momentum=momentum_at(self.progress.round, section.outer_momentum, section.momentum_ramp_rounds),
@@ -407,19 +503,27 @@ class Trainer:
         if isinstance(arrived, Served):  # the outer step was the server's
             self.state = OuterState(arrived.theta, self.state.momentum)
         else:
-            self._merge_gathered(arrived, own, constants)
-        self.progress = Progress(
-            round=self.progress.round + 1, run_tokens=arrived.run_tokens, peer_tokens=arrived.peer_tokens
-        )
+            self._merge_gathered(arrived, own, constants, fragment)
+        if fragment == last:
+            self.progress = Progress(
+                round=self.progress.round + 1, run_tokens=arrived.run_tokens, peer_tokens=arrived.peer_tokens
+            )
 
-    def _merge_gathered(self, arrived: Gathered, own: Contribution, constants: OuterConstants) -> None:
-        section = self.run.merge
-        gradients = [own.gradient, *(arrival.gradient for arrival in arrived.apart)]
-        mean = robust_mean(section.robust, gradients, [own.tokens, *(arrival.tokens for arrival in arrived.apart)])
+    def _merge_gathered(self, arrived: Gathered, own: Contribution, constants: OuterConstants, fragment: int) -> None:
+        section, state, prepared = self.run.merge, self._states[fragment], arrived.prepared
+        gradient, tokens = own.gradients[fragment], own.fragment_rounds[fragment].tokens
+        gradients = [gradient, *(arrival.gradient for arrival in arrived.apart)]
+        mean = robust_mean(section.robust, gradients, [tokens, *(arrival.tokens for arrival in arrived.apart)])
         if mean is not None:
-            self.state = outer_step(OuterState(arrived.prepared.theta_mean, self.state.momentum), mean, constants)
+            state = outer_step(OuterState(prepared.theta_mean, state.momentum), mean, constants)
         else:
-            self.state = gossip_merge(self.state, arrived.prepared, own.gradient, own.tokens, constants)
+            state = gossip_merge(state, prepared, gradient, tokens, constants)
+        self._states[fragment], self._whole = state, None
+        self._rounds.merged(fragment, own.part, own.tokens, own.inner_steps)
+        self.enter(state.theta, fragment)
+        self.exchange.merged(fragment, state)
+        if fragment == len(self.fragments) - 1:
+            self._rounds.end(own.tokens, own.inner_steps)
 
     def adopt(self, replaced: Replaced) -> None:
         """Go on from another peer's state; the moments stay, the data position too."""

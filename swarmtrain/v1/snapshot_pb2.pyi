@@ -159,7 +159,7 @@ class Entered(_message.Message):
     def __init__(self, peer: _Optional[bytes] = ..., round: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("run_sha256", "author", "kind", "stage", "round", "part", "tokens", "inner_steps", "tensors", "total_bytes", "chunk_bytes", "chunk_sha256", "run_tokens", "peer_tokens", "roster_sha256", "author_tokens", "coverage", "arrivals", "entered")
+    __slots__ = ("run_sha256", "author", "kind", "stage", "round", "part", "tokens", "inner_steps", "tensors", "total_bytes", "chunk_bytes", "chunk_sha256", "run_tokens", "peer_tokens", "roster_sha256", "author_tokens", "coverage", "fragment", "arrivals", "entered")
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     AUTHOR_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +177,7 @@ class Manifest(_message.Message):
     ROSTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     AUTHOR_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COVERAGE_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     ARRIVALS_FIELD_NUMBER: _ClassVar[int]
     ENTERED_FIELD_NUMBER: _ClassVar[int]
     run_sha256: bytes
@@ -196,9 +197,10 @@ class Manifest(_message.Message):
     roster_sha256: bytes
     author_tokens: int
     coverage: _containers.RepeatedCompositeFieldContainer[Signed]
+    fragment: int
     arrivals: int
     entered: _containers.RepeatedCompositeFieldContainer[Entered]
-    def __init__(self, run_sha256: _Optional[bytes] = ..., author: _Optional[bytes] = ..., kind: _Optional[_Union[SnapshotKind, str]] = ..., stage: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., chunk_sha256: _Optional[bytes] = ..., run_tokens: _Optional[int] = ..., peer_tokens: _Optional[_Iterable[_Union[PeerTokens, _Mapping]]] = ..., roster_sha256: _Optional[bytes] = ..., author_tokens: _Optional[int] = ..., coverage: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., arrivals: _Optional[int] = ..., entered: _Optional[_Iterable[_Union[Entered, _Mapping]]] = ...) -> None: ...
+    def __init__(self, run_sha256: _Optional[bytes] = ..., author: _Optional[bytes] = ..., kind: _Optional[_Union[SnapshotKind, str]] = ..., stage: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., chunk_sha256: _Optional[bytes] = ..., run_tokens: _Optional[int] = ..., peer_tokens: _Optional[_Iterable[_Union[PeerTokens, _Mapping]]] = ..., roster_sha256: _Optional[bytes] = ..., author_tokens: _Optional[int] = ..., coverage: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., fragment: _Optional[int] = ..., arrivals: _Optional[int] = ..., entered: _Optional[_Iterable[_Union[Entered, _Mapping]]] = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("snapshot_sha256", "first_chunk", "num_chunks")
@@ -325,20 +327,22 @@ class StateReply(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
 
 class PublicationRequest(_message.Message):
-    __slots__ = ("has_any", "round", "part", "presence", "author", "weights")
+    __slots__ = ("has_any", "round", "part", "presence", "author", "weights", "fragment")
     HAS_ANY_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_FIELD_NUMBER: _ClassVar[int]
     AUTHOR_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     has_any: bool
     round: int
     part: int
     presence: Signed
     author: bytes
     weights: bool
-    def __init__(self, has_any: bool = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., author: _Optional[bytes] = ..., weights: bool = ...) -> None: ...
+    fragment: int
+    def __init__(self, has_any: bool = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., author: _Optional[bytes] = ..., weights: bool = ..., fragment: _Optional[int] = ...) -> None: ...
 
 class PublicationReply(_message.Message):
     __slots__ = ("manifest", "presence", "away", "busy")

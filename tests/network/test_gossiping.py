@@ -124,19 +124,19 @@ class Peer:
         self.calls: Any = Calls()
         for partner in partners:
             self.saw(partner, now)
-        settings = GossipSettings(rules=RULES, sizes=CODEC.sizes, wanted=Wanted(num_partners, num_partners))
+        settings = GossipSettings(rules=[RULES], sizes=[CODEC.sizes], wanted=Wanted(num_partners, num_partners))
         self.gossip = Gossip(
             me=ME.peer_id,
             calls=self.calls,
             membership=membership,
             settings=settings,
-            decode_weights=CODEC.weights_untrusted,
-            decode_gradient=CODEC.gradient_untrusted,
+            decode_weights=lambda _, held: CODEC.weights_untrusted(held),
+            decode_gradient=lambda _, *what: CODEC.gradient_untrusted(*what),
             presence=pb.Signed,
             heard_untrusted=lambda peer, reply: None,
             counted=self.counted.__setitem__,
             refused=self._refuse,
-            ledger=Ledger(),
+            ledgers=[Ledger()],
             rng=BenFirst(1),
         )
 
@@ -163,7 +163,7 @@ class Peer:
         """What is merged of whom at the round's end, once gradients of so many are ready, and their weights."""
 
         def ready_of(section: str) -> dict[str, Arrival]:
-            ready = self.gossip._ready
+            ready = self.gossip.lanes[0].ready
             return {} if ready is None else {one.peer: one.arrival for one in ready.pulled if one.section == section}
 
         await until(lambda: len(ready_of("gradient")) >= number)
@@ -202,7 +202,7 @@ def test_each_inner_step_of_a_partner_is_merged_once() -> None:
         assert first.tokens == 400
         assert torch.equal(first.gradient, torch.full((SIZE,), 200.0))
         assert torch.equal(first.theta, torch.full((SIZE,), 0.5))
-        assert me.gossip.ledger.mark(BEN.peer_id) == Mark(3, 2, 400)
+        assert me.gossip.ledgers[0].mark(BEN.peer_id) == Mark(3, 2, 400)
         ben.publish(3, 3, 600)
         me.begin(4)
         second = (await me.take(1, weights=False))[BEN.peer_id]
@@ -231,7 +231,7 @@ def test_when_the_round_began_that_weights_are_of_is_what_their_author_told(
         me.membership.saw_presence(replace(told, training=True, stamp=now + 1e-6), now + 999, now)
         ben.publish(3, 2, 400)
         me.begin(3)
-        await until(lambda: me.gossip._ready is not None and len(me.gossip._ready.pulled) == 2)
+        await until(lambda: me.gossip.lanes[0].ready is not None and len(me.gossip.lanes[0].ready.pulled) == 2)
         ready = me.gossip.take(3)
         assert ready is not None
         began_s = [one.began_s for one in ready.pulled]
@@ -250,10 +250,10 @@ def test_nothing_is_merged_twice() -> None:
         await me.take(1)
         asked = len(ben.asked)
         me.begin(1)
-        await until(lambda: len(ben.asked) > asked and not me.gossip._open.begun)
+        await until(lambda: len(ben.asked) > asked and not me.gossip.lanes[0].open.begun)
         assert me.gossip.take(1) is None
         assert (True, 0, 4) in [(one.has_any, one.round, one.part) for one in ben.asked[asked:]]
-        assert me.gossip.ledger.mark(BEN.peer_id) == Mark(0, 4, 1000) and me.refused == []
+        assert me.gossip.ledgers[0].mark(BEN.peer_id) == Mark(0, 4, 1000) and me.refused == []
         await me.gossip.stop()
 
     run(script)
@@ -271,7 +271,7 @@ def test_the_trainer_never_waits_for_one_that_does_not_answer_nor_do_the_others(
             me.begin(round)
             assert set(await me.take(1)) == {CARL.peer_id}
         still = {("weights", BEN.peer_id), ("gradient", BEN.peer_id)}
-        await until(lambda: set(me.gossip._open.begun) == still)  # what Carl was asked for has come
+        await until(lambda: set(me.gossip.lanes[0].open.begun) == still)  # what Carl was asked for has come
         assert len(ben.asked) == 2, "he is still being asked"
         me.begin(3)
         assert me.gossip.take(3) is None, "at once, with nothing"
@@ -329,10 +329,10 @@ def test_what_cannot_be_merged_costs_its_author_and_another_is_tried() -> None:
             return list(pulled)
 
         me.begin(0, prepare)
-        await until(lambda: ben.asked and not me.gossip._open.begun)
+        await until(lambda: ben.asked and not me.gossip.lanes[0].open.begun)
         now = swarm_time()
         me.saw(dora, now)
-        assert me.gossip._partners.back_off.ready([BEN.peer_id, CARL.peer_id], now)[0] == {CARL.peer_id}
+        assert me.gossip.back_off.ready([BEN.peer_id, CARL.peer_id], now)[0] == {CARL.peer_id}
         assert set(await me.take(2)) == {CARL.peer_id, DORA.peer_id}, "what came of the others is merged"
         await me.gossip.stop()
 
@@ -352,7 +352,7 @@ def test_of_two_that_cannot_be_merged_together_the_first_is() -> None:
             return list(pulled)
 
         me.begin(0, prepare)
-        await until(lambda: ben.asked and carl.asked and not me.gossip._open.begun)
+        await until(lambda: ben.asked and carl.asked and not me.gossip.lanes[0].open.begun)
         assert len(await me.take(1)) == 1
         await me.gossip.stop()
 
@@ -367,7 +367,7 @@ def test_what_is_wrong_is_named() -> None:
         me.begin(0)
         await until(lambda: me.refused)
         assert me.refused == [(BEN.peer_id, "a publication with part 9 of a round's 4")]
-        assert me.gossip.ledger.mark(BEN.peer_id) is None
+        assert me.gossip.ledgers[0].mark(BEN.peer_id) is None
         await me.gossip.stop()
 
     run(script)
@@ -400,11 +400,11 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
         ben.publish(0, 4, 1000)
         me.begin(0)
         both = {(BEN.peer_id, "weights"), (BEN.peer_id, "gradient")}
-        await until(lambda: len(me.gossip._pulled) == 2)
+        await until(lambda: len(me.gossip.lanes[0].pulled) == 2)
         now = swarm_time()
         plan = Plan(round=1, started_s=now, ends_s=now + 60, prepare=lambda pulled: prepared.append((1, pulled)))
         me.gossip.begin(plan)
-        await until(lambda: me.gossip._ready is not None)
+        await until(lambda: me.gossip.lanes[0].ready is not None)
         ready = me.gossip.take(me.gossip.round)
         assert ready is not None
         assert {(pulled.peer, pulled.section) for pulled in ready.pulled} <= both

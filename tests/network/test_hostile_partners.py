@@ -73,8 +73,8 @@ def in_virtual_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[Body_], None]:
         ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
         me = Peer(ben, carl, dora, num_partners=2)
         pull = PullLimits(stall_limit_s=STALL_S, busy_limit_s=0.0, clock=clock)
-        rules = {section: replace(rules, pull=pull) for section, rules in me.gossip.settings.rules.items()}
-        me.gossip.settings = replace(me.gossip.settings, rules=rules)
+        (lane,) = me.gossip.lanes
+        lane.rules = {section: replace(rules, pull=pull) for section, rules in lane.rules.items()}
         await body(Swarm(me, ben, carl, dora))
         await me.gossip.stop()
 
@@ -208,8 +208,8 @@ def test_what_is_wrong_with_weights_costs_these_and_is_named(
         fault(swarm.ben)
         await swarm.a_round()
         assert swarm.refused == [(BEN.peer_id, rule)]
-        assert swarm.me.gossip.ledger.weights_round(BEN.peer_id) is None
-        assert swarm.me.gossip.ledger.weights_round(CARL.peer_id) == 0
+        assert swarm.me.gossip.ledgers[0].weights_round(BEN.peer_id) is None
+        assert swarm.me.gossip.ledgers[0].weights_round(CARL.peer_id) == 0
 
     in_virtual_time(body)
 
@@ -311,6 +311,6 @@ def test_a_counter_turned_back_is_merged_by_nobody(
             named.extend([swarm.round - 1] * (bool(swarm.refused) and not named))
         assert named == [named_in_round]
         assert set(swarm.refused) == {(BEN.peer_id, "round")}
-        assert swarm.me.gossip.ledger.mark(BEN.peer_id) == Mark(30, 4, 1000)
+        assert swarm.me.gossip.ledgers[0].mark(BEN.peer_id) == Mark(30, 4, 1000)
 
     in_virtual_time(body)

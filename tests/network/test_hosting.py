@@ -60,7 +60,7 @@ class Host:
         self.calls, self.store = GuestCalls(guest), SnapshotStore()
         self.refused: list[tuple[str, str]] = []
         calls: Any = self.calls
-        self.hosting = Hosting(calls, self.store, RULES, pb.Signed, self._refuse, waits_a_caller=9)
+        self.hosting = Hosting(calls, self.store, [RULES], pb.Signed, self._refuse, waits_a_caller=9)
         assert self.hosting.ask(guest.identity.peer_id)
         self.num_asked = 0
 
@@ -151,7 +151,7 @@ def test_it_is_merged_through_a_host_which_pulls_it_once_for_all_readers() -> No
             me.begin(3)
             arrival = (await me.take(1))[DORA.peer_id]
             assert arrival.tokens == 400 and torch.equal(arrival.theta, torch.full((SIZE,), 0.5))
-            assert me.gossip.ledger.mark(DORA.peer_id) == Mark(3, 2, 400) and me.counted == {DORA.peer_id: 405}
+            assert me.gossip.ledgers[0].mark(DORA.peer_id) == Mark(3, 2, 400) and me.counted == {DORA.peer_id: 405}
             await me.gossip.stop()
         assert [one.weights for one in guest.asked] in ([True, False], [False, True]) and host.calls.num_pulls == 2
 
@@ -178,7 +178,7 @@ def test_nothing_is_asked_of_a_guest_before_a_reader_asks_and_what_is_merged_is_
         for part in (2, 3, 4):
             guest.publish(0, part, 100 * part)
             await host.hosting.answer(request)
-            names.append(host.hosting._kept[DORA.peer_id, "gradient"].held[-1].snapshot.sha256)
+            names.append(host.hosting._kept[DORA.peer_id, "gradient", 0].held[-1].snapshot.sha256)
         assert [host.store.get(name) is not None for name in names] == [False, True, True], "the last two stay"
 
     run(script)
@@ -211,8 +211,8 @@ def test_with_no_host_that_answers_the_author_is_asked_for_again_soon() -> None:
         me, _ = a_reader(guest, host)
         me.begin(0)
         await until(lambda: host.num_asked)
-        await until(lambda: not me.gossip._open.begun)
-        ban = me.gossip._partners.back_off._bans[DORA.peer_id]
+        await until(lambda: not me.gossip.lanes[0].open.begun)
+        ban = me.gossip.back_off._bans[DORA.peer_id]
         assert ban.failures == 0 and ban.until_s < swarm_time() + 2 and me.refused == []
         await me.gossip.stop()
 
@@ -248,7 +248,7 @@ def test_a_host_with_an_old_publication_does_not_make_a_liar_of_its_author() -> 
         calls.connected, guest.is_gone = False, True
         asked = host.num_asked
         me.begin(10)
-        await until(lambda: host.num_asked > asked and not me.gossip._open.begun)
+        await until(lambda: host.num_asked > asked and not me.gossip.lanes[0].open.begun)
         assert me.refused == []
         await me.gossip.stop()
 
@@ -286,7 +286,7 @@ def test_what_is_pulled_of_a_guest_that_leaves_and_returns_meanwhile_is_not_kept
             await until(lambda: hosting._kept)
             await until(lambda: guest.asked)
             guest.asked.clear()
-            bringing = hosting._kept[DORA.peer_id, "gradient"].bringing
+            bringing = hosting._kept[DORA.peer_id, "gradient", 0].bringing
             assert bringing is not None
             hosting.left(DORA.peer_id)
             assert hosting.ask(DORA.peer_id)
@@ -350,7 +350,7 @@ def test_a_guest_that_stalls_keeps_nobody_waiting_for_long(monkeypatch: pytest.M
         host.calls.gate.clear()
         assert (await host.hosting.answer(request)).busy
         host.calls.gate.set()
-        await until(lambda: host.hosting._kept[DORA.peer_id, "gradient"].held)
+        await until(lambda: host.hosting._kept[DORA.peer_id, "gradient", 0].held)
         guest.publish(0, 2, 200)
         host.calls.gate.clear()
         assert (await host.hosting.answer(request)).HasField("manifest"), "the older one, while the newer is coming"

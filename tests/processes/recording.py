@@ -121,11 +121,12 @@ def _rounds(record: _Record) -> None:
 
     def publish(original: Any, self: GossipExchange, contribution: Any) -> None:
         c = contribution
-        record.write("published", found=[c.round, c.part, c.tokens])
+        record.write("published", found=[[of.round, of.part, of.tokens] for of in c.fragment_rounds])
         original(self, contribution)
 
     def build(original: Any, self: Publisher, publication: Any) -> Any:
-        record.write("asked_for", mark=Mark(publication.round, publication.part, publication.tokens))
+        mark = Mark(publication.round, publication.part, publication.tokens)
+        record.write("asked_for", fragment=self.fragment, mark=mark)
         return original(self, publication)
 
     _around(GossipExchange, "start_round", start_round)
@@ -142,9 +143,13 @@ def _choices(record: _Record) -> None:
         original(self)
         self.rng = generator(self.me)
 
+    def pull_plan(original: Any, self: Gossip, lane: Any, plan: Any) -> Any:
+        record.thread.fragment = lane.number
+        return original(self, lane, plan)
+
     def plan_pulls(original: Any, *args: Any) -> Any:
         plan = original(*args)
-        record.write_news("plan", inputs=args[:3], found=plan)
+        record.write_news("plan", fragment=record.thread.fragment, inputs=args[:3], found=plan)
         return plan
 
     def round_began_s(original: Any, *args: Any) -> Any:
@@ -154,8 +159,12 @@ def _choices(record: _Record) -> None:
 
     def next_(original: Any, self: Partners, section: str, view: Any, now: float, rng: Any) -> Any:
         found = original(self, section, view, now, rng)
-        record.write("choice", section=section, view=view, now=now, found=found)
+        record.write("choice", fragment=record.thread.choosing, section=section, view=view, now=now, found=found)
         return found
+
+    def choose(original: Any, self: Gossip, lane: Any, *args: Any) -> Any:
+        record.thread.choosing = lane.number
+        return original(self, lane, *args)
 
     def told(name: str) -> Callable[..., Any]:
         def call(original: Any, self: Any, *args: Any) -> Any:
@@ -166,6 +175,8 @@ def _choices(record: _Record) -> None:
         return call
 
     _around(Gossip, "__post_init__", post_init)
+    _around(Gossip, "_pull_plan", pull_plan)
+    _around(Gossip, "_choose", choose)
     _around(gossiping, "plan_pulls", plan_pulls)
     _around(gossiping, "round_began_s", round_began_s)
     _around(Partners, "next", next_)
@@ -182,14 +193,15 @@ def _pulls(record: _Record) -> None:
         record.thread.reference = original(self)
         return record.thread.reference
 
-    def news(original: Any, self: Gossip, peer: str, mark: Any, *, is_own: bool) -> Any:
+    def news(original: Any, self: Gossip, lane: Any, peer: str, mark: Any, *, is_own: bool) -> Any:
         found = None
         try:
-            found = original(self, peer, mark, is_own=is_own)
+            found = original(self, lane, peer, mark, is_own=is_own)
             return found
         finally:
             record.write(
                 "news",
+                fragment=lane.number,
                 author=peer,
                 section="gradient" if mark.part else "weights",
                 mark=mark,
@@ -198,13 +210,13 @@ def _pulls(record: _Record) -> None:
                 found=[None, 0] if found is None else [type(found[0]).__name__, found[0].tokens],
             )
 
-    def decode(original: Any, self: GossipExchange, held: Any, *news: Any) -> Any:
+    def decode(original: Any, self: GossipExchange, fragment: int, held: Any, *news: Any) -> Any:
         manifest = held.snapshot.manifest
-        record.thread.mark = Mark(manifest.round, manifest.part, manifest.tokens)
-        return original(self, held, *news)
+        record.thread.mark = fragment, Mark(manifest.round, manifest.part, manifest.tokens)
+        return original(self, fragment, held, *news)
 
     def accept(original: Any, self: Robustness, peer: str, arrival: Any, own_theta: Any) -> Any:
-        mark, refused, tokens = record.thread.mark, "", 0
+        (fragment, mark), refused, tokens = record.thread.mark, "", 0
         with record.lock:
             try:
                 found = original(self, peer, arrival, own_theta)
@@ -215,7 +227,9 @@ def _pulls(record: _Record) -> None:
                 raise
             finally:
                 section = "gradient" if mark.part else "weights"
-                record.write("accepted", author=peer, section=section, mark=mark, found=[tokens, refused])
+                record.write(
+                    "accepted", fragment=fragment, author=peer, section=section, mark=mark, found=[tokens, refused]
+                )
 
     def learn(original: Any, self: Robustness, gradient: Any, tokens: int) -> None:
         with record.lock:
@@ -233,16 +247,17 @@ def _pulls(record: _Record) -> None:
 def _merges(record: _Record) -> None:
     """What entered each merge, and what weights came of it."""
 
-    def take(original: Any, self: Gossip, round: int) -> Any:
+    def take(original: Any, self: Gossip, round: int, fragment: int = 0) -> Any:
         record.thread.reference, plan = None, self._plan
-        ready = original(self, round)
+        ready = original(self, round, fragment)
         pulled = [] if ready is None else [[one.section, one.peer, one.mark, one.began_s] for one in ready.pulled]
         of_s = None if plan is None else [plan.started_s, plan.ends_s]
-        record.write("taken", round=round, reference=record.thread.reference, pulled=pulled, of_s=of_s)
+        reference = record.thread.reference
+        record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)
         return ready
 
-    def merge(original: Any, self: Trainer, arrived: Any, own: Any) -> None:
-        original(self, arrived, own)
+    def merge(original: Any, self: Trainer, arrived: Any, own: Any, fragment: int = -1) -> None:
+        original(self, arrived, own, fragment)
         entered = [[one.peer, one.tokens] for one in arrived.merged]
         record.write("merged", found=entered, theta_sha256=vector_sha256(self.state.theta))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, ahead_ro
 from swarmtrain.network.codec import vector_sha256
 from swarmtrain.peer.trainer import Start
 from swarmtrain.run import parse_published_untrusted, run_sha256
-from swarmtrain.simulate.learning.gossip import Peer, Published, World
+from swarmtrain.simulate.learning.gossip import Lane, Peer, Published, World
 from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.setting import Setting
 
@@ -67,15 +68,19 @@ class ReplayedPeer(Peer):
         super().__init__(world, number)
         self.name = world.names[number]
         self.rng, self.times = generator(self.name), PullTimes()
-        self.published: dict[tuple[Section, Mark], Published] = {}
-        self.new: dict[tuple[Section, str], Arrival] = {}
-        self.learn, self.unlearned = self.robustness.learn, deque[tuple[Tensor, int]]()
-        self.robustness.learn = lambda gradient, tokens: self.unlearned.append((gradient, tokens))  # type: ignore[method-assign]
+        self.published: dict[tuple[int, Section, Mark], Published] = {}
+        self.new: dict[tuple[int, Section, str], Arrival] = {}
+        self.unlearned: deque[tuple[Callable[[Tensor, int], None], Tensor, int]] = deque()
+        for lane in self.lanes:
+            lane.robustness.learn = partial(self._learns, lane.robustness.learn)  # type: ignore[method-assign]
         self.entered: list[list[Any]] = []
         self.begun: dict[int, float | None] = {}
         self.round_s: tuple[float, float] = 0.0, 0.0
         self.incidents: list[tuple[str, str, str]] = []
         self.num_rounds = self.num_equal = 0
+
+    def _learns(self, learn: Callable[[Tensor, int], None], gradient: Tensor, tokens: int) -> None:
+        self.unlearned.append((learn, gradient, tokens))
 
     def play(self, event: Event) -> None:
         """One event of the record."""
@@ -83,7 +88,7 @@ class ReplayedPeer(Peer):
         if what:
             self._times(what, event)
         elif kind in ("busy", "failed", "answered", "called"):
-            self._same(event, "back-off", getattr(self.partners.back_off, kind)(*event["args"]))
+            self._same(event, "back-off", getattr(self.back_off, kind)(*event["args"]))
         else:
             getattr(self, f"_{kind}")(event)
 
@@ -111,26 +116,34 @@ class ReplayedPeer(Peer):
         self._same(event, "inner steps", replace(start, inner_steps=steps, run_steps_a_step=everybodys), "start")
         assert event["round"] == self.round
         self.enter(start, event["run_tokens"])
-        assert self.weights is not None
-        self.published["weights", self.weights.mark] = self.weights
+        for lane in self.lanes:
+            self._has(lane)
+
+    def _has(self, lane: Lane) -> None:
+        assert lane.weights is not None
+        self.published.setdefault((lane.number, "weights", lane.weights.mark), lane.weights)
 
     def _published(self, event: Event) -> None:
         moments = [moment for moment in self.start.publish_after if moment > self.done]
         self.train_to(moments[0])
-        assert self.newest is not None
-        mark = self.newest.mark
-        self._same(event, "publication", [mark.round, mark.part, mark.tokens])
-        self.published["gradient", mark] = self.newest
+        newest = [lane.newest for lane in self.lanes if lane.newest is not None]
+        told = [[each.mark.round, each.mark.part, each.mark.tokens] for each in newest]
+        self._same(event, "publication", told)
+        for lane, each in zip(self.lanes, newest, strict=True):
+            self.published[lane.number, "gradient", each.mark] = each
 
     def _learned(self, event: Event) -> None:
-        gradient, tokens = self.unlearned.popleft()
+        learn, gradient, tokens = self.unlearned.popleft()
         self._same(event, "learned", tokens)
-        self.learn(gradient, tokens)
+        learn(gradient, tokens)
 
     def _asked_for(self, event: Event) -> None:
-        mark = Mark(**event["mark"])
+        mark, lane = Mark(**event["mark"]), self._lane_of(event)
         section: Section = "gradient" if mark.part else "weights"
-        self.serve(section, self.published[section, mark])
+        self.serve(lane, section, self.published[lane.number, section, mark])
+
+    def _lane_of(self, event: Event) -> Lane:
+        return self.lanes[event["fragment"]]
 
     # ------------------------------------------------------------- pulls
 
@@ -140,7 +153,7 @@ class ReplayedPeer(Peer):
 
     def _plan(self, event: Event) -> None:
         num_others, started_s, ends_s = event["inputs"]
-        sizes, wanted = self.world.section_bytes, self.world.wanted
+        sizes, wanted = self._lane_of(event).sizes, self.world.wanted
         self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, wanted))
 
     def _began(self, event: Event) -> None:
@@ -149,30 +162,32 @@ class ReplayedPeer(Peer):
     def _choice(self, event: Event) -> None:
         seen = event["view"]
         view = View(**{**seen, "candidates": [Candidate(**each) for each in seen["candidates"]]})
-        self._same(event, "partner", self.partners.next(event["section"], view, event["now"], self.rng))
+        partners = self._lane_of(event).partners
+        self._same(event, "partner", partners.next(event["section"], view, event["now"], self.rng))
 
     def _news(self, event: Event) -> None:
         self.world.reference = event["reference"]
         section, author, mark = event["section"], event["author"], Mark(**event["mark"])
-        found: list[Any] = [None, 0]
-        if self.is_of_use(section, author, mark):
+        lane, found = self._lane_of(event), list[Any]([None, 0])
+        if self.is_of_use(lane, section, author, mark):
             found = ["Whole", 0]
             if section == "gradient":
-                news = self.ledger.news(author, mark, self.world.reference_round)
+                news = lane.ledger.news(author, mark, self.world.reference_round)
                 found = [type(news).__name__, news.tokens]
         self._same(event, "news", found)
         if event["is_here"] and found[0]:
-            arrival = self.new_untrusted(section, author, self.world.published(section, author, mark))
+            published = self.world.published(lane.number, section, author, mark)
+            arrival = self.new_untrusted(lane, section, author, published)
             assert arrival is not None
-            self.new[section, author] = arrival
+            self.new[lane.number, section, author] = arrival
 
     def _accepted(self, event: Event) -> None:
-        section, author, mark = event["section"], event["author"], Mark(**event["mark"])
-        published, told = self.world.published(section, author, mark), list[Incident]()
+        section, author, mark, lane = event["section"], event["author"], Mark(**event["mark"]), self._lane_of(event)
+        published, told = self.world.published(lane.number, section, author, mark), list[Incident]()
         self.world.told_now = told
         try:
-            self.keep_untrusted(section, author, published, self.new.pop((section, author)))
-            decided = [self.arrived[section, author][1].tokens, ""]
+            self.keep_untrusted(lane, section, author, published, self.new.pop((lane.number, section, author)))
+            decided = [lane.arrived[section, author][1].tokens, ""]
         except BadBytesError as error:
             decided = [0, str(error)]
         self._same(event, "rule", decided)
@@ -182,9 +197,10 @@ class ReplayedPeer(Peer):
 
     def _taken(self, event: Event) -> None:
         pulled, ready = event["pulled"], dict[tuple[Section, str], tuple[Published, Arrival]]()
+        lane, is_last = self._lane_of(event), event["fragment"] == len(self.lanes) - 1
         if event["reference"] is not None:
             self.world.reference = event["reference"]
-            here = self.ready()
+            here = self.ready(lane)
             ready = {(section, author): here[section, author] for section, author, *_ in pulled}
             assert [each.mark for each, _ in ready.values()] == [Mark(**mark) for _, _, mark, _ in pulled]
             self.begun = {id(ready[section, author][0]): began_s for section, author, _, began_s in pulled}
@@ -193,10 +209,13 @@ class ReplayedPeer(Peer):
         for (_, author), (_, arrival) in ready.items():
             tokens[author] = tokens.get(author, 0) + arrival.tokens
         self.entered = [list(each) for each in tokens.items()]
-        assert self.done == self.start.inner_steps
-        self.merge(ready)
+        assert self.done == self.start.merge_after[lane.number]
+        self.merge(lane, ready)
+        if not is_last:
+            lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, self.world.clock.now)
+            self._has(lane)
 
-    def ahead_rounds(self, published: Published) -> float:
+    def ahead_rounds(self, lane: Lane, published: Published) -> float:
         """See `Peer`: as far as the real one knew."""
         return ahead_rounds(self.begun[id(published)], *self.round_s)
 
@@ -230,11 +249,11 @@ class Replayed(World):
         """See `World`."""
         self.told_now.append(incident)
 
-    def published(self, section: Section, author: str, mark: Mark) -> Published:
+    def published(self, fragment: int, section: Section, author: str, mark: Mark) -> Published:
         """What that peer has published."""
         peer = self.by_name[author]
         assert isinstance(peer, ReplayedPeer)
-        return peer.published[section, mark]
+        return peer.published[fragment, section, mark]
 
 
 def replay(text: RecordedText, records: Sequence[Path]) -> Replayed:

@@ -18,7 +18,7 @@ from swarmtrain.membership.shards import Row
 from swarmtrain.peer.consensus import SAMPLE, consensus_of_vectors, not_far_behind, round_of
 
 if TYPE_CHECKING:
-    from swarmtrain.simulate.learning.gossip import Peer, World
+    from swarmtrain.simulate.learning.gossip import Lane, Peer, World
 
 __all__ = ["catches_up", "schedule"]
 
@@ -45,7 +45,8 @@ def _go(peer: Peer) -> None:
     peer.num_lives += 1
     peer.is_here, peer.began_s = False, math.inf
     peer.forget()
-    peer.ledger.load(peer.ledger.rows())  # as from a checkpoint: what was merged, without the gradients
+    for lane in peer.lanes:
+        lane.ledger.load(lane.ledger.rows())  # as from a checkpoint: what was merged, without the gradients
 
 
 def _count(peer: Peer) -> None:
@@ -54,20 +55,30 @@ def _count(peer: Peer) -> None:
     step_tokens = world.setting.run.tokens_per_step
     done = world.setting.steps_between(peer.number, peer.began_s, world.clock.now)
     trained = step_tokens * min(peer.start.inner_steps, done)
-    published = taken = 0
-    if peer.newest is not None and peer.newest.mark.round == peer.round:
-        published = peer.newest.mark.tokens
-        taken = max((_taken(other, peer) for other in world.peers if other is not peer), default=0)
-        world.tokens -= published - taken
-        world.inner_steps -= (published - taken) // step_tokens
+    published = step_tokens * peer.done
+    taken = min(published, _taken(peer))
+    world.tokens -= published - taken
+    world.inner_steps -= (published - taken) // step_tokens
     world.tokens_lost += max(trained, published) - taken
+    peer.done = 0
 
 
-def _taken(by: Peer, peer: Peer) -> int:
-    """Tokens of the present round of `peer` that another has merged or is about to."""
-    arrived = by.arrived.get(("gradient", peer.name))
-    marks = [by.ledger.mark(peer.name), None if arrived is None else arrived[0].mark]
-    return max((mark.tokens for mark in marks if mark is not None and mark.round == peer.round), default=0)
+def _taken(peer: Peer) -> int:
+    """Tokens of the present round of `peer` that another has merged or is about to: of each number of the model the
+    most, and the mean of that."""
+    sizes = [lane.fragment.layout.size for lane in peer.lanes]
+    others = [other for other in peer.world.peers if other is not peer]
+    taken = [max((_taken_of(lane, other) for other in others), default=0) for lane in peer.lanes]
+    return sum(each * size for each, size in zip(taken, sizes, strict=True)) // sum(sizes)
+
+
+def _taken_of(lane: Lane, by: Peer) -> int:
+    """The same of one fragment, by one other."""
+    name, theirs = lane.peer.name, by.lanes[lane.number]
+    arrived = theirs.arrived.get(("gradient", name))
+    marks = [theirs.ledger.mark(name), None if arrived is None else arrived[0].mark]
+    of_round = lane.peer.trainer.of_round
+    return max((of_round(lane.number, mark.round, mark.tokens) for mark in marks if mark is not None), default=0)
 
 
 def _come(peer: Peer) -> None:
@@ -92,7 +103,8 @@ def catches_up(peer: Peer) -> bool:
         return False
     if peer in world.honest:
         _count(peer)
-    peer.newest = peer.weights = None
+    for lane in peer.lanes:
+        lane.newest = lane.weights = None
     _take_state(peer, others)
     return True
 

@@ -15,13 +15,14 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from swarmtrain.algorithm.fragments import Fragment, fragments_of
 from swarmtrain.algorithm.gossip import Arrival, Layout, prepare, variance_corrected_mean
 from swarmtrain.algorithm.pacing import first_inner_steps
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
-from swarmtrain.membership.partners import Candidate, Difference, Ledger, Mark, Partners, View, median_round
-from swarmtrain.membership.pulls import PullTimes, Section, SectionBytes, Wanted, ahead_rounds, most_pulls, plan_pulls
+from swarmtrain.membership.partners import BackOff, Candidate, Difference, Ledger, Mark, Partners, View, median_round
+from swarmtrain.membership.pulls import PullTimes, Section, Wanted, ahead_rounds, most_pulls, plan_pulls
 from swarmtrain.membership.shards import Coverage, Row
 from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
@@ -35,19 +36,19 @@ from swarmtrain.simulate.learning.churn import catches_up, schedule
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["Peer", "Published", "World"]
+__all__ = ["Lane", "Peer", "Published", "World"]
 
 
 @dataclass
 class Published:
-    """A round's weights or its pseudo-gradient so far, which travels as the run file says."""
+    """A fragment's weights at its round's start or its pseudo-gradient since, which travel as the run file says."""
 
     mark: Mark
     vector: Tensor
     sent: Tensor | None = None
     """What everybody gets of it, once it was asked for."""
     began_s: float | None = None
-    """When its author's round began, of weights."""
+    """When its author's round of the fragment began, of weights."""
     rows: Sequence[Row] = ()
     """Who has seen which data, as it tells with it."""
 
@@ -56,6 +57,7 @@ class Published:
 class Pull:
     """A section of somebody's publication, on its way."""
 
+    lane: Lane
     asked: OpenPull
     published: Published
     life: int
@@ -66,6 +68,44 @@ Arrived: TypeAlias = dict[Which, tuple[Published, Arrival]]
 """What is here to be merged, of whom, in the order in which it came."""
 
 
+class Lane:
+    """What a peer keeps of one fragment of the model: what it publishes, pulls and has merged of it."""
+
+    def __init__(self, peer: Peer, number: int) -> None:
+        world, section = peer.world, peer.world.setting.run.merge
+        self.peer, self.number, self.fragment = peer, number, world.fragments[number]
+        self.sizes = world.codec(number).sizes
+        self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
+        met = not world.setting.own_weights
+        self.robustness = Robustness(section.robust, self.fragment.layout, world.told, met=met)
+        self.began_s = math.inf
+        """When its round did."""
+        self.forget(BackOff())
+
+    def forget(self, back_off: BackOff) -> None:
+        """All that a process holds and no checkpoint keeps."""
+        world = self.peer.world
+        self.partners = Partners(self.ledger, back_off, world.setting.run.merge.partners)
+        self.newest: Published | None = None
+        """Its gradient's."""
+        self.weights: Published | None = None
+        self.merged: dict[str, Tensor] = {}
+        self.codec = world.codec(self.number)
+        self.arrived: Arrived = {}
+        self.pulls = OpenPulls(back_off, most_pulls(world.wanted))
+        self.due: Counter[Section] = Counter()
+
+    @property
+    def round(self) -> int:
+        """The one that it is in, or begins."""
+        return self.peer.round if self.weights is None else self.weights.mark.round
+
+    def begins(self, round: int, theta: Tensor, now: float) -> None:
+        """A round of it, with the weights `theta`, (Q,)."""
+        self.began_s = now
+        self.weights = Published(Mark(round, 0, 0), theta, began_s=now)
+
+
 class Peer:
     """A volunteer that merges at its own pace."""
 
@@ -74,12 +114,8 @@ class Peer:
         self.world, self.number, self.name = world, number, f"p{number}"
         self.learner = setting.learner(number)
         self.trainer = self.learner.trainer
-        section = setting.run.merge
-        self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
-        met = not setting.own_weights
-        self.robustness = Robustness(section.robust, world.layout, world.told, met=met)
         self.rng = random.Random(f"{setting.run.run.seed} {number}")
-        self.rounds_done = self.rounds_fresh = 0
+        self.rounds_done, self.rounds_fresh = 0, 0.0
         num_shards = self.trainer.batches.num_shards
         self.coverage = Coverage(self.name, num_shards) if num_shards else None
         self.times = PullTimes()
@@ -93,19 +129,23 @@ class Peer:
         """How often it has gone. What it had begun before then, comes to nothing."""
         self.began_s = math.inf
         """When its round did."""
+        self.own: Contribution
+        """What its round has brought so far."""
+        self.lanes = [self.lane(fragment) for fragment in range(len(world.fragments))]
+        self.next = self.lanes[0]
+        """What is merged next."""
         self.forget()
+
+    def lane(self, number: int) -> Lane:
+        """A new one."""
+        return Lane(self, number)
 
     def forget(self) -> None:
         """All that its process holds and no checkpoint keeps."""
-        self.partners = Partners(self.ledger, variant=self.world.setting.run.merge.partners)
-        self.newest: Published | None = None
-        """Its gradient's."""
-        self.weights: Published | None = None
-        self.merged: dict[str, Tensor] = {}
-        self.codec = self.world.codec()
-        self.arrived: Arrived = {}
-        self.pulls = OpenPulls(self.partners.back_off, most_pulls(self.world.wanted))
-        self.due: Counter[Section] = Counter()
+        self.back_off = BackOff()
+        self.trainer.state = self.trainer.state
+        for lane in self.lanes:
+            lane.forget(self.back_off)
 
     @property
     def round(self) -> int:
@@ -116,18 +156,29 @@ class Peer:
         """A round."""
         setting, clock = self.world.setting, self.world.clock
         self.began_s = clock.now
-        self.pulls.round_begins(clock.now)
         self.enter(self._next_start(), self.world.tokens)
-        steps, step_s = self.start.inner_steps, setting.step_s[self.number]
+        step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
             self.call_at(self.done_s(moment * step_s), self.train_to, moment)
-        sizes, wanted = self.world.section_bytes, self.world.wanted
-        pulls = plan_pulls(len(self.world.live) - 1, clock.now, self.ends_s, sizes, self.times, wanted)
-        self.due.clear()
+        for lane, moment in zip(self.lanes[:-1], self.start.merge_after, strict=False):
+            self.call_at(self.done_s(moment * step_s), self.end_of, lane)
+        self.turn_to(self.lanes[0])
+        self.call_at(self.done_s(self.start.inner_steps * step_s), self.end)
+
+    def turn_to(self, lane: Lane) -> None:
+        """Its merge is the next: plan the pulls for it."""
+        self.next, now = lane, self.world.clock.now
+        lane.pulls.round_begins(now)
+        others, ends_s = len(self.world.live) - 1, self.merges_s(lane)
+        pulls = plan_pulls(others, now, ends_s, lane.sizes, self.times, self.world.wanted)
+        lane.due.clear()
         for what, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
             for when_s in at_s:
-                self.call_at(self.done_s(when_s - clock.now), self.pull, self.round, what)
-        self.call_at(self.done_s(steps * step_s), self.end)
+                self.call_at(self.done_s(when_s - now), self.pull, self.round, lane, what)
+
+    def merges_s(self, lane: Lane) -> float:
+        """When it merges that fragment in its round, if it does not stand still."""
+        return self.began_s + self.start.merge_after[lane.number] * self.world.setting.step_s[self.number]
 
     def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> None:
         """On the world's clock, unless it has gone by then."""
@@ -155,6 +206,7 @@ class Peer:
             shard=shard,
             num_parts=section.publications_per_round,
             run_steps_a_step=everybodys,
+            num_fragments=len(self.lanes),
         )
 
     def ends_in_s(self) -> float | None:
@@ -173,8 +225,10 @@ class Peer:
         self.start, self.done, self.run_tokens = start, 0, run_tokens
         if start.shard is not None:
             self.trainer.batches.use_shard(start.shard)
-        self.learner.enter(self.trainer.state.theta)
-        self.weights = Published(Mark(self.round, 0, 0), self.trainer.state.theta, began_s=self.began_s)
+        self.trainer.begin(start)
+        for lane in self.lanes:
+            if lane.weights is None or lane is self.lanes[-1]:
+                lane.begins(self.round, self.trainer.state_of(lane.number).theta, self.began_s)
 
     def done_s(self, work_s: float) -> float:
         """When it does what it would do in so long, if it did not stand still meanwhile."""
@@ -190,62 +244,63 @@ class Peer:
         if self.coverage is not None and self.start.shard is not None:
             self.coverage.trained(self.start.shard, (moment - self.done) * step_tokens)
         self.done = moment
-        gradient = self.trainer.state.theta - self.learner.reached
-        self.robustness.learn(gradient, moment * step_tokens)
-        mark = Mark(self.round, self.start.part_after(moment), moment * step_tokens)
-        self.newest = Published(mark, gradient)
+        self.own = self.trainer.contribution(self.start.part_after(moment), moment, moment * step_tokens)
+        for lane, gradient, of in zip(self.lanes, self.own.gradients, self.own.fragment_rounds, strict=True):
+            lane.robustness.learn(gradient, of.tokens)
+            lane.newest = Published(Mark(of.round, of.part, of.tokens), gradient)
 
-    def serve(self, section: Section, published: Published) -> None:
+    def serve(self, lane: Lane, section: Section, published: Published) -> None:
         """That section of its publications was asked for: the first time it is encoded, for everybody."""
         if published.sent is not None:
             return
         if self.coverage is not None:
             published.rows = self.coverage.rows_to_send()
         if section == "weights":
-            published.sent = self.codec.weights.decode(self.codec.weights.encode(published.vector))
+            published.sent = lane.codec.weights.decode(lane.codec.weights.encode(published.vector))
         else:
-            gradients, mark = self.codec.gradient, published.mark
+            gradients, mark = lane.codec.gradient, published.mark
             published.sent = gradients.decode(gradients.encode_sum(published.vector, mark.round, mark.part))
 
     # ------------------------------------------------------------- pulls
 
-    def pull(self, round: int, section: Section) -> None:
+    def pull(self, round: int, lane: Lane, section: Section) -> None:
         """One more of the round's pulls is due."""
-        if round == self.round:
-            self.due[section] += 1
-            self.fill(section)
+        if round == self.round and lane is self.next:
+            lane.due[section] += 1
+            self.fill(lane, section)
 
-    def look(self, round: int, section: Section) -> None:
+    def look(self, round: int, lane: Lane, section: Section) -> None:
         """Whether another is to be asked by now."""
-        if round == self.round:
-            self.fill(section)
+        if round == self.round and lane is self.next:
+            self.fill(lane, section)
 
-    def fill(self, section: Section) -> None:
+    def fill(self, lane: Lane, section: Section) -> None:
         """Pull until as many are here or on their way as are due; a slow one does not count."""
         world, setting, clock = self.world, self.world.setting, self.world.clock
-        slow_s = self.times.slow_after_s(world.section_bytes, world.wanted)
-        while self.pulls.is_wanted(section, self.due[section], self.arrived, slow_s, clock.now):
-            name = self.choose(section)
+        slow_s = self.times.slow_after_s(lane.sizes, world.wanted)
+        while lane.pulls.is_wanted(section, lane.due[section], lane.arrived, slow_s, clock.now):
+            name = self.choose(lane, section)
             if name is None:
                 return
             author = world.by_name[name]
-            published = author.newest if section == "gradient" else author.weights
+            theirs = author.lanes[lane.number]
+            published = theirs.newest if section == "gradient" else theirs.weights
             assert published is not None
-            author.serve(section, published)
+            author.serve(theirs, section, published)
             if not world.is_hanging(name):
-                author.partners.back_off.called(self.name, clock.now)
-            asked = self.pulls.begin(section, name, clock.now)
-            if not self.is_of_use(section, name, published.mark):
-                round_s = self.start.inner_steps * setting.step_s[self.number]
-                again_s = self.pulls.nothing_new(asked, clock.now, round_s)
-                self.call_at(self.done_s(again_s), self.look, self.round, section)
+                author.back_off.called(self.name, clock.now)
+            asked = lane.pulls.begin(section, name, clock.now)
+            if not self.is_of_use(lane, section, name, published.mark):
+                round_s = self.start.inner_steps * setting.step_s[self.number] / len(self.lanes)
+                again_s = lane.pulls.nothing_new(asked, clock.now, round_s)
+                self.call_at(self.done_s(again_s), self.look, self.round, lane, section)
                 continue
-            pull = Pull(asked, published, author.num_lives)
-            self.call_at(self.done_s(slow_s), self.look, self.round, section)
+            pull = Pull(lane, asked, published, author.num_lives)
+            self.call_at(self.done_s(slow_s), self.look, self.round, lane, section)
             if world.is_hanging(name):  # it says nothing
                 self.call_at(clock.now + setting.run.network.call_limit_s, self.break_off, pull, "no answer", True)
             else:
-                size_bytes = world.section_bytes.weights if section == "weights" else world.section_bytes.gradient
+                size_bytes = lane.sizes.weights if section == "weights" else lane.sizes.gradient
                 self.bring(pull, size_bytes, ATTEMPTS)
 
     def bring(self, pull: Pull, left_bytes: int, attempts: int) -> None:
@@ -264,52 +319,52 @@ class Peer:
         else:
             self.call_at(arrives_s, self.break_off, pull, "its transfers break off")
 
-    def choose(self, section: Section) -> str | None:
+    def choose(self, lane: Lane, section: Section) -> str | None:
         """Whose to pull, as a volunteer chooses."""
-        others = [peer for peer in self.world.live if peer is not self]
+        others = {peer.name: peer.lanes[lane.number] for peer in self.world.live if peer is not self}
         candidates = [
-            Candidate(peer=peer.name, round=mark.round, part=mark.part, tokens=mark.tokens)
-            for peer in others
-            if peer.newest is not None and (mark := peer.newest.mark)
+            Candidate(peer=name, round=mark.round, part=mark.part, tokens=mark.tokens)
+            for name, theirs in others.items()
+            if theirs.newest is not None and (mark := theirs.newest.mark)
         ]
-        here, now = self.arrived, self.world.clock.now
+        here, now = lane.arrived, self.world.clock.now
         view = View(
             candidates=candidates,
-            rounds={peer.name: peer.round for peer in others},
-            own_round=self.round,
-            with_weights=self.pulls.coming("weights", here),
-            exclude={self.name, *self.pulls.not_now(section, here, now)},
+            rounds={name: theirs.round for name, theirs in others.items()},
+            own_round=lane.round,
+            with_weights=lane.pulls.coming("weights", here),
+            exclude={self.name, *lane.pulls.not_now(section, here, now)},
         )
-        return self.partners.next(section, view, now, self.rng)[0]
+        return lane.partners.next(section, view, now, self.rng)[0]
 
-    def is_of_use(self, section: Section, name: str, mark: Mark) -> bool:
+    def is_of_use(self, lane: Lane, section: Section, name: str, mark: Mark) -> bool:
         """Whether that section of a publication can be merged."""
-        return self.ledger.may_enter(section, name, mark, self.world.reference_round)
+        return lane.ledger.may_enter(section, name, mark, self.world.reference_round)
 
     def break_off(self, pull: Pull, reason: str, mute: bool = False) -> None:
         """Nothing comes of it: who was asked is left alone for a while, and another is asked instead."""
-        self.pulls.fail(pull.asked, self.world.clock.now, reason, mute)
-        self.fill(pull.asked.section)
+        pull.lane.pulls.fail(pull.asked, self.world.clock.now, reason, mute)
+        self.look(self.round, pull.lane, pull.asked.section)
 
     def arrive(self, pull: Pull) -> None:
         """Take it, or if it is refused or its author has gone meanwhile, another's in its place."""
-        world, name = self.world, pull.asked.peer
+        world, name, lane = self.world, pull.asked.peer, pull.lane
         if world.by_name[name].num_lives != pull.life:
             self.break_off(pull, "it has gone")
             return
         try:
-            self.take_untrusted(pull.asked.section, name, pull.published)
+            self.take_untrusted(lane, pull.asked.section, name, pull.published)
         except BadBytesError as error:
             world.told(name, Incident(rule_of(str(error)), str(error)))
             self.break_off(pull, str(error))
         else:
-            self.pulls.end(pull.asked)
-            self.pulls.answered(name)
+            lane.pulls.end(pull.asked)
+            lane.pulls.answered(name)
 
-    def take_untrusted(self, section: Section, name: str, published: Published) -> None:
+    def take_untrusted(self, lane: Lane, section: Section, name: str, published: Published) -> None:
         """Take of it what is new. BadBytesError if that must not be."""
-        if (arrival := self.new_untrusted(section, name, published)) is not None:
-            self.keep_untrusted(section, name, published, arrival)
+        if (arrival := self.new_untrusted(lane, section, name, published)) is not None:
+            self.keep_untrusted(lane, section, name, published, arrival)
             self.hear_rows(name, published.rows)
 
     def hear_rows(self, name: str, rows: Sequence[Row]) -> None:
@@ -318,9 +373,9 @@ class Peer:
         if self.coverage is not None and part_of(self.number) == part_of(other.number):
             self.coverage.merge(rows, name, lambda _, tokens: tokens)
 
-    def new_untrusted(self, section: Section, name: str, published: Published) -> Arrival | None:
+    def new_untrusted(self, lane: Lane, section: Section, name: str, published: Published) -> Arrival | None:
         """What is new of it, None if nothing is. BadBytesError if it is nonsense."""
-        if not self.is_of_use(section, name, published.mark):
+        if not self.is_of_use(lane, section, name, published.mark):
             return None
         vector = published.sent
         assert vector is not None
@@ -328,22 +383,28 @@ class Peer:
             raise BadBytesError("a publication that is not finite")
         if section == "weights":
             return Arrival(vector, vector, 0)
-        news = self.ledger.news(name, published.mark, self.world.reference_round)
-        return Arrival(None, vector - self.merged[name] if isinstance(news, Difference) else vector, news.tokens)
+        news = lane.ledger.news(name, published.mark, self.world.reference_round)
+        return Arrival(None, vector - lane.merged[name] if isinstance(news, Difference) else vector, news.tokens)
 
-    def keep_untrusted(self, section: Section, name: str, published: Published, arrival: Arrival) -> None:
+    def keep_untrusted(self, lane: Lane, section: Section, name: str, published: Published, arrival: Arrival) -> None:
         """Keep what the run's rule lets enter a merge. BadBytesError if that is nothing."""
-        accepted = self.robustness.accept(name, arrival, self.trainer.state.theta)
-        self.arrived[section, name] = (published, accepted)
+        accepted = lane.robustness.accept(name, arrival, self.trainer.state_of(lane.number).theta)
+        lane.arrived[section, name] = (published, accepted)
 
     # ------------------------------------------------------------- the merge
 
+    def end_of(self, lane: Lane) -> None:
+        """Merge what is here of a fragment; on to the next one."""
+        self.merge(lane, self.ready(lane))
+        lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, self.world.clock.now)
+        self.turn_to(self.lanes[lane.number + 1])
+
     def end(self) -> None:
-        """Merge what is here, or take the others' weights if its own are too old for them; on to the next round."""
+        """Merge the last fragment, or take the others' weights if its own are too old for them; on to another round."""
         world, self.knows_speed = self.world, True
         if catches_up(self):
             return
-        self.merge(self.ready())
+        self.merge(self.lanes[-1], self.ready(self.lanes[-1]))
         self.rounds_done += 1
         world.merged(self)
         self.begin_or_end()
@@ -354,60 +415,47 @@ class Peer:
             self.begin()
         else:
             self.is_over = True
-            self.due.clear()
+            self.next.due.clear()
             self.world.finished(self)
 
-    def ready(self) -> Arrived:
+    def ready(self, lane: Lane) -> Arrived:
         """What enters the merge: all that is here. If some of that is too old by now, since this peer stood still, the
         rest enters the next one."""
-        here, reference = self.arrived, self.world.reference_round
-        stays = self.ledger.stays_of_use
-        self.arrived = {key: each for key, each in here.items() if stays(*key, each[0].mark, reference)}
-        return here if len(self.arrived) == len(here) else {}
+        here, reference = lane.arrived, self.world.reference_round
+        stays = lane.ledger.stays_of_use
+        lane.arrived = {key: each for key, each in here.items() if stays(*key, each[0].mark, reference)}
+        return here if len(lane.arrived) == len(here) else {}
 
-    def merge(self, ready: Arrived) -> None:
-        """The round's end, with what entered it."""
+    def merge(self, lane: Lane, ready: Arrived) -> None:
+        """The end of a fragment's round, with what entered it."""
         world, rate = self.world, self.world.setting.run.merge.outer_learning_rate
-        arrivals = [replace(each, ahead_rounds=self.ahead_rounds(of)) for of, each in ready.values()]
-        prepared = prepare(self.trainer.state, arrivals, world.layout, rate)
+        arrivals = [replace(each, ahead_rounds=self.ahead_rounds(lane, of)) for of, each in ready.values()]
+        prepared = prepare(self.trainer.state_of(lane.number), arrivals, lane.fragment.layout, rate)
         if prepared.displacement is not None:
-            self.robustness.merged(prepared.displacement)
+            lane.robustness.merged(prepared.displacement)
         gathered = Gathered(
             prepared=prepared,
             merged=(),
             run_tokens=world.tokens,
             peer_tokens={},
-            apart=apart(self.robustness.rule, arrivals),
+            apart=apart(lane.robustness.rule, arrivals),
         )
         reference = world.reference_round
         for (what, name), (published, _) in ready.items():
             if what == "weights":
-                self.ledger.weights_merged(name, published.mark.round)
+                lane.ledger.weights_merged(name, published.mark.round)
             else:
                 assert published.sent is not None
-                self.ledger.merged(name, published.mark, reference)
-                self.merged[name] = published.sent
-        self.merged = {name: kept for name, kept in self.merged.items() if name in self.ledger.held}
-        self.arrived = {key: each for key, each in self.arrived.items() if key not in ready}
-        self.rounds_fresh += any(what == "gradient" for what, _ in ready)
-        self.trainer.merge(gathered, self._contribution())
+                lane.ledger.merged(name, published.mark, reference)
+                lane.merged[name] = published.sent
+        lane.merged = {name: kept for name, kept in lane.merged.items() if name in lane.ledger.held}
+        lane.arrived = {key: each for key, each in lane.arrived.items() if key not in ready}
+        self.rounds_fresh += any(what == "gradient" for what, _ in ready) / len(self.lanes)
+        self.trainer.merge(gathered, self.own, lane.number)
 
-    def ahead_rounds(self, published: Published) -> float:
-        """By how much of the round that ends its author's began later."""
-        return ahead_rounds(published.began_s, self.began_s, self.ends_s)
-
-    def _contribution(self) -> Contribution:
-        tokens = self.start.inner_steps * self.world.setting.run.tokens_per_step
-        return Contribution(
-            round=self.round,
-            part=self.start.num_parts,
-            theta=self.trainer.state.theta,
-            reached=self.learner.reached,
-            tokens=tokens,
-            inner_steps=self.start.inner_steps,
-            own_tokens=self.trainer.own_tokens + tokens,
-            base="",
-        )
+    def ahead_rounds(self, lane: Lane, published: Published) -> float:
+        """By how much of the fragment's round that ends its author's began later."""
+        return ahead_rounds(published.began_s, lane.began_s, self.merges_s(lane))
 
 
 @dataclass
@@ -422,8 +470,7 @@ class World:
     finished_s: float = 0.0
     specs: tuple[TensorSpec, ...] = field(init=False)
     layout: Layout = field(init=False)
-    section_bytes: SectionBytes = field(init=False)
-    """What a publication's weights and pseudo-gradient weigh as they travel."""
+    fragments: tuple[Fragment, ...] = field(init=False)
     wanted: Wanted = field(init=False)
     """Of how many partners a round pulls them, if links carry it."""
     peers: list[Peer] = field(init=False)
@@ -434,16 +481,16 @@ class World:
         self.layout = layout_of_specs(self.specs)
         if not self.setting.corrected:
             self.layout = replace(self.layout, corrected=(False,) * len(self.specs))
-        self.section_bytes = self.codec().sizes
+        self.fragments = fragments_of(self.layout, self.setting.run.merge.num_fragments)
         self.wanted = Wanted(self.setting.run.merge.num_partners, self.setting.run.merge.num_weights)
         self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
         self._recorder, self.wire = Recorder(self.setting), Wire(self.setting)
 
-    def codec(self) -> PublicationCodec:
-        """A peer's own: what it has lost in one publication it adds to the next."""
-        section = self.setting.run.merge
-        return PublicationCodec(self.specs, section.theta_format, section.gradient_format)
+    def codec(self, fragment: int) -> PublicationCodec:
+        """A peer's own of a fragment: what it has lost in one publication it adds to the next."""
+        section, specs = self.setting.run.merge, [self.specs[tensor] for tensor in self.fragments[fragment].tensors]
+        return PublicationCodec(tuple(specs), section.theta_format, section.gradient_format)
 
     @property
     def reference_round(self) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.membership.partners import Mark
 from swarmtrain.membership.pulls import Section
-from swarmtrain.simulate.learning.gossip import Peer, Published, World
+from swarmtrain.simulate.learning.gossip import Lane, Peer, Published, World
 from swarmtrain.simulate.learning.setting import Outcome, Setting
 
 __all__ = ["HostileWorld", "gossip"]
@@ -31,16 +31,18 @@ _HUGE = 1e30
 class _Hostile(Peer):
     """Publishes something else than it has learnt."""
 
-    gradient: Tensor | None = None
-    """Its own of the round before."""
+    gradients: tuple[Tensor, ...] = ()
+    """Its own of the publication before, of each fragment."""
     copied: Peer | None = None
 
     def begin(self) -> None:
         """See `Peer`."""
-        super().begin()
-        assert self.weights is not None
         self.copied = random.Random(f"{self.name} {self.round}").choice(self.world.honest)
-        self.weights = Published(self.weights.mark, self.spoilt_weights(self.weights.vector))
+        super().begin()
+
+    def lane(self, number: int) -> Lane:
+        """See `Peer`."""
+        return _HostileLane(self, number)
 
     def train_to(self, moment: int) -> None:
         """See `Peer`. What it trains does not count."""
@@ -48,26 +50,27 @@ class _Hostile(Peer):
         before, steps_before = world.tokens, world.inner_steps
         super().train_to(moment)
         world.tokens, world.inner_steps = before, steps_before
-        assert self.newest is not None
-        self.gradient = self.newest.vector
-        self.newest = self.spoilt(self.newest)
+        self.gradients = self.own.gradients
+        for lane in self.lanes:
+            assert lane.newest is not None
+            lane.newest = self.spoilt(lane, lane.newest)
 
-    def serve(self, section: Section, published: Published) -> None:
+    def serve(self, lane: Lane, section: Section, published: Published) -> None:
         """See `Peer`; it makes bytes that no encoder makes, and says nothing of the data that it trains on."""
         if bool(torch.isfinite(published.vector).all()):
-            super().serve(section, published)
+            super().serve(lane, section, published)
         else:
             published.sent = published.vector
         published.rows = ()
 
-    def spoilt_weights(self, theta: Tensor) -> Tensor:
+    def spoilt_weights(self, fragment: int, theta: Tensor) -> Tensor:
         """What it publishes in place of its weights."""
         attack = self.world.setting.hostile
         if attack.kind == "huge":
             return torch.full_like(theta, _HUGE)
-        return theta + attack.factor * self.gradient if attack.kind == "drag" and self.gradient is not None else theta
+        return theta + attack.factor * self.gradients[fragment] if attack.kind == "drag" and self.gradients else theta
 
-    def spoilt(self, honest: Published) -> Published:
+    def spoilt(self, lane: Lane, honest: Published) -> Published:
         """What it publishes in place of its gradient."""
         g, mark, attack = honest.vector, honest.mark, self.world.setting.hostile
         if attack.kind == "tokens":  # the most that is not refused
@@ -76,38 +79,47 @@ class _Hostile(Peer):
         made: dict[str, Callable[[], Tensor]] = {
             "sign-flip": lambda: -attack.factor * g,
             "scaled": lambda: attack.factor * g,
-            "noise": lambda: attack.factor * self.noise(g),
-            "little-is-enough": lambda: self.a_little(attack.factor, honest),
-            "copycat": lambda: self.copy(honest),
+            "noise": lambda: attack.factor * self.noise(lane, honest),
+            "little-is-enough": lambda: self.a_little(lane, honest),
+            "copycat": lambda: self.copy(lane, honest),
             "huge": lambda: torch.full_like(g, _HUGE),
             "nan": lambda: torch.full_like(g, math.nan),
         }
         return Published(mark, made.get(attack.kind, lambda: g)())
 
-    def noise(self, like: Tensor) -> Tensor:
+    def noise(self, lane: Lane, honest: Published) -> Tensor:
         """Random numbers of the same norm in each tensor."""
-        part = self.start.part_after(self.done)
-        seed = random.Random(f"{self.world.setting.run.run.seed} {self.number} {self.round} {part}").getrandbits(63)
+        mark, like = honest.mark, honest.vector
+        key = f"{self.world.setting.run.run.seed} {self.number} {mark.round} {mark.part}"
+        seed = random.Random(f"{key} {lane.number}" if lane.number else key).getrandbits(63)
         generator = torch.Generator().manual_seed(seed)
         made = torch.randn(like.shape, generator=generator)
-        for place in self.world.layout.slices:
+        for place in lane.fragment.layout.slices:
             made[place] *= like[place].norm() / made[place].norm()
         return made
 
-    def a_little(self, factor: float, own: Published) -> Tensor:
+    def a_little(self, lane: Lane, own: Published) -> Tensor:
         """The mean of what the honest ones have published last, which anybody can pull, less `factor` times its
         standard deviation, number by number; each as if it had as many tokens as the own one."""
-        known = [peer.newest for peer in self.world.honest if peer.newest is not None]
+        newest = [peer.lanes[lane.number].newest for peer in self.world.honest]
+        known = [each for each in newest if each is not None]
         if len(known) < 2:
             return own.vector
         vectors = torch.stack([one.vector * (own.mark.tokens / one.mark.tokens) for one in known])
-        return vectors.mean(0) - factor * vectors.std(0)
+        return vectors.mean(0) - self.world.setting.hostile.factor * vectors.std(0)
 
-    def copy(self, own: Published) -> Tensor:
+    def copy(self, lane: Lane, own: Published) -> Tensor:
         """What an honest one, another in each round, has published last, as if of as many tokens as the own one."""
         assert self.copied is not None
-        theirs = self.copied.newest
+        theirs = self.copied.lanes[lane.number].newest
         return own.vector if theirs is None else theirs.vector * (own.mark.tokens / theirs.mark.tokens)
+
+
+class _HostileLane(Lane):
+    def begins(self, round: int, theta: Tensor, now: float) -> None:
+        """See `Lane`."""
+        assert isinstance(self.peer, _Hostile)
+        super().begins(round, self.peer.spoilt_weights(self.number, theta), now)
 
 
 @dataclass

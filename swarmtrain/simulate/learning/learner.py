@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from swarmtrain.algorithm.inner import moments_scale
-from swarmtrain.algorithm.outer import flatten, unflatten_into
+from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.batches import BatchSource, held_out_batches
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
 from swarmtrain.membership.progress import Progress
@@ -70,7 +71,11 @@ class _NoExchange:
 
     def publish(self, contribution: Contribution) -> None: ...
 
-    def collect(self) -> Averaged | Gathered | Served | Replaced:
+    def hold(self, states: Sequence[OuterState]) -> None: ...
+
+    def merged(self, fragment: int, state: OuterState) -> None: ...
+
+    def collect(self, fragment: int = 0) -> Averaged | Gathered | Served | Replaced:
         raise NotImplementedError
 
 

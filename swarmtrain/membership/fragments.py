@@ -1,0 +1,117 @@
+"""Fragments of the model, each merged once a round, one after the other (Streaming DiLoCo, arXiv 2501.18512).
+
+A *fragment* is some of the model's tensors. Of N fragments the first is merged after an Nth of a round's inner steps,
+the last at its end: what is pulled before each merge is an Nth of all, and what partners train meanwhile, and is lost,
+is an Nth too. A *fragment's round* goes from one of its merges to the next; it has the number of the round in which it
+ends.
+
+Pure: what was trained is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain.membership.partners import Mark
+
+__all__ = ["FragmentRound", "FragmentRounds", "steps_of_fragment", "told_mark", "told_round"]
+
+
+@dataclass(frozen=True)
+class FragmentRound:
+    """A fragment's round as of a publication: its number, the part, from 1 to as many as a round has, and what was
+    trained since the fragment's last merge."""
+
+    round: int
+    part: int
+    tokens: int
+    inner_steps: int
+
+
+@dataclass
+class FragmentRounds:
+    """How far each fragment's round is. Told of the trainer's rounds: `begin`, `merged` of each fragment, `end`."""
+
+    number: int
+    _round: int = 0
+    _num_parts: int = 1
+    _parts: Sequence[int] = ()
+    _before: list[tuple[int, int]] = field(init=False)
+    """Tokens and inner steps since the last merge of each, at this round's start."""
+    _merged: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    """Of those merged in this round: the part, tokens and inner steps of it at that moment."""
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """The weights are others', or those of a checkpoint: nothing was trained since."""
+        self._before, self._merged = [(0, 0)] * self.number, {}
+
+    def begin(self, round: int, num_parts: int, parts: Sequence[int]) -> None:
+        """A round of so many publications; `parts`: with which of them each fragment is merged."""
+        self._round, self._num_parts, self._parts, self._merged = round, num_parts, parts, {}
+
+    def at(self, part: int, tokens: int, inner_steps: int) -> tuple[FragmentRound, ...]:
+        """Each fragment's, at publication `part` of this round."""
+        return tuple(self._at(fragment, part, tokens, inner_steps) for fragment in range(self.number))
+
+    def _at(self, fragment: int, part: int, tokens: int, inner_steps: int) -> FragmentRound:
+        if fragment in self._merged:
+            then, its_tokens, its_steps = self._merged[fragment]
+            return FragmentRound(self._round + 1, part - then, tokens - its_tokens, inner_steps - its_steps)
+        before_tokens, before_steps = self._before[fragment]
+        left = self._parts[fragment] - part  # negative where a round ends early
+        of_round = self._num_parts - max(0, left)
+        return FragmentRound(self._round, of_round, before_tokens + tokens, before_steps + inner_steps)
+
+    def merged(self, fragment: int, part: int, tokens: int, inner_steps: int) -> None:
+        """It was, at that publication of this round."""
+        self._merged[fragment] = part, tokens, inner_steps
+
+    def of_round(self, fragment: int, round: int, tokens: int) -> int:
+        """How many of the tokens, that a fragment's publication in its round of that number has, are of this round."""
+        if round > self._round:
+            return self._merged[fragment][1] + tokens if fragment in self._merged else 0
+        return max(0, tokens - self._before[fragment][0]) if round == self._round else 0
+
+    def end(self, tokens: int, inner_steps: int) -> None:
+        """The round has ended, and every fragment was merged in it."""
+        for fragment, (_, its_tokens, its_steps) in self._merged.items():
+            self._before[fragment] = tokens - its_tokens, inner_steps - its_steps
+
+
+def told_mark(fragment: int, number: int, told: Mark, num_parts: int) -> Mark:
+    """The newest publication of a fragment, of so many, of a peer that has told that it is in round `told.round`, of
+    which it has published `told.part`; `told.tokens`: of that, or with part 0 of the round before. The tokens are a
+    guess, and short rounds have fewer publications."""
+    round, part, tokens = told.round, told.part, told.tokens
+    if not part and not round:
+        return told
+    merged_with = num_parts * (fragment + 1) // number
+    if part > merged_with:
+        return Mark(round + 1, part - merged_with, max(1, tokens * (part - merged_with) // part))
+    if not part and merged_with == num_parts:  # of this round nothing, but all of the one before
+        return Mark(round - 1, num_parts, tokens)
+    before = tokens * (num_parts - merged_with) // (part or num_parts)
+    return Mark(round, num_parts - merged_with + part, (tokens if part else 0) + before)
+
+
+def told_round(fragment: int, number: int, told: Mark, num_parts: int) -> int:
+    """The number of the round in which that fragment is: that of the weights that it publishes."""
+    merged_with = num_parts * (fragment + 1) // number
+    return told.round + (told.part >= merged_with and fragment < number - 1)
+
+
+def steps_of_fragment(fragment: int, number: int, inner_steps_done: int, inner_steps: int) -> tuple[int, int] | None:
+    """How many rounds after a peer's its fragment's is, and the inner steps since that began, when the peer has done so
+    many of its round's; None if it has not told how many those are (0)."""
+    if fragment == number - 1:
+        return 0, inner_steps_done
+    if not inner_steps:
+        return None
+    before = -(-inner_steps * (fragment + 1) // number)
+    if inner_steps_done >= before:
+        return 1, inner_steps_done - before
+    return 0, inner_steps_done + inner_steps - before
