@@ -42,7 +42,7 @@ def fragments_of(layout: Layout, number: int) -> tuple[Fragment, ...]:
     sizes = [place.stop - place.start for place in layout.slices]
     groups: list[list[int]] = [[] for _ in range(max(1, min(number, len(sizes))))]
     for tensor in range(len(sizes)):
-        min(groups, key=lambda group: sum(sizes[one] for one in group)).append(tensor)
+        min(groups, key=lambda group: (sum(sizes[one] for one in group), len(group))).append(tensor)
     return tuple(_fragment(layout, group) for group in groups)
 
 

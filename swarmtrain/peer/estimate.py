@@ -107,7 +107,9 @@ def merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, in
         num, sent = min(merge.num_partners, others), pulled_bytes(run, num_parameters, others)
         num += min(merge.num_weights, others)
         # of each the bytes and the decoded vector; the prepared merge; the bytes of parts that may go on
-        return sent, 2 * sent + (num + 2) * gradient_bytes
+        pieces = merge.num_fragments
+        whole = 2 * gradient_bytes if pieces > 1 else 0  # weights and momentum as a joiner takes them
+        return sent, 2 * sent + (num + 2) * gradient_bytes // pieces + whole
     if merge.method == "server":  # its gradient, to the server; of the server its weights, and what is not in them
         return sizes.gradient, sizes.both + 3 * gradient_bytes
     if others + 1 <= merge.share_above:

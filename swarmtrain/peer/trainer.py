@@ -336,6 +336,7 @@ class Trainer:
             while not self.finished:
                 self._round()
         except StopTraining:
+            self.state = self.state  # what was trained since each fragment's merge is lost, as by a kill
             return "interrupted"
         return "total_tokens"
 

@@ -251,7 +251,7 @@ def _merges(record: _Record) -> None:
         record.thread.reference, plan = None, self._plan
         ready = original(self, round, fragment)
         pulled = [] if ready is None else [[one.section, one.peer, one.mark, one.began_s] for one in ready.pulled]
-        of_s = None if plan is None else [plan.started_s, plan.ends_s]
+        of_s = None if plan is None else plan.prepare.args[2:]  # when the fragment's round began, and ends
         reference = record.thread.reference
         record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)
         return ready
