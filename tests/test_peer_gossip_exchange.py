@@ -173,7 +173,7 @@ class World:
                 time.sleep(0.002)
             return take(round, fragment)
 
-        def at_once(lane: Any, plan: Plan) -> PullPlan:
+        def at_once(plan: Plan) -> PullPlan:
             due_s = (0.0,) * self.wants.get(peer.id, 0)
             return PullPlan(due_s, due_s, "as many as the test wants")
 

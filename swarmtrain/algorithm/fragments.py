@@ -17,6 +17,9 @@ from swarmtrain.algorithm.gossip import Layout
 
 __all__ = ["Fragment", "fragments_of", "whole_of"]
 
+_LEAST_SHARE = 4
+"""The smallest fragment has at least a fourth of the mean."""
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -37,10 +40,18 @@ class Fragment:
 
 
 def fragments_of(layout: Layout, number: int) -> tuple[Fragment, ...]:
-    """The model in so many fragments: each tensor, one after the other, goes into the smallest so far. At most one for
-    each tensor."""
+    """The model in so many fragments: each tensor, one after the other, goes into the smallest so far. Fewer where one
+    would be much smaller than the others: what is usual of a few numbers says little of what a partner sends."""
+    for fewer in range(min(number, len(layout.slices)), 1, -1):
+        fragments = _grouped(layout, fewer)
+        if min(fragment.layout.size for fragment in fragments) * fewer * _LEAST_SHARE >= layout.size:
+            return fragments
+    return _grouped(layout, 1)
+
+
+def _grouped(layout: Layout, number: int) -> tuple[Fragment, ...]:
     sizes = [place.stop - place.start for place in layout.slices]
-    groups: list[list[int]] = [[] for _ in range(max(1, min(number, len(sizes))))]
+    groups: list[list[int]] = [[] for _ in range(number)]
     for tensor in range(len(sizes)):
         min(groups, key=lambda group: (sum(sizes[one] for one in group), len(group))).append(tensor)
     return tuple(_fragment(layout, group) for group in groups)

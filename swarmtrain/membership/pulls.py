@@ -5,7 +5,7 @@ Pure: `now` is an argument, and what pulls took is told.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -25,6 +25,7 @@ __all__ = [
     "pull_start",
     "round_began_s",
     "round_ends_s",
+    "total_bytes",
 ]
 
 Section: TypeAlias = Literal["weights", "gradient"]
@@ -80,6 +81,12 @@ class SectionBytes:
     def both(self) -> int:
         """Together."""
         return self.weights + self.gradient
+
+
+def total_bytes(sizes: Iterable[SectionBytes]) -> SectionBytes:
+    """Of several fragments."""
+    sizes = list(sizes)
+    return SectionBytes(sum(each.weights for each in sizes), sum(each.gradient for each in sizes))
 
 
 class Wanted(NamedTuple):

@@ -20,7 +20,7 @@ from typing import Any
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
 from swarmtrain.membership.fragments import steps_of_fragment, told_mark, told_round
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
-from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
+from swarmtrain.membership.open_pulls import OpenPull, OpenPulls
 from swarmtrain.membership.partners import (
     BackOff,
     Candidate,
@@ -44,11 +44,13 @@ from swarmtrain.membership.pulls import (
     most_pulls,
     plan_pulls,
     round_began_s,
+    total_bytes,
 )
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Routes
 from swarmtrain.network.identity import peer_bytes
+from swarmtrain.network.lanes import Lane, Pulled, Ready
 from swarmtrain.network.publications import (
     PublicationRules,
     is_signed_by_untrusted,
@@ -89,40 +91,18 @@ class GossipSettings:
     wanted: Wanted
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pulled:
-    """The weights or the gradient of a partner, decoded: `arrival` is what the merge takes."""
-
-    section: Section
-    peer: str
-    mark: Mark
-    arrival: Any
-    held: Held
-    pull_s: float
-    began_s: float | None
-    """When the author's round began whose weights these are, in swarm time, if it told."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What this peer merges next, a fragment of its round: since when it is the next and when it should be merged, in
-    swarm time, and whether that is more than a guess; `prepare` readies a merge with its theta."""
+    """What this peer merges next in its round, one fragment or several at once: since when they are the next and when
+    they should be merged, in swarm time, and whether that is more than a guess; `prepare` readies the merge of a
+    fragment with its theta."""
 
     round: int
     started_s: float
     ends_s: float
-    prepare: Callable[[Sequence[Pulled]], Any]
+    prepare: Callable[[int, Sequence[Pulled]], Any]
     is_sure: bool = True
-    fragment: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Ready:
-    """A merge that is prepared."""
-
-    round: int
-    pulled: tuple[Pulled, ...]
-    prepared: Any
+    fragments: tuple[int, ...] = (0,)
 
 
 DecodeWeights = Callable[[int, Held], Any]
@@ -131,32 +111,6 @@ DecodeWeights = Callable[[int, Held], Any]
 DecodeGradient = Callable[[int, Held, News, Held | None], Any]
 """(fragment, publication, what of it is new, the one that was merged before) -> arrival; BadBytesError if it is
 none."""
-
-
-@dataclass
-class _Lane:
-    """What is here of one fragment of the model."""
-
-    number: int
-    ledger: Ledger
-    partners: Partners
-    open: OpenPulls
-    rules: Mapping[Section, PublicationRules]
-    sizes: SectionBytes
-    pulled: list[Pulled] = field(default_factory=list)
-    ready: _Ready | None = None
-    merged: dict[str, Held] = field(default_factory=dict)
-    turned_back: dict[tuple[str, Section], int] = field(default_factory=dict)
-    """Whose counter turned back, and in which round of this peer that was seen."""
-
-    def of_use(self, reference: int) -> list[Pulled]:
-        """Of what was pulled: what may be merged still."""
-        stays = self.ledger.stays_of_use
-        return [each for each in self.pulled if stays(each.section, each.peer, each.mark, reference)]
-
-    def here(self) -> list[Which]:
-        """What was pulled, and of whom."""
-        return [(pulled.section, pulled.peer) for pulled in self.pulled]
 
 
 @dataclass
@@ -187,7 +141,7 @@ class Gossip:
     rng: random.Random = field(default_factory=random.Random)
     round: int = 0
     back_off: BackOff = field(default_factory=BackOff)
-    lanes: list[_Lane] = field(init=False)
+    lanes: list[Lane] = field(init=False)
     _tasks: dict[OpenPull, asyncio.Task[None]] = field(default_factory=dict)
     _times: PullTimes = field(default_factory=PullTimes)
     _filling: asyncio.Task[None] | None = None
@@ -199,7 +153,7 @@ class Gossip:
     def __post_init__(self) -> None:
         settings = self.settings
         self.lanes = [
-            _Lane(
+            Lane(
                 number,
                 ledger,
                 Partners(ledger, self.back_off, self.variant),
@@ -212,7 +166,7 @@ class Gossip:
 
     # ------------------------------------------------------------- the trainer's side
 
-    def take(self, round: int, fragment: int = 0) -> _Ready | None:
+    def take(self, round: int, fragment: int = 0) -> Ready | None:
         """What is prepared of a fragment, which is merged now in `round`; it counts as merged from here on. Returns at
         once."""
         with self._lock:
@@ -251,17 +205,23 @@ class Gossip:
     # ------------------------------------------------------------- a round
 
     def begin(self, plan: Plan) -> None:
-        """A round begins, or another fragment's merge is the next of it. Pulls that still run go on."""
-        lane = self.lanes[plan.fragment]
+        """A round begins, or another of its merges is the next. Pulls that still run go on."""
+        lanes, now = self._lanes_of(plan), swarm_time()
         with self._lock:
-            self.round, self._plan, lane.ready = plan.round, plan, None
+            self.round, self._plan = plan.round, plan
+            for lane in lanes:
+                lane.ready = None
         if self._filling is not None:
             self._filling.cancel()
-        lane.open.round_begins(swarm_time())
+        for lane in lanes:
+            lane.open.round_begins(now)
         self._give_up_old_pulls(plan)
-        self._filling = logged(asyncio.create_task(self._fill(lane, plan)), "gossip")
-        if lane.pulled:
+        self._filling = logged(asyncio.create_task(self._fill(plan)), "gossip")
+        if any(lane.pulled for lane in lanes):
             self._prepare_soon()
+
+    def _lanes_of(self, plan: Plan) -> list[Lane]:
+        return [self.lanes[fragment] for fragment in plan.fragments]
 
     async def stop(self) -> None:
         """Pull nothing more, until the next round."""
@@ -274,31 +234,36 @@ class Gossip:
             lane.open.begun.clear()
         self._filling = self._preparing = None
 
-    async def _fill(self, lane: _Lane, plan: Plan) -> None:
+    async def _fill(self, plan: Plan) -> None:
         """Pull from as many partners as there should be, others in place of those that fail, until the merge."""
-        all_bytes = sum(sizes.both for sizes in self.settings.sizes)
+        all_bytes = total_bytes(self.settings.sizes).both
         if self._times.bytes_per_s is None and (known_s := self.expected_s(all_bytes)):
             self._times.assume(all_bytes / known_s)
         reason = ""
         while self._plan is plan:
-            news, now, pulls = self._news, swarm_time(), self._pull_plan(lane, plan)
+            news, now, pulls = self._news, swarm_time(), self._pull_plan(plan)
             if pulls.reason != reason:
                 reason, wait_s = pulls.reason, (pulls.next_s(0.0) or now) - now
-                _log.debug("round %d, fragment %d: pulls in %.2f s: %s", plan.round, plan.fragment, wait_s, reason)
+                _log.debug("round %d, %s: pulls in %.2f s: %s", plan.round, plan.fragments, wait_s, reason)
             due = {section: pulls.num_due(section, now) for section in SECTIONS}
             for section, num_due in due.items():
-                self._begin_due(lane, section, num_due, plan)
+                for lane in self._lanes_of(plan):
+                    self._begin_due(lane, section, num_due, plan)
             look_s, next_s = _LOOK_S if any(due.values()) else _PLAN_AGAIN_S, pulls.next_s(now)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), look_s if next_s is None else min(look_s, next_s - now))
 
-    def _pull_plan(self, lane: _Lane, plan: Plan) -> PullPlan:
-        others = len(self.membership.volunteers())
-        return plan_pulls(others, plan.started_s, plan.ends_s, lane.sizes, self._times, self.settings.wanted)
+    def _pull_plan(self, plan: Plan) -> PullPlan:
+        others, sizes = len(self.membership.volunteers()), self._sizes(plan)
+        return plan_pulls(others, plan.started_s, plan.ends_s, sizes, self._times, self.settings.wanted)
 
-    def _begin_due(self, lane: _Lane, section: Section, num_due: int, plan: Plan) -> None:
+    def _sizes(self, plan: Plan) -> SectionBytes:
+        """Of all that is pulled of one partner."""
+        return total_bytes(lane.sizes for lane in self._lanes_of(plan))
+
+    def _begin_due(self, lane: Lane, section: Section, num_due: int, plan: Plan) -> None:
         """Begin pulls until as many are here or on their way as are due."""
-        slow_after_s = self._times.slow_after_s(lane.sizes, self.settings.wanted)
+        slow_after_s = self._times.slow_after_s(self._sizes(plan), self.settings.wanted)
         while lane.open.is_wanted(section, num_due, lane.here(), slow_after_s, swarm_time()):
             peer = self._choose(lane, section, plan)
             if peer is None:
@@ -319,7 +284,7 @@ class Gossip:
     def _reference_round(self) -> int:
         return median_round([self.round, *(info.round for info in self.membership.volunteers())])
 
-    def _choose(self, lane: _Lane, section: Section, plan: Plan) -> str | None:
+    def _choose(self, lane: Lane, section: Section, plan: Plan) -> str | None:
         """Whose to pull next."""
         now, here, live = swarm_time(), lane.here(), self.membership.volunteers()
         with self._lock:
@@ -332,12 +297,12 @@ class Gossip:
             )
             return lane.partners.next(section, view, now, self.rng)[0]
 
-    def _told_of(self, lane: _Lane, info: PeerInfo) -> tuple[int, int, Mark, int]:
+    def _told_of(self, lane: Lane, info: PeerInfo) -> tuple[int, int, Mark, int]:
         """What `membership.fragments` is asked about a peer."""
         told = Mark(info.round, info.part, info.part_tokens)
         return lane.number, len(self.lanes), told, lane.rules["gradient"].num_parts
 
-    def _candidate(self, lane: _Lane, info: PeerInfo) -> Candidate:
+    def _candidate(self, lane: Lane, info: PeerInfo) -> Candidate:
         mark, known = told_mark(*self._told_of(lane, info)), lane.ledger.mark(info.peer)
         tokens = mark.tokens
         if len(self.lanes) > 1 and known is not None and known.round == mark.round and known.part < mark.part:
@@ -351,7 +316,7 @@ class Gossip:
             steps_per_s=info.steps_per_s,
         )
 
-    def _start_pull(self, lane: _Lane, peer: str, section: Section, round_s: float) -> None:
+    def _start_pull(self, lane: Lane, peer: str, section: Section, round_s: float) -> None:
         pull = lane.open.begin(section, peer, swarm_time())
 
         async def run() -> None:
@@ -387,7 +352,7 @@ class Gossip:
 
     # ------------------------------------------------------------- one pull
 
-    async def _pull(self, lane: _Lane, peer: str, section: Section) -> bool:
+    async def _pull(self, lane: Lane, peer: str, section: Section) -> bool:
         """Bring a section of the newest publication of `peer` here, from itself or one of its hosts after the other;
         False if there is none that can be merged. Raises PeerError."""
         sources = (peer,) if self.routes is None else await self.routes.to(peer)
@@ -399,7 +364,7 @@ class Gossip:
                 failure = error
         raise failure
 
-    async def _pull_from(self, lane: _Lane, peer: str, source: str, section: Section) -> bool:
+    async def _pull_from(self, lane: Lane, peer: str, source: str, section: Section) -> bool:
         began_s = swarm_time()
         reply = await self._ask(lane, peer, source, section)
         if not reply.HasField("manifest"):
@@ -437,7 +402,7 @@ class Gossip:
         self._times.merged(swarm_time() - began_s - bytes_s)
         return True
 
-    def _round_began_s(self, lane: _Lane, peer: str, mark: Mark) -> float | None:
+    def _round_began_s(self, lane: Lane, peer: str, mark: Mark) -> float | None:
         """When the fragment's round of `peer` began that it published at `mark`, by what it has just told; None if it
         is in another by then, or does not know its speed yet."""
         info = self.membership.info(peer)
@@ -448,7 +413,7 @@ class Gossip:
             return None
         return round_began_s(self.membership.so_far_since_s(peer), found[1], info.steps_per_s)
 
-    async def _ask(self, lane: _Lane, peer: str, source: str, section: Section) -> pb.PublicationReply:
+    async def _ask(self, lane: Lane, peer: str, source: str, section: Section) -> pb.PublicationReply:
         """What `source`, `peer` itself or a host of its, has of `peer` that is newer than what was merged."""
         known = lane.ledger.mark(peer)
         if section == "weights" and (round := lane.ledger.weights_round(peer)) is not None:
@@ -470,7 +435,7 @@ class Gossip:
             raise BusyError("it serves as many readers as it may")
         return reply
 
-    def _news_untrusted(self, lane: _Lane, peer: str, mark: Mark, *, is_own: bool) -> tuple[News, Held | None] | None:
+    def _news_untrusted(self, lane: Lane, peer: str, mark: Mark, *, is_own: bool) -> tuple[News, Held | None] | None:
         """What of `peer`'s weights (part 0) or gradient can be merged, and the gradient it is the difference to; None
         if nothing can. BadBytesError if what it publishes itself (`is_own`) is old."""
         with self._lock:
@@ -489,7 +454,7 @@ class Gossip:
             return None
         return news, earlier
 
-    def _check_counters_untrusted(self, lane: _Lane, peer: str, mark: Mark, news: Nothing) -> None:
+    def _check_counters_untrusted(self, lane: Lane, peer: str, mark: Mark, news: Nothing) -> None:
         """BadBytesError if `peer` publishes what is too old, or its counter turned back for good.
 
         One that was killed turned back by a few rounds, and is past them soon."""
@@ -502,7 +467,7 @@ class Gossip:
         if news.turned_back or news.too_old:
             raise BadBytesError(f"a publication of an old round: {news.reason}")
 
-    async def _ask_host(self, lane: _Lane, peer: str, host: str, request: pb.PublicationRequest) -> pb.PublicationReply:
+    async def _ask_host(self, lane: Lane, peer: str, host: str, request: pb.PublicationRequest) -> pb.PublicationReply:
         """What a host has of `peer`; _HostsFailedError if it has nothing to say, or says what is not `peer`'s word."""
         try:
             rules = lane.rules[section_of(request)]
@@ -523,7 +488,7 @@ class Gossip:
             self.refused(host, error)
         return _HostsFailedError(f"its host failed: {error}")
 
-    async def _bring(self, lane: _Lane, peer: str, held: Held, source: str, section: Section) -> float:
+    async def _bring(self, lane: Lane, peer: str, held: Held, source: str, section: Section) -> float:
         """Pull the bytes; returns the seconds that took. Raises the PeerError that says why not: BusyError when it
         serves others."""
         began_s = swarm_time()
@@ -552,13 +517,12 @@ class Gossip:
         """Have a merge of all that is here prepared, anew as long as more comes."""
         while True:
             with self._lock:
-                if (plan := self._plan) is None:
+                plan = self._plan
+                unprepared = () if plan is None else [lane for lane in self._lanes_of(plan) if lane.has_more()]
+                if plan is None or not unprepared:
                     return
-                lane = self.lanes[plan.fragment]
-                pulled, ready = tuple(lane.pulled), lane.ready
-            if not pulled or (ready is not None and ready.pulled == pulled):
-                return
-            found = await self._try_to_prepare(plan, pulled)
+                lane, pulled = unprepared[0], tuple(unprepared[0].pulled)
+            found = await self._try_to_prepare(plan, lane, pulled)
             if found is None:
                 await self._drop_unmergeable(lane, plan, pulled)
                 continue
@@ -566,20 +530,20 @@ class Gossip:
                 if self._plan is plan:
                     lane.ready = found
 
-    async def _try_to_prepare(self, plan: Plan, pulled: tuple[Pulled, ...]) -> _Ready | None:
+    async def _try_to_prepare(self, plan: Plan, lane: Lane, pulled: tuple[Pulled, ...]) -> Ready | None:
         """A merge of `pulled`; None if there cannot be one."""
         try:
-            prepared = await asyncio.to_thread(plan.prepare, pulled)
-            return _Ready(round=plan.round, pulled=pulled, prepared=prepared)
+            prepared = await asyncio.to_thread(plan.prepare, lane.number, pulled)
+            return Ready(round=plan.round, pulled=pulled, prepared=prepared)
         except Exception:  # a task's boundary: one bad publication must not cost all later merges
             peers = ", ".join(one.peer for one in pulled)
             _log.exception("gossip: no merge could be prepared with what was pulled from %s", peers)
             return None
 
-    async def _drop_unmergeable(self, lane: _Lane, plan: Plan, pulled: tuple[Pulled, ...]) -> None:
+    async def _drop_unmergeable(self, lane: Lane, plan: Plan, pulled: tuple[Pulled, ...]) -> None:
         """No merge of all of `pulled` can be prepared: drop those of which there can be none at all or, if each can be
         merged alone, the newest. Who published them has failed, and another is tried."""
-        bad = [one for one in pulled if await self._try_to_prepare(plan, (one,)) is None] or [pulled[-1]]
+        bad = [one for one in pulled if await self._try_to_prepare(plan, lane, (one,)) is None] or [pulled[-1]]
         now = swarm_time()
         for one in bad:
             self.back_off.failed(one.peer, now, "what it published cannot be merged")

@@ -32,8 +32,9 @@ from swarmtrain.membership.pulls import Section, Wanted, ahead_rounds
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan, Pulled
+from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan
 from swarmtrain.network.hosting import Hosting, Routes
+from swarmtrain.network.lanes import Pulled
 from swarmtrain.network.publications import Publication, PublicationRules, Publisher
 from swarmtrain.network.snapshots import Body, Held, TensorSpec
 from swarmtrain.network.swarm import Swarm
@@ -218,18 +219,21 @@ class GossipExchange(AsynchronousExchange):
             encode=functools.partial(self._encode_weights, theta, fragment),
         )
 
-    def _plan(self, fragment: int, now: float) -> Plan:
-        """The merge of that fragment is the next."""
+    def _plan(self, first: int, now: float) -> Plan:
+        """The merge of that fragment is the next, and of those that are merged after as many steps."""
         merge_after = [0, *self._start.merge_after]
-        steps = merge_after[fragment + 1] - merge_after[fragment]
+        steps = merge_after[first + 1] - merge_after[first]
+        fragments = [
+            each for each in range(first, len(self._fragments)) if merge_after[each + 1] == merge_after[first + 1]
+        ]
         ends_s = now + self._round_s(steps, self._steps_per_s)
         return Plan(
             round=self._progress.round,
             started_s=now,
             ends_s=ends_s,
-            prepare=functools.partial(self._prepare, fragment, self._states[fragment], self._began_s[fragment], ends_s),
+            prepare=functools.partial(self._prepare, tuple(self._states), tuple(self._began_s), ends_s),
             is_sure=self._steps_per_s > 0,
-            fragment=fragment,
+            fragments=tuple(fragments),
         )
 
     def merged(self, fragment: int, state: OuterState) -> None:
@@ -237,8 +241,10 @@ class GossipExchange(AsynchronousExchange):
         self._states[fragment] = state
         if fragment == len(self._fragments) - 1:
             return
-        now = swarm_time()
+        now, merge_after = swarm_time(), self._start.merge_after
         self._publish_weights(fragment, self._progress.round + 1, now)
+        if merge_after[fragment + 1] == merge_after[fragment]:
+            return  # that one is merged at once
         plan = self._plan(fragment + 1, now)
 
         async def begin() -> None:
@@ -349,14 +355,19 @@ class GossipExchange(AsynchronousExchange):
         self.swarm.emit(ClippedEvent(from_peer=peer, rule=incident.rule, detail=incident.detail))
 
     def _prepare(
-        self, fragment: int, state: OuterState, began_s: float, ends_s: float, pulled: Sequence[Pulled]
+        self,
+        states: Sequence[OuterState],
+        began_s: Sequence[float],
+        ends_s: float,
+        fragment: int,
+        pulled: Sequence[Pulled],
     ) -> Prepared:
         """All of a merge that does not need this peer's own gradient; in a thread beside the trainer's."""
         arrivals = [
-            dataclasses.replace(each.arrival, ahead_rounds=ahead_rounds(each.began_s, began_s, ends_s))
+            dataclasses.replace(each.arrival, ahead_rounds=ahead_rounds(each.began_s, began_s[fragment], ends_s))
             for each in pulled
         ]
-        return self._merge_of(fragment, state, arrivals)
+        return self._merge_of(fragment, states[fragment], arrivals)
 
     def _merge_of(self, fragment: int, state: OuterState, arrivals: Sequence[Arrival]) -> Prepared:
         return prepare(state, arrivals, self._fragments[fragment].layout, self.run.merge.outer_learning_rate)

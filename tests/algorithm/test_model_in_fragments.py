@@ -14,7 +14,7 @@ LAYOUT = layout_of([(7, 3), (5,), (2, 2), (1,), (9, 4), (0,), (6, 2)])
 @pytest.mark.parametrize("number", [1, 2, 3, 7, 50])
 def test_each_number_is_in_one_fragment(number: int) -> None:
     fragments, vector = fragments_of(LAYOUT, number), torch.arange(float(LAYOUT.size))
-    assert len(fragments) == min(number, len(LAYOUT.slices))
+    assert len(fragments) == min(number, 5), "of six one would have very few numbers"
     assert sorted(tensor for fragment in fragments for tensor in fragment.tensors) == list(range(len(LAYOUT.slices)))
     parts = [fragment.of(vector) for fragment in fragments]
     assert [part.numel() for part in parts] == [fragment.layout.size for fragment in fragments]

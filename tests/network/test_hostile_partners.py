@@ -45,7 +45,9 @@ class Swarm:
         for partner in (self.carl, self.dora):
             partner.publish(self.round, 4, 1000)
         began_s = swarm_time()
-        self.me.gossip.begin(Plan(round=self.round, started_s=began_s, ends_s=began_s + ROUND_S, prepare=list))
+        self.me.gossip.begin(
+            Plan(round=self.round, started_s=began_s, ends_s=began_s + ROUND_S, prepare=lambda _, pulled: list(pulled))
+        )
         await asyncio.sleep(ROUND_S)
         assert swarm_time() == began_s + ROUND_S
         ready = self.me.gossip.take(self.round)

@@ -143,13 +143,13 @@ def _choices(record: _Record) -> None:
         original(self)
         self.rng = generator(self.me)
 
-    def pull_plan(original: Any, self: Gossip, lane: Any, plan: Any) -> Any:
-        record.thread.fragment = lane.number
-        return original(self, lane, plan)
+    def pull_plan(original: Any, self: Gossip, plan: Any) -> Any:
+        record.thread.fragments = plan.fragments
+        return original(self, plan)
 
     def plan_pulls(original: Any, *args: Any) -> Any:
         plan = original(*args)
-        record.write_news("plan", fragment=record.thread.fragment, inputs=args[:3], found=plan)
+        record.write_news("plan", fragments=record.thread.fragments, inputs=args[:3], found=plan)
         return plan
 
     def round_began_s(original: Any, *args: Any) -> Any:
@@ -251,7 +251,9 @@ def _merges(record: _Record) -> None:
         record.thread.reference, plan = None, self._plan
         ready = original(self, round, fragment)
         pulled = [] if ready is None else [[one.section, one.peer, one.mark, one.began_s] for one in ready.pulled]
-        of_s = None if plan is None else plan.prepare.args[2:]  # when the fragment's round began, and ends
+        of_s = (
+            None if plan is None else [plan.prepare.args[1][fragment], plan.ends_s]
+        )  # when the fragment's round began, and ends
         reference = record.thread.reference
         record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)
         return ready

@@ -21,7 +21,15 @@ from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import Candidate, Mark, View
-from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, ahead_rounds, plan_pulls, round_began_s
+from swarmtrain.membership.pulls import (
+    BytesBegun,
+    PullTimes,
+    Section,
+    ahead_rounds,
+    plan_pulls,
+    round_began_s,
+    total_bytes,
+)
 from swarmtrain.network.codec import vector_sha256
 from swarmtrain.peer.trainer import Start
 from swarmtrain.run import parse_published_untrusted, run_sha256
@@ -153,7 +161,8 @@ class ReplayedPeer(Peer):
 
     def _plan(self, event: Event) -> None:
         num_others, started_s, ends_s = event["inputs"]
-        sizes, wanted = self._lane_of(event).sizes, self.world.wanted
+        sizes = total_bytes(self.lanes[fragment].sizes for fragment in event["fragments"])
+        wanted = self.world.wanted
         self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, wanted))
 
     def _began(self, event: Event) -> None:

@@ -65,11 +65,13 @@ def _count(peer: Peer) -> None:
 
 def _taken(peer: Peer) -> int:
     """Tokens of the present round of `peer` that another has merged or is about to: of each number of the model the
-    most, and the mean of that."""
+    most, and the mean of that, in whole steps."""
     sizes = [lane.fragment.layout.size for lane in peer.lanes]
     others = [other for other in peer.world.peers if other is not peer]
     taken = [max((_taken_of(lane, other) for other in others), default=0) for lane in peer.lanes]
-    return sum(each * size for each, size in zip(taken, sizes, strict=True)) // sum(sizes)
+    mean = sum(each * size for each, size in zip(taken, sizes, strict=True)) / sum(sizes)
+    step_tokens = peer.world.setting.run.tokens_per_step
+    return int(mean // step_tokens) * step_tokens
 
 
 def _taken_of(lane: Lane, by: Peer) -> int:

@@ -22,7 +22,7 @@ from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
 from swarmtrain.membership.partners import BackOff, Candidate, Difference, Ledger, Mark, Partners, View, median_round
-from swarmtrain.membership.pulls import PullTimes, Section, Wanted, ahead_rounds, most_pulls, plan_pulls
+from swarmtrain.membership.pulls import PullTimes, Section, Wanted, ahead_rounds, most_pulls, plan_pulls, total_bytes
 from swarmtrain.membership.shards import Coverage, Row
 from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
@@ -132,8 +132,8 @@ class Peer:
         self.own: Contribution
         """What its round has brought so far."""
         self.lanes = [self.lane(fragment) for fragment in range(len(world.fragments))]
-        self.next = self.lanes[0]
-        """What is merged next."""
+        self.next: list[Lane] = []
+        """What is merged next: one fragment, or several at once."""
         self.forget()
 
     def lane(self, number: int) -> Lane:
@@ -160,21 +160,24 @@ class Peer:
         step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
             self.call_at(self.done_s(moment * step_s), self.train_to, moment)
-        for lane, moment in zip(self.lanes[:-1], self.start.merge_after, strict=False):
-            self.call_at(self.done_s(moment * step_s), self.end_of, lane)
-        self.turn_to(self.lanes[0])
+        for moment in sorted(set(self.start.merge_after))[:-1]:
+            self.call_at(self.done_s(moment * step_s), self.end_of_some)
+        self.turn_to(0)
         self.call_at(self.done_s(self.start.inner_steps * step_s), self.end)
 
-    def turn_to(self, lane: Lane) -> None:
-        """Its merge is the next: plan the pulls for it."""
-        self.next, now = lane, self.world.clock.now
-        lane.pulls.round_begins(now)
-        others, ends_s = len(self.world.live) - 1, self.merges_s(lane)
-        pulls = plan_pulls(others, now, ends_s, lane.sizes, self.times, self.world.wanted)
-        lane.due.clear()
+    def turn_to(self, first: int) -> None:
+        """The merge of that fragment is the next, and of those that are merged after as many steps: plan the pulls."""
+        now, wanted, merge_after = self.world.clock.now, self.world.wanted, self.start.merge_after
+        self.next = [lane for lane in self.lanes[first:] if merge_after[lane.number] == merge_after[first]]
+        sizes = total_bytes(lane.sizes for lane in self.next)
+        pulls = plan_pulls(len(self.world.live) - 1, now, self.merges_s(self.next[0]), sizes, self.times, wanted)
+        for lane in self.next:
+            lane.pulls.round_begins(now)
+            lane.due.clear()
         for what, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
             for when_s in at_s:
-                self.call_at(self.done_s(when_s - now), self.pull, self.round, lane, what)
+                for lane in self.next:
+                    self.call_at(self.done_s(when_s - now), self.pull, self.round, lane, what)
 
     def merges_s(self, lane: Lane) -> float:
         """When it merges that fragment in its round, if it does not stand still."""
@@ -265,19 +268,19 @@ class Peer:
 
     def pull(self, round: int, lane: Lane, section: Section) -> None:
         """One more of the round's pulls is due."""
-        if round == self.round and lane is self.next:
+        if round == self.round and lane in self.next:
             lane.due[section] += 1
             self.fill(lane, section)
 
     def look(self, round: int, lane: Lane, section: Section) -> None:
         """Whether another is to be asked by now."""
-        if round == self.round and lane is self.next:
+        if round == self.round and lane in self.next:
             self.fill(lane, section)
 
     def fill(self, lane: Lane, section: Section) -> None:
         """Pull until as many are here or on their way as are due; a slow one does not count."""
         world, setting, clock = self.world, self.world.setting, self.world.clock
-        slow_s = self.times.slow_after_s(lane.sizes, world.wanted)
+        slow_s = self.times.slow_after_s(total_bytes(each.sizes for each in self.next), world.wanted)
         while lane.pulls.is_wanted(section, lane.due[section], lane.arrived, slow_s, clock.now):
             name = self.choose(lane, section)
             if name is None:
@@ -393,18 +396,22 @@ class Peer:
 
     # ------------------------------------------------------------- the merge
 
-    def end_of(self, lane: Lane) -> None:
-        """Merge what is here of a fragment; on to the next one."""
-        self.merge(lane, self.ready(lane))
-        lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, self.world.clock.now)
-        self.turn_to(self.lanes[lane.number + 1])
+    def end_of_some(self) -> None:
+        """Merge what is here of the fragments whose time has come; on to the next ones."""
+        for lane in self.next:
+            self.merge(lane, self.ready(lane))
+            lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, self.world.clock.now)
+        self.turn_to(self.next[-1].number + 1)
 
     def end(self) -> None:
-        """Merge the last fragment, or take the others' weights if its own are too old for them; on to another round."""
+        """Merge the last fragments, or take the others' weights if its own are too old for them; on to a new round."""
         world, self.knows_speed = self.world, True
         if catches_up(self):
             return
-        self.merge(self.lanes[-1], self.ready(self.lanes[-1]))
+        for lane in self.next:
+            self.merge(lane, self.ready(lane))
+            if lane is not self.lanes[-1]:
+                lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, world.clock.now)
         self.rounds_done += 1
         world.merged(self)
         self.begin_or_end()
@@ -415,7 +422,7 @@ class Peer:
             self.begin()
         else:
             self.is_over = True
-            self.next.due.clear()
+            self.next = []
             self.world.finished(self)
 
     def ready(self, lane: Lane) -> Arrived:

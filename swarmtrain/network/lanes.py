@@ -1,0 +1,68 @@
+"""What gossip keeps of one fragment of the model: what was pulled, whom of, and the merge that is prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarmtrain.membership.open_pulls import OpenPulls, Which
+from swarmtrain.membership.partners import Ledger, Mark, Partners
+from swarmtrain.membership.pulls import Section, SectionBytes
+from swarmtrain.network.publications import PublicationRules
+from swarmtrain.network.snapshots import Held
+
+__all__ = ["Lane", "Pulled", "Ready"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pulled:
+    """The weights or the gradient of a partner, decoded: `arrival` is what the merge takes."""
+
+    section: Section
+    peer: str
+    mark: Mark
+    arrival: Any
+    held: Held
+    pull_s: float
+    began_s: float | None
+    """When the author's round began whose weights these are, in swarm time, if it told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A merge that is prepared."""
+
+    round: int
+    pulled: tuple[Pulled, ...]
+    prepared: Any
+
+
+@dataclass
+class Lane:
+    """What is here of one fragment of the model."""
+
+    number: int
+    ledger: Ledger
+    partners: Partners
+    open: OpenPulls
+    rules: Mapping[Section, PublicationRules]
+    sizes: SectionBytes
+    pulled: list[Pulled] = field(default_factory=list)
+    ready: Ready | None = None
+    merged: dict[str, Held] = field(default_factory=dict)
+    turned_back: dict[tuple[str, Section], int] = field(default_factory=dict)
+    """Whose counter turned back, and in which round of this peer that was seen."""
+
+    def of_use(self, reference: int) -> list[Pulled]:
+        """Of what was pulled: what may be merged still."""
+        stays = self.ledger.stays_of_use
+        return [each for each in self.pulled if stays(each.section, each.peer, each.mark, reference)]
+
+    def has_more(self) -> bool:
+        """Whether something was pulled that is in no merge that is prepared."""
+        return bool(self.pulled) and (self.ready is None or self.ready.pulled != tuple(self.pulled))
+
+    def here(self) -> list[Which]:
+        """What was pulled, and of whom."""
+        return [(pulled.section, pulled.peer) for pulled in self.pulled]
