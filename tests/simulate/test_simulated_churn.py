@@ -69,11 +69,12 @@ def finished_tokens(world: World) -> Counter[str]:
 def test_what_another_has_taken_counts_and_the_rest_does_not(tmp_path: Path) -> None:
     taken = []
     for at_s in (0.13, 0.18, 0.22, 0.27):
-        world = World(churned(tmp_path, "gossip", {"peer": 0, "at_s": at_s, "for_s": 99.0}))
+        away = {"peer": 0, "at_s": at_s, "for_s": 99.0}
+        world = World(churned(tmp_path, "gossip", away, set={"merge.fragments": 1}))
         finished = finished_tokens(world)
         world.run()
         gone = world.peers[0]
-        marks = [peer.ledger.mark(gone.name) for peer in world.peers[1:]]
+        marks = [peer.lanes[0].ledger.mark(gone.name) for peer in world.peers[1:]]
         taken.append(max((mark.tokens for mark in marks if mark and mark.round == gone.round), default=0))
         assert world.tokens == finished.total() + taken[-1] >= world.setting.total_tokens
         assert not gone.is_over and all(peer.is_over for peer in world.peers[1:])
@@ -105,13 +106,13 @@ def test_who_was_away_shortly_goes_on_with_its_own(tmp_path: Path) -> None:
     world = World(churned(tmp_path, "gossip", CRASH))
     one = world.peers[0]
     before: list[Any] = []
-    codec, back_off = one.codec, one.partners.back_off
+    codec, back_off = one.lanes[0].codec, one.back_off
     world.clock.call_at(0.3, lambda: before.append((one.trainer.state, one.round, one.is_here)))
     world.clock.call_at(0.331, lambda: before.append((one.trainer.state, one.round, one.is_here)))
     world.run()
     assert before == [(before[0][0], before[0][1], False), (before[0][0], before[0][1], True)]
     assert one.trainer.young_steps is None and one.knows_speed
-    assert one.codec is not codec and one.partners.back_off is not back_off, "no checkpoint keeps these"
+    assert one.lanes[0].codec is not codec and one.back_off is not back_off, "no checkpoint keeps these"
 
 
 def test_who_goes_while_it_is_pulled_from_is_left_alone(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_who_goes_while_it_is_pulled_from_is_left_alone(tmp_path: Path) -> None:
     gone = World(churned(tmp_path, "gossip", {"peer": int(name[1:]), "at_s": at_s + 0.001, "for_s": 99.0}))
     for world, left_alone in (calm, False), (gone, True):
         world.run()
-        found = world.peers[reader].partners.back_off.ready({name, "another"}, world.clock.now)
+        found = world.peers[reader].back_off.ready({name, "another"}, world.clock.now)
         assert (found == (frozenset({"another"}), "1 are left alone for now")) is left_alone
 
 
@@ -158,7 +159,7 @@ def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path, monkey
     changes = {"network.presence_ttl_s": 3.0, "network.call_limit_s": 0.2, "run.total_tokens": 70_000}
     one = churned(tmp_path, "gossip", hangs=[hang], set=changes)
     world, asked, failed = World(one), list[float](), BackOff.failed
-    theirs = [world.peers[number].partners.back_off for number in (0, 2)]
+    theirs = [world.peers[number].back_off for number in (0, 2)]
 
     def noted(self: BackOff, name: str, now: float, *about: Any) -> str:
         if any(self is one for one in theirs):
@@ -183,19 +184,19 @@ def test_who_goes_on_is_asked_again_as_soon_as_it_calls(
     at_once = list[int]()
     world.clock.call_at(1.1, lambda: at_once.append(world.peers[1].round))
     world.run()
-    merged = [world.peers[number].ledger.mark("p1") for number in (0, 2)]
+    merged = [world.peers[number].lanes[0].ledger.mark("p1") for number in (0, 2)]
     again = [mark is not None and mark.round > at_once[0] for mark in merged]
     assert again == [calls, calls], "else it is left alone for 10 s, and the run is over"
 
 
 def test_a_silent_majority_has_so_many_pulls_at_most(tmp_path: Path) -> None:
     hangs = [{"peer": number, "at_s": 0.2, "for_s": 1e5} for number in range(1, 16)]
-    changes = {"merge.num_partners": 1, "network.call_limit_s": 60.0, "network.presence_ttl_s": 60.0}
+    changes = {"merge.fragments": 1, "merge.num_partners": 1, "network.call_limit_s": 60.0, "network.presence_ttl_s": 60.0}
     peers = {"number": 16, "slowdowns": [1.0]}
     world = World(churned(tmp_path, "gossip", hangs=hangs, peers=peers, set={**changes, "run.total_tokens": 150_000}))
     numbers = list[int]()
     for at_s in range(1, 7):
-        world.clock.call_at(at_s, lambda: numbers.append(len(world.peers[0].pulls.begun)))
+        world.clock.call_at(at_s, lambda: numbers.append(len(world.peers[0].lanes[0].pulls.begun)))
     world.run()
     assert numbers == sorted(numbers) and numbers[0] == 2 and max(numbers) == 4, "others are tried after a second"
 
