@@ -23,8 +23,9 @@ from swarmtrain.membership.pulls import SECTIONS, PullPlan, Section
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.gossiping import Gossip, Plan
+from swarmtrain.network.gossiping import Gossip
 from swarmtrain.network.identity import new_identity
+from swarmtrain.network.lanes import Plan
 from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.common import StopFlag

@@ -101,12 +101,19 @@ class Wanted(NamedTuple):
 
 
 def plan_pulls(
-    num_live_others: int, started_s: float, ends_s: float, sizes: SectionBytes, times: PullTimes, configured: Wanted
+    num_live_others: int,
+    started_s: float,
+    ends_s: float,
+    sizes: SectionBytes,
+    times: PullTimes,
+    configured: Wanted,
+    share: float = 1.0,
 ) -> PullPlan:
     """What to pull in a round, and when: as late as the link allows, since what comes late is fresh.
 
-    Of as many partners as `configured`, at most of everyone, as far as the link carries that in two thirds of the
-    round; where it carries less, weights of fewer, then gradients of fewer, never less than one of each. Weights first,
+    The round is that of fragments which are so large a `share` of the model: they have as much of the link's time. Of
+    as many partners as `configured`, at most of everyone, as far as the link carries that in two thirds of the
+    time; where it carries less, weights of fewer, then gradients of fewer, never less than one of each. Weights first,
     because they stay what they are for a whole round of their author's, and one pull after the other, so that each has
     the whole link and the last is as fresh as it can be.
     """
@@ -115,16 +122,19 @@ def plan_pulls(
     wanted, most_weights = (max(1, min(each, num_live_others)) for each in configured)
     rate = times.bytes_per_s
     if not rate:
-        half_s = max(started_s, (started_s + ends_s) / 2)
+        half_s = max(started_s, ends_s - share * (ends_s - started_s) / 2)
         reason = "half of the round: how long a transfer takes is not known yet"
         return PullPlan((half_s,) * most_weights, (half_s,) * wanted, reason)
-    carried = rate * LINK_SHARE * (ends_s - started_s)
+    lasts_s = ends_s - started_s
+    window_s = share * lasts_s
+    carried = rate * LINK_SHARE * window_s
     gradients = max(1, int(min(wanted, (carried - sizes.weights) / max(sizes.gradient, 1))))
     weights = max(1, int(min(most_weights, (carried - gradients * sizes.gradient) / max(sizes.weights, 1))))
     left_bytes = [gradients * sizes.gradient + left * sizes.weights for left in range(weights, 0, -1)]
     left_bytes += [left * sizes.gradient for left in range(gradients, 0, -1)]
-    lasts_s = ends_s - started_s
-    spare_s = max(min(_MOST_SPARE_S, _SPARE_SHARE * lasts_s), max(_LONG_SPARE_SHARE, times.early_share) * lasts_s)
+    spare_s = max(
+        min(_MOST_SPARE_S, _SPARE_SHARE * window_s), _LONG_SPARE_SHARE * window_s, times.early_share * lasts_s
+    )
     overhead_s = times.overhead_s
     leads_s = [spare_s + _SLACK * (overhead_s + num_bytes / rate) for num_bytes in left_bytes]
     at_s = [max(started_s, ends_s - lead_s) for lead_s in leads_s]

@@ -50,7 +50,7 @@ from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Routes
 from swarmtrain.network.identity import peer_bytes
-from swarmtrain.network.lanes import Lane, Pulled, Ready
+from swarmtrain.network.lanes import Lane, Plan, Pulled, Ready
 from swarmtrain.network.publications import (
     PublicationRules,
     is_signed_by_untrusted,
@@ -63,7 +63,7 @@ from swarmtrain.network.snapshots import Held
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Gossip", "GossipSettings", "Plan", "Pulled"]
+__all__ = ["Gossip", "GossipSettings"]
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.25
@@ -89,20 +89,6 @@ class GossipSettings:
     rules: Sequence[Mapping[Section, PublicationRules]]
     sizes: Sequence[SectionBytes]
     wanted: Wanted
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What this peer merges next in its round, one fragment or several at once: since when they are the next and when
-    they should be merged, in swarm time, and whether that is more than a guess; `prepare` readies the merge of a
-    fragment with its theta."""
-
-    round: int
-    started_s: float
-    ends_s: float
-    prepare: Callable[[int, Sequence[Pulled]], Any]
-    is_sure: bool = True
-    fragments: tuple[int, ...] = (0,)
 
 
 DecodeWeights = Callable[[int, Held], Any]
@@ -146,7 +132,6 @@ class Gossip:
     _times: PullTimes = field(default_factory=PullTimes)
     _filling: asyncio.Task[None] | None = None
     _preparing: asyncio.Task[None] | None = None
-    _plan: Plan | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -171,8 +156,8 @@ class Gossip:
         once."""
         with self._lock:
             lane = self.lanes[fragment]
-            ready, plan, lane.ready, self._plan = lane.ready, self._plan, None, None
-            if plan is not None and plan.is_sure:
+            ready, plan, lane.ready, lane.plan = lane.ready, lane.plan, None, None
+            if plan is not None and plan.is_sure and fragment == plan.fragments[0]:
                 self._times.round_ended(plan.ends_s - plan.started_s, swarm_time() - plan.started_s)
             if ready is None or ready.round != round:
                 return None
@@ -204,20 +189,25 @@ class Gossip:
 
     # ------------------------------------------------------------- a round
 
-    def begin(self, plan: Plan) -> None:
-        """A round begins, or another of its merges is the next. Pulls that still run go on."""
-        lanes, now = self._lanes_of(plan), swarm_time()
+    def begin(self, round: int, plans: Sequence[Plan]) -> None:
+        """A round of this peer begins, or more is known by now of when fragments will be merged: all these plans take
+        the place of those before. Pulls that still run go on."""
+        now = swarm_time()
         with self._lock:
-            self.round, self._plan = plan.round, plan
-            for lane in lanes:
-                lane.ready = None
+            self.round = round
+            for lane in self.lanes:
+                lane.plan = None
+            for plan in plans:
+                for lane in self._lanes_of(plan):
+                    lane.plan = plan
+                    if plan.started_s != lane.started_s:  # another round of it
+                        lane.ready, lane.started_s = None, plan.started_s
+                        lane.open.round_begins(now)
         if self._filling is not None:
             self._filling.cancel()
-        for lane in lanes:
-            lane.open.round_begins(now)
-        self._give_up_old_pulls(plan)
-        self._filling = logged(asyncio.create_task(self._fill(plan)), "gossip")
-        if any(lane.pulled for lane in lanes):
+        self._give_up_old_pulls(plans)
+        self._filling = logged(asyncio.create_task(self._fill(plans)), "gossip")
+        if any(lane.pulled for lane in self.lanes):
             self._prepare_soon()
 
     def _lanes_of(self, plan: Plan) -> list[Lane]:
@@ -232,30 +222,36 @@ class Gossip:
         self._tasks.clear()  # one that never ran has not ended either
         for lane in self.lanes:
             lane.open.begun.clear()
+            lane.plan = None
         self._filling = self._preparing = None
 
-    async def _fill(self, plan: Plan) -> None:
-        """Pull from as many partners as there should be, others in place of those that fail, until the merge."""
+    async def _fill(self, plans: Sequence[Plan]) -> None:
+        """Pull from as many partners as there should be, others in place of those that fail, until the merges."""
         all_bytes = total_bytes(self.settings.sizes).both
         if self._times.bytes_per_s is None and (known_s := self.expected_s(all_bytes)):
             self._times.assume(all_bytes / known_s)
-        reason = ""
-        while self._plan is plan:
-            news, now, pulls = self._news, swarm_time(), self._pull_plan(plan)
-            if pulls.reason != reason:
-                reason, wait_s = pulls.reason, (pulls.next_s(0.0) or now) - now
-                _log.debug("round %d, %s: pulls in %.2f s: %s", plan.round, plan.fragments, wait_s, reason)
-            due = {section: pulls.num_due(section, now) for section in SECTIONS}
-            for section, num_due in due.items():
-                for lane in self._lanes_of(plan):
-                    self._begin_due(lane, section, num_due, plan)
-            look_s, next_s = _LOOK_S if any(due.values()) else _PLAN_AGAIN_S, pulls.next_s(now)
+        while left := [plan for plan in plans if self._is_ahead(plan)]:
+            news, look_s = self._news, _PLAN_AGAIN_S
+            for plan in left:
+                now, pulls = swarm_time(), self._pull_plan(plan)
+                due = {section: pulls.num_due(section, now) for section in SECTIONS}
+                for section, num_due in due.items():
+                    for lane in self._lanes_of(plan):
+                        self._begin_due(lane, section, num_due, plan)
+                if any(due.values()):
+                    look_s = min(look_s, _LOOK_S)
+                if (next_s := pulls.next_s(now)) is not None:
+                    look_s = min(look_s, next_s - now)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), look_s if next_s is None else min(look_s, next_s - now))
+                await asyncio.wait_for(news.wait(), look_s)
+
+    def _is_ahead(self, plan: Plan) -> bool:
+        return any(lane.plan is plan for lane in self._lanes_of(plan))
 
     def _pull_plan(self, plan: Plan) -> PullPlan:
-        others, sizes = len(self.membership.volunteers()), self._sizes(plan)
-        return plan_pulls(others, plan.started_s, plan.ends_s, sizes, self._times, self.settings.wanted)
+        others, share = len(self.membership.volunteers()), len(plan.fragments) / len(self.lanes)
+        sizes, wanted = self._sizes(plan), self.settings.wanted
+        return plan_pulls(others, plan.started_s, plan.ends_s, sizes, self._times, wanted, share)
 
     def _sizes(self, plan: Plan) -> SectionBytes:
         """Of all that is pulled of one partner."""
@@ -270,10 +266,10 @@ class Gossip:
                 return
             self._start_pull(lane, peer, section, plan.ends_s - plan.started_s)
 
-    def _give_up_old_pulls(self, plan: Plan) -> None:
+    def _give_up_old_pulls(self, plans: Sequence[Plan]) -> None:
         """A pull that has gone on for rounds would bring what is too old."""
-        now, a_round_s = swarm_time(), len(self.lanes) * (plan.ends_s - plan.started_s)
-        old_s = now - max(_OLD_PULL_S, _OLD_PULL_ROUNDS * a_round_s)
+        a_round_s = max((plan.ends_s - plan.started_s for plan in plans), default=0.0)
+        old_s = swarm_time() - max(_OLD_PULL_S, _OLD_PULL_ROUNDS * a_round_s)
         for pull, task in self._tasks.items():
             if pull.began_s < old_s:
                 task.cancel()
@@ -517,17 +513,16 @@ class Gossip:
         """Have a merge of all that is here prepared, anew as long as more comes."""
         while True:
             with self._lock:
-                plan = self._plan
-                unprepared = () if plan is None else [lane for lane in self._lanes_of(plan) if lane.has_more()]
-                if plan is None or not unprepared:
+                lane = next((lane for lane in self.lanes if lane.plan is not None and lane.has_more()), None)
+                if lane is None or (plan := lane.plan) is None:
                     return
-                lane, pulled = unprepared[0], tuple(unprepared[0].pulled)
+                pulled = tuple(lane.pulled)
             found = await self._try_to_prepare(plan, lane, pulled)
             if found is None:
                 await self._drop_unmergeable(lane, plan, pulled)
                 continue
             with self._lock:
-                if self._plan is plan:
+                if lane.plan is not None and (lane.plan.round, lane.plan.started_s) == (plan.round, plan.started_s):
                     lane.ready = found
 
     async def _try_to_prepare(self, plan: Plan, lane: Lane, pulled: tuple[Pulled, ...]) -> Ready | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from swarmtrain.membership.pulls import Section, SectionBytes
 from swarmtrain.network.publications import PublicationRules
 from swarmtrain.network.snapshots import Held
 
-__all__ = ["Lane", "Pulled", "Ready"]
+__all__ = ["Lane", "Plan", "Pulled", "Ready"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,6 +27,20 @@ class Pulled:
     pull_s: float
     began_s: float | None
     """When the author's round began whose weights these are, in swarm time, if it told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The next merge of one fragment, or of several at once: in which round of theirs, since when that goes on and when
+    it should end, in swarm time, and whether that is more than a guess; `prepare` readies the merge of a fragment with
+    its theta."""
+
+    round: int
+    started_s: float
+    ends_s: float
+    prepare: Callable[[int, Sequence[Pulled]], Any]
+    is_sure: bool = True
+    fragments: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +63,10 @@ class Lane:
     rules: Mapping[Section, PublicationRules]
     sizes: SectionBytes
     pulled: list[Pulled] = field(default_factory=list)
+    plan: Plan | None = None
+    """Of its next merge; None once it was merged, until that after it is planned."""
+    started_s: float = -1.0
+    """The plan's."""
     ready: Ready | None = None
     merged: dict[str, Held] = field(default_factory=dict)
     turned_back: dict[tuple[str, Section], int] = field(default_factory=dict)

@@ -32,9 +32,9 @@ from swarmtrain.membership.pulls import Section, Wanted, ahead_rounds
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan
+from swarmtrain.network.gossiping import Gossip, GossipSettings
 from swarmtrain.network.hosting import Hosting, Routes
-from swarmtrain.network.lanes import Pulled
+from swarmtrain.network.lanes import Plan, Pulled
 from swarmtrain.network.publications import Publication, PublicationRules, Publisher
 from swarmtrain.network.snapshots import Body, Held, TensorSpec
 from swarmtrain.network.swarm import Swarm
@@ -197,11 +197,11 @@ class GossipExchange(AsynchronousExchange):
         for fragment in range(len(self._fragments)) if self._is_held else [last]:
             self._publish_weights(fragment, progress.round, now)
         self._is_held = False
-        plan = self._plan(0, now)
+        plans = self._plans(0, now)
 
         async def begin() -> None:
             self._describe_start(progress, steps_per_s)
-            self.gossip.begin(plan)
+            self.gossip.begin(progress.round, plans)
 
         self._do_soon(begin())
         return start
@@ -219,36 +219,39 @@ class GossipExchange(AsynchronousExchange):
             encode=functools.partial(self._encode_weights, theta, fragment),
         )
 
-    def _plan(self, first: int, now: float) -> Plan:
-        """The merge of that fragment is the next, and of those that are merged after as many steps."""
-        merge_after = [0, *self._start.merge_after]
-        steps = merge_after[first + 1] - merge_after[first]
-        fragments = [
-            each for each in range(first, len(self._fragments)) if merge_after[each + 1] == merge_after[first + 1]
-        ]
-        ends_s = now + self._round_s(steps, self._steps_per_s)
-        return Plan(
-            round=self._progress.round,
-            started_s=now,
-            ends_s=ends_s,
-            prepare=functools.partial(self._prepare, tuple(self._states), tuple(self._began_s), ends_s),
-            is_sure=self._steps_per_s > 0,
-            fragments=tuple(fragments),
-        )
+    def _plans(self, merged_after: int, now: float) -> list[Plan]:
+        """Each fragment's next merge, as far as it is known when those are merged that are due after so many steps."""
+        merge_after, inner_steps = self._start.merge_after, self._start.inner_steps
+        found = []
+        for moment in sorted(set(merge_after)):
+            fragments = tuple(each for each, after in enumerate(merge_after) if after == moment)
+            is_over = moment <= merged_after
+            steps_left = moment - merged_after + (inner_steps if is_over else 0)
+            ends_s = now + self._round_s(steps_left, self._steps_per_s)
+            plan = Plan(
+                round=self._progress.round + is_over,
+                started_s=self._began_s[fragments[0]],
+                ends_s=ends_s,
+                prepare=functools.partial(self._prepare, tuple(self._states), tuple(self._began_s), ends_s),
+                is_sure=self._steps_per_s > 0,
+                fragments=fragments,
+            )
+            found.append(plan)
+        return found
 
     def merged(self, fragment: int, state: OuterState) -> None:
         """See `Exchange`."""
         self._states[fragment] = state
         if fragment == len(self._fragments) - 1:
             return
-        now, merge_after = swarm_time(), self._start.merge_after
-        self._publish_weights(fragment, self._progress.round + 1, now)
+        now, merge_after, round = swarm_time(), self._start.merge_after, self._progress.round
+        self._publish_weights(fragment, round + 1, now)
         if merge_after[fragment + 1] == merge_after[fragment]:
             return  # that one is merged at once
-        plan = self._plan(fragment + 1, now)
+        plans = self._plans(merge_after[fragment], now)
 
         async def begin() -> None:
-            self.gossip.begin(plan)
+            self.gossip.begin(round, plans)
 
         self._do_soon(begin())
 

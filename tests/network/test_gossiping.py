@@ -20,9 +20,9 @@ from swarmtrain.membership.partners import Ledger, Mark
 from swarmtrain.membership.pulls import Section, Wanted
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.gossiping import Gossip, GossipSettings, Plan
+from swarmtrain.network.gossiping import Gossip, GossipSettings
 from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.lanes import Pulled
+from swarmtrain.network.lanes import Plan, Pulled
 from swarmtrain.network.publications import Publication, PublicationRules, Publisher, section_of
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -158,7 +158,8 @@ class Peer:
 
     def begin(self, round: int, prepare: Callable[[Sequence[Pulled]], Any] = list) -> None:
         now = swarm_time()
-        self.gossip.begin(Plan(round=round, started_s=now - 60, ends_s=now, prepare=lambda _, pulled: prepare(pulled)))
+        plan = Plan(round=round, started_s=now - 60, ends_s=now, prepare=lambda _, pulled: prepare(pulled))
+        self.gossip.begin(round, [plan])
 
     async def take(self, number: int, *, weights: bool = True) -> dict[str, Arrival]:
         """What is merged of whom at the round's end, once gradients of so many are ready, and their weights."""
@@ -404,7 +405,7 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
         await until(lambda: len(me.gossip.lanes[0].pulled) == 2)
         now = swarm_time()
         plan = Plan(round=1, started_s=now, ends_s=now + 60, prepare=lambda _, pulled: prepared.append((1, pulled)))
-        me.gossip.begin(plan)
+        me.gossip.begin(1, [plan])
         await until(lambda: me.gossip.lanes[0].ready is not None)
         ready = me.gossip.take(me.gossip.round)
         assert ready is not None

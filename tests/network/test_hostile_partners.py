@@ -19,8 +19,8 @@ from swarmtrain.membership.partners import Mark
 from swarmtrain.network import daemon
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.gossiping import Plan
 from swarmtrain.network.identity import new_identity
+from swarmtrain.network.lanes import Plan
 from swarmtrain.network.publications import Publisher
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.snapshots import Body, PullLimits, TensorSpec
@@ -45,9 +45,9 @@ class Swarm:
         for partner in (self.carl, self.dora):
             partner.publish(self.round, 4, 1000)
         began_s = swarm_time()
-        self.me.gossip.begin(
-            Plan(round=self.round, started_s=began_s, ends_s=began_s + ROUND_S, prepare=lambda _, pulled: list(pulled))
-        )
+        ends_s = began_s + ROUND_S
+        plan = Plan(round=self.round, started_s=began_s, ends_s=ends_s, prepare=lambda _, pulled: list(pulled))
+        self.me.gossip.begin(self.round, [plan])
         await asyncio.sleep(ROUND_S)
         assert swarm_time() == began_s + ROUND_S
         ready = self.me.gossip.take(self.round)

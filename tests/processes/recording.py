@@ -149,7 +149,8 @@ def _choices(record: _Record) -> None:
 
     def plan_pulls(original: Any, *args: Any) -> Any:
         plan = original(*args)
-        record.write_news("plan", fragments=record.thread.fragments, inputs=args[:3], found=plan)
+        fragments = record.thread.fragments
+        record.write_news(f"plan of {fragments[0]}", fragments=fragments, inputs=[*args[:3], args[6]], found=plan)
         return plan
 
     def round_began_s(original: Any, *args: Any) -> Any:
@@ -247,13 +248,19 @@ def _pulls(record: _Record) -> None:
 def _merges(record: _Record) -> None:
     """What entered each merge, and what weights came of it."""
 
+    prepared_for: dict[int, tuple[float, float]] = {}
+
+    def prepare(original: Any, *args: Any) -> Any:
+        _, began_s, ends_s, fragment, _ = args[1:]
+        found = original(*args)
+        prepared_for[id(found)] = began_s[fragment], ends_s
+        return found
+
     def take(original: Any, self: Gossip, round: int, fragment: int = 0) -> Any:
-        record.thread.reference, plan = None, self._plan
+        record.thread.reference = None
         ready = original(self, round, fragment)
         pulled = [] if ready is None else [[one.section, one.peer, one.mark, one.began_s] for one in ready.pulled]
-        of_s = (
-            None if plan is None else [plan.prepare.args[1][fragment], plan.ends_s]
-        )  # when the fragment's round began, and ends
+        of_s = None if ready is None else prepared_for[id(ready.prepared)]
         reference = record.thread.reference
         record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)
         return ready
@@ -263,5 +270,6 @@ def _merges(record: _Record) -> None:
         entered = [[one.peer, one.tokens] for one in arrived.merged]
         record.write("merged", found=entered, theta_sha256=vector_sha256(self.state.theta))
 
+    _around(GossipExchange, "_prepare", prepare)
     _around(Gossip, "take", take)
     _around(Trainer, "merge", merge)

@@ -95,6 +95,8 @@ class ReplayedPeer(Peer):
         kind, _, what = event["kind"].partition(".")
         if what:
             self._times(what, event)
+        elif kind.startswith("plan of"):
+            self._plan(event)
         elif kind in ("busy", "failed", "answered", "called"):
             self._same(event, "back-off", getattr(self.back_off, kind)(*event["args"]))
         else:
@@ -160,10 +162,10 @@ class ReplayedPeer(Peer):
         self._same(event, "pulls' times", getattr(self.times, what)(*args))
 
     def _plan(self, event: Event) -> None:
-        num_others, started_s, ends_s = event["inputs"]
+        num_others, started_s, ends_s, share = event["inputs"]
         sizes = total_bytes(self.lanes[fragment].sizes for fragment in event["fragments"])
         wanted = self.world.wanted
-        self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, wanted))
+        self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, wanted, share))
 
     def _began(self, event: Event) -> None:
         self._same(event, "when another began", round_began_s(*event["args"]))
@@ -213,7 +215,7 @@ class ReplayedPeer(Peer):
             ready = {(section, author): here[section, author] for section, author, *_ in pulled}
             assert [each.mark for each, _ in ready.values()] == [Mark(**mark) for _, _, mark, _ in pulled]
             self.begun = {id(ready[section, author][0]): began_s for section, author, _, began_s in pulled}
-            self.round_s = event["of_s"]
+            self.round_s = event["of_s"] or (0.0, 0.0)
         tokens = dict[str, float]()
         for (_, author), (_, arrival) in ready.items():
             tokens[author] = tokens.get(author, 0) + arrival.tokens

@@ -49,10 +49,14 @@ def test_what_is_published_in_place_of_what_was_learnt(tmp_path: Path) -> None:
         assert torch.equal(one.lanes[0].newest.vector, factor * one.gradients[0])
     for attack, number in (("huge", 1e30), ("nan", math.nan)):
         _, one = published(tmp_path, attack)
-        assert torch.equal(one.lanes[0].newest.vector.nan_to_num(7), torch.full_like(one.gradients[0], number).nan_to_num(7))
+        assert torch.equal(
+            one.lanes[0].newest.vector.nan_to_num(7), torch.full_like(one.gradients[0], number).nan_to_num(7)
+        )
     world, one = published(tmp_path, "noise x3")
     for place in world.layout.slices:
-        assert float(one.lanes[0].newest.vector[place].norm()) == pytest.approx(3 * float(one.gradients[0][place].norm()), rel=1e-4)
+        assert float(one.lanes[0].newest.vector[place].norm()) == pytest.approx(
+            3 * float(one.gradients[0][place].norm()), rel=1e-4
+        )
     assert abs(float(torch.nn.functional.cosine_similarity(one.lanes[0].newest.vector, one.gradients[0], dim=0))) < 0.2
 
 
@@ -78,7 +82,9 @@ def test_a_copycat_publishes_what_an_honest_one_has(tmp_path: Path) -> None:
     world, one = published(tmp_path, "copycat")
     theirs = one.copied.lanes[0].newest
     assert one.copied in world.honest and theirs is not None
-    assert torch.equal(one.lanes[0].newest.vector, theirs.vector * (one.lanes[0].newest.mark.tokens / theirs.mark.tokens))
+    assert torch.equal(
+        one.lanes[0].newest.vector, theirs.vector * (one.lanes[0].newest.mark.tokens / theirs.mark.tokens)
+    )
 
 
 def test_liars_say_more_than_they_do(tmp_path: Path) -> None:
@@ -86,7 +92,9 @@ def test_liars_say_more_than_they_do(tmp_path: Path) -> None:
     steps, full = one.start.inner_steps, world.setting.run.merge.inner_steps
     assert steps == fewest_inner_steps(full) == 1 and world.setting.step_s == (0.01, 0.01, 0.01, 0.08)
     assert (
-        one.lanes[0].newest.mark.tokens == world.setting.run.max_round_tokens == 1.5 * full * world.setting.run.tokens_per_step
+        one.lanes[0].newest.mark.tokens
+        == world.setting.run.max_round_tokens
+        == 1.5 * full * world.setting.run.tokens_per_step
     )
     lied, calm = hostile(tmp_path, "speed"), hostile(tmp_path, "sign-flip")
     assert [lied.said_speed(number) for number in (0, 3)] == [100.0, 1e9] and calm.said_speed(3) == 100.0

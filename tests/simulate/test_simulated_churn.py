@@ -191,7 +191,12 @@ def test_who_goes_on_is_asked_again_as_soon_as_it_calls(
 
 def test_a_silent_majority_has_so_many_pulls_at_most(tmp_path: Path) -> None:
     hangs = [{"peer": number, "at_s": 0.2, "for_s": 1e5} for number in range(1, 16)]
-    changes = {"merge.fragments": 1, "merge.num_partners": 1, "network.call_limit_s": 60.0, "network.presence_ttl_s": 60.0}
+    changes = {
+        "merge.fragments": 1,
+        "merge.num_partners": 1,
+        "network.call_limit_s": 60.0,
+        "network.presence_ttl_s": 60.0,
+    }
     peers = {"number": 16, "slowdowns": [1.0]}
     world = World(churned(tmp_path, "gossip", hangs=hangs, peers=peers, set={**changes, "run.total_tokens": 150_000}))
     numbers = list[int]()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -22,7 +21,16 @@ from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
 from swarmtrain.membership.partners import BackOff, Candidate, Difference, Ledger, Mark, Partners, View, median_round
-from swarmtrain.membership.pulls import PullTimes, Section, Wanted, ahead_rounds, most_pulls, plan_pulls, total_bytes
+from swarmtrain.membership.pulls import (
+    PullPlan,
+    PullTimes,
+    Section,
+    Wanted,
+    ahead_rounds,
+    most_pulls,
+    plan_pulls,
+    total_bytes,
+)
 from swarmtrain.membership.shards import Coverage, Row
 from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
@@ -37,6 +45,9 @@ from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
 __all__ = ["Lane", "Peer", "Published", "World"]
+
+
+_ROUNDING_S = 1e-9
 
 
 @dataclass
@@ -93,7 +104,7 @@ class Lane:
         self.codec = world.codec(self.number)
         self.arrived: Arrived = {}
         self.pulls = OpenPulls(back_off, most_pulls(world.wanted))
-        self.due: Counter[Section] = Counter()
+        self.plan: PullPlan | None = None
 
     @property
     def round(self) -> int:
@@ -103,6 +114,7 @@ class Lane:
     def begins(self, round: int, theta: Tensor, now: float) -> None:
         """A round of it, with the weights `theta`, (Q,)."""
         self.began_s = now
+        self.pulls.round_begins(now)
         self.weights = Published(Mark(round, 0, 0), theta, began_s=now)
 
 
@@ -132,8 +144,6 @@ class Peer:
         self.own: Contribution
         """What its round has brought so far."""
         self.lanes = [self.lane(fragment) for fragment in range(len(world.fragments))]
-        self.next: list[Lane] = []
-        """What is merged next: one fragment, or several at once."""
         self.forget()
 
     def lane(self, number: int) -> Lane:
@@ -161,23 +171,24 @@ class Peer:
         for moment in self.start.publish_after:
             self.call_at(self.done_s(moment * step_s), self.train_to, moment)
         for moment in sorted(set(self.start.merge_after))[:-1]:
-            self.call_at(self.done_s(moment * step_s), self.end_of_some)
-        self.turn_to(0)
+            self.call_at(self.done_s(moment * step_s), self.end_of_some, moment)
+        self.plan_pulls()
         self.call_at(self.done_s(self.start.inner_steps * step_s), self.end)
 
-    def turn_to(self, first: int) -> None:
-        """The merge of that fragment is the next, and of those that are merged after as many steps: plan the pulls."""
-        now, wanted, merge_after = self.world.clock.now, self.world.wanted, self.start.merge_after
-        self.next = [lane for lane in self.lanes[first:] if merge_after[lane.number] == merge_after[first]]
-        sizes = total_bytes(lane.sizes for lane in self.next)
-        pulls = plan_pulls(len(self.world.live) - 1, now, self.merges_s(self.next[0]), sizes, self.times, wanted)
-        for lane in self.next:
-            lane.pulls.round_begins(now)
-            lane.due.clear()
-        for what, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
-            for when_s in at_s:
-                for lane in self.next:
-                    self.call_at(self.done_s(when_s - now), self.pull, self.round, lane, what)
+    def plan_pulls(self) -> None:
+        """When to pull for the next merge of each fragment, as far as that is known by now."""
+        now, others, wanted = self.world.clock.now, len(self.world.live) - 1, self.world.wanted
+        merge_after, round_s = self.start.merge_after, self.ends_s - self.began_s
+        until_s = min((at_s for lane in self.lanes if (at_s := self.merges_s(lane)) > now), default=math.inf)
+        for lane in self.lanes:
+            together = [one for one in self.lanes if merge_after[one.number] == merge_after[lane.number]]
+            sizes, share = total_bytes(one.sizes for one in together), len(together) / len(self.lanes)
+            ends_s = self.merges_s(lane) + (round_s if lane.round > self.round else 0.0)
+            lane.plan = plan_pulls(others, lane.began_s, ends_s, sizes, self.times, wanted, share)
+            for what, due_s in ("weights", lane.plan.weights_at_s), ("gradient", lane.plan.gradients_at_s):
+                for when_s in due_s:
+                    if when_s <= until_s:
+                        self.call_at(self.done_s(max(0.0, when_s - now)), self.fill, lane, what)
 
     def merges_s(self, lane: Lane) -> float:
         """When it merges that fragment in its round, if it does not stand still."""
@@ -266,22 +277,16 @@ class Peer:
 
     # ------------------------------------------------------------- pulls
 
-    def pull(self, round: int, lane: Lane, section: Section) -> None:
-        """One more of the round's pulls is due."""
-        if round == self.round and lane in self.next:
-            lane.due[section] += 1
-            self.fill(lane, section)
-
-    def look(self, round: int, lane: Lane, section: Section) -> None:
-        """Whether another is to be asked by now."""
-        if round == self.round and lane in self.next:
-            self.fill(lane, section)
-
     def fill(self, lane: Lane, section: Section) -> None:
         """Pull until as many are here or on their way as are due; a slow one does not count."""
         world, setting, clock = self.world, self.world.setting, self.world.clock
-        slow_s = self.times.slow_after_s(total_bytes(each.sizes for each in self.next), world.wanted)
-        while lane.pulls.is_wanted(section, lane.due[section], lane.arrived, slow_s, clock.now):
+        if lane.plan is None:
+            return
+        num_due, slow_s = (
+            lane.plan.num_due(section, clock.now + _ROUNDING_S),
+            self.times.slow_after_s(lane.sizes, world.wanted),
+        )
+        while lane.pulls.is_wanted(section, num_due, lane.arrived, slow_s, clock.now):
             name = self.choose(lane, section)
             if name is None:
                 return
@@ -296,10 +301,10 @@ class Peer:
             if not self.is_of_use(lane, section, name, published.mark):
                 round_s = self.start.inner_steps * setting.step_s[self.number] / len(self.lanes)
                 again_s = lane.pulls.nothing_new(asked, clock.now, round_s)
-                self.call_at(self.done_s(again_s), self.look, self.round, lane, section)
+                self.call_at(self.done_s(again_s), self.fill, lane, section)
                 continue
             pull = Pull(lane, asked, published, author.num_lives)
-            self.call_at(self.done_s(slow_s), self.look, self.round, lane, section)
+            self.call_at(self.done_s(slow_s), self.fill, lane, section)
             if world.is_hanging(name):  # it says nothing
                 self.call_at(clock.now + setting.run.network.call_limit_s, self.break_off, pull, "no answer", True)
             else:
@@ -347,7 +352,7 @@ class Peer:
     def break_off(self, pull: Pull, reason: str, mute: bool = False) -> None:
         """Nothing comes of it: who was asked is left alone for a while, and another is asked instead."""
         pull.lane.pulls.fail(pull.asked, self.world.clock.now, reason, mute)
-        self.look(self.round, pull.lane, pull.asked.section)
+        self.fill(pull.lane, pull.asked.section)
 
     def arrive(self, pull: Pull) -> None:
         """Take it, or if it is refused or its author has gone meanwhile, another's in its place."""
@@ -396,22 +401,22 @@ class Peer:
 
     # ------------------------------------------------------------- the merge
 
-    def end_of_some(self) -> None:
-        """Merge what is here of the fragments whose time has come; on to the next ones."""
-        for lane in self.next:
-            self.merge(lane, self.ready(lane))
-            lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, self.world.clock.now)
-        self.turn_to(self.next[-1].number + 1)
+    def end_of_some(self, moment: int) -> None:
+        """Merge what is here of the fragments whose time has come."""
+        for lane, merged_after in zip(self.lanes, self.start.merge_after, strict=True):
+            if merged_after == moment:
+                self.merge(lane, self.ready(lane))
+                if lane is not self.lanes[-1]:
+                    lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, self.world.clock.now)
+        if moment < self.start.inner_steps:
+            self.plan_pulls()
 
     def end(self) -> None:
         """Merge the last fragments, or take the others' weights if its own are too old for them; on to a new round."""
         world, self.knows_speed = self.world, True
         if catches_up(self):
             return
-        for lane in self.next:
-            self.merge(lane, self.ready(lane))
-            if lane is not self.lanes[-1]:
-                lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, world.clock.now)
+        self.end_of_some(self.start.inner_steps)
         self.rounds_done += 1
         world.merged(self)
         self.begin_or_end()
@@ -422,7 +427,8 @@ class Peer:
             self.begin()
         else:
             self.is_over = True
-            self.next = []
+            for lane in self.lanes:
+                lane.plan = None
             self.world.finished(self)
 
     def ready(self, lane: Lane) -> Arrived:
