@@ -157,6 +157,7 @@ def test_nobody_waits_for_those_who_never_speak_again(method: str, tmp_path: Pat
 def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hang = {"peer": 1, "at_s": 0.1, "for_s": 1e5}
     changes = {"network.presence_ttl_s": 3.0, "network.call_limit_s": 0.2, "run.total_tokens": 70_000}
+    changes = {**changes, "merge.fragments": 1}  # each fragment finds it out for itself, and once it is known to all
     one = churned(tmp_path, "gossip", hangs=[hang], set=changes)
     world, asked, failed = World(one), list[float](), BackOff.failed
     theirs = [world.peers[number].back_off for number in (0, 2)]
