@@ -150,18 +150,18 @@ class RoundEvent(_Event):
     grad_norm: float | None = Field(None, description="Mean norm of the gradient over the round's inner steps, before the clip (`inner.gradient_clip`); null when none was finite.")  # fmt: skip
     seconds: float = Field(description="The whole round, merge and waiting included, in seconds.")
     merge_s: float = Field(description="From the end of its own inner steps to the merged weights, in seconds.")
-    stall_s: float = Field(description="How long the trainer did not compute because of network or merge, in seconds: publishing within the round, and `merge_s`.")  # fmt: skip
+    stall_s: float = Field(description="How long the trainer did not compute because of network or merge, in seconds: publishing and merging within the round, and `merge_s`.")  # fmt: skip
     bytes_sent: int = Field(description="Payload bytes this peer sent to others in the round.")
     bytes_received: int = Field(description="Payload bytes this peer received from others in the round.")
     times_below_allreduce: float | None = Field(None, description="How many times fewer bytes it sent than an fp32 ring all-reduce at every inner step would (8 bytes per parameter and step); null when it was alone or sent none.")  # fmt: skip
     partners: tuple[str, ...] = Field(description="The PeerIDs on the round's roster, in its order, this peer's own included; with `gossip`, those whose pseudo-gradient or weights were merged; with `server`, the server, if newer weights of its had come.")  # fmt: skip
-    weights: tuple[int, ...] = Field(description="Tokens of each of them in the round, in the same order: the weights of the average; with `gossip`, those of its pseudo-gradient that had not been merged before, 0 if only its weights were; with `server`, what all have trained since its weights before.")  # fmt: skip
+    weights: tuple[int, ...] = Field(description="Tokens of each of them in the round, in the same order: the weights of the average; with `gossip`, those of its pseudo-gradient that had not been merged before, of the fragments on average, 0 if only its weights were; with `server`, what all have trained since its weights before.")  # fmt: skip
     signer: str = Field("", description="The PeerID that signed the roster; empty with `gossip` and `server`.")
     staleness_rounds: tuple[int, ...] = Field((), description="With `gossip`: how many rounds behind this peer's each of them was. With `server`: how many of this peer's hand-ins its weights had yet to take in.")  # fmt: skip
     pull_s: float | None = Field(None, description="With `gossip` and `server`: the longest of the pulls, in seconds; null without any.")  # fmt: skip
-    variance_factor: float | None = Field(None, description="With `gossip`: the largest factor of the variance correction.")  # fmt: skip
-    consensus_spread: float | None = Field(None, description="With `gossip`: how far the merged weights were apart, relative to their size: 0 when all agree; null when no weights were merged.")  # fmt: skip
-    displacement: float | None = Field(None, description="With `gossip`: how far the farthest partner's weights were from this peer's, relative to their size.")  # fmt: skip
+    variance_factor: float | None = Field(None, description="With `gossip`: the largest factor of the variance correction, of any fragment.")  # fmt: skip
+    consensus_spread: float | None = Field(None, description="With `gossip`: how far the merged weights were apart, relative to their size: 0 when all agree; null when no weights were merged. The largest of the fragments.")  # fmt: skip
+    displacement: float | None = Field(None, description="With `gossip`: how far the farthest partner's weights were from this peer's, relative to their size; the largest of the fragments.")  # fmt: skip
     shard: int | None = Field(None, description="The shard of the data that the round was drawn from; null where data have no shards.")  # fmt: skip
     unseen_shards: int | None = Field(None, description="Shards that nobody has trained on yet, as far as this peer knows.")  # fmt: skip
     state_sha256: str = Field("", description="With `diloco`: SHA-256 of the weights after the merge, equal on all who merged the round; empty with `gossip` and `server`, where each has its own.")  # fmt: skip

@@ -264,7 +264,7 @@ class Gossip:
             peer = self._choose(lane, section, plan)
             if peer is None:
                 return
-            self._start_pull(lane, peer, section, plan.ends_s - plan.started_s)
+            self._start_pull(lane, peer, section, (plan.ends_s - plan.started_s) / len(self.lanes))
 
     def _give_up_old_pulls(self, plans: Sequence[Plan]) -> None:
         """A pull that has gone on for rounds would bring what is too old."""

@@ -408,6 +408,7 @@ class GossipExchange(AsynchronousExchange):
     def final_theta(self, own: Tensor) -> Tensor:
         """See `SwarmExchange`: the consensus of all who have finished. Waits for those who are about to."""
         swarm, total = self.swarm, self.run.run.total_tokens
+        wait_for(self.network.submit(self.gossip.stop()), self.stop)  # nothing is merged any more
         give_up_s = time.monotonic() + _LAST_ROUND_S
         while time.monotonic() < give_up_s:
             wait_for(self.network.submit(swarm.greet_everyone()), self.stop)
