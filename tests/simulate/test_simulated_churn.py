@@ -13,7 +13,7 @@ import pytest
 import torch
 from learnt import setting, tiny
 
-from swarmtrain.membership.partners import BackOff
+from swarmtrain.membership.partners import BackOff, Difference, Ledger, Mark
 from swarmtrain.peer.consensus import mean_of_near
 from swarmtrain.simulate.learning.churn import _present_state
 from swarmtrain.simulate.learning.gossip import Peer, World
@@ -79,6 +79,30 @@ def test_what_another_has_taken_counts_and_the_rest_does_not(tmp_path: Path) -> 
         assert world.tokens == finished.total() + taken[-1] >= world.setting.total_tokens
         assert not gone.is_over and all(peer.is_over for peer in world.peers[1:])
     assert max(taken) > 0 == min(taken)
+
+
+def test_each_step_enters_each_fragment_of_another_once_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, merged = dict[tuple[int, str, int], list[tuple[int, int]]](), Ledger.merged
+
+    def noted(self: Ledger, name: str, mark: Mark, reference: int) -> None:
+        news = self.news(name, mark, reference)
+        since = news.since.tokens if isinstance(news, Difference) else 0
+        assert mark.tokens - since == news.tokens > 0
+        entered.setdefault((id(self), name, mark.round), []).append((since, mark.tokens))
+        merged(self, name, mark, reference)
+
+    monkeypatch.setattr(Ledger, "merged", noted)
+    churn, hang = {"stays_s": 0.4, "away_s": 0.05}, {"peer": 1, "at_s": 0.3, "for_s": 0.1}
+    world = World(churned(tmp_path, "gossip", churn=churn, hangs=[hang], set={"run.total_tokens": 40_000}))
+    world.run()
+    assert len(world.fragments) > 2 and len(world.setting.away) > 5 < len(entered)
+    for which, spans in entered.items():
+        for before, after in itertools.pairwise(spans):
+            assert before[1] <= after[0], which
+    most = world.setting.run.max_round_tokens
+    assert max(until for spans in entered.values() for _, until in spans) <= most
 
 
 def test_who_comes_late_takes_the_others_weights_and_round(tmp_path: Path) -> None:
