@@ -243,7 +243,7 @@ def test_peers_learn_from_each_other_and_stay_close(worlds: list[World]) -> None
     for peer in world.everyone():
         assert statistics.mean(report.loss for report in peer.reports[-2:]) < peer.reports[0].loss - 0.5
         gathered = peer.reports[-1].arrived
-        assert isinstance(gathered, tuple) and len(gathered) == world.run.merge.fragments
+        assert isinstance(gathered, tuple) and len(gathered) == len(peer.trainer.fragments) > 3
         for merged in gathered:
             assert {one.peer for one in merged.merged} == {other.id for other in world.everyone()} - {peer.id}
             assert merged.prepared.consensus_spread < 0.2 and all(one.staleness_rounds <= 1 for one in merged.merged)
