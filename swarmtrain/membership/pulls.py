@@ -76,6 +76,8 @@ class SectionBytes:
 
     weights: int
     gradient: int
+    share: float = 1.0
+    """One divided by the number of the model's fragments, where they are of one of these."""
 
     @property
     def both(self) -> int:
@@ -86,7 +88,8 @@ class SectionBytes:
 def total_bytes(sizes: Iterable[SectionBytes]) -> SectionBytes:
     """Of several fragments."""
     sizes = list(sizes)
-    return SectionBytes(sum(each.weights for each in sizes), sum(each.gradient for each in sizes))
+    weights, gradient = sum(each.weights for each in sizes), sum(each.gradient for each in sizes)
+    return SectionBytes(weights, gradient, sum(each.share for each in sizes))
 
 
 class Wanted(NamedTuple):
@@ -107,11 +110,10 @@ def plan_pulls(
     sizes: SectionBytes,
     times: PullTimes,
     configured: Wanted,
-    share: float = 1.0,
 ) -> PullPlan:
     """What to pull in a round, and when: as late as the link allows, since what comes late is fresh.
 
-    The round is that of fragments which are so large a `share` of the model: they have as much of the link's time. Of
+    The round is that of the fragments that `sizes` are of, which have so large a share of the link's time. Of
     as many partners as `configured`, at most of everyone, as far as the link carries that in two thirds of the
     time; where it carries less, weights of fewer, then gradients of fewer, never less than one of each. Weights first,
     because they stay what they are for a whole round of their author's, and one pull after the other, so that each has
@@ -122,11 +124,11 @@ def plan_pulls(
     wanted, most_weights = (max(1, min(each, num_live_others)) for each in configured)
     rate = times.bytes_per_s
     if not rate:
-        half_s = max(started_s, ends_s - share * (ends_s - started_s) / 2)
+        half_s = max(started_s, ends_s - sizes.share * (ends_s - started_s) / 2)
         reason = "half of the round: how long a transfer takes is not known yet"
         return PullPlan((half_s,) * most_weights, (half_s,) * wanted, reason)
     lasts_s = ends_s - started_s
-    window_s = share * lasts_s
+    window_s = sizes.share * lasts_s
     carried = rate * LINK_SHARE * window_s
     gradients = max(1, int(min(wanted, (carried - sizes.weights) / max(sizes.gradient, 1))))
     weights = max(1, int(min(most_weights, (carried - gradients * sizes.gradient) / max(sizes.weights, 1))))

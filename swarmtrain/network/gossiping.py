@@ -249,9 +249,8 @@ class Gossip:
         return any(lane.plan is plan for lane in self._lanes_of(plan))
 
     def _pull_plan(self, plan: Plan) -> PullPlan:
-        others, share = len(self.membership.volunteers()), len(plan.fragments) / len(self.lanes)
-        sizes, wanted = self._sizes(plan), self.settings.wanted
-        return plan_pulls(others, plan.started_s, plan.ends_s, sizes, self._times, wanted, share)
+        others, sizes = len(self.membership.volunteers()), self._sizes(plan)
+        return plan_pulls(others, plan.started_s, plan.ends_s, sizes, self._times, self.settings.wanted)
 
     def _sizes(self, plan: Plan) -> SectionBytes:
         """Of all that is pulled of one partner."""

@@ -89,7 +89,7 @@ def gossip_settings(swarm: Swarm) -> GossipSettings:
             }
             for fragment, codec in enumerate(codecs)
         ],
-        sizes=[codec.sizes for codec in codecs],
+        sizes=[dataclasses.replace(codec.sizes, share=1 / len(codecs)) for codec in codecs],
         wanted=Wanted(section.num_partners, section.num_weights),
     )
 

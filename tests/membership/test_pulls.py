@@ -18,6 +18,7 @@ from swarmtrain.membership.pulls import (
     pull_start,
     round_began_s,
     round_ends_s,
+    total_bytes,
 )
 
 THREE = Wanted(gradients=3, weights=3)
@@ -29,6 +30,18 @@ def known(bytes_per_s: float, overhead_s: float = 0.0) -> PullTimes:
     times.assume(bytes_per_s)
     times.merged(overhead_s)
     return times
+
+
+def test_a_fragment_has_its_share_of_the_links_time_and_may_be_pulled_before_others_are_merged() -> None:
+    """Of four: a quarter of the bytes, of the time that links carry and of what is kept in reserve; but calls last as
+    long as they do."""
+    fragment = SectionBytes(weights=50, gradient=25, share=0.25)
+    for rate, carried in ((900 / 65, (3, 3)), (499 / 65, (1, 2))):
+        plan = plan_pulls(9, 1000.0, 1100.0, fragment, known(rate), THREE)
+        assert (len(plan.weights_at_s), len(plan.gradients_at_s)) == carried
+    plan = plan_pulls(3, 1000.0, 1100.0, fragment, known(20.0, overhead_s=40.0), THREE)
+    assert plan.gradients_at_s == tuple(1100 - 1.5 - 1.5 * (40 + 25 * left / 20) for left in (3, 2, 1))
+    assert total_bytes([fragment] * 4) == SectionBytes(200, 100, 1.0)
 
 
 @pytest.mark.parametrize(

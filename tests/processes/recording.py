@@ -150,7 +150,7 @@ def _choices(record: _Record) -> None:
     def plan_pulls(original: Any, *args: Any) -> Any:
         plan = original(*args)
         fragments = record.thread.fragments
-        record.write_news(f"plan of {fragments[0]}", fragments=fragments, inputs=[*args[:3], args[6]], found=plan)
+        record.write_news(f"plan of {fragments[0]}", fragments=fragments, inputs=args[:3], found=plan)
         return plan
 
     def round_began_s(original: Any, *args: Any) -> Any:

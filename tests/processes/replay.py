@@ -162,10 +162,10 @@ class ReplayedPeer(Peer):
         self._same(event, "pulls' times", getattr(self.times, what)(*args))
 
     def _plan(self, event: Event) -> None:
-        num_others, started_s, ends_s, share = event["inputs"]
+        num_others, started_s, ends_s = event["inputs"]
         sizes = total_bytes(self.lanes[fragment].sizes for fragment in event["fragments"])
         wanted = self.world.wanted
-        self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, wanted, share))
+        self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, wanted))
 
     def _began(self, event: Event) -> None:
         self._same(event, "when another began", round_began_s(*event["args"]))

@@ -85,7 +85,7 @@ class Lane:
     def __init__(self, peer: Peer, number: int) -> None:
         world, section = peer.world, peer.world.setting.run.merge
         self.peer, self.number, self.fragment = peer, number, world.fragments[number]
-        self.sizes = world.codec(number).sizes
+        self.sizes = replace(world.codec(number).sizes, share=1 / len(world.fragments))
         self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
         met = not world.setting.own_weights
         self.robustness = Robustness(section.robust, self.fragment.layout, world.told, met=met)
@@ -182,9 +182,9 @@ class Peer:
         until_s = min((at_s for lane in self.lanes if (at_s := self.merges_s(lane)) > now), default=math.inf)
         for lane in self.lanes:
             together = [one for one in self.lanes if merge_after[one.number] == merge_after[lane.number]]
-            sizes, share = total_bytes(one.sizes for one in together), len(together) / len(self.lanes)
+            sizes = total_bytes(one.sizes for one in together)
             ends_s = self.merges_s(lane) + (round_s if lane.round > self.round else 0.0)
-            lane.plan = plan_pulls(others, lane.began_s, ends_s, sizes, self.times, wanted, share)
+            lane.plan = plan_pulls(others, lane.began_s, ends_s, sizes, self.times, wanted)
             for what, due_s in ("weights", lane.plan.weights_at_s), ("gradient", lane.plan.gradients_at_s):
                 for when_s in due_s:
                     if when_s <= until_s:
