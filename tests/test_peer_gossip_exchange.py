@@ -16,8 +16,11 @@ import torch
 from replies import Replies
 from torch import Tensor
 
+from swarmtrain.algorithm.outer import flatten
 from swarmtrain.data.batches import Batches
+from swarmtrain.data.tokens import ByteTokenizer
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent
+from swarmtrain.membership.fragments import FragmentRound
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.pulls import SECTIONS, PullPlan, Section
 from swarmtrain.model.gpt import build_model
@@ -28,7 +31,7 @@ from swarmtrain.network.identity import new_identity
 from swarmtrain.network.lanes import Plan
 from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun, Swarm
-from swarmtrain.peer.common import StopFlag
+from swarmtrain.peer.common import StopFlag, held_out_loss
 from swarmtrain.peer.gossip_exchange import GossipExchange, hosting_of
 from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.present import fetch_present
@@ -231,7 +234,7 @@ def test_a_round_ends_when_those_of_others_do(worlds: list[World], told: dict[st
 def test_a_host_has_as_many_wait_for_one_as_a_round_pulls(worlds: list[World]) -> None:
     world = world_of(worlds, 1, num_partners=11, num_weights=2)
     (peer,) = world.peers.values()
-    assert hosting_of(peer.swarm).waits_a_caller == 13
+    assert hosting_of(peer.swarm).waits_a_caller == 13 * len(peer.trainer.fragments)
 
 
 def test_peers_learn_from_each_other_and_stay_close(worlds: list[World]) -> None:
@@ -381,6 +384,29 @@ def test_the_model_at_the_end_is_the_same_for_all(worlds: list[World]) -> None:
         assert peer.swarm.me.settled
     archived = world.network.run(fetch_present(peer.swarm, [p.id for p in world.everyone() if p is not peer], "x"), 30)
     assert archived is not None and archived.progress.round == 3
+
+
+def test_what_was_merged_a_moment_ago_is_not_published_where_the_round_ends_early(worlds: list[World]) -> None:
+    """Nothing was trained since, and readers would take it for a lie."""
+    (peer,) = world_of(worlds, 1).everyone()
+    report = peer.round()
+    assert report is not None
+    before = {which: publisher.newest for which, publisher in peer.exchange.publishers.items()}
+    nothing = tuple(FragmentRound(9, 1, 0, 0) for _ in report.contribution.fragment_rounds)
+    peer.exchange.publish(dataclasses.replace(report.contribution, fragment_rounds=nothing))
+    assert {which: publisher.newest for which, publisher in peer.exchange.publishers.items()} == before
+    peer.exchange._learn()
+
+
+def test_measuring_the_loss_leaves_what_was_trained_since_the_merges_in_the_model(worlds: list[World]) -> None:
+    (peer,) = world_of(worlds, 1).everyone()
+    peer.round()
+    model, published = peer.trainer.model, PublishedRun(b"", "ab" * 32, peer.world.run, bytes(range(256)), b"")
+    reached = flatten(model.parameters())
+    assert not torch.equal(reached, peer.theta), "all but the last fragment go on from where they are"
+    loss = held_out_loss(model, peer.theta, published, ByteTokenizer())
+    assert torch.equal(flatten(model.parameters()), reached)
+    assert loss != held_out_loss(model, reached, published, ByteTokenizer())
 
 
 @pytest.mark.parametrize("robust", ["clip", "direction"])

@@ -47,7 +47,7 @@ def publishes(mallory: Peer, change: Callable[[torch.Tensor, torch.Tensor], tupl
         return Body([codecs[fragment].weights.encode(change(theta, gradient)[0])])
 
     def gradient(contribution: Contribution, fragment: int) -> Body:
-        theta, last[fragment] = contribution.thetas[fragment], contribution.gradients[fragment]
+        theta, last[fragment] = contribution.thetas[fragment], contribution.gradient_of(fragment)
         return Body([codecs[fragment].gradient.encode(change(theta, last[fragment])[1])])
 
     mallory.exchange._encode_weights = weights  # type: ignore[method-assign]

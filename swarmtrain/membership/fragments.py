@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from swarmtrain.membership.partners import Mark
 
-__all__ = ["FragmentRound", "FragmentRounds", "steps_of_fragment", "told_mark", "told_round"]
+__all__ = ["FragmentRound", "FragmentRounds", "merged_with", "steps_of_fragment", "told_mark", "told_round"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ class FragmentRounds:
             self._before[fragment] = tokens - its_tokens, inner_steps - its_steps
 
 
+def merged_with(fragment: int, number: int, num_parts: int) -> int:
+    """With which of a round's so many publications a fragment, of so many, is merged."""
+    return -(-num_parts * (fragment + 1) // number)
+
+
 def told_mark(fragment: int, number: int, told: Mark, num_parts: int) -> Mark:
     """The newest publication of a fragment, of so many, of a peer that has told that it is in round `told.round`, of
     which it has published `told.part`; `told.tokens`: of that, or with part 0 of the round before. The tokens are a
@@ -89,29 +94,34 @@ def told_mark(fragment: int, number: int, told: Mark, num_parts: int) -> Mark:
     round, part, tokens = told.round, told.part, told.tokens
     if not part and not round:
         return told
-    merged_with = num_parts * (fragment + 1) // number
-    if part > merged_with:
-        return Mark(round + 1, part - merged_with, max(1, tokens * (part - merged_with) // part))
-    if not part and merged_with == num_parts:  # of this round nothing, but all of the one before
+    merged = merged_with(fragment, number, num_parts)
+    if part > merged:
+        return Mark(round + 1, part - merged, max(1, tokens * (part - merged) // part))
+    if not part and merged == num_parts:  # of this round nothing, but all of the one before
         return Mark(round - 1, num_parts, tokens)
-    before = tokens * (num_parts - merged_with) // (part or num_parts)
-    return Mark(round, num_parts - merged_with + part, (tokens if part else 0) + before)
+    before = tokens * (num_parts - merged) // (part or num_parts)
+    return Mark(round, num_parts - merged + part, (tokens if part else 0) + before)
 
 
 def told_round(fragment: int, number: int, told: Mark, num_parts: int) -> int:
     """The number of the round in which that fragment is: that of the weights that it publishes."""
-    merged_with = num_parts * (fragment + 1) // number
-    return told.round + (told.part >= merged_with and fragment < number - 1)
+    merged = merged_with(fragment, number, num_parts)
+    return told.round + (told.part >= merged and merged < num_parts)
 
 
-def steps_of_fragment(fragment: int, number: int, inner_steps_done: int, inner_steps: int) -> tuple[int, int] | None:
+def steps_of_fragment(
+    fragment: int, number: int, inner_steps_done: int, inner_steps: int, num_parts: int
+) -> tuple[int, int] | None:
     """How many rounds after a peer's its fragment's is, and the inner steps since that began, when the peer has done so
     many of its round's; None if it has not told how many those are (0)."""
     if fragment == number - 1:
         return 0, inner_steps_done
     if not inner_steps:
         return None
-    before = -(-inner_steps * (fragment + 1) // number)
+    parts = min(num_parts, inner_steps)
+    before = -(-inner_steps * merged_with(fragment, number, parts) // parts)
+    if before == inner_steps:
+        return 0, inner_steps_done
     if inner_steps_done >= before:
         return 1, inner_steps_done - before
     return 0, inner_steps_done + inner_steps - before

@@ -168,7 +168,7 @@ def idle_s(round_s: float) -> float:
 
 
 def most_pulls(configured: Wanted) -> int:
-    """How many may go on at once, of both sections, the slow ones too."""
+    """How many may go on at once for a fragment, of both sections, the slow ones too."""
     return _PULLS_A_PARTNER * max(configured)
 
 

@@ -1,9 +1,9 @@
 """Pulling what partners published, in the background of this peer's own round: nobody waits for anybody.
 
-Runs in the network thread, beside the trainer. As late in the round as the link allows it asks a few partners for
-their newest weights or pseudo-gradient (`membership.pulls` says of how many, and when), pulls, checks and decodes it,
-and has the merge prepared; at the round's end the trainer takes what is ready. What comes later is there for the next
-round. Whoever has nothing new, is busy, slow, gone or wrong costs its place, and another is tried.
+Runs in the network thread, beside the trainer. As late before a fragment's merge as the link allows it asks a few
+partners for its newest weights or pseudo-gradient (`membership.pulls` says of how many, and when), pulls, checks and
+decodes it, and has the merge prepared; when it is time the trainer takes what is ready. What comes later is there a
+round later. Whoever has nothing new, is busy, slow, gone or wrong costs its place, and another is tried.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _LOOK_S = 0.25
 _PLAN_AGAIN_S = 2.0
 _OLD_PULL_S = 30.0
 _OLD_PULL_ROUNDS = 2
-_RESTART_ROUNDS = 2
+_RESTART_ROUNDS = 3
 """A peer that was killed and went on from its checkpoint is behind what it had published by so many rounds."""
 
 
@@ -101,7 +101,8 @@ none."""
 
 @dataclass
 class Gossip:
-    """This peer's pulls, and what came of them. `take` is for the trainer's thread, the rest for the network's."""
+    """This peer's pulls, and what came of them. `take`, `forget_pulled` and `ledger_rows` are for the trainer's thread,
+    the rest for the network's."""
 
     me: str
     calls: PeerCalls
@@ -198,10 +199,10 @@ class Gossip:
             for lane in self.lanes:
                 lane.plan = None
             for plan in plans:
-                for lane in self._lanes_of(plan):
+                for lane, began_s in zip(self._lanes_of(plan), plan.began_s or (plan.started_s,), strict=True):
                     lane.plan = plan
-                    if plan.started_s != lane.started_s:  # another round of it
-                        lane.ready, lane.started_s = None, plan.started_s
+                    if began_s != lane.began_s:  # another round of it
+                        lane.ready, lane.began_s = None, began_s
                         lane.open.round_begins(now)
         if self._filling is not None:
             self._filling.cancel()
@@ -214,7 +215,7 @@ class Gossip:
         return [self.lanes[fragment] for fragment in plan.fragments]
 
     async def stop(self) -> None:
-        """Pull nothing more, until the next round."""
+        """Pull nothing more, until more is planned."""
         tasks = [*self._tasks.values()]
         tasks += [task for task in (self._filling, self._preparing) if task is not None]
         await end_tasks(tasks)
@@ -403,7 +404,8 @@ class Gossip:
         info = self.membership.info(peer)
         if info is None:
             return None
-        found = steps_of_fragment(lane.number, len(self.lanes), info.inner_steps_done, info.inner_steps)
+        num_parts, done = lane.rules["gradient"].num_parts, info.inner_steps_done
+        found = steps_of_fragment(lane.number, len(self.lanes), done, info.inner_steps, num_parts)
         if found is None or info.round + found[0] != mark.round:
             return None
         return round_began_s(self.membership.so_far_since_s(peer), found[1], info.steps_per_s)
@@ -515,13 +517,13 @@ class Gossip:
                 lane = next((lane for lane in self.lanes if lane.plan is not None and lane.has_more()), None)
                 if lane is None or (plan := lane.plan) is None:
                     return
-                pulled = tuple(lane.pulled)
+                pulled, began_s = tuple(lane.pulled), lane.began_s
             found = await self._try_to_prepare(plan, lane, pulled)
             if found is None:
                 await self._drop_unmergeable(lane, plan, pulled)
                 continue
             with self._lock:
-                if lane.plan is not None and (lane.plan.round, lane.plan.started_s) == (plan.round, plan.started_s):
+                if lane.plan is not None and lane.plan.round == plan.round and lane.began_s == began_s:
                     lane.ready = found
 
     async def _try_to_prepare(self, plan: Plan, lane: Lane, pulled: tuple[Pulled, ...]) -> Ready | None:

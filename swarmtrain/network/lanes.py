@@ -41,6 +41,8 @@ class Plan:
     prepare: Callable[[int, Sequence[Pulled]], Any]
     is_sure: bool = True
     fragments: tuple[int, ...] = (0,)
+    began_s: tuple[float, ...] = ()
+    """When the round of each of them began; empty: `started_s`, the first of those moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,8 @@ class Lane:
     pulled: list[Pulled] = field(default_factory=list)
     plan: Plan | None = None
     """Of its next merge; None once it was merged, until that after it is planned."""
-    started_s: float = -1.0
-    """The plan's."""
+    began_s: float = -1.0
+    """When its present round did."""
     ready: Ready | None = None
     merged: dict[str, Held] = field(default_factory=dict)
     turned_back: dict[tuple[str, Section], int] = field(default_factory=dict)

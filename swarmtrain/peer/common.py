@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.outer import OuterState, unflatten_into
+from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.errors import RunTimeError, UserError
@@ -188,12 +188,16 @@ def held_out_loss(
     tokenizer: Tokenizer,
     check: Callable[[], None] = lambda: None,
 ) -> float:
-    """Loss of `theta` (P,) on the run's held-out text, in nats per byte; leaves `theta` in the model.
+    """Loss of `theta` (P,) on the run's held-out text, in nats per byte. The model has its own weights again after it.
 
     `check` is called between batches and may raise.
     """
+    own = flatten(model.parameters())
     unflatten_into(theta, model.parameters())
-    return held_out_loss_of(model, published, tokenizer, check)
+    try:
+        return held_out_loss_of(model, published, tokenizer, check)
+    finally:
+        unflatten_into(own, model.parameters())
 
 
 def held_out_loss_of(

@@ -103,7 +103,7 @@ def hosting_of(swarm: Swarm) -> Hosting:
         settings.rules,
         swarm.signed_presence,
         swarm.refused,
-        waits_a_caller=sum(settings.wanted),
+        waits_a_caller=sum(settings.wanted) * len(settings.sizes),
     )
 
 
@@ -230,11 +230,12 @@ class GossipExchange(AsynchronousExchange):
             ends_s = now + self._round_s(steps_left, self._steps_per_s)
             plan = Plan(
                 round=self._progress.round + is_over,
-                started_s=self._began_s[fragments[0]],
+                started_s=min(self._began_s[each] for each in fragments),
                 ends_s=ends_s,
                 prepare=functools.partial(self._prepare, tuple(self._states), tuple(self._began_s), ends_s),
                 is_sure=self._steps_per_s > 0,
                 fragments=fragments,
+                began_s=tuple(self._began_s[each] for each in fragments),
             )
             found.append(plan)
         return found
@@ -261,6 +262,8 @@ class GossipExchange(AsynchronousExchange):
             self.swarm.coverage.reached(contribution.tokens)
         self._own_tokens = contribution.own_tokens
         for fragment, of in enumerate(contribution.fragment_rounds):
+            if not of.tokens:
+                continue  # it was merged a moment ago, and the round has ended early
             self.publishers["gradient", fragment].newest = Publication(
                 round=of.round,
                 part=of.part,
@@ -284,9 +287,9 @@ class GossipExchange(AsynchronousExchange):
         with self._learning:
             while self._unlearned:
                 contribution = self._unlearned.popleft()
-                parts = zip(self._robustness, contribution.gradients, contribution.fragment_rounds, strict=True)
-                for robustness, gradient, of in parts:
-                    robustness.learn(gradient, of.tokens)
+                for fragment, of in enumerate(contribution.fragment_rounds):
+                    if of.tokens:
+                        self._robustness[fragment].learn(contribution.gradient_of(fragment), of.tokens)
 
     def _accept_untrusted(self, fragment: int, held: Held, arrival: Arrival) -> Arrival:
         """What the run's rule lets enter a merge: it compares with all that was published here before."""
@@ -301,7 +304,7 @@ class GossipExchange(AsynchronousExchange):
         return Body([self._codecs[fragment].weights.encode(theta)])
 
     def _encode_gradient(self, contribution: Contribution, fragment: int) -> Body:
-        gradient, of = contribution.gradients[fragment], contribution.fragment_rounds[fragment]
+        gradient, of = contribution.gradient_of(fragment), contribution.fragment_rounds[fragment]
         return Body([self._codecs[fragment].gradient.encode_sum(gradient, of.round, of.part)])
 
     def collect(self, fragment: int = 0) -> Gathered | Replaced:

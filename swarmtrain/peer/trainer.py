@@ -9,8 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -22,7 +21,7 @@ from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, Moments, 
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import RunTimeError
-from swarmtrain.membership.fragments import FragmentRound, FragmentRounds
+from swarmtrain.membership.fragments import FragmentRound, FragmentRounds, merged_with
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
 from swarmtrain.peer.robustness import robust_mean
@@ -79,18 +78,22 @@ class Contribution:
     own_tokens: int  # all that this peer has trained on, these included
     base: str  # digest of the roster that led to the weights it starts from, "" before the first
 
-    @cached_property
-    def gradients(self) -> tuple[Tensor, ...]:
-        """The pseudo-gradient of each fragment, (Q,) fp32: computed by who asks first, so that publishing costs the
+    _gradients: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def gradient_of(self, fragment: int) -> Tensor:
+        """The pseudo-gradient of a fragment, (Q,) fp32: computed by who asks first, so that publishing costs the
         trainer a copy."""
-        pairs = zip(self.thetas, self.fragments, strict=True)
-        return tuple(theta - fragment.of(self.reached) for theta, fragment in pairs)
+        found = self._gradients.get(fragment)
+        if found is None:
+            found = self.thetas[fragment] - self.fragments[fragment].of(self.reached)
+            self._gradients[fragment] = found
+        return found
 
     @property
     def gradient(self) -> Tensor:
         """The pseudo-gradient of a model in one piece, (P,) fp32."""
-        (gradient,) = self.gradients
-        return gradient
+        assert len(self.fragments) == 1
+        return self.gradient_of(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +175,8 @@ class Start:
     @property
     def merge_after(self) -> Sequence[int]:
         """The inner steps after which each fragment is merged: each a moment of a publication."""
-        parts, count = min(self.num_parts, self.inner_steps), self.num_fragments
-        ends = (-(-parts * (fragment + 1) // count) for fragment in range(count))
-        return [self.publish_after[part - 1] for part in ends]
+        parts, number = min(self.num_parts, self.inner_steps), self.num_fragments
+        return [self.publish_after[merged_with(fragment, number, parts) - 1] for fragment in range(number)]
 
     def part_after(self, inner_steps: int) -> int:
         """The number of the publication after so many inner steps; the last one's is always `num_parts`."""
@@ -432,7 +434,7 @@ class Trainer:
             arrived = self.exchange.collect(fragment)
             assert isinstance(arrived, Gathered)
             self.merge(arrived, own, fragment)
-            gathered.append(arrived)
+            gathered.append(replace(arrived, apart=()))  # they are whole gradients
         return gathered
 
     @property
@@ -512,7 +514,7 @@ class Trainer:
 
     def _merge_gathered(self, arrived: Gathered, own: Contribution, constants: OuterConstants, fragment: int) -> None:
         section, state, prepared = self.run.merge, self._states[fragment], arrived.prepared
-        gradient, tokens = own.gradients[fragment], own.fragment_rounds[fragment].tokens
+        gradient, tokens = own.gradient_of(fragment), own.fragment_rounds[fragment].tokens
         gradients = [gradient, *(arrival.gradient for arrival in arrived.apart)]
         mean = robust_mean(section.robust, gradients, [tokens, *(arrival.tokens for arrival in arrived.apart)])
         if mean is not None:

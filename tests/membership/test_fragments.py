@@ -85,7 +85,7 @@ def test_what_another_has_taken_of_this_round() -> None:
     assert [each.tokens for each in rounds.at(1, 20, 2)] == [20, 20]
 
 
-@pytest.mark.parametrize("number", [1, 2, 4, 8])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7, 8])
 def test_what_a_peer_tells_of_itself_gives_each_fragments_round_and_part(number: int) -> None:
     start = Start(inner_steps=16, num_peers=1, num_parts=8, num_fragments=number)
     rounds, ends = FragmentRounds(number), start.merge_after
@@ -96,18 +96,24 @@ def test_what_a_peer_tells_of_itself_gives_each_fragments_round_and_part(number:
             for fragment, each in enumerate(rounds.at(told.part, told.tokens, moment)):
                 if round == 0 and ends[fragment] < 16:
                     continue  # the first round of a fragment is a shorter one
-                assert told_mark(fragment, number, told, 8) == Mark(each.round, each.part, each.tokens)
+                mark = told_mark(fragment, number, told, 8)
+                assert mark == Mark(each.round, each.part, mark.tokens) and abs(mark.tokens - each.tokens) <= 1
+                since = steps_of_fragment(fragment, number, moment, 16, 8)
+                if moment not in ends:  # told after the merge, and this is before it
+                    assert since == (each.round - round, each.inner_steps)
             for fragment, merged_after in enumerate(ends):
                 if merged_after == moment:
                     rounds.merged(fragment, told.part, told.tokens, moment)
-                    is_last = fragment == number - 1
-                    assert told_round(fragment, number, told, 8) == round + (not is_last)
+                    assert told_round(fragment, number, told, 8) == round + (merged_after < 16)
         rounds.end(160, 16)
     assert told_mark(0, number, Mark(0, 0, 0), 8) == Mark(0, 0, 0), "it has published nothing"
     assert told_mark(number - 1, number, Mark(4, 0, 160), 8) == Mark(3, 8, 160), "all of the round before"
 
 
 def test_since_when_a_fragments_round_goes_on() -> None:
-    assert steps_of_fragment(3, 4, 5, 16) == steps_of_fragment(3, 4, 5, 0) == (0, 5), "the last one's is the round"
-    assert steps_of_fragment(0, 4, 3, 16) == (0, 15) and steps_of_fragment(0, 4, 4, 16) == (1, 0)
-    assert steps_of_fragment(1, 4, 15, 16) == (1, 7) and steps_of_fragment(0, 4, 3, 0) is None
+    assert steps_of_fragment(3, 4, 5, 16, 8) == steps_of_fragment(3, 4, 5, 0, 8) == (0, 5), (
+        "the last one's is the round"
+    )
+    assert steps_of_fragment(0, 4, 3, 16, 8) == (0, 15) and steps_of_fragment(0, 4, 4, 16, 8) == (1, 0)
+    assert steps_of_fragment(1, 4, 15, 16, 8) == (1, 7) and steps_of_fragment(0, 4, 3, 0, 8) is None
+    assert steps_of_fragment(0, 3, 6, 16, 16) == (1, 0), "it is merged with the sixth of sixteen publications"

@@ -106,7 +106,8 @@ def catches_up(peer: Peer) -> bool:
     if peer in world.honest:
         _count(peer)
     for lane in peer.lanes:
-        lane.newest = lane.weights = None
+        lane.newest = lane.weights = lane.plan = None
+        lane.arrived = {}
     _take_state(peer, others)
     return True
 

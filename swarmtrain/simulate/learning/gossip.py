@@ -105,6 +105,8 @@ class Lane:
         self.arrived: Arrived = {}
         self.pulls = OpenPulls(back_off, most_pulls(world.wanted))
         self.plan: PullPlan | None = None
+        self.sizes_due = self.sizes
+        """Of all that is pulled of one partner at once."""
 
     @property
     def round(self) -> int:
@@ -182,7 +184,7 @@ class Peer:
         until_s = min((at_s for lane in self.lanes if (at_s := self.merges_s(lane)) > now), default=math.inf)
         for lane in self.lanes:
             together = [one for one in self.lanes if merge_after[one.number] == merge_after[lane.number]]
-            sizes = total_bytes(one.sizes for one in together)
+            lane.sizes_due = sizes = total_bytes(one.sizes for one in together)
             ends_s = self.merges_s(lane) + (round_s if lane.round > self.round else 0.0)
             lane.plan = plan_pulls(others, lane.began_s, ends_s, sizes, self.times, wanted)
             for what, due_s in ("weights", lane.plan.weights_at_s), ("gradient", lane.plan.gradients_at_s):
@@ -259,7 +261,8 @@ class Peer:
             self.coverage.trained(self.start.shard, (moment - self.done) * step_tokens)
         self.done = moment
         self.own = self.trainer.contribution(self.start.part_after(moment), moment, moment * step_tokens)
-        for lane, gradient, of in zip(self.lanes, self.own.gradients, self.own.fragment_rounds, strict=True):
+        for lane, of in zip(self.lanes, self.own.fragment_rounds, strict=True):
+            gradient = self.own.gradient_of(lane.number)
             lane.robustness.learn(gradient, of.tokens)
             lane.newest = Published(Mark(of.round, of.part, of.tokens), gradient)
 
@@ -284,7 +287,7 @@ class Peer:
             return
         num_due, slow_s = (
             lane.plan.num_due(section, clock.now + _ROUNDING_S),
-            self.times.slow_after_s(lane.sizes, world.wanted),
+            self.times.slow_after_s(lane.sizes_due, world.wanted),
         )
         while lane.pulls.is_wanted(section, num_due, lane.arrived, slow_s, clock.now):
             name = self.choose(lane, section)

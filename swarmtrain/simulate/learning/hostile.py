@@ -50,7 +50,7 @@ class _Hostile(Peer):
         before, steps_before = world.tokens, world.inner_steps
         super().train_to(moment)
         world.tokens, world.inner_steps = before, steps_before
-        self.gradients = self.own.gradients
+        self.gradients = tuple(self.own.gradient_of(lane.number) for lane in self.lanes)
         for lane in self.lanes:
             assert lane.newest is not None
             lane.newest = self.spoilt(lane, lane.newest)
