@@ -14,16 +14,15 @@ a core each. The tables are in docs/decisions/0043-rounds-in-step.md and docs/la
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.gossip import Layout, variance_corrected_mean
+from swarmtrain.algorithm.fragments import Fragment, fragments_of
+from swarmtrain.algorithm.gossip import variance_corrected_mean
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, outer_step, weighted_mean
 from swarmtrain.peer.consensus import layout_of_specs
 from swarmtrain.run import load_run
@@ -33,27 +32,9 @@ from swarmtrain.simulate.learning.setting import Setting
 EXAMPLE = Path(__file__).parent.parent / "examples" / "stdlib-gpt.toml"
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """Some of the model's tensors: where they are in the flat vector, and how they lie in their own."""
-
-    where: Tensor
-    layout: Layout
-
-
-def fragments_of(layout: Layout, number: int) -> list[Fragment]:
-    """The tensors in so many groups, one after the other into the smallest."""
-    groups: list[list[int]] = [[] for _ in range(number)]
-    sizes = [place.stop - place.start for place in layout.slices]
-    for tensor in range(len(sizes)):
-        min(groups, key=lambda group: sum(sizes[one] for one in group)).append(tensor)
-    found = []
-    for group in groups:
-        ends = list(itertools.accumulate((sizes[one] for one in group), initial=0))
-        slices = tuple(slice(*ends[i : i + 2]) for i in range(len(group)))
-        where = torch.cat([torch.arange(layout.slices[one].start, layout.slices[one].stop) for one in group])
-        found.append(Fragment(where, Layout(slices, tuple(layout.corrected[one] for one in group))))
-    return found
+def where(fragment: Fragment) -> Tensor:
+    """Where its numbers are in the flat vector."""
+    return torch.cat([torch.arange(place.start, place.stop) for place in fragment.places])
 
 
 def reached(learner: Learner, steps: range, pulled: int, done: float, share: float, a_round: int) -> tuple[Tensor, ...]:
@@ -77,10 +58,10 @@ def play(args: argparse.Namespace, setting: Setting) -> tuple[float, float]:
     theta = learners[0].reached
     thetas, momenta = [theta.clone() for _ in everyone], [torch.zeros_like(theta) for _ in everyone]
     tails, tokens = [torch.zeros_like(theta) for _ in everyone], 0
-    fragments = fragments_of(layout, args.fragments)
+    fragments = [(where(each), each.layout) for each in fragments_of(layout, args.fragments)]
     a_round = sum(steps_of) * setting.run.tokens_per_step
     while tokens < setting.total_tokens:
-        for k, fragment in enumerate(fragments):
+        for k, (numbers, fragment_layout) in enumerate(fragments):
             sent, own, now = [], [], []
             for n in everyone:
                 steps = range(steps_of[n] * k // len(fragments), steps_of[n] * (k + 1) // len(fragments))
@@ -91,21 +72,21 @@ def play(args: argparse.Namespace, setting: Setting) -> tuple[float, float]:
                 done = tokens / setting.total_tokens, ahead / setting.total_tokens
                 early, whole = reached(learners[n], steps, pulled, *done, steps_of[n])
                 now.append(whole)
-                sent.append((thetas[n] - early)[fragment.where] + tails[n][fragment.where])
-                own.append((thetas[n] - whole)[fragment.where])
+                sent.append((thetas[n] - early)[numbers] + tails[n][numbers])
+                own.append((thetas[n] - whole)[numbers])
                 if args.late:
                     tails[n] = early - whole
             merged = []
             for n in everyone:
                 partners = rng.sample([one for one in everyone if one != n], args.partners)
-                theirs = [thetas[one][fragment.where] for one in [n, *partners[: args.weights]]]
-                mean = variance_corrected_mean(theirs, fragment.layout).mean
+                theirs = [thetas[one][numbers] for one in [n, *partners[: args.weights]]]
+                mean = variance_corrected_mean(theirs, fragment_layout).mean
                 weights = [steps_of[n], *(max(1, round(args.share * steps_of[one])) for one in partners)]
                 gradient = weighted_mean([own[n], *(sent[one] for one in partners)], weights)
-                merged.append(outer_step(OuterState(mean, momenta[n][fragment.where]), gradient, constants))
+                merged.append(outer_step(OuterState(mean, momenta[n][numbers]), gradient, constants))
             for n, state in enumerate(merged):
-                thetas[n][fragment.where], momenta[n][fragment.where] = state.theta, state.momentum
-                now[n][fragment.where] = state.theta
+                thetas[n][numbers], momenta[n][numbers] = state.theta, state.momentum
+                now[n][numbers] = state.theta
                 learners[n].enter(now[n])
         tokens += a_round
     return setting.text.held_out_loss(variance_corrected_mean(thetas, layout).mean), setting.own_loss(thetas)
