@@ -100,7 +100,7 @@ def test_real_peers_merge_by_it(
             peer.round(partners)
     for peer in peers[1:]:
         arrived = peer.reports[-1].arrived
-        assert isinstance(arrived, tuple) and {len(each.apart) for each in arrived} == {2}
+        assert isinstance(arrived, tuple) and {len(each.merged) for each in arrived} == {2} == {len(arrived[-1].apart)}
         for fragment, each in enumerate(arrived):
             moved = float((peer.trainer.state_of(fragment).theta - each.prepared.theta_mean).norm())
             assert moved == 0 if changed else moved > 0, "nobody's gradient counts, nor its own"
