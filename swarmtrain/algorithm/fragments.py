@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from swarmtrain.algorithm.gossip import Layout
 
 __all__ = ["Fragment", "fragments_of", "whole_of"]
 
-_LEAST_SHARE = 4
-"""The smallest fragment has at least a fourth of the mean."""
+_T = TypeVar("_T")
+_LEAST_SHARE = 0.25
+"""The smallest fragment has at least so much of the mean."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Fragment:
     is_whole: bool
     """Whether it is all of the model."""
 
+    def pick(self, of_tensors: Sequence[_T]) -> list[_T]:
+        """Of what there is one of for each tensor of the model, the fragment's."""
+        return [of_tensors[tensor] for tensor in self.tensors]
+
     def of(self, vector: Tensor) -> Tensor:
         """The fragment's numbers (Q,) of the whole model's (P,): a copy, or `vector` itself where that is the same."""
         return vector if self.is_whole else torch.cat([vector[place] for place in self.places])
@@ -44,7 +50,7 @@ def fragments_of(layout: Layout, number: int) -> tuple[Fragment, ...]:
     would be much smaller than the others: what is usual of a few numbers says little of what a partner sends."""
     for fewer in range(min(number, len(layout.slices)), 1, -1):
         fragments = _grouped(layout, fewer)
-        if min(fragment.layout.size for fragment in fragments) * fewer * _LEAST_SHARE >= layout.size:
+        if min(fragment.layout.size for fragment in fragments) * fewer >= _LEAST_SHARE * layout.size:
             return fragments
     return _grouped(layout, 1)
 

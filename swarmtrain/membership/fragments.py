@@ -31,7 +31,8 @@ class FragmentRound:
 
 @dataclass
 class FragmentRounds:
-    """How far each fragment's round is. Told of the trainer's rounds: `begin`, `merged` of each fragment, `end`."""
+    """How far each fragment's round is. Told of the trainer's rounds: `begin`, and `merged` of each fragment, with the
+    last of which the round ends."""
 
     number: int
     _round: int = 0
@@ -67,19 +68,17 @@ class FragmentRounds:
         return FragmentRound(self._round, of_round, before_tokens + tokens, before_steps + inner_steps)
 
     def merged(self, fragment: int, part: int, tokens: int, inner_steps: int) -> None:
-        """It was, at that publication of this round."""
+        """It was, at that publication of this round. They are merged in their order."""
         self._merged[fragment] = part, tokens, inner_steps
+        if fragment == self.number - 1:
+            for each, (_, its_tokens, its_steps) in self._merged.items():
+                self._before[each] = tokens - its_tokens, inner_steps - its_steps
 
     def of_round(self, fragment: int, round: int, tokens: int) -> int:
         """How many of the tokens, that a fragment's publication in its round of that number has, are of this round."""
         if round > self._round:
             return self._merged[fragment][1] + tokens if fragment in self._merged else 0
         return max(0, tokens - self._before[fragment][0]) if round == self._round else 0
-
-    def end(self, tokens: int, inner_steps: int) -> None:
-        """The round has ended, and every fragment was merged in it."""
-        for fragment, (_, its_tokens, its_steps) in self._merged.items():
-            self._before[fragment] = tokens - its_tokens, inner_steps - its_steps
 
 
 def merged_with(fragment: int, number: int, num_parts: int) -> int:

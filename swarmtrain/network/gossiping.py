@@ -199,7 +199,7 @@ class Gossip:
             for lane in self.lanes:
                 lane.plan = None
             for plan in plans:
-                for lane, began_s in zip(self._lanes_of(plan), plan.began_s or (plan.started_s,), strict=True):
+                for lane, began_s in zip(self._lanes_of(plan), plan.began_s, strict=True):
                     lane.plan = plan
                     if began_s != lane.began_s:  # another round of it
                         lane.ready, lane.began_s = None, began_s

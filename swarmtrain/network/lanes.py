@@ -36,13 +36,17 @@ class Plan:
     its theta."""
 
     round: int
-    started_s: float
+    began_s: tuple[float, ...]
+    """Each fragment's."""
     ends_s: float
     prepare: Callable[[int, Sequence[Pulled]], Any]
     is_sure: bool = True
     fragments: tuple[int, ...] = (0,)
-    began_s: tuple[float, ...] = ()
-    """When the round of each of them began; empty: `started_s`, the first of those moments."""
+
+    @property
+    def started_s(self) -> float:
+        """When the first of these rounds began."""
+        return min(self.began_s)
 
 
 @dataclass(frozen=True, kw_only=True)

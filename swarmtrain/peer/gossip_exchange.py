@@ -60,16 +60,14 @@ def codecs_of(swarm: Swarm) -> list[PublicationCodec]:
     """Of each fragment."""
     section = swarm.published.run.merge
     return [
-        PublicationCodec(
-            tuple(swarm.specs[tensor] for tensor in fragment.tensors), section.theta_format, section.gradient_format
-        )
+        PublicationCodec(tuple(fragment.pick(swarm.specs)), section.theta_format, section.gradient_format)
         for fragment in fragments_of(layout_of_specs(swarm.specs), section.num_fragments)
     ]
 
 
-def gossip_settings(swarm: Swarm) -> GossipSettings:
+def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipSettings:
     """What the run file says about publications and merging them."""
-    section, rounds, codecs = swarm.published.run.merge, swarm.rounds.settings, codecs_of(swarm)
+    section, rounds = swarm.published.run.merge, swarm.rounds.settings
 
     def rules_of(fragment: int, specs: tuple[TensorSpec, ...], num_parts: int) -> PublicationRules:
         return PublicationRules(
@@ -96,7 +94,7 @@ def gossip_settings(swarm: Swarm) -> GossipSettings:
 
 def hosting_of(swarm: Swarm) -> Hosting:
     """What this peer, which may be a bootstrap, does for peers that nobody can dial."""
-    settings = gossip_settings(swarm)
+    settings = gossip_settings(swarm, codecs_of(swarm))
     return Hosting(
         swarm.calls,
         swarm.store,
@@ -134,7 +132,8 @@ class GossipExchange(AsynchronousExchange):
 
     def __post_init__(self) -> None:
         swarm, section = self.swarm, self.run.merge
-        settings, self._codecs = gossip_settings(swarm), codecs_of(swarm)
+        self._codecs = codecs_of(swarm)
+        settings = gossip_settings(swarm, self._codecs)
         self._layout, met = layout_of_specs(swarm.specs), section.init == "common"
         self._fragments = fragments_of(self._layout, section.num_fragments)
         self._began_s = [0.0] * len(self._fragments)
@@ -230,12 +229,11 @@ class GossipExchange(AsynchronousExchange):
             ends_s = now + self._round_s(steps_left, self._steps_per_s)
             plan = Plan(
                 round=self._progress.round + is_over,
-                started_s=min(self._began_s[each] for each in fragments),
+                began_s=tuple(self._began_s[each] for each in fragments),
                 ends_s=ends_s,
                 prepare=functools.partial(self._prepare, tuple(self._states), tuple(self._began_s), ends_s),
                 is_sure=self._steps_per_s > 0,
                 fragments=fragments,
-                began_s=tuple(self._began_s[each] for each in fragments),
             )
             found.append(plan)
         return found
@@ -313,11 +311,7 @@ class GossipExchange(AsynchronousExchange):
         ready, is_last = self.gossip.take(round, fragment), fragment == len(self._fragments) - 1
         if is_last:
             swarm.tallying.learn({swarm.identity.peer_id: self._own_tokens})
-        behind = left_behind(round, self._rounds_of_others(), self.run.merge.max_staleness_rounds)
-        if behind and is_last:
-            reason = f"it was {behind} rounds behind the others"
-            if (replaced := self._consensus(reason, round + 1)) is not None:
-                swarm.emit(CaughtUpEvent(round=replaced.progress.round, from_peer=replaced.from_peer, reason=reason))
+            if (replaced := self._catch_up(round)) is not None:
                 return replaced
         counts = swarm.tallying.contributions() if is_last else {}
         pulled = () if ready is None else ready.pulled
@@ -330,6 +324,15 @@ class GossipExchange(AsynchronousExchange):
             run_tokens=sum(counts.values()),
             peer_tokens=counts,
         )
+
+    def _catch_up(self, round: int) -> Replaced | None:
+        """The others' weights, if this peer has fallen far behind."""
+        behind = left_behind(round, self._rounds_of_others(), self.run.merge.max_staleness_rounds)
+        reason = f"it was {behind} rounds behind the others"
+        replaced = self._consensus(reason, round + 1) if behind else None
+        if replaced is not None:
+            self.swarm.emit(CaughtUpEvent(round=replaced.progress.round, from_peer=replaced.from_peer, reason=reason))
+        return replaced
 
     def _merged(self, pulled: Sequence[Pulled]) -> tuple[Merged, ...]:
         """What was merged of each partner: its weights, its pseudo-gradient or both."""

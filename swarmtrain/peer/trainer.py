@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -166,13 +167,13 @@ class Start:
     num_fragments: int = 1
     """Of the model, which are merged at equal distances, the last one at the round's end."""
 
-    @property
+    @cached_property
     def publish_after(self) -> Sequence[int]:
         """The inner steps after which it publishes: as many as there are parts, or fewer in a very short round."""
         parts = min(self.num_parts, self.inner_steps)
         return [-(-self.inner_steps * part // parts) for part in range(1, parts + 1)]
 
-    @property
+    @cached_property
     def merge_after(self) -> Sequence[int]:
         """The inner steps after which each fragment is merged: each a moment of a publication."""
         parts, number = min(self.num_parts, self.inner_steps), self.num_fragments
@@ -289,17 +290,18 @@ class Trainer:
     inner: InnerOptimizer = field(init=False)
     fragments: tuple[Fragment, ...] = field(init=False)
     """Of the model; one but with gossip."""
+    rounds: FragmentRounds = field(init=False)
+    """How far each fragment's is."""
     _has_moments: bool = False
     _is_entered: bool = False
     """Whether the model has the weights that a round begins with."""
     _states: list[OuterState] = field(init=False, repr=False)
     _whole: OuterState | None = field(default=None, repr=False)
-    _rounds: FragmentRounds = field(init=False)
 
     def __post_init__(self) -> None:
         shapes = [tuple(parameter.shape) for parameter in self.model.parameters()]
         self.fragments = fragments_of(layout_of(shapes), self.run.merge.num_fragments)
-        self._rounds = FragmentRounds(len(self.fragments))
+        self.rounds = FragmentRounds(len(self.fragments))
         theta = flatten(self.model.parameters())
         self.state = OuterState(theta, torch.zeros_like(theta))
         self.constants = inner_constants(self.run)
@@ -317,15 +319,11 @@ class Trainer:
     def state(self, state: OuterState) -> None:
         self._whole, self._is_entered = state, False
         self._states = [OuterState(one.of(state.theta), one.of(state.momentum)) for one in self.fragments]
-        self._rounds.restart()
+        self.rounds.restart()
 
     def state_of(self, fragment: int) -> OuterState:
         """Of one fragment, (Q,), as of its last merge."""
         return self._states[fragment]
-
-    def of_round(self, fragment: int, round: int, tokens: int) -> int:
-        """See `FragmentRounds.of_round`."""
-        return self._rounds.of_round(fragment, round, tokens)
 
     @property
     def finished(self) -> bool:
@@ -389,7 +387,7 @@ class Trainer:
     def begin(self, start: Start) -> None:
         """A round begins, in the model too."""
         parts = [start.part_after(inner_steps) for inner_steps in start.merge_after]
-        self._rounds.begin(self.progress.round, start.num_parts, parts)
+        self.rounds.begin(self.progress.round, start.num_parts, parts)
         if not self._is_entered:
             self.enter(self.state.theta)
 
@@ -460,7 +458,7 @@ class Trainer:
             part=part,
             thetas=tuple(state.theta for state in self._states),
             fragments=self.fragments,
-            fragment_rounds=self._rounds.at(part, tokens, inner_steps),
+            fragment_rounds=self.rounds.at(part, tokens, inner_steps),
             reached=flatten(self.model.parameters()),
             tokens=tokens,
             inner_steps=inner_steps,
@@ -471,9 +469,7 @@ class Trainer:
     def enter(self, theta: Tensor, fragment: int | None = None) -> None:
         """Put weights, (P,) or the fragment's (Q,), into the model."""
         parameters = list(self.model.parameters())
-        if fragment is not None:
-            parameters = [parameters[tensor] for tensor in self.fragments[fragment].tensors]
-        unflatten_into(theta, parameters)
+        unflatten_into(theta, parameters if fragment is None else self.fragments[fragment].pick(parameters))
         self._is_entered = True
 
     def step(self, progress: float, scale: float) -> InnerStep:
@@ -493,8 +489,7 @@ class Trainer:
 
     def merge(self, arrived: Averaged | Gathered | Served, own: Contribution, fragment: int = -1) -> None:
         """The outer Nesterov step of a fragment, and with the last one the counters that follow from what arrived."""
-        section, last = self.run.merge, len(self.fragments) - 1
-        fragment %= len(self.fragments)
+        section, fragment = self.run.merge, fragment % len(self.fragments)
         constants = OuterConstants(
             learning_rate=section.outer_learning_rate,
             momentum=momentum_at(self.progress.round, section.outer_momentum, section.momentum_ramp_rounds),
@@ -507,7 +502,7 @@ class Trainer:
             self.state = OuterState(arrived.theta, self.state.momentum)
         else:
             self._merge_gathered(arrived, own, constants, fragment)
-        if fragment == last:
+        if fragment == len(self.fragments) - 1:
             self.progress = Progress(
                 round=self.progress.round + 1, run_tokens=arrived.run_tokens, peer_tokens=arrived.peer_tokens
             )
@@ -522,11 +517,9 @@ class Trainer:
         else:
             state = gossip_merge(state, prepared, gradient, tokens, constants)
         self._states[fragment], self._whole = state, None
-        self._rounds.merged(fragment, own.part, own.tokens, own.inner_steps)
+        self.rounds.merged(fragment, own.part, own.tokens, own.inner_steps)
         self.enter(state.theta, fragment)
         self.exchange.merged(fragment, state)
-        if fragment == len(self.fragments) - 1:
-            self._rounds.end(own.tokens, own.inner_steps)
 
     def adopt(self, replaced: Replaced) -> None:
         """Go on from another peer's state; the moments stay, the data position too."""

@@ -32,7 +32,6 @@ def play(rng: random.Random, number: int, num_parts: int, num_rounds: int) -> li
             for fragment, merged_after in enumerate(ends):
                 if merged_after == moment:
                     rounds.merged(fragment, part, moment * TOKENS, moment)
-        rounds.end(inner_steps * TOKENS, inner_steps)
         before += inner_steps
     return found
 
@@ -59,7 +58,6 @@ def test_of_one_fragment_it_is_the_round_itself() -> None:
     told = [(each.round, each.part, each.tokens) for part in range(1, 5) for each in rounds.at(part, 5 * part, part)]
     assert told == [(3, 1, 5), (3, 2, 10), (3, 3, 15), (3, 4, 20)]
     rounds.merged(0, 4, 20, 4)
-    rounds.end(20, 4)
     rounds.begin(4, 4, [4])
     assert rounds.at(1, 5, 1)[0].tokens == 5
 
@@ -75,7 +73,6 @@ def test_what_another_has_taken_of_this_round() -> None:
     rounds.begin(0, 2, [1, 2])
     rounds.merged(0, 1, 30, 3)
     rounds.merged(1, 2, 60, 6)
-    rounds.end(60, 6)
     rounds.begin(1, 2, [1, 2])
     assert [each.tokens for each in rounds.at(1, 20, 2)] == [50, 20]
     assert rounds.of_round(0, 1, 50) == 20 and rounds.of_round(0, 1, 10) == 0, "30 of these are of the round before"
@@ -105,7 +102,6 @@ def test_what_a_peer_tells_of_itself_gives_each_fragments_round_and_part(number:
                 if merged_after == moment:
                     rounds.merged(fragment, told.part, told.tokens, moment)
                     assert told_round(fragment, number, told, 8) == round + (merged_after < 16)
-        rounds.end(160, 16)
     assert told_mark(0, number, Mark(0, 0, 0), 8) == Mark(0, 0, 0), "it has published nothing"
     assert told_mark(number - 1, number, Mark(4, 0, 160), 8) == Mark(3, 8, 160), "all of the round before"
 

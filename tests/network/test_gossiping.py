@@ -158,7 +158,7 @@ class Peer:
 
     def begin(self, round: int, prepare: Callable[[Sequence[Pulled]], Any] = list) -> None:
         now = swarm_time()
-        plan = Plan(round=round, started_s=now - 60, ends_s=now, prepare=lambda _, pulled: prepare(pulled))
+        plan = Plan(round=round, began_s=(now - 60,), ends_s=now, prepare=lambda _, pulled: prepare(pulled))
         self.gossip.begin(round, [plan])
 
     async def take(self, number: int, *, weights: bool = True) -> dict[str, Arrival]:
@@ -404,7 +404,7 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
         both = {(BEN.peer_id, "weights"), (BEN.peer_id, "gradient")}
         await until(lambda: len(me.gossip.lanes[0].pulled) == 2)
         now = swarm_time()
-        plan = Plan(round=1, started_s=now, ends_s=now + 60, prepare=lambda _, pulled: prepared.append((1, pulled)))
+        plan = Plan(round=1, began_s=(now,), ends_s=now + 60, prepare=lambda _, pulled: prepared.append((1, pulled)))
         me.gossip.begin(1, [plan])
         await until(lambda: me.gossip.lanes[0].ready is not None)
         ready = me.gossip.take(me.gossip.round)

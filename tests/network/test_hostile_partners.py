@@ -46,7 +46,7 @@ class Swarm:
             partner.publish(self.round, 4, 1000)
         began_s = swarm_time()
         ends_s = began_s + ROUND_S
-        plan = Plan(round=self.round, started_s=began_s, ends_s=ends_s, prepare=lambda _, pulled: list(pulled))
+        plan = Plan(round=self.round, began_s=(began_s,), ends_s=ends_s, prepare=lambda _, pulled: list(pulled))
         self.me.gossip.begin(self.round, [plan])
         await asyncio.sleep(ROUND_S)
         assert swarm_time() == began_s + ROUND_S

@@ -79,7 +79,7 @@ def _taken_of(lane: Lane, by: Peer) -> int:
     name, theirs = lane.peer.name, by.lanes[lane.number]
     arrived = theirs.arrived.get(("gradient", name))
     marks = [theirs.ledger.mark(name), None if arrived is None else arrived[0].mark]
-    of_round = lane.peer.trainer.of_round
+    of_round = lane.peer.trainer.rounds.of_round
     return max((of_round(lane.number, mark.round, mark.tokens) for mark in marks if mark is not None), default=0)
 
 

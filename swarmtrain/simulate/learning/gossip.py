@@ -91,7 +91,6 @@ class Lane:
         self.robustness = Robustness(section.robust, self.fragment.layout, world.told, met=met)
         self.began_s = math.inf
         """When its round did."""
-        self.forget(BackOff())
 
     def forget(self, back_off: BackOff) -> None:
         """All that a process holds and no checkpoint keeps."""
@@ -505,8 +504,8 @@ class World:
 
     def codec(self, fragment: int) -> PublicationCodec:
         """A peer's own of a fragment: what it has lost in one publication it adds to the next."""
-        section, specs = self.setting.run.merge, [self.specs[tensor] for tensor in self.fragments[fragment].tensors]
-        return PublicationCodec(tuple(specs), section.theta_format, section.gradient_format)
+        section, specs = self.setting.run.merge, tuple(self.fragments[fragment].pick(self.specs))
+        return PublicationCodec(specs, section.theta_format, section.gradient_format)
 
     @property
     def reference_round(self) -> int:
