@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 __all__ = [
     "Buffer",
@@ -59,8 +60,12 @@ class OuterState:
 
 @torch.no_grad()
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
-    """The tensors one after the other as a new vector (P,) fp32 on the first one's device."""
-    return torch.cat([tensor.detach().reshape(-1).to(torch.float32) for tensor in tensors])
+    """The tensors one after the other as a new vector (P,) fp32 on the first one's device.
+
+    A single call, since the trainer stands still meanwhile: each gives Python's lock away and waits to have it back.
+    """
+    tensors = list(tensors)
+    return _flatten_dense_tensors(tensors).to(torch.float32, copy=len(tensors) == 1)
 
 
 @torch.no_grad()
@@ -73,11 +78,7 @@ def unflatten_into(flat: Tensor, tensors: Iterable[Tensor]) -> None:
     size = sum(tensor.numel() for tensor in tensors)
     if flat.shape != (size,):
         raise ValueError(f"a vector of {size} numbers is needed, got shape {tuple(flat.shape)}")
-    start = 0
-    for tensor in tensors:
-        end = start + tensor.numel()
-        tensor.copy_(flat[start:end].view_as(tensor))
-        start = end
+    torch._foreach_copy_(tensors, _unflatten_dense_tensors(flat, tensors))
 
 
 @torch.no_grad()

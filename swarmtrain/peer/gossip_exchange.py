@@ -127,6 +127,7 @@ class GossipExchange(AsynchronousExchange):
     _progress: Progress = field(default_factory=Progress)
     _start: Start = field(default_factory=lambda: Start(inner_steps=1, num_peers=1))
     _steps_per_s: float = 0.0
+    _newest_plans: Sequence[Plan] = ()
     _is_held: bool = False
     """Whether the round that begins is the first with weights that this peer has not merged itself."""
 
@@ -196,7 +197,7 @@ class GossipExchange(AsynchronousExchange):
         for fragment in range(len(self._fragments)) if self._is_held else [last]:
             self._publish_weights(fragment, progress.round, now)
         self._is_held = False
-        plans = self._plans(0, now)
+        plans = self._newest_plans = self._plans(0, now)
 
         async def begin() -> None:
             self._describe_start(progress, steps_per_s)
@@ -247,12 +248,13 @@ class GossipExchange(AsynchronousExchange):
         self._publish_weights(fragment, round + 1, now)
         if merge_after[fragment + 1] == merge_after[fragment]:
             return  # that one is merged at once
-        plans = self._plans(merge_after[fragment], now)
+        plans = self._newest_plans = self._plans(merge_after[fragment], now)
 
         async def begin() -> None:
-            self.gossip.begin(round, plans)
+            if plans is self._newest_plans:  # else another round has begun meanwhile
+                self.gossip.begin(round, plans)
 
-        self._do_soon(begin())
+        self.network.submit_unhurried(begin())  # those before tell of the next merges what these tell, nearly
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""

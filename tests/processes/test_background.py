@@ -20,6 +20,7 @@ from swarmtrain.network.invite import Invite, InvitedPeer, format_invite, parse_
 
 pytestmark = pytest.mark.processes
 
+ROUND = r" event: round \d+: loss "
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (debug|info|warning|error) +\w+: \S.*|    .*")
 
 
@@ -82,6 +83,7 @@ def test_a_volunteer_in_the_background_outlives_its_session_and_ends_cleanly(swa
     leads_to = [Path(f"/proc/{pid}/fd/{number}").readlink() for number in range(3)]
     assert leads_to == [Path(os.devnull), folder / "peer.log", folder / "peer.log"]
     beside.wait_event(RoundEvent, lambda event: len(event.partners) == 2)
+    wait_until(lambda: re.search(ROUND, (folder / "peer.log").read_text()), "a round of anna's own")
     os.kill(pid, signal.SIGTERM)
     beside.wait_event(PeerLeftEvent)
     (status,) = wait_until(lambda: (had := os.waitpid(pid, os.WNOHANG))[0] and had[1:], "the end of anna")
@@ -90,7 +92,7 @@ def test_a_volunteer_in_the_background_outlives_its_session_and_ends_cleanly(swa
     log = (folder / "peer.log").read_text()
     for line in log.splitlines():
         assert LINE.fullmatch(line), line
-    assert " event: joined at round " in log and re.search(r" event: round \d+: loss ", log)
+    assert " event: joined at round " in log
     assert " event: done (interrupted) after " in log.splitlines()[-1]
     assert "hivemind" not in log, "nothing went wrong"
     swarm.interrupt_all([beside, bootstrap])
