@@ -65,7 +65,8 @@ def flatten(tensors: Iterable[Tensor]) -> Tensor:
     A single call, since the trainer stands still meanwhile: each gives Python's lock away and waits to have it back.
     """
     tensors = list(tensors)
-    return _flatten_dense_tensors(tensors).to(torch.float32, copy=len(tensors) == 1)
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return flat.to(torch.float32, copy=len(tensors) == 1)  # of one it is a view
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def unflatten_into(flat: Tensor, tensors: Iterable[Tensor]) -> None:
     size = sum(tensor.numel() for tensor in tensors)
     if flat.shape != (size,):
         raise ValueError(f"a vector of {size} numbers is needed, got shape {tuple(flat.shape)}")
-    torch._foreach_copy_(tensors, _unflatten_dense_tensors(flat, tensors))
+    torch._foreach_copy_(tensors, _unflatten_dense_tensors(flat, tensors))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
