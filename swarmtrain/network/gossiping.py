@@ -158,6 +158,7 @@ class Gossip:
         with self._lock:
             lane = self.lanes[fragment]
             ready, plan, lane.ready, lane.plan = lane.ready, lane.plan, None, None
+            lane.merged_round = round
             if plan is not None and plan.is_sure and fragment == plan.fragments[0]:
                 self._times.round_ended(plan.ends_s - plan.started_s, swarm_time() - plan.started_s)
             if ready is None or ready.round != round:
@@ -200,6 +201,8 @@ class Gossip:
                 lane.plan = None
             for plan in plans:
                 for lane, began_s in zip(self._lanes_of(plan), plan.began_s, strict=True):
+                    if plan.round == lane.merged_round:
+                        continue  # its merge was earlier than this plan came here
                     lane.plan = plan
                     if began_s != lane.began_s:  # another round of it
                         lane.ready, lane.began_s = None, began_s

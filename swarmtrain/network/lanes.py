@@ -73,6 +73,8 @@ class Lane:
     """Of its next merge; None once it was merged, until that after it is planned."""
     began_s: float = -1.0
     """When its present round did."""
+    merged_round: int = -1
+    """The last that is over: it was merged."""
     ready: Ready | None = None
     merged: dict[str, Held] = field(default_factory=dict)
     turned_back: dict[tuple[str, Section], int] = field(default_factory=dict)

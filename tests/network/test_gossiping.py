@@ -417,6 +417,25 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
     run(script)
 
 
+def test_a_plan_that_comes_after_its_merge_pulls_nothing() -> None:
+    async def script() -> None:
+        ben = Partner(BEN, 0.5)
+        me = Peer(ben)
+        ben.publish(0, 4, 1000)
+        me.begin(0)
+        await me.take(1)
+        asked = len(ben.asked)
+        ben.publish(1, 1, 100)
+        me.begin(0)
+        await asyncio.sleep(5)
+        assert len(ben.asked) == asked
+        me.begin(1)
+        assert (await me.take(1, weights=False))[BEN.peer_id].tokens == 100
+        await me.gossip.stop()
+
+    run(script)
+
+
 def _with_one_that_fails(fault: str) -> tuple[Peer, tuple[Partner, Partner, Partner]]:
     """A peer that begins a round with two of three partners, of whom the first to be asked fails."""
     ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
