@@ -211,7 +211,7 @@ class RefusedEvent(_Event):
 
 
 class ClippedEvent(_Event):
-    """A publication of a partner was far from what is usual, and entered the merge cut to the limit."""
+    """What a partner published was far from what is usual, and was cut; not told in one's first two rounds of gossip."""
 
     event: Literal["clipped"] = "clipped"
     from_peer: str = Field(description="The PeerID that published it.")

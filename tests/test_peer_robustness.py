@@ -17,14 +17,14 @@ OWN = torch.ones(20)
 USUAL = Arrival(OWN + 0.1, torch.full((20,), 0.1), 100)
 
 
-def robustness(rule: str = "clip", *, met: bool = True) -> tuple[Robustness, list[tuple[str, str]]]:
+def robustness(rule: str = "clip", *, met: bool = True, learnt: int = 16) -> tuple[Robustness, list[tuple[str, str]]]:
     told: list[tuple[str, str]] = []
 
     def tell(peer: str, incident: Incident) -> None:
         told.append((peer, incident.rule))
 
     made = Robustness(rule, LAYOUT, tell, met=met)
-    for _ in range(4):
+    for _ in range(learnt):
         made.learn(USUAL.gradient, 100)
     return made, told
 
@@ -41,6 +41,15 @@ def test_what_is_far_off_is_cut_and_named() -> None:
     assert told == [("ben", "displacement"), ("ben", "gradient")]
     assert float((entered.theta - OWN).norm()) == pytest.approx(3 * float(USUAL.gradient.norm()), rel=1e-4)
     assert float(entered.gradient.abs().max()) == pytest.approx(0.3, rel=1e-4)
+
+
+def test_what_is_cut_in_the_first_rounds_is_not_told() -> None:
+    clip, told = robustness(learnt=15)
+    wild = Arrival(None, torch.full((20,), 20.0), 100)
+    assert float(clip.accept("ben", wild, OWN).gradient.abs().max()) == pytest.approx(0.3, rel=1e-4) and not told
+    clip.learn(USUAL.gradient, 100)
+    clip.accept("ben", wild, OWN)
+    assert told == [("ben", "gradient")]
 
 
 @pytest.mark.parametrize("wild", [Arrival(OWN * 1e30, USUAL.gradient, 100), Arrival(OWN, OWN * -1e30, 100)])

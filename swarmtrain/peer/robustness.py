@@ -35,6 +35,9 @@ _LEAST_INPUTS = 2
 _LEAST_OF_OURS = 4
 _ABSURD = 0.01
 """What would have to be cut to less than this, in every tensor, is not worth the rest, and not taken at all."""
+_TELLS_AFTER = 16
+"""Own publications, two rounds' of eight: before, while the learning rate rises, gradients grow so fast that honest
+ones are cut too."""
 _MET_AFTER = 16
 _MET_WITHIN = 0.5
 """Independent random weights are 1.4 times their size apart."""
@@ -48,14 +51,14 @@ class Robustness:
     """
 
     def __init__(self, rule: str, layout: Layout, told: Callable[[str, Incident], None], *, met: bool = True) -> None:
-        """`told` hears of each incident, with the PeerID."""
+        """`told` hears of each incident, with the PeerID, once enough is known for it to mean something."""
         self.rule = rule
         self._told = told
         self._groups = per_tensor([place.stop - place.start for place in layout.slices])
         self._gradients = GradientClip(self._groups)
         self._displacements = DisplacementClip(enabled=met)
         self._directions = DirectionTrust()
-        self._num_merged = 0
+        self._num_learned = self._num_merged = 0
         self._lock = threading.Lock()
 
     def accept(self, peer: str, arrival: Arrival, own_theta: Tensor) -> Arrival:
@@ -79,7 +82,7 @@ class Robustness:
                 raise BadBytesError(f"far beyond what is usual: {cut.incident.detail}")
             incidents.append(cut.incident)
         for each in incidents:
-            if each is not None:
+            if each is not None and self._num_learned >= _TELLS_AFTER:
                 self._told(peer, each)
         return arrival
 
@@ -112,6 +115,7 @@ class Robustness:
         """An own pseudo-gradient (P,) of so many tokens: what is usual here."""
         if self.rule != "none":
             with self._lock:
+                self._num_learned += 1
                 self._gradients.learn(gradient, tokens)
                 self._displacements.learn(gradient)
                 if self.rule == "direction":
@@ -135,6 +139,7 @@ class Robustness:
         displacements = DisplacementClip(enabled=self._displacements.enabled, history=history)
         with self._lock:
             self._gradients, self._displacements = gradients, displacements
+            self._num_learned += _TELLS_AFTER * bool(extra.get(_GRADIENTS))
 
 
 def apart(rule: str, arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
