@@ -137,7 +137,7 @@ class GradientClip:
         worst = min(cut, key=factors.__getitem__)
         detail = (
             f"gradient cut in {len(cut)} of {len(factors)} groups; group {worst} most, its norm {norms[worst]:.3g} "
-            f"in {inner_steps:g} steps to {limits[worst]:.3g}"
+            f"in {inner_steps:g} tokens to {limits[worst]:.3g}"
         )
         return Clipped(vector, factors, Incident("gradient", detail))
 
