@@ -58,7 +58,7 @@ def test_a_gradient_is_clipped_to_three_times_the_median_a_step() -> None:
     assert clipped.incident is not None
     assert (clipped.incident.rule, clipped.incident.detail) == (
         "gradient",
-        "gradient cut in 1 of 2 groups; group 0 most, its norm 200 in 20 steps to 120",
+        "gradient cut in 1 of 2 groups; group 0 most, its norm 200 in 20 tokens to 120",
     )
 
 
