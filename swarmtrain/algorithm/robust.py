@@ -84,7 +84,7 @@ class GradientClip:
     the larger bound is taken both ways. With equal steps that is the norm per step, which alone would cut honest
     peers: in a small GPT the norm per step after 6 steps was 2.3 to 3.2 times that after 100 (median tensor), while
     none exceeded 1.2 times what is said here (docs/decisions/0015). Claiming few steps gains nothing: the fewer, the
-    lower the limit. Any unit of work will do for steps, such as tokens.
+    lower the limit. Steps are counted by their tokens, a unit of work that all peers count alike.
 
     What is remembered is what was let in: a cut norm at the size it was cut to. So when all gradients grow, the median
     follows, and a minority cannot move it. Call `learn` with the own gradient at every publication: own values then
@@ -102,29 +102,29 @@ class GradientClip:
         self._size = ends[-1]
         for row in history:
             if len(row) != 1 + len(self._groups) or not all(math.isfinite(x) and x >= 0 for x in row) or not row[0]:
-                raise ValueError(f"a row of steps and {len(self._groups)} norms is needed: start without a history")
+                raise ValueError(f"a row of tokens and {len(self._groups)} norms is needed: start without a history")
         self._rows = deque((list(row) for row in history), maxlen=_HISTORY)
         self._own = deque[list[float]](maxlen=_MIN_HISTORY)
 
     @property
     def history(self) -> list[list[float]]:
-        """A checkpoint's share: at most 64 rows of steps and each group's norm, the oldest first."""
+        """A checkpoint's share: at most 64 rows of tokens and each group's norm, the oldest first."""
         return [list(row) for row in tuple(self._rows)]
 
     @torch.no_grad()
-    def learn(self, gradient: Tensor, inner_steps: float) -> None:
-        """Remember the own gradient (P,) of so many inner steps, which is never cut."""
-        row = [_positive(inner_steps), *self._norms(gradient)]
+    def learn(self, gradient: Tensor, tokens: float) -> None:
+        """Remember the own gradient (P,) of so many tokens, which is never cut."""
+        row = [_positive(tokens), *self._norms(gradient)]
         self._rows.append(row)
         self._own.append(row)
 
     @torch.no_grad()
-    def clip(self, gradient: Tensor, inner_steps: float) -> Clipped:
-        """A partner's gradient (P,) of so many inner steps, cut where a group's norm exceeds its limit."""
-        _positive(inner_steps)
+    def clip(self, gradient: Tensor, tokens: float) -> Clipped:
+        """A partner's gradient (P,) of so many tokens, cut where a group's norm exceeds its limit."""
+        _positive(tokens)
         norms = self._norms(gradient)
-        limits = self._limits(inner_steps)
-        self._rows.append([inner_steps, *map(min, norms, limits)])
+        limits = self._limits(tokens)
+        self._rows.append([tokens, *map(min, norms, limits)])
         factors = tuple(limit / norm if norm > limit else 1.0 for norm, limit in zip(norms, limits, strict=True))
         cut = [index for index, factor in enumerate(factors) if factor < 1]
         if not cut:
@@ -137,7 +137,7 @@ class GradientClip:
         worst = min(cut, key=factors.__getitem__)
         detail = (
             f"gradient cut in {len(cut)} of {len(factors)} groups; group {worst} most, its norm {norms[worst]:.3g} "
-            f"in {inner_steps:g} tokens to {limits[worst]:.3g}"
+            f"in {tokens:g} tokens to {limits[worst]:.3g}"
         )
         return Clipped(vector, factors, Incident("gradient", detail))
 
@@ -147,16 +147,16 @@ class GradientClip:
             raise ValueError(f"a vector of at least {self._size} numbers is needed, got {len(gradient)}")
         return [math.sqrt(sum(_square(gradient[a:b]) for a, b in group)) for group in self._groups]
 
-    def _limits(self, inner_steps: float) -> list[float]:
-        """Each group's largest norm in so many steps; infinite where too little is known.
+    def _limits(self, tokens: float) -> list[float]:
+        """Each group's largest norm after so many tokens; infinite where too little is known.
 
         Before there is history, the largest that an own gradient leads to expect takes the median's place.
         """
         limits = []
         for index in range(1, 1 + len(self._groups)):
-            expected = _expected(self._rows, index, inner_steps)
+            expected = _expected(self._rows, index, tokens)
             limit = _limit(expected)
-            if math.isinf(limit) and (own := _expected(self._own, index, inner_steps)):
+            if math.isinf(limit) and (own := _expected(self._own, index, tokens)):
                 limit = _TOLERANCE * max(own)
             limits.append(limit)
         return limits
@@ -259,19 +259,19 @@ class DirectionTrust:
 
     def __init__(self) -> None:
         self._own: Tensor | None = None
-        self._own_norm = self._own_steps = 0.0
+        self._own_norm = self._own_tokens = 0.0
         self._cosines: dict[str, float] = {}
 
-    def learn(self, gradient: Tensor, inner_steps: float) -> None:
-        """The own gradient (P,) of so many inner steps to compare with from now on; nobody writes into it any more."""
+    def learn(self, gradient: Tensor, tokens: float) -> None:
+        """The own gradient (P,) of so many tokens to compare with from now on; nobody writes into it any more."""
         _check([gradient], at_least=1)
-        self._own_steps = _positive(inner_steps)
+        self._own_tokens = _positive(tokens)
         self._own, self._own_norm = gradient, math.sqrt(_square(gradient))
 
     @torch.no_grad()
-    def judge(self, peer: str, gradient: Tensor, inner_steps: float) -> Trusted:
-        """How far to trust the gradient (P,) of `peer`, of so many inner steps."""
-        own, ratio = self._own, _positive(inner_steps) / (self._own_steps or inner_steps)
+    def judge(self, peer: str, gradient: Tensor, tokens: float) -> Trusted:
+        """How far to trust the gradient (P,) of `peer`, of so many tokens."""
+        own, ratio = self._own, _positive(tokens) / (self._own_tokens or tokens)
         if own is None:
             return Trusted()
         _check([own, gradient], at_least=2)
@@ -389,9 +389,9 @@ def _flag_shares(products: Tensor, rank: int) -> Tensor:
     return shares
 
 
-def _expected(rows: Iterable[Sequence[float]], index: int, inner_steps: float) -> list[float]:
+def _expected(rows: Iterable[Sequence[float]], index: int, tokens: float) -> list[float]:
     """What a group's norms remembered in `rows` lead to expect after so many steps; norms of zero say nothing."""
-    return [row[index] * max(inner_steps / row[0], math.sqrt(inner_steps / row[0])) for row in rows if row[index] > 0]
+    return [row[index] * max(tokens / row[0], math.sqrt(tokens / row[0])) for row in rows if row[index] > 0]
 
 
 def _limit(norms: Collection[float]) -> float:
@@ -399,10 +399,10 @@ def _limit(norms: Collection[float]) -> float:
     return _TOLERANCE * statistics.median_low(norms) if len(norms) >= _MIN_HISTORY else math.inf
 
 
-def _positive(inner_steps: float) -> float:
-    if not (math.isfinite(inner_steps) and inner_steps > 0):
-        raise ValueError(f"inner steps must be above 0, got {inner_steps}")
-    return inner_steps
+def _positive(tokens: float) -> float:
+    if not (math.isfinite(tokens) and tokens > 0):
+        raise ValueError(f"tokens must be above 0, got {tokens}")
+    return tokens
 
 
 def _check(vectors: Sequence[Tensor], at_least: int) -> None:

@@ -128,6 +128,7 @@ class GossipExchange(AsynchronousExchange):
     _start: Start = field(default_factory=lambda: Start(inner_steps=1, num_peers=1))
     _steps_per_s: float = 0.0
     _newest_plans: Sequence[Plan] = ()
+    """Those that were made last: older ones may reach the network's thread after them."""
     _is_held: bool = False
     """Whether the round that begins is the first with weights that this peer has not merged itself."""
 
@@ -251,7 +252,7 @@ class GossipExchange(AsynchronousExchange):
         plans = self._newest_plans = self._plans(merge_after[fragment], now)
 
         async def begin() -> None:
-            if plans is self._newest_plans:  # else another round has begun meanwhile
+            if plans is self._newest_plans:
                 self.gossip.begin(round, plans)
 
         self.network.submit_unhurried(begin())  # those before tell of the next merges what these tell, nearly

@@ -139,7 +139,8 @@ class Robustness:
         displacements = DisplacementClip(enabled=self._displacements.enabled, history=history)
         with self._lock:
             self._gradients, self._displacements = gradients, displacements
-            self._num_learned += _TELLS_AFTER * bool(extra.get(_GRADIENTS))
+            if gradients.history:
+                self._num_learned = _TELLS_AFTER
 
 
 def apart(rule: str, arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:

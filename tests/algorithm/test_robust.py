@@ -46,10 +46,10 @@ def test_a_gradient_is_clipped_to_three_times_the_median_a_step() -> None:
     norms = torch.tensor([[1.0, 7.0], [2.0, 5.0], [3.0, 6.0]])  # medians 2 and 6
     for first, second in norms.tolist():
         vector = torch.cat([torch.full((4,), first / 2), torch.full((5,), second / math.sqrt(5))])
-        clipped = clip.clip(10 * vector, inner_steps=10)
+        clipped = clip.clip(10 * vector, tokens=10)
         assert clipped.vector.equal(10 * vector) and clipped.incident is None
     wide = torch.cat([torch.full((4,), 100.0), torch.ones(5)])
-    clipped = clip.clip(wide, inner_steps=20)
+    clipped = clip.clip(wide, tokens=20)
     limit = 3 * 2 * 20
     assert clipped.factors == pytest.approx((limit / 200, 1.0))
     assert float(clipped.vector[:4].norm()) == pytest.approx(limit, rel=1e-6)
@@ -176,11 +176,11 @@ def test_arguments_that_make_no_sense() -> None:
     clip = GradientClip(per_tensor([4]))
     with pytest.raises(ValueError, match="at least 4 numbers"):
         clip.clip(torch.ones(3), 1)
-    for steps in (0, -1, math.nan, math.inf):
-        with pytest.raises(ValueError, match="inner steps"):
-            clip.clip(torch.ones(4), steps)
-        with pytest.raises(ValueError, match="inner steps"):
-            clip.learn(torch.ones(4), steps)
+    for tokens in (0, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="tokens must be above 0"):
+            clip.clip(torch.ones(4), tokens)
+        with pytest.raises(ValueError, match="tokens must be above 0"):
+            clip.learn(torch.ones(4), tokens)
     assert clip.history == []
     for groups in ([((0, 2), (1, 3))], [((2, 2),)], [((-1, 2),)]):
         with pytest.raises(ValueError, match="overlap"):

@@ -243,13 +243,19 @@ def test_when_the_round_began_that_weights_are_of_is_what_their_author_told(
     run(script)
 
 
+async def _that_has_merged_ben() -> tuple[Peer, Partner]:
+    """A peer after its first round, in which it has merged all that its partner has published."""
+    ben = Partner(BEN, 0.5)
+    me = Peer(ben)
+    ben.publish(0, 4, 1000)
+    me.begin(0)
+    await me.take(1)
+    return me, ben
+
+
 def test_nothing_is_merged_twice() -> None:
     async def script() -> None:
-        ben = Partner(BEN, 0.5)
-        me = Peer(ben)
-        ben.publish(0, 4, 1000)
-        me.begin(0)
-        await me.take(1)
+        me, ben = await _that_has_merged_ben()
         asked = len(ben.asked)
         me.begin(1)
         await until(lambda: len(ben.asked) > asked and not me.gossip.lanes[0].open.begun)
@@ -419,11 +425,7 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
 
 def test_a_plan_that_comes_after_its_merge_pulls_nothing() -> None:
     async def script() -> None:
-        ben = Partner(BEN, 0.5)
-        me = Peer(ben)
-        ben.publish(0, 4, 1000)
-        me.begin(0)
-        await me.take(1)
+        me, ben = await _that_has_merged_ben()
         asked = len(ben.asked)
         ben.publish(1, 1, 100)
         me.begin(0)
