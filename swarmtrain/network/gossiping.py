@@ -540,9 +540,14 @@ class Gossip:
             return None
 
     async def _drop_unmergeable(self, lane: Lane, plan: Plan, pulled: tuple[Pulled, ...]) -> None:
-        """No merge of all of `pulled` can be prepared: drop those of which there can be none at all or, if each can be
-        merged alone, the newest. Who published them has failed, and another is tried."""
-        bad = [one for one in pulled if await self._try_to_prepare(plan, lane, (one,)) is None] or [pulled[-1]]
+        """No merge of all of `pulled` can be prepared: drop what cannot be merged with those that were here before it
+        and stay. Who published it has failed, and another is tried."""
+        stays, bad = tuple[Pulled, ...](), list[Pulled]()
+        for one in pulled:
+            if await self._try_to_prepare(plan, lane, (*stays, one)) is None:
+                bad.append(one)
+            else:
+                stays = (*stays, one)
         now = swarm_time()
         for one in bad:
             self.back_off.failed(one.peer, now, "what it published cannot be merged")

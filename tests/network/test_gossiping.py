@@ -367,6 +367,38 @@ def test_of_two_that_cannot_be_merged_together_the_first_is() -> None:
     run(script)
 
 
+def test_what_comes_after_one_that_cannot_be_merged_with_the_first_stays() -> None:
+    async def script() -> None:
+        me = Peer()
+
+        def prepare(_: int, pulled: Sequence[Pulled]) -> Sequence[Pulled]:
+            if len({one.peer for one in pulled}) > 1:
+                raise MemoryError
+            return pulled
+
+        def from_(partner: Identity, section: Section) -> Pulled:
+            rest: Any = None
+            return Pulled(
+                section=section,
+                peer=partner.peer_id,
+                mark=Mark(0, 1, 100),
+                arrival=rest,
+                held=rest,
+                pull_s=0.0,
+                began_s=None,
+            )
+
+        bens = from_(BEN, "weights"), from_(BEN, "gradient")
+        lane, plan = me.gossip.lanes[0], Plan(round=0, began_s=(0.0,), ends_s=1.0, prepare=prepare)
+        lane.pulled = [bens[0], from_(CARL, "weights"), from_(CARL, "gradient"), bens[1]]
+        await me.gossip._drop_unmergeable(lane, plan, tuple(lane.pulled))
+        assert lane.pulled == list(bens)
+        ready, _ = me.gossip.back_off.ready([BEN.peer_id, CARL.peer_id], swarm_time())
+        assert ready == {BEN.peer_id}, "what Carl published failed"
+
+    run(script)
+
+
 def test_what_is_wrong_is_named() -> None:
     async def script() -> None:
         ben = Partner(BEN, 0.5)
