@@ -322,16 +322,17 @@ def test_who_comes_late_takes_the_consensus(worlds: list[World]) -> None:
     assert late.exchange.present_state(late.trainer.progress) is None, "it is as far as the others now"
 
 
-def test_where_nobody_else_trains_what_it_has_gives_way_to_a_newer_archive(
-    worlds: list[World], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who comes back to a stage that a crash has emptied does not go on from what it had when it left it."""
+def test_where_nobody_else_trains_what_it_has_gives_way_to_a_newer_archive(worlds: list[World]) -> None:
+    """Who comes back to a stage that a crash has emptied does not go on from what it had when it left it, though who
+    was killed is believed alive for some seconds yet."""
     exchange = world_of(worlds, 1).everyone()[0].exchange
-    archive = PeerInfo(peer="b", name="bootstrap", is_bootstrap=True, round=5)
-    monkeypatch.setattr(exchange.swarm.membership, "live", lambda: [archive])
+    members = exchange.swarm.membership
+    members.saw_presence(PeerInfo(peer="b", name="bootstrap", is_bootstrap=True, round=5), 99.0, 0.0)
     assert exchange._is_old(4) and not exchange._is_old(5)
-    monkeypatch.setattr(exchange.swarm.membership, "volunteers", lambda: [PeerInfo(peer="v", name="v", round=5)])
+    members.saw_presence(PeerInfo(peer="v", name="v", training=True, round=5), 99.0, 0.0)
     assert not exchange._is_old(4), "its first merges bring what it lacks"
+    members.call_failed("v", 1.0, "refused")
+    assert members.volunteers() and exchange._is_old(4)
 
 
 def test_who_falls_far_behind_takes_the_others_weights(worlds: list[World]) -> None:

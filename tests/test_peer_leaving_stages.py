@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from swarmtrain.errors import RunTimeError
+from swarmtrain.membership.progress import Progress
+from swarmtrain.peer import pipeline_bootstrap
 from swarmtrain.peer.held_stage import HeldStage
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.pipeline import PipelineVolunteer
@@ -93,7 +96,30 @@ def test_of_the_first_stage_one_that_has_the_last_weights_will_do_and_of_others_
     run = SimpleNamespace(run=SimpleNamespace(total_tokens=100))
     archives = [archive(0, 100, 7), archive(1, 100, 7), archive(1, 100, 100), archive(0, 7), archive(0), archive(1)]
     bootstrap: Any = SimpleNamespace(
-        published=SimpleNamespace(run=run), archives=archives, _archive=lambda one, last: True, _tell=lambda one: None
+        published=SimpleNamespace(run=run), archives=archives, _archive=lambda one, anyway: True, _tell=lambda one: None
     )
     PipelineBootstrap._archive_ended(bootstrap, False)
     assert [one.is_final for one in archives] == [True, False, True, False, False, False]
+
+
+def test_a_stage_held_by_one_alone_is_archived_after_its_round_though_its_tokens_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its progress record may be read before its weights are: they are no less new for that."""
+    asked: list[int] = []
+
+    async def fetch(swarm: Any, peers: Any, reason: str, above_tokens: int) -> None:
+        asked.append(above_tokens)
+
+    monkeypatch.setattr(pipeline_bootstrap, "fetch_present", fetch)
+
+    def archive(number: int, *rounds: int) -> Any:
+        infos = [SimpleNamespace(peer=str(round), round=round) for round in rounds]
+        swarm = SimpleNamespace(membership=SimpleNamespace(volunteers=lambda: infos))
+        return SimpleNamespace(number=number, swarm=swarm, progress=Progress(round=6, run_tokens=50))
+
+    bootstrap: Any = SimpleNamespace(archives=[archive(0, 7), archive(1, 6), archive(2, 7, 7)], _wait=asyncio.run)
+    bootstrap._pulled = lambda *what: PipelineBootstrap._pulled(bootstrap, *what)
+    bootstrap._archive = lambda one, anyway: PipelineBootstrap._archive(bootstrap, one, anyway)
+    assert not PipelineBootstrap._archive_the_lonely(bootstrap)
+    assert asked == [0]

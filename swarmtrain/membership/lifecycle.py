@@ -242,6 +242,11 @@ class Membership:
         """The live peers that train, by PeerID."""
         return [entry.info for _, entry in self._training()]
 
+    def answering(self) -> list[PeerInfo]:
+        """Those of `volunteers` to whom the last call did not fail, by PeerID. One that was killed is believed
+        alive until its presence has run out."""
+        return [entry.info for _, entry in self._training() if not entry.failures]
+
     def so_far_since_s(self, peer: str) -> float:
         """Since when `peer` is known to be as far in its round as it is: it may have stood still for long, and tell
         that anew. Minus infinity of who is not known."""

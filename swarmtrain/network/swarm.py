@@ -406,10 +406,8 @@ class Swarm:
             return
         info = dataclasses.replace(info, hidden=info.hidden and self.asynchronous)  # synchronously nobody is
         expires_s = info.stamp + self.published.run.network.presence_ttl_s  # whatever its record says
-        change = self.membership.saw_presence(info, expires_s, swarm_time())
         self.node.remember_addresses(peer, info.addresses)
-        if change is not None:
-            self._report(change)
+        self._report(self.membership.saw_presence(info, expires_s, swarm_time()))
 
     async def greet_everyone(self) -> None:
         """Introduce ourselves to everyone believed alive, and to whom they name; what they answer is news of them."""
@@ -450,6 +448,8 @@ class Swarm:
         try:
             reply = await self.calls.hello(peer, request)
             self._read_presence_untrusted(reply.presence, peer)
+            if not reply.HasField("presence"):  # it is away: its record of before may be read for some time yet
+                self._report(self.membership.left(peer, swarm_time()))
             for other in list(reply.others)[:64]:
                 self._read_presence_untrusted(other, None)
             if presence is not None:
@@ -482,8 +482,7 @@ class Swarm:
             if request.HasField("presence"):
                 self._read_presence_untrusted(request.presence, caller)
                 if request.leaving:
-                    if (change := self.membership.left(caller, swarm_time())) is not None:
-                        self._report(change)
+                    self._report(self.membership.left(caller, swarm_time()))
                     if self.hosting is not None:
                         self.hosting.left(caller)
         if request.wants_host:
@@ -524,14 +523,15 @@ class Swarm:
     def heard_untrusted(self, peer: str, reply: pb.PublicationReply) -> None:
         """What a partner tells of itself with its publication."""
         self._read_presence_untrusted(reply.presence, peer)
-        if reply.away and (change := self.membership.left(peer, swarm_time())) is not None:
-            self._report(change)
+        if reply.away:
+            self._report(self.membership.left(peer, swarm_time()))
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
-        """The manifest of our newest state, made at the first request for it."""
+        """The manifest of our newest state, made at the first request for it. Where each peer has its own, who is away
+        has none: what it left with grows old."""
         await self.rounds.wait_for_round(min(request.min_round, self.rounds.current_round + 1), _STATE_WAIT_S)
         found, last = await self.offer.held(request.min_round), self.rounds.last
-        if found is None:
+        if found is None or (self.asynchronous and self.rounds.away):
             return pb.StateReply()
         progress, held = found
         if self.asynchronous:
@@ -561,10 +561,11 @@ class Swarm:
 
     def call_failed(self, peer: str, error: PeerError) -> None:
         """Told of a call to `peer` that brought nothing."""
-        if (change := self.membership.call_failed(peer, swarm_time(), str(error))) is not None:
-            self._report(change)
+        self._report(self.membership.call_failed(peer, swarm_time(), str(error)))
 
-    def _report(self, change: Change) -> None:
+    def _report(self, change: Change | None) -> None:
+        if change is None:
+            return
         self.rounds.tell()
         info = self.membership.info(change.peer)
         if change.state is PeerState.LIVE:

@@ -391,10 +391,12 @@ class GossipExchange(AsynchronousExchange):
 
     def _is_old(self, round: int) -> bool:
         """Whether what this peer has is to be given up. Where nobody else trains, no merge would bring what the archive
-        has, so that this must not be ahead at all."""
-        if others := self._rounds_of_others():
-            return rounds_behind(round, others) > self.run.merge.max_staleness_rounds
-        return any(info.round > round for info in self.swarm.membership.live() if info.is_bootstrap)
+        has, so that this must not be ahead at all: nor where whoever did does not answer, and may have been killed."""
+        members = self.swarm.membership
+        if rounds_behind(round, self._rounds_of_others()) > self.run.merge.max_staleness_rounds:
+            return True
+        merges = any(info.round for info in members.answering())
+        return not merges and any(info.round > round for info in members.live() if info.is_bootstrap)
 
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`: the consensus, unless what this peer has is as good as new."""

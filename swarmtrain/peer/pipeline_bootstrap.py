@@ -187,7 +187,7 @@ class PipelineBootstrap(BootstrapPeer):
         for archive in self.archives:
             infos = archive.swarm.membership.volunteers()
             if len(infos) == 1 and infos[0].round > archive.progress.round:
-                found = self._archive(archive) or found
+                found = self._archive(archive, anyway=True) or found
         return found
 
     def _archive_ended(self, is_late: bool) -> None:
@@ -198,14 +198,14 @@ class PipelineBootstrap(BootstrapPeer):
             told = [info.run_tokens >= total for info in archive.swarm.membership.volunteers()]
             ended = any(told) if archive.number == 0 else bool(told) and all(told)
             if not archive.is_final and (ended or is_late):
-                archive.is_final = self._archive(archive, last=True) or (is_late and archive.state is not None)
+                archive.is_final = self._archive(archive, anyway=True) or (is_late and archive.state is not None)
                 self._tell(archive)
         if all(archive.is_final for archive in self.archives):
             self._write_joined()
 
-    def _archive(self, archive: StageArchive, last: bool = False) -> bool:
+    def _archive(self, archive: StageArchive, anyway: bool = False) -> bool:
         """Pull the stage's present weights, write them down, and offer them; False if there is nothing new."""
-        present = self._wait(self._pulled(archive, ARCHIVED, None, last))
+        present = self._wait(self._pulled(archive, ARCHIVED, None, anyway))
         if present is None:
             return False
         self._keep(archive, present)
@@ -215,18 +215,19 @@ class PipelineBootstrap(BootstrapPeer):
 
     async def _pulled_soon(self, archives: Sequence[StageArchive]) -> list[Present | BaseException | None]:
         """What a few of each stage have, all stages at once; one that fails keeps no other back."""
-        pulls = (self._pulled(archive, LAST_SAMPLE, _LAST_PULL_S) for archive in archives)
+        pulls = (self._pulled(archive, LAST_SAMPLE, _LAST_PULL_S, anyway=True) for archive in archives)
         return await asyncio.gather(*pulls, return_exceptions=True)
 
     async def _pulled(
-        self, archive: StageArchive, most_peers: int, limit_s: float | None, last: bool = False
+        self, archive: StageArchive, most_peers: int, limit_s: float | None, anyway: bool = False
     ) -> Present | None:
-        """What those of a stage have, if it is new; None too if nobody delivers within so long."""
+        """What those of a stage have, if it counts more tokens than what is kept, or `anyway`: a peer's tokens may be
+        known before its round is here. None too if nobody delivers within so long."""
         volunteers = [info.peer for info in archive.swarm.membership.volunteers()]
         sample = random.sample(volunteers, min(most_peers, len(volunteers)))
         if not sample:
             return None
-        above_tokens = 0 if last else archive.progress.run_tokens
+        above_tokens = 0 if anyway else archive.progress.run_tokens
         try:
             async with asyncio.timeout(limit_s):
                 return await fetch_present(archive.swarm, sample, "archive", above_tokens)

@@ -157,6 +157,10 @@ def test_volunteers_are_the_live_ones_that_train() -> None:
     members.left("e", 1.0)
     assert [i.peer for i in members.live()] == ["a", "b", "c", "d"]
     assert [i.peer for i in members.volunteers()] == ["a", "c"]
+    members.call_failed("a", 2.0, "refused")
+    assert [i.peer for i in members.answering()] == ["c"]
+    members.heard("a", 3.0)
+    assert [i.peer for i in members.answering()] == ["a", "c"]
 
 
 def test_who_tells_anew_that_it_is_as_far_as_before_has_been_so_since_then() -> None:

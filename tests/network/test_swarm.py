@@ -48,6 +48,7 @@ class Hellos:
         self.goodbyes: list[str] = []
         self.others, self.know = {other.peer_id: other for other in others}, know or {}
         self.asked: list[str] = []
+        self.away: set[str] = set()
 
     async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float | None = None) -> pb.HelloReply:
         (self.goodbyes if request.leaving else self.asked).append(peer)
@@ -55,7 +56,7 @@ class Hellos:
         if peer not in self.others:
             raise UnreachableError("nobody")
         named = [presence(other) for other in self.know.get(peer, [])]
-        return pb.HelloReply(presence=presence(self.others[peer]), others=named)
+        return pb.HelloReply(presence=None if peer in self.away else presence(self.others[peer]), others=named)
 
 
 def a_swarm(calls: Hellos) -> tuple[Swarm, list[Event]]:
@@ -188,6 +189,44 @@ def test_a_peer_that_rests_says_goodbye_and_tells_nothing_of_itself_until_it_is_
         swarm._tasks.append(asyncio.create_task(asyncio.sleep(0)))
 
     run(body, calls)
+
+
+def test_who_answers_a_greeting_without_its_presence_is_away() -> None:
+    """It left a stage, say, while this peer was not in it either, and its record has not run out."""
+    calls = Hellos(BEN, CARL)
+    calls.away = {BEN.peer_id}
+
+    async def body(swarm: Swarm) -> None:
+        for other in (BEN, CARL):
+            swarm._read_presence_untrusted(presence(other), other.peer_id)
+        await swarm._greet_all([BEN.peer_id, CARL.peer_id], None)
+        assert [info.peer for info in swarm.membership.volunteers()] == [CARL.peer_id]
+        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id)
+        assert len(swarm.membership.volunteers()) == 2, "it came back"
+
+    run(body, calls)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_who_is_away_offers_its_state_only_where_all_have_the_same(
+    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Swarm, "asynchronous", asynchronous)
+
+    async def body(swarm: Swarm) -> None:
+        held = SimpleNamespace(snapshot=SimpleNamespace(signed=pb.Signed(payload=b"manifest")))
+
+        async def newest(min_round: int) -> object:
+            return Progress(round=6), held
+
+        roster: Any = SimpleNamespace(digest="")
+        swarm.rounds.last = (roster, pb.Signed())
+        monkeypatch.setattr(swarm.offer, "held", newest)
+        assert (await swarm.state(pb.StateRequest())).HasField("manifest")
+        swarm.rounds.away = True
+        assert (await swarm.state(pb.StateRequest())).HasField("manifest") is not asynchronous
+
+    run(body, Hellos())
 
 
 def test_whoever_missed_the_goodbye_of_a_peer_that_rests_learns_it_by_asking() -> None:
