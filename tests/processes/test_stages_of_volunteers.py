@@ -145,11 +145,20 @@ def test_the_last_peer_of_a_stage_takes_at_most_a_round_of_it_along(swarm: Swarm
     children = _join_all(swarm, bootstrap.invite.invite, (0, 0, 1, 2))
 
     def lonely() -> list[tuple[Child, int]]:
-        """Who holds a stage alone, and the stage; they may move until they do."""
-        holders = {stage: [child for child in children if stage in _holds(child)] for stage in (1, 2)}
-        return [(of[0], stage) for stage, of in holders.items() if len(of) == 1 and len(_rounds(of[0], stage)) >= 3]
+        """Who holds a stage alone, and the stage; they may move until they do. Two rounds must have ended since another
+        left it: until the bootstrap has looked, what is kept of it is both's, and the other may be behind."""
+        found = []
+        for stage in (1, 2):
+            holders = [child for child in children if stage in _holds(child)]
+            if len(holders) != 1:
+                continue
+            moved_s = [event.time for child in children for event in child.all(MovedEvent) if stage in event.before]
+            rounds = [event for event in _rounds(holders[0], stage) if event.time > max(moved_s, default=0.0)]
+            if len(rounds) >= 2 and rounds[-1].round >= 2:
+                found.append((holders[0], stage))
+        return found
 
-    lone, stage = wait_until(lonely, lambda: "\n".join(child.story() for child in children))[0]
+    lone, stage = wait_until(lonely, lambda: "\n".join(child.story() for child in children), 120 + exit_limit_s())[0]
     lone.kill()
     at_s, last_round = time.time(), max(event.round for event in _rounds(lone, stage))
     alive = [child for child in children if child is not lone]
