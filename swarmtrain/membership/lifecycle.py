@@ -171,10 +171,16 @@ class Membership:
         entry.state, entry.away_since_s = PeerState.LOST, since_s
         del self._live[entry.info.peer]
 
-    def resume(self, now: float) -> None:
-        """This process itself stood still until `now`: what it missed in that time is nobody else's silence."""
+    def forgive(self) -> None:
+        """Calls that have failed so far say nothing: they were not the others' fault."""
         for entry in self._entries.values():
             entry.failures = 0
+
+    def resume(self, now: float, *, forgives: bool = True) -> None:
+        """This process itself stood still until `now`: what it missed in that time is nobody else's silence, nor what
+        failed unless it `forgives` nothing."""
+        if forgives:
+            self.forgive()
         for entry in self._live.values():
             entry.heard_s = now
 

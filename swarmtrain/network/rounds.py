@@ -229,10 +229,11 @@ class Rounds:
         self._told.pop(peer, None)
         self._last_sha256.pop(peer, None)
 
-    def stood_still(self, now: float) -> None:
-        """This process did not run until `now`: what it missed is nobody else's silence, and may be a round's end."""
+    def stood_still(self, now: float, *, forgives: bool = True) -> None:
+        """This process did not run until `now`: what it missed is nobody else's silence, and may be a round's end.
+        See `Membership.resume`."""
         self.listening_since_s = now
-        self.membership.resume(now)
+        self.membership.resume(now, forgives=forgives)
 
     @property
     def gap_s(self) -> float:

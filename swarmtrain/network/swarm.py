@@ -280,11 +280,12 @@ class Swarm:
         Whoever neither answers nor has renewed its presence is gone; the others were not silent, we were deaf.
         """
         self._greeted.clear()
+        self.membership.forgive()
         await self._redial()
         await self.read_presences()
         await self._greet_all([info.peer for info in self.membership.live()], None)
         self._expire()
-        self.rounds.stood_still(swarm_time())
+        self.rounds.stood_still(swarm_time(), forgives=False)  # whom it has just called in vain may be dead
 
     async def _keep_present(self) -> None:
         while True:

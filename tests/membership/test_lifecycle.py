@@ -132,6 +132,8 @@ def test_after_a_pause_of_ones_own_nobody_is_judged_for_it() -> None:
     assert members.expire(504.0) == []
     assert members.call_failed("a", 500.1, "x") is None
     assert members.state("a") is LIVE
+    members.resume(500.5, forgives=False)
+    assert members.answering() == [], "it was called after the pause"
     assert members.expire(506.0) != []
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from virtual_loop import virtual_swarm
 
-from swarmtrain.errors import BadBytesError, UnreachableError
+from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, RefusedEvent
 from swarmtrain.membership import lifecycle
 from swarmtrain.membership.hosts import HostCandidate, Reach
@@ -49,11 +49,13 @@ class Hellos:
         self.others, self.know = {other.peer_id: other for other in others}, know or {}
         self.asked: list[str] = []
         self.away: set[str] = set()
+        self.on_failure: Callable[[str, PeerError], None] = lambda peer, error: None
 
     async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float | None = None) -> pb.HelloReply:
         (self.goodbyes if request.leaving else self.asked).append(peer)
         await asyncio.sleep(0)
         if peer not in self.others:
+            self.on_failure(peer, UnreachableError("nobody"))
             raise UnreachableError("nobody")
         named = [presence(other) for other in self.know.get(peer, [])]
         return pb.HelloReply(presence=None if peer in self.away else presence(self.others[peer]), others=named)
@@ -70,6 +72,7 @@ def a_swarm(calls: Hellos) -> tuple[Swarm, list[Event]]:
     swarm = Swarm(node, published, (), average_bytes_untrusted, events.append, PeerInfo(peer=ME.peer_id))
     stand_in: Any = calls
     swarm.calls = swarm.rounds.calls = stand_in
+    calls.on_failure = swarm.call_failed
     return swarm, events
 
 
@@ -185,7 +188,10 @@ def test_a_peer_that_rests_says_goodbye_and_tells_nothing_of_itself_until_it_is_
         reply = await asyncio.wait_for(swarm.round(pb.RoundRequest(round=0, wait_s=2.0), BEN.peer_id), 1.0)
         assert reply.away and not reply.participating, "for those who missed the goodbye"
         await swarm.come_back()
-        assert calls.asked == [BEN.peer_id]
+        assert calls.asked == [BEN.peer_id] and len(swarm.membership.answering()) == 1
+        calls.others.clear()
+        await swarm.come_back()
+        assert swarm.membership.volunteers() and not swarm.membership.answering(), "it was killed a moment ago"
         swarm._tasks.append(asyncio.create_task(asyncio.sleep(0)))
 
     run(body, calls)
