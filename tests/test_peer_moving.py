@@ -296,12 +296,12 @@ class Pair:
 
 def test_two_that_are_each_others_anchor_never_both_leave() -> None:
     num_left = 0
-    for seed in range(400):
+    for seed in range(150):
         pair = Pair(random.Random(seed))
         for _ in range(40):
             pair.something()
         num_left += not all(pair.holds.values())
-    assert num_left > 50, "one of them should have left often enough to show anything"
+    assert num_left > 20, "one of them should have left often enough to show anything"
 
 
 def test_both_that_ask_at_one_moment_stay_and_one_may_leave_later() -> None:
