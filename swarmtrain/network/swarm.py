@@ -449,7 +449,7 @@ class Swarm:
         try:
             reply = await self.calls.hello(peer, request)
             self._read_presence_untrusted(reply.presence, peer)
-            if not reply.HasField("presence"):  # it is away: its record of before may be read for some time yet
+            if reply.away:  # its record of before may be read for some time yet
                 self._report(self.membership.left(peer, swarm_time()))
             for other in list(reply.others)[:64]:
                 self._read_presence_untrusted(other, None)
@@ -496,6 +496,7 @@ class Swarm:
             time=swarm_time(),
             presence=self.signed_presence() if self._listens_at and not self.rounds.away else None,
             others=[self._signed[peer] for peer in known[:64]],
+            away=self.rounds.away,
             stay=request.asks_to_leave and self.leavers is not None and self.leavers.ask(caller, swarm_time()),
         )
 
@@ -528,8 +529,7 @@ class Swarm:
             self._report(self.membership.left(peer, swarm_time()))
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
-        """The manifest of our newest state, made at the first request for it. Where each peer has its own, who is away
-        has none: what it left with grows old."""
+        """The manifest of our newest state, made when first asked for. Of what each has for itself none while away."""
         await self.rounds.wait_for_round(min(request.min_round, self.rounds.current_round + 1), _STATE_WAIT_S)
         found, last = await self.offer.held(request.min_round), self.rounds.last
         if found is None or (self.asynchronous and self.rounds.away):

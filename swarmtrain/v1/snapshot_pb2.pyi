@@ -251,7 +251,7 @@ class HelloRequest(_message.Message):
     def __init__(self, run_sha256: _Optional[bytes] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., leaving: bool = ..., wants_host: bool = ..., asks_to_leave: bool = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others", "hosting", "stay")
+    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others", "hosting", "stay", "away")
     SWARMTRAIN_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +259,7 @@ class HelloReply(_message.Message):
     OTHERS_FIELD_NUMBER: _ClassVar[int]
     HOSTING_FIELD_NUMBER: _ClassVar[int]
     STAY_FIELD_NUMBER: _ClassVar[int]
+    AWAY_FIELD_NUMBER: _ClassVar[int]
     swarmtrain_version: str
     run_sha256: bytes
     time: float
@@ -266,7 +267,8 @@ class HelloReply(_message.Message):
     others: _containers.RepeatedCompositeFieldContainer[Signed]
     hosting: bool
     stay: bool
-    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., hosting: bool = ..., stay: bool = ...) -> None: ...
+    away: bool
+    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., hosting: bool = ..., stay: bool = ..., away: bool = ...) -> None: ...
 
 class BlobRequest(_message.Message):
     __slots__ = ("sha256", "max_bytes")

@@ -58,7 +58,8 @@ class Hellos:
             self.on_failure(peer, UnreachableError("nobody"))
             raise UnreachableError("nobody")
         named = [presence(other) for other in self.know.get(peer, [])]
-        return pb.HelloReply(presence=None if peer in self.away else presence(self.others[peer]), others=named)
+        away = peer in self.away
+        return pb.HelloReply(presence=None if away else presence(self.others[peer]), others=named, away=away)
 
 
 def a_swarm(calls: Hellos) -> tuple[Swarm, list[Event]]:
@@ -182,6 +183,7 @@ def test_a_peer_that_rests_says_goodbye_and_tells_nothing_of_itself_until_it_is_
         assert calls.goodbyes == [BEN.peer_id] and calls.asked == []
         assert swarm.me.inner_steps == 0, "when it is back it begins another round"
         assert not swarm.hello(pb.HelloRequest(), BEN.peer_id).HasField("presence")
+        assert swarm.hello(pb.HelloRequest(), BEN.peer_id).away
         await swarm.round(pb.RoundRequest(round=0), CARL.peer_id)
         await settle()
         assert calls.asked == [], "it greets no stranger while it rests"
@@ -197,7 +199,7 @@ def test_a_peer_that_rests_says_goodbye_and_tells_nothing_of_itself_until_it_is_
     run(body, calls)
 
 
-def test_who_answers_a_greeting_without_its_presence_is_away() -> None:
+def test_who_answers_a_greeting_that_it_is_away_is_not_counted_with() -> None:
     """It left a stage, say, while this peer was not in it either, and its record has not run out."""
     calls = Hellos(BEN, CARL)
     calls.away = {BEN.peer_id}
