@@ -529,7 +529,7 @@ class Swarm:
             self._report(self.membership.left(peer, swarm_time()))
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
-        """The manifest of our newest state, made when first asked for. Of what each has for itself none while away."""
+        """The manifest of our newest state, made when first asked for; none where each has its own and we are away."""
         await self.rounds.wait_for_round(min(request.min_round, self.rounds.current_round + 1), _STATE_WAIT_S)
         found, last = await self.offer.held(request.min_round), self.rounds.last
         if found is None or (self.asynchronous and self.rounds.away):
