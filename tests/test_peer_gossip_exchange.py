@@ -22,6 +22,7 @@ from swarmtrain.data.tokens import ByteTokenizer
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent
 from swarmtrain.membership.fragments import FragmentRound
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.pulls import SECTIONS, PullPlan, Section
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
@@ -302,6 +303,20 @@ def test_a_round_is_published_in_parts(worlds: list[World]) -> None:
     while (peer.swarm.me.part, peer.swarm.me.part_tokens) != (3, whole):
         assert time.monotonic() < give_up_s, "what it publishes is told soon"
         time.sleep(0.01)
+
+
+def test_the_last_publication_before_a_merge_comes_late_where_pulls_are_known_to_be_short(
+    worlds: list[World],
+) -> None:
+    world = world_of(worlds, 2, inner_steps=16, publications_per_round=8, fragments=2)
+    peer, _ = world.everyone()
+    peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(2)])
+    assert peer.exchange.start_round(Progress(), 0.1).late_share == 0.0, "it has pulled nothing yet"
+    peer.exchange.gossip._times.assume(1e9)
+    assert peer.exchange.start_round(Progress(), 0.0).late_share == 0.0, "it does not know its speed"
+    start = peer.exchange.start_round(Progress(), 0.1)
+    assert start.late_share == pytest.approx(0.9), "a twentieth of the way is kept in reserve, and as much again"
+    assert start.publish_after == [2, 4, 7, 8, 10, 12, 15, 16]
 
 
 def test_who_comes_late_takes_the_consensus(worlds: list[World]) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "ahead_rounds",
     "expected_transfer",
     "idle_s",
+    "late_share",
     "most_pulls",
     "plan_pulls",
     "pull_start",
@@ -45,6 +46,8 @@ _LEAST_SLOW_S = 1.0
 _RETRIES_A_ROUND = 8
 _LEAST_IDLE_S = 0.25
 _PULLS_A_PARTNER = 4
+_LATE_FACTOR, _LATEST_SHARE = 2.0, 0.95
+"""Others may need so many times as long for their pulls as this peer; no publication comes later than that share."""
 _MOST_EARLY_SHARE = 0.25
 """What comes after the round has ended is of no use to it, so where rounds end earlier than expected, pulls begin by so
 much earlier too; not by more than this."""
@@ -142,6 +145,23 @@ def plan_pulls(
     at_s = [max(started_s, ends_s - lead_s) for lead_s in leads_s]
     reason = f"{gradients} of {wanted} gradients and the weights of {weights}"
     return PullPlan(tuple(at_s[:weights]), tuple(at_s[weights:]), reason)
+
+
+def late_share(
+    num_live_others: int, round_s: float, fragments: Sequence[SectionBytes], times: PullTimes, configured: Wanted
+) -> float:
+    """How far on the way from one fragment's merge to the next, from 0 to 1, the last publication between them comes:
+    just before others, who are in step, begin to pull gradients for theirs.
+
+    0, for equal distances, where that is not yet half of the way (who comes too late to one finds only what is older)
+    or not known, in a round that lasts `round_s`.
+    """
+    sizes = max(fragments, key=lambda each: each.both)
+    plan = plan_pulls(num_live_others, 0.0, round_s, sizes, times, configured)
+    if not (plan.gradients_at_s and times.bytes_per_s):
+        return 0.0
+    share = 1 - _LATE_FACTOR * (round_s - min(plan.gradients_at_s)) / (sizes.share * round_s)
+    return min(share, _LATEST_SHARE) if share > 0.5 else 0.0
 
 
 def round_began_s(told_s: float, inner_steps_done: int, steps_per_s: float) -> float | None:

@@ -41,6 +41,7 @@ from swarmtrain.membership.pulls import (
     Section,
     SectionBytes,
     Wanted,
+    late_share,
     most_pulls,
     plan_pulls,
     round_began_s,
@@ -255,6 +256,11 @@ class Gossip:
     def _pull_plan(self, plan: Plan) -> PullPlan:
         others, sizes = len(self.membership.volunteers()), self._sizes(plan)
         return plan_pulls(others, plan.started_s, plan.ends_s, sizes, self._times, self.settings.wanted)
+
+    def late_share(self, round_s: float) -> float:
+        """See `pulls.late_share`."""
+        others, settings = len(self.membership.volunteers()), self.settings
+        return late_share(others, round_s, settings.sizes, self._times, settings.wanted)
 
     def _sizes(self, plan: Plan) -> SectionBytes:
         """Of all that is pulled of one partner."""

@@ -192,6 +192,7 @@ class GossipExchange(AsynchronousExchange):
             start,
             num_parts=self.run.merge.publications_per_round,
             num_fragments=len(self._fragments),
+            late_share=self.gossip.late_share(self._round_s(start.inner_steps, steps_per_s)) if steps_per_s else 0.0,
             shard=None if coverage is None else coverage.begin(progress.round, others),
         )
         now, last = swarm_time(), len(self._fragments) - 1

@@ -5,6 +5,7 @@ It touches the network only through the two calls of `Exchange`: "here is my rou
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -159,19 +160,27 @@ class Start:
     inner_steps: int
     num_peers: int
     num_parts: int = 1
-    """Publications of the round, at equal distances; the last one is at its end."""
+    """Publications of the round, at equal distances but for `late_share`; the last one is at its end."""
     shard: int | None = None
     """Of the data, from which the round is drawn; None for everywhere."""
     run_steps_a_step: float = 0.0
     """Inner steps of everybody together in the time of one of this peer's; 0: `num_peers`."""
     num_fragments: int = 1
     """Of the model, which are merged at equal distances, the last one at the round's end."""
+    late_share: float = 0.0
+    """So far on the way from one merge to the next is the last publication between them, if not later anyway."""
 
     @cached_property
     def publish_after(self) -> Sequence[int]:
         """The inner steps after which it publishes: as many as there are parts, or fewer in a very short round."""
-        parts = min(self.num_parts, self.inner_steps)
-        return [-(-self.inner_steps * part // parts) for part in range(1, parts + 1)]
+        parts, number = min(self.num_parts, self.inner_steps), self.num_fragments
+        moments = [-(-self.inner_steps * part // parts) for part in range(parts + 1)]
+        merges = sorted({merged_with(fragment, number, parts) for fragment in range(number)})
+        for before, merge in itertools.pairwise([0, *merges]):
+            if merge - before > 1:
+                late = moments[before] + int(self.late_share * (moments[merge] - moments[before]))
+                moments[merge - 1] = max(moments[merge - 1], min(late, moments[merge] - 1))
+        return moments[1:]
 
     @cached_property
     def merge_after(self) -> Sequence[int]:

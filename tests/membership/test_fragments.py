@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -20,7 +21,8 @@ def play(rng: random.Random, number: int, num_parts: int, num_rounds: int) -> li
     rounds, found, before = FragmentRounds(number), [list[tuple[int, int, int, int]]() for _ in range(number)], 0
     for round in range(num_rounds):
         inner_steps = rng.choice([1, 2, 3, 7, 8, 16, 40, 61])
-        start = Start(inner_steps=inner_steps, num_peers=1, num_parts=num_parts, num_fragments=number)
+        late = rng.choice([0.0, 0.6, 0.95])
+        start = Start(inner_steps=inner_steps, num_peers=1, num_parts=num_parts, num_fragments=number, late_share=late)
         ends = start.merge_after
         assert list(ends) == sorted(ends) and ends[-1] == inner_steps and set(ends) <= set(start.publish_after)
         rounds.begin(round, num_parts, [start.part_after(moment) for moment in ends])
@@ -104,6 +106,31 @@ def test_what_a_peer_tells_of_itself_gives_each_fragments_round_and_part(number:
                     assert told_round(fragment, number, told, 8) == round + (merged_after < 16)
     assert told_mark(0, number, Mark(0, 0, 0), 8) == Mark(0, 0, 0), "it has published nothing"
     assert told_mark(number - 1, number, Mark(4, 0, 160), 8) == Mark(3, 8, 160), "all of the round before"
+
+
+@pytest.mark.parametrize(
+    ("inner_steps", "num_parts", "number", "late", "moments"),
+    [
+        (64, 8, 4, 0.0, [8, 16, 24, 32, 40, 48, 56, 64]),
+        (64, 8, 4, 0.3, [8, 16, 24, 32, 40, 48, 56, 64]),  # nothing comes earlier than at equal distances
+        (64, 8, 4, 0.9, [14, 16, 30, 32, 46, 48, 62, 64]),
+        (64, 8, 4, 0.95, [15, 16, 31, 32, 47, 48, 63, 64]),
+        (64, 8, 2, 0.9, [8, 16, 28, 32, 40, 48, 60, 64]),  # the others stay where they are
+        (64, 8, 8, 0.9, [8, 16, 24, 32, 40, 48, 56, 64]),  # each is a merge
+        (64, 8, 3, 0.9, [8, 21, 24, 32, 45, 48, 62, 64]),
+        (64, 4, 1, 0.9, [16, 32, 57, 64]),
+        (5, 8, 2, 0.95, [1, 2, 3, 4, 5]),
+        (12, 8, 4, 0.95, [2, 3, 5, 6, 8, 9, 11, 12]),  # a step before the merge at the latest
+        (1, 1, 1, 0.95, [1]),
+    ],
+)
+def test_the_last_publication_before_each_merge_may_be_late(
+    inner_steps: int, num_parts: int, number: int, late: float, moments: list[int]
+) -> None:
+    equal = Start(inner_steps=inner_steps, num_peers=2, num_parts=num_parts, num_fragments=number)
+    start = replace(equal, late_share=late)
+    assert start.publish_after == moments and start.merge_after == equal.merge_after
+    assert [start.part_after(moment) for moment in moments] == list(range(num_parts - len(moments) + 1, num_parts + 1))
 
 
 def test_since_when_a_fragments_round_goes_on() -> None:

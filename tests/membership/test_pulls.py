@@ -14,6 +14,7 @@ from swarmtrain.membership.pulls import (
     ahead_rounds,
     expected_transfer,
     idle_s,
+    late_share,
     plan_pulls,
     pull_start,
     round_began_s,
@@ -93,6 +94,31 @@ def test_gradients_of_many_and_the_weights_of_one(others: int, rate: float, weig
     plan = plan_pulls(others, 1000.0, 1100.0, SIZES, known(rate), wanted)
     assert (len(plan.weights_at_s), len(plan.gradients_at_s)) == (weights, gradients), plan.reason
     assert wanted.bytes_of(SIZES) == 1000
+
+
+@pytest.mark.parametrize(
+    ("others", "rate", "overhead_s", "share"),
+    [
+        (9, 1e9, 0.0, 1 - 2 * 1.5 / 25),  # a second and a half are kept in reserve
+        (9, 100.0, 0.0, 1 - 2 * (1.5 + 1.5 * 75 / 100) / 25),
+        (9, 100.0, 2.0, 1 - 2 * (1.5 + 1.5 * (2 + 75 / 100)) / 25),
+        (1, 100.0, 2.0, 1 - 2 * (1.5 + 1.5 * (2 + 25 / 100)) / 25),
+        (9, 100.0, 4.0, 0.0),  # pulls begin in the first half of the way
+        (0, 1e9, 0.0, 0.0),
+    ],
+)
+def test_the_last_publication_before_a_merge_comes_just_before_others_begin_to_pull(
+    others: int, rate: float, overhead_s: float, share: float
+) -> None:
+    fragments = [SectionBytes(weights=20, gradient=10, share=0.25), SectionBytes(weights=50, gradient=25, share=0.25)]
+    found = late_share(others, 100.0, fragments, known(rate, overhead_s), THREE)
+    assert found == pytest.approx(share), "the largest fragment's"
+
+
+def test_publications_are_at_equal_distances_where_pulls_are_not_known_or_take_long() -> None:
+    fragments = [SectionBytes(weights=50, gradient=25, share=0.25)] * 4
+    assert late_share(9, 100.0, fragments, PullTimes(), THREE) == 0.0
+    assert late_share(9, 1.0, fragments, known(100.0), THREE) == 0.0
 
 
 def test_when_a_round_ends_is_known_of_who_tells_how_long_it_is_and_how_fast_it_is() -> None:

@@ -153,6 +153,12 @@ def _choices(record: _Record) -> None:
         record.write_news(f"plan of {fragments[0]}", fragments=fragments, inputs=args[:3], found=plan)
         return plan
 
+    def late_share(original: Any, num_others: int, round_s: float, *args: Any) -> float:
+        with record.lock:  # in the trainer's thread: nothing is learnt of pulls meanwhile
+            found = original(num_others, round_s, *args)
+            record.write("late", inputs=(num_others, round_s), found=found)
+            return found
+
     def round_began_s(original: Any, *args: Any) -> Any:
         found = original(*args)
         record.write("began", args=args, found=found)
@@ -169,9 +175,10 @@ def _choices(record: _Record) -> None:
 
     def told(name: str) -> Callable[..., Any]:
         def call(original: Any, self: Any, *args: Any) -> Any:
-            found = original(self, *args)
-            record.write(name, args=args, found=found)
-            return found
+            with record.lock:
+                found = original(self, *args)
+                record.write(name, args=args, found=found)
+                return found
 
         return call
 
@@ -179,6 +186,7 @@ def _choices(record: _Record) -> None:
     _around(Gossip, "_pull_plan", pull_plan)
     _around(Gossip, "_choose", choose)
     _around(gossiping, "plan_pulls", plan_pulls)
+    _around(gossiping, "late_share", late_share)
     _around(gossiping, "round_began_s", round_began_s)
     _around(Partners, "next", next_)
     for name in ("busy", "failed", "answered", "called"):

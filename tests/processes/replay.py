@@ -26,6 +26,7 @@ from swarmtrain.membership.pulls import (
     PullTimes,
     Section,
     ahead_rounds,
+    late_share,
     plan_pulls,
     round_began_s,
     total_bytes,
@@ -83,6 +84,7 @@ class ReplayedPeer(Peer):
             lane.robustness.learn = partial(self._learns, lane.robustness.learn)  # type: ignore[method-assign]
         self.entered: list[list[Any]] = []
         self.begun: dict[int, float | None] = {}
+        self.late = 0.0
         self.round_s: tuple[float, float] = 0.0, 0.0
         self.incidents: list[tuple[str, str, str]] = []
         self.num_rounds = self.num_equal = 0
@@ -123,7 +125,8 @@ class ReplayedPeer(Peer):
                 others_end_in_s=others_end_in_s,
             )
         everybodys = steps_of_everybody(*event["everybodys_of"])
-        self._same(event, "inner steps", replace(start, inner_steps=steps, run_steps_a_step=everybodys), "start")
+        decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, late_share=self.late)
+        self._same(event, "inner steps", decided, "start")
         assert event["round"] == self.round
         self.enter(start, event["run_tokens"])
         for lane in self.lanes:
@@ -166,6 +169,11 @@ class ReplayedPeer(Peer):
         sizes = total_bytes(self.lanes[fragment].sizes for fragment in event["fragments"])
         wanted = self.world.wanted
         self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, wanted))
+
+    def _late(self, event: Event) -> None:
+        sizes = [lane.sizes for lane in self.lanes]
+        self.late = late_share(*event["inputs"], sizes, self.times, self.world.wanted)
+        self._same(event, "last publication", self.late)
 
     def _began(self, event: Event) -> None:
         self._same(event, "when another began", round_began_s(*event["args"]))

@@ -27,6 +27,7 @@ from swarmtrain.membership.pulls import (
     Section,
     Wanted,
     ahead_rounds,
+    late_share,
     most_pulls,
     plan_pulls,
     total_bytes,
@@ -207,10 +208,12 @@ class Peer:
         """How its next round begins: as one that does not know its speed before it has had a round."""
         setting, section = self.world.setting, self.world.setting.run.merge
         others = [peer for peer in self.world.live if peer is not self]
-        steps, everybodys = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0
+        steps, everybodys, late = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0, 0.0
         if self.knows_speed:
             ends_s = [peer.ends_in_s() for peer in self.world.peers if peer is not self]
             steps, everybodys = setting.steps_of_round(self.number, ends_s), setting.steps_of_everybody(self.number)
+            sizes, round_s = [lane.sizes for lane in self.lanes], steps * setting.step_s[self.number]
+            late = late_share(len(others), round_s, sizes, self.times, self.world.wanted)
         shard = None
         if self.coverage is not None:
             names = [peer.name for peer in others]
@@ -222,6 +225,7 @@ class Peer:
             num_parts=section.publications_per_round,
             run_steps_a_step=everybodys,
             num_fragments=len(self.lanes),
+            late_share=late,
         )
 
     def ends_in_s(self) -> float | None:
