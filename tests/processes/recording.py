@@ -97,12 +97,13 @@ def _rounds(record: _Record) -> None:
     """How rounds begin, and what is published in them."""
 
     def start_round(original: Any, self: GossipExchange, progress: Any, steps_per_s: float) -> Any:
-        began_s, told = time.monotonic(), record.thread
+        told = record.thread
+        told.began_s = time.monotonic()
         told.steps = 0.0, (), ()  # until it knows its speed, they are not asked for
         start = original(self, progress, steps_per_s)
         record.write(
             "round",
-            at_s=began_s,  # its weights may be asked for before it returns
+            at_s=told.began_s,  # its weights may be asked for before it returns
             round=progress.round,
             run_tokens=progress.run_tokens,
             steps_of=told.steps,
@@ -157,6 +158,7 @@ def _choices(record: _Record) -> None:
         with record.lock:  # in the trainer's thread: nothing is learnt of pulls meanwhile
             found = original(num_others, round_s, *args)
             record.write("late", inputs=(num_others, round_s), found=found)
+            record.thread.began_s = time.monotonic()  # the round begins with what is decided here
             return found
 
     def round_began_s(original: Any, *args: Any) -> Any:
