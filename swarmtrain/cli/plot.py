@@ -100,7 +100,12 @@ def _by_column(curve: Curve, x_range: tuple[float, float], columns: int) -> dict
     found: dict[int, list[float]] = {}
     for x, y in curve:
         found.setdefault(_place(x, x_range, columns), []).append(y)
-    return {column: sum(y / len(ys) for y in ys) for column, ys in sorted(found.items())}
+    return {column: _mean(ys) for column, ys in sorted(found.items())}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Also of the largest numbers there are, whose shares, rounded up, would come to more."""
+    return max(min(values), min(max(values), sum(value / len(values) for value in values)))
 
 
 def _dots(by_column: dict[int, float], y_range: tuple[float, float], rows: int) -> set[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +32,13 @@ def test_neighbours_are_joined() -> None:
 def test_points_of_one_column_become_their_mean() -> None:
     drawn = plot([(0, 0), (0.1, 4), (10, 0), (20, 4)], [], 3, 3, ascii_only=True)
     assert [line[0] for line in drawn.lines] == [" ", "*", " "]
+
+
+def test_the_mean_of_the_largest_numbers_is_one_too() -> None:
+    largest = sys.float_info.max
+    for sign in (1, -1):
+        drawn = plot([], [(0, 0), *[(1, sign * largest)] * 3], 2, 1, ascii_only=True)
+        assert drawn.lines == (" o",)
 
 
 def test_marks_lie_over_the_line_with_an_axis_of_their_own() -> None:
