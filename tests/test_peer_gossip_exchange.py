@@ -308,7 +308,7 @@ def test_a_round_is_published_in_parts(worlds: list[World]) -> None:
 def test_the_last_publication_before_a_merge_comes_late_where_pulls_are_known_to_be_short(
     worlds: list[World],
 ) -> None:
-    world = world_of(worlds, 2, inner_steps=16, publications_per_round=8, fragments=2)
+    world = world_of(worlds, 2, inner_steps=16, publications_per_round=8, fragments=2, pacing=True)
     peer, _ = world.everyone()
     peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(2)])
     assert peer.exchange.start_round(Progress(), 0.1).late_share == 0.0, "it has pulled nothing yet"
@@ -317,6 +317,15 @@ def test_the_last_publication_before_a_merge_comes_late_where_pulls_are_known_to
     start = peer.exchange.start_round(Progress(), 0.1)
     assert start.late_share == pytest.approx(0.9), "a twentieth of the way is kept in reserve, and as much again"
     assert start.publish_after == [2, 4, 7, 8, 10, 12, 15, 16]
+    peer.exchange.sure_share = 0.8  # as of stages
+    assert peer.exchange.start_round(Progress(), 0.1).late_share == 0.0, "its rounds are not equally long"
+
+
+def test_publications_are_at_equal_distances_where_rounds_are_not_in_step(worlds: list[World]) -> None:
+    peer, _ = world_of(worlds, 2, pacing=False).everyone()
+    peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(len(peer.trainer.fragments))])
+    peer.exchange.gossip._times.assume(1e9)
+    assert peer.exchange.start_round(Progress(), 0.1).late_share == 0.0
 
 
 def test_who_comes_late_takes_the_consensus(worlds: list[World]) -> None:

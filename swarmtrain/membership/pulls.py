@@ -46,8 +46,8 @@ _LEAST_SLOW_S = 1.0
 _RETRIES_A_ROUND = 8
 _LEAST_IDLE_S = 0.25
 _PULLS_A_PARTNER = 4
-_LATE_FACTOR, _LATEST_SHARE = 2.0, 0.95
-"""Others may need so many times as long for their pulls as this peer; no publication comes later than that share."""
+_LATE_FACTOR = 2.0
+"""Others may begin their pulls so many times as long before their merge as this peer before its own."""
 _MOST_EARLY_SHARE = 0.25
 """What comes after the round has ended is of no use to it, so where rounds end earlier than expected, pulls begin by so
 much earlier too; not by more than this."""
@@ -153,15 +153,16 @@ def late_share(
     """How far on the way from one fragment's merge to the next, from 0 to 1, the last publication between them comes:
     just before others, who are in step, begin to pull gradients for theirs.
 
-    0, for equal distances, where that is not yet half of the way (who comes too late to one finds only what is older)
-    or not known, in a round that lasts `round_s`.
+    0, for equal distances, where that is not yet half of the way (who pulls before it finds only the one made with the
+    merge before), or where it is not known how long pulls take. The round lasts `round_s`. At most 0.9, since a
+    twentieth of the way is kept in reserve.
     """
     sizes = max(fragments, key=lambda each: each.both)
     plan = plan_pulls(num_live_others, 0.0, round_s, sizes, times, configured)
     if not (plan.gradients_at_s and times.bytes_per_s):
         return 0.0
     share = 1 - _LATE_FACTOR * (round_s - min(plan.gradients_at_s)) / (sizes.share * round_s)
-    return min(share, _LATEST_SHARE) if share > 0.5 else 0.0
+    return share if share > 0.5 else 0.0
 
 
 def round_began_s(told_s: float, inner_steps_done: int, steps_per_s: float) -> float | None:
@@ -205,6 +206,8 @@ class BytesBegun:
 class PullTimes:
     """What the last pulls took: besides their bytes, and how fast bytes came meanwhile.
 
+    Any thread may read it, one writes.
+
     Pulls that overlap share the link. So a pull's rate counts all bytes that came whole while it went on, others' too:
     of pulls side by side the last one to end has seen the link's whole rate, the first less.
     """
@@ -247,7 +250,8 @@ class PullTimes:
     @property
     def bytes_per_s(self) -> float | None:
         """Of the last pulls, the (upper) median; None before the first."""
-        return sorted(self._rates)[len(self._rates) // 2] if self._rates else None
+        rates = self._rates
+        return sorted(rates)[len(rates) // 2] if rates else None
 
     def slow_after_s(self, sizes: SectionBytes, configured: Wanted) -> float:
         """After how long a pull is a slow one, which does not keep another from being tried."""

@@ -102,8 +102,8 @@ none."""
 
 @dataclass
 class Gossip:
-    """This peer's pulls, and what came of them. `take`, `forget_pulled` and `ledger_rows` are for the trainer's thread,
-    the rest for the network's."""
+    """This peer's pulls, and what came of them. `take`, `late_share`, `forget_pulled` and `ledger_rows` are for the
+    trainer's thread, the rest for the network's."""
 
     me: str
     calls: PeerCalls
@@ -152,6 +152,11 @@ class Gossip:
         ]
 
     # ------------------------------------------------------------- the trainer's side
+
+    def late_share(self, round_s: float) -> float:
+        """See `pulls.late_share`."""
+        others, settings = len(self.membership.volunteers()), self.settings
+        return late_share(others, round_s, settings.sizes, self._times, settings.wanted)
 
     def take(self, round: int, fragment: int = 0) -> Ready | None:
         """What is prepared of a fragment, which is merged now in `round`; it counts as merged from here on. Returns at
@@ -256,11 +261,6 @@ class Gossip:
     def _pull_plan(self, plan: Plan) -> PullPlan:
         others, sizes = len(self.membership.volunteers()), self._sizes(plan)
         return plan_pulls(others, plan.started_s, plan.ends_s, sizes, self._times, self.settings.wanted)
-
-    def late_share(self, round_s: float) -> float:
-        """See `pulls.late_share`."""
-        others, settings = len(self.membership.volunteers()), self.settings
-        return late_share(others, round_s, settings.sizes, self._times, settings.wanted)
 
     def _sizes(self, plan: Plan) -> SectionBytes:
         """Of all that is pulled of one partner."""

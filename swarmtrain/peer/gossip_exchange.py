@@ -192,7 +192,7 @@ class GossipExchange(AsynchronousExchange):
             start,
             num_parts=self.run.merge.publications_per_round,
             num_fragments=len(self._fragments),
-            late_share=self.gossip.late_share(self._round_s(start.inner_steps, steps_per_s)) if steps_per_s else 0.0,
+            late_share=self._late_share(start.inner_steps, steps_per_s),
             shard=None if coverage is None else coverage.begin(progress.round, others),
         )
         now, last = swarm_time(), len(self._fragments) - 1
@@ -207,6 +207,11 @@ class GossipExchange(AsynchronousExchange):
 
         self._do_soon(begin())
         return start
+
+    def _late_share(self, steps: int, steps_per_s: float) -> float:
+        """See `pulls.late_share`. Not where rounds are in step with nobody's, or where it is not known for how long."""
+        in_step = self.run.merge.pacing and self.sure_share == 1
+        return self.gossip.late_share(self._round_s(steps, steps_per_s)) if in_step and steps_per_s > 0 else 0.0
 
     def _publish_weights(self, fragment: int, round: int, now: float) -> None:
         """A round of that fragment begins, with its weights."""

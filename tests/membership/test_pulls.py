@@ -115,6 +115,13 @@ def test_the_last_publication_before_a_merge_comes_just_before_others_begin_to_p
     assert found == pytest.approx(share), "the largest fragment's"
 
 
+def test_where_rounds_end_early_the_last_publication_comes_earlier() -> None:
+    fragments, times = [SectionBytes(weights=50, gradient=25, share=0.25)] * 4, known(1e9)
+    for lasted_s, share in ((98.0, 0.84), (97.0, 0.76), (94.0, 0.52), (93.5, 0.0)):
+        times.round_ended(100.0, lasted_s)
+        assert late_share(9, 100.0, fragments, times, THREE) == pytest.approx(share), lasted_s
+
+
 def test_publications_are_at_equal_distances_where_pulls_are_not_known_or_take_long() -> None:
     fragments = [SectionBytes(weights=50, gradient=25, share=0.25)] * 4
     assert late_share(9, 100.0, fragments, PullTimes(), THREE) == 0.0

@@ -84,7 +84,7 @@ class ReplayedPeer(Peer):
             lane.robustness.learn = partial(self._learns, lane.robustness.learn)  # type: ignore[method-assign]
         self.entered: list[list[Any]] = []
         self.begun: dict[int, float | None] = {}
-        self.late = 0.0
+        self.late, self.late_of_s = 0.0, 0.0
         self.round_s: tuple[float, float] = 0.0, 0.0
         self.incidents: list[tuple[str, str, str]] = []
         self.num_rounds = self.num_equal = 0
@@ -124,6 +124,7 @@ class ReplayedPeer(Peer):
                 limit_s=section.round_limit_s,
                 others_end_in_s=others_end_in_s,
             )
+            assert self.late_of_s == steps / own
         everybodys = steps_of_everybody(*event["everybodys_of"])
         decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, late_share=self.late)
         self._same(event, "inner steps", decided, "start")
@@ -172,7 +173,8 @@ class ReplayedPeer(Peer):
 
     def _late(self, event: Event) -> None:
         sizes = [lane.sizes for lane in self.lanes]
-        self.late = late_share(*event["inputs"], sizes, self.times, self.world.wanted)
+        others, self.late_of_s = event["inputs"]
+        self.late = late_share(others, self.late_of_s, sizes, self.times, self.world.wanted)
         self._same(event, "last publication", self.late)
 
     def _began(self, event: Event) -> None:

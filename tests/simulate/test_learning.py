@@ -15,6 +15,7 @@ from learnt import setting, tiny
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
 from swarmtrain.membership.partners import Mark
 from swarmtrain.simulate.comparing import compare
+from swarmtrain.simulate.learning import gossip
 from swarmtrain.simulate.learning.gossip import Peer, Published, World
 from swarmtrain.simulate.learning.learner import Learner, Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS
@@ -105,6 +106,40 @@ def test_fragments_lose_nothing_even_where_they_follow_each_other_within_the_tim
     whole, parts = (played("gossip", setting(tiny(tmp_path), merge__fragments=n, **keys)) for n in (1, 4))
     assert parts.fresh_share is not None and parts.fresh_share > 0.6
     assert parts.held_out_loss < whole.held_out_loss + 0.02 and parts.virtual_time_s == whole.virtual_time_s
+
+
+def mean_age(one: Setting) -> float:
+    """Of the pseudo-gradients that are merged, in seconds since they were made, once rounds are in step."""
+    world, made, ages = World(one), dict[int, float](), list[float]()
+    for peer in world.peers:
+        train_to, merge = peer.train_to, peer.merge
+
+        def noted(moment: int, peer: Peer = peer, train_to: Any = train_to) -> None:
+            train_to(moment)
+            made.update({id(lane.newest): world.clock.now for lane in peer.lanes})
+
+        def merged(lane: Any, ready: Any, peer: Peer = peer, merge: Any = merge) -> None:
+            if peer.round > 2:
+                ages.extend(
+                    world.clock.now - made[id(each)] for (what, _), (each, _) in ready.items() if what != "weights"
+                )
+            merge(lane, ready)
+
+        peer.train_to, peer.merge = noted, merged  # type: ignore[method-assign]
+    world.run()
+    return sum(ages) / len(ages)
+
+
+def test_what_is_merged_in_long_rounds_was_published_just_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds last 48 s, and the way from one fragment's merge to the next's 24."""
+    keys: dict[str, Any] = {"merge__inner_steps": 48, "merge__fragments": 2, "merge__publications_per_round": 4}
+    one = setting(tiny(tmp_path, peers={"step_ms": 1000}), run__total_tokens=90_000, **keys)
+    late_s = mean_age(one)
+    monkeypatch.setattr(gossip, "late_share", lambda *_: 0.0)
+    early_s = mean_age(one)
+    assert late_s < 6.0 and early_s > 10.0, (late_s, early_s)
 
 
 def hung(tmp_path: Path, *hangs: dict[str, float], **sections: object) -> Setting:
