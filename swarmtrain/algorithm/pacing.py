@@ -16,6 +16,7 @@ __all__ = [
     "fewest_inner_steps",
     "first_inner_steps",
     "in_step_inner_steps",
+    "is_in_step",
     "most_inner_steps",
     "paced_inner_steps",
     "reference_speed",
@@ -103,16 +104,27 @@ def round_inner_steps(
     most = max(1, math.floor(limit_s * own_speed))
     if not paced:
         return min(inner_steps, most)
-    reference = reference_speed([own_speed, *(speed for speed in others if speed > 0)])
+    reference = _reference_of(own_speed, others)
     fewest, round_s = fewest_inner_steps(inner_steps), inner_steps / reference
     steps = min(paced_inner_steps(own_speed, reference, inner_steps), most)
-    slowest, slowest_followed = fewest / round_s, max(fewest, _FEWEST_FOLLOWED) / round_s
     ends = zip(others, others_end_in_s, strict=bool(others_end_in_s))
-    followed = (slowest_followed, _MOST_FOLLOWED * reference)
+    followed = (max(fewest, _FEWEST_FOLLOWED) / round_s, _MOST_FOLLOWED * reference)
     end_in_s = [end_s for speed, end_s in ends if end_s is not None and followed[0] <= speed <= followed[1]]
-    if end_in_s and inner_steps >= _FEWEST_IN_STEP and slowest <= own_speed <= _MOST_SHARE * reference:
+    if end_in_s and is_in_step(own_speed, others, inner_steps):
         steps = max(in_step_inner_steps(steps, own_speed, end_in_s, min(round_s, limit_s)), fewest)
     return min(steps, most)
+
+
+def is_in_step(own_speed: float, others: Sequence[float], inner_steps: int) -> bool:
+    """Whether a peer's paced rounds are moved so that they end when others' do: not where rounds have few inner steps,
+    nor of who is far faster than the reference, or so slow that its rounds take longer. Speeds as there."""
+    reference = _reference_of(own_speed, others)
+    slowest = fewest_inner_steps(inner_steps) / (inner_steps / reference)
+    return inner_steps >= _FEWEST_IN_STEP and slowest <= own_speed <= _MOST_SHARE * reference
+
+
+def _reference_of(own_speed: float, others: Sequence[float]) -> float:
+    return reference_speed([own_speed, *(speed for speed in others if speed > 0)])
 
 
 def most_inner_steps(inner_steps: int) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from swarmtrain.algorithm.fragments import Fragment, fragments_of
 from swarmtrain.algorithm.gossip import Arrival, Layout, Prepared, prepare
 from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.algorithm.pacing import is_in_step
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
@@ -210,8 +211,12 @@ class GossipExchange(AsynchronousExchange):
 
     def _late_share(self, steps: int, steps_per_s: float) -> float:
         """See `pulls.late_share`. Not where rounds are in step with nobody's, or where it is not known for how long."""
-        in_step = self.run.merge.pacing and self.sure_share == 1
-        return self.gossip.late_share(self._round_s(steps, steps_per_s)) if in_step and steps_per_s > 0 else 0.0
+        section, others = self.run.merge, [info.steps_per_s for info in self.swarm.membership.volunteers()]
+        if not (section.pacing and self.sure_share == 1 and steps_per_s > 0):
+            return 0.0
+        if not is_in_step(steps_per_s, others, section.inner_steps):
+            return 0.0
+        return self.gossip.late_share(self._round_s(steps, steps_per_s))
 
     def _publish_weights(self, fragment: int, round: int, now: float) -> None:
         """A round of that fragment begins, with its weights."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from swarmtrain.algorithm.pacing import (
     first_inner_steps,
     in_step_inner_steps,
+    is_in_step,
     most_inner_steps,
     paced_inner_steps,
     reference_speed,
@@ -240,3 +241,11 @@ def test_the_run_gets_as_far_in_a_step_as_all_do_together() -> None:
 def test_a_lie_about_speed_moves_the_run_no_further_than_the_second_fastest() -> None:
     assert steps_of_everybody(1.0, [2.0, 1.0, 1e9]) == 1.0 + 2.0 + 1.0 + 2.0
     assert steps_of_everybody(1.0, [1e9]) == 17.0
+
+
+def test_rounds_are_in_step_of_who_is_neither_far_faster_than_the_others_nor_far_slower() -> None:
+    others = [10.0, 10.0, 8.0]
+    found = {speed: is_in_step(speed, others, 40) for speed in (16.0, 15.0, 10.0, 0.75, 0.74)}
+    assert found == {16.0: False, 15.0: True, 10.0: True, 0.75: True, 0.74: False}
+    assert not is_in_step(10.0, others, 15), "rounds of so few steps are not moved"
+    assert is_in_step(10.0, [0.0, 0.0], 40), "nobody else knows its speed"

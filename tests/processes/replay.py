@@ -15,7 +15,7 @@ from recording import generator, plain
 from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival
-from swarmtrain.algorithm.pacing import first_inner_steps, round_inner_steps, steps_of_everybody
+from swarmtrain.algorithm.pacing import first_inner_steps, is_in_step, round_inner_steps, steps_of_everybody
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
@@ -114,7 +114,7 @@ class ReplayedPeer(Peer):
     def _round(self, event: Event) -> None:
         section, start = self.world.setting.run.merge, Start(**event["start"])
         own, others, others_end_in_s = event["steps_of"]
-        steps = first_inner_steps(section.inner_steps, paced=section.pacing)
+        steps, late = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0
         if own > 0:
             steps = round_inner_steps(
                 own,
@@ -124,9 +124,11 @@ class ReplayedPeer(Peer):
                 limit_s=section.round_limit_s,
                 others_end_in_s=others_end_in_s,
             )
-            assert self.late_of_s == steps / own
+            if is_in_step(own, others, section.inner_steps):
+                late = self.late
+                assert self.late_of_s == steps / own
         everybodys = steps_of_everybody(*event["everybodys_of"])
-        decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, late_share=self.late)
+        decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, late_share=late)
         self._same(event, "inner steps", decided, "start")
         assert event["round"] == self.round
         self.enter(start, event["run_tokens"])

@@ -213,7 +213,7 @@ class Peer:
             ends_s = [peer.ends_in_s() for peer in self.world.peers if peer is not self]
             steps, everybodys = setting.steps_of_round(self.number, ends_s), setting.steps_of_everybody(self.number)
             sizes, round_s = [lane.sizes for lane in self.lanes], steps * setting.step_s[self.number]
-            if section.pacing:
+            if setting.is_in_step(self.number):
                 late = late_share(len(others), round_s, sizes, self.times, self.world.wanted)
         shard = None
         if self.coverage is not None:

@@ -126,6 +126,11 @@ class Setting:
             others_end_in_s=others_end_in_s,
         )
 
+    def is_in_step(self, number: int) -> bool:
+        """Whether its rounds end when others' do."""
+        section, others = self.run.merge, self._said_by_others(number, self.num_peers)
+        return section.pacing and pacing.is_in_step(1 / self.step_s[number], others, section.inner_steps)
+
     def steps_of_everybody(self, number: int) -> float:
         """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances, as it
         reckons that."""
