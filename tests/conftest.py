@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -15,6 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # that is handled here goes on here, and is as usual in what is started.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
+
+# Thousands of tests and the package's syntax trees are objects that stay: to look through all of them again and again
+# took a sixth of the time.
+gc.set_threshold(100_000, 20, 20)
 
 # An example may take as long as it takes: on a machine with other work that says nothing of the code.
 settings.register_profile("swarmtrain", deadline=None)
