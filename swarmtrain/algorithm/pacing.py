@@ -117,7 +117,7 @@ def round_inner_steps(
 
 def is_in_step(own_speed: float, others: Sequence[float], inner_steps: int) -> bool:
     """Whether a peer's paced rounds are moved so that they end when others' do: not where rounds have few inner steps,
-    nor of who is far faster than the reference, or so slow that its rounds take longer. Speeds as there."""
+    nor of who is far faster than the reference, or so slow that its rounds take longer. `others`: 0 where unknown."""
     reference = _reference_of(own_speed, others)
     slowest = fewest_inner_steps(inner_steps) / (inner_steps / reference)
     return inner_steps >= _FEWEST_IN_STEP and slowest <= own_speed <= _MOST_SHARE * reference

@@ -149,10 +149,11 @@ def _choices(record: _Record) -> None:
         return original(self, plan)
 
     def plan_pulls(original: Any, *args: Any) -> Any:
-        plan = original(*args)
         fragments = record.thread.fragments
-        record.write_news(f"plan of {fragments[0]}", fragments=fragments, inputs=args[:3], found=plan)
-        return plan
+        with record.lock:  # the trainer's thread tells of rounds that end
+            plan = original(*args)
+            record.write_news(f"plan of {fragments[0]}", fragments=fragments, inputs=args[:3], found=plan)
+            return plan
 
     def late_share(original: Any, num_others: int, round_s: float, *args: Any) -> float:
         with record.lock:  # in the trainer's thread: nothing is learnt of pulls meanwhile
