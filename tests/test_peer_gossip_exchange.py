@@ -32,6 +32,7 @@ from swarmtrain.network.identity import new_identity
 from swarmtrain.network.lanes import Plan
 from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.peer import gossip_exchange
 from swarmtrain.peer.common import StopFlag, held_out_loss
 from swarmtrain.peer.gossip_exchange import GossipExchange, hosting_of
 from swarmtrain.peer.preparing import initial_seed
@@ -305,27 +306,36 @@ def test_a_round_is_published_in_parts(worlds: list[World]) -> None:
         time.sleep(0.01)
 
 
-def test_the_last_publication_before_a_merge_comes_late_where_pulls_are_known_to_be_short(
-    worlds: list[World],
-) -> None:
-    world = world_of(worlds, 2, inner_steps=16, publications_per_round=8, fragments=2, pacing=True)
+def test_how_often_it_publishes_follows_from_how_long_the_round_is_expected_to_last(worlds: list[World]) -> None:
+    world = world_of(worlds, 2, inner_steps=64, publications_per_round=32, fragments=2, pacing=True)
     peer, _ = world.everyone()
     peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(2)])
-    assert peer.exchange.start_round(Progress(), 0.1).late_share == 0.0, "it has pulled nothing yet"
-    peer.exchange.gossip._times.assume(1e9)
-    assert peer.exchange.start_round(Progress(), 0.0).late_share == 0.0, "it does not know its speed"
-    start = peer.exchange.start_round(Progress(), 0.1)
-    assert start.late_share == pytest.approx(0.9), "a twentieth of the way is kept in reserve, and as much again"
-    assert start.publish_after == [2, 4, 7, 8, 10, 12, 15, 16]
-    peer.exchange.sure_share = 0.8  # as of stages
-    assert peer.exchange.start_round(Progress(), 0.1).late_share == 0.0, "its rounds are not equally long"
+    for speed, often in ((0.0, 8), (0.1, 32), (2.5, 16), (100.0, 8)):
+        start = peer.exchange.start_round(Progress(), speed)
+        assert (start.num_publications, start.num_parts) == (often, 32), speed
+    assert start.publish_after == [8, 16, 24, 32, 40, 48, 56, 64] and start.part_after(8) == 4
 
 
-def test_publications_are_at_equal_distances_where_rounds_are_not_in_step(worlds: list[World]) -> None:
-    peer, _ = world_of(worlds, 2, pacing=False).everyone()
-    peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(len(peer.trainer.fragments))])
-    peer.exchange.gossip._times.assume(1e9)
-    assert peer.exchange.start_round(Progress(), 0.1).late_share == 0.0
+def test_merges_are_planned_anew_where_steps_take_less_time_than_they_did(
+    worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, clock_s = world_of(worlds, 2, inner_steps=64, publications_per_round=32, fragments=2), [1000.0]
+    peer, _ = world.everyone()
+    monkeypatch.setattr(gossip_exchange, "swarm_time", lambda: clock_s[0])
+    peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(2)])
+    start = peer.exchange.start_round(Progress(), 0.5)
+    peer.trainer.begin(start)
+    for passed_s, inner_steps, ends_s in (
+        (4.0, 2, 1064.0),
+        (16.2, 8, 1064.0),  # not by much
+        (15.0, 10, 1015.0 + 22 * 1.5),
+        (500.0, 12, 1500.0 + 20 * 2.0),  # it hung, and goes on as in its last round
+    ):
+        clock_s[0], planned = 1000.0 + passed_s, peer.exchange._newest_plans
+        contribution = peer.trainer.contribution(start.part_after(inner_steps), inner_steps, inner_steps * STEP_TOKENS)
+        peer.exchange.publish(contribution)
+        assert peer.exchange._newest_plans[0].ends_s == ends_s
+        assert (peer.exchange._newest_plans is not planned) == (ends_s != planned[0].ends_s)
 
 
 def test_who_comes_late_takes_the_consensus(worlds: list[World]) -> None:

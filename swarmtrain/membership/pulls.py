@@ -18,9 +18,10 @@ __all__ = [
     "SectionBytes",
     "Wanted",
     "ahead_rounds",
+    "expected_step_s",
     "expected_transfer",
     "idle_s",
-    "late_share",
+    "is_moved",
     "most_pulls",
     "plan_pulls",
     "pull_start",
@@ -46,8 +47,7 @@ _LEAST_SLOW_S = 1.0
 _RETRIES_A_ROUND = 8
 _LEAST_IDLE_S = 0.25
 _PULLS_A_PARTNER = 4
-_LATE_FACTOR = 2.0
-"""Others may begin their pulls so many times as long before their merge as this peer before its own."""
+_MOVED_SHARE = 0.01
 _MOST_EARLY_SHARE = 0.25
 """What comes after the round has ended is of no use to it, so where rounds end earlier than expected, pulls begin by so
 much earlier too; not by more than this."""
@@ -147,22 +147,16 @@ def plan_pulls(
     return PullPlan(tuple(at_s[:weights]), tuple(at_s[weights:]), reason)
 
 
-def late_share(
-    num_live_others: int, round_s: float, fragments: Sequence[SectionBytes], times: PullTimes, configured: Wanted
-) -> float:
-    """How far on the way from one fragment's merge to the next, from 0 to 1, the last publication between them comes:
-    just before others, who are in step, begin to pull gradients for theirs.
+def expected_step_s(last_round_s: float, passed_s: float, steps_done: int) -> float:
+    """What an inner step is expected to take in a round of which so many took so long: as in the last round, or in this
+    one so far, if that is less. What is pulled early is a little older; what comes late is of no use."""
+    return min(last_round_s, passed_s / steps_done) if steps_done else last_round_s
 
-    0, for equal distances, where that is not yet half of the way (who pulls before it finds only the one made with the
-    merge before), or where it is not known how long pulls take. The round lasts `round_s`. At most 0.9, since a
-    twentieth of the way is kept in reserve.
-    """
-    sizes = max(fragments, key=lambda each: each.both)
-    plan = plan_pulls(num_live_others, 0.0, round_s, sizes, times, configured)
-    if not (plan.gradients_at_s and times.bytes_per_s):
-        return 0.0
-    share = 1 - _LATE_FACTOR * (round_s - min(plan.gradients_at_s)) / (sizes.share * round_s)
-    return share if share > 0.5 else 0.0
+
+def is_moved(ends_s: float, now_ends_s: float, way_s: float) -> bool:
+    """Whether a merge that was expected at one time and now is at another should be planned anew: from the merge of one
+    fragment to that of the next it takes `way_s`."""
+    return abs(now_ends_s - ends_s) > _MOVED_SHARE * way_s
 
 
 def round_began_s(told_s: float, inner_steps_done: int, steps_per_s: float) -> float | None:

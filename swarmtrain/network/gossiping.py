@@ -41,7 +41,6 @@ from swarmtrain.membership.pulls import (
     Section,
     SectionBytes,
     Wanted,
-    late_share,
     most_pulls,
     plan_pulls,
     round_began_s,
@@ -102,7 +101,7 @@ none."""
 
 @dataclass
 class Gossip:
-    """This peer's pulls, and what came of them. `take`, `late_share`, `forget_pulled` and `ledger_rows` are for the
+    """This peer's pulls, and what came of them. `take`, `forget_pulled` and `ledger_rows` are for the
     trainer's thread, the rest for the network's."""
 
     me: str
@@ -152,11 +151,6 @@ class Gossip:
         ]
 
     # ------------------------------------------------------------- the trainer's side
-
-    def late_share(self, round_s: float) -> float:
-        """See `pulls.late_share`."""
-        others, settings = len(self.membership.volunteers()), self.settings
-        return late_share(others, round_s, settings.sizes, self._times, settings.wanted)
 
     def take(self, round: int, fragment: int = 0) -> Ready | None:
         """What is prepared of a fragment, which is merged now in `round`; it counts as merged from here on. Returns at

@@ -22,14 +22,14 @@ from torch import Tensor
 from swarmtrain.algorithm.fragments import Fragment, fragments_of
 from swarmtrain.algorithm.gossip import Arrival, Layout, Prepared, prepare
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.algorithm.pacing import is_in_step
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
+from swarmtrain.membership.fragments import publications_of_round
 from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.pulls import Section, Wanted, ahead_rounds
+from swarmtrain.membership.pulls import Section, Wanted, ahead_rounds, expected_step_s, is_moved
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
@@ -128,6 +128,7 @@ class GossipExchange(AsynchronousExchange):
     _progress: Progress = field(default_factory=Progress)
     _start: Start = field(default_factory=lambda: Start(inner_steps=1, num_peers=1))
     _steps_per_s: float = 0.0
+    _round_began_s: float = 0.0
     _newest_plans: Sequence[Plan] = ()
     """Those that were made last: older ones may reach the network's thread after them."""
     _is_held: bool = False
@@ -193,10 +194,11 @@ class GossipExchange(AsynchronousExchange):
             start,
             num_parts=self.run.merge.publications_per_round,
             num_fragments=len(self._fragments),
-            late_share=self._late_share(start.inner_steps, steps_per_s),
+            num_publications=self._num_publications(start.inner_steps, steps_per_s),
             shard=None if coverage is None else coverage.begin(progress.round, others),
         )
         now, last = swarm_time(), len(self._fragments) - 1
+        self._round_began_s = now
         for fragment in range(len(self._fragments)) if self._is_held else [last]:
             self._publish_weights(fragment, progress.round, now)
         self._is_held = False
@@ -209,14 +211,10 @@ class GossipExchange(AsynchronousExchange):
         self._do_soon(begin())
         return start
 
-    def _late_share(self, steps: int, steps_per_s: float) -> float:
-        """See `pulls.late_share`. Not where rounds are in step with nobody's, or where it is not known for how long."""
-        section, others = self.run.merge, [info.steps_per_s for info in self.swarm.membership.volunteers()]
-        if not (section.pacing and self.sure_share == 1 and steps_per_s > 0):
-            return 0.0
-        if not is_in_step(steps_per_s, others, section.inner_steps):
-            return 0.0
-        return self.gossip.late_share(self._round_s(steps, steps_per_s))
+    def _num_publications(self, steps: int, steps_per_s: float) -> int:
+        """Of a round of so many steps."""
+        section, round_s = self.run.merge, steps / steps_per_s if steps_per_s > 0 else 0.0
+        return publications_of_round(section.publications_per_round, len(self._fragments), round_s, self._layout.size)
 
     def _publish_weights(self, fragment: int, round: int, now: float) -> None:
         """A round of that fragment begins, with its weights."""
@@ -231,15 +229,17 @@ class GossipExchange(AsynchronousExchange):
             encode=functools.partial(self._encode_weights, theta, fragment),
         )
 
-    def _plans(self, merged_after: int, now: float) -> list[Plan]:
-        """Each fragment's next merge, as far as it is known when those are merged that are due after so many steps."""
-        merge_after, inner_steps = self._start.merge_after, self._start.inner_steps
+    def _plans(self, done: int, now: float) -> list[Plan]:
+        """Each fragment's next merge, as far as it is known after so many steps, when those are merged that are due."""
+        merge_after, inner_steps, speed = self._start.merge_after, self._start.inner_steps, self._steps_per_s
+        if speed > 0 and self.sure_share == 1:
+            speed = 1 / expected_step_s(1 / speed, now - self._round_began_s, done)
         found = []
         for moment in sorted(set(merge_after)):
             fragments = tuple(each for each, after in enumerate(merge_after) if after == moment)
-            is_over = moment <= merged_after
-            steps_left = moment - merged_after + (inner_steps if is_over else 0)
-            ends_s = now + self._round_s(steps_left, self._steps_per_s)
+            is_over = moment <= done
+            steps_left = moment - done + (inner_steps if is_over else 0)
+            ends_s = now + self._round_s(steps_left, speed)
             plan = Plan(
                 round=self._progress.round + is_over,
                 began_s=tuple(self._began_s[each] for each in fragments),
@@ -260,13 +260,27 @@ class GossipExchange(AsynchronousExchange):
         self._publish_weights(fragment, round + 1, now)
         if merge_after[fragment + 1] == merge_after[fragment]:
             return  # that one is merged at once
-        plans = self._newest_plans = self._plans(merge_after[fragment], now)
+        self._plan_anew(round, self._plans(merge_after[fragment], now))
+
+    def _plan_anew(self, round: int, plans: Sequence[Plan]) -> None:
+        """With what is known by now of when fragments are merged."""
+        self._newest_plans = plans
 
         async def begin() -> None:
             if plans is self._newest_plans:
                 self.gossip.begin(round, plans)
 
         self.network.submit_unhurried(begin())  # those before tell of the next merges what these tell, nearly
+
+    def _plan_if_moved(self, done: int) -> None:
+        """Plan anew if merges come at other times than was expected; where they are due, that comes of merging."""
+        start = self._start
+        if done in start.merge_after or not (self._steps_per_s > 0 and self.sure_share == 1):
+            return
+        plans, way_s = self._plans(done, swarm_time()), start.inner_steps / self._steps_per_s / len(self._fragments)
+        was_s, is_s = (min(plan.ends_s for plan in each) for each in (self._newest_plans, plans))
+        if is_moved(was_s, is_s, way_s):
+            self._plan_anew(self._progress.round, plans)
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""
@@ -293,6 +307,7 @@ class GossipExchange(AsynchronousExchange):
         if self.run.merge.robust != "none":
             self._unlearned.append(contribution)
         self.network.submit_unhurried(describe())
+        self._plan_if_moved(contribution.inner_steps)
 
     def _learn(self) -> None:
         """What is usual here, from what this peer has published."""

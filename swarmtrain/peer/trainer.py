@@ -5,7 +5,6 @@ It touches the network only through the two calls of `Exchange`: "here is my rou
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -160,38 +159,36 @@ class Start:
     inner_steps: int
     num_peers: int
     num_parts: int = 1
-    """Publications of the round, at equal distances but for `late_share`; the last one is at its end."""
+    """Into so many parts the run's rounds are divided,"""
+    num_publications: int = 0
+    """and with so many of them it publishes, at equal distances, with the last too; 0: with each."""
     shard: int | None = None
     """Of the data, from which the round is drawn; None for everywhere."""
     run_steps_a_step: float = 0.0
     """Inner steps of everybody together in the time of one of this peer's; 0: `num_peers`."""
     num_fragments: int = 1
     """Of the model, which are merged at equal distances, the last one at the round's end."""
-    late_share: float = 0.0
-    """So far on the way from one merge to the next is the last publication between them, if not later anyway."""
 
     @cached_property
     def publish_after(self) -> Sequence[int]:
-        """The inner steps after which it publishes: as many as there are parts, or fewer in a very short round."""
-        parts, number = min(self.num_parts, self.inner_steps), self.num_fragments
-        moments = [-(-self.inner_steps * part // parts) for part in range(parts + 1)]
-        merges = sorted({merged_with(fragment, number, parts) for fragment in range(number)})
-        for before, merge in itertools.pairwise([0, *merges]):
-            if merge - before > 1:
-                late = moments[before] + int(self.late_share * (moments[merge] - moments[before]))
-                moments[merge - 1] = max(moments[merge - 1], min(late, moments[merge] - 1))
-        return moments[1:]
+        """The inner steps after which it publishes; in a very short round fewer times."""
+        number = self._number
+        return [-(-self.inner_steps * each // number) for each in range(1, number + 1)]
 
     @cached_property
     def merge_after(self) -> Sequence[int]:
         """The inner steps after which each fragment is merged: each a moment of a publication."""
-        parts, number = min(self.num_parts, self.inner_steps), self.num_fragments
-        return [self.publish_after[merged_with(fragment, number, parts) - 1] for fragment in range(number)]
+        every = [merged_with(fragment, self.num_fragments, self._number) for fragment in range(self.num_fragments)]
+        return [self.publish_after[each - 1] for each in every]
+
+    @property
+    def _number(self) -> int:
+        return min(self.num_publications or self.num_parts, self.inner_steps)
 
     def part_after(self, inner_steps: int) -> int:
-        """The number of the publication after so many inner steps; the last one's is always `num_parts`."""
-        moments = self.publish_after
-        return self.num_parts - len(moments) + 1 + moments.index(inner_steps)
+        """The part with which it publishes after so many inner steps; the last one's is always `num_parts`."""
+        moments, all_of_them = self.publish_after, self.num_publications or self.num_parts
+        return self.num_parts // all_of_them * (all_of_them - len(moments) + 1 + moments.index(inner_steps))
 
     def run_tokens(self, before: int, own_steps: float, step_tokens: int) -> float:
         """How many tokens the run has when this peer has taken so many steps of the round, as far as it can know:

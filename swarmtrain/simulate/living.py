@@ -16,6 +16,7 @@ from functools import partial
 
 from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
 from swarmtrain.errors import UserError
+from swarmtrain.membership.fragments import COPY_S, publications_of_round
 from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, section_bytes
 from swarmtrain.rehearsal import ChurnSection, LinksSection, RehearsalFile, SeedSection, mishaps
 from swarmtrain.run import RunFile
@@ -42,9 +43,9 @@ _WARM_ROUNDS, _ROUNDS = 2, 8
 _MOST_WAITED_S = 60.0
 """With rosters they ask each other every other second while they wait, which takes long to simulate."""
 _MICROBATCHES, _ONE_AFTER_THE_OTHER = 4000, 10
-_COPY_S, _MERGE_S = 3.0e-9, 9.0e-9
-"""Of a parameter: one copy of the weights, and one outer step, by one thread. Measured with 10 and 50 million of them;
-with 0.46 million and four publications that comes to the 8 to 11 ms a round of results, section 8."""
+_MERGE_S = 9.0e-9
+"""Of a parameter: one outer step, by one thread. Measured with 10 and 50 million of them, as `COPY_S` was; with 0.46
+million and four publications that comes to the 8 to 11 ms a round of results, section 8."""
 _AWAY_AGAIN_S = 10.0
 """From the start of a process to its first step: 9 s when the engine starts a container again (results, section 10)."""
 
@@ -119,10 +120,12 @@ def _steps(run: RunFile, step_s: Sequence[float]) -> list[int]:
     return [round_inner_steps(one, usual, merge.inner_steps, paced=merge.pacing, limit_s=limit_s) for one in speeds]
 
 
-def _merge_s(run: RunFile) -> float:
-    """What publishing and merging keep the trainer from in a round."""
-    copies = 1 + (run.merge.publications_per_round if run.merge.method == "gossip" else 1)
-    return stage_parameters(run) * (copies * _COPY_S + _MERGE_S)
+def _merge_s(run: RunFile, round_s: float = 0.0) -> float:
+    """What publishing and merging keep the trainer from in a round; of gossip that depends on how long that lasts."""
+    merge, parameters, publications = run.merge, stage_parameters(run), 1
+    if merge.method == "gossip":
+        publications = publications_of_round(merge.publications_per_round, merge.num_fragments, round_s, parameters)
+    return parameters * ((1 + publications) * COPY_S + _MERGE_S)
 
 
 # ---------------------------------------------------------------- gossip
@@ -147,7 +150,7 @@ def _gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) ->
     by_peer: dict[str, list[RoundRecord]] = defaultdict(list)
     for record in kept:
         by_peer[record.peer.partition(".")[0]].append(record)
-    stall_s = _merge_s(run)
+    stall_s = _merge_s(run, longest_s)
     down_bytes = statistics.mean(record.bytes_down for record in kept)
     return Lived(
         by=f"gossip of {_some(some, machines)} through {len(kept) / len(by_peer):.0f} rounds of each, in virtual time",

@@ -110,6 +110,13 @@ class PeersSection(Section):
     spread: float = Field(
         0.0, ge=0, le=3, description="Without tensors: speeds are lognormal around these; the logarithm's deviation."
     )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        le=3,
+        description="Of learning: speeds change from time to time, lognormal around those; the logarithm's deviation.",
+    )
+    noise_lasts_s: float = Field(30.0, gt=0, le=1e7, description="How long, in virtual seconds, each of them stays so.")
     most_stages: int = Field(
         2,
         ge=1,
@@ -254,6 +261,7 @@ _NOT_LEARNING = ("peers.spread", "links.spread", "churn.hangs_after_s")
 _LEARNING_ONLY = (
     "hostile.percent",
     "peers.own_text",
+    "peers.noise",
     "peers.round_steps",
     "links.failing_percent",
     "scenario.curve_points",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from swarmtrain.membership.fragments import FragmentRounds, steps_of_fragment, told_mark, told_round
+from swarmtrain.membership.fragments import (
+    FragmentRounds,
+    publications_of_round,
+    steps_of_fragment,
+    told_mark,
+    told_round,
+)
 from swarmtrain.membership.partners import Mark
 from swarmtrain.peer.trainer import Start
 
@@ -21,8 +26,13 @@ def play(rng: random.Random, number: int, num_parts: int, num_rounds: int) -> li
     rounds, found, before = FragmentRounds(number), [list[tuple[int, int, int, int]]() for _ in range(number)], 0
     for round in range(num_rounds):
         inner_steps = rng.choice([1, 2, 3, 7, 8, 16, 40, 61])
-        late = rng.choice([0.0, 0.6, 0.95])
-        start = Start(inner_steps=inner_steps, num_peers=1, num_parts=num_parts, num_fragments=number, late_share=late)
+        start = Start(
+            inner_steps=inner_steps,
+            num_peers=1,
+            num_parts=num_parts,
+            num_publications=publications_of_round(num_parts, number, rng.choice([0.0, 20.0, 1e9]), 1),
+            num_fragments=number,
+        )
         ends = start.merge_after
         assert list(ends) == sorted(ends) and ends[-1] == inner_steps and set(ends) <= set(start.publish_after)
         rounds.begin(round, num_parts, [start.part_after(moment) for moment in ends])
@@ -39,7 +49,7 @@ def play(rng: random.Random, number: int, num_parts: int, num_rounds: int) -> li
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 8, 16])
-@pytest.mark.parametrize("num_parts", [1, 4, 8, 16])
+@pytest.mark.parametrize("num_parts", [1, 4, 8, 16, 24, 32])
 def test_parts_and_tokens_rise_and_a_round_of_a_fragment_goes_from_merge_to_merge(number: int, num_parts: int) -> None:
     for seed in range(20):
         for fragment, published in enumerate(play(random.Random(seed), number, num_parts, 12)):
@@ -84,53 +94,75 @@ def test_what_another_has_taken_of_this_round() -> None:
     assert [each.tokens for each in rounds.at(1, 20, 2)] == [20, 20]
 
 
+@pytest.mark.parametrize(("most", "actual"), [(8, 8), (16, 8), (32, 8), (32, 16), (64, 16)])
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7, 8])
-def test_what_a_peer_tells_of_itself_gives_each_fragments_round_and_part(number: int) -> None:
-    start = Start(inner_steps=16, num_peers=1, num_parts=8, num_fragments=number)
+def test_what_a_peer_tells_of_itself_gives_each_fragments_round_and_part(number: int, most: int, actual: int) -> None:
+    """Also where it publishes less often than it may: others do not know how often that is."""
+    if most % (2 * number) and most != actual:
+        pytest.skip("then it publishes as often as it may")
+    start = Start(inner_steps=16, num_peers=1, num_parts=most, num_publications=actual, num_fragments=number)
     rounds, ends = FragmentRounds(number), start.merge_after
     for round in range(3):
-        rounds.begin(round, 8, [start.part_after(moment) for moment in ends])
+        rounds.begin(round, most, [start.part_after(moment) for moment in ends])
         for moment in start.publish_after:
             told = Mark(round, start.part_after(moment), moment * TOKENS)
             for fragment, each in enumerate(rounds.at(told.part, told.tokens, moment)):
                 if round == 0 and ends[fragment] < 16:
                     continue  # the first round of a fragment is a shorter one
-                mark = told_mark(fragment, number, told, 8)
+                mark = told_mark(fragment, number, told, most)
                 assert mark == Mark(each.round, each.part, mark.tokens) and abs(mark.tokens - each.tokens) <= 1
-                since = steps_of_fragment(fragment, number, moment, 16, 8)
+                since = steps_of_fragment(fragment, number, moment, 16, most)
                 if moment not in ends:  # told after the merge, and this is before it
                     assert since == (each.round - round, each.inner_steps)
             for fragment, merged_after in enumerate(ends):
                 if merged_after == moment:
                     rounds.merged(fragment, told.part, told.tokens, moment)
-                    assert told_round(fragment, number, told, 8) == round + (merged_after < 16)
-    assert told_mark(0, number, Mark(0, 0, 0), 8) == Mark(0, 0, 0), "it has published nothing"
-    assert told_mark(number - 1, number, Mark(4, 0, 160), 8) == Mark(3, 8, 160), "all of the round before"
+                    assert told_round(fragment, number, told, most) == round + (merged_after < 16)
+    assert told_mark(0, number, Mark(0, 0, 0), most) == Mark(0, 0, 0), "it has published nothing"
+    assert told_mark(number - 1, number, Mark(4, 0, 160), most) == Mark(3, most, 160), "all of the round before"
 
 
 @pytest.mark.parametrize(
-    ("inner_steps", "num_parts", "number", "late", "moments"),
+    ("most", "number", "round_s", "parameters", "found"),
     [
-        (64, 8, 4, 0.0, [8, 16, 24, 32, 40, 48, 56, 64]),
-        (64, 8, 4, 0.3, [8, 16, 24, 32, 40, 48, 56, 64]),  # nothing comes earlier than at equal distances
-        (64, 8, 4, 0.9, [14, 16, 30, 32, 46, 48, 62, 64]),
-        (64, 8, 4, 0.95, [15, 16, 31, 32, 47, 48, 63, 64]),
-        (64, 8, 2, 0.9, [8, 16, 28, 32, 40, 48, 60, 64]),  # the others stay where they are
-        (64, 8, 8, 0.9, [8, 16, 24, 32, 40, 48, 56, 64]),  # each is a merge
-        (64, 8, 3, 0.9, [8, 21, 24, 32, 45, 48, 62, 64]),
-        (64, 4, 1, 0.9, [16, 32, 57, 64]),
-        (5, 8, 2, 0.95, [1, 2, 3, 4, 5]),
-        (12, 8, 4, 0.95, [2, 3, 5, 6, 8, 9, 11, 12]),  # a step before the merge at the latest
-        (1, 1, 1, 0.95, [1]),
+        (32, 4, 32.0, 400_000, 32),  # once a second at most
+        (32, 4, 31.9, 400_000, 16),
+        (32, 4, 15.9, 400_000, 8),
+        (32, 4, 0.0, 400_000, 8),  # it is not known how long
+        (32, 4, 205.0, 10_000_000, 32),  # copying takes 30 ms, of six seconds
+        (32, 4, 205.0, 20_000_000, 16),
+        (32, 4, 600.0, 100_000_000, 8),
+        (32, 8, 2.0, 400_000, 16),  # two for each fragment
+        (32, 16, 2.0, 400_000, 32),
+        (32, 1, 2.0, 400_000, 8),
+        (32, 3, 2.0, 400_000, 32),  # 16 of them would not be at equal distances of merges
+        (24, 3, 2.0, 400_000, 12),
+        (8, 4, 1000.0, 400_000, 8),  # as the run file says
+        (4, 1, 2.0, 400_000, 4),
+        (1, 1, 2.0, 400_000, 1),
     ],
 )
-def test_the_last_publication_before_each_merge_may_be_late(
-    inner_steps: int, num_parts: int, number: int, late: float, moments: list[int]
+def test_how_often_a_peer_publishes_in_a_round(
+    most: int, number: int, round_s: float, parameters: int, found: int
 ) -> None:
-    equal = Start(inner_steps=inner_steps, num_peers=2, num_parts=num_parts, num_fragments=number)
-    start = replace(equal, late_share=late)
-    assert start.publish_after == moments and start.merge_after == equal.merge_after
-    assert [start.part_after(moment) for moment in moments] == list(range(num_parts - len(moments) + 1, num_parts + 1))
+    assert publications_of_round(most, number, round_s, parameters) == found
+
+
+@pytest.mark.parametrize(
+    ("inner_steps", "most", "actual", "parts"),
+    [
+        (64, 32, 8, {8: 4, 16: 8, 32: 16, 56: 28, 64: 32}),
+        (64, 32, 0, {2: 1, 16: 8, 64: 32}),
+        (4, 32, 8, {1: 20, 2: 24, 3: 28, 4: 32}),
+        (4, 8, 0, {1: 5, 4: 8}),
+    ],
+)
+def test_parts_are_numbered_alike_however_often_a_peer_publishes(
+    inner_steps: int, most: int, actual: int, parts: dict[int, int]
+) -> None:
+    start = Start(inner_steps=inner_steps, num_peers=2, num_parts=most, num_publications=actual, num_fragments=4)
+    assert len(start.publish_after) == min(inner_steps, actual or most)
+    assert {moment: start.part_after(moment) for moment in parts} == parts
 
 
 def test_since_when_a_fragments_round_goes_on() -> None:

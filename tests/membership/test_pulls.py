@@ -12,9 +12,10 @@ from swarmtrain.membership.pulls import (
     SectionBytes,
     Wanted,
     ahead_rounds,
+    expected_step_s,
     expected_transfer,
     idle_s,
-    late_share,
+    is_moved,
     plan_pulls,
     pull_start,
     round_began_s,
@@ -96,36 +97,15 @@ def test_gradients_of_many_and_the_weights_of_one(others: int, rate: float, weig
     assert wanted.bytes_of(SIZES) == 1000
 
 
-@pytest.mark.parametrize(
-    ("others", "rate", "overhead_s", "share"),
-    [
-        (9, 1e9, 0.0, 1 - 2 * 1.5 / 25),  # a second and a half are kept in reserve
-        (9, 100.0, 0.0, 1 - 2 * (1.5 + 1.5 * 75 / 100) / 25),
-        (9, 100.0, 2.0, 1 - 2 * (1.5 + 1.5 * (2 + 75 / 100)) / 25),
-        (1, 100.0, 2.0, 1 - 2 * (1.5 + 1.5 * (2 + 25 / 100)) / 25),
-        (9, 100.0, 4.0, 0.0),  # pulls begin in the first half of the way
-        (0, 1e9, 0.0, 0.0),
-    ],
-)
-def test_the_last_publication_before_a_merge_comes_just_before_others_begin_to_pull(
-    others: int, rate: float, overhead_s: float, share: float
-) -> None:
-    fragments = [SectionBytes(weights=20, gradient=10, share=0.25), SectionBytes(weights=50, gradient=25, share=0.25)]
-    found = late_share(others, 100.0, fragments, known(rate, overhead_s), THREE)
-    assert found == pytest.approx(share), "the largest fragment's"
+def test_a_step_is_expected_to_take_what_it_does_in_this_round_if_that_is_less_than_in_the_last() -> None:
+    assert expected_step_s(2.0, 0.0, 0) == 2.0, "none was taken yet"
+    assert expected_step_s(2.0, 15.0, 10) == 1.5
+    assert expected_step_s(2.0, 500.0, 10) == 2.0, "it may have hung"
 
 
-def test_where_rounds_end_early_the_last_publication_comes_earlier() -> None:
-    fragments, times = [SectionBytes(weights=50, gradient=25, share=0.25)] * 4, known(1e9)
-    for lasted_s, share in ((98.0, 0.84), (97.0, 0.76), (94.0, 0.52), (93.5, 0.0)):
-        times.round_ended(100.0, lasted_s)
-        assert late_share(9, 100.0, fragments, times, THREE) == pytest.approx(share), lasted_s
-
-
-def test_publications_are_at_equal_distances_where_pulls_are_not_known_or_take_long() -> None:
-    fragments = [SectionBytes(weights=50, gradient=25, share=0.25)] * 4
-    assert late_share(9, 100.0, fragments, PullTimes(), THREE) == 0.0
-    assert late_share(9, 1.0, fragments, known(100.0), THREE) == 0.0
+def test_a_merge_is_planned_anew_where_it_moves_by_a_hundredth_of_the_way_to_it() -> None:
+    assert not is_moved(100.0, 100.5, 60.0) and not is_moved(100.0, 99.5, 60.0)
+    assert is_moved(100.0, 100.7, 60.0) and is_moved(100.0, 99.3, 60.0)
 
 
 def test_when_a_round_ends_is_known_of_who_tells_how_long_it_is_and_how_fast_it_is() -> None:

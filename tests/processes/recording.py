@@ -23,7 +23,7 @@ from swarmtrain.network import gossiping
 from swarmtrain.network.codec import vector_sha256
 from swarmtrain.network.gossiping import Gossip
 from swarmtrain.network.publications import Publisher
-from swarmtrain.peer import asynchronous, exchange
+from swarmtrain.peer import asynchronous, exchange, gossip_exchange
 from swarmtrain.peer.gossip_exchange import GossipExchange
 from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import Trainer
@@ -155,12 +155,13 @@ def _choices(record: _Record) -> None:
             record.write_news(f"plan of {fragments[0]}", fragments=fragments, inputs=args[:3], found=plan)
             return plan
 
-    def late_share(original: Any, num_others: int, round_s: float, *args: Any) -> float:
-        with record.lock:  # in the trainer's thread: nothing is learnt of pulls meanwhile
-            found = original(num_others, round_s, *args)
-            record.write("late", inputs=(num_others, round_s), found=found)
-            record.thread.began_s = time.monotonic()  # the round begins with what is decided here
+    def expected(kind: str) -> Callable[..., Any]:
+        def call(original: Any, *inputs: Any) -> Any:
+            found = original(*inputs)
+            record.write(kind, inputs=inputs, found=found)
             return found
+
+        return call
 
     def round_began_s(original: Any, *args: Any) -> Any:
         found = original(*args)
@@ -189,7 +190,8 @@ def _choices(record: _Record) -> None:
     _around(Gossip, "_pull_plan", pull_plan)
     _around(Gossip, "_choose", choose)
     _around(gossiping, "plan_pulls", plan_pulls)
-    _around(gossiping, "late_share", late_share)
+    _around(gossip_exchange, "expected_step_s", expected("expected"))
+    _around(gossip_exchange, "is_moved", expected("moved"))
     _around(gossiping, "round_began_s", round_began_s)
     _around(Partners, "next", next_)
     for name in ("busy", "failed", "answered", "called"):

@@ -15,18 +15,20 @@ from recording import generator, plain
 from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival
-from swarmtrain.algorithm.pacing import first_inner_steps, is_in_step, round_inner_steps, steps_of_everybody
+from swarmtrain.algorithm.pacing import first_inner_steps, round_inner_steps, steps_of_everybody
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.fragments import publications_of_round
 from swarmtrain.membership.partners import Candidate, Mark, View
 from swarmtrain.membership.pulls import (
     BytesBegun,
     PullTimes,
     Section,
     ahead_rounds,
-    late_share,
+    expected_step_s,
+    is_moved,
     plan_pulls,
     round_began_s,
     total_bytes,
@@ -34,7 +36,8 @@ from swarmtrain.membership.pulls import (
 from swarmtrain.network.codec import vector_sha256
 from swarmtrain.peer.trainer import Start
 from swarmtrain.run import parse_published_untrusted, run_sha256
-from swarmtrain.simulate.learning.gossip import Lane, Peer, Published, World
+from swarmtrain.simulate.learning.gossip import Peer, World
+from swarmtrain.simulate.learning.lane import Lane, Published
 from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.setting import Setting
 
@@ -84,7 +87,6 @@ class ReplayedPeer(Peer):
             lane.robustness.learn = partial(self._learns, lane.robustness.learn)  # type: ignore[method-assign]
         self.entered: list[list[Any]] = []
         self.begun: dict[int, float | None] = {}
-        self.late, self.late_of_s = 0.0, 0.0
         self.round_s: tuple[float, float] = 0.0, 0.0
         self.incidents: list[tuple[str, str, str]] = []
         self.num_rounds = self.num_equal = 0
@@ -114,7 +116,7 @@ class ReplayedPeer(Peer):
     def _round(self, event: Event) -> None:
         section, start = self.world.setting.run.merge, Start(**event["start"])
         own, others, others_end_in_s = event["steps_of"]
-        steps, late = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0
+        steps, round_s = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0
         if own > 0:
             steps = round_inner_steps(
                 own,
@@ -124,11 +126,10 @@ class ReplayedPeer(Peer):
                 limit_s=section.round_limit_s,
                 others_end_in_s=others_end_in_s,
             )
-            if is_in_step(own, others, section.inner_steps):
-                late = self.late
-                assert self.late_of_s == steps / own
+            round_s = steps / own
         everybodys = steps_of_everybody(*event["everybodys_of"])
-        decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, late_share=late)
+        often = publications_of_round(section.publications_per_round, len(self.lanes), round_s, self.world.layout.size)
+        decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, num_publications=often)
         self._same(event, "inner steps", decided, "start")
         assert event["round"] == self.round
         self.enter(start, event["run_tokens"])
@@ -173,11 +174,13 @@ class ReplayedPeer(Peer):
         wanted = self.world.wanted
         self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, wanted))
 
-    def _late(self, event: Event) -> None:
-        sizes = [lane.sizes for lane in self.lanes]
-        others, self.late_of_s = event["inputs"]
-        self.late = late_share(others, self.late_of_s, sizes, self.times, self.world.wanted)
-        self._same(event, "last publication", self.late)
+    def _expected(self, event: Event) -> None:
+        last_round_s, passed_s, done = event["inputs"]
+        assert done == self.done
+        self._same(event, "a step's time", expected_step_s(last_round_s, passed_s, done))
+
+    def _moved(self, event: Event) -> None:
+        self._same(event, "merges at other times", is_moved(*event["inputs"]))
 
     def _began(self, event: Event) -> None:
         self._same(event, "when another began", round_began_s(*event["args"]))

@@ -16,9 +16,11 @@ from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
 from swarmtrain.membership.partners import Mark
 from swarmtrain.simulate.comparing import compare
 from swarmtrain.simulate.learning import gossip
-from swarmtrain.simulate.learning.gossip import Peer, Published, World
+from swarmtrain.simulate.learning.gossip import Peer, World
+from swarmtrain.simulate.learning.lane import Published
 from swarmtrain.simulate.learning.learner import Learner, Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS
+from swarmtrain.simulate.learning.pace import Pace
 from swarmtrain.simulate.learning.serving import _Served, server, server_waiting
 from swarmtrain.simulate.learning.setting import Outcome, Setting, setting_of
 from swarmtrain.simulate.learning.synchronous import data_parallel, diloco
@@ -130,16 +132,65 @@ def mean_age(one: Setting) -> float:
     return sum(ages) / len(ages)
 
 
-def test_what_is_merged_in_long_rounds_was_published_just_before(
+def in_long_rounds(tmp_path: Path, publications: int, noise: float = 0.0) -> Setting:
+    """Rounds last 48 s, and the way from one fragment's merge to the next's 24."""
+    peers = {"step_ms": 1000, "noise": noise, "noise_lasts_s": 8.0}
+    keys: dict[str, Any] = {"merge__inner_steps": 48, "merge__fragments": 2}
+    return setting(
+        tiny(tmp_path, peers=peers), run__total_tokens=90_000, merge__publications_per_round=publications, **keys
+    )
+
+
+def test_what_is_merged_in_long_rounds_was_published_just_before(tmp_path: Path) -> None:
+    late_s, early_s = (mean_age(in_long_rounds(tmp_path, publications)) for publications in (32, 4))
+    assert late_s < 4.0 and early_s > 10.0, (late_s, early_s)
+
+
+def test_where_steps_are_not_all_equally_quick_pulls_are_planned_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rounds last 48 s, and the way from one fragment's merge to the next's 24."""
-    keys: dict[str, Any] = {"merge__inner_steps": 48, "merge__fragments": 2, "merge__publications_per_round": 4}
-    one = setting(tiny(tmp_path, peers={"step_ms": 1000}), run__total_tokens=90_000, **keys)
-    late_s = mean_age(one)
-    monkeypatch.setattr(gossip, "late_share", lambda *_: 0.0)
-    early_s = mean_age(one)
-    assert late_s < 6.0 and early_s > 10.0, (late_s, early_s)
+    """A merge may come some seconds earlier than was expected when the one before was."""
+    one = in_long_rounds(tmp_path, 32, noise=0.2)
+    anew_s, anew = mean_age(one), played("gossip", one)
+    monkeypatch.setattr(gossip, "is_moved", lambda *_: False)
+    once_s, once = mean_age(one), played("gossip", one)
+    assert anew_s < once_s, (anew_s, once_s)
+    assert anew.fresh_share is not None and once.fresh_share is not None
+    assert anew.fresh_share > max(0.9, once.fresh_share), (anew.fresh_share, once.fresh_share)
+
+
+def test_a_machine_is_as_fast_as_its_owner_lets_it_be() -> None:
+    pace, even = Pace(deviation=0.3, lasts_s=10.0, seed=1), Pace()
+    since_s, ends_s = 3.0, [pace.done_s(0, 3.0, work_s) for work_s in (0.0, 1.0, 20.0, 500.0)]
+    assert ends_s == sorted(ends_s) and ends_s[0] == since_s
+    for end_s, work_s in zip(ends_s, (0.0, 1.0, 20.0, 500.0), strict=True):
+        assert pace.worked_s(0, since_s, end_s) == pytest.approx(work_s)
+    assert pace.done_s(0, pace.done_s(0, 3.0, 20.0), 30.0) == pytest.approx(pace.done_s(0, 3.0, 50.0))
+    assert 0.9 < pace.worked_s(0, 0.0, 10_000.0) / 10_000 < 1.2
+    assert len({pace.done_s(*who) for who in ((0, 0.0, 50.0), (1, 0.0, 50.0))}) == 2, "others at other times"
+    assert pace.done_s(0, 0.0, 50.0) == Pace(deviation=0.3, lasts_s=10.0, seed=1).done_s(0, 0.0, 50.0)
+    assert pace.done_s(0, 0.0, 50.0) != Pace(deviation=0.3, lasts_s=10.0, seed=2).done_s(0, 0.0, 50.0)
+    assert even.done_s(0, 3.0, 20.0) == 23.0 and even.worked_s(0, 3.0, 23.0) == 20.0
+    assert even.worked_s(0, 3.0, 2.0) == pace.worked_s(0, 3.0, 2.0) == 0.0
+
+
+@pytest.mark.parametrize("method", ["diloco", "data-parallel", "noloco"])
+def test_where_machines_are_busy_at_times_all_wait_for_them(tmp_path: Path, method: str) -> None:
+    peers = {"slowdowns": [1], "noise_lasts_s": 0.5}
+    even, busy = (played(method, setting(tiny(tmp_path, peers={**peers, "noise": noise}))) for noise in (0.0, 0.5))
+    assert 1.15 * even.virtual_time_s < busy.virtual_time_s < 3 * even.virtual_time_s
+    assert busy.stall_share > even.stall_share
+    assert busy.held_out_loss == even.held_out_loss, "what is learnt is the same"
+
+
+def test_who_hangs_and_is_slow_works_that_much_later(tmp_path: Path) -> None:
+    hang = {"peer": 0, "at_s": 2.0, "for_s": 3.0}
+    one = hung(tmp_path, hang, peers={"noise": 0.3, "noise_lasts_s": 1.0})
+    for work_s in (0.5, 2.5, 7.0):
+        done_s = one.done_s(0, 0.0, work_s)
+        assert done_s == one.pace.done_s(0, 0.0, work_s) or done_s > 5.0
+        assert one.steps_between(0, 0.0, done_s) == pytest.approx(work_s / one.step_s[0], abs=1)
+    assert one.due_s(0, 0.0, 1.0) == 1.0 and one.due_s(0, 0.0, 3.0) == 6.0, "clocks are not slower"
 
 
 def hung(tmp_path: Path, *hangs: dict[str, float], **sections: object) -> Setting:

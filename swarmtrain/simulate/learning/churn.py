@@ -18,7 +18,8 @@ from swarmtrain.membership.shards import Row
 from swarmtrain.peer.consensus import SAMPLE, consensus_of_vectors, not_far_behind, round_of
 
 if TYPE_CHECKING:
-    from swarmtrain.simulate.learning.gossip import Lane, Peer, World
+    from swarmtrain.simulate.learning.gossip import Peer, World
+    from swarmtrain.simulate.learning.lane import Lane
 
 __all__ = ["catches_up", "schedule"]
 

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
@@ -19,16 +19,15 @@ from swarmtrain.algorithm.gossip import Arrival, Layout, prepare, variance_corre
 from swarmtrain.algorithm.pacing import first_inner_steps
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
-from swarmtrain.membership.partners import BackOff, Candidate, Difference, Ledger, Mark, Partners, View, median_round
+from swarmtrain.membership.fragments import publications_of_round
+from swarmtrain.membership.partners import BackOff, Candidate, Difference, Mark, View, median_round
 from swarmtrain.membership.pulls import (
-    PullPlan,
     PullTimes,
     Section,
     Wanted,
     ahead_rounds,
-    late_share,
-    most_pulls,
+    expected_step_s,
+    is_moved,
     plan_pulls,
     total_bytes,
 )
@@ -38,86 +37,18 @@ from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.consensus import layout_of_specs
-from swarmtrain.peer.robustness import Robustness, apart
+from swarmtrain.peer.robustness import apart
 from swarmtrain.peer.trainer import Contribution, Gathered, Start
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.churn import catches_up, schedule
+from swarmtrain.simulate.learning.lane import Arrived, Lane, Published, Pull
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["Lane", "Peer", "Published", "World"]
+__all__ = ["Peer", "World"]
 
 
 _ROUNDING_S = 1e-9
-
-
-@dataclass
-class Published:
-    """A fragment's weights at its round's start or its pseudo-gradient since, which travel as the run file says."""
-
-    mark: Mark
-    vector: Tensor
-    sent: Tensor | None = None
-    """What everybody gets of it, once it was asked for."""
-    began_s: float | None = None
-    """When its author's round of the fragment began, of weights."""
-    rows: Sequence[Row] = ()
-    """Who has seen which data, as it tells with it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Pull:
-    """A section of somebody's publication, on its way."""
-
-    lane: Lane
-    asked: OpenPull
-    published: Published
-    life: int
-    """Of its author."""
-
-
-Arrived: TypeAlias = dict[Which, tuple[Published, Arrival]]
-"""What is here to be merged, of whom, in the order in which it came."""
-
-
-class Lane:
-    """What a peer keeps of one fragment of the model: what it publishes, pulls and has merged of it."""
-
-    def __init__(self, peer: Peer, number: int) -> None:
-        world, section = peer.world, peer.world.setting.run.merge
-        self.peer, self.number, self.fragment = peer, number, world.fragments[number]
-        self.sizes = replace(world.codec(number).sizes, share=1 / len(world.fragments))
-        self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
-        met = not world.setting.own_weights
-        self.robustness = Robustness(section.robust, self.fragment.layout, world.told, met=met)
-        self.began_s = math.inf
-        """When its round did."""
-
-    def forget(self, back_off: BackOff) -> None:
-        """All that a process holds and no checkpoint keeps."""
-        world = self.peer.world
-        self.partners = Partners(self.ledger, back_off, world.setting.run.merge.partners)
-        self.newest: Published | None = None
-        """Its gradient's."""
-        self.weights: Published | None = None
-        self.merged: dict[str, Tensor] = {}
-        self.codec = world.codec(self.number)
-        self.arrived: Arrived = {}
-        self.pulls = OpenPulls(back_off, most_pulls(world.wanted))
-        self.plan: PullPlan | None = None
-        self.sizes_due = self.sizes
-        """Of all that is pulled of one partner at once."""
-
-    @property
-    def round(self) -> int:
-        """The one that it is in, or begins."""
-        return self.peer.round if self.weights is None else self.weights.mark.round
-
-    def begins(self, round: int, theta: Tensor, now: float) -> None:
-        """A round of it, with the weights `theta`, (Q,)."""
-        self.began_s = now
-        self.pulls.round_begins(now)
-        self.weights = Published(Mark(round, 0, 0), theta, began_s=now)
 
 
 class Peer:
@@ -139,6 +70,8 @@ class Peer:
         self.done = self.run_tokens = 0
         self.is_here, self.is_over = True, False
         self.knows_speed = False
+        self.step_s = setting.step_s[number]
+        """As it was in its last round."""
         self.num_lives = 0
         """How often it has gone. What it had begun before then, comes to nothing."""
         self.began_s = math.inf
@@ -171,7 +104,7 @@ class Peer:
         self.enter(self._next_start(), self.world.tokens)
         step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
-            self.call_at(self.done_s(moment * step_s), self.train_to, moment)
+            self.call_at(self.done_s(moment * step_s), self.publish, moment)
         for moment in sorted(set(self.start.merge_after))[:-1]:
             self.call_at(self.done_s(moment * step_s), self.end_of_some, moment)
         self.plan_pulls()
@@ -180,21 +113,25 @@ class Peer:
     def plan_pulls(self) -> None:
         """When to pull for the next merge of each fragment, as far as that is known by now."""
         now, others, wanted = self.world.clock.now, len(self.world.live) - 1, self.world.wanted
-        merge_after, round_s = self.start.merge_after, self.ends_s - self.began_s
-        until_s = min((at_s for lane in self.lanes if (at_s := self.merges_s(lane)) > now), default=math.inf)
+        merge_after = self.start.merge_after
+        until_s = min((self.at_s(moment) for moment in merge_after if moment > self.done), default=math.inf)
+        if self.world.setting.pace.deviation:
+            until_s = math.inf  # that merge may come later than reckoned
         for lane in self.lanes:
-            together = [one for one in self.lanes if merge_after[one.number] == merge_after[lane.number]]
+            moment = merge_after[lane.number]
+            together = [one for one in self.lanes if merge_after[one.number] == moment]
             lane.sizes_due = sizes = total_bytes(one.sizes for one in together)
-            ends_s = self.merges_s(lane) + (round_s if lane.round > self.round else 0.0)
-            lane.plan = plan_pulls(others, lane.began_s, ends_s, sizes, self.times, wanted)
+            lane.merges_s = self.at_s(moment + (self.start.inner_steps if lane.round > self.round else 0))
+            lane.plan = plan_pulls(others, lane.began_s, lane.merges_s, sizes, self.times, wanted)
             for what, due_s in ("weights", lane.plan.weights_at_s), ("gradient", lane.plan.gradients_at_s):
                 for when_s in due_s:
                     if when_s <= until_s:
-                        self.call_at(self.done_s(max(0.0, when_s - now)), self.fill, lane, what)
+                        self.call_at(self.due_s(max(0.0, when_s - now)), self.fill, lane, what)
 
-    def merges_s(self, lane: Lane) -> float:
-        """When it merges that fragment in its round, if it does not stand still."""
-        return self.began_s + self.start.merge_after[lane.number] * self.world.setting.step_s[self.number]
+    def at_s(self, moment: int) -> float:
+        """When it will have taken so many steps of its round, as it expects."""
+        now = self.world.clock.now
+        return now + (moment - self.done) * expected_step_s(self.step_s, now - self.began_s, self.done)
 
     def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> None:
         """On the world's clock, unless it has gone by then."""
@@ -207,14 +144,14 @@ class Peer:
     def _next_start(self) -> Start:
         """How its next round begins: as one that does not know its speed before it has had a round."""
         setting, section = self.world.setting, self.world.setting.run.merge
-        others = [peer for peer in self.world.live if peer is not self]
-        steps, everybodys, late = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0, 0.0
+        others, most = [peer for peer in self.world.live if peer is not self], section.publications_per_round
+        steps, everybodys, round_s = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0, 0.0
         if self.knows_speed:
             ends_s = [peer.ends_in_s() for peer in self.world.peers if peer is not self]
-            steps, everybodys = setting.steps_of_round(self.number, ends_s), setting.steps_of_everybody(self.number)
-            sizes, round_s = [lane.sizes for lane in self.lanes], steps * setting.step_s[self.number]
-            if setting.is_in_step(self.number):
-                late = late_share(len(others), round_s, sizes, self.times, self.world.wanted)
+            speeds = [1 / peer.step_s for peer in self.world.peers]
+            steps = setting.steps_of_round(self.number, ends_s, speeds)
+            everybodys = setting.steps_of_everybody(self.number, speeds)
+            round_s = steps * self.step_s
         shard = None
         if self.coverage is not None:
             names = [peer.name for peer in others]
@@ -223,22 +160,21 @@ class Peer:
             inner_steps=steps,
             num_peers=1 + sum(peer.number < setting.num_counted for peer in others),
             shard=shard,
-            num_parts=section.publications_per_round,
+            num_parts=most,
+            num_publications=publications_of_round(most, len(self.lanes), round_s, self.world.layout.size),
             run_steps_a_step=everybodys,
             num_fragments=len(self.lanes),
-            late_share=late,
         )
 
     def ends_in_s(self) -> float | None:
         """In how many seconds its round ends, as it tells; None until it knows its speed, and while it is away."""
         if not (self.is_here and self.knows_speed):
             return None
-        return self.ends_s - self.world.clock.now
-
-    @property
-    def ends_s(self) -> float:
-        """When its round does, if it does not stand still."""
-        return self.began_s + self.start.inner_steps * self.world.setting.step_s[self.number]
+        setting, now = self.world.setting, self.world.clock.now
+        if not setting.pace.deviation:
+            return self.began_s + self.start.inner_steps * self.step_s - now
+        done = setting.steps_between(self.number, self.began_s, now)
+        return (self.start.inner_steps - done) * self.step_s
 
     def enter(self, start: Start, run_tokens: int) -> None:
         """A round begins; the run has so many tokens by now."""
@@ -251,8 +187,12 @@ class Peer:
                 lane.begins(self.round, self.trainer.state_of(lane.number).theta, self.began_s)
 
     def done_s(self, work_s: float) -> float:
-        """When it does what it would do in so long, if it did not stand still meanwhile."""
+        """When it has done what takes it so long at its own speed."""
         return self.world.setting.done_s(self.number, self.world.clock.now, work_s)
+
+    def due_s(self, wait_s: float) -> float:
+        """When it does what it would do in so long, if it did not hang meanwhile."""
+        return self.world.setting.due_s(self.number, self.world.clock.now, wait_s)
 
     def train_to(self, moment: int) -> None:
         """Inner steps up to `moment` of the round, then a publication."""
@@ -269,6 +209,16 @@ class Peer:
             gradient = self.own.gradient_of(lane.number)
             lane.robustness.learn(gradient, of.tokens)
             lane.newest = Published(Mark(of.round, of.part, of.tokens), gradient)
+
+    def publish(self, moment: int) -> None:
+        """Train to that moment of the round, and publish; pulls are planned anew if merges come at other times."""
+        self.train_to(moment)
+        if moment in self.start.merge_after or not self.knows_speed:
+            return
+        due = min((lane for lane in self.lanes if lane.round == self.round), key=lambda lane: lane.merges_s)
+        way_s = self.start.inner_steps * self.step_s / len(self.lanes)
+        if is_moved(due.merges_s, self.at_s(self.start.merge_after[due.number]), way_s):
+            self.plan_pulls()
 
     def serve(self, lane: Lane, section: Section, published: Published) -> None:
         """That section of its publications was asked for: the first time it is encoded, for everybody."""
@@ -306,12 +256,12 @@ class Peer:
                 author.back_off.called(self.name, clock.now)
             asked = lane.pulls.begin(section, name, clock.now)
             if not self.is_of_use(lane, section, name, published.mark):
-                round_s = self.start.inner_steps * setting.step_s[self.number] / len(self.lanes)
+                round_s = self.start.inner_steps * self.step_s / len(self.lanes)
                 again_s = lane.pulls.nothing_new(asked, clock.now, round_s)
-                self.call_at(self.done_s(again_s), self.fill, lane, section)
+                self.call_at(self.due_s(again_s), self.fill, lane, section)
                 continue
             pull = Pull(lane, asked, published, author.num_lives)
-            self.call_at(self.done_s(slow_s), self.fill, lane, section)
+            self.call_at(self.due_s(slow_s), self.fill, lane, section)
             if world.is_hanging(name):  # it says nothing
                 self.call_at(clock.now + setting.run.network.call_limit_s, self.break_off, pull, "no answer", True)
             else:
@@ -410,6 +360,9 @@ class Peer:
 
     def end_of_some(self, moment: int) -> None:
         """Merge what is here of the fragments whose time has come."""
+        now, due = self.world.clock.now, [n for n, after in enumerate(self.start.merge_after) if after == moment]
+        first = self.lanes[due[0]]
+        self.times.round_ended(first.merges_s - first.began_s, now - first.began_s)
         for lane, merged_after in zip(self.lanes, self.start.merge_after, strict=True):
             if merged_after == moment:
                 self.merge(lane, self.ready(lane))
@@ -421,6 +374,8 @@ class Peer:
     def end(self) -> None:
         """Merge the last fragments, or take the others' weights if its own are too old for them; on to a new round."""
         world, self.knows_speed = self.world, True
+        if world.setting.pace.deviation:
+            self.step_s = (world.clock.now - self.began_s) / self.start.inner_steps
         if catches_up(self):
             return
         self.end_of_some(self.start.inner_steps)
@@ -475,7 +430,7 @@ class Peer:
 
     def ahead_rounds(self, lane: Lane, published: Published) -> float:
         """By how much of the fragment's round that ends its author's began later."""
-        return ahead_rounds(published.began_s, lane.began_s, self.merges_s(lane))
+        return ahead_rounds(published.began_s, lane.began_s, lane.merges_s)
 
 
 @dataclass

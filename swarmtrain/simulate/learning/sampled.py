@@ -129,11 +129,11 @@ def modest(setting: Setting) -> Outcome:
         transfer_s = setting.rtt_s + num_sampled * size_bytes / setting.bytes_per_s  # all to one, and from one to all
         num_lost += sum(min(steps, setting.steps_between(n, now_s, met_s)) for n in sample if n not in trained)
         late_s = [setting.lost_s(rng) + setting.late_s(size_bytes, rng) for _ in range(2 * num_sampled)]
+        worked_s += sum(setting.takes_s(number, now_s, steps) for number in trained)
         now_s = met_s + 2 * transfer_s + max(late_s)
         theta = torch.stack(reached).mean(0)
         tokens, num_steps = tokens + steps * run.tokens_per_step * len(trained), num_steps + steps * len(trained)
         sent_bytes += 2 * len(trained) * size_bytes
-        worked_s += sum(steps * setting.step_s[number] for number in trained)
         recorder.see(tokens, now_s, lambda: theta)  # noqa: B023 - called at once
     return Outcome(
         held_out_loss=setting.text.held_out_loss(theta),

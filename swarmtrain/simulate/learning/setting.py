@@ -14,6 +14,7 @@ from swarmtrain.algorithm.outer import OuterConstants, momentum_at
 from swarmtrain.network.impairments import Lateness
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.learner import Learner, Text
+from swarmtrain.simulate.learning.pace import Pace
 from swarmtrain.simulate.links import rates
 from swarmtrain.simulate.scenario import Away, Hang, HostileSection, Scenario
 
@@ -23,6 +24,7 @@ GROUP = 4
 """So many volunteers are in a sample of MoDeST and so many updates in a buffer of FedBuff, or as many as there are."""
 _MOST_OWN = 8
 _SAID_SPEED = 1e9
+_EVEN = Pace()
 _MOST_LONGER = 30
 """Who comes and goes by chance is drawn for so many times as long as a run takes in which nobody waits or goes."""
 
@@ -36,6 +38,8 @@ class Setting:
 
     text: Text
     step_s: tuple[float, ...]
+    pace: Pace = field(default_factory=Pace)
+    """How these differ from time to time."""
     up_bytes_per_s: float = float("inf")
     down_bytes_per_s: float = float("inf")
     """Of everybody that has no other,"""
@@ -113,28 +117,31 @@ class Setting:
         momentum = momentum_at(round, section.outer_momentum, section.momentum_ramp_rounds)
         return OuterConstants(learning_rate=section.outer_learning_rate, momentum=momentum)
 
-    def steps_of_round(self, number: int, others_end_in_s: Sequence[float | None] = ()) -> int:
-        """H_i; in step with the others, in the order of their numbers, of whom it is known in how many seconds their
-        rounds end."""
-        section = self.run.merge
+    @property
+    def speeds(self) -> list[float]:
+        """Everybody's own, in inner steps per second."""
+        return [1 / each for each in self.step_s]
+
+    def steps_of_round(
+        self, number: int, others_end_in_s: Sequence[float | None] = (), speeds: Sequence[float] | None = None
+    ) -> int:
+        """H_i, of all `speeds` as measured; in step with the others, in the order of their numbers, of whom it is known
+        in how many seconds their rounds end."""
+        section, speeds = self.run.merge, speeds or self.speeds
         return pacing.round_inner_steps(
-            1 / self.step_s[number],
-            self._said_by_others(number, self.num_peers),
+            speeds[number],
+            self._said_by_others(number, speeds),
             section.inner_steps,
             paced=section.pacing,
             limit_s=section.round_limit_s,
             others_end_in_s=others_end_in_s,
         )
 
-    def is_in_step(self, number: int) -> bool:
-        """Whether its rounds end when others' do."""
-        section, others = self.run.merge, self._said_by_others(number, self.num_peers)
-        return section.pacing and pacing.is_in_step(1 / self.step_s[number], others, section.inner_steps)
-
-    def steps_of_everybody(self, number: int) -> float:
+    def steps_of_everybody(self, number: int, speeds: Sequence[float] | None = None) -> float:
         """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances, as it
         reckons that."""
-        return pacing.steps_of_everybody(1 / self.step_s[number], self._said_by_others(number, self.num_counted))
+        speeds = speeds or self.speeds
+        return pacing.steps_of_everybody(speeds[number], self._said_by_others(number, speeds[: self.num_counted]))
 
     @property
     def num_counted(self) -> int:
@@ -142,14 +149,14 @@ class Setting:
         those who lie about their speed."""
         return self.num_peers if self.hostile.kind == "speed" else self.num_honest
 
-    def said_speed(self, number: int) -> float:
+    def said_speed(self, number: int, speed: float) -> float:
         """What volunteer `number` says that it does, in inner steps per second."""
         lies = number >= self.num_honest and self.hostile.kind == "speed"
-        return _SAID_SPEED if lies else 1 / self.step_s[number]
+        return _SAID_SPEED if lies else speed
 
-    def _said_by_others(self, number: int, of_first: int) -> list[float]:
-        """The speeds that others than volunteer `number` say, of so many first ones."""
-        return [self.said_speed(other) for other in range(of_first) if other != number]
+    def _said_by_others(self, number: int, speeds: Sequence[float]) -> list[float]:
+        """Of those with these speeds, the first ones, what others than volunteer `number` say."""
+        return [self.said_speed(other, speed) for other, speed in enumerate(speeds) if other != number]
 
     def all_reduce_s(self, num_peers: int, size_bytes: int, rng: random.Random) -> float:
         """Of a mean over so many: shares of everybody's to their hosts, then the means back; all wait for the last."""
@@ -171,14 +178,27 @@ class Setting:
         return lateness.of_transfer(size_bytes, self.bytes_per_s)
 
     def done_s(self, number: int, since_s: float, work_s: float) -> float:
-        """When volunteer `number` has worked so long from `since_s` on: it does nothing while it hangs."""
+        """When volunteer `number` has done what takes it so long at its own speed, from `since_s` on: it does nothing
+        while it hangs."""
+        return self._over_s(number, since_s, work_s, self.pace)
+
+    def takes_s(self, number: int, since_s: float, steps: int) -> float:
+        """How long volunteer `number` works for so many inner steps, from `since_s` on."""
+        work_s = steps * self.step_s[number]
+        return self.pace.done_s(number, since_s, work_s) - since_s if self.pace.deviation else work_s
+
+    def due_s(self, number: int, since_s: float, wait_s: float) -> float:
+        """When it does what it would do in so long, if it did not hang meanwhile."""
+        return self._over_s(number, since_s, wait_s, _EVEN)
+
+    def _over_s(self, number: int, since_s: float, work_s: float, pace: Pace) -> float:
         for hang in sorted((each for each in self.hangs if each.peer == number), key=lambda each: each.at_s):
-            if hang.at_s >= since_s + work_s:
+            if hang.at_s >= pace.done_s(number, since_s, work_s):
                 break
             if (over_s := hang.at_s + hang.for_s) > since_s:
-                work_s -= max(0.0, hang.at_s - since_s)
+                work_s -= pace.worked_s(number, since_s, hang.at_s)
                 since_s = over_s
-        return since_s + work_s
+        return pace.done_s(number, since_s, work_s)
 
     def is_hanging(self, number: int, now_s: float) -> bool:
         """Whether that volunteer stands still now."""
@@ -202,11 +222,12 @@ class Setting:
         goes_s = (each.at_s for each in self.away if each.peer == number and each.at_s > since_s)
         until_s = min(until_s, *goes_s, math.inf)
         hung_s = (
-            max(0.0, min(until_s, hang.at_s + hang.for_s) - max(since_s, hang.at_s))
+            self.pace.worked_s(number, max(since_s, hang.at_s), min(until_s, hang.at_s + hang.for_s))
             for hang in self.hangs
             if hang.peer == number
         )
-        return math.floor(max(0.0, until_s - since_s - sum(hung_s)) / self.step_s[number] + 1e-9)
+        worked_s = self.pace.worked_s(number, since_s, until_s) - sum(hung_s)
+        return math.floor(max(0.0, worked_s) / self.step_s[number] + 1e-9)
 
     def speaks_again_s(self, now_s: float) -> float:
         """When the first of those that are silent now is not any more."""
@@ -224,7 +245,7 @@ class Setting:
         missed as soon as that, and its work is lost: nobody may be left."""
         gone = [number for number, each in work_s.items() if self.goes_within(number, now_s, each)]
         ends_s = {number: self.done_s(number, now_s, each) for number, each in work_s.items() if number not in gone}
-        expected_s = now_s + max(work_s.values())
+        expected_s = max(self.pace.done_s(number, now_s, each) for number, each in work_s.items())
         late = [number for number, end_s in ends_s.items() if end_s > expected_s + self.run.merge.silence_s]
         if not ends_s:
             return [], expected_s
@@ -253,6 +274,7 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
     return Setting(
         text=text,
         step_s=honest_s + hostile_s,
+        pace=Pace(scenario.peers.noise, scenario.peers.noise_lasts_s, text.run.run.seed),
         up_bytes_per_s=up,
         down_bytes_per_s=down,
         own_links=_own_links(scenario),

@@ -30,7 +30,7 @@ def data_parallel(setting: Setting) -> Outcome:
             loss.backward()  # type: ignore[no-untyped-call]
         first.trainer.inner.step(tokens / setting.total_tokens)
         num_steps, tokens = num_steps + len(trained), tokens + len(trained) * run.tokens_per_step
-        worked_s += sum(setting.step_s[number] for number in trained)
+        worked_s += sum(setting.takes_s(number, now_s, 1) for number in trained)
         now_s = met_s + setting.all_reduce_s(len(trained), size_bytes, rng)
         sent_bytes += 2 * (len(trained) - 1) * size_bytes
         recorder.see(tokens, now_s, lambda: first.reached)
@@ -88,9 +88,9 @@ def diloco(setting: Setting) -> Outcome:
         state = diloco_round(state, took_part, len(here), tokens, setting.constants(round))
         a_round = sum(steps[n] for n in trained)
         tokens, round, num_steps = tokens + a_round * run.tokens_per_step, round + 1, num_steps + a_round
+        worked_s += sum(setting.takes_s(n, now_s, steps[n]) for n in trained)
         now_s = met_s + setting.all_reduce_s(len(trained), size_bytes, rng)
         sent_bytes += 2 * (len(trained) - 1) * size_bytes
-        worked_s += sum(steps[n] * setting.step_s[n] for n in trained)
         recorder.see(tokens, now_s, lambda: state.theta)  # noqa: B023 - called at once
     return Outcome(
         held_out_loss=setting.text.held_out_loss(state.theta),

@@ -1,0 +1,93 @@
+"""What a simulated volunteer keeps of one fragment of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from torch import Tensor
+
+from swarmtrain.algorithm.gossip import Arrival
+from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
+from swarmtrain.membership.partners import BackOff, Ledger, Mark, Partners
+from swarmtrain.membership.pulls import PullPlan, most_pulls
+from swarmtrain.membership.shards import Row
+from swarmtrain.peer.robustness import Robustness
+
+if TYPE_CHECKING:
+    from swarmtrain.simulate.learning.gossip import Peer
+
+__all__ = ["Arrived", "Lane", "Published", "Pull"]
+
+
+@dataclass
+class Published:
+    """A fragment's weights at its round's start or its pseudo-gradient since, which travel as the run file says."""
+
+    mark: Mark
+    vector: Tensor
+    sent: Tensor | None = None
+    """What everybody gets of it, once it was asked for."""
+    began_s: float | None = None
+    """When its author's round of the fragment began, of weights."""
+    rows: Sequence[Row] = ()
+    """Who has seen which data, as it tells with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pull:
+    """A section of somebody's publication, on its way."""
+
+    lane: Lane
+    asked: OpenPull
+    published: Published
+    life: int
+    """Of its author."""
+
+
+Arrived: TypeAlias = dict[Which, tuple[Published, Arrival]]
+"""What is here to be merged, of whom, in the order in which it came."""
+
+
+class Lane:
+    """What a peer keeps of one fragment of the model: what it publishes, pulls and has merged of it."""
+
+    def __init__(self, peer: Peer, number: int) -> None:
+        world, section = peer.world, peer.world.setting.run.merge
+        self.peer, self.number, self.fragment = peer, number, world.fragments[number]
+        self.sizes = replace(world.codec(number).sizes, share=1 / len(world.fragments))
+        self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
+        met = not world.setting.own_weights
+        self.robustness = Robustness(section.robust, self.fragment.layout, world.told, met=met)
+        self.began_s = math.inf
+        """When its round did,"""
+        self.merges_s = math.inf
+        """and when it is merged next, as was expected last."""
+
+    def forget(self, back_off: BackOff) -> None:
+        """All that a process holds and no checkpoint keeps."""
+        world = self.peer.world
+        self.partners = Partners(self.ledger, back_off, world.setting.run.merge.partners)
+        self.newest: Published | None = None
+        """Its gradient's."""
+        self.weights: Published | None = None
+        self.merged: dict[str, Tensor] = {}
+        self.codec = world.codec(self.number)
+        self.arrived: Arrived = {}
+        self.pulls = OpenPulls(back_off, most_pulls(world.wanted))
+        self.plan: PullPlan | None = None
+        self.sizes_due = self.sizes
+        """Of all that is pulled of one partner at once."""
+
+    @property
+    def round(self) -> int:
+        """The one that it is in, or begins."""
+        return self.peer.round if self.weights is None else self.weights.mark.round
+
+    def begins(self, round: int, theta: Tensor, now: float) -> None:
+        """A round of it, with the weights `theta`, (Q,)."""
+        self.began_s = now
+        self.pulls.round_begins(now)
+        self.weights = Published(Mark(round, 0, 0), theta, began_s=now)
