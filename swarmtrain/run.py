@@ -208,7 +208,7 @@ class MergeSection(Section):
     init: Literal["common", "own"] = Field("common", description='"gossip": "common" begins with the same weights everywhere, "own" with random weights of each peer\'s own, which variance-corrected averaging brings together.')  # fmt: skip
     num_partners: int = Field(8, ge=1, le=64, description='"gossip": whose pseudo-gradients a peer pulls in a round, of fewer where the link carries no more (P).')  # fmt: skip
     num_weights: int = Field(1, ge=1, le=64, description='"gossip": of how many others it pulls the weights, which are larger; with merge.init = "own" the default is 3.')  # fmt: skip
-    publications_per_round: int = Field(32, ge=1, le=64, description='"gossip": how often a peer publishes in a round, at equal distances: half as often, or a quarter, where that would be more than once a second, or cost it time (F).')  # fmt: skip
+    publications_per_round: int = Field(32, ge=1, le=64, description='"gossip": into how many parts a round is divided: with the ends of these a peer publishes, but on the way from one fragment\'s merge to the next\'s only from the middle on. A half of them, or a quarter, where it would publish more than once a second, or that would cost it time (F).')  # fmt: skip
     fragments: int = Field(4, ge=1, le=16, description='"gossip": the model is merged in so many fragments, each once a round and one after the other, so that less of what partners train is lost while it is pulled (N).')  # fmt: skip
     partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip
     theta_format: _Format = Field("int8", description='"gossip", "server": how weights travel.')

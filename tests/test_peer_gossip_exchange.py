@@ -306,14 +306,14 @@ def test_a_round_is_published_in_parts(worlds: list[World]) -> None:
         time.sleep(0.01)
 
 
-def test_how_often_it_publishes_follows_from_how_long_the_round_is_expected_to_last(worlds: list[World]) -> None:
+def test_how_often_it_publishes_follows_from_how_long_its_round_should_last(worlds: list[World]) -> None:
     world = world_of(worlds, 2, inner_steps=64, publications_per_round=32, fragments=2, pacing=True)
     peer, _ = world.everyone()
     peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(2)])
     for speed, often in ((0.0, 8), (0.1, 32), (2.5, 16), (100.0, 8)):
         start = peer.exchange.start_round(Progress(), speed)
-        assert (start.num_publications, start.num_parts) == (often, 32), speed
-    assert start.publish_after == [8, 16, 24, 32, 40, 48, 56, 64] and start.part_after(8) == 4
+        assert (start.own_parts, start.num_parts) == (often, 32), speed
+    assert start.publish_after == [16, 24, 32, 48, 56, 64] and start.part_after(16) == 8
 
 
 def test_merges_are_planned_anew_where_steps_take_less_time_than_they_did(

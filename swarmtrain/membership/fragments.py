@@ -20,7 +20,8 @@ __all__ = [
     "FragmentRound",
     "FragmentRounds",
     "merged_with",
-    "publications_of_round",
+    "parts_of_round",
+    "published_parts",
     "steps_of_fragment",
     "told_mark",
     "told_round",
@@ -97,15 +98,26 @@ class FragmentRounds:
         return max(0, tokens - self._before[fragment][0]) if round == self._round else 0
 
 
-def publications_of_round(most: int, num_fragments: int, round_s: float, num_parameters: int) -> int:
-    """How often a peer publishes in a round that lasts so long (0: it is not known): `most` times, or half, a quarter
-    ... of that, so that it does so once a second at most and copying costs next to nothing; but eight times, and twice
-    for each fragment."""
+def parts_of_round(most: int, num_fragments: int, round_s: float, num_parameters: int) -> int:
+    """Into how many parts a round is divided that lasts so long (0: it is not known), with the ends of which a peer may
+    publish: `most`, or half, a quarter ... of that, so that it does so once a second at most and copying costs next to
+    nothing; but eight, and two for each fragment."""
     between_s, number = max(_LEAST_BETWEEN_S, num_parameters * COPY_S / _COPYING_SHARE), most
     fewest = max(_FEWEST_PUBLICATIONS, 2 * num_fragments)
     while round_s < number * between_s and number % (2 * num_fragments) == 0 and number // 2 >= fewest:
         number //= 2
     return number
+
+
+def published_parts(number: int, num_fragments: int) -> list[int]:
+    """With the ends of which of a round's so many parts, from 1, a peer publishes: on the way from one fragment's merge
+    to the next's only from the middle on. Until then whoever merges the first of them a little later finds all of its
+    round, and not the first steps of another. With all of them, where a model is in one piece or they do not fit."""
+    on_the_way, rest = divmod(number, num_fragments)
+    numbers = range(1, number + 1)
+    if num_fragments == 1 or rest:
+        return list(numbers)
+    return [each for each in numbers if 2 * ((each - 1) % on_the_way + 1) >= on_the_way]
 
 
 def merged_with(fragment: int, number: int, num_parts: int) -> int:

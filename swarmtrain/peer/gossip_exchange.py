@@ -25,7 +25,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
-from swarmtrain.membership.fragments import publications_of_round
+from swarmtrain.membership.fragments import parts_of_round
 from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
@@ -194,7 +194,7 @@ class GossipExchange(AsynchronousExchange):
             start,
             num_parts=self.run.merge.publications_per_round,
             num_fragments=len(self._fragments),
-            num_publications=self._num_publications(start.inner_steps, steps_per_s),
+            own_parts=self._own_parts(start.inner_steps, steps_per_s),
             shard=None if coverage is None else coverage.begin(progress.round, others),
         )
         now, last = swarm_time(), len(self._fragments) - 1
@@ -211,10 +211,10 @@ class GossipExchange(AsynchronousExchange):
         self._do_soon(begin())
         return start
 
-    def _num_publications(self, steps: int, steps_per_s: float) -> int:
+    def _own_parts(self, steps: int, steps_per_s: float) -> int:
         """Of a round of so many steps."""
         section, round_s = self.run.merge, steps / steps_per_s if steps_per_s > 0 else 0.0
-        return publications_of_round(section.publications_per_round, len(self._fragments), round_s, self._layout.size)
+        return parts_of_round(section.publications_per_round, len(self._fragments), round_s, self._layout.size)
 
     def _publish_weights(self, fragment: int, round: int, now: float) -> None:
         """A round of that fragment begins, with its weights."""

@@ -22,7 +22,7 @@ from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, Moments, 
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import RunTimeError
-from swarmtrain.membership.fragments import FragmentRound, FragmentRounds, merged_with
+from swarmtrain.membership.fragments import FragmentRound, FragmentRounds, merged_with, published_parts
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
 from swarmtrain.peer.robustness import robust_mean
@@ -159,9 +159,9 @@ class Start:
     inner_steps: int
     num_peers: int
     num_parts: int = 1
-    """Into so many parts the run's rounds are divided,"""
-    num_publications: int = 0
-    """and with so many of them it publishes, at equal distances, with the last too; 0: with each."""
+    """Into so many equal parts rounds are divided at most, by whose numbers publications are known,"""
+    own_parts: int = 0
+    """and into so many this one is: a half, a quarter ... of that; 0: it is the same."""
     shard: int | None = None
     """Of the data, from which the round is drawn; None for everywhere."""
     run_steps_a_step: float = 0.0
@@ -171,24 +171,26 @@ class Start:
 
     @cached_property
     def publish_after(self) -> Sequence[int]:
-        """The inner steps after which it publishes; in a very short round fewer times."""
-        number = self._number
-        return [-(-self.inner_steps * each // number) for each in range(1, number + 1)]
+        """The inner steps after which it publishes (`published_parts`); in a very short round fewer times."""
+        return [self._ends[part - 1] for part in published_parts(len(self._ends), self.num_fragments)]
 
     @cached_property
     def merge_after(self) -> Sequence[int]:
         """The inner steps after which each fragment is merged: each a moment of a publication."""
-        every = [merged_with(fragment, self.num_fragments, self._number) for fragment in range(self.num_fragments)]
-        return [self.publish_after[each - 1] for each in every]
+        number, fragments = len(self._ends), range(self.num_fragments)
+        return [self._ends[merged_with(fragment, self.num_fragments, number) - 1] for fragment in fragments]
 
-    @property
-    def _number(self) -> int:
-        return min(self.num_publications or self.num_parts, self.inner_steps)
+    @cached_property
+    def _ends(self) -> Sequence[int]:
+        """Of its parts, in inner steps."""
+        number = min(self.own_parts or self.num_parts, self.inner_steps)
+        return [-(-self.inner_steps * part // number) for part in range(1, number + 1)]
 
     def part_after(self, inner_steps: int) -> int:
         """The part with which it publishes after so many inner steps; the last one's is always `num_parts`."""
-        moments, all_of_them = self.publish_after, self.num_publications or self.num_parts
-        return self.num_parts // all_of_them * (all_of_them - len(moments) + 1 + moments.index(inner_steps))
+        own_parts = self.own_parts or self.num_parts
+        number = own_parts - len(self._ends) + 1 + self._ends.index(inner_steps)
+        return number * (self.num_parts // own_parts)
 
     def run_tokens(self, before: int, own_steps: float, step_tokens: int) -> float:
         """How many tokens the run has when this peer has taken so many steps of the round, as far as it can know:

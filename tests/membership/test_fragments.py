@@ -9,7 +9,7 @@ import pytest
 
 from swarmtrain.membership.fragments import (
     FragmentRounds,
-    publications_of_round,
+    parts_of_round,
     steps_of_fragment,
     told_mark,
     told_round,
@@ -30,7 +30,7 @@ def play(rng: random.Random, number: int, num_parts: int, num_rounds: int) -> li
             inner_steps=inner_steps,
             num_peers=1,
             num_parts=num_parts,
-            num_publications=publications_of_round(num_parts, number, rng.choice([0.0, 20.0, 1e9]), 1),
+            own_parts=parts_of_round(num_parts, number, rng.choice([0.0, 20.0, 1e9]), 1),
             num_fragments=number,
         )
         ends = start.merge_after
@@ -100,7 +100,7 @@ def test_what_a_peer_tells_of_itself_gives_each_fragments_round_and_part(number:
     """Also where it publishes less often than it may: others do not know how often that is."""
     if most % (2 * number) and most != actual:
         pytest.skip("then it publishes as often as it may")
-    start = Start(inner_steps=16, num_peers=1, num_parts=most, num_publications=actual, num_fragments=number)
+    start = Start(inner_steps=16, num_peers=1, num_parts=most, own_parts=actual, num_fragments=number)
     rounds, ends = FragmentRounds(number), start.merge_after
     for round in range(3):
         rounds.begin(round, most, [start.part_after(moment) for moment in ends])
@@ -142,10 +142,32 @@ def test_what_a_peer_tells_of_itself_gives_each_fragments_round_and_part(number:
         (1, 1, 2.0, 400_000, 1),
     ],
 )
-def test_how_often_a_peer_publishes_in_a_round(
+def test_into_how_many_parts_a_round_is_divided(
     most: int, number: int, round_s: float, parameters: int, found: int
 ) -> None:
-    assert publications_of_round(most, number, round_s, parameters) == found
+    assert parts_of_round(most, number, round_s, parameters) == found
+
+
+@pytest.mark.parametrize(
+    ("inner_steps", "most", "number", "moments"),
+    [
+        (64, 32, 4, [8, 10, 12, 14, 16, 24, 26, 28, 30, 32, 40, 42, 44, 46, 48, 56, 58, 60, 62, 64]),
+        (64, 16, 4, [8, 12, 16, 24, 28, 32, 40, 44, 48, 56, 60, 64]),
+        (64, 8, 4, [8, 16, 24, 32, 40, 48, 56, 64]),
+        (16, 32, 4, [2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 16]),
+        (12, 32, 4, [2, 3, 5, 6, 8, 9, 11, 12]),
+        (64, 4, 4, [16, 32, 48, 64]),
+        (64, 8, 1, [8, 16, 24, 32, 40, 48, 56, 64]),  # in one piece
+        (6, 8, 4, [1, 2, 3, 4, 5, 6]),  # merges are not at equal distances
+        (1, 32, 4, [1]),
+    ],
+)
+def test_on_the_way_from_merge_to_merge_a_peer_publishes_from_the_middle_on(
+    inner_steps: int, most: int, number: int, moments: list[int]
+) -> None:
+    start = Start(inner_steps=inner_steps, num_peers=2, num_parts=most, num_fragments=number)
+    assert start.publish_after == moments
+    assert set(start.merge_after) <= set(moments)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +182,7 @@ def test_how_often_a_peer_publishes_in_a_round(
 def test_parts_are_numbered_alike_however_often_a_peer_publishes(
     inner_steps: int, most: int, actual: int, parts: dict[int, int]
 ) -> None:
-    start = Start(inner_steps=inner_steps, num_peers=2, num_parts=most, num_publications=actual, num_fragments=4)
-    assert len(start.publish_after) == min(inner_steps, actual or most)
+    start = Start(inner_steps=inner_steps, num_peers=2, num_parts=most, own_parts=actual, num_fragments=4)
     assert {moment: start.part_after(moment) for moment in parts} == parts
 
 

@@ -178,7 +178,7 @@ def test_a_machine_is_as_fast_as_its_owner_lets_it_be() -> None:
 def test_where_machines_are_busy_at_times_all_wait_for_them(tmp_path: Path, method: str) -> None:
     peers = {"slowdowns": [1], "noise_lasts_s": 0.5}
     even, busy = (played(method, setting(tiny(tmp_path, peers={**peers, "noise": noise}))) for noise in (0.0, 0.5))
-    assert 1.15 * even.virtual_time_s < busy.virtual_time_s < 3 * even.virtual_time_s
+    assert 1.03 * even.virtual_time_s < busy.virtual_time_s < 3 * even.virtual_time_s
     assert busy.stall_share > even.stall_share
     assert busy.held_out_loss == even.held_out_loss, "what is learnt is the same"
 

@@ -19,7 +19,7 @@ from swarmtrain.algorithm.gossip import Arrival, Layout, prepare, variance_corre
 from swarmtrain.algorithm.pacing import first_inner_steps
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.fragments import publications_of_round
+from swarmtrain.membership.fragments import parts_of_round
 from swarmtrain.membership.partners import BackOff, Candidate, Difference, Mark, View, median_round
 from swarmtrain.membership.pulls import (
     PullTimes,
@@ -161,7 +161,7 @@ class Peer:
             num_peers=1 + sum(peer.number < setting.num_counted for peer in others),
             shard=shard,
             num_parts=most,
-            num_publications=publications_of_round(most, len(self.lanes), round_s, self.world.layout.size),
+            own_parts=parts_of_round(most, len(self.lanes), round_s, self.world.layout.size),
             run_steps_a_step=everybodys,
             num_fragments=len(self.lanes),
         )
