@@ -310,10 +310,10 @@ def test_how_often_it_publishes_follows_from_how_long_its_round_should_last(worl
     world = world_of(worlds, 2, inner_steps=64, publications_per_round=32, fragments=2, pacing=True)
     peer, _ = world.everyone()
     peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(2)])
-    for speed, often in ((0.0, 8), (0.1, 32), (2.5, 16), (100.0, 8)):
+    for speed, every in ((0.0, 4), (0.1, 1), (2.5, 2), (100.0, 4)):
         start = peer.exchange.start_round(Progress(), speed)
-        assert (start.own_parts, start.num_parts) == (often, 32), speed
-    assert start.publish_after == [16, 24, 32, 48, 56, 64] and start.part_after(16) == 8
+        assert (start.every, start.num_parts) == (every, 32), speed
+    assert start.publish_after == [16, 24, 32, 48, 56, 64] and start.part_after(24) == 12
 
 
 def test_merges_are_planned_anew_where_steps_take_less_time_than_they_did(
@@ -326,10 +326,10 @@ def test_merges_are_planned_anew_where_steps_take_less_time_than_they_did(
     start = peer.exchange.start_round(Progress(), 0.5)
     peer.trainer.begin(start)
     for passed_s, inner_steps, ends_s in (
-        (4.0, 2, 1064.0),
-        (16.2, 8, 1064.0),  # not by much
-        (15.0, 10, 1015.0 + 22 * 1.5),
-        (500.0, 12, 1500.0 + 20 * 2.0),  # it hung, and goes on as in its last round
+        (32.0, 16, 1064.0),
+        (36.2, 18, 1064.0),  # not by much
+        (30.0, 20, 1030.0 + 12 * 1.5),
+        (500.0, 22, 1500.0 + 10 * 2.0),  # it hung, and goes on as in its last round
     ):
         clock_s[0], planned = 1000.0 + passed_s, peer.exchange._newest_plans
         contribution = peer.trainer.contribution(start.part_after(inner_steps), inner_steps, inner_steps * STEP_TOKENS)

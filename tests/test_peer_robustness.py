@@ -17,7 +17,7 @@ OWN = torch.ones(20)
 USUAL = Arrival(OWN + 0.1, torch.full((20,), 0.1), 100)
 
 
-def robustness(rule: str = "clip", *, met: bool = True, learnt: int = 16) -> tuple[Robustness, list[tuple[str, str]]]:
+def robustness(rule: str = "clip", *, met: bool = True, learnt: int = 40) -> tuple[Robustness, list[tuple[str, str]]]:
     told: list[tuple[str, str]] = []
 
     def tell(peer: str, incident: Incident) -> None:
@@ -44,7 +44,7 @@ def test_what_is_far_off_is_cut_and_named() -> None:
 
 
 def test_what_is_cut_in_the_first_rounds_is_not_told() -> None:
-    clip, told = robustness(learnt=15)
+    clip, told = robustness(learnt=39)
     wild = Arrival(None, torch.full((20,), 20.0), 100)
     assert float(clip.accept("ben", wild, OWN).gradient.abs().max()) == pytest.approx(0.3, rel=1e-4) and not told
     clip.learn(USUAL.gradient, 100)

@@ -10,7 +10,6 @@ Pure: what was trained is told.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.membership.partners import Mark
@@ -19,9 +18,10 @@ __all__ = [
     "COPY_S",
     "FragmentRound",
     "FragmentRounds",
+    "merged_step",
     "merged_with",
-    "parts_of_round",
-    "published_parts",
+    "published",
+    "publishes_every",
     "steps_of_fragment",
     "told_mark",
     "told_round",
@@ -29,10 +29,11 @@ __all__ = [
 
 _FEWEST_PUBLICATIONS = 8
 _LEAST_BETWEEN_S = 1.0
-_COPYING_SHARE = 0.005
-"""Of the trainer's time, at most, where that leaves eight publications."""
+_PUBLISHING_SHARE = 0.005
+"""Of the trainer's time, at most, where that leaves as many."""
 COPY_S = 3.0e-9
-"""Of a parameter, to copy it: a publication copies the weights. Measured with 10 and 50 million of them, one thread."""
+"""Of a parameter, to copy it: a publication copies the weights, and in as long what is usual is learnt from it.
+Measured with 10 and 50 million, one thread."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class FragmentRounds:
     number: int
     _round: int = 0
     _num_parts: int = 1
-    _parts: Sequence[int] = ()
     _before: list[tuple[int, int]] = field(init=False)
     """Tokens and inner steps since the last merge of each, at this round's start."""
     _merged: dict[int, tuple[int, int, int]] = field(default_factory=dict)
@@ -67,9 +67,9 @@ class FragmentRounds:
         """The weights are others', or those of a checkpoint: nothing was trained since."""
         self._before, self._merged = [(0, 0)] * self.number, {}
 
-    def begin(self, round: int, num_parts: int, parts: Sequence[int]) -> None:
-        """A round of so many publications; `parts`: with which of them each fragment is merged."""
-        self._round, self._num_parts, self._parts, self._merged = round, num_parts, parts, {}
+    def begin(self, round: int, num_parts: int) -> None:
+        """A round of so many parts."""
+        self._round, self._num_parts, self._merged = round, num_parts, {}
 
     def at(self, part: int, tokens: int, inner_steps: int) -> tuple[FragmentRound, ...]:
         """Each fragment's, at publication `part` of this round."""
@@ -80,7 +80,7 @@ class FragmentRounds:
             then, its_tokens, its_steps = self._merged[fragment]
             return FragmentRound(self._round + 1, part - then, tokens - its_tokens, inner_steps - its_steps)
         before_tokens, before_steps = self._before[fragment]
-        left = self._parts[fragment] - part  # negative where a round ends early
+        left = merged_with(fragment, self.number, self._num_parts) - part  # below 0 in short rounds, or that end early
         of_round = self._num_parts - max(0, left)
         return FragmentRound(self._round, of_round, before_tokens + tokens, before_steps + inner_steps)
 
@@ -98,37 +98,53 @@ class FragmentRounds:
         return max(0, tokens - self._before[fragment][0]) if round == self._round else 0
 
 
-def parts_of_round(most: int, num_fragments: int, round_s: float, num_parameters: int) -> int:
-    """Into how many parts a round is divided that lasts so long (0: it is not known), with the ends of which a peer may
-    publish: `most`, or half, a quarter ... of that, so that it does so once a second at most and copying costs next to
-    nothing; but eight, and two for each fragment."""
-    between_s, number = max(_LEAST_BETWEEN_S, num_parameters * COPY_S / _COPYING_SHARE), most
-    fewest = max(_FEWEST_PUBLICATIONS, 2 * num_fragments)
-    while round_s < number * between_s and number % (2 * num_fragments) == 0 and number // 2 >= fewest:
-        number //= 2
-    return number
+def publishes_every(num_parts: int, num_fragments: int, round_s: float, num_parameters: int) -> int:
+    """With the end of each how-many-th of a round's parts a peer publishes, if that lasts so long (0: it is not known):
+    each, each second, fourth ..., so that it does so once a second at most and that costs next to nothing; but eight
+    of them are left, and two of each fragment's."""
+    between_s, every = max(_LEAST_BETWEEN_S, num_parameters * 2 * COPY_S / _PUBLISHING_SHARE), 1
+    most = min(num_parts // _FEWEST_PUBLICATIONS, num_parts // num_fragments // 2)
+    while round_s * every < num_parts * between_s and 2 * every <= most:
+        every *= 2
+    return every
 
 
-def published_parts(number: int, num_fragments: int) -> list[int]:
-    """With the ends of which of a round's so many parts, from 1, a peer publishes: on the way from one fragment's merge
-    to the next's only from the middle on. Until then whoever merges the first of them a little later finds all of its
-    round, and not the first steps of another. With all of them, where a model is in one piece or they do not fit."""
-    on_the_way, rest = divmod(number, num_fragments)
-    numbers = range(1, number + 1)
-    if num_fragments == 1 or rest:
-        return list(numbers)
-    return [each for each in numbers if 2 * ((each - 1) % on_the_way + 1) >= on_the_way]
+def published(inner_steps: int, num_parts: int, num_fragments: int, every: int) -> dict[int, int]:
+    """After which inner steps of its round a peer publishes, with the part, from 1 to `num_parts`, that ends there.
+
+    Each fragment is merged with a publication. On the way to that from the merge before, which has as many parts as its
+    share or, if it is fewer, inner steps, it publishes with the end of each `every`-th, counted back from the merge;
+    and not before the middle of the way, unless the model is in one piece: until then who merges the fragment before a
+    little later finds its whole round, and not the first steps of another."""
+    found = dict[int, int]()
+    step_before = part_before = 0
+    for fragment in range(num_fragments):
+        part = merged_with(fragment, num_fragments, num_parts)
+        step = merged_step(fragment, num_fragments, inner_steps, num_parts)
+        on_the_way = max(1, min(part - part_before, step - step_before))
+        distance = max(1, -(-every * on_the_way // max(1, part - part_before)))
+        for back in range(0, on_the_way, distance):
+            if num_fragments == 1 or 2 * (on_the_way - back) >= on_the_way:
+                passed = -(-(step - step_before) * (on_the_way - back) // on_the_way)
+                found[step_before + passed] = part - back
+        step_before, part_before = step, part
+    return dict(sorted(found.items()))
+
+
+def merged_step(fragment: int, number: int, inner_steps: int, num_parts: int) -> int:
+    """After how many inner steps of a round a fragment, of so many, is merged."""
+    return -(-inner_steps * merged_with(fragment, number, num_parts) // num_parts)
 
 
 def merged_with(fragment: int, number: int, num_parts: int) -> int:
-    """With which of a round's so many publications a fragment, of so many, is merged."""
+    """With the end of which of a round's so many parts a fragment, of so many, is merged."""
     return -(-num_parts * (fragment + 1) // number)
 
 
 def told_mark(fragment: int, number: int, told: Mark, num_parts: int) -> Mark:
     """The newest publication of a fragment, of so many, of a peer that has told that it is in round `told.round`, of
-    which it has published `told.part`; `told.tokens`: of that, or with part 0 of the round before. The tokens are a
-    guess, and short rounds have fewer publications."""
+    which it has published up to part `told.part`; `told.tokens`: of that, or with part 0 of the round before. These
+    are a guess."""
     round, part, tokens = told.round, told.part, told.tokens
     if not part and not round:
         return told
@@ -156,8 +172,7 @@ def steps_of_fragment(
         return 0, inner_steps_done
     if not inner_steps:
         return None
-    parts = min(num_parts, inner_steps)
-    before = -(-inner_steps * merged_with(fragment, number, parts) // parts)
+    before = merged_step(fragment, number, inner_steps, num_parts)
     if before == inner_steps:
         return 0, inner_steps_done
     if inner_steps_done >= before:

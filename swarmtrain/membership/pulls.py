@@ -47,7 +47,7 @@ _LEAST_SLOW_S = 1.0
 _RETRIES_A_ROUND = 8
 _LEAST_IDLE_S = 0.25
 _PULLS_A_PARTNER = 4
-_MOVED_SHARE = 0.01
+_MOVED_SHARE, _LEAST_MOVED_S = 0.01, 0.1
 _MOST_EARLY_SHARE = 0.25
 """What comes after the round has ended is of no use to it, so where rounds end earlier than expected, pulls begin by so
 much earlier too; not by more than this."""
@@ -156,7 +156,7 @@ def expected_step_s(last_round_s: float, passed_s: float, steps_done: int) -> fl
 def is_moved(ends_s: float, now_ends_s: float, way_s: float) -> bool:
     """Whether a merge that was expected at one time and now is at another should be planned anew: from the merge of one
     fragment to that of the next it takes `way_s`."""
-    return abs(now_ends_s - ends_s) > _MOVED_SHARE * way_s
+    return abs(now_ends_s - ends_s) > max(_MOVED_SHARE * way_s, _LEAST_MOVED_S)
 
 
 def round_began_s(told_s: float, inner_steps_done: int, steps_per_s: float) -> float | None:

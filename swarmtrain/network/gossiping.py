@@ -128,6 +128,8 @@ class Gossip:
     rng: random.Random = field(default_factory=random.Random)
     round: int = 0
     back_off: BackOff = field(default_factory=BackOff)
+    num_stops: int = 0
+    """What was planned before the last of them is not begun."""
     lanes: list[Lane] = field(init=False)
     _tasks: dict[OpenPull, asyncio.Task[None]] = field(default_factory=dict)
     _times: PullTimes = field(default_factory=PullTimes)
@@ -160,7 +162,9 @@ class Gossip:
             ready, plan, lane.ready, lane.plan = lane.ready, lane.plan, None, None
             lane.merged_round = round
             if plan is not None and plan.is_sure and fragment == plan.fragments[0]:
-                self._times.round_ended(plan.ends_s - plan.started_s, swarm_time() - plan.started_s)
+                expected_s = plan.ends_s if lane.pulled_for_s is None else lane.pulled_for_s
+                self._times.round_ended(expected_s - plan.started_s, swarm_time() - plan.started_s)
+            lane.pulled_for_s = None
             if ready is None or ready.round != round:
                 return None
             reference = self._reference_round()
@@ -205,7 +209,7 @@ class Gossip:
                         continue  # its merge was earlier than this plan came here
                     lane.plan = plan
                     if began_s != lane.began_s:  # another round of it
-                        lane.ready, lane.began_s = None, began_s
+                        lane.ready, lane.began_s, lane.pulled_for_s = None, began_s, None
                         lane.open.round_begins(now)
         if self._filling is not None:
             self._filling.cancel()
@@ -218,7 +222,8 @@ class Gossip:
         return [self.lanes[fragment] for fragment in plan.fragments]
 
     async def stop(self) -> None:
-        """Pull nothing more, until more is planned."""
+        """Pull nothing more, until more is planned from now on."""
+        self.num_stops += 1
         tasks = [*self._tasks.values()]
         tasks += [task for task in (self._filling, self._preparing) if task is not None]
         await end_tasks(tasks)
@@ -267,6 +272,8 @@ class Gossip:
             peer = self._choose(lane, section, plan)
             if peer is None:
                 return
+            if lane.pulled_for_s is None:
+                lane.pulled_for_s = plan.ends_s
             self._start_pull(lane, peer, section, (plan.ends_s - plan.started_s) / len(self.lanes))
 
     def _give_up_old_pulls(self, plans: Sequence[Plan]) -> None:

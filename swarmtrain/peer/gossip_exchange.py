@@ -25,7 +25,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
-from swarmtrain.membership.fragments import parts_of_round
+from swarmtrain.membership.fragments import publishes_every
 from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
@@ -194,7 +194,7 @@ class GossipExchange(AsynchronousExchange):
             start,
             num_parts=self.run.merge.publications_per_round,
             num_fragments=len(self._fragments),
-            own_parts=self._own_parts(start.inner_steps, steps_per_s),
+            every=self._publishes_every(start.inner_steps, steps_per_s),
             shard=None if coverage is None else coverage.begin(progress.round, others),
         )
         now, last = swarm_time(), len(self._fragments) - 1
@@ -211,10 +211,10 @@ class GossipExchange(AsynchronousExchange):
         self._do_soon(begin())
         return start
 
-    def _own_parts(self, steps: int, steps_per_s: float) -> int:
-        """Of a round of so many steps."""
+    def _publishes_every(self, steps: int, steps_per_s: float) -> int:
+        """How-many-th part, in a round of so many steps."""
         section, round_s = self.run.merge, steps / steps_per_s if steps_per_s > 0 else 0.0
-        return parts_of_round(section.publications_per_round, len(self._fragments), round_s, self._layout.size)
+        return publishes_every(section.publications_per_round, len(self._fragments), round_s, self._layout.size)
 
     def _publish_weights(self, fragment: int, round: int, now: float) -> None:
         """A round of that fragment begins, with its weights."""
@@ -264,10 +264,10 @@ class GossipExchange(AsynchronousExchange):
 
     def _plan_anew(self, round: int, plans: Sequence[Plan]) -> None:
         """With what is known by now of when fragments are merged."""
-        self._newest_plans = plans
+        self._newest_plans, num_stops = plans, self.gossip.num_stops
 
         async def begin() -> None:
-            if plans is self._newest_plans:
+            if plans is self._newest_plans and num_stops == self.gossip.num_stops:
                 self.gossip.begin(round, plans)
 
         self.network.submit_unhurried(begin())  # those before tell of the next merges what these tell, nearly
@@ -300,7 +300,8 @@ class GossipExchange(AsynchronousExchange):
             )
 
         async def describe() -> None:
-            self.swarm.describe_part(contribution.part, contribution.tokens)
+            if contribution.round == self._progress.round:  # else the next has begun, and has been told of
+                self.swarm.describe_part(contribution.part, contribution.tokens)
             if self._unlearned:  # in the thread too: the gradient is computed by who asks first
                 await asyncio.to_thread(self._learn)
 

@@ -22,7 +22,7 @@ from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, Moments, 
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import RunTimeError
-from swarmtrain.membership.fragments import FragmentRound, FragmentRounds, merged_with, published_parts
+from swarmtrain.membership.fragments import FragmentRound, FragmentRounds, merged_step, published
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
 from swarmtrain.peer.robustness import robust_mean
@@ -69,7 +69,7 @@ class Contribution:
     """What a round has brought so far, and what it took to get there."""
 
     round: int
-    part: int  # 1, 2, ... of the round's publications, each with all steps since the round's start
+    part: int  # of the round's, from 1, that has ended: some of them; with all steps since the round's start
     thetas: tuple[Tensor, ...]  # of each fragment the weights at its last merge, (Q,) fp32
     fragments: tuple[Fragment, ...]
     fragment_rounds: tuple[FragmentRound, ...]  # and how far its round is
@@ -159,9 +159,9 @@ class Start:
     inner_steps: int
     num_peers: int
     num_parts: int = 1
-    """Into so many equal parts rounds are divided at most, by whose numbers publications are known,"""
-    own_parts: int = 0
-    """and into so many this one is: a half, a quarter ... of that; 0: it is the same."""
+    """Into so many parts a round is divided, by whose numbers publications are known;"""
+    every: int = 1
+    """it publishes with each so-many-th (`membership.fragments.published`)."""
     shard: int | None = None
     """Of the data, from which the round is drawn; None for everywhere."""
     run_steps_a_step: float = 0.0
@@ -171,26 +171,22 @@ class Start:
 
     @cached_property
     def publish_after(self) -> Sequence[int]:
-        """The inner steps after which it publishes (`published_parts`); in a very short round fewer times."""
-        return [self._ends[part - 1] for part in published_parts(len(self._ends), self.num_fragments)]
+        """The inner steps after which it publishes."""
+        return list(self._parts)
 
     @cached_property
     def merge_after(self) -> Sequence[int]:
         """The inner steps after which each fragment is merged: each a moment of a publication."""
-        number, fragments = len(self._ends), range(self.num_fragments)
-        return [self._ends[merged_with(fragment, self.num_fragments, number) - 1] for fragment in fragments]
+        number = self.num_fragments
+        return [merged_step(fragment, number, self.inner_steps, self.num_parts) for fragment in range(number)]
 
     @cached_property
-    def _ends(self) -> Sequence[int]:
-        """Of its parts, in inner steps."""
-        number = min(self.own_parts or self.num_parts, self.inner_steps)
-        return [-(-self.inner_steps * part // number) for part in range(1, number + 1)]
+    def _parts(self) -> Mapping[int, int]:
+        return published(self.inner_steps, self.num_parts, self.num_fragments, self.every)
 
     def part_after(self, inner_steps: int) -> int:
         """The part with which it publishes after so many inner steps; the last one's is always `num_parts`."""
-        own_parts = self.own_parts or self.num_parts
-        number = own_parts - len(self._ends) + 1 + self._ends.index(inner_steps)
-        return number * (self.num_parts // own_parts)
+        return self._parts[inner_steps]
 
     def run_tokens(self, before: int, own_steps: float, step_tokens: int) -> float:
         """How many tokens the run has when this peer has taken so many steps of the round, as far as it can know:
@@ -394,8 +390,7 @@ class Trainer:
 
     def begin(self, start: Start) -> None:
         """A round begins, in the model too."""
-        parts = [start.part_after(inner_steps) for inner_steps in start.merge_after]
-        self.rounds.begin(self.progress.round, start.num_parts, parts)
+        self.rounds.begin(self.progress.round, start.num_parts)
         if not self._is_entered:
             self.enter(self.state.theta)
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from swarmtrain.algorithm.pacing import round_inner_steps
-from swarmtrain.membership.fragments import parts_of_round
+from swarmtrain.membership.fragments import publishes_every
 from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
 from swarmtrain.membership.partners import (
     Candidate,
@@ -46,7 +46,7 @@ class _Round:
 
     started_s: float
     steps: int
-    own_parts: int = 1
+    every: int = 1
     asked: dict[Section, list[str]] = field(default_factory=lambda: {"weights": [], "gradient": []})
     due: dict[Section, int] = field(default_factory=lambda: {"weights": 0, "gradient": 0})
     bytes_down: int = 0
@@ -196,8 +196,8 @@ class GossipPeer:
             limit_s=s.round_limit_s,
             others_end_in_s=[None if end_s is None else end_s - now for end_s in self._ends_sampled_s],
         )
-        own_parts = parts_of_round(s.num_parts, 1, steps / self.steps_per_s, s.state_bytes // _STATE_BYTES)
-        self._now = _Round(now, steps, own_parts)
+        every = publishes_every(s.num_parts, 1, steps / self.steps_per_s, s.state_bytes // _STATE_BYTES)
+        self._now = _Round(now, steps, every)
         self._weights = [*self._weights[-1:], Publication(self.name, Mark(self.round, 0, 0), self.theta, 0.0)]
         if self.coverage is not None:
             busy = self.coverage.busy(one.peer for one in self._sampled)
@@ -296,10 +296,11 @@ class GossipPeer:
 
     def _mark_at(self, steps_done: int) -> Mark | None:
         """What is published of the present round once so many steps are done; None before the first part."""
-        steps, own_parts, num_parts = self._now.steps, self._now.own_parts, self.settings.num_parts
-        number = steps_done * own_parts // steps
-        tokens = -(-steps * number // own_parts) * self.settings.tokens_per_step
-        return Mark(self.round, num_parts // own_parts * number, tokens) if number else None
+        steps, every, num_parts = self._now.steps, self._now.every, self.settings.num_parts
+        part = steps_done * num_parts // steps
+        part -= (part - num_parts) % every  # counted back from the end
+        tokens = -(-steps * part // num_parts) * self.settings.tokens_per_step
+        return Mark(self.round, part, tokens) if part > 0 else None
 
     def provide(self, what: str) -> Any:
         """The state for a joiner, the manifest of the newest publication, or the bytes of one of the last two."""

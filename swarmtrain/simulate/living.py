@@ -16,7 +16,7 @@ from functools import partial
 
 from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
 from swarmtrain.errors import UserError
-from swarmtrain.membership.fragments import COPY_S, parts_of_round, published_parts
+from swarmtrain.membership.fragments import COPY_S, published, publishes_every
 from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, section_bytes
 from swarmtrain.rehearsal import ChurnSection, LinksSection, RehearsalFile, SeedSection, mishaps
 from swarmtrain.run import RunFile
@@ -124,8 +124,9 @@ def _merge_s(run: RunFile, round_s: float = 0.0) -> float:
     """What publishing and merging keep the trainer from in a round; of gossip that depends on how long that lasts."""
     merge, parameters, publications = run.merge, stage_parameters(run), 1
     if merge.method == "gossip":
-        number = parts_of_round(merge.publications_per_round, merge.num_fragments, round_s, parameters)
-        publications = len(published_parts(number, merge.num_fragments))
+        number, parts = merge.num_fragments, merge.publications_per_round
+        every = publishes_every(parts, number, round_s, parameters)
+        publications = len(published(merge.inner_steps, parts, number, every))
     return parameters * ((1 + publications) * COPY_S + _MERGE_S)
 
 

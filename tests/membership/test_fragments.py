@@ -9,7 +9,7 @@ import pytest
 
 from swarmtrain.membership.fragments import (
     FragmentRounds,
-    parts_of_round,
+    publishes_every,
     steps_of_fragment,
     told_mark,
     told_round,
@@ -30,12 +30,12 @@ def play(rng: random.Random, number: int, num_parts: int, num_rounds: int) -> li
             inner_steps=inner_steps,
             num_peers=1,
             num_parts=num_parts,
-            own_parts=parts_of_round(num_parts, number, rng.choice([0.0, 20.0, 1e9]), 1),
+            every=rng.choice([1, 2, 4, 8]),
             num_fragments=number,
         )
         ends = start.merge_after
         assert list(ends) == sorted(ends) and ends[-1] == inner_steps and set(ends) <= set(start.publish_after)
-        rounds.begin(round, num_parts, [start.part_after(moment) for moment in ends])
+        rounds.begin(round, num_parts)
         for moment in start.publish_after:
             part = start.part_after(moment)
             for fragment, each in enumerate(rounds.at(part, moment * TOKENS, moment)):
@@ -66,26 +66,26 @@ def test_parts_and_tokens_rise_and_a_round_of_a_fragment_goes_from_merge_to_merg
 
 def test_of_one_fragment_it_is_the_round_itself() -> None:
     rounds = FragmentRounds(1)
-    rounds.begin(3, 4, [4])
+    rounds.begin(3, 4)
     told = [(each.round, each.part, each.tokens) for part in range(1, 5) for each in rounds.at(part, 5 * part, part)]
     assert told == [(3, 1, 5), (3, 2, 10), (3, 3, 15), (3, 4, 20)]
     rounds.merged(0, 4, 20, 4)
-    rounds.begin(4, 4, [4])
+    rounds.begin(4, 4)
     assert rounds.at(1, 5, 1)[0].tokens == 5
 
 
 def test_of_a_round_that_ends_early_the_last_part_is_complete() -> None:
     rounds = FragmentRounds(2)
-    rounds.begin(0, 8, [4, 8])
+    rounds.begin(0, 8)
     assert [each.part for each in rounds.at(8, 30, 3)] == [8, 8]
 
 
 def test_what_another_has_taken_of_this_round() -> None:
     rounds = FragmentRounds(2)
-    rounds.begin(0, 2, [1, 2])
+    rounds.begin(0, 2)
     rounds.merged(0, 1, 30, 3)
     rounds.merged(1, 2, 60, 6)
-    rounds.begin(1, 2, [1, 2])
+    rounds.begin(1, 2)
     assert [each.tokens for each in rounds.at(1, 20, 2)] == [50, 20]
     assert rounds.of_round(0, 1, 50) == 20 and rounds.of_round(0, 1, 10) == 0, "30 of these are of the round before"
     rounds.merged(0, 1, 20, 2)
@@ -94,96 +94,89 @@ def test_what_another_has_taken_of_this_round() -> None:
     assert [each.tokens for each in rounds.at(1, 20, 2)] == [20, 20]
 
 
-@pytest.mark.parametrize(("most", "actual"), [(8, 8), (16, 8), (32, 8), (32, 16), (64, 16)])
+@pytest.mark.parametrize("inner_steps", [16, 25, 40])
+@pytest.mark.parametrize(("most", "every"), [(8, 1), (16, 2), (32, 4), (32, 1), (64, 1)])
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7, 8])
-def test_what_a_peer_tells_of_itself_gives_each_fragments_round_and_part(number: int, most: int, actual: int) -> None:
-    """Also where it publishes less often than it may: others do not know how often that is."""
-    if most % (2 * number) and most != actual:
-        pytest.skip("then it publishes as often as it may")
-    start = Start(inner_steps=16, num_peers=1, num_parts=most, own_parts=actual, num_fragments=number)
+def test_what_a_peer_tells_of_itself_gives_each_fragments_round_and_part(
+    number: int, most: int, every: int, inner_steps: int
+) -> None:
+    """However often it publishes, which others do not know."""
+    start = Start(inner_steps=inner_steps, num_peers=1, num_parts=most, every=every, num_fragments=number)
     rounds, ends = FragmentRounds(number), start.merge_after
+    guessed = 1 if inner_steps % number == inner_steps % most == 0 else inner_steps * TOKENS / 2
     for round in range(3):
-        rounds.begin(round, most, [start.part_after(moment) for moment in ends])
+        rounds.begin(round, most)
         for moment in start.publish_after:
             told = Mark(round, start.part_after(moment), moment * TOKENS)
             for fragment, each in enumerate(rounds.at(told.part, told.tokens, moment)):
-                if round == 0 and ends[fragment] < 16:
+                if round == 0 and ends[fragment] < inner_steps:
                     continue  # the first round of a fragment is a shorter one
                 mark = told_mark(fragment, number, told, most)
-                assert mark == Mark(each.round, each.part, mark.tokens) and abs(mark.tokens - each.tokens) <= 1
-                since = steps_of_fragment(fragment, number, moment, 16, most)
+                assert mark == Mark(each.round, each.part, mark.tokens) and abs(mark.tokens - each.tokens) <= guessed
+                since = steps_of_fragment(fragment, number, moment, inner_steps, most)
                 if moment not in ends:  # told after the merge, and this is before it
                     assert since == (each.round - round, each.inner_steps)
             for fragment, merged_after in enumerate(ends):
                 if merged_after == moment:
                     rounds.merged(fragment, told.part, told.tokens, moment)
-                    assert told_round(fragment, number, told, most) == round + (merged_after < 16)
+                    assert told_round(fragment, number, told, most) == round + (merged_after < inner_steps)
     assert told_mark(0, number, Mark(0, 0, 0), most) == Mark(0, 0, 0), "it has published nothing"
     assert told_mark(number - 1, number, Mark(4, 0, 160), most) == Mark(3, most, 160), "all of the round before"
 
 
 @pytest.mark.parametrize(
-    ("most", "number", "round_s", "parameters", "found"),
+    ("most", "number", "round_s", "parameters", "every"),
     [
-        (32, 4, 32.0, 400_000, 32),  # once a second at most
-        (32, 4, 31.9, 400_000, 16),
-        (32, 4, 15.9, 400_000, 8),
-        (32, 4, 0.0, 400_000, 8),  # it is not known how long
-        (32, 4, 205.0, 10_000_000, 32),  # copying takes 30 ms, of six seconds
-        (32, 4, 205.0, 20_000_000, 16),
-        (32, 4, 600.0, 100_000_000, 8),
-        (32, 8, 2.0, 400_000, 16),  # two for each fragment
-        (32, 16, 2.0, 400_000, 32),
-        (32, 1, 2.0, 400_000, 8),
-        (32, 3, 2.0, 400_000, 32),  # 16 of them would not be at equal distances of merges
-        (24, 3, 2.0, 400_000, 12),
-        (8, 4, 1000.0, 400_000, 8),  # as the run file says
-        (4, 1, 2.0, 400_000, 4),
+        (32, 4, 32.0, 400_000, 1),  # once a second at most
+        (32, 4, 31.9, 400_000, 2),
+        (32, 4, 15.9, 400_000, 4),
+        (32, 4, 0.0, 400_000, 4),  # it is not known how long
+        (32, 4, 205.0, 5_000_000, 1),  # publishing takes 30 ms, of six seconds
+        (32, 4, 205.0, 10_000_000, 2),
+        (32, 4, 600.0, 100_000_000, 4),
+        (32, 8, 2.0, 400_000, 2),  # two for each fragment
+        (32, 16, 2.0, 400_000, 1),
+        (32, 1, 2.0, 400_000, 4),
+        (32, 3, 2.0, 400_000, 4),
+        (64, 4, 2.0, 400_000, 8),
+        (8, 4, 2.0, 400_000, 1),
+        (4, 1, 2.0, 400_000, 1),
         (1, 1, 2.0, 400_000, 1),
     ],
 )
-def test_into_how_many_parts_a_round_is_divided(
-    most: int, number: int, round_s: float, parameters: int, found: int
+def test_with_how_many_parts_a_peer_publishes(
+    most: int, number: int, round_s: float, parameters: int, every: int
 ) -> None:
-    assert parts_of_round(most, number, round_s, parameters) == found
+    assert publishes_every(most, number, round_s, parameters) == every
 
 
 @pytest.mark.parametrize(
-    ("inner_steps", "most", "number", "moments"),
+    ("inner_steps", "most", "number", "every", "moments"),
     [
-        (64, 32, 4, [8, 10, 12, 14, 16, 24, 26, 28, 30, 32, 40, 42, 44, 46, 48, 56, 58, 60, 62, 64]),
-        (64, 16, 4, [8, 12, 16, 24, 28, 32, 40, 44, 48, 56, 60, 64]),
-        (64, 8, 4, [8, 16, 24, 32, 40, 48, 56, 64]),
-        (16, 32, 4, [2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 16]),
-        (12, 32, 4, [2, 3, 5, 6, 8, 9, 11, 12]),
-        (64, 4, 4, [16, 32, 48, 64]),
-        (64, 8, 1, [8, 16, 24, 32, 40, 48, 56, 64]),  # in one piece
-        (6, 8, 4, [1, 2, 3, 4, 5, 6]),  # merges are not at equal distances
-        (1, 32, 4, [1]),
+        (64, 32, 4, 1, [8, 10, 12, 14, 16, 24, 26, 28, 30, 32, 40, 42, 44, 46, 48, 56, 58, 60, 62, 64]),
+        (64, 32, 4, 2, [8, 12, 16, 24, 28, 32, 40, 44, 48, 56, 60, 64]),
+        (64, 32, 4, 4, [8, 16, 24, 32, 40, 48, 56, 64]),
+        (64, 8, 4, 1, [8, 16, 24, 32, 40, 48, 56, 64]),
+        (16, 32, 4, 1, [2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 16]),
+        (16, 32, 4, 4, [2, 4, 6, 8, 10, 12, 14, 16]),
+        (25, 32, 4, 1, [4, 5, 6, 7, 10, 11, 12, 13, 16, 17, 18, 19, 22, 23, 24, 25]),
+        (4, 32, 4, 4, [1, 2, 3, 4]),
+        (3, 32, 4, 4, [1, 2, 3]),
+        (64, 4, 4, 1, [16, 32, 48, 64]),
+        (64, 8, 1, 1, [8, 16, 24, 32, 40, 48, 56, 64]),  # in one piece
+        (64, 32, 1, 4, [8, 16, 24, 32, 40, 48, 56, 64]),
+        (64, 32, 3, 4, [14, 22, 36, 44, 56, 64]),
+        (1, 32, 4, 1, [1]),
     ],
 )
 def test_on_the_way_from_merge_to_merge_a_peer_publishes_from_the_middle_on(
-    inner_steps: int, most: int, number: int, moments: list[int]
+    inner_steps: int, most: int, number: int, every: int, moments: list[int]
 ) -> None:
-    start = Start(inner_steps=inner_steps, num_peers=2, num_parts=most, num_fragments=number)
+    start = Start(inner_steps=inner_steps, num_peers=2, num_parts=most, num_fragments=number, every=every)
     assert start.publish_after == moments
     assert set(start.merge_after) <= set(moments)
-
-
-@pytest.mark.parametrize(
-    ("inner_steps", "most", "actual", "parts"),
-    [
-        (64, 32, 8, {8: 4, 16: 8, 32: 16, 56: 28, 64: 32}),
-        (64, 32, 0, {2: 1, 16: 8, 64: 32}),
-        (4, 32, 8, {1: 20, 2: 24, 3: 28, 4: 32}),
-        (4, 8, 0, {1: 5, 4: 8}),
-    ],
-)
-def test_parts_are_numbered_alike_however_often_a_peer_publishes(
-    inner_steps: int, most: int, actual: int, parts: dict[int, int]
-) -> None:
-    start = Start(inner_steps=inner_steps, num_peers=2, num_parts=most, own_parts=actual, num_fragments=4)
-    assert {moment: start.part_after(moment) for moment in parts} == parts
+    parts = [start.part_after(moment) for moment in moments]
+    assert parts == sorted(set(parts)) and parts[-1] == most
 
 
 def test_since_when_a_fragments_round_goes_on() -> None:

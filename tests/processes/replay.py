@@ -20,7 +20,7 @@ from swarmtrain.algorithm.robust import Incident
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.fragments import parts_of_round
+from swarmtrain.membership.fragments import publishes_every
 from swarmtrain.membership.partners import Candidate, Mark, View
 from swarmtrain.membership.pulls import (
     BytesBegun,
@@ -128,8 +128,8 @@ class ReplayedPeer(Peer):
             )
             round_s = steps / own
         everybodys = steps_of_everybody(*event["everybodys_of"])
-        often = parts_of_round(section.publications_per_round, len(self.lanes), round_s, self.world.layout.size)
-        decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, own_parts=often)
+        every = publishes_every(section.publications_per_round, len(self.lanes), round_s, self.world.layout.size)
+        decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, every=every)
         self._same(event, "inner steps", decided, "start")
         assert event["round"] == self.round
         self.enter(start, event["run_tokens"])

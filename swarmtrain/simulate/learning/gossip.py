@@ -19,7 +19,7 @@ from swarmtrain.algorithm.gossip import Arrival, Layout, prepare, variance_corre
 from swarmtrain.algorithm.pacing import first_inner_steps
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.fragments import parts_of_round
+from swarmtrain.membership.fragments import publishes_every
 from swarmtrain.membership.partners import BackOff, Candidate, Difference, Mark, View, median_round
 from swarmtrain.membership.pulls import (
     PullTimes,
@@ -69,7 +69,8 @@ class Peer:
         self.start = Start(inner_steps=1, num_peers=1)
         self.done = self.run_tokens = 0
         self.is_here, self.is_over = True, False
-        self.knows_speed = False
+        self.knows_speed = self.is_sure = False
+        """From the end of its first round on, and from the start of the second."""
         self.step_s = setting.step_s[number]
         """As it was in its last round."""
         self.num_lives = 0
@@ -100,7 +101,7 @@ class Peer:
     def begin(self) -> None:
         """A round."""
         setting, clock = self.world.setting, self.world.clock
-        self.began_s = clock.now
+        self.began_s, self.is_sure = clock.now, self.knows_speed
         self.enter(self._next_start(), self.world.tokens)
         step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
@@ -161,7 +162,7 @@ class Peer:
             num_peers=1 + sum(peer.number < setting.num_counted for peer in others),
             shard=shard,
             num_parts=most,
-            own_parts=parts_of_round(most, len(self.lanes), round_s, self.world.layout.size),
+            every=publishes_every(most, len(self.lanes), round_s, self.world.layout.size),
             run_steps_a_step=everybodys,
             num_fragments=len(self.lanes),
         )
@@ -254,6 +255,8 @@ class Peer:
             author.serve(theirs, section, published)
             if not world.is_hanging(name):
                 author.back_off.called(self.name, clock.now)
+            if lane.pulled_for_s is None:
+                lane.pulled_for_s = lane.merges_s
             asked = lane.pulls.begin(section, name, clock.now)
             if not self.is_of_use(lane, section, name, published.mark):
                 round_s = self.start.inner_steps * self.step_s / len(self.lanes)
@@ -362,9 +365,12 @@ class Peer:
         """Merge what is here of the fragments whose time has come."""
         now, due = self.world.clock.now, [n for n, after in enumerate(self.start.merge_after) if after == moment]
         first = self.lanes[due[0]]
-        self.times.round_ended(first.merges_s - first.began_s, now - first.began_s)
+        if self.is_sure:
+            expected_s = first.merges_s if first.pulled_for_s is None else first.pulled_for_s
+            self.times.round_ended(expected_s - first.began_s, now - first.began_s)
         for lane, merged_after in zip(self.lanes, self.start.merge_after, strict=True):
             if merged_after == moment:
+                lane.pulled_for_s = None
                 self.merge(lane, self.ready(lane))
                 if lane is not self.lanes[-1]:
                     lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, self.world.clock.now)
@@ -375,7 +381,8 @@ class Peer:
         """Merge the last fragments, or take the others' weights if its own are too old for them; on to a new round."""
         world, self.knows_speed = self.world, True
         if world.setting.pace.deviation:
-            self.step_s = (world.clock.now - self.began_s) / self.start.inner_steps
+            took_s = world.setting.awake_s(self.number, self.began_s, world.clock.now)
+            self.step_s = took_s / self.start.inner_steps
         if catches_up(self):
             return
         self.end_of_some(self.start.inner_steps)

@@ -64,7 +64,9 @@ class Lane:
         self.began_s = math.inf
         """When its round did,"""
         self.merges_s = math.inf
-        """and when it is merged next, as was expected last."""
+        """and when it is merged next, as was expected last,"""
+        self.pulled_for_s: float | None = None
+        """and as was when the first pull for that began."""
 
     def forget(self, back_off: BackOff) -> None:
         """All that a process holds and no checkpoint keeps."""

@@ -217,17 +217,23 @@ class Setting:
         """Whether that volunteer hangs, and will have been given up before it goes on."""
         return any(hang.is_on(number, now_s) and hang.for_s > self.run.network.presence_ttl_s for hang in self.hangs)
 
+    def awake_s(self, number: int, since_s: float, until_s: float) -> float:
+        """How long volunteer `number` does not hang in that time."""
+        return self._spent_s(number, since_s, until_s, _EVEN)
+
     def steps_between(self, number: int, since_s: float, until_s: float) -> int:
         """Inner steps that volunteer `number` takes in that time: until it goes, and none while it hangs."""
         goes_s = (each.at_s for each in self.away if each.peer == number and each.at_s > since_s)
-        until_s = min(until_s, *goes_s, math.inf)
+        worked_s = self._spent_s(number, since_s, min(until_s, *goes_s, math.inf), self.pace)
+        return math.floor(worked_s / self.step_s[number] + 1e-9)
+
+    def _spent_s(self, number: int, since_s: float, until_s: float, pace: Pace) -> float:
         hung_s = (
-            self.pace.worked_s(number, max(since_s, hang.at_s), min(until_s, hang.at_s + hang.for_s))
+            pace.worked_s(number, max(since_s, hang.at_s), min(until_s, hang.at_s + hang.for_s))
             for hang in self.hangs
             if hang.peer == number
         )
-        worked_s = self.pace.worked_s(number, since_s, until_s) - sum(hung_s)
-        return math.floor(max(0.0, worked_s) / self.step_s[number] + 1e-9)
+        return max(0.0, pace.worked_s(number, since_s, until_s) - sum(hung_s))
 
     def speaks_again_s(self, now_s: float) -> float:
         """When the first of those that are silent now is not any more."""
