@@ -211,7 +211,7 @@ class RefusedEvent(_Event):
 
 
 class ClippedEvent(_Event):
-    """What a partner published was far from what is usual, and was cut; not told in one's first rounds of gossip, two to five."""
+    """What a partner published was far from what is usual, and was cut; of gossip not told before one has published 40 times."""
 
     event: Literal["clipped"] = "clipped"
     from_peer: str = Field(description="The PeerID that published it.")

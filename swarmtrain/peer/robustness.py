@@ -36,7 +36,7 @@ _LEAST_OF_OURS = 4
 _ABSURD = 0.01
 """What would have to be cut to less than this, in every tensor, is not worth the rest, and not taken at all."""
 _TELLS_AFTER = 40
-"""Own publications, two rounds' of twenty and five of eight: before, while the learning rate rises, gradients grow so
+"""Own publications, of two long rounds or five short ones: before, while the learning rate rises, gradients grow so
 fast that honest ones are cut too."""
 _MET_AFTER = 16
 _MET_WITHIN = 0.5
