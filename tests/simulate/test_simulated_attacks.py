@@ -97,7 +97,7 @@ def test_liars_say_more_than_they_do(tmp_path: Path) -> None:
         == 1.5 * full * world.setting.run.tokens_per_step
     )
     lied, calm = hostile(tmp_path, "speed"), hostile(tmp_path, "sign-flip")
-    assert [lied.said_speed(number) for number in (0, 3)] == [100.0, 1e9] and calm.said_speed(3) == 100.0
+    assert [lied.said_speed(number, 100.0) for number in (0, 3)] == [100.0, 1e9] and calm.said_speed(3, 100.0) == 100.0
     assert lied.steps_of_round(0) == calm.steps_of_round(0) == full, "the second highest counts"
     assert calm.steps_of_everybody(0) == 3.0 and lied.steps_of_everybody(0) == 4.0
 
