@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -304,6 +305,21 @@ def test_a_round_is_published_in_parts(worlds: list[World]) -> None:
     while (peer.swarm.me.part, peer.swarm.me.part_tokens) != (3, whole):
         assert time.monotonic() < give_up_s, "what it publishes is told soon"
         time.sleep(0.01)
+
+
+def test_a_round_that_begins_does_not_say_that_it_is_where_the_one_before_ended(worlds: list[World]) -> None:
+    """What a round's last publication is to tell goes without haste, and may come after the next has begun."""
+    (peer,) = world_of(worlds, 1, publications_per_round=3, fragments=1).everyone()
+    peer.round()
+    peer.exchange.start_round(peer.trainer.progress, 1.0)
+    done = threading.Event()
+
+    async def last() -> None:
+        done.set()
+
+    peer.exchange.network.submit_unhurried(last())
+    assert done.wait(10)
+    assert (peer.swarm.me.round, peer.swarm.me.part, peer.swarm.me.part_tokens) == (1, 0, STEPS * STEP_TOKENS)
 
 
 def test_how_often_it_publishes_follows_from_how_long_its_round_should_last(worlds: list[World]) -> None:

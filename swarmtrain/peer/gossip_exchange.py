@@ -300,8 +300,10 @@ class GossipExchange(AsynchronousExchange):
             )
 
         async def describe() -> None:
-            if contribution.round == self._progress.round:  # else the next has begun, and has been told of
+            if contribution.round == self._progress.round:
                 self.swarm.describe_part(contribution.part, contribution.tokens)
+            elif self.swarm.me.part == 0:  # nothing of the next is published yet: of which tokens are told
+                self.swarm.describe_part(0, contribution.tokens)
             if self._unlearned:  # in the thread too: the gradient is computed by who asks first
                 await asyncio.to_thread(self._learn)
 
