@@ -48,7 +48,9 @@ SERVICE = "swarmtrain.v1.Control"
 MAX_WATCHERS = 32
 _TICK_S = 0.5
 _WATCHERS_A_TICK = 8
-_TICKS_A_SAVE = 4
+_TICKS_A_SAVE, _FIRST_TICKS = 4, 60
+"""The file is written so often if there is news, and with each tick in the first half minute: who is killed soon after it
+began to train leaves more than that it was starting."""
 _SAVE_ANYWAY_S = 15.0
 _START_S = 10.0
 _GRACE_S = 2.0  # for the last word to watchers, on a busy machine too
@@ -206,7 +208,8 @@ class ControlServer:
         for tick in itertools.count():
             try:
                 await self._calls.set_health(self._powers.healthy())
-                is_told, may_be_saved = self._calls.are_due(tick), tick % _TICKS_A_SAVE == 0
+                is_told = self._calls.are_due(tick)
+                may_be_saved = tick % _TICKS_A_SAVE == 0 or tick < _FIRST_TICKS
                 status = self._powers.status() if is_told or may_be_saved else pb.PeerStatus()
                 if is_told:
                     self._calls.tell(status)
