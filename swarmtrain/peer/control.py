@@ -49,8 +49,8 @@ MAX_WATCHERS = 32
 _TICK_S = 0.5
 _WATCHERS_A_TICK = 8
 _TICKS_A_SAVE, _FIRST_TICKS = 4, 60
-"""The file is written so often if there is news, and with each tick in the first half minute: who is killed soon after it
-began to train leaves more than that it was starting."""
+"""The file is written so often if there is news, and with each tick in the first half minute: who is killed soon after
+it began to train leaves more than that it was starting."""
 _SAVE_ANYWAY_S = 15.0
 _START_S = 10.0
 _GRACE_S = 2.0  # for the last word to watchers, on a busy machine too
