@@ -150,7 +150,7 @@ def plan_pulls(
 def expected_step_s(last_round_s: float, passed_s: float, steps_done: int) -> float:
     """What an inner step is expected to take in a round of which so many took so long: as in the last round, or in this
     one so far, if that is less. What is pulled early is a little older; what comes late is of no use."""
-    return min(last_round_s, passed_s / steps_done) if steps_done else last_round_s
+    return min(last_round_s, passed_s / steps_done) if steps_done and passed_s > 0 else last_round_s
 
 
 def is_moved(ends_s: float, now_ends_s: float, way_s: float) -> bool:

@@ -100,6 +100,7 @@ def test_gradients_of_many_and_the_weights_of_one(others: int, rate: float, weig
 def test_a_step_is_expected_to_take_what_it_does_in_this_round_if_that_is_less_than_in_the_last() -> None:
     assert expected_step_s(2.0, 0.0, 0) == 2.0, "none was taken yet"
     assert expected_step_s(2.0, 15.0, 10) == 1.5
+    assert expected_step_s(2.0, -1.0, 10) == 2.0, "a clock was put back"
     assert expected_step_s(2.0, 500.0, 10) == 2.0, "it may have hung"
 
 
