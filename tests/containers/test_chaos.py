@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
+import torch
 from chaos.faults import build_images
 from chaos.run import run
-from chaos.scenarios import read
+from chaos.scenarios import Scenario, read
 from docker_engine import ROOT, build
+
+from swarmtrain.peer.speed import measure_speed
+from swarmtrain.run import load_run
 
 pytestmark = pytest.mark.containers
 
 GAP_S = 15.0
 """This machine may have other work; whether anybody stands still for as little as 3 s, `make chaos` asks."""
 STALL_SHARE = 0.05
+ASKING_S = 30.0
+"""What is asked of containers takes so long."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,9 +30,18 @@ def images() -> None:
     build_images(frozenset())
 
 
+def long_enough(scenario: Scenario) -> int:
+    """Tokens that all cores of this machine take longer for than the scenario lasts, however quick it is."""
+    lasts_s = scenario.settle_s + scenario.watch_s + sum(step.after_s for step in scenario.steps) + ASKING_S
+    torch.set_num_threads(1)  # as volunteers have it
+    speed = measure_speed(load_run(ROOT / "examples" / "stdlib-gpt.toml"))
+    return max(scenario.total_tokens, int(1.2 * lasts_s * speed * (os.cpu_count() or 1)))
+
+
 @pytest.mark.parametrize("name", ["kill", "halves"])
 def test_a_swarm_survives(name: str) -> None:
     scenario = read(ROOT / "tests" / "chaos" / f"{name}.toml")
-    found = run(dataclasses.replace(scenario, gap_s=GAP_S, stall_share=STALL_SHARE), seed=0)
+    tokens = long_enough(scenario)
+    found = run(dataclasses.replace(scenario, gap_s=GAP_S, stall_share=STALL_SHARE, total_tokens=tokens), seed=0)
     assert not found.failed, found.failed
     assert found.return_s is not None and found.return_s <= scenario.return_within_s
