@@ -164,7 +164,6 @@ class Gossip:
             if plan is not None and plan.is_sure and fragment == plan.fragments[0]:
                 expected_s = plan.ends_s if lane.pulled_for_s is None else lane.pulled_for_s
                 self._times.round_ended(expected_s - plan.started_s, swarm_time() - plan.started_s)
-            lane.pulled_for_s = None
             if ready is None or ready.round != round:
                 return None
             reference = self._reference_round()

@@ -74,7 +74,7 @@ class Lane:
     began_s: float = -1.0
     """When its present round did."""
     pulled_for_s: float | None = None
-    """When its merge was expected when the first pull for it began; None before."""
+    """When the merge of its present round was expected when the first pull for it began; None before."""
     merged_round: int = -1
     """The last that is over: it was merged."""
     ready: Ready | None = None

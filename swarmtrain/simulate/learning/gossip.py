@@ -370,7 +370,6 @@ class Peer:
             self.times.round_ended(expected_s - first.began_s, now - first.began_s)
         for lane, merged_after in zip(self.lanes, self.start.merge_after, strict=True):
             if merged_after == moment:
-                lane.pulled_for_s = None
                 self.merge(lane, self.ready(lane))
                 if lane is not self.lanes[-1]:
                     lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, self.world.clock.now)

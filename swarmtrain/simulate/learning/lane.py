@@ -90,6 +90,6 @@ class Lane:
 
     def begins(self, round: int, theta: Tensor, now: float) -> None:
         """A round of it, with the weights `theta`, (Q,)."""
-        self.began_s = now
+        self.began_s, self.pulled_for_s = now, None
         self.pulls.round_begins(now)
         self.weights = Published(Mark(round, 0, 0), theta, began_s=now)
