@@ -53,7 +53,14 @@ def test_many_peers_send_what_an_allreduce_of_the_round_sends() -> None:
 def test_gossip_costs_the_same_with_any_number_of_peers() -> None:
     """In each round the pseudo-gradients of eight partners and the weights of one, or of as many as there are."""
     gossip = 'total_tokens = 30_720_000\n[merge]\nmethod = "gossip"'
-    assert cost_of(gossip, num_peers=4).bytes_sent_per_round < 1.1 * (1 + 3 / 4) * P, "gradients in int2"
+    four = cost_of(gossip, num_peers=4).bytes_sent_per_round
+    assert 1.1 * (1 + 3 / 4) * P < four < 1.1 * (1 + 3 / 2) * P, "three gradients in int4"
+    assert cost_of(gossip, num_peers=6).bytes_sent_per_round < 1.1 * (1 + 5 / 4) * P, "five in int2"
+    assert (
+        four
+        < cost_of(gossip, num_peers=9).bytes_sent_per_round
+        == cost_of(gossip, num_peers=9_000).bytes_sent_per_round
+    )
     gossip += '\ngradient_format = "int8"'
     sent = cost_of(gossip, num_peers=9).bytes_sent_per_round
     assert 9 * P < sent < 1.05 * 9 * P

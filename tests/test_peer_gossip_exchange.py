@@ -39,7 +39,7 @@ from swarmtrain.peer.gossip_exchange import GossipExchange, hosting_of
 from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.present import fetch_present
 from swarmtrain.peer.trainer import RoundReport, Trainer
-from swarmtrain.run import RunFile
+from swarmtrain.run import GradientFormat, RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.slow
@@ -305,6 +305,32 @@ def test_a_round_is_published_in_parts(worlds: list[World]) -> None:
     while (peer.swarm.me.part, peer.swarm.me.part_tokens) != (3, whole):
         assert time.monotonic() < give_up_s, "what it publishes is told soon"
         time.sleep(0.01)
+
+
+def test_each_publishes_in_the_format_that_suits_its_round_and_reads_any(worlds: list[World]) -> None:
+    world = world_of(worlds, 2, fragments=2)
+    coarse, fine = world.everyone()
+    formats: dict[str, GradientFormat] = {coarse.id: "int2", fine.id: "int4"}
+    for peer in (coarse, fine):
+        peer.exchange.gossip.gradient_format = lambda _, of=peer.id: formats[of]  # type: ignore[misc]
+        peer.round()
+    for _ in range(2):
+        reports = [peer.round(1) for peer in (coarse, fine)]
+    assert all(each.merged[0].tokens for report in reports if report for each in report.arrived)
+    assert not refused(coarse) and not refused(fine)
+    for peer in (coarse, fine):
+        for fragment in range(2):
+            _, held = peer.exchange.publishers["gradient", fragment]._built[-1]
+            assert {tensor.dtype for tensor in held.snapshot.manifest.tensors} == {formats[peer.id]}
+
+
+def test_finer_gradients_are_for_long_rounds_over_a_link_that_is_known(worlds: list[World]) -> None:
+    peer, _ = world_of(worlds, 2).everyone()
+    peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(4)])
+    assert peer.exchange.start_round(Progress(), 1.0).gradient_format == "int2"
+    peer.exchange.gossip._times.assume(1e5)  # what a round brings takes a twentieth of a second
+    formats = [peer.exchange.start_round(Progress(), speed).gradient_format for speed in (0.0, 1.0, 1000.0)]
+    assert formats == ["int2", "int4", "int2"]
 
 
 def test_a_round_that_begins_does_not_say_that_it_is_where_the_one_before_ended(worlds: list[World]) -> None:

@@ -16,6 +16,7 @@ from swarmtrain.algorithm.pacing import most_inner_steps
 from swarmtrain.errors import BadBytesError, RunFileError
 from swarmtrain.run import (
     MAX_RUN_FILE_BYTES,
+    MergeSection,
     PublishedSection,
     RunFile,
     load_run,
@@ -67,6 +68,16 @@ def test_against_bad_partners_there_is_a_rule_by_default(text: str, rule: str) -
     assert run.merge.robust == rule
     written_out = tomli_w.dumps({"merge": run.merge.model_dump()})
     assert parse_run(MINIMAL + written_out, "run.toml").merge == run.merge
+
+
+def test_how_gradients_travel_goes_by_partners_only_where_there_are_some() -> None:
+    def merge(text: str) -> MergeSection:
+        return parse_run(MINIMAL + "[merge]\n" + text, "run.toml").merge
+
+    assert merge("").gradient_formats == ("int2", "int4")
+    assert merge("method = 'server'").gradient_formats == ("int2",)
+    assert merge("gradient_format = 'bf16'").gradient_formats == ("bf16",)
+    assert merge("method = 'diloco'").gradient_format == "auto"
 
 
 def test_lists_fill_tuples_and_integers_fill_numbers() -> None:
@@ -158,6 +169,7 @@ def test_each_problem_names_the_key_and_what_is_allowed(text: str, expected: str
         ("[pipeline]\nstages = 2\nboundaries = ['1']\n", 'pipeline.boundaries.0: "1" is refused'),
         ("[pipeline]\nstages = 2\n[merge]\nmethod = 'diloco'\n", 'pipeline.stages: 2 with merge.method = "diloco"; allowed: with "gossip"'),
         ("[pipeline]\nstages = 2\n[evaluation]\nevery_rounds = 4\n", "evaluation.every_rounds: 4 with pipeline.stages = 2; allowed: 0"),
+        ("[merge]\nmethod = 'server'\ngradient_format = 'auto'\n", 'merge.gradient_format: "auto" goes by how many partners a round has'),
         ("[pipeline]\nstages = 2\n[merge]\nmethod = 'server'\n", 'pipeline.stages: 2 with merge.method = "server"; allowed: with "gossip"'),
         ("[pipeline]\nactivations = 'int4'\n", 'pipeline.activations: "int4" is refused; allowed: "fp32" or "bf16" or "int8"'),
         ("[pipeline]\nwiring = 'random'\n", 'pipeline.wiring: "random" is refused; allowed: "round-robin" or "least-completion"'),

@@ -181,13 +181,12 @@ class ErrorFeedback:
     reader that skips a round misses its e as well.
 
     A part of an earlier round than the latest (its reader came late) is rounded plainly and changes nothing: what
-    that round left over is already in the later one. Not for several threads at once. A checkpoint keeps `residual`,
-    given to a new object, which then takes any round.
+    that round left over is already in the later one. Each may be of another format than the one before. Not for several
+    threads at once. A checkpoint keeps `residual`, given to a new object, which then takes any round.
     """
 
-    def __init__(self, format: Format, sizes: Sequence[int], residual: Tensor | None = None) -> None:
-        encoded_size_bytes(format, sizes)
-        self._format, self._sizes = format, tuple(sizes)
+    def __init__(self, sizes: Sequence[int], residual: Tensor | None = None) -> None:
+        self._sizes = tuple(sizes)
         if residual is None:
             residual = torch.zeros(sum(sizes), dtype=torch.float32)
         _check_vector(residual, self._sizes)
@@ -203,7 +202,7 @@ class ErrorFeedback:
         return self._left_over
 
     @torch.no_grad()
-    def encode(self, gradient: Tensor, round: int, part: int) -> Tensor:
+    def encode(self, gradient: Tensor, format: Format, round: int, part: int) -> Tensor:
         """`gradient` (P,), g of the round up to this part, plus the round's e, as bytes.
 
         Raises ValueError as the function `encode` does, changing nothing.
@@ -211,12 +210,12 @@ class ErrorFeedback:
         _check_vector(gradient, self._sizes)
         latest_round, latest_part = self._latest if self._latest is not None else (round - 1, 0)
         if round < latest_round:
-            return encode(gradient, self._format, self._sizes)
+            return encode(gradient, format, self._sizes)
         carried = self._carried if round == latest_round else self._left_over
         wanted = gradient + carried
-        data = encode(wanted, self._format, self._sizes)
+        data = encode(wanted, format, self._sizes)
         if round > latest_round or part >= latest_part:
-            self._left_over = wanted.sub_(decode(data, self._format, self._sizes))
+            self._left_over = wanted.sub_(decode(data, format, self._sizes))
             self._latest, self._carried = (round, part), carried
         return data
 

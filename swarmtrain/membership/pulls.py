@@ -5,9 +5,9 @@ Pure: `now` is an argument, and what pulls took is told.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 __all__ = [
     "LINK_SHARE",
@@ -20,6 +20,7 @@ __all__ = [
     "ahead_rounds",
     "expected_step_s",
     "expected_transfer",
+    "gradient_format",
     "idle_s",
     "is_moved",
     "most_pulls",
@@ -48,6 +49,7 @@ _RETRIES_A_ROUND = 8
 _LEAST_IDLE_S = 0.25
 _PULLS_A_PARTNER = 4
 _MOVED_SHARE, _LEAST_MOVED_S = 0.01, 0.1
+_FINE_SHARE = 0.05
 _MOST_EARLY_SHARE = 0.25
 """What comes after the round has ended is of no use to it, so where rounds end earlier than expected, pulls begin by so
 much earlier too; not by more than this."""
@@ -104,6 +106,35 @@ class Wanted(NamedTuple):
     def bytes_of(self, sizes: SectionBytes) -> int:
         """All of it."""
         return self.gradients * sizes.gradient + self.weights * sizes.weights
+
+
+_Format = TypeVar("_Format", bound=str)
+
+
+def gradient_format(
+    sizes: Mapping[_Format, SectionBytes],
+    num_live_others: int,
+    round_s: float,
+    bytes_per_s: float | None,
+    configured: Wanted,
+) -> _Format:
+    """In which of these formats, the coarsest first, a peer publishes its pseudo-gradients in a round that lasts so
+    long (0: it is not known).
+
+    What the coarsest loses disappears in the mean of many gradients, and not in that of a few. So it is the finest in
+    which what a round pulls, of the whole model that `sizes` are of, weighs no more than in the coarsest in a large
+    swarm, and takes next to nothing of the round.
+    """
+    formats = list(sizes)
+    found, most_bytes = formats[0], configured.bytes_of(sizes[formats[0]])
+    if num_live_others < 1 or not bytes_per_s:
+        return found
+    here = Wanted(*(min(each, num_live_others) for each in configured))
+    for format in formats[1:]:
+        num_bytes = here.bytes_of(sizes[format])
+        if num_bytes <= most_bytes and num_bytes / bytes_per_s <= _FINE_SHARE * round_s:
+            found = format
+    return found
 
 
 def plan_pulls(

@@ -25,6 +25,7 @@ from swarmtrain.network.snapshots import Body, Held, TensorSpec, all_finite
 
 __all__ = [
     "ActivationCodec",
+    "GradientCodec",
     "PublicationCodec",
     "VectorCodec",
     "average_bytes_untrusted",
@@ -109,11 +110,6 @@ class VectorCodec:
         """What it takes of a publication."""
         return encoded_size_bytes(self.format, self._sizes)
 
-    @cached_property
-    def _feedback(self) -> ErrorFeedback | None:
-        """What int4 or int2 has lost so far; the other formats lose too little to be worth it."""
-        return ErrorFeedback(self.format, self._sizes) if self.format in ("int4", "int2") else None
-
     @property
     def _sizes(self) -> list[int]:
         return [spec.size_bytes // 4 for spec in self.specs]
@@ -121,13 +117,6 @@ class VectorCodec:
     def encode(self, vector: Tensor) -> memoryview:
         """The bytes of `vector` (P,)."""
         return _bytes_of(encode(vector, self.format, self._sizes))
-
-    def encode_sum(self, vector: Tensor, round: int, part: int = 1) -> memoryview:
-        """The bytes of one of many vectors (P,) whose sum counts, as of a part of a round. What int4 or int2 loses in a
-        round is added to a later one's. Not for several threads at once."""
-        if self._feedback is None:
-            return self.encode(vector)
-        return _bytes_of(self._feedback.encode(vector, round, part))
 
     def decode_untrusted(self, held: Held) -> Tensor:
         """The vector (P,) of a publication that is here; BadBytesError if it is not finite."""
@@ -141,6 +130,40 @@ class VectorCodec:
 
 
 @dataclass(frozen=True)
+class GradientCodec:
+    """A peer's pseudo-gradients as publications' bytes, and others' back, each in whichever of several formats its
+    author has chosen."""
+
+    specs: tuple[TensorSpec, ...]
+    """The model's tensors."""
+    formats: tuple[Format, ...]
+    """The coarsest first."""
+
+    @cached_property
+    def of(self) -> dict[Format, VectorCodec]:
+        """Of each format."""
+        return {format: VectorCodec("gradient", self.specs, format) for format in self.formats}
+
+    @cached_property
+    def _feedback(self) -> ErrorFeedback:
+        """What int4 or int2 has lost so far; the other formats lose too little to be worth it."""
+        return ErrorFeedback([spec.size_bytes // 4 for spec in self.specs])
+
+    def encode_sum(self, vector: Tensor, format: Format, round: int, part: int = 1) -> memoryview:
+        """The bytes of one of many vectors (P,) whose sum counts, as of a part of a round. What int4 or int2 loses in a
+        round is added to a later one's. Not for several threads at once."""
+        if format not in ("int4", "int2"):
+            return self.of[format].encode(vector)
+        return _bytes_of(self._feedback.encode(vector, format, round, part))
+
+    def decode_untrusted(self, held: Held) -> Tensor:
+        """The vector (P,) of a publication that is here, with a tensor table of one of these formats; BadBytesError
+        if it is not finite."""
+        dtype = held.snapshot.manifest.tensors[0].dtype
+        return next(codec for codec in self.of.values() if _DTYPES[codec.format] == dtype).decode_untrusted(held)
+
+
+@dataclass(frozen=True)
 class PublicationCodec:
     """What gossip publishes as bytes and back: the weights that a round begins with in one format, and the
     pseudo-gradient since in another."""
@@ -148,7 +171,8 @@ class PublicationCodec:
     specs: tuple[TensorSpec, ...]
     """The model's tensors."""
     theta_format: Format
-    gradient_format: Format
+    gradient_formats: tuple[Format, ...]
+    """The coarsest first."""
 
     @cached_property
     def weights(self) -> VectorCodec:
@@ -156,14 +180,14 @@ class PublicationCodec:
         return VectorCodec("theta", self.specs, self.theta_format)
 
     @cached_property
-    def gradient(self) -> VectorCodec:
+    def gradient(self) -> GradientCodec:
         """Of the pseudo-gradient."""
-        return VectorCodec("gradient", self.specs, self.gradient_format)
+        return GradientCodec(self.specs, self.gradient_formats)
 
-    @property
-    def sizes(self) -> SectionBytes:
-        """What each weighs."""
-        return SectionBytes(weights=self.weights.size_bytes, gradient=self.gradient.size_bytes)
+    def sizes(self, share: float = 1.0) -> dict[Format, SectionBytes]:
+        """What they weigh with the pseudo-gradient in each of its formats; `share` of the whole model's number."""
+        weights = self.weights.size_bytes
+        return {format: SectionBytes(weights, codec.size_bytes, share) for format, codec in self.gradient.of.items()}
 
     def weights_untrusted(self, held: Held) -> Arrival:
         """Theta (P,) that is here; BadBytesError if it is not finite."""

@@ -15,6 +15,7 @@ import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
@@ -41,6 +42,7 @@ from swarmtrain.membership.pulls import (
     Section,
     SectionBytes,
     Wanted,
+    gradient_format,
     most_pulls,
     plan_pulls,
     round_began_s,
@@ -61,6 +63,7 @@ from swarmtrain.network.publications import (
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import Held
 from swarmtrain.network.tasks import end_tasks, logged
+from swarmtrain.run import GradientFormat
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Gossip", "GossipSettings"]
@@ -87,7 +90,8 @@ class GossipSettings:
     """What the run file says about publications, and about merging them; rules and sizes of each fragment."""
 
     rules: Sequence[Mapping[Section, PublicationRules]]
-    sizes: Sequence[SectionBytes]
+    sizes: Sequence[Mapping[GradientFormat, SectionBytes]]
+    """By the format of pseudo-gradients, the coarsest first."""
     wanted: Wanted
 
 
@@ -187,6 +191,16 @@ class Gossip:
             for lane in self.lanes:
                 lane.pulled, lane.ready = [], None
 
+    def gradient_format(self, round_s: float) -> GradientFormat:
+        """That in which this peer publishes pseudo-gradients in a round that lasts so long; 0: it is not known."""
+        others = len(self.membership.volunteers())
+        return gradient_format(self._whole, others, round_s, self._times.bytes_per_s, self.settings.wanted)
+
+    @cached_property
+    def _whole(self) -> Mapping[GradientFormat, SectionBytes]:
+        sizes = self.settings.sizes
+        return {format: total_bytes(each[format] for each in sizes) for format in sizes[0]}
+
     def ledger_rows(self) -> list[list[list[str | int]]]:
         """What was merged of whom, of each fragment, as a checkpoint keeps it."""
         with self._lock:
@@ -235,7 +249,7 @@ class Gossip:
 
     async def _fill(self, plans: Sequence[Plan]) -> None:
         """Pull from as many partners as there should be, others in place of those that fail, until the merges."""
-        all_bytes = total_bytes(self.settings.sizes).both
+        all_bytes = next(iter(self._whole.values())).both
         if self._times.bytes_per_s is None and (known_s := self.expected_s(all_bytes)):
             self._times.assume(all_bytes / known_s)
         while left := [plan for plan in plans if self._is_ahead(plan)]:
@@ -262,7 +276,7 @@ class Gossip:
 
     def _sizes(self, plan: Plan) -> SectionBytes:
         """Of all that is pulled of one partner."""
-        return total_bytes(lane.sizes for lane in self._lanes_of(plan))
+        return total_bytes(lane.sizes[plan.gradient_format] for lane in self._lanes_of(plan))
 
     def _begin_due(self, lane: Lane, section: Section, num_due: int, plan: Plan) -> None:
         """Begin pulls until as many are here or on their way as are due."""

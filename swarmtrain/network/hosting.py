@@ -66,9 +66,7 @@ class Hosting:
     _waiting: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.guests = Guests(
-            most=most_guests(sum(spec.size_bytes for each in self.rules for one in each.values() for spec in one.specs))
-        )
+        self.guests = Guests(most=most_guests(sum(one.most_bytes for each in self.rules for one in each.values())))
 
     def ask(self, peer: str) -> bool:
         """Whether `peer`, which asks for a host, is served from here on."""

@@ -11,6 +11,7 @@ from swarmtrain.membership.partners import Ledger, Mark, Partners
 from swarmtrain.membership.pulls import Section, SectionBytes
 from swarmtrain.network.publications import PublicationRules
 from swarmtrain.network.snapshots import Held
+from swarmtrain.run import GradientFormat
 
 __all__ = ["Lane", "Plan", "Pulled", "Ready"]
 
@@ -40,6 +41,8 @@ class Plan:
     """Each fragment's."""
     ends_s: float
     prepare: Callable[[int, Sequence[Pulled]], Any]
+    gradient_format: GradientFormat
+    """Of its own pseudo-gradients: it takes others' to have the same."""
     is_sure: bool = True
     fragments: tuple[int, ...] = (0,)
 
@@ -67,7 +70,8 @@ class Lane:
     partners: Partners
     open: OpenPulls
     rules: Mapping[Section, PublicationRules]
-    sizes: SectionBytes
+    sizes: Mapping[GradientFormat, SectionBytes]
+    """By the format of pseudo-gradients, the coarsest first."""
     pulled: list[Pulled] = field(default_factory=list)
     plan: Plan | None = None
     """Of its next merge; None once it was merged, until that after it is planned."""

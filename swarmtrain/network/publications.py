@@ -60,12 +60,18 @@ class PublicationRules:
     its parts; without any they are of the weights that it begins with."""
 
     run_sha256: str
-    specs: tuple[TensorSpec, ...]
+    tables: tuple[tuple[TensorSpec, ...], ...]
+    """Its tensors, in each of the formats that it may have."""
     max_tokens: int
     num_parts: int
     pull: PullLimits
     fragment: int = 0
-    """Of the model, whose tensors `specs` are."""
+    """Of the model, whose tensors these are."""
+
+    @property
+    def most_bytes(self) -> int:
+        """What one weighs at most."""
+        return max(sum(spec.size_bytes for spec in table) for table in self.tables)
 
 
 def request_of(section: Section, fragment: int, *, has_any: bool, presence: pb.Signed) -> pb.PublicationRequest:
@@ -89,7 +95,7 @@ def is_signed_by_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed
 
 def publication_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed) -> tuple[Held, Mark]:
     """Room for the publication that a manifest of `peer` names, and its place; BadBytesError if it is nonsense."""
-    snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, rules.specs)
+    snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, *rules.tables)
     manifest = snapshot.manifest
     if snapshot.author != peer:
         raise BadBytesError("a publication of another peer than the one that sent it")
@@ -116,6 +122,8 @@ class Publication:
     inner_steps: int
     author_tokens: int
     encode: Callable[[], Body]
+    specs: Sequence[TensorSpec] | None = None
+    """Its tensors, where those are not what its publisher has by itself."""
     token: object = field(default_factory=object)
     """Stands for it without holding its vectors."""
     fill: FillManifest = lambda manifest: None
@@ -172,4 +180,4 @@ class Publisher:
             coverage=self.shard_rows(),
         )
         publication.fill(manifest)
-        return build_snapshot(self.identity, manifest, self.specs, publication.encode())
+        return build_snapshot(self.identity, manifest, publication.specs or self.specs, publication.encode())

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from swarmtrain.events import times_below_allreduce
-from swarmtrain.membership.pulls import SectionBytes
+from swarmtrain.membership.pulls import SectionBytes, Wanted, gradient_format
 from swarmtrain.peer.checkpoint_files import KEPT
 from swarmtrain.run import RunFile
 
@@ -86,25 +86,30 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
     )
 
 
-def section_bytes(run: RunFile, num_parameters: int) -> SectionBytes:
-    """A publication of so many parameters as it travels."""
+def section_bytes(
+    run: RunFile, num_parameters: int, others: int, round_s: float = math.inf, bytes_per_s: float = math.inf
+) -> SectionBytes:
+    """A publication of so many parameters as it travels among so many others, in rounds that last so long, over links
+    that carry so much."""
     from swarmtrain.algorithm.quantize import encoded_size_bytes  # torch takes a second: not before a file is read
 
-    formats = run.merge.theta_format, run.merge.gradient_format
-    return SectionBytes(*(encoded_size_bytes(one, [num_parameters]) for one in formats))
+    merge = run.merge
+    theta = encoded_size_bytes(merge.theta_format, [num_parameters])
+    sizes = {one: SectionBytes(theta, encoded_size_bytes(one, [num_parameters])) for one in merge.gradient_formats}
+    return sizes[gradient_format(sizes, others, round_s, bytes_per_s, Wanted(merge.num_partners, merge.num_weights))]
 
 
-def pulled_bytes(run: RunFile, num_parameters: int, others: int) -> int:
+def pulled_bytes(run: RunFile, sizes: SectionBytes, others: int) -> int:
     """What a round of gossip pulls of so many others, where links carry it."""
-    merge, sizes = run.merge, section_bytes(run, num_parameters)
+    merge = run.merge
     return min(merge.num_partners, others) * sizes.gradient + min(merge.num_weights, others) * sizes.weights
 
 
 def merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
     """With so many others: (bytes sent in a round, bytes held of what arrives and is being merged)."""
-    merge, gradient_bytes, sizes = run.merge, 4 * num_parameters, section_bytes(run, num_parameters)
+    merge, gradient_bytes, sizes = run.merge, 4 * num_parameters, section_bytes(run, num_parameters, others)
     if merge.method == "gossip":
-        num, sent = min(merge.num_partners, others), pulled_bytes(run, num_parameters, others)
+        num, sent = min(merge.num_partners, others), pulled_bytes(run, sizes, others)
         num += min(merge.num_weights, others)
         # of each the bytes and the decoded vector; the prepared merge; the bytes of parts that may go on
         pieces = merge.num_fragments

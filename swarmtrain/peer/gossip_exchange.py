@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,20 +30,21 @@ from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.pulls import Section, Wanted, ahead_rounds, expected_step_s, is_moved
-from swarmtrain.network.codec import PublicationCodec
+from swarmtrain.network.codec import PublicationCodec, VectorCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Gossip, GossipSettings
 from swarmtrain.network.hosting import Hosting, Routes
 from swarmtrain.network.lanes import Plan, Pulled
 from swarmtrain.network.publications import Publication, PublicationRules, Publisher
-from swarmtrain.network.snapshots import Body, Held, TensorSpec
+from swarmtrain.network.snapshots import Body, Held
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import SAMPLE, consensus_of, layout_of_specs, mean_of_near, not_far_behind, theta_of
 from swarmtrain.peer.robustness import Robustness, apart
 from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Replaced, Start
+from swarmtrain.run import GradientFormat
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["GossipExchange", "hosting_of"]
@@ -61,7 +62,7 @@ def codecs_of(swarm: Swarm) -> list[PublicationCodec]:
     """Of each fragment."""
     section = swarm.published.run.merge
     return [
-        PublicationCodec(tuple(fragment.pick(swarm.specs)), section.theta_format, section.gradient_format)
+        PublicationCodec(tuple(fragment.pick(swarm.specs)), section.theta_format, section.gradient_formats)
         for fragment in fragments_of(layout_of_specs(swarm.specs), section.num_fragments)
     ]
 
@@ -70,10 +71,10 @@ def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipS
     """What the run file says about publications and merging them."""
     section, rounds = swarm.published.run.merge, swarm.rounds.settings
 
-    def rules_of(fragment: int, specs: tuple[TensorSpec, ...], num_parts: int) -> PublicationRules:
+    def rules_of(fragment: int, codecs: Iterable[VectorCodec], num_parts: int) -> PublicationRules:
         return PublicationRules(
             run_sha256=rounds.run_sha256,
-            specs=specs,
+            tables=tuple(codec.tensors for codec in codecs),
             max_tokens=rounds.max_tokens,
             num_parts=num_parts,
             pull=dataclasses.replace(rounds.pull, busy_limit_s=0.0),
@@ -83,12 +84,12 @@ def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipS
     return GossipSettings(
         rules=[
             {
-                "gradient": rules_of(fragment, codec.gradient.tensors, section.publications_per_round),
-                "weights": rules_of(fragment, codec.weights.tensors, 0),
+                "gradient": rules_of(fragment, codec.gradient.of.values(), section.publications_per_round),
+                "weights": rules_of(fragment, [codec.weights], 0),
             }
             for fragment, codec in enumerate(codecs)
         ],
-        sizes=[dataclasses.replace(codec.sizes, share=1 / len(codecs)) for codec in codecs],
+        sizes=[codec.sizes(1 / len(codecs)) for codec in codecs],
         wanted=Wanted(section.num_partners, section.num_weights),
     )
 
@@ -148,7 +149,7 @@ class GossipExchange(AsynchronousExchange):
             (what, fragment): Publisher(
                 swarm.identity,
                 rules.run_sha256,
-                rules.specs,
+                rules.tables[0],
                 swarm.store,
                 shard_rows=lambda: rows_of(swarm.coverage),
                 fragment=fragment,
@@ -190,11 +191,13 @@ class GossipExchange(AsynchronousExchange):
         start, coverage = self._enter_round(progress, steps_per_s), self.swarm.coverage
         self._progress, self._steps_per_s = progress, steps_per_s
         others = [info.peer for info in self.swarm.membership.volunteers()]
+        round_s = start.inner_steps / steps_per_s if steps_per_s > 0 else 0.0
         start = self._start = dataclasses.replace(
             start,
             num_parts=self.run.merge.publications_per_round,
             num_fragments=len(self._fragments),
-            every=self._publishes_every(start.inner_steps, steps_per_s),
+            every=self._publishes_every(round_s),
+            gradient_format=self.gossip.gradient_format(round_s),
             shard=None if coverage is None else coverage.begin(progress.round, others),
         )
         now, last = swarm_time(), len(self._fragments) - 1
@@ -211,10 +214,10 @@ class GossipExchange(AsynchronousExchange):
         self._do_soon(begin())
         return start
 
-    def _publishes_every(self, steps: int, steps_per_s: float) -> int:
-        """How-many-th part, in a round of so many steps."""
-        section, round_s = self.run.merge, steps / steps_per_s if steps_per_s > 0 else 0.0
-        return publishes_every(section.publications_per_round, len(self._fragments), round_s, self._layout.size)
+    def _publishes_every(self, round_s: float) -> int:
+        """How-many-th part, in a round that lasts so long (0: it is not known)."""
+        most = self.run.merge.publications_per_round
+        return publishes_every(most, len(self._fragments), round_s, self._layout.size)
 
     def _publish_weights(self, fragment: int, round: int, now: float) -> None:
         """A round of that fragment begins, with its weights."""
@@ -245,6 +248,7 @@ class GossipExchange(AsynchronousExchange):
                 began_s=tuple(self._began_s[each] for each in fragments),
                 ends_s=ends_s,
                 prepare=functools.partial(self._prepare, tuple(self._states), tuple(self._began_s), ends_s),
+                gradient_format=self._start.gradient_format,
                 is_sure=self._steps_per_s > 0,
                 fragments=fragments,
             )
@@ -290,13 +294,15 @@ class GossipExchange(AsynchronousExchange):
         for fragment, of in enumerate(contribution.fragment_rounds):
             if not of.tokens:
                 continue  # it was merged a moment ago, and the round has ended early
+            format = self._start.gradient_format
             self.publishers["gradient", fragment].newest = Publication(
                 round=of.round,
                 part=of.part,
                 tokens=of.tokens,
                 inner_steps=of.inner_steps,
                 author_tokens=contribution.own_tokens,
-                encode=functools.partial(self._encode_gradient, contribution, fragment),
+                encode=functools.partial(self._encode_gradient, contribution, fragment, format),
+                specs=self._codecs[fragment].gradient.of[format].tensors,
             )
 
         async def describe() -> None:
@@ -333,9 +339,9 @@ class GossipExchange(AsynchronousExchange):
     def _encode_weights(self, theta: Tensor, fragment: int) -> Body:
         return Body([self._codecs[fragment].weights.encode(theta)])
 
-    def _encode_gradient(self, contribution: Contribution, fragment: int) -> Body:
+    def _encode_gradient(self, contribution: Contribution, fragment: int, format: GradientFormat) -> Body:
         gradient, of = contribution.gradient_of(fragment), contribution.fragment_rounds[fragment]
-        return Body([self._codecs[fragment].gradient.encode_sum(gradient, of.round, of.part)])
+        return Body([self._codecs[fragment].gradient.encode_sum(gradient, format, of.round, of.part)])
 
     def collect(self, fragment: int = 0) -> Gathered | Replaced:
         """See `Exchange`. Waits for nobody, unless this peer has fallen far behind and takes the others' weights."""

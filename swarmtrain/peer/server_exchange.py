@@ -24,7 +24,7 @@ from swarmtrain.events import WarningEvent
 from swarmtrain.membership.lifecycle import PeerState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.serving import HandIn
-from swarmtrain.network.codec import VectorCodec
+from swarmtrain.network.codec import GradientCodec, VectorCodec
 from swarmtrain.network.consensus import PeerState as FetchedState
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.serving import (
@@ -80,16 +80,17 @@ class ServerExchange(AsynchronousExchange):
         assert swarm.published.run.published is not None and swarm.published.run.published.server is not None
         server = swarm.published.run.published.server
         weights = VectorCodec("theta", swarm.specs, section.theta_format)
-        gradients = VectorCodec("gradient", swarm.specs, section.gradient_format)
+        gradients = GradientCodec(swarm.specs, section.gradient_formats)
+        (format,) = gradients.formats
 
         def encode(piece: HandIn[Tensor]) -> Body:
-            return Body([gradients.encode_sum(piece.gradient, piece.round)])
+            return Body([gradients.encode_sum(piece.gradient, format, piece.round)])
 
         most = section.max_staleness_rounds
         self.publisher = HandInPublisher(
             swarm.identity,
             rounds.run_sha256,
-            gradients.tensors,
+            gradients.of[format].tensors,
             swarm.store,
             server=server,
             encode=encode,

@@ -27,7 +27,7 @@ from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
 from swarmtrain.peer.robustness import robust_mean
 from swarmtrain.peer.stopping import StopTraining
-from swarmtrain.run import RunFile
+from swarmtrain.run import GradientFormat, RunFile
 
 __all__ = [
     "Averaged",
@@ -168,6 +168,8 @@ class Start:
     """Inner steps of everybody together in the time of one of this peer's; 0: `num_peers`."""
     num_fragments: int = 1
     """Of the model, which are merged at equal distances, the last one at the round's end."""
+    gradient_format: GradientFormat = "fp32"
+    """Of the pseudo-gradients that it publishes."""
 
     @cached_property
     def publish_after(self) -> Sequence[int]:

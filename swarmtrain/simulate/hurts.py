@@ -137,7 +137,8 @@ def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) 
     if not rate or others < 1 or merge.method == "server":
         return None
     gossips, parameters = merge.method == "gossip", stage_parameters(run)
-    pulled = pulled_bytes(run, parameters, others)
+    sizes = section_bytes(run, parameters, others, found.round_s, rate)
+    pulled = pulled_bytes(run, sizes, others)
     wanted = pulled if gossips else payload
     share = wanted / rate / found.round_s
     what = f"{size(wanted)} of pseudo-gradients" + (" and weights" if gossips else "")
@@ -145,7 +146,7 @@ def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) 
     changes = [_longer_rounds(run, found, share / LINK_SHARE)]
     if gossips and share > LINK_SHARE:
         why += f"; at most {LINK_SHARE:.0%} of it goes on pulling, so fewer are merged"
-        sizes, carried = section_bytes(run, parameters), LINK_SHARE * rate * found.round_s
+        carried = LINK_SHARE * rate * found.round_s
         fewer = int((carried - min(merge.num_weights, others) * sizes.weights) / sizes.gradient)
         if 1 <= fewer < min(merge.num_partners, others):
             changes.append(_to(run, "merge.num_partners", fewer))

@@ -17,6 +17,7 @@ from functools import partial
 from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
 from swarmtrain.errors import UserError
 from swarmtrain.membership.fragments import COPY_S, published, publishes_every
+from swarmtrain.membership.pulls import SectionBytes
 from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, section_bytes
 from swarmtrain.rehearsal import ChurnSection, LinksSection, RehearsalFile, SeedSection, mishaps
 from swarmtrain.run import RunFile
@@ -136,8 +137,9 @@ def _merge_s(run: RunFile, round_s: float = 0.0) -> float:
 def _gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
     some = machines.at_most(_MOST_GOSSIPING)
     steps = _steps(run, some.step_s)
-    swarm = _gossiping(run, links, seed)
     longest_s = max(number * one for number, one in zip(steps, some.step_s, strict=True))
+    sizes = section_bytes(run, stage_parameters(run), machines.num - 1, longest_s, min(rates(links)))
+    swarm = _gossiping(run, links, seed, sizes)
     draw = random.Random(f"begins {seed}")  # nobody's rounds begin together; the slow see others, and are paced
     begins_s = sorted(draw.uniform(0.0, longest_s) for _ in some.step_s)
     for begin_s, (number, step_s) in zip(begins_s, sorted(enumerate(some.step_s), key=lambda one: one[1]), strict=True):
@@ -166,9 +168,8 @@ def _gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) ->
     )
 
 
-def _gossiping(run: RunFile, links: LinksSection, seed: int) -> GossipSwarm:
+def _gossiping(run: RunFile, links: LinksSection, seed: int, sizes: SectionBytes) -> GossipSwarm:
     """A swarm of this run's, without anybody."""
-    sizes = section_bytes(run, stage_parameters(run))
     link = link_of(links, sizes.both, random.Random(seed))
     return GossipSwarm(GossipSettings.of(run, sizes, stage_bytes(run)), link=link, seed=seed)
 
@@ -270,7 +271,7 @@ def _applied(world: World, end_s: float) -> tuple[float, float]:
 
 def _server(run: RunFile, machines: Machines) -> Lived:
     steps, merge_s = _steps(run, machines.step_s), _merge_s(run)
-    sizes = section_bytes(run, stage_parameters(run))
+    sizes = section_bytes(run, stage_parameters(run), machines.num - 1)
     return Lived(
         by="arithmetic: nobody waits for anybody, and the server's link carries what it must",
         round_s=tuple(merge_s + one * step_s for one, step_s in zip(steps, machines.step_s, strict=True)),

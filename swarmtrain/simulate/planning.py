@@ -15,6 +15,7 @@ from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.peer.estimate import disk_bytes, estimate, section_bytes
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import RunFile
+from swarmtrain.simulate.links import rates
 from swarmtrain.simulate.living import Lived, Machines, lived
 from swarmtrain.simulate.pipeline import stage_parameters
 from swarmtrain.simulate.traffic import Traffic, traffic_of
@@ -110,6 +111,8 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
     # Each sees the end at the end of a round of its own, by what the others told at the end of theirs.
     run_s = run.run.total_tokens / tokens_per_s + round_s * apart
     cost, parameters = estimate(run, num_parameters(run.model), machines.num), stage_parameters(run)
+    others = machines.num // run.pipeline.stages - 1
+    sizes = section_bytes(run, parameters, others, round_s, min(rates(links)))
     return Plan(
         by=found.by,
         num_peers=machines.num,
@@ -126,7 +129,7 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
         stall_share=sum(found.stall_s) / sum(found.round_s),
         partners_per_round=found.partners,
         fresh_share=found.fresh_share,
-        publication_bytes=section_bytes(run, parameters).both if apart else 4 * parameters,
+        publication_bytes=sizes.both if apart else 4 * parameters,
         state_bytes=8 * parameters,
         payload_up_bytes=found.up_bytes,
         payload_down_bytes=found.down_bytes,

@@ -20,7 +20,7 @@ from swarmtrain.peer.estimate import section_bytes
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.gossip import GossipPeer, GossipSettings, GossipSwarm, RoundRecord
 from swarmtrain.simulate.learning.setting import Outcome
-from swarmtrain.simulate.links import EXACT_UP_TO, link_of
+from swarmtrain.simulate.links import EXACT_UP_TO, link_of, rates
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.scenario import ChurnSection, Scenario
 
@@ -191,14 +191,16 @@ def play(settings: GossipSettings, machines: Machines, churn: ChurnSection, roun
 def play_scenario(scenario: Scenario, run: RunFile) -> Outcome:
     """The scenario's swarm, with the run file's model, merging and presences."""
     links, peers, seed = scenario.links, scenario.peers, run.run.seed
-    sizes = section_bytes(run, num_parameters(run.model))
+    parameters, step_s = num_parameters(run.model), peers.step_ms / 1000
+    round_s = run.merge.inner_steps * step_s
+    sizes = section_bytes(run, parameters, peers.number - 1, round_s, min(rates(links)))
     machines = Machines(
         number=peers.number,
-        step_s=peers.step_ms / 1000,
+        step_s=step_s,
         slowdowns=peers.slowdowns,
         spread=peers.spread,
         link=link_of(links, sizes.both, random.Random(seed)),
         link_spread=links.spread,
     )
-    settings = replace(GossipSettings.of(run, sizes, 8 * num_parameters(run.model)), keeps_past=False)
+    settings = replace(GossipSettings.of(run, sizes, 8 * parameters), keeps_past=False)
     return play(settings, machines, scenario.churn, scenario.scenario.rounds, seed)

@@ -313,11 +313,11 @@ def test_weights_and_gradients_in_int8_take_at_most_2_1_bytes_a_parameter() -> N
 def test_what_is_sent_adds_up_to_the_gradients(format: Format) -> None:
     sizes = (100, 33)
     gradients = [0.01 * _vector(sizes, seed) + torch.linspace(-1e-4, 1e-4, 133) for seed in range(40)]
-    feedback = ErrorFeedback(format, sizes)
+    feedback = ErrorFeedback(sizes)
     sent = torch.zeros(133, dtype=torch.float64)
     plain = torch.zeros(133, dtype=torch.float64)
     for round, gradient in enumerate(gradients):
-        sent += decode(feedback.encode(gradient, round, 1), format, sizes)
+        sent += decode(feedback.encode(gradient, format, round, 1), format, sizes)
         plain += decode(encode(gradient, format, sizes), format, sizes)
     total = torch.stack(gradients).double().sum(0)
     assert torch.allclose(sent + feedback.residual, total, rtol=0, atol=1e-8)
@@ -326,14 +326,14 @@ def test_what_is_sent_adds_up_to_the_gradients(format: Format) -> None:
 
 def test_every_part_of_a_round_adds_the_same_residual_once() -> None:
     sizes = (64,)
-    feedback = ErrorFeedback("int4", sizes)
+    feedback = ErrorFeedback(sizes)
     first = _vector(sizes, 1)
-    feedback.encode(first, 0, 4)
+    feedback.encode(first, "int4", 0, 4)
     residual = feedback.residual
     assert residual.any()
     gradients = {part: _vector(sizes, part) for part in (1, 2, 4)}
     for part in (1, 4, 2):  # 2 for a reader that came late: the highest part is what counts
-        data = feedback.encode(gradients[part], 1, part)
+        data = feedback.encode(gradients[part], "int4", 1, part)
         assert torch.equal(data, encode(gradients[part] + residual, "int4", sizes))
     last = gradients[4] + residual
     assert torch.equal(feedback.residual, last - decode(encode(last, "int4", sizes), "int4", sizes))
@@ -341,28 +341,28 @@ def test_every_part_of_a_round_adds_the_same_residual_once() -> None:
 
 def test_rounds_without_readers_and_late_readers_lose_nothing() -> None:
     sizes = (64,)
-    feedback = ErrorFeedback("int4", sizes)
+    feedback = ErrorFeedback(sizes)
     first, second = _vector(sizes, 1), _vector(sizes, 2)
-    feedback.encode(first, 1, 4)
+    feedback.encode(first, "int4", 1, 4)
     residual = feedback.residual
-    assert torch.equal(feedback.encode(second, 6, 1), encode(second + residual, "int4", sizes))
+    assert torch.equal(feedback.encode(second, "int4", 6, 1), encode(second + residual, "int4", sizes))
     after = feedback.residual
-    assert torch.equal(feedback.encode(first, 1, 4), encode(first, "int4", sizes))
+    assert torch.equal(feedback.encode(first, "int4", 1, 4), encode(first, "int4", sizes))
     assert feedback.residual is after
-    again = ErrorFeedback("int4", sizes, residual=after)
-    assert torch.equal(again.encode(first, 3, 1), feedback.encode(first, 7, 1))
+    again = ErrorFeedback(sizes, residual=after)
+    assert torch.equal(again.encode(first, "int4", 3, 1), feedback.encode(first, "int4", 7, 1))
 
 
 def test_a_gradient_that_is_refused_leaves_the_residual() -> None:
-    feedback = ErrorFeedback("int4", (8,))
-    feedback.encode(torch.linspace(0, 1, 8), 0, 1)
+    feedback = ErrorFeedback((8,))
+    feedback.encode(torch.linspace(0, 1, 8), "int4", 0, 1)
     before = feedback.residual
     for wrong in (torch.full((8,), math.nan), torch.ones(7)):
         with pytest.raises(ValueError, match=r"finite|is needed"):
-            feedback.encode(wrong, 1, 1)
+            feedback.encode(wrong, "int4", 1, 1)
     assert torch.equal(feedback.residual, before)
     with pytest.raises(ValueError, match="residual that is not finite"):
-        ErrorFeedback("int4", (2,), residual=torch.tensor([1.0, math.inf]))
+        ErrorFeedback((2,), residual=torch.tensor([1.0, math.inf]))
 
 
 def test_small_numbers_beside_a_large_one_converge_only_with_error_feedback() -> None:
@@ -370,12 +370,13 @@ def test_small_numbers_beside_a_large_one_converge_only_with_error_feedback() ->
     target = torch.linspace(-1, 1, 64)
     distances = {}
     for name in ("feedback", "plain"):
-        feedback = ErrorFeedback("int4", (64,))
+        feedback = ErrorFeedback((64,))
         x = torch.zeros(64)
         for round in range(400):
             gradient = 0.05 * (x - target)
             gradient[0] = (-1.0) ** round
-            data = feedback.encode(gradient, round, 1) if name == "feedback" else encode(gradient, "int4", (64,))
+            encoded = encode(gradient, "int4", (64,))
+            data = feedback.encode(gradient, "int4", round, 1) if name == "feedback" else encoded
             x = x - decode(data, "int4", (64,))
         distances[name] = float((x - target)[1:].norm() / target[1:].norm())
     assert distances["plain"] == 1.0

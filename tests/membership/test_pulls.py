@@ -14,6 +14,7 @@ from swarmtrain.membership.pulls import (
     ahead_rounds,
     expected_step_s,
     expected_transfer,
+    gradient_format,
     idle_s,
     is_moved,
     plan_pulls,
@@ -95,6 +96,37 @@ def test_gradients_of_many_and_the_weights_of_one(others: int, rate: float, weig
     plan = plan_pulls(others, 1000.0, 1100.0, SIZES, known(rate), wanted)
     assert (len(plan.weights_at_s), len(plan.gradients_at_s)) == (weights, gradients), plan.reason
     assert wanted.bytes_of(SIZES) == 1000
+
+
+FORMATS = {"int2": SectionBytes(weights=800, gradient=225), "int4": SectionBytes(weights=800, gradient=450)}
+
+
+@pytest.mark.parametrize(
+    ("others", "round_s", "rate", "found"),
+    [
+        (0, 100.0, 1e6, "int2"),
+        (1, 100.0, 1e6, "int4"),
+        (4, 100.0, 1e6, "int4"),  # four times 450, as eight times 225
+        (5, 100.0, 1e6, "int2"),
+        (99, 100.0, 1e6, "int2"),
+        (4, 0.0, 1e6, "int2"),  # how long a round lasts is not known
+        (4, 100.0, None, "int2"),  # or how fast bytes come
+        (4, 100.0, 520.0, "int4"),  # 2600 bytes in a twentieth of the round
+        (4, 100.0, 519.0, "int2"),
+        (3, 100.0, 430.0, "int4"),
+    ],
+)
+def test_gradients_are_finer_where_they_are_few_and_cost_next_to_no_time(
+    others: int, round_s: float, rate: float | None, found: str
+) -> None:
+    wanted = Wanted(gradients=8, weights=1)
+    assert gradient_format(FORMATS, others, round_s, rate, wanted) == found
+    assert gradient_format({"fp32": FORMATS["int4"]}, others, round_s, rate, wanted) == "fp32"
+
+
+def test_whoever_wants_few_partners_gets_no_finer_gradients_for_that() -> None:
+    assert gradient_format(FORMATS, 9, 100.0, 1e6, THREE) == "int2"
+    assert gradient_format(FORMATS, 1, 100.0, 1e6, THREE) == "int4"
 
 
 def test_a_step_is_expected_to_take_what_it_does_in_this_round_if_that_is_less_than_in_the_last() -> None:

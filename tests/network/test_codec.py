@@ -8,8 +8,19 @@ import pytest
 import torch
 from torch import nn
 
+from swarmtrain.algorithm.quantize import Format
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network.codec import average_bytes_untrusted, body_of, tensor_specs, vector_sha256, vector_untrusted
+from swarmtrain.network.codec import (
+    GradientCodec,
+    average_bytes_untrusted,
+    body_of,
+    tensor_specs,
+    vector_sha256,
+    vector_untrusted,
+)
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.snapshots import Body, Held, TensorSpec, build_snapshot
+from swarmtrain.v1 import snapshot_pb2 as pb
 
 
 def vectors(number: int, size: int = 1000) -> list[torch.Tensor]:
@@ -98,3 +109,33 @@ def test_parts_of_different_lengths_are_our_mistake() -> None:
     first, second = vectors(2)
     with pytest.raises(ValueError, match="one length"):
         average_bytes_untrusted([as_part(first), as_part(second)[:-4]], [1, 1])
+
+
+def test_an_author_chooses_each_gradients_format_and_what_it_loses_in_one_comes_in_the_next() -> None:
+    specs = (TensorSpec("w", (25, 30)), TensorSpec("norm", (250,)))
+    authors, readers = (GradientCodec(specs, ("int2", "int4")) for _ in range(2))
+
+    def read(data: memoryview, format: Format) -> torch.Tensor:
+        manifest = pb.Manifest(run_sha256=bytes(32), kind=pb.SNAPSHOT_KIND_PUBLICATION)
+        held: Held = build_snapshot(new_identity(b"a" * 32), manifest, readers.of[format].tensors, Body([data]))
+        return readers.decode_untrusted(held)
+
+    formats: list[Format] = ["int2", "int4", "int4", "int2", "int2"]
+    sizes, sent, last = {"int2": 283, "int4": 564}, torch.zeros(1000), torch.zeros(1000)
+    for round, (format, gradient) in enumerate(zip(formats, vectors(5), strict=True)):
+        data = authors.encode_sum(gradient, format, round)
+        assert len(data) == sizes[format] == authors.of[format].size_bytes
+        sent += read(data, format)
+        last = gradient
+    lost = sum(vectors(5)) - sent
+    assert 0.05 < float(lost.square().mean() / last.square().mean()) < 0.25, "what the last lost, and no more"
+    with pytest.raises(BadBytesError, match="not finite"):
+        read(memoryview(b"\xff" * sizes["int4"]), "int4")
+
+
+def test_gradients_in_whole_numbers_carry_nothing_over() -> None:
+    codec = GradientCodec((TensorSpec("w", (1000,)),), ("bf16",))
+    one, other = vectors(2)
+    assert [bytes(codec.encode_sum(each, "bf16", round)) for round, each in enumerate((one, other))] == [
+        bytes(codec.of["bf16"].encode(each)) for each in (one, other)
+    ]

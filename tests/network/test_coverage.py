@@ -28,7 +28,7 @@ RUN, CORPUS, OTHER = "ab" * 32, "cd" * 32, "ef" * 32
 ANNA, BEN, CARL, DORA = (new_identity(bytes([i]) * 32) for i in range(1, 5))
 STEP_TOKENS, STEPS, NUM_SHARDS = 4 * 16, 40, 24
 ROUND_TOKENS = STEP_TOKENS * STEPS
-CODEC = PublicationCodec((TensorSpec("w", (3, 4)),), "fp32", "fp32")
+CODEC = PublicationCodec((TensorSpec("w", (3, 4)),), "fp32", ("fp32",))
 
 
 def shards_of_corpus(corpus: str = CORPUS, num_shards: int = NUM_SHARDS) -> ShardsOf:
@@ -78,7 +78,7 @@ class Peer(Reader):
         )
         self.batches.cut(NUM_SHARDS)
         rows = self.coverage.rows_to_send
-        self.publisher = Publisher(identity, RUN, CODEC.gradient.tensors, SnapshotStore(), shard_rows=rows)
+        self.publisher = Publisher(identity, RUN, CODEC.gradient.of["fp32"].tensors, SnapshotStore(), shard_rows=rows)
         self.read: set[int] = set()
         """The places in the corpus that its sequences were of,"""
         self.begun: set[int] = set()
@@ -101,14 +101,14 @@ class Peer(Reader):
             tokens=ROUND_TOKENS,
             inner_steps=STEPS,
             author_tokens=self.round * ROUND_TOKENS,
-            encode=lambda: Body([CODEC.gradient.encode(nothing)]),
+            encode=lambda: Body([CODEC.gradient.of["fp32"].encode(nothing)]),
         )
 
     def pull(self, other: Peer) -> None:
         held = asyncio.run(other.publisher.held_after(pb.PublicationRequest()))
         if held is not None:
             kind = pb.SNAPSHOT_KIND_PUBLICATION
-            read = manifest_untrusted(held.snapshot.signed, RUN, kind, CODEC.gradient.tensors)
+            read = manifest_untrusted(held.snapshot.signed, RUN, kind, CODEC.gradient.of["fp32"].tensors)
             self.coverage.hear_untrusted(other.id, read.manifest.coverage)
 
 

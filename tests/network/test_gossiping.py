@@ -29,18 +29,18 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
 ME, BEN, CARL, DORA = (new_identity(bytes([i]) * 32) for i in range(4))
-CODEC = PublicationCodec((TensorSpec("w", (40, 50)), TensorSpec("norm", (7,))), "int8", "int8")
+CODEC = PublicationCodec((TensorSpec("w", (40, 50)), TensorSpec("norm", (7,))), "int8", ("int8",))
 SIZE, ROUND_TOKENS = 2007, 1000
 GRADIENTS = PublicationRules(
     run_sha256=RUN,
-    specs=CODEC.gradient.tensors,
+    tables=(CODEC.gradient.of["int8"].tensors,),
     max_tokens=ROUND_TOKENS,
     num_parts=4,
     pull=PullLimits(stall_limit_s=5.0, busy_limit_s=0.0),
 )
 RULES: dict[Section, PublicationRules] = {
     "gradient": GRADIENTS,
-    "weights": replace(GRADIENTS, specs=CODEC.weights.tensors, num_parts=0),
+    "weights": replace(GRADIENTS, tables=(CODEC.weights.tensors,), num_parts=0),
 }
 
 
@@ -59,14 +59,14 @@ class Partner:
         self.identity, self.value = identity, value
         self.store = SnapshotStore()
         self.publishers = {
-            section: Publisher(identity, RUN, rules.specs, self.store) for section, rules in RULES.items()
+            section: Publisher(identity, RUN, rules.tables[0], self.store) for section, rules in RULES.items()
         }
         self.is_gone = self.is_busy = self.is_silent = False
         self.asked: list[pb.PublicationRequest] = []
 
     def publish(self, round: int, part: int, tokens: int) -> None:
         theta, gradient = torch.full((SIZE,), self.value), torch.full((SIZE,), self.value * tokens)
-        self.publish_bytes(round, part, tokens, CODEC.weights.encode(theta), CODEC.gradient.encode(gradient))
+        self.publish_bytes(round, part, tokens, CODEC.weights.encode(theta), CODEC.gradient.of["int8"].encode(gradient))
 
     def publish_bytes(
         self, round: int, part: int, tokens: int, weights: memoryview, gradient: memoryview, author_tokens: int = 0
@@ -125,7 +125,7 @@ class Peer:
         self.calls: Any = Calls()
         for partner in partners:
             self.saw(partner, now)
-        settings = GossipSettings(rules=[RULES], sizes=[CODEC.sizes], wanted=Wanted(num_partners, num_partners))
+        settings = GossipSettings(rules=[RULES], sizes=[CODEC.sizes()], wanted=Wanted(num_partners, num_partners))
         self.gossip = Gossip(
             me=ME.peer_id,
             calls=self.calls,
@@ -158,7 +158,13 @@ class Peer:
 
     def begin(self, round: int, prepare: Callable[[Sequence[Pulled]], Any] = list) -> None:
         now = swarm_time()
-        plan = Plan(round=round, began_s=(now - 60,), ends_s=now, prepare=lambda _, pulled: prepare(pulled))
+        plan = Plan(
+            round=round,
+            began_s=(now - 60,),
+            ends_s=now,
+            prepare=lambda _, pulled: prepare(pulled),
+            gradient_format="int8",
+        )
         self.gossip.begin(round, [plan])
 
     async def take(self, number: int, *, weights: bool = True) -> dict[str, Arrival]:
@@ -389,7 +395,10 @@ def test_what_comes_after_one_that_cannot_be_merged_with_the_first_stays() -> No
             )
 
         bens = from_(BEN, "weights"), from_(BEN, "gradient")
-        lane, plan = me.gossip.lanes[0], Plan(round=0, began_s=(0.0,), ends_s=1.0, prepare=prepare)
+        lane, plan = (
+            me.gossip.lanes[0],
+            Plan(round=0, began_s=(0.0,), ends_s=1.0, prepare=prepare, gradient_format="int8"),
+        )
         lane.pulled = [bens[0], from_(CARL, "weights"), from_(CARL, "gradient"), bens[1]]
         await me.gossip._drop_unmergeable(lane, plan, tuple(lane.pulled))
         assert lane.pulled == list(bens)
@@ -442,7 +451,13 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
         both = {(BEN.peer_id, "weights"), (BEN.peer_id, "gradient")}
         await until(lambda: len(me.gossip.lanes[0].pulled) == 2)
         now = swarm_time()
-        plan = Plan(round=1, began_s=(now,), ends_s=now + 60, prepare=lambda _, pulled: prepared.append((1, pulled)))
+        plan = Plan(
+            round=1,
+            began_s=(now,),
+            ends_s=now + 60,
+            prepare=lambda _, pulled: prepared.append((1, pulled)),
+            gradient_format="int8",
+        )
         me.gossip.begin(1, [plan])
         await until(lambda: me.gossip.lanes[0].ready is not None)
         ready = me.gossip.take(me.gossip.round)

@@ -46,7 +46,13 @@ class Swarm:
             partner.publish(self.round, 4, 1000)
         began_s = swarm_time()
         ends_s = began_s + ROUND_S
-        plan = Plan(round=self.round, began_s=(began_s,), ends_s=ends_s, prepare=lambda _, pulled: list(pulled))
+        plan = Plan(
+            round=self.round,
+            began_s=(began_s,),
+            ends_s=ends_s,
+            prepare=lambda _, pulled: list(pulled),
+            gradient_format="int8",
+        )
         self.me.gossip.begin(self.round, [plan])
         await asyncio.sleep(ROUND_S)
         assert swarm_time() == began_s + ROUND_S
@@ -100,9 +106,9 @@ def not_finite(ben: Partner) -> None:
 
 
 def wrong_shape(ben: Partner) -> None:
-    codec = PublicationCodec((TensorSpec("w", (50, 40)), TensorSpec("norm", (7,))), "int8", "int8")
+    codec = PublicationCodec((TensorSpec("w", (50, 40)), TensorSpec("norm", (7,))), "int8", ("int8",))
     ben.publishers["weights"] = Publisher(ben.identity, RUN, codec.weights.tensors, ben.store)
-    ben.publishers["gradient"] = Publisher(ben.identity, RUN, codec.gradient.tensors, ben.store)
+    ben.publishers["gradient"] = Publisher(ben.identity, RUN, codec.gradient.of["int8"].tensors, ben.store)
     ben.publish(0, 4, 1000)
 
 

@@ -121,6 +121,21 @@ def test_a_wrong_manifest_is_refused_before_memory_is_taken(what: str) -> None:
         tracemalloc.stop()
 
 
+def test_a_manifest_may_have_any_of_the_tables_that_it_is_checked_against_and_no_mixture() -> None:
+    coarse, fine = ([TensorSpec(name, (64,), dtype) for name in ("a", "b")] for dtype in ("int2", "int4"))
+    for specs in (coarse, fine, [coarse[0], fine[1]]):
+        size_bytes = sum(spec.size_bytes for spec in specs)
+        held = build_snapshot(
+            ME, pb.Manifest(run_sha256=bytes.fromhex(RUN), kind=KIND), specs, Body([bytes(size_bytes)])
+        )
+        if specs in (coarse, fine):
+            read = manifest_untrusted(held.snapshot.signed, RUN, KIND, coarse, fine)
+            assert read.manifest.total_bytes == size_bytes
+        else:
+            with pytest.raises(BadBytesError, match="another shape, type or number"):
+                manifest_untrusted(held.snapshot.signed, RUN, KIND, coarse, fine)
+
+
 def test_a_forged_or_foreign_manifest_is_refused() -> None:
     signed = WHOLE.snapshot.signed
     other_run = hashlib.sha256(b"another").hexdigest()

@@ -108,6 +108,7 @@ def _rounds(record: _Record) -> None:
             run_tokens=progress.run_tokens,
             steps_of=told.steps,
             everybodys_of=told.everybodys,
+            format_of=told.format_of,
             start=start,
         )
         return start
@@ -119,6 +120,10 @@ def _rounds(record: _Record) -> None:
     def everybodys(original: Any, own: float, others: Any) -> float:
         record.thread.everybodys = own, others
         return original(own, others)
+
+    def gradient_format(original: Any, sizes: Any, *args: Any) -> Any:
+        record.thread.format_of = args
+        return original(sizes, *args)
 
     def publish(original: Any, self: GossipExchange, contribution: Any) -> None:
         c = contribution
@@ -133,6 +138,7 @@ def _rounds(record: _Record) -> None:
     _around(GossipExchange, "start_round", start_round)
     _around(exchange, "round_inner_steps", steps)
     _around(asynchronous, "steps_of_everybody", everybodys)
+    _around(gossiping, "gradient_format", gradient_format)
     _around(GossipExchange, "publish", publish)
     _around(Publisher, "_build", build)
 
@@ -145,14 +151,16 @@ def _choices(record: _Record) -> None:
         self.rng = generator(self.me)
 
     def pull_plan(original: Any, self: Gossip, plan: Any) -> Any:
-        record.thread.fragments = plan.fragments
+        record.thread.planned = plan.fragments, plan.gradient_format
         return original(self, plan)
 
     def plan_pulls(original: Any, *args: Any) -> Any:
-        fragments = record.thread.fragments
+        fragments, format = record.thread.planned
         with record.lock:  # the trainer's thread tells of rounds that end
             plan = original(*args)
-            record.write_news(f"plan of {fragments[0]}", fragments=fragments, inputs=args[:3], found=plan)
+            record.write_news(
+                f"plan of {fragments[0]}", fragments=fragments, format=format, inputs=args[:3], found=plan
+            )
             return plan
 
     def expected(kind: str) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ from swarmtrain.membership.pulls import (
     Section,
     ahead_rounds,
     expected_step_s,
+    gradient_format,
     is_moved,
     plan_pulls,
     round_began_s,
@@ -129,7 +130,9 @@ class ReplayedPeer(Peer):
             round_s = steps / own
         everybodys = steps_of_everybody(*event["everybodys_of"])
         every = publishes_every(section.publications_per_round, len(self.lanes), round_s, self.world.layout.size)
-        decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, every=every)
+        format = gradient_format(self.world.sizes, *event["format_of"][:3], self.world.wanted)
+        decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, every=every, gradient_format=format)
+        self.world.formats[format] += 1
         self._same(event, "inner steps", decided, "start")
         assert event["round"] == self.round
         self.enter(start, event["run_tokens"])
@@ -170,7 +173,7 @@ class ReplayedPeer(Peer):
 
     def _plan(self, event: Event) -> None:
         num_others, started_s, ends_s = event["inputs"]
-        sizes = total_bytes(self.lanes[fragment].sizes for fragment in event["fragments"])
+        sizes = total_bytes(self.lanes[fragment].sizes[event["format"]] for fragment in event["fragments"])
         wanted = self.world.wanted
         self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, wanted))
 
@@ -260,6 +263,8 @@ class Replayed(World):
     """What the peer in question believes the median round to be."""
     decisions: Counter[str] = field(default_factory=Counter)
     """How many of each kind were the same."""
+    formats: Counter[str] = field(default_factory=Counter)
+    """Of pseudo-gradients: in so many rounds."""
     told_now: list[Incident] = field(default_factory=list)
 
     def peer(self, number: int) -> Peer:

@@ -61,7 +61,8 @@ def test_volunteers_that_gossip_do_what_the_simulator_does(
 
     text = text_of(children[0].folder, swarm.folder, [child.id for child in children])
     world = replay(text, [swarm.folder / f"{child.name}.jsonl" for child in children])
-    print(f"the same decisions: {dict(world.decisions)}")
+    print(f"the same decisions: {dict(world.decisions)}; rounds in {dict(world.formats)}")
+    assert world.formats["int4"] > 8, "three, where links are fast"
     for child, peer in zip(children, world.peers, strict=True):
         assert isinstance(peer, ReplayedPeer)
         state = peer.trainer.state

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,9 +24,11 @@ from swarmtrain.membership.partners import BackOff, Candidate, Difference, Mark,
 from swarmtrain.membership.pulls import (
     PullTimes,
     Section,
+    SectionBytes,
     Wanted,
     ahead_rounds,
     expected_step_s,
+    gradient_format,
     is_moved,
     plan_pulls,
     total_bytes,
@@ -39,6 +41,7 @@ from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.consensus import layout_of_specs
 from swarmtrain.peer.robustness import apart
 from swarmtrain.peer.trainer import Contribution, Gathered, Start
+from swarmtrain.run import GradientFormat
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.churn import catches_up, schedule
 from swarmtrain.simulate.learning.lane import Arrived, Lane, Published, Pull
@@ -121,7 +124,7 @@ class Peer:
         for lane in self.lanes:
             moment = merge_after[lane.number]
             together = [one for one in self.lanes if merge_after[one.number] == moment]
-            lane.sizes_due = sizes = total_bytes(one.sizes for one in together)
+            lane.sizes_due = sizes = total_bytes(one.sizes[self.start.gradient_format] for one in together)
             lane.merges_s = self.at_s(moment + (self.start.inner_steps if lane.round > self.round else 0))
             lane.plan = plan_pulls(others, lane.began_s, lane.merges_s, sizes, self.times, wanted)
             for what, due_s in ("weights", lane.plan.weights_at_s), ("gradient", lane.plan.gradients_at_s):
@@ -165,7 +168,12 @@ class Peer:
             every=publishes_every(most, len(self.lanes), round_s, self.world.layout.size),
             run_steps_a_step=everybodys,
             num_fragments=len(self.lanes),
+            gradient_format=self.gradient_format(len(others), round_s),
         )
+
+    def gradient_format(self, others: int, round_s: float) -> GradientFormat:
+        """That in which it publishes pseudo-gradients in a round that lasts so long, beside so many others."""
+        return gradient_format(self.world.sizes, others, round_s, self.times.bytes_per_s, self.world.wanted)
 
     def ends_in_s(self) -> float | None:
         """In how many seconds its round ends, as it tells; None until it knows its speed, and while it is away."""
@@ -209,7 +217,8 @@ class Peer:
         for lane, of in zip(self.lanes, self.own.fragment_rounds, strict=True):
             gradient = self.own.gradient_of(lane.number)
             lane.robustness.learn(gradient, of.tokens)
-            lane.newest = Published(Mark(of.round, of.part, of.tokens), gradient)
+            mark = Mark(of.round, of.part, of.tokens)
+            lane.newest = Published(mark, gradient, self.start.gradient_format)
 
     def publish(self, moment: int) -> None:
         """Train to that moment of the round, and publish; pulls are planned anew if merges come at other times."""
@@ -230,8 +239,10 @@ class Peer:
         if section == "weights":
             published.sent = lane.codec.weights.decode(lane.codec.weights.encode(published.vector))
         else:
-            gradients, mark = lane.codec.gradient, published.mark
-            published.sent = gradients.decode(gradients.encode_sum(published.vector, mark.round, mark.part))
+            gradients, mark, format = lane.codec.gradient, published.mark, published.format
+            assert format is not None
+            encoded = gradients.encode_sum(published.vector, format, mark.round, mark.part)
+            published.sent = gradients.of[format].decode(encoded)
 
     # ------------------------------------------------------------- pulls
 
@@ -268,8 +279,8 @@ class Peer:
             if world.is_hanging(name):  # it says nothing
                 self.call_at(clock.now + setting.run.network.call_limit_s, self.break_off, pull, "no answer", True)
             else:
-                size_bytes = lane.sizes.weights if section == "weights" else lane.sizes.gradient
-                self.bring(pull, size_bytes, ATTEMPTS)
+                sizes = lane.sizes[published.format or self.start.gradient_format]
+                self.bring(pull, sizes.weights if section == "weights" else sizes.gradient, ATTEMPTS)
 
     def bring(self, pull: Pull, left_bytes: int, attempts: int) -> None:
         """The bytes come; where the transfer breaks off, it is asked for the rest, so many times in all."""
@@ -452,6 +463,8 @@ class World:
     specs: tuple[TensorSpec, ...] = field(init=False)
     layout: Layout = field(init=False)
     fragments: tuple[Fragment, ...] = field(init=False)
+    sizes: Mapping[GradientFormat, SectionBytes] = field(init=False)
+    """Of the whole model, by the format of pseudo-gradients."""
     wanted: Wanted = field(init=False)
     """Of how many partners a round pulls them, if links carry it."""
     peers: list[Peer] = field(init=False)
@@ -463,7 +476,9 @@ class World:
         if not self.setting.corrected:
             self.layout = replace(self.layout, corrected=(False,) * len(self.specs))
         self.fragments = fragments_of(self.layout, self.setting.run.merge.num_fragments)
-        self.wanted = Wanted(self.setting.run.merge.num_partners, self.setting.run.merge.num_weights)
+        section = self.setting.run.merge
+        self.sizes = PublicationCodec(self.specs, section.theta_format, section.gradient_formats).sizes()
+        self.wanted = Wanted(section.num_partners, section.num_weights)
         self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
         self._recorder, self.wire = Recorder(self.setting), Wire(self.setting)
@@ -471,7 +486,7 @@ class World:
     def codec(self, fragment: int) -> PublicationCodec:
         """A peer's own of a fragment: what it has lost in one publication it adds to the next."""
         section, specs = self.setting.run.merge, tuple(self.fragments[fragment].pick(self.specs))
-        return PublicationCodec(specs, section.theta_format, section.gradient_format)
+        return PublicationCodec(specs, section.theta_format, section.gradient_formats)
 
     @property
     def reference_round(self) -> int:

@@ -76,7 +76,9 @@ class _Hostile(Peer):
         g, mark, attack = honest.vector, honest.mark, self.world.setting.hostile
         if attack.kind == "tokens":  # the most that is not refused
             most = self.world.setting.run.max_round_tokens
-            return Published(Mark(mark.round, mark.part, most - self.start.num_parts + mark.part), g)
+            return dataclasses.replace(
+                honest, mark=Mark(mark.round, mark.part, most - self.start.num_parts + mark.part)
+            )
         made: dict[str, Callable[[], Tensor]] = {
             "sign-flip": lambda: -attack.factor * g,
             "scaled": lambda: attack.factor * g,
@@ -86,7 +88,7 @@ class _Hostile(Peer):
             "huge": lambda: torch.full_like(g, _HUGE),
             "nan": lambda: torch.full_like(g, math.nan),
         }
-        return Published(mark, made.get(attack.kind, lambda: g)())
+        return dataclasses.replace(honest, vector=made.get(attack.kind, lambda: g)())
 
     def noise(self, lane: Lane, honest: Published) -> Tensor:
         """Random numbers of the same norm in each tensor."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from swarmtrain.membership.partners import BackOff, Ledger, Mark, Partners
 from swarmtrain.membership.pulls import PullPlan, most_pulls
 from swarmtrain.membership.shards import Row
 from swarmtrain.peer.robustness import Robustness
+from swarmtrain.run import GradientFormat
 
 if TYPE_CHECKING:
     from swarmtrain.simulate.learning.gossip import Peer
@@ -28,6 +29,8 @@ class Published:
 
     mark: Mark
     vector: Tensor
+    format: GradientFormat | None = None
+    """Of a pseudo-gradient."""
     sent: Tensor | None = None
     """What everybody gets of it, once it was asked for."""
     began_s: float | None = None
@@ -57,7 +60,7 @@ class Lane:
     def __init__(self, peer: Peer, number: int) -> None:
         world, section = peer.world, peer.world.setting.run.merge
         self.peer, self.number, self.fragment = peer, number, world.fragments[number]
-        self.sizes = replace(world.codec(number).sizes, share=1 / len(world.fragments))
+        self.sizes = world.codec(number).sizes(1 / len(world.fragments))
         self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
         met = not world.setting.own_weights
         self.robustness = Robustness(section.robust, self.fragment.layout, world.told, met=met)
@@ -80,7 +83,7 @@ class Lane:
         self.arrived: Arrived = {}
         self.pulls = OpenPulls(back_off, most_pulls(world.wanted))
         self.plan: PullPlan | None = None
-        self.sizes_due = self.sizes
+        self.sizes_due = next(iter(self.sizes.values()))
         """Of all that is pulled of one partner at once."""
 
     @property

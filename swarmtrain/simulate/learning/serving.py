@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterState
 from swarmtrain.membership.serving import HandIn, HandIns, Marks, too_old
-from swarmtrain.network.codec import PublicationCodec, VectorCodec
+from swarmtrain.network.codec import GradientCodec, PublicationCodec
 from swarmtrain.peer.server_exchange import lead
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.setting import GROUP, Outcome, Recorder, Setting
@@ -33,7 +33,7 @@ class _Worker:
         self.served, self.number, self.name = served, number, f"p{number}"
         self.learner = served.setting.learner(number)
         self.theta = self.learner.reached
-        self.codec = VectorCodec("gradient", self.learner.specs, served.setting.run.merge.gradient_format)
+        self.gradients = GradientCodec(self.learner.specs, served.setting.run.merge.gradient_formats)
         self.round = 0
         self.hand_ins: HandIns[Tensor] = HandIns()
         self.is_fetched = False
@@ -82,7 +82,7 @@ class _Worker:
         served.uncount(sum(self.on_the_way.values()))
         served.tokens_lost += steps * tokens
         self.on_the_way.clear()
-        self.codec = replace(self.codec)  # no checkpoint keeps what it is to add to the next gradient
+        self.gradients = replace(self.gradients)  # no checkpoint keeps what it is to add to the next gradient
         self.num_lives += 1
         self.is_here, self.began_s, self.came = False, math.inf, None
         self.hand_ins, self.is_fetched = HandIns(), False
@@ -188,14 +188,15 @@ class _Served:
         self.workers = [_Worker(self, number) for number in range(setting.num_peers)]
         theta, section = self.workers[0].theta, setting.run.merge
         specs = self.workers[0].learner.specs
-        self.codec = PublicationCodec(specs, section.theta_format, section.gradient_format)
+        self.codec = PublicationCodec(specs, section.theta_format, section.gradient_formats)
+        ((self._format, sizes),) = self.codec.sizes().items()
         state = OuterState(theta, torch.zeros_like(theta))
         self._delay = delay or section.buffer_arrivals
         self.outer = DelayedNesterov(state, setting.constants(0), self.num_arrivals, section.momentum_share)
         size = min(self.num_arrivals, GROUP)
         self.fedbuff = _FedBuff(state, section.outer_learning_rate, size) if buffered else None
         self.marks = Marks()
-        self.theta_bytes, self.gradient_bytes = self.codec.sizes.weights, self.codec.sizes.gradient
+        self.theta_bytes, self.gradient_bytes = sizes.weights, sizes.gradient
         self.wire = Wire(setting)
         self._recorder, self._rng = Recorder(setting), random.Random(f"wire {setting.run.run.seed}")
 
@@ -215,7 +216,8 @@ class _Served:
 
     def take(self, worker: _Worker, piece: HandIn[Tensor]) -> None:
         """What a worker handed in has arrived."""
-        gradient = worker.codec.decode(worker.codec.encode_sum(piece.gradient, piece.round))
+        encoded = worker.gradients.encode_sum(piece.gradient, self._format, piece.round)
+        gradient = worker.gradients.of[self._format].decode(encoded)
         self.marks.enter(worker.name, piece.round)
         worker.is_fetched = False
         worker.on_the_way = {round: tokens for round, tokens in worker.on_the_way.items() if round > piece.round}
