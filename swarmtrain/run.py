@@ -163,7 +163,7 @@ class InnerSection(Section):
 
 _OTHER_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("method", "diloco"): {"outer_momentum": 0.9, "pacing": False},
-    ("method", "server"): {"robust": "clip", "gradient_format": "int2"},
+    ("method", "server"): {"robust": "clip"},
     ("init", "own"): {"robust": "clip", "num_weights": 3},
 }
 """Where a key's value makes the defaults of others different from the fields'; they are written out like those."""
@@ -215,7 +215,7 @@ class MergeSection(Section):
     fragments: int = Field(4, ge=1, le=16, description='"gossip": the model is merged in so many fragments, each once a round and one after the other, so that less of what partners train is lost while it is pulled (N).')  # fmt: skip
     partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip
     theta_format: _Format = Field("int8", description='"gossip", "server": how weights travel.')
-    gradient_format: _GradientFormat = Field("auto", description='"gossip", "server": how pseudo-gradients travel; "gossip": "auto" is int2, and int4 where others are so few that a round brings no more bytes for it, and pulls take next to nothing of the round; with "server" the default is "int2".')  # fmt: skip
+    gradient_format: _GradientFormat = Field("auto", description='"gossip", "server": how pseudo-gradients travel. "auto" is int2, and with "gossip" int4 where others are so few that a round brings no more than in a large swarm, and that takes a twentieth of the round at most.')  # fmt: skip
     robust: str = Field("direction", pattern=_MERGE_RULE, json_schema_extra={"allowed": _MERGE_RULES}, description='"gossip", "server": what one bad partner can do. "clip": gradients and distances are cut at three times what is usual; "gossip": "direction": that, and a gradient counts as far as it goes the way of the own one, which refuses a turned sign, the default there unless merge.init is "own"; "trimmed" and "flag": "clip", and a mean of four or more gradients that outvotes outliers; "PACKAGE:RULE": "clip", and a mean that an installed package has (docs/simulating.md).')  # fmt: skip
     max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='"gossip": what is further behind the median round is not merged, and a peer that is takes the present weights. "server": what began from weights further behind is not taken in.')  # fmt: skip
     buffer_arrivals: int = Field(0, ge=0, le=10_000, description='"server": the outer momentum is refreshed after so many arrivals (N); 0 for as many as there are volunteers.')  # fmt: skip
@@ -224,7 +224,9 @@ class MergeSection(Section):
     @property
     def gradient_formats(self) -> tuple[GradientFormat, ...]:
         """Those that a pseudo-gradient may have, the coarsest first."""
-        return ("int2", "int4") if self.gradient_format == "auto" else (self.gradient_format,)
+        if self.gradient_format != "auto":
+            return (self.gradient_format,)
+        return ("int2", "int4") if self.method == "gossip" else ("int2",)
 
     @property
     def num_fragments(self) -> int:
@@ -249,11 +251,6 @@ class MergeSection(Section):
                 raise ValueError(
                     f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with {allowed}'
                 )
-        if self.method == "server" and self.gradient_format == "auto":
-            raise ValueError(
-                'merge.gradient_format: "auto" goes by how many partners a round has, and with merge.method = "server" '
-                'there are none; allowed: "fp32", "bf16", "int8", "int4" or "int2"'
-            )
         if self.method == "server" and self.robust not in ("none", "clip"):
             raise ValueError(
                 f'merge.robust: "{self.robust}" compares several gradients, and with merge.method = "server" they '

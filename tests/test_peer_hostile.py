@@ -16,6 +16,7 @@ from swarmtrain.membership.progress import Progress
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.snapshots import Body
 from swarmtrain.peer.trainer import Contribution
+from swarmtrain.run import GradientFormat
 
 pytestmark = pytest.mark.slow
 
@@ -46,9 +47,9 @@ def publishes(mallory: Peer, change: Callable[[torch.Tensor, torch.Tensor], tupl
         gradient = last.get(fragment, torch.zeros_like(theta))
         return Body([codecs[fragment].weights.encode(change(theta, gradient)[0])])
 
-    def gradient(contribution: Contribution, fragment: int) -> Body:
+    def gradient(contribution: Contribution, fragment: int, format: GradientFormat) -> Body:
         theta, last[fragment] = contribution.thetas[fragment], contribution.gradient_of(fragment)
-        return Body([codecs[fragment].gradient.encode(change(theta, last[fragment])[1])])
+        return Body([codecs[fragment].gradient.of[format].encode(change(theta, last[fragment])[1])])
 
     mallory.exchange._encode_weights = weights  # type: ignore[method-assign]
     mallory.exchange._encode_gradient = gradient  # type: ignore[method-assign]

@@ -169,7 +169,6 @@ def test_each_problem_names_the_key_and_what_is_allowed(text: str, expected: str
         ("[pipeline]\nstages = 2\nboundaries = ['1']\n", 'pipeline.boundaries.0: "1" is refused'),
         ("[pipeline]\nstages = 2\n[merge]\nmethod = 'diloco'\n", 'pipeline.stages: 2 with merge.method = "diloco"; allowed: with "gossip"'),
         ("[pipeline]\nstages = 2\n[evaluation]\nevery_rounds = 4\n", "evaluation.every_rounds: 4 with pipeline.stages = 2; allowed: 0"),
-        ("[merge]\nmethod = 'server'\ngradient_format = 'auto'\n", 'merge.gradient_format: "auto" goes by how many partners a round has'),
         ("[pipeline]\nstages = 2\n[merge]\nmethod = 'server'\n", 'pipeline.stages: 2 with merge.method = "server"; allowed: with "gossip"'),
         ("[pipeline]\nactivations = 'int4'\n", 'pipeline.activations: "int4" is refused; allowed: "fp32" or "bf16" or "int8"'),
         ("[pipeline]\nwiring = 'random'\n", 'pipeline.wiring: "random" is refused; allowed: "round-robin" or "least-completion"'),

@@ -14,10 +14,10 @@ from learnt import setting, tiny
 
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
 from swarmtrain.membership.partners import Mark
+from swarmtrain.peer.trainer import Start
 from swarmtrain.simulate.comparing import compare
 from swarmtrain.simulate.learning import gossip
 from swarmtrain.simulate.learning.gossip import Peer, World
-from swarmtrain.simulate.learning.lane import Published
 from swarmtrain.simulate.learning.learner import Learner, Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.pace import Pace
@@ -262,11 +262,33 @@ def test_gradients_of_few_bits_feed_their_errors_back(tmp_path: Path) -> None:
     first = lane.newest
     assert first is not None
     peer.serve(lane, "gradient", first)
-    second = Published(Mark(1, 1, first.mark.tokens), first.vector)
+    second = dataclasses.replace(first, mark=Mark(1, 1, first.mark.tokens), sent=None)
     peer.serve(lane, "gradient", second)
     assert first.sent is not None and second.sent is not None
     one, both = (first.vector - first.sent).norm(), (2 * first.vector - first.sent - second.sent).norm()
     assert both < 1.5 * one, "without, it would be twice as much"
+
+
+@pytest.mark.parametrize(("number", "up_mbit", "finer"), [(3, 10.0, True), (3, 0.2, False), (6, 10.0, False)])
+def test_gradients_are_finer_where_they_are_few_and_pulls_are_short(
+    tmp_path: Path, number: int, up_mbit: float, finer: bool
+) -> None:
+    world = World(setting(tiny(tmp_path, peers={"number": number, "step_ms": 200}, links={"up_mbit": up_mbit})))
+    begun: dict[str, list[str]] = {peer.name: [] for peer in world.peers}
+    for peer in world.peers:
+
+        def entered(start: Start, tokens: int, peer: Peer = peer, enter: Any = peer.enter) -> None:
+            begun[peer.name].append(start.gradient_format)
+            enter(start, tokens)
+
+        peer.enter = entered  # type: ignore[method-assign]
+    world.run()
+    for formats in begun.values():
+        assert formats[0] == "int2", "it does not know how long its rounds last"
+        assert set(formats[1:]) == ({"int4"} if finer else {"int2"})
+    pulled = sum(world.sizes[format].gradient for formats in begun.values() for format in formats)
+    most_pulled = pulled * (number - 1) + sum(map(len, begun.values())) * world.sizes["int2"].weights
+    assert 0.7 * most_pulled < world.wire.sent_bytes <= 1.3 * most_pulled, "and weigh as much"
 
 
 def test_rounds_are_dealt_shards_of_the_data(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ class _Served:
         theta, section = self.workers[0].theta, setting.run.merge
         specs = self.workers[0].learner.specs
         self.codec = PublicationCodec(specs, section.theta_format, section.gradient_formats)
-        ((self._format, sizes),) = self.codec.sizes().items()
+        self._format, sizes = next(iter(self.codec.sizes().items()))
         state = OuterState(theta, torch.zeros_like(theta))
         self._delay = delay or section.buffer_arrivals
         self.outer = DelayedNesterov(state, setting.constants(0), self.num_arrivals, section.momentum_share)
