@@ -17,7 +17,7 @@ from swarmtrain.peer.checkpoint_files import CheckpointFolder
 pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 TOLERANCE = 1e-5
-SLOWDOWNS = {"anna": "2", "ben": "3", "carl": "5"}
+SLOWDOWNS = {"anna": "8", "ben": "12", "carl": "20"}
 INNER_STEPS = 24
 NUM_ROUNDS = 15
 """Of all three together."""
@@ -62,7 +62,6 @@ def test_volunteers_that_gossip_do_what_the_simulator_does(
     text = text_of(children[0].folder, swarm.folder, [child.id for child in children])
     world = replay(text, [swarm.folder / f"{child.name}.jsonl" for child in children])
     print(f"the same decisions: {dict(world.decisions)}; rounds in {dict(world.formats)}")
-    assert world.formats["int4"] > 8, "three, where links are fast"
     for child, peer in zip(children, world.peers, strict=True):
         assert isinstance(peer, ReplayedPeer)
         state = peer.trainer.state
