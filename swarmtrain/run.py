@@ -192,7 +192,7 @@ _OUR_RULES = ("none", "clip", "direction", "trimmed", "flag")
 _MERGE_RULES = ", ".join(f'"{rule}"' for rule in _OUR_RULES) + ' or "PACKAGE:RULE" of an installed package'
 _MERGE_RULE = rf"^({'|'.join(_OUR_RULES)}|[a-z0-9][a-z0-9-]{{0,63}}:[a-z0-9][a-z0-9_-]{{0,63}})$"
 _Format = Literal["fp32", "bf16", "int8", "int4"]
-_GradientFormat = Literal["auto", "fp32", "bf16", "int8", "int4", "int2"]
+_FormatOrAuto = Literal["auto", "fp32", "bf16", "int8", "int4", "int2"]
 
 
 class MergeSection(Section):
@@ -215,7 +215,7 @@ class MergeSection(Section):
     fragments: int = Field(4, ge=1, le=16, description='"gossip": the model is merged in so many fragments, each once a round and one after the other, so that less of what partners train is lost while it is pulled (N).')  # fmt: skip
     partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip
     theta_format: _Format = Field("int8", description='"gossip", "server": how weights travel.')
-    gradient_format: _GradientFormat = Field("auto", description='"gossip", "server": how pseudo-gradients travel. "auto" is int2, and with "gossip" int4 where others are so few that a round brings no more than in a large swarm, and that takes a twentieth of the round at most.')  # fmt: skip
+    gradient_format: _FormatOrAuto = Field("auto", description='"gossip", "server": how pseudo-gradients travel. "auto" is int2, and with "gossip" int4 where others are so few that a round brings no more than in a large swarm, and that takes a fifth of the round at most.')  # fmt: skip
     robust: str = Field("direction", pattern=_MERGE_RULE, json_schema_extra={"allowed": _MERGE_RULES}, description='"gossip", "server": what one bad partner can do. "clip": gradients and distances are cut at three times what is usual; "gossip": "direction": that, and a gradient counts as far as it goes the way of the own one, which refuses a turned sign, the default there unless merge.init is "own"; "trimmed" and "flag": "clip", and a mean of four or more gradients that outvotes outliers; "PACKAGE:RULE": "clip", and a mean that an installed package has (docs/simulating.md).')  # fmt: skip
     max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='"gossip": what is further behind the median round is not merged, and a peer that is takes the present weights. "server": what began from weights further behind is not taken in.')  # fmt: skip
     buffer_arrivals: int = Field(0, ge=0, le=10_000, description='"server": the outer momentum is refreshed after so many arrivals (N); 0 for as many as there are volunteers.')  # fmt: skip
@@ -495,11 +495,21 @@ def published_bytes(run: RunFile) -> bytes:
 
     Raises `RunFileError` when they are more than `MAX_RUN_FILE_BYTES`.
     """
-    data = tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)).encode()
+    data = tomli_w.dumps(_of_its_method(run.model_dump(mode="json", exclude_none=True))).encode()
     if len(data) > MAX_RUN_FILE_BYTES:
         limit = MAX_RUN_FILE_BYTES
         raise RunFileError(f"data.paths: the published run would have {len(data)} bytes; allowed: {limit}; use globs")
     return data
+
+
+def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:
+    """Without keys of `[merge]` that its method does not have: older publishers wrote their defaults, which change."""
+    merge = table.get("merge")
+    if not isinstance(merge, dict):
+        return table
+    has, method = METHODS_OF_KEYS.get, merge.get("method")
+    kept = {key: value for key, value in merge.items() if method in (has(key) or (method,))}
+    return {**table, "merge": kept}
 
 
 def run_sha256(data: bytes) -> str:
@@ -526,7 +536,7 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
     except RunFileError as error:
         raise BadBytesError(str(error)) from None
     try:
-        return _validated(table, "the published run")
+        return _validated(_of_its_method(table), "the published run")
     except RunFileError as error:
         publisher = table["published"].get("swarmtrain")
         if isinstance(publisher, str) and _version(publisher) > _version(__version__):

@@ -312,7 +312,7 @@ def test_each_publishes_in_the_format_that_suits_its_round_and_reads_any(worlds:
     coarse, fine = world.everyone()
     formats: dict[str, GradientFormat] = {coarse.id: "int2", fine.id: "int4"}
     for peer in (coarse, fine):
-        peer.exchange.gossip.gradient_format = lambda _, of=peer.id: formats[of]  # type: ignore[misc]
+        peer.exchange.gossip.gradient_format = lambda *_, of=peer.id: formats[of]  # type: ignore[misc]
         peer.round()
     for _ in range(2):
         reports = [peer.round(1) for peer in (coarse, fine)]
@@ -331,6 +331,8 @@ def test_finer_gradients_are_for_long_rounds_over_a_link_that_is_known(worlds: l
     peer.exchange.gossip._times.assume(1e5)  # what a round brings takes a twentieth of a second
     formats = [peer.exchange.start_round(Progress(), speed).gradient_format for speed in (0.0, 1.0, 1000.0)]
     assert formats == ["int2", "int4", "int2"]
+    peer.swarm.node.traffic.up.bytes_per_s = 1e3
+    assert peer.exchange.start_round(Progress(), 1.0).gradient_format == "int2", "others' pulls take its link up"
 
 
 def test_a_round_that_begins_does_not_say_that_it_is_where_the_one_before_ended(worlds: list[World]) -> None:

@@ -68,7 +68,8 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, found: tuple[
         "round": f"{run.merge.inner_steps} inner steps, {count(cost.tokens_per_round)} tokens with {peers}",
         "whole run": f"{count(run.run.total_tokens)} tokens: {cost.num_rounds} rounds, {cost.inner_steps_per_peer} "
         f"inner steps of each of {peers}",
-        "sent": f"{size(cost.bytes_sent_per_round)} per round and peer with {peers}"
+        "sent": ("up to " if len(run.merge.gradient_formats) > 1 else "")
+        + f"{size(cost.bytes_sent_per_round)} per round and peer with {peers}"
         + ("" if below is None else f", {below:.1f} times below an all-reduce at every step"),
         "memory": f"about {size(cost.memory_bytes)} per peer: {size(cost.memory_program_bytes)} program, "
         f"{size(cost.memory_parameters_bytes)} parameters, {size(cost.memory_activations_bytes)} activations",

@@ -49,7 +49,9 @@ _RETRIES_A_ROUND = 8
 _LEAST_IDLE_S = 0.25
 _PULLS_A_PARTNER = 4
 _MOVED_SHARE, _LEAST_MOVED_S = 0.01, 0.1
-_FINE_SHARE = 0.05
+_FINE_SHARE = 0.2
+"""Pulls of finer gradients may take so much of a round. Where they do, the loss is half a percent less for them; where
+they take most of it, it is 0.3 % more (decision 48)."""
 _MOST_EARLY_SHARE = 0.25
 """What comes after the round has ended is of no use to it, so where rounds end earlier than expected, pulls begin by so
 much earlier too; not by more than this."""
@@ -122,7 +124,7 @@ def gradient_format(
     long (0: it is not known).
 
     What the coarsest loses disappears in the mean of many gradients, and not in that of a few. So it is the finest in
-    which what a round pulls, of the whole model that `sizes` are of, weighs no more than in the coarsest in a large
+    which what a round pulls, of all that is merged (`sizes`), weighs no more than in the coarsest in a large
     swarm, and takes next to nothing of the round.
     """
     formats = list(sizes)

@@ -15,7 +15,6 @@ import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
@@ -105,8 +104,8 @@ none."""
 
 @dataclass
 class Gossip:
-    """This peer's pulls, and what came of them. `take`, `forget_pulled` and `ledger_rows` are for the
-    trainer's thread, the rest for the network's."""
+    """This peer's pulls, and what came of them. `take`, `forget_pulled`, `gradient_format` and `ledger_rows` are for
+    the trainer's thread, the rest for the network's."""
 
     me: str
     calls: PeerCalls
@@ -136,6 +135,8 @@ class Gossip:
     """What was planned before the last of them is not begun."""
     lanes: list[Lane] = field(init=False)
     _tasks: dict[OpenPull, asyncio.Task[None]] = field(default_factory=dict)
+    _whole: Mapping[GradientFormat, SectionBytes] = field(init=False)
+    """The sizes of all fragments together."""
     _times: PullTimes = field(default_factory=PullTimes)
     _filling: asyncio.Task[None] | None = None
     _preparing: asyncio.Task[None] | None = None
@@ -143,7 +144,8 @@ class Gossip:
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        settings = self.settings
+        settings, sizes = self.settings, self.settings.sizes
+        self._whole = {format: total_bytes(each[format] for each in sizes) for format in sizes[0]}
         self.lanes = [
             Lane(
                 number,
@@ -191,15 +193,12 @@ class Gossip:
             for lane in self.lanes:
                 lane.pulled, lane.ready = [], None
 
-    def gradient_format(self, round_s: float) -> GradientFormat:
-        """That in which this peer publishes pseudo-gradients in a round that lasts so long; 0: it is not known."""
-        others = len(self.membership.volunteers())
-        return gradient_format(self._whole, others, round_s, self._times.bytes_per_s, self.settings.wanted)
-
-    @cached_property
-    def _whole(self) -> Mapping[GradientFormat, SectionBytes]:
-        sizes = self.settings.sizes
-        return {format: total_bytes(each[format] for each in sizes) for format in sizes[0]}
+    def gradient_format(self, others: int, round_s: float) -> GradientFormat:
+        """That in which this peer publishes pseudo-gradients in a round that lasts so long (0: it is not known), beside
+        so many others. What it may send limits it as what it receives does."""
+        rate, up = self._times.bytes_per_s, self.calls.node.traffic.up.bytes_per_s
+        slower = min(rate, up) if rate and up else rate
+        return gradient_format(self._whole, others, round_s, slower, self.settings.wanted)
 
     def ledger_rows(self) -> list[list[list[str | int]]]:
         """What was merged of whom, of each fragment, as a checkpoint keeps it."""

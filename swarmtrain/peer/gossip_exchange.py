@@ -197,7 +197,7 @@ class GossipExchange(AsynchronousExchange):
             num_parts=self.run.merge.publications_per_round,
             num_fragments=len(self._fragments),
             every=self._publishes_every(round_s),
-            gradient_format=self.gossip.gradient_format(round_s),
+            gradient_format=self.gossip.gradient_format(len(others), round_s),
             shard=None if coverage is None else coverage.begin(progress.round, others),
         )
         now, last = swarm_time(), len(self._fragments) - 1

@@ -56,7 +56,8 @@ class MergeServer:
         self._outer = DelayedNesterov(state, self._constants(), max(1, section.buffer_arrivals), section.momentum_share)
         self._robustness = Robustness(section.robust, layout_of_specs(swarm.specs), self._tell_clipped)
         self._weights = VectorCodec("theta", swarm.specs, section.theta_format)
-        self._gradients = VectorCodec("gradient", swarm.specs, *section.gradient_formats)
+        (format,) = section.gradient_formats
+        self._gradients = VectorCodec("gradient", swarm.specs, format)
         self.publisher = Publisher(swarm.identity, rounds.run_sha256, self._weights.tensors, swarm.store)
         pulls = Pulls(
             swarm.calls,

@@ -111,9 +111,9 @@ FORMATS = {"int2": SectionBytes(weights=800, gradient=225), "int4": SectionBytes
         (99, 100.0, 1e6, "int2"),
         (4, 0.0, 1e6, "int2"),  # how long a round lasts is not known
         (4, 100.0, None, "int2"),  # or how fast bytes come
-        (4, 100.0, 520.0, "int4"),  # 2600 bytes in a twentieth of the round
-        (4, 100.0, 519.0, "int2"),
-        (3, 100.0, 430.0, "int4"),
+        (4, 100.0, 130.0, "int4"),  # 2600 bytes in a fifth of the round
+        (4, 100.0, 129.0, "int2"),
+        (3, 100.0, 107.5, "int4"),
     ],
 )
 def test_gradients_are_finer_where_they_are_few_and_cost_next_to_no_time(

@@ -10,8 +10,10 @@ from torch import nn
 
 from swarmtrain.algorithm.quantize import Format
 from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.partners import Difference, Mark, Whole
 from swarmtrain.network.codec import (
     GradientCodec,
+    PublicationCodec,
     average_bytes_untrusted,
     body_of,
     tensor_specs,
@@ -111,14 +113,17 @@ def test_parts_of_different_lengths_are_our_mistake() -> None:
         average_bytes_untrusted([as_part(first), as_part(second)[:-4]], [1, 1])
 
 
+def held_of(data: memoryview, codec: GradientCodec, format: Format) -> Held:
+    manifest = pb.Manifest(run_sha256=bytes(32), kind=pb.SNAPSHOT_KIND_PUBLICATION)
+    return build_snapshot(new_identity(b"a" * 32), manifest, codec.of[format].tensors, Body([data]))
+
+
 def test_an_author_chooses_each_gradients_format_and_what_it_loses_in_one_comes_in_the_next() -> None:
     specs = (TensorSpec("w", (25, 30)), TensorSpec("norm", (250,)))
     authors, readers = (GradientCodec(specs, ("int2", "int4")) for _ in range(2))
 
     def read(data: memoryview, format: Format) -> torch.Tensor:
-        manifest = pb.Manifest(run_sha256=bytes(32), kind=pb.SNAPSHOT_KIND_PUBLICATION)
-        held: Held = build_snapshot(new_identity(b"a" * 32), manifest, readers.of[format].tensors, Body([data]))
-        return readers.decode_untrusted(held)
+        return readers.decode_untrusted(held_of(data, readers, format))
 
     formats: list[Format] = ["int2", "int4", "int4", "int2", "int2"]
     sizes, sent, last = {"int2": 283, "int4": 564}, torch.zeros(1000), torch.zeros(1000)
@@ -133,9 +138,25 @@ def test_an_author_chooses_each_gradients_format_and_what_it_loses_in_one_comes_
         read(memoryview(b"\xff" * sizes["int4"]), "int4")
 
 
-def test_gradients_in_whole_numbers_carry_nothing_over() -> None:
+def test_what_loses_next_to_nothing_carries_nothing_over() -> None:
     codec = GradientCodec((TensorSpec("w", (1000,)),), ("bf16",))
     one, other = vectors(2)
     assert [bytes(codec.encode_sum(each, "bf16", round)) for round, each in enumerate((one, other))] == [
         bytes(codec.of["bf16"].encode(each)) for each in (one, other)
     ]
+
+
+def test_what_is_new_of_a_round_may_be_in_another_format_than_what_was_merged_of_it() -> None:
+    """A fragment's round goes on where its author begins another of its own."""
+    codec = PublicationCodec((TensorSpec("w", (1000,)),), "int8", ("int2", "int4"))
+    first, whole = vectors(2)
+    formats: tuple[Format, Format] = ("int2", "int4")
+    sent = [
+        held_of(codec.gradient.encode_sum(each, format, 3, part), codec.gradient, format)
+        for part, (each, format) in enumerate(zip((first, whole), formats, strict=True), 1)
+    ]
+    news = Difference(Mark(3, 1, 100), 50, "part 1 of its round was merged")
+    merged = codec.gradient_untrusted(sent[0], Whole(100, "nothing was merged"), None).gradient
+    new = codec.gradient_untrusted(sent[1], news, sent[0])
+    assert new.tokens == 50
+    assert torch.allclose(merged + new.gradient, codec.gradient.decode_untrusted(sent[1]), atol=1e-6)

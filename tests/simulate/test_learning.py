@@ -18,6 +18,7 @@ from swarmtrain.peer.trainer import Start
 from swarmtrain.simulate.comparing import compare
 from swarmtrain.simulate.learning import gossip
 from swarmtrain.simulate.learning.gossip import Peer, World
+from swarmtrain.simulate.learning.lane import Pull
 from swarmtrain.simulate.learning.learner import Learner, Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.pace import Pace
@@ -275,7 +276,17 @@ def test_gradients_are_finer_where_they_are_few_and_pulls_are_short(
 ) -> None:
     world = World(setting(tiny(tmp_path, peers={"number": number, "step_ms": 200}, links={"up_mbit": up_mbit})))
     begun: dict[str, list[str]] = {peer.name: [] for peer in world.peers}
+    num_pulls = 0
     for peer in world.peers:
+
+        def brought(pull: Pull, size_bytes: int, attempts: int, bring: Any = peer.bring) -> None:
+            nonlocal num_pulls
+            weighs = pull.lane.sizes[pull.published.format or "int2"]
+            assert size_bytes == (weighs.gradient if pull.published.format else weighs.weights)
+            num_pulls += 1
+            bring(pull, size_bytes, attempts)
+
+        peer.bring = brought  # type: ignore[method-assign]
 
         def entered(start: Start, tokens: int, peer: Peer = peer, enter: Any = peer.enter) -> None:
             begun[peer.name].append(start.gradient_format)
@@ -286,9 +297,8 @@ def test_gradients_are_finer_where_they_are_few_and_pulls_are_short(
     for formats in begun.values():
         assert formats[0] == "int2", "it does not know how long its rounds last"
         assert set(formats[1:]) == ({"int4"} if finer else {"int2"})
-    pulled = sum(world.sizes[format].gradient for formats in begun.values() for format in formats)
-    most_pulled = pulled * (number - 1) + sum(map(len, begun.values())) * world.sizes["int2"].weights
-    assert 0.7 * most_pulled < world.wire.sent_bytes <= 1.3 * most_pulled, "and weigh as much"
+    sizes = world.peers[0].lanes[0].sizes
+    assert sizes["int4"].gradient > 1.8 * sizes["int2"].gradient and num_pulls > 4 * number
 
 
 def test_rounds_are_dealt_shards_of_the_data(tmp_path: Path) -> None:
