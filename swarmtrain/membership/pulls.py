@@ -125,7 +125,7 @@ def gradient_format(
 
     What the coarsest loses disappears in the mean of many gradients, and not in that of a few. So it is the finest in
     which what a round pulls, of all that is merged (`sizes`), weighs no more than in the coarsest in a large
-    swarm, and takes next to nothing of the round.
+    swarm, and takes little of the round.
     """
     formats = list(sizes)
     found, most_bytes = formats[0], configured.bytes_of(sizes[formats[0]])

@@ -100,7 +100,7 @@ class VectorCodec:
     """The model's tensors."""
     format: Format
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Its place in the tensor table of a publication."""
         return tuple(TensorSpec(f"{self.name}/{spec.name}", spec.shape, _DTYPES[self.format]) for spec in self.specs)
