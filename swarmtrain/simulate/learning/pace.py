@@ -33,7 +33,7 @@ class Pace:
 
     def worked_s(self, number: int, since_s: float, until_s: float) -> float:
         """How long what it does in that time takes it at its own speed."""
-        if not self.deviation:
+        if not self.deviation or since_s >= until_s:  # it may not have begun: at infinity
             return max(0.0, until_s - since_s)
         worked_s = 0.0
         for speed, drawn_s in self._speeds(number, since_s):
