@@ -507,7 +507,7 @@ def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:
     merge = table.get("merge")
     if not isinstance(merge, dict):
         return table
-    has, method = METHODS_OF_KEYS.get, merge.get("method")
+    has, method = METHODS_OF_KEYS.get, merge.get("method", MergeSection.model_fields["method"].default)
     kept = {key: value for key, value in merge.items() if method in (has(key) or (method,))}
     return {**table, "merge": kept}
 
