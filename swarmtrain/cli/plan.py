@@ -109,6 +109,7 @@ def _measured_step_s(run: RunFile) -> float:
 def _derived(found: Plan) -> dict[str, Any]:
     """What follows from a plan, for programs."""
     return {
+        "publication_bytes": found.publication_bytes,
         "rounds_per_hour": found.rounds_per_hour,
         "up_bytes": found.up_bytes,
         "down_bytes": found.down_bytes,

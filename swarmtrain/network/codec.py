@@ -112,7 +112,7 @@ class VectorCodec:
 
     @property
     def _sizes(self) -> list[int]:
-        return [spec.size_bytes // 4 for spec in self.specs]
+        return _sizes_of(self.specs)
 
     def encode(self, vector: Tensor) -> memoryview:
         """The bytes of `vector` (P,)."""
@@ -147,7 +147,7 @@ class GradientCodec:
     @cached_property
     def _feedback(self) -> ErrorFeedback:
         """What int4 or int2 has lost so far; the other formats lose too little to be worth it."""
-        return ErrorFeedback([spec.size_bytes // 4 for spec in self.specs])
+        return ErrorFeedback(_sizes_of(self.specs))
 
     def encode_sum(self, vector: Tensor, format: Format, round: int, part: int = 1) -> memoryview:
         """The bytes of one of many vectors (P,) whose sum counts, as of a part of a round. What int4 or int2 loses in a
@@ -246,6 +246,11 @@ class ActivationCodec:
         if not bool(((tokens >= 0) & (tokens < vocabulary_size)).all()):
             raise BadBytesError(f"a token that is not below {vocabulary_size}")
         return tokens.view(tuple(shape))
+
+
+def _sizes_of(specs: Sequence[TensorSpec]) -> list[int]:
+    """Numbers of each of the model's tensors, which are fp32."""
+    return [spec.size_bytes // 4 for spec in specs]
 
 
 def _check_finite_untrusted(vector: Tensor) -> None:

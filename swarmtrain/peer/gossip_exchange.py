@@ -290,11 +290,10 @@ class GossipExchange(AsynchronousExchange):
         """See `Exchange`."""
         if self.swarm.coverage is not None:
             self.swarm.coverage.reached(contribution.tokens)
-        self._own_tokens = contribution.own_tokens
+        self._own_tokens, format = contribution.own_tokens, self._start.gradient_format
         for fragment, of in enumerate(contribution.fragment_rounds):
             if not of.tokens:
                 continue  # it was merged a moment ago, and the round has ended early
-            format = self._start.gradient_format
             self.publishers["gradient", fragment].newest = Publication(
                 round=of.round,
                 part=of.part,

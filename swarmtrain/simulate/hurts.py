@@ -137,8 +137,7 @@ def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) 
     if not rate or others < 1 or merge.method == "server":
         return None
     gossips, parameters = merge.method == "gossip", stage_parameters(run)
-    rates = [one for one in (found.link_up_bytes_per_s, found.link_down_bytes_per_s) if one]
-    sizes = section_bytes(run, parameters, others, found.round_s, min(rates))
+    sizes = found.sizes if gossips else section_bytes(run, parameters, others)
     pulled = pulled_bytes(run, sizes, others)
     wanted = pulled if gossips else payload
     share = wanted / rate / found.round_s

@@ -99,6 +99,8 @@ class Lived:
     """Whose pseudo-gradients were merged in a round."""
     fresh_share: float
     """Of the rounds: those that merged one."""
+    sizes: SectionBytes
+    """What one partner takes of a round: where all average whole pseudo-gradients, no weights."""
     activation_bytes: float = 0.0
     """Of `down_bytes`, and as many of `up_bytes`: what passes between stages."""
 
@@ -165,6 +167,7 @@ def _gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) ->
         up_bytes=down_bytes,
         partners=statistics.mean(record.partners for record in kept),
         fresh_share=statistics.mean(record.partners > 0 for record in kept),
+        sizes=sizes,
     )
 
 
@@ -220,6 +223,7 @@ def _rosters(run: RunFile, machines: Machines, links: LinksSection, seed: int) -
         up_bytes=sent,
         partners=share * (others + 1) - 1,
         fresh_share=share,
+        sizes=SectionBytes(weights=0, gradient=4 * parameters),
     )
 
 
@@ -281,6 +285,7 @@ def _server(run: RunFile, machines: Machines) -> Lived:
         up_bytes=sizes.gradient,
         partners=0.0,
         fresh_share=1.0,
+        sizes=sizes,
     )
 
 

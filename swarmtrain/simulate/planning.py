@@ -10,12 +10,12 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from swarmtrain.membership.pulls import SectionBytes
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
-from swarmtrain.peer.estimate import disk_bytes, estimate, section_bytes
+from swarmtrain.peer.estimate import disk_bytes, estimate
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import RunFile
-from swarmtrain.simulate.links import rates
 from swarmtrain.simulate.living import Lived, Machines, lived
 from swarmtrain.simulate.pipeline import stage_parameters
 from swarmtrain.simulate.traffic import Traffic, traffic_of
@@ -50,7 +50,7 @@ class Plan:
     partners_per_round: float
     fresh_share: float
     """Of the rounds: those that merge somebody's pseudo-gradient."""
-    publication_bytes: int
+    sizes: SectionBytes
     """What one partner takes of a round."""
     state_bytes: int
     """Weights and momentum: what a late joiner, or the archive, takes of the first who is asked."""
@@ -64,6 +64,11 @@ class Plan:
     """What a link can carry; 0 for no limit."""
     memory_bytes: int
     disk_bytes: int
+
+    @property
+    def publication_bytes(self) -> int:
+        """What one partner takes of a round, in all."""
+        return self.sizes.both
 
     @property
     def rounds_per_hour(self) -> float:
@@ -111,8 +116,6 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
     # Each sees the end at the end of a round of its own, by what the others told at the end of theirs.
     run_s = run.run.total_tokens / tokens_per_s + round_s * apart
     cost, parameters = estimate(run, num_parameters(run.model), machines.num), stage_parameters(run)
-    others = machines.num // run.pipeline.stages - 1
-    sizes = section_bytes(run, parameters, others, round_s, min(rates(links)))
     return Plan(
         by=found.by,
         num_peers=machines.num,
@@ -129,7 +132,7 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
         stall_share=sum(found.stall_s) / sum(found.round_s),
         partners_per_round=found.partners,
         fresh_share=found.fresh_share,
-        publication_bytes=sizes.both if apart else 4 * parameters,
+        sizes=found.sizes,
         state_bytes=8 * parameters,
         payload_up_bytes=found.up_bytes,
         payload_down_bytes=found.down_bytes,

@@ -395,10 +395,8 @@ def test_what_comes_after_one_that_cannot_be_merged_with_the_first_stays() -> No
             )
 
         bens = from_(BEN, "weights"), from_(BEN, "gradient")
-        lane, plan = (
-            me.gossip.lanes[0],
-            Plan(round=0, began_s=(0.0,), ends_s=1.0, prepare=prepare, gradient_format="int8"),
-        )
+        lane = me.gossip.lanes[0]
+        plan = Plan(round=0, began_s=(0.0,), ends_s=1.0, prepare=prepare, gradient_format="int8")
         lane.pulled = [bens[0], from_(CARL, "weights"), from_(CARL, "gradient"), bens[1]]
         await me.gossip._drop_unmergeable(lane, plan, tuple(lane.pulled))
         assert lane.pulled == list(bens)

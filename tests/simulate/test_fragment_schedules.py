@@ -61,7 +61,6 @@ def drawn(folder: Path, seed: int) -> World:
 def test_each_step_enters_each_fragment_once_whatever_happens(tmp_path: Path, seed: int) -> None:
     world = drawn(tmp_path, seed)
     entered, weights = defaultdict[tuple[Any, ...], list[tuple[int, int]]](list), dict[tuple[Any, ...], int]()
-
     new = dict[tuple[Any, ...], int]()
 
     def noted(peer: Peer, lane: Lane, ready: Arrived) -> None:
@@ -95,10 +94,9 @@ def test_each_step_enters_each_fragment_once_whatever_happens(tmp_path: Path, se
     assert all(until <= run.max_round_tokens for spans in entered.values() for _, until in spans)
     assert len(entered) >= len(world.fragments), "somebody is merged"
     assert world.is_over and world.tokens == world.inner_steps * run.tokens_per_step >= world.setting.total_tokens
-    slowest_s = max(world.setting.step_s) * run.tokens_per_step
-    alone_s = (world.tokens + world.tokens_lost) / run.tokens_per_step * slowest_s / run.tokens_per_step
+    alone_s = (world.inner_steps + world.tokens_lost / run.tokens_per_step) * max(world.setting.step_s)
     away_s = sum(away.for_s for away in world.setting.away) + sum(hang.for_s for hang in world.setting.hangs)
-    assert now_s < 3 * (alone_s + away_s) + 60, "nobody waits without bound"
+    assert now_s < alone_s + away_s, "nobody waits: the slowest alone would not take longer"
     for peer in world.peers:
         state = peer.trainer.state
         assert bool(torch.isfinite(state.theta).all()) and bool(torch.isfinite(state.momentum).all())

@@ -279,8 +279,7 @@ class Peer:
             if world.is_hanging(name):  # it says nothing
                 self.call_at(clock.now + setting.run.network.call_limit_s, self.break_off, pull, "no answer", True)
             else:
-                sizes = lane.sizes[published.format or self.start.gradient_format]
-                self.bring(pull, sizes.weights if section == "weights" else sizes.gradient, ATTEMPTS)
+                self.bring(pull, lane.size_bytes(published), ATTEMPTS)
 
     def bring(self, pull: Pull, left_bytes: int, attempts: int) -> None:
         """The bytes come; where the transfer breaks off, it is asked for the rest, so many times in all."""

@@ -91,6 +91,12 @@ class Lane:
         """The one that it is in, or begins."""
         return self.peer.round if self.weights is None else self.weights.mark.round
 
+    def size_bytes(self, published: Published) -> int:
+        """What a publication of this fragment weighs: its weights do in any format of gradients."""
+        if published.format is None:
+            return next(iter(self.sizes.values())).weights
+        return self.sizes[published.format].gradient
+
     def begins(self, round: int, theta: Tensor, now: float) -> None:
         """A round of it, with the weights `theta`, (Q,)."""
         self.began_s, self.pulled_for_s = now, None
