@@ -111,3 +111,11 @@ def test_a_run_is_kept_whole_or_refused(tmp_path: Path) -> None:
         (folder.path / "run.toml").write_bytes(b"[run]\n")
         with pytest.raises(UserError, match="was altered"):
             folder.kept_run()
+
+
+def test_names_that_strangers_gave_are_not_kept(tmp_path: Path) -> None:
+    """Those of an invite are given again with it."""
+    with peer_folder(tmp_path / "peer") as folder:
+        folder.keep_peers([InvitedPeer("P", ("/dns4/evil.example/tcp/1", "/ip6/::ffff:a9fe:a9fe/tcp/80"))])
+        folder.keep_peers([*folder.kept_peers(), InvitedPeer("Q", ("/ip4/10.0.0.1/tcp/5", "/dns/evil.example/tcp/1"))])
+        assert folder.kept_peers() == (InvitedPeer("P", ()), InvitedPeer("Q", ("/ip4/10.0.0.1/tcp/5",)))

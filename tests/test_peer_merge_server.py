@@ -94,7 +94,7 @@ class World:
             identity=identity,
             settings=NodeSettings(directory=Path("/nowhere")),
             traffic=Traffic(),
-            remember_addresses=lambda peer, addresses: None,
+            remember_addresses=lambda *_: None,
         )
         published = PublishedRun(b"", "ab" * 32, self.run, b"", b"")
         is_server = identity is SERVER

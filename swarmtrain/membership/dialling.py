@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 __all__ = ["MAX_PORTS", "DialBudget", "dial_targets", "is_public", "may_be_dialled", "may_dial"]
@@ -17,6 +17,25 @@ __all__ = ["MAX_PORTS", "DialBudget", "dial_targets", "is_public", "may_be_diall
 MAX_PORTS = 4
 _MAX_HOSTS = 2
 _WINDOW_S = 60.0
+_IPV4_BEHIND = tuple(
+    (ipaddress.IPv6Network(network), shift)
+    for network, shift in (
+        ("::/96", 0),  # IPv4-compatible, of long ago
+        ("::ffff:0:0/96", 0),  # IPv4-mapped
+        ("::ffff:0:0:0/96", 0),  # IPv4-translated
+        ("64:ff9b::/96", 0),  # NAT64
+        ("64:ff9b:1::/48", 0),  # NAT64 of a network's own
+        ("2002::/16", 80),  # 6to4
+        ("2001::/32", 64),  # Teredo: its server; the other end of the tunnel is beside it
+    )
+)
+"""IPv6 addresses whose packets go to an IPv4 address within them, and by how many bits from the right it stands."""
+_TEREDO = ipaddress.IPv6Network("2001::/32")
+_ISATAP = (0x00005EFE, 0x02005EFE)
+_METADATA = frozenset(
+    ipaddress.ip_address(host) for host in ("100.100.100.200", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254")
+)
+"""Where machines that are rented ask who they are, as at 169.254.169.254: not link-local, and no peer."""
 
 
 def dial_targets(seen: Iterable[str], ports: Sequence[int]) -> tuple[str, ...]:
@@ -31,20 +50,44 @@ def dial_targets(seen: Iterable[str], ports: Sequence[int]) -> tuple[str, ...]:
 
 
 def may_be_dialled(host: str) -> bool:
-    """Whether `host` is an IP address, and no group, any or link-local one."""
+    """Whether `host` is an IP address, and no group, any, broadcast or link-local one, whatever form it is written in:
+    an IPv4 address within an IPv6 one counts as itself."""
+    if "%" in host:  # a zone: an interface of this machine is nobody else's to choose
+        return False
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    return all(map(_is_a_hosts, (address, *_within(address))))
+
+
+def _is_a_hosts(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if address in _METADATA or address == ipaddress.IPv4Address(2**32 - 1):
+        return False
     return not (address.is_multicast or address.is_unspecified or address.is_link_local)
 
 
+def _within(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Iterator[ipaddress.IPv4Address]:
+    """The IPv4 addresses to which packets for this address may go in the end."""
+    if address.version == 4 or address.is_loopback:  # ::1 is in ::/96
+        return
+    number = int(address)
+    for network, shift in _IPV4_BEHIND:
+        if address in network:
+            yield ipaddress.IPv4Address(number >> shift & 0xFFFFFFFF)
+    if address in _TEREDO:
+        yield ipaddress.IPv4Address(~number & 0xFFFFFFFF)
+    if number >> 32 & 0xFFFFFFFF in _ISATAP:
+        yield ipaddress.IPv4Address(number & 0xFFFFFFFF)
+
+
 def may_dial(address: str) -> bool:
-    """Whether a multiaddress that a stranger gave is one of TCP, by name or by an IP address that may be dialled."""
-    match = re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/([1-9][0-9]{0,4})", address)
-    if match is None or int(match[3]) > 65535:
+    """Whether a multiaddress that a stranger gave is one of TCP at an IP address that may be dialled. Names are not:
+    to ask for one tells its owner who asks, and what it stands for may change after any check."""
+    match = re.fullmatch(r"/ip([46])/([^/]+)/tcp/([1-9][0-9]{0,4})", address)
+    if match is None or int(match[3]) > 65535 or not may_be_dialled(match[2]):
         return False
-    return match[1].startswith("dns") or may_be_dialled(match[2])
+    return ipaddress.ip_address(match[2]).version == int(match[1])
 
 
 def is_public(address: str) -> bool:

@@ -19,7 +19,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -306,14 +306,15 @@ class Node:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._p2p._client.disconnect(self._peer_id(peer)), self.settings.call_limit_s)
 
-    def remember_addresses(self, peer: str, addresses: tuple[str, ...]) -> None:
-        """Where `peer` says it is: dialled when a call finds no connection.
+    def remember_addresses(self, peer: str, addresses: Iterable[str], given: Collection[str] = ()) -> None:
+        """Where `peer` says it is: dialled when a call finds no connection. `given`: what the user gave of these.
 
-        A stranger chooses whom we knock at, so: a few addresses, TCP, and no group, any or link-local one.
+        A stranger chooses whom we knock at, so: a few addresses, TCP, no name, and no group, any or link-local address.
         Private ones must be allowed, since swarms live in local networks; what the daemon says there is a greeting
         of twenty bytes.
         """
-        self._remember(peer, tuple(address for address in addresses if may_dial(address))[:_MAX_DIALLED])
+        allowed = (address for address in addresses if address in given or may_dial(address))
+        self._remember(peer, tuple(allowed)[:_MAX_DIALLED])
 
     def _remember(self, peer: str, addresses: tuple[str, ...]) -> None:
         self._known.pop(peer, None)

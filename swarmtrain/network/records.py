@@ -14,7 +14,7 @@ import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,9 +164,10 @@ def open_presence_untrusted(signed: pb.Signed, run_sha256: str) -> tuple[str, pb
     return open_signed_untrusted(signed, PRESENCE, run_sha256, pb.Presence, _MAX_PRESENCE_BYTES)
 
 
-def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
+def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collection[str] = ()) -> PeerInfo:
     """What `peer` says of itself, of its addresses those that may be dialled: they are kept, and put into invites.
-    BadBytesError if a field is out of its range."""
+    `given`: its addresses that the user gave, among which names may be. BadBytesError if a field is out of its range.
+    """
     speed = message.steps_per_s
     if not (0 <= speed < 1e9) or not (0 <= message.stamp < 1e12):
         raise BadBytesError("a presence with a speed or stamp out of range")
@@ -197,7 +198,7 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence) -> PeerInfo:
         inner_steps_done=message.inner_steps_done,
         steps_per_s=speed,
         run_tokens=message.run_tokens,
-        addresses=tuple(filter(may_dial, message.addresses)),
+        addresses=tuple(address for address in message.addresses if address in given or may_dial(address)),
         hidden=message.hidden,
         hosts=tuple(dict.fromkeys(map(peer_id_from_bytes_untrusted, message.hosts))),
         corpus_sha256=message.corpus_sha256.hex(),

@@ -112,6 +112,8 @@ class Swarm:
     _met_s: dict[str, float] = field(default_factory=dict)
     _meetings: set[asyncio.Task[None]] = field(default_factory=set)
     _through: tuple[InvitedPeer, ...] = ()
+    _given: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Addresses by PeerID that came with `_through`: names are dialled only if they are among them."""
     _told_refused: NamedOnce = field(default_factory=lambda: NamedOnce(again_s=_REFUSED_AGAIN_S))
     _daemon_watch: asyncio.Task[None] | None = None
 
@@ -194,8 +196,9 @@ class Swarm:
         service = service_type()(self, self.store, self.published.blobs(), self.node)
         await self.node.serve(service, namespace_of(self.published.sha256))
         self._through = tuple(peer for peer in through if peer.peer != self.identity.peer_id)
+        self._given = {peer.peer: peer.addresses for peer in self._through}
         for peer in self._through:
-            self.node.remember_addresses(peer.peer, peer.addresses)
+            self.node.remember_addresses(peer.peer, peer.addresses, peer.addresses)
         await self.node.join_dht([(peer.peer, peer.addresses) for peer in self._through])
         await self._greet_all([peer.peer for peer in self._through], None)
         await self.read_presences()
@@ -399,7 +402,8 @@ class Swarm:
 
     def _saw(self, peer: str, presence: pb.Presence) -> None:
         try:
-            info = presence_from_proto_untrusted(peer, presence)
+            given = self._given.get(peer, ())
+            info = presence_from_proto_untrusted(peer, presence, given)
             if info.stamp > swarm_time() + _MAX_STAMP_SKEW_S:
                 raise BadBytesError("a presence from the future")
         except BadBytesError as error:
@@ -407,7 +411,7 @@ class Swarm:
             return
         info = dataclasses.replace(info, hidden=info.hidden and self.asynchronous)  # synchronously nobody is
         expires_s = info.stamp + self.published.run.network.presence_ttl_s  # whatever its record says
-        self.node.remember_addresses(peer, info.addresses)
+        self.node.remember_addresses(peer, info.addresses, given)
         self._report(self.membership.saw_presence(info, expires_s, swarm_time()))
 
     async def greet_everyone(self) -> None:

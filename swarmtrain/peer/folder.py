@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from swarmtrain.errors import BadBytesError, UserError
+from swarmtrain.membership.dialling import may_dial
 from swarmtrain.network.files import write_atomically
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.swarm import PublishedRun
@@ -121,10 +122,10 @@ class PeerFolder:
                 write_atomically(self.path / "port.txt", match[1].encode())
 
     def kept_peers(self) -> tuple[InvitedPeer, ...]:
-        """Whom this peer knew when it last ran."""
+        """Whom this peer knew when it last ran, where it may be dialled: those of an invite come with that."""
         try:
             rows = json.loads((self.path / "peers.json").read_text())
-            return tuple(InvitedPeer(row["peer"], tuple(row["addresses"])) for row in rows)
+            return tuple(InvitedPeer(row["peer"], tuple(filter(may_dial, row["addresses"]))) for row in rows)
         except (OSError, ValueError, KeyError, TypeError):
             return ()
 

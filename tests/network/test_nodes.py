@@ -480,10 +480,12 @@ def test_strangers_cannot_make_us_dial_everything(here: Here) -> None:
     good = [
         "/ip4/203.0.113.7/tcp/4001",
         "/ip6/2001:db8::1/tcp/4001",
-        "/dns4/example.org/tcp/443",
         "/ip4/10.0.0.1/tcp/5",
     ]
     bad = [
+        "/dns4/example.org/tcp/443",
+        "/dnsaddr/example.org/tcp/443",
+        "/ip6/::ffff:169.254.169.254/tcp/80",
         "/ip4/224.0.0.1/tcp/4001",
         "/ip4/0.0.0.0/tcp/4001",
         "/ip4/169.254.169.254/tcp/80",
@@ -496,7 +498,9 @@ def test_strangers_cannot_make_us_dial_everything(here: Here) -> None:
     ]
     assert all(map(may_dial, good)) and not any(map(may_dial, bad))
     here.c.node.remember_addresses("x", (*bad, *good * 10))
-    assert here.c.node._known["x"] == tuple(good * 2)
+    assert here.c.node._known["x"] == tuple(good * 10)[:8]
+    here.c.node.remember_addresses("x", (*bad, *good), ("/dns4/example.org/tcp/443",))
+    assert here.c.node._known["x"] == ("/dns4/example.org/tcp/443", *good), "a name that the user gave"
     for number in range(5000):
         here.c.node.remember_addresses(f"peer {number}", ())
     assert len(here.c.node._known) <= 4096 and "peer 4999" in here.c.node._known

@@ -268,9 +268,10 @@ def test_presence_round_trip() -> None:
 
 def test_addresses_that_nobody_may_dial_are_not_kept() -> None:
     """They would go into others' invites and folders."""
-    message = pb.Presence(addresses=["/x", "/ip4/1.2.3.4/tcp/5", "/dns4/a.org/tcp/70000", "/dns4/a.org/tcp/7"])
-    info = presence_from_proto_untrusted(ME.peer_id, message)
-    assert info.addresses == ("/ip4/1.2.3.4/tcp/5", "/dns4/a.org/tcp/7")
+    message = pb.Presence(addresses=["/x", "/ip4/1.2.3.4/tcp/5", "/dns4/a.org/tcp/7", "/dns4/b.org/tcp/7"])
+    assert presence_from_proto_untrusted(ME.peer_id, message).addresses == ("/ip4/1.2.3.4/tcp/5",)
+    given = presence_from_proto_untrusted(ME.peer_id, message, ["/dns4/b.org/tcp/7", "/dns4/c.org/tcp/7"])
+    assert given.addresses == ("/ip4/1.2.3.4/tcp/5", "/dns4/b.org/tcp/7"), "a name that the user gave, and it says too"
 
 
 def test_a_presence_with_everything_fits_a_record() -> None:

@@ -24,6 +24,7 @@ from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
+from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NodeSettings, Traffic
 from swarmtrain.network.records import presence_to_proto
 from swarmtrain.network.signing import sign
@@ -507,3 +508,32 @@ def test_a_bootstrap_keeps_the_last_one_until_it_is_archived() -> None:
         assert not swarm.hello(request, BEN.peer_id).stay
 
     run(body, Hellos())
+
+
+def test_names_that_strangers_give_are_neither_dialled_nor_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a presence of its own, by hearsay, and by what the user gave for another peer; the user's own names are."""
+    calls, remembered = Hellos(BEN, CARL), dict[str, tuple[Any, Any]]()
+    evil, home, plain = "/dns4/evil.example/tcp/80", "/dns/home.example.org/tcp/31337", "/ip4/10.0.0.7/tcp/5"
+    hidden = "/ip6/::ffff:169.254.169.254/tcp/80"
+
+    def says(identity: Identity, *addresses: str) -> pb.Signed:
+        info = PeerInfo(peer=identity.peer_id, training=True, stamp=swarm_time(), addresses=addresses)
+        return sign(identity, "presence", RUN, presence_to_proto(info))
+
+    async def body(swarm: Swarm) -> None:
+        async def nothing(*_: object) -> None: ...
+
+        node: Any = swarm.node
+        node.remember_addresses = lambda peer, addresses, given=(): remembered.update({peer: (addresses, given)})
+        node.serve = node.join_dht = nothing
+        monkeypatch.setattr(PublishedRun, "blobs", lambda _: {})
+        swarm.read_presences = swarm._greet_all = nothing  # type: ignore[method-assign]
+        await swarm.start([InvitedPeer(BEN.peer_id, (home,))])
+        swarm._read_presence_untrusted(says(BEN, evil, home, plain, hidden), BEN.peer_id)
+        swarm._read_presence_untrusted(says(CARL, evil, home, plain, hidden), None)
+        assert remembered[BEN.peer_id] == ((home, plain), (home,))
+        assert remembered[CARL.peer_id] == ((plain,), ()), "home is the user's word about Ben alone"
+        told = {peer.peer: peer.addresses for peer in swarm.invite().peers}
+        assert told[BEN.peer_id] == (home, plain) and told[CARL.peer_id] == (plain,)
+
+    run(body, calls)
