@@ -11,7 +11,8 @@
     |   +-- UnreachableError it did not answer in time, or its connection broke
     |       +-- BrokenOffError  its stream ended too early
     |       +-- StalledError it holds a transfer up: nothing for long, or a little now and then
-    +-- RunTimeError         the process cannot go on (exit 1): nobody answers, the clock is off, a disk is full
+    +-- RunTimeError         the process cannot go on (exit 1): nobody answers, a disk is full
+        +-- ClockError       the others' clock is far from this machine's: a person is to decide
 
 Errors of dependencies are translated at the adapter that meets them.
 """
@@ -22,6 +23,7 @@ __all__ = [
     "BadBytesError",
     "BrokenOffError",
     "BusyError",
+    "ClockError",
     "GoneError",
     "InviteError",
     "PeerError",
@@ -91,3 +93,7 @@ class StalledError(UnreachableError):
 
 class RunTimeError(SwarmtrainError):
     """The process cannot go on, through nobody's input; the message says what happened and what to try."""
+
+
+class ClockError(RunTimeError):
+    """The others' clock is so far from this machine's that a person is to decide by which one this peer goes."""

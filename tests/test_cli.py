@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from swarmtrain.cli.common import (
     EventSink,
     PeerOptions,
+    by_whose_clock,
     example,
     open_sink,
     peer_directory,
@@ -24,11 +25,12 @@ from swarmtrain.cli.common import (
     to_multiaddr,
 )
 from swarmtrain.cli.main import COMMANDS, cli, run
-from swarmtrain.errors import InviteError, RunTimeError
+from swarmtrain.errors import ClockError, InviteError, RunTimeError
 from swarmtrain.events import Event, WarningEvent, parse_event
 
 PEER_OPTIONS = (
     *("--dir", "--name", "--json", "--listen", "--announce", "--control", "--metrics", "--log-level", "--background"),
+    "--accept-clock",
     "--only-announced",  # hidden, for rehearsals
 )
 
@@ -67,7 +69,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--seed", "--method", "--sweep", "--set", "--jobs", "--fresh", "--plot", "--json"),
     ),
     "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
-    "export": ("[INVITE]", "--dir", "--to"),
+    "export": ("[INVITE]", "--dir", "--to", "--accept-clock"),
     "eval": ("MODEL", "--text", "--json"),
     "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed"),
 }
@@ -357,3 +359,70 @@ def test_events_of_many_threads_stay_whole() -> None:
     for thread in threads:
         thread.join()
     assert len(seen) == 200
+
+
+# ---------------------------------------------------------------- by whose clock
+
+
+class Doubted:
+    """A peer that finds the others' clock far from this machine's, unless it is accepted."""
+
+    def __init__(self) -> None:
+        self.lived: list[bool] = []
+
+    def __call__(self, accept_clock: bool) -> None:
+        self.lived.append(accept_clock)
+        if not accept_clock:
+            raise ClockError("31 years apart")
+
+
+class Keyboard(io.StringIO):
+    """What is typed at a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def options_of(*, json: bool = False, accept_clock: bool = False) -> PeerOptions:
+    return PeerOptions(
+        dir=None, name="", json=json, listen=(), announce=(), log_level="info", accept_clock=accept_clock
+    )
+
+
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch, typed: str) -> Keyboard:
+    screen = Keyboard()
+    monkeypatch.setattr(sys, "stdin", Keyboard(typed))
+    monkeypatch.setattr(sys, "stderr", screen)
+    return screen
+
+
+@pytest.mark.parametrize("typed", ["y\n", "n\n", "\n"])
+def test_who_sits_at_a_terminal_is_asked_by_whose_clock(monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    screen, doubted = at_a_terminal(monkeypatch, typed), Doubted()
+    if typed.startswith("y"):
+        by_whose_clock(options_of(), doubted)
+        assert doubted.lived == [False, True]
+    else:
+        with pytest.raises(ClockError):
+            by_whose_clock(options_of(), doubted)
+        assert doubted.lived == [False]
+    assert "31 years apart" in screen.getvalue() and "Go by their clock? [y/N]" in screen.getvalue()
+
+
+def test_where_nobody_is_nobody_is_asked_by_whose_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither with --json nor without a terminal: whoever waits for an answer there would wait for ever."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(click, "confirm", refuse)
+    at_a_terminal(monkeypatch, "")
+    for options in (options_of(json=True), options_of()):
+        doubted = Doubted()
+        with pytest.raises(ClockError):
+            by_whose_clock(options, doubted)
+        assert doubted.lived == [False]
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+    accepted = Doubted()
+    by_whose_clock(options_of(accept_clock=True), accepted)
+    assert accepted.lived == [True]

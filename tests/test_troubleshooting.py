@@ -14,8 +14,8 @@ GAP = "…"
 END = "\0"
 """Of a string, in what is searched."""
 RAISED = {
-    "ClickException", "ForeignError", "InviteError", "NoAnswerError", "RefusedError", "RunFileError", "RunTimeError",
-    "UsageError", "UserError", "WarningEvent",
+    "ClickException", "ClockError", "ForeignError", "InviteError", "NoAnswerError", "RefusedError", "RunFileError",
+    "RunTimeError", "UsageError", "UserError", "WarningEvent",
 }  # fmt: skip
 SHORTEST = 8
 

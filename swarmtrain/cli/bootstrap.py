@@ -72,6 +72,7 @@ def command(
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,
+        accept_clock=options.accept_clock,
         only_announced=options.only_announced,
     )
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 import click
 
 from swarmtrain.cli.background import is_the_background, report, report_folder, start_in_background
-from swarmtrain.errors import SwarmtrainError
+from swarmtrain.errors import ClockError, SwarmtrainError
 from swarmtrain.peer.stopping import StopFlag
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ __all__ = [
     "PeerOptions",
     "WhichPeer",
     "addresses",
+    "by_whose_clock",
     "errors_as_events",
     "example",
     "finite",
@@ -83,6 +84,7 @@ class PeerOptions:
     background: bool = False
     control: str = ""  # HOST:PORT
     metrics: str = ""  # HOST:PORT
+    accept_clock: bool = False
     only_announced: bool = False
     stop: StopFlag = field(default_factory=StopFlag, compare=False)
 
@@ -215,6 +217,11 @@ _PEER_OPTIONS = (
         help="Wait until it takes part, then leave it running without this terminal.",
     ),
     click.option(
+        "--accept-clock",
+        is_flag=True,
+        help="Go by the others' clock even if it is more than ten minutes from this machine's.",
+    ),
+    click.option(
         "--only-announced",
         is_flag=True,
         hidden=True,
@@ -278,6 +285,22 @@ def _end_at_once(options: PeerOptions) -> None:
         counts = {"held_out_loss": None, "tokens": 0, "run_tokens": 0, "wall_s": process_age_s()}
         click.echo(json.dumps({**head, **counts, "reason": "interrupted"}))
     os._exit(0)
+
+
+def by_whose_clock(options: PeerOptions, live: Callable[[bool], None]) -> None:
+    """Call `live` with whether the others' clock is gone by, however far it is from this machine's. If that ends it, and
+    a person is there, ask, and call it again."""
+    try:
+        live(options.accept_clock)
+    except ClockError as error:
+        if options.json or is_the_background() or not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        click.echo(f"warning: {error}", err=True)
+        options.stop.at_once = functools.partial(_end_at_once, options)  # Ctrl-C at the question
+        if not click.confirm("Go by their clock?", default=False, err=True):
+            raise
+        options.stop.begin()
+        live(True)
 
 
 def example(*lines: str) -> str:

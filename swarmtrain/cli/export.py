@@ -31,7 +31,12 @@ __all__ = ["command"]
     metavar="FOLDER",
     help="Where to write the model.",
 )
-def command(invite: str | None, directory: Path | None, target: Path) -> None:
+@click.option(
+    "--accept-clock",
+    is_flag=True,
+    help="Go by the others' clock even if it is more than ten minutes from this machine's.",
+)
+def command(invite: str | None, directory: Path | None, target: Path, accept_clock: bool) -> None:
     """Write the model as files anyone can load.
 
     They are config.json, model.safetensors, the run and its held-out text. With INVITE, any live peer of the run gives its newest state; the bootstrap is not needed.
@@ -53,7 +58,7 @@ def command(invite: str | None, directory: Path | None, target: Path) -> None:
 
         try:
             with stop_on_signals() as stop:
-                run_tokens = export_from_swarm(parsed, target, stop)
+                run_tokens = export_from_swarm(parsed, target, stop, accept_clock=accept_clock)
         except Interrupted:
             raise click.Abort from None
     click.echo(f"wrote the model after {run_tokens} tokens to {target}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import click
 from swarmtrain.cli.common import (
     LINK_OPTIONS,
     PeerOptions,
+    by_whose_clock,
     errors_as_events,
     example,
     finite,
@@ -146,8 +148,13 @@ def command(
         fail_pulls_share=fail_pulls / 100,
         first_stages=first_stages,
     )
-    with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
-        emit(run_volunteer(parsed, settings, emit, options.stop))
+
+    def live(accept_clock: bool) -> None:
+        by_that = dataclasses.replace(settings, accept_clock=accept_clock)
+        with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
+            emit(run_volunteer(parsed, by_that, emit, options.stop))
+
+    by_whose_clock(options, live)
 
 
 def _word_in(path: Path | None, stop: StopFlag) -> str:

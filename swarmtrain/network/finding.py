@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from swarmtrain.errors import BadBytesError, PeerError, RunTimeError
+from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError
+from swarmtrain.membership.clocks import MOST_CORRECTED_S, ClockVerdict, judge_clock
+from swarmtrain.network import daemon
 from swarmtrain.network.daemon import own_time
 from swarmtrain.network.invite import InvitedPeer
-from swarmtrain.network.node import NOT_SERVED, Node, correct_clock
+from swarmtrain.network.node import NOT_SERVED, Node
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.run import RunFile, run_sha256
 from swarmtrain.v1 import snapshot_pb2 as pb
+from swarmtrain.words import short_peer, time_in_words
 
 __all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run"]
 
 _OTHERS_S = 0.5
+_MORE_VOICES_S = 3.0
+"""So long others are waited for when those who answered first say that the clock is far off."""
 _MAX_SHOWN = 3
 _STARTING_LOOKS = 5
 _STARTING_S = 1.0
@@ -54,16 +60,21 @@ class PublishedRun:
 
 @dataclass(frozen=True)
 class FoundRun:
-    """Who answered, and by how much this machine's clock was corrected, in seconds."""
+    """Who answered, by how much this machine's clock was corrected, in seconds, and whose clocks are far from that, by
+    how much they are ahead of it."""
 
     peer: str
     clock_correction_s: float
+    clock_outliers: tuple[tuple[str, float], ...] = ()
 
 
-async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], limit_s: float = 15.0) -> FoundRun:
-    """Dial `peers`; one of those that answer first. The clock is corrected by the median of those.
+async def find_run(
+    node: Node, run_sha256: str, peers: Sequence[InvitedPeer], limit_s: float = 15.0, *, accept_clock: bool = False
+) -> FoundRun:
+    """Dial `peers`; one of those that answer first. The clock is corrected by the median of those, by more than ten
+    minutes with `accept_clock` only.
 
-    Raises RunTimeError, within `limit_s`, when nobody answers.
+    Raises RunTimeError, within `limit_s`, when nobody answers; ClockError when a person is to decide about the clock.
     """
     calls = PeerCalls(node, run_sha256)
     of_another: list[InvitedPeer] = []
@@ -96,7 +107,10 @@ async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], li
             except PeerError:
                 continue
             await asyncio.wait(tasks, timeout=_OTHERS_S)
-            answers = [t.result() for t in tasks if t.done() and not t.cancelled() and t.exception() is None]
+            answers = _answers_of(tasks)
+            if judge_clock(dict(answers)).is_doubtful:
+                await asyncio.wait(tasks, timeout=_MORE_VOICES_S)
+                answers = _answers_of(tasks)
             break
     except TimeoutError:
         pass
@@ -106,7 +120,38 @@ async def find_run(node: Node, run_sha256: str, peers: Sequence[InvitedPeer], li
         if of_another:
             raise RunTimeError(f"the peer at {_where(of_another[:1])} serves another run; ask for a new invite")
         raise RunTimeError(f"nobody answers at {_where(others)}: is the swarm up? If it is, ask for a new invite")
-    return FoundRun(answers[0][0], correct_clock([offset for _, offset in answers]))
+    verdict = judge_clock(dict(answers))
+    if verdict.is_doubtful and not accept_clock:
+        raise ClockError(_clocks_in_words(verdict, dict(answers)))
+    daemon.set_clock_offset(verdict.offset_s)
+    outliers = tuple((peer, offset_s - verdict.offset_s) for peer, offset_s in verdict.outliers)
+    far = {peer for peer, _ in outliers}
+    first = next((peer for peer, _ in answers if peer not in far), answers[0][0])
+    return FoundRun(first, verdict.offset_s, outliers)
+
+
+def _answers_of(tasks: Sequence[asyncio.Task[tuple[str, float]]]) -> list[tuple[str, float]]:
+    return [task.result() for task in tasks if task.done() and not task.cancelled() and task.exception() is None]
+
+
+def _clocks_in_words(verdict: ClockVerdict, offsets_s: Mapping[str, float]) -> str:
+    now, far = own_time(), dict(verdict.outliers)
+    who = " and ".join([short_peer(peer) for peer in offsets_s if peer not in far][:_MAX_SHOWN])
+    others = "".join(f", by {short_peer(peer)}'s {_time_in_words(now + by_s)}" for peer, by_s in far.items())
+    apart = f"more than {MOST_CORRECTED_S / 60:.0f} minutes apart ({time_in_words(abs(verdict.offset_s))})"
+    return (
+        f"it is {_time_in_words(now)} by this machine's clock, by that of {who} "
+        f"{_time_in_words(now + verdict.offset_s)}{others}, {apart}: if this machine's is wrong, set it right (Linux: "
+        "timedatectl set-ntp true) and start again; if theirs is the one to go by, add --accept-clock; else ask "
+        "somebody else for an invite"
+    )
+
+
+def _time_in_words(unix_s: float) -> str:
+    try:
+        return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):  # whatever a peer says
+        return "no date that there is"
 
 
 def _where(peers: Sequence[InvitedPeer]) -> str:

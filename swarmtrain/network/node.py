@@ -15,7 +15,6 @@ import math
 import re
 import signal
 import socket
-import statistics
 import threading
 import time
 from collections import deque
@@ -40,7 +39,7 @@ from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.network.throttle import Throttle, TransferTimes
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "Traffic", "correct_clock"]
+__all__ = ["NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "Traffic"]
 
 NOT_SERVED = "does not serve this run"
 """What an `UnreachableError` says of a peer that answers, and does not know the run, or the call."""
@@ -48,7 +47,6 @@ NOT_SERVED = "does not serve this run"
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 PipeHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
-_CLOCK_TOLERANCE_S = 1.0
 _MAX_KNOWN = 4096
 _MAX_DIALLED = 8
 _REAPED_S = 0.5
@@ -463,21 +461,6 @@ def _how_it_ended(status: int) -> str:
     with contextlib.suppress(ValueError):
         return f"was ended by {signal.Signals(-status).name}"
     return f"was ended by signal {-status}"
-
-
-def correct_clock(offsets_s: Sequence[float]) -> float:
-    """Correct swarm time by the median of the offsets to other peers' clocks; returns the correction in seconds.
-
-    Offsets are measured against `own_time`; what is not a number is left out, and without any nothing changes.
-    """
-    offsets_s = [offset_s for offset_s in offsets_s if math.isfinite(offset_s)]
-    if not offsets_s:
-        return 0.0
-    offset_s = statistics.median(offsets_s)
-    if abs(offset_s) < _CLOCK_TOLERANCE_S:
-        offset_s = 0.0
-    daemon.set_clock_offset(offset_s)
-    return offset_s
 
 
 def _reason(error: Exception) -> str:

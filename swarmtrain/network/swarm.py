@@ -67,9 +67,8 @@ _GREETING_S = 3.0
 _MAX_OWN_ADDRESSES = 8
 _HEARTBEAT_S = 0.25
 _MAX_STAMP_SKEW_S = 120.0
-_MAX_MEETINGS = 16
+_MAX_MEETINGS, _MEET_AGAIN_S = 16, 5.0
 _REFUSED_AGAIN_S = 60.0
-_MEET_AGAIN_S = 5.0
 _GREETING_PASSES = 3
 _GOODBYE_S = 3.0
 _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
@@ -112,8 +111,6 @@ class Swarm:
     _met_s: dict[str, float] = field(default_factory=dict)
     _meetings: set[asyncio.Task[None]] = field(default_factory=set)
     _through: tuple[InvitedPeer, ...] = ()
-    _given: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Addresses by PeerID that came with `_through`: names are dialled only if they are among them."""
     _told_refused: NamedOnce = field(default_factory=lambda: NamedOnce(again_s=_REFUSED_AGAIN_S))
     _daemon_watch: asyncio.Task[None] | None = None
 
@@ -196,7 +193,6 @@ class Swarm:
         service = service_type()(self, self.store, self.published.blobs(), self.node)
         await self.node.serve(service, namespace_of(self.published.sha256))
         self._through = tuple(peer for peer in through if peer.peer != self.identity.peer_id)
-        self._given = {peer.peer: peer.addresses for peer in self._through}
         for peer in self._through:
             self.node.remember_addresses(peer.peer, peer.addresses, peer.addresses)
         await self.node.join_dht([(peer.peer, peer.addresses) for peer in self._through])
@@ -402,7 +398,7 @@ class Swarm:
 
     def _saw(self, peer: str, presence: pb.Presence) -> None:
         try:
-            given = self._given.get(peer, ())
+            given = next((known.addresses for known in self._through if known.peer == peer), ())
             info = presence_from_proto_untrusted(peer, presence, given)
             if info.stamp > swarm_time() + _MAX_STAMP_SKEW_S:
                 raise BadBytesError("a presence from the future")

@@ -23,7 +23,7 @@ from torch import Tensor
 from swarmtrain import __version__
 from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.prepare import publishable_data
-from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
+from swarmtrain.errors import ClockError, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, WarningEvent
 from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.progress import Progress
@@ -49,7 +49,7 @@ from swarmtrain.peer.common import (
     Interrupted,
     PeerSettings,
     StopFlag,
-    clock_warning,
+    clock_warnings,
     leave_swarm,
     show_invite,
     use_threads,
@@ -201,12 +201,16 @@ class _Bootstrap(BootstrapPeer):
         if not known:
             return known
         try:
-            finding = find_run(node, self.published.sha256, known, _REDIAL_S)
+            accept = self.settings.accept_clock
+            finding = find_run(node, self.published.sha256, known, _REDIAL_S, accept_clock=accept)
             found = wait_for(self.network.submit(finding), self.stop)
+        except ClockError as error:  # it began the run, and one liar among those it knew must not end it
+            self.emit(WarningEvent(message=f"this bootstrap keeps its own clock: {error}"))
+            return known
         except RunTimeError:
             return known  # nobody yet: it keeps knocking
-        if found.clock_correction_s:
-            self.emit(clock_warning(found.clock_correction_s))
+        for warning in clock_warnings(found):
+            self.emit(warning)
         return known
 
     def _restore(self, swarm: Swarm, keeper: Keeper, num_parameters: int) -> Checkpoint | None:

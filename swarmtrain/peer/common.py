@@ -29,10 +29,11 @@ from swarmtrain.network.invite import Invite, format_invite
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.rounds import NewState
 from swarmtrain.network.snapshots import TensorSpec
-from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.network.swarm import FoundRun, PublishedRun, Swarm
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.process import process_age_s
 from swarmtrain.peer.stopping import Interrupted, StopFlag
+from swarmtrain.words import short_peer, time_in_words
 
 __all__ = [
     "Emit",
@@ -41,6 +42,7 @@ __all__ = [
     "StopFlag",
     "as_peer",
     "clock_warning",
+    "clock_warnings",
     "held_out_loss",
     "held_out_loss_of",
     "invite_event",
@@ -83,6 +85,8 @@ class PeerSettings:
     """Where to serve control over TCP too, HOST:PORT; empty: only at the socket in `directory`."""
     metrics: str = ""
     """Where to serve Prometheus metrics, HOST:PORT; empty: nowhere."""
+    accept_clock: bool = False
+    """Whether to go by the others' clock however far it is from this machine's."""
     only_announced: bool = False
     """For a rehearsal: others are told what is announced and nothing else."""
     fail_pulls_share: float = 0.0
@@ -98,6 +102,17 @@ def clock_warning(correction_s: float) -> WarningEvent:
         message=f"this machine's clock is {abs(correction_s):.1f} s {direction} the others'; corrected for this run, "
         "set it right when you can"
     )
+
+
+def clock_warnings(found: FoundRun) -> list[WarningEvent]:
+    """What a person is told of the clocks of those who answered."""
+    told = [clock_warning(found.clock_correction_s)] if found.clock_correction_s else []
+    for peer, ahead_s in found.clock_outliers:
+        direction = "ahead of" if ahead_s > 0 else "behind"
+        apart = f"{time_in_words(abs(ahead_s))} {direction}"
+        message = f"the clock of {short_peer(peer)} is {apart} the one that this peer goes by; it is not followed"
+        told.append(WarningEvent(message=message))
+    return told
 
 
 def wait_for(future: Future[_T], stop: StopFlag, look: Callable[[], None] = lambda: None) -> _T:

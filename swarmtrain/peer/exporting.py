@@ -94,7 +94,7 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
     raise UserError(f"{folder.path}: no model here yet; a peer keeps a checkpoint from the first merged round on")
 
 
-def export_from_swarm(invite: Invite, target: Path, stop: StopFlag) -> int:
+def export_from_swarm(invite: Invite, target: Path, stop: StopFlag, *, accept_clock: bool = False) -> int:
     """Join as an onlooker, take the newest state of some peer and write it as a model; returns the run's tokens.
 
     Raises RunTimeError when nobody answers, nobody has trained yet, or the model cannot be written.
@@ -106,19 +106,22 @@ def export_from_swarm(invite: Invite, target: Path, stop: StopFlag) -> int:
         tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory,
         peer_folder(Path(directory)) as folder,
     ):
-        published, weights, progress = _pulled(invite, folder, stop)
+        published, weights, progress = _pulled(invite, folder, stop, accept_clock)
     with _writing(target):
         save_weights(target, weights, published, progress)
     return progress.run_tokens
 
 
-def _pulled(invite: Invite, folder: PeerFolder, stop: StopFlag) -> tuple[PublishedRun, dict[str, Tensor], Progress]:
+def _pulled(
+    invite: Invite, folder: PeerFolder, stop: StopFlag, accept_clock: bool
+) -> tuple[PublishedRun, dict[str, Tensor], Progress]:
     """The run of `invite`, its present weights by name, and its counters, of a pipeline those of the first stage."""
     network = NetworkThread()
     swarm = node = None
     try:
         node = start_node(network, PeerSettings(directory=folder.path, name="export"), folder, stop)
-        source = wait_for(network.submit(find_run(node, invite.run_sha256, invite.peers)), stop).peer
+        finding = find_run(node, invite.run_sha256, invite.peers, accept_clock=accept_clock)
+        source = wait_for(network.submit(finding), stop).peer
         calls = PeerCalls(node, invite.run_sha256)
         published = wait_for(network.submit(fetch_published(calls, source, parse_published_untrusted, {})), stop)
         weights: dict[str, Tensor] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
-from swarmtrain.errors import BadBytesError, PeerError, RunTimeError
+from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError
 from swarmtrain.events import (
     DoneEvent,
     EvalEvent,
@@ -47,7 +47,7 @@ from swarmtrain.peer.common import (
     PeerSettings,
     StopFlag,
     as_peer,
-    clock_warning,
+    clock_warnings,
     held_out_loss,
     leave_swarm,
     process_age_s,
@@ -261,6 +261,8 @@ class _Volunteer:
         """
         try:
             source = self._find(node, through, _FIND_S)
+        except ClockError:
+            raise
         except RunTimeError as error:
             published = run_to_resume(self.folder, self.invite, node.identity.peer_id)
             if published is None:
@@ -283,11 +285,13 @@ class _Volunteer:
         return published
 
     def _find(self, node: Node, through: tuple[InvitedPeer, ...], limit_s: float) -> str:
-        """Somebody who answers; the clock is right from then on. Raises RunTimeError when nobody does."""
-        finding = find_run(node, self.invite.run_sha256, through, limit_s)
+        """Somebody who answers; the clock is right from then on. Raises RunTimeError when nobody does, ClockError when
+        the clock would be corrected by much."""
+        accept = self.settings.accept_clock
+        finding = find_run(node, self.invite.run_sha256, through, limit_s, accept_clock=accept)
         found = wait_for(self.network.submit(finding), self.stop)
-        if found.clock_correction_s:
-            self.emit(clock_warning(found.clock_correction_s))
+        for warning in clock_warnings(found):
+            self.emit(warning)
         return found.peer
 
     def _fetch_from(self, calls: PeerCalls, source: str) -> PublishedRun:
@@ -355,9 +359,13 @@ class _Volunteer:
         """Nobody answered: they may just be starting again too. This peer answers already; then it goes on alone."""
         give_up_s = time.monotonic() + _ALONE_AFTER_S
         while time.monotonic() < give_up_s:
-            with contextlib.suppress(RunTimeError):
+            try:
                 self._find(node, through, _FIND_AGAIN_S)
                 wait_for(self.network.submit(swarm.come_back()), self.stop)
+            except ClockError:
+                raise
+            except RunTimeError as error:
+                _log.debug("still alone: %s", error)
             if swarm.membership.live():
                 return
             self.stop.sleep(_LOOK_S)

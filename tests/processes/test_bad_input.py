@@ -234,7 +234,12 @@ def test_a_clock_that_is_off_is_corrected(live: tuple[Swarm, Child], off_s: int)
     prelude = f"import time\nright = time.time\ntime.time = lambda: right() + {off_s}"
     name = f"off{abs(off_s)}"
     anna = swarm.join(f"on-time{abs(off_s)}", bootstrap.invite.invite)
-    ben = swarm.join(name, bootstrap.invite.invite, prelude=prelude)
+    further = abs(off_s) > 600
+    if further:  # nobody is there to be asked
+        asked = swarm.join(f"{name}-asked", bootstrap.invite.invite, prelude=prelude)
+        assert asked.wait() == 1
+        assert re.search("more than 10 minutes apart.*--accept-clock", asked.all(ErrorEvent)[0].message)
+    ben = swarm.join(name, bootstrap.invite.invite, *(["--accept-clock"] if further else []), prelude=prelude)
     try:
         assert abs(ben.wait_event(JoinedEvent).time - anna.wait_event(JoinedEvent).time - off_s) < 60
         for child in (anna, ben):
