@@ -36,7 +36,7 @@ _MAX_HELD_CALLS = 64
 _MAX_HELD_CALLS_A_PEER = 2
 _MAX_WAIT_S = 60.0
 _MAX_STUBS = 4096
-_FILE_ATTEMPTS = 120
+_FILE_ATTEMPTS = 240
 _FILE_AGAIN_S = 0.5
 _MAKE_LIMIT_S = 60.0
 """For an answer that may have to be computed first."""
@@ -160,7 +160,7 @@ def service_type() -> Any:
             if data is None:
                 yield pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)
                 return
-            async with contextlib.aclosing(self._store.serve_file(data, self._count_sent)) as replies:
+            async with contextlib.aclosing(self._store.serve_file(data, self._count_sent, caller)) as replies:
                 async for reply in replies:
                     yield reply
 

@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar, cast
 import numpy as np
 
 from swarmtrain.errors import BadBytesError, BrokenOffError, BusyError, PeerError, StalledError, UnreachableError
+from swarmtrain.membership.readers import GIVES_WAY_S, Reader, Readers
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.replies import ChunkReply, Reply
 from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
@@ -58,6 +59,15 @@ _DTYPES = {"float32": (32, 0), "bfloat16": (16, 0), "int8": (8, 256), "int4": (4
 _READER_STALL_S = 20.0
 """The transport takes up to 1.3 MB from a sender at once and then nothing until those have been read: so long at twice
 the speed at which a transfer is given up."""
+
+_BACK_AGAIN_S = 0.5
+"""Whoever had to give way asks again after so long."""
+
+_LAST_PIECE_S = 10.0
+"""What a reader was sent before it had to give way may take so long to arrive."""
+
+_MAX_FILES = 8
+"""Files of the run sent at once."""
 
 _ANSWER_S = 0.5
 """BUSY may take so long to come, over a slow link; of one that keeps a reader waiting for it the rest counts."""
@@ -200,27 +210,19 @@ def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, *tables: S
     return Snapshot(manifest, signed, payload_sha256(signed), author)
 
 
-@dataclass(frozen=True, eq=False)
-class _Reader:
-    """A pull that is being served, and the task that sends it."""
-
-    peer: str
-    sending: asyncio.Task[object] | None
-
-
 @dataclass
 class SnapshotStore:
     """The snapshots that this peer serves: its own publications and what it pulled from others.
 
-    One being read stays in memory until its reader ends, since the reader holds a reference. A reader that takes
-    nothing for `reader_stall_s` is cut off as soon as another wants its place. One peer has half of the places at most,
-    so that none can keep all others away. While `up` is limited, fewer read at once, so that each gets twice the
-    `min_bytes_per_s` below which it would give up.
+    One being read stays in memory until its reader ends, since the reader holds a reference. Who may read, and who
+    gives way to whom, `membership.readers` says. While `up` is limited, fewer read at once, so that each gets twice the
+    `min_bytes_per_s` below which it would give up. Files have places of their own.
     """
 
     max_readers: int = 4
     keep_rounds: int = 2
     reader_stall_s: float = _READER_STALL_S
+    reader_gives_way_s: float = GIVES_WAY_S
     up: Throttle = field(default_factory=Throttle)
     min_bytes_per_s: float = 0.0
     clock: Callable[[], float] = time.monotonic
@@ -230,8 +232,14 @@ class SnapshotStore:
     """The state that is being pulled, for whoever waits for it."""
     _held: dict[str, Held] = field(default_factory=dict)
     _read_s: dict[str, float] = field(default_factory=dict)
-    _readers: dict[_Reader, float] = field(default_factory=dict)
+    _readers: Readers = field(init=False)
+    _files: Readers = field(init=False)
+    _sending: dict[Reader, asyncio.Task[object] | None] = field(default_factory=dict)
     _unwanted: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._readers = Readers(self.reader_stall_s, self.reader_gives_way_s)
+        self._files = Readers(self.reader_stall_s, 2 * self.reader_gives_way_s)  # one that breaks off begins anew
 
     @property
     def num_readers(self) -> int:
@@ -239,12 +247,8 @@ class SnapshotStore:
         return len(self._readers)
 
     def has_room_for(self, peer: str = "") -> bool:
-        """Whether `peer` (empty: one not known) would be served: there is a place, or a reader that takes nothing would
-        lose its, and it does not have half of them already."""
-        stalled_s, most = self.clock() - self.reader_stall_s, self._most_readers
-        if peer and sum(who.peer == peer and s > stalled_s for who, s in self._readers.items()) >= -(-most // 2):
-            return False
-        return len(self._readers) < most or min(self._readers.values()) <= stalled_s
+        """Whether `peer` (empty: one not known) would be served."""
+        return self._readers.has_room_for(peer, self._most_readers, self.clock())
 
     @property
     def _most_readers(self) -> int:
@@ -284,18 +288,22 @@ class SnapshotStore:
         }
         self._read_s = {name: read_s for name, read_s in self._read_s.items() if name in self._held}
 
-    def _admit(self, peer: str) -> _Reader | None:
+    def _admit(self, readers: Readers, peer: str, most: int) -> Reader | None:
         """A place for one more reader, if there is one."""
-        if not self.has_room_for(peer):
-            return None
-        if len(self._readers) >= self._most_readers:
-            stalled = min(self._readers, key=self._readers.__getitem__)
-            del self._readers[stalled]
-            if stalled.sending is not None and stalled.sending is not asyncio.current_task():
-                stalled.sending.cancel()  # it waits for the transport, and would hold the snapshot for as long
-        reader = _Reader(peer, asyncio.current_task())
-        self._readers[reader] = self.clock()
+        now = self.clock()
+        reader, gone = readers.admit(peer, most, now)
+        sending = self._sending.pop(gone, None) if gone is not None else None
+        if gone is not None and sending is not None and sending is not asyncio.current_task():
+            # It waits for the transport, and would hold the snapshot for as long. What is under way may still arrive.
+            grace_s = 0.0 if readers.is_stalled(gone, now) else _LAST_PIECE_S
+            asyncio.get_running_loop().call_later(grace_s, sending.cancel)
+        if reader is not None:
+            self._sending[reader] = asyncio.current_task()
         return reader
+
+    def _leaves(self, readers: Readers, reader: Reader) -> None:
+        readers.leaves(reader)
+        self._sending.pop(reader, None)
 
     async def serve(
         self, request: pb.PullRequest, count_sent: Callable[[int], None] = lambda size_bytes: None, peer: str = ""
@@ -313,52 +321,52 @@ class SnapshotStore:
             yield pb.PullReply(status=pb.PullReply.STATUS_OK, manifest=held.snapshot.signed)
             yield pb.PullReply(end=True)
             return
-        reader = self._admit(peer)
+        reader = self._admit(self._readers, peer, self._most_readers)
         if reader is None:
             yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
             return
         try:
             yield pb.PullReply(status=pb.PullReply.STATUS_OK)
             for chunk in wanted[: self.num_served(len(wanted))]:
-                if not await self._may_read(reader, held.snapshot.chunk_size(chunk)):
+                if not await self._may_read(self._readers, reader, held.snapshot.chunk_size(chunk)):
                     return
                 self._read_s[held.snapshot.sha256] = self.clock()
                 count_sent(held.snapshot.chunk_size(chunk))
                 yield ChunkReply(chunk, held.body.views(chunk * CHUNK_BYTES, CHUNK_BYTES))
             yield pb.PullReply(end=True)
         finally:
-            self._readers.pop(reader, None)
+            self._leaves(self._readers, reader)
 
-    async def _may_read(self, reader: _Reader, size_bytes: int) -> bool:
+    async def _may_read(self, readers: Readers, reader: Reader, size_bytes: int) -> bool:
         """Whether a reader that comes for its next piece still has its place; when it has had its turn."""
-        if reader not in self._readers:
+        if reader not in readers:
             return False
-        self._readers[reader] = math.inf  # it is we who let it wait
+        readers.waits(reader, self.clock())
         await self.up.turn(size_bytes)
-        self._readers[reader] = self.clock()
+        readers.takes(reader, size_bytes, self.clock())
         return True
 
     async def serve_file(
-        self, data: bytes, count_sent: Callable[[int], None] = lambda size_bytes: None
+        self, data: bytes, count_sent: Callable[[int], None] = lambda size_bytes: None, peer: str = ""
     ) -> AsyncGenerator[Reply, None]:
-        """Send a file in pieces. It takes a reader's place only while `up` is limited: files are small and few."""
-        limited = self.up.bytes_per_s > 0
-        reader = self._admit("") if limited else None
-        if limited and reader is None:
+        """Send a file to `peer` in pieces; BUSY at once when too many take files. Those take no place of who pulls
+        snapshots, as files are small and few; while `up` is limited one goes at a time, so that each who shares the
+        link has as much still as makes a transfer too slow."""
+        reader = self._admit(self._files, peer, 1 if self.up.bytes_per_s > 0 else _MAX_FILES)
+        if reader is None:
             yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
             return
         try:
             yield pb.PullReply(status=pb.PullReply.STATUS_OK)
             for offset in range(0, len(data), CHUNK_BYTES):
                 piece = data[offset : offset + CHUNK_BYTES]
-                if reader is not None and not await self._may_read(reader, len(piece)):
+                if not await self._may_read(self._files, reader, len(piece)):
                     return
                 count_sent(len(piece))
                 yield pb.PullReply(data=piece)
             yield pb.PullReply(end=True)
         finally:
-            if reader is not None:
-                self._readers.pop(reader, None)
+            self._leaves(self._files, reader)
 
 
 class PullStream(Protocol):
@@ -405,12 +413,13 @@ async def pull_chunks(
 ) -> None:
     """Bring `chunks` of `held` here from `sources`, the first that works; each chunk is checked as it arrives.
 
-    What a source delivered before it failed is kept, and the next one goes on from there. Whoever calls this holds
-    `held.pulling`: chunks are put in their place before they are checked. Raises UnreachableError when no source could
-    deliver.
+    What a source delivered before it failed is kept, and the next one goes on from there; or the last one itself, if
+    its stream broke off: it may have had to give way. Whoever calls this holds `held.pulling`: chunks are put in their
+    place before they are checked. Raises UnreachableError when no source could deliver.
     """
-    busy_s = 0.0
+    busy_s, patience_s, wait_s = 0.0, limits.busy_limit_s, limits.busy_wait_s
     pending = list(sources)
+    paces: dict[str, _Pace] = {}
     while True:
         missing = _missing_run(held, chunks)
         if missing is None:
@@ -418,17 +427,24 @@ async def pull_chunks(
         if not pending:
             raise UnreachableError(f"nobody could deliver snapshot {held.snapshot.sha256[:12]}")
         source = pending.pop(0)
-        pace, asked_s = _Pace(limits), limits.clock()
+        pace, asked_s, num_before = paces.setdefault(source, _Pace(limits)), limits.clock(), len(held.have)
         try:
             while (missing := _missing_run(held, chunks)) is not None:
                 asked_s = limits.clock()
                 await _pull_run(held, missing, source, open_pull, pace)
         except BusyError:
             busy_s += max(0.0, min(limits.clock() - asked_s, limits.stall_limit_s) - _ANSWER_S)
-            if busy_s < limits.busy_limit_s:
+            if busy_s < patience_s:
                 pending.append(source)
-                await asyncio.sleep(limits.busy_wait_s)
-                busy_s += limits.busy_wait_s
+                await asyncio.sleep(wait_s)
+                busy_s += wait_s
+        except BrokenOffError as error:
+            if pending or len(held.have) == num_before:
+                blame(source, error)
+                continue
+            pending.append(source)
+            busy_s, wait_s = 0.0, max(wait_s, _BACK_AGAIN_S)
+            patience_s = max(patience_s, GIVES_WAY_S + _BACK_AGAIN_S)
         except PeerError as error:
             blame(source, error)
 
@@ -453,6 +469,10 @@ class _Pace:
         self._waited_s = 0.0
         self._came_bytes = 0
 
+    def waited(self, seconds: float) -> None:
+        """For a stream to open: one that breaks off time and again has opened many."""
+        self._waited_s += min(seconds, self.limits.stall_limit_s)
+
     async def take(self, held: Held, chunks: range, stream: PullStream, came: list[int]) -> None:
         """The next few of these chunks. UnreachableError if none comes, StalledError if the source is too slow."""
         limits = self.limits
@@ -473,6 +493,7 @@ async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, pa
     request = pb.PullRequest(
         snapshot_sha256=bytes.fromhex(held.snapshot.sha256), first_chunk=run.start, num_chunks=len(run)
     )
+    asked_s = limits.clock()
     stream = await open_pull(source, request)
     try:
         first = await next_message(stream, limits.stall_limit_s)
@@ -480,6 +501,7 @@ async def _pull_run(held: Held, run: range, source: str, open_pull: OpenPull, pa
             raise BusyError("it serves as many readers as it may")
         if first.status != pb.PullReply.STATUS_OK:
             raise UnreachableError("it does not hold this snapshot")
+        pace.waited(limits.clock() - asked_s)
         check = _Check(held)
         try:
             while len(check.came) < len(run):

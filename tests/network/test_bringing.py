@@ -78,8 +78,8 @@ def test_a_part_goes_on_too() -> None:
 def test_three_times_at_most() -> None:
     asked = list[int]()
     with pytest.raises(UnreachableError, match="ended early"):
-        brought(serving(2, 0, 1, 6), asked)
-    assert asked == [0, 2, 2]
+        brought(serving(2, 0, 0, 0, 6), asked)
+    assert asked == [0, 2, 2, 2], "without any chunk that comes"
 
 
 async def lies(request: pb.PullRequest) -> AsyncIterator[pb.PullReply]:

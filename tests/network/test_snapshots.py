@@ -17,6 +17,7 @@ from replies import Replies
 from virtual_loop import virtually
 
 from swarmtrain.errors import BadBytesError, BrokenOffError, PeerError, StalledError, UnreachableError
+from swarmtrain.membership.readers import GIVES_WAY_S
 from swarmtrain.network.identity import new_identity, peer_bytes
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import (
@@ -643,3 +644,103 @@ def test_what_is_dropped_while_it_is_read_goes_with_the_next_that_comes_or_goes(
     store.add(WHOLE)
     store.drop(name)
     assert store.get(name) is None, "nobody reads it"
+
+
+# ---------------------------------------------------------------- slow readers
+
+ATTACK_BYTES_PER_S = 54_000.0
+
+
+class SlowReplies(Replies):
+    """A reader that takes so many bytes a second, as a slow link does."""
+
+    def __init__(self, replies: Any, bytes_per_s: float) -> None:
+        super().__init__(replies)
+        self._chunk_s = CHUNK_BYTES / bytes_per_s
+
+    async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
+        await asyncio.sleep(self._chunk_s)
+        await super().take(chunks, room_of, came)
+
+
+@dataclass
+class Crowded:
+    """A peer that serves four at once, in virtual time; `big` has 256 chunks that are read over and over."""
+
+    clock: Callable[[], float]
+    store: SnapshotStore = field(init=False)
+    big: Held = field(init=False)
+    cuts: int = 0
+
+    def __post_init__(self) -> None:
+        self.store = SnapshotStore(clock=self.clock)
+        manifest = pb.Manifest(total_bytes=256 * CHUNK_BYTES, chunk_sha256=bytes(32 * 256))
+        body = Body([bytes(CHUNK_BYTES)] * 256)
+        self.big = Held(Snapshot(manifest, pb.Signed(), "ab" * 32, ""), body, set(range(256)))
+        self.store.add(self.big)
+        self.store.add(WHOLE)
+
+    async def attack(self, peer: str) -> None:
+        """Reads slowly, for ever; tries again at once."""
+        while True:
+            async for reply in self.store.serve(request(0, 256, "ab" * 32), peer=peer):
+                if reply.status == pb.PullReply.STATUS_BUSY:
+                    await asyncio.sleep(0.05)
+                else:
+                    await asyncio.sleep(CHUNK_BYTES / ATTACK_BYTES_PER_S)
+
+    async def pull(self, bytes_per_s: float, peer: str = "anna", busy_limit_s: float = 30.0) -> float:
+        """How long `WHOLE` takes an honest reader; UnreachableError if it is given up."""
+        began_s, held = self.clock(), empty_held(WHOLE.snapshot)
+        limits = PullLimits(clock=self.clock, busy_limit_s=busy_limit_s)
+
+        async def open_pull(source: str, asked: pb.PullRequest) -> Any:
+            self.cuts += 1
+            return SlowReplies(self.store.serve(asked, peer=peer), bytes_per_s)
+
+        await pull_chunks(held, range(NUM_CHUNKS), ["b"], open_pull, limits, lambda *_: None)
+        assert held.complete
+        return self.clock() - began_s
+
+
+def crowded(attackers: list[str], body: Callable[[Crowded], Awaitable[None]]) -> None:
+    async def run(clock: Callable[[], float]) -> None:
+        here = Crowded(clock)
+        attacks = [asyncio.create_task(here.attack(peer)) for peer in attackers]
+        await asyncio.sleep(1.0)
+        try:
+            await body(here)
+        finally:
+            for attack in attacks:
+                attack.cancel()
+            await asyncio.gather(*attacks, return_exceptions=True)
+
+    virtually(run)
+
+
+def test_two_slow_readers_cannot_keep_an_honest_one_out() -> None:
+    """They take 54 kB/s each with two streams each, so that all four places are theirs: it was BUSY 31 times of 31."""
+
+    async def body(here: Crowded) -> None:
+        times_s = [await here.pull(1e6) for _ in range(31)]
+        assert max(times_s) < GIVES_WAY_S + 5 and sorted(times_s)[15] < 5
+
+    crowded(["mallory", "mallory", "eve", "eve"], body)
+
+
+def test_an_honest_reader_on_a_slow_link_gets_further_although_all_who_wait_are_quicker() -> None:
+    """Six streams of three attackers want four places all the time; it is slower than they are, and gives way."""
+
+    async def body(here: Crowded) -> None:
+        assert await here.pull(40_000.0, busy_limit_s=GIVES_WAY_S + 5) < 4 * 6 * CHUNK_BYTES / 40_000.0 + GIVES_WAY_S
+        assert here.cuts > 1
+
+    crowded(["mallory", "mallory", "eve", "eve", "oscar", "oscar"], body)
+
+
+def test_an_honest_reader_on_a_slow_link_is_left_alone_while_there_are_places() -> None:
+    async def body(here: Crowded) -> None:
+        assert await here.pull(40_000.0) < 7 * CHUNK_BYTES / 40_000.0 + 1
+        assert here.cuts == 1
+
+    crowded(["mallory", "mallory", "eve"], body)

@@ -287,23 +287,35 @@ async def file_of(store: SnapshotStore, size_bytes: int) -> list[pb.PullReply]:
     return [message async for message in store.serve_file(bytes(size_bytes))]
 
 
-def test_files_take_readers_places_while_the_link_is_limited_and_only_then() -> None:
+def test_files_take_no_readers_place_and_have_few_of_their_own() -> None:
     async def limited(clock: Callable[[], float]) -> None:
         store = store_of(1.0, clock)
         reading = asyncio.create_task(file_of(store, 3 * CHUNK_BYTES))
         await asyncio.sleep(0)
-        assert [message.status for message in await file_of(store, 10)] == [pb.PullReply.STATUS_BUSY]
-        assert (await read(store, clock))[0] == []
+        assert [message.status for message in await file_of(store, 10)] == [pb.PullReply.STATUS_BUSY], "one at a time"
+        assert store.num_readers == 0 and store.has_room_for("anna")
         assert sum(len(message.data) for message in await reading) == 3 * CHUNK_BYTES
         assert clock() == pytest.approx(2 * CHUNK_BYTES / MBIT, abs=0.5)
-        assert store.num_readers == 0
+        assert [message.data for message in await file_of(store, 10)][1] == bytes(10)
 
     async def free(clock: Callable[[], float]) -> None:
         store = store_of(0.0, clock)
-        replies = [store.serve_file(bytes(10)) for _ in range(9)]
-        assert {(await anext(reply)).status for reply in replies} == {pb.PullReply.STATUS_OK}
-        assert store.num_readers == 0
+        replies = [store.serve_file(bytes(10), peer=f"peer {number % 50}") for number in range(100)]
+        statuses = [(await anext(reply)).status for reply in replies]
+        assert statuses == [pb.PullReply.STATUS_OK] * 8 + [pb.PullReply.STATUS_BUSY] * 92
+        assert store.num_readers == 0 and store.has_room_for("anna")
+        await asyncio.sleep(21.0)
+        late = store.serve_file(bytes(10), peer="anna")
+        assert (await anext(late)).status == pb.PullReply.STATUS_OK, "the others took nothing for long"
+        for reply in (*replies, late):
+            await reply.aclose()
 
+    async def one_peer(clock: Callable[[], float]) -> None:
+        store = store_of(0.0, clock)
+        replies = [store.serve_file(bytes(10), peer="mallory") for _ in range(9)]
+        assert [(await anext(reply)).status for reply in replies].count(pb.PullReply.STATUS_OK) == 4, "half of them"
+
+    virtually(one_peer)
     virtually(limited)
     virtually(free)
 
@@ -377,7 +389,7 @@ def test_a_file_of_a_busy_peer_is_asked_for_again() -> None:
         always.busy = 10**6
         with pytest.raises(BusyError):
             await always.blob_untrusted("a", name, 100)
-        assert clock() == pytest.approx(1.5 + 59.5)
+        assert clock() == pytest.approx(1.5 + 119.5)
 
     virtually(body)
 
