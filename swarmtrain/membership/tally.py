@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["CountingRules", "Incident", "NamedOnce", "Tally", "typical_speed"]
+__all__ = ["CountingRules", "Incident", "Tally", "typical_speed"]
 
 _MAX_COUNTS = 16_384
 """So many counts are kept of each source, the greatest ones: identities cost nothing."""
@@ -34,9 +34,6 @@ _LEAST_PER_S = 1e-3
 _CLOCK_STEP_S = 60.0
 _MAX_AWAY_S = 7 * 86_400.0
 """Time unaccounted for counts up to a week, so that a clock that jumps does not explain everything."""
-
-_NAME_AGAIN_S = 6 * 3600.0
-_MAX_NAMED = 64
 
 _Key = tuple[str, int]
 
@@ -265,22 +262,3 @@ def typical_speed(speeds_per_s: Iterable[float]) -> float:
     """
     known = sorted(speed for speed in speeds_per_s if 0 < speed < math.inf)
     return known[(len(known) - 1) // 2] if known else 0.0
-
-
-@dataclass
-class NamedOnce:
-    """Says of each peer once in `again_s` seconds that it may be named, and of a few dozen peers in that time at all.
-
-    Six hours, unless something else is said.
-    """
-
-    again_s: float = _NAME_AGAIN_S
-    _named_s: dict[str, float] = field(default_factory=dict)
-
-    def is_due(self, peer: str, now: float) -> bool:
-        """Whether to name `peer` now; it counts as named then."""
-        self._named_s = {p: named_s for p, named_s in self._named_s.items() if abs(now - named_s) < self.again_s}
-        if peer in self._named_s or len(self._named_s) >= _MAX_NAMED:
-            return False
-        self._named_s[peer] = now
-        return True

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.naming import NamedOnce
 from swarmtrain.membership.shards import MAX_ROWS, Coverage, Row
-from swarmtrain.membership.tally import NamedOnce
 from swarmtrain.network.identity import Identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.signing import open_signed_untrusted, sign
 from swarmtrain.run import RunFile

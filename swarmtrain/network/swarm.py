@@ -21,9 +21,9 @@ from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, PeerLostEve
 from swarmtrain.membership import records
 from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
+from swarmtrain.membership.naming import NamedOnce
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.pulls import Section
-from swarmtrain.membership.tally import NamedOnce
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, rows_of
 from swarmtrain.network.daemon import swarm_time
@@ -584,7 +584,7 @@ class Swarm:
     def refused(self, peer: str, error: PeerError) -> None:
         """Tell of hostile bytes: of one peer and rule once a minute, for it may send them as fast as it likes."""
         rule = rule_of(str(error))
-        if self._told_refused.is_due(f"{peer} {rule}", swarm_time()):
+        if self._told_refused.is_due(peer, swarm_time(), rule):
             self.emit(RefusedEvent(from_peer=peer, rule=rule, detail=str(error)))
         else:
             _log.debug("refused of %s: %s", peer, error)

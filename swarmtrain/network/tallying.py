@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.naming import NamedOnce
 from swarmtrain.membership.records import COUNTED_AT_ONCE, bucket_of, buckets_to_read
-from swarmtrain.membership.tally import CountingRules, NamedOnce, Tally
+from swarmtrain.membership.tally import CountingRules, Tally
 from swarmtrain.network.records import PROGRESS, progress_from_proto_untrusted
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -102,7 +103,7 @@ class Tallying:
 
     def _name(self, peer: str, rule: str, detail: str) -> None:
         with self._lock:
-            is_due = self._named.is_due(peer, self.clock())
+            is_due = self._named.is_due(peer, self.clock(), rule)
         if is_due:
             self.refused(peer, rule, detail)
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import Buffer, DelayedNesterov, OuterConstants, OuterState, momentum_at
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.events import ClippedEvent, WarningEvent, short_peer
+from swarmtrain.membership.naming import NamedOnce
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.serving import Marks, too_old
-from swarmtrain.membership.tally import NamedOnce
 from swarmtrain.network.codec import VectorCodec, body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_bytes

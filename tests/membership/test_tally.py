@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain.membership.tally import CountingRules, NamedOnce, Tally, typical_speed
+from swarmtrain.membership.naming import NamedOnce
+from swarmtrain.membership.tally import CountingRules, Tally, typical_speed
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
 RULES = CountingRules(began_s=1000.0, burst_tokens=200, most_tokens=10**12)
@@ -204,15 +205,6 @@ def test_the_typical_speed_is_the_lower_median_of_those_known() -> None:
     assert typical_speed([]) == typical_speed([0.0, float("inf"), float("nan"), -1.0]) == 0.0
     assert typical_speed([5.0, 1e9]) == 5.0, "of two, one may lie"
     assert typical_speed([5.0, 0.0, 1e9, 4.0]) == 5.0
-
-
-def test_a_peer_is_named_once_in_a_while_and_a_crowd_not_at_all() -> None:
-    named = NamedOnce()
-    assert [named.is_due("a", now) for now in (0.0, 3.0, 6000.0, 7 * HOUR_S)] == [True, False, False, True]
-    assert sum(named.is_due(f"invented {i}", 7 * HOUR_S) for i in range(1000)) == 63
-    minutes = NamedOnce(again_s=60.0)
-    assert [minutes.is_due("a", now) for now in (0.0, 59.0, 61.0)] == [True, False, True]
-    assert named.is_due("a", 0.0), "a clock that was put back silences nobody"
 
 
 # ---------------------------------------------------------------- a month
