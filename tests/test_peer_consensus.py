@@ -10,7 +10,14 @@ import torch
 
 from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.network.identity import new_identity, peer_bytes
-from swarmtrain.peer.consensus import consensus_of, counts_in_untrusted, mean_of_near, not_far_behind, round_of
+from swarmtrain.peer.consensus import (
+    consensus_of,
+    consensus_of_vectors,
+    counts_in_untrusted,
+    mean_of_near,
+    not_far_behind,
+    round_of,
+)
 
 LAYOUT = layout_of([(3, 4), (4,)])
 IDS = [new_identity(bytes([number]) * 32).peer_id for number in range(5)]
@@ -30,6 +37,10 @@ def state(number: int, theta: torch.Tensor, momentum: float = 0.5, round: int = 
     return SimpleNamespace(peer=IDS[number], held=held, round=round, whole=True)
 
 
+def only_weights(whole: Any) -> Any:
+    return SimpleNamespace(**{**vars(whole), "whole": False})
+
+
 @pytest.mark.parametrize("wrong", [1e8, -1e30, -5.0])
 def test_weights_far_from_all_others_are_left_out(wrong: float) -> None:
     honest = [near(number) for number in range(3)]
@@ -44,12 +55,42 @@ def test_honest_weights_are_all_in_it() -> None:
     assert mean_of_near([near(0)] * 4, LAYOUT)[1] == {0, 1, 2, 3}
 
 
-def test_momentum_is_that_of_one_who_is_in_it() -> None:
-    honest = [state(number, near(number)) for number in range(4)]
-    assert torch.equal(consensus_of(honest, LAYOUT).momentum, torch.full((16,), 0.5))
-    liar = state(4, torch.full((16,), 1e8))
-    assert not consensus_of([liar, *honest], LAYOUT).momentum.any()
-    assert not consensus_of([state(0, near(0), momentum=1e20), *honest[1:]], LAYOUT).momentum.any()
+def test_momentum_is_that_of_those_who_are_in_it() -> None:
+    honest = [state(number, near(number), momentum=0.1) for number in range(4)]
+    assert torch.equal(consensus_of(honest, LAYOUT).momentum, torch.full((16,), 0.1))
+    liar = state(4, torch.full((16,), 1e8), momentum=1e8)
+    assert torch.equal(consensus_of([liar, *honest], LAYOUT).momentum, torch.full((16,), 0.1))
+    assert not consensus_of([liar, *map(only_weights, honest)], LAYOUT).momentum.any()
+
+
+LIES = [1e20, -1e20, 1.0, -1.0, -0.1, 0.0]
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("place", range(3))
+def test_a_momentum_that_one_of_three_makes_up_is_outvoted(lie: float, place: int) -> None:
+    """As long as the weights, or longer, or back the way that all came."""
+    honest = [0.1 + 0.05 * torch.rand(16, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    momenta = [*honest[:place], torch.full((16,), lie), *honest[place:]]
+    thetas = [near(number) for number in range(3)]
+    found = consensus_of_vectors(thetas, dict(enumerate(momenta)), LAYOUT).momentum
+    assert bool((found >= torch.minimum(*honest)).all()) and bool((found <= torch.maximum(*honest)).all())
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_momentum_that_one_of_two_makes_up_takes_from_the_others_at_the_most(lie: float) -> None:
+    honest = 0.1 * torch.randn(16, generator=torch.Generator().manual_seed(7))
+    for momenta in ({0: honest, 1: torch.full((16,), lie)}, {0: torch.full((16,), lie), 2: honest}):
+        found = consensus_of_vectors([near(number) for number in range(3)], momenta, LAYOUT).momentum
+        assert bool((found.abs() <= honest.abs()).all()) and bool((found * honest >= 0).all())
+
+
+@pytest.mark.parametrize("lie", [1.0, -1.0, 1e20])
+def test_a_momentum_that_one_alone_makes_up_is_no_longer_than_is_usual(lie: float) -> None:
+    state = consensus_of_vectors([near(number) for number in range(3)], {1: torch.full((16,), lie)}, LAYOUT)
+    assert float(state.momentum.norm()) <= 0.2501 * float(state.theta.norm())
+    usual = torch.full((16,), 0.1)
+    assert torch.equal(consensus_of_vectors([near(0)], {0: usual}, LAYOUT).momentum, usual), "what is usual stays"
 
 
 def test_weights_many_rounds_behind_are_left_out() -> None:
@@ -61,10 +102,10 @@ def test_weights_many_rounds_behind_are_left_out() -> None:
     assert not_far_behind([fresh], 8) == [fresh]
 
 
-def test_the_momentum_of_one_that_is_not_whole_is_none() -> None:
-    part = state(0, near(0))
-    part.whole = False
-    assert not consensus_of([part, state(1, near(1))], LAYOUT).momentum.any()
+def test_the_momentum_of_those_that_are_not_whole_is_none() -> None:
+    assert not consensus_of([only_weights(state(0, near(0))), only_weights(state(1, near(1)))], LAYOUT).momentum.any()
+    found = consensus_of([only_weights(state(0, near(0))), state(1, near(1), momentum=0.1)], LAYOUT)
+    assert torch.equal(found.momentum, torch.full((16,), 0.1)), "of the one that is"
 
 
 def test_tokens_that_one_tells_are_outvoted() -> None:

@@ -1,7 +1,7 @@
 """Taking the run's present weights in asynchronous rounds: from several peers, since each has its own.
 
-The consensus is the variance-corrected mean of the peers' weights after their last merge; momentum and counters come
-from one of them. Here are the bytes; who asks does the averaging.
+The consensus is the variance-corrected mean of the peers' weights after their last merge, and of the momentum of three
+of them the median. Here are the bytes; who asks does the averaging.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from swarmtrain.network.snapshots import (
 from swarmtrain.network.tasks import run_together
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["PeerState", "StateFetcher"]
+__all__ = ["MOMENTA", "PeerState", "StateFetcher"]
 
 _log = logging.getLogger(__name__)
 _LEAST_LIMIT_S = 20.0
 _PATIENCE = 4.0
+MOMENTA = 3
+"""So many give their momentum too: of three one that lies is outvoted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,8 @@ class StateFetcher:
     refused: Callable[[str, PeerError], None]
 
     async def fetch(self, peers: Sequence[str], min_round: int = 0) -> list[PeerState]:
-        """The states of those of `peers` that deliver one of `min_round` or later, in their order; of the first that
-        does the whole state, of the others the weights. Empty if nobody delivers."""
+        """The states of those of `peers` that deliver one of `min_round` or later, in their order; of the first three
+        the whole state, of the others the weights. Empty if nobody delivers a whole one."""
         rest = await self._who_answers(peers)
         whole: PeerState | None = None
         began_s = swarm_time()
@@ -79,7 +81,7 @@ class StateFetcher:
         if whole is None:
             return []
         limit_s = max(_LEAST_LIMIT_S, _PATIENCE * len(rest) * (swarm_time() - began_s))
-        return [whole, *await self.fetch_weights(rest, min_round, limit_s)]
+        return [whole, *await self._fetch_all(rest, min_round, limit_s, num_whole=MOMENTA - 1)]
 
     async def _who_answers(self, peers: Sequence[str]) -> list[str]:
         """Those of `peers` that answer a greeting, in their order: one that hangs would be waited for as long as making
@@ -102,16 +104,22 @@ class StateFetcher:
         self, peers: Sequence[str], min_round: int = 0, limit_s: float | None = None
     ) -> list[PeerState]:
         """The same, of all of them only the weights: those that have come within `limit_s`."""
+        return await self._fetch_all(peers, min_round, self._limit_s() if limit_s is None else limit_s, num_whole=0)
+
+    async def _fetch_all(
+        self, peers: Sequence[str], min_round: int, limit_s: float, *, num_whole: int
+    ) -> list[PeerState]:
+        """The states that have come within `limit_s`, of the first `num_whole` peers with their momentum."""
         found: dict[str, PeerState] = {}
 
-        async def fetch(peer: str) -> None:
-            state = await self._fetch_one(peer, min_round, whole=False)
+        async def fetch(peer: str, whole: bool) -> None:
+            state = await self._fetch_one(peer, min_round, whole=whole)
             if state is not None:
                 found[peer] = state
 
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._limit_s() if limit_s is None else limit_s):
-                await run_together(fetch(peer) for peer in peers)
+            async with asyncio.timeout(limit_s):
+                await run_together(fetch(peer, number < num_whole) for number, peer in enumerate(peers))
         return [found[peer] for peer in peers if peer in found]
 
     def _limit_s(self) -> float:
@@ -123,13 +131,15 @@ class StateFetcher:
         return max(_LEAST_LIMIT_S, _PATIENCE * (size_bytes / least_per_s / 8 if expected_s is None else expected_s))
 
     async def _fetch_one(self, peer: str, min_round: int, *, whole: bool) -> PeerState | None:
+        shown = False
         try:
             reply = await self.calls.state(peer, min_round)
             if not reply.HasField("manifest"):
                 return None
             held = self._state_untrusted(reply.manifest, peer, min_round)
             size_bytes = held.snapshot.manifest.total_bytes // (1 if whole else 2)
-            if whole:
+            shown = whole and self.store.arriving is None
+            if shown:
                 self.store.arriving = held
             await bring(self.calls, peer, held, self.settings.pull, range(math.ceil(size_bytes / CHUNK_BYTES)))
             if not await asyncio.to_thread(all_finite, held.part(0, size_bytes)):
@@ -139,7 +149,7 @@ class StateFetcher:
             self._blame(peer, error)
             return None
         finally:
-            if whole:
+            if shown:
                 self.store.arriving = None
 
     def _blame(self, peer: str, error: PeerError) -> None:

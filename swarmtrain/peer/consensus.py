@@ -1,12 +1,13 @@
 """The run's weights where each peer has its own: the consensus of several peers' states.
 
 The variance-corrected mean of their weights, without those that are far from most or many rounds behind. Momentum is
-that of one of them, their round the median, and what they tell of everybody's tokens is outvoted where one tells more
-than the others.
+outvoted among those that gave theirs, their round the median, and what they tell of everybody's tokens is outvoted
+where one tells more than the others.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, TypeVar
@@ -29,6 +30,7 @@ __all__ = [
     "layout_of_specs",
     "mean_of_near",
     "not_far_behind",
+    "outvoted",
     "round_of",
     "theta_of",
 ]
@@ -42,6 +44,8 @@ _FAR = 10.0
 to each other than to the third."""
 _MAX_COUNTS = 4096
 _PIECE = 1 << 20
+_MOST_MOMENTUM = 0.25
+"""Of the length of the weights. Measured: 0.06 in the second round and 0.01 in the tenth, at an outer momentum of 0.5."""
 
 
 def layout_of_specs(specs: Sequence[TensorSpec]) -> Layout:
@@ -66,18 +70,36 @@ def not_far_behind(states: Sequence[_S], most_behind: int) -> list[_S]:
 
 
 def consensus_of(states: Sequence[PeerState], layout: Layout) -> OuterState:
-    """The consensus of states that were checked when they were pulled, with the first one's momentum if it is whole."""
-    momentum = _numbers(states[0])[layout.size :] if states[0].whole else None
-    return consensus_of_vectors([theta_of(state, layout.size) for state in states], momentum, layout)
+    """The consensus of states that were checked when they were pulled, with the momentum of those that are whole."""
+    momenta = {number: _numbers(state)[layout.size :] for number, state in enumerate(states) if state.whole}
+    return consensus_of_vectors([theta_of(state, layout.size) for state in states], momenta, layout)
 
 
-def consensus_of_vectors(thetas: Sequence[Tensor], momentum: Tensor | None, layout: Layout) -> OuterState:
-    """Of weights (P,) and the first one's momentum (P,), which is taken if these weights are in the mean and it is no
-    larger than they are; else there is none."""
+def consensus_of_vectors(thetas: Sequence[Tensor], momenta: Mapping[int, Tensor], layout: Layout) -> OuterState:
+    """Of weights (P,) and the momentum (P,) of some of them, by their index. Of those whose weights are in the mean it
+    is outvoted, number by number, and it is cut where it is longer than any is, beside the weights: that is all that
+    bounds it where one alone gave some, whose weights are then as unproved."""
     mean, kept = mean_of_near(thetas, layout)
-    if momentum is None or 0 not in kept or not float(momentum.norm()) <= float(thetas[0].norm()):
+    momentum = outvoted([momenta[number] for number in sorted(momenta) if number in kept])
+    if momentum is None:
         return OuterState(mean, torch.zeros_like(mean))
-    return OuterState(mean, momentum.clone())
+    length, most = float(momentum.double().norm()), _MOST_MOMENTUM * float(mean.double().norm())
+    if not math.isfinite(length):
+        return OuterState(mean, torch.zeros_like(mean))
+    return OuterState(mean, momentum.mul_(min(1.0, most / length) if length else 1.0))
+
+
+@torch.no_grad()
+def outvoted(vectors: Sequence[Tensor]) -> Tensor | None:
+    """The (lower) median of each number, in a new tensor; None without any. Of two the one nearer to 0, and 0 where
+    their signs differ: what one of them makes up is never farther off than what the other says."""
+    if len(vectors) < 2:
+        return vectors[0].clone() if vectors else None
+    given = [*vectors, torch.zeros(1).expand_as(vectors[0])] if len(vectors) == 2 else list(vectors)
+    out = torch.empty_like(vectors[0])
+    for into, *pieces in zip(*(torch.split(vector, _PIECE) for vector in (out, *given)), strict=True):
+        into.copy_(torch.stack(pieces).median(dim=0).values)
+    return out
 
 
 def mean_of_near(thetas: Sequence[Tensor], layout: Layout) -> tuple[Tensor, frozenset[int]]:

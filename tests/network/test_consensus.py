@@ -23,7 +23,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
 SPECS = (TensorSpec("w", (4, 5)),)
-BEN, CARL, DORA = (new_identity(bytes([number]) * 32) for number in range(3))
+BEN, CARL, DORA, EVE = (new_identity(bytes([number]) * 32) for number in range(4))
 CALL_S, MAKE_S = 5.0, 60.0
 """How long a call to a peer that hangs takes, and one whose answer may have to be made first."""
 
@@ -34,7 +34,7 @@ class Calls:
     def __init__(self, *hanging: Identity) -> None:
         self.hanging = {identity.peer_id for identity in hanging}
         self.offers: dict[str, Offer] = {}
-        for number, identity in enumerate((BEN, CARL, DORA), 1):
+        for number, identity in enumerate((BEN, CARL, DORA, EVE), 1):
             offer = self.offers[identity.peer_id] = Offer(identity, RUN, state_specs(SPECS), SnapshotStore())
             theta = torch.full((20,), float(number))
             offer.put(Progress(round=number), body_of(theta, torch.zeros(20)))
@@ -69,28 +69,29 @@ def fetched(*hanging: Identity) -> tuple[list[PeerState], float]:
         )
         fetcher = StateFetcher(calls, SnapshotStore(), settings, lambda peer, error: refused.append((peer, error)))
         began_s = swarm_time()
-        states = await fetcher.fetch([peer.peer_id for peer in (BEN, CARL, DORA)], 1)
+        states = await fetcher.fetch([peer.peer_id for peer in (BEN, CARL, DORA, EVE)], 1)
         assert not refused
         return states, swarm_time() - began_s
 
     return virtual_swarm(body)
 
 
-def test_of_the_first_the_whole_state_comes_and_of_the_others_the_weights() -> None:
+def test_of_three_the_whole_state_comes_and_of_the_others_the_weights() -> None:
     states, _ = fetched()
     assert [(state.peer, state.whole, state.round) for state in states] == [
         (BEN.peer_id, True, 1),
-        (CARL.peer_id, False, 2),
-        (DORA.peer_id, False, 3),
+        (CARL.peer_id, True, 2),
+        (DORA.peer_id, True, 3),
+        (EVE.peer_id, False, 4),
     ]
 
 
 def test_those_that_hang_hold_a_joiner_no_longer_than_a_call() -> None:
-    states, took_s = fetched(BEN, DORA)
+    states, took_s = fetched(BEN, DORA, EVE)
     assert [(state.peer, state.whole) for state in states] == [(CARL.peer_id, True)]
     assert took_s < 2 * CALL_S
 
 
 def test_when_all_hang_that_is_known_after_a_call() -> None:
-    states, took_s = fetched(BEN, CARL, DORA)
+    states, took_s = fetched(BEN, CARL, DORA, EVE)
     assert states == [] and took_s < 2 * CALL_S

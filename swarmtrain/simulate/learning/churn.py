@@ -1,8 +1,8 @@
 """Volunteers of gossip that crash or leave, come back, come late, or fall behind.
 
 Of the round in which one goes, the publications count that another has taken; the rest of its work is lost. Who comes
-takes the others' present weights as a real volunteer does (`peer.gossip_exchange`): their consensus, and the momentum
-of one; or goes on with its own, as from a checkpoint, if these are not far behind.
+takes the others' present weights as a real volunteer does (`peer.gossip_exchange`): their consensus, with momentum; or
+goes on with its own, as from a checkpoint, if these are not far behind.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.membership.partners import left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.shards import Row
+from swarmtrain.network.consensus import MOMENTA
 from swarmtrain.peer.consensus import SAMPLE, consensus_of_vectors, not_far_behind, round_of
 
 if TYPE_CHECKING:
@@ -126,7 +127,9 @@ def _take_state(peer: Peer, others: list[Peer]) -> None:
     state, round = _present_state(world, sample)
     size_bytes = _BYTES * world.layout.size
     arrives_s = max(
-        world.wire.arrives_s(world.clock.now, other.name, peer.name, size_bytes * (1 + (other is sample[0])), peer.rng)
+        world.wire.arrives_s(
+            world.clock.now, other.name, peer.name, size_bytes * (1 + (other in sample[:MOMENTA])), peer.rng
+        )
         for other in sample
     )
     rows = {other.name: other.coverage.rows_to_send() for other in sample if other.coverage is not None}
@@ -137,8 +140,9 @@ def _present_state(world: World, sample: list[Peer]) -> tuple[OuterState, int]:
     """Theirs, with its round."""
     near = not_far_behind(sample, world.setting.run.merge.max_staleness_rounds)
     states = [each.trainer.state for each in near]
-    momentum = states[0].momentum if near[0] is sample[0] else None  # of the others only the weights are pulled
-    present = consensus_of_vectors([state.theta for state in states], momentum, world.layout)
+    whole = sample[:MOMENTA]  # of the others only the weights are pulled
+    momenta = {number: state.momentum for number, state in enumerate(states) if near[number] in whole}
+    present = consensus_of_vectors([state.theta for state in states], momenta, world.layout)
     return present, round_of(near)
 
 
