@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.membership.rosters import Roster
-from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.merging import Merger
 from swarmtrain.network.snapshots import Held, empty_held, manifest_untrusted
+from swarmtrain.network.token_rows import check_token_rows_untrusted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["NewState", "WantedState", "fetch_state"]
@@ -65,9 +65,7 @@ def _state_untrusted(
         raise BadBytesError("a state of another round than asked for, or than its roster leads to")
     if manifest.roster_sha256.hex() != roster.digest or manifest.run_tokens != roster.total_tokens:
         raise BadBytesError("a state that does not fit its roster")
-    counted = {peer_id_from_bytes_untrusted(item.peer): item.tokens for item in manifest.peer_tokens}
-    if sum(counted.values()) != manifest.run_tokens:
-        raise BadBytesError("a state whose peers' tokens do not add up to the run's")
+    check_token_rows_untrusted(manifest)
     return NewState(
         held=empty_held(snapshot), roster=roster, signed_roster=reply.roster, from_peer=source, reason=wanted.reason
     )

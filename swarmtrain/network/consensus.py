@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import (
@@ -28,6 +27,7 @@ from swarmtrain.network.snapshots import (
     manifest_untrusted,
 )
 from swarmtrain.network.tasks import run_together
+from swarmtrain.network.token_rows import check_token_rows_untrusted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["MOMENTA", "PeerState", "StateFetcher"]
@@ -166,7 +166,5 @@ class StateFetcher:
             raise BadBytesError("a state of another peer than the one that sent it")
         if manifest.round < min_round or manifest.roster_sha256:
             raise BadBytesError("a state of another round than asked for, or of another way to merge")
-        counted = {peer_id_from_bytes_untrusted(item.peer): item.tokens for item in manifest.peer_tokens}
-        if sum(counted.values()) != manifest.run_tokens:
-            raise BadBytesError("a state whose peers' tokens do not add up to the run's")
+        check_token_rows_untrusted(manifest)
         return empty_held(snapshot)

@@ -6,6 +6,7 @@ identity multihash of the public key: whoever knows a PeerID can check its signa
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ __all__ = [
     "Identity",
     "base58_decode",
     "base58_encode",
+    "is_peer_id",
     "load_or_create_identity",
     "new_identity",
     "peer_bytes",
@@ -31,15 +33,24 @@ _KEY_PREFIX = b"\x08\x01\x12\x40"  # protobuf PrivateKey{type: Ed25519, data: 64
 _PEER_PREFIX = b"\x00\x24\x08\x01\x12\x20"  # identity multihash of PublicKey{type: Ed25519, data: 32 bytes}
 
 
+_PAIRS = [one + other for one in _ALPHABET for other in _ALPHABET]
+_AT_ONCE, _AT_ONCE_DIGITS = 58**10, 10
+"""A large number is divided a few times only, by what fits a processor's word."""
+_MAX_KNOWN = 16_384
+"""PeerIDs whose text is remembered: 4 MB."""
+
+
 def base58_encode(data: bytes) -> str:
     """Bitcoin's base58; leading zero bytes become leading 1s."""
     number = int.from_bytes(data, "big")
-    digits = []
+    pairs = []
     while number:
-        number, rest = divmod(number, 58)
-        digits.append(_ALPHABET[rest])
+        number, rest = divmod(number, _AT_ONCE)
+        for _ in range(_AT_ONCE_DIGITS // 2):
+            rest, pair = divmod(rest, 58 * 58)
+            pairs.append(_PAIRS[pair])
     zeros = len(data) - len(data.lstrip(b"\0"))
-    return "1" * zeros + "".join(reversed(digits))
+    return "1" * zeros + "".join(reversed(pairs)).lstrip("1")
 
 
 def base58_decode(text: str) -> bytes:
@@ -99,9 +110,15 @@ def peer_bytes(peer_id: str) -> bytes:
     return base58_decode(peer_id)
 
 
+def is_peer_id(data: bytes) -> bool:
+    """Whether these are the bytes of the PeerID of an Ed25519 key."""
+    return len(data) == len(_PEER_PREFIX) + 32 and data.startswith(_PEER_PREFIX)
+
+
+@functools.lru_cache(_MAX_KNOWN)
 def peer_id_from_bytes_untrusted(data: bytes) -> str:
     """The PeerID in base58; BadBytesError unless it is one of an Ed25519 key."""
-    if len(data) != len(_PEER_PREFIX) + 32 or not data.startswith(_PEER_PREFIX):
+    if not is_peer_id(data):
         raise BadBytesError("not the PeerID of an Ed25519 key")
     return base58_encode(data)
 

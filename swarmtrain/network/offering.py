@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from swarmtrain.membership.progress import Progress
-from swarmtrain.network.identity import Identity, peer_bytes
+from swarmtrain.network.identity import Identity
 from swarmtrain.network.snapshots import Body, Held, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.network.tasks import Making
+from swarmtrain.network.token_rows import add_token_rows
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FillManifest", "Offer", "state_specs"]
@@ -70,7 +71,6 @@ class Offer:
             roster_sha256=bytes.fromhex(progress.roster_sha256),
             coverage=self.coverage(),
         )
-        for peer, tokens in sorted(progress.peer_tokens.items()):
-            manifest.peer_tokens.add(peer=peer_bytes(peer), tokens=tokens)
+        add_token_rows(manifest, progress.peer_tokens)
         fill(manifest)
         return build_snapshot(self.identity, manifest, self.specs, body)

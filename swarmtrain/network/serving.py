@@ -53,6 +53,8 @@ _log = logging.getLogger(__name__)
 _LOOK_S = 0.25
 _ASK_AGAIN_S = 2.0
 _KEPT_DURATIONS = 8
+_MAX_ROWS = 1024
+"""Of a server's manifest; it tells of 256 workers."""
 
 
 @dataclass
@@ -359,6 +361,8 @@ class ServerLink:
         """This worker's last round in the server's weights; what the manifest says of others' tokens is told on."""
         if manifest.round != manifest.arrivals:
             raise BadBytesError("a publication of weights of another round than their arrivals")
+        if len(manifest.peer_tokens) > _MAX_ROWS:
+            raise BadBytesError(f"a manifest with {len(manifest.peer_tokens)} rows of tokens, more than {_MAX_ROWS}")
         for item in manifest.peer_tokens:
             self.counted(peer_id_from_bytes_untrusted(item.peer), item.tokens)
         return entered_round_untrusted(manifest, self.me)
@@ -366,8 +370,10 @@ class ServerLink:
 
 def entered_round_untrusted(manifest: pb.Manifest, peer: str) -> int | None:
     """The last round of `peer` that is in the weights of this manifest; BadBytesError if it is nonsense."""
-    rounds = {peer_id_from_bytes_untrusted(item.peer): item.round for item in manifest.entered}
-    round = rounds.get(peer)
+    if len(manifest.entered) > _MAX_ROWS:
+        raise BadBytesError(f"a manifest with the rounds of {len(manifest.entered)} workers, more than {_MAX_ROWS}")
+    wanted = peer_bytes(peer)
+    round = next((item.round for item in manifest.entered if item.peer == wanted), None)
     if round is not None and round >= 2**40:
         raise BadBytesError("a manifest with a counter out of range")
     return round

@@ -72,6 +72,7 @@ _MAX_FILES = 8
 _ANSWER_S = 0.5
 """BUSY may take so long to come, over a slow link; of one that keeps a reader waiting for it the rest counts."""
 
+_MAX_AXES = 16
 _PIECE_BYTES = 1024 * 1024
 """Bytes looked at together: what that takes of memory is a fraction of it, whatever the whole has."""
 
@@ -199,8 +200,9 @@ def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, *tables: S
     author, manifest = open_signed_untrusted(signed, "manifest", run_sha256, pb.Manifest)
     if manifest.run_sha256.hex() != run_sha256 or manifest.author != signed.author or manifest.kind != kind:
         raise BadBytesError("a manifest of another run, author or kind")
-    table = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype) for t in manifest.tensors)
-    is_known = any(table == tuple(one) for one in tables)
+    is_like = len(manifest.tensors) in map(len, tables) and all(len(t.shape) <= _MAX_AXES for t in manifest.tensors)
+    table = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype) for t in manifest.tensors) if is_like else ()
+    is_known = is_like and any(table == tuple(one) for one in tables)
     if not is_known or manifest.total_bytes != (total_bytes := sum(spec.size_bytes for spec in table)):
         raise BadBytesError("a manifest whose tensors have another shape, type or number than this model's")
     if manifest.chunk_bytes != CHUNK_BYTES or len(manifest.chunk_sha256) != 32 * math.ceil(total_bytes / CHUNK_BYTES):
