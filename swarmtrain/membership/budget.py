@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 __all__ = ["CallBudget"]
 
 _MAX_CALLERS = 4096
+_FORGET_AFTER_S = 600.0
+"""It has all of its burst again long before."""
 
 
 @dataclass
@@ -34,6 +36,8 @@ class CallBudget:
         left = min(self.burst, left + (now - since_s) * self.per_s)
         allowed = left >= 1
         self._left[caller] = (left - allowed, now)
-        while len(self._left) > self.max_callers:
-            del self._left[next(iter(self._left))]
+        oldest, (_, heard_s) = next(iter(self._left.items()))
+        while len(self._left) > self.max_callers or now > heard_s + _FORGET_AFTER_S:
+            del self._left[oldest]
+            oldest, (_, heard_s) = next(iter(self._left.items()))
         return allowed

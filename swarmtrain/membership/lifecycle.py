@@ -82,6 +82,7 @@ class _Entry:
     losses: int = 0
     failures: int = 0
     failing_since_s: float = 0.0
+    has_answered: bool = False
 
 
 @dataclass
@@ -102,16 +103,20 @@ class Membership:
     _entries: dict[str, _Entry] = field(default_factory=dict)
     _live: dict[str, _Entry] = field(default_factory=dict)
     """Those of them that are believed alive."""
+    _displaced: list[str] = field(default_factory=list)
+    """Who made room for others and is still to be told of by `forget`."""
 
-    def saw_presence(self, info: PeerInfo, expires_s: float, now: float) -> Change | None:
-        """A presence record of `info.peer`, valid until `expires_s`. Returns the change, if any."""
+    def saw_presence(self, info: PeerInfo, expires_s: float, now: float, *, answered: bool = False) -> Change | None:
+        """A presence record of `info.peer`, valid until `expires_s`; `answered`: to a call of ours. Returns the change,
+        if any."""
         if info.peer == self.me:
             return None
         entry, told_at_s = self._entries.get(info.peer), min(now, info.stamp)
         if entry is None:
-            if expires_s < now:
+            if expires_s < now or not self._make_room(answered):
                 return None
             entry = _Entry(info, PeerState.LIVE, expires_s, heard_s=told_at_s, so_far_since_s=told_at_s)
+            entry.has_answered = answered
             self._entries[info.peer] = self._live[info.peer] = entry
             return Change(peer=info.peer, state=PeerState.LIVE, reason="its presence was seen for the first time")
         if info.stamp <= entry.info.stamp:
@@ -141,7 +146,7 @@ class Membership:
         entry = self._entries.get(peer)
         if entry is None:
             return
-        entry.heard_s, entry.failures, entry.losses = now, 0, 0
+        entry.heard_s, entry.failures, entry.losses, entry.has_answered = now, 0, 0, True
         if round is not None:
             entry.told_s = now
             done = inner_steps_done if inner_steps_done is not None else entry.info.inner_steps_done
@@ -206,8 +211,25 @@ class Membership:
         """Whether it is known, or strangers may still be added: identities cost nothing, so the table is bounded."""
         return peer in self._entries or len(self._entries) < MAX_PEERS
 
+    def _make_room(self, answered: bool) -> bool:
+        """Whether one more fits in. In a full table those give way that are gone and were heard of longest ago, and to
+        one that has answered one that never has: who answers is no invention."""
+        if len(self._entries) < MAX_PEERS:
+            return True
+        if len(self._entries) > len(self._live):
+            gone = [(entry.heard_s, peer) for peer, entry in self._entries.items() if entry.state is not PeerState.LIVE]
+            displaced = [peer for _, peer in sorted(gone)[: max(1, MAX_PEERS // 64)]]  # a look at all is not for one
+        else:
+            displaced = [peer for peer, entry in self._live.items() if answered and not entry.has_answered][:1]
+        for peer in displaced:
+            del self._entries[peer]
+            self._live.pop(peer, None)
+        self._displaced += displaced
+        return bool(displaced)
+
     def forget(self, before_s: float) -> list[str]:
-        """Drop peers that are gone and of whom nothing was heard since `before_s`; returns them."""
+        """Drop peers that are gone and of whom nothing was heard since `before_s`; returns them, and whom others have
+        displaced since."""
         gone = [
             peer
             for peer, entry in self._entries.items()
@@ -215,6 +237,8 @@ class Membership:
         ]
         for peer in gone:
             del self._entries[peer]
+        gone += [peer for peer in self._displaced if peer not in self._entries]
+        self._displaced.clear()
         return gone
 
     def state(self, peer: str) -> PeerState | None:

@@ -48,6 +48,7 @@ _MOST_FILLED = 2
 _MOST_KNOWN = 4096
 """Microbatches of which no step was taken yet: of what is acknowledged nothing is kept but that. So many that are
 finished are remembered of each driver too: it is taken to need nothing of the older half when they are more."""
+_MOST_DRIVERS = 1024
 _MOST_LAG = 1
 """How many steps older than the present weights those of a forward may be when its backward comes."""
 
@@ -226,7 +227,7 @@ class StageLedger:
 
     def ask(self, key: Key, kind: Kind, tokens: int, now: float) -> Verdict:
         """A driver asks for `kind`; `tokens` are the microbatch's."""
-        driver = self._drivers.setdefault(key.driver, _Driver())
+        driver = self._driver(key.driver)
         driver.heard_s = now
         if key.sequence < driver.oldest_open or driver.finished.get(key.sequence, _NONE)[0] >= key.attempt:
             return Verdict("gone", "this microbatch is finished")
@@ -362,12 +363,22 @@ class StageLedger:
 
     def oldest_open(self, driver: str, sequence: int, now: float) -> None:
         """The driver needs nothing of microbatches before `sequence` any more, and will not ask again."""
-        known = self._drivers.setdefault(driver, _Driver())
+        known = self._driver(driver)
         known.heard_s = now
         known.let_go(sequence)
         for key, each in list(self._open.items()):
             if key.driver == driver and key.sequence < known.oldest_open and not each.acknowledged:
                 self._drop(key, "given up by its driver")
+
+    def _driver(self, name: str) -> _Driver:
+        """What is known of it; of very many, those with nothing open that were heard of longest ago are forgotten."""
+        driver = self._drivers.pop(name, None) or _Driver()
+        self._drivers[name] = driver  # the last one heard of stands last
+        if len(self._drivers) > _MOST_DRIVERS:
+            busy = {key.driver for key in self._open} | {name}
+            if (idle := next((other for other in self._drivers if other not in busy), None)) is not None:
+                del self._drivers[idle]
+        return driver
 
     # ------------------------------------------------------------- what is to be done
 
@@ -451,7 +462,7 @@ class StageLedger:
 
     def _finish(self, key: Key, *, counted: bool) -> None:
         acknowledged = self._open.pop(key).acknowledged
-        driver = self._drivers.setdefault(key.driver, _Driver())
+        driver = self._driver(key.driver)
         if key.sequence >= driver.oldest_open:
             driver.finished[key.sequence] = max((key.attempt, counted), driver.finished.get(key.sequence, _NONE))
             if len(driver.finished) > _MOST_KNOWN:
@@ -465,6 +476,7 @@ class StageLedger:
             in_batch = key in self._filling.members or (self._closed is not None and key in self._closed.members)
             if now >= known.heard_s + self.limits.hold_s and not in_batch:
                 self._drop(key, "its driver says nothing of it")
+        busy = {key.driver for key in self._open}
         for name, driver in list(self._drivers.items()):
-            if now >= driver.heard_s + 10 * self.limits.hold_s and not any(key.driver == name for key in self._open):
+            if now >= driver.heard_s + 10 * self.limits.hold_s and name not in busy:
                 del self._drivers[name]

@@ -67,7 +67,7 @@ _GREETING_S = 3.0
 _MAX_OWN_ADDRESSES = 8
 _HEARTBEAT_S = 0.25
 _MAX_STAMP_SKEW_S = 120.0
-_MAX_MEETINGS, _MEET_AGAIN_S = 16, 5.0
+_MAX_MEETINGS, _MAX_MET, _MEET_AGAIN_S = 16, 1024, 5.0
 _REFUSED_AGAIN_S = 60.0
 _GREETING_PASSES = 3
 _GOODBYE_S = 3.0
@@ -396,7 +396,7 @@ class Swarm:
                 for peer in filter(self.membership.has_room_for, found):
                     self._saw(peer, found[peer][0].presence)
 
-    def _saw(self, peer: str, presence: pb.Presence) -> None:
+    def _saw(self, peer: str, presence: pb.Presence, *, answered: bool = False) -> None:
         try:
             given = next((known.addresses for known in self._through if known.peer == peer), ())
             info = presence_from_proto_untrusted(peer, presence, given)
@@ -408,7 +408,7 @@ class Swarm:
         info = dataclasses.replace(info, hidden=info.hidden and self.asynchronous)  # synchronously nobody is
         expires_s = info.stamp + self.published.run.network.presence_ttl_s  # whatever its record says
         self.node.remember_addresses(peer, info.addresses, given)
-        self._report(self.membership.saw_presence(info, expires_s, swarm_time()))
+        self._report(self.membership.saw_presence(info, expires_s, swarm_time(), answered=answered))
 
     async def greet_everyone(self) -> None:
         """Introduce ourselves to everyone believed alive, and to whom they name; what they answer is news of them."""
@@ -425,9 +425,9 @@ class Swarm:
         self._met_s = {peer: met_s for peer, met_s in self._met_s.items() if now < met_s + _MEET_AGAIN_S}
         for peer in peers:
             known = peer == self.identity.peer_id or self.membership.state(peer) is PeerState.LIVE
-            if known or not self._tasks or peer in self._met_s:
+            if known or not self._tasks or peer in self._met_s or not self.membership.has_room_for(peer):
                 continue
-            if len(self._meetings) >= _MAX_MEETINGS or not self.membership.has_room_for(peer):
+            if len(self._meetings) >= _MAX_MEETINGS or len(self._met_s) >= _MAX_MET:
                 return
             self._met_s[peer] = now
             meeting = asyncio.create_task(self._greet(peer, self.signed_presence()))
@@ -448,19 +448,19 @@ class Swarm:
         request = pb.HelloRequest(run_sha256=self._run_bytes, presence=presence)
         try:
             reply = await self.calls.hello(peer, request)
-            self._read_presence_untrusted(reply.presence, peer)
+            self._read_presence_untrusted(reply.presence, peer, answered=True)
             if reply.away:  # its record of before may be read for some time yet
                 self._report(self.membership.left(peer, swarm_time()))
             for other in list(reply.others)[:64]:
                 self._read_presence_untrusted(other, None)
-            if presence is not None:
+            if presence is not None and self.membership.info(peer) is not None:
                 self._greeted.add(peer)
         except BadBytesError as error:
             self.refused(peer, error)
         except PeerError as error:
             _log.debug("greeting %s: %s", peer, error)
 
-    def _read_presence_untrusted(self, signed: pb.Signed, expected_author: str | None) -> None:
+    def _read_presence_untrusted(self, signed: pb.Signed, expected_author: str | None, answered: bool = False) -> None:
         if not signed.payload:
             return
         author, message = open_presence_untrusted(signed, self.published.sha256)
@@ -470,7 +470,7 @@ class Swarm:
             raise BadBytesError("a presence of another peer than the one that sent it")
         if expected_author is None and not self.membership.has_room_for(author):
             return  # hearsay of strangers, of whom anyone can invent any number
-        self._saw(author, message)
+        self._saw(author, message, answered=answered)
         info = self.membership.info(author)
         if info is not None and info.stamp == message.stamp:
             self._signed[author] = signed
@@ -524,7 +524,7 @@ class Swarm:
 
     def heard_untrusted(self, peer: str, reply: pb.PublicationReply) -> None:
         """What a partner tells of itself with its publication."""
-        self._read_presence_untrusted(reply.presence, peer)
+        self._read_presence_untrusted(reply.presence, peer, answered=True)
         if reply.away:
             self._report(self.membership.left(peer, swarm_time()))
 

@@ -47,6 +47,7 @@ __all__ = ["LossCurve", "Pulse", "StatusBoard"]
 
 MAX_LOSSES = 512
 _MAX_NOTICES = 8
+_MAX_NAMES = 4096
 _WINDOW_S = 30.0
 _PATIENCE_S = 60.0
 _PROGRESS_BYTES = 65_536
@@ -184,7 +185,7 @@ class StatusBoard:
                 base.held_out_loss = event.held_out_loss
                 self._curve.measured(event.round, event.held_out_loss)
             case PeerJoinedEvent():
-                self._names[event.joined] = event.joined_name
+                self.know_name(event.joined, event.joined_name)
             case WarningEvent() | ErrorEvent():
                 self._notice(event.time, event.message)
             case RefusedEvent():
@@ -289,6 +290,8 @@ class StatusBoard:
         """What `peer` calls itself; kept when it is gone."""
         if name and self._names.get(peer) != name:
             self._names[peer] = name
+            while len(self._names) > _MAX_NAMES:  # identities cost nothing
+                del self._names[next(iter(self._names))]
 
     def in_names(self, sentence: str) -> str:
         """`sentence` with names in place of PeerIDs: of a long list the first few and how many more."""
