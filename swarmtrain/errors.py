@@ -6,12 +6,14 @@
     |   +-- InviteError      an invite is garbled, truncated, or of another version
     +-- PeerError            a remote peer's fault; costs that peer, never the process
     |   +-- BadBytesError    what it sent is malformed, oversized, not finite, wrongly hashed or signed
+    |   |   +-- NewerRunError   the run it sent is of a newer swarmtrain
     |   +-- BusyError        it serves as many readers as it may
     |   +-- GoneError        it does not have any more what is asked of it: begin again from an earlier point
     |   +-- UnreachableError it did not answer in time, or its connection broke
     |       +-- BrokenOffError  its stream ended too early
     |       +-- StalledError it holds a transfer up: nothing for long, or a little now and then
     +-- RunTimeError         the process cannot go on (exit 1): nobody answers, the clock is off, a disk is full
+        +-- VersionError     this swarmtrain and those of the run cannot train together
 
 Errors of dependencies are translated at the adapter that meets them.
 """
@@ -24,6 +26,7 @@ __all__ = [
     "BusyError",
     "GoneError",
     "InviteError",
+    "NewerRunError",
     "PeerError",
     "RunFileError",
     "RunTimeError",
@@ -31,6 +34,7 @@ __all__ = [
     "SwarmtrainError",
     "UnreachableError",
     "UserError",
+    "VersionError",
 ]
 
 
@@ -67,6 +71,10 @@ class BadBytesError(PeerError):
     is_incident = True
 
 
+class NewerRunError(BadBytesError):
+    """A run was published for a newer swarmtrain than this one; the message says which it needs."""
+
+
 class BusyError(PeerError):
     """A remote peer serves as many readers as it may; try another, or the same one later."""
 
@@ -91,3 +99,7 @@ class StalledError(UnreachableError):
 
 class RunTimeError(SwarmtrainError):
     """The process cannot go on, through nobody's input; the message says what happened and what to try."""
+
+
+class VersionError(RunTimeError):
+    """This swarmtrain is too old or too new for a run's peers; the message says who must update to what."""

@@ -181,7 +181,7 @@ def _of_folder(directory: Path) -> Invite:
     kept = folder.kept_run()
     if kept is None:
         raise UserError(f"there is no run in {directory} to go on with: give the invite, or its folder with --dir")
-    return Invite(kept.sha256, folder.kept_peers())
+    return Invite(kept.sha256, folder.kept_peers(), kept.run.needs)
 
 
 def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:

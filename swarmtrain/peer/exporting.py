@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
-from swarmtrain.errors import PeerError, RunTimeError, UserError
+from swarmtrain.errors import NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.export import copy_exported, load_exported
@@ -135,6 +135,8 @@ def _pulled(invite: Invite, folder: PeerFolder, stop: StopFlag) -> tuple[Publish
             weights |= named_weights(present.state.theta, specs)
             counters.append(present.progress)
         return published, weights, counters[0]
+    except NewerRunError as error:
+        raise VersionError(str(error)) from None
     except PeerError as error:
         raise RunTimeError(f"the swarm did not deliver its model: {error}") from None
     finally:

@@ -33,7 +33,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from swarmtrain.errors import BadBytesError, UserError
+from swarmtrain.errors import BadBytesError, NewerRunError, UserError
 from swarmtrain.network.files import write_atomically
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.swarm import PublishedRun
@@ -83,6 +83,8 @@ class PeerFolder:
         sha256 = run_sha256(data)
         try:
             run = parse_published_untrusted(data, sha256)
+        except NewerRunError as error:
+            raise UserError(f"{path}: {error}") from None
         except BadBytesError as error:
             raise UserError(f"{path} was altered: {error}; give another folder with --dir") from None
         kept, published = self.kept_files(), run.published

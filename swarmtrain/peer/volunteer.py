@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
-from swarmtrain.errors import BadBytesError, PeerError, RunTimeError
+from swarmtrain.errors import BadBytesError, NewerRunError, PeerError, RunTimeError, VersionError
 from swarmtrain.events import (
     DoneEvent,
     EvalEvent,
@@ -261,6 +261,8 @@ class _Volunteer:
         """
         try:
             source = self._find(node, through, _FIND_S)
+        except VersionError:
+            raise  # somebody answers: alone it would be a run of its own
         except RunTimeError as error:
             published = run_to_resume(self.folder, self.invite, node.identity.peer_id)
             if published is None:
@@ -296,6 +298,8 @@ class _Volunteer:
             fetching = fetch_published(calls, source, parse_published_untrusted, self.folder.kept_files())
             try:
                 return wait_for(self.network.submit(fetching), self.stop)
+            except NewerRunError as error:
+                raise VersionError(str(error)) from None
             except PeerError as error:
                 if not attempts_left or isinstance(error, BadBytesError):
                     raise RunTimeError(f"{source} did not deliver the run: {error}; ask for a new invite") from None

@@ -86,7 +86,7 @@ def test_every_added_or_swapped_character_is_refused() -> None:
     [
         ("", "not an invite"),
         ("http://example.org", "not an invite"),
-        ("st2" + WORD[3:], "another version"),
+        ("st2" + WORD[3:], "garbled"),
         ("st9", "another version"),
         ("st1", "garbled"),
         (WORD + "z" * 5000, "too long"),
