@@ -30,8 +30,8 @@ __all__ = [
 # run. `tests/test_protocol.py` fails when it changes and points here.
 # - A field or message is added, and peers that do not know it train on as before: PROTOCOL + 1 with the first such
 #   change of a version, and its line in FIRST_VERSIONS. OLDEST_PROTOCOL stays.
-# - A key of the run file is added: the same, and the key goes into KEYS_SINCE. A published run leaves it out where it has
-#   its default, so that older peers, which refuse unknown keys, can read the run; with another value the run needs the
+# - A key of the run file is added: the same, and the key goes into KEYS_SINCE. A published run leaves it out where it
+#   has its default, so that older peers, which refuse unknown keys, can read it; with another value the run needs the
 #   key's protocol. Its default must never change, and must mean what runs of before did.
 # - A field, key or meaning changes so that older peers cannot take part: besides, OLDEST_PROTOCOL = PROTOCOL.
 # Then set WIRE_SHA256 to what the test says.

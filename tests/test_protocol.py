@@ -32,8 +32,8 @@ PEERS = (InvitedPeer(BOB, ("/ip4/203.0.113.7/tcp/31337",)),)
 RUN = "ab" * 32
 LATER = Needs(PROTOCOL + 1, "0.99")
 TOO_OLD = (
-    f"you have swarmtrain {__version__}, this run needs 0.99 or newer: update it where you installed it from, in a clone "
-    "of its repository by `git pull` and `pip install .`"
+    f"you have swarmtrain {__version__}, this run needs 0.99 or newer: update it where you installed it from, in a "
+    "clone of its repository by `git pull` and `pip install .`"
 )
 
 
