@@ -68,8 +68,8 @@ FROZEN: dict[str, tuple[str, ...]] = {
     ),
     "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
     "export": ("[INVITE]", "--dir", "--to"),
-    "eval": ("MODEL", "--text", "--json"),
-    "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed"),
+    "eval": ("MODEL", "--text", "--threads", "--json"),
+    "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed", "--threads"),
 }
 
 

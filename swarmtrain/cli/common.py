@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LINK_OPTIONS",
+    "THREADS",
     "Display",
     "EventSink",
     "PeerOptions",
@@ -227,6 +228,9 @@ LINK_OPTIONS = (
     click.option("--up", "up_mbit", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Send at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
     click.option("--down", "down_mbit", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Receive at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
 )  # fmt: skip
+
+
+THREADS = click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="Processor threads to compute with.  [default: one for a small model, all cores for one of 10 million parameters and more]")  # fmt: skip
 
 
 def peer_options(function: _F) -> _F:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
-from swarmtrain.events import DoneEvent, WarningEvent
+from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.stages import places_of
@@ -72,6 +72,7 @@ class Controlled:
     def finishing(self, what: str) -> None:
         """The run is over; there is something left to do."""
         self.board.doing(pb.PEER_STATE_FINISHING, f"the run has its tokens: {what}")
+        self.emit(FinishingEvent(doing=what))
 
     def check(self) -> None:
         """`StopFlag.check`, from within something long that gets further."""

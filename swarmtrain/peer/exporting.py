@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -32,13 +33,15 @@ from swarmtrain.peer.common import (
     save_model,
     save_weights,
     start_node,
+    use_threads,
+    useful_threads,
     wait_for,
 )
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.present import fetch_present
 from swarmtrain.run import parse_published_untrusted
 
-__all__ = ["export_from_folder", "export_from_swarm", "sample_text"]
+__all__ = ["Sampling", "export_from_folder", "export_from_swarm", "sample_text"]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
@@ -153,10 +156,25 @@ def _parts(published: PublishedRun) -> Iterator[tuple[PublishedRun, nn.Module]]:
         yield published.of_stage(number), build_stage(shape, run.run.seed)
 
 
-def sample_text(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: int) -> str:
-    """The prompt and what the model in `folder` writes after it. Raises UserError when there is no model."""
+@dataclass(frozen=True)
+class Sampling:
+    """How a model writes: how much, how freely, and with how many threads (0: as many as are of use)."""
+
+    num_tokens: int
+    temperature: float
+    seed: int
+    threads: int = 0
+
+
+def sample_text(
+    folder: Path, prompt: str, sampling: Sampling, advance: Callable[[int], None] = lambda number: None
+) -> str:
+    """The prompt and what the model in `folder` writes after it. Raises UserError when there is no model. `advance` is
+    told of each token."""
     exported = load_exported(folder)
+    use_threads(sampling.threads or useful_threads(exported.model))
     tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, exported.model.section.vocabulary_size)
     tokens = [int(token) for token in tokenizer.encode(prompt.encode())]
-    written = generate(exported.model, tokens, num_tokens, temperature, seed)
+    number, temperature, seed = sampling.num_tokens, sampling.temperature, sampling.seed
+    written = generate(exported.model, tokens, number, temperature, seed, advance)
     return (prompt.encode() + tokenizer.decode(written)).decode(errors="replace")
