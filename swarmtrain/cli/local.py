@@ -289,11 +289,11 @@ def _watch(
 
 
 def _show_sample(directory: Path, as_json: bool) -> None:
-    from swarmtrain.cli.progress import long_work
-    from swarmtrain.peer.exporting import Sampling, sample_text
-
     model = directory / "bootstrap" / "model"
     click.echo(f"the model writes a sample of {_SAMPLE_TOKENS} tokens:", err=True)
+    from swarmtrain.cli.progress import long_work
+    from swarmtrain.peer.exporting import Sampling, sample_text  # with PyTorch: some seconds
+
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
         text = sample_text(model, "def ", Sampling(_SAMPLE_TOKENS, 0.7, seed=0), advance)
     click.echo(text, err=as_json)

@@ -118,6 +118,7 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
         peer_log(folder.path, settings.log_descriptors),
         controlled("bootstrap", folder, settings, logged(emit), stop) as control,
     ):
+        folder.started.keep_command(settings.started)
         control.starting("reading the run and cutting its held-out text")
         published = _published(run, base, folder)
         network = NetworkThread()

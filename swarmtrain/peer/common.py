@@ -32,6 +32,7 @@ from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.process import process_age_s
+from swarmtrain.peer.started import Started
 from swarmtrain.peer.stopping import Interrupted, StopFlag
 
 __all__ = [
@@ -92,6 +93,8 @@ class PeerSettings:
     """For a rehearsal: others are told what is announced and nothing else."""
     fail_pulls_share: float = 0.0
     """For a rehearsal: the share of pulls from this peer that break off midway."""
+    started: Started | None = None
+    """How it is started, for its folder to remember."""
     first_stages: tuple[int, ...] = ()
     """For a rehearsal: the stages of a pipeline that it takes first; empty: those that need it most."""
 

@@ -12,6 +12,7 @@ control.*      where a running peer can be asked for its status: the address, an
 sockets/       between a running peer and its network daemon
 status.json    the peer's last status
 checkpoints/   the newest three checkpoints of this peer's state: COUNT-round-ROUND.safetensors and .json
+started.json   the options it was started with, and whether it is paused
 port.txt       the port it listened at, if none was asked for
 peers.json     whom it knew
 archive/       (bootstrap) the run's newest model
@@ -38,6 +39,7 @@ from swarmtrain.network.files import write_atomically
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.lock import is_in_use
+from swarmtrain.peer.started import StartedFile
 from swarmtrain.run import parse_published_untrusted, run_sha256
 
 __all__ = ["PeerFolder", "is_in_use", "peer_folder", "running_invite"]
@@ -57,6 +59,7 @@ class PeerFolder:
         self.model_path = path / "model"
         self.archive_path = path / "archive"
         self.checkpoints_path = path / "checkpoints"
+        self.started = StartedFile(path)
 
     def kept_files(self) -> Mapping[str, bytes]:
         """The run's files that are here already, by their hash."""
