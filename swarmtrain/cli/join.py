@@ -87,7 +87,7 @@ def _limit_options(function: _F) -> _F:
         "swarmtrain join INVITE --slowdown 2.6",
     ),
 )
-@click.argument("invite", metavar="[INVITE]", default="")
+@click.argument("words", metavar="[INVITE]", nargs=-1)
 @click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Take the invite from FILE, and wait until there is one.")  # fmt: skip
 @_limit_options
 @click.option(
@@ -101,7 +101,7 @@ def _limit_options(function: _F) -> _F:
 @click.option("--first-stages", callback=_stages, default="", hidden=True, metavar="N,...", help="For a rehearsal: the stages of a pipeline that it takes first, whatever is needed.")  # fmt: skip
 @peer_options
 def command(
-    invite: str,
+    words: tuple[str, ...],
     invite_file: Path | None,
     limits: Limits,
     data: Path | None,
@@ -121,6 +121,7 @@ def command(
     with errors_as_events(options.json, options.name):
         from swarmtrain.network.invite import parse_invite
 
+        invite = " ".join(words)  # perhaps the whole line that was handed out, or a word with a break in it
         if invite and invite_file is not None:
             raise click.UsageError("INVITE and --invite-file: give one of them")
         invite = invite or _word_in(invite_file, options.stop)
@@ -169,18 +170,20 @@ def _with_kept(limits: Limits, kept: Mapping[str, Any]) -> Limits:
 def _word_in(path: Path | None, stop: StopFlag) -> str:
     """The invite in a file, alone or with the words that `swarmtrain invite` prints before it; waits for one. Empty
     without a file."""
+    from swarmtrain.network.invite import invite_in
+
     if path is None:
         return ""
     told = False
     while True:
         try:
-            words = path.read_text().split()
+            found = invite_in(path.read_text())
         except FileNotFoundError:
-            words = []
+            found = ""
         except (OSError, UnicodeDecodeError) as error:
             raise click.UsageError(f"--invite-file: {path} cannot be read: {error}") from None
-        if words:
-            return words[-1]
+        if found:
+            return found
         if not told:
             click.echo(f"waiting for an invite in {path}", err=True)
             told = True

@@ -21,7 +21,7 @@ from swarmtrain.errors import BadBytesError, InviteError
 from swarmtrain.network.identity import base58_decode, base58_encode, peer_bytes, peer_id_from_bytes_untrusted
 from swarmtrain.protocol import UPDATE, Needs, needs_untrusted, too_old_for
 
-__all__ = ["Invite", "InvitedPeer", "format_invite", "parse_invite"]
+__all__ = ["Invite", "InvitedPeer", "format_invite", "invite_in", "parse_invite"]
 
 _PREFIX, _PREFIX_OF_LATER = "st1", "st2"
 _NEXT_STEP = "ask for the whole line again and copy it in one piece"
@@ -29,6 +29,9 @@ _PLAIN = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]+)/tcp/([0-9]{1,5})")
 _READABLE = re.compile(r"/[!-~]+")
 _IP4, _IP6, _TEXT = 4, 6, 1
 _MAX_WORD = 4096
+_MAX_PARTS = 64
+_AROUND = re.compile(r"""["'`\\<>|\u200b\u200e\ufeff\u2018\u2019\u201c\u201d\u00ab\u00bb]""")
+_BEGIN = re.compile(r"(?<![0-9A-Za-z])st[0-9]")
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,39 @@ def format_invite(invite: Invite) -> str:
     return word
 
 
-def parse_invite(word: str) -> Invite:
-    """Read an invite; InviteError says what is wrong with it and what to do."""
-    word = word.strip()
+def invite_in(text: str) -> str:
+    """What of `text` may be an invite: without the command in front of it, quotes, the marks of a quoted mail, and line
+    breaks; parts that a line break or a space has separated have a space in between."""
+    clean = " ".join(_AROUND.sub(" ", text).split())
+    found = _BEGIN.search(clean)
+    return clean if found is None else clean[found.start() :]
+
+
+def parse_invite(text: str) -> Invite:
+    """Read an invite, in whatever way it was pasted; InviteError says what is wrong with it and what to do."""
+    prefix, body = _whole_body(invite_in(text))
+    try:
+        if prefix == _PREFIX:
+            return _parse_body(body)
+        needs, rest = _parse_needs(body)
+        if refusal := too_old_for(needs):
+            raise InviteError(refusal)
+        return _parse_body(rest, needs)
+    except (BadBytesError, IndexError, KeyError, ValueError) as error:
+        raise InviteError(f"the invite makes no sense ({error}); {_NEXT_STEP}") from None
+
+
+def _whole_body(words: str) -> tuple[str, bytes]:
+    """Prefix and content of the invite that `words` begin with: of as many of them as have the right checksum together.
+    InviteError, of all of them, if none have."""
+    parts = words.split(" ")
+    for number in range(min(len(parts), _MAX_PARTS), 0, -1):
+        with contextlib.suppress(InviteError):
+            return _checked("".join(parts[:number]))
+    return _checked("".join(parts))
+
+
+def _checked(word: str) -> tuple[str, bytes]:
     prefix = word[:3]
     if re.match(r"^st[0-9]", word) and prefix not in (_PREFIX, _PREFIX_OF_LATER):
         raise InviteError(f"this invite is of another version ({prefix}, not {_PREFIX_OF_LATER}): {UPDATE}")
@@ -121,15 +154,7 @@ def parse_invite(word: str) -> Invite:
     body, checksum = data[1:-4], data[-4:]
     if len(data) < 38 or data[:1] != bytes([int(prefix[-1])]) or hashlib.sha256(body).digest()[:4] != checksum:
         raise InviteError(f"the invite is garbled or cut off; {_NEXT_STEP}")
-    try:
-        if prefix == _PREFIX:
-            return _parse_body(body)
-        needs, rest = _parse_needs(body)
-        if refusal := too_old_for(needs):
-            raise InviteError(refusal)
-        return _parse_body(rest, needs)
-    except (BadBytesError, IndexError, KeyError, ValueError) as error:
-        raise InviteError(f"the invite makes no sense ({error}); {_NEXT_STEP}") from None
+    return prefix, body
 
 
 def _parse_needs(body: bytes) -> tuple[Needs, bytes]:

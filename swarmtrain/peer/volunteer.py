@@ -282,6 +282,9 @@ class _Volunteer:
         else:
             published = self._fetch_from(PeerCalls(node, self.invite.run_sha256), source)
             self.folder.keep_run(published)
+            if not self.folder.kept_peers():  # started again without the invite, it knocks where that led to
+                with contextlib.suppress(OSError):
+                    self.folder.keep_peers(through)
         self.emit(
             FetchedEvent(
                 run_sha256=published.sha256,

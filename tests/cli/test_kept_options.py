@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,14 @@ from swarmtrain.cli.peers import Life, View, wire
 from swarmtrain.cli.screen import sentence
 from swarmtrain.events import DoneEvent
 from swarmtrain.membership.limits import exact_size, parse_size
+from swarmtrain.network.invite import Invite, InvitedPeer
+from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.common import PeerSettings
+from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.limits import options_of
 from swarmtrain.peer.started import Started, StartedFile
+from swarmtrain.peer.volunteer import _Volunteer
+from swarmtrain.run import parse_run
 from swarmtrain.v1 import control_pb2 as pb
 
 DONE = DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=0.0, reason="asked")
@@ -159,3 +165,20 @@ def test_a_disk_that_is_full_only_forgets(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("swarmtrain.peer.started.write_atomically", full)
     StartedFile(tmp_path).keep_pause(True)
     assert not StartedFile(tmp_path).read().paused
+
+
+def test_whom_the_invite_named_is_remembered_from_the_first_answer_on(tmp_path: Path) -> None:
+    run_file = parse_run("[run]\ntotal_tokens = 100_000\n", "run.toml")
+    published = PublishedRun(b"", "ab" * 32, run_file, b"text", b"")
+    invited = (InvitedPeer("12D3KooW" + "b" * 44, ("/ip4/203.0.113.7/tcp/31337",)),)
+    folder = PeerFolder(tmp_path)
+    peer: Any = SimpleNamespace(
+        _find=lambda *args: "ben",
+        _fetch_from=lambda *args: published,
+        folder=folder,
+        invite=Invite("ab" * 32, invited),
+        emit=lambda event: None,
+    )
+    node: Any = SimpleNamespace(settings=SimpleNamespace(call_limit_s=1.0))
+    _Volunteer._fetch(peer, node, invited)
+    assert folder.kept_peers() == invited, "it may fail for want of its data before it knows anybody"
