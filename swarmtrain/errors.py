@@ -6,6 +6,7 @@
     |   +-- InviteError      an invite is garbled, truncated, or of another version
     +-- PeerError            a remote peer's fault; costs that peer, never the process
     |   +-- BadBytesError    what it sent is malformed, oversized, not finite, wrongly hashed or signed
+    |   |   +-- NewerRunError   the run it sent is of a newer swarmtrain
     |   +-- BusyError        it serves as many readers as it may
     |   +-- GoneError        it does not have any more what is asked of it: begin again from an earlier point
     |   +-- UnreachableError it did not answer in time, or its connection broke
@@ -13,6 +14,7 @@
     |       +-- StalledError it holds a transfer up: nothing for long, or a little now and then
     +-- RunTimeError         the process cannot go on (exit 1): nobody answers, a disk is full
         +-- ClockError       the others' clock is far from this machine's: a person is to decide
+        +-- VersionError     this swarmtrain and those of the run cannot train together
 
 Errors of dependencies are translated at the adapter that meets them.
 """
@@ -26,6 +28,7 @@ __all__ = [
     "ClockError",
     "GoneError",
     "InviteError",
+    "NewerRunError",
     "PeerError",
     "RunFileError",
     "RunTimeError",
@@ -33,6 +36,7 @@ __all__ = [
     "SwarmtrainError",
     "UnreachableError",
     "UserError",
+    "VersionError",
 ]
 
 
@@ -69,6 +73,10 @@ class BadBytesError(PeerError):
     is_incident = True
 
 
+class NewerRunError(BadBytesError):
+    """A run was published for a newer swarmtrain than this one; the message says which it needs."""
+
+
 class BusyError(PeerError):
     """A remote peer serves as many readers as it may; try another, or the same one later."""
 
@@ -97,3 +105,7 @@ class RunTimeError(SwarmtrainError):
 
 class ClockError(RunTimeError):
     """The others' clock is so far from this machine's that a person is to decide by which one this peer goes."""
+
+
+class VersionError(RunTimeError):
+    """This swarmtrain is too old or too new for a run's peers; the message says who must update to what."""

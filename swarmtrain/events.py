@@ -31,6 +31,7 @@ __all__ = [
     "EvalEvent",
     "Event",
     "FetchedEvent",
+    "FinishingEvent",
     "InviteEvent",
     "JoinedEvent",
     "LinkEvent",
@@ -309,6 +310,13 @@ class ErrorEvent(_Event):
     exit_code: int = Field(description="The code the process ends with: 2 for the person's input, 1 for the rest.")
 
 
+class FinishingEvent(_Event):
+    """The run has its tokens, and this peer does what is left to do, which may take a while."""
+
+    event: Literal["finishing"] = "finishing"
+    doing: str = Field(description="What it does now, such as `measuring and saving the model`.")
+
+
 class AloneEvent(_Event):
     """One volunteer alone has trained for as many inner steps as each of the swarm's, for comparison."""
 
@@ -372,6 +380,7 @@ Event = Annotated[
         ArchivedEvent,
         WarningEvent,
         ErrorEvent,
+        FinishingEvent,
         AloneEvent,
         LinkEvent,
         CheckEvent,
@@ -529,6 +538,8 @@ def in_words(event: Event) -> str:
             return f"caught up to round {event.round} from {short_peer(event.from_peer)}: {event.reason}"
         case PausedEvent():
             return f"paused: {event.reason}"
+        case FinishingEvent():
+            return f"the run has its tokens: {event.doing}"
         case ResumedEvent():
             return f"back at round {event.round} after a pause of {time_in_words(event.paused_s)}"
         case LinkEvent():

@@ -21,8 +21,9 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from swarmtrain import __version__
-from swarmtrain.errors import BadBytesError, RunFileError
+from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.problems import Section, one_line, problem_in_words, read_toml
+from swarmtrain.protocol import KEYS_SINCE, UPDATE, Needs, needs_untrusted, needs_with, too_old_for
 
 __all__ = [
     "CHUNK_BYTES",
@@ -40,6 +41,7 @@ __all__ = [
     "RunFile",
     "RunSection",
     "load_run",
+    "needs_of",
     "parse_published_untrusted",
     "parse_run",
     "published_bytes",
@@ -344,6 +346,8 @@ class PublishedSection(Section):
     tokenizer_bytes: int = Field(0, ge=0, le=16_777_216, description="Its size in bytes.")
     boundaries: tuple[int, ...] | None = Field(None, strict=False, description="With pipeline.stages: where the model is cut, the number of blocks before each cut.")  # fmt: skip
     stage_costs: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(None, strict=False, description="With pipeline.stages: the part of the model's computing that each stage is, as measured by the bootstrap.")  # fmt: skip
+    protocol: int | None = Field(None, ge=2, le=65_535, json_schema_extra={"allowed": "an integer from 2 to 65535"}, description="The protocol that a peer must speak at least to take part; absent for 1.")  # fmt: skip
+    needs: str | None = Field(None, pattern=r"^[0-9A-Za-z.+-]{1,32}$", description="The version of swarmtrain that spoke that protocol first.")  # fmt: skip
     server: str | None = Field(None, pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$", description='With merge.method = "server": the PeerID of the bootstrap, which is the server; absent otherwise.')  # fmt: skip
 
 
@@ -359,6 +363,12 @@ class RunFile(Section):
     evaluation: EvaluationSection = EvaluationSection()
     network: NetworkSection = NetworkSection()
     published: PublishedSection | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """What a peer must speak to take part, once the run is published."""
+        published = self.published
+        return Needs() if published is None else needs_untrusted(published.protocol or 1, published.needs or "")
 
     @property
     def tokens_per_step(self) -> int:
@@ -495,11 +505,27 @@ def published_bytes(run: RunFile) -> bytes:
 
     Raises `RunFileError` when they are more than `MAX_RUN_FILE_BYTES`.
     """
-    data = tomli_w.dumps(_of_its_method(run.model_dump(mode="json", exclude_none=True))).encode()
+    data = tomli_w.dumps(_written_table(run)).encode()
     if len(data) > MAX_RUN_FILE_BYTES:
         limit = MAX_RUN_FILE_BYTES
         raise RunFileError(f"data.paths: the published run would have {len(data)} bytes; allowed: {limit}; use globs")
     return data
+
+
+def needs_of(run: RunFile) -> Needs:
+    """What a peer must speak to take part in `run`, published by this version."""
+    return needs_with({f"{name}.{key}": 0 for name, section in _written_table(run).items() for key in section})
+
+
+def _written_table(run: RunFile) -> dict[str, Any]:
+    """What is published: every default, but of keys that older peers do not know (`KEYS_SINCE`) only what differs."""
+    table = _of_its_method(run.model_dump(mode="json", exclude_none=True))
+    for key in KEYS_SINCE:
+        section, _, name = key.partition(".")
+        without = {name_: value for name_, value in table.get(section, {}).items() if name_ != name}
+        if name in table.get(section, {}) and RunFile.model_validate({**table, section: without}) == run:
+            table[section] = without
+    return table
 
 
 def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:
@@ -520,8 +546,8 @@ def run_sha256(data: bytes) -> str:
 def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
     """The published run in bytes that another peer sent.
 
-    Raises `BadBytesError` when they are too many, do not match the hash, are no strict run file, or were
-    published by a swarmtrain that knows keys or values this one does not (the message then says to upgrade).
+    Raises `BadBytesError` when they are too many, do not match the hash or are no strict run file; `NewerRunError` when
+    the run needs a newer swarmtrain, or was published by one that knows keys or values this one does not.
     """
     if len(data) > MAX_RUN_FILE_BYTES:
         raise BadBytesError(f"the run file has {len(data)} bytes; at most {MAX_RUN_FILE_BYTES} are accepted")
@@ -535,13 +561,15 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
         raise BadBytesError("the published run: not UTF-8") from None
     except RunFileError as error:
         raise BadBytesError(str(error)) from None
+    if refusal := too_old_for(_needs_told(table["published"])):
+        raise NewerRunError(refusal)
     try:
         return _validated(_of_its_method(table), "the published run")
     except RunFileError as error:
         publisher = table["published"].get("swarmtrain")
         if isinstance(publisher, str) and _version(publisher) > _version(__version__):
             versions = f"published by swarmtrain {one_line(publisher[:32])}, you have {__version__}"
-            raise BadBytesError(f"this run was {versions}: upgrade ({error})") from None
+            raise NewerRunError(f"this run was {versions}: {UPDATE} ({error})") from None
         raise BadBytesError(str(error)) from None
 
 
@@ -550,6 +578,13 @@ def _validated(table: dict[str, Any], origin: str) -> RunFile:
         return RunFile.model_validate(table)
     except ValidationError as error:
         raise RunFileError(f"{origin}: {problem_in_words(error, RunFile)}") from None
+
+
+def _needs_told(published: dict[str, Any]) -> Needs:
+    """What a published run says that it needs, whatever else is in it."""
+    protocol, version = published.get("protocol"), published.get("needs")
+    known = isinstance(protocol, int) and not isinstance(protocol, bool)
+    return needs_untrusted(protocol if known else 1, version if isinstance(version, str) else "")  # type: ignore[arg-type]
 
 
 def _version(text: str) -> tuple[int, ...]:

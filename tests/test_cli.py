@@ -70,8 +70,8 @@ FROZEN: dict[str, tuple[str, ...]] = {
     ),
     "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
     "export": ("[INVITE]", "--dir", "--to", "--accept-clock"),
-    "eval": ("MODEL", "--text", "--json"),
-    "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed"),
+    "eval": ("MODEL", "--text", "--threads", "--json"),
+    "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed", "--threads"),
 }
 
 

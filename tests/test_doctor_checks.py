@@ -406,7 +406,7 @@ def test_a_garbled_invite(examined: Callable[..., list[Finding]]) -> None:
     findings = examined(WORD[:-3])
     a_problem(worst(findings, "invite"), "garbled or cut off", "copy it in one piece")
     assert "peers" not in {finding.check for finding in findings}
-    a_problem(worst(examined("st9abc"), "invite"), "another version (st9", "upgrade swarmtrain")
+    a_problem(worst(examined("st9abc"), "invite"), "another version (st9", "update it where you installed it from")
 
 
 def test_nobody_answers_and_another_run(

@@ -10,16 +10,20 @@ import grpc
 import pytest
 
 from swarmtrain.errors import RunTimeError, UserError
-from swarmtrain.events import DoneEvent, Event, FetchedEvent, WarningEvent
+from swarmtrain.events import DoneEvent, Event, FetchedEvent, FinishingEvent, WarningEvent
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.invite import Invite
 from swarmtrain.peer.board import StatusBoard
+from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.common import PeerSettings
 from swarmtrain.peer.control import read_status
 from swarmtrain.peer.controlled import Controlled, bootstrap_pulse, controlled, volunteer_pulse
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.stopping import Interrupted, StopFlag
+from swarmtrain.peer.volunteer import _Volunteer
+from swarmtrain.run import run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 
@@ -83,6 +87,50 @@ def test_how_it_ended_is_left_in_the_folder(
         raise error
     left = left_by(tmp_path)
     assert (left.state, left.end_reason, left.exit_code) == (state, reason, code)
+
+
+def test_a_life_that_fails_shows_the_checkpoint_that_is_on_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"a run")
+    files = CheckpointFolder(tmp_path / "checkpoints", run_sha256(b"a run"), BEN)
+    files.path.mkdir()
+    written = [files.write(round, [], {}) for round in (6, 7)][-1]
+    with (
+        pytest.raises(UserError),
+        peer_folder(tmp_path) as folder,
+        controlled("volunteer", folder, settings(tmp_path), lambda event: None, StopFlag()),
+    ):
+        raise UserError("this run trains on your own text files: give their folder with --data FOLDER")
+    left = left_by(tmp_path)
+    assert (left.checkpoint.round, left.checkpoint.size_bytes) == (7, written.size_bytes)
+
+
+def test_a_pause_that_a_person_asked_for_is_remembered_until_they_resume_it(tmp_path: Path) -> None:
+    with (
+        peer_folder(tmp_path) as folder,
+        controlled("volunteer", folder, settings(tmp_path), lambda event: None, StopFlag()) as c,
+    ):
+
+        def volunteer() -> _Volunteer:
+            return _Volunteer(Invite("ab" * 32, ()), settings(tmp_path), folder, None, c)  # type: ignore[arg-type]
+
+        assert not volunteer().pause.held
+        c.powers().pause()
+        again = volunteer()
+        assert "before it was started again; `swarmtrain resume`" in again.pause.reason
+        c.powers().resume()
+        assert not again.pause.held and not volunteer().pause.held
+        c.powers().limit(pb.Limits(hours="22-7"))
+        assert folder.started.read().options == {"--hours": ("22-7",)}
+
+
+def test_what_is_left_to_do_at_the_end_is_an_event(tmp_path: Path) -> None:
+    events: list[Event] = []
+    with (
+        peer_folder(tmp_path) as folder,
+        controlled("volunteer", folder, settings(tmp_path), events.append, StopFlag()) as c,
+    ):
+        c.finishing("measuring and saving the model")
+    assert events == [FinishingEvent(doing="measuring and saving the model")]
 
 
 def test_a_tcp_address_that_is_taken_ends_the_peer(tmp_path: Path) -> None:

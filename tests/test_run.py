@@ -410,9 +410,9 @@ def test_a_whole_model_is_published_without_stages(key: str) -> None:
 
 def test_a_newer_publisher_asks_for_an_upgrade() -> None:
     data = published_bytes(published(version="99.1.0")) + b"\n[telepathy]\nrange_m = 3\n"
-    assert f"this run was published by swarmtrain 99.1.0, you have {__version__}: upgrade" in refused(data)
+    assert f"this run was published by swarmtrain 99.1.0, you have {__version__}: update it" in refused(data)
     data = published_bytes(published()) + b"\n[telepathy]\nrange_m = 3\n"
-    assert "upgrade" not in refused(data)
+    assert "update" not in refused(data)
     hostile = published_bytes(published()).replace(f'"{__version__}"'.encode(), b'"99 \\u001b[2J\\n"')
     assert "\x1b" not in refused(hostile)
 

@@ -16,6 +16,7 @@ from swarmtrain.cli.common import (
     peer_directory,
     peer_options,
 )
+from swarmtrain.cli.kept_options import KeptOption, restore
 
 if TYPE_CHECKING:
     from swarmtrain.events import Event
@@ -32,7 +33,7 @@ __all__ = ["command"]
     ),
 )
 @click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
-@click.option("--wait-for", type=click.IntRange(1, 10_000), default=None, metavar="N", help="Round 0 begins when N volunteers are present (overrides `merge.min_peers`).")  # fmt: skip
+@click.option("--wait-for", cls=KeptOption, type=click.IntRange(1, 10_000), default=None, metavar="N", help="Round 0 begins when N volunteers are present (overrides `merge.min_peers`).")  # fmt: skip
 @LINK_OPTIONS[0]
 @LINK_OPTIONS[1]
 @click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Leave the invite in FILE too, for `join --invite-file FILE`.")  # fmt: skip
@@ -54,6 +55,10 @@ def command(
 
     with errors_as_events(options.json, options.name):
         run = load_run(run_file)
+        directory = peer_directory(options, f"bootstrap-{run.run.name}")
+        kept, started = restore(directory, ("bootstrap", str(run_file.absolute())))
+    options, wait_for = options.with_kept(kept), kept.get("wait_for", wait_for)
+    up_mbit, down_mbit = kept.get("up_mbit", up_mbit), kept.get("down_mbit", down_mbit)
     if wait_for is not None:
         run = run.model_copy(update={"merge": run.merge.model_copy(update={"min_peers": wait_for})})
     from swarmtrain.cli.background import outputs_to_log
@@ -64,7 +69,7 @@ def command(
 
     options.stop.begin()
     settings = PeerSettings(
-        directory=peer_directory(options, f"bootstrap-{run.run.name}"),
+        directory=directory,
         name=options.name or "bootstrap",
         listen=options.listen,
         announce=options.announce,
@@ -74,6 +79,7 @@ def command(
         metrics=options.metrics,
         accept_clock=options.accept_clock,
         only_announced=options.only_announced,
+        started=started,
     )
 
     def make_display() -> PeerDisplay:

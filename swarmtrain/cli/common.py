@@ -22,8 +22,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 import click
 
 from swarmtrain.cli.background import is_the_background, report, report_folder, start_in_background
+from swarmtrain.cli.kept_options import KeptOption
 from swarmtrain.errors import ClockError, SwarmtrainError
 from swarmtrain.peer.stopping import StopFlag
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LINK_OPTIONS",
+    "THREADS",
     "Display",
     "EventSink",
     "PeerOptions",
@@ -87,6 +89,11 @@ class PeerOptions:
     accept_clock: bool = False
     only_announced: bool = False
     stop: StopFlag = field(default_factory=StopFlag, compare=False)
+
+    def with_kept(self, kept: Mapping[str, Any]) -> PeerOptions:
+        """These with those that the peer's folder remembers, by their names."""
+        names = ("name", "listen", "announce", "control", "metrics")
+        return replace(self, **{name: kept[name] for name in names if name in kept})
 
 
 def to_multiaddr(text: str) -> str:
@@ -170,6 +177,7 @@ _PEER_OPTIONS = (
     ),
     click.option(
         "--name",
+        cls=KeptOption,
         callback=peer_name,
         default="",
         metavar="NAME",
@@ -178,6 +186,7 @@ _PEER_OPTIONS = (
     click.option("--json", is_flag=True, help="Write events as JSON lines on standard output, and nothing else there."),
     click.option(
         "--listen",
+        cls=KeptOption,
         callback=addresses,
         multiple=True,
         metavar="ADDRESS",
@@ -185,6 +194,7 @@ _PEER_OPTIONS = (
     ),
     click.option(
         "--announce",
+        cls=KeptOption,
         callback=addresses,
         multiple=True,
         metavar="ADDRESS",
@@ -192,6 +202,7 @@ _PEER_OPTIONS = (
     ),
     click.option(
         "--control",
+        cls=KeptOption,
         callback=_tcp_address,
         default="",
         metavar="ADDRESS",
@@ -199,6 +210,7 @@ _PEER_OPTIONS = (
     ),
     click.option(
         "--metrics",
+        cls=KeptOption,
         callback=_metrics_address,
         default="",
         metavar="PORT",
@@ -231,9 +243,12 @@ _PEER_OPTIONS = (
 
 
 LINK_OPTIONS = (
-    click.option("--up", "up_mbit", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Send at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
-    click.option("--down", "down_mbit", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Receive at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
+    click.option("--up", "up_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Send at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
+    click.option("--down", "down_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Receive at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
 )  # fmt: skip
+
+
+THREADS = click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="Processor threads to compute with.  [default: one for a small model, all cores for one of 10 million parameters and more]")  # fmt: skip
 
 
 def peer_options(function: _F) -> _F:

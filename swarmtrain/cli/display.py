@@ -24,6 +24,7 @@ from swarmtrain.events import (
     EvalEvent,
     Event,
     FetchedEvent,
+    FinishingEvent,
     InviteEvent,
     JoinedEvent,
     MovedEvent,
@@ -86,6 +87,8 @@ class _Peer:
                 self.state = "training"
             case PausedEvent():
                 self.state = "paused"
+            case FinishingEvent():
+                self.state = "finishing"
             case AssignedEvent():
                 self.stages = event.stages
             case MovedEvent():

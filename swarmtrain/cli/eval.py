@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from swarmtrain.cli.common import example
+from swarmtrain.cli.common import THREADS, example
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["command"]
 
@@ -16,19 +21,22 @@ __all__ = ["command"]
 )
 @click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Measure on this text.  [default: the run's held-out text]")  # fmt: skip
+@THREADS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: Path, text: Path | None, as_json: bool) -> None:
+def command(model: Path, text: Path | None, threads: int | None, as_json: bool) -> None:
     """Measure the loss of the model in folder MODEL.
 
     In nats per byte of text; lower is better.
     """
     import json
 
+    from swarmtrain.cli.progress import long_work
     from swarmtrain.data.batches import held_out_batches
     from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
     from swarmtrain.errors import UserError
     from swarmtrain.model.export import load_exported
     from swarmtrain.model.gpt import evaluate
+    from swarmtrain.peer.common import use_threads, useful_threads
 
     exported = load_exported(model)
     try:
@@ -39,11 +47,21 @@ def command(model: Path, text: Path | None, as_json: bool) -> None:
         raise UserError(f"{text or model}: no text to measure on; give one with --text FILE")
     section = exported.model.section
     tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, section.vocabulary_size)
-    batches = held_out_batches(tokenizer.encode(data), section.context_tokens, 16)
-    sum_nats, num_targets = evaluate(exported.model, batches)
+    use_threads(threads or useful_threads(exported.model))
+    tokens = tokenizer.encode(data)
+    with long_work("measuring", len(tokens) - 1, "tokens") as advance:
+        batches = _told(held_out_batches(tokens, section.context_tokens, 16), advance)
+        sum_nats, num_targets = evaluate(exported.model, batches)
     loss = sum_nats / len(data)
     if as_json:
         fields = {"held_out_loss": loss, "bytes": len(data), "tokens": num_targets, "run_tokens": exported.run_tokens}
         click.echo(json.dumps(fields))
     else:
         click.echo(f"{'held-out loss' if text is None else 'loss'} {loss:.4f} nats/byte over {len(data)} bytes")
+
+
+def _told(batches: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
+    """`batches` (B, T + 1), each told once it is done with."""
+    for batch in batches:
+        yield batch
+        advance(batch[:, 1:].numel())

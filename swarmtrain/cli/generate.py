@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from swarmtrain.cli.common import example
+from swarmtrain.cli.common import THREADS, example
 
 __all__ = ["command"]
 
@@ -27,11 +27,15 @@ __all__ = ["command"]
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed writes the same text."
 )
-def command(model: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+@THREADS
+def command(model: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None) -> None:
     """Let the model in folder MODEL continue a prompt."""
+    from swarmtrain.cli.progress import long_work
     from swarmtrain.errors import UserError
-    from swarmtrain.peer.exporting import sample_text
+    from swarmtrain.peer.exporting import Sampling, sample_text
 
     if not prompt:
         raise UserError("an empty prompt: give at least one character with --prompt")
-    click.echo(sample_text(model, prompt, tokens, temperature, seed))
+    with long_work("writing", tokens, "tokens") as advance:
+        text = sample_text(model, prompt, Sampling(tokens, temperature, seed, threads or 0), advance)
+    click.echo(text)

@@ -18,13 +18,16 @@ def command(directory: Path | None, as_json: bool) -> None:
     """Print the line with which others join.
 
     It leads through a peer that runs on this machine: every volunteer serves the run, so a swarm outlives its bootstrap.
+    With several peers each line has its peer above it.
     """
     import json
 
     import platformdirs
 
+    from swarmtrain.cli.peers import Peer
     from swarmtrain.errors import UserError
     from swarmtrain.peer.folder import running_invite
+    from swarmtrain.words import one_line
 
     if directory is not None:
         folders = [directory]
@@ -36,4 +39,12 @@ def command(directory: Path | None, as_json: bool) -> None:
         where = f"in {directory}" if directory is not None else "of this user in the usual folders; give its --dir"
         raise UserError(f"no running peer {where}")
     for folder, line in found.items():
-        click.echo(json.dumps({"dir": str(folder), "line": line, "invite": line.split()[-1]}) if as_json else line)
+        status = Peer(folder=folder).last()
+        if as_json:
+            about = {"name": status.name, "run": status.run_name}
+            click.echo(json.dumps({"dir": str(folder), "line": line, "invite": line.split()[-1], **about}))
+            continue
+        if len(found) > 1:
+            run = f", run {status.run_name}" if status.run_name else ""
+            click.echo(one_line(f"{status.name or folder.name}{run} ({folder}):"))
+        click.echo(line)

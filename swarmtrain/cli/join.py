@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +23,7 @@ from swarmtrain.cli.common import (
     peer_directory,
     peer_options,
 )
+from swarmtrain.cli.kept_options import KeptOption, restore
 
 if TYPE_CHECKING:
     from swarmtrain.membership.limits import Limits
@@ -43,13 +44,13 @@ def _stages(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 
 
 _SCOPE = (
-    click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="Processor threads to train with.  [default: all cores]"),
-    click.option("--memory", callback=limit("parse_size"), default="none", metavar="SIZE", help="Memory this peer may use, such as 4GB; of a model that is cut into stages it holds as many as fit.  [default: no limit]"),
-    click.option("--nice", type=click.IntRange(0, 19), metavar="N", help="Yield to other programs: 0 as they, 19 takes only what they leave.  [default: as it is started]"),
-    click.option("--only-when-idle", is_flag=True, help="Rest while other programs use the processors."),
-    click.option("--hours", callback=limit("parse_hours"), default="any", metavar="FROM-TO", help="Train only then, local time, such as 22-7 or 12-13,18:30-8.  [default: any]"),
+    click.option("--threads", cls=KeptOption, type=click.IntRange(1, 4096), metavar="N", help="Processor threads to train with.  [default: all cores]"),
+    click.option("--memory", cls=KeptOption, callback=limit("parse_size"), default="none", metavar="SIZE", help="Memory this peer may use, such as 4GB; of a model that is cut into stages it holds as many as fit.  [default: no limit]"),
+    click.option("--nice", cls=KeptOption, type=click.IntRange(0, 19), metavar="N", help="Yield to other programs: 0 as they, 19 takes only what they leave.  [default: as it is started]"),
+    click.option("--only-when-idle", cls=KeptOption, is_flag=True, help="Rest while other programs use the processors."),
+    click.option("--hours", cls=KeptOption, callback=limit("parse_hours"), default="any", metavar="FROM-TO", help="Train only then, local time, such as 22-7 or 12-13,18:30-8.  [default: any]"),
     *LINK_OPTIONS,
-    click.option("--slowdown", callback=limit("parse_slowdown"), metavar="F", help="To rehearse an unequal swarm: train F times slower than this machine could, such as 2.6. Trains with one thread unless --threads says more, for which it is less exact.  [default: as fast as it can]"),
+    click.option("--slowdown", cls=KeptOption, callback=limit("parse_slowdown"), metavar="F", help="To rehearse an unequal swarm: train F times slower than this machine could, such as 2.6. Trains with one thread unless --threads says more, for which it is less exact.  [default: as fast as it can]"),
 )  # fmt: skip
 
 
@@ -88,11 +89,12 @@ def _limit_options(function: _F) -> _F:
         "swarmtrain join INVITE --slowdown 2.6",
     ),
 )
-@click.argument("invite", metavar="[INVITE]", default="")
+@click.argument("words", metavar="[INVITE]", nargs=-1)
 @click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Take the invite from FILE, and wait until there is one.")  # fmt: skip
 @_limit_options
 @click.option(
     "--data",
+    cls=KeptOption,
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     metavar="FOLDER",
     help="Where your own files are, for runs that train on text or JSON lines.",
@@ -101,7 +103,7 @@ def _limit_options(function: _F) -> _F:
 @click.option("--first-stages", callback=_stages, default="", hidden=True, metavar="N,...", help="For a rehearsal: the stages of a pipeline that it takes first, whatever is needed.")  # fmt: skip
 @peer_options
 def command(
-    invite: str,
+    words: tuple[str, ...],
     invite_file: Path | None,
     limits: Limits,
     data: Path | None,
@@ -115,16 +117,22 @@ def command(
     executed. Ctrl-C once leaves cleanly, twice at once. Without INVITE, and with --name and --dir as before, it goes on
     with the run of its folder, through the peers it knew. What it may take of the machine can be changed while it runs:
     `swarmtrain limits`.
+
+    The folder remembers --data, --threads, --listen, limits and a pause; what is given anew replaces it.
     """
     with errors_as_events(options.json, options.name):
         from swarmtrain.network.invite import parse_invite
 
+        invite = " ".join(words)  # perhaps the whole line that was handed out, or a word with a break in it
         if invite and invite_file is not None:
             raise click.UsageError("INVITE and --invite-file: give one of them")
         invite = invite or _word_in(invite_file, options.stop)
         parsed = parse_invite(invite) if invite else None
         directory = _free_directory(options, parsed.run_sha256 if parsed is not None else None)
         parsed = parsed or _of_folder(directory)
+        kept, started = restore(directory, ("join",))
+        options = options.with_kept(kept)
+        limits, data = _with_kept(limits, kept), kept.get("data", data)
     import platformdirs
 
     from swarmtrain.cli.background import outputs_to_log
@@ -147,6 +155,7 @@ def command(
         only_announced=options.only_announced,
         fail_pulls_share=fail_pulls / 100,
         first_stages=first_stages,
+        started=started,
     )
 
     def live(accept_clock: bool) -> None:
@@ -157,21 +166,31 @@ def command(
     by_whose_clock(options, live)
 
 
+def _with_kept(limits: Limits, kept: Mapping[str, Any]) -> Limits:
+    """`limits` with those that the folder remembers."""
+    fields = {"memory": "memory_bytes"}
+    names = ("threads", "memory", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit", "slowdown")
+    changed = limits.with_changes(**{fields.get(name, name): kept[name] for name in names if name in kept})
+    return changed if changed.threads or changed.slowdown == 1 else changed.with_changes(threads=1)
+
+
 def _word_in(path: Path | None, stop: StopFlag) -> str:
     """The invite in a file, alone or with the words that `swarmtrain invite` prints before it; waits for one. Empty
     without a file."""
+    from swarmtrain.network.invite import invite_in
+
     if path is None:
         return ""
     told = False
     while True:
         try:
-            words = path.read_text().split()
+            found = invite_in(path.read_text())
         except FileNotFoundError:
-            words = []
+            found = ""
         except (OSError, UnicodeDecodeError) as error:
             raise click.UsageError(f"--invite-file: {path} cannot be read: {error}") from None
-        if words:
-            return words[-1]
+        if found:
+            return found
         if not told:
             click.echo(f"waiting for an invite in {path}", err=True)
             told = True
@@ -188,12 +207,13 @@ def _of_folder(directory: Path) -> Invite:
     kept = folder.kept_run()
     if kept is None:
         raise UserError(f"there is no run in {directory} to go on with: give the invite, or its folder with --dir")
-    return Invite(kept.sha256, folder.kept_peers())
+    return Invite(kept.sha256, folder.kept_peers(), kept.run.needs)
 
 
 def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
     """`--dir`; else this user's folder for volunteers, or while that is in use, or holds another run than this one if
-    one is given, a numbered one beside it. UserError when `--dir` holds another run."""
+    one is given, a numbered one beside it. Without a run and a name, the one that was used last if that folder holds
+    none. UserError when `--dir` holds another run."""
     from swarmtrain.errors import UserError
     from swarmtrain.peer.folder import PeerFolder, is_in_use
 
@@ -203,6 +223,13 @@ def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
         if is_other:
             raise UserError(f"{folder} holds another run, with its checkpoints and its model: give another --dir")
         return folder
+    if run_sha256 is None and not options.name and PeerFolder(folder).kept_sha256() is None:
+        others = [path for path in folder.parent.glob(f"{folder.name}-*") if PeerFolder(path).kept_sha256() is not None]
+        free = [path for path in others if not is_in_use(path)]
+        if free:
+            last = max(free, key=_last_used)
+            click.echo(f"going on in {last}; others are named by --dir", err=True)
+            return last
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     for candidate in itertools.chain([folder], numbered):
         kept = None if run_sha256 is None else PeerFolder(candidate).kept_sha256()
@@ -211,3 +238,9 @@ def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
     if is_other:
         click.echo(f"{folder} holds another run: this one is kept in {candidate}", err=True)
     return candidate if run_sha256 or candidate.exists() else folder  # to go on where nobody has been makes no sense
+
+
+def _last_used(folder: Path) -> float:
+    """When a peer last ran in a folder, Unix seconds."""
+    times = [path.stat().st_mtime for name in ("status.json", "run.toml") if (path := folder / name).exists()]
+    return max(times, default=0.0)

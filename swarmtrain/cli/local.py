@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _SAMPLE_TOKENS = 240
+_LOST_TIMES = 8
+"""So many times too many volunteers answer late enough to be taken for lost."""
 
 
 @click.command(
@@ -99,6 +104,8 @@ def command(
             run = load_run(run_file)
             links = rehearsed.links_said(rtt, link_up, link_down, jitter, loss)
             rehearsal = _rehearsal(faults, links, churn, _names(peers))
+        if crowded := crowded_in_words(peers, threads, slowdowns, _num_cores()):
+            click.echo(f"warning: {crowded}", err=True)
         if directory is None:
             directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         directory.mkdir(parents=True, exist_ok=True)
@@ -119,6 +126,30 @@ def command(
             click.echo(f"stopped; what the peers have is in {directory}", err=True)
             return
         click.echo(line, err=as_json)
+
+
+def _num_cores() -> int:
+    """Processor cores that processes of this one may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def crowded_in_words(num_volunteers: int, threads: int, slowdowns: Sequence[float], num_cores: int) -> str:
+    """That so many volunteers want more cores than there are, what happens then, and what fits; empty if they do not."""
+    wanted = threads * (sum(1 / factor for factor in slowdowns) if slowdowns else num_volunteers)
+    if wanted <= num_cores:
+        return ""
+    cores = "1 core" if num_cores == 1 else f"{num_cores} cores"
+    times = wanted / num_cores
+    what = (
+        f"{num_volunteers} volunteers want {wanted:.3g} cores and this machine has {cores}: they take turns, and each "
+        f"trains {times:.1f} times slower than it is told to"
+    )
+    if slowdowns:
+        fitting = ",".join(f"{math.ceil(10 * factor * times) / 10:g}" for factor in slowdowns)
+        return f"{what}; --slowdown {fitting} fits"
+    fewer = f"--peers {num_cores // threads} fits" if threads <= num_cores else f"--threads {num_cores} is the most"
+    lost = ", and may take each other for lost" if times >= _LOST_TIMES else ""
+    return f"{what}{lost}; {fewer}"
 
 
 @dataclass(frozen=True)
@@ -289,10 +320,14 @@ def _watch(
 
 
 def _show_sample(directory: Path, as_json: bool) -> None:
-    from swarmtrain.peer.exporting import sample_text
-
     model = directory / "bootstrap" / "model"
-    click.echo(sample_text(model, "def ", _SAMPLE_TOKENS, 0.7, seed=0), err=as_json)
+    click.echo(f"the model writes a sample of {_SAMPLE_TOKENS} tokens:", err=True)
+    from swarmtrain.cli.progress import long_work
+    from swarmtrain.peer.exporting import Sampling, sample_text  # with PyTorch: some seconds
+
+    with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
+        text = sample_text(model, "def ", Sampling(_SAMPLE_TOKENS, 0.7, seed=0), advance)
+    click.echo(text, err=as_json)
     click.echo(f"the model is in {model}", err=as_json)
 
 

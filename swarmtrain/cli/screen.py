@@ -18,6 +18,7 @@ from rich.text import Text
 
 from swarmtrain.cli.peers import Life, View, title
 from swarmtrain.cli.plot import plot
+from swarmtrain.peer.started import Started, StartedFile
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import (
     ago_in_words,
@@ -111,6 +112,9 @@ def _was(status: Any) -> str:
 
 def _start_again(view: View) -> str:
     status = view.status
+    started = StartedFile(view.folder).read() if view.folder is not None else Started()
+    if started.command:
+        return f"start it again with `{one_line(started.line(view.folder))}`"
     what = "bootstrap RUN.toml" if status.role == "bootstrap" else "join"
     given = status.name not in ("", short_peer(status.peer), "bootstrap" if status.role == "bootstrap" else "")
     name = f" --name {shlex.quote(one_line(status.name))}" if given else ""

@@ -26,6 +26,7 @@ __all__ = [
     "IdleWatch",
     "Limits",
     "MemoryWatch",
+    "exact_size",
     "parse_hours",
     "parse_size",
     "parse_slowdown",
@@ -121,6 +122,12 @@ def parse_size(text: str) -> int:
 def size_of_limit(num_bytes: int) -> str:
     """A limit as it may be written, such as `4GB`."""
     return size_in_words(num_bytes).replace(" ", "") if num_bytes else "none"
+
+
+def exact_size(num_bytes: int) -> str:
+    """The same, such that `parse_size` reads these very bytes, if they are less than a terabyte."""
+    short = size_of_limit(num_bytes)
+    return short if parse_size(short) == num_bytes else f"{num_bytes / 1000:.3f}kB"
 
 
 def parse_hours(text: str) -> Hours:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -198,11 +198,19 @@ def evaluate(model: GPT, batches: Iterable[Tensor]) -> tuple[float, int]:
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompt_tokens: Sequence[int], num_tokens: int, temperature: float, seed: int) -> list[int]:
+def generate(
+    model: GPT,
+    prompt_tokens: Sequence[int],
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+    advance: Callable[[int], None] = lambda number: None,
+) -> list[int]:
     """`num_tokens` tokens that continue the prompt (not included), each drawn given the last `context_tokens`.
 
     Temperature 0 takes the likeliest token. The same arguments give the same tokens on one machine. Raises
-    ValueError when the prompt is empty or holds an unknown token, or the temperature is negative.
+    ValueError when the prompt is empty or holds an unknown token, or the temperature is negative. `advance` is told of
+    each token.
     """
     vocabulary_size, context_tokens = model.section.vocabulary_size, model.section.context_tokens
     if not prompt_tokens or not all(0 <= token < vocabulary_size for token in prompt_tokens):
@@ -219,4 +227,5 @@ def generate(model: GPT, prompt_tokens: Sequence[int], num_tokens: int, temperat
         else:
             chances = torch.softmax(logits / temperature, dim=-1)
             tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
+        advance(1)
     return tokens[len(prompt_tokens) :]

@@ -14,6 +14,7 @@ from enum import Enum
 from swarmtrain.errors import BadBytesError, UnreachableError
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.network.dialback import DIAL_S, PURPOSE
+from swarmtrain.network.finding import refusal_untrusted
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NOT_SERVED, Node
@@ -21,6 +22,7 @@ from swarmtrain.network.records import open_presence_untrusted, presence_from_pr
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.signing import sign
 from swarmtrain.v1 import snapshot_pb2 as pb
+from swarmtrain.words import short_peer
 
 __all__ = ["Answer", "Outcome", "ask_to_be_dialled", "ask_to_dial", "knock", "tcp_ports"]
 
@@ -52,6 +54,7 @@ class Answer:
     offset_s: float  # its clock less this machine's
     version: str  # of its swarmtrain
     known: tuple[PeerInfo, ...]  # itself and whom it knows, as they describe themselves
+    misfit: str = ""  # why its swarmtrain and this one cannot train together, if they cannot
 
 
 async def knock(node: Node, run_sha256: str, peer: InvitedPeer, limit_s: float) -> Answer:
@@ -74,6 +77,7 @@ async def knock(node: Node, run_sha256: str, peer: InvitedPeer, limit_s: float) 
         offset_s=reply.time - (asked_s + round_trip_s / 2),
         version=version if version.isprintable() else "",
         known=known,
+        misfit=refusal_untrusted(name or short_peer(peer.peer), reply),
     )
 
 

@@ -8,8 +8,10 @@ import datetime
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError
+from swarmtrain import __version__
+from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError, UnreachableError, VersionError
 from swarmtrain.membership.clocks import MOST_CORRECTED_S, ClockVerdict, judge_clock
 from swarmtrain.network import daemon
 from swarmtrain.network.daemon import own_time
@@ -17,11 +19,12 @@ from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NOT_SERVED, Node
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
+from swarmtrain.protocol import PROTOCOL, Needs, needs_untrusted, too_old_for, too_old_to_train_with
 from swarmtrain.run import RunFile, run_sha256
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer, time_in_words
 
-__all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run"]
+__all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run", "refusal_untrusted", "version_fields"]
 
 _OTHERS_S = 0.5
 _MORE_VOICES_S = 3.0
@@ -74,10 +77,12 @@ async def find_run(
     """Dial `peers`; one of those that answer first. The clock is corrected by the median of those, by more than ten
     minutes with `accept_clock` only.
 
-    Raises RunTimeError, within `limit_s`, when nobody answers; ClockError when a person is to decide about the clock.
+    Raises RunTimeError, within `limit_s`, when nobody answers; VersionError when whoever does is too old or too new for
+    this version; ClockError when a person is to decide about the clock.
     """
     calls = PeerCalls(node, run_sha256)
     of_another: list[InvitedPeer] = []
+    misfits: list[str] = []
 
     async def knock(peer: InvitedPeer) -> tuple[str, float]:
         await node.connect(peer.peer, peer.addresses, limit_s)
@@ -85,7 +90,11 @@ async def find_run(
             asked_s = own_time()
             try:
                 reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
-                return peer.peer, reply.time - (asked_s + own_time()) / 2
+                offset_s = reply.time - (asked_s + own_time()) / 2
+                if misfit := refusal_untrusted(f"the peer at {_where([peer])}", reply):
+                    misfits.append(misfit)
+                    raise UnreachableError(misfit)
+                return peer.peer, offset_s
             except PeerError as error:
                 if NOT_SERVED not in str(error):
                     raise
@@ -117,6 +126,8 @@ async def find_run(
     finally:
         await end_tasks(tasks)
     if not answers:
+        if misfits:
+            raise VersionError(misfits[0])
         if of_another:
             raise RunTimeError(f"the peer at {_where(of_another[:1])} serves another run; ask for a new invite")
         raise RunTimeError(f"nobody answers at {_where(others)}: is the swarm up? If it is, ask for a new invite")
@@ -152,6 +163,18 @@ def _time_in_words(unix_s: float) -> str:
         return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (ValueError, OverflowError, OSError):  # whatever a peer says
         return "no date that there is"
+
+
+def version_fields(needs: Needs) -> dict[str, Any]:
+    """What the answer to a greeting says of this version, and of what the run `needs`."""
+    told = {"needs_protocol": needs.protocol, "needs_version": needs.version}
+    return {"swarmtrain_version": __version__, "protocol": PROTOCOL, **told}
+
+
+def refusal_untrusted(who: str, reply: pb.HelloReply) -> str:
+    """Why this version and the peer `who`, by its answer to a greeting, cannot train together; empty if they can."""
+    needs = needs_untrusted(reply.needs_protocol, reply.needs_version)
+    return too_old_for(needs) or too_old_to_train_with(who, reply.protocol, reply.swarmtrain_version)
 
 
 def _where(peers: Sequence[InvitedPeer]) -> str:

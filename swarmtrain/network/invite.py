@@ -3,6 +3,9 @@
 `st1` + base58 of: a byte of version, 32 bytes run hash, then for each peer its public key and addresses, then 4 bytes
 of SHA-256 over all that, so that a truncated or mistyped word is noticed before anything is dialled. An address is a
 byte of kind and its binary form (IPv4 or IPv6 with a TCP port), or text for anything else.
+
+A run that needs a later protocol than 1 has `st2`: before the run hash two bytes of that protocol, and the version of
+swarmtrain that spoke it first, as a byte of length and text. What comes after the peers is for later versions.
 """
 
 from __future__ import annotations
@@ -12,20 +15,23 @@ import hashlib
 import ipaddress
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from swarmtrain.errors import BadBytesError, InviteError
 from swarmtrain.network.identity import base58_decode, base58_encode, peer_bytes, peer_id_from_bytes_untrusted
+from swarmtrain.protocol import UPDATE, Needs, needs_untrusted, too_old_for
 
-__all__ = ["Invite", "InvitedPeer", "format_invite", "parse_invite"]
+__all__ = ["Invite", "InvitedPeer", "format_invite", "invite_in", "parse_invite"]
 
-_PREFIX = "st1"
+_PREFIX, _PREFIX_OF_LATER = "st1", "st2"
 _NEXT_STEP = "ask for the whole line again and copy it in one piece"
 _PLAIN = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]+)/tcp/([0-9]{1,5})")
 _READABLE = re.compile(r"/[!-~]+")
 _IP4, _IP6, _TEXT = 4, 6, 1
-_VERSION = b"\x01"
 _MAX_WORD = 4096
+_MAX_PARTS = 64
+_AROUND = re.compile(r"""["'`\\<>|\u200b\u200e\ufeff\u2018\u2019\u201c\u201d\u00ab\u00bb]""")
+_BEGIN = re.compile(r"(?<![0-9A-Za-z])st[0-9]")
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,11 @@ class InvitedPeer:
 
 @dataclass(frozen=True)
 class Invite:
-    """Which run (SHA-256, hex) and who serves it."""
+    """Which run (SHA-256, hex), who serves it, and what it needs."""
 
     run_sha256: str
     peers: tuple[InvitedPeer, ...]
+    needs: Needs = field(default_factory=Needs)
 
 
 def _pack_address(address: str) -> bytes:
@@ -90,35 +97,72 @@ def format_invite(invite: Invite) -> str:
     for peer in invite.peers:
         addresses = _packed(peer.addresses)
         body += peer_bytes(peer.peer)[-32:] + bytes([len(addresses)]) + b"".join(addresses)
-    word = _PREFIX + base58_encode(_VERSION + body + hashlib.sha256(body).digest()[:4])
+    prefix = _PREFIX
+    if invite.needs.protocol > 1:  # of a run that old peers cannot join, whose parser then says that it is too old
+        prefix, version = _PREFIX_OF_LATER, invite.needs.version.encode()
+        body = invite.needs.protocol.to_bytes(2, "big") + bytes([len(version)]) + version + body
+    word = prefix + base58_encode(bytes([int(prefix[-1])]) + body + hashlib.sha256(body).digest()[:4])
     if len(word) > _MAX_WORD:
         raise InviteError(f"an invite of {len(word)} characters is too long; name fewer peers or addresses")
     return word
 
 
-def parse_invite(word: str) -> Invite:
-    """Read an invite; InviteError says what is wrong with it and what to do."""
-    word = word.strip()
-    if re.match(r"^st[0-9]", word) and not word.startswith(_PREFIX):
-        raise InviteError(f"this invite is of another version ({word[:3]}, not {_PREFIX}): upgrade swarmtrain")
-    if not word.startswith(_PREFIX):
-        raise InviteError(f"not an invite: one begins with {_PREFIX}; {_NEXT_STEP}")
-    if len(word) > _MAX_WORD:
-        raise InviteError(f"too long for an invite ({len(word)} characters); {_NEXT_STEP}")
+def invite_in(text: str) -> str:
+    """What of `text` may be an invite: without the command in front of it, quotes, the marks of a quoted mail, and line
+    breaks; parts that a line break or a space has separated have a space in between."""
+    clean = " ".join(_AROUND.sub(" ", text).split())
+    found = _BEGIN.search(clean)
+    return clean if found is None else clean[found.start() :]
+
+
+def parse_invite(text: str) -> Invite:
+    """Read an invite, in whatever way it was pasted; InviteError says what is wrong with it and what to do."""
+    prefix, body = _whole_body(invite_in(text))
     try:
-        data = base58_decode(word[len(_PREFIX) :])
-    except ValueError:
-        raise InviteError(f"the invite holds a character that no invite has; {_NEXT_STEP}") from None
-    body, checksum = data[1:-4], data[-4:]
-    if len(data) < 38 or data[:1] != _VERSION or hashlib.sha256(body).digest()[:4] != checksum:
-        raise InviteError(f"the invite is garbled or cut off; {_NEXT_STEP}")
-    try:
-        return _parse_body(body)
+        if prefix == _PREFIX:
+            return _parse_body(body)
+        needs, rest = _parse_needs(body)
+        if refusal := too_old_for(needs):
+            raise InviteError(refusal)
+        return _parse_body(rest, needs)
     except (BadBytesError, IndexError, KeyError, ValueError) as error:
         raise InviteError(f"the invite makes no sense ({error}); {_NEXT_STEP}") from None
 
 
-def _parse_body(body: bytes) -> Invite:
+def _whole_body(words: str) -> tuple[str, bytes]:
+    """Prefix and content of the invite that `words` begin with: of as many of them as have the right checksum together.
+    InviteError, of all of them, if none have."""
+    parts = words.split(" ")
+    for number in range(min(len(parts), _MAX_PARTS), 0, -1):
+        with contextlib.suppress(InviteError):
+            return _checked("".join(parts[:number]))
+    return _checked("".join(parts))
+
+
+def _checked(word: str) -> tuple[str, bytes]:
+    prefix = word[:3]
+    if re.match(r"^st[0-9]", word) and prefix not in (_PREFIX, _PREFIX_OF_LATER):
+        raise InviteError(f"this invite is of another version ({prefix}, not {_PREFIX_OF_LATER}): {UPDATE}")
+    if prefix not in (_PREFIX, _PREFIX_OF_LATER):
+        raise InviteError(f"not an invite: one begins with {_PREFIX}; {_NEXT_STEP}")
+    if len(word) > _MAX_WORD:
+        raise InviteError(f"too long for an invite ({len(word)} characters); {_NEXT_STEP}")
+    try:
+        data = base58_decode(word[len(prefix) :])
+    except ValueError:
+        raise InviteError(f"the invite holds a character that no invite has; {_NEXT_STEP}") from None
+    body, checksum = data[1:-4], data[-4:]
+    if len(data) < 38 or data[:1] != bytes([int(prefix[-1])]) or hashlib.sha256(body).digest()[:4] != checksum:
+        raise InviteError(f"the invite is garbled or cut off; {_NEXT_STEP}")
+    return prefix, body
+
+
+def _parse_needs(body: bytes) -> tuple[Needs, bytes]:
+    protocol, version, rest = int.from_bytes(body[:2], "big"), body[3 : 3 + body[2]], body[3 + body[2] :]
+    return needs_untrusted(protocol, version.decode()), rest
+
+
+def _parse_body(body: bytes, needs: Needs | None = None) -> Invite:
     run_sha256, num_peers, rest = body[:32].hex(), body[32], body[33:]
     peers = []
     for _ in range(num_peers):
@@ -129,6 +173,6 @@ def _parse_body(body: bytes) -> Invite:
             address, rest = _unpack_address(rest)
             addresses.append(address)
         peers.append(InvitedPeer(peer, tuple(addresses)))
-    if rest:
+    if rest and needs is None:
         raise ValueError(f"{len(rest)} bytes too many")
-    return Invite(run_sha256, tuple(peers))
+    return Invite(run_sha256, tuple(peers), needs or Needs())

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import io
 import logging
 import math
-import re
 import signal
-import socket
 import threading
 import time
 from collections import deque
@@ -33,6 +30,7 @@ from swarmtrain.network.bounded_dht import use_bounded_protocol
 from swarmtrain.network.buckets import Buckets
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import Identity
+from swarmtrain.network.listening import cannot_listen, is_taken
 from swarmtrain.network.records import RecordRules, bucket_key, hashed_key, make_validator, num_records
 from swarmtrain.network.replies import Replies
 from swarmtrain.network.tasks import end_tasks, logged
@@ -223,8 +221,8 @@ class Node:
         """Start the daemon and listen. RunTimeError when the port is taken or the daemon does not start."""
         node = cls(identity, settings, RecordRules(identity))
         loopback = all("/127." in address or "/::1/" in address for address in settings.listen)
-        if any(map(_is_taken, settings.listen)):
-            raise _port_taken(settings)
+        if any(map(is_taken, settings.listen)):
+            raise cannot_listen(settings.listen)
         try:
             node._p2p, node._sockets = await daemon.start_daemon(
                 settings.directory,
@@ -241,7 +239,7 @@ class Node:
             raise _start_error(error, settings) from error
         if not settings.only_announced and not await node._listening_at():
             await node.stop()
-            raise _port_taken(settings)
+            raise cannot_listen(settings.listen)
         return node
 
     async def addresses(self) -> tuple[str, ...]:
@@ -475,33 +473,8 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _is_taken(address: str) -> bool:
-    """Whether somebody listens at this multiaddress already.
-
-    Two daemons of one user would not notice: libp2p asks the system to share the port, and each connection then goes
-    to one of them by chance.
-    """
-    match = re.fullmatch(r"/(ip4|ip6)/([^/]+)/tcp/([1-9][0-9]{0,4})", address)
-    if match is None or int(match[3]) > 65535:
-        return False
-    try:
-        with socket.socket(socket.AF_INET6 if match[1] == "ip6" else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections there are no obstacle
-            if match[1] == "ip6":
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            probe.bind((match[2], int(match[3])))
-    except OSError as error:  # whatever else is wrong, the daemon says
-        return error.errno == errno.EADDRINUSE
-    return False
-
-
-def _port_taken(settings: NodeSettings) -> RunTimeError:
-    where = ", ".join(settings.listen)
-    return RunTimeError(f"cannot listen at {where}: the port is taken; choose another with --listen")
-
-
 def _start_error(error: Exception, settings: NodeSettings) -> RunTimeError:
     text = str(error)
     if "address already in use" in text or "failed to listen" in text:
-        return _port_taken(settings)
+        return cannot_listen(settings.listen)
     return RunTimeError(f"the network daemon did not start: {text.splitlines()[0] if text else type(error).__name__}")

@@ -15,7 +15,6 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from swarmtrain import __version__
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, PeerLostEvent, RefusedEvent, WarningEvent
 from swarmtrain.membership import records
@@ -27,7 +26,7 @@ from swarmtrain.membership.pulls import Section
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, rows_of
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.finding import FoundRun, PublishedRun, fetch_published, find_run
+from swarmtrain.network.finding import FoundRun, PublishedRun, fetch_published, find_run, version_fields
 from swarmtrain.network.hosting import Hosting
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.invite import Invite, InvitedPeer
@@ -491,7 +490,7 @@ class Swarm:
             return pb.HelloReply(run_sha256=self._run_bytes, hosting=hosting is not None and hosting.ask(caller))
         known = [info.peer for info in self.membership.live() if info.peer in self._signed and info.peer != caller]
         return pb.HelloReply(
-            swarmtrain_version=__version__,
+            **version_fields(self.published.run.needs),
             run_sha256=self._run_bytes,
             time=swarm_time(),
             presence=self.signed_presence() if self._listens_at and not self.rounds.away else None,
@@ -558,7 +557,7 @@ class Swarm:
         own = self.me.addresses or self._listens_at  # of no use where nobody can dial this peer, and an invite has some
         peers = [InvitedPeer(self.identity.peer_id, own[:_MAX_ADDRESSES])]
         peers += [InvitedPeer(info.peer, info.addresses[:2]) for info in others[: _MAX_INVITED - 1]]
-        return Invite(self.published.sha256, tuple(peers))
+        return Invite(self.published.sha256, tuple(peers), self.published.run.needs)
 
     def call_failed(self, peer: str, error: PeerError) -> None:
         """Told of a call to `peer` that brought nothing."""

@@ -67,7 +67,7 @@ from swarmtrain.peer.merge_server import MergeServer
 from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
 from swarmtrain.peer.present import Present, fetch_present, present_of
 from swarmtrain.peer.stage_sizes import cut_and_measure
-from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
+from swarmtrain.run import PublishedSection, RunFile, needs_of, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 
 __all__ = ["publish_run", "run_bootstrap"]
@@ -88,6 +88,7 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
     files = publishable_data(run, base)
     tokenizer = files.tokenizer_bytes
     boundaries, costs = cut_and_measure(run) if run.pipeline.stages > 1 else (None, None)
+    needs = needs_of(run)
     section = PublishedSection(
         created=created.isoformat(timespec="microseconds"),
         swarmtrain=__version__,
@@ -97,6 +98,8 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
         tokenizer_bytes=len(tokenizer),
         boundaries=boundaries,
         stage_costs=costs,
+        protocol=needs.protocol if needs.protocol > 1 else None,
+        needs=needs.version if needs.protocol > 1 else None,
         server=me if run.merge.method == "server" else None,
     )
     complete = run.model_copy(update={"published": section})
@@ -115,6 +118,7 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
         peer_log(folder.path, settings.log_descriptors),
         controlled("bootstrap", folder, settings, logged(emit), stop) as control,
     ):
+        folder.started.keep_command(settings.started)
         control.starting("reading the run and cutting its held-out text")
         published = _published(run, base, folder)
         network = NetworkThread()

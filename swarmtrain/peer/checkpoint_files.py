@@ -25,7 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["FORMAT", "KEPT", "CheckpointFolder", "DamagedError", "Kept", "TensorBytes", "Unused", "Written"]
+__all__ = [
+    "FORMAT",
+    "KEPT",
+    "CheckpointFolder",
+    "DamagedError",
+    "Kept",
+    "TensorBytes",
+    "Unused",
+    "Written",
+    "newest_written",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -300,3 +310,13 @@ def _safetensors(tensors: Sequence[TensorBytes]) -> Iterator[memoryview]:
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
         yield tensor.data
+
+
+def newest_written(path: Path, run_sha256: str | None) -> Written | None:
+    """The newest checkpoint of a run in the folder `path`, by its manifest; None without one."""
+    if run_sha256 is None:
+        return None
+    files = CheckpointFolder(path, run_sha256, None)
+    with contextlib.suppress(OSError):
+        return next((files.written(entry) for entry in files.newest_first() if isinstance(entry, Kept)), None)
+    return None

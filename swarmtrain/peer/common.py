@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.batches import held_out_batches
@@ -32,6 +32,7 @@ from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.network.swarm import FoundRun, PublishedRun, Swarm
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.process import process_age_s
+from swarmtrain.peer.started import Started
 from swarmtrain.peer.stopping import Interrupted, StopFlag
 from swarmtrain.words import short_peer, time_in_words
 
@@ -56,6 +57,7 @@ __all__ = [
     "start_node",
     "state_of",
     "use_threads",
+    "useful_threads",
     "wait_for",
     "weights_in",
 ]
@@ -64,6 +66,10 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _GOODBYE_S = 3.0
 _LOOK_S = 0.1
+
+_SMALL_PARAMETERS = 10_000_000
+"""Of a smaller model a step is so short that a second thread saves little, and where others use the processors costs
+many times what it saves: whoever has no turn is waited for, step after step."""
 
 Emit = Callable[[Event], None]
 """Takes an event, from any thread."""
@@ -91,6 +97,8 @@ class PeerSettings:
     """For a rehearsal: others are told what is announced and nothing else."""
     fail_pulls_share: float = 0.0
     """For a rehearsal: the share of pulls from this peer that break off midway."""
+    started: Started | None = None
+    """How it is started, for its folder to remember."""
     first_stages: tuple[int, ...] = ()
     """For a rehearsal: the stages of a pipeline that it takes first; empty: those that need it most."""
 
@@ -291,3 +299,8 @@ def use_threads(threads: int) -> None:
     """Limit the processor threads of the mathematics; 0 leaves torch's own choice."""
     if threads > 0:
         torch.set_num_threads(threads)
+
+
+def useful_threads(model: nn.Module) -> int:
+    """How many threads measuring this model, or letting it write, is done with unless it is said; 0: torch's choice."""
+    return 1 if sum(parameter.numel() for parameter in model.parameters()) < _SMALL_PARAMETERS else 0

@@ -11,16 +11,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
-from swarmtrain.events import DoneEvent, WarningEvent
+from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.stages import places_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.board import Pulse, StatusBoard
+from swarmtrain.peer.checkpoint_files import Written, newest_written
 from swarmtrain.peer.common import Emit, PeerSettings, process_age_s
 from swarmtrain.peer.control import ControlServer, Powers, read_status
 from swarmtrain.peer.exchange import SwarmExchange
@@ -54,6 +56,8 @@ class Controlled:
     checkpoint: Callable[[], pb.CheckpointReply] | None = None
     """Waits for the newest one; returns once it is on the disk."""
     limit: Callable[[pb.Limits], str] | None = None
+    pause_asked: Callable[[bool], None] = lambda paused: None
+    """Told when a person pauses it, and when they resume it."""
     reason: str = ""
 
     def ended(self, done: DoneEvent) -> DoneEvent:
@@ -72,6 +76,7 @@ class Controlled:
     def finishing(self, what: str) -> None:
         """The run is over; there is something left to do."""
         self.board.doing(pb.PEER_STATE_FINISHING, f"the run has its tokens: {what}")
+        self.emit(FinishingEvent(doing=what))
 
     def check(self) -> None:
         """`StopFlag.check`, from within something long that gets further."""
@@ -129,12 +134,14 @@ class Controlled:
         if self.pause is None:
             raise UserError("a bootstrap does not train: there is nothing to pause")
         self.pause.hold(ASKED, "you asked for it")
+        self.pause_asked(True)
         return "pausing: it finishes its step and leaves the swarm until you resume it"
 
     def _resume(self) -> str:
         if self.pause is None:
             raise UserError("a bootstrap does not train: there is nothing to resume")
         was_asked = self.pause.release(ASKED)
+        self.pause_asked(False)
         if self.pause.held:
             return f"it rests on all the same: {self.pause.reason}"
         return "coming back: it takes the swarm's present weights first" if was_asked else "it was not paused"
@@ -161,6 +168,7 @@ def controlled(
     board = StatusBoard(role, time.time() - process_age_s())
     if (before := read_status(folder.path)) is not None:
         board.remember(before)
+    board.add_looker(partial(_show_checkpoint, newest_written(folder.checkpoints_path, folder.kept_sha256())))
     control = Controlled(board, board.listening(emit), stop)
     server = ControlServer(folder.path, control.powers(), settings.control)
     try:
@@ -182,6 +190,13 @@ def controlled(
         raise
     finally:
         server.stop()
+
+
+def _show_checkpoint(kept: Written | None, status: pb.PeerStatus) -> None:
+    """Show the one that was on the disk at the start; a peer that gets further shows its newest."""
+    if kept is not None:
+        checkpoint = pb.KeptCheckpoint(round=kept.round, time=kept.time, size_bytes=kept.size_bytes)
+        status.checkpoint.CopyFrom(checkpoint)
 
 
 def _metrics(settings: PeerSettings, control: Controlled) -> AbstractContextManager[object]:

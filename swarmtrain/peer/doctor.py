@@ -21,7 +21,15 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from swarmtrain import __version__
-from swarmtrain.errors import BadBytesError, InviteError, PeerError, RunFileError, SwarmtrainError, UserError
+from swarmtrain.errors import (
+    BadBytesError,
+    InviteError,
+    NewerRunError,
+    PeerError,
+    RunFileError,
+    SwarmtrainError,
+    UserError,
+)
 from swarmtrain.membership.dialling import MAX_PORTS
 from swarmtrain.network.dialling import Answer, Outcome, ask_to_dial, knock
 from swarmtrain.network.identity import load_or_create_identity
@@ -203,8 +211,7 @@ class Doctor:
         try:
             invite = self.invite = parse_invite(self.settings.invite or "")
         except InviteError as error:
-            what, _, advice = str(error).partition("; ")
-            return Finding("invite", "problem", what, advice or "upgrade swarmtrain")
+            return Finding("invite", "problem", *_with_advice(str(error)))
         addresses = [address for peer in invite.peers for address in peer.addresses]
         if not addresses:
             self.invite = None
@@ -259,8 +266,11 @@ class Doctor:
             try:
                 data = self.network.run(fetching, _FETCH_S)
                 self.run = parse_published_untrusted(data, self.invite.run_sha256)
+            except NewerRunError as error:
+                yield Finding("run", "problem", *_with_advice(str(error)))
+                return
             except BadBytesError as error:
-                yield Finding("run", "problem", str(error), "upgrade swarmtrain, or ask for a new invite")
+                yield Finding("run", "problem", str(error), "ask for a new invite")
                 return
             except (PeerError, TimeoutError) as error:
                 _log.debug("fetching the run from %s: %s", answer.peer, error)
@@ -373,10 +383,19 @@ def _run_in_words(run: RunFile) -> str:
     return f"{run.run.name}, {count_in_words(run.run.total_tokens)} tokens, data {run.data.source}"
 
 
+def _with_advice(message: str) -> tuple[str, str]:
+    """What is wrong and what to do, of an error's message."""
+    what, _, advice = message.partition("; " if "; ask" in message else ": ")
+    return what, advice
+
+
 def _answered(answer: Answer) -> Finding:
     found = (
         f"{_who(answer)} answers in {1000 * answer.round_trip_s:.1f} ms at {answer.address or 'a connection it opened'}"
     )
+    if answer.misfit:
+        what, advice = _with_advice(answer.misfit)
+        return Finding("peers", "problem", f"{found}; {what}", advice)
     if answer.version.split(".")[:2] != __version__.split(".")[:2]:
         advice = f"this is {__version__}: run the version the others run"
         return Finding("peers", "warning", f"{found}; it runs swarmtrain {answer.version or 'of no version'}", advice)

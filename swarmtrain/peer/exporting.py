@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
-from swarmtrain.errors import PeerError, RunTimeError, UserError
+from swarmtrain.errors import NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.export import copy_exported, load_exported
@@ -32,13 +33,15 @@ from swarmtrain.peer.common import (
     save_model,
     save_weights,
     start_node,
+    use_threads,
+    useful_threads,
     wait_for,
 )
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.present import fetch_present
 from swarmtrain.run import parse_published_untrusted
 
-__all__ = ["export_from_folder", "export_from_swarm", "sample_text"]
+__all__ = ["Sampling", "export_from_folder", "export_from_swarm", "sample_text"]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
@@ -138,6 +141,8 @@ def _pulled(
             weights |= named_weights(present.state.theta, specs)
             counters.append(present.progress)
         return published, weights, counters[0]
+    except NewerRunError as error:
+        raise VersionError(str(error)) from None
     except PeerError as error:
         raise RunTimeError(f"the swarm did not deliver its model: {error}") from None
     finally:
@@ -154,10 +159,25 @@ def _parts(published: PublishedRun) -> Iterator[tuple[PublishedRun, nn.Module]]:
         yield published.of_stage(number), build_stage(shape, run.run.seed)
 
 
-def sample_text(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: int) -> str:
-    """The prompt and what the model in `folder` writes after it. Raises UserError when there is no model."""
+@dataclass(frozen=True)
+class Sampling:
+    """How a model writes: how much, how freely, and with how many threads (0: as many as are of use)."""
+
+    num_tokens: int
+    temperature: float
+    seed: int
+    threads: int = 0
+
+
+def sample_text(
+    folder: Path, prompt: str, sampling: Sampling, advance: Callable[[int], None] = lambda number: None
+) -> str:
+    """The prompt and what the model in `folder` writes after it. Raises UserError when there is no model. `advance` is
+    told of each token."""
     exported = load_exported(folder)
+    use_threads(sampling.threads or useful_threads(exported.model))
     tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, exported.model.section.vocabulary_size)
     tokens = [int(token) for token in tokenizer.encode(prompt.encode())]
-    written = generate(exported.model, tokens, num_tokens, temperature, seed)
+    number, temperature, seed = sampling.num_tokens, sampling.temperature, sampling.seed
+    written = generate(exported.model, tokens, number, temperature, seed, advance)
     return (prompt.encode() + tokenizer.decode(written)).decode(errors="replace")

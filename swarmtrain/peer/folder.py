@@ -12,6 +12,7 @@ control.*      where a running peer can be asked for its status: the address, an
 sockets/       between a running peer and its network daemon
 status.json    the peer's last status
 checkpoints/   the newest three checkpoints of this peer's state: COUNT-round-ROUND.safetensors and .json
+started.json   the options it was started with, and whether it is paused
 port.txt       the port it listened at, if none was asked for
 peers.json     whom it knew
 archive/       (bootstrap) the run's newest model
@@ -33,12 +34,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from swarmtrain.errors import BadBytesError, UserError
+from swarmtrain.errors import BadBytesError, NewerRunError, UserError
 from swarmtrain.membership.dialling import may_dial
 from swarmtrain.network.files import write_atomically
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.lock import is_in_use
+from swarmtrain.peer.started import StartedFile
 from swarmtrain.run import parse_published_untrusted, run_sha256
 
 __all__ = ["PeerFolder", "is_in_use", "peer_folder", "running_invite"]
@@ -58,6 +60,7 @@ class PeerFolder:
         self.model_path = path / "model"
         self.archive_path = path / "archive"
         self.checkpoints_path = path / "checkpoints"
+        self.started = StartedFile(path)
 
     def kept_files(self) -> Mapping[str, bytes]:
         """The run's files that are here already, by their hash."""
@@ -84,6 +87,8 @@ class PeerFolder:
         sha256 = run_sha256(data)
         try:
             run = parse_published_untrusted(data, sha256)
+        except NewerRunError as error:
+            raise UserError(f"{path}: {error}") from None
         except BadBytesError as error:
             raise UserError(f"{path} was altered: {error}; give another folder with --dir") from None
         kept, published = self.kept_files(), run.published

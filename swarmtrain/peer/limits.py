@@ -25,6 +25,7 @@ from swarmtrain.membership.limits import (
     IdleWatch,
     Limits,
     MemoryWatch,
+    exact_size,
     parse_hours,
     size_of_limit,
 )
@@ -37,7 +38,7 @@ from swarmtrain.run import NetworkSection, RunFile
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import size_in_words
 
-__all__ = ["LimitKeeper", "Measured", "check_memory", "kept_limits", "limit_link"]
+__all__ = ["LimitKeeper", "Measured", "check_memory", "kept_limits", "limit_link", "options_of"]
 
 LOOK_EVERY_S = 3.0
 
@@ -209,6 +210,23 @@ class LimitKeeper:
 
 
 _FIELDS = ("threads", "memory_bytes", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit")
+
+
+def options_of(wanted: pb.Limits) -> dict[str, tuple[str, ...] | None]:
+    """Limits that a person changed as options of `join`; None for what is not limited any more."""
+    numbers = {"--threads": "threads", "--nice": "nice", "--up": "up_mbit", "--down": "down_mbit"}
+    found: dict[str, tuple[str, ...] | None] = {
+        option: (f"{getattr(wanted, name):.15g}",) for option, name in numbers.items() if wanted.HasField(name)
+    }
+    if wanted.HasField("threads") and not wanted.threads:
+        found["--threads"] = None
+    if wanted.HasField("memory_bytes"):
+        found["--memory"] = (exact_size(wanted.memory_bytes),) if wanted.memory_bytes else None
+    if wanted.HasField("only_when_idle"):
+        found["--only-when-idle"] = () if wanted.only_when_idle else None
+    if wanted.HasField("hours"):
+        found["--hours"] = None if parse_hours(wanted.hours) == ALWAYS else (wanted.hours,)
+    return found
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import psutil
 
+from swarmtrain.network.listening import own_addresses
 from swarmtrain.peer.checkpoint_files import KEPT
 from swarmtrain.words import size_in_words, time_in_words
 
@@ -194,12 +195,6 @@ def place_of(address: str) -> Place | None:
     if host.version == 4 and host in _SHARED_BY_PROVIDER:
         return "provider"
     return "public" if host.is_global else "private"
-
-
-def own_addresses() -> list[str]:
-    """The IP addresses of this machine's network interfaces."""
-    families = (socket.AF_INET, socket.AF_INET6)
-    return [item.address for items in psutil.net_if_addrs().values() for item in items if item.family in families]
 
 
 def check_addresses(addresses: Iterable[str]) -> Finding:

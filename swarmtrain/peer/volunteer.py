@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
-from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError
+from swarmtrain.errors import BadBytesError, ClockError, NewerRunError, PeerError, RunTimeError, VersionError
 from swarmtrain.events import (
     DoneEvent,
     EvalEvent,
@@ -64,10 +64,10 @@ from swarmtrain.peer.gossip_exchange import GossipExchange
 from swarmtrain.peer.held_stage import SlowedWork
 from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
 from swarmtrain.peer.leaving import hand_over
-from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits
+from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits, options_of
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.merge_rules import mean_of
-from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.pipeline import PipelineVolunteer
 from swarmtrain.peer.preparing import data_base, initial_seed, summary_of
 from swarmtrain.peer.reporting import round_event
@@ -75,6 +75,7 @@ from swarmtrain.peer.server_exchange import ServerExchange
 from swarmtrain.peer.slowdown import SlowedSteps
 from swarmtrain.peer.trainer import OwnPart, RoundReport, Trainer
 from swarmtrain.run import NetworkSection, parse_published_untrusted
+from swarmtrain.v1 import control_pb2 as pb
 
 __all__ = ["run_volunteer"]
 
@@ -105,6 +106,7 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
         peer_log(folder.path, settings.log_descriptors),
         controlled("volunteer", folder, settings, logged(emit), stop) as control,
     ):
+        folder.started.keep_command(settings.started)
         network = NetworkThread()
         stop.explain = network.log_tasks
         volunteer = _Volunteer(invite, settings, folder, network, control)
@@ -152,9 +154,11 @@ class _Volunteer:
 
     def __post_init__(self) -> None:
         self.emit, self.stop = self.control.emit, self.control.stop
-        self.control.pause = self.pause
+        self.control.pause, self.control.pause_asked = self.pause, self.folder.started.keep_pause
+        if self.folder.started.read().paused:
+            self.pause.hold(ASKED, "you paused it before it was started again; `swarmtrain resume` lets it train")
         self.limits = LimitKeeper(self.settings.limits, self.pause, lambda event: self.emit(event))
-        self.control.limit = self.limits.change
+        self.control.limit = self._limit
         self.control.board.add_looker(lambda status: status.limits.CopyFrom(self.limits.limits()))
 
     def run(self) -> DoneEvent:
@@ -222,6 +226,12 @@ class _Volunteer:
         """`done` with this peer's PeerID and name, as far as they are known."""
         return stamped(done, 0.0, "" if self.node is None else self.node.identity.peer_id, self.name)
 
+    def _limit(self, wanted: pb.Limits) -> str:
+        """Change what `wanted` names, and remember it for the next start here."""
+        told = self.limits.change(wanted)
+        self.folder.started.keep_options(options_of(wanted))
+        return told
+
     def _live_in_pipeline(self, node: Node, published: PublishedRun, through: tuple[InvitedPeer, ...]) -> DoneEvent:
         """The same where this peer holds stages of the model."""
         pipeline = PipelineVolunteer(
@@ -261,8 +271,8 @@ class _Volunteer:
         """
         try:
             source = self._find(node, through, _FIND_S)
-        except ClockError:
-            raise
+        except (ClockError, VersionError):
+            raise  # somebody answers: alone it would be a run of its own
         except RunTimeError as error:
             published = run_to_resume(self.folder, self.invite, node.identity.peer_id)
             if published is None:
@@ -272,6 +282,9 @@ class _Volunteer:
         else:
             published = self._fetch_from(PeerCalls(node, self.invite.run_sha256), source)
             self.folder.keep_run(published)
+            if not self.folder.kept_peers():  # started again without the invite, it knocks where that led to
+                with contextlib.suppress(OSError):
+                    self.folder.keep_peers(through)
         self.emit(
             FetchedEvent(
                 run_sha256=published.sha256,
@@ -300,6 +313,8 @@ class _Volunteer:
             fetching = fetch_published(calls, source, parse_published_untrusted, self.folder.kept_files())
             try:
                 return wait_for(self.network.submit(fetching), self.stop)
+            except NewerRunError as error:
+                raise VersionError(str(error)) from None
             except PeerError as error:
                 if not attempts_left or isinstance(error, BadBytesError):
                     raise RunTimeError(f"{source} did not deliver the run: {error}; ask for a new invite") from None

@@ -251,7 +251,7 @@ class HelloRequest(_message.Message):
     def __init__(self, run_sha256: _Optional[bytes] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., leaving: bool = ..., wants_host: bool = ..., asks_to_leave: bool = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others", "hosting", "stay", "away")
+    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others", "hosting", "stay", "away", "protocol", "needs_protocol", "needs_version")
     SWARMTRAIN_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
@@ -260,6 +260,9 @@ class HelloReply(_message.Message):
     HOSTING_FIELD_NUMBER: _ClassVar[int]
     STAY_FIELD_NUMBER: _ClassVar[int]
     AWAY_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_VERSION_FIELD_NUMBER: _ClassVar[int]
     swarmtrain_version: str
     run_sha256: bytes
     time: float
@@ -268,7 +271,10 @@ class HelloReply(_message.Message):
     hosting: bool
     stay: bool
     away: bool
-    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., hosting: bool = ..., stay: bool = ..., away: bool = ...) -> None: ...
+    protocol: int
+    needs_protocol: int
+    needs_version: str
+    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., hosting: bool = ..., stay: bool = ..., away: bool = ..., protocol: _Optional[int] = ..., needs_protocol: _Optional[int] = ..., needs_version: _Optional[str] = ...) -> None: ...
 
 class BlobRequest(_message.Message):
     __slots__ = ("sha256", "max_bytes")

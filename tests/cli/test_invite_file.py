@@ -9,6 +9,7 @@ import pytest
 
 from swarmtrain.cli.join import _word_in
 from swarmtrain.cli.main import run
+from swarmtrain.peer.folder import peer_folder
 from swarmtrain.peer.stopping import StopFlag
 
 
@@ -17,6 +18,40 @@ def test_the_invite_is_the_last_word_of_the_file(tmp_path: Path, text: str) -> N
     (tmp_path / "invite").write_text(text)
     assert _word_in(tmp_path / "invite", StopFlag()) == "st1abc"
     assert _word_in(None, StopFlag()) == ""
+
+
+def test_a_file_with_a_broken_line_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "invite").write_text("swarmtrain join st1abc\n  def\n")
+    assert _word_in(tmp_path / "invite", StopFlag()) == "st1abc def"
+
+
+def test_join_takes_the_whole_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told by the message: of something that is no invite, and of one of which a part is missing."""
+    for words, said in ((["swarmtrain", "join", "st1abc"], "garbled"), (["swarmtrain join", "us"], "not an invite")):
+        assert run(["join", *words, "--dir", str(tmp_path / "peer"), "--threads", "1"]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_lines_of_several_peers_are_labelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    home = tmp_path / "swarmtrain"
+    with peer_folder(home / "bootstrap-tiny") as first, peer_folder(home / "volunteer-anna") as second:
+        first.write_invite("swarmtrain join st1one")
+        assert run(["invite"]) == 0
+        assert capsys.readouterr().out == "swarmtrain join st1one\n", "one alone can be piped"
+        second.write_invite("swarmtrain join st1two")
+        (second.path / "status.json").write_text('{"name": "anna", "runName": "tiny"}')
+        assert run(["invite"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"bootstrap-tiny ({first.path}):",
+            "swarmtrain join st1one",
+            f"anna, run tiny ({second.path}):",
+            "swarmtrain join st1two",
+        ]
+        assert run(["invite", "--json"]) == 0
+        assert '"name": "anna", "run": "tiny"' in capsys.readouterr().out
 
 
 def test_join_waits_until_the_file_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,31 @@ def test_round_trip() -> None:
     assert INVITE.peers[0].full_addresses[0] == f"/ip4/203.0.113.7/tcp/31337/p2p/{ALICE}"
 
 
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        f"swarmtrain join {WORD}",
+        f"$ swarmtrain join '{WORD}' ",
+        f"swarmtrain join {WORD[:40]}\n{WORD[40:]}\n",
+        f"{WORD[:40]} {WORD[40:90]}\r\n   {WORD[90:]}",
+        f"> swarmtrain join {WORD[:40]}\n> {WORD[40:]}",
+        f"\u201cswarmtrain join \\\n  {WORD}\u201d",
+        f"swarmtrain join {WORD}\nsee you there!",
+        f"anna, run tiny (/home/anna):\nswarmtrain join {WORD}",
+        f"\ufeff{WORD}\u200b",
+    ],
+)
+def test_the_whole_line_may_be_pasted_however_it_was_broken(pasted: str) -> None:
+    assert parse_invite(pasted) == INVITE
+
+
+def test_a_line_whose_end_is_missing_is_still_refused() -> None:
+    with pytest.raises(InviteError, match="garbled or cut off; ask for the whole line again"):
+        parse_invite(f"swarmtrain join {WORD[:40]}\n{WORD[40:-3]}")
+    with pytest.raises(InviteError, match="not an invite"):
+        parse_invite("swarmtrain join")
+
+
 def test_an_ordinary_invite_is_short() -> None:
     assert len(format_invite(Invite(RUN, INVITE.peers[:1]))) < 160
 
@@ -86,7 +111,7 @@ def test_every_added_or_swapped_character_is_refused() -> None:
     [
         ("", "not an invite"),
         ("http://example.org", "not an invite"),
-        ("st2" + WORD[3:], "another version"),
+        ("st2" + WORD[3:], "garbled"),
         ("st9", "another version"),
         ("st1", "garbled"),
         (WORD + "z" * 5000, "too long"),

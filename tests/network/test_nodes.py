@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import select
@@ -23,10 +24,11 @@ import pytest
 
 from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError, UnreachableError
 from swarmtrain.membership.dialling import may_dial
-from swarmtrain.network import daemon
+from swarmtrain.network import daemon, listening
 from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
 from swarmtrain.network.identity import load_or_create_identity, new_identity
 from swarmtrain.network.invite import InvitedPeer
+from swarmtrain.network.listening import cannot_listen
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.records import PRESENCE, bucket_key
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
@@ -621,6 +623,27 @@ def test_a_taken_port_is_said_with_the_option_to_change(here: Here) -> None:
         settings = NodeSettings(directory=folder, listen=(where,))
         with pytest.raises(RunTimeError, match=f"{where}.*--listen"):
             here.run(Node.start(settings, identity, key_path))
+
+
+def test_an_address_of_the_router_is_not_said_to_be_taken(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = here.folder / "foreign"
+    folder.mkdir()
+    key_path = folder / "identity.key"
+    identity = load_or_create_identity(key_path)
+    monkeypatch.setattr(listening, "own_addresses", lambda: ["127.0.0.1", "fe80::1%eth0", "10.1.2.3"])
+    settings = NodeSettings(directory=folder, listen=("/ip4/192.0.2.77/tcp/31337",))
+    with pytest.raises(RunTimeError) as told:
+        here.run(Node.start(settings, identity, key_path))
+    assert str(told.value) == (
+        "cannot listen at /ip4/192.0.2.77/tcp/31337: 192.0.2.77 does not belong to this machine, which has 10.1.2.3, "
+        "127.0.0.1; if it is the router's, give --listen :31337 --announce 192.0.2.77:31337"
+    )
+    assert "--announce [2001:db8::7]:31337" in str(cannot_listen(["/ip6/2001:db8::7/tcp/31337"]))
+
+
+def test_a_port_for_administrators_is_not_said_to_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "_errno_of", lambda address: errno.EACCES)
+    assert "does not allow it; choose a port above 1023" in str(cannot_listen(["/ip4/0.0.0.0/tcp/80"]))
 
 
 def test_it_may_announce_just_where_it_listens(here: Here) -> None:

@@ -30,6 +30,7 @@ from swarmtrain.network.records import presence_to_proto
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import Body
 from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.protocol import PROTOCOL
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -489,7 +490,9 @@ def test_a_hidden_peer_tells_its_hosts_and_no_address() -> None:
         swarm.reaching.choice.answered(BEN.peer_id, True, 0.0)
         await swarm._look_where_we_are()
         assert (swarm.me.addresses, swarm.me.hidden, swarm.me.hosts) == ((), True, (BEN.peer_id,))
-        assert swarm.hello(pb.HelloRequest(), CARL.peer_id).HasField("presence")
+        reply = swarm.hello(pb.HelloRequest(), CARL.peer_id)
+        assert reply.HasField("presence")
+        assert (reply.protocol, reply.needs_protocol, reply.needs_version) == (PROTOCOL, 1, "0.1")
         assert swarm.invite().peers[0].addresses, "an invite names somebody"
 
     run(body, Hellos())

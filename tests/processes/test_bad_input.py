@@ -92,7 +92,7 @@ def test_invites_that_cannot_be_read(live: tuple[Swarm, Child]) -> None:
     for bad, said in [
         (word[:60] + middle + word[61:], "garbled or cut off"),
         (word[:-5], "garbled or cut off"),
-        ("st2" + word[3:], "another version (st2, not st1): upgrade"),
+        ("st9" + word[3:], "another version (st9, not st2): update it"),
         (word[:40] + "0" + word[41:], "a character that no invite has"),
         ("swarmtrain", "one begins with st1"),
     ]:

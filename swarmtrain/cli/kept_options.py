@@ -1,0 +1,68 @@
+"""Options that a peer's folder remembers: given once, they hold whenever the peer is started there again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from swarmtrain.peer.started import Started, StartedFile, option_words
+
+__all__ = ["KeptOption", "restore"]
+
+_GIVEN = "swarmtrain.given_options"
+_NOT_GIVEN = (ParameterSource.DEFAULT, None)
+
+
+class KeptOption(click.Option):
+    """An option whose words are noted, and read from the folder where it is not given."""
+
+    @property
+    def flag(self) -> str:
+        """Its name as it is typed."""
+        return next(name for name in self.opts if name.startswith("--"))
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        processed = super().process_value(ctx, value)
+        if ctx.get_parameter_source(self.name or "") not in _NOT_GIVEN:
+            ctx.meta.setdefault(_GIVEN, {})[self.flag] = self._words(value)
+        return processed
+
+    def _words(self, value: Any) -> tuple[str, ...]:
+        if self.is_flag:
+            return ()
+        values = value if isinstance(value, list | tuple) else (value,)
+        is_path = isinstance(self.type, click.Path)
+        return tuple(os.path.abspath(item) if is_path else str(item) for item in values)  # noqa: PTH100 - not resolved
+
+    def read(self, ctx: click.Context, words: tuple[str, ...]) -> Any:
+        """The value of what was typed another time."""
+        return super().process_value(ctx, True if self.is_flag else list(words) if self.multiple else words[0])
+
+
+def restore(folder: Path, command: tuple[str, ...]) -> tuple[dict[str, Any], Started]:
+    """The values, by parameter, of what is not given now and was when `command[0]` last ran in `folder`; and what it is
+    started with in all. Says what it took from there. UsageError if something of it cannot be used any more."""
+    ctx = click.get_current_context()
+    given: Mapping[str, tuple[str, ...]] = ctx.meta.get(_GIVEN, {})
+    kept = StartedFile(folder).read()
+    options = dict(kept.options) if kept.command[:1] == command[:1] else {}
+    values: dict[str, Any] = {}
+    taken: dict[str, tuple[str, ...]] = {}
+    for param in ctx.command.params:
+        if isinstance(param, KeptOption) and param.name and param.flag in options and param.flag not in given:
+            taken[param.flag] = options[param.flag]
+            try:
+                values[param.name] = param.read(ctx, options[param.flag])
+            except (click.UsageError, IndexError) as error:
+                what = error.format_message() if isinstance(error, click.UsageError) else "it has no value"
+                raise click.UsageError(
+                    f"{param.flag} as last time in {folder}: {what}; give {param.flag} anew"
+                ) from None
+    if taken:
+        click.echo(f"as last time in {folder}: {' '.join(option_words(taken))}", err=True)
+    return values, Started(command, {**taken, **given})

@@ -1,0 +1,79 @@
+"""Why a peer cannot listen where it was told to: probed by a socket of our own, since the daemon does not say."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+
+import psutil
+
+from swarmtrain.errors import RunTimeError
+
+__all__ = ["cannot_listen", "is_taken", "own_addresses"]
+
+_MAX_SHOWN = 4
+_FOREIGN = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
+
+
+def is_taken(address: str) -> bool:
+    """Whether somebody listens at this multiaddress already.
+
+    Two daemons of one user would not notice: libp2p asks the system to share the port, and each connection then goes
+    to one of them by chance.
+    """
+    match = re.search(r"/tcp/([1-9][0-9]*)", address)
+    return match is not None and _errno_of(address) == errno.EADDRINUSE  # whatever else is wrong, the daemon says
+
+
+def cannot_listen(listen: Sequence[str]) -> RunTimeError:
+    """What a person is told after the daemon could listen at none of these multiaddresses."""
+    where = ", ".join(listen)
+    found = {address: _errno_of(address) for address in listen}
+    foreign = [address for address, number in found.items() if number in _FOREIGN]
+    if foreign and errno.EADDRINUSE not in found.values():
+        _, _, host, _, port = foreign[0].split("/")[:5]
+        shown = f"[{host}]" if ":" in host else host
+        return RunTimeError(
+            f"cannot listen at {where}: {host} does not belong to this machine, which has {_own_in_words()}; if it is "
+            f"the router's, give --listen :{port} --announce {shown}:{port}"
+        )
+    if any(number in _FORBIDDEN for number in found.values()):
+        return RunTimeError(
+            f"cannot listen at {where}: the system does not allow it; choose a port above 1023 with --listen"
+        )
+    return RunTimeError(f"cannot listen at {where}: the port is taken; choose another with --listen")
+
+
+def own_addresses() -> list[str]:
+    """The IP addresses of this machine's network interfaces."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    return [item.address for items in psutil.net_if_addrs().values() for item in items if item.family in families]
+
+
+def _own_in_words() -> str:
+    """Those of them that a person may want to listen at, others' first: no link-local ones."""
+    found = [ipaddress.ip_address(address.partition("%")[0]) for address in own_addresses()]
+    usable = [address for address in found if not address.is_link_local]
+    usable.sort(key=lambda address: address.is_loopback)
+    more = len(usable) - _MAX_SHOWN
+    return ", ".join(map(str, usable[:_MAX_SHOWN])) + (f" and {more} more" if more > 0 else "") or "no address"
+
+
+def _errno_of(address: str) -> int:
+    """Why nobody can listen at a multiaddress; 0 if one can, or if it is none of an IP address with a TCP port."""
+    match = re.fullmatch(r"/(ip4|ip6)/([^/]+)/tcp/([0-9]{1,5})", address)
+    if match is None or int(match[3]) > 65535:
+        return 0
+    try:
+        with socket.socket(socket.AF_INET6 if match[1] == "ip6" else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections there are no obstacle
+            if match[1] == "ip6":
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind((match[2], int(match[3])))
+    except OSError as error:
+        return error.errno or 0
+    return 0
