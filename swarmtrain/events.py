@@ -211,7 +211,9 @@ class RefusedEvent(_Event):
 
 
 class ClippedEvent(_Event):
-    """What a partner published was far from what is usual, and was cut; of gossip not told before one has published 40 times."""
+    """What a partner published was far from what is usual, and was cut. Told once that repeats, since an honest peer that
+    comes back is cut for a round or two: from the third round with a cut on, each round without one taking one away;
+    with gossip not before this peer has published 40 times since it came."""
 
     event: Literal["clipped"] = "clipped"
     from_peer: str = Field(description="The PeerID that published it.")
