@@ -54,6 +54,8 @@ _WINDOW_S = 30.0
 _PATIENCE_S = 60.0
 _PROGRESS_BYTES = 65_536
 _NAMED = 3
+_NAME_CHARACTERS = 16
+"""Of a name in a sentence: it may have 64."""
 _REASONS = {
     "total_tokens": "the run has its tokens",
     "interrupted": "it was interrupted",
@@ -193,7 +195,7 @@ class StatusBoard:
             case WarningEvent() | ErrorEvent():
                 self._notice(event.time, event.message)
             case RefusedEvent():
-                self._notice(event.time, f"refused what {short_peer(event.from_peer)} sent: {event.detail}")
+                self._notice(event.time, f"refused what {self._short_name(event.from_peer)} sent: {event.detail}")
             case ArchivedEvent():
                 base.archive.num_rounds, base.archive.run_tokens = event.round, event.run_tokens
                 base.archive.time, base.archive.path = event.time or self._wall(), event.path
@@ -297,6 +299,10 @@ class StatusBoard:
         """A peer's name for a person; the end of its PeerID if it has none."""
         return self._names.get(peer) or short_peer(peer)
 
+    def _short_name(self, peer: str) -> str:
+        name = self.name_of(peer)
+        return name if len(name) <= _NAME_CHARACTERS else f"{name[: _NAME_CHARACTERS - 1]}…"
+
     def know_name(self, peer: str, name: str) -> None:
         """What `peer` calls itself; kept when it is gone."""
         if name and self._names.get(peer) != name:
@@ -306,7 +312,7 @@ class StatusBoard:
         """`sentence` with names in place of PeerIDs: of a long list the first few and how many more."""
 
         def names(match: re.Match[str]) -> str:
-            found = [self.name_of(peer) for peer in match[0].split(", ")]
+            found = [self._short_name(peer) for peer in match[0].split(", ")]
             if len(found) > _NAMED + 1:
                 found = [*found[:_NAMED], f"{len(found) - _NAMED} others"]
             return " and ".join(part for part in (", ".join(found[:-1]), found[-1]) if part)
