@@ -16,7 +16,15 @@ from typing import Annotated, Literal, TypeVar, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from swarmtrain.words import count_in_words, one_line, short_peer, size_in_words, stages_in_words, time_in_words
+from swarmtrain.words import (
+    below_in_words,
+    count_in_words,
+    one_line,
+    short_peer,
+    size_in_words,
+    stages_in_words,
+    time_in_words,
+)
 
 __all__ = [
     "EVENT_CLASSES",
@@ -212,7 +220,9 @@ class RefusedEvent(_Event):
 
 
 class ClippedEvent(_Event):
-    """What a partner published was far from what is usual, and was cut; of gossip not told before one has published 40 times."""
+    """What a partner published was far from what is usual, and was cut. Told once that repeats, since an honest peer that
+    comes back is cut for a round or two: from the third round with a cut on, each round without one taking one away;
+    with gossip not before this peer has published 40 times since it came."""
 
     event: Literal["clipped"] = "clipped"
     from_peer: str = Field(description="The PeerID that published it.")
@@ -289,7 +299,7 @@ class ArchivedEvent(_Event):
     """The bootstrap saved the run's state."""
 
     event: Literal["archived"] = "archived"
-    round: int = Field(description="The round the state belongs to.")
+    round: int = Field(description="The round that begins with the state: so many were merged into it.")
     run_tokens: int = Field(description="Tokens the whole run had been trained on by then.")
     path: str = Field(description="The folder it was saved in.")
 
@@ -433,7 +443,7 @@ def merge_in_words(event: RoundEvent) -> str:
     if not event.partners:
         return "nobody had anything new in time: it went on alone"
     parts = [f"{', '.join(event.partners)} in {time_in_words(event.pull_s or 0.0)}"]
-    if stalest := max(event.staleness_rounds, default=0):
+    if (stalest := max(event.staleness_rounds, default=0)) > 0:  # of who is ahead it is below 0
         parts.append(f"at most {stalest} round{'' if stalest == 1 else 's'} old")
     if event.consensus_spread is not None:
         parts.append(f"weights {event.consensus_spread:.1%} apart")
@@ -470,7 +480,7 @@ def _round_in_words(event: RoundEvent) -> str:
         f"sent {size_in_words(event.bytes_sent)}",
     ]
     if event.times_below_allreduce is not None:
-        parts.append(f"{event.times_below_allreduce:.1f} times below all-reduce")
+        parts.append(below_in_words(event.times_below_allreduce))
     return ", ".join([*parts, f"{count_in_words(event.run_tokens)} tokens in all"])
 
 
@@ -550,7 +560,8 @@ def in_words(event: Event) -> str:
                 f"one volunteer alone: held-out loss {event.held_out_loss:.3f} nats/byte after {steps} steps in {time}"
             )
         case ArchivedEvent():
-            return f"archived round {event.round} ({count_in_words(event.run_tokens)} tokens) in {event.path}"
+            rounds = f"{event.round} round{'' if event.round == 1 else 's'}"
+            return f"archived {rounds} ({count_in_words(event.run_tokens)} tokens) in {event.path}"
         case WarningEvent():
             return f"warning: {event.message}"
         case ErrorEvent():

@@ -48,7 +48,7 @@ FIRST_VERSIONS: Mapping[int, str] = {1: "0.1", 2: "0.2"}
 KEYS_SINCE: Mapping[str, int] = {}
 """Keys of the run file, as "section.key", that came after protocol 1, and with which."""
 
-WIRE_SHA256 = "04d516272b30587b5c807819475c31b1ced5159bd316bf95644420fe94a176e4"
+WIRE_SHA256 = "34c25aab20e4f24aca67b36647b3f47581ff9efc68d718023b59a0590f50beda"
 
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,32}")
 UPDATE = "update it where you installed it from, in a clone of its repository by `git pull` and `pip install .`"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 __all__ = [
     "ago_in_words",
+    "below_in_words",
     "count_in_words",
     "one_line",
+    "percent_in_words",
+    "shares_in_words",
     "short_peer",
     "size_in_words",
+    "speed_in_words",
     "stages_in_words",
     "time_in_words",
 ]
@@ -23,6 +28,45 @@ def size_in_words(num_bytes: float) -> str:
 def count_in_words(number: float) -> str:
     """A count for a person, such as `1.2 M`; powers of ten."""
     return _scaled(number, ("", "k", "M", "G", "T", "P")).rstrip()
+
+
+def speed_in_words(tokens_per_s: float) -> str:
+    """A speed for a person, such as `4.1 k tokens/s`."""
+    return f"{count_in_words(tokens_per_s)} tokens/s"
+
+
+def below_in_words(times: float) -> str:
+    """How much less than an all-reduce at every step was sent, such as `25.1 times below an all-reduce`."""
+    return f"{count_in_words(times)} times below an all-reduce"
+
+
+def percent_in_words(part: float, whole: float) -> str:
+    """A part of a whole, such as `40%`, rounded down: nothing is 100 % before it is whole."""
+    if whole <= 0:
+        return "0%"
+    if 0 < part / whole < 0.001:
+        return "<0.1%"
+    tenths = math.floor(min(1.0, part / whole) * 1000 + 1e-9)
+    return f"{tenths / 10:g}%" if tenths < 100 else f"{tenths // 10}%"
+
+
+def shares_in_words(counts: Sequence[int]) -> list[str]:
+    """Everybody's share of the sum of `counts`, such as `33%`; together they are 100 %.
+
+    Shares are rounded to whole percents by the largest remainder, and to tenths where one of them is below a percent.
+    """
+    total = sum(counts)
+    if total <= 0:
+        return ["0%"] * len(counts)
+    units = 1000 if any(0 < 100 * count < total for count in counts) else 100
+    whole = [count * units // total for count in counts]
+    order = sorted(range(len(counts)), key=lambda n: (-(counts[n] * units % total), n))
+    for n in order[: units - sum(whole)]:
+        whole[n] += 1
+    least = f"<{100 / units:g}%"
+    return [
+        f"{100 * share / units:g}%" if share or not count else least for share, count in zip(whole, counts, strict=True)
+    ]
 
 
 def _scaled(number: float, units: tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from swarmtrain.events import (
+    ArchivedEvent,
     DoneEvent,
     EvalEvent,
     Event,
@@ -181,17 +182,116 @@ def test_rates_are_those_of_the_last_half_minute(board: StatusBoard, clock: Cloc
     assert board.status().own_tokens_per_s == 0, "a pause is no training"
 
 
-def test_the_swarms_rate_is_the_growth_of_the_run_or_what_the_peers_say(board: StatusBoard, clock: Clock) -> None:
-    board.add_looker(lambda status: status.peers.add(peer=BEN, present=True, tokens_per_s=123.456) and None)
+def looker_of(*rows: dict[str, Any], **fields: Any) -> Any:
+    """Fills in these peers, and these fields; both may be changed later."""
+
+    def look(status: pb.PeerStatus) -> None:
+        for row in rows:
+            status.peers.add(**row)
+        for name, value in fields.items():
+            setattr(status, name, value)
+
+    return look
+
+
+def test_the_swarms_speed_is_the_sum_of_the_peers_and_each_is_measured(board: StatusBoard, clock: Clock) -> None:
+    me = {"peer": ANNA, "present": True, "tokens": 0}
+    ben = {"peer": BEN, "present": True, "tokens": 1000, "tokens_per_s": 123.456}
+    gone = {"peer": CARL, "present": False, "tokens": 10**6, "tokens_per_s": 99.0}
+    boot = {"peer": DORA, "present": True, "bootstrap": True}
+    board.add_looker(looker_of(me, ben, gone, boot))
+    board.tokens_per_step = 100
     board.take(STARTED)
-    assert board.status().swarm_tokens_per_s == 123, "what the peers say of their speed, in three digits"
-    for number in range(10):
-        board.take(round_event(number))
-        assert board.status().run_tokens == 2000 * (number + 1)
+    board.is_peer(ANNA, "anna")
+    steps = 0
+    board.set_pulse(lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing="", num_steps=steps))
+    for second in range(40):
+        if second % 10 == 5:
+            me["tokens"] += 1000
+            ben["tokens"] += 3000
+        status = board.status()
+        speeds = [item.tokens_per_s for item in status.peers]
+        assert status.swarm_tokens_per_s == pytest.approx(sum(speeds), rel=0.01)
+        if second < 15:
+            assert speeds[1] == 123, "what it says, in three digits, before its count has grown twice"
+        board.tick()
+        clock.now_s += 1.0
+        steps += 1
+    assert speeds == [status.own_tokens_per_s, 300, 0, 0] and status.own_tokens_per_s == pytest.approx(100)
+    clock.now_s += 200.0
+    assert board.status().peers[1].tokens_per_s < 60, "it has stopped"
+
+
+def test_in_a_pipeline_a_step_of_a_stage_is_no_step_of_the_model(board: StatusBoard, clock: Clock) -> None:
+    me = {"peer": ANNA, "present": True, "tokens": 0, "tokens_per_s": 70.0}
+    board.add_looker(looker_of(me))
+    board.add_looker(lambda status: status.stages.add(number=0) and None)
+    board.tokens_per_step = 100
+    board.take(STARTED)
+    board.is_peer(ANNA, "anna")
+    steps = 0
+    board.set_pulse(lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing="", num_steps=steps))
+    for _ in range(8):
+        board.tick()
+        status = board.status()
         clock.now_s += 10.0
-    assert board.status().swarm_tokens_per_s == pytest.approx(200)
-    clock.now_s += 300.0
-    assert board.status().swarm_tokens_per_s == 123, "the growth is too long ago"
+        steps += 100
+        me["tokens"] += 400
+    assert status.own_tokens_per_s == status.peers[0].tokens_per_s == status.swarm_tokens_per_s == 40
+
+
+def test_the_end_is_measured_and_then_told(board: StatusBoard, clock: Clock) -> None:
+    board.take(fetched(total_tokens=20_000))
+    board.take(JOINED)  # 6000 tokens: nobody knows since when
+    board.take(STARTED)
+    board.add_looker(looker_of({"peer": BEN, "present": True, "tokens_per_s": 1e6}))
+    assert board.status().end_time == 0, "what peers say of their speed is no measurement"
+    board.take(round_event(3))
+    assert board.status().end_time == 0, "one change says nothing of a speed"
+    clock.now_s += 10.0
+    board.take(round_event(4))
+    expected = board.status().end_time
+    assert expected == pytest.approx(1e9 + clock.now_s + 10_000 / 200)
+    clock.now_s += 5.0
+    assert board.status().end_time == expected, "it comes nearer between two rounds"
+    for number in range(5, 10):
+        clock.now_s += 10.0
+        board.take(round_event(number))
+        board.status()
+    reached = board.status().end_time
+    assert reached == pytest.approx(1e9 + clock.now_s)
+    clock.now_s += 100.0
+    again = StatusBoard("volunteer", 50.0, now=clock, wall=lambda: 1e9 + clock.now_s)
+    again.remember(board.status())
+    again.take(fetched(total_tokens=20_000))
+    assert board.status().end_time == again.status().end_time == reached
+
+
+def test_a_bootstrap_shows_the_median_of_what_volunteers_say_of_their_losses(clock: Clock) -> None:
+    board = StatusBoard("bootstrap", 50.0, now=clock, wall=lambda: 1e9 + clock.now_s)
+    rows = [{"peer": peer, "present": True} for peer in (ANNA, BEN, CARL)]
+    fields = {"run_tokens": 1000, "round": 3}
+    board.add_looker(lambda status: looker_of(*rows, **fields)(status))
+    board.tell_losses({ANNA: 2.0, BEN: 3.0, CARL: 999.0, DORA: 0.5})
+    assert board.status().swarm_loss == 3.0, "one liar does not move it, nor one who is not here"
+    board.tell_losses({ANNA: 2.0, BEN: 2.5})
+    fields["run_tokens"] = 2000
+    board.status()
+    assert [(p.run_tokens, p.loss) for p in board.status().losses] == [(1000, 3.0), (2000, 2.25)]
+    board.tell_losses({})
+    assert board.status().swarm_loss == 0 and len(board.status().losses) == 2
+
+
+def test_what_a_bootstrap_archived_is_kept_over_a_restart(clock: Clock) -> None:
+    board = StatusBoard("bootstrap", 50.0, now=clock, wall=lambda: 1e9 + clock.now_s)
+    board.take(fetched())
+    board.take(ArchivedEvent(round=6, run_tokens=9000, path="/here"))
+    kept = board.status().archive
+    assert (kept.num_rounds, kept.run_tokens, kept.time, kept.path) == (6, 9000, 1e9 + clock.now_s, "/here")
+    again = StatusBoard("bootstrap", 50.0, now=clock)
+    again.remember(board.status())
+    again.take(fetched())
+    assert again.status().archive == kept
 
 
 def test_the_pulse_speaks_only_in_rounds(board: StatusBoard) -> None:

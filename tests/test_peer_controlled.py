@@ -11,14 +11,16 @@ import pytest
 
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import DoneEvent, Event, FetchedEvent, FinishingEvent, WarningEvent
+from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.common import PeerSettings
 from swarmtrain.peer.control import read_status
-from swarmtrain.peer.controlled import Controlled, bootstrap_pulse, controlled, volunteer_pulse
+from swarmtrain.peer.controlled import Controlled, bootstrap_pulse, controlled, swarm_looker, volunteer_pulse
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.stopping import Interrupted, StopFlag
@@ -238,5 +240,33 @@ def test_a_bootstrap_says_whom_it_serves() -> None:
     assert pulse().doing == "serving the run; no volunteer is here; nothing is archived yet"
     volunteers += [SimpleNamespace(round=6), SimpleNamespace(round=7)]
     progress = Progress(round=6)
-    assert pulse().doing == "serving 2 volunteers in round 7; the archive holds round 5"
+    assert pulse().doing == "serving 2 volunteers in round 7; the archive holds 6 rounds"
     assert pulse().state == pb.PEER_STATE_SERVING
+
+
+def test_what_volunteers_say_of_their_losses_reaches_the_board() -> None:
+    board = StatusBoard("bootstrap", 0.0)
+    live = [
+        PeerInfo(peer=BEN[:-1] + end, training=training, loss=loss)
+        for end, training, loss in (("1", True, 2.0), ("2", True, 3.0), ("3", True, 0.0), ("4", False, 9.0))
+    ]
+    swarm: Any = SimpleNamespace(
+        membership=SimpleNamespace(live=lambda: live, volunteers=lambda: live),
+        me=PeerInfo(peer=BEN, is_bootstrap=True),
+        published=SimpleNamespace(run=SimpleNamespace(tokens_per_step=1, pipeline=SimpleNamespace(stages=1))),
+        tallying=SimpleNamespace(contributions=dict, acknowledged=dict, total=0),
+        reaching=SimpleNamespace(in_words=lambda: ""),
+        node=SimpleNamespace(num_dht_records=0),
+        hosting=None,
+    )
+    board.add_looker(swarm_looker(board, swarm))
+    assert board.status().swarm_loss == 2.5
+    swarm.me = PeerInfo(peer=BEN, training=True, loss=4.0)
+    assert board.status().swarm_loss == 3.0, "this peer is one of them"
+
+
+def test_a_loss_that_is_no_number_is_not_told() -> None:
+    swarm = SimpleNamespace(me=PeerInfo(peer=BEN))
+    for loss, told in ((2.5, 2.5), (float("nan"), 0.0), (float("inf"), 0.0), (1e9, 0.0)):
+        Swarm.describe_loss(swarm, loss)  # type: ignore[arg-type]
+        assert swarm.me.loss == told

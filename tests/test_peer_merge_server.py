@@ -332,6 +332,9 @@ def test_a_huge_gradient_is_cut_the_first_of_all_too(world: Callable[..., World]
     train(anna, 1, it.theta, torch.full((SIZE,), 1e25))
     it.take_in(anna)
     assert float((it.server.state.theta - before).norm()) < 4 * float(random_gradient(0).norm())
+    assert not any(isinstance(event, ClippedEvent) for event in it.events[SERVER.peer_id]), "it may have come back"
+    train(anna, 2, it.theta, torch.full((SIZE,), 1e25))
+    it.take_in(anna)
     named = {event.from_peer for event in it.events[SERVER.peer_id] if isinstance(event, ClippedEvent)}
     assert named == {ANNA.peer_id}
 

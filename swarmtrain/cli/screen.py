@@ -1,6 +1,7 @@
 """What a person sees of a peer: a status page, the screen of `watch`, one plain line. Pure: a view in, lines out.
 
-No line is wider than asked for, and no screen higher. Names and messages may come from other peers: they are shown
+No line is wider than asked for, and no screen higher: what is longer goes on in the next line, or the less important
+part of it is left out. Names and messages may come from other peers: they are shown
 as plain text, escaped and shortened.
 """
 
@@ -8,12 +9,11 @@ from __future__ import annotations
 
 import math
 import shlex
-import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len, chop_cells, set_cell_size
 from rich.text import Text
 
 from swarmtrain.cli.peers import Life, View, title
@@ -22,10 +22,14 @@ from swarmtrain.peer.started import Started, StartedFile
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import (
     ago_in_words,
+    below_in_words,
     count_in_words,
     one_line,
+    percent_in_words,
+    shares_in_words,
     short_peer,
     size_in_words,
+    speed_in_words,
     stages_in_words,
     time_in_words,
 )
@@ -44,6 +48,9 @@ __all__ = [
 UNCUT = 10_000
 """A width, or a number of lines, where there is no terminal: everything is written."""
 _NAME_CELLS = 16
+_LEAST_NAME_CELLS = 8
+_INDENT = 14
+_FACT_LINES = 4
 _MAX_YEARS = 10
 _MOST_STAGES = 8
 _LABEL_CELLS = 8
@@ -139,51 +146,60 @@ def _finite(number: float) -> float:
     return number if math.isfinite(number) else 0.0
 
 
-def _percent(part: float, whole: float) -> str:
-    """Rounded down: nothing is 100 % before it is whole."""
-    if whole <= 0:
-        return "0%"
-    if 0 < part / whole < 0.001:
-        return "<0.1%"
-    tenths = math.floor(min(1.0, part / whole) * 1000 + 1e-9)
-    return f"{tenths / 10:g}%" if tenths < 100 else f"{tenths // 10}%"
-
-
 def _speed(tokens_per_s: float) -> str:
-    return f"{count_in_words(_finite(tokens_per_s))} tokens/s"
+    return speed_in_words(_finite(tokens_per_s))
+
+
+def _speeds(status: Any) -> str:
+    """Own and the swarm's, which is the sum of everybody's."""
+    swarm = f"swarm {_speed(status.swarm_tokens_per_s)}"
+    return swarm if status.role == "bootstrap" else f"own {_speed(status.own_tokens_per_s)}, {swarm}"
 
 
 def _progress(view: View) -> str:
     status = view.status
     if not status.total_tokens:
         return f"{count_in_words(status.run_tokens)} tokens" if status.run_tokens else "not known yet"
-    return f"{_percent(status.run_tokens, status.total_tokens)} of {count_in_words(status.total_tokens)} tokens"
+    return f"{percent_in_words(status.run_tokens, status.total_tokens)} of {count_in_words(status.total_tokens)} tokens"
 
 
 def _left(view: View) -> str:
-    """How long the run takes still at the swarm's present speed; empty when nobody can tell."""
+    """How long the run takes still by its measured progress, or when it had its tokens; empty when nobody can tell."""
     status = view.status
-    speed = _finite(status.swarm_tokens_per_s)
-    if view.life is not Life.RUNNING or status.state not in _WORKING or speed <= 0 or not status.total_tokens:
+    end_time = _finite(status.end_time)
+    if not status.total_tokens:
         return ""
-    left_s = max(0, status.total_tokens - status.run_tokens) / speed
-    if not left_s:
-        return "finishing"
+    if status.run_tokens >= status.total_tokens:
+        return f"reached at {_clock(end_time, view.now)}" if end_time > 0 else "reached"
+    if view.life is not Life.RUNNING or status.state not in _WORKING or end_time <= 0:
+        return ""
+    left_s = _finite(end_time - view.now)
+    if left_s < 1:
+        return "about to be reached"
     years = left_s / (365 * 86400)
     return f"about {time_in_words(left_s)} left" if years < _MAX_YEARS else f"more than {_MAX_YEARS} years left"
 
 
 def _losses(status: Any) -> str:
     training = [point.loss for point in status.losses if math.isfinite(point.loss) and point.loss]
-    parts = [f"{training[-1]:.3f} nats/token"] if training else []
+    whose = " (median of the volunteers)" if status.role == "bootstrap" else ""
+    parts = [f"{training[-1]:.3f} nats/token{whose}"] if training else []
     if _finite(status.held_out_loss):
         parts.append(f"held-out {status.held_out_loss:.3f} nats/byte")
     return ", ".join(parts) or "none yet"
 
 
+def _shares(peers: Sequence[Any]) -> list[str]:
+    return shares_in_words([peer.tokens for peer in peers])
+
+
 def _contribution(status: Any) -> str:
-    counted = max(sum(peer.tokens for peer in status.peers), status.own_tokens)
-    share = f", {_percent(status.own_tokens, counted)} of all" if counted else ""
+    """Its tokens, and the share that its row among the peers has."""
+    shares = dict(zip((peer.peer for peer in status.peers), _shares(status.peers), strict=True))
+    if status.peer in shares and any(peer.tokens for peer in status.peers):
+        share = f", {shares[status.peer]} of all"
+    else:
+        share = ", 100% of all" if status.own_tokens and not shares else ""
     return f"{count_in_words(status.own_tokens)} tokens{share}"
 
 
@@ -197,7 +213,7 @@ def _traffic(status: Any) -> str:
 
 def _economy(status: Any) -> str:
     below = _finite(status.times_below_allreduce)
-    parts = [f"{count_in_words(below)} times below an all-reduce"] if below else []
+    parts = [below_in_words(below)] if below else []
     if status.role != "bootstrap":
         share = _finite(status.stall_share)
         parts.append(f"{share:.0%} of the time standing still" if share >= 0.01 else f"{share:.1%} standing still")
@@ -209,6 +225,17 @@ def _checkpoint(view: View) -> str:
     if not view.status.HasField("checkpoint"):
         return "none yet"
     return f"of round {kept.round}, {_ago(kept.time, view)}, {size_in_words(kept.size_bytes)}"
+
+
+def _archive(view: View) -> str:
+    """What a bootstrap has written down last; empty for others."""
+    status, kept = view.status, view.status.archive
+    if status.role != "bootstrap":
+        return ""
+    if not status.HasField("archive"):
+        return "nothing yet"
+    rounds = f"{kept.num_rounds} round{'' if kept.num_rounds == 1 else 's'}"
+    return f"{rounds}, {count_in_words(kept.run_tokens)} tokens, {_ago(kept.time, view)}, in {one_line(kept.path)}"
 
 
 def limits_in_words(limits: Any) -> str:
@@ -236,21 +263,34 @@ def _line(width: int, *parts: str | Text | tuple[str, str]) -> Text:
     return line
 
 
-def _fact(width: int, name: str, text: str) -> Text:
-    return _line(width, (f"{name:<14}", "dim"), text)
+def _fact(width: int, name: str, text: str, most: int = _FACT_LINES) -> list[Text]:
+    """A named fact in at most so many lines."""
+    lines = _wrap(text, width - _INDENT, most)
+    return [_line(width, (f"{name if not n else '':<{_INDENT}}", "dim"), line) for n, line in enumerate(lines)]
 
 
 def _wrapped(text: str, width: int, most: int, style: str = "") -> list[Text]:
-    """`text` in at most so many lines; what does not fit is cut with an ellipsis."""
-    lines = textwrap.wrap(text, max(10, width), break_on_hyphens=False) or [""]
+    return [_line(width, (line, style)) for line in _wrap(text, width, most)]
+
+
+def _wrap(text: str, cells: int, most: int) -> list[str]:
+    """`text` in at most so many lines, broken between words; of a longer text the last one ends with an ellipsis."""
+    cells, lines = max(10, cells), [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if cell_len(joined) <= cells:
+            lines[-1] = joined
+            continue
+        pieces = chop_cells(word, cells)
+        lines[-1:] = [lines[-1], *pieces] if lines[-1] else pieces
     if len(lines) > most:
-        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
-    return [_line(width, (line, style)) for line in lines]
+        lines = [*lines[: most - 1], set_cell_size(lines[most - 1], min(cells - 1, cell_len(lines[most - 1]))) + "…"]
+    return lines
 
 
 def _clipped(text: str, cells: int) -> str:
     text = one_line(text)
-    return text if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"
+    return text if cell_len(text) <= cells else set_cell_size(text, cells - 1).rstrip() + "…"
 
 
 def _columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
@@ -266,29 +306,58 @@ def _columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[s
     return lines
 
 
-def _peer_rows(status: Any, most: int) -> tuple[list[tuple[str, bool]], str]:
-    """At most so many peers, as (line, whether it is here), this one first; and a word on the rest."""
-    order = sorted(status.peers, key=lambda peer: (peer.peer != status.peer, not peer.present, -peer.tokens, peer.peer))
-    counted = sum(peer.tokens for peer in order)
+def _peer_rows(status: Any, width: int, most: int) -> list[tuple[str, bool]]:
+    """At most so many peers, as (line, whether it is here), this one first; the last line may be a word on the rest.
+    What matters less is left out where the lines are narrow."""
+    order = sorted(
+        zip(status.peers, _shares(status.peers), strict=True),
+        key=lambda row: (row[0].peer != status.peer, not row[0].present, -row[0].tokens, row[0].peer),
+    )
     shown = order if len(order) <= most else order[: max(0, most - 1)]
-    rows = []
-    for peer in shown:
-        own = peer.peer == status.peer
-        role = "bootstrap" if peer.bootstrap and not peer.tokens else f"{count_in_words(peer.tokens)} tokens"
-        share = "" if peer.bootstrap and not peer.tokens else _percent(peer.tokens, counted)
-        here = "here" if peer.present else "away"
-        doing = _round_of(peer) if peer.present and not peer.bootstrap else ""
-        speed = _speed(peer.tokens_per_s) if peer.present and _finite(peer.tokens_per_s) > 0 else ""
-        name = _clipped(peer.name, _NAME_CELLS - 6 * own) + " (you)" * own
-        rows.append([name, short_peer(one_line(peer.peer)), role, share, here, doing, speed])
-    lines = list(zip(_columns(rows, right=(2, 3)), [peer.present for peer in shown], strict=True))
-    rest = order[len(shown) :]
-    here, tokens = sum(peer.present for peer in rest), count_in_words(sum(peer.tokens for peer in rest))
-    return lines, f"and {len(rest)} more: {here} here, {len(rest) - here} away, {tokens} tokens" if rest else ""
+    cells, columns = _NAME_CELLS, {"name", "peer", "tokens", "share", "here", "doing", "speed"}
+    for less in ("", "peer", "here", "doing", "share", "cells"):
+        columns -= {less}
+        cells = _LEAST_NAME_CELLS if less == "cells" else cells
+        lines = _columns([_peer_row(status, peer, share, columns, cells) for peer, share in shown], right=(2, 3))
+        if all(cell_len(line) <= width for line in lines):
+            break
+    found = [(line, bool(peer.present)) for line, (peer, _) in zip(lines, shown, strict=True)]
+    if rest := [peer for peer, _ in order[len(shown) :]]:
+        here, tokens = sum(peer.present for peer in rest), sum(peer.tokens for peer in rest)
+        words = f"and {len(rest)} more: {here} here, {len(rest) - here} away, {count_in_words(tokens)} tokens"
+        found.append((words, False))
+    return found if most > 0 else []
+
+
+def _peer_row(status: Any, peer: Any, share: str, columns: Container[str], cells: int) -> list[str]:
+    """The cells of its line; those of columns that are not wanted are empty."""
+    own, is_role = peer.peer == status.peer, peer.bootstrap and not peer.tokens
+    short, name = short_peer(one_line(peer.peer)), _clipped(peer.name, cells - 6 * own)
+    doing = _round_of(peer) if peer.present and not peer.bootstrap else ""
+    here = "here" if peer.present else "away"
+    if "doing" not in columns or not ("here" in columns or doing):
+        doing = here
+    row = {
+        "name": name + " (you)" * own,
+        "peer": short if short != one_line(peer.name) else "",
+        "tokens": "bootstrap" if is_role else f"{count_in_words(peer.tokens)} tokens",
+        "share": "" if is_role else share,
+        "here": here,
+        "doing": doing,
+        "speed": _speed(peer.tokens_per_s) if peer.present and _finite(peer.tokens_per_s) > 0 else "",
+    }
+    return [text if name in columns or name == "doing" else "" for name, text in row.items()]
 
 
 def _round_of(peer: Any) -> str:
-    return f"{stages_in_words(peer.stages)}, round {peer.round}" if peer.stages else f"round {peer.round}"
+    return f"{_stages(peer.stages)}, round {peer.round}" if peer.stages else f"round {peer.round}"
+
+
+def _stages(stages: Sequence[int]) -> str:
+    """Such as `stage 2`, `stages 0 and 1`, or `stages 0-2`."""
+    if len(stages) > 2 and list(stages) == list(range(stages[0], stages[-1] + 1)):
+        return f"stages {stages[0]}-{stages[-1]}"
+    return stages_in_words(stages)
 
 
 def _stage_lines(status: Any, width: int) -> list[Text]:
@@ -310,27 +379,35 @@ def _stage_lines(status: Any, width: int) -> list[Text]:
 
 
 def _peer_lines(status: Any, width: int, most: int) -> list[Text]:
-    rows, rest = _peer_rows(status, most)
-    lines = [_line(width, (line, "" if here else "dim")) for line, here in rows]
-    return [*lines, _line(width, (rest, "dim"))] if rest and most > 0 else lines
+    return [_line(width, (line, "" if here else "dim")) for line, here in _peer_rows(status, width, most)]
 
 
 def _notice_lines(view: View, width: int, most: int) -> list[Text]:
+    """The last few warnings, each whole."""
     notices = list(view.status.notices)[-most:] if most else []
     return [
-        _line(width, (f"{_clock(notice.time, view.now)} {one_line(notice.message)}", "yellow")) for notice in notices
+        line
+        for notice in notices
+        for line in _wrapped(
+            f"{_clock(notice.time, view.now)} {one_line(notice.message)}", width, _FACT_LINES, "yellow"
+        )
     ]
 
 
 def _title_line(view: View, width: int) -> Text:
     """Who it is, and at the right in a word what it does."""
     status, word = view.status, state_in_words(view)
-    who = _clipped(title(status, view.folder), 32)
-    peer = f" ({short_peer(one_line(status.peer))})" if status.peer else ""
-    run = f" in run {_clipped(status.run_name, 32)}" if status.run_name else ""
+    name, short = title(status, view.folder), short_peer(one_line(status.peer)) if status.peer else ""
+    role = one_line(status.role) or "peer"
     colour = _COLOURS.get(word, "red" if view.life in (Life.DIED, Life.FAILED, Life.LOST, Life.SILENT) else "")
     styled = (word, f"bold {colour}".strip())
-    left = _line(max(1, width - len(word) - 1), (who, "bold"), f"{peer}, {one_line(status.role) or 'peer'}{run}")
+    peer = f" ({short})" if short and short != name else ""
+    for cells in (32, 24, _NAME_CELLS):  # of a name, the run's too
+        who, run = _clipped(name, cells), _clipped(status.run_name, cells)
+        about = f"{'' if name == role else f', {role}'}" + (f" in run {run}" if run else "")
+        if cell_len(who + peer + about) + len(word) < width:
+            break
+    left = _line(max(1, width - len(word) - 1), (who, "bold"), f"{peer}{about}")
     if width >= UNCUT:  # for a file, or another program: there is no right
         return _line(width, left, ": ", styled)
     return _line(width, left, " " * max(1, min(width, _TITLE_CELLS) - left.cell_len - len(word)), styled)
@@ -344,25 +421,25 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
     status = view.status
     lines = [_title_line(view, width), *_wrapped(sentence(view), width, 5)]
     if view.folder is not None:
-        lines.append(_fact(width, "folder", one_line(str(view.folder))))
+        lines += _fact(width, "folder", one_line(str(view.folder)))
     if not status.time:
         return lines
     left = _left(view)
     steps = f", inner step {status.inner_steps_done} of {status.inner_steps}" if status.inner_steps else ""
-    economy = _economy(status)
     facts = {
         "run": f"{one_line(status.run_name) or 'not known yet'} {one_line(status.run_sha256)[:12]}",
         "progress": ", ".join(part for part in (_progress(view), left) if part),
         "round": f"{status.round}{steps}",
         "loss": _losses(status),
-        "speed": f"own {_speed(status.own_tokens_per_s)}, swarm {_speed(status.swarm_tokens_per_s)}",
+        "speed": _speeds(status),
         "contribution": _contribution(status),
         "traffic": _traffic(status),
-        "": economy,
+        "exchange": _economy(status),
         "merged": one_line(status.last_merge),
         "data": one_line(status.data),
         "reach": one_line(status.reach),
-        "checkpoint": _checkpoint(view),
+        "archive": _archive(view),
+        "checkpoint": "" if status.HasField("archive") else _checkpoint(view),
         "limits": limits_in_words(status.limits) if status.HasField("limits") else "",
     }
     if view.life is Life.RUNNING:
@@ -370,7 +447,7 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         facts["process"] = f"{status.pid}, for {up}, version {one_line(status.version)}"
     if status.role == "bootstrap":
         del facts["contribution"]
-    lines += [_fact(width, name, text) for name, text in facts.items() if text]
+    lines += [line for name, text in facts.items() if text for line in _fact(width, name, text)]
     if status.stages:
         lines += [_line(width, ("stages", "dim")), *_stage_lines(status, width)]
     if status.notices:
@@ -402,7 +479,7 @@ def list_peers(views: Sequence[View], width: int) -> list[Text]:
             state_in_words(view),
             "" if view.life is Life.RUNNING or not view.status.time else _ago(view.status.time, view),
             _clipped(view.status.run_name, _NAME_CELLS),
-            _percent(view.status.run_tokens, view.status.total_tokens) if view.status.total_tokens else "",
+            percent_in_words(view.status.run_tokens, view.status.total_tokens) if view.status.total_tokens else "",
             one_line(str(view.folder)),
         ]
         for view in views
@@ -427,13 +504,13 @@ def plain_line(view: View) -> str:
 def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False) -> list[Text]:
     """A screen of at most `height` lines; what matters least goes first when that is few."""
     status = view.status
-    top = [_title_line(view, width), *_wrapped(sentence(view), width, 2 if view.life is Life.RUNNING else 5)]
+    top = [_title_line(view, width), *_wrapped(sentence(view), width, 3 if view.life is Life.RUNNING else 5)]
     leave = "" if view.life.over and not view.note else "q leaves this screen"
     foot = _line(width, (leave if view.life.over else f"{leave}; the peer goes on", "dim"))
     room = height - len(top) - 1
     blocks = {}
-    for name, block in _blocks(view, width, height, ascii_only).items():
-        blocks[name] = block if len(block) <= room else []
+    for name, variants in _blocks(view, width, height, ascii_only).items():
+        blocks[name] = next((block for block in variants if len(block) <= room), [])
         room -= len(blocks[name])
     progress, notices = blocks.pop("progress"), blocks.pop("warnings")
     plot_lines, peer_lines = _shares_of(room, len(status.peers))
@@ -448,26 +525,30 @@ def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False)
     return [*body[: height - 1], foot][:height]
 
 
-def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, list[Text]]:
-    """The lines whose number does not depend on the room left, the most important first."""
+def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, list[list[Text]]]:
+    """The lines whose number does not depend on the room left, the most important first; of each the variants, the
+    longest first."""
     status = view.status
     bootstrap = status.role == "bootstrap"
     facts = {
         "progress": "",
         "stages": "",
-        "speed": f"own {_speed(status.own_tokens_per_s)}, swarm {_speed(status.swarm_tokens_per_s)}",
+        "speed": _speeds(status),
+        "archive": _archive(view),
         "contribution": "" if bootstrap else _contribution(status),
         "traffic": _traffic(status),
         "warnings": "",
-        "checkpoint": _checkpoint(view),
+        "checkpoint": "" if bootstrap else _checkpoint(view),
         "exchange": _economy(status),
         "merged": one_line(status.last_merge),
         "limits": limits_in_words(status.limits) if height >= _HIGH_LINES and status.HasField("limits") else "",
     }
-    blocks = {name: [_fact(width, name, text)] if text else [] for name, text in facts.items()}
+    blocks = {
+        name: [_fact(width, name, text), _fact(width, name, text, 1)] if text else [] for name, text in facts.items()
+    }
     blocks["progress"] = [_progress_bar(view, width, ascii_only)]
-    blocks["stages"] = _stage_lines(status, width)
-    blocks["warnings"] = _notice_lines(view, width, 2)
+    blocks["stages"] = [_stage_lines(status, width)]
+    blocks["warnings"] = [_notice_lines(view, width, most) for most in (2, 1)]
     return blocks
 
 
@@ -480,7 +561,7 @@ def _shares_of(room: int, num_peers: int) -> tuple[int, int]:
     return min(room - (rows + 1 if rows else 0), 2 + 20), rows
 
 
-def _progress_bar(view: View, width: int, ascii_only: bool) -> Text:
+def _progress_bar(view: View, width: int, ascii_only: bool) -> list[Text]:
     status = view.status
     words = ", ".join(part for part in (_progress(view), _left(view)) if part)
     cells = width - cell_len(words) - 2
@@ -488,7 +569,7 @@ def _progress_bar(view: View, width: int, ascii_only: bool) -> Text:
         return _fact(width, "progress", words)
     done = int(cells * min(1.0, status.run_tokens / status.total_tokens))
     full, empty = ("#", ".") if ascii_only else ("█", "░")
-    return _line(width, (full * done, "green"), (empty * (cells - done), "dim"), f"  {words}")
+    return [_line(width, (full * done, "green"), (empty * (cells - done), "dim"), f"  {words}")]
 
 
 def _draw_losses(status: Any, width: int, height: int, ascii_only: bool) -> list[Text]:

@@ -36,7 +36,8 @@ class PeerInfo:
     `stamp` grows with each renewal: seconds of the sender's clock, which agrees with the reader's `now` within a
     second or so. `steps_per_s` is its inner-step rate; its round takes `inner_steps` (0: not known) and has done
     `inner_steps_done`; `part` is the newest publication of its round (0: none yet) and `part_tokens` what that counts.
-    `settled`: the run is over, and it needs nothing more from others. `hidden`: nobody can dial it; only over a
+    `loss` is its mean training loss over its last round, nats per token (0: not known). `settled`: the run is over, and
+    it needs nothing more from others. `hidden`: nobody can dial it; only over a
     connection that it has opened itself can it be called, and its publications are had through its `hosts`. `place`: in
     a pipeline, what it holds and how fast it is.
     """
@@ -52,6 +53,7 @@ class PeerInfo:
     inner_steps: int = 0
     inner_steps_done: int = 0
     steps_per_s: float = 0.0
+    loss: float = 0.0
     run_tokens: int = 0
     settled: bool = False
     addresses: tuple[str, ...] = ()

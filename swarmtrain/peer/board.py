@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import os
 import re
+import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from swarmtrain import __version__
 from swarmtrain.events import (
+    ArchivedEvent,
     CaughtUpEvent,
     DoneEvent,
     ErrorEvent,
@@ -40,6 +42,7 @@ from swarmtrain.events import (
     short_peer,
     times_below_allreduce,
 )
+from swarmtrain.peer.growth import Growth
 from swarmtrain.peer.health import Vitals
 from swarmtrain.v1 import control_pb2 as pb
 
@@ -52,6 +55,8 @@ _WINDOW_S = 30.0
 _PATIENCE_S = 60.0
 _PROGRESS_BYTES = 65_536
 _NAMED = 3
+_NAME_CHARACTERS = 16
+"""Of a name in a sentence: it may have 64."""
 _REASONS = {
     "total_tokens": "the run has its tokens",
     "interrupted": "it was interrupted",
@@ -139,7 +144,9 @@ class StatusBoard:
         self._lookers: list[Callable[[pb.PeerStatus], None]] = []
         self._listeners: list[Callable[[Event], None]] = []
         self._samples: deque[tuple[float, Pulse]] = deque()
-        self._run_samples: deque[tuple[float, int]] = deque()
+        self._run_growth = Growth()
+        self._peer_growths: dict[str, Growth] = {}
+        self._told_losses: dict[str, float] = {}
         self._beats = 0
         self._seen_beats = 0
         self._progressed_s = now()
@@ -189,7 +196,10 @@ class StatusBoard:
             case WarningEvent() | ErrorEvent():
                 self._notice(event.time, event.message)
             case RefusedEvent():
-                self._notice(event.time, f"refused what {short_peer(event.from_peer)} sent: {event.detail}")
+                self._notice(event.time, f"refused what {self._short_name(event.from_peer)} sent: {event.detail}")
+            case ArchivedEvent():
+                base.archive.num_rounds, base.archive.run_tokens = event.round, event.run_tokens
+                base.archive.time, base.archive.path = event.time or self._wall(), event.path
             case DoneEvent():
                 base.held_out_loss = event.held_out_loss or base.held_out_loss
                 base.end_reason = event.reason
@@ -231,6 +241,10 @@ class StatusBoard:
             self._names |= {item.peer: item.name for item in before.peers}
             base.own_tokens, base.run_tokens = before.own_tokens, before.run_tokens
             base.held_out_loss = before.held_out_loss
+            if before.run_tokens >= total_tokens:
+                base.end_time = before.end_time
+            if before.HasField("archive"):
+                base.archive.CopyFrom(before.archive)
 
     def remember(self, before: pb.PeerStatus) -> None:
         """The last status of this folder's earlier life: its losses and names go on if the run is the same."""
@@ -286,6 +300,10 @@ class StatusBoard:
         """A peer's name for a person; the end of its PeerID if it has none."""
         return self._names.get(peer) or short_peer(peer)
 
+    def _short_name(self, peer: str) -> str:
+        name = self.name_of(peer)
+        return name if len(name) <= _NAME_CHARACTERS else f"{name[: _NAME_CHARACTERS - 1]}…"
+
     def know_name(self, peer: str, name: str) -> None:
         """What `peer` calls itself; kept when it is gone."""
         if name and self._names.get(peer) != name:
@@ -297,7 +315,7 @@ class StatusBoard:
         """`sentence` with names in place of PeerIDs: of a long list the first few and how many more."""
 
         def names(match: re.Match[str]) -> str:
-            found = [self.name_of(peer) for peer in match[0].split(", ")]
+            found = [self._short_name(peer) for peer in match[0].split(", ")]
             if len(found) > _NAMED + 1:
                 found = [*found[:_NAMED], f"{len(found) - _NAMED} others"]
             return " and ".join(part for part in (", ".join(found[:-1]), found[-1]) if part)
@@ -352,7 +370,10 @@ class StatusBoard:
             status.doing = self._busy
         for looker in self._lookers:
             looker(status)
-        self._fill_swarm_rate(status, now)
+        with self._lock:
+            self._fill_speeds(status, now)
+            self._fill_end(status, now)
+            self._fill_swarm_loss(status)
         return status
 
     def _fill_rates(self, status: pb.PeerStatus) -> None:
@@ -367,20 +388,51 @@ class StatusBoard:
         status.sent_bytes_per_s = _rounded((last.sent_bytes - first.sent_bytes) / over_s)
         status.received_bytes_per_s = _rounded((last.received_bytes - first.received_bytes) / over_s)
 
-    def _fill_swarm_rate(self, status: pb.PeerStatus, now: float) -> None:
-        """The run's tokens per second: by its growth if that is fresh, else by what the peers say of their speed."""
+    def _fill_speeds(self, status: pb.PeerStatus, now: float) -> None:
+        """Of this peer by its steps, of the others by what they are counted, and before that is known as they say; the
+        swarm's is the sum. In a pipeline, where a step of one stage is a part of a step, everything is by counts."""
+        known, self._peer_growths = self._peer_growths, {}
+        has_ended = status.state in (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED)
+        for item in status.peers:
+            if item.bootstrap or not item.present or has_ended:
+                item.tokens_per_s = 0.0
+                continue
+            growth = self._peer_growths[item.peer] = known.get(item.peer) or Growth()
+            growth.take(item.tokens, now)
+            if item.peer == status.peer and not status.stages:
+                item.tokens_per_s = status.own_tokens_per_s
+                continue
+            per_s = growth.per_s(now)
+            item.tokens_per_s = _rounded(item.tokens_per_s if per_s is None else per_s)
+            if item.peer == status.peer:
+                status.own_tokens_per_s = item.tokens_per_s
+        status.swarm_tokens_per_s = _rounded(sum(item.tokens_per_s for item in status.peers))
+
+    def _fill_end(self, status: pb.PeerStatus, now: float) -> None:
+        """When the run has its tokens at the speed at which they have grown, or when it was seen to have them."""
+        growth, left = self._run_growth, status.total_tokens - status.run_tokens
+        if status.run_tokens:
+            growth.take(status.run_tokens, now)
+        if not status.total_tokens:
+            return
+        if left <= 0:
+            self._base.end_time = status.end_time = self._base.end_time or self._wall()
+        elif per_s := growth.per_s(now):
+            end_s = max(growth.changed_s + left / per_s, now)
+            status.end_time = round(self._wall() - now + end_s)  # a figure that does not change with every breath
+
+    def _fill_swarm_loss(self, status: pb.PeerStatus) -> None:
+        """The median of what volunteers tell; a bootstrap, which has no loss of its own, has the curve of that."""
+        told = [self._told_losses[item.peer] for item in status.peers if self._told_losses.get(item.peer)]
+        status.swarm_loss = statistics.median(told) if told else 0.0
+        points = self._curve.points
+        if status.role == "bootstrap" and told and (not points or status.run_tokens > points[-1].run_tokens):
+            self._curve.add(pb.LossPoint(round=status.round, run_tokens=status.run_tokens, loss=status.swarm_loss))
+
+    def tell_losses(self, losses: Mapping[str, float]) -> None:
+        """What volunteers say of their training losses, by PeerID."""
         with self._lock:
-            samples = self._run_samples
-            if status.run_tokens and (not samples or samples[-1][1] != status.run_tokens):
-                samples.append((now, status.run_tokens))
-            while len(samples) > 2 and samples[1][0] < now - _WINDOW_S:
-                samples.popleft()
-            grown = len(samples) > 1 and samples[-1][0] > samples[0][0]
-            over_s = samples[-1][0] - samples[0][0] if grown else 0.0
-            if grown and now - samples[-1][0] < max(_WINDOW_S, 2 * over_s):
-                status.swarm_tokens_per_s = _rounded((samples[-1][1] - samples[0][1]) / over_s)
-            elif status.state not in (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED):
-                status.swarm_tokens_per_s = _rounded(sum(item.tokens_per_s for item in status.peers if item.present))
+            self._told_losses = dict(losses)
 
 
 @dataclass

@@ -285,7 +285,7 @@ def bootstrap_pulse(swarm: Swarm, archived: Callable[[], Progress]) -> Callable[
     def pulse() -> Pulse:
         volunteers = swarm.membership.volunteers()
         round = max((info.round for info in volunteers), default=archived().round)
-        kept = f"the archive holds round {archived().round - 1}" if archived().round else "nothing is archived yet"
+        kept = f"the archive holds {_rounds(archived().round)}" if archived().round else "nothing is archived yet"
         who = f"{_volunteers(len(volunteers))} in round {round}" if volunteers else "the run; no volunteer is here"
         return Pulse(
             state=pb.PEER_STATE_SERVING,
@@ -296,6 +296,10 @@ def bootstrap_pulse(swarm: Swarm, archived: Callable[[], Progress]) -> Callable[
         )
 
     return pulse
+
+
+def _rounds(number: int) -> str:
+    return f"{number} round{'' if number == 1 else 's'}"
 
 
 def _volunteers(number: int, more: str = "") -> str:
@@ -326,6 +330,7 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
         shown = {*live, *heapq.nlargest(MAX_SHOWN_PEERS, counts, key=counts.__getitem__)}
         everyone = sorted(shown, key=lambda peer: (peer not in live, -counts.get(peer, 0), peer))
         _show_stages(status, swarm)
+        board.tell_losses({info.peer: info.loss for info in live.values() if info.training and info.loss})
         for peer in everyone[:MAX_SHOWN_PEERS]:
             info = live.get(peer, gone)
             status.peers.add(

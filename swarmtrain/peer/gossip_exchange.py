@@ -42,7 +42,7 @@ from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import SAMPLE, consensus_of, layout_of_specs, mean_of_near, not_far_behind, theta_of
-from swarmtrain.peer.robustness import Robustness, apart
+from swarmtrain.peer.robustness import Naming, Robustness, apart
 from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Replaced, Start
 from swarmtrain.run import GradientFormat
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -142,8 +142,9 @@ class GossipExchange(AsynchronousExchange):
         self._layout, met = layout_of_specs(swarm.specs), section.init == "common"
         self._fragments = fragments_of(self._layout, section.num_fragments)
         self._began_s = [0.0] * len(self._fragments)
+        naming = Naming(self._tell_clipped)
         self._robustness = [
-            Robustness(section.robust, fragment.layout, self._tell_clipped, met=met) for fragment in self._fragments
+            Robustness(section.robust, fragment.layout, naming, met=met) for fragment in self._fragments
         ]
         self.publishers = {
             (what, fragment): Publisher(
@@ -329,7 +330,8 @@ class GossipExchange(AsynchronousExchange):
     def _accept_untrusted(self, fragment: int, held: Held, arrival: Arrival) -> Arrival:
         """What the run's rule lets enter a merge: it compares with all that was published here before."""
         self._learn()
-        return self._robustness[fragment].accept(held.snapshot.author, arrival, self._states[fragment].theta)
+        author, round = held.snapshot.author, held.snapshot.manifest.round
+        return self._robustness[fragment].accept(author, arrival, self._states[fragment].theta, round)
 
     def _hear_rows_untrusted(self, peer: str, rows: Sequence[pb.Signed]) -> None:
         if self.swarm.coverage is not None:
@@ -513,6 +515,8 @@ class GossipExchange(AsynchronousExchange):
             progress = self._progress_of(states, own_round)
             state = consensus_of(states, self._layout)
             self.gossip.forget_pulled()
+            for robustness in self._robustness:
+                robustness.comes_back()
             self.offer(state, progress)
             return Replaced(state=state, progress=progress, from_peer=states[0].peer, reason=reason)
         return None

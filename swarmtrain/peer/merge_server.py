@@ -31,7 +31,7 @@ from swarmtrain.network.swarm import Swarm
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.consensus import layout_of_specs
-from swarmtrain.peer.robustness import Robustness
+from swarmtrain.peer.robustness import Naming, Robustness
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["MergeServer"]
@@ -54,7 +54,7 @@ class MergeServer:
         self.marks = Marks()
         self._keep = keep
         self._outer = DelayedNesterov(state, self._constants(), max(1, section.buffer_arrivals), section.momentum_share)
-        self._robustness = Robustness(section.robust, layout_of_specs(swarm.specs), self._tell_clipped)
+        self._robustness = Robustness(section.robust, layout_of_specs(swarm.specs), Naming(self._tell_clipped))
         self._weights = VectorCodec("theta", swarm.specs, section.theta_format)
         (format,) = section.gradient_formats
         self._gradients = VectorCodec("gradient", swarm.specs, format)
@@ -174,7 +174,8 @@ class MergeServer:
 
     def _decode_untrusted(self, peer: str, held: Held) -> Tensor:
         gradient = self._gradients.decode_untrusted(held)
-        return self._robustness.accept_gradient(peer, gradient, held.snapshot.manifest.tokens, self.state.theta)
+        manifest = held.snapshot.manifest
+        return self._robustness.accept_gradient(peer, gradient, manifest.tokens, self.state.theta, manifest.round)
 
     def _apply(self, gradient: Tensor) -> None:
         outer = self._outer

@@ -55,6 +55,7 @@ from swarmtrain.peer.microbatches import MicrobatchSource, NoBatches
 from swarmtrain.peer.moving import Mover
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.preparing import data_base
+from swarmtrain.peer.reporting import tell_loss
 from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
 from swarmtrain.peer.stage_sizes import StageRoom, room_for_stages, whole_tokens_per_s
@@ -510,6 +511,8 @@ class PipelineVolunteer:
             self._flow_tokens_per_s = sum(passed) / len(passed) / (now - self._flow_told_s)
             driving, place = self._driving, self._place()
             losses = [] if driving is None else [driving.losses.popleft() for _ in range(len(driving.losses))]
+            loss = sum(losses) / len(losses) if losses else None
+            tell_loss(self.network, self.swarm, loss or 0.0)
             self.emit(
                 StageThroughputEvent(
                     stages=place.stages,
@@ -517,7 +520,7 @@ class PipelineVolunteer:
                     most_tokens_per_s=place.tokens_per_s,
                     waiting=int(place.queue),
                     in_flight=0 if driving is None else driving.num_in_flight,
-                    loss=sum(losses) / len(losses) if losses else None,
+                    loss=loss,
                 )
             )
         self._flow_told_s = now

@@ -9,10 +9,12 @@ from typing import Any
 
 from swarmtrain.events import RoundEvent, times_below_allreduce
 from swarmtrain.network.codec import vector_sha256
+from swarmtrain.network.node import NetworkThread
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.trainer import Averaged, Gathered, Merged, RoundReport, Served
 
-__all__ = ["round_event", "what_was_merged"]
+__all__ = ["round_event", "tell_loss", "what_was_merged"]
 
 
 def round_event(report: RoundReport, exchange: SwarmExchange, stage: int | None = None) -> RoundEvent:
@@ -42,6 +44,15 @@ def round_event(report: RoundReport, exchange: SwarmExchange, stage: int | None 
         **what_was_merged(report),
         **exchange.data_seen(),
     )
+
+
+def tell_loss(network: NetworkThread, swarm: Swarm, loss: float) -> None:
+    """Have the next presence say what the loss was; the trainer does not wait for it."""
+
+    async def describe() -> None:
+        swarm.describe_loss(loss)
+
+    network.submit_unhurried(describe())
 
 
 def what_was_merged(report: RoundReport) -> dict[str, Any]:

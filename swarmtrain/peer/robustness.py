@@ -17,6 +17,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival, Layout
 from swarmtrain.algorithm.robust import (
+    Clipped,
     DirectionTrust,
     DisplacementClip,
     GradientClip,
@@ -24,9 +25,10 @@ from swarmtrain.algorithm.robust import (
     per_tensor,
 )
 from swarmtrain.errors import BadBytesError, RunTimeError
+from swarmtrain.membership.cut_history import CutHistory
 from swarmtrain.peer.merge_rules import is_ours, mean_of
 
-__all__ = ["Robustness", "apart", "robust_mean"]
+__all__ = ["Naming", "Robustness", "apart", "robust_mean"]
 
 _GRADIENTS = "clipped_gradients"
 _DISPLACEMENTS = "clipped_displacements"
@@ -37,10 +39,32 @@ _ABSURD = 0.01
 """What would have to be cut to less than this, in every tensor, is not worth the rest, and not taken at all."""
 _TELLS_AFTER = 40
 """Own publications, of two long rounds or five short ones: before, while the learning rate rises, gradients grow so
-fast that honest ones are cut too."""
+fast that honest ones are cut too. Counted anew when this peer comes back: what it takes for usual may be old then."""
 _MET_AFTER = 16
 _MET_WITHIN = 0.5
 """Independent random weights are 1.4 times their size apart."""
+
+
+class Naming:
+    """Tells of incidents of a peer, all fragments together, once they repeat (`membership.cut_history`), from any thread."""
+
+    def __init__(self, told: Callable[[str, Incident], None]) -> None:
+        """`told` hears of each incident of a peer that is to be named, with its PeerID."""
+        self._told = told
+        self._history = CutHistory()
+        self._lock = threading.Lock()
+
+    def look(self, peer: str, kind: str, round: int, incidents: Sequence[Incident]) -> None:
+        """A publication of `kind` from the author's `round` was looked at, and these came of it, or none."""
+        with self._lock:
+            is_named = self._history.look(peer, kind, round, is_cut=bool(incidents))
+        for each in incidents if is_named else ():
+            self._told(peer, each)
+
+    def forget(self) -> None:
+        """This peer has come back."""
+        with self._lock:
+            self._history.forget()
 
 
 class Robustness:
@@ -50,10 +74,10 @@ class Robustness:
     that they are close, and directions are not judged: gradients of such weights have none in common.
     """
 
-    def __init__(self, rule: str, layout: Layout, told: Callable[[str, Incident], None], *, met: bool = True) -> None:
-        """`told` hears of each incident, with the PeerID, once enough is known for it to mean something."""
+    def __init__(self, rule: str, layout: Layout, naming: Naming, *, met: bool = True) -> None:
+        """`naming` hears of what was looked at once enough is known for a cut to mean something."""
         self.rule = rule
-        self._told = told
+        self._naming = naming
         self._groups = per_tensor([place.stop - place.start for place in layout.slices])
         self._gradients = GradientClip(self._groups)
         self._displacements = DisplacementClip(enabled=met)
@@ -61,29 +85,32 @@ class Robustness:
         self._num_learned = self._num_merged = 0
         self._lock = threading.Lock()
 
-    def accept(self, peer: str, arrival: Arrival, own_theta: Tensor) -> Arrival:
-        """What of `arrival` may enter a merge with `own_theta`, (P,). BadBytesError if nothing may."""
+    def accept(self, peer: str, arrival: Arrival, own_theta: Tensor, round: int) -> Arrival:
+        """What of `arrival`, of the author's `round`, may enter a merge with `own_theta`, (P,). BadBytesError if
+        nothing may."""
         if self.rule == "none":
             return arrival
+        tokens, found = arrival.tokens, dict[str, list[Incident | None]]()
         with self._lock:
-            tokens, incidents = arrival.tokens, list[Incident | None]()
-            if self.rule == "direction" and tokens and self._displacements.enabled:
-                arrival, incident = self._trusted_untrusted(peer, arrival)
-                incidents.append(incident)
-            cuts = []
+            cuts = dict[str, Clipped]()
+            if tokens:
+                found["gradient"] = []
+                if self.rule == "direction" and self._displacements.enabled:
+                    arrival, incident = self._trusted_untrusted(peer, arrival)
+                    found["gradient"].append(incident)
             if arrival.theta is not None:
-                cuts.append(self._displacements.clip(own_theta, arrival.theta))
-                arrival = dataclasses.replace(arrival, theta=cuts[-1].vector)
+                cuts["weights"] = self._displacements.clip(own_theta, arrival.theta)
+                arrival = dataclasses.replace(arrival, theta=cuts["weights"].vector)
             if tokens:  # a unit of work that both sides count alike
-                cuts.append(self._gradients.clip(arrival.gradient, tokens))
-                arrival = dataclasses.replace(arrival, gradient=cuts[-1].vector)
-        for cut in cuts:
+                cuts["gradient"] = self._gradients.clip(arrival.gradient, tokens)
+                arrival = dataclasses.replace(arrival, gradient=cuts["gradient"].vector)
+        for kind, cut in cuts.items():
             if cut.incident is not None and max(cut.factors) < _ABSURD:
                 raise BadBytesError(f"far beyond what is usual: {cut.incident.detail}")
-            incidents.append(cut.incident)
-        for each in incidents:
-            if each is not None and self._num_learned >= _TELLS_AFTER:
-                self._told(peer, each)
+            found.setdefault(kind, []).append(cut.incident)
+        if self._num_learned >= _TELLS_AFTER:
+            for kind, incidents in found.items():
+                self._naming.look(peer, kind, round, [each for each in incidents if each is not None])
         return arrival
 
     def _trusted_untrusted(self, peer: str, arrival: Arrival) -> tuple[Arrival, Incident | None]:
@@ -94,9 +121,10 @@ class Robustness:
         gradient = arrival.gradient if found.factor == 1 else arrival.gradient * found.factor
         return Arrival(arrival.theta, gradient, round(arrival.tokens * found.weight)), found.incident
 
-    def accept_gradient(self, peer: str, gradient: Tensor, tokens: int, theta: Tensor) -> Tensor:
-        """What of a worker's pseudo-gradient (P,) may enter the weights `theta`, (P,), of a server, which has none of
-        its own to compare it with: nothing longer than the weights themselves, before enough is known to say more."""
+    def accept_gradient(self, peer: str, gradient: Tensor, tokens: int, theta: Tensor, round: int) -> Tensor:
+        """What of a worker's pseudo-gradient (P,) of its `round` may enter the weights `theta`, (P,), of a server,
+        which has none of its own to compare it with: nothing longer than the weights themselves, before enough is
+        known to say more."""
         if self.rule == "none":
             return gradient
         norm, most = float(gradient.norm()), float(theta.norm())
@@ -106,9 +134,8 @@ class Robustness:
             incident = Incident("gradient", f"gradient cut: its norm {norm:.3g} to that of the weights, {most:.3g}")
         with self._lock:
             clipped = self._gradients.clip(gradient, tokens)
-        for each in (incident, clipped.incident):
-            if each is not None:
-                self._told(peer, each)
+        incidents = [each for each in (incident, clipped.incident) if each is not None]
+        self._naming.look(peer, "gradient", round, incidents)
         return clipped.vector
 
     def learn(self, gradient: Tensor, tokens: int) -> None:
@@ -139,8 +166,12 @@ class Robustness:
         displacements = DisplacementClip(enabled=self._displacements.enabled, history=history)
         with self._lock:
             self._gradients, self._displacements = gradients, displacements
-            if gradients.history:
-                self._num_learned = _TELLS_AFTER
+
+    def comes_back(self) -> None:
+        """This peer has taken the others' present weights: nobody is named before it has published enough again."""
+        self._naming.forget()
+        with self._lock:
+            self._num_learned = 0
 
 
 def apart(rule: str, arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:

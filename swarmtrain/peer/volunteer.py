@@ -70,7 +70,7 @@ from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.pipeline import PipelineVolunteer
 from swarmtrain.peer.preparing import data_base, initial_seed, summary_of
-from swarmtrain.peer.reporting import round_event
+from swarmtrain.peer.reporting import round_event, tell_loss
 from swarmtrain.peer.server_exchange import ServerExchange
 from swarmtrain.peer.slowdown import SlowedSteps
 from swarmtrain.peer.trainer import OwnPart, RoundReport, Trainer
@@ -482,6 +482,7 @@ class _Volunteer:
     def _report(self, report: RoundReport, exchange: SwarmExchange, ready: _Ready) -> None:
         """After each merge: tell, and measure the held-out loss if it is time."""
         self.emit(round_event(report, exchange))
+        tell_loss(self.network, exchange.swarm, report.loss)
         contribution = report.contribution
         every = ready.published.run.evaluation.every_rounds
         if every and report.progress.round % every == 0:

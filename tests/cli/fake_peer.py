@@ -45,6 +45,7 @@ def make_status(**changes: Any) -> wire.PeerStatus:
         own_tokens=400_000,
         own_tokens_per_s=4100,
         swarm_tokens_per_s=12_300,
+        end_time=now + 147.5,
         sent_bytes=12_000_000,
         received_bytes=11_000_000,
         sent_bytes_per_s=1.2e6,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import re
 import time
 from pathlib import Path
@@ -16,11 +17,14 @@ from rich.console import Console
 from rich.text import Text
 
 from swarmtrain.cli.peers import Life, View
-from swarmtrain.cli.screen import draw_status, draw_watch, limits_in_words, list_peers, plain_line, sentence
+from swarmtrain.cli.screen import _wrap, draw_status, draw_watch, limits_in_words, list_peers, plain_line, sentence
 from swarmtrain.v1 import control_pb2 as wire
+from swarmtrain.words import shares_in_words
 
 FOLDER = Path("/home/anna/swarm")
 SIZES = [(80, 24), (120, 40)]
+NOON = 1_795_953_600.0
+"""In UTC, of some day."""
 
 
 def view(life: Life = Life.RUNNING, note: str = "", **changes: Any) -> View:
@@ -236,26 +240,32 @@ def test_a_death_is_told_with_its_time_and_what_to_do(monkeypatch: pytest.Monkey
     [
         ({}, "40% of 3 M tokens, about 2 min 26 s left"),
         ({"state": wire.PEER_STATE_PAUSED}, "40% of 3 M tokens"),
-        ({"swarm_tokens_per_s": 0}, "40% of 3 M tokens"),
-        ({"run_tokens": 2_999_999}, "99% of 3 M tokens, about 0.0 s left"),
-        ({"run_tokens": 3_000_000}, "100% of 3 M tokens, finishing"),
-        ({"run_tokens": 4_000_000}, "100% of 3 M tokens, finishing"),
-        ({"run_tokens": 10_000}, "0.3% of 3 M tokens, about 4 min 3 s left"),
-        ({"total_tokens": 2**63}, "<0.1% of 9223 P tokens, more than 10 years left"),
+        ({"swarm_tokens_per_s": 0}, "40% of 3 M tokens, about 2 min 26 s left"),
+        ({"end_time": 0}, "40% of 3 M tokens"),
+        ({"run_tokens": 2_999_999, "end_time": NOON}, "99% of 3 M tokens, about to be reached"),
+        ({"run_tokens": 3_000_000, "end_time": NOON}, "100% of 3 M tokens, reached at 2026-11-29 12:00"),
+        ({"run_tokens": 4_000_000, "end_time": 0}, "100% of 3 M tokens, reached"),
+        ({"run_tokens": 3_000_000, "end_time": NOON, "state": 7}, "100% of 3 M tokens, reached at 2026-11-29 12:00"),
+        ({"run_tokens": 10_000}, "0.3% of 3 M tokens, about 2 min 26 s left"),
+        ({"total_tokens": 2**63, "end_time": 1e10}, "<0.1% of 9223 P tokens, more than 10 years left"),
         ({"total_tokens": 0}, "1.2 M tokens"),
     ],
 )
-def test_progress(changes: dict[str, Any], expected: str) -> None:
+def test_progress(changes: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
     page = [line.plain for line in draw_status(view(**changes), 200, 10)]
     (line,) = [line for line in page if line.startswith("progress")]
     assert line.removeprefix("progress").strip() == expected
+    monkeypatch.undo()
+    time.tzset()
 
 
 def test_the_status_page_fits_a_screen_and_names_everyone() -> None:
     shown = on_screen(draw_status(view(), 80, 6), 80, 24)
     text = "\n".join(shown)
     assert re.search(r"bert +Bert01  600 k tokens  50%  here  round 12", text)
-    assert re.search(r"cleo +Cleo01  200 k tokens  16%  away", text)
+    assert re.search(r"cleo +Cleo01  200 k tokens  17%  away", text)
     assert re.search(r"bootstrap +Boot01 +bootstrap +here", text)
     assert "limits        2 threads, any memory, nice 10, busy or not, in the hours 22-7" in text
     assert "process       " in text
@@ -384,3 +394,133 @@ def test_who_holds_which_stage_is_said_of_each_peer() -> None:
     text = "\n".join(line.plain for line in draw_status(seen, 200, 6))
     assert re.search(r"anna \(you\).* here  stages 0 and 1, round 12", text)
     assert re.search(r"bert .* here  stage 1, round 12", text)
+
+
+# ---------------------------------------------------------------- whole, at 80 columns
+
+
+LONG = "N" * 64
+WIDE = "宽" * 40
+
+
+def crowd(name: str, **changes: Any) -> View:
+    """A run of many, with names as long as they may be."""
+    seen = view(name=name, run_name=name, **changes)
+    for number in range(12):
+        peer, tokens = f"12D3KooWexample{number:06}", 10**9 + number
+        seen.status.peers.add(
+            peer=peer, name=name, tokens=tokens, present=number % 3 > 0, round=12345, tokens_per_s=123_456.0
+        )
+    del seen.status.notices[:]
+    seen.status.notices.add(time=NOON, message=f"refused what {name[:15]}… sent: a gradient against the own one: "
+                            "cosine -0.123, usual are 0.456; it is asked again in a minute")  # fmt: skip
+    return seen
+
+
+def gossip(name: str) -> View:
+    three = f"{name[:15]}…, {name[:15]}…, {name[:15]}… and 2 others"
+    merged = f"{three} in 12.3 s, at most 2 rounds old, weights 12.3% apart"
+    reach = "nobody can dial this computer; its work goes through " + three
+    return crowd(name, last_merge=merged, reach=reach, data="the last round from shard 12; 34 are still unseen by all")
+
+
+def diloco(name: str) -> View:
+    waits = f"merging round 12345: waiting for {name[:15]}…, {name[:15]}… and {name[:15]}…, 12 s at most"
+    return crowd(name, doing=waits, times_below_allreduce=1234.5, stall_share=1.0)
+
+
+def bootstrap(name: str) -> View:
+    seen = crowd(name, role="bootstrap", state=wire.PEER_STATE_SERVING, own_tokens=0, doing="serving 12 volunteers")
+    kept = seen.status.archive
+    kept.num_rounds, kept.run_tokens, kept.time = 12_344, 1_100_000, seen.status.time - 12
+    kept.path = "/home/anna/.local/share/swarmtrain/bootstrap-of-a-long-run/archive/model.safetensors"
+    seen.status.ClearField("checkpoint")
+    return seen
+
+
+def pipeline(name: str) -> View:
+    seen = crowd(name, doing="training stage 1, round 1234: 12 of 64 steps; stage 2, round 1234: 11 of 64 steps")
+    for number in range(8):
+        seen.status.stages.add(
+            number=number, num_peers=12, tokens_per_s=123_456, most_tokens_per_s=234_567, mine=number < 2
+        )
+    for peer in seen.status.peers:
+        peer.stages.extend(range(int(peer.tokens) % 4, 8))
+    return seen
+
+
+@pytest.mark.parametrize("name", [LONG, WIDE, "anna"], ids=["long", "wide", "short"])
+@pytest.mark.parametrize("made", [gossip, diloco, bootstrap, pipeline])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 30)])
+def test_no_line_is_cut_before_its_point(made: Any, name: str, width: int, height: int) -> None:
+    seen = made(name)
+    page, watched = draw_status(seen, width, 6), draw_watch(seen, width, height)
+    on_screen(page, width, 60)
+    on_screen(watched, width, height)
+    for lines in (page, watched):
+        text = "\n".join(line.plain for line in lines)
+        assert "…" not in re.sub("(N|宽)+ ?…", "", text.replace("\n" + " " * 14, "").replace("anna…", "")), text
+        assert ", about 2 min 2" in text and "12.3 k tokens/s" in text
+        assert "it is asked again in a minute" in " ".join(text.split())
+        assert made is pipeline or re.search(r"123 k tokens/s$", text, re.MULTILINE), "at least one of the others"
+    whole = " ".join(" ".join(line.plain for line in watched).split())
+    if made is bootstrap:
+        assert "12344 rounds, 1.1 M tokens, 13 s ago, in /home/anna/" in whole and "own 4.1" not in whole
+        assert "2.250 nats/token (median of the volunteers)" in whole
+        assert "archive/model.safetensors" in "".join(line.plain.strip() for line in watched)
+    else:
+        assert "contribution 400 k tokens" in whole
+
+
+def test_what_of_a_peers_line_goes_first_when_it_is_narrow() -> None:
+    seen = crowd(LONG)
+    for peer in seen.status.peers:
+        peer.stages.extend([0, 2, 5])
+    lines = {width: draw_status(seen, width, 3)[-2].plain for width in (120, 92, 60, 44)}
+    assert re.search(
+        r"^N+…  00\d+ +1 G tokens +\S+%  here  stages 0, 2 and 5, round 12345  123 k tokens/s$", lines[120]
+    )
+    assert re.search(r"^N+… +1 G tokens +\S+%  here  stages 0, 2 and 5, round 12345  123 k tokens/s$", lines[92])
+    assert re.search(r"^N+… +1 G tokens +\S+%  here  123 k tokens/s$", lines[60])
+    assert re.search(r"^N+… +1 G tokens  here  123 k tokens/s$", lines[44])
+
+
+def test_shares_are_a_hundred_percent() -> None:
+    rng = random.Random(7)
+    for _ in range(300):
+        counts = [rng.choice([0, 1, 10, 1000, 10**6]) * rng.randrange(5) for _ in range(rng.randrange(1, 40))]
+        shares = [float(share.strip("<%")) * (not share.startswith("<")) for share in shares_in_words(counts)]
+        assert sum(shares) == pytest.approx(100 if sum(counts) else 0)
+    assert shares_in_words([1, 1, 1]) == ["34%", "33%", "33%"] and shares_in_words([5, 0]) == ["100%", "0%"]
+    assert shares_in_words([9994, 6]) == ["99.9%", "0.1%"] and shares_in_words([10**9, 1, 0]) == ["100%", "<0.1%", "0%"]
+    assert shares_in_words([]) == [] and shares_in_words([0, 0]) == ["0%", "0%"]
+
+
+def test_the_own_share_is_that_of_the_own_row() -> None:
+    seen = view()
+    seen.status.own_tokens = seen.status.peers[0].tokens = 410_000
+    text = "\n".join(line.plain for line in draw_status(seen, 80, 6))
+    assert "contribution  410 k tokens, 34% of all" in text
+    assert [int(share) for share in re.findall(r"tokens +(\d+)%", text)] == [34, 50, 16]
+    assert "own 410 k tokens, 34% of all" in plain_line(seen)
+
+
+def test_a_bootstrap_has_no_speed_of_its_own_and_says_that_nothing_is_archived() -> None:
+    seen = bootstrap("anna")
+    seen.status.ClearField("archive")
+    text = "\n".join(line.plain for line in draw_watch(seen, 80, 24))
+    assert "speed         swarm 12.3 k tokens/s" in text and "archive       nothing yet" in text
+
+
+@pytest.mark.parametrize("cells", [10, 17, 66])
+def test_wrapped_text_loses_nothing(cells: int) -> None:
+    rng = random.Random(cells)
+    for _ in range(100):
+        words = ["".join(rng.choices("abc宽", k=rng.randrange(1, 30))) for _ in range(rng.randrange(12))]
+        lines = _wrap(" ".join(words), cells, 10_000)
+        assert all(cell_len(line) <= cells for line in lines)
+        assert "".join(lines).replace(" ", "") == "".join(words)
+        cut = _wrap(" ".join(words), cells, 2)
+        assert (
+            len(cut) == min(2, len(lines)) and cut[-1].endswith("…") == (len(lines) > 2) and cell_len(cut[-1]) <= cells
+        )

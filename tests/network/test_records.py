@@ -257,6 +257,7 @@ def test_presence_round_trip() -> None:
         inner_steps=40,
         inner_steps_done=7,
         steps_per_s=2.5,
+        loss=2.25,
         run_tokens=1000,
         addresses=("/ip4/1.2.3.4/tcp/5",),
         corpus_sha256="ab" * 32,
@@ -279,7 +280,7 @@ def test_a_presence_with_everything_fits_a_record() -> None:
     hosts = tuple(new_identity().peer_id for _ in range(4))
     addresses = tuple(f"/ip4/203.0.113.{number}/tcp/31337" for number in range(8))
     numbers = {"round": 10**6, "part": 4, "part_tokens": 10**6, "run_tokens": 10**13}
-    numbers |= {"inner_steps": 9999, "inner_steps_done": 999}
+    numbers |= {"inner_steps": 9999, "inner_steps_done": 999, "loss": 11}
     info = PeerInfo(peer=ME.peer_id, name="n" * 64, stamp=1.5e9, steps_per_s=2.5, corpus_sha256="ab" * 32,
                     hidden=True, hosts=hosts, addresses=addresses, **numbers)  # type: ignore[arg-type] # fmt: skip
     record = pb.Record(run_sha256=RUN, prefix="0" * 24, presence=presence_to_proto(info))
@@ -292,6 +293,10 @@ def test_a_presence_with_everything_fits_a_record() -> None:
         {"steps_per_s": math.nan},
         {"steps_per_s": -1.0},
         {"steps_per_s": math.inf},
+        {"loss": math.nan},
+        {"loss": -1.0},
+        {"loss": math.inf},
+        {"loss": 1001.0},
         {"stamp": math.nan},
         {"stamp": 1e13},
         {"name": "x" * 65},

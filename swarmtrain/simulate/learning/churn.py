@@ -150,6 +150,8 @@ def _begin_with(peer: Peer, state: OuterState, round: int, rows: Mapping[str, Se
     for name, told in rows.items():
         peer.hear_rows(name, told)
     peer.learner.comes_late()
+    for lane in peer.lanes:
+        lane.robustness.comes_back()
     peer.trainer.state = state
     peer.trainer.progress = Progress(round=round, run_tokens=peer.world.tokens)
     peer.begin_or_end()

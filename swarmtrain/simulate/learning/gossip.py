@@ -39,7 +39,7 @@ from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.consensus import layout_of_specs
-from swarmtrain.peer.robustness import apart
+from swarmtrain.peer.robustness import Naming, apart
 from swarmtrain.peer.trainer import Contribution, Gathered, Start
 from swarmtrain.run import GradientFormat
 from swarmtrain.simulate.clock import Clock
@@ -82,6 +82,7 @@ class Peer:
         """When its round did."""
         self.own: Contribution
         """What its round has brought so far."""
+        self.naming = Naming(world.told)
         self.lanes = [self.lane(fragment) for fragment in range(len(world.fragments))]
         self.forget()
 
@@ -366,7 +367,8 @@ class Peer:
 
     def keep_untrusted(self, lane: Lane, section: Section, name: str, published: Published, arrival: Arrival) -> None:
         """Keep what the run's rule lets enter a merge. BadBytesError if that is nothing."""
-        accepted = lane.robustness.accept(name, arrival, self.trainer.state_of(lane.number).theta)
+        theta = self.trainer.state_of(lane.number).theta
+        accepted = lane.robustness.accept(name, arrival, theta, published.mark.round)
         lane.arrived[section, name] = (published, accepted)
 
     # ------------------------------------------------------------- the merge

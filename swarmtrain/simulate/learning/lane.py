@@ -63,7 +63,7 @@ class Lane:
         self.sizes = world.codec(number).sizes(1 / len(world.fragments))
         self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
         met = not world.setting.own_weights
-        self.robustness = Robustness(section.robust, self.fragment.layout, world.told, met=met)
+        self.robustness = Robustness(section.robust, self.fragment.layout, peer.naming, met=met)
         self.began_s = math.inf
         """When its round did,"""
         self.merges_s = math.inf
@@ -81,6 +81,7 @@ class Lane:
         self.merged: dict[str, Tensor] = {}
         self.codec = world.codec(self.number)
         self.arrived: Arrived = {}
+        self.robustness.comes_back()
         self.pulls = OpenPulls(back_off, most_pulls(world.wanted))
         self.plan: PullPlan | None = None
         self.sizes_due = next(iter(self.sizes.values()))
