@@ -243,6 +243,18 @@ def test_what_others_merged_is_not_trained_again(identity: Identity, trained: Pe
     assert after.trainer.own_tokens == trained.trainer.own_tokens + 3 * run_file().tokens_per_step
 
 
+def test_an_old_folder_that_was_put_back_counts_on_from_what_others_count_of_it(
+    identity: Identity, trained: Peer
+) -> None:
+    """Seen: what it trained anew counted for nothing until it had caught up with itself, and was not archived."""
+    after = peer(identity, 0, trained.checkpoint())
+    before, position = after.trainer.own_tokens, after.trainer.batches.position
+    after.trainer.count_on(before + 10**6)
+    assert after.trainer.own_tokens == before + 10**6 and after.trainer.batches.position == position
+    after.trainer.count_on(5)
+    assert after.trainer.own_tokens == before + 10**6
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(identity: Identity, trained: Peer) -> None:
     kept = trained.checkpoint()
     assert kept.own is not None

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from swarmtrain.algorithm.gossip import layout_of
+from swarmtrain.errors import BadBytesError
 from swarmtrain.network.identity import new_identity, peer_bytes
+from swarmtrain.peer import consensus
 from swarmtrain.peer.consensus import (
     consensus_of,
     consensus_of_vectors,
@@ -21,6 +23,10 @@ from swarmtrain.peer.consensus import (
 
 LAYOUT = layout_of([(3, 4), (4,)])
 IDS = [new_identity(bytes([number]) * 32).peer_id for number in range(5)]
+
+
+def identity(number: int) -> str:
+    return IDS[number]
 
 
 def near(number: int) -> torch.Tensor:
@@ -108,18 +114,17 @@ def test_the_momentum_of_those_that_are_not_whole_is_none() -> None:
     assert torch.equal(found.momentum, torch.full((16,), 0.1)), "of the one that is"
 
 
-def test_tokens_that_one_tells_are_outvoted() -> None:
-    states = [
-        state(0, near(0), p0=100, p1=50, p2=10),
-        state(1, near(1), p0=90, p1=60, p2=20),
-        state(2, near(2), p0=10**15, p1=10**15, p2=30, p4=10**15),
-    ]
-    assert counts_in_untrusted(states, ()) == {IDS[0]: 100, IDS[1]: 60, IDS[2]: 30, IDS[4]: 0}
-
-
-def test_one_state_alone_is_believed_about_those_who_are_known() -> None:
-    alone = [state(0, near(0), p0=100, p1=50, p4=10**15)]
-    assert counts_in_untrusted(alone, {IDS[1]}) == {IDS[0]: 100, IDS[1]: 50}
+def test_the_counts_of_a_state_are_those_of_its_manifest_the_greatest_of_very_many() -> None:
+    told = {identity(n): n for n in range(5)}
+    items = [SimpleNamespace(peer=peer_bytes(peer), tokens=tokens) for peer, tokens in told.items()]
+    manifest: Any = SimpleNamespace(peer_tokens=items)
+    assert counts_in_untrusted(manifest) == told
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(consensus, "_MAX_COUNTS", 2)
+        assert sorted(counts_in_untrusted(manifest).values()) == [3, 4]
+    items.append(SimpleNamespace(peer=b"nobody", tokens=9))
+    with pytest.raises(BadBytesError):
+        counts_in_untrusted(manifest)
 
 
 def test_its_round_is_no_liars() -> None:

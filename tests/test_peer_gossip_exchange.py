@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from swarmtrain.algorithm.outer import flatten
 from swarmtrain.data.batches import Batches
 from swarmtrain.data.tokens import ByteTokenizer
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent
+from swarmtrain.membership.archiving import adds_to_archive
 from swarmtrain.membership.fragments import FragmentRound
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
@@ -445,6 +446,77 @@ def test_who_trains_beside_one_that_is_far_ahead_goes_on_with_its_own_weights(wo
     assert 1 <= near <= 2 and far >= 8
     assert me.round(partners=1) is not None
     assert not [event for event in me.events if isinstance(event, CaughtUpEvent)]
+
+
+def archive_of(world: World, number: int, round: int, **counts: int) -> Peer:
+    """A bootstrap with an archive of so many tokens of strangers, whom nobody meets any more."""
+    peer = world.add(number)
+    told = {new_identity(name.encode() * 8).peer_id: tokens for name, tokens in counts.items()}
+    peer.trainer.progress = Progress(round=round, run_tokens=sum(told.values()), peer_tokens=told)
+    peer.exchange.offer(peer.trainer.state, peer.trainer.progress)
+    peer.swarm.me = dataclasses.replace(peer.swarm.me, is_bootstrap=True, training=False, round=round, stamp=1.0)
+    for other in world.everyone():
+        other.meet(peer)
+    return peer
+
+
+def test_a_newcomer_goes_on_where_the_run_was_when_all_who_trained_are_gone(worlds: list[World]) -> None:
+    """Seen: it had the weights of 465,664 tokens and counted 0, and its learning rate warmed up anew."""
+    world = world_of(worlds, 1)
+    (newcomer,) = world.everyone()
+    bootstrap = archive_of(world, 1, round=9, anna=1000, bens=900)
+    new = newcomer.exchange.present_state(newcomer.trainer.progress)
+    assert new is not None and torch.equal(new.state.theta, bootstrap.theta)
+    assert new.progress.run_tokens == 1900 and new.progress.peer_tokens == bootstrap.trainer.progress.peer_tokens
+    newcomer.trainer.adopt(new)
+    newcomer.exchange.offer(newcomer.trainer.state, newcomer.trainer.progress)
+    report = newcomer.round()
+    assert report is not None and report.progress.run_tokens == 1900 + STEPS * STEP_TOKENS
+
+
+def test_a_newcomer_takes_the_counts_of_three_where_there_are_three(worlds: list[World]) -> None:
+    """Of one volunteer the weights are taken, and two archives outvote what it counts."""
+    world = world_of(worlds, 2)
+    newcomer, liar = world.everyone()
+    for number in (2, 3):
+        archive_of(world, number, round=9, anna=1000, bens=900)
+    invented = {new_identity(b"x" * 32).peer_id: 5 * 10**4}
+    liar.exchange.offer(liar.trainer.state, Progress(round=9, run_tokens=5 * 10**4, peer_tokens=invented))
+    liar.swarm.me = dataclasses.replace(liar.swarm.me, round=9)
+    newcomer.meet(liar)
+    new = newcomer.exchange.present_state(newcomer.trainer.progress)
+    assert new is not None and new.from_peer == liar.id
+    assert new.progress.run_tokens == 1900
+
+
+def test_what_an_archive_holds_is_told_apart_from_what_is_counted(worlds: list[World]) -> None:
+    """A bootstrap counts much that no state holds; a newcomer's state is asked about what is its own."""
+    world = world_of(worlds, 1)
+    (newcomer,) = world.everyone()
+    bootstrap = archive_of(world, 1, round=9, anna=1000, bens=900)
+    bootstrap.swarm.tallying.learn({new_identity(b"lost" * 8).peer_id: 50_000})
+    bootstrap.swarm.tallying.learn(bootstrap.trainer.progress.peer_tokens)
+    new = newcomer.exchange.present_state(newcomer.trainer.progress)
+    assert new is not None
+    newcomer.trainer.adopt(new)
+    newcomer.round()
+    bootstrap.meet(newcomer)
+    asked: list[tuple[Mapping[str, int], set[str]]] = []
+
+    def is_wanted(holds: Mapping[str, int], authors: Collection[str]) -> bool:
+        asked.append((holds, set(authors)))
+        return adds_to_archive(holds, authors, bootstrap.trainer.progress.peer_tokens)
+
+    fetching = fetch_present(bootstrap.swarm, [newcomer.id], "archive", 0, is_wanted)
+    present = world.network.run(fetching, 30)
+    assert present is not None and present.holds == {
+        **bootstrap.trainer.progress.peer_tokens,
+        newcomer.id: STEPS * STEP_TOKENS,
+    }
+    assert asked[0][1] == {newcomer.id}
+    assert present.progress.run_tokens == 50_000 + 1900 + STEPS * STEP_TOKENS, "newcomers are told all that is counted"
+    fetching = fetch_present(bootstrap.swarm, [newcomer.id], "archive", 0, lambda holds, authors: False)
+    assert world.network.run(fetching, 30) is None
 
 
 def test_the_model_at_the_end_is_the_same_for_all(worlds: list[World]) -> None:

@@ -17,11 +17,13 @@ from swarmtrain.events import Event, JoinedEvent, to_plain_line
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import Publication, Roster
+from swarmtrain.membership.tally import CountingRules
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.roster import sign_roster
 from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.network.tallying import Tallying
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.exporting import export_from_folder
@@ -32,6 +34,7 @@ from swarmtrain.v1 import control_pb2 as pb
 
 IDENTITY = new_identity()
 ME = IDENTITY.peer_id
+BEN = new_identity().peer_id
 LIMIT_S = 60.0
 
 
@@ -86,6 +89,59 @@ def test_who_is_away_is_remembered_after_those_who_are_here() -> None:
     others = tuple(invited(f"away {n}", n) for n in range(9))
     assert known_peers(many, others) == (*many[:12], *others[:4])
     assert known_peers(many[:10], others) == (*many[:10], *others[:6])
+
+
+def tallying(published: PublishedRun, now: float) -> Tallying:
+    anything: Any = None
+    rules = CountingRules(began_s=0.0, burst_tokens=200, most_tokens=10**9)
+    return Tallying(ME, rules, anything, lambda: {BEN: 10.0, ME: 10.0}, lambda: now, lambda *told: None)
+
+
+def test_counts_outlive_a_kill_between_two_checkpoints_and_an_old_folder_takes_nothing_away(
+    tmp_path: Path, published: PublishedRun
+) -> None:
+    kept, events = keeper(tmp_path / "peer", published)
+    swarm: Any = SimpleNamespace(tallying=tallying(published, 50.0))
+    kept.attach(swarm)
+    kept.keep_counts()
+    path = kept.folder.path / "counts.json"
+    assert not path.exists(), "there are none"
+    swarm.tallying.bring([{BEN: 5000}])
+    kept.keep_counts()
+    written = path.read_bytes()
+    kept.keep_counts()
+    assert path.read_bytes() == written, "nothing has changed"
+
+    again: Any = SimpleNamespace(tallying=tallying(published, 60.0))
+    kept.restore_counts(again)
+    assert again.tallying.contributions() == {BEN: 5000}
+    newer: Any = SimpleNamespace(tallying=tallying(published, 60.0))
+    newer.tallying.bring([{BEN: 9000}])
+    kept.restore_counts(newer)
+    assert newer.tallying.contributions() == {BEN: 9000}
+
+    for other in (b'{"run_sha256": "ab"}', b"[]", b"no json"):
+        path.write_bytes(other)
+        of_another: Any = SimpleNamespace(tallying=tallying(published, 60.0))
+        kept.restore_counts(of_another)
+        assert of_another.tallying.contributions() == {} and not events
+    path.write_text(f'{{"run_sha256": "{published.sha256}", "tally": [[1]]}}')
+    kept.restore_counts(newer)
+    (warning,) = events
+    assert "not used" in to_plain_line(warning) and newer.tallying.contributions() == {BEN: 9000}
+
+
+def test_a_stage_has_counts_of_its_own(tmp_path: Path, published: PublishedRun) -> None:
+    keeper(tmp_path / "peer", published)
+    folder = PeerFolder(tmp_path / "peer")
+    first, second = (Keeper(folder, published, ME, [].append, stage=stage) for stage in (0, 1))
+    swarm: Any = SimpleNamespace(tallying=tallying(published, 50.0))
+    swarm.tallying.bring([{BEN: 5000}])
+    first.attach(swarm)
+    first.keep_counts()
+    other: Any = SimpleNamespace(tallying=tallying(published, 50.0))
+    second.restore_counts(other)
+    assert other.tallying.contributions() == {} and (folder.path / "counts-stage-0.json").exists()
 
 
 def test_peers_are_written_down_when_they_change(tmp_path: Path, published: PublishedRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import pytest
 
 from swarmtrain.errors import UnreachableError
 from swarmtrain.events import Event, WarningEvent
+from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.peer import leaving
 from swarmtrain.peer.common import StopFlag
@@ -28,13 +30,25 @@ class Here:
     events: list[Event] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     away: bool = False
+    told: int = 0
     stop: StopFlag = field(default_factory=StopFlag)
+    membership: Membership = field(default_factory=lambda: Membership("me"))
+    me: PeerInfo = field(default_factory=lambda: PeerInfo(peer="me", training=True, round=5))
     published = SimpleNamespace(sha256="ab" * 32)
     board = SimpleNamespace(doing=lambda state, sentence: None)
 
     def leave(self) -> None:
         self.stop.stop()
-        hand_over(cast(Any, self), cast(Any, self), self.network)
+        hand_over(cast(Any, self), [cast(Any, self)], self.network, Path("/home/ada/run"))
+
+    def __post_init__(self) -> None:
+        self.saw("anna", stamp=1.0)
+        self.membership.left("anna", 2.0)
+        self.saw("boot", stamp=1.0)
+
+    def saw(self, peer: str, stamp: float, round: int = 0) -> None:
+        info = PeerInfo(peer=peer, stamp=stamp, is_bootstrap=peer == "boot", training=peer != "boot", round=round)
+        self.membership.saw_presence(info, 1e9, stamp)
 
     async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float) -> pb.HelloReply:
         assert request.asks_to_leave and request.HasField("presence") and not request.leaving
@@ -44,8 +58,8 @@ class Here:
             raise answer
         return pb.HelloReply(stay=answer)
 
-    def live(self) -> list[Any]:
-        return [SimpleNamespace(peer=peer, is_bootstrap=peer == "boot") for peer in ("anna", "boot")]
+    async def tell_progress(self) -> None:
+        self.told += 1
 
     def signed_presence(self) -> pb.Signed:
         return pb.Signed(payload=b"me")
@@ -61,7 +75,7 @@ class Here:
     def calls(self) -> Here:
         return self
 
-    membership = rounds = store = calls
+    rounds = store = calls
 
 
 @pytest.fixture
@@ -77,10 +91,69 @@ def test_it_asks_until_it_may_go(here: Here) -> None:
     here.stay = [True, True, False, True]
     here.leave()
     assert here.asked == ["boot"] * 3 and not here.events
+    assert here.told == 1, "its last rounds count"
 
 
-def test_a_bootstrap_that_does_not_answer_keeps_nobody(here: Here) -> None:
+class Minute:
+    """A clock that moves whenever somebody looks."""
+
+    def __init__(self, step_s: float) -> None:
+        self.now, self.step_s = 0.0, step_s
+
+    def monotonic(self) -> float:
+        self.now += self.step_s
+        return self.now
+
+
+def test_the_last_holder_waits_a_minute_for_a_bootstrap_and_says_where_the_work_is(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: `leave` ended at once although 904,000 tokens were in that folder only."""
+    clock = Minute(10.0)
+    monkeypatch.setattr(leaving, "time", clock)
+    here.stay = [UnreachableError("nobody")] * 100
+    here.leave()
+    waits, kept = here.events
+    assert isinstance(waits, WarningEvent) and "no bootstrap answers" in waits.message
+    assert isinstance(kept, WarningEvent) and "in no archive" in kept.message
+    assert "swarmtrain join --dir /home/ada/run" in kept.message
+    assert 60 <= clock.now <= 90
+
+
+def test_a_bootstrap_that_comes_back_in_that_minute_takes_it(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaving, "time", Minute(1.0))
+    monkeypatch.setattr(leaving, "_IDLE_S", 10.0)
+    here.stay = [UnreachableError("nobody"), UnreachableError("nobody"), True, True, False]
+    here.leave()
+    (waits,) = here.events
+    assert isinstance(waits, WarningEvent) and len(here.asked) == 5
+
+
+def test_a_bootstrap_that_does_not_answer_keeps_nobody_while_others_train(here: Here) -> None:
+    here.saw("ben", stamp=3.0)
     here.stay = [UnreachableError("nobody"), True]
+    here.leave()
+    assert here.asked == ["boot"] and not here.events
+
+
+@pytest.mark.parametrize("archived", [5, 6])
+def test_what_is_archived_already_keeps_nobody(here: Here, archived: int) -> None:
+    here.saw("boot", stamp=3.0, round=archived)
+    here.stay = [UnreachableError("nobody")]
+    here.leave()
+    assert here.asked == ["boot"] and not here.events
+
+
+def test_a_bootstrap_that_has_ended_is_not_waited_for_and_the_work_is_named(here: Here) -> None:
+    here.membership.left("boot", 5.0)
+    here.leave()
+    (kept,) = here.events
+    assert here.asked == [] and isinstance(kept, WarningEvent) and "/home/ada/run" in kept.message
+
+
+def test_who_has_merged_no_round_has_nothing_to_lose(here: Here) -> None:
+    here.me = PeerInfo(peer="me", training=True)
+    here.stay = [UnreachableError("nobody")]
     here.leave()
     assert here.asked == ["boot"] and not here.events
 
@@ -131,3 +204,11 @@ def test_an_end_that_is_asked_for_again_is_obeyed(here: Here, monkeypatch: pytes
     here.readers = insist
     here.leave()
     assert len(here.asked) == 1 and isinstance(here.events[0], WarningEvent)
+
+
+def test_all_stages_are_archived_before_their_peer_goes(here: Here) -> None:
+    """Each has a swarm of its own: one may go at once, another waits."""
+    other = Here(here.network, stay=[True, True, False])
+    here.stop.stop()
+    hand_over(cast(Any, here), [cast(Any, here), cast(Any, other)], here.network, Path("/home/ada/run"))
+    assert len(here.asked) == len(other.asked) == 3 and not here.events and here.told == other.told == 1

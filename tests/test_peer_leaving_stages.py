@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from swarmtrain.errors import RunTimeError
+from swarmtrain.membership.archiving import ArchiveWatch
+from swarmtrain.membership.leaving import Leavers
+from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.membership.progress import Progress
-from swarmtrain.peer import pipeline_bootstrap
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.peer import pipeline, pipeline_bootstrap
 from swarmtrain.peer.held_stage import HeldStage
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.pipeline import PipelineVolunteer
@@ -106,20 +111,73 @@ def test_a_stage_held_by_one_alone_is_archived_after_its_round_though_its_tokens
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its progress record may be read before its weights are: they are no less new for that."""
-    asked: list[int] = []
+    asked: list[tuple[int, Any]] = []
 
-    async def fetch(swarm: Any, peers: Any, reason: str, above_tokens: int) -> None:
-        asked.append(above_tokens)
+    async def fetch(swarm: Any, peers: Any, reason: str, above_tokens: int, is_wanted: Any) -> None:
+        asked.append((above_tokens, is_wanted))
 
     monkeypatch.setattr(pipeline_bootstrap, "fetch_present", fetch)
 
     def archive(number: int, *rounds: int) -> Any:
         infos = [SimpleNamespace(peer=str(round), round=round) for round in rounds]
         swarm = SimpleNamespace(membership=SimpleNamespace(volunteers=lambda: infos))
-        return SimpleNamespace(number=number, swarm=swarm, progress=Progress(round=6, run_tokens=50))
+        archived = SimpleNamespace(asks=lambda infos: None)
+        return SimpleNamespace(number=number, swarm=swarm, archived=archived, progress=Progress(round=6, run_tokens=50))
 
     bootstrap: Any = SimpleNamespace(archives=[archive(0, 7), archive(1, 6), archive(2, 7, 7)], _wait=asyncio.run)
     bootstrap._pulled = lambda *what: PipelineBootstrap._pulled(bootstrap, *what)
     bootstrap._archive = lambda one, anyway: PipelineBootstrap._archive(bootstrap, one, anyway)
     assert not PipelineBootstrap._archive_the_lonely(bootstrap)
-    assert asked == [0]
+    assert asked == [(0, None)], "whatever it holds"
+
+
+def test_the_last_of_a_stage_waits_until_it_is_archived_and_who_leaves_others_does_not() -> None:
+    now, archived, greeted = swarm_time(), list[int](), list[int]()
+
+    def archive(number: int, *peers: str) -> Any:
+        members = Membership("boot")
+        for peer in peers:
+            members.saw_presence(PeerInfo(peer=peer, training=True, round=7, stamp=now), now + 1e6, now)
+        leavers = Leavers(members)
+
+        async def greet_some() -> None:
+            greeted.append(number)
+            for peer in peers[1:]:
+                members.heard(peer, swarm_time() + 1.0)
+
+        swarm = SimpleNamespace(membership=members, leavers=leavers, greet_some=greet_some)
+        return SimpleNamespace(number=number, swarm=swarm, archived=SimpleNamespace(watch=ArchiveWatch()))
+
+    alone, others, quiet = archive(0, "anna"), archive(1, "anna", "ben"), archive(2, "ben")
+
+    def take(one: Any) -> bool:
+        archived.append(one.number)
+        one.archived.watch.archived(one.swarm.membership.volunteers())
+        return True
+
+    bootstrap: Any = SimpleNamespace(archives=[alone, others, quiet], _wait=asyncio.run, _archive=take)
+    for one in (alone, others):
+        assert one.swarm.leavers.ask("anna", now)
+    PipelineBootstrap._archive_for_leavers(bootstrap)
+    assert archived == [0] and greeted == [0, 1]
+    assert not alone.swarm.leavers.ask("anna", now + 0.5) and not others.swarm.leavers.ask("anna", now + 0.5)
+
+
+def test_a_volunteer_hands_over_all_its_stages_before_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    stages = [StageStandIn(ended("interrupted"), []), StageStandIn(ended(BROKEN), [])]
+    for stage in stages:
+        stage.keeper = SimpleNamespace(checkpointer=SimpleNamespace(flush=done.append))  # type: ignore[assignment]
+    one = volunteer(*stages)
+    one.stop, one.control, one.network = SimpleNamespace(failure=None), "control", "network"
+    one.folder = SimpleNamespace(path=Path("/home/ada/run"))
+    monkeypatch.setattr(pipeline, "hand_over", lambda *what: done.append(what))
+    PipelineVolunteer._hand_over(one)
+    assert all(stage.pause.held for stage in stages)
+    assert (
+        done[-1] == ("control", [stage.swarm for stage in stages], "network", Path("/home/ada/run")) and len(done) == 3
+    )
+    done.clear()
+    one.stop.failure = "the network daemon ended"
+    PipelineVolunteer._hand_over(one)
+    assert not done

@@ -6,15 +6,43 @@ Pure: `now` is an argument, in seconds of the swarm's time.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from enum import Enum
 
 from swarmtrain.membership.lifecycle import Membership, PeerState
 
-__all__ = ["Leavers"]
+__all__ = ["LAST_HOLDER_S", "Leave", "Leavers", "before_leaving"]
+
+LAST_HOLDER_S = 60.0
+"""So long whoever has work that nobody else has waits for a bootstrap that does not answer."""
 
 _ASKED_S = 5.0
 """Who wants to leave asks again and again: one that has not for so long is gone, or trains on."""
 _TAKEN_EVERY_S = 5.0
 """Whoever asks for the sake of asking has an archive made so often at most."""
+
+
+class Leave(Enum):
+    """What one that would leave does now."""
+
+    GO = "others train on, or what it has is in an archive"
+    HAND_OVER = "a bootstrap archives what it has"
+    WAIT = "nobody else has what it has, and no bootstrap answers: one may come back"
+    GO_UNARCHIVED = "what it has is in its folder only"
+
+
+def before_leaving(membership: Membership, answers: Sequence[bool | None], round: int, waited_s: float) -> Leave:
+    """What one does that would leave, and has waited so long. `answers`: of each bootstrap asked whether it is to stay,
+    None where it did not answer. `round`: so many it has merged; what a bootstrap told last of its archive counts."""
+    if any(answers):
+        return Leave.HAND_OVER
+    bootstraps = [info for info in membership.known() if info.is_bootstrap]
+    has_told = any(answer is False for answer in answers) or any(info.round >= round for info in bootstraps)
+    if has_told or membership.volunteers() or not round:
+        return Leave.GO
+    if all(membership.state(info.peer) is PeerState.LEFT for info in bootstraps):
+        return Leave.GO_UNARCHIVED  # none is on its way
+    return Leave.WAIT if waited_s < LAST_HOLDER_S else Leave.GO_UNARCHIVED
 
 
 class Leavers:
@@ -23,25 +51,35 @@ class Leavers:
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
         self._asked_s: dict[str, float] = {}
+        self._began_s: dict[str, float] = {}
         self._taken_s: dict[str, float] = {}
         self._next_s = 0.0
 
     def ask(self, peer: str, now: float) -> bool:
         """`peer` would leave: whether it should stay, because nobody who trains on has what it has.
 
-        It need not once the archive has that, which is said once: it may come back.
+        Somebody trains on who was heard of since it asked first: one that was killed a moment ago is believed alive
+        still. It need not stay once the archive has what it has, which is said once: it may come back.
         """
         info = self._membership.info(peer)
         if info is None or not info.training or self._membership.state(peer) is not PeerState.LIVE:
             return False
         if now < self._taken_s.pop(peer, -math.inf) + _ASKED_S:
             return False
+        if not self._asks(peer, now):
+            self._began_s[peer] = now
         self._asked_s[peer] = now
-        return self._all_leave(now)
+        others = [other.peer for other in self._membership.volunteers() if not self._asks(other.peer, now)]
+        return not any(self._membership.heard_s(other) > self._began_s[peer] for other in others)
+
+    def is_asked(self, now: float) -> bool:
+        """Whether somebody would leave: whether others train on is worth asking them."""
+        return any(self._asks(peer, now) for peer in self._asked_s)
 
     def waiting(self, now: float) -> tuple[str, ...]:
         """Those who stay until an archive has what they have; nobody, where somebody trains on."""
         self._asked_s = {peer: asked_s for peer, asked_s in self._asked_s.items() if now < asked_s + _ASKED_S}
+        self._began_s = {peer: self._began_s[peer] for peer in self._asked_s}
         return tuple(self._asked_s) if self._asked_s and now >= self._next_s and self._all_leave(now) else ()
 
     def taken(self, peers: tuple[str, ...], now: float) -> None:
@@ -51,7 +89,9 @@ class Leavers:
             self._asked_s.pop(peer, None)
         self._next_s = now + _TAKEN_EVERY_S
 
+    def _asks(self, peer: str, now: float) -> bool:
+        return now < self._asked_s.get(peer, -math.inf) + _ASKED_S
+
     def _all_leave(self, now: float) -> bool:
-        """Whether everyone who trains asked lately. Who paused has said goodbye, and counts as gone."""
-        trains = [info.peer for info in self._membership.volunteers()]
-        return all(now < self._asked_s.get(peer, -math.inf) + _ASKED_S for peer in trains)
+        """Whether everyone who trains and answers asked lately. Who paused has said goodbye, and counts as gone."""
+        return all(self._asks(info.peer, now) for info in self._membership.answering())

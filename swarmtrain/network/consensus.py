@@ -122,6 +122,23 @@ class StateFetcher:
                 await run_together(fetch(peer, number < num_whole) for number, peer in enumerate(peers))
         return [found[peer] for peer in peers if peer in found]
 
+    async def fetch_manifests(self, peers: Sequence[str]) -> list[pb.Manifest]:
+        """What those of `peers` say of their states that answer soon, without the states: who has trained how much."""
+        found: dict[str, pb.Manifest] = {}
+
+        async def ask(peer: str) -> None:
+            try:
+                reply = await self.calls.state(peer, 1)
+                if reply.HasField("manifest"):
+                    found[peer] = self._state_untrusted(reply.manifest, peer, 1).snapshot.manifest
+            except PeerError as error:
+                self._blame(peer, error)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LEAST_LIMIT_S):
+                await run_together(ask(peer) for peer in peers)
+        return [found[peer] for peer in peers if peer in found]
+
     def _limit_s(self) -> float:
         """How long one state may take: some times what transfers have taken lately, or at the least speed, or a minute;
         whoever trickles must not hold a joiner, or the archive, for hours."""

@@ -6,12 +6,16 @@ thread chooses and counts, the network's reads and tells.
 
 from __future__ import annotations
 
+import base64
+import heapq
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.naming import NamedOnce
@@ -21,7 +25,7 @@ from swarmtrain.network.signing import open_signed_untrusted, sign
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["DataCoverage", "ShardsOf", "rows_of", "shards_of"]
+__all__ = ["CarriedRows", "DataCoverage", "ShardsOf", "rows_of", "shards_of"]
 
 _log = logging.getLogger(__name__)
 _PURPOSE = "coverage"
@@ -182,6 +186,61 @@ class DataCoverage:
             return
         with self._lock:
             self._coverage.load(rows)
+
+
+@dataclass
+class CarriedRows:
+    """Others' rows as they signed them, for one that has no data itself: an archive brings them to whoever comes when
+    all who trained are gone. Whoever takes them checks them as any others. Its methods may be called from any thread.
+    """
+
+    run_sha256: str
+    counted: Callable[[str], int]
+    """Each peer's tokens: what a row claims beyond does not make it worth more than others'."""
+    _rows: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    """By author: the tokens in it, and as it was signed."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def hear_untrusted(self, rows: Sequence[pb.Signed]) -> None:
+        """Take the rows of a manifest. What is wrong with a row costs that row."""
+        for signed in list(rows[:MAX_ROWS]):
+            try:
+                author, message = open_signed_untrusted(
+                    signed, _PURPOSE, self.run_sha256, pb.ShardRow, max_bytes=_MAX_ROW_BYTES
+                )
+            except BadBytesError as error:
+                _log.info("a row of the data's coverage is not kept: %s", error)
+                continue
+            envelope = pb.Signed(payload=signed.payload, author=signed.author, signature=signed.signature)
+            tokens = sum(message.tokens)
+            with self._lock:
+                if tokens >= self._rows.get(author, (0, b""))[0]:
+                    self._rows[author] = tokens, envelope.SerializeToString(deterministic=True)
+        with self._lock:
+            while len(self._rows) > _MAX_PEERS:
+                del self._rows[min(self._rows, key=self._worth)]
+
+    def _worth(self, author: str) -> int:
+        return min(self._rows[author][0], self.counted(author))
+
+    def rows_to_send(self) -> list[pb.Signed]:
+        """For a manifest: those of the peers that have trained most."""
+        with self._lock:
+            authors = heapq.nlargest(MAX_ROWS, sorted(self._rows), key=self._worth)
+            return [pb.Signed.FromString(self._rows[author][1]) for author in authors]
+
+    def kept(self) -> list[str]:
+        """For a checkpoint."""
+        with self._lock:
+            return [base64.b64encode(signed).decode() for _, (_, signed) in sorted(self._rows.items())]
+
+    def restore(self, kept: Any) -> None:
+        """Go on from what a checkpoint kept. ValueError or TypeError if that is something else."""
+        for row in kept:
+            try:
+                self.hear_untrusted([pb.Signed.FromString(base64.b64decode(row))])
+            except DecodeError:
+                raise ValueError("not a row of the data's coverage") from None
 
 
 def rows_of(coverage: DataCoverage | None) -> list[pb.Signed]:

@@ -9,6 +9,7 @@ The reading is done in the network thread; the trainer's and the control server'
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from datetime import datetime
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.naming import NamedOnce
 from swarmtrain.membership.records import COUNTED_AT_ONCE, bucket_of, buckets_to_read
-from swarmtrain.membership.tally import CountingRules, Tally
+from swarmtrain.membership.tally import CountingRules, Tally, agreed_counts
 from swarmtrain.network.records import PROGRESS, progress_from_proto_untrusted
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -26,6 +27,7 @@ __all__ = ["Tallying", "counting_rules"]
 
 _MAX_BUCKETS_A_PASS = 1024
 _BURST_ROUNDS = 2
+_ENOUGH = 3
 
 _ReadBucket = Callable[[str, str], Awaitable[Mapping[str, tuple[pb.Record, float]]]]
 """(kind, prefix) -> PeerID -> (record, expiry) of a bucket."""
@@ -82,9 +84,10 @@ class Tallying:
         return len(records)
 
     def _know_speeds(self) -> Mapping[str, float]:
-        speeds = self.speeds()
+        speeds, now = self.speeds(), self.clock()
         with self._lock:
-            self._tally.know_speeds(speeds.values())
+            self._tally.meet(speeds, now)
+            self._tally.know_speeds(speeds)
         return speeds
 
     def _read_untrusted(self, peer: str, record: pb.Record, prefix: str, claimed_per_s: float) -> None:
@@ -108,9 +111,36 @@ class Tallying:
             self.refused(peer, rule, detail)
 
     def learn(self, peer_tokens: Mapping[str, int]) -> None:
-        """What the rosters up to the present state count."""
+        """What the rosters up to the present state count, or what belongs to it. From the first count on this
+        peer watches the run."""
+        now = self.clock()
         with self._lock:
-            self._tally.learn(peer_tokens, self.clock())
+            self._tally.learn(peer_tokens, now)
+            if peer_tokens and self._tally.watched_s is None:
+                self._tally.watched_s = now
+
+    def meet(self, peer: str) -> None:
+        """`peer` is here: what it trains from now on this peer has seen itself."""
+        with self._lock:
+            self._tally.meet([peer], self.clock())
+
+    def watch(self) -> None:
+        """This peer has been here since the run was published: what one or two bring is bounded from then on."""
+        with self._lock:
+            if self._tally.watched_s is None:
+                self._tally.watched_s = self.rules.began_s
+
+    def bring(self, told: Sequence[Mapping[str, int]], *, is_server: bool = False) -> None:
+        """What states count that were pulled from as many peers, each peer's tokens by PeerID: see `Tally.bring`. The
+        server that a run names is believed alone. What they say of this peer itself is believed as its speed explains
+        it, as before."""
+        counts = agreed_counts(told)
+        own = counts.pop(self.me, 0)
+        speeds = self._know_speeds()
+        with self._lock:
+            self._tally.bring(counts, _ENOUGH if is_server else len(told), self.clock())
+            if own:
+                self._tally.observe(self.me, 0, own, self.clock(), speeds.get(self.me, 0.0))
 
     def hear(self, peer: str, tokens: int) -> None:
         """What a publication or a state says of `peer`: believed as far as its speed explains it."""
@@ -121,12 +151,13 @@ class Tallying:
             self._name(peer, incident.rule, incident.detail)
 
     def explained(self, peer: str, tokens: int) -> int | None:
-        """Of `tokens` that somebody tells of `peer`, how many are believed; None while no speeds are known at all.
+        """Of `tokens` that somebody tells of `peer`, how many are believed; None while neither speeds nor counts are
+        known at all.
 
         Nothing is counted."""
         speeds = self._know_speeds()
         with self._lock:
-            if self._tally.typical_per_s <= 0:
+            if self._tally.typical_per_s <= 0 and not self._tally.total:
                 return None
             return self._tally.believes(peer, tokens, self.clock(), speeds.get(peer, 0.0))
 
@@ -164,10 +195,14 @@ class Tallying:
         with self._lock:
             return self._tally.rows()
 
-    def restore(self, rows: Iterable[Sequence[object]]) -> None:
-        """Go on from what a checkpoint kept. ValueError if that is something else; nothing is counted then."""
+    def restore(self, rows: Iterable[Sequence[object]], until_s: float | None = None) -> None:
+        """Go on from what a checkpoint kept, taken at `until_s` if that is known. ValueError if that is something else;
+        nothing is counted then."""
         with self._lock:
             self._tally.merge_rows(rows)
+            if until_s is not None and math.isfinite(until_s):
+                before_s = self._tally.watched_s
+                self._tally.watched_s = until_s if before_s is None else max(before_s, until_s)
             self._own_durable = max(self._own_durable, self._tally.tokens(self.me))
 
 
@@ -178,4 +213,5 @@ def counting_rules(run: RunFile, now: float) -> CountingRules:
         began_s=min(began_s, now),
         burst_tokens=_BURST_ROUNDS * run.round_tokens,
         most_tokens=run.run.total_tokens + run.max_round_tokens,
+        total_tokens=run.run.total_tokens,
     )

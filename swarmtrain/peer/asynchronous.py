@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -14,6 +14,7 @@ from swarmtrain.membership.ending import still_needed_apart
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.consensus import PeerState
+from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import counts_in_untrusted, round_of
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.trainer import Start
@@ -22,6 +23,8 @@ __all__ = ["AsynchronousExchange"]
 
 _log = logging.getLogger(__name__)
 _SETTLE_S = 5.0
+_SOURCES = 3
+"""So many count for a newcomer, where there are so many."""
 _GUESSED_ROUND_S = 1.0
 """How long a round is taken to last before this peer knows how fast it is."""
 
@@ -75,16 +78,34 @@ class AsynchronousExchange(SwarmExchange):
             self._offered = progress
             self._do_soon(self._offer(progress, body_of(state.theta, state.momentum)))
 
-    def _progress_of(self, states: Sequence[PeerState], own_round: int) -> Progress:
-        """The counters of states that were pulled: what they tell of tokens is believed as far as speeds explain it. A
-        round that turns back would be refused by everyone."""
+    def _progress_of(
+        self,
+        states: Sequence[PeerState],
+        own_round: int,
+        more: Sequence[Mapping[str, int]] = (),
+        *,
+        is_server: bool = False,
+    ) -> Progress:
+        """The counters of states that were pulled: the counts that belong to them come with them, outvoted by `more`
+        that others count where there are enough, and what each says of itself is believed as far as its speed explains
+        it. A round that turns back would be refused by everyone."""
         tallying = self.swarm.tallying
-        known = {info.peer for info in self.swarm.membership.known()}
-        for peer, tokens in counts_in_untrusted(states, known).items():
-            tallying.hear(peer, tokens)
+        told = [counts_in_untrusted(state.held.snapshot.manifest) for state in states]
+        tallying.bring([*told, *more], is_server=is_server)
+        for state, counts in zip(states, told, strict=True):
+            tallying.hear(state.peer, counts.get(state.peer, 0))
         counts = tallying.contributions()
         round = max(round_of(states), own_round)
         return Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
+
+    def _counted_by_others(self, states: Sequence[PeerState]) -> list[Mapping[str, int]]:
+        """What others count than those whose states are here, where these are too few to outvote one that lies."""
+        have = {state.peer for state in states}
+        live = sorted(self.swarm.membership.live(), key=lambda info: not info.is_bootstrap)
+        others = [info.peer for info in live if info.peer not in have and (info.is_bootstrap or info.round > 0)]
+        missing = max(0, _SOURCES - len(states))
+        asking = self.swarm.states.fetch_manifests(others[:missing])
+        return [counts_in_untrusted(each) for each in wait_for(self.network.submit(asking), self.stop)]
 
     def _settle(self) -> None:
         """Say that this peer needs nothing more."""

@@ -35,7 +35,9 @@ from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
 from swarmtrain.network.tasks import end_tasks
+from swarmtrain.peer.archiving import Archive
 from swarmtrain.peer.bootstrap_peer import (
+    COUNTS_EVERY_S,
     FLUSH_S,
     LAST_ARCHIVE_S,
     LAST_SAMPLE,
@@ -76,6 +78,8 @@ _log = logging.getLogger(__name__)
 _LAST_ROUND_S = 20.0
 """With each peer at its own pace: how long those who have not ended their last round are waited for."""
 _REDIAL_S = 3.0
+_REFUSED_AGAIN_S = 10.0
+"""How long states that lack more of the archive than they bring are not asked for again."""
 _LAST_ANSWER_S = 2.0
 
 
@@ -160,6 +164,10 @@ class _Bootstrap(BootstrapPeer):
     """Whether the archive has the run's last weights."""
     progress: Progress = field(default_factory=Progress)
     state: OuterState | None = None
+    archived: Archive | None = None
+    """What is known with the archive, where peers merge asynchronously."""
+    _counts_kept_s: float = -math.inf
+    _archived_arrivals: int = 0
 
     def run(self) -> DoneEvent:
         node, me = self.enter_network()
@@ -171,9 +179,12 @@ class _Bootstrap(BootstrapPeer):
         keeper = self.keeper = Keeper(self.folder, self.published, node.identity.peer_id, self.emit)
         keeper.attach(swarm)
         keeper.be_controlled(self.control)
+        if swarm.asynchronous:
+            self.archived = Archive(swarm, keeper)
         kept = self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)
         if self.published.run.merge.method == "server":
             self.server = self._merge_server(swarm, keeper, kept, flatten(model.parameters()))
+            self._archived_arrivals = self.server.arrivals
         else:
             swarm.leavers = Leavers(swarm.membership)
         del kept, model  # 8 bytes a parameter
@@ -223,6 +234,8 @@ class _Bootstrap(BootstrapPeer):
         if kept is not None:
             wait_for(self.network.submit(keeper.restore(swarm, kept)), self.stop)
             self._have(swarm, kept)
+        if self.archived is not None:
+            self.archived.restore(kept)
         return kept
 
     def _merge_server(self, swarm: Swarm, keeper: Keeper, kept: Checkpoint | None, theta: Tensor) -> MergeServer:
@@ -274,7 +287,9 @@ class _Bootstrap(BootstrapPeer):
         """
         total = self.published.run.run.total_tokens
         every_s = self.published.run.network.archive_every_s
-        next_s = time.monotonic() + (every_s if self.state is not None else 0.0)
+        # started again, it knows little of what was trained meanwhile before it has a state of it
+        at_once = self.state is None or self.archived is not None
+        next_s = time.monotonic() + (0.0 if at_once else every_s)
         end_seen_s = first_s = math.inf
         complete = self.is_final = self.progress.run_tokens >= total
         while not complete:
@@ -295,33 +310,54 @@ class _Bootstrap(BootstrapPeer):
                 first_s = min(first_s, time.monotonic()) if ended else math.inf
                 last = min(told) >= total or time.monotonic() > first_s + _LAST_ROUND_S
             waiting = () if swarm.leavers is None else swarm.leavers.waiting(swarm_time())
-            is_new = newest > self.progress.run_tokens
+            is_new = self._is_new(swarm, newest)
             due = is_new and (bool(waiting) or time.monotonic() >= next_s)
             archive = self._archive if self.server is None else self._archive_own
             archived = (due or last) and archive(swarm, last)
             if archived:
                 next_s = time.monotonic() + every_s
                 complete = self.is_final = last and self.progress.run_tokens >= total
+            elif due and self.archived is not None and self.archived.watch.refused_s is not None:
+                next_s = time.monotonic() + _REFUSED_AGAIN_S
             elif not told and self.progress.run_tokens >= total:
                 complete = self.is_final = True  # an archive between two looks had them all, and everyone has left
-            if swarm.leavers is not None and waiting and (archived or not is_new):
+            if swarm.leavers is not None and waiting and (archived or not self._is_new(swarm, newest)):
                 swarm.leavers.taken(waiting, swarm_time())
         self._tell_archived(swarm)
 
+    def _is_new(self, swarm: Swarm, newest_tokens: int) -> bool:
+        """Whether somebody may have what the archive lacks. Where each peer has its own weights and counts, how many
+        tokens it counts says nothing of that."""
+        if self.server is not None:
+            return self.server.arrivals != self._archived_arrivals
+        if self.archived is not None:
+            return self.archived.watch.is_new(swarm.membership.volunteers())
+        return newest_tokens > self.progress.run_tokens
+
     def _ask_how_far(self, swarm: Swarm) -> None:
-        """Look how far the volunteers are, and remember whom to dial if we are started again."""
+        """Look how far the volunteers are, and remember whom to dial if we are started again, and what is counted."""
         self._tell_archived(swarm)
         wait_for(self.network.submit(swarm.greet_some()), self.stop)
         assert self.keeper is not None
         try:
             self.keeper.keep_peers()
+            if self.archived is not None and time.monotonic() >= self._counts_kept_s + COUNTS_EVERY_S:
+                self._counts_kept_s = time.monotonic()
+                self.keeper.keep_counts()
+                if self.server is None and self.state is not None:
+                    serving = self.archived.serve_counts(self.state, self.progress)
+                    wait_for(self.network.submit(serving), self.stop)
         except OSError as error:  # the archive will say so too, and not every second
             _log.info("%s cannot be written: %s", self.folder.path, error.strerror)
 
     def archive_once_more(self) -> None:
         """It was asked to leave: keep what the volunteers have by now; some seconds at most."""
         swarm = self.swarm
-        if swarm is None or self.keeper is None or self.progress.run_tokens >= self.published.run.run.total_tokens:
+        if swarm is None or self.keeper is None:
+            return
+        if self.archived is not None:
+            self.count_once_more(swarm, [self.keeper])
+        if self.progress.run_tokens >= self.published.run.run.total_tokens:
             return
         self.stop = self.stop.last_work(LAST_ARCHIVE_S)
         self.control.board.doing(pb.PEER_STATE_FINISHING, "leaving: taking one last archive")
@@ -348,8 +384,9 @@ class _Bootstrap(BootstrapPeer):
         """The newest state, without waiting for those who do not answer soon."""
         if not peers:
             return None
-        if swarm.asynchronous:
-            return await fetch_present(swarm, peers[:LAST_SAMPLE], "archive", self.progress.run_tokens)
+        if self.archived is not None:
+            self.archived.asks(swarm.membership.volunteers())
+            return await fetch_present(swarm, peers[:LAST_SAMPLE], "archive", 0, self.archived.is_wanted)
         asking = [asyncio.create_task(swarm.rounds.ask_now([peer])) for peer in peers]
         answered, late = await asyncio.wait(asking, timeout=_LAST_ANSWER_S)
         await end_tasks(late)
@@ -359,12 +396,14 @@ class _Bootstrap(BootstrapPeer):
 
     def _archive(self, swarm: Swarm, last: bool = False) -> bool:
         """Pull the newest state, write it down, and offer it to joiners; False if nobody delivered."""
-        volunteers = [info.peer for info in swarm.membership.volunteers()]
+        infos = swarm.membership.volunteers()
+        volunteers = [info.peer for info in infos]
         sample = random.sample(volunteers, min(ARCHIVED, len(volunteers)))
-        above_tokens = (
-            0 if last and swarm.asynchronous else self.progress.run_tokens
-        )  # the last weights, newly counted or not
-        fetching = fetch_present(swarm, sample, "archive", above_tokens)
+        if self.archived is None:
+            fetching = fetch_present(swarm, sample, "archive", self.progress.run_tokens)
+        else:  # the last weights, whether they hold more tokens or not
+            self.archived.asks(infos)
+            fetching = fetch_present(swarm, sample, "archive", 0, None if last else self.archived.is_wanted)
         present = wait_for(self.network.submit(fetching), self.stop)
         if present is None:
             return False
@@ -389,9 +428,11 @@ class _Bootstrap(BootstrapPeer):
                 self.is_final = True
         if not server.arrivals:
             return False
+        arrivals = server.arrivals
         kept = self._of_server(server)
         keeper.keep(kept)
         keeper.checkpointer.flush(FLUSH_S)
+        self._archived_arrivals = arrivals
         self._have(swarm, kept)
         self._write_kept(kept)
         return True
@@ -408,6 +449,8 @@ class _Bootstrap(BootstrapPeer):
 
     def _kept(self, present: Present) -> Checkpoint:
         assert self.keeper is not None
+        if self.archived is not None:
+            return self.archived.kept_of(present)
         return Checkpoint(
             state=present.state,
             progress=present.progress,

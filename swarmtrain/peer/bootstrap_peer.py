@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
-from swarmtrain.errors import UserError
+from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer, stamped
 from swarmtrain.membership.ending import may_come_back
 from swarmtrain.membership.lifecycle import PeerInfo
@@ -35,9 +36,13 @@ from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.stopping import StopFlag
 
-__all__ = ["FLUSH_S", "LAST_ARCHIVE_S", "LAST_SAMPLE", "LINGER_S", "LOOK_EVERY_S", "BootstrapPeer"]
+__all__ = ["COUNTS_EVERY_S", "FLUSH_S", "LAST_ARCHIVE_S", "LAST_SAMPLE", "LINGER_S", "LOOK_EVERY_S", "BootstrapPeer"]
 
 LOOK_EVERY_S = 1.0
+COUNTS_EVERY_S = 5.0
+"""So often what is counted is written down, if it has changed."""
+
+LAST_COUNT_S = 1.0
 LINGER_S = 60.0
 FLUSH_S = 5.0
 LAST_SAMPLE = 4
@@ -108,6 +113,14 @@ class BootstrapPeer:
             if not may_come_back(swarm.membership, progress, self.since_s, swarm_time(), total_tokens):
                 return
             self.stop.sleep(0.1)
+
+    def count_once_more(self, swarm: Swarm, keepers: Sequence[Keeper]) -> None:
+        """It was asked to leave: what others have told by now is counted, and kept."""
+        with contextlib.suppress(TimeoutError, RunTimeError):
+            self.network.run(swarm.tallying.read_all(), LAST_COUNT_S)
+        with contextlib.suppress(OSError):  # the archive says it
+            for keeper in keepers:
+                keeper.keep_counts()
 
     def leave_stages(self) -> None:
         """Goodbye to those who hold stages, before the run's swarm is left: here there are none."""

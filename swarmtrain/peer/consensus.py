@@ -1,15 +1,15 @@
 """The run's weights where each peer has its own: the consensus of several peers' states.
 
 The variance-corrected mean of their weights, without those that are far from most or many rounds behind. Momentum is
-outvoted among those that gave theirs, their round the median, and what they tell of everybody's tokens is outvoted
-where one tells more than the others.
+outvoted among those that gave theirs, their round the median.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.network.consensus import PeerState
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.snapshots import TensorSpec
+from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
     "ARCHIVED",
@@ -134,26 +135,11 @@ def round_of(states: Sequence[_HasRound]) -> int:
     return statistics.median_low(state.round for state in states)
 
 
-def counts_in_untrusted(states: Sequence[PeerState], known: Collection[str]) -> Mapping[str, int]:
-    """Each peer's tokens as these states tell. A peer's own state says what it has done; of others the lower median
-    counts; and one state alone is believed about those `known` only. Whoever takes them looks whether a peer's speed
-    explains them.
-    """
-    told: dict[str, list[int]] = {}
-    own: dict[str, int] = {}
-    for state in states:
-        for item in list(state.held.snapshot.manifest.peer_tokens)[:_MAX_COUNTS]:
-            peer = peer_id_from_bytes_untrusted(item.peer)
-            told.setdefault(peer, []).append(item.tokens)
-            if peer == state.peer:
-                own[peer] = item.tokens
-    several = len(states) > 1
-    counts = {
-        peer: statistics.median_low([*tokens, *[0] * (len(states) - len(tokens))])
-        for peer, tokens in told.items()
-        if several or peer in known
-    }
-    return counts | own
+def counts_in_untrusted(manifest: pb.Manifest) -> dict[str, int]:
+    """Each peer's tokens as the author of a state tells with it, the greatest counts of very many; BadBytesError if
+    something else is there. Whoever takes them lets several states vote (`membership.tally.agreed_counts`)."""
+    told = ((item.tokens, item.peer) for item in manifest.peer_tokens)
+    return {peer_id_from_bytes_untrusted(peer): tokens for tokens, peer in heapq.nlargest(_MAX_COUNTS, told)}
 
 
 def theta_of(state: PeerState, size: int) -> Tensor:

@@ -15,6 +15,7 @@ checkpoints/   the newest three checkpoints of this peer's state: COUNT-round-RO
 started.json   the options it was started with, and whether it is paused
 port.txt       the port it listened at, if none was asked for
 peers.json     whom it knew
+counts.json    (bootstrap) who has trained on how many tokens by now; of a stage counts-stage-N.json
 archive/       (bootstrap) the run's newest model
 model/         the model at the end
 
@@ -33,6 +34,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from swarmtrain.errors import BadBytesError, NewerRunError, UserError
 from swarmtrain.membership.dialling import may_dial
@@ -138,6 +140,20 @@ class PeerFolder:
         """Remember whom to dial when started again."""
         rows = [{"peer": peer.peer, "addresses": list(peer.addresses)} for peer in peers]
         write_atomically(self.path / "peers.json", json.dumps(rows, indent=1).encode())
+
+    def kept_counts(self, stage: int | None) -> Any:
+        """What was counted when this peer last ran, of a stage or of the whole run; None if that is not here."""
+        try:
+            return json.loads(self._counts_path(stage).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def keep_counts(self, counts: Any, stage: int | None) -> None:
+        """Remember what is counted, between two checkpoints."""
+        write_atomically(self._counts_path(stage), json.dumps(counts).encode())
+
+    def _counts_path(self, stage: int | None) -> Path:
+        return self.path / ("counts.json" if stage is None else f"counts-stage-{stage}.json")
 
     def write_invite(self, line: str) -> None:
         """Leave the line for `swarmtrain invite`."""

@@ -508,11 +508,12 @@ class GossipExchange(AsynchronousExchange):
             states = wait_for(fetching, self.stop, lambda: self.on_arriving(swarm.store.arriving))
             if not states:
                 continue
+            more = self._counted_by_others(states)
             wait_for(self.network.submit(swarm.tallying.read_some()), self.stop)
+            states = not_far_behind(states, self.run.merge.max_staleness_rounds)
+            progress = self._progress_of(states, own_round, more)
             for found in states:
                 self._hear_rows_untrusted(found.peer, found.held.snapshot.manifest.coverage)
-            states = not_far_behind(states, self.run.merge.max_staleness_rounds)
-            progress = self._progress_of(states, own_round)
             state = consensus_of(states, self._layout)
             self.gossip.forget_pulled()
             for robustness in self._robustness:

@@ -169,6 +169,7 @@ class HeldStage:
         if new is not None:
             trainer.adopt(new)
             self.state_from = new.from_peer
+        trainer.count_on(swarm.tallying.contributions().get(swarm.identity.peer_id, 0))
         self.exchange.offer(trainer.state, trainer.progress)
         wait_for(site.network.submit(swarm.announce()), site.stop)
 

@@ -1,7 +1,7 @@
 """What a peer keeps in its folder while it runs, and goes on from when it is started again.
 
 Checkpoints with the counts of everyone's tokens, and beside them `peers.json`: whom to dial when nobody of the invite
-answers any more.
+answers any more. A bootstrap, whose checkpoints are rare, keeps the counts in `counts.json` as they come.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import WarningEvent
 from swarmtrain.network.codec import body_of
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.checkpoint import Checkpoint, load_newest
@@ -36,6 +37,7 @@ _NUM_AWAY = 4
 _FLUSH_S = 10.0
 _ASKED_FLUSH_S = 60.0
 _TALLY = "tally"
+_TALLY_UNTIL = "tally_until"
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Keeper:
     checkpointer: Checkpointer = field(init=False)
     _swarm: Swarm | None = None
     _known: tuple[InvitedPeer, ...] = ()
+    _kept_rows: list[list[str | int | float]] = field(default_factory=list)
     _keeping_peers: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -80,16 +83,19 @@ class Keeper:
         """Keep what `swarm` counts and whom it knows; what it tells others to have trained is what is on the disk."""
         self._swarm = swarm
         self.checkpointer.extras[_TALLY] = swarm.tallying.kept
+        self.checkpointer.extras[_TALLY_UNTIL] = swarm_time
         swarm.durable = lambda: self.checkpointer.durable
 
     async def restore(self, swarm: Swarm, kept: Checkpoint) -> None:
         """Count on from a checkpoint that was loaded, and offer its state. In the network thread."""
-        rows: Any = kept.extra.get(_TALLY, [])
+        self._restore_counts(swarm, kept.extra.get(_TALLY, []), kept.extra.get(_TALLY_UNTIL))
+        await self.offer(swarm, kept)
+
+    def _restore_counts(self, swarm: Swarm, rows: Any, until_s: Any) -> None:
         try:
-            swarm.tallying.restore(rows)
+            swarm.tallying.restore(rows, None if until_s is None else float(until_s))
         except (ValueError, TypeError) as error:
             self.emit(WarningEvent(message=f"the counts in the checkpoint are not used ({error}); they are read anew"))
-        await self.offer(swarm, kept)
 
     async def offer(self, swarm: Swarm, kept: Checkpoint) -> None:
         """Offer the state of a checkpoint to the others. In the network thread."""
@@ -145,6 +151,24 @@ class Keeper:
         if (last := self.checkpointer.last) is not None:
             kept = control_pb.KeptCheckpoint(round=last.round, time=last.time, size_bytes=last.size_bytes)
             status.checkpoint.CopyFrom(kept)
+
+    def restore_counts(self, swarm: Swarm) -> None:
+        """Count on from `counts.json` too, if it is of this run: the greater count stands, so that an old one does no
+        harm."""
+        kept = self.folder.kept_counts(self.stage)
+        if isinstance(kept, dict) and kept.get("run_sha256") == self.published.sha256:
+            self._restore_counts(swarm, kept.get(_TALLY, []), kept.get(_TALLY_UNTIL))
+
+    def keep_counts(self) -> None:
+        """Write down what is counted, if that has changed: a kill must not lose it until the next checkpoint. From any
+        thread; raises OSError."""
+        if self._swarm is None:
+            return
+        rows = self._swarm.tallying.kept()
+        if rows and rows != self._kept_rows:
+            counts = {"run_sha256": self.published.sha256, _TALLY_UNTIL: swarm_time(), _TALLY: rows}
+            self.folder.keep_counts(counts, self.stage)
+            self._kept_rows = rows
 
     def close(self) -> None:
         """Wait for the last checkpoint, some seconds at most."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Coroutine, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
-from swarmtrain.errors import PeerError
+from swarmtrain.errors import PeerError, RunTimeError
 from swarmtrain.events import WarningEvent
+from swarmtrain.membership.leaving import Leave, before_leaving
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import Interrupted, wait_for
@@ -15,6 +20,7 @@ from swarmtrain.v1 import control_pb2, snapshot_pb2
 
 __all__ = ["hand_over"]
 
+_T = TypeVar("_T")
 _IDLE_S = 10.0
 """A bootstrap looks every second, and writes for some: if it takes nothing for so long, it will not."""
 _MOST_S = 100.0
@@ -23,49 +29,88 @@ _SAY_S = 5.0
 _AGAIN_S = 0.5
 _CALL_S = 1.0  # the process waits for it, and the user for the process, also where the daemon hangs
 _WAITS = "nobody else trains: the bootstrap is archiving what only this peer has; Ctrl-C again does not wait for that"
-_NOT_TAKEN = (
-    "this peer's last rounds are in no archive, and nobody else has them; they are kept in its folder: join again "
-    "from there to bring them back"
-)
 
 
-async def _should_stay(swarm: Swarm) -> bool:
-    """Whether a bootstrap wants what this peer has, before it leaves; False too if none answers."""
+async def _answers(swarm: Swarm) -> list[bool | None]:
+    """Of each bootstrap that is here whether it wants what this peer has, before it leaves; None of one that does not
+    answer."""
     request = snapshot_pb2.HelloRequest(
         run_sha256=bytes.fromhex(swarm.published.sha256), presence=swarm.signed_presence(), asks_to_leave=True
     )
 
-    async def ask(peer: str) -> bool:
+    async def ask(peer: str) -> bool | None:
         try:
             return (await swarm.calls.hello(peer, request, _CALL_S)).stay
         except PeerError:
-            return False
+            return None
 
     bootstraps = [info.peer for info in swarm.membership.live() if info.is_bootstrap]
-    return any(await asyncio.gather(*map(ask, bootstraps)))
+    return list(await asyncio.gather(*map(ask, bootstraps)))
 
 
-def hand_over(control: Controlled, swarm: Swarm, network: NetworkThread) -> None:
-    """An end was asked for: serve on as long as a bootstrap has yet to archive what nobody else has."""
-    if swarm.rounds.away or control.stop.failure is not None:
-        return  # it has said goodbye before its pause, or cannot go on
-    stop, began_s, told = control.stop.last_work(_MOST_S), time.monotonic(), False
+async def _tell_progress(swarm: Swarm) -> None:
+    """Its last rounds count, whoever has them: the run's tokens never fall."""
+    with contextlib.suppress(TimeoutError, PeerError, RunTimeError):
+        async with asyncio.timeout(_CALL_S):
+            await swarm.tell_progress()
+
+
+async def _all_of(coming: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    return list(await asyncio.gather(*coming))
+
+
+def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThread, folder: Path) -> None:
+    """An end was asked for: serve on as long as a bootstrap has yet to archive what nobody else has, and wait a minute
+    for one that is away. What is in no archive then is said to be in `folder`. `swarms`: that of the run, or those of
+    the stages that are held."""
+    swarms = [swarm for swarm in swarms if not swarm.rounds.away]  # it has said goodbye before its pause
+    if not swarms or control.stop.failure is not None:
+        return
+    stop, began_s, told = control.stop.last_work(_MOST_S), time.monotonic(), set[str]()
     idle_s = began_s + _IDLE_S
+
+    def say(message: str) -> None:
+        if message not in told:
+            told.add(message)
+            control.emit(WarningEvent(message=message))
+
     control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: asking whether anybody else has what this peer has")
     try:
-        while wait_for(network.submit(_should_stay(swarm)), stop):
-            control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: the archive takes what only this peer has")
+        wait_for(network.submit(_all_of(map(_tell_progress, swarms))), stop)
+        while True:
+            answers = wait_for(network.submit(_all_of(map(_answers, swarms))), stop)
             now = time.monotonic()
-            if swarm.store.num_readers:
-                idle_s = now + _IDLE_S
-            if now > idle_s:
+            leaves = {
+                before_leaving(swarm.membership, each, swarm.me.round, now - began_s)
+                for swarm, each in zip(swarms, answers, strict=True)
+            }
+            if leaves == {Leave.GO}:
+                return
+            if not leaves & {Leave.WAIT, Leave.HAND_OVER}:
                 break
-            if not told and now > began_s + _SAY_S:
-                control.emit(WarningEvent(message=_WAITS))
-                told = True
+            if Leave.WAIT in leaves:
+                doing = "leaving: nobody else has what this peer has, and no bootstrap answers; waiting for one"
+                control.board.doing(control_pb2.PEER_STATE_FINISHING, doing)
+                say(
+                    "nobody else has what this peer has, and no bootstrap answers: waiting a minute for one to come "
+                    f"back; it is kept in {folder} too: 'swarmtrain join --dir {folder}' brings it back. Ctrl-C again "
+                    "does not wait"
+                )
+                idle_s = now + _IDLE_S
+            else:
+                doing = "leaving: the archive takes what only this peer has"
+                control.board.doing(control_pb2.PEER_STATE_FINISHING, doing)
+                if any(swarm.store.num_readers for swarm in swarms):
+                    idle_s = now + _IDLE_S
+                if now > idle_s:
+                    break
+                if now > began_s + _SAY_S:
+                    say(_WAITS)
             stop.sleep(_AGAIN_S)
-        else:
-            return
     except Interrupted:
         pass
-    control.emit(WarningEvent(message=_NOT_TAKEN))
+    message = (
+        f"this peer's last rounds are in no archive, and nobody else has them; they are kept in {folder}: "
+        f"'swarmtrain join --dir {folder}' brings them back"
+    )
+    control.emit(WarningEvent(message=message))

@@ -7,6 +7,7 @@ who come to a stage that nobody holds any more. It trains none of them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import random
@@ -23,15 +24,19 @@ from swarmtrain.events import (
     DoneEvent,
     WarningEvent,
 )
+from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.stages import FirstStageWatch
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.stages import StageShape, build_stage, joined_weights, stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import Node
 from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.archiving import Archive
 from swarmtrain.peer.bootstrap_peer import (
+    COUNTS_EVERY_S,
     FLUSH_S,
     LAST_ARCHIVE_S,
     LAST_SAMPLE,
@@ -39,7 +44,6 @@ from swarmtrain.peer.bootstrap_peer import (
     LOOK_EVERY_S,
     BootstrapPeer,
 )
-from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import (
     named_weights,
     show_invite,
@@ -70,6 +74,7 @@ class StageArchive:
     shape: StageShape
     swarm: Swarm
     keeper: Keeper
+    archived: Archive
     state: OuterState | None = None
     progress: Progress = field(default_factory=Progress)
     is_final: bool = False
@@ -85,6 +90,7 @@ class PipelineBootstrap(BootstrapPeer):
     """See `run_bootstrap`."""
 
     archives: list[StageArchive] = field(default_factory=list)
+    _counts_kept_s: float = float("-inf")
 
     @property
     def progress(self) -> Progress:
@@ -129,15 +135,17 @@ class PipelineBootstrap(BootstrapPeer):
         published = self.published.of_stage(number)
         specs = tensor_specs(build_stage(shape, self.published.run.run.seed).named_parameters())
         swarm = Swarm(node, published, specs, average_bytes_untrusted, emit_of_stage(self.emit), me)
-        swarm.hosting = hosting_of(swarm)
+        swarm.hosting, swarm.leavers = hosting_of(swarm), Leavers(swarm.membership)
         keeper = Keeper(self.folder, published, me.peer, self.emit, stage=number)
         keeper.attach(swarm)
-        archive = StageArchive(number=number, shape=shape, swarm=swarm, keeper=keeper)
+        archived = Archive(swarm, keeper)
+        archive = StageArchive(number=number, shape=shape, swarm=swarm, keeper=keeper, archived=archived)
         kept = keeper.load(shape.num_parameters)
         if kept is not None:
             self._wait(keeper.restore(swarm, kept))
             archive.state, archive.progress = kept.state, kept.progress
             self._tell(archive)
+        archived.restore(kept)
         self._wait(swarm.start(self.folder.kept_peers()))
         self._wait(swarm.announce())
         return archive
@@ -164,6 +172,7 @@ class PipelineBootstrap(BootstrapPeer):
         while not all(archive.is_final for archive in self.archives):
             self.stop.sleep(LOOK_EVERY_S)
             self.control.board.beat()
+            self._archive_for_leavers()
             now, counted = time.monotonic(), self.archives[0].swarm.tallying.total
             if end.look(swarm.membership.volunteers(), swarm.membership.known(), counted, now):
                 ended_s = min(ended_s, now)
@@ -179,6 +188,19 @@ class PipelineBootstrap(BootstrapPeer):
                 if any(found):
                     self._write_joined()
             self._keep_peers()
+
+    def _archive_for_leavers(self) -> None:
+        """Of each stage that nobody trains on but those who would leave."""
+        for archive in self.archives:
+            swarm, leavers = archive.swarm, archive.swarm.leavers
+            if leavers is None or not leavers.is_asked(swarm_time()):
+                continue
+            self._wait(swarm.greet_some())
+            waiting = leavers.waiting(swarm_time())
+            if waiting and archive.archived.watch.is_new(swarm.membership.volunteers()):
+                self._archive(archive)
+            if waiting and not archive.archived.watch.is_new(swarm.membership.volunteers()):
+                leavers.taken(waiting, swarm_time())
 
     def _archive_the_lonely(self) -> bool:
         """A stage that one peer holds alone is lost with it: what it has is archived after each of its rounds. Whether
@@ -205,6 +227,8 @@ class PipelineBootstrap(BootstrapPeer):
 
     def _archive(self, archive: StageArchive, anyway: bool = False) -> bool:
         """Pull the stage's present weights, write them down, and offer them; False if there is nothing new."""
+        if not anyway and not archive.archived.watch.is_new(archive.swarm.membership.volunteers()):
+            return False
         present = self._wait(self._pulled(archive, ARCHIVED, None, anyway))
         if present is None:
             return False
@@ -221,28 +245,24 @@ class PipelineBootstrap(BootstrapPeer):
     async def _pulled(
         self, archive: StageArchive, most_peers: int, limit_s: float | None, anyway: bool = False
     ) -> Present | None:
-        """What those of a stage have, if it counts more tokens than what is kept, or `anyway`: a peer's tokens may be
-        known before its round is here. None too if nobody delivers within so long."""
-        volunteers = [info.peer for info in archive.swarm.membership.volunteers()]
+        """What those of a stage have, if it holds more than what is kept, or `anyway`. None too if nobody delivers
+        within so long."""
+        infos = archive.swarm.membership.volunteers()
+        volunteers = [info.peer for info in infos]
         sample = random.sample(volunteers, min(most_peers, len(volunteers)))
         if not sample:
             return None
-        above_tokens = 0 if anyway else archive.progress.run_tokens
+        archive.archived.asks(infos)
+        is_wanted = None if anyway else archive.archived.is_wanted
         try:
             async with asyncio.timeout(limit_s):
-                return await fetch_present(archive.swarm, sample, "archive", above_tokens)
+                return await fetch_present(archive.swarm, sample, "archive", 0, is_wanted)
         except TimeoutError:
             return None
 
     def _keep(self, archive: StageArchive, present: Present) -> None:
         keeper = archive.keeper
-        kept = Checkpoint(
-            state=present.state,
-            progress=present.progress,
-            roster=None,
-            signed_roster=None,
-            extra=keeper.checkpointer.extra(),
-        )
+        kept = archive.archived.kept_of(present)
         keeper.keep(kept)
         self._wait(keeper.offer(archive.swarm, kept))
         archive.state, archive.progress = kept.state, kept.progress
@@ -251,6 +271,7 @@ class PipelineBootstrap(BootstrapPeer):
         """It was asked to leave: keep what the volunteers have by now of each stage; some seconds at most."""
         if not self.archives or all(archive.is_final for archive in self.archives):
             return
+        self.count_once_more(self.archives[0].swarm, [archive.keeper for archive in self.archives])
         self.stop = self.stop.last_work(LAST_ARCHIVE_S)
         self.control.board.doing(control_pb.PEER_STATE_FINISHING, "leaving: taking one last archive")
         open_ones = [archive for archive in self.archives if not archive.is_final]
@@ -264,10 +285,14 @@ class PipelineBootstrap(BootstrapPeer):
 
     def _keep_peers(self) -> None:
         assert self.keeper is not None
-        try:
+        with contextlib.suppress(OSError):  # the archive will say so too
             self.keeper.keep_peers()
-        except OSError:
-            pass  # the archive will say so too
+            if time.monotonic() >= self._counts_kept_s + COUNTS_EVERY_S:
+                self._counts_kept_s = time.monotonic()
+                for archive in self.archives:
+                    archive.keeper.keep_counts()
+                    if archive.state is not None:
+                        self._wait(archive.archived.serve_counts(archive.state, archive.progress))
 
     # ------------------------------------------------------------- the model
 

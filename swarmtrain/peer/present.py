@@ -7,19 +7,24 @@ consensus of a sample.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import Roster
+from swarmtrain.membership.tally import agreed_counts
+from swarmtrain.network.consensus import PeerState
 from swarmtrain.network.rounds import NewState
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import state_of
 from swarmtrain.peer.consensus import consensus_of, counts_in_untrusted, layout_of_specs, not_far_behind, round_of
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Present", "fetch_present", "present_of"]
+__all__ = ["Present", "Wanted", "fetch_present", "present_of"]
+
+Wanted = Callable[[Mapping[str, int], Collection[str]], bool]
+"""Told whose tokens states hold, and whose states they are; whether their weights are worth having."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,10 @@ class Present:
     progress: Progress
     roster: Roster | None = None
     signed_roster: pb.Signed | None = None
+    holds: Mapping[str, int] = field(default_factory=dict)
+    """Each peer's tokens as far as they are in these weights, where each has its own."""
+    shard_rows: Sequence[tuple[str, Sequence[pb.Signed]]] = ()
+    """What was told of the data with each of the states, by PeerID of who told it."""
 
 
 def present_of(new: NewState) -> Present:
@@ -38,8 +47,11 @@ def present_of(new: NewState) -> Present:
     return Present(state=state, progress=progress, roster=new.roster, signed_roster=new.signed_roster)
 
 
-async def fetch_present(swarm: Swarm, peers: Sequence[str], reason: str, above_tokens: int = 0) -> Present | None:
-    """What `peers` have, if it counts more than `above_tokens` tokens; None if nobody has such, or delivers."""
+async def fetch_present(
+    swarm: Swarm, peers: Sequence[str], reason: str, above_tokens: int = 0, is_wanted: Wanted | None = None
+) -> Present | None:
+    """What `peers` have, if it counts more than `above_tokens` tokens, and where each peer has its own weights, if it
+    `is_wanted`; None if nobody has such, or delivers."""
     if not swarm.asynchronous:
         new = await swarm.rounds.fetch_newest_state(peers, reason, above_tokens)
         return None if new is None else present_of(new)
@@ -49,16 +61,35 @@ async def fetch_present(swarm: Swarm, peers: Sequence[str], reason: str, above_t
     states = states or await swarm.states.fetch(peers, 1)  # where there is no server, or it is gone: each has its own
     if not states:
         return None
-    known = {info.peer for info in swarm.membership.known()}
-    counts = dict(counts_in_untrusted(states, known))
+    told = {state.peer: counts_in_untrusted(state.held.snapshot.manifest) for state in states}
+    holds = agreed_counts(list(told.values()))
+    for peer, counts in told.items():  # what it has trained itself is in its weights
+        holds[peer] = counts.get(peer, 0)
+    counts = holds
     if swarm.me.is_bootstrap:  # it has seen how fast they are: nobody's claim ends the run
-        for peer, tokens in counts.items():
+        swarm.tallying.bring(list(told.values()))
+        for peer, tokens in holds.items():
             swarm.tallying.hear(peer, tokens)
         counts = swarm.tallying.contributions()
+        holds = {peer: min(tokens, counts.get(peer, 0)) for peer, tokens in holds.items()}
+    if is_wanted is not None and not is_wanted(holds, told.keys()):
+        return None
     run_tokens = sum(counts.values())
     if run_tokens <= above_tokens:
         return None
+    rows = [(state.peer, list(state.held.snapshot.manifest.coverage)) for state in states]
+    return await _consensus(swarm, states, run_tokens, counts, holds, rows)
+
+
+async def _consensus(
+    swarm: Swarm,
+    states: Sequence[PeerState],
+    run_tokens: int,
+    counts: Mapping[str, int],
+    holds: Mapping[str, int],
+    rows: Sequence[tuple[str, Sequence[pb.Signed]]],
+) -> Present:
     states = not_far_behind(states, swarm.published.run.merge.max_staleness_rounds)
     progress = Progress(round=round_of(states), run_tokens=run_tokens, peer_tokens=counts)
     state = await asyncio.to_thread(consensus_of, states, layout_of_specs(swarm.specs))
-    return Present(state=state, progress=progress)
+    return Present(state=state, progress=progress, holds=holds, shard_rows=rows)

@@ -227,8 +227,10 @@ class ServerExchange(AsynchronousExchange):
         states = wait_for(fetching, self.stop, lambda: self.on_arriving(swarm.store.arriving))
         if not states:
             return None
-        new, state = self._progress_of(states, progress.round), consensus_of(states, layout_of_specs(swarm.specs))
-        if states[0].peer == self.publisher.server:
+        is_server = states[0].peer == self.publisher.server
+        new = self._progress_of(states, progress.round, is_server=is_server)
+        state = consensus_of(states, layout_of_specs(swarm.specs))
+        if is_server:
             theta, round = self._start_from(states[0], state.theta, new.round)
             state, new = OuterState(theta, state.momentum), dataclasses.replace(new, round=round)
         self.offer(state, new)

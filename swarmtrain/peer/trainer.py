@@ -551,6 +551,11 @@ class Trainer:
         self.state, self.progress = state, progress
         self.own_tokens, self.young_steps, self.steps_per_s = own.own_tokens, own.young_steps, own.steps_per_s
 
+    def count_on(self, own_tokens: int) -> None:
+        """Others count so many of this peer: it counts on from there, or what it trains with an old folder that was put
+        back would count for nothing until it has caught up with itself."""
+        self.own_tokens = max(self.own_tokens, own_tokens)
+
     def skip_merged(self, tokens: int) -> bool:
         """Others have merged `tokens` of this peer's that its checkpoint does not know: their batches are done.
 

@@ -83,6 +83,7 @@ _log = logging.getLogger(__name__)
 _LINGER_S = 60.0
 _LAST_READERS_S = 900.0
 """Whoever is pulling this peer's last weights, over a slow link perhaps, is served on for so long."""
+_LAST_FLUSH_S = 1.0
 _FIND_S = 15.0
 _FIND_AGAIN_S = 5.0
 _ALONE_AFTER_S = 15.0
@@ -398,6 +399,8 @@ class _Volunteer:
                 _log.info("the others have merged %d tokens of this peer's that it had forgotten", merged)
             trainer.adopt(new)
             state_from = new.from_peer
+        if swarm.asynchronous:
+            trainer.count_on(swarm.tallying.contributions().get(swarm.identity.peer_id, 0))
         exchange.offer(trainer.state, trainer.progress)
         wait_for(self.network.submit(swarm.announce()), self.stop)
         self.emit(
@@ -430,7 +433,9 @@ class _Volunteer:
             if reason != "interrupted":
                 return reason
             if self.stop.is_set():
-                hand_over(self.control, swarm, self.network)
+                if self.keeper is not None:
+                    self.keeper.checkpointer.flush(_LAST_FLUSH_S)  # what is told is what is on the disk
+                hand_over(self.control, [swarm], self.network, self.folder.path)
                 return reason
             try:
                 wait_for(self.network.submit(swarm.withdraw()), self.stop)

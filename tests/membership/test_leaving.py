@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from swarmtrain.membership.leaving import Leavers
+import pytest
+
+from swarmtrain.membership.leaving import LAST_HOLDER_S, Leave, Leavers, before_leaving
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
 
 
@@ -22,17 +24,27 @@ def test_the_last_one_stays_until_it_is_archived() -> None:
     assert not leavers.ask("anna", 3.0)
 
 
-def test_who_leaves_others_that_train_on_goes_at_once() -> None:
+def test_who_leaves_others_that_train_on_goes_once_one_of_them_is_heard_of() -> None:
     members, leavers = bootstrap_of("anna", "ben")
-    assert not leavers.ask("anna", 1.0) and leavers.waiting(1.0) == ()
-    members.left("anna", 1.1)
+    assert leavers.ask("anna", 1.0) and leavers.waiting(1.0) == (), "ben may have been killed a moment ago"
+    members.heard("ben", 1.5)
+    assert not leavers.ask("anna", 2.0) and leavers.waiting(2.0) == ()
+    members.left("anna", 2.1)
     assert leavers.ask("ben", 100.0) and leavers.waiting(100.0) == ("ben",), "ben is the last now"
 
 
+def test_one_that_was_killed_a_moment_ago_does_not_train_on() -> None:
+    """It is believed alive until calls to it have failed often enough."""
+    members, leavers = bootstrap_of("anna", "ben")
+    members.heard("ben", 0.9)
+    assert leavers.ask("anna", 1.0) and leavers.waiting(1.0) == ()
+    members.call_failed("ben", 1.5, "refused")
+    assert leavers.ask("anna", 1.6) and leavers.waiting(1.7) == ("anna",)
+
+
 def test_all_that_leave_together_stay_for_one_archive() -> None:
-    """The first of them was told that it may go, before the second asked: one of them is enough."""
     members, leavers = bootstrap_of("anna", "ben", "carl")
-    assert not leavers.ask("anna", 1.0) and not leavers.ask("ben", 1.1)
+    assert leavers.ask("anna", 1.0) and leavers.ask("ben", 1.1) and leavers.waiting(1.15) == ()
     assert leavers.ask("carl", 1.2)
     assert leavers.waiting(1.3) == ("anna", "ben", "carl")
     members.left("anna", 1.4)
@@ -41,9 +53,11 @@ def test_all_that_leave_together_stay_for_one_archive() -> None:
 
 
 def test_one_that_asked_and_trains_on_keeps_nobody() -> None:
-    _, leavers = bootstrap_of("anna", "ben")
+    members, leavers = bootstrap_of("anna", "ben")
     leavers.ask("anna", 1.0)
-    assert not leavers.ask("ben", 10.0) and leavers.waiting(10.0) == ()
+    leavers.ask("ben", 10.0)
+    members.heard("anna", 10.1)
+    assert not leavers.ask("ben", 10.5) and leavers.waiting(10.5) == ()
 
 
 def test_one_that_comes_back_and_leaves_again_is_archived_again() -> None:
@@ -73,3 +87,42 @@ def test_strangers_and_those_who_do_not_train_need_not_ask() -> None:
     for peer in ("nobody", "guest", "boot"):
         assert not leavers.ask(peer, 1.0)
     assert leavers.waiting(1.0) == ()
+
+
+# ---------------------------------------------------------------- what the leaver makes of it
+
+
+def members_of(*bootstraps: PeerInfo) -> Membership:
+    members = Membership(me="me")
+    for info in bootstraps:
+        members.saw_presence(info, 1e9, 0.0)
+    return members
+
+
+BOOT = PeerInfo(peer="boot", is_bootstrap=True, stamp=0.0, round=3)
+
+
+def test_what_a_bootstrap_says_counts_before_all_else() -> None:
+    members = members_of(BOOT)
+    assert before_leaving(members, [None, True], 9, 1e9) is Leave.HAND_OVER
+    assert before_leaving(members, [None, False], 9, 0.0) is Leave.GO
+
+
+def test_the_last_holder_waits_a_minute_for_one_that_does_not_answer() -> None:
+    members = members_of(BOOT)
+    assert before_leaving(members, [None], 9, 0.0) is Leave.WAIT
+    assert before_leaving(members, [None], 9, LAST_HOLDER_S) is Leave.GO_UNARCHIVED
+    assert before_leaving(members, [None], 3, 0.0) is Leave.GO, "it told of an archive of that round"
+    assert before_leaving(members, [None], 0, 0.0) is Leave.GO, "nothing was merged"
+    members.call_failed("boot", 1.0, "gone")
+    members.call_failed("boot", 9.0, "gone")
+    assert before_leaving(members, [], 9, 0.0) is Leave.WAIT, "lost, and perhaps on its way back"
+
+
+@pytest.mark.parametrize("has_left", [True, False])
+def test_where_no_bootstrap_is_on_its_way_it_says_where_the_work_is(has_left: bool) -> None:
+    members = members_of(*[BOOT] * has_left)
+    members.left("boot", 5.0)
+    assert before_leaving(members, [], 9, 0.0) is Leave.GO_UNARCHIVED
+    members.saw_presence(PeerInfo(peer="ben", training=True, stamp=6.0), 1e9, 6.0)
+    assert before_leaving(members, [], 9, 0.0) is Leave.GO, "ben trains on"

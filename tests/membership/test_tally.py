@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmtrain.membership.naming import NamedOnce
-from swarmtrain.membership.tally import CountingRules, Tally, typical_speed
+from swarmtrain.membership.tally import CountingRules, Tally, agreed_counts, quick_speed, typical_speed
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
 RULES = CountingRules(began_s=1000.0, burst_tokens=200, most_tokens=10**12)
@@ -73,7 +73,7 @@ def test_counts_never_fall_and_never_exceed_what_is_said(said: list[tuple[str, i
         believed, incident = tally.observe(peer, 0, tokens, now, speed)
         most[peer] = max(most.get(peer, 0), tokens)
         assert held <= believed == tally.tokens(peer) <= most[peer]
-        assert (incident is None) == (believed >= tokens)
+        assert incident is None or believed < tokens
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,141 @@ def test_what_a_roster_counted_needs_no_explanation_and_explains_nothing_else() 
     assert tally.observe("a", 0, 2 * 10**9, 5000.0, 1.0)[0] == 10**9 + 200
 
 
-def test_a_first_sighting_is_bounded_by_the_age_of_the_run() -> None:
+def test_a_first_sighting_earns_from_when_it_was_met_and_not_for_the_age_of_the_run() -> None:
     tally = Tally(RULES, typical_per_s=TYPICAL)
     month_s = RULES.began_s + 30 * DAY_S
-    assert tally.observe("old hand", 0, int(29 * DAY_S * 10), month_s, 10.0) == (int(29 * DAY_S * 10), None)
     believed, incident = tally.observe("liar", 0, 10**11, month_s, 10.0)
-    assert incident is not None and believed == int(30 * DAY_S * 40) + 200
+    assert believed == 200 and incident is not None, "two rounds at once"
+    tally.meet(["here"], month_s)
+    assert tally.observe("here", 0, 200 + 40 * 60, month_s + 60, 10.0) == (200 + 40 * 60, None)
+    assert tally.observe("liar", 0, 10**11, month_s + 60, 10.0)[0] == 200 + 40 * 60
+
+
+def honest_run() -> tuple[Tally, float]:
+    """Two honest peers have trained a run of 1000 * 30 rounds to 14 %, a day after it began."""
+    rules = CountingRules(began_s=0.0, burst_tokens=200, most_tokens=3_000_100, total_tokens=3_000_000)
+    tally = Tally(rules)
+    for minute in range(1, 60 * 24 + 1):
+        for peer in ("ada", "ben"):
+            tally.meet([peer], 0.0)
+            tally.know_speeds({"ada": 3.0, "ben": 3.0})
+            tally.observe(peer, 0, 210_000 * minute // (60 * 24), minute * 60.0, 3.0)
+    assert tally.total == 420_000
+    return tally, DAY_S
+
+
+@pytest.mark.parametrize("claimed_per_s", [0.0, 3.0, 1e9])
+def test_a_newcomers_record_does_not_end_a_run(claimed_per_s: float) -> None:
+    """Seen: one record took a run from 14 % to its end; half an hour later it has not moved it by a twentieth."""
+    tally, now = honest_run()
+    for second in range(0, 1800, 5):
+        tally.know_speeds({"ada": 3.0, "ben": 3.0, "mallory": claimed_per_s})
+        tally.observe("mallory", 0, 2_580_000, now + second, claimed_per_s)
+        assert tally.total <= 420_000 + 200 + 64 * 3 * second
+    assert tally.total < 0.18 * 3_000_000
+
+
+def test_who_delivers_is_believed_at_twice_the_speed_after_a_while() -> None:
+    """An honest machine of thirty times the usual speed is counted in full within the hour."""
+    tally, tokens = Tally(RULES), 0
+    speeds = {"a": 9.0, "b": 10.0, "c": 10.0, "d": 11.0, "fast": 300.0}
+    tally.meet(speeds, 2000.0)
+    lags = []
+    for second in range(0, 3600, 10):
+        tokens = 300 * second
+        tally.know_speeds(speeds)
+        believed, _ = tally.observe("fast", 0, tokens, 2000.0 + second, 300.0)
+        lags.append(tokens - believed)
+    assert lags[50] > 0 and lags[-1] == 0
+    again = Tally(RULES)
+    again.merge_rows(json.loads(json.dumps(tally.rows())))
+    assert again.rows() == tally.rows() and len(tally.rows()[0]) == 7, "trust outlives a restart"
+
+
+def test_one_that_is_alone_does_not_say_what_is_usual() -> None:
+    tally, now = honest_run()
+    tally.know_speeds({"mallory": 1e9})
+    assert tally.typical_per_s == tally.quick_per_s == 3.0
+    tally.observe("mallory", 0, 2_580_000, now, 1e9)
+    tally.observe("mallory", 0, 2_580_000, now + 60, 1e9)
+    assert tally.tokens("mallory") == 200 + 60 * 4 * 3
+
+
+# ---------------------------------------------------------------- what states bring
+
+ARCHIVED = {"ada": 210_000, "ben": 255_664}
+
+
+def test_a_newcomer_has_the_counts_that_belong_to_the_state() -> None:
+    """Also those of volunteers who have left and whom it never meets, and without a speed of anybody."""
+    rules = CountingRules(began_s=0.0, burst_tokens=200, most_tokens=3_000_100, total_tokens=3_000_000)
+    tally = Tally(rules)
+    tally.bring(ARCHIVED, 1, DAY_S)
+    assert tally.contributions() == ARCHIVED and tally.told() == {}
+    tally.bring({"ada": 5}, 3, DAY_S + 1)
+    assert tally.contributions() == ARCHIVED, "counts never fall"
+    assert tally.observe("ada", 0, 10**9, DAY_S + 2, 3.0)[0] == 210_000, "no speed is known yet"
+    tally.know_speeds({"ada": 3.0, "me": 3.0})
+    assert tally.observe("ada", 0, 10**9, DAY_S + 2, 3.0)[0] == 210_000 + 200 + 12 * 0, "and it explains nothing else"
+
+
+def test_three_sources_outvote_one_and_of_two_the_lesser_counts() -> None:
+    told = [{"a": 100, "b": 50}, {"a": 90, "b": 60, "c": 7}, {"a": 10**15, "d": 10**15}]
+    assert agreed_counts(told) == {"a": 100, "b": 50, "c": 0, "d": 0}
+    assert agreed_counts(told[1:]) == {"a": 90, "b": 0, "c": 0, "d": 0} and agreed_counts(told[:1]) == told[0]
+    assert agreed_counts([]) == {}
+
+
+@pytest.mark.parametrize("num_sources", [1, 2])
+def test_one_or_two_sources_never_end_a_run(num_sources: int) -> None:
+    rules = CountingRules(began_s=0.0, burst_tokens=200, most_tokens=3_000_100, total_tokens=3_000_000)
+    new, three = Tally(rules), Tally(rules)
+    new.bring({"x": 2_000_000, "y": 2_000_000}, num_sources, DAY_S)
+    assert new.contributions() == {"x": 1_499_900, "y": 1_499_900}
+    three.bring({"x": 2_000_000, "y": 2_000_000}, 3, DAY_S)
+    assert three.total == 4_000_000
+
+
+@pytest.mark.parametrize("num_sources", [1, 2, 3, 9])
+def test_what_is_brought_to_a_peer_that_watched_is_what_everybody_can_have_done_since(num_sources: int) -> None:
+    tally, now = honest_run()
+    tally.bring({}, 3, now)
+    tally.bring({"ada": 210_000 + 100, "stranger": 80}, num_sources, now + 10)
+    assert tally.total == 420_180, "a few rounds need no time"
+    tally.bring({"x": 2_000_000}, num_sources, now + 20)
+    assert 420_180 < tally.total <= 420_180 + 3 * (200 + 4 * 3 * 10)
+    before = tally.total
+    for second in range(30, 3600, 10):
+        tally.bring({"x": 5000}, num_sources, now + second)
+    assert tally.tokens("x") == 5000 and tally.total > before, "brought again it is believed as time passes"
+
+
+def test_what_is_brought_before_any_speed_is_known_waits_for_one() -> None:
+    """A bootstrap that was started again, whose volunteers have not told how fast they are."""
+    tally, now = honest_run()
+    again = Tally(tally.rules)
+    again.bring({"ada": 210_000, "ben": 210_000}, 3, now)
+    again.bring({"ada": 300_000}, 1, now + 10_000)
+    assert again.tokens("ada") == 210_000 + 2 * 200
+    again.know_speeds({"ada": 3.0})
+    again.bring({"ada": 300_000}, 1, now + 10_005)
+    assert again.tokens("ada") == 300_000
+
+
+def test_an_old_folder_put_back_has_watched_until_then() -> None:
+    """A week passes: what the others did meanwhile is believed of one of them."""
+    tally, now = honest_run()
+    again = Tally(tally.rules)
+    again.merge_rows(json.loads(json.dumps(tally.rows())))
+    again.know_speeds({"ada": 3.0})
+    again.bring({"ada": 500_000, "ben": 400_000, "carl": 300_000}, 1, now + 7 * DAY_S)
+    assert again.total == 1_200_000
+    soon = Tally(tally.rules)
+    soon.merge_rows(tally.rows())
+    soon.watched_s = now  # as a checkpoint of now says
+    soon.know_speeds({"ada": 3.0})
+    soon.bring({"ada": 500_000, "ben": 400_000, "carl": 300_000}, 1, now + 60)
+    assert soon.total <= 420_000 + 2 * (200 + 12 * 60)
 
 
 def test_while_no_speed_is_known_nothing_is_believed_and_nobody_is_named() -> None:
@@ -162,12 +291,14 @@ def test_while_no_speed_is_known_nothing_is_believed_and_nobody_is_named() -> No
 
 def test_nobody_has_more_than_the_run() -> None:
     tally = Tally(CountingRules(began_s=0.0, burst_tokens=200, most_tokens=5000), typical_per_s=TYPICAL)
+    tally.meet(["liar"], 0.0)
     believed, incident = tally.observe("liar", 0, 2**59, 1e6, 10.0)
     assert believed == 5000 and incident is not None
 
 
 def test_a_clock_that_jumps_costs_an_honest_peer_nothing_and_gives_a_liar_a_week_at_most() -> None:
     tally = Tally(RULES, typical_per_s=TYPICAL)
+    tally.meet(["a", "liar"], 1000.0)
     assert tally.observe("a", 0, 5000, 2000.0, 10.0) == (5000, None)
     year_s = 365 * DAY_S
     believed, _ = tally.observe("liar", 0, 10, 2000.0, 10.0)
@@ -192,11 +323,15 @@ def test_what_is_believed_can_be_asked_without_counting_it() -> None:
 def test_a_flood_of_identities_pushes_nobody_out_and_takes_no_memory() -> None:
     tally = Tally(RULES, max_counts=64, typical_per_s=TYPICAL)
     tally.learn({f"known {i}": 10 for i in range(20)}, 2000.0)
+    tally.meet([f"honest {i}" for i in range(20)], 1000.0)
     for i in range(20):
         tally.observe(f"honest {i}", 0, 1000 + i, 2000.0, 10.0)
     for i in range(5000):
         tally.observe(f"nobody {i}", 0, 1 + i % 900, 2000.0, 10.0)
         assert len(tally.rows()) <= 64 + 8 + 20 and len(tally._accounts) <= 64 + 8 + 20
+    for i in range(20_000):
+        tally.meet([f"seen {i}"], 2000.0)
+    assert len(tally._met_s) == 16_384
     counts = tally.contributions()
     assert all(counts[f"known {i}"] == 10 and counts[f"honest {i}"] == 1000 + i for i in range(20))
 
@@ -205,6 +340,8 @@ def test_the_typical_speed_is_the_lower_median_of_those_known() -> None:
     assert typical_speed([]) == typical_speed([0.0, float("inf"), float("nan"), -1.0]) == 0.0
     assert typical_speed([5.0, 1e9]) == 5.0, "of two, one may lie"
     assert typical_speed([5.0, 0.0, 1e9, 4.0]) == 5.0
+    assert quick_speed([]) == 0.0 and quick_speed([5.0, 1e9]) == 5.0 and quick_speed([4.0, 5.0, 1e9]) == 5.0
+    assert quick_speed([1.0, 2.0, 3.0, 1e9]) == 3.0 and quick_speed([float(n) for n in range(1, 102)]) == 76.0
 
 
 # ---------------------------------------------------------------- a month
@@ -238,7 +375,7 @@ class Reader:
     checkpoint: str = "[]"
 
     def read(self, workers: list[Worker], now: float) -> None:
-        self.tally.typical_per_s = typical_speed(w.per_s * w.claims for w in workers if w.here)
+        self.tally.know_speeds({w.name: w.per_s * w.claims for w in workers if w.here})
         for worker in workers:
             claimed = worker.per_s * worker.claims if worker.here else 0.0
             _, incident = self.tally.observe(worker.name, 0, worker.told, now, claimed)

@@ -15,8 +15,9 @@ import torch
 from swarmtrain.data.batches import Batches, Shards
 from swarmtrain.membership.shards import MAX_ROWS
 from swarmtrain.membership.tally import CountingRules
+from swarmtrain.network import coverage
 from swarmtrain.network.codec import PublicationCodec
-from swarmtrain.network.coverage import DataCoverage, ShardsOf
+from swarmtrain.network.coverage import CarriedRows, DataCoverage, ShardsOf
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.publications import Publication, Publisher
 from swarmtrain.network.signing import sign
@@ -286,11 +287,42 @@ def test_rows_of_another_corpus_are_not_ours() -> None:
     assert anna.counts(BEN) is None and anna.counts(CARL) is None and anna.told == []
 
 
+def test_an_archive_carries_rows_to_whoever_comes_when_all_are_gone() -> None:
+    trained = {ANNA.peer_id: 500, BEN.peer_id: 400}
+    archive = CarriedRows(RUN, lambda peer: trained.get(peer, 0))
+    archive.hear_untrusted([row(ANNA, counts(s1=300)), row(BEN, counts(s2=400)), row(CARL, counts(s3=5), run=OTHER)])
+    archive.hear_untrusted([row(ANNA, counts(s1=500)), row(ANNA, counts(s1=100))])
+    again = CarriedRows(RUN, lambda peer: trained.get(peer, 0))
+    again.restore(json.loads(json.dumps(archive.kept())))
+    dora = Reader(DORA)
+    dora.coverage.hear_untrusted("the bootstrap", again.rows_to_send())
+    assert dora.counts(ANNA) == counts(s1=500) and dora.counts(BEN) == counts(s2=400) and dora.counts(CARL) is None
+    for wrong in (["no row"], [5], 7):
+        with pytest.raises((ValueError, TypeError)):
+            again.restore(wrong)
+
+
+def test_rows_that_claim_more_than_is_counted_push_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = CarriedRows(RUN, lambda peer: 500 if peer == ANNA.peer_id else 0)
+    monkeypatch.setattr(coverage, "_MAX_PEERS", MAX_ROWS + 4)
+    archive.hear_untrusted([row(ANNA, counts(s1=500))])
+    for number in range(30, 70):
+        archive.hear_untrusted([row(new_identity(bytes([number]) * 32), counts(s2=10**9))])
+    sent = archive.rows_to_send()
+    assert len(sent) == MAX_ROWS and len(archive.kept()) == MAX_ROWS + 4
+    dora = Reader(DORA)
+    dora.coverage.hear_untrusted("the bootstrap", sent)
+    assert dora.counts(ANNA) == counts(s1=500)
+
+
 def test_what_is_believed_follows_from_the_tally_and_counts_nothing() -> None:
     rules = CountingRules(began_s=0.0, burst_tokens=100, most_tokens=10**9)
     speeds: dict[str, float] = {}
     reading: Any = None
-    tallying = Tallying(ANNA.peer_id, rules, reading, lambda: speeds, lambda: 50.0, lambda *told: None)
+    now = [0.0]
+    tallying = Tallying(ANNA.peer_id, rules, reading, lambda: speeds, lambda: now[0], lambda *told: None)
+    tallying.meet(BEN.peer_id)
+    now[0] = 50.0
     anna = Reader(ANNA, explained=tallying.explained)
     anna.coverage.hear_untrusted(BEN.peer_id, [row(BEN, counts(s1=500))])
     assert anna.counts(BEN) is None and anna.told == [], "nobody's speed is known: it comes again"

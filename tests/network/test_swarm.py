@@ -309,6 +309,26 @@ def test_what_is_refused_of_one_peer_is_told_once_a_minute_for_each_rule() -> No
     assert told == [(BEN.peer_id, "presence"), (BEN.peer_id, "signature"), (CARL.peer_id, "signature")]
 
 
+def test_who_is_seen_is_believed_from_then_on() -> None:
+    """Its record is read a minute later: what it can have trained in that minute counts at once."""
+
+    async def body(swarm: Swarm) -> None:
+        began_s = swarm_time()
+        ben = PeerInfo(peer=BEN.peer_id, stamp=began_s, training=True, steps_per_s=0.05)
+        swarm._saw(BEN.peer_id, presence_to_proto(ben))
+        swarm.tallying.clock = lambda: began_s + 60.0
+        for peer in (BEN, CARL):
+            swarm.tallying.hear(peer.peer_id, 10**9)
+        counts = swarm.tallying.contributions()
+        burst = swarm.tallying.rules.burst_tokens
+        assert counts[CARL.peer_id] == burst
+        assert counts[BEN.peer_id] == pytest.approx(
+            burst + 4 * 60 * 0.05 * swarm.published.run.tokens_per_step, rel=0.01
+        )
+
+    run(body, Hellos())
+
+
 def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
     told: list[pb.Progress] = []
 

@@ -161,7 +161,7 @@ def test_what_was_told_is_believed_when_everyone_has_left_after_a_restart_too() 
     reading.look()
     assert reading.tallying.contributions() == {BEN: 180, CARL: 90}
     again = Reading({"": {BEN: record(250), CARL: record(90)}})
-    again.speeds = {}
+    again.speeds, again.now = {}, 2010.0
     again.tallying.restore(reading.tallying.kept())
     again.look()
     assert again.tallying.acknowledged() == {BEN: 250, CARL: 90}
@@ -183,6 +183,36 @@ def test_a_tally_outlives_its_process() -> None:
         again.tallying.restore([[BEN, 0, 5]])
 
 
+def test_counts_come_with_states_and_say_nothing_new_of_this_peer_itself() -> None:
+    reading = Reading({})
+    reading.tallying.bring([{BEN: 5000, CARL: 70, ME: 10**8}, {BEN: 6000, ME: 10**8}])
+    assert reading.tallying.contributions() == {BEN: 5000, ME: 200}
+    reading.now += 100.0
+    reading.tallying.bring([{BEN: 10**6}, {BEN: 9000}, {BEN: 8000}])
+    assert reading.tallying.contributions()[BEN] == 9000
+
+
+def test_the_server_that_a_run_names_is_believed_alone() -> None:
+    rules = CountingRules(began_s=1000.0, burst_tokens=200, most_tokens=10_100, total_tokens=10_000)
+    for is_server, counted in ((True, 10_000), (False, 9_800)):
+        reading = Reading({})
+        reading.tallying._tally.rules = rules
+        reading.tallying.bring([{BEN: 10_000}], is_server=is_server)
+        assert reading.tallying.total == counted
+
+
+def test_a_bootstrap_that_has_published_the_run_watches_from_then_on() -> None:
+    """What the first volunteer brings is what those who are here can have done since."""
+    reading = Reading({})
+    reading.tallying.watch()
+    reading.now = RULES.began_s + 10
+    reading.tallying.bring([{BEN: 10**6}])
+    assert reading.tallying.total == 3 * (200 + 40 * 10)
+    reading.now += 60.0
+    reading.tallying.hear(CARL, 10**6)
+    assert reading.tallying.contributions()[CARL] == 200 + 40 * 60, "a minute, in which it was here"
+
+
 def test_the_rules_of_a_run() -> None:
     section = {"created": "2026-11-25T00:00:00+00:00", "swarmtrain": "0.1", "held_out_sha256": "0" * 64}
     table = {"run": {"total_tokens": 100_000}, "published": {**section, "held_out_bytes": 1000}}
@@ -190,4 +220,4 @@ def test_the_rules_of_a_run() -> None:
     rules = counting_rules(run, 2e9)
     assert rules.began_s == 1_795_564_800.0 and counting_rules(run, 5.0).began_s == 5.0
     assert rules.burst_tokens == 2 * run.merge.inner_steps * run.tokens_per_step
-    assert rules.most_tokens == 100_000 + run.max_round_tokens
+    assert rules.most_tokens == 100_000 + run.max_round_tokens and rules.total_tokens == 100_000

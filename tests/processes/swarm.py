@@ -32,6 +32,7 @@ from swarmtrain.events import (
     JoinedEvent,
     PeerLostEvent,
     RoundEvent,
+    WarningEvent,
     parse_event,
 )
 from swarmtrain.network.daemon import owned_process_args
@@ -209,6 +210,16 @@ class Child:
         """Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
 
+    def insist_if_it_waits(self, give_up_s: float) -> None:
+        """Ask the last one that trained again, if it waits for a bootstrap that is gone. Ctrl-C would end it."""
+        while self.process.poll() is None and time.monotonic() < give_up_s:
+            if any("no bootstrap answers" in warning.message for warning in self.all(WarningEvent)):
+                self.process.terminate()
+                time.sleep(0.1)  # of two at one moment one is heard
+                self.process.terminate()
+                return
+            time.sleep(0.02)
+
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         self.process.kill()
@@ -381,6 +392,7 @@ class Swarm:
             child.interrupt()
         give_up_s = time.monotonic() + exit_limit_s()
         for child in children:
+            child.insist_if_it_waits(give_up_s)
             assert child.wait(max(0.1, give_up_s - time.monotonic())) == 0, child.story()
             (done,) = child.all(DoneEvent)
             assert (done.reason, done.peer, done.name) == ("interrupted", child.id, child.name), child.story()

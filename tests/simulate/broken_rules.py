@@ -77,6 +77,7 @@ def last_count_is_taken(patch: Patch) -> None:
 def everything_told_is_believed(patch: Patch) -> None:
     """Whatever the speed of who says so."""
     patch.setattr(tally, "_OWN_FACTOR", math.inf)
+    patch.setattr(tally, "_QUICK_FACTOR", 1e12)
     patch.setattr(tally, "_SWARM_FACTOR", 1e12)
 
 

@@ -115,6 +115,10 @@ class CountingPeer(HostedPeer):
         self._judge_shards(seen)
 
     def _start_round(self) -> None:
+        for other in self.searched.peers.values():  # as greetings do: who comes is known from then on
+            if isinstance(other, CountingPeer) and other is not self:
+                other.tallying.meet(self.name)
+                self.tallying.meet(other.name)
         super()._start_round()
         s, honest = self.settings, self.searched.fastest_honest()
         claims = [one.peer in self.searched.liars for one in self._sampled]
