@@ -61,8 +61,7 @@ _STATE_WAIT_S = 3.0
 _MAX_ADDRESSES = 4
 _FORGET_AFTER_S = 600.0
 _PROGRESS_TTL_S = 86_400.0
-_REDIAL_EVERY = 4
-_REDIALLED = 4
+_REDIAL_EVERY, _REDIALLED = 4, 4
 _GREETING_S = 3.0
 _MAX_OWN_ADDRESSES = 8
 _HEARTBEAT_S = 0.25
@@ -456,6 +455,7 @@ class Swarm:
             if reply.away:  # its record of before may be read for some time yet
                 self._report(self.membership.left(peer, swarm_time()))
             for other in list(reply.others)[:64]:
+                await asyncio.sleep(0)  # all of them take some 30 ms
                 self._read_presence_untrusted(other, None)
             if presence is not None and self.membership.info(peer) is not None:
                 self._greeted.add(peer)
