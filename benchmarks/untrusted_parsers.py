@@ -15,17 +15,31 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import msgpack
+
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.microbatches import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, ShardsOf
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import new_identity, peer_bytes
 from swarmtrain.network.offering import state_specs
-from swarmtrain.network.records import open_presence_untrusted, presence_from_proto_untrusted, presence_to_proto
+from swarmtrain.network.records import (
+    MAX_BUCKET_RECORDS,
+    PRESENCE,
+    RecordRules,
+    bucket_key,
+    hashed_key,
+    open_presence_untrusted,
+    presence_from_proto_untrusted,
+    presence_to_proto,
+)
 from swarmtrain.network.roster import roster_untrusted
 from swarmtrain.network.serving import entered_round_untrusted
 from swarmtrain.network.signing import sign
-from swarmtrain.network.snapshots import SnapshotStore, TensorSpec, build_snapshot, manifest_untrusted
+from swarmtrain.network.snapshots import Body, SnapshotStore, TensorSpec, build_snapshot, manifest_untrusted
+from swarmtrain.v1 import pipeline_pb2 as stages
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
@@ -43,8 +57,6 @@ def state(fill: Callable[[pb.Manifest], None], specs: Any = None) -> pb.Signed:
     """A hostile peer's manifest of a state."""
     table = state_specs(SPECS) if specs is None else specs
     manifest = pb.Manifest(run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_STATE, round=3)
-    from swarmtrain.network.snapshots import Body
-
     body = Body([bytes(sum(spec.size_bytes for spec in table))])
     held = build_snapshot(EVE, manifest, table, body)
     changed = pb.Manifest.FromString(held.snapshot.signed.payload)
@@ -132,6 +144,41 @@ def read_presences(message: Any) -> None:
         presence_from_proto_untrusted(*open_presence_untrusted(signed, RUN))
 
 
+def bucket(salt: int) -> Any:
+    """A bucket of the DHT that is full, of records as large as may be: (key, subkey, value, expiry) of each."""
+    key, found, expiry_s = hashed_key(bucket_key(bytes.fromhex(RUN), PRESENCE, "")), [], swarm_time() + 30
+    for _ in range(MAX_BUCKET_RECORDS):
+        identity = new_identity()
+        info = PeerInfo(peer=identity.peer_id, name="n" * 64, stamp=1e9, addresses=("/ip4/203.0.113.7/tcp/31337",) * 16)
+        record = pb.Record(run_sha256=bytes.fromhex(RUN), presence=presence_to_proto(info)).SerializeToString()
+        value, subkey = msgpack.packb(record, use_bin_type=True), msgpack.packb(identity.peer_id, use_bin_type=True)
+        found.append((key, subkey, RecordRules(identity).sign(key, subkey, value, expiry_s), expiry_s))
+    return SimpleNamespace(found=found, ByteSize=lambda: sum(len(value) for _, _, value, _ in found))
+
+
+def read_bucket(message: Any) -> None:
+    """As a node does that stores it."""
+    rules = RecordRules(EVE)
+    for item in message.found:
+        rules.check_untrusted(*item)
+
+
+def settlement(salt: int) -> stages.StageQuestion:
+    """Of as many microbatches as a question may name."""
+    keys = [stages.MicrobatchKey(sequence=number, attempt=0, loss=1.0) for number in range(4096)]
+    return stages.StageQuestion(
+        kind=stages.STAGE_KIND_SETTLE, settlement=stages.Settlement(acknowledged=keys, oldest_open=1)
+    )
+
+
+def settle(question: stages.StageQuestion) -> None:
+    """As a stage's peer does."""
+    ledger = StageLedger(LedgerLimits(batch_tokens=1000))
+    said = question.settlement
+    keys = tuple(Acknowledged(Key("eve", key.sequence, key.attempt), key.loss) for key in said.acknowledged)
+    ledger.settle("eve", Settlement(said.life, keys, (), said.oldest_open), 0.0)
+
+
 def main() -> None:
     """Print the table."""
     shards = ShardsOf(run_sha256=RUN, corpus_sha256="00" * 32, num_shards=1024, seed=1, round_tokens=1)
@@ -157,6 +204,8 @@ def main() -> None:
     measure("a roster of 4,096", lambda salt: roster(4096, salt), lambda it: roster_untrusted(it, RUN, 10))
     measure("a roster as large as fits", lambda salt: roster(24_000, salt), lambda it: roster_untrusted(it, RUN, 10))
     measure("64 presences of others", presences, read_presences)
+    measure("a bucket of the DHT, 128 records", bucket, read_bucket)
+    measure("a settlement of 4,096 microbatches", settlement, settle)
     kinds = pb.SNAPSHOT_KIND_STATE
     measure("a forged manifest of 2 MiB", lambda salt: pb.Signed(payload=bytes(MOST_BYTES), author=peer_bytes(
         EVE.peer_id), signature=bytes(64)), lambda it: manifest_untrusted(it, RUN, kinds, SPECS))  # fmt: skip

@@ -26,6 +26,8 @@ __all__ = ["Buckets"]
 
 _log = logging.getLogger(__name__)
 _WORKERS = 4
+_MAX_KEYS = 256
+"""Which buckets are read is for those to say who fill others: four times as many as are read at once are known."""
 _KNOWN_FOR_S, _DOUBTED_FOR_S = 120.0, 30.0
 """For how long the nodes nearest to a key are known; and if one of them did not answer."""
 
@@ -94,6 +96,8 @@ class Buckets:
         nearest = _Nearest(nodes, frozenset(found[key_id]), self.clock() + _KNOWN_FOR_S)
         if len(nodes) == ASKED:  # else everybody is one of the nearest, whoever comes too
             self._nearest[key] = nearest
+            while len(self._nearest) > _MAX_KEYS:
+                del self._nearest[next(iter(self._nearest))]
         else:
             self._nearest.pop(key, None)
         return nearest

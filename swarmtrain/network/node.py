@@ -47,6 +47,7 @@ _T = TypeVar("_T")
 PipeHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 _MAX_KNOWN = 4096
 _MAX_DIALLED = 8
+_MAX_OWN_BUCKETS = 512
 _REAPED_S = 0.5
 _UNHURRIED_S = 0.1
 
@@ -441,6 +442,8 @@ class Node:
 
     def _own_bucket(self, run_sha256: bytes, kind: str | None, prefix: str) -> str:
         key = bucket_key(run_sha256, kind or "", prefix)
+        if len(self._own_buckets) >= _MAX_OWN_BUCKETS:  # who fills buckets says which others are read
+            self._own_buckets.clear()
         self._own_buckets.add(hashed_key(key))
         return key
 

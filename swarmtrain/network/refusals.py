@@ -1,8 +1,36 @@
-"""Which rule a peer broke, in a word, for the event that names it."""
+"""Telling of hostile bytes: which rule a peer broke, in a word, and how often that is told."""
 
 from __future__ import annotations
 
-__all__ = ["rule_of"]
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from swarmtrain.errors import PeerError
+from swarmtrain.events import Event, RefusedEvent
+from swarmtrain.membership.naming import NamedOnce
+from swarmtrain.network.daemon import swarm_time
+
+__all__ = ["Refusals", "rule_of"]
+
+_log = logging.getLogger(__name__)
+_AGAIN_S = 60.0
+
+
+@dataclass
+class Refusals:
+    """Events of what was refused: of one peer and rule once a minute, for it may send as fast as it likes."""
+
+    emit: Callable[[Event], None]
+    _named: NamedOnce = field(default_factory=lambda: NamedOnce(again_s=_AGAIN_S))
+
+    def tell(self, peer: str, error: PeerError) -> None:
+        """What `peer` sent was refused."""
+        rule = rule_of(str(error))
+        if self._named.is_due(peer, swarm_time(), rule):
+            self.emit(RefusedEvent(from_peer=peer, rule=rule, detail=str(error)))
+        else:
+            _log.debug("refused of %s: %s", peer, error)
 
 
 def rule_of(detail: str) -> str:

@@ -415,9 +415,9 @@ async def pull_chunks(
 ) -> None:
     """Bring `chunks` of `held` here from `sources`, the first that works; each chunk is checked as it arrives.
 
-    What a source delivered before it failed is kept, and the next one goes on from there; or the last one itself, if
-    its stream broke off: it may have had to give way. Whoever calls this holds `held.pulling`: chunks are put in their
-    place before they are checked. Raises UnreachableError when no source could deliver.
+    What a source delivered before it failed is kept, and the next one goes on from there; one whose stream broke off
+    comes again after the others: this reader may have had to give way. Whoever calls this holds `held.pulling`: chunks
+    are put in their place before they are checked. Raises UnreachableError when no source could deliver.
     """
     busy_s, patience_s, wait_s = 0.0, limits.busy_limit_s, limits.busy_wait_s
     pending = list(sources)
@@ -443,6 +443,7 @@ async def pull_chunks(
         except BrokenOffError as error:
             if pending or len(held.have) == num_before:
                 blame(source, error)
+            if len(held.have) == num_before:
                 continue
             pending.append(source)
             busy_s, wait_s = 0.0, max(wait_s, _BACK_AGAIN_S)

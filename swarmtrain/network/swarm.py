@@ -20,7 +20,6 @@ from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, PeerLostEve
 from swarmtrain.membership import records
 from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
-from swarmtrain.membership.naming import NamedOnce
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.pulls import Section
 from swarmtrain.network.consensus import StateFetcher
@@ -44,7 +43,7 @@ from swarmtrain.network.records import (
     presence_to_proto,
     progress_to_proto,
 )
-from swarmtrain.network.refusals import rule_of
+from swarmtrain.network.refusals import Refusals
 from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.signing import sign
@@ -61,14 +60,12 @@ _STATE_WAIT_S = 3.0
 _MAX_ADDRESSES = 4
 _FORGET_AFTER_S = 600.0
 _PROGRESS_TTL_S = 86_400.0
-_REDIAL_EVERY = 4
-_REDIALLED = 4
+_REDIAL_EVERY, _REDIALLED = 4, 4
 _GREETING_S = 3.0
 _MAX_OWN_ADDRESSES = 8
 _HEARTBEAT_S = 0.25
 _MAX_STAMP_SKEW_S = 120.0
 _MAX_MEETINGS, _MAX_MET, _MEET_AGAIN_S = 16, 1024, 5.0
-_REFUSED_AGAIN_S = 60.0
 _GREETING_PASSES = 3
 _GOODBYE_S = 3.0
 _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
@@ -111,14 +108,14 @@ class Swarm:
     _met_s: dict[str, float] = field(default_factory=dict)
     _meetings: set[asyncio.Task[None]] = field(default_factory=set)
     _through: tuple[InvitedPeer, ...] = ()
-    _told_refused: NamedOnce = field(default_factory=lambda: NamedOnce(again_s=_REFUSED_AGAIN_S))
+    _refusals: Refusals = field(init=False)
     _daemon_watch: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         run = self.published.run
         limits = run.network
         self.node.settings = dataclasses.replace(self.node.settings, call_limit_s=limits.call_limit_s)
-        self.membership = Membership(self.identity.peer_id)
+        self.membership, self._refusals = Membership(self.identity.peer_id), Refusals(self.emit)
         self.calls = PeerCalls(
             self.node,
             self.published.sha256,
@@ -461,6 +458,7 @@ class Swarm:
             if reply.away:  # its record of before may be read for some time yet
                 self._report(self.membership.left(peer, swarm_time()))
             for other in list(reply.others)[:64]:
+                await asyncio.sleep(0)  # all of them take some 30 ms
                 self._read_presence_untrusted(other, None)
             if presence is not None and self.membership.info(peer) is not None:
                 self._greeted.add(peer)
@@ -591,12 +589,8 @@ class Swarm:
                 self.emit(PeerLeftEvent(left=change.peer, left_name=info.name))
 
     def refused(self, peer: str, error: PeerError) -> None:
-        """Tell of hostile bytes: of one peer and rule once a minute, for it may send them as fast as it likes."""
-        rule = rule_of(str(error))
-        if self._told_refused.is_due(peer, swarm_time(), rule):
-            self.emit(RefusedEvent(from_peer=peer, rule=rule, detail=str(error)))
-        else:
-            _log.debug("refused of %s: %s", peer, error)
+        """Tell of hostile bytes."""
+        self._refusals.tell(peer, error)
 
     async def watch_daemon(self, died: Callable[[str], None]) -> None:
         """Calls `died` with a sentence when the network daemon ends before we leave."""

@@ -207,3 +207,11 @@ def test_those_who_keep_nothing_are_doubted_and_hivemind_searches() -> None:
 def test_one_that_is_alone(num_nodes: int) -> None:
     here = Here(FakeDht(num_nodes, node_id=0, peer_id="peer 0"))
     assert asyncio.run(here.buckets.store("a key", ME.peer_id, b"a record", 1000.0)) == bool(num_nodes)
+
+
+def test_of_how_many_keys_the_nearest_are_known_is_bounded() -> None:
+    """Strangers who fill buckets have a peer read others, any of sixteen million."""
+    here = Here(FakeDht(25))
+    for number in range(600):
+        asyncio.run(here.buckets.store(f"bucket {number}", ME.peer_id, b"a record", 1000.0))
+    assert 0 < len(here.buckets._nearest) <= 256

@@ -509,6 +509,13 @@ def test_strangers_cannot_make_us_dial_everything(here: Here) -> None:
     here.c.node._known.clear()
 
 
+def test_the_buckets_for_which_there_is_always_room_are_bounded(here: Here) -> None:
+    here.c.node._own_buckets = set(here.c.node._own_buckets)
+    for number in range(2000):
+        here.c.node._own_bucket(bytes(32), PRESENCE, f"{number:b}")
+    assert 0 < len(here.c.node._own_buckets) <= 512
+
+
 # ---------------------------------------------------------------- clocks
 
 

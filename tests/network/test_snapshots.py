@@ -740,6 +740,24 @@ def test_an_honest_reader_on_a_slow_link_gets_further_although_all_who_wait_are_
     crowded(["mallory", "mallory", "eve", "eve", "oscar", "oscar"], body)
 
 
+def test_one_that_had_to_give_way_comes_back_to_the_only_source_that_has_it() -> None:
+    """Others are named beside it that do not hold the snapshot."""
+
+    async def body(here: Crowded) -> None:
+        held, limits = empty_held(WHOLE.snapshot), PullLimits(clock=here.clock)
+
+        async def open_pull(source: str, asked: pb.PullRequest) -> Any:
+            if source == "empty":
+                return Replies(SnapshotStore().serve(asked))
+            here.cuts += 1
+            return SlowReplies(here.store.serve(asked, peer="anna"), 40_000.0)
+
+        await pull_chunks(held, range(NUM_CHUNKS), ["b", "empty"], open_pull, limits, lambda *_: None)
+        assert held.complete and here.cuts > 1
+
+    crowded(["mallory", "mallory", "eve", "eve", "oscar", "oscar"], body)
+
+
 def test_an_honest_reader_on_a_slow_link_is_left_alone_while_there_are_places() -> None:
     async def body(here: Crowded) -> None:
         assert await here.pull(40_000.0) < 7 * CHUNK_BYTES / 40_000.0 + 1
