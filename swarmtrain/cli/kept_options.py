@@ -28,8 +28,11 @@ class KeptOption(click.Option):
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
         processed = super().process_value(ctx, value)
-        if ctx.get_parameter_source(self.name or "") not in _NOT_GIVEN:
-            ctx.meta.setdefault(_GIVEN, {})[self.flag] = self._words(value)
+        source = ctx.get_parameter_source(self.name or "")
+        if source not in _NOT_GIVEN:
+            # What the environment says is kept there: taken out of it, it must not come back from the folder.
+            words = None if source is ParameterSource.ENVIRONMENT else self._words(value)
+            ctx.meta.setdefault(_GIVEN, {})[self.flag] = words
         return processed
 
     def _words(self, value: Any) -> tuple[str, ...]:
@@ -48,7 +51,7 @@ def restore(folder: Path, command: tuple[str, ...]) -> tuple[dict[str, Any], Sta
     """The values, by parameter, of what is not given now and was when `command[0]` last ran in `folder`; and what it is
     started with in all. Says what it took from there. UsageError if something of it cannot be used any more."""
     ctx = click.get_current_context()
-    given: Mapping[str, tuple[str, ...]] = ctx.meta.get(_GIVEN, {})
+    given: Mapping[str, tuple[str, ...] | None] = ctx.meta.get(_GIVEN, {})
     kept = StartedFile(folder).read()
     options = dict(kept.options) if kept.command[:1] == command[:1] else {}
     values: dict[str, Any] = {}
@@ -65,4 +68,5 @@ def restore(folder: Path, command: tuple[str, ...]) -> tuple[dict[str, Any], Sta
                 ) from None
     if taken:
         click.echo(f"as last time in {folder}: {' '.join(option_words(taken))}", err=True)
-    return values, Started(command, {**taken, **given})
+    typed = {flag: words for flag, words in given.items() if words is not None}
+    return values, Started(command, {**taken, **typed})

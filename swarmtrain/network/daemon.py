@@ -38,6 +38,8 @@ __all__ = [
     "owned_process_args",
     "set_clock_offset",
     "start_daemon",
+    "stop_daemon",
+    "stop_left_daemons",
     "swarm_time",
 ]
 
@@ -53,6 +55,9 @@ _GO_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARN
 _UNUSED = ("dht", "dht/RtRefreshManager")  # its own DHT, which nobody uses here, and which complains of that
 _GREETING = ("Peer ID:", "Peer Addrs:", "Control socket:", "/")
 _MAX_LINE_CHARACTERS = 1000
+
+_begun: dict[Any, tuple[asyncio.AbstractEventLoop, Path]] = {}
+"""hivemind's P2Ps that have not been stopped, with the loop they belong to and the folder of their sockets."""
 
 _STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 """Goes on while the machine sleeps, on Linux and on macOS, and is never set."""
@@ -141,8 +146,14 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
     """Start the daemon from the network thread; returns hivemind's P2P and the folder of its sockets."""
     p2p_class = hivemind_module("p2p.p2p_daemon").P2P
     sockets = _sockets_folder(directory)
+    made: list[Any] = []
 
     class OwnedP2P(p2p_class):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+            _begun[self] = (asyncio.get_running_loop(), sockets)
+
         _UNIX_SOCKET_PREFIX = f"/unix{sockets}/"
         DHT_MODE_MAPPING = {**p2p_class.DHT_MODE_MAPPING, "off": {}}  # noqa: RUF012 - as hivemind has it
 
@@ -158,6 +169,8 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
     try:
         p2p = await OwnedP2P.create(identity_path=str(key_path), check_if_identity_free=False, **settings)
     except BaseException:
+        for p2p in made:  # hivemind leaves its process and pipes, which would be let go of after the loop's end
+            await stop_daemon(p2p, sockets)
         shutil.rmtree(sockets, ignore_errors=True)
         raise
     _mend_control(p2p._client.control)
@@ -257,6 +270,7 @@ def closed_on_failure() -> Iterator[None]:
 
 async def stop_daemon(p2p: Any, sockets: Path) -> None:
     """End the daemon and remove its sockets; also when this is cancelled, as it is when the daemon hangs."""
+    _begun.pop(p2p, None)
     try:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(p2p.shutdown(), 2)
@@ -268,3 +282,12 @@ async def stop_daemon(p2p: Any, sockets: Path) -> None:
         shutil.rmtree(sockets, ignore_errors=True)
     if p2p._child is not None:
         await p2p._child.wait()
+
+
+async def stop_left_daemons() -> None:
+    """End every daemon of this loop, which is about to end: the start of one may have been cancelled just before
+    somebody had its node."""
+    loop = asyncio.get_running_loop()
+    for p2p, (begun_in, sockets) in list(_begun.items()):
+        if begun_in is loop:
+            await stop_daemon(p2p, sockets)

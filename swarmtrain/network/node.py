@@ -114,6 +114,7 @@ class NetworkThread:
         if self._timer is not None:
             self._timer.cancel()
         await _cancel_others()
+        await daemon.stop_left_daemons()
 
 
 def _log_stray_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -85,6 +85,15 @@ def test_what_is_given_anew_replaces_what_is_remembered(lives: Lives, capsys: py
     assert not last.limits.hours.ranges and last.limits.nice == 5
 
 
+def test_what_the_environment_says_is_kept_there_alone(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWARMTRAIN_JOIN_NICE", "7")
+    assert run(["join", "--dir", "peer", "--threads", "2"]) == 0
+    monkeypatch.delenv("SWARMTRAIN_JOIN_NICE")
+    assert run(["join", "--dir", "peer"]) == 0
+    assert [life.limits.nice for life in lives] == [7, None]
+    assert lives[1].limits.threads == 2
+
+
 def test_a_folder_of_texts_that_is_gone_is_said(
     lives: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

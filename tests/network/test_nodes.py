@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import hashlib
 import os
 import select
@@ -682,6 +683,32 @@ def test_a_daemon_that_is_killed_is_noticed_by_everyone(here: Here) -> None:
     assert time.monotonic() - began_s < 6
     here.run(victim.node.stop())
     assert not victim.node._sockets.exists()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("moment", ["while it starts", "before somebody has it"])
+def test_a_start_that_is_given_up_leaves_nothing_to_a_closed_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Python would say "RuntimeError: Event loop is closed" when it lets go of the process."""
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: said.append(told.exc_value))
+    network, key_path = NetworkThread(), tmp_path / "identity.key"
+    before = set(daemon._begun)
+    settings = NodeSettings(directory=tmp_path, listen=LOOPBACK)
+    starting = network.submit(Node.start(settings, load_or_create_identity(key_path), key_path))
+    while not (begun := [p2p for p2p in daemon._begun if p2p not in before and p2p._child is not None]):
+        time.sleep(0.001)
+    child = begun.pop()._child.pid
+    if moment == "before somebody has it":
+        starting.result(30)
+    starting.cancel()
+    network.stop()
+    del starting, network
+    gc.collect()
+    assert not said
+    assert set(daemon._begun) <= before and not (tmp_path / "sockets").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 def test_a_long_folder_gets_its_sockets_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
