@@ -214,7 +214,7 @@ def _traffic(status: Any) -> str:
 def _economy(status: Any) -> str:
     below = _finite(status.times_below_allreduce)
     parts = [below_in_words(below)] if below else []
-    if status.role != "bootstrap":
+    if status.role != "bootstrap" and status.losses:
         share = _finite(status.stall_share)
         parts.append(f"{share:.0%} of the time standing still" if share >= 0.01 else f"{share:.1%} standing still")
     return ", ".join(parts)
@@ -332,7 +332,7 @@ def _peer_rows(status: Any, width: int, most: int) -> list[tuple[str, bool]]:
 def _peer_row(status: Any, peer: Any, share: str, columns: Container[str], cells: int) -> list[str]:
     """The cells of its line; those of columns that are not wanted are empty."""
     own, is_role = peer.peer == status.peer, peer.bootstrap and not peer.tokens
-    short, name = short_peer(one_line(peer.peer)), _clipped(peer.name, cells - 6 * own)
+    short, name = short_peer(one_line(peer.peer)), _clipped(peer.name, cells)
     doing = _round_of(peer) if peer.present and not peer.bootstrap else ""
     here = "here" if peer.present else "away"
     if "doing" not in columns or not ("here" in columns or doing):
@@ -573,13 +573,13 @@ def _progress_bar(view: View, width: int, ascii_only: bool) -> list[Text]:
 
 
 def _draw_losses(status: Any, width: int, height: int, ascii_only: bool) -> list[Text]:
-    """The loss curves with their axes, in exactly `height` lines."""
+    """The loss curves with their axes, in `height` lines; without a loss a line that says so."""
     points = list(status.losses)
     training = [(float(point.run_tokens), point.loss) for point in points if _finite(point.loss)]
     held_out = [(float(point.run_tokens), point.held_out_loss) for point in points if _finite(point.held_out_loss)]
     caption = _line(width, ("loss  ", "dim"), _losses(status))
     if not training and not held_out:
-        return [caption, *(Text("") for _ in range(height - 1))]
+        return [caption]
     inner = max(1, width - 2 * (_LABEL_CELLS + 1))
     drawn = plot(training, held_out, inner, height - 2, ascii_only=ascii_only)
     wall = "|" if ascii_only else "│"
@@ -593,8 +593,8 @@ def _draw_losses(status: Any, width: int, height: int, ascii_only: bool) -> list
         lines.append(_line(width, (f"{left:>{_LABEL_CELLS}}", "cyan"), wall, curve, wall, (right, "magenta")))
     first, last = (f"{count_in_words(points[place].run_tokens)} tokens" for place in (0, -1))
     between = " " * max(1, inner - len(first) - len(last))
-    legend = "held-out" if held_out else ""
+    legends = ("training", "held-out") if training and held_out else ("", "")
     lines.append(
-        _line(width, (f"{'training':>{_LABEL_CELLS}} ", "cyan"), first, between, last, (f" {legend}", "magenta"))
+        _line(width, (f"{legends[0]:>{_LABEL_CELLS}} ", "cyan"), first, between, last, (f" {legends[1]}", "magenta"))
     )
     return lines

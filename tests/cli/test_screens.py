@@ -476,13 +476,13 @@ def test_what_of_a_peers_line_goes_first_when_it_is_narrow() -> None:
     seen = crowd(LONG)
     for peer in seen.status.peers:
         peer.stages.extend([0, 2, 5])
-    lines = {width: draw_status(seen, width, 3)[-2].plain for width in (120, 92, 60, 44)}
+    lines = {width: draw_status(seen, width, 3)[-2].plain for width in (120, 92, 60, 46)}
     assert re.search(
         r"^N+…  00\d+ +1 G tokens +\S+%  here  stages 0, 2 and 5, round 12345  123 k tokens/s$", lines[120]
     )
     assert re.search(r"^N+… +1 G tokens +\S+%  here  stages 0, 2 and 5, round 12345  123 k tokens/s$", lines[92])
     assert re.search(r"^N+… +1 G tokens +\S+%  here  123 k tokens/s$", lines[60])
-    assert re.search(r"^N+… +1 G tokens  here  123 k tokens/s$", lines[44])
+    assert re.search(r"^N+… +1 G tokens  here  123 k tokens/s$", lines[46])
 
 
 def test_shares_are_a_hundred_percent() -> None:
