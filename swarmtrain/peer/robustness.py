@@ -46,7 +46,7 @@ _MET_WITHIN = 0.5
 
 
 class Naming:
-    """Tells of incidents of a peer, all fragments together, once they repeat (`membership.cut_history`), from any thread."""
+    """Tells of the incidents of a peer, in any fragment, once they repeat (`membership.cut_history`). From any thread."""
 
     def __init__(self, told: Callable[[str, Incident], None]) -> None:
         """`told` hears of each incident of a peer that is to be named, with its PeerID."""
