@@ -75,7 +75,7 @@ def test_a_peer_shows_progress_loss_share_and_bytes() -> None:
     ]
     text = drawn(PeerDisplay(console=console()), events)
     assert "run stdlib-gpt (abababababab)" in text
-    assert "20% of 3 M tokens, 2 min 40 s left" in text
+    assert "20% of 3 M tokens, about 2 min 40 s left" in text
     assert "round 3   loss 2.200   held-out 2.200 nats/byte   3 peers here   own share 33%" in text
     assert "25 inner steps in 10.0 s, merged in 0.4 s, stood still for 0.3 s" in text
     assert "sent 272 kB per inner step, 25.1 times below an all-reduce at every step" in text
@@ -107,7 +107,20 @@ def test_a_lost_peer_is_no_longer_counted_and_is_told() -> None:
 def test_a_late_joiner_counts_its_share_from_when_it_came() -> None:
     joined = JoinedEvent(time=990.0, round=9, run_tokens=1_000_000, num_peers=3, state_from="P", wall_s=3)
     text = drawn(PeerDisplay(console=console()), [joined, round_event(9, run_tokens=1_100_000)])
-    assert "own share 50%" in text
+    assert "own share 50% since it joined" in text
+
+
+def test_a_warning_is_shown_whole() -> None:
+    words = " ".join(f"word{number}" for number in range(30))
+    text = drawn(PeerDisplay(console=console()), [*OPENING, WarningEvent(message=words)], 80)
+    assert words in " ".join(text.split()) and "…" not in text
+
+
+def test_times_below_are_those_of_all_rounds() -> None:
+    rounds = [round_event(0), round_event(1).model_copy(update={"bytes_sent": 3 * 6_800_000})]
+    for display in (PeerDisplay(console=console()), SwarmDisplay(console=console())):
+        text = drawn(display, [*(event.model_copy(update={"name": rounds[0].name}) for event in OPENING), *rounds])
+        assert "12.5 times below an all-reduce" in text or "12.5x" in text, text
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -144,8 +157,9 @@ def test_a_swarm_has_a_row_for_each_peer() -> None:
     )
     text = drawn(SwarmDisplay("stdlib-gpt", 3_000_000, console()), events)
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()[0] in ("anna", "bert", "cleo")}
-    assert rows["anna"] == ["anna", "training", "1", "2.400", "33%", "10.0", "6.8", "MB", "25.1x"]
+    assert rows["anna"] == ["anna", "training", "1", "2.400", "34%", "10.0", "6.8", "MB", "25.1x"]
     assert rows["bert"][1] == "done"
+    assert [rows[name][4] for name in ("bert", "cleo")] == ["33%", "33%"], "of a hundred"
     assert "10% of 3 M tokens" in text
     assert "held-out loss 1.912 nats/byte" in text
 

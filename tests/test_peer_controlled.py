@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,6 @@ from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite
-from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.common import PeerSettings
@@ -23,6 +23,7 @@ from swarmtrain.peer.control import read_status
 from swarmtrain.peer.controlled import Controlled, bootstrap_pulse, controlled, swarm_looker, volunteer_pulse
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.reporting import tell_loss
 from swarmtrain.peer.stopping import Interrupted, StopFlag
 from swarmtrain.peer.volunteer import _Volunteer
 from swarmtrain.run import run_sha256
@@ -266,7 +267,8 @@ def test_what_volunteers_say_of_their_losses_reaches_the_board() -> None:
 
 
 def test_a_loss_that_is_no_number_is_not_told() -> None:
-    swarm = SimpleNamespace(me=PeerInfo(peer=BEN))
+    swarm: Any = SimpleNamespace(me=PeerInfo(peer=BEN))
+    network: Any = SimpleNamespace(submit_unhurried=asyncio.run)
     for loss, told in ((2.5, 2.5), (float("nan"), 0.0), (float("inf"), 0.0), (1e9, 0.0)):
-        Swarm.describe_loss(swarm, loss)  # type: ignore[arg-type]
+        tell_loss(network, swarm, loss)
         assert swarm.me.loss == told

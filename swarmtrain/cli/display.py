@@ -43,9 +43,11 @@ from swarmtrain.events import (
     size_in_words,
     stages_in_words,
     time_in_words,
+    times_below_allreduce,
     to_plain_line,
 )
 from swarmtrain.problems import one_line
+from swarmtrain.words import below_in_words, percent_in_words, shares_in_words
 
 __all__ = ["PeerDisplay", "SwarmDisplay"]
 
@@ -65,6 +67,9 @@ class _Peer:
     tokens: int = 0  # its own, in the rounds seen
     tokens_before: int = 0  # the run's, when it joined
     present: set[str] = field(default_factory=set)
+    num_parameters: int = 0
+    shared_steps: int = 0  # inner steps of the rounds that were merged with others, and what was sent in them
+    shared_bytes: int = 0
     stages: tuple[int, ...] = ()
     """In a pipeline, those that it holds."""
 
@@ -83,7 +88,9 @@ class _Peer:
                 self.state = "serving"  # a bootstrap; a volunteer has joined before it invites
             case JoinedEvent():
                 self.state, self.tokens_before = "joined", event.run_tokens
-            case StartedEvent() | ResumedEvent():
+            case StartedEvent():
+                self.state, self.num_parameters = "training", event.num_parameters
+            case ResumedEvent():
                 self.state = "training"
             case PausedEvent():
                 self.state = "paused"
@@ -96,6 +103,9 @@ class _Peer:
             case RoundEvent():
                 self.state, self.round = "training", event
                 self.tokens += event.tokens
+                if event.times_below_allreduce is not None:
+                    self.shared_steps += event.inner_steps
+                    self.shared_bytes += event.bytes_sent
                 if event.signer:  # a roster names everyone; whom a peer merged by itself are a few of them
                     self.present = set(event.partners)
             case EvalEvent():
@@ -109,6 +119,12 @@ class _Peer:
             case DoneEvent():
                 self.state = "done"
                 self.held_out_loss = event.held_out_loss if event.held_out_loss is not None else self.held_out_loss
+
+    @property
+    def times_below_allreduce(self) -> float | None:
+        """Of all its rounds, as `status` shows it; of the last one while the model's size is not known here."""
+        known = times_below_allreduce(self.num_parameters, self.shared_steps, self.shared_bytes)
+        return known or (None if self.round is None else self.round.times_below_allreduce)
 
     def share(self, run_tokens: int) -> float:
         """Its part of the tokens trained since it joined, 0 to 1."""
@@ -146,10 +162,10 @@ class _Progress:
         row.add_column(no_wrap=True, justify="right")
         words = f"{count_in_words(self.run_tokens)} tokens"
         if self.total_tokens:
-            part = min(1.0, self.run_tokens / self.total_tokens)
-            words = f"{part:.0%} of {count_in_words(self.total_tokens)} tokens"
+            part = percent_in_words(self.run_tokens, self.total_tokens)
+            words = f"{part} of {count_in_words(self.total_tokens)} tokens"
         if (left_s := self.left_s()) is not None:
-            words += f", {time_in_words(left_s)} left" if left_s else ", finishing"
+            words += f", about {time_in_words(left_s)} left" if left_s else ", finishing"
         total = self.total_tokens or None
         row.add_row(ProgressBar(total=total, completed=self.run_tokens, pulse=total is None), Text(words))
         return row
@@ -186,7 +202,7 @@ class _Display:
 
     def draw(self) -> RenderableType:
         """The whole picture, from what is known now."""
-        lines = [Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in self._lines]
+        lines = [Text(line, style="dim", overflow="fold") for line in self._lines]
         return Group(Text(self._title, style="bold"), self._progress.draw(), *self._body(), *lines)
 
     def _take(self, event: Event) -> None:
@@ -223,16 +239,16 @@ class PeerDisplay(_Display):
             yield Text(f"{stages_in_words(peer.stages)} of the model")
         yield Text(
             f"round {merged.round}   loss {merged.loss:.3f}{held_out}   {here} peers here   own share {share:.0%}"
+            + (" since it joined" if peer.tokens_before else "")
         )
         still = f", stood still for {time_in_words(merged.stall_s)}" if merged.stall_s >= 0.1 else ""
         yield Text(
             f"{merged.inner_steps} inner steps in {time_in_words(merged.seconds)}, "
             f"merged in {time_in_words(merged.merge_s)}{still}"
         )
-        if merged.times_below_allreduce is not None:
-            per_step = size_in_words(merged.bytes_sent / max(1, merged.inner_steps))
-            times = merged.times_below_allreduce
-            yield Text(f"sent {per_step} per inner step, {times:.1f} times below an all-reduce at every step")
+        if (times := peer.times_below_allreduce) is not None:
+            per_step = size_in_words(peer.shared_bytes / max(1, peer.shared_steps))
+            yield Text(f"sent {per_step} per inner step, {below_in_words(times)} at every step")
 
 
 def _arriving(event: ArrivingEvent) -> RenderableType:
@@ -264,18 +280,18 @@ class SwarmDisplay(_Display):
         table.add_column("state", no_wrap=True)
         for heading in ("round", "loss", "share", "s/round", "sent", "below"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for peer in self._peers.values():
-            table.add_row(Text(one_line(peer.name)), peer.does, *self._cells(peer))
+        peers = list(self._peers.values())
+        for peer, share in zip(peers, shares_in_words([peer.tokens for peer in peers]), strict=True):
+            table.add_row(Text(one_line(peer.name)), peer.does, *self._cells(peer, share))
         yield table
         losses = [peer.held_out_loss for peer in self._peers.values() if peer.held_out_loss is not None]
         if losses:
             yield Text(f"held-out loss {losses[-1]:.3f} nats/byte")
 
-    def _cells(self, peer: _Peer) -> list[str]:
-        merged = peer.round
+    def _cells(self, peer: _Peer, share: str) -> list[str]:
+        merged, times = peer.round, peer.times_below_allreduce
         if merged is None:
             return [""] * 6
-        below = "" if merged.times_below_allreduce is None else f"{merged.times_below_allreduce:.1f}x"
-        share = f"{peer.share(self._progress.run_tokens):.0%}"
+        below = "" if times is None else f"{count_in_words(times)}x"
         sent = size_in_words(merged.bytes_sent)
         return [str(merged.round), f"{merged.loss:.3f}", share, f"{merged.seconds:.1f}", sent, below]

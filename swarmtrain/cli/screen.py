@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
-from rich.cells import cell_len, chop_cells, set_cell_size
+from rich.cells import cell_len
 from rich.text import Text
 
+from swarmtrain.cli.lines import FACT_LINES, aligned, clipped, cut_line, fact_lines, wrapped_lines
 from swarmtrain.cli.peers import Life, View, title
 from swarmtrain.cli.plot import plot
 from swarmtrain.peer.started import Started, StartedFile
@@ -49,8 +50,6 @@ UNCUT = 10_000
 """A width, or a number of lines, where there is no terminal: everything is written."""
 _NAME_CELLS = 16
 _LEAST_NAME_CELLS = 8
-_INDENT = 14
-_FACT_LINES = 4
 _MAX_YEARS = 10
 _MOST_STAGES = 8
 _LABEL_CELLS = 8
@@ -214,7 +213,7 @@ def _traffic(status: Any) -> str:
 def _economy(status: Any) -> str:
     below = _finite(status.times_below_allreduce)
     parts = [below_in_words(below)] if below else []
-    if status.role != "bootstrap":
+    if status.role != "bootstrap" and status.losses:
         share = _finite(status.stall_share)
         parts.append(f"{share:.0%} of the time standing still" if share >= 0.01 else f"{share:.1%} standing still")
     return ", ".join(parts)
@@ -257,55 +256,6 @@ def limits_in_words(limits: Any) -> str:
 # ---------------------------------------------------------------- lines
 
 
-def _line(width: int, *parts: str | Text | tuple[str, str]) -> Text:
-    line = Text.assemble(*parts, no_wrap=True)
-    line.truncate(width, overflow="ellipsis")
-    return line
-
-
-def _fact(width: int, name: str, text: str, most: int = _FACT_LINES) -> list[Text]:
-    """A named fact in at most so many lines."""
-    lines = _wrap(text, width - _INDENT, most)
-    return [_line(width, (f"{name if not n else '':<{_INDENT}}", "dim"), line) for n, line in enumerate(lines)]
-
-
-def _wrapped(text: str, width: int, most: int, style: str = "") -> list[Text]:
-    return [_line(width, (line, style)) for line in _wrap(text, width, most)]
-
-
-def _wrap(text: str, cells: int, most: int) -> list[str]:
-    """`text` in at most so many lines, broken between words; of a longer text the last one ends with an ellipsis."""
-    cells, lines = max(10, cells), [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}" if lines[-1] else word
-        if cell_len(joined) <= cells:
-            lines[-1] = joined
-            continue
-        pieces = chop_cells(word, cells)
-        lines[-1:] = [lines[-1], *pieces] if lines[-1] else pieces
-    if len(lines) > most:
-        lines = [*lines[: most - 1], set_cell_size(lines[most - 1], min(cells - 1, cell_len(lines[most - 1]))) + "…"]
-    return lines
-
-
-def _clipped(text: str, cells: int) -> str:
-    text = one_line(text)
-    return text if cell_len(text) <= cells else set_cell_size(text, cells - 1).rstrip() + "…"
-
-
-def _columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
-    """Rows as lines with aligned columns, those in `right` to the right."""
-    widths = [max(cell_len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
-    lines = []
-    for row in rows:
-        cells = []
-        for column, (text, width) in enumerate(zip(row, widths, strict=True)):
-            pad = " " * (width - cell_len(text))
-            cells.append(pad + text if column in right else text + pad)
-        lines.append("  ".join(cell for cell, width in zip(cells, widths, strict=True) if width).rstrip())
-    return lines
-
-
 def _peer_rows(status: Any, width: int, most: int) -> list[tuple[str, bool]]:
     """At most so many peers, as (line, whether it is here), this one first; the last line may be a word on the rest.
     What matters less is left out where the lines are narrow."""
@@ -318,7 +268,7 @@ def _peer_rows(status: Any, width: int, most: int) -> list[tuple[str, bool]]:
     for less in ("", "peer", "here", "doing", "share", "cells"):
         columns -= {less}
         cells = _LEAST_NAME_CELLS if less == "cells" else cells
-        lines = _columns([_peer_row(status, peer, share, columns, cells) for peer, share in shown], right=(2, 3))
+        lines = aligned([_peer_row(status, peer, share, columns, cells) for peer, share in shown], right=(2, 3))
         if all(cell_len(line) <= width for line in lines):
             break
     found = [(line, bool(peer.present)) for line, (peer, _) in zip(lines, shown, strict=True)]
@@ -332,7 +282,7 @@ def _peer_rows(status: Any, width: int, most: int) -> list[tuple[str, bool]]:
 def _peer_row(status: Any, peer: Any, share: str, columns: Container[str], cells: int) -> list[str]:
     """The cells of its line; those of columns that are not wanted are empty."""
     own, is_role = peer.peer == status.peer, peer.bootstrap and not peer.tokens
-    short, name = short_peer(one_line(peer.peer)), _clipped(peer.name, cells - 6 * own)
+    short, name = short_peer(one_line(peer.peer)), clipped(peer.name, cells)
     doing = _round_of(peer) if peer.present and not peer.bootstrap else ""
     here = "here" if peer.present else "away"
     if "doing" not in columns or not ("here" in columns or doing):
@@ -372,14 +322,14 @@ def _stage_lines(status: Any, width: int) -> list[Text]:
         )
         for stage in sorted(stages, key=lambda stage: stage.number)
     ]
-    lines = [_line(width, line) for line in _columns(rows)]
+    lines = [cut_line(width, line) for line in aligned(rows)]
     rest = len(status.stages) - len(lines)
     more = f"and {rest} more stage{'s' if rest != 1 else ''}, not slower than these"
-    return [*lines, _line(width, (more, "dim"))] if rest else lines
+    return [*lines, cut_line(width, (more, "dim"))] if rest else lines
 
 
 def _peer_lines(status: Any, width: int, most: int) -> list[Text]:
-    return [_line(width, (line, "" if here else "dim")) for line, here in _peer_rows(status, width, most)]
+    return [cut_line(width, (line, "" if here else "dim")) for line, here in _peer_rows(status, width, most)]
 
 
 def _notice_lines(view: View, width: int, most: int) -> list[Text]:
@@ -388,8 +338,8 @@ def _notice_lines(view: View, width: int, most: int) -> list[Text]:
     return [
         line
         for notice in notices
-        for line in _wrapped(
-            f"{_clock(notice.time, view.now)} {one_line(notice.message)}", width, _FACT_LINES, "yellow"
+        for line in wrapped_lines(
+            f"{_clock(notice.time, view.now)} {one_line(notice.message)}", width, FACT_LINES, "yellow"
         )
     ]
 
@@ -403,14 +353,14 @@ def _title_line(view: View, width: int) -> Text:
     styled = (word, f"bold {colour}".strip())
     peer = f" ({short})" if short and short != name else ""
     for cells in (32, 24, _NAME_CELLS):  # of a name, the run's too
-        who, run = _clipped(name, cells), _clipped(status.run_name, cells)
+        who, run = clipped(name, cells), clipped(status.run_name, cells)
         about = f"{'' if name == role else f', {role}'}" + (f" in run {run}" if run else "")
         if cell_len(who + peer + about) + len(word) < width:
             break
-    left = _line(max(1, width - len(word) - 1), (who, "bold"), f"{peer}{about}")
+    left = cut_line(max(1, width - len(word) - 1), (who, "bold"), f"{peer}{about}")
     if width >= UNCUT:  # for a file, or another program: there is no right
-        return _line(width, left, ": ", styled)
-    return _line(width, left, " " * max(1, min(width, _TITLE_CELLS) - left.cell_len - len(word)), styled)
+        return cut_line(width, left, ": ", styled)
+    return cut_line(width, left, " " * max(1, min(width, _TITLE_CELLS) - left.cell_len - len(word)), styled)
 
 
 # ---------------------------------------------------------------- the status page
@@ -419,9 +369,9 @@ def _title_line(view: View, width: int) -> Text:
 def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
     """Everything about a peer that a person asks for, a line each; without the invite, which must not be cut."""
     status = view.status
-    lines = [_title_line(view, width), *_wrapped(sentence(view), width, 5)]
+    lines = [_title_line(view, width), *wrapped_lines(sentence(view), width, 5)]
     if view.folder is not None:
-        lines += _fact(width, "folder", one_line(str(view.folder)))
+        lines += fact_lines(width, "folder", one_line(str(view.folder)))
     if not status.time:
         return lines
     left = _left(view)
@@ -447,18 +397,18 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         facts["process"] = f"{status.pid}, for {up}, version {one_line(status.version)}"
     if status.role == "bootstrap":
         del facts["contribution"]
-    lines += [line for name, text in facts.items() if text for line in _fact(width, name, text)]
+    lines += [line for name, text in facts.items() if text for line in fact_lines(width, name, text)]
     if status.stages:
-        lines += [_line(width, ("stages", "dim")), *_stage_lines(status, width)]
+        lines += [cut_line(width, ("stages", "dim")), *_stage_lines(status, width)]
     if status.notices:
-        lines += [_line(width, ("last warnings", "dim")), *_notice_lines(view, width, 3)]
+        lines += [cut_line(width, ("last warnings", "dim")), *_notice_lines(view, width, 3)]
     return [*lines, *_contributors(status, width, most_peers)]
 
 
 def _contributors(status: Any, width: int, most: int) -> list[Text]:
     if not status.peers:
         return []
-    return [_line(width, ("contributions", "dim"), f"  {_here(status)}"), *_peer_lines(status, width, most)]
+    return [cut_line(width, ("contributions", "dim"), f"  {_here(status)}"), *_peer_lines(status, width, most)]
 
 
 def _here(status: Any) -> str:
@@ -473,18 +423,18 @@ def list_peers(views: Sequence[View], width: int) -> list[Text]:
     """One line a peer."""
     rows = [
         [
-            _clipped(title(view.status, view.folder), _NAME_CELLS),
+            clipped(title(view.status, view.folder), _NAME_CELLS),
             short_peer(one_line(view.status.peer)) if view.status.peer else "",
             one_line(view.status.role),
             state_in_words(view),
             "" if view.life is Life.RUNNING or not view.status.time else _ago(view.status.time, view),
-            _clipped(view.status.run_name, _NAME_CELLS),
+            clipped(view.status.run_name, _NAME_CELLS),
             percent_in_words(view.status.run_tokens, view.status.total_tokens) if view.status.total_tokens else "",
             one_line(str(view.folder)),
         ]
         for view in views
     ]
-    return [_line(width, line) for line in _columns(rows, right=(6,))]
+    return [cut_line(width, line) for line in aligned(rows, right=(6,))]
 
 
 def plain_line(view: View) -> str:
@@ -504,9 +454,9 @@ def plain_line(view: View) -> str:
 def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False) -> list[Text]:
     """A screen of at most `height` lines; what matters least goes first when that is few."""
     status = view.status
-    top = [_title_line(view, width), *_wrapped(sentence(view), width, 3 if view.life is Life.RUNNING else 5)]
+    top = [_title_line(view, width), *wrapped_lines(sentence(view), width, 3 if view.life is Life.RUNNING else 5)]
     leave = "" if view.life.over and not view.note else "q leaves this screen"
-    foot = _line(width, (leave if view.life.over else f"{leave}; the peer goes on", "dim"))
+    foot = cut_line(width, (leave if view.life.over else f"{leave}; the peer goes on", "dim"))
     room = height - len(top) - 1
     blocks = {}
     for name, variants in _blocks(view, width, height, ascii_only).items():
@@ -544,7 +494,8 @@ def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, 
         "limits": limits_in_words(status.limits) if height >= _HIGH_LINES and status.HasField("limits") else "",
     }
     blocks = {
-        name: [_fact(width, name, text), _fact(width, name, text, 1)] if text else [] for name, text in facts.items()
+        name: [fact_lines(width, name, text), fact_lines(width, name, text, 1)] if text else []
+        for name, text in facts.items()
     }
     blocks["progress"] = [_progress_bar(view, width, ascii_only)]
     blocks["stages"] = [_stage_lines(status, width)]
@@ -566,20 +517,20 @@ def _progress_bar(view: View, width: int, ascii_only: bool) -> list[Text]:
     words = ", ".join(part for part in (_progress(view), _left(view)) if part)
     cells = width - cell_len(words) - 2
     if cells < 8 or not status.total_tokens:
-        return _fact(width, "progress", words)
+        return fact_lines(width, "progress", words)
     done = int(cells * min(1.0, status.run_tokens / status.total_tokens))
     full, empty = ("#", ".") if ascii_only else ("█", "░")
-    return [_line(width, (full * done, "green"), (empty * (cells - done), "dim"), f"  {words}")]
+    return [cut_line(width, (full * done, "green"), (empty * (cells - done), "dim"), f"  {words}")]
 
 
 def _draw_losses(status: Any, width: int, height: int, ascii_only: bool) -> list[Text]:
-    """The loss curves with their axes, in exactly `height` lines."""
+    """The loss curves with their axes, in `height` lines; without a loss a line that says so."""
     points = list(status.losses)
     training = [(float(point.run_tokens), point.loss) for point in points if _finite(point.loss)]
     held_out = [(float(point.run_tokens), point.held_out_loss) for point in points if _finite(point.held_out_loss)]
-    caption = _line(width, ("loss  ", "dim"), _losses(status))
+    caption = cut_line(width, ("loss  ", "dim"), _losses(status))
     if not training and not held_out:
-        return [caption, *(Text("") for _ in range(height - 1))]
+        return [caption]
     inner = max(1, width - 2 * (_LABEL_CELLS + 1))
     drawn = plot(training, held_out, inner, height - 2, ascii_only=ascii_only)
     wall = "|" if ascii_only else "│"
@@ -590,11 +541,11 @@ def _draw_losses(status: Any, width: int, height: int, ascii_only: bool) -> list
         curve = Text()
         for character, owner in zip(line, drawn.owners[number], strict=True):
             curve.append(character, ("cyan", "magenta")[owner] if owner >= 0 else "")
-        lines.append(_line(width, (f"{left:>{_LABEL_CELLS}}", "cyan"), wall, curve, wall, (right, "magenta")))
+        lines.append(cut_line(width, (f"{left:>{_LABEL_CELLS}}", "cyan"), wall, curve, wall, (right, "magenta")))
     first, last = (f"{count_in_words(points[place].run_tokens)} tokens" for place in (0, -1))
     between = " " * max(1, inner - len(first) - len(last))
-    legend = "held-out" if held_out else ""
+    legends = ("training", "held-out") if training and held_out else ("", "")
     lines.append(
-        _line(width, (f"{'training':>{_LABEL_CELLS}} ", "cyan"), first, between, last, (f" {legend}", "magenta"))
+        cut_line(width, (f"{legends[0]:>{_LABEL_CELLS}} ", "cyan"), first, between, last, (f" {legends[1]}", "magenta"))
     )
     return lines

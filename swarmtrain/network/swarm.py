@@ -36,7 +36,6 @@ from swarmtrain.network.own_records import OwnRecords
 from swarmtrain.network.publications import Publisher, Pulling, section_of
 from swarmtrain.network.reaching import Reaching, is_loopback_only
 from swarmtrain.network.records import (
-    MAX_LOSS,
     PRESENCE,
     open_presence_untrusted,
     presence_from_proto_untrusted,
@@ -357,10 +356,6 @@ class Swarm:
         self.me = dataclasses.replace(
             self.me, round=round, steps_per_s=steps_per_s, run_tokens=run_tokens, inner_steps=inner_steps
         )
-
-    def describe_loss(self, loss: float) -> None:
-        """What the next presence says of our training loss, in nats per token."""
-        self.me = dataclasses.replace(self.me, loss=loss if 0 <= loss <= MAX_LOSS else 0.0)
 
     def describe_part(self, part: int, tokens: int) -> None:
         """What the next presence says of our newest publication in this round."""

@@ -151,7 +151,7 @@ METRICS: tuple[_Metric, ...] = (
     _Metric("start_time_seconds", _GAUGE, "When its process began, in seconds since 1970.", lambda look: look.status.started_time, unit="seconds"),
     _Metric("peers", _GAUGE, "Peers present in the swarm as this one knows it, itself included, by role.", _present, label="role"),
     _Metric("round", _GAUGE, "The round it is in.", lambda look: look.status.round if look.joined else None),
-    _Metric("loss", _GAUGE, "Its mean training loss over its last round, in nats per token.", _newest_loss),
+    _Metric("loss", _GAUGE, "Its mean training loss over its last round, of a bootstrap the median of what volunteers tell, in nats per token.", _newest_loss),
     _Metric("held_out_loss", _GAUGE, "The last loss it measured on the run's held-out text, in nats per byte.", lambda look: look.status.held_out_loss or None),
     _Metric("tokens", _COUNTER, "Tokens it has contributed to the run, over all its lives.", lambda look: look.status.own_tokens if look.joined and look.trains else None),
     _Metric("tokens_per_second", _GAUGE, "Tokens it trains on in a second, over the last half minute.", lambda look: look.status.own_tokens_per_s if look.trains else None),

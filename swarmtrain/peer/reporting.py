@@ -10,6 +10,7 @@ from typing import Any
 from swarmtrain.events import RoundEvent, times_below_allreduce
 from swarmtrain.network.codec import vector_sha256
 from swarmtrain.network.node import NetworkThread
+from swarmtrain.network.records import MAX_LOSS
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.trainer import Averaged, Gathered, Merged, RoundReport, Served
@@ -47,10 +48,10 @@ def round_event(report: RoundReport, exchange: SwarmExchange, stage: int | None 
 
 
 def tell_loss(network: NetworkThread, swarm: Swarm, loss: float) -> None:
-    """Have the next presence say what the loss was; the trainer does not wait for it."""
+    """Have the next presence say what the loss was, if it is one; the trainer does not wait for it."""
 
     async def describe() -> None:
-        swarm.describe_loss(loss)
+        swarm.me = dataclasses.replace(swarm.me, loss=loss if 0 <= loss <= MAX_LOSS else 0.0)
 
     network.submit_unhurried(describe())
 

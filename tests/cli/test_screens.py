@@ -16,8 +16,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from swarmtrain.cli.lines import wrap
 from swarmtrain.cli.peers import Life, View
-from swarmtrain.cli.screen import _wrap, draw_status, draw_watch, limits_in_words, list_peers, plain_line, sentence
+from swarmtrain.cli.screen import draw_status, draw_watch, limits_in_words, list_peers, plain_line, sentence
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import shares_in_words
 
@@ -476,13 +477,13 @@ def test_what_of_a_peers_line_goes_first_when_it_is_narrow() -> None:
     seen = crowd(LONG)
     for peer in seen.status.peers:
         peer.stages.extend([0, 2, 5])
-    lines = {width: draw_status(seen, width, 3)[-2].plain for width in (120, 92, 60, 44)}
+    lines = {width: draw_status(seen, width, 3)[-2].plain for width in (120, 92, 60, 46)}
     assert re.search(
         r"^N+…  00\d+ +1 G tokens +\S+%  here  stages 0, 2 and 5, round 12345  123 k tokens/s$", lines[120]
     )
     assert re.search(r"^N+… +1 G tokens +\S+%  here  stages 0, 2 and 5, round 12345  123 k tokens/s$", lines[92])
     assert re.search(r"^N+… +1 G tokens +\S+%  here  123 k tokens/s$", lines[60])
-    assert re.search(r"^N+… +1 G tokens  here  123 k tokens/s$", lines[44])
+    assert re.search(r"^N+… +1 G tokens  here  123 k tokens/s$", lines[46])
 
 
 def test_shares_are_a_hundred_percent() -> None:
@@ -517,10 +518,10 @@ def test_wrapped_text_loses_nothing(cells: int) -> None:
     rng = random.Random(cells)
     for _ in range(100):
         words = ["".join(rng.choices("abc宽", k=rng.randrange(1, 30))) for _ in range(rng.randrange(12))]
-        lines = _wrap(" ".join(words), cells, 10_000)
+        lines = wrap(" ".join(words), cells, 10_000)
         assert all(cell_len(line) <= cells for line in lines)
         assert "".join(lines).replace(" ", "") == "".join(words)
-        cut = _wrap(" ".join(words), cells, 2)
+        cut = wrap(" ".join(words), cells, 2)
         assert (
             len(cut) == min(2, len(lines)) and cut[-1].endswith("…") == (len(lines) > 2) and cell_len(cut[-1]) <= cells
         )

@@ -125,3 +125,30 @@ def test_what_hostile_ones_train_does_not_count(attack: str, tmp_path: Path) -> 
 def test_absent_ones_are_not_there(tmp_path: Path) -> None:
     world = HostileWorld(hostile(tmp_path, "absent", percent=50))
     assert [type(peer) for peer in world.peers] == [Peer, Peer]
+
+
+def named_in(world: HostileWorld) -> list[tuple[bool, int]]:
+    """Whether each one named is hostile, and how many rounds whoever is farthest had behind it; after the run."""
+    found, told = list[tuple[bool, int]](), world.told
+
+    def noted(peer: str, incident: Any) -> None:
+        found.append((world.by_name[peer].number >= world.setting.num_honest, max(one.round for one in world.peers)))
+        told(peer, incident)
+
+    for peer in world.peers:
+        peer.naming._told = noted
+    world.run()
+    return found
+
+
+def test_who_pauses_is_not_named_and_who_always_sends_too_much_is_soon(tmp_path: Path) -> None:
+    pauses = [{"peer": 1, "at_s": 0.6, "for_s": 0.4}, {"peer": 0, "at_s": 1.2, "for_s": 0.6}]
+    keys = {"merge__method": "gossip", "merge__pacing": True, "merge__robust": "clip"}
+    absent, scaled = ({"attack": attack, "percent": 25} for attack in ("absent", "scaled x10"))
+    long, short = ({"run.total_tokens": tokens} for tokens in (50_000, 32_000))
+    calm = setting(tiny(tmp_path, peers=ALIKE, hostile=absent, hangs=pauses, set=long), **keys)
+    assert named_in(HostileWorld(calm)) == []
+    struck = setting(tiny(tmp_path, peers=ALIKE, hostile=scaled, set=short), **keys)
+    named = named_in(HostileWorld(struck))
+    assert named and all(is_hostile for is_hostile, _ in named)
+    assert named[0][1] <= 10, "the first five do not count"
