@@ -25,6 +25,7 @@ FROM dependencies AS package
 RUN pip install --quiet 'hatchling>=1.25'
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY examples examples
 COPY swarmtrain swarmtrain
 RUN pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /wheels .
 

@@ -45,8 +45,9 @@ OLDEST_PROTOCOL = 1
 FIRST_VERSIONS: Mapping[int, str] = {1: "0.1", 2: "0.2"}
 """Which version spoke each protocol first."""
 
-KEYS_SINCE: Mapping[str, int] = {}
-"""Keys of the run file, as "section.key", that came after protocol 1, and with which."""
+KEYS_SINCE: Mapping[str, int] = {"data.source=parquet": 2, "published.dataset_revision": 2}
+"""Keys of the run file, as "section.key", and values, as "section.key=value", that came after protocol 1, and with
+which."""
 
 WIRE_SHA256 = "34c25aab20e4f24aca67b36647b3f47581ff9efc68d718023b59a0590f50beda"
 
@@ -64,7 +65,7 @@ class Needs:
 
 
 def needs_with(keys_written: Mapping[str, object]) -> Needs:
-    """What a run needs that is published by this version with `keys_written` ("section.key")."""
+    """What a run needs that is published by this version with `keys_written` ("section.key", "section.key=value")."""
     protocol = max([OLDEST_PROTOCOL, *(since for key, since in KEYS_SINCE.items() if key in keys_written)])
     return Needs(protocol, FIRST_VERSIONS[protocol])
 

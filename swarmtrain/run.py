@@ -24,6 +24,7 @@ from swarmtrain import __version__
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.problems import Section, one_line, problem_in_words, read_toml
 from swarmtrain.protocol import KEYS_SINCE, UPDATE, Needs, needs_untrusted, needs_with, too_old_for
+from swarmtrain.run_data import DataSection
 
 __all__ = [
     "CHUNK_BYTES",
@@ -98,45 +99,6 @@ class ModelSection(Section):
             raise ValueError(
                 f"model.feed_forward_ratio: too small; allowed: at least {1 / self.width} (1 / model.width)"
             )
-        return self
-
-
-_KEYS_OF_SOURCES = {
-    "paths": ("text", "jsonl"),
-    "field": ("jsonl", "datasets"),
-    "dataset": ("datasets",),
-    "subset": ("datasets",),
-    "split": ("datasets",),
-    "streaming": ("datasets",),
-}
-
-
-class DataSection(Section):
-    """The text it learns from, and the text it is judged by."""
-
-    source: Literal["python-stdlib", "text", "jsonl", "datasets"] = Field("python-stdlib", description='Where the text comes from: "python-stdlib" (the standard library\'s own sources, on every machine), "text" (files), "jsonl" (one JSON object a line) or "datasets" (Hugging Face; needs the extra `datasets`).')  # fmt: skip
-    paths: tuple[str, ...] = Field((), strict=False, description='For "text" and "jsonl": files or globs (`**` too), relative to the run file; on a volunteer, below `--data`.')  # fmt: skip
-    field: str = Field("text", min_length=1, description='For "jsonl" and "datasets": the field that holds the text.')
-    dataset: str = Field("", description='For "datasets": a name on the hub or a local folder.')
-    subset: str = Field("", description='For "datasets": the configuration\'s name; empty for the default one.')
-    split: str = Field("train", min_length=1, description='For "datasets": the split to train on.')
-    streaming: bool = Field(False, description='For "datasets": read while training rather than download first.')
-    shards: int = Field(64, ge=0, le=1024, description='With merge.method = "gossip": the data are cut into so many shards, fewer if a round of merge.inner_steps would read one more than once, and a peer takes each round from the one that is seen least; 0: from everywhere. Streamed data have none.')  # fmt: skip
-    held_out_bytes: int = Field(65_536, ge=1024, le=4_194_304, description="Size of the held-out text that the bootstrap cuts once and that travels with the run, in bytes.")  # fmt: skip
-
-    @model_validator(mode="after")
-    def _fits_source(self) -> DataSection:
-        for key, sources in _KEYS_OF_SOURCES.items():
-            if getattr(self, key) != type(self).model_fields[key].default and self.source not in sources:
-                wanted = " or ".join(f'"{source}"' for source in sources)
-                raise ValueError(
-                    f'data.{key}: has no meaning with data.source = "{self.source}"; allowed: with {wanted}'
-                )
-        for key in ("paths", "dataset"):
-            if self.source in _KEYS_OF_SOURCES[key] and not getattr(self, key):
-                raise ValueError(f'data.{key}: missing; data.source = "{self.source}" needs it')
-        if "" in self.paths:
-            raise ValueError("data.paths: contains an empty string; allowed: files or globs")
         return self
 
 
@@ -348,6 +310,7 @@ class PublishedSection(Section):
     stage_costs: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(None, strict=False, description="With pipeline.stages: the part of the model's computing that each stage is, as measured by the bootstrap.")  # fmt: skip
     protocol: int | None = Field(None, ge=2, le=65_535, json_schema_extra={"allowed": "an integer from 2 to 65535"}, description="The protocol that a peer must speak at least to take part; absent for 1.")  # fmt: skip
     needs: str | None = Field(None, pattern=r"^[0-9A-Za-z.+-]{1,32}$", description="The version of swarmtrain that spoke that protocol first.")  # fmt: skip
+    dataset_revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description='With data.source = "datasets" of the hub: the commit of the data set; absent otherwise.')  # fmt: skip
     server: str | None = Field(None, pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$", description='With merge.method = "server": the PeerID of the bootstrap, which is the server; absent otherwise.')  # fmt: skip
 
 
@@ -369,6 +332,11 @@ class RunFile(Section):
         """What a peer must speak to take part, once the run is published."""
         published = self.published
         return Needs() if published is None else needs_untrusted(published.protocol or 1, published.needs or "")
+
+    @property
+    def dataset_revision(self) -> str:
+        """The commit of the hub's data set that the bootstrap fixed; empty where it fixed none."""
+        return (self.published.dataset_revision if self.published is not None else None) or ""
 
     @property
     def tokens_per_step(self) -> int:
@@ -427,6 +395,8 @@ class RunFile(Section):
                 raise ValueError(f'published.tokenizer_sha256: does not fit model.tokenizer = "{self.model.tokenizer}"')
             if (self.published.server is not None) != (self.merge.method == "server"):
                 raise ValueError(f'published.server: does not fit merge.method = "{self.merge.method}"')
+            if self.published.dataset_revision is not None and self.data.source != "datasets":
+                raise ValueError(f'published.dataset_revision: does not fit data.source = "{self.data.source}"')
             self._check_published_stages(self.published)
         return self
 
@@ -514,7 +484,10 @@ def published_bytes(run: RunFile) -> bytes:
 
 def needs_of(run: RunFile) -> Needs:
     """What a peer must speak to take part in `run`, published by this version."""
-    return needs_with({f"{name}.{key}": 0 for name, section in _written_table(run).items() for key in section})
+    written = [
+        (f"{name}.{key}", value) for name, section in _written_table(run).items() for key, value in section.items()
+    ]
+    return needs_with({key: 0 for name, value in written for key in (name, f"{name}={value}")})
 
 
 def _written_table(run: RunFile) -> dict[str, Any]:

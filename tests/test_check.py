@@ -115,7 +115,6 @@ def test_schedule_and_held_out_doubts(text: str, expected: str) -> None:
 
 
 def test_doubts_about_the_corpus_and_the_machine() -> None:
-    assert "less than ten times data.held_out_bytes" in doubts_of(GOOD, corpus_bytes=100_000)
     assert "each byte is read 50 times" in doubts_of(GOOD, corpus_bytes=1_000_000)
     assert "this machine has 256 MB" in doubts_of(GOOD, machine_bytes=256_000_000)
 
@@ -139,7 +138,7 @@ def test_the_command_prints_a_report_or_one_object(tmp_path: Path, capsys: pytes
     assert "run stdlib-gpt\n" in text
     assert "845 k (4 layers, width 128, 4 heads; 256 tokens of bytes)" in text
     assert "text, 5 kB here" in text
-    assert "doubt: the corpus here has 5 kB" in text
+    assert "doubt: data.held_out_bytes = 65536 is more than a tenth of the corpus (5000 bytes)" in text
     assert run_command(["check", str(path), "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert table["num_parameters"] == 844_928
@@ -153,6 +152,73 @@ def test_missing_data_is_a_doubt_not_an_error(tmp_path: Path, capsys: pytest.Cap
     path.write_text("[run]\ntotal_tokens = 3_000_000\n[data]\nsource = 'text'\npaths = ['nowhere.txt']\n")
     assert run_command(["check", str(path)]) == 0
     assert "doubt: data.paths: there is no file" in capsys.readouterr().out
+
+
+def checked(path: Path, data: str, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    """What `check` prints of a run on `data`, without its estimate."""
+    (path / "run.toml").write_text(f"[run]\ntotal_tokens = 50_000_000\n{data}")
+    assert run_command(["check", str(path / "run.toml"), *more]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return "\n".join(line for line in lines if line.startswith(("  doubt: ", "  not looked at: ", "  no doubts")))
+
+
+def test_it_looks_at_the_text_as_a_bootstrap_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.dumps({"story": f"{number} is a number of {number**5} letters " * 40}) for number in range(4000)]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.jsonl").write_text("\n".join(rows))
+    section = '[data]\nsource = "jsonl"\npaths = ["more/*.jsonl"]\nfield = "%s"\n'
+    assert 'has no field "text" (it has: story)' in checked(tmp_path, section % "text", capsys)
+    assert checked(tmp_path, section % "story", capsys) == "  no doubts"
+    small = section % "story" + "held_out_bytes = 4_194_304\n"
+    assert "data.held_out_bytes = 4194304 is more than a tenth" in checked(tmp_path, small, capsys)
+    missing = (section % "story").replace("more", "less")
+    assert "no file matches less/*.jsonl below" in checked(tmp_path, missing, capsys)
+    elsewhere = (section % "story").replace("more/", "")
+    assert "no file matches *.jsonl" in checked(tmp_path, elsewhere, capsys)
+    assert checked(tmp_path, elsewhere, capsys, "--data", str(tmp_path / "more")) == "  no doubts"
+
+
+def test_it_says_what_it_has_not_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from swarmtrain.data import prepare
+
+    (tmp_path / "a.txt").write_text("".join(f"line {number * number}\n" for number in range(500_000)))
+    text = '[data]\nsource = "text"\npaths = ["*.txt"]\n'
+    monkeypatch.setattr(prepare, "STREAM_SAMPLE_BYTES", 1 << 20)
+    assert checked(tmp_path, text, capsys).splitlines() == [
+        "  no doubts",
+        "  not looked at: the text after its first 8 MiB",
+    ]
+    bpe = text + '[model]\ntokenizer = "bpe"\nvocabulary_size = 5000\n'
+    assert "not looked at: whether model.vocabulary_size = 5000 can be learnt" in checked(tmp_path, bpe, capsys)
+    (tmp_path / "a.txt").write_text("ten words that are told again and again and again\n" * 400)
+    few = bpe.replace("[model]", "held_out_bytes = 1024\n[model]")
+    assert "model.vocabulary_size = 5000 is more than can be learnt" in checked(tmp_path, few, capsys)
+    data_set = '[data]\nsource = "datasets"\ndataset = "stories"\n'
+    assert 'there is no folder "stories" below' in checked(tmp_path, data_set, capsys)
+
+
+def test_it_says_which_library_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    real = importlib.import_module
+
+    def missing(name: str, package: str | None = None) -> object:
+        if name.partition(".")[0] in ("datasets", "pyarrow", "tokenizers"):
+            raise ImportError(name)
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    (tmp_path / "a.parquet").write_text("-")
+    for section, needs in (
+        ('[data]\nsource = "datasets"\ndataset = "a/b"\n', "needs datasets: pip install 'datasets>="),
+        ('[data]\nsource = "parquet"\npaths = ["*.parquet"]\n', "needs pyarrow: pip install 'pyarrow>="),
+        ('[model]\ntokenizer = "bpe"\nvocabulary_size = 1000\n', "needs tokenizers: pip install 'tokenizers>="),
+    ):
+        assert needs in checked(tmp_path, section, capsys)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ WHICH_PEER = ("[NAME]", "--dir", "--address")
 
 # Every command with its arguments and options. A change here is a change of what people type: say it in CHANGELOG.md.
 FROZEN: dict[str, tuple[str, ...]] = {
-    "bootstrap": ("RUN.toml", "--wait-for", "--up", "--down", "--invite-file", *PEER_OPTIONS),
+    "bootstrap": ("RUN.toml", "--wait-for", "--data", "--up", "--down", "--invite-file", *PEER_OPTIONS),
     "join": (
         *("[INVITE]", "--invite-file"),
         *("--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down", "--slowdown"),
@@ -59,7 +59,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "leave": (*WHICH_PEER, "--no-wait"),
     "limits": (*WHICH_PEER, "--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down"),
     "invite": ("--dir", "--json"),
-    "check": ("RUN.toml", "--peers", "--json"),
+    "check": ("RUN.toml", "--peers", "--data", "--json"),
     "plan": (
         *("RUN.toml", "--peers", "--step-s", "--slowdown", "--rtt", "--link-up", "--link-down"),
         *("--jitter", "--loss", "--churn", "--seed", "--json"),

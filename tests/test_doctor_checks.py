@@ -240,9 +240,9 @@ def test_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_problem(check_data(outside, tmp_path), "outside the folder given with --data", "")
     monkeypatch.setattr(doctor_module.importlib.util, "find_spec", lambda name: None)
     hub = a_run("[data]\nsource = 'datasets'\ndataset = 'x/y'\n")
-    a_problem(check_data(hub, None), "the package datasets", "pip install 'swarmtrain[datasets]'")
+    a_problem(check_data(hub, None), "the package datasets", "pip install 'datasets>=3.0'")
     bpe = a_run("[model]\ntokenizer = 'bpe'\nvocabulary_size = 1000\n")
-    a_problem(check_data(bpe, None), "the package tokenizers", "pip install 'swarmtrain[bpe]'")
+    a_problem(check_data(bpe, None), "the package tokenizers", "pip install 'tokenizers>=0.20'")
 
 
 def test_a_slow_machine() -> None:

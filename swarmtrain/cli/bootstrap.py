@@ -17,6 +17,7 @@ from swarmtrain.cli.common import (
     peer_options,
 )
 from swarmtrain.cli.kept_options import KeptOption, restore
+from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 
 if TYPE_CHECKING:
     from swarmtrain.events import Event
@@ -27,20 +28,23 @@ __all__ = ["command"]
 
 @click.command(
     name="bootstrap",
-    epilog=example(
-        "swarmtrain bootstrap examples/stdlib-gpt.toml",
+    epilog=run_examples()
+    + example(
+        "swarmtrain bootstrap stdlib-gpt",
         "swarmtrain bootstrap run.toml --dir my-run --listen :31337 --announce 203.0.113.5:31337",
     ),
 )
-@click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
+@run_argument
 @click.option("--wait-for", cls=KeptOption, type=click.IntRange(1, 10_000), default=None, metavar="N", help="Round 0 begins when N volunteers are present (overrides `merge.min_peers`).")  # fmt: skip
+@click.option("--data", cls=KeptOption, type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on them: what the run's data paths are relative to.  [default: the run file's folder]")  # fmt: skip
 @LINK_OPTIONS[0]
 @LINK_OPTIONS[1]
 @click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Leave the invite in FILE too, for `join --invite-file FILE`.")  # fmt: skip
 @peer_options
 def command(
-    run_file: Path,
+    given: GivenRun,
     wait_for: int | None,
+    data: Path | None,
     up_mbit: float | None,
     down_mbit: float | None,
     invite_file: Path | None,
@@ -51,14 +55,12 @@ def command(
     It trains nothing itself: join it from the same or another machine with the line it prints. Started again with the
     same --dir, run file and --wait-for, it goes on with the same run and identity.
     """
-    from swarmtrain.run import load_run
-
     with errors_as_events(options.json, options.name):
-        run = load_run(run_file)
+        run = given.load()
         directory = peer_directory(options, f"bootstrap-{run.run.name}")
-        kept, started = restore(directory, ("bootstrap", str(run_file.absolute())))
+        kept, started = restore(directory, ("bootstrap", given.to_start_again))
     options, wait_for = options.with_kept(kept), kept.get("wait_for", wait_for)
-    up_mbit, down_mbit = kept.get("up_mbit", up_mbit), kept.get("down_mbit", down_mbit)
+    data, up_mbit, down_mbit = kept.get("data", data), kept.get("up_mbit", up_mbit), kept.get("down_mbit", down_mbit)
     if wait_for is not None:
         run = run.model_copy(update={"merge": run.merge.model_copy(update={"min_peers": wait_for})})
     from swarmtrain.cli.background import outputs_to_log
@@ -87,7 +89,7 @@ def command(
 
     with open_sink(options, make_display, settings.directory) as sink:
         emit = sink if invite_file is None else _also_to_file(sink, invite_file)
-        emit(run_bootstrap(run, run_file.parent, settings, emit, options.stop))
+        emit(run_bootstrap(run, data or given.base, settings, emit, options.stop))
 
 
 def _also_to_file(emit: Emit, path: Path) -> Emit:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from swarmtrain.cli.common import example
+from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 
 if TYPE_CHECKING:
     from swarmtrain.cli.estimate import Estimate
@@ -17,34 +18,46 @@ __all__ = ["command"]
 
 
 @click.command(
-    name="check", epilog=example("swarmtrain check examples/stdlib-gpt.toml", "swarmtrain check run.toml --peers 16")
+    name="check",
+    epilog=run_examples() + example("swarmtrain check stdlib-gpt", "swarmtrain check run.toml --peers 16"),
 )
-@click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
+@run_argument
 @click.option("--peers", type=click.IntRange(1, 100_000), default=4, show_default=True, help="Equal peers to assume.")
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    metavar="FOLDER",
+    help="What the run's data paths are relative to.  [default: the run file's folder]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(run_file: Path, peers: int, as_json: bool) -> None:
-    """Say what RUN.toml trains, what it costs, any doubt."""
+def command(given: GivenRun, peers: int, data: Path | None, as_json: bool) -> None:
+    """Say what RUN.toml trains, what it costs, any doubt.
+
+    The text is looked at as `bootstrap` does; of a data set of the hub the first documents are fetched.
+    """
     import dataclasses
     import json
 
     from swarmtrain.cli.estimate import doubts, estimate
-    from swarmtrain.run import load_run
 
-    run = load_run(run_file)
+    run = given.load()
+    from swarmtrain.data.prepare import first_look
     from swarmtrain.model.gpt import num_parameters  # takes a second: after the file is known to be good
     from swarmtrain.peer.merge_rules import mean_of
 
     mean_of(run.merge.robust)  # it is here, or that is said
 
     cost = estimate(run, num_parameters(run.model), peers)
-    corpus_bytes, problem = _corpus(run, run_file.parent)
-    found = (*doubts(run, cost, corpus_bytes, _machine_bytes()), *([problem] if problem else []))
+    look = first_look(run, data or given.base)
+    found = (*doubts(run, cost, look.num_bytes, _machine_bytes()), *([look.problem] if look.problem else []))
     if as_json:
-        table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": corpus_bytes, "doubts": found}
-        click.echo(json.dumps(table))
+        table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": look.num_bytes, "doubts": found}
+        click.echo(json.dumps({**table, "not_looked_at": look.unseen}))
         return
-    for line in report(run, cost, corpus_bytes, found):
+    for line in report(run, cost, look.num_bytes, found):
         click.echo(line)
+    for text in look.unseen:
+        click.echo(f"  not looked at: {text}")
 
 
 def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, found: tuple[str, ...]) -> list[str]:
@@ -91,19 +104,6 @@ def shards_in_words(run: RunFile, corpus_bytes: int | None) -> str:
     if num_shards := run.num_shards(corpus_bytes):
         return f", in {num_shards} shards"
     return "; too little for shards: a round would read each more than once"
-
-
-def _corpus(run: RunFile, base: Path) -> tuple[int | None, str]:
-    """The corpus's size in bytes where it can be seen from here, else None; and what is wrong with it, if anything."""
-    from swarmtrain.data.documents import source_files
-    from swarmtrain.errors import RunFileError
-
-    if run.data.source == "datasets":
-        return None, ""
-    try:
-        return sum(file.path.stat().st_size for file in source_files(run.data, base)), ""
-    except RunFileError as error:
-        return None, str(error)
 
 
 def _machine_bytes() -> int | None:

@@ -64,12 +64,7 @@ def _data_doubts(run: RunFile, corpus_bytes: int | None) -> list[str]:
         )
     if corpus_bytes is None:
         return found
-    if corpus_bytes < 10 * held_out:
-        found.append(
-            f"the corpus here has {size_in_words(corpus_bytes)}, less than ten times data.held_out_bytes = {held_out}: "
-            "little is left to train on"
-        )
-    elif run.model.tokenizer == "bytes" and (passes := run.run.total_tokens / corpus_bytes) > 8:
+    if run.model.tokenizer == "bytes" and (passes := run.run.total_tokens / corpus_bytes) > 8:
         found.append(
             f"the corpus here has {size_in_words(corpus_bytes)} and the run {count_in_words(run.run.total_tokens)} "
             f"tokens: each byte is read {passes:.0f} times, and the model will learn it by heart"

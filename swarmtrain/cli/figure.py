@@ -12,7 +12,7 @@ __all__ = ["draw"]
 
 
 def draw(found: Comparison, path: Path) -> None:
-    """Each method's best constants, its first seed; needs matplotlib (`swarmtrain[plot]`)."""
+    """Each method's best constants, its first seed; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -14,6 +14,7 @@ import click
 
 from swarmtrain.cli import rehearsed
 from swarmtrain.cli.common import example, finite
+from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
@@ -33,15 +34,16 @@ _LOST_TIMES = 8
 
 @click.command(
     name="local",
-    epilog=example(
-        "swarmtrain local examples/stdlib-gpt.toml --peers 3",
+    epilog=run_examples()
+    + example(
+        "swarmtrain local stdlib-gpt --peers 3",
         "swarmtrain local run.toml --peers 4 --compare-alone --dir runs/first",
         "swarmtrain local run.toml --peers 4 --slowdown 2,2.6,5.2,11.4",
         "swarmtrain local run.toml --rtt 100 --link-up 10 --link-down 10 --fail-pulls 5",
         "swarmtrain local run.toml --peers 6 --faults examples/rehearsals/bad-internet.toml --churn 60",
     ),
 )
-@click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
+@run_argument
 @click.option("--peers", type=click.IntRange(1, 256), default=3, show_default=True, help="Volunteers to start.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Processor threads of each.")
 @click.option("--slowdown", "slowdowns", callback=rehearsed.slowdowns, metavar="F,...", help="To rehearse an unequal swarm: how many times slower than this machine could each volunteer trains, such as 2,2.6,5.2,11.4 for four. Less exact with more than one thread.  [default: all as fast as they can]")  # fmt: skip
@@ -54,7 +56,7 @@ _LOST_TIMES = 8
 @rehearsed.CHURN
 @click.option("--faults", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE.toml", help="... all that and what breaks when, from a file; the options above go before it.")  # fmt: skip
 @click.option("--compare-alone", is_flag=True, help="Afterwards train one volunteer alone, unslowed, for as many steps as the fastest took.")  # fmt: skip
-@click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on text or JSON lines.  [default: the run file's folder]")  # fmt: skip
+@click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on them: what the run's data paths are relative to.  [default: the run file's folder]")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the peers keep their files and the model is left.  [default: runs/NAME-TIME]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines on standard output.")
 @click.option(
@@ -65,7 +67,7 @@ _LOST_TIMES = 8
     help="How much the peers write to their log files.",
 )
 def command(
-    run_file: Path,
+    given: GivenRun,
     peers: int,
     threads: int,
     slowdowns: tuple[float, ...],
@@ -98,10 +100,8 @@ def command(
             f"--slowdown has {factors} for {peers} volunteers: give one for each, or --peers {len(slowdowns)}"
         )
     with stop_on_signals() as stop:
-        from swarmtrain.run import load_run
-
         with errors_as_events(as_json, ""):
-            run = load_run(run_file)
+            run = given.load()
             links = rehearsed.links_said(rtt, link_up, link_down, jitter, loss)
             rehearsal = _rehearsal(faults, links, churn, _names(peers))
         if crowded := crowded_in_words(peers, threads, slowdowns, _num_cores()):
@@ -109,17 +109,20 @@ def command(
         if directory is None:
             directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         directory.mkdir(parents=True, exist_ok=True)
-        common = ["--threads", str(threads), "--data", str(data or run_file.parent), "--log-level", log_level]
+        base = data or given.base
+        common = ["--threads", str(threads), "--data", str(base), "--log-level", log_level]
         common += [f"--fail-pulls={fail_pulls}"] if fail_pulls else []
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         try:
-            trained = _train(_Plan(run_file, run, directory, extra, as_json, rehearsal), stop)
+            trained = _train(
+                _Plan([given.argument, "--data", str(base)], run, directory, extra, as_json, rehearsal), stop
+            )
             _show_sample(directory, as_json)
             for part in trained.parts.values():
                 click.echo(part.line(), err=as_json)
             line = f"held-out loss {trained.loss:.3f} nats/byte"
             if compare_alone:
-                part, loss = _alone(directory, data or run_file.parent, trained, stop)
+                part, loss = _alone(directory, base, trained, stop)
                 click.echo(part.line(), err=as_json)
                 line += f"; one volunteer alone {loss:.3f}"
         except Interrupted:
@@ -154,7 +157,8 @@ def crowded_in_words(num_volunteers: int, threads: int, slowdowns: Sequence[floa
 
 @dataclass(frozen=True)
 class _Plan:
-    run_file: Path
+    run_arguments: list[str]
+    """What the bootstrap is started with: the run, and where its data lie."""
     run: RunFile
     directory: Path
     extra: list[list[str]]
@@ -297,7 +301,7 @@ def _watch(
     from swarmtrain.events import DoneEvent, InviteEvent
 
     company, place = ["--wait-for", str(len(plan.extra))], swarm.place("bootstrap", limited=False)
-    swarm.start("bootstrap", ["bootstrap", str(plan.run_file), *place, *company])
+    swarm.start("bootstrap", ["bootstrap", *plan.run_arguments, *place, *company])
     invite, seen = swarm.wait_for_invite()
     for event in seen:
         emit(event)

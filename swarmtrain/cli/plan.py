@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from swarmtrain.cli import rehearsed
 from swarmtrain.cli.common import example, finite
+from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 
 if TYPE_CHECKING:
     from swarmtrain.rehearsal import LinksSection
@@ -24,13 +24,14 @@ _TOLD = 3
 
 @click.command(
     name="plan",
-    epilog=example(
-        "swarmtrain plan examples/stdlib-gpt.toml --peers 3",
+    epilog=run_examples()
+    + example(
+        "swarmtrain plan stdlib-gpt --peers 3",
         "swarmtrain plan run.toml --peers 300 --link-up 20 --link-down 100 --rtt 80",
         "swarmtrain plan run.toml --peers 300 --link-up 20 --step-s 1.5 --slowdown 1,1,2,4",
     ),
 )
-@click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
+@run_argument
 @click.option("--peers", type=click.IntRange(1, 100_000), default=3, show_default=True, help="Volunteers, each on a machine of its own.")  # fmt: skip
 @click.option("--step-s", type=click.FloatRange(1e-6, 86_400), callback=finite, metavar="S", help="Seconds of an inner step of a volunteer that is not slower.  [default: measured here, with one thread]")  # fmt: skip
 @click.option("--slowdown", "slowdowns", callback=rehearsed.slowdowns, metavar="F,...", help="For an unequal swarm: how many times longer a step takes each volunteer, such as 1,1,2,4; with more volunteers than factors these are gone through again.  [default: all alike]")  # fmt: skip
@@ -45,7 +46,7 @@ _TOLD = 3
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    run_file: Path,
+    given: GivenRun,
     peers: int,
     step_s: float | None,
     slowdowns: tuple[float, ...],
@@ -67,9 +68,7 @@ def command(
     import itertools
     import json
 
-    from swarmtrain.run import load_run
-
-    run = load_run(run_file)
+    run = given.load()
     said = rehearsed.links_said(rtt, link_up, link_down, jitter, loss)
     if peers < run.pipeline.stages:
         raise click.UsageError(

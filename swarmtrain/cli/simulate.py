@@ -106,6 +106,8 @@ def _check_plot(path: Path, scenario: Scenario) -> None:
     """Before hours of work."""
     import importlib.util
 
+    from swarmtrain.extras import install_in_words
+
     if path.suffix not in (".png", ".svg"):
         raise click.UsageError(f"--plot {path}: its name must end with .png or .svg")
     if not path.parent.is_dir():
@@ -113,7 +115,7 @@ def _check_plot(path: Path, scenario: Scenario) -> None:
     if not scenario.scenario.curve_points:
         raise click.UsageError("--plot needs curves: set scenario.curve_points in the scenario, 20 say")
     if importlib.util.find_spec("matplotlib") is None:
-        raise click.UsageError("--plot needs matplotlib: pip install 'swarmtrain[plot]'")
+        raise click.UsageError(f"--plot needs matplotlib: {install_in_words('plot')}")
 
 
 # ---------------------------------------------------------------- what a person sees

@@ -89,20 +89,22 @@ def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) 
     return HeldOut(bytes(text), tuple(chosen))
 
 
-def prepare_corpus(section: DataSection, base: Path, held_out: bytes, cache_dir: Path | None) -> Corpus:
+def prepare_corpus(
+    section: DataSection, base: Path, held_out: bytes, cache_dir: Path | None, revision: str = ""
+) -> Corpus:
     """Read the documents of `section` and drop what they share with `held_out`.
 
     With `cache_dir`, the result is kept there and found again while neither the files (name, size, time), nor the
-    section, nor the held-out text, nor these rules change. A streamed data set is not read: its text is empty.
+    section, nor the hub's commit `revision`, nor the held-out text, nor these rules change. A streamed data set is not
+    read: its text is empty.
     Raises RunFileError if the data cannot be used or nothing is left of it.
     """
-    description = json.dumps(
-        [section.model_dump(mode="json", exclude={"shards"}), hashlib.sha256(held_out).hexdigest()]
-    )
+    described = [section.model_dump(mode="json", exclude={"shards"}), hashlib.sha256(held_out).hexdigest()]
+    description = json.dumps(described + ([revision] if revision else []))
     if section.source == "datasets" and section.streaming:
         digest = hashlib.sha256(description.encode()).hexdigest()
         return Corpus(text=_read_only(b""), digest=digest, num_documents=0, dropped_documents=0, dropped_bytes=0)
-    cached = None if cache_dir is None else _cache_path(section, base, description, cache_dir)
+    cached = None if cache_dir is None else _cache_path(section, base, revision, description, cache_dir)
     found = None if cached is None else load_array(cached)
     if found is not None and "num_documents" in found[1]:
         array, header = found
@@ -113,7 +115,7 @@ def prepare_corpus(section: DataSection, base: Path, held_out: bytes, cache_dir:
             dropped_documents=header["dropped_documents"],
             dropped_bytes=header["dropped_bytes"],
         )
-    cut = HeldOutIndex(held_out).cut([document.text for document in read_documents(section, base)])
+    cut = HeldOutIndex(held_out).cut([document.text for document in read_documents(section, base, revision)])
     if not len(cut.text):
         raise RunFileError(
             "data: every document shares passages with the run's held-out text, so nothing is left to train on; "
@@ -132,12 +134,12 @@ def prepare_corpus(section: DataSection, base: Path, held_out: bytes, cache_dir:
     return corpus
 
 
-def first_documents(section: DataSection, base: Path, num_bytes: int) -> Iterator[Document]:
-    """Documents until `num_bytes` are reached: what the bootstrap reads of a stream."""
+def first_documents(section: DataSection, base: Path, num_bytes: int, revision: str = "") -> Iterator[Document]:
+    """Documents until `num_bytes` are reached: what the bootstrap reads of a stream, and `check` of anything."""
     read = 0
-    for number, text in enumerate(huggingface.read_texts(section, base)):
-        yield Document(f"{section.dataset}:{number}", text)
-        read += len(text)
+    for document in read_documents(section, base, revision):
+        yield document
+        read += len(document.text)
         if read >= num_bytes:
             return
 
@@ -162,10 +164,10 @@ def _cut_before(text: bytes, limit: int) -> int:
     return end or limit
 
 
-def _cache_path(section: DataSection, base: Path, description: str, cache_dir: Path) -> Path | None:
+def _cache_path(section: DataSection, base: Path, revision: str, description: str, cache_dir: Path) -> Path | None:
     identity: list[object] = [_CACHE_FORM, sys.byteorder, description]
     if section.source == "datasets":
-        fingerprint = huggingface.fingerprint(section, base)
+        fingerprint = huggingface.fingerprint(section, base, revision)
         if fingerprint is None:
             return None
         identity.append(fingerprint)

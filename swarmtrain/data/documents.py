@@ -1,5 +1,6 @@
-"""Documents from the four sources, always in the same order; nothing here cuts or filters by content.
+"""Documents from the five sources, always in the same order; nothing here cuts or filters by content.
 
+No file is opened but below the folder that the caller gives, symbolic links resolved (`below.py`).
 Every error is a `RunFileError` in one line that names the key, the file and the next step.
 """
 
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarmtrain.data import huggingface
+from swarmtrain.data import huggingface, parquet
+from swarmtrain.data.below import below
 from swarmtrain.data.overlap import near_duplicates
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import DataSection
@@ -45,14 +47,15 @@ class SourceFile:
     path: Path
 
 
-def read_documents(section: DataSection, base: Path) -> Iterator[Document]:
-    """The documents of `section`, in an order that depends on the data alone; paths are relative to `base`.
+def read_documents(section: DataSection, base: Path, revision: str = "") -> Iterator[Document]:
+    """The documents of `section`, in an order that depends on the data alone; paths are relative to `base`, and
+    `revision` is the commit of a hub's data set.
 
     Of "python-stdlib", near duplicates are left out; the other sources are given as they are.
     Raises RunFileError for what is missing, empty, not UTF-8, not JSON, or lacks the field.
     """
     if section.source == "datasets":
-        for number, text in enumerate(huggingface.read_texts(section, base)):
+        for number, text in enumerate(huggingface.read_texts(section, base, revision)):
             yield Document(f"{section.dataset}:{number}", text)
         return
     files = source_files(section, base)
@@ -61,7 +64,7 @@ def read_documents(section: DataSection, base: Path) -> Iterator[Document]:
         return
     empty = True
     for file in files:
-        for document in _read_jsonl(file, section.field) if section.source == "jsonl" else _read_text(file):
+        for document in _read_file(file, section):
             empty = False
             yield document
     if empty:
@@ -70,8 +73,19 @@ def read_documents(section: DataSection, base: Path) -> Iterator[Document]:
         )
 
 
+def _read_file(file: SourceFile, section: DataSection) -> Iterator[Document]:
+    match section.source:
+        case "jsonl":
+            return _read_jsonl(file, section.field)
+        case "parquet":
+            texts = parquet.read_texts(file.path, section.field)
+            return (Document(f"{file.name}:{number}", text) for number, text in texts)
+        case _:
+            return _read_text(file)
+
+
 def source_files(section: DataSection, base: Path) -> list[SourceFile]:
-    """The files of "python-stdlib", "text" or "jsonl", sorted by name, each once. Raises RunFileError."""
+    """The files of any source but "datasets", sorted by name, each once. Raises RunFileError."""
     assert section.source != "datasets"
     if section.source == "python-stdlib":
         return _stdlib_files()
@@ -79,11 +93,16 @@ def source_files(section: DataSection, base: Path) -> list[SourceFile]:
     found: dict[str, Path] = {}
     for pattern in section.paths:
         for name in _matches(pattern, base):
-            found[Path(name).as_posix()] = base / name
+            found[Path(name).as_posix()] = below(base, base / name, "data.paths")
     return [SourceFile(name, found[name]) for name in sorted(found)]
 
 
 def _matches(pattern: str, base: Path) -> list[str]:
+    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise RunFileError(
+            f"data.paths: {pattern} is not below the folder of the data; it is not read: write a path relative to that "
+            "folder, without .."
+        )
     path = base / pattern
     if path.is_file():
         return [pattern]
@@ -91,15 +110,26 @@ def _matches(pattern: str, base: Path) -> list[str]:
         raise RunFileError(
             f"data.paths: {path} is a folder; write {pattern.rstrip('/')}/**/* (or **/*.txt) for the files in it"
         )
+    if path.exists():
+        raise RunFileError(f"data.paths: {path} is a pipe, a socket or a device; name a regular file")
     if not glob.has_magic(pattern):
-        raise RunFileError(f"data.paths: there is no file {path}; correct the path, or say where it lies with --data")
-    found = glob.glob(pattern, root_dir=base, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute ones)
+        raise RunFileError(f"data.paths: there is no file {pattern} below {base.absolute()}; {_where(pattern, base)}")
+    found = glob.glob(pattern, root_dir=base, recursive=True)  # noqa: PTH207 (Path.glob knows no root_dir)
     names = [name for name in found if (base / name).is_file()]
     if not names:
-        raise RunFileError(
-            f"data.paths: no file matches {path}; correct the pattern, or say where the files lie with --data"
-        )
+        raise RunFileError(f"data.paths: no file matches {pattern} below {base.absolute()}; {_where(pattern, base)}")
     return names
+
+
+def _where(pattern: str, base: Path) -> str:
+    """The folder to give, where it can be guessed, else what must lie where."""
+    first, *rest = Path(pattern).parts
+    if rest and first == base.absolute().name:
+        return f"if the files are those in {base}, give the folder that has it: --data {base.absolute().parent}"
+    return (
+        f"correct the pattern, or give the folder with --data FOLDER, so that FOLDER/{pattern} is there (without "
+        "--data, bootstrap and local look beside the run file)"
+    )
 
 
 def _stdlib_files() -> list[SourceFile]:

@@ -1,90 +1,349 @@
-"""The adapter to the library `datasets`, imported when a run file asks for it; its errors are translated here."""
+"""The adapter to the library `datasets`, imported when a run file asks for it; its errors are translated here.
+
+The run file comes from a stranger, and so does a data set of the hub. The library takes a name for one of its loaders,
+for a folder where the program stands, for a URL, as it finds it; a data set's own description may name files of this
+machine; columns of images and sounds may, too. So:
+
+- a name is `owner/name` of the hub, or a folder below the one that the machine's owner gave, or it is refused;
+- the library looks a name up from an empty folder, is told to run no code, and gets no login but `HF_TOKEN`;
+- what it found is looked at before anything of it is read: a format for text, files of that data set at that commit or
+  below that folder, and of these the one column of strings.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
+import json
+import logging
+import os
+import re
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from swarmtrain.errors import RunFileError
+from swarmtrain.data.below import below, is_plain_name
+from swarmtrain.errors import RunFileError, SwarmtrainError
+from swarmtrain.extras import install_in_words
 from swarmtrain.run import DataSection
 
-__all__ = ["fingerprint", "read_texts", "stream_texts"]
+__all__ = ["StreamedTexts", "fingerprint", "newest_revision", "read_texts"]
 
 SHUFFLE_DOCUMENTS = 1000  # documents held in memory to be shuffled
 SKIP_DOCUMENTS = 2000  # a peer begins its stream at one of so many documents: seconds to skip at most
+_FORMATS = ("arrow", "csv", "json", "parquet", "text")
+"""Of the library's loaders those that read text from files that are named, and nothing else."""
+_HUB_NAME = re.compile(r"(?!buckets/)[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_CARDS = ("README.md", ".huggingface.yaml")
+"""Where a data set describes itself."""
+_log = logging.getLogger(__name__)
+_standing = threading.Lock()
+"""A process has one current folder."""
 
 
-def read_texts(section: DataSection, base: Path) -> Iterator[bytes]:
-    """The texts of a data set, in its order; a local folder is looked up relative to `base`. Raises RunFileError."""
-    return _texts(_load(section, base), section)
+def newest_revision(section: DataSection, base: Path) -> str:
+    """The commit of the hub that `section` names now; "" for a folder below `base`. Raises RunFileError."""
+    library = _library()
+    if _folder(section, base) is not None:
+        return ""
+    with _errors_in_words(section):
+        found = _hub(library).dataset_info(section.dataset, timeout=60.0).sha
+    if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{40}", found):
+        raise RunFileError(f'data.dataset: the hub names no commit of "{section.dataset}"; try again later')
+    return found
 
 
-def stream_texts(section: DataSection, base: Path, seed: int) -> Iterator[bytes]:
-    """The texts of a streamed data set once through, shuffled and rotated by `seed`. Raises RunFileError.
-
-    Its files are taken in a shuffled order, `SHUFFLE_DOCUMENTS` texts are kept to be shuffled, and a number of
-    texts below `SKIP_DOCUMENTS` (and below the data set's size, where it is known) moves from the beginning to the
-    end. So peers with different seeds read different parts at any time, and each reads everything.
-    """
-    dataset = _load(section, base)
-    splits = dataset.info.splits or {}
-    size = getattr(splits.get(section.split), "num_examples", 0) or SKIP_DOCUMENTS
-    skip = seed % min(size, SKIP_DOCUMENTS)
-    shuffled = dataset.shuffle(seed=seed % 2**32, buffer_size=SHUFFLE_DOCUMENTS)
-    yield from _texts(shuffled.skip(skip), section)
-    yield from _texts(shuffled.take(skip), section)
+def read_texts(section: DataSection, base: Path, revision: str = "") -> Iterator[bytes]:
+    """The texts of a data set, in its order: of the hub's at the commit `revision`, else of a folder below `base`, else
+    of the hub's newest. Raises RunFileError."""
+    return _texts(_load(section, base, revision), section)
 
 
-def fingerprint(section: DataSection, base: Path) -> str | None:
+class StreamedTexts:
+    """The texts of a streamed data set, found once and read again and again."""
+
+    def __init__(self, section: DataSection, base: Path, revision: str = "") -> None:
+        """See `read_texts`."""
+        self._section = section
+        self._rows = _load(section, base, revision)
+
+    def once_through(self, seed: int) -> Iterator[bytes]:
+        """All the texts, shuffled and rotated by `seed`. Raises RunFileError.
+
+        Their files are taken in a shuffled order, `SHUFFLE_DOCUMENTS` texts are kept to be shuffled, and a number of
+        texts below `SKIP_DOCUMENTS` (and below the data set's size, where it is known) moves from the beginning to the
+        end. So peers with different seeds read different parts at any time, and each reads everything.
+        """
+        splits = self._rows.info.splits or {}
+        size = getattr(splits.get(self._section.split), "num_examples", 0) or SKIP_DOCUMENTS
+        skip = seed % min(size, SKIP_DOCUMENTS)
+        shuffled = self._rows.shuffle(seed=seed % 2**32, buffer_size=SHUFFLE_DOCUMENTS)
+        yield from _texts(shuffled.skip(skip), self._section)
+        yield from _texts(shuffled.take(skip), self._section)
+
+
+def fingerprint(section: DataSection, base: Path, revision: str = "") -> str | None:
     """What identifies the content of a data set that is on this machine; None if that is not known."""
-    found = getattr(_load(section, base), "_fingerprint", None)
+    if revision:
+        return f"{section.dataset}@{revision}"
+    found = getattr(_load(section, base, revision), "_fingerprint", None)
     return found if isinstance(found, str) else None
 
 
-def _load(section: DataSection, base: Path) -> Any:
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise RunFileError("data.source = \"datasets\" needs an extra: pip install 'swarmtrain[datasets]'") from None
-    datasets.disable_progress_bars()
-    local = base / section.dataset
-    try:
-        if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(str(local))
-            if isinstance(loaded, Mapping):
-                if section.split not in loaded:
-                    raise RunFileError(
-                        f'data.split: {local} has no split "{section.split}" (it has: {", ".join(sorted(loaded))})'
-                    )
-                loaded = loaded[section.split]
-            return loaded.to_iterable_dataset() if section.streaming else loaded
-        where = str(local) if local.is_dir() else section.dataset
-        return datasets.load_dataset(where, section.subset or None, split=section.split, streaming=section.streaming)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+# ---------------------------------------------------------------- which one is meant
+
+
+def _folder(section: DataSection, base: Path) -> Path | None:
+    """The data set's folder below `base`, its links resolved; None where it is one of the hub. Raises RunFileError."""
+    name = section.dataset
+    if not is_plain_name(name):
         raise RunFileError(
-            f'data.dataset: cannot load "{section.dataset}" (split "{section.split}"): {_one_line(error)}; check '
-            "the name, the subset, the split and the connection"
-        ) from None
+            f'data.dataset: "{name}" is neither a data set of the hub nor a folder below that of the data; it is not '
+            "read: write owner/name, or a path without .."
+        )
+    if name in _loaders():
+        raise RunFileError(
+            f'data.dataset: "{name}" is a loader of the library datasets, not a data set; write owner/name for one of '
+            f"the hub, or ./{name} for a folder"
+        )
+    folder = below(base, base / name, "data.dataset")
+    if folder.is_dir():
+        return folder
+    if not _HUB_NAME.fullmatch(name):
+        raise RunFileError(
+            f'data.dataset: there is no folder "{name}" below {base.absolute()}, and a data set of the hub is '
+            f"owner/name; correct it, or give the folder with --data FOLDER, so that FOLDER/{name} is there"
+        )
+    return None
+
+
+def _loaders() -> frozenset[str]:
+    """The names that the library takes for its own loaders."""
+    names = importlib.import_module("datasets.packaged_modules")
+    tables = ("_PACKAGED_DATASETS_MODULES", "_PACKAGED_DATASETS_MODULES_2_15_HASHES", "_MODULE_TO_EXTENSIONS")
+    return frozenset(name for table in tables for name in getattr(names, table, ()))
+
+
+# ---------------------------------------------------------------- load it, and look at what was found
+
+
+def _load(section: DataSection, base: Path, revision: str) -> Any:
+    """The rows, of which only the text column is read where the columns are known."""
+    library = _library()
+    folder = None if revision else _folder(section, base)
+    with _errors_in_words(section):
+        if folder is not None and any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
+            saved = library.load_from_disk(str(_saved_split(section, folder, base)))
+            rows = saved.to_iterable_dataset() if section.streaming else saved
+        else:
+            if folder is None:
+                builder, allowed = _hub_builder(section, revision, library)
+            else:
+                builder, allowed = _local_builder(section, folder, base, library), f"{folder}/"
+            _check_builder(section, builder, allowed, base)
+            if section.streaming:
+                rows = builder.as_streaming_dataset(split=section.split)
+            else:
+                builder.download_and_prepare()
+                rows = builder.as_dataset(split=section.split)
+    return _only_text(rows, section, library)
+
+
+def _hub_builder(section: DataSection, revision: str, library: Any) -> tuple[Any, str]:
+    """The library's description of the hub's data set, and what its files begin with."""
+    if not _HUB_NAME.fullmatch(section.dataset):
+        raise RunFileError(f'data.dataset: "{section.dataset}" is no data set of the hub; write owner/name')
+    hub = _hub(library)
+    commit = revision or hub.dataset_info(section.dataset, timeout=60.0).sha
+    errors = importlib.import_module("huggingface_hub.errors")
+    for name in _CARDS:
+        try:
+            _check_card(section, hub.hf_hub_download(section.dataset, name, repo_type="dataset", revision=commit))
+        except errors.LocalEntryNotFoundError:  # the hub was not reached
+            raise
+        except errors.EntryNotFoundError:
+            continue  # it has none
+    builder = _builder(section, section.dataset, library, revision=commit, token=_token())
+    return builder, f"hf://datasets/{section.dataset}@{commit}/"
+
+
+def _local_builder(section: DataSection, folder: Path, base: Path, library: Any) -> Any:
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            below(base, Path(parent, name), "data.dataset")
+    for name in _CARDS:
+        if (folder / name).is_file():
+            _check_card(section, folder / name)
+    return _builder(section, str(folder), library)
+
+
+def _builder(section: DataSection, name: str, library: Any, **more: Any) -> Any:
+    """What the library makes of `name`, seen from an empty folder."""
+    load = library.load_dataset_builder
+    if "trust_remote_code" in inspect.signature(load).parameters:  # before 4.0, which never runs a data set's code
+        more["trust_remote_code"] = False
+    with _in_empty_folder():
+        return load(name, section.subset or None, **more)
+
+
+def _check_card(section: DataSection, path: str | os.PathLike[str]) -> None:
+    """A data set that describes itself may name its own files only."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    if Path(path).name == "README.md":
+        parts = re.match(r"\s*---[ \t]*\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
+        text = parts[1] if parts else ""
+    yaml = importlib.import_module("yaml")
+    try:
+        card = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RunFileError(f'data.dataset: the description of "{section.dataset}" is not YAML; take another') from None
+    for named in _files_named(card.get("configs") if isinstance(card, dict) else None):
+        if not is_plain_name(named):
+            raise RunFileError(
+                f'data.dataset: "{section.dataset}" names a file that is not its own ({named[:200]!r}); it is not read'
+            )
+
+
+def _files_named(part: Any, names_files: bool = False) -> Iterator[str]:
+    if isinstance(part, str) and names_files:
+        yield part
+    elif isinstance(part, list):
+        for item in part:
+            yield from _files_named(item, names_files)
+    elif isinstance(part, dict):
+        for key, item in part.items():
+            yield from _files_named(item, names_files or key in ("data_files", "data_dir"))
+
+
+def _check_builder(section: DataSection, builder: Any, allowed: str, base: Path) -> None:
+    """A format for text, and files whose names begin with `allowed`. Raises RunFileError."""
+    modules = [kind.__module__.split(".") for kind in type(builder).__mro__]
+    formats = [parts[2] for parts in modules if parts[:2] == ["datasets", "packaged_modules"] and len(parts) > 2]
+    if not formats or formats[0] not in _FORMATS:
+        found = formats[0] if formats else "code of its own"
+        raise RunFileError(
+            f'data.dataset: "{section.dataset}" could not be had as text files from where it is (the library would '
+            f"read it by: {found}); allowed: {', '.join(_FORMATS)}"
+        )
+    files = [str(file) for listed in (builder.config.data_files or {}).values() for file in listed]
+    for file in files:
+        if not (file.startswith(allowed) and is_plain_name(file[len(allowed) :])):
+            raise RunFileError(
+                f'data.dataset: "{section.dataset}" names a file that is not its own ({file[:200]!r}); it is not read'
+            )
+        if not allowed.startswith("hf://"):
+            below(base, Path(file), "data.dataset")
+    if not files:
+        raise RunFileError(f'data.dataset: "{section.dataset}" has no files; take another')
+
+
+def _saved_split(section: DataSection, folder: Path, base: Path) -> Path:
+    """The folder of a split that `save_to_disk` wrote, whose files are all in it."""
+    if (folder / "dataset_dict.json").exists():
+        has = json.loads(below(base, folder / "dataset_dict.json", "data.dataset").read_bytes()).get("splits")
+        names = [name for name in has if isinstance(name, str)] if isinstance(has, list) else []
+        if section.split not in names:
+            raise RunFileError(
+                f'data.split: {folder} has no split "{section.split}" (it has: {", ".join(sorted(names))})'
+            )
+        folder = below(base, folder / section.split, "data.split")
+    for name in ("state.json", "dataset_info.json"):
+        below(base, folder / name, "data.dataset")
+    state = json.loads((folder / "state.json").read_bytes())
+    for file in state.get("_data_files", []):
+        below(base, folder / str(file.get("filename")), "data.dataset")
+    return folder
+
+
+def _only_text(rows: Any, section: DataSection, library: Any) -> Any:
+    """The column of text alone: a column of images opens the files that its rows name."""
+    if rows.features is None:
+        return rows  # strings and numbers, as they are in the file
+    if section.field not in rows.features:
+        raise _no_field(section, rows.features)
+    if not isinstance(rows.features[section.field], library.Value):
+        raise RunFileError(
+            f'data.field: "{section.field}" of "{section.dataset}" is not a string; set data.field to the one that '
+            "holds the text"
+        )
+    return rows.select_columns([section.field])
 
 
 def _texts(rows: Iterable[Mapping[str, Any]], section: DataSection) -> Iterator[bytes]:
-    for number, row in enumerate(rows):
-        if section.field not in row:
-            raise RunFileError(
-                f'data.field: "{section.dataset}" has no field "{section.field}" (it has: {", ".join(sorted(row))}); '
-                "set data.field to the one that holds the text"
-            )
-        text = row[section.field]
-        if text is None or text == "":
-            continue  # public data sets have such rows
-        if not isinstance(text, str):
-            raise RunFileError(
-                f'data.field: "{section.field}" in row {number} of "{section.dataset}" is not a string; set '
-                "data.field to the one that holds the text"
-            )
-        yield text.encode(errors="replace")
+    with _errors_in_words(section):
+        for number, row in enumerate(rows):
+            if section.field not in row:
+                raise _no_field(section, row)
+            text = row[section.field]
+            if text is None or text == "":
+                continue  # public data sets have such rows
+            if not isinstance(text, str):
+                raise RunFileError(
+                    f'data.field: "{section.field}" in row {number} of "{section.dataset}" is not a string; set '
+                    "data.field to the one that holds the text"
+                )
+            yield text.encode(errors="replace")
+
+
+def _no_field(section: DataSection, has: Iterable[str]) -> RunFileError:
+    return RunFileError(
+        f'data.field: "{section.dataset}" has no field "{section.field}" (it has: {", ".join(sorted(has))}); '
+        "set data.field to the one that holds the text"
+    )
+
+
+# ---------------------------------------------------------------- the library
+
+
+def _library() -> Any:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise RunFileError(f'data.source = "datasets" needs datasets: {install_in_words("datasets")}') from None
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _hub(library: Any) -> Any:
+    return importlib.import_module("huggingface_hub").HfApi(endpoint=library.config.HF_ENDPOINT, token=_token())
+
+
+def _token() -> str | bool:
+    """A login that this program was given. One that is only kept in the home folder is not used: a run file could name
+    a data set that is its owner's alone."""
+    return os.environ.get("HF_TOKEN") or False
+
+
+@contextlib.contextmanager
+def _in_empty_folder() -> Iterator[None]:
+    """Where a name that the library takes for a path finds nothing. The other threads of a peer name their files by
+    absolute paths."""
+    with _standing, tempfile.TemporaryDirectory(prefix="swarmtrain-empty-") as empty:
+        before = os.open(".", os.O_RDONLY)
+        try:
+            os.chdir(empty)
+            yield
+        finally:
+            os.fchdir(before)
+            os.close(before)
+
+
+@contextlib.contextmanager
+def _errors_in_words(section: DataSection) -> Iterator[None]:
+    """The library raises what the libraries below it raise, down to a connection's."""
+    try:
+        yield
+    except (SwarmtrainError, MemoryError):
+        raise
+    except Exception as error:
+        _log.info("the library datasets: %s", error, exc_info=True)
+        raise RunFileError(
+            f'data.dataset: cannot load "{section.dataset}" (split "{section.split}"): {_one_line(error)}; check '
+            "the name, the subset, the split and the connection (a folder is looked for below --data)"
+        ) from None
 
 
 def _one_line(error: BaseException) -> str:

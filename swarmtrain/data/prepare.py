@@ -8,22 +8,43 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from swarmtrain.data import huggingface
+from swarmtrain.data import huggingface, parquet
 from swarmtrain.data.batches import Batches, BatchSource, StreamingBatches, peer_seed
 from swarmtrain.data.cache import load_array, store_array
 from swarmtrain.data.corpus import Corpus, HeldOut, cut_held_out, first_documents, prepare_corpus, read_documents
+from swarmtrain.data.documents import source_files
 from swarmtrain.data.overlap import HeldOutIndex
-from swarmtrain.data.tokens import BpeTokenizer, ByteTokenizer, Tokenizer, Tokens, tokenizer_from_bytes_untrusted
+from swarmtrain.data.tokens import (
+    BpeTokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    Tokens,
+    require_bpe,
+    tokenizer_from_bytes_untrusted,
+)
+from swarmtrain.errors import RunFileError
 from swarmtrain.run import DataSection, RunFile
 
-__all__ = ["PeerPlace", "PublishableData", "TrainingData", "publishable_data", "training_batches", "training_data"]
+__all__ = [
+    "FirstLook",
+    "PeerPlace",
+    "PublishableData",
+    "TrainingData",
+    "first_look",
+    "publishable_data",
+    "training_batches",
+    "training_data",
+]
 
 STREAM_SAMPLE_BYTES = 1 << 25  # what the bootstrap reads of a streamed data set, or more for a large held-out text
+LOOK_DOCUMENTS = 8  # of a data set that is only looked at
+LOOK_BPE_BYTES = 1 << 22  # to learn a tokenizer from more takes many seconds
 
 
 class PublishableData(NamedTuple):
@@ -31,6 +52,15 @@ class PublishableData(NamedTuple):
 
     held_out: HeldOut
     tokenizer_bytes: bytes  # empty for bytes
+    revision: str = ""  # the commit of the hub's data set; empty for other text
+
+
+class FirstLook(NamedTuple):
+    """What can be said of a run's text without reading all of it."""
+
+    num_bytes: int | None  # of the files here, about; None if that is not known
+    problem: str = ""  # what the bootstrap would refuse, and why
+    unseen: tuple[str, ...] = ()  # what was not looked at
 
 
 class TrainingData(NamedTuple):
@@ -44,16 +74,59 @@ class TrainingData(NamedTuple):
 def publishable_data(run: RunFile, base: Path) -> PublishableData:
     """Cut the held-out text of a run and learn its tokenizer on what is left. Raises RunFileError."""
     section = run.data
+    revision = huggingface.newest_revision(section, base) if section.source == "datasets" else ""
     if section.source == "datasets" and section.streaming:
-        sample = max(STREAM_SAMPLE_BYTES, 16 * section.held_out_bytes)
-        documents = list(first_documents(section, base, sample))
+        documents = list(first_documents(section, base, _sample_bytes(section), revision))
     else:
-        documents = list(read_documents(section, base))
+        documents = list(read_documents(section, base, revision))
     held_out = cut_held_out(documents, section.held_out_bytes, run.run.seed)
     if run.model.tokenizer == "bytes":
-        return PublishableData(held_out, ByteTokenizer().to_bytes())
+        return PublishableData(held_out, ByteTokenizer().to_bytes(), revision)
     text = HeldOutIndex(held_out.text).cut([document.text for document in documents]).text
-    return PublishableData(held_out, BpeTokenizer.learn(text, run.model.vocabulary_size).to_bytes())
+    return PublishableData(held_out, BpeTokenizer.learn(text, run.model.vocabulary_size).to_bytes(), revision)
+
+
+def first_look(run: RunFile, base: Path) -> FirstLook:
+    """What `publishable_data` would do, with the first documents: of a data set a few, and nothing is downloaded whole.
+    Nothing is raised for what cannot be used: it is the look's problem."""
+    section, num_bytes = run.data, None
+    try:
+        if run.model.tokenizer == "bpe":
+            require_bpe()
+        if section.source == "datasets":
+            section = section.model_copy(update={"streaming": True})
+            revision = huggingface.newest_revision(section, base)
+            count = sum(1 for _ in itertools.islice(read_documents(section, base, revision), LOOK_DOCUMENTS))
+            if not count:
+                raise RunFileError(f'data.field: no row of "{section.dataset}" has text in "{section.field}"')
+            unseen = [f"the data set after its first {count} documents, and so whether it is large enough"]
+            return FirstLook(None, "", (*unseen, *_vocabulary_unseen(run)))
+        num_bytes = _size(section, base)
+        documents = list(first_documents(section, base, _sample_bytes(section)))
+        read = sum(len(document.text) for document in documents)
+        if read >= _sample_bytes(section):
+            return FirstLook(num_bytes, "", (f"the text after its first {read >> 20} MiB", *_vocabulary_unseen(run)))
+        held_out = cut_held_out(documents, section.held_out_bytes, run.run.seed)
+        if run.model.tokenizer == "bytes" or read > LOOK_BPE_BYTES:
+            return FirstLook(num_bytes, "", _vocabulary_unseen(run))
+        text = HeldOutIndex(held_out.text).cut([document.text for document in documents]).text
+        BpeTokenizer.learn(text, run.model.vocabulary_size)
+    except RunFileError as error:
+        return FirstLook(num_bytes, str(error))
+    return FirstLook(num_bytes)
+
+
+def _size(section: DataSection, base: Path) -> int:
+    files = source_files(section, base)
+    if section.source == "parquet":
+        return sum(parquet.column_bytes(file.path, section.field) for file in files)
+    return sum(file.path.stat().st_size for file in files)
+
+
+def _vocabulary_unseen(run: RunFile) -> tuple[str, ...]:
+    if run.model.tokenizer == "bytes":
+        return ()
+    return (f"whether model.vocabulary_size = {run.model.vocabulary_size} can be learnt from this text",)
 
 
 def training_data(
@@ -64,7 +137,7 @@ def training_data(
     Raises RunFileError for data that cannot be used, BadBytesError for a tokenizer that cannot.
     """
     tokenizer = tokenizer_from_bytes_untrusted(tokenizer_bytes, run.model.vocabulary_size)
-    corpus = prepare_corpus(run.data, base, held_out, cache_dir)
+    corpus = prepare_corpus(run.data, base, held_out, cache_dir, run.dataset_revision)
     return TrainingData(_encoded(corpus, tokenizer, cache_dir), tokenizer, corpus)
 
 
@@ -92,8 +165,9 @@ def training_batches(run: RunFile, data: TrainingData, place: PeerPlace, base: P
             batches.cut(num_shards)
         return batches
     seed = peer_seed(place.run_sha256, place.peer_id)
+    texts = huggingface.StreamedTexts(run.data, base, run.dataset_revision)
     return StreamingBatches(
-        functools.partial(_stream, run.data, base, held_out, seed),
+        functools.partial(_stream, texts, held_out, seed),
         data.tokenizer,
         context_tokens=run.model.context_tokens,
         batch_sequences=run.inner.batch_sequences,
@@ -101,9 +175,13 @@ def training_batches(run: RunFile, data: TrainingData, place: PeerPlace, base: P
     )
 
 
-def _stream(section: DataSection, base: Path, held_out: bytes, seed: int, epoch: int) -> Iterator[bytes]:
+def _sample_bytes(section: DataSection) -> int:
+    return max(STREAM_SAMPLE_BYTES, 16 * section.held_out_bytes)
+
+
+def _stream(texts: huggingface.StreamedTexts, held_out: bytes, seed: int, epoch: int) -> Iterator[bytes]:
     index = HeldOutIndex(held_out)
-    for text in huggingface.stream_texts(section, base, seed + epoch):
+    for text in texts.once_through(seed + epoch):
         yield index.cut_next(text)
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from swarmtrain.errors import BadBytesError, RunFileError
+from swarmtrain.extras import install_in_words
 
-__all__ = ["BpeTokenizer", "ByteTokenizer", "Tokenizer", "Tokens", "tokenizer_from_bytes_untrusted"]
+__all__ = ["BpeTokenizer", "ByteTokenizer", "Tokenizer", "Tokens", "require_bpe", "tokenizer_from_bytes_untrusted"]
 
 MAGIC = b"swarmtrain-bpe-1"
 MAX_TOKEN_BYTES = 64
@@ -150,6 +151,11 @@ class BpeTokenizer:
         ]
 
 
+def require_bpe() -> None:
+    """Raises RunFileError, which says what to install, if the library for `BpeTokenizer` is missing."""
+    _library()
+
+
 def tokenizer_from_bytes_untrusted(data: bytes, vocabulary_size: int) -> Tokenizer:
     """The tokenizer that a peer sent: `data` is empty for bytes.
 
@@ -239,4 +245,4 @@ def _library() -> Any:
     try:
         return importlib.import_module("tokenizers")
     except ImportError:
-        raise RunFileError("model.tokenizer = \"bpe\" needs an extra: pip install 'swarmtrain[bpe]'") from None
+        raise RunFileError(f'model.tokenizer = "bpe" needs tokenizers: {install_in_words("bpe")}') from None

@@ -28,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from swarmtrain.errors import UserError
+from swarmtrain.extras import install_in_words
 from swarmtrain.model import stages
 from swarmtrain.model.export import write_whole
 from swarmtrain.model.gpt import uniform_weight
@@ -201,7 +202,7 @@ def _library(model: HuggingFaceModel) -> tuple[Any, Any]:
         code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     except ImportError as error:
         reason = one_line(str(error))[:200]
-        raise UserError(f"a Hugging Face model needs an extra: pip install 'swarmtrain[hf]' ({reason})") from None
+        raise UserError(f"a Hugging Face model needs transformers: {install_in_words('hf')} ({reason})") from None
     config = getattr(configurations, f"{prefix}Config")(**model.as_json(), attn_implementation="sdpa")
     return (lambda name: getattr(code, prefix + name)), config
 

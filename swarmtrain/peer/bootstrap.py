@@ -92,7 +92,6 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
     files = publishable_data(run, base)
     tokenizer = files.tokenizer_bytes
     boundaries, costs = cut_and_measure(run) if run.pipeline.stages > 1 else (None, None)
-    needs = needs_of(run)
     section = PublishedSection(
         created=created.isoformat(timespec="microseconds"),
         swarmtrain=__version__,
@@ -102,10 +101,12 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
         tokenizer_bytes=len(tokenizer),
         boundaries=boundaries,
         stage_costs=costs,
-        protocol=needs.protocol if needs.protocol > 1 else None,
-        needs=needs.version if needs.protocol > 1 else None,
+        dataset_revision=files.revision or None,
         server=me if run.merge.method == "server" else None,
     )
+    needs = needs_of(run.model_copy(update={"published": section}))
+    if needs.protocol > 1:
+        section = section.model_copy(update={"protocol": needs.protocol, "needs": needs.version})
     complete = run.model_copy(update={"published": section})
     data = published_bytes(complete)
     return PublishedRun(data, run_sha256(data), complete, files.held_out.text, tokenizer)

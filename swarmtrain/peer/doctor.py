@@ -30,6 +30,7 @@ from swarmtrain.errors import (
     SwarmtrainError,
     UserError,
 )
+from swarmtrain.extras import install_in_words
 from swarmtrain.membership.dialling import MAX_PORTS
 from swarmtrain.network.dialling import Answer, Outcome, ask_to_dial, knock
 from swarmtrain.network.identity import load_or_create_identity
@@ -493,12 +494,10 @@ def check_data(run: RunFile, data_folder: Path | None) -> Finding:
     from swarmtrain.data.documents import source_files
     from swarmtrain.peer.preparing import data_base
 
-    extras = [("datasets", run.data.source == "datasets"), ("tokenizers", run.model.tokenizer == "bpe")]
-    for module, wanted in extras:
-        if wanted and importlib.util.find_spec(module) is None:
-            extra = {"tokenizers": "bpe"}.get(module, module)
+    for module, extra in (("datasets", "datasets"), ("pyarrow", "parquet"), ("tokenizers", "bpe")):
+        if extra in (run.data.source, run.model.tokenizer) and importlib.util.find_spec(module) is None:
             found = f"this run needs the package {module}, which is not installed"
-            return Finding("data", "problem", found, f"pip install 'swarmtrain[{extra}]'")
+            return Finding("data", "problem", found, install_in_words(extra))
     try:
         base = data_base(run, data_folder)
         if run.data.source == "datasets":
@@ -506,8 +505,11 @@ def check_data(run: RunFile, data_folder: Path | None) -> Finding:
         files = source_files(run.data, base)
         num_bytes = sum(file.path.stat().st_size for file in files)
     except (RunFileError, UserError) as error:
-        what, _, advice = str(error).partition(": give " if "--data FOLDER" in str(error) else "; ")
-        return Finding("data", "problem", what, advice and advice.replace("their folder", "give their folder", 1))
+        what, is_theirs, advice = str(error).partition(": give their folder ")
+        if is_theirs:
+            return Finding("data", "problem", what, f"give their folder {advice}")
+        what, _, advice = str(error).partition("; ")
+        return Finding("data", "problem", what, advice)
     except OSError as error:
         return Finding("data", "problem", f"{error.filename} cannot be read: {error.strerror}", "check its permissions")
     found = f"{run.data.source}: {len(files)} files, {size_in_words(num_bytes)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from swarmtrain.data.below import NOWHERE
 from swarmtrain.errors import UserError
 from swarmtrain.events import count_in_words
 from swarmtrain.model.gpt import num_parameters
@@ -40,14 +41,15 @@ def data_base(run: RunFile, data_folder: Path | None) -> Path:
     below a folder that this machine's owner has given with `--data`. Raises UserError.
     """
     section = run.data
-    here = data_folder or Path.cwd()
-    if section.source == "datasets":
-        local = [section.dataset] if (here / section.dataset).exists() else []
-    else:
-        local = list(section.paths)
-    if local and data_folder is None:
-        raise UserError(f"this run trains on your own {section.source} files: give their folder with --data FOLDER")
+    local = section.paths if section.source != "datasets" else () if run.dataset_revision else (section.dataset,)
     for path in local:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise UserError(f"this run asks for {path}, outside the folder given with --data; it is not read")
-    return here
+    if data_folder is not None:
+        return data_folder.absolute()
+    if local and not (section.source == "datasets" and section.dataset.count("/") == 1):  # that may be one of the hub
+        raise UserError(
+            f"this run trains on your own {section.source} files, {', '.join(local)}: give their folder with --data "
+            f"FOLDER, so that FOLDER/{local[0]} is there"
+        )
+    return NOWHERE

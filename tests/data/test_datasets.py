@@ -44,7 +44,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_local_folder_is_read_and_cut(base: Path) -> None:
     run = _run()
-    held_out, tokenizer_bytes = publishable_data(run, base)
+    held_out, tokenizer_bytes, _ = publishable_data(run, base)
     tokens, tokenizer, corpus = training_data(run, base, held_out.text, tokenizer_bytes, base / "cache")
     assert 0.8 * 1024 < len(held_out.text) <= 1024 and tokenizer_bytes == b""
     assert corpus.num_documents > 100 and tokenizer.decode(tokens[:20]) == corpus.text[:20].tobytes()
@@ -83,14 +83,14 @@ def test_a_stream_is_the_peers_own_and_resumes(base: Path) -> None:
 def test_each_pass_of_a_stream_reads_every_text_once(base: Path) -> None:
     section = _run(streaming=True).data
     everything = sorted(huggingface.read_texts(section, base))
-    passes = [list(huggingface.stream_texts(section, base, seed)) for seed in (0, 77, 2**100 + 140)]
+    passes = [list(huggingface.StreamedTexts(section, base).once_through(seed)) for seed in (0, 77, 2**100 + 140)]
     assert all(sorted(texts) == everything for texts in passes)
     assert passes[0] != passes[1] != passes[2]
 
 
 def test_a_stream_never_shows_the_held_out_text(base: Path) -> None:
     run = _run(streaming=True)
-    held_out, _ = publishable_data(run, base)
+    held_out, _, _ = publishable_data(run, base)
     data = training_data(run, base, held_out.text, b"", None)
     assert len(data.tokens) == 0 and len(data.corpus.digest) == 64
     source = training_batches(run, data, PeerPlace(run_sha256="a", peer_id="p"), base, held_out.text)
@@ -118,5 +118,5 @@ def test_a_missing_library_names_the_extra(base: Path, monkeypatch: pytest.Monke
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(RunFileError, match=r"pip install 'swarmtrain\[datasets\]'"):
+    with pytest.raises(RunFileError, match=r"pip install 'datasets>="):
         publishable_data(_run(), base)

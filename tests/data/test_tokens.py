@@ -121,5 +121,5 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(RunFileError, match=r"pip install 'swarmtrain\[bpe\]'"):
+    with pytest.raises(RunFileError, match=r"pip install 'tokenizers>="):
         BpeTokenizer.learn(SAMPLE, 400)

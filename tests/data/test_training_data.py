@@ -29,7 +29,7 @@ def base(tmp_path: Path) -> Path:
 
 def test_bytes_are_the_corpus_itself(base: Path) -> None:
     run = _run()
-    held_out, tokenizer_bytes = publishable_data(run, base)
+    held_out, tokenizer_bytes, _ = publishable_data(run, base)
     data = training_data(run, base, held_out.text, tokenizer_bytes, None)
     assert np.shares_memory(data.tokens, data.corpus.text)
     source = training_batches(run, data, PeerPlace(run_sha256="r", peer_id="p", position=5), base, held_out.text)
@@ -44,7 +44,7 @@ def test_data_have_shards_where_peers_merge_at_their_own_pace_and_none_is_less_t
     run = _run(context_tokens=16)
     section = {"method": method, "inner_steps": 10}
     run = RunFile.model_validate_json(json.dumps(json.loads(run.model_dump_json()) | {"merge": section}))
-    held_out, tokenizer_bytes = publishable_data(run, base)
+    held_out, tokenizer_bytes, _ = publishable_data(run, base)
     data = training_data(run, base, held_out.text, tokenizer_bytes, None)
     source = training_batches(run, data, PeerPlace(run_sha256="r", peer_id="p"), base, held_out.text)
     assert source.num_shards == num_shards
@@ -53,7 +53,7 @@ def test_data_have_shards_where_peers_merge_at_their_own_pace_and_none_is_less_t
 
 def test_shards_change_neither_the_corpus_nor_its_cache(base: Path) -> None:
     run = _run()
-    held_out, tokenizer_bytes = publishable_data(run, base)
+    held_out, tokenizer_bytes, _ = publishable_data(run, base)
     other = run.model_copy(update={"data": run.data.model_copy(update={"shards": 7})})
     first, second = (training_data(r, base, held_out.text, tokenizer_bytes, base / "cache") for r in (run, other))
     assert first.corpus.digest == second.corpus.digest and len(list((base / "cache").iterdir())) == 1
@@ -61,10 +61,34 @@ def test_shards_change_neither_the_corpus_nor_its_cache(base: Path) -> None:
 
 def test_a_learnt_tokenizer_is_used_by_every_peer_and_its_tokens_are_kept(base: Path) -> None:
     run = _run(tokenizer="bpe", vocabulary_size=300)
-    held_out, tokenizer_bytes = publishable_data(run, base)
+    held_out, tokenizer_bytes, _ = publishable_data(run, base)
     first, second = (training_data(run, base, held_out.text, tokenizer_bytes, base / "cache") for _ in range(2))
     assert first.tokenizer.vocabulary_size == 300 and np.array_equal(first.tokens, second.tokens)
     assert first.tokenizer.decode(first.tokens) == first.corpus.text.tobytes()
     assert sorted(path.name.split("-")[0] for path in (base / "cache").iterdir()) == ["corpus", "tokens"]
     with pytest.raises(BadBytesError):
         training_data(run, base, held_out.text, tokenizer_bytes[:-8], None)
+
+
+def test_parquet_is_published_kept_and_resumed_like_text(base: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    texts = [path.read_text() for path in sorted(base.glob("*.txt"))]
+    write_table(arrow.table({"body": texts}), base / "a.parquet")
+    data = {"source": "parquet", "paths": ["*.parquet"], "field": "body", "held_out_bytes": 1024}
+    run = _run(context_tokens=16)
+    of_columns = RunFile.model_validate_json(json.dumps(json.loads(run.model_dump_json()) | {"data": data}))
+    held_out = publishable_data(run, base).held_out
+    assert 0.5 * 1024 < len(publishable_data(of_columns, base).held_out.text) <= 1024
+    first, again, text = (
+        training_data(r, base, held_out.text, b"", base / "cache") for r in (of_columns, of_columns, run)
+    )
+    assert np.array_equal(first.tokens, text.tokens) and np.array_equal(first.tokens, again.tokens)
+    assert len(list((base / "cache").iterdir())) == 2
+    sources = [
+        training_batches(of_columns, first, PeerPlace(run_sha256="r", peer_id="p", position=at), base, b"")
+        for at in (0, 3)
+    ]
+    whole = [sources[0].next_batch() for _ in range(4)]
+    assert np.array_equal(whole[3], sources[1].next_batch())

@@ -542,7 +542,7 @@ def test_without_the_extra_the_next_step_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "transformers.models.llama.configuration_llama", None)
     (shape,) = stage_shapes(read_config(CONFIGS["llama"]), ())
-    with pytest.raises(UserError, match=r"needs an extra: pip install 'swarmtrain\[hf\]'"):
+    with pytest.raises(UserError, match=r"needs transformers: pip install 'transformers>="):
         build_stage(shape, 0)
 
 

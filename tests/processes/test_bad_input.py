@@ -70,7 +70,7 @@ def test_run_files(live: tuple[Swarm, Child], sections: dict[str, dict[str, obje
 
 def test_a_run_file_that_is_not_there(live: tuple[Swarm, Child]) -> None:
     finished = live[0].run("bootstrap", "nothing.toml", *HERE)
-    assert_one_line(finished, UserError.exit_code, "nothing.toml: no such run file", "examples/stdlib-gpt.toml")
+    assert_one_line(finished, UserError.exit_code, "nothing.toml: no such run file", "stdlib-gpt")
 
 
 def test_a_volunteer_without_the_run_s_text(live: tuple[Swarm, Child]) -> None:

@@ -1,0 +1,79 @@
+"""The argument RUN.toml of several commands: a run file, or the name of an example that comes with swarmtrain."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+import swarmtrain
+from swarmtrain.errors import RunFileError
+
+if TYPE_CHECKING:
+    from swarmtrain.run import RunFile
+
+__all__ = ["GivenRun", "examples", "run_argument", "run_examples"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class GivenRun:
+    """What was given for RUN.toml."""
+
+    argument: str
+    """As it was typed: it means the same to another command that is started in this folder."""
+    path: Path
+    base: Path
+    """What its data paths are relative to: the file's folder; of an example, where the command was started."""
+
+    @property
+    def to_start_again(self) -> str:
+        """What to type for it elsewhere: a file's whole path, or the example's name."""
+        return str(self.path.absolute()) if Path(self.argument) == self.path else self.argument
+
+    def load(self) -> RunFile:
+        """The run. Raises RunFileError, which lists the examples where there is no such file."""
+        from swarmtrain.run import load_run
+        from swarmtrain.words import one_line
+
+        if self.path.exists() or not (names := list(examples())):
+            return load_run(self.path)
+        near = difflib.get_close_matches(Path(self.argument).stem, names, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise RunFileError(
+            f"{one_line(self.argument)}: no such run file; give the path of one, or the name of an example that comes "
+            f"with swarmtrain{meant}: {', '.join(names)}"
+        )
+
+
+def examples() -> dict[str, Path]:
+    """The run files that came with this installation, by their names; in a clone, those in `examples`."""
+    package = Path(swarmtrain.__file__).resolve().parent
+    clone = package.parent
+    folder = clone / "examples" if (clone / "pyproject.toml").is_file() else package / "examples"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _given(ctx: click.Context, param: click.Parameter, value: str) -> GivenRun:
+    path = Path(value)
+    if not path.is_file() and (found := examples().get(value)):
+        return GivenRun(value, found, Path())
+    return GivenRun(value, path, path.parent)
+
+
+def run_argument(function: _F) -> _F:
+    """Give a command the argument RUN.toml; it receives it as `given`."""
+    return click.argument("given", metavar="RUN.toml", callback=_given)(function)
+
+
+def run_examples() -> str:
+    """For a command's help, before its own examples: what RUN.toml can be."""
+    names = list(examples())
+    halves = [", ".join(names[: len(names) // 2]), ", ".join(names[len(names) // 2 :])]
+    head = "\b\nRUN.toml is a file, or the name of an example that comes with swarmtrain:\n  "
+    return head + ",\n  ".join(halves) + "\n\n"

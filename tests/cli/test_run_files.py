@@ -1,0 +1,86 @@
+"""RUN.toml: a file, or the name of an example that comes with swarmtrain."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from own_sources import ROOT
+
+from swarmtrain.cli import run_files
+from swarmtrain.cli.main import cli
+from swarmtrain.cli.main import run as run_command
+from swarmtrain.extras import EXTRAS
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+NAMES = ["diloco", "gpt-124m", "own-text", "own-weights", "pipeline", "stdlib-gpt"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_an_example_is_found_from_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "diloco").mkdir()
+    for name, run in (("stdlib-gpt", "run stdlib-gpt\n"), ("diloco", "run diloco-gpt\n")):
+        assert run_command(["check", name]) == 0
+        out = capsys.readouterr().out
+        assert run in out and "no doubts" in out
+
+
+def test_a_file_of_that_name_goes_first_and_nothing_but_the_bare_name_is_an_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stdlib-gpt").write_text('[run]\nname = "mine"\ntotal_tokens = 50_000_000\n')
+    assert run_command(["check", "stdlib-gpt"]) == 0
+    assert "run mine\n" in capsys.readouterr().out
+    for given in ("own-text.toml", "./own-text", "examples/own-text.toml", "../own-text"):
+        assert run_command(["check", given]) == 2
+        error = capsys.readouterr().err
+        assert f"error: {given}: no such run file" in error and "(did you mean own-text?)" in error
+
+
+def test_a_wrong_name_lists_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("check", "plan", "bootstrap", "local"):
+        assert run_command([command, "stdlip-gpt"]) == 2
+        error = capsys.readouterr().err
+        assert f"(did you mean stdlib-gpt?): {', '.join(NAMES)}" in error and error.count("\n") == 1
+        text = " ".join(CliRunner().invoke(cli, [command, "--help"]).output.split())
+        assert f"the name of an example that comes with swarmtrain: {', '.join(NAMES)}" in text
+
+
+def test_an_examples_data_lie_where_the_command_is_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["check", "own-text"]) == 0
+    assert f"no file matches texts/**/*.txt below {tmp_path};" in capsys.readouterr().out
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("".join(f"a line, number {number**3}\n" for number in range(60_000)))
+    assert run_command(["check", "own-text"]) == 0
+    assert "no doubts" in capsys.readouterr().out
+
+
+def test_an_installation_without_its_clone_has_them_in_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out as pip does; somebody else's folder `examples` beside the package is not ours."""
+    for folder in ("examples", "swarmtrain/examples"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"of-{folder.replace('/', '-')}.toml").write_text("")
+    (tmp_path / "swarmtrain" / "__init__.py").write_text("")
+    monkeypatch.setattr(run_files.swarmtrain, "__file__", str(tmp_path / "swarmtrain" / "__init__.py"))
+    assert list(run_files.examples()) == ["of-swarmtrain-examples"]
+
+
+def test_the_wheel_has_each_example() -> None:
+    included = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {f"examples/{name}.toml": f"swarmtrain/examples/{name}.toml" for name in NAMES}
+    assert sorted(path.stem for path in (ROOT / "examples").glob("*.toml")) == NAMES
+
+
+def test_what_messages_say_to_install_is_what_the_extras_install() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {name: [library] for name, library in EXTRAS.items()} == {n: e for n, e in extras.items() if n != "dev"}
+    said = [path for path in ROOT.glob("swarmtrain/**/*.py") if "swarmtrain[" in path.read_text()]
+    assert not said, "no package of that name is published"
