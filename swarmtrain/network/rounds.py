@@ -33,6 +33,7 @@ from swarmtrain.membership.rosters import (
     is_silent,
     must_refetch,
     peers_to_ask,
+    pulls_whole,
     standings,
     worst_roster,
 )
@@ -425,8 +426,7 @@ class Rounds:
             if peer not in work.asking or work.asking[peer].done():
                 known.asked_at_s.setdefault(peer, swarm_time())
                 work.asking[peer] = asyncio.create_task(self._ask(round, known, peer))
-        present = view.live | view.guests | view.ahead | view.far_ahead
-        if len(present) + 1 > self.settings.share_above:
+        if not pulls_whole(view):
             return
         for peer, held in known.publications.items():
             sha256 = held.snapshot.sha256
