@@ -99,8 +99,8 @@ class Chain:
 
 
 def flaw(chain: Chain, ours: Chain) -> str:
-    """What is wrong with a chain that somebody shows, in words; "" if nothing. Each roster has to count what those before
-    it counted, as far as they are shown, or known of our own chain."""
+    """What is wrong with a chain that somebody shows, in words; "" if nothing. Each roster has to count what those
+    before it counted, as far as they are shown, or known of our own chain."""
     tokens = ours.tokens_at(chain.links[0].roster.base) if chain.links else 0
     before: Roster | None = None
     for link in chain.links:
@@ -144,9 +144,7 @@ def _authors(branch: Sequence[ChainLink]) -> frozenset[str]:
 
 
 def _tokens(branch: Sequence[ChainLink], electors: frozenset[str]) -> int:
-    return sum(
-        tokens for link in branch for peer, tokens in link.shown.items() if not electors or peer in electors
-    )
+    return sum(tokens for link in branch for peer, tokens in link.shown.items() if not electors or peer in electors)
 
 
 def chain_holds(
@@ -159,8 +157,10 @@ def chain_holds(
     unheard: frozenset[str] = frozenset(),
     known: Mapping[str, Chain] | None = None,
 ) -> bool:
-    """Whether `theirs` holds against `ours`, on whose head `me` stands. `stands` says which roster each of the other
-    peers told that it applied last, `unheard` who lives and has yet to tell, `known` what chains end with those rosters.
+    """Whether `theirs` holds against `ours`, on whose head `me` stands.
+
+    `stands` says which roster each of the other peers told that it applied last, `unheard` who lives and has yet to
+    tell, `known` what chains end with those rosters.
 
     `theirs` may extend `ours`: then those who stand on our head, or went on from there otherwise, speak against it. One
     that `is_away`, since it slept or was not there, does not count itself among those. Of one roster more those speak
@@ -283,8 +283,8 @@ def chain_view(
     me: str,
     is_away: bool,
 ) -> ChainView:
-    """What `peers`, who live, have told since `since_s`. What was told before says nothing any more of a peer that was on
-    our chain then: it may have gone on."""
+    """What `peers`, who live, have told since `since_s`. What was told before says nothing any more of a peer that was
+    on our chain then: it may have gone on."""
     heads, stands, unheard = dict[str, Roster](), dict[str, str](), set[str]()
     for peer in peers:
         told_s, last_told = told.get(peer, (-math.inf, None))

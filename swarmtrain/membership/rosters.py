@@ -70,8 +70,8 @@ class Publication:
 class Roster:
     """Whose pseudo-gradients make round `round`, in PeerID order; signed by `signer`.
 
-    `base` is the digest of the roster before it and `base_tokens` what all rosters up to that one counted, as the signer
-    says: who knows the base knows better.
+    `base` is the digest of the roster before it and `base_tokens` what all rosters up to that one counted, as the
+    signer says: who knows the base knows better.
     """
 
     round: int

@@ -136,9 +136,7 @@ class Liar(Volunteer):
             links = (*links, ChainLink(roster=roster, shown={self.name: own.tokens}))
             history = (*history, roster)
         weights = hash_of(f"what {self.name} would like")
-        return State(
-            round=history[-1].round + 1, last=history[-1], digest=weights, history=history, chain=Chain(links)
-        )
+        return State(round=history[-1].round + 1, last=history[-1], digest=weights, history=history, chain=Chain(links))
 
     @property
     def inner_steps_done(self) -> int:
@@ -245,7 +243,6 @@ class SearchedWorld(World):
             for entry in roster.entries:
                 if entry.peer == peer.name:
                     self.told[peer.name, roster.round] = entry.snapshot, self.clock.now
-
 
     def _look_for_lies(self, peer: Volunteer, roster: Roster) -> None:
         """Nobody whom another honest peer stands beside gives its weights up for a liar's own."""
