@@ -174,6 +174,8 @@ def chain_holds(
     our_branch, their_branch = ours.after(common), theirs.after(common)
     is_next = not our_branch and len(their_branch) == 1
     our_signed, their_signed = our_branch[1:], their_branch if is_next else their_branch[1:]
+    if common is None:  # of how the chains parted nothing is known: those count who stand here, or signed over there
+        our_signed = ()
     own_digests, their_digests = _digests(our_branch) or {ours.digest}, _digests(their_branch)
 
     def is_beyond(digest: str, head: str) -> bool:
@@ -186,7 +188,7 @@ def chain_holds(
     staying = {peer for peer, digest in stands.items() if digest in own_digests or is_beyond(digest, ours.digest)}
     staying = (staying - gone_on) | (unheard - _authors(their_signed))
     if me:
-        staying = staying | {me} if our_branch or not is_away else staying - {me}
+        staying = staying - {me} if is_away and (not our_branch or common is None) else staying | {me}
     electors = _electors(ours, theirs, common)
     own = (
         len(electors & (_authors(our_signed) | staying)),

@@ -104,7 +104,9 @@ class ChainStore:
             if (size_bytes := one.ByteSize()) > room_bytes:
                 one = pb.ChainLink(roster=one.roster)
                 size_bytes = one.ByteSize()
-            room_bytes = max(0, room_bytes - size_bytes)
+            if size_bytes > room_bytes:
+                break
+            room_bytes -= size_bytes
             kept[link.roster.digest] = one
         return kept
 

@@ -622,8 +622,7 @@ class Rounds:
     async def best_told(self, told: Mapping[str, Told]) -> Chain | None:
         """The chain that holds against ours and the others', of those whose last rosters were just `told`; None if that
         is ours. Each is asked for its chain before any is judged."""
-        heads = {t.last.digest: t.last for t in told.values() if t.last is not None}
-        for digest, head in heads.items():
+        for digest in {t.last.digest for t in told.values() if t.last is not None}:
             standing = [peer for peer, t in told.items() if t.last is not None and t.last.digest == digest]
             random.shuffle(standing)
             for peer in standing[:_CHAIN_TRIES]:
@@ -659,7 +658,7 @@ class Rounds:
 
         began_s = swarm_time()
         await asyncio.gather(*(ask(peer) for peer in peers))
-        return {peer: self._told[peer][1] for peer in peers if self._told.get(peer, (0.0,))[0] >= began_s}
+        return {peer: self._told[peer][1] for peer in peers if self._told.get(peer, (-math.inf,))[0] >= began_s}
 
     def _question_of_state(self, peer: str) -> pb.RoundRequest:
         """How far are you?"""

@@ -1,15 +1,16 @@
 """Schedules of faults in a synchronous swarm, and what must hold whatever they are.
 
 Judged: nobody waits without bound; once the faults are over there is one model again, in which everyone counts;
-nothing is in anybody's past twice; the tokens behind a peer's weights only grow; where messages come in time, what a
-peer told as merged stays merged; no claim of tokens moves a peer beside which others stand.
+nothing is in anybody's past twice; the tokens behind a peer's weights only grow, unless it gives way to more peers of
+the last common roster; where messages come in time, what a peer told as merged stays merged; a liar's own rounds move
+no peer beside which another stands.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -203,7 +204,8 @@ class SearchedWorld(World):
         super().__init__(settings, seed=schedule.seed)
         self.clock.most_events = 400_000
         self.liars = schedule.liars
-        self.tokens_behind: dict[str, int] = {}
+        self.pasts: dict[str, tuple[Roster, ...]] = {}
+        """What each honest peer had applied when it applied or adopted last."""
         self.invented: set[str] = set()
         """The digests of rosters that a liar alone is on, and told nobody of in time."""
         self.heads: dict[str, str] = {}
@@ -225,7 +227,7 @@ class SearchedWorld(World):
         """Look at what is told."""
         super().record(kind, peer, roster)
         if kind == "joined":
-            self.tokens_behind.pop(peer.name, None)  # from a checkpoint
+            self.pasts.pop(peer.name, None)  # from a checkpoint
             self.heads.pop(peer.name, None)
             self.told = {key: one for key, one in self.told.items() if key[0] != peer.name}
         if kind not in ("applied", "adopted") or roster is None or peer.name in self.liars:
@@ -234,15 +236,32 @@ class SearchedWorld(World):
             self.waits.append((self.clock.now, peer.name, self.waits_s[-1][2]))
         self._look_for_lies(peer, roster)
         self.heads[peer.name] = roster.digest
-        before = self.tokens_behind.get(peer.name, 0)
-        if roster.base_tokens < before:
-            detail = f"{peer.name} went from weights with {before} tokens behind them to {roster.base_tokens}"
-            self.broken.append(Violation("totals only grow", detail))
-        self.tokens_behind[peer.name] = roster.base_tokens
+        past = self.pasts.get(peer.name, ())
+        if (
+            past
+            and roster.base_tokens < past[-1].base_tokens
+            and not (kind == "adopted" and self._gave_way(past, peer))
+        ):
+            detail = f"{peer.name} went from weights with {past[-1].base_tokens} tokens behind them to"
+            self.broken.append(Violation("totals only grow", f"{detail} {roster.base_tokens}"))
+        self.pasts[peer.name] = peer.history
         if kind == "applied":
             for entry in roster.entries:
                 if entry.peer == peer.name:
                     self.told[peer.name, roster.round] = entry.snapshot, self.clock.now
+
+    def _gave_way(self, past: Sequence[Roster], peer: Volunteer) -> bool:
+        """Whether weights with fewer tokens behind them were taken since more peers of the last common roster, or as
+        many, went on with those."""
+        new = peer.history
+        common = next((n for n, (one, other) in enumerate(zip(past, new, strict=False)) if one != other), len(new))
+        if common == len(new) or common == len(past):
+            return False
+        electors = set(past[common - 1].peers) if common else set()
+        stands = {one.name for one in self.running() if new[-1] in one.history}
+        went_on = stands.union(*(roster.peers for roster in new[common + 1 :]))
+        stayed = set[str]().union(*(roster.peers for roster in past[common + 1 :]))
+        return len(electors) < 2 or len(electors & went_on) >= len(electors & stayed)
 
     def _look_for_lies(self, peer: Volunteer, roster: Roster) -> None:
         """Nobody whom another honest peer stands beside gives its weights up for a liar's own."""
