@@ -5,9 +5,12 @@ What they mean is in `membership/chains.py`; who asks for them is in `network/ro
 
 from __future__ import annotations
 
+import base64
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.chains import MAX_LINKS, Chain, ChainLink, flaw
@@ -22,6 +25,8 @@ __all__ = ["ChainStore", "ShownChain", "chain_untrusted"]
 
 _MAX_BYTES = 2 * 1024 * 1024 + 512 * 1024
 """Of a chain on the wire, and of what is kept of the own one: a frame has 4 MiB."""
+_KEPT_BYTES = 256 * 1024
+"""Of the own chain in each checkpoint."""
 _MAX_MANIFESTS = 2048
 _MAX_KNOWN = 64
 _MAX_SHOWN = 16
@@ -119,10 +124,10 @@ class ChainStore:
             digests += [links[0].roster.digest, links[0].roster.base]
         return [bytes.fromhex(digest) for digest in dict.fromkeys(digests)]
 
-    def shows(self, known: Iterable[bytes]) -> pb.RosterChain:
+    def shows(self, known: Iterable[bytes], most_bytes: int | None = None) -> pb.RosterChain:
         """What led from the last of the rosters in `known` to ours; as much of it as a message holds, its end first."""
         asker = {digest.hex() for digest in itertools.islice(known, _MAX_KNOWN)}
-        parts, room_bytes, num_manifests = [], _MAX_BYTES, 0
+        parts, room_bytes, num_manifests = [], _MAX_BYTES if most_bytes is None else most_bytes, 0
         for link in reversed(self.chain.links):
             digest = link.roster.digest
             if digest in asker or (one := self._signed.get(digest)) is None:
@@ -135,6 +140,19 @@ class ChainStore:
             room_bytes -= size_bytes
             parts.append(one)
         return pb.RosterChain(links=reversed(parts))
+
+    def kept(self) -> str:
+        """What a checkpoint keeps of our chain. From any thread."""
+        return base64.b64encode(self.shows((), _KEPT_BYTES).SerializeToString()).decode()
+
+    def restore_untrusted(self, kept: str, settings: RoundSettings) -> None:
+        """Know again what a checkpoint kept, before `move_to` is told its roster. BadBytesError if it is damaged."""
+        try:
+            message = pb.RosterChain.FromString(base64.b64decode(kept, validate=True))
+        except (DecodeError, ValueError, TypeError) as error:
+            raise BadBytesError(f"a kept chain of rosters that cannot be read: {error}") from error
+        if message.links:
+            self.keep(chain_untrusted(message, self.chain, settings))
 
     # ------------------------------------------------------------- others'
 

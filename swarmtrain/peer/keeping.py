@@ -6,6 +6,7 @@ answers any more.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import threading
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.errors import BadBytesError, RunTimeError, UserError
 from swarmtrain.events import WarningEvent
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.invite import Invite, InvitedPeer
@@ -35,6 +36,7 @@ _MAX_PEERS = 16
 _NUM_AWAY = 4
 _FLUSH_S = 10.0
 _ASKED_FLUSH_S = 60.0
+_CHAIN = "chain"
 _TALLY = "tally"
 
 
@@ -80,6 +82,8 @@ class Keeper:
         """Keep what `swarm` counts and whom it knows; what it tells others to have trained is what is on the disk."""
         self._swarm = swarm
         self.checkpointer.extras[_TALLY] = swarm.tallying.kept
+        if self.published.run.merge.method == "diloco":
+            self.checkpointer.extras[_CHAIN] = swarm.rounds.chains.kept
         swarm.durable = lambda: self.checkpointer.durable
 
     async def restore(self, swarm: Swarm, kept: Checkpoint) -> None:
@@ -89,6 +93,12 @@ class Keeper:
             swarm.tallying.restore(rows)
         except (ValueError, TypeError) as error:
             self.emit(WarningEvent(message=f"the counts in the checkpoint are not used ({error}); they are read anew"))
+        if not swarm.asynchronous and _CHAIN in kept.extra:
+            chains, settings = swarm.rounds.chains, swarm.rounds.settings
+            try:
+                await asyncio.to_thread(chains.restore_untrusted, kept.extra[_CHAIN], settings)
+            except BadBytesError as error:
+                _log.warning("the rosters before the checkpoint's are not known: %s", error)
         await self.offer(swarm, kept)
 
     async def offer(self, swarm: Swarm, kept: Checkpoint) -> None:

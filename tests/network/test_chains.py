@@ -102,6 +102,23 @@ def test_a_chain_is_shown_from_where_the_other_knows_it() -> None:
     assert len(ours.shows(common().known()).links) == 3, "who takes a state can show how it came about"
 
 
+def test_who_is_started_again_knows_how_its_checkpoint_came_about() -> None:
+    before = common(HONEST, (A, B))
+    last, signed = before.chain.head, before._signed[before.chain.digest].roster
+    assert last is not None
+    again = ChainStore()
+    again.restore_untrusted(before.kept(), SETTINGS)
+    again.move_to(last, signed)
+    assert again.chain == before.chain and again.shows([]) == before.shows([])
+    for damaged in ("", "%", "AAAA", before.kept()[: len(before.kept()) // 8 * 4]):
+        other = ChainStore()
+        if damaged:
+            with pytest.raises(BadBytesError):
+                other.restore_untrusted(damaged, SETTINGS)
+        other.move_to(last, signed)
+        assert other.chain.head == last and len(other.chain.links) == 1
+
+
 def test_what_is_kept_and_shown_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     store = common(*[HONEST] * 20)
     whole_bytes = store.shows([]).ByteSize()
