@@ -6,10 +6,10 @@ the same hashes in the same order, so that the results are bit-identical and any
 
 A roster names its `base`, the digest of the roster before it. The digest of the last roster therefore names the
 weights, and a roster fits only those who hold its base: applying it to other weights would part the swarm for good.
-Rosters are totally ordered (`better_roster`): of two with one base the one signed by the lower PeerID holds, of two
-by one signer the later attempt; of two with different bases the one with more tokens behind it, so that a peer that
-was cut off and went on alone never takes a whole swarm's work back. Everyone moves up in that order only, hence all
-end at the same weights.
+Rosters of one base are totally ordered (`better_roster`): the one signed by the lower PeerID holds, of two by one
+signer the later attempt. Which of two chains of rosters holds is decided in `chains.py`, by what their peers signed, so
+that a peer that was cut off and went on alone never takes a whole swarm's work back. Everyone moves up in that order
+only, hence all end at the same weights.
 
 Pure: the state of the world is a `RoundView`, the answer a decision that carries its reason. The peer and the
 simulator drive the same `decide`.
@@ -21,7 +21,7 @@ import hashlib
 import heapq
 import itertools
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -43,8 +43,8 @@ __all__ = [
     "idled",
     "is_silent",
     "joining_steps",
-    "must_refetch",
     "peers_to_ask",
+    "pulls_whole",
     "round_steps",
     "share_due_s",
     "share_ranges",
@@ -70,7 +70,8 @@ class Publication:
 class Roster:
     """Whose pseudo-gradients make round `round`, in PeerID order; signed by `signer`.
 
-    `base` is the digest of the roster before it and `base_tokens` what all rosters up to that one counted.
+    `base` is the digest of the roster before it and `base_tokens` what all rosters up to that one counted, as the
+    signer says: who knows the base knows better.
     """
 
     round: int
@@ -216,13 +217,13 @@ class CatchUp:
 Decision = Wait | Sign | Apply | CatchUp
 
 
-def _rank(roster: Roster) -> tuple[int, int, str, int, str]:
+def _rank(roster: Roster) -> tuple[str, int, str]:
     """Sorts the roster that holds first. The digest makes the order total (a signer that lost its memory)."""
-    return (-roster.base_tokens, -roster.round, roster.signer, -roster.attempt, roster.digest)
+    return (roster.signer, -roster.attempt, roster.digest)
 
 
 def better_roster(rosters: Sequence[Roster]) -> Roster | None:
-    """The one that holds: of the most tokens behind it, then the lowest signer's, then the latest attempt."""
+    """Of those with one base the one that holds: the lowest signer's, then the latest attempt."""
     return min(rosters, key=_rank, default=None)
 
 
@@ -231,17 +232,11 @@ def worst_roster(rosters: Sequence[Roster]) -> Roster | None:
     return max(rosters, key=_rank, default=None)
 
 
-def must_refetch(applied: Roster | None, heard: Roster | None) -> bool:
-    """Whether the weights after `heard` hold against those after `applied`; None: no roster was applied yet."""
-    if heard is None or (applied is not None and heard.digest == applied.digest):
-        return False
-    return applied is None or _rank(heard) < _rank(applied)
-
-
-def standing(applied: Roster | None, round: int, told: Told) -> Standing:
-    """How a volunteer that told `told` stands to a peer in `round` that applied `applied` last."""
+def standing(applied: Roster | None, round: int, told: Told, holds: Callable[[Roster | None], bool]) -> Standing:
+    """How a volunteer that told `told` stands to a peer in `round` that applied `applied` last. `holds` says which
+    rosters' weights hold against its own (`ChainView.holds`)."""
     base = "" if applied is None else applied.digest
-    if must_refetch(applied, told.last):
+    if holds(told.last):
         assert told.last is not None
         fits = told.last.round == round and told.last.base == base
         return Standing.AHEAD if fits else Standing.FAR_AHEAD
@@ -268,6 +263,7 @@ def standings(
     peers: Iterable[str],
     since_s: float,
     undeliverable: Container[str],
+    holds: Callable[[Roster | None], bool],
 ) -> Standings:
     """How `peers` stand to a peer in `round` that applied `applied` last, by what they told and when.
 
@@ -277,9 +273,9 @@ def standings(
     with_us, their_last = set(peers), set[str]()
     rest: dict[Standing, set[str]] = {kind: set() for kind in Standing}
     for peer, (told_s, last_told) in told.items():
-        if peer not in with_us or (told_s < since_s and not must_refetch(applied, last_told.last)):
+        if peer not in with_us or (told_s < since_s and not holds(last_told.last)):
             continue
-        kind = standing(applied, round, last_told)
+        kind = standing(applied, round, last_told, holds)
         if kind is Standing.WITH_US:
             continue
         if peer in undeliverable and kind in (Standing.AHEAD, Standing.FAR_AHEAD):
@@ -403,12 +399,22 @@ def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> D
 def _ready(view: RoundView) -> frozenset[str]:
     """Who may go on a roster. In a small group, those whose bytes the signer holds, so that they stay obtainable
     whoever dies; with shares nobody holds everything, and the manifest of somebody believed alive must do."""
-    announced = frozenset(peer for peer, offer in view.announced.items() if offer.base == view.base)
-    if max(len(view.live) + 1, len(announced)) <= view.share_above:
+    announced = _announced(view)
+    if pulls_whole(view):
         announced &= view.held
     else:
         announced &= view.held | view.live | view.guests
     return announced - view.unobtainable
+
+
+def _announced(view: RoundView) -> frozenset[str]:
+    return frozenset(peer for peer, offer in view.announced.items() if offer.base == view.base)
+
+
+def pulls_whole(view: RoundView) -> bool:
+    """Whether the group is small: everyone pulls every publication, and a roster lists what its signer holds. Guests
+    count once they have published."""
+    return max(len(view.live) + 1, len(_announced(view))) <= view.share_above
 
 
 def peers_to_ask(view: RoundView, now: float) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from swarmtrain.errors import BadBytesError, PeerError
@@ -12,7 +12,14 @@ from swarmtrain.network.snapshots import Held, empty_held, manifest_untrusted
 from swarmtrain.network.token_rows import check_token_rows_untrusted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["NewState", "WantedState", "fetch_state"]
+__all__ = ["Check", "NewState", "WantedState", "fetch_state", "unchecked"]
+
+Check = Callable[[str, Roster], Awaitable[None]]
+"""Told the source and the roster of a state before its bytes are pulled; raises PeerError if it is not to be taken."""
+
+
+async def unchecked(source: str, roster: Roster) -> None:
+    """Takes every state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +42,20 @@ class WantedState:
 
 
 async def fetch_state(
-    merger: Merger, sources: Sequence[str], wanted: WantedState, roster_untrusted: Callable[[pb.Signed], Roster]
+    merger: Merger,
+    sources: Sequence[str],
+    wanted: WantedState,
+    roster_untrusted: Callable[[pb.Signed], Roster],
+    check: Check = unchecked,
 ) -> NewState | None:
-    """The newest state of the first source that delivers one that is new enough."""
+    """The newest state of the first source that delivers one that is new enough and passes `check`."""
     for source in sources:
         try:
             reply = await merger.calls.state(source, wanted.min_round)
             if not reply.HasField("manifest"):
                 continue
             state = _state_untrusted(merger, reply, source, wanted, roster_untrusted(reply.roster))
+            await check(source, state.roster)
             merger.store.arriving = state.held
             await merger.pull(state.held, range(state.held.snapshot.num_chunks), [source])
             await merger.check_finite(state.held.part(0, state.held.snapshot.manifest.total_bytes))

@@ -12,10 +12,11 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
+from swarmtrain.membership.chains import Chain, ChainView, chain_view
 from swarmtrain.membership.lifecycle import Change, Membership
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import (
@@ -31,13 +32,14 @@ from swarmtrain.membership.rosters import (
     decide,
     idled,
     is_silent,
-    must_refetch,
     peers_to_ask,
+    pulls_whole,
     standings,
     worst_roster,
 )
 from swarmtrain.membership.signers import Signers
-from swarmtrain.network.catching_up import NewState, WantedState, fetch_state
+from swarmtrain.network.catching_up import Check, NewState, WantedState, fetch_state, unchecked
+from swarmtrain.network.chains import ChainStore, chain_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.merging import Average, Merger, RoundSettings, UnobtainableError
@@ -61,6 +63,9 @@ _MAX_ROSTERS = 64
 """So many rosters of others are kept of a round, those that hold against the rest: signers cost nothing."""
 _MAX_CHECKED = 256
 _MAX_CHECKED_ENTRIES = 65_536
+_CHAIN_AGAIN_S = 1.0
+"""A peer is asked for its chain so often at most: checking it takes a while."""
+_CHAIN_TRIES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +149,15 @@ class Rounds:
     waiting_until_s: float = 0.0
     """Until when that may be, in swarm time; 0 when there is no such time."""
     last: tuple[Roster, pb.Signed] | None = None
+    trains: bool = True
+    """Whether this peer's own weights count for the chain that it is on: not those of an archive."""
+    chains: ChainStore = field(default_factory=ChainStore)
     listening_since_s: float = -math.inf
     _signers: Signers = field(default_factory=Signers)
     _pending: dict[str, tuple[Roster, pb.Signed]] = field(default_factory=dict)
+    _manifests: dict[str, list[pb.Signed]] = field(default_factory=dict)
     _told: dict[str, tuple[float, Told]] = field(default_factory=dict)
+    _chain_asked_s: dict[str, float] = field(default_factory=dict)
     _last_sha256: dict[str, bytes] = field(default_factory=dict)
     _rounds: dict[int, _Round] = field(default_factory=dict)
     _checked: dict[str, Roster] = field(default_factory=dict)
@@ -179,8 +189,10 @@ class Rounds:
             reply.same_last = True
         elif self.last is not None:
             reply.last_roster.CopyFrom(self.last[1])
+        if request.wants_chain:
+            reply.chain.CopyFrom(self.chains.shows(request.chain_known))
         known = self._rounds.get(request.round, _Round())
-        is_news = self.away or self.current_round > request.round
+        is_news = self.away or self.current_round > request.round or request.wants_chain
         own = known.publications.get(self.identity.peer_id)
         if own is not None and not request.has_publication:
             reply.publication.CopyFrom(own.snapshot.signed)
@@ -213,7 +225,9 @@ class Rounds:
         if progress.roster_sha256:
             self.last = self._pending.get(progress.roster_sha256, self.last)
             assert self.last is not None and self.last[0].digest == progress.roster_sha256, "a state without its roster"
+            self.chains.move_to(*self.last, self._manifests.get(progress.roster_sha256, ()))
         self._pending.clear()
+        self._manifests.clear()
         self.wanted = self.wanted and progress.round == self.current_round
         self.current_round, self.inner_steps_done = progress.round, 0
         self._rounds = {r: known for r, known in self._rounds.items() if r > progress.round - _KEEP_ROUNDS}
@@ -228,6 +242,7 @@ class Rounds:
         """A peer that has long been gone."""
         self._told.pop(peer, None)
         self._last_sha256.pop(peer, None)
+        self._chain_asked_s.pop(peer, None)
 
     def stood_still(self, now: float, *, forgives: bool = True) -> None:
         """This process did not run until `now`: what it missed is nobody else's silence, and may be a round's end.
@@ -256,6 +271,7 @@ class Rounds:
                     return outcome
         finally:
             view = self._view(round, known)
+            self._name_unproved(known)
             self._give_up_on_silent(view, work.asking)
             self._signers.round_over(round, idled(view, swarm_time()), {r.signer for r in view.rosters})
             await work.cancel()
@@ -310,6 +326,7 @@ class Rounds:
             peers=heard_at_s.keys() - distrusted,
             since_s=known.started_s,
             undeliverable=known.undeliverable,
+            holds=self._chain_view(known, distrusted).holds,
         )
         return RoundView(
             me=self.identity.peer_id,
@@ -336,6 +353,29 @@ class Rounds:
             unobtainable=frozenset(known.unobtainable),
             idle=self._signers.idle(round),
         )
+
+    def _chain_view(self, known: _Round, distrusted: Collection[str] = ()) -> ChainView:
+        """Which chain holds, for a peer in the midst of this round."""
+        return chain_view(
+            self.chains.chain,
+            self.chains.shown,
+            self._told,
+            peers=self.membership.heard_at_s().keys() - distrusted,
+            since_s=known.started_s,
+            me=self.identity.peer_id,
+            is_away=self.listening_since_s > known.started_s,
+        )
+
+    def _name_unproved(self, known: _Round) -> None:
+        """Tell of those who claim more tokens than there are here, and neither show their chain nor move anybody."""
+        own_tokens, view = 0 if self.last is None else self.last[0].total_tokens, self._chain_view(known)
+        for peer, digest in view.stands.items():
+            head, chain = view.heads.get(digest), self.chains.shown.get(digest)
+            if head is None or chain is None or len(chain.links) > 1 or view.holds(head):
+                continue
+            if head.total_tokens > own_tokens:
+                detail = f"a roster with {head.base_tokens} tokens behind it, of which it shows nothing"
+                self.refused(peer, BadBytesError(detail))
 
     def _sign(self, round: int, known: _Round, decision: Sign) -> None:
         applied = None if self.last is None else self.last[0]
@@ -394,6 +434,8 @@ class Rounds:
             known.unobtainable.update(error.peers - {self.identity.peer_id})
             return None
         self.know_roster(roster, signed)
+        entries = (known.publications.get(entry.peer) for entry in roster.entries)
+        self._manifests[roster.digest] = [held.snapshot.signed for held in entries if held is not None]
         return Merged(roster=roster, mean=mean, left_out=left_out)
 
     def _merger(self, share_ready: Callable[[Held], None] = lambda held: None, roster_sha256: bytes = b"") -> Merger:
@@ -425,8 +467,7 @@ class Rounds:
             if peer not in work.asking or work.asking[peer].done():
                 known.asked_at_s.setdefault(peer, swarm_time())
                 work.asking[peer] = asyncio.create_task(self._ask(round, known, peer))
-        present = view.live | view.guests | view.ahead | view.far_ahead
-        if len(present) + 1 > self.settings.share_above:
+        if not pulls_whole(view):
             return
         for peer, held in known.publications.items():
             sha256 = held.snapshot.sha256
@@ -455,9 +496,12 @@ class Rounds:
                 wait_s=wait_s,
             )
             asked_s = swarm_time()
+            self._want_chain(request, peer, asked_s)
             try:
                 reply = await self.calls.round(peer, request)
                 is_new = self._read_untrusted(round, known, peer, reply)
+                if request.wants_chain:
+                    await self._take_chain_untrusted(peer, reply)
                 known.answered_at_s[peer] = asked_s
                 if reply.HasField("roster"):
                     its_roster = bytes.fromhex(payload_sha256(reply.roster))
@@ -490,7 +534,11 @@ class Rounds:
             roster = self._roster_untrusted(reply.roster)
             if roster.round != round:
                 raise BadBytesError("a roster of another round")
-            is_new = self._keep(known, roster, reply.roster) or is_new
+            try:
+                self.chains.check_untrusted(roster)
+                is_new = self._keep(known, roster, reply.roster) or is_new
+            except BadBytesError as error:
+                self.refused(roster.signer, error)  # who hands it on may not know the base
         self.tell()
         return is_new
 
@@ -501,6 +549,7 @@ class Rounds:
             last = self._told[peer][1].last
         elif reply.HasField("last_roster"):
             last = self._roster_untrusted(reply.last_roster)
+            self.chains.check_untrusted(last)
             self._last_sha256[peer] = bytes.fromhex(payload_sha256(reply.last_roster))
         if reply.current_round != (0 if last is None else last.round + 1):
             raise BadBytesError("a peer in another round than its last roster leads to")
@@ -534,17 +583,74 @@ class Rounds:
             known.unobtainable.add(peer)
         self.tell()
 
+    # ------------------------------------------------------------- chains
+
+    def _want_chain(self, request: pb.RoundRequest, peer: str, now: float) -> None:
+        """Ask with this question for the chain of one that told of a roster that is not on ours, nor the next."""
+        told = self._told.get(peer)
+        if told is None or not self.chains.lacks(told[1].last):
+            return
+        if now >= self._chain_asked_s.get(peer, -math.inf) + _CHAIN_AGAIN_S:
+            self._chain_asked_s[peer] = now
+            request.wants_chain, request.wait_s = True, 0.0
+            request.chain_known.extend(self.chains.known())
+
+    async def _take_chain_untrusted(self, peer: str, reply: pb.RoundReply) -> None:
+        """Take in what a peer shows of its chain. One that does not know the question shows nothing."""
+        last = self._told[peer][1].last if peer in self._told else None
+        if last is None or last.digest in self.chains.chain:
+            return
+        if not reply.HasField("chain"):
+            self.chains.keep_head(last)
+            return
+        ours = self.chains.chain
+        shown = await asyncio.to_thread(chain_untrusted, reply.chain, ours, self.settings)
+        if shown.chain.digest != last.digest:
+            raise BadBytesError("a chain of rosters that does not lead to its last one")
+        self.chains.keep(shown)
+        self.tell()
+
+    async def _ask_chain(self, peer: str) -> None:
+        """Have a peer show its chain, whenever it did so before. Raises PeerError."""
+        request = self._question_of_state(peer)
+        request.wants_chain = True
+        request.chain_known.extend(self.chains.known())
+        reply = await self.calls.round(peer, request)
+        self._hear_untrusted(peer, reply)
+        await self._take_chain_untrusted(peer, reply)
+
+    async def best_told(self, told: Mapping[str, Told]) -> Chain | None:
+        """The chain that holds against ours and the others', of those whose last rosters were just `told`; None if that
+        is ours. Each is asked for its chain before any is judged."""
+        for digest in {t.last.digest for t in told.values() if t.last is not None}:
+            standing = [peer for peer, t in told.items() if t.last is not None and t.last.digest == digest]
+            random.shuffle(standing)
+            for peer in standing[:_CHAIN_TRIES]:
+                if digest in self.chains.chain or digest in self.chains.shown:
+                    break
+                try:
+                    await self._ask_chain(peer)
+                except BadBytesError as error:
+                    self.refused(peer, error)
+                except PeerError as error:
+                    _log.debug("asking %s for its chain: %s", peer, error)
+        return self._view_of(told).best
+
+    def _view_of(self, told: Mapping[str, Told]) -> ChainView:
+        """Which chain holds, for a peer that comes, or comes back, and for an archive."""
+        now = {peer: (0.0, t) for peer, t in told.items()}
+        me = self.identity.peer_id if self.trains else ""
+        chain, shown = self.chains.chain, self.chains.shown
+        return chain_view(chain, shown, now, peers=told, since_s=0.0, me=me, is_away=True)
+
     # ------------------------------------------------------------- states
 
     async def ask_now(self, peers: Sequence[str]) -> dict[str, Told]:
         """What these peers tell of themselves now; those that do not answer are missing."""
 
         async def ask(peer: str) -> None:
-            request = pb.RoundRequest(
-                round=self.current_round, has_publication=True, has_share=True, has_last_sha256=self._last_known(peer)
-            )
             try:
-                self._hear_untrusted(peer, await self.calls.round(peer, request))
+                self._hear_untrusted(peer, await self.calls.round(peer, self._question_of_state(peer)))
             except BadBytesError as error:
                 self.refused(peer, error)
             except PeerError as error:
@@ -552,16 +658,29 @@ class Rounds:
 
         began_s = swarm_time()
         await asyncio.gather(*(ask(peer) for peer in peers))
-        return {peer: self._told[peer][1] for peer in peers if self._told.get(peer, (0.0,))[0] >= began_s}
+        return {peer: self._told[peer][1] for peer in peers if self._told.get(peer, (-math.inf,))[0] >= began_s}
+
+    def _question_of_state(self, peer: str) -> pb.RoundRequest:
+        """How far are you?"""
+        return pb.RoundRequest(
+            round=self.current_round, has_publication=True, has_share=True, has_last_sha256=self._last_known(peer)
+        )
 
     async def _catch_up(self, known: _Round, decision: CatchUp) -> NewState | None:
         sources = list(decision.sources)
         random.shuffle(sources)
+
+        async def check(source: str, roster: Roster) -> None:
+            if roster.digest not in self.chains.shown:
+                await self._ask_chain(source)
+            if not self._chain_view(known).holds(roster):
+                raise UnreachableError("its state does not hold against this peer's")
+
         for source in sources[:_SOURCES]:
             told = self._told.get(source)
             min_round = 0 if told is None or told[1].last is None else told[1].last.round + 1
-            state = await self.fetch_state([source], min_round, decision.reason)
-            if state is not None and must_refetch(None if self.last is None else self.last[0], state.roster):
+            state = await self.fetch_state([source], min_round, decision.reason, check)
+            if state is not None:
                 return state
             known.undeliverable.add(source)
         return None
@@ -574,18 +693,35 @@ class Rounds:
         return await self.fetch_told_state(await self.ask_now(peers), reason, above_tokens)
 
     async def fetch_told_state(self, told: Mapping[str, Told], reason: str, above_tokens: int = 0) -> NewState | None:
-        """The same from those who have just `told` what they have."""
-        best = better_roster([t.last for t in told.values() if t.last is not None])
-        if best is None or best.total_tokens <= above_tokens:
+        """The same from those who have just `told` what they have; None too if it does not hold against ours."""
+        best = await self.best_told(told)
+        if best is None or best.head is None or best.head.total_tokens <= above_tokens:
             return None
-        holders = [peer for peer, t in told.items() if t.last is not None and t.last.digest == best.digest]
-        rest = [peer for peer, t in told.items() if t.last is not None and peer not in holders]
+        lasts = {peer: t.last.digest for peer, t in told.items() if t.last is not None}
+        holders = [peer for peer, digest in lasts.items() if digest == best.digest]
+        rest = [peer for peer, digest in lasts.items() if digest in best and peer not in holders]
         random.shuffle(holders)
-        state = await self.fetch_state(holders, best.round + 1, reason)
-        state = state or await self.fetch_state(rest, 1, reason)
+
+        async def check(source: str, roster: Roster) -> None:
+            if roster.digest in best:
+                return
+            await self._ask_chain(source)
+            chain = self._view_of(told).chain_of(roster)
+            if chain is None or best.digest not in chain:
+                raise UnreachableError("it has gone to another chain meanwhile")
+
+        state = await self.fetch_state(holders, best.head.round + 1, reason, check)
+        state = state or await self.fetch_state(rest, 1, reason, check)
         return state if state is not None and state.roster.total_tokens > above_tokens else None
 
-    async def fetch_state(self, sources: Sequence[str], min_round: int, reason: str) -> NewState | None:
-        """The newest state of the first source that delivers one of `min_round` or later."""
+    async def fetch_state(
+        self, sources: Sequence[str], min_round: int, reason: str, check: Check = unchecked
+    ) -> NewState | None:
+        """The newest state of the first source that delivers one of `min_round` or later, which passes `check`."""
         wanted = WantedState(min_round=min_round, reason=reason)
-        return await fetch_state(self._merger(), sources, wanted, self._roster_untrusted)
+
+        async def believed(source: str, roster: Roster) -> None:
+            await check(source, roster)
+            self.chains.check_untrusted(roster)
+
+        return await fetch_state(self._merger(), sources, wanted, self._roster_untrusted, believed)

@@ -146,6 +146,7 @@ class Swarm:
             self.average,
             refused=self.refused,
             report=self._report,
+            trains=not self.me.is_bootstrap,
         )
         self._records = OwnRecords(self.node)
         self._read_bucket = lambda kind, prefix: self.node.read_bucket(self._run_bytes, kind, prefix)

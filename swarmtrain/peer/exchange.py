@@ -25,7 +25,7 @@ from swarmtrain.events import CaughtUpEvent
 from swarmtrain.membership.ending import still_needed
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.pulls import round_ends_s
-from swarmtrain.membership.rosters import better_roster, joining_steps, must_refetch, round_steps
+from swarmtrain.membership.rosters import joining_steps, round_steps
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
@@ -307,12 +307,12 @@ class RosterExchange(SwarmExchange):
             if sample and not told:
                 self.stop.sleep(1.0)
                 continue  # that nobody answers says nothing of what they have
-            if not must_refetch(own, better_roster([answer.last for answer in told.values() if answer.last])):
+            if wait_for(self.network.submit(rounds.best_told(told)), self.stop) is None:
                 return None
             reason = "joined late" if own is None else "was away"
             fetching = self.network.submit(rounds.fetch_told_state(told, reason))
             new = wait_for(fetching, self.stop, lambda: self.on_arriving(self.swarm.store.arriving))
-            if new is not None and must_refetch(own, new.roster):
+            if new is not None:
                 return self._adopted(new)
             self.stop.sleep(1.0)
         if own is not None:

@@ -6,6 +6,7 @@ answers any more. A bootstrap, whose checkpoints are rare, keeps the counts in `
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import threading
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.errors import BadBytesError, RunTimeError, UserError
 from swarmtrain.events import WarningEvent
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
@@ -36,6 +37,7 @@ _MAX_PEERS = 16
 _NUM_AWAY = 4
 _FLUSH_S = 10.0
 _ASKED_FLUSH_S = 60.0
+_CHAIN = "chain"
 _TALLY = "tally"
 _TALLY_UNTIL = "tally_until"
 
@@ -84,11 +86,19 @@ class Keeper:
         self._swarm = swarm
         self.checkpointer.extras[_TALLY] = swarm.tallying.kept
         self.checkpointer.extras[_TALLY_UNTIL] = swarm_time
+        if self.published.run.merge.method == "diloco":
+            self.checkpointer.extras[_CHAIN] = swarm.rounds.chains.kept
         swarm.durable = lambda: self.checkpointer.durable
 
     async def restore(self, swarm: Swarm, kept: Checkpoint) -> None:
         """Count on from a checkpoint that was loaded, and offer its state. In the network thread."""
         self._restore_counts(swarm, kept.extra.get(_TALLY, []), kept.extra.get(_TALLY_UNTIL))
+        if not swarm.asynchronous and _CHAIN in kept.extra:
+            chains, settings = swarm.rounds.chains, swarm.rounds.settings
+            try:
+                await asyncio.to_thread(chains.restore_untrusted, kept.extra[_CHAIN], settings)
+            except BadBytesError as error:
+                _log.warning("the rosters before the checkpoint's are not known: %s", error)
         await self.offer(swarm, kept)
 
     def _restore_counts(self, swarm: Swarm, rows: Any, until_s: Any) -> None:

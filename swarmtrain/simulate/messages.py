@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from swarmtrain.membership.chains import Chain
 from swarmtrain.membership.rosters import Publication, Roster, Told
 
 __all__ = ["Link", "Phase", "RoundReply", "RoundRequest", "RoundState", "Settings", "State", "hash_of", "rotated"]
@@ -79,6 +80,8 @@ class RoundReply:
     inner_steps_done: int
     publication: Publication | None
     roster: Roster | None
+    chain: Chain = field(default_factory=Chain)
+    """What it shows of how it came to the roster that it tells of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,7 @@ class State:
     last: Roster | None
     digest: str
     history: tuple[Roster, ...]
+    chain: Chain = field(default_factory=Chain)
 
 
 @dataclass
@@ -107,6 +111,7 @@ class RoundState:
     pulling: set[str] = field(default_factory=set)
     unobtainable: set[str] = field(default_factory=set)
     undeliverable: set[str] = field(default_factory=set)
+    distrusted: set[str] = field(default_factory=set)
     applying: str = ""
     roster_at_s: float = 0.0
     own_share_at_s: float = math.inf

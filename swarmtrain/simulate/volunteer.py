@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from swarmtrain.membership.chains import Chain, ChainLink, ChainView, chain_view, flaw
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.membership.rosters import (
     Apply,
@@ -29,8 +30,8 @@ from swarmtrain.membership.rosters import (
     idled,
     is_silent,
     joining_steps,
-    must_refetch,
     peers_to_ask,
+    pulls_whole,
     round_steps,
     standings,
 )
@@ -66,6 +67,7 @@ class Volunteer(Transfers):
         self.membership = Membership(me=name)
         self.round = 0
         self.last: Roster | None = None
+        self.chain = Chain()
         self.digest = hash_of("weights of the run's seed")
         self.history: tuple[Roster, ...] = ()
         self.digest_at: dict[int, str] = {}
@@ -80,6 +82,8 @@ class Volunteer(Transfers):
         self._published: dict[int, Publication] = {}
         self._soon: Timer | None = None
         self._told: dict[str, tuple[float, Told]] = {}
+        self._shown: dict[str, Chain] = {}
+        """What each peer showed last of its chain."""
         self._asking: dict[str, Any] = {}
         self._retry_at_s: dict[str, float] = {}
         self._version = 1
@@ -170,17 +174,30 @@ class Volunteer(Transfers):
             if reply is not None:
                 self._heard(peer, reply)
             if len(replies) == len(others):
-                self._choose_state([peer for peer in others if replies[peer] is not None])
+                self._choose_state([peer for peer in others if replies[peer] is not None and peer in self._told])
 
         for peer in others:
             self.world.call(self, peer, self._question(0.0), partial(done, peer))
         if not others:
             self._choose_state([])
 
+    def _chains(self, since_s: float, of: Chain | None = None) -> ChainView:
+        """What is known of the chains, and of one that came with a state."""
+        chains = [*self._shown.values(), *([] if of is None else [of])]
+        return chain_view(
+            self.chain,
+            {chain.digest: chain for chain in chains},
+            self._told,
+            peers=self.membership.heard_at_s(),
+            since_s=since_s,
+            me=self.name,
+            is_away=self.phase is Phase.JOINING or self._listening_since_s > self._now.started_s,
+        )
+
     def _choose_state(self, sources: list[str]) -> None:
-        best = better_roster([last for peer in sources if (last := self._told[peer][1].last) is not None])
-        if must_refetch(self.last, best):
-            assert best is not None
+        heads = [last for peer in sources if (last := self._told[peer][1].last) is not None]
+        best = self._chains(self._now.started_s).best_of(heads)
+        if best is not None:
             holders = [peer for peer in sources if (r := self._told[peer][1].last) and r.digest == best.digest]
             rest = [peer for peer in sources if peer not in holders]
             self._fetch_state([*rotated(holders, self.name), *rest][:4], self._choose_state_failed)
@@ -286,13 +303,15 @@ class Volunteer(Transfers):
     def _view(self) -> RoundView:
         r = self._now
         heard_at_s = self.membership.heard_at_s()
+        distrusted = r.distrusted.intersection(heard_at_s)
         found = standings(
             self.last,
             self.round,
             self._told,
-            peers=heard_at_s,
+            peers=heard_at_s.keys() - distrusted,
             since_s=r.started_s,
             undeliverable=r.undeliverable,
+            holds=self._chains(r.started_s).holds,
         )
         return RoundView(
             me=self.name,
@@ -305,7 +324,7 @@ class Volunteer(Transfers):
             behind=found.of[Standing.BEHIND],
             base=self._base,
             guest=self.guest,
-            guests=found.of[Standing.GUEST],
+            guests=found.of[Standing.GUEST] | distrusted,
             ahead=found.of[Standing.AHEAD],
             applied=found.applied,
             far_ahead=found.of[Standing.FAR_AHEAD],
@@ -332,7 +351,7 @@ class Volunteer(Transfers):
         self._give_up_asking(view, set(self._asking).difference(wanted))
         for peer in wanted:
             self._ask(peer)
-        if len(view.live) + len(view.guests) + 1 <= self.settings.share_above:
+        if pulls_whole(view):
             for offer in list(view.announced.values()):
                 if offer.base == view.base and offer.peer not in view.held | view.unobtainable:
                     self._pull_whole(offer)
@@ -381,6 +400,8 @@ class Volunteer(Transfers):
         self.digest = hash_of(f"{self.digest} {roster.round} {entries}")
         self.history = (*self.history, roster)
         self.last = roster
+        shown = {entry.peer: entry.tokens for entry in roster.entries}
+        self.chain = self.chain.extended(ChainLink(roster=roster, shown=shown))
         self._waited(self.round, now - self._now.ended_s)
         self.world.record("applied", self, roster)
         self.round += 1
@@ -435,8 +456,16 @@ class Volunteer(Transfers):
 
     def _heard(self, peer: str, reply: RoundReply) -> None:
         now = self.world.clock.now
+        if flaw(reply.chain, self.chain):  # its answer is refused: it is asked again, but not waited for
+            self.membership.heard(peer, now)
+            self._now.distrusted.add(peer)
+            self._retry_at_s[peer] = now + self.settings.hold_s
+            return
         self.membership.heard(peer, now, round=reply.told.round, inner_steps_done=reply.inner_steps_done)
         self._told[peer] = (now, reply.told)
+        self._shown.pop(peer, None)
+        if reply.chain.digest not in self.chain:
+            self._shown[peer] = reply.chain
         if reply.asked != self.round or self.phase is not Phase.MERGING:
             return
         self._now.known[peer] = reply.version
@@ -468,6 +497,7 @@ class Volunteer(Transfers):
                 inner_steps_done=self.inner_steps_done,
                 publication=self._published.get(request.round),
                 roster=roster,
+                chain=self.chain,
             )
         )
         if roster is not None and roster.signer == self.name and request.round == self.round:
@@ -484,9 +514,10 @@ class Volunteer(Transfers):
     def restore(self, saved: State) -> None:
         """Go on from a checkpoint, in a process that knows nothing else."""
         self.round, self.last, self.digest, self.history = saved.round, saved.last, saved.digest, saved.history
+        self.chain = saved.chain
 
     def _state(self) -> State:
-        return State(round=self.round, last=self.last, digest=self.digest, history=self.history)
+        return State(round=self.round, last=self.last, digest=self.digest, history=self.history, chain=self.chain)
 
     def _fetch_state(self, sources: list[str], failed: Callable[[], None]) -> None:
         self._fetching = True
@@ -514,7 +545,8 @@ class Volunteer(Transfers):
     def _adopt(self, state: State, source: str) -> None:
         """Others' weights hold: take them, and ask once more how far their round is by now."""
         self._fetching = False
-        if not must_refetch(self.last, state.last) and not (self.phase is Phase.JOINING and self.last is None):
+        chains = self._chains(self._now.started_s, state.chain)
+        if not chains.holds(state.last) and not (self.phase is Phase.JOINING and self.last is None):
             self._now.undeliverable.add(source)
             self._choose_state_failed() if self.phase is Phase.JOINING else self._evaluate()
             return

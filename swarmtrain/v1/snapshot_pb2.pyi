@@ -393,23 +393,41 @@ class Roster(_message.Message):
     def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[RosterEntry, _Mapping]]] = ..., base: _Optional[bytes] = ..., base_tokens: _Optional[int] = ...) -> None: ...
 
 class RoundRequest(_message.Message):
-    __slots__ = ("round", "has_publication", "has_roster_sha256", "has_share", "wait_s", "has_last_sha256")
+    __slots__ = ("round", "has_publication", "has_roster_sha256", "has_share", "wait_s", "has_last_sha256", "wants_chain", "chain_known")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     HAS_PUBLICATION_FIELD_NUMBER: _ClassVar[int]
     HAS_ROSTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     HAS_SHARE_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     HAS_LAST_SHA256_FIELD_NUMBER: _ClassVar[int]
+    WANTS_CHAIN_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_KNOWN_FIELD_NUMBER: _ClassVar[int]
     round: int
     has_publication: bool
     has_roster_sha256: bytes
     has_share: bool
     wait_s: float
     has_last_sha256: bytes
-    def __init__(self, round: _Optional[int] = ..., has_publication: bool = ..., has_roster_sha256: _Optional[bytes] = ..., has_share: bool = ..., wait_s: _Optional[float] = ..., has_last_sha256: _Optional[bytes] = ...) -> None: ...
+    wants_chain: bool
+    chain_known: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, round: _Optional[int] = ..., has_publication: bool = ..., has_roster_sha256: _Optional[bytes] = ..., has_share: bool = ..., wait_s: _Optional[float] = ..., has_last_sha256: _Optional[bytes] = ..., wants_chain: bool = ..., chain_known: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ChainLink(_message.Message):
+    __slots__ = ("roster", "manifests")
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    MANIFESTS_FIELD_NUMBER: _ClassVar[int]
+    roster: Signed
+    manifests: _containers.RepeatedCompositeFieldContainer[Signed]
+    def __init__(self, roster: _Optional[_Union[Signed, _Mapping]] = ..., manifests: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ...) -> None: ...
+
+class RosterChain(_message.Message):
+    __slots__ = ("links",)
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    links: _containers.RepeatedCompositeFieldContainer[ChainLink]
+    def __init__(self, links: _Optional[_Iterable[_Union[ChainLink, _Mapping]]] = ...) -> None: ...
 
 class RoundReply(_message.Message):
-    __slots__ = ("current_round", "inner_steps_done", "publication", "roster", "share", "last_roster", "same_last", "participating", "away")
+    __slots__ = ("current_round", "inner_steps_done", "publication", "roster", "share", "last_roster", "same_last", "participating", "away", "chain")
     CURRENT_ROUND_FIELD_NUMBER: _ClassVar[int]
     INNER_STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
     PUBLICATION_FIELD_NUMBER: _ClassVar[int]
@@ -419,6 +437,7 @@ class RoundReply(_message.Message):
     SAME_LAST_FIELD_NUMBER: _ClassVar[int]
     PARTICIPATING_FIELD_NUMBER: _ClassVar[int]
     AWAY_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
     current_round: int
     inner_steps_done: int
     publication: Signed
@@ -428,4 +447,5 @@ class RoundReply(_message.Message):
     same_last: bool
     participating: bool
     away: bool
-    def __init__(self, current_round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., publication: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ..., share: _Optional[_Union[Signed, _Mapping]] = ..., last_roster: _Optional[_Union[Signed, _Mapping]] = ..., same_last: bool = ..., participating: bool = ..., away: bool = ...) -> None: ...
+    chain: RosterChain
+    def __init__(self, current_round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., publication: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ..., share: _Optional[_Union[Signed, _Mapping]] = ..., last_roster: _Optional[_Union[Signed, _Mapping]] = ..., same_last: bool = ..., participating: bool = ..., away: bool = ..., chain: _Optional[_Union[RosterChain, _Mapping]] = ...) -> None: ...

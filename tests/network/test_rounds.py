@@ -13,8 +13,10 @@ import pytest
 from virtual_loop import virtual_swarm
 
 from swarmtrain.errors import PeerError, UnreachableError
+from swarmtrain.membership.chains import Chain, ChainLink
 from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
 from swarmtrain.membership.rosters import Publication, Roster, Told
+from swarmtrain.network.chains import ShownChain
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
@@ -254,17 +256,21 @@ def test_the_newest_state_never_counts_less_than_the_one_it_is_for() -> None:
     """The best roster's holders do not deliver, and the state that somebody else has is older than the archive."""
     (me, ahead, behind) = a_swarm(3)
 
-    def led_by(identity: Identity, tokens: int) -> Roster:
+    def led_by(identity: Identity, tokens: int, base: Roster | None = None) -> Roster:
         entry = Publication(peer=identity.peer_id, snapshot="5" * 64, tokens=tokens, inner_steps=1)
-        return Roster(round=0, signer=identity.peer_id, entries=(entry,))
+        if base is None:
+            return Roster(round=0, signer=identity.peer_id, entries=(entry,))
+        more: dict[str, Any] = {"base": base.digest, "base_tokens": base.total_tokens}
+        return Roster(round=1, signer=identity.peer_id, entries=(entry,), **more)
 
-    last = {peer.peer_id: led_by(peer, tokens) for peer, tokens in ((ahead, 90), (behind, 40))}
+    older = led_by(behind, 40)
+    last = {ahead.peer_id: led_by(ahead, 50, older), behind.peer_id: older}
     asked: list[str] = []
 
     async def ask_now(peers: Sequence[str]) -> dict[str, Told]:
-        return {peer: Told(round=1, last=last[peer]) for peer in peers}
+        return {peer: Told(round=last[peer].round + 1, last=last[peer]) for peer in peers}
 
-    async def fetch_state(sources: Sequence[str], min_round: int, reason: str) -> NewState | None:
+    async def fetch_state(sources: Sequence[str], min_round: int, reason: str, check: Any) -> NewState | None:
         asked.extend(sources)
         if ahead.peer_id in sources:
             return None
@@ -273,11 +279,12 @@ def test_the_newest_state_never_counts_less_than_the_one_it_is_for() -> None:
 
     async def run(above_tokens: int) -> NewState | None:
         rounds, _ = driver([ahead, behind], me, Others({}))
-        rounds.ask_now, rounds.fetch_state = ask_now, fetch_state  # type: ignore[method-assign]
+        rounds.ask_now, rounds.fetch_state = ask_now, fetch_state  # type: ignore[method-assign, assignment]
+        rounds.chains.keep(ShownChain(Chain((ChainLink(roster=older), ChainLink(roster=last[ahead.peer_id])))))
         return await rounds.fetch_newest_state(sorted(last), "archive", above_tokens)
 
-    older = asyncio.run(run(30))
-    assert older is not None and older.roster == last[behind.peer_id]
+    found = asyncio.run(run(30))
+    assert found is not None and found.roster == older
     assert asyncio.run(run(40)) is None and asyncio.run(run(60)) is None
     assert asked == [ahead.peer_id, behind.peer_id] * 3
 

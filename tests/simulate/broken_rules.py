@@ -12,6 +12,7 @@ import pytest
 from swarmtrain.algorithm import pacing
 from swarmtrain.membership import (
     balance,
+    chains,
     hosts,
     lifecycle,
     microbatches,
@@ -95,8 +96,25 @@ def who_was_lost_stays_lost(patch: Patch) -> None:
 
 def nobody_refetches(patch: Patch) -> None:
     """Everyone keeps to the weights that it has."""
-    patch.setattr(rosters, "must_refetch", lambda applied, heard: False)
-    patch.setattr(volunteer, "must_refetch", lambda applied, heard: False)
+    patch.setattr(chains.ChainView, "holds", lambda self, heard: False)
+    patch.setattr(chains.ChainView, "best_of", lambda self, heads: None)
+
+
+def signers_are_believed(patch: Patch) -> None:
+    """What a roster's signer says of the tokens behind it decides which chain holds."""
+
+    def behind(chain: chains.Chain) -> int:
+        return -1 if chain.head is None else chain.head.base_tokens
+
+    patch.setattr(chains, "chain_holds", lambda theirs, ours, *_, **__: behind(theirs) > behind(ours))
+    patch.setattr(volunteer, "flaw", lambda chain, ours: "")
+
+
+def tokens_go_before_peers(patch: Patch) -> None:
+    """However few peers of the last common roster went on with it, the chain with more tokens holds."""
+    patch.setattr(chains, "_electors", lambda ours, theirs, common: frozenset())
+    holds = chains.chain_holds
+    patch.setattr(chains, "chain_holds", lambda theirs, ours, *_, **__: holds(theirs, ours, {}))
 
 
 def who_stood_still_asks_nobody(patch: Patch) -> None:
@@ -104,9 +122,13 @@ def who_stood_still_asks_nobody(patch: Patch) -> None:
     patch.setattr(rosters, "_unheard", lambda view, now: frozenset())
 
 
-def rosters_by_attempt(patch: Patch) -> None:
-    """The latest attempt holds, whatever is behind it."""
-    patch.setattr(rosters, "_rank", lambda roster: (-roster.attempt, roster.digest))
+def chains_by_digest(patch: Patch) -> None:
+    """One of them holds for everybody, whatever is behind it."""
+
+    def holds(theirs: chains.Chain, ours: chains.Chain, *_: object, **__: object) -> bool:
+        return theirs.digest not in ours and (not ours.links or theirs.digest < ours.digest)
+
+    patch.setattr(chains, "chain_holds", holds)
 
 
 def silence_never_ends(patch: Patch) -> None:
@@ -205,8 +227,10 @@ BROKEN: dict[Callable[[Patch], None], tuple[WorldKind, str]] = {
     numbers_are_not_checked: ("gossip", "weights are finite"),
     who_was_lost_stays_lost: ("rounds", "one model"),
     nobody_refetches: ("rounds", "one model"),
+    signers_are_believed: ("rounds", "no lie moves a majority"),
+    tokens_go_before_peers: ("rounds", "no lie moves a majority"),
     who_stood_still_asks_nobody: ("rounds", "no token is lost"),
-    rosters_by_attempt: ("rounds", "totals only grow"),
+    chains_by_digest: ("rounds", "totals only grow"),
     silence_never_ends: ("rounds", "nobody waits"),
     shares_are_waited_for: ("rounds", "one model"),
     nobody_counts_who_is_left: ("stages", "every stage is held again"),

@@ -1,21 +1,23 @@
 """Schedules of faults in a synchronous swarm, and what must hold whatever they are.
 
 Judged: nobody waits without bound; once the faults are over there is one model again, in which everyone counts;
-nothing is in anybody's past twice; the tokens behind a peer's weights only grow; where messages come in time, what a
-peer told as merged stays merged.
+nothing is in anybody's past twice; the tokens behind a peer's weights only grow, unless it gives way to more peers of
+the last common roster; where messages come in time, what a peer told as merged stays merged; a liar's own rounds move
+no peer beside which another stands.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+from swarmtrain.membership.chains import Chain, ChainLink
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.rosters import Publication, Roster, Told
-from swarmtrain.simulate.messages import Link, Phase, RoundReply, RoundRequest, Settings, hash_of
+from swarmtrain.simulate.messages import Link, Phase, RoundReply, RoundRequest, Settings, State, hash_of
 from swarmtrain.simulate.search.faults import declare, declare_span, end_faults
 from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
 from swarmtrain.simulate.volunteer import Volunteer
@@ -43,7 +45,7 @@ _KINDS = {
     "kill": 3, "leave": 2, "restart": 4, "freeze": 5, "partition": 3, "cut": 2, "delay": 2, "loss": 2, "twice": 2,
     "join": 2, "kill at": 4, "late": 2, "freeze at": 6, "idle": 1,
     "lie: two rosters": 1, "lie: two publications": 1, "lie: far ahead": 1, "lie: done": 1, "lie: tokens": 1,
-    "lie: no bytes": 1, "lie: behind": 2,
+    "lie: no bytes": 1, "lie: behind": 2, "lie: base tokens": 1, "lie: own chain": 2,
 }  # fmt: skip
 
 
@@ -103,6 +105,7 @@ class Liar(Volunteer):
     """It does its work as the others do, and says something else."""
 
     lies: frozenset[str] = frozenset()
+    world: SearchedWorld
 
     def provide(self, what: str) -> Any:
         """Nothing, or the bytes of whatever it has told of."""
@@ -110,7 +113,31 @@ class Liar(Volunteer):
             return None
         if "two publications" in self.lies and what != "state":
             return what
+        if what == "state" and (told := self._invented()) is not None:
+            return told
         return super().provide(what)
+
+    def _invented(self) -> State | None:
+        """Weights of its own, after rosters that it alone is on, with all the manifests that it can sign; they count as
+        many tokens behind them as it likes, or as many as there are."""
+        lasts = _LIE_ROUNDS[int(hash_of(self.name + str(self.round))[:8], 16) % len(_LIE_ROUNDS)]
+        since = max(0, len(self.history) - lasts[0])
+        if not self.lies & {"base tokens", "own chain"} or self.last is None or self.phase is Phase.JOINING:
+            return None
+        links, history = self.chain.links[:since], self.history[:since]
+        for _ in range(lasts[1]):
+            round, base = (history[-1].round + 1, history[-1].digest) if history else (0, "")
+            own = Publication(
+                peer=self.name, snapshot=hash_of(f"{self.name} {round} {base}"), tokens=32000, inner_steps=32, base=base
+            )
+            behind = history[-1].total_tokens if history else 0
+            behind = _MANY_TOKENS if "base tokens" in self.lies else behind
+            roster = Roster(round=round, signer=self.name, entries=(own,), base=base, base_tokens=behind)
+            self.world.invented.add(roster.digest)
+            links = (*links, ChainLink(roster=roster, shown={self.name: own.tokens}))
+            history = (*history, roster)
+        weights = hash_of(f"what {self.name} would like")
+        return State(round=history[-1].round + 1, last=history[-1], digest=weights, history=history, chain=Chain(links))
 
     @property
     def inner_steps_done(self) -> int:
@@ -129,7 +156,7 @@ class Liar(Volunteer):
     def _lie(self, reply: RoundReply, asker: str) -> RoundReply:
         """What this asker is told."""
         first = int(hash_of(asker)[0], 16) % 2 == 0
-        offer, roster, told = reply.publication, reply.roster, reply.told
+        offer, roster, told, chain = reply.publication, reply.roster, reply.told, reply.chain
         if "tokens" in self.lies and offer is not None:
             offer = replace(offer, tokens=1000 * offer.tokens)
         if "two publications" in self.lies and offer is not None and first:
@@ -141,9 +168,15 @@ class Liar(Volunteer):
             told = Told(round=self.round + 1001, last=last)
         if "behind" in self.lies and len(self.history) > 1:
             told, offer = Told(round=self.round - 1, last=self.history[-2]), None
-        return replace(reply, publication=offer, roster=roster, told=told)
+        if (state := self._invented()) is not None:
+            told, chain = Told(round=state.round, last=state.last), state.chain
+        return replace(reply, publication=offer, roster=roster, told=told, chain=chain)
 
 
+_MANY_TOKENS = 10**12
+"""Behind a roster, as a liar says."""
+_LIE_ROUNDS = ((1, 1), (1, 3), (2, 1), (2, 8), (4, 2), (0, 2), (10**6, 30))
+"""(how many rounds before its head a liar's own chain begins, how many rosters it has)."""
 _INVENTED = Publication(peer="p0", snapshot=hash_of("invented"), tokens=1, inner_steps=1)
 
 
@@ -171,7 +204,12 @@ class SearchedWorld(World):
         super().__init__(settings, seed=schedule.seed)
         self.clock.most_events = 400_000
         self.liars = schedule.liars
-        self.tokens_behind: dict[str, int] = {}
+        self.pasts: dict[str, tuple[Roster, ...]] = {}
+        """What each honest peer had applied when it applied or adopted last."""
+        self.invented: set[str] = set()
+        """The digests of rosters that a liar alone is on, and told nobody of in time."""
+        self.heads: dict[str, str] = {}
+        """The digest of the roster that each honest peer applied or adopted last."""
         self.broken: list[Violation] = []
         self.waits: list[tuple[float, str, float]] = []
         """(when it was over, whose, how long), in seconds."""
@@ -189,21 +227,59 @@ class SearchedWorld(World):
         """Look at what is told."""
         super().record(kind, peer, roster)
         if kind == "joined":
-            self.tokens_behind.pop(peer.name, None)  # from a checkpoint
+            self.pasts.pop(peer.name, None)  # from a checkpoint
+            self.heads.pop(peer.name, None)
             self.told = {key: one for key, one in self.told.items() if key[0] != peer.name}
         if kind not in ("applied", "adopted") or roster is None or peer.name in self.liars:
             return
         if self.waits_s and self.waits_s[-1][0] == peer.name:
             self.waits.append((self.clock.now, peer.name, self.waits_s[-1][2]))
-        before = self.tokens_behind.get(peer.name, 0)
-        if roster.base_tokens < before:
-            detail = f"{peer.name} went from weights with {before} tokens behind them to {roster.base_tokens}"
-            self.broken.append(Violation("totals only grow", detail))
-        self.tokens_behind[peer.name] = roster.base_tokens
+        self._look_for_lies(peer, roster)
+        self.heads[peer.name] = roster.digest
+        past = self.pasts.get(peer.name, ())
+        if (
+            past
+            and roster.base_tokens < past[-1].base_tokens
+            and not (kind == "adopted" and self._gave_way(past, peer))
+        ):
+            detail = f"{peer.name} went from weights with {past[-1].base_tokens} tokens behind them to"
+            self.broken.append(Violation("totals only grow", f"{detail} {roster.base_tokens}"))
+        self.pasts[peer.name] = peer.history
         if kind == "applied":
             for entry in roster.entries:
                 if entry.peer == peer.name:
                     self.told[peer.name, roster.round] = entry.snapshot, self.clock.now
+
+    def _gave_way(self, past: Sequence[Roster], peer: Volunteer) -> bool:
+        """Whether weights with fewer tokens behind them were taken since more peers of the last common roster, or as
+        many, went on with those."""
+        new = peer.history
+        common = next((n for n, (one, other) in enumerate(zip(past, new, strict=False)) if one != other), len(new))
+        if common == len(new) or common == len(past):
+            return False
+        electors = set(past[common - 1].peers) if common else set()
+        stands = {one.name for one in self.running() if new[-1] in one.history}
+        went_on = stands.union(*(roster.peers for roster in new[common + 1 :]))
+        stayed = set[str]().union(*(roster.peers for roster in past[common + 1 :]))
+        return len(electors) < 2 or len(electors & went_on) >= len(electors & stayed)
+
+    def _look_for_lies(self, peer: Volunteer, roster: Roster) -> None:
+        """Nobody whom another honest peer stands beside gives its weights up for a liar's own."""
+        head = self.heads.get(peer.name)
+        if roster.digest not in self.invented or head is None:
+            return
+        beside = [
+            one.name
+            for one in self.running()
+            if one is not peer
+            and one.name not in self.liars
+            and one.phase is not Phase.JOINING
+            and self.connected(one, peer)
+            and self.heads.get(one.name) == head
+        ]
+        if beside:
+            detail = f"{peer.name}, beside {', '.join(beside)}, took the weights of {roster.signer}'s own round"
+            self.broken.append(Violation("no lie moves a majority", f"{detail} {roster.round}"))
 
 
 # ---------------------------------------------------------------- play

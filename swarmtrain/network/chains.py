@@ -1,0 +1,202 @@
+"""A peer's own chain of rosters with the manifests that stand on them, and those that others show; as bytes, checked.
+
+What they mean is in `membership/chains.py`; who asks for them is in `network/rounds.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from google.protobuf.message import DecodeError
+
+from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.chains import MAX_LINKS, Chain, ChainLink, flaw
+from swarmtrain.membership.rosters import Roster
+from swarmtrain.network.merging import RoundSettings
+from swarmtrain.network.roster import check_publication, publication_of, roster_untrusted
+from swarmtrain.network.signing import payload_sha256
+from swarmtrain.network.snapshots import manifest_untrusted
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["ChainStore", "ShownChain", "chain_untrusted"]
+
+_MAX_BYTES = 2 * 1024 * 1024 + 512 * 1024
+"""Of a chain on the wire, and of what is kept of the own one: a frame has 4 MiB."""
+_KEPT_BYTES = 256 * 1024
+"""Of the own chain in each checkpoint."""
+_MAX_MANIFESTS = 2048
+_MAX_KNOWN = 64
+_MAX_SHOWN = 16
+"""So many chains of others are kept, the last: heads cost nothing."""
+
+
+@dataclass(frozen=True)
+class ShownChain:
+    """A chain, and the signed form of those of its links that came with it, by their rosters' digests."""
+
+    chain: Chain
+    signed: Mapping[str, pb.ChainLink] = field(default_factory=dict)
+
+
+def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSettings) -> ShownChain:
+    """A chain that somebody shows, every signature checked; BadBytesError if anything does not fit.
+
+    Takes as long as a thousand signatures may: call it in a thread.
+    """
+    num_manifests = sum(len(link.manifests) for link in message.links)
+    if not 1 <= len(message.links) <= MAX_LINKS or num_manifests > _MAX_MANIFESTS:
+        raise BadBytesError("a chain of rosters of a size out of range")
+    links, signed = [], {}
+    for link in message.links:
+        roster = roster_untrusted(link.roster, settings.run_sha256, settings.max_tokens)
+        shown = dict(_manifest_untrusted(manifest, roster, settings) for manifest in link.manifests)
+        links.append(ChainLink(roster=roster, shown=shown))
+        signed[roster.digest] = link
+    chain = Chain(tuple(links))
+    if found := flaw(chain, ours):
+        raise BadBytesError(found)
+    return ShownChain(chain.joined_to(ours), signed)
+
+
+def _manifest_untrusted(signed: pb.Signed, roster: Roster, settings: RoundSettings) -> tuple[str, int]:
+    """(author, tokens) of a manifest that is one of this roster's entries."""
+    snapshot = manifest_untrusted(signed, settings.run_sha256, pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, settings.specs)
+    check_publication(snapshot, snapshot.author, roster.round, settings.max_tokens)
+    if publication_of(snapshot) not in roster.entries:
+        raise BadBytesError("a chain with manifests of other entries than its rosters have")
+    return snapshot.author, snapshot.manifest.tokens
+
+
+@dataclass
+class ChainStore:
+    """This peer's own chain, and what others have shown of theirs."""
+
+    chain: Chain = field(default_factory=Chain)
+    _signed: dict[str, pb.ChainLink] = field(default_factory=dict)
+    _shown: dict[str, ShownChain] = field(default_factory=dict)
+
+    # ------------------------------------------------------------- our own
+
+    def move_to(self, roster: Roster, signed: pb.Signed, manifests: Sequence[pb.Signed] = ()) -> None:
+        """The weights are those after `roster` now: merged here with these manifests, or taken from another peer."""
+        if roster.digest == self.chain.digest:
+            return
+        shown = self._shown.get(roster.digest) or self._shown.get(roster.base)
+        if roster.base == self.chain.digest and roster.digest not in self._shown:
+            shown = ShownChain(self.chain, self._signed)
+        own = pb.ChainLink(roster=signed, manifests=manifests)
+        tokens = {entry.snapshot: entry for entry in roster.entries}
+        names = (tokens.get(payload_sha256(manifest)) for manifest in manifests)
+        link = ChainLink(roster=roster, shown={entry.peer: entry.tokens for entry in names if entry is not None})
+        if shown is None:
+            self.chain, kept = Chain((link,)), {}
+        else:
+            is_there = shown.chain.digest == roster.digest
+            self.chain, kept = shown.chain if is_there else shown.chain.extended(link), {**self._signed, **shown.signed}
+        kept.setdefault(roster.digest, own)
+        self._signed = self._bounded(kept)
+        self._shown = {digest: one for digest, one in self._shown.items() if digest not in self.chain}
+
+    def _bounded(self, signed: Mapping[str, pb.ChainLink]) -> dict[str, pb.ChainLink]:
+        """The signed links of our chain, those of its end whole, those before them without manifests."""
+        kept, room_bytes = dict[str, pb.ChainLink](), _MAX_BYTES
+        for link in reversed(self.chain.links):
+            if (one := signed.get(link.roster.digest)) is None:
+                break
+            if (size_bytes := one.ByteSize()) > room_bytes:
+                one = pb.ChainLink(roster=one.roster)
+                size_bytes = one.ByteSize()
+            if size_bytes > room_bytes:
+                break
+            room_bytes -= size_bytes
+            kept[link.roster.digest] = one
+        return kept
+
+    def known(self) -> list[bytes]:
+        """Digests of our chain that tell another where its own parts from it: ever fewer, the farther back."""
+        links = self.chain.links
+        back = itertools.takewhile(lambda i: i <= len(links), (2**i for i in range(_MAX_KNOWN - 2)))
+        digests = [links[-i].roster.digest for i in back]
+        if links:
+            digests += [links[0].roster.digest, links[0].roster.base]
+        return [bytes.fromhex(digest) for digest in dict.fromkeys(digests)]
+
+    def shows(self, known: Iterable[bytes], most_bytes: int | None = None) -> pb.RosterChain:
+        """What led from the last of the rosters in `known` to ours; as much of it as a message holds, its end first."""
+        asker = {digest.hex() for digest in itertools.islice(known, _MAX_KNOWN)}
+        parts, room_bytes, num_manifests = [], _MAX_BYTES if most_bytes is None else most_bytes, 0
+        for link in reversed(self.chain.links):
+            digest = link.roster.digest
+            if digest in asker or (one := self._signed.get(digest)) is None:
+                break
+            num_manifests += len(one.manifests)
+            if one.ByteSize() > room_bytes or num_manifests > _MAX_MANIFESTS:
+                one = pb.ChainLink(roster=one.roster)
+            if (size_bytes := one.ByteSize()) > room_bytes:
+                break
+            room_bytes -= size_bytes
+            parts.append(one)
+        return pb.RosterChain(links=reversed(parts))
+
+    def kept(self) -> str:
+        """What a checkpoint keeps of our chain. From any thread."""
+        return base64.b64encode(self.shows((), _KEPT_BYTES).SerializeToString()).decode()
+
+    def restore_untrusted(self, kept: str, settings: RoundSettings) -> None:
+        """Know again what a checkpoint kept, before `move_to` is told its roster. BadBytesError if it is damaged."""
+        try:
+            message = pb.RosterChain.FromString(base64.b64decode(kept, validate=True))
+        except (DecodeError, ValueError, TypeError) as error:
+            raise BadBytesError(f"a kept chain of rosters that cannot be read: {error}") from error
+        if message.links:
+            self.keep(chain_untrusted(message, self.chain, settings))
+
+    # ------------------------------------------------------------- others'
+
+    @property
+    def shown(self) -> dict[str, Chain]:
+        """What others have shown, by the digest of the head."""
+        return {digest: one.chain for digest, one in self._shown.items()}
+
+    def lacks(self, roster: Roster | None) -> bool:
+        """Whether somebody has to show how it came to this roster: it is not ours, nor the next one."""
+        if roster is None or roster.digest in self.chain or roster.base == self.chain.digest:
+            return False
+        return roster.digest not in self._shown and roster.base not in self._shown
+
+    def keep(self, shown: ShownChain) -> None:
+        """Remember what somebody showed."""
+        self._shown.pop(shown.chain.digest, None)
+        self._shown[shown.chain.digest] = shown
+        while len(self._shown) > _MAX_SHOWN:
+            del self._shown[next(iter(self._shown))]
+
+    def keep_head(self, roster: Roster) -> None:
+        """Remember that whoever stands at this roster can show nothing: it runs a version of before."""
+        if self.lacks(roster):
+            self.keep(ShownChain(Chain((ChainLink(roster=roster),))))
+
+    def tokens_behind(self, base: str) -> int | None:
+        """What the run had counted after the roster `base`, as far as this peer has seen; None if it has not.
+
+        Of others' chains those count that begin with the run, or with a roster of ours: what is before the oldest one
+        that is shown is only claimed.
+        """
+        oldest = ((one.chain, one.chain.links[0].roster) for one in self._shown.values())
+        whole = (chain for chain, first in oldest if first.base == "" or first.digest in self.chain)
+        chains = (self.chain, *whole)
+        return next((tokens for one in chains if (tokens := one.tokens_at(base)) is not None), None)
+
+    def check_untrusted(self, roster: Roster) -> None:
+        """BadBytesError if a roster claims another round or other tokens behind it than those before it had."""
+        tokens = self.tokens_behind(roster.base)
+        if tokens is not None and roster.base_tokens != tokens:
+            raise BadBytesError(
+                f"a roster that counts {roster.base_tokens} tokens behind it where its chain has {tokens}"
+            )
+        before = self.chain.roster(roster.base)
+        if before is not None and roster.round != before.round + 1:
+            raise BadBytesError("a roster of another round than the one after its base")
