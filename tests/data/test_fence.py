@@ -142,6 +142,8 @@ def test_no_loader_of_the_library_is_a_data_set(home: Home, streaming: bool) -> 
         for folder in (None, home.data):
             with pytest.raises(UserError):
                 home.prepare(a_run(dataset=name, streaming=streaming), folder)
+    with pytest.raises(UserError, match=r"on your own data set files, text: give their folder with --data FOLDER"):
+        home.prepare(a_run(dataset="text"), None)
     (home.data / "text").mkdir()
     with pytest.raises(RunFileError, match=r'"text" is a loader of the library datasets.*\./text for a folder'):
         home.prepare(a_run(dataset="text"), home.data)
