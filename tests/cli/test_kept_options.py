@@ -17,7 +17,7 @@ from swarmtrain.membership.limits import exact_size, parse_size
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.common import PeerSettings
-from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.limits import options_of
 from swarmtrain.peer.started import Started, StartedFile
 from swarmtrain.peer.volunteer import _Volunteer
@@ -72,6 +72,15 @@ def test_a_volunteer_needs_to_be_told_nothing_the_second_time(
     assert f"as last time in {tmp_path / 'peer'}: " in said and f"--data {tmp_path / 'texts'}" in said
     assert run(["join", "--dir", str(tmp_path / "peer")]) == 0
     assert lives[2].limits == first.limits, "what was taken is remembered on"
+
+
+def test_nothing_is_said_of_a_folder_that_is_in_use(
+    lives: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(["join", "--dir", "peer", "--threads", "2"])
+    with peer_folder(tmp_path / "peer"):
+        run(["join", "--dir", "peer"])
+    assert "as last time" not in capsys.readouterr().err, "it is refused, in one line"
 
 
 def test_what_is_given_anew_replaces_what_is_remembered(lives: Lives, capsys: pytest.CaptureFixture[str]) -> None:
