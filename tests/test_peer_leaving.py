@@ -58,7 +58,7 @@ class Here:
             raise answer
         return pb.HelloReply(stay=answer)
 
-    async def tell_progress(self) -> None:
+    async def count_once_more(self) -> None:
         self.told += 1
 
     def signed_presence(self) -> pb.Signed:

@@ -410,6 +410,7 @@ class Swarm:
         expires_s = info.stamp + self.published.run.network.presence_ttl_s  # whatever its record says
         self.node.remember_addresses(peer, info.addresses, given)
         self.tallying.meet(peer)
+        self.tallying.meet(peer)
         self._report(self.membership.saw_presence(info, expires_s, swarm_time(), answered=answered))
 
     async def greet_everyone(self) -> None:

@@ -16,9 +16,11 @@ from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import Interrupted, wait_for
 from swarmtrain.peer.controlled import Controlled
+from swarmtrain.peer.driving import Driving
+from swarmtrain.peer.held_stage import HeldStage
 from swarmtrain.v1 import control_pb2, snapshot_pb2
 
-__all__ = ["hand_over"]
+__all__ = ["hand_over", "hand_over_stages"]
 
 _T = TypeVar("_T")
 _IDLE_S = 10.0
@@ -28,6 +30,8 @@ _MOST_S = 100.0
 _SAY_S = 5.0
 _AGAIN_S = 0.5
 _CALL_S = 1.0  # the process waits for it, and the user for the process, also where the daemon hangs
+_LAST_DRAIN_S = 0.5
+_STOP_DRIVING_S = 5.0
 _WAITS = "nobody else trains: the bootstrap is archiving what only this peer has; Ctrl-C again does not wait for that"
 
 
@@ -52,7 +56,7 @@ async def _tell_progress(swarm: Swarm) -> None:
     """Its last rounds count, whoever has them: the run's tokens never fall."""
     with contextlib.suppress(TimeoutError, PeerError, RunTimeError):
         async with asyncio.timeout(_CALL_S):
-            await swarm.tell_progress()
+            await swarm.count_once_more()
 
 
 async def _all_of(coming: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
@@ -114,3 +118,15 @@ def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThre
         f"'swarmtrain join --dir {folder}' brings them back"
     )
     control.emit(WarningEvent(message=message))
+
+
+def hand_over_stages(
+    control: Controlled, network: NetworkThread, driving: Driving | None, held: Sequence[HeldStage], folder: Path
+) -> None:
+    """The same of one that holds stages, once it drives no more and the rounds under way have ended."""
+    if driving is not None:
+        with contextlib.suppress(TimeoutError, RunTimeError):
+            network.run(driving.stop(_LAST_DRAIN_S), _STOP_DRIVING_S)
+    for each in held:
+        each.end_round()
+    hand_over(control, [each.swarm for each in held], network, folder)
