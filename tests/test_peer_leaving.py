@@ -31,6 +31,7 @@ class Here:
     asked: list[str] = field(default_factory=list)
     away: bool = False
     told: int = 0
+    killed: tuple[str, ...] = ()
     stop: StopFlag = field(default_factory=StopFlag)
     membership: Membership = field(default_factory=lambda: Membership("me"))
     me: PeerInfo = field(default_factory=lambda: PeerInfo(peer="me", training=True, round=5))
@@ -57,6 +58,10 @@ class Here:
         if isinstance(answer, Exception):
             raise answer
         return pb.HelloReply(stay=answer)
+
+    async def greet_some(self) -> None:
+        for peer in self.killed:
+            self.membership.call_failed(peer, 9.0, "refused")
 
     async def count_once_more(self) -> None:
         self.told += 1
@@ -134,6 +139,15 @@ def test_a_bootstrap_that_does_not_answer_keeps_nobody_while_others_train(here: 
     here.stay = [UnreachableError("nobody"), True]
     here.leave()
     assert here.asked == ["boot"] and not here.events
+
+
+def test_one_that_was_killed_a_moment_ago_does_not_train_on(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaving, "time", Minute(1.0))
+    monkeypatch.setattr(leaving, "_IDLE_S", 10.0)
+    here.saw("ben", stamp=3.0)
+    here.killed, here.stay = ("ben",), [UnreachableError("nobody"), True, False]
+    here.leave()
+    assert len(here.asked) == 3, "it waited for the bootstrap"
 
 
 @pytest.mark.parametrize("archived", [5, 6])

@@ -49,7 +49,12 @@ async def _answers(swarm: Swarm) -> list[bool | None]:
             return None
 
     bootstraps = [info.peer for info in swarm.membership.live() if info.is_bootstrap]
-    return list(await asyncio.gather(*map(ask, bootstraps)))
+    answers = list(await asyncio.gather(*map(ask, bootstraps)))
+    if all(answer is None for answer in answers):  # one that was killed a moment ago is believed to train on
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CALL_S):
+                await swarm.greet_some()
+    return answers
 
 
 async def _tell_progress(swarm: Swarm) -> None:
