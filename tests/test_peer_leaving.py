@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ class Here:
     away: bool = False
     told: int = 0
     killed: tuple[str, ...] = ()
+    hangs: bool = False
     stop: StopFlag = field(default_factory=StopFlag)
     membership: Membership = field(default_factory=lambda: Membership("me"))
     me: PeerInfo = field(default_factory=lambda: PeerInfo(peer="me", training=True, round=5))
@@ -59,6 +61,11 @@ class Here:
             raise answer
         return pb.HelloReply(stay=answer)
 
+    async def addresses(self) -> tuple[str, ...]:
+        if self.hangs:
+            await asyncio.Event().wait()
+        return ()
+
     async def greet_some(self) -> None:
         for peer in self.killed:
             self.membership.call_failed(peer, 9.0, "refused")
@@ -80,7 +87,7 @@ class Here:
     def calls(self) -> Here:
         return self
 
-    rounds = store = calls
+    rounds = store = node = calls
 
 
 @pytest.fixture
@@ -163,6 +170,14 @@ def test_a_bootstrap_that_has_ended_is_not_waited_for_and_the_work_is_named(here
     here.leave()
     (kept,) = here.events
     assert here.asked == [] and isinstance(kept, WarningEvent) and "/home/ada/run" in kept.message
+
+
+def test_who_cannot_hear_anybody_waits_for_nobody(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own daemon hangs: that no bootstrap answers says nothing."""
+    monkeypatch.setattr(leaving, "_CALL_S", 0.05)
+    here.hangs, here.stay = True, [UnreachableError("nobody")] * 100
+    here.leave()
+    assert here.asked == [] and not here.events
 
 
 def test_who_has_merged_no_round_has_nothing_to_lose(here: Here) -> None:

@@ -64,6 +64,16 @@ async def _tell_progress(swarm: Swarm) -> None:
             await swarm.count_once_more()
 
 
+async def _is_deaf(swarm: Swarm) -> bool:
+    """Whether this peer's own daemon does not answer: then nobody's silence says anything."""
+    try:
+        async with asyncio.timeout(_CALL_S):
+            await swarm.node.addresses()
+    except TimeoutError:
+        return True
+    return False
+
+
 async def _all_of(coming: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
     return list(await asyncio.gather(*coming))
 
@@ -85,7 +95,10 @@ def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThre
 
     control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: asking whether anybody else has what this peer has")
     try:
+        asking = network.submit(_is_deaf(swarms[0]))
         wait_for(network.submit(_all_of(map(_tell_progress, swarms))), stop)
+        if wait_for(asking, stop):
+            return
         while True:
             answers = wait_for(network.submit(_all_of(map(_answers, swarms))), stop)
             now = time.monotonic()
