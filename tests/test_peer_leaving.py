@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ class Here:
     asked: list[str] = field(default_factory=list)
     away: bool = False
     told: int = 0
+    killed: tuple[str, ...] = ()
+    hangs: bool = False
     stop: StopFlag = field(default_factory=StopFlag)
     membership: Membership = field(default_factory=lambda: Membership("me"))
     me: PeerInfo = field(default_factory=lambda: PeerInfo(peer="me", training=True, round=5))
@@ -58,7 +61,16 @@ class Here:
             raise answer
         return pb.HelloReply(stay=answer)
 
-    async def tell_progress(self) -> None:
+    async def addresses(self) -> tuple[str, ...]:
+        if self.hangs:
+            await asyncio.Event().wait()
+        return ()
+
+    async def greet_some(self) -> None:
+        for peer in self.killed:
+            self.membership.call_failed(peer, 9.0, "refused")
+
+    async def count_once_more(self) -> None:
         self.told += 1
 
     def signed_presence(self) -> pb.Signed:
@@ -75,7 +87,7 @@ class Here:
     def calls(self) -> Here:
         return self
 
-    rounds = store = calls
+    rounds = store = node = calls
 
 
 @pytest.fixture
@@ -136,6 +148,15 @@ def test_a_bootstrap_that_does_not_answer_keeps_nobody_while_others_train(here: 
     assert here.asked == ["boot"] and not here.events
 
 
+def test_one_that_was_killed_a_moment_ago_does_not_train_on(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaving, "time", Minute(1.0))
+    monkeypatch.setattr(leaving, "_IDLE_S", 10.0)
+    here.saw("ben", stamp=3.0)
+    here.killed, here.stay = ("ben",), [UnreachableError("nobody"), True, False]
+    here.leave()
+    assert len(here.asked) == 3, "it waited for the bootstrap"
+
+
 @pytest.mark.parametrize("archived", [5, 6])
 def test_what_is_archived_already_keeps_nobody(here: Here, archived: int) -> None:
     here.saw("boot", stamp=3.0, round=archived)
@@ -149,6 +170,14 @@ def test_a_bootstrap_that_has_ended_is_not_waited_for_and_the_work_is_named(here
     here.leave()
     (kept,) = here.events
     assert here.asked == [] and isinstance(kept, WarningEvent) and "/home/ada/run" in kept.message
+
+
+def test_who_cannot_hear_anybody_waits_for_nobody(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own daemon hangs: that no bootstrap answers says nothing."""
+    monkeypatch.setattr(leaving, "_CALL_S", 0.05)
+    here.hangs, here.stay = True, [UnreachableError("nobody")] * 100
+    here.leave()
+    assert here.asked == [] and not here.events
 
 
 def test_who_has_merged_no_round_has_nothing_to_lose(here: Here) -> None:

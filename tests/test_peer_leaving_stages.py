@@ -16,8 +16,9 @@ from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.peer import pipeline, pipeline_bootstrap
+from swarmtrain.peer import leaving, pipeline_bootstrap
 from swarmtrain.peer.held_stage import HeldStage
+from swarmtrain.peer.leaving import hand_over_stages
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.pipeline import PipelineVolunteer
 from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
@@ -168,16 +169,11 @@ def test_a_volunteer_hands_over_all_its_stages_before_it_leaves(monkeypatch: pyt
     stages = [StageStandIn(ended("interrupted"), []), StageStandIn(ended(BROKEN), [])]
     for stage in stages:
         stage.keeper = SimpleNamespace(checkpointer=SimpleNamespace(flush=done.append))  # type: ignore[assignment]
-    one = volunteer(*stages)
-    one.stop, one.control, one.network = SimpleNamespace(failure=None), "control", "network"
-    one.folder = SimpleNamespace(path=Path("/home/ada/run"))
-    monkeypatch.setattr(pipeline, "hand_over", lambda *what: done.append(what))
-    PipelineVolunteer._hand_over(one)
-    assert all(stage.pause.held for stage in stages)
-    assert (
-        done[-1] == ("control", [stage.swarm for stage in stages], "network", Path("/home/ada/run")) and len(done) == 3
-    )
-    done.clear()
-    one.stop.failure = "the network daemon ended"
-    PipelineVolunteer._hand_over(one)
-    assert not done
+    stopped: list[float] = []
+    network: Any = SimpleNamespace(run=lambda work, limit_s: stopped.append(work))
+    driving: Any = SimpleNamespace(stop=lambda limit_s: limit_s)
+    control: Any = "control"
+    monkeypatch.setattr(leaving, "hand_over", lambda *what: done.append(what))
+    hand_over_stages(control, network, driving, stages, Path("/home/ada/run"))
+    assert all(stage.pause.held for stage in stages) and len(stopped) == 1
+    assert done[2:] == [("control", [stage.swarm for stage in stages], network, Path("/home/ada/run"))]

@@ -32,13 +32,17 @@ class Leave(Enum):
 
 
 def before_leaving(membership: Membership, answers: Sequence[bool | None], round: int, waited_s: float) -> Leave:
-    """What one does that would leave, and has waited so long. `answers`: of each bootstrap asked whether it is to stay,
-    None where it did not answer. `round`: so many it has merged; what a bootstrap told last of its archive counts."""
+    """What one does that would leave, and has waited so long.
+
+    `answers`: of each bootstrap asked whether it is to stay, None where it did not answer; where none did, the others
+    were asked how far they are, so that it is known who is there. `round`: so many it has merged; what a bootstrap told
+    last of its archive counts.
+    """
     if any(answers):
         return Leave.HAND_OVER
     bootstraps = [info for info in membership.known() if info.is_bootstrap]
     has_told = any(answer is False for answer in answers) or any(info.round >= round for info in bootstraps)
-    if has_told or membership.volunteers() or not round:
+    if has_told or membership.answering() or not round:
         return Leave.GO
     if all(membership.state(info.peer) is PeerState.LEFT for info in bootstraps):
         return Leave.GO_UNARCHIVED  # none is on its way

@@ -375,10 +375,6 @@ class Swarm:
         self._renew()
         presence = pb.Record(run_sha256=self._run_bytes, presence=presence_to_proto(self.me))
         await self._records.store(presence, self.published.run.network.presence_ttl_s)
-        await self.tell_progress()
-
-    async def tell_progress(self) -> None:
-        """Store what we have trained, if we train: also whoever leaves tells of its last rounds."""
         safe = self.durable() if self.durable is not None else self.offer.progress
         if self.me.training and safe is not None:
             tokens = self.tallying.own_to_tell(safe.peer_tokens.get(self.identity.peer_id, 0))

@@ -6,6 +6,7 @@ one stage's. A peer that holds several stages has several of these.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -46,6 +47,8 @@ _log = logging.getLogger(__name__)
 _LEAVING = "leaving"
 _END_S = 30.0
 _GOODBYE_S = 1.0
+_LAST_ROUND_S = 2.0
+_LAST_FLUSH_S = 1.0
 _SURE_SHARE = 0.6
 """How long a stage's round lasts is its drivers' doing, and changes from one to the next."""
 
@@ -185,6 +188,13 @@ class HeldStage:
         except BaseException as error:  # whoever waits for it raises it
             _log.info("stage %d ends: %r", self.number, error)
             self.training.set_exception(error)
+
+    def end_round(self) -> None:
+        """Finish the round under way and have it written, some seconds at most: the stage is served on as it is."""
+        self.pause.hold(_LEAVING, "this peer leaves the stage")
+        with contextlib.suppress(TimeoutError):
+            self.training.exception(_LAST_ROUND_S)  # what ended it is raised by `end`
+        self.keeper.checkpointer.flush(_LAST_FLUSH_S)
 
     def end(self) -> None:
         """Finish the piece of work, say goodbye to the others of the stage, and keep the last round. Raises what ended

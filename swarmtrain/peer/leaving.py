@@ -16,9 +16,11 @@ from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import Interrupted, wait_for
 from swarmtrain.peer.controlled import Controlled
+from swarmtrain.peer.driving import Driving
+from swarmtrain.peer.held_stage import HeldStage
 from swarmtrain.v1 import control_pb2, snapshot_pb2
 
-__all__ = ["hand_over"]
+__all__ = ["hand_over", "hand_over_stages"]
 
 _T = TypeVar("_T")
 _IDLE_S = 10.0
@@ -28,6 +30,8 @@ _MOST_S = 100.0
 _SAY_S = 5.0
 _AGAIN_S = 0.5
 _CALL_S = 1.0  # the process waits for it, and the user for the process, also where the daemon hangs
+_LAST_DRAIN_S = 0.5
+_STOP_DRIVING_S = 5.0
 _WAITS = "nobody else trains: the bootstrap is archiving what only this peer has; Ctrl-C again does not wait for that"
 
 
@@ -45,14 +49,29 @@ async def _answers(swarm: Swarm) -> list[bool | None]:
             return None
 
     bootstraps = [info.peer for info in swarm.membership.live() if info.is_bootstrap]
-    return list(await asyncio.gather(*map(ask, bootstraps)))
+    answers = list(await asyncio.gather(*map(ask, bootstraps)))
+    if all(answer is None for answer in answers):  # one that was killed a moment ago is believed to train on
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CALL_S):
+                await swarm.greet_some()
+    return answers
 
 
 async def _tell_progress(swarm: Swarm) -> None:
     """Its last rounds count, whoever has them: the run's tokens never fall."""
     with contextlib.suppress(TimeoutError, PeerError, RunTimeError):
         async with asyncio.timeout(_CALL_S):
-            await swarm.tell_progress()
+            await swarm.count_once_more()
+
+
+async def _is_deaf(swarm: Swarm) -> bool:
+    """Whether this peer's own daemon does not answer: then nobody's silence says anything."""
+    try:
+        async with asyncio.timeout(_CALL_S):
+            await swarm.node.addresses()
+    except TimeoutError:
+        return True
+    return False
 
 
 async def _all_of(coming: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
@@ -76,7 +95,10 @@ def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThre
 
     control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: asking whether anybody else has what this peer has")
     try:
+        asking = network.submit(_is_deaf(swarms[0]))
         wait_for(network.submit(_all_of(map(_tell_progress, swarms))), stop)
+        if wait_for(asking, stop):
+            return
         while True:
             answers = wait_for(network.submit(_all_of(map(_answers, swarms))), stop)
             now = time.monotonic()
@@ -114,3 +136,15 @@ def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThre
         f"'swarmtrain join --dir {folder}' brings them back"
     )
     control.emit(WarningEvent(message=message))
+
+
+def hand_over_stages(
+    control: Controlled, network: NetworkThread, driving: Driving | None, held: Sequence[HeldStage], folder: Path
+) -> None:
+    """The same of one that holds stages, once it drives no more and the rounds under way have ended."""
+    if driving is not None:
+        with contextlib.suppress(TimeoutError, RunTimeError):
+            network.run(driving.stop(_LAST_DRAIN_S), _STOP_DRIVING_S)
+    for each in held:
+        each.end_round()
+    hand_over(control, [each.swarm for each in held], network, folder)

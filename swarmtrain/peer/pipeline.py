@@ -51,7 +51,7 @@ from swarmtrain.peer.driving import Driving, TellRetries
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.held_stage import HeldStage, SlowedWork, StageSite
 from swarmtrain.peer.keeping import Keeper, kept_stages
-from swarmtrain.peer.leaving import hand_over
+from swarmtrain.peer.leaving import hand_over_stages
 from swarmtrain.peer.microbatches import MicrobatchSource, NoBatches
 from swarmtrain.peer.moving import Mover
 from swarmtrain.peer.pausing import PauseSwitch
@@ -76,8 +76,6 @@ _COMPANY_S = 1.0
 """Once enough are here, for so long nobody decides: by then all have seen each other."""
 _LINGER_S = 60.0
 _STOP_DRIVING_S = 15.0
-_LAST_ROUND_S = 2.0
-_LAST_FLUSH_S = 1.0
 _LAST_DRAIN_S = 0.5
 _SWITCH_S = 0.0005
 """The threads that compute and the network's thread share one lock of Python's. Each message of a microbatch waits for
@@ -151,7 +149,8 @@ class PipelineVolunteer:
             self._finish()
             return self._done("total_tokens")
         except Interrupted:
-            self._hand_over()
+            driving, self._driving = self._driving, None
+            hand_over_stages(self.control, self.network, driving, list(self.held.values()), self.folder.path)
             return self._done(self.stop.reason)
         finally:
             self._leave_everything()
@@ -584,24 +583,6 @@ class PipelineVolunteer:
                 for held in self.held.values():
                     self._wait(held.swarm.greet_everyone())
                 self.stop.sleep(0.3)
-
-    def _hand_over(self) -> None:
-        """It was asked to leave: end the rounds under way, and let a bootstrap archive what nobody else has."""
-        held = list(self.held.values())
-        if not held or self.stop.failure is not None:
-            return
-        driving, self._driving = self._driving, None
-        try:
-            if driving is not None:
-                self.network.run(driving.stop(_LAST_DRAIN_S), _STOP_DRIVING_S)
-            for each in held:
-                each.pause.hold("leaving", "this peer leaves")
-            for each in held:
-                each.training.exception(_LAST_ROUND_S)  # what ended it is told by those who end the stage
-                each.keeper.checkpointer.flush(_LAST_FLUSH_S)
-        except (TimeoutError, RunTimeError) as error:
-            _log.info("leaving: a stage has not ended its round: %r", error)
-        hand_over(self.control, [each.swarm for each in held], self.network, self.folder.path)
 
     def _leave_everything(self) -> None:
         """Goodbye to everyone; within a few seconds."""

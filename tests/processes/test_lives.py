@@ -90,6 +90,7 @@ def test_short_lives_one_after_another_end_in_an_archive(swarm: Swarm) -> None:
     swarm.interrupt_all([bootstrap])
 
 
+@pytest.mark.long
 def test_an_old_folder_put_back_takes_nothing_away(swarm: Swarm) -> None:
     """Of the bootstrap, and moved: the volunteers go on, and what they hold is archived though the folder is old."""
     file = run_file(swarm.folder)
