@@ -523,6 +523,9 @@ class Rounds:
         """Take in an answer about the round; whether it brought anything."""
         is_new = False
         self._hear_untrusted(peer, reply)
+        if reply.HasField("last_roster"):  # whoever has applied one hands it out, whatever others of the round it knows
+            last = self._roster_untrusted(reply.last_roster)
+            is_new = last.round == round and self._keep(known, last, reply.last_roster)
         if reply.HasField("publication"):
             kind = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT
             snapshot = manifest_untrusted(reply.publication, self.settings.run_sha256, kind, self.settings.specs)
@@ -673,6 +676,8 @@ class Rounds:
         async def check(source: str, roster: Roster) -> None:
             if roster.digest not in self.chains.shown:
                 await self._ask_chain(source)
+            if source in known.unobtainable and source in roster.peers:
+                raise UnreachableError("its roster has a publication of its own on it, which it does not deliver")
             if not self._chain_view(known).holds(roster):
                 raise UnreachableError("its state does not hold against this peer's")
 

@@ -471,8 +471,9 @@ class Volunteer(Transfers):
         self._now.known[peer] = reply.version
         if reply.publication is not None and reply.publication.base == self._base:
             self._now.announced[peer] = reply.publication
-        if reply.roster is not None and self._keep(reply.roster):
-            self._news()
+        for roster in (reply.roster, reply.told.last):  # whoever has applied one hands it out, whatever others it knows
+            if roster is not None and self._keep(roster):
+                self._news()
 
     def asked(self, request: RoundRequest, call: Any) -> None:
         """Another peer asks about a round: answered at once if it lacks something, else held."""
