@@ -187,8 +187,7 @@ class Volunteer(Transfers):
         return chain_view(
             self.chain,
             {chain.digest: chain for chain in chains},
-            self._told,
-            peers=self.membership.heard_at_s(),
+            {peer: self._told.get(peer) for peer in self.membership.heard_at_s()},
             since_s=since_s,
             me=self.name,
             is_away=self.phase is Phase.JOINING or self._listening_since_s > self._now.started_s,
@@ -307,8 +306,7 @@ class Volunteer(Transfers):
         found = standings(
             self.last,
             self.round,
-            self._told,
-            peers=heard_at_s.keys() - distrusted,
+            {peer: self._told.get(peer) for peer in heard_at_s.keys() - distrusted},
             since_s=r.started_s,
             undeliverable=r.undeliverable,
             holds=self._chains(r.started_s).holds,

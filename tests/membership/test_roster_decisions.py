@@ -372,7 +372,8 @@ def test_the_standings_of_all() -> None:
     }
     peers = [*told.keys() - {"gone"}, "unknown"]
     since: dict[str, Any] = {"since_s": 2.0, "undeliverable": {"refused", "guest", "with"}}
-    found = standings(mine, 2, told, peers=peers, holds=lambda heard: heard == theirs[2], **since)
+    of_all = {peer: told.get(peer) for peer in peers}
+    found = standings(mine, 2, of_all, holds=lambda heard: heard == theirs[2], **since)
     assert found.of[Standing.WITH_US] == {"with", "unknown", "old"}, "what was told before the round is forgotten"
     assert found.of[Standing.AHEAD] == {"ahead", "old-ahead"}, "but for a roster that holds against ours"
     assert found.of[Standing.GUEST] == {"guest", "refused"}, "what nobody can have is nobody's to wait for"

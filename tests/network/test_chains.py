@@ -22,7 +22,8 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
 from swarmtrain.network.merging import Merger, RoundSettings
 from swarmtrain.network.roster import publication_of, sign_roster
-from swarmtrain.network.rounds import Merged, NewState, Outcome, Rounds, _Round
+from swarmtrain.network.round_state import KnownRound
+from swarmtrain.network.rounds import Merged, NewState, Outcome, Rounds
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -233,6 +234,10 @@ def bytes_come(monkeypatch: pytest.MonkeyPatch) -> None:
             raise UnreachableError("it delivers nothing")
         return PUBLISHED[sha256].snapshot.signed
 
+    async def at_once(work: Any, *args: Any) -> Any:  # a thread takes real time, in which the virtual clock runs on
+        return work(*args)
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
     monkeypatch.setattr(Merger, "pull", pull)
     monkeypatch.setattr(merging, "pull_manifest", pull_manifest)
 
@@ -367,7 +372,7 @@ def test_a_roster_that_counts_other_tokens_than_its_base_is_not_kept() -> None:
 
     async def run() -> list[str]:
         rounds, refused = rounds_of(A, own, peers(b=common()))
-        known = _Round()
+        known = KnownRound()
         reply = pb.RoundReply(current_round=2, last_roster=rounds.last[1] if rounds.last else None, roster=other)
         rounds._read_untrusted(entry_of.round, known, B.peer_id, reply)
         assert not known.rosters
