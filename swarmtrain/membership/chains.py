@@ -148,8 +148,8 @@ def _tokens(branch: Sequence[ChainLink], electors: frozenset[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Stands:
-    """Where everybody stands: `told` says which roster each of the others told that it applied last, `unheard` who lives
-    and has yet to tell, `known` what chains end with those rosters; `me` stands on the head of our own."""
+    """Where everybody stands: `told` says which roster each of the others told that it applied last, `unheard` who
+    lives and has yet to tell, `known` what chains end with those rosters; `me` stands on the head of our own."""
 
     told: Mapping[str, str] = field(default_factory=dict)
     me: str = ""
