@@ -26,6 +26,7 @@ from swarmtrain.membership.rosters import (
     is_silent,
     joining_steps,
     peers_to_ask,
+    pulls_whole,
     round_steps,
     share_due_s,
     share_ranges,
@@ -357,6 +358,14 @@ def test_standings() -> None:
 
 
 # ---------------------------------------------------------------- whom to ask, shares, steps
+
+
+def test_a_group_whose_signer_lists_only_what_it_holds_pulls_everything() -> None:
+    """Guests that publish nothing make it no larger: else the signer waits for bytes that nobody pulls."""
+    small = view("a", "b", published="ab", held=frozenset("a"), share_above=2, guests=frozenset("gh"))
+    assert isinstance(decide(small, 101), Wait) and pulls_whole(small)
+    assert not pulls_whole(view("a", "b", published="abg", share_above=2, guests=frozenset("g")))
+    assert signed(decide(view("a", "bc", published="abc", held=frozenset("a"), share_above=2), 101)) == "abc"
 
 
 def test_the_standings_of_all() -> None:
