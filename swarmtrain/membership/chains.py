@@ -16,7 +16,6 @@ Pure, as `rosters.py`. The same evidence gives everybody the same answer.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from functools import cached_property
 
 from swarmtrain.membership.rosters import Roster, Told, better_roster
 
-__all__ = ["MAX_LINKS", "Chain", "ChainLink", "ChainView", "chain_holds", "chain_view", "flaw"]
+__all__ = ["MAX_LINKS", "Chain", "ChainLink", "ChainView", "Stands", "chain_holds", "chain_view", "flaw"]
 
 MAX_LINKS = 512
 """Rosters that a chain keeps, the newest."""
@@ -147,20 +146,20 @@ def _tokens(branch: Sequence[ChainLink], electors: frozenset[str]) -> int:
     return sum(tokens for link in branch for peer, tokens in link.shown.items() if not electors or peer in electors)
 
 
-def chain_holds(
-    theirs: Chain,
-    ours: Chain,
-    stands: Mapping[str, str],
-    me: str = "",
-    *,
-    is_away: bool = False,
-    unheard: frozenset[str] = frozenset(),
-    known: Mapping[str, Chain] | None = None,
-) -> bool:
-    """Whether `theirs` holds against `ours`, on whose head `me` stands.
+@dataclass(frozen=True, kw_only=True)
+class Stands:
+    """Where everybody stands: `told` says which roster each of the others told that it applied last, `unheard` who
+    lives and has yet to tell, `known` what chains end with those rosters; `me` stands on the head of our own."""
 
-    `stands` says which roster each of the other peers told that it applied last, `unheard` who lives and has yet to
-    tell, `known` what chains end with those rosters.
+    told: Mapping[str, str] = field(default_factory=dict)
+    me: str = ""
+    is_away: bool = False
+    unheard: frozenset[str] = frozenset()
+    known: Mapping[str, Chain] = field(default_factory=dict)
+
+
+def chain_holds(theirs: Chain, ours: Chain, stands: Stands) -> bool:
+    """Whether `theirs` holds against `ours`.
 
     `theirs` may extend `ours`: then those who stand on our head, or went on from there otherwise, speak against it. One
     that `is_away`, since it slept or was not there, does not count itself among those. Of one roster more those speak
@@ -179,16 +178,17 @@ def chain_holds(
     own_digests, their_digests = _digests(our_branch) or {ours.digest}, _digests(their_branch)
 
     def is_beyond(digest: str, head: str) -> bool:
-        chain = None if known is None else known.get(digest)
+        chain = stands.known.get(digest)
         return chain is not None and head in chain
 
     gone_on = {
-        peer for peer, digest in stands.items() if digest in their_digests or is_beyond(digest, theirs.digest)
-    } - {me}
-    staying = {peer for peer, digest in stands.items() if digest in own_digests or is_beyond(digest, ours.digest)}
-    staying = (staying - gone_on) | (unheard - _authors(their_signed))
-    if me:
-        staying = staying - {me} if is_away and (not our_branch or common is None) else staying | {me}
+        peer for peer, digest in stands.told.items() if digest in their_digests or is_beyond(digest, theirs.digest)
+    } - {stands.me}
+    staying = {peer for peer, digest in stands.told.items() if digest in own_digests or is_beyond(digest, ours.digest)}
+    staying = (staying - gone_on) | (stands.unheard - _authors(their_signed))
+    if stands.me:
+        is_nowhere = stands.is_away and (not our_branch or common is None)
+        staying = staying - {stands.me} if is_nowhere else staying | {stands.me}
     electors = _electors(ours, theirs, common)
     own = (
         len(electors & (_authors(our_signed) | staying)),
@@ -262,15 +262,14 @@ class ChainView:
         best = self.ours
         for digest in sorted(chains, key=lambda digest: (-standing[digest], len(chains[digest].links), digest)):
             is_ours = best is self.ours  # else this peer would go with it; of the unheard nothing is known then
-            if chain_holds(
-                chains[digest],
-                best,
-                self.stands,
-                self.me,
+            stands = Stands(
+                told=self.stands,
+                me=self.me,
                 is_away=self.is_away,
                 unheard=self.unheard if is_ours else frozenset(),
                 known=chains,
-            ):
+            )
+            if chain_holds(chains[digest], best, stands):
                 best = chains[digest]
         return None if best is self.ours else best
 
@@ -278,21 +277,19 @@ class ChainView:
 def chain_view(
     ours: Chain,
     shown: Mapping[str, Chain],
-    told: Mapping[str, tuple[float, Told]],
+    told: Mapping[str, tuple[float, Told] | None],
     *,
-    peers: Iterable[str],
     since_s: float,
     me: str,
     is_away: bool,
 ) -> ChainView:
-    """What `peers`, who live, have told since `since_s`. What was told before says nothing any more of a peer that was
-    on our chain then: it may have gone on."""
+    """What those who live have `told` since `since_s`; None of one that has told nothing. What was told before says
+    nothing any more of a peer that was on our chain then: it may have gone on."""
     heads, stands, unheard = dict[str, Roster](), dict[str, str](), set[str]()
-    for peer in peers:
-        told_s, last_told = told.get(peer, (-math.inf, None))
-        last = None if last_told is None else last_told.last
+    for peer, one in told.items():
+        last = None if one is None else one[1].last
         digest = "" if last is None else last.digest
-        if last_told is None or (told_s < since_s and digest in ours):
+        if one is None or (one[0] < since_s and digest in ours):
             unheard.add(peer)
             continue
         stands[peer] = digest

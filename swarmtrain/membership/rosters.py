@@ -21,7 +21,7 @@ import hashlib
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -258,23 +258,23 @@ class Standings:
 def standings(
     applied: Roster | None,
     round: int,
-    told: Mapping[str, tuple[float, Told]],
+    told: Mapping[str, tuple[float, Told] | None],
     *,
-    peers: Iterable[str],
     since_s: float,
     undeliverable: Container[str],
     holds: Callable[[Roster | None], bool],
 ) -> Standings:
-    """How `peers` stand to a peer in `round` that applied `applied` last, by what they told and when.
+    """How the others stand to a peer in `round` that applied `applied` last, by what they told and when.
 
     What was told before `since_s`, the start of the round, says nothing any more, unless its roster holds against
     ours. Of whom nothing is known is with us. The weights of the `undeliverable` could not be had: they are guests.
     """
-    with_us, their_last = set(peers), set[str]()
+    with_us, their_last = set(told), set[str]()
     rest: dict[Standing, set[str]] = {kind: set() for kind in Standing}
-    for peer, (told_s, last_told) in told.items():
-        if peer not in with_us or (told_s < since_s and not holds(last_told.last)):
+    for peer, one in told.items():
+        if one is None or (one[0] < since_s and not holds(one[1].last)):
             continue
+        last_told = one[1]
         kind = standing(applied, round, last_told, holds)
         if kind is Standing.WITH_US:
             continue

@@ -28,7 +28,6 @@ from swarmtrain.membership.rosters import (
     Standing,
     Told,
     Wait,
-    better_roster,
     decide,
     idled,
     is_silent,
@@ -44,10 +43,10 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.merging import Average, Merger, RoundSettings, UnobtainableError
 from swarmtrain.network.roster import check_publication, publication_of, roster_untrusted, sign_roster
+from swarmtrain.network.round_state import KnownRound, Merged, RoundWork
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.signing import payload_sha256
 from swarmtrain.network.snapshots import Held, SnapshotStore, empty_held, manifest_untrusted
-from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Merged", "NewState", "Outcome", "Rounds"]
@@ -68,61 +67,7 @@ _CHAIN_AGAIN_S = 1.0
 _CHAIN_TRIES = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Merged:
-    """The mean pseudo-gradient of a roster, as the bytes of one fp32 vector."""
-
-    roster: Roster
-    mean: bytearray
-    left_out: tuple[str, ...] = ()
-
-
 Outcome = Merged | NewState
-
-
-@dataclass
-class _Round:
-    """What is known of one round."""
-
-    started_s: float = 0.0
-    ended_s: float = 0.0
-    publications: dict[str, Held] = field(default_factory=dict)
-    rosters: dict[str, tuple[Roster, pb.Signed]] = field(default_factory=dict)
-    share: Held | None = None
-    asked_at_s: dict[str, float] = field(default_factory=dict)
-    answered_at_s: dict[str, float] = field(default_factory=dict)
-    """When what each peer answered last was asked."""
-    unobtainable: set[str] = field(default_factory=set)
-    undeliverable: set[str] = field(default_factory=set)
-    distrusted: set[str] = field(default_factory=set)
-    """Peers that sent something malformed about this round: asked again, but not waited for."""
-    impossible: set[str] = field(default_factory=set)
-    """Digests of rosters that name a publication of ours that we never made."""
-
-    def best(self) -> tuple[Roster, pb.Signed] | None:
-        roster = better_roster([roster for roster, _ in self.rosters.values()])
-        return None if roster is None else next(pair for pair in self.rosters.values() if pair[0] == roster)
-
-
-@dataclass
-class _Work:
-    """What runs beside the deciding: questions by PeerID, pulls by snapshot, and one merge, of the roster `merging`."""
-
-    asking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    pulling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    merging: str = ""
-    merge: asyncio.Task[Merged | None] | None = None
-
-    async def give_up_merge(self) -> None:
-        """The decision is another one now."""
-        if self.merge is not None:
-            await end_tasks([self.merge])
-            self.merge = None
-
-    async def cancel(self) -> None:
-        """The round is over."""
-        await self.give_up_merge()
-        await end_tasks([*self.asking.values(), *self.pulling.values()])
 
 
 @dataclass
@@ -159,7 +104,7 @@ class Rounds:
     _told: dict[str, tuple[float, Told]] = field(default_factory=dict)
     _chain_asked_s: dict[str, float] = field(default_factory=dict)
     _last_sha256: dict[str, bytes] = field(default_factory=dict)
-    _rounds: dict[int, _Round] = field(default_factory=dict)
+    _rounds: dict[int, KnownRound] = field(default_factory=dict)
     _checked: dict[str, Roster] = field(default_factory=dict)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -191,7 +136,7 @@ class Rounds:
             reply.last_roster.CopyFrom(self.last[1])
         if request.wants_chain:
             reply.chain.CopyFrom(self.chains.shows(request.chain_known))
-        known = self._rounds.get(request.round, _Round())
+        known = self._rounds.get(request.round, KnownRound())
         is_news = self.away or self.current_round > request.round or request.wants_chain
         own = known.publications.get(self.identity.peer_id)
         if own is not None and not request.has_publication:
@@ -259,11 +204,11 @@ class Rounds:
 
     async def finish(self, round: int, publication: Held, started_s: float) -> Outcome:
         """Publish, agree on a roster and merge it; returns the mean, or the state of those who went on without us."""
-        known = self._rounds[round] = _Round(started_s=started_s, ended_s=swarm_time())
+        known = self._rounds[round] = KnownRound(started_s=started_s, ended_s=swarm_time())
         known.publications[self.identity.peer_id] = publication
         self.store.add(publication)
         self.tell()
-        work = _Work()
+        work = RoundWork()
         try:
             while True:
                 outcome = await self._step(round, known, work)
@@ -278,7 +223,7 @@ class Rounds:
             self.waiting_for = ""
             known.publications = {self.identity.peer_id: publication}  # the others' bytes are not needed any more
 
-    async def _step(self, round: int, known: _Round, work: _Work) -> Outcome | None:
+    async def _step(self, round: int, known: KnownRound, work: RoundWork) -> Outcome | None:
         """Decide once, and do it or wait for news. A merge goes on beside the asking, and is given up for a better
         decision."""
         news = self._news
@@ -287,6 +232,8 @@ class Rounds:
         view = self._view(round, known)
         self._keep_asking(round, known, view, work)
         decision = decide(view, swarm_time())
+        if isinstance(decision, Sign) and self._lacks_chains(known):
+            decision = Wait(until_s=swarm_time() + _RETRY_S, reason="others are asked how they came to where they are")
         self.waiting_for = decision.reason
         self.waiting_until_s = decision.until_s if isinstance(decision, Wait) else 0.0
         wait_s = _LOOK_S
@@ -316,14 +263,13 @@ class Rounds:
             self.stood_still(swarm_time())
         return None
 
-    def _view(self, round: int, known: _Round) -> RoundView:
+    def _view(self, round: int, known: KnownRound) -> RoundView:
         heard_at_s = self.membership.heard_at_s()
         distrusted = known.distrusted.intersection(heard_at_s)
         found = standings(
             None if self.last is None else self.last[0],
             round,
-            self._told,
-            peers=heard_at_s.keys() - distrusted,
+            {peer: self._told.get(peer) for peer in heard_at_s.keys() - distrusted},
             since_s=known.started_s,
             undeliverable=known.undeliverable,
             holds=self._chain_view(known, distrusted).holds,
@@ -354,19 +300,24 @@ class Rounds:
             idle=self._signers.idle(round),
         )
 
-    def _chain_view(self, known: _Round, distrusted: Collection[str] = ()) -> ChainView:
+    def _chain_view(self, known: KnownRound, distrusted: Collection[str] = ()) -> ChainView:
         """Which chain holds, for a peer in the midst of this round."""
         return chain_view(
             self.chains.chain,
             self.chains.shown,
-            self._told,
-            peers=self.membership.heard_at_s().keys() - distrusted,
+            {peer: self._told.get(peer) for peer in self.membership.heard_at_s().keys() - distrusted},
             since_s=known.started_s,
             me=self.identity.peer_id,
             is_away=self.listening_since_s > known.started_s,
         )
 
-    def _name_unproved(self, known: _Round) -> None:
+    def _lacks_chains(self, known: KnownRound) -> bool:
+        """Whether somebody has yet to show its chain, for which it has as long as it may be silent."""
+        now, told = swarm_time(), self._told.keys() & self.membership.heard_at_s().keys()
+        lacking = [peer for peer in told if self.chains.lacks(self._told[peer][1].last)]
+        return any(now < known.lacking_s.setdefault(peer, now) + self.settings.silence_s for peer in lacking)
+
+    def _name_unproved(self, known: KnownRound) -> None:
         """Tell of those who claim more tokens than there are here, and neither show their chain nor move anybody."""
         own_tokens, view = 0 if self.last is None else self.last[0].total_tokens, self._chain_view(known)
         for peer, digest in view.stands.items():
@@ -377,7 +328,7 @@ class Rounds:
                 detail = f"a roster with {head.base_tokens} tokens behind it, of which it shows nothing"
                 self.refused(peer, BadBytesError(detail))
 
-    def _sign(self, round: int, known: _Round, decision: Sign) -> None:
+    def _sign(self, round: int, known: KnownRound, decision: Sign) -> None:
         applied = None if self.last is None else self.last[0]
         roster = Roster(
             round=round,
@@ -395,7 +346,7 @@ class Rounds:
     def _base(self) -> str:
         return "" if self.last is None else self.last[0].digest
 
-    def _keep(self, known: _Round, roster: Roster, signed: pb.Signed) -> bool:
+    def _keep(self, known: KnownRound, roster: Roster, signed: pb.Signed) -> bool:
         """Remember a roster that starts from our weights, of one signer the latest few and of all signers those
         that hold against the rest; whether it is new."""
         name = payload_sha256(signed)
@@ -417,7 +368,7 @@ class Rounds:
         known.unobtainable.difference_update(roster.peers)
         return True
 
-    async def _merge(self, round: int, known: _Round, roster: Roster, signed: pb.Signed) -> Merged | None:
+    async def _merge(self, round: int, known: KnownRound, roster: Roster, signed: pb.Signed) -> Merged | None:
         """Average what the roster names; None if that failed and the round has to be decided anew."""
 
         def share_ready(held: Held) -> None:
@@ -454,7 +405,7 @@ class Rounds:
 
     # ------------------------------------------------------------- asking
 
-    def _keep_asking(self, round: int, known: _Round, view: RoundView, work: _Work) -> None:
+    def _keep_asking(self, round: int, known: KnownRound, view: RoundView, work: RoundWork) -> None:
         """One asking task a peer, one pulling task a publication; those no longer needed are cancelled."""
         wanted = dict.fromkeys(peers_to_ask(view, swarm_time()))
         unwanted = {peer: task for peer, task in work.asking.items() if peer not in wanted}
@@ -482,7 +433,7 @@ class Rounds:
             if not task.done() and not task.cancelling() and is_silent(view, peer, now):
                 self.calls.on_failure(peer, UnreachableError(f"it has not answered for {view.silence_s:g} s"))
 
-    async def _ask(self, round: int, known: _Round, peer: str) -> None:
+    async def _ask(self, round: int, known: KnownRound, peer: str) -> None:
         """Ask one peer about the round, again and again; the first answer is not held."""
         wait_s = 0.0
         its_roster = b""
@@ -519,10 +470,13 @@ class Rounds:
                 self.tell()
                 await asyncio.sleep(_RETRY_S)
 
-    def _read_untrusted(self, round: int, known: _Round, peer: str, reply: pb.RoundReply) -> bool:
+    def _read_untrusted(self, round: int, known: KnownRound, peer: str, reply: pb.RoundReply) -> bool:
         """Take in an answer about the round; whether it brought anything."""
         is_new = False
         self._hear_untrusted(peer, reply)
+        if reply.HasField("last_roster"):  # whoever has applied one hands it out, whatever others of the round it knows
+            last = self._roster_untrusted(reply.last_roster)
+            is_new = last.round == round and self._keep(known, last, reply.last_roster)
         if reply.HasField("publication"):
             kind = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT
             snapshot = manifest_untrusted(reply.publication, self.settings.run_sha256, kind, self.settings.specs)
@@ -575,7 +529,7 @@ class Rounds:
             return roster
         return self._checked[name]
 
-    async def _prefetch(self, known: _Round, peer: str, held: Held) -> None:
+    async def _prefetch(self, known: KnownRound, peer: str, held: Held) -> None:
         others = [info.peer for info in self.membership.volunteers() if info.peer != peer]
         try:
             await self._merger().pull(held, range(held.snapshot.num_chunks), [peer, *others])
@@ -641,7 +595,7 @@ class Rounds:
         now = {peer: (0.0, t) for peer, t in told.items()}
         me = self.identity.peer_id if self.trains else ""
         chain, shown = self.chains.chain, self.chains.shown
-        return chain_view(chain, shown, now, peers=told, since_s=0.0, me=me, is_away=True)
+        return chain_view(chain, shown, now, since_s=0.0, me=me, is_away=True)
 
     # ------------------------------------------------------------- states
 
@@ -666,13 +620,15 @@ class Rounds:
             round=self.current_round, has_publication=True, has_share=True, has_last_sha256=self._last_known(peer)
         )
 
-    async def _catch_up(self, known: _Round, decision: CatchUp) -> NewState | None:
+    async def _catch_up(self, known: KnownRound, decision: CatchUp) -> NewState | None:
         sources = list(decision.sources)
         random.shuffle(sources)
 
         async def check(source: str, roster: Roster) -> None:
             if roster.digest not in self.chains.shown:
                 await self._ask_chain(source)
+            if source in known.unobtainable and source in roster.peers:
+                raise UnreachableError("its roster has a publication of its own on it, which it does not deliver")
             if not self._chain_view(known).holds(roster):
                 raise UnreachableError("its state does not hold against this peer's")
 

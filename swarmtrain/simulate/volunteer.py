@@ -187,8 +187,7 @@ class Volunteer(Transfers):
         return chain_view(
             self.chain,
             {chain.digest: chain for chain in chains},
-            self._told,
-            peers=self.membership.heard_at_s(),
+            {peer: self._told.get(peer) for peer in self.membership.heard_at_s()},
             since_s=since_s,
             me=self.name,
             is_away=self.phase is Phase.JOINING or self._listening_since_s > self._now.started_s,
@@ -307,8 +306,7 @@ class Volunteer(Transfers):
         found = standings(
             self.last,
             self.round,
-            self._told,
-            peers=heard_at_s.keys() - distrusted,
+            {peer: self._told.get(peer) for peer in heard_at_s.keys() - distrusted},
             since_s=r.started_s,
             undeliverable=r.undeliverable,
             holds=self._chains(r.started_s).holds,
@@ -471,8 +469,9 @@ class Volunteer(Transfers):
         self._now.known[peer] = reply.version
         if reply.publication is not None and reply.publication.base == self._base:
             self._now.announced[peer] = reply.publication
-        if reply.roster is not None and self._keep(reply.roster):
-            self._news()
+        for roster in (reply.roster, reply.told.last):  # whoever has applied one hands it out, whatever others it knows
+            if roster is not None and self._keep(roster):
+                self._news()
 
     def asked(self, request: RoundRequest, call: Any) -> None:
         """Another peer asks about a round: answered at once if it lacks something, else held."""

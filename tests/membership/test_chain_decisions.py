@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 
-from swarmtrain.membership.chains import MAX_LINKS, Chain, ChainLink, ChainView, chain_holds, chain_view, flaw
+from swarmtrain.membership.chains import MAX_LINKS, Chain, ChainLink, ChainView, Stands, chain_holds, chain_view, flaw
 from swarmtrain.membership.rosters import Publication, Roster, Told
 
 
@@ -43,8 +44,12 @@ def at(chain: Chain, peers: Iterable[str]) -> dict[str, str]:
 COMMON = grown(Chain(), ["abcde", "abcde"])
 
 
+def holds(theirs: Chain, ours: Chain, told: dict[str, str], me: str, **more: Any) -> bool:
+    return chain_holds(theirs, ours, Stands(told=told, me=me, **more))
+
+
 def moves(theirs: Chain, ours: Chain, stands: dict[str, str], me: str) -> bool:
-    return chain_holds(theirs, ours, stands, me)
+    return holds(theirs, ours, stands, me)
 
 
 def test_when_halves_meet_that_with_more_of_the_common_rosters_peers_holds() -> None:
@@ -92,17 +97,17 @@ def test_one_who_goes_on_alone_from_everybodys_weights_moves_nobody() -> None:
     for me in "bcde":
         assert not moves(lie, COMMON, stands, me)
         few = {"a": lie.digest}
-        assert not chain_holds(lie, COMMON, few, me, unheard=frozenset("bcde") - {me}), "the others have yet to answer"
+        assert not holds(lie, COMMON, few, me, unheard=frozenset("bcde") - {me}), "the others have yet to answer"
     assert not moves(grown(COMMON, ["a"]), COMMON, at(COMMON, "bcde") | at(grown(COMMON, ["a"]), "a"), "b")
 
 
 def test_who_missed_rounds_goes_up() -> None:
     ahead = grown(COMMON, ["abcd"] * 3)
-    assert chain_holds(ahead, COMMON, at(ahead, "abcd"), "e")
-    assert chain_holds(ahead, COMMON, at(ahead, "a"), "e", unheard=frozenset("bcd")), "their manifests say so"
+    assert holds(ahead, COMMON, at(ahead, "abcd"), "e")
+    assert holds(ahead, COMMON, at(ahead, "a"), "e", unheard=frozenset("bcd")), "their manifests say so"
     alone = grown(COMMON, ["a"] * 3)
     assert not moves(alone, COMMON, at(alone, "a") | at(COMMON, "b"), "e")
-    assert chain_holds(alone, COMMON, at(alone, "a"), "e", is_away=True), "it slept, and does not count for itself"
+    assert holds(alone, COMMON, at(alone, "a"), "e", is_away=True), "it slept, and does not count for itself"
     next_one = grown(COMMON, ["ab"])
     assert moves(next_one, COMMON, at(next_one, "b") | at(COMMON, "d"), "c"), "whom a round counts speak for its end"
     assert not moves(COMMON, ahead, at(COMMON, "abcd"), "e"), "nobody goes back"
@@ -111,7 +116,7 @@ def test_who_missed_rounds_goes_up() -> None:
 def test_a_lone_survivor_holds_against_those_who_come_back_from_before() -> None:
     alone = grown(COMMON, ["a"] * 7)
     for back in (COMMON, grown(Chain(), ["abcde"])):
-        assert chain_holds(alone, back, at(alone, "a"), "b", is_away=True)
+        assert holds(alone, back, at(alone, "a"), "b", is_away=True)
         assert not moves(back, alone, at(back, "b"), "a")
 
 
@@ -138,7 +143,7 @@ def test_what_a_peer_of_before_tells_is_judged_by_who_stands_there() -> None:
     """It cannot show its chain: its last roster is all there is."""
     head = grown(COMMON, ["abcde"] * 4).links[-1]
     theirs = Chain((ChainLink(roster=head.roster),))
-    assert chain_holds(theirs, COMMON, at(theirs, "bc"), "a", is_away=True)
+    assert holds(theirs, COMMON, at(theirs, "bc"), "a", is_away=True)
     assert moves(theirs, COMMON, at(theirs, "bc"), "a")
     assert not moves(theirs, COMMON, at(theirs, "e") | at(COMMON, "bcd"), "a")
 
@@ -158,8 +163,8 @@ def test_everybody_moves_the_same_way() -> None:
                 mine, yours = known[stands[me]], known[stands[other]]
                 if mine.digest in yours or yours.digest in mine:
                     continue
-                goes = chain_holds(yours, mine, stands, me, known=known)
-                comes = chain_holds(mine, yours, stands, other, known=known)
+                goes = holds(yours, mine, stands, me, known=known)
+                comes = holds(mine, yours, stands, other, known=known)
                 assert goes != comes, seed
 
 
@@ -171,7 +176,7 @@ def test_of_many_chains_the_same_one_holds_for_who_comes_and_who_is_there() -> N
     shown = {chain.digest: chain for chain in (honest, ahead, lie)}
 
     def best(ours: Chain, me: str, is_away: bool) -> Chain | None:
-        view = chain_view(ours, shown, told, peers="abcde", since_s=0.0, me=me, is_away=is_away)
+        view = chain_view(ours, shown, told, since_s=0.0, me=me, is_away=is_away)
         assert view.holds(lie.head) is False and not view.lacks(lie.head)
         return view.best
 
@@ -183,7 +188,7 @@ def test_of_many_chains_the_same_one_holds_for_who_comes_and_who_is_there() -> N
 def test_what_was_told_before_the_round_says_nothing_of_who_was_with_us() -> None:
     ahead = grown(COMMON, ["abcd"] * 2)
     told = {"a": (1.0, Told(round=2, last=COMMON.head)), "b": (1.0, Told(round=4, last=ahead.head))}
-    view = chain_view(COMMON, {}, told, peers="abc", since_s=2.0, me="e", is_away=False)
+    view = chain_view(COMMON, {}, {**told, "c": None}, since_s=2.0, me="e", is_away=False)
     assert view.unheard == {"a", "c"} and view.stands == {"b": ahead.digest}
     assert view.lacks(ahead.head) and not view.holds(ahead.head), "first its chain must be shown"
     assert not view.lacks(COMMON.head) and not view.lacks(None)

@@ -26,6 +26,7 @@ from swarmtrain.membership.rosters import (
     is_silent,
     joining_steps,
     peers_to_ask,
+    pulls_whole,
     round_steps,
     share_due_s,
     share_ranges,
@@ -359,6 +360,14 @@ def test_standings() -> None:
 # ---------------------------------------------------------------- whom to ask, shares, steps
 
 
+def test_a_group_whose_signer_lists_only_what_it_holds_pulls_everything() -> None:
+    """Guests that publish nothing make it no larger: else the signer waits for bytes that nobody pulls."""
+    small = view("a", "b", published="ab", held=frozenset("a"), share_above=2, guests=frozenset("gh"))
+    assert isinstance(decide(small, 101), Wait) and pulls_whole(small)
+    assert not pulls_whole(view("a", "b", published="abg", share_above=2, guests=frozenset("g")))
+    assert signed(decide(view("a", "bc", published="abc", held=frozenset("a"), share_above=2), 101)) == "abc"
+
+
 def test_the_standings_of_all() -> None:
     mine, theirs = chain(2)[-1], chain(3)
     told = {
@@ -372,7 +381,8 @@ def test_the_standings_of_all() -> None:
     }
     peers = [*told.keys() - {"gone"}, "unknown"]
     since: dict[str, Any] = {"since_s": 2.0, "undeliverable": {"refused", "guest", "with"}}
-    found = standings(mine, 2, told, peers=peers, holds=lambda heard: heard == theirs[2], **since)
+    of_all = {peer: told.get(peer) for peer in peers}
+    found = standings(mine, 2, of_all, holds=lambda heard: heard == theirs[2], **since)
     assert found.of[Standing.WITH_US] == {"with", "unknown", "old"}, "what was told before the round is forgotten"
     assert found.of[Standing.AHEAD] == {"ahead", "old-ahead"}, "but for a roster that holds against ours"
     assert found.of[Standing.GUEST] == {"guest", "refused"}, "what nobody can have is nobody's to wait for"

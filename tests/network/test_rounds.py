@@ -22,7 +22,8 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.roster import sign_roster
-from swarmtrain.network.rounds import Merged, NewState, Rounds, _Round
+from swarmtrain.network.round_state import KnownRound
+from swarmtrain.network.rounds import Merged, NewState, Rounds
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot, empty_held
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -187,7 +188,7 @@ def test_rosters_of_any_number_of_signers_are_bounded() -> None:
     )
     entry = Publication(peer=me.peer_id, snapshot="5" * 64, tokens=10, inner_steps=1)
     rounds, _ = driver([me], me, Others({}))
-    known = _Round()
+    known = KnownRound()
 
     attempts = itertools.count()
 

@@ -114,7 +114,7 @@ def tokens_go_before_peers(patch: Patch) -> None:
     """However few peers of the last common roster went on with it, the chain with more tokens holds."""
     patch.setattr(chains, "_electors", lambda ours, theirs, common: frozenset())
     holds = chains.chain_holds
-    patch.setattr(chains, "chain_holds", lambda theirs, ours, *_, **__: holds(theirs, ours, {}))
+    patch.setattr(chains, "chain_holds", lambda theirs, ours, *_, **__: holds(theirs, ours, chains.Stands()))
 
 
 def who_stood_still_asks_nobody(patch: Patch) -> None:
