@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import operator
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from swarmtrain.membership import (
     balance,
     chains,
     hosts,
+    leaving,
     lifecycle,
     microbatches,
     partners,
@@ -22,10 +24,11 @@ from swarmtrain.membership import (
     shards,
     tally,
 )
+from swarmtrain.peer import archiving, trainer
 from swarmtrain.simulate import publications, transfers, volunteer
 from swarmtrain.simulate.search.schedule import WorldKind
 
-__all__ = ["BROKEN"]
+__all__ = ["BROKEN", "NEEDS"]
 
 Patch = pytest.MonkeyPatch
 
@@ -214,6 +217,87 @@ def gradients_count_at_once(patch: Patch) -> None:
     patch.setattr(microbatches.StageLedger, "computed", counted)
 
 
+def states_bring_no_counts(patch: Patch) -> None:
+    """Who takes a state counts what it has seen itself."""
+    patch.setattr(tally.Tally, "bring", lambda self, counts, num_sources, now: None)
+
+
+def archives_by_who_counts_higher(patch: Patch) -> None:
+    """A state is archived if it counts more than the bootstrap, whatever is behind it."""
+
+    def is_wanted(self: archiving.Archive, counts: Mapping[str, int], authors: Collection[str]) -> bool:
+        adds = sum(counts.values()) > self.swarm.tallying.total
+        if not adds:
+            self.watch.archived(self._asked)
+        return adds
+
+    patch.setattr(archiving.Archive, "is_wanted", is_wanted)
+
+
+def bootstrap_keeps_no_counts(patch: Patch) -> None:
+    """Between two archives it counts in memory only."""
+    restore = archiving.Archive.restore
+
+    def restored(self: archiving.Archive, kept: Any) -> None:
+        patch.setattr(self.keeper, "restore_counts", lambda swarm: None)
+        restore(self, kept)
+
+    patch.setattr(archiving.Archive, "restore", restored)
+
+
+def last_holder_goes_at_once(patch: Patch) -> None:
+    """Also while the bootstrap is away."""
+    patch.setattr(leaving, "LAST_HOLDER_S", 0.0)
+
+
+def nobody_is_asked_to_stay(patch: Patch) -> None:
+    """The last one goes as all others do."""
+    patch.setattr(leaving.Leavers, "ask", lambda self, peer, now: False)
+
+
+def who_was_killed_trains_on(patch: Patch) -> None:
+    """Whoever is believed alive has what a leaver has."""
+
+    def ask(self: leaving.Leavers, peer: str, now: float) -> bool:
+        if now < self._taken_s.pop(peer, -math.inf) + 5.0:
+            return False
+        self._asked_s[peer] = self._began_s[peer] = now
+        return all(self._asks(info.peer, now) for info in self._membership.volunteers())
+
+    patch.setattr(leaving.Leavers, "ask", ask)
+
+
+def old_folder_counts_anew(patch: Patch) -> None:
+    """What others count of it is not where it goes on."""
+    patch.setattr(trainer.Trainer, "count_on", lambda self, own_tokens: None)
+
+
+def first_sightings_earn_from_the_beginning(patch: Patch) -> None:
+    """A stranger may have trained for as long as the run is old."""
+
+    def since_s(self: tally.Tally, key: tuple[str, int], now: float) -> float:
+        account = self._accounts.get(key)
+        return self.rules.began_s if account is None else account.explained_s
+
+    patch.setattr(tally.Tally, "_since_s", since_s)
+
+
+def one_source_is_believed(patch: Patch) -> None:
+    """Whatever it counts."""
+    patch.setattr(tally.Tally, "_room_for_brought", lambda self, *args: 2**60)
+
+
+NEEDS: dict[Callable[[Patch], None], tuple[str, ...]] = {
+    bootstrap_keeps_no_counts: ("bootstrap crash", "bootstrap away"),
+    last_holder_goes_at_once: ("everybody",),
+    nobody_is_asked_to_stay: ("everybody",),
+    who_was_killed_trains_on: ("everybody",),
+    old_folder_counts_anew: ("old folder",),
+    first_sightings_earn_from_the_beginning: ("liar joins",),
+    one_source_is_believed: ("liar joins",),
+}
+"""Without a fault of one of these kinds nobody can see it: schedules that have none are not played."""
+
 BROKEN: dict[Callable[[Patch], None], tuple[WorldKind, str]] = {
     ledger_takes_everything: ("gossip", "exactly once"),
     restored_ledger_is_empty: ("gossip", "exactly once"),
@@ -238,5 +322,14 @@ BROKEN: dict[Callable[[Patch], None], tuple[WorldKind, str]] = {
     promises_are_given_to_all: ("stages", "no move empties a stage"),
     gradients_count_at_once: ("microbatches", "exactly once"),
     finished_microbatches_are_forgotten: ("microbatches", "exactly once"),
+    states_bring_no_counts: ("lives", "the learning rate never rises again"),
+    archives_by_who_counts_higher: ("lives", "acknowledged work is archived"),
+    bootstrap_keeps_no_counts: ("lives", "a run's tokens never fall"),
+    last_holder_goes_at_once: ("lives", "who has what nobody else has waits"),
+    nobody_is_asked_to_stay: ("lives", "nobody leaves with what nobody else has"),
+    who_was_killed_trains_on: ("lives", "nobody leaves with what nobody else has"),
+    old_folder_counts_anew: ("lives", "what is trained counts"),
+    first_sightings_earn_from_the_beginning: ("lives", "claims are bounded"),
+    one_source_is_believed: ("lives", "claims are bounded"),
 }
 """Which world shows it, and what does not hold there: an error in the patch itself is no find."""

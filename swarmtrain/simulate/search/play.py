@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from swarmtrain.errors import SwarmtrainError
 from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
+from swarmtrain.simulate.search.lives import draw_lives, play_lives
 from swarmtrain.simulate.search.microbatches import draw_microbatches, play_microbatches
 from swarmtrain.simulate.search.rounds import draw_rounds, play_rounds
 from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Violation, WorldKind
@@ -22,12 +23,14 @@ _DRAW: dict[WorldKind, Callable[[random.Random], Schedule]] = {
     "gossip": draw_gossip,
     "stages": draw_stages,
     "microbatches": draw_microbatches,
+    "lives": draw_lives,
 }
 _PLAY: dict[WorldKind, Callable[[Schedule], Played]] = {
     "rounds": play_rounds,
     "gossip": play_gossip,
     "stages": play_stages,
     "microbatches": play_microbatches,
+    "lives": play_lives,
 }
 _WRONG = (
     ArithmeticError,

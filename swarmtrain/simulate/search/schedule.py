@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 __all__ = ["Fault", "Played", "Schedule", "Span", "Violation", "WorldKind", "draw_faults"]
 
-WorldKind: TypeAlias = Literal["rounds", "gossip", "stages", "microbatches"]
+WorldKind: TypeAlias = Literal["rounds", "gossip", "stages", "microbatches", "lives"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,397 @@
+"""Schedules of lives: who comes when, with which folder or none, a bootstrap or not; and what must hold.
+
+Volunteers come, train, leave politely, are killed, and come back with their folder, with an old copy of it or without;
+some live for seconds, and one may lie of what it has trained. The bootstrap, which may be the run's server, leaves,
+crashes, comes back with its folder, with an old copy, or on another machine; at times everybody is gone, and a folder
+is all that there is.
+
+Judged: a run's tokens never fall, and the learning rate never rises again after its peak, wherever weights come from;
+what is trained counts; work that a bootstrap acknowledged is in its archive a minute later, while somebody has it; and
+nobody leaves with what nobody else has, unless no bootstrap comes within a minute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from swarmtrain.algorithm.inner import learning_rate_at
+from swarmtrain.peer.trainer import inner_constants
+from swarmtrain.simulate.search.lives_peers import (
+    RUN,
+    Bootstrap,
+    Folder,
+    Liar,
+    LivesWorld,
+    Process,
+    Round,
+    Volunteer,
+    identity_of,
+)
+from swarmtrain.simulate.search.lives_server import SERVED_RUN, Server, Worker
+from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
+
+__all__ = ["draw_lives", "play_lives"]
+
+_SPAN = Span(4.0, 60.0, 40.0)
+_LEAST_S = 20.0
+_SETTLE_S = 75.0
+_ARCHIVED_S = 60.0
+_WAITS_S = 60.0
+"""The last one who has what nobody else has waits so long for a bootstrap that does not answer."""
+_SURE_S = 10.0
+_LAG_S = 10.0
+"""What others have counted is known by then."""
+_BELIEVED_S = 20.0
+"""What one brings that comes back is believed by then."""
+_KINDS = {
+    "leave": 2, "kill": 2, "restart": 4, "old folder": 2, "lost folder": 1, "join": 2, "liar joins": 1, "visits": 4,
+    "freeze": 1, "bootstrap away": 5, "bootstrap crash": 3, "bootstrap old folder": 3, "bootstrap moves": 2,
+    "everybody": 5,
+}  # fmt: skip
+_WARM_TOKENS = RUN.inner.warmup_fraction * RUN.run.total_tokens
+_CONSTANTS = inner_constants(RUN)
+
+
+def draw_lives(rng: random.Random) -> Schedule:
+    """A bootstrap, up to four volunteers at first, and what becomes of them."""
+    speeds = (rng.choice((4.0, 6.0, 8.0)),) * rng.choice((1, 1, 2, 2, 3, 4))  # rounds are paced: all are as long
+    faults = draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(16))
+    options = (("server", 1.0),) if rng.random() < 0.25 else ()
+    return Schedule(world="lives", speeds=speeds, faults=faults, options=options, seed=rng.randrange(2**16))
+
+
+# ---------------------------------------------------------------- who comes and goes
+
+
+class _Lives(LivesWorld):
+    """What a schedule does, and whether it is right."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.served = bool(schedule.option("server", 0))
+        super().__init__(schedule.seed, SERVED_RUN if self.served else RUN)
+        self.broken: list[Violation] = []
+        self.speeds = dict(zip(schedule.names, schedule.speeds, strict=True))
+        self.usual_speed = max(schedule.speeds)
+        self.folders: dict[str, Folder] = {}
+        self.left_alone: set[str] = set()
+        """Who was the last one when it left."""
+        self.volunteers: list[Volunteer] = []
+        self.liars: dict[str, float] = {}
+        """Since when they lie."""
+        self.address = 0
+        """Of the bootstrap; the volunteers stay where they are."""
+        self.owed: dict[Round, _Owed] = {}
+        self.acknowledged: dict[str, int] = {}
+        self.counted: list[tuple[float, int]] = []
+        """(when, what the bootstrap counted) in the lives of one folder."""
+        self.counts_of: Folder | None = None
+        self.ended_s = 0.0
+        """When a bootstrap was there last."""
+
+    # ------------------------------------------------------------- events
+
+    def come(self, name: str, folder: Folder | None = None, *, lies: bool = False) -> None:
+        """A volunteer is started, with its folder, another or a new one, if it is not there."""
+        if self._lives(name):
+            return
+        folder = self.folders[name] = folder or self.folders.get(name) or Folder(name)
+        invite = {one.folder.key: one.address for one in self.living() if not one.away} | {"b": self.address}
+        invite.pop(name, None)
+        kind = Liar if lies else Worker if self.served else Volunteer
+        self.left_alone.discard(name)
+        new = self.processes[name] = kind(self, folder, 0, invite, self.speeds.setdefault(name, self.usual_speed))
+        self.volunteers.append(new)
+
+    def bootstrap(self, folder: Folder | None = None, address: int | None = None) -> None:
+        """The bootstrap is started, if it is not there."""
+        if self._lives("b"):
+            return
+        self.address = self.address if address is None else address
+        folder = self.folders["b"] = folder or self.folders.get("b") or Folder("b")
+        kind = Server if self.served else Bootstrap
+        self.processes["b"] = kind(self, folder, self.address, {})
+
+    def all_go(self, but: str = "") -> None:
+        """All volunteers that ever came are killed."""
+        for name in sorted(self.speeds.keys() - {but}):
+            self.goes(name, False)
+
+    def goes(self, name: str, politely: bool) -> None:
+        """Its process ends, or begins to."""
+        process = self.processes.get(name)
+        if process is None or not process.alive:
+            return
+        if politely and process.answers:
+            process.leave()
+        else:
+            process.kill()
+
+    def _lives(self, name: str) -> bool:
+        return name in self.processes and self.processes[name].alive
+
+    def again(self, name: str, folder: Folder | None = None) -> None:
+        """It is started again; who is still leaving is waited for no longer."""
+        if (process := self.processes.get(name)) is not None:
+            process.kill()
+        if name == "b":
+            self.bootstrap(folder)
+        else:
+            self.come(name, folder)
+
+    # ------------------------------------------------------------- what must hold
+
+    def lag_tokens(self) -> float:
+        """What others may have trained lately that one of them has not counted yet."""
+        lately = [one for one in self.volunteers if one.alive or self.clock.now < one.ended_s + _LAG_S]
+        speeds = sorted(one.speed for one in lately)[:-1]
+        return 2 * RUN.round_tokens + sum(_LAG_S * speed * RUN.tokens_per_step for speed in speeds)
+
+    def trains(self, volunteer: Volunteer) -> None:
+        """Tokens, and the learning rate by them; what a liar says of itself is bounded, and counted."""
+        if self.liars:
+            self._judge_claims(volunteer)
+            return
+        others = [one for one in self.volunteers if one is not volunteer and one.folder.checkpoints]
+        if any(one.came_s < self.clock.now < one.came_s + _BELIEVED_S for one in others):
+            return
+        behind, tokens = volunteer.behind, volunteer.progress.run_tokens
+        before = min(behind.at_tokens, len(behind.rounds) * RUN.round_tokens) - self.lag_tokens()
+        said = f"{volunteer.folder.key} goes on from weights that were trained at {behind.at_tokens} tokens"
+        if tokens < before:
+            self._break("a run's tokens never fall", f"{said}, and counts {tokens}")
+        if before >= _WARM_TOKENS and (tokens < _WARM_TOKENS or _rate(tokens) > _rate(before)):
+            rates = f"{_rate(before):.3e} or less, with {_rate(tokens):.3e}"
+            self._break("the learning rate never rises again", f"{said} and {rates}")
+        volunteer.behind = dataclasses.replace(behind, at_tokens=max(behind.at_tokens, tokens))
+
+    def trained(self, volunteer: Volunteer, before_tokens: int) -> None:
+        """Each round counts, whichever folder its peer came with: where a bootstrap was there to tell what it had done
+        in later lives than that of its folder."""
+        if not volunteer.met_bootstrap:
+            return
+        counted = volunteer.tallying.contributions().get(volunteer.me, 0)
+        if volunteer.folder.key not in self.liars and counted < before_tokens + RUN.round_tokens:
+            detail = f"{counted} tokens of {volunteer.folder.key} count after a round, and {before_tokens} did before"
+            self._break("what is trained counts", detail)
+
+    def _judge_claims(self, judge: Process) -> None:
+        """Of a liar who came when the judge was there: what all who ever came can have done since. Of what was before
+        nobody knows."""
+        counts = judge.tallying.contributions()
+        fastest_per_s = RUN.tokens_per_step * max(self.speeds.values())
+        for name, came_s in self.liars.items():
+            since_s = self.clock.now - came_s
+            each = 4 * RUN.round_tokens + 4 * fastest_per_s * (since_s + RUN.network.archive_every_s)
+            most = (len(self.volunteers) + 2) * each
+            claimed = counts.get(identity_of(name).peer_id, 0)
+            if judge.came_s < came_s and name != judge.folder.key and claimed > most:
+                detail = f"{judge.folder.key} counts {claimed} of {name}, which came {since_s:.0f} s ago"
+                self._break("claims are bounded", detail)
+
+    def lie(self, name: str) -> None:
+        """One that lies comes."""
+        self.liars[name] = self.clock.now
+        self.come(name, lies=True)
+
+    def archived(self, bootstrap: Bootstrap) -> None:
+        """Each archive counts what the one before did, and more."""
+        before = bootstrap.folder.checkpoints[-2:-1]
+        if before and bootstrap.progress.run_tokens < before[0].progress.run_tokens:
+            detail = f"an archive of {before[0].progress.run_tokens} is followed by {bootstrap.progress.run_tokens}"
+            self._break("a run's tokens never fall", detail)
+
+    def begun(self, bootstrap: Bootstrap) -> None:
+        """It counts on from what it counted before, but for its last seconds; with an old folder, from that."""
+        if bootstrap.folder is not self.counts_of:
+            self.counts_of, self.counted = bootstrap.folder, []
+        self.counted = [(at_s, total) for at_s, total in self.counted if at_s < self.ended_s - _SURE_S]
+        least = max(
+            [
+                *(total for _, total in self.counted),
+                *(kept.progress.run_tokens for kept in bootstrap.folder.checkpoints[-1:]),
+            ],
+            default=0,
+        )
+        if bootstrap.tallying.total < least:
+            detail = f"the bootstrap counts {bootstrap.tallying.total}, and before it was started again {least}"
+            self._break("a run's tokens never fall", detail)
+
+    def look(self) -> None:
+        """Every second: what a bootstrap acknowledged, and who has it."""
+        self.clock.call_later(1.0, self.look)
+        boot = self.processes.get("b")
+        if not isinstance(boot, Bootstrap) or not boot.answers or boot.away:
+            for owed in self.owed.values():
+                owed.since_s = self.clock.now
+            return
+        self.ended_s = self.clock.now
+        self._judge_claims(boot)
+        self.counted.append((self.clock.now, boot.tallying.total))
+        self._acknowledge(boot)
+        archive = boot.behind.rounds
+        for round, owed in list(self.owed.items()):
+            if round in archive:
+                del self.owed[round]
+                continue
+            if holders := {one.folder.key for one in self._holders(boot) if round in one.holds.rounds}:
+                owed.holders = holders
+                refuses = boot.archive.watch.refused_s is not None  # for a minute: then those who train are the run
+                if self.clock.now > owed.since_s + _ARCHIVED_S * (2.5 if refuses else 1):
+                    told = f"round {round[1]} of {round[0]}, which {sorted(holders)} have"
+                    self._break("acknowledged work is archived", f"{told}, is in no archive after a minute")
+                    del self.owed[round]
+            elif any(one.alive and one.frozen for one in self.processes.values()):
+                owed.since_s = self.clock.now
+            else:
+                self._nobody_has(round, owed)
+                del self.owed[round]
+
+    def _holders(self, boot: Bootstrap) -> list[Process]:
+        """Whose weights an archive can be made of: where there is a server, its own."""
+        return [boot] if isinstance(boot, Server) else [one for one in boot.neighbours() if not one.is_bootstrap]
+
+    def _acknowledge(self, boot: Bootstrap) -> None:
+        for peer, tokens in boot.tallying.acknowledged().items():
+            if tokens <= self.acknowledged.get(peer, 0):
+                continue
+            self.acknowledged[peer] = tokens
+            told = self.told.get(peer, {})
+            for round in told.get(max((of for of in told if of <= tokens), default=0), frozenset()):
+                self.owed.setdefault(round, _Owed(self.clock.now))
+
+    def _nobody_has(self, round: Round, owed: _Owed) -> None:
+        """Who was killed could not help it."""
+        for name in owed.holders:
+            process = self.processes[name]
+            if name not in self.left_alone or process.me in self.left_untaken or name in self.liars:
+                continue
+            boot, told = self.processes["b"], f"{name} left with round {round[1]} of {round[0]}"
+            if boot.came_s + _SURE_S < process.asked_s:
+                detail = f"{told}, which a bootstrap acknowledged, and it was there"
+                self._break("nobody leaves with what nobody else has", detail)
+            elif process.asked_s < boot.came_s < process.asked_s + _WAITS_S - _SURE_S:
+                self._break("who has what nobody else has waits", f"{told}, and the bootstrap is back")
+
+    def left(self, volunteer: Volunteer) -> None:
+        """It says goodbye, and no bootstrap asks it to stay. With a server, what was not handed in is lost; and so is
+        the last round of one that leaves others who train."""
+        self.left_alone.discard(volunteer.folder.key)
+        if all(one.is_bootstrap for one in volunteer.neighbours()):
+            self.left_alone.add(volunteer.folder.key)
+        boot = self.processes.get("b")
+        if not isinstance(boot, Bootstrap) or boot not in volunteer.neighbours() or volunteer.me in self.left_untaken:
+            return
+        if self.served or any(one.peer != volunteer.me for one in boot.membership.volunteers()):
+            return
+        if lacks := volunteer.holds.rounds - boot.behind.rounds:
+            detail = f"{volunteer.folder.key} left, and {len(lacks)} rounds of its weights are in no archive"
+            self._break("nobody leaves with what nobody else has", detail)
+
+    def _break(self, invariant: str, detail: str) -> None:
+        """Once: what follows from it is no news."""
+        if all(one.invariant != invariant for one in self.broken):
+            self.broken.append(Violation(invariant, f"at {self.clock.now:.1f} s {detail}"))
+
+
+@dataclass
+class _Owed:
+    """A round that was acknowledged, and is not in an archive; since when it could be."""
+
+    since_s: float
+    holders: set[str] = field(default_factory=set)
+
+
+def _rate(tokens: float) -> float:
+    return learning_rate_at(_CONSTANTS, tokens / RUN.run.total_tokens)
+
+
+# ---------------------------------------------------------------- play
+
+
+def play_lives(schedule: Schedule) -> Played:
+    """Run it, and say what did not hold."""
+    world, before = _Lives(schedule), random.getstate()
+    random.seed(schedule.seed)  # exchanges choose by it whom they ask
+    try:
+        world.bootstrap()
+        for i, name in enumerate(schedule.names):
+            world.clock.call_later(0.3 * i, world.come, name)
+        for index, fault in enumerate(schedule.faults):
+            _declare(world, fault, schedule.name(fault), index)
+        world.clock.call_later(1.0, world.look)
+        world.clock.run_until(schedule.faults_end_s(_LEAST_S) + _SURE_S)
+        for process in world.living():
+            process.thaw()
+        world.bootstrap()
+        world.clock.call_later(5.0, world.come, "z")
+        world.clock.run_until(world.clock.now + _SETTLE_S)
+        counted = [(one.folder.key, one.progress.round, one.progress.run_tokens) for one in world.living()]
+        found = [*world.broken, *_in_the_end(world)]
+        return Played(found, f"{world.clock.num_events} events, {counted}")
+    finally:
+        random.setstate(before)
+        world.close()
+
+
+def _in_the_end(world: _Lives) -> Iterable[Violation]:
+    if not any(isinstance(one, Volunteer) and one.progress.round for one in world.living()):
+        yield Violation("the run goes on", "who came last trains nothing")
+
+
+def _declare(world: _Lives, fault: Fault, name: str, index: int) -> None:
+    at, politely, other = world.clock.call_later, not fault.detail & 1, bool(fault.detail & 2)
+    at_s, end_s = fault.at_s, fault.end_s
+    match fault.kind:
+        case "leave" | "kill":
+            at(at_s, world.goes, name, fault.kind == "leave")
+        case "restart":
+            at(at_s, world.goes, name, politely)
+            at(end_s + 1, world.again, name)
+        case "old folder" | "bootstrap old folder":
+            who = name if fault.kind == "old folder" else "b"
+
+            def put_aside() -> None:
+                copies.append(world.folders[who].copy() if who in world.folders else Folder(who))
+
+            copies: list[Folder] = []
+            at(at_s, put_aside)
+            at(end_s + 1, world.goes, who, politely)
+            at(end_s + 4, lambda: world.again(who, copies[0]))
+        case "lost folder":
+            at(at_s, world.goes, name, politely)
+            at(end_s + 1, world.come, f"n{index}")
+        case "join":
+            at(at_s, world.come, f"n{index}")
+        case "liar joins":
+            at(at_s, world.lie, f"l{index}")
+            if fault.detail & 8:  # what it has is all that there is
+                at(at_s + 4, world.all_go, f"l{index}")
+            at(end_s + 8, world.goes, f"l{index}", politely)
+        case "visits":
+            for visit in range(1 + fault.detail % 4):
+                begins_s = at_s + visit * 8
+                at(begins_s, world.come, f"v{index}.{visit}")
+                at(begins_s + 5 + fault.lasts_s / 20, world.goes, f"v{index}.{visit}", fault.detail < 8)
+        case "freeze":
+            at(at_s, lambda: world.processes[name].freeze() if name in world.processes else None)
+            at(end_s, lambda: world.processes[name].thaw() if name in world.processes else None)
+        case "bootstrap away" | "bootstrap crash" | "bootstrap moves":
+            at(at_s, world.goes, "b", fault.kind != "bootstrap crash")
+            at(end_s + 1, lambda: world.bootstrap(address=index + 1 if fault.kind == "bootstrap moves" else None))
+        case "everybody":
+            crashes = bool(fault.detail & 4)  # and comes back while they wait for it
+            back_s = at_s + (8 if crashes else 14) + fault.lasts_s
+            for i, one in enumerate(sorted(world.speeds)):
+                at(at_s + (i * 0.7 if other else 0.0), world.goes, one, politely or i > 0)
+            at(at_s - 2 if crashes else at_s + 12, world.goes, "b", not crashes)
+            if not crashes:
+                at(at_s + 13, world.all_go)
+            at(back_s, world.bootstrap)
+            at(back_s + 2 + 12 * crashes, world.come, f"n{index}")
+            if fault.detail & 8:
+                at(back_s + 16, world.come, name)
+        case _:
+            raise ValueError(f"no such fault: {fault.kind}")

@@ -1,0 +1,798 @@
+"""The peers of the lives that are searched: processes with a folder each, who come, leave, are killed and come back.
+
+What they decide is the product's own: who is here (`Membership`), who has trained on how much (`Tallying`), what a
+state says and what is taken from it (`fetch_present`, the exchange's `present_state`), what a bootstrap archives
+(`Archive`), and who stays until then (`before_leaving`, `Leavers`). Modelled is what travels, when, and what is on a
+disk. In place of weights a state has the rounds that went into it, so that what is lost is seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import hashlib
+import math
+import random
+import statistics
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.errors import RunTimeError
+from swarmtrain.membership.archiving import ArchiveWatch
+from swarmtrain.membership.leaving import Leave, Leavers, before_leaving
+from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
+from swarmtrain.membership.progress import Progress
+from swarmtrain.network.codec import body_of
+from swarmtrain.network.consensus import PeerState as State
+from swarmtrain.network.finding import PublishedRun
+from swarmtrain.network.identity import Identity, new_identity, peer_bytes
+from swarmtrain.network.offering import FillManifest
+from swarmtrain.network.snapshots import Held, Snapshot, TensorSpec
+from swarmtrain.network.tallying import Tallying, counting_rules
+from swarmtrain.peer import bootstrap, leaving
+from swarmtrain.peer.archiving import Archive
+from swarmtrain.peer.bootstrap_peer import COUNTS_EVERY_S, LAST_SAMPLE, LOOK_EVERY_S
+from swarmtrain.peer.consensus import ARCHIVED, layout_of_specs, not_far_behind
+from swarmtrain.peer.gossip_exchange import GossipExchange
+from swarmtrain.peer.present import fetch_present
+from swarmtrain.peer.trainer import Replaced, Trainer
+from swarmtrain.run import RunFile
+from swarmtrain.simulate.clock import Clock
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["RUN", "Behind", "Bootstrap", "Folder", "Liar", "LivesWorld", "Process", "Round", "Volunteer"]
+
+_T = TypeVar("_T")
+
+TOTAL_TOKENS = 200_000
+LIE_TOKENS = 150_000
+RUN = RunFile.model_validate(
+    {
+        "run": {"total_tokens": TOTAL_TOKENS},
+        "model": {"context_tokens": 16},
+        "inner": {"batch_sequences": 1, "warmup_fraction": 0.01},
+        "merge": {"inner_steps": 8, "method": "gossip"},
+        "network": {"presence_ttl_s": 15.0, "archive_every_s": 20.0},
+    }
+)
+_SHA256 = "ab" * 32
+_SPECS = (TensorSpec("weights", (1,)),)
+ONE = OuterState(torch.ones(1), torch.zeros(1))
+_ONE_BYTES = body_of(ONE.theta, ONE.momentum)
+_STARTS_S, _PULLS_S, _WRITES_S = 0.8, 0.6, 0.3
+"""What a process takes to begin, a state to arrive, a checkpoint to be written."""
+_OLD_S = 3600.0
+"""How long before all this the run was published: nobody has trained in that time, and anybody may say so."""
+_LOOKS_S = 3.0
+_ASKS_S = 0.5
+_FINDS_S = 8.0
+"""Who comes and finds nobody, and has nothing to go on with alone, gives up."""
+_KEPT = 6
+"""Checkpoints that a folder has here: copies of it that are put back are as old as the oldest."""
+
+Round = tuple[str, int]
+"""(whose, which of its lives' rounds): what went into weights."""
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What is behind some weights, as nobody in the product knows it: the rounds, and the most tokens that any of them
+    was trained at."""
+
+    rounds: frozenset[Round] = frozenset()
+    at_tokens: int = 0
+
+    def with_weights_of(self, partner: Behind) -> Behind:
+        """After a merge with a partner, who may have come back and count more: a merge brings no counts."""
+        return Behind(self.rounds | partner.rounds, self.at_tokens)
+
+
+def behind_mean(states: Sequence[Behind]) -> Behind:
+    """Of the consensus of several states, with which their counts come: by the lower median."""
+    at_tokens = statistics.median_low([one.at_tokens for one in states]) if states else 0
+    return Behind(frozenset().union(*(one.rounds for one in states)), at_tokens)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint on a disk."""
+
+    progress: Progress
+    behind: Behind
+    tally: list[list[str | int | float]]
+    own_tokens: int = 0
+    at_s: float = 0.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known of an archive."""
+    of_server: tuple[int, int, int, list[list[str | int]]] = (0, 0, 0, [])
+    """Gradients taken, refreshes of the momentum, gradients since, and whose rounds have entered."""
+
+
+@dataclass
+class Folder:
+    """What a process leaves behind: its key, its newest checkpoints, and whom it knew at which address."""
+
+    key: str
+    checkpoints: list[Kept] = field(default_factory=list)
+    peers: dict[str, int] = field(default_factory=dict)
+    counts: tuple[list[list[str | int | float]], float] | None = None
+    """What a bootstrap counts, between two archives; and when that was."""
+
+    def copy(self, age: int = 0) -> Folder:
+        """As it was so many checkpoints ago."""
+        kept = self.checkpoints[: max(1, len(self.checkpoints) - age)]
+        return Folder(self.key, list(kept), dict(self.peers), self.counts)
+
+    def write(self, kept: Kept) -> None:
+        """One checkpoint more."""
+        self.checkpoints = [*self.checkpoints[1 - _KEPT :], kept]
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """A thread's work is done at once."""
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
+        done = self.create_future()
+        done.set_result(func(*args))
+        return done
+
+
+class _Later(Exception):  # noqa: N818 - a signal, not an error
+    """The product would sleep now, and ask again."""
+
+
+@functools.cache
+def identity_of(key: str) -> Identity:
+    """That of a key; PeerIDs are longer than names."""
+    return new_identity(hashlib.sha256(key.encode()).digest())
+
+
+class Process:
+    """A process of the run: what its kinds have in common."""
+
+    is_bootstrap = False
+    speed = 0.0
+
+    def __init__(self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int]) -> None:
+        self.world, self.folder, self.address = world, folder, address
+        self.me = identity_of(folder.key).peer_id
+        self.alive, self.frozen, self.entered, self.away = True, False, False, True
+        self.group = world.new_group()
+        self.knows = {**folder.peers, **invite}
+        self.dht: dict[str, tuple[float, pb.Record]] = {}
+        self.membership = Membership(self.me)
+        now = world.clock.now
+        self.tallying = Tallying(
+            self.me,
+            counting_rules(RUN, -_OLD_S),
+            self._read_bucket,
+            self._speeds,
+            lambda: world.clock.now,
+            world.refused,
+        )
+        self.info = PeerInfo(
+            peer=self.me, stamp=now, is_bootstrap=self.is_bootstrap, training=not self.is_bootstrap, addresses=("a",)
+        )
+        self.progress, self.behind = Progress(), Behind()
+        self.offered: tuple[Progress, Behind] | None = None
+        self.fill: FillManifest = lambda manifest: None
+        self.swarm = self._as_swarm()
+        self.came_s, self.asked_s = now, math.inf
+        """When it was started, and asked to leave."""
+        self.ended_s, self.said_goodbye = math.inf, False
+        self._backlog: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+
+    def _as_swarm(self) -> Any:
+        """What the product's decisions ask their `Swarm` for."""
+        process = self
+
+        class _Swarm(SimpleNamespace):
+            asynchronous, coverage, specs = True, None, _SPECS
+            published = PublishedRun(b"", _SHA256, process.world.run_file, b"", b"")
+            identity, store = identity_of(process.folder.key), SimpleNamespace(arriving=None)
+            emit = staticmethod(lambda event: None)
+
+            @property
+            def me(self) -> PeerInfo:
+                return process.info
+
+        return _Swarm(
+            offer=SimpleNamespace(coverage=tuple),
+            membership=self.membership,
+            tallying=self.tallying,
+            states=SimpleNamespace(fetch=self._fetch_states, fetch_manifests=self._fetch_manifests),
+        )
+
+    # ------------------------------------------------------------- the process
+
+    def later(self, delay_s: float, call: Callable[..., object], *args: Any) -> None:
+        """Do it then, unless this process has ended."""
+        self.world.clock.call_later(delay_s, self.deliver, call, *args)
+
+    def deliver(self, call: Callable[..., object], *args: Any) -> None:
+        """Everything that it does comes through here."""
+        if self.frozen:
+            self._backlog.append((call, args))
+        elif self.alive:
+            call(*args)
+
+    def freeze(self) -> None:
+        """It stands still."""
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """It goes on, if it stood still."""
+        if not self.frozen:
+            return
+        self.frozen = False
+        if self.alive:
+            self.membership.resume(self.world.clock.now)
+        backlog, self._backlog = self._backlog, []
+        for call, args in backlog:
+            self.deliver(call, *args)
+
+    @property
+    def answers(self) -> bool:
+        """Whether calls to it come back: from when it has read its folder."""
+        return self.alive and not self.frozen and self.entered
+
+    def kill(self) -> None:
+        """Its presence and its records stay with the others."""
+        if self.alive:
+            self.ended_s = self.world.clock.now
+        self.alive = self.frozen = False
+
+    def end(self) -> None:
+        """Say goodbye, and end."""
+        self.said_goodbye = True
+        self.world.board.pop(self.me, None)
+        for other in self.neighbours():
+            other.membership.left(self.me, self.world.clock.now)
+        self.kill()
+
+    def leave(self) -> None:
+        """It is asked to end."""
+        raise NotImplementedError
+
+    @property
+    def holds(self) -> Behind:
+        """What is behind the weights that it offers."""
+        return Behind() if self.offered is None else self.offered[1]
+
+    def neighbours(self) -> list[Process]:
+        """Who answers it."""
+        living = self.world.living()
+        return [one for one in living if one is not self and one.answers and one.group == self.group]
+
+    # ------------------------------------------------------------- who is here
+
+    def enter(self) -> None:
+        """Dial whom it knows, and look around."""
+        self.entered = True
+        self._dial()
+        self._look_around()
+
+    def keep_looking(self) -> None:
+        """Every few seconds, as the product does."""
+        self._dial()
+        self._look_around()
+        self._tell_progress()
+        self.world.run(self.tallying.read_all())
+        self.announce()
+        self.later(_LOOKS_S, self.keep_looking)
+
+    def _dial(self) -> None:
+        for key, address in self.knows.items():
+            there = self.world.processes.get(key)
+            if there is not None and there.answers and there.address == address and there.group != self.group:
+                self.world.join_groups(self, there)
+
+    def _look_around(self) -> None:
+        now, ttl_s = self.world.clock.now, RUN.network.presence_ttl_s
+        for info, group in list(self.world.board.values()):
+            if group == self.group and info.peer != self.me:
+                self.tallying.meet(info.peer)
+                self.membership.saw_presence(info, info.stamp + ttl_s, now)
+        self.membership.expire(now)
+        for other in self.neighbours():
+            self.knows[other.folder.key] = self.folder.peers[other.folder.key] = other.address
+
+    def announce(self) -> None:
+        """Renew its presence."""
+        self.away = False
+        now = self.world.clock.now
+        self.info = dataclasses.replace(self.info, stamp=max(now, self.info.stamp + 1e-6))
+        self.world.board[self.me] = self.info, self.group
+
+    def _tell_progress(self) -> None:
+        """What is on its disk, if it trains."""
+        if self.is_bootstrap or not self.folder.checkpoints:
+            return
+        newest, now = self.folder.checkpoints[-1], self.world.clock.now
+        tokens = self.own_to_tell(newest.progress.peer_tokens.get(self.me, 0))
+        record = now, pb.Record(progress=pb.Progress(tokens=tokens, round=newest.progress.round))
+        for holder in (self, *self.neighbours()):
+            holder.dht[self.me] = record
+        told, key = self.world.told.setdefault(self.me, {}), self.folder.key
+        if tokens not in told:
+            told[tokens] = frozenset(one for one in newest.behind.rounds if one[0] == key)
+
+    def own_to_tell(self, durable_tokens: int) -> int:
+        """Of what is on its disk."""
+        return self.tallying.own_to_tell(durable_tokens)
+
+    async def _read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
+        found: dict[str, tuple[float, pb.Record]] = {}
+        for holder in (self, *self.neighbours()) if not prefix else ():
+            for peer, record in holder.dht.items():
+                if peer not in found or record[0] > found[peer][0]:
+                    found[peer] = record
+        return {peer: (record, math.inf) for peer, (_, record) in sorted(found.items())}
+
+    def _speeds(self) -> dict[str, float]:
+        live = (self.info, *self.membership.volunteers())
+        return {info.peer: info.steps_per_s * RUN.tokens_per_step for info in live}
+
+    def greet(self, peer: str) -> None:
+        """Ask how far it is."""
+        there, now = self.world.by_id(peer), self.world.clock.now
+        if there not in self.neighbours():
+            self.membership.call_failed(peer, now, "unreachable")
+        elif not there.away:
+            self.membership.heard(peer, now)
+            if there.info.stamp < now:
+                there.announce()
+            self.membership.saw_presence(there.info, now + RUN.network.presence_ttl_s, now)
+
+    # ------------------------------------------------------------- states
+
+    def set_state(self) -> None:
+        """Offer what it has from now on."""
+        self.offered = self.progress, self.behind
+        self.tallying.learn(self.progress.peer_tokens)
+        self.info = dataclasses.replace(self.info, round=self.progress.round, run_tokens=self.progress.run_tokens)
+
+    def restore(self, kept: Kept) -> None:
+        """Go on from a checkpoint."""
+        self.progress, self.behind = kept.progress, kept.behind
+        self.tallying.restore(kept.tally, kept.at_s)
+        self.set_state()
+
+    async def _fetch_states(self, peers: Sequence[str], min_round: int = 0) -> list[State]:
+        """Of those that deliver."""
+        found: list[State] = []
+        for peer in peers:
+            there = self.world.by_id(peer)
+            if there not in self.neighbours():
+                self.membership.call_failed(peer, self.world.clock.now, "unreachable")
+            elif there.offered is not None and there.offered[0].round >= min_round:
+                found.append(_state_of(peer, *there.offered, there.fill))
+        self.world.pulled = found
+        return found
+
+    async def _fetch_manifests(self, peers: Sequence[str]) -> list[pb.Manifest]:
+        """What they say of their states."""
+        pulled = self.world.pulled
+        manifests = [state.held.snapshot.manifest for state in await self._fetch_states(peers, 1)]
+        self.world.pulled = pulled
+        return manifests
+
+    def pulled_behind(self) -> Behind:
+        """Of the consensus of the states that came last, of which those count that are not far behind."""
+        pulled: Any = self.world.pulled
+        return behind_mean([one.behind for one in not_far_behind(pulled, RUN.merge.max_staleness_rounds)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pulled(State):
+    """A state that came, and what is behind it."""
+
+    behind: Behind
+
+
+def _state_of(peer: str, progress: Progress, behind: Behind, fill: FillManifest) -> _Pulled:
+    manifest = pb.Manifest(round=progress.round, run_tokens=progress.run_tokens)
+    for whose, tokens in sorted(progress.peer_tokens.items()):
+        manifest.peer_tokens.add(peer=peer_bytes(whose), tokens=tokens)
+    fill(manifest)
+    snapshot = Snapshot(manifest, pb.Signed(), "", peer)
+    buffer = bytearray(_ONE_BYTES.read(0, _ONE_BYTES.size_bytes))
+    return _Pulled(peer=peer, held=Held(snapshot, _ONE_BYTES, {0}, buffer), whole=True, behind=behind)
+
+
+# ---------------------------------------------------------------- volunteers
+
+
+class _Exchange(GossipExchange):
+    """The product's, of which only the decisions are asked."""
+
+    def __init__(self, volunteer: Volunteer) -> None:
+        world: Any = volunteer.world
+        gossip: Any = SimpleNamespace(forget_pulled=lambda: None)
+        stop: Any = SimpleNamespace(sleep=volunteer.sleep, check=lambda: None)
+        self.swarm, self.run, self.network = volunteer.swarm, world.run_file, world
+        self._layout = layout_of_specs(_SPECS)
+        self.gossip, self.stop, self._robustness = gossip, stop, []
+        self._fresh = True
+
+    def offer(self, state: Any, progress: Progress) -> None:
+        """The volunteer does it."""
+
+
+class Volunteer(Process):
+    """It trains."""
+
+    def __init__(
+        self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int], speed: float
+    ) -> None:
+        self.speed, self.own_tokens, self.met_bootstrap = speed, 0, False
+        super().__init__(world, folder, address, invite)
+        self.info = dataclasses.replace(self.info, steps_per_s=speed)
+        self.exchange: Any = _Exchange(self)
+        self.leaves = False
+        self._tries_left = 0
+        self.later(_STARTS_S, self._begin)
+
+    # what `Trainer.skip_merged` asks for
+    run = RUN
+    batches = SimpleNamespace(next_batch=lambda: None)
+
+    def _begin(self) -> None:
+        kept = self.folder.checkpoints[-1] if self.folder.checkpoints else None
+        if kept is not None:
+            self.restore(kept)
+            self.own_tokens = kept.own_tokens
+        self._find(kept is not None)
+
+    def _find(self, resumes: bool) -> None:
+        """Somebody who answers."""
+        self.enter()
+        if not self.neighbours() and self.world.clock.now < self.came_s + _FINDS_S:
+            self.later(1.0, self._find, resumes)
+        elif self.neighbours() or resumes:
+            self._tries_left = 3
+            self.later(_PULLS_S, self._join)
+        else:
+            self.kill()
+
+    def sleep(self, seconds: float) -> None:
+        """What the product does between two tries, of which the last one ends at once."""
+        self._tries_left -= 1
+        if self._tries_left > 0:
+            raise _Later
+
+    def _join(self) -> None:
+        for peer in [info.peer for info in self.membership.live()]:
+            self.greet(peer)
+        before = self.progress
+        try:
+            new: Replaced | None = self.exchange.present_state(self.progress)
+        except _Later:
+            self.later(1.0, self._join)
+            return
+        except RunTimeError:
+            self.kill()  # nobody delivers: a person tries again
+            return
+        if new is not None:
+            merged = new.progress.peer_tokens.get(self.me, 0) - before.peer_tokens.get(self.me, 0)
+            if self.folder.checkpoints:
+                Trainer.skip_merged(self, merged)  # type: ignore[arg-type]
+            self._adopt(new)
+        self.met_bootstrap = any(one.is_bootstrap for one in self.neighbours())
+        Trainer.count_on(self, self.tallying.contributions().get(self.me, 0))  # type: ignore[arg-type]
+        self.set_state()
+        self.keep_looking()
+        self._start_round()
+
+    def _adopt(self, new: Replaced) -> None:
+        self.progress = new.progress
+        self.behind = self.pulled_behind()
+
+    def _start_round(self) -> None:
+        self.world.trains(self)
+        self.announce()
+        self.later(RUN.merge.inner_steps / self.speed, self._end_round)
+
+    def _end_round(self) -> None:
+        """Merge what a partner has, count, and keep it; who leaves has lost what it trained since the last merge."""
+        if self.leaves:
+            return
+        tokens, me = RUN.round_tokens, self.me
+        self.own_tokens += tokens
+        before_tokens = self.tallying.contributions().get(me, 0)
+        self.tallying.learn({me: self.own_tokens})
+        self.world.trained(self, before_tokens)
+        if not self._merge((self.folder.key, self.world.next_round(me))):
+            counts = self.tallying.contributions()
+            self.progress = Progress(round=self.progress.round + 1, run_tokens=sum(counts.values()), peer_tokens=counts)
+        self.set_state()
+        kept = Kept(self.progress, self.behind, self.tallying.kept(), self.own_tokens, at_s=self.world.clock.now)
+        self.later(_WRITES_S, self.folder.write, kept)
+        self._start_round()
+
+    def _merge(self, mine: Round) -> bool:
+        """What it has trained, and what a partner has; True if it takes the others' weights instead."""
+        replaced = self.exchange._catch_up(self.progress.round)
+        if replaced is not None:
+            self._adopt(replaced)
+            return True
+        self.behind = dataclasses.replace(self.behind, rounds=self.behind.rounds | {mine})
+        partners = [one for one in self.neighbours() if isinstance(one, Volunteer) and one.offered is not None]
+        partners = [one for one in partners if self.membership.state(one.me) is PeerState.LIVE]
+        if partners:
+            partner = self.world.rng.choice(partners)
+            assert partner.offered is not None
+            if self.progress.round - partner.offered[0].round <= RUN.merge.max_staleness_rounds:
+                self.tallying.hear(partner.me, partner.own_tokens)
+                self.behind = self.behind.with_weights_of(partner.offered[1])
+        return False
+
+    # ------------------------------------------------------------- leaving
+
+    def leave(self) -> None:
+        """Ctrl-C: between two steps; what was trained since the last merge is lost."""
+        if self.away:
+            self.kill()
+            return
+        self.leaves, self.asked_s = True, self.world.clock.now
+        self.later(0.1, self.hand_over)
+
+    def hand_over(self) -> None:
+        """As `peer.leaving.hand_over` does, a process that answers nobody any more being gone."""
+        self._tell_progress()
+        self._ask_to_leave(self.world.clock.now + leaving._IDLE_S)
+
+    def _ask_to_leave(self, idle_s: float) -> None:
+        now = self.world.clock.now
+        answers = [self._asks(info.peer) for info in self.membership.live() if info.is_bootstrap]
+        if all(answer is None for answer in answers):
+            for info in self.membership.volunteers():
+                self.greet(info.peer)
+        leave = before_leaving(self.membership, answers, self.info.round, now - self.asked_s)
+        if leave is Leave.WAIT:
+            self.later(_ASKS_S, self._ask_to_leave, now + leaving._IDLE_S)
+        elif leave is Leave.HAND_OVER and now <= idle_s:
+            self.later(_ASKS_S, self._ask_to_leave, idle_s)
+        else:
+            if leave is Leave.HAND_OVER or (leave is Leave.GO_UNARCHIVED and self.world.processes["b"].said_goodbye):
+                self.world.left_untaken.add(self.me)  # the bootstrap is to blame, or nobody
+            self.world.left(self)
+            self.end()
+
+    def _asks(self, asked: str) -> bool | None:
+        there, now = self.world.by_id(asked), self.world.clock.now
+        if there not in self.neighbours() or not isinstance(there, Bootstrap):
+            return None
+        self.info = dataclasses.replace(self.info, stamp=max(now, self.info.stamp + 1e-6))
+        there.membership.saw_presence(self.info, now + RUN.network.presence_ttl_s, now)
+        return there.leavers is not None and there.leavers.ask(self.me, now)
+
+
+class Liar(Volunteer):
+    """It comes, and says at once that it has trained for weeks: in its record, and with its state."""
+
+    def own_to_tell(self, durable_tokens: int) -> int:
+        """A lie."""
+        return durable_tokens + LIE_TOKENS
+
+    def set_state(self) -> None:
+        """With another."""
+        super().set_state()
+        counts = dict(self.progress.peer_tokens)
+        counts[self.me] = counts.get(self.me, 0) + LIE_TOKENS
+        told = dataclasses.replace(self.progress, run_tokens=sum(counts.values()), peer_tokens=counts)
+        self.offered = told, self.behind
+
+
+# ---------------------------------------------------------------- the bootstrap
+
+
+class _Watch(ArchiveWatch):
+    """By the world's clock."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def refuse(self, now: float) -> bool:
+        """See `ArchiveWatch`."""
+        return super().refuse(self.clock.now)
+
+
+class Bootstrap(Process):
+    """It archives."""
+
+    is_bootstrap = True
+
+    def __init__(self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int]) -> None:
+        super().__init__(world, folder, address, invite)
+        self.leavers: Leavers | None = Leavers(self.membership)
+        self._next_s, self._counts_kept_s = -math.inf, -math.inf
+        extras: dict[str, Callable[[], Any]] = {}
+        self.keeper = SimpleNamespace(
+            checkpointer=SimpleNamespace(extras=extras, extra=lambda: {name: give() for name, give in extras.items()}),
+            restore_counts=lambda swarm: self._restore_counts(),
+            offer=self._offer_archived,
+        )
+        keeper: Any = self.keeper
+        self.archive = Archive(self.swarm, keeper, watch=_Watch(world.clock))
+        self.later(_STARTS_S, self._begin)
+
+    def _begin(self) -> None:
+        kept = self.folder.checkpoints[-1] if self.folder.checkpoints else None
+        if kept is not None:
+            self.restore(kept)
+        self.archive.restore(kept)  # type: ignore[arg-type]
+        self.world.begun(self)
+        self.enter()
+        self.keep_looking()
+        self.later(LOOK_EVERY_S, self._look)
+
+    def _restore_counts(self) -> None:
+        if self.folder.counts is not None:
+            self.tallying.restore(*self.folder.counts)
+
+    def count_once_more(self) -> None:
+        """It is asked to leave."""
+        self.world.run(self.tallying.read_all())
+        self.keep_counts()
+
+    def keep_counts(self) -> None:
+        """Beside the archives."""
+        self.folder.counts = self.tallying.kept(), self.world.clock.now
+
+    async def _offer_archived(self, swarm: Any, kept: Any) -> None:
+        self.offered = kept.progress, self.behind
+        self.tallying.learn(kept.progress.peer_tokens)
+
+    def _ask_how_far(self) -> None:
+        now = self.world.clock.now
+        for info in self.membership.volunteers():
+            self.greet(info.peer)
+        if now >= self._counts_kept_s + COUNTS_EVERY_S:
+            self._counts_kept_s = now
+            self.keep_counts()
+            self._serve_counts()
+
+    def _serve_counts(self) -> None:
+        if self.folder.checkpoints:
+            self.world.run(self.archive.serve_counts(ONE, self.progress))
+
+    def _look(self) -> None:
+        """As `_archive_until_the_end` does."""
+        self._ask_how_far()
+        now, volunteers = self.world.clock.now, self.membership.volunteers()
+        waiting = () if self.leavers is None else self.leavers.waiting(now)
+        if self.archive.watch.is_new(volunteers) and (bool(waiting) or now >= self._next_s):
+            self.later(_PULLS_S, self._archive, waiting)
+            return
+        self._taken(waiting, archived=False)
+
+    def _archive(self, waiting: tuple[str, ...]) -> None:
+        volunteers = self.membership.volunteers()
+        sample = self.world.rng.sample([info.peer for info in volunteers], min(ARCHIVED, len(volunteers)))
+        archived = self._take(volunteers, sample)
+        if archived:
+            self._next_s = self.world.clock.now + RUN.network.archive_every_s
+        elif self.archive.watch.refused_s is not None:
+            self._next_s = self.world.clock.now + bootstrap._REFUSED_AGAIN_S
+        self._taken(waiting, archived=archived)
+
+    def _taken(self, waiting: tuple[str, ...], *, archived: bool) -> None:
+        now, is_new = self.world.clock.now, self.archive.watch.is_new(self.membership.volunteers())
+        if self.leavers is not None and waiting and (archived or not is_new):
+            self.leavers.taken(waiting, now)
+        self.later(LOOK_EVERY_S, self._look)
+
+    def _take(self, volunteers: Sequence[PeerInfo], peers: Sequence[str]) -> bool:
+        self.archive.asks(volunteers)
+        present = self.world.run(fetch_present(self.swarm, peers, "archive", 0, self.archive.is_wanted))
+        if present is None:
+            return False
+        kept, behind = self.archive.kept_of(present), self.pulled_behind()
+        self.progress, self.behind = present.progress, behind
+        self.folder.write(
+            Kept(self.progress, behind, self.tallying.kept(), at_s=self.world.clock.now, extra=kept.extra)
+        )
+        self.set_state()
+        self.world.archived(self)
+        return True
+
+    def leave(self) -> None:
+        """Ctrl-C: one last archive."""
+        self.count_once_more()
+        volunteers = sorted(self.membership.volunteers(), key=lambda info: -info.run_tokens)
+        if volunteers:
+            self._take(self.membership.volunteers(), [info.peer for info in volunteers[:LAST_SAMPLE]])
+        self.end()
+
+
+# ---------------------------------------------------------------- the world
+
+
+class LivesWorld:
+    """The processes, their folders, and what happened."""
+
+    def __init__(self, seed: int, run_file: RunFile = RUN) -> None:
+        self.run_file = run_file
+        self.clock, self.rng, self._loop = Clock(), random.Random(f"lives {seed}"), _Loop()
+        self.clock.most_events = 100_000
+        self.processes: dict[str, Process] = {}
+        """By their key: one process at a time has a folder."""
+        self.board: dict[str, tuple[PeerInfo, int]] = {}
+        """The presences in the DHT, and in which part of the network."""
+        self.told: dict[str, dict[int, frozenset[Round]]] = {}
+        """Who told -> how many tokens -> its own rounds that were on its disk then."""
+        self.left_untaken: set[str] = set()
+        self.pulled: list[Any] = []
+        self._num_groups = 0
+        self._rounds: dict[str, int] = {}
+
+    def close(self) -> None:
+        """Its loop too."""
+        self._loop.close()
+
+    # ------------------------------------------------------------- the network
+
+    def new_group(self) -> int:
+        """Of who knows nobody yet."""
+        self._num_groups += 1
+        return self._num_groups
+
+    def join_groups(self, one: Process, other: Process) -> None:
+        """They have met: all of both know each other."""
+        new, old = one.group, other.group
+        for process in self.processes.values():
+            if process.group == old:
+                process.group = new
+        self.board = {peer: (info, new if group == old else group) for peer, (info, group) in self.board.items()}
+
+    def living(self) -> list[Process]:
+        """Those that run or stand still."""
+        return [process for process in self.processes.values() if process.alive]
+
+    def by_id(self, peer: str) -> Process:
+        """Who has that PeerID."""
+        return next(process for process in self.processes.values() if process.me == peer)
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """The network's part of something, done now."""
+        return self._loop.run_until_complete(work)
+
+    def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """The same, for what waits for a network thread."""
+        future: Future[_T] = Future()
+        future.set_result(self.run(work))
+        return future
+
+    def refused(self, peer: str, rule: str, detail: str) -> None:
+        """Somebody is said to lie."""
+
+    # ------------------------------------------------------------- what happened
+
+    def next_round(self, peer: str) -> int:
+        """The number of a round, over all its lives."""
+        self._rounds[peer] = self._rounds.get(peer, 0) + 1
+        return self._rounds[peer]
+
+    def trains(self, volunteer: Volunteer) -> None:
+        """A round begins."""
+
+    def trained(self, volunteer: Volunteer, before_tokens: int) -> None:
+        """A round is over, before which so many tokens of its peer were counted."""
+
+    def archived(self, bootstrap: Bootstrap) -> None:
+        """An archive was made."""
+
+    def begun(self, bootstrap: Bootstrap) -> None:
+        """A bootstrap has read its folder."""
+
+    def left(self, volunteer: Volunteer) -> None:
+        """One leaves, as it may."""
