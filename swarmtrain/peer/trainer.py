@@ -380,6 +380,11 @@ class Trainer:
         self._states = [OuterState(one.of(theta), one.of(momentum)) for one in self.fragments]
         self.rounds.restart()
 
+    def end(self) -> None:
+        """No step follows: the model's weights may be replaced, and AdamW's moments go."""
+        self._take_back()
+        self.inner.end()
+
     def restart(self) -> None:
         """Give up what was trained since each fragment's merge, as a kill does."""
         self._is_entered = False

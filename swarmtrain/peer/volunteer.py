@@ -508,7 +508,7 @@ class _Volunteer:
         self.control.finishing("measuring and saving the model")
         loss = own_loss = None
         try:
-            trainer.inner.end()  # 8 bytes a parameter, which others' weights need
+            trainer.end()  # 8 bytes a parameter, which others' weights need
             own = trainer.state.theta
             loss = self._measure(own, ready)
             theta = exchange.final_theta(own)
