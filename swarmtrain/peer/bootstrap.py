@@ -28,7 +28,7 @@ from swarmtrain.events import DoneEvent, WarningEvent
 from swarmtrain.membership.archive_load import archive_every_s, archived_sources
 from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.progress import Progress
-from swarmtrain.model.gpt import build_model
+from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import load_or_create_identity
@@ -288,7 +288,7 @@ class _Bootstrap(BootstrapPeer):
         Gives up when the run has had its tokens and nobody has delivered the last state for a minute.
         """
         total = self.published.run.run.total_tokens
-        every_s, num_parameters = self.published.run.network.archive_every_s, _size_of(swarm)
+        every_s, size = self.published.run.network.archive_every_s, num_parameters(self.published.run.model)
         # started again, it knows little of what was trained meanwhile before it has a state of it
         at_once = self.state is None or self.archived is not None
         next_s = time.monotonic() + (0.0 if at_once else every_s)
@@ -317,7 +317,7 @@ class _Bootstrap(BootstrapPeer):
             archive, began_s = self._archive if self.server is None else self._archive_own, time.monotonic()
             archived = (due or last) and archive(swarm, last)
             if archived:
-                next_s = time.monotonic() + archive_every_s(every_s, time.monotonic() - began_s, num_parameters)
+                next_s = time.monotonic() + archive_every_s(every_s, time.monotonic() - began_s, size)
                 complete = self.is_final = last and self.progress.run_tokens >= total
             elif due and self.archived is not None and self.archived.watch.refused_s is not None:
                 next_s = time.monotonic() + _REFUSED_AGAIN_S
@@ -378,7 +378,7 @@ class _Bootstrap(BootstrapPeer):
         if self.server is not None:
             return self._of_server(self.server) if self.server.arrivals else None
         volunteers = sorted(swarm.membership.volunteers(), key=lambda info: -info.run_tokens)
-        pulling = self._pull_from_the_quick(swarm, [info.peer for info in volunteers[: self._most_sources(swarm)]])
+        pulling = self._pull_from_the_quick(swarm, [info.peer for info in volunteers[: self._most_sources]])
         new = wait_for(self.network.submit(pulling), self.stop)
         return None if new is None else self._kept(new)
 
@@ -396,15 +396,17 @@ class _Bootstrap(BootstrapPeer):
         new = await swarm.rounds.fetch_told_state(told, "archive", self.progress.run_tokens)
         return None if new is None else present_of(new)
 
-    def _most_sources(self, swarm: Swarm) -> int:
+    @property
+    def _most_sources(self) -> int:
         """How many are asked for their weights, or where all have the same, may be asked."""
-        return archived_sources(_size_of(swarm)) if self.published.run.merge.method == "gossip" else ARCHIVED
+        run = self.published.run
+        return archived_sources(num_parameters(run.model)) if run.merge.method == "gossip" else ARCHIVED
 
     def _archive(self, swarm: Swarm, last: bool = False) -> bool:
         """Pull the newest state, write it down, and offer it to joiners; False if nobody delivered."""
         infos = swarm.membership.volunteers()
         volunteers = [info.peer for info in infos]
-        sample = random.sample(volunteers, min(self._most_sources(swarm), len(volunteers)))
+        sample = random.sample(volunteers, min(self._most_sources, len(volunteers)))
         if self.archived is None:
             fetching = fetch_present(swarm, sample, "archive", self.progress.run_tokens)
         else:  # the last weights, whether they hold more tokens or not
@@ -474,8 +476,3 @@ class _Bootstrap(BootstrapPeer):
             model = build_model(self.published.run.model, self.published.run.run.seed)
             unflatten_into(self.state.theta, model.parameters())
             self.measure_and_save(model, self.progress)
-
-
-def _size_of(swarm: Swarm) -> int:
-    """Parameters of the model."""
-    return sum(spec.size_bytes for spec in swarm.specs) // 4
