@@ -26,6 +26,7 @@ from swarmtrain.events import Event, WarningEvent
 from swarmtrain.membership.progress import Progress
 from swarmtrain.peer.checkpoint import Checkpoint, save
 from swarmtrain.peer.checkpoint_files import CheckpointFolder, Written
+from swarmtrain.peer.process import trim_heap
 
 __all__ = ["MOST_COPIED", "Checkpointer"]
 
@@ -152,6 +153,8 @@ class Checkpointer:
                 continue
             assert checkpoint is not None
             is_written = self._write(checkpoint)
+            if checkpoint.state.size > MOST_COPIED:  # beside the trainer, once a round
+                trim_heap()
             with self._change:
                 self._recycle(checkpoint)
                 self._done = number
