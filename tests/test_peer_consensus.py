@@ -10,6 +10,7 @@ import torch
 
 from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.errors import BadBytesError
+from swarmtrain.network.consensus import PeerState
 from swarmtrain.network.identity import new_identity, peer_bytes
 from swarmtrain.peer import consensus
 from swarmtrain.peer.consensus import (
@@ -62,11 +63,15 @@ def test_honest_weights_are_all_in_it() -> None:
 
 
 def test_momentum_is_that_of_those_who_are_in_it() -> None:
-    honest = [state(number, near(number), momentum=0.1) for number in range(4)]
-    assert torch.equal(consensus_of(honest, LAYOUT).momentum, torch.full((16,), 0.1))
-    liar = state(4, torch.full((16,), 1e8), momentum=1e8)
-    assert torch.equal(consensus_of([liar, *honest], LAYOUT).momentum, torch.full((16,), 0.1))
-    assert not consensus_of([liar, *map(only_weights, honest)], LAYOUT).momentum.any()
+    def honest() -> list[PeerState]:  # anew each time: the mean takes the place of the first one's weights
+        return [state(number, near(number), momentum=0.1) for number in range(4)]
+
+    def liar() -> PeerState:
+        return state(4, torch.full((16,), 1e8), momentum=1e8)
+
+    assert torch.equal(consensus_of(honest(), LAYOUT).momentum, torch.full((16,), 0.1))
+    assert torch.equal(consensus_of([liar(), *honest()], LAYOUT).momentum, torch.full((16,), 0.1))
+    assert not consensus_of([liar(), *map(only_weights, honest())], LAYOUT).momentum.any()
 
 
 LIES = [1e20, -1e20, 1.0, -1.0, -0.1, 0.0]

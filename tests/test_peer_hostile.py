@@ -12,10 +12,11 @@ import torch
 from test_peer_gossip_exchange import STEP_TOKENS, STEPS, Peer, World, run_file
 
 from swarmtrain.events import ClippedEvent, RefusedEvent
+from swarmtrain.membership.fragments import FragmentRound
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.snapshots import Body
-from swarmtrain.peer.trainer import Contribution
+from swarmtrain.peer.trainer import Contribution, LentWeights
 from swarmtrain.run import GradientFormat
 
 pytestmark = pytest.mark.slow
@@ -47,8 +48,8 @@ def publishes(mallory: Peer, change: Callable[[torch.Tensor, torch.Tensor], tupl
         gradient = last.get(fragment, torch.zeros_like(theta))
         return Body([codecs[fragment].weights.encode(change(theta, gradient)[0])])
 
-    def gradient(contribution: Contribution, fragment: int, format: GradientFormat) -> Body:
-        theta, last[fragment] = contribution.thetas[fragment], contribution.gradient_of(fragment)
+    def gradient(lent: LentWeights, of: FragmentRound, fragment: int, format: GradientFormat) -> Body:
+        theta, last[fragment] = mallory.trainer.state_of(fragment).theta, lent.gradient()
         return Body([codecs[fragment].gradient.of[format].encode(change(theta, last[fragment])[1])])
 
     mallory.exchange._encode_weights = weights  # type: ignore[method-assign]

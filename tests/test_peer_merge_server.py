@@ -14,8 +14,6 @@ import torch
 from replies import Replies
 from torch import Tensor
 
-from swarmtrain.algorithm.fragments import fragments_of
-from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterConstants, OuterState
 from swarmtrain.errors import UnreachableError
 from swarmtrain.events import ClippedEvent, Event, RefusedEvent, WarningEvent
@@ -166,7 +164,6 @@ def train(worker: ServerExchange, round: int, theta: Tensor, gradient: Tensor, s
         round=round,
         part=1,
         thetas=(theta,),
-        fragments=fragments_of(layout_of([(SIZE,)]), 1),
         fragment_rounds=(FragmentRound(round, 1, tokens, steps),),
         reached=theta - gradient,
         tokens=tokens,

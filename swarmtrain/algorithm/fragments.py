@@ -14,9 +14,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm import memory
 from swarmtrain.algorithm.gossip import Layout
+from swarmtrain.algorithm.outer import OuterState
 
-__all__ = ["Fragment", "fragments_of", "whole_of"]
+__all__ = ["Fragment", "FragmentedState", "fragments_of", "whole_of"]
 
 _T = TypeVar("_T")
 _LEAST_SHARE = 0.25
@@ -42,7 +44,9 @@ class Fragment:
 
     def of(self, vector: Tensor) -> Tensor:
         """The fragment's numbers (Q,) of the whole model's (P,): a copy, or `vector` itself where that is the same."""
-        return vector if self.is_whole else torch.cat([vector[place] for place in self.places])
+        if self.is_whole:
+            return vector
+        return torch.cat([vector[place] for place in self.places], out=memory.empty_like(vector[: self.layout.size]))
 
 
 def fragments_of(layout: Layout, number: int) -> tuple[Fragment, ...]:
@@ -74,8 +78,55 @@ def whole_of(fragments: Sequence[Fragment], vectors: Sequence[Tensor]) -> Tensor
     """The whole model's numbers (P,) of the fragments' (Q,): new, or the only one of them itself."""
     if len(vectors) == 1:
         return vectors[0]
-    whole = vectors[0].new_empty(sum(vector.numel() for vector in vectors))
+    whole = memory.empty(sum(vector.numel() for vector in vectors), vectors[0].dtype)
     for fragment, vector in zip(fragments, vectors, strict=True):
         for place, own in zip(fragment.places, fragment.layout.slices, strict=True):
             whole[place] = vector[own]
     return whole
+
+
+class FragmentedState(OuterState):
+    """The state of a model over its fragments' states, each as of its last merge.
+
+    Nothing is copied until theta or momentum is asked for, which are joined anew each time: whoever reads `pieces`
+    needs no second state of 8 bytes a parameter. It follows `states`, a list that its owner changes; `settled` gives
+    one that stays.
+    """
+
+    def __init__(self, fragments: Sequence[Fragment], states: Sequence[OuterState]) -> None:
+        object.__setattr__(self, "_fragments", tuple(fragments))
+        object.__setattr__(self, "_states", states)
+
+    _fragments: tuple[Fragment, ...]
+    _states: Sequence[OuterState]
+
+    @property
+    def theta(self) -> Tensor:
+        """(P,): new, or the only fragment's."""
+        return whole_of(self._fragments, [state.theta for state in self._states])
+
+    @property
+    def momentum(self) -> Tensor:
+        """(P,): new, or the only fragment's."""
+        return whole_of(self._fragments, [state.momentum for state in self._states])
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return sum(fragment.layout.size for fragment in self._fragments)
+
+    def pieces(self) -> tuple[list[Tensor], list[Tensor]]:
+        """See `OuterState`: the model's tensors in its order."""
+        states, places = tuple(self._states), dict[int, tuple[int, slice]]()
+        for number, fragment in enumerate(self._fragments):
+            for tensor, place in zip(fragment.tensors, fragment.layout.slices, strict=True):
+                places[tensor] = number, place
+        found = [places[tensor] for tensor in sorted(places)]
+        return (
+            [states[number].theta[place] for number, place in found],
+            [states[number].momentum[place] for number, place in found],
+        )
+
+    def settled(self) -> OuterState:
+        """See `OuterState`."""
+        return FragmentedState(self._fragments, tuple(self._states))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm import memory
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, outer_step
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
 
 _BLOCK = 1 << 15
 """Numbers of each vector that are worked on at once: four vectors' in fp64 are 1 MiB, a second-level cache."""
+_MERGED_AT_ONCE = 1 << 16
+"""Numbers of each vector that the last part of a merge takes at once: all it reads and writes stays in the cache."""
 _ROUNDING = 2.0**-46
 """The square of fp32's resolution: what varies less than this, relative to the inputs' mean square, is rounding."""
 
@@ -160,7 +163,7 @@ def _mean_square(products: Tensor, combination: Tensor) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def variance_corrected_mean(
-    vectors: Sequence[Tensor], layout: Layout, weights: Sequence[float] | None = None
+    vectors: Sequence[Tensor], layout: Layout, weights: Sequence[float] | None = None, out: Tensor | None = None
 ) -> CorrectedMean:
     """The mean of vectors (P,) fp32 whose tensors vary as much as the inputs' do on average (arXiv 2404.04616).
 
@@ -168,10 +171,11 @@ def variance_corrected_mean(
     of the inputs' variances, all population variances in fp64. The ratio is 1 where Var(w) is zero or no more than
     fp32's rounding, and exactly 1 for equal inputs, which come back as they are. Never NaN for finite inputs. The
     statistics are those of the mean before it is rounded, so there is no bias to grow over the rounds. Vectors of
-    weight zero are left out. The result is new. Raises ValueError when shapes or weights make no sense.
+    weight zero are left out. The result is new, or `out`, which may be one of the vectors. Raises ValueError when
+    shapes or weights make no sense.
     """
     vectors, shares = _weighted(vectors, layout, weights)
-    mean = torch.empty_like(vectors[0])
+    mean = memory.empty_like(vectors[0]) if out is None else out
     combination = torch.tensor([1.0, *shares[1:]], dtype=torch.float64, device=mean.device)
     moments = _mean_and_moments(vectors, combination, layout, mean)
     products = moments.covariances + moments.means[:, :, None] * moments.means[:, None, :]
@@ -249,7 +253,7 @@ def prepare(state: OuterState, arrivals: Sequence[Arrival], layout: Layout, lear
         raise ValueError(f"tokens must be finite and not negative, got {[arrival.tokens for arrival in arrivals]}")
     if not all(0 <= arrival.ahead_rounds <= 1 for arrival in arrivals):
         raise ValueError(f"from 0 to 1 rounds ahead, got {[arrival.ahead_rounds for arrival in arrivals]}")
-    gradient_sum = torch.zeros_like(theta)
+    gradient_sum = memory.zeros_like(theta)
     for arrival in arrivals:
         if arrival.tokens:
             gradient_sum.add_(arrival.gradient, alpha=arrival.tokens)
@@ -297,8 +301,11 @@ def gossip_merge(
     prepared.spent = True
     if not prepared.num_arrivals:
         return outer_step(OuterState(prepared.theta_mean, state.momentum), gradient, constants)
-    momentum = prepared.gradient_sum.add_(gradient, alpha=tokens).mul_(1 / total)  # G
-    theta = prepared.theta_mean.add_(momentum, alpha=-constants.learning_rate)
-    momentum.add_(state.momentum, alpha=constants.momentum)
-    theta.add_(momentum, alpha=-constants.learning_rate * constants.momentum)
+    momentum, theta = prepared.gradient_sum, prepared.theta_mean
+    vectors = (momentum, theta, gradient, state.momentum)
+    for m, w, own, before in zip(*(torch.split(vector, _MERGED_AT_ONCE) for vector in vectors), strict=True):
+        m.add_(own, alpha=tokens).mul_(1 / total)  # G
+        w.add_(m, alpha=-constants.learning_rate)
+        m.add_(before, alpha=constants.momentum)
+        w.add_(m, alpha=-constants.learning_rate * constants.momentum)
     return OuterState(theta=theta, momentum=momentum)

@@ -8,17 +8,21 @@ not the peer's own steps, so a peer that joins late starts at the right one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-__all__ = ["InnerConstants", "InnerOptimizer", "Moments", "learning_rate_at", "moments_scale"]
+__all__ = ["InnerConstants", "InnerOptimizer", "LentMoments", "Moments", "learning_rate_at", "moments_scale"]
 
 _FIRST_SHARE = 0.01  # the warm-up begins at this share of the peak: a learning rate of 0 would waste a step
 _EPS = 1e-8  # torch.optim.AdamW's default
+_PIECE = 1 << 20  # numbers of lent moments that are copied at once: the optimizer waits for no more than that
+_LENT_WAIT_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,50 @@ class Moments:
     steps: Tensor  # (N,) fp32: steps that each parameter has taken
 
 
+class LentMoments:
+    """AdamW's moments as they are now, read once by another thread while nobody steps; 8 bytes a parameter less than a
+    copy of them.
+
+    The next step waits for the reader a moment, then copies what is not read yet and goes on. So a reader that keeps up
+    costs no memory, and one that does not, no time.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], steps: Tensor) -> None:
+        """`tensors`: the first moments, then the second ones, contiguous fp32."""
+        self.steps = steps
+        self.num_numbers = sum(tensor.numel() for tensor in tensors)
+        self._left = [piece for tensor in tensors for piece in torch.split(tensor.reshape(-1), _PIECE)][::-1]
+        self._is_copied = False
+        self._change = threading.Condition()
+
+    def read(self) -> Iterator[Tensor]:
+        """Their numbers, piece by piece; each is good until the next one is asked for."""
+        room = torch.empty(_PIECE)
+        while True:
+            with self._change:
+                if not self._left:
+                    return
+                piece, kept = self._left.pop(), self._is_copied
+                if not kept:
+                    piece = room[: len(piece)].copy_(piece)
+                if not self._left:
+                    self._change.notify_all()
+            yield piece
+
+    def give_back(self, limit_s: float = _LENT_WAIT_S) -> None:
+        """The moments change from now on: what is not read within `limit_s` is copied."""
+        with self._change:
+            if not self._is_copied and not self._change.wait_for(lambda: not self._left, limit_s):
+                self._left = [piece.clone() for piece in self._left]
+            self._is_copied = True
+
+    def forget(self) -> None:
+        """Nobody reads them."""
+        with self._change:
+            self._left.clear()
+            self._change.notify_all()
+
+
 @dataclass(frozen=True)
 class _State:
     """AdamW's of one parameter."""
@@ -104,6 +152,11 @@ class InnerOptimizer:
         others = [p for p in self._parameters.values() if p.dim() < 2]
         self._groups = ((matrices, constants.weight_decay), (others, 0.0))
         self._states: dict[nn.Parameter, _State] = {}
+        self._lent: LentMoments | None = None
+        self.before_step: Callable[[], None] = lambda: None
+        """Called before weights change."""
+        self.waited_s = 0.0
+        """For `before_step` and for readers of lent moments, in all."""
 
     def step(self, progress: float, scale: float = 1.0) -> float:
         """One inner step from the gradients in `.grad`, which are then dropped; returns their norm before clipping.
@@ -114,6 +167,10 @@ class InnerOptimizer:
         """
         gradient_norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self.constants.gradient_clip))
         if math.isfinite(gradient_norm):
+            began_s = time.monotonic()
+            self.before_step()
+            self._take_back()
+            self.waited_s += time.monotonic() - began_s
             learning_rate = learning_rate_at(self.constants, progress) * scale
             for parameters, decay in self._groups:
                 self._step([p for p in parameters if p.grad is not None], learning_rate, decay)
@@ -145,6 +202,31 @@ class InnerOptimizer:
             weight_decay=decay,
             eps=_EPS,
         )
+
+    @torch.no_grad()
+    def lend_moments(self) -> LentMoments:
+        """The moments to be read by another thread, as they are now."""
+        self._take_back()
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        steps = torch.zeros(len(self._parameters))
+        for index, parameter in enumerate(self._parameters.values()):
+            own = self._states.get(parameter)
+            if own is not None:
+                steps[index] = own.step
+            for tensors, moment in zip(found, (None, None) if own is None else (own.first, own.second), strict=True):
+                tensors.append(torch.zeros(parameter.numel()) if moment is None else moment)
+        self._lent = LentMoments([*found[0], *found[1]], steps)
+        return self._lent
+
+    def _take_back(self) -> None:
+        if self._lent is not None:
+            self._lent.give_back()
+            self._lent = None
+
+    def end(self) -> None:
+        """No step follows: let the moments go. Who reads lent ones has them until then."""
+        self._states, self._lent = {}, None
+        self.drop_gradients()
 
     def drop_gradients(self) -> None:
         """Forget what `.grad` holds: a batch that was given up must not count in the next step."""
@@ -179,6 +261,7 @@ class InnerOptimizer:
         if moments.vectors.shape != (2, sum(sizes)) or moments.steps.shape != (len(sizes),):
             shapes = (tuple(moments.vectors.shape), tuple(moments.steps.shape))
             raise ValueError(f"moments (2, {sum(sizes)}) of {len(sizes)} parameters are needed, got {shapes}")
+        self._take_back()
         vectors = torch.split(moments.vectors, sizes, dim=1)
         for step, parameter, own in zip(moments.steps, self._parameters.values(), vectors, strict=True):
             first, second = (vector.view_as(parameter).to(parameter, copy=True) for vector in own)

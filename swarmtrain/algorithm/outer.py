@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from swarmtrain.algorithm import memory
+
 __all__ = [
     "Buffer",
     "DelayedNesterov",
@@ -56,6 +58,19 @@ class OuterState:
                 f"theta and momentum must be vectors of one size, got {tuple(self.theta.shape)} "
                 f"and {tuple(self.momentum.shape)}"
             )
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.theta.numel()
+
+    def pieces(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Theta and momentum, each as vectors that lie one after the other; nothing is copied."""
+        return [self.theta], [self.momentum]
+
+    def settled(self) -> OuterState:
+        """This state as it is now, whatever follows."""
+        return self
 
 
 @torch.no_grad()
@@ -115,9 +130,10 @@ def outer_step(state: OuterState, gradient: Tensor, constants: OuterConstants) -
     """
     if gradient.shape != state.theta.shape:
         raise ValueError(f"a gradient of {state.theta.numel()} numbers is needed, got {tuple(gradient.shape)}")
-    momentum = (state.momentum * constants.momentum).add_(gradient)
-    ahead = gradient.add(momentum, alpha=constants.momentum)
-    return OuterState(theta=state.theta.add(ahead, alpha=-constants.learning_rate), momentum=momentum)
+    momentum = torch.mul(state.momentum, constants.momentum, out=memory.empty_like(gradient)).add_(gradient)
+    ahead = torch.add(gradient, momentum, alpha=constants.momentum, out=memory.empty_like(gradient))
+    theta = torch.add(state.theta, ahead, alpha=-constants.learning_rate, out=ahead)
+    return OuterState(theta=theta, momentum=momentum)
 
 
 def momentum_at(round: int, momentum: float, ramp_rounds: int) -> float:

@@ -24,13 +24,15 @@ Scales are fp32, not fp16: pseudo-gradients of 1e-8 occur, and would be nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from swarmtrain.algorithm import memory
 
 __all__ = ["FORMATS", "ErrorFeedback", "Format", "decode", "encode", "encoded_size_bytes"]
 
@@ -127,7 +129,7 @@ def encode(vector: Tensor, format: Format, sizes: Sequence[int]) -> Tensor:
     """
     size_bytes = encoded_size_bytes(format, sizes)
     _check_vector(vector, sizes)
-    data = torch.empty(size_bytes, dtype=torch.uint8)
+    data = memory.empty(size_bytes, torch.uint8)
     if format in _BLOCKWISE:
         largest = _encode_blocks(vector, _BLOCKWISE[format], tuple(sizes), data)
     elif format == "bf16":
@@ -158,7 +160,7 @@ def decode(data: Tensor, format: Format, sizes: Sequence[int], out: Tensor | Non
             f"got {data.dtype} of shape {tuple(data.shape)}"
         )
     if out is None:
-        out = torch.empty(sum(sizes), dtype=torch.float32)
+        out = memory.empty(sum(sizes))
     _check_vector(out, sizes)
     if format in _BLOCKWISE:
         _decode_blocks(data, _BLOCKWISE[format], tuple(sizes), out)
@@ -188,18 +190,24 @@ class ErrorFeedback:
     def __init__(self, sizes: Sequence[int], residual: Tensor | None = None) -> None:
         self._sizes = tuple(sizes)
         if residual is None:
-            residual = torch.zeros(sum(sizes), dtype=torch.float32)
+            residual = memory.zeros(sum(sizes))
         _check_vector(residual, self._sizes)
         if not torch.isfinite(_magnitudes(residual)).all():
             raise ValueError("a residual that is not finite: start from none")
         self._latest: tuple[int, int] | None = None  # the highest (round, part) encoded
-        self._carried = residual  # e of that round
+        self._carried: Tensor | None = residual  # e of that round; None: no part of it is encoded any more
         self._left_over = residual  # e of the next round
 
     @property
     def residual(self) -> Tensor:
         """e of the next round, (P,). Nobody writes into it once it is here."""
         return self._left_over
+
+    def over(self, round: int) -> None:
+        """`round` and those before it are over: their e is let go, 4 bytes a number. A part of them that is asked for
+        all the same is rounded plainly."""
+        if self._latest is not None and self._latest[0] <= round:
+            self._carried = None
 
     @torch.no_grad()
     def encode(self, gradient: Tensor, format: Format, round: int, part: int) -> Tensor:
@@ -209,15 +217,24 @@ class ErrorFeedback:
         """
         _check_vector(gradient, self._sizes)
         latest_round, latest_part = self._latest if self._latest is not None else (round - 1, 0)
-        if round < latest_round:
-            return encode(gradient, format, self._sizes)
         carried = self._carried if round == latest_round else self._left_over
-        wanted = gradient + carried
+        if round < latest_round or carried is None:
+            return encode(gradient, format, self._sizes)
+        wanted = torch.add(gradient, carried, out=memory.empty(len(gradient)))
         data = encode(wanted, format, self._sizes)
         if round > latest_round or part >= latest_part:
-            self._left_over = wanted.sub_(decode(data, format, self._sizes))
+            self._left_over = _less_decoded(wanted, data, format, self._sizes)
             self._latest, self._carried = (round, part), carried
         return data
+
+
+def _less_decoded(vector: Tensor, data: Tensor, format: Format, sizes: tuple[int, ...]) -> Tensor:
+    """`vector` (P,) less the numbers of `data`, in its place; run by run where there are blocks."""
+    if format not in _BLOCKWISE:
+        return vector.sub_(decode(data, format, sizes))
+    for run, numbers in _decoded_runs(data, _BLOCKWISE[format], sizes, lambda run: torch.empty_like(run.of(vector))):
+        run.of(vector).sub_(numbers)
+    return vector
 
 
 def _check_vector(vector: Tensor, sizes: Sequence[int]) -> None:
@@ -265,14 +282,23 @@ def _encode_blocks(vector: Tensor, layout: _Blockwise, sizes: tuple[int, ...], d
 
 
 def _decode_blocks(data: Tensor, layout: _Blockwise, sizes: tuple[int, ...], out: Tensor) -> None:
+    for _ in _decoded_runs(data, layout, sizes, lambda run: run.of(out)):
+        pass
+
+
+def _decoded_runs(
+    data: Tensor, layout: _Blockwise, sizes: tuple[int, ...], room: Callable[[_Run], Tensor]
+) -> Iterator[tuple[_Run, Tensor]]:
+    """Each run with its numbers, in the place that `room` gives for them."""
     plan = _plan(layout, sizes)
     scales = _aligned(data[: plan.num_scales * _SCALE_BYTES], torch.float32)
     codes = data[plan.num_scales * _SCALE_BYTES :]
     for run, place in _places(plan, layout, codes):
-        numbers = run.of(out)
+        numbers = room(run)
         if layout.per_byte == 4:
             numbers.copy_(_unpacked_quarters(place)[: numbers.numel()].view(numbers.shape)).sub_(1.5)
             numbers.mul_(scales[run.scale : run.scale + run.num_blocks, None])
+            yield run, numbers
             continue
         if layout.per_byte == 1:
             numbers.copy_(place.view(torch.int8).view(numbers.shape))
@@ -280,6 +306,7 @@ def _decode_blocks(data: Tensor, layout: _Blockwise, sizes: tuple[int, ...], out
             numbers.copy_(_unpacked(place)[: numbers.numel()].view(numbers.shape)).sub_(8)
         # In this order: 127 * (1 / 127) is exactly 1 in fp32, and 7 * (1 / 7), so a full code decodes to the scale.
         numbers.mul_(1 / layout.levels).mul_(scales[run.scale : run.scale + run.num_blocks, None])
+        yield run, numbers
 
 
 def _places(plan: _Plan, layout: _Blockwise, codes: Tensor) -> Iterator[tuple[_Run, Tensor]]:

@@ -83,7 +83,8 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, found: tuple[
         f"inner steps of each of {peers}",
         "sent": ("up to " if len(run.merge.gradient_formats) > 1 else "")
         + f"{size(cost.bytes_sent_per_round)} per round and peer with {peers}"
-        + ("" if below is None else f", {below:.1f} times below an all-reduce at every step"),
+        + ("" if below is None else f", {below:.1f} times below an all-reduce at every step")
+        + _with_states(run, cost),
         "memory": f"about {size(cost.memory_bytes)} per peer: {size(cost.memory_program_bytes)} program, "
         f"{size(cost.memory_parameters_bytes)} parameters, {size(cost.memory_activations_bytes)} activations",
     }
@@ -91,6 +92,18 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, found: tuple[
         del rows["stages"]
     lines = [f"run {run.run.name}", *(f"  {name:<11} {text}" for name, text in rows.items())]
     return [*lines, *(f"  doubt: {text}" for text in found)] if found else [*lines, "  no doubts"]
+
+
+def _with_states(run: RunFile, cost: Estimate) -> str:
+    """What is sent besides merges, after a semicolon."""
+    from swarmtrain.events import size_in_words as size
+
+    if run.merge.method == "server" or run.pipeline.stages > 1:
+        return ""
+    return (
+        f"; up to {size(cost.bytes_sent_most_per_round)} in a round in which the archive or a late joiner takes its "
+        "state"
+    )
 
 
 def shards_in_words(run: RunFile, corpus_bytes: int | None) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from swarmtrain.algorithm.gossip import Arrival
-from swarmtrain.algorithm.outer import weighted_mean
+from swarmtrain.algorithm.outer import OuterState, weighted_mean
 from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode, encoded_size_bytes
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import News
@@ -30,6 +30,7 @@ __all__ = [
     "VectorCodec",
     "average_bytes_untrusted",
     "body_of",
+    "body_of_state",
     "tensor_specs",
     "vector_sha256",
     "vector_untrusted",
@@ -51,6 +52,12 @@ def _view(vector: Tensor) -> memoryview:
 def body_of(*vectors: Tensor) -> Body:
     """A snapshot's body over fp32 vectors, which must not be written into afterwards; nothing is copied."""
     return Body([_view(vector) for vector in vectors])
+
+
+def body_of_state(state: OuterState) -> Body:
+    """The body of a state's snapshot: theta, then momentum; nothing is copied."""
+    theta, momentum = state.pieces()
+    return body_of(*theta, *momentum)
 
 
 def vector_sha256(vector: Tensor) -> str:
@@ -155,6 +162,10 @@ class GradientCodec:
         if format not in ("int4", "int2"):
             return self.of[format].encode(vector)
         return _bytes_of(self._feedback.encode(vector, format, round, part))
+
+    def over(self, round: int) -> None:
+        """Nothing of that round, or of one before it, is asked for any more."""
+        self._feedback.over(round)
 
     def decode_untrusted(self, held: Held) -> Tensor:
         """The vector (P,) of a publication that is here, with a tensor table of one of these formats; BadBytesError

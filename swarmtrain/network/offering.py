@@ -16,6 +16,8 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FillManifest", "Offer", "state_specs"]
 
+_LOOK_S = 5.0
+
 FillManifest = Callable[[pb.Manifest], None]
 """Adds to a manifest what only some ways to merge have."""
 
@@ -38,15 +40,19 @@ class Offer:
     coverage: Callable[[], Sequence[pb.Signed]] = tuple
     """What is told with it of the data that were seen."""
     progress: Progress | None = None
-    _body: Body | None = None
+    _body: Body | Callable[[], Body] | None = None
     _fill: FillManifest = lambda manifest: None
     _held: Held | None = None
     _held_of: Progress | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _making: Making[Held] = field(default_factory=Making)
 
-    def put(self, progress: Progress, body: Body, fill: FillManifest = lambda manifest: None) -> None:
-        """Offer this one from now on; nobody may write into its buffers any more."""
+    def put(
+        self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest = lambda manifest: None
+    ) -> None:
+        """Offer this one from now on; nobody may write into its buffers any more. A body that is made when asked for,
+        in a thread, is of that moment: it may hold more than `progress` counts, and is let go when nobody reads it."""
+        self._let_go(self._held)
         self.progress, self._body, self._fill = progress, body, fill
 
     async def held(self, min_round: int) -> tuple[Progress, Held] | None:
@@ -60,9 +66,29 @@ class Offer:
                 held = await self._making.made(progress, partial(self._build, progress, body, fill))
                 self._held, self._held_of = held, progress
                 self.store.add(held)
+                if callable(body):
+                    self._look_later(held)
+            self.store.touch(held.snapshot.sha256)
             return progress, held
 
-    def _build(self, progress: Progress, body: Body, fill: FillManifest) -> Held:
+    def _look_later(self, held: Held) -> None:
+        asyncio.get_running_loop().call_later(_LOOK_S, self._look, held)
+
+    def _look(self, held: Held) -> None:
+        """Let a state go that nobody reads: it keeps tensors that merges have replaced, 8 bytes a parameter."""
+        if held is not self._held:
+            return
+        if self.store.is_being_read(held.snapshot.sha256):
+            self._look_later(held)
+        else:
+            self._let_go(held)
+
+    def _let_go(self, held: Held | None) -> None:
+        if held is not None and callable(self._body):
+            self.store.drop(held.snapshot.sha256)
+            self._held = self._held_of = None
+
+    def _build(self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest) -> Held:
         manifest = pb.Manifest(
             run_sha256=bytes.fromhex(self.run_sha256),
             kind=pb.SNAPSHOT_KIND_STATE,
@@ -73,4 +99,4 @@ class Offer:
         )
         add_token_rows(manifest, progress.peer_tokens)
         fill(manifest)
-        return build_snapshot(self.identity, manifest, self.specs, body)
+        return build_snapshot(self.identity, manifest, self.specs, body() if callable(body) else body)

@@ -43,8 +43,8 @@ __all__ = [
     "section_of",
 ]
 
-_KEPT = 2
-"""So many publications stay, and those being read."""
+_KEPT = 1
+"""So many publications stay, and those that somebody reads or was told of a moment ago."""
 
 
 class Pulling(Protocol):
@@ -165,6 +165,7 @@ class Publisher:
                 while len(self._built) > _KEPT:
                     self.store.drop(self._built.popleft()[1].snapshot.sha256)
             self.store.add(self._built[-1][1])  # again: it may be of a round that the store has given up
+            self.store.touch(self._built[-1][1].snapshot.sha256)
             return self._built[-1][1]
 
     def _build(self, publication: Publication) -> Held:

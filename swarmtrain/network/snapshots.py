@@ -272,12 +272,18 @@ class SnapshotStore:
         self._sweep()
 
     def _sweep(self) -> None:
-        for sha256 in [name for name in self._unwanted if not self._is_being_read(name)]:
+        for sha256 in [name for name in self._unwanted if not self.is_being_read(name)]:
             self._held.pop(sha256, None)
             self._read_s.pop(sha256, None)
             self._unwanted.discard(sha256)
 
-    def _is_being_read(self, sha256: str) -> bool:
+    def touch(self, sha256: str) -> None:
+        """Somebody was told this name, and will read it."""
+        if sha256 in self._held:
+            self._read_s[sha256] = self.clock()
+
+    def is_being_read(self, sha256: str) -> bool:
+        """Whether somebody reads it, or is about to."""
         return self._read_s.get(sha256, -math.inf) >= self.clock() - self.reader_stall_s
 
     def forget_before(self, round: int) -> None:
@@ -286,7 +292,7 @@ class SnapshotStore:
         self._held = {
             name: held
             for name, held in self._held.items()
-            if held.snapshot.manifest.round >= oldest or self._is_being_read(name)
+            if held.snapshot.manifest.round >= oldest or self.is_being_read(name)
         }
         self._read_s = {name: read_s for name, read_s in self._read_s.items() if name in self._held}
 
@@ -325,6 +331,7 @@ class SnapshotStore:
             return
         reader = self._admit(self._readers, peer, self._most_readers)
         if reader is None:
+            self.touch(held.snapshot.sha256)  # it comes again
             yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
             return
         try:

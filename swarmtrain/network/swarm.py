@@ -540,8 +540,10 @@ class Swarm:
             return pb.StateReply()
         return pb.StateReply(manifest=held.snapshot.signed, roster=last[1])
 
-    def set_state(self, progress: Progress, body: Body, fill: FillManifest = lambda manifest: None) -> None:
-        """Offer this state to joiners from now on; nobody may write into its buffers any more."""
+    def set_state(
+        self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest = lambda manifest: None
+    ) -> None:
+        """Offer this state to joiners from now on (`Offer.put`); nobody may write into its buffers any more."""
         self.offer.put(progress, body, fill)
         self.tallying.learn(progress.peer_tokens)
         self.rounds.advance(progress)

@@ -12,7 +12,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import first_inner_steps, steps_of_everybody
 from swarmtrain.membership.ending import still_needed_apart
 from swarmtrain.membership.progress import Progress
-from swarmtrain.network.codec import body_of
+from swarmtrain.network.codec import body_of_state
 from swarmtrain.network.consensus import PeerState
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import counts_in_untrusted, round_of
@@ -76,7 +76,7 @@ class AsynchronousExchange(SwarmExchange):
         """See `SwarmExchange`. The trainer does not wait for it."""
         if progress is not self._offered:
             self._offered = progress
-            self._do_soon(self._offer(progress, body_of(state.theta, state.momentum)))
+            self._do_soon(self._offer(progress, lambda: body_of_state(state)))
 
     def _progress_of(
         self,

@@ -25,9 +25,10 @@ from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.errors import ClockError, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, WarningEvent
+from swarmtrain.membership.archive_load import archive_every_s, archived_sources
 from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.progress import Progress
-from swarmtrain.model.gpt import build_model
+from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import load_or_create_identity
@@ -287,7 +288,7 @@ class _Bootstrap(BootstrapPeer):
         Gives up when the run has had its tokens and nobody has delivered the last state for a minute.
         """
         total = self.published.run.run.total_tokens
-        every_s = self.published.run.network.archive_every_s
+        every_s, size = self.published.run.network.archive_every_s, num_parameters(self.published.run.model)
         # started again, it knows little of what was trained meanwhile before it has a state of it
         at_once = self.state is None or self.archived is not None
         next_s = time.monotonic() + (0.0 if at_once else every_s)
@@ -313,10 +314,10 @@ class _Bootstrap(BootstrapPeer):
             waiting = () if swarm.leavers is None else swarm.leavers.waiting(swarm_time())
             is_new = self._is_new(swarm, newest)
             due = is_new and (bool(waiting) or time.monotonic() >= next_s)
-            archive = self._archive if self.server is None else self._archive_own
+            archive, began_s = self._archive if self.server is None else self._archive_own, time.monotonic()
             archived = (due or last) and archive(swarm, last)
             if archived:
-                next_s = time.monotonic() + every_s
+                next_s = time.monotonic() + archive_every_s(every_s, time.monotonic() - began_s, size)
                 complete = self.is_final = last and self.progress.run_tokens >= total
             elif due and self.archived is not None and self.archived.watch.refused_s is not None:
                 next_s = time.monotonic() + _REFUSED_AGAIN_S
@@ -377,7 +378,7 @@ class _Bootstrap(BootstrapPeer):
         if self.server is not None:
             return self._of_server(self.server) if self.server.arrivals else None
         volunteers = sorted(swarm.membership.volunteers(), key=lambda info: -info.run_tokens)
-        pulling = self._pull_from_the_quick(swarm, [info.peer for info in volunteers[:ARCHIVED]])
+        pulling = self._pull_from_the_quick(swarm, [info.peer for info in volunteers[: self._most_sources]])
         new = wait_for(self.network.submit(pulling), self.stop)
         return None if new is None else self._kept(new)
 
@@ -395,11 +396,17 @@ class _Bootstrap(BootstrapPeer):
         new = await swarm.rounds.fetch_told_state(told, "archive", self.progress.run_tokens)
         return None if new is None else present_of(new)
 
+    @property
+    def _most_sources(self) -> int:
+        """How many are asked for their weights, or where all have the same, may be asked."""
+        run = self.published.run
+        return archived_sources(num_parameters(run.model)) if run.merge.method == "gossip" else ARCHIVED
+
     def _archive(self, swarm: Swarm, last: bool = False) -> bool:
         """Pull the newest state, write it down, and offer it to joiners; False if nobody delivered."""
         infos = swarm.membership.volunteers()
         volunteers = [info.peer for info in infos]
-        sample = random.sample(volunteers, min(ARCHIVED, len(volunteers)))
+        sample = random.sample(volunteers, min(self._most_sources, len(volunteers)))
         if self.archived is None:
             fetching = fetch_present(swarm, sample, "archive", self.progress.run_tokens)
         else:  # the last weights, whether they hold more tokens or not

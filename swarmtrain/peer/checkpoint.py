@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from swarmtrain.algorithm.inner import Moments
+from swarmtrain.algorithm.inner import LentMoments, Moments
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.progress import Progress
@@ -63,9 +63,10 @@ def save(folder: CheckpointFolder, checkpoint: Checkpoint) -> Written:
         "own": None,
         "extra": dict(checkpoint.extra),
     }
-    tensors = {"theta": checkpoint.state.theta, "momentum": checkpoint.state.momentum}
+    theta, momentum = checkpoint.state.pieces()
+    tensors: dict[str, list[Tensor]] = {"theta": theta, "momentum": momentum}
     if checkpoint.delta is not None:
-        tensors["delta"] = checkpoint.delta
+        tensors["delta"] = [checkpoint.delta]
     if own is not None:
         manifest["own"] = {
             "batches": own.batches,
@@ -73,14 +74,29 @@ def save(folder: CheckpointFolder, checkpoint: Checkpoint) -> Written:
             "young_steps": own.young_steps,
             "steps_per_s": own.steps_per_s,
         }
-        tensors |= {"moments": own.moments.vectors, "steps": own.moments.steps}
-    return folder.write(progress.round, [_bytes_of(name, tensor) for name, tensor in tensors.items()], manifest)
+        tensors["steps"] = [own.moments.steps]
+    found = [_bytes_of(name, *pieces) for name, pieces in tensors.items()]
+    if own is not None:  # first: lent moments are waited for
+        found.insert(0, _moments_of(own.moments))
+    return folder.write(progress.round, found, manifest)
 
 
-def _bytes_of(name: str, tensor: Tensor) -> TensorBytes:
+def _bytes_of(name: str, *pieces: Tensor) -> TensorBytes:
+    """A vector that lies in these pieces."""
+    return TensorBytes(name=name, shape=(sum(len(piece) for piece in pieces),), data=[_view(piece) for piece in pieces])
+
+
+def _moments_of(moments: Moments | LentMoments) -> TensorBytes:
+    if isinstance(moments, LentMoments):
+        shape = (2, moments.num_numbers // 2)
+        return TensorBytes(name="moments", shape=shape, data=(_view(piece) for piece in moments.read()))
+    vectors = moments.vectors
+    return TensorBytes(name="moments", shape=tuple(vectors.shape), data=[_view(vectors)])
+
+
+def _view(tensor: Tensor) -> memoryview:
     assert tensor.dtype is torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
-    flat = tensor.detach().reshape(-1).numpy()
-    return TensorBytes(name=name, shape=tuple(tensor.shape), data=memoryview(flat))  # type: ignore[arg-type]
+    return memoryview(tensor.detach().reshape(-1).numpy())  # type: ignore[arg-type]
 
 
 def load_newest(

@@ -58,11 +58,16 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorBytes:
-    """A tensor to be written: its name, shape and bytes, fp32, which are not copied."""
+    """A tensor to be written: its name, shape and bytes, fp32, in pieces, each read once and in order; not copied."""
 
     name: str
     shape: tuple[int, ...]
-    data: memoryview
+    data: memoryview | Iterable[memoryview]
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes."""
+        return 4 * math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +206,7 @@ class CheckpointFolder:
         if self._whole is None:
             self._whole = [entry.stem for entry in self.newest_first() if isinstance(entry, Kept)][::-1]
             self._whole = [stem for stem in self._whole if stem not in self.damaged]
-        size_bytes = sum(tensor.data.nbytes for tensor in tensors)
+        size_bytes = sum(tensor.size_bytes for tensor in tensors)
         self._make_room_sure(size_bytes)
         number = 1 + max((int(match[2]) for match in self._names()), default=0)
         stem = f"{number:08d}-round-{round:08d}"
@@ -296,9 +301,7 @@ def _safetensors(tensors: Sequence[TensorBytes]) -> Iterator[memoryview]:
     header: dict[str, Any] = {}
     offset = 0
     for tensor in tensors:
-        size = tensor.data.nbytes
-        if size != 4 * math.prod(tensor.shape):
-            raise ValueError(f"{tensor.name}: {size} bytes do not fit shape {tensor.shape}")
+        size = tensor.size_bytes
         header[tensor.name] = {
             "dtype": "F32",
             "shape": list(tensor.shape),
@@ -309,7 +312,12 @@ def _safetensors(tensors: Sequence[TensorBytes]) -> Iterator[memoryview]:
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
-        yield tensor.data
+        size = 0
+        for piece in [tensor.data] if isinstance(tensor.data, memoryview) else tensor.data:
+            size += piece.nbytes
+            yield piece
+        if size != tensor.size_bytes:
+            raise ValueError(f"{tensor.name}: {size} bytes do not fit shape {tensor.shape}")
 
 
 def newest_written(path: Path, run_sha256: str | None) -> Written | None:

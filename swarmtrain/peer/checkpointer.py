@@ -21,16 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm.inner import LentMoments
 from swarmtrain.events import Event, WarningEvent
 from swarmtrain.membership.progress import Progress
 from swarmtrain.peer.checkpoint import Checkpoint, save
 from swarmtrain.peer.checkpoint_files import CheckpointFolder, Written
+from swarmtrain.peer.process import trim_heap
 
-__all__ = ["Checkpointer"]
+__all__ = ["MOST_COPIED", "Checkpointer"]
 
 _log = logging.getLogger(__name__)
 _REPEAT_S = 300.0
 _NICER_BY = 5
+MOST_COPIED = 4_000_000
+"""Moments of so many parameters at most, 32 MB, are copied for the writer; of more they are lent: between two rounds
+nobody changes them before the first step's gradient is there, and that takes longer the more there are."""
 
 
 @dataclass
@@ -66,13 +71,16 @@ class Checkpointer:
 
     def prepare(self, num_parameters: int) -> None:
         """Make room for moments beforehand: fresh memory costs several times as much to fill as memory in use."""
+        if num_parameters > MOST_COPIED:
+            return
         with self._change:
             self._num_to_prepare = num_parameters
             self._start()
             self._change.notify_all()
 
-    def room(self, num_parameters: int) -> Tensor:
-        """A place (2, P) to copy moments into, for the next `offer`. The checkpoint that waits is given up for it."""
+    def room(self, num_parameters: int) -> Tensor | None:
+        """A place (2, P) to copy moments into, for the next `offer`; None where they are too many, and are lent. The
+        checkpoint that waits is given up for it."""
         with self._change:
             while self._num_to_prepare:
                 self._change.wait()
@@ -81,6 +89,8 @@ class Checkpointer:
                 self._waiting = None
             if self._rooms:
                 return self._rooms.pop()
+        if num_parameters > MOST_COPIED:
+            return None
         return torch.empty(2, num_parameters)
 
     def extra(self) -> dict[str, Any]:
@@ -120,8 +130,13 @@ class Checkpointer:
             self._thread.start()
 
     def _recycle(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.own is not None and len(self._rooms) < 2:
-            self._rooms.append(checkpoint.own.moments.vectors)
+        if checkpoint.own is None:
+            return
+        moments = checkpoint.own.moments
+        if isinstance(moments, LentMoments):
+            moments.forget()
+        elif len(self._rooms) < 2:
+            self._rooms.append(moments.vectors)
 
     def _work(self) -> None:
         _be_nice()
@@ -138,6 +153,8 @@ class Checkpointer:
                 continue
             assert checkpoint is not None
             is_written = self._write(checkpoint)
+            if checkpoint.state.size > MOST_COPIED:  # beside the trainer, once a round
+                trim_heap()
             with self._change:
                 self._recycle(checkpoint)
                 self._done = number

@@ -71,16 +71,21 @@ def not_far_behind(states: Sequence[_S], most_behind: int) -> list[_S]:
 
 
 def consensus_of(states: Sequence[PeerState], layout: Layout) -> OuterState:
-    """The consensus of states that were checked when they were pulled, with the momentum of those that are whole."""
+    """The consensus of states that were checked when they were pulled, with the momentum of those that are whole. The
+    mean takes the place of the first one's weights, which nobody may read any more: a joiner holds several states, and
+    the archive many."""
     momenta = {number: _numbers(state)[layout.size :] for number, state in enumerate(states) if state.whole}
-    return consensus_of_vectors([theta_of(state, layout.size) for state in states], momenta, layout)
+    return consensus_of_vectors([theta_of(state, layout.size) for state in states], momenta, layout, in_place=True)
 
 
-def consensus_of_vectors(thetas: Sequence[Tensor], momenta: Mapping[int, Tensor], layout: Layout) -> OuterState:
+def consensus_of_vectors(
+    thetas: Sequence[Tensor], momenta: Mapping[int, Tensor], layout: Layout, *, in_place: bool = False
+) -> OuterState:
     """Of weights (P,) and the momentum (P,) of some of them, by their index. Of those whose weights are in the mean it
     is outvoted, number by number, and it is cut where it is longer than any is, beside the weights: that is all that
-    bounds it where one alone gave some, whose weights are then as unproved."""
-    mean, kept = mean_of_near(thetas, layout)
+    bounds it where one alone gave some, whose weights are then as unproved. With
+    `in_place` the mean is written over the first weights."""
+    mean, kept = mean_of_near(thetas, layout, thetas[0] if in_place else None)
     momentum = outvoted([momenta[number] for number in sorted(momenta) if number in kept])
     if momentum is None:
         return OuterState(mean, torch.zeros_like(mean))
@@ -103,8 +108,9 @@ def outvoted(vectors: Sequence[Tensor]) -> Tensor | None:
     return out
 
 
-def mean_of_near(thetas: Sequence[Tensor], layout: Layout) -> tuple[Tensor, frozenset[int]]:
-    """(the variance-corrected mean of weights (P,), the indices of those that are in it).
+def mean_of_near(thetas: Sequence[Tensor], layout: Layout, out: Tensor | None = None) -> tuple[Tensor, frozenset[int]]:
+    """(the variance-corrected mean of weights (P,), the indices of those that are in it). It is written into `out`,
+    which may be one of them, if that is given.
 
     Of three or more, those are left out that are more than 10 times the median distance from the one in the middle:
     whoever has the smallest median distance to the others.
@@ -116,7 +122,7 @@ def mean_of_near(thetas: Sequence[Tensor], layout: Layout) -> tuple[Tensor, froz
         middle = min(range(len(thetas)), key=lambda i: (statistics.median(others[i]), i))
         limit = _FAR * statistics.median_low(others[middle])
         kept = frozenset(i for i in kept if i == middle or distances[middle][i] <= limit)
-    return variance_corrected_mean([thetas[i] for i in sorted(kept)], layout).mean, kept
+    return variance_corrected_mean([thetas[i] for i in sorted(kept)], layout, out=out).mean, kept
 
 
 def _distances(thetas: Sequence[Tensor]) -> list[list[float]]:

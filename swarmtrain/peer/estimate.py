@@ -1,7 +1,8 @@
 """What a run costs each of its peers: arithmetic on the run file alone.
 
-The constants were measured (2 cores, CPU torch): see the comments. Bytes sent count the payload of the merges;
-presence records and late joiners add a little.
+The constants were measured (2 cores, CPU torch): see the comments; `benchmarks/memory.py` holds memory and bytes
+against real volunteers. Of bytes there are those of the merges in a round, and the most in a round: the same and a
+state, which the archive or a late joiner takes. Presence records add a little.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from swarmtrain.run import RunFile
 __all__ = [
     "Estimate",
     "activation_wire_bytes",
+    "copies",
     "disk_bytes",
     "estimate",
     "merge_bytes",
@@ -25,8 +27,8 @@ __all__ = [
 ]
 
 # Proportional set sizes: torch, hivemind and our own imports; the networking daemon.
-IMPORTS_BYTES = 240_000_000
-DAEMON_BYTES = 60_000_000
+IMPORTS_BYTES = 270_000_000
+DAEMON_BYTES = 75_000_000
 # fp32: weights, gradients, AdamW's two moments, outer weights, outer momentum, the last two publications, and the copy
 # of the moments that a checkpoint is written from.
 BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4 + 2 * 4 + 8
@@ -37,6 +39,8 @@ CHECKPOINT_BYTES_PER_PARAMETER = 16  # weights, AdamW's two moments, the outer m
 ACTIVATION_WIDTHS = 13
 ACTIVATION_WIDTHS_PER_RATIO = 2
 LOGITS_COPIES = 3
+_UNEVEN = 1.25
+"""Others' rounds end when they end: in some of its own a peer sends so much of what it sends in the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,8 @@ class Estimate:
     inner_steps_per_peer: int
     bytes_sent_per_round: int
     bytes_received_per_round: int
+    state_bytes: int  # weights and momentum: what the archive or a late joiner takes of the peer it asks first
+    bytes_sent_most_per_round: int  # merges that others end twice in this peer's round, and a state
     times_below_allreduce: float | None  # None for a peer alone
     memory_bytes: int  # program + parameters + activations
     memory_program_bytes: int
@@ -66,7 +72,11 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
         num_parameters, num_peers = math.ceil(num_parameters / stages), max(1, num_peers // stages)
     steps = math.ceil(run.run.total_tokens / (run.tokens_per_step * num_peers))
     sent, incoming = merge_bytes(run, num_parameters, num_peers - 1)
-    parameters_bytes = (BYTES_PER_PARAMETER if stages == 1 else STAGE_BYTES_PER_PARAMETER) * num_parameters + incoming
+    if stages == 1 and run.merge.method == "gossip":
+        parameters_bytes = math.ceil(sum(copies(run, num_parameters, num_peers - 1).values()) * num_parameters)
+    else:
+        parameters_bytes = (BYTES_PER_PARAMETER if stages == 1 else STAGE_BYTES_PER_PARAMETER) * num_parameters
+        parameters_bytes += incoming
     activations_bytes = _activations_bytes(run)
     program_bytes = IMPORTS_BYTES + DAEMON_BYTES
     return Estimate(
@@ -78,12 +88,41 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
         inner_steps_per_peer=steps,
         bytes_sent_per_round=sent,
         bytes_received_per_round=sent,
+        state_bytes=8 * num_parameters,
+        bytes_sent_most_per_round=round(_UNEVEN * sent) + (0 if run.merge.method == "server" else 8 * num_parameters),
         times_below_allreduce=times_below_allreduce(num_parameters, run.merge.inner_steps, sent),
         memory_bytes=program_bytes + parameters_bytes + activations_bytes,
         memory_program_bytes=program_bytes,
         memory_parameters_bytes=parameters_bytes,
         memory_activations_bytes=activations_bytes,
     )
+
+
+def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
+    """What a volunteer that merges by gossip with so many others holds at its worst moment, in bytes a parameter."""
+    merge, sizes = run.merge, section_bytes(run, num_parameters, others)
+    partners, thetas = min(merge.num_partners, others), min(merge.num_weights, others)
+    weights, gradient = sizes.weights / num_parameters, sizes.gradient / num_parameters
+    fragment = 4 / merge.num_fragments
+    fed_back = any(format in ("int4", "int2") for format in merge.gradient_formats)
+    judged = merge.robust != "none" and others > 0
+    return {
+        "the model's weights": 4,
+        "their gradient, from a step's backward to its end": 4,
+        "AdamW's two moments": 8,
+        "weights after each fragment's last merge, and the outer momentum": 8,
+        "the newest pseudo-gradient, which is published and compared with": 4,
+        "the one before it, until the newest is made, fragment by fragment": fragment * judged,
+        "what rounding has lost of pseudo-gradients, for the next ones": 4.0 * fed_back,
+        "the same of the round under way": 4.0 * fed_back,
+        "publications as they travel": (weights + gradient) * (others > 0),
+        "partners' publications as they came, and the gradients merged last": 2 * partners * gradient
+        + thetas * weights,
+        "partners' publications decoded": 4.0 * (partners + thetas),
+        "merges that are prepared": 8.0 * (others > 0),
+        "what merges have replaced of a state that the archive or a joiner reads": 8.0 - 2 * fragment,
+        "what the heap holds free until the next checkpoint": 12,  # as measured with 10 million parameters
+    }
 
 
 def section_bytes(

@@ -115,7 +115,7 @@ class SwarmExchange(ABC):
             offering = self._offer(progress, body_of(state.theta, state.momentum))
             self.network.run(offering, _OFFER_S)  # not given up for an end that is asked for: the round was merged
 
-    async def _offer(self, progress: Progress, body: Body) -> None:
+    async def _offer(self, progress: Progress, body: Body | Callable[[], Body]) -> None:
         """In the network thread."""
         self.swarm.set_state(progress, body)
         self.swarm.describe(round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens)
@@ -288,7 +288,7 @@ class RosterExchange(SwarmExchange):
         self._fresh = True
         return Replaced(state=state, progress=progress, from_peer=new.from_peer, reason=new.reason)
 
-    async def _offer(self, progress: Progress, body: Body) -> None:
+    async def _offer(self, progress: Progress, body: Body | Callable[[], Body]) -> None:
         """See `SwarmExchange`."""
         await super()._offer(progress, body)
         if progress.round == 0 and self.run.merge.min_peers > 1:

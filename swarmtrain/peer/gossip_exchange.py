@@ -25,7 +25,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
-from swarmtrain.membership.fragments import publishes_every
+from swarmtrain.membership.fragments import FragmentRound, publishes_every
 from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
@@ -43,7 +43,7 @@ from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import SAMPLE, consensus_of, layout_of_specs, mean_of_near, not_far_behind, theta_of
 from swarmtrain.peer.robustness import Naming, Robustness, apart
-from swarmtrain.peer.trainer import Contribution, Gathered, Merged, Replaced, Start
+from swarmtrain.peer.trainer import Contribution, Gathered, LentWeights, Merged, Replaced, Start
 from swarmtrain.run import GradientFormat
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -295,13 +295,14 @@ class GossipExchange(AsynchronousExchange):
         for fragment, of in enumerate(contribution.fragment_rounds):
             if not of.tokens:
                 continue  # it was merged a moment ago, and the round has ended early
+            self._codecs[fragment].gradient.over(of.round - 1)
             self.publishers["gradient", fragment].newest = Publication(
                 round=of.round,
                 part=of.part,
                 tokens=of.tokens,
                 inner_steps=of.inner_steps,
                 author_tokens=contribution.own_tokens,
-                encode=functools.partial(self._encode_gradient, contribution, fragment, format),
+                encode=functools.partial(self._encode_gradient, contribution.lent[fragment], of, fragment, format),
                 specs=self._codecs[fragment].gradient.of[format].tensors,
             )
 
@@ -310,13 +311,17 @@ class GossipExchange(AsynchronousExchange):
                 self.swarm.describe_part(contribution.part, contribution.tokens)
             elif self.swarm.me.part == 0:  # nothing of the next is published yet: of which tokens are told
                 self.swarm.describe_part(0, contribution.tokens)
-            if self._unlearned:  # in the thread too: the gradient is computed by who asks first
-                await asyncio.to_thread(self._learn)
+            await asyncio.to_thread(self._make_gradients, contribution)
 
         if self.run.merge.robust != "none":
             self._unlearned.append(contribution)
         self.network.submit_unhurried(describe())
         self._plan_if_moved(contribution.inner_steps)
+
+    def _make_gradients(self, contribution: Contribution) -> None:
+        """While the trainer is at the next step's gradient: until then the model's weights stay."""
+        self._learn()
+        contribution.take_back()
 
     def _learn(self) -> None:
         """What is usual here, from what this peer has published."""
@@ -340,9 +345,9 @@ class GossipExchange(AsynchronousExchange):
     def _encode_weights(self, theta: Tensor, fragment: int) -> Body:
         return Body([self._codecs[fragment].weights.encode(theta)])
 
-    def _encode_gradient(self, contribution: Contribution, fragment: int, format: GradientFormat) -> Body:
-        gradient, of = contribution.gradient_of(fragment), contribution.fragment_rounds[fragment]
-        return Body([self._codecs[fragment].gradient.encode_sum(gradient, format, of.round, of.part)])
+    def _encode_gradient(self, lent: LentWeights, of: FragmentRound, fragment: int, format: GradientFormat) -> Body:
+        """It holds one fragment of a contribution, which may be published for long, and not all of them."""
+        return Body([self._codecs[fragment].gradient.encode_sum(lent.gradient(), format, of.round, of.part)])
 
     def collect(self, fragment: int = 0) -> Gathered | Replaced:
         """See `Exchange`. Waits for nobody, unless this peer has fallen far behind and takes the others' weights."""
@@ -468,7 +473,8 @@ class GossipExchange(AsynchronousExchange):
         self._settle()
         if not states:
             return own
-        return mean_of_near([own, *(theta_of(state, own.numel()) for state in states)], self._layout)[0]
+        others = [theta_of(state, own.numel()) for state in states]
+        return mean_of_near([own, *others], self._layout, out=others[0])[0]
 
     def kept(self) -> Mapping[str, Callable[[], Any]]:
         """See `SwarmExchange`: what was merged of whom, and who has seen which data."""
@@ -518,6 +524,5 @@ class GossipExchange(AsynchronousExchange):
             self.gossip.forget_pulled()
             for robustness in self._robustness:
                 robustness.comes_back()
-            self.offer(state, progress)
             return Replaced(state=state, progress=progress, from_peer=states[0].peer, reason=reason)
         return None

@@ -155,7 +155,7 @@ class HeldStage:
         """Go on from a checkpoint if there is one, take the stage's present weights, and say that we are here. Raises
         RunTimeError when others have trained it and nobody delivers."""
         site, swarm, trainer, keeper = self.site, self.swarm, self.trainer, self.keeper
-        num_parameters = trainer.state.theta.numel()
+        num_parameters = trainer.state.size
         kept, self._kept = self._kept, None  # 16 bytes a parameter
         keeper.attach(swarm)
         keeper.checkpointer.extras.update(self.exchange.kept())

@@ -17,7 +17,7 @@ from typing import Any
 
 from swarmtrain.errors import BadBytesError, RunTimeError, UserError
 from swarmtrain.events import WarningEvent
-from swarmtrain.network.codec import body_of
+from swarmtrain.network.codec import body_of_state
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.swarm import PublishedRun, Swarm
@@ -111,7 +111,7 @@ class Keeper:
         """Offer the state of a checkpoint to the others. In the network thread."""
         if kept.roster is not None and kept.signed_roster is not None:
             swarm.rounds.know_roster(kept.roster, kept.signed_roster)
-        swarm.set_state(kept.progress, body_of(kept.state.theta, kept.state.momentum))
+        swarm.set_state(kept.progress, body_of_state(kept.state))
 
     # ------------------------------------------------------------- while it runs
 
@@ -125,10 +125,10 @@ class Keeper:
         if not swarm.asynchronous and (last is None or last[0].digest != trainer.progress.roster_sha256):
             _log.warning("no checkpoint of round %d: its roster is not known", trainer.progress.round)
             return
-        room = self.checkpointer.room(trainer.state.theta.numel())
+        room = self.checkpointer.room(trainer.state.size)
         self.keep(
             Checkpoint(
-                state=trainer.state,
+                state=trainer.state.settled(),
                 progress=trainer.progress,
                 roster=None if last is None else last[0],
                 signed_roster=None if last is None else last[1],

@@ -24,7 +24,7 @@ def round_event(report: RoundReport, exchange: SwarmExchange, stage: int | None 
     contribution = report.contribution
     below = None
     if report.num_peers > 1:
-        below = times_below_allreduce(report.state.theta.numel(), contribution.inner_steps, sent)
+        below = times_below_allreduce(report.state.size, contribution.inner_steps, sent)
     return RoundEvent(
         round=contribution.round,
         stage=stage,

@@ -172,6 +172,7 @@ class ServerExchange(AsynchronousExchange):
             theta, open_rounds = self._go_on_from(came.theta, came.arrivals, came.entered_round)
             merged = (self._merged(came, open_rounds),)
         else:  # it goes on from where it is, if that is anywhere
+            assert own.reached is not None
             theta = own.reached if bool(torch.isfinite(own.gradient).all()) else own.thetas[0]
         counts = swarm.tallying.contributions()
         return Served(theta=theta, merged=merged, run_tokens=sum(counts.values()), peer_tokens=counts)

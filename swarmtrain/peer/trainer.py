@@ -6,6 +6,7 @@ It touches the network only through the two calls of `Exchange`: "here is my rou
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,9 +17,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.fragments import Fragment, fragments_of, whole_of
+from swarmtrain.algorithm import memory
+from swarmtrain.algorithm.fragments import Fragment, FragmentedState, fragments_of
 from swarmtrain.algorithm.gossip import Arrival, Prepared, gossip_merge, layout_of
-from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, Moments, learning_rate_at, moments_scale
+from swarmtrain.algorithm.inner import (
+    InnerConstants,
+    InnerOptimizer,
+    LentMoments,
+    Moments,
+    learning_rate_at,
+    moments_scale,
+)
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import RunTimeError
@@ -35,6 +44,7 @@ __all__ = [
     "Exchange",
     "Gathered",
     "InnerStep",
+    "LentWeights",
     "Merged",
     "OwnPart",
     "Replaced",
@@ -64,37 +74,80 @@ def inner_constants(run: RunFile) -> InnerConstants:
     )
 
 
+_FEW = 1 << 18
+"""Of so few numbers the difference is taken in two calls: each gives Python's lock away and waits to have it back."""
+
+
+class LentWeights:
+    """The model's weights of one fragment as they are now, of which another thread makes the pseudo-gradient until a
+    step changes them.
+
+    So publishing costs the trainer nothing, where nobody has begun by then the time of a copy, and no second copy of
+    the weights is made.
+    """
+
+    def __init__(self, theta: Tensor, parameters: Sequence[Tensor]) -> None:
+        """The weights (Q,) at the fragment's last merge, and the model's tensors."""
+        self._lent: tuple[Tensor, Sequence[Tensor]] | None = (theta, parameters)
+        self._gradient: Tensor | None = None
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def gradient(self) -> Tensor:
+        """The pseudo-gradient (Q,); whoever asks first makes it."""
+        with self._lock:
+            if self._lent is not None:
+                self._gradient, self._lent = _difference(*self._lent), None
+            assert self._gradient is not None
+            return self._gradient
+
+
+def _difference(theta: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """theta (Q,) less the parameters, one after the other."""
+    if len(theta) < _FEW:
+        reached = flatten(parameters)
+        return torch.sub(theta, reached, out=reached)
+    out, start = memory.empty(len(theta)), 0
+    for parameter in parameters:
+        end = start + parameter.numel()
+        torch.sub(theta[start:end], parameter.reshape(-1), out=out[start:end])
+        start = end
+    return out
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
     """What a round has brought so far, and what it took to get there."""
 
     round: int
     part: int  # of the round's, from 1, that has ended: some of them; with all steps since the round's start
-    thetas: tuple[Tensor, ...]  # of each fragment the weights at its last merge, (Q,) fp32
-    fragments: tuple[Fragment, ...]
+    thetas: tuple[Tensor, ...] = field(repr=False)  # of each fragment the weights at its last merge, (Q,) fp32
     fragment_rounds: tuple[FragmentRound, ...]  # and how far its round is
-    reached: Tensor  # the weights it has got to, (P,) fp32
+    reached: Tensor | None = field(repr=False)  # the weights it has got to, (P,) fp32; None with gossip, as `thetas`
     tokens: int
     inner_steps: int
     own_tokens: int  # all that this peer has trained on, these included
     base: str  # digest of the roster that led to the weights it starts from, "" before the first
-
-    _gradients: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    lent: tuple[LentWeights, ...] = ()
+    """With gossip: what each fragment's gradient is made of."""
 
     def gradient_of(self, fragment: int) -> Tensor:
-        """The pseudo-gradient of a fragment, (Q,) fp32: computed by who asks first, so that publishing costs the
-        trainer a copy."""
-        found = self._gradients.get(fragment)
-        if found is None:
-            found = self.thetas[fragment] - self.fragments[fragment].of(self.reached)
-            self._gradients[fragment] = found
-        return found
+        """The pseudo-gradient of a fragment, (Q,) fp32: computed by who asks first."""
+        return self.lent[fragment].gradient() if self.lent else self.gradient
 
-    @property
+    def take_back(self) -> None:
+        """The model's weights change from now on."""
+        for one in self.lent:
+            one.gradient()
+
+    @cached_property
     def gradient(self) -> Tensor:
         """The pseudo-gradient of a model in one piece, (P,) fp32."""
-        assert len(self.fragments) == 1
-        return self.gradient_of(0)
+        if self.lent:
+            (only,) = self.lent
+            return only.gradient()
+        assert self.reached is not None
+        return self.thetas[0] - self.reached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +257,8 @@ class OwnPart:
     own_tokens: int
     young_steps: int | None
     steps_per_s: float
-    moments: Moments
+    moments: Moments | LentMoments
+    """Lent ones where a copy would be large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +356,7 @@ class Trainer:
     _is_entered: bool = False
     """Whether the model has the weights that a round begins with."""
     _states: list[OuterState] = field(init=False, repr=False)
-    _whole: OuterState | None = field(default=None, repr=False)
+    _lent: tuple[LentWeights, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         shapes = [tuple(parameter.shape) for parameter in self.model.parameters()]
@@ -312,19 +366,28 @@ class Trainer:
         self.state = OuterState(theta, torch.zeros_like(theta))
         self.constants = inner_constants(self.run)
         self.inner = InnerOptimizer(self.model.named_parameters(), self.constants)
+        self.inner.before_step = self._take_back
 
     @property
     def state(self) -> OuterState:
-        """Of the whole model, each fragment's as of its last merge."""
-        if self._whole is None:
-            thetas, momenta = ([getattr(one, name) for one in self._states] for name in ("theta", "momentum"))
-            self._whole = OuterState(whole_of(self.fragments, thetas), whole_of(self.fragments, momenta))
-        return self._whole
+        """Of the whole model, each fragment's as of its last merge; where there are several it follows the next."""
+        return self._states[0] if len(self._states) == 1 else FragmentedState(self.fragments, self._states)
 
     @state.setter
     def state(self, state: OuterState) -> None:
-        self._whole, self._is_entered = state, False
-        self._states = [OuterState(one.of(state.theta), one.of(state.momentum)) for one in self.fragments]
+        theta, momentum = state.theta, state.momentum
+        self._is_entered = False
+        self._states = [OuterState(one.of(theta), one.of(momentum)) for one in self.fragments]
+        self.rounds.restart()
+
+    def end(self) -> None:
+        """No step follows: the model's weights may be replaced, and AdamW's moments go."""
+        self._take_back()
+        self.inner.end()
+
+    def restart(self) -> None:
+        """Give up what was trained since each fragment's merge, as a kill does."""
+        self._is_entered = False
         self.rounds.restart()
 
     def state_of(self, fragment: int) -> OuterState:
@@ -342,7 +405,7 @@ class Trainer:
             while not self.finished:
                 self._round()
         except StopTraining:
-            self.state = self.state  # what was trained since each fragment's merge is lost, as by a kill
+            self.restart()
             return "interrupted"
         return "total_tokens"
 
@@ -350,7 +413,7 @@ class Trainer:
         if not self._is_entered:
             self.exchange.hold(self._states)
         start = self.exchange.start_round(self.progress, self.steps_per_s)
-        began_s = time.monotonic()
+        began_s, waited_s = time.monotonic(), self.inner.waited_s
         if start.shard is not None:
             self.batches.use_shard(start.shard)
         self.begin(start)
@@ -385,7 +448,7 @@ class Trainer:
                 grad_norm=sum(norms) / len(norms) if norms else None,
                 seconds=time.monotonic() - began_s,
                 merge_s=merged_s - steps_end_s,
-                stall_s=merged_s - steps_end_s + steps.apart_s,
+                stall_s=merged_s - steps_end_s + steps.apart_s + self.inner.waited_s - waited_s,
                 state=self.state,
             )
         )
@@ -451,29 +514,44 @@ class Trainer:
             self.young_steps += 1
 
     def _publish(self, part: int, inner_steps: int, tokens: int) -> Contribution:
-        """Hand over what `inner_steps` of this round have brought: one copy of the weights."""
+        """Hand over what `inner_steps` of this round have brought."""
         contribution = self.contribution(part, inner_steps, tokens)
         self.exchange.publish(contribution)
         return contribution
 
     def contribution(self, part: int, inner_steps: int, tokens: int) -> Contribution:
         """What `inner_steps` of this round have brought, with publication `part`."""
+        thetas, parameters = [state.theta for state in self._states], list(self.model.parameters())
+        self._take_back()
+        if self.run.merge.method == "gossip":
+            pairs = zip(thetas, self.fragments, strict=True)
+            self._lent = tuple(LentWeights(theta, fragment.pick(parameters)) for theta, fragment in pairs)
         return Contribution(
             round=self.progress.round,
             part=part,
-            thetas=tuple(state.theta for state in self._states),
-            fragments=self.fragments,
+            thetas=() if self._lent else tuple(thetas),
             fragment_rounds=self.rounds.at(part, tokens, inner_steps),
-            reached=flatten(self.model.parameters()),
+            reached=None if self._lent else flatten(parameters),
             tokens=tokens,
             inner_steps=inner_steps,
             own_tokens=self.own_tokens + tokens,
             base=self.progress.roster_sha256,
+            lent=self._lent,
         )
+
+    def _take_back(self) -> None:
+        """The model's weights change: what was lent of them is made into gradients first."""
+        for one in self._lent:
+            one.gradient()
+        self._lent = ()
 
     def enter(self, theta: Tensor, fragment: int | None = None) -> None:
         """Put weights, (P,) or the fragment's (Q,), into the model."""
         parameters = list(self.model.parameters())
+        if fragment is None:
+            self._take_back()
+        elif self._lent:
+            self._lent[fragment].gradient()
         unflatten_into(theta, parameters if fragment is None else self.fragments[fragment].pick(parameters))
         self._is_entered = True
 
@@ -521,7 +599,7 @@ class Trainer:
             state = outer_step(OuterState(prepared.theta_mean, state.momentum), mean, constants)
         else:
             state = gossip_merge(state, prepared, gradient, tokens, constants)
-        self._states[fragment], self._whole = state, None
+        self._states[fragment] = state
         self.rounds.merged(fragment, own.part, own.tokens, own.inner_steps)
         self.enter(state.theta, fragment)
         self.exchange.merged(fragment, state)
@@ -532,20 +610,23 @@ class Trainer:
         if not self._has_moments:
             self.young_steps = 0
 
-    def own_part(self, room: Tensor) -> OwnPart:
-        """What a checkpoint keeps beside the state; the moments are copied into `room` (2, P) fp32."""
+    def own_part(self, room: Tensor | None) -> OwnPart:
+        """What a checkpoint keeps beside the state; the moments are copied into `room` (2, P) fp32, or lent until the
+        next step where there is none."""
         return OwnPart(
             batches=self.batches.position,
             own_tokens=self.own_tokens,
             young_steps=self.young_steps,
             steps_per_s=self.steps_per_s,
-            moments=self.inner.copy_moments(room),
+            moments=self.inner.lend_moments() if room is None else self.inner.copy_moments(room),
         )
 
     def resume(self, state: OuterState, progress: Progress, own: OwnPart) -> None:
         """Go on where a checkpoint was taken; `batches` must stand there. Raises ValueError when it does not fit."""
         if self.batches.position != own.batches:
             raise ValueError(f"the checkpoint stands at batch {own.batches}, the data at {self.batches.position}")
+        if not isinstance(own.moments, Moments):
+            raise ValueError("moments of a checkpoint that was loaded are needed, not lent ones")
         self.inner.load_moments(own.moments)
         self._has_moments = True
         self.state, self.progress = state, progress

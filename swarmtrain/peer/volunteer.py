@@ -49,6 +49,7 @@ from swarmtrain.peer.common import (
     as_peer,
     clock_warnings,
     held_out_loss,
+    held_out_loss_of,
     leave_swarm,
     process_age_s,
     save_final_weights,
@@ -193,7 +194,7 @@ class _Volunteer:
         )
         keeper.attach(swarm)
         keeper.checkpointer.extras.update(exchange.kept())
-        keeper.checkpointer.prepare(trainer.state.theta.numel())
+        keeper.checkpointer.prepare(trainer.state.size)
         keeper.be_controlled(self.control)
         self._resume(swarm, trainer, kept, keeper)
         exchange.restore({} if kept is None else kept[0].extra)
@@ -414,7 +415,7 @@ class _Volunteer:
             )
         )
         show_invite(swarm, self.folder, self.emit)
-        num_parameters = trainer.state.theta.numel()
+        num_parameters = trainer.state.size
         exchange.on_first_round = lambda inner_steps: self.emit(
             StartedEvent(
                 inner_steps_per_round=inner_steps,
@@ -477,6 +478,7 @@ class _Volunteer:
         new = exchange.present_state(trainer.progress)
         if new is not None:
             trainer.adopt(new)
+            exchange.offer(trainer.state, trainer.progress)
         wait_for(self.network.submit(swarm.announce()), self.stop)
 
     def _settle(self, exchange: SwarmExchange, trainer: Trainer, keeper: Keeper) -> None:
@@ -491,6 +493,7 @@ class _Volunteer:
         contribution = report.contribution
         every = ready.published.run.evaluation.every_rounds
         if every and report.progress.round % every == 0:
+            contribution.take_back()
             theta, tokenizer = report.state.theta, ready.data.tokenizer
             with self.control.board.busy(f"measuring the held-out loss after round {contribution.round}"):
                 loss = held_out_loss(ready.model, theta, ready.published, tokenizer, self.control.check)
@@ -505,9 +508,11 @@ class _Volunteer:
         self.control.finishing("measuring and saving the model")
         loss = own_loss = None
         try:
-            loss = self._measure(trainer.state.theta, ready)
-            theta = exchange.final_theta(trainer.state.theta)
-            if theta is not trainer.state.theta:
+            trainer.end()  # 8 bytes a parameter, which others' weights need
+            own = trainer.state.theta
+            loss = self._measure(own, ready)
+            theta = exchange.final_theta(own)
+            if theta is not own:
                 own_loss, loss = loss, self._measure(theta, ready)
             self.emit(EvalEvent(round=trainer.progress.round - 1, held_out_loss=loss, own_loss=own_loss))
             weights = weights_in(ready.model, theta)
@@ -527,4 +532,6 @@ class _Volunteer:
         return loss, own_loss
 
     def _measure(self, theta: Tensor, ready: _Ready) -> float:
-        return held_out_loss(ready.model, theta, ready.published, ready.data.tokenizer, self.stop.check)
+        """Of these weights, which are then the model's."""
+        weights_in(ready.model, theta)
+        return held_out_loss_of(ready.model, ready.published, ready.data.tokenizer, self.stop.check)

@@ -177,7 +177,7 @@ def _whole(
     change = {
         MERGING: lambda: _longer_rounds(run, found, share),
         ACTIVATIONS: lambda: _fewer_activations(run),
-        ARCHIVE: lambda: _archived_less_often(run, share),
+        ARCHIVE: lambda: _archived_less_often(run, found, share),
         RECORDS: lambda: _read_less_often(run, found, parts[RECORDS] / _MARGIN / max(1.0, share)),
     }.get(most, lambda: _RETURNING)()
     return Hurt(
@@ -226,7 +226,7 @@ def _readers(run: RunFile, found: Plan) -> Hurt | None:
 
 
 def _archive(run: RunFile, found: Plan) -> Hurt | None:
-    rate, every_s = found.link_up_bytes_per_s, run.network.archive_every_s
+    rate, every_s = found.link_up_bytes_per_s, found.archive_every_s
     if not rate or run.merge.method == "server" or found.run_s < every_s:
         return None
     takes_s, share = found.state_bytes / rate, found.traffic.archive / rate
@@ -237,12 +237,12 @@ def _archive(run: RunFile, found: Plan) -> Hurt | None:
         why=f"every {_time(every_s)} the bootstrap takes one volunteer's weights and momentum, "
         f"{size(found.state_bytes)} for {_time(takes_s)} at {_mbit(rate)}, and others' weights: {_percent(share)} of "
         f"each uplink in the mean, {_mbit(found.num_peers * found.traffic.archive)} at the bootstrap",
-        change=_archived_less_often(run, strain),
+        change=_archived_less_often(run, found, strain),
     )
 
 
-def _archived_less_often(run: RunFile, strain: float) -> str:
-    every_s = run.network.archive_every_s
+def _archived_less_often(run: RunFile, found: Plan, strain: float) -> str:
+    every_s = found.archive_every_s
     return _to(run, "network.archive_every_s", _round_up(max(every_s * strain / FELT, every_s + 1)))
 
 

@@ -18,7 +18,7 @@ from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.living import Lived, Machines, lived
 from swarmtrain.simulate.pipeline import stage_parameters
-from swarmtrain.simulate.traffic import Traffic, traffic_of
+from swarmtrain.simulate.traffic import Traffic, archived_every_s, traffic_of
 
 __all__ = ["Machines", "Plan", "plan"]
 
@@ -57,6 +57,8 @@ class Plan:
     payload_up_bytes: float
     payload_down_bytes: float
     """Of a round."""
+    archive_every_s: float
+    """How often the bootstrap archives."""
     traffic: Traffic
     """All that a link carries."""
     link_up_bytes_per_s: float
@@ -136,7 +138,8 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
         state_bytes=8 * parameters,
         payload_up_bytes=found.up_bytes,
         payload_down_bytes=found.down_bytes,
-        traffic=traffic_of(run, found, machines),
+        traffic=traffic_of(run, found, machines, links.up_mbit * BYTES_PER_S_OF_MBIT),
+        archive_every_s=archived_every_s(run, links.up_mbit * BYTES_PER_S_OF_MBIT),
         link_up_bytes_per_s=links.up_mbit * BYTES_PER_S_OF_MBIT,
         link_down_bytes_per_s=links.down_mbit * BYTES_PER_S_OF_MBIT,
         memory_bytes=cost.memory_bytes,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from swarmtrain.membership.archive_load import archive_bytes, archive_every_s
 from swarmtrain.membership.records import (
     ALL_EVERY,
     ASKED,
@@ -26,7 +27,16 @@ from swarmtrain.run import RunFile
 from swarmtrain.simulate.living import Lived, Machines
 from swarmtrain.simulate.pipeline import stage_parameters
 
-__all__ = ["ACTIVATIONS", "ARCHIVE", "MERGING", "RECORDS", "Traffic", "dht_bytes_per_s", "traffic_of"]
+__all__ = [
+    "ACTIVATIONS",
+    "ARCHIVE",
+    "MERGING",
+    "RECORDS",
+    "Traffic",
+    "archived_every_s",
+    "dht_bytes_per_s",
+    "traffic_of",
+]
 
 MERGING, ACTIVATIONS, ARCHIVE, RECORDS = "merging", "activations", "the archive", "records of who is there"
 """What links carry, in words."""
@@ -94,15 +104,15 @@ class Traffic:
         return sum(self.parts_down.values())
 
 
-def traffic_of(run: RunFile, found: Lived, machines: Machines) -> Traffic:
-    """Of volunteers who live like that."""
+def traffic_of(run: RunFile, found: Lived, machines: Machines, link_up_bytes_per_s: float = 0.0) -> Traffic:
+    """Of volunteers who live like that, behind links that carry so much up; 0 for no limit."""
     num, method = machines.num, run.merge.method
     rounds_per_s = sum(1 / one for one in found.round_s) / len(found.round_s) * (1 - machines.away_share)
     theta, others = 4.0 * stage_parameters(run), num // run.pipeline.stages - 1
     gradients = max(found.partners, 1.0)
     num_pulls = gradients + min(run.merge.num_weights, others) if method == "gossip" else 2 * gradients
     talk = num_pulls * PULL_BYTES if num > 1 else 0.0
-    archive, archives_per_s = _archive_bytes(run, theta, num), 1 / run.network.archive_every_s
+    archive, archives_per_s = _archive_bytes(run, theta, num), 1 / archived_every_s(run, link_up_bytes_per_s)
     comes_back = theta * (1 + (min(SAMPLE, others) if method == "gossip" else 1)) * (others > 0)
     comes_back_per_s = comes_back * _returns_per_s(machines)
     last = theta * min(SAMPLE, others) * (method == "gossip")
@@ -131,7 +141,18 @@ def _archive_bytes(run: RunFile, theta: float, num: int) -> float:
     if run.merge.method == "diloco":
         return 2 * theta
     stages = run.pipeline.stages
+    if stages == 1:
+        return float(archive_bytes(round(theta / 4), num))
     return stages * (min(ARCHIVED, num // stages) + 1) * theta
+
+
+def archived_every_s(run: RunFile, link_up_bytes_per_s: float) -> float:
+    """How often the bootstrap archives, where volunteers' links carry so much up; 0 for no limit."""
+    every_s, parameters = run.network.archive_every_s, stage_parameters(run)
+    if run.pipeline.stages > 1 or run.merge.method == "server" or not link_up_bytes_per_s:
+        return every_s
+    wanted = 8 + 4 * (run.merge.method == "gossip")  # weights and momentum of one, then the others' weights at once
+    return archive_every_s(every_s, wanted * parameters / link_up_bytes_per_s, parameters)
 
 
 def _returns_per_s(machines: Machines) -> float:

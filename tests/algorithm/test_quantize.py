@@ -353,6 +353,22 @@ def test_rounds_without_readers_and_late_readers_lose_nothing() -> None:
     assert torch.equal(again.encode(first, "int4", 3, 1), feedback.encode(first, "int4", 7, 1))
 
 
+def test_a_round_that_is_over_is_rounded_plainly_and_loses_nothing_of_the_next() -> None:
+    sizes = (64,)
+    feedback, other = ErrorFeedback(sizes), ErrorFeedback(sizes)
+    first, second, third = (_vector(sizes, seed) for seed in (1, 2, 3))
+    for one in (feedback, other):
+        one.encode(first, "int4", 1, 4)
+        one.encode(second, "int4", 2, 1)
+    feedback.over(1)  # an earlier one than the latest: nothing of it was kept
+    assert torch.equal(feedback.encode(third, "int4", 2, 2), other.encode(third, "int4", 2, 2))
+    feedback.over(2)
+    after = feedback.residual
+    assert torch.equal(feedback.encode(third, "int4", 2, 3), encode(third, "int4", sizes))
+    assert feedback.residual is after
+    assert torch.equal(feedback.encode(first, "int4", 3, 1), other.encode(first, "int4", 3, 1))
+
+
 def test_a_gradient_that_is_refused_leaves_the_residual() -> None:
     feedback = ErrorFeedback((8,))
     feedback.encode(torch.linspace(0, 1, 8), "int4", 0, 1)

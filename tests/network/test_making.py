@@ -139,3 +139,39 @@ def test_what_failed_is_tried_again(kind: str) -> None:
         assert await maker.ask() is not None and maker.began == [3, 3]
 
     run(script)
+
+
+def test_a_state_made_when_asked_for_is_of_that_moment_and_let_go_when_nobody_reads_it() -> None:
+    clock = 100.0
+    store = SnapshotStore(clock=lambda: clock)
+    offer, values = Offer(ME, RUN, SPECS, store), [bytes(8)]
+
+    async def held() -> Held:
+        found = await offer.held(0)
+        assert found is not None
+        return found[1]
+
+    async def story() -> None:
+        nonlocal clock
+        offer.put(Progress(round=1), lambda: Body([values[0]]))
+        values[0] = bytes([1]) * 8
+        first = await held()
+        assert first.body.read(0, 8) == values[0]
+        assert await held() is first
+        values[0] = bytes([2]) * 8
+        offer._look(first)
+        assert store.get(first.snapshot.sha256) is first, "whoever was told of it a moment ago comes to read it"
+        clock += 60
+        offer._look(first)
+        assert store.get(first.snapshot.sha256) is None
+        second = await held()
+        assert second.body.read(0, 8) == values[0]
+        offer.put(Progress(round=2), lambda: Body([values[0]]))
+        assert store.get(second.snapshot.sha256) is second, "the same of one that another follows"
+        clock += 60
+        third = await held()
+        store.drop(second.snapshot.sha256)
+        assert store.get(second.snapshot.sha256) is None
+        assert store.get(third.snapshot.sha256) is third
+
+    run(story)
