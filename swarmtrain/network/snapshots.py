@@ -16,10 +16,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
 
-import numpy as np
-
 from swarmtrain.errors import BadBytesError, BrokenOffError, BusyError, PeerError, StalledError, UnreachableError
 from swarmtrain.membership.readers import GIVES_WAY_S, Reader, Readers
+from swarmtrain.network.finite import all_finite
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.replies import ChunkReply, Reply
 from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
@@ -73,8 +72,6 @@ _ANSWER_S = 0.5
 """BUSY may take so long to come, over a slow link; of one that keeps a reader waiting for it the rest counts."""
 
 _MAX_AXES = 16
-_PIECE_BYTES = 1024 * 1024
-"""Bytes looked at together: what that takes of memory is a fraction of it, whatever the whole has."""
 
 
 @dataclass(frozen=True)
@@ -590,13 +587,6 @@ async def pull_manifest(source: str, sha256: str, open_pull: OpenPull, limits: P
     if payload_sha256(first.manifest) != sha256:
         raise BadBytesError("a manifest that does not match its hash")
     return first.manifest
-
-
-def all_finite(data: bytes | bytearray | memoryview) -> bool:
-    """Whether these bytes, as fp32 numbers, are all finite; looked at piece by piece, without a copy of them."""
-    view = memoryview(data).cast("B")
-    pieces = (view[start : start + _PIECE_BYTES] for start in range(0, len(view), _PIECE_BYTES))
-    return all(bool(np.isfinite(np.frombuffer(piece, dtype="<f4")).all()) for piece in pieces)
 
 
 def empty_held(snapshot: Snapshot) -> Held:
