@@ -9,7 +9,6 @@ import struct
 import pytest
 import torch
 
-from swarmtrain.algorithm.fragments import fragments_of
 from swarmtrain.algorithm.gossip import layout_of, prepare
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.cli.common import PeerOptions, open_sink
@@ -45,7 +44,6 @@ def finished(arrived: Averaged | tuple[Gathered, ...]) -> RoundReport:
         round=3,
         part=1,
         thetas=(theta,),
-        fragments=fragments_of(layout_of([(2,)]), 1),
         fragment_rounds=(FragmentRound(3, 1, 64, 4),),
         reached=theta,
         tokens=64,
