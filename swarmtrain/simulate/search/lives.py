@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from swarmtrain.algorithm.inner import learning_rate_at
+from swarmtrain.membership.lifecycle import PeerState
 from swarmtrain.peer.trainer import inner_constants
 from swarmtrain.simulate.search.lives_peers import (
     RUN,
@@ -286,6 +287,8 @@ class _Lives(LivesWorld):
             return
         if self.served or any(one.peer != volunteer.me for one in boot.membership.volunteers()):
             return
+        if volunteer.membership.state(boot.me) is not PeerState.LIVE:
+            return  # it has not seen yet that the bootstrap is back
         if lacks := volunteer.holds.rounds - boot.behind.rounds:
             detail = f"{volunteer.folder.key} left, and {len(lacks)} rounds of its weights are in no archive"
             self._break("nobody leaves with what nobody else has", detail)

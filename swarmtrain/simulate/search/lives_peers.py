@@ -561,7 +561,9 @@ class Volunteer(Process):
         elif leave is Leave.HAND_OVER and now <= idle_s:
             self.later(_ASKS_S, self._ask_to_leave, idle_s)
         else:
-            if leave is Leave.HAND_OVER or (leave is Leave.GO_UNARCHIVED and self.world.processes["b"].said_goodbye):
+            if leave is Leave.HAND_OVER or (
+                leave is Leave.GO_UNARCHIVED and self.membership.state(identity_of("b").peer_id) is PeerState.LEFT
+            ):
                 self.world.left_untaken.add(self.me)  # the bootstrap is to blame, or nobody
             self.world.left(self)
             self.end()
