@@ -34,10 +34,13 @@ class Here:
     told: int = 0
     killed: tuple[str, ...] = ()
     hangs: bool = False
+    leave_too: tuple[str, ...] = ()
+    fellows: Any = None
     stop: StopFlag = field(default_factory=StopFlag)
     membership: Membership = field(default_factory=lambda: Membership("me"))
     me: PeerInfo = field(default_factory=lambda: PeerInfo(peer="me", training=True, round=5))
     published = SimpleNamespace(sha256="ab" * 32)
+    identity = SimpleNamespace(peer_id="me")
     board = SimpleNamespace(doing=lambda state, sentence: None)
 
     def leave(self) -> None:
@@ -55,6 +58,8 @@ class Here:
 
     async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float) -> pb.HelloReply:
         assert request.asks_to_leave and request.HasField("presence") and not request.leaving
+        if peer != "boot":
+            return pb.HelloReply(stay=peer in self.leave_too)
         self.asked.append(peer)
         answer = self.stay.pop(0) if self.stay else False
         if isinstance(answer, Exception):
@@ -130,6 +135,19 @@ def test_the_last_holder_waits_a_minute_for_a_bootstrap_and_says_where_the_work_
     assert isinstance(kept, WarningEvent) and "in no archive" in kept.message
     assert "swarmtrain join --dir /home/ada/run" in kept.message
     assert 60 <= clock.now <= 90
+
+
+def test_of_two_that_leave_in_the_same_moment_one_waits(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each took the other for one that trains on, and nobody said where the work is."""
+    monkeypatch.setattr(leaving, "time", Minute(10.0))
+    here.stay, here.leave_too = [UnreachableError("nobody")] * 100, ("ben",)
+    here.saw("ben", stamp=3.0)
+    here.leave()
+    assert ["in no archive" in event.message for event in here.events if isinstance(event, WarningEvent)] == [
+        False,
+        True,
+    ]
+    assert not here.fellows.is_going and here.fellows.leaving == {"ben"}
 
 
 def test_a_bootstrap_that_comes_back_in_that_minute_takes_it(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,17 @@ Pure: `now` is an argument, in seconds of the swarm's time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from enum import Enum
 
 from swarmtrain.membership.lifecycle import Membership, PeerState
 
-__all__ = ["LAST_HOLDER_S", "Leave", "Leavers", "before_leaving"]
+__all__ = ["LAST_HOLDER_S", "FellowLeavers", "Leave", "Leavers", "before_leaving"]
 
 LAST_HOLDER_S = 60.0
 """So long whoever has work that nobody else has waits for a bootstrap that does not answer."""
 
+_MAX_LET_GO = 1024
 _ASKED_S = 5.0
 """Who wants to leave asks again and again: one that has not for so long is gone, or trains on."""
 _TAKEN_EVERY_S = 5.0
@@ -31,22 +32,53 @@ class Leave(Enum):
     GO_UNARCHIVED = "what it has is in its folder only"
 
 
-def before_leaving(membership: Membership, answers: Sequence[bool | None], round: int, waited_s: float) -> Leave:
+def before_leaving(
+    membership: Membership, answers: Sequence[bool | None], round: int, waited_s: float, leaving: Container[str] = ()
+) -> Leave:
     """What one does that would leave, and has waited so long.
 
     `answers`: of each bootstrap asked whether it is to stay, None where it did not answer; where none did, the others
-    were asked how far they are, so that it is known who is there. `round`: so many it has merged; what a bootstrap told
-    last of its archive counts.
+    were asked how far they are, so that it is known who is there, and `leaving` are those that leave too. `round`: so
+    many it has merged; what a bootstrap told last of its archive counts.
     """
     if any(answers):
         return Leave.HAND_OVER
     bootstraps = [info for info in membership.known() if info.is_bootstrap]
     has_told = any(answer is False for answer in answers) or any(info.round >= round for info in bootstraps)
-    if has_told or membership.answering() or not round:
+    trains_on = any(info.peer not in leaving for info in membership.answering())
+    if has_told or trains_on or not round:
         return Leave.GO
     if all(membership.state(info.peer) is PeerState.LEFT for info in bootstraps):
         return Leave.GO_UNARCHIVED  # none is on its way
     return Leave.WAIT if waited_s < LAST_HOLDER_S else Leave.GO_UNARCHIVED
+
+
+class FellowLeavers:
+    """Volunteers that leave in the same moment, while no bootstrap answers, agree who stays: the lowest PeerID.
+
+    Each asks the others. Without an agreement each would take the other for one that trains on, and nobody would wait
+    for the bootstrap.
+    """
+
+    def __init__(self, me: str) -> None:
+        self._me = me
+        self._let_go: set[str] = set()
+        self.told: set[str] = set()
+        """Those that said that they go."""
+        self.is_going = False
+
+    def ask(self, peer: str, now: float) -> bool:
+        """`peer` would leave: whether it should stay, because this peer does not."""
+        if self.is_going or peer < self._me:
+            return True
+        if len(self._let_go) < _MAX_LET_GO:
+            self._let_go.add(peer)
+        return False
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Those that leave too: they said it, or were told that this peer stays."""
+        return frozenset(self.told | self._let_go)
 
 
 class Leavers:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, PeerLostEvent, RefusedEvent, WarningEvent
 from swarmtrain.membership import records
-from swarmtrain.membership.leaving import Leavers
+from swarmtrain.membership.leaving import FellowLeavers, Leavers
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.pulls import Section
@@ -96,6 +96,7 @@ class Swarm:
     """The progress that is safe on this peer's disk, which its progress record tells; None: the present one."""
     hosting: Hosting | None = None  # what this peer serves of peers that nobody can dial
     leavers: Leavers | None = None  # who waits for an archive before it leaves: of a bootstrap
+    fellows: FellowLeavers | None = None  # who leaves too: of a volunteer that leaves
     reaching: Reaching = field(init=False)
     offer: Offer = field(init=False)
     _listens_at: tuple[str, ...] = ()
@@ -496,7 +497,8 @@ class Swarm:
             presence=self.signed_presence() if self._listens_at and not self.rounds.away else None,
             others=[self._signed[peer] for peer in known[:64]],
             away=self.rounds.away,
-            stay=request.asks_to_leave and self.leavers is not None and self.leavers.ask(caller, swarm_time()),
+            stay=request.asks_to_leave
+            and any(each.ask(caller, swarm_time()) for each in (self.leavers, self.fellows) if each is not None),
         )
 
     async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from swarmtrain.errors import PeerError, RunTimeError
 from swarmtrain.events import WarningEvent
-from swarmtrain.membership.leaving import Leave, before_leaving
+from swarmtrain.membership.leaving import FellowLeavers, Leave, before_leaving
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import Interrupted, wait_for
@@ -31,6 +31,7 @@ _SAY_S = 5.0
 _AGAIN_S = 0.5
 _CALL_S = 1.0  # the process waits for it, and the user for the process, also where the daemon hangs
 _LAST_DRAIN_S = 0.5
+_MOST_ASKED = 32
 _STOP_DRIVING_S = 5.0
 _WAITS = "nobody else trains: the bootstrap is archiving what only this peer has; Ctrl-C again does not wait for that"
 
@@ -54,7 +55,30 @@ async def _answers(swarm: Swarm) -> list[bool | None]:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CALL_S):
                 await swarm.greet_some()
+        if swarm.fellows is not None:
+            others = [info.peer for info in swarm.membership.answering()][:_MOST_ASKED]
+            told = zip(others, await asyncio.gather(*map(ask, others)), strict=True)
+            swarm.fellows.told = {peer for peer, goes in told if goes}
     return answers
+
+
+async def _decide(swarms: Sequence[Swarm], waited_s: float) -> set[Leave]:
+    """What to do about each swarm. Nobody is answered between the decision to go and that it stands."""
+    answers = await _all_of(map(_answers, swarms))
+    leaves = set()
+    for swarm, each in zip(swarms, answers, strict=True):
+        leaving = frozenset[str]() if swarm.fellows is None else swarm.fellows.leaving
+        leaves.add(before_leaving(swarm.membership, each, swarm.me.round, waited_s, leaving))
+    if leaves == {Leave.GO}:
+        for swarm in swarms:
+            if swarm.fellows is not None:
+                swarm.fellows.is_going = True
+    return leaves
+
+
+async def _would_leave(swarms: Sequence[Swarm]) -> None:
+    for swarm in swarms:
+        swarm.fellows = FellowLeavers(swarm.identity.peer_id)
 
 
 async def _tell_progress(swarm: Swarm) -> None:
@@ -99,13 +123,10 @@ def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThre
         wait_for(network.submit(_all_of(map(_tell_progress, swarms))), stop)
         if wait_for(asking, stop):
             return
+        wait_for(network.submit(_would_leave(swarms)), stop)
         while True:
-            answers = wait_for(network.submit(_all_of(map(_answers, swarms))), stop)
             now = time.monotonic()
-            leaves = {
-                before_leaving(swarm.membership, each, swarm.me.round, now - began_s)
-                for swarm, each in zip(swarms, answers, strict=True)
-            }
+            leaves = wait_for(network.submit(_decide(swarms, now - began_s)), stop)
             if leaves == {Leave.GO}:
                 return
             if not leaves & {Leave.WAIT, Leave.HAND_OVER}:

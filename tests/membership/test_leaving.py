@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarmtrain.membership.leaving import LAST_HOLDER_S, Leave, Leavers, before_leaving
+from swarmtrain.membership.leaving import LAST_HOLDER_S, FellowLeavers, Leave, Leavers, before_leaving
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
 
 
@@ -126,3 +126,28 @@ def test_where_no_bootstrap_is_on_its_way_it_says_where_the_work_is(has_left: bo
     assert before_leaving(members, [], 9, 0.0) is Leave.GO_UNARCHIVED
     members.saw_presence(PeerInfo(peer="ben", training=True, stamp=6.0), 1e9, 6.0)
     assert before_leaving(members, [], 9, 0.0) is Leave.GO, "ben trains on"
+
+
+def test_of_those_who_leave_together_one_waits_for_the_bootstrap() -> None:
+    """Each took the other for one that trains on, and nobody waited."""
+    names = ("anna", "ben", "carl")
+    fellows = {name: FellowLeavers(name) for name in names}
+    leaves = {}
+    for name in names:
+        members = Membership(me=name)
+        for info in (BOOT, *(PeerInfo(peer=other, training=True, stamp=1.0) for other in names if other != name)):
+            members.saw_presence(info, 1e9, 1.0)
+        fellows[name].told = {other for other in names if other != name and fellows[other].ask(name, 1.0)}
+        leaves[name] = before_leaving(members, [None], 9, 0.0, fellows[name].leaving)
+    assert leaves == {"anna": Leave.WAIT, "ben": Leave.GO, "carl": Leave.GO}
+
+
+def test_who_was_let_go_is_not_counted_on() -> None:
+    anna, ben = FellowLeavers("anna"), FellowLeavers("ben")
+    assert not anna.ask("ben", 1.0), "anna stays, and ben may go"
+    assert anna.leaving == {"ben"}, "though ben had told a moment ago that it trains"
+    ben.is_going = True
+    assert ben.ask("carl", 2.0) and ben.ask("anna", 2.0), "one that is on its way holds nothing for others"
+    for number in range(3000):
+        anna.ask(f"invented {number}", 3.0)
+    assert len(anna.leaving) <= 1024

@@ -71,8 +71,9 @@ def test_all_leave_the_bootstrap_comes_back_and_a_newcomer_goes_on(swarm: Swarm,
     carl = swarm.join("carl", again.invite.invite)
     goes_on(carl, tokens, rate)
     again.wait_event(ArchivedEvent, lambda event: event.run_tokens > tokens)
-    swarm.interrupt_all([carl, again])
+    swarm.interrupt_some([carl])  # first: a bootstrap that leaves in the same moment may be a round behind
     assert archived(again) >= counted(carl)
+    swarm.interrupt_all([again])
 
 
 def test_short_lives_one_after_another_end_in_an_archive(swarm: Swarm) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from swarmtrain.algorithm.inner import learning_rate_at
 from swarmtrain.membership.lifecycle import PeerState
+from swarmtrain.peer.bootstrap_peer import LOOK_EVERY_S
 from swarmtrain.peer.trainer import inner_constants
 from swarmtrain.simulate.search.lives_peers import (
     RUN,
@@ -280,9 +281,17 @@ class _Lives(LivesWorld):
         """It says goodbye, and no bootstrap asks it to stay. With a server, what was not handed in is lost; and so is
         the last round of one that leaves others who train."""
         self.left_alone.discard(volunteer.folder.key)
-        if all(one.is_bootstrap for one in volunteer.neighbours()):
-            self.left_alone.add(volunteer.folder.key)
         boot = self.processes.get("b")
+        just_killed = [  # it was heard of since the leaver asked, and nobody can know yet that it is gone
+            one
+            for one in self.processes.values()
+            if not (one.is_bootstrap or one.alive or one.said_goodbye)
+            and one.ended_s > self.clock.now - LOOK_EVERY_S
+            and isinstance(boot, Bootstrap)
+            and boot.membership.heard_s(one.me) > volunteer.asked_s
+        ]
+        if not just_killed and all(one.is_bootstrap for one in volunteer.neighbours()):
+            self.left_alone.add(volunteer.folder.key)
         if not isinstance(boot, Bootstrap) or boot not in volunteer.neighbours() or volunteer.me in self.left_untaken:
             return
         if self.served or any(one.peer != volunteer.me for one in boot.membership.volunteers()):

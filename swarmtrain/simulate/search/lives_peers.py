@@ -26,7 +26,7 @@ import torch
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError
 from swarmtrain.membership.archiving import ArchiveWatch
-from swarmtrain.membership.leaving import Leave, Leavers, before_leaving
+from swarmtrain.membership.leaving import FellowLeavers, Leave, Leavers, before_leaving
 from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.codec import body_of
@@ -437,6 +437,7 @@ class Volunteer(Process):
         self.info = dataclasses.replace(self.info, steps_per_s=speed)
         self.exchange: Any = _Exchange(self)
         self.leaves = False
+        self.fellows: FellowLeavers | None = None
         self._tries_left = 0
         self.later(_STARTS_S, self._begin)
 
@@ -547,15 +548,20 @@ class Volunteer(Process):
     def hand_over(self) -> None:
         """As `peer.leaving.hand_over` does, a process that answers nobody any more being gone."""
         self._tell_progress()
+        self.fellows = FellowLeavers(self.me)
         self._ask_to_leave(self.world.clock.now + leaving._IDLE_S)
 
     def _ask_to_leave(self, idle_s: float) -> None:
-        now = self.world.clock.now
+        now, fellows = self.world.clock.now, self.fellows
+        assert fellows is not None
         answers = [self._asks(info.peer) for info in self.membership.live() if info.is_bootstrap]
         if all(answer is None for answer in answers):
             for info in self.membership.volunteers():
                 self.greet(info.peer)
-        leave = before_leaving(self.membership, answers, self.info.round, now - self.asked_s)
+            answering = [info.peer for info in self.membership.answering()]
+            fellows.told = {peer for peer in answering if self._asks(peer)}
+        leave = before_leaving(self.membership, answers, self.info.round, now - self.asked_s, fellows.leaving)
+        fellows.is_going = leave is Leave.GO
         if leave is Leave.WAIT:
             self.later(_ASKS_S, self._ask_to_leave, now + leaving._IDLE_S)
         elif leave is Leave.HAND_OVER and now <= idle_s:
@@ -570,8 +576,10 @@ class Volunteer(Process):
 
     def _asks(self, asked: str) -> bool | None:
         there, now = self.world.by_id(asked), self.world.clock.now
-        if there not in self.neighbours() or not isinstance(there, Bootstrap):
+        if there not in self.neighbours():
             return None
+        if not isinstance(there, Bootstrap):
+            return isinstance(there, Volunteer) and there.fellows is not None and there.fellows.ask(self.me, now)
         self.info = dataclasses.replace(self.info, stamp=max(now, self.info.stamp + 1e-6))
         there.membership.saw_presence(self.info, now + RUN.network.presence_ttl_s, now)
         return there.leavers is not None and there.leavers.ask(self.me, now)
