@@ -237,11 +237,11 @@ def _pulls(record: _Record) -> None:
         record.thread.mark = fragment, Mark(manifest.round, manifest.part, manifest.tokens)
         return original(self, fragment, held, *news)
 
-    def accept(original: Any, self: Robustness, peer: str, arrival: Any, own_theta: Any) -> Any:
+    def accept(original: Any, self: Robustness, peer: str, arrival: Any, own_theta: Any, round: int) -> Any:
         (fragment, mark), refused, tokens = record.thread.mark, "", 0
         with record.lock:
             try:
-                found = original(self, peer, arrival, own_theta)
+                found = original(self, peer, arrival, own_theta, round)
                 tokens = found.tokens
                 return found
             except BadBytesError as error:
