@@ -20,7 +20,7 @@ from swarmtrain.algorithm.pacing import fewest_inner_steps, most_inner_steps, pa
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.pulls import Wanted
 from swarmtrain.membership.shards import Coverage
-from swarmtrain.membership.tally import CountingRules
+from swarmtrain.membership.tally import CountingRules, quick_speed
 from swarmtrain.network.tallying import Tallying
 from swarmtrain.simulate.gossip import GossipSettings, Publication, RoundRecord
 from swarmtrain.simulate.hosting import HostedPeer, HostedSwarm
@@ -240,6 +240,8 @@ class SearchedSwarm(HostedSwarm):
         """(peer, shard) -> tokens, of all its lives."""
         self.broken: list[Violation] = []
         self.liars = schedule.liars
+        self.speeds: dict[str, float] = {}
+        """Of each honest machine that ever was here, in inner steps per second."""
         hidden = schedule.names[1 : 1 + int(schedule.option("hidden", 0))]
         settings = GossipSettings(
             inner_steps=32,
@@ -253,6 +255,8 @@ class SearchedSwarm(HostedSwarm):
         self.clock.most_events = 200_000
 
     def _make(self, name: str, steps_per_s: float, theta: float, link: Link) -> CountingPeer:
+        if name not in self.liars:
+            self.speeds[name] = steps_per_s
         return (Liar if name in self.liars else CountingPeer)(self, name, steps_per_s, theta, link)
 
     def fastest_honest(self) -> float:
@@ -360,7 +364,8 @@ def _stuck(swarm: SearchedSwarm, healed_s: float) -> Iterable[Violation]:
 
 def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violation]:
     """Who merges nobody, or is merged by nobody, since each had `reached` its round and the faults were over. Of two,
-    one that was away for too long is not merged again: what one other claims moves nobody (`left_behind`)."""
+    one that was away for too long is not merged again: what one other claims moves nobody (`left_behind`). The first
+    round of a slow machine may last longer than the play: nothing of it is left to merge."""
     names = [peer.name for peer in _honest(swarm)]
     ended = Counter(one.peer for one in swarm.rounds if one.round >= reached.get(one.peer, 0))
     merging, merged = set(), set()
@@ -369,19 +374,23 @@ def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violati
             merging.add(who)
             merged.add(whose)
     for name in names if len(names) > 2 and swarm.settings.pacing else ():
-        if ended[name] > 4 and name in reached and (name not in merging or name not in merged):
+        others_went_on = any(ended[other] > 1 for other in names if other != name)
+        if ended[name] > 4 and others_went_on and name in reached and (name not in merging or name not in merged):
             does = "merges nobody" if name not in merging else "is merged by nobody"
             yield Violation("nobody is left alone", f"{name} {does} since the faults are over")
 
 
 def _end(swarm: SearchedSwarm) -> Iterable[Violation]:
+    """Everyone counts what everyone told. A machine that is faster than usual is believed ever more while it delivers,
+    and what was missed of it is paid for by time: both may take longer than a play."""
+    usual_per_s = quick_speed(swarm.speeds.values())
     for peer in _honest(swarm):
         counts, told = peer.tallying.contributions(), defaultdict[str, int](int)
         for at_s, other, tokens in swarm.told:
             if other not in swarm.liars and at_s < peer.read_s - 10:
                 told[other] = max(told[other], tokens)
         for other, tokens in told.items():
-            if counts.get(other, 0) < tokens:
+            if counts.get(other, 0) < tokens and swarm.speeds[other] <= usual_per_s:
                 detail = f"{peer.name} counts {counts.get(other, 0)} of {other}, which told {tokens}"
                 yield Violation("no token is lost", detail)
         if not math.isfinite(peer.theta) or not math.isfinite(peer.momentum):

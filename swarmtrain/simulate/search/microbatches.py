@@ -64,7 +64,7 @@ def play_microbatches(schedule: Schedule) -> Played:
                 later(fault.at_s, peer.born)
             elif fault.kind == "hang":
                 later(fault.at_s, peer.hang, fault.lasts_s)
-            elif fault.kind == "parted":  # drivers from all others
+            elif fault.kind == "parted" and fault.lasts_s:  # drivers from all others
                 later(fault.at_s, lose, 1.0)
                 later(fault.end_s, lose, rates.lost)
         try:
