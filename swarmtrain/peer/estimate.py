@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 # Proportional set sizes: torch, hivemind and our own imports; the networking daemon.
-IMPORTS_BYTES = 270_000_000
+IMPORTS_BYTES = 250_000_000
 DAEMON_BYTES = 75_000_000
 # fp32: weights, gradients, AdamW's two moments, outer weights, outer momentum, the last two publications, and the copy
 # of the moments that a checkpoint is written from.
@@ -39,6 +39,11 @@ CHECKPOINT_BYTES_PER_PARAMETER = 16  # weights, AdamW's two moments, the outer m
 ACTIVATION_WIDTHS = 13
 ACTIVATION_WIDTHS_PER_RATIO = 2
 LOGITS_COPIES = 3
+_MOST_FREE_BYTES = 120_000_000
+"""Measured with 0.5, 10 and 57 million parameters: what the heap holds free stops growing with the model, whose large
+vectors are mapped."""
+_TALK_BYTES = 500_000
+"""Presence, progress records, greetings and manifests of a round, as measured; a large model's are lost in the rest."""
 _UNEVEN = 1.25
 """Others' rounds end when they end: in some of its own a peer sends so much of what it sends in the mean."""
 
@@ -89,7 +94,9 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
         bytes_sent_per_round=sent,
         bytes_received_per_round=sent,
         state_bytes=8 * num_parameters,
-        bytes_sent_most_per_round=round(_UNEVEN * sent) + (0 if run.merge.method == "server" else 8 * num_parameters),
+        bytes_sent_most_per_round=round(_UNEVEN * sent)
+        + _TALK_BYTES
+        + (0 if run.merge.method == "server" else 8 * num_parameters),
         times_below_allreduce=times_below_allreduce(num_parameters, run.merge.inner_steps, sent),
         memory_bytes=program_bytes + parameters_bytes + activations_bytes,
         memory_program_bytes=program_bytes,
@@ -121,7 +128,7 @@ def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
         "partners' publications decoded": 4.0 * (partners + thetas),
         "merges that are prepared": 8.0 * (others > 0),
         "what merges have replaced of a state that the archive or a joiner reads": 8.0 - 2 * fragment,
-        "what the heap holds free until the next checkpoint": 12,  # as measured with 10 million parameters
+        "what the heap holds free until the next checkpoint": min(6.0, _MOST_FREE_BYTES / num_parameters),
     }
 
 
