@@ -45,6 +45,12 @@ def cannot_listen(listen: Sequence[str]) -> RunTimeError:
         return RunTimeError(
             f"cannot listen at {where}: the system does not allow it; choose a port above 1023 with --listen"
         )
+    named = any(not address.startswith(("/ip4/", "/ip6/")) for address in listen)
+    if named and errno.EADDRINUSE not in found.values():
+        return RunTimeError(
+            f"cannot listen at {where}: a host's name is no IP address; give one with --listen, or :PORT for all "
+            "of this machine's"
+        )
     return RunTimeError(f"cannot listen at {where}: the port is taken; choose another with --listen")
 
 

@@ -654,6 +654,10 @@ def test_a_port_for_administrators_is_not_said_to_be_taken(monkeypatch: pytest.M
     assert "does not allow it; choose a port above 1023" in str(cannot_listen(["/ip4/0.0.0.0/tcp/80"]))
 
 
+def test_a_hosts_name_is_not_said_to_be_a_taken_port() -> None:
+    assert "a host's name is no IP address" in str(cannot_listen(["/dns/localhost/tcp/41337"]))
+
+
 def test_it_may_announce_just_where_it_listens(here: Here) -> None:
     folder = here.folder / "announces"
     folder.mkdir()
