@@ -22,7 +22,7 @@ from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.present import Present
 
-__all__ = ["Archive"]
+__all__ = ["Archive", "checkpoint_of"]
 
 _log = logging.getLogger(__name__)
 _HOLDS = "holds"
@@ -86,13 +86,7 @@ class Archive:
         for _, rows in present.shard_rows:
             self.rows.hear_untrusted(rows)
         self._served = present.progress
-        return Checkpoint(
-            state=present.state,
-            progress=present.progress,
-            roster=present.roster,
-            signed_roster=present.signed_roster,
-            extra=self.keeper.checkpointer.extra(),
-        )
+        return checkpoint_of(present, self.keeper)
 
     async def serve_counts(self, state: OuterState, progress: Progress) -> None:
         """Give the archived `state` with what is counted by now: tokens that were trained since it was made are the
@@ -103,6 +97,17 @@ class Archive:
         self._served = dataclasses.replace(progress, run_tokens=sum(counts.values()), peer_tokens=counts)
         kept = Checkpoint(state=state, progress=self._served, roster=None, signed_roster=None)
         await self.keeper.offer(self.swarm, kept)
+
+
+def checkpoint_of(present: Present, keeper: Keeper) -> Checkpoint:
+    """The swarm's present weights as a checkpoint, with what `keeper` keeps beside them."""
+    return Checkpoint(
+        state=present.state,
+        progress=present.progress,
+        roster=present.roster,
+        signed_roster=present.signed_roster,
+        extra=keeper.checkpointer.extra(),
+    )
 
 
 def _holds_of(kept: Any, progress: Progress) -> Mapping[str, int]:

@@ -36,7 +36,7 @@ from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.peer.archiving import Archive
+from swarmtrain.peer.archiving import Archive, checkpoint_of
 from swarmtrain.peer.bootstrap_peer import (
     COUNTS_EVERY_S,
     FLUSH_S,
@@ -459,13 +459,7 @@ class _Bootstrap(BootstrapPeer):
         assert self.keeper is not None
         if self.archived is not None:
             return self.archived.kept_of(present)
-        return Checkpoint(
-            state=present.state,
-            progress=present.progress,
-            roster=present.roster,
-            signed_roster=present.signed_roster,
-            extra=self.keeper.checkpointer.extra(),
-        )
+        return checkpoint_of(present, self.keeper)
 
     def _write_kept(self, kept: Checkpoint) -> None:
         model = build_model(self.published.run.model, self.published.run.run.seed)
