@@ -95,7 +95,8 @@ class ChainStore:
             self.chain, kept = Chain((link,)), {}
         else:
             is_there = shown.chain.digest == roster.digest
-            self.chain, kept = shown.chain if is_there else shown.chain.extended(link), {**self._signed, **shown.signed}
+            chain = shown.chain.joined_to(self.chain) if is_there else shown.chain.extended(link)
+            self.chain, kept = chain, {**self._signed, **shown.signed}
         kept.setdefault(roster.digest, own)
         self._signed = self._bounded(kept)
         self._shown = {digest: one for digest, one in self._shown.items() if digest not in self.chain}

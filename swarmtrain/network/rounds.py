@@ -65,6 +65,8 @@ _MAX_CHECKED_ENTRIES = 65_536
 _CHAIN_AGAIN_S = 1.0
 """A peer is asked for its chain so often at most: checking it takes a while."""
 _CHAIN_TRIES = 2
+_CHAIN_SILENCES = 3
+"""For so many times as long as one may be silent nothing is signed before chains are shown."""
 
 
 Outcome = Merged | NewState
@@ -312,10 +314,13 @@ class Rounds:
         )
 
     def _lacks_chains(self, known: KnownRound) -> bool:
-        """Whether somebody has yet to show its chain, for which it has as long as it may be silent."""
+        """Whether somebody has yet to show its chain, for which it has as long as it may be silent, and all together a
+        few times as long: who comes after the other with one that nobody knows must not hold a round up for ever."""
         now, told = swarm_time(), self._told.keys() & self.membership.heard_at_s().keys()
         lacking = [peer for peer in told if self.chains.lacks(self._told[peer][1].last)]
-        return any(now < known.lacking_s.setdefault(peer, now) + self.settings.silence_s for peer in lacking)
+        until_s = [known.lacking_s.setdefault(peer, now) + self.settings.silence_s for peer in lacking]
+        most_s = min(known.lacking_s.values(), default=now) + _CHAIN_SILENCES * self.settings.silence_s
+        return now < min(max(until_s, default=now), most_s)
 
     def _name_unproved(self, known: KnownRound) -> None:
         """Tell of those who claim more tokens than there are here, and neither show their chain nor move anybody."""
@@ -476,6 +481,7 @@ class Rounds:
         self._hear_untrusted(peer, reply)
         if reply.HasField("last_roster"):  # whoever has applied one hands it out, whatever others of the round it knows
             last = self._roster_untrusted(reply.last_roster)
+            self.chains.check_untrusted(last)
             is_new = last.round == round and self._keep(known, last, reply.last_roster)
         if reply.HasField("publication"):
             kind = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT

@@ -14,7 +14,7 @@ from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.membership.chains import Chain
 from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.rosters import Roster
+from swarmtrain.membership.rosters import Roster, Told
 from swarmtrain.network import chains, merging
 from swarmtrain.network.chains import ChainStore, chain_untrusted
 from swarmtrain.network.codec import average_bytes_untrusted
@@ -379,3 +379,50 @@ def test_a_roster_that_counts_other_tokens_than_its_base_is_not_kept() -> None:
         return refused
 
     assert virtual_swarm(run) == [f"{A.peer_id} a roster that counts 77000 tokens behind it where its chain has 100"]
+
+
+def test_who_says_same_as_before_cannot_hand_out_another_roster_with_it() -> None:
+    own = common()
+    entry_of, other = go_on(common(), HONEST, base_tokens=77_000)
+
+    async def run() -> None:
+        rounds, _ = rounds_of(A, own, peers(b=common()))
+        assert rounds.last is not None
+        known, last = KnownRound(), rounds.last[1]
+        told = pb.RoundReply(current_round=2, last_roster=last)
+        rounds._read_untrusted(entry_of.round, known, B.peer_id, told)
+        told = pb.RoundReply(current_round=2, same_last=True, last_roster=other)
+        with pytest.raises(BadBytesError, match="counts 77000 tokens behind it where its chain has 100"):
+            rounds._read_untrusted(entry_of.round, known, B.peer_id, told)
+        assert not known.rosters
+
+    virtual_swarm(run)
+
+
+def test_those_who_come_one_after_the_other_with_chains_unknown_hold_no_round_up_for_ever() -> None:
+    async def run() -> float:
+        rounds, _ = rounds_of(A, common(), peers(b=common()))
+        known, began_s = KnownRound(), swarm_time()
+        assert rounds.membership is not None and rounds.last is not None
+        for number in range(50):
+            peer, now = new_identity(bytes([100 + number]) * 32).peer_id, swarm_time()
+            rounds.membership.saw_presence(PeerInfo(peer=peer, training=True, stamp=now), now + 999, now)
+            head = replace(rounds.last[0], round=9, base=f"{number:064x}")
+            rounds._told[peer] = now, Told(round=10, last=head)
+            if not rounds._lacks_chains(known):
+                break
+            await asyncio.sleep(SETTINGS.silence_s * 0.9)
+        return swarm_time() - began_s
+
+    assert SETTINGS.silence_s < virtual_swarm(run) < 4 * SETTINGS.silence_s
+
+
+def test_a_peer_of_before_that_is_two_rounds_ahead_takes_no_chain_away() -> None:
+    """It can show its head alone; by the time that this peer is there too, it knows what is before it."""
+    ours, theirs = common(), common(HONEST, HONEST)
+    one, two = theirs.chain.links[-2].roster, theirs.chain.links[-1].roster
+    ours.keep_head(two)
+    for roster in (one, two):
+        ours.move_to(roster, theirs._signed[roster.digest].roster, theirs._signed[roster.digest].manifests)
+    assert [link.roster for link in ours.chain.links] == [link.roster for link in theirs.chain.links]
+    assert len(ours.shows([]).links) == 4
