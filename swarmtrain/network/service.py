@@ -36,6 +36,9 @@ _MAX_HELD_CALLS = 64
 _MAX_HELD_CALLS_A_PEER = 2
 _MAX_WAIT_S = 60.0
 _MAX_STUBS = 4096
+_CHAINS_PER_S, _CHAINS_AT_ONCE = 1.0, 8.0
+"""Of one caller that wants to see a chain of rosters: 2.5 MiB, and some 10 ms of the loop. Honest ones ask each second
+while they lack it."""
 _FILE_ATTEMPTS = 240
 _FILE_AGAIN_S = 0.5
 _MAKE_LIMIT_S = 60.0
@@ -84,6 +87,7 @@ def service_type() -> Any:
             self._held_calls: Counter[str] = Counter()
             self._budget = CallBudget()
             self._rounds_budget = CallBudget()  # one that pulls may ask again and again, and must hear of the round
+            self._chains_budget = CallBudget(per_s=_CHAINS_PER_S, burst=_CHAINS_AT_ONCE)
             self._dial_back = DialBack(node)
 
         def _is_too_often(self, caller: str, budget: CallBudget | None = None) -> bool:
@@ -109,6 +113,8 @@ def service_type() -> Any:
             caller, held = str(context.remote_id), self._held_calls
             if self._is_too_often(caller, self._rounds_budget):
                 raise BusyError(self._rounds_budget.in_words)  # an empty answer would say that this is round 0
+            if request.wants_chain and self._is_too_often(caller, self._chains_budget):
+                raise BusyError(self._chains_budget.in_words)
             if held.total() >= _MAX_HELD_CALLS or held[caller] >= _MAX_HELD_CALLS_A_PEER:
                 request.wait_s = 0
             if not 0 <= request.wait_s <= _MAX_WAIT_S:  # NaN too, which would disorder the loop's timers

@@ -129,6 +129,25 @@ def test_a_flood_of_questions_about_rounds_is_not_answered_and_one_that_pulls_he
     in_virtual_time(body)
 
 
+def test_a_flood_of_questions_for_whole_chains_is_not_answered(in_virtual_time: Any) -> None:
+    """Each is 2.5 MiB, and some 10 ms of the loop."""
+
+    async def body(peer: Peer, clock: Any) -> None:
+        wanted = pb.RoundRequest(wants_chain=True)
+        for _ in range(8):
+            await peer.service.rpc_round(wanted, MALLORY)
+        for _ in range(100):
+            with pytest.raises(BusyError):
+                await peer.service.rpc_round(wanted, MALLORY)
+        assert peer.num_answered == 8 and peer.named[-1] == ("mallory", "more than 1 calls a second")
+        assert (await peer.service.rpc_round(pb.RoundRequest(), MALLORY)).current_round == 7
+        for _ in range(20):
+            await asyncio.sleep(1)
+            assert (await peer.service.rpc_round(wanted, ANNA)).current_round == 7, "as who lacks one asks"
+
+    in_virtual_time(body)
+
+
 def test_a_flood_of_pulls_leaves_places_for_others(in_virtual_time: Any) -> None:
     async def body(peer: Peer, clock: Any) -> None:
         flood = [peer.service.pull_replies(request(4), "mallory") for _ in range(20)]
