@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -114,8 +115,15 @@ def test_a_run_is_kept_whole_or_refused(tmp_path: Path) -> None:
 
 
 def test_names_that_strangers_gave_are_not_kept(tmp_path: Path) -> None:
-    """Those of an invite are given again with it."""
+    """A folder of before says nothing of whose they were. Those of an invite are kept: it is not given again."""
+    before = [
+        {"peer": "P", "addresses": ["/dns4/evil.example/tcp/1", "/ip6/::ffff:a9fe:a9fe/tcp/80"]},
+        {"peer": "Q", "addresses": ["/ip4/10.0.0.1/tcp/5", "/dns/evil.example/tcp/1"]},
+    ]
     with peer_folder(tmp_path / "peer") as folder:
-        folder.keep_peers([InvitedPeer("P", ("/dns4/evil.example/tcp/1", "/ip6/::ffff:a9fe:a9fe/tcp/80"))])
-        folder.keep_peers([*folder.kept_peers(), InvitedPeer("Q", ("/ip4/10.0.0.1/tcp/5", "/dns/evil.example/tcp/1"))])
+        (folder.path / "peers.json").write_text(json.dumps(before))
         assert folder.kept_peers() == (InvitedPeer("P", ()), InvitedPeer("Q", ("/ip4/10.0.0.1/tcp/5",)))
+        given = InvitedPeer("R", ("/dns4/swarm.example/tcp/1", "/ip4/10.0.0.1/tcp/6"))
+        folder.keep_peers([*folder.kept_peers(), given])
+        folder.keep_peers(folder.kept_peers())
+        assert folder.kept_peers()[-1] == given

@@ -129,16 +129,21 @@ class PeerFolder:
                 write_atomically(self.path / "port.txt", match[1].encode())
 
     def kept_peers(self) -> tuple[InvitedPeer, ...]:
-        """Whom this peer knew when it last ran, where it may be dialled: those of an invite come with that."""
+        """Whom this peer knew when it last ran, where it may be dialled, or was by an invite."""
         try:
             rows = json.loads((self.path / "peers.json").read_text())
-            return tuple(InvitedPeer(row["peer"], tuple(filter(may_dial, row["addresses"]))) for row in rows)
+            return tuple(InvitedPeer(row["peer"], _dialled(row["addresses"], row.get("given", ()))) for row in rows)
         except (OSError, ValueError, KeyError, TypeError):
             return ()
 
     def keep_peers(self, peers: Sequence[InvitedPeer]) -> None:
-        """Remember whom to dial when started again."""
-        rows = [{"peer": peer.peer, "addresses": list(peer.addresses)} for peer in peers]
+        """Remember whom to dial when started again. Of what a stranger says of itself names have been left out by now:
+        those that are here were given to the user, and folders of before do not say so."""
+        rows: list[dict[str, Any]] = []
+        for peer in peers:
+            rows.append({"peer": peer.peer, "addresses": list(peer.addresses)})
+            if given := [address for address in peer.addresses if not may_dial(address)]:
+                rows[-1]["given"] = given
         write_atomically(self.path / "peers.json", json.dumps(rows, indent=1).encode())
 
     def kept_counts(self, stage: int | None) -> Any:
@@ -158,6 +163,10 @@ class PeerFolder:
     def write_invite(self, line: str) -> None:
         """Leave the line for `swarmtrain invite`."""
         write_atomically(self.invite_path, (line + "\n").encode())
+
+
+def _dialled(addresses: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
+    return tuple(address for address in addresses if may_dial(address) or address in given)
 
 
 @contextmanager
