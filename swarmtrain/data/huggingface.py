@@ -191,14 +191,16 @@ def _builder(section: DataSection, name: str, library: Any, **more: Any) -> Any:
 
 def _check_card(section: DataSection, path: str | os.PathLike[str]) -> None:
     """A data set that describes itself may name its own files only."""
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    if Path(path).name == "README.md":
-        parts = re.match(r"\s*---[ \t]*\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
-        text = parts[1] if parts else ""
+    with Path(path).open(encoding="utf-8", errors="replace", newline="") as file:
+        text = file.read()
     yaml = importlib.import_module("yaml")
     try:
-        card = yaml.safe_load(text)
-    except yaml.YAMLError:
+        if Path(path).name == "README.md":  # by the library's own rule where the description begins and ends
+            read = importlib.import_module("huggingface_hub").DatasetCard
+            card = read(text, ignore_metadata_errors=True).data.to_dict()
+        else:
+            card = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError):
         raise RunFileError(f'data.dataset: the description of "{section.dataset}" is not YAML; take another') from None
     for named in _files_named(card.get("configs") if isinstance(card, dict) else None):
         if not is_plain_name(named):

@@ -255,6 +255,18 @@ def test_no_description_of_a_data_set_names_other_files(home: Home, hub: FakeHub
     assert not home.watched.opened()
 
 
+@pytest.mark.parametrize("hidden", ["---x: 1\n", "---\n"])
+def test_a_description_ends_where_the_library_says(home: Home, hidden: str) -> None:
+    """What looks like its end must not hide the rest of it from us and leave it to the library."""
+    from swarmtrain.data import huggingface
+
+    section, path = a_run(dataset="eve/set").data, home.data / "README.md"
+    named = card("data_files: http://127.0.0.1:9/train.jsonl", home.here)
+    path.write_bytes(b"---\n" + hidden.encode() + named + b"---\n# A card\n")
+    with pytest.raises(RunFileError, match="names a file that is not its own"):
+        huggingface._check_card(section, path)
+
+
 def test_what_was_found_is_looked_at_again_whatever_its_description_says(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
