@@ -195,7 +195,7 @@ class CarriedRows:
     """
 
     run_sha256: str
-    counted: Callable[[str], int]
+    counted: Callable[[], Mapping[str, int]]
     """Each peer's tokens: what a row claims beyond does not make it worth more than others'."""
     _rows: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     """By author: the tokens in it, and as it was signed."""
@@ -217,16 +217,19 @@ class CarriedRows:
                 if tokens >= self._rows.get(author, (0, b""))[0]:
                     self._rows[author] = tokens, envelope.SerializeToString(deterministic=True)
         with self._lock:
-            while len(self._rows) > _MAX_PEERS:
-                del self._rows[min(self._rows, key=self._worth)]
+            if (over := len(self._rows) - _MAX_PEERS) > 0:
+                worths = self._worths()
+                for author in heapq.nsmallest(over, self._rows, key=worths.__getitem__):
+                    del self._rows[author]
 
-    def _worth(self, author: str) -> int:
-        return min(self._rows[author][0], self.counted(author))
+    def _worths(self) -> dict[str, int]:
+        counted = self.counted()  # of everybody at once: it takes a look at all counts
+        return {author: min(tokens, counted.get(author, 0)) for author, (tokens, _) in self._rows.items()}
 
     def rows_to_send(self) -> list[pb.Signed]:
         """For a manifest: those of the peers that have trained most."""
         with self._lock:
-            authors = heapq.nlargest(MAX_ROWS, sorted(self._rows), key=self._worth)
+            authors = heapq.nlargest(MAX_ROWS, sorted(self._rows), key=self._worths().__getitem__)
             return [pb.Signed.FromString(self._rows[author][1]) for author in authors]
 
     def kept(self) -> list[str]:

@@ -45,8 +45,7 @@ class Archive:
     _asked: Sequence[PeerInfo] = ()
 
     def __post_init__(self) -> None:
-        tallying = self.swarm.tallying
-        self.rows = CarriedRows(self.swarm.published.sha256, lambda peer: tallying.contributions().get(peer, 0))
+        self.rows = CarriedRows(self.swarm.published.sha256, self.swarm.tallying.contributions)
         self.swarm.offer.coverage = self.rows.rows_to_send
         self.keeper.checkpointer.extras |= {_HOLDS: lambda: dict(self.holds), _ROWS: self.rows.kept}
 

@@ -289,10 +289,10 @@ def test_rows_of_another_corpus_are_not_ours() -> None:
 
 def test_an_archive_carries_rows_to_whoever_comes_when_all_are_gone() -> None:
     trained = {ANNA.peer_id: 500, BEN.peer_id: 400}
-    archive = CarriedRows(RUN, lambda peer: trained.get(peer, 0))
+    archive = CarriedRows(RUN, lambda: trained)
     archive.hear_untrusted([row(ANNA, counts(s1=300)), row(BEN, counts(s2=400)), row(CARL, counts(s3=5), run=OTHER)])
     archive.hear_untrusted([row(ANNA, counts(s1=500)), row(ANNA, counts(s1=100))])
-    again = CarriedRows(RUN, lambda peer: trained.get(peer, 0))
+    again = CarriedRows(RUN, lambda: trained)
     again.restore(json.loads(json.dumps(archive.kept())))
     dora = Reader(DORA)
     dora.coverage.hear_untrusted("the bootstrap", again.rows_to_send())
@@ -303,7 +303,7 @@ def test_an_archive_carries_rows_to_whoever_comes_when_all_are_gone() -> None:
 
 
 def test_rows_that_claim_more_than_is_counted_push_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = CarriedRows(RUN, lambda peer: 500 if peer == ANNA.peer_id else 0)
+    archive = CarriedRows(RUN, lambda: {ANNA.peer_id: 500})
     monkeypatch.setattr(coverage, "_MAX_PEERS", MAX_ROWS + 4)
     archive.hear_untrusted([row(ANNA, counts(s1=500))])
     for number in range(30, 70):
@@ -313,6 +313,16 @@ def test_rows_that_claim_more_than_is_counted_push_nobody_out(monkeypatch: pytes
     dora = Reader(DORA)
     dora.coverage.hear_untrusted("the bootstrap", sent)
     assert dora.counts(ANNA) == counts(s1=500)
+
+
+def test_counts_are_looked_at_once_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes a look at all counts: for each of a thousand rows it would hold a bootstrap up for minutes."""
+    looked: list[int] = []
+    archive = CarriedRows(RUN, lambda: looked.append(1) or {ANNA.peer_id: 500})  # type: ignore[func-returns-value]
+    monkeypatch.setattr(coverage, "_MAX_PEERS", 8)
+    archive.hear_untrusted([row(new_identity(bytes([number]) * 32), counts(s2=7)) for number in range(30, 46)])
+    assert len(archive.kept()) == 8 and len(looked) == 1
+    assert len(archive.rows_to_send()) == 8 and len(looked) == 2
 
 
 def test_what_is_believed_follows_from_the_tally_and_counts_nothing() -> None:
