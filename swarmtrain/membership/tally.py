@@ -23,7 +23,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-__all__ = ["CountingRules", "Incident", "Tally", "agreed_counts", "quick_speed", "typical_speed"]
+__all__ = ["ALL_OTHERS", "CountingRules", "Incident", "Tally", "agreed_counts", "quick_speed", "typical_speed"]
+
+ALL_OTHERS = "12D3KooWGp4AYpum6toAV1JQ2pEY2cHKc9W9uUgwHbdDP16N4RS7"
+"""Nobody's PeerID, under which a state of a run of very many tells the least counts as one (`network.token_rows`)."""
 
 _MAX_COUNTS = 16_384
 """So many counts are kept of each source, the greatest ones: identities cost nothing."""
@@ -178,6 +181,15 @@ class Tally:
             return account.explained_s
         self.meet([key[0]], now)
         return min(now, self._met_s.get(key[0], now))
+
+    def with_rest(self, counts: Mapping[str, int]) -> Mapping[str, int]:
+        """What states count, of `ALL_OTHERS` only what is not counted here of any of them by itself: else those would
+        be counted twice, and at each exchange once more."""
+        if ALL_OTHERS not in counts:
+            return counts
+        here = {peer for peer, stage in self._counts() if stage == 0}
+        known = sum(max(counts.get(peer, 0), self.tokens(peer)) for peer in (here | counts.keys()) - {ALL_OTHERS})
+        return {**counts, ALL_OTHERS: max(0, sum(counts.values()) - known)}
 
     def bring(self, counts: Mapping[str, int], num_sources: int, now: float) -> None:
         """What states of so many sources count, as `agreed_counts` says: it belongs to the weights that come with it.

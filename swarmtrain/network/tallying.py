@@ -134,10 +134,10 @@ class Tallying:
         """What states count that were pulled from as many peers, each peer's tokens by PeerID: see `Tally.bring`. The
         server that a run names is believed alone. What they say of this peer itself is believed as its speed explains
         it, as before."""
-        counts = agreed_counts(told)
-        own = counts.pop(self.me, 0)
-        speeds = self._know_speeds()
+        agreed, speeds = agreed_counts(told), self._know_speeds()
         with self._lock:
+            counts = dict(self._tally.with_rest(agreed))
+            own = counts.pop(self.me, 0)
             self._tally.bring(counts, _ENOUGH if is_server else len(told), self.clock())
             if own:
                 self._tally.observe(self.me, 0, own, self.clock(), speeds.get(self.me, 0.0))

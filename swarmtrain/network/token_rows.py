@@ -7,11 +7,11 @@ greatest counts, and all others' in one row of nobody's, since the rows must add
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Mapping
 
 from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.tally import ALL_OTHERS
 from swarmtrain.network.identity import is_peer_id, peer_bytes
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -21,8 +21,8 @@ MAX_ROWS_READ = 16_384
 """As many as anybody counts (`membership.tally`)."""
 MAX_ROWS_TOLD = 4096
 """A state is 180 KB larger by so many."""
-_NOBODY = b"\x00\x24\x08\x01\x12\x20" + hashlib.sha256(b"swarmtrain: all others").digest()
-"""The bytes of a PeerID whose key nobody has."""
+_NOBODY = peer_bytes(ALL_OTHERS)
+"""A PeerID whose key nobody has: its public half is the SHA-256 of "swarmtrain: all others"."""
 
 
 def add_token_rows(manifest: pb.Manifest, peer_tokens: Mapping[str, int]) -> None:

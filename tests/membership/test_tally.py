@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmtrain.membership.naming import NamedOnce
-from swarmtrain.membership.tally import CountingRules, Tally, agreed_counts, quick_speed, typical_speed
+from swarmtrain.membership.tally import ALL_OTHERS, CountingRules, Tally, agreed_counts, quick_speed, typical_speed
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
 RULES = CountingRules(began_s=1000.0, burst_tokens=200, most_tokens=10**12)
@@ -228,6 +228,22 @@ def test_three_sources_outvote_one_and_of_two_the_lesser_counts() -> None:
     assert agreed_counts(told) == {"a": 100, "b": 50, "c": 0, "d": 0}
     assert agreed_counts(told[1:]) == {"a": 90, "b": 0, "c": 0, "d": 0} and agreed_counts(told[:1]) == told[0]
     assert agreed_counts([]) == {}
+
+
+def test_those_who_are_told_in_one_sum_are_counted_once() -> None:
+    """Of a run of very many a state tells the least counts as one; some of them are known here by themselves."""
+    ours = Tally(RULES, typical_per_s=TYPICAL)
+    ours.learn({"ada": 500, "ben": 20, "cleo": 10}, 2000.0)
+    told = {"ada": 500, ALL_OTHERS: 30}
+    for again in range(3):
+        ours.bring(ours.with_rest(told), 3, 1e6 + 3600 * again)
+    assert ours.total == 530, "ben and cleo are those"
+    late = Tally(RULES, typical_per_s=TYPICAL)
+    for again in range(3):
+        late.bring(late.with_rest(told), 3, 1e6 + 3600 * again)
+    assert late.total == 530 and late.tokens(ALL_OTHERS) == 30, "who knows none of them counts them all the same"
+    late.bring(late.with_rest({"ada": 500, "ben": 20, ALL_OTHERS: 30}), 3, 2e6)
+    assert late.total == 550, "what was counted does not fall"
 
 
 @pytest.mark.parametrize("num_sources", [1, 2])

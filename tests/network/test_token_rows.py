@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.progress import Progress
+from swarmtrain.membership.tally import ALL_OTHERS, CountingRules
 from swarmtrain.network import identity
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.consensus import StateFetcher
@@ -21,7 +23,9 @@ from swarmtrain.network.offering import Offer, state_specs
 from swarmtrain.network.serving import entered_round_untrusted
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import SnapshotStore, TensorSpec
+from swarmtrain.network.tallying import Tallying
 from swarmtrain.network.token_rows import MAX_ROWS_READ, MAX_ROWS_TOLD, add_token_rows, check_token_rows_untrusted
+from swarmtrain.peer.consensus import counts_in_untrusted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
@@ -74,6 +78,29 @@ def test_of_very_many_the_greatest_counts_are_told_and_the_rest_as_one_that_adds
         assert MAX_ROWS_TOLD - 1 <= len(manifest.peer_tokens) <= MAX_ROWS_TOLD
         assert sum(told.get(peer, 0) == tokens for peer, tokens in counts.items()) >= MAX_ROWS_TOLD - 2
         counts = told | {base58_encode(peer): 1 for peer in ids(20_000)[10_000:]}
+
+
+def test_nobodys_row_is_of_no_key_that_anybody_made() -> None:
+    assert peer_bytes(ALL_OTHERS)[-32:] == hashlib.sha256(b"swarmtrain: all others").digest()
+
+
+def test_two_that_exchange_states_of_very_many_count_nobody_twice() -> None:
+    counts = {base58_encode(peer): 1000 + number for number, peer in enumerate(ids(MAX_ROWS_TOLD + 900))}
+    rules = CountingRules(began_s=0.0, burst_tokens=10**6, most_tokens=10**12)
+    now = 1e6
+
+    def who_knows_all() -> Tallying:
+        found = Tallying("me", rules, AsyncMock(), lambda: {"fast": 1e5}, lambda: now, lambda *_: None)
+        found.learn(counts)
+        return found
+
+    both = [who_knows_all(), who_knows_all()]
+    for giver, taker in (both, both[::-1], both):
+        manifest = pb.Manifest()
+        add_token_rows(manifest, giver.contributions())
+        now += 3600
+        taker.bring([counts_in_untrusted(manifest)] * 3)
+        assert taker.total == sum(counts.values())
 
 
 def test_few_rows_are_told_as_they_are() -> None:
