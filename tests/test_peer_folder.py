@@ -16,8 +16,10 @@ from swarmtrain.errors import UserError
 from swarmtrain.network.files import write_atomically
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.invite import InvitedPeer
-from swarmtrain.peer.bootstrap import publish_run
+from swarmtrain.peer.bootstrap import publish_run, run_bootstrap
+from swarmtrain.peer.common import PeerSettings, StopFlag
 from swarmtrain.peer.folder import is_in_use, peer_folder, running_invite
+from swarmtrain.peer.started import Started
 from swarmtrain.run import parse_run
 
 
@@ -127,3 +129,22 @@ def test_names_that_strangers_gave_are_not_kept(tmp_path: Path) -> None:
         folder.keep_peers([*folder.kept_peers(), given])
         folder.keep_peers(folder.kept_peers())
         assert folder.kept_peers()[-1] == given
+
+
+def test_a_start_that_is_refused_is_not_remembered(tmp_path: Path) -> None:
+    """Else it would be refused the next time too, for an option that nobody gives."""
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text("".join(f"line {number} {i * i}\n" for i in range(100)))
+    text = "[run]\ntotal_tokens = 100_000\n[data]\nsource = 'text'\npaths = ['*.txt']\nheld_out_bytes = 1024\n"
+    run = parse_run(text, "r")
+    before = Started(("bootstrap", "r.toml"), {"--listen": (":4000",)})
+    with peer_folder(tmp_path / "peer") as folder:
+        folder.keep_run(publish_run(run, tmp_path, datetime.datetime.now(datetime.UTC)))
+        folder.started.keep_command(before)
+    changed = run.model_copy(update={"merge": run.merge.model_copy(update={"min_peers": 3})})
+    settings = PeerSettings(
+        directory=tmp_path / "peer", name="", started=Started(("bootstrap", "r.toml"), {"--wait-for": ("3",)})
+    )
+    with pytest.raises(UserError, match="--wait-for was changed"):
+        run_bootstrap(changed, tmp_path, settings, lambda event: None, StopFlag())
+    assert folder.started.read() == before

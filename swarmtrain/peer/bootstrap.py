@@ -124,9 +124,9 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
         peer_log(folder.path, settings.log_descriptors),
         controlled("bootstrap", folder, settings, logged(emit), stop) as control,
     ):
-        folder.started.keep_command(settings.started)
         control.starting("reading the run and cutting its held-out text")
         published = _published(run, base, folder)
+        folder.started.keep_command(settings.started)  # what was refused must not be taken from here the next time
         network = NetworkThread()
         kind = _Bootstrap if published.run.pipeline.stages == 1 else PipelineBootstrap
         bootstrap = kind(published, settings, folder, network, control)
