@@ -76,7 +76,9 @@ class Offer:
 
     def _look(self, held: Held) -> None:
         """Let a state go that nobody reads: it keeps tensors that merges have replaced, 8 bytes a parameter."""
-        if held is not self._held:
+        if held is not self._held:  # another has followed, perhaps while this one was made
+            if self._held is None or self._held.snapshot.sha256 != held.snapshot.sha256:
+                self.store.drop(held.snapshot.sha256)
             return
         if self.store.is_being_read(held.snapshot.sha256):
             self._look_later(held)

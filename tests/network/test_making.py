@@ -175,3 +175,29 @@ def test_a_state_made_when_asked_for_is_of_that_moment_and_let_go_when_nobody_re
         assert store.get(third.snapshot.sha256) is third
 
     run(story)
+
+
+def test_a_state_that_another_followed_while_it_was_made_is_let_go_too() -> None:
+    clock = 100.0
+    store, gate = SnapshotStore(clock=lambda: clock), threading.Event()
+    offer = Offer(ME, RUN, SPECS, store)
+
+    def slow() -> Body:
+        assert gate.wait(20)
+        return Body([bytes(8)])
+
+    async def story() -> None:
+        nonlocal clock
+        offer.put(Progress(round=1), slow)
+        asking = asyncio.ensure_future(offer.held(0))
+        await until(lambda: offer._making._task is not None)
+        offer.put(Progress(round=2), lambda: Body([bytes([1]) * 8]))
+        gate.set()
+        first, second = await asking, await offer.held(0)
+        assert first is not None and second is not None
+        clock += 60
+        offer._look(first[1])
+        assert store.get(first[1].snapshot.sha256) is None
+        assert store.get(second[1].snapshot.sha256) is second[1]
+
+    run(story)
