@@ -144,11 +144,18 @@ class Tallying:
 
     def hear(self, peer: str, tokens: int) -> None:
         """What a publication or a state says of `peer`: believed as far as its speed explains it."""
-        speeds = self._know_speeds()
+        self.hear_all({peer: tokens})
+
+    def hear_all(self, counts: Mapping[str, int]) -> None:
+        """The same of many: what is usual is looked up once, which may take a look at everybody ever counted."""
+        speeds, now = self._know_speeds(), self.clock()
         with self._lock:
-            _, incident = self._tally.observe(peer, 0, tokens, self.clock(), speeds.get(peer, 0.0))
-        if incident is not None:
-            self._name(peer, incident.rule, incident.detail)
+            found = [
+                self._tally.observe(peer, 0, tokens, now, speeds.get(peer, 0.0))[1] for peer, tokens in counts.items()
+            ]
+        for incident in found:
+            if incident is not None:
+                self._name(incident.peer, incident.rule, incident.detail)
 
     def explained(self, peer: str, tokens: int) -> int | None:
         """Of `tokens` that somebody tells of `peer`, how many are believed; None while neither speeds nor counts are

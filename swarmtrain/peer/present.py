@@ -68,8 +68,7 @@ async def fetch_present(
     counts = holds
     if swarm.me.is_bootstrap:  # it has seen how fast they are: nobody's claim ends the run
         swarm.tallying.bring(list(told.values()))
-        for peer, tokens in holds.items():
-            swarm.tallying.hear(peer, tokens)
+        swarm.tallying.hear_all(holds)
         counts = swarm.tallying.contributions()
         holds = {peer: min(tokens, counts.get(peer, 0)) for peer, tokens in holds.items()}
     if is_wanted is not None and not is_wanted(holds, told.keys()):

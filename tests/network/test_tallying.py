@@ -213,6 +213,22 @@ def test_a_bootstrap_that_has_published_the_run_watches_from_then_on() -> None:
     assert reading.tallying.contributions()[CARL] == 200 + 40 * 60, "a minute, in which it was here"
 
 
+def test_what_is_usual_is_looked_up_once_for_all_that_states_tell() -> None:
+    """Of few that are here it takes a look at everybody ever counted: for each of thousands, seconds of the loop."""
+    reading, looks = Reading({}), 0
+
+    def speeds() -> dict[str, float]:
+        nonlocal looks
+        looks += 1
+        return {ME: 10.0, BEN: 10.0}
+
+    reading.tallying.speeds = speeds
+    told = {f"p{number}": 100 for number in range(50)}
+    reading.tallying.hear_all({**told, CARL: 10**6})
+    assert looks == 1 and reading.tallying.contributions() == {**told, CARL: 200}, "no more than was possible"
+    assert reading.told == [(CARL, "tokens")]
+
+
 def test_the_rules_of_a_run() -> None:
     section = {"created": "2026-11-25T00:00:00+00:00", "swarmtrain": "0.1", "held_out_sha256": "0" * 64}
     table = {"run": {"total_tokens": 100_000}, "published": {**section, "held_out_bytes": 1000}}
