@@ -16,6 +16,7 @@ Pure, as `rosters.py`. The same evidence gives everybody the same answer.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ __all__ = ["MAX_LINKS", "Chain", "ChainLink", "ChainView", "Stands", "chain_hold
 
 MAX_LINKS = 512
 """Rosters that a chain keeps, the newest."""
+
+_MAX_HEADS = 64
+"""So many chains are judged, those on which most peers stand: heads cost nothing, and each is held against all that was
+told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +263,11 @@ class ChainView:
         Those on which most peers stand are looked at first, so that all who hear of the same end with the same one.
         """
         by_digest, standing = {head.digest: head for head in heads}, Counter(self.stands.values())
-        chains = {digest: chain for digest, head in by_digest.items() if (chain := self.chain_of(head)) is not None}
+        found = {digest: chain for digest, head in by_digest.items() if (chain := self.chain_of(head)) is not None}
+        order = lambda digest: (-standing[digest], len(found[digest].links), digest)  # noqa: E731 - of a few words
+        chains = {digest: found[digest] for digest in heapq.nsmallest(_MAX_HEADS, found, key=order)}
         best = self.ours
-        for digest in sorted(chains, key=lambda digest: (-standing[digest], len(chains[digest].links), digest)):
+        for digest in chains:
             is_ours = best is self.ours  # else this peer would go with it; of the unheard nothing is known then
             stands = Stands(
                 told=self.stands,

@@ -185,6 +185,26 @@ def test_of_many_chains_the_same_one_holds_for_who_comes_and_who_is_there() -> N
     assert best(honest, "b", False) in (None, ahead)
 
 
+def test_of_any_number_of_heads_those_are_judged_on_which_most_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is held against all that was told: a thousand invented ones would hold the loop up for seconds."""
+    judged: list[str] = []
+    real = chain_holds
+
+    def noted(theirs: Chain, ours: Chain, stands: Stands) -> bool:
+        judged.append(theirs.digest)
+        return real(theirs, ours, stands)
+
+    monkeypatch.setattr("swarmtrain.membership.chains.chain_holds", noted)
+    ours, theirs = grown(COMMON, ["ab"], tag="x"), grown(COMMON, ["cde"], tag="y")
+    invented = [ours.extended(link(ours, "z", tag=str(number))) for number in range(300)]
+    told = {f"z{number}": Told(round=4, last=chain.head) for number, chain in enumerate(invented)}
+    told |= {peer: Told(round=3, last=theirs.head) for peer in "de"}
+    shown = {theirs.digest: theirs}
+    since = {peer: (1.0, one) for peer, one in told.items()}
+    view = chain_view(ours, shown, since, since_s=0.0, me="a", is_away=False)
+    assert view.best == theirs and judged[0] == theirs.digest and len(judged) == 64
+
+
 def test_what_was_told_before_the_round_says_nothing_of_who_was_with_us() -> None:
     ahead = grown(COMMON, ["abcd"] * 2)
     told = {"a": (1.0, Told(round=2, last=COMMON.head)), "b": (1.0, Told(round=4, last=ahead.head))}
