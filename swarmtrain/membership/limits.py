@@ -12,6 +12,7 @@ Why it rests as it does:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import re
@@ -125,9 +126,13 @@ def size_of_limit(num_bytes: int) -> str:
 
 
 def exact_size(num_bytes: int) -> str:
-    """The same, such that `parse_size` reads these very bytes, if they are less than a terabyte."""
+    """The same, such that `parse_size` reads these very bytes, if they are less than ten gigabytes, and else about so
+    many."""
     short = size_of_limit(num_bytes)
-    return short if parse_size(short) == num_bytes else f"{num_bytes / 1000:.3f}kB"
+    with contextlib.suppress(ValueError):  # "500B", "2PB"
+        if parse_size(short) == num_bytes:
+            return short
+    return f"{num_bytes / 1e3:.3f}kB" if num_bytes < 10**12 else f"{num_bytes / 1e12:.3f}TB"
 
 
 def parse_hours(text: str) -> Hours:

@@ -156,7 +156,7 @@ def test_limits_that_were_changed_are_remembered(lives: Lives, tmp_path: Path) -
     assert (limits.hours.ranges, limits.memory_bytes, limits.nice) == ((), 0, 7)
 
 
-@pytest.mark.parametrize("size", ["4GB", "500MB", "1.5GiB", "1.234kB"])
+@pytest.mark.parametrize("size", ["4GB", "500MB", "1.5GiB", "1.234kB", "0.5kB", "2000TB"])
 def test_a_size_is_remembered_to_the_byte(size: str) -> None:
     assert parse_size(exact_size(parse_size(size))) == parse_size(size)
 
