@@ -9,6 +9,7 @@ __all__ = [
     "ago_in_words",
     "below_in_words",
     "count_in_words",
+    "counted",
     "one_line",
     "percent_in_words",
     "shares_in_words",
@@ -28,6 +29,11 @@ def size_in_words(num_bytes: float) -> str:
 def count_in_words(number: float) -> str:
     """A count for a person, such as `1.2 M`; powers of ten."""
     return _scaled(number, ("", "k", "M", "G", "T", "P")).rstrip()
+
+
+def counted(number: float, noun: str, plural: str = "") -> str:
+    """A number of things, such as `1 peer` or `3 peers`; `plural` where that is not the noun and an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def speed_in_words(tokens_per_s: float) -> str:

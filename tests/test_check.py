@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from swarmtrain.cli.check import shards_in_words
+from swarmtrain.cli.check import report, shards_in_words
 from swarmtrain.cli.estimate import Estimate, doubts, estimate
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.run import load_run, parse_run
+from swarmtrain.words import counted
 
 P = 1_000_000
 
@@ -114,6 +115,16 @@ def test_schedule_and_held_out_doubts(text: str, expected: str) -> None:
     assert expected in doubts_of(text)
 
 
+def test_one_of_a_thing_is_said_as_one() -> None:
+    assert [counted(number, "round") for number in (0, 1, 2)] == ["0 rounds", "1 round", "2 rounds"]
+    assert counted(1, "batch", "batches") == "1 batch" and counted(2, "batch", "batches") == "2 batches"
+    assert "only 1 round with 1 peer: " in doubts_of("total_tokens = 40_000", num_peers=1)
+    run = parse_run("[run]\ntotal_tokens = 3_000\n[merge]\ninner_steps = 1\n[model]\nnum_layers = 1\n", "r")
+    text = "\n".join(report(run, estimate(run, P, 1), None))
+    assert "(1 layer, width 128" in text and ": 2 rounds, 2 inner steps of each of 1 peer\n" in text
+    assert "  round       1 inner step, 2.05 k tokens with 1 peer\n" in text
+
+
 def test_doubts_about_the_corpus_and_the_machine() -> None:
     assert "each byte is read 50 times" in doubts_of(GOOD, corpus_bytes=1_000_000)
     assert "this machine has 256 MB" in doubts_of(GOOD, machine_bytes=256_000_000)
@@ -133,33 +144,82 @@ def test_the_command_prints_a_report_or_one_object(tmp_path: Path, capsys: pytes
     (tmp_path / "a.txt").write_text("text " * 1000)
     path = tmp_path / "run.toml"
     path.write_text("[run]\ntotal_tokens = 3_000_000\n[data]\nsource = 'text'\npaths = ['*.txt']\n")
-    assert run_command(["check", str(path), "--peers", "3"]) == 0
+    assert run_command(["check", str(path), "--peers", "3"]) == 2
     text = capsys.readouterr().out
     assert "run stdlib-gpt\n" in text
     assert "845 k (4 layers, width 128, 4 heads; 256 tokens of bytes)" in text
     assert "text, 5 kB here" in text
-    assert "doubt: data.held_out_bytes = 65536 is more than a tenth of the corpus (5000 bytes)" in text
-    assert run_command(["check", str(path), "--json"]) == 0
+    assert "error: data.held_out_bytes = 65536 is more than a tenth of the corpus (5000 bytes)" in text
+    assert " per peer with 3 peers: " in text
+    assert run_command(["check", str(path), "--json"]) == 2
     table = json.loads(capsys.readouterr().out)
     assert table["num_parameters"] == 844_928
-    assert table["num_peers"] == 4
+    assert table["num_peers"] == 3
     assert table["corpus_bytes"] == 5000
-    assert table["doubts"]
+    assert table["doubts"] and len(table["errors"]) == 1
 
 
-def test_missing_data_is_a_doubt_not_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_bootstrap_would_refuse_is_an_error_and_all_of_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("a", '{"story": "one"}'), ("b", "no JSON"), ("c", '{"text": "three"}')):
+        (tmp_path / f"{name}.jsonl").write_text(text)
     path = tmp_path / "run.toml"
-    path.write_text("[run]\ntotal_tokens = 3_000_000\n[data]\nsource = 'text'\npaths = ['nowhere.txt']\n")
-    assert run_command(["check", str(path)]) == 0
-    assert "doubt: data.paths: there is no file" in capsys.readouterr().out
+    section = "[data]\nsource = 'jsonl'\npaths = [%s]\n"
+    text = f"[run]\ntotal_tokens = 50_000_000\n[merge]\nrobust = 'no-such-package:rule'\n{section}"
+
+    def errors(paths: str) -> list[str]:
+        path.write_text(text % paths)
+        assert run_command(["check", str(path)]) == 2
+        return [line[9:] for line in capsys.readouterr().out.splitlines() if line.startswith("  error: ")]
+
+    there = ["merge.robust = ", "line 1 of ", "line 1 of "]
+    small = "data.held_out_bytes = 65536 is more than a tenth of the corpus (40 bytes)"
+    for found, expected in zip(errors("'*.jsonl'"), [*there, small], strict=True):
+        assert expected in found
+    missing = [there[0], "no file matches x/*.jsonl", "there is no file y.jsonl", *there[1:]]
+    for found, expected in zip(errors("'x/*.jsonl', '*.jsonl', 'y.jsonl'"), missing, strict=True):
+        assert expected in found
+    path.write_text(section % "'y.jsonl'" + "[run]\ntotal_tokens = 50_000_000\n[merge]\nmin_peers = 9")
+    assert run_command(["check", str(path), "--json"]) == 2
+    table = json.loads(capsys.readouterr().out)
+    assert "there is no file y.jsonl" in table["errors"][0] and "min_peers = 9" in table["doubts"][0]
 
 
-def checked(path: Path, data: str, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+def test_of_many_bad_files_the_first_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(30):
+        (tmp_path / f"{number:02}.txt").write_bytes(b"\xff" * 1000)
+    found = checked(tmp_path, "[data]\nsource = 'text'\npaths = ['*.txt']\n", capsys, code=2).splitlines()
+    assert len(found) == 6 and "04.txt is not UTF-8" in found[4]
+    assert found[5] == "  not looked at: the files after these"
+
+
+def test_it_and_plan_judge_a_number_of_volunteers_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = ["--step-s", "0.2"]
+    assert run_command(["check", "pipeline", "--peers", "2"]) == run_command(["plan", "pipeline", "--peers", "2"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert (
+        first.split(" (see ")[0] == second.split(" (see ")[0]
+        and "--peers: 2 for pipeline.stages = 3" in first
+        and "allowed: 3 or more" in first
+    )
+    path = tmp_path / "run.toml"
+    path.write_text("[run]\ntotal_tokens = 2_000_000\n[pipeline]\nstages = 5\n")
+    assert run_command(["check", str(path)]) == 0, "as many as there are stages"
+    assert " and held by 1 peer; " in capsys.readouterr().out
+    for name, peers in (("stdlib-gpt", []), ("stdlib-gpt", ["--peers", "7"])):
+        assert run_command(["check", name, *peers]) == run_command(["plan", name, *peers, *step]) == 0
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  memory ")]
+        assert len({row.split("about ")[1].split(" per peer")[0].split(" of each")[0] for row in rows}) == 1, rows
+
+
+def checked(path: Path, data: str, capsys: pytest.CaptureFixture[str], *more: str, code: int = 0) -> str:
     """What `check` prints of a run on `data`, without its estimate."""
     (path / "run.toml").write_text(f"[run]\ntotal_tokens = 50_000_000\n{data}")
-    assert run_command(["check", str(path / "run.toml"), *more]) == 0
+    assert run_command(["check", str(path / "run.toml"), *more]) == code
     lines = capsys.readouterr().out.splitlines()
-    return "\n".join(line for line in lines if line.startswith(("  doubt: ", "  not looked at: ", "  no doubts")))
+    kinds = ("  error: ", "  doubt: ", "  not looked at: ", "  no doubts")
+    return "\n".join(line for line in lines if line.startswith(kinds))
 
 
 def test_it_looks_at_the_text_as_a_bootstrap_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,14 +227,14 @@ def test_it_looks_at_the_text_as_a_bootstrap_does(tmp_path: Path, capsys: pytest
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "a.jsonl").write_text("\n".join(rows))
     section = '[data]\nsource = "jsonl"\npaths = ["more/*.jsonl"]\nfield = "%s"\n'
-    assert 'has no field "text" (it has: story)' in checked(tmp_path, section % "text", capsys)
+    assert 'has no field "text" (it has: story)' in checked(tmp_path, section % "text", capsys, code=2)
     assert checked(tmp_path, section % "story", capsys) == "  no doubts"
     small = section % "story" + "held_out_bytes = 4_194_304\n"
-    assert "data.held_out_bytes = 4194304 is more than a tenth" in checked(tmp_path, small, capsys)
+    assert "data.held_out_bytes = 4194304 is more than a tenth" in checked(tmp_path, small, capsys, code=2)
     missing = (section % "story").replace("more", "less")
-    assert "no file matches less/*.jsonl below" in checked(tmp_path, missing, capsys)
+    assert "no file matches less/*.jsonl below" in checked(tmp_path, missing, capsys, code=2)
     elsewhere = (section % "story").replace("more/", "")
-    assert "no file matches *.jsonl" in checked(tmp_path, elsewhere, capsys)
+    assert "no file matches *.jsonl" in checked(tmp_path, elsewhere, capsys, code=2)
     assert checked(tmp_path, elsewhere, capsys, "--data", str(tmp_path / "more")) == "  no doubts"
 
 
@@ -194,9 +254,9 @@ def test_it_says_what_it_has_not_looked_at(
     assert "not looked at: whether model.vocabulary_size = 5000 can be learnt" in checked(tmp_path, bpe, capsys)
     (tmp_path / "a.txt").write_text("ten words that are told again and again and again\n" * 400)
     few = bpe.replace("[model]", "held_out_bytes = 1024\n[model]")
-    assert "model.vocabulary_size = 5000 is more than can be learnt" in checked(tmp_path, few, capsys)
+    assert "model.vocabulary_size = 5000 is more than can be learnt" in checked(tmp_path, few, capsys, code=2)
     data_set = '[data]\nsource = "datasets"\ndataset = "stories"\n'
-    assert 'there is no folder "stories" below' in checked(tmp_path, data_set, capsys)
+    assert 'there is no folder "stories" below' in checked(tmp_path, data_set, capsys, code=2)
 
 
 def test_it_says_which_library_is_missing(
@@ -218,7 +278,9 @@ def test_it_says_which_library_is_missing(
         ('[data]\nsource = "parquet"\npaths = ["*.parquet"]\n', "needs pyarrow: pip install 'pyarrow>="),
         ('[model]\ntokenizer = "bpe"\nvocabulary_size = 1000\n', "needs tokenizers: pip install 'tokenizers>="),
     ):
-        assert needs in checked(tmp_path, section, capsys)
+        assert needs in checked(tmp_path, section, capsys, code=2)
+    both = '[data]\nsource = "parquet"\npaths = ["*.parquet"]\n[model]\ntokenizer = "bpe"\nvocabulary_size = 1000\n'
+    assert checked(tmp_path, both, capsys, code=2).count("  error: ") == 2
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LINK_OPTIONS",
+    "PEERS_ASSUMED",
     "THREADS",
     "Display",
     "EventSink",
@@ -61,6 +62,10 @@ __all__ = [
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+PEERS_ASSUMED = 3
+"""Of a run that has not begun `check`, `plan` and `local` assume so many volunteers, unless it has more stages."""
 
 
 class Display(Protocol):

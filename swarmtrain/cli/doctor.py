@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmtrain.cli.common import addresses, example, peer_name, user_directory
+from swarmtrain.cli.common import PEERS_ASSUMED, addresses, example, peer_name, user_directory
 
 if TYPE_CHECKING:
     from swarmtrain.peer.doctor import DoctorSettings
@@ -58,7 +58,8 @@ def command(
         invite=invite,
         directory=directory or user_directory("volunteer", name),
         cache_folder=platformdirs.user_cache_path("swarmtrain"),
-        memory_of=lambda run, num_parameters: estimate(run, num_parameters, 4).memory_bytes,
+        memory_of=lambda run, num_parameters: estimate(run, num_parameters, PEERS_ASSUMED).memory_bytes,
+        peers_assumed=PEERS_ASSUMED,
         listen=listen,
         announce=announce,
         data_folder=data,
@@ -88,9 +89,9 @@ def examine(settings: DoctorSettings, as_json: bool) -> int:
         progress.clear()
         signal.signal(signal.SIGTERM, previous)
     if not as_json:
-        parts = [
-            f"{counts[level]} {level}{'s' * (counts[level] > 1)}" for level in ("problem", "warning") if counts[level]
-        ]
+        from swarmtrain.words import counted
+
+        parts = [counted(counts[level], level) for level in ("problem", "warning") if counts[level]]
         click.echo(", ".join(parts) or "all is well")
     return counts["problem"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from swarmtrain.events import count_in_words, size_in_words
 from swarmtrain.peer.estimate import Estimate, estimate
 from swarmtrain.run import RunFile
+from swarmtrain.words import count_in_words, counted, size_in_words
 
 __all__ = ["Estimate", "doubts", "estimate"]
 
@@ -20,8 +20,8 @@ def _schedule_doubts(run: RunFile, cost: Estimate) -> list[str]:
     warmup_rounds = inner.warmup_fraction * run.run.total_tokens / cost.tokens_per_round
     if cost.num_rounds < 20:
         found.append(
-            f"only {cost.num_rounds} rounds with {cost.num_peers} peers: they average each other's work few times; "
-            f"lower merge.inner_steps = {merge.inner_steps} or raise run.total_tokens"
+            f"only {counted(cost.num_rounds, 'round')} with {counted(cost.num_peers, 'peer')}: they average each "
+            f"other's work few times; lower merge.inner_steps = {merge.inner_steps} or raise run.total_tokens"
         )
     if 0 < warmup_rounds < 1:
         found.append(
@@ -35,16 +35,17 @@ def _schedule_doubts(run: RunFile, cost: Estimate) -> list[str]:
         )
     if merge.momentum_ramp_rounds > cost.num_rounds:
         found.append(
-            f"merge.momentum_ramp_rounds = {merge.momentum_ramp_rounds} is longer than the run's {cost.num_rounds} "
-            f"rounds with {cost.num_peers} peers"
+            f"merge.momentum_ramp_rounds = {merge.momentum_ramp_rounds} is longer than the run's "
+            f"{counted(cost.num_rounds, 'round')} with {counted(cost.num_peers, 'peer')}"
         )
     if cost.num_peers < merge.min_peers:
         found.append(f"round 0 begins with merge.min_peers = {merge.min_peers} peers; {cost.num_peers} assumed")
     if run.pipeline.stages > 1 and not run.pipeline.in_flight and run.batch_microbatches < 4 * run.pipeline.stages:
         found.append(
-            f"a batch is {run.batch_microbatches} microbatches, and drivers have a quarter of that under way for each "
-            f"peer of a stage: too few to keep {run.pipeline.stages} stages busy; lower inner.microbatch_sequences = "
-            f"{run.microbatch_sequences} or raise inner.batch_sequences = {inner.batch_sequences}"
+            f"a batch is {counted(run.batch_microbatches, 'microbatch', 'microbatches')}, and drivers have a quarter "
+            f"of that under way for each peer of a stage: too few to keep {run.pipeline.stages} stages busy; lower "
+            f"inner.microbatch_sequences = {run.microbatch_sequences} or raise "
+            f"inner.batch_sequences = {inner.batch_sequences}"
         )
     if inner.batch_sequences > 1 and inner.batch_sequences % 2:
         found.append(
@@ -76,6 +77,6 @@ def _machine_doubts(run: RunFile, cost: Estimate, machine_bytes: int | None) -> 
     if machine_bytes is None or cost.memory_bytes <= machine_bytes:
         return []
     return [
-        f"a peer needs about {size_in_words(cost.memory_bytes)}, this machine has {size_in_words(machine_bytes)}: "
-        f"lower inner.microbatch_sequences, or make the model smaller"
+        f"a peer needs about {size_in_words(cost.memory_bytes)} with {counted(cost.num_peers, 'peer')}, this machine "
+        f"has {size_in_words(machine_bytes)}: lower inner.microbatch_sequences, or make the model smaller"
     ]

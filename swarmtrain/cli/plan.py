@@ -32,7 +32,7 @@ _TOLD = 3
     ),
 )
 @run_argument
-@click.option("--peers", type=click.IntRange(1, 100_000), default=3, show_default=True, help="Volunteers, each on a machine of its own.")  # fmt: skip
+@rehearsed.PEERS
 @click.option("--step-s", type=click.FloatRange(1e-6, 86_400), callback=finite, metavar="S", help="Seconds of an inner step of a volunteer that is not slower.  [default: measured here, with one thread]")  # fmt: skip
 @click.option("--slowdown", "slowdowns", callback=rehearsed.slowdowns, metavar="F,...", help="For an unequal swarm: how many times longer a step takes each volunteer, such as 1,1,2,4; with more volunteers than factors these are gone through again.  [default: all alike]")  # fmt: skip
 @rehearsed.RTT
@@ -47,7 +47,7 @@ _TOLD = 3
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     given: GivenRun,
-    peers: int,
+    peers: int | None,
     step_s: float | None,
     slowdowns: tuple[float, ...],
     rtt: float | None,
@@ -70,11 +70,7 @@ def command(
 
     run = given.load()
     said = rehearsed.links_said(rtt, link_up, link_down, jitter, loss)
-    if peers < run.pipeline.stages:
-        raise click.UsageError(
-            f"--peers: {peers} for pipeline.stages = {run.pipeline.stages}: several stages on one machine are not planned; "
-            f"allowed: {run.pipeline.stages} or more"
-        )
+    peers = rehearsed.peers_for(run, peers)
     measured = step_s is None
     if step_s is None:
         step_s = _measured_step_s(run)
@@ -122,6 +118,7 @@ def _derived(found: Plan) -> dict[str, Any]:
 def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
     """The lines a person reads, but for what hurts."""
     from swarmtrain.words import count_in_words as count
+    from swarmtrain.words import counted
     from swarmtrain.words import size_in_words as size
     from swarmtrain.words import time_in_words as time
 
@@ -130,7 +127,7 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
     rounds = f"{_number(found.rounds_per_hour)} an hour for each volunteer, {time(found.round_s)} each"
     if found.round_most_s > 1.05 * found.round_least_s:
         rounds += f" (the median; {time(found.round_least_s)} to {time(found.round_most_s)})"
-    merging = f"a round takes in the work of {found.partners_per_round:.3g} others"
+    merging = f"a round takes in the work of {_others(found.partners_per_round)}"
     if run.merge.method == "gossip":
         merging += f"; {found.fresh_share:.0%} of the rounds take in somebody's"
     rows = {
@@ -147,8 +144,13 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
     }
     if run.merge.method == "server":
         del rows["merging"]
-    head = f"run {run.run.name} with {found.num_peers} volunteer{'s' * (found.num_peers > 1)}, {_links_in_words(links)}"
+    head = f"run {run.run.name} with {counted(found.num_peers, 'volunteer')}, {_links_in_words(links)}"
     return [head, *(f"  {name:<10} {text}" for name, text in rows.items())]
+
+
+def _others(number: float) -> str:
+    shown = f"{number:.3g}"
+    return f"{shown} other{'s' * (shown != '1')}" if number else "nobody else"
 
 
 def _number(number: float) -> str:
@@ -189,13 +191,15 @@ def _shared_here(slowdowns: tuple[float, ...], peers: int, measured: bool) -> li
     """What a rehearsal here would do otherwise: the volunteers would share its cores."""
     import os
 
+    from swarmtrain.words import counted
+
     cores = os.cpu_count() or 1
     busy = sum(1 / (slowdowns[number % len(slowdowns)] if slowdowns else 1.0) for number in range(peers)) / cores
     if not measured or busy <= 1:
         return []
     return [
         f"  here       a rehearsal on this machine (swarmtrain local) would be about {_number(busy)} times slower: "
-        f"{peers} volunteers would share {cores} core{'s' * (cores > 1)}"
+        f"{counted(peers, 'volunteer')} would share {counted(cores, 'core')}"
     ]
 
 

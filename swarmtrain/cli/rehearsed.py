@@ -1,22 +1,41 @@
-"""The options of a swarm that is rehearsed (`swarmtrain local`) or planned (`swarmtrain plan`)."""
+"""The options of a swarm that is rehearsed (`swarmtrain local`) or planned (`swarmtrain plan`, `swarmtrain check`)."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from swarmtrain.cli.common import finite, limit
+from swarmtrain.cli.common import PEERS_ASSUMED, finite, limit
 
-__all__ = ["CHURN", "JITTER", "LINK_DOWN", "LINK_UP", "LOSS", "RTT", "links_said", "slowdowns"]
+if TYPE_CHECKING:
+    from swarmtrain.run import RunFile
+
+__all__ = ["CHURN", "JITTER", "LINK_DOWN", "LINK_UP", "LOSS", "PEERS", "RTT", "links_said", "peers_for", "slowdowns"]
 
 _MAX_RTT_MS = 2000
 _LEAST_MBIT = 0.1
 
+PEERS = click.option("--peers", type=click.IntRange(1, 100_000), metavar="N", help=f"Volunteers to assume, each on a machine of its own.  [default: {PEERS_ASSUMED}, or one for each stage if these are more]")  # fmt: skip
 RTT = click.option("--rtt", type=click.FloatRange(0, _MAX_RTT_MS), callback=finite, metavar="MS", help="To rehearse the internet: milliseconds from a peer to another and back.  [default: none added]")  # fmt: skip
 LINK_UP = click.option("--link-up", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... what each volunteer can send, in Mbit/s.  [default: no limit]")  # fmt: skip
 LINK_DOWN = click.option("--link-down", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... and receive.  [default: no limit]")  # fmt: skip
 JITTER = click.option("--jitter", type=click.FloatRange(0, 2000), callback=finite, metavar="MS", help="... by how many milliseconds more what is sent is late at most.  [default: none]")  # fmt: skip
 LOSS = click.option("--loss", type=click.FloatRange(0, 50), callback=finite, metavar="PCT", help="... how many per cent of the packets are lost each way, as a stream notices it.  [default: none]")  # fmt: skip
 CHURN = click.option("--churn", type=click.FloatRange(1), callback=finite, metavar="S", help="... about how often, in seconds, a volunteer is killed or leaves, and comes back.  [default: never]")  # fmt: skip
+
+
+def peers_for(run: RunFile, peers: int | None) -> int:
+    """How many volunteers are assumed of `run`. UsageError when they are too few to hold a stage each."""
+    stages = run.pipeline.stages
+    if peers is None:
+        return max(PEERS_ASSUMED, stages)
+    if peers < stages:
+        raise click.UsageError(
+            f"--peers: {peers} for pipeline.stages = {stages}: each volunteer is planned with one stage, on a machine of "
+            f"its own; allowed: {stages} or more (swarmtrain local can run fewer)"
+        )
+    return peers
 
 
 def slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:

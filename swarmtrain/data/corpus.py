@@ -23,7 +23,16 @@ from swarmtrain.data.overlap import HeldOutIndex
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import DataSection
 
-__all__ = ["Corpus", "Document", "HeldOut", "cut_held_out", "first_documents", "prepare_corpus", "read_documents"]
+__all__ = [
+    "Corpus",
+    "Document",
+    "HeldOut",
+    "cut_held_out",
+    "first_documents",
+    "prepare_corpus",
+    "read_documents",
+    "too_little_text",
+]
 
 HELD_OUT_PIECES = 8  # the held-out text comes from about so many places, or more
 MIN_PIECE_BYTES = 512  # a shorter piece would not be recognised in its document
@@ -67,12 +76,8 @@ def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) 
     for document in documents:
         num_bytes += len(document.text)
         pieces += [(document.name, piece) for piece in _pieces(document.text, piece_bytes)]
-    if num_bytes < HELD_OUT_ONE_IN * held_out_bytes:
-        largest = num_bytes // HELD_OUT_ONE_IN
-        advice = f"lower data.held_out_bytes to {largest} or less" if largest >= 1024 else "give it more text"
-        raise RunFileError(
-            f"data.held_out_bytes = {held_out_bytes} is more than a tenth of the corpus ({num_bytes} bytes): {advice}"
-        )
+    if problem := too_little_text(num_bytes, held_out_bytes):
+        raise RunFileError(problem)
     order = np.argsort(np.random.Philox(key=seed).random_raw(len(pieces)), kind="stable")
     chosen: dict[str, None] = {}
     text = bytearray()
@@ -87,6 +92,15 @@ def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) 
         text += piece
         chosen[name] = None
     return HeldOut(bytes(text), tuple(chosen))
+
+
+def too_little_text(num_bytes: int, held_out_bytes: int) -> str:
+    """What is wrong with a corpus of so many bytes for that held-out text; empty if it is large enough."""
+    if num_bytes >= HELD_OUT_ONE_IN * held_out_bytes:
+        return ""
+    largest = num_bytes // HELD_OUT_ONE_IN
+    advice = f"lower data.held_out_bytes to {largest} or less" if largest >= 1024 else "give it more text"
+    return f"data.held_out_bytes = {held_out_bytes} is more than a tenth of the corpus ({num_bytes} bytes): {advice}"
 
 
 def prepare_corpus(

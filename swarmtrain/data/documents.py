@@ -20,7 +20,7 @@ from swarmtrain.data.overlap import near_duplicates
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import DataSection
 
-__all__ = ["Document", "SourceFile", "read_documents", "source_files"]
+__all__ = ["Document", "SourceFile", "Survey", "read_documents", "source_files", "survey"]
 
 # Folders of a standard library that are tests, tables, generated, or somebody else's packages.
 _LEFT_OUT_FOLDERS = frozenset(
@@ -29,6 +29,8 @@ _LEFT_OUT_FOLDERS = frozenset(
 )
 _LEFT_OUT_FILES = frozenset({"sitecustomize.py", "usercustomize.py"})
 _LEFT_OUT_BEGINNINGS = ("config-", "_sysconfigdata")  # describe one machine's build, not Python
+
+_MOST_BAD_FILES = 5
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,21 @@ class SourceFile:
 
     name: str
     path: Path
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What can be read of a source, and all that cannot."""
+
+    documents: list[Document]
+    num_bytes: int | None
+    """Of all the files, about; None where one of them is missing or unreadable."""
+    problems: tuple[str, ...]
+    """What `read_documents` would raise, were each the first: one a pattern or file, of so many files at most that the
+    rest is not looked at (`is_cut`)."""
+    most_bytes: int | None = None
+    """The text has so many at most, where that is known."""
+    is_cut: bool = False
 
 
 def read_documents(section: DataSection, base: Path, revision: str = "") -> Iterator[Document]:
@@ -68,9 +85,52 @@ def read_documents(section: DataSection, base: Path, revision: str = "") -> Iter
             empty = False
             yield document
     if empty:
-        raise RunFileError(
-            f"data.paths: all {len(files)} files are empty (the first is {files[0].path}); name files that hold text"
-        )
+        raise RunFileError(_all_empty([file.path for file in files]))
+
+
+def survey(section: DataSection, base: Path, most_bytes: int) -> Survey:
+    """Read documents of files until `most_bytes` are reached; what cannot be read is noted, and the rest read."""
+    if section.source == "python-stdlib":
+        try:
+            files = _stdlib_files()
+        except RunFileError as error:
+            return Survey([], None, (str(error),))
+        return Survey(list(_read_stdlib(files)), sum(f.path.stat().st_size for f in files if f.path.exists()), ())
+    problems: dict[str, None] = {}
+    found: dict[str, Path] = {}
+    for pattern in section.paths:
+        try:
+            found |= _files_of(pattern, base)
+        except RunFileError as error:
+            problems[str(error)] = None
+    documents: list[Document] = []
+    read = num_bytes = 0
+    most = len(problems) + _MOST_BAD_FILES
+    is_complete = not problems and section.source != "parquet"  # whose columns may be larger than they are stored
+    for file in (SourceFile(name, found[name]) for name in sorted(found)):
+        if len(problems) == most:
+            return Survey(documents, None, tuple(problems), None, is_cut=True)
+        try:
+            num_bytes += _size(file, section)
+            for document in _read_file(file, section) if read < most_bytes else ():
+                documents.append(document)
+                read += len(document.text)
+                if read >= most_bytes:
+                    break
+        except RunFileError as error:
+            problems[str(error)] = None
+    if not documents and not problems:
+        problems[_all_empty(list(found.values()))] = None
+    all_bytes = num_bytes if is_complete else None
+    return Survey(documents, None if problems else num_bytes, tuple(problems), all_bytes)
+
+
+def _size(file: SourceFile, section: DataSection) -> int:
+    return parquet.column_bytes(file.path, section.field) if section.source == "parquet" else file.path.stat().st_size
+
+
+def _all_empty(paths: list[Path]) -> str:
+    return f"data.paths: all {len(paths)} files are empty (the first is {paths[0]}); name files that hold text"
 
 
 def _read_file(file: SourceFile, section: DataSection) -> Iterator[Document]:
@@ -92,9 +152,13 @@ def source_files(section: DataSection, base: Path) -> list[SourceFile]:
     assert section.paths, "the run file was checked"
     found: dict[str, Path] = {}
     for pattern in section.paths:
-        for name in _matches(pattern, base):
-            found[Path(name).as_posix()] = below(base, base / name, "data.paths")
+        found |= _files_of(pattern, base)
     return [SourceFile(name, found[name]) for name in sorted(found)]
+
+
+def _files_of(pattern: str, base: Path) -> dict[str, Path]:
+    """The files that `pattern` matches, links resolved, by their names below `base`. Raises RunFileError."""
+    return {Path(name).as_posix(): below(base, base / name, "data.paths") for name in _matches(pattern, base)}
 
 
 def _matches(pattern: str, base: Path) -> list[str]:

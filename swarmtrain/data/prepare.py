@@ -14,11 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from swarmtrain.data import huggingface, parquet
+from swarmtrain.data import huggingface
 from swarmtrain.data.batches import Batches, BatchSource, StreamingBatches, peer_seed
 from swarmtrain.data.cache import load_array, store_array
-from swarmtrain.data.corpus import Corpus, HeldOut, cut_held_out, first_documents, prepare_corpus, read_documents
-from swarmtrain.data.documents import source_files
+from swarmtrain.data.corpus import (
+    Corpus,
+    HeldOut,
+    cut_held_out,
+    first_documents,
+    prepare_corpus,
+    read_documents,
+    too_little_text,
+)
+from swarmtrain.data.documents import survey
 from swarmtrain.data.overlap import HeldOutIndex
 from swarmtrain.data.tokens import (
     BpeTokenizer,
@@ -59,7 +67,7 @@ class FirstLook(NamedTuple):
     """What can be said of a run's text without reading all of it."""
 
     num_bytes: int | None  # of the files here, about; None if that is not known
-    problem: str = ""  # what the bootstrap would refuse, and why
+    problems: tuple[str, ...] = ()  # what the bootstrap would refuse, and why
     unseen: tuple[str, ...] = ()  # what was not looked at
 
 
@@ -88,39 +96,51 @@ def publishable_data(run: RunFile, base: Path) -> PublishableData:
 
 def first_look(run: RunFile, base: Path) -> FirstLook:
     """What `publishable_data` would do, with the first documents: of a data set a few, and nothing is downloaded whole.
-    Nothing is raised for what cannot be used: it is the look's problem."""
-    section, num_bytes = run.data, None
+    Nothing is raised for what cannot be used: these are the look's problems, all that can be told at once."""
+    problems = []
     try:
         if run.model.tokenizer == "bpe":
             require_bpe()
-        if section.source == "datasets":
-            section = section.model_copy(update={"streaming": True})
-            revision = huggingface.newest_revision(section, base)
-            count = sum(1 for _ in itertools.islice(read_documents(section, base, revision), LOOK_DOCUMENTS))
-            if not count:
-                raise RunFileError(f'data.field: no row of "{section.dataset}" has text in "{section.field}"')
-            unseen = [f"the data set after its first {count} documents, and so whether it is large enough"]
-            return FirstLook(None, "", (*unseen, *_vocabulary_unseen(run)))
-        num_bytes = _size(section, base)
-        documents = list(first_documents(section, base, _sample_bytes(section)))
-        read = sum(len(document.text) for document in documents)
-        if read >= _sample_bytes(section):
-            return FirstLook(num_bytes, "", (f"the text after its first {read >> 20} MiB", *_vocabulary_unseen(run)))
-        held_out = cut_held_out(documents, section.held_out_bytes, run.run.seed)
-        if run.model.tokenizer == "bytes" or read > LOOK_BPE_BYTES:
-            return FirstLook(num_bytes, "", _vocabulary_unseen(run))
-        text = HeldOutIndex(held_out.text).cut([document.text for document in documents]).text
+    except RunFileError as error:
+        problems.append(str(error))
+    look = _look_at_data_set if run.data.source == "datasets" else _look_at_files
+    found = look(run, base, can_learn=not problems)
+    return found._replace(problems=(*problems, *found.problems))
+
+
+def _look_at_data_set(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
+    section = run.data.model_copy(update={"streaming": True})
+    try:
+        revision = huggingface.newest_revision(section, base)
+        count = sum(1 for _ in itertools.islice(read_documents(section, base, revision), LOOK_DOCUMENTS))
+    except RunFileError as error:
+        return FirstLook(None, (str(error),))
+    if not count:
+        return FirstLook(None, (f'data.field: no row of "{section.dataset}" has text in "{section.field}"',))
+    unseen = f"the data set after its first {count} documents, and so whether it is large enough"
+    return FirstLook(None, (), (unseen, *_vocabulary_unseen(run)))
+
+
+def _look_at_files(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
+    section = run.data
+    found = survey(section, base, _sample_bytes(section))
+    if found.problems:
+        small = "" if found.most_bytes is None else too_little_text(found.most_bytes, section.held_out_bytes)
+        problems = (*found.problems, small) if small else found.problems
+        return FirstLook(found.num_bytes, problems, ("the files after these",) if found.is_cut else ())
+    read = sum(len(document.text) for document in found.documents)
+    if read >= _sample_bytes(section):
+        unseen = f"the text after its first {read >> 20} MiB"
+        return FirstLook(found.num_bytes, (), (unseen, *_vocabulary_unseen(run)))
+    try:
+        held_out = cut_held_out(found.documents, section.held_out_bytes, run.run.seed)
+        if run.model.tokenizer == "bytes" or read > LOOK_BPE_BYTES or not can_learn:
+            return FirstLook(found.num_bytes, (), _vocabulary_unseen(run))
+        text = HeldOutIndex(held_out.text).cut([document.text for document in found.documents]).text
         BpeTokenizer.learn(text, run.model.vocabulary_size)
     except RunFileError as error:
-        return FirstLook(num_bytes, str(error))
-    return FirstLook(num_bytes)
-
-
-def _size(section: DataSection, base: Path) -> int:
-    files = source_files(section, base)
-    if section.source == "parquet":
-        return sum(parquet.column_bytes(file.path, section.field) for file in files)
-    return sum(file.path.stat().st_size for file in files)
+        return FirstLook(found.num_bytes, (str(error),))
+    return FirstLook(found.num_bytes)
 
 
 def _vocabulary_unseen(run: RunFile) -> tuple[str, ...]:

@@ -78,12 +78,14 @@ _LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorSettings:
-    """What to look at; addresses are multiaddresses. `memory_of` says how much memory a peer of a run needs."""
+    """What to look at; addresses are multiaddresses. `memory_of` says how much memory a peer of a run needs, of
+    `peers_assumed`."""
 
     invite: str | None
     directory: Path
     cache_folder: Path
     memory_of: Callable[[RunFile, int], int]
+    peers_assumed: int = 0
     listen: tuple[str, ...] = ()
     announce: tuple[str, ...] = ()
     data_folder: Path | None = None
@@ -153,7 +155,7 @@ class Doctor:
         ]
         cost: list[Step] = [
             ("data", self.look_at_data),
-            ("memory", lambda: [check_memory(machine_memory(), self._needed(self.settings.memory_of))]),
+            ("memory", lambda: [self.look_at_memory()]),
             (
                 "disk",
                 lambda: [
@@ -342,6 +344,10 @@ class Doctor:
         from swarmtrain.model.gpt import num_parameters
 
         return bytes_of(self.run, num_parameters(self.run.model))
+
+    def look_at_memory(self) -> Finding:
+        """Whether the run fits into what this machine has free."""
+        return check_memory(machine_memory(), self._needed(self.settings.memory_of), self.settings.peers_assumed)
 
     def look_at_data(self) -> Iterator[Finding]:
         """Whether the text that the run trains on is here."""

@@ -36,7 +36,7 @@ from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.usage import Usage, set_niceness
 from swarmtrain.run import NetworkSection, RunFile
 from swarmtrain.v1 import control_pb2 as pb
-from swarmtrain.words import size_in_words
+from swarmtrain.words import counted, size_in_words
 
 __all__ = ["LimitKeeper", "Measured", "check_memory", "kept_limits", "limit_link", "options_of"]
 
@@ -258,7 +258,7 @@ def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
     cost = estimate(run, num_parameters, num_peers=2)
     if cost.memory_bytes > limit_bytes:
         raise UserError(
-            f"this run needs about {size_in_words(cost.memory_bytes)} of memory "
+            f"this run needs about {size_in_words(cost.memory_bytes)} of memory with {counted(cost.num_peers, 'peer')} "
             f"({size_in_words(cost.memory_program_bytes)} program, {size_in_words(cost.memory_parameters_bytes)} "
             f"parameters, {size_in_words(cost.memory_activations_bytes)} activations), and --memory allows "
             f"{size_in_words(limit_bytes)}: allow more, or join a run with a smaller model"

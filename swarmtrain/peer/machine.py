@@ -28,7 +28,7 @@ import psutil
 
 from swarmtrain.network.listening import own_addresses
 from swarmtrain.peer.checkpoint_files import KEPT
-from swarmtrain.words import size_in_words, time_in_words
+from swarmtrain.words import counted, size_in_words, time_in_words
 
 __all__ = [
     "Finding",
@@ -329,13 +329,14 @@ def _reclaimable(folder: Path) -> int:
     return 0
 
 
-def check_memory(memory: Memory, needed_bytes: int | None = None) -> Finding:
-    """Whether the run's `needed_bytes` fit."""
+def check_memory(memory: Memory, needed_bytes: int | None = None, num_peers: int = 0) -> Finding:
+    """Whether the run's `needed_bytes` fit, which it needs with so many peers."""
     total, available = size_in_words(memory.total_bytes), size_in_words(memory.available_bytes)
     found = f"{available} free of {total} of {memory.limited_by}"
     if needed_bytes is None:
         return Finding("memory", "ok", found)
-    found = f"this run needs about {size_in_words(needed_bytes)}; {found}"
+    peers = f" with {counted(num_peers, 'peer')}" if num_peers else ""
+    found = f"this run needs about {size_in_words(needed_bytes)}{peers}; {found}"
     if needed_bytes > memory.total_bytes:
         limit = "give the container more memory" if memory.limited_by == "the container" else "use a larger machine"
         advice = f"{limit}, or ask for a run with a smaller inner.microbatch_sequences"

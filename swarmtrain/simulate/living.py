@@ -34,6 +34,7 @@ from swarmtrain.simulate.pipeline import (
     stage_parameters,
 )
 from swarmtrain.simulate.world import World
+from swarmtrain.words import counted
 
 __all__ = ["Lived", "Machines", "lived"]
 
@@ -158,8 +159,9 @@ def _gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) ->
         by_peer[record.peer.partition(".")[0]].append(record)
     stall_s = _merge_s(run, longest_s)
     down_bytes = statistics.mean(record.bytes_down for record in kept)
+    rounds = counted(round(len(kept) / len(by_peer)), "round")
     return Lived(
-        by=f"gossip of {_some(some, machines)} through {len(kept) / len(by_peer):.0f} rounds of each, in virtual time",
+        by=f"gossip of {_some(some, machines)} through {rounds} of each, in virtual time",
         round_s=tuple(stall_s + statistics.mean(one.ended_s - one.started_s for one in of) for of in by_peer.values()),
         stall_s=(stall_s,) * len(by_peer),
         tokens=tuple(run.tokens_per_step * statistics.mean(one.steps for one in of) for of in by_peer.values()),
@@ -197,7 +199,8 @@ def _befall(swarm: GossipSwarm | World, machines: Machines, from_s: float, end_s
 
 
 def _some(some: Machines, machines: Machines) -> str:
-    return f"{some.num} volunteers" if some.num == machines.num else f"{some.num} of {machines.num} volunteers"
+    of = counted(machines.num, "volunteer")
+    return of if some.num == machines.num else f"{some.num} of {of}"
 
 
 # ---------------------------------------------------------------- rosters, a server, stages
@@ -294,8 +297,8 @@ def _stages(run: RunFile, machines: Machines, links: LinksSection, seed: int) ->
     stages = run.pipeline.stages
     if machines.num < stages:
         raise UserError(
-            f"--peers: {machines.num} for pipeline.stages = {stages}: several stages on one machine are not planned; "
-            f"allowed: {stages} or more"
+            f"--peers: {machines.num} for pipeline.stages = {stages}: each volunteer is planned with one stage, on a "
+            f"machine of its own; allowed: {stages} or more"
         )
     some = machines.at_most(max(_MOST_IN_STAGES, stages))
     world = _through_stages(run, some, links, seed)

@@ -53,7 +53,7 @@ def test_a_wrong_name_lists_those_there_are(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_an_examples_data_lie_where_the_command_is_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(["check", "own-text"]) == 0
+    assert run_command(["check", "own-text"]) == 2
     assert f"no file matches texts/**/*.txt below {tmp_path};" in capsys.readouterr().out
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("".join(f"a line, number {number**3}\n" for number in range(60_000)))

@@ -440,11 +440,11 @@ def test_a_first_look_fetches_some_documents_and_downloads_nothing(home: Home, h
     text = {"train.jsonl": rows("first")["train.jsonl"] * 3000}
     hub.push("anna/stories", text)
     look = first_look(a_run(dataset="anna/stories"), home.data)
-    assert look.problem == "" and "after its first 8 documents" in look.unseen[0]
+    assert look.problems == () and "after its first 8 documents" in look.unseen[0]
     assert hub.sent_bytes < 0.5 * len(text["train.jsonl"])
     assert (
         'has no field "story" (it has: text)'
-        in first_look(a_run(dataset="anna/stories", field="story"), home.data).problem
+        in first_look(a_run(dataset="anna/stories", field="story"), home.data).problems[0]
     )
-    assert 'cannot load "anna/storeys"' in first_look(a_run(dataset="anna/storeys"), home.data).problem
-    assert 'split "test"' in first_look(a_run(dataset="anna/stories", split="test"), home.data).problem
+    assert 'cannot load "anna/storeys"' in first_look(a_run(dataset="anna/storeys"), home.data).problems[0]
+    assert 'split "test"' in first_look(a_run(dataset="anna/stories", split="test"), home.data).problems[0]
