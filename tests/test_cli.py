@@ -228,6 +228,37 @@ def test_no_addresses(text: str) -> None:
         to_multiaddr(text)
 
 
+@pytest.mark.parametrize(
+    ("option", "text", "said"),
+    [
+        (
+            "--listen",
+            "31337",
+            "is a port without an address; write :31337 for all addresses of this machine, or HOST:31337",
+        ),
+        ("--announce", "203.0.113.5", "has no port; write HOST:PORT, such as 203.0.113.5:31337"),
+        ("--announce", "home.example.org:", "has no port; write HOST:PORT, such as home.example.org:31337"),
+        ("--listen", "2001:db8::1", "has no port; write [2001:db8::1]:31337"),
+        ("--listen", "[2001:db8::1]", "has no port; write [2001:db8::1]:31337"),
+        ("--listen", "127.0.0.1:70000", "has a port above 65535; write HOST:PORT, [IPv6]:PORT or :PORT, such as 203.0"),
+        ("--listen", "a b:5", "is no address; write HOST:PORT, [IPv6]:PORT or :PORT, such as 203.0.113.5:31337"),
+        (
+            "--announce",
+            ":31337",
+            "does not say where others find this machine; write HOST:PORT, such as 203.0.113.5:31337",
+        ),
+        ("--announce", "[::]:7", "does not say where others find this machine; write HOST:PORT, such as 203.0.113.5:7"),
+    ],
+)
+def test_what_an_address_lacks_is_said_with_an_example(
+    option: str, text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["bootstrap", "stdlib-gpt", "--dir", str(tmp_path / "x")], ["doctor"]):
+        assert run([*command, option, text]) == 2
+        assert f"Invalid value for '{option}': {text!r} {said}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def collected(*arguments: str) -> PeerOptions:
     got: list[PeerOptions] = []
 

@@ -14,6 +14,7 @@ A command that is a peer starts like this, whatever else it does:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import ipaddress
 import json
@@ -64,6 +65,7 @@ __all__ = [
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+_MAX_PORT = 65535
 PEERS_ASSUMED = 3
 """Of a run that has not begun `check`, `plan` and `local` assume so many volunteers, unless it has more stages."""
 
@@ -111,8 +113,8 @@ def to_multiaddr(text: str) -> str:
             return text
         raise ValueError(f"{text!r} is no TCP multiaddress, such as /ip4/203.0.113.5/tcp/31337")
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s]*)):(\d{1,5})", text)
-    if match is None or int(match[3]) > 65535:
-        raise ValueError(f"{text!r} is no address; write HOST:PORT, [IPv6]:PORT, :PORT or a multiaddress")
+    if match is None or int(match[3]) > _MAX_PORT:
+        raise ValueError(f"{text!r} {_wrong_with_address(text)}")
     host, port = match[1] or match[2] or "0.0.0.0", int(match[3])
     try:
         address = ipaddress.ip_address(host)
@@ -121,6 +123,22 @@ def to_multiaddr(text: str) -> str:
             raise ValueError(f"{host!r} is neither an IP address nor a host name") from None
         return f"/dns/{host}/tcp/{port}"
     return f"/ip{address.version}/{address}/tcp/{port}"
+
+
+def _wrong_with_address(text: str) -> str:
+    """What an address lacks, with an example of what is wanted; `text` is none."""
+    forms = "write HOST:PORT, [IPv6]:PORT or :PORT, such as 203.0.113.5:31337"
+    host, colon, port = text.rpartition(":")
+    if re.fullmatch(r"\d{1,5}", text) and int(text) <= _MAX_PORT:
+        return f"is a port without an address; write :{text} for all addresses of this machine, or HOST:{text}"
+    if re.fullmatch(r"\d+", port) and int(port) > _MAX_PORT:
+        return f"has a port above {_MAX_PORT}; {forms}"
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(text.strip("[]")).version == 6:
+            return f"has no port; write [{text.strip('[]')}]:31337"
+    if re.fullmatch(r"[0-9A-Za-z_.-]+", host if colon and not port else text):
+        return f"has no port; write HOST:PORT, such as {host if colon else text}:31337"
+    return f"is no address; {forms}"
 
 
 def limit(parser: str) -> Callable[[click.Context, click.Parameter, str | None], Any]:
@@ -140,7 +158,14 @@ def limit(parser: str) -> Callable[[click.Context, click.Parameter, str | None],
 def addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     """An option's addresses as multiaddresses."""
     try:
-        return tuple(to_multiaddr(text) for text in value)
+        found = tuple(to_multiaddr(text) for text in value)
+        for text, address in zip(value, found, strict=True):
+            if param.name == "announce" and re.match(r"/ip4/0\.0\.0\.0/|/ip6/::/", address):
+                port = address.split("/")[4]
+                raise ValueError(
+                    f"{text!r} does not say where others find this machine; write HOST:PORT, such as 203.0.113.5:{port}"
+                )
+        return found
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from None
 
@@ -150,8 +175,12 @@ def _tcp_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not value:
         return ""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_.-]*):(\d{1,5})", value)
-    if match is None or int(match[2]) > 65535:
-        raise click.BadParameter(f"{value!r} is no address; write HOST:PORT, [IPv6]:PORT or :PORT", ctx, param)
+    if match is None or int(match[2]) > _MAX_PORT:
+        raise click.BadParameter(
+            f"{value!r} is no address; write HOST:PORT, [IPv6]:PORT or :PORT (this machine only), such as :7000",
+            ctx,
+            param,
+        )
     return f"{match[1] or '127.0.0.1'}:{int(match[2])}"
 
 

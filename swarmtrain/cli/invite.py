@@ -20,12 +20,13 @@ def command(directory: Path | None, as_json: bool) -> None:
     It leads through a peer that runs on this machine: every volunteer serves the run, so a swarm outlives its bootstrap.
     With several peers each line has its peer above it.
     """
+    import contextlib
     import json
 
     import platformdirs
 
     from swarmtrain.cli.peers import Peer
-    from swarmtrain.errors import UserError
+    from swarmtrain.errors import InviteError, UserError
     from swarmtrain.peer.folder import running_invite
     from swarmtrain.words import one_line
 
@@ -34,17 +35,23 @@ def command(directory: Path | None, as_json: bool) -> None:
     else:
         home = platformdirs.user_data_path("swarmtrain")
         folders = sorted(path for path in home.glob("*") if path.is_dir())
+    from swarmtrain.network.invite import parse_invite, where_it_serves
+
     found = {folder: line for folder in folders if (line := running_invite(folder)) is not None}
     if not found:
         where = f"in {directory}" if directory is not None else "of this user in the usual folders; give its --dir"
         raise UserError(f"no running peer {where}")
     for folder, line in found.items():
-        status = Peer(folder=folder).last()
+        status, words = Peer(folder=folder).last(), ""
+        with contextlib.suppress(InviteError):  # of a peer of another version
+            words = where_it_serves(parse_invite(line))
         if as_json:
-            about = {"name": status.name, "run": status.run_name}
+            about = {"name": status.name, "run": status.run_name, "note": words}
             click.echo(json.dumps({"dir": str(folder), "line": line, "invite": line.split()[-1], **about}))
             continue
         if len(found) > 1:
             run = f", run {status.run_name}" if status.run_name else ""
             click.echo(one_line(f"{status.name or folder.name}{run} ({folder}):"))
         click.echo(line)
+        if words:
+            click.echo(f"note: {words}", err=True)

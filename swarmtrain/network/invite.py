@@ -21,7 +21,7 @@ from swarmtrain.errors import BadBytesError, InviteError
 from swarmtrain.network.identity import base58_decode, base58_encode, peer_bytes, peer_id_from_bytes_untrusted
 from swarmtrain.protocol import UPDATE, Needs, needs_untrusted, too_old_for
 
-__all__ = ["Invite", "InvitedPeer", "format_invite", "invite_in", "parse_invite"]
+__all__ = ["Invite", "InvitedPeer", "format_invite", "invite_in", "parse_invite", "where_it_serves"]
 
 _PREFIX, _PREFIX_OF_LATER = "st1", "st2"
 _NEXT_STEP = "ask for the whole line again and copy it in one piece"
@@ -30,6 +30,7 @@ _READABLE = re.compile(r"/[!-~]+")
 _IP4, _IP6, _TEXT = 4, 6, 1
 _MAX_WORD = 4096
 _MAX_PARTS = 64
+_SHOWN = 2
 _AROUND = re.compile(r"""["'`\\<>|\u200b\u200e\ufeff\u2018\u2019\u201c\u201d\u00ab\u00bb]""")
 _BEGIN = re.compile(r"(?<![0-9A-Za-z])st[0-9]")
 
@@ -113,6 +114,26 @@ def invite_in(text: str) -> str:
     clean = " ".join(_AROUND.sub(" ", text).split())
     found = _BEGIN.search(clean)
     return clean if found is None else clean[found.start() :]
+
+
+def where_it_serves(invite: Invite) -> str:
+    """Where alone an invite is of use, and what to do for others, in words; empty if it leads to an address of the
+    internet."""
+    hosts = []
+    for address in (address for peer in invite.peers for address in peer.addresses):
+        match = _PLAIN.fullmatch(address)
+        if match is None:
+            return ""  # a name, or a way that only its owner knows
+        hosts.append(ipaddress.ip_address(match[2]))
+    if any(host.is_global for host in hosts):
+        return ""
+    inside = [host for host in hosts if not host.is_loopback]
+    shown = ", ".join(map(str, dict.fromkeys(inside[:_SHOWN])))
+    place = f"addresses of a local network only ({shown}): it serves this network" if inside else "this machine only"
+    return (
+        f"this invite leads to {place}; for others forward a port of the router, and give --listen :PORT --announce "
+        "HOST:PORT with the router's public address, such as --announce 203.0.113.5:31337"
+    )
 
 
 def parse_invite(text: str) -> Invite:

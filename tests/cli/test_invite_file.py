@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from swarmtrain.cli.join import _word_in
 from swarmtrain.cli.main import run
+from swarmtrain.events import Event, WarningEvent
+from swarmtrain.network.identity import load_or_create_identity
+from swarmtrain.network.invite import Invite, InvitedPeer, where_it_serves
+from swarmtrain.peer.common import show_invite
 from swarmtrain.peer.folder import peer_folder
 from swarmtrain.peer.stopping import StopFlag
 
@@ -52,6 +57,34 @@ def test_lines_of_several_peers_are_labelled(
         ]
         assert run(["invite", "--json"]) == 0
         assert '"name": "anna", "run": "tiny"' in capsys.readouterr().out
+
+
+def test_an_invite_of_private_addresses_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    peer = load_or_create_identity(tmp_path / "key").peer_id
+    told: list[Event] = []
+    with peer_folder(tmp_path / "swarmtrain" / "bootstrap-tiny") as folder:
+        for hosts, said in (
+            (("127.0.0.1", "192.168.1.5"), "addresses of a local network only (192.168.1.5): it serves this network;"),
+            (("127.0.0.1",), "this machine only;"),
+            (("192.168.1.5", "8.8.8.8"), ""),
+        ):
+            addresses = tuple(f"/ip4/{host}/tcp/31337" for host in hosts)
+            invite, told[:] = Invite("ab" * 32, (InvitedPeer(peer, addresses),)), []
+            for is_bootstrap in (False, True):
+                swarm = SimpleNamespace(invite=lambda made=invite: made, me=SimpleNamespace(is_bootstrap=is_bootstrap))
+                show_invite(swarm, folder, told.append)  # type: ignore[arg-type]
+            warned = "192.168.1.5" in hosts and bool(said)  # a rehearsal's bootstrap is at this machine alone
+            assert [event.event for event in told] == ["invite", *["warning"] * warned, "invite"]
+            assert all(said in event.message for event in told if isinstance(event, WarningEvent))
+            assert run(["invite"]) == 0
+            printed = capsys.readouterr()
+            assert printed.out.startswith("swarmtrain join st1") and bool(printed.err) == bool(said)
+            if said:
+                assert said in printed.err and "such as --announce 203.0.113.5:31337" in printed.err
+    assert where_it_serves(Invite("ab" * 32, (InvitedPeer(peer, ("/dns/home.example.org/tcp/1",)),))) == ""
 
 
 def test_join_waits_until_the_file_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
