@@ -320,8 +320,13 @@ def peer_options(function: _F) -> _F:
 def _start_in_background(values: dict[str, Any]) -> int:
     from swarmtrain.events import to_json_line, to_plain_line
 
-    show = _lines(sys.stdout, to_json_line if values["json"] else to_plain_line)
-    return start_in_background(show, by_folder=values["dir"] is not None)
+    show, as_json = _lines(sys.stdout, to_json_line if values["json"] else to_plain_line), values["json"]
+
+    def show_once(event: Event) -> None:
+        if as_json or event.event != "error":  # why it ended is said at the end, on standard error
+            show(event)
+
+    return start_in_background(show_once, by_folder=values["dir"] is not None)
 
 
 def _end_at_once(options: PeerOptions) -> None:

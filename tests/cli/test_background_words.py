@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from swarmtrain.cli import background
 from swarmtrain.cli.background import _Started
+from swarmtrain.cli.main import run
 from swarmtrain.events import ErrorEvent, Event, to_json_line
 
 
@@ -20,3 +26,28 @@ def test_torn_lines_are_passed_over(tmp_path: Path) -> None:
     assert peer.folder == tmp_path
     assert peer.error == "no room"
     assert len(shown) == 1 and peer.up is None
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_why_it_ended_is_said_once(
+    as_json: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --json as an event too."""
+
+    class Ended:
+        pid = 1
+
+        def __init__(self, arguments: list[str], pass_fds: tuple[int], **_: Any) -> None:
+            os.write(
+                pass_fds[0], to_json_line(ErrorEvent(message="the invite is garbled", exit_code=2)).encode() + b"\n"
+            )
+
+        def wait(self) -> int:
+            return 2
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    assert not background.is_the_background()
+    assert run(["join", "st1abc", "--background", "--dir", str(tmp_path), *["--json"] * as_json]) == 2
+    said = capsys.readouterr()
+    assert said.err == "error: the invite is garbled\n"
+    assert said.out.count("the invite is garbled") == as_json
