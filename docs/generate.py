@@ -27,7 +27,8 @@ refuse, with exit code 2) and doubts (what is allowed, but perhaps not meant, wi
 
 `swarmtrain bootstrap` writes every default out, adds the section `[published]` and hands out those exact bytes.
 Their SHA-256 is the run's identity: volunteers fetch the run by it, and peers of different runs never mix.
-Sizes are in bytes where a name ends in `_bytes`, durations in seconds where it ends in `_s`.
+Sizes are in bytes where a name ends in `_bytes`, durations in seconds where it ends in `_s`. A whole number may be
+written `300_000` or `3e5`.
 
 The smallest run file is two lines:
 

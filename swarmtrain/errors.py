@@ -41,9 +41,20 @@ __all__ = [
 
 
 class SwarmtrainError(Exception):
-    """Base of everything swarmtrain raises on purpose; `str(error)` is one line for a person."""
+    """Base of everything swarmtrain raises on purpose; `str(error)` is one line for a person.
+
+    An error with several arguments is several problems at once: a terminal shows each on a line of its own.
+    """
 
     exit_code = 1
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The problems, one line each."""
+        return tuple(map(str, self.args)) or ("",)
+
+    def __str__(self) -> str:
+        return "; also ".join(self.lines)
 
 
 class UserError(SwarmtrainError):

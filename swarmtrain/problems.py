@@ -1,4 +1,4 @@
-"""What is wrong with a table of sections and keys, in one line that names the key and what is allowed.
+"""What is wrong with a table of sections and keys, a line each that names the key and what is allowed.
 
 Why: a person who mistypes a key should not have to read a validator's report. Works on any pydantic model
 whose fields are sections; values are shown shortened and escaped, since the table may be another peer's.
@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from swarmtrain.errors import UserError
-from swarmtrain.words import one_line
+from swarmtrain.words import counted, one_line
 
 __all__ = [
     "Section",
     "allowed_values",
     "one_line",
-    "problem_in_words",
+    "problems_in_words",
     "read_small_file",
     "read_small_text",
     "read_toml",
@@ -33,12 +34,22 @@ __all__ = [
 ]
 
 _MAX_FILE_BYTES = 65_536
+_TOLD = 5
 
 
 class Section(BaseModel):
     """A table of a file that a person writes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: object, info: ValidationInfo) -> object:
+        """Read 3e5 as 300000 where a whole number is wanted: TOML has no other way to write it short."""
+        assert info.field_name is not None
+        if isinstance(value, float) and cls.model_fields[info.field_name].annotation in (int, int | None):
+            return int(value) if value.is_integer() and abs(value) < 2**63 else value
+        return value
 
     @field_validator("*")
     @classmethod
@@ -83,12 +94,58 @@ def read_toml(text: str, origin: str, error_type: type[UserError]) -> dict[str, 
         raise error_type(f"{origin}: {where}not TOML: {one_line(what)}") from None
 
 
-def problem_in_words(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of `error`, raised by validating `model`, as "key: what is wrong; allowed: ..."."""
-    # An unknown key is most often the cause of whatever else is wrong, such as a missing one.
-    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return _sentence(details[0], model) + more
+def problems_in_words(error: ValidationError, model: type[BaseModel], text: str = "") -> list[str]:
+    """The problems of `error`, raised by validating `model`, as "key: what is wrong; allowed: ...", the first few.
+
+    With the file's `text` each begins with its line, where that is known, and they are in its order.
+    """
+    lines = _lines_of_keys(text)
+    found: list[tuple[float, int, str, str]] = []
+    for detail in error.errors():
+        sentence = _sentence(detail, model)
+        names = (
+            sentence.partition(": ")[0].split(".") if detail["type"] == "value_error" else list(map(str, detail["loc"]))
+        )
+        line = None if detail["type"] == "missing" else _line_of(names, lines)
+        where = f"line {line}: " if line is not None else ""
+        # An unknown key is most often the cause of whatever else is wrong, such as a missing one.
+        found.append((line or math.inf, detail["type"] != "extra_forbidden", where, sentence))
+    found.sort(key=lambda one: one[:2])
+    meant = [sentence.rpartition("did you mean ")[2] for *_, sentence in found if "did you mean " in sentence]
+    told = [
+        where + sentence for _, _, where, sentence in found if f"{sentence.partition(': missing;')[0]}?" not in meant
+    ]
+    return told if len(told) <= _TOLD else [*told[:_TOLD], f"and {counted(len(told) - _TOLD, 'more problem')}"]
+
+
+def _line_of(names: list[str], lines: dict[tuple[str, ...], int]) -> int | None:
+    """The line of a key, or of what it is in."""
+    return next((lines[key] for end in range(len(names), 0, -1) if (key := tuple(names[:end])) in lines), None)
+
+
+_KEY = r"(?:[A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*')"
+_KEYS = rf"{_KEY}(?:\s*\.\s*{_KEY})*"
+
+
+def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
+    """The lines, from 1, where sections and keys of a TOML file begin: as most people write them, not all of TOML."""
+    found: dict[tuple[str, ...], int] = {}
+    section: tuple[str, ...] = ()
+    quote = ""
+    for number, line in enumerate(text.split("\n"), 1):
+        if quote:  # within a string of several lines
+            quote = "" if quote in line else quote
+            continue
+        if header := re.match(rf"\s*\[\[?\s*({_KEYS})\s*\]", line):
+            section = key = tuple(part.strip("\"'") for part in re.findall(_KEY, header[1]))
+        elif assigned := re.match(rf"\s*({_KEYS})\s*=", line):
+            key = section + tuple(part.strip("\"'") for part in re.findall(_KEY, assigned[1]))
+        else:
+            continue
+        for end in range(1, len(key) + 1):
+            found.setdefault(key[:end], number)
+        quote = next((each for each in ('"""', "'''") if line.count(each) % 2), "")
+    return found
 
 
 def allowed_values(field: FieldInfo) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from swarmtrain.errors import UserError
-from swarmtrain.problems import Section, one_line, problem_in_words, read_small_file
+from swarmtrain.problems import Section, one_line, problems_in_words, read_small_file
 
 __all__ = [
     "ChurnSection",
@@ -118,7 +118,7 @@ def load_rehearsal(path: Path) -> RehearsalFile:
     try:
         rest = _Sections.model_validate(table)
     except ValidationError as error:
-        raise UserError(f"{origin}: {problem_in_words(error, _Sections)}") from None
+        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, _Sections))) from None
     return RehearsalFile(**dict(rest), faults=tuple(faults))
 
 
@@ -126,7 +126,7 @@ def _fault(row: Any, origin: str) -> FaultSection:
     try:
         return _Fault.model_validate({"faults": row}).faults
     except ValidationError as error:
-        raise UserError(f"{origin}: {problem_in_words(error, _Fault)}") from None
+        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, _Fault))) from None
 
 
 # ---------------------------------------------------------------- what happens when

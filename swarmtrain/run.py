@@ -12,17 +12,19 @@ hashed before they are read, and nothing in them reaches a terminal unescaped.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from swarmtrain import __version__
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
-from swarmtrain.problems import Section, one_line, problem_in_words, read_toml
+from swarmtrain.problems import Section, one_line, problems_in_words, read_toml
 from swarmtrain.protocol import KEYS_SINCE, UPDATE, Needs, needs_untrusted, needs_with, too_old_for
 from swarmtrain.run_data import DataSection
 
@@ -61,12 +63,26 @@ CHUNK_BYTES = 256 * 1024
 """A piece of a transfer. The fastest message size measured over hivemind's streams."""
 
 
+_NAME = r"^[a-z0-9][a-z0-9-]*$"
+_NAMES = "up to 64 lower-case letters a to z, digits and hyphens, the first no hyphen"
+
+
 class RunSection(Section):
     """What the run is called and when it ends."""
 
-    name: str = Field("stdlib-gpt", min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9-]*$", description="A short name people recognise: lower-case letters, digits and hyphens.")  # fmt: skip
+    name: str = Field("stdlib-gpt", min_length=1, max_length=64, pattern=_NAME, json_schema_extra={"allowed": _NAMES}, description="A short name people recognise: lower-case letters, digits and hyphens.")  # fmt: skip
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights and of every random choice of the run.")  # fmt: skip
     total_tokens: int = Field(description="The run ends when its peers together have trained on this many tokens.", gt=0, lt=2**63)  # fmt: skip
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _named(cls, name: object) -> object:
+        if not isinstance(name, str) or (re.fullmatch(_NAME, name) and len(name) <= 64):
+            return name
+        plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+        near = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:64]
+        shown = json.dumps(name if len(name) <= 60 else name[:57] + "...", ensure_ascii=False)
+        raise ValueError(f"{one_line(shown)} is refused; allowed: {_NAMES}" + (f", such as {near}" if near else ""))
 
 
 class ModelSection(Section):
@@ -467,7 +483,7 @@ def parse_run(text: str, origin: str) -> RunFile:
     table = read_toml(text, origin, RunFileError)
     if "published" in table:
         raise RunFileError(f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out")
-    return _validated(table, origin)
+    return _validated(table, origin, text)
 
 
 def published_bytes(run: RunFile) -> bytes:
@@ -546,11 +562,11 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
         raise BadBytesError(str(error)) from None
 
 
-def _validated(table: dict[str, Any], origin: str) -> RunFile:
+def _validated(table: dict[str, Any], origin: str, text: str = "") -> RunFile:
     try:
         return RunFile.model_validate(table)
     except ValidationError as error:
-        raise RunFileError(f"{origin}: {problem_in_words(error, RunFile)}") from None
+        raise RunFileError(*(f"{origin}: {problem}" for problem in problems_in_words(error, RunFile, text))) from None
 
 
 def _needs_told(published: dict[str, Any]) -> Needs:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from swarmtrain import __version__
 from swarmtrain.algorithm.pacing import most_inner_steps
+from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import BadBytesError, RunFileError
 from swarmtrain.run import (
     MAX_RUN_FILE_BYTES,
@@ -26,6 +27,7 @@ from swarmtrain.run import (
     run_sha256,
 )
 
+NAMES = "up to 64 lower-case letters a to z, digits and hyphens, the first no hyphen"
 MINIMAL = "[run]\ntotal_tokens = 1_000_000\n"
 
 
@@ -90,7 +92,7 @@ def test_lists_fill_tuples_and_integers_fill_numbers() -> None:
     ("text", "expected"),
     [
         ("", "run.total_tokens: missing; allowed: an integer above 0 and below 2^63"),
-        ("[run]\ntotal_token = 5\n", "run.total_token: unknown key; did you mean run.total_tokens? (and 1 more)"),
+        ("[run]\ntotal_token = 5\n", "run.total_token: unknown key; did you mean run.total_tokens?"),
         (MINIMAL + "[merg]\ninner_steps = 4\n", "merg: unknown section; did you mean merge?"),
         (MINIMAL + "[merge]\ninner_step = 4\n", "merge.inner_step: unknown key; did you mean merge.inner_steps?"),
         (MINIMAL + "inner_steps = 4\n", "run.inner_steps: belongs in [merge]"),
@@ -101,7 +103,7 @@ def test_lists_fill_tuples_and_integers_fill_numbers() -> None:
         (MINIMAL + "model.width = 8\n", "run.model: is a section of its own; write [model]"),
         (MINIMAL + "[merge]\ninner_steps = '4'\n", 'merge.inner_steps: "4" is refused; allowed: an integer from 1 to'),
         (MINIMAL + "[merge]\ninner_steps = true\n", "merge.inner_steps: true is refused; allowed: an integer from 1"),
-        (MINIMAL + "[merge]\ninner_steps = 2.0\n", "merge.inner_steps: 2.0 is refused; allowed: an integer from 1"),
+        (MINIMAL + "[merge]\ninner_steps = 2.5\n", "merge.inner_steps: 2.5 is refused; allowed: an integer from 1"),
         (
             MINIMAL + '[merge]\nrobust = "clipp"\n',
             'merge.robust: "clipp" is refused; allowed: "none", "clip", "direction"',
@@ -117,7 +119,11 @@ def test_lists_fill_tuples_and_integers_fill_numbers() -> None:
         (MINIMAL + "[data]\nsource = 'text'\npaths = 'a'\n", 'data.paths: "a" is refused; allowed: a list of strings'),
         (MINIMAL + "[data]\nsource = 'text'\npaths = [1]\n", "data.paths.0: 1 is refused; allowed: a list of strings"),
         (MINIMAL + "[data]\nsource = 'text'\npaths = ['']\n", "data.paths: contains an empty string"),
-        (MINIMAL + "name = 'My Run'\n", 'run.name: "My Run" is refused; allowed: a string matching'),
+        (MINIMAL + "name = 'My Run'\n", f'run.name: "My Run" is refused; allowed: {NAMES}, such as my-run'),
+        (MINIMAL + "name = 'Größe_1'\n", f'run.name: "Größe_1" is refused; allowed: {NAMES}, such as groe-1'),
+        (MINIMAL + "name = '-'\n", f'run.name: "-" is refused; allowed: {NAMES}'),
+        (MINIMAL + "name = 3\n", f"run.name: 3 is refused; allowed: {NAMES}"),
+        ("[run]\ntotal_tokens = 1e30\n", "1e+30 is refused; allowed: an integer above 0 and below 2^63"),
         (MINIMAL + '"a\\nb" = 1\n', "run.a\\nb: unknown key"),
         (MINIMAL + "[data]\nfield = ''\n", 'data.field: "" is refused; allowed: a non-empty string'),
         ("run = 3\n", "run: 3 is no section; allowed: [run] with keys below it"),
@@ -135,6 +141,56 @@ def test_each_problem_names_the_key_and_what_is_allowed(text: str, expected: str
     assert message.startswith("my.toml: ")
     assert expected in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("number", ["3e5", "300_000.0", "3.0e+5", "300_000"])
+def test_a_whole_number_may_be_written_short(number: str) -> None:
+    run = parse_run(f"[run]\ntotal_tokens = {number}\n[merge]\ninner_steps = 2.0\n", "r")
+    assert (run.run.total_tokens, run.merge.inner_steps) == (300_000, 2)
+    assert all(type(value) is int for value in (run.run.total_tokens, run.merge.inner_steps))
+    assert b"total_tokens = 300000\n" in published_bytes(run), "as peers of before read it"
+
+
+MANY = """# a run
+[run]
+name = "My Run"  # [model]
+total_tokens = \"""
+[merge] inner_steps = 1
+\"""
+
+[merge]
+inner_steps = 2.5
+pacing = 1
+[model]
+width = 30
+[data]
+paths = [
+    "a", 3,
+]
+[inner]
+beta1 = 2
+"beta3" = 0.5
+[[network]]
+"""
+
+
+def test_all_problems_are_told_with_their_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunFileError) as caught:
+        parse_run(MANY.replace("[[network]]", ""), "my.toml")
+    problems = [line.removeprefix("my.toml: ") for line in caught.value.lines]
+    first = [" ".join(line.split(": ")[:2]) for line in problems[:5]]
+    assert first == ["line 3 run.name", "line 4 run.total_tokens", "line 9 merge.inner_steps", "line 10 merge.pacing", "line 12 model.width"]  # fmt: skip
+    assert problems[5:] == ["and 3 more problems"]
+    assert str(caught.value) == "; also ".join(caught.value.lines)
+    with pytest.raises(RunFileError) as caught:
+        parse_run("inner.beta1 = 2\nrun.total_tokens = 'x'\n[network]\nmax_readers = 1\n[[publish]]\n", "my.toml")
+    assert [line.split(": ")[1:3] for line in caught.value.lines] == [
+        ["line 1", "inner.beta1"], ["line 2", "run.total_tokens"], ["line 5", "publish"],
+    ]  # fmt: skip
+    (tmp_path / "run.toml").write_text("[run]\ntotal_tokens = 'x'\n[merge]\npacing = 1\n")
+    assert run_command(["check", str(tmp_path / "run.toml")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [error.split(": ")[:3:2] for error in errors] == [["error", "line 2"], ["error", "line 4"]]
 
 
 @pytest.mark.parametrize(

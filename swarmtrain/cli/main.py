@@ -82,7 +82,8 @@ def run(arguments: list[str]) -> int:
         returned = cli.main(arguments, prog_name="swarmtrain", standalone_mode=False)
         sys.stdout.flush()
     except SwarmtrainError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        for line in error.lines:
+            click.echo(f"error: {' '.join(line.split())}", err=True)
         return error.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)

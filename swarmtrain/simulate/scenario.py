@@ -18,7 +18,7 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator
 
 from swarmtrain.errors import UserError
-from swarmtrain.problems import Section, one_line, problem_in_words, read_small_file
+from swarmtrain.problems import Section, one_line, problems_in_words, read_small_file
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import EXAMPLE as _RUN_EXAMPLE
 from swarmtrain.run import RunFile, parse_run
@@ -398,7 +398,7 @@ def _sections_of(table: Mapping[str, Any], origin: str) -> _Sections:
     try:
         return _Sections.model_validate(table)
     except ValidationError as error:
-        raise UserError(f"{origin}: {problem_in_words(error, _Sections)}") from None
+        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, _Sections))) from None
 
 
 def _rows(rows: Any, name: str, model: type[_Row], origin: str) -> list[_Row]:
@@ -407,7 +407,7 @@ def _rows(rows: Any, name: str, model: type[_Row], origin: str) -> list[_Row]:
     try:
         return [model.model_validate({name: row}) for row in rows]
     except ValidationError as error:
-        raise UserError(f"{origin}: {problem_in_words(error, model)}") from None
+        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, model))) from None
 
 
 def _traced(scenario: Scenario, origin: str) -> Scenario:

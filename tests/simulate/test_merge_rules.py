@@ -112,7 +112,7 @@ def test_a_run_file_with_it_is_accepted_where_it_is_installed(
     path = tmp_path / "run.toml"
     path.write_text(RUN)
     assert run_command(["check", str(path)]) == 2
-    assert f'merge.robust = "{RULE}" is a rule of the package swarm-median, which is not' in capsys.readouterr().err
+    assert f'merge.robust = "{RULE}" is a rule of the package swarm-median, which is not' in capsys.readouterr().out
     (finding,) = check_rule(parse_run(RUN, "r"))
     assert finding.level == "problem" and "ask who invited you" in finding.advice
     install()
