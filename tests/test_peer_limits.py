@@ -18,11 +18,14 @@ from swarmtrain.events import Event, WarningEvent
 from swarmtrain.membership.limits import Limits, parse_hours
 from swarmtrain.network.node import Traffic
 from swarmtrain.peer import limits as module
+from swarmtrain.peer.board import StatusBoard
+from swarmtrain.peer.estimate import estimate, estimates_of
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits, limit_link
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.usage import Usage
 from swarmtrain.run import NetworkSection, parse_run
 from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.words import counted, size_in_words
 
 
 class FakeUsage:
@@ -99,6 +102,26 @@ def test_memory_warns_by_an_event_and_rests(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(kept.events) == 1
 
 
+def test_a_limit_below_what_the_run_needs_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the estimate of `check` for as many volunteers as are present; a status asks for the limits in turn."""
+    run, board, now_s = parse_run("[run]\ntotal_tokens = 50_000_000", "r"), StatusBoard("volunteer", 0.0), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now_s[0])
+    kept = Kept()
+    board.add_looker(lambda status: status.limits.CopyFrom(kept.keeper.limits()))
+    board.add_looker(lambda status: [status.peers.add(peer=f"{n}", present=True) for n in range(3)] and None)
+    kept.keeper.expected = lambda: board.estimate_now(board.status())
+    assert kept.keeper.change(pb.Limits(memory_bytes=10**9)) == "memory 1GB; it trains", "not known yet"
+    board.estimates = estimates_of(run, 10**7)
+    needs = f"this run needs about {size_in_words(estimate(run, 10**7, 3).memory_bytes)} with 3 peers"
+    said = kept.keeper.change(pb.Limits(memory_bytes=10**9))
+    assert said == f"memory 1GB, and {needs}: it rests once it uses more than allowed; it trains"
+    assert kept.keeper.change(pb.Limits(memory_bytes=2 * 10**9)) == "memory 2GB; it trains"
+    kept.usage.used_bytes = 3 * 10**9
+    kept.keeper.tick()
+    (warning,) = kept.events
+    assert isinstance(warning, WarningEvent) and warning.message.endswith(f"; {needs}")
+
+
 def test_other_programs_hold_it_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, now_s = Kept(), [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now_s[0])
@@ -128,7 +151,10 @@ def test_threads_change_between_two_steps_in_the_trainers_thread() -> None:
     assert torch.get_num_threads() == 1
     kept.keeper.between_steps()
     assert torch.get_num_threads() == all_threads + 1
-    assert kept.keeper.change(pb.Limits(threads=0)) == f"{all_threads} threads from the next inner step on; it trains"
+    assert (
+        kept.keeper.change(pb.Limits(threads=0))
+        == f"{counted(all_threads, 'thread')} from the next inner step on; it trains"
+    )
     kept.keeper.between_steps()
     assert torch.get_num_threads() == all_threads
 
@@ -235,7 +261,7 @@ def test_a_run_that_needs_more_memory_than_allowed_is_refused() -> None:
     check_memory(run, 10**6, 2 * 10**9)
     with pytest.raises(UserError) as caught:
         check_memory(run, 10**9, 2 * 10**9)
-    assert str(caught.value).startswith("this run needs about 63.2 GB of memory with 2 peers (")
+    assert str(caught.value).startswith("this run needs about 63.2 GB with 2 peers (")
     assert "--memory allows 2 GB: allow more, or join a run with a smaller model" in str(caught.value)
 
 

@@ -23,12 +23,15 @@ from swarmtrain.peer.board import Pulse, StatusBoard
 from swarmtrain.peer.common import PeerSettings
 from swarmtrain.peer.control import read_status
 from swarmtrain.peer.controlled import controlled
+from swarmtrain.peer.estimate import estimate, estimates_of
 from swarmtrain.peer.folder import peer_folder
 from swarmtrain.peer.metrics import METRICS, EventCounts, MetricsServer, PeerCollector, serving_metrics
 from swarmtrain.peer.stopping import StopFlag
+from swarmtrain.run import parse_run
 from swarmtrain.v1 import control_pb2 as pb
 
 ROOT = Path(__file__).resolve().parent.parent
+RUN = parse_run("[run]\ntotal_tokens = 9000\n", "r")
 ANY_PORT = "127.0.0.1:0"
 LIMIT_S = 30.0
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
@@ -74,6 +77,7 @@ class Peer:
         self.now = 0.0
         self.healthy = True
         self.board = StatusBoard("volunteer", 1000.5, now=lambda: self.now, wall=lambda: 2000.0)
+        self.board.estimates = estimates_of(RUN, 1_000_000)
         self.where = ""
 
     def train(self) -> None:
@@ -119,6 +123,8 @@ def test_a_scrape_tells_what_the_status_shows_and_the_events_add_up_to(peer: Pee
         peer.board.take(RefusedEvent(from_peer="Q", rule=rule, detail="?"))
     peer.board.take(WarningEvent(message="the disk is full"))
     found, status = scraped(peer.where), peer.board.status()
+    assert found.pop("swarmtrain_memory_bytes") > 1e6
+    expected = estimate(RUN, 1_000_000, 1)
     assert {key: value for key, value in found.items() if not key.startswith(("process_", "swarmtrain_state:"))} == {
         "swarmtrain_training": 1.0,
         "swarmtrain_healthy": 1.0,
@@ -140,6 +146,10 @@ def test_a_scrape_tells_what_the_status_shows_and_the_events_add_up_to(peer: Pee
         "swarmtrain_stall_seconds_total": 3.5,
         "swarmtrain_sent_bytes_total": 4000.0,
         "swarmtrain_received_bytes_total": 0.0,
+        "swarmtrain_estimated_round_sent_bytes": expected.bytes_sent_per_round,
+        "swarmtrain_estimated_round_most_sent_bytes": expected.bytes_sent_most_per_round,
+        "swarmtrain_estimated_round_received_bytes": expected.bytes_received_per_round,
+        "swarmtrain_estimated_memory_bytes": expected.memory_bytes,
         "swarmtrain_checkpoint_time_seconds": 1999.0,
         "swarmtrain_dht_records": 12.0,
         "swarmtrain_refused_total:hash": 2.0,
@@ -169,6 +179,18 @@ def test_it_is_said_which_peer_it_is_and_in_the_strict_format_too(peer: Peer) ->
     assert all(family.documentation for name, family in families.items() if name.startswith("swarmtrain"))
 
 
+def test_what_is_expected_follows_who_is_there(peer: Peer) -> None:
+    """By the estimate of `check`; nothing is expected of a bootstrap, or before it is known who is there."""
+    before = scraped(peer.where)
+    assert not [name for name in before if "estimated" in name] and before["swarmtrain_memory_bytes"] > 1e6
+    peer.train()
+    peer.board.add_looker(lambda status: [status.peers.add(peer=f"{n}", present=True) for n in range(3)] and None)
+    found, expected = scraped(peer.where), estimate(RUN, 1_000_000, 4)
+    assert found["swarmtrain_estimated_memory_bytes"] == expected.memory_bytes
+    assert found["swarmtrain_estimated_round_sent_bytes"] == expected.bytes_sent_per_round > 0
+    assert estimate(RUN, 1_000_000, 1).memory_bytes < expected.memory_bytes
+
+
 def test_what_is_not_known_yet_is_left_out(peer: Peer) -> None:
     """A count of tokens that began at 0 and then had those of earlier lives would look like a leap."""
     found = scraped(peer.where)
@@ -185,6 +207,7 @@ def test_a_bootstrap_has_no_speed_and_no_tokens() -> None:
         found = scraped(where)
     assert found["swarmtrain_state:serving"] == 1.0 and found["swarmtrain_run_tokens"] == 0.0
     assert not {"swarmtrain_tokens_total", "swarmtrain_inner_steps_per_second"} & set(found)
+    assert not [name for name in found if "estimated" in name]
 
 
 def test_a_counter_never_shrinks(peer: Peer) -> None:

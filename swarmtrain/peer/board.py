@@ -42,6 +42,7 @@ from swarmtrain.events import (
     short_peer,
     times_below_allreduce,
 )
+from swarmtrain.peer.estimate import Estimate
 from swarmtrain.peer.growth import Growth
 from swarmtrain.peer.health import Vitals
 from swarmtrain.v1 import control_pb2 as pb
@@ -131,6 +132,8 @@ class StatusBoard:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.tokens_per_step = 0
+        self.estimates: Callable[[int], Estimate] | None = None
+        """What the run costs each of so many volunteers, where this peer is one that holds the whole model."""
         self._now, self._wall = now, wall
         self._lock = threading.Lock()
         self._base = pb.PeerStatus(
@@ -151,6 +154,11 @@ class StatusBoard:
         self._seen_beats = 0
         self._progressed_s = now()
         self._sums = _Sums()
+
+    def estimate_now(self, status: pb.PeerStatus) -> Estimate | None:
+        """What `status` lets this peer expect to use, with as many volunteers as are present; None where not known."""
+        present = sum(peer.present and not peer.bootstrap for peer in status.peers)
+        return self.estimates(present) if self.estimates is not None and present else None
 
     # ------------------------------------------------------------- what it is told
 

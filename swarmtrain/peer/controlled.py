@@ -19,12 +19,14 @@ from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.stages import places_of
+from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.board import Pulse, StatusBoard
 from swarmtrain.peer.checkpoint_files import Written, newest_written
 from swarmtrain.peer.common import Emit, PeerSettings, process_age_s
 from swarmtrain.peer.control import ControlServer, Powers, read_status
+from swarmtrain.peer.estimate import estimates_of
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.health import health
@@ -86,6 +88,8 @@ class Controlled:
     def watch_volunteer(self, exchange: SwarmExchange) -> None:
         """From now on the board looks at this exchange and its swarm."""
         self._watch(exchange.swarm)
+        run = exchange.swarm.published.run
+        self.board.estimates = estimates_of(run, num_parameters(run.model))
         self.board.set_pulse(volunteer_pulse(self.board, exchange))
 
     def watch_bootstrap(self, swarm: Swarm, archived: Callable[[], Progress]) -> None:

@@ -7,7 +7,9 @@ state, which the archive or a late joiner takes. Presence records add a little.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from swarmtrain.events import times_below_allreduce
@@ -21,6 +23,7 @@ __all__ = [
     "copies",
     "disk_bytes",
     "estimate",
+    "estimates_of",
     "merge_bytes",
     "pulled_bytes",
     "section_bytes",
@@ -103,6 +106,11 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
         memory_parameters_bytes=parameters_bytes,
         memory_activations_bytes=activations_bytes,
     )
+
+
+def estimates_of(run: RunFile, num_parameters: int) -> Callable[[int], Estimate]:
+    """`estimate` of a run by the number of peers, reckoned once for each."""
+    return functools.lru_cache(maxsize=8)(functools.partial(estimate, run, num_parameters))
 
 
 def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:

@@ -31,7 +31,7 @@ from swarmtrain.membership.limits import (
 )
 from swarmtrain.network.node import Traffic
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
-from swarmtrain.peer.estimate import estimate
+from swarmtrain.peer.estimate import Estimate, estimate
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.usage import Usage, set_niceness
 from swarmtrain.run import NetworkSection, RunFile
@@ -82,6 +82,8 @@ class LimitKeeper:
         self._lock = threading.Lock()
         self._traffic: Traffic | None = None
         self._network = NetworkSection()
+        self.expected: Callable[[], Estimate | None] = lambda: None
+        """What the run costs this peer, as far as it is known."""
         self._all_threads = torch.get_num_threads()
         self._threads = self._all_threads
         self._nice = os.getpriority(os.PRIO_PROCESS, 0)
@@ -126,9 +128,9 @@ class LimitKeeper:
     def _in_words(self, given: dict[str, object]) -> str:
         limits, said = self._limits, []
         if "threads" in given:
-            said.append(f"{limits.threads or self._all_threads} threads from the next inner step on")
+            said.append(f"{counted(limits.threads or self._all_threads, 'thread')} from the next inner step on")
         if "memory_bytes" in given:
-            said.append(f"memory {size_of_limit(limits.memory_bytes)}")
+            said.append(f"memory {size_of_limit(limits.memory_bytes)}{self._too_little(limits.memory_bytes)}")
         if "nice" in given:
             said.append(f"niceness {limits.nice}")
         if "only_when_idle" in given:
@@ -142,6 +144,13 @@ class LimitKeeper:
         rests = self._pause.reason
         said.append(f"it rests: {rests}" if rests else "it trains")
         return "; ".join(said)
+
+    def _too_little(self, limit_bytes: int) -> str:
+        """What to say of a limit that the run is expected to pass."""
+        expected = self.expected() if limit_bytes else None
+        if expected is None or expected.memory_bytes <= limit_bytes:
+            return ""
+        return f", and {_needs_in_words(expected)}: it rests once it uses more than allowed"
 
     # ------------------------------------------------------------- keeping them
 
@@ -182,20 +191,18 @@ class LimitKeeper:
             limits, now_s = self._limits, time.monotonic()
             self._apply("hours", limits.hours.rest(self._local_now()))
             self._apply("idle", self._idle_rest(now_s, limits))
-            self._apply("memory", self._memory_rest(now_s, limits))
+            used_bytes = self._measured.memory_bytes() if limits.memory_bytes else 0
+            rest, warning = self._memory.rest(now_s, used_bytes, limits.memory_bytes)
+            self._apply("memory", rest)
+        if warning:
+            expected = self.expected()  # asks for the limits in turn
+            self._emit(WarningEvent(message=warning + (f"; {_needs_in_words(expected)}" if expected else "")))
 
     def _idle_rest(self, now_s: float, limits: Limits) -> str:
         if not limits.only_when_idle:
             self._idle = IdleWatch(self._measured.num_processors)
             return ""
         return self._idle.rest(now_s, self._measured.others_s())
-
-    def _memory_rest(self, now_s: float, limits: Limits) -> str:
-        used_bytes = self._measured.memory_bytes() if limits.memory_bytes else 0
-        rest, warning = self._memory.rest(now_s, used_bytes, limits.memory_bytes)
-        if warning:
-            self._emit(WarningEvent(message=warning))
-        return rest
 
     def _apply(self, source: str, reason: str) -> None:
         if reason == self._held.get(source, ""):
@@ -251,6 +258,10 @@ def kept_limits(keeper: LimitKeeper) -> Iterator[LimitKeeper]:
         thread.join()
 
 
+def _needs_in_words(cost: Estimate) -> str:
+    return f"this run needs about {size_in_words(cost.memory_bytes)} with {counted(cost.num_peers, 'peer')}"
+
+
 def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
     """UserError when this run cannot keep to the limit, even with one partner only."""
     if not limit_bytes:
@@ -258,7 +269,7 @@ def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
     cost = estimate(run, num_parameters, num_peers=2)
     if cost.memory_bytes > limit_bytes:
         raise UserError(
-            f"this run needs about {size_in_words(cost.memory_bytes)} of memory with {counted(cost.num_peers, 'peer')} "
+            f"this run needs about {size_in_words(cost.memory_bytes)} with {counted(cost.num_peers, 'peer')} "
             f"({size_in_words(cost.memory_program_bytes)} program, {size_in_words(cost.memory_parameters_bytes)} "
             f"parameters, {size_in_words(cost.memory_activations_bytes)} activations), and --memory allows "
             f"{size_in_words(limit_bytes)}: allow more, or join a run with a smaller model"

@@ -26,6 +26,8 @@ from prometheus_client.registry import Collector
 from swarmtrain.errors import UserError
 from swarmtrain.events import CaughtUpEvent, Event, PeerLostEvent, RefusedEvent, RoundEvent, WarningEvent
 from swarmtrain.peer.board import StatusBoard
+from swarmtrain.peer.estimate import Estimate
+from swarmtrain.peer.usage import Usage
 from swarmtrain.v1 import control_pb2 as pb
 
 __all__ = ["METRICS", "EventCounts", "MetricsServer", "PeerCollector", "serving_metrics"]
@@ -90,6 +92,9 @@ class _Look:
     counts: EventCounts
     healthy: bool
     tokens_per_step: int
+    memory_bytes: int
+    expected: Estimate | None
+    """What the run costs a volunteer, with as many of them as are present."""
 
     @property
     def joined(self) -> bool:
@@ -142,6 +147,10 @@ def _newest_loss(look: _Look) -> float | None:
     return look.status.losses[-1].loss if look.status.losses else None
 
 
+def _expected(name: str) -> _Read:
+    return lambda look: None if look.expected is None else float(getattr(look.expected, name))
+
+
 _GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
 
 METRICS: tuple[_Metric, ...] = (
@@ -166,6 +175,11 @@ METRICS: tuple[_Metric, ...] = (
     _Metric("stall_seconds", _COUNTER, "Time in which its trainer stood still for the network or a merge in these rounds, in seconds.", _count("stall_s"), unit="seconds"),
     _Metric("sent_bytes", _COUNTER, "Payload it has sent since its process began, in bytes.", lambda look: look.status.sent_bytes, unit="bytes"),
     _Metric("received_bytes", _COUNTER, "Payload it has received since its process began, in bytes.", lambda look: look.status.received_bytes, unit="bytes"),
+    _Metric("estimated_round_sent_bytes", _GAUGE, "What it is expected to send for merges in a round, by the estimate of `swarmtrain check` for as many volunteers as are present, in bytes.", _expected("bytes_sent_per_round"), unit="bytes"),
+    _Metric("estimated_round_most_sent_bytes", _GAUGE, "The same of all in a round in which the archive or a late joiner takes its state: the most, in bytes.", _expected("bytes_sent_most_per_round"), unit="bytes"),
+    _Metric("estimated_round_received_bytes", _GAUGE, "What it is expected to receive for merges in a round, in bytes.", _expected("bytes_received_per_round"), unit="bytes"),
+    _Metric("memory_bytes", _GAUGE, "Memory that its process and its network daemon use, what is shared with other programs in proportion, in bytes.", lambda look: look.memory_bytes, unit="bytes"),
+    _Metric("estimated_memory_bytes", _GAUGE, "What it is expected to use of memory at most, by the estimate of `swarmtrain check` for as many volunteers as are present, in bytes.", _expected("memory_bytes"), unit="bytes"),
     _Metric("times_below_allreduce", _GAUGE, "How many times fewer bytes it sent than an all-reduce at each step would.", lambda look: look.status.times_below_allreduce or None),
     _Metric("checkpoint_time_seconds", _GAUGE, "When its newest checkpoint was written, in seconds since 1970.", lambda look: look.status.checkpoint.time if look.status.HasField("checkpoint") else None, unit="seconds"),
     _Metric("dht_records", _GAUGE, "Records that it keeps for the swarm in the DHT.", lambda look: look.status.dht_records if look.joined else None),
@@ -180,20 +194,29 @@ METRICS: tuple[_Metric, ...] = (
 class PeerCollector(Collector):
     """Turns a peer's status and its counted events into metrics, at each scrape anew."""
 
-    def __init__(self, board: StatusBoard, counts: EventCounts, is_healthy: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        board: StatusBoard,
+        counts: EventCounts,
+        is_healthy: Callable[[], bool],
+        memory_bytes: Callable[[], int] | None = None,
+    ) -> None:
         self._board, self._counts, self._is_healthy = board, counts, is_healthy
+        self._memory_bytes = memory_bytes or Usage().memory_bytes
         self._highest: dict[tuple[str, str], float] = {}
         self._lock = threading.Lock()
 
     def collect(self) -> Iterable[Metric]:
         """The metrics now."""
+        status = self._board.status()
         look = _Look(
-            status=self._board.status(),
+            status=status,
             counts=self._counts,
             healthy=self._is_healthy(),
             tokens_per_step=self._board.tokens_per_step,
+            memory_bytes=self._memory_bytes(),
+            expected=self._board.estimate_now(status),
         )
-        status = look.status
         facts = {"version": status.version, "role": status.role, "run": status.run_name}
         facts |= {"run_sha256": status.run_sha256, "name": status.name, "peer": status.peer}
         yield InfoMetricFamily("swarmtrain", "Which peer of which run this is.", facts)

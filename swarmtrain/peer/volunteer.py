@@ -161,7 +161,9 @@ class _Volunteer:
             self.pause.hold(ASKED, "you paused it before it was started again; `swarmtrain resume` lets it train")
         self.limits = LimitKeeper(self.settings.limits, self.pause, lambda event: self.emit(event))
         self.control.limit = self._limit
-        self.control.board.add_looker(lambda status: status.limits.CopyFrom(self.limits.limits()))
+        board = self.control.board
+        self.limits.expected = lambda: board.estimate_now(board.status())
+        board.add_looker(lambda status: status.limits.CopyFrom(self.limits.limits()))
 
     def run(self) -> DoneEvent:
         self.control.starting("starting the network")
