@@ -468,7 +468,9 @@ def load_run(path: str | Path) -> RunFile:
     except IsADirectoryError:
         raise RunFileError(f"{origin}: is a folder; give the run file in it, such as {EXAMPLE}") from None
     except OSError as error:
-        raise RunFileError(f"{origin}: cannot be read: {error.strerror}") from None
+        raise RunFileError(
+            f"{origin}: cannot be read: {error.strerror}; correct its permissions, or give another"
+        ) from None
     if len(data) > MAX_RUN_FILE_BYTES:
         raise RunFileError(f"{origin}: {len(data)} bytes; a run file has at most {MAX_RUN_FILE_BYTES}")
     try:

@@ -233,7 +233,7 @@ def test_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_problem(check_data(text, tmp_path), "no file matches", "--data")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("short")
-    a_problem(check_data(text, tmp_path), "1 files, 5 B", "give more text")
+    a_problem(check_data(text, tmp_path), "1 file, 5 B", "give more text")
     (tmp_path / "texts" / "a.txt").write_text("long " * 1000)
     assert check_data(text, tmp_path).level == "ok"
     outside = a_run("[data]\nsource = 'text'\npaths = ['../*.txt']\n")

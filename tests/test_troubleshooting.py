@@ -69,6 +69,30 @@ def test_what_is_said_is_in_the_page() -> None:
     assert not missing, f"say in docs/troubleshooting.md what it means and what to do: {missing}"
 
 
+NEXT_STEP = re.compile(
+    r"\b(allow|allowed|ask|choose|convert|correct|delete|end (it|this)|export|fetch|give|install|join|leave|let|look|"
+    r"lower|make|move|name|possible|raise|remove|restart|save|say|see|set|start|take|tell|there are|try|update|use|"
+    r"write)\b|`swarmtrain|its name must"
+)
+"""Words by which a message names what to do, or what would do."""
+OTHERS = ("the published run: ", "a Hugging Face model needs ")
+"""Of another peer's bytes, of which the caller says what to do; and with the command to install it."""
+
+
+def test_every_error_names_a_next_step() -> None:
+    """But for scenario files, whose messages show what they refuse, and for what ends in another's words."""
+    errors = {}
+    for name, node in nodes():
+        if not isinstance(node, ast.Call) or not node.args or name.startswith("swarmtrain/simulate/"):
+            continue
+        if ast.unparse(node.func).split(".")[-1] in (RAISED | {"BadParameter"}) - {"WarningEvent"}:
+            errors[f"{name}:{node.lineno}"] = literal(node.args[0])
+    long = {where: text for where, text in errors.items() if len(text.replace(GAP, "").strip(": ")) >= SHORTEST}
+    without = {where: text for where, text in long.items() if not (text.endswith(GAP) or NEXT_STEP.search(text))}
+    without = {where: text for where, text in without.items() if not text.startswith(OTHERS)}
+    assert len(long) > 100 and not without, f"say what to do: {without}"
+
+
 def test_every_check_of_doctor_has_a_name_in_the_page() -> None:
     paths = [ROOT / "swarmtrain" / "peer" / name for name in ("doctor.py", "machine.py")]
     source = "".join(path.read_text(encoding="utf-8") for path in paths)

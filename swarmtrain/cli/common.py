@@ -191,7 +191,14 @@ def _metrics_address(ctx: click.Context, param: click.Parameter, value: str) -> 
 def peer_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """An option's name of a peer, if others can be told it."""
     if value and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", value):
-        raise click.BadParameter(f"{value!r}: at most 32 letters, digits, dots, hyphens and underscores", ctx, param)
+        near = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-._")[:32]
+        such = f"; write {near}, say" if near else ""
+        raise click.BadParameter(
+            f"{value!r} is no name; allowed: up to 32 letters a to z, digits, dots, hyphens and underscores, a letter or "
+            f"digit first{such}",
+            ctx,
+            param,
+        )
     return value
 
 

@@ -42,7 +42,7 @@ def command(model: Path, text: Path | None, threads: int | None, as_json: bool) 
     try:
         data = exported.held_out if text is None else text.read_bytes()
     except OSError as error:
-        raise UserError(f"{text}: {error.strerror}") from None
+        raise UserError(f"{text}: {error.strerror}; give a file that can be read with --text") from None
     if len(data) < 2:
         raise UserError(f"{text or model}: no text to measure on; give one with --text FILE")
     section = exported.model.section

@@ -39,8 +39,9 @@ def command(directory: Path | None, as_json: bool) -> None:
 
     found = {folder: line for folder in folders if (line := running_invite(folder)) is not None}
     if not found:
-        where = f"in {directory}" if directory is not None else "of this user in the usual folders; give its --dir"
-        raise UserError(f"no running peer {where}")
+        if directory is not None:
+            raise UserError(f"no running peer in {directory}; start it again, or give the folder of one that runs")
+        raise UserError("no running peer of this user in the usual folders; give its --dir")
     for folder, line in found.items():
         status, words = Peer(folder=folder).last(), ""
         with contextlib.suppress(InviteError):  # of a peer of another version

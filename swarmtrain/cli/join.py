@@ -40,7 +40,9 @@ def _stages(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
     try:
         return tuple(sorted({int(part) for part in value.split(",") if part}))
     except ValueError:
-        raise click.BadParameter(f"{value} is no list of stages, such as 0,1", ctx, param) from None
+        raise click.BadParameter(
+            f"{value} is no list of stages; write their numbers, such as 0,1", ctx, param
+        ) from None
 
 
 _SCOPE = (
@@ -188,7 +190,9 @@ def _word_in(path: Path | None, stop: StopFlag) -> str:
         except FileNotFoundError:
             found = ""
         except (OSError, UnicodeDecodeError) as error:
-            raise click.UsageError(f"--invite-file: {path} cannot be read: {error}") from None
+            raise click.UsageError(
+                f"--invite-file: {path} cannot be read: {error}; give a file with the invite"
+            ) from None
         if found:
             return found
         if not told:

@@ -273,7 +273,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     finally:
         swarm.stop()
     if loss is None:
-        raise click.ClickException("the run ended before the held-out loss was measured")
+        raise click.ClickException("the run ended before the held-out loss was measured; see the logs in its folder")
     return _Trained(parts, loss, emit)
 
 

@@ -198,7 +198,7 @@ def _candidates(which: WhichPeer) -> tuple[list[Peer], str]:
         home = platformdirs.user_data_path("swarmtrain")
     try:
         if which.directory is not None and not home.is_dir():
-            raise UserError(f"{home} is no folder")
+            raise UserError(f"{home} is no folder; give a peer's, or one with several of them, with --dir")
         peers = [Peer(folder=home)] if _is_peer_folder(home) else known_peers(home)
     except PermissionError:
         raise UserError(f"{home} cannot be read: it belongs to another user; ask as that user") from None
@@ -269,7 +269,7 @@ def check_health(peer: Peer) -> None:
         status = ask(peer, "Status", wire.StatusRequest())
         state = wire.PeerState.Name(status.state).removeprefix("PEER_STATE_").lower()
         doing = f": {one_line(status.doing)}" if status.doing else ""
-        raise RunTimeError(f"{_name(peer)} is not healthy, it is {state}{doing}")
+        raise RunTimeError(f"{_name(peer)} is not healthy, it is {state}{doing}; `swarmtrain status` shows more")
 
 
 def tell(peer: Peer, method: str, request: Any) -> str:
@@ -282,15 +282,19 @@ def in_words(error: Any, peer: Peer) -> SwarmtrainError:
     code, details = error.code().name, one_line(error.details() or "")
     name = _name(peer)
     if code == "DEADLINE_EXCEEDED":
-        return NoAnswerError(f"{name} does not answer: it is stopped (Ctrl-Z) or very busy", timed_out=True)
+        return NoAnswerError(
+            f"{name} does not answer: it is stopped (Ctrl-Z) or very busy; try again",
+            timed_out=True,
+        )
     if code in ("UNAVAILABLE", "CANCELLED"):
         if "permission denied" in details.lower():
             return ForeignError(f"{name} may not be asked: it runs as another user; ask as that user")
         if peer.folder is None:
-            return NoAnswerError(f"nobody answers at {peer.address}: {details or 'the connection broke'}")
+            reason = details or "the connection broke"
+            return NoAnswerError(f"nobody answers at {peer.address}: {reason}; start it with --control {peer.address}")
         return NoAnswerError(f"{name} does not answer: it is starting or ending; try again in a few seconds")
     if code == "UNIMPLEMENTED" and not details.startswith("this peer"):
-        return RefusedError(f"{name} cannot do that: it runs another version of swarmtrain")
+        return RefusedError(f"{name} cannot do that: it runs another version of swarmtrain; end it and start it again")
     kind = RefusedError if code in _REFUSALS else RunTimeError
     return kind(f"{name}: {details or code}")
 

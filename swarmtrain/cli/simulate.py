@@ -66,7 +66,7 @@ def command(
     if plot is not None:
         _check_plot(plot, loaded)
     if json_file is not None and not json_file.parent.is_dir():
-        raise click.UsageError(f"--json {json_file}: there is no folder {json_file.parent}")
+        raise click.UsageError(f"--json {json_file}: there is no folder {json_file.parent}; make it first")
     from swarmtrain.simulate.comparing import compare, document  # takes a second: after the file is known to be good
 
     kept = platformdirs.user_cache_path("swarmtrain") / "simulate"
@@ -111,7 +111,7 @@ def _check_plot(path: Path, scenario: Scenario) -> None:
     if path.suffix not in (".png", ".svg"):
         raise click.UsageError(f"--plot {path}: its name must end with .png or .svg")
     if not path.parent.is_dir():
-        raise click.UsageError(f"--plot {path}: there is no folder {path.parent}")
+        raise click.UsageError(f"--plot {path}: there is no folder {path.parent}; make it first")
     if not scenario.scenario.curve_points:
         raise click.UsageError("--plot needs curves: set scenario.curve_points in the scenario, 20 say")
     if importlib.util.find_spec("matplotlib") is None:

@@ -39,7 +39,7 @@ def command(which: WhichPeer, everyone: bool, as_json: bool, healthy: bool) -> N
 
     if healthy:
         if everyone or as_json:
-            raise click.UsageError("--healthy stands alone: it says one word of one peer")
+            raise click.UsageError("--healthy stands alone: it says one word of one peer; leave out --all and --json")
         check_health(find_running(which))
         click.echo("healthy")
         return

@@ -130,7 +130,8 @@ def _size(file: SourceFile, section: DataSection) -> int:
 
 
 def _all_empty(paths: list[Path]) -> str:
-    return f"data.paths: all {len(paths)} files are empty (the first is {paths[0]}); name files that hold text"
+    which = f"all {len(paths)} files are empty (the first is {paths[0]})" if len(paths) > 1 else f"{paths[0]} is empty"
+    return f"data.paths: {which}; name files that hold text"
 
 
 def _read_file(file: SourceFile, section: DataSection) -> Iterator[Document]:

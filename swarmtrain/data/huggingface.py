@@ -205,7 +205,8 @@ def _check_card(section: DataSection, path: str | os.PathLike[str]) -> None:
     for named in _files_named(card.get("configs") if isinstance(card, dict) else None):
         if not is_plain_name(named):
             raise RunFileError(
-                f'data.dataset: "{section.dataset}" names a file that is not its own ({named[:200]!r}); it is not read'
+                f'data.dataset: "{section.dataset}" names a file that is not its own ({named[:200]!r}); it is not '
+                "read: take another, and tell who invited you"
             )
 
 
@@ -234,7 +235,8 @@ def _check_builder(section: DataSection, builder: Any, allowed: str, base: Path)
     for file in files:
         if not (file.startswith(allowed) and is_plain_name(file[len(allowed) :])):
             raise RunFileError(
-                f'data.dataset: "{section.dataset}" names a file that is not its own ({file[:200]!r}); it is not read'
+                f'data.dataset: "{section.dataset}" names a file that is not its own ({file[:200]!r}); it is not read: '
+                "take another, and tell who invited you"
             )
         if not allowed.startswith("hf://"):
             below(base, Path(file), "data.dataset")
@@ -249,7 +251,8 @@ def _saved_split(section: DataSection, folder: Path, base: Path) -> Path:
         names = [name for name in has if isinstance(name, str)] if isinstance(has, list) else []
         if section.split not in names:
             raise RunFileError(
-                f'data.split: {folder} has no split "{section.split}" (it has: {", ".join(sorted(names))})'
+                f'data.split: {folder} has no split "{section.split}" (it has: {", ".join(sorted(names))}); '
+                "set data.split to one of them"
             )
         folder = below(base, folder / section.split, "data.split")
     for name in ("state.json", "dataset_info.json"):

@@ -38,6 +38,7 @@ from swarmtrain.data.tokens import (
 )
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import DataSection, RunFile
+from swarmtrain.words import counted
 
 __all__ = [
     "FirstLook",
@@ -117,7 +118,7 @@ def _look_at_data_set(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
         return FirstLook(None, (str(error),))
     if not count:
         return FirstLook(None, (f'data.field: no row of "{section.dataset}" has text in "{section.field}"',))
-    unseen = f"the data set after its first {count} documents, and so whether it is large enough"
+    unseen = f"the data set after its first {counted(count, 'document')}, and so whether it is large enough"
     return FirstLook(None, (), (unseen, *_vocabulary_unseen(run)))
 
 

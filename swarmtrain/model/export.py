@@ -29,6 +29,7 @@ from swarmtrain.run import ModelSection
 
 __all__ = ["ExportedModel", "copy_exported", "export_model", "load_exported", "write_whole"]
 
+_GIVE = "give the folder that `swarmtrain export`, or a bootstrap at the end of its run, wrote"
 _FORMAT = "swarmtrain-gpt-1"
 _NEEDED = ("config.json", "model.safetensors")
 _BESIDE = ("tokenizer.bin", "held-out.txt", "run.toml")
@@ -125,9 +126,11 @@ def _read(folder: Path) -> dict[str, bytes]:
         files = {name: (folder / name).read_bytes() for name in _NEEDED}
         return files | {name: (folder / name).read_bytes() for name in _BESIDE if (folder / name).exists()}
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: no exported model here ({Path(str(error.filename)).name} is missing)") from None
+        raise UserError(
+            f"{folder}: no exported model here ({Path(str(error.filename)).name} is missing); {_GIVE}"
+        ) from None
     except OSError as error:
-        raise UserError(f"{folder}: not a model that swarmtrain exported ({error})") from None
+        raise UserError(f"{folder}: not a model that swarmtrain exported ({error}); {_GIVE}") from None
 
 
 def _checked(folder: Path, files: Mapping[str, bytes]) -> ExportedModel:
@@ -142,7 +145,8 @@ def _checked(folder: Path, files: Mapping[str, bytes]) -> ExportedModel:
         model.load_state_dict(load(data))
         run_tokens = int(config["run_tokens"])
     except (ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{folder}: not a model that swarmtrain exported ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: not a model that swarmtrain exported ({reason}); {_GIVE}") from None
     return ExportedModel(
         model=model,
         tokenizer=files.get("tokenizer.bin", b""),

@@ -404,7 +404,9 @@ class Node:
                 20,
             )
         except Exception as error:  # the adapter's boundary
-            raise RunTimeError(f"could not join the DHT: {_reason(error)}") from error
+            raise RunTimeError(
+                f"could not join the DHT: {_reason(error)}; try again, or ask for a new invite"
+            ) from error
         self._buckets = Buckets(self._dht, self.rules)
         self._own_buckets = self._dht.protocol.own_buckets
 
@@ -481,4 +483,5 @@ def _start_error(error: Exception, settings: NodeSettings) -> RunTimeError:
     text = str(error)
     if "address already in use" in text or "failed to listen" in text:
         return cannot_listen(settings.listen)
-    return RunTimeError(f"the network daemon did not start: {text.splitlines()[0] if text else type(error).__name__}")
+    reason = text.splitlines()[0] if text else type(error).__name__
+    return RunTimeError(f"the network daemon did not start: {reason}; `swarmtrain doctor` looks at what it needs")

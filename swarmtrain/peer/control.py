@@ -152,7 +152,9 @@ class ControlServer:
             future.result(limit_s)
         except concurrent.futures.TimeoutError:
             future.cancel()
-            raise RunTimeError(f"the control server did not answer within {limit_s:g} s") from None
+            raise RunTimeError(
+                f"the control server did not answer within {limit_s:g} s; start this peer again"
+            ) from None
 
     async def _start(self) -> None:
         server = self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
@@ -180,7 +182,7 @@ class ControlServer:
         try:
             return _listen_privately(server, self._private / "control.sock")
         except (OSError, RuntimeError) as error:
-            raise RunTimeError(f"no control socket can be made: {error}") from None
+            raise RunTimeError(f"no control socket can be made: {error}; give another folder with --dir") from None
 
     def _bind_tcp(self, server: Any) -> str:
         host = self._tcp.rpartition(":")[0]

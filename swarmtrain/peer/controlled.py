@@ -136,14 +136,14 @@ class Controlled:
 
     def _pause(self) -> str:
         if self.pause is None:
-            raise UserError("a bootstrap does not train: there is nothing to pause")
+            raise UserError("a bootstrap does not train: there is nothing to pause; name a volunteer")
         self.pause.hold(ASKED, "you asked for it")
         self.pause_asked(True)
         return "pausing: it finishes its step and leaves the swarm until you resume it"
 
     def _resume(self) -> str:
         if self.pause is None:
-            raise UserError("a bootstrap does not train: there is nothing to resume")
+            raise UserError("a bootstrap does not train: there is nothing to resume; name a volunteer")
         was_asked = self.pause.release(ASKED)
         self.pause_asked(False)
         if self.pause.held:
@@ -157,7 +157,7 @@ class Controlled:
 
     def _limit(self, limits: pb.Limits) -> str:
         if self.limit is None:
-            raise UserError("the limits of this peer cannot be changed while it runs")
+            raise UserError("the limits of this peer cannot be changed while it runs; end it, and start it with others")
         return self.limit(limits)
 
 

@@ -56,7 +56,7 @@ from swarmtrain.peer.machine import (
     version_of,
 )
 from swarmtrain.run import MAX_RUN_FILE_BYTES, RunFile, parse_published_untrusted, run_sha256
-from swarmtrain.words import count_in_words, short_peer, size_in_words, time_in_words
+from swarmtrain.words import count_in_words, counted, short_peer, size_in_words, time_in_words
 
 __all__ = ["Doctor", "DoctorSettings"]
 
@@ -220,7 +220,7 @@ class Doctor:
             self.invite = None
             return Finding("invite", "problem", "it names no address", "ask for another invite")
         return Finding(
-            "invite", "ok", f"run {invite.run_sha256[:12]}, {_peers(len(invite.peers))} at {_some(addresses)}"
+            "invite", "ok", f"run {invite.run_sha256[:12]}, {counted(len(invite.peers), 'peer')} at {_some(addresses)}"
         )
 
     def look_at_peers(self) -> Iterator[Finding]:
@@ -245,7 +245,7 @@ class Doctor:
             reached = [answer for _, answer in self._knock(sample[:_MAX_OTHERS]) if isinstance(answer, Answer)]
             self.answers += reached
             asked = len(sample[:_MAX_OTHERS])
-            yield Finding("peers", "ok", f"of {asked} others asked, {len(reached)} can be dialled from here")
+            yield Finding("peers", "ok", f"of {counted(asked, 'other')} asked, {len(reached)} can be dialled from here")
 
     def _knock(self, peers: Sequence[InvitedPeer]) -> list[tuple[InvitedPeer, Answer | str]]:
         """Each peer with its answer, or why there is none; all are asked at once."""
@@ -373,10 +373,6 @@ class Doctor:
 # ---------------------------------------------------------------- judgements
 
 
-def _peers(number: int) -> str:
-    return f"{number} peer" if number == 1 else f"{number} peers"
-
-
 def _some(texts: Sequence[str], limit: int = 3) -> str:
     more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
@@ -477,9 +473,11 @@ def check_reachable(asked: Sequence[Asked], ports: Sequence[int], *, fixed: bool
 def check_clock(offset_s: float, num_asked: int) -> Finding:
     """This machine's clock against the swarm's; `offset_s` is theirs less ours."""
     if abs(offset_s) < CLOCK_TOLERANCE_S:
-        return Finding("clock", "ok", f"{abs(offset_s):.2f} s from the swarm's ({_peers(num_asked)} asked)")
+        return Finding("clock", "ok", f"{abs(offset_s):.2f} s from the swarm's ({counted(num_asked, 'peer')} asked)")
     direction = "behind" if offset_s > 0 else "ahead of"
-    found = f"this machine's clock is {abs(offset_s):.1f} s {direction} the swarm's ({_peers(num_asked)} asked)"
+    found = (
+        f"this machine's clock is {abs(offset_s):.1f} s {direction} the swarm's ({counted(num_asked, 'peer')} asked)"
+    )
     advice = "it would be corrected for the run; set it right (on Linux: timedatectl set-ntp true)"
     return Finding("clock", "warning", found, advice)
 
@@ -518,7 +516,7 @@ def check_data(run: RunFile, data_folder: Path | None) -> Finding:
         return Finding("data", "problem", what, advice)
     except OSError as error:
         return Finding("data", "problem", f"{error.filename} cannot be read: {error.strerror}", "check its permissions")
-    found = f"{run.data.source}: {len(files)} files, {size_in_words(num_bytes)}"
+    found = f"{run.data.source}: {counted(len(files), 'file')}, {size_in_words(num_bytes)}"
     if run.model.tokenizer == "bytes" and num_bytes <= run.model.context_tokens:
         advice = f"give more text: a sequence alone has {run.model.context_tokens} tokens"
         return Finding("data", "problem", found, advice)
@@ -531,7 +529,7 @@ def check_speed(run: RunFile, tokens_per_s: float, others_steps_per_s: Mapping[s
     round_s = run.merge.inner_steps / steps_per_s
     found = (
         f"{count_in_words(tokens_per_s)} tokens/s: {time_in_words(round_s)} for a round of "
-        f"{run.merge.inner_steps} inner steps"
+        f"{counted(run.merge.inner_steps, 'inner step')}"
     )
     if round_s > run.merge.round_limit_s and run.merge.method == "diloco":  # else its own rounds have fewer steps
         advice = (

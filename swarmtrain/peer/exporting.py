@@ -94,7 +94,9 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
             model = build_model(run.model, run.run.seed)
             save_model(target, model, kept.state.theta, published, kept.progress)
             return kept.progress.run_tokens
-    raise UserError(f"{folder.path}: no model here yet; a peer keeps a checkpoint from the first merged round on")
+    raise UserError(
+        f"{folder.path}: no model here yet: a peer keeps a checkpoint from the first merged round on; try again then"
+    )
 
 
 def export_from_swarm(invite: Invite, target: Path, stop: StopFlag, *, accept_clock: bool = False) -> int:
@@ -137,14 +139,18 @@ def _pulled(
             live = [info.peer for info in swarm.membership.live()]
             present = wait_for(network.submit(fetch_present(swarm, live[:_SAMPLE], "export")), stop)
             if present is None:
-                raise RunTimeError("nobody has a model to give yet: the first round is not over, or all have left")
+                raise RunTimeError(
+                    "nobody has a model to give yet: the first round is not over, or all have left; try "
+                    "again in a minute, or export from a peer's folder with --dir"
+                )
+
             weights |= named_weights(present.state.theta, specs)
             counters.append(present.progress)
         return published, weights, counters[0]
     except NewerRunError as error:
         raise VersionError(str(error)) from None
     except PeerError as error:
-        raise RunTimeError(f"the swarm did not deliver its model: {error}") from None
+        raise RunTimeError(f"the swarm did not deliver its model: {error}; try again in a minute") from None
     finally:
         leave_swarm(network, swarm, node)
 

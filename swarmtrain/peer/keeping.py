@@ -153,7 +153,9 @@ class Keeper:
                 f"the newest checkpoint is not on the disk yet; look whether {self.folder.path} has room"
             )
         if last is None:
-            raise RunTimeError("there is no checkpoint yet: the first is written when the first round is merged")
+            raise RunTimeError(
+                "there is no checkpoint yet: the first is written when the first round is merged; try again then"
+            )
         return control_pb.CheckpointReply(round=last.round, path=str(last.path))
 
     def show(self, status: control_pb.PeerStatus) -> None:

@@ -103,7 +103,7 @@ def check_torch(load: Callable[[str], Any] = importlib.import_module, cores: int
         return Finding("torch", "problem", f"{version}; {wanted} or newer is needed", advice)
     threads, cores = torch.get_num_threads(), cores or _usable_cores()
     instructions = torch.backends.cpu.get_cpu_capability()
-    found = f"{version}, {threads} of {cores} cores, instructions {instructions}"
+    found = f"{version}, {threads} of {counted(cores, 'core')}, instructions {instructions}"
     if torch.cuda.is_available():
         found += "; a graphics card is there, but training is on the processor today"
     if instructions == "DEFAULT" and platform.machine() in ("x86_64", "AMD64"):

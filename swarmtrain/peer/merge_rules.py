@@ -45,9 +45,11 @@ def mean_of(rule: str) -> Mean | None:
     try:
         mean = entry.load()
     except Exception as error:  # it is somebody's module, which runs as it is imported
-        raise RunFileError(f'merge.robust = "{rule}": {entry.value} cannot be loaded: {error!r}') from None
+        raise RunFileError(
+            f'merge.robust = "{rule}": {entry.value} cannot be loaded: {error!r}; ask those who made it'
+        ) from None
     if not callable(mean):
-        raise RunFileError(f'merge.robust = "{rule}": {entry.value} is no function')
+        raise RunFileError(f'merge.robust = "{rule}": {entry.value} is no function; ask those who made it')
     return mean  # type: ignore[no-any-return]
 
 
@@ -57,7 +59,9 @@ def source_sha256(rule: str) -> str | None:
         return None
     spec = importlib.util.find_spec(_entry(rule).module)
     if spec is None or spec.origin is None:
-        raise RunFileError(f'merge.robust = "{rule}": {_entry(rule).module} has no file')
+        raise RunFileError(
+            f'merge.robust = "{rule}": {_entry(rule).module} has no file; install it from a wheel or a clone'
+        )
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 

@@ -29,10 +29,11 @@ def summary_of(run: RunFile) -> str:
         "datasets": f"the data set {run.data.dataset}",
     }.get(run.data.source, f"your files {', '.join(run.data.paths)}")
     cut = f", cut into {run.pipeline.stages} stages of which you hold some" if run.pipeline.stages > 1 else ""
+    steps = "step" if run.merge.inner_steps == 1 else f"{run.merge.inner_steps} steps"
     parameters = count_in_words(num_parameters(run.model))
     return (
         f"a model of {parameters} parameters on {data}, until {count_in_words(run.run.total_tokens)} tokens, "
-        f"merging every {run.merge.inner_steps} steps ({run.merge.method})" + cut
+        f"merging every {steps} ({run.merge.method})" + cut
     )
 
 
@@ -44,7 +45,9 @@ def data_base(run: RunFile, data_folder: Path | None) -> Path:
     local = section.paths if section.source != "datasets" else () if run.dataset_revision else (section.dataset,)
     for path in local:
         if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise UserError(f"this run asks for {path}, outside the folder given with --data; it is not read")
+            raise UserError(
+                f"this run asks for {path}, outside the folder given with --data; it is not read: tell who invited you"
+            )
     if data_folder is not None:
         return data_folder.absolute()
     if local and not (section.source == "datasets" and section.dataset.count("/") == 1):  # that may be one of the hub

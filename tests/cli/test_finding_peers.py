@@ -166,7 +166,7 @@ def test_it_hangs(home: Path, lives: Made, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(finding, "ask", lambda *arguments: asked(*arguments, limit_s=0.2))
     view = look(find(WhichPeer()))
     assert view.life is Life.SILENT
-    assert view.note == "anna does not answer: it is stopped (Ctrl-Z) or very busy"
+    assert view.note == "anna does not answer: it is stopped (Ctrl-Z) or very busy; try again"
     peer.hanging.clear()
     peer.tell()
 

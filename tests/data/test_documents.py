@@ -54,7 +54,7 @@ def test_names_with_magic_characters_work(tmp_path: Path) -> None:
 def test_empty_files_are_left_out_unless_all_are_empty(tmp_path: Path) -> None:
     _write(tmp_path, a_dot_txt="", b_dot_txt="b")
     assert [d.name for d in read_documents(_text("*.txt"), tmp_path)] == ["b.txt"]
-    assert "all 1 files are empty" in _error(_text("a.txt"), tmp_path)
+    assert "a.txt is empty; name files that hold text" in _error(_text("a.txt"), tmp_path)
 
 
 def test_text_errors_name_the_key_the_path_and_the_next_step(tmp_path: Path) -> None:
