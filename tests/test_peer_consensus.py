@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 
 from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.errors import BadBytesError
+from swarmtrain.membership.tally import CountingRules
 from swarmtrain.network.consensus import PeerState
 from swarmtrain.network.identity import new_identity, peer_bytes
+from swarmtrain.network.tallying import Tallying
 from swarmtrain.peer import consensus
+from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.consensus import (
     consensus_of,
     consensus_of_vectors,
@@ -130,6 +134,28 @@ def test_the_counts_of_a_state_are_those_of_its_manifest_the_greatest_of_very_ma
     items.append(SimpleNamespace(peer=b"nobody", tokens=9))
     with pytest.raises(BadBytesError):
         counts_in_untrusted(manifest)
+
+
+def test_a_newcomers_counts_are_those_of_three_sources_and_one_alone_ends_no_run() -> None:
+    """What a joiner makes of the states that it pulled, and of what others count where these are too few."""
+
+    def counted(*told: dict[str, int], more: Sequence[dict[str, int]] = (), **options: bool) -> int:
+        rules = CountingRules(began_s=0.0, burst_tokens=200, most_tokens=3_000_100, total_tokens=3_000_000)
+
+        async def nothing(kind: str, prefix: str) -> dict[str, Any]:
+            return {}
+
+        tallying = Tallying(IDS[4], rules, nothing, dict, lambda: 86_400.0, lambda *_: None)
+        exchange: Any = SimpleNamespace(swarm=SimpleNamespace(tallying=tallying))
+        states = [state(number, near(number), **counts) for number, counts in enumerate(told)]
+        others = [{IDS[int(name[1:])]: tokens for name, tokens in counts.items()} for counts in more]
+        return AsynchronousExchange._progress_of(exchange, states, 0, others, **options).run_tokens
+
+    honest, lie = {"p0": 300_000, "p1": 120_000}, {"p0": 300_000, "p1": 2_700_000}
+    assert counted(honest) == counted(honest, honest, lie) == counted(lie, more=[honest, honest]) == 420_000
+    assert counted(honest, lie) == 420_000, "of two the lesser"
+    assert counted(lie) == 3_000_000 - 200, "one alone never says that the run is over"
+    assert counted(lie, is_server=True) == 3_000_000, "but the server that the run names"
 
 
 def test_its_round_is_no_liars() -> None:

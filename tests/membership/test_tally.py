@@ -196,6 +196,20 @@ def test_who_delivers_is_believed_at_twice_the_speed_after_a_while() -> None:
     assert again.rows() == tally.rows() and len(tally.rows()[0]) == 7, "trust outlives a restart"
 
 
+@pytest.mark.parametrize("told", [0, 1])
+def test_who_delivers_nothing_is_believed_at_the_first_speed_for_ever(told: int) -> None:
+    """However fast it says that it is, and however long it has been here."""
+    tally, speeds = Tally(RULES), {"a": 9.0, "b": 10.0, "c": 10.0, "d": 11.0, "sleeper": 640.0}
+    tally.meet(speeds, 2000.0)
+    for second in range(0, int(DAY_S), 600):
+        tally.know_speeds(speeds)
+        tally.observe("sleeper", 0, told * (1 + second // 600), 2000.0 + second, 640.0)
+    now = 2000.0 + DAY_S
+    believed, _ = tally.observe("sleeper", 0, 10**9, now, 640.0)
+    assert believed <= RULES.burst_tokens + DAY_S * 4 * 11 + 200
+    assert tally.observe("sleeper", 0, 10**9, now + 10, 640.0)[0] - believed <= 10 * 8 * 11, "a day's worth earns once"
+
+
 def test_one_that_is_alone_does_not_say_what_is_usual() -> None:
     tally, now = honest_run()
     tally.know_speeds({"mallory": 1e9})
@@ -254,6 +268,8 @@ def test_one_or_two_sources_never_end_a_run(num_sources: int) -> None:
     assert new.contributions() == {"x": 1_499_900, "y": 1_499_900}
     three.bring({"x": 2_000_000, "y": 2_000_000}, 3, DAY_S)
     assert three.total == 4_000_000
+    three.bring({"z": 10**15}, 3, DAY_S)
+    assert three.total <= 4_000_000 + rules.most_tokens, "nobody has more than the run"
 
 
 @pytest.mark.parametrize("num_sources", [1, 2, 3, 9])
