@@ -607,6 +607,30 @@ def test_a_reader_that_stands_still_loses_its_place_to_the_next() -> None:
     asyncio.run(crowd())
 
 
+@pytest.mark.parametrize("takes_nothing", [True, False])
+def test_the_stream_of_one_that_lost_its_place_is_ended(takes_nothing: bool) -> None:
+    """It waits for its transport, and would hold the snapshot in memory for as long as the reader likes: one that takes
+    nothing at all, and one that is slow, whose last piece has ten seconds more."""
+
+    async def body(clock: Callable[[], float]) -> None:
+        store = SnapshotStore(max_readers=1, reader_stall_s=20.0, reader_gives_way_s=30.0, clock=clock)
+        store.add(WHOLE)
+
+        async def send() -> None:
+            async for _ in store.serve(request(), peer="slow"):
+                await asyncio.sleep(19 if clock() < 10 and not takes_nothing else 3600)
+
+        sending = asyncio.create_task(send())
+        await asyncio.sleep(35)
+        assert len([m async for m in store.serve(request(), peer="next")]) == NUM_CHUNKS + 2
+        await asyncio.sleep(0.01)
+        assert sending.done() == takes_nothing
+        await asyncio.sleep(10)
+        assert sending.cancelled()
+
+    virtually(body)
+
+
 def test_what_is_being_read_is_kept_until_its_reader_ends() -> None:
     store = SnapshotStore(keep_rounds=2)
     store.add(WHOLE)
