@@ -259,6 +259,24 @@ def test_what_an_address_lacks_is_said_with_an_example(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("my name!", "; write my-name, say"),
+        ("-anna", "; write anna, say"),
+        ("\u00e9", ""),
+        ("a" * 40, "; write " + "a" * 32),
+    ],
+)
+def test_a_name_that_is_refused_comes_with_one_that_would_do(
+    name: str, near: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["join", "st1abc", "--dir", str(tmp_path / "x"), "--name", name]) == 2
+    said = capsys.readouterr().err
+    assert f"Invalid value for '--name': {name!r} is no name; allowed: up to 32 letters" in said
+    assert near in said and ("write" in said) == bool(near)
+
+
 def collected(*arguments: str) -> PeerOptions:
     got: list[PeerOptions] = []
 
