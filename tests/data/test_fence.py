@@ -14,9 +14,10 @@ import os
 import pickle
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_hub import FakeHub, fake_hub
@@ -280,6 +281,40 @@ def test_what_was_found_is_looked_at_again_whatever_its_description_says(
         (home.data / "set" / ".huggingface.yaml").write_bytes(card(text, home.here))
         with pytest.raises(RunFileError, match="names a file that is not its own"):
             home.prepare(a_run(dataset="set"), home.data)
+    assert not home.watched.opened()
+
+
+def test_each_layer_refuses_by_itself(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of what is refused would be refused again by a later layer: here there is none."""
+    from swarmtrain.data import huggingface
+    from swarmtrain.data.below import is_plain_name
+
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("the library is asked")
+
+    library = SimpleNamespace(load_dataset_builder=read, load_from_disk=read, config=SimpleNamespace(HF_ENDPOINT="x"))
+    monkeypatch.setattr(huggingface, "_hub", read)
+    monkeypatch.setattr(huggingface, "_check_card", read)
+
+    def refused(words: str, layer: Callable[..., object], *given: object) -> None:
+        with pytest.raises(RunFileError, match=words):
+            layer(*given)
+
+    for name in ("../home", str(home.here), "hf://a/b", "a/../../home", "~/x", "a::b"):
+        assert not is_plain_name(name)
+        refused(
+            "neither a data set of the hub nor a folder below", huggingface._folder, a_run(dataset=name).data, home.data
+        )
+    for name in ("links", "twice", "links/owner"):
+        refused(r"leads to .*, outside", huggingface._folder, a_run(dataset=name).data, home.data)
+    for name in ("no-such", "a/b/c", "buckets/x", "a b/c"):
+        refused("there is no folder", huggingface._folder, a_run(dataset=name).data, home.data)
+        section = a_run(dataset=name).data
+        refused("is no data set of the hub", huggingface._hub_builder, section, "ab" * 20, library)
+    (home.data / "set" / "deep").mkdir(parents=True)
+    (home.data / "set" / "deep" / "train.jsonl").symlink_to(home.here / "train.jsonl")
+    section = a_run(dataset="set").data
+    refused(r"leads to .*, outside", huggingface._local_builder, section, home.data / "set", home.data, library)
     assert not home.watched.opened()
 
 

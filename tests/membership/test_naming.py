@@ -44,5 +44,5 @@ def test_memory_is_bounded(calls: list[tuple[int, float, int]]) -> None:
     for peer, now, rule in calls:
         named.is_due(str(peer), now, str(rule))
     for number in range(3000):
-        named.is_due(f"more {number}", 60.0 * number, str(number % 3))
+        named.is_due(f"more {number}", 60.0 * number, str(number % 100))
     assert len(named._named_s) <= 1024 and len(named._rates) <= 64
