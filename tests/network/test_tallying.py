@@ -119,6 +119,17 @@ def test_what_a_hostile_record_says_is_not_counted_and_named_once(item: tuple[pb
     assert counts[CARL] == 70 and counts.get(BEN, 0) <= 200 + 1000 * 40
 
 
+def test_a_crowd_with_bad_records_does_not_mute_who_lies_about_tokens() -> None:
+    """Nor does a bad record of its own: each rule names by itself."""
+    crowd = {new_identity(bytes([9, number]) * 16).peer_id: record(2**60) for number in range(30)}
+    reading = Reading({"": {**crowd, BEN: record(2**60)}})
+    reading.look()
+    assert len(reading.told) == 16 and {rule for _, rule in reading.told} == {"progress"}
+    reading.buckets[""] = {**crowd, BEN: record(2**59)}
+    reading.look()
+    assert reading.told[16:] == [(BEN, "tokens")]
+
+
 def test_a_record_in_a_bucket_of_others_is_not_counted() -> None:
     wrong = "1" if bucket_of(BEN, 1) == "0" else "0"
     reading = Reading({"": {f"filler {i}": record(0) for i in range(BUCKET_LIMIT)}, wrong: {BEN: record(10)}})
