@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 from fake_hub import FakeHub, fake_hub
 
+from swarmtrain.data.documents import source_files
 from swarmtrain.data.prepare import PeerPlace, first_look, publishable_data, training_batches, training_data
 from swarmtrain.errors import BadBytesError, RunFileError, UserError
 from swarmtrain.peer.bootstrap import publish_run
@@ -305,6 +306,9 @@ def test_each_layer_refuses_by_itself(home: Home, monkeypatch: pytest.MonkeyPatc
         refused(
             "neither a data set of the hub nor a folder below", huggingface._folder, a_run(dataset=name).data, home.data
         )
+    for path in (str(home.data / "texts" / "good.txt"), "texts/../texts/good.txt", "texts/../texts/*.txt"):
+        section = a_run(source="text", paths=[path]).data
+        refused("is not below the folder of the data", source_files, section, home.data)
     for name in ("links", "twice", "links/owner"):
         refused(r"leads to .*, outside", huggingface._folder, a_run(dataset=name).data, home.data)
     for name in ("no-such", "a/b/c", "buckets/x", "a b/c"):

@@ -144,6 +144,23 @@ def test_callers_that_do_not_answer_a_greeting_cost_a_bounded_number_of_them() -
     assert joined(run(body, calls)) == [] and len(calls.asked) == len(set(calls.asked)) <= 16
 
 
+def test_who_was_greeted_is_remembered_within_bounds() -> None:
+    """Whoever calls is met, identities cost nothing, and of who has no place in the swarm nothing is kept."""
+    calls = Hellos(BEN, CARL)
+    calls.away.add(BEN.peer_id)
+
+    async def body(swarm: Swarm) -> None:
+        for number in range(0, 3000, 15):
+            swarm._meet([f"stranger {number + one}" for one in range(15)])
+            await settle()
+        assert 900 < len(swarm._met_s) <= 1024
+        for peer in (BEN.peer_id, CARL.peer_id):
+            await swarm.greet(peer)
+        assert swarm._greeted == {CARL.peer_id}, "the other one said that it is away"
+
+    run(body, calls)
+
+
 def test_strangers_on_a_roster_that_is_applied_are_greeted() -> None:
     calls = Hellos(BEN, CARL)
 
