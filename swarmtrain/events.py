@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from swarmtrain.words import (
     below_in_words,
     count_in_words,
-    counted,
     one_line,
     short_peer,
     size_in_words,
@@ -476,7 +475,7 @@ def _of_stage(stage: int | None) -> str:
 def _round_in_words(event: RoundEvent) -> str:
     parts = [
         f"round {event.round}{_of_stage(event.stage)}: loss {event.loss:.3f}",
-        f"{counted(event.inner_steps, 'step')} in {time_in_words(event.seconds)}",
+        f"{event.inner_steps} steps in {time_in_words(event.seconds)}",
         *_merge_in_words(event),
         f"sent {size_in_words(event.bytes_sent)}",
     ]
@@ -521,7 +520,7 @@ def in_words(event: Event) -> str:
                 own = f"its own checkpoint of round {event.resumed_round}"
                 source = f"{own}, then {source}" if event.state_from else own
             return (
-                f"joined at round {event.round} with {source}, {counted(event.num_peers, 'peer')} present, "
+                f"joined at round {event.round} with {source}, {_peers(event.num_peers)} present, "
                 f"{count_in_words(event.run_tokens)} tokens so far"
             )
         case StartedEvent():
@@ -556,12 +555,13 @@ def in_words(event: Event) -> str:
         case LinkEvent():
             return f"its link carried {size_in_words(event.up_bytes)} up and {size_in_words(event.down_bytes)} down"
         case AloneEvent():
-            steps, time = counted(event.inner_steps, "step"), time_in_words(event.wall_s)
-            return f"one volunteer alone: held-out loss {event.held_out_loss:.3f} nats/byte after {steps} in {time}"
-        case ArchivedEvent():
+            steps, time = event.inner_steps, time_in_words(event.wall_s)
             return (
-                f"archived {counted(event.round, 'round')} ({count_in_words(event.run_tokens)} tokens) in {event.path}"
+                f"one volunteer alone: held-out loss {event.held_out_loss:.3f} nats/byte after {steps} steps in {time}"
             )
+        case ArchivedEvent():
+            rounds = f"{event.round} round{'' if event.round == 1 else 's'}"
+            return f"archived {rounds} ({count_in_words(event.run_tokens)} tokens) in {event.path}"
         case WarningEvent():
             return f"warning: {event.message}"
         case ErrorEvent():
@@ -574,3 +574,7 @@ def in_words(event: Event) -> str:
                 f"done ({event.reason}) after {time_in_words(event.wall_s)}: held-out loss {loss}, "
                 f"{count_in_words(event.tokens)} of {count_in_words(event.run_tokens)} tokens trained here"
             )
+
+
+def _peers(number: int) -> str:
+    return f"{number} peer" if number == 1 else f"{number} peers"

@@ -307,13 +307,6 @@ def test_the_pulse_speaks_only_in_rounds(board: StatusBoard) -> None:
     assert board.status().doing == "serving on"
 
 
-def test_names_are_kept_within_bounds(board: StatusBoard) -> None:
-    """Whoever comes has one, and identities cost nothing."""
-    for number in range(5000):
-        board.know_name(f"stranger {number}", f"name{number}")
-    assert len(board._names) == 4096 and board._names["stranger 4999"] == "name4999"
-
-
 def test_names_in_place_of_peer_ids(board: StatusBoard) -> None:
     board.know_name(BEN, "ben")
     board.know_name(CARL, "carl")
@@ -433,3 +426,10 @@ def test_a_beat_counts_as_getting_further(board: StatusBoard, clock: Clock) -> N
         assert health(board.tick(), clock.now_s)[0]
     clock.now_s += 61.0
     assert not health(board.tick(), clock.now_s)[0]
+
+
+def test_names_are_kept_within_bounds(board: StatusBoard) -> None:
+    """Whoever comes has one, and identities cost nothing."""
+    for number in range(5000):
+        board.know_name(f"stranger {number}", f"name{number}")
+    assert len(board._names) == 4096 and board._names["stranger 4999"] == "name4999"

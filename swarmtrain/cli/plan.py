@@ -127,7 +127,8 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
     rounds = f"{_number(found.rounds_per_hour)} an hour for each volunteer, {time(found.round_s)} each"
     if found.round_most_s > 1.05 * found.round_least_s:
         rounds += f" (the median; {time(found.round_least_s)} to {time(found.round_most_s)})"
-    merging = f"a round takes in the work of {_others(found.partners_per_round)}"
+    partners = f"{found.partners_per_round:.3g}"
+    merging = f"a round takes in the work of {partners} other{'' if partners == '1' else 's'}"
     if run.merge.method == "gossip":
         merging += f"; {found.fresh_share:.0%} of the rounds take in somebody's"
     rows = {
@@ -146,11 +147,6 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
         del rows["merging"]
     head = f"run {run.run.name} with {counted(found.num_peers, 'volunteer')}, {_links_in_words(links)}"
     return [head, *(f"  {name:<10} {text}" for name, text in rows.items())]
-
-
-def _others(number: float) -> str:
-    shown = f"{number:.3g}"
-    return f"{shown} other{'s' * (shown != '1')}" if number else "nobody else"
 
 
 def _number(number: float) -> str:
