@@ -14,6 +14,7 @@ from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import DoneEvent, Event, FetchedEvent, FinishingEvent, WarningEvent
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
+from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite
 from swarmtrain.peer.board import StatusBoard
@@ -21,12 +22,13 @@ from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.common import PeerSettings
 from swarmtrain.peer.control import read_status
 from swarmtrain.peer.controlled import Controlled, bootstrap_pulse, controlled, swarm_looker, volunteer_pulse
+from swarmtrain.peer.estimate import estimate
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.reporting import tell_loss
 from swarmtrain.peer.stopping import Interrupted, StopFlag
 from swarmtrain.peer.volunteer import _Volunteer
-from swarmtrain.run import run_sha256
+from swarmtrain.run import parse_run, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 
@@ -105,6 +107,26 @@ def test_a_life_that_fails_shows_the_checkpoint_that_is_on_the_disk(tmp_path: Pa
         raise UserError("this run trains on your own text files: give their folder with --data FOLDER")
     left = left_by(tmp_path)
     assert (left.checkpoint.round, left.checkpoint.size_bytes) == (7, written.size_bytes)
+
+
+def test_a_volunteers_limits_and_metrics_know_what_the_run_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From when it takes part; before that nothing is known, and of a pipeline nothing is said."""
+    run = parse_run("[run]\ntotal_tokens = 50_000_000", "r")
+    with (
+        peer_folder(tmp_path) as folder,
+        controlled("volunteer", folder, settings(tmp_path), lambda event: None, StopFlag()) as c,
+    ):
+        volunteer = _Volunteer(Invite("ab" * 32, ()), settings(tmp_path), folder, None, c)  # type: ignore[arg-type]
+        c.board.add_looker(lambda status: [status.peers.add(peer=f"{n}", present=True) for n in range(3)] and None)
+        monkeypatch.setattr(c, "_watch", lambda swarm: None)
+        assert volunteer.limits.expected() is None
+        exchange: Any = SimpleNamespace(swarm=SimpleNamespace(published=SimpleNamespace(run=run)))
+        monkeypatch.setattr("swarmtrain.peer.controlled.volunteer_pulse", lambda board, exchange: None)
+        c.watch_volunteer(exchange)
+        assert volunteer.limits.expected() == estimate(run, num_parameters(run.model), 3)
+        assert "this run needs about" in c.powers().limit(pb.Limits(memory_bytes=10**8))
 
 
 def test_a_pause_that_a_person_asked_for_is_remembered_until_they_resume_it(tmp_path: Path) -> None:
