@@ -90,6 +90,26 @@ def test_memory_adds_up_and_microbatches_lower_it() -> None:
     assert small.memory_activations_bytes == cost.memory_activations_bytes // 4
 
 
+@pytest.mark.parametrize(
+    ("width", "layers", "heads", "peak_mb", "most_sent_mb"),
+    [(128, 2, 4, 339, 4.9), (320, 8, 5, 788, 97.5), (512, 18, 8, 2915, 558.9)],
+)
+def test_what_real_volunteers_used_is_within_the_estimate_and_near_it(
+    width: int, layers: int, heads: int, peak_mb: float, most_sent_mb: float
+) -> None:
+    """By `benchmarks/memory.py`, beside other programs, the most that was seen (docs/results.md, section 13)."""
+    run = parse_run(
+        "[run]\ntotal_tokens = 100_000\n"
+        f"[model]\ncontext_tokens = 64\nfeed_forward_ratio = 2.667\n"
+        f"width = {width}\nnum_layers = {layers}\nnum_heads = {heads}\n"
+        "[inner]\nbatch_sequences = 1\n[merge]\ninner_steps = 20\nmin_peers = 2\n[evaluation]\nbatch_sequences = 4\n",
+        "r",
+    )
+    cost = estimate(run, num_parameters(run.model), 2)
+    assert peak_mb <= cost.memory_bytes / 1e6 <= 1.1 * peak_mb
+    assert most_sent_mb <= cost.bytes_sent_most_per_round / 1e6 <= 1.1 * most_sent_mb
+
+
 LIKE_DILOCO = 'total_tokens = 9_000_000\n[merge]\nmethod = "diloco"'
 GOOD = "total_tokens = 50_000_000\n[merge]\nmomentum_ramp_rounds = 10\n"
 

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm.fragments import FragmentedState, fragments_of
+from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.batches import Batches
 from swarmtrain.events import Event, WarningEvent
@@ -360,7 +363,7 @@ class Gate:
         self.error: Exception | None = None
         self.saved: list[Any] = []
 
-    def save(self, folder: CheckpointFolder, checkpoint: Checkpoint) -> Any:
+    def save(self, folder: CheckpointFolder, checkpoint: Checkpoint, *_: object) -> Any:
         self.begun.release()
         assert self.open.acquire(timeout=LIMIT_S)
         if self.error is not None:
@@ -498,6 +501,28 @@ def test_what_others_keep_comes_along(tmp_path: Path, identity: Identity, traine
     assert extra_of(load(checkpoints(tmp_path, identity))) == {"tally": {"anna": 3}}
 
 
+def test_who_reads_lent_moments_is_nice_only_when_it_has_them(
+    tmp_path: Path, identity: Identity, trained: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step of a round waits for it; and no thread can become less nice again."""
+    checkpointer, _, _ = writer(tmp_path, identity)
+    are_left: list[bool] = []
+    threads: list[threading.Thread] = []
+
+    def be_nice() -> None:
+        are_left.append(bool(lent._left))
+        threads.append(threading.current_thread())
+
+    monkeypatch.setattr(checkpointer_module, "_be_nice", be_nice)
+    for _ in range(3):
+        lent, kept = trained.trainer.inner.lend_moments(), trained.checkpoint()
+        assert kept.own is not None
+        checkpointer.offer(dataclasses.replace(kept, own=dataclasses.replace(kept.own, moments=lent)))
+        assert checkpointer.flush(LIMIT_S)
+    assert are_left == [False] * 3 and len(set(threads)) == 3
+    assert checkpointer.close(LIMIT_S)
+
+
 def test_a_full_disk_is_said_now_and_then_and_training_goes_on(
     tmp_path: Path, identity: Identity, trained: Peer, gate: Gate
 ) -> None:
@@ -597,3 +622,36 @@ def test_only_a_peer_without_moments_of_its_own_warms_them_up(identity: Identity
     resumed = peer(identity, 1, trained.checkpoint())
     resumed.trainer.adopt(replaced)
     assert resumed.trainer.young_steps is None
+
+
+def test_what_is_replaced_of_a_state_goes_when_it_is_written_and_not_when_it_is_on_the_disk(
+    tmp_path: Path, identity: Identity, trained: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained.checkpoint()
+    fragments = fragments_of(layout_of([tuple(one.shape) for one in trained.trainer.model.parameters()]), 2)
+    gone: list[weakref.ref[np.ndarray[Any, Any]]] = []
+
+    def watched(vector: Tensor) -> Tensor:
+        numbers = vector.numpy().copy()
+        gone.append(weakref.ref(numbers))
+        return torch.from_numpy(numbers)
+
+    states = [
+        OuterState(watched(one.of(whole.state.theta)), watched(one.of(whole.state.momentum))) for one in fragments
+    ]
+    checkpoint = dataclasses.replace(whole, state=FragmentedState(fragments, states).settled())
+    del states
+    assert len(gone) == 4 and all(ref() is not None for ref in gone)
+    alive: list[bool] = []
+    fsync = os.fsync
+
+    def look_and_sync(descriptor: int) -> None:
+        alive.extend(ref() is not None for ref in gone)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look_and_sync)
+    written = save(checkpoints(tmp_path, identity), checkpoint)
+    assert alive and not any(alive)
+    kept = load(checkpoints(tmp_path, identity))
+    assert kept is not None and written.size_bytes > 0
+    assert torch.equal(kept.state.theta, whole.state.theta) and torch.equal(kept.state.momentum, whole.state.momentum)

@@ -17,6 +17,7 @@ import torch
 from replies import Replies
 from torch import Tensor
 
+from swarmtrain.algorithm.gossip import Arrival, Prepared
 from swarmtrain.algorithm.outer import flatten
 from swarmtrain.data.batches import Batches
 from swarmtrain.data.tokens import ByteTokenizer
@@ -39,6 +40,7 @@ from swarmtrain.peer.common import StopFlag, held_out_loss
 from swarmtrain.peer.gossip_exchange import GossipExchange, hosting_of
 from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.present import fetch_present
+from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import RoundReport, Trainer
 from swarmtrain.run import GradientFormat, RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -259,6 +261,41 @@ def test_peers_learn_from_each_other_and_stay_close(worlds: list[World]) -> None
     first, *others = world.everyone()
     apart = max(float((other.theta - first.theta).norm() / first.theta.norm()) for other in others)
     assert 0 < apart < 0.2
+
+
+def test_a_large_model_is_merged_from_bytes_a_fragment_at_a_time(
+    worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gossip_exchange, "LARGE_MODEL", 0)
+    accept, prepare = Robustness.accept, GossipExchange._prepare
+    accepted, seen, others_ready, differ = list[Tensor](), 0, 0, 0
+
+    def accepts(self: Robustness, *args: Any) -> Arrival:
+        found = accept(self, *args)
+        accepted.append(found.gradient.clone() if found.theta is None else found.theta.clone())
+        return found
+
+    def prepared(self: GossipExchange, *args: Any) -> Prepared:
+        nonlocal seen, others_ready, differ
+        *_, fragment, pulled = args
+        others_ready += any(lane.ready is not None for lane in self.gossip.lanes if lane.number != fragment)
+        for each in pulled:
+            made = each.arrival.decoded()
+            vector = made.gradient if made.theta is None else made.theta
+            differ += not any(len(one) == len(vector) and torch.equal(one, vector) for one in accepted)
+            seen += each.arrival.is_made_anew
+        found, again = prepare(self, *args), prepare(self, *args)
+        differ += not torch.equal(found.theta_mean, again.theta_mean)
+        differ += not torch.equal(found.gradient_sum, again.gradient_sum)
+        return found
+
+    monkeypatch.setattr(Robustness, "accept", accepts)
+    monkeypatch.setattr(GossipExchange, "_prepare", prepared)
+    world = world_of(worlds, 2)
+    for number in range(3):
+        for peer in world.everyone():
+            peer.round(partners=1 if number else 0)
+    assert seen > 16 and not others_ready and not differ
 
 
 def test_everyones_tokens_are_counted_once(worlds: list[World]) -> None:

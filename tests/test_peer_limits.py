@@ -261,7 +261,7 @@ def test_a_run_that_needs_more_memory_than_allowed_is_refused() -> None:
     check_memory(run, 10**6, 2 * 10**9)
     with pytest.raises(UserError) as caught:
         check_memory(run, 10**9, 2 * 10**9)
-    assert str(caught.value).startswith("this run needs about 63.2 GB with 2 peers (")
+    assert str(caught.value).startswith("this run needs about 45.2 GB with 2 peers (")
     assert "--memory allows 2 GB: allow more, or join a run with a smaller model" in str(caught.value)
 
 

@@ -204,3 +204,16 @@ def test_a_gradient_that_comes_alone_is_clipped_and_says_nothing_of_distances() 
     assert entered.theta is None and not told
     assert float(entered.gradient.abs().max()) == pytest.approx(0.3, rel=1e-4)
     assert list(clip.kept()["clipped_displacements"]()) == before
+
+
+def test_what_entered_can_be_made_anew_of_what_came() -> None:
+    """A short gradient is lengthened, which is said; one that is cut is not to be made anew."""
+    rule = Robustness("direction", LAYOUT, Naming(lambda *_: None))
+    for _ in range(3):
+        rule.learn(torch.full((20,), 1.0), 100)
+    short = Arrival(OWN, torch.full((20,), 0.3), 100)
+    entered = rule.accept("ben", short, OWN, 0)
+    assert entered.lengthened is not None and entered.lengthened > 2
+    assert torch.equal(short.gradient * entered.lengthened, entered.gradient)
+    assert rule.accept("ben", Arrival(OWN, torch.full((20,), 20.0), 100), OWN, 0).lengthened is None
+    assert rule.accept("ben", USUAL, OWN, 0).lengthened is not None

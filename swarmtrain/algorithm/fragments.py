@@ -130,3 +130,9 @@ class FragmentedState(OuterState):
     def settled(self) -> OuterState:
         """See `OuterState`."""
         return FragmentedState(self._fragments, tuple(self._states))
+
+    def spent(self) -> tuple[list[Tensor], list[Tensor]]:
+        """See `OuterState`."""
+        pieces = self.pieces()
+        object.__setattr__(self, "_states", ())
+        return pieces

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -212,6 +212,8 @@ class Arrival:
     tokens: float
     ahead_rounds: float = 0.0
     """By how much later than this peer's the round of theta began, in rounds, from 0 to 1."""
+    lengthened: float | None = 1.0
+    """What its author's gradient was multiplied by; None where it was changed otherwise."""
 
 
 @dataclass(kw_only=True)
@@ -237,40 +239,50 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(state: OuterState, arrivals: Sequence[Arrival], layout: Layout, learning_rate: float) -> Prepared:
+def prepare(
+    state: OuterState, arrivals: Iterable[Arrival], layout: Layout, learning_rate: float, *, may_write: bool = False
+) -> Prepared:
     """Average theta (P,), this peer's at its round's start, with the partners', and add up their gradients.
 
     Each theta weighs the same, and each g as many as its tokens, whether they come from the same partners or not. A
     theta that is ahead has gone already where this peer's own outer step goes too: so much of a step is taken back, one
     as `state` would lead to by its momentum, `learning_rate` being the outer one. Without arrivals the mean is theta
-    itself, not a copy. Writes into none of what it is given. Raises ValueError when shapes differ, tokens are negative
-    or not finite, or one is ahead by less than none or more than a round.
+    itself, not a copy. Of arrivals that are made as they are asked for, each gradient is let go before the next.
+    Writes into none of what it is given, except into the arrivals with `may_write`. Raises ValueError when shapes
+    differ, tokens are negative or not finite, or one is ahead by less than none or more than a round.
     """
-    theta = state.theta
-    if any(arrival.gradient.shape != theta.shape for arrival in arrivals):
-        raise ValueError(f"gradients of {theta.numel()} numbers are needed")
-    if not all(math.isfinite(arrival.tokens) and arrival.tokens >= 0 for arrival in arrivals):
-        raise ValueError(f"tokens must be finite and not negative, got {[arrival.tokens for arrival in arrivals]}")
-    if not all(0 <= arrival.ahead_rounds <= 1 for arrival in arrivals):
-        raise ValueError(f"from 0 to 1 rounds ahead, got {[arrival.ahead_rounds for arrival in arrivals]}")
-    gradient_sum = memory.zeros_like(theta)
+    theta, tokens, ahead_rounds, thetas = state.theta, list[float](), list[float](), list[Tensor]()
+    gradient_sum: Tensor | None = None
     for arrival in arrivals:
-        if arrival.tokens:
+        if arrival.gradient.shape != theta.shape:
+            raise ValueError(f"gradients of {theta.numel()} numbers are needed")
+        if not (math.isfinite(arrival.tokens) and arrival.tokens >= 0):
+            raise ValueError(f"tokens must be finite and not negative, got {arrival.tokens}")
+        if not 0 <= arrival.ahead_rounds <= 1:
+            raise ValueError(f"from 0 to 1 rounds ahead, got {arrival.ahead_rounds}")
+        if arrival.tokens and gradient_sum is None and may_write:
+            gradient_sum = arrival.gradient.mul_(arrival.tokens)
+        elif arrival.tokens:
+            gradient_sum = memory.zeros_like(theta) if gradient_sum is None else gradient_sum
             gradient_sum.add_(arrival.gradient, alpha=arrival.tokens)
-    thetas = [arrival.theta for arrival in arrivals if arrival.theta is not None]
-    ahead_rounds = math.fsum(arrival.ahead_rounds for arrival in arrivals if arrival.theta is not None)
-    found = variance_corrected_mean([theta, *thetas], layout) if thetas else None
-    if found is None:
-        mean = theta.clone() if arrivals else theta
-    else:
+        if arrival.theta is not None:
+            thetas.append(arrival.theta)
+            ahead_rounds.append(arrival.ahead_rounds)
+        tokens.append(arrival.tokens)
+        del arrival  # or its vectors would be held while the next one is made
+    found = None
+    if thetas:
+        found = variance_corrected_mean([theta, *thetas], layout, out=thetas[0] if may_write else None)
         mean = found.mean
-    if ahead_rounds:
-        mean.add_(state.momentum, alpha=learning_rate * ahead_rounds / (1 + len(thetas)))
+    else:
+        mean = memory.empty_like(theta).copy_(theta) if tokens else theta
+    if ahead := math.fsum(ahead_rounds):
+        mean.add_(state.momentum, alpha=learning_rate * ahead / (1 + len(thetas)))
     return Prepared(
         theta_mean=mean,
-        gradient_sum=gradient_sum,
-        tokens=math.fsum(arrival.tokens for arrival in arrivals),
-        num_arrivals=len(arrivals),
+        gradient_sum=memory.zeros_like(theta) if gradient_sum is None else gradient_sum,
+        tokens=math.fsum(tokens),
+        num_arrivals=len(tokens),
         variance_factor=1.0 if found is None else found.factor,
         consensus_spread=None if found is None else found.spread,
         displacement=None if found is None else found.displacement,

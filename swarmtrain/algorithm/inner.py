@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from swarmtrain.algorithm import memory
+
 __all__ = ["InnerConstants", "InnerOptimizer", "LentMoments", "Moments", "learning_rate_at", "moments_scale"]
 
 _FIRST_SHARE = 0.01  # the warm-up begins at this share of the peak: a learning rate of 0 would waste a step
 _EPS = 1e-8  # torch.optim.AdamW's default
 _PIECE = 1 << 20  # numbers of lent moments that are copied at once: the optimizer waits for no more than that
-_LENT_WAIT_S = 0.5
+_LENT_WAIT_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,10 @@ class LentMoments:
         """The moments change from now on: what is not read within `limit_s` is copied."""
         with self._change:
             if not self._is_copied and not self._change.wait_for(lambda: not self._left, limit_s):
-                self._left = [piece.clone() for piece in self._left]
+                sizes = [len(piece) for piece in self._left]
+                copies = torch.split(memory.empty(sum(sizes)), sizes)
+                torch._foreach_copy_(copies, self._left)
+                self._left = list(copies)
             self._is_copied = True
 
     def forget(self) -> None:

@@ -72,6 +72,10 @@ class OuterState:
         """This state as it is now, whatever follows."""
         return self
 
+    def spent(self) -> tuple[list[Tensor], list[Tensor]]:
+        """`pieces`, of a state that nobody else asks for any more: it may hold them no longer."""
+        return self.pieces()
+
 
 @torch.no_grad()
 def flatten(tensors: Iterable[Tensor]) -> Tensor:

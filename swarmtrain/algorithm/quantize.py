@@ -34,7 +34,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm import memory
 
-__all__ = ["FORMATS", "ErrorFeedback", "Format", "decode", "encode", "encoded_size_bytes"]
+__all__ = ["FORMATS", "ErrorFeedback", "Format", "decode", "encode", "encoded_size_bytes", "less_decoded"]
 
 Format = Literal["fp32", "bf16", "int8", "int4", "int2"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -190,8 +190,8 @@ class ErrorFeedback:
     def __init__(self, sizes: Sequence[int], residual: Tensor | None = None) -> None:
         self._sizes = tuple(sizes)
         if residual is None:
-            residual = memory.zeros(sum(sizes))
-        _check_vector(residual, self._sizes)
+            residual = memory.zeros(sum(sizes), torch.bfloat16)
+        _check_vector(residual, self._sizes, torch.bfloat16)
         if not torch.isfinite(_magnitudes(residual)).all():
             raise ValueError("a residual that is not finite: start from none")
         self._latest: tuple[int, int] | None = None  # the highest (round, part) encoded
@@ -200,7 +200,7 @@ class ErrorFeedback:
 
     @property
     def residual(self) -> Tensor:
-        """e of the next round, (P,). Nobody writes into it once it is here."""
+        """e of the next round, (P,) bf16. Nobody writes into it once it is here."""
         return self._left_over
 
     def over(self, round: int) -> None:
@@ -220,28 +220,32 @@ class ErrorFeedback:
         carried = self._carried if round == latest_round else self._left_over
         if round < latest_round or carried is None:
             return encode(gradient, format, self._sizes)
-        wanted = torch.add(gradient, carried, out=memory.empty(len(gradient)))
+        wanted = memory.empty(len(gradient)).copy_(carried).add_(gradient)  # a sum of two dtypes would copy one first
         data = encode(wanted, format, self._sizes)
         if round > latest_round or part >= latest_part:
-            self._left_over = _less_decoded(wanted, data, format, self._sizes)
+            lost = less_decoded(wanted, data, format, self._sizes)
+            self._left_over = memory.empty(len(lost), torch.bfloat16).copy_(lost)
             self._latest, self._carried = (round, part), carried
         return data
 
 
-def _less_decoded(vector: Tensor, data: Tensor, format: Format, sizes: tuple[int, ...]) -> Tensor:
+@torch.no_grad()
+def less_decoded(vector: Tensor, data: Tensor, format: Format, sizes: Sequence[int]) -> Tensor:
     """`vector` (P,) less the numbers of `data`, in its place; run by run where there are blocks."""
     if format not in _BLOCKWISE:
         return vector.sub_(decode(data, format, sizes))
-    for run, numbers in _decoded_runs(data, _BLOCKWISE[format], sizes, lambda run: torch.empty_like(run.of(vector))):
+    for run, numbers in _decoded_runs(
+        data, _BLOCKWISE[format], tuple(sizes), lambda run: torch.empty_like(run.of(vector))
+    ):
         run.of(vector).sub_(numbers)
     return vector
 
 
-def _check_vector(vector: Tensor, sizes: Sequence[int]) -> None:
+def _check_vector(vector: Tensor, sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
     shape = (sum(sizes),)
-    if vector.dtype is not torch.float32 or vector.shape != shape or vector.device.type != "cpu":
+    if vector.dtype is not dtype or vector.shape != shape or vector.device.type != "cpu":
         raise ValueError(
-            f"a vector of {shape[0]} numbers in fp32 on the CPU is needed, "
+            f"a vector of {shape[0]} numbers in {'fp32' if dtype is torch.float32 else 'bf16'} on the CPU is needed, "
             f"got {vector.dtype} of shape {tuple(vector.shape)} on {vector.device.type}"
         )
     if not vector.is_contiguous():

@@ -36,6 +36,8 @@ Section: TypeAlias = Literal["weights", "gradient"]
 
 SECTIONS: tuple[Section, ...] = ("weights", "gradient")
 
+LARGE_MODEL = 4_000_000
+"""Of so many parameters and more, what is held counts for more than the time that it takes to make it again."""
 LINK_SHARE = 0.65
 """So much of a round may be spent on pulling."""
 _SLACK = 1.5

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.algorithm.outer import OuterState, weighted_mean
-from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode, encoded_size_bytes
+from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode, encoded_size_bytes, less_decoded
 from swarmtrain.errors import BadBytesError
 from swarmtrain.membership.partners import News
 from swarmtrain.membership.pulls import SectionBytes
@@ -95,6 +95,7 @@ def average_bytes_untrusted(parts: Sequence[memoryview], weights: Sequence[int])
     return mean, left_out
 
 
+_PIECE = 1 << 18
 _DTYPES: dict[Format, str] = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4", "int2": "int2"}
 
 
@@ -170,8 +171,17 @@ class GradientCodec:
     def decode_untrusted(self, held: Held) -> Tensor:
         """The vector (P,) of a publication that is here, with a tensor table of one of these formats; BadBytesError
         if it is not finite."""
+        return self._codec_of(held).decode_untrusted(held)
+
+    def less(self, vector: Tensor, held: Held) -> Tensor:
+        """`vector` (P,) less that of a publication that was decoded before, in its place."""
+        codec = self._codec_of(held)
+        data = torch.frombuffer(held.part(0, codec.size_bytes), dtype=torch.uint8)
+        return less_decoded(vector, data, codec.format, _sizes_of(self.specs))
+
+    def _codec_of(self, held: Held) -> VectorCodec:
         dtype = held.snapshot.manifest.tensors[0].dtype
-        return next(codec for codec in self.of.values() if _DTYPES[codec.format] == dtype).decode_untrusted(held)
+        return next(codec for codec in self.of.values() if _DTYPES[codec.format] == dtype)
 
 
 @dataclass(frozen=True)
@@ -210,7 +220,7 @@ class PublicationCodec:
         that `news` is the difference to."""
         gradient = self.gradient.decode_untrusted(held)
         if earlier is not None:
-            gradient -= self.gradient.decode_untrusted(earlier)
+            self.gradient.less(gradient, earlier)
             _check_finite_untrusted(gradient)
         return Arrival(theta=None, gradient=gradient, tokens=news.tokens)
 
@@ -265,7 +275,8 @@ def _sizes_of(specs: Sequence[TensorSpec]) -> list[int]:
 
 
 def _check_finite_untrusted(vector: Tensor) -> None:
-    if not bool(torch.isfinite(vector).all()):
+    """Piece by piece: of all at once torch takes twice the vector's memory meanwhile."""
+    if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(vector, _PIECE)):
         raise BadBytesError("a publication that is not finite")
 
 

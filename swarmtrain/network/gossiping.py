@@ -92,6 +92,8 @@ class GossipSettings:
     sizes: Sequence[Mapping[GradientFormat, SectionBytes]]
     """By the format of pseudo-gradients, the coarsest first."""
     wanted: Wanted
+    is_large: bool = False
+    """Whether one merge is prepared after the other, since what is prepared takes much memory."""
 
 
 DecodeWeights = Callable[[int, Held], Any]
@@ -536,7 +538,7 @@ class Gossip:
         """Have a merge of all that is here prepared, anew as long as more comes."""
         while True:
             with self._lock:
-                lane = next((lane for lane in self.lanes if lane.plan is not None and lane.has_more()), None)
+                lane = next((lane for lane in self._prepared_now() if lane.has_more()), None)
                 if lane is None or (plan := lane.plan) is None:
                     return
                 pulled, began_s = tuple(lane.pulled), lane.began_s
@@ -547,6 +549,13 @@ class Gossip:
             with self._lock:
                 if lane.plan is not None and lane.plan.round == plan.round and lane.began_s == began_s:
                     lane.ready = found
+
+    def _prepared_now(self) -> list[Lane]:
+        """The lanes whose next merges are prepared: of a large model only those that are merged first, since what is
+        prepared takes 8 bytes a number and what was pulled a few bits."""
+        planned = [(lane.plan, lane) for lane in self.lanes if lane.plan is not None]
+        first_s = min((plan.ends_s for plan, _ in planned), default=0.0)
+        return [lane for plan, lane in planned if not self.settings.is_large or plan.ends_s == first_s]
 
     async def _try_to_prepare(self, plan: Plan, lane: Lane, pulled: tuple[Pulled, ...]) -> Ready | None:
         """A merge of `pulled`; None if there cannot be one."""

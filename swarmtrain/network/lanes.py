@@ -18,7 +18,7 @@ __all__ = ["Lane", "Plan", "Pulled", "Ready"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pulled:
-    """The weights or the gradient of a partner, decoded: `arrival` is what the merge takes."""
+    """The weights or the gradient of a partner: `arrival` is what the merge takes, or makes it."""
 
     section: Section
     peer: str

@@ -16,7 +16,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FillManifest", "Offer", "state_specs"]
 
-_LOOK_S = 5.0
+_LOOK_S = 2.0
 
 FillManifest = Callable[[pb.Manifest], None]
 """Adds to a manifest what only some ways to merge have."""

@@ -12,6 +12,7 @@ import hashlib
 import math
 import mmap
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
@@ -56,6 +57,8 @@ _DTYPES = {"float32": (32, 0), "bfloat16": (16, 0), "int8": (8, 256), "int4": (4
 """(bits a number, numbers a scale) of what a tensor's `dtype` may be; `algorithm.quantize` makes the bytes."""
 
 _READER_STALL_S = 20.0
+_NEXT_PULL_S = 5.0
+"""Within so long a reader asks for what follows what it has taken; if it does not, it has all that it wants."""
 """The transport takes up to 1.3 MB from a sender at once and then nothing until those have been read: so long at twice
 the speed at which a transfer is given up."""
 
@@ -231,6 +234,7 @@ class SnapshotStore:
     """The state that is being pulled, for whoever waits for it."""
     _held: dict[str, Held] = field(default_factory=dict)
     _read_s: dict[str, float] = field(default_factory=dict)
+    _num_reading: Counter[str] = field(default_factory=Counter)
     _readers: Readers = field(init=False)
     _files: Readers = field(init=False)
     _sending: dict[Reader, asyncio.Task[object] | None] = field(default_factory=dict)
@@ -331,16 +335,21 @@ class SnapshotStore:
             self.touch(held.snapshot.sha256)  # it comes again
             yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
             return
+        name = held.snapshot.sha256
+        self._num_reading[name] += 1
         try:
             yield pb.PullReply(status=pb.PullReply.STATUS_OK)
             for chunk in wanted[: self.num_served(len(wanted))]:
                 if not await self._may_read(self._readers, reader, held.snapshot.chunk_size(chunk)):
                     return
-                self._read_s[held.snapshot.sha256] = self.clock()
+                self._read_s[name] = self.clock()
                 count_sent(held.snapshot.chunk_size(chunk))
                 yield ChunkReply(chunk, held.body.views(chunk * CHUNK_BYTES, CHUNK_BYTES))
             yield pb.PullReply(end=True)
+            if self._num_reading[name] == 1:  # whoever needs more of it asks at once
+                self._read_s[name] = self.clock() - max(0.0, self.reader_stall_s - _NEXT_PULL_S)
         finally:
+            self._num_reading -= Counter([name])  # keeps those above zero
             self._leaves(self._readers, reader)
 
     async def _may_read(self, readers: Readers, reader: Reader, size_bytes: int) -> bool:

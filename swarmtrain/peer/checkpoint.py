@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,10 @@ class Checkpoint:
     """What others keep with it, by a name of theirs; anything JSON can hold."""
 
 
-def save(folder: CheckpointFolder, checkpoint: Checkpoint) -> Written:
-    """Write it. Raises OSError as the file system gives it; what was there before is untouched then."""
+def save(folder: CheckpointFolder, checkpoint: Checkpoint, moments_read: Callable[[], None] = lambda: None) -> Written:
+    """Write it; `moments_read` is called when nobody need wait for that any more. The state is spent: what merges have
+    replaced of it goes when it is written, and not when it is on the disk. Raises OSError as the file system gives it;
+    what was there before is untouched then."""
     progress, own, signed = checkpoint.progress, checkpoint.own, checkpoint.signed_roster
     manifest: dict[str, Any] = {
         "run_tokens": progress.run_tokens,
@@ -63,10 +65,11 @@ def save(folder: CheckpointFolder, checkpoint: Checkpoint) -> Written:
         "own": None,
         "extra": dict(checkpoint.extra),
     }
-    theta, momentum = checkpoint.state.pieces()
-    tensors: dict[str, list[Tensor]] = {"theta": theta, "momentum": momentum}
+    found = [
+        _bytes_of(name, pieces) for name, pieces in zip(("theta", "momentum"), checkpoint.state.spent(), strict=True)
+    ]
     if checkpoint.delta is not None:
-        tensors["delta"] = [checkpoint.delta]
+        found.append(_bytes_of("delta", [checkpoint.delta]))
     if own is not None:
         manifest["own"] = {
             "batches": own.batches,
@@ -74,22 +77,32 @@ def save(folder: CheckpointFolder, checkpoint: Checkpoint) -> Written:
             "young_steps": own.young_steps,
             "steps_per_s": own.steps_per_s,
         }
-        tensors["steps"] = [own.moments.steps]
-    found = [_bytes_of(name, *pieces) for name, pieces in tensors.items()]
-    if own is not None:  # first: lent moments are waited for
-        found.insert(0, _moments_of(own.moments))
+        found.append(_bytes_of("steps", [own.moments.steps]))
+        found.insert(0, _moments_of(own.moments, moments_read))  # first: lent ones are waited for
     return folder.write(progress.round, found, manifest)
 
 
-def _bytes_of(name: str, *pieces: Tensor) -> TensorBytes:
-    """A vector that lies in these pieces."""
-    return TensorBytes(name=name, shape=(sum(len(piece) for piece in pieces),), data=[_view(piece) for piece in pieces])
+def _bytes_of(name: str, pieces: list[Tensor]) -> TensorBytes:
+    """A vector that lies in these pieces, of which each is let go when the next is asked for."""
+    left = pieces[::-1]
+
+    def views() -> Iterator[memoryview]:
+        while left:
+            yield _view(left.pop())
+
+    return TensorBytes(name=name, shape=(sum(len(piece) for piece in pieces),), data=views())
 
 
-def _moments_of(moments: Moments | LentMoments) -> TensorBytes:
+def _moments_of(moments: Moments | LentMoments, are_read: Callable[[], None]) -> TensorBytes:
     if isinstance(moments, LentMoments):
-        shape = (2, moments.num_numbers // 2)
-        return TensorBytes(name="moments", shape=shape, data=(_view(piece) for piece in moments.read()))
+
+        def pieces() -> Iterator[memoryview]:
+            for piece in moments.read():
+                yield _view(piece)
+            are_read()
+
+        return TensorBytes(name="moments", shape=(2, moments.num_numbers // 2), data=pieces())
+    are_read()
     vectors = moments.vectors
     return TensorBytes(name="moments", shape=tuple(vectors.shape), data=[_view(vectors)])
 

@@ -252,18 +252,21 @@ class CheckpointFolder:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def _write_file(self, name: str, pieces: Iterable[memoryview]) -> tuple[str, int]:
-        """Write and sync a new file; its SHA-256 and size. Hashing and writing let other threads run."""
+        """Write and sync a new file; its SHA-256 and size. Hashing and writing let other threads run. It is hashed as
+        it stands in the file, when all is written: somebody may wait until the pieces are read."""
         temporary = self.path / f".{name}.tmp"
-        digest, size = hashlib.sha256(), 0
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        digest, size, hashed = hashlib.sha256(), 0, 0
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             for piece in pieces:
                 view = piece.cast("B")
                 while view:
                     num_written = os.write(descriptor, view[:_PIECE_BYTES])
-                    digest.update(view[:num_written])
                     size += num_written
                     view = view[num_written:]
+            while found := os.pread(descriptor, _PIECE_BYTES, hashed):
+                digest.update(found)
+                hashed += len(found)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -139,7 +139,8 @@ class Checkpointer:
             self._rooms.append(moments.vectors)
 
     def _work(self) -> None:
-        _be_nice()
+        """Until it is closed; with lent moments until one checkpoint is written. The trainer's first step waits for who
+        reads them, so that a thread is nice only from then on, and none becomes less so."""
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._waiting or self._closed or self._num_to_prepare)
@@ -160,9 +161,15 @@ class Checkpointer:
                 self._done = number
                 self._written = number if is_written else self._written
                 self._change.notify_all()
+                if checkpoint.own is not None and isinstance(checkpoint.own.moments, LentMoments):
+                    self._thread = None
+                    if self._waiting is not None or self._num_to_prepare:
+                        self._start()
+                    return
             checkpoint = None  # or it would be held until the next one
 
     def _prepare(self, num_parameters: int) -> None:
+        _be_nice()
         rooms = []
         try:
             # numpy fills in this thread alone; torch would start a team of threads for it.
@@ -176,7 +183,7 @@ class Checkpointer:
 
     def _write(self, checkpoint: Checkpoint) -> bool:
         try:
-            self.last = save(self.folder, checkpoint)
+            self.last = save(self.folder, checkpoint, _be_nice)
             self.durable = checkpoint.progress
         except OSError as error:
             self._failing = True
@@ -223,7 +230,7 @@ def _be_nice() -> None:
     Python's now and then that the trainer must not wait for."""
     if sys.platform == "linux":
         try:
-            thread = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICER_BY)
+            thread, usual = threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, os.getpid())
+            os.setpriority(os.PRIO_PROCESS, thread, usual + _NICER_BY)
         except OSError as error:
             _log.debug("niceness: %s", error)

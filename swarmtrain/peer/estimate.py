@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from swarmtrain.events import times_below_allreduce
-from swarmtrain.membership.pulls import SectionBytes, Wanted, gradient_format
+from swarmtrain.membership.pulls import LARGE_MODEL, SectionBytes, Wanted, gradient_format
 from swarmtrain.peer.checkpoint_files import KEPT
 from swarmtrain.run import RunFile
 
@@ -47,6 +47,8 @@ _MOST_FREE_BYTES = 120_000_000
 vectors are mapped."""
 _TALK_BYTES = 500_000
 """Presence, progress records, greetings and manifests of a round, as measured; a large model's are lost in the rest."""
+_READ_SHARE = 2 / 3
+"""Of a round, in which a state is read and let go, as measured where rounds last 20 s and more."""
 _UNEVEN = 1.25
 """Others' rounds end when they end: in some of its own a peer sends so much of what it sends in the mean."""
 
@@ -121,6 +123,11 @@ def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
     fragment = 4 / merge.num_fragments
     fed_back = any(format in ("int4", "int2") for format in merge.gradient_formats)
     judged = merge.robust != "none" and others > 0
+    decoded, prepared = 4.0 * (partners + thetas), 8.0
+    if num_parameters >= LARGE_MODEL:  # one fragment after the other
+        prepared = 2 * fragment
+        if merge.robust in ("none", "clip", "direction"):  # other rules take them one by one at the merge
+            decoded = 2 * fragment
     return {
         "the model's weights": 4,
         "their gradient, from a step's backward to its end": 4,
@@ -128,14 +135,14 @@ def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
         "weights after each fragment's last merge, and the outer momentum": 8,
         "the newest pseudo-gradient, which is published and compared with": 4,
         "the one before it, until the newest is made, fragment by fragment": fragment * judged,
-        "what rounding has lost of pseudo-gradients, for the next ones": 4.0 * fed_back,
-        "the same of the round under way": 4.0 * fed_back,
+        "what rounding has lost of pseudo-gradients, for the next ones": 2.0 * fed_back,
+        "the same of the round under way": 2.0 * fed_back,
         "publications as they travel": (weights + gradient) * (others > 0),
         "partners' publications as they came, and the gradients merged last": 2 * partners * gradient
         + thetas * weights,
-        "partners' publications decoded": 4.0 * (partners + thetas),
-        "merges that are prepared": 8.0 * (others > 0),
-        "what merges have replaced of a state that the archive or a joiner reads": 8.0 - 2 * fragment,
+        "partners' publications decoded": decoded * (others > 0),
+        "merges that are prepared": prepared * (others > 0),
+        "what merges have replaced of a state that the archive or a joiner reads": _READ_SHARE * (8.0 - 2 * fragment),
         "what the heap holds free until the next checkpoint": min(6.0, _MOST_FREE_BYTES / num_parameters),
     }
 

@@ -29,7 +29,7 @@ from swarmtrain.membership.fragments import FragmentRound, publishes_every
 from swarmtrain.membership.hosts import callable_first
 from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.pulls import Section, Wanted, ahead_rounds, expected_step_s, is_moved
+from swarmtrain.membership.pulls import LARGE_MODEL, Section, Wanted, ahead_rounds, expected_step_s, is_moved
 from swarmtrain.network.codec import PublicationCodec, VectorCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
@@ -42,6 +42,7 @@ from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import SAMPLE, consensus_of, layout_of_specs, mean_of_near, not_far_behind, theta_of
+from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.robustness import Naming, Robustness, apart
 from swarmtrain.peer.trainer import Contribution, Gathered, LentWeights, Merged, Replaced, Start
 from swarmtrain.run import GradientFormat
@@ -65,6 +66,10 @@ def codecs_of(swarm: Swarm) -> list[PublicationCodec]:
         PublicationCodec(tuple(fragment.pick(swarm.specs)), section.theta_format, section.gradient_formats)
         for fragment in fragments_of(layout_of_specs(swarm.specs), section.num_fragments)
     ]
+
+
+def _is_large(swarm: Swarm) -> bool:
+    return layout_of_specs(swarm.specs).size >= LARGE_MODEL
 
 
 def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipSettings:
@@ -91,6 +96,7 @@ def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipS
         ],
         sizes=[codec.sizes(1 / len(codecs)) for codec in codecs],
         wanted=Wanted(section.num_partners, section.num_weights),
+        is_large=_is_large(swarm),
     )
 
 
@@ -107,6 +113,17 @@ def hosting_of(swarm: Swarm) -> Hosting:
     )
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What was pulled and may be merged. Of a large model it is kept as its bytes: decoded it takes four to sixteen
+    times as much."""
+
+    tokens: float
+    decoded: Callable[[], Arrival]
+    is_made_anew: bool = False
+    """Each time, so that whoever asks may write into it."""
+
+
 @dataclass
 class GossipExchange(AsynchronousExchange):
     """Asynchronous rounds: nobody waits for anybody."""
@@ -119,12 +136,16 @@ class GossipExchange(AsynchronousExchange):
     _layout: Layout = field(init=False)
     """Of the whole model."""
     _fragments: tuple[Fragment, ...] = field(init=False)
+    _is_large: bool = field(init=False)
     _states: list[OuterState] = field(default_factory=list, repr=False)
     _began_s: list[float] = field(init=False)
     """When its round began."""
     _robustness: list[Robustness] = field(init=False)
+    _unmade: Contribution | None = field(default=None, repr=False)
+    """The newest, whose gradients are to be made."""
     _unlearned: deque[Contribution] = field(default_factory=deque, repr=False)
     _learning: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _decoding: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _own_tokens: int = 0
     _progress: Progress = field(default_factory=Progress)
     _start: Start = field(default_factory=lambda: Start(inner_steps=1, num_peers=1))
@@ -140,7 +161,7 @@ class GossipExchange(AsynchronousExchange):
         self._codecs = codecs_of(swarm)
         settings = gossip_settings(swarm, self._codecs)
         self._layout, met = layout_of_specs(swarm.specs), section.init == "common"
-        self._fragments = fragments_of(self._layout, section.num_fragments)
+        self._fragments, self._is_large = fragments_of(self._layout, section.num_fragments), settings.is_large
         self._began_s = [0.0] * len(self._fragments)
         naming = Naming(self._tell_clipped)
         self._robustness = [
@@ -259,6 +280,7 @@ class GossipExchange(AsynchronousExchange):
     def merged(self, fragment: int, state: OuterState) -> None:
         """See `Exchange`."""
         self._states[fragment] = state
+        self._make_gradients()
         if fragment == len(self._fragments) - 1:
             return
         now, merge_after, round = swarm_time(), self._start.merge_after, self._progress.round
@@ -311,17 +333,26 @@ class GossipExchange(AsynchronousExchange):
                 self.swarm.describe_part(contribution.part, contribution.tokens)
             elif self.swarm.me.part == 0:  # nothing of the next is published yet: of which tokens are told
                 self.swarm.describe_part(0, contribution.tokens)
-            await asyncio.to_thread(self._make_gradients, contribution)
 
         if self.run.merge.robust != "none":
             self._unlearned.append(contribution)
         self.network.submit_unhurried(describe())
+        self._unmade = contribution
+        if contribution.inner_steps not in self._start.merge_after:
+            self._make_gradients()
         self._plan_if_moved(contribution.inner_steps)
 
-    def _make_gradients(self, contribution: Contribution) -> None:
-        """While the trainer is at the next step's gradient: until then the model's weights stay."""
-        self._learn()
-        contribution.take_back()
+    def _make_gradients(self) -> None:
+        """Beside the trainer, which is at the next step's gradient: until then the model's weights stay. Not while it
+        merges, which would take longer for it."""
+        contribution, self._unmade = self._unmade, None
+
+        def make(contribution: Contribution) -> None:
+            self._learn()
+            contribution.take_back()
+
+        if contribution is not None:
+            self.network.submit_unhurried(asyncio.to_thread(make, contribution))
 
     def _learn(self) -> None:
         """What is usual here, from what this peer has published."""
@@ -364,10 +395,14 @@ class GossipExchange(AsynchronousExchange):
         return Gathered(
             prepared=self._merge_of(fragment, self._states[fragment], ()) if ready is None else ready.prepared,
             merged=self._merged(pulled),
-            apart=apart(self.run.merge.robust, [each.arrival for each in pulled]),
+            apart=self._apart(pulled),
             run_tokens=sum(counts.values()),
             peer_tokens=counts,
         )
+
+    def _apart(self, pulled: Sequence[Pulled]) -> tuple[Arrival, ...]:
+        rule = self.run.merge.robust
+        return () if mean_of(rule) is None else apart(rule, [each.arrival.decoded() for each in pulled])
 
     def _catch_up(self, round: int) -> Replaced | None:
         """The others' weights, if this peer has fallen far behind."""
@@ -395,14 +430,33 @@ class GossipExchange(AsynchronousExchange):
             for peer, sections in by_peer.items()
         )
 
-    def _decode_weights_untrusted(self, fragment: int, held: Held) -> Arrival:
+    def _decode_weights_untrusted(self, fragment: int, held: Held) -> Kept:
         """What enters a merge of a publication's weights: decoded, and clipped as the run's rule says."""
-        return self._accept_untrusted(fragment, held, self._codecs[fragment].weights_untrusted(held))
+        decode = functools.partial(self._codecs[fragment].weights_untrusted, held)
+        return self._kept_untrusted(fragment, held, decode)
 
-    def _decode_gradient_untrusted(self, fragment: int, held: Held, news: News, earlier: Held | None) -> Arrival:
+    def _decode_gradient_untrusted(self, fragment: int, held: Held, news: News, earlier: Held | None) -> Kept:
         """The same of its pseudo-gradient."""
-        arrival = self._codecs[fragment].gradient_untrusted(held, news, earlier)
-        return self._accept_untrusted(fragment, held, arrival)
+        decode = functools.partial(self._codecs[fragment].gradient_untrusted, held, news, earlier)
+        return self._kept_untrusted(fragment, held, decode)
+
+    def _kept_untrusted(self, fragment: int, held: Held, decode: Callable[[], Arrival]) -> Kept:
+        """Look at what was pulled, one at a time: what is decoded of a large model takes much memory."""
+        with self._decoding:
+            arrival = decode()
+            accepted = self._accept_untrusted(fragment, held, arrival)
+            tokens, factor = accepted.tokens, accepted.lengthened
+            is_cut = factor is None or accepted.theta is not arrival.theta
+            if factor is None or is_cut or not self._is_large or mean_of(self.run.merge.robust) is not None:
+                return Kept(tokens, lambda: accepted)
+
+        def again() -> Arrival:
+            made = decode()
+            if factor != 1:
+                made.gradient.mul_(factor)
+            return dataclasses.replace(made, tokens=tokens)
+
+        return Kept(tokens, again, is_made_anew=True)
 
     def _tell_clipped(self, peer: str, incident: Incident) -> None:
         self.swarm.emit(ClippedEvent(from_peer=peer, rule=incident.rule, detail=incident.detail))
@@ -416,14 +470,21 @@ class GossipExchange(AsynchronousExchange):
         pulled: Sequence[Pulled],
     ) -> Prepared:
         """All of a merge that does not need this peer's own gradient; in a thread beside the trainer's."""
-        arrivals = [
-            dataclasses.replace(each.arrival, ahead_rounds=ahead_rounds(each.began_s, began_s[fragment], ends_s))
+        arrivals = (
+            dataclasses.replace(
+                each.arrival.decoded(), ahead_rounds=ahead_rounds(each.began_s, began_s[fragment], ends_s)
+            )
             for each in pulled
-        ]
-        return self._merge_of(fragment, states[fragment], arrivals)
+        )
+        with self._decoding:
+            may_write = all(each.arrival.is_made_anew for each in pulled)
+            return self._merge_of(fragment, states[fragment], arrivals, may_write=may_write)
 
-    def _merge_of(self, fragment: int, state: OuterState, arrivals: Sequence[Arrival]) -> Prepared:
-        return prepare(state, arrivals, self._fragments[fragment].layout, self.run.merge.outer_learning_rate)
+    def _merge_of(
+        self, fragment: int, state: OuterState, arrivals: Iterable[Arrival], *, may_write: bool = False
+    ) -> Prepared:
+        layout, rate = self._fragments[fragment].layout, self.run.merge.outer_learning_rate
+        return prepare(state, arrivals, layout, rate, may_write=may_write)
 
     # ------------------------------------------------------------- present weights
 

@@ -103,7 +103,8 @@ class Robustness:
                 arrival = dataclasses.replace(arrival, theta=cuts["weights"].vector)
             if tokens:  # a unit of work that both sides count alike
                 cuts["gradient"] = self._gradients.clip(arrival.gradient, tokens)
-                arrival = dataclasses.replace(arrival, gradient=cuts["gradient"].vector)
+                if cuts["gradient"].incident is not None:
+                    arrival = dataclasses.replace(arrival, gradient=cuts["gradient"].vector, lengthened=None)
         for kind, cut in cuts.items():
             if cut.incident is not None and max(cut.factors) < _ABSURD:
                 raise BadBytesError(f"far beyond what is usual: {cut.incident.detail}")
@@ -119,7 +120,8 @@ class Robustness:
         if found.refusal is not None:
             raise BadBytesError(found.refusal.detail)
         gradient = arrival.gradient if found.factor == 1 else arrival.gradient * found.factor
-        return Arrival(arrival.theta, gradient, round(arrival.tokens * found.weight)), found.incident
+        tokens = round(arrival.tokens * found.weight)
+        return Arrival(arrival.theta, gradient, tokens, lengthened=found.factor), found.incident
 
     def accept_gradient(self, peer: str, gradient: Tensor, tokens: int, theta: Tensor, round: int) -> Tensor:
         """What of a worker's pseudo-gradient (P,) of its `round` may enter the weights `theta`, (P,), of a server,

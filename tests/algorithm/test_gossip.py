@@ -476,3 +476,19 @@ def test_peers_from_their_own_weights_agree_and_converge() -> None:
     assert last.consensus_spread < 1e-3
     assert last.variance_factor == pytest.approx(1, abs=1e-5)
     assert all(torch.allclose(state.theta, minimum, rtol=0, atol=1e-2) for state in states)
+
+
+def test_what_may_be_written_into_is_prepared_to_the_same_bits() -> None:
+    """Whether each arrival has weights, a gradient or both, as they are made one after the other."""
+    state = OuterState(_random(_LAYOUT.size, 0), _random(_LAYOUT.size, 1))
+    arrivals = [dataclasses.replace(one, ahead_rounds=0.5) for one in _arrivals(4, 5)]
+    arrivals[1] = dataclasses.replace(arrivals[1], theta=None)
+    arrivals[2] = Arrival(arrivals[2].theta, arrivals[2].gradient, 0)
+    wanted = prepare(state, arrivals, _LAYOUT, _RATE)
+    made = (
+        dataclasses.replace(one, gradient=one.gradient.clone(), theta=None if one.theta is None else one.theta.clone())
+        for one in arrivals
+    )
+    found = prepare(state, made, _LAYOUT, _RATE, may_write=True)
+    assert torch.equal(found.theta_mean, wanted.theta_mean) and torch.equal(found.gradient_sum, wanted.gradient_sum)
+    assert (found.tokens, found.num_arrivals) == (wanted.tokens, 4)

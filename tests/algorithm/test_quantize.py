@@ -320,7 +320,9 @@ def test_what_is_sent_adds_up_to_the_gradients(format: Format) -> None:
         sent += decode(feedback.encode(gradient, format, round, 1), format, sizes)
         plain += decode(encode(gradient, format, sizes), format, sizes)
     total = torch.stack(gradients).double().sum(0)
-    assert torch.allclose(sent + feedback.residual, total, rtol=0, atol=1e-8)
+    largest_lost = max(float(gradient.abs().max()) for gradient in gradients)
+    most = len(gradients) ** 0.5 * largest_lost * 2**-8  # of each residual, kept as bf16, its rounding
+    assert torch.allclose(sent + feedback.residual.double(), total, rtol=0, atol=most)
     assert (sent - total).abs().sum() < 0.5 * (plain - total).abs().sum()
 
 
@@ -336,7 +338,8 @@ def test_every_part_of_a_round_adds_the_same_residual_once() -> None:
         data = feedback.encode(gradients[part], "int4", 1, part)
         assert torch.equal(data, encode(gradients[part] + residual, "int4", sizes))
     last = gradients[4] + residual
-    assert torch.equal(feedback.residual, last - decode(encode(last, "int4", sizes), "int4", sizes))
+    lost = last - decode(encode(last, "int4", sizes), "int4", sizes)
+    assert torch.equal(feedback.residual, lost.bfloat16())
 
 
 def test_rounds_without_readers_and_late_readers_lose_nothing() -> None:
@@ -378,7 +381,7 @@ def test_a_gradient_that_is_refused_leaves_the_residual() -> None:
             feedback.encode(wrong, "int4", 1, 1)
     assert torch.equal(feedback.residual, before)
     with pytest.raises(ValueError, match="residual that is not finite"):
-        ErrorFeedback((2,), residual=torch.tensor([1.0, math.inf]))
+        ErrorFeedback((2,), residual=torch.tensor([1.0, math.inf]).bfloat16())
 
 
 def test_small_numbers_beside_a_large_one_converge_only_with_error_feedback() -> None:
