@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -21,6 +23,7 @@ from swarmtrain.events import (
     StartedEvent,
     WarningEvent,
 )
+from swarmtrain.v1 import control_pb2 as pb
 
 
 def console(width: int = 80) -> Console:
@@ -95,6 +98,79 @@ def test_one_that_joins_late_shows_how_far_the_weights_are() -> None:
     assert "arrive" not in text, "the bar says it"
     assert "12 MB" not in drawn(display, [OPENING[1]])
     assert "joining" in drawn(SwarmDisplay(console=console()), [arriving])
+
+
+def bootstrap_status() -> pb.PeerStatus:
+    status = pb.PeerStatus(
+        role="bootstrap",
+        state=pb.PEER_STATE_SERVING,
+        doing="serving 1 volunteer in round 7; the archive holds 6 rounds",
+        run_tokens=300_000,
+        total_tokens=3_000_000,
+        round=7,
+    )
+    status.losses.add(round=6, run_tokens=300_000, loss=2.25)
+    status.archive.CopyFrom(pb.Archive(num_rounds=6, run_tokens=250_000, time=990.0, path="/runs/archive"))
+    status.peers.add(peer="12D3KooWanna", name="anna", tokens=300_000, present=True, round=7)
+    return status
+
+
+def test_a_bootstrap_shows_what_its_status_says() -> None:
+    display = PeerDisplay("swarmtrain bootstrap: x", 3_000_000, console())
+    status = bootstrap_status()
+    display.look_at(lambda: status)
+    text = drawn(display, [InviteEvent(line="swarmtrain join x", invite="x", run_sha256="ab", addresses=())])
+    assert status.doing in text
+    assert "10% of 3 M tokens" in text
+    assert "2.250 nats/token (median of the volunteers)" in text
+    assert "6 rounds, 250 k tokens" in text and "in /runs/archive" in text
+    assert "1 of 1 volunteer here" in text and "anna" in text
+    status.doing, status.run_tokens, status.end_time = "serving 2 volunteers", 1_500_000, time.time() + 100.4
+    text = drawn(display, [])
+    assert "serving 2 volunteers" in text and "50% of 3 M tokens, about 1 min 40 s left" in text
+
+
+def test_the_screen_goes_on_without_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarmtrain.cli.display._DRAWN_PER_S", 50.0)
+    screen, status = console(), bootstrap_status()
+    looks, again = [0], threading.Event()
+
+    def look() -> pb.PeerStatus:
+        looks[0] += 1
+        if looks[0] > 2:
+            again.set()
+        if looks[0] == 2:
+            raise RuntimeError("a look that fails")
+        return status
+
+    display = PeerDisplay("swarmtrain bootstrap: x", 3_000_000, screen)
+    display.look_at(look)
+    display.start()
+    try:
+        assert again.wait(30.0), "nobody looked again"
+    finally:
+        display.stop()
+    assert status.doing in screen.export_text()
+
+
+def test_a_volunteer_shows_for_whom_it_waits() -> None:
+    display = PeerDisplay(console=console())
+    status = pb.PeerStatus(role="volunteer", doing="waiting for 1 more volunteer before the first round")
+    display.look_at(lambda: status)
+    assert status.doing in drawn(display, OPENING[:2])
+    status.doing, status.own_tokens = "training round 1: 3 of 25 steps", 50_000
+    status.peer = "12D3KooWanna"
+    for peer in ("12D3KooWanna", "12D3KooWbert"):
+        status.peers.add(peer=peer, tokens=50_000, present=True)
+    text = drawn(display, [OPENING[2], round_event(0)], 120)
+    assert status.doing in text
+    assert "2 peers here   own 50 k tokens, 50% of all" in text, "as its status page has it"
+
+
+def test_one_peer_and_one_step_are_no_plural() -> None:
+    alone = round_event(0).model_copy(update={"partners": (), "signer": "", "inner_steps": 1})
+    text = drawn(PeerDisplay(console=console()), [*OPENING, alone])
+    assert "1 peer here" in text and "1 inner step in" in text
 
 
 def test_a_lost_peer_is_no_longer_counted_and_is_told() -> None:

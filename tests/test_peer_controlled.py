@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,18 +254,44 @@ def test_a_volunteer_says_what_it_does_and_why(exchange: Any) -> None:
     assert pulse().doing == "waiting for 2 more volunteers before the first round"
 
 
-def test_a_bootstrap_says_whom_it_serves() -> None:
+def test_a_bootstrap_says_whom_it_serves_and_for_whom_it_waits() -> None:
     volunteers: list[Any] = []
     members = SimpleNamespace(volunteers=lambda: volunteers)
     node = SimpleNamespace(traffic=SimpleNamespace(sent_bytes=0, received_bytes=0))
-    swarm: Any = SimpleNamespace(membership=members, node=node)
+    run = SimpleNamespace(merge=SimpleNamespace(min_peers=2))
+    swarm: Any = SimpleNamespace(membership=members, node=node, published=SimpleNamespace(run=run))
     progress = Progress()
     pulse = bootstrap_pulse(swarm, lambda: progress)
-    assert pulse().doing == "serving the run; no volunteer is here; nothing is archived yet"
-    volunteers += [SimpleNamespace(round=6), SimpleNamespace(round=7)]
+    waiting = "before the first round; send them the `swarmtrain join` line; nothing is archived yet"
+    assert pulse().doing == f"waiting for 2 volunteers {waiting}"
+    volunteers.append(SimpleNamespace(round=0, inner_steps_done=0))
+    assert pulse().doing == f"waiting for 1 more volunteer {waiting}"
+    volunteers[0].inner_steps_done = 3
+    assert pulse().doing == "serving 1 volunteer in round 0; nothing is archived yet", "the other one has left again"
+    volunteers[:] = [SimpleNamespace(round=6), SimpleNamespace(round=7)]
     progress = Progress(round=6)
     assert pulse().doing == "serving 2 volunteers in round 7; the archive holds 6 rounds"
     assert pulse().state == pb.PEER_STATE_SERVING
+    volunteers.clear()
+    assert pulse().doing == (
+        "waiting for 1 volunteer to go on; send them the `swarmtrain join` line; the archive holds 6 rounds"
+    )
+
+
+def test_a_screen_is_told_where_the_status_is(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    with (
+        peer_folder(tmp_path) as folder,
+        controlled(
+            "bootstrap",
+            folder,
+            dataclasses.replace(settings(tmp_path), show_status=seen.append),
+            lambda event: None,
+            StopFlag(),
+        ) as control,
+    ):
+        control.board.doing(pb.PEER_STATE_SERVING, "serving 2 volunteers")
+        assert seen[0]().doing == "serving 2 volunteers"
 
 
 def test_what_volunteers_say_of_their_losses_reaches_the_board() -> None:

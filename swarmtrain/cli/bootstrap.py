@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,7 @@ def command(
         return PeerDisplay(f"swarmtrain bootstrap: {run.run.name}", run.run.total_tokens)
 
     with open_sink(options, make_display, settings.directory) as sink:
+        settings = dataclasses.replace(settings, show_status=sink.look_at)
         emit = sink if invite_file is None else _also_to_file(sink, invite_file)
         emit(run_bootstrap(run, data or given.base, settings, emit, options.stop))
 

@@ -38,6 +38,7 @@ from swarmtrain.peer.stopping import StopFlag
 
 if TYPE_CHECKING:
     from swarmtrain.events import Event
+    from swarmtrain.v1.control_pb2 import PeerStatus
 
 __all__ = [
     "LINK_OPTIONS",
@@ -76,6 +77,8 @@ class Display(Protocol):
     def start(self) -> None: ...
 
     def show(self, event: Event) -> None: ...
+
+    def look_at(self, status: Callable[[], PeerStatus]) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -395,6 +398,11 @@ class EventSink:
         self._peer = ""
         self._name = name
         self._lock = threading.Lock()
+
+    def look_at(self, status: Callable[[], PeerStatus]) -> None:
+        """Where the peer's status is, for a display that shows it."""
+        if self.display is not None:
+            self.display.look_at(status)
 
     def identify(self, peer: str, name: str) -> None:
         """From now on events that do not say whose they are are this peer's."""

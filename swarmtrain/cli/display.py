@@ -1,15 +1,20 @@
-"""What a person sees on a terminal while peers train: fed by events alone, redrawn in place.
+"""What a person sees on a terminal while peers train: fed by events, redrawn in place.
 
 `PeerDisplay` shows one peer, `SwarmDisplay` one row for each peer that `swarmtrain local` started. Both keep
-plain numbers and draw from them, so a test can draw without a terminal. Names and messages may come from other
+plain numbers and draw from them, so a test can draw without a terminal. A peer's own screen reads its status too, twice
+a second: it says what `swarmtrain status` says at the same moment. Names and messages may come from other
 peers: they are shown as plain text, escaped, never as markup.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,6 +22,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from swarmtrain.cli.peers import Life, View
+from swarmtrain.cli.screen import contribution_in_words, progress_in_words, serving_lines
 from swarmtrain.events import (
     ArrivingEvent,
     AssignedEvent,
@@ -47,12 +54,15 @@ from swarmtrain.events import (
     to_plain_line,
 )
 from swarmtrain.problems import one_line
+from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import below_in_words, percent_in_words, shares_in_words
 
 __all__ = ["PeerDisplay", "SwarmDisplay"]
 
+_log = logging.getLogger(__name__)
 _ROUNDS_FOR_SPEED = 10
 _LINES_KEPT = 5
+_DRAWN_PER_S = 2.0
 
 
 @dataclass
@@ -157,28 +167,42 @@ class _Progress:
         return max(0, self.total_tokens - last_tokens) * (last_s - first_s) / (last_tokens - first_tokens)
 
     def draw(self) -> RenderableType:
-        row = Table.grid(padding=(0, 1), expand=True)
-        row.add_column(ratio=1, min_width=10)
-        row.add_column(no_wrap=True, justify="right")
         words = f"{count_in_words(self.run_tokens)} tokens"
         if self.total_tokens:
             part = percent_in_words(self.run_tokens, self.total_tokens)
             words = f"{part} of {count_in_words(self.total_tokens)} tokens"
         if (left_s := self.left_s()) is not None:
             words += f", about {time_in_words(left_s)} left" if left_s else ", finishing"
-        total = self.total_tokens or None
-        row.add_row(ProgressBar(total=total, completed=self.run_tokens, pulse=total is None), Text(words))
-        return row
+        return _bar(self.run_tokens, self.total_tokens, words)
+
+
+def _bar(run_tokens: int, total_tokens: int, words: str) -> RenderableType:
+    row = Table.grid(padding=(0, 1), expand=True)
+    row.add_column(ratio=1, min_width=10)
+    row.add_column(no_wrap=True, justify="right")
+    total = total_tokens or None
+    row.add_row(ProgressBar(total=total, completed=run_tokens, pulse=total is None), Text(words))
+    return row
 
 
 class _Display:
     """Drawing in place; what both displays share."""
 
+    _redraws: ClassVar[bool] = False
+    """Whether it is drawn without an event too."""
+
     def __init__(self, title: str, total_tokens: int, console: Console | None) -> None:
         self._title = title
         self._progress = _Progress(total_tokens)
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
-        self._live = Live(self.draw(), console=console or Console(), auto_refresh=False, transient=False)
+        self._taking = threading.Lock()  # never held while it is drawn: rich has a lock of its own for that
+        self._live = Live(
+            get_renderable=self.draw,
+            console=console or Console(),
+            auto_refresh=self._redraws,
+            refresh_per_second=_DRAWN_PER_S,
+            transient=False,
+        )
 
     def start(self) -> None:
         """Begin to draw."""
@@ -186,24 +210,35 @@ class _Display:
 
     def stop(self) -> None:
         """Draw a last time and leave that on the screen."""
-        self._live.update(self.draw(), refresh=True)
         self._live.stop()
 
     def show(self, event: Event) -> None:
         """Take an event and redraw."""
-        self._progress.take(event)
-        self._take(event)
+        with self._taking:
+            self._progress.take(event)
+            self._take(event)
+            if not isinstance(event, InviteEvent | RoundEvent | ArrivingEvent | StageThroughputEvent):
+                self._lines.append(to_plain_line(event))
         if isinstance(event, InviteEvent):
             # Above the picture, and wrapped by the terminal alone: so it can be copied as one word.
             self._live.console.print(Text(one_line(event.line)), soft_wrap=True)
-        elif not isinstance(event, RoundEvent | ArrivingEvent | StageThroughputEvent):
-            self._lines.append(to_plain_line(event))
-        self._live.update(self.draw(), refresh=True)
+        self._live.refresh()
+
+    def look_at(self, status: Callable[[], Any]) -> None:
+        """Where a peer's status is: one screen for many shows their events alone."""
 
     def draw(self) -> RenderableType:
         """The whole picture, from what is known now."""
-        lines = [Text(line, style="dim", overflow="fold") for line in self._lines]
-        return Group(Text(self._title, style="bold"), self._progress.draw(), *self._body(), *lines)
+        self._look()
+        with self._taking:
+            lines = [Text(line, style="dim", overflow="fold") for line in self._lines]
+            return Group(Text(self._title, style="bold"), self._progress_bar(), *self._body(), *lines)
+
+    def _look(self) -> None:
+        """Before it is drawn: see what no event says."""
+
+    def _progress_bar(self) -> RenderableType:
+        return self._progress.draw()
 
     def _take(self, event: Event) -> None:
         raise NotImplementedError
@@ -213,11 +248,33 @@ class _Display:
 
 
 class PeerDisplay(_Display):
-    """One peer: progress and time left, loss, who is here, its share of the work, what it sends."""
+    """One peer: what it does, progress and time left, loss, who is here, its share of the work, what it sends."""
+
+    _redraws = True
 
     def __init__(self, title: str = "swarmtrain", total_tokens: int = 0, console: Console | None = None) -> None:
         self._peer = _Peer(name="")
+        self._status: Callable[[], Any] | None = None
+        self._view: View | None = None
         super().__init__(title, total_tokens, console)
+
+    def look_at(self, status: Callable[[], Any]) -> None:
+        """Where the peer's status is, from now on."""
+        self._status = status
+
+    def _look(self) -> None:
+        if self._status is None:
+            return
+        try:
+            self._view = View(status=self._status(), life=Life.RUNNING, now=time.time())
+        except Exception:  # a task boundary: whatever a look at the peer meets, the picture before it stays
+            _log.exception("the screen's look at the peer failed")
+
+    def _progress_bar(self) -> RenderableType:
+        view = self._view
+        if view is None or not view.status.total_tokens:
+            return super()._progress_bar()
+        return _bar(view.status.run_tokens, view.status.total_tokens, progress_in_words(view))
 
     def _take(self, event: Event) -> None:
         if isinstance(event, FetchedEvent):
@@ -229,26 +286,38 @@ class PeerDisplay(_Display):
         if peer.arriving is not None:
             yield _arriving(peer.arriving)
             return
+        if self._view is not None or merged is None:
+            yield Text(one_line(self._view.status.doing if self._view is not None else "") or peer.state)
+        if self._view is not None and self._view.status.role == "bootstrap":
+            yield from serving_lines(self._view, self._live.console.width)
+            return
         if merged is None:
-            yield Text(peer.state)
             return
         held_out = "" if peer.held_out_loss is None else f"   held-out {peer.held_out_loss:.3f} nats/byte"
-        share = peer.share(self._progress.run_tokens)
-        here = len(peer.present | {peer_id for peer_id in (merged.peer,) if peer_id})
         if peer.stages:
             yield Text(f"{stages_in_words(peer.stages)} of the model")
-        yield Text(
-            f"round {merged.round}   loss {merged.loss:.3f}{held_out}   {here} peers here   own share {share:.0%}"
-            + (" since it joined" if peer.tokens_before else "")
-        )
+        yield Text(f"round {merged.round}   loss {merged.loss:.3f}{held_out}   {self._here(merged)}")
         still = f", stood still for {time_in_words(merged.stall_s)}" if merged.stall_s >= 0.1 else ""
-        yield Text(
-            f"{merged.inner_steps} inner steps in {time_in_words(merged.seconds)}, "
-            f"merged in {time_in_words(merged.merge_s)}{still}"
-        )
+        steps = f"{merged.inner_steps} inner step{'' if merged.inner_steps == 1 else 's'}"
+        yield Text(f"{steps} in {time_in_words(merged.seconds)}, merged in {time_in_words(merged.merge_s)}{still}")
         if (times := peer.times_below_allreduce) is not None:
             per_step = size_in_words(peer.shared_bytes / max(1, peer.shared_steps))
             yield Text(f"sent {per_step} per inner step, {below_in_words(times)} at every step")
+
+    def _here(self, merged: RoundEvent) -> str:
+        """How many are here, and this peer's part."""
+        peer = self._peer
+        if self._view is not None:
+            status = self._view.status
+            here = sum(other.present and not other.bootstrap for other in status.peers)
+            share = f"own {contribution_in_words(status)}"
+            if status.state in (wire.PEER_STATE_DONE, wire.PEER_STATE_FAILED):
+                return share
+        else:
+            here = len(peer.present | {peer_id for peer_id in (merged.peer,) if peer_id})
+            since = " since it joined" if peer.tokens_before else ""
+            share = f"own share {peer.share(self._progress.run_tokens):.0%}{since}"
+        return f"{here} peer{'' if here == 1 else 's'} here   {share}"
 
 
 def _arriving(event: ArrivingEvent) -> RenderableType:

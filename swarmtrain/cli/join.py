@@ -161,8 +161,8 @@ def command(
     )
 
     def live(accept_clock: bool) -> None:
-        by_that = dataclasses.replace(settings, accept_clock=accept_clock)
         with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
+            by_that = dataclasses.replace(settings, accept_clock=accept_clock, show_status=emit.look_at)
             emit(run_volunteer(parsed, by_that, emit, options.stop))
 
     by_whose_clock(options, live)

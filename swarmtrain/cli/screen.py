@@ -37,12 +37,15 @@ from swarmtrain.words import (
 
 __all__ = [
     "UNCUT",
+    "contribution_in_words",
     "draw_status",
     "draw_watch",
     "limits_in_words",
     "list_peers",
     "plain_line",
+    "progress_in_words",
     "sentence",
+    "serving_lines",
     "state_in_words",
 ]
 
@@ -54,6 +57,7 @@ _MAX_YEARS = 10
 _MOST_STAGES = 8
 _LABEL_CELLS = 8
 _TITLE_CELLS = 160
+_SERVED_PEERS = 8
 _MIN_PLOT_LINES = 3
 _HIGH_LINES = 30
 _STATES = {
@@ -179,6 +183,11 @@ def _left(view: View) -> str:
     return f"about {time_in_words(left_s)} left" if years < _MAX_YEARS else f"more than {_MAX_YEARS} years left"
 
 
+def progress_in_words(view: View) -> str:
+    """How far the run is, and how long it takes still."""
+    return ", ".join(part for part in (_progress(view), _left(view)) if part)
+
+
 def _losses(status: Any) -> str:
     training = [point.loss for point in status.losses if math.isfinite(point.loss) and point.loss]
     whose = " (median of the volunteers)" if status.role == "bootstrap" else ""
@@ -192,7 +201,7 @@ def _shares(peers: Sequence[Any]) -> list[str]:
     return shares_in_words([peer.tokens for peer in peers])
 
 
-def _contribution(status: Any) -> str:
+def contribution_in_words(status: Any) -> str:
     """Its tokens, and the share that its row among the peers has."""
     shares = dict(zip((peer.peer for peer in status.peers), _shares(status.peers), strict=True))
     if status.peer in shares and any(peer.tokens for peer in status.peers):
@@ -374,15 +383,14 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         lines += fact_lines(width, "folder", one_line(str(view.folder)))
     if not status.time:
         return lines
-    left = _left(view)
     steps = f", inner step {status.inner_steps_done} of {status.inner_steps}" if status.inner_steps else ""
     facts = {
         "run": f"{one_line(status.run_name) or 'not known yet'} {one_line(status.run_sha256)[:12]}",
-        "progress": ", ".join(part for part in (_progress(view), left) if part),
+        "progress": progress_in_words(view),
         "round": f"{status.round}{steps}",
         "loss": _losses(status),
         "speed": _speeds(status),
-        "contribution": _contribution(status),
+        "contribution": contribution_in_words(status),
         "traffic": _traffic(status),
         "exchange": _economy(status),
         "merged": one_line(status.last_merge),
@@ -409,6 +417,15 @@ def _contributors(status: Any, width: int, most: int) -> list[Text]:
     if not status.peers:
         return []
     return [cut_line(width, ("contributions", "dim"), f"  {_here(status)}"), *_peer_lines(status, width, most)]
+
+
+def serving_lines(view: View, width: int) -> list[Text]:
+    """What a bootstrap's own screen has besides: the swarm's loss, what is archived, who is here."""
+    facts = {"loss": _losses(view.status), "archive": _archive(view)}
+    lines = [line for name, text in facts.items() for line in fact_lines(width, name, text)]
+    if all(peer.peer == view.status.peer for peer in view.status.peers):
+        return lines
+    return lines + _contributors(view.status, width, _SERVED_PEERS)
 
 
 def _here(status: Any) -> str:
@@ -444,7 +461,7 @@ def plain_line(view: View) -> str:
     parts = [f"{clock} {title(status, view.folder)} {state_in_words(view)}: {sentence(view)}"]
     if status.time and not view.life.over:
         parts += [f"round {status.round}", f"loss {_losses(status)}", _progress(view), _left(view)]
-        parts.append(f"own {_contribution(status)}")
+        parts.append(f"own {contribution_in_words(status)}")
     return "; ".join(part for part in parts if part)
 
 
@@ -485,7 +502,7 @@ def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, 
         "stages": "",
         "speed": _speeds(status),
         "archive": _archive(view),
-        "contribution": "" if bootstrap else _contribution(status),
+        "contribution": "" if bootstrap else contribution_in_words(status),
         "traffic": _traffic(status),
         "warnings": "",
         "checkpoint": "" if bootstrap else _checkpoint(view),
@@ -514,7 +531,7 @@ def _shares_of(room: int, num_peers: int) -> tuple[int, int]:
 
 def _progress_bar(view: View, width: int, ascii_only: bool) -> list[Text]:
     status = view.status
-    words = ", ".join(part for part in (_progress(view), _left(view)) if part)
+    words = progress_in_words(view)
     cells = width - cell_len(words) - 2
     if cells < 8 or not status.total_tokens:
         return fact_lines(width, "progress", words)

@@ -35,6 +35,7 @@ from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.process import process_age_s
 from swarmtrain.peer.started import Started
 from swarmtrain.peer.stopping import Interrupted, StopFlag
+from swarmtrain.v1.control_pb2 import PeerStatus
 from swarmtrain.words import short_peer, time_in_words
 
 __all__ = [
@@ -100,6 +101,8 @@ class PeerSettings:
     """For a rehearsal: the share of pulls from this peer that break off midway."""
     started: Started | None = None
     """How it is started, for its folder to remember."""
+    show_status: Callable[[Callable[[], PeerStatus]], None] = lambda status: None
+    """Told where its status is, once there is one: for a screen of its own."""
     first_stages: tuple[int, ...] = ()
     """For a rehearsal: the stages of a pipeline that it takes first; empty: those that need it most."""
 

@@ -174,6 +174,7 @@ def controlled(
         board.remember(before)
     board.add_looker(partial(_show_checkpoint, newest_written(folder.checkpoints_path, folder.kept_sha256())))
     control = Controlled(board, board.listening(emit), stop)
+    settings.show_status(board.status)
     server = ControlServer(folder.path, control.powers(), settings.control)
     try:
         try:
@@ -284,16 +285,23 @@ def _merging(board: StatusBoard, reason: str, at_most_s: float) -> str:
 
 
 def bootstrap_pulse(swarm: Swarm, archived: Callable[[], Progress]) -> Callable[[], Pulse]:
-    """What a bootstrap is doing: serving."""
+    """What a bootstrap is doing: serving, or waiting for whom it takes."""
+    min_peers = swarm.published.run.merge.min_peers
 
     def pulse() -> Pulse:
         volunteers = swarm.membership.volunteers()
         round = max((info.round for info in volunteers), default=archived().round)
         kept = f"the archive holds {_rounds(archived().round)}" if archived().round else "nothing is archived yet"
-        who = f"{_volunteers(len(volunteers))} in round {round}" if volunteers else "the run; no volunteer is here"
+        begun = bool(round) or any(info.inner_steps_done for info in volunteers)
+        missing = (1 if begun else min_peers) - len(volunteers)
+        doing = f"serving {_volunteers(len(volunteers))} in round {round}; {kept}"
+        if missing > 0:
+            more = _volunteers(missing, "more " if volunteers else "")
+            begins = "to go on" if round else "before the first round"
+            doing = f"waiting for {more} {begins}; send them the `swarmtrain join` line; {kept}"
         return Pulse(
             state=pb.PEER_STATE_SERVING,
-            doing=f"serving {who}; {kept}",
+            doing=doing,
             round=round,
             sent_bytes=swarm.node.traffic.sent_bytes,
             received_bytes=swarm.node.traffic.received_bytes,

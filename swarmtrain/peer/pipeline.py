@@ -250,7 +250,8 @@ class PipelineVolunteer:
             begun = any(info.place is not None and info.place.stages for info in others)
             missing = 0 if begun else self.run.merge.min_peers - len(others) - 1
             if missing > 0:
-                self.control.starting(f"waiting for {missing} more volunteers before the first round")
+                more = f"{missing} more volunteer{'' if missing == 1 else 's'}"
+                self.control.starting(f"waiting for {more} before the first round")
                 self.stop.sleep(_LOOK_S)
         self._wait(self.swarm.greet_everyone())
         self.stop.sleep(_COMPANY_S)
