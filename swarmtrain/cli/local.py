@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import math
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +90,8 @@ def command(
     """Run a bootstrap and volunteers here until the run ends.
 
     They are real processes on real sockets, with one view of them all. Prints a sample of generated text, each
-    volunteer's part and the held-out loss at the end. Ctrl-C ends them all.
+    volunteer's part and the held-out loss at the end. Ctrl-C ends the volunteers, then the bootstrap; twice: all at
+    once. With the same --dir it goes on.
     """
     from swarmtrain.cli.common import errors_as_events
     from swarmtrain.cli.stopping import stop_on_signals
@@ -126,9 +129,21 @@ def command(
                 click.echo(part.line(), err=as_json)
                 line += f"; one volunteer alone {loss:.3f}"
         except Interrupted:
-            click.echo(f"stopped; what the peers have is in {directory}", err=True)
+            click.echo(f"stopped; what the peers have is in {directory}; to go on:", err=True)
+            click.echo(f"  {_again(sys.argv[1:], directory)}", err=True)
             return
         click.echo(line, err=as_json)
+
+
+def _again(words: Sequence[str], directory: Path) -> str:
+    """What to type to go on in `directory`, if `words` were typed after `swarmtrain`."""
+    kept: list[str] = []
+    is_folder = False
+    for word in words:
+        if not (is_folder or word == "--dir" or word.startswith("--dir=")):
+            kept.append(word)
+        is_folder = word == "--dir"
+    return shlex.join(["swarmtrain", *kept, "--dir", str(directory)])
 
 
 def _num_cores() -> int:
@@ -262,7 +277,8 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
             try:
                 parts, loss = _watch(swarm, emit, plan, rehearsing)
             except Interrupted:
-                swarm.stop()
+                click.echo("ending the volunteers, then the bootstrap; Ctrl-C again ends all at once", err=True)
+                swarm.stop(emit)
                 for event in swarm.last_words():
                     emit(event)
                 raise

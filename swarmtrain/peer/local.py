@@ -1,7 +1,8 @@
 """A whole swarm on one machine: a bootstrap and volunteers as real processes, watched through their events.
 
 Each child writes its events as JSON lines; a thread per child reads them. Children die with this process, however
-it ends (see `network.daemon.owned_process_args`).
+it ends (see `network.daemon.owned_process_args`), and Ctrl-C in a terminal does not reach them: this process ends the
+volunteers, then the bootstrap, so that what they trained last is archived.
 """
 
 from __future__ import annotations
@@ -28,10 +29,18 @@ from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.rehearsal import LinksSection
 
-__all__ = ["LocalLinks", "LocalSwarm", "link_shape"]
+__all__ = ["BOOTSTRAP", "LocalLinks", "LocalSwarm", "link_shape"]
 
+BOOTSTRAP = "bootstrap"
+"""Its name among the children."""
 _STOP_LIMIT_S = 10.0
 """The bootstrap's last archive and the goodbyes, on a busy machine; most end in a second."""
+_HAND_OVER_LIMIT_S = 40.0
+"""Volunteers that leave together wait until the bootstrap has archived what they have; most do for two seconds."""
+_GROUP = -1 if sys.platform.startswith("linux") else 0
+"""On Linux each has a session of its own already."""
+_INSIST_S = 3.0
+_LOOK_S = 0.1
 _OPEN_LIMIT_S = 10.0
 
 
@@ -127,7 +136,11 @@ class LocalSwarm:
         log = self.directory / f"{name}.log"
         with log.open("ab") as errors:
             process = subprocess.Popen(
-                owned_process_args(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+                owned_process_args(command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                process_group=_GROUP,
             )
         child = _Child(name, process, log, command)
         self.children[name] = child
@@ -232,22 +245,41 @@ class LocalSwarm:
                 return event, seen
         raise RunTimeError("the bootstrap printed no invite; see bootstrap.log")
 
-    def stop(self) -> None:
-        """SIGTERM for every child, then, after a while, the end; of the links too."""
-        for child in self.children.values():
-            if child.process.poll() is None:
-                self.go_on(child.name)
-                child.process.send_signal(signal.SIGTERM)  # not SIGINT: a background job ignores it at first
-        give_up_s = time.monotonic() + _STOP_LIMIT_S
-        for child in self.children.values():
-            try:
-                child.process.wait(max(0.1, give_up_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
+    def stop(self, show: Callable[[Event], None] = lambda event: None) -> None:
+        """End the volunteers, then the bootstrap, then the links; `show` gets what they say meanwhile."""
+        bootstrap = self.children.get(BOOTSTRAP)
+        serves = bootstrap is not None and bootstrap.process.poll() is None
+        volunteers = [child for child in self.children.values() if child is not bootstrap]
+        self._end(volunteers, _HAND_OVER_LIMIT_S if serves else _INSIST_S, show)
+        self._end([bootstrap] if bootstrap is not None else [], _STOP_LIMIT_S, show)
         if self.links is not None:
             self.links.close()
             self.links = None
+
+    def _end(self, children: Sequence[_Child], limit_s: float, show: Callable[[Event], None]) -> None:
+        """SIGTERM for each; after `limit_s` once more, which leaves out their last work; then they are killed."""
+        for last_s in (limit_s, _INSIST_S):
+            for child in children:
+                if child.process.poll() is None:
+                    self.go_on(child.name)
+                    child.process.send_signal(signal.SIGTERM)  # not SIGINT: a background job ignores it at first
+            give_up_s = time.monotonic() + last_s
+            while any(child.process.poll() is None for child in children) and time.monotonic() < give_up_s:
+                for event in self._said(_LOOK_S):
+                    show(event)
+        for child in children:
+            if child.process.poll() is None:
+                child.process.kill()
+            child.process.wait()
+
+    def _said(self, limit_s: float) -> Iterator[Event]:
+        """What one of the children says within `limit_s`."""
+        with contextlib.suppress(queue.Empty):
+            child, event = self._events.get(timeout=limit_s)
+            if event is not None:
+                yield event
+            else:
+                child.closed = True
 
     def last_words(self, limit_s: float = 1.0) -> Iterator[Event]:
         """What the children said while they were stopped."""

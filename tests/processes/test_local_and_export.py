@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from safetensors import safe_open
 from swarm import Finished, Swarm, exit_limit_s, write_run
 
 from swarmtrain.errors import RunTimeError, UserError
-from swarmtrain.events import ArchivedEvent, DoneEvent, RoundEvent
+from swarmtrain.events import ArchivedEvent, DoneEvent, RoundEvent, WarningEvent
 from swarmtrain.model.export import load_exported
 
 pytestmark = pytest.mark.processes
@@ -72,17 +74,19 @@ def test_local_ends_with_its_losses(trained: Trained) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_children_of_local_end_with_it(swarm: Swarm, number: signal.Signals) -> None:
-    run_file = write_run(swarm.folder)
-    local = swarm.start(
-        "local", ["local", str(run_file), "--peers", "2", "--json", "--dir", str(swarm.folder / "trained")]
-    )
+    run_file, folder = write_run(swarm.folder), swarm.folder / "trained"
+    typed = ["local", str(run_file), "--peers", "2", "--json", "--dir", str(folder)]
+    local = swarm.start("local", typed)
     local.wait_event(RoundEvent, lambda event: len(event.partners) == 2)
     assert len(swarm.leftovers()) == 7, "local, three peers, three daemons"
-    local.process.send_signal(number)
+    os.killpg(local.process.pid, number)  # as a terminal does
     code = local.wait(2 * exit_limit_s())
     swarm.assert_nothing_left()
     if number is not signal.SIGKILL:
         assert code == 0, local.story()
+        warnings = [event.message for event in local.all(WarningEvent)]
+        assert not any("in no archive" in message for message in warnings), warnings
+        assert f"to go on:\n  swarmtrain {shlex.join(typed)}" in local.log.read_text()
         assert [event.reason for event in local.all(DoneEvent)] == 3 * ["interrupted"], "each had its goodbye"
     assert "Traceback" not in local.log.read_text()
 
