@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,7 @@ __all__ = ["command"]
 
 END_LIMIT_S = 120.0
 _LOOK_EVERY_S = 0.1
+_LOOK_FOR_WARNINGS_S = 1.0
 
 
 @click.command(name="leave", epilog=example("swarmtrain leave", "swarmtrain leave anna --no-wait"))
@@ -30,7 +31,7 @@ def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
     from swarmtrain.cli.peers import NoAnswerError, find_running, tell, wire
     from swarmtrain.peer.lock import holder_pid
 
-    peer = find_running(which)
+    peer, warnings = find_running(which), _Warnings()
     process = holder_pid(peer.folder) if peer.folder is not None else 0
     try:
         said = tell(peer, "Leave", wire.LeaveRequest())
@@ -38,7 +39,7 @@ def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
         if peer.folder is None:
             raise
         said = _interrupt(peer)
-    said, code = (said, 0) if no_wait else _wait_for_end(peer, process)
+    said, code = (said, 0) if no_wait else _wait_for_end(peer, process, warnings)
     click.echo(said)
     ctx.exit(code)
 
@@ -64,8 +65,38 @@ def _interrupt(peer: Peer) -> str:
     return f"process {process} was told to end (SIGTERM): it does not answer its control socket"
 
 
-def _wait_for_end(peer: Peer, process: int) -> tuple[str, int]:
-    """How it ended, in a sentence, and our exit code. RunTimeError when it has not by the time limit."""
+class _Warnings:
+    """What a peer warns of while it leaves: said here too, since its own screen may be nowhere."""
+
+    def __init__(self) -> None:
+        import time
+
+        self._since_s = time.time()
+        self._told: set[str] = set()
+
+    def look(self, peer: Peer) -> None:
+        """Say what is new, if it answers."""
+        from swarmtrain.cli.peers import ask, wire
+        from swarmtrain.errors import SwarmtrainError
+
+        try:
+            self.say(ask(peer, "Status", wire.StatusRequest(), limit_s=1.0))
+        except SwarmtrainError:
+            return  # it ends
+
+    def say(self, status: Any) -> None:
+        """Say what is new in a status."""
+        from swarmtrain.words import one_line
+
+        for notice in status.notices:
+            if notice.time >= self._since_s and notice.message not in self._told:
+                self._told.add(notice.message)
+                click.echo(f"warning: {one_line(notice.message)}", err=True)
+
+
+def _wait_for_end(peer: Peer, process: int, warnings: _Warnings) -> tuple[str, int]:
+    """How it ended, in a sentence, and our exit code; says its warnings meanwhile. RunTimeError when it has not by the
+    time limit."""
     import threading
     import time
 
@@ -73,19 +104,23 @@ def _wait_for_end(peer: Peer, process: int) -> tuple[str, int]:
     from swarmtrain.errors import RunTimeError
 
     give_up_s = time.monotonic() + END_LIMIT_S
-    pause = threading.Event()
+    pause, next_look_s = threading.Event(), time.monotonic() + _LOOK_FOR_WARNINGS_S
     while _lives(peer, process):
         if time.monotonic() > give_up_s:
             raise RunTimeError(
                 f"it was told to end and has not after {END_LIMIT_S:.0f} s; `swarmtrain status` shows what it does"
             )
         pause.wait(_LOOK_EVERY_S)
+        if time.monotonic() >= next_look_s:
+            warnings.look(peer)
+            next_look_s = time.monotonic() + _LOOK_FOR_WARNINGS_S
     if peer.folder is None:
         return f"{peer.address} has ended", 0
     from swarmtrain.cli.peers import Life, look
     from swarmtrain.cli.screen import sentence
 
     view = look(peer)
+    warnings.say(view.status)
     return f"{title(view.status, peer.folder)}: {sentence(view)}", 0 if view.life is Life.ENDED else 1
 
 

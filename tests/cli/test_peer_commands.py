@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,37 @@ def test_leave_waits_for_the_end(peer: FakePeer, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == "anna: ended just now: it was asked to leave\n"
     assert run(["leave", "--dir", str(peer.folder)]) == 1
     assert "anna does not run" in capsys.readouterr().err
+
+
+def test_leave_says_what_the_peer_warns_of_while_it_ends(
+    peer: FakePeer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leave, "_LOOK_FOR_WARNINGS_S", 0.0)
+    told = threading.Event()
+    say = leave._Warnings.say
+
+    def heard(self: leave._Warnings, status: wire.PeerStatus) -> None:
+        say(self, status)
+        if len(status.notices) == 2:
+            told.set()
+
+    monkeypatch.setattr(leave._Warnings, "say", heard)
+
+    def end() -> None:
+        assert peer.on_leave.wait(30)
+        peer.status.notices.add(time=time.time(), message="waiting a minute for a bootstrap")
+        assert told.wait(30), "it is said while it waits"
+        peer.status.notices.add(time=time.time(), message="they are kept: 'swarmtrain join --dir X' brings them back")
+        peer.end(reason="asked")
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    assert run(["leave", "--dir", str(peer.folder)]) == 0
+    thread.join()
+    assert capsys.readouterr().err == (
+        "warning: waiting a minute for a bootstrap\n"
+        "warning: they are kept: 'swarmtrain join --dir X' brings them back\n"
+    ), "not what it warned of before"
 
 
 def test_leave_need_not_wait(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
