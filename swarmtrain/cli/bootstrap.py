@@ -16,6 +16,8 @@ from swarmtrain.cli.common import (
     open_sink,
     peer_directory,
     peer_options,
+    say_the_end,
+    user_directory,
 )
 from swarmtrain.cli.kept_options import KeptOption, restore
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
@@ -91,7 +93,9 @@ def command(
     with open_sink(options, make_display, settings.directory) as sink:
         settings = dataclasses.replace(settings, show_status=sink.look_at)
         emit = sink if invite_file is None else _also_to_file(sink, invite_file)
-        emit(run_bootstrap(run, data or given.base, settings, emit, options.stop))
+        done = run_bootstrap(run, data or given.base, settings, emit, options.stop)
+        emit(done)
+    say_the_end(done, directory, options, user_directory(f"bootstrap-{run.run.name}", options.name))
 
 
 def _also_to_file(emit: Emit, path: Path) -> Emit:

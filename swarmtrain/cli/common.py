@@ -37,7 +37,7 @@ from swarmtrain.errors import ClockError, SwarmtrainError
 from swarmtrain.peer.stopping import StopFlag
 
 if TYPE_CHECKING:
-    from swarmtrain.events import Event
+    from swarmtrain.events import DoneEvent, Event
     from swarmtrain.v1.control_pb2 import PeerStatus
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "peer_directory",
     "peer_name",
     "peer_options",
+    "say_the_end",
     "to_multiaddr",
     "user_directory",
     "which_peer",
@@ -382,6 +383,16 @@ def user_directory(role: str, name: str) -> Path:
     import platformdirs
 
     return platformdirs.user_data_path("swarmtrain") / (f"{role}-{name}" if name else role)
+
+
+def say_the_end(done: DoneEvent, folder: Path, options: PeerOptions, usual: Path) -> None:
+    """The last line for a person, if one is there: `usual` is the folder of a peer like this without `--dir`."""
+    from swarmtrain.cli.closing import closing_line
+
+    if options.json or is_the_background():
+        return
+    if line := closing_line(done, folder, is_usual=folder == usual):
+        click.echo(line, err=True)
 
 
 class EventSink:

@@ -22,6 +22,8 @@ from swarmtrain.cli.common import (
     open_sink,
     peer_directory,
     peer_options,
+    say_the_end,
+    user_directory,
 )
 from swarmtrain.cli.kept_options import KeptOption, restore
 
@@ -163,7 +165,9 @@ def command(
     def live(accept_clock: bool) -> None:
         with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
             by_that = dataclasses.replace(settings, accept_clock=accept_clock, show_status=emit.look_at)
-            emit(run_volunteer(parsed, by_that, emit, options.stop))
+            done = run_volunteer(parsed, by_that, emit, options.stop)
+            emit(done)
+        say_the_end(done, directory, options, user_directory("volunteer", options.name))
 
     by_whose_clock(options, live)
 

@@ -121,7 +121,12 @@ def _wait_for_end(peer: Peer, process: int, warnings: _Warnings) -> tuple[str, i
 
     view = look(peer)
     warnings.say(view.status)
-    return f"{title(view.status, peer.folder)}: {sentence(view)}", 0 if view.life is Life.ENDED else 1
+    ended = f"{title(view.status, peer.folder)}: {sentence(view)}"
+    if view.life is not Life.ENDED:
+        return ended, 1
+    from swarmtrain.cli.closing import go_on_line
+
+    return "\n".join(line for line in (ended, go_on_line(peer.folder)) if line), 0
 
 
 def _lives(peer: Peer, process: int) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from swarmtrain.cli import rehearsed
+from swarmtrain.cli.closing import model_line
 from swarmtrain.cli.common import example, finite
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 
@@ -348,7 +349,7 @@ def _show_sample(directory: Path, as_json: bool) -> None:
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
         text = sample_text(model, "def ", Sampling(_SAMPLE_TOKENS, 0.7, seed=0), advance)
     click.echo(text, err=as_json)
-    click.echo(f"the model is in {model}", err=as_json)
+    click.echo(model_line(model), err=as_json)
 
 
 def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> tuple[_Part, float]:

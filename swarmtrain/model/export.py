@@ -126,11 +126,23 @@ def _read(folder: Path) -> dict[str, bytes]:
         files = {name: (folder / name).read_bytes() for name in _NEEDED}
         return files | {name: (folder / name).read_bytes() for name in _BESIDE if (folder / name).exists()}
     except FileNotFoundError as error:
-        raise UserError(
-            f"{folder}: no exported model here ({Path(str(error.filename)).name} is missing); {_GIVE}"
-        ) from None
+        missing = Path(str(error.filename)).name
+        raise UserError(f"{folder}: no exported model here ({missing} is missing); {_instead(folder)}") from None
     except OSError as error:
         raise UserError(f"{folder}: not a model that swarmtrain exported ({error}); {_GIVE}") from None
+
+
+def _instead(folder: Path) -> str:
+    """What to give in place of the folder of a peer, or of a swarm on one machine, or of another."""
+    places = (("model", "the run's model"), ("archive", "its newest archive"))
+    for peer in (folder, folder / "bootstrap"):
+        for name, what in places:
+            if (peer / name / "config.json").exists():
+                return f"{what} is in {peer / name}: give that"
+    for peer in (folder, folder / "bootstrap", *sorted(folder.glob("*"))):
+        if any((peer / "checkpoints").glob("*.safetensors")):
+            return f"`swarmtrain export --dir {peer} --to my-model` makes one of the newest checkpoint there"
+    return _GIVE
 
 
 def _checked(folder: Path, files: Mapping[str, bytes]) -> ExportedModel:

@@ -120,3 +120,19 @@ def test_a_full_disk_for_temporary_files_is_one_line(
         "error: no temporary folder can be used: No space left on device; make room, or name another place with TMPDIR"
     )
     assert capsys.readouterr().err == f"{said}\n"
+
+
+@pytest.mark.parametrize("peer", ["", "bootstrap"])
+def test_a_peers_folder_points_to_the_model_in_it(tmp_path: Path, peer: str) -> None:
+    with pytest.raises(UserError, match=r"\(config.json is missing\)$|\(.*is missing\)$"):
+        load_exported(tmp_path)
+    folder = tmp_path / peer
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "3-round-7.safetensors").touch()
+    with pytest.raises(UserError, match=f"`swarmtrain export --dir {folder} --to my-model` makes one of the newest"):
+        load_exported(tmp_path)
+    for name, what in (("archive", "its newest archive"), ("model", "the run's model")):
+        (folder / name).mkdir()
+        (folder / name / "config.json").touch()
+        with pytest.raises(UserError, match=f"; {what} is in {folder / name}: give that$"):
+            load_exported(tmp_path)

@@ -62,7 +62,7 @@ def test_local_ends_with_its_losses(trained: Trained) -> None:
     match = re.fullmatch(r"held-out loss (\d+\.\d{3}) nats/byte; one volunteer alone (\d+\.\d{3})", last)
     assert match, last
     assert all(0.5 < float(loss) < math.log(256) for loss in match.groups())
-    assert f"the model is in {trained.model}" in trained.said.stdout
+    assert f"the model is in {trained.model}; try: swarmtrain generate {trained.model}\n" in trained.said.stdout
     part = r"(?m)^(volunteer-\d|alone): (\d+(?:\.\d+)? k) tokens(?:, (\d+) rounds merged)?$"
     *parts, alone = re.findall(part, trained.said.stdout)
     assert [name for name, _, _ in parts] == ["volunteer-1", "volunteer-2"]

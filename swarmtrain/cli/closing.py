@@ -1,0 +1,44 @@
+"""The last line of a peer: where the model is, or how to go on."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swarmtrain.peer.started import StartedFile
+from swarmtrain.words import one_line
+
+if TYPE_CHECKING:
+    from swarmtrain.events import DoneEvent
+
+__all__ = ["closing_line", "go_on_line", "model_line"]
+
+
+def closing_line(done: DoneEvent, folder: Path, *, is_usual: bool) -> str:
+    """What a person wants to know once the peer in `folder` has ended. `is_usual`: the command finds that folder
+    without `--dir` too."""
+    if done.reason == "total_tokens":
+        return model_line(folder / "model")
+    return go_on_line(folder, is_usual=is_usual)
+
+
+def model_line(model: Path) -> str:
+    """Where the run's model is, and what to do with it; empty where there is none, as of who held stages of it."""
+    if not (model / "config.json").exists():
+        return ""
+    where = shlex.quote(one_line(str(model)))
+    return f"the model is in {where}; try: swarmtrain generate {where}"
+
+
+def go_on_line(folder: Path, *, is_usual: bool = False) -> str:
+    """What to type to go on, and from where; empty where nobody knows how it was started."""
+    from swarmtrain.peer.checkpoint_files import newest_written
+    from swarmtrain.peer.folder import PeerFolder
+
+    started = StartedFile(folder).read()
+    if not started.command:
+        return ""
+    line = one_line(started.line(None if is_usual else folder))
+    kept = newest_written(folder / "checkpoints", PeerFolder(folder).kept_sha256())
+    return f"`{line}` goes on" + (f" from round {kept.round}" if kept is not None else "")

@@ -1,0 +1,56 @@
+"""The last line of a peer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from swarmtrain.cli.closing import closing_line, go_on_line
+from swarmtrain.cli.common import PeerOptions, say_the_end
+from swarmtrain.events import DoneEvent
+from swarmtrain.peer.checkpoint_files import CheckpointFolder
+from swarmtrain.peer.started import Started, StartedFile
+from swarmtrain.run import run_sha256
+
+
+def done(reason: str) -> DoneEvent:
+    return DoneEvent(held_out_loss=None, tokens=1, run_tokens=2, wall_s=3.0, reason=reason)
+
+
+def options(folder: Path | None, *, json: bool = False) -> PeerOptions:
+    return PeerOptions(dir=folder, name="anna", json=json, listen=(), announce=(), log_level="warning")
+
+
+def test_the_end_of_a_run_says_where_the_model_is_and_what_to_do_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    assert closing_line(done("total_tokens"), folder, is_usual=True) == "", "one that held stages has no model"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").touch()
+    model = f"'{folder / 'model'}'"
+    assert closing_line(done("total_tokens"), folder, is_usual=True) == (
+        f"the model is in {model}; try: swarmtrain generate {model}"
+    )
+
+
+def test_who_was_interrupted_learns_how_to_go_on_and_from_where(tmp_path: Path) -> None:
+    assert go_on_line(tmp_path) == "", "nobody knows how it was started"
+    StartedFile(tmp_path).keep_command(Started(("join",), {"--name": ("anna",), "--threads": ("2",)}))
+    line = "swarmtrain join --name anna --threads 2"
+    assert closing_line(done("interrupted"), tmp_path, is_usual=True) == f"`{line}` goes on"
+    assert closing_line(done("asked"), tmp_path, is_usual=False) == f"`{line} --dir {tmp_path}` goes on"
+    (tmp_path / "run.toml").write_bytes(b"the run")
+    CheckpointFolder(tmp_path / "checkpoints", run_sha256(b"the run"), "peer").write(7, [], {})
+    assert go_on_line(tmp_path) == f"`{line} --dir {tmp_path}` goes on from round 7"
+
+
+def test_programs_and_the_background_are_told_by_events_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    StartedFile(tmp_path).keep_command(Started(("join",), {}))
+    say_the_end(done("interrupted"), tmp_path, options(None, json=True), tmp_path)
+    assert capsys.readouterr() == ("", "")
+    say_the_end(done("interrupted"), tmp_path, options(tmp_path), tmp_path / "usual")
+    assert capsys.readouterr() == ("", f"`swarmtrain join --dir {tmp_path}` goes on\n")
+    say_the_end(done("interrupted"), tmp_path, options(None), tmp_path)
+    assert capsys.readouterr() == ("", "`swarmtrain join` goes on\n")
