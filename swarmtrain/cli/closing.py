@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swarmtrain.peer.started import StartedFile
+from swarmtrain.peer.started import Started, StartedFile
 from swarmtrain.words import one_line
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def go_on_line(folder: Path, *, is_usual: bool = False) -> str:
     started = StartedFile(folder).read()
     if not started.command:
         return ""
-    line = one_line(started.line(None if is_usual else folder))
+    # the folder remembers the options; without --dir the name leads to it
+    name = {flag: words for flag, words in started.options.items() if is_usual and flag == "--name"}
+    line = one_line(Started(started.command, name).line(None if is_usual else folder))
     kept = newest_written(folder / "checkpoints", PeerFolder(folder).kept_sha256())
     return f"`{line}` goes on" + (f" from round {kept.round}" if kept is not None else "")

@@ -220,8 +220,7 @@ def _of_folder(directory: Path) -> Invite:
 
 def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
     """`--dir`; else this user's folder for volunteers, or while that is in use, or holds another run than this one if
-    one is given, a numbered one beside it. Without a run and a name, the one that was used last if that folder holds
-    none. UserError when `--dir` holds another run."""
+    one is given, a numbered one beside it. Without a run and a name see `_stopped`. UserError when `--dir` holds another run."""
     from swarmtrain.errors import UserError
     from swarmtrain.peer.folder import PeerFolder, is_in_use
 
@@ -231,13 +230,8 @@ def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
         if is_other:
             raise UserError(f"{folder} holds another run, with its checkpoints and its model: give another --dir")
         return folder
-    if run_sha256 is None and not options.name and PeerFolder(folder).kept_sha256() is None:
-        others = [path for path in folder.parent.glob(f"{folder.name}-*") if PeerFolder(path).kept_sha256() is not None]
-        free = [path for path in others if not is_in_use(path)]
-        if free:
-            last = max(free, key=_last_used)
-            click.echo(f"going on in {last}; others are named by --dir", err=True)
-            return last
+    if run_sha256 is None and not options.name and (stopped := _stopped(folder)):
+        return stopped
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     for candidate in itertools.chain([folder], numbered):
         kept = None if run_sha256 is None else PeerFolder(candidate).kept_sha256()
@@ -246,6 +240,25 @@ def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
     if is_other:
         click.echo(f"{folder} holds another run: this one is kept in {candidate}", err=True)
     return candidate if run_sha256 or candidate.exists() else folder  # to go on where nobody has been makes no sense
+
+
+def _stopped(folder: Path) -> Path | None:
+    """Where to go on without an invite and a name: in `folder`, else in the one beside it that was used last, of those
+    with a run in which nobody lives; says which, and what the others are. None where there is no run. UserError where
+    all of them run."""
+    from swarmtrain.errors import UserError
+    from swarmtrain.peer.folder import PeerFolder, is_in_use
+
+    beside = sorted(folder.parent.glob(f"{folder.name}-*"), key=_last_used, reverse=True)
+    ours = [path for path in (folder, *beside) if PeerFolder(path).kept_sha256() is not None]
+    free = [path for path in ours if not is_in_use(path)]
+    if ours and not free:
+        running = ", ".join(str(path) for path in ours)
+        raise UserError(f"every volunteer of this user runs already ({running}): give an invite to start one more")
+    if free and (len(ours) > 1 or free[0] != folder):
+        others = ", ".join(f"`swarmtrain join --dir {path}`" for path in free[1:])
+        click.echo(f"going on in {free[0]}" + (f"; stopped too: {others}" if others else ""), err=True)
+    return free[0] if free else None
 
 
 def _last_used(folder: Path) -> float:

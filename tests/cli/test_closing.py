@@ -36,12 +36,12 @@ def test_the_end_of_a_run_says_where_the_model_is_and_what_to_do_with_it(tmp_pat
 def test_who_was_interrupted_learns_how_to_go_on_and_from_where(tmp_path: Path) -> None:
     assert go_on_line(tmp_path) == "", "nobody knows how it was started"
     StartedFile(tmp_path).keep_command(Started(("join",), {"--name": ("anna",), "--threads": ("2",)}))
-    line = "swarmtrain join --name anna --threads 2"
-    assert closing_line(done("interrupted"), tmp_path, is_usual=True) == f"`{line}` goes on"
-    assert closing_line(done("asked"), tmp_path, is_usual=False) == f"`{line} --dir {tmp_path}` goes on"
+    assert closing_line(done("interrupted"), tmp_path, is_usual=True) == "`swarmtrain join --name anna` goes on"
+    line = f"swarmtrain join --dir {tmp_path}"
+    assert closing_line(done("asked"), tmp_path, is_usual=False) == f"`{line}` goes on", "its folder knows the rest"
     (tmp_path / "run.toml").write_bytes(b"the run")
     CheckpointFolder(tmp_path / "checkpoints", run_sha256(b"the run"), "peer").write(7, [], {})
-    assert go_on_line(tmp_path) == f"`{line} --dir {tmp_path}` goes on from round 7"
+    assert go_on_line(tmp_path) == f"`{line}` goes on from round 7"
 
 
 def test_programs_and_the_background_are_told_by_events_alone(

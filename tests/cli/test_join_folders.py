@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,22 @@ def test_two_at_once_have_each_their_own(home: Path) -> None:
     with peer_folder(home / "volunteer"):
         assert _free_directory(options(), sha256(ONE)) == home / "volunteer-3"
         assert _free_directory(options(), None) == home / "volunteer-2"
+
+
+def test_without_an_invite_it_goes_on_where_nobody_runs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    volunteer, anna, bert = (holding(home / f"volunteer{end}", ONE) for end in ("", "-anna", "-bert"))
+    for path, used in ((volunteer, 30), (anna, 20), (bert, 10)):
+        os.utime(path / "run.toml", (used, used))
+    with peer_folder(volunteer):
+        assert _free_directory(options(), None) == anna, "and not in a folder in use"
+        assert capsys.readouterr().err == f"going on in {anna}; stopped too: `swarmtrain join --dir {bert}`\n"
+        with peer_folder(anna):
+            assert _free_directory(options(), None) == bert
+            assert capsys.readouterr().err == f"going on in {bert}\n"
+            with peer_folder(bert), pytest.raises(UserError, match="every volunteer of this user runs already"):
+                _free_directory(options(), None)
+    assert _free_directory(options(), None) == volunteer
+    assert str(anna) in capsys.readouterr().err
 
 
 def test_a_given_folder_of_another_run_is_refused(tmp_path: Path) -> None:
