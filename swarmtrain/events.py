@@ -69,6 +69,7 @@ __all__ = [
     "times_below_allreduce",
     "to_json_line",
     "to_plain_line",
+    "who_in_words",
 ]
 
 
@@ -129,6 +130,7 @@ class JoinedEvent(_Event):
     run_tokens: int = Field(description="Tokens the whole run had been trained on by then.")
     num_peers: int = Field(description="Volunteers present, this one included.")
     state_from: str = Field(description="The PeerID whose state it took; empty when it began with the initial weights or its own checkpoint.")  # fmt: skip
+    state_from_name: str = Field("", description="The name of that peer, if this one knows it.")
     resumed_round: int | None = Field(None, description="The round of the checkpoint it went on from; null when it had none.")  # fmt: skip
     wall_s: float = Field(description="From the start of the process to here, in seconds.")
 
@@ -215,6 +217,7 @@ class RefusedEvent(_Event):
 
     event: Literal["refused"] = "refused"
     from_peer: str = Field(description="The PeerID that sent it.")
+    from_name: str = Field("", description="Its name, if this peer knows it.")
     rule: str = Field(description="The rule it broke, in one or two words, such as `hash`, `shape`, `finite`, `signature`, `size`, `huge`, `direction`, `round` (too old), `stall`, `flood`.")  # fmt: skip
     detail: str = Field(description="What was expected and what came.")
 
@@ -226,6 +229,7 @@ class ClippedEvent(_Event):
 
     event: Literal["clipped"] = "clipped"
     from_peer: str = Field(description="The PeerID that published it.")
+    from_name: str = Field("", description="Its name, if this peer knows it.")
     rule: str = Field(description="The rule: `gradient`, `displacement` or, where a gradient was too short for its tokens, `length`.")  # fmt: skip
     detail: str = Field(description="What was cut, and to what.")
 
@@ -236,6 +240,7 @@ class CaughtUpEvent(_Event):
     event: Literal["caught_up"] = "caught_up"
     round: int = Field(description="The round it is at now.")
     from_peer: str = Field(description="The PeerID whose state it took.")
+    from_name: str = Field("", description="Its name, if this peer knows it.")
     reason: str = Field(description="What it had missed.")
 
 
@@ -264,6 +269,7 @@ class MicrobatchRetryEvent(_Event):
     event: Literal["microbatch_retry"] = "microbatch_retry"
     stage: int = Field(description="The stage that was asked.")
     asked: str = Field(description="The PeerID that was asked.")
+    asked_name: str = Field("", description="Its name, if this peer knows it.")
     reason: str = Field(description="What went wrong.")
     count: int = Field(1, description="How many such there were since the last event of this peer and stage.")
 
@@ -438,6 +444,12 @@ def arrived_in_words(event: ArrivingEvent) -> str:
     return f"{sizes} ({event.share:.0%}), {time_in_words(event.left_s)} left"
 
 
+def who_in_words(peer: str, name: str) -> str:
+    """A peer by its name, with the end of its PeerID: others may have the same name, or take it."""
+    short = short_peer(peer)
+    return f"{name} ({short})" if name and name != short else short
+
+
 def merge_in_words(event: RoundEvent) -> str:
     """An asynchronous round's merge, for a person; with whole PeerIDs, which the reader may replace by names."""
     if not event.partners:
@@ -495,7 +507,7 @@ def _pipeline_in_words(event: AssignedEvent | MovedEvent | MicrobatchRetryEvent 
             )
         case MicrobatchRetryEvent():
             times = "" if event.count == 1 else f" ({event.count} times)"
-            return f"asks stage {event.stage} again, {short_peer(event.asked)} failed{times}: {event.reason}"
+            return f"asks stage {event.stage} again, {who_in_words(event.asked, event.asked_name)} failed{times}: {event.reason}"
         case StageThroughputEvent():
             rates = f"{count_in_words(event.tokens_per_s)} of {count_in_words(event.most_tokens_per_s)} tokens/s"
             under_way = f", {event.in_flight} microbatches under way" if event.in_flight else ""
@@ -515,7 +527,11 @@ def in_words(event: Event) -> str:
         case ArrivingEvent():
             return f"the present weights arrive: {arrived_in_words(event)}"
         case JoinedEvent():
-            source = f"the state of {short_peer(event.state_from)}" if event.state_from else "the initial weights"
+            source = (
+                f"the state of {who_in_words(event.state_from, event.state_from_name)}"
+                if event.state_from
+                else "the initial weights"
+            )
             if event.resumed_round is not None:
                 own = f"its own checkpoint of round {event.resumed_round}"
                 source = f"{own}, then {source}" if event.state_from else own
@@ -541,11 +557,11 @@ def in_words(event: Event) -> str:
         case PeerLeftEvent():
             return f"peer {event.left_name or short_peer(event.left)} left"
         case RefusedEvent():
-            return f"refused what {short_peer(event.from_peer)} sent ({event.rule}): {event.detail}"
+            return f"refused what {who_in_words(event.from_peer, event.from_name)} sent ({event.rule}): {event.detail}"
         case ClippedEvent():
-            return f"cut what {short_peer(event.from_peer)} published ({event.rule}): {event.detail}"
+            return f"cut what {who_in_words(event.from_peer, event.from_name)} published ({event.rule}): {event.detail}"
         case CaughtUpEvent():
-            return f"caught up to round {event.round} from {short_peer(event.from_peer)}: {event.reason}"
+            return f"caught up to round {event.round} from {who_in_words(event.from_peer, event.from_name)}: {event.reason}"
         case PausedEvent():
             return f"paused: {event.reason}"
         case FinishingEvent():

@@ -9,6 +9,7 @@ import pytest
 
 from swarmtrain.events import (
     ArchivedEvent,
+    CaughtUpEvent,
     DoneEvent,
     EvalEvent,
     Event,
@@ -17,10 +18,12 @@ from swarmtrain.events import (
     JoinedEvent,
     PausedEvent,
     PeerJoinedEvent,
+    RefusedEvent,
     ResumedEvent,
     RoundEvent,
     StartedEvent,
     WarningEvent,
+    in_words,
 )
 from swarmtrain.peer.board import MAX_LOSSES, LossCurve, Pulse, StatusBoard
 from swarmtrain.peer.health import Vitals, health
@@ -305,6 +308,24 @@ def test_the_pulse_speaks_only_in_rounds(board: StatusBoard) -> None:
     assert board.status().doing == "paused: outside the hours 22-7"
     board.doing(pb.PEER_STATE_FINISHING, "serving on")
     assert board.status().doing == "serving on"
+
+
+def test_events_have_names_for_a_person_and_peer_ids_for_a_program(board: StatusBoard) -> None:
+    told: list[Event] = []
+    emit = board.listening(told.append)
+    board.know_name(BEN, "ben")
+    emit(RefusedEvent(from_peer=BEN, rule="shards", detail=f"says that {BEN} has trained on 40 tokens"))
+    emit(CaughtUpEvent(round=3, from_peer=BEN, reason="it was away"))
+    emit(JoinedEvent(round=3, run_tokens=1, num_peers=2, state_from=BEN, wall_s=1.0))
+    emit(RefusedEvent(from_peer=CARL, rule="hash", detail="of a chunk"))
+    refused, caught_up, joined, stranger = told
+    assert isinstance(refused, RefusedEvent) and (refused.from_peer, refused.from_name) == (BEN, "ben")
+    end = BEN[-6:]
+    assert in_words(refused) == f"refused what ben ({end}) sent (shards): says that ben has trained on 40 tokens"
+    assert in_words(caught_up) == f"caught up to round 3 from ben ({end}): it was away"
+    assert f"with the state of ben ({end})" in in_words(joined)
+    assert in_words(stranger) == f"refused what {CARL[-6:]} sent (hash): of a chunk"
+    assert board.status().notices[0].message == "refused what ben sent: says that ben has trained on 40 tokens"
 
 
 def test_names_in_place_of_peer_ids(board: StatusBoard) -> None:

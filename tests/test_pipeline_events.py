@@ -69,7 +69,7 @@ def test_in_words_and_back_from_json(event: Event, words: str) -> None:
     [
         (AssignedEvent(stages=(2,), reason=""), ["stages", "reason"]),
         (MovedEvent(before=(), after=(), reason="", seconds=0.0), ["before", "after", "reason", "seconds"]),
-        (MicrobatchRetryEvent(stage=0, asked="", reason=""), ["stage", "asked", "reason", "count"]),
+        (MicrobatchRetryEvent(stage=0, asked="", reason=""), ["stage", "asked", "asked_name", "reason", "count"]),
         (FLOW, ["stages", "tokens_per_s", "most_tokens_per_s", "waiting", "in_flight", "loss"]),
     ],
 )

@@ -74,6 +74,8 @@ class DataCoverage:
     refused: Callable[[str, str, str], None]
     """Told (peer, rule, detail) of a row that was not taken, of each peer once a minute."""
     clock: Callable[[], float] = time.monotonic
+    spares: Callable[[str, str, str], bool] = lambda peer, rule, detail: False
+    """Whether that is not told yet."""
     shard: int | None = None
     """The one that this peer is on."""
     _counted: int = 0
@@ -147,6 +149,9 @@ class DataCoverage:
             self._refuse(incident.peer, incident.detail)
 
     def _refuse(self, peer: str, detail: str) -> None:
+        if self.spares(peer, _RULE, detail):
+            _log.debug("not taken of %s: %s", peer, detail)
+            return
         with self._lock:
             due = self._named.is_due(peer, self.clock())
         if due:

@@ -22,12 +22,14 @@ class Refusals:
     """Events of what was refused: of one peer and rule once a minute, for it may send as fast as it likes."""
 
     emit: Callable[[Event], None]
+    spares: Callable[[str, str, str], bool] = lambda peer, rule, detail: False
+    """Whether what a peer broke a rule with, in words, is not told yet."""
     _named: NamedOnce = field(default_factory=lambda: NamedOnce(again_s=_AGAIN_S))
 
     def tell(self, peer: str, error: PeerError) -> None:
         """What `peer` sent was refused."""
         rule = rule_of(str(error))
-        if self._named.is_due(peer, swarm_time(), rule):
+        if not self.spares(peer, rule, str(error)) and self._named.is_due(peer, swarm_time(), rule):
             self.emit(RefusedEvent(from_peer=peer, rule=rule, detail=str(error)))
         else:
             _log.debug("refused of %s: %s", peer, error)

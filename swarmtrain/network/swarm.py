@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, PeerLostEvent, RefusedEvent, WarningEvent
 from swarmtrain.membership import records
+from swarmtrain.membership.arrivals import Arrivals
 from swarmtrain.membership.leaving import FellowLeavers, Leavers
 from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
 from swarmtrain.membership.progress import Progress
@@ -109,13 +110,15 @@ class Swarm:
     _meetings: set[asyncio.Task[None]] = field(default_factory=set)
     _through: tuple[InvitedPeer, ...] = ()
     _refusals: Refusals = field(init=False)
+    _arrivals: Arrivals = field(default_factory=Arrivals)
     _daemon_watch: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         run = self.published.run
         limits = run.network
         self.node.settings = dataclasses.replace(self.node.settings, call_limit_s=limits.call_limit_s)
-        self.membership, self._refusals = Membership(self.identity.peer_id), Refusals(self.emit)
+        self.membership = Membership(self.identity.peer_id)
+        self._refusals = Refusals(self.emit, self.spares)
         self.calls = PeerCalls(
             self.node,
             self.published.sha256,
@@ -200,6 +203,7 @@ class Swarm:
     async def announce(self) -> None:
         """Say that we are here, to everyone known and in the DHT, and keep saying so."""
         self.rounds.away = False
+        self._arrivals.came_myself(swarm_time())
         await self._look_where_we_are()
         await self.greet_everyone()
         kept = [self._keep_present(), self._keep_reading(), self._keep_counting(), self._notice_gaps()]
@@ -573,6 +577,7 @@ class Swarm:
         self.rounds.tell()
         info = self.membership.info(change.peer)
         if change.state is PeerState.LIVE:
+            self._arrivals.came(change.peer, swarm_time())
             if info is not None and info.training:
                 self.emit(PeerJoinedEvent(joined=change.peer, joined_name=info.name))
         else:
@@ -583,6 +588,10 @@ class Swarm:
                 self.emit(PeerLostEvent(lost=change.peer, lost_name=info.name, reason=change.reason))
             else:
                 self.emit(PeerLeftEvent(left=change.peer, left_name=info.name))
+
+    def spares(self, peer: str, rule: str, detail: str) -> bool:
+        """Whether what was refused is not told yet, since somebody came lately."""
+        return self._arrivals.spares(peer, rule, detail, swarm_time())
 
     def refused(self, peer: str, error: PeerError) -> None:
         """Tell of hostile bytes."""

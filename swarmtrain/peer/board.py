@@ -63,6 +63,9 @@ _REASONS = {
     "interrupted": "it was interrupted",
     "asked": "you asked it to leave",
 }
+_NAMES_OF = (("from_peer", "from_name"), ("state_from", "state_from_name"), ("asked", "asked_name"))
+"""Fields of events that have a PeerID, and those that have its name."""
+_PROSE = ("detail", "reason", "message")
 _PEER_IDS = re.compile(r"(?:12D3Koo|Qm)[1-9A-HJ-NP-Za-km-z]{30,60}(?:, (?:12D3Koo|Qm)[1-9A-HJ-NP-Za-km-z]{30,60})*")
 
 
@@ -319,6 +322,17 @@ class StatusBoard:
             while len(self._names) > _MAX_NAMES:  # identities cost nothing
                 del self._names[next(iter(self._names))]
 
+    def named(self, event: Event) -> Event:
+        """`event` with the names of those whom it speaks of, for a person: also of those in its sentences."""
+        changes: dict[str, str] = {}
+        for peer, name in _NAMES_OF:
+            if (known := self._names.get(getattr(event, peer, ""))) and not getattr(event, name, known):
+                changes[name] = known
+        for field in _PROSE:
+            if isinstance(text := getattr(event, field, None), str) and _PEER_IDS.search(text):
+                changes[field] = self.in_names(text)
+        return event.model_copy(update=changes) if changes else event
+
     def in_names(self, sentence: str) -> str:
         """`sentence` with names in place of PeerIDs: of a long list the first few and how many more."""
 
@@ -485,5 +499,6 @@ class _Listening:
         self.identify: Callable[[str, str], None] = getattr(emit, "identify", lambda peer, name: None)
 
     def __call__(self, event: Event) -> None:
+        event = self._board.named(event)
         self._board.take(event)
         self._emit(event)

@@ -323,6 +323,7 @@ class PipelineVolunteer:
             shards = shards_of(self.run, swarm.published.sha256, self._data.corpus.digest, num_shards)
             tallying = swarm.tallying
             swarm.coverage = DataCoverage(swarm.identity, shards, tallying.explained, tallying.refused, swarm_time)
+            swarm.coverage.spares = swarm.spares
 
     async def _start_driving(self, held: HeldStage) -> None:
         assert self._source is not None

@@ -361,6 +361,7 @@ class _Volunteer:
             swarm.coverage = DataCoverage(
                 swarm.identity, shards, swarm.tallying.explained, swarm.tallying.refused, swarm_time
             )
+            swarm.coverage.spares = swarm.spares
         if self.settings.fail_pulls_share:
             swarm.store.num_served = FailingPulls(self.settings.fail_pulls_share, self.name).num_served
         return swarm

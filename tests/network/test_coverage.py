@@ -274,6 +274,16 @@ def test_a_hostile_row_is_refused_named_once_and_the_others_are_taken(
     assert len(anna.told) == 2, "a minute later it is named again"
 
 
+def test_what_is_spared_is_not_told_and_may_be_told_later() -> None:
+    anna = Reader(ANNA, explained=lambda _, tokens: 5)
+    anna.coverage.spares = lambda peer, rule, detail: (peer, rule) == (CARL.peer_id, "shards") and "by now" in detail
+    anna.coverage.hear_untrusted(BEN.peer_id, [row(CARL, counts(s0=9))])
+    assert anna.told == [] and anna.counts(CARL) is None
+    anna.coverage.spares = lambda peer, rule, detail: False
+    anna.coverage.hear_untrusted(BEN.peer_id, [row(CARL, counts(s0=9))])
+    assert [peer for peer, *_ in anna.told] == [CARL.peer_id]
+
+
 def test_too_many_rows_are_not_read() -> None:
     anna = Reader(ANNA)
     anna.coverage.hear_untrusted(BEN.peer_id, [row(CARL, counts(s0=i)) for i in range(20)])

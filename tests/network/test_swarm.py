@@ -326,6 +326,22 @@ def test_what_is_refused_of_one_peer_is_told_once_a_minute_for_each_rule() -> No
     assert told == [(BEN.peer_id, "presence"), (BEN.peer_id, "signature"), (CARL.peer_id, "signature")]
 
 
+def test_who_came_lately_is_not_named_for_what_is_old() -> None:
+    behind = BadBytesError("9 rounds behind the median; at most 8 are merged")
+
+    async def body(swarm: Swarm) -> None:
+        long_ago_s = swarm_time() - 100.0
+        swarm._arrivals.came_myself(long_ago_s)
+        swarm._saw(BEN.peer_id, presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=swarm_time(), training=True)))
+        for peer in (BEN, CARL):
+            swarm.refused(peer.peer_id, behind)
+        swarm._arrivals.came(BEN.peer_id, long_ago_s)
+        swarm.refused(BEN.peer_id, behind)
+
+    told = [event.from_peer for event in run(body, Hellos()) if isinstance(event, RefusedEvent)]
+    assert told == [CARL.peer_id, BEN.peer_id], "and of whom it was said before may be said later"
+
+
 def test_who_is_seen_is_believed_from_then_on() -> None:
     """Its record is read a minute later: what it can have trained in that minute counts at once."""
 
