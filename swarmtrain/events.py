@@ -453,7 +453,7 @@ def who_in_words(peer: str, name: str) -> str:
 def merge_in_words(event: RoundEvent) -> str:
     """An asynchronous round's merge, for a person; with whole PeerIDs, which the reader may replace by names."""
     if not event.partners:
-        return "nobody had anything new in time: it went on alone"
+        return "nobody this time: no partner had anything new yet, which costs nothing"
     parts = [f"{', '.join(event.partners)} in {time_in_words(event.pull_s or 0.0)}"]
     if (stalest := max(event.staleness_rounds, default=0)) > 0:  # of who is ahead it is below 0
         parts.append(f"at most {stalest} round{'' if stalest == 1 else 's'} old")
@@ -487,7 +487,7 @@ def _of_stage(stage: int | None) -> str:
 def _round_in_words(event: RoundEvent) -> str:
     parts = [
         f"round {event.round}{_of_stage(event.stage)}: loss {event.loss:.3f}",
-        f"{event.inner_steps} steps in {time_in_words(event.seconds)}",
+        f"{event.inner_steps} step{'' if event.inner_steps == 1 else 's'} in {time_in_words(event.seconds)}",
         *_merge_in_words(event),
         f"sent {size_in_words(event.bytes_sent)}",
     ]
@@ -540,9 +540,10 @@ def in_words(event: Event) -> str:
                 f"{count_in_words(event.run_tokens)} tokens so far"
             )
         case StartedEvent():
+            many = "" if event.inner_steps_per_round == 1 else "s"
             return (
                 f"training {count_in_words(event.num_parameters)} parameters, {event.inner_steps_per_round} inner "
-                f"steps a round, {time_in_words(event.startup_s)} after the start"
+                f"step{many} in the first round, {time_in_words(event.startup_s)} after the start"
             )
         case RoundEvent():
             return _round_in_words(event)
@@ -586,10 +587,9 @@ def in_words(event: Event) -> str:
             return f"{event.level}: {event.check}: {event.found}" + (f"; {event.advice}" if event.advice else "")
         case DoneEvent():
             loss = "not measured" if event.held_out_loss is None else f"{event.held_out_loss:.3f} nats/byte"
-            return (
-                f"done ({event.reason}) after {time_in_words(event.wall_s)}: held-out loss {loss}, "
-                f"{count_in_words(event.tokens)} of {count_in_words(event.run_tokens)} tokens trained here"
-            )
+            run = f"{count_in_words(event.run_tokens)} tokens"
+            part = f"{count_in_words(event.tokens)} of {run} trained here" if event.tokens else f"{run} in all"
+            return f"done ({event.reason}) after {time_in_words(event.wall_s)}: held-out loss {loss}, {part}"
 
 
 def _peers(number: int) -> str:

@@ -23,6 +23,7 @@ from swarmtrain.events import (
     PeerLostEvent,
     ResumedEvent,
     RoundEvent,
+    StartedEvent,
     WarningEvent,
     count_in_words,
     data_in_words,
@@ -165,6 +166,15 @@ def test_times_below_allreduce() -> None:
     assert times_below_allreduce(100, 25, 0) is None
 
 
+def test_who_trained_nothing_counts_the_run_and_one_is_no_plural() -> None:
+    done = DoneEvent(held_out_loss=None, tokens=0, run_tokens=311_000, wall_s=2.0, reason="asked")
+    assert in_words(done).endswith("held-out loss not measured, 311 k tokens in all")
+    assert in_words(done.model_copy(update={"tokens": 1000})).endswith("1 k of 311 k tokens trained here")
+    started = StartedEvent(inner_steps_per_round=1, num_parameters=1000, total_tokens=1, startup_s=1.0)
+    assert "1 inner step in the first round" in in_words(started)
+    assert ", 1 step in" in in_words(ROUND.model_copy(update={"inner_steps": 1}))
+
+
 def test_a_merge_at_ones_own_pace_in_words() -> None:
     asynchronous = ROUND.model_copy(
         update={
@@ -178,7 +188,7 @@ def test_a_merge_at_ones_own_pace_in_words() -> None:
     assert merge_in_words(asynchronous) == "P1, P2 in 0.2 s, at most 2 rounds old, weights 3.1% apart"
     assert "merged 2 partners, stood still for" in in_words(asynchronous)
     alone = asynchronous.model_copy(update={"partners": (), "staleness_rounds": (), "pull_s": None})
-    assert merge_in_words(alone) == "nobody had anything new in time: it went on alone"
+    assert merge_in_words(alone) == ("nobody this time: no partner had anything new yet, which costs nothing")
     assert "merged nobody" in in_words(alone)
 
 

@@ -270,6 +270,39 @@ def test_the_end_is_measured_and_then_told(board: StatusBoard, clock: Clock) -> 
     assert board.status().end_time == again.status().end_time == reached
 
 
+def test_while_nobody_trains_no_time_is_left(clock: Clock) -> None:
+    board = StatusBoard("bootstrap", 50.0, now=clock, wall=lambda: 1e9 + clock.now_s)
+    board.take(fetched(total_tokens=20_000))
+    ben: dict[str, Any] = {"peer": BEN, "present": True}
+    tokens = {"run_tokens": 1000}
+    board.add_looker(
+        lambda status: looker_of({"peer": ANNA, "present": True, "bootstrap": True}, ben, **tokens)(status)
+    )
+
+    def trained() -> float:
+        for _ in range(3):
+            tokens["run_tokens"] += 1000
+            clock.now_s += 10.0
+            status = board.status()
+        return float(status.end_time)
+
+    assert trained() == pytest.approx(1e9 + clock.now_s + 160.0)
+    ben["present"] = False
+    assert board.status().end_time == 0, "it has left"
+    ben["present"] = True
+    assert board.status().end_time == 0, "and is back, which is measured anew"
+    assert trained() > 0
+
+
+def test_an_ended_bootstrap_has_the_round_that_it_was_in(clock: Clock) -> None:
+    board = StatusBoard("bootstrap", 50.0, now=clock, wall=lambda: 1e9 + clock.now_s)
+    board.doing(pb.PEER_STATE_SERVING, "serving")
+    board.set_pulse(lambda: Pulse(state=pb.PEER_STATE_SERVING, doing="serving", round=7))
+    board.tick()
+    board.ended(pb.PEER_STATE_DONE, "asked", 0)
+    assert board.status().round == 7
+
+
 def test_a_bootstrap_shows_the_median_of_what_volunteers_say_of_their_losses(clock: Clock) -> None:
     board = StatusBoard("bootstrap", 50.0, now=clock, wall=lambda: 1e9 + clock.now_s)
     rows = [{"peer": peer, "present": True} for peer in (ANNA, BEN, CARL)]

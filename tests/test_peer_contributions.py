@@ -12,6 +12,16 @@ from swarmtrain.peer.controlled import swarm_looker
 from swarmtrain.v1 import control_pb2 as pb
 
 
+class Clock:
+    """A clock that is set."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() -> None:
     members = Membership("me")
     for peer in ("ben", "carl", "liar"):
@@ -31,6 +41,18 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
     served = pb.PeerStatus(run_tokens=900)
     swarm_looker(StatusBoard("bootstrap", 0.0), swarm)(served)
     assert served.run_tokens == 1007, "it applies no rosters, and goes by what it has counted"
+    clock = Clock()
+    look = swarm_looker(StatusBoard("bootstrap", 0.0, now=clock), swarm)
+    for grown in (0, 100, 100):
+        tallying.total += grown
+        served = pb.PeerStatus()
+        look(served)
+        clock.now_s += 10.0
+    assert served.run_tokens == 1207 + 150, "it believes what they say 15 s ahead of its counts, at the speed of these"
+    for peer in ("ben", "carl"):
+        members.saw_presence(PeerInfo(peer=peer, stamp=1.0, training=True, run_tokens=1300), 30.0, 1.0)
+    look(served := pb.PeerStatus())
+    assert served.run_tokens == 1300, "half of them say it"
     shown = {peer.peer: (peer.tokens, peer.acknowledged_tokens, peer.present) for peer in status.peers}
     assert shown == {
         "me": (500, 0, True),

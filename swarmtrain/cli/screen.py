@@ -13,7 +13,7 @@ import time
 from collections.abc import Container, Sequence
 from typing import Any
 
-from rich.cells import cell_len
+from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
 from swarmtrain.cli.lines import FACT_LINES, aligned, clipped, cut_line, fact_lines, wrapped_lines
@@ -265,25 +265,29 @@ def limits_in_words(limits: Any) -> str:
 # ---------------------------------------------------------------- lines
 
 
-def _peer_rows(status: Any, width: int, most: int) -> list[tuple[str, bool]]:
+def _peer_rows(view: View, width: int, most: int) -> list[tuple[str, bool]]:
     """At most so many peers, as (line, whether it is here), this one first; the last line may be a word on the rest.
-    What matters less is left out where the lines are narrow."""
+    What matters less is left out where the lines are narrow; of a peer that is over, who was here with it."""
+    status = view.status
     order = sorted(
         zip(status.peers, _shares(status.peers), strict=True),
         key=lambda row: (row[0].peer != status.peer, not row[0].present, -row[0].tokens, row[0].peer),
     )
     shown = order if len(order) <= most else order[: max(0, most - 1)]
-    cells, columns = _NAME_CELLS, {"name", "peer", "tokens", "share", "here", "doing", "speed"}
+    cells, columns = _NAME_CELLS, {"name", "peer", "tokens", "share", "now", "here", "doing", "speed"}
+    if view.life.over:
+        columns -= {"now", "here", "doing", "speed"}
     for less in ("", "peer", "here", "doing", "share", "cells"):
         columns -= {less}
         cells = _LEAST_NAME_CELLS if less == "cells" else cells
         lines = aligned([_peer_row(status, peer, share, columns, cells) for peer, share in shown], right=(2, 3))
         if all(cell_len(line) <= width for line in lines):
             break
-    found = [(line, bool(peer.present)) for line, (peer, _) in zip(lines, shown, strict=True)]
+    found = [(line, peer.present or view.life.over) for line, (peer, _) in zip(lines, shown, strict=True)]
     if rest := [peer for peer, _ in order[len(shown) :]]:
         here, tokens = sum(peer.present for peer in rest), sum(peer.tokens for peer in rest)
-        words = f"and {len(rest)} more: {here} here, {len(rest) - here} away, {count_in_words(tokens)} tokens"
+        now = "" if view.life.over else f"{here} here, {len(rest) - here} away, "
+        words = f"and {len(rest)} more: {now}{count_in_words(tokens)} tokens"
         found.append((words, False))
     return found if most > 0 else []
 
@@ -294,7 +298,9 @@ def _peer_row(status: Any, peer: Any, share: str, columns: Container[str], cells
     short, name = short_peer(one_line(peer.peer)), clipped(peer.name, cells)
     doing = _round_of(peer) if peer.present and not peer.bootstrap else ""
     here = "here" if peer.present else "away"
-    if "doing" not in columns or not ("here" in columns or doing):
+    if "now" not in columns:
+        doing = ""
+    elif "doing" not in columns or not ("here" in columns or doing):
         doing = here
     row = {
         "name": name + " (you)" * own,
@@ -337,8 +343,8 @@ def _stage_lines(status: Any, width: int) -> list[Text]:
     return [*lines, cut_line(width, (more, "dim"))] if rest else lines
 
 
-def _peer_lines(status: Any, width: int, most: int) -> list[Text]:
-    return [cut_line(width, (line, "" if here else "dim")) for line, here in _peer_rows(status, width, most)]
+def _peer_lines(view: View, width: int, most: int) -> list[Text]:
+    return [cut_line(width, (line, "" if here else "dim")) for line, here in _peer_rows(view, width, most)]
 
 
 def _notice_lines(view: View, width: int, most: int) -> list[Text]:
@@ -410,13 +416,13 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         lines += [cut_line(width, ("stages", "dim")), *_stage_lines(status, width)]
     if status.notices:
         lines += [cut_line(width, ("last warnings", "dim")), *_notice_lines(view, width, 3)]
-    return [*lines, *_contributors(status, width, most_peers)]
+    return [*lines, *_contributors(view, width, most_peers)]
 
 
-def _contributors(status: Any, width: int, most: int) -> list[Text]:
-    if not status.peers:
+def _contributors(view: View, width: int, most: int) -> list[Text]:
+    if not view.status.peers:
         return []
-    return [cut_line(width, ("contributions", "dim"), f"  {_here(status)}"), *_peer_lines(status, width, most)]
+    return [cut_line(width, ("contributions", "dim"), f"  {_here(view)}"), *_peer_lines(view, width, most)]
 
 
 def serving_lines(view: View, width: int) -> list[Text]:
@@ -425,11 +431,14 @@ def serving_lines(view: View, width: int) -> list[Text]:
     lines = [line for name, text in facts.items() for line in fact_lines(width, name, text)]
     if all(peer.peer == view.status.peer for peer in view.status.peers):
         return lines
-    return lines + _contributors(view.status, width, _SERVED_PEERS)
+    return lines + _contributors(view, width, _SERVED_PEERS)
 
 
-def _here(status: Any) -> str:
+def _here(view: View) -> str:
+    status = view.status
     volunteers = [peer for peer in status.peers if not peer.bootstrap]
+    if view.life.over:  # who was here with it may have left long ago
+        return f"{len(volunteers)} volunteer{'s' if len(volunteers) != 1 else ''} by then"
     here = sum(peer.present for peer in volunteers)
     bootstrap = any(peer.bootstrap and peer.present for peer in status.peers)
     words = f"{here} of {len(volunteers)} volunteer{'s' if len(volunteers) != 1 else ''} here"
@@ -437,7 +446,7 @@ def _here(status: Any) -> str:
 
 
 def list_peers(views: Sequence[View], width: int) -> list[Text]:
-    """One line a peer."""
+    """One line a peer; where that would be too wide, its folder is a line of its own."""
     rows = [
         [
             clipped(title(view.status, view.folder), _NAME_CELLS),
@@ -451,7 +460,16 @@ def list_peers(views: Sequence[View], width: int) -> list[Text]:
         ]
         for view in views
     ]
-    return [cut_line(width, line) for line in aligned(rows, right=(6,))]
+    lines = aligned(rows, right=(6,))
+    if all(cell_len(line) <= width for line in lines):
+        return [cut_line(width, line) for line in lines]
+    short = aligned([row[:-1] for row in rows], right=(6,))
+    folders = [chop_cells(f"  {row[-1]}", max(2, width)) for row in rows]
+    return [
+        line
+        for head, folder in zip(short, folders, strict=True)
+        for line in [cut_line(width, head), *(cut_line(width, (piece, "dim")) for piece in folder)]
+    ]
 
 
 def plain_line(view: View) -> str:
@@ -486,7 +504,7 @@ def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False)
         *(_draw_losses(status, width, plot_lines, ascii_only) if plot_lines else []),
         *progress,
         *(line for block in blocks.values() for line in block),
-        *(_contributors(status, width, peer_lines) if peer_lines else []),
+        *(_contributors(view, width, peer_lines) if peer_lines else []),
         *notices,
     ]
     return [*body[: height - 1], foot][:height]

@@ -289,6 +289,8 @@ class StatusBoard:
         """The peer is at its end: the last word."""
         with self._lock:
             base = self._base
+            if self._samples:
+                base.round = max(base.round, self._samples[-1][1].round)
             base.state, base.end_reason, base.exit_code = state, reason, exit_code
             base.doing = f"ended: {_REASONS.get(reason, reason)}"
             self._pulse = None
@@ -306,6 +308,10 @@ class StatusBoard:
     def add_listener(self, listener: Callable[[Event], None]) -> None:
         """Somebody who takes each event that is noted here, in the thread that it comes from."""
         self._listeners.append(listener)
+
+    def now(self) -> float:
+        """Seconds of its clock."""
+        return self._now()
 
     def name_of(self, peer: str) -> str:
         """A peer's name for a person; the end of its PeerID if it has none."""
@@ -439,6 +445,8 @@ class StatusBoard:
             return
         if left <= 0:
             self._base.end_time = status.end_time = self._base.end_time or self._wall()
+        elif not any(peer.present and not peer.bootstrap for peer in status.peers) and status.peers:
+            self._run_growth = Growth()  # nobody trains: who comes next begins to measure anew
         elif per_s := growth.per_s(now):
             end_s = max(growth.changed_s + left / per_s, now)
             status.end_time = round(self._wall() - now + end_s)  # a figure that does not change with every breath

@@ -7,6 +7,7 @@ exchange, a pause switch) as soon as it has it; until then a call says that the 
 from __future__ import annotations
 
 import heapq
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +30,7 @@ from swarmtrain.peer.control import ControlServer, Powers, read_status
 from swarmtrain.peer.estimate import estimates_of
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.growth import Growth
 from swarmtrain.peer.health import health
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.stopping import StopFlag, StopTraining
@@ -44,6 +46,8 @@ MAX_SHOWN_PEERS = 1024
 _PATIENCE_S = 60.0
 _FIRST_ROUND_PATIENCE_S = 600.0  # nobody knows yet how long an inner step takes here
 _STEPS_OF_PATIENCE = 4
+_COUNTS_LAG_S = 15.0
+"""So old is at most what a bootstrap has counted: progress records are written and read every few seconds."""
 
 
 @dataclass
@@ -327,14 +331,19 @@ def reach_in_words(swarm: Swarm) -> str:
 
 def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], None]:
     """Fills in who is here and who contributed what."""
-    tokens_per_step, gone = swarm.published.run.tokens_per_step, PeerInfo(peer="")
+    tokens_per_step, gone, counted = swarm.published.run.tokens_per_step, PeerInfo(peer=""), Growth()
 
     def look(status: pb.PeerStatus) -> None:
         status.reach, status.dht_records = reach_in_words(swarm), swarm.node.num_dht_records
         me, counts, acknowledged = swarm.me, swarm.tallying.contributions(), swarm.tallying.acknowledged()
         live = {info.peer: info for info in (*swarm.membership.live(), me)}
         if me.is_bootstrap:  # a volunteer knows the rosters' total, which forks and liars do not move
-            status.run_tokens = max(status.run_tokens, swarm.tallying.total)
+            total, told = swarm.tallying.total, [info.run_tokens for info in live.values() if info.training]
+            counted.take(total, board.now())
+            # what is counted is some seconds old; volunteers know better, and are believed as far as it can have grown
+            most = total + round(_COUNTS_LAG_S * (counted.per_s(board.now()) or 0.0))
+            newest = min(most, statistics.median_low(told)) if told else 0
+            status.run_tokens = max(status.run_tokens, total, newest)
         status.own_tokens = max(status.own_tokens, counts.get(me.peer, 0))
         for info in live.values():
             board.know_name(info.peer, info.name)

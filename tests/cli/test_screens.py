@@ -288,6 +288,26 @@ def test_a_list_of_peers() -> None:
     assert re.fullmatch(r"bert  Anna01  volunteer  ended     6 min ago  stdlib-gpt  40%  /home/anna/swarm", second)
 
 
+def test_a_narrow_list_has_whole_folders() -> None:
+    folder = Path("/home/anna/.local/share/swarmtrain/volunteer-anna-of-the-long-name-and-more")
+    seen = View(status=make_status(), life=Life.RUNNING, folder=folder, now=make_status().time)
+    lines = [line.plain for line in list_peers([view(), seen], 60)]
+    assert all(len(line) <= 60 for line in lines) and "".join(lines).count("…") == 0
+    assert [line.split()[0] for line in lines[:3]] == ["anna", "/home/anna/swarm", "anna"]
+    assert "".join(line.strip() for line in lines[3:]) == str(folder)
+
+
+def test_nobody_is_here_on_the_page_of_one_that_has_ended() -> None:
+    ended = make_status(state=wire.PEER_STATE_DONE)
+    for width in (40, 80, 10_000):
+        over = View(status=ended, life=Life.ENDED, folder=FOLDER, now=ended.time + 400)
+        page = [line.plain for line in draw_status(over, width, 10)]
+        rows = page[next(n for n, line in enumerate(page) if line.startswith("contributions")) :]
+        assert rows[0] == "contributions  3 volunteers by then"
+        assert not any(word in " ".join(rows) for word in ("here", "away", "round", "tokens/s")), rows
+        assert "anna (you)" in rows[1]
+
+
 def test_limits() -> None:
     assert limits_in_words(wire.Limits()) == "all threads, any memory, busy or not, at any hour"
     limits = wire.Limits(threads=1, memory_bytes=4 * 10**9, nice=19, only_when_idle=True, hours="any", up_mbit=2.5)
