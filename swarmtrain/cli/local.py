@@ -257,6 +257,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     """Run the swarm to its end. Its children end with it, whatever happens."""
     from swarmtrain.cli.common import PeerOptions, open_sink
     from swarmtrain.cli.display import SwarmDisplay
+    from swarmtrain.cli.peers import listed
     from swarmtrain.events import LinkEvent
     from swarmtrain.peer.local import LocalLinks, LocalSwarm
     from swarmtrain.peer.stopping import Interrupted
@@ -274,7 +275,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     swarm = LocalSwarm(plan.directory, stop.check, links)
     rehearsing = _rehearsing(swarm, plan)
     try:
-        with open_sink(options, make_display) as emit:
+        with listed(plan.directory), open_sink(options, make_display) as emit:
             try:
                 parts, loss = _watch(swarm, emit, plan, rehearsing)
             except Interrupted:

@@ -42,6 +42,7 @@ __all__ = [
     "find_running",
     "in_words",
     "known_peers",
+    "listed",
     "look",
     "look_without_asking",
     "tell",
@@ -52,6 +53,7 @@ __all__ = [
 
 CALL_LIMIT_S = 5.0
 _REFUSALS = ("UNIMPLEMENTED", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
+_LISTED = "local"
 _MAX_ANSWER_BYTES = 64 * 2**20
 
 
@@ -164,10 +166,47 @@ def find(which: WhichPeer) -> Peer:
     if len(running) > 1:
         listed = ", ".join(f"{title(peer.last(), peer.folder)} ({peer.folder})" for peer in running)
         raise UserError(f"several peers run here: {listed}; say which with NAME or --dir FOLDER")
-    if running or peers:
-        return (running or peers)[0]
+    if running:
+        return running[0]
+    if peers:
+        return next((peer for peer in peers if not _failed_before_it_had_a_run(peer)), peers[0])
     named = f" named {one_line(which.name)}" if which.name else ""
     raise UserError(f"no peer{named} has run {where}; if it was started with --dir, give the same --dir")
+
+
+def _failed_before_it_had_a_run(peer: Peer) -> bool:
+    """Whether its folder holds nothing but the message that it failed."""
+    assert peer.folder is not None
+    return not (peer.folder / "run.toml").exists() and peer.last().state == wire.PEER_STATE_FAILED
+
+
+@contextlib.contextmanager
+def listed(folder: Path) -> Iterator[None]:
+    """Meanwhile the peers whose folders are in `folder` are found without `--dir`, as those of `swarmtrain local`."""
+    path = _home() / _LISTED / str(os.getpid())
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.write_text(str(folder.absolute()), encoding="utf-8")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _listed_running() -> list[Peer]:
+    """Those that run of the folders that are listed; whose process was killed is listed still."""
+    found: list[Peer] = []
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for path in sorted((_home() / _LISTED).iterdir()):
+            found += known_peers(Path(path.read_text(encoding="utf-8")))
+    return [peer for peer in found if peer.folder is not None and holder(peer.folder) is Holder.RUNNING]
+
+
+def _home() -> Path:
+    import platformdirs
+
+    return platformdirs.user_data_path("swarmtrain")
 
 
 def find_all(which: WhichPeer) -> list[Peer]:
@@ -191,15 +230,12 @@ def find_running(which: WhichPeer) -> Peer:
 
 def _candidates(which: WhichPeer) -> tuple[list[Peer], str]:
     """The peers that `--dir` and NAME allow, the most recent first, and where they were looked for."""
-    home = which.directory
-    if home is None:
-        import platformdirs
-
-        home = platformdirs.user_data_path("swarmtrain")
+    home = which.directory or _home()
     try:
         if which.directory is not None and not home.is_dir():
             raise UserError(f"{home} is no folder; give a peer's, or one with several of them, with --dir")
         peers = [Peer(folder=home)] if _is_peer_folder(home) else known_peers(home)
+        peers += _listed_running() if which.directory is None else []
     except PermissionError:
         raise UserError(f"{home} cannot be read: it belongs to another user; ask as that user") from None
     if which.name:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from swarmtrain.cli.peers import (
     find,
     find_all,
     find_running,
+    listed,
     look,
     view_as_json,
 )
@@ -114,6 +116,33 @@ def test_without_one_that_runs_the_last_is_shown_and_nothing_else_done(home: Pat
         RunTimeError, match=r"anna does not run; `swarmtrain status --dir .*volunteer-anna` shows how it"
     ):
         find_running(WhichPeer())
+
+
+def test_the_peers_of_local_are_found_while_it_runs(home: Path, tmp_path: Path, lives: Made) -> None:
+    over(home, "bert")
+    anna = lives.enter_context(living(FakePeer(tmp_path / "anna", make_status(name="anna")).start()))
+    FakePeer(tmp_path / "cleo", make_status(name="cleo", state=wire.PEER_STATE_DONE)).save()
+    assert look(find(WhichPeer())).status.name == "bert"
+    with listed(tmp_path):
+        assert find(WhichPeer()).folder == find(WhichPeer(name="anna")).folder == anna.folder
+        assert [peer.folder for peer in find_all(WhichPeer())] == [home / "volunteer-bert", anna.folder]
+        assert find(WhichPeer(directory=home)).folder == home / "volunteer-bert"
+    assert look(find(WhichPeer())).status.name == "bert"
+    (home / "local").mkdir(exist_ok=True)
+    (home / "local" / "1").write_text(str(tmp_path / "gone"))
+    assert look(find(WhichPeer())).status.name == "bert", "of a local that was killed"
+
+
+def test_one_that_failed_before_it_had_a_run_is_not_meant_where_there_are_others(home: Path) -> None:
+    over(home, "bert", age_s=100)
+    over(home, "anna", wire.PEER_STATE_FAILED)
+    assert look(find(WhichPeer())).status.name == "bert"
+    assert look(find(WhichPeer(name="anna"))).life is Life.FAILED
+    (home / "volunteer-anna" / "run.toml").touch()
+    assert look(find(WhichPeer())).status.name == "anna"
+    (home / "volunteer-anna" / "run.toml").unlink()
+    shutil.rmtree(home / "volunteer-bert")
+    assert look(find(WhichPeer())).status.name == "anna", "there is no other"
 
 
 def test_no_peer_at_all(home: Path) -> None:
