@@ -33,7 +33,7 @@ def swarm_of(folder: Path, **needed: int) -> LocalSwarm:
     swarm = LocalSwarm(folder)
     for name, times in needed.items():
         swarm.start(name, [str(times)], ("-c", _PEER))
-    ready = [event for event, _ in zip(swarm.events(60.0), needed, strict=False)]
+    ready = [event for _, event in zip(needed, swarm.events(60.0), strict=False)]
     assert all(isinstance(event, InviteEvent) for event in ready) and len(ready) == len(needed)
     return swarm
 
