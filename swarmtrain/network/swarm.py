@@ -110,6 +110,9 @@ class Swarm:
     _meetings: set[asyncio.Task[None]] = field(default_factory=set)
     _through: tuple[InvitedPeer, ...] = ()
     _refusals: Refusals = field(init=False)
+    _untold: dict[str, float] = field(default_factory=dict)
+    """Those known by hearsay and records alone, with the stamp of these: they may just have gone, and nobody is told of
+    them yet."""
     _arrivals: Arrivals = field(default_factory=Arrivals)
     _daemon_watch: asyncio.Task[None] | None = None
 
@@ -306,6 +309,7 @@ class Swarm:
             self._expire()
             for peer in self.membership.forget(swarm_time() - _FORGET_AFTER_S):
                 self._signed.pop(peer, None)
+                self._untold.pop(peer, None)
                 self._greeted.discard(peer)
                 self.rounds.forget_peer(peer)
             new = [info.peer for info in self.membership.live() if info.peer not in self._greeted]
@@ -398,7 +402,8 @@ class Swarm:
                 for peer in filter(self.membership.has_room_for, found):
                     self._saw(peer, found[peer][0].presence)
 
-    def _saw(self, peer: str, presence: pb.Presence, *, answered: bool = False) -> None:
+    def _saw(self, peer: str, presence: pb.Presence, *, answered: bool = False, first_hand: bool = False) -> None:
+        """`first_hand`: `peer` itself says it now, and is here."""
         try:
             given = next((known.addresses for known in self._through if known.peer == peer), ())
             info = presence_from_proto_untrusted(peer, presence, given)
@@ -411,7 +416,11 @@ class Swarm:
         expires_s = info.stamp + self.published.run.network.presence_ttl_s  # whatever its record says
         self.node.remember_addresses(peer, info.addresses, given)
         self.tallying.meet(peer)
-        self._report(self.membership.saw_presence(info, expires_s, swarm_time(), answered=answered))
+        is_here = first_hand or info.hidden  # of who cannot be dialled, its presence alone decides
+        self._report(self.membership.saw_presence(info, expires_s, swarm_time(), answered=answered), is_here)
+        if peer in self._untold and (is_here or info.stamp > self._untold[peer]):  # it has renewed its presence
+            del self._untold[peer]
+            self.emit(PeerJoinedEvent(joined=peer, joined_name=info.name))
 
     async def greet_everyone(self) -> None:
         """Introduce ourselves to everyone believed alive, and to whom they name; what they answer is news of them."""
@@ -451,7 +460,7 @@ class Swarm:
         request = pb.HelloRequest(run_sha256=self._run_bytes, presence=presence)
         try:
             reply = await self.calls.hello(peer, request)
-            self._read_presence_untrusted(reply.presence, peer, answered=True)
+            self._read_presence_untrusted(reply.presence, peer, answered=True, first_hand=not reply.away)
             if reply.away:  # its record of before may be read for some time yet
                 self._report(self.membership.left(peer, swarm_time()))
             for other in list(reply.others)[:64]:
@@ -464,7 +473,9 @@ class Swarm:
         except PeerError as error:
             _log.debug("greeting %s: %s", peer, error)
 
-    def _read_presence_untrusted(self, signed: pb.Signed, expected_author: str | None, answered: bool = False) -> None:
+    def _read_presence_untrusted(
+        self, signed: pb.Signed, expected_author: str | None, *, answered: bool = False, first_hand: bool = False
+    ) -> None:
         if not signed.payload:
             return
         author, message = open_presence_untrusted(signed, self.published.sha256)
@@ -474,7 +485,7 @@ class Swarm:
             raise BadBytesError("a presence of another peer than the one that sent it")
         if expected_author is None and not self.membership.has_room_for(author):
             return  # hearsay of strangers, of whom anyone can invent any number
-        self._saw(author, message, answered=answered)
+        self._saw(author, message, answered=answered, first_hand=first_hand)
         info = self.membership.info(author)
         if info is not None and info.stamp == message.stamp:
             self._signed[author] = signed
@@ -485,7 +496,7 @@ class Swarm:
         """Who we are and whom we know. A caller that introduces itself is known from then on."""
         with contextlib.suppress(BadBytesError):
             if request.HasField("presence"):
-                self._read_presence_untrusted(request.presence, caller)
+                self._read_presence_untrusted(request.presence, caller, first_hand=not request.leaving)
                 if request.leaving:
                     self._report(self.membership.left(caller, swarm_time()))
                     if self.hosting is not None:
@@ -571,7 +582,8 @@ class Swarm:
         """Told of a call to `peer` that brought nothing."""
         self._report(self.membership.call_failed(peer, swarm_time(), str(error)))
 
-    def _report(self, change: Change | None) -> None:
+    def _report(self, change: Change | None, is_here: bool = False) -> None:
+        """Tell of a change. Of one that came it is told now if it certainly `is_here`, else once that is known."""
         if change is None:
             return
         self.rounds.tell()
@@ -579,10 +591,13 @@ class Swarm:
         if change.state is PeerState.LIVE:
             self._arrivals.came(change.peer, swarm_time())
             if info is not None and info.training:
-                self.emit(PeerJoinedEvent(joined=change.peer, joined_name=info.name))
+                if is_here:
+                    self.emit(PeerJoinedEvent(joined=change.peer, joined_name=info.name))
+                else:
+                    self._untold[change.peer] = info.stamp
         else:
             self._greeted.discard(change.peer)
-            if info is None or not info.training:
+            if self._untold.pop(change.peer, None) is not None or info is None or not info.training:
                 return
             if change.state is PeerState.LOST:
                 self.emit(PeerLostEvent(lost=change.peer, lost_name=info.name, reason=change.reason))

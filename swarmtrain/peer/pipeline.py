@@ -536,7 +536,7 @@ class PipelineVolunteer:
             JoinedEvent(
                 round=max(each.trainer.progress.round for each in held),
                 run_tokens=max(each.trainer.progress.run_tokens for each in held),
-                num_peers=len(self.swarm.membership.volunteers()) + 1,
+                num_peers=len(self.swarm.membership.answering()) + 1,
                 state_from=next((each.state_from for each in held if each.state_from), ""),
                 resumed_round=next((each.resumed_round for each in held if each.resumed_round is not None), None),
                 wall_s=process_age_s(),

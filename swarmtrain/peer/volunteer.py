@@ -411,7 +411,7 @@ class _Volunteer:
             JoinedEvent(
                 round=trainer.progress.round,
                 run_tokens=trainer.progress.run_tokens,
-                num_peers=len(swarm.membership.volunteers()) + 1,
+                num_peers=len(swarm.membership.answering()) + 1,  # records of who has just gone are there still
                 state_from=state_from,
                 resumed_round=ready.resumed_round,
                 wall_s=process_age_s(),

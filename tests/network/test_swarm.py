@@ -35,7 +35,7 @@ from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
-ME, BEN, CARL = (new_identity(bytes([i]) * 32) for i in range(3))
+ME, BEN, CARL, DORA = (new_identity(bytes([i]) * 32) for i in range(4))
 
 
 def presence(identity: Identity) -> pb.Signed:
@@ -94,6 +94,11 @@ def run(body: Callable[[Swarm], Coroutine[Any, Any, None]], calls: Hellos) -> li
 
 def joined(events: list[Event]) -> list[str]:
     return [event.joined for event in events if isinstance(event, PeerJoinedEvent)]
+
+
+def told(swarm: Swarm) -> list[Event]:
+    events: Any = swarm.emit
+    return list(events.__self__)
 
 
 async def settle() -> None:
@@ -258,13 +263,13 @@ def test_who_is_away_offers_its_state_only_where_all_have_the_same(
 
 def test_whoever_missed_the_goodbye_of_a_peer_that_rests_learns_it_by_asking() -> None:
     async def body(swarm: Swarm) -> None:
-        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id)
+        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
         swarm.rounds._hear_untrusted(BEN.peer_id, pb.RoundReply(participating=True))
         assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE
         swarm.rounds._hear_untrusted(BEN.peer_id, pb.RoundReply(away=True))
         assert swarm.membership.state(BEN.peer_id) is PeerState.LEFT
         await asyncio.sleep(0.01)
-        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id)
+        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
         assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE, "it is back"
 
     events = run(body, Hellos())
@@ -324,6 +329,26 @@ def test_what_is_refused_of_one_peer_is_told_once_a_minute_for_each_rule() -> No
 
     told = [(event.from_peer, event.rule) for event in run(body, Hellos()) if isinstance(event, RefusedEvent)]
     assert told == [(BEN.peer_id, "presence"), (BEN.peer_id, "signature"), (CARL.peer_id, "signature")]
+
+
+def test_who_has_just_gone_is_not_told_to_be_here() -> None:
+    calls = Hellos(BEN)
+
+    async def body(swarm: Swarm) -> None:
+        began_s = swarm_time()
+        for peer in (BEN, CARL, DORA):  # by their records, as one that joins reads them
+            swarm._saw(peer.peer_id, presence_to_proto(PeerInfo(peer=peer.peer_id, stamp=began_s - 16, training=True)))
+        assert joined(told(swarm)) == [], "records say nothing of who is here now"
+        await swarm.greet_everyone()
+        assert joined(told(swarm)) == [BEN.peer_id], "the one that answered"
+        assert [info.peer for info in swarm.membership.answering()] == [BEN.peer_id]
+        renewed = PeerInfo(peer=DORA.peer_id, stamp=began_s - 1, training=True)
+        swarm._saw(DORA.peer_id, presence_to_proto(renewed))
+        assert joined(told(swarm)) == [BEN.peer_id, DORA.peer_id], "one that nobody can call renews its record"
+        swarm._report(swarm.membership.left(CARL.peer_id, swarm_time()))
+
+    events = run(body, calls)
+    assert not any(isinstance(event, PeerLeftEvent) for event in events), "nobody was told that it was here"
 
 
 def test_who_came_lately_is_not_named_for_what_is_old() -> None:
