@@ -32,15 +32,15 @@ def model_line(model: Path) -> str:
 
 
 def go_on_line(folder: Path, *, is_usual: bool = False) -> str:
-    """What to type to go on, and from where; empty where nobody knows how it was started."""
+    """What to type to go on, and from where; empty where there is no run yet, or nobody knows how it was started."""
     from swarmtrain.peer.checkpoint_files import newest_written
     from swarmtrain.peer.folder import PeerFolder
 
-    started = StartedFile(folder).read()
-    if not started.command:
+    started, run_sha256 = StartedFile(folder).read(), PeerFolder(folder).kept_sha256()
+    if not started.command or run_sha256 is None:
         return ""
     # the folder remembers the options; without --dir the name leads to it
     name = {flag: words for flag, words in started.options.items() if is_usual and flag == "--name"}
     line = one_line(Started(started.command, name).line(None if is_usual else folder))
-    kept = newest_written(folder / "checkpoints", PeerFolder(folder).kept_sha256())
+    kept = newest_written(folder / "checkpoints", run_sha256)
     return f"`{line}` goes on" + (f" from round {kept.round}" if kept is not None else "")

@@ -34,12 +34,15 @@ def test_the_end_of_a_run_says_where_the_model_is_and_what_to_do_with_it(tmp_pat
 
 
 def test_who_was_interrupted_learns_how_to_go_on_and_from_where(tmp_path: Path) -> None:
+    (tmp_path / "early").mkdir()
+    StartedFile(tmp_path / "early").keep_command(Started(("join",), {}))
+    assert go_on_line(tmp_path / "early") == "", "it had no run yet"
+    (tmp_path / "run.toml").write_bytes(b"the run")
     assert go_on_line(tmp_path) == "", "nobody knows how it was started"
     StartedFile(tmp_path).keep_command(Started(("join",), {"--name": ("anna",), "--threads": ("2",)}))
     assert closing_line(done("interrupted"), tmp_path, is_usual=True) == "`swarmtrain join --name anna` goes on"
     line = f"swarmtrain join --dir {tmp_path}"
     assert closing_line(done("asked"), tmp_path, is_usual=False) == f"`{line}` goes on", "its folder knows the rest"
-    (tmp_path / "run.toml").write_bytes(b"the run")
     CheckpointFolder(tmp_path / "checkpoints", run_sha256(b"the run"), "peer").write(7, [], {})
     assert go_on_line(tmp_path) == f"`{line}` goes on from round 7"
 
@@ -48,6 +51,7 @@ def test_programs_and_the_background_are_told_by_events_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     StartedFile(tmp_path).keep_command(Started(("join",), {}))
+    (tmp_path / "run.toml").touch()
     say_the_end(done("interrupted"), tmp_path, options(None, json=True), tmp_path)
     assert capsys.readouterr() == ("", "")
     say_the_end(done("interrupted"), tmp_path, options(tmp_path), tmp_path / "usual")
