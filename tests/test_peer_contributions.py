@@ -42,6 +42,9 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
     swarm_looker(StatusBoard("bootstrap", 0.0), swarm)(served)
     assert served.run_tokens == 1007, "it applies no rosters, and goes by what it has counted"
     clock = Clock()
+    members.saw_presence(PeerInfo(peer="ben", stamp=0.5, training=True, run_tokens=10**15, steps_per_s=1.0), 30.0, 0.5)
+    swarm_looker(StatusBoard("bootstrap", 0.0), swarm)(served := pb.PeerStatus())
+    assert served.run_tokens == 1007 + 15 * 4, "and by the speed that they tell, before it has measured one"
     look = swarm_looker(StatusBoard("bootstrap", 0.0, now=clock), swarm)
     for grown in (0, 100, 100):
         tallying.total += grown

@@ -279,7 +279,8 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
             try:
                 parts, loss = _watch(swarm, emit, plan, rehearsing)
             except Interrupted:
-                click.echo("ending the volunteers, then the bootstrap; Ctrl-C again ends all at once", err=True)
+                # not by click, which would write past the display
+                sys.stderr.write("ending the volunteers, then the bootstrap; Ctrl-C again ends all at once\n")
                 swarm.stop(emit)
                 for event in swarm.last_words():
                     emit(event)

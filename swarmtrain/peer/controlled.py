@@ -341,7 +341,10 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
             total, told = swarm.tallying.total, [info.run_tokens for info in live.values() if info.training]
             counted.take(total, board.now())
             # what is counted is some seconds old; volunteers know better, and are believed as far as it can have grown
-            most = total + round(_COUNTS_LAG_S * (counted.per_s(board.now()) or 0.0))
+            per_s = counted.per_s(board.now())
+            if per_s is None:  # not measured yet: what they say, as of the speeds
+                per_s = tokens_per_step * sum(info.steps_per_s for info in live.values() if info.training)
+            most = total + round(_COUNTS_LAG_S * per_s)
             newest = min(most, statistics.median_low(told)) if told else 0
             status.run_tokens = max(status.run_tokens, total, newest)
         status.own_tokens = max(status.own_tokens, counts.get(me.peer, 0))
