@@ -110,11 +110,11 @@ def test_a_limit_below_what_the_run_needs_says_so_at_once(monkeypatch: pytest.Mo
     board.add_looker(lambda status: status.limits.CopyFrom(kept.keeper.limits()))
     board.add_looker(lambda status: [status.peers.add(peer=f"{n}", present=True) for n in range(3)] and None)
     kept.keeper.expected = lambda: board.estimate_now(board.status())
-    assert kept.keeper.change(pb.Limits(memory_bytes=8 * 10**8)) == "memory 800MB; it trains", "not known yet"
-    board.estimates = estimates_of(run, 10**7)
-    needs = f"this run needs about {size_in_words(estimate(run, 10**7, 3).memory_bytes)} with 3 peers"
-    said = kept.keeper.change(pb.Limits(memory_bytes=8 * 10**8))
-    assert said == f"memory 800MB, and {needs}: it rests once it uses more than allowed; it trains"
+    assert kept.keeper.change(pb.Limits(memory_bytes=10**9)) == "memory 1GB; it trains", "not known yet"
+    board.estimates = estimates_of(run, 14 * 10**6)
+    needs = f"this run needs about {size_in_words(estimate(run, 14 * 10**6, 3).memory_bytes)} with 3 peers"
+    said = kept.keeper.change(pb.Limits(memory_bytes=10**9))
+    assert said == f"memory 1GB, and {needs}: it rests once it uses more than allowed; it trains"
     assert kept.keeper.change(pb.Limits(memory_bytes=2 * 10**9)) == "memory 2GB; it trains"
     kept.usage.used_bytes = 3 * 10**9
     kept.keeper.tick()
