@@ -49,6 +49,11 @@ def restored_ledger_is_empty(patch: Patch) -> None:
     patch.setattr(partners.Ledger, "load", lambda self, rows: None)
 
 
+def states_say_not_what_entered_them(patch: Patch) -> None:
+    """Who takes a state merges what it finds."""
+    patch.setattr(partners.Ledger, "bring", lambda self, places: None)
+
+
 def old_rounds_are_merged(patch: Patch) -> None:
     """However far behind the median their author is."""
     news = partners.Ledger.news
@@ -288,6 +293,7 @@ def one_source_is_believed(patch: Patch) -> None:
 
 
 NEEDS: dict[Callable[[Patch], None], tuple[str, ...]] = {
+    states_say_not_what_entered_them: ("join",),
     bootstrap_keeps_no_counts: ("bootstrap crash", "bootstrap away"),
     last_holder_goes_at_once: ("everybody",),
     nobody_is_asked_to_stay: ("everybody",),
@@ -301,6 +307,7 @@ NEEDS: dict[Callable[[Patch], None], tuple[str, ...]] = {
 BROKEN: dict[Callable[[Patch], None], tuple[WorldKind, str]] = {
     ledger_takes_everything: ("gossip", "exactly once"),
     restored_ledger_is_empty: ("gossip", "exactly once"),
+    states_say_not_what_entered_them: ("gossip", "exactly once"),
     old_rounds_are_merged: ("gossip", "nothing too old is merged"),
     rounds_without_a_least: ("gossip", "rounds are bounded"),
     fastest_paces_all: ("gossip", "one liar paces nobody"),

@@ -120,6 +120,22 @@ def test_an_outage_of_seconds_leaves_nobody_alone_for_minutes() -> None:
     assert not play(schedule)
 
 
+def test_a_newcomer_merges_nothing_twice_of_one_that_had_fallen_behind_and_caught_up_a_moment_ago() -> None:
+    """What it tells of its round is older than what others have merged of it."""
+    schedule = Schedule(
+        world="gossip",
+        speeds=(4.0, 0.7, 10.0, 12.0, 6.0),
+        options=(("pacing", 0.0),),
+        seed=60327,
+        faults=(
+            Fault(kind="leave", peer=2),
+            Fault(kind="restart", peer=1, at_s=20.0),
+            Fault(kind="join", at_s=29.7, detail=1),
+        ),
+    )
+    assert not play(schedule)
+
+
 def test_who_stood_still_asks_those_too_who_came_while_it_did() -> None:
     """The other one was started anew just before, and is a guest: it has gone on alone."""
     schedule = Schedule(

@@ -321,7 +321,8 @@ def _honest(swarm: SearchedSwarm) -> list[CountingPeer]:
 
 def _entered_twice(swarm: SearchedSwarm) -> Iterable[Violation]:
     entered = defaultdict(list)
-    for who, whose, round, since, until in swarm.entered:
+    came = [(peer.name, *one) for peer in swarm.peers.values() for one in peer.came]
+    for who, whose, round, since, until in [*swarm.entered, *came]:
         if not {who, whose} & swarm.liars:
             entered[who, whose, round].append((since, until))
     for (who, whose, round), spans in entered.items():

@@ -415,7 +415,7 @@ class _Exchange(GossipExchange):
 
     def __init__(self, volunteer: Volunteer) -> None:
         world: Any = volunteer.world
-        gossip: Any = SimpleNamespace(forget_pulled=lambda: None)
+        gossip: Any = SimpleNamespace(took_states=lambda *told: None)
         stop: Any = SimpleNamespace(sleep=volunteer.sleep, check=lambda: None)
         self.swarm, self.run, self.network = volunteer.swarm, world.run_file, world
         self._layout = layout_of_specs(_SPECS)
