@@ -136,6 +136,18 @@ def test_a_newcomer_merges_nothing_twice_of_one_that_had_fallen_behind_and_caugh
     assert not play(schedule)
 
 
+def test_a_host_that_changes_what_it_serves_on_costs_its_guest_nothing() -> None:
+    """Its author has signed it, so that the host is left alone, and not the author."""
+    schedule = Schedule(
+        world="gossip",
+        speeds=(12.0,) * 5,
+        options=(("hidden", 1.0),),
+        seed=64938,
+        faults=(Fault(kind="lie: no numbers", at_s=8.0, lasts_s=50.0),),
+    )
+    assert not play(schedule)
+
+
 def test_who_stood_still_asks_those_too_who_came_while_it_did() -> None:
     """The other one was started anew just before, and is a guest: it has gone on alone."""
     schedule = Schedule(

@@ -223,7 +223,8 @@ class Liar(CountingPeer):
             gradient = self.swarm._random.choice((math.nan, math.inf))
         if "two publications" in self.lies:
             gradient += self.swarm._random.uniform(-0.1, 0.1)
-        return dataclasses.replace(found, mark=mark, gradient=gradient)
+        changed = dataclasses.replace(found, mark=mark, gradient=gradient)
+        return dataclasses.replace(changed, is_forged=found.peer != self.name and changed != found)
 
 
 class SearchedSwarm(HostedSwarm):
