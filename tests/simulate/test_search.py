@@ -158,6 +158,16 @@ def test_who_stood_still_asks_those_too_who_came_while_it_did() -> None:
     assert not play(schedule)
 
 
+def test_who_slept_until_its_rounds_time_limit_was_over_asks_before_it_signs() -> None:
+    """Two peers have one each on their side, so that the lower signer's holds, however far the other is by then."""
+    schedule = Schedule(
+        world="rounds",
+        speeds=(10.0, 10.0),
+        faults=(Fault(kind="freeze", lasts_s=11.0), Fault(kind="idle", at_s=10.0)),
+    )
+    assert not play(schedule)
+
+
 @pytest.mark.parametrize(
     "faults",
     [
