@@ -24,7 +24,7 @@ from swarmtrain.membership import (
     shards,
     tally,
 )
-from swarmtrain.peer import archiving, trainer
+from swarmtrain.peer import archiving, exchange, trainer
 from swarmtrain.simulate import publications, transfers, volunteer
 from swarmtrain.simulate.search.schedule import WorldKind
 
@@ -270,6 +270,11 @@ def who_was_killed_trains_on(patch: Patch) -> None:
         return all(self._asks(info.peer, now) for info in self._membership.volunteers())
 
     patch.setattr(leaving.Leavers, "ask", ask)
+
+
+def nobody_asks_archives(patch: Patch) -> None:
+    """In rounds, once they train."""
+    patch.setattr(exchange.RosterExchange, "ask_archives", lambda self: None)
 
 
 def old_folder_counts_anew(patch: Patch) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from broken_rules import BROKEN, NEEDS, ledger_takes_everything, nobody_refetches
+from broken_rules import BROKEN, NEEDS, ledger_takes_everything, nobody_asks_archives, nobody_refetches
 
 import swarmtrain.simulate.search.__main__ as command
 from swarmtrain.simulate.search import Fault, Schedule, Violation, as_test, draw, play, shrink
@@ -202,8 +202,48 @@ def test_who_slept_until_its_rounds_time_limit_was_over_asks_before_it_signs() -
         ),
     ],
 )
-@pytest.mark.parametrize("server", [0.0, 1.0], ids=["gossip", "server"])
-def test_a_run_outlives_its_peers(faults: tuple[Fault, ...], server: float) -> None:
-    options = (("server", 1.0),) if server else ()
+@pytest.mark.parametrize("method", ["gossip", "server", "rounds"])
+def test_a_run_outlives_its_peers(faults: tuple[Fault, ...], method: str) -> None:
+    options = () if method == "gossip" else ((method, 1.0),)
     schedule = Schedule(world="lives", speeds=(8.0, 8.0), faults=faults, options=options)
     assert not play(schedule), as_test(schedule)
+
+
+ALONE_AFTER_A_SLEEP = Schedule(
+    world="lives",
+    speeds=(8.0, 8.0, 8.0),
+    options=(("rounds", 1.0),),
+    faults=(
+        Fault(kind="freeze", at_s=8.0, lasts_s=40.0),
+        Fault(kind="kill", peer=1, at_s=47.0),
+        Fault(kind="kill", peer=2, at_s=47.0),
+        Fault(kind="freeze", peer=1, at_s=125.0),
+    ),
+)
+ALONE_WITH_AN_OLD_FOLDER = Schedule(
+    world="lives",
+    speeds=(8.0, 8.0),
+    options=(("rounds", 1.0),),
+    faults=(
+        Fault(kind="old folder", peer=1, at_s=8.0, lasts_s=30.0, detail=1),
+        Fault(kind="bootstrap crash", at_s=38.0, lasts_s=25.0),
+        Fault(kind="kill", at_s=39.0),
+        Fault(kind="freeze", at_s=140.0),
+    ),
+)
+
+
+each_alone = pytest.mark.parametrize("schedule", [ALONE_WITH_AN_OLD_FOLDER, ALONE_AFTER_A_SLEEP])
+
+
+@each_alone
+def test_who_is_alone_goes_on_from_the_archive_if_its_chain_holds(schedule: Schedule) -> None:
+    """In rounds the archive's chain holds, which more have gone on with: what one trained alone beside it was in no
+    archive, and was all taken back in the end."""
+    assert not play(schedule)
+
+
+@each_alone
+def test_the_search_sees_who_never_asks_an_archive(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody_asks_archives(monkeypatch)
+    assert [violation.invariant for violation in play(schedule)] == ["acknowledged work is archived"]
