@@ -37,7 +37,7 @@ class Boot:
         self.offered: list[Checkpoint] = []
         self.swarm: Any = SimpleNamespace(
             tallying=self.tallying,
-            offer=SimpleNamespace(coverage=list),
+            offer=SimpleNamespace(coverage=list, places=list),
             published=SimpleNamespace(sha256=RUN, run=SimpleNamespace(round_tokens=100)),
         )
         extras: dict[str, Any] = {}
@@ -54,7 +54,8 @@ class Boot:
 
 def present(holds: dict[str, int], rows: list[pb.Signed] | None = None, counted: int = 0) -> Present:
     progress = Progress(round=5, run_tokens=counted, peer_tokens=holds)
-    return Present(state=STATE, progress=progress, holds=holds, shard_rows=[(ANNA.peer_id, rows or [])])
+    places = [{ANNA.peer_id: (4, 32)}, {ANNA.peer_id: (5, 8)}]
+    return Present(state=STATE, progress=progress, holds=holds, places=places, shard_rows=[(ANNA.peer_id, rows or [])])
 
 
 def test_what_the_weights_hold_and_the_seen_data_outlive_a_restart() -> None:
@@ -67,6 +68,7 @@ def test_what_the_weights_hold_and_the_seen_data_outlive_a_restart() -> None:
     assert again.archive.holds == {ANNA.peer_id: 5000, BEN.peer_id: 4000}
     (sent,) = again.swarm.offer.coverage()
     assert sent.payload == row.payload
+    assert again.swarm.offer.places() == [{ANNA.peer_id: (4, 32)}, {ANNA.peer_id: (5, 8)}]
     newcomer = {ANNA.peer_id: 5000, BEN.peer_id: 4000, CARL.peer_id: 768}
     assert again.archive.is_wanted(newcomer, [CARL.peer_id]), "whatever the bootstrap counts"
 
@@ -74,11 +76,8 @@ def test_what_the_weights_hold_and_the_seen_data_outlive_a_restart() -> None:
 @pytest.mark.parametrize("extra", [{}, {"holds": 5}, {"holds": {"a": "b"}}])
 def test_an_archive_of_before_holds_what_it_counts(extra: dict[str, Any]) -> None:
     boot, progress = Boot(), Progress(round=5, run_tokens=900, peer_tokens={ANNA.peer_id: 900})
-    boot.archive.restore(
-        Checkpoint(
-            state=STATE, progress=progress, roster=None, signed_roster=None, extra={**extra, "shard_rows": ["x"]}
-        )
-    )
+    odd = {"shard_rows": ["x"], "places": extra.get("holds")}
+    boot.archive.restore(Checkpoint(state=STATE, progress=progress, roster=None, signed_roster=None, extra=extra | odd))
     assert boot.archive.holds == {ANNA.peer_id: 900}
 
 

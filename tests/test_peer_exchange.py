@@ -97,6 +97,49 @@ def test_that_nobody_answers_does_not_mean_that_nobody_has_trained(
         exchange.present_state(Progress())
 
 
+def test_an_archive_that_comes_is_asked_once_beside_the_round(
+    exchange_for: Callable[[int], RosterExchange], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, asked = exchange_for(1), list[list[str]]()
+    rounds, membership = exchange.swarm.rounds, exchange.swarm.membership
+    there = {"answers": False}
+
+    async def ask_now(peers: list[str]) -> dict[str, Told]:
+        asked.append(peers)
+        return {peer: Told(round=3, last=None) for peer in peers if there["answers"] or peer != CARL.peer_id}
+
+    async def fetch(told: dict[str, Told], reason: str, above_tokens: int = 0) -> object:
+        return sorted(told)
+
+    monkeypatch.setattr(rounds, "ask_now", ask_now)
+    monkeypatch.setattr(rounds, "fetch_told_state", fetch)
+
+    def a_round() -> object:
+        exchange.ask_archives()
+        if exchange._told is not None:
+            exchange._told.result(5)
+        return exchange.archive_that_holds()
+
+    def comes(stamp: float) -> None:
+        info = PeerInfo(peer=CARL.peer_id, is_bootstrap=True, stamp=stamp)
+        membership.saw_presence(info, swarm_time() + 999, swarm_time())
+
+    assert a_round() is None and not asked, "there is none"
+    comes(1.0)
+    assert a_round() is None and asked == [[CARL.peer_id, BEN.peer_id]], "it does not answer"
+    there["answers"] = True
+    assert a_round() == sorted([BEN.peer_id, CARL.peer_id]) and len(asked) == 2, "the others say where they stand too"
+    assert a_round() is None and len(asked) == 2
+    membership.left(CARL.peer_id, swarm_time())
+    assert a_round() is None and len(asked) == 2
+    comes(swarm_time() + 5)
+    assert a_round() is not None and len(asked) == 3, "it is back"
+    rounds.stood_still(swarm_time())
+    assert a_round() is not None and a_round() is None and len(asked) == 4, "this process slept"
+    membership.left(BEN.peer_id, swarm_time())
+    assert a_round() == a_round() == [CARL.peer_id] and len(asked) == 6, "nobody else is here"
+
+
 def test_a_finished_round_is_offered_though_an_end_was_asked_for(
     exchange_for: Callable[[int], RosterExchange],
 ) -> None:

@@ -25,6 +25,7 @@ from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent
 from swarmtrain.membership.archiving import adds_to_archive
 from swarmtrain.membership.fragments import FragmentRound
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.partners import Mark
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.pulls import SECTIONS, PullPlan, Section
 from swarmtrain.model.gpt import build_model
@@ -435,8 +436,48 @@ def test_who_comes_late_takes_the_consensus(worlds: list[World]) -> None:
     assert float((replaced.state.theta - mean).norm()) < 0.5 * nearest
     assert replaced.progress.run_tokens > 0
     late.trainer.adopt(replaced)
-    assert late.round(partners=3) is not None
+    assert late.round() is not None
     assert late.exchange.present_state(late.trainer.progress) is None, "it is as far as the others now"
+    for other in others:
+        late.meet(other)
+        other.round(partners=2)
+    assert late.round(partners=3) is not None
+
+
+def test_who_comes_late_merges_nothing_of_what_is_in_the_weights_that_it_took(worlds: list[World]) -> None:
+    """The others have merged each other's last round, and publish it still: its first round would have it twice."""
+    world = world_of(worlds, 3, publications_per_round=4)
+    for number in range(3):
+        for peer in world.everyone():
+            peer.round(partners=2 if number else 0)
+    others = world.everyone()
+    others[0].round(partners=2)  # it is a round ahead of the others
+    late, later = world.add(3), world.add(4)
+
+    def found_by(peer: Peer) -> set[str]:
+        """Whose gradients it could merge now, of the fragment that is merged at a round's end."""
+        last = len(peer.trainer.fragments) - 1
+        told = {other.id: other.exchange.publishers["gradient", last].newest for other in others}
+        ledger = peer.exchange.gossip.lanes[last].ledger
+        marks = {who: Mark(one.round, one.part, one.tokens) for who, one in told.items() if one is not None}
+        return {who for who, mark in marks.items() if ledger.may_enter("gradient", who, mark, 3)}
+
+    assert found_by(late) == {other.id for other in others}
+    replaced = late.exchange.present_state(late.trainer.progress)
+    assert replaced is not None and replaced.progress.round == 3
+    late.trainer.adopt(replaced)
+    assert not found_by(late), "all of it is in the consensus: of its authors, and of who has merged it"
+    for other in world.everyone()[:3]:
+        other.swarm.me = dataclasses.replace(other.swarm.me, training=False, is_bootstrap=True)
+        later.meet(other)  # only the late one is left to take a state from
+    late.exchange.offer(late.trainer.state, late.trainer.progress)
+    late.swarm.me = dataclasses.replace(late.swarm.me, round=3)
+    later.meet(late)
+    replaced = later.exchange.present_state(later.trainer.progress)
+    assert replaced is not None and replaced.from_peer == late.id
+    assert not found_by(later), "and it tells whoever takes its state"
+    others[1].round()
+    assert found_by(later) == {others[1].id}, "what is trained after it enters"
 
 
 def test_where_nobody_else_trains_what_it_has_gives_way_to_a_newer_archive(worlds: list[World]) -> None:

@@ -2,8 +2,8 @@
 
 A peer publishes its round in parts: part 1, 2, ... carry the pseudo-gradient and the tokens since the round began. Who
 merged an earlier part takes the differences of both, so that each inner step of a peer enters another's merge at most
-once; the weights enter as they are. The `Ledger` remembers what was merged, and goes into the checkpoint together
-with the weights that it speaks of.
+once; the weights enter as they are. The `Ledger` remembers what was merged, and goes with the weights that it speaks
+of: into the checkpoint, and with a state to whoever takes that.
 
 Partners are drawn among the live peers. What a peer announces of itself is a hint that may be a third of a presence's
 lifetime old: who has nothing new is asked only when nobody else is left. Nothing here waits for anybody.
@@ -32,9 +32,11 @@ __all__ = [
     "News",
     "Nothing",
     "Partners",
+    "Place",
     "Theta",
     "View",
     "Whole",
+    "agreed_places",
     "left_behind",
     "median_round",
     "rounds_behind",
@@ -54,6 +56,10 @@ class Mark:
     round: int
     part: int
     tokens: int
+
+
+Place: TypeAlias = tuple[int, int]
+"""A round of a peer and a part of it: all of the peer up to there is in some weights."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,9 @@ class Ledger:
     still go on. Without it a later part of that round does not enter; nor does, after a restart, any later part of a
     round of which a part was merged. The steps in between never enter then: once at most, not once. Which weights
     were merged is not in the checkpoint: after a restart those of a round may enter once more.
+
+    The same holds for what came with others' weights (`bring`): what those had merged is not merged again, nor is a
+    later part of a round of which they had a part.
     """
 
     max_staleness_rounds: int = 8
@@ -114,6 +123,8 @@ class Ledger:
     _marks: dict[str, Mark] = field(default_factory=dict)
     _held: dict[str, None] = field(default_factory=dict)
     _weights: dict[str, int] = field(default_factory=dict)
+    _brought: dict[str, Place] = field(default_factory=dict)
+    """Up to where each peer was in the weights that were taken, if that is further than what was merged here."""
 
     def news_of_weights(self, peer: str, round: int, reference_round: int) -> Whole | Nothing:
         """Whether the weights that a round of `peer` began with may be merged: once, so that one that publishes no more
@@ -171,6 +182,9 @@ class Ledger:
             return Nothing(f"its counter turned back to {here} from {known.round} part {known.part}", True)
         if mark.round < reference_round - self.max_staleness_rounds:
             return self._too_old(mark.round, reference_round)
+        if (brought := self._brought.get(peer)) is not None and mark.round <= brought[0]:
+            here = f"round {brought[0]} up to part {brought[1]}"
+            return Nothing(f"it came with the weights that were taken, which have {here}")
         if known is None and mark.round <= self.forgotten_round:
             return Theta(f"parts of rounds up to {self.forgotten_round} may have been merged and forgotten")
         if known is None or mark.round > known.round:
@@ -183,7 +197,7 @@ class Ledger:
         if mark.part < 1 or mark.tokens < 1:
             return None
         known = self._marks.get(peer)
-        if mark.round > (self.forgotten_round if known is None else known.round):
+        if peer not in self._brought and mark.round > (self.forgotten_round if known is None else known.round):
             return mark.tokens if mark.round >= reference_round - self.max_staleness_rounds else None
         news = self.news(peer, mark, reference_round)
         return None if isinstance(news, Nothing) else news.tokens
@@ -208,6 +222,7 @@ class Ledger:
         self._marks.pop(peer, None)  # the last one merged stands last
         self._marks[peer] = mark
         self._held.pop(peer, None)
+        self._brought.pop(peer, None)
         if mark.part < self.num_parts and mark.round > self.forgotten_round:  # else later parts may have been merged
             self._held[peer] = None
         while len(self._held) > self.max_held:
@@ -224,6 +239,25 @@ class Ledger:
             self._held.pop(peer, None)
             self.forgotten_round = max(self.forgotten_round, mark.round)
 
+    def bring(self, places: Mapping[str, Place]) -> None:
+        """Others' weights take the place of this peer's, with all peers up to `places` in them (`agreed_places`)."""
+        for peer, place in places.items():
+            known = self._marks.get(peer)
+            if place > self._brought.get(peer, (-1, 0)) and (known is None or place > (known.round, known.part)):
+                self._brought[peer] = place
+        if len(self._brought) > self.max_peers:
+            furthest = heapq.nlargest(self.max_peers, self._brought.items(), key=lambda item: item[1])
+            self._brought = dict(furthest)
+
+    def places(self, most_peers: int = _MAX_PEERS) -> dict[str, Place]:
+        """Up to where each peer is in the weights: what was merged here, and what came with others' weights. Of very
+        many, those of the latest rounds."""
+        merged = {peer: (mark.round, mark.part) for peer, mark in self._marks.items()}
+        places = merged | self._brought
+        if len(places) <= most_peers:
+            return places
+        return dict(heapq.nlargest(most_peers, places.items(), key=lambda item: (item[1], item[0])))
+
     @property
     def held(self) -> frozenset[str]:
         """The peers whose pseudo-gradient, as it was at their mark, is kept for a difference."""
@@ -238,23 +272,47 @@ class Ledger:
         return list(self._marks)
 
     def rows(self) -> list[list[str | int]]:
-        """For a checkpoint: the round up to which marks are forgotten, then [PeerID, round, part, tokens] of each."""
+        """For a checkpoint: the round up to which marks are forgotten, then [PeerID, round, part, tokens] of each;
+        without tokens what came with others' weights."""
         rows: list[list[str | int]] = [["", self.forgotten_round, 0, 0]]
         rows.extend([peer, mark.round, mark.part, mark.tokens] for peer, mark in self._marks.items())
+        rows.extend([peer, round, part, 0] for peer, (round, part) in self._brought.items())
         return rows
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
         """Become what `rows` gave; no pseudo-gradient is held. ValueError, and nothing changes, if they are else."""
-        marks, forgotten_round = dict[str, Mark](), -1
+        marks, brought, forgotten_round = dict[str, Mark](), dict[str, Place](), -1
         for row in rows:
             match row:
                 case ["", int(round), 0, 0]:
                     forgotten_round = round
                 case [str(peer), int(round), int(part), int(tokens)] if round >= 0 and min(part, tokens) >= 1:
                     marks[peer] = Mark(round, part, tokens)
+                case [str(peer), int(round), int(part), 0] if peer and round >= 0 and part >= 1:
+                    brought[peer] = round, part
                 case _:
                     raise ValueError(f"not a row of a ledger of merges: {row}")
-        self._marks, self._held, self.forgotten_round = marks, {}, forgotten_round
+        self._marks, self._held, self.forgotten_round, self._brought = marks, {}, forgotten_round, brought
+
+
+def agreed_places(
+    told: Iterable[Mapping[str, Place]], rounds: Mapping[str, int], round: int, max_staleness_rounds: int
+) -> dict[str, Place]:
+    """Up to where each peer is in the mean of some states, which is of `round`. `told`: up to where it is in each of
+    them, by who gave that; `rounds`: which round each peer says it is in itself.
+
+    What is in one of them is in the mean, though with less weight, so that the furthest counts. But nobody is believed
+    to be in others' weights with more than the round after the one that it tells of, or the mean's, since one that had
+    fallen behind may have come there by now; of who tells nothing, with more than may be merged still. So one that lies
+    makes a newcomer do without what another publishes in two rounds.
+    """
+    agreed = dict[str, Place]()
+    for places in told:
+        for peer, place in places.items():
+            most = max(round, rounds[peer] + 1) if peer in rounds else round + max_staleness_rounds
+            place = place if place[0] <= most else (most, 1)
+            agreed[peer] = max(place, agreed.get(peer, place))
+    return agreed
 
 
 # ---------------------------------------------------------------- how far the others are

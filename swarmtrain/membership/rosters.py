@@ -342,12 +342,21 @@ def _turn(view: RoundView, now: float) -> _Turn:
     return _Turn(view.me, math.inf, frozenset(passed_over), frozenset(idled))
 
 
+def _asks_since_s(view: RoundView) -> float:
+    """Since when this peer asks before it decides: since it stood still after its round, or has ended that only when
+    its time limit was over, as who stood still within it."""
+    if view.listening_since_s > view.ended_at_s:
+        return view.listening_since_s
+    return view.ended_at_s if view.ended_at_s >= view.deadline_s else -math.inf
+
+
 def _unheard(view: RoundView, now: float) -> frozenset[str]:
-    """Who is asked and has not yet said how things stand since this process stood still: the others may have signed
-    without it and gone on, and what it signs or merges now would count for nobody."""
-    if not view.ended_at_s < view.listening_since_s <= now < view.listening_since_s + view.silence_s:
+    """Who is asked and has not yet said how things stand since this process stood still, or came too late: the others
+    may have signed without it and gone on, and what it signs or merges now would count for nobody."""
+    since_s = _asks_since_s(view)
+    if not since_s <= now < since_s + view.silence_s:
         return frozenset()
-    heard = {peer for peer, asked_s in view.answered_at_s.items() if asked_s >= view.listening_since_s}
+    heard = {peer for peer, asked_s in view.answered_at_s.items() if asked_s >= since_s}
     return (view.live | view.guests).intersection(peers_to_ask(view, now)) - heard
 
 
@@ -361,8 +370,9 @@ def decide(view: RoundView, now: float) -> Decision:
     if view.far_ahead:
         return CatchUp(sources=tuple(sorted(view.far_ahead)), reason="weights that hold are beyond this round")
     if unheard := _unheard(view, now):
-        reason = f"this process has stood still: it asks {', '.join(sorted(unheard))} what happened meanwhile"
-        return Wait(until_s=view.listening_since_s + view.silence_s, reason=reason)
+        why = "has stood still" if view.listening_since_s > view.ended_at_s else "is later than the time limit"
+        reason = f"this process {why}: it asks {', '.join(sorted(unheard))} what happened meanwhile"
+        return Wait(until_s=_asks_since_s(view) + view.silence_s, reason=reason)
     fitting = [roster for roster in view.rosters if roster.round == view.round and roster.base == view.base]
     roster = better_roster([roster for roster in fitting if view.unobtainable.isdisjoint(roster.peers)])
     own_only = roster is not None and roster.signer == view.me and roster.digest not in view.applied

@@ -17,6 +17,7 @@ from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.merging import RoundSettings
+from swarmtrain.network.place_rows import check_place_rows_untrusted
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import (
     CHUNK_BYTES,
@@ -184,4 +185,5 @@ class StateFetcher:
         if manifest.round < min_round or manifest.roster_sha256:
             raise BadBytesError("a state of another round than asked for, or of another way to merge")
         check_token_rows_untrusted(manifest)
+        check_place_rows_untrusted(manifest)
         return empty_held(snapshot)

@@ -30,8 +30,10 @@ from swarmtrain.membership.partners import (
     News,
     Nothing,
     Partners,
+    Place,
     Theta,
     View,
+    agreed_places,
     median_round,
 )
 from swarmtrain.membership.pulls import (
@@ -106,8 +108,8 @@ none."""
 
 @dataclass
 class Gossip:
-    """This peer's pulls, and what came of them. `take`, `forget_pulled`, `gradient_format` and `ledger_rows` are for
-    the trainer's thread, the rest for the network's."""
+    """This peer's pulls, and what came of them. `take`, `forget_pulled`, `took_states`, `gradient_format` and
+    `ledger_rows` are for the trainer's thread, `places` for any, the rest for the network's."""
 
     me: str
     calls: PeerCalls
@@ -194,6 +196,29 @@ class Gossip:
         with self._lock:
             for lane in self.lanes:
                 lane.pulled, lane.ready = [], None
+
+    def took_states(self, told: Sequence[Sequence[Mapping[str, Place]]], rounds: Mapping[str, int], round: int) -> None:
+        """This peer goes on in `round` from the mean of some states. `told`: up to where each peer is in each of them,
+        by fragments; `rounds`: in which their authors say that they are. What was pulled before is in them, or too
+        old."""
+        self.forget_pulled()
+        heard = {info.peer: info.round for info in self.membership.volunteers()}
+        heard |= {peer: max(of, heard.get(peer, 0)) for peer, of in rounds.items()}
+        with self._lock:
+            for lane in self.lanes:
+                of_lane = [each[lane.number] for each in told]
+                lane.ledger.bring(agreed_places(of_lane, heard, round, lane.ledger.max_staleness_rounds))
+
+    def places(self, round: int) -> list[dict[str, Place]]:
+        """Up to where each peer is in this one's weights, of each fragment; `round` is the last that it has ended."""
+        with self._lock:
+            return [self._places(lane, max(round, lane.merged_round)) for lane in self.lanes]
+
+    def _places(self, lane: Lane, own_round: int) -> dict[str, Place]:
+        places = lane.ledger.places()
+        if own_round >= 0:
+            places[self.me] = max(places.get(self.me, (-1, 0)), (own_round, lane.ledger.num_parts))
+        return places
 
     def gradient_format(self, others: int, round_s: float) -> GradientFormat:
         """That in which this peer publishes pseudo-gradients in a round that lasts so long (0: it is not known), beside

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from swarmtrain.membership.partners import Place
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.identity import Identity
+from swarmtrain.network.place_rows import add_place_rows
 from swarmtrain.network.snapshots import Body, Held, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.network.tasks import Making
 from swarmtrain.network.token_rows import add_token_rows
@@ -39,6 +41,8 @@ class Offer:
     store: SnapshotStore
     coverage: Callable[[], Sequence[pb.Signed]] = tuple
     """What is told with it of the data that were seen."""
+    places: Callable[[], Sequence[Mapping[str, Place]]] = tuple
+    """Up to where each peer is in its weights, of each fragment: asked when the body is made."""
     progress: Progress | None = None
     _body: Body | Callable[[], Body] | None = None
     _fill: FillManifest = lambda manifest: None
@@ -91,6 +95,7 @@ class Offer:
             self._held = self._held_of = None
 
     def _build(self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest) -> Held:
+        made = body() if callable(body) else body  # what is merged after that is told of as well, and not the reverse
         manifest = pb.Manifest(
             run_sha256=bytes.fromhex(self.run_sha256),
             kind=pb.SNAPSHOT_KIND_STATE,
@@ -100,5 +105,6 @@ class Offer:
             coverage=self.coverage(),
         )
         add_token_rows(manifest, progress.peer_tokens)
+        add_place_rows(manifest, self.places())
         fill(manifest)
-        return build_snapshot(self.identity, manifest, self.specs, body() if callable(body) else body)
+        return build_snapshot(self.identity, manifest, self.specs, made)

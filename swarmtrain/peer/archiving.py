@@ -1,6 +1,6 @@
-"""What a bootstrap knows with its archive: whose tokens the weights hold, and what was seen of the data.
+"""What a bootstrap knows with its archive: whose tokens the weights hold, what was merged, what was seen of the data.
 
-It gives both to whoever takes the archive, together with everyone's counts: all who trained may be gone by then.
+It gives all to whoever takes the archive, together with everyone's counts: all who trained may be gone by then.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.membership.archiving import ArchiveWatch, adds_to_archive, tokens_gained
 from swarmtrain.membership.lifecycle import PeerInfo
+from swarmtrain.membership.partners import Place
 from swarmtrain.membership.progress import Progress
 from swarmtrain.network.coverage import CarriedRows
 from swarmtrain.network.daemon import swarm_time
@@ -27,6 +28,7 @@ __all__ = ["Archive", "checkpoint_of"]
 _log = logging.getLogger(__name__)
 _HOLDS = "holds"
 _ROWS = "shard_rows"
+_PLACES = "places"
 _SLACK_ROUNDS = 4
 """What a state counts of the others is up to so many of their rounds old."""
 
@@ -40,14 +42,20 @@ class Archive:
     watch: ArchiveWatch = field(default_factory=ArchiveWatch)
     holds: Mapping[str, int] = field(default_factory=dict)
     """Each peer's tokens as far as they are in the archived weights."""
+    places: Sequence[Mapping[str, Place]] = ()
+    """Up to where each peer's publications are in them, of each fragment."""
     rows: CarriedRows = field(init=False)
     _served: Progress = field(default_factory=Progress)
     _asked: Sequence[PeerInfo] = ()
 
     def __post_init__(self) -> None:
         self.rows = CarriedRows(self.swarm.published.sha256, self.swarm.tallying.contributions)
-        self.swarm.offer.coverage = self.rows.rows_to_send
-        self.keeper.checkpointer.extras |= {_HOLDS: lambda: dict(self.holds), _ROWS: self.rows.kept}
+        self.swarm.offer.coverage, self.swarm.offer.places = self.rows.rows_to_send, lambda: self.places
+        self.keeper.checkpointer.extras |= {
+            _HOLDS: lambda: dict(self.holds),
+            _PLACES: lambda: [dict(of_fragment) for of_fragment in self.places],
+            _ROWS: self.rows.kept,
+        }
 
     def restore(self, kept: Checkpoint | None) -> None:
         """Go on from what was archived last time, and from what was counted since."""
@@ -55,6 +63,7 @@ class Archive:
             self.swarm.tallying.watch()
         else:
             self.holds = _holds_of(kept.extra.get(_HOLDS), kept.progress)
+            self.places = _places_of(kept.extra.get(_PLACES))
             self._served = kept.progress
             try:
                 self.rows.restore(kept.extra.get(_ROWS, []))
@@ -80,7 +89,7 @@ class Archive:
 
     def kept_of(self, present: Present) -> Checkpoint:
         """What is written of the swarm's present weights."""
-        self.holds = dict(present.holds)
+        self.holds, self.places = dict(present.holds), present.places
         self.watch.archived(self._asked)
         for _, rows in present.shard_rows:
             self.rows.hear_untrusted(rows)
@@ -115,3 +124,12 @@ def _holds_of(kept: Any, progress: Progress) -> Mapping[str, int]:
         return progress.peer_tokens
     pairs = [(peer, tokens) for peer, tokens in kept.items() if isinstance(peer, str) and isinstance(tokens, int)]
     return dict(pairs) if len(pairs) == len(kept) else progress.peer_tokens
+
+
+def _places_of(kept: Any) -> Sequence[Mapping[str, Place]]:
+    """What a checkpoint says of the publications in its weights; nothing if it is of before, or says something else."""
+    try:
+        return [{str(peer): (int(round), int(part)) for peer, (round, part) in each.items()} for each in kept or ()]
+    except (ValueError, TypeError, AttributeError) as error:
+        _log.info("what the archive says of the publications in it is not used: %s", error)
+        return ()

@@ -8,6 +8,7 @@ mean.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from swarmtrain.events import CaughtUpEvent
 from swarmtrain.membership.ending import still_needed
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.pulls import round_ends_s
-from swarmtrain.membership.rosters import joining_steps, round_steps
+from swarmtrain.membership.rosters import Told, joining_steps, round_steps
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
@@ -200,6 +201,12 @@ class RosterExchange(SwarmExchange):
     _merge: Future[Outcome] | None = None
     _started_s: float = 0.0
     _cut_short: bool = False
+    _archives: frozenset[str] = frozenset()
+    """The bootstraps that told how far they are, and have been here since."""
+    _listening_since_s: float = -math.inf
+    """That of the rounds when they were asked."""
+    _told: Future[dict[str, Told]] | None = None
+    """What those say that have come in this round, and some volunteers."""
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """See `Exchange`."""
@@ -220,6 +227,7 @@ class RosterExchange(SwarmExchange):
             return len(self.swarm.membership.volunteers()) + 1
 
         num_peers = wait_for(self.network.submit(begin()), self.stop)
+        self.ask_archives()
         self._begin(inner_steps)
         return Start(inner_steps=inner_steps, num_peers=num_peers)
 
@@ -258,6 +266,8 @@ class RosterExchange(SwarmExchange):
         """See `Exchange`."""
         assert self._merge is not None
         outcome = wait_for(self._merge, self.stop)
+        if isinstance(outcome, Merged) and (archived := self.archive_that_holds()) is not None:
+            return self._replaced(archived)
         if isinstance(outcome, Merged):
             roster = outcome.roster
             return Averaged(
@@ -268,6 +278,34 @@ class RosterExchange(SwarmExchange):
                 roster_sha256=roster.digest,
             )
         return self._replaced(outcome)
+
+    def ask_archives(self) -> None:
+        """Ask the bootstraps that have come, or come back, how far their archives are, beside the round; all of them if
+        this process has stood still, or is alone. Who went on from an old folder while none was there, or slept while
+        all others left, would else train for nothing until a newcomer takes an archive's side."""
+        membership, since_s = self.swarm.membership, self.swarm.rounds.listening_since_s
+        here = frozenset(info.peer for info in membership.live() if info.is_bootstrap)
+        volunteers = [info.peer for info in membership.volunteers()]
+        if not volunteers or since_s != self._listening_since_s:
+            self._archives, self._listening_since_s = frozenset(), since_s
+        came, self._archives = here - self._archives, here & self._archives
+        self._told = None
+        if came:
+            asked = [*sorted(came), *random.sample(volunteers, min(_SAMPLE, len(volunteers)))]
+            self._told = self.network.submit(self.swarm.rounds.ask_now(asked))
+
+    def archive_that_holds(self) -> NewState | None:
+        """The state of one of these, if its answer is here and it holds against ours."""
+        asking, self._told = self._told, None
+        if asking is None or not asking.done() or asking.cancelled() or asking.exception() is not None:
+            return None
+        told = asking.result()
+        came = {info.peer for info in self.swarm.membership.live() if info.is_bootstrap} & told.keys()
+        self._archives |= came
+        if not came:
+            return None
+        fetching = self.network.submit(self.swarm.rounds.fetch_told_state(told, "the archive is back"))
+        return wait_for(fetching, self.stop)
 
     def _replaced(self, new: NewState) -> Replaced:
         replaced = self._adopted(new)
@@ -304,6 +342,7 @@ class RosterExchange(SwarmExchange):
         sample = random.sample(peers, min(_SAMPLE, len(peers))) + [info.peer for info in live if info.is_bootstrap]
         for _ in range(_TRIES):
             told = wait_for(self.network.submit(rounds.ask_now(sample)), self.stop)
+            self._archives = frozenset(info.peer for info in live if info.is_bootstrap and info.peer in told)
             if sample and not told:
                 self.stop.sleep(1.0)
                 continue  # that nobody answers says nothing of what they have

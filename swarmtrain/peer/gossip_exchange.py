@@ -41,7 +41,15 @@ from swarmtrain.network.snapshots import Body, Held
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
-from swarmtrain.peer.consensus import SAMPLE, consensus_of, layout_of_specs, mean_of_near, not_far_behind, theta_of
+from swarmtrain.peer.consensus import (
+    SAMPLE,
+    consensus_of,
+    layout_of_specs,
+    mean_of_near,
+    not_far_behind,
+    places_of_untrusted,
+    theta_of,
+)
 from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.robustness import Naming, Robustness, apart
 from swarmtrain.peer.trainer import Contribution, Gathered, LentWeights, Merged, Replaced, Start
@@ -201,6 +209,7 @@ class GossipExchange(AsynchronousExchange):
         )
         swarm.publishers = self.publishers
         swarm.gossip, swarm.hosting, swarm.called = self.gossip, hosting_of(swarm), self.gossip.called
+        swarm.offer.places = lambda: self.gossip.places(self._progress.round - 1)
 
     # ------------------------------------------------------------- the trainer's calls
 
@@ -581,8 +590,9 @@ class GossipExchange(AsynchronousExchange):
             progress = self._progress_of(states, own_round, more)
             for found in states:
                 self._hear_rows_untrusted(found.peer, found.held.snapshot.manifest.coverage)
+            told = [places_of_untrusted(found.held.snapshot.manifest, self.run.merge) for found in states]
             state = consensus_of(states, self._layout)
-            self.gossip.forget_pulled()
+            self.gossip.took_states(told, {found.peer: found.round for found in states}, progress.round)
             for robustness in self._robustness:
                 robustness.comes_back()
             return Replaced(state=state, progress=progress, from_peer=states[0].peer, reason=reason)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.membership.partners import Place, agreed_places
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.rosters import Roster
 from swarmtrain.membership.tally import agreed_counts
@@ -18,7 +19,14 @@ from swarmtrain.network.consensus import PeerState
 from swarmtrain.network.rounds import NewState
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import state_of
-from swarmtrain.peer.consensus import consensus_of, counts_in_untrusted, layout_of_specs, not_far_behind, round_of
+from swarmtrain.peer.consensus import (
+    consensus_of,
+    counts_in_untrusted,
+    layout_of_specs,
+    not_far_behind,
+    places_of_untrusted,
+    round_of,
+)
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Present", "Wanted", "fetch_present", "present_of"]
@@ -37,6 +45,8 @@ class Present:
     signed_roster: pb.Signed | None = None
     holds: Mapping[str, int] = field(default_factory=dict)
     """Each peer's tokens as far as they are in these weights, where each has its own."""
+    places: Sequence[Mapping[str, Place]] = ()
+    """Up to where each peer is in these weights, of each fragment."""
     shard_rows: Sequence[tuple[str, Sequence[pb.Signed]]] = ()
     """What was told of the data with each of the states, by PeerID of who told it."""
 
@@ -77,18 +87,18 @@ async def fetch_present(
     if run_tokens <= above_tokens:
         return None
     rows = [(state.peer, list(state.held.snapshot.manifest.coverage)) for state in states]
-    return await _consensus(swarm, states, run_tokens, counts, holds, rows)
-
-
-async def _consensus(
-    swarm: Swarm,
-    states: Sequence[PeerState],
-    run_tokens: int,
-    counts: Mapping[str, int],
-    holds: Mapping[str, int],
-    rows: Sequence[tuple[str, Sequence[pb.Signed]]],
-) -> Present:
     states = not_far_behind(states, swarm.published.run.merge.max_staleness_rounds)
     progress = Progress(round=round_of(states), run_tokens=run_tokens, peer_tokens=counts)
+    places = _places_of(swarm, states, progress.round)
     state = await asyncio.to_thread(consensus_of, states, layout_of_specs(swarm.specs))
-    return Present(state=state, progress=progress, holds=holds, shard_rows=rows)
+    return Present(state=state, progress=progress, holds=holds, places=places, shard_rows=rows)
+
+
+def _places_of(swarm: Swarm, states: Sequence[PeerState], round: int) -> list[dict[str, Place]]:
+    """Up to where each peer is in the consensus of states, of each fragment."""
+    section = swarm.published.run.merge
+    told = [places_of_untrusted(state.held.snapshot.manifest, section) for state in states]
+    rounds = {info.peer: info.round for info in swarm.membership.volunteers()}
+    rounds |= {state.peer: max(state.round, rounds.get(state.peer, 0)) for state in states}
+    by_fragment = zip(*told, strict=True)
+    return [agreed_places(each, rounds, round, section.max_staleness_rounds) for each in by_fragment]

@@ -25,6 +25,8 @@ from swarmtrain.membership.partners import (
     Mark,
     Nothing,
     Partners,
+    Place,
+    agreed_places,
     left_behind,
     median_round,
 )
@@ -70,6 +72,22 @@ class _Checkpoint:
     round: int
     ledger: list[list[str | int]]
     entered: list[tuple[str, str, int, int, int]]
+    came: list[_Entered]
+
+
+_Entered = tuple[str, int, int, int]
+"""(whose, of which round, from token, to token)"""
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a joiner takes: weights, and up to where each peer is in them. `entered` is for the tests."""
+
+    theta: float
+    momentum: float
+    round: int
+    places: dict[str, Place]
+    entered: list[_Entered]
 
 
 class GossipPeer:
@@ -102,6 +120,8 @@ class GossipPeer:
         """Of whom among those the weights are new; until somebody wants to know, None."""
         self._forgets_s = 0.0
         self.entered: list[tuple[str, str, int, int, int]] = []
+        self.came: list[_Entered] = []
+        """What had entered the weights that it took from others; and its own rounds."""
         self.checkpoints: list[_Checkpoint] = []
         self._frozen_at_s = 0.0
         self._backlog: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
@@ -160,11 +180,15 @@ class GossipPeer:
             self._start_round()
 
     def _adopt(self, came_s: float, peer: str, state: Any) -> None:
-        if not isinstance(state, tuple):
+        if not isinstance(state, _State):
             self._failed(peer, state)
             self._begin(came_s)
             return
-        self.theta, self.momentum, self.round = state
+        self.theta, self.momentum, self.round = state.theta, state.momentum, state.round
+        rounds = {one.peer: one.round for one in self._sampled} | {peer: state.round}
+        places = agreed_places([state.places], rounds, state.round, self.settings.max_staleness_rounds)
+        self.partners.ledger.bring(places)
+        self.came = list(state.entered)
         self.swarm.begun(self, self.swarm.clock.now - came_s)
         self._start_round()
 
@@ -231,9 +255,12 @@ class GossipPeer:
             peer=self.name, round=round, started_s=r.started_s, ended_s=now, steps=r.steps, partners=num_merged,
             staleness_rounds=oldest, bytes_down=r.bytes_down,
         ))  # fmt: skip
+        if s.keeps_past:
+            self.came.append((self.name, round, 0, r.steps * s.tokens_per_step))
         self.round += 1
         if s.keeps_past:
-            saved = _Checkpoint(self.theta, self.momentum, self.round, self.partners.ledger.rows(), list(self.entered))
+            rows, entered = self.partners.ledger.rows(), list(self.entered)
+            saved = _Checkpoint(self.theta, self.momentum, self.round, rows, entered, list(self.came))
             self.checkpoints = [*self.checkpoints[-2:], saved]
         self._start_round()
 
@@ -241,6 +268,7 @@ class GossipPeer:
         """Go on from a checkpoint, in a process that knows nothing else."""
         self.theta, self.momentum, self.round = saved.theta, saved.momentum, saved.round
         self.entered = list(saved.entered)  # what was merged later is gone with the weights it entered
+        self.came = list(saved.came)
         self.partners.ledger.load(saved.ledger)
         self._start_round()
 
@@ -307,7 +335,7 @@ class GossipPeer:
         s = self.settings
         if what == "state":
             self.bytes_up += s.state_bytes
-            return self.theta, self.momentum, self.round
+            return self._state()
         if what == "manifest weights":
             return self._weights[-1] if self._weights else Refused("its first round has not begun")
         if what == "manifest gradient":
@@ -318,6 +346,14 @@ class GossipPeer:
         if found is not None:
             self.bytes_up += s.section_bytes(found.section)
         return found
+
+    def _state(self) -> _State:
+        """Its own rounds are in its weights too."""
+        places = self.partners.ledger.places()
+        if self.round:
+            places[self.name] = self.round - 1, self.settings.num_parts
+        merged = [(whose, round, since, until) for _, whose, round, since, until in self.entered]
+        return _State(self.theta, self.momentum, self.round, places, [*merged, *self.came])
 
     def _announce(self, at_s: float) -> None:
         """The presence record as it was at `at_s`: a round's start, or a third of its lifetime after the last one."""

@@ -136,10 +136,12 @@ class HostedPeer(GossipPeer):
         self.swarm.pull(self, host, f"of {peer} {what}", num_bytes, again)
 
     def _came(self, host: str, next_one: Callable[[], None], done: Callable[[Any], None], found: Any) -> None:
-        if isinstance(found, Publication):
+        if isinstance(found, Publication) and not found.is_forged:
             self.order.back_off.answered(host)
             done(found)
             return
+        if isinstance(found, Publication):
+            self.order.back_off.failed(host, self.swarm.clock.now, "it changed what it serves on")
         if found is None:
             self.order.back_off.failed(host, self.swarm.clock.now, "unreachable")
         next_one()

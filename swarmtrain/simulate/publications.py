@@ -79,6 +79,8 @@ class Publication:
     theta: float
     gradient: float
     rows: tuple[Row, ...] = ()
+    is_forged: bool = False
+    """Whether it is not what `peer` has signed: whoever serves it changed it."""
 
     @cached_property
     def section(self) -> Section:

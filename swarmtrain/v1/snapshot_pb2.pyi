@@ -153,12 +153,16 @@ class PeerTokens(_message.Message):
     def __init__(self, peer: _Optional[bytes] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Entered(_message.Message):
-    __slots__ = ("peer", "round")
+    __slots__ = ("peer", "round", "part", "fragment")
     PEER_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     peer: bytes
     round: int
-    def __init__(self, peer: _Optional[bytes] = ..., round: _Optional[int] = ...) -> None: ...
+    part: int
+    fragment: int
+    def __init__(self, peer: _Optional[bytes] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., fragment: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
     __slots__ = ("run_sha256", "author", "kind", "stage", "round", "part", "tokens", "inner_steps", "tensors", "total_bytes", "chunk_bytes", "chunk_sha256", "run_tokens", "peer_tokens", "roster_sha256", "author_tokens", "coverage", "fragment", "arrivals", "entered")

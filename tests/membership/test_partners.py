@@ -20,6 +20,7 @@ from swarmtrain.membership.partners import (
     Theta,
     View,
     Whole,
+    agreed_places,
     left_behind,
     median_round,
 )
@@ -161,7 +162,18 @@ def test_a_checkpoint_keeps_the_ledger_without_the_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [["a"], ["a", 1, 1, 0], ["a", -1, 1, 1], ["a", 1, 0, 1], [7, 1, 1, 1], ["a", 1, "1", 1], "text", None]
+    "row",
+    [
+        ["a"],
+        ["a", 1, 1, -1],
+        ["a", 1, 0, 0],
+        ["a", -1, 1, 1],
+        ["a", 1, 0, 1],
+        [7, 1, 1, 1],
+        ["a", 1, "1", 1],
+        "text",
+        None,
+    ],
 )
 def test_rows_that_are_something_else_are_refused_whole(row: object) -> None:
     ledger = ledger_with(("a", 3, 2, 200))
@@ -206,6 +218,52 @@ def test_each_inner_step_enters_at_most_once_whatever_the_order_the_losses_and_t
             ledger.load(saved[0])
             entered = {key: set(steps) for key, steps in saved[1].items()}
     assert num_merged > 20
+
+
+def test_what_came_with_others_weights_is_not_merged_again() -> None:
+    giver = ledger_with(("a", 3, 4, 400), ("b", 4, 2, 200))
+    newcomer = Ledger(num_parts=4)
+    newcomer.bring(giver.places())
+    for peer, mark in ("a", Mark(3, 4, 400)), ("a", Mark(2, 4, 400)), ("b", Mark(4, 2, 200)), ("b", Mark(4, 3, 300)):
+        new = newcomer.news(peer, mark, 4)
+        assert isinstance(new, Nothing) and "came with the weights" in new.reason and not new.turned_back
+        assert newcomer.new_tokens(peer, mark, 4) is None, "nobody is asked for it first"
+        assert not newcomer.stays_of_use("gradient", peer, mark, 4), "also if it was pulled before"
+    assert newcomer.news("a", Mark(4, 1, 90), 4).tokens == newcomer.new_tokens("a", Mark(4, 1, 90), 4) == 90
+    assert newcomer.has_new_weights("b", 4, 4), "weights are averaged, and count as often as they come"
+    newcomer.merged("a", Mark(4, 1, 90), 4)
+    assert newcomer.news("a", Mark(4, 2, 190), 4).tokens == 100
+    third = Ledger(num_parts=4)
+    third.bring(newcomer.places())
+    assert isinstance(third.news("b", Mark(4, 4, 400), 4), Nothing), "it goes on to whoever takes its weights in turn"
+
+
+def test_what_was_merged_here_up_to_further_is_merged_on() -> None:
+    ledger = ledger_with(("a", 4, 3, 300))
+    ledger.bring({"a": (4, 2)})
+    assert ledger.news("a", Mark(4, 4, 400), 4).tokens == 100
+    ledger.bring({"a": (4, 4)})
+    assert isinstance(ledger.news("a", Mark(4, 4, 400), 4), Nothing), "others' weights have more than is held here"
+    assert isinstance(ledger.news("a", Mark(4, 2, 200), 4), Nothing)
+
+
+def test_what_came_with_weights_goes_into_the_checkpoint_with_them() -> None:
+    ledger, again = ledger_with(("b", 5, 4, 400)), Ledger()
+    ledger.bring({"a": (4, 2), "b": (4, 2)})
+    again.load(json.loads(json.dumps(ledger.rows())))
+    assert again.rows() == ledger.rows() and again.places() == {"a": (4, 2), "b": (5, 4)}
+    few = Ledger(max_peers=2)
+    few.bring({f"p{i}": (i, 1) for i in range(5)})
+    assert few.places() == {"p3": (3, 1), "p4": (4, 1)} and few.places(1) == {"p4": (4, 1)}
+
+
+def test_of_several_states_the_furthest_counts_and_none_is_believed_beyond_what_a_peer_says_of_itself() -> None:
+    told = [{"a": (3, 4), "b": (4, 2)}, {"a": (4, 1), "c": (9, 1)}, {"a": (10**12, 4), "d": (10**12, 4)}]
+    agreed = agreed_places(told, {"a": 4, "b": 4}, 4, 8)
+    assert agreed == {"a": (5, 1), "b": (4, 2), "c": (9, 1), "d": (12, 1)}
+    assert agreed_places([], {"a": 4}, 4, 8) == {}
+    behind = agreed_places([{"a": (7, 2), "b": (12, 1)}], {"a": 2, "b": 2}, 11, 8)
+    assert behind == {"a": (7, 2), "b": (11, 1)}, "it had fallen behind, and has taken the others' weights since"
 
 
 def test_in_order_and_without_losses_every_step_enters() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -162,6 +163,18 @@ def test_after_a_pause_of_ones_own_nothing_is_signed_or_merged_before_the_others
     stood_still["answered_at_s"] = {"b": 180.5, "c": 180.0}
     assert signed(decide(view("a", "bc", "abc", **stood_still), 181)) == "abc"
     assert signed(decide(view("a", "bc", "abc", listening_since_s=99.0), 181)) == "abc", "before it asked anybody"
+
+
+@pytest.mark.parametrize("me", ["a", "d"])
+def test_who_comes_after_its_time_limit_signs_nothing_before_the_others_have_been_heard(me: str) -> None:
+    """Its machine slept in the midst of the round, say: they may have signed without it, and gone on."""
+    late = dataclasses.replace(view(me, "bc", me), deadline_s=100.0)
+    reason = "this process is later than the time limit: it asks b, c what happened meanwhile"
+    assert decide(late, 100) == Wait(until_s=105, reason=reason)
+    answered = dataclasses.replace(late, answered_at_s={"b": 100.0, "c": 100.0})
+    assert signed(decide(answered, 101)) == me, "nobody else has published, and the time is over"
+    assert isinstance(decide(dataclasses.replace(answered, far_ahead=frozenset("b")), 101), CatchUp)
+    assert signed(decide(late, 105)) == me, "nobody answers"
 
 
 def test_a_signer_whose_roster_nobody_applied_follows_those_who_went_on_without_it() -> None:

@@ -239,6 +239,30 @@ def test_a_peer_whose_process_stands_still_is_lost_after_two_rounds() -> None:
     assert third_s < SILENCE_S <= min(first_s, second_s)
 
 
+def test_who_ends_its_round_after_the_time_limit_asks_before_it_signs() -> None:
+    """It slept in the midst of it: the others may have gone on without it."""
+    identities, asked, signed_after = a_swarm(2), list[str](), list[int]()
+    me = identities[0]
+    others = Others(
+        {identity.peer_id: identity for identity in identities},
+        change=lambda request, reply: asked.append("answered"),
+    )
+
+    async def run() -> None:
+        rounds, _ = driver(identities, me, others)
+        sign = rounds._sign
+
+        def noted(round: int, known: Any, decision: Any) -> None:
+            signed_after.append(len(asked))
+            sign(round, known, decision)
+
+        rounds._sign = noted  # type: ignore[method-assign]
+        await asyncio.wait_for(rounds.finish(0, publication(me), swarm_time() - 2 * SETTINGS.round_limit_s), 100)
+
+    virtual_swarm(run)
+    assert signed_after and signed_after[0] > 0
+
+
 def test_nobody_waits_for_a_peer_that_answers_that_it_is_away() -> None:
     """It rests, and its goodbye got lost: it answers at once, for as long as it is asked."""
     identities = a_swarm(2)

@@ -125,3 +125,43 @@ def test_a_server_that_is_killed_knows_how_far_the_run_was(swarm: Swarm) -> None
     ben = swarm.join("ben", again.invite.invite)
     goes_on(ben, tokens, 1.0)
     again.wait_event(ArchivedEvent, lambda event: event.run_tokens > tokens)
+
+
+def leave(*children: Child) -> None:
+    """Ctrl-C for each that holds stages, whose tokens are a part of the model's work; a clean end."""
+    for child in children:
+        child.interrupt()
+    for child in children:
+        assert child.wait() == 0, child.story()
+
+
+@pytest.mark.long
+def test_a_pipeline_whose_peers_all_leave_goes_on_with_newcomers(swarm: Swarm) -> None:
+    """Each stage's weights are in the archive, and how far the run is comes with them."""
+    file = write_run(
+        swarm.folder,
+        run={"total_tokens": 10**6},
+        model={"num_layers": 2, "context_tokens": 32},
+        inner={"batch_sequences": 8, "microbatch_sequences": 2},
+        pipeline={"stages": 2, "balance": "none"},
+        merge={"method": "gossip", "inner_steps": 5},
+        network={"archive_every_s": 3600.0, "presence_ttl_s": 10.0},
+    )
+    bootstrap = swarm.bootstrap(file, "--wait-for", "2")
+    first = swarm.join_all(["anna", "ben"], bootstrap.invite.invite)
+    for child in first:
+        child.wait_round(5)
+    leave(*first)
+    last = {event.stage: event for child in first for event in child.all(RoundEvent)}
+    rate = lowest_rate(*first)
+    assert set(last) == {0, 1}, "each held one"
+    leave(bootstrap)
+    again = swarm.bootstrap(file, "--wait-for", "2")
+    late = swarm.join_all(["carl", "dora"], again.invite.invite)
+    for child in late:
+        before = last[(its := child.wait_event(RoundEvent)).stage]
+        goes_on(child, before.run_tokens, rate)
+        assert its.round > before.round, child.story()
+        child.wait_more_rounds(2)
+    leave(*late)
+    leave(again)

@@ -24,7 +24,7 @@ from swarmtrain.membership import (
     shards,
     tally,
 )
-from swarmtrain.peer import archiving, trainer
+from swarmtrain.peer import archiving, exchange, trainer
 from swarmtrain.simulate import publications, transfers, volunteer
 from swarmtrain.simulate.search.schedule import WorldKind
 
@@ -47,6 +47,11 @@ def ledger_takes_everything(patch: Patch) -> None:
 def restored_ledger_is_empty(patch: Patch) -> None:
     """A checkpoint's weights come back, and not what was merged into them."""
     patch.setattr(partners.Ledger, "load", lambda self, rows: None)
+
+
+def states_say_not_what_entered_them(patch: Patch) -> None:
+    """Who takes a state merges what it finds."""
+    patch.setattr(partners.Ledger, "bring", lambda self, places: None)
 
 
 def old_rounds_are_merged(patch: Patch) -> None:
@@ -267,6 +272,11 @@ def who_was_killed_trains_on(patch: Patch) -> None:
     patch.setattr(leaving.Leavers, "ask", ask)
 
 
+def nobody_asks_archives(patch: Patch) -> None:
+    """In rounds, once they train."""
+    patch.setattr(exchange.RosterExchange, "ask_archives", lambda self: None)
+
+
 def old_folder_counts_anew(patch: Patch) -> None:
     """What others count of it is not where it goes on."""
     patch.setattr(trainer.Trainer, "count_on", lambda self, own_tokens: None)
@@ -288,6 +298,7 @@ def one_source_is_believed(patch: Patch) -> None:
 
 
 NEEDS: dict[Callable[[Patch], None], tuple[str, ...]] = {
+    states_say_not_what_entered_them: ("join",),
     bootstrap_keeps_no_counts: ("bootstrap crash", "bootstrap away"),
     last_holder_goes_at_once: ("everybody",),
     nobody_is_asked_to_stay: ("everybody",),
@@ -301,6 +312,7 @@ NEEDS: dict[Callable[[Patch], None], tuple[str, ...]] = {
 BROKEN: dict[Callable[[Patch], None], tuple[WorldKind, str]] = {
     ledger_takes_everything: ("gossip", "exactly once"),
     restored_ledger_is_empty: ("gossip", "exactly once"),
+    states_say_not_what_entered_them: ("gossip", "exactly once"),
     old_rounds_are_merged: ("gossip", "nothing too old is merged"),
     rounds_without_a_least: ("gossip", "rounds are bounded"),
     fastest_paces_all: ("gossip", "one liar paces nobody"),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from broken_rules import BROKEN, NEEDS, ledger_takes_everything, nobody_refetches
+from broken_rules import BROKEN, NEEDS, ledger_takes_everything, nobody_asks_archives, nobody_refetches
 
 import swarmtrain.simulate.search.__main__ as command
 from swarmtrain.simulate.search import Fault, Schedule, Violation, as_test, draw, play, shrink
@@ -120,12 +120,50 @@ def test_an_outage_of_seconds_leaves_nobody_alone_for_minutes() -> None:
     assert not play(schedule)
 
 
+def test_a_newcomer_merges_nothing_twice_of_one_that_had_fallen_behind_and_caught_up_a_moment_ago() -> None:
+    """What it tells of its round is older than what others have merged of it."""
+    schedule = Schedule(
+        world="gossip",
+        speeds=(4.0, 0.7, 10.0, 12.0, 6.0),
+        options=(("pacing", 0.0),),
+        seed=60327,
+        faults=(
+            Fault(kind="leave", peer=2),
+            Fault(kind="restart", peer=1, at_s=20.0),
+            Fault(kind="join", at_s=29.7, detail=1),
+        ),
+    )
+    assert not play(schedule)
+
+
+def test_a_host_that_changes_what_it_serves_on_costs_its_guest_nothing() -> None:
+    """Its author has signed it, so that the host is left alone, and not the author."""
+    schedule = Schedule(
+        world="gossip",
+        speeds=(12.0,) * 5,
+        options=(("hidden", 1.0),),
+        seed=64938,
+        faults=(Fault(kind="lie: no numbers", at_s=8.0, lasts_s=50.0),),
+    )
+    assert not play(schedule)
+
+
 def test_who_stood_still_asks_those_too_who_came_while_it_did() -> None:
     """The other one was started anew just before, and is a guest: it has gone on alone."""
     schedule = Schedule(
         world="rounds",
         speeds=(16.0, 16.0),
         faults=(Fault(kind="restart", peer=1), Fault(kind="freeze at", lasts_s=17.0, detail=86)),
+    )
+    assert not play(schedule)
+
+
+def test_who_slept_until_its_rounds_time_limit_was_over_asks_before_it_signs() -> None:
+    """Two peers have one each on their side, so that the lower signer's holds, however far the other is by then."""
+    schedule = Schedule(
+        world="rounds",
+        speeds=(10.0, 10.0),
+        faults=(Fault(kind="freeze", lasts_s=11.0), Fault(kind="idle", at_s=10.0)),
     )
     assert not play(schedule)
 
@@ -164,8 +202,48 @@ def test_who_stood_still_asks_those_too_who_came_while_it_did() -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("server", [0.0, 1.0], ids=["gossip", "server"])
-def test_a_run_outlives_its_peers(faults: tuple[Fault, ...], server: float) -> None:
-    options = (("server", 1.0),) if server else ()
+@pytest.mark.parametrize("method", ["gossip", "server", "rounds"])
+def test_a_run_outlives_its_peers(faults: tuple[Fault, ...], method: str) -> None:
+    options = () if method == "gossip" else ((method, 1.0),)
     schedule = Schedule(world="lives", speeds=(8.0, 8.0), faults=faults, options=options)
     assert not play(schedule), as_test(schedule)
+
+
+ALONE_AFTER_A_SLEEP = Schedule(
+    world="lives",
+    speeds=(8.0, 8.0, 8.0),
+    options=(("rounds", 1.0),),
+    faults=(
+        Fault(kind="freeze", at_s=8.0, lasts_s=40.0),
+        Fault(kind="kill", peer=1, at_s=47.0),
+        Fault(kind="kill", peer=2, at_s=47.0),
+        Fault(kind="freeze", peer=1, at_s=125.0),
+    ),
+)
+ALONE_WITH_AN_OLD_FOLDER = Schedule(
+    world="lives",
+    speeds=(8.0, 8.0),
+    options=(("rounds", 1.0),),
+    faults=(
+        Fault(kind="old folder", peer=1, at_s=8.0, lasts_s=30.0, detail=1),
+        Fault(kind="bootstrap crash", at_s=38.0, lasts_s=25.0),
+        Fault(kind="kill", at_s=39.0),
+        Fault(kind="freeze", at_s=140.0),
+    ),
+)
+
+
+each_alone = pytest.mark.parametrize("schedule", [ALONE_WITH_AN_OLD_FOLDER, ALONE_AFTER_A_SLEEP])
+
+
+@each_alone
+def test_who_is_alone_goes_on_from_the_archive_if_its_chain_holds(schedule: Schedule) -> None:
+    """In rounds the archive's chain holds, which more have gone on with: what one trained alone beside it was in no
+    archive, and was all taken back in the end."""
+    assert not play(schedule)
+
+
+@each_alone
+def test_the_search_sees_who_never_asks_an_archive(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody_asks_archives(monkeypatch)
+    assert [violation.invariant for violation in play(schedule)] == ["acknowledged work is archived"]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.membership.partners import left_behind, rounds_behind
+from swarmtrain.membership.partners import Place, agreed_places, left_behind, rounds_behind
 from swarmtrain.membership.progress import Progress
 from swarmtrain.membership.shards import Row
 from swarmtrain.network.consensus import MOMENTA
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 __all__ = ["catches_up", "schedule"]
 
 _BYTES = 4  # of a number, as states travel
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """The others' consensus, its round, and up to where everybody is in it, of each fragment."""
+
+    state: OuterState
+    round: int
+    places: list[dict[str, Place]]
 
 
 def schedule(world: World) -> None:
@@ -125,6 +135,7 @@ def _take_state(peer: Peer, others: list[Peer]) -> None:
     world = peer.world
     sample = peer.rng.sample(others, min(SAMPLE, len(others)))
     state, round = _present_state(world, sample)
+    taken = _Taken(state, max(round, peer.round), _places(peer, sample, round))
     size_bytes = _BYTES * world.layout.size
     arrives_s = max(
         world.wire.arrives_s(
@@ -133,7 +144,20 @@ def _take_state(peer: Peer, others: list[Peer]) -> None:
         for other in sample
     )
     rows = {other.name: other.coverage.rows_to_send() for other in sample if other.coverage is not None}
-    peer.call_at(arrives_s, _begin_with, peer, state, max(round, peer.round), rows)
+    peer.call_at(arrives_s, _begin_with, peer, taken, rows)
+
+
+def _places(peer: Peer, sample: list[Peer], round: int) -> list[dict[str, Place]]:
+    """Up to where everybody is in their weights, of each fragment."""
+    near = not_far_behind(sample, peer.world.setting.run.merge.max_staleness_rounds)
+    rounds = {other.name: other.round for other in peer.world.live}
+    agreed = []
+    for number in range(len(peer.lanes)):
+        lanes = [other.lanes[number] for other in near]
+        own = [{lane.peer.name: (lane.round - 1, lane.ledger.num_parts)} for lane in lanes]
+        told = [lane.ledger.places() | each for lane, each in zip(lanes, own, strict=True)]
+        agreed.append(agreed_places(told, rounds, round, peer.lanes[number].ledger.max_staleness_rounds))
+    return agreed
 
 
 def _present_state(world: World, sample: list[Peer]) -> tuple[OuterState, int]:
@@ -146,12 +170,13 @@ def _present_state(world: World, sample: list[Peer]) -> tuple[OuterState, int]:
     return present, round_of(near)
 
 
-def _begin_with(peer: Peer, state: OuterState, round: int, rows: Mapping[str, Sequence[Row]]) -> None:
+def _begin_with(peer: Peer, taken: _Taken, rows: Mapping[str, Sequence[Row]]) -> None:
     for name, told in rows.items():
         peer.hear_rows(name, told)
     peer.learner.comes_late()
-    for lane in peer.lanes:
+    for lane, places in zip(peer.lanes, taken.places, strict=True):
         lane.robustness.comes_back()
-    peer.trainer.state = state
-    peer.trainer.progress = Progress(round=round, run_tokens=peer.world.tokens)
+        lane.ledger.bring(places)
+    peer.trainer.state = taken.state
+    peer.trainer.progress = Progress(round=taken.round, run_tokens=peer.world.tokens)
     peer.begin_or_end()

@@ -223,7 +223,8 @@ class Liar(CountingPeer):
             gradient = self.swarm._random.choice((math.nan, math.inf))
         if "two publications" in self.lies:
             gradient += self.swarm._random.uniform(-0.1, 0.1)
-        return dataclasses.replace(found, mark=mark, gradient=gradient)
+        changed = dataclasses.replace(found, mark=mark, gradient=gradient)
+        return dataclasses.replace(changed, is_forged=found.peer != self.name and changed != found)
 
 
 class SearchedSwarm(HostedSwarm):
@@ -321,7 +322,8 @@ def _honest(swarm: SearchedSwarm) -> list[CountingPeer]:
 
 def _entered_twice(swarm: SearchedSwarm) -> Iterable[Violation]:
     entered = defaultdict(list)
-    for who, whose, round, since, until in swarm.entered:
+    came = [(peer.name, *one) for peer in swarm.peers.values() for one in peer.came]
+    for who, whose, round, since, until in [*swarm.entered, *came]:
         if not {who, whose} & swarm.liars:
             entered[who, whose, round].append((since, until))
     for (who, whose, round), spans in entered.items():

@@ -3,7 +3,7 @@
 Volunteers come, train, leave politely, are killed, and come back with their folder, with an old copy of it or without;
 some live for seconds, and one may lie of what it has trained. The bootstrap, which may be the run's server, leaves,
 crashes, comes back with its folder, with an old copy, or on another machine; at times everybody is gone, and a folder
-is all that there is.
+is all that there is. Peers gossip, hand in to the server, or train in synchronous rounds.
 
 Judged: a run's tokens never fall, and the learning rate never rises again after its peak, wherever weights come from;
 what is trained counts; work that a bootstrap acknowledged is in its archive a minute later, while somebody has it; and
@@ -32,6 +32,7 @@ from swarmtrain.simulate.search.lives_peers import (
     Volunteer,
     identity_of,
 )
+from swarmtrain.simulate.search.lives_rounds import ROUNDS_RUN, RoundsBootstrap, RoundsVolunteer
 from swarmtrain.simulate.search.lives_server import SERVED_RUN, Server, Worker
 from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
 
@@ -61,7 +62,8 @@ def draw_lives(rng: random.Random) -> Schedule:
     """A bootstrap, up to four volunteers at first, and what becomes of them."""
     speeds = (rng.choice((4.0, 6.0, 8.0)),) * rng.choice((1, 1, 2, 2, 3, 4))  # rounds are paced: all are as long
     faults = draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(16))
-    options = (("server", 1.0),) if rng.random() < 0.25 else ()
+    chance = rng.random()
+    options = (("server", 1.0),) if chance < 0.25 else (("rounds", 1.0),) if chance > 0.85 else ()
     return Schedule(world="lives", speeds=speeds, faults=faults, options=options, seed=rng.randrange(2**16))
 
 
@@ -72,8 +74,8 @@ class _Lives(LivesWorld):
     """What a schedule does, and whether it is right."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self.served = bool(schedule.option("server", 0))
-        super().__init__(schedule.seed, SERVED_RUN if self.served else RUN)
+        self.served, self.in_rounds = bool(schedule.option("server", 0)), bool(schedule.option("rounds", 0))
+        super().__init__(schedule.seed, SERVED_RUN if self.served else ROUNDS_RUN if self.in_rounds else RUN)
         self.broken: list[Violation] = []
         self.speeds = dict(zip(schedule.names, schedule.speeds, strict=True))
         self.usual_speed = max(schedule.speeds)
@@ -102,7 +104,7 @@ class _Lives(LivesWorld):
         folder = self.folders[name] = folder or self.folders.get(name) or Folder(name)
         invite = {one.folder.key: one.address for one in self.living() if not one.away} | {"b": self.address}
         invite.pop(name, None)
-        kind = Liar if lies else Worker if self.served else Volunteer
+        kind = Liar if lies else Worker if self.served else RoundsVolunteer if self.in_rounds else Volunteer
         self.left_alone.discard(name)
         new = self.processes[name] = kind(self, folder, 0, invite, self.speeds.setdefault(name, self.usual_speed))
         self.volunteers.append(new)
@@ -113,7 +115,7 @@ class _Lives(LivesWorld):
             return
         self.address = self.address if address is None else address
         folder = self.folders["b"] = folder or self.folders.get("b") or Folder("b")
-        kind = Server if self.served else Bootstrap
+        kind = Server if self.served else RoundsBootstrap if self.in_rounds else Bootstrap
         self.processes["b"] = kind(self, folder, self.address, {})
 
     def all_go(self, but: str = "") -> None:
@@ -169,6 +171,16 @@ class _Lives(LivesWorld):
             self._break("the learning rate never rises again", f"{said} and {rates}")
         volunteer.behind = dataclasses.replace(behind, at_tokens=max(behind.at_tokens, tokens))
 
+    def first_round(self, volunteer: Volunteer) -> None:
+        """Of one that finds nobody but a bootstrap: it goes on from the archive, or from what it has beyond that."""
+        boot, others = self.processes.get("b"), [one for one in volunteer.neighbours() if not one.is_bootstrap]
+        if others or boot not in volunteer.neighbours() or not isinstance(boot, Bootstrap) or boot.away:
+            return
+        tokens, archived = volunteer.progress.run_tokens, boot.progress.run_tokens
+        if tokens < archived:
+            detail = f"{volunteer.folder.key} begins with {tokens} tokens beside an archive of {archived}"
+            self._break("a run's tokens never fall", detail)
+
     def trained(self, volunteer: Volunteer, before_tokens: int) -> None:
         """Each round counts, whichever folder its peer came with: where a bootstrap was there to tell what it had done
         in later lives than that of its folder."""
@@ -194,7 +206,10 @@ class _Lives(LivesWorld):
                 self._break("claims are bounded", detail)
 
     def lie(self, name: str) -> None:
-        """One that lies comes."""
+        """One that lies comes. What lies do to rosters is searched in rounds."""
+        if self.in_rounds:
+            self.come(name)
+            return
         self.liars[name] = self.clock.now
         self.come(name, lies=True)
 
@@ -206,7 +221,10 @@ class _Lives(LivesWorld):
             self._break("a run's tokens never fall", detail)
 
     def begun(self, bootstrap: Bootstrap) -> None:
-        """It counts on from what it counted before, but for its last seconds; with an old folder, from that."""
+        """It counts on from what it counted before, but for its last seconds; with an old folder, from that. In rounds
+        the roster behind its archive counts."""
+        if self.in_rounds:
+            return
         if bootstrap.folder is not self.counts_of:
             self.counts_of, self.counted = bootstrap.folder, []
         self.counted = [(at_s, total) for at_s, total in self.counted if at_s < self.ended_s - _SURE_S]

@@ -47,7 +47,23 @@ from swarmtrain.run import RunFile
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["RUN", "Behind", "Bootstrap", "Folder", "Liar", "LivesWorld", "Process", "Round", "Volunteer"]
+__all__ = [
+    "RUN",
+    "SHA256",
+    "SPECS",
+    "Behind",
+    "Bootstrap",
+    "Folder",
+    "Kept",
+    "Liar",
+    "LivesWorld",
+    "Process",
+    "Round",
+    "Volunteer",
+    "behind_mean",
+    "identity_of",
+    "state_that_came",
+]
 
 _T = TypeVar("_T")
 
@@ -62,8 +78,8 @@ RUN = RunFile.model_validate(
         "network": {"presence_ttl_s": 15.0, "archive_every_s": 20.0},
     }
 )
-_SHA256 = "ab" * 32
-_SPECS = (TensorSpec("weights", (1,)),)
+SHA256 = "ab" * 32
+SPECS = (TensorSpec("weights", (1,)),)
 ONE = OuterState(torch.ones(1), torch.zeros(1))
 _ONE_BYTES = body_of(ONE.theta, ONE.momentum)
 _STARTS_S, _PULLS_S, _WRITES_S = 0.8, 0.6, 0.3
@@ -194,8 +210,8 @@ class Process:
         process = self
 
         class _Swarm(SimpleNamespace):
-            asynchronous, coverage, specs = True, None, _SPECS
-            published = PublishedRun(b"", _SHA256, process.world.run_file, b"", b"")
+            asynchronous, coverage, specs = True, None, SPECS
+            published = PublishedRun(b"", SHA256, process.world.run_file, b"", b"")
             identity, store = identity_of(process.folder.key), SimpleNamespace(arriving=None)
             emit = staticmethod(lambda event: None)
 
@@ -373,7 +389,7 @@ class Process:
             if there not in self.neighbours():
                 self.membership.call_failed(peer, self.world.clock.now, "unreachable")
             elif there.offered is not None and there.offered[0].round >= min_round:
-                found.append(_state_of(peer, *there.offered, there.fill))
+                found.append(state_that_came(peer, *there.offered, there.fill))
         self.world.pulled = found
         return found
 
@@ -397,7 +413,10 @@ class _Pulled(State):
     behind: Behind
 
 
-def _state_of(peer: str, progress: Progress, behind: Behind, fill: FillManifest) -> _Pulled:
+def state_that_came(
+    peer: str, progress: Progress, behind: Behind, fill: FillManifest = lambda manifest: None
+) -> _Pulled:
+    """The state of a peer, with what it tells with it."""
     manifest = pb.Manifest(round=progress.round, run_tokens=progress.run_tokens)
     for whose, tokens in sorted(progress.peer_tokens.items()):
         manifest.peer_tokens.add(peer=peer_bytes(whose), tokens=tokens)
@@ -415,10 +434,10 @@ class _Exchange(GossipExchange):
 
     def __init__(self, volunteer: Volunteer) -> None:
         world: Any = volunteer.world
-        gossip: Any = SimpleNamespace(forget_pulled=lambda: None)
+        gossip: Any = SimpleNamespace(took_states=lambda *told: None)
         stop: Any = SimpleNamespace(sleep=volunteer.sleep, check=lambda: None)
         self.swarm, self.run, self.network = volunteer.swarm, world.run_file, world
-        self._layout = layout_of_specs(_SPECS)
+        self._layout = layout_of_specs(SPECS)
         self.gossip, self.stop, self._robustness = gossip, stop, []
         self._fresh = True
 
@@ -680,10 +699,14 @@ class Bootstrap(Process):
         self._ask_how_far()
         now, volunteers = self.world.clock.now, self.membership.volunteers()
         waiting = () if self.leavers is None else self.leavers.waiting(now)
-        if self.archive.watch.is_new(volunteers) and (bool(waiting) or now >= self._next_s):
+        if self._is_new(volunteers) and (bool(waiting) or now >= self._next_s):
             self.later(_PULLS_S, self._archive, waiting)
             return
         self._taken(waiting, archived=False)
+
+    def _is_new(self, infos: Sequence[PeerInfo]) -> bool:
+        """Whether one of them may have what the archive lacks."""
+        return self.archive.watch.is_new(infos)
 
     def _archive(self, waiting: tuple[str, ...]) -> None:
         volunteers = self.membership.volunteers()
@@ -696,7 +719,7 @@ class Bootstrap(Process):
         self._taken(waiting, archived=archived)
 
     def _taken(self, waiting: tuple[str, ...], *, archived: bool) -> None:
-        now, is_new = self.world.clock.now, self.archive.watch.is_new(self.membership.volunteers())
+        now, is_new = self.world.clock.now, self._is_new(self.membership.volunteers())
         if self.leavers is not None and waiting and (archived or not is_new):
             self.leavers.taken(waiting, now)
         self.later(LOOK_EVERY_S, self._look)
@@ -794,6 +817,9 @@ class LivesWorld:
 
     def trains(self, volunteer: Volunteer) -> None:
         """A round begins."""
+
+    def first_round(self, volunteer: Volunteer) -> None:
+        """The first of its rounds begins."""
 
     def trained(self, volunteer: Volunteer, before_tokens: int) -> None:
         """A round is over, before which so many tokens of its peer were counted."""
