@@ -99,6 +99,34 @@ def test_help_ends_with_an_example_of_the_command(name: str) -> None:
     assert text.rstrip().splitlines()[-1].startswith(f"    swarmtrain {name} ")
 
 
+_WITH_TORCH = """
+import atexit, concurrent.futures, sys, threading, types
+sys.modules["torch"] = types.ModuleType("torch")
+class Kept:
+    def __del__(self):
+        print("taken apart")
+kept = Kept()
+atexit.register(print, "last work")
+pool = concurrent.futures.ThreadPoolExecutor()
+pool.submit(lambda: None).result()
+begun = threading.Event()
+threading.Thread(target=lambda: (begun.wait(), print("from a thread"))).start()
+threading._register_atexit(begun.set)
+from swarmtrain.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("--no-such-option", 2)])
+def test_a_process_that_has_torch_ends_at_once_with_all_its_last_work_done(argument: str, code: int) -> None:
+    """To take torch's modules apart took half a second of each process's end."""
+    done = subprocess.run([sys.executable, "-c", _WITH_TORCH, argument], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == ["from a thread", "last work"], done.stdout + done.stderr
+    assert ("swarmtrain " in lines[0]) == (code == 0)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_short_help_is_not_cut(name: str) -> None:
     text = CliRunner().invoke(cli, ["--help"]).output

@@ -34,12 +34,37 @@ class Waiting(Leavers):
     def __init__(self, now: list[float]) -> None:
         self.now, self.told = now, list[float]()
 
+    def take_news(self) -> bool:
+        return False
+
     def waiting(self, now: float) -> tuple[str, ...]:
         return ("anna",) if self.now[0] in {85.0, 95.0} else ()
 
     def taken(self, peers: tuple[str, ...], now: float) -> None:
         assert peers == ("anna",)
         self.told.append(self.now[0])
+
+
+def test_who_asks_to_leave_need_not_wait_for_the_next_look_however_often_somebody_asks() -> None:
+    """Seen: everybody who left waited for a second."""
+    naps: list[float] = []
+    control: Any = SimpleNamespace(emit=None, stop=SimpleNamespace(sleep=naps.append))
+    anything: Any = None
+    settings = PeerSettings(directory=Path("/nowhere"), name="bootstrap")
+    peer = bootstrap._Bootstrap(anything, settings, anything, anything, control)
+
+    def rest(*news: bool) -> float:
+        """How long it rests, where somebody begins to ask in these of its naps."""
+        told = [*news, *([False] * 10)]
+        naps.clear()
+        peer.rest([cast(Any, SimpleNamespace(take_news=lambda: told.pop(0)))])
+        return round(sum(naps), 3)
+
+    assert rest() == 1.0
+    assert rest(False, True) == 0.2
+    always = [True] * 10
+    assert [rest(*always) for _ in range(4)] == [0.1, 0.1, 1.0, 0.1], "three in a row are early"
+    assert rest(False, False, True) == 0.3 and rest() == 1.0
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ class Here:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     monkeypatch.setattr(leaving, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(leaving, "_SOON_S", 0.01)
     monkeypatch.setattr(leaving, "_IDLE_S", 0.3)
     network = NetworkThread()
     yield Here(network)

@@ -90,6 +90,12 @@ class Leavers:
         self._began_s: dict[str, float] = {}
         self._taken_s: dict[str, float] = {}
         self._next_s = 0.0
+        self._has_news = False
+
+    def take_news(self) -> bool:
+        """Whether somebody has begun to ask since this was called last."""
+        had, self._has_news = self._has_news, False
+        return had
 
     def ask(self, peer: str, now: float) -> bool:
         """`peer` would leave: whether it should stay, because nobody who trains on has what it has.
@@ -104,18 +110,19 @@ class Leavers:
             return False
         if not self._asks(peer, now):
             self._began_s[peer] = now
+            self._has_news = True
         self._asked_s[peer] = now
         others = [other.peer for other in self._membership.volunteers() if not self._asks(other.peer, now)]
         return not any(self._membership.heard_s(other) > self._began_s[peer] for other in others)
 
     def is_asked(self, now: float) -> bool:
         """Whether somebody would leave: whether others train on is worth asking them."""
-        return any(self._asks(peer, now) for peer in self._asked_s)
+        return any(self._asks(peer, now) for peer in tuple(self._asked_s))
 
     def waiting(self, now: float) -> tuple[str, ...]:
         """Those who stay until an archive has what they have; nobody, where somebody trains on."""
-        self._asked_s = {peer: asked_s for peer, asked_s in self._asked_s.items() if now < asked_s + _ASKED_S}
-        self._began_s = {peer: self._began_s[peer] for peer in self._asked_s}
+        asked = {peer: asked_s for peer, asked_s in tuple(self._asked_s.items()) if now < asked_s + _ASKED_S}
+        self._asked_s, self._began_s = asked, {peer: self._began_s[peer] for peer in tuple(asked)}
         return tuple(self._asked_s) if self._asked_s and now >= self._next_s and self._all_leave(now) else ()
 
     def taken(self, peers: tuple[str, ...], now: float) -> None:

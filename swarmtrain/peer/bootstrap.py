@@ -43,7 +43,6 @@ from swarmtrain.peer.bootstrap_peer import (
     LAST_ARCHIVE_S,
     LAST_SAMPLE,
     LINGER_S,
-    LOOK_EVERY_S,
     BootstrapPeer,
 )
 from swarmtrain.peer.checkpoint import Checkpoint
@@ -295,7 +294,7 @@ class _Bootstrap(BootstrapPeer):
         end_seen_s = first_s = math.inf
         complete = self.is_final = self.progress.run_tokens >= total
         while not complete:
-            self.stop.sleep(LOOK_EVERY_S)
+            self.rest([] if swarm.leavers is None else [swarm.leavers])
             self.control.board.beat()
             self._ask_how_far(swarm)
             told = [info.run_tokens for info in swarm.membership.volunteers()]

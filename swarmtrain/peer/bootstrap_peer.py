@@ -13,6 +13,7 @@ from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer, stamped
 from swarmtrain.membership.ending import may_come_back
+from swarmtrain.membership.leaving import Leavers
 from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
@@ -39,6 +40,7 @@ from swarmtrain.peer.stopping import StopFlag
 __all__ = ["COUNTS_EVERY_S", "FLUSH_S", "LAST_ARCHIVE_S", "LAST_SAMPLE", "LINGER_S", "LOOK_EVERY_S", "BootstrapPeer"]
 
 LOOK_EVERY_S = 1.0
+_NAPS, _EARLY_LOOKS = 10, 3
 COUNTS_EVERY_S = 5.0
 """So often what is counted is written down, if it has changed."""
 
@@ -69,6 +71,7 @@ class BootstrapPeer:
     name: str = ""
     loss: float | None = None
     since_s: float = field(default_factory=swarm_time)
+    _early_looks: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.emit, self.stop = self.control.emit, self.control.stop
@@ -102,6 +105,18 @@ class BootstrapPeer:
         weights = dict(model.named_parameters())
         if warning := save_final_weights(self.folder, weights, self.published, progress):
             self.emit(warning)
+
+    def rest(self, leavers: Sequence[Leavers]) -> None:
+        """Until the next look: a second, or until somebody asks whether it may leave, who waits for that look. However
+        many ask, only a few looks in a row are early."""
+        asked = False
+        for _ in range(_NAPS):
+            self.stop.sleep(LOOK_EVERY_S / _NAPS)
+            asked = sum(each.take_news() for each in leavers) > 0 or asked
+            if asked and self._early_looks < _EARLY_LOOKS:
+                self._early_looks += 1
+                return
+        self._early_looks = 0
 
     def wait_for_goodbyes(
         self, swarm: Swarm, progress: Progress, total_tokens: int | None, tell: Callable[[], None]

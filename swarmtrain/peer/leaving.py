@@ -29,6 +29,7 @@ _MOST_S = 100.0
 """Somebody waits for the end, `swarmtrain leave` for two minutes: a large model may take longer over a slow link."""
 _SAY_S = 5.0
 _AGAIN_S = 0.5
+_SOON_S = 0.1  # at first: most need not stay, as soon as the bootstrap has heard of others
 _CALL_S = 1.0  # the process waits for it, and the user for the process, also where the daemon hangs
 _LAST_DRAIN_S = 0.5
 _MOST_ASKED = 32
@@ -149,7 +150,7 @@ def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThre
                     break
                 if now > began_s + _SAY_S:
                     say(_WAITS)
-            stop.sleep(_AGAIN_S)
+            stop.sleep(_SOON_S if now < began_s + 1.0 else _AGAIN_S)
     except Interrupted:
         pass
     message = (

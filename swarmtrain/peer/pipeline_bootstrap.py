@@ -41,7 +41,6 @@ from swarmtrain.peer.bootstrap_peer import (
     LAST_ARCHIVE_S,
     LAST_SAMPLE,
     LINGER_S,
-    LOOK_EVERY_S,
     BootstrapPeer,
 )
 from swarmtrain.peer.common import (
@@ -170,7 +169,7 @@ class PipelineBootstrap(BootstrapPeer):
         total = self.published.run.run.total_tokens
         next_s, ended_s, end = time.monotonic(), float("inf"), FirstStageWatch(total)
         while not all(archive.is_final for archive in self.archives):
-            self.stop.sleep(LOOK_EVERY_S)
+            self.rest([each.swarm.leavers for each in self.archives if each.swarm.leavers is not None])
             self.control.board.beat()
             self._archive_for_leavers()
             now, counted = time.monotonic(), self.archives[0].swarm.tallying.total

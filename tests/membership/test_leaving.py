@@ -24,6 +24,14 @@ def test_the_last_one_stays_until_it_is_archived() -> None:
     assert not leavers.ask("anna", 3.0)
 
 
+def test_who_begins_to_ask_is_news_once() -> None:
+    _, leavers = bootstrap_of("anna", "ben")
+    assert not leavers.take_news()
+    assert leavers.ask("anna", 1.0) and leavers.take_news() and not leavers.take_news()
+    assert leavers.ask("anna", 1.5) and not leavers.take_news(), "it asks again and again"
+    assert leavers.ask("ben", 1.6) and not leavers.ask("nobody", 1.7) and leavers.take_news()
+
+
 def test_who_leaves_others_that_train_on_goes_once_one_of_them_is_heard_of() -> None:
     members, leavers = bootstrap_of("anna", "ben")
     assert leavers.ask("anna", 1.0) and leavers.waiting(1.0) == (), "ben may have been killed a moment ago"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from preloaded import Preloaded
 from swarm import Swarm
 
 
@@ -17,8 +18,16 @@ def interrupts_are_heard() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session")
+def preloaded() -> Iterator[Preloaded]:
+    """Starts peers that need not import anything."""
+    preloaded = Preloaded()
+    yield preloaded
+    preloaded.close()
+
+
 @pytest.fixture
-def swarm(tmp_path: Path) -> Iterator[Swarm]:
+def swarm(tmp_path: Path, preloaded: Preloaded) -> Iterator[Swarm]:
     """Processes below the test's folder; all have ended when the test has."""
-    with Swarm(tmp_path) as swarm:
+    with Swarm(tmp_path, preloaded=preloaded) as swarm:
         yield swarm

@@ -19,9 +19,10 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import tomli_w
+from preloaded import ForkedProcess, Preloaded
 
 from swarmtrain.events import (
     CaughtUpEvent,
@@ -101,7 +102,7 @@ class Child:
 
     name: str
     folder: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     log: Path
     events: list[Event] = field(default_factory=list)
     noise: list[bytes] = field(default_factory=list)
@@ -284,6 +285,8 @@ class Swarm:
     inside: dict[str, list[str]] = field(default_factory=dict)
     """Commands that put the peers of these names elsewhere: into a network namespace, say."""
     listen: str = "127.0.0.1:0"
+    preloaded: Preloaded | None = None
+    """Starts most of its processes quicker."""
 
     def __enter__(self) -> Swarm:
         return self
@@ -318,25 +321,34 @@ class Swarm:
 
     def start(self, name: str, arguments: Sequence[str], *, prelude: str = "", cwd: Path | None = None) -> Child:
         """Start `swarmtrain ARGUMENTS`; `prelude` is Python that runs before it. It dies with this process."""
+        cwd = cwd or self.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self.folder / f"{name}-{len(self.children)}.log"
+        process: subprocess.Popen[bytes] | ForkedProcess
+        with log.open("wb") as errors:
+            if self.preloaded is not None and not prelude and name not in self.inside:
+                process = self.preloaded.start(len(self.children), arguments, errors, self.environment, cwd)
+            else:
+                process = self._start_anew(name, arguments, prelude, errors, cwd)
+        child = Child(name, self.folder / name, process, log)
+        self.children.append(child)
+        return child
+
+    def _start_anew(
+        self, name: str, arguments: Sequence[str], prelude: str, errors: IO[bytes], cwd: Path
+    ) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "swarmtrain.cli", *arguments]
         if prelude:
             code = f"{prelude}\nfrom swarmtrain.cli.main import main\nmain()"
             command = [sys.executable, "-c", code, *arguments]
-        command = [*self.inside.get(name, []), *command]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log = self.folder / f"{name}-{len(self.children)}.log"
-        with log.open("wb") as errors:
-            process = subprocess.Popen(
-                owned_process_args(command),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=self.environment,
-                cwd=cwd or self.folder,
-            )
-        child = Child(name, self.folder / name, process, log)
-        self.children.append(child)
-        return child
+        return subprocess.Popen(
+            owned_process_args([*self.inside.get(name, []), *command]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=self.environment,
+            cwd=cwd,
+        )
 
     def _peer(self, name: str, arguments: Sequence[str], prelude: str = "") -> Child:
         own = ["--json", "--name", name, "--dir", str(self.folder / name), "--listen", self.listen]
@@ -368,10 +380,11 @@ class Swarm:
     def leftovers(self) -> dict[int, str]:
         """Processes of this swarm that live: ours and daemons, with their command lines."""
         mark = f"SWARMTRAIN_TEST={self.tag}".encode()
+        own = {child.process.pid for child in self.children if child.process.poll() is None}
         found = {}
         for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
-                if mark in path.read_bytes().split(b"\0"):
+                if int(path.parent.name) in own or mark in path.read_bytes().split(b"\0"):
                     words = (path.parent / "cmdline").read_bytes().split(b"\0")
                     found[int(path.parent.name)] = b" ".join(words[:6]).decode(errors="replace")[:200]
         return found
