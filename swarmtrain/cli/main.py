@@ -11,6 +11,7 @@ import difflib
 import importlib
 import os
 import sys
+import threading
 from typing import Any, NoReturn
 
 import click
@@ -118,7 +119,7 @@ def _logged_bug(error: Exception) -> str:
 def main() -> None:
     """Entry point of the installed command."""
     code = run(sys.argv[1:])
-    if "torch" in sys.modules:
+    if "torch" in sys.modules and hasattr(threading, "_shutdown"):
         _end_at_once(code)
     sys.exit(code)
 
@@ -126,7 +127,6 @@ def main() -> None:
 def _end_at_once(code: int) -> NoReturn:
     """End as Python does, but leave taking its modules apart to the system: with torch that is half a second."""
     import atexit
-    import threading
 
     try:
         threading._shutdown()  # type: ignore[attr-defined]  # joins threads, and ends pools of them before
