@@ -75,6 +75,9 @@ class Here:
         for peer in self.killed:
             self.membership.call_failed(peer, 9.0, "refused")
 
+    async def withdraw(self, limit_s: float) -> None:
+        self.away = True
+
     async def count_once_more(self) -> None:
         self.told += 1
 
@@ -254,9 +257,31 @@ def test_an_end_that_is_asked_for_again_is_obeyed(here: Here, monkeypatch: pytes
     assert len(here.asked) == 1 and isinstance(here.events[0], WarningEvent)
 
 
+def leave_stages(*stages: Here) -> None:
+    """What ends the process is the first one's."""
+    first = cast(Any, stages[0])
+    first.stop.stop()
+    hand_over(first, cast(Any, stages), first.network, Path("/home/ada/run"))
+
+
 def test_all_stages_are_archived_before_their_peer_goes(here: Here) -> None:
-    """Each has a swarm of its own: one may go at once, another waits."""
+    """Each has a swarm of its own: one may go at once, and is left at once, another waits."""
     other = Here(here.network, stay=[True, True, False])
-    here.stop.stop()
-    hand_over(cast(Any, here), [cast(Any, here), cast(Any, other)], here.network, Path("/home/ada/run"))
-    assert len(here.asked) == len(other.asked) == 3 and not here.events and here.told == other.told == 1
+    leave_stages(here, other)
+    assert len(here.asked) == 1 and len(other.asked) == 3
+    assert here.away and not other.away and not here.events and here.told == other.told == 1
+
+
+def test_a_stage_that_was_archived_is_not_handed_over_again_while_another_is(here: Here) -> None:
+    """A bootstrap says once that it has what a stage holds: asked again, it wanted the first stage while it had the
+    second one's, and the second while it had the first one's, until the peer left with a false warning."""
+    here.stay, other = [True, False, *[True] * 10_000], Here(here.network, stay=[True, True, False, *[True] * 10_000])
+    leave_stages(here, other)
+    assert not here.events and len(here.asked) == 2 and len(other.asked) == 3
+
+
+def test_one_that_leaves_a_stage_before_another_is_not_taken_for_one_that_trains_on_there(here: Here) -> None:
+    here.stay, other = [UnreachableError("nobody")], Here(here.network, stay=[True, False])
+    here.saw("ben", stamp=3.0)
+    leave_stages(here, other)
+    assert here.away and here.fellows.is_going, "it has said goodbye, and tells those who ask to stay"

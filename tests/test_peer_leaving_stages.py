@@ -156,12 +156,92 @@ def test_the_last_of_a_stage_waits_until_it_is_archived_and_who_leaves_others_do
         one.archived.watch.archived(one.swarm.membership.volunteers())
         return True
 
-    bootstrap: Any = SimpleNamespace(archives=[alone, others, quiet], _wait=asyncio.run, _archive=take)
+    joined: list[int] = []
+    bootstrap: Any = SimpleNamespace(archives=[alone, others, quiet], _wait=asyncio.run, _archive=take, _unjoined={0})
+    bootstrap._write_joined = lambda: joined.append(len(archived))
     for one in (alone, others):
         assert one.swarm.leavers.ask("anna", now)
     PipelineBootstrap._archive_for_leavers(bootstrap)
     assert archived == [0] and greeted == [0, 1]
+    assert joined == [1], "the model of all stages, for whoever reads the folder"
     assert not alone.swarm.leavers.ask("anna", now + 0.5) and not others.swarm.leavers.ask("anna", now + 0.5)
+
+
+@pytest.mark.parametrize("held", [(0, 1), (0,)])
+def test_stages_that_one_peer_holds_alone_are_joined_too(monkeypatch: pytest.MonkeyPatch, held: tuple[int]) -> None:
+    """Each was archived by itself after its rounds, and while one was, the model of all was never written: `export` of
+    the bootstrap's folder found nothing, or what was there before."""
+    written, now = list[list[int]](), [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(pipeline_bootstrap, "time", clock)
+    bootstrap: Any = PipelineBootstrap.__new__(PipelineBootstrap)
+    stages = [SimpleNamespace(number=number, is_final=False, rounds=0) for number in (0, 1)]
+    for stage in stages:
+        stage.swarm = SimpleNamespace(tallying=SimpleNamespace(total=0), leavers=None)
+    nobody = SimpleNamespace(membership=SimpleNamespace(volunteers=list, known=list))
+    run = SimpleNamespace(network=SimpleNamespace(archive_every_s=20.0), run=SimpleNamespace(total_tokens=10**6))
+
+    def rest(leavers: Any) -> None:
+        now[0] += 1.0
+        if now[0] > 45.0:
+            raise KeyboardInterrupt
+
+    def archive_the_lonely() -> bool:
+        for stage in (stages[number] for number in held):
+            stage.rounds += 1
+            bootstrap._unjoined.add(stage.number)
+        return True
+
+    bootstrap.__dict__ |= {
+        "archives": stages,
+        "published": SimpleNamespace(run=run),
+        "rest": rest,
+        "control": SimpleNamespace(board=SimpleNamespace(beat=lambda: None)),
+        "_unjoined": set(),
+        "_archive_for_leavers": lambda: None,
+        "_archive_the_lonely": archive_the_lonely,
+        "_archive": lambda stage: False,
+        "_joined": lambda: {"weights": [stage.rounds for stage in stages]},
+        "write_archive": lambda weights, progress: written.append(weights["weights"]),
+        "_keep_peers": lambda: None,
+    }
+    monkeypatch.setattr(PipelineBootstrap, "progress", Progress())
+    with pytest.raises(KeyboardInterrupt):
+        bootstrap._archive_until_the_end(nobody)
+    assert written == [[seconds * (number in held) for number in (0, 1)] for seconds in (1, 21, 41)]
+
+
+def test_what_a_bootstrap_kept_before_it_was_killed_is_joined_when_it_is_back() -> None:
+    written: list[Any] = []
+    bootstrap: Any = PipelineBootstrap.__new__(PipelineBootstrap)
+    run = SimpleNamespace(network=SimpleNamespace(archive_every_s=20.0), run=SimpleNamespace(total_tokens=10**6))
+    bootstrap.__dict__ |= {
+        "archives": [SimpleNamespace(is_final=True, progress=Progress(round=7, run_tokens=700))],
+        "published": SimpleNamespace(run=run),
+        "_unjoined": {0},
+        "_joined": dict,
+        "write_archive": lambda weights, progress: written.append(progress.run_tokens),
+    }
+    bootstrap._archive_until_the_end(None)
+    assert written == [700] and not bootstrap._unjoined
+
+
+def test_done_tells_the_rounds_since_it_told_the_run_last() -> None:
+    """Seen: 4,096 where the stage's own rounds said 6,656."""
+
+    def stage(tokens: int) -> Any:
+        return SimpleNamespace(trainer=SimpleNamespace(progress=Progress(round=5, run_tokens=tokens)), end=lambda: None)
+
+    one: Any = PipelineVolunteer.__new__(PipelineVolunteer)
+    one.__dict__ |= {"held": {1: stage(6656), 2: stage(5000)}, "_left_at_tokens": 0, "_contribution": lambda: 900}
+    one.swarm = SimpleNamespace(me=PeerInfo(peer="me", run_tokens=4096))
+    one.run = SimpleNamespace(run=SimpleNamespace(total_tokens=10_000))
+    assert one._done("interrupted").run_tokens == 6656
+    one.held[1].trainer.own_tokens, one._own_tokens, one._desks = 900, {}, {}
+    one._leave(1)
+    assert one._done("interrupted").run_tokens == 6656, "it has moved, or rests"
+    one.held[2] = stage(10_500)
+    assert one._done("interrupted").run_tokens == 10_000
 
 
 def test_a_volunteer_hands_over_all_its_stages_before_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

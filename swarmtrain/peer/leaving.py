@@ -31,6 +31,7 @@ _SAY_S = 5.0
 _AGAIN_S = 0.5
 _SOON_S = 0.1  # at first: most need not stay, as soon as the bootstrap has heard of others
 _CALL_S = 1.0  # the process waits for it, and the user for the process, also where the daemon hangs
+_GOODBYE_S = 1.0
 _LAST_DRAIN_S = 0.5
 _MOST_ASKED = 32
 _STOP_DRIVING_S = 5.0
@@ -63,17 +64,22 @@ async def _answers(swarm: Swarm) -> list[bool | None]:
     return answers
 
 
-async def _decide(swarms: Sequence[Swarm], waited_s: float) -> set[Leave]:
-    """What to do about each swarm. Nobody is answered between the decision to go and that it stands."""
+async def _decide(swarms: Sequence[Swarm], waited_s: float) -> list[Leave]:
+    """What to do about each swarm. Nobody is answered between the decision to go and that it stands.
+
+    A swarm that it may leave before others it leaves at once: a bootstrap that was asked again would archive it again,
+    and those who leave it too would take this peer for one that trains on.
+    """
     answers = await _all_of(map(_answers, swarms))
-    leaves = set()
+    leaves = []
     for swarm, each in zip(swarms, answers, strict=True):
         leaving = frozenset[str]() if swarm.fellows is None else swarm.fellows.leaving
-        leaves.add(before_leaving(swarm.membership, each, swarm.me.round, waited_s, leaving))
-    if leaves == {Leave.GO}:
-        for swarm in swarms:
-            if swarm.fellows is not None:
-                swarm.fellows.is_going = True
+        leaves.append(before_leaving(swarm.membership, each, swarm.me.round, waited_s, leaving))
+        if leaves[-1] is Leave.GO and swarm.fellows is not None:
+            swarm.fellows.is_going = True
+    if set(leaves) != {Leave.GO}:
+        free = [swarm for swarm, leave in zip(swarms, leaves, strict=True) if leave is Leave.GO]
+        await _all_of(swarm.withdraw(_GOODBYE_S) for swarm in free)
     return leaves
 
 
@@ -127,8 +133,10 @@ def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThre
         wait_for(network.submit(_would_leave(swarms)), stop)
         while True:
             now = time.monotonic()
-            leaves = wait_for(network.submit(_decide(swarms, now - began_s)), stop)
-            if leaves == {Leave.GO}:
+            decided = wait_for(network.submit(_decide(swarms, now - began_s)), stop)
+            swarms = [swarm for swarm, leave in zip(swarms, decided, strict=True) if leave is not Leave.GO]
+            leaves = set(decided) - {Leave.GO}
+            if not leaves:
                 return
             if not leaves & {Leave.WAIT, Leave.HAND_OVER}:
                 break

@@ -116,6 +116,8 @@ class PipelineVolunteer:
     """Of which there were checkpoints here when it last chose, each with its round."""
     _own_tokens: dict[int, int] = field(default_factory=dict)
     """Trained on here, by stage."""
+    _left_at_tokens: int = 0
+    """The most that a stage counted when it was left here."""
     _has_started: bool = False
     _next_tell_s: float = 0.0
     _next_throughput_s: float = 0.0
@@ -156,11 +158,12 @@ class PipelineVolunteer:
             self._leave_everything()
 
     def _done(self, reason: str) -> DoneEvent:
-        """How it ended, for this peer's part."""
+        """How it ended, for this peer's part. What it told of the run last may be older than its last rounds."""
+        counted = max(self._run_tokens(), self._left_at_tokens)
         return DoneEvent(
             held_out_loss=None,
             tokens=self._contribution(),
-            run_tokens=self.swarm.me.run_tokens,
+            run_tokens=max(self.swarm.me.run_tokens, min(counted, self.run.run.total_tokens)),
             wall_s=process_age_s(),
             reason=reason,
         )
@@ -362,6 +365,7 @@ class PipelineVolunteer:
         self._desks.pop(stage, None)
         held = self.held.pop(stage)
         self._own_tokens[stage] = held.trainer.own_tokens
+        self._left_at_tokens = max(self._left_at_tokens, held.trainer.progress.run_tokens)
         held.end()
 
     def _stop_driving(self) -> None:

@@ -89,6 +89,9 @@ class PipelineBootstrap(BootstrapPeer):
     """See `run_bootstrap`."""
 
     archives: list[StageArchive] = field(default_factory=list)
+    _unjoined: set[int] = field(default_factory=set)
+    """Stages of which more is kept than the joined archive has."""
+    _joined_s: float = float("-inf")
     _counts_kept_s: float = float("-inf")
 
     @property
@@ -143,6 +146,7 @@ class PipelineBootstrap(BootstrapPeer):
         if kept is not None:
             self._wait(keeper.restore(swarm, kept))
             archive.state, archive.progress = kept.state, kept.progress
+            self._unjoined.add(number)  # it may have been killed before it joined them
             self._tell(archive)
         archived.restore(kept)
         self._wait(swarm.start(self.folder.kept_peers()))
@@ -168,6 +172,8 @@ class PipelineBootstrap(BootstrapPeer):
         every_s = self.published.run.network.archive_every_s
         total = self.published.run.run.total_tokens
         next_s, ended_s, end = time.monotonic(), float("inf"), FirstStageWatch(total)
+        if self._unjoined:
+            self._write_joined()
         while not all(archive.is_final for archive in self.archives):
             self.rest([each.swarm.leavers for each in self.archives if each.swarm.leavers is not None])
             self.control.board.beat()
@@ -179,17 +185,26 @@ class PipelineBootstrap(BootstrapPeer):
                 if time.monotonic() > ended_s + _LAST_ROUND_S + LINGER_S:
                     self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
                     return
-            elif self._archive_the_lonely():
-                pass
-            elif time.monotonic() >= next_s:
-                found = [self._archive(archive) for archive in self.archives]
-                next_s = time.monotonic() + (every_s if all(found) else min(every_s, 5.0))
-                if any(found):
-                    self._write_joined()
+            else:
+                self._archive_the_lonely()
+                if time.monotonic() >= next_s:
+                    next_s = time.monotonic() + (every_s if self._archive_all(every_s) else min(every_s, 5.0))
             self._keep_peers()
 
+    def _archive_all(self, every_s: float) -> bool:
+        """Every stage that has something new, and the model of all, which is large; whether every stage had, since that
+        was joined last."""
+        for archive in self.archives:
+            self._archive(archive)
+        is_all = len(self._unjoined) == len(self.archives)
+        if is_all or (self._unjoined and time.monotonic() >= self._joined_s + every_s):
+            self._write_joined()
+        return is_all
+
     def _archive_for_leavers(self) -> None:
-        """Of each stage that nobody trains on but those who would leave."""
+        """Of each stage that nobody trains on but those who would leave, and then the model of all, for whoever reads
+        it: nobody may come for long."""
+        any_taken = False
         for archive in self.archives:
             swarm, leavers = archive.swarm, archive.swarm.leavers
             if leavers is None or not leavers.is_asked(swarm_time()):
@@ -200,6 +215,9 @@ class PipelineBootstrap(BootstrapPeer):
                 self._archive(archive)
             if waiting and not archive.archived.watch.is_new(swarm.membership.volunteers()):
                 leavers.taken(waiting, swarm_time())
+                any_taken = True
+        if any_taken and self._unjoined:
+            self._write_joined()
 
     def _archive_the_lonely(self) -> bool:
         """A stage that one peer holds alone is lost with it: what it has is archived after each of its rounds. Whether
@@ -265,6 +283,7 @@ class PipelineBootstrap(BootstrapPeer):
         keeper.keep(kept)
         self._wait(keeper.offer(archive.swarm, kept))
         archive.state, archive.progress = kept.state, kept.progress
+        self._unjoined.add(archive.number)
 
     def archive_once_more(self) -> None:
         """It was asked to leave: keep what the volunteers have by now of each stage; some seconds at most."""
@@ -305,6 +324,8 @@ class PipelineBootstrap(BootstrapPeer):
     def _write_joined(self) -> None:
         if (weights := self._joined()) is not None:
             self.write_archive(weights, self.progress)
+            self._unjoined.clear()
+            self._joined_s = time.monotonic()
 
     def _measure_and_save(self) -> None:
         if (weights := self._joined()) is not None:

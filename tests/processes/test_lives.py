@@ -5,6 +5,7 @@ The learning rate of these runs falls from the first step on, so that it can onl
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -128,6 +129,32 @@ def test_a_server_that_is_killed_knows_how_far_the_run_was(swarm: Swarm) -> None
     again.wait_event(ArchivedEvent, lambda event: event.run_tokens > tokens)
 
 
+def archived_stages(bootstrap: Child) -> dict[int, tuple[int, int]]:
+    """Of each stage the round and the tokens of the newest checkpoint in the bootstrap's folder."""
+    found = {}
+    for folder in (bootstrap.folder / "checkpoints").glob("stage-*"):
+        manifest = json.loads(max(folder.glob("*.json")).read_text())["manifest"]
+        found[int(folder.name.removeprefix("stage-"))] = (manifest["round"], manifest["run_tokens"])
+    return found
+
+
+def rounds_of_stages(*children: Child) -> dict[int, RoundEvent]:
+    """The last round of each stage."""
+    return {event.stage: event for child in children for event in child.all(RoundEvent) if event.stage is not None}
+
+
+def leave_to_the_archive(bootstrap: Child, *children: Child) -> None:
+    """They leave, each the only one of its stage: what it has is archived, and joined to a model, by then."""
+    leave(*children)
+    last = rounds_of_stages(*children)
+    assert set(last) == {0, 1}, "each held one"
+    assert archived_stages(bootstrap) == {stage: (one.round + 1, one.run_tokens) for stage, one in last.items()}
+    bootstrap.wait_event(ArchivedEvent, lambda event: event.run_tokens >= last[0].run_tokens)
+    for child in children:
+        (done,) = child.all(DoneEvent)
+        assert done.run_tokens == counted(child), child.story()
+
+
 def leave(*children: Child) -> None:
     """Ctrl-C for each that holds stages, whose tokens are a part of the model's work; a clean end."""
     for child in children:
@@ -138,7 +165,7 @@ def leave(*children: Child) -> None:
 
 @pytest.mark.long
 def test_a_pipeline_whose_peers_all_leave_goes_on_with_newcomers(swarm: Swarm) -> None:
-    """Each stage's weights are in the archive, and how far the run is comes with them."""
+    """Each stage's weights are in the archive when its last holder is gone, and how far the run is comes with them."""
     file = write_run(
         swarm.folder,
         run={"total_tokens": 10**6},
@@ -152,17 +179,17 @@ def test_a_pipeline_whose_peers_all_leave_goes_on_with_newcomers(swarm: Swarm) -
     first = swarm.join_all(["anna", "ben"], bootstrap.invite.invite)
     for child in first:
         child.wait_round(5)
-    leave(*first)
-    last = {event.stage: event for child in first for event in child.all(RoundEvent)}
-    rate = late_rate(*first)
-    assert set(last) == {0, 1}, "each held one"
-    leave(bootstrap)
+    leave_to_the_archive(bootstrap, *first)
+    last, rate = rounds_of_stages(*first), late_rate(*first)
+    bootstrap.kill()  # it needs no goodbye to keep what they trained
     again = swarm.bootstrap(file, "--wait-for", "2")
     late = swarm.join_all(["carl", "dora"], again.invite.invite)
     for child in late:
-        before = last[(its := child.wait_event(RoundEvent)).stage]
+        its = child.wait_event(RoundEvent)
+        assert its.stage is not None
+        before = last[its.stage]
         goes_on(child, before.run_tokens, rate)
         assert its.round > before.round, child.story()
         child.wait_more_rounds(2)
-    leave(*late)
+    leave_to_the_archive(again, *late)
     leave(again)
