@@ -89,7 +89,9 @@ def test_a_swarm_is_watched_and_told_what_to_do(swarm: Swarm) -> None:
         terminal.wait_for(lambda text: re.search(r"(training|merging) round \d+", text), "round")
         left = swarm.run("leave", "bert", "--dir", str(swarm.folder))
         assert (left.code, left.stderr) == (0, "")
-        assert re.fullmatch(r"bert: ended (just now|\d+ s ago): it was asked to leave\n", left.stdout)
+        ended, goes_on = left.stdout.splitlines()
+        assert re.fullmatch(r"bert: ended (just now|\d+ s ago): it was asked to leave", ended)
+        assert re.fullmatch(rf"`swarmtrain join --dir {bert.folder}` goes on from round \d+", goes_on)
         assert bert.wait() == 0
         assert bert.all(DoneEvent)[0].reason == "asked"
         assert terminal.wait() == 0
