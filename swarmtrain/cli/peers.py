@@ -12,6 +12,7 @@ import enum
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -195,12 +196,23 @@ def listed(folder: Path) -> Iterator[None]:
 
 
 def _listed_running() -> list[Peer]:
-    """Those that run of the folders that are listed; whose process was killed is listed still."""
-    found: list[Peer] = []
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        for path in sorted((_home() / _LISTED).iterdir()):
-            found += known_peers(Path(path.read_text(encoding="utf-8")))
+    """Those that run of the folders that are listed; whose process was killed is listed still, and may have gone on."""
+    entries, found = list[Path](), list[Peer]()
+    with contextlib.suppress(OSError):
+        entries = sorted((_home() / _LISTED).iterdir())
+    for entry in entries:
+        with contextlib.suppress(OSError, ValueError):  # one that cannot be read says nothing of the others
+            if folder := entry.read_text(encoding="utf-8"):
+                found += known_peers(Path(folder))
     return [peer for peer in found if peer.folder is not None and holder(peer.folder) is Holder.RUNNING]
+
+
+def _once(peers: list[Peer]) -> list[Peer]:
+    """Each peer once, by its folder, in the same order."""
+    found: dict[Path | None, Peer] = {}
+    for peer in peers:
+        found.setdefault(peer.folder and peer.folder.resolve(), peer)
+    return list(found.values())
 
 
 def _home() -> Path:
@@ -224,7 +236,8 @@ def find_running(which: WhichPeer) -> Peer:
     peer = find(which)
     if peer.folder is not None and holder(peer.folder) is Holder.NOBODY:
         name = title(peer.last(), peer.folder)
-        raise RunTimeError(f"{name} does not run; `swarmtrain status --dir {peer.folder}` shows how it ended")
+        where = shlex.quote(str(peer.folder))
+        raise RunTimeError(f"{name} does not run; `swarmtrain status --dir {where}` shows how it ended")
     return peer
 
 
@@ -235,7 +248,7 @@ def _candidates(which: WhichPeer) -> tuple[list[Peer], str]:
         if which.directory is not None and not home.is_dir():
             raise UserError(f"{home} is no folder; give a peer's, or one with several of them, with --dir")
         peers = [Peer(folder=home)] if _is_peer_folder(home) else known_peers(home)
-        peers += _listed_running() if which.directory is None else []
+        peers = _once([*peers, *_listed_running()]) if which.directory is None else peers
     except PermissionError:
         raise UserError(f"{home} cannot be read: it belongs to another user; ask as that user") from None
     if which.name:

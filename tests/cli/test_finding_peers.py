@@ -116,6 +116,9 @@ def test_without_one_that_runs_the_last_is_shown_and_nothing_else_done(home: Pat
         RunTimeError, match=r"anna does not run; `swarmtrain status --dir .*volunteer-anna` shows how it"
     ):
         find_running(WhichPeer())
+    over(home, "my run", age_s=-9)
+    with pytest.raises(RunTimeError, match=r"`swarmtrain status --dir '.*volunteer-my run'` shows how it"):
+        find_running(WhichPeer())
 
 
 def test_the_peers_of_local_are_found_while_it_runs(home: Path, tmp_path: Path, lives: Made) -> None:
@@ -131,6 +134,22 @@ def test_the_peers_of_local_are_found_while_it_runs(home: Path, tmp_path: Path, 
     (home / "local").mkdir(exist_ok=True)
     (home / "local" / "1").write_text(str(tmp_path / "gone"))
     assert look(find(WhichPeer())).status.name == "bert", "of a local that was killed"
+
+
+def test_a_local_that_was_killed_and_goes_on_has_each_peer_once(home: Path, tmp_path: Path, lives: Made) -> None:
+    anna = lives.enter_context(living(FakePeer(tmp_path / "anna", make_status(name="anna")).start()))
+    (home / "local").mkdir(parents=True)
+    for number, text in enumerate((str(tmp_path).encode(), b"", b"\xff", str(tmp_path / "a\0b").encode())):
+        (home / "local" / str(number)).write_bytes(text)  # what a kill, a full disk or another program has left
+    with listed(tmp_path):
+        assert [peer.folder for peer in find_all(WhichPeer())] == [anna.folder]
+        assert find(WhichPeer()).folder == find(WhichPeer(name="anna")).folder == anna.folder
+
+
+def test_a_local_in_the_usual_place_has_each_peer_once(home: Path, lives: Made) -> None:
+    anna = lives.enter_context(living(named(home, "anna").start()))
+    with listed(home):
+        assert find(WhichPeer()).folder == anna.folder
 
 
 def test_one_that_failed_before_it_had_a_run_is_not_meant_where_there_are_others(home: Path) -> None:
