@@ -45,7 +45,7 @@ class Here:
 
     def leave(self) -> None:
         self.stop.stop()
-        hand_over(cast(Any, self), [cast(Any, self)], self.network, Path("/home/ada/run"))
+        hand_over(cast(Any, self), [cast(Any, self)], self.network, Path("/home/ada/my run"))
 
     def __post_init__(self) -> None:
         self.saw("anna", stamp=1.0)
@@ -137,7 +137,7 @@ def test_the_last_holder_waits_a_minute_for_a_bootstrap_and_says_where_the_work_
     waits, kept = here.events
     assert isinstance(waits, WarningEvent) and "no bootstrap answers" in waits.message
     assert isinstance(kept, WarningEvent) and "in no archive" in kept.message
-    assert "swarmtrain join --dir /home/ada/run" in kept.message
+    assert "`swarmtrain join --dir '/home/ada/my run'` brings them back" in kept.message
     assert 60 <= clock.now <= 90
 
 
@@ -191,7 +191,7 @@ def test_a_bootstrap_that_has_ended_is_not_waited_for_and_the_work_is_named(here
     here.membership.left("boot", 5.0)
     here.leave()
     (kept,) = here.events
-    assert here.asked == [] and isinstance(kept, WarningEvent) and "/home/ada/run" in kept.message
+    assert here.asked == [] and isinstance(kept, WarningEvent) and "/home/ada/my run" in kept.message
 
 
 def test_who_cannot_hear_anybody_waits_for_nobody(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +261,7 @@ def leave_stages(*stages: Here) -> None:
     """What ends the process is the first one's."""
     first = cast(Any, stages[0])
     first.stop.stop()
-    hand_over(first, cast(Any, stages), first.network, Path("/home/ada/run"))
+    hand_over(first, cast(Any, stages), first.network, Path("/home/ada/my run"))
 
 
 def test_all_stages_are_archived_before_their_peer_goes(here: Here) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -161,7 +162,7 @@ class _Started:
     def tell_up(self) -> int:
         """How to go on."""
         assert self.folder is not None and self.up is not None
-        which = f"--dir {self.folder}" if self.by_folder else self.folder.name
+        which = f"--dir {shlex.quote(str(self.folder))}" if self.by_folder else self.folder.name
         state = "rests" if self.up.event == "paused" else "runs"
         rows = [
             f"{self.name} {state} in the background, process {self.process.pid}",

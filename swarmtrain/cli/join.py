@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -256,7 +257,7 @@ def _stopped(folder: Path) -> Path | None:
         running = ", ".join(str(path) for path in ours)
         raise UserError(f"every volunteer of this user runs already ({running}): give an invite to start one more")
     if free and (len(ours) > 1 or free[0] != folder):
-        others = ", ".join(f"`swarmtrain join --dir {path}`" for path in free[1:])
+        others = ", ".join(f"`swarmtrain join --dir {shlex.quote(str(path))}`" for path in free[1:])
         click.echo(f"going on in {free[0]}" + (f"; stopped too: {others}" if others else ""), err=True)
     return free[0] if free else None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -141,7 +142,8 @@ def _instead(folder: Path) -> str:
                 return f"{what} is in {peer / name}: give that"
     for peer in (folder, folder / "bootstrap", *sorted(folder.glob("*"))):
         if any((peer / "checkpoints").glob("*.safetensors")):
-            return f"`swarmtrain export --dir {peer} --to my-model` makes one of the newest checkpoint there"
+            where = shlex.quote(str(peer))
+            return f"`swarmtrain export --dir {where} --to my-model` makes one of the newest checkpoint there"
     return _GIVE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 import time
 from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
@@ -117,7 +118,7 @@ def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThre
     if not swarms or control.stop.failure is not None:
         return
     stop, began_s, told = control.stop.last_work(_MOST_S), time.monotonic(), set[str]()
-    idle_s = began_s + _IDLE_S
+    idle_s, quoted = began_s + _IDLE_S, shlex.quote(str(folder))
 
     def say(message: str) -> None:
         if message not in told:
@@ -145,7 +146,7 @@ def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThre
                 control.board.doing(control_pb2.PEER_STATE_FINISHING, doing)
                 say(
                     "nobody else has what this peer has, and no bootstrap answers: waiting a minute for one to come "
-                    f"back; it is kept in {folder} too: 'swarmtrain join --dir {folder}' brings it back. Ctrl-C again "
+                    f"back; it is kept in {folder} too: `swarmtrain join --dir {quoted}` brings it back. Ctrl-C again "
                     "does not wait"
                 )
                 idle_s = now + _IDLE_S
@@ -163,7 +164,7 @@ def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThre
         pass
     message = (
         f"this peer's last rounds are in no archive, and nobody else has them; they are kept in {folder}: "
-        f"'swarmtrain join --dir {folder}' brings them back"
+        f"`swarmtrain join --dir {quoted}` brings them back"
     )
     control.emit(WarningEvent(message=message))
 

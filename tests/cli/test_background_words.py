@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from swarmtrain.cli import background
 from swarmtrain.cli.background import _Started
 from swarmtrain.cli.main import run
-from swarmtrain.events import ErrorEvent, Event, to_json_line
+from swarmtrain.events import ErrorEvent, Event, PausedEvent, to_json_line
 
 
 def test_torn_lines_are_passed_over(tmp_path: Path) -> None:
@@ -26,6 +27,14 @@ def test_torn_lines_are_passed_over(tmp_path: Path) -> None:
     assert peer.folder == tmp_path
     assert peer.error == "no room"
     assert len(shown) == 1 and peer.up is None
+
+
+def test_how_to_go_on_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    process: Any = SimpleNamespace(pid=1)
+    peer = _Started(process, by_folder=True)
+    peer.folder, peer.up = Path("/home/ada/my run"), PausedEvent(reason="")
+    assert peer.tell_up() == 0
+    assert "swarmtrain leave --dir '/home/ada/my run'\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -32,8 +32,8 @@ def holding(folder: Path, run: bytes) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    return tmp_path / "swarmtrain"
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "Application Support"))  # where it is on macOS
+    return tmp_path / "Application Support" / "swarmtrain"
 
 
 def test_a_run_goes_where_it_is_or_where_none_is(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +63,7 @@ def test_without_an_invite_it_goes_on_where_nobody_runs(home: Path, capsys: pyte
         os.utime(path / "run.toml", (used, used))
     with peer_folder(volunteer):
         assert _free_directory(options(), None) == anna, "and not in a folder in use"
-        assert capsys.readouterr().err == f"going on in {anna}; stopped too: `swarmtrain join --dir {bert}`\n"
+        assert capsys.readouterr().err == f"going on in {anna}; stopped too: `swarmtrain join --dir '{bert}'`\n"
         with peer_folder(anna):
             assert _free_directory(options(), None) == bert
             assert capsys.readouterr().err == f"going on in {bert}\n"

@@ -126,10 +126,11 @@ def test_a_full_disk_for_temporary_files_is_one_line(
 def test_a_peers_folder_points_to_the_model_in_it(tmp_path: Path, peer: str) -> None:
     with pytest.raises(UserError, match=r"is missing\); give the folder that"):
         load_exported(tmp_path)
+    tmp_path /= "my run"
     folder = tmp_path / peer
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "3-round-7.safetensors").touch()
-    with pytest.raises(UserError, match=f"`swarmtrain export --dir {folder} --to my-model` makes one of the newest"):
+    with pytest.raises(UserError, match=f"`swarmtrain export --dir '{folder}' --to my-model` makes one of the newest"):
         load_exported(tmp_path)
     for name, what in (("archive", "its newest archive"), ("model", "the run's model")):
         (folder / name).mkdir()
