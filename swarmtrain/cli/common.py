@@ -392,7 +392,8 @@ def say_the_end(done: DoneEvent, folder: Path, options: PeerOptions, usual: Path
     if options.json or is_the_background():
         return
     if line := closing_line(done, folder, is_usual=folder == usual):
-        click.echo(line, err=True)
+        with contextlib.suppress(OSError):  # a reader that is gone costs the line, and not the exit code
+            click.echo(line, err=True)
 
 
 class EventSink:

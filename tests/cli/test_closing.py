@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 
 from swarmtrain.cli.closing import closing_line, go_on_line
@@ -45,6 +46,20 @@ def test_who_was_interrupted_learns_how_to_go_on_and_from_where(tmp_path: Path) 
     assert closing_line(done("asked"), tmp_path, is_usual=False) == f"`{line}` goes on", "its folder knows the rest"
     CheckpointFolder(tmp_path / "checkpoints", run_sha256(b"the run"), "peer").write(7, [], {})
     assert go_on_line(tmp_path) == f"`{line}` goes on from round 7"
+
+
+def test_a_reader_that_is_gone_costs_the_last_line_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    StartedFile(tmp_path).keep_command(Started(("join",), {}))
+    (tmp_path / "run.toml").touch()
+    said: list[str] = []
+
+    def gone(line: str, err: bool) -> None:
+        said.append(line)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(click, "echo", gone)
+    say_the_end(done("interrupted"), tmp_path, options(tmp_path), tmp_path)
+    assert said == ["`swarmtrain join` goes on"]
 
 
 def test_programs_and_the_background_are_told_by_events_alone(

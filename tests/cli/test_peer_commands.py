@@ -17,6 +17,7 @@ from fake_peer import FakePeer, living, make_status
 from swarmtrain.cli import leave
 from swarmtrain.cli.main import run
 from swarmtrain.cli.screen import limits_in_words
+from swarmtrain.peer.started import Started, StartedFile
 from swarmtrain.v1 import control_pb2 as wire
 
 
@@ -81,6 +82,26 @@ def test_leave_says_what_the_peer_warns_of_while_it_ends(
         "warning: waiting a minute for a bootstrap\n"
         "warning: they are kept: 'swarmtrain join --dir X' brings them back\n"
     ), "not what it warned of before"
+
+
+def test_leave_of_one_that_reached_the_runs_end_meanwhile_does_not_tell_to_go_on(
+    peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    StartedFile(peer.folder).keep_command(Started(("join",), {}))
+    (peer.folder / "run.toml").touch()
+    (peer.folder / "model").mkdir()
+    (peer.folder / "model" / "config.json").touch()
+
+    def end() -> None:
+        assert peer.on_leave.wait(30)
+        peer.end(reason="total_tokens")
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    assert run(["leave", "--dir", str(peer.folder)]) == 0
+    thread.join()
+    said = capsys.readouterr().out
+    assert "goes on" not in said and f"the model is in {peer.folder / 'model'}; " in said
 
 
 def test_leave_need_not_wait(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
