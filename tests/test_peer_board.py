@@ -372,6 +372,18 @@ def test_names_in_place_of_peer_ids(board: StatusBoard) -> None:
     assert board.in_names("everyone alive has published") == "everyone alive has published"
 
 
+def test_a_name_of_two_comes_with_whose_it_is(board: StatusBoard) -> None:
+    told: list[Event] = []
+    board.know_name(BEN, "ben")
+    board.know_name(CARL, "ben")  # anybody may call itself so
+    board.know_name(DORA, f"ben ({BEN[-6:]})")  # no name that a command takes
+    board.know_name(EMIL, "emil")
+    ben, carl, dora = (peer[-6:] for peer in (BEN, CARL, DORA))
+    assert board.in_names(f"waiting for {BEN}, {CARL}, {EMIL}") == f"waiting for ben ({ben}), ben ({carl}) and emil"
+    board.listening(told.append)(WarningEvent(message=f"{CARL} lies, and {DORA}"))
+    assert isinstance(told[0], WarningEvent) and told[0].message == f"ben ({carl}) lies, and {dora}"
+
+
 def test_another_life_of_the_same_peer_goes_on_with_its_curve(board: StatusBoard) -> None:
     before = pb.PeerStatus(run_sha256=SHA, own_tokens=77, held_out_loss=1.5)
     before.losses.add(round=0, run_tokens=10, loss=4.0)

@@ -65,6 +65,8 @@ _REASONS = {
 }
 _NAMES_OF = (("from_peer", "from_name"), ("state_from", "state_from_name"), ("asked", "asked_name"))
 """Fields of events that have a PeerID, and those that have its name."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*…?")
+"""As commands take it."""
 _PROSE = ("detail", "reason", "message")
 _PEER_IDS = re.compile(r"(?:12D3Koo|Qm)[1-9A-HJ-NP-Za-km-z]{30,60}(?:, (?:12D3Koo|Qm)[1-9A-HJ-NP-Za-km-z]{30,60})*")
 
@@ -318,8 +320,13 @@ class StatusBoard:
         return self._names.get(peer) or short_peer(peer)
 
     def _short_name(self, peer: str) -> str:
-        name = self.name_of(peer)
-        return name if len(name) <= _NAME_CHARACTERS else f"{name[: _NAME_CHARACTERS - 1]}…"
+        """For a sentence: nobody passes for another there by calling itself so."""
+        name = _cut(self._names.get(peer, ""))
+        if not _PLAIN_NAME.fullmatch(name):
+            return short_peer(peer)
+        others = tuple(self._names.items())  # other threads add to them
+        is_anothers = any(_cut(other) == name for known, other in others if known != peer)
+        return f"{name} ({short_peer(peer)})" if is_anothers else name
 
     def know_name(self, peer: str, name: str) -> None:
         """What `peer` calls itself; kept when it is gone."""
@@ -343,9 +350,11 @@ class StatusBoard:
         """`sentence` with names in place of PeerIDs: of a long list the first few and how many more."""
 
         def names(match: re.Match[str]) -> str:
-            found = [self._short_name(peer) for peer in match[0].split(", ")]
-            if len(found) > _NAMED + 1:
-                found = [*found[:_NAMED], f"{len(found) - _NAMED} others"]
+            peers = match[0].split(", ")
+            shown = peers if len(peers) <= _NAMED + 1 else peers[:_NAMED]
+            found = [self._short_name(peer) for peer in shown]
+            if len(shown) < len(peers):
+                found.append(f"{len(peers) - len(shown)} others")
             return " and ".join(part for part in (", ".join(found[:-1]), found[-1]) if part)
 
         return _PEER_IDS.sub(names, sentence)
@@ -499,6 +508,10 @@ def _got_further(before: Pulse | None, pulse: Pulse | None) -> bool:
 def _rounded(value: float) -> float:
     """Three digits: a figure for a person, and one that does not change with every breath."""
     return float(f"{value:.3g}")
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _NAME_CHARACTERS else f"{name[: _NAME_CHARACTERS - 1]}…"
 
 
 class _Listening:
