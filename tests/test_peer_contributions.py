@@ -64,3 +64,29 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
         "carl": (0, 0, True),
         "gone": (200, 200, False),
     }
+
+
+def test_speeds_that_nobody_has_measured_neither_end_the_run_on_the_screen_nor_are_ones_of_a_few() -> None:
+    members, said = Membership("me"), {"ben": 2.0, "carl": 3.0, "liar": 9e8}
+    for peer, steps_per_s in said.items():
+        info = PeerInfo(peer=peer, training=True, run_tokens=10**15, steps_per_s=steps_per_s)
+        members.saw_presence(info, 30.0, 0.0)
+    run = SimpleNamespace(tokens_per_step=4, pipeline=SimpleNamespace(stages=1))
+    swarm: Any = SimpleNamespace(
+        me=PeerInfo(peer="me", is_bootstrap=True),
+        membership=members,
+        tallying=SimpleNamespace(contributions=dict, acknowledged=dict, total=100),
+        published=SimpleNamespace(run=run),
+        node=SimpleNamespace(num_dht_records=0),
+        hosting=None,
+        reaching=SimpleNamespace(in_words=str),
+    )
+    board = StatusBoard("bootstrap", 0.0, now=Clock())
+    board.has_run("tiny", "ab" * 32, 10**6)
+    board.add_looker(swarm_looker(board, swarm))
+    assert board.status().run_tokens == 100 + 15 * 4 * 3 * 3, "three at the usual speed"
+    for peer in ("ben", "carl"):
+        members.left(peer, 1.0)
+    assert (board.status().run_tokens, board.status().end_time) == (10**6 - 1, 0.0), "a liar alone ends no run"
+    swarm.tallying.total = 10**6
+    assert board.status().run_tokens == 10**6 and board.status().end_time

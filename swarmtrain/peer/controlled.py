@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -342,9 +342,11 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
             counted.take(total, board.now())
             # what is counted is some seconds old; volunteers know better, and are believed as far as it can have grown
             per_s = counted.per_s(board.now())
-            if per_s is None:  # not measured yet: what they say, as of the speeds
-                per_s = tokens_per_step * sum(info.steps_per_s for info in live.values() if info.training)
-            most = total + round(_COUNTS_LAG_S * per_s)
+            most = total + round(
+                _COUNTS_LAG_S * (_told_per_s(live.values(), tokens_per_step) if per_s is None else per_s)
+            )
+            if per_s is None and status.total_tokens:  # one that lies alone does not end the run here
+                most = max(total, min(most, status.total_tokens - 1))
             newest = min(most, statistics.median_low(told)) if told else 0
             status.run_tokens = max(status.run_tokens, total, newest)
         status.own_tokens = max(status.own_tokens, counts.get(me.peer, 0))
@@ -370,6 +372,12 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
             )
 
     return look
+
+
+def _told_per_s(live: Iterable[PeerInfo], tokens_per_step: int) -> float:
+    """Tokens a second of all together, as most say: before it is measured."""
+    speeds = [info.steps_per_s for info in live if info.training and info.steps_per_s > 0]
+    return tokens_per_step * len(speeds) * statistics.median_low(speeds) if speeds else 0.0
 
 
 def _show_stages(status: pb.PeerStatus, swarm: Swarm) -> None:
