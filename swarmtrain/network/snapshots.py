@@ -57,10 +57,11 @@ _DTYPES = {"float32": (32, 0), "bfloat16": (16, 0), "int8": (8, 256), "int4": (4
 """(bits a number, numbers a scale) of what a tensor's `dtype` may be; `algorithm.quantize` makes the bytes."""
 
 _READER_STALL_S = 20.0
-_NEXT_PULL_S = 5.0
-"""Within so long a reader asks for what follows what it has taken; if it does not, it has all that it wants."""
 """The transport takes up to 1.3 MB from a sender at once and then nothing until those have been read: so long at twice
 the speed at which a transfer is given up."""
+
+_NEXT_PULL_S = 5.0
+"""Within so long a reader asks for what follows what it has taken; if it does not, it has all that it wants."""
 
 _BACK_AGAIN_S = 0.5
 """Whoever had to give way asks again after so long."""
