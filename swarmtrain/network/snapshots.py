@@ -61,7 +61,7 @@ _READER_STALL_S = 20.0
 the speed at which a transfer is given up."""
 
 _NEXT_PULL_S = 5.0
-"""Within so long a reader asks for what follows what it has taken; if it does not, it has all that it wants."""
+"""Within so long a reader that was given the last piece asks for others; if it does not, it has all that it wants."""
 
 _BACK_AGAIN_S = 0.5
 """Whoever had to give way asks again after so long."""
@@ -347,7 +347,7 @@ class SnapshotStore:
                 count_sent(held.snapshot.chunk_size(chunk))
                 yield ChunkReply(chunk, held.body.views(chunk * CHUNK_BYTES, CHUNK_BYTES))
             yield pb.PullReply(end=True)
-            if self._num_reading[name] == 1:  # whoever needs more of it asks at once
+            if self._num_reading[name] == 1 and wanted.stop == held.snapshot.num_chunks:  # who needs more asks at once
                 self._read_s[name] = self.clock() - max(0.0, self.reader_stall_s - _NEXT_PULL_S)
         finally:
             self._num_reading -= Counter([name])  # keeps those above zero

@@ -674,6 +674,26 @@ def test_what_is_dropped_while_it_is_read_goes_with_the_next_that_comes_or_goes(
     assert store.get(name) is None, "nobody reads it"
 
 
+def test_a_slow_reader_that_lacks_the_rest_is_waited_for_as_long_as_between_pieces() -> None:
+    """What the transport holds still at a pull's end may take it longer than it takes to ask for the next 64 MiB."""
+    now_s = [0.0]
+    store = SnapshotStore(reader_stall_s=20.0, clock=lambda: now_s[0])
+    name = WHOLE.snapshot.sha256
+    store.add(WHOLE)
+
+    async def read(first: int, num: int) -> list[Any]:
+        return [message.status async for message in store.serve(request(first, num))]
+
+    asyncio.run(read(0, NUM_CHUNKS - 1))
+    store.drop(name)
+    now_s[0] = 15.0
+    store.drop("another")
+    assert asyncio.run(read(NUM_CHUNKS - 1, 1))[0] == pb.PullReply.STATUS_OK
+    now_s[0] = 21.0
+    store.drop("another")
+    assert store.get(name) is None, "it has all that it wants"
+
+
 # ---------------------------------------------------------------- slow readers
 
 ATTACK_BYTES_PER_S = 54_000.0
