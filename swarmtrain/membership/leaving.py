@@ -108,12 +108,15 @@ class Leavers:
             return False
         if now < self._taken_s.pop(peer, -math.inf) + _ASKED_S:
             return False
-        if not self._asks(peer, now):
+        is_new = not self._asks(peer, now)
+        if is_new:
             self._began_s[peer] = now
-            self._has_news = True
         self._asked_s[peer] = now
+        began_s = self._began_s.setdefault(peer, now)  # `waiting` may have been called meanwhile, in another thread
+        if is_new:
+            self._has_news = True
         others = [other.peer for other in self._membership.volunteers() if not self._asks(other.peer, now)]
-        return not any(self._membership.heard_s(other) > self._began_s[peer] for other in others)
+        return not any(self._membership.heard_s(other) > began_s for other in others)
 
     def is_asked(self, now: float) -> bool:
         """Whether somebody would leave: whether others train on is worth asking them."""
@@ -122,7 +125,7 @@ class Leavers:
     def waiting(self, now: float) -> tuple[str, ...]:
         """Those who stay until an archive has what they have; nobody, where somebody trains on."""
         asked = {peer: asked_s for peer, asked_s in tuple(self._asked_s.items()) if now < asked_s + _ASKED_S}
-        self._asked_s, self._began_s = asked, {peer: self._began_s[peer] for peer in tuple(asked)}
+        self._asked_s, self._began_s = asked, {peer: self._began_s.get(peer, asked[peer]) for peer in asked}
         return tuple(self._asked_s) if self._asked_s and now >= self._next_s and self._all_leave(now) else ()
 
     def taken(self, peers: tuple[str, ...], now: float) -> None:

@@ -32,6 +32,20 @@ def test_who_begins_to_ask_is_news_once() -> None:
     assert leavers.ask("ben", 1.6) and not leavers.ask("nobody", 1.7) and leavers.take_news()
 
 
+def test_a_look_at_who_waits_while_one_begins_to_ask_loses_nobody() -> None:
+    """The network's thread is asked, the bootstrap's looks."""
+    _, leavers = bootstrap_of("anna")
+
+    class Looking(dict[str, float]):
+        def __setitem__(self, peer: str, now: float) -> None:
+            super().__setitem__(peer, now)
+            leavers.waiting(now)
+
+    leavers._began_s = Looking()
+    assert leavers.ask("anna", 1.0)
+    assert leavers.waiting(1.1) == ("anna",) and leavers.ask("anna", 1.2)
+
+
 def test_who_leaves_others_that_train_on_goes_once_one_of_them_is_heard_of() -> None:
     members, leavers = bootstrap_of("anna", "ben")
     assert leavers.ask("anna", 1.0) and leavers.waiting(1.0) == (), "ben may have been killed a moment ago"
