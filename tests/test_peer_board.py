@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -370,6 +371,18 @@ def test_names_in_place_of_peer_ids(board: StatusBoard) -> None:
     many = ", ".join([BEN, CARL, DORA, EMIL, ANNA])
     assert board.in_names(f"waiting for {many}") == "waiting for ben, carl, naDor1 and 2 others"
     assert board.in_names("everyone alive has published") == "everyone alive has published"
+
+
+def test_names_that_are_learned_in_two_threads_at_once_fail_neither(board: StatusBoard) -> None:
+    class Shared(dict[str, str]):
+        def __iter__(self) -> Iterator[str]:
+            first = next(iter(super().__iter__()))
+            del self[first]  # another thread was quicker
+            return iter([first])
+
+    board._names = Shared({str(number): "crowd" for number in range(4096)})
+    board.know_name(BEN, "ben")
+    assert board.in_names(BEN) == "ben" and len(board._names) == 4096
 
 
 def test_a_name_of_two_comes_with_whose_it_is(board: StatusBoard) -> None:

@@ -255,6 +255,22 @@ def test_a_thread_keeps_them_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -
     assert "limits" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_they_are_kept_on_whatever_one_look_meets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run is expected to use is asked of the status, and so of everything that it looks at."""
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
+    kept, ticks = Kept(), threading.Semaphore(0)
+
+    def tick() -> None:
+        ticks.release()
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(kept.keeper, "tick", ticks.release)
+    with kept_limits(kept.keeper):
+        monkeypatch.setattr(kept.keeper, "tick", tick)
+        for _ in range(4):
+            assert ticks.acquire(timeout=1)
+
+
 def test_a_run_that_needs_more_memory_than_allowed_is_refused() -> None:
     run = parse_run("[run]\ntotal_tokens = 50_000_000", "r")
     check_memory(run, 10**6, 0)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from swarmtrain import __version__
@@ -333,7 +333,8 @@ class StatusBoard:
         if name and self._names.get(peer) != name:
             self._names[peer] = name
             while len(self._names) > _MAX_NAMES:  # identities cost nothing
-                del self._names[next(iter(self._names))]
+                with suppress(RuntimeError):  # every thread that looks learns names, the screen's too
+                    self._names.pop(next(iter(self._names)), None)
 
     def named(self, event: Event) -> Event:
         """`event` with the names of those whom it speaks of, for a person: also of those in its sentences."""

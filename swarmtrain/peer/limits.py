@@ -248,6 +248,8 @@ def kept_limits(keeper: LimitKeeper) -> Iterator[LimitKeeper]:
                 keeper.tick()
             except (psutil.Error, OSError) as error:
                 _log.warning("this machine could not be measured: %s", error)
+            except Exception:  # a task's boundary: it looks at the peer's status too, and limits are kept on
+                _log.exception("limits")
 
     thread = threading.Thread(target=look, name="limits", daemon=True)
     thread.start()
