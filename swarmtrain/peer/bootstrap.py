@@ -288,9 +288,7 @@ class _Bootstrap(BootstrapPeer):
         """
         total = self.published.run.run.total_tokens
         every_s, size = self.published.run.network.archive_every_s, num_parameters(self.published.run.model)
-        # started again, it knows little of what was trained meanwhile before it has a state of it
-        at_once = self.state is None or self.archived is not None
-        next_s = time.monotonic() + (0.0 if at_once else every_s)
+        next_s = time.monotonic()  # started again, it knows little of what was trained meanwhile before it has a state
         end_seen_s = first_s = math.inf
         complete = self.is_final = self.progress.run_tokens >= total
         while not complete:
