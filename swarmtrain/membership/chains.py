@@ -94,6 +94,10 @@ class Chain:
             return Chain((link,))
         return Chain((*self.links, link)[-MAX_LINKS:])
 
+    def up_to(self, roster: Roster) -> Chain:
+        """What led to this roster, which is kept here."""
+        return Chain(self.links[: self._places[roster.digest]])
+
     def joined_to(self, other: Chain) -> Chain:
         """With what `other` keeps of the time before this chain's oldest link."""
         if not self.links or (base := self.links[0].roster.base) not in other:

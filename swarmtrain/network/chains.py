@@ -84,7 +84,9 @@ class ChainStore:
         """The weights are those after `roster` now: merged here with these manifests, or taken from another peer."""
         if roster.digest == self.chain.digest:
             return
-        shown = self._shown.get(roster.digest) or self._shown.get(roster.base)
+        # Whoever gave its state may have gone on before it showed its chain.
+        there = (one for one in self._shown.values() if one.chain.roster(roster.digest) is not None)
+        shown = self._shown.get(roster.digest) or next(there, None) or self._shown.get(roster.base)
         if roster.base == self.chain.digest and roster.digest not in self._shown:
             shown = ShownChain(self.chain, self._signed)
         own = pb.ChainLink(roster=signed, manifests=manifests)
@@ -94,8 +96,8 @@ class ChainStore:
         if shown is None:
             self.chain, kept = Chain((link,)), {}
         else:
-            is_there = shown.chain.digest == roster.digest
-            chain = shown.chain.joined_to(self.chain) if is_there else shown.chain.extended(link)
+            is_there = shown.chain.roster(roster.digest) is not None
+            chain = shown.chain.up_to(roster).joined_to(self.chain) if is_there else shown.chain.extended(link)
             self.chain, kept = chain, {**self._signed, **shown.signed}
         kept.setdefault(roster.digest, own)
         self._signed = self._bounded(kept)

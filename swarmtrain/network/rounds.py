@@ -580,8 +580,12 @@ class Rounds:
         await self._take_chain_untrusted(peer, reply)
 
     async def best_told(self, told: Mapping[str, Told]) -> Chain | None:
-        """The chain that holds against ours and the others', of those whose last rosters were just `told`; None if that
-        is ours. Each is asked for its chain before any is judged."""
+        """The chain that holds against ours and the others', of those who have just `told` their last rosters; None if
+        that is ours. Each is asked for its chain before any is judged."""
+        return self._view_of(await self._with_chains(told)).best
+
+    async def _with_chains(self, told: Mapping[str, Told]) -> dict[str, Told]:
+        """What these tell once the chains of their last rosters are here: who was asked may have gone on since."""
         for digest in {t.last.digest for t in told.values() if t.last is not None}:
             standing = [peer for peer, t in told.items() if t.last is not None and t.last.digest == digest]
             random.shuffle(standing)
@@ -594,7 +598,7 @@ class Rounds:
                     self.refused(peer, error)
                 except PeerError as error:
                     _log.debug("asking %s for its chain: %s", peer, error)
-        return self._view_of(told).best
+        return {peer: self._told[peer][1] if peer in self._told else before for peer, before in told.items()}
 
     def _view_of(self, told: Mapping[str, Told]) -> ChainView:
         """Which chain holds, for a peer that comes, or comes back, and for an archive."""
@@ -656,20 +660,24 @@ class Rounds:
 
     async def fetch_told_state(self, told: Mapping[str, Told], reason: str, above_tokens: int = 0) -> NewState | None:
         """The same from those who have just `told` what they have; None too if it does not hold against ours."""
-        best = await self.best_told(told)
+        told, ours = await self._with_chains(told), self.chains.chain
+        best = self._view_of(told).best
         if best is None or best.head is None or best.head.total_tokens <= above_tokens:
             return None
         lasts = {peer: t.last.digest for peer, t in told.items() if t.last is not None}
         holders = [peer for peer, digest in lasts.items() if digest == best.digest]
-        rest = [peer for peer, digest in lasts.items() if digest in best and peer not in holders]
+        rest = [peer for peer, digest in lasts.items() if digest in best and digest not in ours and peer not in holders]
         random.shuffle(holders)
 
         async def check(source: str, roster: Roster) -> None:
+            if roster.digest in ours:
+                raise UnreachableError("its state is no newer than ours")
             if roster.digest in best:
                 return
             await self._ask_chain(source)
-            chain = self._view_of(told).chain_of(roster)
-            if chain is None or best.digest not in chain:
+            last = self._told[source][1].last  # it may be a round further than its state was
+            chain = None if last is None else self._view_of(told).chain_of(last)
+            if chain is None or best.digest not in chain or roster.digest not in chain:
                 raise UnreachableError("it has gone to another chain meanwhile")
 
         state = await self.fetch_state(holders, best.head.round + 1, reason, check)

@@ -173,6 +173,10 @@ class Peers:
     """They do not know what a chain is."""
     mute: bool = False
     """Nobody shows a chain, though asked."""
+    quick: frozenset[str] = frozenset()
+    """They end another round before they show their chain, and before they give a state."""
+    withholding: frozenset[str] = frozenset()
+    """They give no state."""
     asked: list[tuple[str, str]] = field(default_factory=list)
     pull_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(8))
     membership: Membership | None = None
@@ -187,7 +191,13 @@ class Peers:
         assert head is not None
         return head, self.stores[peer]._signed[head.digest].roster
 
+    def _goes_on(self, peer: str) -> None:
+        if peer in self.quick:
+            go_on(self.stores[peer], (self.authors[peer],))
+
     async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
+        if request.wants_chain:
+            self._goes_on(peer)
         head, signed = self._last(peer)
         reply = pb.RoundReply(participating=True, current_round=head.round + 1, last_roster=signed)
         if request.wants_chain:
@@ -206,6 +216,9 @@ class Peers:
 
     async def state(self, peer: str, min_round: int) -> pb.StateReply:
         self.asked.append((peer, "state"))
+        if peer in self.withholding:
+            raise UnreachableError("it delivers nothing")
+        self._goes_on(peer)
         head, signed = self._last(peer)
         manifest = pb.Manifest(
             run_sha256=bytes.fromhex(RUN),
@@ -348,6 +361,37 @@ def test_both_chains_are_there_before_a_state_is_given_up() -> None:
     silent.mute = True
     outcome, _ = finish(common((A,), (A,), (A,)), silent)
     assert isinstance(outcome, Merged) and not any(what == "state" for _, what in silent.asked)
+
+
+def come_back(own: ChainStore, others: Peers) -> tuple[NewState | None, ChainStore]:
+    """A is started again, and asks them all."""
+
+    async def run() -> NewState | None:
+        rounds, _ = rounds_of(A, own, others)
+        new = await rounds.fetch_told_state(await rounds.ask_now(sorted(others.stores)), "was away")
+        if new is not None:
+            own.move_to(new.roster, new.signed_roster)
+        return new
+
+    return virtual_swarm(run), own
+
+
+def test_who_comes_back_takes_the_state_of_one_that_ends_its_rounds_meanwhile() -> None:
+    before, quick = common((A, B)), common((A, B), (B,), (B,))
+    others = peers(b=quick)
+    others.quick = frozenset([B.peer_id])
+    new, own = come_back(before, others)
+    assert new is not None and new.from_peer == B.peer_id
+    assert len(own.chain.links) == 7 and own.chain.links == quick.chain.links[:7], "two rounds later, and how it came"
+    assert len(quick.chain.links) == 8, "by the time that it shows its chain it is another round further"
+
+
+def test_who_comes_back_takes_no_state_that_is_older_than_its_own() -> None:
+    others = peers(b=common((A, B), (A, B), (B,)), c=common((A, B)))
+    others.withholding = frozenset([B.peer_id])
+    new, own = come_back(common((A, B), (A, B)), others)
+    assert new is None and len(own.chain.links) == 4
+    assert (C.peer_id, "state") not in others.asked
 
 
 def test_who_went_on_with_more_stays() -> None:

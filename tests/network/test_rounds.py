@@ -306,6 +306,7 @@ def test_the_newest_state_never_counts_less_than_the_one_it_is_for() -> None:
         rounds, _ = driver([ahead, behind], me, Others({}))
         rounds.ask_now, rounds.fetch_state = ask_now, fetch_state  # type: ignore[method-assign, assignment]
         rounds.chains.keep(ShownChain(Chain((ChainLink(roster=older), ChainLink(roster=last[ahead.peer_id])))))
+        rounds.chains.keep(ShownChain(Chain((ChainLink(roster=older),))))
         return await rounds.fetch_newest_state(sorted(last), "archive", above_tokens)
 
     found = asyncio.run(run(30))
