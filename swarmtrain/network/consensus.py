@@ -86,7 +86,7 @@ class StateFetcher:
 
     async def _who_answers(self, peers: Sequence[str]) -> list[str]:
         """Those of `peers` that answer a greeting, in their order: one that hangs would be waited for as long as making
-        a state may take. Of one alone nothing is asked, there is nobody else."""
+        a state may take, and whoever asks has others to go to, a bootstrap for one."""
         answered: set[str] = set()
 
         async def greet(peer: str) -> None:
@@ -96,8 +96,6 @@ class StateFetcher:
             except PeerError as error:
                 self._blame(peer, error)
 
-        if len(peers) < 2:
-            return list(peers)
         await run_together(greet(peer) for peer in peers)
         return [peer for peer in peers if peer in answered]
 

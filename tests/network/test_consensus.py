@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,8 +59,8 @@ class Calls:
         return Replies(self.offers[peer].store.serve(request))
 
 
-def fetched(*hanging: Identity) -> tuple[list[PeerState], float]:
-    """What comes while these hang, and how long it took."""
+def fetched(*hanging: Identity, of: Sequence[Identity] = (BEN, CARL, DORA, EVE)) -> tuple[list[PeerState], float]:
+    """What comes of some while these hang, and how long it took."""
 
     async def body() -> tuple[list[PeerState], float]:
         calls: Any = Calls(*hanging)
@@ -69,7 +70,7 @@ def fetched(*hanging: Identity) -> tuple[list[PeerState], float]:
         )
         fetcher = StateFetcher(calls, SnapshotStore(), settings, lambda peer, error: refused.append((peer, error)))
         began_s = swarm_time()
-        states = await fetcher.fetch([peer.peer_id for peer in (BEN, CARL, DORA, EVE)], 1)
+        states = await fetcher.fetch([peer.peer_id for peer in of], 1)
         assert not refused
         return states, swarm_time() - began_s
 
@@ -95,3 +96,9 @@ def test_those_that_hang_hold_a_joiner_no_longer_than_a_call() -> None:
 def test_when_all_hang_that_is_known_after_a_call() -> None:
     states, took_s = fetched(BEN, CARL, DORA, EVE)
     assert states == [] and took_s < 2 * CALL_S
+
+
+def test_one_alone_that_hangs_is_given_up_after_a_call() -> None:
+    states, took_s = fetched(BEN, of=(BEN,))
+    assert states == [] and took_s < 2 * CALL_S
+    assert [state.peer for state in fetched(of=(BEN,))[0]] == [BEN.peer_id]
