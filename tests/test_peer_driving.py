@@ -86,6 +86,7 @@ class Stages:
 
     took_s: float = 0.1
     hanging: set[str] = field(default_factory=set)
+    hanging_backward: set[str] = field(default_factory=set)
     wrong: dict[str, Exception] = field(default_factory=dict)
     settling_hangs: bool = False
     asked: Counter[str] = field(default_factory=Counter)
@@ -109,6 +110,8 @@ class Stages:
         return await self._answer(peer, x)
 
     async def backward(self, peer: str, part: Part, gradient: Tensor) -> Answered:
+        if peer in self.hanging_backward:
+            await asyncio.sleep(1e6)
         answered = await self._answer(peer, gradient)
         if part.stage == 0:
             self.under_way -= 1
@@ -294,6 +297,28 @@ def test_a_peer_that_fails_is_told_of_and_another_is_asked() -> None:
         assert isinstance(event, MicrobatchRetryEvent)
         assert (event.stage, event.asked, event.reason) == (1, "p", "nobody answers there")
         assert driver.losses and not site.failures
+
+    _driving(body)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_peer_that_hangs_and_is_lost_holds_nothing_up_for_longer_than_the_least_time(backward: bool) -> None:
+    """It has not answered before, or its forward is kept there: it would be waited for for minutes otherwise."""
+
+    async def body(site: Site) -> None:
+        (site.stages.hanging_backward if backward else site.stages.hanging).add("p")
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(8.0)
+        assert site.stages.asked["p"] and not driver.losses
+        site.peers[1] = ["r"]
+        least_s = driver.driver.routers[0].least_limit_s
+        await asyncio.sleep(least_s - 8.0 - 1.0)
+        assert not driver.losses, "it may be back before that"
+        await asyncio.sleep(3.0)
+        assert len(driver.losses) >= 4 and not site.failures
+        assert {event.asked for event in site.events if isinstance(event, MicrobatchRetryEvent)} == {"p"}
+        await driver.stop()
 
     _driving(body)
 

@@ -127,6 +127,10 @@ class Router:
         """The stage's peers, as told last."""
         return tuple(self._peers)
 
+    def has(self, peer: str) -> bool:
+        """Whether it is one of the stage's, as told last."""
+        return peer in self._peers
+
     def tokens_per_s(self, peer: str) -> float:
         """The throughput that is reckoned with: measured, or the median of those measured; 1 if none is."""
         known = self._peers.get(peer)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -147,6 +147,17 @@ class _Settling:
     task: asyncio.Task[None] | None = None
 
 
+@dataclass(eq=False)
+class _Wait:
+    """For an answer of a later stage."""
+
+    stage: int
+    peer: str
+    began_s: float
+    """In the event loop's time."""
+    limit: asyncio.Timeout
+
+
 @dataclass
 class Driver:
     """The microbatches of one driver."""
@@ -160,6 +171,7 @@ class Driver:
     next_sequence: int
     """Above all that this peer has given in its lives before: others remember those."""
     _ways: dict[int, _Way] = field(default_factory=dict)
+    _waits: set[_Wait] = field(default_factory=set)
     _settling: dict[_Whom, _Settling] = field(default_factory=dict)
 
     @property
@@ -171,6 +183,17 @@ class Driver:
     def oldest_open(self) -> int:
         """Nothing is needed any more of microbatches before this one."""
         return min(self._ways, default=self.next_sequence)
+
+    def see(self, peers: Mapping[int, Collection[str]]) -> None:
+        """Who holds each stage now. A peer that has left, or was lost, has no more than the least time for what it was
+        asked: one that has not answered yet, or was slow, would have minutes."""
+        for stage, router in enumerate(self.routers, start=1):
+            router.set_peers(peers[stage])
+        for wait in self._waits:
+            router = self.routers[wait.stage - 1]
+            end_s, least_s = wait.limit.when(), wait.began_s + router.least_limit_s
+            if not router.has(wait.peer) and end_s is not None and end_s > least_s:
+                wait.limit.reschedule(least_s)
 
     async def drive(self, tokens: int, x: Any, targets: Any) -> Driven:
         """Some sequences all the way there and back. If it is cancelled, nothing of them counts.
@@ -284,11 +307,17 @@ class Driver:
         limit_s = router.limit_s(peer, tokens)
         router.begun(peer, tokens)
         try:
-            async with asyncio.timeout(limit_s):
-                answer = await call
+            async with asyncio.timeout(limit_s) as limit:
+                wait = _Wait(stage, peer, asyncio.get_running_loop().time(), limit)
+                self._waits.add(wait)
+                try:
+                    answer = await call
+                finally:
+                    self._waits.discard(wait)
         except TimeoutError:
-            router.timed_out(peer, self.now(), self.now() - began_s, tokens)
-            raise UnreachableError(f"no answer within {limit_s:.1f} s") from None
+            took_s = self.now() - began_s
+            router.timed_out(peer, self.now(), took_s, tokens)
+            raise UnreachableError(f"no answer within {min(took_s, limit_s):.1f} s") from None
         except BusyError:
             router.refused_busy(peer, self.now(), tokens)
             raise
@@ -314,7 +343,8 @@ class Driver:
             gradient = await self._backward(way, stage, gradient)
 
     async def _backward(self, way: _Way, stage: int, gradient: Any) -> Any:
-        """Of the peer that has the forward; it is asked again before the microbatch begins again at this stage."""
+        """Of the peer that has the forward; it is asked again, while it is here, before the microbatch begins again at
+        this stage."""
         place = way.places[stage]
         assert place is not None
         peer, key = place
@@ -330,7 +360,8 @@ class Driver:
             except PeerError as error:
                 attempts_left -= 1
                 self.told.retried(way.microbatch.sequence, stage, peer, str(error))
-                if not attempts_left or isinstance(error, GoneError | BadBytesError):
+                is_here = stage == 0 or self.routers[stage - 1].has(peer)
+                if not attempts_left or not is_here or isinstance(error, GoneError | BadBytesError):
                     raise _BeginAgainError(stage) from None
             await asyncio.sleep(_AGAIN_S)
 

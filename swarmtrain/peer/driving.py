@@ -143,11 +143,10 @@ class Driving:
                     await self._news.wait()
 
     def _most_now(self) -> int:
-        """Look who is there, and tell the routers; how many microbatches may be under way, none while nobody holds some
+        """Look who is there, and tell the driver; how many microbatches may be under way, none while nobody holds some
         stage."""
         peers = self.peers_of()
-        for stage, router in enumerate(self.driver.routers, start=1):
-            router.set_peers(peers[stage])
+        self.driver.see(peers)
         if not all(peers.values()):
             return 0
         if self.run.pipeline.in_flight:
