@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from swarmtrain.words import (
     below_in_words,
     count_in_words,
+    counted,
     one_line,
     short_peer,
     size_in_words,
@@ -456,7 +457,7 @@ def merge_in_words(event: RoundEvent) -> str:
         return "nobody this time: no partner had anything new yet, which costs nothing"
     parts = [f"{', '.join(event.partners)} in {time_in_words(event.pull_s or 0.0)}"]
     if (stalest := max(event.staleness_rounds, default=0)) > 0:  # of who is ahead it is below 0
-        parts.append(f"at most {stalest} round{'' if stalest == 1 else 's'} old")
+        parts.append(f"at most {counted(stalest, 'round')} old")
     if event.consensus_spread is not None:
         parts.append(f"weights {event.consensus_spread:.1%} apart")
     return ", ".join(parts)
@@ -476,7 +477,7 @@ def _merge_in_words(event: RoundEvent) -> list[str]:
     if event.signer:
         return [f"{len(event.partners)} on the roster", f"merged in {time_in_words(event.merge_s)}"]
     number = len(event.partners)
-    partners = f"{number} partner{'' if number == 1 else 's'}" if number else "nobody"
+    partners = counted(number, "partner") if number else "nobody"
     return [f"merged {partners}", f"stood still for {time_in_words(event.stall_s)}"]
 
 
@@ -487,7 +488,7 @@ def _of_stage(stage: int | None) -> str:
 def _round_in_words(event: RoundEvent) -> str:
     parts = [
         f"round {event.round}{_of_stage(event.stage)}: loss {event.loss:.3f}",
-        f"{event.inner_steps} step{'' if event.inner_steps == 1 else 's'} in {time_in_words(event.seconds)}",
+        f"{counted(event.inner_steps, 'step')} in {time_in_words(event.seconds)}",
         *_merge_in_words(event),
         f"sent {size_in_words(event.bytes_sent)}",
     ]
@@ -540,10 +541,10 @@ def in_words(event: Event) -> str:
                 f"{count_in_words(event.run_tokens)} tokens so far"
             )
         case StartedEvent():
-            many = "" if event.inner_steps_per_round == 1 else "s"
+            many = counted(event.inner_steps_per_round, "inner step")
             return (
-                f"training {count_in_words(event.num_parameters)} parameters, {event.inner_steps_per_round} inner "
-                f"step{many} in the first round, {time_in_words(event.startup_s)} after the start"
+                f"training {count_in_words(event.num_parameters)} parameters, {many} in the first round, "
+                f"{time_in_words(event.startup_s)} after the start"
             )
         case RoundEvent():
             return _round_in_words(event)
@@ -577,7 +578,7 @@ def in_words(event: Event) -> str:
                 f"one volunteer alone: held-out loss {event.held_out_loss:.3f} nats/byte after {steps} steps in {time}"
             )
         case ArchivedEvent():
-            rounds = f"{event.round} round{'' if event.round == 1 else 's'}"
+            rounds = counted(event.round, "round")
             return f"archived {rounds} ({count_in_words(event.run_tokens)} tokens) in {event.path}"
         case WarningEvent():
             return f"warning: {event.message}"

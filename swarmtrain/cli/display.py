@@ -55,7 +55,7 @@ from swarmtrain.events import (
 )
 from swarmtrain.problems import one_line
 from swarmtrain.v1 import control_pb2 as wire
-from swarmtrain.words import below_in_words, percent_in_words, shares_in_words
+from swarmtrain.words import below_in_words, counted, percent_in_words, shares_in_words
 
 __all__ = ["PeerDisplay", "SwarmDisplay"]
 
@@ -298,7 +298,7 @@ class PeerDisplay(_Display):
             yield Text(f"{stages_in_words(peer.stages)} of the model")
         yield Text(f"round {merged.round}   loss {merged.loss:.3f}{held_out}   {self._here(merged)}")
         still = f", stood still for {time_in_words(merged.stall_s)}" if merged.stall_s >= 0.1 else ""
-        steps = f"{merged.inner_steps} inner step{'' if merged.inner_steps == 1 else 's'}"
+        steps = counted(merged.inner_steps, "inner step")
         yield Text(f"{steps} in {time_in_words(merged.seconds)}, merged in {time_in_words(merged.merge_s)}{still}")
         if (times := peer.times_below_allreduce) is not None:
             per_step = size_in_words(peer.shared_bytes / max(1, peer.shared_steps))
@@ -317,7 +317,7 @@ class PeerDisplay(_Display):
             here = len(peer.present | {peer_id for peer_id in (merged.peer,) if peer_id})
             since = " since it joined" if peer.tokens_before else ""
             share = f"own share {peer.share(self._progress.run_tokens):.0%}{since}"
-        return f"{here} peer{'' if here == 1 else 's'} here   {share}"
+        return f"{counted(here, 'peer')} here   {share}"
 
 
 def _arriving(event: ArrivingEvent) -> RenderableType:

@@ -221,7 +221,8 @@ def _of_folder(directory: Path) -> Invite:
 
 def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
     """`--dir`; else this user's folder for volunteers, or while that is in use, or holds another run than this one if
-    one is given, a numbered one beside it. Without a run and a name see `_stopped`. UserError when `--dir` holds another run."""
+    one is given, a numbered one beside it. Without a run and a name see `_stopped`. UserError when `--dir` holds
+    another run."""
     from swarmtrain.errors import UserError
     from swarmtrain.peer.folder import PeerFolder, is_in_use
 

@@ -25,6 +25,7 @@ from swarmtrain.words import (
     ago_in_words,
     below_in_words,
     count_in_words,
+    counted,
     one_line,
     percent_in_words,
     shares_in_words,
@@ -242,7 +243,7 @@ def _archive(view: View) -> str:
         return ""
     if not status.HasField("archive"):
         return "nothing yet"
-    rounds = f"{kept.num_rounds} round{'' if kept.num_rounds == 1 else 's'}"
+    rounds = counted(kept.num_rounds, "round")
     return f"{rounds}, {count_in_words(kept.run_tokens)} tokens, {_ago(kept.time, view)}, in {one_line(kept.path)}"
 
 

@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from swarmtrain.model.gpt import GPT, evaluate
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.invite import Invite, format_invite, where_it_serves
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
+from swarmtrain.network.reaching import is_loopback_only
 from swarmtrain.network.rounds import NewState
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.network.swarm import FoundRun, PublishedRun, Swarm
@@ -293,18 +293,13 @@ def show_invite(swarm: Swarm, folder: PeerFolder, emit: Emit) -> None:
     """Tell the invite, and leave it in the folder for `swarmtrain invite`."""
     invite = swarm.invite()
     event = invite_event(invite)
-    if swarm.me.is_bootstrap and (words := where_it_serves(invite)) and not _is_rehearsal(event.addresses):
+    if swarm.me.is_bootstrap and (words := where_it_serves(invite)) and not is_loopback_only(event.addresses):
         emit(WarningEvent(message=words))  # before the invite, after which nobody waits for one in the background
     try:
         folder.write_invite(event.line)
     except OSError as error:  # others can join all the same
         emit(WarningEvent(message=f"the invite could not be kept in {folder.path}: {error.strerror}; make room"))
     emit(event)
-
-
-def _is_rehearsal(addresses: Iterable[str]) -> bool:
-    """Says that a peer listens to its own machine only, as it is told to for a rehearsal."""
-    return all(re.match(r"/ip4/127\.|/ip6/::1/", address) for address in addresses)
 
 
 def use_threads(threads: int) -> None:

@@ -35,7 +35,7 @@ from swarmtrain.peer.health import health
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.stopping import StopFlag, StopTraining
 from swarmtrain.v1 import control_pb2 as pb
-from swarmtrain.words import stages_in_words
+from swarmtrain.words import counted, stages_in_words
 
 if TYPE_CHECKING:
     from swarmtrain.peer.held_stage import HeldStage
@@ -315,23 +315,23 @@ def bootstrap_pulse(swarm: Swarm, archived: Callable[[], Progress]) -> Callable[
 
 
 def _rounds(number: int) -> str:
-    return f"{number} round{'' if number == 1 else 's'}"
+    return counted(number, "round")
 
 
 def _volunteers(number: int, more: str = "") -> str:
-    return f"{number} {more}volunteer{'' if number == 1 else 's'}"
+    return counted(number, f"{more}volunteer")
 
 
 def reach_in_words(swarm: Swarm) -> str:
     """That nobody can dial this peer, or that it serves others whom nobody can dial; mostly nothing."""
     guests = () if swarm.hosting is None else swarm.hosting.guests.current(swarm_time())
-    serving = f"serving the work of {len(guests)} peer{'' if len(guests) == 1 else 's'} that nobody can dial"
+    serving = f"serving the work of {counted(len(guests), 'peer')} that nobody can dial"
     return swarm.reaching.in_words() or (serving if guests else "")
 
 
 def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], None]:
     """Fills in who is here and who contributed what."""
-    tokens_per_step, gone, counted = swarm.published.run.tokens_per_step, PeerInfo(peer=""), Growth()
+    tokens_per_step, gone, growth = swarm.published.run.tokens_per_step, PeerInfo(peer=""), Growth()
 
     def look(status: pb.PeerStatus) -> None:
         status.reach, status.dht_records = reach_in_words(swarm), swarm.node.num_dht_records
@@ -339,9 +339,9 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
         live = {info.peer: info for info in (*swarm.membership.live(), me)}
         if me.is_bootstrap:  # a volunteer knows the rosters' total, which forks and liars do not move
             total, told = swarm.tallying.total, [info.run_tokens for info in live.values() if info.training]
-            counted.take(total, board.now())
+            growth.take(total, board.now())
             # what is counted is some seconds old; volunteers know better, and are believed as far as it can have grown
-            per_s = counted.per_s(board.now())
+            per_s = growth.per_s(board.now())
             most = total + round(
                 _COUNTS_LAG_S * (_told_per_s(live.values(), tokens_per_step) if per_s is None else per_s)
             )

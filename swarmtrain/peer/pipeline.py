@@ -62,7 +62,7 @@ from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
 from swarmtrain.peer.stage_sizes import StageRoom, room_for_stages, whole_tokens_per_s
 from swarmtrain.peer.stopping import Interrupted
 from swarmtrain.v1 import control_pb2 as control_pb
-from swarmtrain.words import stages_in_words
+from swarmtrain.words import counted, stages_in_words
 
 __all__ = ["PipelineVolunteer"]
 
@@ -253,7 +253,7 @@ class PipelineVolunteer:
             begun = any(info.place is not None and info.place.stages for info in others)
             missing = 0 if begun else self.run.merge.min_peers - len(others) - 1
             if missing > 0:
-                more = f"{missing} more volunteer{'' if missing == 1 else 's'}"
+                more = counted(missing, "more volunteer")
                 self.control.starting(f"waiting for {more} before the first round")
                 self.stop.sleep(_LOOK_S)
         self._wait(self.swarm.greet_everyone())
