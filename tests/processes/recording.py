@@ -127,13 +127,15 @@ def _rounds(record: _Record) -> None:
 
     def publish(original: Any, self: GossipExchange, contribution: Any) -> None:
         c = contribution
-        record.write("published", found=[[of.round, of.part, of.tokens] for of in c.fragment_rounds])
-        original(self, contribution)
+        with record.lock:
+            record.write("published", found=[[of.round, of.part, of.tokens] for of in c.fragment_rounds])
+            original(self, contribution)
 
     def build(original: Any, self: Publisher, publication: Any) -> Any:
         mark = Mark(publication.round, publication.part, publication.tokens)
-        record.write("asked_for", fragment=self.fragment, mark=mark)
-        return original(self, publication)
+        with record.lock:  # what rounding loses goes to the next one, unless its round is over when it is made
+            record.write("asked_for", fragment=self.fragment, mark=mark)
+            return original(self, publication)
 
     _around(GossipExchange, "start_round", start_round)
     _around(exchange, "round_inner_steps", steps)
