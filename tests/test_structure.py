@@ -171,7 +171,7 @@ def test_a_method_marks_who_imports_its_class(structure: ModuleType) -> None:
 ASKS = """
     _LATE = ("gossip", "server")
     EXCHANGES = {"gossip": 1, "diloco": 2}
-    KEYS = {"pacing": _LATE, "fragments": ("gossip",)}
+    KEYS = {"pacing": _LATE + ("diloco",), "fragments": ("gossip",)}
     OTHER = {"gossip": 1, "stages": 2}
     class Swarm:
         @property
