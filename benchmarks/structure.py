@@ -193,7 +193,8 @@ PATHS = {
         model/stages.py Stage.loss
     """,
 }
-"""The functions that hand a payload on, and the types that hold it, in the order in which it passes them; with a `+`,
+"""The functions that a payload is given to, and the types that hold it, in the order in which it passes them (not those
+that a call of theirs returns to, unless they give it on to one that is not listed); with a `+`,
 those of what goes with it: its manifest, signature and place. `A | B`: the first of them that there is, `B` with its
 file where that is another. A step that is left out shows: what stood around it is no longer joined by a name."""
 
