@@ -31,14 +31,14 @@ from torch import Tensor, nn
 
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
 from swarmtrain.algorithm.outer import OuterState, flatten
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.roster import sign_roster
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.checkpointer import Checkpointer
 from swarmtrain.peer.trainer import OwnPart
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.rosters import Publication, Roster
 
 RUN_SHA256 = "5e" * 32
 LIMIT_S = 600.0

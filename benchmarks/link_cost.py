@@ -39,7 +39,6 @@ import psutil
 import torch
 
 from swarmtrain.data.prepare import PeerPlace, publishable_data, training_batches, training_data
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.network.daemon import owned_process_args
 from swarmtrain.network.identity import load_or_create_identity
@@ -59,6 +58,7 @@ from swarmtrain.network.snapshots import (
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.peer.trainer import Averaged, Contribution, Start, Trainer
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 

@@ -46,8 +46,8 @@ import tomli_w
 from cold_start import read_run
 
 from swarmtrain.events import DoneEvent, Event, LinkEvent, RoundEvent, StartedEvent, WarningEvent, parse_event
-from swarmtrain.membership.limits import parse_slowdown
 from swarmtrain.network.daemon import owned_process_args
+from swarmtrain.protocol.limits import parse_slowdown
 from swarmtrain.run import RunFile
 
 METHODS = {

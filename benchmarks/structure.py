@@ -38,6 +38,8 @@ METHODS_LIVE_IN = ("swarmtrain/methods/", "swarmtrain/methods.py")
 MERGES = frozenset({"Averaged", "Gathered", "Served", "Replaced"})
 """The types of what a merge brings: asking which one it is, is asking for the method."""
 PROTOCOL = ("swarmtrain/protocol/", "swarmtrain/membership/")
+MOVED = re.compile("^membership/")
+"""What the protocol's folder was called before: paths below have its present name."""
 """The decisions; the first that there is."""
 MOST_METHODS, MOST_FIELDS, MOST_LINES = 25, 10, 600
 
@@ -53,7 +55,7 @@ PATHS = {
     "pseudo-gradient, gossip": """
         + algorithm/fragments.py Fragment.pick
         peer/trainer.py Trainer.contribution
-        + membership/fragments.py FragmentRounds.at
+        + protocol/fragments.py FragmentRounds.at
         peer/trainer.py Trainer._publish
         peer/gossip_exchange.py GossipExchange.publish
         network/publications.py Publication
@@ -76,7 +78,7 @@ PATHS = {
         + network/publications.py publication_untrusted
         + network/signing.py open_signed_untrusted
         + network/identity.py verify_untrusted
-        + membership/partners.py Ledger.news
+        + protocol/partners.py Ledger.news
         network/snapshots.py SnapshotStore.serve
         network/service.py service_type.PeerService.pull_replies
         network/replies.py answer
@@ -100,7 +102,7 @@ PATHS = {
         network/lanes.py Pulled
         network/gossiping.py Gossip._try_to_prepare
         peer/gossip_exchange.py GossipExchange._prepare
-        + membership/pulls.py ahead_rounds
+        + protocol/pulls.py ahead_rounds
         algorithm/gossip.py prepare
         network/lanes.py Ready
         network/gossiping.py Gossip.take
@@ -127,7 +129,7 @@ PATHS = {
         + network/roster.py check_publication
         + network/signing.py open_signed_untrusted
         + network/identity.py verify_untrusted
-        + membership/rosters.py decide
+        + protocol/rosters.py decide
         + network/roster.py sign_roster
         network/snapshots.py SnapshotStore.serve
         network/service.py service_type.PeerService.pull_replies
@@ -161,7 +163,7 @@ PATHS = {
         peer/stage_service.py WireCalls.forward
         peer/stage_service.py WireCalls._own
         peer/stage_desk.py StageDesk.ask
-        + membership/microbatches.py StageLedger.ask
+        + protocol/microbatches.py StageLedger.ask
         peer/stage_desk.py StageDesk.next
         peer/stage_loop.py StageLoop.step
         peer/stage_loop.py StageLoop._compute
@@ -169,7 +171,7 @@ PATHS = {
         model/stages.py Stage.forward
         peer/stage_desk.py StageDesk.done
         peer/driver.py Driver._ask
-        + membership/routing.py Router.choose
+        + protocol/routing.py Router.choose
         peer/stage_service.py WireCalls._activations
         peer/stage_service.py WireCalls._encoded
         network/codec.py ActivationCodec.encode
@@ -185,7 +187,7 @@ PATHS = {
         network/codec.py ActivationCodec.decode_untrusted
         algorithm/quantize.py decode
         peer/stage_desk.py StageDesk.ask
-        + membership/microbatches.py StageLedger.ask
+        + protocol/microbatches.py StageLedger.ask
         peer/stage_desk.py StageDesk.next
         peer/stage_loop.py StageLoop.step
         peer/stage_loop.py StageLoop._compute
@@ -389,6 +391,7 @@ def follow(modules: Sequence[Module], path: str) -> Trip:
     """A path of `PATHS` through this source. Two steps of the payload are joined where one names the other, or one that
     came before names both."""
     by_path = {module.path.removeprefix(PACKAGE): module for module in modules}
+    by_path |= {MOVED.sub("protocol/", file): module for file, module in by_path.items()}
     trip, passed = Trip(), list[tuple[Step, set[str]]]()
     for line in filter(None, map(str.strip, path.splitlines())):
         is_payload = not line.startswith("+ ")

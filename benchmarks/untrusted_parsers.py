@@ -18,8 +18,6 @@ from typing import Any
 import msgpack
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.microbatches import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, ShardsOf
 from swarmtrain.network.daemon import swarm_time
@@ -39,6 +37,8 @@ from swarmtrain.network.roster import roster_untrusted
 from swarmtrain.network.serving import entered_round_untrusted
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import Body, SnapshotStore, TensorSpec, build_snapshot, manifest_untrusted
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.microbatches import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
 from swarmtrain.v1 import pipeline_pb2 as stages
 from swarmtrain.v1 import snapshot_pb2 as pb
 

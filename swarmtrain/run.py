@@ -23,9 +23,9 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from swarmtrain import __version__
+from swarmtrain.compatibility import KEYS_SINCE, UPDATE, Needs, needs_untrusted, needs_with, too_old_for
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.problems import Section, one_line, problems_in_words, read_toml
-from swarmtrain.protocol import KEYS_SINCE, UPDATE, Needs, needs_untrusted, needs_with, too_old_for
 from swarmtrain.run_data import DataSection
 
 __all__ = [
@@ -367,7 +367,7 @@ class RunFile(Section):
     @property
     def max_round_tokens(self) -> int:
         """What one peer's round counts at most. With gossip one may take longer, to end when others' do. A stage's steps
-        are not all of one size (`membership/microbatches.py`), and a round ends after the one that fills it."""
+        are not all of one size (`protocol/microbatches.py`), and a round ends after the one that fills it."""
         in_step = self.merge.method == "gossip" and self.merge.pacing
         steps = math.ceil((_MOST_IN_STEP if in_step else 1.0) * self.merge.inner_steps)
         more_steps = 0 if self.pipeline.stages == 1 else _MOST_STEP_BATCHES

@@ -23,7 +23,6 @@ from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.batches import Batches
 from swarmtrain.events import Event, WarningEvent
-from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.coverage import DataCoverage, ShardsOf
 from swarmtrain.network.identity import Identity, new_identity
@@ -33,6 +32,7 @@ from swarmtrain.peer.checkpoint import Checkpoint, load_newest, save
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.checkpointer import Checkpointer
 from swarmtrain.peer.trainer import Averaged, Contribution, Replaced, RoundReport, Start, StopTraining, Trainer
+from swarmtrain.protocol.rosters import Publication, Roster
 from swarmtrain.run import RunFile, parse_run
 from swarmtrain.v1 import snapshot_pb2 as pb
 

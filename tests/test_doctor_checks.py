@@ -17,7 +17,6 @@ import pytest
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import RunTimeError, UnreachableError
 from swarmtrain.events import CheckEvent, parse_event
-from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.network.dialling import Answer, Outcome
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.invite import Invite, InvitedPeer, format_invite
@@ -46,6 +45,7 @@ from swarmtrain.peer.machine import (
     place_of,
 )
 from swarmtrain.peer.speed import measure_speed
+from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.run import RunFile, parse_run
 
 PARAMETERS = 1_000_000

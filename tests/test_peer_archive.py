@@ -14,10 +14,6 @@ import torch
 
 from swarmtrain.algorithm.outer import OuterState, flatten
 from swarmtrain.events import ArchivedEvent, Event, WarningEvent
-from swarmtrain.membership.archiving import ArchiveWatch
-from swarmtrain.membership.leaving import Leavers
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import PublishedRun
@@ -25,6 +21,10 @@ from swarmtrain.peer import bootstrap, present
 from swarmtrain.peer.common import Interrupted, PeerSettings, StopFlag
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.present import Present
+from swarmtrain.protocol.archiving import ArchiveWatch
+from swarmtrain.protocol.leaving import Leavers
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import RunFile
 
 

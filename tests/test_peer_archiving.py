@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.tally import CountingRules
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.signing import sign
 from swarmtrain.network.tallying import Tallying
 from swarmtrain.peer.archiving import Archive
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.present import Present
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.tally import CountingRules
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 ME, ANNA, BEN, CARL = (new_identity(bytes([i]) * 32) for i in range(1, 5))

@@ -11,7 +11,6 @@ import torch
 
 from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.tally import CountingRules
 from swarmtrain.network.consensus import PeerState
 from swarmtrain.network.identity import new_identity, peer_bytes
 from swarmtrain.network.tallying import Tallying
@@ -25,6 +24,7 @@ from swarmtrain.peer.consensus import (
     not_far_behind,
     round_of,
 )
+from swarmtrain.protocol.tally import CountingRules
 
 LAYOUT = layout_of([(3, 4), (4,)])
 IDS = [new_identity(bytes([number]) * 32).peer_id for number in range(5)]

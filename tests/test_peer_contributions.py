@@ -6,9 +6,9 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
-from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.controlled import swarm_looker
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo
 from swarmtrain.v1 import control_pb2 as pb
 
 

@@ -13,8 +13,6 @@ import pytest
 
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import DoneEvent, Event, FetchedEvent, FinishingEvent, WarningEvent
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite
@@ -29,6 +27,8 @@ from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.reporting import tell_loss
 from swarmtrain.peer.stopping import Interrupted, StopFlag
 from swarmtrain.peer.volunteer import _Volunteer
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import parse_run, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc

@@ -16,11 +16,11 @@ from virtual_loop import virtually
 
 from swarmtrain.errors import BadBytesError, GoneError, PeerError, RunTimeError, UnreachableError
 from swarmtrain.events import Event, MicrobatchRetryEvent
-from swarmtrain.membership.balance import StagePeer
-from swarmtrain.membership.microbatches import Key, Settlement
 from swarmtrain.peer import driving
 from swarmtrain.peer.driver import Answered, Part, Tail
 from swarmtrain.peer.driving import Driving, TellRetries
+from swarmtrain.protocol.balance import StagePeer
+from swarmtrain.protocol.microbatches import Key, Settlement
 from swarmtrain.run import RunFile
 
 STAGES = 3

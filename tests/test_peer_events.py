@@ -14,13 +14,13 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.cli.common import PeerOptions, open_sink
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import WarningEvent
-from swarmtrain.membership.fragments import FragmentRound
-from swarmtrain.membership.progress import Progress
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.common import as_peer
 from swarmtrain.peer.logs import logged
 from swarmtrain.peer.reporting import what_was_merged
 from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, RoundReport
+from swarmtrain.protocol.fragments import FragmentRound
+from swarmtrain.protocol.progress import Progress
 
 
 def test_an_error_after_the_peer_is_known_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:

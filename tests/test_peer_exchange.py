@@ -13,9 +13,6 @@ import torch
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.rosters import Told
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import new_identity
@@ -23,6 +20,9 @@ from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer.common import StopFlag
 from swarmtrain.peer.exchange import RosterExchange
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.rosters import Told
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 

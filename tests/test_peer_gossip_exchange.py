@@ -22,12 +22,6 @@ from swarmtrain.algorithm.outer import flatten
 from swarmtrain.data.batches import Batches
 from swarmtrain.data.tokens import ByteTokenizer
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent
-from swarmtrain.membership.archiving import adds_to_archive
-from swarmtrain.membership.fragments import FragmentRound
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.partners import Mark
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.pulls import SECTIONS, PullPlan, Section
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
@@ -43,6 +37,12 @@ from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.present import fetch_present
 from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import RoundReport, Trainer
+from swarmtrain.protocol.archiving import adds_to_archive
+from swarmtrain.protocol.fragments import FragmentRound
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.partners import Mark
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.pulls import SECTIONS, PullPlan, Section
 from swarmtrain.run import GradientFormat, RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 

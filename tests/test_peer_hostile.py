@@ -12,11 +12,11 @@ import torch
 from test_peer_gossip_exchange import STEP_TOKENS, STEPS, Peer, World, run_file
 
 from swarmtrain.events import ClippedEvent, RefusedEvent
-from swarmtrain.membership.fragments import FragmentRound
-from swarmtrain.membership.progress import Progress
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.snapshots import Body
 from swarmtrain.peer.trainer import Contribution, LentWeights
+from swarmtrain.protocol.fragments import FragmentRound
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import GradientFormat
 
 pytestmark = pytest.mark.slow

@@ -14,10 +14,6 @@ import torch
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import Event, JoinedEvent, to_plain_line
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.rosters import Publication, Roster
-from swarmtrain.membership.tally import CountingRules
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.invite import Invite, InvitedPeer
@@ -29,6 +25,10 @@ from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.exporting import export_from_folder
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.keeping import Keeper, kept_stages, known_peers, run_to_resume
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.rosters import Publication, Roster
+from swarmtrain.protocol.tally import CountingRules
 from swarmtrain.run import parse_run
 from swarmtrain.v1 import control_pb2 as pb
 

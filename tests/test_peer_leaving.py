@@ -13,11 +13,11 @@ import pytest
 
 from swarmtrain.errors import UnreachableError
 from swarmtrain.events import Event, WarningEvent
-from swarmtrain.membership.lifecycle import Membership, PeerInfo
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.peer import leaving
 from swarmtrain.peer.common import StopFlag
 from swarmtrain.peer.leaving import hand_over
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 

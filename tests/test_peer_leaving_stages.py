@@ -11,10 +11,6 @@ from typing import Any
 import pytest
 
 from swarmtrain.errors import RunTimeError
-from swarmtrain.membership.archiving import ArchiveWatch
-from swarmtrain.membership.leaving import Leavers
-from swarmtrain.membership.lifecycle import Membership, PeerInfo
-from swarmtrain.membership.progress import Progress
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.peer import leaving, pipeline_bootstrap
 from swarmtrain.peer.held_stage import HeldStage
@@ -22,6 +18,10 @@ from swarmtrain.peer.leaving import hand_over_stages
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.pipeline import PipelineVolunteer
 from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
+from swarmtrain.protocol.archiving import ArchiveWatch
+from swarmtrain.protocol.leaving import Leavers
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo
+from swarmtrain.protocol.progress import Progress
 
 
 class StageStandIn(HeldStage):

@@ -15,7 +15,6 @@ import torch
 
 from swarmtrain.errors import UserError
 from swarmtrain.events import Event, WarningEvent
-from swarmtrain.membership.limits import Limits, parse_hours
 from swarmtrain.network.node import Traffic
 from swarmtrain.peer import limits as module
 from swarmtrain.peer.board import StatusBoard
@@ -23,6 +22,7 @@ from swarmtrain.peer.estimate import estimate, estimates_of
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits, limit_link
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.usage import Usage
+from swarmtrain.protocol.limits import Limits, parse_hours
 from swarmtrain.run import NetworkSection, parse_run
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, size_in_words

@@ -17,10 +17,6 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterConstants, OuterState
 from swarmtrain.errors import UnreachableError
 from swarmtrain.events import ClippedEvent, Event, RefusedEvent, WarningEvent
-from swarmtrain.membership.fragments import FragmentRound
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.serving import HandIn
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
@@ -32,6 +28,10 @@ from swarmtrain.peer.common import StopFlag
 from swarmtrain.peer.merge_server import MergeServer
 from swarmtrain.peer.server_exchange import ServerExchange, lead
 from swarmtrain.peer.trainer import Contribution, Served
+from swarmtrain.protocol.fragments import FragmentRound
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.serving import HandIn
 from swarmtrain.run import PublishedSection, RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.membership.balance import Change, Rule, StagePeer
 from swarmtrain.peer.moving import Mover
+from swarmtrain.protocol.balance import Change, Rule, StagePeer
 
 TWO = Rule(costs=(0.5, 0.5))
 EVERY_S = 10.0

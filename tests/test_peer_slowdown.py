@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from swarmtrain.membership.limits import Limits, parse_slowdown
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.alone import _Nobody
 from swarmtrain.peer.slowdown import LOOK_S, MOST_STEPS_BEHIND, TOO_BUSY_STEPS, Slowdown, SlowedSteps
 from swarmtrain.peer.stopping import Interrupted, StopFlag, StopTraining
 from swarmtrain.peer.trainer import RoundReport, Trainer
 from swarmtrain.peer.volunteer import _Volunteer
+from swarmtrain.protocol.limits import Limits, parse_slowdown
 from swarmtrain.run import parse_run
 
 

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.microbatches import (
+from swarmtrain.model.stage_work import BadGradientError, StageWork
+from swarmtrain.model.stages import Stage, build_stage, stage_shapes
+from swarmtrain.peer.driver import Tail
+from swarmtrain.peer.stage_desk import StageDesk, Task
+from swarmtrain.peer.stage_loop import StageLoop, WorkMeter
+from swarmtrain.peer.stopping import StopTraining
+from swarmtrain.peer.trainer import InnerStep, RoundOver
+from swarmtrain.protocol.microbatches import (
     Acknowledged,
     Add,
     Discard,
@@ -27,13 +34,6 @@ from swarmtrain.membership.microbatches import (
     Step,
     Subtract,
 )
-from swarmtrain.model.stage_work import BadGradientError, StageWork
-from swarmtrain.model.stages import Stage, build_stage, stage_shapes
-from swarmtrain.peer.driver import Tail
-from swarmtrain.peer.stage_desk import StageDesk, Task
-from swarmtrain.peer.stage_loop import StageLoop, WorkMeter
-from swarmtrain.peer.stopping import StopTraining
-from swarmtrain.peer.trainer import InnerStep, RoundOver
 from swarmtrain.run import ModelSection
 
 TOKENS = 10

@@ -18,15 +18,15 @@ from torch import Tensor
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, outer_step, unflatten_into
 from swarmtrain.errors import GoneError, PeerError
-from swarmtrain.membership.microbatches import Key, Kind, LedgerLimits, Settlement, StageLedger
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.routing import Router
 from swarmtrain.model.gpt import build_model
 from swarmtrain.model.stages import Stage, build_stage, stage_shapes
 from swarmtrain.peer.driver import Answered, Driver, Part
 from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_trainer import StageTrainer
 from swarmtrain.peer.trainer import Averaged, Contribution, RoundReport, Start, inner_constants
+from swarmtrain.protocol.microbatches import Key, Kind, LedgerLimits, Settlement, StageLedger
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.routing import Router
 from swarmtrain.run import RunFile
 
 BOUNDARIES = (1, 2)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer import trainer as peer_trainer
 from swarmtrain.peer.trainer import Averaged, Contribution, InnerStep, RoundOver, RoundReport, Start, Trainer
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import RunFile
 
 STEP = 64

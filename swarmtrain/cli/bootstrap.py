@@ -68,9 +68,9 @@ def command(
         run = run.model_copy(update={"merge": run.merge.model_copy(update={"min_peers": wait_for})})
     from swarmtrain.cli.background import outputs_to_log
     from swarmtrain.cli.display import PeerDisplay
-    from swarmtrain.membership.limits import Limits
     from swarmtrain.peer.bootstrap import run_bootstrap
     from swarmtrain.peer.common import PeerSettings
+    from swarmtrain.protocol.limits import Limits
 
     options.stop.begin()
     settings = PeerSettings(

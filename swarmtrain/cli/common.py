@@ -146,10 +146,10 @@ def _wrong_with_address(text: str) -> str:
 
 
 def limit(parser: str) -> Callable[[click.Context, click.Parameter, str | None], Any]:
-    """A callback: that function of `membership.limits` reads an option's value, if there is one."""
+    """A callback: that function of `protocol.limits` reads an option's value, if there is one."""
 
     def read(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
-        from swarmtrain.membership import limits
+        from swarmtrain.protocol import limits
 
         try:
             return None if value is None else getattr(limits, parser)(value)

@@ -29,9 +29,9 @@ from swarmtrain.cli.common import (
 from swarmtrain.cli.kept_options import KeptOption, restore
 
 if TYPE_CHECKING:
-    from swarmtrain.membership.limits import Limits
     from swarmtrain.network.invite import Invite
     from swarmtrain.peer.stopping import StopFlag
+    from swarmtrain.protocol.limits import Limits
 
 __all__ = ["command"]
 
@@ -64,7 +64,7 @@ def _limit_options(function: _F) -> _F:
 
     @functools.wraps(function)
     def bundled(**values: Any) -> Any:
-        from swarmtrain.membership.limits import Limits
+        from swarmtrain.protocol.limits import Limits
 
         slowdown = values.pop("slowdown")
         limits = Limits(

@@ -9,7 +9,7 @@ import click
 from swarmtrain.cli.common import WhichPeer, example, finite, limit, which_peer
 
 if TYPE_CHECKING:
-    from swarmtrain.membership.limits import Hours
+    from swarmtrain.protocol.limits import Hours
 
 __all__ = ["command"]
 

@@ -364,10 +364,10 @@ def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> tu
     from rich.progress import Progress
 
     from swarmtrain.events import AloneEvent
-    from swarmtrain.membership.limits import Limits
     from swarmtrain.peer.alone import train_alone
     from swarmtrain.peer.common import PeerSettings
     from swarmtrain.peer.folder import PeerFolder
+    from swarmtrain.protocol.limits import Limits
 
     settings = PeerSettings(
         directory=directory,

@@ -18,9 +18,9 @@ from typing import Any
 
 import msgpack
 
-from swarmtrain.membership.records import ALL_EVERY, ASKED, FEW, REPLICAS
 from swarmtrain.network.daemon import hivemind_module
 from swarmtrain.network.records import RecordRules, unsigned_untrusted
+from swarmtrain.protocol.records import ALL_EVERY, ASKED, FEW, REPLICAS
 
 __all__ = ["Buckets"]
 

@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from swarmtrain.errors import BadBytesError, PeerError
-from swarmtrain.membership.rosters import Roster
 from swarmtrain.network.merging import Merger
 from swarmtrain.network.snapshots import Held, empty_held, manifest_untrusted
 from swarmtrain.network.token_rows import check_token_rows_untrusted
+from swarmtrain.protocol.rosters import Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Check", "NewState", "WantedState", "fetch_state", "unchecked"]

@@ -1,6 +1,6 @@
 """A peer's own chain of rosters with the manifests that stand on them, and those that others show; as bytes, checked.
 
-What they mean is in `membership/chains.py`; who asks for them is in `network/rounds.py`.
+What they mean is in `protocol/chains.py`; who asks for them is in `network/rounds.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.chains import MAX_LINKS, Chain, ChainLink, flaw
-from swarmtrain.membership.rosters import Roster
 from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.roster import check_publication, publication_of, roster_untrusted
 from swarmtrain.network.signing import payload_sha256
 from swarmtrain.network.snapshots import manifest_untrusted
+from swarmtrain.protocol.chains import MAX_LINKS, Chain, ChainLink, flaw
+from swarmtrain.protocol.rosters import Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["ChainStore", "ShownChain", "chain_untrusted"]

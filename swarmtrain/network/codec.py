@@ -19,9 +19,9 @@ from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.algorithm.outer import OuterState, weighted_mean
 from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode, encoded_size_bytes, less_decoded
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.partners import News
-from swarmtrain.membership.pulls import SectionBytes
 from swarmtrain.network.snapshots import Body, Held, TensorSpec, all_finite
+from swarmtrain.protocol.partners import News
+from swarmtrain.protocol.pulls import SectionBytes
 
 __all__ = [
     "ActivationCodec",

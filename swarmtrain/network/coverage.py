@@ -1,4 +1,4 @@
-"""Which data has been seen: the rows of `membership.shards`, kept between rounds and carried in manifests.
+"""Which data has been seen: the rows of `protocol.shards`, kept between rounds and carried in manifests.
 
 Each author signs its own row; others hand it on as it is, so a row is either its author's or nobody's. The trainer's
 thread chooses and counts, the network's reads and tells.
@@ -18,10 +18,10 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.naming import NamedOnce
-from swarmtrain.membership.shards import MAX_ROWS, Coverage, Row
 from swarmtrain.network.identity import Identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.signing import open_signed_untrusted, sign
+from swarmtrain.protocol.naming import NamedOnce
+from swarmtrain.protocol.shards import MAX_ROWS, Coverage, Row
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 

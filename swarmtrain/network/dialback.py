@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Protocol
 
 from swarmtrain.errors import BadBytesError, RunTimeError, UnreachableError
-from swarmtrain.membership.dialling import DialBudget, dial_targets
 from swarmtrain.network.identity import load_or_create_identity, peer_bytes
 from swarmtrain.network.node import Node, NodeSettings
 from swarmtrain.network.signing import open_signed_untrusted
+from swarmtrain.protocol.dialling import DialBudget, dial_targets
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["DIAL_S", "PURPOSE", "DialBack"]

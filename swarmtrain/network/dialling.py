@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 from swarmtrain.errors import BadBytesError, UnreachableError
-from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.network.dialback import DIAL_S, PURPOSE
 from swarmtrain.network.finding import refusal_untrusted
 from swarmtrain.network.identity import Identity, peer_bytes
@@ -21,6 +20,7 @@ from swarmtrain.network.node import NOT_SERVED, Node
 from swarmtrain.network.records import open_presence_untrusted, presence_from_proto_untrusted
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.signing import sign
+from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer
 

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarmtrain import __version__
+from swarmtrain.compatibility import PROTOCOL, Needs, needs_untrusted, too_old_for, too_old_to_train_with
 from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError, UnreachableError, VersionError
-from swarmtrain.membership.clocks import MOST_CORRECTED_S, ClockVerdict, judge_clock
 from swarmtrain.network import daemon
 from swarmtrain.network.daemon import own_time
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NOT_SERVED, Node
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.protocol import PROTOCOL, Needs, needs_untrusted, too_old_for, too_old_to_train_with
+from swarmtrain.protocol.clocks import MOST_CORRECTED_S, ClockVerdict, judge_clock
 from swarmtrain.run import RunFile, run_sha256
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer, time_in_words

@@ -1,7 +1,7 @@
 """Pulling what partners published, in the background of this peer's own round: nobody waits for anybody.
 
 Runs in the network thread, beside the trainer. As late before a fragment's merge as the link allows it asks a few
-partners for its newest weights or pseudo-gradient (`membership.pulls` says of how many, and when), pulls, checks and
+partners for its newest weights or pseudo-gradient (`protocol.pulls` says of how many, and when), pulls, checks and
 decodes it, and has the merge prepared; when it is time the trainer takes what is ready. What comes later is there a
 round later. Whoever has nothing new, is busy, slow, gone or wrong costs its place, and another is tried.
 """
@@ -18,37 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
-from swarmtrain.membership.fragments import steps_of_fragment, told_mark, told_round
-from swarmtrain.membership.lifecycle import Membership, PeerInfo
-from swarmtrain.membership.open_pulls import OpenPull, OpenPulls
-from swarmtrain.membership.partners import (
-    BackOff,
-    Candidate,
-    Difference,
-    Ledger,
-    Mark,
-    News,
-    Nothing,
-    Partners,
-    Place,
-    Theta,
-    View,
-    agreed_places,
-    median_round,
-)
-from swarmtrain.membership.pulls import (
-    SECTIONS,
-    PullPlan,
-    PullTimes,
-    Section,
-    SectionBytes,
-    Wanted,
-    gradient_format,
-    most_pulls,
-    plan_pulls,
-    round_began_s,
-    total_bytes,
-)
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Routes
@@ -64,6 +33,37 @@ from swarmtrain.network.publications import (
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import Held
 from swarmtrain.network.tasks import end_tasks, logged
+from swarmtrain.protocol.fragments import steps_of_fragment, told_mark, told_round
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo
+from swarmtrain.protocol.open_pulls import OpenPull, OpenPulls
+from swarmtrain.protocol.partners import (
+    BackOff,
+    Candidate,
+    Difference,
+    Ledger,
+    Mark,
+    News,
+    Nothing,
+    Partners,
+    Place,
+    Theta,
+    View,
+    agreed_places,
+    median_round,
+)
+from swarmtrain.protocol.pulls import (
+    SECTIONS,
+    PullPlan,
+    PullTimes,
+    Section,
+    SectionBytes,
+    Wanted,
+    gradient_format,
+    most_pulls,
+    plan_pulls,
+    round_began_s,
+    total_bytes,
+)
 from swarmtrain.run import GradientFormat
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -343,7 +343,7 @@ class Gossip:
             return lane.partners.next(section, view, now, self.rng)[0]
 
     def _told_of(self, lane: Lane, info: PeerInfo) -> tuple[int, int, Mark, int]:
-        """What `membership.fragments` is asked about a peer."""
+        """What `protocol.fragments` is asked about a peer."""
         told = Mark(info.round, info.part, info.part_tokens)
         return lane.number, len(self.lanes), told, lane.rules["gradient"].num_parts
 

@@ -15,9 +15,6 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from swarmtrain.errors import BadBytesError, PeerError
-from swarmtrain.membership.hosts import KEPT_OF_A_GUEST, Guests, HostOrder, most_guests
-from swarmtrain.membership.lifecycle import Membership
-from swarmtrain.membership.pulls import Section
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
@@ -27,6 +24,9 @@ from swarmtrain.network.records import open_presence_untrusted
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import Held, SnapshotStore
 from swarmtrain.network.tasks import end_tasks
+from swarmtrain.protocol.hosts import KEPT_OF_A_GUEST, Guests, HostOrder, most_guests
+from swarmtrain.protocol.lifecycle import Membership
+from swarmtrain.protocol.pulls import Section
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Hosting", "Routes"]

@@ -17,9 +17,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from swarmtrain.compatibility import UPDATE, Needs, needs_untrusted, too_old_for
 from swarmtrain.errors import BadBytesError, InviteError
 from swarmtrain.network.identity import base58_decode, base58_encode, peer_bytes, peer_id_from_bytes_untrusted
-from swarmtrain.protocol import UPDATE, Needs, needs_untrusted, too_old_for
 
 __all__ = ["Invite", "InvitedPeer", "format_invite", "invite_in", "parse_invite", "where_it_serves"]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarmtrain.membership.open_pulls import OpenPulls, Which
-from swarmtrain.membership.partners import Ledger, Mark, Partners
-from swarmtrain.membership.pulls import Section, SectionBytes
 from swarmtrain.network.publications import PublicationRules
 from swarmtrain.network.snapshots import Held
+from swarmtrain.protocol.open_pulls import OpenPulls, Which
+from swarmtrain.protocol.partners import Ledger, Mark, Partners
+from swarmtrain.protocol.pulls import Section, SectionBytes
 from swarmtrain.run import GradientFormat
 
 __all__ = ["Lane", "Plan", "Pulled", "Ready"]

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
-from swarmtrain.membership.lifecycle import Membership, PeerState
-from swarmtrain.membership.rosters import Publication, Roster, share_due_s, share_ranges
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.roster import check_publication
@@ -36,6 +34,8 @@ from swarmtrain.network.snapshots import (
     pull_manifest,
 )
 from swarmtrain.network.tasks import run_together
+from swarmtrain.protocol.lifecycle import Membership, PeerState
+from swarmtrain.protocol.rosters import Publication, Roster, share_due_s, share_ranges
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Average", "Merger", "RoundSettings", "UnobtainableError"]

@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from swarmtrain.errors import RunTimeError, UnreachableError
-from swarmtrain.membership.dialling import may_dial
 from swarmtrain.network import daemon
 from swarmtrain.network.bounded_dht import use_bounded_protocol
 from swarmtrain.network.buckets import Buckets
@@ -35,6 +34,7 @@ from swarmtrain.network.records import RecordRules, bucket_key, hashed_key, make
 from swarmtrain.network.replies import Replies
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.network.throttle import Throttle, TransferTimes
+from swarmtrain.protocol.dialling import may_dial
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "Traffic"]

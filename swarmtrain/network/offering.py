@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from swarmtrain.membership.partners import Place
-from swarmtrain.membership.progress import Progress
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.place_rows import add_place_rows
 from swarmtrain.network.snapshots import Body, Held, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.network.tasks import Making
 from swarmtrain.network.token_rows import add_token_rows
+from swarmtrain.protocol.partners import Place
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FillManifest", "Offer", "state_specs"]

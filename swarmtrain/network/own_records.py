@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from swarmtrain.membership.records import bucket_of, choose_bucket
 from swarmtrain.network.node import Node
+from swarmtrain.protocol.records import bucket_of, choose_bucket
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["OwnRecords"]

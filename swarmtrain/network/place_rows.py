@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.partners import Place
 from swarmtrain.network.identity import is_peer_id, peer_bytes, peer_id_from_bytes_untrusted
+from swarmtrain.protocol.partners import Place
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["MAX_ROWS_TOLD", "add_place_rows", "check_place_rows_untrusted", "places_untrusted"]

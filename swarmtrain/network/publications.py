@@ -14,8 +14,6 @@ from functools import partial
 from typing import Protocol
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.partners import Mark
-from swarmtrain.membership.pulls import Section
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.offering import FillManifest
 from swarmtrain.network.signing import open_signed_untrusted
@@ -30,6 +28,8 @@ from swarmtrain.network.snapshots import (
     manifest_untrusted,
 )
 from swarmtrain.network.tasks import Making
+from swarmtrain.protocol.partners import Mark
+from swarmtrain.protocol.pulls import Section
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [

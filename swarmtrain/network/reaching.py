@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import PeerError
-from swarmtrain.membership.dialling import is_public
-from swarmtrain.membership.hosts import NUM_ASKED, HostChoice, Reach, Reachability, from_outside, host_candidates
-from swarmtrain.membership.lifecycle import Membership
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.dialling import Outcome, ask_to_be_dialled, tcp_ports
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
+from swarmtrain.protocol.dialling import is_public
+from swarmtrain.protocol.hosts import NUM_ASKED, HostChoice, Reach, Reachability, from_outside, host_candidates
+from swarmtrain.protocol.lifecycle import Membership
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer
 

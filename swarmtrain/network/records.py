@@ -22,11 +22,6 @@ import msgpack
 from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.balance import StagePeer
-from swarmtrain.membership.dialling import may_dial
-from swarmtrain.membership.hosts import MAX_HOSTS
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.records import MAX_DEPTH, bucket_of
 from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import (
     Identity,
@@ -36,6 +31,11 @@ from swarmtrain.network.identity import (
     verify_untrusted,
 )
 from swarmtrain.network.signing import open_signed_untrusted
+from swarmtrain.protocol.balance import StagePeer
+from swarmtrain.protocol.dialling import may_dial
+from swarmtrain.protocol.hosts import MAX_HOSTS
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.records import MAX_DEPTH, bucket_of
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [

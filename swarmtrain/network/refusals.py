@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from swarmtrain.errors import PeerError
 from swarmtrain.events import Event, RefusedEvent
-from swarmtrain.membership.naming import NamedOnce
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.protocol.naming import NamedOnce
 
 __all__ = ["Refusals", "rule_of"]
 

@@ -1,15 +1,15 @@
 """Rosters and what peers tell of themselves, as bytes: built, signed, checked.
 
-The decisions about them are in `membership/rosters.py`; who drives them is in `network/rounds.py`.
+The decisions about them are in `protocol/rosters.py`; who drives them is in `network/rounds.py`.
 """
 
 from __future__ import annotations
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.network.identity import Identity, peer_bytes, peer_id_from_bytes_untrusted
 from swarmtrain.network.signing import open_signed_untrusted, sign
 from swarmtrain.network.snapshots import Snapshot
+from swarmtrain.protocol.rosters import Publication, Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["check_publication", "publication_of", "roster_untrusted", "sign_roster"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from swarmtrain.membership.rosters import Roster, better_roster
 from swarmtrain.network.snapshots import Held
 from swarmtrain.network.tasks import end_tasks
+from swarmtrain.protocol.rosters import Roster, better_roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["KnownRound", "Merged", "RoundWork"]

@@ -1,4 +1,4 @@
-"""Synchronous rounds over the network: asks, signs and merges as `membership.rosters.decide` says.
+"""Synchronous rounds over the network: asks, signs and merges as `protocol.rosters.decide` says.
 
 Runs in the network thread. A peer that has ended its own round asks the others about it: calls that are answered
 at once when there is news, and are held for two seconds otherwise. The same call tells how far a peer is and what it
@@ -16,10 +16,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
-from swarmtrain.membership.chains import Chain, ChainView, chain_view
-from swarmtrain.membership.lifecycle import Change, Membership
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.rosters import (
+from swarmtrain.network.catching_up import Check, NewState, WantedState, fetch_state, unchecked
+from swarmtrain.network.chains import ChainStore, chain_untrusted
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import Identity
+from swarmtrain.network.merging import Average, Merger, RoundSettings, UnobtainableError
+from swarmtrain.network.roster import check_publication, publication_of, roster_untrusted, sign_roster
+from swarmtrain.network.round_state import KnownRound, Merged, RoundWork
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.signing import payload_sha256
+from swarmtrain.network.snapshots import Held, SnapshotStore, empty_held, manifest_untrusted
+from swarmtrain.protocol.chains import Chain, ChainView, chain_view
+from swarmtrain.protocol.lifecycle import Change, Membership
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.rosters import (
     Apply,
     CatchUp,
     Roster,
@@ -36,17 +46,7 @@ from swarmtrain.membership.rosters import (
     standings,
     worst_roster,
 )
-from swarmtrain.membership.signers import Signers
-from swarmtrain.network.catching_up import Check, NewState, WantedState, fetch_state, unchecked
-from swarmtrain.network.chains import ChainStore, chain_untrusted
-from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.identity import Identity
-from swarmtrain.network.merging import Average, Merger, RoundSettings, UnobtainableError
-from swarmtrain.network.roster import check_publication, publication_of, roster_untrusted, sign_roster
-from swarmtrain.network.round_state import KnownRound, Merged, RoundWork
-from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.signing import payload_sha256
-from swarmtrain.network.snapshots import Held, SnapshotStore, empty_held, manifest_untrusted
+from swarmtrain.protocol.signers import Signers
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Merged", "NewState", "Outcome", "Rounds"]

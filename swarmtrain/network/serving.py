@@ -16,10 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError
-from swarmtrain.membership.lifecycle import Membership, PeerInfo
-from swarmtrain.membership.partners import BackOff
-from swarmtrain.membership.pulls import expected_transfer, pull_start
-from swarmtrain.membership.serving import HandIn, HandIns, Marks
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_bytes, peer_id_from_bytes_untrusted
@@ -35,6 +31,10 @@ from swarmtrain.network.snapshots import (
     manifest_untrusted,
 )
 from swarmtrain.network.tasks import end_tasks, logged
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo
+from swarmtrain.protocol.partners import BackOff
+from swarmtrain.protocol.pulls import expected_transfer, pull_start
+from swarmtrain.protocol.serving import HandIn, HandIns, Marks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
 
 from swarmtrain.errors import BadBytesError, BrokenOffError, BusyError, PeerError, StalledError, UnreachableError
-from swarmtrain.membership.readers import GIVES_WAY_S, Reader, Readers
 from swarmtrain.network.finite import all_finite
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.replies import ChunkReply, Reply
 from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
 from swarmtrain.network.throttle import Throttle, num_at_once
+from swarmtrain.protocol.readers import GIVES_WAY_S, Reader, Readers
 from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -218,7 +218,7 @@ class SnapshotStore:
     """The snapshots that this peer serves: its own publications and what it pulled from others.
 
     One being read stays in memory until its reader ends, since the reader holds a reference. Who may read, and who
-    gives way to whom, `membership.readers` says. While `up` is limited, fewer read at once, so that each gets twice the
+    gives way to whom, `protocol.readers` says. While `up` is limited, fewer read at once, so that each gets twice the
     `min_bytes_per_s` below which it would give up. Files have places of their own.
     """
 

@@ -17,12 +17,6 @@ from dataclasses import dataclass, field
 
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, PeerLostEvent, RefusedEvent, WarningEvent
-from swarmtrain.membership import records
-from swarmtrain.membership.arrivals import Arrivals
-from swarmtrain.membership.leaving import FellowLeavers, Leavers
-from swarmtrain.membership.lifecycle import Change, Membership, PeerInfo, PeerState
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.pulls import Section
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, rows_of
 from swarmtrain.network.daemon import swarm_time
@@ -50,6 +44,12 @@ from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import Body, PullLimits, SnapshotStore, TensorSpec
 from swarmtrain.network.tallying import Tallying, counting_rules
 from swarmtrain.network.tasks import end_tasks
+from swarmtrain.protocol import records
+from swarmtrain.protocol.arrivals import Arrivals
+from swarmtrain.protocol.leaving import FellowLeavers, Leavers
+from swarmtrain.protocol.lifecycle import Change, Membership, PeerInfo, PeerState
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.pulls import Section
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FoundRun", "PublishedRun", "Swarm", "fetch_published", "find_run", "state_specs"]

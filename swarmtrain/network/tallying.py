@@ -2,7 +2,7 @@
 
 A few buckets at a time, the root first, then what lies below full ones, and from the start again: a small swarm is
 read whole every few seconds, a big one within minutes. The records come from strangers: each was signed by the peer
-that it speaks of, and what it says is believed as far as `membership.tally` allows.
+that it speaks of, and what it says is believed as far as `protocol.tally` allows.
 
 The reading is done in the network thread; the trainer's and the control server's threads ask for counts.
 """
@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.naming import NamedOnce
-from swarmtrain.membership.records import COUNTED_AT_ONCE, bucket_of, buckets_to_read
-from swarmtrain.membership.tally import CountingRules, Tally, agreed_counts
 from swarmtrain.network.records import PROGRESS, progress_from_proto_untrusted
+from swarmtrain.protocol.naming import NamedOnce
+from swarmtrain.protocol.records import COUNTED_AT_ONCE, bucket_of, buckets_to_read
+from swarmtrain.protocol.tally import CountingRules, Tally, agreed_counts
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.common import PeerSettings, held_out_loss, use_threads
 from swarmtrain.peer.preparing import data_base
 from swarmtrain.peer.trainer import Averaged, Contribution, Replaced, RoundReport, Start, Trainer
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import RunFile
 
 __all__ = ["train_alone"]

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.membership.archiving import ArchiveWatch, adds_to_archive, tokens_gained
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.partners import Place
-from swarmtrain.membership.progress import Progress
 from swarmtrain.network.coverage import CarriedRows
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.present import Present
+from swarmtrain.protocol.archiving import ArchiveWatch, adds_to_archive, tokens_gained
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.partners import Place
+from swarmtrain.protocol.progress import Progress
 
 __all__ = ["Archive", "checkpoint_of"]
 

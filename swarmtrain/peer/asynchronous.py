@@ -10,14 +10,14 @@ from typing import Any
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import first_inner_steps, steps_of_everybody
-from swarmtrain.membership.ending import still_needed_apart
-from swarmtrain.membership.progress import Progress
 from swarmtrain.network.codec import body_of_state
 from swarmtrain.network.consensus import PeerState
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import counts_in_untrusted, round_of
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.trainer import Start
+from swarmtrain.protocol.ending import still_needed_apart
+from swarmtrain.protocol.progress import Progress
 
 __all__ = ["AsynchronousExchange"]
 

@@ -25,9 +25,6 @@ from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.errors import ClockError, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, WarningEvent
-from swarmtrain.membership.archive_load import archive_every_s, archived_sources
-from swarmtrain.membership.leaving import Leavers
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
@@ -69,6 +66,9 @@ from swarmtrain.peer.merge_server import MergeServer
 from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
 from swarmtrain.peer.present import Present, fetch_present, present_of
 from swarmtrain.peer.stage_sizes import cut_and_measure
+from swarmtrain.protocol.archive_load import archive_every_s, archived_sources
+from swarmtrain.protocol.leaving import Leavers
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import PublishedSection, RunFile, needs_of, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 

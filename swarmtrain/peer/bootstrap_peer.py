@@ -12,10 +12,6 @@ from torch import Tensor
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer, stamped
-from swarmtrain.membership.ending import may_come_back
-from swarmtrain.membership.leaving import Leavers
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.finding import PublishedRun
@@ -36,6 +32,10 @@ from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.stopping import StopFlag
+from swarmtrain.protocol.ending import may_come_back
+from swarmtrain.protocol.leaving import Leavers
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
 
 __all__ = ["COUNTS_EVERY_S", "FLUSH_S", "LAST_ARCHIVE_S", "LAST_SAMPLE", "LINGER_S", "LOOK_EVERY_S", "BootstrapPeer"]
 

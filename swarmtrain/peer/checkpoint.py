@@ -22,11 +22,11 @@ from torch import Tensor
 from swarmtrain.algorithm.inner import LentMoments, Moments
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.rosters import Roster
 from swarmtrain.network.roster import roster_untrusted
 from swarmtrain.peer.checkpoint_files import CheckpointFolder, DamagedError, Kept, TensorBytes, Unused, Written
 from swarmtrain.peer.trainer import OwnPart
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.rosters import Roster
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from swarmtrain.algorithm.inner import LentMoments
 from swarmtrain.events import Event, WarningEvent
-from swarmtrain.membership.progress import Progress
 from swarmtrain.peer.checkpoint import Checkpoint, save
 from swarmtrain.peer.checkpoint_files import CheckpointFolder, Written
 from swarmtrain.peer.process import trim_heap
+from swarmtrain.protocol.progress import Progress
 
 __all__ = ["MOST_COPIED", "Checkpointer"]
 

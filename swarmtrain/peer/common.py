@@ -20,8 +20,6 @@ from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import Event, InviteEvent, WarningEvent, stamped
-from swarmtrain.membership.limits import Limits
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import GPT, evaluate
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
@@ -35,6 +33,8 @@ from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.process import process_age_s
 from swarmtrain.peer.started import Started
 from swarmtrain.peer.stopping import Interrupted, StopFlag
+from swarmtrain.protocol.limits import Limits
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.v1.control_pb2 import PeerStatus
 from swarmtrain.words import short_peer, time_in_words
 

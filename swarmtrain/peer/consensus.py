@@ -17,11 +17,11 @@ from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Layout, layout_of, variance_corrected_mean
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.membership.partners import Place
 from swarmtrain.network.consensus import PeerState
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.place_rows import places_untrusted
 from swarmtrain.network.snapshots import TensorSpec
+from swarmtrain.protocol.partners import Place
 from swarmtrain.run import MergeSection
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -147,14 +147,14 @@ def round_of(states: Sequence[_HasRound]) -> int:
 
 def counts_in_untrusted(manifest: pb.Manifest) -> dict[str, int]:
     """Each peer's tokens as the author of a state tells with it, the greatest counts of very many; BadBytesError if
-    something else is there. Whoever takes them lets several states vote (`membership.tally.agreed_counts`)."""
+    something else is there. Whoever takes them lets several states vote (`protocol.tally.agreed_counts`)."""
     told = ((item.tokens, item.peer) for item in manifest.peer_tokens)
     return {peer_id_from_bytes_untrusted(peer): tokens for tokens, peer in heapq.nlargest(_MAX_COUNTS, told)}
 
 
 def places_of_untrusted(manifest: pb.Manifest, section: MergeSection) -> list[dict[str, Place]]:
     """Up to where each peer is in a state's weights, of each fragment, as its author tells; BadBytesError if it is
-    nonsense. Whoever takes them bounds them by what each peer tells of itself (`membership.partners.agreed_places`)."""
+    nonsense. Whoever takes them bounds them by what each peer tells of itself (`protocol.partners.agreed_places`)."""
     return places_untrusted(manifest, section.num_fragments, section.publications_per_round)
 
 

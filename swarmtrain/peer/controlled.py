@@ -17,9 +17,6 @@ from typing import TYPE_CHECKING
 
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.stages import places_of
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.swarm import Swarm
@@ -34,6 +31,9 @@ from swarmtrain.peer.growth import Growth
 from swarmtrain.peer.health import health
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.stopping import StopFlag, StopTraining
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.stages import places_of
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, stages_in_words
 

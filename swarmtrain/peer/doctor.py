@@ -31,7 +31,6 @@ from swarmtrain.errors import (
     UserError,
 )
 from swarmtrain.extras import install_in_words
-from swarmtrain.membership.dialling import MAX_PORTS
 from swarmtrain.network.dialling import Answer, Outcome, ask_to_dial, knock
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.invite import Invite, InvitedPeer, parse_invite
@@ -55,6 +54,7 @@ from swarmtrain.peer.machine import (
     place_of,
     version_of,
 )
+from swarmtrain.protocol.dialling import MAX_PORTS
 from swarmtrain.run import MAX_RUN_FILE_BYTES, RunFile, parse_published_untrusted, run_sha256
 from swarmtrain.words import count_in_words, counted, short_peer, size_in_words, time_in_words
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError, UnreachableError
-from swarmtrain.membership.microbatches import Acknowledged, Key, Kind, Settlement
-from swarmtrain.membership.routing import WORK_SHARES, Router
 from swarmtrain.network.tasks import end_tasks, logged
+from swarmtrain.protocol.microbatches import Acknowledged, Key, Kind, Settlement
+from swarmtrain.protocol.routing import WORK_SHARES, Router
 
 __all__ = ["Answered", "Driven", "Driver", "Part", "StageCalls", "Tail", "Told"]
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 
 from swarmtrain.errors import GoneError, PeerError, SwarmtrainError
 from swarmtrain.events import Event, MicrobatchRetryEvent
-from swarmtrain.membership.balance import StagePeer
-from swarmtrain.membership.microbatches import Key
-from swarmtrain.membership.routing import Router, most_in_flight
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.peer.driver import Driver, StageCalls
 from swarmtrain.peer.microbatches import MicrobatchSource
 from swarmtrain.peer.stage_desk import StageDesk
+from swarmtrain.protocol.balance import StagePeer
+from swarmtrain.protocol.microbatches import Key
+from swarmtrain.protocol.routing import Router, most_in_flight
 from swarmtrain.run import RunFile
 
 __all__ = ["Driving", "TellRetries"]

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from swarmtrain.events import times_below_allreduce
-from swarmtrain.membership.pulls import LARGE_MODEL, SectionBytes, Wanted, gradient_format
 from swarmtrain.peer.checkpoint_files import KEPT
+from swarmtrain.protocol.pulls import LARGE_MODEL, SectionBytes, Wanted, gradient_format
 from swarmtrain.run import RunFile
 
 __all__ = [

@@ -23,10 +23,6 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import round_inner_steps
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent
-from swarmtrain.membership.ending import still_needed
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.pulls import round_ends_s
-from swarmtrain.membership.rosters import Told, joining_steps, round_steps
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
@@ -36,6 +32,10 @@ from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import StopFlag, state_of, wait_for
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Served, Start, StopTraining
+from swarmtrain.protocol.ending import still_needed
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.pulls import round_ends_s
+from swarmtrain.protocol.rosters import Told, joining_steps, round_steps
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 

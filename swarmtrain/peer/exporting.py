@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import NewerRunError, PeerError, RunTimeError, UserError, VersionError
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.export import copy_exported, load_exported
 from swarmtrain.model.gpt import build_model, generate, num_parameters
 from swarmtrain.model.stages import build_stage, stage_shapes
@@ -39,6 +37,8 @@ from swarmtrain.peer.common import (
 )
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.present import fetch_present
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import parse_published_untrusted
 
 __all__ = ["Sampling", "export_from_folder", "export_from_swarm", "sample_text"]

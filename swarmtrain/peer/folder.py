@@ -37,12 +37,12 @@ from pathlib import Path
 from typing import Any
 
 from swarmtrain.errors import BadBytesError, NewerRunError, UserError
-from swarmtrain.membership.dialling import may_dial
 from swarmtrain.network.files import write_atomically
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.lock import is_in_use
 from swarmtrain.peer.started import StartedFile
+from swarmtrain.protocol.dialling import may_dial
 from swarmtrain.run import parse_published_untrusted, run_sha256
 
 __all__ = ["PeerFolder", "is_in_use", "peer_folder", "running_invite"]

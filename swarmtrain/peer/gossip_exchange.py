@@ -25,11 +25,6 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
-from swarmtrain.membership.fragments import FragmentRound, publishes_every
-from swarmtrain.membership.hosts import callable_first
-from swarmtrain.membership.partners import Ledger, News, left_behind, rounds_behind
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.pulls import LARGE_MODEL, Section, Wanted, ahead_rounds, expected_step_s, is_moved
 from swarmtrain.network.codec import PublicationCodec, VectorCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
@@ -53,6 +48,11 @@ from swarmtrain.peer.consensus import (
 from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.robustness import Naming, Robustness, apart
 from swarmtrain.peer.trainer import Contribution, Gathered, LentWeights, Merged, Replaced, Start
+from swarmtrain.protocol.fragments import FragmentRound, publishes_every
+from swarmtrain.protocol.hosts import callable_first
+from swarmtrain.protocol.partners import Ledger, News, left_behind, rounds_behind
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.pulls import LARGE_MODEL, Section, Wanted, ahead_rounds, expected_step_s, is_moved
 from swarmtrain.run import GradientFormat
 from swarmtrain.v1 import snapshot_pb2 as pb
 

@@ -19,8 +19,6 @@ from typing import Any, cast
 
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.events import PeerJoinedEvent, PeerLeftEvent, PeerLostEvent
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.microbatches import Kind, LedgerLimits, StageLedger
 from swarmtrain.model.gpt import GPT
 from swarmtrain.model.stages import StageShape, build_stage
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
@@ -40,6 +38,8 @@ from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_trainer import StageTrainer
 from swarmtrain.peer.stopping import StopTraining
 from swarmtrain.peer.trainer import RoundReport
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.microbatches import Kind, LedgerLimits, StageLedger
 
 __all__ = ["HeldStage", "StageSite", "emit_of_stage"]
 

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 from swarmtrain.errors import PeerError, RunTimeError
 from swarmtrain.events import WarningEvent
-from swarmtrain.membership.leaving import FellowLeavers, Leave, before_leaving
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import Interrupted, wait_for
 from swarmtrain.peer.controlled import Controlled
 from swarmtrain.peer.driving import Driving
 from swarmtrain.peer.held_stage import HeldStage
+from swarmtrain.protocol.leaving import FellowLeavers, Leave, before_leaving
 from swarmtrain.v1 import control_pb2, snapshot_pb2
 
 __all__ = ["hand_over", "hand_over_stages"]

@@ -1,6 +1,6 @@
 """Keeps a volunteer to what it may take of its machine: rests it, slows it, and takes changes while it runs.
 
-A thread of its own measures and decides every few seconds (the decisions are `membership/limits.py`); the number of
+A thread of its own measures and decides every few seconds (the decisions are `protocol/limits.py`); the number of
 threads is changed by the trainer between two steps, since it belongs to the thread that trains.
 """
 
@@ -20,7 +20,12 @@ import torch
 
 from swarmtrain.errors import UserError
 from swarmtrain.events import Event, WarningEvent
-from swarmtrain.membership.limits import (
+from swarmtrain.network.node import Traffic
+from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.peer.estimate import Estimate, estimate
+from swarmtrain.peer.pausing import PauseSwitch
+from swarmtrain.peer.usage import Usage, set_niceness
+from swarmtrain.protocol.limits import (
     ALWAYS,
     IdleWatch,
     Limits,
@@ -29,11 +34,6 @@ from swarmtrain.membership.limits import (
     parse_hours,
     size_of_limit,
 )
-from swarmtrain.network.node import Traffic
-from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
-from swarmtrain.peer.estimate import Estimate, estimate
-from swarmtrain.peer.pausing import PauseSwitch
-from swarmtrain.peer.usage import Usage, set_niceness
 from swarmtrain.run import NetworkSection, RunFile
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, size_in_words

@@ -18,9 +18,6 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import Buffer, DelayedNesterov, OuterConstants, OuterState, momentum_at
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.events import ClippedEvent, WarningEvent, short_peer
-from swarmtrain.membership.naming import NamedOnce
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.serving import Marks, too_old
 from swarmtrain.network.codec import VectorCodec, body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_bytes
@@ -32,6 +29,9 @@ from swarmtrain.network.tasks import end_tasks
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.consensus import layout_of_specs
 from swarmtrain.peer.robustness import Naming, Robustness
+from swarmtrain.protocol.naming import NamedOnce
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.serving import Marks, too_old
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["MergeServer"]

@@ -1,6 +1,6 @@
-"""Whether this peer should hold other stages: `membership.balance` decides, promises make sure of it.
+"""Whether this peer should hold other stages: `protocol.balance` decides, promises make sure of it.
 
-Who leaves a stage has first asked another that holds it to stay for a while (`membership/promises.py`), and fetches the
+Who leaves a stage has first asked another that holds it to stay for a while (`protocol/promises.py`), and fetches the
 new stage before it leaves the old one if its memory holds both.
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import PeerError
-from swarmtrain.membership.balance import Change, Rule, StagePeer, anchor, change_by_queues, may_move_again, my_change
-from swarmtrain.membership.promises import Promise, Request, Stays
+from swarmtrain.protocol.balance import Change, Rule, StagePeer, anchor, change_by_queues, may_move_again, my_change
+from swarmtrain.protocol.promises import Promise, Request, Stays
 from swarmtrain.words import short_peer
 
 __all__ = ["Mover"]

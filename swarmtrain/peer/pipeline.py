@@ -29,10 +29,6 @@ from swarmtrain.events import (
     StartedEvent,
     WarningEvent,
 )
-from swarmtrain.membership.balance import Change, Rule, StagePeer, first_stages
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.stages import FirstStageWatch, places_of, stage_costs
 from swarmtrain.model.stages import stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.coverage import DataCoverage, shards_of
@@ -61,6 +57,10 @@ from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
 from swarmtrain.peer.stage_sizes import StageRoom, room_for_stages, whole_tokens_per_s
 from swarmtrain.peer.stopping import Interrupted
+from swarmtrain.protocol.balance import Change, Rule, StagePeer, first_stages
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.stages import FirstStageWatch, places_of, stage_costs
 from swarmtrain.v1 import control_pb2 as control_pb
 from swarmtrain.words import counted, stages_in_words
 

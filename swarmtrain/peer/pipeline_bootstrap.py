@@ -24,10 +24,6 @@ from swarmtrain.events import (
     DoneEvent,
     WarningEvent,
 )
-from swarmtrain.membership.leaving import Leavers
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.stages import FirstStageWatch
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.stages import StageShape, build_stage, joined_weights, stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
@@ -54,6 +50,10 @@ from swarmtrain.peer.held_stage import emit_of_stage
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.present import Present, fetch_present
 from swarmtrain.peer.stopping import Interrupted
+from swarmtrain.protocol.leaving import Leavers
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.stages import FirstStageWatch
 from swarmtrain.v1 import control_pb2 as control_pb
 
 __all__ = ["PipelineBootstrap"]

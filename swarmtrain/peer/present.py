@@ -11,10 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.membership.partners import Place, agreed_places
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.rosters import Roster
-from swarmtrain.membership.tally import agreed_counts
 from swarmtrain.network.consensus import PeerState
 from swarmtrain.network.rounds import NewState
 from swarmtrain.network.swarm import Swarm
@@ -27,6 +23,10 @@ from swarmtrain.peer.consensus import (
     places_of_untrusted,
     round_of,
 )
+from swarmtrain.protocol.partners import Place, agreed_places
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.rosters import Roster
+from swarmtrain.protocol.tally import agreed_counts
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Present", "Wanted", "fetch_present", "present_of"]

@@ -25,8 +25,8 @@ from swarmtrain.algorithm.robust import (
     per_tensor,
 )
 from swarmtrain.errors import BadBytesError, RunTimeError
-from swarmtrain.membership.cut_history import CutHistory
 from swarmtrain.peer.merge_rules import is_ours, mean_of
+from swarmtrain.protocol.cut_history import CutHistory
 
 __all__ = ["Naming", "Robustness", "apart", "robust_mean"]
 
@@ -46,7 +46,7 @@ _MET_WITHIN = 0.5
 
 
 class Naming:
-    """Tells of incidents of a peer in all fragments once they repeat (`membership.cut_history`), from any thread."""
+    """Tells of incidents of a peer in all fragments once they repeat (`protocol.cut_history`), from any thread."""
 
     def __init__(self, told: Callable[[str, Incident], None]) -> None:
         """`told` hears of each incident of a peer that is to be named, with its PeerID."""

@@ -3,7 +3,7 @@
 At a round's end the worker goes on from the newest weights of the server that came in the background, moved on by those
 of the worker's rounds that are not in them yet (`lead`). So it loses no step, though it never stands still for an
 answer (docs/decisions/0022 has what else was tried); each of its steps enters the server's weights once, by its rounds'
-numbers (`membership.serving`). Where nothing new came, it goes on from where it is.
+numbers (`protocol.serving`). Where nothing new came, it goes on from where it is.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import BadBytesError, RunTimeError
 from swarmtrain.events import WarningEvent
-from swarmtrain.membership.lifecycle import PeerState
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.serving import HandIn
 from swarmtrain.network.codec import GradientCodec, VectorCodec
 from swarmtrain.network.consensus import PeerState as FetchedState
 from swarmtrain.network.daemon import swarm_time
@@ -40,6 +37,9 @@ from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import consensus_of, layout_of_specs, mean_of_near, theta_of
 from swarmtrain.peer.trainer import Contribution, Merged, Replaced, Served, Start
+from swarmtrain.protocol.lifecycle import PeerState
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.serving import HandIn
 
 __all__ = ["ServerExchange", "lead"]
 

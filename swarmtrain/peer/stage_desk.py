@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError
-from swarmtrain.membership.microbatches import Due, Forget, Key, Kind, Settlement, StageLedger, Work
+from swarmtrain.protocol.microbatches import Due, Forget, Key, Kind, Settlement, StageLedger, Work
 
 __all__ = ["StageDesk", "Task"]
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.microbatches import Add, Discard, Due, Forget, Kind, Step, Subtract
-from swarmtrain.membership.routing import WORK_SHARES
 from swarmtrain.model.stage_work import BadGradientError, StageWork
 from swarmtrain.peer.driver import Tail
 from swarmtrain.peer.stage_desk import StageDesk, Task
 from swarmtrain.peer.stopping import StopTraining
 from swarmtrain.peer.trainer import InnerStep, RoundOver
+from swarmtrain.protocol.microbatches import Add, Discard, Due, Forget, Kind, Step, Subtract
+from swarmtrain.protocol.routing import WORK_SHARES
 
 __all__ = ["StageLoop", "WorkMeter"]
 

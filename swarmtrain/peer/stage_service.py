@@ -17,11 +17,11 @@ from torch import Tensor
 
 from swarmtrain.algorithm.quantize import Format
 from swarmtrain.errors import BadBytesError, GoneError, PeerError, RunTimeError, UnreachableError
-from swarmtrain.membership.microbatches import Acknowledged, Key, Kind, Settlement
 from swarmtrain.network.codec import ActivationCodec
 from swarmtrain.network.stage_calls import Body, StageClient
 from swarmtrain.peer.driver import Answered, Part, Tail
 from swarmtrain.peer.stage_desk import StageDesk
+from swarmtrain.protocol.microbatches import Acknowledged, Key, Kind, Settlement
 from swarmtrain.v1 import pipeline_pb2 as pb
 
 __all__ = ["StageServer", "StageShapes", "WireCalls"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from swarmtrain.membership.microbatches import Kind
 from swarmtrain.model.stage_work import StageWork
 from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_loop import StageLoop
 from swarmtrain.peer.trainer import InnerStep, Trainer
+from swarmtrain.protocol.microbatches import Kind
 
 __all__ = ["StageTrainer"]
 

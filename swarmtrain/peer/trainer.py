@@ -31,11 +31,11 @@ from swarmtrain.algorithm.inner import (
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, momentum_at, outer_step, unflatten_into
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import RunTimeError
-from swarmtrain.membership.fragments import FragmentRound, FragmentRounds, merged_step, published
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import GPT
 from swarmtrain.peer.robustness import robust_mean
 from swarmtrain.peer.stopping import StopTraining
+from swarmtrain.protocol.fragments import FragmentRound, FragmentRounds, merged_step, published
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import GradientFormat, RunFile
 
 __all__ = [
@@ -214,7 +214,7 @@ class Start:
     num_parts: int = 1
     """Into so many parts a round is divided, by whose numbers publications are known;"""
     every: int = 1
-    """it publishes with each so-many-th (`membership.fragments.published`)."""
+    """it publishes with each so-many-th (`protocol.fragments.published`)."""
     shard: int | None = None
     """Of the data, from which the round is drawn; None for everywhere."""
     run_steps_a_step: float = 0.0

@@ -29,7 +29,6 @@ from swarmtrain.events import (
     short_peer,
     stamped,
 )
-from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.model.gpt import GPT, build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import DataCoverage, shards_of
@@ -75,6 +74,7 @@ from swarmtrain.peer.reporting import round_event, tell_loss
 from swarmtrain.peer.server_exchange import ServerExchange
 from swarmtrain.peer.slowdown import SlowedSteps
 from swarmtrain.peer.trainer import OwnPart, RoundReport, Trainer
+from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.run import NetworkSection, parse_published_untrusted
 from swarmtrain.v1 import control_pb2 as pb
 

@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 from swarmtrain.algorithm.pacing import round_inner_steps
-from swarmtrain.membership.fragments import publishes_every
-from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
-from swarmtrain.membership.partners import (
+from swarmtrain.protocol.fragments import publishes_every
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
+from swarmtrain.protocol.partners import (
     Candidate,
     Difference,
     Ledger,
@@ -30,8 +30,8 @@ from swarmtrain.membership.partners import (
     left_behind,
     median_round,
 )
-from swarmtrain.membership.pulls import BytesBegun, PullTimes, Section, plan_pulls, round_ends_s
-from swarmtrain.membership.shards import Coverage
+from swarmtrain.protocol.pulls import BytesBegun, PullTimes, Section, plan_pulls, round_ends_s
+from swarmtrain.protocol.shards import Coverage
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Network, Refused, kept_until
 from swarmtrain.simulate.publications import GossipSettings, Presence, Publication, RoundRecord

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from swarmtrain.membership.hosts import (
+from swarmtrain.protocol.hosts import (
     KEPT_OF_A_GUEST,
     NUM_ASKED,
     Guests,
@@ -23,8 +23,8 @@ from swarmtrain.membership.hosts import (
     Reachability,
     host_candidates,
 )
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.pulls import SECTIONS, Section
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.pulls import SECTIONS, Section
 from swarmtrain.simulate.gossip import GossipPeer, GossipSettings, GossipSwarm, Publication
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Refused

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from swarmtrain.algorithm.pacing import fewest_inner_steps
-from swarmtrain.membership.pulls import LINK_SHARE
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT, num_at_once
 from swarmtrain.peer.estimate import estimate, pulled_bytes, section_bytes
+from swarmtrain.protocol.pulls import LINK_SHARE
 from swarmtrain.run import CHUNK_BYTES, METHODS_OF_KEYS, RunFile
 from swarmtrain.simulate.pipeline import stage_parameters
 from swarmtrain.simulate.planning import Plan

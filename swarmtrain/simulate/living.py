@@ -16,9 +16,9 @@ from functools import partial
 
 from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
 from swarmtrain.errors import UserError
-from swarmtrain.membership.fragments import COPY_S, published, publishes_every
-from swarmtrain.membership.pulls import SectionBytes
 from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, section_bytes
+from swarmtrain.protocol.fragments import COPY_S, published, publishes_every
+from swarmtrain.protocol.pulls import SectionBytes
 from swarmtrain.rehearsal import ChurnSection, LinksSection, RehearsalFile, SeedSection, mishaps
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.gossip import GossipSettings, GossipSwarm, RoundRecord

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from swarmtrain.membership.chains import Chain
-from swarmtrain.membership.rosters import Publication, Roster, Told
+from swarmtrain.protocol.chains import Chain
+from swarmtrain.protocol.rosters import Publication, Roster, Told
 
 __all__ = ["Link", "Phase", "RoundReply", "RoundRequest", "RoundState", "Settings", "State", "hash_of", "rotated"]
 

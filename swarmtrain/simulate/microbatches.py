@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.membership.microbatches import (
+from swarmtrain.peer.driver import Answered, Driver, Part, Tail
+from swarmtrain.peer.stage_desk import StageDesk, Task
+from swarmtrain.protocol.microbatches import (
     Add,
     Discard,
     Forget,
@@ -27,9 +29,7 @@ from swarmtrain.membership.microbatches import (
     StageLedger,
     Step,
 )
-from swarmtrain.membership.routing import Router
-from swarmtrain.peer.driver import Answered, Driver, Part, Tail
-from swarmtrain.peer.stage_desk import StageDesk, Task
+from swarmtrain.protocol.routing import Router
 from swarmtrain.simulate.virtual_loop import virtually
 
 __all__ = ["FAULTS", "Faults", "MicrobatchSwarm", "run_schedule"]

@@ -1,7 +1,7 @@
 """A pipeline in memory: peers that hold a stage each, come and go, and move; microbatches that pass through them.
 
-The peers (`simulate/stage_peer.py`) route with the product's `membership.routing` and move by its `membership.balance`
-and `membership.promises`; this file is what surrounds them: machines, calls, the DHT's records, and what is measured.
+The peers (`simulate/stage_peer.py`) route with the product's `protocol.routing` and move by its `protocol.balance`
+and `protocol.promises`; this file is what surrounds them: machines, calls, the DHT's records, and what is measured.
 
 What is modelled: a task's time (the machine's speed, the stage's cost, chance), queues and BUSY, a latency for each
 call, records that are seconds old and differ between those who look, a stage's download, peers that die with or without
@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
-from swarmtrain.membership.balance import Rule, StagePeer
-from swarmtrain.membership.routing import Router
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.peer.estimate import activation_wire_bytes
+from swarmtrain.protocol.balance import Rule, StagePeer
+from swarmtrain.protocol.routing import Router
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.links import latency_s, rates

@@ -13,8 +13,8 @@ from dataclasses import replace
 from functools import partial
 
 from swarmtrain.errors import UserError
-from swarmtrain.membership.routing import Router
 from swarmtrain.peer.estimate import activation_wire_bytes
+from swarmtrain.protocol.routing import Router
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.setting import Outcome
 from swarmtrain.simulate.links import rates

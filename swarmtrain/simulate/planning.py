@@ -10,10 +10,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from swarmtrain.membership.pulls import SectionBytes
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.peer.estimate import disk_bytes, estimate
+from swarmtrain.protocol.pulls import SectionBytes
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.living import Lived, Machines, lived

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.partners import Candidate, Mark
-from swarmtrain.membership.pulls import Section, SectionBytes, Wanted
-from swarmtrain.membership.shards import Row
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.partners import Candidate, Mark
+from swarmtrain.protocol.pulls import Section, SectionBytes, Wanted
+from swarmtrain.protocol.shards import Row
 from swarmtrain.run import RunFile
 
 __all__ = ["GossipSettings", "Presence", "Publication", "RoundRecord"]

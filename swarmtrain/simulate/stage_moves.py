@@ -1,4 +1,4 @@
-"""How a peer of the simulated pipeline comes to its stages, and moves: `membership.balance` decides, a promise by a
+"""How a peer of the simulated pipeline comes to its stages, and moves: `protocol.balance` decides, a promise by a
 call makes sure of it, then the new stage is fetched, before the old one is left if memory holds both.
 """
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from swarmtrain.membership.balance import (
+from swarmtrain.protocol.balance import (
     Change,
     Joiner,
     StagePeer,
@@ -17,7 +17,7 @@ from swarmtrain.membership.balance import (
     my_change,
     stages_for_joiner,
 )
-from swarmtrain.membership.promises import Promise, Request, Stays
+from swarmtrain.protocol.promises import Promise, Request, Stays
 
 if TYPE_CHECKING:
     from swarmtrain.simulate.stage_peer import StageVolunteer

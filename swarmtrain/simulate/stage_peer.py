@@ -15,9 +15,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from swarmtrain.membership.balance import StagePeer
-from swarmtrain.membership.microbatches import Kind
-from swarmtrain.membership.routing import WORK_SHARES, Router, most_in_flight
+from swarmtrain.protocol.balance import StagePeer
+from swarmtrain.protocol.microbatches import Kind
+from swarmtrain.protocol.routing import WORK_SHARES, Router, most_in_flight
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.stage_moves import Mover

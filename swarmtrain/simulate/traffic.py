@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swarmtrain.membership.archive_load import archive_bytes, archive_every_s
-from swarmtrain.membership.records import (
+from swarmtrain.peer.consensus import ARCHIVED, SAMPLE
+from swarmtrain.protocol.archive_load import archive_bytes, archive_every_s
+from swarmtrain.protocol.records import (
     ALL_EVERY,
     ASKED,
     BUCKET_LIMIT,
@@ -22,7 +23,6 @@ from swarmtrain.membership.records import (
     REPLICAS,
     read_every_s,
 )
-from swarmtrain.peer.consensus import ARCHIVED, SAMPLE
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.living import Lived, Machines
 from swarmtrain.simulate.pipeline import stage_parameters

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from swarmtrain.membership.lifecycle import Membership, PeerState
-from swarmtrain.membership.rosters import Publication, Roster, share_due_s
+from swarmtrain.protocol.lifecycle import Membership, PeerState
+from swarmtrain.protocol.rosters import Publication, Roster, share_due_s
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import Link, Phase, RoundState, Settings, State
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from swarmtrain.membership.chains import Chain, ChainLink, ChainView, chain_view, flaw
-from swarmtrain.membership.lifecycle import Membership, PeerInfo
-from swarmtrain.membership.rosters import (
+from swarmtrain.protocol.chains import Chain, ChainLink, ChainView, chain_view, flaw
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo
+from swarmtrain.protocol.rosters import (
     Apply,
     CatchUp,
     Publication,
@@ -35,7 +35,7 @@ from swarmtrain.membership.rosters import (
     round_steps,
     standings,
 )
-from swarmtrain.membership.signers import Signers
+from swarmtrain.protocol.signers import Signers
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import (
     Link,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.rosters import Roster
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.rosters import Roster
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import Link, RoundRequest, Settings
 from swarmtrain.simulate.network import Fault, Network, kept_until

@@ -13,7 +13,6 @@ from swarmtrain.cli.main import run
 from swarmtrain.cli.peers import Life, View, wire
 from swarmtrain.cli.screen import sentence
 from swarmtrain.events import DoneEvent
-from swarmtrain.membership.limits import exact_size, parse_size
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.common import PeerSettings
@@ -21,6 +20,7 @@ from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.limits import options_of
 from swarmtrain.peer.started import Started, StartedFile
 from swarmtrain.peer.volunteer import _Volunteer
+from swarmtrain.protocol.limits import exact_size, parse_size
 from swarmtrain.run import parse_run
 from swarmtrain.v1 import control_pb2 as pb
 

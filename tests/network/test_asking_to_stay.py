@@ -15,11 +15,11 @@ import pytest
 from virtual_loop import virtually
 
 from swarmtrain.errors import BadBytesError, GoneError, PeerError, UnreachableError
-from swarmtrain.membership.microbatches import LedgerLimits, StageLedger
 from swarmtrain.network.node import Traffic
 from swarmtrain.network.stage_calls import StageClient, StageHost
 from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
+from swarmtrain.protocol.microbatches import LedgerLimits, StageLedger
 from swarmtrain.v1 import pipeline_pb2 as pb
 
 RUN = hashlib.sha256(b"a run").hexdigest()

@@ -11,10 +11,6 @@ import pytest
 from virtual_loop import virtual_swarm
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
-from swarmtrain.membership.chains import Chain
-from swarmtrain.membership.lifecycle import Membership, PeerInfo
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.rosters import Roster, Told
 from swarmtrain.network import chains, merging
 from swarmtrain.network.chains import ChainStore, chain_untrusted
 from swarmtrain.network.codec import average_bytes_untrusted
@@ -25,6 +21,10 @@ from swarmtrain.network.roster import publication_of, sign_roster
 from swarmtrain.network.round_state import KnownRound
 from swarmtrain.network.rounds import Merged, NewState, Outcome, Rounds
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.protocol.chains import Chain
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.rosters import Roster, Told
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32

@@ -10,7 +10,6 @@ from torch import nn
 
 from swarmtrain.algorithm.quantize import Format
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.partners import Difference, Mark, Whole
 from swarmtrain.network.codec import (
     GradientCodec,
     PublicationCodec,
@@ -22,6 +21,7 @@ from swarmtrain.network.codec import (
 )
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.snapshots import Body, Held, TensorSpec, build_snapshot
+from swarmtrain.protocol.partners import Difference, Mark, Whole
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 

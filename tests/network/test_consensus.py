@@ -12,7 +12,6 @@ from replies import Replies
 from virtual_loop import virtual_swarm
 
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.membership.progress import Progress
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.consensus import PeerState, StateFetcher
 from swarmtrain.network.daemon import swarm_time
@@ -20,6 +19,7 @@ from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.node import Traffic
 from swarmtrain.network.offering import Offer, state_specs
 from swarmtrain.network.snapshots import PullLimits, SnapshotStore, TensorSpec
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32

@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from swarmtrain.data.batches import Batches, Shards
-from swarmtrain.membership.shards import MAX_ROWS
-from swarmtrain.membership.tally import CountingRules
 from swarmtrain.network import coverage
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import CarriedRows, DataCoverage, ShardsOf
@@ -23,6 +21,8 @@ from swarmtrain.network.publications import Publication, Publisher
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import Body, SnapshotStore, TensorSpec, manifest_untrusted
 from swarmtrain.network.tallying import Tallying
+from swarmtrain.protocol.shards import MAX_ROWS
+from swarmtrain.protocol.tally import CountingRules
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN, CORPUS, OTHER = "ab" * 32, "cd" * 32, "ef" * 32

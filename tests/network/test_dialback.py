@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import pytest
 
 from swarmtrain.errors import UnreachableError
-from swarmtrain.membership.dialling import DialBudget
 from swarmtrain.network.dialback import PURPOSE, DialBack
 from swarmtrain.network.dialling import Outcome, ask_to_be_dialled, ask_to_dial, knock, tcp_ports
 from swarmtrain.network.identity import Identity, load_or_create_identity, new_identity, peer_bytes
@@ -22,6 +21,7 @@ from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import SnapshotStore
+from swarmtrain.protocol.dialling import DialBudget
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.processes

@@ -15,9 +15,6 @@ from virtual_loop import virtual_swarm
 
 from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.membership.lifecycle import Membership, PeerInfo
-from swarmtrain.membership.partners import Ledger, Mark
-from swarmtrain.membership.pulls import Section, Wanted
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.gossiping import Gossip, GossipSettings
@@ -25,6 +22,9 @@ from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.lanes import Plan, Pulled
 from swarmtrain.network.publications import Publication, PublicationRules, Publisher, section_of
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo
+from swarmtrain.protocol.partners import Ledger, Mark
+from swarmtrain.protocol.pulls import Section, Wanted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32

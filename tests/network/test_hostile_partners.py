@@ -15,7 +15,6 @@ import torch
 from test_gossiping import BEN, CARL, CODEC, DORA, RUN, SIZE, Partner, Peer
 from virtual_loop import virtually
 
-from swarmtrain.membership.partners import Mark
 from swarmtrain.network import daemon
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
@@ -24,6 +23,7 @@ from swarmtrain.network.lanes import Plan
 from swarmtrain.network.publications import Publisher
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.snapshots import Body, PullLimits, TensorSpec
+from swarmtrain.protocol.partners import Mark
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 ROUND_S = 60.0

@@ -11,9 +11,6 @@ from replies import Replies
 from test_gossiping import CARL, DORA, ME, ROUND_TOKENS, RULES, RUN, SIZE, Partner, Peer, run, until
 
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.membership.hosts import Reach
-from swarmtrain.membership.lifecycle import Membership, PeerInfo
-from swarmtrain.membership.partners import Mark
 from swarmtrain.network import hosting as hosting_module
 from swarmtrain.network import reaching as reaching_module
 from swarmtrain.network.daemon import swarm_time
@@ -22,6 +19,9 @@ from swarmtrain.network.identity import Identity, new_identity, peer_bytes
 from swarmtrain.network.reaching import Reaching, is_loopback_only
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import SnapshotStore
+from swarmtrain.protocol.hosts import Reach
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo
+from swarmtrain.protocol.partners import Mark
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 ELSE = new_identity(b"e" * 32)

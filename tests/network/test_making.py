@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable
 import pytest
 from test_gossiping import run, until
 
-from swarmtrain.membership.progress import Progress
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.offering import Offer
 from swarmtrain.network.publications import Publication, Publisher
 from swarmtrain.network.snapshots import Body, Held, SnapshotStore, TensorSpec
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 ME, RUN, SPECS = new_identity(b"m" * 32), "ab" * 32, (TensorSpec("w", (2,)),)

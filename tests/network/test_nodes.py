@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 import pytest
 
 from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError, UnreachableError
-from swarmtrain.membership.dialling import may_dial
 from swarmtrain.network import daemon, listening
 from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
 from swarmtrain.network.identity import load_or_create_identity, new_identity
@@ -48,6 +47,7 @@ from swarmtrain.network.snapshots import (
 )
 from swarmtrain.network.swarm import find_run
 from swarmtrain.peer.common import clock_warning
+from swarmtrain.protocol.dialling import may_dial
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.processes

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.progress import Progress
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.identity import base58_encode, new_identity, peer_bytes
 from swarmtrain.network.offering import Offer, state_specs
 from swarmtrain.network.place_rows import MAX_ROWS_TOLD, add_place_rows, places_untrusted
 from swarmtrain.network.serving import describe_weights
 from swarmtrain.network.snapshots import Body, SnapshotStore, TensorSpec
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 EVE, FRED = new_identity(b"e" * 32), new_identity(b"f" * 32)

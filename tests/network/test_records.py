@@ -15,9 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.balance import StagePeer
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.records import bucket_of
 from swarmtrain.network import records
 from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
@@ -37,6 +34,9 @@ from swarmtrain.network.records import (
     record_from_value_untrusted,
 )
 from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
+from swarmtrain.protocol.balance import StagePeer
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.records import bucket_of
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = hashlib.sha256(b"a run").digest()

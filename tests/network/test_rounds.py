@@ -13,9 +13,6 @@ import pytest
 from virtual_loop import virtual_swarm
 
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.membership.chains import Chain, ChainLink
-from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
-from swarmtrain.membership.rosters import Publication, Roster, Told
 from swarmtrain.network.chains import ShownChain
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
@@ -25,6 +22,9 @@ from swarmtrain.network.roster import sign_roster
 from swarmtrain.network.round_state import KnownRound
 from swarmtrain.network.rounds import Merged, NewState, Rounds
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot, empty_held
+from swarmtrain.protocol.chains import Chain, ChainLink
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
+from swarmtrain.protocol.rosters import Publication, Roster, Told
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32

@@ -17,7 +17,6 @@ from replies import Replies
 from virtual_loop import virtually
 
 from swarmtrain.errors import BadBytesError, BrokenOffError, PeerError, StalledError, UnreachableError
-from swarmtrain.membership.readers import GIVES_WAY_S
 from swarmtrain.network.identity import new_identity, peer_bytes
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import (
@@ -34,6 +33,7 @@ from swarmtrain.network.snapshots import (
     pull_chunks,
     pull_manifest,
 )
+from swarmtrain.protocol.readers import GIVES_WAY_S
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = hashlib.sha256(b"a run").hexdigest()

@@ -24,12 +24,12 @@ from swarmtrain.errors import (
     StalledError,
     UnreachableError,
 )
-from swarmtrain.membership.microbatches import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
 from swarmtrain.network.node import Traffic
 from swarmtrain.network.stage_calls import StageClient, StageHost
 from swarmtrain.peer.driver import Part, Tail
 from swarmtrain.peer.stage_desk import StageDesk, Task
 from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
+from swarmtrain.protocol.microbatches import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
 from swarmtrain.v1 import pipeline_pb2 as pb
 
 RUN = hashlib.sha256(b"a run").hexdigest()

@@ -12,15 +12,9 @@ from typing import Any
 import pytest
 from virtual_loop import virtual_swarm
 
+from swarmtrain.compatibility import PROTOCOL
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, RefusedEvent
-from swarmtrain.membership import lifecycle
-from swarmtrain.membership.hosts import HostCandidate, Reach
-from swarmtrain.membership.leaving import Leavers
-from swarmtrain.membership.lifecycle import PeerInfo, PeerState
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.records import READ_EVERY_S
-from swarmtrain.membership.rosters import Publication, Roster
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
@@ -30,7 +24,13 @@ from swarmtrain.network.records import presence_to_proto
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import Body
 from swarmtrain.network.swarm import PublishedRun, Swarm
-from swarmtrain.protocol import PROTOCOL
+from swarmtrain.protocol import lifecycle
+from swarmtrain.protocol.hosts import HostCandidate, Reach
+from swarmtrain.protocol.leaving import Leavers
+from swarmtrain.protocol.lifecycle import PeerInfo, PeerState
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.records import READ_EVERY_S
+from swarmtrain.protocol.rosters import Publication, Roster
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import pytest
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.records import BUCKET_LIMIT, bucket_of
-from swarmtrain.membership.tally import CountingRules
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.records import PROGRESS, progress_from_proto_untrusted, progress_to_proto
 from swarmtrain.network.tallying import Tallying, counting_rules
+from swarmtrain.protocol.records import BUCKET_LIMIT, bucket_of
+from swarmtrain.protocol.tally import CountingRules
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 

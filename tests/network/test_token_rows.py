@@ -13,8 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.tally import ALL_OTHERS, CountingRules
 from swarmtrain.network import identity
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.consensus import StateFetcher
@@ -26,6 +24,8 @@ from swarmtrain.network.snapshots import SnapshotStore, TensorSpec
 from swarmtrain.network.tallying import Tallying
 from swarmtrain.network.token_rows import MAX_ROWS_READ, MAX_ROWS_TOLD, add_token_rows, check_token_rows_untrusted
 from swarmtrain.peer.consensus import counts_in_untrusted
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.tally import ALL_OTHERS, CountingRules
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32

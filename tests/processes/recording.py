@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.partners import BackOff, Mark, Partners
-from swarmtrain.membership.pulls import PullTimes
 from swarmtrain.network import gossiping
 from swarmtrain.network.codec import vector_sha256
 from swarmtrain.network.gossiping import Gossip
@@ -27,6 +25,8 @@ from swarmtrain.peer import asynchronous, exchange, gossip_exchange
 from swarmtrain.peer.gossip_exchange import GossipExchange
 from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import Trainer
+from swarmtrain.protocol.partners import BackOff, Mark, Partners
+from swarmtrain.protocol.pulls import PullTimes
 
 __all__ = ["generator", "plain", "prelude", "record"]
 

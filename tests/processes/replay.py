@@ -20,9 +20,11 @@ from swarmtrain.algorithm.robust import Incident
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.fragments import publishes_every
-from swarmtrain.membership.partners import Candidate, Mark, View
-from swarmtrain.membership.pulls import (
+from swarmtrain.network.codec import vector_sha256
+from swarmtrain.peer.trainer import Start
+from swarmtrain.protocol.fragments import publishes_every
+from swarmtrain.protocol.partners import Candidate, Mark, View
+from swarmtrain.protocol.pulls import (
     BytesBegun,
     PullTimes,
     Section,
@@ -34,8 +36,6 @@ from swarmtrain.membership.pulls import (
     round_began_s,
     total_bytes,
 )
-from swarmtrain.network.codec import vector_sha256
-from swarmtrain.peer.trainer import Start
 from swarmtrain.run import parse_published_untrusted, run_sha256
 from swarmtrain.simulate.learning.gossip import Peer, World
 from swarmtrain.simulate.learning.lane import Lane, Published

@@ -22,8 +22,6 @@ from safetensors.torch import save_file
 
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
 from swarmtrain.errors import PeerError
-from swarmtrain.membership.microbatches import Due, Key, LedgerLimits, StageLedger, Step
-from swarmtrain.membership.routing import Router
 from swarmtrain.model.stage_work import StageWork
 from swarmtrain.model.stages import build_stage, stage_shapes
 from swarmtrain.network.identity import load_or_create_identity
@@ -34,6 +32,8 @@ from swarmtrain.peer.stage_desk import StageDesk, Task
 from swarmtrain.peer.stage_loop import StageLoop
 from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
 from swarmtrain.peer.stopping import StopTraining
+from swarmtrain.protocol.microbatches import Due, Key, LedgerLimits, StageLedger, Step
+from swarmtrain.protocol.routing import Router
 from swarmtrain.run import ModelSection
 
 RUN = hashlib.sha256(b"a run of stages").hexdigest()

@@ -14,7 +14,6 @@ import pytest
 from swarm import Child, Swarm, assert_same_states, wait_until, write_run
 
 from swarmtrain.events import PeerJoinedEvent, RefusedEvent, RoundEvent
-from swarmtrain.membership.lifecycle import PeerInfo
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.identity import Identity, new_identity
@@ -25,6 +24,7 @@ from swarmtrain.network.snapshots import Body, Held, SnapshotStore, TensorSpec, 
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.network.swarm import Swarm as Membership
 from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.processes

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from swarmtrain.algorithm import pacing
-from swarmtrain.membership import (
+from swarmtrain.peer import archiving, exchange, trainer
+from swarmtrain.protocol import (
     balance,
     chains,
     hosts,
@@ -24,7 +25,6 @@ from swarmtrain.membership import (
     shards,
     tally,
 )
-from swarmtrain.peer import archiving, exchange, trainer
 from swarmtrain.simulate import publications, transfers, volunteer
 from swarmtrain.simulate.search.schedule import WorldKind
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import pytest
 
-from swarmtrain.membership.partners import VARIANTS
-from swarmtrain.membership.pulls import SectionBytes, Wanted
+from swarmtrain.protocol.partners import VARIANTS
+from swarmtrain.protocol.pulls import SectionBytes, Wanted
 from swarmtrain.simulate.gossip import GossipSettings, GossipSwarm, RoundRecord
 from swarmtrain.simulate.messages import Link
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from swarmtrain.membership.hosts import MAX_GUESTS, Reach
+from swarmtrain.protocol.hosts import MAX_GUESTS, Reach
 from swarmtrain.simulate.gossip import GossipSettings
 from swarmtrain.simulate.hosting import HostedPeer, HostedSwarm
 

@@ -13,8 +13,8 @@ import torch
 from learnt import setting, tiny
 
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
-from swarmtrain.membership.partners import Mark
 from swarmtrain.peer.trainer import Start
+from swarmtrain.protocol.partners import Mark
 from swarmtrain.simulate.comparing import compare
 from swarmtrain.simulate.learning import gossip
 from swarmtrain.simulate.learning.gossip import Peer, World

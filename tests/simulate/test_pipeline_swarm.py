@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from swarmtrain.membership.balance import Change, Rule
-from swarmtrain.membership.routing import VARIANTS, Router
+from swarmtrain.protocol.balance import Change, Rule
+from swarmtrain.protocol.routing import VARIANTS, Router
 from swarmtrain.simulate import stage_moves
 from swarmtrain.simulate.pipeline import (
     Machine,

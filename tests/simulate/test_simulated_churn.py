@@ -13,8 +13,8 @@ import pytest
 import torch
 from learnt import setting, tiny
 
-from swarmtrain.membership.partners import BackOff, Difference, Ledger, Mark
 from swarmtrain.peer.consensus import mean_of_near
+from swarmtrain.protocol.partners import BackOff, Difference, Ledger, Mark
 from swarmtrain.simulate.learning.churn import _present_state
 from swarmtrain.simulate.learning.gossip import Peer, World
 from swarmtrain.simulate.learning.methods import METHODS

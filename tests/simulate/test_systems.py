@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from swarmtrain.errors import UserError
-from swarmtrain.membership.pulls import SectionBytes
+from swarmtrain.protocol.pulls import SectionBytes
 from swarmtrain.simulate.comparing import compare, document
 from swarmtrain.simulate.gossip import GossipSettings
 from swarmtrain.simulate.messages import Link

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.membership.partners import Place, agreed_places, left_behind, rounds_behind
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.shards import Row
 from swarmtrain.network.consensus import MOMENTA
 from swarmtrain.peer.consensus import SAMPLE, consensus_of_vectors, not_far_behind, round_of
+from swarmtrain.protocol.partners import Place, agreed_places, left_behind, rounds_behind
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.shards import Row
 
 if TYPE_CHECKING:
     from swarmtrain.simulate.learning.gossip import Peer, World

@@ -1,7 +1,7 @@
 """Gossip in virtual time: the product's decisions, merges and formats, with real models, on a clock that only counts.
 
 What a volunteer does in threads and over sockets happens here in events: its inner steps at the moments when it
-publishes, its pulls when `membership.pulls` says, its merge at the round's end.
+publishes, its pulls when `protocol.pulls` says, its merge at the round's end.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from swarmtrain.algorithm.gossip import Arrival, Layout, prepare, variance_corre
 from swarmtrain.algorithm.pacing import first_inner_steps
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import BadBytesError
-from swarmtrain.membership.fragments import publishes_every
-from swarmtrain.membership.partners import BackOff, Candidate, Difference, Mark, View, median_round
-from swarmtrain.membership.pulls import (
+from swarmtrain.network.bringing import ATTEMPTS
+from swarmtrain.network.codec import PublicationCodec
+from swarmtrain.network.refusals import rule_of
+from swarmtrain.network.snapshots import TensorSpec
+from swarmtrain.peer.consensus import layout_of_specs
+from swarmtrain.peer.robustness import Naming, apart
+from swarmtrain.peer.trainer import Contribution, Gathered, Start
+from swarmtrain.protocol.fragments import publishes_every
+from swarmtrain.protocol.partners import BackOff, Candidate, Difference, Mark, View, median_round
+from swarmtrain.protocol.pulls import (
     PullTimes,
     Section,
     SectionBytes,
@@ -33,14 +40,7 @@ from swarmtrain.membership.pulls import (
     plan_pulls,
     total_bytes,
 )
-from swarmtrain.membership.shards import Coverage, Row
-from swarmtrain.network.bringing import ATTEMPTS
-from swarmtrain.network.codec import PublicationCodec
-from swarmtrain.network.refusals import rule_of
-from swarmtrain.network.snapshots import TensorSpec
-from swarmtrain.peer.consensus import layout_of_specs
-from swarmtrain.peer.robustness import Naming, apart
-from swarmtrain.peer.trainer import Contribution, Gathered, Start
+from swarmtrain.protocol.shards import Coverage, Row
 from swarmtrain.run import GradientFormat
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.churn import catches_up, schedule

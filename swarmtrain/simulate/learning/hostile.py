@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.robust import Incident
-from swarmtrain.membership.partners import Mark
-from swarmtrain.membership.pulls import Section
+from swarmtrain.protocol.partners import Mark
+from swarmtrain.protocol.pulls import Section
 from swarmtrain.simulate.learning.gossip import Peer, World
 from swarmtrain.simulate.learning.lane import Lane, Published
 from swarmtrain.simulate.learning.setting import Outcome, Setting

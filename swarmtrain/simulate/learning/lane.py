@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival
-from swarmtrain.membership.open_pulls import OpenPull, OpenPulls, Which
-from swarmtrain.membership.partners import BackOff, Ledger, Mark, Partners
-from swarmtrain.membership.pulls import PullPlan, most_pulls
-from swarmtrain.membership.shards import Row
 from swarmtrain.peer.robustness import Robustness
+from swarmtrain.protocol.open_pulls import OpenPull, OpenPulls, Which
+from swarmtrain.protocol.partners import BackOff, Ledger, Mark, Partners
+from swarmtrain.protocol.pulls import PullPlan, most_pulls
+from swarmtrain.protocol.shards import Row
 from swarmtrain.run import GradientFormat
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from swarmtrain.algorithm.inner import moments_scale
 from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.batches import BatchSource, held_out_batches
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
-from swarmtrain.membership.progress import Progress
 from swarmtrain.model.gpt import build_model, evaluate
 from swarmtrain.network.codec import tensor_specs
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Served, Start, Trainer
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import MergeSection, RunFile
 
 __all__ = ["Learner", "Text", "warm_weights"]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterState
-from swarmtrain.membership.serving import HandIn, HandIns, Marks, too_old
 from swarmtrain.network.codec import GradientCodec, PublicationCodec
 from swarmtrain.peer.server_exchange import lead
+from swarmtrain.protocol.serving import HandIn, HandIns, Marks, too_old
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.setting import GROUP, Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire

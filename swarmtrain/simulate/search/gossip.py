@@ -17,11 +17,11 @@ from itertools import pairwise
 from typing import Any
 
 from swarmtrain.algorithm.pacing import fewest_inner_steps, most_inner_steps, paced_inner_steps
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.pulls import Wanted
-from swarmtrain.membership.shards import Coverage
-from swarmtrain.membership.tally import CountingRules, quick_speed
 from swarmtrain.network.tallying import Tallying
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.pulls import Wanted
+from swarmtrain.protocol.shards import Coverage
+from swarmtrain.protocol.tally import CountingRules, quick_speed
 from swarmtrain.simulate.gossip import GossipSettings, Publication, RoundRecord
 from swarmtrain.simulate.hosting import HostedPeer, HostedSwarm
 from swarmtrain.simulate.messages import Link

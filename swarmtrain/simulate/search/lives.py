@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from swarmtrain.algorithm.inner import learning_rate_at
-from swarmtrain.membership.lifecycle import PeerState
 from swarmtrain.peer.bootstrap_peer import LOOK_EVERY_S
 from swarmtrain.peer.trainer import inner_constants
+from swarmtrain.protocol.lifecycle import PeerState
 from swarmtrain.simulate.search.lives_peers import (
     RUN,
     Bootstrap,

@@ -25,10 +25,6 @@ import torch
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError
-from swarmtrain.membership.archiving import ArchiveWatch
-from swarmtrain.membership.leaving import FellowLeavers, Leave, Leavers, before_leaving
-from swarmtrain.membership.lifecycle import Membership, PeerInfo, PeerState
-from swarmtrain.membership.progress import Progress
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.consensus import PeerState as State
 from swarmtrain.network.finding import PublishedRun
@@ -43,6 +39,10 @@ from swarmtrain.peer.consensus import ARCHIVED, layout_of_specs, not_far_behind
 from swarmtrain.peer.gossip_exchange import GossipExchange
 from swarmtrain.peer.present import fetch_present
 from swarmtrain.peer.trainer import Replaced, Trainer
+from swarmtrain.protocol.archiving import ArchiveWatch
+from swarmtrain.protocol.leaving import FellowLeavers, Leave, Leavers, before_leaving
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.v1 import snapshot_pb2 as pb

@@ -13,10 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.membership.chains import chain_view
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.rosters import Roster
 from swarmtrain.network.catching_up import Check, NewState, unchecked
 from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.offering import state_specs
@@ -26,6 +22,10 @@ from swarmtrain.network.snapshots import Body, PullLimits, Snapshot, SnapshotSto
 from swarmtrain.peer.exchange import RosterExchange
 from swarmtrain.peer.present import fetch_present
 from swarmtrain.peer.trainer import Replaced
+from swarmtrain.protocol.chains import chain_view
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.rosters import Roster
 from swarmtrain.simulate.search.lives_peers import (
     RUN,
     SHA256,

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from swarmtrain.membership.progress import Progress
-from swarmtrain.membership.serving import HandIn, HandIns, Marks, too_old
 from swarmtrain.network.serving import describe_weights
 from swarmtrain.peer.bootstrap_peer import LOOK_EVERY_S
 from swarmtrain.peer.server_exchange import ServerExchange
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.serving import HandIn, HandIns, Marks, too_old
 from swarmtrain.run import PublishedSection
 from swarmtrain.simulate.search.lives_peers import (
     RUN,

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from swarmtrain.membership.chains import Chain, ChainLink
-from swarmtrain.membership.lifecycle import PeerInfo
-from swarmtrain.membership.rosters import Publication, Roster, Told
+from swarmtrain.protocol.chains import Chain, ChainLink
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.rosters import Publication, Roster, Told
 from swarmtrain.simulate.messages import Link, Phase, RoundReply, RoundRequest, Settings, State, hash_of
 from swarmtrain.simulate.search.faults import declare, declare_span, end_faults
 from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults

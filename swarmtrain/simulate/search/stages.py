@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from swarmtrain.membership.balance import Rule, StagePeer
-from swarmtrain.membership.promises import Promise, Request
+from swarmtrain.protocol.balance import Rule, StagePeer
+from swarmtrain.protocol.promises import Promise, Request
 from swarmtrain.simulate.network import Place
 from swarmtrain.simulate.pipeline import Machine, PipelineSettings, PipelineWorld
 from swarmtrain.simulate.search.faults import declare, end_faults

@@ -1,0 +1,108 @@
+"""What a peer that gossips has asked for and not got yet, and whom it does not ask again for now.
+
+Pure: `now` is an argument. Partners are chosen by `protocol.partners`, moments by `protocol.pulls`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from swarmtrain.protocol.partners import BackOff
+from swarmtrain.protocol.pulls import Section, idle_s
+
+__all__ = ["OpenPull", "OpenPulls", "Which"]
+
+Which: TypeAlias = tuple[Section, str]
+"""A section, and whose."""
+
+
+@dataclass(frozen=True, eq=False)
+class OpenPull:
+    """A section of somebody's publication that was asked for."""
+
+    section: Section
+    peer: str
+    began_s: float
+    failed: set[str]
+    """Who has failed in the round in which it began."""
+
+
+@dataclass
+class OpenPulls:
+    """All of them; `most` may go on at once. `here`, as an argument, is what came and waits for the merge."""
+
+    back_off: BackOff
+    most: int
+    begun: dict[Which, OpenPull] = field(default_factory=dict)
+    _idle_until_s: dict[Which, float] = field(default_factory=dict)
+    _failed: set[str] = field(default_factory=set)
+
+    def round_begins(self, now: float) -> None:
+        """What goes on goes on, and everybody may be asked again who failed in the last round."""
+        self._failed = set()
+        self._idle_until_s = {which: until_s for which, until_s in self._idle_until_s.items() if now < until_s}
+
+    # ------------------------------------------------------------- whom to ask
+
+    def is_wanted(
+        self, section: Section, num_due: int, here: Collection[Which], slow_after_s: float, now: float
+    ) -> bool:
+        """Whether one more is to be asked: until as many are here or on their way as are due. A slow one does not keep
+        another from being tried."""
+        return len(self.coming(section, here, now - slow_after_s)) < num_due and len(self.begun) < self.most
+
+    def coming(self, section: Section, here: Collection[Which], since_s: float = -math.inf) -> set[str]:
+        """Whose is here, or on its way since then."""
+        begun = {peer for (what, peer), pull in self.begun.items() if what == section and pull.began_s > since_s}
+        return begun | {peer for what, peer in here if what == section}
+
+    def not_now(self, section: Section, here: Collection[Which], now: float) -> set[str]:
+        """Who is not asked for it: whose is here or comes, who had nothing new lately, who has failed in this round."""
+        idle = {peer for (what, peer), until_s in self._idle_until_s.items() if what == section and now < until_s}
+        return self._failed | idle | self.coming(section, here)
+
+    # ------------------------------------------------------------- what came of it
+
+    def begin(self, section: Section, peer: str, now: float) -> OpenPull:
+        """`peer` is asked."""
+        pull = self.begun[section, peer] = OpenPull(section, peer, now, self._failed)
+        return pull
+
+    def end(self, pull: OpenPull) -> None:
+        """It is on its way no longer: it came, or it did not and that is nobody's fault."""
+        if self.begun.get((pull.section, pull.peer)) is pull:
+            del self.begun[pull.section, pull.peer]
+
+    def answered(self, peer: str) -> None:
+        """Something good came from it: all is forgiven, but for what it did in this round with its other section."""
+        if peer not in self._failed:
+            self.back_off.answered(peer)
+
+    def nothing_new(self, pull: OpenPull, now: float, round_s: float) -> float:
+        """It has nothing that could be merged. Returns for how long it is not asked for that again."""
+        self.end(pull)
+        self.answered(pull.peer)
+        again_s = idle_s(round_s)
+        self.leave_out(pull.section, pull.peer, now + again_s)
+        return again_s
+
+    def leave_out(self, section: Section, peer: str, until_s: float) -> None:
+        """What came of it is of no use: it is not asked for that again until then."""
+        self._idle_until_s[section, peer] = until_s
+
+    def fail(self, pull: OpenPull, now: float, reason: str, mute: bool = False) -> str:
+        """It was in vain, `mute`: without any answer. Its partner is left alone for a while, once for both sections.
+        Returns what follows, in words; nothing new follows a second failure in a round."""
+        self.end(pull)
+        if pull.peer in pull.failed:
+            return ""
+        pull.failed.add(pull.peer)
+        return self.back_off.failed(pull.peer, now, reason, mute)
+
+    def give_up(self, pull: OpenPull) -> None:
+        """It was broken off here: its partner is not asked again in the round in which it began."""
+        self.end(pull)
+        pull.failed.add(pull.peer)

@@ -1,0 +1,182 @@
+"""The protocol's number: whoever changes the wire looks at it, and who is too old or too new is told which version."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from swarmtrain import __version__, compatibility
+from swarmtrain.compatibility import KEYS_SINCE, PROTOCOL, Needs, needs_untrusted
+from swarmtrain.errors import BadBytesError, InviteError, NewerRunError, UserError, VersionError
+from swarmtrain.network import finding
+from swarmtrain.network.finding import find_run, refusal_untrusted
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.invite import Invite, InvitedPeer, format_invite, parse_invite
+from swarmtrain.peer import volunteer
+from swarmtrain.peer.bootstrap import publish_run
+from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.problems import section_fields
+from swarmtrain.run import RunFile, parse_published_untrusted, parse_run, run_sha256
+from swarmtrain.v1 import pipeline_pb2, snapshot_pb2
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+BOB = new_identity(b"b" * 32).peer_id
+PEERS = (InvitedPeer(BOB, ("/ip4/203.0.113.7/tcp/31337",)),)
+RUN = "ab" * 32
+LATER = Needs(PROTOCOL + 1, "0.99")
+TOO_OLD = (
+    f"you have swarmtrain {__version__}, this run needs 0.99 or newer: update it where you installed it from, in a "
+    "clone of its repository by `git pull` and `pip install .`"
+)
+
+
+def test_whoever_changes_the_wire_looks_at_the_number() -> None:
+    keys = {
+        f"{name}.{key}" for name, section in RunFile.model_fields.items() for key in section_fields(section.annotation)
+    }
+    digest = hashlib.sha256()
+    for module in (snapshot_pb2, pipeline_pb2):
+        digest.update(module.DESCRIPTOR.serialized_pb)  # without comments
+    digest.update("\n".join(sorted(keys - set(KEYS_SINCE))).encode())
+    assert digest.hexdigest() == compatibility.WIRE_SHA256, (
+        "the messages between peers or the keys of a published run have changed: read above PROTOCOL in "
+        "swarmtrain/compatibility.py whether a number rises and whether a key goes into KEYS_SINCE; then set "
+        f'WIRE_SHA256 = "{digest.hexdigest()}"'
+    )
+
+
+def test_the_numbers_fit_each_other() -> None:
+    assert 1 <= compatibility.OLDEST_PROTOCOL <= PROTOCOL
+    assert list(compatibility.FIRST_VERSIONS) == list(range(1, PROTOCOL + 1)), "each protocol has its first version"
+    assert all(2 <= since <= PROTOCOL for since in KEYS_SINCE.values())
+    assert __version__.startswith(compatibility.FIRST_VERSIONS[PROTOCOL]), "the version rises with the protocol"
+
+
+# ---------------------------------------------------------------- a newcomer that is too old
+
+
+def test_an_invite_of_before_has_no_number_and_one_of_a_later_protocol_says_its_version() -> None:
+    assert format_invite(Invite(RUN, PEERS)).startswith("st1"), "peers of before can read it"
+    assert parse_invite(format_invite(Invite(RUN, PEERS))).needs == Needs()
+    same = Invite(RUN, PEERS, Needs(PROTOCOL, "0.2"))
+    assert format_invite(same).startswith("st2") and parse_invite(format_invite(same)) == same
+    with pytest.raises(InviteError) as told:
+        parse_invite(format_invite(Invite(RUN, PEERS, LATER)))
+    assert str(told.value) == TOO_OLD
+
+
+def published(folder: Path, text: str = "") -> bytes:
+    run = parse_run(f"[run]\ntotal_tokens = 100_000\n{text}", "run.toml")
+    return publish_run(run, folder, datetime.datetime(2030, 1, 2, tzinfo=datetime.UTC)).data
+
+
+def read(data: bytes) -> RunFile:
+    return parse_published_untrusted(data, run_sha256(data))
+
+
+def test_a_run_file_without_a_number_is_of_before(tmp_path: Path) -> None:
+    data = published(tmp_path)
+    assert b"protocol" not in data, "peers of before refuse keys that they do not know"
+    assert read(data).needs == Needs()
+
+
+def test_a_run_file_of_a_later_protocol_says_its_version_whatever_else_is_in_it(tmp_path: Path) -> None:
+    later = f'protocol = {PROTOCOL + 1}\nneeds = "0.99"\n[telepathy]\nrange_m = 3\n'
+    data = published(tmp_path) + later.encode()
+    with pytest.raises(NewerRunError) as told:
+        read(data)
+    assert str(told.value) == TOO_OLD
+    (tmp_path / "run.toml").write_bytes(data)
+    with pytest.raises(UserError, match=r"0\.99 or newer"):
+        PeerFolder(tmp_path).kept_run()
+    hostile = data.replace(b'"0.99"', b'"9\\u001b[2J"')
+    with pytest.raises(BadBytesError, match="this run needs a newer one"):
+        read(hostile)
+
+
+def test_a_run_that_older_peers_cannot_join_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "OLDEST_PROTOCOL", PROTOCOL)
+    run = read(published(tmp_path))
+    assert run.needs == Needs(PROTOCOL, compatibility.FIRST_VERSIONS[PROTOCOL])
+
+
+def test_a_new_key_is_published_only_with_another_value_than_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarmtrain.run.KEYS_SINCE", {"merge.num_partners": 2})
+    monkeypatch.setattr(compatibility, "KEYS_SINCE", {"merge.num_partners": 2})
+    data = published(tmp_path)
+    assert b"num_partners" not in data and read(data).needs == Needs()
+    data = published(tmp_path, "[merge]\nnum_partners = 3\n")
+    assert read(data).merge.num_partners == 3 and read(data).needs == Needs(2, "0.2")
+
+
+# ---------------------------------------------------------------- the answers of present peers, both ways
+
+
+class _Node:
+    identity = new_identity(b"a" * 32)
+
+    async def connect(self, peer: str, addresses: object, limit_s: float) -> None: ...
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> Callable[[], Any]:
+    """A newcomer that greets two peers: BOB, who answers with `fields`, and nobody else."""
+
+    class Calls:
+        def __init__(self, node: object, run_sha256: str) -> None: ...
+
+        async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float) -> pb.HelloReply:
+            return pb.HelloReply(time=finding.own_time(), **fields)
+
+    monkeypatch.setattr(finding, "PeerCalls", Calls)
+
+    async def find() -> object:
+        return await find_run(_Node(), RUN, PEERS)  # type: ignore[arg-type]
+
+    return lambda: asyncio.run(find())
+
+
+def test_a_peer_of_before_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(monkeypatch, swarmtrain_version="0.1.0")().peer == BOB
+
+
+def test_a_newcomer_too_old_is_told_by_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = asked(monkeypatch, protocol=PROTOCOL + 1, needs_protocol=PROTOCOL + 1, needs_version="0.99")
+    with pytest.raises(VersionError) as told:
+        find()
+    assert str(told.value) == TOO_OLD
+    hostile = pb.HelloReply(needs_protocol=PROTOCOL + 1, needs_version="\x1b[2J")
+    assert "needs a newer one: update it" in refusal_untrusted("bob", hostile)
+
+
+def test_a_newcomer_too_new_is_told_whose_swarmtrain_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "OLDEST_PROTOCOL", PROTOCOL)
+    with pytest.raises(VersionError) as told:
+        asked(monkeypatch, swarmtrain_version="0.1.0")()
+    assert str(told.value) == (
+        f"the peer at /ip4/203.0.113.7/tcp/31337 runs swarmtrain 0.1.0, and your {__version__} trains only with 0.2 or "
+        "newer: ask its owner to update, or install 0.1.0 for this run"
+    )
+    assert asked(monkeypatch, protocol=PROTOCOL)().peer == BOB
+
+
+def test_no_number_is_that_of_before() -> None:
+    assert needs_untrusted(0, "") == needs_untrusted(1, "9.9") == Needs(1, "0.1")
+
+
+def test_nobody_goes_on_alone_while_peers_answer_that_it_cannot_train_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(*args: object) -> str:
+        raise VersionError("the peer at somewhere runs swarmtrain 0.1.0")
+
+    monkeypatch.setattr(volunteer, "run_to_resume", lambda *args: SimpleNamespace())
+    peer: Any = SimpleNamespace(_find=find, folder=None, invite=Invite(RUN, PEERS))
+    with pytest.raises(VersionError):
+        volunteer._Volunteer._fetch(peer, SimpleNamespace(identity=new_identity()), ())  # type: ignore[arg-type]
