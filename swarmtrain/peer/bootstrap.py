@@ -179,7 +179,7 @@ class _Bootstrap(BootstrapPeer):
             swarm.hosting = hosting_of(swarm)
         keeper = self.keeper = Keeper(self.folder, self.published, node.identity.peer_id, self.emit)
         keeper.attach(swarm)
-        keeper.be_controlled(self.control)
+        self.control.keeps_checkpoints(keeper.flushed, keeper.show)
         if swarm.asynchronous:
             self.archived = Archive(swarm, keeper)
         kept = self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
@@ -29,6 +28,7 @@ from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.growth import Growth
 from swarmtrain.peer.health import health
+from swarmtrain.peer.held_stage import HeldStage
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.stopping import StopFlag, StopTraining
 from swarmtrain.protocol.lifecycle import PeerInfo
@@ -36,9 +36,6 @@ from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.stages import places_of
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, stages_in_words
-
-if TYPE_CHECKING:
-    from swarmtrain.peer.held_stage import HeldStage
 
 __all__ = ["MAX_SHOWN_PEERS", "Controlled", "bootstrap_pulse", "controlled", "swarm_looker", "volunteer_pulse"]
 
@@ -59,12 +56,11 @@ class Controlled:
     """Events that go through here are noted on the board."""
     stop: StopFlag
     pause: PauseSwitch | None = None
-    checkpoint: Callable[[], pb.CheckpointReply] | None = None
-    """Waits for the newest one; returns once it is on the disk."""
     limit: Callable[[pb.Limits], str] | None = None
     pause_asked: Callable[[bool], None] = lambda paused: None
     """Told when a person pauses it, and when they resume it."""
     reason: str = ""
+    _checkpoints: Callable[[], pb.CheckpointReply] | None = None
 
     def ended(self, done: DoneEvent) -> DoneEvent:
         """Its work is over; what remains is to leave."""
@@ -106,6 +102,15 @@ class Controlled:
         """From now on the board looks at the run's swarm and at the stages held here."""
         self._watch(swarm)
         self.board.set_pulse(stages_pulse(swarm, held))
+
+    def keeps_checkpoints(
+        self, flushed: Callable[[], pb.CheckpointReply], show: Callable[[pb.PeerStatus], None] | None = None
+    ) -> None:
+        """From now on the newest one can be asked for: `flushed` returns once it is on the disk. `show` fills it into
+        the status."""
+        self._checkpoints = flushed
+        if show is not None:
+            self.board.add_looker(show)
 
     def training_stages(self, stages: Sequence[int]) -> None:
         """It holds these now."""
@@ -155,9 +160,9 @@ class Controlled:
         return "coming back: it takes the swarm's present weights first" if was_asked else "it was not paused"
 
     def _checkpoint(self) -> pb.CheckpointReply:
-        if self.checkpoint is None:
+        if self._checkpoints is None:
             raise RunTimeError("there is nothing to write yet: this peer is still starting, try again in a minute")
-        return self.checkpoint()
+        return self._checkpoints()
 
     def _limit(self, limits: pb.Limits) -> str:
         if self.limit is None:

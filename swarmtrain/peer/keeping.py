@@ -25,7 +25,6 @@ from swarmtrain.peer.checkpoint import Checkpoint, load_newest
 from swarmtrain.peer.checkpoint_files import CheckpointFolder, Kept
 from swarmtrain.peer.checkpointer import Checkpointer
 from swarmtrain.peer.common import Emit
-from swarmtrain.peer.controlled import Controlled
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.trainer import Trainer
 from swarmtrain.v1 import control_pb2 as control_pb
@@ -138,11 +137,6 @@ class Keeper:
         )
 
     # ------------------------------------------------------------- for who asks
-
-    def be_controlled(self, control: Controlled) -> None:
-        """Let the control service ask for the newest checkpoint, and show it in the status."""
-        control.checkpoint = self.flushed
-        control.board.add_looker(self.show)
 
     def flushed(self) -> control_pb.CheckpointReply:
         """The newest checkpoint, once it is on the disk. Within a round there is nothing to keep: it is of the last

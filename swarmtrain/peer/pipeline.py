@@ -217,8 +217,7 @@ class PipelineVolunteer:
         self._wait(swarm.start(self.through))
         self._wait(swarm.watch_daemon(self.stop.fail))
         self._wait(swarm.announce())
-        self.control.checkpoint = self._flushed
-        self.control.board.add_looker(self._show_checkpoint)
+        self.control.keeps_checkpoints(self._flushed, self._show_checkpoint)
         self.control.watch_pipeline(swarm, lambda: list(self.held.values()))
         show_invite(swarm, self.folder, self.emit)
 

@@ -114,7 +114,7 @@ class PipelineBootstrap(BootstrapPeer):
         for number, shape in enumerate(stage_shapes(run.model, published.boundaries)):
             self.archives.append(self._enter_stage(number, shape, node, me))
         self._wait(swarm.announce())
-        self.control.checkpoint = lambda: self.archives[0].keeper.flushed()
+        self.control.keeps_checkpoints(lambda: self.archives[0].keeper.flushed())
         show_invite(swarm, self.folder, self.emit)
         self.control.watch_bootstrap(swarm, lambda: self.progress)
         self._archive_until_the_end(swarm)

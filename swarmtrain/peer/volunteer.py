@@ -197,7 +197,7 @@ class _Volunteer:
         keeper.attach(swarm)
         keeper.checkpointer.extras.update(exchange.kept())
         keeper.checkpointer.prepare(trainer.state.size)
-        keeper.be_controlled(self.control)
+        self.control.keeps_checkpoints(keeper.flushed, keeper.show)
         self._resume(swarm, trainer, kept, keeper)
         exchange.restore({} if kept is None else kept[0].extra)
         del kept  # 16 bytes a parameter
