@@ -30,6 +30,7 @@ from swarmtrain.cli.kept_options import KeptOption, restore
 
 if TYPE_CHECKING:
     from swarmtrain.network.invite import Invite
+    from swarmtrain.network.snapshots import NumServed
     from swarmtrain.peer.stopping import StopFlag
     from swarmtrain.protocol.limits import Limits
 
@@ -158,7 +159,7 @@ def command(
         control=options.control,
         metrics=options.metrics,
         only_announced=options.only_announced,
-        fail_pulls_share=fail_pulls / 100,
+        num_served_by=_serving(fail_pulls / 100),
         first_stages=first_stages,
         started=started,
     )
@@ -179,6 +180,14 @@ def _with_kept(limits: Limits, kept: Mapping[str, Any]) -> Limits:
     names = ("threads", "memory", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit", "slowdown")
     changed = limits.with_changes(**{fields.get(name, name): kept[name] for name in names if name in kept})
     return changed if changed.threads or changed.slowdown == 1 else changed.with_changes(threads=1)
+
+
+def _serving(fail_share: float) -> Callable[[str], NumServed]:
+    """For a peer of some name, how much of each pull it serves: all of it, or in a rehearsal not always."""
+    from swarmtrain.network.links import FailingPulls
+    from swarmtrain.network.snapshots import all_chunks
+
+    return lambda name: FailingPulls(fail_share, name).num_served if fail_share else all_chunks
 
 
 def _word_in(path: Path | None, stop: StopFlag) -> str:

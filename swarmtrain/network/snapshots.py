@@ -31,11 +31,13 @@ __all__ = [
     "CHUNK_BYTES",
     "Body",
     "Held",
+    "NumServed",
     "PullLimits",
     "PullStream",
     "Snapshot",
     "SnapshotStore",
     "TensorSpec",
+    "all_chunks",
     "all_finite",
     "build_snapshot",
     "empty_held",
@@ -52,6 +54,9 @@ _CHUNKS_AT_ONCE = 16
 """Chunks taken in by a thread before the event loop hears of it: 4 MiB."""
 
 _T = TypeVar("_T")
+
+NumServed = Callable[[int], int]
+"""How many of a pull's chunks are served, given how many are asked for; fewer in a rehearsal of pulls that fail."""
 
 _DTYPES = {"float32": (32, 0), "bfloat16": (16, 0), "int8": (8, 256), "int4": (4, 64), "int2": (2, 128)}
 """(bits a number, numbers a scale) of what a tensor's `dtype` may be; `algorithm.quantize` makes the bytes."""
@@ -213,6 +218,11 @@ def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, *tables: S
     return Snapshot(manifest, signed, payload_sha256(signed), author)
 
 
+def all_chunks(num_chunks: int) -> int:
+    """See `NumServed`."""
+    return num_chunks
+
+
 @dataclass
 class SnapshotStore:
     """The snapshots that this peer serves: its own publications and what it pulled from others.
@@ -229,8 +239,7 @@ class SnapshotStore:
     up: Throttle = field(default_factory=Throttle)
     min_bytes_per_s: float = 0.0
     clock: Callable[[], float] = time.monotonic
-    num_served: Callable[[int], int] = lambda num_chunks: num_chunks
-    """How many of a pull's chunks are served; fewer in a rehearsal of pulls that fail."""
+    num_served: NumServed = all_chunks
     arriving: Held | None = None
     """The state that is being pulled, for whoever waits for it."""
     _held: dict[str, Held] = field(default_factory=dict)

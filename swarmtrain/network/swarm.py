@@ -41,7 +41,7 @@ from swarmtrain.network.refusals import Refusals
 from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.signing import sign
-from swarmtrain.network.snapshots import Body, PullLimits, SnapshotStore, TensorSpec
+from swarmtrain.network.snapshots import Body, NumServed, PullLimits, SnapshotStore, TensorSpec, all_chunks
 from swarmtrain.network.tallying import Tallying, counting_rules
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.protocol import records
@@ -81,6 +81,7 @@ class Swarm:
     average: Average
     emit: Callable[[Event], None]
     me: PeerInfo
+    num_served: NumServed = field(default=all_chunks, kw_only=True)
     membership: Membership = field(init=False)
     calls: PeerCalls = field(init=False)
     store: SnapshotStore = field(init=False)
@@ -132,7 +133,10 @@ class Swarm:
             is_hidden=self._is_hidden,
         )
         self.store = SnapshotStore(
-            limits.max_readers, up=self.node.traffic.up, min_bytes_per_s=limits.least_bytes_per_s
+            limits.max_readers,
+            up=self.node.traffic.up,
+            min_bytes_per_s=limits.least_bytes_per_s,
+            num_served=self.num_served,
         )
         settings = RoundSettings(
             run_sha256=self.published.sha256,

@@ -27,7 +27,7 @@ from swarmtrain.network.invite import Invite, format_invite, where_it_serves
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.reaching import is_loopback_only
 from swarmtrain.network.rounds import NewState
-from swarmtrain.network.snapshots import TensorSpec
+from swarmtrain.network.snapshots import NumServed, TensorSpec, all_chunks
 from swarmtrain.network.swarm import FoundRun, PublishedRun, Swarm
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.process import process_age_s
@@ -97,8 +97,8 @@ class PeerSettings:
     """Whether to go by the others' clock however far it is from this machine's."""
     only_announced: bool = False
     """For a rehearsal: others are told what is announced and nothing else."""
-    fail_pulls_share: float = 0.0
-    """For a rehearsal: the share of pulls from this peer that break off midway."""
+    num_served_by: Callable[[str], NumServed] = lambda name: all_chunks
+    """Of a peer of this name: how many of a pull's chunks it serves. A rehearsal brings one that fails."""
     started: Started | None = None
     """How it is started, for its folder to remember."""
     show_status: Callable[[Callable[[], PeerStatus]], None] = lambda status: None

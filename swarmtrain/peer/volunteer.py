@@ -34,7 +34,6 @@ from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import DataCoverage, shards_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite, InvitedPeer
-from swarmtrain.network.links import FailingPulls
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
@@ -355,15 +354,14 @@ class _Volunteer:
             corpus_sha256=ready.data.corpus.digest,
         )
         specs = tensor_specs(ready.model.named_parameters())
-        swarm = Swarm(node, ready.published, specs, average_bytes_untrusted, self.emit, me)
+        num_served = self.settings.num_served_by(self.name)
+        swarm = Swarm(node, ready.published, specs, average_bytes_untrusted, self.emit, me, num_served=num_served)
         if num_shards := ready.batches.num_shards:
             shards = shards_of(swarm.published.run, swarm.published.sha256, me.corpus_sha256, num_shards)
             swarm.coverage = DataCoverage(
                 swarm.identity, shards, swarm.tallying.explained, swarm.tallying.refused, swarm_time
             )
             swarm.coverage.spares = swarm.spares
-        if self.settings.fail_pulls_share:
-            swarm.store.num_served = FailingPulls(self.settings.fail_pulls_share, self.name).num_served
         return swarm
 
     def _resume(

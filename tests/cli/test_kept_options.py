@@ -14,6 +14,7 @@ from swarmtrain.cli.peers import Life, View, wire
 from swarmtrain.cli.screen import sentence
 from swarmtrain.events import DoneEvent
 from swarmtrain.network.invite import Invite, InvitedPeer
+from swarmtrain.network.links import FailingPulls
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.common import PeerSettings
 from swarmtrain.peer.folder import PeerFolder, peer_folder
@@ -72,6 +73,16 @@ def test_a_volunteer_needs_to_be_told_nothing_the_second_time(
     assert f"as last time in {tmp_path / 'peer'}: " in said and f"--data {tmp_path / 'texts'}" in said
     assert run(["join", "--dir", str(tmp_path / "peer")]) == 0
     assert lives[2].limits == first.limits, "what was taken is remembered on"
+
+
+def test_a_rehearsal_brings_its_failing_pulls_and_without_one_all_is_served(lives: Lives) -> None:
+    assert run(["join", "--dir", "failing", "--name", "anna", "--fail-pulls", "50"]) == 0
+    assert run(["join", "--dir", "whole", "--name", "anna"]) == 0
+    failing, whole = (each.num_served_by("anna") for each in lives)
+    same = FailingPulls(0.5, "anna")
+    served = [failing(20) for _ in range(50)]
+    assert served == [same.num_served(20) for _ in range(50)] and min(served) < 20
+    assert [whole(20) for _ in range(50)] == [20] * 50
 
 
 def test_nothing_is_said_of_a_folder_that_is_in_use(
