@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 from swarmtrain.algorithm.outer import OuterState
@@ -29,10 +30,11 @@ _GUESSED_ROUND_S = 1.0
 """How long a round is taken to last before this peer knows how fast it is."""
 
 
+@dataclass
 class AsynchronousExchange(SwarmExchange):
     """Rounds of this peer's own: it trains, hands over, takes what is there, and goes on."""
 
-    sure_share: float = 1.0
+    sure_share: float = field(default=1.0, kw_only=True)
     """After this part of the time that a round should take, what is pulled has to be there: less where rounds are not
     all equally long."""
 

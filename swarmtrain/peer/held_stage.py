@@ -124,9 +124,16 @@ class HeldStage:
         self.keeper = Keeper(site.folder, published, me, site.emit, stage=self.number)
         kept = self._kept = self.keeper.load(self.shape.num_parameters)
         batches = self.batches_at(0 if kept is None or kept.own is None else kept.own.batches)
-        self.exchange = GossipExchange(site.network, self.swarm, run, site.stop, self.pause)
-        self.exchange.sure_share = _SURE_SHARE
-        self.exchange.on_first_round, self.exchange.on_arriving = site.on_first_round, site.on_arriving
+        self.exchange = GossipExchange(
+            site.network,
+            self.swarm,
+            run,
+            site.stop,
+            self.pause,
+            on_first_round=site.on_first_round,
+            on_arriving=site.on_arriving,
+            sure_share=_SURE_SHARE,
+        )
         limits = LedgerLimits(batch_tokens=run.tokens_per_step)
         life = time.time_ns() % 2**62
         self.trainer = StageTrainer(

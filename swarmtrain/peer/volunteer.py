@@ -181,8 +181,15 @@ class _Volunteer:
         ready, kept = self._prepare(node, published, keeper)
         swarm = self.swarm = self._swarm(node, ready)
         kind = _EXCHANGES[published.run.merge.method]
-        exchange = kind(self.network, swarm, published.run, self.stop, self.pause)
-        exchange.on_arriving = Arrival(self.control.board, self.emit).look
+        exchange = kind(
+            self.network,
+            swarm,
+            published.run,
+            self.stop,
+            self.pause,
+            on_first_round=lambda inner_steps: self._tell_started(inner_steps, trainer),
+            on_arriving=Arrival(self.control.board, self.emit).look,
+        )
         trainer = Trainer(
             run=published.run,
             model=ready.model,
@@ -416,17 +423,19 @@ class _Volunteer:
             )
         )
         show_invite(swarm, self.folder, self.emit)
-        num_parameters = trainer.state.size
-        exchange.on_first_round = lambda inner_steps: self.emit(
+
+    # ------------------------------------------------------------- training
+
+    def _tell_started(self, inner_steps: int, trainer: Trainer) -> None:
+        """Its first round begins."""
+        self.emit(
             StartedEvent(
                 inner_steps_per_round=inner_steps,
-                num_parameters=num_parameters,
+                num_parameters=trainer.state.size,
                 total_tokens=trainer.run.run.total_tokens,
                 startup_s=process_age_s(),
             )
         )
-
-    # ------------------------------------------------------------- training
 
     def _train(self, swarm: Swarm, exchange: SwarmExchange, trainer: Trainer) -> str:
         """Train, with pauses, until the end; returns why it ended."""
