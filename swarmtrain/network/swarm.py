@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, PeerLostEvent, RefusedEvent, WarningEvent
 from swarmtrain.network.consensus import StateFetcher
-from swarmtrain.network.coverage import DataCoverage, rows_of
+from swarmtrain.network.coverage import DataCoverage, ShardsOf, rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.finding import FoundRun, PublishedRun, fetch_published, find_run, version_fields
 from swarmtrain.network.hosting import Hosting
@@ -82,6 +82,10 @@ class Swarm:
     emit: Callable[[Event], None]
     me: PeerInfo
     num_served: NumServed = field(default=all_chunks, kw_only=True)
+    shards: ShardsOf | None = field(default=None, kw_only=True)
+    """Of the data that it trains on, where these have some."""
+    durable: Callable[[], Progress | None] | None = field(default=None, kw_only=True)
+    """The progress that is safe on this peer's disk, which its progress record tells; None: the present one."""
     membership: Membership = field(init=False)
     calls: PeerCalls = field(init=False)
     store: SnapshotStore = field(init=False)
@@ -92,10 +96,8 @@ class Swarm:
     gossip: Pulling | None = None
     """... and what it pulls of others'."""
     called: Callable[[str], None] = lambda peer: None  # what is to follow when a peer asks for what we publish
-    coverage: DataCoverage | None = None  # None too where the data have no shards, and in a bootstrap
+    coverage: DataCoverage | None = field(init=False)  # None too where the data have no shards, and in a bootstrap
     tallying: Tallying = field(init=False)
-    durable: Callable[[], Progress | None] | None = None
-    """The progress that is safe on this peer's disk, which its progress record tells; None: the present one."""
     hosting: Hosting | None = None  # what this peer serves of peers that nobody can dial
     leavers: Leavers | None = None  # who waits for an archive before it leaves: of a bootstrap
     fellows: FellowLeavers | None = None  # who leaves too: of a volunteer that leaves
@@ -174,6 +176,11 @@ class Swarm:
             swarm_time,
             lambda peer, rule, detail: self.emit(RefusedEvent(from_peer=peer, rule=rule, detail=detail)),
         )
+        self.coverage = None if self.shards is None else self._coverage_of(self.shards)
+
+    def _coverage_of(self, shards: ShardsOf) -> DataCoverage:
+        tallying = self.tallying
+        return DataCoverage(self.identity, shards, tallying.explained, tallying.refused, swarm_time, spares=self.spares)
 
     @property
     def identity(self) -> Identity:

@@ -174,10 +174,12 @@ class _Bootstrap(BootstrapPeer):
         node, me = self.enter_network()
         model = build_model(self.published.run.model, self.published.run.run.seed)
         specs = tensor_specs(model.named_parameters())
-        swarm = self.swarm = Swarm(node, self.published, specs, average_bytes_untrusted, self.emit, me)
+        keeper = self.keeper = Keeper(self.folder, self.published, node.identity.peer_id, self.emit)
+        swarm = self.swarm = Swarm(
+            node, self.published, specs, average_bytes_untrusted, self.emit, me, durable=keeper.durable
+        )
         if self.published.run.merge.method == "gossip":
             swarm.hosting = hosting_of(swarm)
-        keeper = self.keeper = Keeper(self.folder, self.published, node.identity.peer_id, self.emit)
         keeper.attach(swarm)
         self.control.keeps_checkpoints(keeper.flushed, keeper.show)
         if swarm.asynchronous:

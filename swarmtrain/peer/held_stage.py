@@ -22,9 +22,11 @@ from swarmtrain.events import PeerJoinedEvent, PeerLeftEvent, PeerLostEvent
 from swarmtrain.model.gpt import GPT
 from swarmtrain.model.stages import StageShape, build_stage
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.coverage import shards_of
 from swarmtrain.network.finding import PublishedRun
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
+from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import Emit, StopFlag, wait_for
@@ -74,6 +76,8 @@ class StageSite:
     on_arriving: Callable[[Any], None] = lambda held: None
     swarms: dict[int, Swarm] = field(default_factory=dict)
     """Of every stage that this process has held: calls that it answers cannot be taken back."""
+    keepers: dict[int, Keeper] = field(default_factory=dict)
+    """The same, of those who keep its rounds now, or did last."""
 
 
 def emit_of_stage(emit: Emit) -> Emit:
@@ -93,8 +97,6 @@ class HeldStage:
     over: Callable[[], bool]
     """See `StageTrainer`."""
     corpus_sha256: str = ""
-    prepare_swarm: Callable[[Swarm], None] = lambda swarm: None
-    """Told of a new swarm before it is entered."""
     state_from: str = field(default="", init=False)
     resumed_round: int | None = field(default=None, init=False)
     swarm: Swarm = field(init=False)
@@ -114,16 +116,13 @@ class HeldStage:
         run, me = published.run, site.node.identity.peer_id
         model = build_stage(self.shape, initial_seed(run, me))
         specs = tensor_specs(model.named_parameters())
-        self._is_new = self.number not in site.swarms
-        if self._is_new:
-            info = PeerInfo(peer=me, name=site.name, training=True, corpus_sha256=self.corpus_sha256)
-            swarm = Swarm(site.node, published, specs, average_bytes_untrusted, emit_of_stage(site.emit), info)
-            self.prepare_swarm(swarm)
-            site.swarms[self.number] = swarm
-        self.swarm = site.swarms[self.number]
-        self.keeper = Keeper(site.folder, published, me, site.emit, stage=self.number)
+        self.keeper = site.keepers[self.number] = Keeper(site.folder, published, me, site.emit, stage=self.number)
         kept = self._kept = self.keeper.load(self.shape.num_parameters)
         batches = self.batches_at(0 if kept is None or kept.own is None else kept.own.batches)
+        self._is_new = self.number not in site.swarms
+        if self._is_new:
+            site.swarms[self.number] = self._swarm_of(published, specs, batches.num_shards)
+        self.swarm = site.swarms[self.number]
         self.exchange = GossipExchange(
             site.network,
             self.swarm,
@@ -149,6 +148,22 @@ class HeldStage:
             slowed_work=site.slowed(),
             over=self.over,
             ends_by_count=self.number == 0,
+        )
+
+    def _swarm_of(self, published: PublishedRun, specs: tuple[TensorSpec, ...], num_shards: int) -> Swarm:
+        """The stage's, not yet entered."""
+        site, number = self.site, self.number
+        me = PeerInfo(peer=site.node.identity.peer_id, name=site.name, training=True, corpus_sha256=self.corpus_sha256)
+        shards = shards_of(published.run, published.sha256, self.corpus_sha256, num_shards) if num_shards else None
+        return Swarm(
+            site.node,
+            published,
+            specs,
+            average_bytes_untrusted,
+            emit_of_stage(site.emit),
+            me,
+            shards=shards,
+            durable=lambda: site.keepers[number].durable(),
         )
 
     @property

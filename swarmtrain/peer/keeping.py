@@ -27,6 +27,7 @@ from swarmtrain.peer.checkpointer import Checkpointer
 from swarmtrain.peer.common import Emit
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.trainer import Trainer
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.v1 import control_pb2 as control_pb
 
 __all__ = ["Keeper", "kept_stages", "known_peers", "run_to_resume"]
@@ -81,13 +82,16 @@ class Keeper:
         return kept
 
     def attach(self, swarm: Swarm) -> None:
-        """Keep what `swarm` counts and whom it knows; what it tells others to have trained is what is on the disk."""
+        """Keep what `swarm` counts and whom it knows."""
         self._swarm = swarm
         self.checkpointer.extras[_TALLY] = swarm.tallying.kept
         self.checkpointer.extras[_TALLY_UNTIL] = swarm_time
         if self.published.run.merge.method == "diloco":
             self.checkpointer.extras[_CHAIN] = swarm.rounds.chains.kept
-        swarm.durable = lambda: self.checkpointer.durable
+
+    def durable(self) -> Progress | None:
+        """What is on the disk: what this peer tells others to have trained."""
+        return self.checkpointer.durable
 
     async def restore(self, swarm: Swarm, kept: Checkpoint) -> None:
         """Count on from a checkpoint that was loaded, and offer its state. In the network thread."""

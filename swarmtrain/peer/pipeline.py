@@ -31,7 +31,6 @@ from swarmtrain.events import (
 )
 from swarmtrain.model.stages import stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted
-from swarmtrain.network.coverage import DataCoverage, shards_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.finding import PublishedRun
 from swarmtrain.network.invite import InvitedPeer
@@ -135,7 +134,9 @@ class PipelineVolunteer:
         self.me = self.node.identity.peer_id
         self._first_stages = tuple(stage for stage in self.settings.first_stages if stage < len(self.shapes))
         info = PeerInfo(peer=self.me, name=self.name, training=True)
-        self.swarm = Swarm(self.node, self.published, (), average_bytes_untrusted, self.emit, info)
+        self.swarm = Swarm(
+            self.node, self.published, (), average_bytes_untrusted, self.emit, info, durable=self._durable
+        )
         self.keeper = Keeper(self.folder, self.published, self.me, self.emit)
 
     # ------------------------------------------------------------- life
@@ -197,7 +198,6 @@ class PipelineVolunteer:
         """Answer others' questions, learn who is here, and say that we are, without a stage yet."""
         swarm = self.swarm
         self.keeper.attach(swarm)
-        swarm.durable = self._durable
         swarm.me = replace(swarm.me, place=self._place())
         client = StageClient(self.node, self.published.sha256, on_failure=swarm.call_failed)
         wire = StageShapes(
@@ -302,7 +302,6 @@ class PipelineVolunteer:
             self._batches_at if stage == 0 else lambda position: NoBatches(),
             lambda: self.end.is_over,
             corpus_sha256=self._data.corpus.digest if stage == 0 else "",
-            prepare_swarm=self._see_data if stage == 0 else lambda swarm: None,
         )
         infos = [info for info in self.swarm.membership.live() if info.addresses]
         of_stage = [info for info in infos if info.is_bootstrap or (info.place and stage in info.place.planned)]
@@ -318,14 +317,6 @@ class PipelineVolunteer:
             batches = training_batches(self.run, self._data, place, self._base, self.published.held_out)
             self._source = MicrobatchSource(batches, self.run.microbatch_sequences)
         return self._source
-
-    def _see_data(self, swarm: Swarm) -> None:
-        source = self._batches_at(0) if self._source is None else self._source
-        if num_shards := source.num_shards:
-            shards = shards_of(self.run, swarm.published.sha256, self._data.corpus.digest, num_shards)
-            tallying = swarm.tallying
-            swarm.coverage = DataCoverage(swarm.identity, shards, tallying.explained, tallying.refused, swarm_time)
-            swarm.coverage.spares = swarm.spares
 
     async def _start_driving(self, held: HeldStage) -> None:
         assert self._source is not None

@@ -103,8 +103,10 @@ class PipelineBootstrap(BootstrapPeer):
         """Publish, archive, measure, and wait for goodbyes."""
         run = self.published.run
         node, me = self.enter_network()
-        swarm = self.swarm = Swarm(node, self.published, (), average_bytes_untrusted, self.emit, me)
         keeper = self.keeper = Keeper(self.folder, self.published, me.peer, self.emit)
+        swarm = self.swarm = Swarm(
+            node, self.published, (), average_bytes_untrusted, self.emit, me, durable=keeper.durable
+        )
         keeper.attach(swarm)
         known = self.folder.kept_peers()
         self._wait(swarm.start(known))
@@ -136,9 +138,10 @@ class PipelineBootstrap(BootstrapPeer):
         """Be there for those who hold the stage, with what was archived last time."""
         published = self.published.of_stage(number)
         specs = tensor_specs(build_stage(shape, self.published.run.run.seed).named_parameters())
-        swarm = Swarm(node, published, specs, average_bytes_untrusted, emit_of_stage(self.emit), me)
-        swarm.hosting, swarm.leavers = hosting_of(swarm), Leavers(swarm.membership)
         keeper = Keeper(self.folder, published, me.peer, self.emit, stage=number)
+        emit = emit_of_stage(self.emit)
+        swarm = Swarm(node, published, specs, average_bytes_untrusted, emit, me, durable=keeper.durable)
+        swarm.hosting, swarm.leavers = hosting_of(swarm), Leavers(swarm.membership)
         keeper.attach(swarm)
         archived = Archive(swarm, keeper)
         archive = StageArchive(number=number, shape=shape, swarm=swarm, keeper=keeper, archived=archived)

@@ -31,8 +31,7 @@ from swarmtrain.events import (
 )
 from swarmtrain.model.gpt import GPT, build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
-from swarmtrain.network.coverage import DataCoverage, shards_of
-from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.coverage import shards_of
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.service import PeerCalls
@@ -179,7 +178,7 @@ class _Volunteer:
             return self.stamp(self._live_in_pipeline(node, published, through))
         keeper = self.keeper = Keeper(self.folder, published, node.identity.peer_id, self.emit)
         ready, kept = self._prepare(node, published, keeper)
-        swarm = self.swarm = self._swarm(node, ready)
+        swarm = self.swarm = self._swarm(node, ready, keeper)
         kind = _EXCHANGES[published.run.merge.method]
         exchange = kind(
             self.network,
@@ -352,7 +351,7 @@ class _Volunteer:
         resumed_round = None if resumed is None else resumed[0].progress.round
         return _Ready(published, data, model, batches, resumed_round), resumed
 
-    def _swarm(self, node: Node, ready: _Ready) -> Swarm:
+    def _swarm(self, node: Node, ready: _Ready, keeper: Keeper) -> Swarm:
         """This peer's place in the swarm, not yet entered."""
         me = PeerInfo(
             peer=node.identity.peer_id,
@@ -360,16 +359,19 @@ class _Volunteer:
             training=True,
             corpus_sha256=ready.data.corpus.digest,
         )
-        specs = tensor_specs(ready.model.named_parameters())
-        num_served = self.settings.num_served_by(self.name)
-        swarm = Swarm(node, ready.published, specs, average_bytes_untrusted, self.emit, me, num_served=num_served)
-        if num_shards := ready.batches.num_shards:
-            shards = shards_of(swarm.published.run, swarm.published.sha256, me.corpus_sha256, num_shards)
-            swarm.coverage = DataCoverage(
-                swarm.identity, shards, swarm.tallying.explained, swarm.tallying.refused, swarm_time
-            )
-            swarm.coverage.spares = swarm.spares
-        return swarm
+        published, num_shards = ready.published, ready.batches.num_shards
+        shards = shards_of(published.run, published.sha256, me.corpus_sha256, num_shards) if num_shards else None
+        return Swarm(
+            node,
+            published,
+            tensor_specs(ready.model.named_parameters()),
+            average_bytes_untrusted,
+            self.emit,
+            me,
+            num_served=self.settings.num_served_by(self.name),
+            shards=shards,
+            durable=keeper.durable,
+        )
 
     def _resume(
         self, swarm: Swarm, trainer: Trainer, resumed: tuple[Checkpoint, OwnPart] | None, keeper: Keeper
