@@ -207,8 +207,8 @@ def worlds() -> Iterator[list[World]]:
     yield made
     for world in made:
         for peer in world.everyone():
-            assert peer.exchange.swarm.gossip is not None
-            world.network.run(peer.exchange.swarm.gossip.stop(), 10)
+            assert peer.swarm._pulling is peer.exchange.gossip
+            world.network.run(peer.swarm._pulling.stop(), 10)
         world.network.stop()
 
 

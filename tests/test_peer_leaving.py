@@ -17,6 +17,7 @@ from swarmtrain.network.node import NetworkThread
 from swarmtrain.peer import leaving
 from swarmtrain.peer.common import StopFlag
 from swarmtrain.peer.leaving import hand_over
+from swarmtrain.protocol.leaving import FellowLeavers
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -70,6 +71,9 @@ class Here:
         if self.hangs:
             await asyncio.Event().wait()
         return ()
+
+    def would_leave(self) -> None:
+        self.fellows = FellowLeavers(self.identity.peer_id)
 
     async def greet_some(self) -> None:
         for peer in self.killed:

@@ -48,6 +48,7 @@ from swarmtrain.protocol import records
 from swarmtrain.protocol.arrivals import Arrivals
 from swarmtrain.protocol.leaving import FellowLeavers, Leavers
 from swarmtrain.protocol.lifecycle import Change, Membership, PeerInfo, PeerState
+from swarmtrain.protocol.partners import Place
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import Section
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -90,19 +91,19 @@ class Swarm:
     calls: PeerCalls = field(init=False)
     store: SnapshotStore = field(init=False)
     rounds: Rounds = field(init=False)
-    publishers: Mapping[tuple[Section, int], Publisher] = field(default_factory=dict)
-    """What this peer publishes in asynchronous rounds, in gossip the gradients and the weights of each fragment; empty
-    where rounds are synchronous, and in a bootstrap."""
-    gossip: Pulling | None = None
-    """... and what it pulls of others'."""
-    called: Callable[[str], None] = lambda peer: None  # what is to follow when a peer asks for what we publish
     coverage: DataCoverage | None = field(init=False)  # None too where the data have no shards, and in a bootstrap
     tallying: Tallying = field(init=False)
-    hosting: Hosting | None = None  # what this peer serves of peers that nobody can dial
-    leavers: Leavers | None = None  # who waits for an archive before it leaves: of a bootstrap
-    fellows: FellowLeavers | None = None  # who leaves too: of a volunteer that leaves
+    hosting: Hosting | None = field(default=None, init=False)  # what it serves of peers that nobody can dial
+    leavers: Leavers | None = field(default=None, init=False)  # who waits for an archive to leave: of a bootstrap
+    fellows: FellowLeavers | None = field(default=None, init=False)  # who leaves too: of a volunteer that leaves
     reaching: Reaching = field(init=False)
     offer: Offer = field(init=False)
+    _publishers: Mapping[tuple[Section, int], Publisher] = field(default_factory=dict)
+    """Empty where rounds are synchronous, and in a bootstrap."""
+    _pulling: Pulling | None = None
+    _called: Callable[[str], None] = lambda peer: None
+    _rows: Callable[[], Sequence[pb.Signed]] = field(init=False)
+    _places: Callable[[], Sequence[Mapping[str, Place]]] = tuple
     _listens_at: tuple[str, ...] = ()
     _signed: dict[str, pb.Signed] = field(default_factory=dict)
     _records: OwnRecords = field(init=False)
@@ -163,8 +164,14 @@ class Swarm:
         )
         self._records = OwnRecords(self.node)
         self._read_bucket = lambda kind, prefix: self.node.read_bucket(self._run_bytes, kind, prefix)
+        self._rows = lambda: rows_of(self.coverage)
         self.offer = Offer(
-            self.identity, self.published.sha256, settings.state_specs, self.store, lambda: rows_of(self.coverage)
+            self.identity,
+            self.published.sha256,
+            settings.state_specs,
+            self.store,
+            coverage=lambda: self._rows(),
+            places=lambda: self._places(),
         )
         listens = lambda: self._listens_at  # noqa: E731 - it changes
         self.reaching = Reaching(self.calls, self.membership, self._ask_for_host, listens, self._reach_changed)
@@ -200,6 +207,42 @@ class Swarm:
     @property
     def _run_bytes(self) -> bytes:
         return bytes.fromhex(self.published.sha256)
+
+    # ------------------------------------------------------------- what it does for others
+
+    def publishes(
+        self,
+        publishers: Mapping[tuple[Section, int], Publisher],
+        pulling: Pulling,
+        *,
+        called: Callable[[str], None] = lambda peer: None,
+        places: Callable[[], Sequence[Mapping[str, Place]]] = tuple,
+    ) -> None:
+        """Rounds are asynchronous: answer with these, in gossip gradients and weights of each fragment. `called` is
+        told who asks, `pulling` is stopped at the goodbye, `places` go with the states that it offers."""
+        self._publishers, self._pulling, self._called, self._places = publishers, pulling, called, places
+
+    def offers_archive(
+        self, rows: Callable[[], Sequence[pb.Signed]], places: Callable[[], Sequence[Mapping[str, Place]]]
+    ) -> None:
+        """The states that it offers are an archive: with them go what that says of the data and of everyone's place."""
+        self._rows, self._places = rows, places
+
+    def hosts(self, hosting: Hosting) -> None:
+        """Peers that nobody can dial may be served from here."""
+        self.hosting = hosting
+
+    def keep_leavers(self) -> None:
+        """Whoever would leave with what is in no archive is asked to stay until it is."""
+        self.leavers = Leavers(self.membership)
+
+    def release_leavers(self) -> None:
+        """The last archive is made: they may go."""
+        self.leavers = None
+
+    def would_leave(self) -> None:
+        """This peer would leave: those who ask whether they may are told so."""
+        self.fellows = FellowLeavers(self.identity.peer_id)
 
     # ------------------------------------------------------------- life
 
@@ -277,7 +320,7 @@ class Swarm:
         self.rounds.away = self.rounds.guest = True
         self.me = dataclasses.replace(self.me, inner_steps=0)  # whoever comes back begins another round
         self.rounds.tell()
-        for work in (self.gossip, self.hosting):
+        for work in (self._pulling, self.hosting):
             if work is not None:
                 await work.stop()
         await end_tasks([*self._tasks, *self._meetings])
@@ -534,14 +577,14 @@ class Swarm:
 
     async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
         """Our newest publication, made a snapshot at the first request. What the caller says of itself is news."""
-        self.called(caller)
+        self._called(caller)
         with contextlib.suppress(BadBytesError):
             self._read_presence_untrusted(request.presence, caller)
         if request.author and request.author != peer_bytes(self.identity.peer_id):
             if self.hosting is None or self.rounds.away:
                 return pb.PublicationReply(away=True)
             return await self.hosting.answer(request, caller)
-        publisher = self.publishers.get((section_of(request), request.fragment))
+        publisher = self._publishers.get((section_of(request), request.fragment))
         if publisher is None or self.rounds.away:
             return pb.PublicationReply(away=self.rounds.away)
         reply = pb.PublicationReply(presence=self.signed_presence(), busy=not self.store.has_room_for(caller))

@@ -50,7 +50,7 @@ class Archive:
 
     def __post_init__(self) -> None:
         self.rows = CarriedRows(self.swarm.published.sha256, self.swarm.tallying.contributions)
-        self.swarm.offer.coverage, self.swarm.offer.places = self.rows.rows_to_send, lambda: self.places
+        self.swarm.offers_archive(self.rows.rows_to_send, lambda: self.places)
         self.keeper.checkpointer.extras |= {
             _HOLDS: lambda: dict(self.holds),
             _PLACES: lambda: [dict(of_fragment) for of_fragment in self.places],

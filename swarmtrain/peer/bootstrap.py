@@ -67,7 +67,6 @@ from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
 from swarmtrain.peer.present import Present, fetch_present, present_of
 from swarmtrain.peer.stage_sizes import cut_and_measure
 from swarmtrain.protocol.archive_load import archive_every_s, archived_sources
-from swarmtrain.protocol.leaving import Leavers
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import PublishedSection, RunFile, needs_of, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
@@ -179,7 +178,7 @@ class _Bootstrap(BootstrapPeer):
             node, self.published, specs, average_bytes_untrusted, self.emit, me, durable=keeper.durable
         )
         if self.published.run.merge.method == "gossip":
-            swarm.hosting = hosting_of(swarm)
+            swarm.hosts(hosting_of(swarm))
         keeper.attach(swarm)
         self.control.keeps_checkpoints(keeper.flushed, keeper.show)
         if swarm.asynchronous:
@@ -189,7 +188,7 @@ class _Bootstrap(BootstrapPeer):
             self.server = self._merge_server(swarm, keeper, kept, flatten(model.parameters()))
             self._archived_arrivals = self.server.arrivals
         else:
-            swarm.leavers = Leavers(swarm.membership)
+            swarm.keep_leavers()
         del kept, model  # 8 bytes a parameter
         wait_for(self.network.submit(swarm.start(self._reachable(node))), self.stop)
         wait_for(self.network.submit(swarm.watch_daemon(self.stop.fail)), self.stop)
@@ -199,7 +198,7 @@ class _Bootstrap(BootstrapPeer):
         show_invite(swarm, self.folder, self.emit)
         self.control.watch_bootstrap(swarm, lambda: self.progress)
         self._archive_until_the_end(swarm)
-        swarm.leavers = None
+        swarm.release_leavers()
         self.control.finishing("measuring and saving the model")
         self._measure_and_save()
         self.control.finishing("serving on until the volunteers have left, those who may come back included")

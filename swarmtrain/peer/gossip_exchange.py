@@ -207,9 +207,13 @@ class GossipExchange(AsynchronousExchange):
             heard_rows_untrusted=self._hear_rows_untrusted,
             routes=Routes(swarm.node, swarm.membership),
         )
-        swarm.publishers = self.publishers
-        swarm.gossip, swarm.hosting, swarm.called = self.gossip, hosting_of(swarm), self.gossip.called
-        swarm.offer.places = lambda: self.gossip.places(self._progress.round - 1)
+        swarm.publishes(
+            self.publishers,
+            self.gossip,
+            called=self.gossip.called,
+            places=lambda: self.gossip.places(self._progress.round - 1),
+        )
+        swarm.hosts(hosting_of(swarm))
 
     # ------------------------------------------------------------- the trainer's calls
 

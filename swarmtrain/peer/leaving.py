@@ -18,7 +18,7 @@ from swarmtrain.peer.common import Interrupted, wait_for
 from swarmtrain.peer.controlled import Controlled
 from swarmtrain.peer.driving import Driving
 from swarmtrain.peer.held_stage import HeldStage
-from swarmtrain.protocol.leaving import FellowLeavers, Leave, before_leaving
+from swarmtrain.protocol.leaving import Leave, before_leaving
 from swarmtrain.v1 import control_pb2, snapshot_pb2
 
 __all__ = ["hand_over", "hand_over_stages"]
@@ -86,7 +86,7 @@ async def _decide(swarms: Sequence[Swarm], waited_s: float) -> list[Leave]:
 
 async def _would_leave(swarms: Sequence[Swarm]) -> None:
     for swarm in swarms:
-        swarm.fellows = FellowLeavers(swarm.identity.peer_id)
+        swarm.would_leave()
 
 
 async def _tell_progress(swarm: Swarm) -> None:

@@ -72,7 +72,7 @@ class MergeServer:
         self._taking = asyncio.Lock()
         self._named = NamedOnce()
         self._task: asyncio.Task[None] | None = None
-        swarm.publishers, swarm.gossip = {("gradient", 0): self.publisher}, self
+        swarm.publishes({("gradient", 0): self.publisher}, self)
 
     @property
     def state(self) -> OuterState:

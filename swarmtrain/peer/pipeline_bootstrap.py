@@ -50,7 +50,6 @@ from swarmtrain.peer.held_stage import emit_of_stage
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.present import Present, fetch_present
 from swarmtrain.peer.stopping import Interrupted
-from swarmtrain.protocol.leaving import Leavers
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.stages import FirstStageWatch
@@ -141,7 +140,8 @@ class PipelineBootstrap(BootstrapPeer):
         keeper = Keeper(self.folder, published, me.peer, self.emit, stage=number)
         emit = emit_of_stage(self.emit)
         swarm = Swarm(node, published, specs, average_bytes_untrusted, emit, me, durable=keeper.durable)
-        swarm.hosting, swarm.leavers = hosting_of(swarm), Leavers(swarm.membership)
+        swarm.hosts(hosting_of(swarm))
+        swarm.keep_leavers()
         keeper.attach(swarm)
         archived = Archive(swarm, keeper)
         archive = StageArchive(number=number, shape=shape, swarm=swarm, keeper=keeper, archived=archived)

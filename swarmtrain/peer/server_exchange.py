@@ -111,7 +111,7 @@ class ServerExchange(AsynchronousExchange):
             counted=swarm.tallying.hear,
             refused=swarm.refused,
         )
-        swarm.publishers, swarm.gossip = {("gradient", 0): self.publisher}, self.link
+        swarm.publishes({("gradient", 0): self.publisher}, self.link)
 
     # ------------------------------------------------------------- the trainer's calls
 

@@ -68,8 +68,8 @@ def test_a_state_whose_rows_make_no_sense_is_refused_before_it_is_pulled(rows: l
 
 def test_what_is_merged_while_a_state_is_made_is_told_with_it() -> None:
     """Told and not in the weights, it is not merged by who takes them; in the weights and not told, it is twice."""
-    offer, merged = Offer(EVE, RUN, SPECS, SnapshotStore()), [{FRED.peer_id: (3, 2)}]
-    offer.places = lambda: merged
+    merged = [{FRED.peer_id: (3, 2)}]
+    offer = Offer(EVE, RUN, SPECS, SnapshotStore(), places=lambda: merged)
 
     def body() -> Body:
         merged[0] = {FRED.peer_id: (3, 4)}

@@ -26,7 +26,6 @@ from swarmtrain.network.snapshots import Body
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.protocol import lifecycle
 from swarmtrain.protocol.hosts import HostCandidate, Reach
-from swarmtrain.protocol.leaving import Leavers
 from swarmtrain.protocol.lifecycle import PeerInfo, PeerState
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.records import READ_EVERY_S
@@ -518,7 +517,7 @@ def test_a_host_takes_a_guest_in_one_small_call_and_lets_it_go() -> None:
         request = pb.HelloRequest(presence=presence(BEN), wants_host=True)
         assert not swarm.hello(request, BEN.peer_id).hosting, "it merges with rosters"
         host: Any = AHost()
-        swarm.hosting = host
+        swarm.hosts(host)
         reply = swarm.hello(request, BEN.peer_id)
         assert reply.hosting and not reply.others and reply.ByteSize() < 100
         assert host.asked == [BEN.peer_id]
@@ -530,12 +529,17 @@ def test_a_host_takes_a_guest_in_one_small_call_and_lets_it_go() -> None:
     run(body, Hellos())
 
 
+class Pulling:
+    async def stop(self) -> None:
+        pass
+
+
 def test_who_asks_for_what_we_publish_is_told_to_whom_pulls() -> None:
     called: list[str] = []
 
     async def body(swarm: Swarm) -> None:
         await swarm.publication(pb.PublicationRequest(), CARL.peer_id)
-        swarm.called = called.append
+        swarm.publishes({}, Pulling(), called=called.append)
         await swarm.publication(pb.PublicationRequest(), BEN.peer_id)
 
     run(body, Hellos())
@@ -547,7 +551,7 @@ def test_a_guests_publication_is_the_hosts_business_and_nobody_elses() -> None:
         of_carl = pb.PublicationRequest(author=peer_bytes(CARL.peer_id))
         assert (await swarm.publication(of_carl, BEN.peer_id)).away
         host: Any = AHost()
-        swarm.hosting = host
+        swarm.hosts(host)
         assert (await swarm.publication(of_carl, BEN.peer_id)).busy
         own = pb.PublicationRequest(author=peer_bytes(ME.peer_id))
         assert not (await swarm.publication(own, BEN.peer_id)).busy
@@ -580,8 +584,8 @@ def test_a_bootstrap_keeps_the_last_one_until_it_is_archived() -> None:
     async def body(swarm: Swarm) -> None:
         request = pb.HelloRequest(presence=presence(BEN), asks_to_leave=True)
         assert not swarm.hello(request, BEN.peer_id).stay, "a volunteer has no archive"
-        swarm.leavers = Leavers(swarm.membership)
-        assert swarm.hello(request, BEN.peer_id).stay
+        swarm.keep_leavers()
+        assert swarm.leavers is not None and swarm.hello(request, BEN.peer_id).stay
         assert not swarm.hello(pb.HelloRequest(presence=presence(BEN)), BEN.peer_id).stay
         waiting = swarm.leavers.waiting(swarm_time())
         assert waiting == (BEN.peer_id,)
