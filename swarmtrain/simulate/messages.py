@@ -7,11 +7,27 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 from swarmtrain.protocol.chains import Chain
 from swarmtrain.protocol.rosters import Publication, Roster, Told
 
-__all__ = ["Link", "Phase", "RoundReply", "RoundRequest", "RoundState", "Settings", "State", "hash_of", "rotated"]
+__all__ = [
+    "Link",
+    "Moment",
+    "Phase",
+    "RoundReply",
+    "RoundRequest",
+    "RoundState",
+    "Settings",
+    "State",
+    "hash_of",
+    "rotated",
+]
+
+Moment = Literal["started", "ended", "signed", "told_one", "serving"]
+"""When a declared fault strikes: its round's training started or ended, it signed a roster and told nobody, it told
+one peer, somebody began to pull from it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,26 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 from swarmtrain.protocol.lifecycle import Membership, PeerState
 from swarmtrain.protocol.rosters import Publication, Roster, share_due_s
-from swarmtrain.simulate.clock import Timer
-from swarmtrain.simulate.messages import Link, Phase, RoundState, Settings, State
+from swarmtrain.simulate.clock import Clock, Timer
+from swarmtrain.simulate.messages import Link, Moment, Phase, RoundState, Settings, State
+from swarmtrain.simulate.network import End, Place
 
-if TYPE_CHECKING:
-    from swarmtrain.simulate.world import World
+__all__ = ["Carrier", "Transfers"]
 
-__all__ = ["Transfers"]
+
+class Carrier(Protocol):
+    """What carries a peer's bytes: the clock, the others, and the links to them."""
+
+    clock: Clock
+
+    @property
+    def peers(self) -> Mapping[str, Transfers]:
+        """By name, itself among them."""
+        ...
+
+    def connected(self, a: Place, b: Place) -> bool:
+        """Whether packets pass between the two machines."""
+        ...
+
+    def passes(self, src: Place, dst: Place) -> bool:
+        """Whether this one message arrives."""
+        ...
+
+    def latency_s(self, a: Place, b: Place) -> float:
+        """One way, in seconds."""
+        ...
+
+    def pull(self, dst: End, src_name: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
+        """Transfer `what` from a peer; `done(payload)`, None if it did not come."""
+        ...
+
+    def reached(self, peer: Transfers, moment: Moment) -> None:
+        """A peer is there: where a fault may have been declared."""
+        ...
 
 
 class Transfers:
     """The part of a volunteer that obtains what a roster names; the rest of it is in `volunteer.py`."""
 
-    world: World
+    world: Carrier
     name: str
     link: Link
+    alive: bool
     settings: Settings
     membership: Membership
     phase: Phase
@@ -33,6 +63,11 @@ class Transfers:
     def __init__(self) -> None:
         self._store: dict[str, int] = {}
         self._shares: dict[str, set[int]] = {}
+
+    @property
+    def running(self) -> bool:
+        """Neither gone nor frozen."""
+        raise NotImplementedError
 
     def deliver(self, call: Callable[..., object], *args: Any) -> None:
         """Run something in this process."""

@@ -9,9 +9,9 @@ weights shows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 from swarmtrain.protocol.chains import Chain, ChainLink, ChainView, chain_view, flaw
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo
@@ -43,22 +43,62 @@ from swarmtrain.simulate.messages import (
     RoundReply,
     RoundRequest,
     RoundState,
+    Settings,
     State,
     hash_of,
     rotated,
 )
-from swarmtrain.simulate.transfers import Transfers
+from swarmtrain.simulate.network import End, Machine, Place
+from swarmtrain.simulate.transfers import Carrier, Transfers
 
-if TYPE_CHECKING:
-    from swarmtrain.simulate.world import World
+__all__ = ["Around", "Volunteer"]
 
-__all__ = ["Volunteer"]
+
+class Asked(Protocol):
+    """A question under way."""
+
+    def give_up(self) -> None:
+        """Who asked does not want to know any more."""
+        ...
+
+
+class Around(Carrier, Protocol):
+    """What is around a volunteer: what carries its bytes and questions, and takes note of what it does."""
+
+    settings: Settings
+    waits_s: list[tuple[str, int, float]]
+    presences: list[tuple[PeerInfo, float, int]]
+
+    @property
+    def peers(self) -> Mapping[str, Volunteer]:
+        """By name, itself among them."""
+        ...
+
+    def side(self, peer: Place) -> int:
+        """Which side of the partition it is on; 0 if there is none."""
+        ...
+
+    def tell(self, src: End, dst: Machine, call: Callable[..., object], *args: Any) -> None:
+        """A message without an answer."""
+        ...
+
+    def call(self, src: Volunteer, dst_name: str, request: RoundRequest, done: Callable[[Any], None]) -> Asked:
+        """Ask; `done(reply)` comes once, with None if the call failed."""
+        ...
+
+    def record(
+        self, kind: Literal["signed", "applied", "adopted"], peer: Volunteer, roster: Roster | None = None
+    ) -> None:
+        """Add to the log."""
+        ...
 
 
 class Volunteer(Transfers):
     """One simulated peer. The world delivers to it; it answers and asks."""
 
-    def __init__(self, world: World, name: str, steps_per_s: float, link: Link) -> None:
+    world: Around
+
+    def __init__(self, world: Around, name: str, steps_per_s: float, link: Link) -> None:
         super().__init__()
         self.world, self.name, self.steps_per_s, self.link = world, name, steps_per_s, link
         self.settings = world.settings
@@ -84,7 +124,7 @@ class Volunteer(Transfers):
         self._told: dict[str, tuple[float, Told]] = {}
         self._shown: dict[str, Chain] = {}
         """What each peer showed last of its chain."""
-        self._asking: dict[str, Any] = {}
+        self._asking: dict[str, Asked] = {}
         self._retry_at_s: dict[str, float] = {}
         self._version = 1
         self._waiting: dict[Any, RoundRequest] = {}

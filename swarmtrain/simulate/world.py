@@ -14,15 +14,12 @@ from typing import Any, Literal
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.rosters import Roster
 from swarmtrain.simulate.clock import Timer
-from swarmtrain.simulate.messages import Link, RoundRequest, Settings
+from swarmtrain.simulate.messages import Link, Moment, RoundRequest, Settings
 from swarmtrain.simulate.network import Fault, Network, kept_until
+from swarmtrain.simulate.transfers import Transfers
 from swarmtrain.simulate.volunteer import Volunteer
 
 __all__ = ["Event", "Link", "Moment", "Settings", "Volunteer", "World"]
-
-Moment = Literal["started", "ended", "signed", "told_one", "serving"]
-"""When a declared fault strikes: its round's training started or ended, it signed a roster and told nobody, it told
-one peer, somebody began to pull from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +120,7 @@ class World(Network[Volunteer]):
         """What was declared and not reached yet strikes nobody."""
         self._faults.clear()
 
-    def reached(self, peer: Volunteer, moment: Moment) -> None:
+    def reached(self, peer: Transfers, moment: Moment) -> None:
         """Called by peers: strike if a fault was declared for this moment."""
         if self._faults and (fault := self._faults.pop((peer.name, peer.round, moment), None)) is not None:
             fault(peer.name)
