@@ -9,9 +9,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
-__all__ = ["Clock", "Timer"]
+__all__ = ["Clock", "Holds", "Timer"]
 
 
 class Timer:
@@ -35,17 +35,20 @@ class Timer:
         return self.call is not None
 
 
+Holds: TypeAlias = Callable[[Callable[..., object], tuple[Any, ...]], bool]
+"""Asked of each event: True keeps it from running, since it belongs to a process that stands still."""
+
+
 class Clock:
     """Virtual time in seconds, from 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, holds: Holds | None = None) -> None:
         self.now = 0.0
         self.num_events = 0
         """Events run so far."""
         self.most_events: float = math.inf
         """More of them are a mistake: time stands still, or somebody asks without an end."""
-        self.holds: Callable[[Callable[..., object], tuple[Any, ...]], bool] | None = None
-        """Asked of each event: True keeps it from running, since it belongs to a process that stands still."""
+        self._holds = holds
         self._queue: list[tuple[float, int, Timer]] = []
         self._seq = 0
 
@@ -83,7 +86,7 @@ class Clock:
         self.num_events += 1
         if self.num_events > self.most_events:
             raise RuntimeError(f"more than {self.most_events:g} events by {self.now:.1f} s")
-        if self.holds is None or not self.holds(call, args):
+        if self._holds is None or not self._holds(call, args):
             call(*args)
         return True
 

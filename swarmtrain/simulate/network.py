@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from swarmtrain.simulate.clock import Clock
+from swarmtrain.simulate.clock import Clock, Holds
 from swarmtrain.simulate.links import EXACT_UP_TO, SharedLinks
 from swarmtrain.simulate.messages import Link
 
@@ -83,8 +83,8 @@ class Refused:
 class Links:
     """The clock, and what happens to messages: they are late, lost, repeated, or cut off."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self.clock = Clock()
+    def __init__(self, seed: int = 0, holds: Holds | None = None) -> None:
+        self.clock = Clock(holds)
         self._drop = self._twice = self._late = 0.0
         self._random = random.Random(seed)
         self._side: dict[str, int] = {}

@@ -18,20 +18,20 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any
 
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.peer.estimate import activation_wire_bytes
 from swarmtrain.protocol.balance import Rule, StagePeer
-from swarmtrain.protocol.routing import Router
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.links import latency_s, rates
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Links
-from swarmtrain.simulate.stage_moves import Mover
+from swarmtrain.simulate.stage_moves import Mover, Moving
 from swarmtrain.simulate.stage_peer import StageVolunteer
+from swarmtrain.simulate.stage_settings import Kind, Machine, PipelineSettings
 
 __all__ = [
     "Kind",
@@ -47,56 +47,6 @@ __all__ = [
     "stage_parameters",
     "unequal_machines",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """A volunteer's machine. `tokens_per_s`: what it would do with the whole model."""
-
-    name: str
-    tokens_per_s: float
-    fetch_s: float = 60.0
-    """To download a stage takes it so long."""
-    most_stages: int = 1
-    """So many fit into its memory. With two, a stage is served until the next one is there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineSettings:
-    """Everything about a swarm that is not a machine."""
-
-    rule: Rule = field(default_factory=lambda: Rule(costs=(0.25,) * 4, live_s=30.0))
-    balance: Literal["none", "queues", "rates"] = "rates"
-    """Nobody moves; SWARM's own rule; ours."""
-    balance_every_s: float = 10.0
-    placed: bool = True
-    """A joiner goes where it is needed most; else to any stage by chance."""
-    router: Callable[[random.Random], Router] = Router
-    microbatch_tokens: int = 4096
-    batch_microbatches: int = 128
-    """So many are an inner step of a peer, here 524,288 tokens. It bounds how many may be under way, and with it how
-    many peers have work."""
-    in_flight: int = 0
-    """A driver's microbatches; 0: as many as `most_in_flight` says."""
-    queue: int = 4
-    """A peer's waiting tasks at most: then it is BUSY."""
-    latency_s: float = 0.1
-    """A message takes so long, one way,"""
-    tensors_s: float = 0.0
-    """and so much longer if it brings a microbatch's tensors."""
-    jitter: float = 0.1
-    """A task's time varies by so much (standard deviation of its logarithm)."""
-    announce_every_s: float = 10.0
-    look_every_s: float = 5.0
-    record_delay_s: tuple[float, float] = (0.5, 5.0)
-    """Between a record's publication and its being seen, another for each two peers."""
-    missed: float = 0.05
-    """So often a look does not find a peer's newest record."""
-    drain_s: float = 30.0
-    """Who has left a stage finishes what it has begun, for so long at most."""
-
-
-Kind: TypeAlias = Literal["joined", "serves", "moves", "stays", "died"]
 
 
 @dataclass(frozen=True)
@@ -129,8 +79,7 @@ class PipelineWorld(Links):
 
     def __init__(self, settings: PipelineSettings | None = None, *, seed: int = 0) -> None:
         self.settings = settings or PipelineSettings()
-        super().__init__(seed)
-        self.clock.holds = self._stands_still
+        super().__init__(seed, self._stands_still)
         self.rng = random.Random(seed)
         self.peers: dict[str, StageVolunteer] = {}
         """Those that are on, by name."""
@@ -290,7 +239,7 @@ class PipelineWorld(Links):
     def _stages(self) -> range:
         return range(self.settings.rule.num_stages)
 
-    def left_stage(self, peer: StageVolunteer, stages: Sequence[int]) -> None:
+    def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
         """It has moved away from them."""
         holders = self.holders()
         self.emptied.extend((self.clock.now, stage) for stage in stages if not holders[stage])

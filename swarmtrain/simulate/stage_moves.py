@@ -5,7 +5,9 @@ call makes sure of it, then the new stage is fetched, before the old one is left
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from swarmtrain.protocol.balance import (
     Change,
@@ -18,19 +20,83 @@ from swarmtrain.protocol.balance import (
     stages_for_joiner,
 )
 from swarmtrain.protocol.promises import Promise, Request, Stays
+from swarmtrain.simulate.clock import Clock
+from swarmtrain.simulate.network import Place
+from swarmtrain.simulate.stage_settings import Kind, Machine, PipelineSettings
 
-if TYPE_CHECKING:
-    from swarmtrain.simulate.stage_peer import StageVolunteer
-
-__all__ = ["Mover"]
+__all__ = ["Ground", "Mover", "Moving"]
 
 _ANSWER_S = 5.0
+
+
+class Ground(Protocol):
+    """Where peers move: the clock, the DHT's records, messages to the others, and who takes note."""
+
+    settings: PipelineSettings
+    clock: Clock
+    num_moves: int
+
+    @property
+    def peers(self) -> Mapping[str, Moving]:
+        """Those that are on, by name."""
+        ...
+
+    def look(self, viewer: str, table: dict[str, StagePeer]) -> None:
+        """Bring what `viewer` knows of the others up to what it finds now."""
+        ...
+
+    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any) -> None:
+        """One message: `call(*args)` when it arrives, which may be never, or twice."""
+        ...
+
+    def note(self, peer: str, kind: Kind, reason: str) -> None:
+        """For the log."""
+        ...
+
+    def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
+        """It has moved away from them."""
+        ...
+
+
+class Moving(Place, Protocol):
+    """The peer that holds stages."""
+
+    alive: bool
+    hung: bool
+    machine: Machine
+    rng: random.Random
+    stages: tuple[int, ...]
+    table: dict[str, StagePeer]
+    speed_tokens_per_s: float
+    mover: Mover
+
+    @property
+    def world(self) -> Ground:
+        """Where it is."""
+        ...
+
+    @property
+    def record(self) -> StagePeer:
+        """What it says of itself."""
+        ...
+
+    def announce(self) -> None:
+        """Say so now."""
+        ...
+
+    def serve(self, stages: tuple[int, ...]) -> None:
+        """From here on it serves these."""
+        ...
+
+    def drop_microbatches(self) -> None:
+        """It gives up what it has begun, and forgets what others have begun with it."""
+        ...
 
 
 class Mover:
     """The part of a peer that decides what it holds."""
 
-    def __init__(self, peer: StageVolunteer) -> None:
+    def __init__(self, peer: Moving) -> None:
         self.peer = peer
         self.stays = Stays(peer.name)
         self.moving_to: tuple[int, ...] = ()

@@ -12,20 +12,19 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from swarmtrain.protocol.balance import StagePeer
 from swarmtrain.protocol.microbatches import Kind
 from swarmtrain.protocol.routing import WORK_SHARES, Router, most_in_flight
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import Link
-from swarmtrain.simulate.stage_moves import Mover
+from swarmtrain.simulate.stage_moves import Ground, Mover
+from swarmtrain.simulate.stage_settings import Machine
 
-if TYPE_CHECKING:
-    from swarmtrain.simulate.pipeline import Machine, PipelineWorld
-
-__all__ = ["Call", "Microbatch", "StageVolunteer"]
+__all__ = ["Around", "Call", "Microbatch", "StageVolunteer"]
 
 Outcome: TypeAlias = Literal["done", "busy", "left", "lost", "refused"]
 _LEARN = 0.05
@@ -71,10 +70,35 @@ class Call:
         return WORK_SHARES[self.kind]
 
 
+class Around(Ground, Protocol):
+    """What is around a peer that serves stages."""
+
+    ghosts: dict[str, StageVolunteer]
+    num_late: int
+    num_too_old: int
+
+    @property
+    def peers(self) -> Mapping[str, StageVolunteer]:
+        """Those that are on, by name."""
+        ...
+
+    def publish(self, name: str, record: StagePeer | None) -> None:
+        """Into the DHT."""
+        ...
+
+    def finished(self, tokens: float) -> None:
+        """A microbatch is through."""
+        ...
+
+    def recount(self) -> None:
+        """Who is on, or what somebody serves, has changed."""
+        ...
+
+
 class StageVolunteer:
     """One session of a machine: who returns is a new one with the same name."""
 
-    def __init__(self, world: PipelineWorld, machine: Machine, rng: random.Random) -> None:
+    def __init__(self, world: Around, machine: Machine, rng: random.Random) -> None:
         self.world, self.machine, self.rng = world, machine, rng
         self.name = machine.name
         self.link = Link(latency_s=world.settings.latency_s / 2)

@@ -17,7 +17,7 @@ from swarmtrain.simulate.network import Place
 from swarmtrain.simulate.pipeline import Machine, PipelineSettings, PipelineWorld
 from swarmtrain.simulate.search.faults import declare, end_faults
 from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
-from swarmtrain.simulate.stage_moves import Mover
+from swarmtrain.simulate.stage_moves import Mover, Moving
 from swarmtrain.simulate.stage_peer import StageVolunteer
 
 __all__ = ["draw_stages", "play_stages"]
@@ -141,7 +141,7 @@ class SearchedWorld(PipelineWorld):
             self._stays_until_s[src, promise.request.stage] = self.clock.now + promise.lasts_s
         super().send(src, dst, call, *args)
 
-    def left_stage(self, peer: StageVolunteer, stages: Sequence[int]) -> None:
+    def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
         """It has promised nobody to stay there."""
         super().left_stage(peer, stages)
         for stage in stages if peer.name not in self.liars else ():
