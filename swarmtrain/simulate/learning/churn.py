@@ -8,24 +8,107 @@ goes on with its own, as from a checkpoint, if these are not far behind.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
+from swarmtrain.algorithm.gossip import Layout
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.network.consensus import MOMENTA
 from swarmtrain.peer.consensus import SAMPLE, consensus_of_vectors, not_far_behind, round_of
+from swarmtrain.peer.trainer import Start, Trainer
 from swarmtrain.protocol.partners import Place, agreed_places, left_behind, rounds_behind
 from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.shards import Row
+from swarmtrain.protocol.shards import Coverage, Row
+from swarmtrain.simulate.clock import Clock
+from swarmtrain.simulate.learning.lane import Lane
+from swarmtrain.simulate.learning.learner import Learner
+from swarmtrain.simulate.learning.setting import Setting
+from swarmtrain.simulate.learning.wire import Wire
 
-if TYPE_CHECKING:
-    from swarmtrain.simulate.learning.gossip import Peer, World
-    from swarmtrain.simulate.learning.lane import Lane
-
-__all__ = ["catches_up", "schedule"]
+__all__ = ["Around", "Comer", "catches_up", "schedule"]
 
 _BYTES = 4  # of a number, as states travel
+
+
+class Around(Protocol):
+    """The swarm that somebody leaves or comes to."""
+
+    setting: Setting
+    clock: Clock
+    wire: Wire
+    layout: Layout
+    tokens: int
+    inner_steps: int
+    tokens_lost: int
+
+    @property
+    def peers(self) -> Sequence[Comer]:
+        """All of it, by number."""
+        ...
+
+    @property
+    def live(self) -> Sequence[Comer]:
+        """Those whom the others believe to be there."""
+        ...
+
+    @property
+    def honest(self) -> Sequence[Comer]:
+        """Those whose weights are the swarm's."""
+        ...
+
+    def is_hanging(self, name: str) -> bool:
+        """Whether this peer stands still now."""
+        ...
+
+
+class Comer(Protocol):
+    """A volunteer that comes and goes."""
+
+    number: int
+    name: str
+    learner: Learner
+    trainer: Trainer
+    lanes: list[Lane]
+    rng: random.Random
+    coverage: Coverage | None
+    start: Start
+    done: int
+    is_here: bool
+    is_over: bool
+    num_lives: int
+    began_s: float
+
+    @property
+    def world(self) -> Around:
+        """The others, and the clock."""
+        ...
+
+    @property
+    def round(self) -> int:
+        """The one it is in, or begins."""
+        ...
+
+    def begin(self) -> None:
+        """A round."""
+        ...
+
+    def begin_or_end(self) -> None:
+        """The next round, unless the run has had its tokens."""
+        ...
+
+    def forget(self) -> None:
+        """All that its process holds and no checkpoint keeps."""
+        ...
+
+    def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> None:
+        """On the world's clock, unless it has gone by then."""
+        ...
+
+    def hear_rows(self, name: str, rows: Sequence[Row]) -> None:
+        """What another tells of who has seen which data."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +120,7 @@ class _Taken:
     places: list[dict[str, Place]]
 
 
-def schedule(world: World) -> None:
+def schedule(world: Around) -> None:
     """Have everybody come and go at their times; call it before the first of them begins."""
     for each in world.setting.away:
         peer = world.peers[each.peer]
@@ -48,7 +131,7 @@ def schedule(world: World) -> None:
         world.clock.call_at(each.at_s + each.for_s, _come, peer)
 
 
-def _go(peer: Peer) -> None:
+def _go(peer: Comer) -> None:
     world = peer.world
     if peer.is_over or world.tokens >= world.setting.total_tokens:
         return
@@ -61,7 +144,7 @@ def _go(peer: Peer) -> None:
         lane.ledger.load(lane.ledger.rows())  # as from a checkpoint: what was merged, without the gradients
 
 
-def _count(peer: Peer) -> None:
+def _count(peer: Comer) -> None:
     """Of its round only what another has taken, in place of what it has published."""
     world = peer.world
     step_tokens = world.setting.run.tokens_per_step
@@ -75,27 +158,27 @@ def _count(peer: Peer) -> None:
     peer.done = 0
 
 
-def _taken(peer: Peer) -> int:
+def _taken(peer: Comer) -> int:
     """Tokens of the present round of `peer` that another has merged or is about to: of each number of the model the
     most, and the mean of that, in whole steps."""
     sizes = [lane.fragment.layout.size for lane in peer.lanes]
     others = [other for other in peer.world.peers if other is not peer]
-    taken = [max((_taken_of(lane, other) for other in others), default=0) for lane in peer.lanes]
+    taken = [max((_taken_of(peer, lane, other) for other in others), default=0) for lane in peer.lanes]
     mean = sum(each * size for each, size in zip(taken, sizes, strict=True)) / sum(sizes)
     step_tokens = peer.world.setting.run.tokens_per_step
     return int(mean // step_tokens) * step_tokens
 
 
-def _taken_of(lane: Lane, by: Peer) -> int:
+def _taken_of(peer: Comer, lane: Lane, by: Comer) -> int:
     """The same of one fragment, by one other."""
-    name, theirs = lane.peer.name, by.lanes[lane.number]
+    name, theirs = peer.name, by.lanes[lane.number]
     arrived = theirs.arrived.get(("gradient", name))
     marks = [theirs.ledger.mark(name), None if arrived is None else arrived[0].mark]
-    of_round = lane.peer.trainer.rounds.of_round
+    of_round = peer.trainer.rounds.of_round
     return max((of_round(lane.number, mark.round, mark.tokens) for mark in marks if mark is not None), default=0)
 
 
-def _come(peer: Peer) -> None:
+def _come(peer: Comer) -> None:
     world = peer.world
     if peer.is_here or world.tokens >= world.setting.total_tokens:
         return
@@ -107,7 +190,7 @@ def _come(peer: Peer) -> None:
     _take_state(peer, others)
 
 
-def catches_up(peer: Peer) -> bool:
+def catches_up(peer: Comer) -> bool:
     """Whether it takes the others' weights at its round's end, since what it has published is too old for them: it has
     stood still."""
     world = peer.world
@@ -124,14 +207,14 @@ def catches_up(peer: Peer) -> bool:
     return True
 
 
-def _answering(peer: Peer) -> list[Peer]:
+def _answering(peer: Comer) -> list[Comer]:
     """Of whom it can take a state."""
     world = peer.world
     others = [other for other in world.live if other is not peer and other.round > 0]
     return [other for other in others if not world.is_hanging(other.name)]
 
 
-def _take_state(peer: Peer, others: list[Peer]) -> None:
+def _take_state(peer: Comer, others: list[Comer]) -> None:
     world = peer.world
     sample = peer.rng.sample(others, min(SAMPLE, len(others)))
     state, round = _present_state(world, sample)
@@ -147,7 +230,7 @@ def _take_state(peer: Peer, others: list[Peer]) -> None:
     peer.call_at(arrives_s, _begin_with, peer, taken, rows)
 
 
-def _places(peer: Peer, sample: list[Peer], round: int) -> list[dict[str, Place]]:
+def _places(peer: Comer, sample: list[Comer], round: int) -> list[dict[str, Place]]:
     """Up to where everybody is in their weights, of each fragment."""
     near = not_far_behind(sample, peer.world.setting.run.merge.max_staleness_rounds)
     rounds = {other.name: other.round for other in peer.world.live}
@@ -160,7 +243,7 @@ def _places(peer: Peer, sample: list[Peer], round: int) -> list[dict[str, Place]
     return agreed
 
 
-def _present_state(world: World, sample: list[Peer]) -> tuple[OuterState, int]:
+def _present_state(world: Around, sample: list[Comer]) -> tuple[OuterState, int]:
     """Theirs, with its round."""
     near = not_far_behind(sample, world.setting.run.merge.max_staleness_rounds)
     states = [each.trainer.state for each in near]
@@ -170,7 +253,7 @@ def _present_state(world: World, sample: list[Peer]) -> tuple[OuterState, int]:
     return present, round_of(near)
 
 
-def _begin_with(peer: Peer, taken: _Taken, rows: Mapping[str, Sequence[Row]]) -> None:
+def _begin_with(peer: Comer, taken: _Taken, rows: Mapping[str, Sequence[Row]]) -> None:
     for name, told in rows.items():
         peer.hear_rows(name, told)
     peer.learner.comes_late()

@@ -5,22 +5,51 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+from swarmtrain.algorithm.fragments import Fragment
 from swarmtrain.algorithm.gossip import Arrival
-from swarmtrain.peer.robustness import Robustness
+from swarmtrain.network.codec import PublicationCodec
+from swarmtrain.peer.robustness import Naming, Robustness
 from swarmtrain.protocol.open_pulls import OpenPull, OpenPulls, Which
 from swarmtrain.protocol.partners import BackOff, Ledger, Mark, Partners
-from swarmtrain.protocol.pulls import PullPlan, most_pulls
+from swarmtrain.protocol.pulls import PullPlan, Wanted, most_pulls
 from swarmtrain.protocol.shards import Row
 from swarmtrain.run import GradientFormat
+from swarmtrain.simulate.learning.setting import Setting
 
-if TYPE_CHECKING:
-    from swarmtrain.simulate.learning.gossip import Peer
+__all__ = ["Around", "Arrived", "Lane", "Owner", "Published", "Pull"]
 
-__all__ = ["Arrived", "Lane", "Published", "Pull"]
+
+class Around(Protocol):
+    """What everybody's lanes have in common."""
+
+    setting: Setting
+    fragments: tuple[Fragment, ...]
+    wanted: Wanted
+
+    def codec(self, fragment: int) -> PublicationCodec:
+        """A peer's own of a fragment."""
+        ...
+
+
+class Owner(Protocol):
+    """The peer that keeps a lane."""
+
+    name: str
+    naming: Naming
+
+    @property
+    def world(self) -> Around:
+        """The run and the others."""
+        ...
+
+    @property
+    def round(self) -> int:
+        """The one it is in, or begins."""
+        ...
 
 
 @dataclass
@@ -57,7 +86,7 @@ Arrived: TypeAlias = dict[Which, tuple[Published, Arrival]]
 class Lane:
     """What a peer keeps of one fragment of the model: what it publishes, pulls and has merged of it."""
 
-    def __init__(self, peer: Peer, number: int) -> None:
+    def __init__(self, peer: Owner, number: int) -> None:
         world, section = peer.world, peer.world.setting.run.merge
         self.peer, self.number, self.fragment = peer, number, world.fragments[number]
         self.sizes = world.codec(number).sizes(1 / len(world.fragments))
