@@ -122,11 +122,11 @@ def test_a_volunteers_limits_and_metrics_know_what_the_run_costs(
         volunteer = _Volunteer(Invite("ab" * 32, ()), settings(tmp_path), folder, None, c)  # type: ignore[arg-type]
         c.board.add_looker(lambda status: [status.peers.add(peer=f"{n}", present=True) for n in range(3)] and None)
         monkeypatch.setattr(c, "_watch", lambda swarm: None)
-        assert volunteer.limits.expected() is None
+        assert volunteer.limits._expected() is None
         exchange: Any = SimpleNamespace(swarm=SimpleNamespace(published=SimpleNamespace(run=run)))
         monkeypatch.setattr("swarmtrain.peer.controlled.volunteer_pulse", lambda board, exchange: None)
         c.watch_volunteer(exchange)
-        assert volunteer.limits.expected() == estimate(run, num_parameters(run.model), 3)
+        assert volunteer.limits._expected() == estimate(run, num_parameters(run.model), 3)
         assert "this run needs about" in c.powers().limit(pb.Limits(memory_bytes=10**8))
 
 
@@ -201,16 +201,19 @@ def test_pause_and_resume() -> None:
         powers.resume()
     with pytest.raises(UserError, match="cannot be changed"):
         powers.limit(pb.Limits())
-    control.pause = PauseSwitch()
+    pause, asked = PauseSwitch(), list[bool]()
+    control.takes_orders(pause, asked.append, lambda limits: "changed")
     assert powers.resume() == "it was not paused"
     assert powers.pause().startswith("pausing")
-    assert control.pause.reason == "you asked for it"
-    control.pause.hold("hours", "outside the hours 22-7")
+    assert pause.reason == "you asked for it"
+    pause.hold("hours", "outside the hours 22-7")
     assert powers.resume() == "it rests on all the same: outside the hours 22-7"
-    control.pause.release("hours")
+    pause.release("hours")
     powers.pause()
     assert powers.resume().startswith("coming back")
-    assert not control.pause.held
+    assert not pause.held
+    assert asked == [False, True, False, True, False]
+    assert powers.limit(pb.Limits()) == "changed"
 
 
 # ---------------------------------------------------------------- what a volunteer is doing

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -18,7 +18,7 @@ from swarmtrain.events import Event, WarningEvent
 from swarmtrain.network.node import Traffic
 from swarmtrain.peer import limits as module
 from swarmtrain.peer.board import StatusBoard
-from swarmtrain.peer.estimate import estimate, estimates_of
+from swarmtrain.peer.estimate import Estimate, estimate, estimates_of
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits, limit_link
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.usage import Usage
@@ -43,10 +43,11 @@ class FakeUsage:
 class Kept:
     """A keeper at noon, with a made-up machine."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, expected: Callable[[], Estimate | None] = lambda: None) -> None:
         self.pause, self.events, self.usage = PauseSwitch(), list[Event](), FakeUsage()
         self.now = datetime.datetime(2026, 11, 25, 12, 0)
-        self.keeper = LimitKeeper(limits or Limits(), self.pause, self.events.append, self.usage, lambda: self.now)
+        tell, usage = self.events.append, self.usage
+        self.keeper = LimitKeeper(limits or Limits(), self.pause, tell, usage, lambda: self.now, expected=expected)
 
 
 @pytest.fixture(autouse=True)
@@ -106,12 +107,11 @@ def test_a_limit_below_what_the_run_needs_says_so_at_once(monkeypatch: pytest.Mo
     """By the estimate of `check` for as many volunteers as are present; a status asks for the limits in turn."""
     run, board, now_s = parse_run("[run]\ntotal_tokens = 50_000_000", "r"), StatusBoard("volunteer", 0.0), [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now_s[0])
-    kept = Kept()
+    kept = Kept(expected=lambda: board.estimate_now(board.status()))
     board.add_looker(lambda status: status.limits.CopyFrom(kept.keeper.limits()))
     board.add_looker(lambda status: [status.peers.add(peer=f"{n}", present=True) for n in range(3)] and None)
-    kept.keeper.expected = lambda: board.estimate_now(board.status())
     assert kept.keeper.change(pb.Limits(memory_bytes=10**9)) == "memory 1GB; it trains", "not known yet"
-    board.estimates = estimates_of(run, 14 * 10**6)
+    board.estimates_by(estimates_of(run, 14 * 10**6))
     needs = f"this run needs about {size_in_words(estimate(run, 14 * 10**6, 3).memory_bytes)} with 3 peers"
     said = kept.keeper.change(pb.Limits(memory_bytes=10**9))
     assert said == f"memory 1GB, and {needs}: it rests once it uses more than allowed; it trains"

@@ -77,7 +77,7 @@ class Peer:
         self.now = 0.0
         self.healthy = True
         self.board = StatusBoard("volunteer", 1000.5, now=lambda: self.now, wall=lambda: 2000.0)
-        self.board.estimates = estimates_of(RUN, 1_000_000)
+        self.board.estimates_by(estimates_of(RUN, 1_000_000))
         self.where = ""
 
     def train(self) -> None:

@@ -148,8 +148,14 @@ class InnerOptimizer:
     first, a second of processor time and tens of megabytes that nothing here uses.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], constants: InnerConstants) -> None:
-        self.constants = constants
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        constants: InnerConstants,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`before_step` is called before weights change."""
+        self.constants, self._before_step = constants, before_step
         self._parameters = dict(parameters)
         if not self._parameters:
             raise ValueError("InnerOptimizer needs at least one parameter")
@@ -158,8 +164,6 @@ class InnerOptimizer:
         self._groups = ((matrices, constants.weight_decay), (others, 0.0))
         self._states: dict[nn.Parameter, _State] = {}
         self._lent: LentMoments | None = None
-        self.before_step: Callable[[], None] = lambda: None
-        """Called before weights change."""
         self.waited_s = 0.0
         """For `before_step` and for readers of lent moments, in all."""
 
@@ -173,7 +177,7 @@ class InnerOptimizer:
         gradient_norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self.constants.gradient_clip))
         if math.isfinite(gradient_norm):
             began_s = time.monotonic()
-            self.before_step()
+            self._before_step()
             self._take_back()
             self.waited_s += time.monotonic() - began_s
             learning_rate = learning_rate_at(self.constants, progress) * scale

@@ -272,7 +272,14 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     )
     given = plan.rehearsal
     links = LocalLinks(given.links, given.rehearsal.seed) if given is not None and given.needs_links else None
-    swarm = LocalSwarm(plan.directory, stop.check, links)
+    rehearsing: Rehearsing | None = None
+
+    def check() -> None:
+        stop.check()
+        if rehearsing is not None:
+            rehearsing.tick()
+
+    swarm = LocalSwarm(plan.directory, check, links)
     rehearsing = _rehearsing(swarm, plan)
     try:
         with listed(plan.directory), open_sink(options, make_display) as emit:
@@ -303,14 +310,7 @@ def _rehearsing(swarm: LocalSwarm, plan: _Plan) -> Rehearsing | None:
 
     if plan.rehearsal is None or not plan.rehearsal.strikes:
         return None
-    rehearsing, check = Rehearsing(swarm, swarm.links, mishaps(plan.rehearsal, plan.names)), swarm.check
-
-    def look() -> None:
-        check()
-        rehearsing.tick()
-
-    swarm.check = look
-    return rehearsing
+    return Rehearsing(swarm, swarm.links, mishaps(plan.rehearsal, plan.names))
 
 
 def _watch(

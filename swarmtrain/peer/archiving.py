@@ -51,11 +51,13 @@ class Archive:
     def __post_init__(self) -> None:
         self.rows = CarriedRows(self.swarm.published.sha256, self.swarm.tallying.contributions)
         self.swarm.offers_archive(self.rows.rows_to_send, lambda: self.places)
-        self.keeper.checkpointer.extras |= {
-            _HOLDS: lambda: dict(self.holds),
-            _PLACES: lambda: [dict(of_fragment) for of_fragment in self.places],
-            _ROWS: self.rows.kept,
-        }
+        self.keeper.checkpointer.extras.update(
+            {
+                _HOLDS: lambda: dict(self.holds),
+                _PLACES: lambda: [dict(of_fragment) for of_fragment in self.places],
+                _ROWS: self.rows.kept,
+            }
+        )
 
     def restore(self, kept: Checkpoint | None) -> None:
         """Go on from what was archived last time, and from what was counted since."""

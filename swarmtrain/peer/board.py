@@ -137,8 +137,7 @@ class StatusBoard:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.tokens_per_step = 0
-        self.estimates: Callable[[int], Estimate] | None = None
-        """What the run costs each of so many volunteers, where this peer is one that holds the whole model."""
+        self._estimates: Callable[[int], Estimate] | None = None
         self._now, self._wall = now, wall
         self._lock = threading.Lock()
         self._base = pb.PeerStatus(
@@ -163,9 +162,13 @@ class StatusBoard:
     def estimate_now(self, status: pb.PeerStatus) -> Estimate | None:
         """What `status` lets this peer expect to use, with as many volunteers as are present; None where not known."""
         present = sum(peer.present and not peer.bootstrap for peer in status.peers)
-        return self.estimates(present) if self.estimates is not None and present else None
+        return self._estimates(present) if self._estimates is not None and present else None
 
     # ------------------------------------------------------------- what it is told
+
+    def estimates_by(self, estimates: Callable[[int], Estimate]) -> None:
+        """This peer holds the whole model: what the run costs each of so many volunteers."""
+        self._estimates = estimates
 
     def listening(self, emit: Callable[[Event], None]) -> Callable[[Event], None]:
         """`emit` with each event noted here first."""

@@ -55,11 +55,10 @@ class Controlled:
     emit: Emit
     """Events that go through here are noted on the board."""
     stop: StopFlag
-    pause: PauseSwitch | None = None
-    limit: Callable[[pb.Limits], str] | None = None
-    pause_asked: Callable[[bool], None] = lambda paused: None
-    """Told when a person pauses it, and when they resume it."""
     reason: str = ""
+    _pause: PauseSwitch | None = None
+    _pause_asked: Callable[[bool], None] = lambda paused: None
+    _limit: Callable[[pb.Limits], str] | None = None
     _checkpoints: Callable[[], pb.CheckpointReply] | None = None
 
     def ended(self, done: DoneEvent) -> DoneEvent:
@@ -85,11 +84,18 @@ class Controlled:
         self.board.beat()
         self.stop.check()
 
+    def takes_orders(
+        self, pause: PauseSwitch, pause_asked: Callable[[bool], None], limit: Callable[[pb.Limits], str]
+    ) -> None:
+        """It trains: from now on a person may pause it, which `pause_asked` is told of, and change its limits."""
+        self._pause_asked, self._limit = pause_asked, limit
+        self._pause = pause  # last: who pauses it now is heard by `pause_asked`
+
     def watch_volunteer(self, exchange: SwarmExchange) -> None:
         """From now on the board looks at this exchange and its swarm."""
         self._watch(exchange.swarm)
         run = exchange.swarm.published.run
-        self.board.estimates = estimates_of(run, num_parameters(run.model))
+        self.board.estimates_by(estimates_of(run, num_parameters(run.model)))
         self.board.set_pulse(volunteer_pulse(self.board, exchange))
 
     def watch_bootstrap(self, swarm: Swarm, archived: Callable[[], Progress]) -> None:
@@ -131,10 +137,10 @@ class Controlled:
             status=self.board.status,
             healthy=lambda: health(self.board.tick(), time.monotonic())[0],
             leave=self._leave,
-            pause=self._pause,
-            resume=self._resume,
+            pause=self._order_pause,
+            resume=self._order_resume,
             checkpoint=self._checkpoint,
-            limit=self._limit,
+            limit=self._order_limit,
         )
 
     def _leave(self) -> str:
@@ -143,20 +149,20 @@ class Controlled:
         self.stop.stop("asked")
         return "leaving: it finishes its step, says goodbye and ends"
 
-    def _pause(self) -> str:
-        if self.pause is None:
+    def _order_pause(self) -> str:
+        if self._pause is None:
             raise UserError("a bootstrap does not train: there is nothing to pause; name a volunteer")
-        self.pause.hold(ASKED, "you asked for it")
-        self.pause_asked(True)
+        self._pause.hold(ASKED, "you asked for it")
+        self._pause_asked(True)
         return "pausing: it finishes its step and leaves the swarm until you resume it"
 
-    def _resume(self) -> str:
-        if self.pause is None:
+    def _order_resume(self) -> str:
+        if self._pause is None:
             raise UserError("a bootstrap does not train: there is nothing to resume; name a volunteer")
-        was_asked = self.pause.release(ASKED)
-        self.pause_asked(False)
-        if self.pause.held:
-            return f"it rests on all the same: {self.pause.reason}"
+        was_asked = self._pause.release(ASKED)
+        self._pause_asked(False)
+        if self._pause.held:
+            return f"it rests on all the same: {self._pause.reason}"
         return "coming back: it takes the swarm's present weights first" if was_asked else "it was not paused"
 
     def _checkpoint(self) -> pb.CheckpointReply:
@@ -164,10 +170,10 @@ class Controlled:
             raise RunTimeError("there is nothing to write yet: this peer is still starting, try again in a minute")
         return self._checkpoints()
 
-    def _limit(self, limits: pb.Limits) -> str:
-        if self.limit is None:
+    def _order_limit(self, limits: pb.Limits) -> str:
+        if self._limit is None:
             raise UserError("the limits of this peer cannot be changed while it runs; end it, and start it with others")
-        return self.limit(limits)
+        return self._limit(limits)
 
 
 @contextmanager

@@ -72,7 +72,10 @@ class LimitKeeper:
         emit: Callable[[Event], None],
         measured: Measured | None = None,
         local_now: Callable[[], datetime.datetime] = local_time,
+        *,
+        expected: Callable[[], Estimate | None] = lambda: None,
     ) -> None:
+        """`expected`: what the run costs this peer, as far as it is known."""
         self._limits, self._pause, self._emit = limits, pause, emit
         self._measured = measured or Usage()
         self._local_now = local_now
@@ -82,8 +85,7 @@ class LimitKeeper:
         self._lock = threading.Lock()
         self._traffic: Traffic | None = None
         self._network = NetworkSection()
-        self.expected: Callable[[], Estimate | None] = lambda: None
-        """What the run costs this peer, as far as it is known."""
+        self._expected = expected
         self._all_threads = torch.get_num_threads()
         self._threads = self._all_threads
         self._nice = os.getpriority(os.PRIO_PROCESS, 0)
@@ -147,7 +149,7 @@ class LimitKeeper:
 
     def _too_little(self, limit_bytes: int) -> str:
         """What to say of a limit that the run is expected to pass."""
-        expected = self.expected() if limit_bytes else None
+        expected = self._expected() if limit_bytes else None
         if expected is None or expected.memory_bytes <= limit_bytes:
             return ""
         return f", and {_needs_in_words(expected)}: it rests once it uses more than allowed"
@@ -195,7 +197,7 @@ class LimitKeeper:
             rest, warning = self._memory.rest(now_s, used_bytes, limits.memory_bytes)
             self._apply("memory", rest)
         if warning:
-            expected = self.expected()  # asks for the limits in turn
+            expected = self._expected()  # asks for the limits in turn
             self._emit(WarningEvent(message=warning + (f"; {_needs_in_words(expected)}" if expected else "")))
 
     def _idle_rest(self, now_s: float, limits: Limits) -> str:

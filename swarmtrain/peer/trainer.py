@@ -365,8 +365,7 @@ class Trainer:
         theta = flatten(self.model.parameters())
         self.state = OuterState(theta, torch.zeros_like(theta))
         self.constants = inner_constants(self.run)
-        self.inner = InnerOptimizer(self.model.named_parameters(), self.constants)
-        self.inner.before_step = self._take_back
+        self.inner = InnerOptimizer(self.model.named_parameters(), self.constants, self._take_back)
 
     @property
     def state(self) -> OuterState:

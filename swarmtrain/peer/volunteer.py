@@ -154,13 +154,16 @@ class _Volunteer:
 
     def __post_init__(self) -> None:
         self.emit, self.stop = self.control.emit, self.control.stop
-        self.control.pause, self.control.pause_asked = self.pause, self.folder.started.keep_pause
         if self.folder.started.read().paused:
             self.pause.hold(ASKED, "you paused it before it was started again; `swarmtrain resume` lets it train")
-        self.limits = LimitKeeper(self.settings.limits, self.pause, lambda event: self.emit(event))
-        self.control.limit = self._limit
         board = self.control.board
-        self.limits.expected = lambda: board.estimate_now(board.status())
+        self.limits = LimitKeeper(
+            self.settings.limits,
+            self.pause,
+            lambda event: self.emit(event),
+            expected=lambda: board.estimate_now(board.status()),
+        )
+        self.control.takes_orders(self.pause, self.folder.started.keep_pause, self._limit)
         board.add_looker(lambda status: status.limits.CopyFrom(self.limits.limits()))
 
     def run(self) -> DoneEvent:
