@@ -316,7 +316,7 @@ def peer_options(function: _F) -> _F:
         with stop_on_signals() as stop:
             given = {item.name: values.pop(item.name) for item in fields(PeerOptions) if item.name in values}
             options = PeerOptions(**given, stop=stop)
-            stop.at_once = functools.partial(_end_at_once, options)
+            stop.has_not_begun(functools.partial(_end_at_once, options))
             from swarmtrain.peer.logs import log_to_file_only, log_to_terminal
 
             (log_to_file_only if is_the_background() else log_to_terminal)(options.log_level)
@@ -361,7 +361,7 @@ def by_whose_clock(options: PeerOptions, live: Callable[[bool], None]) -> None:
         if options.json or is_the_background() or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
         click.echo(f"warning: {error}", err=True)
-        options.stop.at_once = functools.partial(_end_at_once, options)  # Ctrl-C at the question
+        options.stop.has_not_begun(functools.partial(_end_at_once, options))  # Ctrl-C at the question
         if not click.confirm("Go by their clock?", default=False, err=True):
             raise
         options.stop.begin()

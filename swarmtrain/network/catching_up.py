@@ -56,14 +56,12 @@ async def fetch_state(
                 continue
             state = _state_untrusted(merger, reply, source, wanted, roster_untrusted(reply.roster))
             await check(source, state.roster)
-            merger.store.arriving = state.held
-            await merger.pull(state.held, range(state.held.snapshot.num_chunks), [source])
-            await merger.check_finite(state.held.part(0, state.held.snapshot.manifest.total_bytes))
+            with merger.store.showing(state.held):
+                await merger.pull(state.held, range(state.held.snapshot.num_chunks), [source])
+                await merger.check_finite(state.held.part(0, state.held.snapshot.manifest.total_bytes))
             return state
         except PeerError as error:
             merger.blame(source, error)
-        finally:
-            merger.store.arriving = None
     return None
 
 

@@ -147,26 +147,21 @@ class StateFetcher:
         return max(_LEAST_LIMIT_S, _PATIENCE * (size_bytes / least_per_s / 8 if expected_s is None else expected_s))
 
     async def _fetch_one(self, peer: str, min_round: int, *, whole: bool) -> PeerState | None:
-        shown = False
         try:
             reply = await self.calls.state(peer, min_round)
             if not reply.HasField("manifest"):
                 return None
             held = self._state_untrusted(reply.manifest, peer, min_round)
             size_bytes = held.snapshot.manifest.total_bytes // (1 if whole else 2)
-            shown = whole and self.store.arriving is None
-            if shown:
-                self.store.arriving = held
-            await bring(self.calls, peer, held, self.settings.pull, range(math.ceil(size_bytes / CHUNK_BYTES)))
-            if not await asyncio.to_thread(all_finite, held.part(0, size_bytes)):
-                raise BadBytesError("a state that is not finite")
+            is_shown = whole and self.store.arriving is None
+            with self.store.showing(held) if is_shown else contextlib.nullcontext():
+                await bring(self.calls, peer, held, self.settings.pull, range(math.ceil(size_bytes / CHUNK_BYTES)))
+                if not await asyncio.to_thread(all_finite, held.part(0, size_bytes)):
+                    raise BadBytesError("a state that is not finite")
             return PeerState(peer=peer, held=held, whole=whole)
         except PeerError as error:
             self._blame(peer, error)
             return None
-        finally:
-            if shown:
-                self.store.arriving = None
 
     def _blame(self, peer: str, error: PeerError) -> None:
         if isinstance(error, BadBytesError):

@@ -44,6 +44,10 @@ class KnownRound:
     lacking_s: dict[str, float] = field(default_factory=dict)
     """Since when each peer has told of a roster whose chain nobody has shown yet."""
 
+    def keep_only(self, peer: str) -> None:
+        """The round is over: the others' bytes are not needed any more."""
+        self.publications = {peer: self.publications[peer]}
+
     def best(self) -> tuple[Roster, pb.Signed] | None:
         roster = better_roster([roster for roster, _ in self.rosters.values()])
         return None if roster is None else next(pair for pair in self.rosters.values() if pair[0] == roster)

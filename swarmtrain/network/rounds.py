@@ -223,7 +223,7 @@ class Rounds:
             self._signers.round_over(round, idled(view, swarm_time()), {r.signer for r in view.rosters})
             await work.cancel()
             self.waiting_for = ""
-            known.publications = {self.identity.peer_id: publication}  # the others' bytes are not needed any more
+            known.keep_only(self.identity.peer_id)
 
     async def _step(self, round: int, known: KnownRound, work: RoundWork) -> Outcome | None:
         """Decide once, and do it or wait for news. A merge goes on beside the asking, and is given up for a better

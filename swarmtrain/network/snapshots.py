@@ -8,12 +8,13 @@ byte, so a pull resumes and changes source freely. Hashing runs off the event lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
 import mmap
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
 
@@ -240,7 +241,7 @@ class SnapshotStore:
     min_bytes_per_s: float = 0.0
     clock: Callable[[], float] = time.monotonic
     num_served: NumServed = all_chunks
-    arriving: Held | None = None
+    arriving: Held | None = field(default=None, init=False)
     """The state that is being pulled, for whoever waits for it."""
     _held: dict[str, Held] = field(default_factory=dict)
     _read_s: dict[str, float] = field(default_factory=dict)
@@ -287,6 +288,15 @@ class SnapshotStore:
             self._held.pop(sha256, None)
             self._read_s.pop(sha256, None)
             self._unwanted.discard(sha256)
+
+    @contextlib.contextmanager
+    def showing(self, held: Held) -> Iterator[None]:
+        """While the bytes of `held`, a state, come, it is what arrives."""
+        self.arriving = held
+        try:
+            yield
+        finally:
+            self.arriving = None
 
     def touch(self, sha256: str) -> None:
         """Somebody was told this name, and will read it."""

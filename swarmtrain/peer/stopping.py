@@ -37,12 +37,15 @@ class StopFlag:
         self.failure: str | None = None
         self.explain: Callable[[], None] = lambda: None
         """Writes to the log what this peer is waiting for (on SIGUSR1)."""
-        self.at_once: Callable[[], None] = lambda: None
-        """Ends the process when an end is asked for, as long as there is nothing else to end."""
+        self._at_once: Callable[[], None] = lambda: None
+
+    def has_not_begun(self, end: Callable[[], None]) -> None:
+        """As long as there is nothing else to end, until `begin`, `end` ends the process when that is asked for."""
+        self._at_once = end
 
     def begin(self) -> None:
         """From now on there is something to end; raises as `check` does."""
-        self.at_once = lambda: None
+        self._at_once = lambda: None
         self.check()
 
     def stop(self, reason: str = "interrupted") -> None:
@@ -51,7 +54,7 @@ class StopFlag:
             self.reason = reason
         self._set = True
         self._wake.put(None)
-        self.at_once()
+        self._at_once()
 
     def insist(self) -> None:
         """The end is asked for again: what `last_work` is for is left undone."""
