@@ -39,23 +39,18 @@ class Ground(Protocol):
     @property
     def peers(self) -> Mapping[str, Moving]:
         """Those that are on, by name."""
-        ...
 
     def look(self, viewer: str, table: dict[str, StagePeer]) -> None:
         """Bring what `viewer` knows of the others up to what it finds now."""
-        ...
 
     def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any) -> None:
         """One message: `call(*args)` when it arrives, which may be never, or twice."""
-        ...
 
     def note(self, peer: str, kind: Kind, reason: str) -> None:
         """For the log."""
-        ...
 
     def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
         """It has moved away from them."""
-        ...
 
 
 class Moving(Place, Protocol):
@@ -73,24 +68,19 @@ class Moving(Place, Protocol):
     @property
     def world(self) -> Ground:
         """Where it is."""
-        ...
 
     @property
     def record(self) -> StagePeer:
         """What it says of itself."""
-        ...
 
     def announce(self) -> None:
         """Say so now."""
-        ...
 
     def serve(self, stages: tuple[int, ...]) -> None:
         """From here on it serves these."""
-        ...
 
     def drop_microbatches(self) -> None:
         """It gives up what it has begun, and forgets what others have begun with it."""
-        ...
 
 
 class Mover:

@@ -24,7 +24,7 @@ from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.stage_moves import Ground, Mover
 from swarmtrain.simulate.stage_settings import Machine
 
-__all__ = ["Around", "Call", "Microbatch", "StageVolunteer"]
+__all__ = ["Call", "Microbatch", "StageGround", "StageVolunteer"]
 
 Outcome: TypeAlias = Literal["done", "busy", "left", "lost", "refused"]
 _LEARN = 0.05
@@ -70,7 +70,7 @@ class Call:
         return WORK_SHARES[self.kind]
 
 
-class Around(Ground, Protocol):
+class StageGround(Ground, Protocol):
     """What is around a peer that serves stages."""
 
     ghosts: dict[str, StageVolunteer]
@@ -80,25 +80,21 @@ class Around(Ground, Protocol):
     @property
     def peers(self) -> Mapping[str, StageVolunteer]:
         """Those that are on, by name."""
-        ...
 
     def publish(self, name: str, record: StagePeer | None) -> None:
         """Into the DHT."""
-        ...
 
     def finished(self, tokens: float) -> None:
         """A microbatch is through."""
-        ...
 
     def recount(self) -> None:
         """Who is on, or what somebody serves, has changed."""
-        ...
 
 
 class StageVolunteer:
     """One session of a machine: who returns is a new one with the same name."""
 
-    def __init__(self, world: Around, machine: Machine, rng: random.Random) -> None:
+    def __init__(self, world: StageGround, machine: Machine, rng: random.Random) -> None:
         self.world, self.machine, self.rng = world, machine, rng
         self.name = machine.name
         self.link = Link(latency_s=world.settings.latency_s / 2)

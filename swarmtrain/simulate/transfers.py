@@ -23,27 +23,21 @@ class Carrier(Protocol):
     @property
     def peers(self) -> Mapping[str, Transfers]:
         """By name, itself among them."""
-        ...
 
     def connected(self, a: Place, b: Place) -> bool:
         """Whether packets pass between the two machines."""
-        ...
 
     def passes(self, src: Place, dst: Place) -> bool:
         """Whether this one message arrives."""
-        ...
 
     def latency_s(self, a: Place, b: Place) -> float:
         """One way, in seconds."""
-        ...
 
     def pull(self, dst: End, src_name: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
         """Transfer `what` from a peer; `done(payload)`, None if it did not come."""
-        ...
 
     def reached(self, peer: Transfers, moment: Moment) -> None:
         """A peer is there: where a fault may have been declared."""
-        ...
 
 
 class Transfers:

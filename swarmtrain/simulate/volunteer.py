@@ -51,18 +51,17 @@ from swarmtrain.simulate.messages import (
 from swarmtrain.simulate.network import End, Machine, Place
 from swarmtrain.simulate.transfers import Carrier, Transfers
 
-__all__ = ["Around", "Volunteer"]
+__all__ = ["Surroundings", "Volunteer"]
 
 
-class Asked(Protocol):
+class Question(Protocol):
     """A question under way."""
 
     def give_up(self) -> None:
         """Who asked does not want to know any more."""
-        ...
 
 
-class Around(Carrier, Protocol):
+class Surroundings(Carrier, Protocol):
     """What is around a volunteer: what carries its bytes and questions, and takes note of what it does."""
 
     settings: Settings
@@ -72,33 +71,28 @@ class Around(Carrier, Protocol):
     @property
     def peers(self) -> Mapping[str, Volunteer]:
         """By name, itself among them."""
-        ...
 
     def side(self, peer: Place) -> int:
         """Which side of the partition it is on; 0 if there is none."""
-        ...
 
     def tell(self, src: End, dst: Machine, call: Callable[..., object], *args: Any) -> None:
         """A message without an answer."""
-        ...
 
-    def call(self, src: Volunteer, dst_name: str, request: RoundRequest, done: Callable[[Any], None]) -> Asked:
+    def call(self, src: Volunteer, dst_name: str, request: RoundRequest, done: Callable[[Any], None]) -> Question:
         """Ask; `done(reply)` comes once, with None if the call failed."""
-        ...
 
     def record(
         self, kind: Literal["signed", "applied", "adopted"], peer: Volunteer, roster: Roster | None = None
     ) -> None:
         """Add to the log."""
-        ...
 
 
 class Volunteer(Transfers):
     """One simulated peer. The world delivers to it; it answers and asks."""
 
-    world: Around
+    world: Surroundings
 
-    def __init__(self, world: Around, name: str, steps_per_s: float, link: Link) -> None:
+    def __init__(self, world: Surroundings, name: str, steps_per_s: float, link: Link) -> None:
         super().__init__()
         self.world, self.name, self.steps_per_s, self.link = world, name, steps_per_s, link
         self.settings = world.settings
@@ -124,7 +118,7 @@ class Volunteer(Transfers):
         self._told: dict[str, tuple[float, Told]] = {}
         self._shown: dict[str, Chain] = {}
         """What each peer showed last of its chain."""
-        self._asking: dict[str, Asked] = {}
+        self._asking: dict[str, Question] = {}
         self._retry_at_s: dict[str, float] = {}
         self._version = 1
         self._waiting: dict[Any, RoundRequest] = {}

@@ -27,12 +27,12 @@ from swarmtrain.simulate.learning.learner import Learner
 from swarmtrain.simulate.learning.setting import Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["Around", "Comer", "catches_up", "schedule"]
+__all__ = ["Comer", "Company", "catches_up", "schedule"]
 
 _BYTES = 4  # of a number, as states travel
 
 
-class Around(Protocol):
+class Company(Protocol):
     """The swarm that somebody leaves or comes to."""
 
     setting: Setting
@@ -46,21 +46,17 @@ class Around(Protocol):
     @property
     def peers(self) -> Sequence[Comer]:
         """All of it, by number."""
-        ...
 
     @property
     def live(self) -> Sequence[Comer]:
         """Those whom the others believe to be there."""
-        ...
 
     @property
     def honest(self) -> Sequence[Comer]:
         """Those whose weights are the swarm's."""
-        ...
 
     def is_hanging(self, name: str) -> bool:
         """Whether this peer stands still now."""
-        ...
 
 
 class Comer(Protocol):
@@ -81,34 +77,27 @@ class Comer(Protocol):
     began_s: float
 
     @property
-    def world(self) -> Around:
+    def world(self) -> Company:
         """The others, and the clock."""
-        ...
 
     @property
     def round(self) -> int:
         """The one it is in, or begins."""
-        ...
 
     def begin(self) -> None:
         """A round."""
-        ...
 
     def begin_or_end(self) -> None:
         """The next round, unless the run has had its tokens."""
-        ...
 
     def forget(self) -> None:
         """All that its process holds and no checkpoint keeps."""
-        ...
 
     def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> None:
         """On the world's clock, unless it has gone by then."""
-        ...
 
     def hear_rows(self, name: str, rows: Sequence[Row]) -> None:
         """What another tells of who has seen which data."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +109,7 @@ class _Taken:
     places: list[dict[str, Place]]
 
 
-def schedule(world: Around) -> None:
+def schedule(world: Company) -> None:
     """Have everybody come and go at their times; call it before the first of them begins."""
     for each in world.setting.away:
         peer = world.peers[each.peer]
@@ -243,7 +232,7 @@ def _places(peer: Comer, sample: list[Comer], round: int) -> list[dict[str, Plac
     return agreed
 
 
-def _present_state(world: Around, sample: list[Comer]) -> tuple[OuterState, int]:
+def _present_state(world: Company, sample: list[Comer]) -> tuple[OuterState, int]:
     """Theirs, with its round."""
     near = not_far_behind(sample, world.setting.run.merge.max_staleness_rounds)
     states = [each.trainer.state for each in near]

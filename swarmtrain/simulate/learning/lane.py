@@ -20,10 +20,10 @@ from swarmtrain.protocol.shards import Row
 from swarmtrain.run import GradientFormat
 from swarmtrain.simulate.learning.setting import Setting
 
-__all__ = ["Around", "Arrived", "Lane", "Owner", "Published", "Pull"]
+__all__ = ["Arrived", "Home", "Lane", "Owner", "Published", "Pull"]
 
 
-class Around(Protocol):
+class Home(Protocol):
     """What everybody's lanes have in common."""
 
     setting: Setting
@@ -32,7 +32,6 @@ class Around(Protocol):
 
     def codec(self, fragment: int) -> PublicationCodec:
         """A peer's own of a fragment."""
-        ...
 
 
 class Owner(Protocol):
@@ -42,14 +41,12 @@ class Owner(Protocol):
     naming: Naming
 
     @property
-    def world(self) -> Around:
+    def world(self) -> Home:
         """The run and the others."""
-        ...
 
     @property
     def round(self) -> int:
         """The one it is in, or begins."""
-        ...
 
 
 @dataclass
