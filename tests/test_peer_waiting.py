@@ -109,7 +109,7 @@ def test_ctrl_c_once_spoils_no_clean_end_twice_ends_at_once(first: str) -> None:
 def test_sigusr1_explains() -> None:
     explained = threading.Event()
     with stop_on_signals() as stop:
-        stop.explain = explained.set
+        stop.explained_by(explained.set)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert explained.wait(5)
         assert not stop.is_set()

@@ -35,13 +35,20 @@ class StopFlag:
         self._last_work: StopFlag | None = None
         self.reason = "interrupted"
         self.failure: str | None = None
-        self.explain: Callable[[], None] = lambda: None
-        """Writes to the log what this peer is waiting for (on SIGUSR1)."""
+        self._explain: Callable[[], None] = lambda: None
         self._at_once: Callable[[], None] = lambda: None
 
     def has_not_begun(self, end: Callable[[], None]) -> None:
         """As long as there is nothing else to end, until `begin`, `end` ends the process when that is asked for."""
         self._at_once = end
+
+    def explained_by(self, explain: Callable[[], None]) -> None:
+        """From now on `explain` writes to the log what this peer is waiting for."""
+        self._explain = explain
+
+    def explain(self) -> None:
+        """Write that to the log (on SIGUSR1)."""
+        self._explain()
 
     def begin(self) -> None:
         """From now on there is something to end; raises as `check` does."""

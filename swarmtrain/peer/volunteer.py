@@ -108,7 +108,7 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
     ):
         folder.started.keep_command(settings.started)
         network = NetworkThread()
-        stop.explain = network.log_tasks
+        stop.explained_by(network.log_tasks)
         volunteer = _Volunteer(invite, settings, folder, network, control)
         try:
             with kept_limits(volunteer.limits):
