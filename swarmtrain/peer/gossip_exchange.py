@@ -187,7 +187,7 @@ class GossipExchange(AsynchronousExchange):
             for fragment, of_fragment in enumerate(settings.rules)
             for what, rules in of_fragment.items()
         }
-        self.gossip = Gossip(
+        gossip = self.gossip = Gossip(
             me=swarm.identity.peer_id,
             calls=swarm.calls,
             membership=swarm.membership,
@@ -208,10 +208,7 @@ class GossipExchange(AsynchronousExchange):
             routes=Routes(swarm.node, swarm.membership),
         )
         swarm.publishes(
-            self.publishers,
-            self.gossip,
-            called=self.gossip.called,
-            places=lambda: self.gossip.places(self._progress.round - 1),
+            self.publishers, gossip, called=gossip.called, places=lambda: gossip.places(self._progress.round - 1)
         )
         swarm.hosts(hosting_of(swarm))
 
