@@ -63,7 +63,7 @@ class Hellos:
         return pb.HelloReply(presence=None if away else presence(self.others[peer]), others=named, away=away)
 
 
-def a_swarm(calls: Hellos) -> tuple[Swarm, list[Event]]:
+def a_swarm(calls: Hellos, **given: Any) -> tuple[Swarm, list[Event]]:
     events: list[Event] = []
     settings = NodeSettings(directory=Path("/nowhere"))
     node: Any = SimpleNamespace(
@@ -71,7 +71,7 @@ def a_swarm(calls: Hellos) -> tuple[Swarm, list[Event]]:
     )
     run_file = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": "diloco"}})
     published = PublishedRun(b"", RUN, run_file, b"", b"")
-    swarm = Swarm(node, published, (), average_bytes_untrusted, events.append, PeerInfo(peer=ME.peer_id))
+    swarm = Swarm(node, published, (), average_bytes_untrusted, events.append, PeerInfo(peer=ME.peer_id), **given)
     stand_in: Any = calls
     swarm.calls = swarm.rounds.calls = stand_in
     calls.on_failure = swarm.call_failed
@@ -412,6 +412,11 @@ def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
 
     run(body, Hellos())
     assert told == [pb.Progress(tokens=600, round=6), pb.Progress(tokens=700, round=7)]
+
+
+def test_what_a_rehearsal_brings_says_how_much_of_a_pull_is_served() -> None:
+    assert a_swarm(Hellos())[0].store.num_served(20) == 20
+    assert a_swarm(Hellos(), num_served=lambda num_chunks: num_chunks // 2)[0].store.num_served(20) == 10
 
 
 # ---------------------------------------------------------------- who is known by records alone
