@@ -6,15 +6,20 @@ Nothing of the volunteer is changed, but that its choices are drawn from a gener
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
 import functools
 import json
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network import gossiping
@@ -28,7 +33,21 @@ from swarmtrain.peer.trainer import Trainer
 from swarmtrain.protocol.partners import BackOff, Mark, Partners
 from swarmtrain.protocol.pulls import PullTimes
 
-__all__ = ["generator", "plain", "prelude", "record"]
+__all__ = [
+    "Record",
+    "around",
+    "generator",
+    "plain",
+    "prelude",
+    "put",
+    "record",
+    "record_choices",
+    "record_news",
+    "take_out",
+]
+
+_HAS_COME: ContextVar[bool] = ContextVar("has_come", default=False)
+"""Of the pull that goes on: its bytes are here."""
 
 
 def prelude(path: Path) -> str:
@@ -42,20 +61,55 @@ def generator(peer: str) -> random.Random:
     return random.Random(f"choices of {peer}")
 
 
-class _Record:
-    """The file, and what one thread has just been told."""
+class Record:
+    """The file, and what one thread has just been told.
+
+    Lines that one thread writes within a `block` have its number, and no other thread's are between them.
+    """
 
     def __init__(self, path: str) -> None:
         self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
         self.lock = threading.RLock()
         self.thread = threading.local()
+        self.before_block: Callable[[list[dict[str, Any]]], None] = lambda lines: None
+        """Told of the lines of each block before they are written; it may put others before them."""
+        self.back_off: BackOff | None = None
+        """Of gossip: hosts have others."""
+        self._num_blocks = self._num_lines = 0
         self._last: dict[str, Any] = {}
 
     def write(self, kind: str, **what: Any) -> None:
         with self.lock:
-            line = {"kind": kind, "at_s": time.monotonic(), **what}
-            self._file.write(json.dumps(line, default=plain) + "\n")
-            self._file.flush()
+            # As text now: what it tells of may change before the block ends.
+            line = json.loads(json.dumps({"kind": kind, "at_s": time.monotonic(), **what}, default=plain))
+            if (lines := getattr(self.thread, "lines", None)) is None:
+                self._put([line])
+            else:
+                lines.append(line)
+
+    def _put(self, lines: list[dict[str, Any]]) -> None:
+        self._num_blocks += 1
+        for line in lines:
+            self._num_lines += 1
+            of_all = {"number": self._num_lines, "block": self._num_blocks}
+            self._file.write(json.dumps({**line, **of_all}) + "\n")
+        self._file.flush()
+
+    @contextlib.contextmanager
+    def block(self) -> Iterator[None]:
+        """What this thread does now happens in one moment; one within another is part of it."""
+        with self.lock:
+            if getattr(self.thread, "lines", None) is not None:
+                yield
+                return
+            self.thread.lines, self.thread.now, self.thread.num_tasks = [], None, 0
+            try:
+                yield
+            finally:
+                lines, self.thread.lines = self.thread.lines, None
+                if lines:
+                    self.before_block(lines)
+                    self._put(lines)
 
     def write_news(self, kind: str, **what: Any) -> None:
         """Unless it is what was written of this kind last."""
@@ -73,16 +127,21 @@ def plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
 
-def record(path: str) -> None:
+def record(path: str) -> Record:
     """Write to `path` from now on."""
-    record = _Record(path)
+    record = Record(path)
     _rounds(record)
-    _choices(record)
+    record_choices(record)
     _pulls(record)
     _merges(record)
+    return record
 
 
-def _around(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+def _text_of(vector: Tensor) -> str:
+    return base64.b64encode(vector.numpy().tobytes()).decode()
+
+
+def around(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Put `wrapper(original, *args, **kwargs)` in place of a module's function or a class's method."""
     original = getattr(owner, name)
 
@@ -90,15 +149,30 @@ def _around(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
-    setattr(owner, name, wrapped)
+    put(owner, name, wrapped)
 
 
-def _rounds(record: _Record) -> None:
+_IN_PLACE_OF: list[tuple[Any, str, Any]] = []
+
+
+def put(owner: Any, name: str, value: Any) -> None:
+    """Put `value` in place of what a module or a class has under that name, until `take_out`."""
+    _IN_PLACE_OF.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
+
+
+def take_out() -> None:
+    """Everything is again what it was."""
+    while _IN_PLACE_OF:
+        setattr(*_IN_PLACE_OF.pop())
+
+
+def _rounds(record: Record) -> None:
     """How rounds begin, and what is published in them."""
 
     def start_round(original: Any, self: GossipExchange, progress: Any, steps_per_s: float) -> Any:
         told = record.thread
-        told.began_s = time.monotonic()
+        told.began_s, told.done = time.monotonic(), 0
         told.steps = 0.0, (), ()  # until it knows its speed, they are not asked for
         start = original(self, progress, steps_per_s)
         record.write(
@@ -137,20 +211,20 @@ def _rounds(record: _Record) -> None:
             record.write("asked_for", fragment=self.fragment, mark=mark)
             return original(self, publication)
 
-    _around(GossipExchange, "start_round", start_round)
-    _around(exchange, "round_inner_steps", steps)
-    _around(asynchronous, "steps_of_everybody", everybodys)
-    _around(gossiping, "gradient_format", gradient_format)
-    _around(GossipExchange, "publish", publish)
-    _around(Publisher, "_build", build)
+    around(GossipExchange, "start_round", start_round)
+    around(exchange, "round_inner_steps", steps)
+    around(asynchronous, "steps_of_everybody", everybodys)
+    around(gossiping, "gradient_format", gradient_format)
+    around(GossipExchange, "publish", publish)
+    around(Publisher, "_build", build)
 
 
-def _choices(record: _Record) -> None:
+def record_choices(record: Record) -> None:
     """When to pull and from whom, and what that was decided on."""
 
     def post_init(original: Any, self: Gossip) -> None:
         original(self)
-        self.rng = generator(self.me)
+        self.rng, record.back_off = generator(self.me), self.back_off
 
     def pull_plan(original: Any, self: Gossip, plan: Any) -> Any:
         record.thread.planned = plan.fragments, plan.gradient_format
@@ -191,48 +265,29 @@ def _choices(record: _Record) -> None:
         def call(original: Any, self: Any, *args: Any) -> Any:
             with record.lock:
                 found = original(self, *args)
-                record.write(name, args=args, found=found)
+                if not isinstance(self, BackOff) or self is record.back_off:
+                    record.write(name, args=args, found=found)
                 return found
 
         return call
 
-    _around(Gossip, "__post_init__", post_init)
-    _around(Gossip, "_pull_plan", pull_plan)
-    _around(Gossip, "_choose", choose)
-    _around(gossiping, "plan_pulls", plan_pulls)
-    _around(gossip_exchange, "expected_step_s", expected("expected"))
-    _around(gossip_exchange, "is_moved", expected("moved"))
-    _around(gossiping, "round_began_s", round_began_s)
-    _around(Partners, "next", next_)
+    around(Gossip, "__post_init__", post_init)
+    around(Gossip, "_pull_plan", pull_plan)
+    around(Gossip, "_choose", choose)
+    around(gossiping, "plan_pulls", plan_pulls)
+    around(gossip_exchange, "expected_step_s", expected("expected"))
+    around(gossip_exchange, "is_moved", expected("moved"))
+    around(gossiping, "round_began_s", round_began_s)
+    around(Partners, "next", next_)
     for name in ("busy", "failed", "answered", "called"):
-        _around(BackOff, name, told(name))
+        around(BackOff, name, told(name))
     for name in ("bytes_begin", "bytes_end", "merged", "round_ended", "assume"):
-        _around(PullTimes, name, told(f"times.{name}"))
+        around(PullTimes, name, told(f"times.{name}"))
 
 
-def _pulls(record: _Record) -> None:
-    """What was asked, what of it was new, and what the run's rule made of it."""
-
-    def reference(original: Any, self: Gossip) -> int:
-        record.thread.reference = original(self)
-        return record.thread.reference
-
-    def news(original: Any, self: Gossip, lane: Any, peer: str, mark: Any, *, is_own: bool) -> Any:
-        found = None
-        try:
-            found = original(self, lane, peer, mark, is_own=is_own)
-            return found
-        finally:
-            record.write(
-                "news",
-                fragment=lane.number,
-                author=peer,
-                section="gradient" if mark.part else "weights",
-                mark=mark,
-                is_here=not is_own,  # nobody has hosts here
-                reference=record.thread.reference,
-                found=[None, 0] if found is None else [type(found[0]).__name__, found[0].tokens],
-            )
+def _pulls(record: Record) -> None:
+    """What the run's rule made of what came."""
+    record_news(record)
 
     def decode(original: Any, self: GossipExchange, fragment: int, held: Any, *news: Any) -> Any:
         manifest = held.snapshot.manifest
@@ -260,15 +315,48 @@ def _pulls(record: _Record) -> None:
             original(self, gradient, tokens)
             record.write("learned", found=tokens)
 
-    _around(Gossip, "_reference_round", reference)
-    _around(Gossip, "_news_untrusted", news)
-    _around(GossipExchange, "_decode_weights_untrusted", decode)
-    _around(GossipExchange, "_decode_gradient_untrusted", decode)
-    _around(Robustness, "accept", accept)
-    _around(Robustness, "learn", learn)
+    around(GossipExchange, "_decode_weights_untrusted", decode)
+    around(GossipExchange, "_decode_gradient_untrusted", decode)
+    around(Robustness, "accept", accept)
+    around(Robustness, "learn", learn)
 
 
-def _merges(record: _Record) -> None:
+def record_news(record: Record) -> None:
+    """What of a publication was new."""
+
+    def reference(original: Any, self: Gossip) -> int:
+        record.thread.reference = original(self)
+        return record.thread.reference
+
+    async def bring(original: Any, *args: Any) -> Any:
+        found = await original(*args)
+        _HAS_COME.set(True)
+        return found
+
+    def news(original: Any, self: Gossip, lane: Any, peer: str, mark: Any, *, is_own: bool) -> Any:
+        found = None
+        try:
+            found = original(self, lane, peer, mark, is_own=is_own)
+            return found
+        finally:
+            record.write(
+                "news",
+                fragment=lane.number,
+                author=peer,
+                section="gradient" if mark.part else "weights",
+                mark=mark,
+                is_here=_HAS_COME.get(),
+                is_own=is_own,
+                reference=record.thread.reference,
+                found=[None, 0] if found is None else [type(found[0]).__name__, found[0].tokens],
+            )
+
+    around(gossiping, "bring", bring)
+    around(Gossip, "_reference_round", reference)
+    around(Gossip, "_news_untrusted", news)
+
+
+def _merges(record: Record) -> None:
     """What entered each merge, and what weights came of it."""
 
     prepared_for: dict[int, tuple[float, float]] = {}
@@ -291,8 +379,33 @@ def _merges(record: _Record) -> None:
     def merge(original: Any, self: Trainer, arrived: Any, own: Any, fragment: int = -1) -> None:
         original(self, arrived, own, fragment)
         entered = [[one.peer, one.tokens] for one in arrived.merged]
-        record.write("merged", found=entered, theta_sha256=vector_sha256(self.state.theta))
+        sums = {"theta_sha256": vector_sha256(self.state.theta), "momentum_sha256": vector_sha256(self.state.momentum)}
+        record.write("merged", fragment=fragment, found=entered, **sums)
 
-    _around(GossipExchange, "_prepare", prepare)
-    _around(Gossip, "take", take)
-    _around(Trainer, "merge", merge)
+    def adopt(original: Any, self: Trainer, replaced: Any) -> None:
+        original(self, replaced)
+        progress, state = replaced.progress, replaced.state
+        record.write(
+            "adopted",
+            round=progress.round,
+            run_tokens=progress.run_tokens,
+            reason=replaced.reason,
+            theta=_text_of(state.theta),
+            momentum=_text_of(state.momentum),
+        )
+
+    around(GossipExchange, "_prepare", prepare)
+    around(Gossip, "take", take)
+
+    def step_done(original: Any, self: GossipExchange, inner_steps_done: int) -> None:
+        record.thread.done = inner_steps_done
+        original(self, inner_steps_done)
+
+    def restart(original: Any, self: Trainer) -> None:
+        original(self)
+        record.write("restarts", done=record.thread.done)
+
+    around(GossipExchange, "step_done", step_done)
+    around(Trainer, "restart", restart)
+    around(Trainer, "merge", merge)
+    around(Trainer, "adopt", adopt)

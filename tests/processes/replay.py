@@ -3,6 +3,7 @@ happened and when, the simulator decides, trains and merges."""
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from recording import generator, plain
 from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival
+from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import first_inner_steps, round_inner_steps, steps_of_everybody
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import vector_sha256
+from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.trainer import Start
 from swarmtrain.protocol.fragments import publishes_every
-from swarmtrain.protocol.partners import Candidate, Mark, View
+from swarmtrain.protocol.partners import Candidate, Mark, View, agreed_places
+from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import (
     BytesBegun,
     PullTimes,
@@ -39,10 +44,10 @@ from swarmtrain.protocol.pulls import (
 from swarmtrain.run import parse_published_untrusted, run_sha256
 from swarmtrain.simulate.learning.gossip import Peer, World
 from swarmtrain.simulate.learning.lane import Lane, Published
-from swarmtrain.simulate.learning.learner import Text
+from swarmtrain.simulate.learning.learner import Learner, Text
 from swarmtrain.simulate.learning.setting import Setting
 
-__all__ = ["Replayed", "ReplayedPeer", "replay", "text_of"]
+__all__ = ["Replayed", "ReplayedPeer", "replay", "replay_lines", "text_from", "text_of"]
 
 Event = Mapping[str, Any]
 
@@ -63,6 +68,11 @@ class RecordedText(Text):
 def text_of(run_folder: Path, text_folder: Path, peers: Sequence[str]) -> RecordedText:
     """From the files of the run that a volunteer kept, and the folder that its data are below."""
     published, held_out = (run_folder / "run.toml").read_bytes(), (run_folder / "held-out.txt").read_bytes()
+    return text_from(published, held_out, text_folder, peers)
+
+
+def text_from(published: bytes, held_out: bytes, text_folder: Path, peers: Sequence[str]) -> RecordedText:
+    """From the run file as it was published, the held-out text, and the folder that the data are below."""
     sha256 = run_sha256(published)
     run = parse_published_untrusted(published, sha256)
     data = training_data(run, text_folder, held_out, b"", None)
@@ -104,8 +114,8 @@ class ReplayedPeer(Peer):
             self._plan(event)
         elif kind in ("busy", "failed", "answered", "called"):
             self._same(event, "back-off", getattr(self.back_off, kind)(*event["args"]))
-        else:
-            getattr(self, f"_{kind}")(event)
+        elif (does := getattr(self, f"_{kind}", None)) is not None:  # else it is of the network's side
+            does(event)
 
     def _same(self, event: Event, what: str, decided: Any, found: str = "found") -> None:
         told = json.loads(json.dumps(decided, default=plain))
@@ -142,6 +152,16 @@ class ReplayedPeer(Peer):
     def _has(self, lane: Lane) -> None:
         assert lane.weights is not None
         self.published.setdefault((lane.number, "weights", lane.weights.mark), lane.weights)
+
+    def _restarts(self, event: Event) -> None:
+        """It rests: what was trained since each fragment's merge is given up."""
+        step_tokens, total_tokens = self.world.setting.run.tokens_per_step, self.world.setting.total_tokens
+        for step in range(self.done, event["done"]):
+            self.learner.step(self.start.run_tokens(self.run_tokens, step, step_tokens) / total_tokens)
+        self.trainer.restart()
+        for lane in self.lanes:
+            lane.newest = lane.weights = None
+            self.published.pop((lane.number, "weights", Mark(self.round, 0, 0)), None)
 
     def _published(self, event: Event) -> None:
         moments = [moment for moment in self.start.publish_after if moment > self.done]
@@ -219,6 +239,8 @@ class ReplayedPeer(Peer):
             decided = [lane.arrived[section, author][1].tokens, ""]
         except BadBytesError as error:
             decided = [0, str(error)]
+        if not self.world.is_to_the_bit and bool(decided[1]) == bool(event["found"][1]):
+            decided = event["found"]  # what counts less than it says, and the rule's words, are of what is computed
         self._same(event, "rule", decided)
         self.incidents += [(author, each.rule, each.detail) for each in told]
 
@@ -239,6 +261,13 @@ class ReplayedPeer(Peer):
             tokens[author] = tokens.get(author, 0) + arrival.tokens
         self.entered = [list(each) for each in tokens.items()]
         assert self.done == self.start.merge_after[lane.number]
+        if event.get("is_replaced"):  # by the others' weights: what was taken counts as merged all the same
+            for (section, author), (published, _) in ready.items():
+                if section == "weights":
+                    lane.ledger.weights_merged(author, published.mark.round)
+                else:
+                    lane.ledger.merged(author, published.mark, self.world.reference_round)
+            return
         self.merge(lane, ready)
         if not is_last:
             lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, self.world.clock.now)
@@ -249,9 +278,54 @@ class ReplayedPeer(Peer):
         return ahead_rounds(self.begun[id(published)], *self.round_s)
 
     def _merged(self, event: Event) -> None:
-        self._same(event, "merge", self.entered)
+        entered, recorded = self.entered, event["found"]
+        if not self.world.is_to_the_bit and [author for author, _ in entered] == [author for author, _ in recorded]:
+            entered = recorded
+        self._same(event, "merge", entered)
         self.num_rounds += 1
-        self.num_equal += vector_sha256(self.trainer.state.theta) == event["theta_sha256"]
+        state = self.trainer.state
+        is_equal = vector_sha256(state.theta) == event["theta_sha256"]
+        if "momentum_sha256" in event:
+            is_equal &= vector_sha256(state.momentum) == event["momentum_sha256"]
+        self.num_equal += is_equal
+
+    # ------------------------------------------------------------- others' weights
+
+    def _forgets(self, event: Event) -> None:
+        for lane in self.lanes:
+            lane.arrived = {}
+
+    def _took_states(self, event: Event) -> None:
+        self._forgets(event)
+        rounds, told = dict(event["heard"]), event["told"]
+        for peer, round in event["rounds"].items():
+            rounds[peer] = max(round, rounds.get(peer, 0))
+        for lane in self.lanes:
+            of_lane = [{peer: (at[0], at[1]) for peer, at in each[lane.number].items()} for each in told]
+            lane.ledger.bring(agreed_places(of_lane, rounds, event["round"], lane.ledger.max_staleness_rounds))
+            lane.robustness.comes_back()
+
+    def _adopted(self, event: Event) -> None:
+        self.learner.comes_late()
+        self.trainer.state = OuterState(_vector(event["theta"]), _vector(event["momentum"]))
+        self.trainer.progress = Progress(round=event["round"], run_tokens=event["run_tokens"])
+        for lane in self.lanes:
+            lane.newest = lane.weights = None
+
+
+def _vector(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedSetting(Setting):
+    """Each begins with the weights that the real one began with."""
+
+    text: RecordedText
+
+    def learner(self, number: int) -> Learner:
+        """See `Setting`."""
+        return Learner(self.text, number, initial_seed(self.run, self.text.peers[number]))
 
 
 @dataclass
@@ -259,6 +333,8 @@ class Replayed(World):
     """The simulator's peers under the names of real ones, and as far as each of those knew."""
 
     names: tuple[str, ...] = ()
+    is_to_the_bit: bool = True
+    """Whether what is computed here is what was computed there; else it is nearly that."""
     reference: int = 0
     """What the peer in question believes the median round to be."""
     decisions: Counter[str] = field(default_factory=Counter)
@@ -289,14 +365,37 @@ class Replayed(World):
 
 def replay(text: RecordedText, records: Sequence[Path]) -> Replayed:
     """The records of the peers of `text`, in the same order, replayed."""
-    world = Replayed(Setting(text=text, step_s=(1.0,) * len(records)), names=text.peers)
-    events = [
-        (event["at_s"], number, event)
-        for number, path in enumerate(records)
-        for event in map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    ]
-    for _, number, event in sorted(events, key=lambda each: each[:2]):
-        peer = world.peers[number]
+    return replay_lines(
+        text,
+        [
+            {"peer": number, **json.loads(line)}
+            for number, path in enumerate(records)
+            for line in path.read_text(encoding="utf-8").splitlines()
+        ],
+    )
+
+
+def replay_lines(text: RecordedText, lines: Sequence[Event], *, is_to_the_bit: bool = True) -> Replayed:
+    """The same of their lines, each with the number of its peer."""
+    setting = RecordedSetting(text=text, step_s=(1.0,) * len(text.peers))
+    world = Replayed(setting, names=text.peers, is_to_the_bit=is_to_the_bit)
+    ordered = sorted(lines, key=lambda line: (line["at_s"], line["peer"]))
+    replaced = _replaced(ordered)
+    for event in ordered:
+        peer = world.peers[event["peer"]]
         assert isinstance(peer, ReplayedPeer)
-        peer.play(event)
+        peer.play({**event, "is_replaced": True} if id(event) in replaced else event)
     return world
+
+
+def _replaced(lines: Sequence[Event]) -> set[int]:
+    """The ends of rounds after which others' weights came in place of a merge."""
+    taken, found = dict[int, Event](), set[int]()
+    for line in lines:
+        if line["kind"] == "taken":
+            taken[line["peer"]] = line
+        elif line["kind"] == "merged":
+            taken.pop(line["peer"], None)
+        elif line["kind"] == "adopted" and line["peer"] in taken:
+            found.add(id(taken.pop(line["peer"])))
+    return found
