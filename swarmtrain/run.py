@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from swarmtrain import __version__
 from swarmtrain.compatibility import KEYS_SINCE, UPDATE, Needs, needs_untrusted, needs_with, too_old_for
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
+from swarmtrain.methods import METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.problems import Section, one_line, problems_in_words, read_toml
 from swarmtrain.run_data import DataSection
 
@@ -57,8 +58,6 @@ _MOST_STEP_BATCHES = 4
 _MOST_IN_STEP = 1.5
 """As `algorithm.pacing.most_inner_steps`, which is a layer above."""
 EXAMPLE = "examples/stdlib-gpt.toml"
-GradientFormat = Literal["fp32", "bf16", "int8", "int4", "int2"]
-"""`algorithm.quantize.Format`, which is a layer above."""
 CHUNK_BYTES = 256 * 1024
 """A piece of a transfer. The fastest message size measured over hivemind's streams."""
 
@@ -142,30 +141,12 @@ class InnerSection(Section):
 
 
 _OTHER_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("method", "diloco"): {"outer_momentum": 0.9, "pacing": False},
-    ("method", "server"): {"robust": "clip"},
+    **{("method", method.name): dict(method.defaults) for method in METHODS.values()},
     ("init", "own"): {"robust": "clip", "num_weights": 3},
 }
 """Where a key's value makes the defaults of others different from the fields'; they are written out like those."""
 
-_DILOCO = ("diloco",)
-_GOSSIP = ("gossip",)
-_SERVER = ("server",)
-METHODS_OF_KEYS: dict[str, tuple[str, ...]] = {
-    "buffer_arrivals": _SERVER,
-    "fragments": _GOSSIP,
-    "gradient_format": _GOSSIP + _SERVER,
-    "init": _GOSSIP,
-    "max_staleness_rounds": _GOSSIP + _SERVER,
-    "momentum_share": _SERVER,
-    "num_partners": _GOSSIP,
-    "num_weights": _GOSSIP,
-    "partners": _GOSSIP,
-    "publications_per_round": _GOSSIP,
-    "robust": _GOSSIP + _SERVER,
-    "share_above": _DILOCO,
-    "theta_format": _GOSSIP + _SERVER,
-}
+METHODS_OF_KEYS = methods_of_keys()
 """Keys of `[merge]` that not every method has: which do. With another method they are left out."""
 
 _OUR_RULES = ("none", "clip", "direction", "trimmed", "flag")
@@ -178,7 +159,7 @@ _FormatOrAuto = Literal["auto", "fp32", "bf16", "int8", "int4", "int2"]
 class MergeSection(Section):
     """How peers become one model."""
 
-    method: Literal["gossip", "diloco", "server"] = Field("gossip", description='"gossip": nobody waits; each merges at its own pace what it pulled from a few partners. "diloco": synchronous rounds; everyone\'s pseudo-gradients are averaged by a signed roster. "server": nobody waits; the bootstrap takes in each pseudo-gradient as it arrives, and everyone goes on from its newest weights.')  # fmt: skip
+    method: Literal["gossip", "diloco", "server"] = Field("gossip", description=" ".join(f'"{method.name}": {method.says}' for method in METHODS.values()))  # fmt: skip
     inner_steps: int = Field(25, ge=1, le=1_000_000, description="Inner steps of one round (H).")
     outer_learning_rate: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer Nesterov step.")
     outer_momentum: float = Field(0.8, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "diloco" the default is 0.9.')  # fmt: skip
@@ -202,16 +183,19 @@ class MergeSection(Section):
     momentum_share: float = Field(0.0, ge=0, le=1, description='"server": the share of the momentum that each arrival applies (c), 1 / N at most; with 0 it is applied when it is refreshed.')  # fmt: skip
 
     @property
+    def kind(self) -> MergeMethod:
+        """The method: what is to be known of it."""
+        return method_named(self.method)
+
+    @property
     def gradient_formats(self) -> tuple[GradientFormat, ...]:
         """Those that a pseudo-gradient may have, the coarsest first."""
-        if self.gradient_format != "auto":
-            return (self.gradient_format,)
-        return ("int2", "int4") if self.method == "gossip" else ("int2",)
+        return self.kind.auto_formats if self.gradient_format == "auto" else (self.gradient_format,)
 
     @property
     def num_fragments(self) -> int:
         """In how many pieces the model is merged."""
-        return self.fragments if self.method == "gossip" else 1
+        return self.fragments if self.kind.reads("fragments") else 1
 
     @model_validator(mode="before")
     @classmethod
@@ -231,9 +215,9 @@ class MergeSection(Section):
                 raise ValueError(
                     f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with {allowed}'
                 )
-        if self.method == "server" and self.robust not in ("none", "clip"):
+        if self.kind.has_server and self.robust not in ("none", "clip"):
             raise ValueError(
-                f'merge.robust: "{self.robust}" compares several gradients, and with merge.method = "server" they '
+                f'merge.robust: "{self.robust}" compares several gradients, and with merge.method = "{self.method}" they '
                 'arrive one by one; allowed: "none" or "clip"'
             )
         if self.momentum_share and not self.momentum_share * self.buffer_arrivals <= 1 <= self.buffer_arrivals:
@@ -368,7 +352,7 @@ class RunFile(Section):
     def max_round_tokens(self) -> int:
         """What one peer's round counts at most. With gossip one may take longer, to end when others' do. A stage's steps
         are not all of one size (`protocol/microbatches.py`), and a round ends after the one that fills it."""
-        in_step = self.merge.method == "gossip" and self.merge.pacing
+        in_step = self.merge.kind.in_step and self.merge.pacing
         steps = math.ceil((_MOST_IN_STEP if in_step else 1.0) * self.merge.inner_steps)
         more_steps = 0 if self.pipeline.stages == 1 else _MOST_STEP_BATCHES
         return (steps + more_steps) * self.tokens_per_step
@@ -387,7 +371,7 @@ class RunFile(Section):
 
     def num_shards(self, corpus_tokens: int) -> int:
         """Shards of a corpus of so many tokens, each at least what `merge.inner_steps` read; 0 where there are none."""
-        if self.merge.method != "gossip" or (self.data.source == "datasets" and self.data.streaming):
+        if not self.merge.kind.shards or (self.data.source == "datasets" and self.data.streaming):
             return 0
         fitting = corpus_tokens // max(self.round_tokens, 2 * self.model.context_tokens)
         return min(self.data.shards, fitting) if fitting > 1 else 0
@@ -409,7 +393,7 @@ class RunFile(Section):
             learnt = self.published.tokenizer_sha256 is not None
             if learnt != (self.model.tokenizer == "bpe") or learnt != (self.published.tokenizer_bytes > 0):
                 raise ValueError(f'published.tokenizer_sha256: does not fit model.tokenizer = "{self.model.tokenizer}"')
-            if (self.published.server is not None) != (self.merge.method == "server"):
+            if (self.published.server is not None) != self.merge.kind.has_server:
                 raise ValueError(f'published.server: does not fit merge.method = "{self.merge.method}"')
             if self.published.dataset_revision is not None and self.data.source != "datasets":
                 raise ValueError(f'published.dataset_revision: does not fit data.source = "{self.data.source}"')
@@ -430,9 +414,10 @@ class RunFile(Section):
                 f"pipeline.boundaries: {list(self.pipeline.boundaries)}; allowed: at most model.num_layers = "
                 f"{self.model.num_layers}"
             )
-        if self.merge.method != "gossip":
+        if not self.merge.kind.stages:
+            allowed = " or ".join(f'"{method.name}"' for method in METHODS.values() if method.stages)
             raise ValueError(
-                f'pipeline.stages: {stages} with merge.method = "{self.merge.method}"; allowed: with "gossip"'
+                f'pipeline.stages: {stages} with merge.method = "{self.merge.method}"; allowed: with {allowed}'
             )
         if self.evaluation.every_rounds:
             raise ValueError(

@@ -102,7 +102,7 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
         boundaries=boundaries,
         stage_costs=costs,
         dataset_revision=files.revision or None,
-        server=me if run.merge.method == "server" else None,
+        server=me if run.merge.kind.has_server else None,
     )
     needs = needs_of(run.model_copy(update={"published": section}))
     if needs.protocol > 1:
@@ -175,7 +175,7 @@ class _Bootstrap(BootstrapPeer):
         model = build_model(self.published.run.model, self.published.run.run.seed)
         specs = tensor_specs(model.named_parameters())
         swarm = self.swarm = Swarm(node, self.published, specs, average_bytes_untrusted, self.emit, me)
-        if self.published.run.merge.method == "gossip":
+        if self.published.run.merge.kind.hosting:
             swarm.hosting = hosting_of(swarm)
         keeper = self.keeper = Keeper(self.folder, self.published, node.identity.peer_id, self.emit)
         keeper.attach(swarm)
@@ -183,7 +183,7 @@ class _Bootstrap(BootstrapPeer):
         if swarm.asynchronous:
             self.archived = Archive(swarm, keeper)
         kept = self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)
-        if self.published.run.merge.method == "server":
+        if self.published.run.merge.kind.has_server:
             self.server = self._merge_server(swarm, keeper, kept, flatten(model.parameters()))
             self._archived_arrivals = self.server.arrivals
         else:
@@ -397,7 +397,7 @@ class _Bootstrap(BootstrapPeer):
     def _most_sources(self) -> int:
         """How many are asked for their weights, or where all have the same, may be asked."""
         run = self.published.run
-        return archived_sources(num_parameters(run.model)) if run.merge.method == "gossip" else ARCHIVED
+        return archived_sources(num_parameters(run.model)) if run.merge.kind.own_weights else ARCHIVED
 
     def _archive(self, swarm: Swarm, last: bool = False) -> bool:
         """Pull the newest state, write it down, and offer it to joiners; False if nobody delivered."""

@@ -523,7 +523,7 @@ class Trainer:
         """What `inner_steps` of this round have brought, with publication `part`."""
         thetas, parameters = [state.theta for state in self._states], list(self.model.parameters())
         self._take_back()
-        if self.run.merge.method == "gossip":
+        if self.run.merge.kind.lends_weights:
             pairs = zip(thetas, self.fragments, strict=True)
             self._lent = tuple(LentWeights(theta, fragment.pick(parameters)) for theta, fragment in pairs)
         return Contribution(

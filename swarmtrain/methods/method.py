@@ -1,0 +1,49 @@
+"""What one way to merge is, for all code that is not its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["GradientFormat", "MergeMethod"]
+
+GradientFormat = Literal["fp32", "bf16", "int8", "int4", "int2"]
+"""`algorithm.quantize.Format`, which is a layer above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeMethod:
+    """One way in which peers become one model."""
+
+    name: str
+    """In `merge.method`."""
+    says: str
+    """What it is, in the documentation of that key."""
+    keys: frozenset[str] = frozenset()
+    """Keys of `[merge]` that not every method has, but this one; those of others are refused with it."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of keys of `[merge]`, where they are not the fields' own."""
+    auto_formats: tuple[GradientFormat, ...] = ("int2",)
+    """Those that a pseudo-gradient may have where `merge.gradient_format` is "auto", the coarsest first."""
+    asynchronous: bool = True
+    """Peers merge at their own pace, without rosters."""
+    own_weights: bool = False
+    """Each volunteer has weights of its own, and pulls those of others: the run's are the mean of theirs."""
+    has_server: bool = False
+    """The bootstrap, which the published run names, takes in each pseudo-gradient as it arrives and hands out the
+    run's weights; nobody else's are archived."""
+    in_step: bool = False
+    """Paced rounds end in the same moment, for which one takes more inner steps than `merge.inner_steps`."""
+    hosting: bool = False
+    """Those who cannot be dialled are reached through others, or through the bootstrap."""
+    shards: bool = False
+    """The data can be drawn from shards, so that all of it is seen by somebody."""
+    stages: bool = False
+    """The model can be cut into a pipeline's stages."""
+    lends_weights: bool = False
+    """A publication lends the model's weights, of which its pseudo-gradient is made when somebody asks for it."""
+
+    def reads(self, key: str) -> bool:
+        """Whether that key of `[merge]`, which not every method has, means something with it."""
+        return key in self.keys
