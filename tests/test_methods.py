@@ -7,7 +7,11 @@ import typing
 import pytest
 
 from swarmtrain.methods import METHODS, MergeMethod, methods_of_keys
-from swarmtrain.run import MergeSection
+from swarmtrain.peer.exchange import SwarmExchange, exchange_of
+from swarmtrain.peer.merge_costs import MergeCosts, costs_of
+from swarmtrain.rehearsal import LinksSection
+from swarmtrain.run import MergeSection, parse_run
+from swarmtrain.simulate.living import Machines, lived
 
 
 def test_each_is_found_by_its_own_name() -> None:
@@ -29,3 +33,12 @@ def test_keys_of_some_methods_name_those_that_read_them() -> None:
     assert methods_of_keys()["theta_format"] == ("gossip", "server")
     assert methods_of_keys()["share_above"] == ("diloco",)
     assert "inner_steps" not in methods_of_keys()
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_its_parts_are_there(method: MergeMethod) -> None:
+    run = parse_run(f'run.total_tokens = 1_000_000\nmerge.method = "{method.name}"', "a test")
+    assert issubclass(exchange_of(method), SwarmExchange)
+    assert isinstance(costs_of(run), MergeCosts)
+    found = lived(run, Machines(step_s=(0.5, 0.5)), LinksSection(), seed=0)
+    assert len(found.round_s) == 2

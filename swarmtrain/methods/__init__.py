@@ -6,12 +6,26 @@ Here are no torch and no network: what needs them is named, and loaded where it 
 
 from __future__ import annotations
 
+import functools
+import pkgutil
+from typing import Any
+
 from swarmtrain.methods.diloco import DILOCO
 from swarmtrain.methods.gossip import GOSSIP
 from swarmtrain.methods.method import GradientFormat, MergeMethod
 from swarmtrain.methods.server import SERVER
 
-__all__ = ["DILOCO", "GOSSIP", "METHODS", "SERVER", "GradientFormat", "MergeMethod", "method_named", "methods_of_keys"]
+__all__ = [
+    "DILOCO",
+    "GOSSIP",
+    "METHODS",
+    "SERVER",
+    "GradientFormat",
+    "MergeMethod",
+    "load_part",
+    "method_named",
+    "methods_of_keys",
+]
 
 METHODS: dict[str, MergeMethod] = {method.name: method for method in (GOSSIP, DILOCO, SERVER)}
 
@@ -19,6 +33,12 @@ METHODS: dict[str, MergeMethod] = {method.name: method for method in (GOSSIP, DI
 def method_named(name: str) -> MergeMethod:
     """The method that a run file names."""
     return METHODS[name]
+
+
+@functools.cache
+def load_part(reference: str) -> Any:
+    """The class or function "module:name" that does a method's work in one of the layers above."""
+    return pkgutil.resolve_name(reference)
 
 
 def methods_of_keys() -> dict[str, tuple[str, ...]]:

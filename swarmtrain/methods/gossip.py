@@ -9,6 +9,9 @@ __all__ = ["GOSSIP"]
 GOSSIP = MergeMethod(
     name="gossip",
     says="nobody waits; each merges at its own pace what it pulled from a few partners.",
+    exchange="swarmtrain.peer.gossip_exchange:GossipExchange",
+    costs="swarmtrain.peer.merge_costs:GossipCosts",
+    lives="swarmtrain.simulate.living:by_gossip",
     keys=frozenset(
         {
             "fragments",

@@ -20,6 +20,12 @@ class MergeMethod:
     """In `merge.method`."""
     says: str
     """What it is, in the documentation of that key."""
+    exchange: str
+    """What answers the trainer's calls in a volunteer, a `peer.exchange.SwarmExchange`: "module:class"."""
+    costs: str
+    """What merging costs each peer, a `peer.merge_costs.MergeCosts`: "module:class"."""
+    lives: str
+    """How a part of a swarm lives through some rounds in virtual time, a `simulate.living.Lives`: "module:function"."""
     keys: frozenset[str] = frozenset()
     """Keys of `[merge]` that not every method has, but this one; those of others are refused with it."""
     defaults: Mapping[str, Any] = field(default_factory=dict)

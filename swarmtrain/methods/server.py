@@ -10,6 +10,9 @@ SERVER = MergeMethod(
     name="server",
     says="nobody waits; the bootstrap takes in each pseudo-gradient as it arrives, and everyone goes on from its "
     "newest weights.",
+    exchange="swarmtrain.peer.server_exchange:ServerExchange",
+    costs="swarmtrain.peer.merge_costs:ServerCosts",
+    lives="swarmtrain.simulate.living:by_server",
     keys=frozenset(
         {
             "buffer_arrivals",

@@ -23,6 +23,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import round_inner_steps
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent
+from swarmtrain.methods import MergeMethod, load_part
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
@@ -39,7 +40,7 @@ from swarmtrain.protocol.rosters import Told, joining_steps, round_steps
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["RosterExchange", "SwarmExchange"]
+__all__ = ["RosterExchange", "SwarmExchange", "exchange_of"]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
@@ -192,6 +193,12 @@ class SwarmExchange(ABC):
             limit_s=section.round_limit_s,
             others_end_in_s=[None if end_s is None else end_s - now for end_s in ends_s],
         )
+
+
+def exchange_of(method: MergeMethod) -> type[SwarmExchange]:
+    """What answers the trainer's calls where peers merge like that."""
+    kind: type[SwarmExchange] = load_part(method.exchange)
+    return kind
 
 
 @dataclass
