@@ -32,7 +32,7 @@ from swarmtrain.network.snapshots import Body, Held, build_snapshot
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import StopFlag, state_of, wait_for
 from swarmtrain.peer.pausing import PauseSwitch
-from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Served, Start, StopTraining
+from swarmtrain.peer.trainer import Averaged, Contribution, OuterUpdate, Replaced, Start, StopTraining
 from swarmtrain.protocol.ending import still_needed
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import round_ends_s
@@ -85,7 +85,7 @@ class SwarmExchange(ABC):
         """See `Exchange`."""
 
     @abstractmethod
-    def collect(self, fragment: int = 0) -> Averaged | Gathered | Served | Replaced:
+    def collect(self, fragment: int = 0) -> OuterUpdate | Replaced:
         """See `Exchange`."""
 
     def hold(self, states: Sequence[OuterState]) -> None:  # noqa: B027 - most have nothing to do
