@@ -25,7 +25,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from swarmtrain import __version__
 from swarmtrain.compatibility import KEYS_SINCE, UPDATE, Needs, needs_untrusted, needs_with, too_old_for
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
-from swarmtrain.methods import METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
+from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
+from swarmtrain.packages import NAME
 from swarmtrain.problems import Section, one_line, problems_in_words, read_toml
 from swarmtrain.run_data import DataSection
 
@@ -140,26 +141,33 @@ class InnerSection(Section):
         return self
 
 
-_OTHER_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
-    **{("method", method.name): dict(method.defaults) for method in METHODS.values()},
-    ("init", "own"): {"robust": "clip", "num_weights": 3},
-}
-"""Where a key's value makes the defaults of others different from the fields'; they are written out like those."""
+_OTHER_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {("init", "own"): {"robust": "clip", "num_weights": 3}}
+"""Where a key's value makes the defaults of others different from the fields', as a method's are (`MergeMethod`); they
+are written out like those."""
 
 METHODS_OF_KEYS = methods_of_keys()
 """Keys of `[merge]` that not every method has: which do. With another method they are left out."""
 
 _OUR_RULES = ("none", "clip", "direction", "trimmed", "flag")
 _MERGE_RULES = ", ".join(f'"{rule}"' for rule in _OUR_RULES) + ' or "PACKAGE:RULE" of an installed package'
-_MERGE_RULE = rf"^({'|'.join(_OUR_RULES)}|[a-z0-9][a-z0-9-]{{0,63}}:[a-z0-9][a-z0-9_-]{{0,63}})$"
+_MERGE_RULE = rf"^({'|'.join(_OUR_RULES)}|{NAME})$"
+_METHODS = " or ".join(f'"{name}"' for name in METHODS) + ' or "PACKAGE:METHOD" of an installed package'
 _Format = Literal["fp32", "bf16", "int8", "int4"]
 _FormatOrAuto = Literal["auto", "fp32", "bf16", "int8", "int4", "int2"]
+
+
+def _kind_of(merge: dict[str, Any]) -> MergeMethod | None:
+    """The method that the table names, if it does and it is here."""
+    try:
+        return method_named(merge["method"])
+    except (KeyError, TypeError, RunFileError):
+        return None
 
 
 class MergeSection(Section):
     """How peers become one model."""
 
-    method: Literal["gossip", "diloco", "server"] = Field("gossip", description=" ".join(f'"{method.name}": {method.says}' for method in METHODS.values()))  # fmt: skip
+    method: str = Field("gossip", pattern=METHOD_NAME, json_schema_extra={"allowed": _METHODS}, description=" ".join(f'"{method.name}": {method.says}' for method in METHODS.values()))  # fmt: skip
     inner_steps: int = Field(25, ge=1, le=1_000_000, description="Inner steps of one round (H).")
     outer_learning_rate: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer Nesterov step.")
     outer_momentum: float = Field(0.8, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "diloco" the default is 0.9.')  # fmt: skip
@@ -202,15 +210,25 @@ class MergeSection(Section):
     def _other_defaults(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        found: dict[str, Any] = {}
+        kind = _kind_of(data)
+        found: dict[str, Any] = {} if kind is None else dict(kind.defaults)
         for (key, value), defaults in _OTHER_DEFAULTS.items():
             found |= defaults if data.get(key) == value else {}
         return found | data
 
+    @field_validator("method")
+    @classmethod
+    def _is_here(cls, name: str) -> str:
+        try:
+            method_named(name)
+        except RunFileError as error:
+            raise ValueError(str(error)) from None
+        return name
+
     @model_validator(mode="after")
     def _fits_method(self) -> MergeSection:
         for key, methods in METHODS_OF_KEYS.items():
-            if self.method not in methods and getattr(self, key) != type(self).model_fields[key].default:
+            if not self.kind.reads(key) and getattr(self, key) != type(self).model_fields[key].default:
                 allowed = " or ".join(f'"{method}"' for method in methods)
                 raise ValueError(
                     f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with {allowed}'
@@ -509,8 +527,9 @@ def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:
     merge = table.get("merge")
     if not isinstance(merge, dict):
         return table
-    has, method = METHODS_OF_KEYS.get, merge.get("method", MergeSection.model_fields["method"].default)
-    kept = {key: value for key, value in merge.items() if method in (has(key) or (method,))}
+    kind = _kind_of({"method": MergeSection.model_fields["method"].default, **merge})
+    reads = frozenset() if kind is None else kind.keys
+    kept = {key: value for key, value in merge.items() if key not in METHODS_OF_KEYS or key in reads}
     return {**table, "merge": kept}
 
 
@@ -523,7 +542,8 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
     """The published run in bytes that another peer sent.
 
     Raises `BadBytesError` when they are too many, do not match the hash or are no strict run file; `NewerRunError` when
-    the run needs a newer swarmtrain, or was published by one that knows keys or values this one does not.
+    the run needs a newer swarmtrain, or was published by one that knows keys or values this one does not; `RunFileError`
+    when its method is another package's, which is not here.
     """
     if len(data) > MAX_RUN_FILE_BYTES:
         raise BadBytesError(f"the run file has {len(data)} bytes; at most {MAX_RUN_FILE_BYTES} are accepted")
@@ -539,6 +559,7 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
         raise BadBytesError(str(error)) from None
     if refusal := too_old_for(_needs_told(table["published"])):
         raise NewerRunError(refusal)
+    _ask_for_package(table)
     try:
         return _validated(_of_its_method(table), "the published run")
     except RunFileError as error:
@@ -547,6 +568,14 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
             versions = f"published by swarmtrain {one_line(publisher[:32])}, you have {__version__}"
             raise NewerRunError(f"this run was {versions}: {UPDATE} ({error})") from None
         raise BadBytesError(str(error)) from None
+
+
+def _ask_for_package(table: dict[str, Any]) -> None:
+    """Have a package's method loaded, which is no fault of who sent the run."""
+    merge = table.get("merge")
+    name = merge.get("method") if isinstance(merge, dict) else None
+    if isinstance(name, str) and re.fullmatch(NAME, name):
+        method_named(name)
 
 
 def _validated(table: dict[str, Any], origin: str, text: str = "") -> RunFile:

@@ -17,7 +17,7 @@ class MergeMethod:
     """One way in which peers become one model."""
 
     name: str
-    """In `merge.method`."""
+    """In `merge.method`; of another package's method the run file's name takes its place."""
     says: str
     """What it is, in the documentation of that key."""
     exchange: str
