@@ -5,12 +5,15 @@ A run file only names it, and only the group of its kind is looked at: nothing t
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from swarmtrain.errors import RunFileError
 
-__all__ = ["NAME", "brought", "entry_of"]
+__all__ = ["NAME", "brought", "entry_of", "file_sha256"]
 
 NAME = r"[a-z0-9][a-z0-9-]{0,63}:[a-z0-9][a-z0-9_-]{0,63}"
 """A pattern of such names."""
@@ -46,3 +49,11 @@ def brought(key: str, name: str, kind: str, group: str) -> tuple[Any, str]:
         raise RunFileError(
             f'merge.{key} = "{name}": {entry.value} cannot be loaded: {error!r}; ask those who made it'
         ) from None
+
+
+def file_sha256(key: str, name: str, module: str) -> str:
+    """Of the file of a module that `merge.KEY = NAME` is made of."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise RunFileError(f'merge.{key} = "{name}": {module} has no file; install it from a wheel or a clone')
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()

@@ -12,6 +12,7 @@ DILOCO = MergeMethod(
     exchange="swarmtrain.peer.exchange:RosterExchange",
     costs="swarmtrain.peer.merge_costs:DilocoCosts",
     lives="swarmtrain.simulate.living:by_rosters",
+    learns="swarmtrain.simulate.learning.synchronous:diloco",
     keys=frozenset({"share_above"}),
     defaults={"outer_momentum": 0.9, "pacing": False},
     asynchronous=False,

@@ -12,6 +12,7 @@ GOSSIP = MergeMethod(
     exchange="swarmtrain.peer.gossip_exchange:GossipExchange",
     costs="swarmtrain.peer.merge_costs:GossipCosts",
     lives="swarmtrain.simulate.living:by_gossip",
+    learns="swarmtrain.simulate.learning.hostile:gossip",
     keys=frozenset(
         {
             "fragments",

@@ -26,6 +26,9 @@ class MergeMethod:
     """What merging costs each peer, a `peer.merge_costs.MergeCosts`: "module:class"."""
     lives: str
     """How a part of a swarm lives through some rounds in virtual time, a `simulate.living.Lives`: "module:function"."""
+    learns: str = ""
+    """How it learns in virtual time, a function of a `simulate.learning.setting.Setting` that gives an `Outcome`:
+    "module:function"; empty where it cannot be compared so."""
     keys: frozenset[str] = frozenset()
     """Keys of `[merge]` that not every method has, but this one; those of others are refused with it."""
     defaults: Mapping[str, Any] = field(default_factory=dict)

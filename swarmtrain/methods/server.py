@@ -13,6 +13,7 @@ SERVER = MergeMethod(
     exchange="swarmtrain.peer.server_exchange:ServerExchange",
     costs="swarmtrain.peer.merge_costs:ServerCosts",
     lives="swarmtrain.simulate.living:by_server",
+    learns="swarmtrain.simulate.learning.serving:server",
     keys=frozenset(
         {
             "buffer_arrivals",

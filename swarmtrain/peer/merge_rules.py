@@ -8,17 +8,14 @@ nothing that is run ever comes from another peer.
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeAlias
 
 from torch import Tensor
 
 from swarmtrain.algorithm.robust import flag_mean, trimmed_mean
 from swarmtrain.errors import RunFileError
-from swarmtrain.packages import brought, entry_of
+from swarmtrain.packages import brought, entry_of, file_sha256
 
 __all__ = ["GROUP", "Mean", "is_ours", "mean_of", "source_sha256"]
 
@@ -51,8 +48,4 @@ def source_sha256(rule: str) -> str | None:
     """Of the file that has another package's rule; None for ours. Errors are those of `mean_of`."""
     if mean_of(rule) is None or is_ours(rule):
         return None
-    module = entry_of("robust", rule, "rule", GROUP).module
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise RunFileError(f'merge.robust = "{rule}": {module} has no file; install it from a wheel or a clone')
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    return file_sha256("robust", rule, entry_of("robust", rule, "rule", GROUP).module)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from learnt import tiny
 
 from swarmtrain.cli.main import run as run_command
-from swarmtrain.errors import BadBytesError, RunFileError
+from swarmtrain.errors import BadBytesError, RunFileError, UserError
 from swarmtrain.methods import METHODS, MergeMethod, load_part, method_named, methods_of_keys
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.bootstrap import publish_run
@@ -23,6 +24,8 @@ from swarmtrain.peer.reporting import what_was_merged
 from swarmtrain.peer.trainer import RoundReport, Trainer
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import MergeSection, RunFile, parse_published_untrusted, parse_run, run_sha256
+from swarmtrain.simulate import comparing
+from swarmtrain.simulate.comparing import Play, compare
 from swarmtrain.simulate.living import Machines, lived
 
 
@@ -63,6 +66,7 @@ from swarmtrain.methods import MergeMethod
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.merge_costs import MergeCosts
 from swarmtrain.peer.trainer import Averaged, Start
+from swarmtrain.simulate.learning.synchronous import data_parallel as learn
 
 ALONE = MergeMethod(
     name="alone",
@@ -70,6 +74,7 @@ ALONE = MergeMethod(
     exchange="swarm_hermits:Alone",
     costs="swarm_hermits:Nothing",
     lives="swarmtrain.simulate.living:by_server",
+    learns="swarm_hermits:learn",
     keys=frozenset({"share_above"}),
     defaults={"outer_momentum": 0.25},
 )
@@ -145,6 +150,29 @@ def test_what_a_package_s_method_costs_is_its_own(install: Callable[..., None]) 
     install()
     assert costs_of(run_by(METHOD)).merge_bytes(run_by(METHOD), 1000, 3) == (0, 0)
     assert len(lived(run_by(METHOD), Machines(step_s=(0.5, 0.5)), LinksSection(), seed=0).round_s) == 2
+
+
+def test_a_package_s_method_is_compared(install: Callable[..., None], tmp_path: Path) -> None:
+    scenario = tiny(tmp_path, set={"run.total_tokens": 3000}, scenario={"methods": [METHOD, "data-parallel"]})
+    with pytest.raises(UserError, match="package swarm-hermits, which is not installed"):
+        compare(scenario, jobs=1, kept=None)
+    install()
+    kept = tmp_path / "kept"
+    ours, same = compare(scenario, jobs=1, kept=kept).rows()
+    assert (ours.method, ours.loss) == (METHOD, same.loss)
+    before = comparing._path(scenario, Play(METHOD, (), 0), kept)
+    assert before is not None and before.exists()
+    (tmp_path / "site-packages" / "swarm_hermits.py").write_text(MODULE + "# changed")
+    after = comparing._path(scenario, Play(METHOD, (), 0), kept)
+    assert after is not None and not after.exists(), "what is kept is by the function's file"
+
+
+def test_a_method_that_does_not_learn_there_is_not_compared(install: Callable[..., None], tmp_path: Path) -> None:
+    install()
+    (tmp_path / "site-packages" / "swarm_hermits.py").write_text(MODULE.replace("    learns=", "    # learns="))
+    scenario = tiny(tmp_path, scenario={"methods": [METHOD]})
+    with pytest.raises(UserError, match=f"{METHOD} does not say how it learns"):
+        compare(scenario, jobs=1, kept=None)
 
 
 def test_only_the_keys_that_a_package_s_method_reads_are_allowed(install: Callable[..., None]) -> None:
