@@ -39,9 +39,10 @@ class MergeMethod:
     """Peers merge at their own pace, without rosters."""
     own_weights: bool = False
     """Each volunteer has weights of its own, and pulls those of others: the run's are the mean of theirs."""
-    has_server: bool = False
-    """The bootstrap, which the published run names, takes in each pseudo-gradient as it arrives and hands out the
-    run's weights; nobody else's are archived."""
+    server: str = ""
+    """What takes in each pseudo-gradient as it arrives, in the bootstrap, which the published run names: a
+    `peer.merge_server.MergeServer`, "module:class". Everybody goes on from its weights, and nobody else's are archived.
+    Empty where there is none."""
     in_step: bool = False
     """Paced rounds end in the same moment, for which one takes more inner steps than `merge.inner_steps`."""
     hosting: bool = False
@@ -52,6 +53,11 @@ class MergeMethod:
     """The model can be cut into a pipeline's stages."""
     lends_weights: bool = False
     """A publication lends the model's weights, of which its pseudo-gradient is made when somebody asks for it."""
+
+    @property
+    def has_server(self) -> bool:
+        """Whether the bootstrap keeps the run's weights."""
+        return bool(self.server)
 
     def reads(self, key: str) -> bool:
         """Whether that key of `[merge]`, which not every method has, means something with it."""

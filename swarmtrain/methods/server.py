@@ -25,5 +25,5 @@ SERVER = MergeMethod(
         }
     ),
     defaults={"robust": "clip"},
-    has_server=True,
+    server="swarmtrain.peer.merge_server:MergeServer",
 )

@@ -25,6 +25,7 @@ from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.errors import ClockError, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, WarningEvent
+from swarmtrain.methods import load_part
 from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
@@ -246,7 +247,8 @@ class _Bootstrap(BootstrapPeer):
             extra = {**keeper.checkpointer.extra(), **checkpoint.extra}
             keeper.keep(dataclasses.replace(checkpoint, extra=extra))
 
-        server = MergeServer(swarm, OuterState(theta, torch.zeros_like(theta)), keep)
+        kind: type[MergeServer] = load_part(self.published.run.merge.kind.server)
+        server = kind(swarm, OuterState(theta, torch.zeros_like(theta)), keep)
         if kept is not None:
             try:
                 server.restore(kept)

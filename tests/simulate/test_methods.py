@@ -15,11 +15,12 @@ from learnt import tiny
 
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import BadBytesError, RunFileError, UserError
-from swarmtrain.methods import METHODS, MergeMethod, load_part, method_named, methods_of_keys
+from swarmtrain.methods import METHODS, SERVER, MergeMethod, load_part, method_named, methods_of_keys
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.exchange import SwarmExchange, exchange_of
 from swarmtrain.peer.merge_costs import MergeCosts, costs_of
+from swarmtrain.peer.merge_server import MergeServer
 from swarmtrain.peer.reporting import what_was_merged
 from swarmtrain.peer.trainer import RoundReport, Trainer
 from swarmtrain.rehearsal import LinksSection
@@ -54,6 +55,8 @@ def test_its_parts_are_there(method: MergeMethod) -> None:
     run = parse_run(f'run.total_tokens = 1_000_000\nmerge.method = "{method.name}"', "a test")
     assert issubclass(exchange_of(method), SwarmExchange)
     assert isinstance(costs_of(run), MergeCosts)
+    assert method.has_server == (method is SERVER)
+    assert not method.has_server or issubclass(load_part(method.server), MergeServer)
     found = lived(run, Machines(step_s=(0.5, 0.5)), LinksSection(), seed=0)
     assert len(found.round_s) == 2
 
