@@ -108,8 +108,9 @@ PATHS = {
         network/gossiping.py Gossip.take
         peer/gossip_exchange.py GossipExchange.collect
         peer/trainer.py Gathered
+        peer/trainer.py OuterUpdate | Gathered
         peer/trainer.py Trainer.merge
-        peer/trainer.py Trainer._merge_gathered
+        peer/trainer.py Trainer._merge_gathered | Gathered.next_state
         algorithm/gossip.py gossip_merge
         algorithm/outer.py outer_step
     """,
@@ -150,7 +151,9 @@ PATHS = {
         network/rounds.py Rounds.finish
         peer/exchange.py RosterExchange.collect
         peer/trainer.py Averaged
+        peer/trainer.py OuterUpdate | Averaged
         peer/trainer.py Trainer.merge
+        peer/trainer.py Averaged.next_state | Trainer.merge
         algorithm/outer.py outer_step
     """,
     "activations, pipeline": """

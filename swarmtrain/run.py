@@ -25,6 +25,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from swarmtrain import __version__
 from swarmtrain.compatibility import KEYS_SINCE, UPDATE, Needs, needs_untrusted, needs_with, too_old_for
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
+from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
+from swarmtrain.packages import NAME
 from swarmtrain.problems import Section, one_line, problems_in_words, read_toml
 from swarmtrain.run_data import DataSection
 
@@ -57,8 +59,6 @@ _MOST_STEP_BATCHES = 4
 _MOST_IN_STEP = 1.5
 """As `algorithm.pacing.most_inner_steps`, which is a layer above."""
 EXAMPLE = "examples/stdlib-gpt.toml"
-GradientFormat = Literal["fp32", "bf16", "int8", "int4", "int2"]
-"""`algorithm.quantize.Format`, which is a layer above."""
 CHUNK_BYTES = 256 * 1024
 """A piece of a transfer. The fastest message size measured over hivemind's streams."""
 
@@ -141,44 +141,33 @@ class InnerSection(Section):
         return self
 
 
-_OTHER_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("method", "diloco"): {"outer_momentum": 0.9, "pacing": False},
-    ("method", "server"): {"robust": "clip"},
-    ("init", "own"): {"robust": "clip", "num_weights": 3},
-}
-"""Where a key's value makes the defaults of others different from the fields'; they are written out like those."""
+_OTHER_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {("init", "own"): {"robust": "clip", "num_weights": 3}}
+"""Where a key's value makes the defaults of others different from the fields', as a method's are (`MergeMethod`); they
+are written out like those."""
 
-_DILOCO = ("diloco",)
-_GOSSIP = ("gossip",)
-_SERVER = ("server",)
-METHODS_OF_KEYS: dict[str, tuple[str, ...]] = {
-    "buffer_arrivals": _SERVER,
-    "fragments": _GOSSIP,
-    "gradient_format": _GOSSIP + _SERVER,
-    "init": _GOSSIP,
-    "max_staleness_rounds": _GOSSIP + _SERVER,
-    "momentum_share": _SERVER,
-    "num_partners": _GOSSIP,
-    "num_weights": _GOSSIP,
-    "partners": _GOSSIP,
-    "publications_per_round": _GOSSIP,
-    "robust": _GOSSIP + _SERVER,
-    "share_above": _DILOCO,
-    "theta_format": _GOSSIP + _SERVER,
-}
+METHODS_OF_KEYS = methods_of_keys()
 """Keys of `[merge]` that not every method has: which do. With another method they are left out."""
 
 _OUR_RULES = ("none", "clip", "direction", "trimmed", "flag")
 _MERGE_RULES = ", ".join(f'"{rule}"' for rule in _OUR_RULES) + ' or "PACKAGE:RULE" of an installed package'
-_MERGE_RULE = rf"^({'|'.join(_OUR_RULES)}|[a-z0-9][a-z0-9-]{{0,63}}:[a-z0-9][a-z0-9_-]{{0,63}})$"
+_MERGE_RULE = rf"^({'|'.join(_OUR_RULES)}|{NAME})$"
+_METHODS = " or ".join(f'"{name}"' for name in METHODS) + ' or "PACKAGE:METHOD" of an installed package'
 _Format = Literal["fp32", "bf16", "int8", "int4"]
 _FormatOrAuto = Literal["auto", "fp32", "bf16", "int8", "int4", "int2"]
+
+
+def _kind_of(merge: dict[str, Any]) -> MergeMethod | None:
+    """The method that the table names, if it does and it is here."""
+    try:
+        return method_named(merge["method"])
+    except (KeyError, TypeError, RunFileError):
+        return None
 
 
 class MergeSection(Section):
     """How peers become one model."""
 
-    method: Literal["gossip", "diloco", "server"] = Field("gossip", description='"gossip": nobody waits; each merges at its own pace what it pulled from a few partners. "diloco": synchronous rounds; everyone\'s pseudo-gradients are averaged by a signed roster. "server": nobody waits; the bootstrap takes in each pseudo-gradient as it arrives, and everyone goes on from its newest weights.')  # fmt: skip
+    method: str = Field("gossip", pattern=METHOD_NAME, json_schema_extra={"allowed": _METHODS}, description=" ".join(f'"{method.name}": {method.says}' for method in METHODS.values()))  # fmt: skip
     inner_steps: int = Field(25, ge=1, le=1_000_000, description="Inner steps of one round (H).")
     outer_learning_rate: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer Nesterov step.")
     outer_momentum: float = Field(0.8, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "diloco" the default is 0.9.')  # fmt: skip
@@ -202,38 +191,51 @@ class MergeSection(Section):
     momentum_share: float = Field(0.0, ge=0, le=1, description='"server": the share of the momentum that each arrival applies (c), 1 / N at most; with 0 it is applied when it is refreshed.')  # fmt: skip
 
     @property
+    def kind(self) -> MergeMethod:
+        """The method: what is to be known of it."""
+        return method_named(self.method)
+
+    @property
     def gradient_formats(self) -> tuple[GradientFormat, ...]:
         """Those that a pseudo-gradient may have, the coarsest first."""
-        if self.gradient_format != "auto":
-            return (self.gradient_format,)
-        return ("int2", "int4") if self.method == "gossip" else ("int2",)
+        return self.kind.auto_formats if self.gradient_format == "auto" else (self.gradient_format,)
 
     @property
     def num_fragments(self) -> int:
         """In how many pieces the model is merged."""
-        return self.fragments if self.method == "gossip" else 1
+        return self.fragments if self.kind.reads("fragments") else 1
 
     @model_validator(mode="before")
     @classmethod
     def _other_defaults(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        found: dict[str, Any] = {}
+        kind = _kind_of(data)
+        found: dict[str, Any] = {} if kind is None else dict(kind.defaults)
         for (key, value), defaults in _OTHER_DEFAULTS.items():
             found |= defaults if data.get(key) == value else {}
         return found | data
 
+    @field_validator("method")
+    @classmethod
+    def _is_here(cls, name: str) -> str:
+        try:
+            method_named(name)
+        except RunFileError as error:
+            raise ValueError(str(error)) from None
+        return name
+
     @model_validator(mode="after")
     def _fits_method(self) -> MergeSection:
         for key, methods in METHODS_OF_KEYS.items():
-            if self.method not in methods and getattr(self, key) != type(self).model_fields[key].default:
+            if not self.kind.reads(key) and getattr(self, key) != type(self).model_fields[key].default:
                 allowed = " or ".join(f'"{method}"' for method in methods)
                 raise ValueError(
                     f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with {allowed}'
                 )
-        if self.method == "server" and self.robust not in ("none", "clip"):
+        if self.kind.has_server and self.robust not in ("none", "clip"):
             raise ValueError(
-                f'merge.robust: "{self.robust}" compares several gradients, and with merge.method = "server" they '
+                f'merge.robust: "{self.robust}" compares several gradients, and with merge.method = "{self.method}" they '
                 'arrive one by one; allowed: "none" or "clip"'
             )
         if self.momentum_share and not self.momentum_share * self.buffer_arrivals <= 1 <= self.buffer_arrivals:
@@ -368,7 +370,7 @@ class RunFile(Section):
     def max_round_tokens(self) -> int:
         """What one peer's round counts at most. With gossip one may take longer, to end when others' do. A stage's steps
         are not all of one size (`protocol/microbatches.py`), and a round ends after the one that fills it."""
-        in_step = self.merge.method == "gossip" and self.merge.pacing
+        in_step = self.merge.kind.in_step and self.merge.pacing
         steps = math.ceil((_MOST_IN_STEP if in_step else 1.0) * self.merge.inner_steps)
         more_steps = 0 if self.pipeline.stages == 1 else _MOST_STEP_BATCHES
         return (steps + more_steps) * self.tokens_per_step
@@ -387,7 +389,7 @@ class RunFile(Section):
 
     def num_shards(self, corpus_tokens: int) -> int:
         """Shards of a corpus of so many tokens, each at least what `merge.inner_steps` read; 0 where there are none."""
-        if self.merge.method != "gossip" or (self.data.source == "datasets" and self.data.streaming):
+        if not self.merge.kind.shards or (self.data.source == "datasets" and self.data.streaming):
             return 0
         fitting = corpus_tokens // max(self.round_tokens, 2 * self.model.context_tokens)
         return min(self.data.shards, fitting) if fitting > 1 else 0
@@ -409,7 +411,7 @@ class RunFile(Section):
             learnt = self.published.tokenizer_sha256 is not None
             if learnt != (self.model.tokenizer == "bpe") or learnt != (self.published.tokenizer_bytes > 0):
                 raise ValueError(f'published.tokenizer_sha256: does not fit model.tokenizer = "{self.model.tokenizer}"')
-            if (self.published.server is not None) != (self.merge.method == "server"):
+            if (self.published.server is not None) != self.merge.kind.has_server:
                 raise ValueError(f'published.server: does not fit merge.method = "{self.merge.method}"')
             if self.published.dataset_revision is not None and self.data.source != "datasets":
                 raise ValueError(f'published.dataset_revision: does not fit data.source = "{self.data.source}"')
@@ -430,9 +432,10 @@ class RunFile(Section):
                 f"pipeline.boundaries: {list(self.pipeline.boundaries)}; allowed: at most model.num_layers = "
                 f"{self.model.num_layers}"
             )
-        if self.merge.method != "gossip":
+        if not self.merge.kind.stages:
+            allowed = " or ".join(f'"{method.name}"' for method in METHODS.values() if method.stages)
             raise ValueError(
-                f'pipeline.stages: {stages} with merge.method = "{self.merge.method}"; allowed: with "gossip"'
+                f'pipeline.stages: {stages} with merge.method = "{self.merge.method}"; allowed: with {allowed}'
             )
         if self.evaluation.every_rounds:
             raise ValueError(
@@ -524,8 +527,9 @@ def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:
     merge = table.get("merge")
     if not isinstance(merge, dict):
         return table
-    has, method = METHODS_OF_KEYS.get, merge.get("method", MergeSection.model_fields["method"].default)
-    kept = {key: value for key, value in merge.items() if method in (has(key) or (method,))}
+    kind = _kind_of({"method": MergeSection.model_fields["method"].default, **merge})
+    reads = frozenset() if kind is None else kind.keys
+    kept = {key: value for key, value in merge.items() if key not in METHODS_OF_KEYS or key in reads}
     return {**table, "merge": kept}
 
 
@@ -538,7 +542,8 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
     """The published run in bytes that another peer sent.
 
     Raises `BadBytesError` when they are too many, do not match the hash or are no strict run file; `NewerRunError` when
-    the run needs a newer swarmtrain, or was published by one that knows keys or values this one does not.
+    the run needs a newer swarmtrain, or was published by one that knows keys or values this one does not; `RunFileError`
+    when its method is another package's, which is not here.
     """
     if len(data) > MAX_RUN_FILE_BYTES:
         raise BadBytesError(f"the run file has {len(data)} bytes; at most {MAX_RUN_FILE_BYTES} are accepted")
@@ -554,6 +559,7 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
         raise BadBytesError(str(error)) from None
     if refusal := too_old_for(_needs_told(table["published"])):
         raise NewerRunError(refusal)
+    _ask_for_package(table)
     try:
         return _validated(_of_its_method(table), "the published run")
     except RunFileError as error:
@@ -562,6 +568,14 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
             versions = f"published by swarmtrain {one_line(publisher[:32])}, you have {__version__}"
             raise NewerRunError(f"this run was {versions}: {UPDATE} ({error})") from None
         raise BadBytesError(str(error)) from None
+
+
+def _ask_for_package(table: dict[str, Any]) -> None:
+    """Have a package's method loaded, which is no fault of who sent the run."""
+    merge = table.get("merge")
+    name = merge.get("method") if isinstance(merge, dict) else None
+    if isinstance(name, str) and re.fullmatch(NAME, name):
+        method_named(name)
 
 
 def _validated(table: dict[str, Any], origin: str, text: str = "") -> RunFile:

@@ -18,7 +18,7 @@ from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.common import as_peer
 from swarmtrain.peer.logs import logged
 from swarmtrain.peer.reporting import what_was_merged
-from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, RoundReport
+from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, OuterUpdate, RoundReport
 from swarmtrain.protocol.fragments import FragmentRound
 from swarmtrain.protocol.progress import Progress
 
@@ -38,7 +38,7 @@ def test_an_error_after_the_peer_is_known_says_whose_it_is(capsys: pytest.Captur
     ]
 
 
-def finished(arrived: Averaged | tuple[Gathered, ...]) -> RoundReport:
+def finished(*arrived: OuterUpdate) -> RoundReport:
     theta = torch.tensor([1.0, 2.0])
     own = Contribution(
         round=3,
@@ -73,4 +73,4 @@ def test_only_weights_that_others_have_too_are_hashed() -> None:
     assert told["state_sha256"] == hashlib.sha256(struct.pack("<2f", 1.0, 2.0)).hexdigest()
     prepared = prepare(finished(averaged).state, [], layout_of([(2,)]), 0.7)
     gathered = Gathered(prepared=prepared, merged=(), run_tokens=64, peer_tokens={})
-    assert "state_sha256" not in what_was_merged(finished((gathered,)))
+    assert "state_sha256" not in what_was_merged(finished(gathered))

@@ -116,7 +116,7 @@ def _with_states(run: RunFile, cost: Estimate) -> str:
     """What is sent besides merges, after a semicolon."""
     from swarmtrain.words import size_in_words as size
 
-    if run.merge.method == "server" or run.pipeline.stages > 1:
+    if run.merge.kind.has_server or run.pipeline.stages > 1:
         return ""
     return (
         f"; up to {size(cost.bytes_sent_most_per_round)} in a round in which the archive or a late joiner takes its "
@@ -126,7 +126,7 @@ def _with_states(run: RunFile, cost: Estimate) -> str:
 
 def shards_in_words(run: RunFile, corpus_bytes: int | None) -> str:
     """Into how many shards the data are cut, after a comma; empty where the run wants none."""
-    if run.merge.method != "gossip" or not run.data.shards:
+    if not run.merge.kind.shards or not run.data.shards:
         return ""
     if run.data.streaming:
         return "; streamed, so there are no shards: what of it nobody has seen is not known"

@@ -129,7 +129,7 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
         rounds += f" (the median; {time(found.round_least_s)} to {time(found.round_most_s)})"
     partners = f"{found.partners_per_round:.3g}"
     merging = f"a round takes in the work of {partners} other{'' if partners == '1' else 's'}"
-    if run.merge.method == "gossip":
+    if run.merge.kind.own_weights:
         merging += f"; {found.fresh_share:.0%} of the rounds take in somebody's"
     rows = {
         "inner step": f"{_step(found.step_s)}{speeds}",
@@ -143,7 +143,7 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
         "memory": f"about {size(found.memory_bytes)} of each volunteer's, and {size(found.disk_bytes)} of its disk",
         "known by": found.by,
     }
-    if run.merge.method == "server":
+    if run.merge.kind.has_server:
         del rows["merging"]
     head = f"run {run.run.name} with {counted(found.num_peers, 'volunteer')}, {_links_in_words(links)}"
     return [head, *(f"  {name:<10} {text}" for name, text in rows.items())]

@@ -197,7 +197,7 @@ class Swarm:
     @property
     def asynchronous(self) -> bool:
         """Whether peers merge at their own pace, without rosters."""
-        return self.published.run.merge.method != "diloco"
+        return self.published.run.merge.kind.asynchronous
 
     @property
     def states(self) -> StateFetcher:

@@ -25,6 +25,7 @@ from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.errors import ClockError, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, WarningEvent
+from swarmtrain.methods import load_part
 from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
@@ -101,7 +102,7 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
         boundaries=boundaries,
         stage_costs=costs,
         dataset_revision=files.revision or None,
-        server=me if run.merge.method == "server" else None,
+        server=me if run.merge.kind.has_server else None,
     )
     needs = needs_of(run.model_copy(update={"published": section}))
     if needs.protocol > 1:
@@ -177,14 +178,14 @@ class _Bootstrap(BootstrapPeer):
         swarm = self.swarm = Swarm(
             node, self.published, specs, average_bytes_untrusted, self.emit, me, durable=keeper.durable
         )
-        if self.published.run.merge.method == "gossip":
+        if self.published.run.merge.kind.hosting:
             swarm.hosts(hosting_of(swarm))
         keeper.attach(swarm)
         self.control.keeps_checkpoints(keeper.flushed, keeper.show)
         if swarm.asynchronous:
             self.archived = Archive(swarm, keeper)
         kept = self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)
-        if self.published.run.merge.method == "server":
+        if self.published.run.merge.kind.has_server:
             self.server = self._merge_server(swarm, keeper, kept, flatten(model.parameters()))
             self._archived_arrivals = self.server.arrivals
         else:
@@ -247,7 +248,8 @@ class _Bootstrap(BootstrapPeer):
             extra = {**keeper.checkpointer.extra(), **checkpoint.extra}
             keeper.keep(dataclasses.replace(checkpoint, extra=extra))
 
-        server = MergeServer(swarm, OuterState(theta, torch.zeros_like(theta)), keep)
+        kind: type[MergeServer] = load_part(self.published.run.merge.kind.server)
+        server = kind(swarm, OuterState(theta, torch.zeros_like(theta)), keep)
         if kept is not None:
             try:
                 server.restore(kept)
@@ -398,7 +400,7 @@ class _Bootstrap(BootstrapPeer):
     def _most_sources(self) -> int:
         """How many are asked for their weights, or where all have the same, may be asked."""
         run = self.published.run
-        return archived_sources(num_parameters(run.model)) if run.merge.method == "gossip" else ARCHIVED
+        return archived_sources(num_parameters(run.model)) if run.merge.kind.own_weights else ARCHIVED
 
     def _archive(self, swarm: Swarm, last: bool = False) -> bool:
         """Pull the newest state, write it down, and offer it to joiners; False if nobody delivered."""

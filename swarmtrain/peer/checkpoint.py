@@ -184,7 +184,7 @@ def _parse(folder: CheckpointFolder, kept: Kept, run: RunFile, num_parameters: i
 
 
 def _roster(encoded: str | None, folder: CheckpointFolder, run: RunFile) -> tuple[Roster | None, pb.Signed | None]:
-    if run.merge.method != "diloco":
+    if run.merge.kind.asynchronous:
         return None, None
     if encoded is None:
         raise ValueError("it has no roster")

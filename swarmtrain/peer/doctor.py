@@ -332,7 +332,7 @@ class Doctor:
             for helper, future in zip(helpers, futures, strict=True)
         ]
         fixed = any(not a.endswith("/tcp/0") for a in self.settings.listen)
-        hosted = self.run is not None and self.run.merge.method == "gossip"
+        hosted = self.run is not None and self.run.merge.kind.hosting
         return check_reachable(asked, ports, fixed=fixed, hosted=hosted)
 
     # ------------------------------------------------------------- what the run costs
@@ -531,7 +531,7 @@ def check_speed(run: RunFile, tokens_per_s: float, others_steps_per_s: Mapping[s
         f"{count_in_words(tokens_per_s)} tokens/s: {time_in_words(round_s)} for a round of "
         f"{counted(run.merge.inner_steps, 'inner step')}"
     )
-    if round_s > run.merge.round_limit_s and run.merge.method == "diloco":  # else its own rounds have fewer steps
+    if round_s > run.merge.round_limit_s and not run.merge.kind.asynchronous:  # else its own rounds have fewer steps
         advice = (
             f"a round is closed after {time_in_words(run.merge.round_limit_s)} (merge.round_limit_s): this machine "
             "would be left out; use a quicker one, or ask for a run with fewer inner steps"

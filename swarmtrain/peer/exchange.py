@@ -23,6 +23,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import round_inner_steps
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent
+from swarmtrain.methods import MergeMethod, load_part
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
@@ -31,7 +32,7 @@ from swarmtrain.network.snapshots import Body, Held, build_snapshot
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import StopFlag, state_of, wait_for
 from swarmtrain.peer.pausing import PauseSwitch
-from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Served, Start, StopTraining
+from swarmtrain.peer.trainer import Averaged, Contribution, OuterUpdate, Replaced, Start, StopTraining
 from swarmtrain.protocol.ending import still_needed
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import round_ends_s
@@ -39,7 +40,7 @@ from swarmtrain.protocol.rosters import Told, joining_steps, round_steps
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["RosterExchange", "SwarmExchange"]
+__all__ = ["RosterExchange", "SwarmExchange", "exchange_of"]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
@@ -84,7 +85,7 @@ class SwarmExchange(ABC):
         """See `Exchange`."""
 
     @abstractmethod
-    def collect(self, fragment: int = 0) -> Averaged | Gathered | Served | Replaced:
+    def collect(self, fragment: int = 0) -> OuterUpdate | Replaced:
         """See `Exchange`."""
 
     def hold(self, states: Sequence[OuterState]) -> None:  # noqa: B027 - most have nothing to do
@@ -192,6 +193,12 @@ class SwarmExchange(ABC):
             limit_s=section.round_limit_s,
             others_end_in_s=[None if end_s is None else end_s - now for end_s in ends_s],
         )
+
+
+def exchange_of(method: MergeMethod) -> type[SwarmExchange]:
+    """What answers the trainer's calls where peers merge like that."""
+    kind: type[SwarmExchange] = load_part(method.exchange)
+    return kind
 
 
 @dataclass

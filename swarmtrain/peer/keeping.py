@@ -86,7 +86,7 @@ class Keeper:
         self._swarm = swarm
         self.checkpointer.extras[_TALLY] = swarm.tallying.kept
         self.checkpointer.extras[_TALLY_UNTIL] = swarm_time
-        if self.published.run.merge.method == "diloco":
+        if not self.published.run.merge.kind.asynchronous:
             self.checkpointer.extras[_CHAIN] = swarm.rounds.chains.kept
 
     def durable(self) -> Progress | None:

@@ -8,17 +8,14 @@ nothing that is run ever comes from another peer.
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.util
 from collections.abc import Callable, Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import TypeAlias
 
 from torch import Tensor
 
 from swarmtrain.algorithm.robust import flag_mean, trimmed_mean
 from swarmtrain.errors import RunFileError
+from swarmtrain.packages import brought, entry_of, file_sha256
 
 __all__ = ["GROUP", "Mean", "is_ours", "mean_of", "source_sha256"]
 
@@ -41,15 +38,9 @@ def mean_of(rule: str) -> Mean | None:
     package, if that is not here or has no such function."""
     if ":" not in rule:
         return _OURS.get(rule)
-    entry = _entry(rule)
-    try:
-        mean = entry.load()
-    except Exception as error:  # it is somebody's module, which runs as it is imported
-        raise RunFileError(
-            f'merge.robust = "{rule}": {entry.value} cannot be loaded: {error!r}; ask those who made it'
-        ) from None
+    mean, place = brought("robust", rule, "rule", GROUP)
     if not callable(mean):
-        raise RunFileError(f'merge.robust = "{rule}": {entry.value} is no function; ask those who made it')
+        raise RunFileError(f'merge.robust = "{rule}": {place} is no function; ask those who made it')
     return mean  # type: ignore[no-any-return]
 
 
@@ -57,28 +48,4 @@ def source_sha256(rule: str) -> str | None:
     """Of the file that has another package's rule; None for ours. Errors are those of `mean_of`."""
     if mean_of(rule) is None or is_ours(rule):
         return None
-    spec = importlib.util.find_spec(_entry(rule).module)
-    if spec is None or spec.origin is None:
-        raise RunFileError(
-            f'merge.robust = "{rule}": {_entry(rule).module} has no file; install it from a wheel or a clone'
-        )
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
-
-
-def _entry(rule: str) -> metadata.EntryPoint:
-    package, _, name = rule.partition(":")
-    try:
-        found = metadata.distribution(package)
-    except metadata.PackageNotFoundError:
-        raise RunFileError(
-            f'merge.robust = "{rule}" is a rule of the package {package}, which is not installed here; ask who '
-            "invited you where it comes from, and install it from there if you trust them"
-        ) from None
-    entries = {entry.name: entry for entry in found.entry_points if entry.group == GROUP}
-    if name not in entries:
-        there = f"it has {', '.join(sorted(entries))}" if entries else "it has none"
-        raise RunFileError(
-            f'merge.robust = "{rule}": there is no rule {name} in {package} {found.version}; {there}; install the '
-            "version that the run was made with"
-        )
-    return entries[name]
+    return file_sha256("robust", rule, entry_of("robust", rule, "rule", GROUP).module)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from swarmtrain.events import RoundEvent, times_below_allreduce
@@ -13,7 +11,7 @@ from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.records import MAX_LOSS
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.exchange import SwarmExchange
-from swarmtrain.peer.trainer import Averaged, Gathered, Merged, RoundReport, Served
+from swarmtrain.peer.trainer import RoundReport
 
 __all__ = ["round_event", "tell_loss", "what_was_merged"]
 
@@ -59,48 +57,6 @@ def tell_loss(network: NetworkThread, swarm: Swarm, loss: float) -> None:
 def what_was_merged(report: RoundReport) -> dict[str, Any]:
     """The fields of a round's event that tell of its merge. Only weights that others should have too are hashed: that
     takes the trainer's time."""
-    arrived = report.arrived
-    if isinstance(arrived, Averaged):
-        roster = {"partners": arrived.partners, "weights": arrived.weights, "signer": arrived.signer}
-        return {**roster, "state_sha256": vector_sha256(report.state.theta)}
-    if isinstance(arrived, Served):
-        return _pulled(arrived.merged)
-    prepared = [each.prepared for each in arrived]
-    return {
-        **_pulled(_of_the_model(arrived)),
-        "variance_factor": max(each.variance_factor for each in prepared),
-        "consensus_spread": _most(each.consensus_spread for each in prepared),
-        "displacement": _most(each.displacement for each in prepared if each.displacement != math.inf),
-    }
-
-
-def _pulled(merged: Sequence[Merged]) -> dict[str, Any]:
-    return {
-        "partners": tuple(each.peer for each in merged),
-        "weights": tuple(each.tokens for each in merged),
-        "staleness_rounds": tuple(each.staleness_rounds for each in merged),
-        "pull_s": max((each.pull_s for each in merged), default=None),
-    }
-
-
-def _most(values: Iterable[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
-
-
-def _of_the_model(gathered: Sequence[Gathered]) -> list[Merged]:
-    """What was merged of each partner, of any fragment; of the tokens so many as the merged part of the model is."""
-    size = sum(each.prepared.theta_mean.numel() for each in gathered)
-    found: dict[str, Merged] = {}
-    tokens = dict[str, float]()
-    for each in gathered:
-        for merged in each.merged:
-            share = each.prepared.theta_mean.numel() / size
-            tokens[merged.peer] = tokens.get(merged.peer, 0.0) + share * merged.tokens
-            before = found.setdefault(merged.peer, merged)
-            found[merged.peer] = dataclasses.replace(
-                merged,
-                tokens=round(tokens[merged.peer]),
-                staleness_rounds=max(before.staleness_rounds, merged.staleness_rounds),
-                pull_s=max(before.pull_s, merged.pull_s),
-            )
-    return list(found.values())
+    *before, last = report.arrived
+    told = last.told(before)
+    return {**told, "state_sha256": vector_sha256(report.state.theta)} if last.is_shared else told

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ __all__ = [
     "InnerStep",
     "LentWeights",
     "Merged",
+    "OuterUpdate",
     "OwnPart",
     "Replaced",
     "RoundOver",
@@ -150,15 +152,58 @@ class Contribution:
         return self.thetas[0] - self.reached
 
 
+class OuterUpdate(ABC):
+    """What a merge brings: how the next state is made, of a fragment or the whole model, and what the run counts by
+    then."""
+
+    is_whole: ClassVar[bool] = True
+    """Of the whole model, with which its next round begins; else of one fragment, which the model goes on with."""
+    is_shared: ClassVar[bool] = False
+    """The weights that it leads to should be everybody's."""
+
+    @abstractmethod
+    def next_state(
+        self, state: OuterState, own: Contribution, fragment: int, constants: OuterConstants, rule: str
+    ) -> OuterState:
+        """After `state`, given what this peer has brought itself; `rule` is `merge.robust`."""
+
+    @abstractmethod
+    def next_progress(self, progress: Progress) -> Progress:
+        """After the round of whose last fragment this is."""
+
+    @abstractmethod
+    def told(self, before: Sequence[Self]) -> dict[str, Any]:
+        """The fields of a round's event that tell of it, and of what fragments merged before in the round."""
+
+    def kept(self) -> OuterUpdate:
+        """What is kept of it until the round is reported."""
+        return self
+
+
 @dataclass(frozen=True, kw_only=True)
-class Averaged:
+class Averaged(OuterUpdate):
     """The mean pseudo-gradient (P,) of everyone on the roster, with their tokens in the same order."""
 
+    is_shared: ClassVar[bool] = True
     gradient: Tensor
     partners: tuple[str, ...]
     weights: tuple[int, ...]
     signer: str
     roster_sha256: str
+
+    def next_state(
+        self, state: OuterState, own: Contribution, fragment: int, constants: OuterConstants, rule: str
+    ) -> OuterState:
+        """See `OuterUpdate`."""
+        return outer_step(state, self.gradient, constants)
+
+    def next_progress(self, progress: Progress) -> Progress:
+        """See `OuterUpdate`."""
+        return progress.after(self.partners, self.weights, self.roster_sha256)
+
+    def told(self, before: Sequence[Self]) -> dict[str, Any]:
+        """See `OuterUpdate`."""
+        return {"partners": self.partners, "weights": self.weights, "signer": self.signer}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +218,20 @@ class Merged:
     pull_s: float
 
 
+def _pulled(merged: Sequence[Merged]) -> dict[str, Any]:
+    return {
+        "partners": tuple(each.peer for each in merged),
+        "weights": tuple(each.tokens for each in merged),
+        "staleness_rounds": tuple(each.staleness_rounds for each in merged),
+        "pull_s": max((each.pull_s for each in merged), default=None),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
-class Gathered:
+class Gathered(OuterUpdate):
     """What was pulled from partners, ready to be merged, and the run's counts of tokens by now."""
 
+    is_whole: ClassVar[bool] = False
     prepared: Prepared
     merged: tuple[Merged, ...]
     run_tokens: int
@@ -184,15 +239,82 @@ class Gathered:
     apart: tuple[Arrival, ...] = ()
     """The partners' publications that have tokens, for a robust mean in place of the token-weighted one."""
 
+    def next_state(
+        self, state: OuterState, own: Contribution, fragment: int, constants: OuterConstants, rule: str
+    ) -> OuterState:
+        """See `OuterUpdate`."""
+        gradient, tokens = own.gradient_of(fragment), own.fragment_rounds[fragment].tokens
+        gradients = [gradient, *(arrival.gradient for arrival in self.apart)]
+        mean = robust_mean(rule, gradients, [tokens, *(arrival.tokens for arrival in self.apart)])
+        if mean is not None:
+            return outer_step(OuterState(self.prepared.theta_mean, state.momentum), mean, constants)
+        return gossip_merge(state, self.prepared, gradient, tokens, constants)
+
+    def next_progress(self, progress: Progress) -> Progress:
+        """See `OuterUpdate`."""
+        return Progress(round=progress.round + 1, run_tokens=self.run_tokens, peer_tokens=self.peer_tokens)
+
+    def told(self, before: Sequence[Self]) -> dict[str, Any]:
+        """See `OuterUpdate`."""
+        gathered = [*before, self]
+        prepared = [each.prepared for each in gathered]
+        return {
+            **_pulled(_of_the_model(gathered)),
+            "variance_factor": max(each.variance_factor for each in prepared),
+            "consensus_spread": _most(each.consensus_spread for each in prepared),
+            "displacement": _most(each.displacement for each in prepared if each.displacement != math.inf),
+        }
+
+    def kept(self) -> Gathered:
+        """See `OuterUpdate`: not the partners' publications, which are whole gradients."""
+        return replace(self, apart=())
+
+
+def _most(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _of_the_model(gathered: Sequence[Gathered]) -> list[Merged]:
+    """What was merged of each partner, of any fragment; of the tokens so many as the merged part of the model is."""
+    size = sum(each.prepared.theta_mean.numel() for each in gathered)
+    found: dict[str, Merged] = {}
+    tokens = dict[str, float]()
+    for each in gathered:
+        for merged in each.merged:
+            share = each.prepared.theta_mean.numel() / size
+            tokens[merged.peer] = tokens.get(merged.peer, 0.0) + share * merged.tokens
+            before = found.setdefault(merged.peer, merged)
+            found[merged.peer] = replace(
+                merged,
+                tokens=round(tokens[merged.peer]),
+                staleness_rounds=max(before.staleness_rounds, merged.staleness_rounds),
+                pull_s=max(before.pull_s, merged.pull_s),
+            )
+    return list(found.values())
+
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class Served(OuterUpdate):
     """Where to go on with a server: its weights, moved on by what they lack; `merged` is empty where none came."""
 
     theta: Tensor
     merged: tuple[Merged, ...]
     run_tokens: int
     peer_tokens: Mapping[str, int]
+
+    def next_state(
+        self, state: OuterState, own: Contribution, fragment: int, constants: OuterConstants, rule: str
+    ) -> OuterState:
+        """See `OuterUpdate`: the outer step was the server's."""
+        return OuterState(self.theta, state.momentum)
+
+    def next_progress(self, progress: Progress) -> Progress:
+        """See `OuterUpdate`."""
+        return Progress(round=progress.round + 1, run_tokens=self.run_tokens, peer_tokens=self.peer_tokens)
+
+    def told(self, before: Sequence[Self]) -> dict[str, Any]:
+        """See `OuterUpdate`."""
+        return _pulled(self.merged)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +388,7 @@ class RoundReport:
     """What is told of a finished round; seconds, tokens, nats per token."""
 
     contribution: Contribution
-    arrived: Averaged | tuple[Gathered, ...] | Served  # with gossip of each fragment
+    arrived: tuple[OuterUpdate, ...]  # of each fragment, in the order of their merges
     progress: Progress
     num_peers: int
     loss: float
@@ -291,7 +413,7 @@ class InnerStep:
 @dataclass(frozen=True)
 class _Steps:
     done: list[InnerStep]
-    gathered: list[Gathered]  # what was merged meanwhile
+    updates: list[OuterUpdate]  # what was merged meanwhile
     learning_rate: float  # of the last one
     apart_s: float  # what publishing and merging within the round took of them
 
@@ -323,7 +445,7 @@ class Exchange(Protocol):
     def publish(self, contribution: Contribution) -> None:
         """Here is my round, or what there is of it. Returns at once."""
 
-    def collect(self, fragment: int = 0) -> Averaged | Gathered | Served | Replaced:
+    def collect(self, fragment: int = 0) -> OuterUpdate | Replaced:
         """Give me what arrived for that fragment; waits as long as the merge method says. `Replaced` only with the last
         fragment, at the round's end. Raises StopTraining when asked to end."""
 
@@ -425,7 +547,7 @@ class Trainer:
         num_steps = steps.tokens / self.run.tokens_per_step  # a stage's steps are not all of one size
         self.steps_per_s = num_steps / max(steps_end_s - began_s - steps.apart_s, 1e-9)
         contribution = self._publish(start.num_parts, len(steps.done), steps.tokens)
-        gathered = [*steps.gathered, *self._merge_due(start, len(steps.gathered), start.inner_steps, contribution)]
+        updates = [*steps.updates, *self._merge_due(start, len(steps.updates), start.inner_steps, contribution)]
         arrived = self.exchange.collect(len(self.fragments) - 1)
         self.own_tokens += contribution.tokens
         if isinstance(arrived, Replaced):
@@ -438,7 +560,7 @@ class Trainer:
         self.report(
             RoundReport(
                 contribution=contribution,
-                arrived=(*gathered, arrived) if isinstance(arrived, Gathered) else arrived,
+                arrived=(*updates, arrived),
                 progress=self.progress,
                 num_peers=start.num_peers,
                 loss=sum(finite) / len(finite),
@@ -462,7 +584,7 @@ class Trainer:
         """AdamW steps over the tokens of `start.inner_steps` of them, or fewer if the round is over before; publishes
         at all moments of the round but its end, and merges all fragments but the last."""
         done: list[InnerStep] = []
-        gathered: list[Gathered] = []
+        updates: list[OuterUpdate] = []
         step_tokens, tokens, before = self.run.tokens_per_step, 0, self.progress.run_tokens
         progress = apart_s = 0.0
         moments = list(start.publish_after)
@@ -484,23 +606,23 @@ class Trainer:
             if part and tokens < start.inner_steps * step_tokens:
                 began_s = time.monotonic()
                 contribution = self._publish(part, len(done), tokens)
-                gathered += self._merge_due(start, len(gathered), num_steps, contribution)
+                updates += self._merge_due(start, len(updates), num_steps, contribution)
                 apart_s += time.monotonic() - began_s
         if not done:
             raise StopTraining
-        return _Steps(done, gathered, learning_rate_at(self.constants, progress), apart_s)
+        return _Steps(done, updates, learning_rate_at(self.constants, progress), apart_s)
 
-    def _merge_due(self, start: Start, num_merged: int, num_steps: int, own: Contribution) -> list[Gathered]:
+    def _merge_due(self, start: Start, num_merged: int, num_steps: int, own: Contribution) -> list[OuterUpdate]:
         """Merge the fragments that are due after so many steps, but for those merged before and the last one."""
-        gathered = []
+        updates = []
         for fragment in range(num_merged, len(self.fragments) - 1):
             if start.merge_after[fragment] > num_steps:
                 break
             arrived = self.exchange.collect(fragment)
-            assert isinstance(arrived, Gathered)
+            assert not isinstance(arrived, Replaced)
             self.merge(arrived, own, fragment)
-            gathered.append(replace(arrived, apart=()))  # they are whole gradients
-        return gathered
+            updates.append(arrived.kept())
+        return updates
 
     @property
     def _scale(self) -> float:
@@ -522,7 +644,7 @@ class Trainer:
         """What `inner_steps` of this round have brought, with publication `part`."""
         thetas, parameters = [state.theta for state in self._states], list(self.model.parameters())
         self._take_back()
-        if self.run.merge.method == "gossip":
+        if self.run.merge.kind.lends_weights:
             pairs = zip(thetas, self.fragments, strict=True)
             self._lent = tuple(LentWeights(theta, fragment.pick(parameters)) for theta, fragment in pairs)
         return Contribution(
@@ -569,39 +691,24 @@ class Trainer:
                 loss_sum += float(loss.detach())
             return InnerStep(self.run.tokens_per_step, loss_sum, self.inner.step(progress, scale))
 
-    def merge(self, arrived: Averaged | Gathered | Served, own: Contribution, fragment: int = -1) -> None:
-        """The outer Nesterov step of a fragment, and with the last one the counters that follow from what arrived."""
+    def merge(self, arrived: OuterUpdate, own: Contribution, fragment: int = -1) -> None:
+        """The outer step of a fragment, and with the last one the counters that follow from what arrived."""
         section, fragment = self.run.merge, fragment % len(self.fragments)
         constants = OuterConstants(
             learning_rate=section.outer_learning_rate,
             momentum=momentum_at(self.progress.round, section.outer_momentum, section.momentum_ramp_rounds),
         )
-        if isinstance(arrived, Averaged):
-            self.state = outer_step(self.state, arrived.gradient, constants)
-            self.progress = self.progress.after(arrived.partners, arrived.weights, arrived.roster_sha256)
-            return
-        if isinstance(arrived, Served):  # the outer step was the server's
-            self.state = OuterState(arrived.theta, self.state.momentum)
+        state = self.state if arrived.is_whole else self._states[fragment]
+        state = arrived.next_state(state, own, fragment, constants, section.robust)
+        if arrived.is_whole:
+            self.state = state
         else:
-            self._merge_gathered(arrived, own, constants, fragment)
+            self._states[fragment] = state
+            self.rounds.merged(fragment, own.part, own.tokens, own.inner_steps)
+            self.enter(state.theta, fragment)
+            self.exchange.merged(fragment, state)
         if fragment == len(self.fragments) - 1:
-            self.progress = Progress(
-                round=self.progress.round + 1, run_tokens=arrived.run_tokens, peer_tokens=arrived.peer_tokens
-            )
-
-    def _merge_gathered(self, arrived: Gathered, own: Contribution, constants: OuterConstants, fragment: int) -> None:
-        section, state, prepared = self.run.merge, self._states[fragment], arrived.prepared
-        gradient, tokens = own.gradient_of(fragment), own.fragment_rounds[fragment].tokens
-        gradients = [gradient, *(arrival.gradient for arrival in arrived.apart)]
-        mean = robust_mean(section.robust, gradients, [tokens, *(arrival.tokens for arrival in arrived.apart)])
-        if mean is not None:
-            state = outer_step(OuterState(prepared.theta_mean, state.momentum), mean, constants)
-        else:
-            state = gossip_merge(state, prepared, gradient, tokens, constants)
-        self._states[fragment] = state
-        self.rounds.merged(fragment, own.part, own.tokens, own.inner_steps)
-        self.enter(state.theta, fragment)
-        self.exchange.merged(fragment, state)
+            self.progress = arrived.next_progress(self.progress)
 
     def adopt(self, replaced: Replaced) -> None:
         """Go on from another peer's state; the moments stay, the data position too."""

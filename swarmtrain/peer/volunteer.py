@@ -56,9 +56,8 @@ from swarmtrain.peer.common import (
     weights_in,
 )
 from swarmtrain.peer.controlled import Controlled, controlled
-from swarmtrain.peer.exchange import RosterExchange, SwarmExchange
+from swarmtrain.peer.exchange import SwarmExchange, exchange_of
 from swarmtrain.peer.folder import PeerFolder, peer_folder
-from swarmtrain.peer.gossip_exchange import GossipExchange
 from swarmtrain.peer.held_stage import SlowedWork
 from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
 from swarmtrain.peer.leaving import hand_over
@@ -69,7 +68,6 @@ from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.pipeline import PipelineVolunteer
 from swarmtrain.peer.preparing import data_base, initial_seed, summary_of
 from swarmtrain.peer.reporting import round_event, tell_loss
-from swarmtrain.peer.server_exchange import ServerExchange
 from swarmtrain.peer.slowdown import SlowedSteps
 from swarmtrain.peer.trainer import OwnPart, RoundReport, Trainer
 from swarmtrain.protocol.lifecycle import PeerInfo
@@ -88,11 +86,6 @@ _FIND_AGAIN_S = 5.0
 _ALONE_AFTER_S = 15.0
 _LOOK_S = 0.5
 _FETCH_ATTEMPTS = 3
-_EXCHANGES: dict[str, type[SwarmExchange]] = {
-    "diloco": RosterExchange,
-    "gossip": GossipExchange,
-    "server": ServerExchange,
-}
 _UNKNOWN_RUN = NetworkSection(min_pull_bytes_per_s=0, stall_limit_s=600)
 
 
@@ -182,8 +175,8 @@ class _Volunteer:
         keeper = self.keeper = Keeper(self.folder, published, node.identity.peer_id, self.emit)
         ready, kept = self._prepare(node, published, keeper)
         swarm = self.swarm = self._swarm(node, ready, keeper)
-        kind = _EXCHANGES[published.run.merge.method]
-        exchange = kind(
+        answering = exchange_of(published.run.merge.kind)
+        exchange = answering(
             self.network,
             swarm,
             published.run,

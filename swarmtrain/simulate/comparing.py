@@ -27,11 +27,12 @@ from swarmtrain import __version__
 from swarmtrain.data.documents import read_documents
 from swarmtrain.errors import UserError
 from swarmtrain.network.files import write_atomically
+from swarmtrain.packages import file_sha256
 from swarmtrain.peer.merge_rules import mean_of, source_sha256
 from swarmtrain.run import DataSection, RunFile
 from swarmtrain.simulate import pipeline_lives
 from swarmtrain.simulate.learning.learner import Text, warm_weights
-from swarmtrain.simulate.learning.methods import METHODS
+from swarmtrain.simulate.learning.methods import METHODS, scenario_method
 from swarmtrain.simulate.learning.setting import Outcome, setting_of
 from swarmtrain.simulate.scenario import GridPoint, Scenario
 from swarmtrain.simulate.systems import play_scenario
@@ -134,12 +135,11 @@ def plays_of(scenario: Scenario, chosen: Mapping[str, GridPoint] | None) -> list
     there is not."""
     section = scenario.scenario
     for method in section.methods:
-        if method not in METHODS:
-            raise UserError(f"scenario.methods: there is no method {method}; there are {', '.join(METHODS)}")
+        scenario_method(method)
     points = [
         (method, point)
         for method in section.methods
-        for point in dict.fromkeys(_without(point, METHODS[method].keys) for point in scenario.points())
+        for point in dict.fromkeys(_without(point, scenario_method(method).keys) for point in scenario.points())
     ]
     for method, point in points:
         _run(scenario, Play(method, point, 0))
@@ -217,7 +217,7 @@ def _begin() -> None:
 
 def _run(scenario: Scenario, play: Play) -> RunFile:
     """Its run file. `UserError`, which names the method, for what that cannot be told."""
-    method, here = METHODS[play.method], scenario.at(play.point)
+    method, here = scenario_method(play.method), scenario.at(play.point)
     work = here.scenario.work
     if work not in method.works:
         able = ", ".join(name for name, one in METHODS.items() if work in one.works)
@@ -248,7 +248,7 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
 
 
 def _play(scenario: Scenario, play: Play) -> Outcome:
-    learn, threads = METHODS[play.method].run, torch.get_num_threads()
+    learn, threads = scenario_method(play.method).run, torch.get_num_threads()
     run, here = _run(scenario, play), scenario.at(play.point)
     if here.scenario.work == "systems":
         return play_scenario(here, run)
@@ -306,6 +306,8 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
         told["figures"] = scenario.figures
     if rule_sha256 := source_sha256(run.merge.robust):
         told["rule"] = rule_sha256
+    if ":" in play.method:
+        told["learns"] = file_sha256("method", play.method, run.merge.kind.learns.partition(":")[0])
     return folder / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}.json"
 
 

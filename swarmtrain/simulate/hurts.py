@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from swarmtrain.algorithm.pacing import fewest_inner_steps
+from swarmtrain.methods import GOSSIP
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT, num_at_once
 from swarmtrain.peer.estimate import estimate, pulled_bytes, section_bytes
@@ -101,9 +102,9 @@ def _toml(value: bool | float | str) -> str:
 
 def _by_gossip(run: RunFile) -> str:
     """The other method, without the keys that it does not have."""
-    others = [key for key, methods in METHODS_OF_KEYS.items() if "gossip" not in methods]
+    others = [key for key in METHODS_OF_KEYS if not GOSSIP.reads(key)]
     said = [key for key in others if getattr(run.merge, key) != type(run.merge).model_fields[key].default]
-    return " and ".join([_to(run, "merge.method", "gossip"), *(f"no merge.{key}" for key in said)])
+    return " and ".join([_to(run, "merge.method", GOSSIP.name), *(f"no merge.{key}" for key in said)])
 
 
 def _longer_rounds(run: RunFile, found: Plan, strain: float) -> str:
@@ -134,9 +135,9 @@ def _downlink(run: RunFile, found: Plan) -> Hurt | None:
 def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) -> Hurt | None:
     """What the merging of a round takes of it."""
     merge, others = run.merge, found.num_peers // run.pipeline.stages - 1
-    if not rate or others < 1 or merge.method == "server":
+    if not rate or others < 1 or merge.kind.has_server:
         return None
-    gossips, parameters = merge.method == "gossip", stage_parameters(run)
+    gossips, parameters = merge.kind.own_weights, stage_parameters(run)
     sizes = found.sizes if gossips else section_bytes(run, parameters, others)
     pulled = pulled_bytes(run, sizes, others)
     wanted = pulled if gossips else payload
@@ -172,7 +173,7 @@ def _whole(
     if share is None or found.num_peers < 2:
         return None
     most = max(parts, key=lambda part: parts[part])
-    if most == MERGING and run.merge.method != "server" and run.pipeline.stages == 1:
+    if most == MERGING and not run.merge.kind.has_server and run.pipeline.stages == 1:
         return None
     change = {
         MERGING: lambda: _longer_rounds(run, found, share),
@@ -203,7 +204,7 @@ def _readers(run: RunFile, found: Plan) -> Hurt | None:
     if not rate or found.num_peers < 2:
         return None
     least, told = network.least_bytes_per_s, network.up_mbit * BYTES_PER_S_OF_MBIT
-    most = 1 if run.merge.method == "server" else min(network.max_readers, found.num_peers)  # the bootstrap reads too
+    most = 1 if run.merge.kind.has_server else min(network.max_readers, found.num_peers)  # the bootstrap reads too
     at_once = num_at_once(most, told, least)
     each = min(rate, told or rate) / at_once
     changes, fewer = [], num_at_once(at_once, rate, least)
@@ -227,7 +228,7 @@ def _readers(run: RunFile, found: Plan) -> Hurt | None:
 
 def _archive(run: RunFile, found: Plan) -> Hurt | None:
     rate, every_s = found.link_up_bytes_per_s, found.archive_every_s
-    if not rate or run.merge.method == "server" or found.run_s < every_s:
+    if not rate or run.merge.kind.has_server or found.run_s < every_s:
         return None
     takes_s, share = found.state_bytes / rate, found.traffic.archive / rate
     strain = max(takes_s / every_s, share / _ASIDE_SHARE)
@@ -270,7 +271,7 @@ def _joining(run: RunFile, found: Plan) -> Hurt | None:
     """Where nobody waits, the others train on meanwhile; in synchronous rounds one is in the round that it comes to,
     and a server's weights are taken anew at each round's end."""
     rate = min((one for one in (found.link_up_bytes_per_s, found.link_down_bytes_per_s) if one), default=0.0)
-    if not rate or found.num_peers < 2 or run.merge.method != "gossip":
+    if not rate or found.num_peers < 2 or not run.merge.kind.own_weights:
         return None
     takes_s, limit = found.state_bytes / rate, run.merge.max_staleness_rounds
     behind = takes_s / found.round_s
@@ -315,7 +316,7 @@ def _read_less_often(run: RunFile, found: Plan, enough: float) -> str:
 
 def _server(run: RunFile, found: Plan) -> Hurt | None:
     rate = found.link_up_bytes_per_s
-    if run.merge.method != "server" or not rate:
+    if not run.merge.kind.has_server or not rate:
         return None
     share = found.traffic.bootstrap_up / rate
     return Hurt(
@@ -352,7 +353,7 @@ def _rounds(run: RunFile, found: Plan) -> Hurt | None:
 
 
 def _stall(run: RunFile, found: Plan) -> Hurt | None:
-    waits = run.merge.method == "diloco"
+    waits = not run.merge.kind.asynchronous
     strain = found.stall_share / (_MOST_WAITING if waits else _MOST_STALL)
     unequal = found.step_most_s > 1.2 * found.step_least_s
     changes = [_by_gossip(run)] if waits else []
@@ -373,9 +374,9 @@ def _stall(run: RunFile, found: Plan) -> Hurt | None:
 def _freshness(run: RunFile, found: Plan) -> Hurt | None:
     """Whose work reaches nobody, or who merges nobody's."""
     missed = max(0.0, 1 - found.fresh_share)
-    if found.num_peers < 2 or run.merge.method == "server":
+    if found.num_peers < 2 or run.merge.kind.has_server:
         return None
-    if run.merge.method == "diloco":
+    if not run.merge.kind.asynchronous:
         what, why = "short rosters", "of the volunteers' rounds are lost: what they publish does not arrive in time"
         change = f"{_by_gossip(run)} or {_to(run, 'merge.silence_s', _round_up(4 * run.merge.silence_s))}"
     else:
@@ -389,7 +390,7 @@ def _freshness(run: RunFile, found: Plan) -> Hurt | None:
 def _stragglers(run: RunFile, found: Plan) -> Hurt | None:
     """Paced rounds are as long as the median's unless the fewest steps, one or a sixteenth of all, take longer."""
     merge, times = run.merge, found.round_most_s / found.round_s
-    if merge.method != "gossip" or times < 1.05:
+    if not merge.kind.own_weights or times < 1.05:
         return None
     step_s, wanted_s = found.round_s / found.full_steps, max(found.round_s, found.step_most_s)
     steps = merge.inner_steps
@@ -445,7 +446,7 @@ def _fewer_parameters(run: RunFile, found: Plan) -> str:
     stages = min(2 * now, run.model.num_layers + 2, found.num_peers)
     if stages <= now:
         return "a smaller model"
-    changes = [] if run.merge.method == "gossip" else [_by_gossip(run)]
+    changes = [] if run.merge.kind.stages else [_by_gossip(run)]
     changes.append(_to(run, "pipeline.stages", stages))
     if run.pipeline.boundaries:
         changes.append("no pipeline.boundaries")

@@ -10,12 +10,14 @@ import itertools
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeAlias
 
 from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
 from swarmtrain.errors import UserError
+from swarmtrain.methods import load_part
 from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, section_bytes
 from swarmtrain.protocol.fragments import COPY_S, published, publishes_every
 from swarmtrain.protocol.pulls import SectionBytes
@@ -36,7 +38,7 @@ from swarmtrain.simulate.pipeline import (
 from swarmtrain.simulate.world import World
 from swarmtrain.words import counted
 
-__all__ = ["Lived", "Machines", "lived"]
+__all__ = ["Lived", "Lives", "Machines", "by_gossip", "by_rosters", "by_server", "lived", "lives_of"]
 
 _MOST_GOSSIPING, _MOST_ON_A_ROSTER, _MOST_IN_STAGES = 64, 16, 48
 """So many live. More take longer and see the same: with gossip nobody knows more than a sample, and what a roster costs
@@ -106,15 +108,21 @@ class Lived:
     """Of `down_bytes`, and as many of `up_bytes`: what passes between stages."""
 
 
+Lives: TypeAlias = Callable[[RunFile, Machines, LinksSection, int], Lived]
+"""Some rounds of whole models, with a seed."""
+
+
 def lived(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
     """Some rounds of these volunteers, or of some of them."""
     if run.pipeline.stages > 1:
         return _stages(run, machines, links, seed)
-    if run.merge.method == "diloco":
-        return _rosters(run, machines, links, seed)
-    if run.merge.method == "server":
-        return _server(run, machines)
-    return _gossip(run, machines, links, seed)
+    return lives_of(run)(run, machines, links, seed)
+
+
+def lives_of(run: RunFile) -> Lives:
+    """What tells that of the run's method."""
+    lives: Lives = load_part(run.merge.kind.lives)
+    return lives
 
 
 def _steps(run: RunFile, step_s: Sequence[float]) -> list[int]:
@@ -124,20 +132,23 @@ def _steps(run: RunFile, step_s: Sequence[float]) -> list[int]:
     return [round_inner_steps(one, usual, merge.inner_steps, paced=merge.pacing, limit_s=limit_s) for one in speeds]
 
 
-def _merge_s(run: RunFile, round_s: float = 0.0) -> float:
-    """What publishing and merging keep the trainer from in a round; of gossip that depends on how long that lasts."""
-    merge, parameters, publications = run.merge, stage_parameters(run), 1
-    if merge.method == "gossip":
-        number, parts = merge.num_fragments, merge.publications_per_round
-        every = publishes_every(parts, number, round_s, parameters)
-        publications = len(published(merge.inner_steps, parts, number, every))
-    return parameters * ((1 + publications) * COPY_S + _MERGE_S)
+def _merge_s(run: RunFile, publications: int = 1) -> float:
+    """What publishing and merging keep the trainer from in a round."""
+    return stage_parameters(run) * ((1 + publications) * COPY_S + _MERGE_S)
 
 
 # ---------------------------------------------------------------- gossip
 
 
-def _gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
+def _publications(run: RunFile, round_s: float) -> int:
+    """How often one publishes in a round that lasts so long."""
+    merge, number, parts = run.merge, run.merge.num_fragments, run.merge.publications_per_round
+    every = publishes_every(parts, number, round_s, stage_parameters(run))
+    return len(published(merge.inner_steps, parts, number, every))
+
+
+def by_gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
+    """Of gossip, in virtual time."""
     some = machines.at_most(_MOST_GOSSIPING)
     steps = _steps(run, some.step_s)
     longest_s = max(number * one for number, one in zip(steps, some.step_s, strict=True))
@@ -157,7 +168,7 @@ def _gossip(run: RunFile, machines: Machines, links: LinksSection, seed: int) ->
     by_peer: dict[str, list[RoundRecord]] = defaultdict(list)
     for record in kept:
         by_peer[record.peer.partition(".")[0]].append(record)
-    stall_s = _merge_s(run, longest_s)
+    stall_s = _merge_s(run, _publications(run, longest_s))
     down_bytes = statistics.mean(record.bytes_down for record in kept)
     rounds = counted(round(len(kept) / len(by_peer)), "round")
     return Lived(
@@ -206,7 +217,8 @@ def _some(some: Machines, machines: Machines) -> str:
 # ---------------------------------------------------------------- rosters, a server, stages
 
 
-def _rosters(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
+def by_rosters(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
+    """Of synchronous rounds: in virtual time, or by arithmetic where that would take long."""
     some, parameters, others = machines.at_most(_MOST_ON_A_ROSTER), stage_parameters(run), machines.num - 1
     steps, (sent, _) = _steps(run, some.step_s), merge_bytes(run, parameters, others)
     alone_s = [one * step_s for one, step_s in zip(steps, some.step_s, strict=True)]
@@ -276,7 +288,8 @@ def _applied(world: World, end_s: float) -> tuple[float, float]:
     return round_s, statistics.mean(entries.values()) / len(world.running())
 
 
-def _server(run: RunFile, machines: Machines) -> Lived:
+def by_server(run: RunFile, machines: Machines, links: LinksSection, seed: int) -> Lived:
+    """With a server, by arithmetic."""
     steps, merge_s = _steps(run, machines.step_s), _merge_s(run)
     sizes = section_bytes(run, stage_parameters(run), machines.num - 1)
     return Lived(
@@ -305,7 +318,7 @@ def _stages(run: RunFile, machines: Machines, links: LinksSection, seed: int) ->
     a_peer_per_s = max(world.tokens_per_s, 1e-9) * stages / some.num
     holders = machines.num // stages
     each = Machines(step_s=(run.tokens_per_step / a_peer_per_s,) * holders)
-    merging = _gossip(run, each, links, seed)
+    merging = lives_of(run)(run, each, links, seed)
     a_token = activation_wire_bytes(run) / (run.microbatch_sequences * run.model.context_tokens)
     activations = 2 * (stages - 1) / stages * a_token * statistics.mean(merging.tokens)
     return replace(

@@ -114,7 +114,7 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
     found = lived(run, machines, links, seed)
     scale = machines.num / len(found.round_s) / run.pipeline.stages * (1 - machines.away_share)
     tokens_per_s = scale * sum(tokens / one for tokens, one in zip(found.tokens, found.round_s, strict=True))
-    round_s, apart = statistics.median(found.round_s), run.merge.method != "diloco"
+    round_s, apart = statistics.median(found.round_s), run.merge.kind.asynchronous
     # Each sees the end at the end of a round of its own, by what the others told at the end of theirs.
     run_s = run.run.total_tokens / tokens_per_s + round_s * apart
     cost, parameters = estimate(run, num_parameters(run.model), machines.num), stage_parameters(run)
@@ -148,7 +148,7 @@ def plan(run: RunFile, machines: Machines, links: LinksSection, seed: int = 0) -
 
 
 def _full_steps(run: RunFile, found: Lived) -> float:
-    synchronous = run.merge.method == "diloco"
+    synchronous = not run.merge.kind.asynchronous
     counted = found.fresh_share if synchronous else 1.0  # of a round that is on no roster nothing counts
     steps = [tokens / (run.tokens_per_step * counted) for tokens in found.tokens]
     if run.merge.pacing:

@@ -106,17 +106,17 @@ class Traffic:
 
 def traffic_of(run: RunFile, found: Lived, machines: Machines, link_up_bytes_per_s: float = 0.0) -> Traffic:
     """Of volunteers who live like that, behind links that carry so much up; 0 for no limit."""
-    num, method = machines.num, run.merge.method
+    num, method = machines.num, run.merge.kind
     rounds_per_s = sum(1 / one for one in found.round_s) / len(found.round_s) * (1 - machines.away_share)
     theta, others = 4.0 * stage_parameters(run), num // run.pipeline.stages - 1
     gradients = max(found.partners, 1.0)
-    num_pulls = gradients + min(run.merge.num_weights, others) if method == "gossip" else 2 * gradients
+    num_pulls = gradients + min(run.merge.num_weights, others) if method.own_weights else 2 * gradients
     talk = num_pulls * PULL_BYTES if num > 1 else 0.0
     archive, archives_per_s = _archive_bytes(run, theta, num), 1 / archived_every_s(run, link_up_bytes_per_s)
-    comes_back = theta * (1 + (min(SAMPLE, others) if method == "gossip" else 1)) * (others > 0)
+    comes_back = theta * (1 + (min(SAMPLE, others) if method.own_weights else 1)) * (others > 0)
     comes_back_per_s = comes_back * _returns_per_s(machines)
-    last = theta * min(SAMPLE, others) * (method == "gossip")
-    is_server = method == "server"
+    last = theta * min(SAMPLE, others) * method.own_weights
+    is_server = method.has_server
     serves = num * rounds_per_s * is_server
     records = dht_bytes_per_s(num + 1, run.network.presence_ttl_s)
     return Traffic(
@@ -136,9 +136,9 @@ def traffic_of(run: RunFile, found: Lived, machines: Machines, link_up_bytes_per
 
 def _archive_bytes(run: RunFile, theta: float, num: int) -> float:
     """What the bootstrap takes for its archive each time, of all volunteers together."""
-    if run.merge.method == "server":
+    if run.merge.kind.has_server:
         return 0.0
-    if run.merge.method == "diloco":
+    if not run.merge.kind.asynchronous:
         return 2 * theta
     stages = run.pipeline.stages
     if stages == 1:
@@ -149,9 +149,9 @@ def _archive_bytes(run: RunFile, theta: float, num: int) -> float:
 def archived_every_s(run: RunFile, link_up_bytes_per_s: float) -> float:
     """How often the bootstrap archives, where volunteers' links carry so much up; 0 for no limit."""
     every_s, parameters = run.network.archive_every_s, stage_parameters(run)
-    if run.pipeline.stages > 1 or run.merge.method == "server" or not link_up_bytes_per_s:
+    if run.pipeline.stages > 1 or run.merge.kind.has_server or not link_up_bytes_per_s:
         return every_s
-    wanted = 8 + 4 * (run.merge.method == "gossip")  # weights and momentum of one, then the others' weights at once
+    wanted = 8 + 4 * run.merge.kind.own_weights  # weights and momentum of one, then the others' weights at once
     return archive_every_s(every_s, wanted * parameters / link_up_bytes_per_s, parameters)
 
 

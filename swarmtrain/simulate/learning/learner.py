@@ -16,7 +16,7 @@ from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, t
 from swarmtrain.model.gpt import build_model, evaluate
 from swarmtrain.network.codec import tensor_specs
 from swarmtrain.network.snapshots import TensorSpec
-from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, Replaced, Served, Start, Trainer
+from swarmtrain.peer.trainer import Contribution, OuterUpdate, Replaced, Start, Trainer
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import MergeSection, RunFile
 
@@ -75,7 +75,7 @@ class _NoExchange:
 
     def merged(self, fragment: int, state: OuterState) -> None: ...
 
-    def collect(self, fragment: int = 0) -> Averaged | Gathered | Served | Replaced:
+    def collect(self, fragment: int = 0) -> OuterUpdate | Replaced:
         raise NotImplementedError
 
 

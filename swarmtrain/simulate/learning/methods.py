@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from swarmtrain.errors import UserError
+from swarmtrain.methods import DILOCO, GOSSIP, SERVER, load_part, method_named
+from swarmtrain.packages import NAME
 from swarmtrain.simulate.learning.hostile import gossip
 from swarmtrain.simulate.learning.sampled import modest, noloco
-from swarmtrain.simulate.learning.serving import async_nesterov, fedbuff, server, server_waiting
+from swarmtrain.simulate.learning.serving import async_nesterov, fedbuff, server_waiting
 from swarmtrain.simulate.learning.setting import Outcome, Setting
 from swarmtrain.simulate.learning.synchronous import data_parallel, diloco
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "scenario_method"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ METHODS: dict[str, Method] = {
     ),
     "diloco": Method(
         says="synchronous rounds of H steps, then an outer Nesterov step (arXiv 2311.08105)",
-        run=diloco,
+        run=load_part(DILOCO.learns),
         keys={"merge.method": "diloco", "merge.pacing": False},
         churn=True,
     ),
@@ -66,7 +70,7 @@ METHODS: dict[str, Method] = {
     ),
     "gossip": Method(
         says="publish, pull and merge without waiting: what swarmtrain does",
-        run=gossip,
+        run=load_part(GOSSIP.learns),
         keys={"merge.method": "gossip", "merge.pacing": True},
         hostile=True,
         churn=True,
@@ -81,7 +85,7 @@ METHODS: dict[str, Method] = {
     ),
     "server": Method(
         says="delayed Nesterov on one peer's weights, which nobody waits for",
-        run=server,
+        run=load_part(SERVER.learns),
         keys={"merge.method": "server", "merge.pacing": True},
         churn=True,
     ),
@@ -130,3 +134,16 @@ METHODS: dict[str, Method] = {
     ),
 }
 """Keys that a method does not name are the run file's, or the grid's."""
+
+
+def scenario_method(name: str) -> Method:
+    """The method of that name, of `METHODS` or "PACKAGE:METHOD" of an installed package. `UserError` where there is
+    none, or a package's has no function for this."""
+    if name in METHODS:
+        return METHODS[name]
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"scenario.methods: there is no method {name}; there are {', '.join(METHODS)}")
+    kind = method_named(name)
+    if not kind.learns:
+        raise UserError(f"scenario.methods: {name} does not say how it learns in virtual time; ask those who made it")
+    return Method(says=kind.says, run=load_part(kind.learns), keys={"merge.method": name})

@@ -1,0 +1,19 @@
+"""Synchronous rounds, whose contributors a signed roster names."""
+
+from __future__ import annotations
+
+from swarmtrain.methods.method import MergeMethod
+
+__all__ = ["DILOCO"]
+
+DILOCO = MergeMethod(
+    name="diloco",
+    says="synchronous rounds; everyone's pseudo-gradients are averaged by a signed roster.",
+    exchange="swarmtrain.peer.exchange:RosterExchange",
+    costs="swarmtrain.peer.merge_costs:DilocoCosts",
+    lives="swarmtrain.simulate.living:by_rosters",
+    learns="swarmtrain.simulate.learning.synchronous:diloco",
+    keys=frozenset({"share_above"}),
+    defaults={"outer_momentum": 0.9, "pacing": False},
+    asynchronous=False,
+)

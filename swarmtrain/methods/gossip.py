@@ -1,0 +1,37 @@
+"""Nobody waits: each merges what it pulled from a few partners."""
+
+from __future__ import annotations
+
+from swarmtrain.methods.method import MergeMethod
+
+__all__ = ["GOSSIP"]
+
+GOSSIP = MergeMethod(
+    name="gossip",
+    says="nobody waits; each merges at its own pace what it pulled from a few partners.",
+    exchange="swarmtrain.peer.gossip_exchange:GossipExchange",
+    costs="swarmtrain.peer.merge_costs:GossipCosts",
+    lives="swarmtrain.simulate.living:by_gossip",
+    learns="swarmtrain.simulate.learning.hostile:gossip",
+    keys=frozenset(
+        {
+            "fragments",
+            "gradient_format",
+            "init",
+            "max_staleness_rounds",
+            "num_partners",
+            "num_weights",
+            "partners",
+            "publications_per_round",
+            "robust",
+            "theta_format",
+        }
+    ),
+    auto_formats=("int2", "int4"),
+    own_weights=True,
+    in_step=True,
+    hosting=True,
+    shards=True,
+    stages=True,
+    lends_weights=True,
+)
