@@ -20,7 +20,9 @@ _MAX_LET_GO = 1024
 _ASKED_S = 5.0
 """Who wants to leave asks again and again: one that has not for so long is gone, or trains on."""
 _TAKEN_EVERY_S = 5.0
-"""Whoever asks for the sake of asking has an archive made so often at most."""
+_TAKEN_AT_ONCE = 3
+"""Whoever asks for the sake of asking has an archive made so often at most; a few who leave one soon after the other do
+not wait for each other."""
 
 
 class Leave(Enum):
@@ -89,7 +91,7 @@ class Leavers:
         self._asked_s: dict[str, float] = {}
         self._began_s: dict[str, float] = {}
         self._taken_s: dict[str, float] = {}
-        self._next_s = 0.0
+        self._next_s = -math.inf
         self._has_news = False
 
     def take_news(self) -> bool:
@@ -133,7 +135,7 @@ class Leavers:
         self._taken_s = dict.fromkeys(peers, now)
         for peer in peers:
             self._asked_s.pop(peer, None)
-        self._next_s = now + _TAKEN_EVERY_S
+        self._next_s = max(self._next_s, now - (_TAKEN_AT_ONCE - 1) * _TAKEN_EVERY_S) + _TAKEN_EVERY_S
 
     def _asks(self, peer: str, now: float) -> bool:
         return now < self._asked_s.get(peer, -math.inf) + _ASKED_S
