@@ -675,7 +675,8 @@ class Rounds:
             if roster.digest in best:
                 return
             await self._ask_chain(source)
-            last = self._told[source][1].last  # it may be a round further than its state was
+            now = self._told.get(source)  # it may be a round further than its state was, or forgotten
+            last = None if now is None else now[1].last
             chain = None if last is None else self._view_of(told).chain_of(last)
             if chain is None or best.digest not in chain or roster.digest not in chain:
                 raise UnreachableError("it has gone to another chain meanwhile")
