@@ -64,6 +64,17 @@ class OpenPulls:
         idle = {peer for (what, peer), until_s in self._idle_until_s.items() if what == section and now < until_s}
         return self._failed | idle | self.coming(section, here)
 
+    def next_free_s(self, section: Section, peers: Collection[str], now: float) -> float | None:
+        """When the next of `peers` may be asked who may not be now; None if that is not a matter of time."""
+        idle = [s for (what, peer), s in self._idle_until_s.items() if what == section and s > now and peer in peers]
+        banned_s = self.back_off.next_free_s(peers, now)
+        return min(idle if banned_s is None else [*idle, banned_s], default=None)
+
+    def next_slow_s(self, section: Section, slow_after_s: float, now: float) -> float | None:
+        """When the next of those on their way has taken so long."""
+        slow_s = [pull.began_s + slow_after_s for (what, _), pull in self.begun.items() if what == section]
+        return min((s for s in slow_s if s > now), default=None)
+
     # ------------------------------------------------------------- what came of it
 
     def begin(self, section: Section, peer: str, now: float) -> OpenPull:

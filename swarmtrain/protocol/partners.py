@@ -462,6 +462,12 @@ class BackOff:
             return rested, "everyone is banned, so that bans do not count"
         return rested, f"everyone was tried within the last {self.busy_s:g} s"
 
+    def next_free_s(self, peers: Collection[str], now: float) -> float | None:
+        """When `ready` gives one of `peers` next who is left alone now; None if nobody is."""
+        bans = [ban for peer in peers if (ban := self._bans.get(peer)) is not None and now < ban.until_s]
+        free_s = [ban.until_s for ban in bans] + [ban.tried_s + self.busy_s for ban in bans]
+        return min((s for s in free_s if s > now), default=None)
+
 
 @dataclass(slots=True)
 class Partners:

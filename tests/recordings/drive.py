@@ -1,13 +1,16 @@
-"""Today's `network.gossiping.Gossip`, driven by recorded events alone; what it decides is written as when it was
-recorded, to be compared line by line."""
+"""The engine of gossip, fed with a real peer's recorded events alone; what it decides is written as when it was
+recorded, to be compared line by line.
+
+When it was recorded a pull was begun, a merge prepared and a pull ended one callback after what they follow from: at
+`starts`, `prepares` and `settled`. `_Deferred` waits for these too.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,27 +19,53 @@ import recording
 from lines import Line, Recording
 
 from swarmtrain import errors
-from swarmtrain.errors import PeerError
 from swarmtrain.model.gpt import build_model
-from swarmtrain.network import gossiping
 from swarmtrain.network.codec import tensor_specs
-from swarmtrain.network.gossiping import Gossip
-from swarmtrain.network.hosting import Routes
-from swarmtrain.network.lanes import Plan
-from swarmtrain.network.snapshots import PullLimits
-from swarmtrain.peer.gossip_exchange import codecs_of, gossip_settings
+from swarmtrain.peer.gossip_exchange import codecs_of
+from swarmtrain.protocol import gossip
+from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
+from swarmtrain.protocol.gossip_messages import (
+    Ask,
+    Called,
+    Cancel,
+    Decode,
+    Decoded,
+    Download,
+    Downloaded,
+    Failed,
+    Failure,
+    LeftAlone,
+    LinkAssumed,
+    Merge,
+    MergeDue,
+    PeersChanged,
+    Planned,
+    Prepare,
+    Prepared,
+    Replied,
+    Report,
+    Rested,
+    Route,
+    Routed,
+    Told,
+    TookStates,
+    TookWeights,
+    Woke,
+)
 from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.partners import Ledger, Mark
+from swarmtrain.protocol.merge_plans import MergePlan
+from swarmtrain.protocol.open_pulls import OpenPull, OpenPulls
+from swarmtrain.protocol.partners import BackOff, Mark, Partners
+from swarmtrain.protocol.pulls import PullTimes, Wanted
 from swarmtrain.run import parse_published_untrusted, run_sha256
-from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Difference", "drive"]
 
-_NOT_GOSSIPS = (
-    "round", "published", "plans", "expected", "moved", "asked_for", "learned", "accepted", "announces", "taken",
-    "merged", "adopted", "restarts", "peers",
+_COMPARED = (
+    "asks", "began", "busy", "called", "answered", "failed", "choice", "decodes", "downloads", "ended", "host_failed",
+    "incident", "merges", "news", "places", "publishes_as", "readies", "requests", "rows", "times.assume",
+    "times.bytes_begin", "times.bytes_end", "times.merged", "times.round_ended",
 )  # fmt: skip
-"""What the trainer's side does, and what is told."""
 _NOT_COMPARED = ("at_s", "number", "block", "peer")
 
 
@@ -58,338 +87,397 @@ class Difference:
 def drive(recorded: Recording, peer: int) -> Iterator[tuple[int, Difference | None]]:
     """Each block of the record of that peer: how many decisions were the same, or where they differ."""
     driver = _Driver(recorded, peer)
-    with asyncio.Runner() as runner:
-        try:
-            driver.put_in()
-            yield from runner.run(driver.play())
-        finally:
-            recording.take_out()
+    try:
+        driver.put_in()
+        yield from driver.play()
+    finally:
+        recording.take_out()
 
 
 @dataclass
 class _Others:
-    """What `Membership` says."""
+    """What is known of them."""
 
-    me: str
     known: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def tell(self, line: Line) -> None:
-        """What is known of them has changed."""
+        """It has changed."""
         self.known |= line["known"]
         for peer in line["forgotten"]:
             del self.known[peer]
 
     def volunteers(self) -> list[PeerInfo]:
         """Those who are there and train."""
-        of = self.known
-        return [self.info(peer) for peer in sorted(of) if of[peer]["is_live"] and self._trains(of[peer])]
+        found = []
+        for peer, told in sorted(self.known.items()):
+            if told["is_live"] and told["training"] and not told["is_bootstrap"]:
+                fields = {name: told[name] for name in boundary.TOLD} | {"hosts": tuple(told["hosts"])}
+                found.append(PeerInfo(peer=peer, **fields))
+        return found
 
-    @staticmethod
-    def _trains(told: Mapping[str, Any]) -> bool:
-        return bool(told["training"]) and not told["is_bootstrap"]
-
-    def info(self, peer: str) -> Any:
-        """What was told of it last."""
-        if peer not in self.known:
+    def told(self, peer: str) -> Told | None:
+        """How far it is."""
+        if (told := self.known.get(peer)) is None:
             return None
-        told = self.known[peer]
-        fields = {name: told[name] for name in boundary.TOLD} | {"hosts": tuple(told["hosts"])}
-        return PeerInfo(peer=peer, **fields)
+        names = ("round", "inner_steps", "inner_steps_done", "steps_per_s")
+        return Told(*(told[name] for name in names), since_s=told["so_far_since_s"])
 
-    def so_far_since_s(self, peer: str) -> float:
-        """See `Membership`."""
-        return float(self.known[peer]["so_far_since_s"]) if peer in self.known else float("-inf")
+
+class _Deferred(GossipEngine[Any, Any, Any]):
+    """Prepares and settles when the recorded peer did."""
+
+    now = 0.0
+    is_prepared = False
+    """A merge has just been: what follows does at once."""
+
+    def __post_init__(self) -> None:
+        self.settled: list[Any] = []
+
+    def _prepare_more(self, now: float) -> None:
+        if self.is_prepared:
+            super()._prepare_more(now)
+
+    def prepares(self, now: float) -> list[Any]:
+        """What is prepared by now."""
+        self._out, self.is_prepared = [], True
+        self._prepare_more(now)
+        self.is_prepared = False
+        return self._out
+
+    def _prepared(self, number: int, merge: Any, now: float) -> None:
+        self.is_prepared = True
+        super()._prepared(number, merge, now)
+        self.is_prepared = False
+
+    def _settled(self, pull: Any, now: float) -> None:
+        """Later."""
+
+    def settles(self, number: int, now: float) -> None:
+        """The pull of that number."""
+        if (pull := self._pulls.get(number)) is not None:
+            super()._settled(pull, now)
 
 
 class _Driver:
     def __init__(self, recorded: Recording, peer: int) -> None:
         header = recorded.header
         self.me = header.peers[peer]["id"]
-        self.blocks: list[list[Line]] = []
-        for _, lines in itertools.groupby(recorded.of(peer), key=lambda line: line["block"]):
-            self.blocks.append(list(lines))
-        self.others, self.now = _Others(self.me), 0.0
-        self.gates: dict[Any, asyncio.Future[Any]] = {}
-        self.written: list[Line] = []
-        self.up_bytes_per_s: float | None = None
-        self.expected_s: float | None = None
+        self.blocks = [
+            (block, list(lines)) for block, lines in itertools.groupby(recorded.of(peer), lambda line: line["block"])
+        ]
+        self.others, self.written = _Others(), list[Line]()
         published = header.how["run_toml"].encode()
         sha256 = run_sha256(published)
-        self.run = parse_published_untrusted(published, sha256)
-        specs = tensor_specs(build_model(self.run.model, 0).named_parameters())
-        rounds = SimpleNamespace(run_sha256=sha256, max_tokens=2**40, pull=PullLimits(stall_limit_s=1.0))
-        self.swarm: Any = SimpleNamespace(
-            published=SimpleNamespace(run=self.run), specs=specs, rounds=SimpleNamespace(settings=rounds)
+        run = parse_published_untrusted(published, sha256)
+        specs = tensor_specs(build_model(run.model, 0).named_parameters())
+        swarm: Any = SimpleNamespace(published=SimpleNamespace(run=run), specs=specs)
+        codecs, section = codecs_of(swarm), run.merge
+        settings = GossipSettings(
+            sizes=[codec.sizes(1 / len(codecs)) for codec in codecs],
+            wanted=Wanted(section.num_partners, section.num_weights),
+            num_parts=section.publications_per_round,
+            max_staleness_rounds=section.max_staleness_rounds,
+            variant=section.partners,
         )
+        self.engine = _Deferred(self.me, settings, recording.generator(self.me))
+        self.asks: dict[int, int] = {}
+        """Of each pull's number, what it is called in the record."""
+        self.pulls: dict[int, int] = {}
+        self.of: dict[OpenPull, int] = {}
+        self.source: dict[int, tuple[str, str]] = {}
+        """Of each: who was asked for it last, and whose it is."""
+        self.asked: dict[int, Ask] = {}
+        """Not yet written."""
+        self.preparing: dict[int, int] = {}
+        """The number of the merge that is prepared, by fragment."""
+        self.wake_s: float | None = None
+        """When the engine wanted to look."""
 
-    # ------------------------------------------------------------- in place of the network
+    # ------------------------------------------------------------- what is written
 
     def put_in(self) -> None:
-        """Everything that is outside of gossip, then what writes down."""
-        put, record = recording.put, _Written(self.written)
-        put(gossiping, "swarm_time", lambda: self.now)
-        put(gossiping, "bring", self._bring)
-        put(gossiping, "publication_untrusted", self._publication)
-        put(gossiping, "is_signed_by_untrusted", lambda *_: True)
-        put(Routes, "to", self._sources)
-        put(boundary, "asyncio", _Gated(self))
-        recording.record_choices(record)
-        recording.record_news(record)
-        boundary.Boundary(record).put_in()
-        record.before_block = lambda lines: None
-        for name, gate in ("_pull", self._starts), ("_fill", self._looks), ("_prepare", self._prepares):
-            recording.around(Gossip, name, gate)
+        """Write what is decided within."""
+        around, engine = recording.around, self.engine
 
-    def gossip(self) -> Gossip:
-        """As `GossipExchange` makes it."""
-        section = self.run.merge
-        settings = gossip_settings(self.swarm, codecs_of(self.swarm))
-        node = SimpleNamespace(traffic=SimpleNamespace(up=self))
-        calls: Any = SimpleNamespace(node=node, publication=self._answer)
-        others: Any = self.others
-        return Gossip(
-            me=self.me,
-            calls=calls,
-            membership=others,
-            settings=settings,
-            decode_weights=_decode,
-            decode_gradient=_decode,
-            presence=pb.Signed,
-            heard_untrusted=lambda peer, reply: None,
-            counted=lambda peer, tokens: None,
-            refused=lambda peer, error: None,
-            ledgers=[
-                Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
-                for _ in settings.sizes
-            ],
-            expected_s=lambda _: self.expected_s,
-            variant=section.partners,
-            routes=Routes(SimpleNamespace(), others),  # type: ignore[arg-type]
-        )
+        def choose(original: Any, engine: Any, lane: Any, section: str, round: int, here: Any, now: float) -> Any:
+            self.choosing = {"fragment": lane.number, "section": section, "now": now, "own_round": round}
+            self.choosing |= {"rounds": dict(engine._view(lane).rounds)}
+            self.choosing |= {"with_weights": sorted(lane.open.coming("weights", here))}
+            return original(engine, lane, section, round, here, now)
 
-    @property
-    def bytes_per_s(self) -> float | None:
-        """Of what it sends."""
-        return self.up_bytes_per_s
+        def chosen(original: Any, partners: Partners, candidates: Any, **how: Any) -> Any:
+            found = original(partners, candidates, **how)
+            among = [[one.peer, one.round, one.part, one.tokens] for one in candidates]
+            what = {"candidates": among, "exclude": sorted(how["exclude"]), "found": found}
+            self.write("choice", **self.choosing, **what)
+            return found
 
-    def gate(self, *key: Any) -> asyncio.Future[Any]:
-        """What is waited for, until `opens`."""
-        gate = self.gates.get(key)
-        if gate is None or gate.cancelled():
-            gate = self.gates[key] = asyncio.get_running_loop().create_future()
-        return gate
+        def begin(original: Any, engine: Any, lane: Any, section: str, peer: str, round_s: float, now: float) -> None:
+            assert self.wake_s is not None and self.wake_s <= now, "the engine would have asked nobody"
+            ask = len(self.asks)
+            self.write("asks", ask=ask, fragment=lane.number, section=section, author=peer, round_s=round_s)
+            number = engine._numbers + 1
+            self.asks[number], self.pulls[ask] = ask, number
+            original(engine, lane, section, peer, round_s, now)
+            self.of[engine._pulls[number].open] = ask
 
-    async def passes(self, *key: Any) -> Any:
-        """Wait for it."""
-        gate = self.gate(*key)
-        try:
-            return await gate
-        finally:
-            if self.gates.get(key) is gate:
-                del self.gates[key]
+        def news(original: Any, engine: Any, lane: Any, peer: str, mark: Mark) -> Any:
+            found = original(engine, lane, peer, mark)
+            self.write(
+                "news",
+                fragment=lane.number,
+                author=peer,
+                section="gradient" if mark.part else "weights",
+                mark=mark,
+                is_here=self.is_here,
+                is_own=not self.is_here and self.source[self.current][0] == peer,
+                reference=engine._reference_round(),
+                found=[None, 0] if found is None else [type(found[0]).__name__, found[0].tokens],
+            )
+            return found
 
-    def opens(self, *key: Any, found: Any = None) -> None:
-        """It has happened; an error is raised where it is waited for."""
-        gate = self.gate(*key)
-        if isinstance(found, Exception):
-            gate.set_exception(found)
-        else:
-            gate.set_result(found)
+        def told(name: str) -> Callable[..., Any]:
+            def call(original: Any, thing: Any, *args: Any) -> Any:
+                found = original(thing, *args)
+                if thing is engine._hosts.back_off and name == "failed":
+                    host, _, reason = args
+                    self.write("host_failed", ask=self.asks[self.current], host=host, reason=reason)
+                elif not isinstance(thing, BackOff) or thing is engine._back_off:
+                    self.write(name if isinstance(thing, BackOff) else f"times.{name}", args=args, found=found)
+                return found
 
-    async def _starts(self, original: Any, *args: Any) -> Any:
-        await self.passes("starts", boundary.asked.get())
-        return await original(*args)
+            return call
 
-    async def _looks(self, original: Any, *args: Any) -> None:
-        await self.passes("looks")
-        await original(*args)
+        def began(original: Any, *args: Any) -> Any:
+            found = original(*args)
+            self.write("began", args=args, found=found)
+            return found
 
-    async def _prepares(self, original: Any, *args: Any) -> None:
-        await self.passes("prepares")
-        await original(*args)
+        def ended(name: str) -> Callable[..., Any]:
+            def call(original: Any, pulls: OpenPulls, pull: OpenPull, *args: Any) -> Any:
+                ask = self.of.pop(pull, None)
+                found = original(pulls, pull, *args)
+                if ask is not None:
+                    self.write("ended", ask=ask, how=name, found=found)
+                return found
 
-    async def _sources(self, *_: Any) -> Any:
-        return await self.passes("sources", boundary.asked.get())
+            return call
 
-    async def _answer(self, source: str, request: Any) -> Any:
-        return await self.passes("reply", boundary.asked.get())
+        around(GossipEngine, "_choose", choose)
+        around(Partners, "choose", chosen)
+        around(GossipEngine, "_begin", begin)
+        around(GossipEngine, "_news", news)
+        around(gossip, "round_began_s", began)
+        for name in ("busy", "failed", "answered", "called"):
+            around(BackOff, name, told(name))
+        for name in ("bytes_begin", "bytes_end", "merged", "round_ended", "assume"):
+            around(PullTimes, name, told(name))
+        for name in ("end", "nothing_new", "fail", "give_up"):
+            around(OpenPulls, name, ended(name))
 
-    async def _bring(self, *_: Any) -> Any:
-        return await self.passes("bytes", boundary.asked.get())
+    def write(self, kind: str, **what: Any) -> None:
+        """As it was written then."""
+        self.written.append({"kind": kind, **what})
 
-    @staticmethod
-    def _publication(rules: Any, peer: str, signed: Any) -> Any:
-        manifest = pb.Manifest.FromString(signed.payload)
-        held = SimpleNamespace(snapshot=SimpleNamespace(manifest=manifest))
-        return held, Mark(manifest.round, manifest.part, manifest.tokens)
+    def does(self, commands: Sequence[Any]) -> None:
+        """What is decided."""
+        for command in commands:
+            match command:
+                case Route() | Cancel() | LeftAlone():
+                    pass
+                case Ask(number, source, author):
+                    self.source[number] = source, author
+                    if self.is_looking:
+                        self.asked[number] = command
+                    else:
+                        self.requests(command)
+                case Download(number, source, held):
+                    self.write("downloads", ask=self.asks[number], source=source, mark=held.mark)
+                case Decode(number, _, section, fragment, held, found, earlier):
+                    what = {"news": type(found).__name__, **asdict(found), "has_earlier": earlier is not None}
+                    decoded = None if section == "weights" else what
+                    self.write("decodes", ask=self.asks[number], fragment=fragment, mark=held.mark, what=decoded)
+                case Prepare(number, _, fragment, pulled):
+                    self.preparing[fragment] = number
+                    self.write("readies", fragment=fragment, pulled=_named(pulled))
+                case Merge(fragment, merge, pulled):
+                    found = None if merge is None else _named(pulled)
+                    self.write("merges", fragment=fragment, round=self.due, pulled=found)
+                case Report(peer, failure):
+                    self.write("incident", author=peer, reason=failure.reason)
+                case _:
+                    raise AssertionError(command)
+
+    def requests(self, ask: Ask) -> None:
+        """It is asked now."""
+        known = None if ask.known is None else [ask.known.round, ask.known.part]
+        self.write("requests", ask=self.asks[ask.pull], source=ask.source, known=known)
 
     # ------------------------------------------------------------- what happens
 
-    async def play(self) -> list[tuple[int, Difference | None]]:
+    def play(self) -> Iterator[tuple[int, Difference | None]]:
         """All blocks."""
-        gossip, found = self.gossip(), list[tuple[int, Difference | None]]()
         blocks = iter(self.blocks)
-        for block in blocks:
-            number = block[0]["block"]
-            if any(line["kind"] == "stops" for line in block):  # others' ends come between, in any order
+        for number, block in blocks:
+            stops = any(line["kind"] == "stops" for line in block)
+            if stops:  # others' ends come between, in any order
                 while not any(line["kind"] == "forgets" for line in block):
-                    block = [*block, *next(blocks)]
-            expected = [_plain(line) for line in block if line["kind"] not in _NOT_GOSSIPS]
-            if any(line["kind"] in ("peers", *_HAPPENS) for line in block):
-                await self._happens(gossip, block)
-            written, self.written[:] = [_plain(line) for line in self.written], []
-            if any(line["kind"] == "stops" for line in block):
-                for lines in (written, expected):
-                    lines[:] = sorted(({**line, "now": 0.0} for line in lines), key=str)
-            if not expected and not written:
-                continue
-            is_same = written == expected
-            found.append((len(expected), None if is_same else Difference(number, written, expected)))
-            if not is_same:
-                break  # what follows would differ for that
-        await gossip.stop()
-        return found
+                    block += next(blocks)[1]
+            for line in block:
+                if line["kind"] == "peers":
+                    self.others.tell(line)
+                    self.does(self.engine.receive(PeersChanged(self.others.volunteers()), self.engine.now))
+            kinds = {line["kind"] for line in block}
+            for line in sorted(block, key=lambda line: line["kind"] != "expects"):  # known before
+                if line["kind"] == "forgets" and kinds & {"stops", "took_states"}:
+                    continue
+                self.happens(line)
+            written = [_plain(line) for line in self.written]
+            self.written.clear()
+            expected = [_plain(_as_written(line)) for line in block if line["kind"] in _COMPARED]
+            if stops:
+                written, expected = (sorted(lines, key=str) for lines in (written, expected))
+            if expected or written:
+                is_same = written == expected
+                yield len(expected), None if is_same else Difference(number, written, expected)
+                if not is_same:
+                    return  # what follows would differ for that
 
-    async def _happens(self, gossip: Gossip, block: Sequence[Line]) -> None:
-        kinds = [line["kind"] for line in block]
-        for line in block:
-            if line["kind"] == "peers":
-                self.others.tell(line)
-            elif line["kind"] == "expects":
-                self.expected_s = line["found"]
-        for line in block:
-            kind = line["kind"]
-            if kind not in _HAPPENS or (kind == "forgets" and {"stops", "took_states"} & set(kinds)):
-                continue
-            self.now = line.get("now", self.now)
-            await asyncio.sleep(0)  # a block of its own
-            stays = _HAPPENS[kind](self, gossip, line)
-            await self._until_nothing_happens()
-            if stays is not None:
-                assert stays.done(), f"{kind} lasts"
+    def happens(self, line: Line) -> None:
+        """One recorded event."""
+        engine, kind, now = self.engine, line["kind"], line.get("now", self.engine.now)
+        engine.now, self.is_here, self.is_looking = now, kind == "came", kind == "looks"
+        if "ask" in line:
+            self.current = self.pulls.get(line["ask"], -1)
+        event: Any = None
+        match kind:
+            case "begins":
+                event = Planned(line["round"], [_plan(plan) for plan in line["plans"]])
+            case "looks":
+                self.wake_s = engine.wake_at()
+                event = Woke()
+            case "expects":
+                event = LinkAssumed(line["num_bytes"] / line["found"]) if line["found"] else None
+            case "sources":
+                self.sources(line)
+            case "replied":
+                event = self.replied(line)
+            case "unanswered":
+                is_authors_word = self.source[self.current][0] == self.source[self.current][1]
+                event = Failed(self.current, _failure(line, is_ask=is_authors_word))
+            case "came":
+                wrong = None if line["wrong"] is None else _failure(line["wrong"])
+                event = Downloaded(self.current, line["num_bytes"], wrong)
+            case "broke":
+                event = Failed(self.current, _failure(line))
+            case "decoded":
+                event = Decoded(self.current, None)
+            case "refused":
+                event = Failed(self.current, _failure(line, is_authors=True))
+            case "prepares":
+                self.does(engine.prepares(now))
+            case "prepared":
+                event = Prepared(self.preparing[line["fragment"]], "merge" if line["is_good"] else None)
+            case "settled":
+                engine.settles(self.current, now)
+            case "due":  # whoever had fallen behind looked at that afterwards, when it was recorded
+                self.due = line["round"]
+                event = MergeDue(line["round"], line["fragment"], may_catch_up=False)
+            case "forgets":
+                event = TookWeights()
+            case "took_states":
+                event = _took_states(line)
+            case "stops":
+                event = Rested()
+            case "calls":
+                event = Called(line["author"])
+            case "format":
+                self.write("publishes_as", found=engine.gradient_format(line["round_s"], line["up"]))
+            case "shows":
+                self.write("places", found=engine.places(line["round"]))
+            case "keeps":
+                self.write("rows", found=engine.rows())
+        if event is not None:
+            self.does(engine.receive(event, now))
 
-    @staticmethod
-    async def _until_nothing_happens() -> None:
-        loop: Any = asyncio.get_running_loop()
-        await asyncio.sleep(0)
-        while loop._ready:  # noqa: ASYNC110 - nothing else sets an event
-            await asyncio.sleep(0)
+    def sources(self, line: Line) -> None:
+        """Whom it can be had from; hosts are drawn by lot."""
+        number, found = self.current, list(line["found"])
+        author = self.engine._pulls[number].open.peer
+        if (ask := self.asked.pop(number, None)) is None:
+            is_direct = found == [author]
+            if not is_direct:
+                recording.put(self.engine._hosts, "rng", _Lot(found))
+            self.does(self.engine.receive(Routed(number, is_direct), self.engine.now))
+        else:
+            assert found == [author]
+            self.engine._pulls[number].asked_s = self.engine.now
+            self.requests(ask)
 
-    def _begins(self, gossip: Gossip, line: Line) -> None:
-        tuples = ("began_s", "fragments")
-        plans = [
-            Plan(**{**plan, **{name: tuple(plan[name]) for name in tuples}}, prepare=_prepare) for plan in line["plans"]
-        ]
-        gossip.begin(line["round"], plans)
-
-    def _format(self, gossip: Gossip, line: Line) -> None:
-        self.up_bytes_per_s = line["up"]
-        gossip.gradient_format(line["others"], line["round_s"])
-
-    def _took_states(self, gossip: Gossip, line: Line) -> None:
-        told = [
-            [{peer: (place[0], place[1]) for peer, place in each.items()} for each in of_state]
-            for of_state in line["told"]
-        ]
-        gossip.took_states(told, line["rounds"], line["round"])
-
-    def _replied(self, gossip: Gossip, line: Line) -> None:
-        reply = pb.PublicationReply(busy=line["busy"], away=line["away"])
-        if line["mark"] is not None:
-            manifest = pb.Manifest(**line["mark"], total_bytes=line["num_bytes"])
-            reply.manifest.payload = manifest.SerializeToString()
-        self.opens("reply", line["ask"], found=reply)
-
-    def _came(self, gossip: Gossip, line: Line) -> None:
-        self.opens("bytes", line["ask"], found=None if line["wrong"] is None else _error(line["wrong"]))
-
-    def _prepared(self, gossip: Gossip, line: Line) -> None:
-        self.opens("prepared", line["fragment"], found=object() if line["is_good"] else ValueError("unmergeable"))
-
-    def _opens(self, name: str, found: Callable[[Line], Any] = lambda line: None) -> Callable[[Gossip, Line], None]:
-        return lambda gossip, line: self.opens(name, line["ask"], found=found(line))
-
-
-def _ask(name: str, found: Callable[[Line], Any] = lambda line: None) -> Callable[[_Driver, Gossip, Line], Any]:
-    return lambda driver, gossip, line: driver.opens(name, line["ask"], found=found(line))
-
-
-_HAPPENS: dict[str, Callable[[_Driver, Gossip, Line], Any]] = {
-    "begins": _Driver._begins,
-    "looks": lambda driver, gossip, line: driver.opens("looks"),
-    "starts": _ask("starts"),
-    "sources": _ask("sources", lambda line: tuple(line["found"])),
-    "replied": _Driver._replied,
-    "unanswered": _ask("reply", lambda line: _error(line)),
-    "came": _Driver._came,
-    "broke": _ask("bytes", lambda line: _error(line)),
-    "decoded": _ask("decoded", lambda line: SimpleNamespace(tokens=line["tokens"])),
-    "refused": _ask("decoded", lambda line: _error(line)),
-    "prepares": lambda driver, gossip, line: driver.opens("prepares"),
-    "prepared": _Driver._prepared,
-    "settled": _ask("settled"),
-    "due": lambda driver, gossip, line: (gossip.take(line["round"], line["fragment"]), None)[1],
-    "forgets": lambda driver, gossip, line: gossip.forget_pulled(),
-    "took_states": _Driver._took_states,
-    "stops": lambda driver, gossip, line: asyncio.ensure_future(gossip.stop()),
-    "calls": lambda driver, gossip, line: gossip.called(line["author"]),
-    "format": _Driver._format,
-    "shows": lambda driver, gossip, line: (gossip.places(line["round"]), None)[1],
-    "keeps": lambda driver, gossip, line: (gossip.ledger_rows(), None)[1],
-}
-
-
-class _Written(recording.Record):
-    """In memory."""
-
-    def __init__(self, written: list[Line]) -> None:
-        super().__init__("/dev/null")
-        self._file.close()
-        self.written = written
-
-    def _put(self, lines: list[dict[str, Any]]) -> None:
-        self.written.extend(lines)
+    def replied(self, line: Line) -> Any:
+        """By the author, or a host of its."""
+        source, author = self.source[self.current]
+        if source != author and (line["busy"] or line["away"]):
+            return Failed(self.current, Failure("", "away"))
+        if line["busy"]:
+            return Failed(self.current, Failure("it serves as many readers as it may", "busy"))
+        if line["mark"] is None:
+            return Replied(self.current)
+        mark = Mark(**line["mark"])
+        return Replied(self.current, mark, SimpleNamespace(mark=mark), self.others.told(author))
 
 
-class _Gated:
-    """What `boundary` knows as the module asyncio."""
+class _Lot:
+    """Draws the hosts in their recorded order."""
 
-    def __init__(self, driver: _Driver) -> None:
-        self._driver = driver
+    def __init__(self, order: Sequence[str]) -> None:
+        self.order = order
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(asyncio, name)
-
-    async def wait_for(self, work: Any, limit_s: float) -> Any:
-        """Until it looks again."""
-        work.close()
-        await self._driver.passes("looks")
-
-    async def shield(self, work: Any) -> None:
-        """Until it goes on with what was prepared."""
-        await asyncio.shield(work)
-        await self._driver.passes("settled", boundary.asked.get())
-
-    async def to_thread(self, call: Callable[..., Any], *args: Any) -> Any:
-        """Until it is decoded or prepared."""
-        if call is _decode:
-            return await self._driver.passes("decoded", boundary.asked.get())
-        return await self._driver.passes("prepared", args[0])
+    def sample(self, among: Sequence[str], number: int) -> list[str]:
+        """All of them."""
+        assert sorted(among) == sorted(self.order)
+        return list(self.order)
 
 
-def _decode(*_: Any) -> Any:
-    raise AssertionError("nothing is decoded here")
+def _took_states(line: Line) -> TookStates:
+    told = [
+        [{peer: (place[0], place[1]) for peer, place in each.items()} for each in of_state] for of_state in line["told"]
+    ]
+    return TookStates(line["round"], told, line["rounds"])
 
 
-def _prepare(*_: Any) -> Any:
-    raise AssertionError("nothing is prepared here")
+def _plan(told: Mapping[str, Any]) -> MergePlan:
+    tuples = {name: tuple(told[name]) for name in ("began_s", "fragments")}
+    return MergePlan(**{**told, **tuples})
 
 
-def _error(told: Mapping[str, Any]) -> PeerError:
-    error: PeerError = getattr(errors, told["error"])(told["reason"])
-    return error
+def _failure(told: Mapping[str, Any], *, is_ask: bool = False, is_authors: bool = False) -> Failure:
+    error = getattr(errors, told["error"])
+    kind: Any = "failed"
+    if issubclass(error, errors.BusyError):
+        kind = "busy"
+    elif is_ask and issubclass(error, errors.UnreachableError):
+        kind = "silent"
+    return Failure(told["reason"], kind, told["is_incident"], is_authors)
+
+
+def _named(pulled: Sequence[Any]) -> list[Any]:
+    return [[each.section, each.peer, each.mark] for each in pulled]
+
+
+def _as_written(line: Line) -> Line:
+    """A choice was recorded with more than it goes by."""
+    if line["kind"] != "choice":
+        return line
+    view = line["view"]
+    among = [[one["peer"], one["round"], one["part"], one["tokens"]] for one in view["candidates"]]
+    what = {name: line[name] for name in ("kind", "fragment", "section", "now", "found")}
+    what |= {"own_round": view["own_round"], "rounds": view["rounds"], "candidates": among}
+    return {**what, "with_weights": sorted(view["with_weights"]), "exclude": sorted(view["exclude"])}
 
 
 def _plain(line: Line) -> Line:
-    found: Line = json.loads(json.dumps({key: line[key] for key in line if key not in _NOT_COMPARED}))
+    found: Line = json.loads(
+        json.dumps({key: line[key] for key in line if key not in _NOT_COMPARED}, default=recording.plain)
+    )
     return found

@@ -6,10 +6,9 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +21,7 @@ from simulated import LEARNING as LEARNT
 from simulated import record_learning, record_systems, recorded_schedule
 from swarm import write_run
 
-from swarmtrain.network.lanes import Plan
-from swarmtrain.peer.asynchronous import AsynchronousExchange
-from swarmtrain.peer.gossip_exchange import GossipExchange
+from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner
 
 pytestmark = pytest.mark.slow
 
@@ -82,27 +79,22 @@ def test_the_trainer_tells_gossip_of_the_same_merges(path: Path) -> None:
     told = [line for line in load(path).lines if line["kind"] == "plans"]
     assert len(told) > 50
     for line in told:
-        assert plain([_without_prepare(plan) for plan in plans_of(line)]) == line["found"]
+        assert plain([asdict(plan) for plan in plans_of(line)]) == line["found"]
 
 
-def plans_of(line: Line) -> list[Plan]:
-    """As `GossipExchange` makes them."""
-    exchange: Any = SimpleNamespace(
-        sure_share=1,
-        _start=SimpleNamespace(**{name: line[name] for name in ("merge_after", "inner_steps", "gradient_format")}),
-        _steps_per_s=line["steps_per_s"],
-        _round_began_s=line["round_began_s"],
-        _began_s=line["began_s"],
-        _progress=SimpleNamespace(round=line["round"]),
-        _states=(),
-        _prepare=None,
+def plans_of(line: Line) -> list[MergePlan]:
+    """What the planner says after so many steps."""
+    planner = MergePlanner(len(line["began_s"]))
+    planner.round_began(
+        line["round"],
+        line["round_began_s"],
+        inner_steps=line["inner_steps"],
+        merge_after=line["merge_after"],
+        gradient_format=line["gradient_format"],
+        steps_per_s=line["steps_per_s"],
     )
-    exchange._prepare = exchange._round_s = lambda *args: AsynchronousExchange._round_s(exchange, *args)
-    return GossipExchange._plans(exchange, line["done"], line["now"])
-
-
-def _without_prepare(plan: Plan) -> dict[str, Any]:
-    return {each.name: getattr(plan, each.name) for each in fields(plan) if each.name != "prepare"}
+    planner.began_s = line["began_s"]
+    return planner._plans(line["done"], line["now"])
 
 
 @pytest.mark.parametrize("path", REAL, ids=names(REAL))

@@ -1,0 +1,344 @@
+"""What gossip is told (events), and what it has its driver do (commands): data, so that a test compares lists.
+
+`GossipEngine.receive` takes an event and answers with commands. Most commands end with an event of the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeAlias, TypeVar
+
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.merge_plans import MergePlan
+from swarmtrain.protocol.partners import Mark, News, Place
+from swarmtrain.protocol.pulls import Section
+
+__all__ = [
+    "Ask",
+    "Called",
+    "Cancel",
+    "CatchUp",
+    "Decode",
+    "Decoded",
+    "Download",
+    "Downloaded",
+    "Failed",
+    "Failure",
+    "GossipCommand",
+    "GossipEvent",
+    "Held",
+    "LeftAlone",
+    "LinkAssumed",
+    "Merge",
+    "MergeDue",
+    "Payload",
+    "PeersChanged",
+    "Planned",
+    "Prepare",
+    "Prepared",
+    "Pulled",
+    "Ready",
+    "Replied",
+    "Report",
+    "Rested",
+    "Route",
+    "Routed",
+    "Told",
+    "TookStates",
+    "TookWeights",
+    "Woke",
+]
+
+Held = TypeVar("Held")
+"""A publication as the driver has it."""
+Payload = TypeVar("Payload")
+"""What of it can enter a merge."""
+Ready = TypeVar("Ready")
+"""A merge that is ready."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Pulled(Generic[Held, Payload]):
+    """The weights or the pseudo-gradient of a partner, ready to enter a merge."""
+
+    section: Section
+    peer: str
+    mark: Mark
+    payload: Payload
+    held: Held
+    pull_s: float
+    began_s: float | None
+    """When the author's round of the fragment began, if it told."""
+
+
+# ---------------------------------------------------------------- what happened
+
+
+@dataclass(frozen=True, slots=True)
+class PeersChanged:
+    """Others came, went, or told how far they are: these are the live ones that train, by PeerID."""
+
+    volunteers: Sequence[PeerInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAssumed:
+    """Other transfers have shown that the link carries so much. It counts until the first pull is measured."""
+
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The trainer is in `round`, and these are its next merges; they replace all that were planned before."""
+
+    round: int
+    plans: Sequence[MergePlan]
+
+
+@dataclass(frozen=True, slots=True)
+class Woke:
+    """It is time to look whether a pull is due; see `GossipEngine.wake_at`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Ends `Route`: the author can be dialled, or only its hosts can."""
+
+    pull: int
+    is_direct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How far a peer is in its round by its newest presence."""
+
+    round: int
+    inner_steps: int
+    inner_steps_done: int
+    steps_per_s: float
+    since_s: float
+    """Since when it is known to be so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replied(Generic[Held]):
+    """Ends `Ask`: the source has a publication at `mark`, or nothing newer than asked for (None)."""
+
+    pull: int
+    mark: Mark | None = None
+    held: Held | None = None
+    told: Told | None = None
+    """By its author, if that is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why nothing came. "busy": it serves as many as it may; "away": a host that is none, or is busy; "silent": it gave
+    no answer; "failed": anything else."""
+
+    reason: str
+    kind: Literal["busy", "away", "silent", "failed"] = "failed"
+    is_incident: bool = False
+    """A person is told who did it."""
+    is_authors: bool = False
+    """Its author did it, whoever was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Ends `Ask`, `Download` or `Decode` in vain."""
+
+    pull: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Downloaded:
+    """Ends `Download`: all is here; `wrong`: what else its source did."""
+
+    pull: int
+    num_bytes: int
+    wrong: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded(Generic[Payload]):
+    """Ends `Decode`: this may enter a merge."""
+
+    pull: int
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Generic[Ready]):
+    """Ends `Prepare`; `merge` is None if these cannot be merged."""
+
+    number: int
+    merge: Ready | None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeDue:
+    """A fragment's round ends: answered by `Merge` at once, or by `CatchUp` if `may_catch_up`."""
+
+    round: int
+    fragment: int = 0
+    may_catch_up: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TookWeights:
+    """This peer goes on with others' weights, or has rested: what was pulled is in them, or too old."""
+
+
+@dataclass(frozen=True, slots=True)
+class TookStates:
+    """This peer goes on in `round` from the mean of some states. `told`: up to where each peer is in each of them, by
+    fragments; `rounds`: in which round each of their authors is."""
+
+    round: int
+    told: Sequence[Sequence[Mapping[str, Place]]]
+    rounds: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Rested:
+    """Pull nothing more until more is planned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """`peer` has called this peer: after an outage it is asked again soon."""
+
+    peer: str
+
+
+GossipEvent: TypeAlias = (
+    PeersChanged
+    | LinkAssumed
+    | Planned
+    | Woke
+    | Routed
+    | Replied[Held]
+    | Failed
+    | Downloaded
+    | Decoded[Payload]
+    | Prepared[Ready]
+    | MergeDue
+    | TookWeights
+    | TookStates
+    | Rested
+    | Called
+)
+
+
+# ---------------------------------------------------------------- what to do
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Find out whether `peer`, which says that nobody can dial it, can be asked itself."""
+
+    pull: int
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Ask `source`, the author or a host of its, for what it has of a section newer than `known`."""
+
+    pull: int
+    source: str
+    author: str
+    section: Section
+    fragment: int
+    known: Mark | None
+
+
+@dataclass(frozen=True, slots=True)
+class Download(Generic[Held]):
+    """Get the bytes of what `source` has told of."""
+
+    pull: int
+    source: str
+    held: Held
+
+
+@dataclass(frozen=True, slots=True)
+class Decode(Generic[Held]):
+    """Make of it what can enter a merge: check it, and take what is new of it."""
+
+    pull: int
+    author: str
+    section: Section
+    fragment: int
+    held: Held
+    news: News
+    earlier: Held | None
+    """What was merged of the same round; it is subtracted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Do nothing more for this pull."""
+
+    pull: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare(Generic[Held, Payload]):
+    """Prepare a merge of one fragment."""
+
+    number: int
+    plan: MergePlan
+    fragment: int
+    pulled: tuple[Pulled[Held, Payload], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Merge(Generic[Held, Payload, Ready]):
+    """Merge a fragment now; None: this peer's own round alone."""
+
+    fragment: int
+    merge: Ready | None = None
+    pulled: tuple[Pulled[Held, Payload], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CatchUp:
+    """Take the others' weights, since this peer has fallen so many rounds behind them that nobody merges its own; where
+    they cannot be had, ask again with `may_catch_up=False`."""
+
+    rounds_behind: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tell a person what `peer` did."""
+
+    peer: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """For the log: why `peer` is not asked for a while."""
+
+    peer: str
+    follows: str
+
+
+GossipCommand: TypeAlias = (
+    Route
+    | Ask
+    | Download[Held]
+    | Decode[Held]
+    | Cancel
+    | Prepare[Held, Payload]
+    | Merge[Held, Payload, Ready]
+    | CatchUp
+    | Report
+    | LeftAlone
+)
