@@ -74,7 +74,7 @@ PATHS = {
         + network/signing.py sign
         + network/identity.py Identity.sign
         network/snapshots.py SnapshotStore.add
-        + network/gossiping.py Gossip._ask
+        + network/gossiping.py Gossip._ask | network/puller.py Puller._reply_untrusted
         + network/publications.py publication_untrusted
         + network/signing.py open_signed_untrusted
         + network/identity.py verify_untrusted
@@ -88,9 +88,9 @@ PATHS = {
         network/snapshots.py _pull_run
         network/snapshots.py pull_chunks
         network/bringing.py bring
-        network/gossiping.py Gossip._bring
-        network/gossiping.py Gossip._pull_from
-        peer/gossip_exchange.py GossipExchange._decode_gradient_untrusted
+        network/gossiping.py Gossip._bring | network/puller.py Puller.download
+        network/gossiping.py Gossip._pull_from | peer/gossip_driver.py GossipDriver._decoded
+        peer/gossip_exchange.py GossipExchange._decode_gradient_untrusted | GossipExchange.decode_untrusted
         network/codec.py PublicationCodec.gradient_untrusted
         network/codec.py VectorCodec.decode_untrusted
         algorithm/quantize.py decode
@@ -99,13 +99,13 @@ PATHS = {
         peer/robustness.py Robustness.accept
         algorithm/robust.py GradientClip.clip
         peer/gossip_exchange.py GossipExchange._kept_untrusted | GossipExchange._decode_gradient_untrusted
-        network/lanes.py Pulled
-        network/gossiping.py Gossip._try_to_prepare
-        peer/gossip_exchange.py GossipExchange._prepare
+        network/lanes.py Pulled | protocol/gossip_messages.py Pulled
+        network/gossiping.py Gossip._try_to_prepare | peer/gossip_driver.py GossipDriver._prepared
+        peer/gossip_exchange.py GossipExchange._prepare | GossipExchange.prepare
         + protocol/pulls.py ahead_rounds
         algorithm/gossip.py prepare
-        network/lanes.py Ready
-        network/gossiping.py Gossip.take
+        network/lanes.py Ready | protocol/gossip_messages.py Merge
+        network/gossiping.py Gossip.take | peer/gossip_driver.py GossipDriver.merge_due
         peer/gossip_exchange.py GossipExchange.collect
         peer/trainer.py Gathered
         peer/trainer.py OuterUpdate | Gathered

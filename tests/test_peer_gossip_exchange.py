@@ -25,13 +25,12 @@ from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.gossiping import Gossip
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.lanes import Plan
 from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun, Swarm
 from swarmtrain.peer import gossip_exchange
 from swarmtrain.peer.common import StopFlag, held_out_loss
+from swarmtrain.peer.gossip_driver import Engine
 from swarmtrain.peer.gossip_exchange import GossipExchange, hosting_of
 from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.present import fetch_present
@@ -39,7 +38,9 @@ from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import RoundReport, Trainer
 from swarmtrain.protocol.archiving import adds_to_archive
 from swarmtrain.protocol.fragments import FragmentRound
+from swarmtrain.protocol.gossip_messages import Prepare
 from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.merge_plans import MergePlan
 from swarmtrain.protocol.partners import Mark
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import SECTIONS, PullPlan, Section
@@ -147,8 +148,8 @@ class _Calls:
         return Replies(self._other(peer).store.serve(request))
 
 
-def _num_ready(gossip: Gossip, fragment: int, section: Section) -> int:
-    ready = gossip.lanes[fragment].ready
+def _num_ready(engine: Engine, fragment: int, section: Section) -> int:
+    ready = engine._lanes[fragment].ready
     return sum(one.section == section for one in ready.pulled) if ready else 0
 
 
@@ -174,23 +175,23 @@ class World:
 
     def add(self, number: int) -> Peer:
         peer = Peer(self, number)
-        gossip = peer.exchange.gossip
-        take = gossip.take
+        gossip, engine = peer.exchange.gossip, peer.exchange.gossip.engine
+        merge_due = gossip.merge_due
 
-        def take_when_there(round: int, fragment: int) -> Any:
+        def merge_when_there(round: int, fragment: int, **how: Any) -> Any:
             give_up_s = time.monotonic() + 30
-            while any(_num_ready(gossip, fragment, section) < self.wants.get(peer.id, 0) for section in SECTIONS):
-                came = [(one.peer, one.section) for one in gossip.lanes[fragment].pulled]
+            while any(_num_ready(engine, fragment, section) < self.wants.get(peer.id, 0) for section in SECTIONS):
+                came = [(one.peer, one.section) for one in engine._lanes[fragment].pulled]
                 assert time.monotonic() < give_up_s, f"only this came: {came}"
                 time.sleep(0.002)
-            return take(round, fragment)
+            return merge_due(round, fragment, **how)
 
-        def at_once(plan: Plan) -> PullPlan:
+        def at_once(plan: MergePlan) -> PullPlan:
             due_s = (0.0,) * self.wants.get(peer.id, 0)
             return PullPlan(due_s, due_s, "as many as the test wants")
 
-        gossip.take = take_when_there  # type: ignore[method-assign]
-        gossip._pull_plan = at_once  # type: ignore[method-assign]
+        gossip.merge_due = merge_when_there  # type: ignore[method-assign]
+        engine._pull_plan = at_once  # type: ignore[method-assign]
         for other in self.peers.values():
             other.meet(peer)
             peer.meet(other)
@@ -268,7 +269,7 @@ def test_a_large_model_is_merged_from_bytes_a_fragment_at_a_time(
     worlds: list[World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gossip_exchange, "LARGE_MODEL", 0)
-    accept, prepare = Robustness.accept, GossipExchange._prepare
+    accept, prepare = Robustness.accept, GossipExchange.prepare
     accepted, seen, others_ready, differ = list[Tensor](), 0, 0, 0
 
     def accepts(self: Robustness, *args: Any) -> Arrival:
@@ -276,22 +277,22 @@ def test_a_large_model_is_merged_from_bytes_a_fragment_at_a_time(
         accepted.append(found.gradient.clone() if found.theta is None else found.theta.clone())
         return found
 
-    def prepared(self: GossipExchange, *args: Any) -> Prepared:
+    def prepared(self: GossipExchange, command: Prepare[Any, Any]) -> Prepared:
         nonlocal seen, others_ready, differ
-        *_, fragment, pulled = args
-        others_ready += any(lane.ready is not None for lane in self.gossip.lanes if lane.number != fragment)
-        for each in pulled:
-            made = each.arrival.decoded()
+        lanes = self.gossip.engine._lanes
+        others_ready += any(lane.ready is not None for lane in lanes if lane.number != command.fragment)
+        for each in command.pulled:
+            made = each.payload.decoded()
             vector = made.gradient if made.theta is None else made.theta
             differ += not any(len(one) == len(vector) and torch.equal(one, vector) for one in accepted)
-            seen += each.arrival.is_made_anew
-        found, again = prepare(self, *args), prepare(self, *args)
+            seen += each.payload.is_made_anew
+        found, again = prepare(self, command), prepare(self, command)
         differ += not torch.equal(found.theta_mean, again.theta_mean)
         differ += not torch.equal(found.gradient_sum, again.gradient_sum)
         return found
 
     monkeypatch.setattr(Robustness, "accept", accepts)
-    monkeypatch.setattr(GossipExchange, "_prepare", prepared)
+    monkeypatch.setattr(GossipExchange, "prepare", prepared)
     world = world_of(worlds, 2)
     for number in range(3):
         for peer in world.everyone():
@@ -368,7 +369,7 @@ def test_finer_gradients_are_for_long_rounds_over_a_link_that_is_known(worlds: l
     peer, _ = world_of(worlds, 2, gradient_format="auto").everyone()
     peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(4)])
     assert peer.exchange.start_round(Progress(), 1.0).gradient_format == "int2"
-    peer.exchange.gossip._times.assume(1e5)  # what a round brings takes a twentieth of a second
+    peer.exchange.gossip.engine._times.assume(1e5)  # what a round brings takes a twentieth of a second
     formats = [peer.exchange.start_round(Progress(), speed).gradient_format for speed in (0.0, 1.0, 1000.0)]
     assert formats == ["int2", "int4", "int2"]
     peer.swarm.node.traffic.up.bytes_per_s = 1e3
@@ -415,11 +416,11 @@ def test_merges_are_planned_anew_where_steps_take_less_time_than_they_did(
         (30.0, 20, 1030.0 + 12 * 1.5),
         (500.0, 22, 1500.0 + 10 * 2.0),  # it hung, and goes on as in its last round
     ):
-        clock_s[0], planned = 1000.0 + passed_s, peer.exchange._newest_plans
+        clock_s[0], planned = 1000.0 + passed_s, peer.exchange._planner._newest
         contribution = peer.trainer.contribution(start.part_after(inner_steps), inner_steps, inner_steps * STEP_TOKENS)
         peer.exchange.publish(contribution)
-        assert peer.exchange._newest_plans[0].ends_s == ends_s
-        assert (peer.exchange._newest_plans is not planned) == (ends_s != planned[0].ends_s)
+        assert peer.exchange._planner._newest[0].ends_s == ends_s
+        assert (peer.exchange._planner._newest is not planned) == (ends_s != planned[0].ends_s)
 
 
 def test_who_comes_late_takes_the_consensus(worlds: list[World]) -> None:
@@ -458,7 +459,7 @@ def test_who_comes_late_merges_nothing_of_what_is_in_the_weights_that_it_took(wo
         """Whose gradients it could merge now, of the fragment that is merged at a round's end."""
         last = len(peer.trainer.fragments) - 1
         told = {other.id: other.exchange.publishers["gradient", last].newest for other in others}
-        ledger = peer.exchange.gossip.lanes[last].ledger
+        ledger = peer.exchange.gossip.engine._lanes[last].ledger
         marks = {who: Mark(one.round, one.part, one.tokens) for who, one in told.items() if one is not None}
         return {who for who, mark in marks.items() if ledger.may_enter("gradient", who, mark, 3)}
 
@@ -664,6 +665,6 @@ def test_what_was_merged_is_kept_over_a_restart(worlds: list[World]) -> None:
     kept = {name: give() for name, give in ben.exchange.kept().items()}
     again = world_of(worlds, 2).everyone()[1]
     again.exchange.restore(kept)
-    assert again.exchange.gossip.ledgers[0].mark(anna.id) == ben.exchange.gossip.ledgers[0].mark(anna.id)
+    assert again.exchange.gossip.engine.merged_mark(0, anna.id) == ben.exchange.gossip.engine.merged_mark(0, anna.id)
     again.exchange.restore({"ledger": [["nonsense"]]})
     assert "what the checkpoint says of merges is not used" in str(again.events[-1])

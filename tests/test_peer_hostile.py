@@ -16,6 +16,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.snapshots import Body
 from swarmtrain.peer.trainer import Contribution, LentWeights
 from swarmtrain.protocol.fragments import FragmentRound
+from swarmtrain.protocol.gossip_messages import Merge
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import GradientFormat
 
@@ -84,14 +85,15 @@ def partners_of(peer: Peer) -> list[set[str]]:
 def gradients_taken(peer: Peer) -> list[set[str]]:
     """Whose gradient enters each of its merges from now on, for however little a rule lets it count: what an honest one
     learns in a few steps may go another way than the own."""
-    found, take = list[set[str]](), peer.exchange.gossip.take
+    found, merge_due = list[set[str]](), peer.exchange.gossip.merge_due
 
-    def noted(round: int, fragment: int = 0) -> Any:
-        ready = take(round, fragment)
-        found.append({one.peer for one in ready.pulled if one.section == "gradient"} if ready else set())
-        return ready
+    def noted(round: int, fragment: int, **how: Any) -> Any:
+        due = merge_due(round, fragment, **how)
+        assert isinstance(due, Merge)
+        found.append({one.peer for one in due.pulled if one.section == "gradient"})
+        return due
 
-    peer.exchange.gossip.take = noted  # type: ignore[method-assign]
+    peer.exchange.gossip.merge_due = noted  # type: ignore[method-assign]
     return found
 
 

@@ -18,18 +18,16 @@ from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
-from swarmtrain.network.node import Node
 from swarmtrain.network.publications import PublicationRules, publication_untrusted, request_of, section_of
 from swarmtrain.network.records import open_presence_untrusted
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import Held, SnapshotStore
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.protocol.hosts import KEPT_OF_A_GUEST, Guests, HostOrder, most_guests
-from swarmtrain.protocol.lifecycle import Membership
+from swarmtrain.protocol.hosts import KEPT_OF_A_GUEST, Guests, most_guests
 from swarmtrain.protocol.pulls import Section
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Hosting", "Routes"]
+__all__ = ["Hosting"]
 
 _log = logging.getLogger(__name__)
 _ASK_AGAIN_S = 1.0
@@ -168,30 +166,3 @@ class Hosting:
     async def stop(self) -> None:
         """Pull nothing more."""
         await end_tasks(kept.bringing for kept in self._kept.values() if kept.bringing is not None)
-
-
-@dataclass
-class Routes:
-    """The reader's part: whom to ask for a peer's publication. A host that fails is left alone for a while."""
-
-    node: Node
-    membership: Membership
-    order: HostOrder = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.order = HostOrder(me=self.membership.me)
-
-    async def to(self, peer: str) -> tuple[str, ...]:
-        """`peer` itself, or if it cannot be called its hosts, in the order in which to ask them; maybe none."""
-        info = self.membership.info(peer)
-        if info is None or not info.hidden or await self.node.seen_at(peer):
-            return (peer,)
-        return tuple(self.order.of(info.hosts, swarm_time()))
-
-    def failed(self, host: str, reason: str) -> None:
-        """A host could not be reached, stalled, or lied: that is not the author's fault."""
-        _log.debug("host %s: %s", host, self.order.back_off.failed(host, swarm_time(), reason))
-
-    def answered(self, host: str) -> None:
-        """Something good came through it."""
-        self.order.back_off.answered(host)

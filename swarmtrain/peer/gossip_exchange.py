@@ -28,10 +28,9 @@ from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
 from swarmtrain.network.codec import PublicationCodec, VectorCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.gossiping import Gossip, GossipSettings
-from swarmtrain.network.hosting import Hosting, Routes
-from swarmtrain.network.lanes import Plan, Pulled
+from swarmtrain.network.hosting import Hosting
 from swarmtrain.network.publications import Publication, PublicationRules, Publisher
+from swarmtrain.network.puller import Puller
 from swarmtrain.network.snapshots import Body, Held
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
@@ -45,14 +44,19 @@ from swarmtrain.peer.consensus import (
     places_of_untrusted,
     theta_of,
 )
+from swarmtrain.peer.gossip_driver import Engine, GossipDriver
+from swarmtrain.peer.kept import Kept
 from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.robustness import Naming, Robustness, apart
 from swarmtrain.peer.trainer import Contribution, Gathered, LentWeights, Merged, Replaced, Start
 from swarmtrain.protocol.fragments import FragmentRound, publishes_every
+from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
+from swarmtrain.protocol.gossip_messages import CatchUp, Decode, Prepare, Pulled
 from swarmtrain.protocol.hosts import callable_first
-from swarmtrain.protocol.partners import Ledger, News, left_behind, rounds_behind
+from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner
+from swarmtrain.protocol.partners import rounds_behind
 from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.pulls import LARGE_MODEL, Section, Wanted, ahead_rounds, expected_step_s, is_moved
+from swarmtrain.protocol.pulls import LARGE_MODEL, Section, Wanted, ahead_rounds
 from swarmtrain.run import GradientFormat
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -81,7 +85,20 @@ def _is_large(swarm: Swarm) -> bool:
 
 
 def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipSettings:
-    """What the run file says about publications and merging them."""
+    """What the run file says about merging publications."""
+    section = swarm.published.run.merge
+    return GossipSettings(
+        sizes=[codec.sizes(1 / len(codecs)) for codec in codecs],
+        wanted=Wanted(section.num_partners, section.num_weights),
+        num_parts=section.publications_per_round,
+        max_staleness_rounds=section.max_staleness_rounds,
+        variant=section.partners,
+        is_large=_is_large(swarm),
+    )
+
+
+def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[Mapping[Section, PublicationRules]]:
+    """What the run file says about publications, of each fragment."""
     section, rounds = swarm.published.run.merge, swarm.rounds.settings
 
     def rules_of(fragment: int, codecs: Iterable[VectorCodec], num_parts: int) -> PublicationRules:
@@ -94,42 +111,26 @@ def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipS
             fragment=fragment,
         )
 
-    return GossipSettings(
-        rules=[
-            {
-                "gradient": rules_of(fragment, codec.gradient.of.values(), section.publications_per_round),
-                "weights": rules_of(fragment, [codec.weights], 0),
-            }
-            for fragment, codec in enumerate(codecs)
-        ],
-        sizes=[codec.sizes(1 / len(codecs)) for codec in codecs],
-        wanted=Wanted(section.num_partners, section.num_weights),
-        is_large=_is_large(swarm),
-    )
+    return [
+        {
+            "gradient": rules_of(fragment, codec.gradient.of.values(), section.publications_per_round),
+            "weights": rules_of(fragment, [codec.weights], 0),
+        }
+        for fragment, codec in enumerate(codecs)
+    ]
 
 
 def hosting_of(swarm: Swarm) -> Hosting:
     """What this peer, which may be a bootstrap, does for peers that nobody can dial."""
-    settings = gossip_settings(swarm, codecs_of(swarm))
+    section, rules = swarm.published.run.merge, publication_rules(swarm, codecs_of(swarm))
     return Hosting(
         swarm.calls,
         swarm.store,
-        settings.rules,
+        rules,
         swarm.signed_presence,
         swarm.refused,
-        waits_a_caller=sum(settings.wanted) * len(settings.sizes),
+        waits_a_caller=(section.num_partners + section.num_weights) * len(rules),
     )
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What was pulled and may be merged. Of a large model it is kept as its bytes: decoded it takes four to sixteen
-    times as much."""
-
-    tokens: float
-    decoded: Callable[[], Arrival]
-    is_made_anew: bool = False
-    """Each time, so that whoever asks may write into it."""
 
 
 @dataclass
@@ -137,7 +138,7 @@ class GossipExchange(AsynchronousExchange):
     """Asynchronous rounds: nobody waits for anybody."""
 
     keeps_in_step = True
-    gossip: Gossip = field(init=False)
+    gossip: GossipDriver = field(init=False)
     publishers: dict[tuple[Section, int], Publisher] = field(init=False)
     _codecs: list[PublicationCodec] = field(init=False)
     """Of each fragment, as the lists below."""
@@ -146,8 +147,7 @@ class GossipExchange(AsynchronousExchange):
     _fragments: tuple[Fragment, ...] = field(init=False)
     _is_large: bool = field(init=False)
     _states: list[OuterState] = field(default_factory=list, repr=False)
-    _began_s: list[float] = field(init=False)
-    """When its round began."""
+    _planner: MergePlanner = field(init=False)
     _robustness: list[Robustness] = field(init=False)
     _unmade: Contribution | None = field(default=None, repr=False)
     """The newest, whose gradients are to be made."""
@@ -157,20 +157,16 @@ class GossipExchange(AsynchronousExchange):
     _own_tokens: int = 0
     _progress: Progress = field(default_factory=Progress)
     _start: Start = field(default_factory=lambda: Start(inner_steps=1, num_peers=1))
-    _steps_per_s: float = 0.0
-    _round_began_s: float = 0.0
-    _newest_plans: Sequence[Plan] = ()
-    """Those that were made last: older ones may reach the network's thread after them."""
     _is_held: bool = False
     """Whether the round that begins is the first with weights that this peer has not merged itself."""
 
     def __post_init__(self) -> None:
         swarm, section = self.swarm, self.run.merge
         self._codecs = codecs_of(swarm)
-        settings = gossip_settings(swarm, self._codecs)
+        settings, rules = gossip_settings(swarm, self._codecs), publication_rules(swarm, self._codecs)
         self._layout, met = layout_of_specs(swarm.specs), section.init == "common"
         self._fragments, self._is_large = fragments_of(self._layout, section.num_fragments), settings.is_large
-        self._began_s = [0.0] * len(self._fragments)
+        self._planner = MergePlanner(len(self._fragments), self.sure_share)
         naming = Naming(self._tell_clipped)
         self._robustness = [
             Robustness(section.robust, fragment.layout, naming, met=met) for fragment in self._fragments
@@ -178,35 +174,19 @@ class GossipExchange(AsynchronousExchange):
         self.publishers = {
             (what, fragment): Publisher(
                 swarm.identity,
-                rules.run_sha256,
-                rules.tables[0],
+                of.run_sha256,
+                of.tables[0],
                 swarm.store,
                 shard_rows=lambda: rows_of(swarm.coverage),
                 fragment=fragment,
             )
-            for fragment, of_fragment in enumerate(settings.rules)
-            for what, rules in of_fragment.items()
+            for fragment, of_fragment in enumerate(rules)
+            for what, of in of_fragment.items()
         }
-        gossip = self.gossip = Gossip(
-            me=swarm.identity.peer_id,
-            calls=swarm.calls,
-            membership=swarm.membership,
-            settings=settings,
-            decode_weights=self._decode_weights_untrusted,
-            decode_gradient=self._decode_gradient_untrusted,
-            presence=swarm.signed_presence,
-            heard_untrusted=swarm.heard_untrusted,
-            counted=swarm.tallying.hear,
-            refused=swarm.refused,
-            ledgers=[
-                Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
-                for _ in self._fragments
-            ],
-            expected_s=swarm.node.traffic.times.expected_s,
-            variant=section.partners,
-            heard_rows_untrusted=self._hear_rows_untrusted,
-            routes=Routes(swarm.node, swarm.membership),
-        )
+        engine: Engine = GossipEngine(swarm.identity.peer_id, settings)
+        puller = Puller(swarm.calls, swarm.membership, rules, swarm.signed_presence, swarm.heard_untrusted)
+        expected_s = swarm.node.traffic.times.expected_s
+        gossip = self.gossip = GossipDriver(engine, puller, swarm.membership, self, swarm.refused, expected_s)
         swarm.publishes(
             self.publishers, gossip, called=gossip.called, places=lambda: gossip.places(self._progress.round - 1)
         )
@@ -229,19 +209,25 @@ class GossipExchange(AsynchronousExchange):
             num_parts=self.run.merge.publications_per_round,
             num_fragments=len(self._fragments),
             every=self._publishes_every(round_s),
-            gradient_format=self.gossip.gradient_format(len(others), round_s),
+            gradient_format=self.gossip.gradient_format(round_s),
             shard=None if coverage is None else coverage.begin(progress.round, others),
         )
-        now, last = swarm_time(), len(self._fragments) - 1
-        self._round_began_s = now
-        for fragment in range(len(self._fragments)) if self._is_held else [last]:
-            self._publish_weights(fragment, progress.round, now)
-        self._is_held = False
-        plans = self._newest_plans = self._plans(0, now)
+        for fragment in range(len(self._fragments)) if self._is_held else [len(self._fragments) - 1]:
+            self._publish_weights(fragment, progress.round)
+        plans = self._planner.round_began(
+            progress.round,
+            swarm_time(),
+            inner_steps=start.inner_steps,
+            merge_after=start.merge_after,
+            gradient_format=start.gradient_format,
+            steps_per_s=steps_per_s,
+            all_begin=self._is_held,
+        )
+        self._is_held, planned = False, self.gossip.plan(progress.round, plans)
 
         async def begin() -> None:
             self._describe_start(progress, steps_per_s)
-            self.gossip.begin(progress.round, plans)
+            await planned
 
         self._do_soon(begin())
         return start
@@ -251,10 +237,9 @@ class GossipExchange(AsynchronousExchange):
         most = self.run.merge.publications_per_round
         return publishes_every(most, len(self._fragments), round_s, self._layout.size)
 
-    def _publish_weights(self, fragment: int, round: int, now: float) -> None:
+    def _publish_weights(self, fragment: int, round: int) -> None:
         """A round of that fragment begins, with its weights."""
         theta, peer_tokens = self._states[fragment].theta, self._progress.peer_tokens
-        self._began_s[fragment] = now
         self.publishers["weights", fragment].newest = Publication(
             round=round,
             part=0,
@@ -264,60 +249,18 @@ class GossipExchange(AsynchronousExchange):
             encode=functools.partial(self._encode_weights, theta, fragment),
         )
 
-    def _plans(self, done: int, now: float) -> list[Plan]:
-        """Each fragment's next merge, as far as it is known after so many steps, when those are merged that are due."""
-        merge_after, inner_steps, speed = self._start.merge_after, self._start.inner_steps, self._steps_per_s
-        if speed > 0 and self.sure_share == 1:
-            speed = 1 / expected_step_s(1 / speed, now - self._round_began_s, done)
-        found = []
-        for moment in sorted(set(merge_after)):
-            fragments = tuple(each for each, after in enumerate(merge_after) if after == moment)
-            is_over = moment <= done
-            steps_left = moment - done + (inner_steps if is_over else 0)
-            ends_s = now + self._round_s(steps_left, speed)
-            plan = Plan(
-                round=self._progress.round + is_over,
-                began_s=tuple(self._began_s[each] for each in fragments),
-                ends_s=ends_s,
-                prepare=functools.partial(self._prepare, tuple(self._states), tuple(self._began_s), ends_s),
-                gradient_format=self._start.gradient_format,
-                is_sure=self._steps_per_s > 0,
-                fragments=fragments,
-            )
-            found.append(plan)
-        return found
-
     def merged(self, fragment: int, state: OuterState) -> None:
         """See `Exchange`."""
         self._states[fragment] = state
         self._make_gradients()
-        if fragment == len(self._fragments) - 1:
-            return
-        now, merge_after, round = swarm_time(), self._start.merge_after, self._progress.round
-        self._publish_weights(fragment, round + 1, now)
-        if merge_after[fragment + 1] == merge_after[fragment]:
-            return  # that one is merged at once
-        self._plan_anew(round, self._plans(merge_after[fragment], now))
+        if fragment < len(self._fragments) - 1:
+            self._publish_weights(fragment, self._progress.round + 1)
+        self._plan_anew(self._planner.merged(fragment, swarm_time()))
 
-    def _plan_anew(self, round: int, plans: Sequence[Plan]) -> None:
-        """With what is known by now of when fragments are merged."""
-        self._newest_plans, num_stops = plans, self.gossip.num_stops
-
-        async def begin() -> None:
-            if plans is self._newest_plans and num_stops == self.gossip.num_stops:
-                self.gossip.begin(round, plans)
-
-        self.network.submit_unhurried(begin())  # those before tell of the next merges what these tell, nearly
-
-    def _plan_if_moved(self, done: int) -> None:
-        """Plan anew if merges come at other times than was expected; where they are due, that comes of merging."""
-        start = self._start
-        if done in start.merge_after or not (self._steps_per_s > 0 and self.sure_share == 1):
-            return
-        plans, way_s = self._plans(done, swarm_time()), start.inner_steps / self._steps_per_s / len(self._fragments)
-        was_s, is_s = (min(plan.ends_s for plan in each) for each in (self._newest_plans, plans))
-        if is_moved(was_s, is_s, way_s):
-            self._plan_anew(self._progress.round, plans)
+    def _plan_anew(self, plans: Sequence[MergePlan] | None) -> None:
+        """With what is known by now of when fragments are merged; None: as before."""
+        if plans is not None:  # those before tell of the next merges what these tell, nearly
+            self.network.submit_unhurried(self.gossip.plan(self._progress.round, plans))
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""
@@ -350,7 +293,7 @@ class GossipExchange(AsynchronousExchange):
         self._unmade = contribution
         if contribution.inner_steps not in self._start.merge_after:
             self._make_gradients()
-        self._plan_if_moved(contribution.inner_steps)
+        self._plan_anew(self._planner.steps_done(contribution.inner_steps, swarm_time()))
 
     def _make_gradients(self) -> None:
         """Beside the trainer, which is at the next step's gradient: until then the model's weights stay. Not while it
@@ -393,39 +336,41 @@ class GossipExchange(AsynchronousExchange):
     def collect(self, fragment: int = 0) -> Gathered | Replaced:
         """See `Exchange`. Waits for nobody, unless this peer has fallen far behind and takes the others' weights."""
         round, swarm = self._progress.round, self.swarm
-        ready, is_last = self.gossip.take(round, fragment), fragment == len(self._fragments) - 1
+        is_last = fragment == len(self._fragments) - 1
         if is_last:
             swarm.tallying.learn({swarm.identity.peer_id: self._own_tokens})
-            if (replaced := self._catch_up(round)) is not None:
+        due = self.gossip.merge_due(round, fragment, may_catch_up=True)
+        if isinstance(due, CatchUp):
+            if (replaced := self._catch_up(round, due.rounds_behind)) is not None:
                 return replaced
+            due = self.gossip.merge_due(round, fragment, may_catch_up=False)
+            assert not isinstance(due, CatchUp)
         counts = swarm.tallying.contributions() if is_last else {}
-        pulled = () if ready is None else ready.pulled
-        if ready is not None and ready.prepared.displacement is not None:
-            self._robustness[fragment].merged(ready.prepared.displacement)
+        if due.merge is not None and due.merge.displacement is not None:
+            self._robustness[fragment].merged(due.merge.displacement)
         return Gathered(
-            prepared=self._merge_of(fragment, self._states[fragment], ()) if ready is None else ready.prepared,
-            merged=self._merged(pulled),
-            apart=self._apart(pulled),
+            prepared=self._merge_of(fragment, self._states[fragment], ()) if due.merge is None else due.merge,
+            merged=self._merged(due.pulled),
+            apart=self._apart(due.pulled),
             run_tokens=sum(counts.values()),
             peer_tokens=counts,
         )
 
-    def _apart(self, pulled: Sequence[Pulled]) -> tuple[Arrival, ...]:
+    def _apart(self, pulled: Sequence[Pulled[Held, Kept]]) -> tuple[Arrival, ...]:
         rule = self.run.merge.robust
-        return () if mean_of(rule) is None else apart(rule, [each.arrival.decoded() for each in pulled])
+        return () if mean_of(rule) is None else apart(rule, [each.payload.decoded() for each in pulled])
 
-    def _catch_up(self, round: int) -> Replaced | None:
-        """The others' weights, if this peer has fallen far behind."""
-        behind = left_behind(round, self._rounds_of_others(), self.run.merge.max_staleness_rounds)
-        reason = f"it was {behind} rounds behind the others"
-        replaced = self._consensus(reason, round + 1) if behind else None
+    def _catch_up(self, round: int, rounds_behind: int) -> Replaced | None:
+        """The others' weights, since this peer has fallen far behind; None if nobody gives them."""
+        reason = f"it was {rounds_behind} rounds behind the others"
+        replaced = self._consensus(reason, round + 1)
         if replaced is not None:
             self.swarm.emit(CaughtUpEvent(round=replaced.progress.round, from_peer=replaced.from_peer, reason=reason))
         return replaced
 
-    def _merged(self, pulled: Sequence[Pulled]) -> tuple[Merged, ...]:
+    def _merged(self, pulled: Sequence[Pulled[Held, Kept]]) -> tuple[Merged, ...]:
         """What was merged of each partner: its weights, its pseudo-gradient or both."""
-        by_peer: dict[str, list[Pulled]] = {}
+        by_peer: dict[str, list[Pulled[Held, Kept]]] = {}
         for each in pulled:
             by_peer.setdefault(each.peer, []).append(each)
         return tuple(
@@ -433,22 +378,26 @@ class GossipExchange(AsynchronousExchange):
                 peer=peer,
                 round=(newest := max(each.mark.round for each in sections)),
                 part=max(each.mark.part for each in sections if each.mark.round == newest),
-                tokens=sum(each.arrival.tokens for each in sections),
+                tokens=sum(each.payload.tokens for each in sections),
                 staleness_rounds=self._progress.round - newest,
                 pull_s=max(each.pull_s for each in sections),
             )
             for peer, sections in by_peer.items()
         )
 
-    def _decode_weights_untrusted(self, fragment: int, held: Held) -> Kept:
-        """What enters a merge of a publication's weights: decoded, and clipped as the run's rule says."""
-        decode = functools.partial(self._codecs[fragment].weights_untrusted, held)
+    def decode_untrusted(self, command: Decode[Held]) -> Kept:
+        """See `Merging`: decoded, and clipped as the run's rule says."""
+        codec, held, fragment = self._codecs[command.fragment], command.held, command.fragment
+        if command.section == "weights":
+            return self._kept_untrusted(fragment, held, functools.partial(codec.weights_untrusted, held))
+        decode = functools.partial(codec.gradient_untrusted, held, command.news, command.earlier)
         return self._kept_untrusted(fragment, held, decode)
 
-    def _decode_gradient_untrusted(self, fragment: int, held: Held, news: News, earlier: Held | None) -> Kept:
-        """The same of its pseudo-gradient."""
-        decode = functools.partial(self._codecs[fragment].gradient_untrusted, held, news, earlier)
-        return self._kept_untrusted(fragment, held, decode)
+    def took_untrusted(self, command: Decode[Held]) -> None:
+        """See `Merging`."""
+        manifest = command.held.snapshot.manifest
+        self.swarm.tallying.hear(command.author, manifest.author_tokens)
+        self._hear_rows_untrusted(command.author, manifest.coverage)
 
     def _kept_untrusted(self, fragment: int, held: Held, decode: Callable[[], Arrival]) -> Kept:
         """Look at what was pulled, one at a time: what is decoded of a large model takes much memory."""
@@ -471,24 +420,17 @@ class GossipExchange(AsynchronousExchange):
     def _tell_clipped(self, peer: str, incident: Incident) -> None:
         self.swarm.emit(ClippedEvent(from_peer=peer, rule=incident.rule, detail=incident.detail))
 
-    def _prepare(
-        self,
-        states: Sequence[OuterState],
-        began_s: Sequence[float],
-        ends_s: float,
-        fragment: int,
-        pulled: Sequence[Pulled],
-    ) -> Prepared:
-        """All of a merge that does not need this peer's own gradient; in a thread beside the trainer's."""
+    def prepare(self, command: Prepare[Held, Kept]) -> Prepared:
+        """See `Merging`."""
+        plan, fragment, pulled = command.plan, command.fragment, command.pulled
+        began_s = plan.began_s[plan.fragments.index(fragment)]
         arrivals = (
-            dataclasses.replace(
-                each.arrival.decoded(), ahead_rounds=ahead_rounds(each.began_s, began_s[fragment], ends_s)
-            )
+            dataclasses.replace(each.payload.decoded(), ahead_rounds=ahead_rounds(each.began_s, began_s, plan.ends_s))
             for each in pulled
         )
         with self._decoding:
-            may_write = all(each.arrival.is_made_anew for each in pulled)
-            return self._merge_of(fragment, states[fragment], arrivals, may_write=may_write)
+            may_write = all(each.payload.is_made_anew for each in pulled)
+            return self._merge_of(fragment, self._states[fragment], arrivals, may_write=may_write)
 
     def _merge_of(
         self, fragment: int, state: OuterState, arrivals: Iterable[Arrival], *, may_write: bool = False
@@ -551,7 +493,7 @@ class GossipExchange(AsynchronousExchange):
         """See `SwarmExchange`: what was merged of whom, and who has seen which data."""
         coverage = self.swarm.coverage
         seen = {} if coverage is None else {_COVERAGE: coverage.kept}
-        return {_LEDGER: self.gossip.ledger_rows, _CLIPPED: self._clipped, **seen}
+        return {_LEDGER: self.gossip.rows, _CLIPPED: self._clipped, **seen}
 
     def _clipped(self) -> list[dict[str, Any]]:
         """What is usual here of each fragment."""
@@ -560,8 +502,8 @@ class GossipExchange(AsynchronousExchange):
     def restore(self, extra: Mapping[str, Any]) -> None:
         """See `SwarmExchange`."""
         try:
-            for ledger, rows in zip(self.gossip.ledgers, extra.get(_LEDGER, ()), strict=_LEDGER in extra):
-                ledger.load(rows)
+            if _LEDGER in extra:
+                self.gossip.load(extra[_LEDGER])
             for robustness, kept in zip(self._robustness, extra.get(_CLIPPED, ()), strict=_CLIPPED in extra):
                 robustness.restore(kept)
         except (ValueError, TypeError) as error:

@@ -213,7 +213,7 @@ class Merged:
     peer: str
     round: int
     part: int
-    tokens: int  # that had not been merged before
+    tokens: float  # that had not been merged before
     staleness_rounds: int  # how many rounds behind this peer's own
     pull_s: float
 

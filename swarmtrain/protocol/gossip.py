@@ -273,6 +273,11 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         return self._wake_s
 
     @property
+    def has_plans(self) -> bool:
+        """Merges are planned."""
+        return bool(self._plans)
+
+    @property
     def bytes_per_s(self) -> float | None:
         """What the link carried in the last pulls; None before the first."""
         return self._times.bytes_per_s

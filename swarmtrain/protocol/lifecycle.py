@@ -100,6 +100,8 @@ class Membership:
     me: str
     max_failures: int = 2
     grace_s: float = 1.0
+    version: int = field(default=0, init=False)
+    """Grows when somebody comes or goes, or tells something new: whoever has seen this version has seen it all."""
     told_for_s: float = 10.0
     """What a peer told of its round in a call is believed this long against a presence that says less, in seconds."""
     _entries: dict[str, _Entry] = field(default_factory=dict)
@@ -120,6 +122,7 @@ class Membership:
             entry = _Entry(info, PeerState.LIVE, expires_s, heard_s=told_at_s, so_far_since_s=told_at_s)
             entry.has_answered = answered
             self._entries[info.peer] = self._live[info.peer] = entry
+            self.version += 1
             return Change(peer=info.peer, state=PeerState.LIVE, reason="its presence was seen for the first time")
         if info.stamp <= entry.info.stamp:
             return None
@@ -137,6 +140,7 @@ class Membership:
         if (info.round, info.inner_steps_done) != (entry.info.round, entry.info.inner_steps_done):
             entry.so_far_since_s = told_at_s
         entry.info, entry.expires_s, entry.state = info, expires_s, PeerState.LIVE
+        self.version += 1
         entry.heard_s = max(entry.heard_s, told_at_s)
         if was is PeerState.LIVE:
             return None
@@ -155,6 +159,7 @@ class Membership:
             if (round, done) != (entry.info.round, entry.info.inner_steps_done):
                 entry.info = dataclasses.replace(entry.info, round=round, inner_steps_done=done)
                 entry.so_far_since_s = now
+                self.version += 1
 
     def call_failed(self, peer: str, now: float, reason: str) -> Change | None:
         """A call to `peer` failed. Returns the change to LOST once it has failed often and long enough."""
@@ -177,6 +182,7 @@ class Membership:
     def _lose(self, entry: _Entry, since_s: float) -> None:
         entry.state, entry.away_since_s = PeerState.LOST, since_s
         del self._live[entry.info.peer]
+        self.version += 1
 
     def forgive(self) -> None:
         """Calls that have failed so far say nothing: they were not the others' fault."""
@@ -198,6 +204,7 @@ class Membership:
             return None
         entry.state, entry.heard_s, entry.away_since_s = PeerState.LEFT, now, now
         self._live.pop(peer, None)
+        self.version += 1
         return Change(peer=peer, state=PeerState.LEFT, reason="it said goodbye")
 
     def expire(self, now: float) -> list[Change]:
@@ -227,6 +234,7 @@ class Membership:
             del self._entries[peer]
             self._live.pop(peer, None)
         self._displaced += displaced
+        self.version += 1
         return bool(displaced)
 
     def forget(self, before_s: float) -> list[str]:

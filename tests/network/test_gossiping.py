@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -17,13 +17,17 @@ from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.gossiping import Gossip, GossipSettings
 from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.lanes import Plan, Pulled
 from swarmtrain.network.publications import Publication, PublicationRules, Publisher, section_of
+from swarmtrain.network.puller import Puller
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec
+from swarmtrain.peer.gossip_driver import GossipDriver
+from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
+from swarmtrain.protocol.gossip_messages import CatchUp, Decode, Merge, Prepare
+from swarmtrain.protocol.gossip_messages import Pulled as AnyPulled
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo
-from swarmtrain.protocol.partners import Ledger, Mark
+from swarmtrain.protocol.merge_plans import MergePlan
+from swarmtrain.protocol.partners import Mark
 from swarmtrain.protocol.pulls import Section, Wanted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -42,6 +46,7 @@ RULES: dict[Section, PublicationRules] = {
     "gradient": GRADIENTS,
     "weights": replace(GRADIENTS, tables=(CODEC.weights.tensors,), num_parts=0),
 }
+Pulled: TypeAlias = AnyPulled[Any, Any]
 
 
 class BenFirst(random.Random):
@@ -125,21 +130,31 @@ class Peer:
         self.calls: Any = Calls()
         for partner in partners:
             self.saw(partner, now)
-        settings = GossipSettings(rules=[RULES], sizes=[CODEC.sizes()], wanted=Wanted(num_partners, num_partners))
-        self.gossip = Gossip(
-            me=ME.peer_id,
-            calls=self.calls,
-            membership=membership,
-            settings=settings,
-            decode_weights=lambda _, held: CODEC.weights_untrusted(held),
-            decode_gradient=lambda _, *what: CODEC.gradient_untrusted(*what),
-            presence=pb.Signed,
-            heard_untrusted=lambda peer, reply: None,
-            counted=self.counted.__setitem__,
-            refused=self._refuse,
-            ledgers=[Ledger()],
-            rng=BenFirst(1),
+        settings = GossipSettings(
+            sizes=[CODEC.sizes()],
+            wanted=Wanted(num_partners, num_partners),
+            num_parts=4,
+            max_staleness_rounds=8,
         )
+        self.engine: GossipEngine[Any, Any, Any] = GossipEngine(ME.peer_id, settings, BenFirst(1))
+        self.puller = Puller(self.calls, membership, [RULES], pb.Signed, lambda peer, reply: None)
+        merging: Any = self
+        self.gossip = GossipDriver(self.engine, self.puller, membership, merging, self._refuse, lambda size: None)
+        self._prepares: Callable[[Sequence[Pulled]], Any] = list
+
+    def decode_untrusted(self, command: Decode[Held]) -> Arrival:
+        """See `Merging`."""
+        if command.section == "weights":
+            return CODEC.weights_untrusted(command.held)
+        return CODEC.gradient_untrusted(command.held, command.news, command.earlier)
+
+    def took_untrusted(self, command: Decode[Held]) -> None:
+        """See `Merging`."""
+        self.counted[command.author] = command.held.snapshot.manifest.author_tokens
+
+    def prepare(self, command: Prepare[Held, Any]) -> Any:
+        """See `Merging`."""
+        return self._prepares(command.pulled)
 
     def saw(self, partner: Partner, now: float) -> None:
         self.calls.partners[partner.identity.peer_id] = partner
@@ -156,30 +171,39 @@ class Peer:
     def _refuse(self, peer: str, error: PeerError) -> None:
         self.refused.append((peer, str(error)))
 
-    def begin(self, round: int, prepare: Callable[[Sequence[Pulled]], Any] = list) -> None:
-        now = swarm_time()
-        plan = Plan(
-            round=round,
-            began_s=(now - 60,),
-            ends_s=now,
-            prepare=lambda _, pulled: prepare(pulled),
-            gradient_format="int8",
-        )
-        self.gossip.begin(round, [plan])
+    def begin(self, round: int, prepare: Callable[[Sequence[Pulled]], Any] = list, lasts_s: float = 0.0) -> None:
+        """A round that began a minute ago, or now if it is to last."""
+        now, self._prepares = swarm_time(), prepare
+        began_s = now if lasts_s else now - 60
+        plan = MergePlan(round=round, began_s=(began_s,), ends_s=now + lasts_s, gradient_format="int8")
+        asyncio.get_running_loop().create_task(self.gossip.plan(round, [plan]))
+
+    def num_open(self) -> int:
+        """How many pulls go on."""
+        return len(self.engine._lanes[0].open.begun)
+
+    def ready(self) -> Sequence[Pulled]:
+        """What is in the merge that is prepared."""
+        ready = self.engine._lanes[0].ready
+        return () if ready is None else ready.pulled
+
+    def merge(self, round: int) -> Merge[Any, Any, Any]:
+        """What is merged at that round's end."""
+        found = self.gossip.merge_due(round, 0, may_catch_up=False)
+        assert not isinstance(found, CatchUp)
+        return found
 
     async def take(self, number: int, *, weights: bool = True) -> dict[str, Arrival]:
         """What is merged of whom at the round's end, once gradients of so many are ready, and their weights."""
 
         def ready_of(section: str) -> dict[str, Arrival]:
-            ready = self.gossip.lanes[0].ready
-            return {} if ready is None else {one.peer: one.arrival for one in ready.pulled if one.section == section}
+            return {one.peer: one.payload for one in self.ready() if one.section == section}
 
         await until(lambda: len(ready_of("gradient")) >= number)
         await until(lambda: not weights or ready_of("weights").keys() == ready_of("gradient").keys())
         gradients, thetas = ready_of("gradient"), ready_of("weights")
-        ready = self.gossip.take(self.gossip.round)
-        assert ready is not None
-        assert list(ready.pulled) == ready.prepared
+        found = self.merge(self.engine._round)
+        assert found.merge is not None and list(found.pulled) == found.merge
         return {peer: replace(one, theta=thetas[peer].theta if weights else None) for peer, one in gradients.items()}
 
 
@@ -210,7 +234,7 @@ def test_each_inner_step_of_a_partner_is_merged_once() -> None:
         assert first.tokens == 400
         assert torch.equal(first.gradient, torch.full((SIZE,), 200.0))
         assert torch.equal(first.theta, torch.full((SIZE,), 0.5))
-        assert me.gossip.ledgers[0].mark(BEN.peer_id) == Mark(3, 2, 400)
+        assert me.engine.merged_mark(0, BEN.peer_id) == Mark(3, 2, 400)
         ben.publish(3, 3, 600)
         me.begin(4)
         second = (await me.take(1, weights=False))[BEN.peer_id]
@@ -239,10 +263,8 @@ def test_when_the_round_began_that_weights_are_of_is_what_their_author_told(
         me.membership.saw_presence(replace(told, training=True, stamp=now + 1e-6), now + 999, now)
         ben.publish(3, 2, 400)
         me.begin(3)
-        await until(lambda: me.gossip.lanes[0].ready is not None and len(me.gossip.lanes[0].ready.pulled) == 2)
-        ready = me.gossip.take(3)
-        assert ready is not None
-        began_s = [one.began_s for one in ready.pulled]
+        await until(lambda: len(me.ready()) == 2)
+        began_s = [one.began_s for one in me.merge(3).pulled]
         assert began_s == [None if ago_s is None else pytest.approx(now - ago_s, abs=0.01)] * 2
         await me.gossip.stop()
 
@@ -264,10 +286,10 @@ def test_nothing_is_merged_twice() -> None:
         me, ben = await _that_has_merged_ben()
         asked = len(ben.asked)
         me.begin(1)
-        await until(lambda: len(ben.asked) > asked and not me.gossip.lanes[0].open.begun)
-        assert me.gossip.take(1) is None
+        await until(lambda: len(ben.asked) > asked and not me.num_open())
+        assert me.merge(1).merge is None
         assert (True, 0, 4) in [(one.has_any, one.round, one.part) for one in ben.asked[asked:]]
-        assert me.gossip.ledgers[0].mark(BEN.peer_id) == Mark(0, 4, 1000) and me.refused == []
+        assert me.engine.merged_mark(0, BEN.peer_id) == Mark(0, 4, 1000) and me.refused == []
         await me.gossip.stop()
 
     run(script)
@@ -285,10 +307,10 @@ def test_the_trainer_never_waits_for_one_that_does_not_answer_nor_do_the_others(
             me.begin(round)
             assert set(await me.take(1)) == {CARL.peer_id}
         still = {("weights", BEN.peer_id), ("gradient", BEN.peer_id)}
-        await until(lambda: set(me.gossip.lanes[0].open.begun) == still)  # what Carl was asked for has come
+        await until(lambda: set(me.engine._lanes[0].open.begun) == still)  # what Carl was asked for has come
         assert len(ben.asked) == 2, "he is still being asked"
         me.begin(3)
-        assert me.gossip.take(3) is None, "at once, with nothing"
+        assert me.merge(3).merge is None, "at once, with nothing"
         await me.gossip.stop()
 
     run(script)
@@ -343,10 +365,10 @@ def test_what_cannot_be_merged_costs_its_author_and_another_is_tried() -> None:
             return list(pulled)
 
         me.begin(0, prepare)
-        await until(lambda: ben.asked and not me.gossip.lanes[0].open.begun)
+        await until(lambda: ben.asked and not me.num_open())
         now = swarm_time()
         me.saw(dora, now)
-        assert me.gossip.back_off.ready([BEN.peer_id, CARL.peer_id], now)[0] == {CARL.peer_id}
+        assert me.engine._back_off.ready([BEN.peer_id, CARL.peer_id], now)[0] == {CARL.peer_id}
         assert set(await me.take(2)) == {CARL.peer_id, DORA.peer_id}, "what came of the others is merged"
         await me.gossip.stop()
 
@@ -366,42 +388,9 @@ def test_of_two_that_cannot_be_merged_together_the_first_is() -> None:
             return list(pulled)
 
         me.begin(0, prepare)
-        await until(lambda: ben.asked and carl.asked and not me.gossip.lanes[0].open.begun)
+        await until(lambda: ben.asked and carl.asked and not me.num_open())
         assert len(await me.take(1)) == 1
         await me.gossip.stop()
-
-    run(script)
-
-
-def test_what_comes_after_one_that_cannot_be_merged_with_the_first_stays() -> None:
-    async def script() -> None:
-        me = Peer()
-
-        def prepare(_: int, pulled: Sequence[Pulled]) -> Sequence[Pulled]:
-            if len({one.peer for one in pulled}) > 1:
-                raise MemoryError
-            return pulled
-
-        def from_(partner: Identity, section: Section) -> Pulled:
-            rest: Any = None
-            return Pulled(
-                section=section,
-                peer=partner.peer_id,
-                mark=Mark(0, 1, 100),
-                arrival=rest,
-                held=rest,
-                pull_s=0.0,
-                began_s=None,
-            )
-
-        bens = from_(BEN, "weights"), from_(BEN, "gradient")
-        lane = me.gossip.lanes[0]
-        plan = Plan(round=0, began_s=(0.0,), ends_s=1.0, prepare=prepare, gradient_format="int8")
-        lane.pulled = [bens[0], from_(CARL, "weights"), from_(CARL, "gradient"), bens[1]]
-        await me.gossip._drop_unmergeable(lane, plan, tuple(lane.pulled))
-        assert lane.pulled == list(bens)
-        ready, _ = me.gossip.back_off.ready([BEN.peer_id, CARL.peer_id], swarm_time())
-        assert ready == {BEN.peer_id}, "what Carl published failed"
 
     run(script)
 
@@ -414,7 +403,7 @@ def test_what_is_wrong_is_named() -> None:
         me.begin(0)
         await until(lambda: me.refused)
         assert me.refused == [(BEN.peer_id, "a publication with part 9 of a round's 4")]
-        assert me.gossip.ledgers[0].mark(BEN.peer_id) is None
+        assert me.engine.merged_mark(0, BEN.peer_id) is None
         await me.gossip.stop()
 
     run(script)
@@ -442,27 +431,21 @@ def test_a_peer_that_began_its_round_anew_after_a_kill_is_not_blamed() -> None:
 def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
     async def script() -> None:
         ben = Partner(BEN, 0.5)
-        prepared: list[tuple[int, Sequence[Pulled]]] = []
+        prepared: list[Sequence[Pulled]] = []
         me = Peer(ben)
         ben.publish(0, 4, 1000)
         me.begin(0)
         both = {(BEN.peer_id, "weights"), (BEN.peer_id, "gradient")}
-        await until(lambda: len(me.gossip.lanes[0].pulled) == 2)
-        now = swarm_time()
-        plan = Plan(
-            round=1,
-            began_s=(now,),
-            ends_s=now + 60,
-            prepare=lambda _, pulled: prepared.append((1, pulled)),
-            gradient_format="int8",
-        )
-        me.gossip.begin(1, [plan])
-        await until(lambda: me.gossip.lanes[0].ready is not None)
-        ready = me.gossip.take(me.gossip.round)
-        assert ready is not None
-        assert {(pulled.peer, pulled.section) for pulled in ready.pulled} <= both
-        assert {round for round, _ in prepared} == {1}
-        assert me.gossip._times.early_share > 0.2, "it was to last a minute: the next pulls begin earlier"
+        await until(lambda: len(me.engine._lanes[0].pulled) == 2)
+
+        def prepare(pulled: Sequence[Pulled]) -> Sequence[Pulled]:
+            prepared.append(pulled)
+            return pulled
+
+        me.begin(1, prepare, lasts_s=60)
+        await until(lambda: prepared and me.ready())
+        assert {(pulled.peer, pulled.section) for pulled in me.merge(1).pulled} <= both
+        assert me.engine._times.early_share > 0.2, "it was to last a minute: the next pulls begin earlier"
         await me.gossip.stop()
 
     run(script)

@@ -19,7 +19,6 @@ from swarmtrain.network import daemon
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.lanes import Plan
 from swarmtrain.network.publications import Publisher
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.snapshots import Body, PullLimits, TensorSpec
@@ -45,20 +44,12 @@ class Swarm:
         for partner in (self.carl, self.dora):
             partner.publish(self.round, 4, 1000)
         began_s = swarm_time()
-        ends_s = began_s + ROUND_S
-        plan = Plan(
-            round=self.round,
-            began_s=(began_s,),
-            ends_s=ends_s,
-            prepare=lambda _, pulled: list(pulled),
-            gradient_format="int8",
-        )
-        self.me.gossip.begin(self.round, [plan])
+        self.me.begin(self.round, lasts_s=ROUND_S)
         await asyncio.sleep(ROUND_S)
         assert swarm_time() == began_s + ROUND_S
-        ready = self.me.gossip.take(self.round)
+        found = self.me.merge(self.round)
         self.round += 1
-        return set() if ready is None else {pulled.peer for pulled in ready.pulled if pulled.section == "gradient"}
+        return {pulled.peer for pulled in found.pulled if pulled.section == "gradient"}
 
     @property
     def refused(self) -> list[tuple[str, str]]:
@@ -81,8 +72,8 @@ def in_virtual_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[Body_], None]:
         ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
         me = Peer(ben, carl, dora, num_partners=2)
         pull = PullLimits(stall_limit_s=STALL_S, busy_limit_s=0.0, clock=clock)
-        (lane,) = me.gossip.lanes
-        lane.rules = {section: replace(rules, pull=pull) for section, rules in lane.rules.items()}
+        rules = {section: replace(rules, pull=pull) for section, rules in me.puller.rules[0].items()}
+        me.gossip._puller = replace(me.puller, rules=[rules])
         await body(Swarm(me, ben, carl, dora))
         await me.gossip.stop()
 
@@ -216,8 +207,8 @@ def test_what_is_wrong_with_weights_costs_these_and_is_named(
         fault(swarm.ben)
         await swarm.a_round()
         assert swarm.refused == [(BEN.peer_id, rule)]
-        assert swarm.me.gossip.ledgers[0].weights_round(BEN.peer_id) is None
-        assert swarm.me.gossip.ledgers[0].weights_round(CARL.peer_id) == 0
+        assert swarm.me.engine._lanes[0].ledger.weights_round(BEN.peer_id) is None
+        assert swarm.me.engine._lanes[0].ledger.weights_round(CARL.peer_id) == 0
 
     in_virtual_time(body)
 
@@ -319,6 +310,6 @@ def test_a_counter_turned_back_is_merged_by_nobody(
             named.extend([swarm.round - 1] * (bool(swarm.refused) and not named))
         assert named == [named_in_round]
         assert set(swarm.refused) == {(BEN.peer_id, "round")}
-        assert swarm.me.gossip.ledgers[0].mark(BEN.peer_id) == Mark(30, 4, 1000)
+        assert swarm.me.engine.merged_mark(0, BEN.peer_id) == Mark(30, 4, 1000)
 
     in_virtual_time(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.network import hosting as hosting_module
 from swarmtrain.network import reaching as reaching_module
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.hosting import Hosting, Routes
+from swarmtrain.network.hosting import Hosting
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
 from swarmtrain.network.reaching import Reaching, is_loopback_only
 from swarmtrain.network.signing import sign
@@ -131,13 +132,13 @@ class ReaderCalls:
 
 def a_reader(guest: Partner, *hosts: Host) -> tuple[Peer, ReaderCalls]:
     me = Peer(guest)
-    membership, now = me.gossip.membership, swarm_time()
+    membership, now = me.membership, swarm_time()
     ids = tuple(host.identity.peer_id for host in hosts)
     info = PeerInfo(peer=guest.identity.peer_id, training=True, stamp=now + 1, hidden=True, hosts=ids)
     membership.saw_presence(info, now + 999, now)
     stand_in: Any = ReaderCalls(guest, *hosts)
-    me.gossip.calls = stand_in
-    me.gossip.routes = Routes(stand_in, membership)
+    stand_in.node = stand_in
+    me.gossip._puller = replace(me.puller, calls=stand_in)
     return me, stand_in
 
 
@@ -151,7 +152,7 @@ def test_it_is_merged_through_a_host_which_pulls_it_once_for_all_readers() -> No
             me.begin(3)
             arrival = (await me.take(1))[DORA.peer_id]
             assert arrival.tokens == 400 and torch.equal(arrival.theta, torch.full((SIZE,), 0.5))
-            assert me.gossip.ledgers[0].mark(DORA.peer_id) == Mark(3, 2, 400) and me.counted == {DORA.peer_id: 405}
+            assert me.engine.merged_mark(0, DORA.peer_id) == Mark(3, 2, 400) and me.counted == {DORA.peer_id: 405}
             await me.gossip.stop()
         assert [one.weights for one in guest.asked] in ([True, False], [False, True]) and host.calls.num_pulls == 2
 
@@ -191,8 +192,7 @@ def test_a_host_that_fails_or_lies_costs_the_author_nothing(fault: str) -> None:
         guest.publish(0, 1, 100)
         bad, good = Host(CARL, guest, fault), Host(ELSE, guest)
         me, _ = a_reader(guest, bad, good)
-        assert me.gossip.routes is not None
-        me.gossip.routes.order.back_off.failed(ELSE.peer_id, swarm_time(), "the bad one is to be asked first")
+        me.engine._hosts.back_off.failed(ELSE.peer_id, swarm_time(), "the bad one is to be asked first")
         me.begin(0)
         assert (await me.take(1))[DORA.peer_id].tokens == 100
         assert bad.num_asked >= 1
@@ -211,8 +211,8 @@ def test_with_no_host_that_answers_the_author_is_asked_for_again_soon() -> None:
         me, _ = a_reader(guest, host)
         me.begin(0)
         await until(lambda: host.num_asked)
-        await until(lambda: not me.gossip.lanes[0].open.begun)
-        ban = me.gossip.back_off._bans[DORA.peer_id]
+        await until(lambda: not me.num_open())
+        ban = me.engine._back_off._bans[DORA.peer_id]
         assert ban.failures == 0 and ban.until_s < swarm_time() + 2 and me.refused == []
         await me.gossip.stop()
 
@@ -248,7 +248,7 @@ def test_a_host_with_an_old_publication_does_not_make_a_liar_of_its_author() -> 
         calls.connected, guest.is_gone = False, True
         asked = host.num_asked
         me.begin(10)
-        await until(lambda: host.num_asked > asked and not me.gossip.lanes[0].open.begun)
+        await until(lambda: host.num_asked > asked and not me.num_open())
         assert me.refused == []
         await me.gossip.stop()
 

@@ -1,4 +1,4 @@
-"""Runs inside a volunteer: writes down what its gossip decided, on what, and what entered its weights.
+"""Runs inside a volunteer: writes down what it trained and published, and what entered its weights.
 
 One JSON object a line; `at_s` is when it happened by the machine's steady clock, which is the same in all processes.
 Nothing of the volunteer is changed, but that its choices are drawn from a generator with a known seed.
@@ -15,23 +15,23 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network import gossiping
 from swarmtrain.network.codec import vector_sha256
-from swarmtrain.network.gossiping import Gossip
 from swarmtrain.network.publications import Publisher
-from swarmtrain.peer import asynchronous, exchange, gossip_exchange
+from swarmtrain.peer import asynchronous, exchange
+from swarmtrain.peer.gossip_driver import GossipDriver
 from swarmtrain.peer.gossip_exchange import GossipExchange
 from swarmtrain.peer.robustness import Robustness
 from swarmtrain.peer.trainer import Trainer
-from swarmtrain.protocol.partners import BackOff, Mark, Partners
-from swarmtrain.protocol.pulls import PullTimes
+from swarmtrain.protocol import gossip
+from swarmtrain.protocol.gossip import GossipEngine
+from swarmtrain.protocol.gossip_messages import Merge
+from swarmtrain.protocol.partners import Mark
 
 __all__ = [
     "Record",
@@ -41,13 +41,8 @@ __all__ = [
     "prelude",
     "put",
     "record",
-    "record_choices",
-    "record_news",
     "take_out",
 ]
-
-_HAS_COME: ContextVar[bool] = ContextVar("has_come", default=False)
-"""Of the pull that goes on: its bytes are here."""
 
 
 def prelude(path: Path) -> str:
@@ -73,8 +68,6 @@ class Record:
         self.thread = threading.local()
         self.before_block: Callable[[list[dict[str, Any]]], None] = lambda lines: None
         """Told of the lines of each block before they are written; it may put others before them."""
-        self.back_off: BackOff | None = None
-        """Of gossip: hosts have others."""
         self._num_blocks = self._num_lines = 0
         self._last: dict[str, Any] = {}
 
@@ -131,7 +124,7 @@ def record(path: str) -> Record:
     """Write to `path` from now on."""
     record = Record(path)
     _rounds(record)
-    record_choices(record)
+    _choices(record)
     _pulls(record)
     _merges(record)
     return record
@@ -214,85 +207,28 @@ def _rounds(record: Record) -> None:
     around(GossipExchange, "start_round", start_round)
     around(exchange, "round_inner_steps", steps)
     around(asynchronous, "steps_of_everybody", everybodys)
-    around(gossiping, "gradient_format", gradient_format)
+    around(gossip, "gradient_format", gradient_format)
     around(GossipExchange, "publish", publish)
     around(Publisher, "_build", build)
 
 
-def record_choices(record: Record) -> None:
-    """When to pull and from whom, and what that was decided on."""
+def _choices(record: Record) -> None:
+    """Drawn from a known generator."""
 
-    def post_init(original: Any, self: Gossip) -> None:
-        original(self)
-        self.rng, record.back_off = generator(self.me), self.back_off
+    def init(original: Any, self: GossipEngine[Any, Any, Any], me: str, *args: Any) -> None:
+        original(self, me, *args)
+        self._rng = generator(me)
 
-    def pull_plan(original: Any, self: Gossip, plan: Any) -> Any:
-        record.thread.planned = plan.fragments, plan.gradient_format
-        return original(self, plan)
-
-    def plan_pulls(original: Any, *args: Any) -> Any:
-        fragments, format = record.thread.planned
-        with record.lock:  # the trainer's thread tells of rounds that end
-            plan = original(*args)
-            record.write_news(
-                f"plan of {fragments[0]}", fragments=fragments, format=format, inputs=args[:3], found=plan
-            )
-            return plan
-
-    def expected(kind: str) -> Callable[..., Any]:
-        def call(original: Any, *inputs: Any) -> Any:
-            found = original(*inputs)
-            record.write(kind, inputs=inputs, found=found)
-            return found
-
-        return call
-
-    def round_began_s(original: Any, *args: Any) -> Any:
-        found = original(*args)
-        record.write("began", args=args, found=found)
-        return found
-
-    def next_(original: Any, self: Partners, section: str, view: Any, now: float, rng: Any) -> Any:
-        found = original(self, section, view, now, rng)
-        record.write("choice", fragment=record.thread.choosing, section=section, view=view, now=now, found=found)
-        return found
-
-    def choose(original: Any, self: Gossip, lane: Any, *args: Any) -> Any:
-        record.thread.choosing = lane.number
-        return original(self, lane, *args)
-
-    def told(name: str) -> Callable[..., Any]:
-        def call(original: Any, self: Any, *args: Any) -> Any:
-            with record.lock:
-                found = original(self, *args)
-                if not isinstance(self, BackOff) or self is record.back_off:
-                    record.write(name, args=args, found=found)
-                return found
-
-        return call
-
-    around(Gossip, "__post_init__", post_init)
-    around(Gossip, "_pull_plan", pull_plan)
-    around(Gossip, "_choose", choose)
-    around(gossiping, "plan_pulls", plan_pulls)
-    around(gossip_exchange, "expected_step_s", expected("expected"))
-    around(gossip_exchange, "is_moved", expected("moved"))
-    around(gossiping, "round_began_s", round_began_s)
-    around(Partners, "next", next_)
-    for name in ("busy", "failed", "answered", "called"):
-        around(BackOff, name, told(name))
-    for name in ("bytes_begin", "bytes_end", "merged", "round_ended", "assume"):
-        around(PullTimes, name, told(f"times.{name}"))
+    around(GossipEngine, "__init__", init)
 
 
 def _pulls(record: Record) -> None:
     """What the run's rule made of what came."""
-    record_news(record)
 
-    def decode(original: Any, self: GossipExchange, fragment: int, held: Any, *news: Any) -> Any:
-        manifest = held.snapshot.manifest
-        record.thread.mark = fragment, Mark(manifest.round, manifest.part, manifest.tokens)
-        return original(self, fragment, held, *news)
+    def decode(original: Any, self: GossipExchange, command: Any) -> Any:
+        manifest = command.held.snapshot.manifest
+        record.thread.mark = command.fragment, Mark(manifest.round, manifest.part, manifest.tokens)
+        return original(self, command)
 
     def accept(original: Any, self: Robustness, peer: str, arrival: Any, own_theta: Any, round: int) -> Any:
         (fragment, mark), refused, tokens = record.thread.mark, "", 0
@@ -315,45 +251,9 @@ def _pulls(record: Record) -> None:
             original(self, gradient, tokens)
             record.write("learned", found=tokens)
 
-    around(GossipExchange, "_decode_weights_untrusted", decode)
-    around(GossipExchange, "_decode_gradient_untrusted", decode)
+    around(GossipExchange, "decode_untrusted", decode)
     around(Robustness, "accept", accept)
     around(Robustness, "learn", learn)
-
-
-def record_news(record: Record) -> None:
-    """What of a publication was new."""
-
-    def reference(original: Any, self: Gossip) -> int:
-        record.thread.reference = original(self)
-        return record.thread.reference
-
-    async def bring(original: Any, *args: Any) -> Any:
-        found = await original(*args)
-        _HAS_COME.set(True)
-        return found
-
-    def news(original: Any, self: Gossip, lane: Any, peer: str, mark: Any, *, is_own: bool) -> Any:
-        found = None
-        try:
-            found = original(self, lane, peer, mark, is_own=is_own)
-            return found
-        finally:
-            record.write(
-                "news",
-                fragment=lane.number,
-                author=peer,
-                section="gradient" if mark.part else "weights",
-                mark=mark,
-                is_here=_HAS_COME.get(),
-                is_own=is_own,
-                reference=record.thread.reference,
-                found=[None, 0] if found is None else [type(found[0]).__name__, found[0].tokens],
-            )
-
-    around(gossiping, "bring", bring)
-    around(Gossip, "_reference_round", reference)
-    around(Gossip, "_news_untrusted", news)
 
 
 def _merges(record: Record) -> None:
@@ -361,20 +261,19 @@ def _merges(record: Record) -> None:
 
     prepared_for: dict[int, tuple[float, float]] = {}
 
-    def prepare(original: Any, *args: Any) -> Any:
-        _, began_s, ends_s, fragment, _ = args[1:]
-        found = original(*args)
-        prepared_for[id(found)] = began_s[fragment], ends_s
+    def prepare(original: Any, self: GossipExchange, command: Any) -> Any:
+        found, plan = original(self, command), command.plan
+        prepared_for[id(found)] = plan.began_s[plan.fragments.index(command.fragment)], plan.ends_s
         return found
 
-    def take(original: Any, self: Gossip, round: int, fragment: int = 0) -> Any:
-        record.thread.reference = None
-        ready = original(self, round, fragment)
-        pulled = [] if ready is None else [[one.section, one.peer, one.mark, one.began_s] for one in ready.pulled]
-        of_s = None if ready is None else prepared_for[id(ready.prepared)]
-        reference = record.thread.reference
-        record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)
-        return ready
+    def merge_due(original: Any, self: GossipDriver, round: int, fragment: int, **how: Any) -> Any:
+        due = original(self, round, fragment, **how)
+        if isinstance(due, Merge):
+            pulled = [[one.section, one.peer, one.mark, one.began_s] for one in due.pulled]
+            of_s = None if due.merge is None else prepared_for[id(due.merge)]
+            reference = self.engine._reference_round()
+            record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)
+        return due
 
     def merge(original: Any, self: Trainer, arrived: Any, own: Any, fragment: int = -1) -> None:
         original(self, arrived, own, fragment)
@@ -394,8 +293,8 @@ def _merges(record: Record) -> None:
             momentum=_text_of(state.momentum),
         )
 
-    around(GossipExchange, "_prepare", prepare)
-    around(Gossip, "take", take)
+    around(GossipExchange, "prepare", prepare)
+    around(GossipDriver, "merge_due", merge_due)
 
     def step_done(original: Any, self: GossipExchange, inner_steps_done: int) -> None:
         record.thread.done = inner_steps_done

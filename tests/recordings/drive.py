@@ -14,16 +14,15 @@ from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import boundary
 import recording
 from lines import Line, Recording
 
 from swarmtrain import errors
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import tensor_specs
-from swarmtrain.peer.gossip_exchange import codecs_of
+from swarmtrain.peer.gossip_exchange import codecs_of, gossip_settings
 from swarmtrain.protocol import gossip
-from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
+from swarmtrain.protocol.gossip import GossipEngine
 from swarmtrain.protocol.gossip_messages import (
     Ask,
     Called,
@@ -56,7 +55,7 @@ from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.merge_plans import MergePlan
 from swarmtrain.protocol.open_pulls import OpenPull, OpenPulls
 from swarmtrain.protocol.partners import BackOff, Mark, Partners
-from swarmtrain.protocol.pulls import PullTimes, Wanted
+from swarmtrain.protocol.pulls import PullTimes
 from swarmtrain.run import parse_published_untrusted, run_sha256
 
 __all__ = ["Difference", "drive"]
@@ -67,6 +66,13 @@ _COMPARED = (
     "times.bytes_begin", "times.bytes_end", "times.merged", "times.round_ended",
 )  # fmt: skip
 _NOT_COMPARED = ("at_s", "number", "block", "peer")
+
+
+_TOLD = (
+    "training", "is_bootstrap", "round", "part", "part_tokens", "inner_steps", "inner_steps_done", "steps_per_s",
+    "run_tokens", "hidden",
+)  # fmt: skip
+"""What was recorded of a presence."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class _Others:
         found = []
         for peer, told in sorted(self.known.items()):
             if told["is_live"] and told["training"] and not told["is_bootstrap"]:
-                fields = {name: told[name] for name in boundary.TOLD} | {"hosts": tuple(told["hosts"])}
+                fields = {name: told[name] for name in _TOLD} | {"hosts": tuple(told["hosts"])}
                 found.append(PeerInfo(peer=peer, **fields))
         return found
 
@@ -171,14 +177,7 @@ class _Driver:
         run = parse_published_untrusted(published, sha256)
         specs = tensor_specs(build_model(run.model, 0).named_parameters())
         swarm: Any = SimpleNamespace(published=SimpleNamespace(run=run), specs=specs)
-        codecs, section = codecs_of(swarm), run.merge
-        settings = GossipSettings(
-            sizes=[codec.sizes(1 / len(codecs)) for codec in codecs],
-            wanted=Wanted(section.num_partners, section.num_weights),
-            num_parts=section.publications_per_round,
-            max_staleness_rounds=section.max_staleness_rounds,
-            variant=section.partners,
-        )
+        settings = gossip_settings(swarm, codecs_of(swarm))
         self.engine = _Deferred(self.me, settings, recording.generator(self.me))
         self.asks: dict[int, int] = {}
         """Of each pull's number, what it is called in the record."""

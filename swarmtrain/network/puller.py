@@ -1,0 +1,115 @@
+"""Asks partners for publications and pulls their bytes: what `protocol.gossip` has its driver do over the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
+from swarmtrain.network.bringing import bring
+from swarmtrain.network.identity import peer_bytes
+from swarmtrain.network.publications import (
+    PublicationRules,
+    is_signed_by_untrusted,
+    publication_untrusted,
+    request_of,
+)
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.snapshots import Held
+from swarmtrain.protocol.gossip_messages import Ask, Download, Downloaded, Failed, Failure, Replied, Route, Routed, Told
+from swarmtrain.protocol.lifecycle import Membership
+from swarmtrain.protocol.pulls import Section
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Puller", "failure_of"]
+
+
+def failure_of(
+    error: PeerError, kind: Literal["busy", "away", "silent", "failed"] | None = None, *, is_authors: bool = False
+) -> Failure:
+    """What gossip is told of an error."""
+    found = kind or ("busy" if isinstance(error, BusyError) else "failed")
+    return Failure(str(error), found, error.is_incident, is_authors)
+
+
+@dataclass(frozen=True)
+class Puller:
+    """Carries out gossip's commands over the network; each method returns the event that ends its command."""
+
+    calls: PeerCalls
+    membership: Membership
+    rules: Sequence[Mapping[Section, PublicationRules]]
+    """Of each fragment."""
+    presence: Callable[[], pb.Signed]
+    heard_untrusted: Callable[[str, pb.PublicationReply], None]
+    """Told what a peer answered, before anything else is done with it."""
+
+    async def route(self, command: Route) -> Routed:
+        """A peer that nobody can dial may have opened a connection to this one."""
+        return Routed(command.pull, bool(await self.calls.node.seen_at(command.peer)))
+
+    async def ask(self, command: Ask) -> Replied[Held] | Failed:
+        """Ask the author, or a host of its, for something newer than what was merged."""
+        is_author, number = command.source == command.author, command.pull
+        try:
+            reply = await self._reply_untrusted(command)
+        except PeerError as error:
+            return Failed(number, failure_of(error))
+        except _NoAnswerError as error:
+            return Failed(number, Failure(str(error), "silent"))
+        if is_author and reply.busy:
+            return Failed(number, Failure("it serves as many readers as it may", "busy"))
+        if reply.busy or (reply.away and not is_author):
+            reason = "its host is busy" if reply.busy else "who should be its host is not"
+            return Failed(number, Failure(reason, "away"))
+        if not reply.HasField("manifest"):
+            return Replied(number)
+        try:
+            rules = self.rules[command.fragment][command.section]
+            held, mark = publication_untrusted(rules, command.author, reply.manifest)
+        except PeerError as error:
+            return Failed(number, failure_of(error, is_authors=True))
+        return Replied(number, mark, held, self._told(command.author))
+
+    async def _reply_untrusted(self, command: Ask) -> pb.PublicationReply:
+        source, author, known = command.source, command.author, command.known
+        presence, has_any = self.presence(), known is not None
+        request = request_of(command.section, command.fragment, has_any=has_any, presence=presence)
+        if known is not None:
+            request.round, request.part = known.round, known.part
+        if source == author:
+            try:
+                reply = await self.calls.publication(author, request)
+            except UnreachableError as error:
+                raise _NoAnswerError(str(error)) from error
+            self.heard_untrusted(author, reply)
+            return reply
+        request.author = peer_bytes(author)
+        reply = await self.calls.publication(source, request)
+        rules = self.rules[command.fragment][command.section]
+        if reply.HasField("manifest") and not is_signed_by_untrusted(rules, author, reply.manifest):
+            raise BadBytesError(f"a publication of {author} that is not signed by it")
+        self.heard_untrusted(author, pb.PublicationReply(presence=reply.presence))
+        return reply
+
+    def _told(self, peer: str) -> Told | None:
+        info = self.membership.info(peer)
+        if info is None:
+            return None
+        since_s = self.membership.so_far_since_s(peer)
+        return Told(info.round, info.inner_steps, info.inner_steps_done, info.steps_per_s, since_s)
+
+    async def download(self, command: Download[Held]) -> Downloaded | Failed:
+        """Pull the bytes of a publication."""
+        held, number = command.held, command.pull
+        try:
+            wrong = await bring(self.calls, command.source, held, self.rules[0]["weights"].pull)
+        except PeerError as error:
+            return Failed(number, failure_of(error))
+        num_bytes = held.snapshot.manifest.total_bytes
+        return Downloaded(number, num_bytes, None if wrong is None else failure_of(wrong))
+
+
+class _NoAnswerError(Exception):
+    """An author gave no answer when it was asked."""

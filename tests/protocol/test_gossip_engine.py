@@ -1,0 +1,423 @@
+"""The engine of gossip by its events and commands alone: lists of data, no thread, clock or network."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
+from swarmtrain.protocol.gossip_messages import (
+    Ask,
+    Called,
+    Cancel,
+    CatchUp,
+    Decode,
+    Decoded,
+    Download,
+    Downloaded,
+    Failed,
+    Failure,
+    LeftAlone,
+    LinkAssumed,
+    Merge,
+    MergeDue,
+    PeersChanged,
+    Planned,
+    Prepare,
+    Prepared,
+    Replied,
+    Report,
+    Rested,
+    Route,
+    Routed,
+    Told,
+    TookStates,
+    Woke,
+)
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.merge_plans import MergePlan
+from swarmtrain.protocol.partners import Difference, Mark, Whole
+from swarmtrain.protocol.pulls import Section, SectionBytes, Wanted
+
+SIZES = {"int2": SectionBytes(1000, 250), "int4": SectionBytes(1000, 500)}
+
+
+class Driven:
+    """An engine with two fragments at most, whose partners and times a test tells."""
+
+    def __init__(self, *others: str, fragments: int = 1, wanted: int = 2, is_large: bool = False) -> None:
+        settings = GossipSettings(
+            sizes=[SIZES] * fragments,  # type: ignore[list-item]
+            wanted=Wanted(wanted, wanted),
+            num_parts=4,
+            max_staleness_rounds=2,
+            is_large=is_large,
+        )
+        self.engine: GossipEngine[str, str, str] = GossipEngine("me", settings, random.Random(1), random.Random(1))
+        self.now = 0.0
+        self.see(*others)
+
+    def see(self, *others: str, **told: Any) -> None:
+        """These are here."""
+        volunteers = [PeerInfo(peer=peer, training=True, **told) for peer in sorted(others)]
+        assert self.tells(PeersChanged(volunteers)) == []
+
+    def tells(self, event: Any) -> list[Any]:
+        """What follows from it."""
+        return list(self.engine.receive(event, self.now))
+
+    def plan(self, round: int = 0, *, lasts_s: float = 0.0, began_s: float | None = None) -> list[Any]:
+        """A round that begins now; all its pulls are due at its end."""
+        began_s = self.now if began_s is None else began_s
+        plan = MergePlan(round=round, began_s=(began_s,), ends_s=self.now + lasts_s, gradient_format="int2")
+        return self.tells(Planned(round, [plan]))
+
+    def asks(self) -> list[Ask]:
+        """Whom it asks now."""
+        found = self.tells(Woke())
+        assert all(isinstance(command, Ask) for command in found)
+        return found
+
+    def pulls(self, ask: Ask, mark: Mark, held: str) -> list[Any]:
+        """That pull's bytes come and are decoded."""
+        (download,) = self.tells(Replied(ask.pull, mark, held))
+        assert download == Download(ask.pull, ask.source, held)
+        self.now += 0.1
+        (decode,) = self.tells(Downloaded(ask.pull, 1000))
+        assert isinstance(decode, Decode) and (decode.pull, decode.held) == (ask.pull, held)
+        return self.tells(Decoded(ask.pull, f"decoded {held}"))
+
+
+def of(asks: Sequence[Ask], section: Section, peer: str = "") -> Ask:
+    """The one of that section."""
+    return next(ask for ask in asks if ask.section == section and peer in ("", ask.author))
+
+
+WEIGHTS, WHOLE = Mark(0, 0, 0), Mark(0, 4, 400)
+
+
+def test_a_round_from_the_question_to_the_merge() -> None:
+    me = Driven("ben")
+    assert me.engine.wake_at() is None
+    assert me.plan() == [] and me.engine.wake_at() == 0.0
+    asks = me.asks()
+    assert [(ask.source, ask.author, ask.section, ask.fragment, ask.known) for ask in asks] == [
+        ("ben", "ben", "weights", 0, None),
+        ("ben", "ben", "gradient", 0, None),
+    ]
+    (first,) = me.pulls(asks[0], WEIGHTS, "w")
+    assert isinstance(first, Prepare) and [one.payload for one in first.pulled] == ["decoded w"]
+    assert me.pulls(asks[1], WHOLE, "g") == [], "one merge is prepared after the other"
+    (second,) = me.tells(Prepared(first.number, "merge of w"))
+    assert [one.held for one in second.pulled] == ["w", "g"]
+    assert me.tells(Prepared(second.number, "merge of both")) == []
+    (merge,) = me.tells(MergeDue(0))
+    assert isinstance(merge, Merge) and merge.merge == "merge of both"
+    assert [(one.section, one.mark) for one in merge.pulled] == [("weights", WEIGHTS), ("gradient", WHOLE)]
+    assert me.engine.merged_mark(0, "ben") == WHOLE
+    assert me.engine.places(-1) == [{"ben": (0, 4), "me": (0, 4)}]
+    me.plan(round=1)
+    assert [ask.known for ask in me.asks()] == [WEIGHTS, WHOLE], "only what is newer is asked for"
+
+
+def test_what_is_merged_of_a_round_is_subtracted_from_what_comes_of_it_later() -> None:
+    me = Driven("ben")
+    me.plan()
+    asks = me.asks()
+    (prepare,) = me.pulls(of(asks, "gradient"), Mark(0, 2, 200), "half")
+    me.tells(Prepared(prepare.number, "merge"))
+    me.tells(MergeDue(0))
+    me.plan(round=1)
+    ask = of(me.asks(), "gradient")
+    me.tells(Replied(ask.pull, WHOLE, "whole"))
+    (decode,) = me.tells(Downloaded(ask.pull, 250))
+    assert decode.news == Difference(Mark(0, 2, 200), 200, "part 2 of its round was merged")
+    assert decode.earlier == "half"
+
+
+def test_nothing_newer_costs_an_eighth_of_the_round_and_another_is_asked() -> None:
+    me = Driven("ben", wanted=1)
+    me.plan(began_s=-80.0)
+    weights, ask = me.asks()
+    assert me.tells(Replied(weights.pull)) == me.tells(Replied(ask.pull)) == []
+    assert [one.section for one in me.asks()] == []
+    assert me.engine.wake_at() == 10.0
+    me.see("ben", "carl")
+    assert me.engine.wake_at() == 0.0, "somebody else has come"
+    assert of(me.asks(), "gradient").author == "carl"
+
+
+@pytest.mark.parametrize(
+    ("failure", "waits_s", "told"),
+    [
+        (Failure("it serves many", "busy"), 1.0, False),
+        (Failure("no answer", "silent"), 10.0, False),
+        (Failure("it broke off"), 15.0, False),
+        (Failure("a forged one", is_incident=True), 15.0, True),
+    ],
+)
+def test_who_fails_is_left_alone_and_told_of_where_it_lied(failure: Failure, waits_s: float, told: bool) -> None:
+    me = Driven("ben", "carl", wanted=1)
+    me.plan()
+    ask = of(me.asks(), "gradient")
+    found = me.tells(Failed(ask.pull, failure))
+    assert isinstance(found[0], LeftAlone) and found[0].peer == ask.author
+    assert found[1:] == ([Report(ask.author, failure)] if told else [])
+    other = of(me.asks(), "gradient")
+    assert other.author != ask.author
+    me.tells(Failed(other.pull, Failure("gone too")))
+    me.now = waits_s - 0.01
+    banned = {one.author for one in me.tells(Woke()) if isinstance(one, Ask)}
+    assert ask.author not in banned or waits_s == 1.0
+
+
+def test_a_silent_one_that_calls_is_asked_again_in_the_next_round() -> None:
+    me = Driven("ben", wanted=1)
+    me.plan()
+    for ask in me.asks():
+        me.tells(Failed(ask.pull, Failure("no answer", "silent")))
+    assert me.asks() == [] and me.engine.wake_at() == 1.0, "everybody is banned: soon bans do not count"
+    me.now = 0.5
+    me.tells(Called("ben"))
+    me.plan(round=1)
+    assert {ask.author for ask in me.asks()} == {"ben"}
+
+
+def test_a_slow_pull_does_not_keep_another_from_being_tried() -> None:
+    me = Driven("ben", "carl", wanted=1)
+    me.tells(LinkAssumed(1250.0))  # a second for both sections: slow after three
+    me.plan(lasts_s=2.0)
+    me.now = 2.0
+    first = of(me.asks(), "gradient")
+    assert me.engine.wake_at() == pytest.approx(5.0)
+    me.now = 4.9
+    assert me.asks() == []
+    me.now = 5.0
+    assert {ask.author for ask in me.asks()} == {"ben", "carl"} - {first.author}
+
+
+def test_a_hidden_author_is_had_through_its_hosts_and_their_failures_are_theirs() -> None:
+    me = Driven(wanted=1)
+    hidden = PeerInfo(peer="ben", training=True, hidden=True, hosts=("h1", "h2", "h3"))
+    me.tells(PeersChanged([hidden]))
+    me.plan()
+    routes = me.tells(Woke())
+    assert routes == [Route(routes[0].pull, "ben"), Route(routes[1].pull, "ben")]
+    number = routes[1].pull
+    (ask,) = me.tells(Routed(number, is_direct=False))
+    assert ask.author == "ben" and ask.source in hidden.hosts
+    lie = Failure("not signed by it", is_incident=True)
+    report, ask = me.tells(Failed(number, lie))
+    assert report.peer != "ben" and report.failure == lie
+    (ask,) = me.tells(Failed(number, Failure("its host is busy", "away")))
+    me.tells(Replied(number, WHOLE, "g"))
+    (end,) = me.tells(Failed(number, Failure("it broke off")))
+    assert end == LeftAlone("ben", "busy: asked again after 1 s"), "nobody is left to ask: not its own fault"
+    (ask,) = me.tells(Routed(routes[0].pull, is_direct=True))
+    assert ask.source == "ben"
+
+
+def test_its_own_fault_is_its_own_whoever_was_asked() -> None:
+    me = Driven(wanted=1)
+    me.tells(PeersChanged([PeerInfo(peer="ben", training=True, hidden=True, hosts=("h1",))]))
+    me.plan()
+    number = me.tells(Woke())[1].pull
+    me.tells(Routed(number, is_direct=False))
+    wrong = Failure("claims too many tokens", is_incident=True, is_authors=True)
+    assert me.tells(Failed(number, wrong))[1:] == [Report("ben", wrong)]
+
+
+def test_an_old_publication_is_an_incident_of_its_author_and_of_no_host() -> None:
+    me = Driven("ben")
+    me.see("ben", "carl", "dora", round=9)
+    me.plan(round=9)
+    ask = of(me.asks(), "gradient")
+    _, report = me.tells(Replied(ask.pull, Mark(3, 4, 400), "old"))
+    assert isinstance(report, Report) and "6 rounds behind the median" in report.failure.reason
+    assert report.failure.is_incident
+
+
+def test_a_counter_that_turned_back_by_a_few_rounds_is_let_pass_for_some() -> None:
+    me = Driven("ben", wanted=1)
+    me.plan(round=4)
+    (prepare,) = me.pulls(of(me.asks(), "gradient"), Mark(4, 4, 400), "g")
+    me.tells(Prepared(prepare.number, "merge"))
+    me.tells(MergeDue(4))
+    for round in range(5, 10):
+        me.now += 100.0
+        me.plan(round=round)
+        ask = of(me.asks(), "gradient")
+        found = me.tells(Replied(ask.pull, Mark(3, 1, 100), "again"))
+        assert any(isinstance(one, Report) for one in found) == (round > 8), "three rounds are excused"
+
+
+def test_what_became_too_old_while_it_came_is_not_decoded() -> None:
+    me = Driven("ben", wanted=1)
+    me.plan()
+    ask = of(me.asks(), "gradient")
+    me.tells(Replied(ask.pull, WHOLE, "g"))
+    me.see("ben", "carl", "dora", round=9)
+    assert me.tells(Downloaded(ask.pull, 250)) == []
+
+
+def test_what_is_ready_and_too_old_by_now_is_not_merged_and_the_rest_is_prepared_anew() -> None:
+    me = Driven("ben", "carl")
+    me.plan()
+    asks = [ask for ask in me.asks() if ask.section == "gradient"]
+    marks = {ask.author: Mark(round, 4, 400) for ask, round in zip(asks, (0, 3), strict=True)}
+    (prepare,) = me.pulls(asks[0], marks[asks[0].author], "old")
+    me.pulls(asks[1], marks[asks[1].author], "new")
+    (both,) = me.tells(Prepared(prepare.number, "one"))
+    me.tells(Prepared(both.number, "both"))
+    me.see("ben", "carl", round=3)
+    assert me.tells(MergeDue(0, may_catch_up=False)) == [Merge(0)]
+    (again,) = me.plan(round=1)
+    assert [one.held for one in again.pulled] == ["new"]
+
+
+def test_who_has_fallen_behind_is_told_before_anything_counts_as_merged() -> None:
+    me = Driven("ben", "carl", wanted=1)
+    me.plan()
+    (prepare,) = me.pulls(of(me.asks(), "gradient"), WHOLE, "g")
+    me.tells(Prepared(prepare.number, "merge"))
+    me.see("ben", "carl", round=4)
+    assert me.tells(MergeDue(0)) == [CatchUp(4)]
+    assert me.engine.rows() == [[["", -1, 0, 0]]]
+    author = prepare.pulled[0].peer
+    assert me.tells(TookStates(4, [[{author: (3, 4)}]], {"ben": 4})) == []
+    assert me.engine.places(3)[0] == {author: (3, 4), "me": (3, 4)}
+
+
+def test_who_is_behind_and_gets_nothing_merges_what_it_has() -> None:
+    me = Driven("ben", "carl", wanted=1)
+    me.plan()
+    (prepare,) = me.pulls(of(me.asks(), "gradient"), WHOLE, "g")
+    me.tells(Prepared(prepare.number, "merge"))
+    me.see("ben", "carl", round=2)
+    assert me.tells(MergeDue(0, may_catch_up=False)) == [Merge(0, "merge", prepare.pulled)]
+
+
+def test_what_cannot_be_merged_with_those_before_it_costs_its_author() -> None:
+    """Four pulls come while the first merge is prepared; of these Carl's cannot be merged with Ben's."""
+    me = Driven("ben", "carl")
+    me.plan()
+    asks = me.asks()
+    (prepare,) = me.pulls(of(asks, "weights", "ben"), WEIGHTS, "ben")
+    for section, peer in (("weights", "carl"), ("gradient", "carl"), ("gradient", "ben")):
+        assert me.pulls(of(asks, section, peer), WEIGHTS if section == "weights" else WHOLE, peer) == []  # type: ignore[arg-type]
+    (prepare,) = me.tells(Prepared(prepare.number, "ben's weights"))
+    tried = []
+    commands: list[Any] = me.tells(Prepared(prepare.number, None))
+    while isinstance(commands[0], Prepare) and len(tried) < 4:
+        together = [one.peer for one in commands[0].pulled]
+        tried.append(together)
+        commands = me.tells(Prepared(commands[0].number, None if "carl" in together else "good"))
+    assert tried == [["ben"], ["ben", "carl"], ["ben", "carl"], ["ben", "ben"]]
+    assert [command.peer for command in commands if isinstance(command, LeftAlone)] == ["carl", "carl"]
+    last = commands[-1]
+    assert [one.peer for one in last.pulled] == ["ben", "ben"]
+    me.tells(Prepared(last.number, "ben's"))
+    assert me.tells(MergeDue(0)) == [Merge(0, "ben's", last.pulled)]
+
+
+def test_a_plan_that_comes_after_its_merge_changes_nothing() -> None:
+    me = Driven("ben")
+    me.tells(MergeDue(3))
+    me.plan(round=3)
+    assert me.asks() == []
+
+
+def test_what_is_prepared_for_a_round_that_is_over_is_prepared_anew() -> None:
+    me = Driven("ben", wanted=1)
+    me.plan()
+    (prepare,) = me.pulls(of(me.asks(), "gradient"), WHOLE, "g")
+    assert me.tells(MergeDue(0)) == [Merge(0)]
+    me.plan(round=1)
+    (again,) = me.tells(Prepared(prepare.number, "late"))
+    assert again.plan.round == 1
+    me.tells(Prepared(again.number, "in time"))
+    assert me.tells(MergeDue(1)) == [Merge(0, "in time", again.pulled)]
+
+
+def test_a_large_model_has_one_merge_prepared_at_a_time() -> None:
+    for is_large in (False, True):
+        me = Driven("ben", fragments=2, is_large=is_large)
+        plans = [
+            MergePlan(round=0, began_s=(0.0,), ends_s=end_s, gradient_format="int2", fragments=(number,))
+            for number, end_s in ((0, 0.0), (1, 0.05))
+        ]
+        me.tells(Planned(0, plans))
+        me.now = 0.05
+        asks = me.asks()
+        gradients = [ask for ask in asks if ask.section == "gradient"]
+        assert [ask.fragment for ask in gradients] == [0, 1]
+        (prepare,) = me.pulls(gradients[0], WHOLE, "g0")
+        me.pulls(gradients[1], WHOLE, "g1")
+        assert [one.fragment for one in me.tells(Prepared(prepare.number, "0"))] == ([] if is_large else [1])
+
+
+def test_a_pull_that_goes_on_for_rounds_is_given_up_and_what_it_brings_is_dropped() -> None:
+    me = Driven("ben", wanted=1)
+    me.plan()
+    ask = of(me.asks(), "gradient")
+    me.now = 31.0
+    found = me.plan(round=1, lasts_s=1.0)
+    assert Cancel(ask.pull) in found
+    assert me.tells(Replied(ask.pull, WHOLE, "late")) == []
+
+
+def test_who_rests_gives_everything_up_until_more_is_planned() -> None:
+    me = Driven("ben")
+    me.plan()
+    asks = me.asks()
+    me.pulls(asks[0], WEIGHTS, "w")
+    assert set(me.tells(Rested())) == {Cancel(ask.pull) for ask in asks}
+    assert me.engine.wake_at() is None and me.tells(Woke()) == [] and me.tells(MergeDue(0)) == [Merge(0)]
+    me.plan(round=1)
+    assert len(me.asks()) == 2
+
+
+def test_when_weights_were_published_follows_from_what_their_author_told() -> None:
+    me = Driven("ben", wanted=1)
+    me.plan()
+    ask = of(me.asks(), "weights")
+    me.tells(Replied(ask.pull, WEIGHTS, "w", Told(0, 100, 30, 2.0, since_s=-5.0)))
+    me.tells(Downloaded(ask.pull, 1000))
+    (prepare,) = me.tells(Decoded(ask.pull, "w"))
+    assert prepare.pulled[0].began_s == -5.0 - 15.0
+
+
+def test_a_restart_merges_nothing_that_was_merged_before() -> None:
+    me, again = Driven("ben", wanted=1), Driven("ben", wanted=1)
+    me.plan()
+    (prepare,) = me.pulls(of(me.asks(), "gradient"), Mark(0, 2, 200), "g")
+    me.tells(Prepared(prepare.number, "merge"))
+    me.tells(MergeDue(0))
+    again.engine.load(me.engine.rows())
+    again.plan(round=1)
+    ask = of(again.asks(), "gradient")
+    assert ask.known == Mark(0, 2, 200)
+    assert again.tells(Replied(ask.pull, WHOLE, "g")) == [], "what is to be subtracted is not here any more"
+    with pytest.raises(ValueError, match="not a row"):
+        again.engine.load([[["nonsense"]]])
+
+
+def test_the_same_events_have_the_same_answers() -> None:
+    told = []
+    for _ in range(2):
+        me = Driven("ben", "carl", "dora", "emil")
+        me.plan()
+        told.append([repr(ask) for ask in me.asks()])
+    assert told[0] == told[1] and len(told[0]) == 4
+
+
+def test_news_of_a_whole_round_are_whole() -> None:
+    me = Driven("ben", wanted=1)
+    me.plan()
+    ask = of(me.asks(), "gradient")
+    me.tells(Replied(ask.pull, WHOLE, "g"))
+    (decode,) = me.tells(Downloaded(ask.pull, 250))
+    assert decode.news == Whole(400, "nothing of its round 0 was merged") and decode.earlier is None
