@@ -308,6 +308,11 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """Up to where the pseudo-gradients of `peer` were merged; None if none was."""
         return self._lanes[fragment].ledger.mark(peer)
 
+    def pulled_mark(self, fragment: int, peer: str) -> Mark | None:
+        """The same of what was pulled and waits to be merged."""
+        here = [each.mark for each in self._lanes[fragment].pulled if each.peer == peer and each.section == "gradient"]
+        return here[-1] if here else None
+
     def rows(self) -> list[list[list[str | int]]]:
         """What was merged of whom, of each fragment, for a checkpoint."""
         return [lane.ledger.rows() for lane in self._lanes]

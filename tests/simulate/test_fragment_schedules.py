@@ -13,8 +13,8 @@ import pytest
 import torch
 from learnt import setting, tiny
 
-from swarmtrain.simulate.learning.gossip import Peer, World
-from swarmtrain.simulate.learning.lane import Arrived, Lane
+from swarmtrain.protocol.gossip_messages import Merge
+from swarmtrain.simulate.learning.gossip import Driver, Peer, World
 
 pytestmark = pytest.mark.slow
 
@@ -58,15 +58,17 @@ def drawn(folder: Path, seed: int) -> World:
 
 
 @pytest.mark.parametrize("seed", range(NUM_SCHEDULES))
-def test_each_step_enters_each_fragment_once_whatever_happens(tmp_path: Path, seed: int) -> None:
+def test_each_step_enters_each_fragment_once_whatever_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     world = drawn(tmp_path, seed)
     entered, weights = defaultdict[tuple[Any, ...], list[tuple[int, int]]](list), dict[tuple[Any, ...], int]()
     new = dict[tuple[Any, ...], int]()
 
-    def noted(peer: Peer, lane: Lane, ready: Arrived) -> None:
-        for (what, author), (published, _) in ready.items():
-            mark, which = published.mark, (peer.name, lane.number, author)
-            if what == "gradient":
+    def noted(peer: Peer, due: Merge[Any, Any, Any]) -> None:
+        for each in due.pulled:
+            mark, which = each.mark, (peer.name, due.fragment, each.peer)
+            if each.section == "gradient":
                 tokens = new[*which, mark]
                 assert 0 < tokens <= mark.tokens
                 entered[*which, mark.round].append((mark.tokens - tokens, mark.tokens))
@@ -74,18 +76,21 @@ def test_each_step_enters_each_fragment_once_whatever_happens(tmp_path: Path, se
                 assert weights.get(which, -1) < mark.round, "those of one round count once"
                 weights[which] = mark.round
 
-    for peer in world.peers:
+    arrival_untrusted, tell = Peer.arrival_untrusted, Driver.tell
 
-        def merge(lane: Lane, ready: Arrived, peer: Peer = peer, merge: Any = peer.merge) -> None:
-            noted(peer, lane, ready)
-            merge(lane, ready)
+    def looked_at(peer: Peer, decode: Any) -> Any:
+        new[peer.name, decode.fragment, decode.author, decode.held.mark] = decode.news.tokens
+        return arrival_untrusted(peer, decode)
 
-        def keep(*what: Any, peer: Peer = peer, keep: Any = peer.keep_untrusted) -> None:
-            lane, _, author, published, arrival = what
-            new[peer.name, lane.number, author, published.mark] = arrival.tokens  # a rule may let it count for less
-            keep(*what)
+    def told(driver: Driver, event: Any) -> Any:
+        commands = tell(driver, event)
+        for command in commands:
+            if isinstance(command, Merge):
+                noted(driver.peer, command)
+        return commands
 
-        peer.merge, peer.keep_untrusted = merge, keep  # type: ignore[method-assign]
+    monkeypatch.setattr(Peer, "arrival_untrusted", looked_at)
+    monkeypatch.setattr(Driver, "tell", told)
     world.run()
     run, now_s = world.setting.run, world.clock.now
     for which, spans in entered.items():

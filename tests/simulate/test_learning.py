@@ -14,11 +14,11 @@ from learnt import setting, tiny
 
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
 from swarmtrain.peer.trainer import Start
-from swarmtrain.protocol.partners import Mark
+from swarmtrain.protocol.gossip_messages import Merge, MergeDue
+from swarmtrain.protocol.merge_plans import MergePlanner
+from swarmtrain.protocol.partners import BackOff, Mark
 from swarmtrain.simulate.comparing import compare
-from swarmtrain.simulate.learning import gossip
-from swarmtrain.simulate.learning.gossip import Peer, World
-from swarmtrain.simulate.learning.lane import Pull
+from swarmtrain.simulate.learning.gossip import Driver, OnItsWay, Peer, World
 from swarmtrain.simulate.learning.learner import Learner, Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.pace import Pace
@@ -97,8 +97,8 @@ def test_one_that_gossips_with_nobody_takes_outer_steps_alone(tmp_path: Path) ->
 
 
 def test_gossip_waits_for_nobody_and_merges_somebody_in_most_rounds(tmp_path: Path) -> None:
-    scenario = tiny(tmp_path)
-    gossip, paced = played("gossip", setting(scenario, merge__fragments=2)), diloco(setting(scenario))
+    scenario, keys = tiny(tmp_path), {"run__total_tokens": 24_000}  # in its first round nobody knows when that ends
+    gossip, paced = played("gossip", setting(scenario, merge__fragments=2, **keys)), diloco(setting(scenario, **keys))
     assert gossip.virtual_time_s < 0.7 * paced.virtual_time_s
     assert gossip.fresh_share is not None and gossip.fresh_share > 0.8
 
@@ -115,20 +115,20 @@ def mean_age(one: Setting) -> float:
     """Of the pseudo-gradients that are merged, in seconds since they were made, once rounds are in step."""
     world, made, ages = World(one), dict[int, float](), list[float]()
     for peer in world.peers:
-        train_to, merge = peer.train_to, peer.merge
+        train_to, tell = peer.train_to, peer.gossip.tell
 
         def noted(moment: int, peer: Peer = peer, train_to: Any = train_to) -> None:
             train_to(moment)
             made.update({id(lane.newest): world.clock.now for lane in peer.lanes})
 
-        def merged(lane: Any, ready: Any, peer: Peer = peer, merge: Any = merge) -> None:
-            if peer.round > 2:
-                ages.extend(
-                    world.clock.now - made[id(each)] for (what, _), (each, _) in ready.items() if what != "weights"
-                )
-            merge(lane, ready)
+        def told(event: Any, peer: Peer = peer, tell: Any = tell) -> Any:
+            commands = tell(event)
+            if isinstance(event, MergeDue) and peer.round > 2:
+                pulled = [each for due in commands if isinstance(due, Merge) for each in due.pulled]
+                ages.extend(world.clock.now - made[id(each.held)] for each in pulled if each.section != "weights")
+            return commands
 
-        peer.train_to, peer.merge = noted, merged  # type: ignore[method-assign]
+        peer.train_to, peer.gossip.tell = noted, told  # type: ignore[method-assign]
     world.run()
     return sum(ages) / len(ages)
 
@@ -153,7 +153,7 @@ def test_where_steps_are_not_all_equally_quick_pulls_are_planned_anew(
     """A merge may come some seconds earlier than was expected when the one before was."""
     one = in_long_rounds(tmp_path, 32, noise=0.2)
     anew_s, anew = mean_age(one), played("gossip", one)
-    monkeypatch.setattr(gossip, "is_moved", lambda *_: False)
+    monkeypatch.setattr(MergePlanner, "steps_done", lambda *_: None)
     once_s, once = mean_age(one), played("gossip", one)
     assert anew_s < once_s, (anew_s, once_s)
     assert anew.fresh_share is not None and once.fresh_share is not None
@@ -242,6 +242,10 @@ def test_each_method_goes_on_when_somebody_hangs_and_transfers_break_off(method:
     assert outcome.virtual_time_s > played(method, calm).virtual_time_s
 
 
+def back_off_of(peer: Peer) -> BackOff:
+    return peer.gossip.engine._back_off
+
+
 def test_a_transfer_that_breaks_off_goes_on_and_one_that_never_ends_costs_its_peer(tmp_path: Path) -> None:
     calm = World(setting(tiny(tmp_path)))
     some, all_of_them = (World(dataclasses.replace(calm.setting, failing=failing)) for failing in (0.3, 1.0))
@@ -249,9 +253,9 @@ def test_a_transfer_that_breaks_off_goes_on_and_one_that_never_ends_costs_its_pe
         world.run()
     calm_share, some_share, none = (world.outcome().fresh_share or 0.0 for world in (calm, some, all_of_them))
     assert calm_share >= some_share > 0.6 and none == 0.0
-    bans = [peer.back_off.ready([other.name], 0.0)[1] for peer in all_of_them.peers for other in calm.peers]
+    bans = [back_off_of(peer).ready([other.name], 0.0)[1] for peer in all_of_them.peers for other in calm.peers]
     assert any(bans), "it is left alone for a while"
-    assert not any(peer.back_off.ready([name], 1e9)[1] for peer in some.peers for name in some.by_name)
+    assert not any(back_off_of(peer).ready([name], 1e9)[1] for peer in some.peers for name in some.by_name)
 
 
 def test_gradients_of_few_bits_feed_their_errors_back(tmp_path: Path) -> None:
@@ -272,21 +276,22 @@ def test_gradients_of_few_bits_feed_their_errors_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "up_mbit", "finer"), [(3, 10.0, True), (3, 0.2, False), (6, 10.0, False)])
 def test_gradients_are_finer_where_they_are_few_and_pulls_are_short(
-    tmp_path: Path, number: int, up_mbit: float, finer: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, up_mbit: float, finer: bool
 ) -> None:
     world = World(setting(tiny(tmp_path, peers={"number": number, "step_ms": 200}, links={"up_mbit": up_mbit})))
     begun: dict[str, list[str]] = {peer.name: [] for peer in world.peers}
     num_pulls = 0
+    bring, all_sizes = Driver.bring, world.gossip.sizes
+
+    def brought(driver: Driver, one: OnItsWay, size_bytes: int, attempts: int, asked_s: float) -> None:
+        nonlocal num_pulls
+        weighs = [sizes[one.held.format or "int2"] for sizes in all_sizes]
+        assert size_bytes in [each.gradient if one.held.format else each.weights for each in weighs]
+        num_pulls += 1
+        bring(driver, one, size_bytes, attempts, asked_s)
+
+    monkeypatch.setattr(Driver, "bring", brought)
     for peer in world.peers:
-
-        def brought(pull: Pull, size_bytes: int, attempts: int, bring: Any = peer.bring) -> None:
-            nonlocal num_pulls
-            weighs = pull.lane.sizes[pull.published.format or "int2"]
-            assert size_bytes == (weighs.gradient if pull.published.format else weighs.weights)
-            num_pulls += 1
-            bring(pull, size_bytes, attempts)
-
-        peer.bring = brought  # type: ignore[method-assign]
 
         def entered(start: Start, tokens: int, peer: Peer = peer, enter: Any = peer.enter) -> None:
             begun[peer.name].append(start.gradient_format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from learnt import setting, tiny
 from swarmtrain.peer.consensus import mean_of_near
 from swarmtrain.protocol.partners import BackOff, Difference, Ledger, Mark
 from swarmtrain.simulate.learning.churn import _present_state
-from swarmtrain.simulate.learning.gossip import Peer, World
+from swarmtrain.simulate.learning.gossip import OnItsWay, Peer, World
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.sampled import _sample
 from swarmtrain.simulate.learning.setting import Setting
@@ -74,7 +75,7 @@ def test_what_another_has_taken_counts_and_the_rest_does_not(tmp_path: Path) -> 
         finished = finished_tokens(world)
         world.run()
         gone = world.peers[0]
-        marks = [peer.lanes[0].ledger.mark(gone.name) for peer in world.peers[1:]]
+        marks = [peer.gossip.engine.merged_mark(0, gone.name) for peer in world.peers[1:]]
         taken.append(max((mark.tokens for mark in marks if mark and mark.round == gone.round), default=0))
         assert world.tokens == finished.total() + taken[-1] >= world.setting.total_tokens
         assert not gone.is_over and all(peer.is_over for peer in world.peers[1:])
@@ -130,32 +131,33 @@ def test_who_was_away_shortly_goes_on_with_its_own(tmp_path: Path) -> None:
     world = World(churned(tmp_path, "gossip", CRASH))
     one = world.peers[0]
     before: list[Any] = []
-    codec, back_off = one.lanes[0].codec, one.back_off
+    codec, gossip = one.lanes[0].codec, one.gossip
     for at_s in (0.3, 0.331):
         world.clock.call_at(at_s, lambda: before.append((one.trainer.state.theta, one.round, one.is_here)))
     world.run()
     (away, away_round, away_is_here), (back, back_round, back_is_here) = before
     assert torch.equal(away, back) and away_round == back_round and (away_is_here, back_is_here) == (False, True)
     assert one.trainer.young_steps is None and one.knows_speed
-    assert one.lanes[0].codec is not codec and one.back_off is not back_off, "no checkpoint keeps these"
+    assert one.lanes[0].codec is not codec and one.gossip is not gossip, "no checkpoint keeps these"
 
 
 def test_who_goes_while_it_is_pulled_from_is_left_alone(tmp_path: Path) -> None:
     calm, begun = World(churned(tmp_path, "gossip")), list[tuple[float, int, str]]()
     for peer in calm.peers:
-        bring: Any = peer.bring
 
-        def noted(pull: Any, *args: Any, number: int = peer.number, bring: Any = bring) -> None:
-            begun.append((pull.asked.began_s, number, pull.asked.peer))
-            bring(pull, *args)
+        def noted(
+            one: OnItsWay, *args: Any, number: int = peer.number, bring: Callable[..., None] = peer.gossip.bring
+        ) -> None:
+            begun.append((calm.clock.now, number, one.author.name))
+            bring(one, *args)
 
-        peer.bring = noted  # type: ignore[method-assign]
+        peer.gossip.bring = noted  # type: ignore[method-assign]
     calm.run()
     at_s, reader, name = next(each for each in begun if each[0] > 0.15)
     gone = World(churned(tmp_path, "gossip", {"peer": int(name[1:]), "at_s": at_s + 0.001, "for_s": 99.0}))
     for world, left_alone in (calm, False), (gone, True):
         world.run()
-        found = world.peers[reader].back_off.ready({name, "another"}, world.clock.now)
+        found = world.peers[reader].gossip.engine._back_off.ready({name, "another"}, world.clock.now)
         assert (found == (frozenset({"another"}), "1 are left alone for now")) is left_alone
 
 
@@ -185,7 +187,7 @@ def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path, monkey
     changes = {**changes, "merge.fragments": 1}  # each fragment finds it out for itself, and once it is known to all
     one = churned(tmp_path, "gossip", hangs=[hang], set=changes)
     world, asked, failed = World(one), list[float](), BackOff.failed
-    theirs = [world.peers[number].back_off for number in (0, 2)]
+    theirs = [world.peers[number].gossip.engine._back_off for number in (0, 2)]
 
     def noted(self: BackOff, name: str, now: float, *about: Any) -> str:
         if any(self is one for one in theirs):
@@ -210,7 +212,7 @@ def test_who_goes_on_is_asked_again_as_soon_as_it_calls(
     at_once = list[int]()
     world.clock.call_at(1.1, lambda: at_once.append(world.peers[1].round))
     world.run()
-    merged = [world.peers[number].lanes[0].ledger.mark("p1") for number in (0, 2)]
+    merged = [world.peers[number].gossip.engine.merged_mark(0, "p1") for number in (0, 2)]
     again = [mark is not None and mark.round > at_once[0] for mark in merged]
     assert again == [calls, calls], "else it is left alone for 10 s, and the run is over"
 
@@ -227,7 +229,7 @@ def test_a_silent_majority_has_so_many_pulls_at_most(tmp_path: Path) -> None:
     world = World(churned(tmp_path, "gossip", hangs=hangs, peers=peers, set={**changes, "run.total_tokens": 150_000}))
     numbers = list[int]()
     for at_s in range(1, 7):
-        world.clock.call_at(at_s, lambda: numbers.append(len(world.peers[0].lanes[0].pulls.begun)))
+        world.clock.call_at(at_s, lambda: numbers.append(len(world.peers[0].gossip.engine._lanes[0].open.begun)))
     world.run()
     assert numbers == sorted(numbers) and numbers[0] == 2 and max(numbers) == 4, "others are tried after a second"
 

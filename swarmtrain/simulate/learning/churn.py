@@ -18,7 +18,9 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.network.consensus import MOMENTA
 from swarmtrain.peer.consensus import SAMPLE, consensus_of_vectors, not_far_behind, round_of
 from swarmtrain.peer.trainer import Start, Trainer
-from swarmtrain.protocol.partners import Place, agreed_places, left_behind, rounds_behind
+from swarmtrain.protocol.gossip import GossipEngine
+from swarmtrain.protocol.gossip_messages import TookStates
+from swarmtrain.protocol.partners import rounds_behind
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.shards import Coverage, Row
 from swarmtrain.simulate.clock import Clock
@@ -27,7 +29,7 @@ from swarmtrain.simulate.learning.learner import Learner
 from swarmtrain.simulate.learning.setting import Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["Comer", "Company", "catches_up", "schedule"]
+__all__ = ["Comer", "Company", "schedule", "takes_state"]
 
 _BYTES = 4  # of a number, as states travel
 
@@ -42,6 +44,7 @@ class Company(Protocol):
     tokens: int
     inner_steps: int
     tokens_lost: int
+    num_told: int
 
     @property
     def peers(self) -> Sequence[Comer]:
@@ -57,6 +60,15 @@ class Company(Protocol):
 
     def is_hanging(self, name: str) -> bool:
         """Whether this peer stands still now."""
+
+
+class Gossip(Protocol):
+    """What has and does all that one of them decides."""
+
+    engine: GossipEngine[Any, Any, Any]
+
+    def tell(self, event: TookStates) -> object:
+        """It takes others' weights now."""
 
 
 class Comer(Protocol):
@@ -81,6 +93,10 @@ class Comer(Protocol):
         """The others, and the clock."""
 
     @property
+    def gossip(self) -> Gossip:
+        """Of its present life."""
+
+    @property
     def round(self) -> int:
         """The one it is in, or begins."""
 
@@ -93,7 +109,7 @@ class Comer(Protocol):
     def forget(self) -> None:
         """All that its process holds and no checkpoint keeps."""
 
-    def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> None:
+    def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> object:
         """On the world's clock, unless it has gone by then."""
 
     def hear_rows(self, name: str, rows: Sequence[Row]) -> None:
@@ -102,11 +118,10 @@ class Comer(Protocol):
 
 @dataclass(frozen=True)
 class _Taken:
-    """The others' consensus, its round, and up to where everybody is in it, of each fragment."""
+    """The others' consensus, and up to where everybody is in each of their states."""
 
     state: OuterState
-    round: int
-    places: list[dict[str, Place]]
+    event: TookStates
 
 
 def schedule(world: Company) -> None:
@@ -127,10 +142,9 @@ def _go(peer: Comer) -> None:
     if peer in world.honest:
         _count(peer)
     peer.num_lives += 1
+    world.num_told += 1
     peer.is_here, peer.began_s = False, math.inf
     peer.forget()
-    for lane in peer.lanes:
-        lane.ledger.load(lane.ledger.rows())  # as from a checkpoint: what was merged, without the gradients
 
 
 def _count(peer: Comer) -> None:
@@ -160,9 +174,8 @@ def _taken(peer: Comer) -> int:
 
 def _taken_of(peer: Comer, lane: Lane, by: Comer) -> int:
     """The same of one fragment, by one other."""
-    name, theirs = peer.name, by.lanes[lane.number]
-    arrived = theirs.arrived.get(("gradient", name))
-    marks = [theirs.ledger.mark(name), None if arrived is None else arrived[0].mark]
+    engine = by.gossip.engine
+    marks = [engine.merged_mark(lane.number, peer.name), engine.pulled_mark(lane.number, peer.name)]
     of_round = peer.trainer.rounds.of_round
     return max((of_round(lane.number, mark.round, mark.tokens) for mark in marks if mark is not None), default=0)
 
@@ -171,6 +184,7 @@ def _come(peer: Comer) -> None:
     world = peer.world
     if peer.is_here or world.tokens >= world.setting.total_tokens:
         return
+    world.num_told += 1
     peer.is_here, others = True, _answering(peer)
     behind = rounds_behind(peer.round, (other.round for other in others))
     if not others or (peer.learner.losses and behind <= world.setting.run.merge.max_staleness_rounds):
@@ -179,19 +193,15 @@ def _come(peer: Comer) -> None:
     _take_state(peer, others)
 
 
-def catches_up(peer: Comer) -> bool:
-    """Whether it takes the others' weights at its round's end, since what it has published is too old for them: it has
-    stood still."""
-    world = peer.world
-    rounds = [other.round for other in world.live if other is not peer]
-    others = _answering(peer)
-    if not others or not left_behind(peer.round, rounds, world.setting.run.merge.max_staleness_rounds):
+def takes_state(peer: Comer) -> bool:
+    """Take the others' weights at its round's end, since what it has published is too old for them; False if they
+    cannot be had."""
+    if not (others := _answering(peer)):
         return False
-    if peer in world.honest:
+    if peer in peer.world.honest:
         _count(peer)
     for lane in peer.lanes:
-        lane.newest = lane.weights = lane.plan = None
-        lane.arrived = {}
+        lane.newest = lane.weights = None
     _take_state(peer, others)
     return True
 
@@ -207,7 +217,9 @@ def _take_state(peer: Comer, others: list[Comer]) -> None:
     world = peer.world
     sample = peer.rng.sample(others, min(SAMPLE, len(others)))
     state, round = _present_state(world, sample)
-    taken = _Taken(state, max(round, peer.round), _places(peer, sample, round))
+    near = not_far_behind(sample, world.setting.run.merge.max_staleness_rounds)
+    told = [other.gossip.engine.places(other.round - 1) for other in near]
+    taken = _Taken(state, TookStates(max(round, peer.round), told, {other.name: other.round for other in near}))
     size_bytes = _BYTES * world.layout.size
     arrives_s = max(
         world.wire.arrives_s(
@@ -217,19 +229,6 @@ def _take_state(peer: Comer, others: list[Comer]) -> None:
     )
     rows = {other.name: other.coverage.rows_to_send() for other in sample if other.coverage is not None}
     peer.call_at(arrives_s, _begin_with, peer, taken, rows)
-
-
-def _places(peer: Comer, sample: list[Comer], round: int) -> list[dict[str, Place]]:
-    """Up to where everybody is in their weights, of each fragment."""
-    near = not_far_behind(sample, peer.world.setting.run.merge.max_staleness_rounds)
-    rounds = {other.name: other.round for other in peer.world.live}
-    agreed = []
-    for number in range(len(peer.lanes)):
-        lanes = [other.lanes[number] for other in near]
-        own = [{lane.peer.name: (lane.round - 1, lane.ledger.num_parts)} for lane in lanes]
-        told = [lane.ledger.places() | each for lane, each in zip(lanes, own, strict=True)]
-        agreed.append(agreed_places(told, rounds, round, peer.lanes[number].ledger.max_staleness_rounds))
-    return agreed
 
 
 def _present_state(world: Company, sample: list[Comer]) -> tuple[OuterState, int]:
@@ -246,9 +245,9 @@ def _begin_with(peer: Comer, taken: _Taken, rows: Mapping[str, Sequence[Row]]) -
     for name, told in rows.items():
         peer.hear_rows(name, told)
     peer.learner.comes_late()
-    for lane, places in zip(peer.lanes, taken.places, strict=True):
+    for lane in peer.lanes:
         lane.robustness.comes_back()
-        lane.ledger.bring(places)
+    peer.gossip.tell(taken.event)
     peer.trainer.state = taken.state
-    peer.trainer.progress = Progress(round=taken.round, run_tokens=peer.world.tokens)
+    peer.trainer.progress = Progress(round=taken.event.round, run_tokens=peer.world.tokens)
     peer.begin_or_end()

@@ -1,16 +1,16 @@
 """Gossip in virtual time: the product's decisions, merges and formats, with real models, on a clock that only counts.
 
 What a volunteer does in threads and over sockets happens here in events: its inner steps at the moments when it
-publishes, its pulls when `protocol.pulls` says, its merge at the round's end.
+publishes, and what `protocol.gossip` decides at once or, where bytes travel, when they have come.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -24,34 +24,171 @@ from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.consensus import layout_of_specs
-from swarmtrain.peer.robustness import Naming, apart
+from swarmtrain.peer.robustness import Naming, Robustness, apart
 from swarmtrain.peer.trainer import Contribution, Gathered, Start
 from swarmtrain.protocol.fragments import publishes_every
-from swarmtrain.protocol.partners import BackOff, Candidate, Difference, Mark, View, median_round
-from swarmtrain.protocol.pulls import (
-    PullTimes,
-    Section,
-    SectionBytes,
-    Wanted,
-    ahead_rounds,
-    expected_step_s,
-    gradient_format,
-    is_moved,
-    plan_pulls,
-    total_bytes,
+from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
+from swarmtrain.protocol.gossip_messages import (
+    Ask,
+    Called,
+    CatchUp,
+    Decode,
+    Decoded,
+    Download,
+    Downloaded,
+    Failed,
+    Failure,
+    GossipCommand,
+    GossipEvent,
+    LinkAssumed,
+    Merge,
+    MergeDue,
+    PeersChanged,
+    Planned,
+    Prepare,
+    Prepared,
+    Replied,
+    Report,
+    Rested,
+    Told,
+    Woke,
 )
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner
+from swarmtrain.protocol.partners import Mark
+from swarmtrain.protocol.pulls import Section, Wanted, ahead_rounds
 from swarmtrain.protocol.shards import Coverage, Row
-from swarmtrain.run import GradientFormat
-from swarmtrain.simulate.clock import Clock
-from swarmtrain.simulate.learning.churn import catches_up, schedule
-from swarmtrain.simulate.learning.lane import Arrived, Lane, Published, Pull
+from swarmtrain.simulate.clock import Clock, Timer
+from swarmtrain.simulate.learning.churn import schedule, takes_state
+from swarmtrain.simulate.learning.lane import Lane, Published
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["Peer", "World"]
+__all__ = ["Driver", "OnItsWay", "Peer", "World"]
+
+Unprepared: TypeAlias = Prepare[Published, Arrival]
+"""A merge that is ready, but for its arithmetic: that is done once, when it is merged."""
+Event: TypeAlias = GossipEvent[Published, Arrival, Unprepared]
+Command: TypeAlias = GossipCommand[Published, Arrival, Unprepared]
 
 
-_ROUNDING_S = 1e-9
+@dataclass
+class OnItsWay:
+    """A publication."""
+
+    pull: int
+    author: Peer
+    held: Published
+    life: int = field(init=False)
+    """Of its author."""
+
+    def __post_init__(self) -> None:
+        self.life = self.author.num_lives
+
+
+class Driver:
+    """Does in virtual time what the engine of one peer's gossip decides."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer, self.world, setting = peer, peer.world, peer.world.setting
+        self.engine = GossipEngine[Published, Arrival, Unprepared](peer.name, self.world.gossip, peer.rng, peer.rng)
+        self._others: list[PeerInfo] = []
+        self._num_told = -1
+        self._wake_s: float | None = None
+        self._timer: Timer | None = None
+        self.engine.receive(LinkAssumed(min(setting.link_of(peer.name))), self.world.clock.now)
+
+    def tell(self, event: Event) -> list[Command]:
+        """What has happened now. Whoever tells that a merge is due, merges."""
+        self.hear()
+        commands = self.engine.receive(event, self.world.clock.now)
+        for command in commands:
+            self._do(command)
+        self._wake()
+        return commands
+
+    def hear(self) -> None:
+        """How far the others are: all that they have announced by now."""
+        world = self.world
+        if self._num_told == world.num_told and not world.setting.hangs:
+            return
+        self._num_told, others = world.num_told, [each.info for each in world.live if each is not self.peer]
+        if others != self._others:
+            self._others = others
+            self.engine.receive(PeersChanged(others), world.clock.now)
+
+    def _wake(self) -> None:
+        """When the engine wants, or as soon as this peer goes on, if it hangs then."""
+        if (wake_s := self.engine.wake_at()) == self._wake_s:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._wake_s = wake_s
+        self._timer = None if wake_s is None else self._call_at(max(wake_s, self.world.clock.now), self._woke)
+
+    def _woke(self) -> None:
+        self._wake_s = self._timer = None
+        self.tell(Woke())
+
+    def _call_at(self, when_s: float, call: Callable[..., object], *args: Any) -> Timer:
+        setting = self.world.setting
+        return self.peer.call_at(setting.due_s(self.peer.number, when_s, 0.0), call, *args)
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Ask():
+                self._ask(command)
+            case Download(pull, source, held):
+                asked_s = self.world.clock.now - self.world.setting.rtt_s  # the bytes follow the reply
+                one = OnItsWay(pull, self.world.by_name[source], held)
+                self.bring(one, held.num_bytes, ATTEMPTS, asked_s)
+            case Decode(pull, author):
+                try:
+                    arrival = self.peer.arrival_untrusted(command)
+                except BadBytesError as error:
+                    self.tell(Failed(pull, Failure(str(error), is_incident=True, is_authors=True)))
+                else:
+                    self.peer.hear_rows(author, command.held.rows)
+                    self.tell(Decoded(pull, arrival))
+            case Prepare(number):
+                self.tell(Prepared(number, command))
+            case Report(author, failure):
+                self.world.told(author, Incident(rule_of(failure.reason), failure.reason))
+
+    def _ask(self, ask: Ask) -> None:
+        """Who hangs says nothing; what another has when it is asked, this peer knows after a round trip."""
+        now, setting, author = self.world.clock.now, self.world.setting, self.world.by_name[ask.source]
+        if self.world.is_hanging(author.name):
+            silent = Failed(ask.pull, Failure("no answer", "silent"))
+            self._call_at(now + setting.run.network.call_limit_s, self.tell, silent)
+            return
+        author.gossip.tell(Called(self.peer.name))
+        self._call_at(now + setting.rtt_s, self._of, author, author.num_lives, author.answer(ask))
+
+    def _of(self, author: Peer, num_lives: int, event: Replied[Published] | Downloaded | Failed) -> None:
+        """What came of it, unless who was asked has gone meanwhile."""
+        is_gone = author.num_lives != num_lives
+        self.tell(Failed(event.pull, Failure("it has gone")) if is_gone else event)
+
+    def bring(self, one: OnItsWay, left_bytes: int, attempts: int, asked_s: float) -> None:
+        """The bytes come; where the transfer breaks off, it is asked for the rest, so many times in all."""
+        world, rng = self.world, self.peer.rng
+        breaks = rng.random() < world.setting.failing
+        come_bytes = int(rng.random() * left_bytes) if breaks else left_bytes
+        arrives_s = world.wire.arrives_s(asked_s, one.author.name, self.peer.name, come_bytes, rng)
+        if not breaks:
+            self._call_at(arrives_s, self._of, one.author, one.life, Downloaded(one.pull, one.held.num_bytes))
+        elif attempts > 1:
+            self._call_at(arrives_s, self._bring_rest, one, left_bytes - come_bytes, attempts - 1)
+        else:
+            failed = Failed(one.pull, Failure("its transfers break off"))
+            self._call_at(arrives_s, self._of, one.author, one.life, failed)
+
+    def _bring_rest(self, one: OnItsWay, left_bytes: int, attempts: int) -> None:
+        if one.author.num_lives == one.life:
+            self.bring(one, left_bytes, attempts, self.world.clock.now)
+        else:
+            self.tell(Failed(one.pull, Failure("it has gone")))
 
 
 class Peer:
@@ -66,14 +203,11 @@ class Peer:
         self.rounds_done, self.rounds_fresh = 0, 0.0
         num_shards = self.trainer.batches.num_shards
         self.coverage = Coverage(self.name, num_shards) if num_shards else None
-        self.times = PullTimes()
-        self.times.assume(min(setting.link_of(self.name)))
-        self.times.merged(setting.rtt_s)
         self.start = Start(inner_steps=1, num_peers=1)
         self.done = self.run_tokens = 0
         self.is_here, self.is_over = True, False
-        self.knows_speed = self.is_sure = False
-        """From the end of its first round on, and from the start of the second."""
+        self.knows_speed = False
+        """From the end of its first round on."""
         self.step_s = setting.step_s[number]
         """As it was in its last round."""
         self.num_lives = 0
@@ -82,20 +216,20 @@ class Peer:
         """When its round did."""
         self.own: Contribution
         """What its round has brought so far."""
+        self.info, self.so_far_since_s = PeerInfo(peer=self.name), 0.0
+        """What it has told of itself last, and when."""
         self.naming = Naming(world.told)
-        self.lanes = [self.lane(fragment) for fragment in range(len(world.fragments))]
-        self.forget()
-
-    def lane(self, number: int) -> Lane:
-        """A new one."""
-        return Lane(self, number)
+        self.lanes = [world.lane(fragment, self.naming) for fragment in range(len(world.fragments))]
+        self.gossip, self.planner = Driver(self), MergePlanner(len(self.lanes))
 
     def forget(self) -> None:
         """All that its process holds and no checkpoint keeps."""
-        self.back_off = BackOff()
+        merged = self.gossip.engine.rows()
+        self.gossip, self.planner = Driver(self), MergePlanner(len(self.lanes))
+        self.gossip.engine.load(merged)
         self.trainer.state = self.trainer.state
         for lane in self.lanes:
-            lane.forget(self.back_off)
+            lane.forget(self.world.codec(lane.number))
 
     @property
     def round(self) -> int:
@@ -105,44 +239,36 @@ class Peer:
     def begin(self) -> None:
         """A round."""
         setting, clock = self.world.setting, self.world.clock
-        self.began_s, self.is_sure = clock.now, self.knows_speed
+        self.began_s, is_anew = clock.now, self.lanes[0].weights is None
         self.enter(self._next_start(), self.world.tokens)
         step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
             self.call_at(self.done_s(moment * step_s), self.publish, moment)
         for moment in sorted(set(self.start.merge_after))[:-1]:
             self.call_at(self.done_s(moment * step_s), self.end_of_some, moment)
-        self.plan_pulls()
+        plans = self.planner.round_began(
+            self.round,
+            clock.now,
+            inner_steps=self.start.inner_steps,
+            merge_after=self.start.merge_after,
+            gradient_format=self.start.gradient_format,
+            steps_per_s=self.steps_per_s,
+            all_begin=is_anew,
+        )
+        self.tells(0, self.info.part_tokens)
+        self.gossip.tell(Planned(self.round, plans))
         self.call_at(self.done_s(self.start.inner_steps * step_s), self.end)
 
-    def plan_pulls(self) -> None:
-        """When to pull for the next merge of each fragment, as far as that is known by now."""
-        now, others, wanted = self.world.clock.now, len(self.world.live) - 1, self.world.wanted
-        merge_after = self.start.merge_after
-        until_s = min((self.at_s(moment) for moment in merge_after if moment > self.done), default=math.inf)
-        if self.world.setting.pace.deviation:
-            until_s = math.inf  # that merge may come later than reckoned
-        for lane in self.lanes:
-            moment = merge_after[lane.number]
-            together = [one for one in self.lanes if merge_after[one.number] == moment]
-            lane.sizes_due = sizes = total_bytes(one.sizes[self.start.gradient_format] for one in together)
-            lane.merges_s = self.at_s(moment + (self.start.inner_steps if lane.round > self.round else 0))
-            lane.plan = plan_pulls(others, lane.began_s, lane.merges_s, sizes, self.times, wanted)
-            for what, due_s in ("weights", lane.plan.weights_at_s), ("gradient", lane.plan.gradients_at_s):
-                for when_s in due_s:
-                    if when_s <= until_s:
-                        self.call_at(self.due_s(max(0.0, when_s - now)), self.fill, lane, what)
+    @property
+    def steps_per_s(self) -> float:
+        """As far as it knows; 0 in its first round."""
+        return 1 / self.step_s if self.knows_speed else 0.0
 
-    def at_s(self, moment: int) -> float:
-        """When it will have taken so many steps of its round, as it expects."""
-        now = self.world.clock.now
-        return now + (moment - self.done) * expected_step_s(self.step_s, now - self.began_s, self.done)
-
-    def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> None:
+    def call_at(self, when_s: float, call: Callable[..., object], *args: Any) -> Timer:
         """On the world's clock, unless it has gone by then."""
-        self.world.clock.call_at(when_s, self._if_here, self.num_lives, call, *args)
+        return self.world.clock.call_at(when_s, self._if_here, self.num_lives, call, *args)
 
-    def _if_here(self, num_lives: int, call: Callable[..., None], *args: Any) -> None:
+    def _if_here(self, num_lives: int, call: Callable[..., object], *args: Any) -> None:
         if num_lives == self.num_lives:
             call(*args)
 
@@ -161,6 +287,7 @@ class Peer:
         if self.coverage is not None:
             names = [peer.name for peer in others]
             shard, _ = self.coverage.begin(self.round, setting.run.run.seed, names, setting.run.round_tokens)
+        self.gossip.hear()
         return Start(
             inner_steps=steps,
             num_peers=1 + sum(peer.number < setting.num_counted for peer in others),
@@ -169,12 +296,8 @@ class Peer:
             every=publishes_every(most, len(self.lanes), round_s, self.world.layout.size),
             run_steps_a_step=everybodys,
             num_fragments=len(self.lanes),
-            gradient_format=self.gradient_format(len(others), round_s),
+            gradient_format=self.gossip.engine.gradient_format(round_s, setting.link_of(self.name)[0]),
         )
-
-    def gradient_format(self, others: int, round_s: float) -> GradientFormat:
-        """That in which it publishes pseudo-gradients in a round that lasts so long, beside so many others."""
-        return gradient_format(self.world.sizes, others, round_s, self.times.bytes_per_s, self.world.wanted)
 
     def ends_in_s(self) -> float | None:
         """In how many seconds its round ends, as it tells; None until it knows its speed, and while it is away."""
@@ -194,15 +317,30 @@ class Peer:
         self.trainer.begin(start)
         for lane in self.lanes:
             if lane.weights is None or lane is self.lanes[-1]:
-                lane.begins(self.round, self.trainer.state_of(lane.number).theta, self.began_s)
+                self.begins(lane, self.round)
+
+    def begins(self, lane: Lane, round: int) -> None:
+        """A round of a fragment, whose weights it publishes."""
+        lane.begins(round, self.trainer.state_of(lane.number).theta)
 
     def done_s(self, work_s: float) -> float:
         """When it has done what takes it so long at its own speed."""
         return self.world.setting.done_s(self.number, self.world.clock.now, work_s)
 
-    def due_s(self, wait_s: float) -> float:
-        """When it does what it would do in so long, if it did not hang meanwhile."""
-        return self.world.setting.due_s(self.number, self.world.clock.now, wait_s)
+    def tells(self, part: int, tokens: int) -> None:
+        """The others, how far its round is: what it has published of it, of how many tokens that is."""
+        self.so_far_since_s = self.world.clock.now
+        self.info = PeerInfo(
+            peer=self.name,
+            training=True,
+            round=self.round,
+            part=part,
+            part_tokens=tokens,
+            inner_steps=self.start.inner_steps,
+            inner_steps_done=self.done,
+            steps_per_s=self.steps_per_s,
+        )
+        self.world.num_told += 1
 
     def train_to(self, moment: int) -> None:
         """Inner steps up to `moment` of the round, then a publication."""
@@ -218,18 +356,26 @@ class Peer:
         for lane, of in zip(self.lanes, self.own.fragment_rounds, strict=True):
             gradient = self.own.gradient_of(lane.number)
             lane.robustness.learn(gradient, of.tokens)
-            mark = Mark(of.round, of.part, of.tokens)
-            lane.newest = Published(mark, gradient, self.start.gradient_format)
+            lane.brought(Mark(of.round, of.part, of.tokens), gradient, self.start.gradient_format)
+        self.tells(self.own.part, self.own.tokens)
 
     def publish(self, moment: int) -> None:
         """Train to that moment of the round, and publish; pulls are planned anew if merges come at other times."""
         self.train_to(moment)
-        if moment in self.start.merge_after or not self.knows_speed:
-            return
-        due = min((lane for lane in self.lanes if lane.round == self.round), key=lambda lane: lane.merges_s)
-        way_s = self.start.inner_steps * self.step_s / len(self.lanes)
-        if is_moved(due.merges_s, self.at_s(self.start.merge_after[due.number]), way_s):
-            self.plan_pulls()
+        self._plan(self.planner.steps_done(moment, self.world.clock.now))
+
+    def _plan(self, plans: Sequence[MergePlan] | None) -> None:
+        if plans is not None:
+            self.gossip.tell(Planned(self.round, plans))
+
+    def answer(self, ask: Ask) -> Replied[Published]:
+        """What it has of what it is asked for."""
+        lane, info = self.lanes[ask.fragment], self.info
+        if (published := lane.newer(ask.section, ask.known)) is None:
+            return Replied(ask.pull)
+        self.serve(lane, ask.section, published)
+        told = Told(info.round, info.inner_steps, info.inner_steps_done, info.steps_per_s, self.so_far_since_s)
+        return Replied(ask.pull, published.mark, published, told)
 
     def serve(self, lane: Lane, section: Section, published: Published) -> None:
         """That section of its publications was asked for: the first time it is encoded, for everybody."""
@@ -245,148 +391,49 @@ class Peer:
             encoded = gradients.encode_sum(published.vector, format, mark.round, mark.part)
             published.sent = gradients.of[format].decode(encoded)
 
-    # ------------------------------------------------------------- pulls
-
-    def fill(self, lane: Lane, section: Section) -> None:
-        """Pull until as many are here or on their way as are due; a slow one does not count."""
-        world, setting, clock = self.world, self.world.setting, self.world.clock
-        if lane.plan is None:
-            return
-        num_due, slow_s = (
-            lane.plan.num_due(section, clock.now + _ROUNDING_S),
-            self.times.slow_after_s(lane.sizes_due, world.wanted),
-        )
-        while lane.pulls.is_wanted(section, num_due, lane.arrived, slow_s, clock.now):
-            name = self.choose(lane, section)
-            if name is None:
-                return
-            author = world.by_name[name]
-            theirs = author.lanes[lane.number]
-            published = theirs.newest if section == "gradient" else theirs.weights
-            assert published is not None
-            author.serve(theirs, section, published)
-            if not world.is_hanging(name):
-                author.back_off.called(self.name, clock.now)
-            if lane.pulled_for_s is None:
-                lane.pulled_for_s = lane.merges_s
-            asked = lane.pulls.begin(section, name, clock.now)
-            if not self.is_of_use(lane, section, name, published.mark):
-                round_s = self.start.inner_steps * self.step_s / len(self.lanes)
-                again_s = lane.pulls.nothing_new(asked, clock.now, round_s)
-                self.call_at(self.due_s(again_s), self.fill, lane, section)
-                continue
-            pull = Pull(lane, asked, published, author.num_lives)
-            self.call_at(self.due_s(slow_s), self.fill, lane, section)
-            if world.is_hanging(name):  # it says nothing
-                self.call_at(clock.now + setting.run.network.call_limit_s, self.break_off, pull, "no answer", True)
-            else:
-                self.bring(pull, lane.size_bytes(published), ATTEMPTS)
-
-    def bring(self, pull: Pull, left_bytes: int, attempts: int) -> None:
-        """The bytes come; where the transfer breaks off, it is asked for the rest, so many times in all."""
-        world = self.world
-        if world.by_name[pull.asked.peer].num_lives != pull.life:
-            self.break_off(pull, "it has gone")
-            return
-        breaks = self.rng.random() < world.setting.failing
-        come_bytes = int(self.rng.random() * left_bytes) if breaks else left_bytes
-        arrives_s = world.wire.arrives_s(world.clock.now, pull.asked.peer, self.name, come_bytes, self.rng)
-        if not breaks:
-            self.call_at(arrives_s, self.arrive, pull)
-        elif attempts > 1:
-            self.call_at(arrives_s, self.bring, pull, left_bytes - come_bytes, attempts - 1)
-        else:
-            self.call_at(arrives_s, self.break_off, pull, "its transfers break off")
-
-    def choose(self, lane: Lane, section: Section) -> str | None:
-        """Whose to pull, as a volunteer chooses."""
-        others = {peer.name: peer.lanes[lane.number] for peer in self.world.live if peer is not self}
-        candidates = [
-            Candidate(peer=name, round=mark.round, part=mark.part, tokens=mark.tokens)
-            for name, theirs in others.items()
-            if theirs.newest is not None and (mark := theirs.newest.mark)
-        ]
-        here, now = lane.arrived, self.world.clock.now
-        view = View(
-            candidates=candidates,
-            rounds={name: theirs.round for name, theirs in others.items()},
-            own_round=lane.round,
-            with_weights=lane.pulls.coming("weights", here),
-            exclude={self.name, *lane.pulls.not_now(section, here, now)},
-        )
-        return lane.partners.next(section, view, now, self.rng)[0]
-
-    def is_of_use(self, lane: Lane, section: Section, name: str, mark: Mark) -> bool:
-        """Whether that section of a publication can be merged."""
-        return lane.ledger.may_enter(section, name, mark, self.world.reference_round)
-
-    def break_off(self, pull: Pull, reason: str, mute: bool = False) -> None:
-        """Nothing comes of it: who was asked is left alone for a while, and another is asked instead."""
-        pull.lane.pulls.fail(pull.asked, self.world.clock.now, reason, mute)
-        self.fill(pull.lane, pull.asked.section)
-
-    def arrive(self, pull: Pull) -> None:
-        """Take it, or if it is refused or its author has gone meanwhile, another's in its place."""
-        world, name, lane = self.world, pull.asked.peer, pull.lane
-        if world.by_name[name].num_lives != pull.life:
-            self.break_off(pull, "it has gone")
-            return
-        try:
-            self.take_untrusted(lane, pull.asked.section, name, pull.published)
-        except BadBytesError as error:
-            world.told(name, Incident(rule_of(str(error)), str(error)))
-            self.break_off(pull, str(error))
-        else:
-            lane.pulls.end(pull.asked)
-            lane.pulls.answered(name)
-
-    def take_untrusted(self, lane: Lane, section: Section, name: str, published: Published) -> None:
-        """Take of it what is new. BadBytesError if that must not be."""
-        if (arrival := self.new_untrusted(lane, section, name, published)) is not None:
-            self.keep_untrusted(lane, section, name, published, arrival)
-            self.hear_rows(name, published.rows)
-
     def hear_rows(self, name: str, rows: Sequence[Row]) -> None:
         """What another tells of who has seen which data, if those are the same."""
         part_of, other = self.world.setting.text.part_of, self.world.by_name[name]
         if self.coverage is not None and part_of(self.number) == part_of(other.number):
             self.coverage.merge(rows, name, lambda _, tokens: tokens)
 
-    def new_untrusted(self, lane: Lane, section: Section, name: str, published: Published) -> Arrival | None:
-        """What is new of it, None if nothing is. BadBytesError if it is nonsense."""
-        if not self.is_of_use(lane, section, name, published.mark):
-            return None
-        vector = published.sent
+    def arrival_untrusted(self, decode: Decode[Published]) -> Arrival:
+        """What is new of a publication, as far as the run's rule lets it enter a merge. BadBytesError if it must not
+        be taken."""
+        lane, vector, earlier = self.lanes[decode.fragment], decode.held.sent, decode.earlier
         assert vector is not None
         if not bool(vector.isfinite().all()):
             raise BadBytesError("a publication that is not finite")
-        if section == "weights":
-            return Arrival(vector, vector, 0)
-        news = lane.ledger.news(name, published.mark, self.world.reference_round)
-        return Arrival(None, vector - lane.merged[name] if isinstance(news, Difference) else vector, news.tokens)
-
-    def keep_untrusted(self, lane: Lane, section: Section, name: str, published: Published, arrival: Arrival) -> None:
-        """Keep what the run's rule lets enter a merge. BadBytesError if that is nothing."""
+        if decode.section == "weights":
+            arrival = Arrival(vector, vector, 0)
+        else:
+            assert earlier is None or earlier.sent is not None
+            new = vector if earlier is None or earlier.sent is None else vector - earlier.sent
+            arrival = Arrival(None, new, decode.news.tokens)
         theta = self.trainer.state_of(lane.number).theta
-        accepted = lane.robustness.accept(name, arrival, theta, published.mark.round)
-        lane.arrived[section, name] = (published, accepted)
+        return lane.robustness.accept(decode.author, arrival, theta, decode.held.mark.round)
 
     # ------------------------------------------------------------- the merge
 
-    def end_of_some(self, moment: int) -> None:
-        """Merge what is here of the fragments whose time has come."""
-        now, due = self.world.clock.now, [n for n, after in enumerate(self.start.merge_after) if after == moment]
-        first = self.lanes[due[0]]
-        if self.is_sure:
-            expected_s = first.merges_s if first.pulled_for_s is None else first.pulled_for_s
-            self.times.round_ended(expected_s - first.began_s, now - first.began_s)
+    def end_of_some(self, moment: int) -> bool:
+        """Merge what is ready of the fragments whose time has come; False if it takes the others' weights instead."""
         for lane, merged_after in zip(self.lanes, self.start.merge_after, strict=True):
-            if merged_after == moment:
-                self.merge(lane, self.ready(lane))
-                if lane is not self.lanes[-1]:
-                    lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, self.world.clock.now)
-        if moment < self.start.inner_steps:
-            self.plan_pulls()
+            if merged_after != moment:
+                continue
+            due = self._due(MergeDue(self.round, lane.number))
+            if isinstance(due, CatchUp):
+                if takes_state(self):
+                    return False
+                due = self._due(MergeDue(self.round, lane.number, may_catch_up=False))
+            assert isinstance(due, Merge)
+            self.merge(lane, _arrivals(due))
+            if lane is not self.lanes[-1]:
+                self.begins(lane, self.round + 1)
+            self._plan(self.planner.merged(lane.number, self.world.clock.now))
+        return True
+
+    def _due(self, event: MergeDue) -> Command:
+        return self.gossip.tell(event)[-1]
 
     def end(self) -> None:
         """Merge the last fragments, or take the others' weights if its own are too old for them; on to a new round."""
@@ -394,12 +441,10 @@ class Peer:
         if world.setting.pace.deviation:
             took_s = world.setting.awake_s(self.number, self.began_s, world.clock.now)
             self.step_s = took_s / self.start.inner_steps
-        if catches_up(self):
-            return
-        self.end_of_some(self.start.inner_steps)
-        self.rounds_done += 1
-        world.merged(self)
-        self.begin_or_end()
+        if self.end_of_some(self.start.inner_steps):
+            self.rounds_done += 1
+            world.merged(self)
+            self.begin_or_end()
 
     def begin_or_end(self) -> None:
         """The next round, unless the run has had its tokens."""
@@ -407,22 +452,12 @@ class Peer:
             self.begin()
         else:
             self.is_over = True
-            for lane in self.lanes:
-                lane.plan = None
+            self.gossip.tell(Rested())
             self.world.finished(self)
 
-    def ready(self, lane: Lane) -> Arrived:
-        """What enters the merge: all that is here. If some of that is too old by now, since this peer stood still, the
-        rest enters the next one."""
-        here, reference = lane.arrived, self.world.reference_round
-        stays = lane.ledger.stays_of_use
-        lane.arrived = {key: each for key, each in here.items() if stays(*key, each[0].mark, reference)}
-        return here if len(lane.arrived) == len(here) else {}
-
-    def merge(self, lane: Lane, ready: Arrived) -> None:
-        """The end of a fragment's round, with what entered it."""
+    def merge(self, lane: Lane, arrivals: Sequence[Arrival]) -> None:
+        """The end of a fragment's round, with what enters it."""
         world, rate = self.world, self.world.setting.run.merge.outer_learning_rate
-        arrivals = [replace(each, ahead_rounds=self.ahead_rounds(lane, of)) for of, each in ready.values()]
         prepared = prepare(self.trainer.state_of(lane.number), arrivals, lane.fragment.layout, rate)
         if prepared.displacement is not None:
             lane.robustness.merged(prepared.displacement)
@@ -433,22 +468,17 @@ class Peer:
             peer_tokens={},
             apart=apart(lane.robustness.rule, arrivals),
         )
-        reference = world.reference_round
-        for (what, name), (published, _) in ready.items():
-            if what == "weights":
-                lane.ledger.weights_merged(name, published.mark.round)
-            else:
-                assert published.sent is not None
-                lane.ledger.merged(name, published.mark, reference)
-                lane.merged[name] = published.sent
-        lane.merged = {name: kept for name, kept in lane.merged.items() if name in lane.ledger.held}
-        lane.arrived = {key: each for key, each in lane.arrived.items() if key not in ready}
-        self.rounds_fresh += any(what == "gradient" for what, _ in ready) / len(self.lanes)
+        self.rounds_fresh += any(each.theta is None for each in arrivals) / len(self.lanes)
         self.trainer.merge(gathered, self.own, lane.number)
 
-    def ahead_rounds(self, lane: Lane, published: Published) -> float:
-        """By how much of the fragment's round that ends its author's began later."""
-        return ahead_rounds(published.began_s, lane.began_s, lane.merges_s)
+
+def _arrivals(due: Merge[Published, Arrival, Unprepared]) -> list[Arrival]:
+    """What enters, each with by how much of the round that was planned its author's began later."""
+    if due.merge is None:
+        return []
+    plan = due.merge.plan
+    began_s = plan.began_s[plan.fragments.index(due.fragment)]
+    return [replace(each.payload, ahead_rounds=ahead_rounds(each.began_s, began_s, plan.ends_s)) for each in due.pulled]
 
 
 @dataclass
@@ -461,13 +491,12 @@ class World:
     inner_steps: int = 0
     tokens_lost: int = 0
     finished_s: float = 0.0
+    num_told: int = 0
+    """How often somebody has come, gone, or told how far it is."""
     specs: tuple[TensorSpec, ...] = field(init=False)
     layout: Layout = field(init=False)
     fragments: tuple[Fragment, ...] = field(init=False)
-    sizes: Mapping[GradientFormat, SectionBytes] = field(init=False)
-    """Of the whole model, by the format of pseudo-gradients."""
-    wanted: Wanted = field(init=False)
-    """Of how many partners a round pulls them, if links carry it."""
+    gossip: GossipSettings = field(init=False)
     peers: list[Peer] = field(init=False)
     by_name: dict[str, Peer] = field(init=False)
 
@@ -477,9 +506,14 @@ class World:
         if not self.setting.corrected:
             self.layout = replace(self.layout, corrected=(False,) * len(self.specs))
         self.fragments = fragments_of(self.layout, self.setting.run.merge.num_fragments)
-        section = self.setting.run.merge
-        self.sizes = PublicationCodec(self.specs, section.theta_format, section.gradient_formats).sizes()
-        self.wanted = Wanted(section.num_partners, section.num_weights)
+        section, num_fragments = self.setting.run.merge, len(self.fragments)
+        self.gossip = GossipSettings(
+            sizes=[self.codec(fragment).sizes(1 / num_fragments) for fragment in range(num_fragments)],
+            wanted=Wanted(section.num_partners, section.num_weights),
+            num_parts=section.publications_per_round,
+            max_staleness_rounds=section.max_staleness_rounds,
+            variant=section.partners,
+        )
         self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
         self._recorder, self.wire = Recorder(self.setting), Wire(self.setting)
@@ -489,10 +523,12 @@ class World:
         section, specs = self.setting.run.merge, tuple(self.fragments[fragment].pick(self.specs))
         return PublicationCodec(specs, section.theta_format, section.gradient_formats)
 
-    @property
-    def reference_round(self) -> int:
-        """The median of everybody's."""
-        return median_round(peer.round for peer in self.live)
+    def lane(self, fragment: int, naming: Naming) -> Lane:
+        """Of a new peer."""
+        rule, met = self.setting.run.merge.robust, not self.setting.own_weights
+        robustness = Robustness(rule, self.fragments[fragment].layout, naming, met=met)
+        codec, sizes = self.codec(fragment), self.gossip.sizes[fragment]
+        return Lane(fragment, self.fragments[fragment], sizes, robustness, codec)
 
     @property
     def live(self) -> list[Peer]:

@@ -41,9 +41,9 @@ class _Hostile(Peer):
         self.copied = random.Random(f"{self.name} {self.round}").choice(self.world.honest)
         super().begin()
 
-    def lane(self, number: int) -> Lane:
+    def begins(self, lane: Lane, round: int) -> None:
         """See `Peer`."""
-        return _HostileLane(self, number)
+        lane.begins(round, self.spoilt_weights(lane.number, self.trainer.state_of(lane.number).theta))
 
     def train_to(self, moment: int) -> None:
         """See `Peer`. What it trains does not count."""
@@ -75,10 +75,7 @@ class _Hostile(Peer):
         """What it publishes in place of its gradient."""
         g, mark, attack = honest.vector, honest.mark, self.world.setting.hostile
         if attack.kind == "tokens":  # the most that is not refused
-            most = self.world.setting.run.max_round_tokens
-            return dataclasses.replace(
-                honest, mark=Mark(mark.round, mark.part, most - self.start.num_parts + mark.part)
-            )
+            return dataclasses.replace(honest, mark=Mark(mark.round, mark.part, self.most_tokens(mark.part)))
         made: dict[str, Callable[[], Tensor]] = {
             "sign-flip": lambda: -attack.factor * g,
             "scaled": lambda: attack.factor * g,
@@ -89,6 +86,15 @@ class _Hostile(Peer):
             "nan": lambda: torch.full_like(g, math.nan),
         }
         return dataclasses.replace(honest, vector=made.get(attack.kind, lambda: g)())
+
+    def most_tokens(self, part: int) -> int:
+        """That a publication may have."""
+        return self.world.setting.run.max_round_tokens - self.start.num_parts + part
+
+    def tells(self, part: int, tokens: int) -> None:
+        """See `Peer`."""
+        lies = part and self.world.setting.hostile.kind == "tokens"
+        super().tells(part, self.most_tokens(part) if lies else tokens)
 
     def noise(self, lane: Lane, honest: Published) -> Tensor:
         """Random numbers of the same norm in each tensor."""
@@ -116,13 +122,6 @@ class _Hostile(Peer):
         assert self.copied is not None
         theirs = self.copied.lanes[lane.number].newest
         return own.vector if theirs is None else theirs.vector * (own.mark.tokens / theirs.mark.tokens)
-
-
-class _HostileLane(Lane):
-    def begins(self, round: int, theta: Tensor, now: float) -> None:
-        """See `Lane`."""
-        assert isinstance(self.peer, _Hostile)
-        super().begins(round, self.peer.spoilt_weights(self.number, theta), now)
 
 
 @dataclass

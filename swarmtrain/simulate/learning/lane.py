@@ -1,52 +1,21 @@
-"""What a simulated volunteer keeps of one fragment of the model."""
+"""What a simulated volunteer publishes of one fragment of the model, and what it holds for usual there."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from swarmtrain.algorithm.fragments import Fragment
-from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.network.codec import PublicationCodec
-from swarmtrain.peer.robustness import Naming, Robustness
-from swarmtrain.protocol.open_pulls import OpenPull, OpenPulls, Which
-from swarmtrain.protocol.partners import BackOff, Ledger, Mark, Partners
-from swarmtrain.protocol.pulls import PullPlan, Wanted, most_pulls
+from swarmtrain.peer.robustness import Robustness
+from swarmtrain.protocol.partners import Mark
+from swarmtrain.protocol.pulls import Section, SectionBytes
 from swarmtrain.protocol.shards import Row
 from swarmtrain.run import GradientFormat
-from swarmtrain.simulate.learning.setting import Setting
 
-__all__ = ["Arrived", "Home", "Lane", "Owner", "Published", "Pull"]
-
-
-class Home(Protocol):
-    """What everybody's lanes have in common."""
-
-    setting: Setting
-    fragments: tuple[Fragment, ...]
-    wanted: Wanted
-
-    def codec(self, fragment: int) -> PublicationCodec:
-        """A peer's own of a fragment."""
-
-
-class Owner(Protocol):
-    """The peer that keeps a lane."""
-
-    name: str
-    naming: Naming
-
-    @property
-    def world(self) -> Home:
-        """The run and the others."""
-
-    @property
-    def round(self) -> int:
-        """The one it is in, or begins."""
+__all__ = ["Lane", "Published"]
 
 
 @dataclass
@@ -55,77 +24,45 @@ class Published:
 
     mark: Mark
     vector: Tensor
+    num_bytes: int
     format: GradientFormat | None = None
     """Of a pseudo-gradient."""
     sent: Tensor | None = None
     """What everybody gets of it, once it was asked for."""
-    began_s: float | None = None
-    """When its author's round of the fragment began, of weights."""
     rows: Sequence[Row] = ()
     """Who has seen which data, as it tells with it."""
 
 
-@dataclass(frozen=True, eq=False)
-class Pull:
-    """A section of somebody's publication, on its way."""
-
-    lane: Lane
-    asked: OpenPull
-    published: Published
-    life: int
-    """Of its author."""
-
-
-Arrived: TypeAlias = dict[Which, tuple[Published, Arrival]]
-"""What is here to be merged, of whom, in the order in which it came."""
-
-
+@dataclass
 class Lane:
-    """What a peer keeps of one fragment of the model: what it publishes, pulls and has merged of it."""
+    """One fragment."""
 
-    def __init__(self, peer: Owner, number: int) -> None:
-        world, section = peer.world, peer.world.setting.run.merge
-        self.peer, self.number, self.fragment = peer, number, world.fragments[number]
-        self.sizes = world.codec(number).sizes(1 / len(world.fragments))
-        self.ledger = Ledger(section.max_staleness_rounds, section.publications_per_round, section.num_partners)
-        met = not world.setting.own_weights
-        self.robustness = Robustness(section.robust, self.fragment.layout, peer.naming, met=met)
-        self.began_s = math.inf
-        """When its round did,"""
-        self.merges_s = math.inf
-        """and when it is merged next, as was expected last,"""
-        self.pulled_for_s: float | None = None
-        """and as was when the first pull for that began."""
+    number: int
+    fragment: Fragment
+    sizes: Mapping[GradientFormat, SectionBytes]
+    robustness: Robustness
+    codec: PublicationCodec
+    newest: Published | None = field(default=None, init=False)
+    """Its gradient's."""
+    weights: Published | None = field(default=None, init=False)
 
-    def forget(self, back_off: BackOff) -> None:
-        """All that a process holds and no checkpoint keeps."""
-        world = self.peer.world
-        self.partners = Partners(self.ledger, back_off, world.setting.run.merge.partners)
-        self.newest: Published | None = None
-        """Its gradient's."""
-        self.weights: Published | None = None
-        self.merged: dict[str, Tensor] = {}
-        self.codec = world.codec(self.number)
-        self.arrived: Arrived = {}
+    def forget(self, codec: PublicationCodec) -> None:
+        """All that a process holds and no checkpoint keeps; another has a codec of its own."""
+        self.codec, self.newest, self.weights = codec, None, None
         self.robustness.comes_back()
-        self.pulls = OpenPulls(back_off, most_pulls(world.wanted))
-        self.plan: PullPlan | None = None
-        self.sizes_due = next(iter(self.sizes.values()))
-        """Of all that is pulled of one partner at once."""
 
-    @property
-    def round(self) -> int:
-        """The one that it is in, or begins."""
-        return self.peer.round if self.weights is None else self.weights.mark.round
+    def begins(self, round: int, theta: Tensor) -> None:
+        """A round of it, with the weights `theta`, (Q,), which weigh the same in any format of gradients."""
+        num_bytes = next(iter(self.sizes.values())).weights
+        self.weights = Published(Mark(round, 0, 0), theta, num_bytes)
 
-    def size_bytes(self, published: Published) -> int:
-        """What a publication of this fragment weighs: its weights do in any format of gradients."""
-        if published.format is None:
-            return next(iter(self.sizes.values())).weights
-        return self.sizes[published.format].gradient
+    def brought(self, mark: Mark, gradient: Tensor, format: GradientFormat) -> None:
+        """So much of its round, (Q,)."""
+        self.newest = Published(mark, gradient, self.sizes[format].gradient, format)
 
-    def begins(self, round: int, theta: Tensor, now: float) -> None:
-        """A round of it, with the weights `theta`, (Q,)."""
-        self.began_s, self.pulled_for_s = now, None
-        self.pulls.round_begins(now)
-        self.weights = Published(Mark(round, 0, 0), theta, began_s=now)
+    def newer(self, section: Section, known: Mark | None) -> Published | None:
+        """The newest that it has of a section; None if that is what the reader knows."""
+        found = self.weights if section == "weights" else self.newest
+        if found is None or (known is not None and (found.mark.round, found.mark.part) <= (known.round, known.part)):
+            return None
+        return found
