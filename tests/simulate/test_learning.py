@@ -247,7 +247,7 @@ def back_off_of(peer: Peer) -> BackOff:
 
 
 def test_a_transfer_that_breaks_off_goes_on_and_one_that_never_ends_costs_its_peer(tmp_path: Path) -> None:
-    calm = World(setting(tiny(tmp_path)))
+    calm = World(setting(tiny(tmp_path), run__total_tokens=24_000))
     some, all_of_them = (World(dataclasses.replace(calm.setting, failing=failing)) for failing in (0.3, 1.0))
     for world in (calm, some, all_of_them):
         world.run()
