@@ -1,5 +1,5 @@
 """What recorded volunteers did, done again by the simulator's peers (`simulate.learning.gossip`): the record says what
-happened and when, the simulator decides, trains and merges."""
+happened, when, and what gossip decided; the simulator trains, publishes, decodes and merges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recording import generator, plain
+from recording import plain
 from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival
@@ -27,20 +27,10 @@ from swarmtrain.network.codec import vector_sha256
 from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.trainer import Start
 from swarmtrain.protocol.fragments import publishes_every
-from swarmtrain.protocol.partners import Candidate, Mark, View, agreed_places
+from swarmtrain.protocol.gossip_messages import Decode
+from swarmtrain.protocol.partners import Difference, Mark, News, Whole
 from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.pulls import (
-    BytesBegun,
-    PullTimes,
-    Section,
-    ahead_rounds,
-    expected_step_s,
-    gradient_format,
-    is_moved,
-    plan_pulls,
-    round_began_s,
-    total_bytes,
-)
+from swarmtrain.protocol.pulls import Section, ahead_rounds
 from swarmtrain.run import parse_published_untrusted, run_sha256
 from swarmtrain.simulate.learning.gossip import Peer, World
 from swarmtrain.simulate.learning.lane import Lane, Published
@@ -82,7 +72,8 @@ def text_from(published: bytes, held_out: bytes, text_folder: Path, peers: Seque
 class ReplayedPeer(Peer):
     """A peer of the simulator to which happens what happened to a real one; each kind of event has a method.
 
-    Whatever the real one decided is decided again, on the same inputs; an assertion fails where that is something else.
+    It trains, publishes, decodes, cuts and merges as the real one did; an assertion fails where what comes of that is
+    something else. What gossip decided is what was recorded: `tests/recordings/drive.py` decides that again.
     """
 
     world: Replayed
@@ -90,15 +81,15 @@ class ReplayedPeer(Peer):
     def __init__(self, world: Replayed, number: int) -> None:
         super().__init__(world, number)
         self.name = world.names[number]
-        self.rng, self.times = generator(self.name), PullTimes()
         self.published: dict[tuple[int, Section, Mark], Published] = {}
-        self.new: dict[tuple[int, Section, str], Arrival] = {}
+        self.new: dict[tuple[int, Section, str], News] = {}
+        self.here: dict[tuple[int, Section, str], tuple[Published, Arrival]] = {}
+        self.before: dict[tuple[int, str], Published] = {}
+        """Whose gradients of each fragment were merged last."""
         self.unlearned: deque[tuple[Callable[[Tensor, int], None], Tensor, int]] = deque()
         for lane in self.lanes:
             lane.robustness.learn = partial(self._learns, lane.robustness.learn)  # type: ignore[method-assign]
         self.entered: list[list[Any]] = []
-        self.begun: dict[int, float | None] = {}
-        self.round_s: tuple[float, float] = 0.0, 0.0
         self.incidents: list[tuple[str, str, str]] = []
         self.num_rounds = self.num_equal = 0
 
@@ -107,14 +98,7 @@ class ReplayedPeer(Peer):
 
     def play(self, event: Event) -> None:
         """One event of the record."""
-        kind, _, what = event["kind"].partition(".")
-        if what:
-            self._times(what, event)
-        elif kind.startswith("plan of"):
-            self._plan(event)
-        elif kind in ("busy", "failed", "answered", "called"):
-            self._same(event, "back-off", getattr(self.back_off, kind)(*event["args"]))
-        elif (does := getattr(self, f"_{kind}", None)) is not None:  # else it is of the network's side
+        if (does := getattr(self, f"_on_{event['kind']}", None)) is not None:  # else it is gossip's
             does(event)
 
     def _same(self, event: Event, what: str, decided: Any, found: str = "found") -> None:
@@ -124,7 +108,7 @@ class ReplayedPeer(Peer):
 
     # ------------------------------------------------------------- a round
 
-    def _round(self, event: Event) -> None:
+    def _on_round(self, event: Event) -> None:
         section, start = self.world.setting.run.merge, Start(**event["start"])
         own, others, others_end_in_s = event["steps_of"]
         steps, round_s = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0
@@ -140,9 +124,8 @@ class ReplayedPeer(Peer):
             round_s = steps / own
         everybodys = steps_of_everybody(*event["everybodys_of"])
         every = publishes_every(section.publications_per_round, len(self.lanes), round_s, self.world.layout.size)
-        format = gradient_format(self.world.sizes, *event["format_of"][:3], self.world.wanted)
-        decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, every=every, gradient_format=format)
-        self.world.formats[format] += 1
+        decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, every=every)
+        self.world.formats[start.gradient_format] += 1
         self._same(event, "inner steps", decided, "start")
         assert event["round"] == self.round
         self.enter(start, event["run_tokens"])
@@ -153,7 +136,7 @@ class ReplayedPeer(Peer):
         assert lane.weights is not None
         self.published.setdefault((lane.number, "weights", lane.weights.mark), lane.weights)
 
-    def _restarts(self, event: Event) -> None:
+    def _on_restarts(self, event: Event) -> None:
         """It rests: what was trained since each fragment's merge is given up."""
         step_tokens, total_tokens = self.world.setting.run.tokens_per_step, self.world.setting.total_tokens
         for step in range(self.done, event["done"]):
@@ -163,7 +146,7 @@ class ReplayedPeer(Peer):
             lane.newest = lane.weights = None
             self.published.pop((lane.number, "weights", Mark(self.round, 0, 0)), None)
 
-    def _published(self, event: Event) -> None:
+    def _on_published(self, event: Event) -> None:
         moments = [moment for moment in self.start.publish_after if moment > self.done]
         self.train_to(moments[0])
         newest = [lane.newest for lane in self.lanes if lane.newest is not None]
@@ -172,12 +155,12 @@ class ReplayedPeer(Peer):
         for lane, each in zip(self.lanes, newest, strict=True):
             self.published[lane.number, "gradient", each.mark] = each
 
-    def _learned(self, event: Event) -> None:
+    def _on_learned(self, event: Event) -> None:
         learn, gradient, tokens = self.unlearned.popleft()
         self._same(event, "learned", tokens)
         learn(gradient, tokens)
 
-    def _asked_for(self, event: Event) -> None:
+    def _on_asked_for(self, event: Event) -> None:
         mark, lane = Mark(**event["mark"]), self._lane_of(event)
         section: Section = "gradient" if mark.part else "weights"
         self.serve(lane, section, self.published[lane.number, section, mark])
@@ -185,58 +168,23 @@ class ReplayedPeer(Peer):
     def _lane_of(self, event: Event) -> Lane:
         return self.lanes[event["fragment"]]
 
-    # ------------------------------------------------------------- pulls
+    # ------------------------------------------------------------- what was pulled
 
-    def _times(self, what: str, event: Event) -> None:
-        args = [BytesBegun(**arg) if isinstance(arg, dict) else arg for arg in event["args"]]
-        self._same(event, "pulls' times", getattr(self.times, what)(*args))
+    def _on_news(self, event: Event) -> None:
+        kind, tokens = event["found"]
+        if event["is_here"] and kind:
+            mark, which = Mark(**event["mark"]), (event["fragment"], event["section"], event["author"])
+            self.new[which] = Difference(mark, tokens, "") if kind == "Difference" else Whole(tokens, "")
 
-    def _plan(self, event: Event) -> None:
-        num_others, started_s, ends_s = event["inputs"]
-        sizes = total_bytes(self.lanes[fragment].sizes[event["format"]] for fragment in event["fragments"])
-        wanted = self.world.wanted
-        self._same(event, "plan of pulls", plan_pulls(num_others, started_s, ends_s, sizes, self.times, wanted))
-
-    def _expected(self, event: Event) -> None:
-        last_round_s, passed_s, done = event["inputs"]
-        assert done == self.done
-        self._same(event, "a step's time", expected_step_s(last_round_s, passed_s, done))
-
-    def _moved(self, event: Event) -> None:
-        self._same(event, "merges at other times", is_moved(*event["inputs"]))
-
-    def _began(self, event: Event) -> None:
-        self._same(event, "when another began", round_began_s(*event["args"]))
-
-    def _choice(self, event: Event) -> None:
-        seen = event["view"]
-        view = View(**{**seen, "candidates": [Candidate(**each) for each in seen["candidates"]]})
-        partners = self._lane_of(event).partners
-        self._same(event, "partner", partners.next(event["section"], view, event["now"], self.rng))
-
-    def _news(self, event: Event) -> None:
-        self.world.reference = event["reference"]
-        section, author, mark = event["section"], event["author"], Mark(**event["mark"])
-        lane, found = self._lane_of(event), list[Any]([None, 0])
-        if self.is_of_use(lane, section, author, mark):
-            found = ["Whole", 0]
-            if section == "gradient":
-                news = lane.ledger.news(author, mark, self.world.reference_round)
-                found = [type(news).__name__, news.tokens]
-        self._same(event, "news", found)
-        if event["is_here"] and found[0]:
-            published = self.world.published(lane.number, section, author, mark)
-            arrival = self.new_untrusted(lane, section, author, published)
-            assert arrival is not None
-            self.new[lane.number, section, author] = arrival
-
-    def _accepted(self, event: Event) -> None:
-        section, author, mark, lane = event["section"], event["author"], Mark(**event["mark"]), self._lane_of(event)
-        published, told = self.world.published(lane.number, section, author, mark), list[Incident]()
-        self.world.told_now = told
+    def _on_accepted(self, event: Event) -> None:
+        section, author, mark, fragment = event["section"], event["author"], Mark(**event["mark"]), event["fragment"]
+        published, told = self.world.published(fragment, section, author, mark), list[Incident]()
+        news, self.world.told_now = self.new.pop((fragment, section, author)), told
+        earlier = self.before[fragment, author] if isinstance(news, Difference) else None
         try:
-            self.keep_untrusted(lane, section, author, published, self.new.pop((lane.number, section, author)))
-            decided = [lane.arrived[section, author][1].tokens, ""]
+            arrival = self.arrival_untrusted(Decode(0, author, section, fragment, published, news, earlier))
+            self.here[fragment, section, author] = published, arrival
+            decided = [arrival.tokens, ""]
         except BadBytesError as error:
             decided = [0, str(error)]
         if not self.world.is_to_the_bit and bool(decided[1]) == bool(event["found"][1]):
@@ -246,38 +194,27 @@ class ReplayedPeer(Peer):
 
     # ------------------------------------------------------------- the merge
 
-    def _taken(self, event: Event) -> None:
-        pulled, ready = event["pulled"], dict[tuple[Section, str], tuple[Published, Arrival]]()
+    def _on_taken(self, event: Event) -> None:
         lane, is_last = self._lane_of(event), event["fragment"] == len(self.lanes) - 1
-        if event["reference"] is not None:
-            self.world.reference = event["reference"]
-            here = self.ready(lane)
-            ready = {(section, author): here[section, author] for section, author, *_ in pulled}
-            assert [each.mark for each, _ in ready.values()] == [Mark(**mark) for _, _, mark, _ in pulled]
-            self.begun = {id(ready[section, author][0]): began_s for section, author, _, began_s in pulled}
-            self.round_s = event["of_s"] or (0.0, 0.0)
-        tokens = dict[str, float]()
-        for (_, author), (_, arrival) in ready.items():
+        arrivals, tokens = list[Arrival](), dict[str, float]()
+        for section, author, mark, began_s in event["pulled"]:
+            published, arrival = self.here.pop((lane.number, section, author))
+            assert published.mark == Mark(**mark)
+            ahead = ahead_rounds(began_s, *(event["of_s"] or (0.0, 0.0)))
+            arrivals.append(replace(arrival, ahead_rounds=ahead))
             tokens[author] = tokens.get(author, 0) + arrival.tokens
+            if section == "gradient":
+                self.before[lane.number, author] = published
         self.entered = [list(each) for each in tokens.items()]
         assert self.done == self.start.merge_after[lane.number]
         if event.get("is_replaced"):  # by the others' weights: what was taken counts as merged all the same
-            for (section, author), (published, _) in ready.items():
-                if section == "weights":
-                    lane.ledger.weights_merged(author, published.mark.round)
-                else:
-                    lane.ledger.merged(author, published.mark, self.world.reference_round)
             return
-        self.merge(lane, ready)
+        self.merge(lane, arrivals)
         if not is_last:
-            lane.begins(self.round + 1, self.trainer.state_of(lane.number).theta, self.world.clock.now)
+            self.begins(lane, self.round + 1)
             self._has(lane)
 
-    def ahead_rounds(self, lane: Lane, published: Published) -> float:
-        """See `Peer`: as far as the real one knew."""
-        return ahead_rounds(self.begun[id(published)], *self.round_s)
-
-    def _merged(self, event: Event) -> None:
+    def _on_merged(self, event: Event) -> None:
         entered, recorded = self.entered, event["found"]
         if not self.world.is_to_the_bit and [author for author, _ in entered] == [author for author, _ in recorded]:
             entered = recorded
@@ -291,21 +228,11 @@ class ReplayedPeer(Peer):
 
     # ------------------------------------------------------------- others' weights
 
-    def _forgets(self, event: Event) -> None:
+    def _on_took_states(self, _: Event) -> None:
         for lane in self.lanes:
-            lane.arrived = {}
-
-    def _took_states(self, event: Event) -> None:
-        self._forgets(event)
-        rounds, told = dict(event["heard"]), event["told"]
-        for peer, round in event["rounds"].items():
-            rounds[peer] = max(round, rounds.get(peer, 0))
-        for lane in self.lanes:
-            of_lane = [{peer: (at[0], at[1]) for peer, at in each[lane.number].items()} for each in told]
-            lane.ledger.bring(agreed_places(of_lane, rounds, event["round"], lane.ledger.max_staleness_rounds))
             lane.robustness.comes_back()
 
-    def _adopted(self, event: Event) -> None:
+    def _on_adopted(self, event: Event) -> None:
         self.learner.comes_late()
         self.trainer.state = OuterState(_vector(event["theta"]), _vector(event["momentum"]))
         self.trainer.progress = Progress(round=event["round"], run_tokens=event["run_tokens"])
@@ -335,8 +262,6 @@ class Replayed(World):
     names: tuple[str, ...] = ()
     is_to_the_bit: bool = True
     """Whether what is computed here is what was computed there; else it is nearly that."""
-    reference: int = 0
-    """What the peer in question believes the median round to be."""
     decisions: Counter[str] = field(default_factory=Counter)
     """How many of each kind were the same."""
     formats: Counter[str] = field(default_factory=Counter)
@@ -346,11 +271,6 @@ class Replayed(World):
     def peer(self, number: int) -> Peer:
         """See `World`."""
         return ReplayedPeer(self, number)
-
-    @property
-    def reference_round(self) -> int:
-        """See `World`."""
-        return self.reference
 
     def told(self, peer: str, incident: Incident) -> None:
         """See `World`."""

@@ -19,15 +19,34 @@ from recording import around, plain
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import vector_sha256
-from swarmtrain.protocol.open_pulls import OpenPull, OpenPulls
-from swarmtrain.protocol.partners import BackOff, Mark, Partners
+from swarmtrain.protocol import gossip
+from swarmtrain.protocol.gossip import GossipEngine
+from swarmtrain.protocol.gossip_messages import (
+    Ask,
+    Called,
+    CatchUp,
+    Decode,
+    Decoded,
+    Download,
+    Downloaded,
+    Failed,
+    Merge,
+    MergeDue,
+    PeersChanged,
+    Planned,
+    Prepare,
+    Replied,
+    Report,
+    Rested,
+    Woke,
+)
+from swarmtrain.protocol.partners import BackOff, Partners
 from swarmtrain.protocol.pulls import PullTimes
 from swarmtrain.simulate import gossip as systems
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.gossip import GossipPeer, Publication
 from swarmtrain.simulate.learning import churn
-from swarmtrain.simulate.learning import gossip as learning
-from swarmtrain.simulate.learning.gossip import Peer, World
+from swarmtrain.simulate.learning.gossip import Driver, Peer, World
 from swarmtrain.simulate.learning.hostile import HostileWorld
 from swarmtrain.simulate.network import Refused
 from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
@@ -86,7 +105,7 @@ class _Lines:
     """Of which peer an object is, by its id; it lives as long as the run."""
     kept: list[Any] = field(default_factory=list)
     current: int = -1
-    """Whose function is running."""
+    """Whose engine is asked."""
     told: dict[Any, Any] = field(default_factory=dict)
 
     def write(self, peer: int, kind: str, **what: Any) -> None:
@@ -135,7 +154,7 @@ def record_learning(name: str, folder: Path) -> Recording:
     """One of `LEARNING`, played in `folder`."""
     sections, changes = LEARNING[name]
     one = setting(tiny(folder, **sections), **changes)
-    lines = _Learning()
+    lines = _Learning(Clock())
     try:
         lines.put_in()
         world = (HostileWorld if one.hostile.percent else World)(one)
@@ -157,41 +176,115 @@ def _text(vector: Any) -> str:
 
 
 class _Learning(_Lines):
-    def __init__(self) -> None:
-        super().__init__(clock=Clock())
-        self.asks: dict[OpenPull, tuple[int, int]] = {}
-        self.num_asks = 0
+    """What each engine is told and answers, and what its peer trains, decodes and merges."""
+
+    due: int = -1
+    """The round that is merged now."""
 
     def put_in(self) -> None:
         self.inner()
+        self._gossip()
         self._rounds()
-        self._pulls()
         self._merges()
+
+    def _gossip(self) -> None:
+        def init(original: Any, driver: Driver, peer: Peer) -> None:
+            original(driver, peer)
+            engine = driver.engine
+            for thing in (engine, engine._back_off, engine._times, *(lane.partners for lane in engine._lanes)):
+                self.is_of(thing, peer.number)
+
+        def receive(original: Any, engine: Any, event: Any, now: float) -> Any:
+            last, self.current = self.current, self.of(engine)
+            if self.current >= 0:
+                self._event(self.current, event)
+            found = original(engine, event, now)
+            for command in found:
+                self._command(self.current, command)
+            self.current = last
+            return found
+
+        def plan(original: Any, *args: Any) -> Any:
+            found = original(*args)
+            num_others, started_s, ends_s, sizes, *_ = args
+            self.write(self.current, "plan", inputs=[num_others, started_s, ends_s], sizes=sizes, found=found)
+            return found
+
+        def choose(original: Any, partners: Partners, candidates: Any, **how: Any) -> Any:
+            found = original(partners, candidates, **how)
+            what = {"exclude": sorted(how["exclude"]), "first": sorted(how["first"])}
+            self.write(self.of(partners), "choice", **what, reference=how["reference_round"], found=found)
+            return found
+
+        def bring(original: Any, driver: Driver, one: Any, left: int, attempts: int, asked_s: float) -> None:
+            self.write(driver.peer.number, "transfers", ask=one.pull, left=left, attempts=attempts)
+            original(driver, one, left, attempts, asked_s)
+
+        around(Driver, "__init__", init)
+        around(GossipEngine, "receive", receive)
+        around(gossip, "plan_pulls", plan)
+        around(Partners, "choose", choose)
+        around(Driver, "bring", bring)
+
+    def _event(self, peer: int, event: Any) -> None:
+        match event:
+            case PeersChanged(volunteers):
+                told = {one.peer: [one.round, one.part, one.part_tokens] for one in volunteers}
+                self.news(peer, "others", "others", told)
+            case Planned(round, plans):
+                self.write(peer, "begins", round=round, plans=plans)
+            case Woke():
+                self.write(peer, "looks")
+            case Called(author):
+                self.write(peer, "calls", author=author)
+            case Replied(ask, mark):
+                self.write(peer, "replied", ask=ask, mark=mark)
+            case Downloaded(ask, num_bytes):
+                self.write(peer, "came", ask=ask, num_bytes=num_bytes)
+            case Failed(ask, failure):
+                self.write(peer, "breaks", ask=ask, reason=failure.reason, mute=failure.kind == "silent")
+            case Decoded(ask, arrival):
+                self.write(peer, "decoded", ask=ask, tokens=arrival.tokens)
+            case MergeDue(round, fragment):
+                self.due = round
+                self.write(peer, "due", fragment=fragment, round=round)
+            case Rested():
+                self.write(peer, "stops")
+
+    def _command(self, peer: int, command: Any) -> None:
+        match command:
+            case Ask(ask, source, author, section, fragment, known):
+                self.write(peer, "asks", ask=ask, section=section, author=author, fragment=fragment)
+                known = None if known is None else [known.round, known.part]
+                self.write(peer, "requests", ask=ask, source=source, known=known)
+            case Download(ask, source, held):
+                self.write(peer, "downloads", ask=ask, source=source, mark=held.mark)
+            case Decode(ask, _, _, fragment, held, news, earlier):
+                what = {"news": type(news).__name__, "tokens": news.tokens, "has_earlier": earlier is not None}
+                self.write(peer, "decodes", ask=ask, fragment=fragment, mark=held.mark, what=what)
+            case Prepare(_, _, fragment, pulled):
+                self.write(peer, "readies", fragment=fragment, pulled=_named(pulled))
+            case Merge(fragment, merge, pulled):
+                named = None if merge is None else _named(pulled)
+                self.write(peer, "merges", fragment=fragment, round=self.due, pulled=named)
+            case CatchUp():
+                self.write(peer, "catches_up", found=True)
+            case Report(author, failure):
+                self.write(peer, "incident", author=author, reason=failure.reason)
 
     def _mine(self, name: str, before: Callable[..., None], after: Callable[..., None] | None = None) -> None:
         """Around a method of a peer: `before(peer, *args)`, and with what it returned `after(peer, found, *args)`."""
 
         def call(original: Any, peer: Peer, *args: Any) -> Any:
-            last, self.current = self.current, peer.number
-            try:
-                before(peer, *args)
-                found = original(peer, *args)
-                if after is not None:
-                    after(peer, found, *args)
-                return found
-            finally:
-                self.current = last
+            before(peer, *args)
+            found = original(peer, *args)
+            if after is not None:
+                after(peer, found, *args)
+            return found
 
         around(Peer, name, call)
 
     def _rounds(self) -> None:
-        def init(original: Any, peer: Peer, world: World, number: int) -> None:
-            original(peer, world, number)
-            self.is_of(peer.times, number)
-
-        def forget(peer: Peer, _: None) -> None:
-            self.is_of(peer.back_off, peer.number)
-
         def paces(peer: Peer) -> None:
             world = peer.world
             self.write(
@@ -203,148 +296,60 @@ class _Learning(_Lines):
                 ends_s=[other.ends_in_s() for other in world.peers if other is not peer],
                 speeds=[1 / other.step_s for other in world.peers],
                 live=[other.name for other in world.live],
-                bytes_per_s=peer.times.bytes_per_s,
+                bytes_per_s=peer.gossip.engine.bytes_per_s,
             )
 
-        def plan(original: Any, *args: Any) -> Any:
-            found = original(*args)
-            num_others, started_s, ends_s, sizes, *_ = args
-            self.write(self.current, "plan", inputs=[num_others, started_s, ends_s], sizes=sizes, found=found)
-            return found
-
-        around(Peer, "__init__", init)
-        self._mine("forget", lambda peer: None, forget)
         self._mine(
             "_next_start", paces, lambda peer, found: self.write(peer.number, "starts_with", found=_sorted(found))
         )
-        self._mine("plan_pulls", lambda peer: self.write(peer.number, "plans", done=peer.done))
-        around(learning, "plan_pulls", plan)
         self._mine("train_to", lambda peer, moment: None, self._published)
-        around(learning, "expected_step_s", self._pure("expected"))
-        around(learning, "is_moved", self._pure("moved"))
-
-    def _pure(self, kind: str) -> Callable[..., Any]:
-        def call(original: Any, *inputs: Any) -> Any:
-            found = original(*inputs)
-            self.write(self.current, kind, inputs=inputs, found=found)
-            return found
-
-        return call
 
     def _published(self, peer: Peer, _: None, moment: int) -> None:
         newest = [None if lane.newest is None else lane.newest.mark for lane in peer.lanes]
         self.write(peer.number, "published", done=moment, found=newest)
 
-    def _pulls(self) -> None:
-        def fill(peer: Peer, lane: Any, section: str) -> None:
-            if lane.plan is not None:
-                self.write(peer.number, "looks", fragment=lane.number, section=section)
-
-        def choose(peer: Peer, lane: Any, section: str) -> None:
-            told = {}
-            for other in peer.world.live:
-                if other is not peer:
-                    theirs = other.lanes[lane.number]
-                    newest = None if theirs.newest is None else theirs.newest.mark
-                    told[other.name] = [newest, theirs.round]
-            self.news(
-                peer.number, "others", lane.number, json.loads(json.dumps(told, default=plain)), fragment=lane.number
-            )
-
-        def chosen(original: Any, partners: Partners, section: str, view: Any, now: float, rng: Any) -> Any:
-            found = original(partners, section, view, now, rng)
-            what = {"section": section, "exclude": sorted(view.exclude), "with_weights": sorted(view.with_weights)}
-            self.write(self.current, "choice", **what, found=found)
-            return found
-
-        def begin(original: Any, pulls: OpenPulls, section: str, author: str, now: float) -> OpenPull:
-            pull: OpenPull = original(pulls, section, author, now)
-            self.asks[pull] = self.current, self.num_asks
-            self.write(self.current, "asks", ask=self.num_asks, section=section, author=author)
-            self.num_asks += 1
-            return pull
-
-        def news(peer: Peer, found: bool, lane: Any, section: str, author: str, mark: Mark) -> None:
-            what = {"fragment": lane.number, "section": section, "author": author, "mark": mark}
-            self.write(peer.number, "news", **what, reference=peer.world.reference_round, found=found)
-
-        self._mine("fill", fill)
-        self._mine("choose", choose)
-        around(Partners, "next", chosen)
-        around(OpenPulls, "begin", begin)
-        for name in ("end", "nothing_new", "fail"):
-            around(OpenPulls, name, functools.partial(self._ended, name))
-        self._mine("is_of_use", lambda *_: None, news)
-        self._mine(
-            "bring", lambda peer, pull, left, attempts: self._event(pull, "transfers", left=left, attempts=attempts)
-        )
-        self._mine(
-            "break_off", lambda peer, pull, reason, mute=False: self._event(pull, "breaks", reason=reason, mute=mute)
-        )
-        self._mine("arrive", lambda peer, pull: self._event(pull, "came", mark=pull.published.mark))
-
-    def _event(self, pull: Any, kind: str, **what: Any) -> None:
-        peer, ask = self.asks.get(pull.asked, (self.current, -1))
-        self.write(peer, kind, ask=ask, **what)
-
-    def _ended(self, name: str, original: Any, pulls: OpenPulls, pull: OpenPull, *args: Any) -> Any:
-        """Within `nothing_new` and `fail` it ends too."""
-        if (asked := self.asks.pop(pull, None)) is None:
-            return original(pulls, pull, *args)
-        found = original(pulls, pull, *args)
-        self.write(asked[0], "ended", ask=asked[1], how=name, found=found)
-        return found
-
     def _merges(self) -> None:
-        def keep(original: Any, peer: Peer, lane: Any, section: str, author: str, published: Any, arrival: Any) -> None:
+        def accepts(original: Any, peer: Peer, decode: Any) -> Any:
             refused, tokens = "", 0
             try:
-                original(peer, lane, section, author, published, arrival)
-                tokens = lane.arrived[section, author][1].tokens
+                arrival = original(peer, decode)
+                tokens = arrival.tokens
+                return arrival
             except BadBytesError as error:
                 refused = str(error)
                 raise
             finally:
-                what = {"fragment": lane.number, "section": section, "author": author, "mark": published.mark}
-                self.write(peer.number, "accepted", **what, found=[tokens, refused])
+                what = {"fragment": decode.fragment, "section": decode.section, "author": decode.author}
+                self.write(peer.number, "accepted", **what, mark=decode.held.mark, found=[tokens, refused])
 
-        def merges(peer: Peer, lane: Any, ready: Any) -> None:
-            pulled = [[section, author, each[0].mark] for (section, author), each in ready.items()]
-            ahead = [peer.ahead_rounds(lane, each[0]) for each in ready.values()]
-            what = {"fragment": lane.number, "round": lane.round, "reference": peer.world.reference_round}
-            self.write(peer.number, "merges", **what, pulled=pulled, ahead_rounds=ahead)
-
-        def merged(peer: Peer, _: None, lane: Any, ready: Any) -> None:
+        def merged(peer: Peer, _: None, lane: Any, arrivals: Any) -> None:
             state = peer.trainer.state_of(lane.number)
             sums = {"theta_sha256": vector_sha256(state.theta), "momentum_sha256": vector_sha256(state.momentum)}
             self.write(peer.number, "merged", fragment=lane.number, **sums)
 
-        def goes(original: Any, peer: Peer) -> None:
-            self.write(peer.number, "goes")
-            original(peer)
+        def lives(kind: str) -> Callable[..., None]:
+            def call(original: Any, peer: Peer) -> None:
+                self.write(peer.number, kind)
+                original(peer)
 
-        def comes(original: Any, peer: Peer) -> None:
-            self.write(peer.number, "returns")
-            original(peer)
+            return call
 
         def begin_with(original: Any, peer: Peer, taken: Any, rows: Any) -> None:
             sums = {"theta_sha256": vector_sha256(taken.state.theta)}
             sums["momentum_sha256"] = vector_sha256(taken.state.momentum)
-            self.write(peer.number, "took_states", round=taken.round, places=taken.places, **sums)
+            event = taken.event
+            self.write(peer.number, "took_states", round=event.round, told=event.told, rounds=event.rounds, **sums)
             original(peer, taken, rows)
 
-        def catches_up(original: Any, peer: Peer) -> bool:
-            found = bool(original(peer))
-            self.write(peer.number, "catches_up", found=found)
-            return found
-
-        around(Peer, "keep_untrusted", keep)
-        self._mine("merge", merges, merged)
-        self._mine("end_of_some", lambda peer, moment: self.write(peer.number, "due", done=moment))
-        around(churn, "_go", goes)
-        around(churn, "_come", comes)
+        around(Peer, "arrival_untrusted", accepts)
+        self._mine("merge", lambda *_: None, merged)
+        around(churn, "_go", lives("goes"))
+        around(churn, "_come", lives("returns"))
         around(churn, "_begin_with", begin_with)
-        around(learning, "catches_up", catches_up)
+
+
+def _named(pulled: Any) -> list[Any]:
+    return [[each.section, each.peer, each.mark] for each in pulled]
 
 
 # ---------------------------------------------------------------- without tensors
