@@ -216,9 +216,11 @@ class _Learning(_Lines):
             self.write(self.of(partners), "choice", **what, reference=how["reference_round"], found=found)
             return found
 
-        def bring(original: Any, driver: Driver, one: Any, left: int, attempts: int, asked_s: float) -> None:
+        def bring(
+            original: Any, driver: Driver, one: Any, num_lives: int, left: int, attempts: int, *args: Any
+        ) -> None:
             self.write(driver.peer.number, "transfers", ask=one.pull, left=left, attempts=attempts)
-            original(driver, one, left, attempts, asked_s)
+            original(driver, one, num_lives, left, attempts, *args)
 
         around(Driver, "__init__", init)
         around(GossipEngine, "receive", receive)

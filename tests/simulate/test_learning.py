@@ -14,11 +14,11 @@ from learnt import setting, tiny
 
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
 from swarmtrain.peer.trainer import Start
-from swarmtrain.protocol.gossip_messages import Merge, MergeDue
+from swarmtrain.protocol.gossip_messages import Download, Merge, MergeDue
 from swarmtrain.protocol.merge_plans import MergePlanner
 from swarmtrain.protocol.partners import BackOff, Mark
 from swarmtrain.simulate.comparing import compare
-from swarmtrain.simulate.learning.gossip import Driver, OnItsWay, Peer, World
+from swarmtrain.simulate.learning.gossip import Driver, Peer, World
 from swarmtrain.simulate.learning.learner import Learner, Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.pace import Pace
@@ -283,12 +283,12 @@ def test_gradients_are_finer_where_they_are_few_and_pulls_are_short(
     num_pulls = 0
     bring, all_sizes = Driver.bring, world.gossip.sizes
 
-    def brought(driver: Driver, one: OnItsWay, size_bytes: int, attempts: int, asked_s: float) -> None:
+    def brought(driver: Driver, one: Download[Any], num_lives: int, size_bytes: int, *rest: Any) -> None:
         nonlocal num_pulls
         weighs = [sizes[one.held.format or "int2"] for sizes in all_sizes]
         assert size_bytes in [each.gradient if one.held.format else each.weights for each in weighs]
         num_pulls += 1
-        bring(driver, one, size_bytes, attempts, asked_s)
+        bring(driver, one, num_lives, size_bytes, *rest)
 
     monkeypatch.setattr(Driver, "bring", brought)
     for peer in world.peers:

@@ -17,7 +17,7 @@ from learnt import setting, tiny
 from swarmtrain.peer.consensus import mean_of_near
 from swarmtrain.protocol.partners import BackOff, Difference, Ledger, Mark
 from swarmtrain.simulate.learning.churn import _present_state
-from swarmtrain.simulate.learning.gossip import OnItsWay, Peer, World
+from swarmtrain.simulate.learning.gossip import Peer, World
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.sampled import _sample
 from swarmtrain.simulate.learning.setting import Setting
@@ -146,9 +146,9 @@ def test_who_goes_while_it_is_pulled_from_is_left_alone(tmp_path: Path) -> None:
     for peer in calm.peers:
 
         def noted(
-            one: OnItsWay, *args: Any, number: int = peer.number, bring: Callable[..., None] = peer.gossip.bring
+            one: Any, *args: Any, number: int = peer.number, bring: Callable[..., None] = peer.gossip.bring
         ) -> None:
-            begun.append((calm.clock.now, number, one.author.name))
+            begun.append((calm.clock.now, number, one.source))
             bring(one, *args)
 
         peer.gossip.bring = noted  # type: ignore[method-assign]

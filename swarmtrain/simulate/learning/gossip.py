@@ -64,26 +64,12 @@ from swarmtrain.simulate.learning.lane import Lane, Published
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["Driver", "OnItsWay", "Peer", "World"]
+__all__ = ["Driver", "Peer", "World"]
 
 Unprepared: TypeAlias = Prepare[Published, Arrival]
 """A merge that is ready, but for its arithmetic: that is done once, when it is merged."""
 Event: TypeAlias = GossipEvent[Published, Arrival, Unprepared]
 Command: TypeAlias = GossipCommand[Published, Arrival, Unprepared]
-
-
-@dataclass
-class OnItsWay:
-    """A publication."""
-
-    pull: int
-    author: Peer
-    held: Published
-    life: int = field(init=False)
-    """Of its author."""
-
-    def __post_init__(self) -> None:
-        self.life = self.author.num_lives
 
 
 class Driver:
@@ -138,10 +124,9 @@ class Driver:
         match command:
             case Ask():
                 self._ask(command)
-            case Download(pull, source, held):
-                asked_s = self.world.clock.now - self.world.setting.rtt_s  # the bytes follow the reply
-                one = OnItsWay(pull, self.world.by_name[source], held)
-                self.bring(one, held.num_bytes, ATTEMPTS, asked_s)
+            case Download(_, source, held):  # the bytes follow the reply
+                asked_s, author = self.world.clock.now - self.world.setting.rtt_s, self.world.by_name[source]
+                self.bring(command, author.num_lives, held.num_bytes, ATTEMPTS, asked_s)
             case Decode(pull, author):
                 try:
                     arrival = self.peer.arrival_untrusted(command)
@@ -163,32 +148,33 @@ class Driver:
             self._call_at(now + setting.run.network.call_limit_s, self.tell, silent)
             return
         author.gossip.tell(Called(self.peer.name))
-        self._call_at(now + setting.rtt_s, self._of, author, author.num_lives, author.answer(ask))
+        self._call_at(now + setting.rtt_s, self._ended, author, author.num_lives, author.answer(ask))
 
-    def _of(self, author: Peer, num_lives: int, event: Replied[Published] | Downloaded | Failed) -> None:
-        """What came of it, unless who was asked has gone meanwhile."""
+    def _ended(self, author: Peer, num_lives: int, event: Replied[Published] | Downloaded | Failed) -> None:
+        """So, unless who was asked has gone meanwhile."""
         is_gone = author.num_lives != num_lives
         self.tell(Failed(event.pull, Failure("it has gone")) if is_gone else event)
 
-    def bring(self, one: OnItsWay, left_bytes: int, attempts: int, asked_s: float) -> None:
-        """The bytes come; where the transfer breaks off, it is asked for the rest, so many times in all."""
-        world, rng = self.world, self.peer.rng
+    def bring(
+        self, one: Download[Published], num_lives: int, left_bytes: int, attempts: int, asked_s: float | None = None
+    ) -> None:
+        """The bytes come; where the transfer breaks off, it is asked for the rest, so many times in all. `num_lives`:
+        its author's when it began."""
+        world, rng, author = self.world, self.peer.rng, self.world.by_name[one.source]
+        event: Downloaded | Failed = Downloaded(one.pull, one.held.num_bytes)
+        if author.num_lives != num_lives:
+            self._ended(author, num_lives, event)
+            return
         breaks = rng.random() < world.setting.failing
         come_bytes = int(rng.random() * left_bytes) if breaks else left_bytes
-        arrives_s = world.wire.arrives_s(asked_s, one.author.name, self.peer.name, come_bytes, rng)
-        if not breaks:
-            self._call_at(arrives_s, self._of, one.author, one.life, Downloaded(one.pull, one.held.num_bytes))
-        elif attempts > 1:
-            self._call_at(arrives_s, self._bring_rest, one, left_bytes - come_bytes, attempts - 1)
-        else:
-            failed = Failed(one.pull, Failure("its transfers break off"))
-            self._call_at(arrives_s, self._of, one.author, one.life, failed)
-
-    def _bring_rest(self, one: OnItsWay, left_bytes: int, attempts: int) -> None:
-        if one.author.num_lives == one.life:
-            self.bring(one, left_bytes, attempts, self.world.clock.now)
-        else:
-            self.tell(Failed(one.pull, Failure("it has gone")))
+        asked_s = world.clock.now if asked_s is None else asked_s
+        arrives_s = world.wire.arrives_s(asked_s, author.name, self.peer.name, come_bytes, rng)
+        if breaks and attempts > 1:
+            self._call_at(arrives_s, self.bring, one, num_lives, left_bytes - come_bytes, attempts - 1)
+            return
+        if breaks:
+            event = Failed(one.pull, Failure("its transfers break off"))
+        self._call_at(arrives_s, self._ended, author, num_lives, event)
 
 
 class Peer:
