@@ -206,12 +206,11 @@ class Peers(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Others(Event):
-    """The same of a simulated one. Learning: of a fragment, each one's newest gradient and its round. Systems: the
-    sampled ones' candidates without their names, and when their rounds end."""
+    """The same of a simulated one. Learning: each one's round, part and tokens as it tells. Systems: the sampled ones'
+    candidates without their names, and when their rounds end."""
 
     known: Mapping[str, Sequence[Any]]
     forgotten: Sequence[str]
-    fragment: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,11 +403,10 @@ class Settled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Due(Event):
-    """A fragment is merged now. Learning: all that are due after so many steps, `done`."""
+    """A fragment is merged now."""
 
     fragment: int = -1
     round: int = -1
-    done: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,13 +443,12 @@ class Forgets(Event):
 @dataclass(frozen=True, kw_only=True)
 class TookStates(Event):
     """This peer goes on in `round` from others' weights. `told`: up to where each peer is in each state, by fragments;
-    `rounds`: in which their authors are; `heard`: in which everybody is. Learning: `places`, which were agreed."""
+    `rounds`: in which their authors are; `heard`: in which everybody is."""
 
     round: int
     told: Sequence[Any] = ()
     rounds: Mapping[str, int] = field(default_factory=dict)
     heard: Mapping[str, int] = field(default_factory=dict)
-    places: Sequence[Any] = ()
     theta_sha256: str = ""
     momentum_sha256: str = ""
 
@@ -666,7 +663,7 @@ class Merged(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class CatchesUp(Decision):
-    """Learning: whether it takes the others' weights, since it is too far behind."""
+    """Learning: it takes the others' weights, since it is too far behind."""
 
     found: bool
 
