@@ -227,7 +227,11 @@ def _pulls(record: Record) -> None:
 
     def decode(original: Any, self: GossipExchange, command: Any) -> Any:
         manifest = command.held.snapshot.manifest
-        record.thread.mark = command.fragment, Mark(manifest.round, manifest.part, manifest.tokens)
+        mark = Mark(manifest.round, manifest.part, manifest.tokens)
+        record.thread.mark = command.fragment, mark
+        which = {"fragment": command.fragment, "section": command.section, "author": command.author}
+        found = [type(command.news).__name__, command.news.tokens]
+        record.write("news", **which, mark=mark, is_here=True, found=found)
         return original(self, command)
 
     def accept(original: Any, self: Robustness, peer: str, arrival: Any, own_theta: Any, round: int) -> Any:
