@@ -46,7 +46,7 @@ from swarmtrain.simulate import gossip as systems
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.gossip import GossipPeer, Publication
 from swarmtrain.simulate.learning import churn
-from swarmtrain.simulate.learning.gossip import Driver, Peer, World
+from swarmtrain.simulate.learning.gossip import Peer, VirtualDriver, World
 from swarmtrain.simulate.learning.hostile import HostileWorld
 from swarmtrain.simulate.network import Refused
 from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
@@ -188,7 +188,7 @@ class _Learning(_Lines):
         self._merges()
 
     def _gossip(self) -> None:
-        def init(original: Any, driver: Driver, peer: Peer) -> None:
+        def init(original: Any, driver: VirtualDriver, peer: Peer) -> None:
             original(driver, peer)
             engine = driver.engine
             for thing in (engine, engine._back_off, engine._times, *(lane.partners for lane in engine._lanes)):
@@ -217,16 +217,16 @@ class _Learning(_Lines):
             return found
 
         def bring(
-            original: Any, driver: Driver, one: Any, num_lives: int, left: int, attempts: int, *args: Any
+            original: Any, driver: VirtualDriver, one: Any, num_lives: int, left: int, attempts: int, *args: Any
         ) -> None:
             self.write(driver.peer.number, "transfers", ask=one.pull, left=left, attempts=attempts)
             original(driver, one, num_lives, left, attempts, *args)
 
-        around(Driver, "__init__", init)
+        around(VirtualDriver, "__init__", init)
         around(GossipEngine, "receive", receive)
         around(gossip, "plan_pulls", plan)
         around(Partners, "choose", choose)
-        around(Driver, "bring", bring)
+        around(VirtualDriver, "bring", bring)
 
     def _event(self, peer: int, event: Any) -> None:
         match event:

@@ -14,7 +14,7 @@ import torch
 from learnt import setting, tiny
 
 from swarmtrain.protocol.gossip_messages import Merge
-from swarmtrain.simulate.learning.gossip import Driver, Peer, World
+from swarmtrain.simulate.learning.gossip import Peer, VirtualDriver, World
 
 pytestmark = pytest.mark.slow
 
@@ -77,13 +77,13 @@ def test_each_step_enters_each_fragment_once_whatever_happens(
                 assert weights.get(which, -1) < mark.round, "those of one round count once"
                 weights[which] = mark.round
 
-    arrival_untrusted, tell = Peer.arrival_untrusted, Driver.tell
+    arrival_untrusted, tell = Peer.arrival_untrusted, VirtualDriver.tell
 
     def looked_at(peer: Peer, decode: Any) -> Any:
         new[peer.name, decode.fragment, decode.author, decode.held.mark] = decode.news.tokens
         return arrival_untrusted(peer, decode)
 
-    def told(driver: Driver, event: Any) -> Any:
+    def told(driver: VirtualDriver, event: Any) -> Any:
         commands = tell(driver, event)
         for command in commands:
             if isinstance(command, Merge):
@@ -91,7 +91,7 @@ def test_each_step_enters_each_fragment_once_whatever_happens(
         return commands
 
     monkeypatch.setattr(Peer, "arrival_untrusted", looked_at)
-    monkeypatch.setattr(Driver, "tell", told)
+    monkeypatch.setattr(VirtualDriver, "tell", told)
     world.run()
     run, now_s = world.setting.run, world.clock.now
     for which, spans in entered.items():

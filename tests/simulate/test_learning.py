@@ -18,7 +18,7 @@ from swarmtrain.protocol.gossip_messages import Download, Merge, MergeDue
 from swarmtrain.protocol.merge_plans import MergePlanner
 from swarmtrain.protocol.partners import BackOff, Mark
 from swarmtrain.simulate.comparing import compare
-from swarmtrain.simulate.learning.gossip import Driver, Peer, World
+from swarmtrain.simulate.learning.gossip import Peer, VirtualDriver, World
 from swarmtrain.simulate.learning.learner import Learner, Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.pace import Pace
@@ -281,16 +281,16 @@ def test_gradients_are_finer_where_they_are_few_and_pulls_are_short(
     world = World(setting(tiny(tmp_path, peers={"number": number, "step_ms": 200}, links={"up_mbit": up_mbit})))
     begun: dict[str, list[str]] = {peer.name: [] for peer in world.peers}
     num_pulls = 0
-    bring, all_sizes = Driver.bring, world.gossip.sizes
+    bring, all_sizes = VirtualDriver.bring, world.gossip.sizes
 
-    def brought(driver: Driver, one: Download[Any], num_lives: int, size_bytes: int, *rest: Any) -> None:
+    def brought(driver: VirtualDriver, one: Download[Any], num_lives: int, size_bytes: int, *rest: Any) -> None:
         nonlocal num_pulls
         weighs = [sizes[one.held.format or "int2"] for sizes in all_sizes]
         assert size_bytes in [each.gradient if one.held.format else each.weights for each in weighs]
         num_pulls += 1
         bring(driver, one, num_lives, size_bytes, *rest)
 
-    monkeypatch.setattr(Driver, "bring", brought)
+    monkeypatch.setattr(VirtualDriver, "bring", brought)
     for peer in world.peers:
 
         def entered(start: Start, tokens: int, peer: Peer = peer, enter: Any = peer.enter) -> None:

@@ -62,8 +62,8 @@ class Company(Protocol):
         """Whether this peer stands still now."""
 
 
-class Gossip(Protocol):
-    """What has and does all that one of them decides."""
+class DrivesGossip(Protocol):
+    """Asks the engine of one of them, and does what that decides."""
 
     engine: GossipEngine[Any, Any, Any]
 
@@ -93,7 +93,7 @@ class Comer(Protocol):
         """The others, and the clock."""
 
     @property
-    def gossip(self) -> Gossip:
+    def gossip(self) -> DrivesGossip:
         """Of its present life."""
 
     @property

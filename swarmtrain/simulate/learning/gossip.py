@@ -64,7 +64,7 @@ from swarmtrain.simulate.learning.lane import Lane, Published
 from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["Driver", "Peer", "World"]
+__all__ = ["Peer", "VirtualDriver", "World"]
 
 Unprepared: TypeAlias = Prepare[Published, Arrival]
 """A merge that is ready, but for its arithmetic: that is done once, when it is merged."""
@@ -72,7 +72,7 @@ Event: TypeAlias = GossipEvent[Published, Arrival, Unprepared]
 Command: TypeAlias = GossipCommand[Published, Arrival, Unprepared]
 
 
-class Driver:
+class VirtualDriver:
     """Does in virtual time what the engine of one peer's gossip decides."""
 
     def __init__(self, peer: Peer) -> None:
@@ -206,12 +206,12 @@ class Peer:
         """What it has told of itself last, and when."""
         self.naming = Naming(world.told)
         self.lanes = [world.lane(fragment, self.naming) for fragment in range(len(world.fragments))]
-        self.gossip, self.planner = Driver(self), MergePlanner(len(self.lanes))
+        self.gossip, self.planner = VirtualDriver(self), MergePlanner(len(self.lanes))
 
     def forget(self) -> None:
         """All that its process holds and no checkpoint keeps."""
         merged = self.gossip.engine.rows()
-        self.gossip, self.planner = Driver(self), MergePlanner(len(self.lanes))
+        self.gossip, self.planner = VirtualDriver(self), MergePlanner(len(self.lanes))
         self.gossip.engine.load(merged)
         self.trainer.state = self.trainer.state
         for lane in self.lanes:
