@@ -228,7 +228,7 @@ class RosterExchange(SwarmExchange):
         self._started_s = swarm_time()
 
         async def begin() -> int:
-            self.swarm.rounds.guest = guest
+            self.swarm.rounds.begin(guest=guest)
             self.swarm.rounds.inner_steps_done = self._skipped_steps
             self.swarm.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
             return len(self.swarm.membership.volunteers()) + 1
@@ -325,7 +325,7 @@ class RosterExchange(SwarmExchange):
 
         async def look() -> None:
             self.swarm.rounds.know_roster(new.roster, new.signed_roster)
-            self.swarm.rounds.guest = True
+            self.swarm.rounds.begin(guest=True)
             await self.swarm.rounds.ask_now([new.from_peer])
 
         wait_for(self.network.submit(look()), self.stop)
@@ -337,7 +337,7 @@ class RosterExchange(SwarmExchange):
         """See `SwarmExchange`."""
         await super()._offer(progress, body)
         if progress.round == 0 and self.run.merge.min_peers > 1:
-            self.swarm.rounds.guest = False  # it will train this round whole: those who begin sooner wait for it
+            self.swarm.rounds.begin(guest=False)  # it will train this round whole: those who begin sooner wait for it
 
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`. The next round is then one that it comes into late."""
@@ -353,7 +353,7 @@ class RosterExchange(SwarmExchange):
             if sample and not told:
                 self.stop.sleep(1.0)
                 continue  # that nobody answers says nothing of what they have
-            if wait_for(self.network.submit(rounds.best_told(told)), self.stop) is None:
+            if wait_for(self.network.submit(rounds.holds(told)), self.stop):
                 return None
             reason = "joined late" if own is None else "was away"
             fetching = self.network.submit(rounds.fetch_told_state(told, reason))
