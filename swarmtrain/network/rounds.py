@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import logging
 import random
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar, assert_never
@@ -77,7 +76,6 @@ class Rounds:
     chains: ChainStore = field(default_factory=ChainStore)
     inner_steps_done: int = field(default=0, init=False)
     engine: RoundEngine[pb.Signed, pb.ChainLink] = field(init=False)
-    _events: deque[_Event] = field(default_factory=deque, init=False)
     _timer: asyncio.TimerHandle | None = field(default=None, init=False)
     _numbers: Any = field(default_factory=itertools.count, init=False)
     _futures: dict[int, asyncio.Future[Any]] = field(default_factory=dict, init=False)
@@ -162,16 +160,8 @@ class Rounds:
 
     def _tell(self, event: _Event) -> None:
         """Tell the engine what happened, and do what it says."""
-        self._events.append(event)
-        if len(self._events) > 1:
-            return  # what is done now has told of this: it comes next
-        try:
-            while self._events:
-                for command in self.engine.receive(self._events[0], swarm_time()):
-                    self._do(command)
-                self._events.popleft()
-        finally:
-            self._events.clear()
+        for command in self.engine.receive(event, swarm_time()):
+            self._do(command)
         if self._timer is not None:
             self._timer.cancel()
         self._timer, wake_s = None, self.engine.wake_at()

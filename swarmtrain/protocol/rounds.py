@@ -103,6 +103,7 @@ class _Round(Generic[Envelope, Link]):
     held: set[str] = field(default_factory=set)
     """The publications that were asked for, and those whose bytes are here, by their hashes."""
     unobtainable: set[str] = field(default_factory=set)
+    tried_again: set[tuple[str, str]] = field(default_factory=set)
     undeliverable: set[str] = field(default_factory=set)
     distrusted: set[str] = field(default_factory=set)
     """Peers that sent something malformed about this round: asked again, but not waited for."""
@@ -382,6 +383,7 @@ class RoundEngine(Generic[Envelope, Link]):
     def _look(self, known: _Round[Envelope, Link], now: float) -> list[Command[Envelope]]:
         """Decide, and do it."""
         self._look_s = now + self.rules.look_s
+        self._try_again(known)
         view = self._view(known)
         commands = self._keep_asking(known, view, now)
         if known.catching_up is not None:
@@ -412,9 +414,20 @@ class RoundEngine(Generic[Envelope, Link]):
                 sources = list(decision.sources)
                 self._rng.shuffle(sources)
                 left = deque(sources[:_SOURCES])
-                known.catching_up = CatchUpSources(self.hearsay, decision.reason, left, known.unobtainable)
+                known.catching_up = CatchUpSources(self.hearsay, known.round, decision.reason, left, known.unobtainable)
                 commands += self._fetch_next(known.catching_up, now)
         return commands
+
+    def _try_again(self, known: _Round[Envelope, Link]) -> None:
+        """Who could not be pulled from, and has merged this round by now, may just have stood still: what is on its
+        roster holds, so that it gets another chance, once."""
+        for peer in list(known.unobtainable):
+            last = self.hearsay.last_of(peer)
+            if last is None or (last.round, last.base) != (known.round, self.base):
+                continue
+            if (peer, last.digest) not in known.tried_again:
+                known.tried_again.add((peer, last.digest))
+                known.unobtainable.discard(peer)
 
     def _roster(self, known: _Round[Envelope, Link], decision: rosters.Sign) -> Roster:
         return Roster(

@@ -105,6 +105,7 @@ class CatchUpSources(Generic[Envelope, Link]):
     """The peers that are ahead, one of which is to give its state."""
 
     hearsay: Hearsay[Envelope, Link]
+    round: int
     reason: str
     left: deque[str]
     unobtainable: Collection[str] = ()
@@ -123,9 +124,10 @@ class CatchUpSources(Generic[Envelope, Link]):
         return roster.digest not in self.hearsay.chains.shown
 
     def may_take(self, source: str, roster: Roster, view: ChainView) -> bool:
-        """Whether the weights after `roster` hold. Who has a publication of its own on it and does not deliver that is
-        believed nothing."""
-        return not (source in self.unobtainable and source in roster.peers) and view.holds(roster)
+        """Whether the weights after `roster` hold. Who has a publication of its own on this round's and does not deliver
+        that is believed nothing; who is further than that need not have it any more."""
+        withholds = roster.round == self.round and source in self.unobtainable and source in roster.peers
+        return not withholds and view.holds(roster)
 
 
 @dataclass
