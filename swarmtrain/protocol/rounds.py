@@ -90,6 +90,8 @@ class _Round(Generic[Envelope, Link]):
     announced: dict[str, Publication] = field(default_factory=dict)
     rosters: dict[str, SignedRoster[Envelope]] = field(default_factory=dict)
     """By name."""
+    best: SignedRoster[Envelope] | None = None
+    """Of these the one that holds."""
     shared: str = ""
     asking: dict[str, int] = field(default_factory=dict)
     """The number of the question to each peer that is under way."""
@@ -114,11 +116,6 @@ class _Round(Generic[Envelope, Link]):
     merging: str = ""
     is_merged: bool = False
     catching_up: CatchUpSources[Envelope, Link] | None = None
-
-    def best(self) -> SignedRoster[Envelope] | None:
-        """Of all rosters the one that holds."""
-        roster = better_roster([one.roster for one in self.rosters.values()])
-        return None if roster is None else next(one for one in self.rosters.values() if one.roster is roster)
 
 
 @dataclass(slots=True)
@@ -180,6 +177,8 @@ class RoundEngine(Generic[Envelope, Link]):
         self._look_s = math.inf
         self._held: dict[int, tuple[Question, float]] = {}
         """Questions of others that are held, and until when."""
+        self._held_until_s = math.inf
+        """The first of these times, or earlier."""
         self._open: dict[int, _Open[Envelope, Link]] = {}
         self._fetching: dict[int, _Fetching[Envelope, Link]] = {}
 
@@ -219,7 +218,6 @@ class RoundEngine(Generic[Envelope, Link]):
                 return self._given_up(event.search, now)
             case ev.PeersChanged():
                 self._look_s = now
-                return self._tell()
             case ev.StoodStill():
                 self.listening_since_s = self._look_s = now
                 self.membership.resume(now, forgives=event.forgives)
@@ -243,7 +241,7 @@ class RoundEngine(Generic[Envelope, Link]):
         """When `Woke` is wanted."""
         wake_s = math.inf if self._ending is None else self._look_s
         if self._held:
-            wake_s = min(wake_s, min(until_s for _, until_s in self._held.values()))
+            wake_s = min(wake_s, self._held_until_s)
         return wake_s if wake_s < math.inf else None
 
     def knows(self, round: int) -> bool:
@@ -266,8 +264,10 @@ class RoundEngine(Generic[Envelope, Link]):
 
     def _woke(self, now: float) -> list[Command[Envelope]]:
         commands: list[Command[Envelope]] = []
-        due = [call for call, (_, until_s) in self._held.items() if until_s <= now]
-        commands += [self._answer(call, self._held.pop(call)[0]) for call in due]
+        if self._held_until_s <= now:
+            due = [call for call, (_, until_s) in self._held.items() if until_s <= now]
+            commands += [self._answer(call, self._held.pop(call)[0]) for call in due]
+            self._held_until_s = min((until_s for _, until_s in self._held.values()), default=math.inf)
         if self._ending is not None and self._look_s <= now:
             commands += self._look(self._ending, now)
         return commands
@@ -279,7 +279,9 @@ class RoundEngine(Generic[Envelope, Link]):
         self.wanted = self.wanted or (question.round == self.round and not question.has_publication)
         if question.hold_s <= 0 or self._is_news(question):
             return [self._answer(event.call, question)]
-        self._held[event.call] = question, now + min(question.hold_s, self.rules.hold_s)
+        until_s = now + min(question.hold_s, self.rules.hold_s)
+        self._held[event.call] = question, until_s
+        self._held_until_s = min(self._held_until_s, until_s)
         return []
 
     def _is_news(self, question: Question) -> bool:
@@ -288,13 +290,12 @@ class RoundEngine(Generic[Envelope, Link]):
         known = self._rounds.get(question.round)
         if known is None:
             return False
-        best = known.best()
-        lacks_roster = best is not None and best.name != question.has_roster
+        lacks_roster = known.best is not None and known.best.name != question.has_roster
         return lacks_roster or not question.has_publication or (known.shared != "" and not question.has_share)
 
     def _answer(self, call: int, question: Question) -> ev.Answer[Envelope]:
         known = self._rounds.get(question.round)
-        best = None if known is None else known.best()
+        best = None if known is None else known.best
         return ev.Answer(
             call=call,
             question=question,
@@ -323,7 +324,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return self._tell()
 
     def _ended(self, event: ev.Ended, now: float) -> list[Command[Envelope]]:
-        known = _Round[Envelope, Link](event.round, event.started_s, now, event.publication)
+        known: _Round[Envelope, Link] = _Round(event.round, event.started_s, now, event.publication)
         known.announced[self.me] = event.publication
         known.held.add(event.publication.snapshot)
         self._rounds[event.round] = self._ending = known
@@ -514,6 +515,8 @@ class RoundEngine(Generic[Envelope, Link]):
             known.rosters = {name: kept for name, kept in known.rosters.items() if kept.roster is not worst}
             if worst is roster:
                 return False
+        best = better_roster([kept.roster for kept in known.rosters.values()])
+        known.best = next(kept for kept in known.rosters.values() if kept.roster is best)
         known.unobtainable.difference_update(roster.peers)
         return True
 
@@ -611,7 +614,7 @@ class RoundEngine(Generic[Envelope, Link]):
     ) -> list[Command[Envelope]]:
         """What an answer says of the round."""
         commands: list[Command[Envelope]] = []
-        peer, offer, is_new = asked.peer, reply.publication, False
+        peer, offer, best, is_new = asked.peer, reply.publication, known.best, False
         if reply.last is not None:  # whoever has applied one hands it out, whatever others of the round it knows
             is_new = reply.last.roster.round == known.round and self._keep(known, reply.last)
         if offer is not None and peer not in known.announced and offer.base == self.base:
@@ -627,7 +630,7 @@ class RoundEngine(Generic[Envelope, Link]):
         at_once = asked.question.hold_s > 0 and now - asked.asked_s < self.rules.retry_s
         known.ask_again_s[peer] = now + self.rules.retry_s if at_once and not is_new else now  # it may do so for long
         self._look_s = now
-        return [*commands, *self._tell()]
+        return [*commands, *self._tell()] if known.best is not best else commands
 
     def _got_nothing(self, number: int, now: float, *, is_malformed: bool) -> list[Command[Envelope]]:
         asked = self._open.pop(number, None)

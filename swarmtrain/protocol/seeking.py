@@ -124,8 +124,8 @@ class CatchUpSources(Generic[Envelope, Link]):
         return roster.digest not in self.hearsay.chains.shown
 
     def may_take(self, source: str, roster: Roster, view: ChainView) -> bool:
-        """Whether the weights after `roster` hold. Who has a publication of its own on this round's and does not deliver
-        that is believed nothing; who is further than that need not have it any more."""
+        """Whether the weights after `roster` hold. Who has a publication of its own on this round's, and does not
+        deliver that, is believed nothing; who is further than that need not have it any more."""
         withholds = roster.round == self.round and source in self.unobtainable and source in roster.peers
         return not withholds and view.holds(roster)
 
