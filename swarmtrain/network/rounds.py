@@ -89,10 +89,10 @@ class Rounds:
     _outcome: asyncio.Future[Outcome] | None = field(default=None, init=False)
     _mean: Merged | None = field(default=None, init=False)
     _publications: dict[str, Held] = field(default_factory=dict, init=False)
-    """Those of the round that this peer ends, by peer."""
+    """Those of the round that this peer ends, by their hashes."""
     _own: dict[int, Held] = field(default_factory=dict, init=False)
-    _shares: dict[str, Held] = field(default_factory=dict, init=False)
-    """What others may still ask for: what it published, by round, and the share that it averaged, by roster."""
+    _shares: dict[int, Held] = field(default_factory=dict, init=False)
+    """What others may still ask for: what it published, and the share that it averaged last, by round."""
     _offered: dict[int, NewState] = field(default_factory=dict, init=False)
     _pending: dict[str, _SignedRoster] = field(default_factory=dict, init=False)
     _manifests: dict[str, list[pb.Signed]] = field(default_factory=dict, init=False)
@@ -292,7 +292,7 @@ class Rounds:
         if answer.roster is not None:
             reply.roster.CopyFrom(answer.roster.signed)
         if answer.share:
-            reply.share.CopyFrom(self._shares[answer.share].snapshot.signed)
+            reply.share.CopyFrom(self._shares[request.round].snapshot.signed)
         self._found(answer.call, reply)
 
     # ------------------------------------------------------------- moving on
@@ -333,8 +333,7 @@ class Rounds:
         self.store.forget_before(progress.round)
         self._tell(ev.Advanced(progress.round, last))
         self._own = {round: held for round, held in self._own.items() if self.engine.knows(round)}
-        while len(self._shares) > len(self._own):
-            del self._shares[next(iter(self._shares))]
+        self._shares = {round: held for round, held in self._shares.items() if self.engine.knows(round)}
         self._moved.set()
         self._moved = asyncio.Event()
 
@@ -355,7 +354,7 @@ class Rounds:
 
     async def finish(self, round: int, publication: Held, started_s: float) -> Outcome:
         """Publish, agree on a roster and merge it; returns the mean, or the state of those who went on without us."""
-        self._publications = {self.identity.peer_id: publication}
+        self._publications = {publication.snapshot.sha256: publication}
         self._own[round] = publication
         self.store.add(publication)
         self._outcome = asyncio.get_running_loop().create_future()
@@ -371,28 +370,29 @@ class Rounds:
         """Average what the roster names, when the merge `before` has been given up."""
         if before is not None:
             await end_tasks([before])
-        roster, known = one.roster, dict(self._publications)
+        roster = one.roster
+        offers = ((entry.peer, self._publications.get(entry.snapshot)) for entry in roster.entries)
+        held = {peer: offer for peer, offer in offers if offer is not None}
 
-        def share_ready(held: Held) -> None:
-            self._shares[roster.digest] = held
+        def share_ready(share: Held) -> None:
+            self._shares[roster.round] = share
             self._tell(ev.Shared(roster.digest))
 
-        merger = self._merger(share_ready, bytes.fromhex(one.name))
         event: _Event
         try:
-            mean, left_out = await merger.merge(roster, self._publications)
+            mean, left_out = await self._merger(share_ready, bytes.fromhex(one.name)).merge(roster, held)
             self._mean, event = Merged(roster=roster, mean=mean, left_out=left_out), ev.Merged(roster.digest)
             self._pending[roster.digest] = one
-            entries = (self._publications.get(entry.peer) for entry in roster.entries)
-            self._manifests[roster.digest] = [held.snapshot.signed for held in entries if held is not None]
+            self._manifests[roster.digest] = [each.snapshot.signed for each in held.values()]
         except UnobtainableError as error:
             _log.info("round %d: %s", roster.round, error)
             event = ev.NotMerged(roster.digest, error.peers)
-        for peer, held in list(self._publications.items()):
-            if known.get(peer) is not held:
-                self._tell(ev.Found(publication_of(held.snapshot)))
-            if held.complete:
-                self._tell(ev.Brought(held.snapshot.sha256))
+        for each in held.values():
+            if each.snapshot.sha256 not in self._publications:
+                self._publications[each.snapshot.sha256] = each
+                self._tell(ev.Found(publication_of(each.snapshot)))
+            if each.complete:
+                self._tell(ev.Brought(each.snapshot.sha256))
         self._tell(event)
 
     def _merger(self, share_ready: Callable[[Held], None] = lambda held: None, roster_sha256: bytes = b"") -> Merger:
@@ -410,7 +410,8 @@ class Rounds:
         )
 
     async def _bring(self, bring: ev.Bring) -> None:
-        held, sha256 = self._publications[bring.publication.peer], bring.publication.snapshot
+        sha256 = bring.publication.snapshot
+        held = self._publications[sha256]
         event: _Event = ev.Brought(sha256)
         try:
             await self._merger().pull(held, range(held.snapshot.num_chunks), bring.sources)
@@ -456,7 +457,9 @@ class Rounds:
             kind = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT
             snapshot = manifest_untrusted(reply.publication, self.settings.run_sha256, kind, self.settings.specs)
             check_publication(snapshot, peer, question.round, self.settings.max_tokens)
-            self._publications[peer], offer = empty_held(snapshot), publication_of(snapshot)
+            offer = publication_of(snapshot)
+            if offer.base == self.engine.base:
+                self._publications.setdefault(snapshot.sha256, empty_held(snapshot))
         roster = self._roster_untrusted(reply.roster) if reply.HasField("roster") else None
         head = self.engine.hearsay.last_of(peer) if reply.same_last else None if last is None else last.roster
         ours = self.chains.chain
