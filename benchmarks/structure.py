@@ -126,7 +126,7 @@ PATHS = {
         network/rounds.py Rounds.finish
         network/snapshots.py SnapshotStore.add
         + network/service.py service_type.PeerService.rpc_round
-        + network/rounds.py Rounds._read_untrusted
+        + network/rounds.py Rounds._read_untrusted | network/rounds.py Rounds._reply_untrusted
         + network/roster.py check_publication
         + network/signing.py open_signed_untrusted
         + network/identity.py verify_untrusted
@@ -147,7 +147,7 @@ PATHS = {
         network/merging.py Merger.merge
         network/rounds.py Rounds._merge
         network/round_state.py Merged | network/rounds.py Merged
-        network/rounds.py Rounds._step
+        network/rounds.py Rounds._step | network/rounds.py Rounds._do
         network/rounds.py Rounds.finish
         peer/exchange.py RosterExchange.collect
         peer/trainer.py Averaged

@@ -103,7 +103,7 @@ class World:
         swarm = Swarm(node, published, SPECS, average_bytes_untrusted, events.append, me)
         swarm.calls = Calls(self, identity.peer_id)  # type: ignore[assignment]
         swarm.rounds.calls = swarm.calls
-        swarm.rounds.away = False
+        swarm.rounds.come_back()
         swarm._listens_at = me.addresses
         self.swarms[identity.peer_id] = swarm
         return swarm

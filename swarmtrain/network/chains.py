@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
 from google.protobuf.message import DecodeError
 
@@ -17,11 +16,11 @@ from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.roster import check_publication, publication_of, roster_untrusted
 from swarmtrain.network.signing import payload_sha256
 from swarmtrain.network.snapshots import manifest_untrusted
-from swarmtrain.protocol.chains import MAX_LINKS, Chain, ChainLink, flaw
+from swarmtrain.protocol.chains import MAX_LINKS, Chain, ChainLink, Chains, ShownChain, flaw
 from swarmtrain.protocol.rosters import Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["ChainStore", "ShownChain", "chain_untrusted"]
+__all__ = ["ChainStore", "chain_untrusted"]
 
 _MAX_BYTES = 2 * 1024 * 1024 + 512 * 1024
 """Of a chain on the wire, and of what is kept of the own one: a frame has 4 MiB."""
@@ -29,19 +28,9 @@ _KEPT_BYTES = 256 * 1024
 """Of the own chain in each checkpoint."""
 _MAX_MANIFESTS = 2048
 _MAX_KNOWN = 64
-_MAX_SHOWN = 16
-"""So many chains of others are kept, the last: heads cost nothing."""
 
 
-@dataclass(frozen=True)
-class ShownChain:
-    """A chain, and the signed form of those of its links that came with it, by their rosters' digests."""
-
-    chain: Chain
-    signed: Mapping[str, pb.ChainLink] = field(default_factory=dict)
-
-
-def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSettings) -> ShownChain:
+def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSettings) -> ShownChain[pb.ChainLink]:
     """A chain that somebody shows, every signature checked; BadBytesError if anything does not fit.
 
     Takes as long as a thousand signatures may: call it in a thread.
@@ -70,40 +59,17 @@ def _manifest_untrusted(signed: pb.Signed, roster: Roster, settings: RoundSettin
     return snapshot.author, snapshot.manifest.tokens
 
 
-@dataclass
-class ChainStore:
-    """This peer's own chain, and what others have shown of theirs."""
-
-    chain: Chain = field(default_factory=Chain)
-    _signed: dict[str, pb.ChainLink] = field(default_factory=dict)
-    _shown: dict[str, ShownChain] = field(default_factory=dict)
-
-    # ------------------------------------------------------------- our own
+class ChainStore(Chains[pb.ChainLink]):
+    """This peer's own chain, and what others have shown of theirs, as they travel."""
 
     def move_to(self, roster: Roster, signed: pb.Signed, manifests: Sequence[pb.Signed] = ()) -> None:
         """The weights are those after `roster` now: merged here with these manifests, or taken from another peer."""
-        if roster.digest == self.chain.digest:
-            return
-        # Whoever gave its state may have gone on before it showed its chain.
-        there = (one for one in self._shown.values() if one.chain.roster(roster.digest) is not None)
-        shown = self._shown.get(roster.digest) or next(there, None) or self._shown.get(roster.base)
-        if roster.base == self.chain.digest and roster.digest not in self._shown:
-            shown = ShownChain(self.chain, self._signed)
-        own = pb.ChainLink(roster=signed, manifests=manifests)
         tokens = {entry.snapshot: entry for entry in roster.entries}
         names = (tokens.get(payload_sha256(manifest)) for manifest in manifests)
-        link = ChainLink(roster=roster, shown={entry.peer: entry.tokens for entry in names if entry is not None})
-        if shown is None:
-            self.chain, kept = Chain((link,)), {}
-        else:
-            is_there = shown.chain.roster(roster.digest) is not None
-            chain = shown.chain.up_to(roster).joined_to(self.chain) if is_there else shown.chain.extended(link)
-            self.chain, kept = chain, {**self._signed, **shown.signed}
-        kept.setdefault(roster.digest, own)
-        self._signed = self._bounded(kept)
-        self._shown = {digest: one for digest, one in self._shown.items() if digest not in self.chain}
+        shown = {entry.peer: entry.tokens for entry in names if entry is not None}
+        self.move(ChainLink(roster=roster, shown=shown), pb.ChainLink(roster=signed, manifests=manifests))
 
-    def _bounded(self, signed: Mapping[str, pb.ChainLink]) -> dict[str, pb.ChainLink]:
+    def _bounded(self, signed: dict[str, pb.ChainLink]) -> dict[str, pb.ChainLink]:
         """The signed links of our chain, those of its end whole, those before them without manifests."""
         kept, room_bytes = dict[str, pb.ChainLink](), _MAX_BYTES
         for link in reversed(self.chain.links):
@@ -156,50 +122,3 @@ class ChainStore:
             raise BadBytesError(f"a kept chain of rosters that cannot be read: {error}") from error
         if message.links:
             self.keep(chain_untrusted(message, self.chain, settings))
-
-    # ------------------------------------------------------------- others'
-
-    @property
-    def shown(self) -> dict[str, Chain]:
-        """What others have shown, by the digest of the head."""
-        return {digest: one.chain for digest, one in self._shown.items()}
-
-    def lacks(self, roster: Roster | None) -> bool:
-        """Whether somebody has to show how it came to this roster: it is not ours, nor the next one."""
-        if roster is None or roster.digest in self.chain or roster.base == self.chain.digest:
-            return False
-        return roster.digest not in self._shown and roster.base not in self._shown
-
-    def keep(self, shown: ShownChain) -> None:
-        """Remember what somebody showed."""
-        self._shown.pop(shown.chain.digest, None)
-        self._shown[shown.chain.digest] = shown
-        while len(self._shown) > _MAX_SHOWN:
-            del self._shown[next(iter(self._shown))]
-
-    def keep_head(self, roster: Roster) -> None:
-        """Remember that whoever stands at this roster can show nothing: it runs a version of before."""
-        if self.lacks(roster):
-            self.keep(ShownChain(Chain((ChainLink(roster=roster),))))
-
-    def tokens_behind(self, base: str) -> int | None:
-        """What the run had counted after the roster `base`, as far as this peer has seen; None if it has not.
-
-        Of others' chains those count that begin with the run, or with a roster of ours: what is before the oldest one
-        that is shown is only claimed.
-        """
-        oldest = ((one.chain, one.chain.links[0].roster) for one in self._shown.values())
-        whole = (chain for chain, first in oldest if first.base == "" or first.digest in self.chain)
-        chains = (self.chain, *whole)
-        return next((tokens for one in chains if (tokens := one.tokens_at(base)) is not None), None)
-
-    def check_untrusted(self, roster: Roster) -> None:
-        """BadBytesError if a roster claims another round or other tokens behind it than those before it had."""
-        tokens = self.tokens_behind(roster.base)
-        if tokens is not None and roster.base_tokens != tokens:
-            raise BadBytesError(
-                f"a roster that counts {roster.base_tokens} tokens behind it where its chain has {tokens}"
-            )
-        before = self.chain.roster(roster.base)
-        if before is not None and roster.round != before.round + 1:
-            raise BadBytesError("a roster of another round than the one after its base")

@@ -35,7 +35,7 @@ from swarmtrain.network.snapshots import (
 )
 from swarmtrain.network.tasks import run_together
 from swarmtrain.protocol.lifecycle import Membership, PeerState
-from swarmtrain.protocol.rosters import Publication, Roster, share_due_s, share_ranges
+from swarmtrain.protocol.rosters import Publication, Roster, share_due_s, share_ranges, sources_of
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Average", "Merger", "RoundSettings", "UnobtainableError"]
@@ -124,10 +124,9 @@ class Merger:
         raise UnobtainableError(entry.peer)
 
     def _sources(self, roster: Roster, author: str) -> list[str]:
-        """Where to pull from: the author, the signer, then everyone on the roster who is not known to be gone."""
-        first = dict.fromkeys([author, roster.signer, *roster.peers])
-        gone = (PeerState.LOST, PeerState.LEFT)
-        return [p for p in first if p != self.identity.peer_id and self.membership.state(p) not in gone]
+        """Those who are not known to be gone."""
+        sources, gone = sources_of(roster, author), (PeerState.LOST, PeerState.LEFT)
+        return [p for p in sources if p != self.identity.peer_id and self.membership.state(p) not in gone]
 
     async def pull(self, held: Held, chunks: range, sources: Sequence[str]) -> None:
         """Bring chunks here and serve them on. Raises UnreachableError."""

@@ -1,75 +1,62 @@
-"""Synchronous rounds over the network: asks, signs and merges as `protocol.rosters.decide` says.
+"""Synchronous rounds over the network: here is asked, pulled, signed and merged as `protocol.rounds.RoundEngine` says.
 
-Runs in the network thread. A peer that has ended its own round asks the others about it: calls that are answered
-at once when there is news, and are held for two seconds otherwise. The same call tells how far a peer is and what it
-applied last, and hands out its publication's manifest, the roster, and the share it averaged.
+Runs in the network thread. Bytes of others are checked before the engine is told of them; what they mean, and what is
+to be done about them, it decides alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import itertools
 import logging
-import math
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar, assert_never
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
-from swarmtrain.network.catching_up import Check, NewState, WantedState, fetch_state, unchecked
+from swarmtrain.network.catching_up import NewState, offered_state_untrusted, take_state
 from swarmtrain.network.chains import ChainStore, chain_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.merging import Average, Merger, RoundSettings, UnobtainableError
 from swarmtrain.network.roster import check_publication, publication_of, roster_untrusted, sign_roster
-from swarmtrain.network.round_state import KnownRound, Merged, RoundWork
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.signing import payload_sha256
 from swarmtrain.network.snapshots import Held, SnapshotStore, empty_held, manifest_untrusted
-from swarmtrain.protocol.chains import Chain, ChainView, chain_view
+from swarmtrain.network.tasks import end_tasks
+from swarmtrain.protocol import round_events as ev
 from swarmtrain.protocol.lifecycle import Change, Membership
 from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.rosters import (
-    Apply,
-    CatchUp,
-    Roster,
-    RoundView,
-    Sign,
-    Standing,
-    Told,
-    Wait,
-    decide,
-    idled,
-    is_silent,
-    peers_to_ask,
-    pulls_whole,
-    standings,
-    worst_roster,
-)
-from swarmtrain.protocol.signers import Signers
+from swarmtrain.protocol.rosters import Roster, Told
+from swarmtrain.protocol.rounds import RoundEngine, RoundRules
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Merged", "NewState", "Outcome", "Rounds"]
 
 _log = logging.getLogger(__name__)
-_HOLD_S = 2.0
-_RETRY_S = 0.25
-_LOOK_S = 0.5
-_KEEP_ROUNDS = 3
-_SOURCES = 4
-_MAX_ATTEMPTS = 8
-_MAX_ROSTERS = 64
-"""So many rosters of others are kept of a round, those that hold against the rest: signers cost nothing."""
 _MAX_CHECKED = 256
 _MAX_CHECKED_ENTRIES = 65_536
-_CHAIN_AGAIN_S = 1.0
-"""A peer is asked for its chain so often at most: checking it takes a while."""
-_CHAIN_TRIES = 2
-_CHAIN_SILENCES = 3
-"""For so many times as long as one may be silent nothing is signed before chains are shown."""
+_MAX_OFFERED = 8
+"""So many states that were offered are kept, the last: most are never taken."""
+
+_T = TypeVar("_T")
+_Event: TypeAlias = ev.Event[pb.Signed, pb.ChainLink]
+_SignedRoster: TypeAlias = ev.SignedRoster[pb.Signed]
 
 
-Outcome = Merged | NewState
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """The mean pseudo-gradient of a roster, as the bytes of one fp32 vector."""
+
+    roster: Roster
+    mean: bytearray
+    left_out: tuple[str, ...] = ()
+
+
+Outcome: TypeAlias = Merged | NewState
 
 
 @dataclass
@@ -83,316 +70,330 @@ class Rounds:
     settings: RoundSettings
     average: Average
     refused: Callable[[str, PeerError], None] = lambda peer, error: None
-    current_round: int = 0
-    inner_steps_done: int = 0
-    guest: bool = True
-    """Whether nobody waits for this peer's round: before its first, in that one, and after catching up."""
-    away: bool = False
-    """Whether this peer has said goodbye: whoever missed that, and asks, is told so."""
     report: Callable[[Change], None] = lambda change: None
-    wanted: bool = False
-    """Whether somebody has ended the round that this peer is in, and asked for this peer's part of it."""
-    waiting_for: str = ""
-    waiting_until_s: float = 0.0
-    """Until when that may be, in swarm time; 0 when there is no such time."""
-    last: tuple[Roster, pb.Signed] | None = None
     trains: bool = True
     """Whether this peer's own weights count for the chain that it is on: not those of an archive."""
     chains: ChainStore = field(default_factory=ChainStore)
-    listening_since_s: float = -math.inf
-    _signers: Signers = field(default_factory=Signers)
-    _pending: dict[str, tuple[Roster, pb.Signed]] = field(default_factory=dict)
-    _manifests: dict[str, list[pb.Signed]] = field(default_factory=dict)
-    _told: dict[str, tuple[float, Told]] = field(default_factory=dict)
-    _chain_asked_s: dict[str, float] = field(default_factory=dict)
-    _last_sha256: dict[str, bytes] = field(default_factory=dict)
-    _rounds: dict[int, KnownRound] = field(default_factory=dict)
-    _checked: dict[str, Roster] = field(default_factory=dict)
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    inner_steps_done: int = field(default=0, init=False)
+    engine: RoundEngine[pb.Signed, pb.ChainLink] = field(init=False)
+    _timer: asyncio.TimerHandle | None = field(default=None, init=False)
+    _numbers: Any = field(default_factory=itertools.count, init=False)
+    _futures: dict[int, asyncio.Future[Any]] = field(default_factory=dict, init=False)
+    """What those wait for who call this peer, or search."""
+    _requests: dict[int, pb.RoundRequest] = field(default_factory=dict, init=False)
+    _tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    """What was asked, by the engine's numbers."""
+    _bytes: set[asyncio.Task[None]] = field(default_factory=set, init=False)
+    """The pulls of a round."""
+    _merging: asyncio.Task[None] | None = field(default=None, init=False)
+    _outcome: asyncio.Future[Outcome] | None = field(default=None, init=False)
+    _mean: Merged | None = field(default=None, init=False)
+    _publications: dict[str, Held] = field(default_factory=dict, init=False)
+    """Those of the round that this peer ends, by their hashes."""
+    _own: dict[int, Held] = field(default_factory=dict, init=False)
+    _shares: dict[int, Held] = field(default_factory=dict, init=False)
+    """What others may still ask for: what it published, and the share that it averaged last, by round."""
+    _offered: dict[int, NewState] = field(default_factory=dict, init=False)
+    _pending: dict[str, _SignedRoster] = field(default_factory=dict, init=False)
+    _manifests: dict[str, list[pb.Signed]] = field(default_factory=dict, init=False)
+    _last_signed: dict[str, tuple[Roster, str]] = field(default_factory=dict, init=False)
+    """What each peer said last that it had applied, and the name of that."""
+    _checked: dict[str, Roster] = field(default_factory=dict, init=False)
+    _moved: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        rules = RoundRules(
+            share_above=settings.share_above, round_limit_s=settings.round_limit_s, silence_s=settings.silence_s
+        )
+        self.engine = RoundEngine(self.membership, self.chains, rules, random.Random(), trains=self.trains)
+
+    # ------------------------------------------------------------- what others look at
+
+    @property
+    def current_round(self) -> int:
+        """The round that this peer is in."""
+        return self.engine.round
+
+    @property
+    def last(self) -> tuple[Roster, pb.Signed] | None:
+        """The roster that it applied last."""
+        last = self.engine.last
+        return None if last is None else (last.roster, last.signed)
+
+    @property
+    def guest(self) -> bool:
+        """See `RoundEngine.guest`."""
+        return self.engine.guest
+
+    @property
+    def away(self) -> bool:
+        """See `RoundEngine.away`."""
+        return self.engine.away
+
+    @property
+    def wanted(self) -> bool:
+        """See `RoundEngine.wanted`."""
+        return self.engine.wanted
+
+    @property
+    def waiting_for(self) -> str:
+        """See `RoundEngine.waiting_for`."""
+        return self.engine.waiting_for
+
+    @property
+    def waiting_until_s(self) -> float:
+        """In swarm time; 0 when there is no such time."""
+        return self.engine.waiting_until_s
+
+    @property
+    def listening_since_s(self) -> float:
+        """Since when this process has run without a gap."""
+        return self.engine.listening_since_s
+
+    @property
+    def gap_s(self) -> float:
+        """A process that comes so much later to something than it should has stood still."""
+        return self.engine.rules.gap_s
+
+    # ------------------------------------------------------------- driving
+
+    def _tell(self, event: _Event) -> None:
+        """Tell the engine what happened, and do what it says."""
+        for command in self.engine.receive(event, swarm_time()):
+            self._do(command)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, wake_s = None, self.engine.wake_at()
+        if wake_s is not None:
+            loop, now = asyncio.get_running_loop(), swarm_time()
+            self._timer = loop.call_later(max(0.0, wake_s - now), self._woke, max(wake_s, now))
+
+    def _woke(self, planned_s: float) -> None:
+        if swarm_time() - planned_s > self.gap_s:
+            self.stood_still(swarm_time())
+        self._tell(ev.Woke())
+
+    def _do(self, command: ev.Command[pb.Signed]) -> None:
+        match command:
+            case ev.Ask():
+                self._tasks[command.number] = self._begin(self._ask(command))
+            case ev.HangUp():
+                if (task := self._tasks.pop(command.number, None)) is not None:
+                    task.cancel()
+                if command.failed:
+                    silence_s = self.settings.silence_s
+                    self.calls.on_failure(command.peer, UnreachableError(f"it has not answered for {silence_s:g} s"))
+            case ev.Answer():
+                self._answer(command)
+            case ev.Bring():
+                task = self._begin(self._bring(command))
+                self._bytes.add(task)
+                task.add_done_callback(self._bytes.discard)
+            case ev.Sign():
+                roster, reason = command.roster, command.reason
+                signed = sign_roster(self.identity, self.settings.run_sha256, roster)
+                _log.info("round %d: signed a roster of %d: %s", roster.round, len(roster.entries), reason)
+                self._tell(ev.Signed(ev.SignedRoster(roster, signed, payload_sha256(signed))))
+            case ev.Merge():
+                before, self._mean = self._merging, None
+                self._merging = self._begin(self._merge(command.roster, before))
+            case ev.GiveUpMerge():
+                if self._merging is not None:
+                    self._merging.cancel()
+            case ev.Finish():
+                assert self._mean is not None and self._mean.roster == command.roster.roster
+                self._ends(self._mean)
+            case ev.Fetch():
+                self._tasks[command.number] = self._begin(self._fetch(command))
+            case ev.Take():
+                self._tasks[command.number] = self._begin(self._take(command.number))
+            case ev.Adopt():
+                self._ends(dataclasses.replace(self._offered.pop(command.number), reason=command.reason))
+            case ev.Surveyed():
+                self._found(command.search, dict(command.told))
+            case ev.Sought():
+                state = None if command.number is None else self._offered.pop(command.number)
+                self._found(command.search, (command.is_ours, state))
+            case ev.Name():
+                self.refused(command.peer, BadBytesError(command.detail))
+            case ev.Report():
+                self.report(command.change)
+            case _:
+                assert_never(command)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._work_ended)
+        return task
+
+    def _work_ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_exception(error)
+        else:
+            _log.error("the work of a round ended", exc_info=error)
+
+    def _ends(self, outcome: Outcome) -> None:
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    def _found(self, number: int, result: object) -> None:
+        if (future := self._futures.get(number)) is not None and not future.done():
+            future.set_result(result)
+
+    async def _waited_for(self, number: int, event: _Event, given_up: _Event) -> Any:
+        """What comes of an event, unless whoever waits for it gives up."""
+        future = self._futures[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._tell(event)
+            return await future
+        finally:
+            del self._futures[number]
+            self._tell(given_up)
 
     # ------------------------------------------------------------- answering
 
     async def answer(self, request: pb.RoundRequest) -> pb.RoundReply:
         """What is known about a round; waits up to `request.wait_s` for something the caller does not know."""
-        ends_s = swarm_time() + min(request.wait_s, _HOLD_S)
-        self.wanted = self.wanted or (request.round == self.current_round and not request.has_publication)
-        while True:
-            news = self._news
-            reply, is_news = self._reply(request)
-            left_s = ends_s - swarm_time()
-            if is_news or not left_s > 0:
-                return reply
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), left_s)
-
-    def _reply(self, request: pb.RoundRequest) -> tuple[pb.RoundReply, bool]:
-        reply = pb.RoundReply(
-            current_round=self.current_round,
-            inner_steps_done=self.inner_steps_done,
-            participating=not (self.guest or self.away),
-            away=self.away,
+        call = next(self._numbers)
+        question = ev.Question(
+            round=request.round,
+            hold_s=request.wait_s if request.wait_s > 0 else 0.0,
+            has_publication=request.has_publication,
+            has_roster=request.has_roster_sha256.hex(),
+            has_share=request.has_share,
+            wants_chain=request.wants_chain,
         )
-        if self.last is not None and payload_sha256(self.last[1]) == request.has_last_sha256.hex():
+        self._requests[call] = request
+        try:
+            reply: pb.RoundReply = await self._waited_for(call, ev.Asked(call, question), ev.HungUp(call))
+            return reply
+        finally:
+            del self._requests[call]
+
+    def _answer(self, answer: ev.Answer[pb.Signed]) -> None:
+        request = self._requests[answer.call]
+        reply = pb.RoundReply(
+            current_round=answer.round,
+            inner_steps_done=self.inner_steps_done,
+            participating=answer.participating,
+            away=answer.away,
+        )
+        if answer.last is not None and answer.last.name == request.has_last_sha256.hex():
             reply.same_last = True
-        elif self.last is not None:
-            reply.last_roster.CopyFrom(self.last[1])
+        elif answer.last is not None:
+            reply.last_roster.CopyFrom(answer.last.signed)
         if request.wants_chain:
             reply.chain.CopyFrom(self.chains.shows(request.chain_known))
-        known = self._rounds.get(request.round, KnownRound())
-        is_news = self.away or self.current_round > request.round or request.wants_chain
-        own = known.publications.get(self.identity.peer_id)
-        if own is not None and not request.has_publication:
-            reply.publication.CopyFrom(own.snapshot.signed)
-            is_news = True
-        best = known.best()
-        if best is not None and payload_sha256(best[1]) != request.has_roster_sha256.hex():
-            reply.roster.CopyFrom(best[1])
-            is_news = True
-        if known.share is not None and not request.has_share:
-            reply.share.CopyFrom(known.share.snapshot.signed)
-            is_news = True
-        return reply, is_news
+        if answer.publication is not None:
+            reply.publication.CopyFrom(self._own[request.round].snapshot.signed)
+        if answer.roster is not None:
+            reply.roster.CopyFrom(answer.roster.signed)
+        if answer.share:
+            reply.share.CopyFrom(self._shares[request.round].snapshot.signed)
+        self._found(answer.call, reply)
 
-    def tell(self) -> None:
-        """Wake everyone who waits for news."""
-        self._news.set()
-        self._news = asyncio.Event()
+    # ------------------------------------------------------------- moving on
+
+    def begin(self, *, guest: bool) -> None:
+        """A round begins; nobody waits for that of a guest."""
+        self._tell(ev.Begun(guest))
+
+    def leave(self) -> None:
+        """This peer has said goodbye."""
+        self._tell(ev.Left())
+
+    def come_back(self) -> None:
+        """It is here again."""
+        self._tell(ev.CameBack())
+
+    def peers_changed(self) -> None:
+        """Somebody came, left or was lost."""
+        self._tell(ev.PeersChanged())
 
     async def wait_for_round(self, round: int, limit_s: float) -> None:
         """Until this peer's state is of `round` or later, or `limit_s` have passed."""
         ends_s = swarm_time() + limit_s
         while self.current_round < round and swarm_time() < ends_s:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), ends_s - swarm_time())
-
-    # ------------------------------------------------------------- moving on
+                await asyncio.wait_for(self._moved.wait(), ends_s - swarm_time())
 
     def advance(self, progress: Progress) -> None:
         """The outer step is done, or another's state was taken: this peer is in round `progress.round` now."""
-        if progress.roster_sha256:
-            self.last = self._pending.get(progress.roster_sha256, self.last)
-            assert self.last is not None and self.last[0].digest == progress.roster_sha256, "a state without its roster"
-            self.chains.move_to(*self.last, self._manifests.get(progress.roster_sha256, ()))
+        last = None
+        if digest := progress.roster_sha256:
+            last = self._pending.get(digest, self.engine.last)
+            assert last is not None and last.roster.digest == digest, "a state without its roster"
+            self.chains.move_to(last.roster, last.signed, self._manifests.get(digest, ()))
         self._pending.clear()
         self._manifests.clear()
-        self.wanted = self.wanted and progress.round == self.current_round
-        self.current_round, self.inner_steps_done = progress.round, 0
-        self._rounds = {r: known for r, known in self._rounds.items() if r > progress.round - _KEEP_ROUNDS}
+        self.inner_steps_done = 0
         self.store.forget_before(progress.round)
-        self.tell()
+        self._tell(ev.Advanced(progress.round, last))
+        self._own = {round: held for round, held in self._own.items() if self.engine.knows(round)}
+        self._shares = {round: held for round, held in self._shares.items() if self.engine.knows(round)}
+        self._moved.set()
+        self._moved = asyncio.Event()
 
     def know_roster(self, roster: Roster, signed: pb.Signed) -> None:
         """A roster that `advance` may name: of a state that was pulled, or read from an archive."""
-        self._pending[roster.digest] = (roster, signed)
+        self._pending[roster.digest] = ev.SignedRoster(roster, signed, payload_sha256(signed))
 
     def forget_peer(self, peer: str) -> None:
         """A peer that has long been gone."""
-        self._told.pop(peer, None)
-        self._last_sha256.pop(peer, None)
-        self._chain_asked_s.pop(peer, None)
+        self.engine.forget_peer(peer)
+        self._last_signed.pop(peer, None)
 
     def stood_still(self, now: float, *, forgives: bool = True) -> None:
-        """This process did not run until `now`: what it missed is nobody else's silence, and may be a round's end.
-        See `Membership.resume`."""
-        self.listening_since_s = now
-        self.membership.resume(now, forgives=forgives)
-
-    @property
-    def gap_s(self) -> float:
-        """A process that comes so much later to something than it should has stood still."""
-        return max(1.0, self.settings.silence_s / 4)
+        """This process did not run until `now`. See `StoodStill`."""
+        self._tell(ev.StoodStill(forgives))
 
     # ------------------------------------------------------------- finishing a round
 
     async def finish(self, round: int, publication: Held, started_s: float) -> Outcome:
         """Publish, agree on a roster and merge it; returns the mean, or the state of those who went on without us."""
-        known = self._rounds[round] = KnownRound(started_s=started_s, ended_s=swarm_time())
-        known.publications[self.identity.peer_id] = publication
+        self._publications = {publication.snapshot.sha256: publication}
+        self._own[round] = publication
         self.store.add(publication)
-        self.tell()
-        work = RoundWork()
+        self._outcome = asyncio.get_running_loop().create_future()
         try:
-            while True:
-                outcome = await self._step(round, known, work)
-                if outcome is not None:
-                    return outcome
+            self._tell(ev.Ended(round, publication_of(publication.snapshot), started_s))
+            return await self._outcome
         finally:
-            view = self._view(round, known)
-            self._name_unproved(known)
-            self._give_up_on_silent(view, work.asking)
-            self._signers.round_over(round, idled(view, swarm_time()), {r.signer for r in view.rosters})
-            await work.cancel()
-            self.waiting_for = ""
-            known.keep_only(self.identity.peer_id)
+            self._tell(ev.GivenUp())
+            await end_tasks([*self._bytes, *([] if self._merging is None else [self._merging])])
+            self._publications, self._merging, self._mean, self._outcome = {}, None, None, None
 
-    async def _step(self, round: int, known: KnownRound, work: RoundWork) -> Outcome | None:
-        """Decide once, and do it or wait for news. A merge goes on beside the asking, and is given up for a better
-        decision."""
-        news = self._news
-        if work.merge is not None and work.merge.done() and work.merge.result() is None:
-            work.merge = None
-        view = self._view(round, known)
-        self._keep_asking(round, known, view, work)
-        decision = decide(view, swarm_time())
-        if isinstance(decision, Sign) and self._lacks_chains(known):
-            decision = Wait(until_s=swarm_time() + _RETRY_S, reason="others are asked how they came to where they are")
-        self.waiting_for = decision.reason
-        self.waiting_until_s = decision.until_s if isinstance(decision, Wait) else 0.0
-        wait_s = _LOOK_S
-        if isinstance(decision, Apply):
-            if work.merge is not None and work.merge.done() and work.merging == decision.roster.digest:
-                return work.merge.result()
-            if work.merging != decision.roster.digest or work.merge is None:
-                await work.give_up_merge()
-                work.merging = decision.roster.digest
-                signed = next(signed for kept, signed in known.rosters.values() if kept == decision.roster)
-                work.merge = asyncio.create_task(self._merge(round, known, decision.roster, signed))
-                work.merge.add_done_callback(lambda task: self.tell())
-        else:
-            await work.give_up_merge()
-        if isinstance(decision, Sign):
-            self._sign(round, known, decision)
-            await asyncio.sleep(0)
-            return None
-        if isinstance(decision, CatchUp):
-            return await self._catch_up(known, decision)
-        if isinstance(decision, Wait):
-            wait_s = min(max(decision.until_s - swarm_time(), 0.005), _LOOK_S)
-        waits_from_s = swarm_time()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(news.wait(), wait_s)
-        if swarm_time() - waits_from_s > wait_s + self.gap_s:
-            self.stood_still(swarm_time())
-        return None
+    async def _merge(self, one: _SignedRoster, before: asyncio.Task[None] | None) -> None:
+        """Average what the roster names, when the merge `before` has been given up."""
+        if before is not None:
+            await end_tasks([before])
+        roster = one.roster
+        offers = ((entry.peer, self._publications.get(entry.snapshot)) for entry in roster.entries)
+        held = {peer: offer for peer, offer in offers if offer is not None}
 
-    def _view(self, round: int, known: KnownRound) -> RoundView:
-        heard_at_s = self.membership.heard_at_s()
-        distrusted = known.distrusted.intersection(heard_at_s)
-        found = standings(
-            None if self.last is None else self.last[0],
-            round,
-            {peer: self._told.get(peer) for peer in heard_at_s.keys() - distrusted},
-            since_s=known.started_s,
-            undeliverable=known.undeliverable,
-            holds=self._chain_view(known, distrusted).holds,
-        )
-        return RoundView(
-            me=self.identity.peer_id,
-            round=round,
-            ended_at_s=known.ended_s,
-            deadline_s=max(known.ended_s, known.started_s + self.settings.round_limit_s),
-            silence_s=self.settings.silence_s,
-            share_above=self.settings.share_above,
-            live=found.of[Standing.WITH_US] | found.of[Standing.BEHIND],
-            behind=found.of[Standing.BEHIND],
-            base=self._base,
-            guest=self.guest,
-            guests=found.of[Standing.GUEST] | distrusted,
-            ahead=found.of[Standing.AHEAD],
-            applied=found.applied,
-            far_ahead=found.of[Standing.FAR_AHEAD],
-            announced={peer: publication_of(held.snapshot) for peer, held in known.publications.items()},
-            held=frozenset(peer for peer, held in known.publications.items() if held.complete),
-            rosters=[roster for roster, _ in known.rosters.values() if roster.digest not in known.impossible],
-            heard_at_s=heard_at_s,
-            asked_at_s=known.asked_at_s,
-            answered_at_s=known.answered_at_s,
-            listening_since_s=self.listening_since_s,
-            unobtainable=frozenset(known.unobtainable),
-            idle=self._signers.idle(round),
-        )
+        def share_ready(share: Held) -> None:
+            self._shares[roster.round] = share
+            self._tell(ev.Shared(roster.digest))
 
-    def _chain_view(self, known: KnownRound, distrusted: Collection[str] = ()) -> ChainView:
-        """Which chain holds, for a peer in the midst of this round."""
-        return chain_view(
-            self.chains.chain,
-            self.chains.shown,
-            {peer: self._told.get(peer) for peer in self.membership.heard_at_s().keys() - distrusted},
-            since_s=known.started_s,
-            me=self.identity.peer_id,
-            is_away=self.listening_since_s > known.started_s,
-        )
-
-    def _lacks_chains(self, known: KnownRound) -> bool:
-        """Whether somebody has yet to show its chain, for which it has as long as it may be silent, and all together a
-        few times as long: who comes after the other with one that nobody knows must not hold a round up for ever."""
-        now, told = swarm_time(), self._told.keys() & self.membership.heard_at_s().keys()
-        lacking = [peer for peer in told if self.chains.lacks(self._told[peer][1].last)]
-        until_s = [known.lacking_s.setdefault(peer, now) + self.settings.silence_s for peer in lacking]
-        most_s = min(known.lacking_s.values(), default=now) + _CHAIN_SILENCES * self.settings.silence_s
-        return now < min(max(until_s, default=now), most_s)
-
-    def _name_unproved(self, known: KnownRound) -> None:
-        """Tell of those who claim more tokens than there are here, and neither show their chain nor move anybody."""
-        own_tokens, view = 0 if self.last is None else self.last[0].total_tokens, self._chain_view(known)
-        for peer, digest in view.stands.items():
-            head, chain = view.heads.get(digest), self.chains.shown.get(digest)
-            if head is None or chain is None or len(chain.links) > 1 or view.holds(head):
-                continue
-            if head.total_tokens > own_tokens:
-                detail = f"a roster with {head.base_tokens} tokens behind it, of which it shows nothing"
-                self.refused(peer, BadBytesError(detail))
-
-    def _sign(self, round: int, known: KnownRound, decision: Sign) -> None:
-        applied = None if self.last is None else self.last[0]
-        roster = Roster(
-            round=round,
-            signer=self.identity.peer_id,
-            entries=decision.entries,
-            attempt=decision.attempt,
-            base=self._base,
-            base_tokens=0 if applied is None else applied.total_tokens,
-        )
-        self._keep(known, roster, sign_roster(self.identity, self.settings.run_sha256, roster))
-        _log.info("round %d: signed a roster of %d: %s", round, len(roster.entries), decision.reason)
-        self.tell()
-
-    @property
-    def _base(self) -> str:
-        return "" if self.last is None else self.last[0].digest
-
-    def _keep(self, known: KnownRound, roster: Roster, signed: pb.Signed) -> bool:
-        """Remember a roster that starts from our weights, of one signer the latest few and of all signers those
-        that hold against the rest; whether it is new."""
-        name = payload_sha256(signed)
-        if name in known.rosters or roster.base != self._base:
-            return False
-        same_signer = [other for other, (kept, _) in known.rosters.items() if kept.signer == roster.signer]
-        if len(same_signer) >= _MAX_ATTEMPTS:
-            oldest = min(same_signer, key=lambda other: known.rosters[other][0].attempt)
-            if roster.attempt <= known.rosters[oldest][0].attempt:
-                return False
-            del known.rosters[oldest]
-        known.rosters[name] = (roster, signed)
-        others = [kept for kept, _ in known.rosters.values() if kept.signer != self.identity.peer_id]
-        if len(others) > _MAX_ROSTERS:
-            worst = worst_roster(others)
-            known.rosters = {other: pair for other, pair in known.rosters.items() if pair[0] is not worst}
-            if worst is roster:
-                return False
-        known.unobtainable.difference_update(roster.peers)
-        return True
-
-    async def _merge(self, round: int, known: KnownRound, roster: Roster, signed: pb.Signed) -> Merged | None:
-        """Average what the roster names; None if that failed and the round has to be decided anew."""
-
-        def share_ready(held: Held) -> None:
-            known.share = held
-            self.tell()
-
-        merger = self._merger(share_ready, bytes.fromhex(payload_sha256(signed)))
+        event: _Event
         try:
-            mean, left_out = await merger.merge(roster, known.publications)
+            mean, left_out = await self._merger(share_ready, bytes.fromhex(one.name)).merge(roster, held)
+            self._mean, event = Merged(roster=roster, mean=mean, left_out=left_out), ev.Merged(roster.digest)
+            self._pending[roster.digest] = one
+            self._manifests[roster.digest] = [each.snapshot.signed for each in held.values()]
         except UnobtainableError as error:
-            _log.info("round %d: %s", round, error)
-            if self.identity.peer_id in error.peers:
-                known.impossible.add(roster.digest)
-            known.unobtainable.update(error.peers - {self.identity.peer_id})
-            return None
-        self.know_roster(roster, signed)
-        entries = (known.publications.get(entry.peer) for entry in roster.entries)
-        self._manifests[roster.digest] = [held.snapshot.signed for held in entries if held is not None]
-        return Merged(roster=roster, mean=mean, left_out=left_out)
+            _log.info("round %d: %s", roster.round, error)
+            event = ev.NotMerged(roster.digest, error.peers)
+        for each in held.values():
+            if each.snapshot.sha256 not in self._publications:
+                self._publications[each.snapshot.sha256] = each
+                self._tell(ev.Found(publication_of(each.snapshot)))
+            if each.complete:
+                self._tell(ev.Brought(each.snapshot.sha256))
+        self._tell(event)
 
     def _merger(self, share_ready: Callable[[Held], None] = lambda held: None, roster_sha256: bytes = b"") -> Merger:
         return Merger(
@@ -408,291 +409,145 @@ class Rounds:
             roster_sha256=roster_sha256,
         )
 
+    async def _bring(self, bring: ev.Bring) -> None:
+        sha256 = bring.publication.snapshot
+        held = self._publications[sha256]
+        event: _Event = ev.Brought(sha256)
+        try:
+            await self._merger().pull(held, range(held.snapshot.num_chunks), bring.sources)
+        except UnreachableError:
+            event = ev.NotBrought(sha256)
+        self._tell(event)
+
     # ------------------------------------------------------------- asking
 
-    def _keep_asking(self, round: int, known: KnownRound, view: RoundView, work: RoundWork) -> None:
-        """One asking task a peer, one pulling task a publication; those no longer needed are cancelled."""
-        wanted = dict.fromkeys(peers_to_ask(view, swarm_time()))
-        unwanted = {peer: task for peer, task in work.asking.items() if peer not in wanted}
-        self._give_up_on_silent(view, unwanted)
-        for peer, task in unwanted.items():
-            task.cancel()  # again at the next look, if this one is swallowed
-            if task.done():
-                del work.asking[peer]
-        for peer in wanted:
-            if peer not in work.asking or work.asking[peer].done():
-                known.asked_at_s.setdefault(peer, swarm_time())
-                work.asking[peer] = asyncio.create_task(self._ask(round, known, peer))
-        if not pulls_whole(view):
-            return
-        for peer, held in known.publications.items():
-            sha256 = held.snapshot.sha256
-            fits = held.snapshot.manifest.roster_sha256.hex() == view.base
-            if fits and not held.complete and peer not in known.unobtainable and sha256 not in work.pulling:
-                work.pulling[sha256] = asyncio.create_task(self._prefetch(known, peer, held))
+    async def _ask(self, ask: ev.Ask) -> None:
+        question = ask.question
+        request = pb.RoundRequest(
+            round=question.round,
+            has_publication=question.has_publication,
+            has_roster_sha256=bytes.fromhex(question.has_roster),
+            has_share=question.has_share,
+            has_last_sha256=self._last_known(ask.peer),
+            wants_chain=question.wants_chain,
+            wait_s=question.hold_s,
+        )
+        if question.wants_chain:
+            request.chain_known.extend(self.chains.known())
+        event: _Event
+        try:
+            reply = await self.calls.round(ask.peer, request)
+            event = ev.Answered(ask.number, await self._reply_untrusted(ask, reply))
+        except BadBytesError as error:
+            self.refused(ask.peer, error)
+            event = ev.Refused(ask.number)
+        except PeerError as error:
+            _log.debug("asking %s about round %d: %s", ask.peer, question.round, error)
+            event = ev.Failed(ask.number)
+        self._tasks.pop(ask.number, None)
+        self._tell(event)
 
-    def _give_up_on_silent(self, view: RoundView, asking: dict[str, asyncio.Task[None]]) -> None:
-        """Questions that are given up now: one that was never answered has failed."""
-        now = swarm_time()
-        for peer, task in asking.items():
-            if not task.done() and not task.cancelling() and is_silent(view, peer, now):
-                self.calls.on_failure(peer, UnreachableError(f"it has not answered for {view.silence_s:g} s"))
-
-    async def _ask(self, round: int, known: KnownRound, peer: str) -> None:
-        """Ask one peer about the round, again and again; the first answer is not held."""
-        wait_s = 0.0
-        its_roster = b""
-        while True:
-            request = pb.RoundRequest(
-                round=round,
-                has_publication=peer in known.publications,
-                has_roster_sha256=its_roster,
-                has_share=True,
-                has_last_sha256=self._last_known(peer),
-                wait_s=wait_s,
-            )
-            asked_s = swarm_time()
-            self._want_chain(request, peer, asked_s)
-            try:
-                reply = await self.calls.round(peer, request)
-                is_new = self._read_untrusted(round, known, peer, reply)
-                if request.wants_chain:
-                    await self._take_chain_untrusted(peer, reply)
-                known.answered_at_s[peer] = asked_s
-                if reply.HasField("roster"):
-                    its_roster = bytes.fromhex(payload_sha256(reply.roster))
-                not_held = wait_s > 0 and swarm_time() - asked_s < _RETRY_S
-                wait_s = _HOLD_S if asked_s >= self.listening_since_s else 0.0
-                if not_held and not is_new:
-                    await asyncio.sleep(_RETRY_S)  # it answers at once, has no news, and may do so for long
-            except BadBytesError as error:
-                self.refused(peer, error)
-                known.distrusted.add(peer)
-                self.tell()
-                await asyncio.sleep(_HOLD_S)
-            except PeerError as error:
-                _log.debug("asking %s about round %d: %s", peer, round, error)
-                self.tell()
-                await asyncio.sleep(_RETRY_S)
-
-    def _read_untrusted(self, round: int, known: KnownRound, peer: str, reply: pb.RoundReply) -> bool:
-        """Take in an answer about the round; whether it brought anything."""
-        is_new = False
-        self._hear_untrusted(peer, reply)
-        if reply.HasField("last_roster"):  # whoever has applied one hands it out, whatever others of the round it knows
+    async def _reply_untrusted(self, ask: ev.Ask, reply: pb.RoundReply) -> ev.Reply[pb.Signed, pb.ChainLink]:
+        """What a peer says of itself and of a round, its signatures checked."""
+        peer, question = ask.peer, ask.question
+        last, offer, shown = None, None, None
+        if reply.HasField("last_roster"):
             last = self._roster_untrusted(reply.last_roster)
-            self.chains.check_untrusted(last)
-            is_new = last.round == round and self._keep(known, last, reply.last_roster)
-        if reply.HasField("publication"):
+        if reply.HasField("publication") and not question.has_publication:
             kind = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT
             snapshot = manifest_untrusted(reply.publication, self.settings.run_sha256, kind, self.settings.specs)
-            check_publication(snapshot, peer, round, self.settings.max_tokens)
-            if peer not in known.publications and snapshot.manifest.roster_sha256.hex() == self._base:
-                known.publications[peer] = empty_held(snapshot)
-                is_new = True
-        if reply.HasField("roster"):
-            roster = self._roster_untrusted(reply.roster)
-            if roster.round != round:
-                raise BadBytesError("a roster of another round")
-            try:
-                self.chains.check_untrusted(roster)
-                is_new = self._keep(known, roster, reply.roster) or is_new
-            except BadBytesError as error:
-                self.refused(roster.signer, error)  # who hands it on may not know the base
-        self.tell()
-        return is_new
-
-    def _hear_untrusted(self, peer: str, reply: pb.RoundReply) -> None:
-        """What a peer tells of itself."""
-        last = None
-        if reply.same_last and peer in self._told:
-            last = self._told[peer][1].last
-        elif reply.HasField("last_roster"):
-            last = self._roster_untrusted(reply.last_roster)
-            self.chains.check_untrusted(last)
-            self._last_sha256[peer] = bytes.fromhex(payload_sha256(reply.last_roster))
-        if reply.current_round != (0 if last is None else last.round + 1):
-            raise BadBytesError("a peer in another round than its last roster leads to")
-        now = swarm_time()
-        self.membership.heard(peer, now, round=reply.current_round, inner_steps_done=min(reply.inner_steps_done, 2**31))
-        self._told[peer] = (now, Told(round=reply.current_round, last=last, participating=reply.participating))
-        if reply.away and (change := self.membership.left(peer, now)) is not None:
-            self.report(change)
+            check_publication(snapshot, peer, question.round, self.settings.max_tokens)
+            offer = publication_of(snapshot)
+            if offer.base == self.engine.base:
+                self._publications.setdefault(snapshot.sha256, empty_held(snapshot))
+        roster = self._roster_untrusted(reply.roster) if reply.HasField("roster") else None
+        head = self.engine.hearsay.last_of(peer) if reply.same_last else None if last is None else last.roster
+        ours = self.chains.chain
+        if question.wants_chain and reply.HasField("chain") and head is not None and head.digest not in ours:
+            shown = await asyncio.to_thread(chain_untrusted, reply.chain, ours, self.settings)
+        if last is not None and not reply.same_last:
+            self._last_signed[peer] = last.roster, last.name
+        told = Told(round=reply.current_round, last=head, participating=reply.participating)
+        return ev.Reply(told, reply.inner_steps_done, reply.away, last, offer, roster, shown)
 
     def _last_known(self, peer: str) -> bytes:
-        """The hash of what this peer said last that it had applied."""
-        return self._last_sha256.get(peer, b"") if peer in self._told else b""
+        """The name of what this peer said last that it had applied."""
+        roster, name = self._last_signed.get(peer, (None, ""))
+        return bytes.fromhex(name) if roster is not None and self.engine.hearsay.last_of(peer) == roster else b""
 
-    def _roster_untrusted(self, signed: pb.Signed) -> Roster:
+    def _roster_untrusted(self, signed: pb.Signed) -> _SignedRoster:
         """Checked once, then known by the hash of what was signed and by whom."""
-        name = payload_sha256(signed) + signed.author.hex() + signed.signature.hex()
-        if name not in self._checked:
+        name = payload_sha256(signed)
+        key = name + signed.author.hex() + signed.signature.hex()
+        if (roster := self._checked.get(key)) is None:
             roster = roster_untrusted(signed, self.settings.run_sha256, self.settings.max_tokens)
-            self._checked[name] = roster
+            self._checked[key] = roster
             num_entries = sum(len(kept.entries) for kept in self._checked.values())
             while len(self._checked) > _MAX_CHECKED or num_entries > _MAX_CHECKED_ENTRIES:
                 num_entries -= len(self._checked.pop(next(iter(self._checked))).entries)
-            return roster
-        return self._checked[name]
-
-    async def _prefetch(self, known: KnownRound, peer: str, held: Held) -> None:
-        others = [info.peer for info in self.membership.volunteers() if info.peer != peer]
-        try:
-            await self._merger().pull(held, range(held.snapshot.num_chunks), [peer, *others])
-        except UnreachableError:
-            known.unobtainable.add(peer)
-        self.tell()
-
-    # ------------------------------------------------------------- chains
-
-    def _want_chain(self, request: pb.RoundRequest, peer: str, now: float) -> None:
-        """Ask with this question for the chain of one that told of a roster that is not on ours, nor the next."""
-        told = self._told.get(peer)
-        if told is None or not self.chains.lacks(told[1].last):
-            return
-        if now >= self._chain_asked_s.get(peer, -math.inf) + _CHAIN_AGAIN_S:
-            self._chain_asked_s[peer] = now
-            request.wants_chain, request.wait_s = True, 0.0
-            request.chain_known.extend(self.chains.known())
-
-    async def _take_chain_untrusted(self, peer: str, reply: pb.RoundReply) -> None:
-        """Take in what a peer shows of its chain. One that does not know the question shows nothing."""
-        last = self._told[peer][1].last if peer in self._told else None
-        if last is None or last.digest in self.chains.chain:
-            return
-        if not reply.HasField("chain"):
-            self.chains.keep_head(last)
-            return
-        ours = self.chains.chain
-        shown = await asyncio.to_thread(chain_untrusted, reply.chain, ours, self.settings)
-        if shown.chain.digest != last.digest:
-            raise BadBytesError("a chain of rosters that does not lead to its last one")
-        self.chains.keep(shown)
-        self.tell()
-
-    async def _ask_chain(self, peer: str) -> None:
-        """Have a peer show its chain, whenever it did so before. Raises PeerError."""
-        request = self._question_of_state(peer)
-        request.wants_chain = True
-        request.chain_known.extend(self.chains.known())
-        reply = await self.calls.round(peer, request)
-        self._hear_untrusted(peer, reply)
-        await self._take_chain_untrusted(peer, reply)
-
-    async def best_told(self, told: Mapping[str, Told]) -> Chain | None:
-        """The chain that holds against ours and the others', of those who have just `told` their last rosters; None if
-        that is ours. Each is asked for its chain before any is judged."""
-        return self._view_of(await self._with_chains(told)).best
-
-    async def _with_chains(self, told: Mapping[str, Told]) -> dict[str, Told]:
-        """What these tell once the chains of their last rosters are here: who was asked may have gone on since."""
-        for digest in {t.last.digest for t in told.values() if t.last is not None}:
-            standing = [peer for peer, t in told.items() if t.last is not None and t.last.digest == digest]
-            random.shuffle(standing)
-            for peer in standing[:_CHAIN_TRIES]:
-                if digest in self.chains.chain or digest in self.chains.shown:
-                    break
-                try:
-                    await self._ask_chain(peer)
-                except BadBytesError as error:
-                    self.refused(peer, error)
-                except PeerError as error:
-                    _log.debug("asking %s for its chain: %s", peer, error)
-        return {peer: self._told[peer][1] if peer in self._told else before for peer, before in told.items()}
-
-    def _view_of(self, told: Mapping[str, Told]) -> ChainView:
-        """Which chain holds, for a peer that comes, or comes back, and for an archive."""
-        now = {peer: (0.0, t) for peer, t in told.items()}
-        me = self.identity.peer_id if self.trains else ""
-        chain, shown = self.chains.chain, self.chains.shown
-        return chain_view(chain, shown, now, since_s=0.0, me=me, is_away=True)
+        return ev.SignedRoster(roster, signed, name)
 
     # ------------------------------------------------------------- states
 
+    async def _fetch(self, fetch: ev.Fetch) -> None:
+        event: _Event = ev.NotFetched(fetch.number)
+        try:
+            state = await self._offered_untrusted(fetch.source, fetch.min_round)
+            if state is not None:
+                self._offered[fetch.number] = state
+                while len(self._offered) > _MAX_OFFERED:
+                    del self._offered[next(iter(self._offered))]
+                signed = state.signed_roster
+                event = ev.Offered(fetch.number, ev.SignedRoster(state.roster, signed, payload_sha256(signed)))
+        except PeerError as error:
+            self._merger().blame(fetch.source, error)
+        self._tasks.pop(fetch.number, None)
+        self._tell(event)
+
+    async def _offered_untrusted(self, source: str, min_round: int) -> NewState | None:
+        """The state that a peer has; None if it has none."""
+        reply = await self.calls.state(source, min_round)
+        if not reply.HasField("manifest"):
+            return None
+        roster = self._roster_untrusted(reply.roster).roster
+        return offered_state_untrusted(self._merger(), reply, source, min_round, roster)
+
+    async def _take(self, number: int) -> None:
+        event: _Event = ev.Taken(number)
+        state = self._offered[number]
+        try:
+            await self._take_bytes(state)
+        except PeerError as error:
+            self._merger().blame(state.from_peer, error)
+            event = ev.NotFetched(number)
+        self._tasks.pop(number, None)
+        self._tell(event)
+
+    async def _take_bytes(self, state: NewState) -> None:
+        await take_state(self._merger(), state)
+
     async def ask_now(self, peers: Sequence[str]) -> dict[str, Told]:
         """What these peers tell of themselves now; those that do not answer are missing."""
+        search = next(self._numbers)
+        told: dict[str, Told] = await self._waited_for(search, ev.Survey(search, tuple(peers)), ev.GivenUp(search))
+        return told
 
-        async def ask(peer: str) -> None:
-            try:
-                self._hear_untrusted(peer, await self.calls.round(peer, self._question_of_state(peer)))
-            except BadBytesError as error:
-                self.refused(peer, error)
-            except PeerError as error:
-                _log.debug("asking %s: %s", peer, error)
-
-        began_s = swarm_time()
-        await asyncio.gather(*(ask(peer) for peer in peers))
-        return {peer: self._told[peer][1] for peer in peers if self._told.get(peer, (-math.inf,))[0] >= began_s}
-
-    def _question_of_state(self, peer: str) -> pb.RoundRequest:
-        """How far are you?"""
-        return pb.RoundRequest(
-            round=self.current_round, has_publication=True, has_share=True, has_last_sha256=self._last_known(peer)
-        )
-
-    async def _catch_up(self, known: KnownRound, decision: CatchUp) -> NewState | None:
-        sources = list(decision.sources)
-        random.shuffle(sources)
-
-        async def check(source: str, roster: Roster) -> None:
-            if roster.digest not in self.chains.shown:
-                await self._ask_chain(source)
-            if source in known.unobtainable and source in roster.peers:
-                raise UnreachableError("its roster has a publication of its own on it, which it does not deliver")
-            if not self._chain_view(known).holds(roster):
-                raise UnreachableError("its state does not hold against this peer's")
-
-        for source in sources[:_SOURCES]:
-            told = self._told.get(source)
-            min_round = 0 if told is None or told[1].last is None else told[1].last.round + 1
-            state = await self.fetch_state([source], min_round, decision.reason, check)
-            if state is not None:
-                return state
-            known.undeliverable.add(source)
-        return None
-
-    async def fetch_newest_state(self, peers: Sequence[str], reason: str, above_tokens: int = 0) -> NewState | None:
-        """The state that holds, from whoever of `peers` has it, if it counts more than `above_tokens` tokens.
-
-        None if nobody has such a one, or nobody delivered.
-        """
-        return await self.fetch_told_state(await self.ask_now(peers), reason, above_tokens)
+    async def holds(self, told: Mapping[str, Told]) -> bool:
+        """Whether our own chain holds against those of whoever has just `told` what they applied last: each is asked
+        how it came there before any is judged."""
+        is_ours, _ = await self._seek(ev.Seek(next(self._numbers), told, fetches=False))
+        return is_ours
 
     async def fetch_told_state(self, told: Mapping[str, Told], reason: str, above_tokens: int = 0) -> NewState | None:
-        """The same from those who have just `told` what they have; None too if it does not hold against ours."""
-        told, ours = await self._with_chains(told), self.chains.chain
-        best = self._view_of(told).best
-        if best is None or best.head is None or best.head.total_tokens <= above_tokens:
-            return None
-        lasts = {peer: t.last.digest for peer, t in told.items() if t.last is not None}
-        holders = [peer for peer, digest in lasts.items() if digest == best.digest]
-        rest = [peer for peer, digest in lasts.items() if digest in best and digest not in ours and peer not in holders]
-        random.shuffle(holders)
+        """The state that holds, from whoever has it of those who have just `told` what they have, if it counts more
+        than `above_tokens` tokens. None if nobody has such a one, or nobody delivered."""
+        _, state = await self._seek(ev.Seek(next(self._numbers), told, above_tokens))
+        return None if state is None else dataclasses.replace(state, reason=reason)
 
-        async def check(source: str, roster: Roster) -> None:
-            if roster.digest in ours:
-                raise UnreachableError("its state is no newer than ours")
-            if roster.digest in best:
-                return
-            await self._ask_chain(source)
-            now = self._told.get(source)  # it may be a round further than its state was, or forgotten
-            last = None if now is None else now[1].last
-            chain = None if last is None else self._view_of(told).chain_of(last)
-            if chain is None or best.digest not in chain or roster.digest not in chain:
-                raise UnreachableError("it has gone to another chain meanwhile")
+    async def _seek(self, seek: ev.Seek) -> tuple[bool, NewState | None]:
+        found: tuple[bool, NewState | None] = await self._waited_for(seek.search, seek, ev.GivenUp(seek.search))
+        return found
 
-        state = await self.fetch_state(holders, best.head.round + 1, reason, check)
-        state = state or await self.fetch_state(rest, 1, reason, check)
-        return state if state is not None and state.roster.total_tokens > above_tokens else None
-
-    async def fetch_state(
-        self, sources: Sequence[str], min_round: int, reason: str, check: Check = unchecked
-    ) -> NewState | None:
-        """The newest state of the first source that delivers one of `min_round` or later, which passes `check`."""
-        wanted = WantedState(min_round=min_round, reason=reason)
-
-        async def believed(source: str, roster: Roster) -> None:
-            await check(source, roster)
-            self.chains.check_untrusted(roster)
-
-        return await fetch_state(self._merger(), sources, wanted, self._roster_untrusted, believed)
+    async def fetch_newest_state(self, peers: Sequence[str], reason: str, above_tokens: int = 0) -> NewState | None:
+        """The same from these peers, asked now."""
+        return await self.fetch_told_state(await self.ask_now(peers), reason, above_tokens)

@@ -259,7 +259,7 @@ class Swarm:
 
     async def announce(self) -> None:
         """Say that we are here, to everyone known and in the DHT, and keep saying so."""
-        self.rounds.away = False
+        self.rounds.come_back()
         self._arrivals.came_myself(swarm_time())
         await self._look_where_we_are()
         await self.greet_everyone()
@@ -317,9 +317,8 @@ class Swarm:
         """
         if self.rounds.away:
             return
-        self.rounds.away = self.rounds.guest = True
+        self.rounds.leave()
         self.me = dataclasses.replace(self.me, inner_steps=0)  # whoever comes back begins another round
-        self.rounds.tell()
         for work in (self._pulling, self.hosting):
             if work is not None:
                 await work.stop()
@@ -640,7 +639,7 @@ class Swarm:
         """Tell of a change. Of one that came it is told now if it certainly `is_here`, else once that is known."""
         if change is None:
             return
-        self.rounds.tell()
+        self.rounds.peers_changed()
         info = self.membership.info(change.peer)
         if change.state is PeerState.LIVE:
             self._arrivals.came(change.peer, swarm_time())

@@ -36,7 +36,7 @@ from swarmtrain.peer.trainer import Averaged, Contribution, OuterUpdate, Replace
 from swarmtrain.protocol.ending import still_needed
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import round_ends_s
-from swarmtrain.protocol.rosters import Told, joining_steps, round_steps
+from swarmtrain.protocol.rosters import Told, steps_of_round
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -228,7 +228,7 @@ class RosterExchange(SwarmExchange):
         self._started_s = swarm_time()
 
         async def begin() -> int:
-            self.swarm.rounds.guest = guest
+            self.swarm.rounds.begin(guest=guest)
             self.swarm.rounds.inner_steps_done = self._skipped_steps
             self.swarm.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
             return len(self.swarm.membership.volunteers()) + 1
@@ -241,14 +241,10 @@ class RosterExchange(SwarmExchange):
     def _inner_steps(self, round: int, steps_per_s: float) -> int:
         """A round's inner steps: the full number, fewer for one that comes late, fewer for a slower peer if paced."""
         section = self.run.merge
-        volunteers = self.swarm.membership.volunteers()
-        others_done = [info.inner_steps_done for info in volunteers if info.round == round]
+        others = [(info.round, info.inner_steps_done) for info in self.swarm.membership.volunteers()]
         if round == 0 and section.min_peers > 1:
-            others_done = []  # everyone has waited for the others: a whole round for all
-        if self._fresh and any(info.round > round for info in volunteers):
-            others_done.append(section.inner_steps)  # the round is over already
-        rule = joining_steps if self._fresh else round_steps
-        steps, reason = rule(section.inner_steps, others_done)
+            others = [(its, done) for its, done in others if its > 0]  # they have waited: a whole round for all
+        steps, reason = steps_of_round(section.inner_steps, round, others, fresh=self._fresh)
         self._cut_short = steps < section.inner_steps
         if self._cut_short:
             _log.info("round %d: %d inner steps: %s", round, steps, reason)
@@ -325,7 +321,7 @@ class RosterExchange(SwarmExchange):
 
         async def look() -> None:
             self.swarm.rounds.know_roster(new.roster, new.signed_roster)
-            self.swarm.rounds.guest = True
+            self.swarm.rounds.begin(guest=True)
             await self.swarm.rounds.ask_now([new.from_peer])
 
         wait_for(self.network.submit(look()), self.stop)
@@ -337,7 +333,7 @@ class RosterExchange(SwarmExchange):
         """See `SwarmExchange`."""
         await super()._offer(progress, body)
         if progress.round == 0 and self.run.merge.min_peers > 1:
-            self.swarm.rounds.guest = False  # it will train this round whole: those who begin sooner wait for it
+            self.swarm.rounds.begin(guest=False)  # it will train this round whole: those who begin sooner wait for it
 
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`. The next round is then one that it comes into late."""
@@ -353,7 +349,7 @@ class RosterExchange(SwarmExchange):
             if sample and not told:
                 self.stop.sleep(1.0)
                 continue  # that nobody answers says nothing of what they have
-            if wait_for(self.network.submit(rounds.best_told(told)), self.stop) is None:
+            if wait_for(self.network.submit(rounds.holds(told)), self.stop):
                 return None
             reason = "joined late" if own is None else "was away"
             fetching = self.network.submit(rounds.fetch_told_state(told, reason))

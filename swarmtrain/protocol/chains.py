@@ -21,10 +21,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Generic, TypeVar
 
 from swarmtrain.protocol.rosters import Roster, Told, better_roster
 
-__all__ = ["MAX_LINKS", "Chain", "ChainLink", "ChainView", "Stands", "chain_holds", "chain_view", "flaw"]
+__all__ = [
+    "MAX_LINKS",
+    "Chain",
+    "ChainLink",
+    "ChainView",
+    "Chains",
+    "ShownChain",
+    "Stands",
+    "chain_holds",
+    "chain_view",
+    "flaw",
+]
 
 MAX_LINKS = 512
 """Rosters that a chain keeps, the newest."""
@@ -32,6 +44,11 @@ MAX_LINKS = 512
 _MAX_HEADS = 64
 """So many chains are judged, those on which most peers stand: heads cost nothing, and each is held against all that was
 told."""
+_MAX_SHOWN = 16
+"""So many chains of others are kept, the last: heads cost nothing."""
+
+Link = TypeVar("Link")
+"""A link of a chain as it travels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,3 +326,91 @@ def chain_view(
     return ChainView(
         ours=ours, shown=shown, heads=heads, stands=stands, unheard=frozenset(unheard), me=me, is_away=is_away
     )
+
+
+@dataclass(frozen=True)
+class ShownChain(Generic[Link]):
+    """A chain, and the signed form of those of its links that came with it, by their rosters' digests."""
+
+    chain: Chain
+    signed: Mapping[str, Link] = field(default_factory=dict)
+
+
+@dataclass
+class Chains(Generic[Link]):
+    """A peer's own chain, and what others have shown of theirs."""
+
+    chain: Chain = field(default_factory=Chain)
+    _signed: dict[str, Link] = field(default_factory=dict)
+    _shown: dict[str, ShownChain[Link]] = field(default_factory=dict)
+
+    def move(self, link: ChainLink, signed: Link | None = None) -> None:
+        """The weights are those after this roster now: merged here, or taken from another peer."""
+        roster = link.roster
+        if roster.digest == self.chain.digest:
+            return
+        # Whoever gave its state may have gone on before it showed its chain.
+        there = (one for one in self._shown.values() if one.chain.roster(roster.digest) is not None)
+        shown = self._shown.get(roster.digest) or next(there, None) or self._shown.get(roster.base)
+        if roster.base == self.chain.digest and roster.digest not in self._shown:
+            shown = ShownChain(self.chain, self._signed)
+        kept: dict[str, Link] = {}
+        if shown is None:
+            self.chain = Chain((link,))
+        else:
+            is_there = shown.chain.roster(roster.digest) is not None
+            chain = shown.chain.up_to(roster).joined_to(self.chain) if is_there else shown.chain.extended(link)
+            self.chain, kept = chain, {**self._signed, **shown.signed}
+        if signed is not None:
+            kept.setdefault(roster.digest, signed)
+        self._signed = self._bounded(kept)
+        self._shown = {digest: one for digest, one in self._shown.items() if digest not in self.chain}
+
+    def _bounded(self, signed: dict[str, Link]) -> dict[str, Link]:
+        """Those of our chain's signed links that are kept."""
+        return signed
+
+    @property
+    def shown(self) -> dict[str, Chain]:
+        """What others have shown, by the digest of the head."""
+        return {digest: one.chain for digest, one in self._shown.items()}
+
+    def lacks(self, roster: Roster | None) -> bool:
+        """Whether somebody has to show how it came to this roster: it is not ours, nor the next one."""
+        if roster is None or roster.digest in self.chain or roster.base == self.chain.digest:
+            return False
+        return roster.digest not in self._shown and roster.base not in self._shown
+
+    def keep(self, shown: ShownChain[Link]) -> None:
+        """Remember what somebody showed."""
+        self._shown.pop(shown.chain.digest, None)
+        self._shown[shown.chain.digest] = shown
+        while len(self._shown) > _MAX_SHOWN:
+            del self._shown[next(iter(self._shown))]
+
+    def keep_head(self, roster: Roster) -> None:
+        """Remember that whoever stands at this roster can show nothing: it runs a version of before."""
+        if self.lacks(roster):
+            self.keep(ShownChain(Chain((ChainLink(roster=roster),))))
+
+    def tokens_behind(self, base: str) -> int | None:
+        """What the run had counted after the roster `base`, as far as this peer has seen; None if it has not.
+
+        Of others' chains those count that begin with the run, or with a roster of ours: what is before the oldest one
+        that is shown is only claimed.
+        """
+        oldest = ((one.chain, one.chain.links[0].roster) for one in self._shown.values())
+        whole = (chain for chain, first in oldest if first.base == "" or first.digest in self.chain)
+        chains = (self.chain, *whole)
+        return next((tokens for one in chains if (tokens := one.tokens_at(base)) is not None), None)
+
+    def wrong_with(self, roster: Roster) -> str:
+        """What is wrong with a roster that claims another round or other tokens behind it than those before it had, in
+        words; "" if nothing."""
+        tokens = self.tokens_behind(roster.base)
+        if tokens is not None and roster.base_tokens != tokens:
+            return f"a roster that counts {roster.base_tokens} tokens behind it where its chain has {tokens}"
+        before = self.chain.roster(roster.base)
+        if before is not None and roster.round != before.round + 1:
+            return "a roster of another round than the one after its base"
+        return ""

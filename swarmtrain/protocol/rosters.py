@@ -21,7 +21,7 @@ import hashlib
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -48,8 +48,10 @@ __all__ = [
     "round_steps",
     "share_due_s",
     "share_ranges",
+    "sources_of",
     "standing",
     "standings",
+    "steps_of_round",
     "worst_roster",
 ]
 
@@ -475,3 +477,21 @@ def round_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]
     if max(others_done, default=0) <= inner_steps / 2:
         return inner_steps, "a whole round"
     return joining_steps(inner_steps, others_done)
+
+
+def steps_of_round(inner_steps: int, round: int, others: Iterable[tuple[int, int]], *, fresh: bool) -> tuple[int, str]:
+    """Inner steps of `round`, with the reason; fewer than `inner_steps` for one that comes late. `others` says which
+    round each of them is in, and how many steps it has done there; `fresh` is the first round with weights that were
+    taken from others, or read from the disk."""
+    others = list(others)
+    others_done = [done for its_round, done in others if its_round == round]
+    if not fresh:
+        return round_steps(inner_steps, others_done)
+    if any(its_round > round for its_round, _ in others):
+        others_done.append(inner_steps)  # the round is over already
+    return joining_steps(inner_steps, others_done)
+
+
+def sources_of(roster: Roster, author: str) -> list[str]:
+    """Where to pull a publication on a roster from: its author, the signer, then everyone on it."""
+    return list(dict.fromkeys([author, roster.signer, *roster.peers]))

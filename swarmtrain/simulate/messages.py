@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
 from swarmtrain.protocol.chains import Chain
-from swarmtrain.protocol.rosters import Publication, Roster, Told
+from swarmtrain.protocol.rosters import Roster
 
-__all__ = [
-    "Link",
-    "Moment",
-    "Phase",
-    "RoundReply",
-    "RoundRequest",
-    "RoundState",
-    "Settings",
-    "State",
-    "hash_of",
-    "rotated",
-]
+__all__ = ["Link", "Moment", "Phase", "Settings", "State", "hash_of"]
 
 Moment = Literal["started", "ended", "signed", "told_one", "serving"]
 """When a declared fault strikes: its round's training started or ended, it signed a roster and told nobody, it told
@@ -59,12 +46,12 @@ class Settings:
     read_presence_s: float = 3.0
     call_limit_s: float = 5.0
     hold_s: float = 2.0
-    retry_s: float = 0.5
+    retry_s: float = 0.25
+    look_s: float = 3.0
+    share_again_s: float = 0.5
     stall_limit_s: float = 10.0
     publication_bytes: int = 2_000_000
     state_bytes: int = 4_000_000
-    kept_rounds: int = 3
-    """Rosters are kept for this many rounds, publications for two."""
 
 
 class Phase(Enum):
@@ -73,31 +60,8 @@ class Phase(Enum):
     JOINING = "joining"
     TRAINING = "training"
     MERGING = "merging"
+    MERGED = "merged"
     CATCHING_UP = "catching up"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundRequest:
-    """What do you have of `round`? `known` is the version of the answer the asker has; held up to `hold_s`."""
-
-    src: str
-    round: int
-    known: int
-    hold_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundReply:
-    """A peer's answer about `asked`, the round it was asked about."""
-
-    asked: int
-    version: int
-    told: Told
-    inner_steps_done: int
-    publication: Publication | None
-    roster: Roster | None
-    chain: Chain = field(default_factory=Chain)
-    """What it shows of how it came to the roster that it tells of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,37 +75,6 @@ class State:
     chain: Chain = field(default_factory=Chain)
 
 
-@dataclass
-class RoundState:
-    """What is known of the round that this peer has ended; forgotten when the next one begins."""
-
-    started_s: float
-    ended_s: float = math.inf
-    frozen_s: float = 0.0
-    """How long this process stood still since `ended_s`."""
-    announced: dict[str, Publication] = field(default_factory=dict)
-    rosters: dict[tuple[str, int, str], Roster] = field(default_factory=dict)
-    asked_at_s: dict[str, float] = field(default_factory=dict)
-    answered_at_s: dict[str, float] = field(default_factory=dict)
-    known: dict[str, int] = field(default_factory=dict)
-    pulling: set[str] = field(default_factory=set)
-    unobtainable: set[str] = field(default_factory=set)
-    undeliverable: set[str] = field(default_factory=set)
-    distrusted: set[str] = field(default_factory=set)
-    applying: str = ""
-    roster_at_s: float = 0.0
-    own_share_at_s: float = math.inf
-    shares_pulling: set[int] = field(default_factory=set)
-    averaging: set[int] = field(default_factory=set)
-
-
 def hash_of(text: str) -> str:
     """SHA-256 of a text, hex."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def rotated(peers: Iterable[str], name: str) -> list[str]:
-    """The same peers, begun elsewhere by everyone, so that not all ask the first one."""
-    ordered = sorted(peers)
-    start = int(hash_of(name)[:8], 16) % len(ordered) if ordered else 0
-    return ordered[start:] + ordered[:start]

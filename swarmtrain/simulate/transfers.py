@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from swarmtrain.protocol import round_events as ev
 from swarmtrain.protocol.lifecycle import Membership, PeerState
-from swarmtrain.protocol.rosters import Publication, Roster, share_due_s
+from swarmtrain.protocol.rosters import Publication, Roster, share_due_s, sources_of
 from swarmtrain.simulate.clock import Clock, Timer
-from swarmtrain.simulate.messages import Link, Moment, Phase, RoundState, Settings, State
+from swarmtrain.simulate.messages import Link, Moment, Phase, Settings, State
 from swarmtrain.simulate.network import End, Place
 
 __all__ = ["Carrier", "Transfers"]
@@ -40,6 +42,19 @@ class Carrier(Protocol):
         """A peer is there: where a fault may have been declared."""
 
 
+@dataclass
+class _Merging:
+    """What is merged, and how far that is."""
+
+    roster: Roster
+    roster_at_s: float
+    own_share_at_s: float = math.inf
+    looked_for: set[str] = field(default_factory=set)
+    shares_pulling: set[int] = field(default_factory=set)
+    averaging: set[int] = field(default_factory=set)
+    again: Timer | None = None
+
+
 class Transfers:
     """The part of a volunteer that obtains what a roster names; the rest of it is in `volunteer.py`."""
 
@@ -50,13 +65,17 @@ class Transfers:
     settings: Settings
     membership: Membership
     phase: Phase
-    round: int
-    _now: RoundState
-    _wake: Timer | None
 
     def __init__(self) -> None:
         self._store: dict[str, int] = {}
         self._shares: dict[str, set[int]] = {}
+        self._pulling: set[str] = set()
+        self._merging: _Merging | None = None
+
+    @property
+    def round(self) -> int:
+        """The round that it is in."""
+        raise NotImplementedError
 
     @property
     def running(self) -> bool:
@@ -70,10 +89,7 @@ class Transfers:
     def _later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:
         raise NotImplementedError
 
-    def _evaluate(self) -> None:
-        raise NotImplementedError
-
-    def _advance(self, roster: Roster) -> None:
+    def _tell(self, event: ev.Event[None, None]) -> None:
         raise NotImplementedError
 
     def _state(self) -> State:
@@ -104,119 +120,130 @@ class Transfers:
 
         next_source(None)
 
-    def _sources(self, first: Iterable[str]) -> list[str]:
-        """Who may have a publication's bytes: those of whom it is likely, then whoever lives."""
-        return [*first, *(info.peer for info in self.membership.volunteers())][: 2 + self.settings.share_above]
-
-    def _pull_whole(self, offer: Publication, signer: str | None = None) -> None:
-        r = self._now
-        if offer.snapshot in r.pulling or offer.snapshot in self._store:
+    def _bring(self, offer: Publication, sources: Iterable[str]) -> None:
+        """A publication's bytes; then what is merged goes on, if it lacked them."""
+        if offer.snapshot in self._pulling or offer.snapshot in self._store:
             return
-        r.pulling.add(offer.snapshot)
+        self._pulling.add(offer.snapshot)
 
         def done(payload: Any) -> None:
+            self._pulling.discard(offer.snapshot)
             if payload is not None:
                 self._store[offer.snapshot] = self.round
-            if r is self._now:
-                r.pulling.discard(offer.snapshot)
-                if payload is None:
-                    r.unobtainable.add(offer.peer)
-                self._evaluate()
+            self._tell(ev.NotBrought(offer.snapshot) if payload is None else ev.Brought(offer.snapshot))
+            self._go_on_merging()
 
-        sources = self._sources([offer.peer, *([] if signer is None else [signer])])
         self._pull_from(sources, offer.snapshot, self.settings.publication_bytes, done)
 
-    def _apply(self, roster: Roster) -> None:
-        r, now = self._now, self.world.clock.now
-        if r.applying != roster.digest:
-            r.applying, r.roster_at_s, r.own_share_at_s = roster.digest, now, math.inf
-            r.shares_pulling.clear()
-            r.averaging.clear()
-        if len(roster.entries) > self.settings.share_above:
-            self._apply_shares(roster)
-            return
-        lacking = [offer for offer in roster.entries if offer.snapshot not in self._store]
-        for offer in lacking:
-            self._pull_whole(offer, roster.signer)
-        if not lacking:
-            self._advance(roster)
+    # ------------------------------------------------------------------ a merge
 
-    def _apply_shares(self, roster: Roster) -> None:
+    def _merge(self, roster: Roster) -> None:
+        self._merging = _Merging(roster, self.world.clock.now)
+        self._go_on_merging()
+
+    def _go_on_merging(self) -> None:
+        if (m := self._merging) is None:
+            return
+        if len(m.roster.entries) > self.settings.share_above:
+            self._go_on_with_shares(m)
+            return
+        lacking = [offer for offer in m.roster.entries if offer.snapshot not in self._store]
+        for offer in lacking:
+            if offer.snapshot in self._pulling:
+                continue
+            if offer.snapshot in m.looked_for:
+                self._merging = None
+                self._tell(ev.NotMerged(m.roster.digest, frozenset([offer.peer])))
+                return
+            m.looked_for.add(offer.snapshot)
+            self._bring(offer, sources_of(m.roster, offer.peer))
+        if not lacking:
+            self._has_merged(m)
+
+    def _has_merged(self, m: _Merging) -> None:
+        self._merging = None
+        self._tell(ev.Merged(m.roster.digest))
+
+    def _go_on_with_shares(self, m: _Merging) -> None:
         """The own share from every entry, the others' from their owners, or from the entries when overdue."""
-        r, now, owners = self._now, self.world.clock.now, roster.peers
+        now, owners = self.world.clock.now, m.roster.peers
         own = owners.index(self.name) if self.name in owners else None
-        have = self._shares.setdefault(roster.digest, set())
+        have = self._shares.setdefault(m.roster.digest, set())
         if own is None or own in have:
-            r.own_share_at_s = min(r.own_share_at_s, now)
-        elif own not in have:
-            self._average_share(roster, own)
+            m.own_share_at_s = min(m.own_share_at_s, now)
+        else:
+            self._average_share(m, own)
         lacking = set(range(len(owners))) - have
         if not lacking:
-            self._advance(roster)
+            self._has_merged(m)
             return
-        overdue = now >= share_due_s(r.roster_at_s, r.own_share_at_s, self.settings.silence_s)
+        overdue = now >= share_due_s(m.roster_at_s, m.own_share_at_s, self.settings.silence_s)
         ready: list[int] = []
-        for i in sorted(lacking - r.shares_pulling - {own}):
+        for i in sorted(lacking - m.shares_pulling - {own}):
             owner = self.world.peers[owners[i]]
-            if i in owner._shares.get(roster.digest, ()) and owner.running and self.world.connected(self, owner):
+            if i in owner._shares.get(m.roster.digest, ()) and owner.running and self.world.connected(self, owner):
                 ready.append(i)
             elif overdue or not owner.alive or self.membership.state(owners[i]) is not PeerState.LIVE:
-                self._average_share(roster, i)
+                self._average_share(m, i)
         if ready:
-            self._pull_shares(roster, ready)
-        if self._wake is None or not self._wake.pending:
-            self._wake = self._later(self.settings.retry_s, self._evaluate)
+            self._pull_shares(m, ready)
+        if m.again is None or not m.again.pending:
+            m.again = self._later(self.settings.share_again_s, self._go_on_with, m)
 
-    def _pull_shares(self, roster: Roster, ready: list[int]) -> None:
+    def _go_on_with(self, m: _Merging) -> None:
+        if m is self._merging:
+            self._go_on_merging()
+
+    def _pull_shares(self, m: _Merging, ready: list[int]) -> None:
         """Pull many shares side by side; one event for all of them."""
-        r, num_bytes = self._now, self.settings.publication_bytes / len(roster.entries)
-        r.shares_pulling.update(ready)
-        latency_s = max(self.world.latency_s(self, self.world.peers[roster.peers[i]]) for i in ready)
+        num_bytes = self.settings.publication_bytes / len(m.roster.entries)
+        m.shares_pulling.update(ready)
+        owners = [self.world.peers[m.roster.peers[i]] for i in ready]
+        latency_s = max(self.world.latency_s(self, owner) for owner in owners)
 
         def done() -> None:
-            for i in ready:
-                owner = self.world.peers[roster.peers[i]]
+            for i, owner in zip(ready, owners, strict=True):
                 if owner.running and self.world.passes(owner, self):
-                    self._shares[roster.digest].add(i)
-            if r is self._now:
-                r.shares_pulling.difference_update(ready)
-                self._evaluate()
+                    self._shares[m.roster.digest].add(i)
+            m.shares_pulling.difference_update(ready)
+            self._go_on_with(m)
 
         self._later(2 * latency_s + len(ready) * num_bytes / self.link.bytes_per_s, done)
 
-    def _average_share(self, roster: Roster, index: int) -> None:
+    def _average_share(self, m: _Merging, index: int) -> None:
         """Get one share's part of every entry, and average them."""
-        r, num_parts = self._now, len(roster.entries)
-        if index in r.averaging:
+        if index in m.averaging:
             return
-        r.averaging.add(index)
+        m.averaging.add(index)
+        roster, num_parts = m.roster, len(m.roster.entries)
         num_bytes = self.settings.publication_bytes / num_parts
-        open_parts = {offer.peer for offer in roster.entries}
+        lacking = {offer.peer for offer in roster.entries}
 
         def got(offer: Publication, payload: Any) -> None:
-            if payload is None and r is self._now:
-                r.unobtainable.add(offer.peer)
-            elif payload is not None:
+            if payload is not None:
                 self._store[parts[offer.peer]] = self.round
-                open_parts.discard(offer.peer)
+                lacking.discard(offer.peer)
             waiting.discard(offer.peer)
             if not waiting:
                 finish()
 
         def finish() -> None:
-            if r is not self._now:
+            if m is not self._merging:
                 return
-            r.averaging.discard(index)
-            if not open_parts:
-                self._shares[roster.digest].add(index)
-                if self.name in roster.peers and index == roster.peers.index(self.name):
-                    r.own_share_at_s = self.world.clock.now
-            self._evaluate()
+            m.averaging.discard(index)
+            if lacking:
+                self._merging = None
+                self._tell(ev.NotMerged(roster.digest, frozenset(lacking)))
+                return
+            self._shares[roster.digest].add(index)
+            if self.name in roster.peers and index == roster.peers.index(self.name):
+                m.own_share_at_s = self.world.clock.now
+            self._go_on_merging()
 
         # The parts that are there for the asking come in one event; the others are looked for one by one.
         parts = {offer.peer: f"{offer.snapshot} {index}/{num_parts}" for offer in roster.entries}
         waiting = {offer.peer for offer in roster.entries if not self._holds(offer.snapshot, parts[offer.peer])}
-        open_parts &= waiting
+        lacking &= waiting
         easy = [offer for offer in roster.entries if offer.peer in waiting and self._reaches(offer, parts[offer.peer])]
 
         def easy_done() -> None:
@@ -225,11 +252,11 @@ class Transfers:
                 got(offer, offer.snapshot) if ok else look(offer)
 
         def look(offer: Publication) -> None:
-            sources = self._sources([offer.peer, roster.peers[index], roster.signer])
+            sources = [offer.peer, roster.peers[index], *sources_of(roster, offer.peer)]
             self._pull_from(sources, parts[offer.peer], num_bytes, lambda payload: got(offer, payload))
 
         if not waiting:
-            self.world.clock.call_later(0.0, self.deliver, finish)
+            self._later(0.0, finish)
         if easy:
             self._later(4 * self.link.latency_s + len(easy) * num_bytes / self.link.bytes_per_s, easy_done)
         for offer in easy:
@@ -237,6 +264,10 @@ class Transfers:
         come_easily = {offer.peer for offer in easy}
         for offer in [o for o in roster.entries if o.peer in waiting and o.peer not in come_easily]:
             look(offer)
+
+    def _forget_bytes(self) -> None:
+        """The next round begins: what is two rounds old nobody asks for any more."""
+        self._store = {what: r for what, r in self._store.items() if abs(self.round - r) <= 1}
 
     def _reaches(self, offer: Publication, part: str) -> bool:
         author = self.world.peers[offer.peer]

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.rosters import Roster
+from swarmtrain.protocol.round_events import Question
 from swarmtrain.simulate.clock import Timer
-from swarmtrain.simulate.messages import Link, Moment, RoundRequest, Settings
+from swarmtrain.simulate.messages import Link, Moment, Settings
 from swarmtrain.simulate.network import Fault, Network, kept_until
 from swarmtrain.simulate.transfers import Transfers
 from swarmtrain.simulate.volunteer import Volunteer
@@ -37,12 +38,14 @@ class Event:
 class _Call:
     """One question from `src` to `dst`: answered once, or failed once."""
 
-    __slots__ = ("_done", "_dst", "_open", "_src", "_timer", "_world")
+    __slots__ = ("_done", "_dst", "_open", "_src", "_timer", "_world", "asker")
 
-    def __init__(self, world: World, src: Volunteer, dst: Volunteer, done: Callable[[Any], None]) -> None:
-        self._world, self._src, self._dst, self._done = world, src, dst, done
+    def __init__(
+        self, world: World, src: Volunteer, dst: Volunteer, hold_s: float, done: Callable[[Any], None]
+    ) -> None:
+        self._world, self._src, self._dst, self._done, self.asker = world, src, dst, done, src.name
         self._open = True
-        limit_s = world.settings.call_limit_s + world.settings.hold_s
+        limit_s = world.settings.call_limit_s + hold_s
         self._timer: Timer = world.clock.call_later(limit_s, src.deliver, self._finish, None)
 
     def answer(self, reply: Any) -> None:
@@ -143,16 +146,16 @@ class World(Network[Volunteer]):
 
     # ------------------------------------------------------------------ the network
 
-    def call(self, src: Volunteer, dst_name: str, request: RoundRequest, done: Callable[[Any], None]) -> _Call:
+    def call(self, src: Volunteer, dst_name: str, question: Question, done: Callable[[Any], None]) -> _Call:
         """Ask; `done(reply)` comes once, with None if the call failed."""
         dst = self.peers[dst_name]
-        call = _Call(self, src, dst, done)
-        self.send(src, dst, self._arrive, dst, call, request)
+        call = _Call(self, src, dst, question.hold_s, done)
+        self.send(src, dst, self._arrive, dst, call, question)
         return call
 
-    def _arrive(self, dst: Volunteer, call: _Call, request: RoundRequest) -> None:
+    def _arrive(self, dst: Volunteer, call: _Call, question: Question) -> None:
         if dst.alive:
-            dst.deliver(dst.asked, request, call)
+            dst.deliver(dst.asked, question, call)
         else:
             call.refuse()
 

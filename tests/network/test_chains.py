@@ -18,13 +18,13 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
 from swarmtrain.network.merging import Merger, RoundSettings
 from swarmtrain.network.roster import publication_of, sign_roster
-from swarmtrain.network.round_state import KnownRound
 from swarmtrain.network.rounds import Merged, NewState, Outcome, Rounds
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.protocol import round_events as ev
 from swarmtrain.protocol.chains import Chain
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo
 from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.rosters import Roster, Told
+from swarmtrain.protocol.rosters import Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
@@ -266,13 +266,13 @@ def rounds_of(me: Identity, own: ChainStore, peers: Peers, *, trains: bool = Tru
     rounds = Rounds(
         *(me, calls, SnapshotStore(), membership, SETTINGS, average_bytes_untrusted),
         refused=lambda peer, error: refused.append(f"{peer} {error}"),
-        guest=False,
         trains=trains,
         chains=own,
     )
+    rounds.begin(guest=False)
     if (head := own.chain.head) is not None:
-        rounds.last = head, own._signed[head.digest].roster
-        rounds.current_round = head.round + 1
+        rounds.know_roster(head, own._signed[head.digest].roster)
+        rounds.advance(Progress(round=head.round + 1, roster_sha256=head.digest))
     return rounds, refused
 
 
@@ -289,7 +289,7 @@ def finish(own: ChainStore, others: Peers, *, slept: bool = False) -> tuple[Outc
         rounds, refused = rounds_of(A, own, others)
         if slept:
             await asyncio.sleep(0.1)
-            rounds.listening_since_s = swarm_time()
+            rounds.stood_still(swarm_time())
         round, started_s = rounds.current_round, 0.0 if slept else swarm_time()
         outcome = await asyncio.wait_for(rounds.finish(round, publication(A, own.chain.head), started_s), 100)
         if isinstance(outcome, Merged):
@@ -410,55 +410,43 @@ def test_who_slept_takes_the_state_of_peers_of_before(rounds: int) -> None:
     assert outcome.roster == theirs.chain.head and not refused
 
 
+async def answers(rounds: Rounds, reply: pb.RoundReply) -> list[ev.Command[pb.Signed]]:
+    """What follows of B's answer to the first question about the round that A has just ended."""
+    held = publication(A, rounds.chains.chain.head)
+    ended = ev.Ended(rounds.current_round, publication_of(held.snapshot), swarm_time())
+    rounds.engine.receive(ended, swarm_time())
+    ask = next(one for one in rounds.engine.receive(ev.Woke(), swarm_time()) if isinstance(one, ev.Ask))
+    assert ask.peer == B.peer_id
+    said = await rounds._reply_untrusted(ask, reply)
+    return rounds.engine.receive(ev.Answered(ask.number, said), swarm_time())
+
+
 def test_a_roster_that_counts_other_tokens_than_its_base_is_not_kept() -> None:
     own = common()
     entry_of, other = go_on(common(), HONEST, base_tokens=77_000)
 
-    async def run() -> list[str]:
-        rounds, refused = rounds_of(A, own, peers(b=common()))
-        known = KnownRound()
-        reply = pb.RoundReply(current_round=2, last_roster=rounds.last[1] if rounds.last else None, roster=other)
-        rounds._read_untrusted(entry_of.round, known, B.peer_id, reply)
-        assert not known.rosters
-        return refused
+    async def run() -> list[ev.Command[pb.Signed]]:
+        rounds, _ = rounds_of(A, own, peers(b=common()))
+        assert rounds.last is not None and rounds.current_round == entry_of.round
+        reply = pb.RoundReply(current_round=2, last_roster=rounds.last[1], roster=other)
+        return await answers(rounds, reply)
 
-    assert virtual_swarm(run) == [f"{A.peer_id} a roster that counts 77000 tokens behind it where its chain has 100"]
+    said = "a roster that counts 77000 tokens behind it where its chain has 100"
+    assert virtual_swarm(run) == [ev.Name(A.peer_id, said)], "and nobody is told that there is one"
 
 
 def test_who_says_same_as_before_cannot_hand_out_another_roster_with_it() -> None:
     own = common()
-    entry_of, other = go_on(common(), HONEST, base_tokens=77_000)
+    _, other = go_on(common(), HONEST, base_tokens=77_000)
 
-    async def run() -> None:
+    async def run() -> list[ev.Command[pb.Signed]]:
         rounds, _ = rounds_of(A, own, peers(b=common()))
-        assert rounds.last is not None
-        known, last = KnownRound(), rounds.last[1]
-        told = pb.RoundReply(current_round=2, last_roster=last)
-        rounds._read_untrusted(entry_of.round, known, B.peer_id, told)
-        told = pb.RoundReply(current_round=2, same_last=True, last_roster=other)
-        with pytest.raises(BadBytesError, match="counts 77000 tokens behind it where its chain has 100"):
-            rounds._read_untrusted(entry_of.round, known, B.peer_id, told)
-        assert not known.rosters
+        await rounds.ask_now([B.peer_id])
+        assert rounds.engine.hearsay.last_of(B.peer_id) == own.chain.head
+        return await answers(rounds, pb.RoundReply(current_round=2, same_last=True, last_roster=other))
 
-    virtual_swarm(run)
-
-
-def test_those_who_come_one_after_the_other_with_chains_unknown_hold_no_round_up_for_ever() -> None:
-    async def run() -> float:
-        rounds, _ = rounds_of(A, common(), peers(b=common()))
-        known, began_s = KnownRound(), swarm_time()
-        assert rounds.membership is not None and rounds.last is not None
-        for number in range(50):
-            peer, now = new_identity(bytes([100 + number]) * 32).peer_id, swarm_time()
-            rounds.membership.saw_presence(PeerInfo(peer=peer, training=True, stamp=now), now + 999, now)
-            head = replace(rounds.last[0], round=9, base=f"{number:064x}")
-            rounds._told[peer] = now, Told(round=10, last=head)
-            if not rounds._lacks_chains(known):
-                break
-            await asyncio.sleep(SETTINGS.silence_s * 0.9)
-        return swarm_time() - began_s
-
-    assert SETTINGS.silence_s < virtual_swarm(run) < 4 * SETTINGS.silence_s
+    said = "a roster that counts 77000 tokens behind it where its chain has 100"
+    assert virtual_swarm(run) == [ev.Name(B.peer_id, said)]
 
 
 def test_a_peer_of_before_that_is_two_rounds_ahead_takes_no_chain_away() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,16 +12,15 @@ import pytest
 from virtual_loop import virtual_swarm
 
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.network.chains import ShownChain
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.roster import sign_roster
-from swarmtrain.network.round_state import KnownRound
 from swarmtrain.network.rounds import Merged, NewState, Rounds
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot, empty_held
-from swarmtrain.protocol.chains import Chain, ChainLink
+from swarmtrain.protocol import round_events as ev
+from swarmtrain.protocol.chains import Chain, ChainLink, ShownChain
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
 from swarmtrain.protocol.rosters import Publication, Roster, Told
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -101,9 +99,8 @@ def driver(
         info = PeerInfo(peer=identity.peer_id, training=True, stamp=now)
         membership.saw_presence(info, now + 999, now)
     calls: Any = others
-    rounds = Rounds(
-        me, calls, SnapshotStore(), membership, settings, average_bytes_untrusted, refused=refuse, guest=False
-    )
+    rounds = Rounds(me, calls, SnapshotStore(), membership, settings, average_bytes_untrusted, refused=refuse)
+    rounds.begin(guest=False)
     return rounds, refused
 
 
@@ -181,31 +178,6 @@ def test_many_rosters_of_one_signer_are_bounded() -> None:
     assert wait_s < 15
 
 
-def test_rosters_of_any_number_of_signers_are_bounded() -> None:
-    """Keys cost nothing: what is kept is what holds against the rest, and this peer's own."""
-    me, *flooders = sorted(
-        (new_identity(i.to_bytes(32, "big")) for i in range(101)), key=lambda identity: identity.peer_id, reverse=True
-    )
-    entry = Publication(peer=me.peer_id, snapshot="5" * 64, tokens=10, inner_steps=1)
-    rounds, _ = driver([me], me, Others({}))
-    known = KnownRound()
-
-    attempts = itertools.count()
-
-    def keep(signer: Identity) -> bool:
-        roster = Roster(round=0, signer=signer.peer_id, entries=(entry,), attempt=next(attempts))
-        signed = sign_roster(signer, RUN, roster)
-        assert rounds._roster_untrusted(signed) == roster
-        return rounds._keep(known, roster, signed)
-
-    assert keep(me) and all(keep(flooder) for flooder in flooders[:64])
-    assert all(keep(flooder) for flooder in flooders[64:]), "each signer is lower than those before"
-    kept = {roster.signer for roster, _ in known.rosters.values()}
-    assert kept == {me.peer_id, *(flooder.peer_id for flooder in flooders[-64:])}
-    assert not keep(flooders[0]), "it holds against none of those kept"
-    assert len(known.rosters) == 65
-
-
 def test_rosters_that_were_checked_are_kept_up_to_a_number_of_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swarmtrain.network.rounds._MAX_CHECKED_ENTRIES", 20)
     identities = a_swarm(9)
@@ -215,7 +187,7 @@ def test_rosters_that_were_checked_are_kept_up_to_a_number_of_entries(monkeypatc
     )
     for number, identity in enumerate(identities):
         roster = Roster(round=0, signer=identity.peer_id, entries=entries, attempt=number)
-        assert rounds._roster_untrusted(sign_roster(identity, RUN, roster)) == roster
+        assert rounds._roster_untrusted(sign_roster(identity, RUN, roster)).roster == roster
         assert sum(len(kept.entries) for kept in rounds._checked.values()) <= 20
     assert [kept.signer for kept in rounds._checked.values()] == [identity.peer_id for identity in identities[-2:]]
 
@@ -250,13 +222,14 @@ def test_who_ends_its_round_after_the_time_limit_asks_before_it_signs() -> None:
 
     async def run() -> None:
         rounds, _ = driver(identities, me, others)
-        sign = rounds._sign
+        do = rounds._do
 
-        def noted(round: int, known: Any, decision: Any) -> None:
-            signed_after.append(len(asked))
-            sign(round, known, decision)
+        def noted(command: Any) -> None:
+            if isinstance(command, ev.Sign):
+                signed_after.append(len(asked))
+            do(command)
 
-        rounds._sign = noted  # type: ignore[method-assign]
+        rounds._do = noted  # type: ignore[method-assign]
         await asyncio.wait_for(rounds.finish(0, publication(me), swarm_time() - 2 * SETTINGS.round_limit_s), 100)
 
     virtual_swarm(run)
@@ -295,16 +268,20 @@ def test_the_newest_state_never_counts_less_than_the_one_it_is_for() -> None:
     async def ask_now(peers: Sequence[str]) -> dict[str, Told]:
         return {peer: Told(round=last[peer].round + 1, last=last[peer]) for peer in peers}
 
-    async def fetch_state(sources: Sequence[str], min_round: int, reason: str, check: Any) -> NewState | None:
-        asked.extend(sources)
-        if ahead.peer_id in sources:
+    async def offered(source: str, min_round: int) -> NewState | None:
+        asked.append(source)
+        if source == ahead.peer_id:
             return None
         held = empty_held(publication(behind).snapshot)
-        return NewState(held=held, roster=last[sources[0]], signed_roster=pb.Signed(), from_peer="", reason=reason)
+        return NewState(held=held, roster=last[source], signed_roster=pb.Signed(), from_peer=source)
+
+    async def take(state: NewState) -> None:
+        """It is here."""
 
     async def run(above_tokens: int) -> NewState | None:
         rounds, _ = driver([ahead, behind], me, Others({}))
-        rounds.ask_now, rounds.fetch_state = ask_now, fetch_state  # type: ignore[method-assign, assignment]
+        rounds.ask_now = ask_now  # type: ignore[method-assign]
+        rounds._offered_untrusted, rounds._take_bytes = offered, take  # type: ignore[method-assign]
         rounds.chains.keep(ShownChain(Chain((ChainLink(roster=older), ChainLink(roster=last[ahead.peer_id])))))
         rounds.chains.keep(ShownChain(Chain((ChainLink(roster=older),))))
         return await rounds.fetch_newest_state(sorted(last), "archive", above_tokens)

@@ -30,6 +30,7 @@ from swarmtrain.protocol.lifecycle import PeerInfo, PeerState
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.records import READ_EVERY_S
 from swarmtrain.protocol.rosters import Publication, Roster
+from swarmtrain.protocol.round_events import SignedRoster
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -173,7 +174,7 @@ def test_strangers_on_a_roster_that_is_applied_are_greeted() -> None:
             Publication(peer=peer.peer_id, snapshot="5" * 64, tokens=1, inner_steps=1) for peer in (ME, BEN, CARL)
         )
         roster = Roster(round=0, signer=BEN.peer_id, entries=entries)
-        swarm.rounds.last = (roster, pb.Signed())
+        swarm.rounds.engine.last = SignedRoster(roster, pb.Signed(), "")
         swarm._meet(roster.peers)
         await settle()
 
@@ -251,10 +252,10 @@ def test_who_is_away_offers_its_state_only_where_all_have_the_same(
             return Progress(round=6), held
 
         roster: Any = SimpleNamespace(digest="")
-        swarm.rounds.last = (roster, pb.Signed())
+        swarm.rounds.engine.last = SignedRoster(roster, pb.Signed(), "")
         monkeypatch.setattr(swarm.offer, "held", newest)
         assert (await swarm.state(pb.StateRequest())).HasField("manifest")
-        swarm.rounds.away = True
+        swarm.rounds.leave()
         assert (await swarm.state(pb.StateRequest())).HasField("manifest") is not asynchronous
 
     run(body, Hellos())
@@ -263,9 +264,15 @@ def test_who_is_away_offers_its_state_only_where_all_have_the_same(
 def test_whoever_missed_the_goodbye_of_a_peer_that_rests_learns_it_by_asking() -> None:
     async def body(swarm: Swarm) -> None:
         swarm._read_presence_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
-        swarm.rounds._hear_untrusted(BEN.peer_id, pb.RoundReply(participating=True))
+        replies = iter([pb.RoundReply(participating=True), pb.RoundReply(away=True)])
+
+        async def answer(peer: str, request: pb.RoundRequest) -> pb.RoundReply:
+            return next(replies)
+
+        swarm.rounds.calls = SimpleNamespace(round=answer)  # type: ignore[assignment]
+        await swarm.rounds.ask_now([BEN.peer_id])
         assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE
-        swarm.rounds._hear_untrusted(BEN.peer_id, pb.RoundReply(away=True))
+        await swarm.rounds.ask_now([BEN.peer_id])
         assert swarm.membership.state(BEN.peer_id) is PeerState.LEFT
         await asyncio.sleep(0.01)
         swarm._read_presence_untrusted(presence(BEN), BEN.peer_id, first_hand=True)

@@ -22,10 +22,11 @@ from swarmtrain.protocol import (
     partners,
     promises,
     rosters,
+    seeking,
     shards,
     tally,
 )
-from swarmtrain.simulate import publications, transfers, volunteer
+from swarmtrain.simulate import publications, transfers
 from swarmtrain.simulate.search.schedule import WorldKind
 
 __all__ = ["BROKEN", "NEEDS"]
@@ -115,7 +116,8 @@ def signers_are_believed(patch: Patch) -> None:
         return -1 if chain.head is None else chain.head.base_tokens
 
     patch.setattr(chains, "chain_holds", lambda theirs, ours, *_, **__: behind(theirs) > behind(ours))
-    patch.setattr(volunteer, "flaw", lambda chain, ours: "")
+    patch.setattr(seeking, "flaw", lambda chain, ours: "")
+    patch.setattr(chains.Chains, "wrong_with", lambda self, roster: "")
 
 
 def tokens_go_before_peers(patch: Patch) -> None:

@@ -87,7 +87,7 @@ def test_those_who_pass_over_different_signers_stay_one_swarm() -> None:
     world.run_until(5.0)
     for name in ("p002", "p003"):
         for _ in range(2):
-            world.peers[name]._signers.round_over(0, ["p000", "p001"], [])
+            world.peers[name].engine.signers.round_over(0, ["p000", "p001"], [])
     assert world.run_rounds(8, 60)
     assert longest_wait_s(world) < 1.5
     assert_one_model(world)

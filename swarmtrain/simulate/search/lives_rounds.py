@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.network.catching_up import Check, NewState, unchecked
+from swarmtrain.errors import UnreachableError
+from swarmtrain.network.catching_up import NewState
 from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.offering import state_specs
 from swarmtrain.network.roster import publication_of, sign_roster
@@ -26,6 +26,7 @@ from swarmtrain.protocol.chains import chain_view
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.rosters import Roster
+from swarmtrain.protocol.round_events import StoodStill
 from swarmtrain.simulate.search.lives_peers import (
     RUN,
     SHA256,
@@ -106,26 +107,20 @@ class _Rounds(Rounds):
         )  # fmt: skip
         self._process = process
 
-    async def fetch_state(
-        self, sources: Sequence[str], min_round: int, reason: str, check: Check = unchecked
-    ) -> NewState | None:
-        """See `Rounds`."""
-        for source in sources:
-            there = self._process.world.by_id(source)
-            if there not in self._process.neighbours() or there.offered is None:
-                continue
-            last = there.swarm.rounds.last
-            if last is None or there.offered[0].round < min_round:
-                continue
-            try:
-                await check(source, last[0])
-            except PeerError:
-                continue
-            pulled = state_that_came(source, *there.offered)
-            pulled.held.snapshot.manifest.roster_sha256 = bytes.fromhex(last[0].digest)
-            self._process.world.pulled = [pulled]
-            return NewState(held=pulled.held, roster=last[0], signed_roster=last[1], from_peer=source, reason=reason)
-        return None
+    async def _offered_untrusted(self, source: str, min_round: int) -> NewState | None:
+        there = self._process.world.by_id(source)
+        if there not in self._process.neighbours() or there.offered is None:
+            return None
+        last = there.swarm.rounds.last
+        if last is None or there.offered[0].round < min_round:
+            return None
+        pulled = state_that_came(source, *there.offered)
+        pulled.held.snapshot.manifest.roster_sha256 = bytes.fromhex(last[0].digest)
+        self._process.world.pulled = [pulled]
+        return NewState(held=pulled.held, roster=last[0], signed_roster=last[1], from_peer=source)
+
+    async def _take_bytes(self, state: NewState) -> None:
+        """They are here."""
 
 
 def _go_on(process: Process, kept: Kept) -> None:
@@ -187,7 +182,7 @@ class RoundsVolunteer(Volunteer):
     def thaw(self) -> None:
         """As `Rounds` notices it."""
         if self.frozen and self.alive:
-            self.rounds.listening_since_s = self.world.clock.now
+            self.rounds.engine.receive(StoodStill(), self.world.clock.now)
         super().thaw()
 
     def _start_round(self) -> None:
@@ -218,7 +213,7 @@ class RoundsVolunteer(Volunteer):
             self._take(archived)
             return
         told = self.world.run(self.rounds.ask_now([one.me for one in others]))
-        self.world.run(self.rounds.best_told(told))
+        self.world.run(self.rounds.holds(told))
         chains, heard = self.rounds.chains, {peer: (0.0, one) for peer, one in told.items()}
         view = chain_view(chains.chain, chains.shown, heard, since_s=0.0, me=self.me, is_away=False)
         if view.best is not None:

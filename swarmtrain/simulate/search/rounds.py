@@ -11,16 +11,17 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, get_args
 
-from swarmtrain.protocol.chains import Chain, ChainLink
+from swarmtrain.protocol.chains import Chain, ChainLink, ShownChain
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.rosters import Publication, Roster, Told
-from swarmtrain.simulate.messages import Link, Phase, RoundReply, RoundRequest, Settings, State, hash_of
+from swarmtrain.protocol.round_events import Answer
+from swarmtrain.simulate.messages import Link, Phase, Settings, State, hash_of
 from swarmtrain.simulate.search.faults import declare, declare_span, end_faults
 from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
-from swarmtrain.simulate.volunteer import Volunteer
+from swarmtrain.simulate.volunteer import Reply, Volunteer, named
 from swarmtrain.simulate.world import Moment, World
 
 __all__ = ["counted_twice", "draw_rounds", "not_one_model", "play_rounds"]
@@ -148,15 +149,15 @@ class Liar(Volunteer):
         info = super()._presence()
         return replace(info, round=info.round + 1000) if "far ahead" in self.lies else info
 
-    def _answer(self, request: RoundRequest, call: Any) -> None:
-        if self.lies:
-            call = _Changed(call, lambda reply: self._lie(reply, request.src))
-        super()._answer(request, call)
+    def _reply(self, answer: Answer[None], asker: str) -> Reply:
+        reply = super()._reply(answer, asker)
+        return self._lie(reply, asker) if self.lies else reply
 
-    def _lie(self, reply: RoundReply, asker: str) -> RoundReply:
+    def _lie(self, reply: Reply, asker: str) -> Reply:
         """What this asker is told."""
         first = int(hash_of(asker)[0], 16) % 2 == 0
-        offer, roster, told, chain = reply.publication, reply.roster, reply.told, reply.chain
+        offer, told, shown = reply.publication, reply.told, reply.shown
+        roster = None if reply.roster is None else reply.roster.roster
         if "tokens" in self.lies and offer is not None:
             offer = replace(offer, tokens=1000 * offer.tokens)
         if "two publications" in self.lies and offer is not None and first:
@@ -169,8 +170,10 @@ class Liar(Volunteer):
         if "behind" in self.lies and len(self.history) > 1:
             told, offer = Told(round=self.round - 1, last=self.history[-2]), None
         if (state := self._invented()) is not None:
-            told, chain = Told(round=state.round, last=state.last), state.chain
-        return replace(reply, publication=offer, roster=roster, told=told, chain=chain)
+            told, shown = Told(round=state.round, last=state.last), None if shown is None else ShownChain(state.chain)
+        signed = None if roster is None else named(roster)
+        applied = None if told.last is None else named(told.last)
+        return replace(reply, publication=offer, roster=signed, told=told, last=applied, shown=shown)
 
 
 _MANY_TOKENS = 10**12
@@ -178,18 +181,6 @@ _MANY_TOKENS = 10**12
 _LIE_ROUNDS = ((1, 1), (1, 3), (2, 1), (2, 8), (4, 2), (0, 2), (10**6, 30))
 """(how many rounds before its head a liar's own chain begins, how many rosters it has)."""
 _INVENTED = Publication(peer="p0", snapshot=hash_of("invented"), tokens=1, inner_steps=1)
-
-
-@dataclass(frozen=True)
-class _Changed:
-    """A call whose answer is another one."""
-
-    call: Any
-    change: Callable[[RoundReply], RoundReply]
-
-    def answer(self, reply: RoundReply) -> None:
-        """As changed."""
-        self.call.answer(self.change(reply))
 
 
 class SearchedWorld(World):
