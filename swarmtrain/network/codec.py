@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.algorithm.outer import OuterState, weighted_mean
@@ -39,8 +39,8 @@ __all__ = [
 assert sys.byteorder == "little", "swarmtrain's wire format is little-endian, and so must the machine be"
 
 
-def tensor_specs(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[TensorSpec, ...]:
-    """The tensor table of a model's named parameters, in the order in which they are flattened."""
+def tensor_specs(parameters: Iterable[tuple[str, Tensor]]) -> tuple[TensorSpec, ...]:
+    """The tensor table of named parameters, in the order in which they are flattened."""
     return tuple(TensorSpec(name, tuple(parameter.shape)) for name, parameter in parameters)
 
 

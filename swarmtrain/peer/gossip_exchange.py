@@ -48,7 +48,8 @@ from swarmtrain.peer.gossip_driver import Engine, GossipDriver
 from swarmtrain.peer.kept import Kept
 from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.robustness import Naming, Robustness, apart
-from swarmtrain.peer.trainer import Contribution, Gathered, LentWeights, Merged, Replaced, Start
+from swarmtrain.peer.session import Start
+from swarmtrain.peer.updates import Contribution, Gathered, LentWeights, Merged, Replaced
 from swarmtrain.protocol.fragments import FragmentRound, publishes_every
 from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
 from swarmtrain.protocol.gossip_messages import CatchUp, Decode, Prepare, Pulled

@@ -11,7 +11,7 @@ from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.records import MAX_LOSS
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.exchange import SwarmExchange
-from swarmtrain.peer.trainer import RoundReport
+from swarmtrain.peer.session import RoundReport
 
 __all__ = ["round_event", "tell_loss", "what_was_merged"]
 

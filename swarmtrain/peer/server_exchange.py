@@ -36,7 +36,8 @@ from swarmtrain.network.snapshots import Body
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import consensus_of, layout_of_specs, mean_of_near, theta_of
-from swarmtrain.peer.trainer import Contribution, Merged, Replaced, Served, Start
+from swarmtrain.peer.session import Start
+from swarmtrain.peer.updates import Contribution, Merged, Replaced, Served
 from swarmtrain.protocol.lifecycle import PeerState
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.serving import HandIn

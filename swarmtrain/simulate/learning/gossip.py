@@ -25,7 +25,8 @@ from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.consensus import layout_of_specs
 from swarmtrain.peer.robustness import Naming, apart
-from swarmtrain.peer.trainer import Contribution, Gathered, Start
+from swarmtrain.peer.session import Start
+from swarmtrain.peer.updates import Contribution, Gathered
 from swarmtrain.protocol.fragments import publishes_every
 from swarmtrain.protocol.partners import BackOff, Candidate, Difference, Mark, View, median_round
 from swarmtrain.protocol.pulls import (
@@ -61,10 +62,10 @@ class Peer:
         setting = world.setting
         self.world, self.number, self.name = world, number, f"p{number}"
         self.learner = setting.learner(number)
-        self.trainer = self.learner.trainer
+        self.trainer = self.learner.replica
         self.rng = random.Random(f"{setting.run.run.seed} {number}")
         self.rounds_done, self.rounds_fresh = 0, 0.0
-        num_shards = self.trainer.batches.num_shards
+        num_shards = self.learner.loop.batches.num_shards
         self.coverage = Coverage(self.name, num_shards) if num_shards else None
         self.times = PullTimes()
         self.times.assume(min(setting.link_of(self.name)))
@@ -190,8 +191,8 @@ class Peer:
         """A round begins; the run has so many tokens by now."""
         self.start, self.done, self.run_tokens = start, 0, run_tokens
         if start.shard is not None:
-            self.trainer.batches.use_shard(start.shard)
-        self.trainer.begin(start)
+            self.learner.loop.batches.use_shard(start.shard)
+        self.trainer.begin(start.num_parts)
         for lane in self.lanes:
             if lane.weights is None or lane is self.lanes[-1]:
                 lane.begins(self.round, self.trainer.state_of(lane.number).theta, self.began_s)

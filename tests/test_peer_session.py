@@ -1,19 +1,23 @@
-"""Rounds are counted in tokens: a stage's inner steps are not all of one size."""
+"""A session without a model: which steps of which sizes publish, merge and end rounds, and what is told of them.
+
+Rounds are counted in tokens: a stage's inner steps are not all of one size.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from swarmtrain.algorithm.inner import Moments
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.model.gpt import build_model
-from swarmtrain.peer import trainer as peer_trainer
-from swarmtrain.peer.trainer import Averaged, Contribution, InnerStep, RoundOver, RoundReport, Start, Trainer
+from swarmtrain.peer.parameters import HostParameters
+from swarmtrain.peer.session import LoopPart, RoundReport, Session, Start
+from swarmtrain.peer.updates import Averaged, Contribution
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import RunFile
 
@@ -31,6 +35,14 @@ def run_file(inner_steps: int, stages: int = 2) -> RunFile:
             "pipeline": {"stages": stages},
         }
     )
+
+
+@dataclass
+class Clock:
+    now_s: float = 5.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
 @dataclass
@@ -62,28 +74,55 @@ class Alone:
         return Averaged(gradient=own.gradient, partners=("me",), weights=(own.tokens,), signer="me", roster_sha256="")
 
 
-class Stepping(Trainer):
-    """Its steps have the sizes that it is given; then the round is over."""
+@dataclass
+class NoLoop:
+    """What a loop without anything of its own tells its session."""
 
-    sizes: list[int]
-    schedule: list[float]
+    waited_s: float = 0.0
+    told: list[str] = field(default_factory=list)
 
-    def step(self, progress: float, scale: float) -> InnerStep:
-        self.schedule.append(progress)
-        if not self.sizes or self.sizes[0] == 0:
-            self.sizes = self.sizes[1:]
-            raise RoundOver
-        return InnerStep(self.sizes.pop(0), 2.0, 1.0)
+    def kept(self, room: Tensor | None) -> LoopPart:
+        return LoopPart(batches=7, young_steps=None, moments=Moments(vectors=torch.zeros(2, 6), steps=torch.zeros(2)))
+
+    def resume(self, part: LoopPart) -> None:
+        self.told.append(f"resume at {part.batches}")
+
+    def skip(self, num_batches: int) -> None:
+        self.told.append(f"skip {num_batches}")
+
+    def weights_replaced(self) -> None:
+        self.told.append("replaced")
+
+    def end(self) -> None:
+        self.told.append("end")
 
 
-def rounds(sizes: list[int], inner_steps: int, num_parts: int = 1) -> tuple[Stepping, Alone, list[RoundReport]]:
-    """What becomes of steps of these sizes; 0: the round is over before it is full."""
+def parameters() -> HostParameters:
+    """Six numbers in two tensors, and no model."""
+    return HostParameters([("a", torch.arange(4.0).reshape(2, 2)), ("b", torch.ones(2))])
+
+
+def rounds(
+    sizes: list[int], inner_steps: int, num_parts: int = 1, clock: Clock | None = None
+) -> tuple[Session, Alone, list[RoundReport], list[float]]:
+    """What becomes of steps of these sizes, each of which takes a second; 0: no further step comes in the round. And
+    what the schedule went by."""
     run, exchange, reports = run_file(inner_steps), Alone(inner_steps, num_parts), list[RoundReport]()
-    batches: Any = SimpleNamespace()
-    trainer = Stepping(run, build_model(run.model, 0), batches, exchange, reports.append)
-    trainer.sizes, trainer.schedule = [*sizes], []
-    assert trainer.train() == "interrupted", "a round that has no step ends it"
-    return trainer, exchange, reports
+    clock = clock or Clock()
+    session = Session(
+        run=run, parameters=parameters(), loop=NoLoop(), exchange=exchange, report=reports.append, clock=clock
+    )
+    schedule, sizes = list[float](), [*sizes]
+    while (ahead := session.next_step()) is not None:
+        schedule.append(ahead.progress)
+        size = sizes.pop(0) if sizes else 0
+        if size:
+            clock.now_s += 1.0
+            session.step(size, 2.0, grad_norm=1.0)
+        else:
+            session.end_round()
+    assert session.reason == "interrupted", "a round that has no step ends it"
+    return session, exchange, reports, schedule
 
 
 @pytest.mark.parametrize(
@@ -99,10 +138,10 @@ def rounds(sizes: list[int], inner_steps: int, num_parts: int = 1) -> tuple[Step
     ],
 )
 def test_a_round_ends_at_the_step_that_fills_it(sizes: list[int], inner_steps: int, tokens: list[int]) -> None:
-    trainer, exchange, reports = rounds(sizes, inner_steps)
+    session, exchange, reports, _ = rounds(sizes, inner_steps)
     assert [report.contribution.tokens for report in reports] == tokens
     assert [each.tokens for each in exchange.published] == tokens
-    assert trainer.own_tokens == trainer.progress.run_tokens == sum(tokens)
+    assert session.replica.own_tokens == session.progress.run_tokens == sum(tokens)
     assert [report.progress.round for report in reports] == list(range(1, len(tokens) + 1))
     assert [each.own_tokens for each in exchange.published] == [sum(tokens[: n + 1]) for n in range(len(tokens))]
 
@@ -125,7 +164,7 @@ def test_a_round_ends_at_the_step_that_fills_it(sizes: list[int], inner_steps: i
 def test_each_part_is_published_once_with_what_there_is_by_then(
     sizes: list[int], num_parts: int, parts: list[tuple[int, int, int]]
 ) -> None:
-    _, exchange, reports = rounds(sizes, 4, num_parts)
+    _, exchange, reports, _ = rounds(sizes, 4, num_parts)
     assert [(each.part, each.inner_steps, each.tokens) for each in exchange.published] == parts
     assert len(reports) == 1 and reports[0].contribution is exchange.published[-1]
 
@@ -135,7 +174,7 @@ def test_for_any_sizes_the_parts_rise_end_with_the_last_and_the_round_is_full() 
     for _ in range(60):
         inner_steps, num_parts = rng.randrange(1, 9), rng.randrange(1, 7)
         sizes = [rng.choice([1, 16, 32, 63, 64, 65, rng.randrange(1, 65)]) for _ in range(rng.randrange(1, 40))]
-        _, exchange, reports = rounds(sizes, inner_steps, num_parts)
+        _, exchange, reports, _ = rounds(sizes, inner_steps, num_parts)
         of_rounds: dict[int, list[Contribution]] = {}
         for each in exchange.published:
             of_rounds.setdefault(each.round, []).append(each)
@@ -151,25 +190,16 @@ def test_for_any_sizes_the_parts_rise_end_with_the_last_and_the_round_is_full() 
 
 
 def test_others_are_told_how_far_it_is_in_full_steps() -> None:
-    _, exchange, _ = rounds([32, 32, 65, 63, 100, 100], 3)
+    _, exchange, _, _ = rounds([32, 32, 65, 63, 100, 100], 3)
     assert exchange.told == [0, 1, 2, 3, 1, 3]
 
 
 def test_the_schedule_follows_the_tokens() -> None:
-    trainer, _, _ = rounds([32, 96, 64, 64], 2)
-    total = trainer.run.run.total_tokens
-    assert trainer.schedule[:4] == pytest.approx([tokens / total for tokens in (0, 32, 128, 192)])
+    session, _, _, schedule = rounds([32, 96, 64, 64], 2)
+    total = session.run.run.total_tokens
+    assert schedule[:4] == pytest.approx([tokens / total for tokens in (0, 32, 128, 192)])
 
 
-def test_speed_is_told_in_full_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=5.0)
-    monkeypatch.setattr(peer_trainer, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    step = Stepping.step
-
-    def for_a_second(self: Stepping, progress: float, scale: float) -> InnerStep:
-        clock.now += 1.0
-        return step(self, progress, scale)
-
-    monkeypatch.setattr(Stepping, "step", for_a_second)
-    trainer, _, _ = rounds([16] * 8, 2)
-    assert trainer.steps_per_s == pytest.approx(2 / 8)
+def test_speed_is_told_in_full_steps() -> None:
+    session, _, _, _ = rounds([16] * 8, 2)
+    assert session.steps_per_s == 2 / 8

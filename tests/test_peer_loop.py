@@ -10,7 +10,8 @@ import torch
 
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.alone import _Nobody
-from swarmtrain.peer.trainer import RoundReport, Trainer
+from swarmtrain.peer.loop import ModelLoop
+from swarmtrain.peer.session import RoundReport, Session
 from swarmtrain.run import RunFile
 
 
@@ -28,18 +29,16 @@ def reports_of(norms: list[float]) -> list[RoundReport]:
     batches: Any = SimpleNamespace(next_batch=lambda: torch.arange(4 * 17).reshape(4, 17))
     reports: list[RoundReport] = []
     exchange = _Nobody(2, len(norms))
-    trainer = Trainer(
-        run=run, model=build_model(run.model, 0), batches=batches, exchange=exchange, report=reports.append
-    )
+    loop = ModelLoop(run, build_model(run.model, 0), batches)
     told = iter(norms)
-    step = trainer.inner.step
+    step = loop.inner.step
 
     def step_of_a_told_norm(progress: float, scale: float = 1.0) -> float:
         step(progress, scale)
         return next(told)
 
-    trainer.inner.step = step_of_a_told_norm  # type: ignore[method-assign]
-    trainer.train()
+    loop.inner.step = step_of_a_told_norm  # type: ignore[method-assign]
+    loop.train(Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=reports.append))
     return reports
 
 
