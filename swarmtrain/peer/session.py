@@ -257,7 +257,7 @@ class Session:
 
     @property
     def is_in_round(self) -> bool:
-        """Whether a round is under way: between two of them the parameters are the replica's state, or will be."""
+        """Whether a round is under way."""
         return self._round is not None
 
     # ------------------------------------------------------------- the loop's calls
@@ -431,8 +431,9 @@ class Session:
         """Others have merged `tokens` of this peer's that its checkpoint does not know: their batches are done. Whether
         these are so few that they are skipped, see `skippable_tokens`."""
         skipped = skippable_tokens(tokens, self.run.round_tokens)
-        self.loop.skip(skipped // self.run.tokens_per_step)
-        self.replica.own_tokens += skipped
+        if skipped:
+            self.loop.skip(skipped // self.run.tokens_per_step)
+            self.replica.own_tokens += skipped
         return skipped > 0
 
     def end(self) -> None:
