@@ -433,11 +433,14 @@ def test_a_state_of_others_in_place_of_a_merge_is_settled_and_not_reported() -> 
     assert one.loop.told == ["replaced"] and one.session.progress is progress
     assert one.session.replica.own_tokens == 4 * STEP, "what it did was published, and counts"
     assert not one.session.replica.is_entered
+    state, lent, reached = one.exchange.states[1], one.exchange.published[-1], one.parameters.read()
     one.exchange.replaced, one.num_steps = None, 0
     ahead = one.session.next_step()
     assert ahead is not None and ahead.progress == 5 / 8, "of the run, as the others count"
     assert one.exchange.calls[-2:] == ["hold", "start 7"]
     assert torch.equal(one.parameters.read(), theta), "the round begins with these"
+    published = state.theta - one.session.replica.fragments[1].of(reached)
+    assert torch.equal(lent.gradient_of(1), published), "nobody had asked for it before"
 
 
 def test_a_shard_is_told_once_as_a_round_begins() -> None:
@@ -468,7 +471,7 @@ def test_a_checkpoint_is_the_replica_the_counters_and_what_the_loop_keeps() -> N
     assert (own.batches, own.own_tokens, own.steps_per_s) == (7, 4 * STEP, 1.0)
     again = Lived(Fragments(4))
     again.session.resume(one.session.replica.state.settled(), one.session.progress, own)
-    assert again.loop.told == ["resume at 7"]
+    assert again.loop.told == ["resume at 7"] and again.session.steps_per_s == 1.0
     for each in (one, again):
         each.session.replica.restart()  # one of them was not killed
         each.num_steps = 4
@@ -561,3 +564,15 @@ def test_a_loop_of_ones_own_trains_by_rounds() -> None:
     assert session.reason == "total_tokens" and len(losses) == 2 and losses[1] < losses[0]
     (*_, last) = session.replica.fragments  # it was merged at the end
     assert torch.equal(last.of(parameters.read()), session.replica.state_of(1).theta)
+
+
+def test_writing_a_fragment_takes_back_what_is_lent_of_it_and_no_other() -> None:
+    one = Lived(Fragments(4))
+    first, second = one.session.replica.fragments
+    before = one.parameters.read()
+    lent = [one.parameters.lend(fragment, torch.zeros(8)) for fragment in (first, second)]
+    one.parameters.write(torch.ones(8), first)
+    for tensor in second.pick(list(one.tensors.values())):
+        tensor.fill_(5.0)
+    assert torch.equal(lent[0].gradient(), -first.of(before))
+    assert torch.equal(lent[1].gradient(), torch.full((8,), -5.0)), "made when it is asked for"

@@ -26,7 +26,7 @@ from swarmtrain.peer.driver import Answered, Driver, Part
 from swarmtrain.peer.loop import inner_constants
 from swarmtrain.peer.session import RoundReport, Session, Start
 from swarmtrain.peer.stage_desk import StageDesk
-from swarmtrain.peer.stage_trainer import StageTrainer
+from swarmtrain.peer.stage_trainer import StageParameters, StageTrainer
 from swarmtrain.peer.updates import Averaged, Contribution
 from swarmtrain.protocol.microbatches import Key, Kind, LedgerLimits, Settlement, StageLedger
 from swarmtrain.protocol.progress import Progress
@@ -307,3 +307,12 @@ def test_a_stage_that_nothing_came_to_ends_without_a_round() -> None:
     trainer = _trainer(stage, reports, threading.Event(), 0.0, lambda: next(over))
     assert trainer.train() == "total_tokens"
     assert not reports and trainer.session.progress.round == 0 and not trainer.desk.is_open
+
+
+def test_what_is_under_way_keeps_the_weights_that_a_merge_replaces() -> None:
+    work = StageWork(build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5))
+    parameters, x = StageParameters(work), torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    before, out = parameters.read(), work.forward("kept", x)
+    parameters.write(torch.zeros_like(before))
+    assert not torch.equal(work.forward("new", x), out)
+    assert torch.equal(torch.cat([weight.reshape(-1) for weight in work._weights[1].values()]), before)
