@@ -91,6 +91,7 @@ PATHS = {
         network/gossiping.py Gossip._bring | network/puller.py Puller.download
         network/gossiping.py Gossip._pull_from | peer/gossip_driver.py GossipDriver._decoded
         peer/gossip_exchange.py GossipExchange._decode_gradient_untrusted | GossipExchange.decode_untrusted
+        network/codec.py PublicationCodec.arrival_untrusted | PublicationCodec.gradient_untrusted
         network/codec.py PublicationCodec.gradient_untrusted
         network/codec.py VectorCodec.decode_untrusted
         algorithm/quantize.py decode

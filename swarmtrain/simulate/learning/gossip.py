@@ -22,6 +22,7 @@ from swarmtrain.errors import BadBytesError
 from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
+from swarmtrain.network.sections import sections_of
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.consensus import layout_of_specs
 from swarmtrain.peer.robustness import Naming, apart
@@ -479,7 +480,7 @@ class World:
             self.layout = replace(self.layout, corrected=(False,) * len(self.specs))
         self.fragments = fragments_of(self.layout, self.setting.run.merge.num_fragments)
         section = self.setting.run.merge
-        self.sizes = PublicationCodec(self.specs, section.theta_format, section.gradient_formats).sizes()
+        self.sizes = PublicationCodec(sections_of(self.specs, section.theta_format, section.gradient_formats)).sizes()
         self.wanted = Wanted(section.num_partners, section.num_weights)
         self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
@@ -488,7 +489,7 @@ class World:
     def codec(self, fragment: int) -> PublicationCodec:
         """A peer's own of a fragment: what it has lost in one publication it adds to the next."""
         section, specs = self.setting.run.merge, tuple(self.fragments[fragment].pick(self.specs))
-        return PublicationCodec(specs, section.theta_format, section.gradient_formats)
+        return PublicationCodec(sections_of(specs, section.theta_format, section.gradient_formats))
 
     @property
     def reference_round(self) -> int:
