@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,7 +23,17 @@ from swarmtrain.peer.robustness import robust_mean
 from swarmtrain.protocol.fragments import FragmentRound
 from swarmtrain.protocol.progress import Progress
 
-__all__ = ["Averaged", "Contribution", "Gathered", "LentWeights", "Merged", "OuterUpdate", "Replaced", "Served"]
+__all__ = [
+    "Averaged",
+    "Contribution",
+    "Gathered",
+    "LentWeights",
+    "MergeFields",
+    "Merged",
+    "OuterUpdate",
+    "Replaced",
+    "Served",
+]
 
 
 _FEW = 1 << 18
@@ -102,6 +112,20 @@ class Contribution:
         return self.thetas[0] - self.reached
 
 
+class MergeFields(TypedDict, total=False):
+    """The fields of a round's event that tell of its merge; see `events.RoundEvent`."""
+
+    partners: tuple[str, ...]
+    weights: tuple[int, ...]
+    signer: str
+    staleness_rounds: tuple[int, ...]
+    pull_s: float | None
+    variance_factor: float | None
+    consensus_spread: float | None
+    displacement: float | None
+    state_sha256: str
+
+
 class OuterUpdate(ABC):
     """What a merge brings: how the next state is made, of a fragment or the whole model, and what the run counts by
     then."""
@@ -122,7 +146,7 @@ class OuterUpdate(ABC):
         """After the round of whose last fragment this is."""
 
     @abstractmethod
-    def told(self, before: Sequence[Self]) -> dict[str, Any]:
+    def told(self, before: Sequence[Self]) -> MergeFields:
         """The fields of a round's event that tell of it, and of what fragments merged before in the round."""
 
     def kept(self) -> OuterUpdate:
@@ -151,7 +175,7 @@ class Averaged(OuterUpdate):
         """See `OuterUpdate`."""
         return progress.after(self.partners, self.weights, self.roster_sha256)
 
-    def told(self, before: Sequence[Self]) -> dict[str, Any]:
+    def told(self, before: Sequence[Self]) -> MergeFields:
         """See `OuterUpdate`."""
         return {"partners": self.partners, "weights": self.weights, "signer": self.signer}
 
@@ -168,10 +192,10 @@ class Merged:
     pull_s: float
 
 
-def _pulled(merged: Sequence[Merged]) -> dict[str, Any]:
+def _pulled(merged: Sequence[Merged]) -> MergeFields:
     return {
         "partners": tuple(each.peer for each in merged),
-        "weights": tuple(each.tokens for each in merged),
+        "weights": tuple(round(each.tokens) for each in merged),
         "staleness_rounds": tuple(each.staleness_rounds for each in merged),
         "pull_s": max((each.pull_s for each in merged), default=None),
     }
@@ -204,7 +228,7 @@ class Gathered(OuterUpdate):
         """See `OuterUpdate`."""
         return Progress(round=progress.round + 1, run_tokens=self.run_tokens, peer_tokens=self.peer_tokens)
 
-    def told(self, before: Sequence[Self]) -> dict[str, Any]:
+    def told(self, before: Sequence[Self]) -> MergeFields:
         """See `OuterUpdate`."""
         gathered = [*before, self]
         prepared = [each.prepared for each in gathered]
@@ -262,7 +286,7 @@ class Served(OuterUpdate):
         """See `OuterUpdate`."""
         return Progress(round=progress.round + 1, run_tokens=self.run_tokens, peer_tokens=self.peer_tokens)
 
-    def told(self, before: Sequence[Self]) -> dict[str, Any]:
+    def told(self, before: Sequence[Self]) -> MergeFields:
         """See `OuterUpdate`."""
         return _pulled(self.merged)
 
