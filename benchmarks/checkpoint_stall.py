@@ -36,7 +36,7 @@ from swarmtrain.network.roster import sign_roster
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.checkpointer import Checkpointer
-from swarmtrain.peer.trainer import OwnPart
+from swarmtrain.peer.session import OwnPart
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.rosters import Publication, Roster
 

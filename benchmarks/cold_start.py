@@ -47,8 +47,8 @@ def cut(volunteers: list[Learner], num_shards: int) -> list[Coverage]:
     """Cut the volunteers' data into shards; what each knows of all, which is everything here."""
     names = [f"volunteer {number}" for number in range(len(volunteers))]
     for volunteer in volunteers:
-        assert isinstance(volunteer.trainer.batches, Batches)
-        volunteer.trainer.batches.cut(num_shards)
+        assert isinstance(volunteer.loop.batches, Batches)
+        volunteer.loop.batches.cut(num_shards)
     return [Coverage(me=name, num_shards=num_shards) for name in names]
 
 
@@ -56,19 +56,19 @@ def train_lone(text: Text, num_steps: int) -> GPT:
     volunteer = Learner(text, 0)
     for step in range(num_steps):
         volunteer.step(step / num_steps)
-    return volunteer.trainer.model
+    return volunteer.loop.model
 
 
 def train_parallel(text: Text, num_steps: int) -> GPT:
     """Large-batch training: one step on the mean gradient of all volunteers' batches."""
     num_peers = text.run.merge.min_peers
     first = Learner(text, 0)
-    sources = [first.trainer.batches, *(text.batches(number) for number in range(1, num_peers))]
+    sources = [first.loop.batches, *(text.batches(number) for number in range(1, num_peers))]
     for step in range(num_steps):
         for source in sources:
-            (first.trainer.model.loss(source.next_batch()) / num_peers).backward()  # type: ignore[no-untyped-call]
-        first.trainer.inner.step(step / num_steps)
-    return first.trainer.model
+            (first.loop.model.loss(source.next_batch()) / num_peers).backward()  # type: ignore[no-untyped-call]
+        first.loop.inner.step(step / num_steps)
+    return first.loop.model
 
 
 def take_shards(volunteers: list[Learner], coverages: list[Coverage], round: int, tokens: int) -> None:
@@ -76,7 +76,7 @@ def take_shards(volunteers: list[Learner], coverages: list[Coverage], round: int
     names = [coverage.me for coverage in coverages]
     for volunteer, coverage in zip(volunteers, coverages, strict=True):
         shard, _ = coverage.choose(round, 0, busy=coverage.busy(names), round_tokens=tokens)
-        volunteer.trainer.batches.use_shard(shard)
+        volunteer.loop.batches.use_shard(shard)
         coverage.trained(shard, tokens)
     for coverage in coverages:
         for other in coverages:
@@ -104,7 +104,7 @@ def train_swarm(text: Text, num_steps: int, num_shards: int = 0) -> GPT:
         constants = OuterConstants(learning_rate=merge.outer_learning_rate, momentum=momentum)
         state = outer_step(state, weighted_mean(gradients, [len(steps)] * len(gradients)), constants)
     volunteers[0].enter(state.theta)
-    return volunteers[0].trainer.model
+    return volunteers[0].loop.model
 
 
 WAYS = {"lone": train_lone, "swarm": train_swarm, "parallel": train_parallel}

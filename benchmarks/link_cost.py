@@ -57,7 +57,9 @@ from swarmtrain.network.snapshots import (
 )
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
-from swarmtrain.peer.trainer import Averaged, Contribution, Start, Trainer
+from swarmtrain.peer.loop import ModelLoop
+from swarmtrain.peer.session import Session, Start
+from swarmtrain.peer.updates import Averaged, Contribution
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -267,8 +269,8 @@ class Rounds:
         return Averaged(gradient=mean, partners=("peer",), weights=(self._own.tokens,), signer="peer", roster_sha256="")
 
 
-def trainer_of(arguments: argparse.Namespace, exchange: Rounds) -> Trainer:
-    """The trainer of the run file, with a model of the size asked for."""
+def session_of(arguments: argparse.Namespace, exchange: Rounds) -> tuple[ModelLoop, Session]:
+    """The loop of the run file, with a model of the size asked for, and its session."""
     values = tomllib.loads(arguments.run_file.read_text())
     values["model"].update(SIZES[arguments.model])
     values["run"]["total_tokens"] = 10**12
@@ -279,14 +281,14 @@ def trainer_of(arguments: argparse.Namespace, exchange: Rounds) -> Trainer:
     batches = training_batches(run, data, PeerPlace(run_sha256=RUN, peer_id="peer"), Path(), held_out)
     model = build_model(run.model, run.run.seed)
     stop_after = 2 * (arguments.pairs + 1)
-    return Trainer(
+    loop = ModelLoop(run, model, batches, exchange.timed)
+    return loop, Session(
         run=run,
-        model=model,
-        batches=batches,
+        parameters=loop.parameters,
+        loop=loop,
         exchange=exchange,
         report=lambda report: None,
         should_stop=lambda: len(exchange.rounds) > stop_after,
-        slowed=exchange.timed,
     )
 
 
@@ -325,9 +327,9 @@ def measure(arguments: argparse.Namespace) -> None:
         link = Link.start(network, Path(folder), arguments.mbit)
         try:
             exchange = Rounds(link, arguments.steps)
-            trainer = trainer_of(arguments, exchange)
-            print(f"{num_parameters(trainer.run.model):,} parameters, one thread", flush=True)
-            trainer.train()
+            loop, session = session_of(arguments, exchange)
+            print(f"{num_parameters(loop.run.model):,} parameters, one thread", flush=True)
+            loop.train(session)
             tell(exchange, arguments.pairs, arguments.mbit)
         finally:
             link.other.end()

@@ -24,7 +24,7 @@ from swarmtrain.algorithm.fragments import Fragment, fragments_of
 from swarmtrain.algorithm.gossip import Arrival, gossip_merge, layout_of, prepare
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, unflatten_into
 from swarmtrain.model.gpt import build_model
-from swarmtrain.peer.trainer import LentWeights
+from swarmtrain.peer.updates import LentWeights
 from swarmtrain.run import RunFile
 
 CONSTANTS = OuterConstants(learning_rate=0.7, momentum=0.8)

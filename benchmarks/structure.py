@@ -54,9 +54,9 @@ MARKERS = {
 PATHS = {
     "pseudo-gradient, gossip": """
         + algorithm/fragments.py Fragment.pick
-        peer/trainer.py Trainer.contribution
+        peer/replica.py Replica.contribution | peer/trainer.py Trainer.contribution
         + protocol/fragments.py FragmentRounds.at
-        peer/trainer.py Trainer._publish
+        peer/session.py Session._publish | peer/trainer.py Trainer._publish
         peer/gossip_exchange.py GossipExchange.publish
         network/publications.py Publication
         + network/service.py service_type.PeerService.rpc_publication
@@ -65,7 +65,7 @@ PATHS = {
         network/tasks.py Making.made
         network/publications.py Publisher._build
         peer/gossip_exchange.py GossipExchange._encode_gradient
-        peer/trainer.py LentWeights.gradient | Contribution.gradient_of
+        peer/updates.py LentWeights.gradient | peer/trainer.py LentWeights.gradient | peer/trainer.py Contribution.gradient_of
         network/codec.py GradientCodec.encode_sum
         algorithm/quantize.py ErrorFeedback.encode
         algorithm/quantize.py encode
@@ -91,6 +91,7 @@ PATHS = {
         network/gossiping.py Gossip._bring | network/puller.py Puller.download
         network/gossiping.py Gossip._pull_from | peer/gossip_driver.py GossipDriver._decoded
         peer/gossip_exchange.py GossipExchange._decode_gradient_untrusted | GossipExchange.decode_untrusted
+        network/codec.py PublicationCodec.arrival_untrusted | PublicationCodec.gradient_untrusted
         network/codec.py PublicationCodec.gradient_untrusted
         network/codec.py VectorCodec.decode_untrusted
         algorithm/quantize.py decode
@@ -107,16 +108,17 @@ PATHS = {
         network/lanes.py Ready | protocol/gossip_messages.py Merge
         network/gossiping.py Gossip.take | peer/gossip_driver.py GossipDriver.merge_due
         peer/gossip_exchange.py GossipExchange.collect
-        peer/trainer.py Gathered
-        peer/trainer.py OuterUpdate | Gathered
-        peer/trainer.py Trainer.merge
-        peer/trainer.py Trainer._merge_gathered | Gathered.next_state
+        peer/updates.py Gathered | peer/trainer.py Gathered
+        peer/updates.py OuterUpdate | peer/trainer.py OuterUpdate | peer/trainer.py Gathered
+        peer/session.py Session._merge | peer/trainer.py Trainer.merge
+        peer/replica.py Replica.merge | peer/trainer.py Trainer.merge
+        peer/updates.py Gathered.next_state | peer/trainer.py Trainer._merge_gathered | peer/trainer.py Gathered.next_state
         algorithm/gossip.py gossip_merge
         algorithm/outer.py outer_step
-    """,
+    """,  # noqa: E501 - a step and its successors are one line
     "pseudo-gradient, synchronous rounds": """
-        peer/trainer.py Trainer.contribution
-        peer/trainer.py Trainer._publish
+        peer/replica.py Replica.contribution | peer/trainer.py Trainer.contribution
+        peer/session.py Session._publish | peer/trainer.py Trainer._publish
         peer/exchange.py RosterExchange.publish
         network/codec.py body_of
         network/snapshots.py Body
@@ -150,10 +152,11 @@ PATHS = {
         network/rounds.py Rounds._step | network/rounds.py Rounds._do
         network/rounds.py Rounds.finish
         peer/exchange.py RosterExchange.collect
-        peer/trainer.py Averaged
-        peer/trainer.py OuterUpdate | Averaged
-        peer/trainer.py Trainer.merge
-        peer/trainer.py Averaged.next_state | Trainer.merge
+        peer/updates.py Averaged | peer/trainer.py Averaged
+        peer/updates.py OuterUpdate | peer/trainer.py OuterUpdate | peer/trainer.py Averaged
+        peer/session.py Session._merge | peer/trainer.py Trainer.merge
+        peer/replica.py Replica.merge | peer/trainer.py Trainer.merge
+        peer/updates.py Averaged.next_state | peer/trainer.py Averaged.next_state | peer/trainer.py Trainer.merge
         algorithm/outer.py outer_step
     """,
     "activations, pipeline": """

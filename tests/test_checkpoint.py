@@ -31,7 +31,11 @@ from swarmtrain.peer import checkpointer as checkpointer_module
 from swarmtrain.peer.checkpoint import Checkpoint, load_newest, save
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.checkpointer import Checkpointer
-from swarmtrain.peer.trainer import Averaged, Contribution, Replaced, RoundReport, Start, StopTraining, Trainer
+from swarmtrain.peer.loop import ModelLoop
+from swarmtrain.peer.replica import Replica
+from swarmtrain.peer.session import RoundReport, Session, Start
+from swarmtrain.peer.stopping import StopTraining
+from swarmtrain.peer.updates import Averaged, Contribution, Replaced
 from swarmtrain.protocol.rosters import Publication, Roster
 from swarmtrain.run import RunFile, parse_run
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -105,29 +109,37 @@ class Lone:
 class Peer:
     """A lone trainer, with what a checkpoint of it needs."""
 
-    trainer: Trainer
+    loop: ModelLoop
+    session: Session
     exchange: Lone
     reports: list[RoundReport] = field(default_factory=list)
 
+    @property
+    def replica(self) -> Replica:
+        return self.session.replica
+
+    def train(self) -> str:
+        return self.loop.train(self.session)
+
     def checkpoint(self, room: Tensor | None = None, **extra: Any) -> Checkpoint:
         assert self.exchange.last is not None
-        trainer = self.trainer
+        replica = self.replica
         return Checkpoint(
-            state=trainer.state,
-            progress=trainer.progress,
+            state=replica.state,
+            progress=replica.progress,
             roster=self.exchange.last[0],
             signed_roster=self.exchange.last[1],
-            own=trainer.own_part(torch.empty(2, trainer.state.theta.numel()) if room is None else room),
+            own=self.session.own_part(torch.empty(2, replica.state.size) if room is None else room),
             extra=extra,
         )
 
     def bytes(self) -> dict[str, bytes]:
         """All that training goes on from."""
-        trainer = self.trainer
-        moments = trainer.inner.copy_moments(torch.empty(2, trainer.state.theta.numel()))
+        state = self.replica.state
+        moments = self.loop.inner.copy_moments(torch.empty(2, state.size))
         tensors = {
-            "theta": trainer.state.theta,
-            "momentum": trainer.state.momentum,
+            "theta": state.theta,
+            "momentum": state.momentum,
             "moments": moments.vectors,
             "steps": moments.steps,
         }
@@ -147,12 +159,13 @@ def peer(identity: Identity, rounds: int, kept: Checkpoint | None = None) -> Pee
     exchange = Lone(identity, run, rounds)
     reports: list[RoundReport] = []
     model = build_model(run.model, run.run.seed)
-    trainer = Trainer(run=run, model=model, batches=batches, exchange=exchange, report=reports.append)
+    loop = ModelLoop(run, model, batches)
+    session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=reports.append)
     if kept is not None:
         assert kept.own is not None
-        trainer.resume(kept.state, kept.progress, kept.own)
+        session.resume(kept.state, kept.progress, kept.own)
         exchange.last = (kept.roster, kept.signed_roster)
-    return Peer(trainer, exchange, reports)
+    return Peer(loop, session, exchange, reports)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +177,7 @@ def identity() -> Identity:
 def trained(identity: Identity) -> Peer:
     """A lone volunteer after two rounds."""
     one = peer(identity, 2)
-    assert one.trainer.train() == "interrupted" and one.trainer.progress.round == 2
+    assert one.train() == "interrupted" and one.replica.progress.round == 2
     return one
 
 
@@ -217,33 +230,33 @@ def test_a_bootstraps_checkpoint_has_no_moments(tmp_path: Path, identity: Identi
     save(folder, dataclasses.replace(trained.checkpoint(), own=None))
     after = load(folder)
     assert after is not None and after.own is None
-    assert torch.equal(after.state.theta, trained.trainer.state.theta)
+    assert torch.equal(after.state.theta, trained.replica.state.theta)
 
 
 def test_training_goes_on_to_the_bit(tmp_path: Path, identity: Identity) -> None:
     whole = peer(identity, 4)
-    whole.trainer.train()
+    whole.train()
 
     first = peer(identity, 2)
-    first.trainer.train()
+    first.train()
     save(checkpoints(tmp_path, identity), first.checkpoint())
     kept = load(checkpoints(tmp_path, identity))
     assert kept is not None
     second = peer(identity, 2, kept)
-    second.trainer.train()
+    second.train()
 
-    assert second.trainer.progress == whole.trainer.progress and whole.trainer.progress.round == 4
+    assert second.replica.progress == whole.replica.progress and whole.replica.progress.round == 4
     assert second.bytes() == whole.bytes()
     assert [r.loss for r in first.reports + second.reports] == [r.loss for r in whole.reports]
-    assert second.trainer.own_tokens == whole.trainer.own_tokens
-    assert second.trainer.batches.position == whole.trainer.batches.position == 12
+    assert second.replica.own_tokens == whole.replica.own_tokens
+    assert second.loop.batches.position == whole.loop.batches.position == 12
 
 
 def test_what_others_merged_is_not_trained_again(identity: Identity, trained: Peer) -> None:
     after = peer(identity, 0, trained.checkpoint())
-    after.trainer.skip_merged(3 * run_file().tokens_per_step)
-    assert after.trainer.batches.position == 9
-    assert after.trainer.own_tokens == trained.trainer.own_tokens + 3 * run_file().tokens_per_step
+    after.session.skip_merged(3 * run_file().tokens_per_step)
+    assert after.loop.batches.position == 9
+    assert after.replica.own_tokens == trained.replica.own_tokens + 3 * run_file().tokens_per_step
 
 
 def test_an_old_folder_that_was_put_back_counts_on_from_what_others_count_of_it(
@@ -251,11 +264,11 @@ def test_an_old_folder_that_was_put_back_counts_on_from_what_others_count_of_it(
 ) -> None:
     """Seen: what it trained anew counted for nothing until it had caught up with itself, and was not archived."""
     after = peer(identity, 0, trained.checkpoint())
-    before, position = after.trainer.own_tokens, after.trainer.batches.position
-    after.trainer.count_on(before + 10**6)
-    assert after.trainer.own_tokens == before + 10**6 and after.trainer.batches.position == position
-    after.trainer.count_on(5)
-    assert after.trainer.own_tokens == before + 10**6
+    before, position = after.replica.own_tokens, after.loop.batches.position
+    after.replica.count_on(before + 10**6)
+    assert after.replica.own_tokens == before + 10**6 and after.loop.batches.position == position
+    after.replica.count_on(5)
+    assert after.replica.own_tokens == before + 10**6
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(identity: Identity, trained: Peer) -> None:
@@ -263,7 +276,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(identity: Identity, trained: 
     assert kept.own is not None
     other = peer(identity, 0)
     with pytest.raises(ValueError, match="stands at batch 6, the data at 0"):
-        other.trainer.resume(kept.state, kept.progress, kept.own)
+        other.session.resume(kept.state, kept.progress, kept.own)
 
 
 # ---------------------------------------------------------------- damage
@@ -396,7 +409,7 @@ def writer(path: Path, identity: Identity) -> tuple[Checkpointer, list[Event], C
 
 def numbered(trained: Peer, checkpointer: Checkpointer, n: int) -> Checkpoint:
     """A checkpoint told by its number, in `extra` and in its moments."""
-    room = checkpointer.room(trained.trainer.state.theta.numel())
+    room = checkpointer.room(trained.replica.state.theta.numel())
     checkpoint = trained.checkpoint(room, n=n)
     room.fill_(n)
     return checkpoint
@@ -404,7 +417,7 @@ def numbered(trained: Peer, checkpointer: Checkpointer, n: int) -> Checkpoint:
 
 def test_the_newest_replaces_the_one_that_waits(tmp_path: Path, identity: Identity, trained: Peer, gate: Gate) -> None:
     checkpointer, events, _ = writer(tmp_path, identity)
-    checkpointer.prepare(trained.trainer.state.theta.numel())
+    checkpointer.prepare(trained.replica.state.theta.numel())
     rooms = set()
     for n in range(5):
         checkpoint = numbered(trained, checkpointer, n)
@@ -449,7 +462,7 @@ def test_a_disk_slower_than_the_rounds_keeps_nobody_waiting(
     assert gate.begun.acquire(timeout=LIMIT_S)
     checkpointer.offer(numbered(trained, checkpointer, 1))
     thread, told = flushing(checkpointer)
-    room = checkpointer.room(trained.trainer.state.theta.numel())
+    room = checkpointer.room(trained.replica.state.theta.numel())
     gate.open.release()
     assert not checkpointer.flush(0.2), "the one that was asked for was given up for one that is not there yet"
     checkpointer.offer(trained.checkpoint(room, n=2))
@@ -515,7 +528,7 @@ def test_who_reads_lent_moments_is_nice_only_when_it_has_them(
 
     monkeypatch.setattr(checkpointer_module, "_be_nice", be_nice)
     for _ in range(3):
-        lent, kept = trained.trainer.inner.lend_moments(), trained.checkpoint()
+        lent, kept = trained.loop.inner.lend_moments(), trained.checkpoint()
         assert kept.own is not None
         checkpointer.offer(dataclasses.replace(kept, own=dataclasses.replace(kept.own, moments=lent)))
         assert checkpointer.flush(LIMIT_S)
@@ -574,24 +587,24 @@ def test_a_batch_that_was_given_up_halfway_does_not_count_in_the_next_step(ident
     given_up, fresh = peer(identity, 1), peer(identity, 1)
     stops = iter([False, False, True])  # the step's own look, the first microbatch, the second
     for one in (given_up, fresh):
-        inner = one.trainer.run.inner.model_copy(update={"microbatch_sequences": 2})
-        one.trainer.run = one.trainer.run.model_copy(update={"inner": inner})
-    given_up.trainer.should_stop = lambda: next(stops)
-    assert given_up.trainer.train() == "interrupted"
-    given_up.trainer.should_stop = lambda: False
+        inner = one.loop.run.inner.model_copy(update={"microbatch_sequences": 2})
+        one.loop.run = one.loop.run.model_copy(update={"inner": inner})
+    given_up.session.should_stop = lambda: next(stops)
+    assert given_up.train() == "interrupted"
+    given_up.session.should_stop = lambda: False
     given_up.exchange.rounds_left = 1
-    fresh.trainer.batches.next_batch()
+    fresh.loop.batches.next_batch()
     for one in (given_up, fresh):
-        one.trainer.train()
-    assert given_up.trainer.progress.round == fresh.trainer.progress.round == 1
+        one.train()
+    assert given_up.replica.progress.round == fresh.replica.progress.round == 1
     assert given_up.bytes() == fresh.bytes()
 
 
 def in_shards(identity: Identity, rounds: int, kept: Checkpoint | None = None) -> Peer:
     """A peer that takes each round from the least seen of eight shards."""
     one = peer(identity, rounds, kept)
-    assert isinstance(one.trainer.batches, Batches)
-    one.trainer.batches.cut(8)
+    assert isinstance(one.loop.batches, Batches)
+    one.loop.batches.cut(8)
     shards = ShardsOf(run_sha256=RUN_SHA256, corpus_sha256="c0" * 32, num_shards=8, seed=0, round_tokens=192)
     one.exchange.coverage = DataCoverage(identity, shards, lambda _, tokens: tokens, lambda *told: None)
     one.exchange.coverage.restore(None if kept is None else kept.extra["coverage"])
@@ -600,35 +613,35 @@ def in_shards(identity: Identity, rounds: int, kept: Checkpoint | None = None) -
 
 def test_a_peer_that_draws_from_shards_goes_on_as_if_it_had_never_stopped(tmp_path: Path, identity: Identity) -> None:
     straight, stopped = in_shards(identity, 12), in_shards(identity, 5)
-    straight.trainer.train()
-    stopped.trainer.train()
+    straight.train()
+    stopped.train()
     assert stopped.exchange.coverage is not None
     save(checkpoints(tmp_path, identity), stopped.checkpoint(coverage=stopped.exchange.coverage.kept()))
     again = in_shards(identity, 7, load(checkpoints(tmp_path, identity)))
-    again.trainer.train()
+    again.train()
     assert again.bytes() == straight.bytes()
     assert stopped.exchange.shards + again.exchange.shards == straight.exchange.shards
     assert set(straight.exchange.shards[:8]) == set(range(8)), "each is seen before any is again"
     everywhere = peer(identity, 12)
-    everywhere.trainer.train()
+    everywhere.train()
     assert everywhere.bytes() != straight.bytes()
 
 
 def test_only_a_peer_without_moments_of_its_own_warms_them_up(identity: Identity, trained: Peer) -> None:
     newcomer = peer(identity, 1)
-    replaced = Replaced(state=newcomer.trainer.state, progress=newcomer.trainer.progress, from_peer="", reason="")
-    newcomer.trainer.adopt(replaced)
-    assert newcomer.trainer.young_steps == 0
+    replaced = Replaced(state=newcomer.replica.state, progress=newcomer.replica.progress, from_peer="", reason="")
+    newcomer.session.adopt(replaced)
+    assert newcomer.loop.young_steps == 0
     resumed = peer(identity, 1, trained.checkpoint())
-    resumed.trainer.adopt(replaced)
-    assert resumed.trainer.young_steps is None
+    resumed.session.adopt(replaced)
+    assert resumed.loop.young_steps is None
 
 
 def test_what_is_replaced_of_a_state_goes_when_it_is_written_and_not_when_it_is_on_the_disk(
     tmp_path: Path, identity: Identity, trained: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained.checkpoint()
-    fragments = fragments_of(layout_of([tuple(one.shape) for one in trained.trainer.model.parameters()]), 2)
+    fragments = fragments_of(layout_of([tuple(one.shape) for one in trained.loop.model.parameters()]), 2)
     gone: list[weakref.ref[np.ndarray[Any, Any]]] = []
 
     def watched(vector: Tensor) -> Tensor:

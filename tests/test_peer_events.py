@@ -18,7 +18,8 @@ from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.common import as_peer
 from swarmtrain.peer.logs import logged
 from swarmtrain.peer.reporting import what_was_merged
-from swarmtrain.peer.trainer import Averaged, Contribution, Gathered, OuterUpdate, RoundReport
+from swarmtrain.peer.session import RoundReport
+from swarmtrain.peer.updates import Averaged, Contribution, Gathered, OuterUpdate
 from swarmtrain.protocol.fragments import FragmentRound
 from swarmtrain.protocol.progress import Progress
 

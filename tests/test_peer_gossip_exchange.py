@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from replies import Replies
+from sessions import train_round
 from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival, Prepared
@@ -32,10 +33,11 @@ from swarmtrain.peer import gossip_exchange
 from swarmtrain.peer.common import StopFlag, held_out_loss
 from swarmtrain.peer.gossip_driver import Engine
 from swarmtrain.peer.gossip_exchange import GossipExchange, hosting_of
+from swarmtrain.peer.loop import ModelLoop
 from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.present import fetch_present
 from swarmtrain.peer.robustness import Robustness
-from swarmtrain.peer.trainer import RoundReport, Trainer
+from swarmtrain.peer.session import RoundReport, Session
 from swarmtrain.protocol.archiving import adds_to_archive
 from swarmtrain.protocol.fragments import FragmentRound
 from swarmtrain.protocol.gossip_messages import Prepare
@@ -94,14 +96,17 @@ class Peer:
         self.swarm.calls = _Calls(world, self)  # type: ignore[assignment]
         self.exchange = GossipExchange(world.network, self.swarm, run, StopFlag())
         self.reports: list[RoundReport] = []
-        self.trainer = Trainer(
+        batches = Batches(TEXT, context_tokens=16, batch_sequences=4, run_sha256="ab" * 32, peer_id=self.id)
+        self.loop = ModelLoop(run, model, batches)
+        self.session = Session(
             run=run,
-            model=model,
-            batches=Batches(TEXT, context_tokens=16, batch_sequences=4, run_sha256="ab" * 32, peer_id=self.id),
+            parameters=self.loop.parameters,
+            loop=self.loop,
             exchange=self.exchange,
             report=self.reports.append,
-            settled=lambda: self.exchange.offer(self.trainer.state, self.trainer.progress),
+            settled=lambda session: self.exchange.offer(session.replica.state, session.progress),
         )
+        self.trainer = self.session.replica
         self.exchange.offer(self.trainer.state, self.trainer.progress)
 
     @property
@@ -120,7 +125,7 @@ class Peer:
         """One round, merging what `partners` of the others have published; None if it took others' weights instead."""
         had = len(self.reports)
         self.world.wants[self.id] = partners
-        self.trainer._round()
+        train_round(self.loop, self.session)
         return self.reports[-1] if len(self.reports) > had else None
 
 
@@ -409,7 +414,7 @@ def test_merges_are_planned_anew_where_steps_take_less_time_than_they_did(
     monkeypatch.setattr(gossip_exchange, "swarm_time", lambda: clock_s[0])
     peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(2)])
     start = peer.exchange.start_round(Progress(), 0.5)
-    peer.trainer.begin(start)
+    peer.trainer.begin(start.num_parts)
     for passed_s, inner_steps, ends_s in (
         (32.0, 16, 1064.0),
         (36.2, 18, 1064.0),  # not by much
@@ -436,7 +441,7 @@ def test_who_comes_late_takes_the_consensus(worlds: list[World]) -> None:
     nearest = min(float((other.theta - mean).norm()) for other in others)
     assert float((replaced.state.theta - mean).norm()) < 0.5 * nearest
     assert replaced.progress.run_tokens > 0
-    late.trainer.adopt(replaced)
+    late.session.adopt(replaced)
     assert late.round() is not None
     assert late.exchange.present_state(late.trainer.progress) is None, "it is as far as the others now"
     for other in others:
@@ -466,7 +471,7 @@ def test_who_comes_late_merges_nothing_of_what_is_in_the_weights_that_it_took(wo
     assert found_by(late) == {other.id for other in others}
     replaced = late.exchange.present_state(late.trainer.progress)
     assert replaced is not None and replaced.progress.round == 3
-    late.trainer.adopt(replaced)
+    late.session.adopt(replaced)
     assert not found_by(late), "all of it is in the consensus: of its authors, and of who has merged it"
     for other in world.everyone()[:3]:
         other.swarm.me = dataclasses.replace(other.swarm.me, training=False, is_bootstrap=True)
@@ -547,7 +552,7 @@ def test_a_newcomer_goes_on_where_the_run_was_when_all_who_trained_are_gone(worl
     new = newcomer.exchange.present_state(newcomer.trainer.progress)
     assert new is not None and torch.equal(new.state.theta, bootstrap.theta)
     assert new.progress.run_tokens == 1900 and new.progress.peer_tokens == bootstrap.trainer.progress.peer_tokens
-    newcomer.trainer.adopt(new)
+    newcomer.session.adopt(new)
     newcomer.exchange.offer(newcomer.trainer.state, newcomer.trainer.progress)
     report = newcomer.round()
     assert report is not None and report.progress.run_tokens == 1900 + STEPS * STEP_TOKENS
@@ -577,7 +582,7 @@ def test_what_an_archive_holds_is_told_apart_from_what_is_counted(worlds: list[W
     bootstrap.swarm.tallying.learn(bootstrap.trainer.progress.peer_tokens)
     new = newcomer.exchange.present_state(newcomer.trainer.progress)
     assert new is not None
-    newcomer.trainer.adopt(new)
+    newcomer.session.adopt(new)
     newcomer.round()
     bootstrap.meet(newcomer)
     asked: list[tuple[Mapping[str, int], set[str]]] = []
@@ -632,7 +637,7 @@ def test_what_was_merged_a_moment_ago_is_not_published_where_the_round_ends_earl
 def test_measuring_the_loss_leaves_what_was_trained_since_the_merges_in_the_model(worlds: list[World]) -> None:
     (peer,) = world_of(worlds, 1).everyone()
     peer.round()
-    model, published = peer.trainer.model, PublishedRun(b"", "ab" * 32, peer.world.run, bytes(range(256)), b"")
+    model, published = peer.loop.model, PublishedRun(b"", "ab" * 32, peer.world.run, bytes(range(256)), b"")
     reached = flatten(model.parameters())
     assert not torch.equal(reached, peer.theta), "all but the last fragment go on from where they are"
     loss = held_out_loss(model, peer.theta, published, ByteTokenizer())

@@ -22,8 +22,8 @@ from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.held_stage import HeldStage, StageSite
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.pipeline import PipelineVolunteer
+from swarmtrain.peer.session import OwnPart
 from swarmtrain.peer.stopping import StopFlag
-from swarmtrain.peer.trainer import OwnPart
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import RunFile
 

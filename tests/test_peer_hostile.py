@@ -14,7 +14,7 @@ from test_peer_gossip_exchange import STEP_TOKENS, STEPS, Peer, World, run_file
 from swarmtrain.events import ClippedEvent, RefusedEvent
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.snapshots import Body
-from swarmtrain.peer.trainer import Contribution, LentWeights
+from swarmtrain.peer.updates import Contribution, LentWeights
 from swarmtrain.protocol.fragments import FragmentRound
 from swarmtrain.protocol.gossip_messages import Merge
 from swarmtrain.protocol.progress import Progress

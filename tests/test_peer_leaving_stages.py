@@ -230,14 +230,17 @@ def test_done_tells_the_rounds_since_it_told_the_run_last() -> None:
     """Seen: 4,096 where the stage's own rounds said 6,656."""
 
     def stage(tokens: int) -> Any:
-        return SimpleNamespace(trainer=SimpleNamespace(progress=Progress(round=5, run_tokens=tokens)), end=lambda: None)
+        session = SimpleNamespace(
+            progress=Progress(round=5, run_tokens=tokens), replica=SimpleNamespace(own_tokens=900)
+        )
+        return SimpleNamespace(session=session, end=lambda: None)
 
     one: Any = PipelineVolunteer.__new__(PipelineVolunteer)
     one.__dict__ |= {"held": {1: stage(6656), 2: stage(5000)}, "_left_at_tokens": 0, "_contribution": lambda: 900}
     one.swarm = SimpleNamespace(me=PeerInfo(peer="me", run_tokens=4096))
     one.run = SimpleNamespace(run=SimpleNamespace(total_tokens=10_000))
     assert one._done("interrupted").run_tokens == 6656
-    one.held[1].trainer.own_tokens, one._own_tokens, one._desks = 900, {}, {}
+    one._own_tokens, one._desks = {}, {}
     one._leave(1)
     assert one._done("interrupted").run_tokens == 6656, "it has moved, or rests"
     one.held[2] = stage(10_500)

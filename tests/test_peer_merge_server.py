@@ -27,7 +27,7 @@ from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import StopFlag
 from swarmtrain.peer.merge_server import MergeServer
 from swarmtrain.peer.server_exchange import ServerExchange, lead
-from swarmtrain.peer.trainer import Contribution, Served
+from swarmtrain.peer.updates import Contribution, Served
 from swarmtrain.protocol.fragments import FragmentRound
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.progress import Progress

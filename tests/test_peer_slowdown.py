@@ -13,9 +13,10 @@ import torch
 
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.alone import _Nobody
+from swarmtrain.peer.loop import ModelLoop
+from swarmtrain.peer.session import RoundReport, Session
 from swarmtrain.peer.slowdown import LOOK_S, MOST_STEPS_BEHIND, TOO_BUSY_STEPS, Slowdown, SlowedSteps
 from swarmtrain.peer.stopping import Interrupted, StopFlag, StopTraining
-from swarmtrain.peer.trainer import RoundReport, Trainer
 from swarmtrain.peer.volunteer import _Volunteer
 from swarmtrain.protocol.limits import Limits, parse_slowdown
 from swarmtrain.run import parse_run
@@ -195,7 +196,8 @@ def test_every_inner_step_of_a_trainer_is_slowed_and_no_merge() -> None:
     text = torch.from_numpy(np.arange(1000) % 200)
     batches: Any = SimpleNamespace(next_batch=lambda: text[: 4 * 17].reshape(4, 17).long())
     model, exchange = build_model(run.model, 0), _Nobody(2, 5)
-    Trainer(run=run, model=model, batches=batches, exchange=exchange, report=report, slowed=slowed).train()
+    loop = ModelLoop(run, model, batches, slowed)
+    loop.train(Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=report))
     assert seen == ["step", "step", "round 2", "step", "step", "round 2", "step", "round 1"]
 
 

@@ -17,10 +17,10 @@ from swarmtrain.errors import BadBytesError
 from swarmtrain.model.stage_work import BadGradientError, StageWork
 from swarmtrain.model.stages import Stage, build_stage, stage_shapes
 from swarmtrain.peer.driver import Tail
+from swarmtrain.peer.loop import InnerStep, RoundOver
 from swarmtrain.peer.stage_desk import StageDesk, Task
 from swarmtrain.peer.stage_loop import StageLoop, WorkMeter
 from swarmtrain.peer.stopping import StopTraining
-from swarmtrain.peer.trainer import InnerStep, RoundOver
 from swarmtrain.protocol.microbatches import (
     Acknowledged,
     Add,

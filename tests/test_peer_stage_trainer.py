@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,14 @@ from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, outer_step, unflatten_into
 from swarmtrain.errors import GoneError, PeerError
 from swarmtrain.model.gpt import build_model
+from swarmtrain.model.stage_work import StageWork
 from swarmtrain.model.stages import Stage, build_stage, stage_shapes
 from swarmtrain.peer.driver import Answered, Driver, Part
+from swarmtrain.peer.loop import inner_constants
+from swarmtrain.peer.session import RoundReport, Session, Start
 from swarmtrain.peer.stage_desk import StageDesk
-from swarmtrain.peer.stage_trainer import StageTrainer
-from swarmtrain.peer.trainer import Averaged, Contribution, RoundReport, Start, inner_constants
+from swarmtrain.peer.stage_trainer import StageParameters, StageTrainer
+from swarmtrain.peer.updates import Averaged, Contribution
 from swarmtrain.protocol.microbatches import Key, Kind, LedgerLimits, Settlement, StageLedger
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.routing import Router
@@ -103,23 +107,45 @@ class Told:
         raise AssertionError(reason)
 
 
-def _trainer(stage: Stage, reports: list[RoundReport], stop: threading.Event, graph_bytes: float) -> StageTrainer:
+@dataclass
+class Trained:
+    """A stage with its session."""
+
+    loop: StageTrainer
+    session: Session
+
+    @property
+    def desk(self) -> StageDesk:
+        return self.loop.desk
+
+    def train(self) -> str:
+        return self.loop.train(self.session)
+
+
+def _trainer(
+    stage: Stage,
+    reports: list[RoundReport],
+    stop: threading.Event,
+    graph_bytes: float,
+    over: Callable[[], bool] = lambda: False,
+    ends_by_count: bool = True,
+) -> Trained:
     desk = StageDesk(StageLedger(LedgerLimits(batch_tokens=RUN.tokens_per_step)), time.monotonic)
     batches: Any = SimpleNamespace()
-    model: Any = stage
-    return StageTrainer(
+    loop = StageTrainer(RUN, StageWork(stage, graph_bytes), batches, desk, over=over)
+    session = Session(
         run=RUN,
-        model=model,
-        batches=batches,
+        parameters=loop.parameters,
+        loop=loop,
         exchange=Alone(),
         report=reports.append,
         should_stop=stop.is_set,
-        desk=desk,
-        graph_bytes=graph_bytes,
+        ends=loop.ends_after(RUN.run.total_tokens if ends_by_count else math.inf),
     )
+    return Trained(loop, session)
 
 
-async def _drive(trainers: Sequence[StageTrainer], num_batches: int) -> list[float]:
+async def _drive(trainers: Sequence[Trained], num_batches: int) -> list[float]:
     routers = [Router(random.Random(0)) for _ in trainers[1:]]
     for stage, router in enumerate(routers, 1):
         router.set_peers([f"peer of stage {stage}"])
@@ -178,13 +204,13 @@ def test_rounds_of_stages_are_those_of_the_whole_model(graph_bytes: float) -> No
     unflatten_into(theta, whole.parameters())
     weights = whole.state_dict()
     for trainer, each in zip(trainers, reports, strict=True):
-        assert trainer.finished and trainer.progress.run_tokens == RUN.run.total_tokens
+        assert trainer.session.finished and trainer.session.progress.run_tokens == RUN.run.total_tokens
         assert [report.contribution.tokens for report in each] == [512, 512]
         assert [report.loss for report in each] == pytest.approx(
             [sum(expected[:16]) / 16, sum(expected[16:]) / 16], abs=1e-6
         )
-        unflatten_into(trainer.state.theta, trainer.model.parameters())
-        for name, parameter in trainer.model.named_parameters():
+        unflatten_into(trainer.session.replica.state.theta, trainer.loop.parameters.named.values())
+        for name, parameter in trainer.loop.parameters.named.items():
             assert torch.equal(parameter, weights[name]), name
 
 
@@ -214,14 +240,13 @@ def test_a_stage_that_is_told_to_stop_stops_within_a_batch() -> None:
 def test_stages_end_with_what_there_is_when_drivers_have_no_more_and_the_first_one_when_it_is_not_waited_for() -> None:
     stop, over, is_late = threading.Event(), threading.Event(), threading.Event()
     reports: list[list[RoundReport]] = [[], [], []]
+    shapes = stage_shapes(RUN.model, BOUNDARIES)
     trainers = [
-        _trainer(build_stage(shape, RUN.run.seed), each, stop, float("inf"))
-        for shape, each in zip(stage_shapes(RUN.model, BOUNDARIES), reports, strict=True)
+        _trainer(
+            build_stage(shape, RUN.run.seed), each, stop, float("inf"), event.is_set, ends_by_count=event is is_late
+        )
+        for shape, each, event in zip(shapes, reports, (is_late, over, over), strict=True)
     ]
-    for trainer in trainers[1:]:
-        trainer.over, trainer.ends_by_count = over.is_set, False
-        trainer.loop.over = over.is_set
-    trainers[0].over = trainers[0].loop.over = is_late.is_set
     ended: dict[int, str] = {}
 
     def train(stage: int) -> None:
@@ -261,22 +286,33 @@ def test_stages_end_with_what_there_is_when_drivers_have_no_more_and_the_first_o
         (report,) = each
         assert (report.contribution.tokens, report.contribution.inner_steps, report.contribution.part) == (192, 2, 2)
         assert report.loss == pytest.approx((sum(losses[:4]) / 4 + sum(losses[4:]) / 2) / 2, abs=1e-6)
-        assert trainer.finished and trainer.progress.run_tokens == 192
-        assert trainer.steps_per_s > 0 and torch.isfinite(trainer.state.theta).all()
+        session = trainer.session
+        assert session.finished and session.progress.run_tokens == 192
+        assert session.steps_per_s > 0 and torch.isfinite(session.replica.state.theta).all()
 
 
 def test_only_the_first_stage_ends_by_its_own_count() -> None:
-    trainer = _trainer(build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5), [], threading.Event(), 0.0)
-    trainer.progress = Progress(run_tokens=RUN.run.total_tokens)
-    assert trainer.finished
-    trainer.ends_by_count = False
-    assert not trainer.finished, "drivers still need it"
+    for ends_by_count in (True, False):
+        stage = build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5)
+        session = _trainer(stage, [], threading.Event(), 0.0, ends_by_count=ends_by_count).session
+        assert not session.finished
+        session.replica.progress = Progress(run_tokens=RUN.run.total_tokens)
+        assert session.finished == ends_by_count, "drivers still need it"
 
 
 def test_a_stage_that_nothing_came_to_ends_without_a_round() -> None:
     reports: list[RoundReport] = []
-    trainer = _trainer(build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5), reports, threading.Event(), 0.0)
     over = iter([False, *[True] * 9])
-    trainer.over = trainer.loop.over = lambda: next(over)
+    stage = build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5)
+    trainer = _trainer(stage, reports, threading.Event(), 0.0, lambda: next(over))
     assert trainer.train() == "total_tokens"
-    assert not reports and trainer.progress.round == 0 and not trainer.desk.is_open
+    assert not reports and trainer.session.progress.round == 0 and not trainer.desk.is_open
+
+
+def test_what_is_under_way_keeps_the_weights_that_a_merge_replaces() -> None:
+    work = StageWork(build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5))
+    parameters, x = StageParameters(work), torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    before, out = parameters.read(), work.forward("kept", x)
+    parameters.write(torch.zeros_like(before))
+    assert not torch.equal(work.forward("new", x), out)
+    assert torch.equal(torch.cat([weight.reshape(-1) for weight in work._weights[1].values()]), before)

@@ -150,7 +150,7 @@ class InnerOptimizer:
 
     def __init__(
         self,
-        parameters: Iterable[tuple[str, nn.Parameter]],
+        parameters: Iterable[tuple[str, Tensor]],
         constants: InnerConstants,
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
@@ -162,7 +162,7 @@ class InnerOptimizer:
         matrices = [p for p in self._parameters.values() if p.dim() >= 2]
         others = [p for p in self._parameters.values() if p.dim() < 2]
         self._groups = ((matrices, constants.weight_decay), (others, 0.0))
-        self._states: dict[nn.Parameter, _State] = {}
+        self._states: dict[Tensor, _State] = {}
         self._lent: LentMoments | None = None
         self.waited_s = 0.0
         """For `before_step` and for readers of lent moments, in all."""
@@ -187,7 +187,7 @@ class InnerOptimizer:
         return gradient_norm
 
     @torch.no_grad()
-    def _step(self, parameters: list[nn.Parameter], learning_rate: float, decay: float) -> None:
+    def _step(self, parameters: list[Tensor], learning_rate: float, decay: float) -> None:
         for p in parameters:
             if p not in self._states:
                 step = torch.zeros((), device=p.device)

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swarmtrain.algorithm.gossip import Arrival
 from swarmtrain.algorithm.outer import OuterState, weighted_mean
 from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode, encoded_size_bytes, less_decoded
 from swarmtrain.errors import BadBytesError
+from swarmtrain.network.sections import SectionSpec
 from swarmtrain.network.snapshots import Body, Held, TensorSpec, all_finite
 from swarmtrain.protocol.partners import News
-from swarmtrain.protocol.pulls import SectionBytes
+from swarmtrain.protocol.pulls import Section, SectionBytes
 
 __all__ = [
     "ActivationCodec",
@@ -39,8 +40,8 @@ __all__ = [
 assert sys.byteorder == "little", "swarmtrain's wire format is little-endian, and so must the machine be"
 
 
-def tensor_specs(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[TensorSpec, ...]:
-    """The tensor table of a model's named parameters, in the order in which they are flattened."""
+def tensor_specs(parameters: Iterable[tuple[str, Tensor]]) -> tuple[TensorSpec, ...]:
+    """The tensor table of named parameters, in the order in which they are flattened."""
     return tuple(TensorSpec(name, tuple(parameter.shape)) for name, parameter in parameters)
 
 
@@ -96,22 +97,19 @@ def average_bytes_untrusted(parts: Sequence[memoryview], weights: Sequence[int])
 
 
 _PIECE = 1 << 18
-_DTYPES: dict[Format, str] = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4", "int2": "int2"}
 
 
 @dataclass(frozen=True)
 class VectorCodec:
-    """One vector of the model as a publication's bytes and back: theta, or a pseudo-gradient."""
+    """One vector of the model as a publication's bytes and back, in one of the formats of its section."""
 
-    name: str
-    specs: tuple[TensorSpec, ...]
-    """The model's tensors."""
+    section: SectionSpec
     format: Format
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Its place in the tensor table of a publication."""
-        return tuple(TensorSpec(f"{self.name}/{spec.name}", spec.shape, _DTYPES[self.format]) for spec in self.specs)
+        return self.section.table(self.format)
 
     @property
     def size_bytes(self) -> int:
@@ -120,7 +118,7 @@ class VectorCodec:
 
     @property
     def _sizes(self) -> list[int]:
-        return _sizes_of(self.specs)
+        return _sizes_of(self.section.tensors)
 
     def encode(self, vector: Tensor) -> memoryview:
         """The bytes of `vector` (P,)."""
@@ -142,20 +140,17 @@ class GradientCodec:
     """A peer's pseudo-gradients as publications' bytes, and others' back, each in whichever of several formats its
     author has chosen."""
 
-    specs: tuple[TensorSpec, ...]
-    """The model's tensors."""
-    formats: tuple[Format, ...]
-    """The coarsest first."""
+    section: SectionSpec
 
     @cached_property
     def of(self) -> dict[Format, VectorCodec]:
-        """Of each format."""
-        return {format: VectorCodec("gradient", self.specs, format) for format in self.formats}
+        """Of each format, the coarsest first."""
+        return {format: VectorCodec(self.section, format) for format in self.section.formats}
 
     @cached_property
     def _feedback(self) -> ErrorFeedback:
         """What int4 or int2 has lost so far; the other formats lose too little to be worth it."""
-        return ErrorFeedback(_sizes_of(self.specs))
+        return ErrorFeedback(_sizes_of(self.section.tensors))
 
     def encode_sum(self, vector: Tensor, format: Format, round: int, part: int = 1) -> memoryview:
         """The bytes of one of many vectors (P,) whose sum counts, as of a part of a round. What int4 or int2 loses in a
@@ -177,47 +172,53 @@ class GradientCodec:
         """`vector` (P,) less that of a publication that was decoded before, in its place."""
         codec = self._codec_of(held)
         data = torch.frombuffer(held.part(0, codec.size_bytes), dtype=torch.uint8)
-        return less_decoded(vector, data, codec.format, _sizes_of(self.specs))
+        return less_decoded(vector, data, codec.format, _sizes_of(self.section.tensors))
 
     def _codec_of(self, held: Held) -> VectorCodec:
-        dtype = held.snapshot.manifest.tensors[0].dtype
-        return next(codec for codec in self.of.values() if _DTYPES[codec.format] == dtype)
+        return self.of[self.section.format_of(held.snapshot.manifest.tensors[0].dtype)]
 
 
 @dataclass(frozen=True)
 class PublicationCodec:
-    """What gossip publishes as bytes and back: the weights that a round begins with in one format, and the
-    pseudo-gradient since in another."""
+    """What is published as bytes and back: the weights that a round begins with in one format, and the pseudo-gradient
+    since in another."""
 
-    specs: tuple[TensorSpec, ...]
-    """The model's tensors."""
-    theta_format: Format
-    gradient_formats: tuple[Format, ...]
-    """The coarsest first."""
+    sections: tuple[SectionSpec, ...]
+
+    def _section(self, name: Section) -> SectionSpec:
+        return next(section for section in self.sections if section.name == name)
 
     @cached_property
     def weights(self) -> VectorCodec:
         """Of theta."""
-        return VectorCodec("theta", self.specs, self.theta_format)
+        section = self._section("weights")
+        (format,) = section.formats
+        return VectorCodec(section, format)
 
     @cached_property
     def gradient(self) -> GradientCodec:
         """Of the pseudo-gradient."""
-        return GradientCodec(self.specs, self.gradient_formats)
+        return GradientCodec(self._section("gradient"))
 
     def sizes(self, share: float = 1.0) -> dict[Format, SectionBytes]:
         """What they weigh with the pseudo-gradient in each of its formats; `share` of the whole model's number."""
         weights = self.weights.size_bytes
         return {format: SectionBytes(weights, codec.size_bytes, share) for format, codec in self.gradient.of.items()}
 
+    def arrival_untrusted(self, name: Section, held: Held, news: News, earlier: Held | None) -> Arrival:
+        """What is new of that section of a publication that is here, as its rule takes it into a merge; BadBytesError
+        if it is not finite. `earlier` is the publication that `news` is the difference to."""
+        if self._section(name).rule == "mean":
+            return self.weights_untrusted(held)
+        return self.gradient_untrusted(held, news, earlier)
+
     def weights_untrusted(self, held: Held) -> Arrival:
-        """Theta (P,) that is here; BadBytesError if it is not finite."""
+        """Theta (P,) that is here, see `arrival_untrusted`."""
         theta = self.weights.decode_untrusted(held)
         return Arrival(theta, theta, 0)  # without tokens a gradient is not looked at
 
     def gradient_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
-        """What is new of a pseudo-gradient (P,) that is here; BadBytesError if it is not finite. `earlier` is the one
-        that `news` is the difference to."""
+        """What is new of a pseudo-gradient (P,) that is here, see `arrival_untrusted`."""
         gradient = self.gradient.decode_untrusted(held)
         if earlier is not None:
             self.gradient.less(gradient, earlier)

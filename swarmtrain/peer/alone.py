@@ -10,8 +10,10 @@ from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.common import PeerSettings, held_out_loss, use_threads
+from swarmtrain.peer.loop import ModelLoop
 from swarmtrain.peer.preparing import data_base
-from swarmtrain.peer.trainer import Averaged, Contribution, Replaced, RoundReport, Start, Trainer
+from swarmtrain.peer.session import RoundReport, Session, Start
+from swarmtrain.peer.updates import Averaged, Contribution, Replaced
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import RunFile
 
@@ -71,9 +73,10 @@ def train_alone(
         advance(finished.contribution.inner_steps)
 
     exchange = _Nobody(run.merge.inner_steps, inner_steps)
-    trainer = Trainer(run=run, model=model, batches=batches, exchange=exchange, report=report)
-    trainer.train()
-    return held_out_loss(model, trainer.state.theta, published, data.tokenizer)
+    loop = ModelLoop(run, model, batches)
+    session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=report)
+    loop.train(session)
+    return held_out_loss(model, session.replica.state.theta, published, data.tokenizer)
 
 
 def _lone_run(run: RunFile, inner_steps: int) -> RunFile:

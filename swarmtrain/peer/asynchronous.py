@@ -16,7 +16,7 @@ from swarmtrain.network.consensus import PeerState
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import counts_in_untrusted, round_of
 from swarmtrain.peer.exchange import SwarmExchange
-from swarmtrain.peer.trainer import Start
+from swarmtrain.peer.session import Start
 from swarmtrain.protocol.ending import still_needed_apart
 from swarmtrain.protocol.progress import Progress
 

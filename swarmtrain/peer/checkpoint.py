@@ -24,7 +24,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.roster import roster_untrusted
 from swarmtrain.peer.checkpoint_files import CheckpointFolder, DamagedError, Kept, TensorBytes, Unused, Written
-from swarmtrain.peer.trainer import OwnPart
+from swarmtrain.peer.session import OwnPart
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.rosters import Roster
 from swarmtrain.run import RunFile

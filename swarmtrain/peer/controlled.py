@@ -270,7 +270,7 @@ def stages_pulse(swarm: Swarm, held: Callable[[], Sequence[HeldStage]]) -> Calla
     def pulse() -> Pulse:
         stages = held()
         about = [
-            f"stage {each.number}, round {each.trainer.progress.round}: {each.swarm.rounds.inner_steps_done} of "
+            f"stage {each.number}, round {each.session.progress.round}: {each.swarm.rounds.inner_steps_done} of "
             f"{each.exchange.round_steps} steps"
             for each in stages
         ]
@@ -278,7 +278,7 @@ def stages_pulse(swarm: Swarm, held: Callable[[], Sequence[HeldStage]]) -> Calla
         return Pulse(
             state=pb.PEER_STATE_TRAINING if stages else pb.PEER_STATE_STARTING,
             doing=f"training {'; '.join(about)}" if about else "looking for a stage to hold",
-            round=0 if first is None else first.trainer.progress.round,
+            round=0 if first is None else first.session.progress.round,
             inner_steps_done=0 if first is None else first.swarm.rounds.inner_steps_done,
             inner_steps=0 if first is None else first.exchange.round_steps,
             num_steps=sum(each.exchange.num_steps for each in stages),

@@ -32,7 +32,9 @@ from swarmtrain.network.snapshots import Body, Held, build_snapshot
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import StopFlag, state_of, wait_for
 from swarmtrain.peer.pausing import PauseSwitch
-from swarmtrain.peer.trainer import Averaged, Contribution, OuterUpdate, Replaced, Start, StopTraining
+from swarmtrain.peer.session import Start
+from swarmtrain.peer.stopping import StopTraining
+from swarmtrain.peer.updates import Averaged, Contribution, OuterUpdate, Replaced
 from swarmtrain.protocol.ending import still_needed
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import round_ends_s

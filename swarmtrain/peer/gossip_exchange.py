@@ -25,12 +25,13 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
-from swarmtrain.network.codec import PublicationCodec, VectorCodec
+from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Hosting
 from swarmtrain.network.publications import Publication, PublicationRules, Publisher
 from swarmtrain.network.puller import Puller
+from swarmtrain.network.sections import SectionSpec, sections_of
 from swarmtrain.network.snapshots import Body, Held
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
@@ -48,7 +49,8 @@ from swarmtrain.peer.gossip_driver import Engine, GossipDriver
 from swarmtrain.peer.kept import Kept
 from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.robustness import Naming, Robustness, apart
-from swarmtrain.peer.trainer import Contribution, Gathered, LentWeights, Merged, Replaced, Start
+from swarmtrain.peer.session import Start
+from swarmtrain.peer.updates import Contribution, Gathered, LentWeights, Merged, Replaced
 from swarmtrain.protocol.fragments import FragmentRound, publishes_every
 from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
 from swarmtrain.protocol.gossip_messages import CatchUp, Decode, Prepare, Pulled
@@ -74,8 +76,9 @@ _COVERAGE = "coverage"
 def codecs_of(swarm: Swarm) -> list[PublicationCodec]:
     """Of each fragment."""
     section = swarm.published.run.merge
+    formats = section.theta_format, section.gradient_formats
     return [
-        PublicationCodec(tuple(fragment.pick(swarm.specs)), section.theta_format, section.gradient_formats)
+        PublicationCodec(sections_of(fragment.pick(swarm.specs), *formats, section.publications_per_round))
         for fragment in fragments_of(layout_of_specs(swarm.specs), section.num_fragments)
     ]
 
@@ -99,23 +102,20 @@ def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipS
 
 def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[Mapping[Section, PublicationRules]]:
     """What the run file says about publications, of each fragment."""
-    section, rounds = swarm.published.run.merge, swarm.rounds.settings
+    rounds = swarm.rounds.settings
 
-    def rules_of(fragment: int, codecs: Iterable[VectorCodec], num_parts: int) -> PublicationRules:
+    def rules_of(fragment: int, section: SectionSpec) -> PublicationRules:
         return PublicationRules(
             run_sha256=rounds.run_sha256,
-            tables=tuple(codec.tensors for codec in codecs),
+            tables=section.tables,
             max_tokens=rounds.max_tokens,
-            num_parts=num_parts,
+            num_parts=section.num_parts,
             pull=dataclasses.replace(rounds.pull, busy_limit_s=0.0),
             fragment=fragment,
         )
 
     return [
-        {
-            "gradient": rules_of(fragment, codec.gradient.of.values(), section.publications_per_round),
-            "weights": rules_of(fragment, [codec.weights], 0),
-        }
+        {section.name: rules_of(fragment, section) for section in codec.sections}
         for fragment, codec in enumerate(codecs)
     ]
 
@@ -388,9 +388,7 @@ class GossipExchange(AsynchronousExchange):
     def decode_untrusted(self, command: Decode[Held]) -> Kept:
         """See `Merging`: decoded, and clipped as the run's rule says."""
         codec, held, fragment = self._codecs[command.fragment], command.held, command.fragment
-        if command.section == "weights":
-            return self._kept_untrusted(fragment, held, functools.partial(codec.weights_untrusted, held))
-        decode = functools.partial(codec.gradient_untrusted, held, command.news, command.earlier)
+        decode = functools.partial(codec.arrival_untrusted, command.section, held, command.news, command.earlier)
         return self._kept_untrusted(fragment, held, decode)
 
     def took_untrusted(self, command: Decode[Held]) -> None:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.events import PeerJoinedEvent, PeerLeftEvent, PeerLostEvent
-from swarmtrain.model.gpt import GPT
+from swarmtrain.model.stage_work import StageWork
 from swarmtrain.model.stages import StageShape, build_stage
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import shards_of
@@ -36,10 +37,10 @@ from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.reporting import round_event
+from swarmtrain.peer.session import RoundReport, Session
 from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_trainer import StageTrainer
 from swarmtrain.peer.stopping import StopTraining
-from swarmtrain.peer.trainer import RoundReport
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.microbatches import Kind, LedgerLimits, StageLedger
 
@@ -102,6 +103,7 @@ class HeldStage:
     swarm: Swarm = field(init=False)
     exchange: GossipExchange = field(init=False)
     trainer: StageTrainer = field(init=False)
+    session: Session = field(init=False)
     keeper: Keeper = field(init=False)
     pause: PauseSwitch = field(default_factory=PauseSwitch)
     """Of this stage alone."""
@@ -136,18 +138,22 @@ class HeldStage:
         limits = LedgerLimits(batch_tokens=run.tokens_per_step)
         life = time.time_ns() % 2**62
         self.trainer = StageTrainer(
+            run,
+            StageWork(model, site.graph_bytes),
+            batches,
+            StageDesk(StageLedger(limits, life), time.monotonic),
+            site.slowed(),
+            self.over,
+        )
+        self.session = Session(
             run=run,
-            model=cast(GPT, model),
-            batches=batches,
+            parameters=self.trainer.parameters,
+            loop=self.trainer,
             exchange=self.exchange,
             report=self._report,
             should_stop=self._should_stop,
             settled=self._settle,
-            desk=StageDesk(StageLedger(limits, life), time.monotonic),
-            graph_bytes=site.graph_bytes,
-            slowed_work=site.slowed(),
-            over=self.over,
-            ends_by_count=self.number == 0,
+            ends=self.trainer.ends_after(math.inf if self.number else run.run.total_tokens),
         )
 
     def _swarm_of(self, published: PublishedRun, specs: tuple[TensorSpec, ...], num_shards: int) -> Swarm:
@@ -176,26 +182,26 @@ class HeldStage:
     def enter(self, through: tuple[InvitedPeer, ...]) -> None:
         """Go on from a checkpoint if there is one, take the stage's present weights, and say that we are here. Raises
         RunTimeError when others have trained it and nobody delivers."""
-        site, swarm, trainer, keeper = self.site, self.swarm, self.trainer, self.keeper
-        num_parameters = trainer.state.size
+        site, swarm, session, keeper = self.site, self.swarm, self.session, self.keeper
+        replica, num_parameters = session.replica, self.shape.num_parameters
         kept, self._kept = self._kept, None  # 16 bytes a parameter
         keeper.attach(swarm)
         keeper.checkpointer.extras.update(self.exchange.kept())
         keeper.checkpointer.prepare(num_parameters)
         if kept is not None and kept.own is not None:
-            own = dataclasses.replace(kept.own, batches=trainer.batches.position)  # further, if it was here before
-            trainer.resume(kept.state, kept.progress, own)
+            own = dataclasses.replace(kept.own, batches=self.trainer.batches.position)  # further, if it was here before
+            session.resume(kept.state, kept.progress, own)
             self.resumed_round = kept.progress.round
             self.exchange.restore(kept.extra)
             wait_for(site.network.submit(keeper.restore(swarm, kept)), site.stop)
         entering = swarm.start(through) if self._is_new else swarm.come_back()
         wait_for(site.network.submit(entering), site.stop)
-        new = self.exchange.present_state(trainer.progress)
+        new = self.exchange.present_state(replica.progress)
         if new is not None:
-            trainer.adopt(new)
+            session.adopt(new)
             self.state_from = new.from_peer
-        trainer.count_on(swarm.tallying.contributions().get(swarm.identity.peer_id, 0))
-        self.exchange.offer(trainer.state, trainer.progress)
+        replica.count_on(swarm.tallying.contributions().get(swarm.identity.peer_id, 0))
+        self.exchange.offer(replica.state, replica.progress)
         wait_for(site.network.submit(swarm.announce()), site.stop)
 
     def begin(self) -> None:
@@ -204,7 +210,7 @@ class HeldStage:
 
     def _train(self) -> None:
         try:
-            self.training.set_result(self.trainer.train())
+            self.training.set_result(self.trainer.train(self.session))
         except StopTraining:
             self.training.set_result("interrupted")
         except BaseException as error:  # whoever waits for it raises it
@@ -246,24 +252,24 @@ class HeldStage:
 
     def tell_done(self) -> None:
         """The run's tokens have passed through this stage, whatever entered its steps."""
-        progress, total = self.trainer.progress, self.site.published.run.run.total_tokens
+        progress, total = self.session.progress, self.site.published.run.run.total_tokens
 
         async def tell() -> None:
-            self.swarm.describe(round=progress.round, steps_per_s=self.trainer.steps_per_s, run_tokens=total)
+            self.swarm.describe(round=progress.round, steps_per_s=self.session.steps_per_s, run_tokens=total)
             self.swarm.me = dataclasses.replace(self.swarm.me, settled=True)
             await self.swarm.greet_everyone()
 
         wait_for(self.site.network.submit(tell()), self.site.stop)
 
-    # ------------------------------------------------------------- the trainer's calls
+    # ------------------------------------------------------------- the session's calls
 
     def _should_stop(self) -> bool:
         self.site.between_steps()
         return self.site.stop.is_set() or self.pause.held
 
-    def _settle(self) -> None:
-        self.exchange.offer(self.trainer.state, self.trainer.progress)
-        self.keeper.keep_round(self.trainer, self.swarm)
+    def _settle(self, session: Session) -> None:
+        self.exchange.offer(session.replica.state, session.progress)
+        self.keeper.keep_round(session, self.swarm)
 
     def _report(self, report: RoundReport) -> None:
         self.site.emit(round_event(report, self.exchange, self.number))

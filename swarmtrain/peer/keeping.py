@@ -26,7 +26,7 @@ from swarmtrain.peer.checkpoint_files import CheckpointFolder, Kept
 from swarmtrain.peer.checkpointer import Checkpointer
 from swarmtrain.peer.common import Emit
 from swarmtrain.peer.folder import PeerFolder
-from swarmtrain.peer.trainer import Trainer
+from swarmtrain.peer.session import Session
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.v1 import control_pb2 as control_pb
 
@@ -122,20 +122,20 @@ class Keeper:
         """Have it written."""
         self.checkpointer.offer(checkpoint)
 
-    def keep_round(self, trainer: Trainer, swarm: Swarm) -> None:
-        """After a round: have the trainer's state written, with what is its own and the roster behind it, if any."""
-        last = swarm.rounds.last
-        if not swarm.asynchronous and (last is None or last[0].digest != trainer.progress.roster_sha256):
-            _log.warning("no checkpoint of round %d: its roster is not known", trainer.progress.round)
+    def keep_round(self, session: Session, swarm: Swarm) -> None:
+        """After a round: have the replica's state written, with what is its own and the roster behind it, if any."""
+        last, replica = swarm.rounds.last, session.replica
+        if not swarm.asynchronous and (last is None or last[0].digest != replica.progress.roster_sha256):
+            _log.warning("no checkpoint of round %d: its roster is not known", replica.progress.round)
             return
-        room = self.checkpointer.room(trainer.state.size)
+        room = self.checkpointer.room(replica.state.size)
         self.keep(
             Checkpoint(
-                state=trainer.state.settled(),
-                progress=trainer.progress,
+                state=replica.state.settled(),
+                progress=replica.progress,
                 roster=None if last is None else last[0],
                 signed_roster=None if last is None else last[1],
-                own=trainer.own_part(room),
+                own=session.own_part(room),
                 extra=self.checkpointer.extra(),
             )
         )

@@ -18,10 +18,11 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import Buffer, DelayedNesterov, OuterConstants, OuterState, momentum_at
 from swarmtrain.algorithm.robust import Incident
 from swarmtrain.events import ClippedEvent, WarningEvent, short_peer
-from swarmtrain.network.codec import VectorCodec, body_of
+from swarmtrain.network.codec import PublicationCodec, body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_bytes
 from swarmtrain.network.publications import Publication, Publisher
+from swarmtrain.network.sections import sections_of
 from swarmtrain.network.serving import Intake, IntakeRules, Pulls, describe_weights
 from swarmtrain.network.snapshots import Body, Held
 from swarmtrain.network.swarm import Swarm
@@ -55,9 +56,8 @@ class MergeServer:
         self._keep = keep
         self._outer = DelayedNesterov(state, self._constants(), max(1, section.buffer_arrivals), section.momentum_share)
         self._robustness = Robustness(section.robust, layout_of_specs(swarm.specs), Naming(self._tell_clipped))
-        self._weights = VectorCodec("theta", swarm.specs, section.theta_format)
-        (format,) = section.gradient_formats
-        self._gradients = VectorCodec("gradient", swarm.specs, format)
+        codec = PublicationCodec(sections_of(swarm.specs, section.theta_format, section.gradient_formats))
+        self._weights, (self._gradients,) = codec.weights, codec.gradient.of.values()
         self.publisher = Publisher(swarm.identity, rounds.run_sha256, self._weights.tensors, swarm.store)
         pulls = Pulls(
             swarm.calls,

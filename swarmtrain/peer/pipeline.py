@@ -354,8 +354,8 @@ class PipelineVolunteer:
             self._stop_driving()
         self._desks.pop(stage, None)
         held = self.held.pop(stage)
-        self._own_tokens[stage] = held.trainer.own_tokens
-        self._left_at_tokens = max(self._left_at_tokens, held.trainer.progress.run_tokens)
+        self._own_tokens[stage] = held.session.replica.own_tokens
+        self._left_at_tokens = max(self._left_at_tokens, held.session.progress.run_tokens)
         held.end()
 
     def _stop_driving(self) -> None:
@@ -387,7 +387,7 @@ class PipelineVolunteer:
 
     def _run_tokens(self) -> int:
         """The run's, as the stages here count them."""
-        return max((held.trainer.progress.run_tokens for held in self.held.values()), default=0)
+        return max((held.session.progress.run_tokens for held in self.held.values()), default=0)
 
     def _look(self) -> None:
         now, membership = time.monotonic(), self.swarm.membership
@@ -466,14 +466,14 @@ class PipelineVolunteer:
         self._wait(self.swarm.come_back())
         self._wait(self.swarm.announce())
         self._choose()
-        rounds = [held.trainer.progress.round for held in self.held.values()]
+        rounds = [held.session.progress.round for held in self.held.values()]
         self.emit(ResumedEvent(round=max(rounds), paused_s=paused_s))
 
     # ------------------------------------------------------------- what it tells
 
     def _contribution(self) -> int:
         """Tokens that this peer has trained on, those of a stage by its part of the model."""
-        held = {stage: each.trainer.own_tokens for stage, each in list(self.held.items())}
+        held = {stage: each.session.replica.own_tokens for stage, each in list(self.held.items())}
         tokens = dict(self._own_tokens) | held
         return int(sum(self.rule.costs[stage] * number for stage, number in tokens.items()))
 
@@ -486,12 +486,12 @@ class PipelineVolunteer:
             return
         self._next_tell_s = time.monotonic() + _TELL_EVERY_S
         place, total = self._place(), self.run.run.total_tokens
-        trainers = {stage: held.trainer for stage, held in self.held.items()}
+        sessions = {stage: held.session for stage, held in self.held.items()}
         is_done = self._has_had_tokens()
         run_tokens = total if is_done else min(self._run_tokens(), total - 1)
         now = now or is_done != (self.swarm.me.run_tokens >= total)
-        steps_per_s = sum(self.rule.costs[stage] * trainer.steps_per_s for stage, trainer in trainers.items())
-        round = max((trainer.progress.round for trainer in trainers.values()), default=self.swarm.me.round)
+        steps_per_s = sum(self.rule.costs[stage] * session.steps_per_s for stage, session in sessions.items())
+        round = max((session.progress.round for session in sessions.values()), default=self.swarm.me.round)
         contribution = self._contribution()
 
         async def tell() -> None:
@@ -528,8 +528,8 @@ class PipelineVolunteer:
         held = list(self.held.values())
         self.emit(
             JoinedEvent(
-                round=max(each.trainer.progress.round for each in held),
-                run_tokens=max(each.trainer.progress.run_tokens for each in held),
+                round=max(each.session.progress.round for each in held),
+                run_tokens=max(each.session.progress.run_tokens for each in held),
                 num_peers=len(self.swarm.membership.answering()) + 1,
                 state_from=next((each.state_from for each in held if each.state_from), ""),
                 resumed_round=next((each.resumed_round for each in held if each.resumed_round is not None), None),
@@ -573,7 +573,7 @@ class PipelineVolunteer:
             for held in self.held.values():
                 held.tell_done()
             while time.monotonic() < give_up_s:
-                if not any(held.exchange.still_needed(held.trainer.progress) for held in self.held.values()):
+                if not any(held.exchange.still_needed(held.session.progress) for held in self.held.values()):
                     break
                 self._wait(self.swarm.greet_everyone())
                 for held in self.held.values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from swarmtrain.events import RoundEvent, times_below_allreduce
 from swarmtrain.network.codec import vector_sha256
@@ -11,7 +10,8 @@ from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.records import MAX_LOSS
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.exchange import SwarmExchange
-from swarmtrain.peer.trainer import RoundReport
+from swarmtrain.peer.session import RoundReport
+from swarmtrain.peer.updates import MergeFields
 
 __all__ = ["round_event", "tell_loss", "what_was_merged"]
 
@@ -54,7 +54,7 @@ def tell_loss(network: NetworkThread, swarm: Swarm, loss: float) -> None:
     network.submit_unhurried(describe())
 
 
-def what_was_merged(report: RoundReport) -> dict[str, Any]:
+def what_was_merged(report: RoundReport) -> MergeFields:
     """The fields of a round's event that tell of its merge. Only weights that others should have too are hashed: that
     takes the trainer's time."""
     *before, last = report.arrived

@@ -21,9 +21,10 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import BadBytesError, RunTimeError
 from swarmtrain.events import WarningEvent
-from swarmtrain.network.codec import GradientCodec, VectorCodec
+from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.consensus import PeerState as FetchedState
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.sections import sections_of
 from swarmtrain.network.serving import (
     HandInPublisher,
     Pulls,
@@ -36,7 +37,8 @@ from swarmtrain.network.snapshots import Body
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import consensus_of, layout_of_specs, mean_of_near, theta_of
-from swarmtrain.peer.trainer import Contribution, Merged, Replaced, Served, Start
+from swarmtrain.peer.session import Start
+from swarmtrain.peer.updates import Contribution, Merged, Replaced, Served
 from swarmtrain.protocol.lifecycle import PeerState
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.serving import HandIn
@@ -79,9 +81,9 @@ class ServerExchange(AsynchronousExchange):
         swarm, section, rounds = self.swarm, self.run.merge, self.swarm.rounds.settings
         assert swarm.published.run.published is not None and swarm.published.run.published.server is not None
         server = swarm.published.run.published.server
-        weights = VectorCodec("theta", swarm.specs, section.theta_format)
-        gradients = GradientCodec(swarm.specs, section.gradient_formats)
-        (format,) = gradients.formats
+        codec = PublicationCodec(sections_of(swarm.specs, section.theta_format, section.gradient_formats))
+        weights, gradients = codec.weights, codec.gradient
+        (format,) = gradients.of
 
         def encode(piece: HandIn[Tensor]) -> Body:
             return Body([gradients.encode_sum(piece.gradient, format, piece.round)])

@@ -18,9 +18,9 @@ from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.errors import BadBytesError
 from swarmtrain.model.stage_work import BadGradientError, StageWork
 from swarmtrain.peer.driver import Tail
+from swarmtrain.peer.loop import InnerStep, RoundOver
 from swarmtrain.peer.stage_desk import StageDesk, Task
 from swarmtrain.peer.stopping import StopTraining
-from swarmtrain.peer.trainer import InnerStep, RoundOver
 from swarmtrain.protocol.microbatches import Add, Discard, Due, Forget, Kind, Step, Subtract
 from swarmtrain.protocol.routing import WORK_SHARES
 

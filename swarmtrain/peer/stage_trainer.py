@@ -1,69 +1,74 @@
-"""The trainer of one stage: the same rounds, publications and merges, with drivers' microbatches for inner steps."""
+"""The trainer of one stage: a loop whose inner steps are made of drivers' microbatches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from swarmtrain.algorithm.fragments import Fragment
+from swarmtrain.data.batches import BatchSource
 from swarmtrain.model.stage_work import StageWork
+from swarmtrain.peer.loop import InnerLoop, InnerStep, inner_constants
+from swarmtrain.peer.parameters import HostParameters
+from swarmtrain.peer.session import Session
 from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_loop import StageLoop
-from swarmtrain.peer.trainer import InnerStep, Trainer
 from swarmtrain.protocol.microbatches import Kind
+from swarmtrain.protocol.progress import Progress
+from swarmtrain.run import RunFile
 
-__all__ = ["StageTrainer"]
+__all__ = ["StageParameters", "StageTrainer"]
 
 
-@dataclass(kw_only=True)
-class StageTrainer(Trainer):
-    """`model` is the stage's; an inner step takes as long as it takes until a batch of microbatches is acknowledged."""
+class StageParameters(HostParameters):
+    """A stage's: what is under way keeps the weights that it began with."""
 
-    desk: StageDesk
-    graph_bytes: float = float("inf")
-    """What may be kept of forwards for their backwards."""
-    slowed_work: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext()
-    """Around each piece of work, in place of `slowed`."""
-    over: Callable[[], bool] = lambda: False
-    """Whether the first stage has had the run's tokens, so that no more come here: one that waits for what is missing
-    of its last batch would wait for ever."""
-    ends_by_count: bool = True
-    """Whether its own count ends it too. A stage after the first would end by it while the first one still needs it."""
-    loop: StageLoop = field(init=False)
+    def __init__(self, work: StageWork) -> None:
+        super().__init__(work.stage.named_parameters())
+        self._work = work
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.loop = StageLoop(
-            self.desk,
-            StageWork(self.model, self.graph_bytes),
-            self.inner,
-            self.run.tokens_per_step,
-            slowed=self.slowed_work,
-            over=self.over,
-        )
+    def write(self, theta: Tensor, fragment: Fragment | None = None) -> None:
+        """See `ParameterSource`."""
+        self._work.let_go()
+        super().write(theta, fragment)
+        self._work.replaced()
 
-    @property
-    def finished(self) -> bool:
-        """See `Trainer`."""
-        return (self.ends_by_count and super().finished) or (self.over() and self.desk.has_settled)
 
-    def train(self) -> str:
-        """See `Trainer`. Outside of it nobody waits for an answer in vain."""
+class StageTrainer(InnerLoop):
+    """An inner step takes as long as it takes until a batch of microbatches is acknowledged."""
+
+    def __init__(
+        self,
+        run: RunFile,
+        work: StageWork,
+        batches: BatchSource,
+        desk: StageDesk,
+        slowed: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext(),
+        over: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`batches` are a driver's; `slowed` is entered around each piece of work. `over` says that the first stage has
+        had the run's tokens, so that no more come here: one that waits for what is missing of its last batch would
+        wait for ever."""
+        super().__init__(StageParameters(work), batches, inner_constants(run))
+        self.desk, self._over = desk, over
+        self.loop = StageLoop(desk, work, self.inner, run.tokens_per_step, slowed=slowed, over=over)
+
+    def ends_after(self, total_tokens: float) -> Callable[[Progress], bool]:
+        """`Session.ends`: with so many tokens by the stage's own count, or when drivers have no more. A stage after the
+        first would end by its count while the first one still needs it."""
+        return lambda progress: progress.run_tokens >= total_tokens or (self._over() and self.desk.has_settled)
+
+    def train(self, session: Session) -> str:
+        """See `InnerLoop`. Outside of it nobody waits for an answer in vain."""
         self.desk.open()
         try:
-            reason = super().train()
-            return "total_tokens" if self.finished else reason
+            reason = super().train(session)
+            return "total_tokens" if session.finished else reason
         finally:
             self.desk.close()
 
-    def enter(self, theta: Tensor, fragment: int | None = None) -> None:
-        """See `Trainer`: what is under way keeps the weights that it began with."""
-        self.loop.work.let_go()
-        super().enter(theta, fragment)
-        self.loop.work.replaced()
-
-    def step(self, progress: float, scale: float) -> InnerStep:
-        """See `Trainer`."""
-        return self.loop.step(progress, scale, self.should_stop)
+    def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
+        """See `InnerLoop`."""
+        return self.loop.step(progress, scale, should_stop)

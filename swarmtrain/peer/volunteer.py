@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
 from swarmtrain.errors import BadBytesError, ClockError, NewerRunError, PeerError, RunTimeError, VersionError
 from swarmtrain.events import (
@@ -29,7 +28,7 @@ from swarmtrain.events import (
     short_peer,
     stamped,
 )
-from swarmtrain.model.gpt import GPT, build_model, num_parameters
+from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import shards_of
 from swarmtrain.network.invite import Invite, InvitedPeer
@@ -63,15 +62,16 @@ from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
 from swarmtrain.peer.leaving import hand_over
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits, options_of
 from swarmtrain.peer.logs import log_event, logged, peer_log
+from swarmtrain.peer.loop import ModelLoop
 from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.pipeline import PipelineVolunteer
 from swarmtrain.peer.preparing import data_base, initial_seed, summary_of
 from swarmtrain.peer.reporting import round_event, tell_loss
+from swarmtrain.peer.session import OwnPart, RoundReport, Session
 from swarmtrain.peer.slowdown import SlowedSteps
-from swarmtrain.peer.trainer import OwnPart, RoundReport, Trainer
 from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.run import NetworkSection, parse_published_untrusted
+from swarmtrain.run import NetworkSection, RunFile, parse_published_untrusted
 from swarmtrain.v1 import control_pb2 as pb
 
 __all__ = ["run_volunteer"]
@@ -121,8 +121,7 @@ class _Ready:
 
     published: PublishedRun
     data: TrainingData
-    model: GPT
-    batches: BatchSource
+    loop: ModelLoop
     resumed_round: int | None
     """Where this peer was when it last ran."""
 
@@ -182,24 +181,24 @@ class _Volunteer:
             published.run,
             self.stop,
             self.pause,
-            on_first_round=lambda inner_steps: self._tell_started(inner_steps, trainer),
+            on_first_round=lambda inner_steps: self._tell_started(inner_steps, published.run),
             on_arriving=Arrival(self.control.board, self.emit).look,
         )
-        trainer = Trainer(
+        session = Session(
             run=published.run,
-            model=ready.model,
-            batches=ready.batches,
+            parameters=ready.loop.parameters,
+            loop=ready.loop,
             exchange=exchange,
             report=lambda report: self._report(report, exchange, ready),
             should_stop=self._should_stop,
-            slowed=self._slowed(),
-            settled=lambda: self._settle(exchange, trainer, keeper),
+            settled=lambda session: self._settle(exchange, session, keeper),
         )
+        replica = session.replica
         keeper.attach(swarm)
         keeper.checkpointer.extras.update(exchange.kept())
-        keeper.checkpointer.prepare(trainer.state.size)
+        keeper.checkpointer.prepare(replica.state.size)
         self.control.keeps_checkpoints(keeper.flushed, keeper.show)
-        self._resume(swarm, trainer, kept, keeper)
+        self._resume(swarm, session, kept, keeper)
         exchange.restore({} if kept is None else kept[0].extra)
         del kept  # 16 bytes a parameter
         self.control.starting("looking who is here")
@@ -212,16 +211,16 @@ class _Volunteer:
             self._rest()
             wait_for(self.network.submit(swarm.come_back()), self.stop)
         self.control.starting("taking the swarm's present weights")
-        self._join(swarm, exchange, trainer, ready)
-        reason = self._train(swarm, exchange, trainer)
+        self._join(swarm, exchange, session, ready)
+        reason = self._train(swarm, exchange, session, ready.loop)
         if self.stop.failure is not None:
             raise RunTimeError(self.stop.failure)
-        loss, own_loss = self._finish(exchange, trainer, ready) if reason == "total_tokens" else (None, None)
+        loss, own_loss = self._finish(exchange, session, ready) if reason == "total_tokens" else (None, None)
         done = DoneEvent(
             held_out_loss=loss,
             own_loss=own_loss,
-            tokens=trainer.own_tokens,
-            run_tokens=trainer.progress.run_tokens,
+            tokens=replica.own_tokens,
+            run_tokens=replica.progress.run_tokens,
             wall_s=process_age_s(),
             reason=self.stop.reason if reason == "interrupted" else reason,
         )
@@ -343,9 +342,10 @@ class _Volunteer:
         position = 0 if resumed is None else resumed[1].batches
         place = PeerPlace(run_sha256=published.sha256, peer_id=node.identity.peer_id, position=position)
         batches = training_batches(run, data, place, base, published.held_out)
+        loop = ModelLoop(run, model, batches, self._slowed())
         self.stop.check()
         resumed_round = None if resumed is None else resumed[0].progress.round
-        return _Ready(published, data, model, batches, resumed_round), resumed
+        return _Ready(published, data, loop, resumed_round), resumed
 
     def _swarm(self, node: Node, ready: _Ready, keeper: Keeper) -> Swarm:
         """This peer's place in the swarm, not yet entered."""
@@ -355,12 +355,12 @@ class _Volunteer:
             training=True,
             corpus_sha256=ready.data.corpus.digest,
         )
-        published, num_shards = ready.published, ready.batches.num_shards
+        published, num_shards = ready.published, ready.loop.batches.num_shards
         shards = shards_of(published.run, published.sha256, me.corpus_sha256, num_shards) if num_shards else None
         return Swarm(
             node,
             published,
-            tensor_specs(ready.model.named_parameters()),
+            tensor_specs(ready.loop.parameters.named.items()),
             average_bytes_untrusted,
             self.emit,
             me,
@@ -370,12 +370,12 @@ class _Volunteer:
         )
 
     def _resume(
-        self, swarm: Swarm, trainer: Trainer, resumed: tuple[Checkpoint, OwnPart] | None, keeper: Keeper
+        self, swarm: Swarm, session: Session, resumed: tuple[Checkpoint, OwnPart] | None, keeper: Keeper
     ) -> None:
         """Go on from the checkpoint, if there is one; others can have its state as soon as this peer answers."""
         if resumed is not None:
             kept, own = resumed
-            trainer.resume(kept.state, kept.progress, own)
+            session.resume(kept.state, kept.progress, own)
             wait_for(self.network.submit(keeper.restore(swarm, kept)), self.stop)
 
     def _look_for_others(self, node: Node, swarm: Swarm, through: tuple[InvitedPeer, ...]) -> None:
@@ -395,25 +395,25 @@ class _Volunteer:
         message = "nobody else of this run answers: going on alone from this folder's checkpoint, and knocking again"
         self.emit(WarningEvent(message=message))
 
-    def _join(self, swarm: Swarm, exchange: SwarmExchange, trainer: Trainer, ready: _Ready) -> None:
+    def _join(self, swarm: Swarm, exchange: SwarmExchange, session: Session, ready: _Ready) -> None:
         """Take the swarm's state if it holds against ours, and say that we are here."""
-        state_from = ""
-        new = exchange.present_state(trainer.progress)
+        state_from, replica = "", session.replica
+        new = exchange.present_state(replica.progress)
         if new is not None:
             me = swarm.identity.peer_id
-            merged = new.progress.peer_tokens.get(me, 0) - trainer.progress.peer_tokens.get(me, 0)
-            if ready.resumed_round is not None and trainer.skip_merged(merged):
+            merged = new.progress.peer_tokens.get(me, 0) - replica.progress.peer_tokens.get(me, 0)
+            if ready.resumed_round is not None and session.skip_merged(merged):
                 _log.info("the others have merged %d tokens of this peer's that it had forgotten", merged)
-            trainer.adopt(new)
+            session.adopt(new)
             state_from = new.from_peer
         if swarm.asynchronous:
-            trainer.count_on(swarm.tallying.contributions().get(swarm.identity.peer_id, 0))
-        exchange.offer(trainer.state, trainer.progress)
+            replica.count_on(swarm.tallying.contributions().get(swarm.identity.peer_id, 0))
+        exchange.offer(replica.state, replica.progress)
         wait_for(self.network.submit(swarm.announce()), self.stop)
         self.emit(
             JoinedEvent(
-                round=trainer.progress.round,
-                run_tokens=trainer.progress.run_tokens,
+                round=replica.progress.round,
+                run_tokens=replica.progress.run_tokens,
                 num_peers=len(swarm.membership.answering()) + 1,  # records of who has just gone are there still
                 state_from=state_from,
                 resumed_round=ready.resumed_round,
@@ -424,21 +424,21 @@ class _Volunteer:
 
     # ------------------------------------------------------------- training
 
-    def _tell_started(self, inner_steps: int, trainer: Trainer) -> None:
+    def _tell_started(self, inner_steps: int, run: RunFile) -> None:
         """Its first round begins."""
         self.emit(
             StartedEvent(
                 inner_steps_per_round=inner_steps,
-                num_parameters=trainer.state.size,
-                total_tokens=trainer.run.run.total_tokens,
+                num_parameters=num_parameters(run.model),
+                total_tokens=run.run.total_tokens,
                 startup_s=process_age_s(),
             )
         )
 
-    def _train(self, swarm: Swarm, exchange: SwarmExchange, trainer: Trainer) -> str:
+    def _train(self, swarm: Swarm, exchange: SwarmExchange, session: Session, loop: ModelLoop) -> str:
         """Train, with pauses, until the end; returns why it ended."""
         while True:
-            reason = trainer.train()
+            reason = loop.train(session)
             if reason != "interrupted":
                 return reason
             if self.stop.is_set():
@@ -449,10 +449,10 @@ class _Volunteer:
             try:
                 wait_for(self.network.submit(swarm.withdraw()), self.stop)
                 paused_s = self._rest()
-                self._come_back(swarm, exchange, trainer)
+                self._come_back(swarm, exchange, session)
             except Interrupted:
                 return reason
-            self.emit(ResumedEvent(round=trainer.progress.round, paused_s=paused_s))
+            self.emit(ResumedEvent(round=session.progress.round, paused_s=paused_s))
 
     def _should_stop(self) -> bool:
         """Asked by the trainer between two steps."""
@@ -479,20 +479,21 @@ class _Volunteer:
         self.emit(PausedEvent(reason=self.pause.reason))
         return self.pause.wait_released(self.stop.sleep)
 
-    def _come_back(self, swarm: Swarm, exchange: SwarmExchange, trainer: Trainer) -> None:
+    def _come_back(self, swarm: Swarm, exchange: SwarmExchange, session: Session) -> None:
         """After a pause: take the swarm's present state, and say that we are here again."""
         self.control.starting("coming back after a pause: taking the swarm's present weights")
         wait_for(self.network.submit(swarm.come_back()), self.stop)
-        new = exchange.present_state(trainer.progress)
+        replica = session.replica
+        new = exchange.present_state(replica.progress)
         if new is not None:
-            trainer.adopt(new)
-            exchange.offer(trainer.state, trainer.progress)
+            session.adopt(new)
+            exchange.offer(replica.state, replica.progress)
         wait_for(self.network.submit(swarm.announce()), self.stop)
 
-    def _settle(self, exchange: SwarmExchange, trainer: Trainer, keeper: Keeper) -> None:
+    def _settle(self, exchange: SwarmExchange, session: Session, keeper: Keeper) -> None:
         """After each round: offer the new state to others, and keep it."""
-        exchange.offer(trainer.state, trainer.progress)
-        keeper.keep_round(trainer, exchange.swarm)
+        exchange.offer(session.replica.state, session.progress)
+        keeper.keep_round(session, exchange.swarm)
 
     def _report(self, report: RoundReport, exchange: SwarmExchange, ready: _Ready) -> None:
         """After each merge: tell, and measure the held-out loss if it is time."""
@@ -504,10 +505,10 @@ class _Volunteer:
             contribution.take_back()
             theta, tokenizer = report.state.theta, ready.data.tokenizer
             with self.control.board.busy(f"measuring the held-out loss after round {contribution.round}"):
-                loss = held_out_loss(ready.model, theta, ready.published, tokenizer, self.control.check)
+                loss = held_out_loss(ready.loop.model, theta, ready.published, tokenizer, self.control.check)
             self.emit(EvalEvent(round=contribution.round, held_out_loss=loss))
 
-    def _finish(self, exchange: SwarmExchange, trainer: Trainer, ready: _Ready) -> tuple[float | None, float | None]:
+    def _finish(self, exchange: SwarmExchange, session: Session, ready: _Ready) -> tuple[float | None, float | None]:
         """The run has its tokens: measure, save, and serve on for those who still need us.
 
         Returns the held-out loss of the run's weights and, if this peer has its own, of those.
@@ -515,23 +516,24 @@ class _Volunteer:
         give_up_s = time.monotonic() + _LINGER_S
         self.control.finishing("measuring and saving the model")
         loss = own_loss = None
+        progress = session.progress
         try:
-            trainer.end()  # 8 bytes a parameter, which others' weights need
-            own = trainer.state.theta
+            session.end()  # 8 bytes a parameter, which others' weights need
+            own = session.replica.state.theta
             loss = self._measure(own, ready)
             theta = exchange.final_theta(own)
             if theta is not own:
                 own_loss, loss = loss, self._measure(theta, ready)
-            self.emit(EvalEvent(round=trainer.progress.round - 1, held_out_loss=loss, own_loss=own_loss))
-            weights = weights_in(ready.model, theta)
-            if warning := save_final_weights(self.folder, weights, ready.published, trainer.progress):
+            self.emit(EvalEvent(round=progress.round - 1, held_out_loss=loss, own_loss=own_loss))
+            weights = weights_in(ready.loop.model, theta)
+            if warning := save_final_weights(self.folder, weights, ready.published, progress):
                 self.emit(warning)
             self.control.finishing("serving on until others have them")
             while time.monotonic() < give_up_s or (
                 exchange.swarm.store.num_readers and time.monotonic() < give_up_s + _LAST_READERS_S
             ):
                 wait_for(self.network.submit(exchange.swarm.greet_everyone()), self.stop)
-                if not exchange.still_needed(trainer.progress):
+                if not exchange.still_needed(progress):
                     break
                 self.stop.sleep(0.3)
             wait_for(self.network.submit(exchange.swarm.count_once_more()), self.stop)
@@ -541,5 +543,5 @@ class _Volunteer:
 
     def _measure(self, theta: Tensor, ready: _Ready) -> float:
         """Of these weights, which are then the model's."""
-        weights_in(ready.model, theta)
-        return held_out_loss_of(ready.model, ready.published, ready.data.tokenizer, self.stop.check)
+        weights_in(ready.loop.model, theta)
+        return held_out_loss_of(ready.loop.model, ready.published, ready.data.tokenizer, self.stop.check)

@@ -18,6 +18,7 @@ from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import CarriedRows, DataCoverage, ShardsOf
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.publications import Publication, Publisher
+from swarmtrain.network.sections import sections_of
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import Body, SnapshotStore, TensorSpec, manifest_untrusted
 from swarmtrain.network.tallying import Tallying
@@ -29,7 +30,7 @@ RUN, CORPUS, OTHER = "ab" * 32, "cd" * 32, "ef" * 32
 ANNA, BEN, CARL, DORA = (new_identity(bytes([i]) * 32) for i in range(1, 5))
 STEP_TOKENS, STEPS, NUM_SHARDS = 4 * 16, 40, 24
 ROUND_TOKENS = STEP_TOKENS * STEPS
-CODEC = PublicationCodec((TensorSpec("w", (3, 4)),), "fp32", ("fp32",))
+CODEC = PublicationCodec(sections_of((TensorSpec("w", (3, 4)),), "fp32", ("fp32",)))
 
 
 def shards_of_corpus(corpus: str = CORPUS, num_shards: int = NUM_SHARDS) -> ShardsOf:

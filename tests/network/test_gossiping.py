@@ -20,6 +20,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.publications import Publication, PublicationRules, Publisher, section_of
 from swarmtrain.network.puller import Puller
+from swarmtrain.network.sections import sections_of
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec
 from swarmtrain.peer.gossip_driver import GossipDriver
 from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
@@ -33,7 +34,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
 ME, BEN, CARL, DORA = (new_identity(bytes([i]) * 32) for i in range(4))
-CODEC = PublicationCodec((TensorSpec("w", (40, 50)), TensorSpec("norm", (7,))), "int8", ("int8",))
+CODEC = PublicationCodec(sections_of((TensorSpec("w", (40, 50)), TensorSpec("norm", (7,))), "int8", ("int8",)))
 SIZE, ROUND_TOKENS = 2007, 1000
 GRADIENTS = PublicationRules(
     run_sha256=RUN,

@@ -21,6 +21,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.publications import Publisher
 from swarmtrain.network.refusals import rule_of
+from swarmtrain.network.sections import sections_of
 from swarmtrain.network.snapshots import Body, PullLimits, TensorSpec
 from swarmtrain.protocol.partners import Mark
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -97,7 +98,7 @@ def not_finite(ben: Partner) -> None:
 
 
 def wrong_shape(ben: Partner) -> None:
-    codec = PublicationCodec((TensorSpec("w", (50, 40)), TensorSpec("norm", (7,))), "int8", ("int8",))
+    codec = PublicationCodec(sections_of((TensorSpec("w", (50, 40)), TensorSpec("norm", (7,))), "int8", ("int8",)))
     ben.publishers["weights"] = Publisher(ben.identity, RUN, codec.weights.tensors, ben.store)
     ben.publishers["gradient"] = Publisher(ben.identity, RUN, codec.gradient.of["int8"].tensors, ben.store)
     ben.publish(0, 4, 1000)

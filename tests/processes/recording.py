@@ -26,8 +26,8 @@ from swarmtrain.network.publications import Publisher
 from swarmtrain.peer import asynchronous, exchange
 from swarmtrain.peer.gossip_driver import GossipDriver
 from swarmtrain.peer.gossip_exchange import GossipExchange
+from swarmtrain.peer.replica import Replica
 from swarmtrain.peer.robustness import Robustness
-from swarmtrain.peer.trainer import Trainer
 from swarmtrain.protocol import gossip
 from swarmtrain.protocol.gossip import GossipEngine
 from swarmtrain.protocol.gossip_messages import Merge
@@ -279,13 +279,13 @@ def _merges(record: Record) -> None:
             record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)
         return due
 
-    def merge(original: Any, self: Trainer, arrived: Any, own: Any, fragment: int = -1) -> None:
+    def merge(original: Any, self: Replica, arrived: Any, own: Any, fragment: int = -1) -> None:
         original(self, arrived, own, fragment)
         entered = [[one.peer, one.tokens] for one in arrived.merged]
         sums = {"theta_sha256": vector_sha256(self.state.theta), "momentum_sha256": vector_sha256(self.state.momentum)}
         record.write("merged", fragment=fragment, found=entered, **sums)
 
-    def adopt(original: Any, self: Trainer, replaced: Any) -> None:
+    def adopt(original: Any, self: Replica, replaced: Any) -> None:
         original(self, replaced)
         progress, state = replaced.progress, replaced.state
         record.write(
@@ -304,11 +304,11 @@ def _merges(record: Record) -> None:
         record.thread.done = inner_steps_done
         original(self, inner_steps_done)
 
-    def restart(original: Any, self: Trainer) -> None:
+    def restart(original: Any, self: Replica) -> None:
         original(self)
         record.write("restarts", done=record.thread.done)
 
     around(GossipExchange, "step_done", step_done)
-    around(Trainer, "restart", restart)
-    around(Trainer, "merge", merge)
-    around(Trainer, "adopt", adopt)
+    around(Replica, "restart", restart)
+    around(Replica, "merge", merge)
+    around(Replica, "adopt", adopt)

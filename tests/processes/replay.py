@@ -25,7 +25,7 @@ from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import vector_sha256
 from swarmtrain.peer.preparing import initial_seed
-from swarmtrain.peer.trainer import Start
+from swarmtrain.peer.session import Start
 from swarmtrain.protocol.fragments import publishes_every
 from swarmtrain.protocol.gossip_messages import Decode
 from swarmtrain.protocol.partners import Difference, Mark, News, Whole

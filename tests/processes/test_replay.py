@@ -72,7 +72,7 @@ def test_volunteers_that_gossip_do_what_the_simulator_does(
         apart = [float((a - b).abs().max()) for a, b in ((own.theta, state.theta), (own.momentum, state.momentum))]
         print(f"{child.name}: {peer.num_rounds} rounds, {peer.num_equal} equal to the bit; at the end {apart} apart")
         assert max(apart) <= TOLERANCE
-        assert found[0].own.batches == peer.trainer.batches.position
+        assert found[0].own.batches == peer.learner.loop.batches.position
         clipped = [(event.from_peer, event.rule, event.detail) for event in child.all(ClippedEvent)]
         assert clipped == peer.incidents
         assert peer.rounds_fresh >= 2, "it merged next to nothing"

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from swarmtrain.peer.trainer import Start
+from swarmtrain.peer.session import Start
 from swarmtrain.protocol.fragments import (
     FragmentRounds,
     publishes_every,

@@ -113,7 +113,7 @@ def test_the_simulators_peer_does_what_real_ones_did(path: Path, tmp_path: Path)
         if header.is_to_the_bit:
             assert peer.num_equal == peer.num_rounds, f"of {told['name']}"
         if told["last"] is not None:
-            assert peer.round == told["last"]["round"] and peer.trainer.batches.position == told["last"]["batches"]
+            assert peer.round == told["last"]["round"] and peer.learner.loop.batches.position == told["last"]["batches"]
             assert_same_weights(recorded, peer.trainer.state.theta, told["last"]["theta"])
             assert peer.num_rounds > 2, "it merged next to nothing"
 

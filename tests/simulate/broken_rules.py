@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from swarmtrain.algorithm import pacing
-from swarmtrain.peer import archiving, exchange, trainer
+from swarmtrain.peer import archiving, exchange, replica
 from swarmtrain.protocol import (
     balance,
     chains,
@@ -281,7 +281,7 @@ def nobody_asks_archives(patch: Patch) -> None:
 
 def old_folder_counts_anew(patch: Patch) -> None:
     """What others count of it is not where it goes on."""
-    patch.setattr(trainer.Trainer, "count_on", lambda self, own_tokens: None)
+    patch.setattr(replica.Replica, "count_on", lambda self, own_tokens: None)
 
 
 def first_sightings_earn_from_the_beginning(patch: Patch) -> None:

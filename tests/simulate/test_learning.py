@@ -13,7 +13,7 @@ import torch
 from learnt import setting, tiny
 
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
-from swarmtrain.peer.trainer import Start
+from swarmtrain.peer.session import Start
 from swarmtrain.protocol.gossip_messages import Download, Merge, MergeDue
 from swarmtrain.protocol.merge_plans import MergePlanner
 from swarmtrain.protocol.partners import BackOff, Mark
@@ -332,7 +332,7 @@ def test_a_part_of_a_round_never_comes_after_a_later_one(tmp_path: Path) -> None
         peer.train_to = noted  # type: ignore[method-assign]
     world.run()
     assert all(seen == sorted(seen) for seen in done.values())
-    assert sum(peer.learner.trainer.batches.position for peer in world.peers) == world.inner_steps
+    assert sum(peer.learner.loop.batches.position for peer in world.peers) == world.inner_steps
 
 
 def test_a_server_has_one_link_for_all(tmp_path: Path) -> None:

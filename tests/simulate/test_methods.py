@@ -19,10 +19,11 @@ from swarmtrain.methods import METHODS, SERVER, MergeMethod, load_part, method_n
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.exchange import SwarmExchange, exchange_of
+from swarmtrain.peer.loop import ModelLoop
 from swarmtrain.peer.merge_costs import MergeCosts, costs_of
 from swarmtrain.peer.merge_server import MergeServer
 from swarmtrain.peer.reporting import what_was_merged
-from swarmtrain.peer.trainer import RoundReport, Trainer
+from swarmtrain.peer.session import RoundReport, Session
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import MergeSection, RunFile, parse_published_untrusted, parse_run, run_sha256
 from swarmtrain.simulate import comparing
@@ -68,7 +69,8 @@ MODULE = """
 from swarmtrain.methods import MergeMethod
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.merge_costs import MergeCosts
-from swarmtrain.peer.trainer import Averaged, Start
+from swarmtrain.peer.session import Start
+from swarmtrain.peer.updates import Averaged
 from swarmtrain.simulate.learning.synchronous import data_parallel as learn
 
 ALONE = MergeMethod(
@@ -141,12 +143,13 @@ def test_a_whole_method_of_a_package_trains(install: Callable[..., None]) -> Non
     unused: Any = None
     exchange = exchange_of(run.merge.kind)(unused, swarm, run, unused)
     batches: Any = SimpleNamespace(next_batch=lambda: torch.randint(0, 256, (4, 33)))
-    trainer = Trainer(run, build_model(run.model, 0), batches, exchange, reports.append)
-    before = trainer.state.theta.clone()
-    assert trainer.train() == "total_tokens"
-    assert trainer.progress.round == len(reports) == 4096 // run.round_tokens == 16
+    loop = ModelLoop(run, build_model(run.model, 0), batches)
+    session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=reports.append)
+    before = session.replica.state.theta.clone()
+    assert loop.train(session) == "total_tokens"
+    assert session.progress.round == len(reports) == 4096 // run.round_tokens == 16
     assert what_was_merged(reports[-1])["partners"] == ("me",)
-    assert not torch.equal(before, trainer.state.theta)
+    assert not torch.equal(before, session.replica.state.theta)
 
 
 def test_what_a_package_s_method_costs_is_its_own(install: Callable[..., None]) -> None:

@@ -124,7 +124,7 @@ def test_who_comes_late_takes_the_others_weights_and_round(tmp_path: Path) -> No
     assert round == min(rounds) >= 1 and torch.allclose(theta, mean_of_near(thetas, world.layout)[0])
     assert told[0] >= 8 * world.setting.run.tokens_per_step, "who has seen which data"
     assert began_s > 0.15 + 12 * theta.numel() / 1.25e6, "a whole state, and other weights, at 10 Mbit/s"
-    assert late.trainer.young_steps == len(late.learner.losses) > 0 and others[0].trainer.young_steps is None
+    assert late.learner.loop.young_steps == len(late.learner.losses) > 0 and others[0].learner.loop.young_steps is None
 
 
 def test_who_was_away_shortly_goes_on_with_its_own(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_who_was_away_shortly_goes_on_with_its_own(tmp_path: Path) -> None:
     world.run()
     (away, away_round, away_is_here), (back, back_round, back_is_here) = before
     assert torch.equal(away, back) and away_round == back_round and (away_is_here, back_is_here) == (False, True)
-    assert one.trainer.young_steps is None and one.knows_speed
+    assert one.learner.loop.young_steps is None and one.knows_speed
     assert one.lanes[0].codec is not codec and one.gossip is not gossip, "no checkpoint keeps these"
 
 

@@ -17,7 +17,8 @@ from swarmtrain.algorithm.gossip import Layout
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.network.consensus import MOMENTA
 from swarmtrain.peer.consensus import SAMPLE, consensus_of_vectors, not_far_behind, round_of
-from swarmtrain.peer.trainer import Start, Trainer
+from swarmtrain.peer.replica import Replica
+from swarmtrain.peer.session import Start
 from swarmtrain.protocol.gossip import GossipEngine
 from swarmtrain.protocol.gossip_messages import TookStates
 from swarmtrain.protocol.partners import rounds_behind
@@ -77,7 +78,7 @@ class Comer(Protocol):
     number: int
     name: str
     learner: Learner
-    trainer: Trainer
+    trainer: Replica
     lanes: list[Lane]
     rng: random.Random
     coverage: Coverage | None

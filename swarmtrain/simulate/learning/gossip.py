@@ -22,10 +22,12 @@ from swarmtrain.errors import BadBytesError
 from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
+from swarmtrain.network.sections import sections_of
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.consensus import layout_of_specs
 from swarmtrain.peer.robustness import Naming, Robustness, apart
-from swarmtrain.peer.trainer import Contribution, Gathered, Start
+from swarmtrain.peer.session import Start
+from swarmtrain.peer.updates import Contribution, Gathered
 from swarmtrain.protocol.fragments import publishes_every
 from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
 from swarmtrain.protocol.gossip_messages import (
@@ -184,10 +186,10 @@ class Peer:
         setting = world.setting
         self.world, self.number, self.name = world, number, f"p{number}"
         self.learner = setting.learner(number)
-        self.trainer = self.learner.trainer
+        self.trainer = self.learner.replica
         self.rng = random.Random(f"{setting.run.run.seed} {number}")
         self.rounds_done, self.rounds_fresh = 0, 0.0
-        num_shards = self.trainer.batches.num_shards
+        num_shards = self.learner.loop.batches.num_shards
         self.coverage = Coverage(self.name, num_shards) if num_shards else None
         self.start = Start(inner_steps=1, num_peers=1)
         self.done = self.run_tokens = 0
@@ -299,8 +301,8 @@ class Peer:
         """A round begins; the run has so many tokens by now."""
         self.start, self.done, self.run_tokens = start, 0, run_tokens
         if start.shard is not None:
-            self.trainer.batches.use_shard(start.shard)
-        self.trainer.begin(start)
+            self.learner.loop.batches.use_shard(start.shard)
+        self.trainer.begin(start.num_parts)
         for lane in self.lanes:
             if lane.weights is None or lane is self.lanes[-1]:
                 self.begins(lane, self.round)
@@ -507,7 +509,7 @@ class World:
     def codec(self, fragment: int) -> PublicationCodec:
         """A peer's own of a fragment: what it has lost in one publication it adds to the next."""
         section, specs = self.setting.run.merge, tuple(self.fragments[fragment].pick(self.specs))
-        return PublicationCodec(specs, section.theta_format, section.gradient_formats)
+        return PublicationCodec(sections_of(specs, section.theta_format, section.gradient_formats))
 
     def lane(self, fragment: int, naming: Naming) -> Lane:
         """Of a new peer."""

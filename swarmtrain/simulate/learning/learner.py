@@ -1,23 +1,22 @@
-"""A volunteer as a simulated run has it: the product's own trainer, whose steps are taken when virtual time says so."""
+"""A volunteer as a simulated run has it: the product's own loop and replica, which step and merge when virtual time
+says so."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
 
-from swarmtrain.algorithm.inner import moments_scale
-from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
+from swarmtrain.algorithm.outer import unflatten_into
 from swarmtrain.data.batches import BatchSource, held_out_batches
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
 from swarmtrain.model.gpt import build_model, evaluate
 from swarmtrain.network.codec import tensor_specs
 from swarmtrain.network.snapshots import TensorSpec
-from swarmtrain.peer.trainer import Contribution, OuterUpdate, Replaced, Start, Trainer
-from swarmtrain.protocol.progress import Progress
+from swarmtrain.peer.loop import ModelLoop
+from swarmtrain.peer.replica import Replica
 from swarmtrain.run import MergeSection, RunFile
 
 __all__ = ["Learner", "Text", "warm_weights"]
@@ -61,26 +60,8 @@ class Text:
         return evaluate(model, held_out_batches(tokens, *sizes))[0] / len(self.held_out)
 
 
-class _NoExchange:
-    """The simulator takes a round's parts itself, so that they can lie apart in virtual time."""
-
-    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
-        raise NotImplementedError
-
-    def step_done(self, inner_steps_done: int) -> None: ...
-
-    def publish(self, contribution: Contribution) -> None: ...
-
-    def hold(self, states: Sequence[OuterState]) -> None: ...
-
-    def merged(self, fragment: int, state: OuterState) -> None: ...
-
-    def collect(self, fragment: int = 0) -> OuterUpdate | Replaced:
-        raise NotImplementedError
-
-
 class Learner:
-    """Volunteer `number`: its model, optimizer, data and trainer. `seed` is of its initial weights, by default the
+    """Volunteer `number`: its model, optimizer, data and outer state. `seed` is of its initial weights, by default the
     run's; with `warm`, (P,), it begins with those."""
 
     def __init__(self, text: Text, number: int, seed: int | None = None, warm: Tensor | None = None) -> None:
@@ -88,30 +69,21 @@ class Learner:
         model = build_model(text.run.model, text.run.run.seed if seed is None else seed)
         if warm is not None:
             unflatten_into(warm, model.parameters())
-        self.trainer = Trainer(
-            run=text.run,
-            model=model,
-            batches=text.batches(number),
-            exchange=_NoExchange(),
-            report=lambda report: None,
-        )
+        self.loop = ModelLoop(text.run, model, text.batches(number))
+        self.replica = Replica(text.run.merge, self.loop.parameters)
         self.losses: list[float] = []
 
     def enter(self, theta: Tensor) -> None:
         """Begin a round with these weights, (P,)."""
-        self.trainer.enter(theta)
+        self.loop.parameters.write(theta)
 
     def step(self, progress: float) -> None:
         """An inner step, at that part of the run's tokens, from 0 to 1."""
-        young, scale = self.trainer.young_steps, 1.0
-        if young is not None:
-            self.trainer.young_steps, scale = young + 1, moments_scale(young, self.trainer.constants.beta2)
-        self.losses.append(self.trainer.step(progress, scale).loss)
+        self.losses.append(self.loop.take_step(progress).loss)
 
     def comes_late(self) -> None:
         """The others have begun before: if it has not trained yet, its moments are young."""
-        if not self.losses:
-            self.trainer.young_steps = 0
+        self.loop.weights_replaced()
 
     def train(self, theta: Tensor, steps: int, run_tokens: float, round_tokens: float) -> Tensor:
         """A round of so many inner steps from `theta`, (P,), in which the run goes on from `run_tokens` by
@@ -124,12 +96,12 @@ class Learner:
     @property
     def reached(self) -> Tensor:
         """The weights now, (P,): a copy."""
-        return flatten(self.trainer.model.parameters())
+        return self.loop.parameters.read()
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
         """The model's tensors."""
-        return tensor_specs(self.trainer.model.named_parameters())
+        return tensor_specs(self.loop.parameters.named.items())
 
 
 _STRANGER = 1_000_000

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterState
-from swarmtrain.network.codec import GradientCodec, PublicationCodec
+from swarmtrain.network.codec import PublicationCodec
+from swarmtrain.network.sections import sections_of
 from swarmtrain.peer.server_exchange import lead
 from swarmtrain.protocol.serving import HandIn, HandIns, Marks, too_old
 from swarmtrain.simulate.clock import Clock
@@ -33,7 +34,9 @@ class _Worker:
         self.served, self.number, self.name = served, number, f"p{number}"
         self.learner = served.setting.learner(number)
         self.theta = self.learner.reached
-        self.gradients = GradientCodec(self.learner.specs, served.setting.run.merge.gradient_formats)
+        section = served.setting.run.merge
+        sections = sections_of(self.learner.specs, section.theta_format, section.gradient_formats)
+        self.gradients = PublicationCodec(sections).gradient
         self.round = 0
         self.hand_ins: HandIns[Tensor] = HandIns()
         self.is_fetched = False
@@ -188,7 +191,7 @@ class _Served:
         self.workers = [_Worker(self, number) for number in range(setting.num_peers)]
         theta, section = self.workers[0].theta, setting.run.merge
         specs = self.workers[0].learner.specs
-        self.codec = PublicationCodec(specs, section.theta_format, section.gradient_formats)
+        self.codec = PublicationCodec(sections_of(specs, section.theta_format, section.gradient_formats))
         self._format, sizes = next(iter(self.codec.sizes().items()))
         state = OuterState(theta, torch.zeros_like(theta))
         self._delay = delay or section.buffer_arrivals

@@ -20,15 +20,15 @@ def data_parallel(setting: Setting) -> Outcome:
     """One step on the mean gradient of all volunteers' batches, the gradients averaged at every step."""
     run, everyone = setting.run, range(setting.num_peers)
     learners = [setting.learner(number) for number in everyone]
-    first, sources = learners[0], [one.trainer.batches for one in learners]
+    first, sources = learners[0], [one.loop.batches for one in learners]
     size_bytes, rng = _BYTES * first.reached.numel(), random.Random(_wire(setting))
     recorder, tokens, num_steps, sent_bytes, now_s, worked_s = Recorder(setting), 0, 0, 0, 0.0, 0.0
     while tokens < setting.total_tokens:
         trained, met_s = setting.meets(now_s, {number: setting.step_s[number] for number in everyone})
         for number in trained:
-            loss = first.trainer.model.loss(sources[number].next_batch()) / len(trained)
+            loss = first.loop.model.loss(sources[number].next_batch()) / len(trained)
             loss.backward()  # type: ignore[no-untyped-call]
-        first.trainer.inner.step(tokens / setting.total_tokens)
+        first.loop.inner.step(tokens / setting.total_tokens)
         num_steps, tokens = num_steps + len(trained), tokens + len(trained) * run.tokens_per_step
         worked_s += sum(setting.takes_s(number, now_s, 1) for number in trained)
         now_s = met_s + setting.all_reduce_s(len(trained), size_bytes, rng)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from swarmtrain.algorithm.inner import learning_rate_at
 from swarmtrain.peer.bootstrap_peer import LOOK_EVERY_S
-from swarmtrain.peer.trainer import inner_constants
+from swarmtrain.peer.loop import inner_constants
 from swarmtrain.protocol.lifecycle import PeerState
 from swarmtrain.simulate.search.lives_peers import (
     RUN,

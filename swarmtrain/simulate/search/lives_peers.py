@@ -38,7 +38,9 @@ from swarmtrain.peer.bootstrap_peer import COUNTS_EVERY_S, LAST_SAMPLE, LOOK_EVE
 from swarmtrain.peer.consensus import ARCHIVED, layout_of_specs, not_far_behind
 from swarmtrain.peer.gossip_exchange import GossipExchange
 from swarmtrain.peer.present import fetch_present
-from swarmtrain.peer.trainer import Replaced, Trainer
+from swarmtrain.peer.replica import Replica
+from swarmtrain.peer.session import skippable_tokens
+from swarmtrain.peer.updates import Replaced
 from swarmtrain.protocol.archiving import ArchiveWatch
 from swarmtrain.protocol.leaving import FellowLeavers, Leave, Leavers, before_leaving
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
@@ -460,10 +462,6 @@ class Volunteer(Process):
         self._tries_left = 0
         self.later(_STARTS_S, self._begin)
 
-    # what `Trainer.skip_merged` asks for
-    run = RUN
-    batches = SimpleNamespace(next_batch=lambda: None)
-
     def _begin(self) -> None:
         kept = self.folder.checkpoints[-1] if self.folder.checkpoints else None
         if kept is not None:
@@ -503,10 +501,10 @@ class Volunteer(Process):
         if new is not None:
             merged = new.progress.peer_tokens.get(self.me, 0) - before.peer_tokens.get(self.me, 0)
             if self.folder.checkpoints:
-                Trainer.skip_merged(self, merged)  # type: ignore[arg-type]
+                self.own_tokens += skippable_tokens(merged, RUN.round_tokens)
             self._adopt(new)
         self.met_bootstrap = any(one.is_bootstrap for one in self.neighbours())
-        Trainer.count_on(self, self.tallying.contributions().get(self.me, 0))  # type: ignore[arg-type]
+        Replica.count_on(self, self.tallying.contributions().get(self.me, 0))  # type: ignore[arg-type]
         self.set_state()
         self.keep_looking()
         self._start_round()

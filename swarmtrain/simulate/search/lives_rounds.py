@@ -21,7 +21,7 @@ from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.snapshots import Body, PullLimits, Snapshot, SnapshotStore, build_snapshot
 from swarmtrain.peer.exchange import RosterExchange
 from swarmtrain.peer.present import fetch_present
-from swarmtrain.peer.trainer import Replaced
+from swarmtrain.peer.updates import Replaced
 from swarmtrain.protocol.chains import chain_view
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.progress import Progress

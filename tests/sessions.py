@@ -1,0 +1,16 @@
+"""Helpers for tests that train with a session."""
+
+from __future__ import annotations
+
+from swarmtrain.peer.loop import InnerLoop
+from swarmtrain.peer.session import Session
+
+__all__ = ["train_round"]
+
+
+def train_round(loop: InnerLoop, session: Session) -> None:
+    """One round, to its end or until it is interrupted."""
+    while (ahead := session.next_step()) is not None:
+        loop.train_step(session, ahead)
+        if not session.is_in_round:
+            return
