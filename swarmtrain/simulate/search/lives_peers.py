@@ -44,6 +44,7 @@ from swarmtrain.peer.updates import Replaced
 from swarmtrain.protocol.archiving import ArchiveWatch
 from swarmtrain.protocol.leaving import FellowLeavers, Leave, Leavers, before_leaving
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
+from swarmtrain.protocol.partners import left_behind
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.clock import Clock
@@ -537,7 +538,9 @@ class Volunteer(Process):
 
     def _merge(self, mine: Round) -> bool:
         """What it has trained, and what a partner has; True if it takes the others' weights instead."""
-        replaced = self.exchange._catch_up(self.progress.round)
+        round = self.progress.round
+        behind = left_behind(round, self.exchange._rounds_of_others(), RUN.merge.max_staleness_rounds)
+        replaced = self.exchange._catch_up(round, behind) if behind else None
         if replaced is not None:
             self._adopt(replaced)
             return True
