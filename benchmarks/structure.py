@@ -60,7 +60,7 @@ PATHS = {
         peer/gossip_exchange.py GossipExchange.publish
         network/publications.py Publication
         + network/service.py service_type.PeerService.rpc_publication
-        + network/swarm.py Swarm.publication
+        + network/swarm.py Swarm.publication | network/answers.py SwarmAnswers.publication
         network/publications.py Publisher.held_after
         network/tasks.py Making.made
         network/publications.py Publisher._build

@@ -111,7 +111,8 @@ def test_the_first_state_is_archived_at_once(
         return told
 
     leavers = Waiting(now) if somebody_leaves else None
-    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=volunteers), asynchronous=False, leavers=leavers)
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=volunteers), asynchronous=False)
+    peer.leavers = cast(Any, leavers)
     with pytest.raises(Interrupted):
         peer._archive_until_the_end(swarm)
     assert archived == at
@@ -128,23 +129,24 @@ def test_only_what_is_on_the_disk_is_told() -> None:
     checkpointer = SimpleNamespace(durable=None)
     keeper: Any = SimpleNamespace(checkpointer=checkpointer)
     peer.keeper = keeper
-    swarm: Any = SimpleNamespace(me=PeerInfo(peer="P", is_bootstrap=True), asynchronous=False)
+    presence = SimpleNamespace(me=PeerInfo(peer="P", is_bootstrap=True))
+    swarm: Any = SimpleNamespace(presence=presence, asynchronous=False)
     try:
         peer.progress = Progress(round=9, run_tokens=1000)
         peer._tell_archived(swarm)
-        assert (swarm.me.round, swarm.me.run_tokens) == (0, 0), "the disk is slow, or full"
+        assert (presence.me.round, presence.me.run_tokens) == (0, 0), "the disk is slow, or full"
         checkpointer.durable = Progress(round=8, run_tokens=900)
         peer._tell_archived(swarm)
-        assert (swarm.me.round, swarm.me.run_tokens) == (8, 900)
+        assert (presence.me.round, presence.me.run_tokens) == (8, 900)
         run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": "gossip"}})
         peer.published = PublishedRun(b"", "ab" * 32, run, b"", b"")
         swarm.asynchronous = True
         peer.progress = checkpointer.durable = Progress(round=99, run_tokens=101_000)
         peer._tell_archived(swarm)
-        assert swarm.me.run_tokens == 99_999, "not all last weights are in it: nobody may leave yet"
+        assert presence.me.run_tokens == 99_999, "not all last weights are in it: nobody may leave yet"
         peer.is_final = True
         peer._tell_archived(swarm)
-        assert swarm.me.run_tokens == 101_000
+        assert presence.me.run_tokens == 101_000
     finally:
         network.stop()
 
@@ -311,7 +313,6 @@ def test_an_archive_between_two_looks_that_had_all_tokens_ends_it_when_everyone_
     peer.stop = SimpleNamespace(sleep=lambda seconds: None)
     swarm: Any = SimpleNamespace(
         asynchronous=True,
-        leavers=None,
         membership=SimpleNamespace(volunteers=lambda: [SimpleNamespace(run_tokens=tokens) for tokens in here]),
         tallying=SimpleNamespace(total=0),
     )
@@ -341,7 +342,6 @@ def test_started_again_it_asks_at_once_whatever_it_counts(tmp_path: Path, monkey
     infos = [PeerInfo(peer="newcomer", round=51, run_tokens=768)]
     swarm: Any = SimpleNamespace(
         asynchronous=True,
-        leavers=None,
         membership=SimpleNamespace(volunteers=lambda: infos),
         tallying=SimpleNamespace(total=0),
     )

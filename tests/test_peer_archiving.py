@@ -35,10 +35,8 @@ class Boot:
         reading: Any = None
         self.tallying = Tallying(ME.peer_id, rules, reading, dict, lambda: 100.0, lambda *told: None)
         self.offered: list[Checkpoint] = []
-        self.offers: dict[str, Any] = {}
         self.swarm: Any = SimpleNamespace(
             tallying=self.tallying,
-            offers_archive=lambda rows, places: self.offers.update(coverage=rows, places=places),
             published=SimpleNamespace(sha256=RUN, run=SimpleNamespace(round_tokens=100)),
         )
         extras: dict[str, Any] = {}
@@ -67,9 +65,9 @@ def test_what_the_weights_hold_and_the_seen_data_outlive_a_restart() -> None:
     again = Boot()
     again.archive.restore(Checkpoint(state=STATE, progress=kept.progress, roster=None, signed_roster=None, extra=extra))
     assert again.archive.holds == {ANNA.peer_id: 5000, BEN.peer_id: 4000}
-    (sent,) = again.offers["coverage"]()
+    (sent,) = again.archive.serving().rows()
     assert sent.payload == row.payload
-    assert again.offers["places"]() == [{ANNA.peer_id: (4, 32)}, {ANNA.peer_id: (5, 8)}]
+    assert again.archive.serving().places() == [{ANNA.peer_id: (4, 32)}, {ANNA.peer_id: (5, 8)}]
     newcomer = {ANNA.peer_id: 5000, BEN.peer_id: 4000, CARL.peer_id: 768}
     assert again.archive.is_wanted(newcomer, [CARL.peer_id]), "whatever the bootstrap counts"
 

@@ -6,6 +6,7 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+from swarmtrain.network.swarm import Serving
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.controlled import swarm_looker
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo
@@ -30,14 +31,19 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
     tallying = SimpleNamespace(contributions=lambda: counts, acknowledged=lambda: {"ben": 250, "gone": 200}, total=1007)
     run = SimpleNamespace(tokens_per_step=4, pipeline=SimpleNamespace(stages=1))
     me = PeerInfo(peer="me", name="me", training=True, steps_per_s=2.0)
-    everyone = {"me": me, "membership": members, "tallying": tallying, "published": SimpleNamespace(run=run)}
+    everyone = {
+        "presence": SimpleNamespace(me=me),
+        "membership": members,
+        "tallying": tallying,
+        "published": SimpleNamespace(run=run),
+    }
     node, reaching = SimpleNamespace(num_dht_records=6), SimpleNamespace(in_words=str)
-    swarm: Any = SimpleNamespace(**everyone, node=node, hosting=None, coverage=None, reaching=reaching)
+    swarm: Any = SimpleNamespace(**everyone, node=node, serving=Serving(), coverage=None, reaching=reaching)
     status = pb.PeerStatus(own_tokens=400, run_tokens=900)
     swarm_looker(StatusBoard("volunteer", 0.0), swarm)(status)
     assert (status.own_tokens, status.run_tokens) == (500, 900), "what the rosters count"
     assert status.dht_records == 6
-    swarm.me = dataclasses.replace(me, training=False, is_bootstrap=True)
+    swarm.presence.me = dataclasses.replace(me, training=False, is_bootstrap=True)
     served = pb.PeerStatus(run_tokens=900)
     swarm_looker(StatusBoard("bootstrap", 0.0), swarm)(served)
     assert served.run_tokens == 1007, "it applies no rosters, and goes by what it has counted"
@@ -73,12 +79,12 @@ def test_speeds_that_nobody_has_measured_neither_end_the_run_on_the_screen_nor_a
         members.saw_presence(info, 30.0, 0.0)
     run = SimpleNamespace(tokens_per_step=4, pipeline=SimpleNamespace(stages=1))
     swarm: Any = SimpleNamespace(
-        me=PeerInfo(peer="me", is_bootstrap=True),
+        presence=SimpleNamespace(me=PeerInfo(peer="me", is_bootstrap=True)),
         membership=members,
         tallying=SimpleNamespace(contributions=dict, acknowledged=dict, total=100),
         published=SimpleNamespace(run=run),
         node=SimpleNamespace(num_dht_records=0),
-        hosting=None,
+        serving=Serving(),
         reaching=SimpleNamespace(in_words=str),
     )
     board = StatusBoard("bootstrap", 0.0, now=Clock())

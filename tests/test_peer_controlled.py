@@ -16,6 +16,7 @@ from swarmtrain.events import DoneEvent, Event, FetchedEvent, FinishingEvent, Wa
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite
+from swarmtrain.network.swarm import Serving
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.common import PeerSettings
@@ -223,7 +224,7 @@ def test_pause_and_resume() -> None:
 def exchange() -> Any:
     rounds = SimpleNamespace(current_round=12, inner_steps_done=31, waiting_for="", waiting_until_s=0.0)
     node = SimpleNamespace(traffic=SimpleNamespace(sent_bytes=5, received_bytes=6))
-    swarm = SimpleNamespace(rounds=rounds, node=node, me=SimpleNamespace(steps_per_s=2.0))
+    swarm = SimpleNamespace(rounds=rounds, node=node, presence=SimpleNamespace(me=SimpleNamespace(steps_per_s=2.0)))
     run = SimpleNamespace(merge=SimpleNamespace(round_limit_s=600.0))
     return SimpleNamespace(swarm=swarm, run=run, num_missing=0, num_steps=99, round_steps=64)
 
@@ -236,9 +237,9 @@ def test_a_volunteer_says_what_it_does_and_why(exchange: Any) -> None:
     assert now.doing == "training round 12: 31 of 64 steps"
     assert (now.round, now.inner_steps_done, now.inner_steps, now.num_steps) == (12, 31, 64, 99)
     assert (now.sent_bytes, now.received_bytes, now.patience_s) == (5, 6, 60.0)
-    exchange.swarm.me.steps_per_s = 0.01
+    exchange.swarm.presence.me.steps_per_s = 0.01
     assert pulse().patience_s == 400.0, "steps that take long may take long"
-    exchange.swarm.me.steps_per_s = 0.0
+    exchange.swarm.presence.me.steps_per_s = 0.0
     assert pulse().patience_s == 600.0, "the first round"
 
     rounds.inner_steps_done = 64
@@ -305,22 +306,22 @@ def test_what_volunteers_say_of_their_losses_reaches_the_board() -> None:
     ]
     swarm: Any = SimpleNamespace(
         membership=SimpleNamespace(live=lambda: live, volunteers=lambda: live),
-        me=PeerInfo(peer=BEN, is_bootstrap=True),
+        presence=SimpleNamespace(me=PeerInfo(peer=BEN, is_bootstrap=True)),
         published=SimpleNamespace(run=SimpleNamespace(tokens_per_step=1, pipeline=SimpleNamespace(stages=1))),
         tallying=SimpleNamespace(contributions=dict, acknowledged=dict, total=0),
         reaching=SimpleNamespace(in_words=lambda: ""),
         node=SimpleNamespace(num_dht_records=0),
-        hosting=None,
+        serving=Serving(),
     )
     board.add_looker(swarm_looker(board, swarm))
     assert board.status().swarm_loss == 2.5
-    swarm.me = PeerInfo(peer=BEN, training=True, loss=4.0)
+    swarm.presence.me = PeerInfo(peer=BEN, training=True, loss=4.0)
     assert board.status().swarm_loss == 3.0, "this peer is one of them"
 
 
 def test_a_loss_that_is_no_number_is_not_told() -> None:
-    swarm: Any = SimpleNamespace(me=PeerInfo(peer=BEN))
+    swarm: Any = SimpleNamespace(presence=SimpleNamespace(me=PeerInfo(peer=BEN)))
     network: Any = SimpleNamespace(submit_unhurried=asyncio.run)
     for loss, told in ((2.5, 2.5), (float("nan"), 0.0), (float("inf"), 0.0), (1e9, 0.0)):
         tell_loss(network, swarm, loss)
-        assert swarm.me.loss == told
+        assert swarm.presence.me.loss == told

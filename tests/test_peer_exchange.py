@@ -53,7 +53,7 @@ def offer(exchange: RosterExchange) -> None:
 
 
 def ask(exchange: RosterExchange, **request: Any) -> pb.RoundReply:
-    return exchange.network.run(exchange.swarm.round(pb.RoundRequest(**request), BEN.peer_id), 5)
+    return exchange.network.run(exchange.swarm.answers.round(pb.RoundRequest(**request), BEN.peer_id), 5)
 
 
 @pytest.mark.parametrize(("min_peers", "participates"), [(3, True), (1, False)])

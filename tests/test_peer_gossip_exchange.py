@@ -80,7 +80,7 @@ class Peer:
         self.world, self.identity = world, IDENTITIES[number]
         self.events: list[Event] = []
         run = world.run
-        node: Any = SimpleNamespace(
+        self.node: Any = SimpleNamespace(
             identity=self.identity,
             settings=NodeSettings(directory=Path("/nowhere")),
             traffic=Traffic(),
@@ -92,9 +92,11 @@ class Peer:
         me = PeerInfo(peer=self.id, training=True, addresses=("/ip4/192.0.2.1/tcp/1",))
         published = PublishedRun(b"", "ab" * 32, run, b"", b"")
         specs = tensor_specs(model.named_parameters())
-        self.swarm = Swarm(node, published, specs, average_bytes_untrusted, self.events.append, me)
-        self.swarm.calls = _Calls(world, self)  # type: ignore[assignment]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("swarmtrain.network.swarm.PeerCalls", lambda *given, **more: _Calls(world, self))
+            self.swarm = Swarm(self.node, published, specs, average_bytes_untrusted, self.events.append, me)
         self.exchange = GossipExchange(world.network, self.swarm, run, StopFlag())
+        self.swarm.serving = self.exchange.serving()
         self.reports: list[RoundReport] = []
         batches = Batches(TEXT, context_tokens=16, batch_sequences=4, run_sha256="ab" * 32, peer_id=self.id)
         self.loop = ModelLoop(run, model, batches)
@@ -119,7 +121,7 @@ class Peer:
 
     def meet(self, other: Peer) -> None:
         now = swarm_time()
-        self.swarm.membership.saw_presence(dataclasses.replace(other.swarm.me, stamp=now), now + 9999, now)
+        self.swarm.membership.saw_presence(dataclasses.replace(other.swarm.presence.me, stamp=now), now + 9999, now)
 
     def round(self, partners: int = 0) -> RoundReport | None:
         """One round, merging what `partners` of the others have published; None if it took others' weights instead."""
@@ -135,19 +137,19 @@ class _Calls:
     def __init__(self, world: World, me: Peer) -> None:
         self.world, self.me = world, me
         self.pull_slots = NoSlots()
-        self.node = me.swarm.node
+        self.node = me.node
 
     def _other(self, peer: str) -> Swarm:
         return self.world.peers[peer].swarm
 
     async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float | None = None) -> pb.HelloReply:
-        return self._other(peer).hello(request, self.me.id)
+        return self._other(peer).answers.hello(request, self.me.id)
 
     async def publication(self, peer: str, request: pb.PublicationRequest) -> pb.PublicationReply:
-        return await self._other(peer).publication(request, self.me.id)
+        return await self._other(peer).answers.publication(request, self.me.id)
 
     async def state(self, peer: str, min_round: int) -> pb.StateReply:
-        return await self._other(peer).state(pb.StateRequest(min_round=min_round))
+        return await self._other(peer).answers.state(pb.StateRequest(min_round=min_round))
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Replies:
         return Replies(self._other(peer).store.serve(request))
@@ -213,8 +215,8 @@ def worlds() -> Iterator[list[World]]:
     yield made
     for world in made:
         for peer in world.everyone():
-            assert peer.swarm._pulling is peer.exchange.gossip
-            world.network.run(peer.swarm._pulling.stop(), 10)
+            assert peer.swarm.serving.pulling is peer.exchange.gossip
+            world.network.run(peer.exchange.gossip.stop(), 10)
         world.network.stop()
 
 
@@ -348,7 +350,7 @@ def test_a_round_is_published_in_parts(worlds: list[World]) -> None:
     first = [(1, 3 * STEP_TOKENS, 3 * STEP_TOKENS), (2, 6 * STEP_TOKENS, 6 * STEP_TOKENS), (3, whole, whole)]
     assert seen == [*first, *((part, tokens, tokens + whole) for part, tokens, _ in first)]
     give_up_s = time.monotonic() + 10
-    while (peer.swarm.me.part, peer.swarm.me.part_tokens) != (3, whole):
+    while (peer.swarm.presence.me.part, peer.swarm.presence.me.part_tokens) != (3, whole):
         assert time.monotonic() < give_up_s, "what it publishes is told soon"
         time.sleep(0.01)
 
@@ -393,7 +395,11 @@ def test_a_round_that_begins_does_not_say_that_it_is_where_the_one_before_ended(
 
     peer.exchange.network.submit_unhurried(last())
     assert done.wait(10)
-    assert (peer.swarm.me.round, peer.swarm.me.part, peer.swarm.me.part_tokens) == (1, 0, STEPS * STEP_TOKENS)
+    assert (peer.swarm.presence.me.round, peer.swarm.presence.me.part, peer.swarm.presence.me.part_tokens) == (
+        1,
+        0,
+        STEPS * STEP_TOKENS,
+    )
 
 
 def test_how_often_it_publishes_follows_from_how_long_its_round_should_last(worlds: list[World]) -> None:
@@ -474,10 +480,10 @@ def test_who_comes_late_merges_nothing_of_what_is_in_the_weights_that_it_took(wo
     late.session.adopt(replaced)
     assert not found_by(late), "all of it is in the consensus: of its authors, and of who has merged it"
     for other in world.everyone()[:3]:
-        other.swarm.me = dataclasses.replace(other.swarm.me, training=False, is_bootstrap=True)
+        other.swarm.presence.me = dataclasses.replace(other.swarm.presence.me, training=False, is_bootstrap=True)
         later.meet(other)  # only the late one is left to take a state from
     late.exchange.offer(late.trainer.state, late.trainer.progress)
-    late.swarm.me = dataclasses.replace(late.swarm.me, round=3)
+    late.swarm.presence.me = dataclasses.replace(late.swarm.presence.me, round=3)
     later.meet(late)
     replaced = later.exchange.present_state(later.trainer.progress)
     assert replaced is not None and replaced.from_peer == late.id
@@ -538,7 +544,9 @@ def archive_of(world: World, number: int, round: int, **counts: int) -> Peer:
     told = {new_identity(name.encode() * 8).peer_id: tokens for name, tokens in counts.items()}
     peer.trainer.progress = Progress(round=round, run_tokens=sum(told.values()), peer_tokens=told)
     peer.exchange.offer(peer.trainer.state, peer.trainer.progress)
-    peer.swarm.me = dataclasses.replace(peer.swarm.me, is_bootstrap=True, training=False, round=round, stamp=1.0)
+    peer.swarm.presence.me = dataclasses.replace(
+        peer.swarm.presence.me, is_bootstrap=True, training=False, round=round, stamp=1.0
+    )
     for other in world.everyone():
         other.meet(peer)
     return peer
@@ -566,7 +574,7 @@ def test_a_newcomer_takes_the_counts_of_three_where_there_are_three(worlds: list
         archive_of(world, number, round=9, anna=1000, bens=900)
     invented = {new_identity(b"x" * 32).peer_id: 5 * 10**4}
     liar.exchange.offer(liar.trainer.state, Progress(round=9, run_tokens=5 * 10**4, peer_tokens=invented))
-    liar.swarm.me = dataclasses.replace(liar.swarm.me, round=9)
+    liar.swarm.presence.me = dataclasses.replace(liar.swarm.presence.me, round=9)
     newcomer.meet(liar)
     new = newcomer.exchange.present_state(newcomer.trainer.progress)
     assert new is not None and new.from_peer == liar.id
@@ -610,14 +618,14 @@ def test_the_model_at_the_end_is_the_same_for_all(worlds: list[World]) -> None:
             peer.round(partners=2 if peer.trainer.progress.round else 0)
     for peer in world.everyone():
         world.network.run(peer.exchange.gossip.stop(), 10)  # what it has to say of its last round is said by then
-        peer.swarm.me = dataclasses.replace(peer.swarm.me, run_tokens=10**6)
+        peer.swarm.presence.me = dataclasses.replace(peer.swarm.presence.me, run_tokens=10**6)
     for peer in world.everyone():
         for other in world.everyone():
             peer.meet(other)
     finals = [peer.exchange.final_theta(peer.theta) for peer in world.everyone()]
     for final, peer in zip(finals, world.everyone(), strict=True):
         assert torch.allclose(final, finals[0], atol=1e-6) and not torch.equal(final, peer.theta)
-        assert peer.swarm.me.settled
+        assert peer.swarm.presence.me.settled
     archived = world.network.run(fetch_present(peer.swarm, [p.id for p in world.everyone() if p is not peer], "x"), 30)
     assert archived is not None and archived.progress.round == 3
 

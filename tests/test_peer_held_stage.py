@@ -97,9 +97,9 @@ def test_it_draws_data_from_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     PipelineVolunteer._enter(one, 1)
     assert one.held[1].swarm.coverage is None, "only the first stage draws data"
     held.keeper.checkpointer.durable = Progress(round=4)
-    assert (held.swarm.durable(), one.held[1].swarm.durable()) == (Progress(round=4), None)
+    assert (held.swarm.records.safe(), one.held[1].swarm.records.safe()) == (Progress(round=4), None)
     held.trainer.batches.next_batch()
     PipelineVolunteer._enter(one, 0)
     assert one.held[0].swarm is held.swarm, "what it answers cannot be taken back"
     assert one.held[0].trainer.batches.position == drawn + 1, "further than its checkpoint"
-    assert held.swarm.durable() is None, "of who keeps it now"
+    assert held.swarm.records.safe() is None, "of who keeps it now"

@@ -131,11 +131,11 @@ def test_a_flipped_sign_is_refused_named_and_another_is_merged(
 def test_a_claimed_speed_moves_nobody(world_of: Callable[..., tuple[list[Peer], Peer]]) -> None:
     honest, mallory = world_of(pacing=True)
     for peer in honest:
-        peer.swarm.me = dataclasses.replace(peer.swarm.me, steps_per_s=100.0)
-    mallory.swarm.me = dataclasses.replace(mallory.swarm.me, steps_per_s=9e8)
+        peer.swarm.presence.me = dataclasses.replace(peer.swarm.presence.me, steps_per_s=100.0)
+    mallory.swarm.presence.me = dataclasses.replace(mallory.swarm.presence.me, steps_per_s=9e8)
     me = honest[0]
     for other in (*honest[1:], mallory):
-        other.swarm.me = dataclasses.replace(other.swarm.me, stamp=swarm_time())
+        other.swarm.presence.me = dataclasses.replace(other.swarm.presence.me, stamp=swarm_time())
         me.meet(other)
     me.exchange.hold([me.trainer.state_of(fragment) for fragment in range(len(me.trainer.fragments))])
     start = me.exchange.start_round(Progress(round=3), 100.0)

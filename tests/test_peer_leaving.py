@@ -85,7 +85,7 @@ class Here:
     async def count_once_more(self) -> None:
         self.told += 1
 
-    def signed_presence(self) -> pb.Signed:
+    def signed(self) -> pb.Signed:
         return pb.Signed(payload=b"me")
 
     def emit(self, event: Event) -> None:
@@ -99,7 +99,7 @@ class Here:
     def calls(self) -> Here:
         return self
 
-    rounds = store = node = calls
+    rounds = store = node = presence = greeter = calls
 
 
 @pytest.fixture

@@ -146,8 +146,9 @@ def test_the_last_of_a_stage_waits_until_it_is_archived_and_who_leaves_others_do
             for peer in peers[1:]:
                 members.heard(peer, swarm_time() + 1.0)
 
-        swarm = SimpleNamespace(membership=members, leavers=leavers, greet_some=greet_some)
-        return SimpleNamespace(number=number, swarm=swarm, archived=SimpleNamespace(watch=ArchiveWatch()))
+        swarm = SimpleNamespace(membership=members, greeter=SimpleNamespace(greet_some=greet_some))
+        archived = SimpleNamespace(watch=ArchiveWatch())
+        return SimpleNamespace(number=number, swarm=swarm, archived=archived, leavers=leavers)
 
     alone, others, quiet = archive(0, "anna"), archive(1, "anna", "ben"), archive(2, "ben")
 
@@ -160,11 +161,11 @@ def test_the_last_of_a_stage_waits_until_it_is_archived_and_who_leaves_others_do
     bootstrap: Any = SimpleNamespace(archives=[alone, others, quiet], _wait=asyncio.run, _archive=take, _unjoined={0})
     bootstrap._write_joined = lambda: joined.append(len(archived))
     for one in (alone, others):
-        assert one.swarm.leavers.ask("anna", now)
+        assert one.leavers.ask("anna", now)
     PipelineBootstrap._archive_for_leavers(bootstrap)
     assert archived == [0] and greeted == [0, 1]
     assert joined == [1], "the model of all stages, for whoever reads the folder"
-    assert not alone.swarm.leavers.ask("anna", now + 0.5) and not others.swarm.leavers.ask("anna", now + 0.5)
+    assert not alone.leavers.ask("anna", now + 0.5) and not others.leavers.ask("anna", now + 0.5)
 
 
 @pytest.mark.parametrize("held", [(0, 1), (0,)])
@@ -177,7 +178,7 @@ def test_stages_that_one_peer_holds_alone_are_joined_too(monkeypatch: pytest.Mon
     bootstrap: Any = PipelineBootstrap.__new__(PipelineBootstrap)
     stages = [SimpleNamespace(number=number, is_final=False, rounds=0) for number in (0, 1)]
     for stage in stages:
-        stage.swarm = SimpleNamespace(tallying=SimpleNamespace(total=0), leavers=None)
+        stage.swarm, stage.leavers = SimpleNamespace(tallying=SimpleNamespace(total=0)), None
     nobody = SimpleNamespace(membership=SimpleNamespace(volunteers=list, known=list))
     run = SimpleNamespace(network=SimpleNamespace(archive_every_s=20.0), run=SimpleNamespace(total_tokens=10**6))
 
@@ -237,7 +238,7 @@ def test_done_tells_the_rounds_since_it_told_the_run_last() -> None:
 
     one: Any = PipelineVolunteer.__new__(PipelineVolunteer)
     one.__dict__ |= {"held": {1: stage(6656), 2: stage(5000)}, "_left_at_tokens": 0, "_contribution": lambda: 900}
-    one.swarm = SimpleNamespace(me=PeerInfo(peer="me", run_tokens=4096))
+    one.swarm = SimpleNamespace(presence=SimpleNamespace(me=PeerInfo(peer="me", run_tokens=4096)))
     one.run = SimpleNamespace(run=SimpleNamespace(total_tokens=10_000))
     assert one._done("interrupted").run_tokens == 6656
     one._own_tokens, one._desks = {}, {}

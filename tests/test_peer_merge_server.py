@@ -22,7 +22,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.node import NetworkThread, NodeSettings, Traffic
 from swarmtrain.network.snapshots import Body, TensorSpec
-from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.network.swarm import PublishedRun, Serving, Swarm
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.common import StopFlag
 from swarmtrain.peer.merge_server import MergeServer
@@ -54,13 +54,13 @@ class Calls:
         return self.world.swarms[peer]
 
     async def publication(self, peer: str, request: pb.PublicationRequest) -> pb.PublicationReply:
-        return await self._other(peer).publication(request, self.me)
+        return await self._other(peer).answers.publication(request, self.me)
 
     async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float | None = None) -> pb.HelloReply:
-        return self._other(peer).hello(request, self.me)
+        return self._other(peer).answers.hello(request, self.me)
 
     async def state(self, peer: str, min_round: int) -> pb.StateReply:
-        return await self._other(peer).state(pb.StateRequest(min_round=min_round))
+        return await self._other(peer).answers.state(pb.StateRequest(min_round=min_round))
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
         return Replies(self._other(peer).store.serve(request))
@@ -100,11 +100,11 @@ class World:
             peer=identity.peer_id, is_bootstrap=is_server, training=not is_server, addresses=("/ip4/1.2.3.4",)
         )
         events = self.events[identity.peer_id] = []
-        swarm = Swarm(node, published, SPECS, average_bytes_untrusted, events.append, me)
-        swarm.calls = Calls(self, identity.peer_id)  # type: ignore[assignment]
-        swarm.rounds.calls = swarm.calls
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("swarmtrain.network.swarm.PeerCalls", lambda *given, **more: Calls(self, identity.peer_id))
+            swarm = Swarm(node, published, SPECS, average_bytes_untrusted, events.append, me)
         swarm.rounds.come_back()
-        swarm._listens_at = me.addresses
+        swarm.presence.listens_at = me.addresses
         self.swarms[identity.peer_id] = swarm
         return swarm
 
@@ -118,6 +118,7 @@ class World:
             if kept is not None:
                 server.restore(kept)
             server._serve()
+            server.swarm.serving = Serving(publishers={("gradient", 0): server.publisher}, pulling=server)
             return server
 
         server = self.server = self.network.run(make(), 10)
@@ -126,10 +127,11 @@ class World:
     def join(self, identity: Identity) -> ServerExchange:
         """A worker; it and the server know each other."""
         worker = ServerExchange(self.network, self.swarm(identity), self.run, StopFlag())
+        worker.swarm.serving = worker.serving()
         self.workers[identity.peer_id] = worker
 
         async def meet() -> None:
-            await worker.swarm.greet(SERVER.peer_id)
+            await worker.swarm.greeter.greet(SERVER.peer_id)
 
         self.network.run(meet(), 10)
         return worker
@@ -198,7 +200,7 @@ def test_the_arithmetic_is_delayed_nesterov_on_the_same_arrivals(world: Callable
         if number == 3:
             it.new_server(it.do(it.server.settled({"other": 1})))
             for each in (anna, ben):
-                it.do(each.swarm.greet(SERVER.peer_id))
+                it.do(each.swarm.greeter.greet(SERVER.peer_id))
     assert (it.server.arrivals, it.server.refreshes, it.server.progress.round) == (8, 2, 3)
     assert it.server.marks.rows() == [[ANNA.peer_id, 3], [BEN.peer_id, 3]]
     assert [kept.progress.round for kept in it.kept] == [1, 2]
@@ -255,7 +257,7 @@ def test_only_the_server_may_take_what_is_handed_in(world: Callable[..., World])
     anna = it.join(ANNA)
     train(anna, 0, it.theta, random_gradient(1))
     request = pb.PublicationRequest(has_any=True, round=2**40)
-    assert not it.do(anna.swarm.publication(request, BEN.peer_id)).HasField("manifest")
+    assert not it.do(anna.swarm.answers.publication(request, BEN.peer_id)).HasField("manifest")
     it.take_in(anna)
     assert it.server.arrivals == 1
 

@@ -44,12 +44,12 @@ class Offer:
     places: Callable[[], Sequence[Mapping[str, Place]]] = tuple
     """Up to where each peer is in its weights, of each fragment: asked when the body is made."""
     progress: Progress | None = None
-    _body: Body | Callable[[], Body] | None = None
-    _fill: FillManifest = lambda manifest: None
-    _held: Held | None = None
-    _held_of: Progress | None = None
-    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _making: Making[Held] = field(default_factory=Making)
+    _body: Body | Callable[[], Body] | None = field(default=None, init=False)
+    _fill: FillManifest = field(default=lambda manifest: None, init=False)
+    _held: Held | None = field(default=None, init=False)
+    _held_of: Progress | None = field(default=None, init=False)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _making: Making[Held] = field(default_factory=Making, init=False)
 
     def put(
         self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest = lambda manifest: None

@@ -52,10 +52,10 @@ class Reaching:
     rng: random.Random = field(default_factory=random.Random)
     reachability: Reachability = field(default_factory=Reachability)
     choice: HostChoice = field(init=False)
-    _asking: asyncio.Task[None] | None = None
-    _kept_s: float = float("-inf")
-    _looked_s: float = float("-inf")
-    _told: tuple[bool, tuple[str, ...]] = (False, ())
+    _asking: asyncio.Task[None] | None = field(default=None, init=False)
+    _kept_s: float = field(default=float("-inf"), init=False)
+    _looked_s: float = field(default=float("-inf"), init=False)
+    _told: tuple[bool, tuple[str, ...]] = field(default=(False, ()), init=False)
 
     def __post_init__(self) -> None:
         self.choice = HostChoice(me=self.membership.me)

@@ -14,7 +14,7 @@ from typing import Any
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.network.coverage import CarriedRows
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.swarm import Swarm
+from swarmtrain.network.swarm import Serving, Swarm
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.present import Present
@@ -50,7 +50,6 @@ class Archive:
 
     def __post_init__(self) -> None:
         self.rows = CarriedRows(self.swarm.published.sha256, self.swarm.tallying.contributions)
-        self.swarm.offers_archive(self.rows.rows_to_send, lambda: self.places)
         self.keeper.checkpointer.extras.update(
             {
                 _HOLDS: lambda: dict(self.holds),
@@ -58,6 +57,10 @@ class Archive:
                 _ROWS: self.rows.kept,
             }
         )
+
+    def serving(self) -> Serving:
+        """What goes with the archive to those who take it."""
+        return Serving(rows=self.rows.rows_to_send, places=lambda: self.places)
 
     def restore(self, kept: Checkpoint | None) -> None:
         """Go on from what was archived last time, and from what was counted since."""

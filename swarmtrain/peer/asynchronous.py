@@ -62,13 +62,13 @@ class AsynchronousExchange(SwarmExchange):
     def _describe_start(self, progress: Progress, steps_per_s: float) -> None:
         """Say that a round has begun. In the network thread."""
         self.swarm.rounds.inner_steps_done = 0
-        self.swarm.describe(
+        self.swarm.presence.describe(
             round=progress.round,
             steps_per_s=steps_per_s,
             run_tokens=progress.run_tokens,
             inner_steps=self.round_steps,
         )
-        self.swarm.describe_part(0, self.swarm.me.part_tokens)
+        self.swarm.presence.describe_part(0, self.swarm.presence.me.part_tokens)
 
     def _do_soon(self, work: Coroutine[Any, Any, None]) -> None:
         """Have the network thread do it; the trainer does not wait."""
@@ -113,7 +113,7 @@ class AsynchronousExchange(SwarmExchange):
         """Say that this peer needs nothing more."""
 
         async def settle() -> None:
-            self.swarm.me = dataclasses.replace(self.swarm.me, settled=True)
+            self.swarm.presence.me = dataclasses.replace(self.swarm.presence.me, settled=True)
 
         self.network.run(settle(), _SETTLE_S)
 

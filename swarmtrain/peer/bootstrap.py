@@ -32,7 +32,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
-from swarmtrain.network.swarm import PublishedRun, Swarm, find_run
+from swarmtrain.network.swarm import PublishedRun, Serving, Swarm, find_run
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.peer.archiving import Archive, checkpoint_of
 from swarmtrain.peer.bootstrap_peer import (
@@ -68,6 +68,7 @@ from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
 from swarmtrain.peer.present import Present, fetch_present, present_of
 from swarmtrain.peer.stage_sizes import cut_and_measure
 from swarmtrain.protocol.archive_load import archive_every_s, archived_sources
+from swarmtrain.protocol.leaving import Leavers
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import PublishedSection, RunFile, needs_of, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
@@ -167,31 +168,39 @@ class _Bootstrap(BootstrapPeer):
     state: OuterState | None = None
     archived: Archive | None = None
     """What is known with the archive, where peers merge asynchronously."""
+    leavers: Leavers | None = None
+    """Who would leave with what is in no archive; None where the run has a server."""
     _counts_kept_s: float = -math.inf
     _archived_arrivals: int = 0
 
     def run(self) -> DoneEvent:
         node, me = self.enter_network()
+        kind = self.published.run.merge.kind
         model = build_model(self.published.run.model, self.published.run.run.seed)
         specs = tensor_specs(model.named_parameters())
         keeper = self.keeper = Keeper(self.folder, self.published, node.identity.peer_id, self.emit)
         swarm = self.swarm = Swarm(
             node, self.published, specs, average_bytes_untrusted, self.emit, me, durable=keeper.durable
         )
-        if self.published.run.merge.kind.hosting:
-            swarm.hosts(hosting_of(swarm))
         keeper.attach(swarm)
         self.control.keeps_checkpoints(keeper.flushed, keeper.show)
         if swarm.asynchronous:
             self.archived = Archive(swarm, keeper)
         kept = self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)
-        if self.published.run.merge.kind.has_server:
+        if kind.has_server:
             self.server = self._merge_server(swarm, keeper, kept, flatten(model.parameters()))
             self._archived_arrivals = self.server.arrivals
         else:
-            swarm.keep_leavers()
+            self.leavers = Leavers(swarm.membership)
         del kept, model  # 8 bytes a parameter
-        wait_for(self.network.submit(swarm.start(self._reachable(node))), self.stop)
+        serving = dataclasses.replace(
+            Serving() if self.archived is None else self.archived.serving(),
+            publishers={} if self.server is None else {("gradient", 0): self.server.publisher},
+            pulling=self.server,
+            hosting=hosting_of(swarm) if kind.hosting else None,
+            leavers=self.leavers,
+        )
+        wait_for(self.network.submit(swarm.start(self._reachable(node), serving)), self.stop)
         wait_for(self.network.submit(swarm.watch_daemon(self.stop.fail)), self.stop)
         if self.server is not None:
             wait_for(self.network.submit(self.server.start()), self.stop)
@@ -199,7 +208,8 @@ class _Bootstrap(BootstrapPeer):
         show_invite(swarm, self.folder, self.emit)
         self.control.watch_bootstrap(swarm, lambda: self.progress)
         self._archive_until_the_end(swarm)
-        swarm.release_leavers()
+        if self.leavers is not None:
+            self.leavers.release()
         self.control.finishing("measuring and saving the model")
         self._measure_and_save()
         self.control.finishing("serving on until the volunteers have left, those who may come back included")
@@ -275,12 +285,12 @@ class _Bootstrap(BootstrapPeer):
         if swarm.asynchronous:  # of its archives only the last one has everybody's last weights
             most = run_tokens if self.is_final else self.published.run.run.total_tokens - 1
             run_tokens = min(run_tokens, self.progress.run_tokens, most)
-        if run_tokens == swarm.me.run_tokens:
+        if run_tokens == swarm.presence.me.run_tokens:
             return
 
         async def tell() -> None:
-            round = durable.round if self.server is None else max(durable.round, swarm.me.round)
-            swarm.me = dataclasses.replace(swarm.me, round=round, run_tokens=run_tokens)
+            round = durable.round if self.server is None else max(durable.round, swarm.presence.me.round)
+            swarm.presence.me = dataclasses.replace(swarm.presence.me, round=round, run_tokens=run_tokens)
 
         wait_for(self.network.submit(tell()), self.stop)
 
@@ -295,7 +305,7 @@ class _Bootstrap(BootstrapPeer):
         end_seen_s = first_s = math.inf
         complete = self.is_final = self.progress.run_tokens >= total
         while not complete:
-            self.rest([] if swarm.leavers is None else [swarm.leavers])
+            self.rest([] if self.leavers is None else [self.leavers])
             self.control.board.beat()
             self._ask_how_far(swarm)
             told = [info.run_tokens for info in swarm.membership.volunteers()]
@@ -311,7 +321,7 @@ class _Bootstrap(BootstrapPeer):
                 ended = swarm.tallying.total >= total or statistics.median_low(told) >= total
                 first_s = min(first_s, time.monotonic()) if ended else math.inf
                 last = min(told) >= total or time.monotonic() > first_s + _LAST_ROUND_S
-            waiting = () if swarm.leavers is None else swarm.leavers.waiting(swarm_time())
+            waiting = () if self.leavers is None else self.leavers.waiting(swarm_time())
             is_new = self._is_new(swarm, newest)
             due = is_new and (bool(waiting) or time.monotonic() >= next_s)
             archive, began_s = self._archive if self.server is None else self._archive_own, time.monotonic()
@@ -323,8 +333,8 @@ class _Bootstrap(BootstrapPeer):
                 next_s = time.monotonic() + _REFUSED_AGAIN_S
             elif not told and self.progress.run_tokens >= total:
                 complete = self.is_final = True  # an archive between two looks had them all, and everyone has left
-            if swarm.leavers is not None and waiting and (archived or not self._is_new(swarm, newest)):
-                swarm.leavers.taken(waiting, swarm_time())
+            if self.leavers is not None and waiting and (archived or not self._is_new(swarm, newest)):
+                self.leavers.taken(waiting, swarm_time())
         self._tell_archived(swarm)
 
     def _is_new(self, swarm: Swarm, newest_tokens: int) -> bool:
@@ -339,7 +349,7 @@ class _Bootstrap(BootstrapPeer):
     def _ask_how_far(self, swarm: Swarm) -> None:
         """Look how far the volunteers are, and remember whom to dial if we are started again, and what is counted."""
         self._tell_archived(swarm)
-        wait_for(self.network.submit(swarm.greet_some()), self.stop)
+        wait_for(self.network.submit(swarm.greeter.greet_some()), self.stop)
         assert self.keeper is not None
         try:
             self.keeper.keep_peers()

@@ -293,7 +293,7 @@ def show_invite(swarm: Swarm, folder: PeerFolder, emit: Emit) -> None:
     """Tell the invite, and leave it in the folder for `swarmtrain invite`."""
     invite = swarm.invite()
     event = invite_event(invite)
-    if swarm.me.is_bootstrap and (words := where_it_serves(invite)) and not is_loopback_only(event.addresses):
+    if swarm.presence.me.is_bootstrap and (words := where_it_serves(invite)) and not is_loopback_only(event.addresses):
         emit(WarningEvent(message=words))  # before the invite, after which nobody waits for one in the background
     try:
         folder.write_invite(event.line)

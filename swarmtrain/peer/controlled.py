@@ -124,7 +124,7 @@ class Controlled:
 
     def _watch(self, swarm: Swarm) -> None:
         run, board = swarm.published.run, self.board
-        board.is_peer(swarm.me.peer, swarm.me.name)
+        board.is_peer(swarm.presence.me.peer, swarm.presence.me.name)
         board.has_run(run.run.name, swarm.published.sha256, run.run.total_tokens)
         board.tokens_per_step = run.tokens_per_step
         board.add_looker(swarm_looker(board, swarm))
@@ -235,7 +235,7 @@ def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[],
     rounds, traffic, limit_s = exchange.swarm.rounds, exchange.swarm.node.traffic, exchange.run.merge.round_limit_s
 
     def pulse() -> Pulse:
-        speed = exchange.swarm.me.steps_per_s
+        speed = exchange.swarm.presence.me.steps_per_s
         state, about = pb.PEER_STATE_TRAINING, ""
         patience_s = max(_PATIENCE_S, _STEPS_OF_PATIENCE / speed) if speed > 0 else _FIRST_ROUND_PATIENCE_S
         round, done, steps = rounds.current_round, rounds.inner_steps_done, exchange.round_steps
@@ -335,7 +335,7 @@ def _volunteers(number: int, more: str = "") -> str:
 
 def reach_in_words(swarm: Swarm) -> str:
     """That nobody can dial this peer, or that it serves others whom nobody can dial; mostly nothing."""
-    guests = () if swarm.hosting is None else swarm.hosting.guests.current(swarm_time())
+    guests = () if swarm.serving.hosting is None else swarm.serving.hosting.guests.current(swarm_time())
     serving = f"serving the work of {counted(len(guests), 'peer')} that nobody can dial"
     return swarm.reaching.in_words() or (serving if guests else "")
 
@@ -346,7 +346,7 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
 
     def look(status: pb.PeerStatus) -> None:
         status.reach, status.dht_records = reach_in_words(swarm), swarm.node.num_dht_records
-        me, counts, acknowledged = swarm.me, swarm.tallying.contributions(), swarm.tallying.acknowledged()
+        me, counts, acknowledged = swarm.presence.me, swarm.tallying.contributions(), swarm.tallying.acknowledged()
         live = {info.peer: info for info in (*swarm.membership.live(), me)}
         if me.is_bootstrap:  # a volunteer knows the rosters' total, which forks and liars do not move
             total, told = swarm.tallying.total, [info.run_tokens for info in live.values() if info.training]
@@ -396,8 +396,8 @@ def _show_stages(status: pb.PeerStatus, swarm: Swarm) -> None:
     num_stages = swarm.published.run.pipeline.stages
     if num_stages == 1:
         return
-    places = places_of([*swarm.membership.volunteers(), swarm.me])
-    mine = () if swarm.me.place is None else swarm.me.place.planned
+    places = places_of([*swarm.membership.volunteers(), swarm.presence.me])
+    mine = () if swarm.presence.me.place is None else swarm.presence.me.place.planned
     for number in range(num_stages):
         here = [place for place in places if number in place.stages]
         status.stages.add(

@@ -29,7 +29,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.rounds import Merged, NewState, Outcome
 from swarmtrain.network.snapshots import Body, Held, build_snapshot
-from swarmtrain.network.swarm import Swarm
+from swarmtrain.network.swarm import Serving, Swarm
 from swarmtrain.peer.common import StopFlag, state_of, wait_for
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.session import Start
@@ -103,6 +103,10 @@ class SwarmExchange(ABC):
 
     # ------------------------------------------------------------- what a volunteer asks
 
+    def serving(self) -> Serving:
+        """What its peer serves from when it enters the swarm."""
+        return Serving()
+
     @abstractmethod
     def present_state(self, progress: Progress) -> Replaced | None:
         """The swarm's present state, if it holds against `progress`, what this peer has: before its first round, or its
@@ -122,7 +126,9 @@ class SwarmExchange(ABC):
     async def _offer(self, progress: Progress, body: Body | Callable[[], Body]) -> None:
         """In the network thread."""
         self.swarm.set_state(progress, body)
-        self.swarm.describe(round=progress.round, steps_per_s=self.swarm.me.steps_per_s, run_tokens=progress.run_tokens)
+        self.swarm.presence.describe(
+            round=progress.round, steps_per_s=self.swarm.presence.me.steps_per_s, run_tokens=progress.run_tokens
+        )
 
     def kept(self) -> Mapping[str, Callable[[], Any]]:
         """What gives what a checkpoint keeps of this, by name; anything JSON can hold."""
@@ -232,7 +238,7 @@ class RosterExchange(SwarmExchange):
         async def begin() -> int:
             self.swarm.rounds.begin(guest=guest)
             self.swarm.rounds.inner_steps_done = self._skipped_steps
-            self.swarm.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
+            self.swarm.presence.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
             return len(self.swarm.membership.volunteers()) + 1
 
         num_peers = wait_for(self.network.submit(begin()), self.stop)

@@ -33,7 +33,7 @@ from swarmtrain.network.publications import Publication, PublicationRules, Publi
 from swarmtrain.network.puller import Puller
 from swarmtrain.network.sections import SectionSpec, sections_of
 from swarmtrain.network.snapshots import Body, Held
-from swarmtrain.network.swarm import Swarm
+from swarmtrain.network.swarm import Serving, Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import (
@@ -127,8 +127,8 @@ def hosting_of(swarm: Swarm) -> Hosting:
         swarm.calls,
         swarm.store,
         rules,
-        swarm.signed_presence,
-        swarm.refused,
+        swarm.presence.signed,
+        swarm.peers.refused,
         waits_a_caller=(section.num_partners + section.num_weights) * len(rules),
     )
 
@@ -184,13 +184,20 @@ class GossipExchange(AsynchronousExchange):
             for what, of in of_fragment.items()
         }
         engine: Engine = GossipEngine(swarm.identity.peer_id, settings)
-        puller = Puller(swarm.calls, swarm.membership, rules, swarm.signed_presence, swarm.heard_untrusted)
+        puller = Puller(swarm.calls, swarm.membership, rules, swarm.presence.signed, swarm.peers.hear_reply_untrusted)
         expected_s = swarm.node.traffic.times.expected_s
-        gossip = self.gossip = GossipDriver(engine, puller, swarm.membership, self, swarm.refused, expected_s)
-        swarm.publishes(
-            self.publishers, gossip, called=gossip.called, places=lambda: gossip.places(self._progress.round - 1)
+        self.gossip = GossipDriver(engine, puller, swarm.membership, self, swarm.peers.refused, expected_s)
+
+    def serving(self) -> Serving:
+        """See `SwarmExchange`."""
+        gossip = self.gossip
+        return Serving(
+            publishers=self.publishers,
+            pulling=gossip,
+            called=gossip.called,
+            places=lambda: gossip.places(self._progress.round - 1),
+            hosting=hosting_of(self.swarm),
         )
-        swarm.hosts(hosting_of(swarm))
 
     # ------------------------------------------------------------- the trainer's calls
 
@@ -283,9 +290,9 @@ class GossipExchange(AsynchronousExchange):
 
         async def describe() -> None:
             if contribution.round == self._progress.round:
-                self.swarm.describe_part(contribution.part, contribution.tokens)
-            elif self.swarm.me.part == 0:  # nothing of the next is published yet: of which tokens are told
-                self.swarm.describe_part(0, contribution.tokens)
+                self.swarm.presence.describe_part(contribution.part, contribution.tokens)
+            elif self.swarm.presence.me.part == 0:  # nothing of the next is published yet: of which tokens are told
+                self.swarm.presence.describe_part(0, contribution.tokens)
 
         if self.run.merge.robust != "none":
             self._unlearned.append(contribution)
@@ -474,7 +481,7 @@ class GossipExchange(AsynchronousExchange):
         wait_for(self.network.submit(self.gossip.stop()), self.stop)  # nothing is merged any more
         give_up_s = time.monotonic() + _LAST_ROUND_S
         while time.monotonic() < give_up_s:
-            wait_for(self.network.submit(swarm.greet_everyone()), self.stop)
+            wait_for(self.network.submit(swarm.greeter.greet_everyone()), self.stop)
             if all(info.run_tokens >= total for info in swarm.membership.volunteers()):
                 break
             self.stop.sleep(_LOOK_S)

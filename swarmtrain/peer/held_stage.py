@@ -194,7 +194,8 @@ class HeldStage:
             self.resumed_round = kept.progress.round
             self.exchange.restore(kept.extra)
             wait_for(site.network.submit(keeper.restore(swarm, kept)), site.stop)
-        entering = swarm.start(through) if self._is_new else swarm.come_back()
+        serving = self.exchange.serving()
+        entering = swarm.start(through, serving) if self._is_new else swarm.come_back(serving)
         wait_for(site.network.submit(entering), site.stop)
         new = self.exchange.present_state(replica.progress)
         if new is not None:
@@ -255,9 +256,9 @@ class HeldStage:
         progress, total = self.session.progress, self.site.published.run.run.total_tokens
 
         async def tell() -> None:
-            self.swarm.describe(round=progress.round, steps_per_s=self.session.steps_per_s, run_tokens=total)
-            self.swarm.me = dataclasses.replace(self.swarm.me, settled=True)
-            await self.swarm.greet_everyone()
+            self.swarm.presence.describe(round=progress.round, steps_per_s=self.session.steps_per_s, run_tokens=total)
+            self.swarm.presence.me = dataclasses.replace(self.swarm.presence.me, settled=True)
+            await self.swarm.greeter.greet_everyone()
 
         wait_for(self.site.network.submit(tell()), self.site.stop)
 

@@ -43,7 +43,7 @@ async def _answers(swarm: Swarm) -> list[bool | None]:
     """Of each bootstrap that is here whether it wants what this peer has, before it leaves; None of one that does not
     answer."""
     request = snapshot_pb2.HelloRequest(
-        run_sha256=bytes.fromhex(swarm.published.sha256), presence=swarm.signed_presence(), asks_to_leave=True
+        run_sha256=bytes.fromhex(swarm.published.sha256), presence=swarm.presence.signed(), asks_to_leave=True
     )
 
     async def ask(peer: str) -> bool | None:
@@ -57,7 +57,7 @@ async def _answers(swarm: Swarm) -> list[bool | None]:
     if all(answer is None for answer in answers):  # one that was killed a moment ago is believed to train on
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CALL_S):
-                await swarm.greet_some()
+                await swarm.greeter.greet_some()
         if swarm.fellows is not None:
             others = [info.peer for info in swarm.membership.answering()][:_MOST_ASKED]
             told = zip(others, await asyncio.gather(*map(ask, others)), strict=True)
@@ -75,7 +75,7 @@ async def _decide(swarms: Sequence[Swarm], waited_s: float) -> list[Leave]:
     leaves = []
     for swarm, each in zip(swarms, answers, strict=True):
         leaving = frozenset[str]() if swarm.fellows is None else swarm.fellows.leaving
-        leaves.append(before_leaving(swarm.membership, each, swarm.me.round, waited_s, leaving))
+        leaves.append(before_leaving(swarm.membership, each, swarm.presence.me.round, waited_s, leaving))
         if leaves[-1] is Leave.GO and swarm.fellows is not None:
             swarm.fellows.is_going = True
     if set(leaves) != {Leave.GO}:

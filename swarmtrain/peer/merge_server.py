@@ -64,15 +64,16 @@ class MergeServer:
             rounds.run_sha256,
             self._gradients.tensors,
             rounds.pull,
-            swarm.signed_presence,
-            swarm.heard_untrusted,
+            swarm.presence.signed,
+            swarm.peers.hear_reply_untrusted,
         )
         rules = IntakeRules(max_tokens=rounds.max_tokens * section.max_staleness_rounds, refuse=self._too_old)
-        self.intake = Intake(swarm.membership, pulls, self.marks, rules, self.take, self._tell_too_old, swarm.refused)
+        self.intake = Intake(
+            swarm.membership, pulls, self.marks, rules, self.take, self._tell_too_old, swarm.peers.refused
+        )
         self._taking = asyncio.Lock()
         self._named = NamedOnce()
         self._task: asyncio.Task[None] | None = None
-        swarm.publishes({("gradient", 0): self.publisher}, self)
 
     @property
     def state(self) -> OuterState:
@@ -240,4 +241,4 @@ class MergeServer:
         )
         swarm = self.swarm
         swarm.set_state(progress, body_of(state.theta, state.momentum), fill)
-        swarm.me = dataclasses.replace(swarm.me, round=progress.round)
+        swarm.presence.me = dataclasses.replace(swarm.presence.me, round=progress.round)

@@ -164,7 +164,7 @@ class PipelineVolunteer:
         return DoneEvent(
             held_out_loss=None,
             tokens=self._contribution(),
-            run_tokens=max(self.swarm.me.run_tokens, min(counted, self.run.run.total_tokens)),
+            run_tokens=max(self.swarm.presence.me.run_tokens, min(counted, self.run.run.total_tokens)),
             wall_s=process_age_s(),
             reason=reason,
         )
@@ -198,8 +198,8 @@ class PipelineVolunteer:
         """Answer others' questions, learn who is here, and say that we are, without a stage yet."""
         swarm = self.swarm
         self.keeper.attach(swarm)
-        swarm.me = replace(swarm.me, place=self._place())
-        client = StageClient(self.node, self.published.sha256, on_failure=swarm.call_failed)
+        swarm.presence.me = replace(swarm.presence.me, place=self._place())
+        client = StageClient(self.node, self.published.sha256, on_failure=swarm.peers.call_failed)
         wire = StageShapes(
             most_sequences=self.run.microbatch_sequences,
             context_tokens=self.run.model.context_tokens,
@@ -210,7 +210,7 @@ class PipelineVolunteer:
         self.calls = WireCalls(self.me, client, wire, self._desks)
         pipeline = self.run.pipeline
         self.mover = Mover(self.me, self.rule, pipeline.balance, pipeline.balance_every_s, self._ask_to_stay)
-        server = StageServer(wire, len(self.shapes), self._desks, swarm.refused, self._asked_to_stay)
+        server = StageServer(wire, len(self.shapes), self._desks, swarm.peers.refused, self._asked_to_stay)
         host = StageHost(self.node.traffic, server)
         self.control.starting("looking who is here")
         self._wait(self.node.serve_pipes(stage_stream_name(self.published.sha256), host.serve))
@@ -255,9 +255,9 @@ class PipelineVolunteer:
                 more = counted(missing, "more volunteer")
                 self.control.starting(f"waiting for {more} before the first round")
                 self.stop.sleep(_LOOK_S)
-        self._wait(self.swarm.greet_everyone())
+        self._wait(self.swarm.greeter.greet_everyone())
         self.stop.sleep(_COMPANY_S)
-        self._wait(self.swarm.greet_everyone())
+        self._wait(self.swarm.greeter.greet_everyone())
 
     def places(self) -> list[StagePeer]:
         """What everybody who is here holds, this peer included."""
@@ -326,7 +326,7 @@ class PipelineVolunteer:
             self._source,
             held.desk,
             self.calls,
-            TellRetries(self.emit, self.swarm.refused),
+            TellRetries(self.emit, self.swarm.peers.refused),
             self.peers_of_stages,
             self.stop.fail,
             self._places_told,
@@ -346,7 +346,7 @@ class PipelineVolunteer:
 
     def _places_told(self) -> list[StagePeer]:
         """As `places`, this peer's as it was told last. In the network thread."""
-        others, mine = places_of(self.swarm.membership.volunteers()), self.swarm.me.place
+        others, mine = places_of(self.swarm.membership.volunteers()), self.swarm.presence.me.place
         return others if mine is None else [*others, mine]
 
     def _leave(self, stage: int) -> None:
@@ -391,7 +391,7 @@ class PipelineVolunteer:
 
     def _look(self) -> None:
         now, membership = time.monotonic(), self.swarm.membership
-        self.end.look([*membership.volunteers(), self.swarm.me], membership.known(), self._run_tokens(), now)
+        self.end.look([*membership.volunteers(), self.swarm.presence.me], membership.known(), self._run_tokens(), now)
         self._tell()
         if now >= self._next_throughput_s:
             self._tell_throughput(now)
@@ -478,7 +478,7 @@ class PipelineVolunteer:
         return int(sum(self.rule.costs[stage] * number for stage, number in tokens.items()))
 
     def _durable(self) -> Progress:
-        return Progress(round=self.swarm.me.round, run_tokens=0, peer_tokens={self.me: self._contribution()})
+        return Progress(round=self.swarm.presence.me.round, run_tokens=0, peer_tokens={self.me: self._contribution()})
 
     def _tell(self, now: bool = False) -> None:
         """What this peer's record says; at once to everybody if something has changed that they act on."""
@@ -489,18 +489,18 @@ class PipelineVolunteer:
         sessions = {stage: held.session for stage, held in self.held.items()}
         is_done = self._has_had_tokens()
         run_tokens = total if is_done else min(self._run_tokens(), total - 1)
-        now = now or is_done != (self.swarm.me.run_tokens >= total)
+        now = now or is_done != (self.swarm.presence.me.run_tokens >= total)
         steps_per_s = sum(self.rule.costs[stage] * session.steps_per_s for stage, session in sessions.items())
-        round = max((session.progress.round for session in sessions.values()), default=self.swarm.me.round)
+        round = max((session.progress.round for session in sessions.values()), default=self.swarm.presence.me.round)
         contribution = self._contribution()
 
         async def tell() -> None:
             swarm = self.swarm
-            swarm.me = replace(swarm.me, place=place)
-            swarm.describe(round=round, steps_per_s=steps_per_s, run_tokens=run_tokens)
+            swarm.presence.me = replace(swarm.presence.me, place=place)
+            swarm.presence.describe(round=round, steps_per_s=steps_per_s, run_tokens=run_tokens)
             swarm.tallying.learn({self.me: contribution})
             if now:
-                logged(asyncio.create_task(swarm.greet_everyone()), "telling what this peer holds")
+                logged(asyncio.create_task(swarm.greeter.greet_everyone()), "telling what this peer holds")
 
         self._wait(tell())
 
@@ -575,9 +575,9 @@ class PipelineVolunteer:
             while time.monotonic() < give_up_s:
                 if not any(held.exchange.still_needed(held.session.progress) for held in self.held.values()):
                     break
-                self._wait(self.swarm.greet_everyone())
+                self._wait(self.swarm.greeter.greet_everyone())
                 for held in self.held.values():
-                    self._wait(held.swarm.greet_everyone())
+                    self._wait(held.swarm.greeter.greet_everyone())
                 self.stop.sleep(0.3)
 
     def _leave_everything(self) -> None:

@@ -50,6 +50,7 @@ from swarmtrain.peer.held_stage import emit_of_stage
 from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.present import Present, fetch_present
 from swarmtrain.peer.stopping import Interrupted
+from swarmtrain.protocol.leaving import Leavers
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.stages import FirstStageWatch
@@ -73,6 +74,7 @@ class StageArchive:
     swarm: Swarm
     keeper: Keeper
     archived: Archive
+    leavers: Leavers
     state: OuterState | None = None
     progress: Progress = field(default_factory=Progress)
     is_final: bool = False
@@ -140,11 +142,11 @@ class PipelineBootstrap(BootstrapPeer):
         keeper = Keeper(self.folder, published, me.peer, self.emit, stage=number)
         emit = emit_of_stage(self.emit)
         swarm = Swarm(node, published, specs, average_bytes_untrusted, emit, me, durable=keeper.durable)
-        swarm.hosts(hosting_of(swarm))
-        swarm.keep_leavers()
         keeper.attach(swarm)
-        archived = Archive(swarm, keeper)
-        archive = StageArchive(number=number, shape=shape, swarm=swarm, keeper=keeper, archived=archived)
+        archived, leavers = Archive(swarm, keeper), Leavers(swarm.membership)
+        archive = StageArchive(
+            number=number, shape=shape, swarm=swarm, keeper=keeper, archived=archived, leavers=leavers
+        )
         kept = keeper.load(shape.num_parameters)
         if kept is not None:
             self._wait(keeper.restore(swarm, kept))
@@ -152,7 +154,8 @@ class PipelineBootstrap(BootstrapPeer):
             self._unjoined.add(number)  # it may have been killed before it joined them
             self._tell(archive)
         archived.restore(kept)
-        self._wait(swarm.start(self.folder.kept_peers()))
+        serving = dataclasses.replace(archived.serving(), hosting=hosting_of(swarm), leavers=leavers)
+        self._wait(swarm.start(self.folder.kept_peers(), serving))
         self._wait(swarm.announce())
         return archive
 
@@ -166,7 +169,9 @@ class PipelineBootstrap(BootstrapPeer):
         run_tokens = total if archive.is_final else min(durable.run_tokens, total - 1)
 
         async def tell() -> None:
-            archive.swarm.me = dataclasses.replace(archive.swarm.me, round=durable.round, run_tokens=run_tokens)
+            archive.swarm.presence.me = dataclasses.replace(
+                archive.swarm.presence.me, round=durable.round, run_tokens=run_tokens
+            )
 
         self._wait(tell())
 
@@ -178,7 +183,7 @@ class PipelineBootstrap(BootstrapPeer):
         if self._unjoined:
             self._write_joined()
         while not all(archive.is_final for archive in self.archives):
-            self.rest([each.swarm.leavers for each in self.archives if each.swarm.leavers is not None])
+            self.rest([each.leavers for each in self.archives])
             self.control.board.beat()
             self._archive_for_leavers()
             now, counted = time.monotonic(), self.archives[0].swarm.tallying.total
@@ -209,10 +214,10 @@ class PipelineBootstrap(BootstrapPeer):
         it: nobody may come for long."""
         any_taken = False
         for archive in self.archives:
-            swarm, leavers = archive.swarm, archive.swarm.leavers
-            if leavers is None or not leavers.is_asked(swarm_time()):
+            swarm, leavers = archive.swarm, archive.leavers
+            if not leavers.is_asked(swarm_time()):
                 continue
-            self._wait(swarm.greet_some())
+            self._wait(swarm.greeter.greet_some())
             waiting = leavers.waiting(swarm_time())
             if waiting and archive.archived.watch.is_new(swarm.membership.volunteers()):
                 self._archive(archive)

@@ -76,7 +76,7 @@ async def fetch_present(
     for peer, counts in told.items():  # what it has trained itself is in its weights
         holds[peer] = counts.get(peer, 0)
     counts = holds
-    if swarm.me.is_bootstrap:  # it has seen how fast they are: nobody's claim ends the run
+    if swarm.presence.me.is_bootstrap:  # it has seen how fast they are: nobody's claim ends the run
         swarm.tallying.bring(list(told.values()))
         swarm.tallying.hear_all(holds)
         counts = swarm.tallying.contributions()

@@ -49,7 +49,7 @@ def tell_loss(network: NetworkThread, swarm: Swarm, loss: float) -> None:
     """Have the next presence say what the loss was, if it is one; the trainer does not wait for it."""
 
     async def describe() -> None:
-        swarm.me = dataclasses.replace(swarm.me, loss=loss if 0 <= loss <= MAX_LOSS else 0.0)
+        swarm.presence.me = dataclasses.replace(swarm.presence.me, loss=loss if 0 <= loss <= MAX_LOSS else 0.0)
 
     network.submit_unhurried(describe())
 

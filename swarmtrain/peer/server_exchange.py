@@ -34,6 +34,7 @@ from swarmtrain.network.serving import (
     entered_round_untrusted,
 )
 from swarmtrain.network.snapshots import Body
+from swarmtrain.network.swarm import Serving
 from swarmtrain.peer.asynchronous import AsynchronousExchange
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import consensus_of, layout_of_specs, mean_of_near, theta_of
@@ -106,14 +107,17 @@ class ServerExchange(AsynchronousExchange):
                 rounds.run_sha256,
                 weights.tensors,
                 rounds.pull,
-                swarm.signed_presence,
-                swarm.heard_untrusted,
+                swarm.presence.signed,
+                swarm.peers.hear_reply_untrusted,
             ),
             decode=weights.decode_untrusted,
             counted=swarm.tallying.hear,
-            refused=swarm.refused,
+            refused=swarm.peers.refused,
         )
-        swarm.publishes({("gradient", 0): self.publisher}, self.link)
+
+    def serving(self) -> Serving:
+        """See `SwarmExchange`."""
+        return Serving(publishers={("gradient", 0): self.publisher}, pulling=self.link)
 
     # ------------------------------------------------------------- the trainer's calls
 
@@ -160,8 +164,8 @@ class ServerExchange(AsynchronousExchange):
             self.publisher.hand_ins.add(piece)
 
         async def announce() -> None:
-            self.swarm.describe_part(1, contribution.tokens)
-            await self.swarm.greet(self.publisher.server)
+            self.swarm.presence.describe_part(1, contribution.tokens)
+            await self.swarm.greeter.greet(self.publisher.server)
 
         self._do_soon(announce())
 
@@ -245,7 +249,7 @@ class ServerExchange(AsynchronousExchange):
         try:
             entered = entered_round_untrusted(manifest, self.swarm.identity.peer_id)
         except BadBytesError as error:
-            self.swarm.refused(fetched.peer, error)
+            self.swarm.peers.refused(fetched.peer, error)
             entered = None
         self.link.take()  # it is older
         self.link.heard_s = swarm_time()
@@ -258,7 +262,7 @@ class ServerExchange(AsynchronousExchange):
         give_up_s = time.monotonic() + _LAST_ROUND_S
         states: list[FetchedState] = []
         while not states and time.monotonic() < give_up_s:
-            wait_for(self.network.submit(swarm.greet_everyone()), self.stop)
+            wait_for(self.network.submit(swarm.greeter.greet_everyone()), self.stop)
             info = swarm.membership.info(server)
             if info is not None and info.run_tokens >= total:
                 states = wait_for(self.network.submit(swarm.states.fetch_weights([server], 1)), self.stop)

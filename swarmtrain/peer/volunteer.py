@@ -202,7 +202,7 @@ class _Volunteer:
         exchange.restore({} if kept is None else kept[0].extra)
         del kept  # 16 bytes a parameter
         self.control.starting("looking who is here")
-        wait_for(self.network.submit(swarm.start(through)), self.stop)
+        wait_for(self.network.submit(swarm.start(through, exchange.serving())), self.stop)
         wait_for(self.network.submit(swarm.watch_daemon(self.stop.fail)), self.stop)
         if self.nobody is not None:
             self._look_for_others(node, swarm, through)
@@ -532,7 +532,7 @@ class _Volunteer:
             while time.monotonic() < give_up_s or (
                 exchange.swarm.store.num_readers and time.monotonic() < give_up_s + _LAST_READERS_S
             ):
-                wait_for(self.network.submit(exchange.swarm.greet_everyone()), self.stop)
+                wait_for(self.network.submit(exchange.swarm.greeter.greet_everyone()), self.stop)
                 if not exchange.still_needed(progress):
                     break
                 self.stop.sleep(0.3)

@@ -92,7 +92,11 @@ class Leavers:
         self._began_s: dict[str, float] = {}
         self._taken_s: dict[str, float] = {}
         self._next_s = -math.inf
-        self._has_news = False
+        self._has_news = self._is_over = False
+
+    def release(self) -> None:
+        """The last archive is made: they may go."""
+        self._is_over = True
 
     def take_news(self) -> bool:
         """Whether somebody has begun to ask since this was called last."""
@@ -106,7 +110,7 @@ class Leavers:
         still. It need not stay once the archive has what it has, which is said once: it may come back.
         """
         info = self._membership.info(peer)
-        if info is None or not info.training or self._membership.state(peer) is not PeerState.LIVE:
+        if self._is_over or info is None or not info.training or self._membership.state(peer) is not PeerState.LIVE:
             return False
         if now < self._taken_s.pop(peer, -math.inf) + _ASKED_S:
             return False

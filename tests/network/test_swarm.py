@@ -23,9 +23,10 @@ from swarmtrain.network.node import NodeSettings, Traffic
 from swarmtrain.network.records import presence_to_proto
 from swarmtrain.network.signing import sign
 from swarmtrain.network.snapshots import Body
-from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.network.swarm import PublishedRun, Serving, Swarm
 from swarmtrain.protocol import lifecycle
 from swarmtrain.protocol.hosts import HostCandidate, Reach
+from swarmtrain.protocol.leaving import Leavers
 from swarmtrain.protocol.lifecycle import PeerInfo, PeerState
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.records import READ_EVERY_S
@@ -64,28 +65,26 @@ class Hellos:
         return pb.HelloReply(presence=None if away else presence(self.others[peer]), others=named, away=away)
 
 
-def a_swarm(calls: Hellos, **given: Any) -> tuple[Swarm, list[Event]]:
+def a_swarm(calls: Hellos, method: str = "diloco", **given: Any) -> tuple[Swarm, list[Event]]:
     events: list[Event] = []
     settings = NodeSettings(directory=Path("/nowhere"))
     node: Any = SimpleNamespace(
         identity=ME, settings=settings, traffic=Traffic(), remember_addresses=lambda *_: None, known_peers=list
     )
-    run_file = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": "diloco"}})
+    run_file = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": method}})
     published = PublishedRun(b"", RUN, run_file, b"", b"")
     swarm = Swarm(node, published, (), average_bytes_untrusted, events.append, PeerInfo(peer=ME.peer_id), **given)
-    stand_in: Any = calls
-    swarm.calls = swarm.rounds.calls = stand_in
-    calls.on_failure = swarm.call_failed
+    swarm.calls.hello = calls.hello  # type: ignore[method-assign]
+    calls.on_failure = swarm.peers.call_failed
     return swarm, events
 
 
-def run(body: Callable[[Swarm], Coroutine[Any, Any, None]], calls: Hellos) -> list[Event]:
+def run(body: Callable[[Swarm], Coroutine[Any, Any, None]], calls: Hellos, method: str = "diloco") -> list[Event]:
     async def announced() -> None:
-        swarm, told = a_swarm(calls)
+        swarm, told = a_swarm(calls, method)
         events.append(told)
-        swarm._tasks.append(asyncio.create_task(asyncio.Event().wait()))  # type: ignore[arg-type]
+        swarm.greeter.meets_strangers = True
         await body(swarm)
-        swarm._tasks.pop().cancel()
 
     events: list[list[Event]] = []
     asyncio.run(announced())
@@ -111,7 +110,7 @@ def test_a_stranger_that_asks_about_a_round_is_greeted_once() -> None:
 
     async def body(swarm: Swarm) -> None:
         for _ in range(5):
-            await swarm.round(pb.RoundRequest(round=0), BEN.peer_id)
+            await swarm.answers.round(pb.RoundRequest(round=0), BEN.peer_id)
             await settle()
 
     assert joined(run(body, calls)) == [BEN.peer_id] and calls.asked == [BEN.peer_id]
@@ -131,7 +130,7 @@ def test_a_peer_that_seemed_gone_and_asks_about_a_round_is_back_at_once(state: P
         for failed_s in (now - 50, now - 40):
             swarm.membership.call_failed(BEN.peer_id, failed_s, "no answer")
         assert swarm.membership.state(BEN.peer_id) is state
-        await swarm.round(pb.RoundRequest(round=0), BEN.peer_id)
+        await swarm.answers.round(pb.RoundRequest(round=0), BEN.peer_id)
         await settle()
         assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE
 
@@ -143,7 +142,7 @@ def test_callers_that_do_not_answer_a_greeting_cost_a_bounded_number_of_them() -
 
     async def body(swarm: Swarm) -> None:
         for number in range(100):
-            await swarm.round(pb.RoundRequest(round=0), f"stranger {number % 50}")
+            await swarm.answers.round(pb.RoundRequest(round=0), f"stranger {number % 50}")
         await settle()
 
     assert joined(run(body, calls)) == [] and len(calls.asked) == len(set(calls.asked)) <= 16
@@ -156,12 +155,12 @@ def test_who_was_greeted_is_remembered_within_bounds() -> None:
 
     async def body(swarm: Swarm) -> None:
         for number in range(0, 3000, 15):
-            swarm._meet([f"stranger {number + one}" for one in range(15)])
+            swarm.greeter.meet([f"stranger {number + one}" for one in range(15)])
             await settle()
-        assert 900 < len(swarm._met_s) <= 1024
+        assert 900 < len(swarm.greeter._met_s) <= 1024
         for peer in (BEN.peer_id, CARL.peer_id):
-            await swarm.greet(peer)
-        assert swarm._greeted == {CARL.peer_id}, "the other one said that it is away"
+            await swarm.greeter.greet(peer)
+        assert swarm.peers.greeted == {CARL.peer_id}, "the other one said that it is away"
 
     run(body, calls)
 
@@ -175,7 +174,7 @@ def test_strangers_on_a_roster_that_is_applied_are_greeted() -> None:
         )
         roster = Roster(round=0, signer=BEN.peer_id, entries=entries)
         swarm.rounds.engine.last = SignedRoster(roster, pb.Signed(), "")
-        swarm._meet(roster.peers)
+        swarm.greeter.meet(roster.peers)
         await settle()
 
     assert sorted(joined(run(body, calls))) == sorted([BEN.peer_id, CARL.peer_id])
@@ -185,8 +184,8 @@ def test_those_whom_a_greeted_peer_names_are_greeted_too() -> None:
     calls = Hellos(BEN, CARL, know={BEN.peer_id: [CARL, ME]})
 
     async def body(swarm: Swarm) -> None:
-        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id)
-        await swarm.greet_everyone()
+        swarm.peers.hear_untrusted(presence(BEN), BEN.peer_id)
+        await swarm.greeter.greet_everyone()
 
     assert sorted(joined(run(body, calls))) == sorted([BEN.peer_id, CARL.peer_id])
     assert calls.asked == [BEN.peer_id, CARL.peer_id]
@@ -198,27 +197,26 @@ def test_a_peer_that_rests_says_goodbye_and_tells_nothing_of_itself_until_it_is_
     async def body(swarm: Swarm) -> None:
         async def read_presences() -> None: ...
 
-        swarm.read_presences = read_presences  # type: ignore[method-assign]
-        swarm.me = dataclasses.replace(swarm.me, addresses=("/ip4/127.0.0.1/tcp/1",))
-        swarm.describe(round=3, steps_per_s=1.0, run_tokens=0, inner_steps=40)
-        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id)
+        swarm.peers.read_records = read_presences  # type: ignore[method-assign]
+        swarm.presence.me = dataclasses.replace(swarm.presence.me, addresses=("/ip4/127.0.0.1/tcp/1",))
+        swarm.presence.describe(round=3, steps_per_s=1.0, run_tokens=0, inner_steps=40)
+        swarm.peers.hear_untrusted(presence(BEN), BEN.peer_id)
         await swarm.withdraw()
         await swarm.withdraw()
         assert calls.goodbyes == [BEN.peer_id] and calls.asked == []
-        assert swarm.me.inner_steps == 0, "when it is back it begins another round"
-        assert not swarm.hello(pb.HelloRequest(), BEN.peer_id).HasField("presence")
-        assert swarm.hello(pb.HelloRequest(), BEN.peer_id).away
-        await swarm.round(pb.RoundRequest(round=0), CARL.peer_id)
+        assert swarm.presence.me.inner_steps == 0, "when it is back it begins another round"
+        assert not swarm.answers.hello(pb.HelloRequest(), BEN.peer_id).HasField("presence")
+        assert swarm.answers.hello(pb.HelloRequest(), BEN.peer_id).away
+        await swarm.answers.round(pb.RoundRequest(round=0), CARL.peer_id)
         await settle()
         assert calls.asked == [], "it greets no stranger while it rests"
-        reply = await asyncio.wait_for(swarm.round(pb.RoundRequest(round=0, wait_s=2.0), BEN.peer_id), 1.0)
+        reply = await asyncio.wait_for(swarm.answers.round(pb.RoundRequest(round=0, wait_s=2.0), BEN.peer_id), 1.0)
         assert reply.away and not reply.participating, "for those who missed the goodbye"
         await swarm.come_back()
         assert calls.asked == [BEN.peer_id] and len(swarm.membership.answering()) == 1
         calls.others.clear()
         await swarm.come_back()
         assert swarm.membership.volunteers() and not swarm.membership.answering(), "it was killed a moment ago"
-        swarm._tasks.append(asyncio.create_task(asyncio.sleep(0)))
 
     run(body, calls)
 
@@ -230,21 +228,19 @@ def test_who_answers_a_greeting_that_it_is_away_is_not_counted_with() -> None:
 
     async def body(swarm: Swarm) -> None:
         for other in (BEN, CARL):
-            swarm._read_presence_untrusted(presence(other), other.peer_id)
-        await swarm._greet_all([BEN.peer_id, CARL.peer_id], None)
+            swarm.peers.hear_untrusted(presence(other), other.peer_id)
+        await swarm.greeter.greet_all([BEN.peer_id, CARL.peer_id], None)
         assert [info.peer for info in swarm.membership.volunteers()] == [CARL.peer_id]
-        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id)
+        swarm.peers.hear_untrusted(presence(BEN), BEN.peer_id)
         assert len(swarm.membership.volunteers()) == 2, "it came back"
 
     run(body, calls)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(("method", "is_offered"), [("diloco", True), ("gossip", False)])
 def test_who_is_away_offers_its_state_only_where_all_have_the_same(
-    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+    method: str, is_offered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Swarm, "asynchronous", asynchronous)
-
     async def body(swarm: Swarm) -> None:
         held = SimpleNamespace(snapshot=SimpleNamespace(signed=pb.Signed(payload=b"manifest")))
 
@@ -254,16 +250,16 @@ def test_who_is_away_offers_its_state_only_where_all_have_the_same(
         roster: Any = SimpleNamespace(digest="")
         swarm.rounds.engine.last = SignedRoster(roster, pb.Signed(), "")
         monkeypatch.setattr(swarm.offer, "held", newest)
-        assert (await swarm.state(pb.StateRequest())).HasField("manifest")
+        assert (await swarm.answers.state(pb.StateRequest())).HasField("manifest")
         swarm.rounds.leave()
-        assert (await swarm.state(pb.StateRequest())).HasField("manifest") is not asynchronous
+        assert (await swarm.answers.state(pb.StateRequest())).HasField("manifest") is is_offered
 
-    run(body, Hellos())
+    run(body, Hellos(), method)
 
 
 def test_whoever_missed_the_goodbye_of_a_peer_that_rests_learns_it_by_asking() -> None:
     async def body(swarm: Swarm) -> None:
-        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
+        swarm.peers.hear_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
         replies = iter([pb.RoundReply(participating=True), pb.RoundReply(away=True)])
 
         async def answer(peer: str, request: pb.RoundRequest) -> pb.RoundReply:
@@ -275,7 +271,7 @@ def test_whoever_missed_the_goodbye_of_a_peer_that_rests_learns_it_by_asking() -
         await swarm.rounds.ask_now([BEN.peer_id])
         assert swarm.membership.state(BEN.peer_id) is PeerState.LEFT
         await asyncio.sleep(0.01)
-        swarm._read_presence_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
+        swarm.peers.hear_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
         assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE, "it is back"
 
     events = run(body, Hellos())
@@ -294,7 +290,7 @@ def test_a_state_of_another_branch_is_not_taken_for_the_present_one() -> None:
             swarm.rounds.know_roster(roster, pb.Signed())
             swarm.set_state(Progress(round=7, peer_tokens={peer.peer_id: 9}, roster_sha256=roster.digest), Body([]))
             for _ in range(2):
-                reply = await swarm.state(pb.StateRequest(min_round=7))
+                reply = await swarm.answers.state(pb.StateRequest(min_round=7))
                 assert reply.HasField("manifest") and swarm.offer._held is not None
                 manifest = swarm.offer._held.snapshot.manifest
                 assert manifest.roster_sha256.hex() == roster.digest
@@ -309,7 +305,7 @@ def test_those_who_went_during_a_rest_are_not_believed_alive_after_it() -> None:
     async def body(swarm: Swarm) -> None:
         async def read_presences() -> None: ...
 
-        swarm.read_presences = read_presences  # type: ignore[method-assign]
+        swarm.peers.read_records = read_presences  # type: ignore[method-assign]
         long_ago_s = swarm_time() - 1000
         for peer in (BEN, CARL):
             info = PeerInfo(peer=peer.peer_id, training=True, stamp=long_ago_s)
@@ -320,7 +316,6 @@ def test_those_who_went_during_a_rest_are_not_believed_alive_after_it() -> None:
         states = [swarm.membership.state(peer.peer_id) for peer in (BEN, CARL)]
         assert states == [PeerState.LIVE, PeerState.LOST], "one answered, the other's presence has run out"
         assert min(swarm.membership.heard_s(BEN.peer_id), swarm.rounds.listening_since_s) >= began_s
-        swarm._tasks.append(asyncio.create_task(asyncio.sleep(0)))
 
     run(body, calls)
 
@@ -329,9 +324,9 @@ def test_what_is_refused_of_one_peer_is_told_once_a_minute_for_each_rule() -> No
     async def body(swarm: Swarm) -> None:
         future = presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=swarm_time() + 9999))
         for _ in range(50):
-            swarm._saw(BEN.peer_id, future)
-            swarm.refused(BEN.peer_id, BadBytesError("a bad signature"))
-            swarm.refused(CARL.peer_id, BadBytesError("a bad signature"))
+            swarm.peers.saw(BEN.peer_id, future)
+            swarm.peers.refused(BEN.peer_id, BadBytesError("a bad signature"))
+            swarm.peers.refused(CARL.peer_id, BadBytesError("a bad signature"))
 
     told = [(event.from_peer, event.rule) for event in run(body, Hellos()) if isinstance(event, RefusedEvent)]
     assert told == [(BEN.peer_id, "presence"), (BEN.peer_id, "signature"), (CARL.peer_id, "signature")]
@@ -343,15 +338,17 @@ def test_who_has_just_gone_is_not_told_to_be_here() -> None:
     async def body(swarm: Swarm) -> None:
         began_s = swarm_time()
         for peer in (BEN, CARL, DORA):  # by their records, as one that joins reads them
-            swarm._saw(peer.peer_id, presence_to_proto(PeerInfo(peer=peer.peer_id, stamp=began_s - 16, training=True)))
+            swarm.peers.saw(
+                peer.peer_id, presence_to_proto(PeerInfo(peer=peer.peer_id, stamp=began_s - 16, training=True))
+            )
         assert joined(told(swarm)) == [], "records say nothing of who is here now"
-        await swarm.greet_everyone()
+        await swarm.greeter.greet_everyone()
         assert joined(told(swarm)) == [BEN.peer_id], "the one that answered"
         assert [info.peer for info in swarm.membership.answering()] == [BEN.peer_id]
         renewed = PeerInfo(peer=DORA.peer_id, stamp=began_s - 1, training=True)
-        swarm._saw(DORA.peer_id, presence_to_proto(renewed))
+        swarm.peers.saw(DORA.peer_id, presence_to_proto(renewed))
         assert joined(told(swarm)) == [BEN.peer_id, DORA.peer_id], "one that nobody can call renews its record"
-        swarm._report(swarm.membership.left(CARL.peer_id, swarm_time()))
+        swarm.peers.report(swarm.membership.left(CARL.peer_id, swarm_time()))
 
     events = run(body, calls)
     assert not any(isinstance(event, PeerLeftEvent) for event in events), "nobody was told that it was here"
@@ -362,12 +359,12 @@ def test_who_came_lately_is_not_named_for_what_is_old() -> None:
 
     async def body(swarm: Swarm) -> None:
         long_ago_s = swarm_time() - 100.0
-        swarm._arrivals.came_myself(long_ago_s)
-        swarm._saw(BEN.peer_id, presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=swarm_time(), training=True)))
+        swarm.peers.arrivals.came_myself(long_ago_s)
+        swarm.peers.saw(BEN.peer_id, presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=swarm_time(), training=True)))
         for peer in (BEN, CARL):
-            swarm.refused(peer.peer_id, behind)
-        swarm._arrivals.came(BEN.peer_id, long_ago_s)
-        swarm.refused(BEN.peer_id, behind)
+            swarm.peers.refused(peer.peer_id, behind)
+        swarm.peers.arrivals.came(BEN.peer_id, long_ago_s)
+        swarm.peers.refused(BEN.peer_id, behind)
 
     told = [event.from_peer for event in run(body, Hellos()) if isinstance(event, RefusedEvent)]
     assert told == [CARL.peer_id, BEN.peer_id], "and of whom it was said before may be said later"
@@ -379,7 +376,7 @@ def test_who_is_seen_is_believed_from_then_on() -> None:
     async def body(swarm: Swarm) -> None:
         began_s = swarm_time()
         ben = PeerInfo(peer=BEN.peer_id, stamp=began_s, training=True, steps_per_s=0.05)
-        swarm._saw(BEN.peer_id, presence_to_proto(ben))
+        swarm.peers.saw(BEN.peer_id, presence_to_proto(ben))
         swarm.tallying.clock = lambda: began_s + 60.0
         for peer in (BEN, CARL):
             swarm.tallying.hear(peer.peer_id, 10**9)
@@ -405,16 +402,15 @@ def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
         return {}
 
     async def body(swarm: Swarm) -> None:
-        swarm.me = dataclasses.replace(swarm.me, training=True)
+        swarm.presence.me = dataclasses.replace(swarm.presence.me, training=True)
         swarm.node.store, swarm.node.read_bucket = store, read_bucket  # type: ignore[method-assign, assignment]
         swarm.rounds.know_roster(Roster(round=6, signer=BEN.peer_id, entries=()), pb.Signed())
         digest = next(iter(swarm.rounds._pending))
         counts = {ME.peer_id: 700, BEN.peer_id: 9}
         swarm.set_state(Progress(round=7, peer_tokens=counts, roster_sha256=digest), Body([]))
         safe = Progress(round=6, peer_tokens={ME.peer_id: 600})
-        for durable in (lambda: None, lambda: safe, None):
-            swarm.durable = durable
-            await swarm._store_records()
+        for durable in (lambda: None, lambda: safe, swarm.records.safe):
+            await dataclasses.replace(swarm.records, safe=durable).store()
         assert swarm.tallying.contributions() == counts
 
     run(body, Hellos())
@@ -448,9 +444,9 @@ def test_a_full_table_takes_no_more_strangers_from_records(monkeypatch: pytest.M
         for stamp_s in (swarm_time(), swarm_time() + 1):
             infos = [PeerInfo(peer=new_identity(bytes([i]) * 32).peer_id, stamp=stamp_s) for i in range(100, 120)]
             swarm.node.read_bucket = records_of(*infos)  # type: ignore[method-assign, assignment]
-            await swarm.read_presences()
+            await swarm.peers.read_records()
             assert [info.stamp for info in swarm.membership.known()] == [stamp_s] * 5, "those who are known are renewed"
-        await swarm.greet(BEN.peer_id)
+        await swarm.greeter.greet(BEN.peer_id)
         assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE, "who answers is no invention"
 
     run(body, Hellos(BEN))
@@ -462,10 +458,10 @@ def test_a_record_that_nobody_renews_is_believed_as_long_as_the_run_says() -> No
     async def body(swarm: Swarm) -> None:
         ben = PeerInfo(peer=BEN.peer_id, stamp=swarm_time(), training=True)
         swarm.node.read_bucket = records_of(ben, lifetime_s=3600.0)  # type: ignore[method-assign, assignment]
-        await swarm.read_presences()
+        await swarm.peers.read_records()
         assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE and not swarm.membership.expire(swarm_time() + 29)
         swarm.membership.expire(swarm_time() + 31)
-        await swarm.read_presences()
+        await swarm.peers.read_records()
         assert swarm.membership.state(BEN.peer_id) is PeerState.LOST, "it is no news"
 
     run(body, Hellos())
@@ -477,7 +473,7 @@ def test_in_synchronous_rounds_nobody_is_hidden_whatever_it_says() -> None:
     async def body(swarm: Swarm) -> None:
         now = swarm_time()
         for hidden_s in (now, now + 0.1):
-            swarm._saw(BEN.peer_id, presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=hidden_s, hidden=True)))
+            swarm.peers.saw(BEN.peer_id, presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=hidden_s, hidden=True)))
         for failed_s in (now + 1, now + 3):
             swarm.membership.call_failed(BEN.peer_id, failed_s, "no answer")
         assert swarm.membership.state(BEN.peer_id) is PeerState.LOST
@@ -527,46 +523,72 @@ class AHost:
 def test_a_host_takes_a_guest_in_one_small_call_and_lets_it_go() -> None:
     async def body(swarm: Swarm) -> None:
         request = pb.HelloRequest(presence=presence(BEN), wants_host=True)
-        assert not swarm.hello(request, BEN.peer_id).hosting, "it merges with rosters"
+        assert not swarm.answers.hello(request, BEN.peer_id).hosting, "it merges with rosters"
         host: Any = AHost()
-        swarm.hosts(host)
-        reply = swarm.hello(request, BEN.peer_id)
+        swarm.serving = Serving(hosting=host)
+        reply = swarm.answers.hello(request, BEN.peer_id)
         assert reply.hosting and not reply.others and reply.ByteSize() < 100
         assert host.asked == [BEN.peer_id]
-        swarm.me = dataclasses.replace(swarm.me, hidden=True)
-        assert not swarm.hello(request, BEN.peer_id).hosting, "nobody can dial the host either"
-        swarm.hello(pb.HelloRequest(presence=presence(BEN), leaving=True), BEN.peer_id)
+        swarm.presence.me = dataclasses.replace(swarm.presence.me, hidden=True)
+        assert not swarm.answers.hello(request, BEN.peer_id).hosting, "nobody can dial the host either"
+        swarm.answers.hello(pb.HelloRequest(presence=presence(BEN), leaving=True), BEN.peer_id)
         assert host.gone == [BEN.peer_id]
 
     run(body, Hellos())
-
-
-class Pulling:
-    async def stop(self) -> None:
-        pass
 
 
 def test_who_asks_for_what_we_publish_is_told_to_whom_pulls() -> None:
     called: list[str] = []
 
     async def body(swarm: Swarm) -> None:
-        await swarm.publication(pb.PublicationRequest(), CARL.peer_id)
-        swarm.publishes({}, Pulling(), called=called.append)
-        await swarm.publication(pb.PublicationRequest(), BEN.peer_id)
+        await swarm.answers.publication(pb.PublicationRequest(), CARL.peer_id)
+        swarm.serving = Serving(called=called.append)
+        await swarm.answers.publication(pb.PublicationRequest(), BEN.peer_id)
 
     run(body, Hellos())
     assert called == [BEN.peer_id]
 
 
+class Pulling:
+    def __init__(self) -> None:
+        self.num_stops = 0
+
+    async def stop(self) -> None:
+        self.num_stops += 1
+
+
+def test_who_holds_a_stage_again_serves_with_what_it_has_by_then() -> None:
+    first, second = Pulling(), Pulling()
+    called: list[str] = []
+
+    async def body(swarm: Swarm) -> None:
+        async def read_records() -> None: ...
+
+        swarm.peers.read_records = read_records  # type: ignore[method-assign]
+        swarm.serving = Serving(pulling=first, called=lambda peer: called.append("of before"))
+        await swarm.withdraw()
+        await swarm.come_back()
+        await swarm.answers.publication(pb.PublicationRequest(), BEN.peer_id)
+        await swarm.come_back(Serving(pulling=second, called=called.append))
+        swarm.rounds.away = False
+        await swarm.answers.publication(pb.PublicationRequest(), BEN.peer_id)
+        await swarm.withdraw()
+        assert not swarm.greeter.meets_strangers
+
+    run(body, Hellos())
+    assert (first.num_stops, second.num_stops) == (1, 1)
+    assert called == ["of before", BEN.peer_id]
+
+
 def test_a_guests_publication_is_the_hosts_business_and_nobody_elses() -> None:
     async def body(swarm: Swarm) -> None:
         of_carl = pb.PublicationRequest(author=peer_bytes(CARL.peer_id))
-        assert (await swarm.publication(of_carl, BEN.peer_id)).away
+        assert (await swarm.answers.publication(of_carl, BEN.peer_id)).away
         host: Any = AHost()
-        swarm.hosts(host)
-        assert (await swarm.publication(of_carl, BEN.peer_id)).busy
+        swarm.serving = Serving(hosting=host)
+        assert (await swarm.answers.publication(of_carl, BEN.peer_id)).busy
         own = pb.PublicationRequest(author=peer_bytes(ME.peer_id))
-        assert not (await swarm.publication(own, BEN.peer_id)).busy
+        assert not (await swarm.answers.publication(own, BEN.peer_id)).busy
 
     run(body, Hellos())
 
@@ -578,13 +600,17 @@ def test_a_hidden_peer_tells_its_hosts_and_no_address() -> None:
 
         swarm.node.addresses = addresses  # type: ignore[method-assign]
         await swarm._look_where_we_are()
-        assert swarm.me.addresses and not swarm.me.hidden
+        assert swarm.presence.me.addresses and not swarm.presence.me.hidden
         swarm.reaching.reachability.state = Reach.HIDDEN
         swarm.reaching.choice.choose([HostCandidate(peer=BEN.peer_id), HostCandidate(peer=CARL.peer_id)], 0.0)
         swarm.reaching.choice.answered(BEN.peer_id, True, 0.0)
         await swarm._look_where_we_are()
-        assert (swarm.me.addresses, swarm.me.hidden, swarm.me.hosts) == ((), True, (BEN.peer_id,))
-        reply = swarm.hello(pb.HelloRequest(), CARL.peer_id)
+        assert (swarm.presence.me.addresses, swarm.presence.me.hidden, swarm.presence.me.hosts) == (
+            (),
+            True,
+            (BEN.peer_id,),
+        )
+        reply = swarm.answers.hello(pb.HelloRequest(), CARL.peer_id)
         assert reply.HasField("presence")
         assert (reply.protocol, reply.needs_protocol, reply.needs_version) == (PROTOCOL, 1, "0.1")
         assert swarm.invite().peers[0].addresses, "an invite names somebody"
@@ -595,14 +621,18 @@ def test_a_hidden_peer_tells_its_hosts_and_no_address() -> None:
 def test_a_bootstrap_keeps_the_last_one_until_it_is_archived() -> None:
     async def body(swarm: Swarm) -> None:
         request = pb.HelloRequest(presence=presence(BEN), asks_to_leave=True)
-        assert not swarm.hello(request, BEN.peer_id).stay, "a volunteer has no archive"
-        swarm.keep_leavers()
-        assert swarm.leavers is not None and swarm.hello(request, BEN.peer_id).stay
-        assert not swarm.hello(pb.HelloRequest(presence=presence(BEN)), BEN.peer_id).stay
-        waiting = swarm.leavers.waiting(swarm_time())
+        assert not swarm.answers.hello(request, BEN.peer_id).stay, "a volunteer has no archive"
+        leavers = Leavers(swarm.membership)
+        swarm.serving = Serving(leavers=leavers)
+        assert swarm.answers.hello(request, BEN.peer_id).stay
+        assert not swarm.answers.hello(pb.HelloRequest(presence=presence(BEN)), BEN.peer_id).stay
+        waiting = leavers.waiting(swarm_time())
         assert waiting == (BEN.peer_id,)
-        swarm.leavers.taken(waiting, swarm_time())
-        assert not swarm.hello(request, BEN.peer_id).stay
+        leavers.taken(waiting, swarm_time())
+        assert not swarm.answers.hello(request, BEN.peer_id).stay
+        assert swarm.answers.hello(request, BEN.peer_id).stay, "it has trained on"
+        leavers.release()
+        assert not swarm.answers.hello(request, BEN.peer_id).stay, "there is no other archive"
 
     run(body, Hellos())
 
@@ -624,10 +654,10 @@ def test_names_that_strangers_give_are_neither_dialled_nor_handed_on(monkeypatch
         node.remember_addresses = lambda peer, addresses, given=(): remembered.update({peer: (addresses, given)})
         node.serve = node.join_dht = nothing
         monkeypatch.setattr(PublishedRun, "blobs", lambda _: {})
-        swarm.read_presences = swarm._greet_all = nothing  # type: ignore[method-assign]
+        swarm.peers.read_records = swarm.greeter.greet_all = nothing  # type: ignore[method-assign]
         await swarm.start([InvitedPeer(BEN.peer_id, (home,))])
-        swarm._read_presence_untrusted(says(BEN, evil, home, plain, hidden), BEN.peer_id)
-        swarm._read_presence_untrusted(says(CARL, evil, home, plain, hidden), None)
+        swarm.peers.hear_untrusted(says(BEN, evil, home, plain, hidden), BEN.peer_id)
+        swarm.peers.hear_untrusted(says(CARL, evil, home, plain, hidden), None)
         assert remembered[BEN.peer_id] == ((home, plain), (home,))
         assert remembered[CARL.peer_id] == ((plain,), ()), "home is the user's word about Ben alone"
         told = {peer.peer: peer.addresses for peer in swarm.invite().peers}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from swarm import Child, Swarm, assert_same_states, wait_until, write_run
@@ -51,18 +51,17 @@ class EndlessStore(SnapshotStore):
                 yield reply
 
 
-@dataclass
 class Mallory(Membership):
     """Says in every round that it has published, what `mode` says."""
 
-    mode: str = "honest"
-    _published: dict[tuple[str, int], Held] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.mode = "honest"
         self.store = EndlessStore()
+        self.answers.round = self._round  # type: ignore[method-assign]
+        self._published: dict[tuple[str, int], Held] = {}
 
-    async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
+    async def _round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
         """As the caller is, so are we; and here is our share of it."""
         asked = pb.RoundRequest(round=request.round, has_publication=True, has_share=True)
         theirs = await self.calls.round(caller, asked)

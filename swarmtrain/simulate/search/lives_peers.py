@@ -219,11 +219,10 @@ class Process:
             emit = staticmethod(lambda event: None)
 
             @property
-            def me(self) -> PeerInfo:
-                return process.info
+            def presence(self) -> Any:
+                return SimpleNamespace(me=process.info)
 
         return _Swarm(
-            offers_archive=lambda rows, places: None,
             membership=self.membership,
             tallying=self.tallying,
             states=SimpleNamespace(fetch=self._fetch_states, fetch_manifests=self._fetch_manifests),
