@@ -15,7 +15,9 @@ import torch
 from swarmtrain.algorithm.outer import OuterState, flatten
 from swarmtrain.events import ArchivedEvent, Event, WarningEvent
 from swarmtrain.model.gpt import build_model
+from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NetworkThread
+from swarmtrain.network.presence import OwnPresence
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer import bootstrap, present
 from swarmtrain.peer.common import Interrupted, PeerSettings, StopFlag
@@ -129,7 +131,7 @@ def test_only_what_is_on_the_disk_is_told() -> None:
     checkpointer = SimpleNamespace(durable=None)
     keeper: Any = SimpleNamespace(checkpointer=checkpointer)
     peer.keeper = keeper
-    presence = SimpleNamespace(me=PeerInfo(peer="P", is_bootstrap=True))
+    presence = OwnPresence(new_identity(), "ab" * 32, PeerInfo(peer="P", is_bootstrap=True), lambda: 0)
     swarm: Any = SimpleNamespace(presence=presence, asynchronous=False)
     try:
         peer.progress = Progress(round=9, run_tokens=1000)

@@ -15,7 +15,9 @@ from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import DoneEvent, Event, FetchedEvent, FinishingEvent, WarningEvent
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import new_identity
 from swarmtrain.network.invite import Invite
+from swarmtrain.network.presence import OwnPresence
 from swarmtrain.network.swarm import Serving
 from swarmtrain.peer.board import StatusBoard
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
@@ -320,7 +322,7 @@ def test_what_volunteers_say_of_their_losses_reaches_the_board() -> None:
 
 
 def test_a_loss_that_is_no_number_is_not_told() -> None:
-    swarm: Any = SimpleNamespace(presence=SimpleNamespace(me=PeerInfo(peer=BEN)))
+    swarm: Any = SimpleNamespace(presence=OwnPresence(new_identity(), "ab" * 32, PeerInfo(peer=BEN), lambda: 0))
     network: Any = SimpleNamespace(submit_unhurried=asyncio.run)
     for loss, told in ((2.5, 2.5), (float("nan"), 0.0), (float("inf"), 0.0), (1e9, 0.0)):
         tell_loss(network, swarm, loss)

@@ -14,7 +14,7 @@ from swarmtrain.network.hosting import Hosting
 from swarmtrain.network.identity import peer_bytes
 from swarmtrain.network.known_peers import KnownPeers
 from swarmtrain.network.offering import Offer
-from swarmtrain.network.presence import Presence
+from swarmtrain.network.presence import OwnPresence
 from swarmtrain.network.publications import Publisher, Pulling, section_of
 from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.snapshots import SnapshotStore
@@ -54,7 +54,7 @@ class SwarmAnswers:
     """Answers to the calls of `service.Answers`."""
 
     published: PublishedRun
-    presence: Presence
+    presence: OwnPresence
     peers: KnownPeers
     greeter: Greeter
     rounds: Rounds

@@ -12,7 +12,7 @@ from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.known_peers import KnownPeers
 from swarmtrain.network.node import Node
-from swarmtrain.network.presence import Presence
+from swarmtrain.network.presence import OwnPresence
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.protocol.lifecycle import PeerState
@@ -35,9 +35,8 @@ class Greeter:
     node: Node
     calls: PeerCalls
     peers: KnownPeers
-    presence: Presence
-    meets_strangers: bool = field(default=False, init=False)
-    """Whether we are here for whoever calls: between `announce` and `withdraw`."""
+    presence: OwnPresence
+    _meets: bool = field(default=False, init=False)
     _met_s: dict[str, float] = field(default_factory=dict, init=False)
     _meetings: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
@@ -82,6 +81,10 @@ class Greeter:
         if tasks:
             await asyncio.wait(tasks, timeout=_GREETING_S)
 
+    def start(self) -> None:
+        """From now on strangers are met."""
+        self._meets = True
+
     def meet(self, peers: Iterable[str]) -> None:
         """Greet those who take part and were never heard of, or seemed gone: joiners at one moment may each have been
         told of everyone but each other, and whoever does not know that another trains closes the round without it."""
@@ -89,7 +92,7 @@ class Greeter:
         self._met_s = {peer: met_s for peer, met_s in self._met_s.items() if now < met_s + _MEET_AGAIN_S}
         for peer in peers:
             known = peer == membership.me or membership.state(peer) is PeerState.LIVE
-            if known or not self.meets_strangers or peer in self._met_s or not membership.has_room_for(peer):
+            if known or not self._meets or peer in self._met_s or not membership.has_room_for(peer):
                 continue
             if len(self._meetings) >= _MAX_MEETINGS or len(self._met_s) >= _MAX_MET:
                 return
@@ -100,7 +103,7 @@ class Greeter:
 
     async def stop(self) -> None:
         """Meet nobody any more."""
-        self.meets_strangers = False
+        self._meets = False
         await end_tasks(self._meetings)
 
     async def _greet(self, peer: str, presence: pb.Signed | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict, Unpack
 
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity
@@ -12,20 +13,32 @@ from swarmtrain.network.node import Node
 from swarmtrain.network.records import PRESENCE, presence_to_proto, progress_to_proto
 from swarmtrain.network.signing import sign
 from swarmtrain.network.tallying import Tallying
+from swarmtrain.protocol.balance import StagePeer
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.records import bucket_of, choose_bucket
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["OwnRecords", "Presence"]
+__all__ = ["OwnPresence", "OwnRecords"]
 
 _MAX_OWN_ADDRESSES = 8
 _PROGRESS_TTL_S = 86_400.0
 
 
+class _Changes(TypedDict, total=False):
+    """Of a `PeerInfo`."""
+
+    round: int
+    run_tokens: int
+    inner_steps: int
+    loss: float
+    place: StagePeer
+    settled: bool
+
+
 @dataclass
-class Presence:
-    """What others are told of this peer. `me` is its newest; whoever has news of this peer replaces it."""
+class OwnPresence:
+    """What others are told of this peer: `me`, as of the last time that anybody was told."""
 
     identity: Identity
     run_sha256: str
@@ -43,6 +56,10 @@ class Presence:
     def describe_part(self, part: int, tokens: int) -> None:
         """What the next presence says of our newest publication in this round."""
         self.me = dataclasses.replace(self.me, part=part, part_tokens=tokens)
+
+    def change(self, **what: Unpack[_Changes]) -> None:
+        """What the next presence says besides."""
+        self.me = dataclasses.replace(self.me, **what)
 
     def describe_place(self, listens_at: Sequence[str], hidden: bool, hosts: tuple[str, ...]) -> None:
         """What the next presence says of how to reach us; that we listen nowhere is no news."""
@@ -66,7 +83,7 @@ class OwnRecords:
     """This peer's records in the DHT: each kind in the shallowest bucket with room, found once."""
 
     node: Node
-    presence: Presence
+    presence: OwnPresence
     tallying: Tallying
     presence_ttl_s: float
     safe: Callable[[], Progress | None]

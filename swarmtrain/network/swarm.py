@@ -27,7 +27,7 @@ from swarmtrain.network.known_peers import KnownPeers
 from swarmtrain.network.merging import Average, RoundSettings
 from swarmtrain.network.node import Node
 from swarmtrain.network.offering import FillManifest, Offer, state_specs
-from swarmtrain.network.presence import OwnRecords, Presence
+from swarmtrain.network.presence import OwnPresence, OwnRecords
 from swarmtrain.network.reaching import Reaching, is_loopback_only
 from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
@@ -76,7 +76,7 @@ class Swarm:
         node.settings = dataclasses.replace(node.settings, call_limit_s=limits.call_limit_s)
         self.node, self.published, self.specs, self.emit = node, published, specs, emit
         members = self.membership = Membership(identity.peer_id)
-        presence = self.presence = Presence(identity, sha256, me, lambda: self.rounds.inner_steps_done)
+        presence = self.presence = OwnPresence(identity, sha256, me, lambda: self.rounds.inner_steps_done)
         tallying = self.tallying = Tallying(
             identity.peer_id,
             counting_rules(run, swarm_time()),
@@ -186,7 +186,7 @@ class Swarm:
             kept.append(self.reaching.keep())
         for work in kept:
             self._begin(work).add_done_callback(self._work_ended)
-        self.greeter.meets_strangers = True
+        self.greeter.start()
 
     def set_state(
         self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest = lambda manifest: None
@@ -216,7 +216,7 @@ class Swarm:
             return
         presence = self.presence
         self.rounds.leave()
-        presence.me = dataclasses.replace(presence.me, inner_steps=0)  # whoever comes back begins another round
+        presence.change(inner_steps=0)  # whoever comes back begins another round
         for work in (self.serving.pulling, self.serving.hosting):
             if work is not None:
                 await work.stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
@@ -113,7 +112,7 @@ class AsynchronousExchange(SwarmExchange):
         """Say that this peer needs nothing more."""
 
         async def settle() -> None:
-            self.swarm.presence.me = dataclasses.replace(self.swarm.presence.me, settled=True)
+            self.swarm.presence.change(settled=True)
 
         self.network.run(settle(), _SETTLE_S)
 

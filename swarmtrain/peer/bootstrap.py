@@ -290,7 +290,7 @@ class _Bootstrap(BootstrapPeer):
 
         async def tell() -> None:
             round = durable.round if self.server is None else max(durable.round, swarm.presence.me.round)
-            swarm.presence.me = dataclasses.replace(swarm.presence.me, round=round, run_tokens=run_tokens)
+            swarm.presence.change(round=round, run_tokens=run_tokens)
 
         wait_for(self.network.submit(tell()), self.stop)
 

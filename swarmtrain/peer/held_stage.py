@@ -257,7 +257,7 @@ class HeldStage:
 
         async def tell() -> None:
             self.swarm.presence.describe(round=progress.round, steps_per_s=self.session.steps_per_s, run_tokens=total)
-            self.swarm.presence.me = dataclasses.replace(self.swarm.presence.me, settled=True)
+            self.swarm.presence.change(settled=True)
             await self.swarm.greeter.greet_everyone()
 
         wait_for(self.site.network.submit(tell()), self.site.stop)

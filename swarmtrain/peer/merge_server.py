@@ -7,7 +7,6 @@ waits for nobody, and nobody for it. Its weights are the run's: the archive is a
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -241,4 +240,4 @@ class MergeServer:
         )
         swarm = self.swarm
         swarm.set_state(progress, body_of(state.theta, state.momentum), fill)
-        swarm.presence.me = dataclasses.replace(swarm.presence.me, round=progress.round)
+        swarm.presence.change(round=progress.round)

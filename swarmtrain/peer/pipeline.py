@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
@@ -198,7 +198,7 @@ class PipelineVolunteer:
         """Answer others' questions, learn who is here, and say that we are, without a stage yet."""
         swarm = self.swarm
         self.keeper.attach(swarm)
-        swarm.presence.me = replace(swarm.presence.me, place=self._place())
+        swarm.presence.change(place=self._place())
         client = StageClient(self.node, self.published.sha256, on_failure=swarm.peers.call_failed)
         wire = StageShapes(
             most_sequences=self.run.microbatch_sequences,
@@ -496,7 +496,7 @@ class PipelineVolunteer:
 
         async def tell() -> None:
             swarm = self.swarm
-            swarm.presence.me = replace(swarm.presence.me, place=place)
+            swarm.presence.change(place=place)
             swarm.presence.describe(round=round, steps_per_s=steps_per_s, run_tokens=run_tokens)
             swarm.tallying.learn({self.me: contribution})
             if now:

@@ -169,9 +169,7 @@ class PipelineBootstrap(BootstrapPeer):
         run_tokens = total if archive.is_final else min(durable.run_tokens, total - 1)
 
         async def tell() -> None:
-            archive.swarm.presence.me = dataclasses.replace(
-                archive.swarm.presence.me, round=durable.round, run_tokens=run_tokens
-            )
+            archive.swarm.presence.change(round=durable.round, run_tokens=run_tokens)
 
         self._wait(tell())
 

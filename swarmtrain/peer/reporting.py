@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from swarmtrain.events import RoundEvent, times_below_allreduce
 from swarmtrain.network.codec import vector_sha256
 from swarmtrain.network.node import NetworkThread
@@ -49,7 +47,7 @@ def tell_loss(network: NetworkThread, swarm: Swarm, loss: float) -> None:
     """Have the next presence say what the loss was, if it is one; the trainer does not wait for it."""
 
     async def describe() -> None:
-        swarm.presence.me = dataclasses.replace(swarm.presence.me, loss=loss if 0 <= loss <= MAX_LOSS else 0.0)
+        swarm.presence.change(loss=loss if 0 <= loss <= MAX_LOSS else 0.0)
 
     network.submit_unhurried(describe())
 

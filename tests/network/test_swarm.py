@@ -83,7 +83,7 @@ def run(body: Callable[[Swarm], Coroutine[Any, Any, None]], calls: Hellos, metho
     async def announced() -> None:
         swarm, told = a_swarm(calls, method)
         events.append(told)
-        swarm.greeter.meets_strangers = True
+        swarm.greeter.start()
         await body(swarm)
 
     events: list[list[Event]] = []
@@ -570,10 +570,10 @@ def test_who_holds_a_stage_again_serves_with_what_it_has_by_then() -> None:
         await swarm.come_back()
         await swarm.answers.publication(pb.PublicationRequest(), BEN.peer_id)
         await swarm.come_back(Serving(pulling=second, called=called.append))
-        swarm.rounds.away = False
+        swarm.rounds.come_back()
         await swarm.answers.publication(pb.PublicationRequest(), BEN.peer_id)
         await swarm.withdraw()
-        assert not swarm.greeter.meets_strangers
+        assert not swarm.greeter._meets
 
     run(body, Hellos())
     assert (first.num_stops, second.num_stops) == (1, 1)
