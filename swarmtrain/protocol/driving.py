@@ -58,6 +58,8 @@ _MOST_SETTLED = 1024
 _GIVE_UP_S = 60.0
 """A peer that does not answer for so long is not told any more what was acknowledged: it is dead, or takes it out."""
 _ANY_LIFE = 0
+_HERE_S = 30.0
+"""So often whoever has an open part of a microbatch hears of this driver: it forgets those of one that is silent."""
 
 Fault: TypeAlias = Literal["busy", "gone", "unreachable", "wrong"]
 
@@ -301,6 +303,10 @@ class _Rest(_Due):
     """The place of a microbatch that this peer's own stage gave up: another one begins when it ends."""
 
 
+class _Word(_Due):
+    """This driver is here, for those who have parts of what is under way."""
+
+
 class DrivingEngine:
     """The microbatches of one driver."""
 
@@ -320,6 +326,9 @@ class DrivingEngine:
         self._touched: dict[_Whom, None] = {}
         """Who has something new to be told."""
         self._rests: set[_Rest] = set()
+        self._word = _Word()
+        self._said_s: dict[tuple[str, int], float] = {}
+        """When a peer of a stage last heard of this driver."""
         self._drawing = 0
         """Microbatches that were asked for and not drawn yet."""
         self._is_shut = False
@@ -410,6 +419,8 @@ class DrivingEngine:
                 self._timed_out(what, now)
             elif isinstance(what, _Rest):
                 self._rests.discard(what)
+            else:
+                self._say_here(now)
 
     # ------------------------------------------------------------- how many
 
@@ -445,6 +456,8 @@ class DrivingEngine:
         self.next_sequence += 1
         way = _Way(sequence, tokens, now, [None] * stages, [0] * stages, [0] * stages)
         self._ways[sequence] = way
+        if self._word.due_s is None:
+            self._at(now + _HERE_S, self._word)
         self._ask_there(way, now)
 
     def _go_on(self, way: _Way, now: float) -> None:
@@ -499,7 +512,7 @@ class DrivingEngine:
             wait.limit_s = router.limit_s(peer, wait.work_tokens)
             router.begun(peer, wait.work_tokens)
             self._at(now + wait.limit_s, wait)
-        way.call, self._waits[call] = call, wait
+        way.call, self._waits[call], self._said_s[peer, stage] = call, wait, now
         self._out.append(Ask(call, kind, stage, peer, key, way.tokens))
 
     # ------------------------------------------------------------- back
@@ -655,6 +668,7 @@ class DrivingEngine:
         dropped = tuple(itertools.islice(settling.dropped, _MOST_SETTLED))
         settling.said = Settlement(whom.life, said, dropped, self._settled_before(whom))
         settling.call, self._telling[call] = call, settling
+        self._said_s[whom.peer, whom.stage] = now
         self._at(now + _SETTLE_LIMIT_S, settling)
         self._out.append(Tell(call, whom.peer, whom.stage, settling.said))
 
@@ -690,6 +704,15 @@ class DrivingEngine:
             self._tell(settling, now)
         else:
             del self._settling[whom]
+
+    def _say_here(self, now: float) -> None:
+        places = {(place[0], stage) for way in self._ways.values() for stage, place in enumerate(way.places) if place}
+        self._said_s = {place: said_s for place, said_s in self._said_s.items() if place in places}
+        for peer, stage in sorted(places):
+            if stage and self._said_s[peer, stage] <= now - _HERE_S:
+                self._settling_of(_Whom(peer, stage, _ANY_LIFE))
+        if self._ways:
+            self._at(now + _HERE_S, self._word)
 
     def _settled_before(self, whom: _Whom) -> int:
         """Nothing is needed of what is before this sequence by that peer. What is acknowledged is let go of when it is

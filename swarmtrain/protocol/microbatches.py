@@ -70,7 +70,7 @@ class LedgerLimits:
     ack_wait_s: float = 10.0
     """A closed batch waits so long for what is not acknowledged."""
     hold_s: float = 120.0
-    """What its driver says nothing of for so long is forgotten."""
+    """What a driver has asked is forgotten when it says nothing at all for so long."""
     max_open: int = 64
     """Microbatches begun and not acknowledged, of all drivers: those of which something is kept."""
     max_open_of_driver: int = 32
@@ -192,7 +192,7 @@ class _Driver:
     finished: dict[int, tuple[int, bool]] = field(default_factory=dict)
     """By sequence, the last attempt that is finished, and whether a step has it."""
     heard_s: float = 0.0
-    num_places: int = 0
+    places: dict[Key, None] = field(default_factory=dict)
     """Its microbatches that are open and not acknowledged."""
     strikes: int = 0
     """So many of its microbatches in a row were not acknowledged in time: it is given half as many places each time."""
@@ -262,7 +262,7 @@ class StageLedger:
 
     def _admit(self, key: Key, kind: Kind, tokens: int, now: float) -> Verdict:
         same = list(self._attempts.get(key[:2], ()))
-        if any(other.attempt > key.attempt or self._open[other].acknowledged for other in same):
+        if same and any(other.attempt > key.attempt or self._open[other].acknowledged for other in same):
             return Verdict("gone", "a newer attempt at this microbatch is known, or one that is acknowledged")
         for other in same:
             self._drop(other, "another attempt takes its place")
@@ -271,12 +271,13 @@ class StageLedger:
             return Verdict("busy", reason)
         self._open[key] = _Microbatch(tokens=tokens, version=self.version, heard_s=now, asked={kind})
         self._attempts.setdefault(key[:2], []).append(key)
-        self._take_place(key, 1)
+        self._drivers[key.driver].places[key] = None
+        self._num_places += 1
         return Verdict("work")
 
-    def _take_place(self, key: Key, number: int) -> None:
-        self._num_places += number
-        self._drivers[key.driver].num_places += number
+    def _free_place(self, key: Key) -> None:
+        self._num_places -= 1
+        del self._drivers[key.driver].places[key]
 
     def full(self, key: Key) -> str | None:
         """Why no place is free for a new microbatch `key`; None if one is."""
@@ -292,7 +293,7 @@ class StageLedger:
             return f"{self._num_places} microbatches are open here"
         driver = self._drivers.get(key.driver)
         most = self.limits.max_open_of_driver >> min(driver.strikes if driver is not None else 0, 32)
-        if driver is not None and driver.num_places >= max(1, most):
+        if driver is not None and len(driver.places) >= max(1, most):
             return "too many microbatches of this driver are open here"
         return None
 
@@ -358,7 +359,7 @@ class StageLedger:
             self._due.append(Add(key, self._filling.number))
         if not known.acknowledged:
             self._due.append(Forget(key))
-            self._take_place(key, -1)
+            self._free_place(key)
             batch = self._batch_of(key)
             assert batch is not None
             batch.num_waiting -= 1
@@ -387,9 +388,8 @@ class StageLedger:
         if sequence <= known.oldest_open:
             return
         known.let_go(sequence)
-        for key, each in list(self._open.items()):
-            if key.driver == driver and key.sequence < known.oldest_open and not each.acknowledged:
-                self._drop(key, "given up by its driver")
+        for key in [key for key in known.places if key.sequence < sequence]:
+            self._drop(key, "given up by its driver")
 
     def _driver(self, name: str) -> _Driver:
         """What is known of it; of very many, those with nothing open that were heard of longest ago are forgotten."""
@@ -498,7 +498,7 @@ class StageLedger:
                 driver.let_go(sorted(driver.finished)[_MOST_KNOWN // 2])
         if not acknowledged:
             self._due.append(Forget(key))
-            self._take_place(key, -1)
+            self._free_place(key)
 
     def _forget_silent(self, now: float) -> None:
         """Forget what no driver has said anything of for long, and drivers that are gone."""
@@ -508,10 +508,11 @@ class StageLedger:
         for key, known in list(self._open.items()):
             if self._batch_of(key) is not None:
                 continue
-            if now >= known.heard_s + self.limits.hold_s:
-                self._drop(key, "its driver says nothing of it")
+            heard_s = max(known.heard_s, self._drivers[key.driver].heard_s)
+            if now >= heard_s + self.limits.hold_s:
+                self._drop(key, "its driver says nothing")
             else:
-                self._silent_s = min(self._silent_s, known.heard_s + self.limits.hold_s)
+                self._silent_s = min(self._silent_s, heard_s + self.limits.hold_s)
         busy = {key.driver for key in self._open}
         for name, driver in list(self._drivers.items()):
             if now >= driver.heard_s + 10 * self.limits.hold_s and name not in busy:

@@ -43,8 +43,8 @@ class Ground(Protocol):
     def look(self, viewer: str, table: dict[str, StagePeer]) -> None:
         """Bring what `viewer` knows of the others up to what it finds now."""
 
-    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any) -> None:
-        """One message: `call(*args)` when it arrives, which may be never, or twice."""
+    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any, after_s: float = 0.0) -> None:
+        """One message: `call(*args)` when it arrives, `after_s` later than a short one; maybe never, or twice."""
 
     def note(self, peer: str, kind: Kind, reason: str) -> None:
         """For the log."""
@@ -78,9 +78,6 @@ class Moving(Place, Protocol):
 
     def serve(self, stages: tuple[int, ...]) -> None:
         """From here on it serves these."""
-
-    def drop_microbatches(self) -> None:
-        """It gives up what it has begun, and forgets what others have begun with it."""
 
 
 class Mover:
@@ -236,7 +233,6 @@ class Mover:
 
     def _drained(self, change: Change, fetch_s: float) -> None:
         if self.peer.alive and self.change is change:
-            self.peer.drop_microbatches()
             self.peer.world.clock.call_later(fetch_s, self._serve, change.after)
 
     def _fetched(self, change: Change) -> None:

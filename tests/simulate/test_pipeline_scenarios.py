@@ -59,7 +59,8 @@ def test_the_same_seed_is_the_same_pipeline() -> None:
 
 def test_all_that_can_get_through_does_where_nothing_happens() -> None:
     still = world(example(churn={"stays_s": 0.0}, links={"up_mbit": 0.0, "down_mbit": 0.0}))
-    assert still.num_late == 0 and still.share >= 0.85
+    num_calls = 6 * still.tokens_per_s * 1200 / still.settings.microbatch_tokens
+    assert still.num_late < 0.005 * num_calls and still.share >= 0.85
     rate = 2_097_152 / 3600 * 5 * sum(1 / slowdown for slowdown in (1, 1.3, 2.6, 5.7))
     assert still.ideal_per_s == pytest.approx(rate, rel=0.15), "speeds are spread by a tenth"
 

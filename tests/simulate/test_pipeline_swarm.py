@@ -94,8 +94,9 @@ def test_work_of_a_peer_that_dies_goes_on_from_that_boundary_at_another() -> Non
     even.kill("p06", silent=True)
     even.run_until(180)
     assert rate(even, 300) >= 0.85 * 2 * 500 * 3
-    driver = even.peers["p00"]
-    assert 0 < driver.num_in_flight <= driver.most_in_flight, "none of its microbatches is lost"
+    driver = even.peers["p00"].driver
+    assert driver is not None
+    assert 0 < driver.engine.num_under_way <= driver.engine.most, "none of its microbatches is lost"
 
 
 # ---------------------------------------------------------------- rebalancing

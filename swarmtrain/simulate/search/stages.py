@@ -135,11 +135,11 @@ class SearchedWorld(PipelineWorld):
         """One that died, or a newcomer: in a pipeline neither has anything."""
         return self.join(self.machine(name))
 
-    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any) -> None:
+    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any, after_s: float = 0.0) -> None:
         """A promise, among others."""
         for promise in (one for one in args if isinstance(one, Promise)):
             self._stays_until_s[src, promise.request.stage] = self.clock.now + promise.lasts_s
-        super().send(src, dst, call, *args)
+        super().send(src, dst, call, *args, after_s=after_s)
 
     def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
         """It has promised nobody to stay there."""
