@@ -87,6 +87,7 @@ class StageVolunteer:
         if stages:
             self.serve(stages)
         else:
+            self.announce()  # before the others choose, who must know it
             clock.call_later(settings.record_delay_s[1], self.mover.arrive)  # it reads the DHT first
         clock.call_later(self.rng.uniform(0, settings.announce_every_s), self._announce_again)
         clock.call_later(self.rng.uniform(0, settings.look_every_s), self._look_again)
@@ -117,13 +118,13 @@ class StageVolunteer:
     @property
     def record(self) -> StagePeer:
         """What it says of itself."""
-        held = self.stages or self.mover.moving_to or (0,)
+        planned = self.stages or self.mover.moving_to
         return StagePeer(
             peer=self.name,
             stages=self.stages,
-            tokens_per_s=self.speed_tokens_per_s / self.world.settings.rule.cost(held),
+            tokens_per_s=self.speed_tokens_per_s / (self.world.settings.rule.cost(planned) if planned else 1.0),
             moving_to=self.mover.moving_to,
-            bound=self.mover.stays.bound(self.world.clock.now),
+            bound=self.mover.engine.bound(self.world.clock.now) if self.stages else (),
             most_stages=self.machine.most_stages,
             move_s=self.machine.fetch_s,
             queue=self.queue,
@@ -147,8 +148,7 @@ class StageVolunteer:
 
     def announce(self) -> None:
         """Say so now."""
-        if self.stages or self.mover.moving_to:
-            self.world.publish(self.name, self.record)
+        self.world.publish(self.name, self.record)
 
     def _announce_again(self) -> None:
         if self.alive:

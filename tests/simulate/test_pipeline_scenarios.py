@@ -41,7 +41,8 @@ def of(scenario: Scenario, balance: str, seed: int) -> RunFile:
 
 
 def test_moving_beats_staying_under_preemptions_and_empties_nothing() -> None:
-    often = example(churn={"stays_s": 3600.0, "away_s": 900.0})
+    small = {"inner": {"microbatch_sequences": 4, "batch_sequences": 512}, "peers": {"step_ms": 1_000_000}}
+    often = example(churn={"stays_s": 3600.0, "away_s": 900.0}, **small)
     ours, none, queues = (world(often, balance) for balance in ("rates", "none", "queues"))
     shares = [each.share for each in (ours, none, queues)]
     assert shares[0] >= max(shares[1:]) + 0.03 and ours.share_of_assignment >= 0.75, shares
