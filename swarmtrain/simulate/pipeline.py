@@ -178,7 +178,8 @@ class PipelineWorld(Links):
         """Into the DHT."""
         known = self._records.setdefault(name, [])
         known.append(_Record(self.clock.now, record))
-        del known[:-4]
+        while len(known) > 1 and known[1].published_s <= self.clock.now - self.settings.record_delay_s[1]:
+            del known[0]  # nobody finds it any more
 
     def look(self, viewer: str, table: dict[str, StagePeer]) -> None:
         """Bring what `viewer` knows of the others up to what it finds now."""

@@ -190,8 +190,9 @@ class Mover:
                 peer.announce()
             case StaysHere():
                 world.note(peer.name, "stays", command.reason)
-                self.moving_to = ()
-                peer.announce()
+                if command.had_begun:
+                    self.moving_to = ()
+                    peer.announce()
 
     def _fetched(self, stages: tuple[int, ...]) -> None:
         if self.peer.works:
