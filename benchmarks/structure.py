@@ -161,10 +161,10 @@ PATHS = {
     """,
     "activations, pipeline": """
         peer/microbatches.py MicrobatchSource.next_microbatch
-        peer/driving.py Driving._keep_driving
+        peer/driving.py Driving._keep_drawing | Driving._keep_driving
         peer/driving.py Driving._drive
         peer/driver.py Driver.drive
-        peer/driver.py Driver._there
+        + protocol/driving.py DrivingEngine.receive | peer/driver.py Driver._there
         peer/driver.py Driver._ask
         peer/stage_service.py WireCalls.forward
         peer/stage_service.py WireCalls._own

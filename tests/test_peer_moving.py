@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import pytest
 
-from swarmtrain.errors import PeerError, UnreachableError
+from swarmtrain.errors import UnreachableError
 from swarmtrain.peer.moving import Mover
+from swarmtrain.protocol import moving
 from swarmtrain.protocol.balance import Change, Rule, StagePeer
+from swarmtrain.protocol.moving import (
+    AskToStay,
+    FetchFailed,
+    FetchStages,
+    LeaveStages,
+    MoveCommand,
+    Moved,
+    MoveEvent,
+    Moves,
+    PlacesSeen,
+    StagesFetched,
+    StagesLeft,
+    StayAnswered,
+    StaysHere,
+)
 
 TWO = Rule(costs=(0.5, 0.5))
 EVERY_S = 10.0
@@ -27,13 +46,11 @@ PILED = [place("a", 0), place("b", 0), place("c", 0), place("d", 1)]
 class Asked:
     """Whoever is asked to stay answers this."""
 
-    answer: tuple[float, str] | PeerError = (60.0, "it stays for 60 s")
+    answer: tuple[float, str] = (60.0, "it stays for 60 s")
     questions: list[tuple[str, int]] = field(default_factory=list)
 
     def __call__(self, peer: str, stage: int) -> tuple[float, str]:
         self.questions.append((peer, stage))
-        if isinstance(self.answer, PeerError):
-            raise self.answer
         return self.answer
 
 
@@ -47,194 +64,284 @@ class Clock:
 
 @dataclass
 class Site:
-    """One mover, its clock, and those whom it asks."""
+    """One mover, its clock, those whom it asks, and what it does."""
 
-    asked: Asked = field(default_factory=Asked)
+    asked: Callable[[str, int], tuple[float, str]] = field(default_factory=Asked)
     clock: Clock = field(default_factory=Clock)
-    balance: str = "rates"
+    balance: Literal["none", "queues", "rates"] = "rates"
     me: str = "a"
+    most_stages: int = 2
+    rule: Rule = TWO
+    fetch_s: float = 1.0
+    fetch_fails: bool = False
+    done: list[MoveCommand] = field(default_factory=list)
+    sees: list[StagePeer] = field(default_factory=lambda: list(PILED))
 
     def __post_init__(self) -> None:
-        self.mover = Mover(self.me, TWO, self.balance, EVERY_S, self.asked, self.clock)
+        self.mover = Mover(self.me, self.rule, self.balance, EVERY_S, self.most_stages, self.clock)
 
-    def look(self, peers: list[StagePeer] = PILED) -> Change | None:
-        """When it is time for sure."""
+    def do(self, command: MoveCommand) -> MoveEvent | None:
+        self.done.append(command)
+        match command:
+            case AskToStay():
+                return StayAnswered(command.number, *self.asked(command.peer, command.stage))
+            case FetchStages():
+                self.clock.now += self.fetch_s
+                return FetchFailed("nobody delivers") if self.fetch_fails else StagesFetched(self.sees, 0.0)
+            case LeaveStages():
+                return StagesLeft()
+        return None
+
+    def look(self, peers: Sequence[StagePeer] = PILED) -> list[MoveCommand]:
+        """When it is time for sure; what it does."""
         self.clock.now += 1.2 * EVERY_S
-        return self.mover.look(peers, 0.0)
+        assert self.mover.is_due or self.balance == "none"
+        self.sees, self.done = list(peers), []
+        self.mover.look(PlacesSeen(self.sees, 0.0), self.do)
+        return self.done
+
+    @property
+    def questions(self) -> list[tuple[str, int]]:
+        assert isinstance(self.asked, Asked)
+        return self.asked.questions
+
+    def is_asked(self, mover: str, stage: int, holds: tuple[int, ...] = (0,)) -> tuple[float, str]:
+        return self.mover.asked(mover, stage, holds, True)
 
 
-def test_who_is_to_move_asks_its_anchor_and_moves() -> None:
+def kinds(done: Sequence[MoveCommand]) -> list[str]:
+    return [type(command).__name__ for command in done]
+
+
+def stayed(done: Sequence[MoveCommand]) -> str:
+    """Why it did not move."""
+    assert isinstance(done[-1], StaysHere)
+    return done[-1].reason
+
+
+@contextmanager
+def decided(change: Change) -> Iterator[None]:
+    """That is what the peer of the change should do, whatever is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moving, "my_change", lambda me, *others: (change if me == change.peer else None, "by hand"))
+        yield
+
+
+TO_ONE = Change(peer="a", before=(0,), after=(1,), reason="by hand")
+MOVES = ["AskToStay", "Moves", "FetchStages", "LeaveStages", "Moved"]
+
+
+# ---------------------------------------------------------------- when, and whom it asks
+
+
+def test_who_is_to_move_asks_its_anchor_and_takes_the_new_stage_before_it_leaves_the_old_one() -> None:
     site = Site()
-    change = site.look()
-    assert change is not None and (change.before, change.after) == ((0,), (1,))
-    assert site.asked.questions == [("b", 0)]
-    assert site.mover.may_leave(change)
-    site.mover.over(change)
-    assert not site.mover.may_leave(change), "what was promised was for that once"
+    done = site.look()
+    assert kinds(done) == MOVES and site.questions == [("b", 0)]
+    (_, begins, fetches, leaves, moved) = done
+    assert isinstance(moved, Moved) and begins == Moves(moved.change)
+    assert (moved.change.before, moved.change.after) == ((0,), (1,))
+    assert (fetches, leaves) == (FetchStages((1,)), LeaveStages((0,)))
+    assert site.mover.engine.change is None
+    assert not site.mover.engine.stays.may_leave(0, site.clock.now)[0], "what was promised was for that once"
+
+
+def test_without_memory_for_both_it_leaves_first() -> None:
+    site = Site(most_stages=1)
+    assert kinds(site.look()) == ["AskToStay", "Moves", "LeaveStages", "FetchStages", "Moved"]
 
 
 @pytest.mark.parametrize("me", ["b", "c", "d"])
 def test_who_is_not_to_move_asks_nobody(me: str) -> None:
     site = Site(me=me)
-    assert site.look() is None and not site.asked.questions
-    assert site.mover.asked("a", 0, (0,))[0] == 60.0
+    assert site.look() == [] and not site.questions
+    assert site.is_asked("a", 0)[0] == 60.0
 
 
 def test_nobody_moves_where_the_run_balances_nothing() -> None:
     site = Site(balance="none")
-    assert all(site.look() is None for _ in range(10)) and not site.asked.questions
+    assert all(site.look() == [] for _ in range(10)) and site.mover.engine.wake_at() is None and not site.mover.is_due
 
 
-def test_queues_decide_where_the_run_says_so() -> None:
+def test_queues_decide_where_the_run_says_so_and_promises_hold_there_too() -> None:
     peers = [place("a", 0, queue=0), place("b", 0, queue=3), place("d", 1, queue=9)]
-    change = Site(balance="queues").look(peers)
-    assert change is not None and change.after == (1,) and change.reason.startswith("stage 0 has the shortest queues")
-    assert Site(balance="queues", me="b").look(peers) is None
+    site = Site(balance="queues")
+    done = site.look(peers)
+    assert isinstance(done[-1], Moved) and done[-1].change.reason.startswith("stage 0 has the shortest queues")
+    assert site.questions == [("b", 0)]
+    assert Site(balance="queues", me="b").look(peers) == []
 
 
 def test_it_looks_once_in_a_while_a_little_more_or_less() -> None:
     waits = []
     for _ in range(50):
         site = Site(me="d")
-        waits.append(site.mover._next_s - site.clock.now)
+        waits.append((site.mover.engine.wake_at() or 0.0) - site.clock.now)
         assert 0.8 * EVERY_S <= waits[-1] <= 1.2 * EVERY_S
     assert max(waits) - min(waits) > 0.1 * EVERY_S, "not everybody at one moment"
     site = Site()
     site.clock.now += 0.79 * EVERY_S
-    assert site.mover.look(PILED, 0.0) is None and not site.asked.questions
-    assert site.look() is not None
-    assert site.mover.look(PILED, 0.0) is None, "it has just looked"
-    assert len(site.asked.questions) == 1
+    assert not site.mover.is_due
+    site.mover.look(PlacesSeen(PILED, 0.0), site.do)
+    assert not site.done
+    assert site.look()
+    site.done = []
+    site.mover.look(PlacesSeen(PILED, 0.0), site.do)
+    assert site.done == [], "it has just looked"
 
 
-@pytest.mark.parametrize(
-    "answer", [(0.0, "b wants to leave stage 0 itself"), UnreachableError("nobody")], ids=["refused", "unreachable"]
-)
-def test_without_a_promise_it_stays_and_promises_others_again(
-    answer: tuple[float, str] | PeerError, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    site = Site(Asked(answer))
-    assert site.look() is None
-    assert site.asked.questions == [("b", 0)]
-    reason = "b wants to leave" if isinstance(answer, tuple) else "b could not be asked to stay: nobody"
-    assert f"does not leave stage 0: {reason}" in caplog.text
-    assert site.mover.asked("b", 0, (0,))[0] == 60.0
-    assert site.look() is None and len(site.asked.questions) == 1, "it has promised now, and asks nobody"
+def test_while_it_moves_it_does_not_look() -> None:
+    site = Site()
+    site.clock.now += 1.2 * EVERY_S
+    (ask,) = site.mover.engine.receive(PlacesSeen(PILED, 0.0), site.clock.now)
+    assert isinstance(ask, AskToStay) and site.mover.engine.wake_at() is None
+    assert site.mover.engine.receive(PlacesSeen(PILED, 0.0), site.clock.now + 100.0) == []
+    assert site.mover.engine.receive(StayAnswered(ask.number + 1, 60.0, "to another question"), site.clock.now) == []
+    (stays,) = site.mover.engine.receive(StayAnswered(ask.number, 0.0, "no"), site.clock.now)
+    assert isinstance(stays, StaysHere) and not stays.had_begun
+    assert site.mover.engine.receive(StayAnswered(ask.number, 60.0, "late"), site.clock.now) == []
+
+
+def test_without_a_promise_it_stays_and_promises_others_again() -> None:
+    asked = Asked((0.0, "b wants to leave stage 0 itself"))
+    site = Site(asked)
+    assert stayed(site.look()) == "does not leave stage 0: b wants to leave stage 0 itself"
+    assert site.questions == [("b", 0)] and kinds(site.done) == ["AskToStay", "StaysHere"]
+    assert site.is_asked("b", 0)[0] == 60.0
+    assert stayed(site.look()).startswith("does not leave stage 0: it has promised to stay in stage 0 for 48 s more")
+    assert len(site.questions) == 1, "it has promised now, and asks nobody"
     site.clock.now += 60.0
-    site.asked.answer = (60.0, "it stays")
-    assert site.look() is not None
+    asked.answer = (60.0, "it stays")
+    assert kinds(site.look()) == MOVES
+
+
+def test_who_cannot_be_asked_does_not_stay() -> None:
+    site = Site()
+
+    def unreachable(peer: str, stage: int) -> tuple[float, str]:
+        raise UnreachableError("nobody")
+
+    site.asked = unreachable
+    assert stayed(site.look()) == "does not leave stage 0: b could not be asked to stay: nobody"
 
 
 def test_while_it_wants_to_leave_it_promises_nothing_for_that_stage() -> None:
     site = Site()
-    change = site.look()
-    assert change is not None
-    assert site.mover.asked("b", 0, (0, 1)) == (0.0, "a wants to leave stage 0 itself")
-    assert site.mover.asked("b", 1, (0, 1))[0] == 60.0
-    site.mover.over(change)
-    assert site.mover.asked("b", 0, (0, 1))[0] == 60.0
+    told: list[tuple[float, str]] = []
+
+    def while_it_asks(peer: str, stage: int) -> tuple[float, str]:
+        told.extend((site.is_asked("b", 0, (0, 1)), site.is_asked("b", 1, (0, 1))))
+        return 0.0, "no"
+
+    site.asked = while_it_asks
+    site.look()
+    assert told[0] == (0.0, "a wants to leave stage 0 itself") and told[1][0] == 60.0
+    assert site.is_asked("b", 0, (0, 1))[0] == 60.0
 
 
-def test_it_promises_for_what_it_holds_and_to_others_only() -> None:
-    mover = Site().mover
-    assert mover.asked("b", 1, (0,)) == (0.0, "a does not serve stage 1")
-    assert mover.asked("a", 0, (0,))[0] == 0.0
-    assert mover.asked("b", 0, ())[0] == 0.0
-    assert mover.bound == ()
+def test_it_promises_for_what_it_holds_and_to_others_whom_it_knows_only() -> None:
+    site = Site()
+    assert site.is_asked("b", 1) == (0.0, "a does not serve stage 1")
+    assert site.is_asked("a", 0)[0] == 0.0
+    assert site.is_asked("b", 0, ())[0] == 0.0
+    assert site.mover.asked("b", 0, (0,), False) == (0.0, "nobody here knows that you hold stage 0")
+    assert site.mover.bound == ()
 
 
 def test_what_it_has_promised_binds_it_until_that_ends() -> None:
     site = Site()
-    assert site.mover.asked("b", 0, (0,)) == (60.0, "it stays for 60 s")
+    assert site.is_asked("b", 0) == (60.0, "it stays for 60 s")
     assert site.mover.bound == (0,)
-    change = Change(peer="a", before=(0,), after=(1,), reason="by hand")
-    assert not site.mover.promised(change, PILED, 0.0) and not site.asked.questions
-    site.clock.now += 59.9
-    assert not site.mover.promised(change, PILED, 0.0) and site.mover.bound == (0,)
-    site.clock.now += 0.2
-    assert site.mover.bound == ()
-    assert site.mover.promised(change, PILED, 0.0) and site.asked.questions == [("b", 0)]
+    with decided(TO_ONE):
+        assert "promised to stay" in stayed(site.look()) and not site.questions
+        site.clock.now += 59.9 - 1.2 * EVERY_S
+        assert site.mover.bound == (0,)
+        site.clock.now += 0.2
+        assert site.mover.bound == ()
+        assert kinds(site.look()) == MOVES and site.questions == [("b", 0)]
 
 
-def test_a_promise_counts_from_the_question_and_ends() -> None:
-    site = Site()
+@pytest.mark.parametrize(("fetch_s", "again"), [(54.9, 0), (55.0, 1)])
+def test_a_promise_counts_from_the_question_and_is_asked_for_again_after_it(fetch_s: float, again: int) -> None:
+    site, questions = Site(fetch_s=fetch_s), []
 
     def answers_late(peer: str, stage: int) -> tuple[float, str]:
+        questions.append((peer, stage))
         site.clock.now += 5.0
         return 60.0, "it stays"
 
-    site.mover.ask_to_stay = answers_late
-    change = site.look()
-    assert change is not None
-    site.clock.now += 54.9
-    assert site.mover.may_leave(change)
-    site.clock.now += 0.1
-    assert not site.mover.may_leave(change)
-    assert site.mover.promised(change, PILED, 0.0), "it asks again"
-    assert site.mover.may_leave(change)
+    site.asked = answers_late
+    assert isinstance(site.look()[-1], Moved)
+    assert questions == [("b", 0)] * (1 + again)
 
 
-def test_a_promise_that_holds_is_not_asked_for_again() -> None:
-    site = Site()
-    change = site.look()
-    assert change is not None and site.mover.promised(change, PILED, 0.0)
-    assert site.asked.questions == [("b", 0)]
+def test_what_was_fetched_is_given_back_where_nobody_promises_a_second_time() -> None:
+    site, answers = Site(fetch_s=61.0), [(60.0, "it stays"), (0.0, "it moves itself")]
+    site.asked = lambda peer, stage: answers.pop(0)
+    done = site.look()
+    assert kinds(done) == ["AskToStay", "Moves", "FetchStages", "AskToStay", "LeaveStages", "StaysHere"]
+    assert done[-2] == LeaveStages((1,)) and isinstance(done[-1], StaysHere) and done[-1].had_begun
+    assert site.is_asked("b", 0)[0] == 60.0
 
 
 def test_of_several_stages_each_needs_somebody_who_stays() -> None:
-    three = Rule(costs=(1 / 3,) * 3)
-    change = Change(peer="a", before=(0, 1), after=(2,), reason="by hand")
-    site = Site()
-    site.mover.rule = three
+    three, change = Rule(costs=(1 / 3,) * 3), Change(peer="a", before=(0, 1), after=(2,), reason="by hand")
     both = [place("a", 0, 1), place("b", 0), place("c", 1)]
-    assert site.mover.promised(change, both, 0.0)
-    assert site.asked.questions == [("b", 0), ("c", 1)] and site.mover.may_leave(change)
-    site.mover.over(change)
-    assert not site.mover.promised(change, both[:2], 0.0), "nobody else holds stage 1"
-    assert not site.mover.may_leave(change)
-    assert site.mover.asked("b", 0, (0, 1))[0] == 60.0, "it does not leave the other one either"
+    with decided(change):
+        site = Site(rule=three, most_stages=3)
+        assert isinstance(site.look(both)[-1], Moved) and site.questions == [("b", 0), ("c", 1)]
+        site = Site(rule=three, most_stages=3)
+        assert stayed(site.look(both[:2])) == "does not leave stage 1: nobody else holds it"
+        assert site.is_asked("b", 0, (0, 1))[0] == 60.0, "it does not leave the other one either"
+
+
+def has_moved(site: Site, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+    with decided(Change(peer="a", before=before, after=after, reason="by hand")):
+        assert isinstance(site.look([place("a", *before), place("b", *before)])[-1], Moved)
+    assert isinstance(site.asked, Asked)
+    site.asked.questions.clear()
 
 
 def test_who_has_just_moved_moves_again_only_where_nobody_is() -> None:
     site = Site()
-    site.mover.moved(Change(peer="a", before=(1,), after=(0,), reason="by hand"))
+    has_moved(site, (1,), (0,))
     for _ in range(4):
-        assert site.look() is None, "how fast it is here is not known yet"
-    assert not site.asked.questions
-    assert site.look() is not None, "a minute later"
+        assert site.look() == [], "how fast it is here is not known yet"
+    assert not site.questions
+    assert isinstance(site.look()[-1], Moved), "a minute later"
     site = Site()
-    site.mover.moved(Change(peer="a", before=(1,), after=(0,), reason="by hand"))
-    change = site.look(PILED[:3])
-    assert change is not None and "is empty" in change.reason
+    has_moved(site, (1,), (0,))
+    done = site.look(PILED[:3])
+    assert isinstance(done[-1], Moved) and "is empty" in done[-1].change.reason
 
 
 def test_who_has_just_moved_gives_up_a_stage_that_others_hold_too() -> None:
     site = Site()
-    site.mover.moved(Change(peer="a", before=(0,), after=(0, 1), reason="by hand"))
-    change = site.look([place("a", 0, 1), replace(place("b", 0), tokens_per_s=300.0)])
-    assert change is not None and (change.leaves, change.enters) == ((0,), ())
+    has_moved(site, (0,), (0, 1))
+    done = site.look([place("a", 0, 1), replace(place("b", 0), tokens_per_s=300.0)])
+    assert isinstance(done[-1], Moved) and (done[-1].change.leaves, done[-1].change.enters) == ((0,), ())
+    assert kinds(done) == ["AskToStay", "Moves", "LeaveStages", "Moved"], "nothing is fetched for that"
 
 
 def test_a_failed_move_does_not_hold_it_back() -> None:
-    site = Site()
-    change = site.look()
-    assert change is not None
-    site.mover.over(change)
-    assert site.look() == change
+    site = Site(fetch_fails=True)
+    done = site.look()
+    assert kinds(done) == ["AskToStay", "Moves", "FetchStages", "StaysHere"] and stayed(done) == "nobody delivers"
+    site.fetch_fails = False
+    assert isinstance(site.look()[-1], Moved)
 
 
 def test_to_take_one_more_nobody_is_asked() -> None:
-    change = Change(peer="a", before=(0,), after=(0, 1), reason="by hand")
-    site = Site(Asked(UnreachableError("nobody")))
-    assert site.mover.promised(change, [place("a", 0)], 0.0) and site.mover.may_leave(change)
+    site = Site(Asked((0.0, "nobody is there")))
+    with decided(Change(peer="a", before=(0,), after=(0, 1), reason="by hand")):
+        assert kinds(site.look([place("a", 0)])) == ["Moves", "FetchStages", "Moved"]
 
 
 def test_who_is_moving_already_is_not_asked_to_stay() -> None:
     site = Site()
-    change = Change(peer="a", before=(0,), after=(1,), reason="by hand")
-    leaving = [place("a", 0), place("b", 0, moving_to=(1,)), place("d", 1)]
-    assert not site.mover.promised(change, leaving, 0.0) and not site.asked.questions
+    with decided(TO_ONE):
+        stayed(site.look([place("a", 0), place("b", 0, moving_to=(1,)), place("d", 1)]))
+    assert not site.questions
 
 
 # ---------------------------------------------------------------- two that would leave each other
@@ -251,50 +358,53 @@ class Pair:
         self.now = 0.0
         self.clocks = {name: self.rng.uniform(-1e4, 1e4) for name in "ab"}
         self.holds = {"a": True, "b": True}
-        self.left_s: dict[str, float] = {}
         self.movers = {
-            name: Mover(name, TWO, "rates", EVERY_S, self.ask, lambda name=name: self.now + self.clocks[name])  # type: ignore[misc]
+            name: Mover(name, TWO, "rates", EVERY_S, 2, lambda name=name: self.now + self.clocks[name])  # type: ignore[misc]
             for name in "ab"
         }
-        self.change = {name: Change(peer=name, before=(0,), after=(1,), reason="it wants to") for name in "ab"}
         self.depth = 0
-        self.asking: set[str] = set()
+        self.moving: set[str] = set()
 
-    def ask(self, peer: str, stage: int) -> tuple[float, str]:
+    def ask(self, peer: str) -> tuple[float, str]:
         """While one waits for its answer, anything else may happen."""
-        mover = "b" if peer == "a" else "a"
         self.something()
         if self.rng.random() < 0.1:
-            raise UnreachableError("lost")
-        answer = self.movers[peer].asked(mover, stage, (0,) if self.holds[peer] else (1,))
+            return 0.0, "lost"
+        answer = self.movers[peer].asked("b" if peer == "a" else "a", 0, (0,) if self.holds[peer] else (1,), True)
         self.something()
-        if self.rng.random() < 0.1:
-            raise UnreachableError("the answer was lost")
-        return answer
+        return answer if self.rng.random() >= 0.1 else (0.0, "the answer was lost")
+
+    def do(self, name: str, command: MoveCommand) -> MoveEvent | None:
+        match command:
+            case AskToStay():
+                return StayAnswered(command.number, *self.ask(command.peer))
+            case FetchStages():
+                self.something()
+                fetched = StagesFetched(self.records, 0.0)
+                return fetched if self.rng.random() >= 0.3 else FetchFailed("nobody delivers")
+            case LeaveStages(stages=(0,)):
+                self.holds[name] = False
+                assert any(self.holds.values()), "both have left"
+                return StagesLeft()
+        return None
+
+    records: ClassVar = [place("a", 0), place("b", 0), place("c", 1)]
 
     def something(self) -> None:
         self.now += self.rng.choice([0.0, 0.1, 3.0, 30.0, 61.0])
         name = self.rng.choice("ab")
-        if self.depth > 4 or name in self.asking or not self.holds[name]:
+        if self.depth > 4 or name in self.moving or not self.holds[name] or not self.movers[name].is_due:
             return
         self.depth += 1
-        mover, change = self.movers[name], self.change[name]
-        match self.rng.randrange(4):
-            case 0 | 1:
-                self.asking.add(name)
-                mover.promised(change, [place("a", 0), place("b", 0), place("c", 1)], 0.0)  # as their records say
-                self.asking.discard(name)
-            case 2:
-                if mover.may_leave(change):
-                    self.holds[name] = False
-                    mover.over(change)
-            case 3:
-                mover.over(change)
+        self.moving.add(name)
+        self.movers[name].look(PlacesSeen(self.records, 0.0), lambda command: self.do(name, command))  # as records say
+        self.moving.discard(name)
         self.depth -= 1
-        assert any(self.holds.values()), "both have left"
 
 
-def test_two_that_are_each_others_anchor_never_both_leave() -> None:
+def test_two_that_are_each_others_anchor_never_both_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    wants = {name: replace(TO_ONE, peer=name) for name in "ab"}
+    monkeypatch.setattr(moving, "my_change", lambda me, *others: (wants[me], "it wants to"))
     num_left = 0
     for seed in range(150):
         pair = Pair(random.Random(seed))
@@ -304,18 +414,18 @@ def test_two_that_are_each_others_anchor_never_both_leave() -> None:
     assert num_left > 20, "one of them should have left often enough to show anything"
 
 
-def test_both_that_ask_at_one_moment_stay_and_one_may_leave_later() -> None:
+def test_both_that_ask_at_one_moment_stay_and_one_may_leave_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    wants = {name: replace(TO_ONE, peer=name) for name in "ab"}
+    monkeypatch.setattr(moving, "my_change", lambda me, *others: (wants[me], "it wants to"))
     clock = Clock()
-    movers: dict[str, Mover] = {}
+    first, second = Site(clock=clock, me="a"), Site(clock=clock, me="b")
+    second.asked = lambda peer, stage: first.is_asked("b", stage)
 
-    def ask(peer: str, stage: int) -> tuple[float, str]:
-        mover = "b" if peer == "a" else "a"
-        if mover == "a":  # meanwhile the other one asks too
-            assert not movers["b"].promised(replace(change, peer="b"), PILED[:2], 0.0)
-        return movers[peer].asked(mover, stage, (0,))
+    def ask(peer: str, stage: int) -> tuple[float, str]:  # meanwhile the other one asks too
+        second.mover.look(PlacesSeen(PILED[:2], 0.0), second.do)
+        assert stayed(second.done) == "does not leave stage 0: a wants to leave stage 0 itself"
+        return second.is_asked("a", stage)
 
-    change = Change(peer="a", before=(0,), after=(1,), reason="it wants to")
-    movers |= {name: Mover(name, TWO, "rates", EVERY_S, ask, clock) for name in "ab"}
-    assert movers["a"].promised(change, PILED[:2], 0.0), "the other one has given up by the time it is asked"
-    assert movers["b"].bound == (0,) and not movers["b"].may_leave(replace(change, peer="b"))
-    assert movers["a"].may_leave(change)
+    first.asked = ask
+    assert isinstance(first.look(PILED[:2])[-1], Moved), "the other one has given up by the time it is asked"
+    assert second.mover.bound == (0,)

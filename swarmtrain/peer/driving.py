@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import random
 import time
 from collections import deque
@@ -23,8 +22,9 @@ from swarmtrain.peer.driver import Driver, StageCalls
 from swarmtrain.peer.microbatches import MicrobatchSource
 from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.protocol.balance import StagePeer
+from swarmtrain.protocol.driving import DrivingPace
 from swarmtrain.protocol.microbatches import Key
-from swarmtrain.protocol.routing import Router, most_in_flight
+from swarmtrain.protocol.routing import Router
 from swarmtrain.run import RunFile
 
 __all__ = ["Driving", "TellRetries"]
@@ -86,32 +86,36 @@ class Driving:
     driver: Driver = field(init=False)
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
     """Of the last microbatches that came back, mean nats per token; whoever tells them empties it."""
-    _quickest_s: float | None = None
-    """What a microbatch took at least since this peer drives."""
     _open: set[asyncio.Task[None]] = field(default_factory=set)
-    _work: asyncio.Task[None] | None = None
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _wanted: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    """Microbatches that are to be drawn, one after the other."""
+    _work: tuple[asyncio.Task[None], ...] = ()
 
     def __post_init__(self) -> None:
-        rng, wiring = random.Random(self.me), self.run.pipeline.wiring
-        routers = [Router(rng, wiring) for _ in range(1, self.run.pipeline.stages)]
+        run, rng = self.run, random.Random(self.me)
+        routers = [Router(rng, run.pipeline.wiring) for _ in range(1, run.pipeline.stages)]
         sequence = int(time.time() * 1e6)  # above all of this peer's earlier lives
-        self.driver = Driver(self.me, routers, self.calls, self.told, time.monotonic, sequence)
+        tokens = run.microbatch_sequences * run.model.context_tokens
+        pace = DrivingPace(run.pipeline.in_flight, tokens, run.batch_microbatches)
+        self.driver = Driver(
+            self.me, routers, self.calls, self.told, time.monotonic, sequence, pace, self._wanted.release
+        )
 
     @property
     def num_in_flight(self) -> int:
         """Microbatches under way."""
-        return len(self._open)
+        return self.driver.engine.num_under_way
 
     async def start(self) -> None:
         """Drive from now on."""
-        self._work = logged(asyncio.create_task(self._keep_driving()), "driving")
-        self._work.add_done_callback(self._work_ended)
+        self._work = asyncio.create_task(self._keep_looking()), asyncio.create_task(self._keep_drawing())
+        for work in self._work:
+            logged(work, "driving").add_done_callback(self._work_ended)
 
     async def stop(self, drain_s: float = _DRAIN_S) -> None:
         """Begin no more; wait for what is under way, and until everyone knows what counts, `drain_s` at most."""
-        if self._work is not None:
-            await end_tasks([self._work])
+        self.driver.shut()
+        await end_tasks(self._work)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
                 if self._open:
@@ -123,49 +127,31 @@ class Driving:
                 await self.driver.settled()
         await self.driver.stop()
 
-    async def _keep_driving(self) -> None:
-        looked_s, most = -math.inf, 0
+    async def _keep_looking(self) -> None:
+        """Not for each microbatch: there may be a thousand peers."""
         while True:
-            if self.driver.now() >= looked_s + _LOOK_S:  # not for each microbatch: there may be a thousand peers
-                looked_s, most = self.driver.now(), self._most_now()
-            while len(self._open) < most and self.desk.is_open:
-                try:
-                    x, targets = await asyncio.to_thread(self.source.next_microbatch)
-                except SwarmtrainError as error:
-                    self.failed(str(error))
-                    return
-                task = asyncio.create_task(self._drive(x.numel(), x, targets))
-                self._open.add(task)
-                task.add_done_callback(self._ended)
-            self._news.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_S):
-                    await self._news.wait()
+            self.driver.see(self.peers_of(), self.places())
+            await asyncio.sleep(_LOOK_S)
 
-    def _most_now(self) -> int:
-        """Look who is there, and tell the driver; how many microbatches may be under way, none while nobody holds some
-        stage."""
-        peers = self.peers_of()
-        self.driver.see(peers)
-        if not all(peers.values()):
-            return 0
-        if self.run.pipeline.in_flight:
-            return self.run.pipeline.in_flight
-        places = {one.peer: one for one in self.places()}
-        holders = [[places[peer] for peer in of if peer in places] for _, of in sorted(peers.items())]
-        tokens = self.run.microbatch_sequences * self.run.model.context_tokens
-        return most_in_flight(self.me, holders, self._quickest_s, tokens, self.run.batch_microbatches)
+    async def _keep_drawing(self) -> None:
+        while await self._wanted.acquire():
+            if not self.desk.is_open:
+                self.driver.not_drawn()
+                continue
+            try:
+                x, targets = await asyncio.to_thread(self.source.next_microbatch)
+            except SwarmtrainError as error:
+                self.failed(str(error))
+                return
+            task = asyncio.create_task(self._drive(x.numel(), x, targets))
+            self._open.add(task)
+            task.add_done_callback(self._ended)
 
     async def _drive(self, tokens: int, x: object, targets: object) -> None:
         try:
-            began_s = self.driver.now()
-            driven = await self.driver.drive(tokens, x, targets)
-            took_s = self.driver.now() - began_s
-            self._quickest_s = took_s if self._quickest_s is None else min(self._quickest_s, took_s)
-            self.losses.append(driven.loss)
+            self.losses.append((await self.driver.drive(tokens, x, targets)).loss)
         except GoneError as error:  # the first stage is being merged or left: what is under way then does not count
             _log.debug("a microbatch is given up: %s", error)
-            await asyncio.sleep(_LOOK_S)
         except SwarmtrainError as error:
             self.failed(str(error))
 
@@ -176,7 +162,6 @@ class Driving:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._open.discard(task)
-        self._news.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a microbatch failed", exc_info=error)
             self.failed(f"a microbatch failed for a reason that is not its peers': {error!r}")

@@ -56,8 +56,23 @@ from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
 from swarmtrain.peer.stage_sizes import StageRoom, room_for_stages, whole_tokens_per_s
 from swarmtrain.peer.stopping import Interrupted
-from swarmtrain.protocol.balance import Change, Rule, StagePeer, first_stages
+from swarmtrain.protocol.balance import Rule, StagePeer, first_stages
 from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.moving import (
+    AskToStay,
+    FetchFailed,
+    FetchStages,
+    LeaveStages,
+    MoveCommand,
+    Moved,
+    MoveEvent,
+    Moves,
+    PlacesSeen,
+    StagesFetched,
+    StagesLeft,
+    StayAnswered,
+    StaysHere,
+)
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.stages import FirstStageWatch, places_of, stage_costs
 from swarmtrain.v1 import control_pb2 as control_pb
@@ -108,6 +123,7 @@ class PipelineVolunteer:
     _desks: dict[int, StageDesk] = field(default_factory=dict)
     _moving_to: tuple[int, ...] = ()
     _move_s: float = _FIRST_MOVE_S
+    _move_began_s: float = 0.0
     _driving: Driving | None = None
     _source: MicrobatchSource | None = None
     _whole_tokens_per_s: float = 0.0
@@ -209,7 +225,8 @@ class PipelineVolunteer:
         )
         self.calls = WireCalls(self.me, client, wire, self._desks)
         pipeline = self.run.pipeline
-        self.mover = Mover(self.me, self.rule, pipeline.balance, pipeline.balance_every_s, self._ask_to_stay)
+        most_stages = self._room.most_stages
+        self.mover = Mover(self.me, self.rule, pipeline.balance, pipeline.balance_every_s, most_stages)
         server = StageServer(wire, len(self.shapes), self._desks, swarm.peers.refused, self._asked_to_stay)
         host = StageHost(self.node.traffic, server)
         self.control.starting("looking who is here")
@@ -402,58 +419,53 @@ class PipelineVolunteer:
                 self.keeper.keep_peers()
 
     def _consider_moving(self) -> None:
-        change = self.mover.look(self.places(), swarm_time())
-        if change is None:
-            return
-        began_s = time.monotonic()
-        self._moving_to = change.after
-        self._tell(now=True)
-        try:
-            moved = self._move(change)
-        except RunTimeError as error:
-            if self.stop.failure is not None:
-                raise
-            self.emit(WarningEvent(message=f"{stages_in_words(change.enters)} could not be taken: {error}"))
-            moved = False
-        self._moving_to = ()
-        if moved:
-            self.mover.moved(change)
-            seconds = self._move_s = time.monotonic() - began_s
-            self.emit(MovedEvent(before=change.before, after=change.after, reason=change.reason, seconds=seconds))
-        else:
-            self.mover.over(change)
-        self._tell(now=True)
-        if not self.held:
-            self._choose()
+        if self.mover.is_due:
+            self.mover.look(PlacesSeen(self.places(), swarm_time()), self._do)
+            if not self.held:
+                self._choose()
 
-    def _move(self, change: Change) -> bool:
-        """Come to hold other stages, the new ones before the old ones are left if there is room; whether it did."""
-        first = len({*change.before, *change.after}) <= self._room.most_stages
-        if first:
-            for stage in change.enters:
-                self._enter(stage)
-        if not self.mover.may_leave(change) and not self.mover.promised(change, self.places(), swarm_time()):
-            for stage in change.enters if first else ():
-                self._leave(stage)
-            return False
-        for stage in change.leaves:
-            self._leave(stage)
-        self._tell(now=True)
-        if not first:
-            for stage in change.enters:
-                self._enter(stage)
-        self.control.training_stages(change.after)
-        return True
-
-    def _ask_to_stay(self, peer: str, stage: int) -> tuple[float, str]:
-        return self._wait(self.calls.ask_to_stay(peer, stage))
+    def _do(self, command: MoveCommand) -> MoveEvent | None:
+        """A part of a move, done when it returns."""
+        match command:
+            case AskToStay():
+                return StayAnswered(command.number, *self._wait(self.calls.ask_to_stay(command.peer, command.stage)))
+            case Moves():
+                self._moving_to, self._move_began_s = command.change.after, time.monotonic()
+                self._tell(now=True)
+            case FetchStages():
+                try:
+                    for stage in command.stages:
+                        self._enter(stage)
+                except RunTimeError as error:
+                    if self.stop.failure is not None:
+                        raise
+                    self.emit(WarningEvent(message=f"{stages_in_words(command.stages)} could not be taken: {error}"))
+                    return FetchFailed(str(error))
+                return StagesFetched(self.places(), swarm_time())
+            case LeaveStages():
+                for stage in command.stages:
+                    self._leave(stage)
+                self._tell(now=True)
+                return StagesLeft()
+            case Moved():
+                change, self._moving_to = command.change, ()
+                self._move_s = time.monotonic() - self._move_began_s
+                self.control.training_stages(change.after)
+                before, after = change.before, change.after
+                self.emit(MovedEvent(before=before, after=after, reason=change.reason, seconds=self._move_s))
+                self._tell(now=True)
+            case StaysHere():
+                _log.info("stays: %s", command.reason)
+                if command.had_begun:
+                    self._moving_to = ()
+                    self._tell(now=True)
+        return None
 
     def _asked_to_stay(self, mover: str, stage: int) -> tuple[float, str]:
-        """In the network thread. Of strangers nobody is bound: who asks must be known to hold the stage."""
+        """In the network thread."""
         info = self.swarm.membership.info(mover)
-        if info is None or info.place is None or stage not in info.place.stages:
-            return 0.0, f"nobody here knows that you hold stage {stage}"
-        return self.mover.asked(mover, stage, tuple(self.held))
+        is_known = info is not None and info.place is not None and stage in info.place.stages
+        return self.mover.asked(mover, stage, tuple(self.held), is_known)
 
     def _rest(self) -> None:
         """Leave everything until the pause is over, and come back to where one is needed then."""

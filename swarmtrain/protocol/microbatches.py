@@ -19,7 +19,7 @@ Pure: no tensors, no clock. The peer does what `due` says, in that order, betwee
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -70,7 +70,7 @@ class LedgerLimits:
     ack_wait_s: float = 10.0
     """A closed batch waits so long for what is not acknowledged."""
     hold_s: float = 120.0
-    """What its driver says nothing of for so long is forgotten."""
+    """What a driver has asked is forgotten when it says nothing at all for so long."""
     max_open: int = 64
     """Microbatches begun and not acknowledged, of all drivers: those of which something is kept."""
     max_open_of_driver: int = 32
@@ -180,6 +180,8 @@ class _Batch:
     number: int
     tokens: int = 0
     members: dict[Key, None] = field(default_factory=dict)
+    num_waiting: int = 0
+    """Of its members, those that are not acknowledged."""
     closed_s: float = 0.0
 
 
@@ -190,6 +192,8 @@ class _Driver:
     finished: dict[int, tuple[int, bool]] = field(default_factory=dict)
     """By sequence, the last attempt that is finished, and whether a step has it."""
     heard_s: float = 0.0
+    places: dict[Key, None] = field(default_factory=dict)
+    """Its microbatches that are open and not acknowledged."""
     strikes: int = 0
     """So many of its microbatches in a row were not acknowledged in time: it is given half as many places each time."""
 
@@ -209,7 +213,13 @@ class StageLedger:
         """Of the weights: how many steps were taken."""
         self.counted_tokens = 0
         """That have entered steps."""
-        self._open: OrderedDict[Key, _Microbatch] = OrderedDict()
+        self._open: dict[Key, _Microbatch] = {}
+        self._attempts: dict[tuple[str, int], list[Key]] = {}
+        """Of what is open, by driver and sequence."""
+        self._num_places = 0
+        """Open and not acknowledged, of all drivers."""
+        self._silent_s = float("-inf")
+        """Before that no driver has been silent for too long."""
         self._drivers: dict[str, _Driver] = {}
         self._filling = _Batch(0)
         self._closed: _Batch | None = None
@@ -251,21 +261,27 @@ class StageLedger:
         return Verdict("work")
 
     def _admit(self, key: Key, kind: Kind, tokens: int, now: float) -> Verdict:
-        same = [other for other in self._open if other[:2] == key[:2]]
-        if any(other.attempt > key.attempt or self._open[other].acknowledged for other in same):
+        same = list(self._attempts.get(key[:2], ()))
+        if same and any(other.attempt > key.attempt or self._open[other].acknowledged for other in same):
             return Verdict("gone", "a newer attempt at this microbatch is known, or one that is acknowledged")
         for other in same:
             self._drop(other, "another attempt takes its place")
         if (reason := self.full(key)) is not None:
-            stuck = any(not self._open[other].acknowledged for other in self._filling.members)
-            self._pressed = self._pressed or stuck or len(self._open) >= _MOST_KNOWN
+            self._pressed = self._pressed or self._filling.num_waiting > 0 or len(self._open) >= _MOST_KNOWN
             return Verdict("busy", reason)
         self._open[key] = _Microbatch(tokens=tokens, version=self.version, heard_s=now, asked={kind})
+        self._attempts.setdefault(key[:2], []).append(key)
+        self._drivers[key.driver].places[key] = None
+        self._num_places += 1
         return Verdict("work")
+
+    def _free_place(self, key: Key) -> None:
+        self._num_places -= 1
+        del self._drivers[key.driver].places[key]
 
     def full(self, key: Key) -> str | None:
         """Why no place is free for a new microbatch `key`; None if one is."""
-        if any(other[:2] == key[:2] for other in self._open):
+        if key[:2] in self._attempts:
             return None  # it takes the place of an older attempt
         if self._closed is not None:
             coming = sum(each.tokens for each in self._open.values() if not each.has_gradient or each.taken_out)
@@ -273,12 +289,11 @@ class StageLedger:
                 return "a batch waits for its drivers to acknowledge it, and the next one is full"
         if len(self._open) >= _MOST_KNOWN:
             return f"{_MOST_KNOWN} microbatches wait for a step here"
-        if (places := sum(not other.acknowledged for other in self._open.values())) >= self.limits.max_open:
-            return f"{places} microbatches are open here"
+        if self._num_places >= self.limits.max_open:
+            return f"{self._num_places} microbatches are open here"
         driver = self._drivers.get(key.driver)
         most = self.limits.max_open_of_driver >> min(driver.strikes if driver is not None else 0, 32)
-        own = sum(other.driver == key.driver and not each.acknowledged for other, each in self._open.items())
-        if own >= max(1, most):
+        if driver is not None and len(driver.places) >= max(1, most):
             return "too many microbatches of this driver are open here"
         return None
 
@@ -325,6 +340,7 @@ class StageLedger:
         known.has_gradient = True
         self._filling.tokens += known.tokens
         self._filling.members[key] = None
+        self._filling.num_waiting += 1
 
     # ------------------------------------------------------------- what drivers say
 
@@ -343,6 +359,10 @@ class StageLedger:
             self._due.append(Add(key, self._filling.number))
         if not known.acknowledged:
             self._due.append(Forget(key))
+            self._free_place(key)
+            batch = self._batch_of(key)
+            assert batch is not None
+            batch.num_waiting -= 1
         known.acknowledged, known.loss, known.heard_s = True, loss, now
         self._drivers[key.driver].strikes = 0
         return True
@@ -365,10 +385,11 @@ class StageLedger:
         """The driver needs nothing of microbatches before `sequence` any more, and will not ask again."""
         known = self._driver(driver)
         known.heard_s = now
+        if sequence <= known.oldest_open:
+            return
         known.let_go(sequence)
-        for key, each in list(self._open.items()):
-            if key.driver == driver and key.sequence < known.oldest_open and not each.acknowledged:
-                self._drop(key, "given up by its driver")
+        for key in [key for key in known.places if key.sequence < sequence]:
+            self._drop(key, "given up by its driver")
 
     def _driver(self, name: str) -> _Driver:
         """What is known of it; of very many, those with nothing open that were heard of longest ago are forgotten."""
@@ -417,10 +438,9 @@ class StageLedger:
         closed = self._closed
         if closed is None:
             return
-        waiting = [key for key in closed.members if not self._open[key].acknowledged]
-        if waiting and now < closed.closed_s + self.limits.ack_wait_s:
+        if closed.num_waiting and now < closed.closed_s + self.limits.ack_wait_s:
             return
-        for key in waiting:
+        for key in [key for key in closed.members if not self._open[key].acknowledged] if closed.num_waiting else ():
             self._take_out(key, closed, "not acknowledged in time")
             self._drivers[key.driver].strikes += 1
         self._closed = None
@@ -446,22 +466,31 @@ class StageLedger:
     def _take_out(self, key: Key, batch: _Batch, reason: str) -> None:
         known = self._open[key]
         batch.members.pop(key)
+        batch.num_waiting -= 1
         batch.tokens -= known.tokens
+        self._silent_s = float("-inf")
         known.taken_out = True
         self._due.append(Subtract(key, batch.number, reason))
+
+    def _batch_of(self, key: Key) -> _Batch | None:
+        if key in self._filling.members:
+            return self._filling
+        return self._closed if self._closed is not None and key in self._closed.members else None
 
     def _drop(self, key: Key, reason: str) -> None:
         """Its gradient must not count; what is kept of it is forgotten as soon as that is settled."""
         known = self._open[key]
         known.dropped = True
-        for batch in (self._filling, self._closed):
-            if batch is not None and key in batch.members:
-                self._take_out(key, batch, reason)
+        if (batch := self._batch_of(key)) is not None:
+            self._take_out(key, batch, reason)
         if not known.running:
             self._finish(key, counted=False)
 
     def _finish(self, key: Key, *, counted: bool) -> None:
         acknowledged = self._open.pop(key).acknowledged
+        self._attempts[key[:2]].remove(key)
+        if not self._attempts[key[:2]]:
+            del self._attempts[key[:2]]
         driver = self._driver(key.driver)
         if key.sequence >= driver.oldest_open:
             driver.finished[key.sequence] = max((key.attempt, counted), driver.finished.get(key.sequence, _NONE))
@@ -469,13 +498,21 @@ class StageLedger:
                 driver.let_go(sorted(driver.finished)[_MOST_KNOWN // 2])
         if not acknowledged:
             self._due.append(Forget(key))
+            self._free_place(key)
 
     def _forget_silent(self, now: float) -> None:
         """Forget what no driver has said anything of for long, and drivers that are gone."""
+        if now < self._silent_s:
+            return
+        self._silent_s = now + self.limits.hold_s
         for key, known in list(self._open.items()):
-            in_batch = key in self._filling.members or (self._closed is not None and key in self._closed.members)
-            if now >= known.heard_s + self.limits.hold_s and not in_batch:
-                self._drop(key, "its driver says nothing of it")
+            if self._batch_of(key) is not None:
+                continue
+            heard_s = max(known.heard_s, self._drivers[key.driver].heard_s)
+            if now >= heard_s + self.limits.hold_s:
+                self._drop(key, "its driver says nothing")
+            else:
+                self._silent_s = min(self._silent_s, heard_s + self.limits.hold_s)
         busy = {key.driver for key in self._open}
         for name, driver in list(self._drivers.items()):
             if now >= driver.heard_s + 10 * self.limits.hold_s and name not in busy:

@@ -140,12 +140,13 @@ class Links:
         """One way, in seconds."""
         return a.link.latency_s + b.link.latency_s
 
-    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any) -> None:
-        """One message: `call(*args)` when it arrives, which may be never, or twice."""
+    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any, after_s: float = 0.0) -> None:
+        """One message: `call(*args)` when it arrives, `after_s` later than a short one; maybe never, or twice."""
         if self.passes(src, dst):
-            self.clock.call_later(self.latency_s(src, dst) + self.held_up_s(), call, *args)
+            takes_s = self.latency_s(src, dst) + after_s
+            self.clock.call_later(takes_s + self.held_up_s(), call, *args)
             if self.comes_twice():
-                self.clock.call_later(self.latency_s(src, dst) + 2 * self._random.random(), call, *args)
+                self.clock.call_later(takes_s + 2 * self._random.random(), call, *args)
 
     def comes_twice(self) -> bool:
         """Whether what arrives now does so once more."""

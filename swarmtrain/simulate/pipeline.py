@@ -29,6 +29,7 @@ from swarmtrain.run import RunFile
 from swarmtrain.simulate.links import latency_s, rates
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Links
+from swarmtrain.simulate.stage_driver import StageDriver
 from swarmtrain.simulate.stage_moves import Mover, Moving
 from swarmtrain.simulate.stage_peer import StageVolunteer
 from swarmtrain.simulate.stage_settings import Kind, Machine, PipelineSettings
@@ -87,8 +88,6 @@ class PipelineWorld(Links):
         """The last session of those that are not."""
         self.num_late = self.num_moves = 0
         """Calls that took too long; changes of stages."""
-        self.num_too_old = 0
-        """Backwards whose peer had taken two steps since the forward: asked again from that boundary."""
         self.log: list[Moment] = []
         self.emptied: list[tuple[float, int]] = []
         """When a move left a stage without a peer: never."""
@@ -152,9 +151,11 @@ class PipelineWorld(Links):
             call(*args)
 
     def _stands_still(self, call: Callable[..., object], args: tuple[Any, ...]) -> bool:
+        if not self._frozen:
+            return False
         owner = getattr(call, "__self__", None)
-        peer = owner.peer if isinstance(owner, Mover) else owner
-        if not self._frozen or not isinstance(peer, StageVolunteer) or self.peers.get(peer.name) is not peer:
+        peer = owner.peer if isinstance(owner, Mover | StageDriver) else owner
+        if not isinstance(peer, StageVolunteer) or self.peers.get(peer.name) is not peer:
             return False
         if (waits := self._frozen.get(peer.name)) is None:
             return False
@@ -167,13 +168,18 @@ class PipelineWorld(Links):
             at_first_s = self.settings.latency_s / 2
             self.peers[name].link = Link(latency_s=at_first_s if latency_s is None else latency_s)
 
+    def whom(self, name: str) -> StageVolunteer:
+        """The peer of this name as calls find it, also one that is gone."""
+        return self.peers.get(name) or self.ghosts[name]
+
     # ------------------------------------------------------------------ records
 
     def publish(self, name: str, record: StagePeer | None) -> None:
         """Into the DHT."""
         known = self._records.setdefault(name, [])
         known.append(_Record(self.clock.now, record))
-        del known[:-4]
+        while len(known) > 1 and known[1].published_s <= self.clock.now - self.settings.record_delay_s[1]:
+            del known[0]  # nobody finds it any more
 
     def look(self, viewer: str, table: dict[str, StagePeer]) -> None:
         """Bring what `viewer` knows of the others up to what it finds now."""
@@ -247,7 +253,7 @@ class PipelineWorld(Links):
     def measure_from_here(self) -> None:
         """Forget what was measured."""
         self._count()
-        self._sums, self.num_moves = _Sums(since_s=self.clock.now), 0
+        self._sums, self.num_moves, self.num_late = _Sums(since_s=self.clock.now), 0, 0
 
     def run_until(self, end_s: float) -> None:
         """Let it live."""

@@ -55,11 +55,11 @@ def play_pipeline(scenario: Scenario, run: RunFile) -> Outcome:
 
 
 def lived(scenario: Scenario, run: RunFile) -> PipelineWorld:
-    """When all of it is over. SWARM's own rule is given what suits it: queues without a limit, which are what it looks
-    at, and the choice of peers that does better with those."""
+    """When all of it is over. SWARM's own rule is given the choice of peers that does better with queues, which
+    are what it looks at."""
     settings, seed, lasts_s = settings_of(run, scenario.links), run.run.seed, scenario.scenario.lasts_s
     if settings.balance == "queues":
-        settings = replace(settings, queue=1_000_000, router=partial(Router, variant="least-completion"))
+        settings = replace(settings, router=partial(Router, variant="least-completion"))
     world = PipelineWorld(settings, seed=seed)
     machines = _machines(scenario, run, random.Random(f"pipeline {seed}"))
     _befall(world, machines, scenario, WARM_UP_S + lasts_s, seed)

@@ -42,8 +42,6 @@ class PipelineSettings:
     many peers have work."""
     in_flight: int = 0
     """A driver's microbatches; 0: as many as `most_in_flight` says."""
-    queue: int = 4
-    """A peer's waiting tasks at most: then it is BUSY."""
     latency_s: float = 0.1
     """A message takes so long, one way,"""
     tensors_s: float = 0.0
@@ -56,8 +54,8 @@ class PipelineSettings:
     """Between a record's publication and its being seen, another for each two peers."""
     missed: float = 0.05
     """So often a look does not find a peer's newest record."""
-    drain_s: float = 30.0
-    """Who has left a stage finishes what it has begun, for so long at most."""
+    drain_s: float = 4.0
+    """Who leaves the first stage waits so long for what it drives."""
 
 
 Kind: TypeAlias = Literal["joined", "serves", "moves", "stays", "died"]

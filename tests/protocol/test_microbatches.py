@@ -10,6 +10,7 @@ from swarmtrain.protocol.microbatches import (
     Key,
     Kind,
     LedgerLimits,
+    Settlement,
     StageLedger,
     Step,
     Subtract,
@@ -362,3 +363,15 @@ def test_nothing_of_a_batch_that_came_to_nothing_is_kept() -> None:
         _there_and_back(ledger, _key(sequence))
     _all_due(ledger)
     assert Discard(0) in _all_due(ledger, 10.0)
+
+
+def test_what_a_driver_that_is_heard_has_asked_is_kept_however_long_it_takes() -> None:
+    """Where a stage takes seconds, minutes pass between a forward and its backward."""
+    ledger = _ledger()
+    for driver in ("d", "silent"):
+        _compute(ledger, _key(0, driver=driver), "forward")
+    for minute in range(10):
+        ledger.settle("d", Settlement(0, (), (), 0), 60.0 * minute)
+        _all_due(ledger, 60.0 * minute)
+    assert not ledger.has_forward(_key(0, driver="silent"))
+    assert ledger.ask(_key(0), "backward", 2, 600.0).answer == "work"

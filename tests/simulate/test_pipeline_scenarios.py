@@ -41,7 +41,8 @@ def of(scenario: Scenario, balance: str, seed: int) -> RunFile:
 
 
 def test_moving_beats_staying_under_preemptions_and_empties_nothing() -> None:
-    often = example(churn={"stays_s": 3600.0, "away_s": 900.0})
+    small = {"inner": {"microbatch_sequences": 4, "batch_sequences": 512}, "peers": {"step_ms": 1_000_000}}
+    often = example(churn={"stays_s": 3600.0, "away_s": 900.0}, **small)
     ours, none, queues = (world(often, balance) for balance in ("rates", "none", "queues"))
     shares = [each.share for each in (ours, none, queues)]
     assert shares[0] >= max(shares[1:]) + 0.03 and ours.share_of_assignment >= 0.75, shares
@@ -59,7 +60,8 @@ def test_the_same_seed_is_the_same_pipeline() -> None:
 
 def test_all_that_can_get_through_does_where_nothing_happens() -> None:
     still = world(example(churn={"stays_s": 0.0}, links={"up_mbit": 0.0, "down_mbit": 0.0}))
-    assert still.num_late == 0 and still.share >= 0.85
+    num_calls = 6 * still.tokens_per_s * 1200 / still.settings.microbatch_tokens
+    assert still.num_late < 0.005 * num_calls and still.share >= 0.85
     rate = 2_097_152 / 3600 * 5 * sum(1 / slowdown for slowdown in (1, 1.3, 2.6, 5.7))
     assert still.ideal_per_s == pytest.approx(rate, rel=0.15), "speeds are spread by a tenth"
 

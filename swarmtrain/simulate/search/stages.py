@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from swarmtrain.protocol.balance import Rule, StagePeer
-from swarmtrain.protocol.promises import Promise, Request
+from swarmtrain.protocol.moving import StayAnswer
 from swarmtrain.simulate.network import Place
 from swarmtrain.simulate.pipeline import Machine, PipelineSettings, PipelineWorld
 from swarmtrain.simulate.search.faults import declare, end_faults
@@ -65,13 +65,13 @@ def draw_stages(rng: random.Random) -> Schedule:
 class LyingMover(Mover):
     """It promises whatever it is asked for."""
 
-    def asked(self, request: Request, by: Mover) -> None:
+    def asked(self, number: int, stage: int, by: Mover) -> None:
         """It stays, it says."""
         if "promises" not in getattr(self.peer, "lies", ()):
-            super().asked(request, by)
+            super().asked(number, stage, by)
             return
-        promise = Promise(request=request, lasts_s=_PROMISED_S)
-        self.peer.world.send(self.peer, by.peer, by.answered, request.stage, promise, "it stays, it says")
+        answer = StayAnswer(stage, _PROMISED_S, "it stays, it says")
+        self.peer.world.send(self.peer, by.peer, by.answered, number, answer)
 
 
 class Liar(StageVolunteer):
@@ -135,11 +135,11 @@ class SearchedWorld(PipelineWorld):
         """One that died, or a newcomer: in a pipeline neither has anything."""
         return self.join(self.machine(name))
 
-    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any) -> None:
+    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any, after_s: float = 0.0) -> None:
         """A promise, among others."""
-        for promise in (one for one in args if isinstance(one, Promise)):
-            self._stays_until_s[src, promise.request.stage] = self.clock.now + promise.lasts_s
-        super().send(src, dst, call, *args)
+        for answer in (one for one in args if isinstance(one, StayAnswer) and one.lasts_s):
+            self._stays_until_s[src, answer.stage] = self.clock.now + answer.lasts_s
+        super().send(src, dst, call, *args, after_s=after_s)
 
     def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
         """It has promised nobody to stay there."""

@@ -1,0 +1,150 @@
+"""The driver of a simulated pipeline's peer: it asks, waits and tells by messages as `protocol.driving` says."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+from swarmtrain.protocol.balance import StagePeer
+from swarmtrain.protocol.driving import (
+    Ask,
+    Back,
+    Draw,
+    Drawn,
+    DrivingCommand,
+    DrivingEngine,
+    DrivingEvent,
+    DrivingPace,
+    GiveUp,
+    HangUp,
+    PeersSeen,
+    Shut,
+    Tell,
+    TimeCame,
+)
+from swarmtrain.protocol.microbatches import Settlement
+from swarmtrain.simulate.clock import Timer
+from swarmtrain.simulate.network import Place
+from swarmtrain.simulate.stage_moves import Ground
+
+__all__ = ["Call", "Driven", "DrivingGround", "StageDriver", "Told"]
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A question of a driver, on its way."""
+
+    driver: StageDriver
+    ask: Ask
+
+
+@dataclass(slots=True, eq=False)
+class Told:
+    """What a driver says of its microbatches, on its way."""
+
+    driver: StageDriver
+    call: int
+    stage: int
+    settlement: Settlement
+
+
+class Driven(Place, Protocol):
+    """A peer that drivers ask."""
+
+    def arrive(self, call: Call) -> None:
+        """A question comes."""
+
+    def settle(self, told: Told) -> None:
+        """A driver says what counts."""
+
+
+class DrivingGround(Ground, Protocol):
+    """What is around a driver."""
+
+    num_late: int
+
+    def whom(self, name: str) -> Driven:
+        """The peer of this name as calls find it, also one that is gone."""
+
+    def finished(self, tokens: float) -> None:
+        """A microbatch is through."""
+
+
+class Drives(Driven, Protocol):
+    """A peer that drives."""
+
+    rng: random.Random
+
+    @property
+    def world(self) -> DrivingGround:
+        """Where it is."""
+
+    @property
+    def works(self) -> bool:
+        """Whether it does anything."""
+
+
+class StageDriver:
+    """One time that a peer drives: from taking the first stage to leaving it."""
+
+    def __init__(self, peer: Drives) -> None:
+        self.peer, settings, clock = peer, peer.world.settings, peer.world.clock
+        routers = [settings.router(peer.rng) for _ in settings.rule.costs[1:]]
+        pace = DrivingPace(settings.in_flight, settings.microbatch_tokens, settings.batch_microbatches)
+        self.engine = DrivingEngine(peer.name, routers, int(clock.now * 1e6), pace)
+        self._timer: Timer | None = None
+
+    def see(self, places: list[StagePeer]) -> None:
+        """What everybody says of itself, this peer included."""
+        stages = range(self.engine.num_stages)
+        self.receive(
+            PeersSeen({stage: [one.peer for one in places if stage in one.stages] for stage in stages}, places)
+        )
+
+    def stop(self) -> None:
+        """Begin no more."""
+        self.receive(Shut())
+
+    def give_up(self) -> None:
+        """Nothing that is still under way counts."""
+        for sequence in self.engine.open_sequences():
+            self.receive(GiveUp(sequence))
+
+    def receive(self, event: DrivingEvent) -> None:
+        """Something has happened."""
+        if not self.peer.works:
+            return
+        clock = self.peer.world.clock
+        for command in self.engine.receive(event, clock.now):
+            self._do(command)
+        wakes_s, timer = self.engine.wake_at(), self._timer
+        if wakes_s is not None and (timer is None or not timer.pending or wakes_s < timer.when_s):
+            if timer is not None:
+                timer.cancel()
+            self._timer = clock.call_at(wakes_s, self._time_came)
+
+    def _time_came(self) -> None:
+        self.receive(TimeCame())
+
+    def _do(self, command: DrivingCommand) -> None:
+        peer, world = self.peer, self.peer.world
+        if isinstance(command, Ask):
+            if command.peer == peer.name:
+                peer.arrive(Call(self, command))
+            else:
+                whom = world.whom(command.peer)
+                world.send(peer, whom, whom.arrive, Call(self, command), after_s=world.settings.tensors_s)
+        elif isinstance(command, Tell):
+            told = Told(self, command.call, command.stage, command.settlement)
+            if command.peer == peer.name:
+                peer.settle(told)
+            else:
+                whom = world.whom(command.peer)
+                world.send(peer, whom, whom.settle, told)
+        elif isinstance(command, Draw):
+            self.receive(Drawn(world.settings.microbatch_tokens))
+        elif isinstance(command, Back) and not command.given_up:
+            world.finished(world.settings.microbatch_tokens)
+        elif isinstance(command, HangUp):
+            world.num_late += 1
