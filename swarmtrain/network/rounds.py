@@ -343,7 +343,7 @@ class Rounds:
 
     def forget_peer(self, peer: str) -> None:
         """A peer that has long been gone."""
-        self.engine.forget_peer(peer)
+        self.engine.hearsay.forget(peer)
         self._last_signed.pop(peer, None)
 
     def stood_still(self, now: float, *, forgives: bool = True) -> None:

@@ -13,39 +13,35 @@ told of by others too, and read here. Pure: rosters as they travel are handles t
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Generic, TypeAlias, assert_never
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeAlias
 
 from swarmtrain.protocol import rosters
 from swarmtrain.protocol import round_events as ev
-from swarmtrain.protocol.chains import Chains, ChainView, Link, chain_view
+from swarmtrain.protocol.chains import Chains, Link
 from swarmtrain.protocol.lifecycle import Membership
 from swarmtrain.protocol.rosters import (
     Apply,
     CatchUp,
     Decision,
-    Publication,
     Roster,
     RoundView,
     Standing,
-    Told,
     Wait,
-    better_roster,
     decide,
     idled,
     is_silent,
     peers_to_ask,
     pulls_whole,
     standings,
-    worst_roster,
 )
 from swarmtrain.protocol.round_events import Command, Envelope, Event, Question, Reply, SignedRoster
-from swarmtrain.protocol.seeking import CatchUpSources, Hearsay, Search, Source
+from swarmtrain.protocol.round_state import KnownRound
+from swarmtrain.protocol.seeking import CatchingUp, Hearsay, Open, Questions, Seeker
 from swarmtrain.protocol.signers import Signers
 
 __all__ = ["RoundEngine", "RoundRules"]
@@ -53,11 +49,6 @@ __all__ = ["RoundEngine", "RoundRules"]
 _LEAST_LOOK_S = 0.005
 _KEEP_ROUNDS = 3
 _SOURCES = 4
-_MAX_ATTEMPTS = 8
-_MAX_ROSTERS = 64
-"""So many rosters of others are kept of a round, those that hold against the rest: signers cost nothing."""
-_CHAIN_SILENCES = 3
-"""For so many times as long as one may be silent nothing is signed before chains are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,66 +70,7 @@ class RoundRules:
         return max(1.0, self.silence_s / 4)
 
 
-@dataclass(slots=True)
-class _Round(Generic[Envelope, Link]):
-    """What is known of one round that this peer has ended itself."""
-
-    round: int
-    started_s: float
-    ended_s: float
-    own: Publication
-    announced: dict[str, Publication] = field(default_factory=dict)
-    rosters: dict[str, SignedRoster[Envelope]] = field(default_factory=dict)
-    """By name."""
-    best: SignedRoster[Envelope] | None = None
-    """Of these the one that holds."""
-    shared: str = ""
-    asking: dict[str, int] = field(default_factory=dict)
-    """The number of the question to each peer that is under way."""
-    ask_again_s: dict[str, float] = field(default_factory=dict)
-    told_of: dict[str, str] = field(default_factory=dict)
-    """The name of the roster that each peer told of last."""
-    asked_at_s: dict[str, float] = field(default_factory=dict)
-    answered_at_s: dict[str, float] = field(default_factory=dict)
-    """When what each peer answered last was asked."""
-    brought: set[str] = field(default_factory=set)
-    held: set[str] = field(default_factory=set)
-    """The publications that were asked for, and those whose bytes are here, by their hashes."""
-    unobtainable: set[str] = field(default_factory=set)
-    tried_again: set[tuple[str, str]] = field(default_factory=set)
-    undeliverable: set[str] = field(default_factory=set)
-    distrusted: set[str] = field(default_factory=set)
-    """Peers that sent something malformed about this round: asked again, but not waited for."""
-    impossible: set[str] = field(default_factory=set)
-    """Digests of rosters that name a publication of ours that we never made."""
-    lacking_s: dict[str, float] = field(default_factory=dict)
-    """Since when each peer has told of a roster whose chain nobody has shown yet."""
-    merging: str = ""
-    is_merged: bool = False
-    catching_up: CatchUpSources[Envelope, Link] | None = None
-
-
-@dataclass(slots=True)
-class _Survey:
-    """Who was asked how far it is, and what they said."""
-
-    search: int
-    open: set[int]
-    told: dict[str, Told] = field(default_factory=dict)
-
-
-_Fetching: TypeAlias = Search[Envelope, Link] | CatchUpSources[Envelope, Link]
-_Asker: TypeAlias = _Round[Envelope, Link] | _Survey | Search[Envelope, Link] | CatchUpSources[Envelope, Link]
-
-
-@dataclass(slots=True)
-class _Open(Generic[Envelope, Link]):
-    """A question under way, and what it is for."""
-
-    peer: str
-    asked_s: float
-    question: Question
-    of: _Asker[Envelope, Link]
+_Commands: TypeAlias = list[Command[Envelope]]
 
 
 class RoundEngine(Generic[Envelope, Link]):
@@ -165,26 +97,23 @@ class RoundEngine(Generic[Envelope, Link]):
         """Whether somebody has ended the round that this peer is in, and asked for this peer's part of it."""
         self.waiting_for, self.waiting_until_s = "", 0.0
         """Why it waits, and until when that may be; 0 when there is no such time."""
-        self.listening_since_s = -math.inf
         self.signers = Signers()
         self.hearsay: Hearsay[Envelope, Link] = Hearsay(self.me, membership, chains)
-        self._stands_for = self.me if trains else ""
         self._rng = rng
-        self._numbers = itertools.count(1)
-        self._rounds: dict[int, _Round[Envelope, Link]] = {}
-        self._ending: _Round[Envelope, Link] | None = None
+        self._questions: Questions[Envelope, Link] = Questions()
+        self._seeker = Seeker(self.hearsay, self._questions, self.me if trains else "", rng)
+        self._rounds: dict[int, KnownRound[Envelope, Link]] = {}
+        self._ending: KnownRound[Envelope, Link] | None = None
         """The round that is being ended."""
         self._look_s = math.inf
         self._held: dict[int, tuple[Question, float]] = {}
         """Questions of others that are held, and until when."""
         self._held_until_s = math.inf
         """The first of these times, or earlier."""
-        self._open: dict[int, _Open[Envelope, Link]] = {}
-        self._fetching: dict[int, _Fetching[Envelope, Link]] = {}
 
     # ------------------------------------------------------------- events
 
-    def receive(self, event: Event[Envelope, Link], now: float) -> list[Command[Envelope]]:
+    def receive(self, event: Event[Envelope, Link], now: float) -> _Commands[Envelope]:
         """What happened, and what is to be done about it."""
         match event:
             case ev.Woke():
@@ -193,16 +122,18 @@ class RoundEngine(Generic[Envelope, Link]):
                 return self._answered(event.number, event.reply, now)
             case ev.Asked():
                 return self._asked(event, now)
-            case ev.Brought() | ev.NotBrought():
-                return self._was_brought(event, now)
+            case ev.Brought() | ev.NotBrought() if self._ending is not None:
+                self._ending.was_brought(event)
+                self._look_s = now
             case ev.Refused():
                 return self._got_nothing(event.number, now, is_malformed=True)
             case ev.Failed():
                 return self._got_nothing(event.number, now, is_malformed=False)
             case ev.Signed():
                 return self._signed(event.roster, now)
-            case ev.Found() | ev.Merged() | ev.NotMerged():
-                return self._merge_went_on(event, now)
+            case ev.Found() | ev.Merged() | ev.NotMerged() if self._ending is not None:
+                self._ending.merge_went_on(event)
+                self._look_s = now
             case ev.Begun():
                 self.guest = event.guest
             case ev.Left():
@@ -215,26 +146,25 @@ class RoundEngine(Generic[Envelope, Link]):
             case ev.Advanced():
                 return self._advanced(event)
             case ev.GivenUp():
-                return self._given_up(event.search, now)
+                if event.search is not None:
+                    return self._seeker.drop(event.search)
+                return [] if self._ending is None else self._over(self._ending, now)
             case ev.PeersChanged():
                 self._look_s = now
             case ev.StoodStill():
-                self.listening_since_s = self._look_s = now
+                self.hearsay.listening_since_s = self._look_s = now
                 self.membership.resume(now, forgives=event.forgives)
             case ev.HungUp():
                 self._held.pop(event.call, None)
-            case ev.Shared():
-                if self._ending is not None and self._ending.merging == event.roster:
-                    self._ending.shared = event.roster
-                    return self._tell()
+            case ev.Shared() if self._ending is not None and self._ending.merging == event.roster:
+                self._ending.shared = event.roster
+                return self._tell()
             case ev.Survey():
-                return self._survey(event, now)
+                return self._seeker.survey(event, self.round, now)
             case ev.Seek():
-                return self._seek(event, now)
+                return self._seeker.seek(event, self.round, now)
             case ev.Offered() | ev.NotFetched() | ev.Taken():
-                return self._fetch_went_on(event, now)
-            case _:
-                assert_never(event)
+                return self._caught_up(self._seeker.fetch_went_on(event, now), now)
         return []
 
     def wake_at(self) -> float | None:
@@ -248,9 +178,10 @@ class RoundEngine(Generic[Envelope, Link]):
         """Whether others are still answered about that round of ours."""
         return round in self._rounds
 
-    def forget_peer(self, peer: str) -> None:
-        """A peer that has long been gone."""
-        self.hearsay.forget(peer)
+    @property
+    def listening_since_s(self) -> float:
+        """Since when this process has run without a gap."""
+        return self.hearsay.listening_since_s
 
     @property
     def base(self) -> str:
@@ -262,8 +193,8 @@ class RoundEngine(Generic[Envelope, Link]):
         """Behind the weights."""
         return 0 if self.last is None else self.last.roster.total_tokens
 
-    def _woke(self, now: float) -> list[Command[Envelope]]:
-        commands: list[Command[Envelope]] = []
+    def _woke(self, now: float) -> _Commands[Envelope]:
+        commands: _Commands[Envelope] = []
         if self._held_until_s <= now:
             due = [call for call, (_, until_s) in self._held.items() if until_s <= now]
             commands += [self._answer(call, self._held.pop(call)[0]) for call in due]
@@ -274,7 +205,7 @@ class RoundEngine(Generic[Envelope, Link]):
 
     # ------------------------------------------------------------- answering
 
-    def _asked(self, event: ev.Asked, now: float) -> list[Command[Envelope]]:
+    def _asked(self, event: ev.Asked, now: float) -> _Commands[Envelope]:
         question = event.question
         self.wanted = self.wanted or (question.round == self.round and not question.has_publication)
         if question.hold_s <= 0 or self._is_news(question):
@@ -308,14 +239,14 @@ class RoundEngine(Generic[Envelope, Link]):
             share="" if known is None or question.has_share else known.shared,
         )
 
-    def _tell(self) -> list[Command[Envelope]]:
+    def _tell(self) -> _Commands[Envelope]:
         """Answer all who wait for what is news now."""
         due = [call for call, (question, _) in self._held.items() if self._is_news(question)]
         return [self._answer(call, self._held.pop(call)[0]) for call in due]
 
     # ------------------------------------------------------------- moving on
 
-    def _advanced(self, event: ev.Advanced[Envelope]) -> list[Command[Envelope]]:
+    def _advanced(self, event: ev.Advanced[Envelope]) -> _Commands[Envelope]:
         if event.last is not None:
             self.last = event.last
         self.wanted = self.wanted and event.round == self.round
@@ -323,15 +254,15 @@ class RoundEngine(Generic[Envelope, Link]):
         self._rounds = {r: known for r, known in self._rounds.items() if r > event.round - _KEEP_ROUNDS}
         return self._tell()
 
-    def _ended(self, event: ev.Ended, now: float) -> list[Command[Envelope]]:
-        known: _Round[Envelope, Link] = _Round(event.round, event.started_s, now, event.publication)
+    def _ended(self, event: ev.Ended, now: float) -> _Commands[Envelope]:
+        known: KnownRound[Envelope, Link] = KnownRound(event.round, event.started_s, now, event.publication)
         known.announced[self.me] = event.publication
         known.held.add(event.publication.snapshot)
         self._rounds[event.round] = self._ending = known
         self._look_s = now
         return self._tell()
 
-    def _over(self, known: _Round[Envelope, Link], now: float) -> list[Command[Envelope]]:
+    def _over(self, known: KnownRound[Envelope, Link], now: float) -> _Commands[Envelope]:
         """The round is over: the others are judged by it, and nothing is asked about it any more."""
         view = self._view(known)
         commands = [*self._unproved(known), *self._hang_up(known, view, list(known.asking), now)]
@@ -341,35 +272,14 @@ class RoundEngine(Generic[Envelope, Link]):
         known.announced = {self.me: known.own}
         self._ending, self._look_s, self.waiting_for = None, math.inf, ""
         if known.catching_up is not None:
-            commands += self._drop(known.catching_up)
+            commands += self._seeker.drop(Seeker.CATCH_UP)
             known.catching_up = None
         return commands
 
-    def _given_up(self, search: int | None, now: float) -> list[Command[Envelope]]:
-        if search is None:
-            return [] if self._ending is None else self._over(self._ending, now)
-        askers = [*(asked.of for asked in self._open.values()), *self._fetching.values()]
-        return next(
-            (self._drop(of) for of in askers if not isinstance(of, _Round | CatchUpSources) and of.search == search), []
-        )
-
-    def _drop(self, of: _Asker[Envelope, Link]) -> list[Command[Envelope]]:
-        """Nothing is asked or fetched for it any more."""
-        asked = [(number, one.peer) for number, one in self._open.items() if one.of is of]
-        fetched = [(number, one.source) for number, one in self._fetching.items() if one is of]
-        commands: list[Command[Envelope]] = []
-        for number, peer in asked:
-            del self._open[number]
-            commands.append(ev.HangUp(number, peer))
-        for number, source in fetched:
-            del self._fetching[number]
-            commands.append(ev.HangUp(number, "" if source is None else source.peer))
-        return commands
-
-    def _unproved(self, known: _Round[Envelope, Link]) -> list[Command[Envelope]]:
+    def _unproved(self, known: KnownRound[Envelope, Link]) -> _Commands[Envelope]:
         """Those who claim more tokens than there are here, and neither show their chain nor move anybody."""
-        commands: list[Command[Envelope]] = []
-        view, shown = self._chain_view(known), self.chains.shown
+        commands: _Commands[Envelope] = []
+        view, shown = self.hearsay.in_round(self.hearsay.of_those_who_train(), known.started_s), self.chains.shown
         for peer, digest in view.stands.items():
             head, chain = view.heads.get(digest), shown.get(digest)
             if head is None or chain is None or len(chain.links) > 1 or view.holds(head):
@@ -381,18 +291,20 @@ class RoundEngine(Generic[Envelope, Link]):
 
     # ------------------------------------------------------------- deciding
 
-    def _look(self, known: _Round[Envelope, Link], now: float) -> list[Command[Envelope]]:
+    def _look(self, known: KnownRound[Envelope, Link], now: float) -> _Commands[Envelope]:
         """Decide, and do it."""
         self._look_s = now + self.rules.look_s
-        self._try_again(known)
+        known.try_again(self.hearsay)
         view = self._view(known)
         commands = self._keep_asking(known, view, now)
         if known.catching_up is not None:
             return commands
         decision: Decision = decide(view, now)
-        if isinstance(decision, rosters.Sign) and (until_s := self._chains_due_s(known, now)) > now:
-            until_s = min(until_s, now + self.rules.retry_s)
-            decision = Wait(until_s=until_s, reason="others are asked how they came to where they are")
+        if isinstance(decision, rosters.Sign):
+            lacking = [peer for peer in view.heard_at_s if self.chains.lacks(self.hearsay.last_of(peer))]
+            if (until_s := known.chains_due_s(lacking, self.rules.silence_s, now)) > now:
+                until_s = min(until_s, now + self.rules.retry_s)
+                decision = Wait(until_s=until_s, reason="others are asked how they came to where they are")
         self.waiting_for = decision.reason
         self.waiting_until_s = decision.until_s if isinstance(decision, Wait) else 0.0
         merging = decision.roster.digest if isinstance(decision, Apply) else ""
@@ -403,54 +315,62 @@ class RoundEngine(Generic[Envelope, Link]):
             case Wait():
                 self._look_s = min(self._look_s, max(decision.until_s, now + _LEAST_LOOK_S))
             case rosters.Sign():
-                commands.append(ev.Sign(self._roster(known, decision), decision.reason))
+                roster = Roster(
+                    round=known.round,
+                    signer=self.me,
+                    entries=decision.entries,
+                    attempt=decision.attempt,
+                    base=self.base,
+                    base_tokens=self._tokens,
+                )
+                commands.append(ev.Sign(roster, decision.reason))
             case Apply():
-                roster = next(one for one in known.rosters.values() if one.roster is decision.roster)
+                one = next(one for one in known.rosters.values() if one.roster is decision.roster)
                 if known.is_merged:
-                    return [*commands, *self._over(known, now), ev.Finish(roster)]
+                    return [*commands, *self._over(known, now), ev.Finish(one)]
                 if not known.merging:
                     known.merging = merging
-                    commands.append(ev.Merge(roster))
+                    commands.append(ev.Merge(one))
             case CatchUp():
                 sources = list(decision.sources)
                 self._rng.shuffle(sources)
-                left = deque(sources[:_SOURCES])
-                known.catching_up = CatchUpSources(self.hearsay, known.round, decision.reason, left, known.unobtainable)
-                commands += self._fetch_next(known.catching_up, now)
+                known.catching_up = CatchingUp(
+                    self.hearsay,
+                    known.round,
+                    known.started_s,
+                    decision.reason,
+                    deque(sources[:_SOURCES]),
+                    known.unobtainable,
+                    known.undeliverable,
+                )
+                commands += self._caught_up(self._seeker.catch_up(known.catching_up), now)
         return commands
 
-    def _try_again(self, known: _Round[Envelope, Link]) -> None:
-        """Who could not be pulled from, and has merged this round by now, may just have stood still: what is on its
-        roster holds, so that it gets another chance, once."""
-        for peer in list(known.unobtainable):
-            last = self.hearsay.last_of(peer)
-            if last is None or (last.round, last.base) != (known.round, self.base):
-                continue
-            if (peer, last.digest) not in known.tried_again:
-                known.tried_again.add((peer, last.digest))
-                known.unobtainable.discard(peer)
+    def _caught_up(self, commands: _Commands[Envelope], now: float) -> _Commands[Envelope]:
+        """What the search for a state says; what came of catching up ends the round, or has it decided anew."""
+        known = self._ending
+        if not commands or known is None or known.catching_up is None:
+            return commands
+        match commands[-1]:
+            case ev.Sought(search=Seeker.CATCH_UP, number=None):
+                known.catching_up, self._look_s = None, now
+                return commands[:-1]
+            case ev.Sought(search=Seeker.CATCH_UP, number=number) if number is not None:
+                reason = known.catching_up.reason
+                return [*commands[:-1], *self._over(known, now), ev.Adopt(number, reason)]
+        return commands
 
-    def _roster(self, known: _Round[Envelope, Link], decision: rosters.Sign) -> Roster:
-        return Roster(
-            round=known.round,
-            signer=self.me,
-            entries=decision.entries,
-            attempt=decision.attempt,
-            base=self.base,
-            base_tokens=self._tokens,
-        )
-
-    def _view(self, known: _Round[Envelope, Link]) -> RoundView:
+    def _view(self, known: KnownRound[Envelope, Link]) -> RoundView:
         heard_at_s = self.membership.heard_at_s()
         distrusted = known.distrusted.intersection(heard_at_s)
-        told = {peer: self.hearsay.told.get(peer) for peer in heard_at_s if peer not in distrusted}
+        told = self.hearsay.of_those_who_train(distrusted)
         found = standings(
             None if self.last is None else self.last.roster,
             known.round,
             told,
             since_s=known.started_s,
             undeliverable=known.undeliverable,
-            holds=self._chain_view(known, told).holds,
+            holds=self.hearsay.in_round(told, known.started_s).holds,
         )
         return RoundView(
             me=self.me,
@@ -478,58 +398,15 @@ class RoundEngine(Generic[Envelope, Link]):
             idle=self.signers.idle(known.round),
         )
 
-    def _chain_view(
-        self, known: _Round[Envelope, Link], told: Mapping[str, tuple[float, Told] | None] | None = None
-    ) -> ChainView:
-        """Which chain holds, for a peer in the midst of this round; by what these told, or all who train."""
-        if told is None:
-            told = {peer: self.hearsay.told.get(peer) for peer in self.membership.heard_at_s()}
-        is_away = self.listening_since_s > known.started_s
-        chain, shown = self.chains.chain, self.chains.shown
-        return chain_view(chain, shown, told, since_s=known.started_s, me=self.me, is_away=is_away)
-
-    def _chains_due_s(self, known: _Round[Envelope, Link], now: float) -> float:
-        """Until when somebody has yet to show its chain, for which it has as long as it may be silent, and all together
-        a few times as long: who comes after the other with one that nobody knows must not hold a round up for ever."""
-        lacking = [peer for peer in self.membership.heard_at_s() if self.chains.lacks(self.hearsay.last_of(peer))]
-        until_s = [known.lacking_s.setdefault(peer, now) + self.rules.silence_s for peer in lacking]
-        most_s = min(known.lacking_s.values(), default=now) + _CHAIN_SILENCES * self.rules.silence_s
-        return min(max(until_s, default=now), most_s)
-
-    def _keep(self, known: _Round[Envelope, Link], one: SignedRoster[Envelope]) -> bool:
-        """Remember a roster that starts from our weights, of one signer the latest few and of all signers those
-        that hold against the rest; whether it is new."""
-        roster = one.roster
-        if one.name in known.rosters or roster.base != self.base:
-            return False
-        same_signer = [name for name, kept in known.rosters.items() if kept.roster.signer == roster.signer]
-        if len(same_signer) >= _MAX_ATTEMPTS:
-            oldest = min(same_signer, key=lambda name: known.rosters[name].roster.attempt)
-            if roster.attempt <= known.rosters[oldest].roster.attempt:
-                return False
-            del known.rosters[oldest]
-        known.rosters[one.name] = one
-        others = [kept.roster for kept in known.rosters.values() if kept.roster.signer != self.me]
-        if len(others) > _MAX_ROSTERS:
-            worst = worst_roster(others)
-            known.rosters = {name: kept for name, kept in known.rosters.items() if kept.roster is not worst}
-            if worst is roster:
-                return False
-        best = better_roster([kept.roster for kept in known.rosters.values()])
-        known.best = next(kept for kept in known.rosters.values() if kept.roster is best)
-        known.unobtainable.difference_update(roster.peers)
-        return True
-
-    def _signed(self, one: SignedRoster[Envelope], now: float) -> list[Command[Envelope]]:
-        known = self._ending
-        if known is None or one.roster.round != known.round or not self._keep(known, one):
+    def _signed(self, one: SignedRoster[Envelope], now: float) -> _Commands[Envelope]:
+        if self._ending is None or not self._ending.keep(one):
             return []
         self._look_s = now
         return self._tell()
 
     # ------------------------------------------------------------- asking
 
-    def _keep_asking(self, known: _Round[Envelope, Link], view: RoundView, now: float) -> list[Command[Envelope]]:
+    def _keep_asking(self, known: KnownRound[Envelope, Link], view: RoundView, now: float) -> _Commands[Envelope]:
         """One question to a peer, one pull of a publication; those no longer needed are given up."""
         wanted = dict.fromkeys(peers_to_ask(view, now))
         commands = self._hang_up(known, view, [peer for peer in known.asking if peer not in wanted], now)
@@ -540,7 +417,7 @@ class RoundEngine(Generic[Envelope, Link]):
                 self._look_s = min(self._look_s, again_s)
                 continue
             known.asked_at_s.setdefault(peer, now)
-            ask = self._ask(peer, self._question(known, peer, now), known, now)
+            ask = self._questions.ask(peer, self._question(known, peer, now), now)
             known.asking[peer] = ask.number
             commands.append(ask)
         if not pulls_whole(view):
@@ -553,7 +430,7 @@ class RoundEngine(Generic[Envelope, Link]):
                 commands.append(ev.Bring(offer, (peer, *others)))
         return commands
 
-    def _question(self, known: _Round[Envelope, Link], peer: str, now: float) -> Question:
+    def _question(self, known: KnownRound[Envelope, Link], peer: str, now: float) -> Question:
         """About the round. The first answer is not held, nor is the first since this process stood still."""
         wants_chain = self.hearsay.wants_chain(peer, now)
         answered_s = known.answered_at_s.get(peer)
@@ -566,57 +443,48 @@ class RoundEngine(Generic[Envelope, Link]):
             wants_chain=wants_chain,
         )
 
-    def _ask(self, peer: str, question: Question, of: _Asker[Envelope, Link], now: float) -> ev.Ask:
-        number = next(self._numbers)
-        self._open[number] = _Open(peer, now, question, of)
-        return ev.Ask(number, peer, question)
-
     def _hang_up(
-        self, known: _Round[Envelope, Link], view: RoundView, peers: Iterable[str], now: float
-    ) -> list[Command[Envelope]]:
+        self, known: KnownRound[Envelope, Link], view: RoundView, peers: Iterable[str], now: float
+    ) -> _Commands[Envelope]:
         """Questions that are given up now: one that was never answered has failed."""
-        commands: list[Command[Envelope]] = []
+        commands: _Commands[Envelope] = []
         for peer in sorted(peers):
             number = known.asking.pop(peer)
-            del self._open[number]
+            del self._questions.open[number]
             commands.append(ev.HangUp(number, peer, is_silent(view, peer, now)))
         return commands
 
-    def _answered(self, number: int, reply: Reply[Envelope, Link], now: float) -> list[Command[Envelope]]:
-        asked = self._open.get(number)
+    def _answered(self, number: int, reply: Reply[Envelope, Link], now: float) -> _Commands[Envelope]:
+        asked = self._questions.open.get(number)
         if asked is None:
             return []
-        of, roster = asked.of, reply.roster
-        found = self.hearsay.flaw_in(reply, asked.question.wants_chain)
+        wants_chain, roster = asked.question.wants_chain, reply.roster
+        found = self.hearsay.flaw_in(reply, wants_chain)
         if not found and roster is not None and roster.roster.round != asked.question.round:
             found = "a roster of another round"
         if found:
             return [ev.Name(asked.peer, found), *self._got_nothing(number, now, is_malformed=True)]
-        del self._open[number]
-        change = self.hearsay.hear(asked.peer, reply, asked.question.wants_chain, now)
-        commands: list[Command[Envelope]] = [] if change is None else [ev.Report(change)]
-        match of:
-            case _Round():
-                commands += self._read(of, asked, reply, now)
-            case _Survey():
-                of.told[asked.peer] = reply.told
-                commands += self._surveyed(of, number)
-            case _:
-                commands += self._chain_came(of, now)
-        return commands
+        del self._questions.open[number]
+        change = self.hearsay.hear(asked.peer, reply, wants_chain, now)
+        commands: _Commands[Envelope] = [] if change is None else [ev.Report(change)]
+        if asked.of is not None:
+            went_on = self._seeker.answered(asked.of, number, (asked.peer, reply.told), now)
+            return [*commands, *self._caught_up(went_on, now)]
+        assert self._ending is not None
+        return [*commands, *self._read(self._ending, asked, reply, now)]
 
     def _read(
         self,
-        known: _Round[Envelope, Link],
-        asked: _Open[Envelope, Link],
+        known: KnownRound[Envelope, Link],
+        asked: Open[Envelope, Link],
         reply: Reply[Envelope, Link],
         now: float,
-    ) -> list[Command[Envelope]]:
+    ) -> _Commands[Envelope]:
         """What an answer says of the round."""
-        commands: list[Command[Envelope]] = []
+        commands: _Commands[Envelope] = []
         peer, offer, best, is_new = asked.peer, reply.publication, known.best, False
         if reply.last is not None:  # whoever has applied one hands it out, whatever others of the round it knows
-            is_new = reply.last.roster.round == known.round and self._keep(known, reply.last)
+            is_new = known.keep(reply.last)
         if offer is not None and peer not in known.announced and offer.base == self.base:
             known.announced[peer], is_new = offer, True
         if reply.roster is not None:
@@ -624,7 +492,7 @@ class RoundEngine(Generic[Envelope, Link]):
             if found := self.chains.wrong_with(reply.roster.roster):
                 commands.append(ev.Name(reply.roster.roster.signer, found))  # who hands it on may not know the base
             else:
-                is_new = self._keep(known, reply.roster) or is_new
+                is_new = known.keep(reply.roster) or is_new
         del known.asking[peer]
         known.answered_at_s[peer] = asked.asked_s
         at_once = asked.question.hold_s > 0 and now - asked.asked_s < self.rules.retry_s
@@ -632,142 +500,17 @@ class RoundEngine(Generic[Envelope, Link]):
         self._look_s = now
         return [*commands, *self._tell()] if known.best is not best else commands
 
-    def _got_nothing(self, number: int, now: float, *, is_malformed: bool) -> list[Command[Envelope]]:
-        asked = self._open.pop(number, None)
+    def _got_nothing(self, number: int, now: float, *, is_malformed: bool) -> _Commands[Envelope]:
+        asked = self._questions.open.pop(number, None)
         if asked is None:
             return []
-        of = asked.of
-        match of:
-            case _Round():
-                del of.asking[asked.peer]
-                if is_malformed:
-                    of.distrusted.add(asked.peer)
-                of.ask_again_s[asked.peer] = now + (self.rules.hold_s if is_malformed else self.rules.retry_s)
-                self._look_s = now
-                return []
-            case _Survey():
-                return self._surveyed(of, number)
-            case _:
-                return self._chain_came(of, now, came=False)
-
-    # ------------------------------------------------------------- bytes
-
-    def _was_brought(self, event: ev.Brought | ev.NotBrought, now: float) -> list[Command[Envelope]]:
+        if asked.of is not None:
+            return self._caught_up(self._seeker.answered(asked.of, number, None, now), now)
         known = self._ending
-        if known is None:
-            return []
-        if isinstance(event, ev.Brought):
-            known.held.add(event.snapshot)
-        else:
-            known.unobtainable.update(p for p, offer in known.announced.items() if offer.snapshot == event.snapshot)
+        assert known is not None
+        del known.asking[asked.peer]
+        if is_malformed:
+            known.distrusted.add(asked.peer)
+        known.ask_again_s[asked.peer] = now + (self.rules.hold_s if is_malformed else self.rules.retry_s)
         self._look_s = now
         return []
-
-    def _merge_went_on(self, event: ev.Found | ev.Merged | ev.NotMerged, now: float) -> list[Command[Envelope]]:
-        known = self._ending
-        if known is None:
-            return []
-        if isinstance(event, ev.Found):
-            if event.publication.peer != self.me:
-                known.announced[event.publication.peer] = event.publication
-            return []
-        if known.merging != event.roster:
-            return []
-        if isinstance(event, ev.Merged):
-            known.is_merged = True
-        else:
-            known.merging = ""
-            if self.me in event.lacking:
-                known.impossible.add(event.roster)
-            known.unobtainable.update(event.lacking - {self.me})
-        self._look_s = now
-        return []
-
-    # ------------------------------------------------------------- states
-
-    def _survey(self, event: ev.Survey, now: float) -> list[Command[Envelope]]:
-        survey = _Survey(event.search, set())
-        asks = [self._ask(peer, Question(self.round), survey, now) for peer in event.peers]
-        survey.open.update(ask.number for ask in asks)
-        return [*asks] if asks else [ev.Surveyed(event.search, {})]
-
-    def _surveyed(self, survey: _Survey, number: int) -> list[Command[Envelope]]:
-        survey.open.discard(number)
-        return [] if survey.open else [ev.Surveyed(survey.search, survey.told)]
-
-    def _seek(self, event: ev.Seek, now: float) -> list[Command[Envelope]]:
-        search = Search(
-            self.hearsay, event.search, self._stands_for, event.told, event.above_tokens, event.fetches, self._rng
-        )
-        return self._seek_on(search, now)
-
-    def _seek_on(self, search: Search[Envelope, Link], now: float) -> list[Command[Envelope]]:
-        if (peer := search.whose_chain()) is not None:
-            return [self._ask(peer, Question(self.round, wants_chain=True), search, now)]
-        is_ours = not search.choose()
-        if is_ours or not search.fetches:
-            return [ev.Sought(search.search, is_ours, None)]
-        return self._fetch_next(search, now)
-
-    def _fetch_next(self, of: _Fetching[Envelope, Link], now: float) -> list[Command[Envelope]]:
-        """Have the next of them offer its state."""
-        of.source = None
-        if (found := of.next()) is None:
-            if isinstance(of, Search):
-                return [ev.Sought(of.search, False, None)]
-            assert self._ending is not None
-            self._ending.catching_up, self._look_s = None, now
-            return []
-        of.source = Source(next(self._numbers), found[0])
-        self._fetching[of.source.number] = of
-        return [ev.Fetch(of.source.number, *found)]
-
-    def _fetch_went_on(
-        self, event: ev.Offered[Envelope] | ev.NotFetched | ev.Taken, now: float
-    ) -> list[Command[Envelope]]:
-        of = self._fetching.get(event.number)
-        if of is None or of.source is None:
-            return []
-        match event:
-            case ev.NotFetched():
-                return self._fetch_failed(of, now)
-            case ev.Taken():
-                del self._fetching[event.number]
-                if isinstance(of, Search):
-                    return [ev.Sought(of.search, False, event.number)]
-                assert self._ending is not None
-                return [*self._over(self._ending, now), ev.Adopt(event.number, of.reason)]
-        source, roster = of.source, event.roster.roster
-        if found := self.chains.wrong_with(roster):
-            return [ev.Name(source.peer, found), *self._fetch_failed(of, now)]
-        source.roster = roster
-        if of.needs_chain(roster):
-            return [self._ask(source.peer, Question(self.round, wants_chain=True), of, now)]
-        return self._judge(of, now)
-
-    def _chain_came(self, of: _Fetching[Envelope, Link], now: float, *, came: bool = True) -> list[Command[Envelope]]:
-        """Somebody has shown its chain, or has not: one of those that are judged together, or that whose state is
-        offered."""
-        if of.source is None:
-            assert isinstance(of, Search)
-            return self._seek_on(of, now)
-        return self._judge(of, now) if came else self._fetch_failed(of, now)
-
-    def _judge(self, of: _Fetching[Envelope, Link], now: float) -> list[Command[Envelope]]:
-        """Whether to take the state that is offered."""
-        source = of.source
-        assert source is not None and source.roster is not None
-        if isinstance(of, Search):
-            may = of.may_take(source.peer, source.roster)
-        else:
-            assert self._ending is not None
-            may = of.may_take(source.peer, source.roster, self._chain_view(self._ending))
-        return [ev.Take(source.number)] if may else self._fetch_failed(of, now)
-
-    def _fetch_failed(self, of: _Fetching[Envelope, Link], now: float) -> list[Command[Envelope]]:
-        assert of.source is not None
-        del self._fetching[of.source.number]
-        if not isinstance(of, Search):
-            assert self._ending is not None
-            self._ending.undeliverable.add(of.source.peer)
-        return self._fetch_next(of, now)

@@ -7,19 +7,21 @@ a round takes a state with the same steps. Pure; driven by `rounds.py`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic
+from typing import ClassVar, Generic, TypeAlias
 
+from swarmtrain.protocol import round_events as ev
 from swarmtrain.protocol.chains import Chain, Chains, ChainView, Link, chain_view, flaw
 from swarmtrain.protocol.lifecycle import Change, Membership
 from swarmtrain.protocol.rosters import Roster, Told
-from swarmtrain.protocol.round_events import Envelope, Reply
+from swarmtrain.protocol.round_events import Command, Envelope, Question, Reply
 
-__all__ = ["CatchUpSources", "Hearsay", "Search", "Source"]
+__all__ = ["CatchingUp", "Hearsay", "Questions", "Search", "Seeker", "Survey"]
 
 _CHAIN_TRIES = 2
 _CHAIN_AGAIN_S = 1.0
@@ -35,6 +37,8 @@ class Hearsay(Generic[Envelope, Link]):
     membership: Membership
     chains: Chains[Link]
     told: dict[str, tuple[float, Told]] = field(default_factory=dict)
+    listening_since_s: float = -math.inf
+    """Since when this process has run without a gap."""
     _chain_asked_s: dict[str, float] = field(default_factory=dict)
 
     def last_of(self, peer: str) -> Roster | None:
@@ -84,6 +88,15 @@ class Hearsay(Generic[Envelope, Link]):
         self._chain_asked_s[peer] = now
         return True
 
+    def of_those_who_train(self, but: Collection[str] = ()) -> dict[str, tuple[float, Told] | None]:
+        """What they told, and when; None of one that has told nothing."""
+        return {peer: self.told.get(peer) for peer in self.membership.heard_at_s() if peer not in but}
+
+    def in_round(self, told: Mapping[str, tuple[float, Told] | None], since_s: float) -> ChainView:
+        """Which chain holds, for a peer in the midst of a round that began at `since_s`, by what these told."""
+        is_away = self.listening_since_s > since_s
+        return chain_view(self.chains.chain, self.chains.shown, told, since_s=since_s, me=self.me, is_away=is_away)
+
     def view(self, told: Mapping[str, Told], me: str) -> ChainView:
         """Which chain holds, for a peer that comes, or comes back, and for an archive."""
         now = {peer: (0.0, one) for peer, one in told.items()}
@@ -100,15 +113,28 @@ class Source:
     """It is offered, after this one; and its chain is asked for."""
 
 
+@dataclass(slots=True)
+class Survey:
+    """Who was asked how far it is, and what they said."""
+
+    search: int
+    open: set[int] = field(default_factory=set)
+    told: dict[str, Told] = field(default_factory=dict)
+
+
 @dataclass
-class CatchUpSources(Generic[Envelope, Link]):
-    """The peers that are ahead, one of which is to give its state."""
+class CatchingUp(Generic[Envelope, Link]):
+    """The peers that are ahead of one that ends `round`, one of which is to give its state."""
 
     hearsay: Hearsay[Envelope, Link]
     round: int
+    since_s: float
+    """When it began that."""
     reason: str
     left: deque[str]
-    unobtainable: Collection[str] = ()
+    unobtainable: Collection[str]
+    undeliverable: set[str]
+    """Those whose state could not be had."""
     source: Source | None = None
 
     def next(self) -> tuple[str, int] | None:
@@ -123,11 +149,12 @@ class CatchUpSources(Generic[Envelope, Link]):
         """Whether its source has to show how it came to this roster before it can be judged."""
         return roster.digest not in self.hearsay.chains.shown
 
-    def may_take(self, source: str, roster: Roster, view: ChainView) -> bool:
+    def may_take(self, source: str, roster: Roster) -> bool:
         """Whether the weights after `roster` hold. Who has a publication of its own on this round's, and does not
         deliver that, is believed nothing; who is further than that need not have it any more."""
-        withholds = roster.round == self.round and source in self.unobtainable and source in roster.peers
-        return not withholds and view.holds(roster)
+        if roster.round == self.round and source in self.unobtainable and source in roster.peers:
+            return False
+        return self.hearsay.in_round(self.hearsay.of_those_who_train(), self.since_s).holds(roster)
 
 
 @dataclass
@@ -136,6 +163,8 @@ class Search(Generic[Envelope, Link]):
 
     hearsay: Hearsay[Envelope, Link]
     search: int
+    round: int
+    """That the one who seeks is in."""
     me: str
     """"" for an archive, whose weights count for no chain."""
     told: Mapping[str, Told]
@@ -190,7 +219,7 @@ class Search(Generic[Envelope, Link]):
         """Whether its source has to show how it came to this roster before it can be judged."""
         return self._is_newer(roster) and self.best is not None and roster.digest not in self.best
 
-    def may_take(self, source: str, roster: Roster, view: ChainView | None = None) -> bool:
+    def may_take(self, source: str, roster: Roster) -> bool:
         """Whether the state after `roster` is of the chain that holds: it may be further than it was, or forgotten."""
         if not self._is_newer(roster):
             return False
@@ -204,3 +233,153 @@ class Search(Generic[Envelope, Link]):
 
     def _is_newer(self, roster: Roster) -> bool:
         return roster.digest not in self.hearsay.chains.chain
+
+
+Asker: TypeAlias = Survey | Search[Envelope, Link] | CatchingUp[Envelope, Link]
+
+
+@dataclass(slots=True)
+class Open(Generic[Envelope, Link]):
+    """A question under way, and what it is for; None: the round that is being ended."""
+
+    peer: str
+    asked_s: float
+    question: Question
+    of: Asker[Envelope, Link] | None
+
+
+@dataclass
+class Questions(Generic[Envelope, Link]):
+    """All that is asked of others, by number."""
+
+    open: dict[int, Open[Envelope, Link]] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def ask(
+        self,
+        peer: str,
+        question: Question,
+        now: float,
+        of: Asker[Envelope, Link] | None = None,
+    ) -> ev.Ask:
+        """The next one."""
+        number = next(self.numbers)
+        self.open[number] = Open(peer, now, question, of)
+        return ev.Ask(number, peer, question)
+
+
+_Commands: TypeAlias = list[Command[Envelope]]
+_Fetching: TypeAlias = Search[Envelope, Link] | CatchingUp[Envelope, Link]
+
+
+class Seeker(Generic[Envelope, Link]):
+    """Surveys, searches, and states that are fetched. What comes of catching up is told as of the search `CATCH_UP`."""
+
+    CATCH_UP: ClassVar[int] = -1
+
+    def __init__(
+        self, hearsay: Hearsay[Envelope, Link], questions: Questions[Envelope, Link], me: str, rng: random.Random
+    ) -> None:
+        self._hearsay, self._questions, self._me, self._rng = hearsay, questions, me, rng
+        self._fetching: dict[int, _Fetching[Envelope, Link]] = {}
+
+    def survey(self, event: ev.Survey, round: int, now: float) -> _Commands[Envelope]:
+        """Ask some how far they are."""
+        survey = Survey(event.search)
+        asks = [self._questions.ask(peer, Question(round), now, survey) for peer in event.peers]
+        survey.open.update(ask.number for ask in asks)
+        return [*asks] if asks else [ev.Surveyed(event.search, {})]
+
+    def seek(self, event: ev.Seek, round: int, now: float) -> _Commands[Envelope]:
+        """Look for the state that holds."""
+        search = Search(
+            self._hearsay, event.search, round, self._me, event.told, event.above_tokens, event.fetches, self._rng
+        )
+        return self._seek_on(search, now)
+
+    def catch_up(self, of: CatchingUp[Envelope, Link]) -> _Commands[Envelope]:
+        """Take the state of one of those ahead."""
+        return self._fetch_next(of)
+
+    def drop(self, search: int) -> _Commands[Envelope]:
+        """Nothing is asked or fetched for it any more."""
+        open_, fetching = self._questions.open, self._fetching
+        asked = [n for n, one in open_.items() if one.of is not None and _number_of(one.of) == search]
+        fetched = [n for n, one in fetching.items() if _number_of(one) == search]
+        commands: _Commands[Envelope] = [ev.HangUp(number, open_.pop(number).peer) for number in asked]
+        return [*commands, *(ev.HangUp(number, _peer_of(fetching.pop(number))) for number in fetched)]
+
+    def answered(
+        self,
+        of: Asker[Envelope, Link],
+        number: int,
+        told: tuple[str, Told] | None,
+        now: float,
+    ) -> _Commands[Envelope]:
+        """A question of one of these has its answer, or has none: of one that was to show its chain, then, what is
+        judged by that goes on."""
+        if isinstance(of, Survey):
+            of.open.discard(number)
+            of.told.update([] if told is None else [told])
+            return [] if of.open else [ev.Surveyed(of.search, of.told)]
+        if of.source is None:
+            assert isinstance(of, Search)
+            return self._seek_on(of, now)
+        return self._fetch_failed(of) if told is None else self._judge(of)
+
+    def fetch_went_on(self, event: ev.Offered[Envelope] | ev.NotFetched | ev.Taken, now: float) -> _Commands[Envelope]:
+        """A state is offered, is here, or does not come."""
+        of = self._fetching.get(event.number)
+        if of is None or of.source is None:
+            return []
+        match event:
+            case ev.NotFetched():
+                return self._fetch_failed(of)
+            case ev.Taken():
+                del self._fetching[event.number]
+                return [ev.Sought(_number_of(of), False, event.number)]
+        source, roster = of.source, event.roster.roster
+        if found := self._hearsay.chains.wrong_with(roster):
+            return [ev.Name(source.peer, found), *self._fetch_failed(of)]
+        source.roster = roster
+        if of.needs_chain(roster):
+            return [self._questions.ask(source.peer, Question(of.round, wants_chain=True), now, of)]
+        return self._judge(of)
+
+    def _seek_on(self, search: Search[Envelope, Link], now: float) -> _Commands[Envelope]:
+        if (peer := search.whose_chain()) is not None:
+            return [self._questions.ask(peer, Question(search.round, wants_chain=True), now, search)]
+        is_ours = not search.choose()
+        if is_ours or not search.fetches:
+            return [ev.Sought(search.search, is_ours, None)]
+        return self._fetch_next(search)
+
+    def _judge(self, of: _Fetching[Envelope, Link]) -> _Commands[Envelope]:
+        """Whether to take the state that is offered."""
+        assert of.source is not None and of.source.roster is not None
+        may = of.may_take(of.source.peer, of.source.roster)
+        return [ev.Take(of.source.number)] if may else self._fetch_failed(of)
+
+    def _fetch_failed(self, of: _Fetching[Envelope, Link]) -> _Commands[Envelope]:
+        assert of.source is not None
+        del self._fetching[of.source.number]
+        if isinstance(of, CatchingUp):
+            of.undeliverable.add(of.source.peer)
+        return self._fetch_next(of)
+
+    def _fetch_next(self, of: _Fetching[Envelope, Link]) -> _Commands[Envelope]:
+        """Have the next of them offer its state."""
+        of.source = None
+        if (found := of.next()) is None:
+            return [ev.Sought(_number_of(of), False, None)]
+        of.source = Source(next(self._questions.numbers), found[0])
+        self._fetching[of.source.number] = of
+        return [ev.Fetch(of.source.number, *found)]
+
+
+def _number_of(of: Asker[Envelope, Link]) -> int:
+    return Seeker.CATCH_UP if isinstance(of, CatchingUp) else of.search
+
+
+def _peer_of(of: _Fetching[Envelope, Link]) -> str:
+    return "" if of.source is None else of.source.peer

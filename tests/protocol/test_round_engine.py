@@ -278,7 +278,7 @@ def test_a_better_roster_takes_the_place_of_the_one_that_is_merged() -> None:
     commands = wakes(engine, 15.0)
     assert of_kind(commands, ev.Merge) == [ev.Merge(signed(worse))]
     engine.receive(ev.Shared(worse.digest), 15.0)
-    [number] = (number for number, one in engine._open.items() if one.peer == "b")
+    [number] = (number for number, one in engine._questions.open.items() if one.peer == "b")
     engine.receive(ev.Answered(number, reply(roster=better)), 15.1)
     assert of_kind(wakes(engine, 15.1), ev.GiveUpMerge, ev.Merge) == [ev.GiveUpMerge(), ev.Merge(signed(better))]
     engine.receive(ev.Merged(worse.digest), 15.2)
@@ -421,7 +421,7 @@ def test_who_stood_still_asks_without_being_held_before_it_decides() -> None:
     engine.receive(ev.StoodStill(), 30.0)
     commands = wakes(engine, 30.0)
     assert not of_kind(commands, ev.Sign) and "has stood still" in engine.waiting_for
-    [number] = (number for number, one in engine._open.items() if one.peer == "b")
+    [number] = (number for number, one in engine._questions.open.items() if one.peer == "b")
     engine.receive(ev.Answered(number, reply()), 30.1)
     [again] = of_kind(wakes(engine, 30.1), ev.Ask, ev.Sign)
     assert isinstance(again, ev.Ask) and again.question.hold_s == 0.0
