@@ -334,6 +334,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                 if self._times.bytes_per_s is None:
                     self._times.assume(bytes_per_s)
                     self._pull_plans.clear()
+                    self._look_again(now, bool(self._plans))
             case TookWeights():
                 self._forget_pulled()
             case TookStates():
@@ -414,7 +415,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._give_up_old_pulls(plans, now)
         if any(lane.pulled for lane in self._lanes):
             self._prepare_more(now)
-        self._look_again(now, bool(plans))
+        self._look_when_due(now)
 
     def _give_up_old_pulls(self, plans: Sequence[MergePlan], now: float) -> None:
         """A pull that has gone on for rounds would bring what is too old."""
@@ -426,6 +427,14 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             if lane.turned_back:
                 live = {info.peer for info in self._others}
                 lane.turned_back = {which: since for which, since in lane.turned_back.items() if which[1] in live}
+
+    def _look_when_due(self, now: float) -> None:
+        """At once, unless nothing is due yet by the plans."""
+        self._wake_s, self._is_short = None, False
+        for plan in self._plans:
+            if any(self._lanes[each].plan is plan for each in plan.fragments):
+                pulls = self._pull_plan(plan)
+                self._wake_before(now if any(pulls.num_due(each, now) for each in SECTIONS) else pulls.next_s(now))
 
     def _look_again(self, now: float, is_wanted: bool = True) -> None:
         if is_wanted:
