@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic
 
 from swarmtrain.protocol.fragments import steps_of_fragment, told_mark, told_round
@@ -91,13 +91,15 @@ from swarmtrain.protocol.pulls import (
 )
 from swarmtrain.run import GradientFormat
 
-__all__ = ["GossipEngine", "GossipSettings"]
+__all__ = ["GossipEngine", "GossipSettings", "Tellings"]
 
 _LEFT_OUT_S = 0.25
 _OLD_PULL_S = 30.0
 _OLD_PULL_ROUNDS = 2
 _RESTART_ROUNDS = 3
 """A peer that was killed and went on from its checkpoint is behind what it had published by so many rounds."""
+_MOST_TELLINGS = 16384
+_OF_A_PULL = (Replied, Downloaded, Decoded, Failed, Routed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +174,35 @@ class _View:
 
     candidates: list[Candidate]
     rounds: dict[str, int]
-    new_weights: tuple[int, set[str]] | None = None
-    """Whose are new, measured from that round."""
+    from_round: int = -1
+    """Of this peer, in which what follows was found."""
+    reference: int = 0
+    new_tokens: dict[str, int | None] = field(default_factory=dict)
+    new_weights: set[str] | None = None
+
+
+class Tellings:
+    """What peers' records say of each fragment, worked out once for all who have read the same record."""
+
+    def __init__(self, num_fragments: int, num_parts: int) -> None:
+        self._num_fragments, self._num_parts = num_fragments, num_parts
+        self._of: dict[str, tuple[PeerInfo, Sequence[tuple[int, Candidate]]]] = {}
+
+    def of(self, info: PeerInfo) -> Sequence[tuple[int, Candidate]]:
+        """Of each fragment in which round it is, and what is published of it."""
+        known = self._of.get(info.peer)
+        if known is not None and known[0] is info:
+            return known[1]
+        if len(self._of) > _MOST_TELLINGS:
+            self._of.clear()
+        told, number, num_parts = Mark(info.round, info.part, info.part_tokens), self._num_fragments, self._num_parts
+        found = []
+        for each in range(number):
+            mark = told_mark(each, number, told, num_parts)
+            candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=mark.tokens)
+            found.append((told_round(each, number, told, num_parts), candidate))
+        self._of[info.peer] = info, found
+        return found
 
 
 @dataclass(slots=True)
@@ -229,10 +258,12 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         settings: GossipSettings,
         rng: random.Random | None = None,
         host_rng: random.Random | None = None,
+        tellings: Tellings | None = None,
     ) -> None:
         self._me, self._settings, self._rng = me, settings, rng or random.Random()
         self._back_off = BackOff()
         self._hosts = HostOrder(me, host_rng or random.Random())
+        self._tellings = tellings or Tellings(len(settings.sizes), settings.num_parts)
         self._times = PullTimes()
         formats = settings.sizes[0]
         self._whole = {format: total_bytes(each[format] for each in settings.sizes) for format in formats}
@@ -243,8 +274,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._hidden: dict[str, tuple[str, ...]] | None = None
         """Those of them that nobody can dial, with their hosts; None until somebody is asked."""
         self._plans: Sequence[MergePlan] = ()
-        self._pull_plans: dict[tuple[int, ...], PullPlan] = {}
-        """By fragments, as long as nothing that they follow from has changed."""
+        self._pull_plans: dict[tuple[int, ...], tuple[object, PullPlan]] = {}
+        """By fragments, each with what it follows from."""
         self._pulls: dict[int, _Pull[Held]] = {}
         self._numbers = 0
         self._preparing: _Preparing[Held, Payload] | None = None
@@ -319,21 +350,27 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     ) -> list[GossipCommand[Held, Payload, Ready]]:
         """What follows from what happened at `now`, in seconds of one clock."""
         self._out = []
+        if isinstance(event, _OF_A_PULL):
+            if (pull := self._pulls.get(event.pull)) is not None:
+                self._of_pull(pull, event, now)
+            return self._out
         match event:
             case Woke():
                 self._look(now)
-            case PeersChanged(volunteers):
-                self._peers_changed(volunteers, now)
+            case Prepared():
+                self._prepared(event.number, event.merge, now)
+            case Called():
+                self._back_off.called(event.peer, now)
+                self._look_again(now, self._is_short)
+            case PeersChanged():
+                self._peers_changed(event.volunteers, now)
             case MergeDue():
                 self._merge_due(event, now)
-            case Planned(round, plans):
-                self._planned(round, plans, now)
-            case Prepared(number, merge):
-                self._prepared(number, merge, now)
-            case LinkAssumed(bytes_per_s):
+            case Planned():
+                self._planned(event.round, event.plans, now)
+            case LinkAssumed():
                 if self._times.bytes_per_s is None:
-                    self._times.assume(bytes_per_s)
-                    self._pull_plans.clear()
+                    self._times.assume(event.bytes_per_s)
                     self._look_again(now, bool(self._plans))
             case TookWeights():
                 self._forget_pulled()
@@ -341,34 +378,27 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                 self._took_states(event)
             case Rested():
                 self._rest()
-            case Called(peer):
-                self._back_off.called(peer, now)
-                self._look_again(now, self._is_short)
-            case _:
-                if (pull := self._pulls.get(event.pull)) is not None:
-                    self._of_pull(pull, event, now)
         return self._out
 
     def _of_pull(
         self, pull: _Pull[Held], event: Routed | Replied[Held] | Downloaded | Decoded[Payload] | Failed, now: float
     ) -> None:
         match event:
-            case Routed(_, is_direct):
-                self._routed(pull, is_direct, now)
             case Replied():
                 self._replied(pull, event, now)
             case Downloaded():
                 self._downloaded(pull, event, now)
-            case Decoded(_, payload):
-                self._decoded(pull, payload, now)
-            case Failed(_, failure):
-                self._failed(pull, failure, now)
+            case Decoded():
+                self._decoded(pull, event.payload, now)
+            case Failed():
+                self._failed(pull, event.failure, now)
+            case Routed():
+                self._routed(pull, event.is_direct, now)
 
     # ------------------------------------------------------------- the others
 
     def _peers_changed(self, volunteers: Sequence[PeerInfo], now: float) -> None:
         if len(volunteers) != len(self._others):
-            self._pull_plans.clear()
             self._look_again(now, bool(self._plans))
         self._others, self._reference, self._hidden = volunteers, None, None
         for lane in self._lanes:
@@ -384,13 +414,9 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         if lane.view is None:
             lane.view = _View([], {})
             for info in self._others:
-                told = lane.number, len(self._lanes), Mark(info.round, info.part, info.part_tokens)
-                lane.view.rounds[info.peer] = told_round(*told, self._settings.num_parts)
-                mark, known = told_mark(*told, self._settings.num_parts), lane.ledger.mark(info.peer)
-                tokens = mark.tokens
-                if len(self._lanes) > 1 and known is not None and known.round == mark.round and known.part < mark.part:
-                    tokens = max(tokens, known.tokens + 1)  # it is a guess
-                candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=tokens)
+                lane.view.rounds[info.peer], candidate = self._tellings.of(info)[lane.number]
+                if len(self._lanes) > 1 and (known := lane.ledger.mark(info.peer)) is not None:
+                    candidate = _beyond(candidate, known)
                 lane.view.candidates.append(candidate)
         return lane.view
 
@@ -400,7 +426,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         if round != self._round:
             self._round, self._reference = round, None
         self._plans = plans
-        self._pull_plans.clear()
+        self._pull_plans.clear()  # those of other fragments
         for lane in self._lanes:
             lane.plan = None
         for plan in plans:
@@ -451,20 +477,27 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             lanes = [lane for each in plan.fragments if (lane := self._lanes[each]).plan is plan]
             if not lanes:
                 continue  # they are merged
-            pulls, sizes = self._pull_plan(plan), self._sizes_of(plan)
+            pulls, slow_after_s = self._pull_plan(plan), None
             self._wake_before(pulls.next_s(now))
-            slow_after_s = self._times.slow_after_s(sizes, self._settings.wanted)
             for section in SECTIONS:
                 if num_due := pulls.num_due(section, now):
                     for lane in lanes:
-                        self._ask_due(lane, section, num_due, plan, slow_after_s, now)
+                        if lane.open.begun or sum(one.section == section for one in lane.pulled) < num_due:
+                            slow_after_s = slow_after_s or self._slow_after_s(plan)
+                            self._ask_due(lane, section, num_due, plan, slow_after_s, now)
+
+    def _slow_after_s(self, plan: MergePlan) -> float:
+        return self._times.slow_after_s(self._sizes_of(plan), self._settings.wanted)
 
     def _pull_plan(self, plan: MergePlan) -> PullPlan:
-        found = self._pull_plans.get(plan.fragments)
-        if found is None:
-            sizes, wanted = self._sizes_of(plan), self._settings.wanted
-            found = plan_pulls(len(self._others), plan.started_s, plan.ends_s, sizes, self._times, wanted)
-            self._pull_plans[plan.fragments] = found
+        times, num_others = self._times, len(self._others)
+        basis = plan.ends_s, num_others, times.bytes_per_s, times.overhead_s, times.early_share
+        known = self._pull_plans.get(plan.fragments)
+        if known is not None and known[0] == basis:
+            return known[1]
+        sizes, wanted = self._sizes_of(plan), self._settings.wanted
+        found = plan_pulls(num_others, plan.started_s, plan.ends_s, sizes, times, wanted)
+        self._pull_plans[plan.fragments] = basis, found
         return found
 
     def _sizes_of(self, plan: MergePlan) -> SectionBytes:
@@ -483,7 +516,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         now: float,
     ) -> None:
         """Begin pulls until as many are here or on their way as are due."""
-        while lane.open.is_wanted(section, num_due, here := lane.here(), slow_after_s, now):
+        here = lane.here()
+        while lane.open.is_wanted(section, num_due, here, slow_after_s, now):
             peer = self._choose(lane, section, plan.round, here, now)
             if peer is None:
                 self._is_short = True
@@ -499,21 +533,26 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     ) -> str | None:
         """Whose to pull next."""
         view = self._view(lane)
-        reference = median_round([round, *view.rounds.values()])
+        if view.from_round != round:
+            view.from_round, view.new_weights = round, None
+            view.reference = reference = median_round([round, *view.rounds.values()])
+            tokens = lane.ledger.new_tokens
+            view.new_tokens = {one.peer: tokens(one.peer, one, reference) for one in view.candidates}
         first: Collection[str]
         if section == "gradient":
             first = lane.open.coming("weights", here)
         else:
-            if view.new_weights is None or view.new_weights[0] != reference:
-                view.new_weights = reference, lane.partners.first("weights", view.rounds, (), reference)
-            first = view.new_weights[1]
+            if view.new_weights is None:
+                view.new_weights = lane.partners.first("weights", view.rounds, (), view.reference)
+            first = view.new_weights
         return lane.partners.choose(
             view.candidates,
             exclude={self._me, *lane.open.not_now(section, here, now)},
-            reference_round=reference,
+            reference_round=view.reference,
             now=now,
             rng=self._rng,
             first=first,
+            new_tokens=view.new_tokens,
         )[0]
 
     # ------------------------------------------------------------- one pull
@@ -614,7 +653,6 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         assert pull.begun is not None
         pull.bytes_s = now - pull.begun.at_s
         self._times.bytes_end(pull.begun, now, event.num_bytes)
-        self._pull_plans.clear()
         if event.wrong is not None and event.wrong.is_incident:
             self._out.append(Report(pull.source, event.wrong))
         peer, lane = pull.open.peer, self._lanes[pull.fragment]
@@ -649,7 +687,6 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """Its merge is prepared."""
         if pull.number in self._pulls:
             self._times.merged(now - pull.asked_s - pull.bytes_s)
-            self._pull_plans.clear()
             self._end(pull, now)
             self._lanes[pull.fragment].open.end(pull.open)
 
@@ -696,7 +733,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """Have a merge of all that is here prepared, one after the other, anew as long as more comes."""
         if self._preparing is not None:
             return
-        for lane in self._prepared_now():
+        for lane in self._prepared_now() if self._settings.is_large else self._lanes:
             if lane.plan is not None and lane.has_more():
                 self._prepare(_Preparing(lane.plan, lane.number, lane.began_s, tuple(lane.pulled)))
                 return
@@ -709,11 +746,11 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._out.append(Prepare(preparing.number, preparing.plan, preparing.fragment, preparing.tried))
 
     def _prepared_now(self) -> list[_Lane[Held, Payload, Ready]]:
-        """The fragments whose next merges are prepared: of a large model only those that are merged first, since what
-        is prepared takes 8 bytes a number and what was pulled a few bits."""
+        """The fragments of a large model whose next merges are prepared: only those that are merged first, since what is
+        prepared takes 8 bytes a number and what was pulled a few bits."""
         planned = [(lane.plan.ends_s, lane) for lane in self._lanes if lane.plan is not None]
         first_s = min((ends_s for ends_s, _ in planned), default=0.0)
-        return [lane for ends_s, lane in planned if not self._settings.is_large or ends_s == first_s]
+        return [lane for ends_s, lane in planned if ends_s == first_s]
 
     def _prepared(self, number: int, merge: Ready | None, now: float) -> None:
         preparing = self._preparing
@@ -764,7 +801,6 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         if plan is not None and plan.is_sure and event.fragment == plan.fragments[0]:
             expected_s = plan.ends_s if lane.pulled_for_s is None else lane.pulled_for_s
             self._times.round_ended(expected_s - plan.started_s, now - plan.started_s)
-            self._pull_plans.clear()
         is_ready = ready is not None and ready.round == event.round
         self._out.append(self._merge(lane, ready) if ready is not None and is_ready else Merge(event.fragment))
 
@@ -811,3 +847,10 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._wake_s, self._is_short = None, False
         for lane in self._lanes:
             lane.plan = None
+
+
+def _beyond(candidate: Candidate, known: Mark) -> Candidate:
+    """What it has published, by a guess, which may say less than what was merged of it."""
+    if known.round != candidate.round or known.part >= candidate.part or candidate.tokens > known.tokens:
+        return candidate
+    return replace(candidate, tokens=known.tokens + 1)

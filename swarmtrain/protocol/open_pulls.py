@@ -19,7 +19,7 @@ Which: TypeAlias = tuple[Section, str]
 """A section, and whose."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class OpenPull:
     """A section of somebody's publication that was asked for."""
 
@@ -52,7 +52,7 @@ class OpenPulls:
     ) -> bool:
         """Whether one more is to be asked: until as many are here or on their way as are due. A slow one does not keep
         another from being tried."""
-        return len(self.coming(section, here, now - slow_after_s)) < num_due and len(self.begun) < self.most
+        return len(self.begun) < self.most and len(self.coming(section, here, now - slow_after_s)) < num_due
 
     def coming(self, section: Section, here: Collection[Which], since_s: float = -math.inf) -> set[str]:
         """Whose is here, or on its way since then."""
@@ -72,6 +72,8 @@ class OpenPulls:
 
     def next_slow_s(self, section: Section, slow_after_s: float, now: float) -> float | None:
         """When the next of those on their way has taken so long."""
+        if not self.begun:
+            return None
         slow_s = [pull.began_s + slow_after_s for (what, _), pull in self.begun.items() if what == section]
         return min((s for s in slow_s if s > now), default=None)
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from swarmtrain.algorithm.pacing import round_inner_steps
 from swarmtrain.protocol.fragments import FragmentRounds, merged_step, published, publishes_every
-from swarmtrain.protocol.gossip import GossipEngine
+from swarmtrain.protocol.gossip import GossipEngine, Tellings
 from swarmtrain.protocol.gossip import GossipSettings as EngineSettings
 from swarmtrain.protocol.gossip_messages import (
     Ask,
@@ -154,7 +154,7 @@ class GossipPeer:
         self.shard = -1
         self._rng = random.Random(f"{swarm.seed} {name}")
         self.engine: GossipEngine[Publication, _Value, bool] = GossipEngine(
-            name, swarm.engine_settings, self._rng, self._rng
+            name, swarm.engine_settings, self._rng, self._rng, swarm.tellings
         )
         self._planner = MergePlanner(s.num_fragments)
         self._fragment_rounds = FragmentRounds(s.num_fragments)
@@ -663,6 +663,7 @@ class GossipSwarm(Network[GossipPeer]):
         super().__init__(link or Link(), self.settings.stall_limit_s, seed)
         self.seed = seed
         self.engine_settings = _engine_settings(self.settings)
+        self.tellings = Tellings(self.settings.num_fragments, self.settings.num_parts)
         self.asked = [
             {section: Asked(section, fragment) for section in SECTIONS}
             for fragment in range(self.settings.num_fragments)

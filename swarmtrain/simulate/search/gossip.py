@@ -256,8 +256,8 @@ class SearchedSwarm(HostedSwarm):
         self.trained: Counter[tuple[str, int]] = Counter()
         """(peer, shard) -> tokens, of all its lives."""
         self.merges: list[tuple[str, str, int]] = []
-        """(who, whose, of which round) of pseudo-gradients, also where the weights have been replaced since, and of states,
-        one round on."""
+        """(who, whose, of which round) of pseudo-gradients, also where the weights have been replaced since, and of
+        states, one round on."""
         self.broken: list[Violation] = []
         self.liars = schedule.liars
         self.speeds: dict[str, float] = {}
