@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic
+from typing import Generic, NamedTuple
 
 from swarmtrain.protocol.fragments import steps_of_fragment, told_mark, told_round
 from swarmtrain.protocol.gossip_messages import (
@@ -181,6 +181,15 @@ class _View:
     new_weights: set[str] | None = None
 
 
+class _PullsOf(NamedTuple):
+    """The pulls of a plan."""
+
+    basis: object
+    """What they follow from."""
+    pulls: PullPlan
+    slow_after_s: float
+
+
 class Tellings:
     """What peers' records say of each fragment, worked out once for all who have read the same record."""
 
@@ -238,6 +247,10 @@ class _Lane(Generic[Held, Payload, Ready]):
         """Something was pulled that is in no merge that is prepared."""
         return bool(self.pulled) and (self.ready is None or self.ready.pulled != tuple(self.pulled))
 
+    def may_want(self, section: Section, num_due: int) -> bool:
+        """Less is here than is due, or some are on their way, that may be slow."""
+        return self.open.has_begun(section) or sum(one.section == section for one in self.pulled) < num_due
+
     def here(self) -> list[Which]:
         """What was pulled, and of whom."""
         return [(pulled.section, pulled.peer) for pulled in self.pulled]
@@ -274,8 +287,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._hidden: dict[str, tuple[str, ...]] | None = None
         """Those of them that nobody can dial, with their hosts; None until somebody is asked."""
         self._plans: Sequence[MergePlan] = ()
-        self._pull_plans: dict[tuple[int, ...], tuple[object, PullPlan]] = {}
-        """By fragments, each with what it follows from."""
+        self._pull_plans: dict[tuple[int, ...], _PullsOf] = {}
+        """By fragments."""
         self._pulls: dict[int, _Pull[Held]] = {}
         self._numbers = 0
         self._preparing: _Preparing[Held, Payload] | None = None
@@ -329,6 +342,10 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                 places[self._me] = max(places.get(self._me, (-1, 0)), (own_round, lane.ledger.num_parts))
             found.append(places)
         return found
+
+    def is_left_alone(self, peer: str) -> bool:
+        """Whether `peer` is held something against, which `Called` may end."""
+        return self._back_off.has_banned(peer)
 
     def merged_mark(self, fragment: int, peer: str) -> Mark | None:
         """Up to where the pseudo-gradients of `peer` were merged; None if none was."""
@@ -459,8 +476,22 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._wake_s, self._is_short = None, False
         for plan in self._plans:
             if any(self._lanes[each].plan is plan for each in plan.fragments):
-                pulls = self._pull_plan(plan)
+                pulls = self._pull_plan(plan).pulls
                 self._wake_before(now if any(pulls.num_due(each, now) for each in SECTIONS) else pulls.next_s(now))
+
+    def _look_if_moved(self, now: float) -> None:
+        """A pull has brought what it was for: more is asked for at once only where less is here than is due by now."""
+        for plan in self._plans:
+            lanes = [lane for each in plan.fragments if (lane := self._lanes[each]).plan is plan]
+            pulls = self._pull_plan(plan).pulls if lanes else None
+            if pulls is None:
+                continue
+            self._wake_before(pulls.next_s(now))
+            for section in SECTIONS:
+                num_due = pulls.num_due(section, now)
+                if num_due and any(lane.may_want(section, num_due) for lane in lanes):
+                    self._wake_before(now)
+                    return
 
     def _look_again(self, now: float, is_wanted: bool = True) -> None:
         if is_wanted:
@@ -477,28 +508,23 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             lanes = [lane for each in plan.fragments if (lane := self._lanes[each]).plan is plan]
             if not lanes:
                 continue  # they are merged
-            pulls, slow_after_s = self._pull_plan(plan), None
+            _, pulls, slow_after_s = self._pull_plan(plan)
             self._wake_before(pulls.next_s(now))
             for section in SECTIONS:
                 if num_due := pulls.num_due(section, now):
                     for lane in lanes:
-                        if lane.open.begun or sum(one.section == section for one in lane.pulled) < num_due:
-                            slow_after_s = slow_after_s or self._slow_after_s(plan)
+                        if lane.may_want(section, num_due):
                             self._ask_due(lane, section, num_due, plan, slow_after_s, now)
 
-    def _slow_after_s(self, plan: MergePlan) -> float:
-        return self._times.slow_after_s(self._sizes_of(plan), self._settings.wanted)
-
-    def _pull_plan(self, plan: MergePlan) -> PullPlan:
+    def _pull_plan(self, plan: MergePlan) -> _PullsOf:
         times, num_others = self._times, len(self._others)
-        basis = plan.ends_s, num_others, times.bytes_per_s, times.overhead_s, times.early_share
+        basis = num_others, times.bytes_per_s, times.overhead_s, times.early_share
         known = self._pull_plans.get(plan.fragments)
-        if known is not None and known[0] == basis:
-            return known[1]
-        sizes, wanted = self._sizes_of(plan), self._settings.wanted
-        found = plan_pulls(num_others, plan.started_s, plan.ends_s, sizes, times, wanted)
-        self._pull_plans[plan.fragments] = basis, found
-        return found
+        if known is None or known.basis != basis:
+            sizes, wanted = self._sizes_of(plan), self._settings.wanted
+            found = plan_pulls(num_others, plan.started_s, plan.ends_s, sizes, times, wanted)
+            known = self._pull_plans[plan.fragments] = _PullsOf(basis, found, times.slow_after_s(sizes, wanted))
+        return known
 
     def _sizes_of(self, plan: MergePlan) -> SectionBytes:
         """All that is pulled of one partner."""
@@ -687,8 +713,9 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """Its merge is prepared."""
         if pull.number in self._pulls:
             self._times.merged(now - pull.asked_s - pull.bytes_s)
-            self._end(pull, now)
+            del self._pulls[pull.number]
             self._lanes[pull.fragment].open.end(pull.open)
+            self._look_if_moved(now)
 
     def _end(self, pull: _Pull[Held], now: float) -> None:
         del self._pulls[pull.number]
@@ -746,8 +773,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._out.append(Prepare(preparing.number, preparing.plan, preparing.fragment, preparing.tried))
 
     def _prepared_now(self) -> list[_Lane[Held, Payload, Ready]]:
-        """The fragments of a large model whose next merges are prepared: only those that are merged first, since what is
-        prepared takes 8 bytes a number and what was pulled a few bits."""
+        """Of a large model only the fragments that are merged first: what is prepared takes 8 bytes a number and what was
+        pulled a few bits."""
         planned = [(lane.plan.ends_s, lane) for lane in self._lanes if lane.plan is not None]
         first_s = min((ends_s for ends_s, _ in planned), default=0.0)
         return [lane for ends_s, lane in planned if ends_s == first_s]

@@ -54,15 +54,27 @@ class OpenPulls:
         another from being tried."""
         return len(self.begun) < self.most and len(self.coming(section, here, now - slow_after_s)) < num_due
 
+    def has_begun(self, section: Section) -> bool:
+        """Some are on their way."""
+        return bool(self.begun) and any(what == section for what, _ in self.begun)
+
     def coming(self, section: Section, here: Collection[Which], since_s: float = -math.inf) -> set[str]:
         """Whose is here, or on its way since then."""
-        begun = {peer for (what, peer), pull in self.begun.items() if what == section and pull.began_s > since_s}
-        return begun | {peer for what, peer in here if what == section}
+        found = {peer for what, peer in here if what == section}
+        for (what, peer), pull in self.begun.items():
+            if what == section and pull.began_s > since_s:
+                found.add(peer)
+        return found
 
     def not_now(self, section: Section, here: Collection[Which], now: float) -> set[str]:
         """Who is not asked for it: whose is here or comes, who had nothing new lately, who has failed in this round."""
-        idle = {peer for (what, peer), until_s in self._idle_until_s.items() if what == section and now < until_s}
-        return self._failed | idle | self.coming(section, here)
+        found = self.coming(section, here)
+        if self._failed:
+            found |= self._failed
+        for (what, peer), until_s in self._idle_until_s.items():
+            if what == section and now < until_s:
+                found.add(peer)
+        return found
 
     def next_free_s(self, section: Section, peers: Collection[str], now: float) -> float | None:
         """When the next of `peers` may be asked who may not be now; None if that is not a matter of time."""

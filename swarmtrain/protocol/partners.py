@@ -441,6 +441,10 @@ class BackOff:
         """Something good came from it: all is forgiven."""
         self._bans.pop(peer, None)
 
+    def has_banned(self, peer: str) -> bool:
+        """Whether anything is held against it."""
+        return peer in self._bans
+
     def called(self, peer: str, now: float) -> None:
         """It has called us: if all that is held against it is that it gave no answer, it may be asked again at once. If
         it gives none then, it is left alone for longer than before all the same."""

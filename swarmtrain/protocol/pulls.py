@@ -70,16 +70,15 @@ class PullPlan:
 
     def num_due(self, section: Section, now: float) -> int:
         """How many pulls of it should have begun."""
-        return bisect_right(self._at_s(section), now)
+        return bisect_right(self.weights_at_s if section == "weights" else self.gradients_at_s, now)
 
     def next_s(self, now: float) -> float | None:
         """When the next pull is due; None if all are."""
-        weights, gradients = bisect_right(self.weights_at_s, now), bisect_right(self.gradients_at_s, now)
-        next_s = [*self.weights_at_s[weights : weights + 1], *self.gradients_at_s[gradients : gradients + 1]]
-        return min(next_s, default=None)
-
-    def _at_s(self, section: Section) -> tuple[float, ...]:
-        return self.weights_at_s if section == "weights" else self.gradients_at_s
+        found = None
+        for at_s in self.weights_at_s, self.gradients_at_s:
+            if (passed := bisect_right(at_s, now)) < len(at_s) and (found is None or at_s[passed] < found):
+                found = at_s[passed]
+        return found
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,8 @@ def plan_pulls(
     )
     overhead_s, left_bytes, at_s = times.overhead_s, gradients * sizes.gradient + weights * sizes.weights, []
     for number in range(weights + gradients):
-        at_s.append(max(started_s, ends_s - (spare_s + _SLACK * (overhead_s + left_bytes / rate))))
+        begins_s = ends_s - (spare_s + _SLACK * (overhead_s + left_bytes / rate))
+        at_s.append(begins_s if begins_s > started_s else started_s)
         left_bytes -= sizes.weights if number < weights else sizes.gradient
     reason = f"{gradients} of {wanted} gradients and the weights of {weights}"
     return PullPlan(tuple(at_s[:weights]), tuple(at_s[weights:]), reason)

@@ -170,7 +170,6 @@ class GossipPeer:
         self._events: list[_Event] | None = None
         """What the engine is being told."""
         self._timer: Timer | None = None
-        self._called = Called(name)
         self.entered: list[Entered] = []
         self.came: list[Entered] = []
         """What had entered the weights that it took from others; and its own rounds."""
@@ -597,8 +596,9 @@ class GossipPeer:
 
     def _ask(self, ask: Ask) -> None:
         source = self.swarm.peers.get(ask.source)
-        if source is not None and source.running and self.swarm.connected(self, source):
-            source._tell(self._called)
+        if source is not None and source.engine.is_left_alone(self.name):
+            if source.running and self.swarm.connected(self, source):
+                source._tell(Called(self.name))
         asked = self.swarm.asked[ask.fragment][ask.section]
         self._fetch(ask.source, ask.author, asked, partial(self._replied, ask))
 

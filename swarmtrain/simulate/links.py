@@ -130,8 +130,31 @@ class SharedLinks:
 
     def _share_fairly(self) -> None:
         changed, self._changed = self._changed, []
+        if len(changed) == 1 and (star := self._star(changed[0])) is not None:
+            self._share_one(*star)
+            return
         for transfer, rate in max_min_rates(self._joined(changed)).items():
             self._set(transfer, rate)
+
+    def _star(self, changed: Transfer) -> tuple[float, Iterable[Transfer]] | None:
+        """What an end carries and its transfers, if they are all that a change concerns, as it mostly is: each is alone
+        at its other end."""
+        out, come = self._out.get(changed.src.name, {}), self._in.get(changed.dst.name, {})
+        if len(come) <= 1 and (not come or changed in come) and out:
+            if all(len(self._in[one.dst.name]) == 1 for one in out) and (not come or changed in out):
+                return changed.up_per_s, out
+        elif len(out) <= 1 and (not out or changed in out) and come:
+            if all(len(self._out[one.src.name]) == 1 for one in come) and (not out or changed in come):
+                return changed.down_per_s, come
+        return None
+
+    def _share_one(self, per_s: float, transfers: Iterable[Transfer]) -> None:
+        """The transfers of one end, each limited at its other end too: who can have least first."""
+        ascending = sorted((min(one.up_per_s, one.down_per_s), number, one) for number, one in enumerate(transfers))
+        for number, (most, _, one) in enumerate(ascending):
+            rate = min(most, per_s / (len(ascending) - number))
+            per_s -= rate
+            self._set(one, rate)
 
     def _joined(self, changed: Iterable[Transfer]) -> Iterable[Transfer]:
         """All that share an end with one of them, or with one that does, and so on."""
