@@ -224,6 +224,9 @@ class _Lane(Generic[Held, Payload, Ready]):
     open: OpenPulls
     sizes: Mapping[GradientFormat, SectionBytes]
     pulled: list[Pulled[Held, Payload]] = field(default_factory=list)
+    here: list[Which] = field(default_factory=list)
+    """What of it is of whom."""
+    num_weights: int = 0
     plan: MergePlan | None = None
     """Of its next merge; None once it was merged, until that after it is planned."""
     began_s: float = -1.0
@@ -249,11 +252,13 @@ class _Lane(Generic[Held, Payload, Ready]):
 
     def may_want(self, section: Section, num_due: int) -> bool:
         """Less is here than is due, or some are on their way, that may be slow."""
-        return self.open.has_begun(section) or sum(one.section == section for one in self.pulled) < num_due
+        here = self.num_weights if section == "weights" else len(self.pulled) - self.num_weights
+        return here < num_due or self.open.has_begun(section)
 
-    def here(self) -> list[Which]:
-        """What was pulled, and of whom."""
-        return [(pulled.section, pulled.peer) for pulled in self.pulled]
+    def hold(self, pulled: list[Pulled[Held, Payload]]) -> None:
+        """These are what was pulled."""
+        self.pulled, self.here = pulled, [(each.section, each.peer) for each in pulled]
+        self.num_weights = sum([each.section == "weights" for each in pulled])
 
     def news(self, peer: str, mark: Mark, reference: int) -> News:
         """What of a publication is new."""
@@ -482,16 +487,25 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     def _look_if_moved(self, now: float) -> None:
         """A pull has brought what it was for: more is asked for at once only where less is here than is due by now."""
         for plan in self._plans:
-            lanes = [lane for each in plan.fragments if (lane := self._lanes[each]).plan is plan]
-            pulls = self._pull_plan(plan).pulls if lanes else None
-            if pulls is None:
+            lanes = self._lanes_of(plan)
+            if not lanes:
                 continue
+            _, pulls, slow_after_s = self._pull_plan(plan)
             self._wake_before(pulls.next_s(now))
             for section in SECTIONS:
-                num_due = pulls.num_due(section, now)
-                if num_due and any(lane.may_want(section, num_due) for lane in lanes):
-                    self._wake_before(now)
-                    return
+                if num_due := pulls.num_due(section, now):
+                    for lane in lanes:
+                        if lane.may_want(section, num_due) and lane.open.is_wanted(
+                            section, num_due, lane.here, slow_after_s, now
+                        ):
+                            self._wake_before(now)
+                            return
+
+    def _lanes_of(self, plan: MergePlan) -> list[_Lane[Held, Payload, Ready]]:
+        """Those of its fragments that are not merged yet."""
+        if len(self._lanes) == 1:
+            return self._lanes if self._lanes[0].plan is plan else []
+        return [lane for each in plan.fragments if (lane := self._lanes[each]).plan is plan]
 
     def _look_again(self, now: float, is_wanted: bool = True) -> None:
         if is_wanted:
@@ -505,7 +519,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """Ask as many partners as there should be by now, others in place of those that fail, until the merges."""
         self._wake_s, self._is_short = None, False
         for plan in self._plans:
-            lanes = [lane for each in plan.fragments if (lane := self._lanes[each]).plan is plan]
+            lanes = self._lanes_of(plan)
             if not lanes:
                 continue  # they are merged
             _, pulls, slow_after_s = self._pull_plan(plan)
@@ -542,7 +556,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         now: float,
     ) -> None:
         """Begin pulls until as many are here or on their way as are due."""
-        here = lane.here()
+        here = lane.here
         while lane.open.is_wanted(section, num_due, here, slow_after_s, now):
             peer = self._choose(lane, section, plan.round, here, now)
             if peer is None:
@@ -704,7 +718,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             pull_s=now - pull.asked_s,
             began_s=pull.began_s,
         )
-        lane.pulled.append(pulled)
+        lane.hold([*lane.pulled, pulled])
         lane.open.answered(peer)  # before it can turn out that nothing can be merged with it
         self._settling.append(pull)
         self._prepare_more(now)
@@ -773,8 +787,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._out.append(Prepare(preparing.number, preparing.plan, preparing.fragment, preparing.tried))
 
     def _prepared_now(self) -> list[_Lane[Held, Payload, Ready]]:
-        """Of a large model only the fragments that are merged first: what is prepared takes 8 bytes a number and what was
-        pulled a few bits."""
+        """Of a large model only the fragments that are merged first: what is prepared takes 8 bytes a number and what
+        was pulled a few bits."""
         planned = [(lane.plan.ends_s, lane) for lane in self._lanes if lane.plan is not None]
         first_s = min((ends_s for ends_s, _ in planned), default=0.0)
         return [lane for ends_s, lane in planned if ends_s == first_s]
@@ -811,7 +825,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             follows = self._back_off.failed(one.peer, now, "what it published cannot be merged")
             lane.open.leave_out(one.section, one.peer, max(preparing.plan.ends_s, now + _LEFT_OUT_S))
             self._out.append(LeftAlone(one.peer, follows))
-        lane.pulled = [one for one in lane.pulled if one not in preparing.bad]
+        lane.hold([one for one in lane.pulled if one not in preparing.bad])
         self._prepare_more(now)
 
     # ------------------------------------------------------------- merging
@@ -837,10 +851,11 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """What is ready counts as merged from here on. If some of it is too old by now, the rest is prepared anew for
         the next round."""
         reference = self._reference_round()
-        lane.pulled = lane.of_use(reference)
-        if any(pulled not in lane.pulled for pulled in ready.pulled):
+        of_use = lane.of_use(reference)
+        if any(pulled not in of_use for pulled in ready.pulled):
+            lane.hold(of_use)
             return Merge(lane.number)
-        lane.pulled = [pulled for pulled in lane.pulled if pulled not in ready.pulled]
+        rest = [pulled for pulled in of_use if pulled not in ready.pulled]
         for pulled in ready.pulled:
             if pulled.section == "weights":
                 lane.ledger.weights_merged(pulled.peer, pulled.mark.round)
@@ -848,14 +863,18 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                 lane.ledger.merged(pulled.peer, pulled.mark, reference)
                 lane.merged[pulled.peer] = pulled.held
         lane.merged = {peer: held for peer, held in lane.merged.items() if peer in lane.ledger.held}
-        lane.pulled, lane.view = lane.of_use(reference), None
+        lane.hold(rest)
+        if rest:
+            lane.hold(lane.of_use(reference))
+        lane.view = None
         return Merge(lane.number, ready.merge, ready.pulled)
 
     # ------------------------------------------------------------- others' weights, rest
 
     def _forget_pulled(self) -> None:
         for lane in self._lanes:
-            lane.pulled, lane.ready = [], None
+            lane.hold([])
+            lane.ready = None
 
     def _took_states(self, event: TookStates) -> None:
         self._forget_pulled()

@@ -52,11 +52,15 @@ class OpenPulls:
     ) -> bool:
         """Whether one more is to be asked: until as many are here or on their way as are due. A slow one does not keep
         another from being tried."""
-        return len(self.begun) < self.most and len(self.coming(section, here, now - slow_after_s)) < num_due
+        if len(self.begun) >= self.most:
+            return False
+        if len(here) + len(self.begun) < num_due:
+            return True
+        return len(self.coming(section, here, now - slow_after_s)) < num_due
 
     def has_begun(self, section: Section) -> bool:
         """Some are on their way."""
-        return bool(self.begun) and any(what == section for what, _ in self.begun)
+        return section in [what for what, _ in self.begun]
 
     def coming(self, section: Section, here: Collection[Which], since_s: float = -math.inf) -> set[str]:
         """Whose is here, or on its way since then."""
@@ -84,10 +88,12 @@ class OpenPulls:
 
     def next_slow_s(self, section: Section, slow_after_s: float, now: float) -> float | None:
         """When the next of those on their way has taken so long."""
-        if not self.begun:
-            return None
-        slow_s = [pull.began_s + slow_after_s for (what, _), pull in self.begun.items() if what == section]
-        return min((s for s in slow_s if s > now), default=None)
+        found = None
+        for (what, _), pull in self.begun.items():
+            slow_s = pull.began_s + slow_after_s
+            if what == section and slow_s > now and (found is None or slow_s < found):
+                found = slow_s
+        return found
 
     # ------------------------------------------------------------- what came of it
 

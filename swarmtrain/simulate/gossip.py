@@ -596,9 +596,9 @@ class GossipPeer:
 
     def _ask(self, ask: Ask) -> None:
         source = self.swarm.peers.get(ask.source)
-        if source is not None and source.engine.is_left_alone(self.name):
-            if source.running and self.swarm.connected(self, source):
-                source._tell(Called(self.name))
+        is_heard = source is not None and source.engine.is_left_alone(self.name) and source.running
+        if source is not None and is_heard and self.swarm.connected(self, source):
+            source._tell(Called(self.name))
         asked = self.swarm.asked[ask.fragment][ask.section]
         self._fetch(ask.source, ask.author, asked, partial(self._replied, ask))
 

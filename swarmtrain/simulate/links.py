@@ -139,13 +139,15 @@ class SharedLinks:
     def _star(self, changed: Transfer) -> tuple[float, Iterable[Transfer]] | None:
         """What an end carries and its transfers, if they are all that a change concerns, as it mostly is: each is alone
         at its other end."""
-        out, come = self._out.get(changed.src.name, {}), self._in.get(changed.dst.name, {})
-        if len(come) <= 1 and (not come or changed in come) and out:
-            if all(len(self._in[one.dst.name]) == 1 for one in out) and (not come or changed in out):
-                return changed.up_per_s, out
-        elif len(out) <= 1 and (not out or changed in out) and come:
-            if all(len(self._out[one.src.name]) == 1 for one in come) and (not out or changed in come):
-                return changed.down_per_s, come
+        ends = (self._out, changed.src.name, changed.up_per_s), (self._in, changed.dst.name, changed.down_per_s)
+        for (of, name, per_s), (of_other, other, _) in ends, ends[::-1]:
+            transfers, beside = of.get(name, {}), of_other.get(other, {})
+            if len(transfers) < 1 or len(beside) > 1 or (beside and changed not in beside):
+                continue
+            for one in transfers:
+                if len(of_other[one.dst.name if of is self._out else one.src.name]) > 1:
+                    return None
+            return per_s, transfers
         return None
 
     def _share_one(self, per_s: float, transfers: Iterable[Transfer]) -> None:
