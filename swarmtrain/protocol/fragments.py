@@ -73,9 +73,10 @@ class FragmentRounds:
 
     def at(self, part: int, tokens: int, inner_steps: int) -> tuple[FragmentRound, ...]:
         """Each fragment's, at publication `part` of this round."""
-        return tuple(self._at(fragment, part, tokens, inner_steps) for fragment in range(self.number))
+        return tuple(self.of(fragment, part, tokens, inner_steps) for fragment in range(self.number))
 
-    def _at(self, fragment: int, part: int, tokens: int, inner_steps: int) -> FragmentRound:
+    def of(self, fragment: int, part: int, tokens: int, inner_steps: int) -> FragmentRound:
+        """One fragment's."""
         if fragment in self._merged:
             then, its_tokens, its_steps = self._merged[fragment]
             return FragmentRound(self._round + 1, part - then, tokens - its_tokens, inner_steps - its_steps)

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Generic
+from dataclasses import dataclass, field, replace
+from typing import Generic, NamedTuple
 
 from swarmtrain.protocol.fragments import steps_of_fragment, told_mark, told_round
 from swarmtrain.protocol.gossip_messages import (
@@ -91,13 +91,15 @@ from swarmtrain.protocol.pulls import (
 )
 from swarmtrain.run import GradientFormat
 
-__all__ = ["GossipEngine", "GossipSettings"]
+__all__ = ["GossipEngine", "GossipSettings", "Tellings"]
 
 _LEFT_OUT_S = 0.25
 _OLD_PULL_S = 30.0
 _OLD_PULL_ROUNDS = 2
 _RESTART_ROUNDS = 3
 """A peer that was killed and went on from its checkpoint is behind what it had published by so many rounds."""
+_MOST_TELLINGS = 16384
+_OF_A_PULL = (Replied, Downloaded, Decoded, Failed, Routed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +174,44 @@ class _View:
 
     candidates: list[Candidate]
     rounds: dict[str, int]
-    new_weights: tuple[int, set[str]] | None = None
-    """Whose are new, measured from that round."""
+    from_round: int = -1
+    """Of this peer, in which what follows was found."""
+    reference: int = 0
+    new_tokens: dict[str, int | None] = field(default_factory=dict)
+    new_weights: set[str] | None = None
+
+
+class _PullsOf(NamedTuple):
+    """The pulls of a plan."""
+
+    basis: object
+    """What they follow from."""
+    pulls: PullPlan
+    slow_after_s: float
+
+
+class Tellings:
+    """What peers' records say of each fragment, worked out once for all who have read the same record."""
+
+    def __init__(self, num_fragments: int, num_parts: int) -> None:
+        self._num_fragments, self._num_parts = num_fragments, num_parts
+        self._of: dict[str, tuple[PeerInfo, Sequence[tuple[int, Candidate]]]] = {}
+
+    def of(self, info: PeerInfo) -> Sequence[tuple[int, Candidate]]:
+        """Of each fragment in which round it is, and what is published of it."""
+        known = self._of.get(info.peer)
+        if known is not None and known[0] is info:
+            return known[1]
+        if len(self._of) > _MOST_TELLINGS:
+            self._of.clear()
+        told, number, num_parts = Mark(info.round, info.part, info.part_tokens), self._num_fragments, self._num_parts
+        found = []
+        for each in range(number):
+            mark = told_mark(each, number, told, num_parts)
+            candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=mark.tokens)
+            found.append((told_round(each, number, told, num_parts), candidate))
+        self._of[info.peer] = info, found
+        return found
 
 
 @dataclass(slots=True)
@@ -186,6 +224,9 @@ class _Lane(Generic[Held, Payload, Ready]):
     open: OpenPulls
     sizes: Mapping[GradientFormat, SectionBytes]
     pulled: list[Pulled[Held, Payload]] = field(default_factory=list)
+    here: list[Which] = field(default_factory=list)
+    """What of it is of whom."""
+    num_weights: int = 0
     plan: MergePlan | None = None
     """Of its next merge; None once it was merged, until that after it is planned."""
     began_s: float = -1.0
@@ -209,9 +250,15 @@ class _Lane(Generic[Held, Payload, Ready]):
         """Something was pulled that is in no merge that is prepared."""
         return bool(self.pulled) and (self.ready is None or self.ready.pulled != tuple(self.pulled))
 
-    def here(self) -> list[Which]:
-        """What was pulled, and of whom."""
-        return [(pulled.section, pulled.peer) for pulled in self.pulled]
+    def may_want(self, section: Section, num_due: int) -> bool:
+        """Less is here than is due, or some are on their way, that may be slow."""
+        here = self.num_weights if section == "weights" else len(self.pulled) - self.num_weights
+        return here < num_due or self.open.has_begun(section)
+
+    def hold(self, pulled: list[Pulled[Held, Payload]]) -> None:
+        """These are what was pulled."""
+        self.pulled, self.here = pulled, [(each.section, each.peer) for each in pulled]
+        self.num_weights = sum([each.section == "weights" for each in pulled])
 
     def news(self, peer: str, mark: Mark, reference: int) -> News:
         """What of a publication is new."""
@@ -229,10 +276,12 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         settings: GossipSettings,
         rng: random.Random | None = None,
         host_rng: random.Random | None = None,
+        tellings: Tellings | None = None,
     ) -> None:
         self._me, self._settings, self._rng = me, settings, rng or random.Random()
         self._back_off = BackOff()
         self._hosts = HostOrder(me, host_rng or random.Random())
+        self._tellings = tellings or Tellings(len(settings.sizes), settings.num_parts)
         self._times = PullTimes()
         formats = settings.sizes[0]
         self._whole = {format: total_bytes(each[format] for each in settings.sizes) for format in formats}
@@ -243,8 +292,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._hidden: dict[str, tuple[str, ...]] | None = None
         """Those of them that nobody can dial, with their hosts; None until somebody is asked."""
         self._plans: Sequence[MergePlan] = ()
-        self._pull_plans: dict[tuple[int, ...], PullPlan] = {}
-        """By fragments, as long as nothing that they follow from has changed."""
+        self._pull_plans: dict[tuple[int, ...], _PullsOf] = {}
+        """By fragments."""
         self._pulls: dict[int, _Pull[Held]] = {}
         self._numbers = 0
         self._preparing: _Preparing[Held, Payload] | None = None
@@ -304,6 +353,10 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             found.append(places)
         return found
 
+    def is_left_alone(self, peer: str) -> bool:
+        """Whether `peer` is held something against, which `Called` may end."""
+        return self._back_off.has_banned(peer)
+
     def merged_mark(self, fragment: int, peer: str) -> Mark | None:
         """Up to where the pseudo-gradients of `peer` were merged; None if none was."""
         return self._lanes[fragment].ledger.mark(peer)
@@ -329,55 +382,55 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     ) -> list[GossipCommand[Held, Payload, Ready]]:
         """What follows from what happened at `now`, in seconds of one clock."""
         self._out = []
+        if isinstance(event, _OF_A_PULL):
+            if (pull := self._pulls.get(event.pull)) is not None:
+                self._of_pull(pull, event, now)
+            return self._out
         match event:
             case Woke():
                 self._look(now)
-            case PeersChanged(volunteers):
-                self._peers_changed(volunteers, now)
+            case Prepared():
+                self._prepared(event.number, event.merge, now)
+            case Called():
+                self._back_off.called(event.peer, now)
+                self._look_again(now, self._is_short)
+            case PeersChanged():
+                self._peers_changed(event.volunteers, now)
             case MergeDue():
                 self._merge_due(event, now)
-            case Planned(round, plans):
-                self._planned(round, plans, now)
-            case Prepared(number, merge):
-                self._prepared(number, merge, now)
-            case LinkAssumed(bytes_per_s):
+            case Planned():
+                self._planned(event.round, event.plans, now)
+            case LinkAssumed():
                 if self._times.bytes_per_s is None:
-                    self._times.assume(bytes_per_s)
-                    self._pull_plans.clear()
+                    self._times.assume(event.bytes_per_s)
+                    self._look_again(now, bool(self._plans))
             case TookWeights():
                 self._forget_pulled()
             case TookStates():
                 self._took_states(event)
             case Rested():
                 self._rest()
-            case Called(peer):
-                self._back_off.called(peer, now)
-                self._look_again(now, self._is_short)
-            case _:
-                if (pull := self._pulls.get(event.pull)) is not None:
-                    self._of_pull(pull, event, now)
         return self._out
 
     def _of_pull(
         self, pull: _Pull[Held], event: Routed | Replied[Held] | Downloaded | Decoded[Payload] | Failed, now: float
     ) -> None:
         match event:
-            case Routed(_, is_direct):
-                self._routed(pull, is_direct, now)
             case Replied():
                 self._replied(pull, event, now)
             case Downloaded():
                 self._downloaded(pull, event, now)
-            case Decoded(_, payload):
-                self._decoded(pull, payload, now)
-            case Failed(_, failure):
-                self._failed(pull, failure, now)
+            case Decoded():
+                self._decoded(pull, event.payload, now)
+            case Failed():
+                self._failed(pull, event.failure, now)
+            case Routed():
+                self._routed(pull, event.is_direct, now)
 
     # ------------------------------------------------------------- the others
 
     def _peers_changed(self, volunteers: Sequence[PeerInfo], now: float) -> None:
         if len(volunteers) != len(self._others):
-            self._pull_plans.clear()
             self._look_again(now, bool(self._plans))
         self._others, self._reference, self._hidden = volunteers, None, None
         for lane in self._lanes:
@@ -393,13 +446,9 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         if lane.view is None:
             lane.view = _View([], {})
             for info in self._others:
-                told = lane.number, len(self._lanes), Mark(info.round, info.part, info.part_tokens)
-                lane.view.rounds[info.peer] = told_round(*told, self._settings.num_parts)
-                mark, known = told_mark(*told, self._settings.num_parts), lane.ledger.mark(info.peer)
-                tokens = mark.tokens
-                if len(self._lanes) > 1 and known is not None and known.round == mark.round and known.part < mark.part:
-                    tokens = max(tokens, known.tokens + 1)  # it is a guess
-                candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=tokens)
+                lane.view.rounds[info.peer], candidate = self._tellings.of(info)[lane.number]
+                if len(self._lanes) > 1 and (known := lane.ledger.mark(info.peer)) is not None:
+                    candidate = _beyond(candidate, known)
                 lane.view.candidates.append(candidate)
         return lane.view
 
@@ -409,7 +458,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         if round != self._round:
             self._round, self._reference = round, None
         self._plans = plans
-        self._pull_plans.clear()
+        self._pull_plans.clear()  # those of other fragments
         for lane in self._lanes:
             lane.plan = None
         for plan in plans:
@@ -424,7 +473,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._give_up_old_pulls(plans, now)
         if any(lane.pulled for lane in self._lanes):
             self._prepare_more(now)
-        self._look_again(now, bool(plans))
+        self._look_when_due(now)
 
     def _give_up_old_pulls(self, plans: Sequence[MergePlan], now: float) -> None:
         """A pull that has gone on for rounds would bring what is too old."""
@@ -436,6 +485,37 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             if lane.turned_back:
                 live = {info.peer for info in self._others}
                 lane.turned_back = {which: since for which, since in lane.turned_back.items() if which[1] in live}
+
+    def _look_when_due(self, now: float) -> None:
+        """At once, unless nothing is due yet by the plans."""
+        self._wake_s, self._is_short = None, False
+        for plan in self._plans:
+            if any(self._lanes[each].plan is plan for each in plan.fragments):
+                pulls = self._pull_plan(plan).pulls
+                self._wake_before(now if any(pulls.num_due(each, now) for each in SECTIONS) else pulls.next_s(now))
+
+    def _look_if_moved(self, now: float) -> None:
+        """A pull has brought what it was for: more is asked for at once only where less is here than is due by now."""
+        for plan in self._plans:
+            lanes = self._lanes_of(plan)
+            if not lanes:
+                continue
+            _, pulls, slow_after_s = self._pull_plan(plan)
+            self._wake_before(pulls.next_s(now))
+            for section in SECTIONS:
+                if num_due := pulls.num_due(section, now):
+                    for lane in lanes:
+                        if lane.may_want(section, num_due) and lane.open.is_wanted(
+                            section, num_due, lane.here, slow_after_s, now
+                        ):
+                            self._wake_before(now)
+                            return
+
+    def _lanes_of(self, plan: MergePlan) -> list[_Lane[Held, Payload, Ready]]:
+        """Those of its fragments that are not merged yet."""
+        if len(self._lanes) == 1:
+            return self._lanes if self._lanes[0].plan is plan else []
+        return [lane for each in plan.fragments if (lane := self._lanes[each]).plan is plan]
 
     def _look_again(self, now: float, is_wanted: bool = True) -> None:
         if is_wanted:
@@ -449,24 +529,26 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """Ask as many partners as there should be by now, others in place of those that fail, until the merges."""
         self._wake_s, self._is_short = None, False
         for plan in self._plans:
-            lanes = [lane for each in plan.fragments if (lane := self._lanes[each]).plan is plan]
+            lanes = self._lanes_of(plan)
             if not lanes:
                 continue  # they are merged
-            pulls, sizes = self._pull_plan(plan), self._sizes_of(plan)
+            _, pulls, slow_after_s = self._pull_plan(plan)
             self._wake_before(pulls.next_s(now))
-            slow_after_s = self._times.slow_after_s(sizes, self._settings.wanted)
             for section in SECTIONS:
                 if num_due := pulls.num_due(section, now):
                     for lane in lanes:
-                        self._ask_due(lane, section, num_due, plan, slow_after_s, now)
+                        if lane.may_want(section, num_due):
+                            self._ask_due(lane, section, num_due, plan, slow_after_s, now)
 
-    def _pull_plan(self, plan: MergePlan) -> PullPlan:
-        found = self._pull_plans.get(plan.fragments)
-        if found is None:
+    def _pull_plan(self, plan: MergePlan) -> _PullsOf:
+        times, num_others = self._times, len(self._others)
+        basis = num_others, times.bytes_per_s, times.overhead_s, times.early_share
+        known = self._pull_plans.get(plan.fragments)
+        if known is None or known.basis != basis:
             sizes, wanted = self._sizes_of(plan), self._settings.wanted
-            found = plan_pulls(len(self._others), plan.started_s, plan.ends_s, sizes, self._times, wanted)
-            self._pull_plans[plan.fragments] = found
-        return found
+            found = plan_pulls(num_others, plan.started_s, plan.ends_s, sizes, times, wanted)
+            known = self._pull_plans[plan.fragments] = _PullsOf(basis, found, times.slow_after_s(sizes, wanted))
+        return known
 
     def _sizes_of(self, plan: MergePlan) -> SectionBytes:
         """All that is pulled of one partner."""
@@ -484,7 +566,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         now: float,
     ) -> None:
         """Begin pulls until as many are here or on their way as are due."""
-        while lane.open.is_wanted(section, num_due, here := lane.here(), slow_after_s, now):
+        here = lane.here
+        while lane.open.is_wanted(section, num_due, here, slow_after_s, now):
             peer = self._choose(lane, section, plan.round, here, now)
             if peer is None:
                 self._is_short = True
@@ -500,21 +583,26 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     ) -> str | None:
         """Whose to pull next."""
         view = self._view(lane)
-        reference = median_round([round, *view.rounds.values()])
+        if view.from_round != round:
+            view.from_round, view.new_weights = round, None
+            view.reference = reference = median_round([round, *view.rounds.values()])
+            tokens = lane.ledger.new_tokens
+            view.new_tokens = {one.peer: tokens(one.peer, one, reference) for one in view.candidates}
         first: Collection[str]
         if section == "gradient":
             first = lane.open.coming("weights", here)
         else:
-            if view.new_weights is None or view.new_weights[0] != reference:
-                view.new_weights = reference, lane.partners.first("weights", view.rounds, (), reference)
-            first = view.new_weights[1]
+            if view.new_weights is None:
+                view.new_weights = lane.partners.first("weights", view.rounds, (), view.reference)
+            first = view.new_weights
         return lane.partners.choose(
             view.candidates,
             exclude={self._me, *lane.open.not_now(section, here, now)},
-            reference_round=reference,
+            reference_round=view.reference,
             now=now,
             rng=self._rng,
             first=first,
+            new_tokens=view.new_tokens,
         )[0]
 
     # ------------------------------------------------------------- one pull
@@ -615,7 +703,6 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         assert pull.begun is not None
         pull.bytes_s = now - pull.begun.at_s
         self._times.bytes_end(pull.begun, now, event.num_bytes)
-        self._pull_plans.clear()
         if event.wrong is not None and event.wrong.is_incident:
             self._out.append(Report(pull.source, event.wrong))
         peer, lane = pull.open.peer, self._lanes[pull.fragment]
@@ -641,7 +728,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             pull_s=now - pull.asked_s,
             began_s=pull.began_s,
         )
-        lane.pulled.append(pulled)
+        lane.hold([*lane.pulled, pulled])
         lane.open.answered(peer)  # before it can turn out that nothing can be merged with it
         self._settling.append(pull)
         self._prepare_more(now)
@@ -650,9 +737,9 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """Its merge is prepared."""
         if pull.number in self._pulls:
             self._times.merged(now - pull.asked_s - pull.bytes_s)
-            self._pull_plans.clear()
-            self._end(pull, now)
+            del self._pulls[pull.number]
             self._lanes[pull.fragment].open.end(pull.open)
+            self._look_if_moved(now)
 
     def _end(self, pull: _Pull[Held], now: float) -> None:
         del self._pulls[pull.number]
@@ -697,7 +784,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """Have a merge of all that is here prepared, one after the other, anew as long as more comes."""
         if self._preparing is not None:
             return
-        for lane in self._prepared_now():
+        for lane in self._prepared_now() if self._settings.is_large else self._lanes:
             if lane.plan is not None and lane.has_more():
                 self._prepare(_Preparing(lane.plan, lane.number, lane.began_s, tuple(lane.pulled)))
                 return
@@ -710,11 +797,11 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._out.append(Prepare(preparing.number, preparing.plan, preparing.fragment, preparing.tried))
 
     def _prepared_now(self) -> list[_Lane[Held, Payload, Ready]]:
-        """The fragments whose next merges are prepared: of a large model only those that are merged first, since what
-        is prepared takes 8 bytes a number and what was pulled a few bits."""
+        """Of a large model only the fragments that are merged first: what is prepared takes 8 bytes a number and what
+        was pulled a few bits."""
         planned = [(lane.plan.ends_s, lane) for lane in self._lanes if lane.plan is not None]
         first_s = min((ends_s for ends_s, _ in planned), default=0.0)
-        return [lane for ends_s, lane in planned if not self._settings.is_large or ends_s == first_s]
+        return [lane for ends_s, lane in planned if ends_s == first_s]
 
     def _prepared(self, number: int, merge: Ready | None, now: float) -> None:
         preparing = self._preparing
@@ -748,7 +835,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             follows = self._back_off.failed(one.peer, now, "what it published cannot be merged")
             lane.open.leave_out(one.section, one.peer, max(preparing.plan.ends_s, now + _LEFT_OUT_S))
             self._out.append(LeftAlone(one.peer, follows))
-        lane.pulled = [one for one in lane.pulled if one not in preparing.bad]
+        lane.hold([one for one in lane.pulled if one not in preparing.bad])
         self._prepare_more(now)
 
     # ------------------------------------------------------------- merging
@@ -765,7 +852,6 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         if plan is not None and plan.is_sure and event.fragment == plan.fragments[0]:
             expected_s = plan.ends_s if lane.pulled_for_s is None else lane.pulled_for_s
             self._times.round_ended(expected_s - plan.started_s, now - plan.started_s)
-            self._pull_plans.clear()
         is_ready = ready is not None and ready.round == event.round
         self._out.append(self._merge(lane, ready) if ready is not None and is_ready else Merge(event.fragment))
 
@@ -775,10 +861,11 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """What is ready counts as merged from here on. If some of it is too old by now, the rest is prepared anew for
         the next round."""
         reference = self._reference_round()
-        lane.pulled = lane.of_use(reference)
-        if any(pulled not in lane.pulled for pulled in ready.pulled):
+        of_use = lane.of_use(reference)
+        if any(pulled not in of_use for pulled in ready.pulled):
+            lane.hold(of_use)
             return Merge(lane.number)
-        lane.pulled = [pulled for pulled in lane.pulled if pulled not in ready.pulled]
+        rest = [pulled for pulled in of_use if pulled not in ready.pulled]
         for pulled in ready.pulled:
             if pulled.section == "weights":
                 lane.ledger.weights_merged(pulled.peer, pulled.mark.round)
@@ -786,14 +873,18 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                 lane.ledger.merged(pulled.peer, pulled.mark, reference)
                 lane.merged[pulled.peer] = pulled.held
         lane.merged = {peer: held for peer, held in lane.merged.items() if peer in lane.ledger.held}
-        lane.pulled, lane.view = lane.of_use(reference), None
+        lane.hold(rest)
+        if rest:
+            lane.hold(lane.of_use(reference))
+        lane.view = None
         return Merge(lane.number, ready.merge, ready.pulled)
 
     # ------------------------------------------------------------- others' weights, rest
 
     def _forget_pulled(self) -> None:
         for lane in self._lanes:
-            lane.pulled, lane.ready = [], None
+            lane.hold([])
+            lane.ready = None
 
     def _took_states(self, event: TookStates) -> None:
         self._forget_pulled()
@@ -812,3 +903,10 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._wake_s, self._is_short = None, False
         for lane in self._lanes:
             lane.plan = None
+
+
+def _beyond(candidate: Candidate, known: Mark) -> Candidate:
+    """What it has published, by a guess, which may say less than what was merged of it."""
+    if known.round != candidate.round or known.part >= candidate.part or candidate.tokens > known.tokens:
+        return candidate
+    return replace(candidate, tokens=known.tokens + 1)

@@ -19,7 +19,7 @@ Which: TypeAlias = tuple[Section, str]
 """A section, and whose."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class OpenPull:
     """A section of somebody's publication that was asked for."""
 
@@ -52,17 +52,33 @@ class OpenPulls:
     ) -> bool:
         """Whether one more is to be asked: until as many are here or on their way as are due. A slow one does not keep
         another from being tried."""
-        return len(self.coming(section, here, now - slow_after_s)) < num_due and len(self.begun) < self.most
+        if len(self.begun) >= self.most:
+            return False
+        if len(here) + len(self.begun) < num_due:
+            return True
+        return len(self.coming(section, here, now - slow_after_s)) < num_due
+
+    def has_begun(self, section: Section) -> bool:
+        """Some are on their way."""
+        return section in [what for what, _ in self.begun]
 
     def coming(self, section: Section, here: Collection[Which], since_s: float = -math.inf) -> set[str]:
         """Whose is here, or on its way since then."""
-        begun = {peer for (what, peer), pull in self.begun.items() if what == section and pull.began_s > since_s}
-        return begun | {peer for what, peer in here if what == section}
+        found = {peer for what, peer in here if what == section}
+        for (what, peer), pull in self.begun.items():
+            if what == section and pull.began_s > since_s:
+                found.add(peer)
+        return found
 
     def not_now(self, section: Section, here: Collection[Which], now: float) -> set[str]:
         """Who is not asked for it: whose is here or comes, who had nothing new lately, who has failed in this round."""
-        idle = {peer for (what, peer), until_s in self._idle_until_s.items() if what == section and now < until_s}
-        return self._failed | idle | self.coming(section, here)
+        found = self.coming(section, here)
+        if self._failed:
+            found |= self._failed
+        for (what, peer), until_s in self._idle_until_s.items():
+            if what == section and now < until_s:
+                found.add(peer)
+        return found
 
     def next_free_s(self, section: Section, peers: Collection[str], now: float) -> float | None:
         """When the next of `peers` may be asked who may not be now; None if that is not a matter of time."""
@@ -72,8 +88,12 @@ class OpenPulls:
 
     def next_slow_s(self, section: Section, slow_after_s: float, now: float) -> float | None:
         """When the next of those on their way has taken so long."""
-        slow_s = [pull.began_s + slow_after_s for (what, _), pull in self.begun.items() if what == section]
-        return min((s for s in slow_s if s > now), default=None)
+        found = None
+        for (what, _), pull in self.begun.items():
+            slow_s = pull.began_s + slow_after_s
+            if what == section and slow_s > now and (found is None or slow_s < found):
+                found = slow_s
+        return found
 
     # ------------------------------------------------------------- what came of it
 

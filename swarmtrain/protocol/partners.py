@@ -155,7 +155,7 @@ class Ledger:
         """Whether what could be merged when it was pulled still may be: what it is the difference to was there then."""
         if section == "weights":
             return self.has_new_weights(peer, mark.round, reference_round)
-        return not isinstance(self.news(peer, mark, reference_round), Nothing)
+        return self.new_tokens(peer, mark, reference_round) is not None
 
     def _too_old(self, round: int, reference_round: int) -> Nothing:
         behind = f"{reference_round - round} rounds behind the median"
@@ -217,8 +217,7 @@ class Ledger:
 
     def merged(self, peer: str, mark: Mark, reference_round: int) -> None:
         """`mark` of `peer` entered a merge, in whichever way `news` said. Look at `held` afterwards."""
-        news = self.news(peer, mark, reference_round)
-        assert not isinstance(news, Nothing), f"merged what is not new: {news.reason}"
+        assert self.new_tokens(peer, mark, reference_round) is not None, f"merged what is not new of {peer}: {mark}"
         self._marks.pop(peer, None)  # the last one merged stands last
         self._marks[peer] = mark
         self._held.pop(peer, None)
@@ -442,6 +441,10 @@ class BackOff:
         """Something good came from it: all is forgiven."""
         self._bans.pop(peer, None)
 
+    def has_banned(self, peer: str) -> bool:
+        """Whether anything is held against it."""
+        return peer in self._bans
+
     def called(self, peer: str, now: float) -> None:
         """It has called us: if all that is held against it is that it gave no answer, it may be asked again at once. If
         it gives none then, it is left alone for longer than before all the same."""
@@ -516,10 +519,11 @@ class Partners:
         now: float,
         rng: random.Random,
         first: Collection[str] = (),
+        new_tokens: Mapping[str, int | None] | None = None,
     ) -> tuple[str | None, str]:
         """The next one to ask, or None; with the reason. `candidates`: the live others, oneself not among them;
         `exclude`: who was asked in this round; `first`: whom to ask before the others. Bans count while anybody of all
-        `candidates` is free of one."""
+        `candidates` is free of one. `new_tokens`: of each what the ledger says, if it has been asked already."""
         if not candidates:
             return None, "nobody else is there"
         if all(one.peer in exclude for one in candidates):
@@ -529,8 +533,9 @@ class Partners:
         if not free:
             return None, about_bans
         free = sorted([one for one in free if one.peer in first] or free, key=_PEER)
-        new_tokens = self.ledger.new_tokens
-        hopeful = [(one, tokens) for one in free if (tokens := new_tokens(one.peer, one, reference_round)) is not None]
+        if new_tokens is None:
+            new_tokens = {one.peer: self.ledger.new_tokens(one.peer, one, reference_round) for one in free}
+        hopeful = [(one, tokens) for one in free if (tokens := new_tokens[one.peer]) is not None]
         if hopeful:
             reason = f"{self.variant} among {len(hopeful)} with something new"
         else:

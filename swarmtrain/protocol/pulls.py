@@ -5,6 +5,7 @@ Pure: `now` is an argument, and what pulls took is told.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
@@ -69,14 +70,15 @@ class PullPlan:
 
     def num_due(self, section: Section, now: float) -> int:
         """How many pulls of it should have begun."""
-        return sum(at_s <= now for at_s in self._at_s(section))
+        return bisect_right(self.weights_at_s if section == "weights" else self.gradients_at_s, now)
 
     def next_s(self, now: float) -> float | None:
         """When the next pull is due; None if all are."""
-        return min((at_s for section in SECTIONS for at_s in self._at_s(section) if at_s > now), default=None)
-
-    def _at_s(self, section: Section) -> tuple[float, ...]:
-        return self.weights_at_s if section == "weights" else self.gradients_at_s
+        found = None
+        for at_s in self.weights_at_s, self.gradients_at_s:
+            if (passed := bisect_right(at_s, now)) < len(at_s) and (found is None or at_s[passed] < found):
+                found = at_s[passed]
+        return found
 
 
 @dataclass(frozen=True)
@@ -170,14 +172,14 @@ def plan_pulls(
     carried = rate * LINK_SHARE * window_s
     gradients = max(1, int(min(wanted, (carried - sizes.weights) / max(sizes.gradient, 1))))
     weights = max(1, int(min(most_weights, (carried - gradients * sizes.gradient) / max(sizes.weights, 1))))
-    left_bytes = [gradients * sizes.gradient + left * sizes.weights for left in range(weights, 0, -1)]
-    left_bytes += [left * sizes.gradient for left in range(gradients, 0, -1)]
     spare_s = max(
         min(_MOST_SPARE_S, _SPARE_SHARE * window_s), _LONG_SPARE_SHARE * window_s, times.early_share * lasts_s
     )
-    overhead_s = times.overhead_s
-    leads_s = [spare_s + _SLACK * (overhead_s + num_bytes / rate) for num_bytes in left_bytes]
-    at_s = [max(started_s, ends_s - lead_s) for lead_s in leads_s]
+    overhead_s, left_bytes, at_s = times.overhead_s, gradients * sizes.gradient + weights * sizes.weights, []
+    for number in range(weights + gradients):
+        begins_s = ends_s - (spare_s + _SLACK * (overhead_s + left_bytes / rate))
+        at_s.append(begins_s if begins_s > started_s else started_s)
+        left_bytes -= sizes.weights if number < weights else sizes.gradient
     reason = f"{gradients} of {wanted} gradients and the weights of {weights}"
     return PullPlan(tuple(at_s[:weights]), tuple(at_s[weights:]), reason)
 
@@ -222,7 +224,7 @@ def most_pulls(configured: Wanted) -> int:
     return _PULLS_A_PARTNER * max(configured)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class BytesBegun:
     """A pull's bytes began to come."""
 
@@ -247,6 +249,12 @@ class PullTimes:
     _rates: list[float] = field(default_factory=list)
     _early_shares: list[float] = field(default_factory=list)
     _ended_bytes: int = 0
+    bytes_per_s: float | None = None
+    """Of the last pulls, the (upper) median; None before the first."""
+    overhead_s: float = 0.0
+    """Of the last pulls: the slower quarter begins there."""
+    early_share: float = 0.0
+    """By what share of a round the last ones ended earlier than expected, at most."""
 
     def bytes_begin(self, now: float) -> BytesBegun:
         """Bytes begin to come, beside others or not. What is returned is for `bytes_end`."""
@@ -258,42 +266,28 @@ class PullTimes:
         if now > begun.at_s:
             rate = (self._ended_bytes - begun.ended_bytes) / (now - begun.at_s)
             self._rates = [*self._rates, rate][-self.most :]
+            self.bytes_per_s = sorted(self._rates)[len(self._rates) // 2]
 
     def merged(self, overhead_s: float) -> None:
         """A pull took so long from its beginning to a prepared merge, without its bytes."""
         self._overheads_s = [*self._overheads_s, overhead_s][-self.most :]
+        self.overhead_s = sorted(self._overheads_s)[(3 * len(self._overheads_s)) // 4]
 
     def round_ended(self, expected_s: float, lasted_s: float) -> None:
         """A round that was expected to last so long lasted so long."""
         if expected_s > 0:
             self._early_shares = [*self._early_shares, 1.0 - lasted_s / expected_s][-self.most :]
-
-    @property
-    def early_share(self) -> float:
-        """By what share of a round the last ones ended earlier than expected, at most."""
-        return min(max([0.0, *self._early_shares]), _MOST_EARLY_SHARE)
+            self.early_share = min(max(0.0, *self._early_shares), _MOST_EARLY_SHARE)
 
     def assume(self, bytes_per_s: float) -> None:
         """The link carries so much, as something else has shown: one of the rates, until pulls were measured."""
-        self._rates = [bytes_per_s]
-
-    @property
-    def bytes_per_s(self) -> float | None:
-        """Of the last pulls, the (upper) median; None before the first."""
-        rates = self._rates
-        return sorted(rates)[len(rates) // 2] if rates else None
+        self._rates, self.bytes_per_s = [bytes_per_s], bytes_per_s
 
     def slow_after_s(self, sizes: SectionBytes, configured: Wanted) -> float:
         """After how long a pull is a slow one, which does not keep another from being tried."""
         rate = self.bytes_per_s
         expected_s = configured.bytes_of(sizes) / rate if rate else 0.0
         return max(_LEAST_SLOW_S, _SLOW_FACTOR * (self.overhead_s + expected_s))
-
-    @property
-    def overhead_s(self) -> float:
-        """Of the last pulls: the slower quarter begins there."""
-        last = sorted(self._overheads_s)
-        return last[(3 * len(last)) // 4] if last else 0.0
 
 
 # ---------------------------------------------------------------- one pull a round, from a server

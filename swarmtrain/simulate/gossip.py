@@ -1,93 +1,142 @@
 """A simulated swarm of asynchronous gossip: every peer trains alone, publishes parts, pulls late and never waits.
 
-The peers run the product's own decisions (partners, ledger, pacing, data coverage, lifecycle). The model is one number,
-so that a thousand peers live for minutes in a second or two: an inner step moves it by `inner_rate` of the way to the
-peer's own `target`, the merge is the one of `algorithm/gossip.py` with a single weight. Publications are made when
-somebody asks for them, as in the product. What happened is in `GossipSwarm.rounds`, `entered` and `incidents`.
+The peers run the product's own decisions: gossip's engine, plans of merges, pacing, data coverage, lifecycle. Here is
+how what it commands is done: when an answer or a publication's bytes arrive, who stands still, what is lost. The model
+is one number a fragment, so that a thousand peers live for minutes in a second or two: an inner step moves it by
+`inner_rate` of the way to the peer's own `target`, the merge is the one of `algorithm/gossip.py` with a single weight.
+Publications are made when somebody asks for them, as in the product. What happened is in `GossipSwarm.rounds`,
+`entered` and `incidents`.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import statistics
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeAlias
 
 from swarmtrain.algorithm.pacing import round_inner_steps
-from swarmtrain.protocol.fragments import publishes_every
-from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
-from swarmtrain.protocol.partners import (
-    Candidate,
-    Difference,
-    Ledger,
-    Mark,
-    Nothing,
-    Partners,
-    Place,
-    agreed_places,
-    left_behind,
-    median_round,
+from swarmtrain.protocol.fragments import FragmentRounds, merged_step, published, publishes_every
+from swarmtrain.protocol.gossip import GossipEngine, Tellings
+from swarmtrain.protocol.gossip import GossipSettings as EngineSettings
+from swarmtrain.protocol.gossip_messages import (
+    Ask,
+    Called,
+    CatchUp,
+    Decode,
+    Decoded,
+    Download,
+    Downloaded,
+    Failed,
+    Failure,
+    GossipCommand,
+    GossipEvent,
+    Merge,
+    MergeDue,
+    PeersChanged,
+    Planned,
+    Prepare,
+    Prepared,
+    Replied,
+    Report,
+    Route,
+    TookStates,
+    Woke,
 )
-from swarmtrain.protocol.pulls import BytesBegun, PullTimes, Section, plan_pulls, round_ends_s
+from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
+from swarmtrain.protocol.merge_plans import MergePlanner
+from swarmtrain.protocol.partners import Mark, median_round, rounds_behind
+from swarmtrain.protocol.pulls import SECTIONS, round_ends_s
 from swarmtrain.protocol.shards import Coverage
+from swarmtrain.run import GradientFormat
+from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Network, Refused, kept_until
-from swarmtrain.simulate.publications import GossipSettings, Presence, Publication, RoundRecord
+from swarmtrain.simulate.publications import (
+    Asked,
+    Checkpoint,
+    Entered,
+    GossipSettings,
+    OfGuest,
+    Presence,
+    Publication,
+    RoundRecord,
+    State,
+)
 
-__all__ = ["GossipPeer", "GossipSettings", "GossipSwarm", "Publication", "RoundRecord"]
+__all__ = ["AWAY", "BUSY", "NOTHING", "GossipPeer", "GossipSettings", "GossipSwarm", "Publication", "RoundRecord"]
 
 _STATE_BYTES = 8
 """Of a parameter: its weight and its momentum."""
+_FORMAT: GradientFormat = "int2"
+"""What pseudo-gradients are called that have the sizes of the settings, whichever they are."""
+_WOKE = Woke()
+
+NOTHING = Refused("nothing is published yet")
+BUSY = Refused("BUSY")
+AWAY = Refused("no guest of this host")
 
 
-@dataclass
+class _Value(NamedTuple):
+    """What of a publication can enter a merge: a weight, or with its tokens what is new of a pseudo-gradient."""
+
+    value: float
+    tokens: int
+
+
+_Command: TypeAlias = GossipCommand[Publication, _Value, bool]
+_Event: TypeAlias = GossipEvent[Publication, _Value, bool]
+
+
+class _Schedule(NamedTuple):
+    """After which of a round's inner steps which fragments are merged, and which parts are published."""
+
+    merge_after: tuple[int, ...]
+    steps: tuple[int, ...]
+    parts: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _schedule(inner_steps: int, num_parts: int, num_fragments: int, every: int) -> _Schedule:
+    """As the trainer has it."""
+    fragments = range(num_fragments)
+    merge_after = tuple(merged_step(one, num_fragments, inner_steps, num_parts) for one in fragments)
+    parts = published(inner_steps, num_parts, num_fragments, every)
+    return _Schedule(merge_after, tuple(parts), tuple(parts.values()))
+
+
+@dataclass(slots=True)
 class _Round:
     """What is forgotten when the next round begins."""
 
     started_s: float
     steps: int
-    every: int = 1
-    asked: dict[Section, list[str]] = field(default_factory=lambda: {"weights": [], "gradient": []})
-    due: dict[Section, int] = field(default_factory=lambda: {"weights": 0, "gradient": 0})
+    schedule: _Schedule
+    num_over: int = 0
+    """Fragments that were merged."""
+    num_merged: int = 0
+    staleness_rounds: int = 0
     bytes_down: int = 0
+    waits_since_s: float | None = None
+    """When its inner steps were done, if it is too far behind and asks for another's weights."""
 
 
 @dataclass(slots=True)
-class _Pull:
-    """One of a round's pulls; another partner is asked while it brings nothing."""
-
-    of: _Round
-    section: Section
-    began_s: float
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """Weights, and what was merged into them: they belong together. `entered` is for the tests."""
+class _Fragment:
+    """One fragment of the model: a number."""
 
     theta: float
-    momentum: float
-    round: int
-    ledger: list[list[str | int]]
-    entered: list[tuple[str, str, int, int, int]]
-    came: list[_Entered]
-
-
-_Entered = tuple[str, int, int, int]
-"""(whose, of which round, from token, to token)"""
-
-
-@dataclass(frozen=True)
-class _State:
-    """What a joiner takes: weights, and up to where each peer is in them. `entered` is for the tests."""
-
-    theta: float
-    momentum: float
-    round: int
-    places: dict[str, Place]
-    entered: list[_Entered]
+    momentum: float = 0.0
+    weights: list[Publication] = field(default_factory=list)
+    """That its last two rounds began with."""
+    published: list[Publication] = field(default_factory=list)
+    """Its last two pseudo-gradients that somebody asked for."""
+    told_steps: int = 0
+    """Of the peer's round, those that were in the newest of them."""
 
 
 class GossipPeer:
@@ -97,32 +146,34 @@ class GossipPeer:
         s = self.settings = swarm.settings
         self.swarm, self.name, self.steps_per_s, self.link = swarm, name, speed, link
         self.alive, self.frozen = True, False
-        self.theta, self.target, self.momentum = theta, theta, 0.0
+        self.target = theta
+        self.fragments = [_Fragment(theta) for _ in range(s.num_fragments)]
         self.round, self.bytes_up = 0, 0
         self.membership = Membership(me=name)
-        self.partners = Partners(Ledger(s.max_staleness_rounds, s.num_parts, s.wanted.gradients), variant=s.variant)
         self.coverage = Coverage(me=name, num_shards=s.num_shards) if s.num_shards else None
         self.shard = -1
         self._rng = random.Random(f"{swarm.seed} {name}")
-        self._now = _Round(math.inf, s.inner_steps)
-        self._arrived: list[Publication] = []
-        self._gradients: dict[str, float] = {}
-        self._published: list[Publication] = []
-        self._weights: list[Publication] = []
-        """That the last two rounds began with."""
-        self._times = PullTimes()
-        self._coming: dict[Section, int] = {"weights": 0, "gradient": 0}
-        self._sampled: list[Candidate] = []
-        self._rounds_sampled: list[int] = []
-        self._ends_sampled_s: list[float | None] = []
-        self._reference = (-1, -1)
-        self._new_weights: set[str] | None = None
-        """Of whom among those the weights are new; until somebody wants to know, None."""
+        self.engine: GossipEngine[Publication, _Value, bool] = GossipEngine(
+            name, swarm.engine_settings, self._rng, self._rng, swarm.tellings
+        )
+        self._planner = MergePlanner(s.num_fragments)
+        self._fragment_rounds = FragmentRounds(s.num_fragments)
+        self._now = _Round(math.inf, s.inner_steps, _schedule(s.inner_steps, s.num_parts, s.num_fragments, 1))
+        self._last_tokens = 0
+        """Of the round before."""
+        self._others: list[PeerInfo] = []
+        """Of whom it has read last, those that are there."""
+        self._ends_s: list[float | None] = []
+        self._has_looked = False
+        """Since it planned last."""
         self._forgets_s = 0.0
-        self.entered: list[tuple[str, str, int, int, int]] = []
-        self.came: list[_Entered] = []
+        self._events: list[_Event] | None = None
+        """What the engine is being told."""
+        self._timer: Timer | None = None
+        self.entered: list[Entered] = []
+        self.came: list[Entered] = []
         """What had entered the weights that it took from others; and its own rounds."""
-        self.checkpoints: list[_Checkpoint] = []
+        self.checkpoints: list[Checkpoint] = []
         self._frozen_at_s = 0.0
         self._backlog: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
 
@@ -157,14 +208,17 @@ class GossipPeer:
 
     def thaw(self) -> None:
         """It goes on where it was."""
+        now = self.swarm.clock.now
         self.frozen = False
-        self._now.started_s += self.swarm.clock.now - self._frozen_at_s
-        self.membership.resume(self.swarm.clock.now)
+        self._now.started_s += now - self._frozen_at_s
+        self.membership.resume(now)
         if self.name in self.swarm.board:
-            self._announce(self.swarm.clock.now)
+            self._announce(now)
         backlog, self._backlog = self._backlog, []
         for call, args in backlog:
             self.deliver(call, *args)
+        if self._is_training and (plans := self._planner.steps_done(self.steps_done, now)) is not None:
+            self._plan(plans)
 
     def begin(self) -> None:
         """Take the weights of somebody who lives, if there is anybody, and train."""
@@ -172,27 +226,47 @@ class GossipPeer:
 
     def _begin(self, came_s: float) -> None:
         self._look_around()
-        others = [one.peer for one in self._sampled]
-        if others:
-            peer, num_bytes = self._rng.choice(others), self.settings.state_bytes
-            self.swarm.pull(self, peer, "state", num_bytes, partial(self._adopt, came_s, peer))
+        if self._others:
+            self._take_state(partial(self._adopt, came_s))
         else:
-            self._start_round()
+            self.start()
+
+    def _take_state(self, done: Callable[[str, Any], None]) -> None:
+        least = median_round(info.round for info in self._others) - self.settings.max_staleness_rounds
+        peer = self._rng.choice([info.peer for info in self._others if info.round >= least])
+        self.swarm.pull(self, peer, "state", self.settings.state_bytes, partial(done, peer))
 
     def _adopt(self, came_s: float, peer: str, state: Any) -> None:
-        if not isinstance(state, _State):
-            self._failed(peer, state)
-            self._begin(came_s)
+        if isinstance(state, State):
+            self._go_on_with(state, peer, came_s)
             return
-        self.theta, self.momentum, self.round = state.theta, state.momentum, state.round
-        rounds = {one.peer: one.round for one in self._sampled} | {peer: state.round}
-        places = agreed_places([state.places], rounds, state.round, self.settings.max_staleness_rounds)
-        self.partners.ledger.bring(places)
-        self.came = list(state.entered)
-        self.swarm.begun(self, self.swarm.clock.now - came_s)
-        self._start_round()
+        if state is None:
+            self.membership.call_failed(peer, self.swarm.clock.now, "unreachable")
+        self._begin(came_s)
+
+    def _go_on_with(self, state: State, peer: str, since_s: float) -> None:
+        """Another's weights take the place of its own."""
+        self.round = max(self.round, state.round)
+        self._tell(TookStates(self.round, [state.places], {peer: state.round}))
+        self._put(state)
+        self.entered, self.came = [], list(state.entered)
+        self.swarm.took_state(self, peer, self.swarm.clock.now - since_s)
+        self.start()
+
+    def _put(self, of: State | Checkpoint) -> None:
+        for fragment, theta, momentum in zip(self.fragments, of.thetas, of.momenta, strict=True):
+            fragment.theta, fragment.momentum = theta, momentum
 
     # ------------------------------------------------------------------ training
+
+    @property
+    def theta(self) -> float:
+        """The mean of the fragments' weights."""
+        return sum(one.theta for one in self.fragments) / len(self.fragments)
+
+    @property
+    def _is_training(self) -> bool:
+        return self._now.started_s < math.inf and self._now.num_over < len(self.fragments)
 
     @property
     def steps_done(self) -> int:
@@ -204,174 +278,230 @@ class GossipPeer:
 
     @property
     def steps_unpublished(self) -> int:
-        """Of the present round, those done since somebody asked for its publication last; none before it has begun."""
-        published = sum(newest.mark.tokens for newest in self._published[-1:] if newest.mark.round == self.round)
-        return self.steps_done - published // self.settings.tokens_per_step
+        """Of the present round, those done since somebody asked for its publications last; none before it has begun."""
+        return self.steps_done - round(statistics.mean(one.told_steps for one in self.fragments))
 
-    def _start_round(self) -> None:
+    def start(self) -> None:
+        """Begin to train, with weights that are all new here."""
+        self._fragment_rounds.restart()
+        self._start_round(all_begin=True)
+
+    def _start_round(self, all_begin: bool = False) -> None:
         s, now = self.settings, self.swarm.clock.now
-        if not self._sampled:  # else what was read for the pull will do
+        if not self._others:  # else what was read for the pulls will do
             self._look_around()
         steps = round_inner_steps(
             self.steps_per_s,
-            [one.steps_per_s for one in self._sampled],
+            [one.steps_per_s for one in self._others],
             s.inner_steps,
             paced=s.pacing,
             limit_s=s.round_limit_s,
-            others_end_in_s=[None if end_s is None else end_s - now for end_s in self._ends_sampled_s],
+            others_end_in_s=[None if end_s is None else end_s - now for end_s in self._ends_s],
         )
-        every = publishes_every(s.num_parts, 1, steps / self.steps_per_s, s.state_bytes // _STATE_BYTES)
-        self._now = _Round(now, steps, every)
-        self._weights = [*self._weights[-1:], Publication(self.name, Mark(self.round, 0, 0), self.theta, 0.0)]
+        number = len(self.fragments)
+        every = publishes_every(s.num_parts, number, steps / self.steps_per_s, s.state_bytes // _STATE_BYTES)
+        self._now = _Round(now, steps, _schedule(steps, s.num_parts, number, every))
+        self._fragment_rounds.begin(self.round, s.num_parts)
+        for fragment in range(number):
+            self.fragments[fragment].told_steps = 0
+            if all_begin or fragment == number - 1:
+                self._publish_weights(fragment, self.round)
         if self.coverage is not None:
-            busy = self.coverage.busy(one.peer for one in self._sampled)
+            busy = self.coverage.busy(one.peer for one in self._others)
             tokens = steps * s.tokens_per_step
             self.shard, _ = self.coverage.choose(self.round, self.swarm.seed, busy=busy, round_tokens=tokens)
         self._announce(now)
-        end_s = now + steps / self.steps_per_s
-        pulls = plan_pulls(len(self._sampled), now, end_s, s.sizes, self._times, s.wanted)
-        for section, at_s in ("weights", pulls.weights_at_s), ("gradient", pulls.gradients_at_s):
-            for when_s in at_s:
-                self.swarm.clock.call_at(when_s, self.deliver, self._pull, self._now, section)
-        self.swarm.clock.call_at(end_s, self.deliver, self._end_round, self._now)
+        self._plan(self._planner.round_began(
+            self.round, now, inner_steps=steps, merge_after=self._now.schedule.merge_after, gradient_format=_FORMAT,
+            steps_per_s=self.steps_per_s, all_begin=all_begin,
+        ))  # fmt: skip
+        self._train_on()
 
-    def _gradient(self, steps: int) -> float:
+    def _plan(self, plans: Any) -> None:
+        self._has_looked = False
+        self._tell(Planned(self.round, plans))
+
+    def _train_on(self) -> None:
+        """Until the next fragment is merged."""
+        r = self._now
+        due_s = r.started_s + r.schedule.merge_after[r.num_over] / self.steps_per_s
+        self.swarm.clock.call_at(due_s, self.deliver, self._due, r)
+
+    def _due(self, r: _Round) -> None:
+        if self.steps_done < r.schedule.merge_after[r.num_over]:  # it stood still meanwhile
+            self._train_on()
+        else:
+            self._tell(MergeDue(self.round, r.num_over))
+
+    def _gradient(self, fragment: _Fragment, steps: int) -> float:
         """theta less the weight after so many inner steps."""
-        return (self.theta - self.target) * (1.0 - (1.0 - self.settings.inner_rate) ** steps)
+        return (fragment.theta - self.target) * (1.0 - (1.0 - self.settings.inner_rate) ** steps)
+
+    def _merge(self, command: Merge[Publication, _Value, bool]) -> None:
+        """Section 5: the mean of the weights, the token-weighted mean of the pseudo-gradients, one Nesterov step."""
+        s, r, number = self.settings, self._now, command.fragment
+        fragment, steps = self.fragments[number], r.schedule.merge_after[number]
+        part = r.schedule.parts[r.schedule.steps.index(steps)]
+        own = self._fragment_rounds.of(number, part, steps * s.tokens_per_step, steps)
+        self._publish(number)  # its whole round, from the weights that it began with
+        weight, thetas = self._gradient(fragment, own.inner_steps) * own.tokens, [fragment.theta]
+        tokens = own.tokens
+        reference = median_round([self.round, *(info.round for info in self._others)]) if command.pulled else 0
+        for one in command.pulled:
+            value, new_tokens = one.payload
+            r.staleness_rounds = max(r.staleness_rounds, reference - one.mark.round)
+            if one.section == "weights":
+                thetas.append(value)
+                continue
+            weight, tokens = weight + value * new_tokens, tokens + new_tokens
+            r.num_merged += 1
+            if s.keeps_past:
+                until = one.mark.tokens
+                self.entered.append(Entered(self.name, one.peer, number, one.mark.round, until - new_tokens, until))
+        if s.keeps_past:
+            self.came.append(Entered(self.name, self.name, number, own.round, 0, own.tokens))
+        mean = weight / tokens
+        fragment.momentum = s.outer_momentum * fragment.momentum + mean
+        step = s.outer_learning_rate * (mean + s.outer_momentum * fragment.momentum)
+        fragment.theta = sum(thetas) / len(thetas) - step
+        self._fragment_rounds.merged(number, part, steps * s.tokens_per_step, steps)
+        self._merged(number)
+
+    def _merged(self, number: int) -> None:
+        r, now = self._now, self.swarm.clock.now
+        r.num_over += 1
+        plans = self._planner.merged(number, now)
+        if r.num_over == len(self.fragments):
+            self._end_round(r)
+            return
+        self._publish_weights(number, self.round + 1)
+        if plans is not None:
+            self._plan(plans)
+        self._train_on()
 
     def _end_round(self, r: _Round) -> None:
-        s, now = self.settings, self.swarm.clock.now
-        if self.steps_done < r.steps:  # it stood still meanwhile
-            due_s = r.started_s + r.steps / self.steps_per_s
-            self.swarm.clock.call_at(due_s, self.deliver, self._end_round, r)
-            return
-        self._publish()
-        if self.coverage is not None:
-            self.coverage.trained(self.shard, r.steps * s.tokens_per_step)
-        round, reference_round = self.round, self._reference_round()
-        num_merged, oldest = self._merge(reference_round)
-        self._times.round_ended(r.steps / self.steps_per_s, now - r.started_s)
-        self.swarm.round_over(RoundRecord(
-            peer=self.name, round=round, started_s=r.started_s, ended_s=now, steps=r.steps, partners=num_merged,
-            staleness_rounds=oldest, bytes_down=r.bytes_down,
-        ))  # fmt: skip
-        if s.keeps_past:
-            self.came.append((self.name, round, 0, r.steps * s.tokens_per_step))
+        self._over(r)
         self.round += 1
-        if s.keeps_past:
-            rows, entered = self.partners.ledger.rows(), list(self.entered)
-            saved = _Checkpoint(self.theta, self.momentum, self.round, rows, entered, list(self.came))
-            self.checkpoints = [*self.checkpoints[-2:], saved]
+        self._save()
         self._start_round()
 
-    def resume(self, saved: _Checkpoint) -> None:
+    def _save(self) -> None:
+        if self.settings.keeps_past:
+            thetas, momenta = [one.theta for one in self.fragments], [one.momentum for one in self.fragments]
+            rows, entered = self.engine.rows(), list(self.entered)
+            saved = Checkpoint(thetas, momenta, self.round, rows, entered, list(self.came))
+            self.checkpoints = [*self.checkpoints[-2:], saved]
+
+    def _over(self, r: _Round) -> None:
+        """Its inner steps are done, and what can be merged with them is."""
+        ended_s = self.swarm.clock.now if r.waits_since_s is None else r.waits_since_s
+        self._last_tokens = r.steps * self.settings.tokens_per_step
+        if self.coverage is not None:
+            self.coverage.trained(self.shard, self._last_tokens)
+        self.swarm.round_over(RoundRecord(
+            peer=self.name, round=self.round, started_s=r.started_s, ended_s=ended_s, steps=r.steps,
+            partners=r.num_merged / len(self.fragments), staleness_rounds=r.staleness_rounds, bytes_down=r.bytes_down,
+            waited=r.waits_since_s is not None,
+        ))  # fmt: skip
+
+    def resume(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint, in a process that knows nothing else."""
-        self.theta, self.momentum, self.round = saved.theta, saved.momentum, saved.round
+        self._put(saved)
+        self.round = saved.round
         self.entered = list(saved.entered)  # what was merged later is gone with the weights it entered
         self.came = list(saved.came)
-        self.partners.ledger.load(saved.ledger)
-        self._start_round()
+        self.engine.load(saved.ledger)
+        self._look_around()
+        if rounds_behind(self.round, [info.round for info in self._others]) > self.settings.max_staleness_rounds:
+            self._begin(self.swarm.clock.now)  # what it has is too old for the others
+        else:
+            self.start()
 
-    def _merge(self, reference_round: int) -> tuple[int, int]:
-        """Section 5: the mean of the weights, the token-weighted mean of the pseudo-gradients, one Nesterov step.
+    def _catch_up(self) -> None:
+        self._now.waits_since_s = self.swarm.clock.now
+        self._look_around()
+        if self._others:
+            self._take_state(self._caught_up)
+        else:
+            self._tell(MergeDue(self.round, len(self.fragments) - 1, may_catch_up=False))
 
-        Who has fallen too far behind the median takes the others' weights without its own."""
-        s, ledger = self.settings, self.partners.ledger
-        own_tokens = self._now.steps * s.tokens_per_step
-        behind = left_behind(self.round, self._rounds_sampled, s.max_staleness_rounds)
-        thetas, gradients, num_merged, oldest = [self.theta], [(self._gradient(self._now.steps), own_tokens)], 0, 0
-        for one in self._arrived:
-            if not ledger.may_enter(one.section, one.peer, one.mark, reference_round):
-                continue
-            oldest = max(oldest, reference_round - one.mark.round)
-            if one.section == "weights":
-                thetas.append(one.theta)
-                ledger.weights_merged(one.peer, one.mark.round)
-                continue
-            new = ledger.news(one.peer, one.mark, reference_round)
-            since, earlier = (new.since.tokens, self._gradients[one.peer]) if isinstance(new, Difference) else (0, 0.0)
-            num_merged += 1
-            gradients.append((one.gradient - earlier, new.tokens))
-            if s.keeps_past:
-                self.entered.append((self.name, one.peer, one.mark.round, since, one.mark.tokens))
-            ledger.merged(one.peer, one.mark, reference_round)
-            self._gradients[one.peer] = one.gradient
-            if self.coverage is not None:
-                self.coverage.merge(one.rows, one.peer, lambda _, tokens: tokens)
-        held = ledger.held
-        self._gradients = {peer: g for peer, g in self._gradients.items() if peer in held}
-        self._arrived.clear()
-        mean = sum(g * tokens for g, tokens in gradients) / sum(tokens for _, tokens in gradients)
-        self.momentum = s.outer_momentum * self.momentum + mean
-        step = s.outer_learning_rate * (mean + s.outer_momentum * self.momentum)
-        if behind and len(thetas) > 1:
-            thetas, self.round = thetas[1:], reference_round - 1
-        self.theta = sum(thetas) / len(thetas) - step
-        return num_merged, oldest
+    def _caught_up(self, peer: str, state: Any) -> None:
+        since_s = self._now.waits_since_s
+        if since_s is None or not isinstance(state, State):
+            self._tell(MergeDue(self.round, len(self.fragments) - 1, may_catch_up=False))
+            return
+        self._over(self._now)
+        self.round += 1
+        self._go_on_with(state, peer, since_s)
+        self._save()
 
     # ------------------------------------------------------------------ publishing
 
-    def _publish(self) -> Publication | None:
-        """The newest publication; made now if its moment has passed."""
-        newest = self._published[-1] if self._published else None
-        mark = self._mark_at(self.steps_done)
-        if mark is not None and (newest is None or newest.mark != mark):
-            rows = () if self.coverage is None else tuple(self.coverage.rows_to_send())
-            gradient = self._gradient(mark.tokens // self.settings.tokens_per_step)
-            newest = Publication(self.name, mark, self.theta, gradient, rows)
-            self._published = [*self._published[-1:], newest]
+    def _publish_weights(self, number: int, round: int) -> None:
+        """A fragment's round begins, with its weights."""
+        fragment = self.fragments[number]
+        newest = Publication(self.name, Mark(round, 0, 0), fragment.theta, 0.0, fragment=number)
+        fragment.weights = [*fragment.weights[-1:], newest]
+
+    def _publish(self, number: int) -> Publication | None:
+        """The newest publication of a fragment's pseudo-gradient; made now if its moment has passed."""
+        fragment, (_, steps, parts) = self.fragments[number], self._now.schedule
+        newest = fragment.published[-1] if fragment.published else None
+        if passed := bisect_right(steps, self.steps_done):
+            done, part = steps[passed - 1], parts[passed - 1]
+            of = self._fragment_rounds.of(number, part, done * self.settings.tokens_per_step, done)
+            mark = Mark(of.round, of.part, of.tokens)
+            if of.tokens and (newest is None or newest.mark != mark):
+                rows = () if self.coverage is None else tuple(self.coverage.rows_to_send())
+                gradient = self._gradient(fragment, of.inner_steps)
+                newest = Publication(self.name, mark, fragment.theta, gradient, rows, number)
+                fragment.published, fragment.told_steps = [*fragment.published[-1:], newest], done
         return newest
 
-    def _mark_at(self, steps_done: int) -> Mark | None:
-        """What is published of the present round once so many steps are done; None before the first part."""
-        steps, every, num_parts = self._now.steps, self._now.every, self.settings.num_parts
-        part = steps_done * num_parts // steps
-        part -= (part - num_parts) % every  # counted back from the end
-        tokens = -(-steps * part // num_parts) * self.settings.tokens_per_step
-        return Mark(self.round, part, tokens) if part > 0 else None
-
-    def provide(self, what: str) -> Any:
+    def provide(self, what: Any) -> Any:
         """The state for a joiner, the manifest of the newest publication, or the bytes of one of the last two."""
-        s = self.settings
-        if what == "state":
-            self.bytes_up += s.state_bytes
-            return self._state()
-        if what == "manifest weights":
-            return self._weights[-1] if self._weights else Refused("its first round has not begun")
-        if what == "manifest gradient":
-            return self._publish() or Refused("nothing is published yet")
-        if self.swarm.links.num_out(self.name) >= s.max_readers:
-            return Refused("BUSY")
-        found = next((one for one in self._published + self._weights if what == one.body), None)
-        if found is not None:
-            self.bytes_up += s.section_bytes(found.section)
-        return found
+        if isinstance(what, Asked):
+            if what.section == "gradient":
+                return self._publish(what.fragment) or NOTHING
+            weights = self.fragments[what.fragment].weights
+            return weights[-1] if weights else NOTHING
+        if isinstance(what, Publication):
+            if self.swarm.links.num_out(self.name) >= self.settings.max_readers:
+                return BUSY
+            fragment = self.fragments[what.fragment]
+            if what not in (fragment.published if what.mark.part else fragment.weights):
+                return None
+            self.bytes_up += self.settings.section_bytes(what.section)
+            return what
+        if what != "state":
+            return AWAY
+        if self._now.started_s == math.inf:
+            return NOTHING
+        self.bytes_up += self.settings.state_bytes
+        return self._state()
 
-    def _state(self) -> _State:
+    def _state(self) -> State:
         """Its own rounds are in its weights too."""
-        places = self.partners.ledger.places()
-        if self.round:
-            places[self.name] = self.round - 1, self.settings.num_parts
-        merged = [(whose, round, since, until) for _, whose, round, since, until in self.entered]
-        return _State(self.theta, self.momentum, self.round, places, [*merged, *self.came])
+        return State(
+            [one.theta for one in self.fragments],
+            [one.momentum for one in self.fragments],
+            self.round,
+            self.engine.places(self.round - 1),
+            [*self.entered, *self.came],
+        )
 
     def _announce(self, at_s: float) -> None:
         """The presence record as it was at `at_s`: a round's start, or a third of its lifetime after the last one."""
-        s = self.settings
-        steps = self._steps_done_at(at_s)
+        s, done, (_, steps, parts) = self.settings, self._steps_done_at(at_s), self._now.schedule
+        part, tokens = 0, self._last_tokens
+        if passed := bisect_right(steps, done):
+            part, tokens = parts[passed - 1], steps[passed - 1] * s.tokens_per_step
         info = self._describe(PeerInfo(
-            peer=self.name, stamp=at_s, training=True, round=self.round, inner_steps=self._now.steps,
-            inner_steps_done=steps, steps_per_s=self.steps_per_s, addresses=(self.name,),
+            peer=self.name, stamp=at_s, training=True, round=self.round, part=part, part_tokens=tokens,
+            inner_steps=self._now.steps, inner_steps_done=done, steps_per_s=self.steps_per_s, addresses=(self.name,),
         ))  # fmt: skip
-        mark = self._mark_at(steps)
-        if mark is None:
-            mark = self._published[-1].mark if self._published else Mark(self.round, 0, 0)
-        candidate = Candidate(
-            peer=self.name, round=mark.round, part=mark.part, tokens=mark.tokens,
-            inner_steps_done=info.inner_steps_done, steps_per_s=info.steps_per_s,
-        )  # fmt: skip
         ends_s = round_ends_s(at_s, info.inner_steps, info.inner_steps_done, info.steps_per_s)
-        self.swarm.board[self.name] = Presence(info, at_s + s.presence_ttl_s, candidate, ends_s)
+        self.swarm.board[self.name] = Presence(info, at_s + s.presence_ttl_s, ends_s)
 
     def renew(self) -> None:
         """Bring its record to where it is by now. Renewals are not events: they are made up for when somebody looks."""
@@ -392,8 +522,8 @@ class GossipPeer:
         names, every_s = self.swarm.names, self.settings.presence_ttl_s / 3
         if len(names) > self.settings.sample:
             names = self._rng.sample(names, self.settings.sample)
-        self._sampled, self._ends_sampled_s = [], []
-        for name in names:
+        self._others, self._ends_s, self._has_looked = [], [], True
+        for name in sorted(names):
             seen = board.get(name)
             if seen is None or name == self.name:
                 continue
@@ -402,105 +532,127 @@ class GossipPeer:
                 seen = board[name]
             membership.saw_presence(seen.info, seen.expires_s, now)
             if seen.expires_s >= now and membership.state(name) is PeerState.LIVE:
-                self._sampled.append(seen.candidate)
-                self._ends_sampled_s.append(seen.round_ends_s)
-        self._rounds_sampled, self._reference = [one.round for one in self._sampled], (-1, -1)
-        self._new_weights = None
+                self._others.append(seen.info)
+                self._ends_s.append(seen.round_ends_s)
         membership.expire(now)
         if now >= self._forgets_s:  # now and then: it goes through all that it knows
             membership.forget(now - self.settings.forget_after_s)
             self._forgets_s = now + self.settings.forget_after_s / 2
+        self._tell(PeersChanged(self._others))
 
-    def _reference_round(self) -> int:
-        if self._reference[0] != self.round:
-            self._reference = (self.round, median_round([self.round, *self._rounds_sampled]))
-        return self._reference[1]
-
-    def _pull(self, r: _Round, section: Section) -> None:
-        if r is not self._now:
+    def _tell(self, event: _Event) -> None:
+        """The engine is told, and what it commands is done."""
+        if self._events is not None:  # it follows from a command, or comes in the same moment
+            self._events.append(event)
             return
-        if not any(r.due.values()):
+        now, engine = self.swarm.clock.now, self.engine
+        events = self._events = [event]
+        for each in events:
+            for command in engine.receive(each, now):
+                self._does(command)
+            if each is events[-1] and (wake_s := engine.wake_at()) is not None and wake_s <= now:
+                self._wakes()
+        self._events = None
+        if wake_s is not None and (self._timer is None or self._timer.when_s > wake_s or not self._timer.pending):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.swarm.clock.call_at(wake_s, self.deliver, self._woke)
+
+    def _woke(self) -> None:
+        wake_s = self.engine.wake_at()
+        if wake_s is None:
+            return
+        if wake_s > self.swarm.clock.now:
+            self._timer = self.swarm.clock.call_at(wake_s, self.deliver, self._woke)
+        else:
+            self._wakes()
+
+    def _wakes(self) -> None:
+        if not self._has_looked:
             self._look_around()
-        r.due[section] += 1
-        here = sum(one.section == section for one in self._arrived)
-        if here + self._coming[section] < r.due[section]:
-            self._coming[section] += 1
-            self._ask(_Pull(r, section, self.swarm.clock.now))
+        self._tell(_WOKE)
 
-    def _ask(self, pull: _Pull) -> None:
-        """Ask one partner; another one when this one gives nothing, while time is left."""
-        r, section, peer = pull.of, pull.section, None
-        if r is self._now:
-            peer, _ = self.partners.choose(
-                self._sampled,
-                exclude=r.asked[section],
-                first=self._first(section),
-                reference_round=self._reference_round(),
-                now=self.swarm.clock.now,
-                rng=self._rng,
-            )
-        if peer is None:
-            self._coming[section] -= 1
-        else:
-            r.asked[section].append(peer)
-            self._fetch(peer, f"manifest {section}", 0, partial(self._manifest, pull, peer))
+    def _does(self, command: _Command) -> None:
+        match command:
+            case Ask():
+                self._ask(command)
+            case Download():
+                self._fetch(command.source, command.held.peer, command.held, partial(self._came, command))
+            case Decode():
+                self._decode(command)
+            case Prepare():
+                self._tell(Prepared(command.number, True))
+            case Merge():
+                self._merge(command)
+            case CatchUp():
+                self._catch_up()
+            case Route():
+                self._route(command)
+            case Report():
+                self.swarm.incidents.append((self.name, command.peer, command.failure.reason))
 
-    def _first(self, section: Section) -> set[str]:
-        if section == "gradient":
-            with_weights = {one.peer for one in self._arrived if one.section == "weights"}
-            return self.partners.first(section, {}, with_weights, self._reference_round())
-        if self._new_weights is None:  # nothing is merged between a look around and the last one who is asked
-            rounds = {one.peer: one.round for one in self._sampled}
-            self._new_weights = self.partners.first(section, rounds, (), self._reference_round())
-        return self._new_weights
+    def _route(self, route: Route) -> None:
+        raise NotImplementedError("nobody is hidden here")
 
-    def _manifest(self, pull: _Pull, peer: str, found: Publication | Refused | None) -> None:
-        if not isinstance(found, Publication):
-            self._failed(peer, found, found is None)
-            self._ask(pull)
-            return
-        reference_round = self._reference_round()
-        if not self.partners.ledger.may_enter(pull.section, peer, found.mark, reference_round):
-            new = self.partners.ledger.news(peer, found.mark, reference_round)
-            if isinstance(new, Nothing) and new.turned_back:
-                self.swarm.incidents.append((self.name, peer, new.reason))
-            self._ask(pull)
-            return
-        now = self.swarm.clock.now
-        begun = self._times.bytes_begin(now)
-        num_bytes = self.settings.section_bytes(pull.section)
-        self._fetch(peer, found.body, num_bytes, partial(self._body, pull, peer, now, begun))
+    def _ask(self, ask: Ask) -> None:
+        source = self.swarm.peers.get(ask.source)
+        is_heard = source is not None and source.engine.is_left_alone(self.name) and source.running
+        if source is not None and is_heard and self.swarm.connected(self, source):
+            source._tell(Called(self.name))
+        asked = self.swarm.asked[ask.fragment][ask.section]
+        self._fetch(ask.source, ask.author, asked, partial(self._replied, ask))
 
-    def _fetch(self, peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
-        """Pull `what` of a partner's."""
-        partner = self.swarm.peers.get(peer)
-        if partner is not None and partner.running and self.swarm.connected(self, partner):
-            partner.partners.back_off.called(self.name, self.swarm.clock.now)
-        self.swarm.pull(self, peer, what, num_bytes, done)
+    def _fetch(self, source: str, author: str, what: Asked | Publication, done: Callable[[Any], None]) -> None:
+        """Get something of an author's, from it or from a host of its."""
+        num_bytes = self.settings.section_bytes(what.section) if isinstance(what, Publication) else 0
+        self._pull(source, author, what, num_bytes, done)
 
-    def _body(
-        self, pull: _Pull, peer: str, began_s: float, begun: BytesBegun, found: Publication | Refused | None
+    def _pull(
+        self, source: str, author: str, what: Asked | Publication, num_bytes: int, done: Callable[[Any], None]
     ) -> None:
-        now, size_bytes = self.swarm.clock.now, self.settings.section_bytes(pull.section)
-        if not isinstance(found, Publication) or not found.is_finite:
-            self._failed(peer, found if isinstance(found, Refused) else None)
-            self._ask(pull)
-            return
-        self._coming[pull.section] -= 1
-        self._times.bytes_end(begun, now, size_bytes)
-        self._times.merged(began_s - pull.began_s)
-        self.partners.back_off.answered(peer)
-        self.membership.heard(peer, now)
-        self._now.bytes_down += size_bytes
-        self._arrived += [found] * (1 + self.swarm.comes_twice())  # if its round is over, it enters the next merge
+        self.swarm.pull(self, source, what if source == author else OfGuest(author, what), num_bytes, done)
 
-    def _failed(self, peer: str, answer: Refused | None, mute: bool = False) -> None:
-        now = self.swarm.clock.now
-        if isinstance(answer, Refused):
-            self.partners.back_off.busy(peer, now)
+    def _replied(self, ask: Ask, found: Publication | Refused | None) -> None:
+        if found is NOTHING:
+            self._tell(Replied(ask.pull))
+        elif isinstance(found, Publication) and not found.is_forged:
+            self._tell(Replied(ask.pull, found.mark, found))
         else:
-            self.partners.back_off.failed(peer, now, "unreachable", mute)
-            self.membership.call_failed(peer, now, "unreachable")
+            self._failed(ask.pull, ask.source, ask.author, found, is_silent=True)
+
+    def _came(self, download: Download[Publication], found: Publication | Refused | None) -> None:
+        now, held = self.swarm.clock.now, download.held
+        if isinstance(found, Publication) and found == held:
+            num_bytes = self.settings.section_bytes(held.section)
+            self._now.bytes_down += num_bytes
+            self.membership.heard(download.source, now)
+            for _ in range(1 + self.swarm.comes_twice()):
+                self._tell(Downloaded(download.pull, num_bytes))
+        else:
+            self._failed(download.pull, download.source, held.peer, found)
+
+    def _failed(self, pull: int, source: str, author: str, found: Any, *, is_silent: bool = False) -> None:
+        if found is None:
+            self.membership.call_failed(source, self.swarm.clock.now, "unreachable")
+            failure = Failure("unreachable", "silent" if is_silent else "failed")
+        elif found is AWAY or (found is BUSY and source != author):
+            failure = Failure(found.reason, "away")
+        elif found is BUSY:
+            failure = Failure(found.reason, "busy")
+        else:
+            failure = Failure("it is not what its author has signed", is_incident=True)
+        self._tell(Failed(pull, failure))
+
+    def _decode(self, decode: Decode[Publication]) -> None:
+        held, earlier = decode.held, decode.earlier
+        if not held.is_finite:
+            self._tell(Failed(decode.pull, Failure("it is not finite", is_incident=True, is_authors=True)))
+            return
+        if self.coverage is not None:
+            self.coverage.merge(held.rows, decode.author, lambda _, tokens: tokens)
+        value = held.gradient if decode.section == "gradient" else held.theta
+        value = value if earlier is None else value - earlier.gradient
+        self._tell(Decoded(decode.pull, _Value(value, decode.news.tokens)))
 
 
 class GossipSwarm(Network[GossipPeer]):
@@ -510,6 +662,13 @@ class GossipSwarm(Network[GossipPeer]):
         self.settings = settings or GossipSettings()
         super().__init__(link or Link(), self.settings.stall_limit_s, seed)
         self.seed = seed
+        self.engine_settings = _engine_settings(self.settings)
+        self.tellings = Tellings(self.settings.num_fragments, self.settings.num_parts)
+        self.asked = [
+            {section: Asked(section, fragment) for section in SECTIONS}
+            for fragment in range(self.settings.num_fragments)
+        ]
+        """The questions that there are."""
         self.board: dict[str, Presence] = {}
         """What the DHT was given."""
         self.names: list[str] = []
@@ -521,8 +680,8 @@ class GossipSwarm(Network[GossipPeer]):
         """A peer's round has ended."""
         self.rounds.append(record)
 
-    def begun(self, peer: GossipPeer, waited_s: float) -> None:
-        """One that came has a state, after so long, and trains."""
+    def took_state(self, peer: GossipPeer, of: str, waited_s: float) -> None:
+        """One that came, or had fallen behind, has the state of another, after so long, and trains."""
 
     def forget(self, name: str) -> None:
         """Its presence runs out, and nothing is kept of it."""
@@ -548,7 +707,7 @@ class GossipSwarm(Network[GossipPeer]):
     ) -> GossipPeer:
         """A founding volunteer comes now: it starts from its own `theta`, whoever is there."""
         peer = self._add(name, steps_per_s, theta, link)
-        peer.deliver(peer._start_round)
+        peer.deliver(peer.start)
         return peer
 
     def restart(self, name: str) -> None:
@@ -580,11 +739,22 @@ class GossipSwarm(Network[GossipPeer]):
         return peer
 
     @property
-    def entered(self) -> list[tuple[str, str, int, int, int]]:
-        """(who merged, whose, of which round, from token, to token): the inner steps that entered the weights."""
+    def entered(self) -> list[Entered]:
+        """The inner steps that entered the weights."""
         return [entry for peer in self.peers.values() for entry in peer.entered]
 
     def spread(self) -> float:
         """The consensus problem's error: the greatest difference between two running peers' weights."""
-        weights = [peer.theta for peer in self.running()]
-        return max(weights) - min(weights)
+        running = self.running()
+        weights = ([peer.fragments[i].theta for peer in running] for i in range(self.settings.num_fragments))
+        return max(max(of_fragment) - min(of_fragment) for of_fragment in weights)
+
+
+def _engine_settings(settings: GossipSettings) -> EngineSettings:
+    return EngineSettings(
+        sizes=[{_FORMAT: settings.fragment_sizes}] * settings.num_fragments,
+        wanted=settings.wanted,
+        num_parts=settings.num_parts,
+        max_staleness_rounds=settings.max_staleness_rounds,
+        variant=settings.variant,
+    )

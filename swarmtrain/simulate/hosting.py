@@ -10,24 +10,22 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+from swarmtrain.protocol.gossip_messages import Route, Routed
 from swarmtrain.protocol.hosts import (
     KEPT_OF_A_GUEST,
     NUM_ASKED,
     Guests,
     HostChoice,
-    HostOrder,
     Reach,
     Reachability,
     host_candidates,
 )
 from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.pulls import SECTIONS, Section
-from swarmtrain.simulate.gossip import GossipPeer, GossipSettings, GossipSwarm, Publication
+from swarmtrain.simulate.gossip import AWAY, NOTHING, GossipPeer, GossipSettings, GossipSwarm, Publication
 from swarmtrain.simulate.messages import Link
-from swarmtrain.simulate.network import Refused
+from swarmtrain.simulate.publications import Asked, OfGuest
 
 __all__ = ["HostedPeer", "HostedSwarm"]
 
@@ -41,9 +39,8 @@ class HostedPeer(GossipPeer):
         self.hosted = swarm
         self.reachability, self.choice, self.guests = Reachability(), HostChoice(me=name), Guests()
         self.most_guests = 0
-        self._kept: dict[tuple[str, Section], list[Publication]] = {}
+        self._kept: dict[tuple[str, Asked], list[Publication]] = {}
         self._chance = random.Random(f"hosts {swarm.seed} {name}")
-        self.order = HostOrder(me=name, rng=random.Random(f"order {swarm.seed} {name}"))
         super().__init__(swarm, name, speed, theta, link)
         swarm.clock.call_later(1.0 + self._chance.random(), self.deliver, self._look)
 
@@ -85,66 +82,45 @@ class HostedPeer(GossipPeer):
         self.most_guests = max(self.most_guests, len(self.guests.current(now)))
         return is_guest
 
-    def provide(self, what: str) -> Any:
-        """Its own, or a guest's: "of NAME manifest SECTION", "of NAME SECTION ROUND PART"."""
-        of, _, rest = what.partition(" ")
-        if of != "of":
+    def provide(self, what: Any) -> Any:
+        """Its own, or a guest's."""
+        if not isinstance(what, OfGuest):
             return super().provide(what)
-        author, _, rest = rest.partition(" ")
+        author, asked = what
         if author not in self.guests.current(self.swarm.clock.now):
-            return Refused("no guest of this host")
-        for section in SECTIONS:
-            kept = self._kept.setdefault((author, section), [])
-            if rest == f"manifest {section}":
-                if self.brings(author, section):
-                    kept.append(self.hosted.peers[author].provide(rest))
-                    del kept[:-KEPT_OF_A_GUEST]
-                return kept[-1] if kept else Refused("it has published nothing yet")
-        return next((one for section in SECTIONS for one in self._kept[author, section] if rest == one.body), None)
+            return AWAY
+        if isinstance(asked, Publication):
+            kept = self._kept.get((author, Asked(asked.section, asked.fragment)), ())
+            return asked if asked in kept else None
+        kept = self._kept.setdefault((author, asked), [])
+        if self.brings(author, asked):
+            kept.append(self.hosted.peers[author].provide(asked))
+            del kept[:-KEPT_OF_A_GUEST]
+        return kept[-1] if kept else NOTHING
 
-    def brings(self, author: str, section: Section) -> bool:
+    def brings(self, author: str, asked: Asked) -> bool:
         """Whether a guest has something that is not here yet."""
-        guest, kept = self.hosted.peers[author], self._kept.get((author, section))
-        newest = guest.provide(f"manifest {section}") if guest.running else None
+        guest, kept = self.hosted.peers[author], self._kept.get((author, asked))
+        newest = guest.provide(asked) if guest.running else None
         return isinstance(newest, Publication) and not (kept and kept[-1].mark == newest.mark)
 
     # ------------------------------------------------------------------ the reader
 
-    def _fetch(self, peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
-        info = self.membership.info(peer)
-        if info is None or not info.hidden:
-            if self.hosted.can_call(self.name, self.hosted.peers[peer]):
-                super()._fetch(peer, what, num_bytes, done)
-            else:  # one that has not found out yet
+    def _route(self, route: Route) -> None:
+        self._tell(Routed(route.pull, self.name in self.hosted.peers[route.peer].choice.chosen))
+
+    def _fetch(self, source: str, author: str, what: Asked | Publication, done: Callable[[Any], None]) -> None:
+        through = self.hosted.peers[source]
+        if source == author:
+            if not self.hosted.can_call(self.name, through):  # one that has not found out yet
                 self.swarm.clock.call_later(self.settings.stall_limit_s, self.deliver, done, None)
+                return
+        elif isinstance(what, Asked) and through.running and through.brings(author, what):
+            size_bytes = self.settings.section_bytes(what.section)
+            self.hosted.peers[author].bytes_up += size_bytes
+            self._pull(source, author, what, size_bytes, done)  # the host pulls it first
             return
-        self._through(self.order.of(info.hosts, self.swarm.clock.now), peer, what, num_bytes, done)
-
-    def _through(self, hosts: list[str], peer: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
-        """Ask one of the hosts, the next one if it fails."""
-        if not hosts:
-            self.swarm.clock.call_later(0.0, self.deliver, done, Refused("none of its hosts has it"))
-            return
-        host, rest = hosts[0], hosts[1:]
-        through = self.hosted.peers[host]
-        for section in SECTIONS:
-            if what == f"manifest {section}" and through.running and through.brings(peer, section):
-                size_bytes = self.settings.section_bytes(section)
-                num_bytes += size_bytes  # the host pulls it first
-                self.hosted.peers[peer].bytes_up += size_bytes
-        again = partial(self._came, host, partial(self._through, rest, peer, what, num_bytes, done), done)
-        self.swarm.pull(self, host, f"of {peer} {what}", num_bytes, again)
-
-    def _came(self, host: str, next_one: Callable[[], None], done: Callable[[Any], None], found: Any) -> None:
-        if isinstance(found, Publication) and not found.is_forged:
-            self.order.back_off.answered(host)
-            done(found)
-            return
-        if isinstance(found, Publication):
-            self.order.back_off.failed(host, self.swarm.clock.now, "it changed what it serves on")
-        if found is None:
-            self.order.back_off.failed(host, self.swarm.clock.now, "unreachable")
-        next_one()
+        super()._fetch(source, author, what, done)
 
 
 class HostedSwarm(GossipSwarm):

@@ -130,8 +130,33 @@ class SharedLinks:
 
     def _share_fairly(self) -> None:
         changed, self._changed = self._changed, []
+        if len(changed) == 1 and (star := self._star(changed[0])) is not None:
+            self._share_one(*star)
+            return
         for transfer, rate in max_min_rates(self._joined(changed)).items():
             self._set(transfer, rate)
+
+    def _star(self, changed: Transfer) -> tuple[float, Iterable[Transfer]] | None:
+        """What an end carries and its transfers, if they are all that a change concerns, as it mostly is: each is alone
+        at its other end."""
+        ends = (self._out, changed.src.name, changed.up_per_s), (self._in, changed.dst.name, changed.down_per_s)
+        for (of, name, per_s), (of_other, other, _) in ends, ends[::-1]:
+            transfers, beside = of.get(name, {}), of_other.get(other, {})
+            if len(transfers) < 1 or len(beside) > 1 or (beside and changed not in beside):
+                continue
+            for one in transfers:
+                if len(of_other[one.dst.name if of is self._out else one.src.name]) > 1:
+                    return None
+            return per_s, transfers
+        return None
+
+    def _share_one(self, per_s: float, transfers: Iterable[Transfer]) -> None:
+        """The transfers of one end, each limited at its other end too: who can have least first."""
+        ascending = sorted((min(one.up_per_s, one.down_per_s), number, one) for number, one in enumerate(transfers))
+        for number, (most, _, one) in enumerate(ascending):
+            rate = min(most, per_s / (len(ascending) - number))
+            per_s -= rate
+            self._set(one, rate)
 
     def _joined(self, changed: Iterable[Transfer]) -> Iterable[Transfer]:
         """All that share an end with one of them, or with one that does, and so on."""

@@ -49,8 +49,8 @@ class Machine(End, Protocol):
         """Neither gone nor frozen."""
         ...
 
-    def provide(self, what: str) -> Any:
-        """The bytes named `what`, for a pull; None if they are not here."""
+    def provide(self, what: Any) -> Any:
+        """What is asked for, for a pull; None if it is not here."""
         ...
 
     def die(self) -> None:
@@ -224,7 +224,7 @@ class Network(Links, Generic[P]):
         if dst.alive:
             self.send(src, dst, dst.deliver, call, *args)
 
-    def pull(self, dst: End, src_name: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
+    def pull(self, dst: End, src_name: str, what: Any, num_bytes: float, done: Callable[[Any], None]) -> None:
         """Transfer `what` from a peer; `done(payload)`, None if it did not come, `Refused` if it was refused."""
         src = self.peers.get(src_name)
         if src is None:  # it is long gone, and forgotten

@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.partners import Candidate, Mark
+from swarmtrain.protocol.partners import Mark, Place
 from swarmtrain.protocol.pulls import Section, SectionBytes, Wanted
 from swarmtrain.protocol.shards import Row
 from swarmtrain.run import RunFile
 
-__all__ = ["GossipSettings", "Presence", "Publication", "RoundRecord"]
+__all__ = [
+    "Asked",
+    "Checkpoint",
+    "Entered",
+    "GossipSettings",
+    "OfGuest",
+    "Presence",
+    "Publication",
+    "RoundRecord",
+    "State",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +33,7 @@ class GossipSettings:
     inner_steps: int = 64
     tokens_per_step: int = 100
     num_parts: int = 4
+    num_fragments: int = 1
     wanted: Wanted = field(default_factory=lambda: Wanted(gradients=3, weights=3))
     variant: str = "uniform"
     pacing: bool = True
@@ -29,6 +41,7 @@ class GossipSettings:
     max_staleness_rounds: int = 8
     max_readers: int = 4
     sizes: SectionBytes = field(default_factory=lambda: SectionBytes(weights=1_000_000, gradient=1_000_000))
+    """Of all fragments."""
     state_bytes: int = 2_000_000
     """Weights and momentum, as a joiner takes them."""
     outer_learning_rate: float = 0.7
@@ -51,6 +64,7 @@ class GossipSettings:
             inner_steps=merge.inner_steps,
             tokens_per_step=run.tokens_per_step,
             num_parts=merge.publications_per_round,
+            num_fragments=merge.num_fragments,
             wanted=Wanted(merge.num_partners, merge.num_weights),
             variant=merge.partners,
             pacing=merge.pacing,
@@ -65,24 +79,32 @@ class GossipSettings:
             stall_limit_s=network.stall_limit_s,
         )
 
+    @cached_property
+    def fragment_sizes(self) -> SectionBytes:
+        """Of one of the fragments."""
+        num = self.num_fragments
+        return SectionBytes(self.sizes.weights // num, self.sizes.gradient // num, 1 / num)
+
     def section_bytes(self, section: Section) -> int:
-        """One of them."""
-        return self.sizes.weights if section == "weights" else self.sizes.gradient
+        """Of one fragment's."""
+        return self.fragment_sizes.weights if section == "weights" else self.fragment_sizes.gradient
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What a peer published: its weight at the round's start and the pseudo-gradient since, or (part 0) the former."""
+    """What a peer published of a fragment: its weight at the start of the fragment's round and the pseudo-gradient
+    since, or (part 0) the former."""
 
     peer: str
     mark: Mark
     theta: float
     gradient: float
     rows: tuple[Row, ...] = ()
+    fragment: int = 0
     is_forged: bool = False
     """Whether it is not what `peer` has signed: whoever serves it changed it."""
 
-    @cached_property
+    @property
     def section(self) -> Section:
         """What is pulled of it."""
         return "gradient" if self.mark.part else "weights"
@@ -92,10 +114,53 @@ class Publication:
         """As the codec checks it: else it is not taken."""
         return math.isfinite(self.theta) and math.isfinite(self.gradient)
 
-    @cached_property
-    def body(self) -> str:
-        """What to ask for to have it."""
-        return f"{self.section} {self.mark.round} {self.mark.part}"
+
+class Asked(NamedTuple):
+    """The question for a peer's newest publication of a section."""
+
+    section: Section
+    fragment: int
+
+
+class OfGuest(NamedTuple):
+    """What a host is asked for that belongs to a guest of its."""
+
+    author: str
+    what: Asked | Publication
+
+
+class Entered(NamedTuple):
+    """Inner steps of `whose` that entered weights of `who`, counted in tokens of the fragment's round."""
+
+    who: str
+    whose: str
+    fragment: int
+    round: int
+    since: int
+    until: int
+
+
+@dataclass(frozen=True)
+class State:
+    """What a joiner takes: weights, and up to where each peer is in them, by fragments. `entered` is for the tests."""
+
+    thetas: list[float]
+    momenta: list[float]
+    round: int
+    places: list[dict[str, Place]]
+    entered: list[Entered]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights, and what was merged into them: they belong together. `entered` is for the tests."""
+
+    thetas: list[float]
+    momenta: list[float]
+    round: int
+    ledger: list[list[list[str | int]]]
+    entered: list[Entered]
+    came: list[Entered]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,18 +172,19 @@ class RoundRecord:
     started_s: float
     ended_s: float
     steps: int
-    partners: int
-    """Publications that entered: parts that were not merged before."""
+    partners: float
+    """Publications that entered: parts that were not merged before. The mean over the fragments."""
     staleness_rounds: int
     """The oldest of them, behind the median."""
     bytes_down: int
+    waited: bool = False
+    """Whether it was too far behind by then, and asked for another's weights before the next one began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What the DHT was given of a peer: its record, the same as others choose partners by, and when its round ends."""
+    """What the DHT was given of a peer: its record, which all who read it share, and when its round ends."""
 
     info: PeerInfo
     expires_s: float
-    candidate: Candidate
     round_ends_s: float | None

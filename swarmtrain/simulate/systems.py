@@ -101,7 +101,7 @@ class SystemsSwarm(GossipSwarm):
         name = f"{number:05d}.{times}"
         peer = self._add(name, speed, theta, link)
         self._since_s[peer] = self.clock.now
-        peer.deliver(peer.begin if times else peer._start_round)
+        peer.deliver(peer.begin if times else peer.start)
         if self.churn.stays_s:
             stays_s = self.chance.expovariate(1.0 / self.churn.stays_s)
             self.clock.call_later(stays_s, self._go, peer, number, times)
@@ -132,8 +132,8 @@ class SystemsSwarm(GossipSwarm):
             self.thaw(peer.name)
             self.clock.call_later(self.chance.expovariate(1.0 / self.churn.hangs_after_s), self._hang, peer)
 
-    def begun(self, peer: GossipPeer, waited_s: float) -> None:
-        """It has a state, and trains."""
+    def took_state(self, peer: GossipPeer, of: str, waited_s: float) -> None:
+        """It trains with it."""
         self.waited_s += waited_s
         self.bytes_down += self.settings.state_bytes
 
@@ -162,9 +162,9 @@ class SystemsSwarm(GossipSwarm):
         )
 
     def deviation(self) -> float:
-        """Of the running volunteers' weights."""
-        weights = [peer.theta for peer in self.peers.values() if peer.running]
-        return statistics.pstdev(weights) if len(weights) > 1 else 0.0
+        """Of the running volunteers' weights; the mean over the fragments."""
+        weights = [[one.theta for one in peer.fragments] for peer in self.peers.values() if peer.running]
+        return statistics.mean(map(statistics.pstdev, zip(*weights, strict=True))) if weights else 0.0
 
 
 @contextmanager

@@ -35,18 +35,19 @@ def by_peer(swarm: GossipSwarm) -> dict[str, list[RoundRecord]]:
 
 
 def assert_nobody_waits(swarm: GossipSwarm) -> None:
-    """A round takes its inner steps and nothing else, and the next one begins at the same moment."""
+    """A round takes its inner steps and nothing else, and the next one begins at the same moment, unless its peer has
+    fallen behind and takes another's weights."""
     for name, rounds in by_peer(swarm).items():
         for one in rounds:
             assert one.ended_s - one.started_s == pytest.approx(one.steps / swarm.peers[name].steps_per_s)
-        assert all(one.ended_s == following.started_s for one, following in pairwise(rounds))
+        assert all(one.ended_s == following.started_s for one, following in pairwise(rounds) if not one.waited)
 
 
 def assert_steps_enter_at_most_once(swarm: GossipSwarm) -> None:
     entered = defaultdict(list)
-    for who, whose, round, since, until in swarm.entered:
+    for who, whose, fragment, round, since, until in swarm.entered:
         assert since < until and who != whose
-        entered[who, whose, round].append((since, until))
+        entered[who, whose, fragment, round].append((since, until))
     for spans in entered.values():
         assert all(before[1] <= after[0] for before, after in pairwise(sorted(spans)))
 
@@ -145,7 +146,7 @@ def test_a_slower_link_carries_fewer_partners_and_nobody_waits_for_it() -> None:
     later = [record for record in swarm.rounds if record.round > 2]
     partners = [record.partners for record in later]
     assert 0.7 < statistics.mean(partners) < 1.1, "two thirds of a round of 6.4 s carry 4.2 MB"
-    assert fresh_share(later) > 0.75, "two may pull from one, whose uplink then carries half to each"
+    assert fresh_share(later) > 0.65, "two may pull from one, whose uplink then carries half to each"
     assert statistics.mean(record.bytes_down for record in later) <= 1.1 * sizes.both
 
 

@@ -30,7 +30,7 @@ def hidden_peers(swarm: HostedSwarm) -> list[HostedPeer]:
 def tokens_entered(swarm: HostedSwarm, since_s: float = 0.0) -> Counter[str]:
     """By author, the tokens of it that entered anybody's merge."""
     tokens: Counter[str] = Counter()
-    for _, whose, _, since, until in swarm.entered:
+    for _, whose, _, _, since, until in swarm.entered:
         tokens[whose] += until - since
     return tokens
 
@@ -71,8 +71,8 @@ def test_each_inner_step_enters_once_at_most_whichever_way_it_came() -> None:
     swarm.lose_messages(0.05)
     swarm.run_until(150.0)
     spans = defaultdict(list)
-    for who, whose, round, since, until in swarm.entered:
-        spans[who, whose, round].append((since, until))
+    for one in swarm.entered:
+        spans[one.who, one.whose, one.fragment, one.round].append((one.since, one.until))
     for each in spans.values():
         each.sort()
         assert all(before[1] <= after[0] for before, after in pairwise(each))

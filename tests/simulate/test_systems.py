@@ -105,7 +105,7 @@ def test_the_cheap_rule_for_links_agrees_with_max_min_fair_ones() -> None:
         swarm.links.exact = exact
         swarm.populate()
         swarm.run_until(8 * 16.0)
-        found, seen = swarm.outcome(), [peer._times.bytes_per_s for peer in swarm.running()]
+        found, seen = swarm.outcome(), [peer.engine.bytes_per_s for peer in swarm.running()]
         assert found.received_bytes_a_round and found.fresh_share
         return [found.received_bytes_a_round, found.fresh_share, statistics.mean(rate for rate in seen if rate)]
 

@@ -18,14 +18,16 @@ from typing import Any
 
 from swarmtrain.algorithm.pacing import fewest_inner_steps, most_inner_steps, paced_inner_steps
 from swarmtrain.network.tallying import Tallying
+from swarmtrain.protocol.gossip_messages import Merge
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.pulls import Wanted
 from swarmtrain.protocol.shards import Coverage
 from swarmtrain.protocol.tally import CountingRules, quick_speed
-from swarmtrain.simulate.gossip import GossipSettings, Publication, RoundRecord
+from swarmtrain.simulate.gossip import BUSY, GossipSettings, Publication, RoundRecord
 from swarmtrain.simulate.hosting import HostedPeer, HostedSwarm
 from swarmtrain.simulate.messages import Link
-from swarmtrain.simulate.network import Refused, kept_until
+from swarmtrain.simulate.network import kept_until
+from swarmtrain.simulate.publications import OfGuest
 from swarmtrain.simulate.search.faults import declare, end_faults
 from swarmtrain.simulate.search.schedule import Played, Schedule, Span, Violation, draw_faults
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -54,12 +56,16 @@ def draw_gossip(rng: random.Random) -> Schedule:
         options.append(("hidden", float(rng.randrange(1, 3))))
     if rng.random() < 0.3:
         options.append(("max_staleness_rounds", 2.0))
+    faults = draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(128))
+    seed = rng.randrange(2**16)
+    if rng.random() < 0.5:
+        options.append(("fragments", float(rng.randrange(2, 5))))
     return Schedule(
         world="gossip",
         speeds=speeds,
-        faults=draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(128)),
+        faults=faults,
         options=tuple(options),
-        seed=rng.randrange(2**16),
+        seed=seed,
     )
 
 
@@ -91,6 +97,8 @@ class CountingPeer(HostedPeer):
             clock=lambda: swarm.clock.now,
             refused=lambda *_: None,
         )
+        self.ended: tuple[int, int] | None = None
+        """Of a round that was not counted yet, its tokens, and how many were seen before it ended."""
         self.kept: list[tuple[int, list[list[str | int | float]], list[list[str | int | list[int]]]]] = []
         """Of each checkpoint, what was counted."""
 
@@ -98,13 +106,32 @@ class CountingPeer(HostedPeer):
         speeds = {info.peer: info.steps_per_s for info in self.membership.live()} | {self.name: self.steps_per_s}
         return {peer: speed * self.settings.tokens_per_step for peer, speed in speeds.items()}
 
-    def _end_round(self, r: Any) -> None:
-        before, seen, shard = self.tallying.total, sum(self._shards.seen), self.shard
-        super()._end_round(r)
-        if r is self._now:
-            return
-        self.own_tokens += r.steps * self.settings.tokens_per_step
-        self.searched.trained[self.name, shard] += r.steps * self.settings.tokens_per_step
+    def _over(self, r: Any) -> None:
+        self.ended = r.steps * self.settings.tokens_per_step, sum(self._shards.seen)
+        super()._over(r)
+
+    def _start_round(self, all_begin: bool = False) -> None:
+        for other in self.searched.peers.values():  # as greetings do: who comes is known from then on
+            if isinstance(other, CountingPeer) and other is not self:
+                other.tallying.meet(self.name)
+                self.tallying.meet(other.name)
+        shard = self.shard
+        super()._start_round(all_begin)
+        if self.ended is not None:
+            self._count(shard, *self.ended)
+            self.ended = None
+        s, honest = self.settings, self.searched.fastest_honest()
+        claims = [one.peer in self.searched.liars for one in self._others]
+        least = self._paced(honest)
+        if s.pacing and len(claims) > 1 and 2 * self._now.steps < least:  # in step with the others, half may be wanting
+            detail = f"{self.name} takes {self._now.steps} steps a round, and by the fastest of the others {least}"
+            self.searched.broken.append(Violation("one liar paces nobody", detail))
+
+    def _count(self, shard: int, tokens: int, seen: int) -> None:
+        """What it has trained on in a round, and what the others tell."""
+        before = self.tallying.total
+        self.own_tokens += tokens
+        self.searched.trained[self.name, shard] += tokens
         self.tallying.learn({self.name: self.own_tokens})
         self.searched.reached[self.name] = max(self.searched.reached.get(self.name, 0), self.own_tokens)
         _at_once(self.tallying.read_all())
@@ -114,21 +141,12 @@ class CountingPeer(HostedPeer):
         self._judge(before)
         self._judge_shards(seen)
 
-    def _start_round(self) -> None:
-        for other in self.searched.peers.values():  # as greetings do: who comes is known from then on
-            if isinstance(other, CountingPeer) and other is not self:
-                other.tallying.meet(self.name)
-                self.tallying.meet(other.name)
-        super()._start_round()
-        s, honest = self.settings, self.searched.fastest_honest()
-        claims = [one.peer in self.searched.liars for one in self._sampled]
-        least = self._paced(honest)
-        if s.pacing and len(claims) > 1 and 2 * self._now.steps < least:  # in step with the others, half may be wanting
-            detail = f"{self.name} takes {self._now.steps} steps a round, and by the fastest of the others {least}"
-            self.searched.broken.append(Violation("one liar paces nobody", detail))
-
     def _paced(self, fastest: float) -> int:
         return paced_inner_steps(self.steps_per_s, max(fastest, self.steps_per_s), self.settings.inner_steps)
+
+    def _merge(self, command: Merge[Any, Any, Any]) -> None:
+        self.searched.merges += [(self.name, one.peer, one.mark.round) for one in command.pulled if one.mark.part]
+        super()._merge(command)
 
     def _to_tell(self) -> int:
         return self.tallying.own_to_tell(self.own_tokens)
@@ -179,36 +197,34 @@ class Liar(CountingPeer):
 
     lies: frozenset[str] = frozenset()
 
+    def __init__(self, swarm: SearchedSwarm, name: str, speed: float, theta: float, link: Link) -> None:
+        super().__init__(swarm, name, speed, theta, link)
+        self._claimed: list[Publication] = []
+        """What it has said lately that it has, changed."""
+
     def _describe(self, info: PeerInfo) -> PeerInfo:
         info = super()._describe(info)
         if "speed" in self.lies:
             info = dataclasses.replace(info, steps_per_s=1000 * info.steps_per_s)
         return dataclasses.replace(info, round=info.round + 1000) if "round" in self.lies else info
 
-    def _announce(self, at_s: float) -> None:
-        super()._announce(at_s)
-        if "round" in self.lies:
-            known = self.swarm.board[self.name]
-            candidate = dataclasses.replace(known.candidate, round=known.candidate.round + 1000)
-            self.swarm.board[self.name] = dataclasses.replace(known, candidate=candidate)
-
     def _to_tell(self) -> int:
         told = super()._to_tell()
         return min(told * 10**6, 10**15) if "told" in self.lies else told // 2 if "old record" in self.lies else told
 
-    def provide(self, what: str) -> Any:
-        """What it has, changed."""
+    def provide(self, what: Any) -> Any:
+        """What it has, changed. The bytes are of what it said that it has."""
         if "silent" in self.lies or "busy" in self.lies:
-            return Refused("BUSY") if "busy" in self.lies else None
+            return BUSY if "busy" in self.lies else None
+        asked = what.what if isinstance(what, OfGuest) else what
+        if isinstance(asked, Publication) and any(asked is one for one in self._claimed):
+            return asked
         found = super().provide(what)
-        if not self.lies or what == "state" or isinstance(found, Refused):
+        if not self.lies or not isinstance(found, Publication):
             return found
-        if found is None and not self._weights:
-            return None
-        if found is None:  # asked for by the mark that it told
-            found = (self._published or self._weights)[-1] if what.startswith("gradient") else self._weights[-1]
-        assert isinstance(found, Publication)
-        return self._changed(found)
+        changed = self._changed(found)
+        self._claimed = [*self._claimed[-31:], changed]
+        return changed
 
     def _changed(self, found: Publication) -> Publication:
         mark = found.mark
@@ -239,6 +255,9 @@ class SearchedSwarm(HostedSwarm):
         """The most tokens that each has trained on, in any of its lives."""
         self.trained: Counter[tuple[str, int]] = Counter()
         """(peer, shard) -> tokens, of all its lives."""
+        self.merges: list[tuple[str, str, int]] = []
+        """(who, whose, of which round) of pseudo-gradients, also where the weights have been replaced since, and of
+        states, one round on."""
         self.broken: list[Violation] = []
         self.liars = schedule.liars
         self.speeds: dict[str, float] = {}
@@ -251,6 +270,8 @@ class SearchedSwarm(HostedSwarm):
             max_staleness_rounds=int(schedule.option("max_staleness_rounds", 4)),
             inner_rate=0.01,
             num_shards=3,
+            num_parts=8 if schedule.option("fragments", 1) > 1 else 4,
+            num_fragments=int(schedule.option("fragments", 1)),
         )
         super().__init__(lambda name: name in hidden, settings, seed=schedule.seed)
         self.clock.most_events = 200_000
@@ -259,6 +280,10 @@ class SearchedSwarm(HostedSwarm):
         if name not in self.liars:
             self.speeds[name] = steps_per_s
         return (Liar if name in self.liars else CountingPeer)(self, name, steps_per_s, theta, link)
+
+    def took_state(self, peer: Any, of: str, waited_s: float) -> None:
+        """It goes on with all that is in it."""
+        self.merges.append((peer.name, of, peer.round + 1))
 
     def fastest_honest(self) -> float:
         """Inner steps per second."""
@@ -321,16 +346,16 @@ def _honest(swarm: SearchedSwarm) -> list[CountingPeer]:
 
 
 def _entered_twice(swarm: SearchedSwarm) -> Iterable[Violation]:
-    entered = defaultdict(list)
-    came = [(peer.name, *one) for peer in swarm.peers.values() for one in peer.came]
-    for who, whose, round, since, until in [*swarm.entered, *came]:
-        if not {who, whose} & swarm.liars:
-            entered[who, whose, round].append((since, until))
-    for (who, whose, round), spans in entered.items():
+    entered: defaultdict[tuple[str, str, int, int], list[tuple[int, int]]] = defaultdict(list)
+    came = [one._replace(who=peer.name) for peer in swarm.peers.values() for one in peer.came]
+    for one in [*swarm.entered, *came]:
+        if not {one.who, one.whose} & swarm.liars:
+            entered[one.who, one.whose, one.fragment, one.round].append((one.since, one.until))
+    for (who, whose, fragment, round), spans in entered.items():
         for before, after in pairwise(sorted(spans)):
             if before[1] > after[0]:
-                detail = f"tokens {after[0]} to {before[1]} of round {round} of {whose} entered {who} twice"
-                yield Violation("exactly once", detail)
+                what = f"tokens {after[0]} to {before[1]} of round {round} of {whose}"
+                yield Violation("exactly once", f"{what} entered fragment {fragment} of {who} twice")
 
 
 def _rounds(swarm: SearchedSwarm, schedule: Schedule) -> Iterable[Violation]:
@@ -350,7 +375,8 @@ def _rounds(swarm: SearchedSwarm, schedule: Schedule) -> Iterable[Violation]:
             if one.staleness_rounds > s.max_staleness_rounds:
                 detail = f"{name} merged what was {one.staleness_rounds} rounds behind the median"
                 yield Violation("nothing too old is merged", detail)
-        gaps = [b.started_s - a.ended_s for a, b in pairwise(rounds)] if name not in disturbed else []
+        pairs = [(a, b) for a, b in pairwise(rounds) if not a.waited]  # who takes a state waits for it
+        gaps = [b.started_s - a.ended_s for a, b in pairs] if name not in disturbed else []
         if max(gaps, default=0.0) > 1e-6:
             yield Violation("nobody waits", f"{name} stood still for {max(gaps):.1f} s between two rounds")
 
@@ -367,17 +393,20 @@ def _stuck(swarm: SearchedSwarm, healed_s: float) -> Iterable[Violation]:
 def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violation]:
     """Who merges nobody, or is merged by nobody, since each had `reached` its round and the faults were over. Of two,
     one that was away for too long is not merged again: what one other claims moves nobody (`left_behind`). The first
-    round of a slow machine may last longer than the play: nothing of it is left to merge."""
+    round of a slow machine may last longer than the play: nothing of it is left to merge. Whose publication was refused
+    as too old may be left alone for longer than a play."""
     names = [peer.name for peer in _honest(swarm)]
     ended = Counter(one.peer for one in swarm.rounds if one.round >= reached.get(one.peer, 0))
     merging, merged = set(), set()
-    for who, whose, round, _, _ in swarm.entered:
+    refused = {whose for _, whose, reason in swarm.incidents if "an old round" in reason}
+    for who, whose, round in swarm.merges:
         if round > reached.get(whose, 0):
             merging.add(who)
             merged.add(whose)
     for name in names if len(names) > 2 and swarm.settings.pacing else ():
         others_went_on = any(ended[other] > 1 for other in names if other != name)
-        if ended[name] > 4 and others_went_on and name in reached and (name not in merging or name not in merged):
+        is_merged = name in merged or name in refused
+        if ended[name] > 4 and others_went_on and name in reached and (name not in merging or not is_merged):
             does = "merges nobody" if name not in merging else "is merged by nobody"
             yield Violation("nobody is left alone", f"{name} {does} since the faults are over")
 
@@ -395,7 +424,8 @@ def _end(swarm: SearchedSwarm) -> Iterable[Violation]:
             if counts.get(other, 0) < tokens and swarm.speeds[other] <= usual_per_s:
                 detail = f"{peer.name} counts {counts.get(other, 0)} of {other}, which told {tokens}"
                 yield Violation("no token is lost", detail)
-        if not math.isfinite(peer.theta) or not math.isfinite(peer.momentum):
-            yield Violation("weights are finite", f"{peer.name} has {peer.theta}")
-        elif not swarm.liars and abs(peer.theta) > 10.0:
-            yield Violation("weights stay together", f"{peer.name} has {peer.theta}, at first they were within 1")
+        for one in peer.fragments:
+            if not math.isfinite(one.theta) or not math.isfinite(one.momentum):
+                yield Violation("weights are finite", f"{peer.name} has {one.theta}")
+            elif not swarm.liars and abs(one.theta) > 10.0:
+                yield Violation("weights stay together", f"{peer.name} has {one.theta}, at first they were within 1")
