@@ -22,6 +22,7 @@ from swarmtrain.protocol.moving import (
     MoveCommand,
     Moved,
     MoveEvent,
+    MovePolicy,
     Moves,
     PlacesSeen,
     StagesFetched,
@@ -78,7 +79,8 @@ class Site:
     sees: list[StagePeer] = field(default_factory=lambda: list(PILED))
 
     def __post_init__(self) -> None:
-        self.mover = Mover(self.me, self.rule, self.balance, EVERY_S, self.most_stages, self.clock)
+        policy = MovePolicy(rule=self.rule, balance=self.balance, every_s=EVERY_S, most_stages=self.most_stages)
+        self.mover = Mover(self.me, policy, self.clock)
 
     def do(self, command: MoveCommand) -> MoveEvent | None:
         self.done.append(command)
@@ -358,8 +360,9 @@ class Pair:
         self.now = 0.0
         self.clocks = {name: self.rng.uniform(-1e4, 1e4) for name in "ab"}
         self.holds = {"a": True, "b": True}
+        policy = MovePolicy(rule=TWO, balance="rates", every_s=EVERY_S, most_stages=2)
         self.movers = {
-            name: Mover(name, TWO, "rates", EVERY_S, 2, lambda name=name: self.now + self.clocks[name])  # type: ignore[misc]
+            name: Mover(name, policy, lambda name=name: self.now + self.clocks[name])  # type: ignore[misc]
             for name in "ab"
         }
         self.depth = 0

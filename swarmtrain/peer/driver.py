@@ -7,6 +7,7 @@ the last gradient.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,6 +44,8 @@ from swarmtrain.protocol.microbatches import Key, Settlement
 from swarmtrain.protocol.routing import Router
 
 __all__ = ["Answered", "Driven", "Driver", "Part", "StageCalls", "Tail", "Told"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,7 @@ class Driver:
         except PeerError as error:
             return PartFailed(ask.call, _fault(error), str(error))
         except Exception as error:  # of this peer's own: whoever drives raises it
+            _log.debug("a microbatch ends with %r", error)
             if not held.back.done():
                 held.back.set_exception(error)
             return None

@@ -10,15 +10,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from swarmtrain.errors import PeerError
-from swarmtrain.protocol.balance import Rule
 from swarmtrain.protocol.moving import (
     AskToStay,
     MoveCommand,
     MoveEngine,
     MoveEvent,
+    MovePolicy,
     StayAnswer,
     StayAnswered,
     StayAsked,
@@ -31,17 +30,9 @@ __all__ = ["Mover"]
 class Mover:
     """The part of a volunteer that decides what it holds."""
 
-    def __init__(
-        self,
-        me: str,
-        rule: Rule,
-        balance: Literal["none", "queues", "rates"],
-        every_s: float,
-        most_stages: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, me: str, policy: MovePolicy, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock, self._lock = clock, threading.Lock()
-        self.engine = MoveEngine(me, rule, balance, every_s, most_stages, random.Random(), clock())
+        self.engine = MoveEngine(me, policy, random.Random(), clock())
 
     def asked(self, mover: str, stage: int, holds: Sequence[int], is_known: bool) -> tuple[float, str]:
         """`mover` wants to leave `stage`: for how long this peer, which holds these, stays; with the reason."""

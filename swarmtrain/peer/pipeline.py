@@ -66,6 +66,7 @@ from swarmtrain.protocol.moving import (
     MoveCommand,
     Moved,
     MoveEvent,
+    MovePolicy,
     Moves,
     PlacesSeen,
     StagesFetched,
@@ -225,8 +226,9 @@ class PipelineVolunteer:
         )
         self.calls = WireCalls(self.me, client, wire, self._desks)
         pipeline = self.run.pipeline
-        most_stages = self._room.most_stages
-        self.mover = Mover(self.me, self.rule, pipeline.balance, pipeline.balance_every_s, most_stages)
+        balance, every_s, most_stages = pipeline.balance, pipeline.balance_every_s, self._room.most_stages
+        policy = MovePolicy(rule=self.rule, balance=balance, every_s=every_s, most_stages=most_stages)
+        self.mover = Mover(self.me, policy)
         server = StageServer(wire, len(self.shapes), self._desks, swarm.peers.refused, self._asked_to_stay)
         host = StageHost(self.node.traffic, server)
         self.control.starting("looking who is here")

@@ -406,9 +406,12 @@ class StageLedger:
     def due(self, now: float) -> Due | None:
         """What the peer is to do next, besides the work that was asked for; None: nothing at present."""
         if not self._due:
-            self._close(now)
-            self._settle(now)
-            self._forget_silent(now)
+            if self._closed is None and self._filling.members:
+                self._close(now)
+            if self._closed is not None:
+                self._settle(self._closed, now)
+            if now >= self._silent_s:
+                self._forget_silent(now)
         return self._due.popleft() if self._due else None
 
     def close_batch(self) -> bool:
@@ -426,18 +429,13 @@ class StageLedger:
         return None if self._closed is None else self._closed.closed_s + self.limits.ack_wait_s
 
     def _close(self, now: float) -> None:
-        if self._closed is not None or not self._filling.members:
-            return
         if self._filling.tokens >= self.limits.batch_tokens or self._pressed:
             self._pressed = False
             self._closed, self._filling = self._filling, _Batch(self._filling.number + 1)
             self._closed.closed_s = now
 
-    def _settle(self, now: float) -> None:
+    def _settle(self, closed: _Batch, now: float) -> None:
         """Step with the closed batch if all of it is acknowledged; take out what is not in time."""
-        closed = self._closed
-        if closed is None:
-            return
         if closed.num_waiting and now < closed.closed_s + self.limits.ack_wait_s:
             return
         for key in [key for key in closed.members if not self._open[key].acknowledged] if closed.num_waiting else ():
@@ -502,8 +500,6 @@ class StageLedger:
 
     def _forget_silent(self, now: float) -> None:
         """Forget what no driver has said anything of for long, and drivers that are gone."""
-        if now < self._silent_s:
-            return
         self._silent_s = now + self.limits.hold_s
         for key, known in list(self._open.items()):
             if self._batch_of(key) is not None:

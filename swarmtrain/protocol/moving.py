@@ -26,6 +26,7 @@ __all__ = [
     "MoveCommand",
     "MoveEngine",
     "MoveEvent",
+    "MovePolicy",
     "Moved",
     "Moves",
     "PlacesSeen",
@@ -156,6 +157,18 @@ MoveCommand: TypeAlias = AskToStay | StayAnswer | Moves | FetchStages | LeaveSta
 # ---------------------------------------------------------------- state
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovePolicy:
+    """When a peer moves. `balance` is as in the run file."""
+
+    rule: Rule
+    balance: Literal["none", "queues", "rates"]
+    every_s: float
+    """It looks so often."""
+    most_stages: int
+    """So many fit into its memory."""
+
+
 @dataclass(slots=True)
 class _Move:
     change: Change
@@ -171,18 +184,8 @@ class _Move:
 class MoveEngine:
     """What one peer holds, and whether it should hold something else."""
 
-    def __init__(
-        self,
-        me: str,
-        rule: Rule,
-        balance: Literal["none", "queues", "rates"],
-        every_s: float,
-        most_stages: int,
-        rng: random.Random,
-        now: float,
-    ) -> None:
-        self.me, self.rule, self.balance, self.every_s, self.most_stages = me, rule, balance, every_s, most_stages
-        self.rng, self.stays = rng, Stays(me)
+    def __init__(self, me: str, policy: MovePolicy, rng: random.Random, now: float) -> None:
+        self.me, self.policy, self.rng, self.stays = me, policy, rng, Stays(me)
         self._moved_s = float("-inf")
         self._move: _Move | None = None
         self._numbers = itertools.count()
@@ -199,7 +202,7 @@ class MoveEngine:
 
     def wake_at(self) -> float | None:
         """When it looks again; None: not while it moves, or where nobody does."""
-        return None if self._move is not None or self.balance == "none" else self._next_s
+        return None if self._move is not None or self.policy.balance == "none" else self._next_s
 
     def receive(self, event: MoveEvent, now: float) -> list[MoveCommand]:
         """What is to be done since this has happened."""
@@ -226,15 +229,15 @@ class MoveEngine:
 
     def _wait(self, now: float) -> None:
         """Look again after the usual time, a little more or less: not everybody at one moment."""
-        self._next_s = now + self.every_s * self.rng.uniform(0.8, 1.2)
+        self._next_s = now + self.policy.every_s * self.rng.uniform(0.8, 1.2)
 
     def _look(self, seen: PlacesSeen, now: float) -> list[MoveCommand]:
         when_s = self.wake_at()
         if when_s is None or now < when_s:
             return []
         self._wait(now)
-        decide = change_by_queues if self.balance == "queues" else my_change
-        change, _ = decide(self.me, seen.peers, seen.records_s, self.rule)
+        decide = change_by_queues if self.policy.balance == "queues" else my_change
+        change, _ = decide(self.me, seen.peers, seen.records_s, self.policy.rule)
         if change is None or not may_move_again(change, seen.peers, now - self._moved_s)[0]:
             return []
         self._move = _Move(change, seen.peers, seen.records_s)
@@ -254,7 +257,7 @@ class MoveEngine:
         """Have somebody promise to stay in this stage."""
         may, reason = self.stays.wants_to_leave(stage, now)
         if may:
-            peer = anchor(self.me, move.peers, stage, move.records_s, self.rule)
+            peer = anchor(self.me, move.peers, stage, move.records_s, self.policy.rule)
             if peer is not None:
                 number = next(self._numbers)
                 move.request = number, Request(stage=stage, mover=self.me, anchor=peer, asked_s=now)
@@ -293,7 +296,7 @@ class MoveEngine:
         if not move.has_begun:
             move.has_begun = True
             done.append(Moves(change))
-        fits = len({*change.before, *change.after}) <= self.most_stages
+        fits = len({*change.before, *change.after}) <= self.policy.most_stages
         if change.enters and not move.has_fetched and (fits or move.has_left):
             return [*done, FetchStages(change.enters)]
         if change.leaves and not move.has_left:

@@ -1,11 +1,11 @@
 """A pipeline in memory: peers that hold a stage each, come and go, and move; microbatches that pass through them.
 
-The peers (`simulate/stage_peer.py`) route with the product's `protocol.routing` and move by its `protocol.balance`
-and `protocol.promises`; this file is what surrounds them: machines, calls, the DHT's records, and what is measured.
+The peers (`simulate/stage_peer.py`) drive, queue, count and move by the product's `protocol.driving`, `stage_queue`,
+`microbatches` and `moving`; this file is what surrounds them: machines, calls, the DHT's records, what is measured.
 
-What is modelled: a task's time (the machine's speed, the stage's cost, chance), queues and BUSY, a latency for each
-call, records that are seconds old and differ between those who look, a stage's download, peers that die with or without
-a word. What is not: links that share their bandwidth, memory of activations, training itself.
+What is modelled: a task's time (the machine's speed, the stage's cost, chance), a latency for each call, records that
+are seconds old and differ between those who look, a stage's download, peers that die with or without a word. What is
+not: links that share their bandwidth, memory of activations, training itself.
 
 What is measured is the tokens of finished microbatches, as a share of the ideal: for the machines that are on at each
 moment, loading or not, the most that any assignment of one stage to each could do. No assignment reaches it quite: it

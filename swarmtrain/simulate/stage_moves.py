@@ -17,6 +17,7 @@ from swarmtrain.protocol.moving import (
     Moved,
     MoveEngine,
     MoveEvent,
+    MovePolicy,
     Moves,
     PlacesSeen,
     StagesFetched,
@@ -92,8 +93,13 @@ class Mover:
 
     def __init__(self, peer: Moving) -> None:
         self.peer, settings, clock = peer, peer.world.settings, peer.world.clock
-        most, every_s = peer.machine.most_stages, settings.balance_every_s
-        self.engine = MoveEngine(peer.name, settings.rule, settings.balance, every_s, most, peer.rng, clock.now)
+        policy = MovePolicy(
+            rule=settings.rule,
+            balance=settings.balance,
+            every_s=settings.balance_every_s,
+            most_stages=peer.machine.most_stages,
+        )
+        self.engine = MoveEngine(peer.name, policy, peer.rng, clock.now)
         self.moving_to: tuple[int, ...] = ()
 
     @property
