@@ -15,15 +15,14 @@ from typing import Any, Protocol
 from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.protocol.balance import StagePeer
-from swarmtrain.protocol.driving import (
+from swarmtrain.protocol.driving import DrivingEngine, DrivingPace
+from swarmtrain.protocol.driving_events import (
     Ask,
     Back,
     Draw,
     Drawn,
     DrivingCommand,
-    DrivingEngine,
     DrivingEvent,
-    DrivingPace,
     Fault,
     GiveUp,
     HangUp,

@@ -56,24 +56,9 @@ from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
 from swarmtrain.peer.stage_sizes import StageRoom, room_for_stages, whole_tokens_per_s
 from swarmtrain.peer.stopping import Interrupted
+from swarmtrain.protocol import moving
 from swarmtrain.protocol.balance import Rule, StagePeer, first_stages
 from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.moving import (
-    AskToStay,
-    FetchFailed,
-    FetchStages,
-    LeaveStages,
-    MoveCommand,
-    Moved,
-    MoveEvent,
-    MovePolicy,
-    Moves,
-    PlacesSeen,
-    StagesFetched,
-    StagesLeft,
-    StayAnswered,
-    StaysHere,
-)
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.stages import FirstStageWatch, places_of, stage_costs
 from swarmtrain.v1 import control_pb2 as control_pb
@@ -227,7 +212,7 @@ class PipelineVolunteer:
         self.calls = WireCalls(self.me, client, wire, self._desks)
         pipeline = self.run.pipeline
         balance, every_s, most_stages = pipeline.balance, pipeline.balance_every_s, self._room.most_stages
-        policy = MovePolicy(rule=self.rule, balance=balance, every_s=every_s, most_stages=most_stages)
+        policy = moving.MovePolicy(rule=self.rule, balance=balance, every_s=every_s, most_stages=most_stages)
         self.mover = Mover(self.me, policy)
         server = StageServer(wire, len(self.shapes), self._desks, swarm.peers.refused, self._asked_to_stay)
         host = StageHost(self.node.traffic, server)
@@ -422,19 +407,21 @@ class PipelineVolunteer:
 
     def _consider_moving(self) -> None:
         if self.mover.is_due:
-            self.mover.look(PlacesSeen(self.places(), swarm_time()), self._do)
+            self.mover.look(moving.PlacesSeen(self.places(), swarm_time()), self._do)
             if not self.held:
                 self._choose()
 
-    def _do(self, command: MoveCommand) -> MoveEvent | None:
+    def _do(self, command: moving.MoveCommand) -> moving.MoveEvent | None:
         """A part of a move, done when it returns."""
         match command:
-            case AskToStay():
-                return StayAnswered(command.number, *self._wait(self.calls.ask_to_stay(command.peer, command.stage)))
-            case Moves():
+            case moving.AskToStay():
+                return moving.StayAnswered(
+                    command.number, *self._wait(self.calls.ask_to_stay(command.peer, command.stage))
+                )
+            case moving.Moves():
                 self._moving_to, self._move_began_s = command.change.after, time.monotonic()
                 self._tell(now=True)
-            case FetchStages():
+            case moving.FetchStages():
                 try:
                     for stage in command.stages:
                         self._enter(stage)
@@ -442,21 +429,21 @@ class PipelineVolunteer:
                     if self.stop.failure is not None:
                         raise
                     self.emit(WarningEvent(message=f"{stages_in_words(command.stages)} could not be taken: {error}"))
-                    return FetchFailed(str(error))
-                return StagesFetched(self.places(), swarm_time())
-            case LeaveStages():
+                    return moving.FetchFailed(str(error))
+                return moving.StagesFetched(self.places(), swarm_time())
+            case moving.LeaveStages():
                 for stage in command.stages:
                     self._leave(stage)
                 self._tell(now=True)
-                return StagesLeft()
-            case Moved():
+                return moving.StagesLeft()
+            case moving.Moved():
                 change, self._moving_to = command.change, ()
                 self._move_s = time.monotonic() - self._move_began_s
                 self.control.training_stages(change.after)
                 before, after = change.before, change.after
                 self.emit(MovedEvent(before=before, after=after, reason=change.reason, seconds=self._move_s))
                 self._tell(now=True)
-            case StaysHere():
+            case moving.StaysHere():
                 _log.info("stays: %s", command.reason)
                 if command.had_begun:
                     self._moving_to = ()

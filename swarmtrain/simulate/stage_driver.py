@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from swarmtrain.protocol.balance import StagePeer
-from swarmtrain.protocol.driving import (
+from swarmtrain.protocol.driving import DrivingEngine, DrivingPace
+from swarmtrain.protocol.driving_events import (
     Ask,
     Back,
     Draw,
     Drawn,
     DrivingCommand,
-    DrivingEngine,
     DrivingEvent,
-    DrivingPace,
     GiveUp,
     HangUp,
     PeersSeen,

@@ -13,7 +13,12 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from swarmtrain.protocol.balance import StagePeer
-from swarmtrain.protocol.driving import NotTold, PartDone, PartFailed, ToldOf
+from swarmtrain.protocol.driving_events import (
+    NotTold,
+    PartDone,
+    PartFailed,
+    ToldOf,
+)
 from swarmtrain.protocol.microbatches import Add, LedgerLimits, StageLedger, Subtract
 from swarmtrain.protocol.routing import WORK_SHARES
 from swarmtrain.protocol.stage_queue import (

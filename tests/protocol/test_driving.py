@@ -9,14 +9,13 @@ from typing import TypeVar
 import pytest
 
 from swarmtrain.protocol.balance import StagePeer
-from swarmtrain.protocol.driving import (
+from swarmtrain.protocol.driving import DrivingEngine, DrivingPace
+from swarmtrain.protocol.driving_events import (
     Ask,
     Back,
     Draw,
     Drawn,
     DrivingCommand,
-    DrivingEngine,
-    DrivingPace,
     Fault,
     GiveUp,
     HangUp,
