@@ -110,14 +110,16 @@ def test_a_round_from_the_question_to_the_merge() -> None:
     ]
     (first,) = me.pulls(asks[0], WEIGHTS, "w")
     assert isinstance(first, Prepare) and [one.payload for one in first.pulled] == ["decoded w"]
+    assert me.engine.pulled_mark(0, "ben") is None
     assert me.pulls(asks[1], WHOLE, "g") == [], "one merge is prepared after the other"
+    assert (me.engine.pulled_mark(0, "ben"), me.engine.merged_mark(0, "ben")) == (WHOLE, None)
     (second,) = me.tells(Prepared(first.number, "merge of w"))
     assert [one.held for one in second.pulled] == ["w", "g"]
     assert me.tells(Prepared(second.number, "merge of both")) == []
     (merge,) = me.tells(MergeDue(0))
     assert isinstance(merge, Merge) and merge.merge == "merge of both"
     assert [(one.section, one.mark) for one in merge.pulled] == [("weights", WEIGHTS), ("gradient", WHOLE)]
-    assert me.engine.merged_mark(0, "ben") == WHOLE
+    assert (me.engine.pulled_mark(0, "ben"), me.engine.merged_mark(0, "ben")) == (None, WHOLE)
     assert me.engine.places(-1) == [{"ben": (0, 4), "me": (0, 4)}]
     me.plan(round=1)
     assert [ask.known for ask in me.asks()] == [WEIGHTS, WHOLE], "only what is newer is asked for"

@@ -17,7 +17,7 @@ from learnt import setting, tiny
 from swarmtrain.peer.consensus import mean_of_near
 from swarmtrain.protocol.partners import BackOff, Difference, Ledger, Mark
 from swarmtrain.simulate.learning.churn import _present_state
-from swarmtrain.simulate.learning.gossip import Peer, World
+from swarmtrain.simulate.learning.gossip import Peer, VirtualDriver, World
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.sampled import _sample
 from swarmtrain.simulate.learning.setting import Setting
@@ -216,6 +216,23 @@ def test_who_goes_on_is_asked_again_as_soon_as_it_calls(
     first = at_once[0] + 1  # the first fragment is a round further than the trainer
     again = [mark is not None and mark.round > first for mark in merged]
     assert again == [calls, calls], "else it is left alone for 10 s, and the run is over"
+
+
+def test_who_hangs_does_nothing_and_takes_what_came_as_soon_as_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(churned(tmp_path, "gossip", hangs=[{"peer": 1, "at_s": 0.125, "for_s": 0.375}]))
+    told, tell = list[tuple[float, bool]](), VirtualDriver.tell
+
+    def noted(driver: VirtualDriver, event: Any) -> Any:
+        if driver.peer.number == 1:
+            told.append((world.clock.now, world.is_hanging("p1")))
+        return tell(driver, event)
+
+    monkeypatch.setattr(VirtualDriver, "tell", noted)
+    world.run()
+    assert not any(is_hanging for _, is_hanging in told)
+    assert any(at_s < 0.125 for at_s, _ in told) and any(at_s == 0.5 for at_s, _ in told)
 
 
 def test_a_silent_majority_has_so_many_pulls_at_most(tmp_path: Path) -> None:
