@@ -32,7 +32,7 @@ from swarmtrain.protocol.gossip_messages import (
     Woke,
 )
 from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.merge_plans import MergePlanner
+from swarmtrain.protocol.merge_plans import MergePlanner, TrainersRound
 from swarmtrain.protocol.partners import Mark
 from swarmtrain.protocol.pulls import SectionBytes, Wanted
 
@@ -88,9 +88,14 @@ class Peer:
         self.does(self.tell(PeersChanged(infos)), round)
         merge_after = [STEPS * (number + 1) // self.fragments for number in range(self.fragments)]
         began_s = self.now
-        plans: Any = self.planner.round_began(
-            round, began_s, inner_steps=STEPS, merge_after=merge_after, gradient_format="int2", steps_per_s=1 / STEP_S
+        of = TrainersRound(
+            number=round,
+            inner_steps=STEPS,
+            merge_after=merge_after,
+            gradient_format="int2",
+            steps_per_s=1 / STEP_S,
         )
+        plans: Any = self.planner.round_began(of, began_s)
         for number, after in enumerate(merge_after):
             if plans is not None:
                 self.does(self.tell(Planned(round, plans)), round)

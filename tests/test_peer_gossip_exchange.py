@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import threading
 import time
@@ -193,9 +194,10 @@ class World:
                 time.sleep(0.002)
             return merge_due(round, fragment, **how)
 
-        def at_once(plan: MergePlan) -> PullPlan:
+        def at_once(plan: MergePlan) -> Any:
             due_s = (0.0,) * self.wants.get(peer.id, 0)
-            return PullPlan(due_s, due_s, "as many as the test wants")
+            pulls = PullPlan(due_s, due_s, "as many as the test wants")
+            return (), pulls, math.inf
 
         gossip.merge_due = merge_when_there  # type: ignore[method-assign]
         engine._pull_plan = at_once  # type: ignore[method-assign]

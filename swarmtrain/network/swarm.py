@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from swarmtrain.events import Event, RefusedEvent, WarningEvent
@@ -52,6 +53,7 @@ _GOODBYE_S = 3.0
 _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
 
 
+@dataclass(eq=False, repr=False)
 class Swarm:
     """This peer's place in the swarm of one run. It owns the parts, each of which is called for what it does.
 
@@ -59,22 +61,27 @@ class Swarm:
     peer's disk, which its progress record tells; None: the present one.
     """
 
-    def __init__(
+    node: Node
+    published: PublishedRun
+    specs: tuple[TensorSpec, ...]
+    average: InitVar[Average]
+    emit: Callable[[Event], None]
+    me: InitVar[PeerInfo]
+    num_served: InitVar[NumServed] = field(default=all_chunks, kw_only=True)
+    shards: InitVar[ShardsOf | None] = field(default=None, kw_only=True)
+    durable: InitVar[Callable[[], Progress | None] | None] = field(default=None, kw_only=True)
+
+    def __post_init__(
         self,
-        node: Node,
-        published: PublishedRun,
-        specs: tuple[TensorSpec, ...],
         average: Average,
-        emit: Callable[[Event], None],
         me: PeerInfo,
-        *,
-        num_served: NumServed = all_chunks,
-        shards: ShardsOf | None = None,
-        durable: Callable[[], Progress | None] | None = None,
+        num_served: NumServed,
+        shards: ShardsOf | None,
+        durable: Callable[[], Progress | None] | None,
     ) -> None:
+        node, published, specs, emit = self.node, self.published, self.specs, self.emit
         identity, run, sha256, limits = node.identity, published.run, published.sha256, published.run.network
         node.settings = dataclasses.replace(node.settings, call_limit_s=limits.call_limit_s)
-        self.node, self.published, self.specs, self.emit = node, published, specs, emit
         members = self.membership = Membership(identity.peer_id)
         presence = self.presence = OwnPresence(identity, sha256, me, lambda: self.rounds.inner_steps_done)
         tallying = self.tallying = Tallying(

@@ -55,7 +55,7 @@ from swarmtrain.protocol.fragments import FragmentRound, publishes_every
 from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
 from swarmtrain.protocol.gossip_messages import CatchUp, Decode, Prepare, Pulled
 from swarmtrain.protocol.hosts import callable_first
-from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner
+from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner, TrainersRound
 from swarmtrain.protocol.partners import rounds_behind
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import LARGE_MODEL, Section, Wanted, ahead_rounds
@@ -221,15 +221,14 @@ class GossipExchange(AsynchronousExchange):
         )
         for fragment in range(len(self._fragments)) if self._is_held else [len(self._fragments) - 1]:
             self._publish_weights(fragment, progress.round)
-        plans = self._planner.round_began(
-            progress.round,
-            swarm_time(),
+        of = TrainersRound(
+            number=progress.round,
             inner_steps=start.inner_steps,
             merge_after=start.merge_after,
             gradient_format=start.gradient_format,
             steps_per_s=steps_per_s,
-            all_begin=self._is_held,
         )
+        plans = self._planner.round_began(of, swarm_time(), all_begin=self._is_held)
         self._is_held, planned = False, self.gossip.plan(progress.round, plans)
 
         async def begin() -> None:

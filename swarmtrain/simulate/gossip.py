@@ -48,7 +48,7 @@ from swarmtrain.protocol.gossip_messages import (
     Woke,
 )
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
-from swarmtrain.protocol.merge_plans import MergePlanner
+from swarmtrain.protocol.merge_plans import MergePlanner, TrainersRound
 from swarmtrain.protocol.partners import Mark, median_round, rounds_behind
 from swarmtrain.protocol.pulls import SECTIONS, round_ends_s
 from swarmtrain.protocol.shards import Coverage
@@ -311,10 +311,11 @@ class GossipPeer:
             tokens = steps * s.tokens_per_step
             self.shard, _ = self.coverage.choose(self.round, self.swarm.seed, busy=busy, round_tokens=tokens)
         self._announce(now)
-        self._plan(self._planner.round_began(
-            self.round, now, inner_steps=steps, merge_after=self._now.schedule.merge_after, gradient_format=_FORMAT,
-            steps_per_s=self.steps_per_s, all_begin=all_begin,
-        ))  # fmt: skip
+        of = TrainersRound(
+            number=self.round, inner_steps=steps, merge_after=self._now.schedule.merge_after, gradient_format=_FORMAT,
+            steps_per_s=self.steps_per_s,
+        )  # fmt: skip
+        self._plan(self._planner.round_began(of, now, all_begin=all_begin))
         self._train_on()
 
     def _plan(self, plans: Any) -> None:

@@ -74,7 +74,8 @@ def test_an_invite_of_private_addresses_says_so(
             addresses = tuple(f"/ip4/{host}/tcp/31337" for host in hosts)
             invite, told[:] = Invite("ab" * 32, (InvitedPeer(peer, addresses),)), []
             for is_bootstrap in (False, True):
-                swarm = SimpleNamespace(invite=lambda made=invite: made, me=SimpleNamespace(is_bootstrap=is_bootstrap))
+                me = SimpleNamespace(me=SimpleNamespace(is_bootstrap=is_bootstrap))
+                swarm = SimpleNamespace(invite=lambda made=invite: made, presence=me)
                 show_invite(swarm, folder, told.append)  # type: ignore[arg-type]
             warned = "192.168.1.5" in hosts and bool(said)  # a rehearsal's bootstrap is at this machine alone
             assert [event.event for event in told] == ["invite", *["warning"] * warned, "invite"]

@@ -21,7 +21,7 @@ from simulated import LEARNING as LEARNT
 from simulated import record_learning, record_systems, recorded_schedule
 from swarm import write_run
 
-from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner
+from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner, TrainersRound
 
 pytestmark = pytest.mark.slow
 
@@ -85,14 +85,9 @@ def test_the_trainer_tells_gossip_of_the_same_merges(path: Path) -> None:
 def plans_of(line: Line) -> list[MergePlan]:
     """What the planner says after so many steps."""
     planner = MergePlanner(len(line["began_s"]))
-    planner.round_began(
-        line["round"],
-        line["round_began_s"],
-        inner_steps=line["inner_steps"],
-        merge_after=line["merge_after"],
-        gradient_format=line["gradient_format"],
-        steps_per_s=line["steps_per_s"],
-    )
+    names = ("inner_steps", "merge_after", "gradient_format", "steps_per_s")
+    of = TrainersRound(number=line["round"], **{name: line[name] for name in names})
+    planner.round_began(of, line["round_began_s"])
     planner.began_s = line["began_s"]
     return planner._plans(line["done"], line["now"])
 

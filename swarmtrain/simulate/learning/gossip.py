@@ -56,7 +56,7 @@ from swarmtrain.protocol.gossip_messages import (
     Woke,
 )
 from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner
+from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner, TrainersRound
 from swarmtrain.protocol.partners import Mark
 from swarmtrain.protocol.pulls import Section, Wanted, ahead_rounds
 from swarmtrain.protocol.shards import Coverage, Row
@@ -234,15 +234,14 @@ class Peer:
             self.call_at(self.done_s(moment * step_s), self.publish, moment)
         for moment in sorted(set(self.start.merge_after))[:-1]:
             self.call_at(self.done_s(moment * step_s), self.end_of_some, moment)
-        plans = self.planner.round_began(
-            self.round,
-            clock.now,
+        of = TrainersRound(
+            number=self.round,
             inner_steps=self.start.inner_steps,
             merge_after=self.start.merge_after,
             gradient_format=self.start.gradient_format,
             steps_per_s=self.steps_per_s,
-            all_begin=is_anew,
         )
+        plans = self.planner.round_began(of, clock.now, all_begin=is_anew)
         self.tells(0, self.info.part_tokens)
         self.gossip.tell(Planned(self.round, plans))
         self.call_at(self.done_s(self.start.inner_steps * step_s), self.end)
