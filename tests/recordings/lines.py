@@ -206,8 +206,8 @@ class Peers(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Others(Event):
-    """The same of a simulated one. Learning: each one's round, part and tokens as it tells. Systems: the sampled ones'
-    candidates without their names, and when their rounds end."""
+    """The same of a simulated one. Learning: each one's round, part and tokens as it tells. Systems: of those it
+    has read what gossip goes by, and when their rounds end."""
 
     known: Mapping[str, Sequence[Any]]
     forgotten: Sequence[str]

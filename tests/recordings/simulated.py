@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,6 @@ from swarmtrain.protocol.gossip_messages import (
 )
 from swarmtrain.protocol.partners import BackOff, Partners
 from swarmtrain.protocol.pulls import PullTimes
-from swarmtrain.simulate import gossip as systems
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.gossip import GossipPeer, Publication
 from swarmtrain.simulate.learning import churn
@@ -382,6 +381,8 @@ class _Systems(_Lines):
     def __init__(self) -> None:
         super().__init__(clock=Clock())
         self.names: list[str] = []
+        self.pulled: Sequence[Any] = ()
+        """What enters the merge."""
 
     def put_in(self) -> None:
         self.inner()
@@ -391,7 +392,8 @@ class _Systems(_Lines):
             original(peer, swarm, name, *args)
             if name not in self.names:
                 self.names.append(name)
-            for thing in (peer._times, peer.partners.back_off, peer.partners):
+            engine = peer.engine
+            for thing in (engine._times, engine._back_off, *(lane.partners for lane in engine._lanes)):
                 self.is_of(thing, self.names.index(name))
             self.write(self.names.index(name), "comes", speed=peer.steps_per_s, theta=peer.theta)
 
@@ -407,31 +409,31 @@ class _Systems(_Lines):
             return found
 
         around(GossipPeer, "__init__", init)
-        around(systems, "plan_pulls", plan)
+        around(gossip, "plan_pulls", plan)
         around(Partners, "choose", choose)
         for name in ("die", "freeze", "thaw", "leave"):
             self._mine(name, lambda peer, name=name, *_: self._write(peer, name))
-        self._mine("resume", lambda peer, saved: self._write(peer, "resumes", round=saved.round, theta=saved.theta))
-        self._mine("_adopt", lambda peer, came_s, author, state: self._write(
-            peer, "took_state", author=author, round=getattr(state, "round", None), theta=getattr(state, "theta", None)
+        self._mine("resume", lambda peer, saved: self._write(peer, "resumes", round=saved.round, theta=saved.thetas))
+        self._mine("_go_on_with", lambda peer, state, author, since_s: self._write(
+            peer, "took_state", author=author, round=state.round, theta=state.thetas
         ))  # fmt: skip
-        self._mine("_start_round", lambda peer: None, self._round)
+        self._mine("_start_round", lambda peer, *all_begin, **how: None, self._round)
         self._mine("_look_around", lambda peer: None, self._others)
-        self._mine("_pull", self._looks)
-        self._mine("_manifest", lambda peer, pull, author, found: self._write(
-            peer, "replied", author=author, section=pull.section, found=_told(found)
+        self._mine("_replied", lambda peer, ask, found: self._write(
+            peer, "replied", author=ask.author, section=ask.section, found=_told(found)
         ))  # fmt: skip
-        self._mine("_body", lambda peer, pull, author, began_s, begun, found: self._write(
-            peer, "came", author=author, section=pull.section, found=_told(found)
+        self._mine("_came", lambda peer, download, found: self._write(
+            peer, "came", author=download.held.peer, section=download.held.section, found=_told(found)
         ))  # fmt: skip
-        around(GossipPeer, "_merge", self._merge)
+        self._mine("_merge", lambda peer, command: setattr(self, "pulled", command.pulled))
+        around(GossipPeer, "_merged", self._merged)
 
     def _mine(self, name: str, before: Callable[..., None], after: Callable[..., None] | None = None) -> None:
-        def call(original: Any, peer: GossipPeer, *args: Any) -> Any:
-            before(peer, *args)
-            found = original(peer, *args)
+        def call(original: Any, peer: GossipPeer, *args: Any, **how: Any) -> Any:
+            before(peer, *args, **how)
+            found = original(peer, *args, **how)
             if after is not None:
-                after(peer, *args)
+                after(peer)
             return found
 
         around(GossipPeer, name, call)
@@ -440,24 +442,22 @@ class _Systems(_Lines):
         self.write(self.names.index(peer.name), kind, **what)
 
     def _round(self, peer: GossipPeer) -> None:
-        now = peer._now
-        self._write(peer, "round", round=peer.round, steps=now.steps, every=now.every, shard=peer.shard)
+        self._write(peer, "round", round=peer.round, steps=peer._now.steps, shard=peer.shard)
 
     def _others(self, peer: GossipPeer) -> None:
-        pairs = zip(peer._sampled, peer._ends_sampled_s, strict=True)
-        told = {one.peer: [*dataclasses.astuple(one)[1:], end_s] for one, end_s in pairs}
+        pairs = zip(peer._others, peer._ends_s, strict=True)
+        told = {info.peer: [*(getattr(info, name) for name in _READ), end_s] for info, end_s in pairs}
         self.news(self.names.index(peer.name), "others", "sampled", told)
 
-    def _looks(self, peer: GossipPeer, r: Any, section: str) -> None:
-        if r is peer._now:
-            self._write(peer, "looks", section=section)
+    def _merged(self, original: Any, peer: GossipPeer, number: int) -> None:
+        fragment, pulled = peer.fragments[number], [[one.section, one.peer, one.mark] for one in self.pulled]
+        what = {"fragment": number, "round": peer.round, "pulled": pulled}
+        self._write(peer, "merges", **what, theta=fragment.theta.hex(), momentum=fragment.momentum.hex())
+        original(peer, number)
 
-    def _merge(self, original: Any, peer: GossipPeer, reference_round: int) -> Any:
-        pulled = [[one.section, one.peer, one.mark] for one in peer._arrived]
-        found = original(peer, reference_round)
-        what = {"round": peer.round, "reference": reference_round, "pulled": pulled, "found": found}
-        self._write(peer, "merges", **what, theta=peer.theta.hex(), momentum=peer.momentum.hex())
-        return found
+
+_READ = ("round", "part", "part_tokens", "inner_steps", "inner_steps_done", "steps_per_s", "hidden", "hosts")
+"""What gossip goes by of a presence."""
 
 
 def _told(found: Any) -> Any:

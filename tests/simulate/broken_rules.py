@@ -57,8 +57,9 @@ def states_say_not_what_entered_them(patch: Patch) -> None:
 
 def old_rounds_are_merged(patch: Patch) -> None:
     """However far behind the median their author is."""
-    news = partners.Ledger.news
+    news, new_tokens = partners.Ledger.news, partners.Ledger.new_tokens
     patch.setattr(partners.Ledger, "news", lambda self, peer, mark, _: news(self, peer, mark, -(10**9)))
+    patch.setattr(partners.Ledger, "new_tokens", lambda self, peer, mark, _: new_tokens(self, peer, mark, -(10**9)))
 
 
 def rounds_without_a_least(patch: Patch) -> None:

@@ -164,6 +164,35 @@ def test_without_pacing_the_slowest_takes_the_present_weights_when_it_is_too_far
     assert swarm.spread() < 0.01
 
 
+def test_fragments_are_merged_one_after_the_other_and_each_step_of_each_enters_once() -> None:
+    whole, pieces = (unequal_swarm(8, GossipSettings(num_parts=16, num_fragments=number)) for number in (1, 4))
+    at_first = pieces.spread()
+    for swarm in whole, pieces:
+        swarm.run_until(200.0)
+        assert_nobody_waits(swarm)
+        assert_steps_enter_at_most_once(swarm)
+        assert fresh_share(swarm.rounds) > 0.95 and swarm.spread() < 0.02 * at_first
+    assert {one.fragment for one in pieces.entered} == {0, 1, 2, 3}
+    assert len({one.theta for one in pieces.running()[0].fragments}) > 1, "each is merged by itself"
+    a_round = [statistics.mean(one.bytes_down for one in swarm.rounds if one.round > 1) for swarm in (whole, pieces)]
+    assert a_round[1] == pytest.approx(a_round[0], rel=0.05)
+
+
+@pytest.mark.parametrize("num_fragments", [1, 4])
+def test_a_state_brings_what_has_entered_its_fragments(num_fragments: int) -> None:
+    swarm = unequal_swarm(6, GossipSettings(num_parts=16, num_fragments=num_fragments, pacing=False), seed=4)
+    for number in range(12):
+        swarm.at(20.0 + 3.7 * number, swarm.join, f"q{number:04d}")
+    swarm.run_until(120.0)
+    entered = defaultdict(list)
+    for peer in swarm.running():
+        for one in [*peer.came, *peer.entered]:
+            entered[peer.name, one.whose, one.fragment, one.round].append((one.since, one.until))
+    assert sum(len(peer.came) > 0 for peer in swarm.running()) == 18
+    for spans in entered.values():
+        assert all(before[1] <= after[0] for before, after in pairwise(sorted(spans)))
+
+
 @pytest.mark.parametrize("inner_steps", [64, 15])
 def test_rounds_keep_in_step_unless_they_are_very_short(inner_steps: int) -> None:
     swarm = GossipSwarm(GossipSettings(inner_steps=inner_steps), seed=1)

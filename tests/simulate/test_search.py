@@ -32,7 +32,7 @@ def test_two_thousand_schedules_by_the_command(capsys: pytest.CaptureFixture[str
 def test_a_broken_rule_is_found(rule: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     rule(monkeypatch)
     world, invariant = BROKEN[rule]
-    schedules = (draw(seed, world) for seed in range(150))
+    schedules = (draw(seed, world) for seed in range(200))
     shown = (schedule for schedule in schedules if rule not in NEEDS or schedule.has(*NEEDS[rule]))
     found = (violation.invariant for schedule in shown for violation in play(schedule))
     assert invariant in found, f"the search sees nothing against: {invariant}"

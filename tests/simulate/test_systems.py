@@ -150,6 +150,19 @@ def test_a_scenario_says_it_and_the_document_has_the_figures(tmp_path: Path) -> 
     assert three["spread"] < one["spread"] < 1
 
 
+def test_a_run_is_played_in_its_own_fragments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def played(settings: GossipSettings, *rest: Any) -> None:
+        seen.append((settings.num_fragments, settings.fragment_sizes.share, settings.sizes.both))
+
+    monkeypatch.setattr("swarmtrain.simulate.systems.play", played)
+    for number in (1, 4):
+        scenario = load_scenario(scenario_file(tmp_path, f'[set]\n"merge.fragments" = {number}\n'))
+        play_scenario(scenario, scenario.run(0))
+    assert [one[:2] for one in seen] == [(1, 1.0), (4, 0.25)] and seen[0][2] == seen[1][2]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
