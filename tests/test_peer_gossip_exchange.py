@@ -42,6 +42,7 @@ from swarmtrain.peer.session import RoundReport, Session
 from swarmtrain.protocol.archiving import adds_to_archive
 from swarmtrain.protocol.fragments import FragmentRound
 from swarmtrain.protocol.gossip_messages import Prepare
+from swarmtrain.protocol.gossip_state import DuePulls
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.merge_plans import MergePlan
 from swarmtrain.protocol.partners import Mark
@@ -194,10 +195,9 @@ class World:
                 time.sleep(0.002)
             return merge_due(round, fragment, **how)
 
-        def at_once(plan: MergePlan) -> Any:
+        def at_once(plan: MergePlan) -> DuePulls:
             due_s = (0.0,) * self.wants.get(peer.id, 0)
-            pulls = PullPlan(due_s, due_s, "as many as the test wants")
-            return (), pulls, math.inf
+            return DuePulls((), PullPlan(due_s, due_s, "as many as the test wants"), math.inf)
 
         gossip.merge_due = merge_when_there  # type: ignore[method-assign]
         engine._pull_plan = at_once  # type: ignore[method-assign]

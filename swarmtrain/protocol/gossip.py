@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Generic, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Generic
 
-from swarmtrain.protocol.fragments import steps_of_fragment, told_mark, told_round
+from swarmtrain.protocol.fragments import steps_of_fragment
 from swarmtrain.protocol.gossip_messages import (
     Ask,
     Called,
@@ -56,10 +56,11 @@ from swarmtrain.protocol.gossip_messages import (
     TookWeights,
     Woke,
 )
+from swarmtrain.protocol.gossip_state import DuePulls, GossipLane, GossipPull, LaneView, Preparing, ReadyMerge, Tellings
 from swarmtrain.protocol.hosts import HostOrder
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.merge_plans import MergePlan
-from swarmtrain.protocol.open_pulls import OpenPull, OpenPulls, Which
+from swarmtrain.protocol.open_pulls import OpenPulls, Which
 from swarmtrain.protocol.partners import (
     BackOff,
     Candidate,
@@ -77,8 +78,6 @@ from swarmtrain.protocol.partners import (
 )
 from swarmtrain.protocol.pulls import (
     SECTIONS,
-    BytesBegun,
-    PullPlan,
     PullTimes,
     Section,
     SectionBytes,
@@ -91,14 +90,13 @@ from swarmtrain.protocol.pulls import (
 )
 from swarmtrain.run import GradientFormat
 
-__all__ = ["GossipEngine", "GossipSettings", "Tellings"]
+__all__ = ["GossipEngine", "GossipSettings"]
 
 _LEFT_OUT_S = 0.25
 _OLD_PULL_S = 30.0
 _OLD_PULL_ROUNDS = 2
 _RESTART_ROUNDS = 3
 """A peer that was killed and went on from its checkpoint is behind what it had published by so many rounds."""
-_MOST_TELLINGS = 16384
 _OF_A_PULL = (Replied, Downloaded, Decoded, Failed, Routed)
 
 
@@ -116,155 +114,6 @@ class GossipSettings:
     """How partners are chosen."""
     is_large: bool = False
     """Prepare one merge after the other, since what is prepared takes much memory."""
-
-
-@dataclass(slots=True)
-class _Pull(Generic[Held]):
-    """One pull, from the question to the merge that is prepared with it."""
-
-    number: int
-    fragment: int
-    open: OpenPull
-    round_s: float
-    sources: list[str]
-    """Whom to ask, the next one first."""
-    source: str = ""
-    asked_s: float = 0.0
-    mark: Mark | None = None
-    held: Held | None = None
-    began_s: float | None = None
-    begun: BytesBegun | None = None
-    bytes_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Preparing(Generic[Held, Payload]):
-    """A merge that is being prepared; where it cannot be, what is tried one by one to find out why."""
-
-    plan: MergePlan
-    fragment: int
-    began_s: float
-    pulled: tuple[Pulled[Held, Payload], ...]
-    number: int = -1
-    is_sifted: bool = False
-    stays: tuple[Pulled[Held, Payload], ...] = ()
-    bad: tuple[Pulled[Held, Payload], ...] = ()
-
-    @property
-    def tried(self) -> tuple[Pulled[Held, Payload], ...]:
-        """What is being merged: the last of them may be the one that cannot be."""
-        return (*self.stays, self.pulled[self.num_tried]) if self.is_sifted else self.pulled
-
-    @property
-    def num_tried(self) -> int:
-        """How many are known to be good or bad."""
-        return len(self.stays) + len(self.bad)
-
-
-@dataclass(frozen=True, slots=True)
-class _ReadyMerge(Generic[Held, Payload, Ready]):
-    round: int
-    pulled: tuple[Pulled[Held, Payload], ...]
-    merge: Ready
-
-
-@dataclass(slots=True)
-class _View:
-    """What is seen of the others from one fragment, until they tell more or something is merged."""
-
-    candidates: list[Candidate]
-    rounds: dict[str, int]
-    from_round: int = -1
-    """Of this peer, in which what follows was found."""
-    reference: int = 0
-    new_tokens: dict[str, int | None] = field(default_factory=dict)
-    new_weights: set[str] | None = None
-
-
-class _PullsOf(NamedTuple):
-    """The pulls of a plan."""
-
-    basis: object
-    """What they follow from."""
-    pulls: PullPlan
-    slow_after_s: float
-
-
-class Tellings:
-    """What peers' records say of each fragment, worked out once for all who have read the same record."""
-
-    def __init__(self, num_fragments: int, num_parts: int) -> None:
-        self._num_fragments, self._num_parts = num_fragments, num_parts
-        self._of: dict[str, tuple[PeerInfo, Sequence[tuple[int, Candidate]]]] = {}
-
-    def of(self, info: PeerInfo) -> Sequence[tuple[int, Candidate]]:
-        """Of each fragment in which round it is, and what is published of it."""
-        known = self._of.get(info.peer)
-        if known is not None and known[0] is info:
-            return known[1]
-        if len(self._of) > _MOST_TELLINGS:
-            self._of.clear()
-        told, number, num_parts = Mark(info.round, info.part, info.part_tokens), self._num_fragments, self._num_parts
-        found = []
-        for each in range(number):
-            mark = told_mark(each, number, told, num_parts)
-            candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=mark.tokens)
-            found.append((told_round(each, number, told, num_parts), candidate))
-        self._of[info.peer] = info, found
-        return found
-
-
-@dataclass(slots=True)
-class _Lane(Generic[Held, Payload, Ready]):
-    """One fragment of the model."""
-
-    number: int
-    ledger: Ledger
-    partners: Partners
-    open: OpenPulls
-    sizes: Mapping[GradientFormat, SectionBytes]
-    pulled: list[Pulled[Held, Payload]] = field(default_factory=list)
-    here: list[Which] = field(default_factory=list)
-    """What of it is of whom."""
-    num_weights: int = 0
-    plan: MergePlan | None = None
-    """Of its next merge; None once it was merged, until that after it is planned."""
-    began_s: float = -1.0
-    """When its present round did."""
-    pulled_for_s: float | None = None
-    """When the merge of its present round was expected when the first pull for it began."""
-    merged_round: int = -1
-    ready: _ReadyMerge[Held, Payload, Ready] | None = None
-    merged: dict[str, Held] = field(default_factory=dict)
-    """Pseudo-gradients that a later part of their round is the difference to."""
-    turned_back: dict[Which, int] = field(default_factory=dict)
-    """Whose counter turned back, and in which round of this peer that was seen."""
-    view: _View | None = None
-
-    def of_use(self, reference: int) -> list[Pulled[Held, Payload]]:
-        """Of what was pulled: what may be merged still."""
-        stays = self.ledger.stays_of_use
-        return [each for each in self.pulled if stays(each.section, each.peer, each.mark, reference)]
-
-    def has_more(self) -> bool:
-        """Something was pulled that is in no merge that is prepared."""
-        return bool(self.pulled) and (self.ready is None or self.ready.pulled != tuple(self.pulled))
-
-    def may_want(self, section: Section, num_due: int) -> bool:
-        """Less is here than is due, or some are on their way, that may be slow."""
-        here = self.num_weights if section == "weights" else len(self.pulled) - self.num_weights
-        return here < num_due or self.open.has_begun(section)
-
-    def hold(self, pulled: list[Pulled[Held, Payload]]) -> None:
-        """These are what was pulled."""
-        self.pulled, self.here = pulled, [(each.section, each.peer) for each in pulled]
-        self.num_weights = sum([each.section == "weights" for each in pulled])
-
-    def news(self, peer: str, mark: Mark, reference: int) -> News:
-        """What of a publication is new."""
-        if mark.part:
-            return self.ledger.news(peer, mark, reference)
-        return self.ledger.news_of_weights(peer, mark.round, reference)
 
 
 class GossipEngine(Generic[Held, Payload, Ready]):
@@ -292,25 +141,25 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._hidden: dict[str, tuple[str, ...]] | None = None
         """Those of them that nobody can dial, with their hosts; None until somebody is asked."""
         self._plans: Sequence[MergePlan] = ()
-        self._pull_plans: dict[tuple[int, ...], _PullsOf] = {}
+        self._pull_plans: dict[tuple[int, ...], DuePulls] = {}
         """By fragments."""
-        self._pulls: dict[int, _Pull[Held]] = {}
+        self._pulls: dict[int, GossipPull[Held]] = {}
         self._numbers = 0
-        self._preparing: _Preparing[Held, Payload] | None = None
-        self._settling: list[_Pull[Held]] = []
+        self._preparing: Preparing[Held, Payload] | None = None
+        self._settling: list[GossipPull[Held]] = []
         """Those whose merge is being prepared."""
         self._wake_s: float | None = None
         self._is_short = False
         """More pulls were due than there was anybody to ask for."""
         self._out: list[GossipCommand[Held, Payload, Ready]] = []
 
-    def _lane(self, number: int) -> _Lane[Held, Payload, Ready]:
+    def _lane(self, number: int) -> GossipLane[Held, Payload, Ready]:
         settings = self._settings
         ledger = Ledger(settings.max_staleness_rounds, settings.num_parts, settings.wanted.gradients)
-        return _Lane(
+        return GossipLane(
             number,
             ledger,
-            Partners(ledger, self._back_off, settings.variant),
+            Partners(ledger, self._back_off, settings.variant, self._rng),
             OpenPulls(self._back_off, most_pulls(settings.wanted)),
             settings.sizes[number],
         )
@@ -413,7 +262,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         return self._out
 
     def _of_pull(
-        self, pull: _Pull[Held], event: Routed | Replied[Held] | Downloaded | Decoded[Payload] | Failed, now: float
+        self, pull: GossipPull[Held], event: Routed | Replied[Held] | Downloaded | Decoded[Payload] | Failed, now: float
     ) -> None:
         match event:
             case Replied():
@@ -442,9 +291,9 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             self._reference = median_round([self._round, *(info.round for info in self._others)])
         return self._reference
 
-    def _view(self, lane: _Lane[Held, Payload, Ready]) -> _View:
+    def _view(self, lane: GossipLane[Held, Payload, Ready]) -> LaneView:
         if lane.view is None:
-            lane.view = _View([], {})
+            lane.view = LaneView([], {})
             for info in self._others:
                 lane.view.rounds[info.peer], candidate = self._tellings.of(info)[lane.number]
                 if len(self._lanes) > 1 and (known := lane.ledger.mark(info.peer)) is not None:
@@ -511,7 +360,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                             self._wake_before(now)
                             return
 
-    def _lanes_of(self, plan: MergePlan) -> list[_Lane[Held, Payload, Ready]]:
+    def _lanes_of(self, plan: MergePlan) -> list[GossipLane[Held, Payload, Ready]]:
         """Those of its fragments that are not merged yet."""
         if len(self._lanes) == 1:
             return self._lanes if self._lanes[0].plan is plan else []
@@ -540,14 +389,14 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                         if lane.may_want(section, num_due):
                             self._ask_due(lane, section, num_due, plan, slow_after_s, now)
 
-    def _pull_plan(self, plan: MergePlan) -> _PullsOf:
+    def _pull_plan(self, plan: MergePlan) -> DuePulls:
         times, num_others = self._times, len(self._others)
         basis = num_others, times.bytes_per_s, times.overhead_s, times.early_share
         known = self._pull_plans.get(plan.fragments)
         if known is None or known.basis != basis:
             sizes, wanted = self._sizes_of(plan), self._settings.wanted
             found = plan_pulls(num_others, plan.started_s, plan.ends_s, sizes, times, wanted)
-            known = self._pull_plans[plan.fragments] = _PullsOf(basis, found, times.slow_after_s(sizes, wanted))
+            known = self._pull_plans[plan.fragments] = DuePulls(basis, found, times.slow_after_s(sizes, wanted))
         return known
 
     def _sizes_of(self, plan: MergePlan) -> SectionBytes:
@@ -558,7 +407,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
 
     def _ask_due(
         self,
-        lane: _Lane[Held, Payload, Ready],
+        lane: GossipLane[Held, Payload, Ready],
         section: Section,
         num_due: int,
         plan: MergePlan,
@@ -579,7 +428,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._wake_before(lane.open.next_slow_s(section, slow_after_s, now))
 
     def _choose(
-        self, lane: _Lane[Held, Payload, Ready], section: Section, round: int, here: Sequence[Which], now: float
+        self, lane: GossipLane[Held, Payload, Ready], section: Section, round: int, here: Sequence[Which], now: float
     ) -> str | None:
         """Whose to pull next."""
         view = self._view(lane)
@@ -600,7 +449,6 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             exclude={self._me, *lane.open.not_now(section, here, now)},
             reference_round=view.reference,
             now=now,
-            rng=self._rng,
             first=first,
             new_tokens=view.new_tokens,
         )[0]
@@ -608,13 +456,15 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     # ------------------------------------------------------------- one pull
 
     def _begin(
-        self, lane: _Lane[Held, Payload, Ready], section: Section, peer: str, round_s: float, now: float
+        self, lane: GossipLane[Held, Payload, Ready], section: Section, peer: str, round_s: float, now: float
     ) -> None:
         if self._hidden is None:
             self._hidden = {info.peer: info.hosts for info in self._others if info.hidden}
         number, hosts = self._next_number(), self._hidden.get(peer)
         opened = lane.open.begin(section, peer, now)
-        pull = self._pulls[number] = _Pull(number, lane.number, opened, round_s, [peer] if hosts is None else [*hosts])
+        pull = self._pulls[number] = GossipPull(
+            number, lane.number, opened, round_s, [peer] if hosts is None else [*hosts]
+        )
         if hosts is None:
             self._ask_next(pull, now)
         else:
@@ -624,11 +474,11 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._numbers += 1
         return self._numbers
 
-    def _routed(self, pull: _Pull[Held], is_direct: bool, now: float) -> None:
+    def _routed(self, pull: GossipPull[Held], is_direct: bool, now: float) -> None:
         pull.sources = [pull.open.peer] if is_direct else self._hosts.of(pull.sources, now)
         self._ask_next(pull, now)
 
-    def _ask_next(self, pull: _Pull[Held], now: float) -> None:
+    def _ask_next(self, pull: GossipPull[Held], now: float) -> None:
         """Ask the next source, if there is one."""
         section, peer, ledger = pull.open.section, pull.open.peer, self._lanes[pull.fragment].ledger
         if not pull.sources:  # its hosts failed, which is not its own fault; it may be had again within the round
@@ -641,7 +491,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             known = None if round is None else Mark(round, 0, 0)
         self._out.append(Ask(pull.number, pull.source, peer, section, pull.fragment, known))
 
-    def _replied(self, pull: _Pull[Held], event: Replied[Held], now: float) -> None:
+    def _replied(self, pull: GossipPull[Held], event: Replied[Held], now: float) -> None:
         lane, peer, mark = self._lanes[pull.fragment], pull.open.peer, event.mark
         if mark is None or event.held is None:
             self._nothing_new(pull, now)
@@ -659,7 +509,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         pull.begun = self._times.bytes_begin(now)
         self._out.append(Download(pull.number, pull.source, event.held))
 
-    def _news(self, lane: _Lane[Held, Payload, Ready], peer: str, mark: Mark) -> tuple[News, Held | None] | None:
+    def _news(self, lane: GossipLane[Held, Payload, Ready], peer: str, mark: Mark) -> tuple[News, Held | None] | None:
         """What of a publication can be merged, and what it is the difference to; None if nothing can."""
         news = lane.news(peer, mark, self._reference_round())
         if isinstance(news, Nothing | Theta):
@@ -669,7 +519,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         earlier = lane.merged.get(peer)
         return None if earlier is None else (news, earlier)
 
-    def _wrong_counter(self, lane: _Lane[Held, Payload, Ready], peer: str, mark: Mark) -> str:
+    def _wrong_counter(self, lane: GossipLane[Held, Payload, Ready], peer: str, mark: Mark) -> str:
         """In what way `peer` publishes what is too old, or its counter turned back for good; "" if it did not.
 
         One that was killed turned back by a few rounds, and is past them soon."""
@@ -686,7 +536,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             return f"a publication of an old round: {news.reason}"
         return ""
 
-    def _round_began_s(self, lane: _Lane[Held, Payload, Ready], mark: Mark, told: Told | None) -> float | None:
+    def _round_began_s(self, lane: GossipLane[Held, Payload, Ready], mark: Mark, told: Told | None) -> float | None:
         """When its author's round of the fragment began; None if it is in another by what it told, or does not know its
         speed yet."""
         if told is None:
@@ -697,7 +547,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             return None
         return round_began_s(told.since_s, found[1], told.steps_per_s)
 
-    def _downloaded(self, pull: _Pull[Held], event: Downloaded, now: float) -> None:
+    def _downloaded(self, pull: GossipPull[Held], event: Downloaded, now: float) -> None:
         assert pull.mark is not None
         assert pull.held is not None
         assert pull.begun is not None
@@ -715,7 +565,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             news, earlier = found
             self._out.append(Decode(pull.number, peer, pull.open.section, lane.number, pull.held, news, earlier))
 
-    def _decoded(self, pull: _Pull[Held], payload: Payload, now: float) -> None:
+    def _decoded(self, pull: GossipPull[Held], payload: Payload, now: float) -> None:
         assert pull.mark is not None
         assert pull.held is not None
         lane, peer = self._lanes[pull.fragment], pull.open.peer
@@ -733,7 +583,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._settling.append(pull)
         self._prepare_more(now)
 
-    def _settled(self, pull: _Pull[Held], now: float) -> None:
+    def _settled(self, pull: GossipPull[Held], now: float) -> None:
         """Its merge is prepared."""
         if pull.number in self._pulls:
             self._times.merged(now - pull.asked_s - pull.bytes_s)
@@ -741,20 +591,20 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             self._lanes[pull.fragment].open.end(pull.open)
             self._look_if_moved(now)
 
-    def _end(self, pull: _Pull[Held], now: float) -> None:
+    def _end(self, pull: GossipPull[Held], now: float) -> None:
         del self._pulls[pull.number]
         self._look_again(now)
 
-    def _nothing_new(self, pull: _Pull[Held], now: float) -> None:
+    def _nothing_new(self, pull: GossipPull[Held], now: float) -> None:
         self._end(pull, now)
         self._lanes[pull.fragment].open.nothing_new(pull.open, now, pull.round_s)
 
-    def _busy(self, pull: _Pull[Held], now: float) -> None:
+    def _busy(self, pull: GossipPull[Held], now: float) -> None:
         self._end(pull, now)
         self._lanes[pull.fragment].open.end(pull.open)
         self._out.append(LeftAlone(pull.open.peer, self._back_off.busy(pull.open.peer, now)))
 
-    def _failed(self, pull: _Pull[Held], failure: Failure, now: float) -> None:
+    def _failed(self, pull: GossipPull[Held], failure: Failure, now: float) -> None:
         peer, source = pull.open.peer, pull.source
         if source != peer and not failure.is_authors:
             if failure.kind != "away":
@@ -773,7 +623,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         if failure.is_incident:
             self._out.append(Report(peer, failure))
 
-    def _give_up(self, pull: _Pull[Held]) -> None:
+    def _give_up(self, pull: GossipPull[Held]) -> None:
         del self._pulls[pull.number]
         self._lanes[pull.fragment].open.give_up(pull.open)
         self._out.append(Cancel(pull.number))
@@ -786,17 +636,17 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             return
         for lane in self._prepared_now() if self._settings.is_large else self._lanes:
             if lane.plan is not None and lane.has_more():
-                self._prepare(_Preparing(lane.plan, lane.number, lane.began_s, tuple(lane.pulled)))
+                self._prepare(Preparing(lane.plan, lane.number, lane.began_s, tuple(lane.pulled)))
                 return
         settling, self._settling = self._settling, []
         for pull in settling:
             self._settled(pull, now)
 
-    def _prepare(self, preparing: _Preparing[Held, Payload]) -> None:
+    def _prepare(self, preparing: Preparing[Held, Payload]) -> None:
         preparing.number, self._preparing = self._next_number(), preparing
         self._out.append(Prepare(preparing.number, preparing.plan, preparing.fragment, preparing.tried))
 
-    def _prepared_now(self) -> list[_Lane[Held, Payload, Ready]]:
+    def _prepared_now(self) -> list[GossipLane[Held, Payload, Ready]]:
         """Of a large model only the fragments that are merged first: what is prepared takes 8 bytes a number and what
         was pulled a few bits."""
         planned = [(lane.plan.ends_s, lane) for lane in self._lanes if lane.plan is not None]
@@ -816,10 +666,10 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         else:
             lane, round = self._lanes[preparing.fragment], preparing.plan.round
             if lane.plan is not None and lane.plan.round == round and lane.began_s == preparing.began_s:
-                lane.ready = _ReadyMerge(round, preparing.pulled, merge)
+                lane.ready = ReadyMerge(round, preparing.pulled, merge)
             self._prepare_more(now)
 
-    def _sift(self, preparing: _Preparing[Held, Payload], is_good: bool, now: float) -> None:
+    def _sift(self, preparing: Preparing[Held, Payload], is_good: bool, now: float) -> None:
         """No merge of all that was pulled can be prepared: drop what cannot be merged with those that were here before
         it and stay. Who published it has failed, and another is tried."""
         tried = preparing.tried[-1]
@@ -856,7 +706,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._out.append(self._merge(lane, ready) if ready is not None and is_ready else Merge(event.fragment))
 
     def _merge(
-        self, lane: _Lane[Held, Payload, Ready], ready: _ReadyMerge[Held, Payload, Ready]
+        self, lane: GossipLane[Held, Payload, Ready], ready: ReadyMerge[Held, Payload, Ready]
     ) -> Merge[Held, Payload, Ready]:
         """What is ready counts as merged from here on. If some of it is too old by now, the rest is prepared anew for
         the next round."""

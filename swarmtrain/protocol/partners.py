@@ -8,7 +8,7 @@ of: into the checkpoint, and with a state to whoever takes that.
 Partners are drawn among the live peers. What a peer announces of itself is a hint that may be a third of a presence's
 lifetime old: who has nothing new is asked only when nobody else is left. Nothing here waits for anybody.
 
-Pure: `now` and the random numbers are arguments, every answer carries its reason.
+Pure: `now` is an argument, chance is a generator that its owner gives, every answer carries its reason.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ __all__ = [
     "Partners",
     "Place",
     "Theta",
-    "View",
     "Whole",
     "agreed_places",
     "left_behind",
@@ -358,24 +357,6 @@ class Candidate:
     steps_per_s: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """What a peer that chooses sees of the others: their newest publications, and in which round each is."""
-
-    candidates: Sequence[Candidate]
-    rounds: Mapping[str, int]
-    own_round: int
-    with_weights: Collection[str]
-    """Whose weights are here or coming."""
-    exclude: Collection[str]
-    """Who is not to be asked: who was, in this round, and oneself."""
-
-    @property
-    def reference_round(self) -> int:
-        """The median, this peer's own included."""
-        return median_round([self.own_round, *self.rounds.values()])
-
-
 @dataclass
 class _Ban:
     tried_s: float
@@ -483,23 +464,12 @@ class Partners:
     ledger: Ledger
     back_off: BackOff = field(default_factory=BackOff)
     variant: str = "uniform"
+    rng: random.Random = field(default_factory=random.Random)
     _asked: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"no such choice of partners: {self.variant}; allowed: {', '.join(VARIANTS)}")
-
-    def next(self, section: Section, view: View, now: float, rng: random.Random) -> tuple[str | None, str]:
-        """Whose weights or gradient to ask for next, or None; with the reason."""
-        reference = view.reference_round
-        return self.choose(
-            view.candidates,
-            exclude=view.exclude,
-            reference_round=reference,
-            now=now,
-            rng=rng,
-            first=self.first(section, view.rounds, view.with_weights, reference),
-        )
 
     def first(
         self, section: Section, rounds: Mapping[str, int], with_weights: Collection[str], reference_round: int
@@ -517,7 +487,6 @@ class Partners:
         exclude: Collection[str],
         reference_round: int,
         now: float,
-        rng: random.Random,
         first: Collection[str] = (),
         new_tokens: Mapping[str, int | None] | None = None,
     ) -> tuple[str | None, str]:
@@ -541,7 +510,7 @@ class Partners:
         else:
             hopeful = [(one, 0) for one in free]
             reason = f"{self.variant} among {len(hopeful)} that announced nothing new: announcements may be old"
-        peer = VARIANTS[self.variant](self, hopeful, rng)
+        peer = VARIANTS[self.variant](self, hopeful, self.rng)
         return peer, f"{reason}; {about_bans}" if about_bans else reason
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from swarmtrain.algorithm.pacing import round_inner_steps
 from swarmtrain.protocol.fragments import FragmentRounds, merged_step, published, publishes_every
-from swarmtrain.protocol.gossip import GossipEngine, Tellings
+from swarmtrain.protocol.gossip import GossipEngine
 from swarmtrain.protocol.gossip import GossipSettings as EngineSettings
 from swarmtrain.protocol.gossip_messages import (
     Ask,
@@ -47,6 +47,7 @@ from swarmtrain.protocol.gossip_messages import (
     TookStates,
     Woke,
 )
+from swarmtrain.protocol.gossip_state import Tellings
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
 from swarmtrain.protocol.merge_plans import MergePlanner, TrainersRound
 from swarmtrain.protocol.partners import Mark, median_round, rounds_behind

@@ -215,9 +215,8 @@ def _rounds(record: Record) -> None:
 def _choices(record: Record) -> None:
     """Drawn from a known generator."""
 
-    def init(original: Any, self: GossipEngine[Any, Any, Any], me: str, *args: Any) -> None:
-        original(self, me, *args)
-        self._rng = generator(me)
+    def init(original: Any, self: GossipEngine[Any, Any, Any], me: str, settings: Any) -> None:
+        original(self, me, settings, generator(me))
 
     around(GossipEngine, "__init__", init)
 

@@ -18,7 +18,6 @@ from swarmtrain.protocol.partners import (
     Nothing,
     Partners,
     Theta,
-    View,
     Whole,
     agreed_places,
     left_behind,
@@ -284,8 +283,8 @@ def candidates(num: int, round: int = 1) -> list[Candidate]:
 
 
 def drawn(partners: Partners, among: list[Candidate], num: int, exclude: tuple[str, ...] = ()) -> list[str | None]:
-    rng = random.Random(5)
-    return [partners.choose(among, exclude=exclude, reference_round=1, now=0.0, rng=rng)[0] for _ in range(num)]
+    partners.rng = random.Random(5)
+    return [partners.choose(among, exclude=exclude, reference_round=1, now=0.0)[0] for _ in range(num)]
 
 
 def test_partners_are_uniform() -> None:
@@ -304,34 +303,32 @@ def test_the_same_seed_chooses_the_same_whatever_the_order_of_the_candidates() -
 def test_who_announced_nothing_new_is_asked_only_when_nobody_else_is_left() -> None:
     partners = Partners(ledger_with(("p0", 1, 1, 10), ("p1", 1, 1, 11)))
     among = [*candidates(3), Candidate(peer="p3", round=1)]
-    rng = random.Random(1)
+    partners.rng = random.Random(1)
     for _ in range(50):
-        assert partners.choose(among, exclude=(), reference_round=1, now=0.0, rng=rng)[0] == "p2"
-    peer, reason = partners.choose(among, exclude=("p2",), reference_round=1, now=0.0, rng=rng)
+        assert partners.choose(among, exclude=(), reference_round=1, now=0.0)[0] == "p2"
+    peer, reason = partners.choose(among, exclude=("p2",), reference_round=1, now=0.0)
     assert peer in ("p0", "p1", "p3") and "may be old" in reason
     assert set(drawn(partners, among, 50, exclude=("p2",))) == {"p0", "p1", "p3"}
 
 
 def test_nobody_and_everybody_asked_are_said() -> None:
-    partners, rng = Partners(Ledger()), random.Random(0)
-    peer, reason = partners.choose([], exclude=(), reference_round=0, now=0.0, rng=rng)
+    partners = Partners(Ledger())
+    peer, reason = partners.choose([], exclude=(), reference_round=0, now=0.0)
     assert (peer, reason) == (None, "nobody else is there")
-    peer, reason = partners.choose(candidates(2), exclude=("p0", "p1"), reference_round=0, now=0.0, rng=rng)
+    peer, reason = partners.choose(candidates(2), exclude=("p0", "p1"), reference_round=0, now=0.0)
     assert (peer, reason) == (None, "everybody was asked in this round")
 
 
 def test_new_weights_first_and_gradients_of_whose_weights_are_here() -> None:
     ledger = Ledger()
     ledger.weights_merged("p0", 1)
-    partners, rng = Partners(ledger), random.Random(0)
-    seen = {"candidates": candidates(3), "rounds": {"p0": 1, "p1": 1, "p2": 2}, "own_round": 1, "exclude": {"p2"}}
-    view = View(**seen, with_weights={"p0"})
-    assert view.reference_round == 1
+    partners, rounds = Partners(ledger), {"p0": 1, "p1": 1, "p2": 2}
+    assert partners.first("weights", rounds, ("p0",), 1) == {"p1", "p2"}, "those of p0 were merged"
+    assert partners.first("gradient", rounds, ("p0",), 1) == {"p0"}
     for _ in range(20):
-        assert partners.next("weights", view, 0.0, rng)[0] == "p1", "those of p0 were merged"
-        assert partners.next("gradient", view, 0.0, rng)[0] == "p0"
-    nobody = View(**{**seen, "exclude": {"p0", "p1", "p2"}}, with_weights=())
-    assert partners.next("gradient", nobody, 0.0, rng)[0] is None
+        assert partners.choose(candidates(3), exclude=(), reference_round=1, now=0.0, first={"p1"})[0] == "p1"
+        found = partners.choose(candidates(3), exclude=("p1",), reference_round=1, now=0.0, first={"p1"})[0]
+        assert found in ("p0", "p2"), "another where nobody of them is left"
 
 
 def test_variants() -> None:
@@ -368,15 +365,15 @@ def test_busy_is_short_and_failures_double_up_to_a_cap() -> None:
 
 
 def test_bans_do_not_count_when_everyone_is_banned_but_nobody_is_hammered() -> None:
-    partners, rng = Partners(Ledger()), random.Random(0)
+    partners = Partners(Ledger())
     for peer in ("p0", "p1"):
         partners.back_off.failed(peer, 50.0, "unreachable")
     among = candidates(2)
-    peer, reason = partners.choose(among, exclude=(), reference_round=1, now=50.5, rng=rng)
+    peer, reason = partners.choose(among, exclude=(), reference_round=1, now=50.5)
     assert peer is None and "within the last 1 s" in reason
-    peer, reason = partners.choose(among, exclude=(), reference_round=1, now=51.0, rng=rng)
+    peer, reason = partners.choose(among, exclude=(), reference_round=1, now=51.0)
     assert peer is not None and "bans do not count" in reason
-    peer, reason = partners.choose(candidates(3), exclude=("p2",), reference_round=1, now=51.0, rng=rng)
+    peer, reason = partners.choose(candidates(3), exclude=("p2",), reference_round=1, now=51.0)
     assert peer is None and "left alone" in reason, "p2 answered in this round: the network works"
 
 
