@@ -19,7 +19,6 @@ from recording import around, plain
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import vector_sha256
-from swarmtrain.protocol import gossip
 from swarmtrain.protocol.gossip import GossipEngine
 from swarmtrain.protocol.gossip_messages import (
     Ask,
@@ -175,10 +174,14 @@ def _text(vector: Any) -> str:
 
 
 class _Learning(_Lines):
-    """What each engine is told and answers, and what its peer trains, decodes and merges."""
+    """What each engine is told and answers, and what its peer trains, decodes and merges; not how often it looks."""
 
     due: int = -1
     """The round that is merged now."""
+    num_blocks: int = 0
+
+    def write(self, peer: int, kind: str, **what: Any) -> None:
+        super().write(peer, kind, block=self.num_blocks, **what)
 
     def put_in(self) -> None:
         self.inner()
@@ -203,16 +206,11 @@ class _Learning(_Lines):
             self.current = last
             return found
 
-        def plan(original: Any, *args: Any) -> Any:
-            found = original(*args)
-            num_others, started_s, ends_s, sizes, *_ = args
-            self.write(self.current, "plan", inputs=[num_others, started_s, ends_s], sizes=sizes, found=found)
-            return found
-
         def choose(original: Any, partners: Partners, candidates: Any, **how: Any) -> Any:
             found = original(partners, candidates, **how)
-            what = {"exclude": sorted(how["exclude"]), "first": sorted(how["first"])}
-            self.write(self.of(partners), "choice", **what, reference=how["reference_round"], found=found)
+            if found[0] is not None:
+                what = {"exclude": sorted(how["exclude"]), "first": sorted(how["first"])}
+                self.write(self.of(partners), "choice", **what, reference=how["reference_round"], found=found)
             return found
 
         def bring(
@@ -223,19 +221,17 @@ class _Learning(_Lines):
 
         around(VirtualDriver, "__init__", init)
         around(GossipEngine, "receive", receive)
-        around(gossip, "plan_pulls", plan)
         around(Partners, "choose", choose)
         around(VirtualDriver, "bring", bring)
 
     def _event(self, peer: int, event: Any) -> None:
+        self.num_blocks += not isinstance(event, Woke)
         match event:
             case PeersChanged(volunteers):
                 told = {one.peer: [one.round, one.part, one.part_tokens] for one in volunteers}
                 self.news(peer, "others", "others", told)
             case Planned(round, plans):
                 self.write(peer, "begins", round=round, plans=plans)
-            case Woke():
-                self.write(peer, "looks")
             case Called(author):
                 self.write(peer, "calls", author=author)
             case Replied(ask, mark):
