@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, NamedTuple
 
-from swarmtrain.protocol.fragments import steps_of_fragment, told_mark, told_round
+from swarmtrain.protocol.fragments import steps_of_fragment
 from swarmtrain.protocol.gossip_messages import (
     Ask,
     Called,
@@ -89,16 +89,16 @@ from swarmtrain.protocol.pulls import (
     round_began_s,
     total_bytes,
 )
+from swarmtrain.protocol.tellings import Tellings, beyond
 from swarmtrain.run import GradientFormat
 
-__all__ = ["GossipEngine", "GossipSettings", "Tellings"]
+__all__ = ["GossipEngine", "GossipSettings"]
 
 _LEFT_OUT_S = 0.25
 _OLD_PULL_S = 30.0
 _OLD_PULL_ROUNDS = 2
 _RESTART_ROUNDS = 3
 """A peer that was killed and went on from its checkpoint is behind what it had published by so many rounds."""
-_MOST_TELLINGS = 16384
 _OF_A_PULL = (Replied, Downloaded, Decoded, Failed, Routed)
 
 
@@ -188,30 +188,6 @@ class _PullsOf(NamedTuple):
     """What they follow from."""
     pulls: PullPlan
     slow_after_s: float
-
-
-class Tellings:
-    """What peers' records say of each fragment, worked out once for all who have read the same record."""
-
-    def __init__(self, num_fragments: int, num_parts: int) -> None:
-        self._num_fragments, self._num_parts = num_fragments, num_parts
-        self._of: dict[str, tuple[PeerInfo, Sequence[tuple[int, Candidate]]]] = {}
-
-    def of(self, info: PeerInfo) -> Sequence[tuple[int, Candidate]]:
-        """Of each fragment in which round it is, and what is published of it."""
-        known = self._of.get(info.peer)
-        if known is not None and known[0] is info:
-            return known[1]
-        if len(self._of) > _MOST_TELLINGS:
-            self._of.clear()
-        told, number, num_parts = Mark(info.round, info.part, info.part_tokens), self._num_fragments, self._num_parts
-        found = []
-        for each in range(number):
-            mark = told_mark(each, number, told, num_parts)
-            candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=mark.tokens)
-            found.append((told_round(each, number, told, num_parts), candidate))
-        self._of[info.peer] = info, found
-        return found
 
 
 @dataclass(slots=True)
@@ -448,7 +424,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             for info in self._others:
                 lane.view.rounds[info.peer], candidate = self._tellings.of(info)[lane.number]
                 if len(self._lanes) > 1 and (known := lane.ledger.mark(info.peer)) is not None:
-                    candidate = _beyond(candidate, known)
+                    candidate = beyond(candidate, known)
                 lane.view.candidates.append(candidate)
         return lane.view
 
@@ -903,10 +879,3 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._wake_s, self._is_short = None, False
         for lane in self._lanes:
             lane.plan = None
-
-
-def _beyond(candidate: Candidate, known: Mark) -> Candidate:
-    """What it has published, by a guess, which may say less than what was merged of it."""
-    if known.round != candidate.round or known.part >= candidate.part or candidate.tokens > known.tokens:
-        return candidate
-    return replace(candidate, tokens=known.tokens + 1)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from swarmtrain.algorithm.pacing import round_inner_steps
 from swarmtrain.protocol.fragments import FragmentRounds, merged_step, published, publishes_every
-from swarmtrain.protocol.gossip import GossipEngine, Tellings
+from swarmtrain.protocol.gossip import GossipEngine
 from swarmtrain.protocol.gossip import GossipSettings as EngineSettings
 from swarmtrain.protocol.gossip_messages import (
     Ask,
@@ -52,6 +52,7 @@ from swarmtrain.protocol.merge_plans import MergePlanner, TrainersRound
 from swarmtrain.protocol.partners import Mark, median_round, rounds_behind
 from swarmtrain.protocol.pulls import SECTIONS, round_ends_s
 from swarmtrain.protocol.shards import Coverage
+from swarmtrain.protocol.tellings import Tellings
 from swarmtrain.run import GradientFormat
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import Link
