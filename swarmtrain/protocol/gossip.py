@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic
 
 from swarmtrain.protocol.fragments import steps_of_fragment
@@ -56,14 +56,13 @@ from swarmtrain.protocol.gossip_messages import (
     TookWeights,
     Woke,
 )
-from swarmtrain.protocol.gossip_state import DuePulls, GossipLane, GossipPull, LaneView, Preparing, ReadyMerge, Tellings
+from swarmtrain.protocol.gossip_state import DuePulls, GossipLane, GossipPull, LaneView, Preparing, ReadyMerge
 from swarmtrain.protocol.hosts import HostOrder
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.merge_plans import MergePlan
 from swarmtrain.protocol.open_pulls import OpenPulls, Which
 from swarmtrain.protocol.partners import (
     BackOff,
-    Candidate,
     Difference,
     Ledger,
     Mark,
@@ -88,6 +87,7 @@ from swarmtrain.protocol.pulls import (
     round_began_s,
     total_bytes,
 )
+from swarmtrain.protocol.tellings import Tellings, beyond
 from swarmtrain.run import GradientFormat
 
 __all__ = ["GossipEngine", "GossipSettings"]
@@ -297,7 +297,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             for info in self._others:
                 lane.view.rounds[info.peer], candidate = self._tellings.of(info)[lane.number]
                 if len(self._lanes) > 1 and (known := lane.ledger.mark(info.peer)) is not None:
-                    candidate = _beyond(candidate, known)
+                    candidate = beyond(candidate, known)
                 lane.view.candidates.append(candidate)
         return lane.view
 
@@ -753,10 +753,3 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._wake_s, self._is_short = None, False
         for lane in self._lanes:
             lane.plan = None
-
-
-def _beyond(candidate: Candidate, known: Mark) -> Candidate:
-    """What it has published, by a guess, which may say less than what was merged of it."""
-    if known.round != candidate.round or known.part >= candidate.part or candidate.tokens > known.tokens:
-        return candidate
-    return replace(candidate, tokens=known.tokens + 1)

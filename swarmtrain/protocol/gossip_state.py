@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple
 
-from swarmtrain.protocol.fragments import told_mark, told_round
 from swarmtrain.protocol.gossip_messages import (
     Held,
     Payload,
     Pulled,
     Ready,
 )
-from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.merge_plans import MergePlan
 from swarmtrain.protocol.open_pulls import OpenPull, OpenPulls, Which
 from swarmtrain.protocol.partners import (
@@ -31,9 +29,14 @@ from swarmtrain.protocol.pulls import (
 )
 from swarmtrain.run import GradientFormat
 
-__all__ = ["DuePulls", "GossipLane", "GossipPull", "LaneView", "Preparing", "ReadyMerge", "Tellings"]
-
-_MOST_TELLINGS = 16384
+__all__ = [
+    "DuePulls",
+    "GossipLane",
+    "GossipPull",
+    "LaneView",
+    "Preparing",
+    "ReadyMerge",
+]
 
 
 @dataclass(slots=True)
@@ -108,30 +111,6 @@ class DuePulls(NamedTuple):
     """What they follow from."""
     pulls: PullPlan
     slow_after_s: float
-
-
-class Tellings:
-    """What peers' records say of each fragment, worked out once for all who have read the same record."""
-
-    def __init__(self, num_fragments: int, num_parts: int) -> None:
-        self._num_fragments, self._num_parts = num_fragments, num_parts
-        self._of: dict[str, tuple[PeerInfo, Sequence[tuple[int, Candidate]]]] = {}
-
-    def of(self, info: PeerInfo) -> Sequence[tuple[int, Candidate]]:
-        """Of each fragment in which round it is, and what is published of it."""
-        known = self._of.get(info.peer)
-        if known is not None and known[0] is info:
-            return known[1]
-        if len(self._of) > _MOST_TELLINGS:
-            self._of.clear()
-        told, number, num_parts = Mark(info.round, info.part, info.part_tokens), self._num_fragments, self._num_parts
-        found = []
-        for each in range(number):
-            mark = told_mark(each, number, told, num_parts)
-            candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=mark.tokens)
-            found.append((told_round(each, number, told, num_parts), candidate))
-        self._of[info.peer] = info, found
-        return found
 
 
 @dataclass(slots=True)

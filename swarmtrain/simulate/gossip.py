@@ -47,12 +47,12 @@ from swarmtrain.protocol.gossip_messages import (
     TookStates,
     Woke,
 )
-from swarmtrain.protocol.gossip_state import Tellings
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
 from swarmtrain.protocol.merge_plans import MergePlanner, TrainersRound
 from swarmtrain.protocol.partners import Mark, median_round, rounds_behind
 from swarmtrain.protocol.pulls import SECTIONS, round_ends_s
 from swarmtrain.protocol.shards import Coverage
+from swarmtrain.protocol.tellings import Tellings
 from swarmtrain.run import GradientFormat
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import Link

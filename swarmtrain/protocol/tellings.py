@@ -1,0 +1,48 @@
+"""What peers' records say of each fragment, worked out once for all who have read the same record.
+
+Pure. A simulated swarm has one of these for all of its peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from swarmtrain.protocol.fragments import told_mark, told_round
+from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.protocol.partners import Candidate, Mark
+
+__all__ = ["Tellings", "beyond"]
+
+_MOST = 16384
+
+
+class Tellings:
+    """What peers' records say of each fragment, worked out once for all who have read the same record."""
+
+    def __init__(self, num_fragments: int, num_parts: int) -> None:
+        self._num_fragments, self._num_parts = num_fragments, num_parts
+        self._of: dict[str, tuple[PeerInfo, Sequence[tuple[int, Candidate]]]] = {}
+
+    def of(self, info: PeerInfo) -> Sequence[tuple[int, Candidate]]:
+        """Of each fragment in which round it is, and what is published of it."""
+        known = self._of.get(info.peer)
+        if known is not None and known[0] is info:
+            return known[1]
+        if len(self._of) > _MOST:
+            self._of.clear()
+        told, number, num_parts = Mark(info.round, info.part, info.part_tokens), self._num_fragments, self._num_parts
+        found = []
+        for each in range(number):
+            mark = told_mark(each, number, told, num_parts)
+            candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=mark.tokens)
+            found.append((told_round(each, number, told, num_parts), candidate))
+        self._of[info.peer] = info, found
+        return found
+
+
+def beyond(candidate: Candidate, known: Mark) -> Candidate:
+    """What it has published, by a guess, which may say less than what was merged of it."""
+    if known.round != candidate.round or known.part >= candidate.part or candidate.tokens > known.tokens:
+        return candidate
+    return replace(candidate, tokens=known.tokens + 1)
