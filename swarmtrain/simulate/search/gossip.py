@@ -349,7 +349,8 @@ def _entered_twice(swarm: SearchedSwarm) -> Iterable[Violation]:
     entered: defaultdict[tuple[str, str, int, int], list[tuple[int, int]]] = defaultdict(list)
     came = [one._replace(who=peer.name) for peer in swarm.peers.values() for one in peer.came]
     for one in [*swarm.entered, *came]:
-        if not {one.who, one.whose} & swarm.liars:
+        is_first = one.who == one.whose and one.round == 0  # who is killed in it has no checkpoint, and has it anew
+        if not is_first and not {one.who, one.whose} & swarm.liars:
             entered[one.who, one.whose, one.fragment, one.round].append((one.since, one.until))
     for (who, whose, fragment, round), spans in entered.items():
         for before, after in pairwise(sorted(spans)):
