@@ -73,7 +73,7 @@ def test_a_thousand_peers_some_of_which_die_and_come() -> None:
     assert fresh_share(swarm.rounds) >= 0.95
     assert max(record.staleness_rounds for record in swarm.rounds) <= settings.max_staleness_rounds
     assert min(peer.round for peer in swarm.running()) >= statistics.median(p.round for p in swarm.running()) - 5
-    assert swarm.spread() < 0.2 * at_first
+    assert swarm.spread() < 0.25 * at_first
     assert not swarm.incidents
 
 
