@@ -19,6 +19,7 @@ from recording import around, plain
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import vector_sha256
+from swarmtrain.protocol import gossip
 from swarmtrain.protocol.gossip import GossipEngine
 from swarmtrain.protocol.gossip_messages import (
     Ask,
