@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 __all__ = ["HandIn", "HandIns", "Marks", "too_old"]
 
@@ -26,7 +26,15 @@ _MAX_WORKERS = 4096
 """So many workers' rounds are remembered: identities cost nothing."""
 _MAX_KEPT = 4
 
-G = TypeVar("G")
+
+class Summable(Protocol):
+    """A pseudo-gradient: two of them have a sum."""
+
+    def __add__(self, other: Self, /) -> Self:
+        """Of both."""
+
+
+G = TypeVar("G", bound=Summable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +54,12 @@ class HandIn(Generic[G]):
 
     def then(self, later: HandIn[G]) -> HandIn[G]:
         """Both as one."""
-        added: Any = self.gradient
         return dataclasses.replace(
             later,
             tokens=self.tokens + later.tokens,
             inner_steps=self.inner_steps + later.inner_steps,
             arrivals=self.arrivals,
-            gradient=added + later.gradient,
+            gradient=self.gradient + later.gradient,
         )
 
 
