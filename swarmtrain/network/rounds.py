@@ -170,9 +170,12 @@ class Rounds:
             self._timer = loop.call_later(max(0.0, wake_s - now), self._woke, max(wake_s, now))
 
     def _woke(self, planned_s: float) -> None:
-        if swarm_time() - planned_s > self.gap_s:
-            self.stood_still(swarm_time())
-        self._tell(ev.Woke())
+        try:
+            if swarm_time() - planned_s > self.gap_s:
+                self.stood_still(swarm_time())
+            self._tell(ev.Woke())
+        except Exception as error:  # a timer's would be logged, and whoever waits would do so for ever
+            self._failed(error)
 
     def _do(self, command: ev.Command[pb.Signed]) -> None:
         match command:
@@ -202,7 +205,8 @@ class Rounds:
                 if self._merging is not None:
                     self._merging.cancel()
             case ev.Finish():
-                assert self._mean is not None and self._mean.roster == command.roster.roster
+                # Another roster may name the same publications by now: the same weights come of it.
+                assert self._mean is not None and self._mean.roster.digest == command.roster.roster.digest
                 self._ends(self._mean)
             case ev.Fetch():
                 self._tasks[command.number] = self._begin(self._fetch(command))
@@ -228,11 +232,15 @@ class Rounds:
         return task
 
     def _work_ended(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        if self._outcome is not None and not self._outcome.done():
-            self._outcome.set_exception(error)
-        else:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        """Whoever waits for what does not come any more is told."""
+        waiting = [future for future in (self._outcome, *self._futures.values()) if future and not future.done()]
+        for future in waiting:
+            future.set_exception(error)
+        if not waiting:
             _log.error("the work of a round ended", exc_info=error)
 
     def _ends(self, outcome: Outcome) -> None:

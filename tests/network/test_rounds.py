@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.merging import RoundSettings
-from swarmtrain.network.roster import sign_roster
+from swarmtrain.network.roster import publication_of, sign_roster
 from swarmtrain.network.rounds import Merged, NewState, Rounds
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot, empty_held
 from swarmtrain.protocol import round_events as ev
@@ -309,3 +310,53 @@ def test_a_signer_that_never_signs_is_passed_over_after_two_rounds() -> None:
 
     first_s, second_s, third_s = virtual_swarm(run)
     assert third_s < 0.5 + 0.7 <= min(first_s, second_s)
+
+
+def test_who_else_signs_what_is_being_merged_changes_nothing() -> None:
+    """A signer that stood still names the same publications as the one that took its turn."""
+    late, me = a_swarm(2)
+    own, came = publication(me), threading.Event()
+    roster = Roster(round=0, signer=late.peer_id, entries=(publication_of(own.snapshot),), attempt=1)
+
+    def signs(request: pb.RoundRequest, reply: pb.RoundReply) -> None:
+        if rounds and rounds[0].engine._ending is not None and rounds[0].engine._ending.merging:
+            reply.roster.CopyFrom(sign_roster(late, RUN, roster))
+            asyncio.get_running_loop().call_later(0.01, came.set)
+
+    rounds: list[Rounds] = []
+
+    def average(parts: Sequence[memoryview], weights: Sequence[int]) -> Any:
+        assert came.wait(5)
+        return average_bytes_untrusted(parts, weights)
+
+    async def run() -> Merged:
+        one, _ = driver([late, me], me, Others({late.peer_id: late}, change=signs))
+        one.average = average
+        rounds.append(one)
+        outcome = await asyncio.wait_for(one.finish(0, own, swarm_time()), 20)
+        assert isinstance(outcome, Merged)
+        return outcome
+
+    outcome = virtual_swarm(run)
+    assert came.is_set() and outcome.roster.digest == roster.digest
+
+
+@pytest.mark.parametrize("broken", ["_do", "_reply_untrusted"])
+def test_an_error_of_ours_ends_what_waits(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a command that a timer leads to, or in the task of a question: nobody waits for ever."""
+    identities = a_swarm(2)
+    me, other = identities
+
+    def fail(self: Rounds, *what: Any) -> None:
+        raise RuntimeError("a bug")
+
+    async def run() -> None:
+        rounds, _ = driver(identities, me, Others({other.peer_id: other}))
+        monkeypatch.setattr(Rounds, broken, fail)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await asyncio.wait_for(rounds.finish(0, publication(me), swarm_time()), 20)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await asyncio.wait_for(rounds.ask_now([other.peer_id]), 20)
+        assert swarm_time() < 5
+
+    virtual_swarm(run)
