@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 _MAX_CHECKED = 256
 _MAX_CHECKED_ENTRIES = 65_536
 _MAX_OFFERED = 8
-"""So many states that were offered are kept, the last: most are never taken."""
+"""So many states that were offered are kept, the last: most are never taken, and have no bytes here."""
 
 _T = TypeVar("_T")
 _Event: TypeAlias = ev.Event[pb.Signed, pb.ChainLink]
@@ -184,6 +184,7 @@ class Rounds:
             case ev.HangUp():
                 if (task := self._tasks.pop(command.number, None)) is not None:
                     task.cancel()
+                self._offered.pop(command.number, None)
                 if command.failed:
                     silence_s = self.settings.silence_s
                     self.calls.on_failure(command.peer, UnreachableError(f"it has not answered for {silence_s:g} s"))
@@ -527,6 +528,7 @@ class Rounds:
             await self._take_bytes(state)
         except PeerError as error:
             self._merger().blame(state.from_peer, error)
+            self._offered.pop(number, None)  # what came of it takes memory
             event = ev.NotFetched(number)
         self._tasks.pop(number, None)
         self._tell(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
@@ -358,5 +359,35 @@ def test_an_error_of_ours_ends_what_waits(broken: str, monkeypatch: pytest.Monke
         with pytest.raises(RuntimeError, match="a bug"):
             await asyncio.wait_for(rounds.ask_now([other.peer_id]), 20)
         assert swarm_time() < 5
+
+    virtual_swarm(run)
+
+
+@pytest.mark.parametrize("ends", ["breaks off", "given up"])
+def test_nothing_is_kept_of_a_state_that_did_not_come_whole(ends: str) -> None:
+    """It takes 8 bytes a parameter."""
+    me, ahead = a_swarm(2)
+    entry = Publication(peer=ahead.peer_id, snapshot="5" * 64, tokens=50, inner_steps=1)
+    last = Roster(round=0, signer=ahead.peer_id, entries=(entry,))
+    begun = list[str]()
+
+    async def offered(source: str, min_round: int) -> NewState:
+        held = empty_held(publication(ahead).snapshot)
+        return NewState(held=held, roster=last, signed_roster=pb.Signed(), from_peer=source)
+
+    async def take(state: NewState) -> None:
+        begun.append(state.from_peer)
+        if ends == "given up":
+            await asyncio.Event().wait()
+        raise UnreachableError("it broke off")
+
+    async def run() -> None:
+        rounds, _ = driver([ahead], me, Others({}))
+        rounds._offered_untrusted, rounds._take_bytes = offered, take  # type: ignore[method-assign]
+        rounds.chains.keep(ShownChain(Chain((ChainLink(roster=last),))))
+        with contextlib.suppress(TimeoutError):
+            told = {ahead.peer_id: Told(round=1, last=last)}
+            assert await asyncio.wait_for(rounds.fetch_told_state(told, "joined late"), 5) is None
+        assert begun and not rounds._offered
 
     virtual_swarm(run)
