@@ -455,6 +455,9 @@ class Rounds:
             event = ev.Failed(ask.number)
         self._tasks.pop(ask.number, None)
         self._tell(event)
+        offer = event.reply.publication if isinstance(event, ev.Answered) else None
+        if offer is not None and not self.engine.is_announced(offer):  # anyone can make any number of them
+            self._publications.pop(offer.snapshot, None)
 
     async def _reply_untrusted(self, ask: ev.Ask, reply: pb.RoundReply) -> ev.Reply[pb.Signed, pb.ChainLink]:
         """What a peer says of itself and of a round, its signatures checked."""

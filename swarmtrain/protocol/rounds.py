@@ -28,6 +28,7 @@ from swarmtrain.protocol.rosters import (
     Apply,
     CatchUp,
     Decision,
+    Publication,
     Roster,
     RoundView,
     Standing,
@@ -177,6 +178,10 @@ class RoundEngine(Generic[Envelope, Link]):
     def knows(self, round: int) -> bool:
         """Whether others are still answered about that round of ours."""
         return round in self._rounds
+
+    def is_announced(self, offer: Publication) -> bool:
+        """Whether the round that is being ended may take this in."""
+        return self._ending is not None and self._ending.announced.get(offer.peer) == offer
 
     @property
     def listening_since_s(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,9 +44,9 @@ SETTINGS = RoundSettings(
 )
 
 
-def publication(identity: Identity, specs: tuple[TensorSpec, ...] = SPECS) -> Held:
+def publication(identity: Identity, specs: tuple[TensorSpec, ...] = SPECS, part: int = 1) -> Held:
     manifest = pb.Manifest(
-        run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, part=1, tokens=10, inner_steps=1
+        run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, part=part, tokens=10, inner_steps=1
     )
     return build_snapshot(identity, manifest, specs, Body([bytes(specs[0].size_bytes)]))
 
@@ -361,6 +362,28 @@ def test_an_error_of_ours_ends_what_waits(broken: str, monkeypatch: pytest.Monke
         assert swarm_time() < 5
 
     virtual_swarm(run)
+
+
+def test_of_publications_in_answers_that_are_refused_nothing_is_kept() -> None:
+    liar, me = a_swarm(2)
+    parts, most = itertools.count(2), [0]
+
+    def lie(request: pb.RoundRequest, reply: pb.RoundReply) -> None:
+        if not request.has_publication:
+            reply.publication.CopyFrom(publication(liar, part=next(parts)).snapshot.signed)
+        reply.current_round = 7
+
+    async def run() -> None:
+        settings = dataclasses.replace(SETTINGS, silence_s=15.0)
+        rounds, _ = driver([liar, me], me, Others({liar.peer_id: liar}, change=lie), settings)
+        finishing = asyncio.create_task(rounds.finish(0, publication(me), swarm_time() - 60))
+        while not finishing.done():
+            await asyncio.sleep(0.5)
+            most[0] = max(most[0], len(rounds._publications))
+
+    virtual_swarm(run)
+    assert next(parts) > 3
+    assert most == [1], "that of this peer"
 
 
 @pytest.mark.parametrize("ends", ["breaks off", "given up"])
