@@ -396,12 +396,13 @@ class Rounds:
         except UnobtainableError as error:
             _log.info("round %d: %s", roster.round, error)
             event = ev.NotMerged(roster.digest, error.peers)
-        for each in held.values():
-            if each.snapshot.sha256 not in self._publications:
-                self._publications[each.snapshot.sha256] = each
-                self._tell(ev.Found(publication_of(each.snapshot)))
-            if each.complete:
-                self._tell(ev.Brought(each.snapshot.sha256))
+        finally:  # given up too: the next merge may want the same
+            for each in held.values():
+                if each.snapshot.sha256 not in self._publications:
+                    self._publications[each.snapshot.sha256] = each
+                    self._tell(ev.Found(publication_of(each.snapshot)))
+                if each.complete:
+                    self._tell(ev.Brought(each.snapshot.sha256))
         self._tell(event)
 
     def _merger(self, share_ready: Callable[[Held], None] = lambda held: None, roster_sha256: bytes = b"") -> Merger:

@@ -18,10 +18,11 @@ from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.merging import RoundSettings
+from swarmtrain.network.merging import Merger, RoundSettings
 from swarmtrain.network.roster import publication_of, sign_roster
 from swarmtrain.network.rounds import Merged, NewState, Rounds
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot, empty_held
+from swarmtrain.network.tasks import end_tasks
 from swarmtrain.protocol import round_events as ev
 from swarmtrain.protocol.chains import Chain, ChainLink, ShownChain
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
@@ -414,3 +415,34 @@ def test_nothing_is_kept_of_a_state_that_did_not_come_whole(ends: str) -> None:
         assert begun and not rounds._offered
 
     virtual_swarm(run)
+
+
+def test_what_a_merge_that_is_given_up_has_found_is_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With shares, most publications are looked for by the merge, which another roster may end."""
+    other, me = a_swarm(2)
+    own, its = publication(me), publication(other)
+    entries = tuple(publication_of(held.snapshot) for held in (its, own))
+    roster = Roster(round=0, signer=other.peer_id, entries=entries)
+    found = list[bool]()
+
+    async def merge(self: Merger, roster: Roster, publications: dict[str, Held]) -> tuple[bytearray, tuple[str, ...]]:
+        found.append(other.peer_id in publications)
+        publications[other.peer_id] = its
+        await asyncio.sleep(1)
+        return bytearray(), ()
+
+    async def run() -> None:
+        rounds, _ = driver([other, me], me, Others({}, frozen=frozenset([other.peer_id])))
+        monkeypatch.setattr(Merger, "merge", merge)
+        finishing = asyncio.create_task(rounds.finish(0, own, swarm_time()))
+        await asyncio.sleep(0)
+        one = ev.SignedRoster(roster, sign_roster(other, RUN, roster), "ab")
+        rounds._do(ev.Merge(one))
+        await asyncio.sleep(0.01)
+        rounds._do(ev.GiveUpMerge())
+        rounds._do(ev.Merge(one))
+        await asyncio.sleep(0.01)
+        await end_tasks([finishing])
+
+    virtual_swarm(run)
+    assert found == [False, True]
