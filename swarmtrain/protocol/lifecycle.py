@@ -140,11 +140,11 @@ class Membership:
         if (info.round, info.inner_steps_done) != (entry.info.round, entry.info.inner_steps_done):
             entry.so_far_since_s = told_at_s
         entry.info, entry.expires_s, entry.state = info, expires_s, PeerState.LIVE
-        self.version += 1
         entry.heard_s = max(entry.heard_s, told_at_s)
+        self._live[info.peer] = entry
+        self.version += 1  # last: the trainer's thread may look in between
         if was is PeerState.LIVE:
             return None
-        self._live[info.peer] = entry
         return Change(peer=info.peer, state=PeerState.LIVE, reason=f"it renewed its presence after it had {was.value}")
 
     def heard(self, peer: str, now: float, *, round: int | None = None, inner_steps_done: int | None = None) -> None:

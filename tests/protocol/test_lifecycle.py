@@ -179,3 +179,20 @@ def test_who_tells_anew_that_it_is_as_far_as_before_has_been_so_since_then() -> 
     members.saw_presence(info(stamp=99.0, round=5), 129, 90.0)
     assert members.so_far_since_s("a") == 90.0, "a clock that is ahead"
     assert members.so_far_since_s("nobody") == float("-inf")
+
+
+def test_who_looks_when_the_version_grows_sees_who_has_come_back() -> None:
+    """The trainer's thread may look between any two lines, and looks again only when the version has grown."""
+    seen: list[list[str]] = []
+
+    class Watched(Membership):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "version" and value:
+                seen.append([one.peer for one in self.volunteers()])
+
+    members = Watched(me="me")
+    members.saw_presence(info(stamp=0.0), 30.0, 0.0)
+    members.left("a", 1.0)
+    members.saw_presence(info(stamp=2.0), 32.0, 2.0)
+    assert seen == [["a"], [], ["a"]]
