@@ -686,6 +686,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             lane.open.leave_out(one.section, one.peer, max(preparing.plan.ends_s, now + _LEFT_OUT_S))
             self._out.append(LeftAlone(one.peer, follows))
         lane.hold([one for one in lane.pulled if one not in preparing.bad])
+        self._look_again(now, bool(preparing.bad))
         self._prepare_more(now)
 
     # ------------------------------------------------------------- merging

@@ -325,6 +325,20 @@ def test_what_cannot_be_merged_with_those_before_it_costs_its_author() -> None:
     assert me.tells(MergeDue(0)) == [Merge(0, "ben's", last.pulled)]
 
 
+def test_another_is_asked_at_once_in_place_of_what_came_a_round_ago_and_cannot_be_merged() -> None:
+    me = Driven("ben", "carl", "dora", wanted=1)
+    me.plan()
+    late = of(me.asks(), "gradient")
+    me.tells(MergeDue(0))
+    me.pulls(late, WHOLE, "g")
+    (prepare,) = me.plan(round=1)
+    assert [ask.section for ask in me.asks()] == [], "its weights are on their way, its gradient is here"
+    (prepare,) = me.tells(Prepared(prepare.number, None))
+    me.tells(Prepared(prepare.number, None))
+    assert me.engine.wake_at() == me.now
+    assert {ask.section for ask in me.asks() if ask.author != late.author} >= {"gradient"}
+
+
 def test_a_plan_that_comes_after_its_merge_changes_nothing() -> None:
     me = Driven("ben")
     me.tells(MergeDue(3))
