@@ -223,8 +223,8 @@ class GossipDriver:
         async def run() -> None:
             try:
                 event = await work
-            except Exception:
-                self._happened(Failed(number, Failure("it could not be looked at")))
+            except Exception:  # no fault of a host that was asked, nor would another help
+                self._happened(Failed(number, Failure("it could not be looked at", is_authors=True)))
                 raise
             finally:
                 if self._tasks.get(number) is asyncio.current_task():

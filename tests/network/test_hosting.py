@@ -203,6 +203,28 @@ def test_a_host_that_fails_or_lies_costs_the_author_nothing(fault: str) -> None:
     run(script)
 
 
+def test_what_this_peer_fails_to_decode_is_no_fault_of_a_host_and_not_asked_of_the_next() -> None:
+    async def script() -> None:
+        guest = Partner(DORA, 0.5)
+        guest.publish(0, 1, 100)
+        hosts = Host(CARL, guest), Host(ELSE, guest)
+        me, _ = a_reader(guest, *hosts)
+
+        def fail(command: Any) -> Any:
+            raise RuntimeError("no memory")
+
+        me.decode_untrusted = fail  # type: ignore[method-assign]
+        me.begin(0)
+        await until(lambda: sum(host.num_asked for host in hosts) >= 2)
+        await until(lambda: not me.num_open())
+        assert sum(host.num_asked for host in hosts) == 2, "for its weights and for its gradient"
+        assert not any(me.engine._hosts.back_off.has_banned(host.identity.peer_id) for host in hosts)
+        assert me.engine.is_left_alone(DORA.peer_id) and me.refused == []
+        await me.gossip.stop()
+
+    run(script)
+
+
 def test_with_no_host_that_answers_the_author_is_asked_for_again_soon() -> None:
     async def script() -> None:
         guest = Partner(DORA, 0.5)
