@@ -313,7 +313,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         for plan in plans:
             for number, began_s in zip(plan.fragments, plan.began_s, strict=True):
                 lane = self._lanes[number]
-                if plan.round == lane.merged_round:
+                if plan.round == lane.merged_round and not lane.begins_anew:
                     continue  # its merge was earlier than this plan came here
                 lane.plan = plan
                 if began_s != lane.began_s:  # another round of it
@@ -699,7 +699,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                 return
         lane = self._lanes[event.fragment]
         ready, plan, lane.ready, lane.plan = lane.ready, lane.plan, None, None
-        lane.merged_round = event.round
+        lane.merged_round, lane.begins_anew = event.round, False
         if plan is not None and plan.is_sure and event.fragment == plan.fragments[0]:
             expected_s = plan.ends_s if lane.pulled_for_s is None else lane.pulled_for_s
             self._times.round_ended(expected_s - plan.started_s, now - plan.started_s)
@@ -753,4 +753,4 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._preparing, self._settling, self._plans = None, [], ()
         self._wake_s, self._is_short = None, False
         for lane in self._lanes:
-            lane.plan = None
+            lane.plan, lane.begins_anew = None, True

@@ -133,6 +133,8 @@ class GossipLane(Generic[Held, Payload, Ready]):
     pulled_for_s: float | None = None
     """When the merge of its present round was expected when the first pull for it began."""
     merged_round: int = -1
+    begins_anew: bool = True
+    """It has rested since that merge: a round that was given up has all its merges again."""
     ready: ReadyMerge[Held, Payload, Ready] | None = None
     merged: dict[str, Held] = field(default_factory=dict)
     """Pseudo-gradients that a later part of their round is the difference to."""

@@ -396,6 +396,28 @@ def test_who_rests_gives_everything_up_until_more_is_planned() -> None:
     assert len(me.asks()) == 2
 
 
+def test_a_round_that_is_begun_again_after_a_rest_has_all_its_merges() -> None:
+    me = Driven("ben", fragments=2, wanted=1)
+
+    def begin() -> None:
+        ends_s = ((0, me.now), (1, me.now + 60.0))
+        plans = [
+            MergePlan(round=3, began_s=(me.now,), ends_s=at_s, gradient_format="int2", fragments=(number,))
+            for number, at_s in ends_s
+        ]
+        me.tells(Planned(3, plans))
+
+    begin()
+    me.tells(MergeDue(3, 0))
+    begin()
+    assert me.asks() == [], "this plan has come after the merge"
+    me.tells(Rested())
+    me.now = 10.0
+    begin()
+    assert {ask.fragment for ask in me.asks()} == {0}
+    assert me.engine.places(2)[0]["me"] == (3, 4), "what was merged stays merged"
+
+
 def test_when_weights_were_published_follows_from_what_their_author_told() -> None:
     me = Driven("ben", wanted=1)
     me.plan()
