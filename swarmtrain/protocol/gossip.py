@@ -259,7 +259,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                 self._took_states(event)
             case Rested():
                 self._rest()
-        return self._out
+        out, self._out = self._out, []  # a merge takes memory, and is held by who asked for it alone
+        return out
 
     def _of_pull(
         self, pull: GossipPull[Held], event: Routed | Replied[Held] | Downloaded | Decoded[Payload] | Failed, now: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -337,6 +338,23 @@ def test_another_is_asked_at_once_in_place_of_what_came_a_round_ago_and_cannot_b
     me.tells(Prepared(prepare.number, None))
     assert me.engine.wake_at() == me.now
     assert {ask.section for ask in me.asks() if ask.author != late.author} >= {"gradient"}
+
+
+def test_what_is_merged_is_held_no_longer_by_the_engine() -> None:
+    class Large:
+        pass
+
+    me = Driven("ben", wanted=1)
+    me.plan()
+    (prepare,) = me.pulls(of(me.asks(), "gradient"), WHOLE, "g")
+    merge: Any = Large()
+    merge_ref = weakref.ref(merge)
+    me.tells(Prepared(prepare.number, merge))
+    del merge
+    (due,) = me.tells(MergeDue(0))
+    assert due.merge is merge_ref() is not None
+    del due
+    assert merge_ref() is None
 
 
 def test_a_plan_that_comes_after_its_merge_changes_nothing() -> None:
