@@ -231,7 +231,8 @@ class GossipDriver:
                     del self._tasks[number]
             self._happened(event)
 
-        self._tasks[number] = logged(asyncio.create_task(run()), "gossip")
+        task = self._tasks[number] = logged(asyncio.create_task(run()), "gossip")
+        task.add_done_callback(lambda ended: work.close())  # it was not begun if that was cancelled at once
 
     async def _decoded(self, command: Decode[Held]) -> Decoded[Kept] | Failed:
         try:

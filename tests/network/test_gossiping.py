@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -463,6 +465,26 @@ def test_a_plan_that_comes_after_its_merge_pulls_nothing() -> None:
         me.begin(1)
         assert (await me.take(1, weights=False))[BEN.peer_id].tokens == 100
         await me.gossip.stop()
+
+    run(script)
+
+
+def test_what_is_ended_before_it_has_begun_leaves_no_warning_on_the_terminal() -> None:
+    async def script() -> None:
+        ben = Partner(BEN, 0.5)
+        me = Peer(ben)
+        ben.publish(0, 4, 1000)
+        me.begin(0)
+        await until(lambda: len(me.engine._lanes[0].pulled) == 2 and me.engine._preparing is None)
+        now = swarm_time()
+        plan = MergePlan(round=1, began_s=(now,), ends_s=now + 60, gradient_format="int8")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            await me.gossip.plan(1, [plan])
+            assert me.engine._preparing is not None
+            await me.gossip.stop()
+            gc.collect()
+        assert [str(one.message) for one in told] == []
 
     run(script)
 
