@@ -80,6 +80,8 @@ class StageDesk:
             answer = self._askers[asker] = Future[Any]()
             self._payloads[asker] = payload
             self._receive(Wanted(asker, key, kind, tokens))
+            if self.queue.first_asker(key, kind) != asker:
+                self._payloads.pop(asker, None)  # asked again: what came first is computed
             self._news.set()
         waiting = asyncio.wrap_future(answer)
         waiting.add_done_callback(lambda it: it.cancelled() or it.exception())  # nobody may be waiting any more
@@ -137,6 +139,7 @@ class StageDesk:
         """Nothing is computed for now: everyone who waits is told so, and whoever asks."""
         with self._lock:
             self._receive(Closed())
+            self._answers.clear()
 
     @property
     def is_open(self) -> bool:

@@ -231,7 +231,8 @@ class DrivingEngine:
         else:
             self._is_shut, self._drawing = True, 0
         for whom in self._touched:
-            self._tell(self._settling[whom], now)
+            if (settling := self._settling.get(whom)) is not None:  # else given up since
+                self._tell(settling, now)
         self._touched.clear()
         while not self._is_shut and self.num_under_way < self.most:
             self._drawing += 1

@@ -336,6 +336,11 @@ class StageLedger:
         self._drivers[key.driver].strikes += 1
         self._drop(key, "it could not be computed")
 
+    def stopped(self) -> None:
+        """Nobody computes any more: what has no gradient yet is given up, by no fault of its driver."""
+        for key in [key for key, known in self._open.items() if not known.has_gradient]:
+            self._drop(key, "this peer stopped training")
+
     def _put_in(self, key: Key, known: _Microbatch) -> None:
         known.has_gradient = True
         self._filling.tokens += known.tokens

@@ -179,8 +179,20 @@ class StageQueue:
             askers, question.waiting = tuple(question.waiting), []
             return [Refuse(askers, "wrong", event.reason)]
         self.is_open = isinstance(event, Opened)
-        gone = [] if self.is_open else [refused for key in list(self._asked) for refused in self._forget(key)]
-        return list(gone)
+        return [] if self.is_open else list(self._close())
+
+    def _close(self) -> list[Refuse]:
+        """Nothing that waits is computed later: what came with the questions is not kept."""
+        self.ledger.stopped()
+        for waiting in self._waiting.values():
+            waiting.clear()
+        self.num_waiting = 0
+        return [refused for key in list(self._asked) for refused in self._forget(key)]
+
+    def first_asker(self, key: Key, kind: Kind) -> int | None:
+        """With whose question comes what it is computed from; None of one that is not known."""
+        known = self._asked.get(key, {}).get(kind)
+        return None if known is None else known.asker
 
     def refusal(self, key: Key, kind: Kind) -> Refuse | None:
         """What `Wanted` would be answered with now, if it would be refused: what comes with the question need not be

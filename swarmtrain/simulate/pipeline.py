@@ -19,11 +19,13 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.peer.estimate import activation_wire_bytes
 from swarmtrain.protocol.balance import Rule, StagePeer
+from swarmtrain.protocol.routing import Router
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.links import latency_s, rates
@@ -312,6 +314,7 @@ def settings_of(run: RunFile, links: LinksSection) -> PipelineSettings:
         rule=Rule(costs=(1 / stages,) * stages, live_s=run.network.presence_ttl_s),
         balance=run.pipeline.balance,
         balance_every_s=run.pipeline.balance_every_s,
+        router=partial(Router, variant=run.pipeline.wiring),
         microbatch_tokens=run.microbatch_sequences * run.model.context_tokens,
         batch_microbatches=run.batch_microbatches,
         in_flight=run.pipeline.in_flight,

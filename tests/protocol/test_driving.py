@@ -319,3 +319,15 @@ def test_who_has_a_part_of_what_takes_long_hears_that_the_driver_is_there() -> N
     for tell in of(commands, Tell):
         assert engine.receive(ToldOf(tell.call, ()), 32.0) == []
     assert engine.is_settled
+
+
+def test_who_is_given_up_in_the_moment_in_which_it_would_hear_of_the_driver_does_no_harm() -> None:
+    """The driver's process stood still meanwhile, and everything is due at once."""
+    engine = make()
+    until(engine, "tail", 2)
+    while engine.wake_at() != 61.0:
+        wake(engine)
+    assert not engine.is_settled
+    engine.receive(TimeCame(), 100.0)
+    assert engine.is_settled
+    assert of(wake(engine), Tell), "it goes on"

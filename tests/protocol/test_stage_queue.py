@@ -147,3 +147,17 @@ def test_it_wakes_for_a_batch_that_waits_to_be_acknowledged(kind: Kind) -> None:
         compute(queue, sequence, kind)
     assert queue.receive(Free(), 5.0) == []
     assert queue.wake_at() == (15.0 if kind == "tail" else None)
+
+
+def test_what_waited_when_it_closed_is_not_computed_when_it_opens_again() -> None:
+    """Who asked was told that it is gone, and what came with the question is not kept."""
+    queue = make()
+    queue.receive(Wanted(0, key(0), "forward", 2), 0.0)
+    queue.receive(Wanted(1, key(1), "tail", 2), 0.0)
+    compute(queue, 1, "tail")
+    assert queue.num_waiting == 1
+    queue.receive(Closed(), 0.0)
+    assert queue.num_waiting == 0
+    queue.receive(Opened(), 0.0)
+    assert queue.receive(Free(), 0.0) == [Forget(key(0))]
+    assert acknowledge(queue, 1) == [Late(set())], "a gradient that is there counts"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from swarmtrain.cli.simulate import table_lines
 from swarmtrain.errors import UserError
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.comparing import compare, document
-from swarmtrain.simulate.pipeline import PipelineWorld
+from swarmtrain.simulate.pipeline import PipelineWorld, settings_of
 from swarmtrain.simulate.pipeline_lives import lived
 from swarmtrain.simulate.scenario import Scenario, load_scenario
 
@@ -56,6 +57,12 @@ def test_the_same_seed_is_the_same_pipeline() -> None:
     assert (first.log, first.tokens_per_s) == (second.log, second.tokens_per_s)
     assert first.clock.num_events == second.clock.num_events
     assert first.log != other.log
+
+
+def test_drivers_choose_as_the_run_file_says() -> None:
+    chosen = example(pipeline={"wiring": "least-completion"})
+    routers = [settings_of(of(each, "rates", 0), each.links).router(random.Random(0)) for each in (chosen, example())]
+    assert [router.variant for router in routers] == ["least-completion", "round-robin"]
 
 
 def test_all_that_can_get_through_does_where_nothing_happens() -> None:
