@@ -174,7 +174,8 @@ class Rounds:
             if swarm_time() - planned_s > self.gap_s:
                 self.stood_still(swarm_time())
             self._tell(ev.Woke())
-        except Exception as error:  # a timer's would be logged, and whoever waits would do so for ever
+        except Exception as error:  # whoever waits would do so for ever
+            _log.exception("the work of a round ended")
             self._failed(error)
 
     def _do(self, command: ev.Command[pb.Signed]) -> None:

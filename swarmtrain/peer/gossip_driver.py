@@ -43,7 +43,6 @@ from swarmtrain.protocol.gossip_messages import (
     Rested,
     Route,
     TookStates,
-    TookWeights,
     Woke,
 )
 from swarmtrain.protocol.lifecycle import Membership
@@ -76,7 +75,7 @@ class Merging(Protocol):
 
 
 class GossipDriver:
-    """Any thread may call `merge_due`, `plan`, `took_weights`, `took_states`, `gradient_format`, `places` and `rows`;
+    """Any thread may call `merge_due`, `plan`, `took_states`, `gradient_format`, `places` and `rows`;
     the rest belongs to the network's."""
 
     def __init__(
@@ -119,10 +118,6 @@ class GossipDriver:
             self._follow(commands)
 
         return follow()
-
-    def took_weights(self) -> None:
-        """This peer goes on with others' weights: what was pulled is in them, or too old."""
-        self._receive(TookWeights())
 
     def took_states(self, told: Sequence[Sequence[Mapping[str, Place]]], rounds: Mapping[str, int], round: int) -> None:
         """This peer goes on in `round` from the mean of some states; see `TookStates`."""

@@ -53,7 +53,6 @@ from swarmtrain.protocol.gossip_messages import (
     Routed,
     Told,
     TookStates,
-    TookWeights,
     Woke,
 )
 from swarmtrain.protocol.gossip_state import DuePulls, GossipLane, GossipPull, LaneView, Preparing, ReadyMerge
@@ -253,8 +252,6 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                 if self._times.bytes_per_s is None:
                     self._times.assume(event.bytes_per_s)
                     self._look_again(now, bool(self._plans))
-            case TookWeights():
-                self._forget_pulled()
             case TookStates():
                 self._took_states(event)
             case Rested():

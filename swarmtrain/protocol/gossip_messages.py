@@ -47,7 +47,6 @@ __all__ = [
     "Routed",
     "Told",
     "TookStates",
-    "TookWeights",
     "Woke",
 ]
 
@@ -190,11 +189,6 @@ class MergeDue:
 
 
 @dataclass(slots=True)
-class TookWeights:
-    """This peer goes on with others' weights, or has rested: what was pulled is in them, or too old."""
-
-
-@dataclass(slots=True)
 class TookStates:
     """This peer goes on in `round` from the mean of some states. `told`: up to where each peer is in each of them, by
     fragments; `rounds`: in which round each of their authors is."""
@@ -228,7 +222,6 @@ GossipEvent: TypeAlias = (
     | Decoded[Payload]
     | Prepared[Ready]
     | MergeDue
-    | TookWeights
     | TookStates
     | Rested
     | Called

@@ -347,14 +347,12 @@ def left_behind(round: int, others: Collection[int], max_staleness_rounds: int) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A live peer, as it announced itself last: its newest publication, its steps in the present round, its speed."""
+    """A live peer, and its newest publication as it announced it last."""
 
     peer: str
     round: int = 0
     part: int = 0
     tokens: int = 0
-    inner_steps_done: int = 0
-    steps_per_s: float = 0.0
 
 
 @dataclass

@@ -48,7 +48,6 @@ from swarmtrain.protocol.gossip_messages import (
     Routed,
     Told,
     TookStates,
-    TookWeights,
     Woke,
 )
 from swarmtrain.protocol.lifecycle import PeerInfo
@@ -328,8 +327,7 @@ class _Driver:
                     self.does(self.engine.receive(PeersChanged(self.others.volunteers()), self.engine.now))
             kinds = {line["kind"] for line in block}
             for line in sorted(block, key=lambda line: line["kind"] != "expects"):  # known before
-                if line["kind"] == "forgets" and kinds & {"stops", "took_states"}:
-                    continue
+                assert line["kind"] != "forgets" or kinds & {"stops", "took_states"}, "it never came alone"
                 self.happens(line)
             written = [_plain(line) for line in self.written]
             self.written.clear()
@@ -382,8 +380,6 @@ class _Driver:
             case "due":  # whoever had fallen behind looked at that afterwards, when it was recorded
                 self.due = line["round"]
                 event = MergeDue(line["round"], line["fragment"], may_catch_up=False)
-            case "forgets":
-                event = TookWeights()
             case "took_states":
                 event = _took_states(line)
             case "stops":
