@@ -88,7 +88,7 @@ class CountingPeer(HostedPeer):
         self.searched = swarm
         super().__init__(swarm, name, speed, theta, link)
         round_tokens = self.settings.inner_steps * self.settings.tokens_per_step
-        self.own_tokens, self.read_s = 0, -math.inf
+        self.own_tokens, self.read_s, self.usual_per_s = 0, -math.inf, 0.0
         self.tallying = Tallying(
             me=name,
             rules=CountingRules(began_s=0.0, burst_tokens=2 * round_tokens, most_tokens=_EVER),
@@ -135,7 +135,8 @@ class CountingPeer(HostedPeer):
         self.tallying.learn({self.name: self.own_tokens})
         self.searched.reached[self.name] = max(self.searched.reached.get(self.name, 0), self.own_tokens)
         _at_once(self.tallying.read_all())
-        self.read_s = self.swarm.clock.now
+        self.read_s, speeds = self.swarm.clock.now, [one.steps_per_s for one in self._others]
+        self.usual_per_s = quick_speed([self.steps_per_s, *speeds])
         self.kept = [*self.kept[-2:], (self.own_tokens, self.tallying.kept(), self._shards.rows())]
         self.searched.tell(self.name, self._to_tell())
         self._judge(before)
@@ -414,15 +415,15 @@ def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violati
 
 def _end(swarm: SearchedSwarm) -> Iterable[Violation]:
     """Everyone counts what everyone told. A machine that is faster than usual is believed ever more while it delivers,
-    and what was missed of it is paid for by time: both may take longer than a play."""
-    usual_per_s = quick_speed(swarm.speeds.values())
+    and what was missed of it is paid for by time: both may take longer than a play. Usual is what a peer saw when it
+    read."""
     for peer in _honest(swarm):
         counts, told = peer.tallying.contributions(), defaultdict[str, int](int)
         for at_s, other, tokens in swarm.told:
             if other not in swarm.liars and at_s < peer.read_s - 10:
                 told[other] = max(told[other], tokens)
         for other, tokens in told.items():
-            if counts.get(other, 0) < tokens and swarm.speeds[other] <= usual_per_s:
+            if counts.get(other, 0) < tokens and swarm.speeds[other] <= peer.usual_per_s:
                 detail = f"{peer.name} counts {counts.get(other, 0)} of {other}, which told {tokens}"
                 yield Violation("no token is lost", detail)
         for one in peer.fragments:
