@@ -45,7 +45,7 @@ from swarmtrain.protocol.gossip_messages import Prepare
 from swarmtrain.protocol.gossip_state import DuePulls
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.merge_plans import MergePlan
-from swarmtrain.protocol.partners import Mark
+from swarmtrain.protocol.partners import Difference, Mark, Whole
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import SECTIONS, PullPlan, Section
 from swarmtrain.run import GradientFormat, RunFile
@@ -474,7 +474,7 @@ def test_who_comes_late_merges_nothing_of_what_is_in_the_weights_that_it_took(wo
         told = {other.id: other.exchange.publishers["gradient", last].newest for other in others}
         ledger = peer.exchange.gossip.engine._lanes[last].ledger
         marks = {who: Mark(one.round, one.part, one.tokens) for who, one in told.items() if one is not None}
-        return {who for who, mark in marks.items() if ledger.may_enter("gradient", who, mark, 3)}
+        return {who for who, mark in marks.items() if isinstance(ledger.news(who, mark, 3), Whole | Difference)}
 
     assert found_by(late) == {other.id for other in others}
     replaced = late.exchange.present_state(late.trainer.progress)

@@ -208,7 +208,7 @@ class GossipExchange(AsynchronousExchange):
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """See `Exchange`."""
         start, coverage = self._enter_round(progress, steps_per_s), self.swarm.coverage
-        self._progress, self._steps_per_s = progress, steps_per_s
+        self._progress = progress
         others = [info.peer for info in self.swarm.membership.volunteers()]
         round_s = start.inner_steps / steps_per_s if steps_per_s > 0 else 0.0
         start = self._start = dataclasses.replace(

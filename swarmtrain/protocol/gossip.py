@@ -440,7 +440,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             first = lane.open.coming("weights", here)
         else:
             if view.new_weights is None:
-                view.new_weights = lane.partners.first("weights", view.rounds, (), view.reference)
+                view.new_weights = lane.partners.first(view.rounds, view.reference)
             first = view.new_weights
         return lane.partners.choose(
             view.candidates,

@@ -144,12 +144,6 @@ class Ledger:
         known = self._marks.get(peer)
         return known is None or round >= known.round
 
-    def may_enter(self, section: Section, peer: str, mark: Mark, reference_round: int) -> bool:
-        """Whether the weights or the gradient that `peer` published at `mark` may be merged."""
-        if section == "weights":
-            return self.has_new_weights(peer, mark.round, reference_round)
-        return not isinstance(self.news(peer, mark, reference_round), Nothing | Theta)
-
     def stays_of_use(self, section: Section, peer: str, mark: Mark, reference_round: int) -> bool:
         """Whether what could be merged when it was pulled still may be: what it is the difference to was there then."""
         if section == "weights":
@@ -469,13 +463,8 @@ class Partners:
         if self.variant not in VARIANTS:
             raise ValueError(f"no such choice of partners: {self.variant}; allowed: {', '.join(VARIANTS)}")
 
-    def first(
-        self, section: Section, rounds: Mapping[str, int], with_weights: Collection[str], reference_round: int
-    ) -> set[str]:
-        """Whom to ask before the others: for weights who has told of a round (`rounds`) whose weights are new, for
-        gradients those whose weights are here or coming."""
-        if section == "gradient":
-            return set(with_weights)
+    def first(self, rounds: Mapping[str, int], reference_round: int) -> set[str]:
+        """Whom to ask for weights before the others: who has told of a round (`rounds`) whose weights are new."""
         return {peer for peer, round in rounds.items() if self.ledger.has_new_weights(peer, round, reference_round)}
 
     def choose(

@@ -108,7 +108,7 @@ def test_what_was_pulled_stays_of_use_though_what_it_differs_from_is_not_held_an
     assert ledger.stays_of_use("gradient", "a", Mark(3, 2, 200), 3)
     for peer in "bcd":
         ledger.merged(peer, Mark(3, 1, 100), 3)
-    assert not ledger.may_enter("gradient", "a", Mark(3, 2, 200), 3), "a pull would bring what cannot be merged"
+    assert isinstance(ledger.news("a", Mark(3, 2, 200), 3), Theta), "a pull would bring what cannot be merged"
     assert ledger.stays_of_use("gradient", "a", Mark(3, 2, 200), 3)
     assert not ledger.stays_of_use("gradient", "a", Mark(3, 1, 100), 3)
     assert ledger.stays_of_use("weights", "a", Mark(3, 0, 0), 3)
@@ -319,12 +319,11 @@ def test_nobody_and_everybody_asked_are_said() -> None:
     assert (peer, reason) == (None, "everybody was asked in this round")
 
 
-def test_new_weights_first_and_gradients_of_whose_weights_are_here() -> None:
+def test_new_weights_first() -> None:
     ledger = Ledger()
     ledger.weights_merged("p0", 1)
     partners, rounds = Partners(ledger), {"p0": 1, "p1": 1, "p2": 2}
-    assert partners.first("weights", rounds, ("p0",), 1) == {"p1", "p2"}, "those of p0 were merged"
-    assert partners.first("gradient", rounds, ("p0",), 1) == {"p0"}
+    assert partners.first(rounds, 1) == {"p1", "p2"}, "those of p0 were merged"
     for _ in range(20):
         assert partners.choose(candidates(3), exclude=(), reference_round=1, now=0.0, first={"p1"})[0] == "p1"
         found = partners.choose(candidates(3), exclude=("p1",), reference_round=1, now=0.0, first={"p1"})[0]

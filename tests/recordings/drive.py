@@ -135,9 +135,6 @@ class _Deferred(GossipEngine[Any, Any, Any]):
     is_prepared = False
     """A merge has just been: what follows does at once."""
 
-    def __post_init__(self) -> None:
-        self.settled: list[Any] = []
-
     def _prepare_more(self, now: float) -> None:
         if self.is_prepared:
             super()._prepare_more(now)
