@@ -16,7 +16,7 @@ is handed back as it came. There is no thread, clock, socket or tensor in here.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -55,7 +55,15 @@ from swarmtrain.protocol.gossip_messages import (
     TookStates,
     Woke,
 )
-from swarmtrain.protocol.gossip_state import DuePulls, GossipLane, GossipPull, LaneView, Preparing, ReadyMerge
+from swarmtrain.protocol.gossip_state import (
+    DueOfLane,
+    DuePulls,
+    GossipLane,
+    GossipPull,
+    LaneView,
+    Preparing,
+    ReadyMerge,
+)
 from swarmtrain.protocol.hosts import HostOrder
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.merge_plans import MergePlan
@@ -343,20 +351,10 @@ class GossipEngine(Generic[Held, Payload, Ready]):
 
     def _look_if_moved(self, now: float) -> None:
         """A pull has brought what it was for: more is asked for at once only where less is here than is due by now."""
-        for plan in self._plans:
-            lanes = self._lanes_of(plan)
-            if not lanes:
-                continue
-            _, pulls, slow_after_s = self._pull_plan(plan)
-            self._wake_before(pulls.next_s(now))
-            for section in SECTIONS:
-                if num_due := pulls.num_due(section, now):
-                    for lane in lanes:
-                        if lane.may_want(section, num_due) and lane.open.is_wanted(
-                            section, num_due, lane.here, slow_after_s, now
-                        ):
-                            self._wake_before(now)
-                            return
+        for due in self._due(now):
+            if due.lane.open.is_wanted(due.section, due.number, due.lane.here, due.slow_after_s, now):
+                self._wake_before(now)
+                return
 
     def _lanes_of(self, plan: MergePlan) -> list[GossipLane[Held, Payload, Ready]]:
         """Those of its fragments that are not merged yet."""
@@ -375,6 +373,11 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     def _look(self, now: float) -> None:
         """Ask as many partners as there should be by now, others in place of those that fail, until the merges."""
         self._wake_s, self._is_short = None, False
+        for due in self._due(now):
+            self._ask_due(due, now)
+
+    def _due(self, now: float) -> Iterator[DueOfLane[Held, Payload, Ready]]:
+        """What should have begun by now, where less may be here; and this peer looks again when more is due."""
         for plan in self._plans:
             lanes = self._lanes_of(plan)
             if not lanes:
@@ -385,7 +388,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                 if num_due := pulls.num_due(section, now):
                     for lane in lanes:
                         if lane.may_want(section, num_due):
-                            self._ask_due(lane, section, num_due, plan, slow_after_s, now)
+                            yield DueOfLane(lane, section, num_due, plan, slow_after_s)
 
     def _pull_plan(self, plan: MergePlan) -> DuePulls:
         times, num_others = self._times, len(self._others)
@@ -403,18 +406,11 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             return self._lanes[plan.fragments[0]].sizes[plan.gradient_format]
         return total_bytes(self._lanes[each].sizes[plan.gradient_format] for each in plan.fragments)
 
-    def _ask_due(
-        self,
-        lane: GossipLane[Held, Payload, Ready],
-        section: Section,
-        num_due: int,
-        plan: MergePlan,
-        slow_after_s: float,
-        now: float,
-    ) -> None:
+    def _ask_due(self, due: DueOfLane[Held, Payload, Ready], now: float) -> None:
         """Begin pulls until as many are here or on their way as are due."""
+        lane, section, plan = due.lane, due.section, due.plan
         here = lane.here
-        while lane.open.is_wanted(section, num_due, here, slow_after_s, now):
+        while lane.open.is_wanted(section, due.number, here, due.slow_after_s, now):
             peer = self._choose(lane, section, plan.round, here, now)
             if peer is None:
                 self._is_short = True
@@ -423,7 +419,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             if lane.pulled_for_s is None:
                 lane.pulled_for_s = plan.ends_s
             self._begin(lane, section, peer, (plan.ends_s - plan.started_s) / len(self._lanes), now)
-        self._wake_before(lane.open.next_slow_s(section, slow_after_s, now))
+        self._wake_before(lane.open.next_slow_s(section, due.slow_after_s, now))
 
     def _choose(
         self, lane: GossipLane[Held, Payload, Ready], section: Section, round: int, here: Sequence[Which], now: float

@@ -30,6 +30,7 @@ from swarmtrain.protocol.pulls import (
 from swarmtrain.run import GradientFormat
 
 __all__ = [
+    "DueOfLane",
     "DuePulls",
     "GossipLane",
     "GossipPull",
@@ -166,3 +167,13 @@ class GossipLane(Generic[Held, Payload, Ready]):
         if mark.part:
             return self.ledger.news(peer, mark, reference)
         return self.ledger.news_of_weights(peer, mark.round, reference)
+
+
+class DueOfLane(NamedTuple, Generic[Held, Payload, Ready]):
+    """So many pulls of a section should have begun for a fragment's next merge."""
+
+    lane: GossipLane[Held, Payload, Ready]
+    section: Section
+    number: int
+    plan: MergePlan
+    slow_after_s: float
