@@ -24,6 +24,7 @@ from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import Held, SnapshotStore
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.protocol.hosts import KEPT_OF_A_GUEST, Guests, most_guests
+from swarmtrain.protocol.partners import Mark
 from swarmtrain.protocol.pulls import Section
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -128,10 +129,11 @@ class Hosting:
     async def _bring_untrusted(self, which: _Which, kept: _Kept) -> None:
         guest, section, fragment = which
         rules = self.rules[fragment][section]
-        request = request_of(section, fragment, has_any=bool(kept.held), presence=self.presence())
+        known = None
         if kept.held:
             newest = kept.held[-1].snapshot.manifest
-            request.round, request.part = newest.round, newest.part
+            known = Mark(newest.round, newest.part, newest.tokens)
+        request = request_of(section, fragment, known, self.presence())
         reply = await self.calls.publication(guest, request)
         reply.DiscardUnknownFields()  # who reads what is sent on would have to take them too
         if reply.presence.payload:

@@ -74,10 +74,12 @@ class PublicationRules:
         return max(sum(spec.size_bytes for spec in table) for table in self.tables)
 
 
-def request_of(section: Section, fragment: int, *, has_any: bool, presence: pb.Signed) -> pb.PublicationRequest:
-    """To be given a peer's newest weights or gradient of a fragment."""
-    weights = section == "weights"
-    return pb.PublicationRequest(weights=weights, fragment=fragment, has_any=has_any, presence=presence)
+def request_of(section: Section, fragment: int, known: Mark | None, presence: pb.Signed) -> pb.PublicationRequest:
+    """To be given a peer's newest weights or gradient of a fragment, if they are not those at `known`."""
+    request = pb.PublicationRequest(weights=section == "weights", fragment=fragment, presence=presence)
+    if known is not None:
+        request.has_any, request.round, request.part = True, known.round, known.part
+    return request
 
 
 def section_of(request: pb.PublicationRequest) -> Section:

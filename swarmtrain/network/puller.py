@@ -73,11 +73,8 @@ class Puller:
         return Replied(number, mark, held, self._told(command.author))
 
     async def _reply_untrusted(self, command: Ask) -> pb.PublicationReply:
-        source, author, known = command.source, command.author, command.known
-        presence, has_any = self.presence(), known is not None
-        request = request_of(command.section, command.fragment, has_any=has_any, presence=presence)
-        if known is not None:
-            request.round, request.part = known.round, known.part
+        source, author = command.source, command.author
+        request = request_of(command.section, command.fragment, command.known, self.presence())
         if source == author:
             try:
                 reply = await self.calls.publication(author, request)
