@@ -58,7 +58,7 @@ from swarmtrain.protocol.hosts import callable_first
 from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner, TrainersRound
 from swarmtrain.protocol.partners import rounds_behind
 from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.pulls import LARGE_MODEL, Section, Wanted, ahead_rounds
+from swarmtrain.protocol.pulls import LARGE_MODEL, Section
 from swarmtrain.run import GradientFormat
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -83,21 +83,11 @@ def codecs_of(swarm: Swarm) -> list[PublicationCodec]:
     ]
 
 
-def _is_large(swarm: Swarm) -> bool:
-    return layout_of_specs(swarm.specs).size >= LARGE_MODEL
-
-
 def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipSettings:
     """What the run file says about merging publications."""
-    section = swarm.published.run.merge
-    return GossipSettings(
-        sizes=[codec.sizes(1 / len(codecs)) for codec in codecs],
-        wanted=Wanted(section.num_partners, section.num_weights),
-        num_parts=section.publications_per_round,
-        max_staleness_rounds=section.max_staleness_rounds,
-        variant=section.partners,
-        is_large=_is_large(swarm),
-    )
+    sizes = [codec.sizes(1 / len(codecs)) for codec in codecs]
+    is_large = layout_of_specs(swarm.specs).size >= LARGE_MODEL
+    return GossipSettings.of(swarm.published.run.merge, sizes, is_large=is_large)
 
 
 def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[Mapping[Section, PublicationRules]]:
@@ -427,9 +417,8 @@ class GossipExchange(AsynchronousExchange):
     def prepare(self, command: Prepare[Held, Kept]) -> Prepared:
         """See `Merging`."""
         plan, fragment, pulled = command.plan, command.fragment, command.pulled
-        began_s = plan.began_s[plan.fragments.index(fragment)]
         arrivals = (
-            dataclasses.replace(each.payload.decoded(), ahead_rounds=ahead_rounds(each.began_s, began_s, plan.ends_s))
+            dataclasses.replace(each.payload.decoded(), ahead_rounds=plan.ahead_rounds(fragment, each.began_s))
             for each in pulled
         )
         with self._decoding:

@@ -95,7 +95,7 @@ from swarmtrain.protocol.pulls import (
     total_bytes,
 )
 from swarmtrain.protocol.tellings import Tellings, beyond
-from swarmtrain.run import GradientFormat
+from swarmtrain.run import GradientFormat, MergeSection
 
 __all__ = ["GossipEngine", "GossipSettings"]
 
@@ -121,6 +121,20 @@ class GossipSettings:
     """How partners are chosen."""
     is_large: bool = False
     """Prepare one merge after the other, since what is prepared takes much memory."""
+
+    @classmethod
+    def of(
+        cls, merge: MergeSection, sizes: Sequence[Mapping[GradientFormat, SectionBytes]], *, is_large: bool = False
+    ) -> GossipSettings:
+        """By a run file's section on merging, of fragments of these sizes."""
+        return cls(
+            sizes=sizes,
+            wanted=Wanted(merge.num_partners, merge.num_weights),
+            num_parts=merge.publications_per_round,
+            max_staleness_rounds=merge.max_staleness_rounds,
+            variant=merge.partners,
+            is_large=is_large,
+        )
 
 
 class GossipEngine(Generic[Held, Payload, Ready]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from swarmtrain.protocol.pulls import expected_step_s, is_moved
+from swarmtrain.protocol.pulls import ahead_rounds, expected_step_s, is_moved
 from swarmtrain.run import GradientFormat
 
 __all__ = ["MergePlan", "MergePlanner", "TrainersRound"]
@@ -36,6 +36,10 @@ class MergePlan:
     def started_s(self) -> float:
         """When the first of these rounds began."""
         return min(self.began_s)
+
+    def ahead_rounds(self, fragment: int, theirs_began_s: float | None) -> float:
+        """By how much of this peer's round of a fragment another's began later; see `pulls.ahead_rounds`."""
+        return ahead_rounds(theirs_began_s, self.began_s[self.fragments.index(fragment)], self.ends_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,7 +58,7 @@ from swarmtrain.protocol.gossip_messages import (
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner, TrainersRound
 from swarmtrain.protocol.partners import Mark
-from swarmtrain.protocol.pulls import Section, Wanted, ahead_rounds
+from swarmtrain.protocol.pulls import Section
 from swarmtrain.protocol.shards import Coverage, Row
 from swarmtrain.simulate.clock import Clock, Timer
 from swarmtrain.simulate.learning.churn import schedule, takes_state
@@ -463,9 +463,8 @@ def _arrivals(due: Merge[Published, Arrival, Unprepared]) -> list[Arrival]:
     """What enters, each with by how much of the round that was planned its author's began later."""
     if due.merge is None:
         return []
-    plan = due.merge.plan
-    began_s = plan.began_s[plan.fragments.index(due.fragment)]
-    return [replace(each.payload, ahead_rounds=ahead_rounds(each.began_s, began_s, plan.ends_s)) for each in due.pulled]
+    plan, number = due.merge.plan, due.fragment
+    return [replace(each.payload, ahead_rounds=plan.ahead_rounds(number, each.began_s)) for each in due.pulled]
 
 
 @dataclass
@@ -493,14 +492,9 @@ class World:
         if not self.setting.corrected:
             self.layout = replace(self.layout, corrected=(False,) * len(self.specs))
         self.fragments = fragments_of(self.layout, self.setting.run.merge.num_fragments)
-        section, num_fragments = self.setting.run.merge, len(self.fragments)
-        self.gossip = GossipSettings(
-            sizes=[self.codec(fragment).sizes(1 / num_fragments) for fragment in range(num_fragments)],
-            wanted=Wanted(section.num_partners, section.num_weights),
-            num_parts=section.publications_per_round,
-            max_staleness_rounds=section.max_staleness_rounds,
-            variant=section.partners,
-        )
+        num_fragments = len(self.fragments)
+        sizes = [self.codec(fragment).sizes(1 / num_fragments) for fragment in range(num_fragments)]
+        self.gossip = GossipSettings.of(self.setting.run.merge, sizes)
         self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
         self._recorder, self.wire = Recorder(self.setting), Wire(self.setting)
