@@ -237,9 +237,6 @@ class BytesBegun:
 class PullTimes:
     """What the last pulls took: besides their bytes, and how fast bytes came meanwhile.
 
-    Any thread may read it. What it has is replaced, not changed, each by one thread: rounds by the trainer's, all else
-    by the network's.
-
     Pulls that overlap share the link. So a pull's rate counts all bytes that came whole while it went on, others' too:
     of pulls side by side the last one to end has seen the link's whole rate, the first less.
     """
