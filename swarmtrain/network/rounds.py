@@ -172,7 +172,7 @@ class Rounds:
     def _woke(self, planned_s: float) -> None:
         try:
             if swarm_time() - planned_s > self.gap_s:
-                self.stood_still(swarm_time())
+                self.stood_still()
             self._tell(ev.Woke())
         except Exception as error:  # whoever waits would do so for ever
             _log.exception("the work of a round ended")
@@ -356,8 +356,8 @@ class Rounds:
         self.engine.hearsay.forget(peer)
         self._last_signed.pop(peer, None)
 
-    def stood_still(self, now: float, *, forgives: bool = True) -> None:
-        """This process did not run until `now`. See `StoodStill`."""
+    def stood_still(self, *, forgives: bool = True) -> None:
+        """This process did not run until now. See `StoodStill`."""
         self._tell(ev.StoodStill(forgives))
 
     # ------------------------------------------------------------- finishing a round
