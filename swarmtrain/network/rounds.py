@@ -122,11 +122,6 @@ class Rounds:
         return None if last is None else (last.roster, last.signed)
 
     @property
-    def guest(self) -> bool:
-        """See `RoundEngine.guest`."""
-        return self.engine.guest
-
-    @property
     def away(self) -> bool:
         """See `RoundEngine.away`."""
         return self.engine.away
