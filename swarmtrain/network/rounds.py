@@ -53,7 +53,6 @@ class Merged:
 
     roster: Roster
     mean: bytearray
-    left_out: tuple[str, ...] = ()
 
 
 Outcome: TypeAlias = Merged | NewState
@@ -385,8 +384,8 @@ class Rounds:
 
         event: _Event
         try:
-            mean, left_out = await self._merger(share_ready, bytes.fromhex(one.name)).merge(roster, held)
-            self._mean, event = Merged(roster=roster, mean=mean, left_out=left_out), ev.Merged(roster.digest)
+            mean = await self._merger(share_ready, bytes.fromhex(one.name)).merge(roster, held)
+            self._mean, event = Merged(roster=roster, mean=mean), ev.Merged(roster.digest)
             self._pending[roster.digest] = one
             self._manifests[roster.digest] = [each.snapshot.signed for each in held.values()]
         except UnobtainableError as error:
