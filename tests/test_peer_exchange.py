@@ -78,7 +78,7 @@ def test_a_question_about_round_0_says_that_it_has_begun(exchange_for: Callable[
     assert ask(exchange, round=0).participating
     starting.join(10)
     assert not starting.is_alive()
-    assert not exchange.swarm.rounds.guest
+    assert not exchange.swarm.rounds.engine.guest
 
 
 def test_that_nobody_answers_does_not_mean_that_nobody_has_trained(
@@ -134,7 +134,7 @@ def test_an_archive_that_comes_is_asked_once_beside_the_round(
     assert a_round() is None and len(asked) == 2
     comes(swarm_time() + 5)
     assert a_round() is not None and len(asked) == 3, "it is back"
-    rounds.stood_still(swarm_time())
+    rounds.stood_still()
     assert a_round() is not None and a_round() is None and len(asked) == 4, "this process slept"
     membership.left(BEN.peer_id, swarm_time())
     assert a_round() == a_round() == [CARL.peer_id] and len(asked) == 6, "nobody else is here"

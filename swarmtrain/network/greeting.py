@@ -23,6 +23,7 @@ __all__ = ["Greeter"]
 _log = logging.getLogger(__name__)
 _REDIALLED = 4
 _NEW_AT_ONCE = 32
+_ASKED = 16
 _GREETING_S = 3.0
 _GREETING_PASSES = 3
 _MAX_MEETINGS, _MAX_MET, _MEET_AGAIN_S = 16, 1024, 5.0
@@ -48,10 +49,10 @@ class Greeter:
             await self.greet_all(strangers, self.presence.signed())
             greeted.update(strangers)
 
-    async def greet_some(self, number: int = 16) -> None:
+    async def greet_some(self) -> None:
         """Ask a sample of the volunteers how far they are."""
         volunteers = [info.peer for info in self.peers.membership.volunteers()]
-        sample = random.sample(volunteers, min(number, len(volunteers)))
+        sample = random.sample(volunteers, min(_ASKED, len(volunteers)))
         await asyncio.gather(*(self._greet(peer, None) for peer in sample))
 
     async def greet(self, peer: str) -> None:

@@ -88,8 +88,8 @@ class Merger:
     """The hash by which the others know the roster that is merged."""
     _own_share_s: float = field(default=0.0, init=False)
 
-    async def merge(self, roster: Roster, publications: dict[str, Held]) -> tuple[bytearray, tuple[str, ...]]:
-        """(the mean as bytes, peers left out because theirs was not finite). Raises UnobtainableError."""
+    async def merge(self, roster: Roster, publications: dict[str, Held]) -> bytearray:
+        """The mean as bytes, over those publications that are finite. Raises UnobtainableError."""
         entries: list[Held] = []
         for entry in roster.entries:
             held = publications.get(entry.peer)
@@ -101,10 +101,8 @@ class Merger:
             entries.append(held)
         num_chunks = entries[0].snapshot.num_chunks
         if len(entries) <= self.settings.share_above:
-            mean, left_out = await self._average_range(roster, entries, range(num_chunks))
-        else:
-            mean, left_out = await self._average_in_shares(roster, entries, num_chunks)
-        return mean, tuple(sorted(left_out))
+            return await self._average_range(roster, entries, range(num_chunks))
+        return await self._average_in_shares(roster, entries, num_chunks)
 
     def _check_entry(self, entry: Publication, held: Held) -> None:
         manifest = held.snapshot.manifest
@@ -147,9 +145,7 @@ class Merger:
         else:
             _log.debug("pulling from %s: %s", peer, error)
 
-    async def _average_range(
-        self, roster: Roster, entries: Sequence[Held], chunks: range
-    ) -> tuple[bytearray, set[str]]:
+    async def _average_range(self, roster: Roster, entries: Sequence[Held], chunks: range) -> bytearray:
         """The weighted mean of one range of chunks over the whole roster, in roster order."""
 
         lacking: list[str] = []
@@ -169,17 +165,14 @@ class Merger:
         parts = [held.part(start, end) for held in entries]
         weights = [entry.tokens for entry in roster.entries]
         mean, left_out = await asyncio.to_thread(self.average, parts, weights)
-        bad = {roster.entries[i].peer for i in left_out}
-        for peer in bad:
-            self.refused(peer, BadBytesError("a pseudo-gradient that is not finite"))
-        return mean, bad
+        for index in left_out:
+            self.refused(roster.entries[index].peer, BadBytesError("a pseudo-gradient that is not finite"))
+        return mean
 
     # ------------------------------------------------------------- shares
 
-    async def _average_in_shares(
-        self, roster: Roster, entries: Sequence[Held], num_chunks: int
-    ) -> tuple[bytearray, set[str]]:
-        mean, left_out = bytearray(entries[0].snapshot.manifest.total_bytes), set[str]()
+    async def _average_in_shares(self, roster: Roster, entries: Sequence[Held], num_chunks: int) -> bytearray:
+        mean = bytearray(entries[0].snapshot.manifest.total_bytes)
         ranges = share_ranges(num_chunks, len(entries))
         roster_s = swarm_time()
         own = roster.peers.index(self.identity.peer_id) if self.identity.peer_id in roster.peers else None
@@ -192,15 +185,14 @@ class Merger:
             if index != own:
                 part = await self._pull_share(roster, index, _range_bytes(chunks, len(mean)), roster_s)
             if part is None:
-                part, bad = await self._average_range(roster, entries, chunks)
-                left_out.update(bad)
+                part = await self._average_range(roster, entries, chunks)
             mean[chunks.start * CHUNK_BYTES : chunks.start * CHUNK_BYTES + len(part)] = part
             if index == own:
                 await self._publish_share(roster, index, part)
 
         self._own_share_s = float("inf") if own is not None and ranges[own] else roster_s
         await run_together(fill(index) for index in self._rotated(list(range(len(ranges)))))
-        return mean, left_out
+        return mean
 
     async def _publish_share(self, roster: Roster, index: int, part: bytearray) -> None:
         manifest = pb.Manifest(

@@ -53,7 +53,6 @@ class Merged:
 
     roster: Roster
     mean: bytearray
-    left_out: tuple[str, ...] = ()
 
 
 Outcome: TypeAlias = Merged | NewState
@@ -122,11 +121,6 @@ class Rounds:
         return None if last is None else (last.roster, last.signed)
 
     @property
-    def guest(self) -> bool:
-        """See `RoundEngine.guest`."""
-        return self.engine.guest
-
-    @property
     def away(self) -> bool:
         """See `RoundEngine.away`."""
         return self.engine.away
@@ -172,7 +166,7 @@ class Rounds:
     def _woke(self, planned_s: float) -> None:
         try:
             if swarm_time() - planned_s > self.gap_s:
-                self.stood_still(swarm_time())
+                self.stood_still()
             self._tell(ev.Woke())
         except Exception as error:  # whoever waits would do so for ever
             _log.exception("the work of a round ended")
@@ -356,8 +350,8 @@ class Rounds:
         self.engine.hearsay.forget(peer)
         self._last_signed.pop(peer, None)
 
-    def stood_still(self, now: float, *, forgives: bool = True) -> None:
-        """This process did not run until `now`. See `StoodStill`."""
+    def stood_still(self, *, forgives: bool = True) -> None:
+        """This process did not run until now. See `StoodStill`."""
         self._tell(ev.StoodStill(forgives))
 
     # ------------------------------------------------------------- finishing a round
@@ -390,8 +384,8 @@ class Rounds:
 
         event: _Event
         try:
-            mean, left_out = await self._merger(share_ready, bytes.fromhex(one.name)).merge(roster, held)
-            self._mean, event = Merged(roster=roster, mean=mean, left_out=left_out), ev.Merged(roster.digest)
+            mean = await self._merger(share_ready, bytes.fromhex(one.name)).merge(roster, held)
+            self._mean, event = Merged(roster=roster, mean=mean), ev.Merged(roster.digest)
             self._pending[roster.digest] = one
             self._manifests[roster.digest] = [each.snapshot.signed for each in held.values()]
         except UnobtainableError as error:

@@ -249,7 +249,7 @@ class Swarm:
         await self.peers.read_records()
         await self.greeter.greet_all([info.peer for info in self.membership.live()])
         self.peers.expire()
-        self.rounds.stood_still(swarm_time(), forgives=False)  # whom it has just called in vain may be dead
+        self.rounds.stood_still(forgives=False)  # whom it has just called in vain may be dead
 
     async def leave(self) -> None:
         """Say goodbye to everyone, and stop answering."""
@@ -302,7 +302,7 @@ class Swarm:
             before_s = swarm_time()
             await asyncio.sleep(_HEARTBEAT_S)
             if abs(swarm_time() - before_s) > self.rounds.gap_s:
-                self.rounds.stood_still(swarm_time())
+                self.rounds.stood_still()
 
     async def _look_where_we_are(self) -> None:
         """Our addresses, which change: a router opens a port late, a home connection gets another address."""

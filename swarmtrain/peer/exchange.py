@@ -277,18 +277,18 @@ class RosterExchange(SwarmExchange):
         """See `Exchange`."""
         assert self._merge is not None
         outcome = wait_for(self._merge, self.stop)
-        if isinstance(outcome, Merged) and (archived := self.archive_that_holds()) is not None:
+        if not isinstance(outcome, Merged):
+            return self._replaced(outcome)
+        if (archived := self.archive_that_holds()) is not None:
             return self._replaced(archived)
-        if isinstance(outcome, Merged):
-            roster = outcome.roster
-            return Averaged(
-                gradient=torch.frombuffer(outcome.mean, dtype=torch.float32),
-                partners=roster.peers,
-                weights=tuple(entry.tokens for entry in roster.entries),
-                signer=roster.signer,
-                roster_sha256=roster.digest,
-            )
-        return self._replaced(outcome)
+        roster = outcome.roster
+        return Averaged(
+            gradient=torch.frombuffer(outcome.mean, dtype=torch.float32),
+            partners=roster.peers,
+            weights=tuple(entry.tokens for entry in roster.entries),
+            signer=roster.signer,
+            roster_sha256=roster.digest,
+        )
 
     def ask_archives(self) -> None:
         """Ask the bootstraps that have come, or come back, how far their archives are, beside the round; all of them if

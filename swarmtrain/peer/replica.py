@@ -94,9 +94,9 @@ class Replica:
             lent=lent,
         )
 
-    def merge(self, arrived: OuterUpdate, own: Contribution, fragment: int = -1) -> None:
+    def merge(self, arrived: OuterUpdate, own: Contribution, fragment: int) -> None:
         """The outer step of a fragment, and with the last one the counters that follow from what arrived."""
-        merge, fragment = self._merge, fragment % len(self.fragments)
+        merge = self._merge
         constants = OuterConstants(
             learning_rate=merge.outer_learning_rate,
             momentum=momentum_at(self.progress.round, merge.outer_momentum, merge.momentum_ramp_rounds),

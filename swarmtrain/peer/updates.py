@@ -202,14 +202,24 @@ def _pulled(merged: Sequence[Merged]) -> MergeFields:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gathered(OuterUpdate):
-    """What was pulled from partners, ready to be merged, and the run's counts of tokens by now."""
+class _Pulled(OuterUpdate):
+    """Made of publications that were pulled, with the run's counts of tokens by now."""
 
-    is_whole: ClassVar[bool] = False
-    prepared: Prepared
     merged: tuple[Merged, ...]
     run_tokens: int
     peer_tokens: Mapping[str, int]
+
+    def next_progress(self, progress: Progress) -> Progress:
+        """See `OuterUpdate`."""
+        return Progress(round=progress.round + 1, run_tokens=self.run_tokens, peer_tokens=self.peer_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered(_Pulled):
+    """What was pulled from partners, ready to be merged."""
+
+    is_whole: ClassVar[bool] = False
+    prepared: Prepared
     apart: tuple[Arrival, ...] = ()
     """The partners' publications that have tokens, for a robust mean in place of the token-weighted one."""
 
@@ -223,10 +233,6 @@ class Gathered(OuterUpdate):
         if mean is not None:
             return outer_step(OuterState(self.prepared.theta_mean, state.momentum), mean, constants)
         return gossip_merge(state, self.prepared, gradient, tokens, constants)
-
-    def next_progress(self, progress: Progress) -> Progress:
-        """See `OuterUpdate`."""
-        return Progress(round=progress.round + 1, run_tokens=self.run_tokens, peer_tokens=self.peer_tokens)
 
     def told(self, before: Sequence[Self]) -> MergeFields:
         """See `OuterUpdate`."""
@@ -268,23 +274,16 @@ def _of_the_model(gathered: Sequence[Gathered]) -> list[Merged]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served(OuterUpdate):
+class Served(_Pulled):
     """Where to go on with a server: its weights, moved on by what they lack; `merged` is empty where none came."""
 
     theta: Tensor
-    merged: tuple[Merged, ...]
-    run_tokens: int
-    peer_tokens: Mapping[str, int]
 
     def next_state(
         self, state: OuterState, own: Contribution, fragment: int, constants: OuterConstants, rule: str
     ) -> OuterState:
         """See `OuterUpdate`: the outer step was the server's."""
         return OuterState(self.theta, state.momentum)
-
-    def next_progress(self, progress: Progress) -> Progress:
-        """See `OuterUpdate`."""
-        return Progress(round=progress.round + 1, run_tokens=self.run_tokens, peer_tokens=self.peer_tokens)
 
     def told(self, before: Sequence[Self]) -> MergeFields:
         """See `OuterUpdate`."""

@@ -99,7 +99,7 @@ class RoundEngine(Generic[Envelope, Link]):
         self.waiting_for, self.waiting_until_s = "", 0.0
         """Why it waits, and until when that may be; 0 when there is no such time."""
         self.signers = Signers()
-        self.hearsay: Hearsay[Envelope, Link] = Hearsay(self.me, membership, chains)
+        self.hearsay: Hearsay[Envelope, Link] = Hearsay(membership, chains)
         self._rng = rng
         self._questions: Questions[Envelope, Link] = Questions()
         self._seeker = Seeker(self.hearsay, self._questions, self.me if trains else "", rng)

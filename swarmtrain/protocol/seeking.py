@@ -33,7 +33,6 @@ _MOST_STEPS = 2**31
 class Hearsay(Generic[Envelope, Link]):
     """What others told of themselves, and of how they came there."""
 
-    me: str
     membership: Membership
     chains: Chains[Link]
     told: dict[str, tuple[float, Told]] = field(default_factory=dict)
@@ -94,8 +93,8 @@ class Hearsay(Generic[Envelope, Link]):
 
     def in_round(self, told: Mapping[str, tuple[float, Told] | None], since_s: float) -> ChainView:
         """Which chain holds, for a peer in the midst of a round that began at `since_s`, by what these told."""
-        is_away = self.listening_since_s > since_s
-        return chain_view(self.chains.chain, self.chains.shown, told, since_s=since_s, me=self.me, is_away=is_away)
+        me, is_away = self.membership.me, self.listening_since_s > since_s
+        return chain_view(self.chains.chain, self.chains.shown, told, since_s=since_s, me=me, is_away=is_away)
 
     def view(self, told: Mapping[str, Told], me: str) -> ChainView:
         """Which chain holds, for a peer that comes, or comes back, and for an archive."""

@@ -425,11 +425,11 @@ def test_what_a_merge_that_is_given_up_has_found_is_there_for_the_next(monkeypat
     roster = Roster(round=0, signer=other.peer_id, entries=entries)
     found = list[bool]()
 
-    async def merge(self: Merger, roster: Roster, publications: dict[str, Held]) -> tuple[bytearray, tuple[str, ...]]:
+    async def merge(self: Merger, roster: Roster, publications: dict[str, Held]) -> bytearray:
         found.append(other.peer_id in publications)
         publications[other.peer_id] = its
         await asyncio.sleep(1)
-        return bytearray(), ()
+        return bytearray()
 
     async def run() -> None:
         rounds, _ = driver([other, me], me, Others({}, frozen=frozenset([other.peer_id])))
