@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from swarmtrain.simulate.microbatches import FAULTS, run_schedule
+from swarmtrain.protocol.microbatches import Settlement
+from swarmtrain.simulate.microbatches import FAULTS, Faults, MicrobatchSwarm, run_schedule
+from swarmtrain.simulate.virtual_loop import virtually
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -22,6 +26,16 @@ def test_each_microbatch_counts_once(name: str, seed: int) -> None:
 def test_a_driver_that_dies_leaves_nothing_half_counted(name: str, seed: int) -> None:
     swarm = run_schedule(FAULTS[name], 1000 + seed, killed=1)
     assert len(swarm.finished) < swarm.num_drivers * swarm.num_microbatches, "it died too late to show anything"
+
+
+def test_a_driver_may_say_that_it_is_there_and_nothing_else() -> None:
+    async def body(now: Callable[[], float]) -> list[set[str]]:
+        swarm = MicrobatchSwarm(now, 0, Faults())
+        for driver in swarm.drivers:
+            assert await driver.calls.settle("s1p0", 1, Settlement(0, (), (), 0)) == set()
+        return [set(peer.desk.ledger._drivers) for peer in swarm.peers.values() if peer.name in ("s1p0", "s1p1")]
+
+    assert virtually(body) == [{"d0", "d1"}, set()]
 
 
 @pytest.mark.slow

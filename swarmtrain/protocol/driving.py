@@ -268,10 +268,8 @@ class DrivingEngine:
             router.set_peers(event.peers[stage])
         for wait in self._waits.values():
             if wait.stage:
-                router, least_s = (
-                    self.routers[wait.stage - 1],
-                    wait.began_s + self.routers[wait.stage - 1].least_limit_s,
-                )
+                router = self.routers[wait.stage - 1]
+                least_s = wait.began_s + router.least_limit_s
                 if wait.due_s is not None and wait.due_s > least_s and not router.has(wait.peer):
                     self._at(least_s, wait)
         self.most = self._most(event)
@@ -317,7 +315,8 @@ class DrivingEngine:
     def _ask_there(self, way: _Way, now: float) -> None:
         """One stage's answer, of whoever gives it. When all of them have failed with this input, the input may be what
         is wrong: the microbatch begins again a stage earlier, after a while."""
-        stage, kind = way.stage, self._kind(way)
+        stage = way.stage
+        kind: Kind = "tail" if stage == len(self.routers) else "forward"
         peer: str | None = self.me
         if stage:
             router = self.routers[stage - 1]
@@ -335,11 +334,6 @@ class DrivingEngine:
         way.attempts[stage] += 1
         way.places[stage] = peer, key
         self._ask(way, kind, peer, key, now)
-
-    def _kind(self, way: _Way) -> Kind:
-        if way.goes_back:
-            return "backward"
-        return "tail" if way.stage == len(self.routers) else "forward"
 
     def _ask(self, way: _Way, kind: Kind, peer: str, key: Key, now: float) -> None:
         call, stage = next(self._calls), way.stage

@@ -63,6 +63,14 @@ class Clock:
         """Run `call(*args)` in `delay_s` seconds."""
         return self.call_at(self.now + delay_s, call, *args)
 
+    def call_by(self, timer: Timer | None, when_s: float, call: Callable[..., object], *args: Any) -> Timer:
+        """Run `call(*args)` at `when_s`, or earlier where `timer`, which was to call it, comes before."""
+        if timer is not None:
+            if timer.pending and timer.when_s <= when_s:
+                return timer
+            timer.cancel()
+        return self.call_at(when_s, call, *args)
+
     def next_s(self) -> float | None:
         """When the next event is; None if there is none."""
         while self._queue and self._queue[0][2].call is None:

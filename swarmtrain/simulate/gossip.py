@@ -555,10 +555,8 @@ class GossipPeer:
             if each is events[-1] and (wake_s := engine.wake_at()) is not None and wake_s <= now:
                 self._wakes()
         self._events = None
-        if wake_s is not None and (self._timer is None or self._timer.when_s > wake_s or not self._timer.pending):
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self.swarm.clock.call_at(wake_s, self.deliver, self._woke)
+        if wake_s is not None:
+            self._timer = self.swarm.clock.call_by(self._timer, wake_s, self.deliver, self._woke)
 
     def _woke(self) -> None:
         wake_s = self.engine.wake_at()

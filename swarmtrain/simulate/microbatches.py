@@ -146,8 +146,9 @@ class StagePeer:
 
 @dataclass
 class Network:
-    """Between drivers and stages."""
+    """Between a driver and the stages."""
 
+    driver: str
     peers: dict[str, StagePeer]
     rng: random.Random
     faults: Faults
@@ -197,11 +198,9 @@ class Network:
         return await self._ask(peer, part, "tail", (x, targets))
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
-        driver = (*(each.key for each in settlement.acknowledged), *settlement.dropped)[0].driver
-
         async def body() -> set[Key]:
             self.peers[peer].awake.set()
-            return self.peers[peer].desk.settle(driver, settlement)
+            return self.peers[peer].desk.settle(self.driver, settlement)
 
         late = await self.call(body)
         assert isinstance(late, set)
@@ -244,7 +243,7 @@ class MicrobatchSwarm:
             name: StagePeer(name, stage, self.now, rng, self.faults if stage else Faults())
             for name, stage in names.items()
         }
-        self.network, self.told = Network(self.peers, rng, self.faults), Told()
+        self.networks, self.told = list[Network](), Told()
         self.drivers = [self.driver(f"d{n}") for n in range(self.num_drivers)]
         self.finished: set[tuple[str, int]] = set()
 
@@ -254,7 +253,9 @@ class MicrobatchSwarm:
             router = Router(self.rng, first_ban_s=1.0, most_ban_s=8.0, most_limit_s=10.0)
             router.set_peers([peer.name for peer in self.peers.values() if peer.stage == stage])
             routers.append(router)
-        return Driver(me=name, routers=routers, calls=self.network, told=self.told, now=self.now, next_sequence=0)
+        network = Network(name, self.peers, self.rng, self.faults)
+        self.networks.append(network)
+        return Driver(me=name, routers=routers, calls=network, told=self.told, now=self.now, next_sequence=0)
 
     async def run(self, killed: Mapping[int, float], limit_s: float = math.inf) -> None:
         """All microbatches of all drivers; those of `killed` die at these times. TimeoutError after `limit_s`."""
@@ -270,11 +271,12 @@ class MicrobatchSwarm:
             await asyncio.gather(*(driving[number] for number in others))
             for number in others:
                 await self.drivers[number].settled()
-        self.network.faults = Faults()
+        for network in self.networks:
+            network.faults = Faults()
         for peer in self.peers.values():
             peer.faults = Faults()
         await asyncio.sleep(200.0)  # whoever hung is back, what nobody acknowledges is taken out
-        await asyncio.gather(*self.network.repeats)
+        await asyncio.gather(*(repeat for network in self.networks for repeat in network.repeats))
         for worker in workers:
             assert not worker.done(), worker.exception()
             worker.cancel()

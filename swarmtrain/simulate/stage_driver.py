@@ -117,11 +117,8 @@ class StageDriver:
         clock = self.peer.world.clock
         for command in self.engine.receive(event, clock.now):
             self._do(command)
-        wakes_s, timer = self.engine.wake_at(), self._timer
-        if wakes_s is not None and (timer is None or not timer.pending or wakes_s < timer.when_s):
-            if timer is not None:
-                timer.cancel()
-            self._timer = clock.call_at(wakes_s, self._time_came)
+        if (wakes_s := self.engine.wake_at()) is not None:
+            self._timer = clock.call_by(self._timer, wakes_s, self._time_came)
 
     def _time_came(self) -> None:
         self.receive(TimeCame())

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from swarmtrain.protocol.balance import Change, StagePeer, first_stages
+from swarmtrain.protocol.balance import StagePeer, first_stages
 from swarmtrain.protocol.moving import (
     AskToStay,
     FetchStages,
@@ -101,11 +101,6 @@ class Mover:
         )
         self.engine = MoveEngine(peer.name, policy, peer.rng, clock.now)
         self.moving_to: tuple[int, ...] = ()
-
-    @property
-    def change(self) -> Change | None:
-        """What it is about to do, or does."""
-        return self.engine.change
 
     # ------------------------------------------------------------------ coming
 

@@ -13,12 +13,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from swarmtrain.protocol.balance import StagePeer
-from swarmtrain.protocol.driving_events import (
-    NotTold,
-    PartDone,
-    PartFailed,
-    ToldOf,
-)
+from swarmtrain.protocol.driving_events import Fault, NotTold, PartDone, PartFailed, ToldOf
 from swarmtrain.protocol.microbatches import Add, LedgerLimits, StageLedger, Subtract
 from swarmtrain.protocol.routing import WORK_SHARES
 from swarmtrain.protocol.stage_queue import (
@@ -193,9 +188,9 @@ class StageVolunteer:
         ask = call.ask
         if not self.works:
             if not self.silent and not self.hung:
-                self._fail(call, Refuse((), "gone", "it is gone"), unreachable=True)
+                self._fail(call, "unreachable", "it is gone")
         elif ask.stage not in self.queues:
-            self._fail(call, Refuse((), "gone", _GONE))
+            self._fail(call, "gone", _GONE)
         else:
             asker = next(self._askers)
             self._calls[asker] = call
@@ -221,9 +216,8 @@ class StageVolunteer:
         else:
             self.world.send(self, driver.peer, driver.receive, event, after_s=after_s)
 
-    def _fail(self, call: Call, refused: Refuse, unreachable: bool = False) -> None:
-        why = "unreachable" if unreachable else refused.why
-        self._say(call.driver, PartFailed(call.ask.call, why, refused.reason))
+    def _fail(self, call: Call, why: Fault, reason: str) -> None:
+        self._say(call.driver, PartFailed(call.ask.call, why, reason))
 
     def _receive(self, stage: int, event: QueueEvent) -> None:
         """Something has happened to a stage's queue."""
@@ -240,7 +234,7 @@ class StageVolunteer:
                     self._say(call.driver, done, self.world.settings.tensors_s)
             elif isinstance(command, Refuse):
                 for asker in command.askers:
-                    self._fail(self._calls.pop(asker), command)
+                    self._fail(self._calls.pop(asker), command.why, command.reason)
             elif isinstance(command, Compute):
                 self._work(stage, queue, command, WORK_SHARES[command.kind])
             elif isinstance(command, Subtract | Add):
@@ -261,10 +255,8 @@ class StageVolunteer:
                     break
             if (wake_s := queue.wake_at()) is not None:
                 wakes_s = min(wakes_s, wake_s)
-        if wakes_s < math.inf and (self._alarm is None or not self._alarm.pending or wakes_s < self._alarm.when_s):
-            if self._alarm is not None:
-                self._alarm.cancel()
-            self._alarm = self.world.clock.call_at(wakes_s, self.pump)
+        if wakes_s < math.inf:
+            self._alarm = self.world.clock.call_by(self._alarm, wakes_s, self.pump)
 
     def _work(self, stage: int, queue: StageQueue, what: Compute | None, share: float) -> None:
         settings = self.world.settings

@@ -51,3 +51,19 @@ def test_an_event_may_plan_events() -> None:
     clock.call_later(0.0, tick, 3)
     clock.run_until(10.0)
     assert seen == [0.0, 0.5, 1.0, 1.5]
+
+
+def test_a_call_that_comes_before_is_left_and_one_that_comes_after_is_called_off() -> None:
+    clock, ran = Clock(), list[float]()
+
+    def run() -> None:
+        ran.append(clock.now)
+
+    first = clock.call_by(None, 5.0, run)
+    assert clock.call_by(first, 7.0, run) is first
+    sooner = clock.call_by(first, 3.0, run)
+    assert sooner is not first and not first.pending
+    clock.run_until(10.0)
+    assert clock.call_by(sooner, 11.0, run) is not sooner, "it has run"
+    clock.run_until(20.0)
+    assert ran == [3.0, 11.0]

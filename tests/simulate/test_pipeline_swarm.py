@@ -116,16 +116,16 @@ def test_who_has_just_moved_stays_for_a_minute(monkeypatch: pytest.MonkeyPatch) 
     while not (moves := [moment for moment in piled.log if moment.kind == "moves"]):
         piled.run_until(piled.clock.now + 1)
     mover = piled.peers[moves[0].peer].mover
-    while mover.change is not None:
+    while mover.engine.change is not None:
         piled.run_until(piled.clock.now + 1)
     moved_s = piled.clock.now
     assert mover.peer.stages != (0,)
     back = Change(peer=mover.peer.name, before=mover.peer.stages, after=(0,), reason="by hand")
     monkeypatch.setattr(moving, "my_change", lambda me, *others: (back if me == back.peer else None, "by hand"))
     piled.run_until(moved_s + 50.0)
-    assert mover.change is None
+    assert mover.engine.change is None
     piled.run_until(moved_s + 75.0)
-    assert mover.change == back
+    assert mover.engine.change == back
 
 
 def test_four_one_one_has_half_of_two_two_two_without_and_recovers_from_crashes_with_it() -> None:

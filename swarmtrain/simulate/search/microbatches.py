@@ -56,7 +56,8 @@ def play_microbatches(schedule: Schedule) -> Played:
         later = asyncio.get_running_loop().call_later
 
         def lose(share: float) -> None:
-            swarm.network.faults = replace(swarm.network.faults, lost=share)
+            for network in swarm.networks:
+                network.faults = replace(network.faults, lost=share)
 
         for fault in schedule.faults:
             peer = others[fault.detail % len(others)]
