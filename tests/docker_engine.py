@@ -100,9 +100,19 @@ class Project:
         while not holds():
             if time.monotonic() - began_s > limit_s:
                 logs = self.compose("logs", "--tail", "30")[-6000:]
-                pytest.fail(f"not in {limit_s:g} s: {what}\n{logs}\n{self.told()}")
+                pytest.fail(f"not in {limit_s:g} s: {what}\n{self.health()}\n{logs}\n{self.told()}")
             time.sleep(1.0)
         return time.monotonic() - began_s
+
+    def health(self) -> str:
+        """What each one's state is, and what its last health checks found, a line for each."""
+        lines = []
+        for name in self.containers():
+            state = json.loads(docker("inspect", "--format", "{{json .State}}", name))
+            found = state.get("Health", {})
+            checks = [f"{check['ExitCode']} {check['Output'].strip()[-200:]!r}" for check in found.get("Log", [])[-3:]]
+            lines.append(f"{name}: {state['Status']} since {state['StartedAt']}, {found.get('Status')}: {'; '.join(checks)}")
+        return "\n".join(lines)
 
     def told(self) -> str:
         """The ends of the log files of those that run, for whoever reads why a test failed."""
