@@ -111,7 +111,8 @@ class Project:
             state = json.loads(docker("inspect", "--format", "{{json .State}}", name))
             found = state.get("Health", {})
             checks = [f"{check['ExitCode']} {check['Output'].strip()[-200:]!r}" for check in found.get("Log", [])[-3:]]
-            lines.append(f"{name}: {state['Status']} since {state['StartedAt']}, {found.get('Status')}: {'; '.join(checks)}")
+            is_now = f"{state['Status']} since {state['StartedAt']}, {found.get('Status')}"
+            lines.append(f"{name}: {is_now}: {'; '.join(checks)}")
         return "\n".join(lines)
 
     def told(self) -> str:

@@ -326,7 +326,7 @@ class Scenario:
             here,
             scenario=here.scenario.model_copy(update=told),
             table=_changed(self.table, changes.items()),
-            grid={key: tuple(_hashable(value) for value in values) for key, values in left.items()},
+            grid={key: tuple(_hashable(key, value) for value in values) for key, values in left.items()},
         )
         if twice := sorted(set(new.scenario.seeds) & set(new.scenario.tuning_seeds)):
             raise UserError(
@@ -456,8 +456,10 @@ def _apart(pairs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, {key: value for key, value in pairs.items() if key not in own}
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _hashable(key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        raise UserError(f"{key}: a table is no value of a grid; vary its keys one by one, as {key}.NAME=V,V")
+    return tuple(_hashable(key, each) for each in value) if isinstance(value, list) else value
 
 
 def _changed(table: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:

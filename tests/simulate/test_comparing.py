@@ -197,6 +197,8 @@ def test_what_befalls_them_is_the_same_on_one_core_and_on_two(tmp_path: Path, se
         (["--plot", "nowhere/x.svg"], "there is no folder"),
         (["--json", "nowhere/x.json"], "there is no folder"),
         (["--method", "nothing"], "there is no method nothing"),
+        (["--sweep", "peers.slowdowns=[[1]]"], "peers.slowdowns.0"),
+        (["--sweep", "peers.slowdowns={a=1}"], "a table is no value of a grid"),
         (["--set", "merge.outer_momentum=7"], "outer_momentum"),
     ],
 )
