@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from swarmtrain.events import ArrivingEvent, Event
+from swarmtrain.events import ArrivingEvent, CaughtUpEvent, Event, StartedEvent
 from swarmtrain.network.snapshots import CHUNK_BYTES, Held, Snapshot, empty_held
 from swarmtrain.peer.arriving import Arrival
-from swarmtrain.peer.board import StatusBoard
+from swarmtrain.peer.board import Pulse, StatusBoard
+from swarmtrain.peer.health import health
+from swarmtrain.v1 import control_pb2 as control_pb
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 
@@ -62,3 +64,18 @@ def test_another_state_begins_anew() -> None:
     assert [(event.received_bytes, event.seconds) for event in events if isinstance(event, ArrivingEvent)] == [
         (5 * CHUNK_BYTES, 5.0)
     ] * 2
+
+
+def test_who_falls_behind_takes_weights_while_it_trains_and_stays_healthy() -> None:
+    """A volunteer that was killed comes back rounds behind the others, and takes their weights in its first merge."""
+    now_s = [0.0]
+    board = StatusBoard("volunteer", 0.0, now=lambda: now_s[0])
+    board.take(StartedEvent(inner_steps_per_round=10, num_parameters=1000, total_tokens=10_000, startup_s=1.0))
+    board.set_pulse(lambda: Pulse(state=control_pb.PEER_STATE_TRAINING, doing="merging round 4"))
+    held = room(10)
+    held.have.update(range(5))
+    Arrival(board, lambda event: None, lambda: now_s[0]).look(held)
+    assert board.status().doing == "taking the swarm's present weights: 1.31 MB of 2.62 MB"
+    assert board.status().state == control_pb.PEER_STATE_TRAINING and health(board.tick(), now_s[0])[0]
+    board.take(CaughtUpEvent(round=9, from_peer="", reason="it was 5 rounds behind the others"))
+    assert board.status().doing == "merging round 4" and health(board.tick(), now_s[0])[0]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from swarmtrain.events import ArrivingEvent, Event
 from swarmtrain.network.snapshots import CHUNK_BYTES, Held
 from swarmtrain.peer.board import StatusBoard
-from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import size_in_words
 
 __all__ = ["Arrival"]
@@ -44,7 +43,7 @@ class Arrival:
         total_bytes = held.snapshot.manifest.total_bytes
         here_bytes = min(total_bytes, num_chunks * CHUNK_BYTES)
         sentence = f"{size_in_words(here_bytes)} of {size_in_words(total_bytes)}"
-        self.board.doing(pb.PEER_STATE_STARTING, f"taking the swarm's present weights: {sentence}")
+        self.board.arriving(f"taking the swarm's present weights: {sentence}")
         further = num_chunks - self._told >= _EVERY_SHARE * held.snapshot.num_chunks
         if further and now_s - self._told_s >= _EVERY_S:
             self._told, self._told_s = num_chunks, now_s

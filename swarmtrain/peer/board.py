@@ -146,7 +146,7 @@ class StatusBoard:
         self._curve = LossCurve()
         self._names: dict[str, str] = {}
         self._before: pb.PeerStatus | None = None
-        self._busy = ""
+        self._busy = self._arriving = ""
         self._pulse: Callable[[], Pulse] | None = None
         self._lookers: list[Callable[[pb.PeerStatus], None]] = []
         self._listeners: list[Callable[[Event], None]] = []
@@ -203,7 +203,7 @@ class StatusBoard:
             case RoundEvent():
                 self._take_round(event)
             case CaughtUpEvent():
-                base.round = event.round
+                base.round, self._arriving = event.round, ""
             case EvalEvent():
                 base.held_out_loss = event.held_out_loss
                 self._curve.measured(event.round, event.held_out_loss)
@@ -224,7 +224,7 @@ class StatusBoard:
 
     def _take_round(self, event: RoundEvent) -> None:
         base = self._base
-        base.round, base.run_tokens = event.round + 1, event.run_tokens
+        base.round, base.run_tokens, self._arriving = event.round + 1, event.run_tokens, ""
         self._curve.add(pb.LossPoint(round=event.round, run_tokens=event.run_tokens, loss=event.loss))
         base.times_below_allreduce, base.stall_share = self._sums.after(event)
         base.data = data_in_words(event)
@@ -272,8 +272,17 @@ class StatusBoard:
             self._do(state, sentence)
 
     def _do(self, state: pb.PeerState, sentence: str) -> None:
-        self._base.state, self._base.doing = state, sentence
+        self._base.state, self._base.doing, self._arriving = state, sentence, ""
         self._beats += 1
+
+    def arriving(self, sentence: str) -> None:
+        """The swarm's present weights arrive. Who trains already has fallen behind, takes them, and trains on."""
+        with self._lock:
+            if self._base.state != pb.PEER_STATE_TRAINING:
+                self._do(pb.PEER_STATE_STARTING, sentence)
+            else:
+                self._arriving = sentence
+                self._beats += 1
 
     @contextmanager
     def busy(self, sentence: str) -> Iterator[None]:
@@ -403,12 +412,12 @@ class StatusBoard:
             self._fill_rates(status)
         status.time = self._wall()
         if pulse is not None:
-            status.state, status.doing = pulse.state, self._busy or pulse.doing
+            status.state, status.doing = pulse.state, self._busy or self._arriving or pulse.doing
             status.round = max(status.round, pulse.round)
             status.inner_steps_done, status.inner_steps = pulse.inner_steps_done, pulse.inner_steps
             status.sent_bytes, status.received_bytes = pulse.sent_bytes, pulse.received_bytes
-        elif self._busy:
-            status.doing = self._busy
+        elif doing := self._busy or self._arriving:
+            status.doing = doing
         for looker in self._lookers:
             looker(status)
         with self._lock:
